@@ -1,0 +1,50 @@
+// Python bindings of the C++ helpers. Every array is checked here for type, contiguity and size; nothing is converted silently.
+#include "pack_documents.h"
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+
+namespace py = pybind11;
+
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+namespace {
+
+void check_offsets(const Array<int64_t>& offsets, int64_t total, int64_t capacity) {
+  if (offsets.ndim() != 1 || offsets.size() < 1) throw std::invalid_argument("offsets must be one-dimensional and not empty");
+  const int64_t* o = offsets.data();
+  const int64_t documents = offsets.size() - 1;
+  int64_t kept = 0;
+  for (int64_t d = 0; d < documents; d++) {
+    if (o[d] > o[d + 1]) throw std::invalid_argument("offsets must not decrease");
+    kept += o[d] != o[d + 1];
+  }
+  if (o[0] != 0 || o[documents] != total) throw std::invalid_argument("offsets must begin at 0 and end at the number of ids");
+  if (capacity != total + kept) throw std::invalid_argument("packed has the wrong size");
+}
+
+template <class Out>
+int64_t pack(const Array<uint32_t>& ids, const Array<int64_t>& offsets, Array<Out>& packed, bool reverse, uint32_t eod, uint32_t vocab_size) {
+  if (ids.ndim() != 1 || packed.ndim() != 1) throw std::invalid_argument("ids and packed must be one-dimensional");
+  check_offsets(offsets, ids.size(), packed.size());
+  Out* out = packed.mutable_data();
+  py::gil_scoped_release release;
+  return ledom::pack_documents<Out>(ids.data(), offsets.data(), offsets.size() - 1, out, reverse, eod, vocab_size);
+}
+
+template <class Out>
+void define_pack(py::module_& m) {
+  m.def("pack_documents", &pack<Out>, py::arg("ids").noconvert(), py::arg("offsets").noconvert(), py::arg("packed").noconvert(),
+        py::arg("reverse"), py::arg("eod"), py::arg("vocab_size"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_helpers, m) {
+  m.doc() = "C++ helpers of the data path; see csrc/helpers";
+  define_pack<uint16_t>(m);
+  define_pack<int32_t>(m);
+}

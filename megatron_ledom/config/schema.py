@@ -1,0 +1,210 @@
+"""RunConfig: everything that decides a run. Names are megatron-core's; ranges are checked here, relations in checks.py."""
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field
+
+from megatron_ledom.direction import Direction
+
+STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NotNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+BlendEntry = tuple[PositiveFloat, str]
+
+
+@dataclass(kw_only=True, slots=True)
+class ModelConfig:
+    """The architecture: a GPT with RMSNorm before each block, SwiGLU, rotary positions and no biases."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    num_layers: Positive
+    """Transformer layers."""
+    hidden_size: Positive
+    """Width of the residual stream."""
+    ffn_hidden_size: Positive
+    """Width inside the feed-forward block, of each of the gate and the up projection."""
+    num_attention_heads: Positive
+    """Query heads."""
+    num_query_groups: Positive | None = None
+    """Key-value heads; default: one a query head. 1 is multi-query attention."""
+    kv_channels: Positive | None = None
+    """Width of one head; default: hidden_size / num_attention_heads."""
+    vocab_size: Positive | None = None
+    """Ids of the tokenizer; default: read from the shards. Set it to plan a run without data."""
+    make_vocab_size_divisible_by: Positive = 128
+    """The embedding is padded to a multiple of this, whatever the layout, so that checkpoints do not depend on it."""
+    rotary_base: PositiveFloat = 10_000.0
+    """Theta of the rotary position embedding, over the whole head."""
+    layernorm_epsilon: PositiveFloat = 1e-5
+    """Epsilon of RMSNorm."""
+    init_method_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; output projections get it divided by sqrt(2 num_layers)."""
+    attention_dropout: Fraction = 0.0
+    """Dropout probability on attention weights."""
+    hidden_dropout: Fraction = 0.0
+    """Dropout probability on block outputs."""
+    share_embeddings_and_output_weights: bool = False
+    """Tie the embedding and the output layer."""
+    params_dtype: Literal["bf16", "fp32"] = "bf16"
+    """Type of weights and activations; gradients are summed and the optimizer runs in fp32."""
+    transformer_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
+    """Layer implementation; auto takes Transformer Engine where it is installed and CUDA is there, else plain torch."""
+
+
+@dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """What is read, and how samples are cut and masked."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    direction: Direction = Direction.REVERSE
+    """Which way the model reads; shards written in the other direction are refused."""
+    tokenizer: str | None = None
+    """Tokenizer folder or file; its copy goes into the run folder for the export. Its hash must be that of the shards."""
+    train_blend: list[BlendEntry] = field(default_factory=list)
+    """Training shards as [weight, prefix]; weights are relative shares of the samples."""
+    valid_blend: list[BlendEntry] = field(default_factory=list)
+    """Validation shards as [weight, prefix]; each is reported on its own. Empty: no validation."""
+    seq_length: Positive = 8192
+    """Positions of a sample, in tokens."""
+    eod_mask_loss: bool = True
+    """No loss where the input token is eod: to predict the end is trained, to predict from it is not."""
+    reset_attention_mask: bool = False
+    """Documents in one sample do not see each other."""
+    reset_position_ids: bool = False
+    """Positions begin again after each eod."""
+    path_to_cache: str | None = None
+    """Folder of the sample index; default: index_cache in the run folder."""
+    num_workers: NotNegative = 0
+    """Processes that read samples ahead, for each rank; 0 reads in the training process."""
+    allow_repeats: bool = False
+    """Let a blend draw more samples from a source than it has; otherwise such a run is refused."""
+
+
+@dataclass(kw_only=True, slots=True)
+class ParallelConfig:
+    """How the model and the batch are spread over ranks."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    world_size: Positive | None = None
+    """Ranks the run is meant for; default: as many as are launched. Another number at launch is refused."""
+    tensor_model_parallel_size: Positive = 1
+    """Ranks that share each layer's matrices."""
+    pipeline_model_parallel_size: Positive = 1
+    """Stages of consecutive layers."""
+    virtual_pipeline_model_parallel_size: Positive | None = None
+    """Model chunks a pipeline stage, for the interleaved schedule."""
+    context_parallel_size: Positive = 1
+    """Ranks that share each sequence."""
+    sequence_parallel: bool = False
+    """Spread norms and dropout over the tensor-parallel ranks along the sequence."""
+    use_distributed_optimizer: bool = False
+    """Spread the optimizer's state over the data-parallel ranks."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while the backward pass still runs."""
+    overlap_param_gather: bool = False
+    """Gather updated parameters while the next forward pass runs; needs the distributed optimizer."""
+    distributed_timeout_minutes: Positive = 10
+    """How long a collective waits for a missing rank."""
+
+
+@dataclass(kw_only=True, slots=True)
+class OptimizerSettings:
+    """AdamW and its learning-rate schedule; norms and biases are not decayed."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    lr: PositiveFloat = 2e-4
+    """Peak learning rate."""
+    min_lr: NotNegativeFloat = 2e-5
+    """Learning rate at the end of the decay."""
+    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay after the warm-up."""
+    lr_warmup_iters: NotNegative = 2000
+    """Iterations of linear warm-up from zero."""
+    lr_decay_iters: Positive | None = None
+    """Iterations until min_lr is reached; default: train.train_iters."""
+    weight_decay: NotNegativeFloat = 0.1
+    """Decoupled weight decay of matrices."""
+    adam_beta1: Fraction = 0.9
+    """Decay of the gradient's running mean."""
+    adam_beta2: Fraction = 0.95
+    """Decay of the squared gradient's running mean."""
+    adam_eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    clip_grad: NotNegativeFloat = 1.0
+    """Largest global gradient norm; 0 does not clip."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainConfig:
+    """Length, batch and rhythm of the run."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    train_iters: Positive
+    """Optimizer steps of the whole run."""
+    micro_batch_size: Positive = 1
+    """Samples of one forward pass on one data-parallel rank."""
+    global_batch_size: Positive
+    """Samples of one optimizer step over all ranks."""
+    seed: NotNegative = 42
+    """Seed of initial weights, dropout and sample order."""
+    eval_interval: Positive = 1000
+    """Iterations between validations; there is always one at the end."""
+    eval_iters: Positive = 10
+    """Global batches of each validation set."""
+    exit_interval: Positive | None = None
+    """Save and exit after the first iteration that is a multiple of this; the same command goes on from there."""
+    num_threads: Positive | None = None
+    """CPU threads of a rank; default: the machine's cores over the ranks on it."""
+
+
+@dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """When the state is saved; where is always checkpoints/ in the run folder."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    save_interval: Positive = 1000
+    """Iterations between checkpoints; there is always one at the end and after SIGTERM."""
+
+
+@dataclass(kw_only=True, slots=True)
+class LoggingConfig:
+    """What is reported, and where to."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    log_interval: Positive = 10
+    """Iterations between lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard events into tensorboard/ in the run folder."""
+    wandb_project: str | None = None
+    """Weights & Biases project; default: none is used."""
+    peak_tflops: PositiveFloat | None = None
+    """Peak of one device in 1e12 FLOP/s, for the MFU; default: known by the GPU's name, measured on a CPU."""
+
+
+@dataclass(kw_only=True, slots=True)
+class RunConfig:
+    """One training run."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = STRICT
+
+    run_dir: str
+    """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/. An existing one is resumed."""
+    model: ModelConfig
+    data: DataConfig = field(default_factory=DataConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
+    train: TrainConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
