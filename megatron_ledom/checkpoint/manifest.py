@@ -1,0 +1,104 @@
+"""What a checkpoint says of itself: `manifest.json`, written last. It decides whether a run or a conversion may load it."""
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import megatron_ledom
+from megatron_ledom.config.load import config_from_dict, to_dict
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.direction import Provenance
+from megatron_ledom.errors import DataError, MismatchError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+ARCHITECTURE_KEYS = (
+    "num_layers",
+    "hidden_size",
+    "ffn_hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "kv_channels",
+    "make_vocab_size_divisible_by",
+    "rotary_base",
+    "layernorm_epsilon",
+    "share_embeddings_and_output_weights",
+    "params_dtype",
+)
+"""Keys of `model` that a checkpoint fixes."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointManifest:
+    """Position, meaning of the ids and the whole config of the run at one iteration."""
+
+    iteration: int
+    consumed_train_samples: int
+    consumed_train_tokens: int
+    provenance: Provenance
+    config: dict[str, Any]
+    package_version: str
+    created_at: str
+    format_version: int = FORMAT_VERSION
+
+    @classmethod
+    def describe(cls, config: RunConfig, provenance: Provenance, **position: int) -> "CheckpointManifest":
+        """The manifest of a run's present state."""
+        return cls(
+            **position,
+            provenance=provenance,
+            config=to_dict(config),
+            package_version=megatron_ledom.__version__,
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+    def run_config(self, where: str) -> RunConfig:
+        """The config that the checkpoint was trained with."""
+        return config_from_dict(self.config, where)
+
+
+def save_manifest(manifest: CheckpointManifest, folder: str) -> None:
+    """Write `manifest.json` into the checkpoint folder."""
+    values = {**asdict(manifest), "provenance": None, **manifest.provenance.to_dict()}
+    del values["provenance"]
+    with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def load_manifest(folder: str) -> CheckpointManifest:
+    """Read and check `manifest.json`. Raises DataError when it is missing, malformed or of another format."""
+    path = os.path.join(folder, MANIFEST)
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except FileNotFoundError as error:
+        raise DataError(f"{folder} has no {MANIFEST}: it is no finished checkpoint; name a folder such as RUN/checkpoints/iter_0001000") from error
+    except ValueError as error:
+        raise DataError(f"{path} is not valid JSON ({error}); the checkpoint is damaged, use an earlier one") from error
+    if values.get("format_version") != FORMAT_VERSION:
+        raise DataError(f"{path} has format version {values.get('format_version')}, this package reads {FORMAT_VERSION}; update it")
+    provenance = Provenance.from_dict(values, path)
+    names = [name for name in CheckpointManifest.__dataclass_fields__ if name != "provenance"]
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}; the checkpoint is damaged, use an earlier one")
+    return CheckpointManifest(provenance=provenance, **{name: values[name] for name in names})
+
+
+def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Provenance, where: str) -> None:
+    """Refuse a checkpoint of another architecture, direction or tokenizer than the run's. Raises MismatchError."""
+    stored, wanted = manifest.run_config(where).model, config.model
+    different = [
+        f"model.{key}={getattr(wanted, key)} but the checkpoint has {getattr(stored, key)}"
+        for key in ARCHITECTURE_KEYS
+        if getattr(stored, key) != getattr(wanted, key)
+    ]
+    if different:
+        raise MismatchError(
+            f"{where} is of another architecture: {'; '.join(different)}; use its values, or another run_dir for a new run"
+        )
+    manifest.provenance.check_same(provenance, f"the checkpoint {where}", "this run's data")

@@ -1,0 +1,71 @@
+"""Batches of one data-parallel rank. Which samples make a step depends only on the step, never on the layout.
+
+Shape letters: b micro-batch, s positions of a sample.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.parallel.groups import ParallelGroups
+
+Batch = dict[str, torch.Tensor]
+"""tokens, labels, loss_mask, position_ids [b, s]; attention_mask [b, 1, s, s] when documents are isolated."""
+
+FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+class MicroBatchSampler:
+    """Sample ids of each micro-batch of one data-parallel rank, from any consumed sample on, without looking back.
+
+    Global batch k is the samples k * global_batch_size and following; micro-batch m of rank r takes from it the
+    micro_batch_size samples at (m * data_parallel_size + r) * micro_batch_size.
+    """
+
+    def __init__(self, first: int, last: int, micro_batch_size: int, rank: int, num_ranks: int) -> None:
+        self.first, self.last = first, last
+        self.micro_batch_size, self.rank, self.num_ranks = micro_batch_size, rank, num_ranks
+
+    def __iter__(self) -> Iterator[list[int]]:
+        stride = self.micro_batch_size * self.num_ranks
+        for start in range(self.first, self.last, stride):
+            mine = start + self.rank * self.micro_batch_size
+            yield list(range(mine, mine + self.micro_batch_size))
+
+    def __len__(self) -> int:
+        return (self.last - self.first) // (self.micro_batch_size * self.num_ranks)
+
+
+def batch_iterators(
+    config: RunConfig, dataset: Any, first: int, last: int, groups: ParallelGroups, device: torch.device
+) -> list[Iterator[Batch]]:
+    """One iterator of micro-batches a model chunk of this rank, over the samples [first, last) of all ranks."""
+    return [_batches(config, dataset, first, last, groups, device) for _ in range(groups.virtual_stages)]
+
+
+def _batches(
+    config: RunConfig, dataset: Any, first: int, last: int, groups: ParallelGroups, device: torch.device
+) -> Iterator[Batch]:
+    data = groups.data
+    sampler = MicroBatchSampler(first, last, config.train.micro_batch_size, data.rank(), data.size())
+    workers = config.data.num_workers
+    loader: DataLoader[Batch] = DataLoader(
+        dataset, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0
+    )
+    for sample in loader:
+        batch = {name: sample[name] for name in FIELDS}
+        if "attention_mask" in sample:
+            batch["attention_mask"] = sample["attention_mask"]
+        batch = context_part(batch, groups.context.rank(), groups.context.size())
+        yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def context_part(batch: Batch, rank: int, num_ranks: int) -> Batch:
+    """This context-parallel rank's positions: chunks `rank` and `2 num_ranks - 1 - rank` of 2 num_ranks, to balance the work."""
+    if num_ranks == 1:
+        return batch
+    parts = {name: value.chunk(2 * num_ranks, 1) for name, value in batch.items()}
+    return {name: torch.cat([part[rank], part[2 * num_ranks - 1 - rank]], 1) for name, part in parts.items()}

@@ -1,0 +1,85 @@
+"""The shards a run reads: checked against each other and against the run before anything heavy."""
+
+from dataclasses import dataclass
+
+from megatron_ledom.config.schema import BlendEntry, RunConfig
+from megatron_ledom.data.shard import ShardManifest, check_shard
+from megatron_ledom.direction import Direction, Provenance
+from megatron_ledom.errors import ConfigError, MismatchError
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One shard of a blend."""
+
+    prefix: str
+    weight: float
+    """Share of the samples, all sources together 1."""
+    manifest: ShardManifest
+
+    def samples_available(self, seq_length: int) -> int:
+        """Samples of one pass over the shard: each needs one token more than its positions, shared with the next."""
+        return (self.manifest.num_tokens - 1) // seq_length
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Every shard of a run, and what their ids mean."""
+
+    train: list[Source]
+    valid: list[Source]
+    provenance: Provenance
+
+
+def load_sources(config: RunConfig) -> Sources:
+    """Open the manifests of all shards of the run. Raises a LedomError that names the first thing that does not fit."""
+    if not config.data.train_blend:
+        raise ConfigError("data.train_blend is empty: give it shards as [[weight, prefix], ...], made by tools/preprocess_data.py")
+    train, valid = _open(config.data.train_blend), _open(config.data.valid_blend)
+    first = train[0]
+    provenance = first.manifest.provenance
+    _check_direction(first, config.data.direction)
+    for source in [*train, *valid]:
+        source.manifest.provenance.check_same(provenance, f"the shard {source.prefix}", f"the shard {first.prefix}")
+    stated = config.model.vocab_size
+    if stated is not None and stated != provenance.vocab_size:
+        raise MismatchError(
+            f"model.vocab_size={stated} but the shard {first.prefix} has ids of {provenance.vocab_size};"
+            " leave model.vocab_size out, or preprocess with the tokenizer that the run is meant for"
+        )
+    _check_samples(config, train, valid)
+    return Sources(train, valid, provenance)
+
+
+def _open(blend: list[BlendEntry]) -> list[Source]:
+    total = sum(weight for weight, _ in blend)
+    return [Source(prefix, weight / total, check_shard(prefix)) for weight, prefix in blend]
+
+
+def _check_direction(source: Source, direction: Direction) -> None:
+    found = source.manifest.provenance.direction
+    if found is not direction:
+        raise MismatchError(
+            f"the shard {source.prefix} is {found}, the run has data.direction={direction}: a {direction} model fed {found} ids"
+            f" learns nonsense without an error; preprocess with --direction {direction}, or set data.direction={found}"
+        )
+
+
+def _check_samples(config: RunConfig, train: list[Source], valid: list[Source]) -> None:
+    """Refuse a source that would repeat without leave, and a validation set smaller than one global batch."""
+    seq_length, batch = config.data.seq_length, config.train.global_batch_size
+    needed_in_all = config.train.train_iters * batch
+    for source in train:
+        needed, available = round(source.weight * needed_in_all), source.samples_available(seq_length)
+        if needed > available and not config.data.allow_repeats:
+            raise ConfigError(
+                f"the run draws {needed:,} samples of {seq_length} tokens from {source.prefix}, which has {available:,}:"
+                f" it would be read {needed / max(available, 1):.2f} times; lower train.train_iters or its weight in"
+                " data.train_blend, add shards, or set data.allow_repeats=true"
+            )
+    for source in valid:
+        if source.samples_available(seq_length) < batch:
+            raise ConfigError(
+                f"the validation shard {source.prefix} has {source.samples_available(seq_length):,} samples of {seq_length}"
+                f" tokens, fewer than train.global_batch_size={batch}; give it more text, or lower the batch"
+            )

@@ -1,0 +1,45 @@
+"""Parameters and floating-point operations of a model, counted by hand: the one formula behind every MFU we report."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from megatron_ledom.config.derived import head_dim, query_groups
+from megatron_ledom.config.schema import ModelConfig
+
+Attention = Literal["full", "causal", "none"]
+_SHARE_OF_POSITIONS = {"full": 1.0, "causal": 0.5, "none": 0.0}
+
+
+def count_parameters(model: ModelConfig, padded_vocab: int) -> int:
+    """Weights of the whole model, with the padded rows of the embedding and of the output layer."""
+    norms = (2 * model.num_layers + 1) * model.hidden_size
+    embeddings = padded_vocab * model.hidden_size * (1 if model.share_embeddings_and_output_weights else 2)
+    return model.num_layers * sum(_layer_matrices(model)) + norms + embeddings
+
+
+def flops_per_token(model: ModelConfig, seq_length: int, padded_vocab: int, attention: Attention = "full") -> float:
+    """Floating-point operations of forward and backward for one token, in a sequence of `seq_length`.
+
+    Megatron's convention (Narayanan et al. 2021, arXiv 2104.04473, appendix; Korthikanti et al. 2022, arXiv 2205.05198,
+    section 6.3): matrix products only, a multiplication and an addition each, backward twice the forward, recomputation
+    not counted. `full` attention counts every pair of positions, also those a causal mask hides, and is what throughput
+    and MFU are reported in; `causal` counts half of them, `none` the weights only.
+    """
+    weights = model.num_layers * sum(_layer_matrices(model)) + model.hidden_size * padded_vocab
+    scores_and_values = 2 * seq_length * head_dim(model) * model.num_attention_heads * _SHARE_OF_POSITIONS[attention]
+    return 6.0 * (weights + model.num_layers * scores_and_values)
+
+
+def model_flops_utilisation(flops_per_second: float, peak_tflops: float) -> float:
+    """Share of one device's peak (in 1e12 FLOP/s) that `flops_per_second` on it amounts to."""
+    return flops_per_second / (peak_tflops * 1e12)
+
+
+def _layer_matrices(model: ModelConfig) -> Iterator[int]:
+    """Elements of each matrix of one layer: each costs as many multiplications and additions a token."""
+    query_width = head_dim(model) * model.num_attention_heads
+    key_width = head_dim(model) * query_groups(model)
+    yield model.hidden_size * query_width
+    yield 2 * model.hidden_size * key_width  # keys and values
+    yield query_width * model.hidden_size
+    yield 3 * model.hidden_size * model.ffn_hidden_size  # SwiGLU: gate, up, down

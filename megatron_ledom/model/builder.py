@@ -1,0 +1,113 @@
+"""From RunConfig to megatron-core's GPTModel: the one place where that class and its config are built."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ledom.config.derived import head_dim, query_groups
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.model.initialization import initialize_weights, leave_unset
+from megatron_ledom.model.layer_specs import LayerChoice, build_layer_spec
+from megatron_ledom.parallel.groups import ParallelGroups
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def checkpoint_metadata(groups: ParallelGroups) -> dict[str, Any]:
+    """What sharded state dicts need to know; `fully_reshardable` is the one format every layout can load."""
+    return {"dp_cp_group": groups.data_and_context, "distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def build_core_config(config: RunConfig) -> TransformerConfig:
+    """megatron-core's transformer config of a run."""
+    model, parallel = config.model, config.parallel
+    dtype = DTYPES[model.params_dtype]
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=query_groups(model),
+        kv_channels=head_dim(model),
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        init_method_std=model.init_method_std,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.params_dtype == "bf16",
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        microbatch_group_size_per_vp_stage=parallel.pipeline_model_parallel_size,
+        overlap_p2p_comm=interleaved,  # interleaved with batched p2p gives a wrong loss at two stages
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=False,  # with interleaved and overlap it is a race
+        calculate_per_token_loss=True,
+        init_method=leave_unset,  # initialize_weights draws the weights, alike for every layout
+        output_layer_init_method=leave_unset,
+        embedding_init_method=leave_unset,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        gradient_accumulation_fusion=False,
+        masked_softmax_fusion=False,
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+    )
+
+
+def build_model_chunks(config: RunConfig, padded_vocab_size: int, groups: ParallelGroups, choice: LayerChoice) -> list[GPTModel]:
+    """This rank's part of the model, one GPTModel a virtual stage, with initial weights, on its device."""
+    core_config = build_core_config(config)
+    interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
+    chunks = []
+    for chunk in range(groups.virtual_stages):
+        stage = chunk if interleaved else None
+        model = GPTModel(
+            core_config,
+            build_layer_spec(choice, core_config, stage),
+            vocab_size=padded_vocab_size,
+            max_sequence_length=config.data.seq_length,
+            pre_process=groups.holds_first_stage(chunk),
+            post_process=groups.holds_last_stage(chunk),
+            position_embedding_type="rope",
+            rotary_base=config.model.rotary_base,
+            share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
+            pg_collection=groups.collection,
+            vp_stage=stage,
+        )
+        if torch.cuda.is_available():
+            model.cuda(torch.cuda.current_device())
+        initialize_weights(model, config.train.seed, checkpoint_metadata(groups))
+        chunks.append(model)
+    return chunks
+
+
+def wrap_for_training(config: RunConfig, chunks: list[GPTModel]) -> list[DistributedDataParallel]:
+    """Mixed precision and data parallelism around the model chunks; gradients are summed in fp32."""
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=False,  # the step looks at the norm, once for all gradients
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
+        # later chunks need their gradients last: their buckets are not overlapped one by one
+        wrapped.append(DistributedDataParallel(chunk.config, ddp_config, module, disable_bucketing=index > 0))
+    return wrapped

@@ -1,0 +1,111 @@
+"""Causal attention by torch's scaled_dot_product_attention, for layer specs without Transformer Engine.
+
+Shape letters: S sequence on this rank, T whole sequence, B batch, H query heads, G key-value heads, D head width.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.module import MegatronModule
+
+
+class _GatherSequence(torch.autograd.Function):
+    """All-gather along the first axis; the backward pass sums and scatters the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # type: ignore[override]
+        ctx.group = group
+        part = part.contiguous()
+        whole = part.new_empty((group.size() * part.shape[0], *part.shape[1:]))
+        dist.all_gather_into_tensor(whole, part, group=group)
+        return whole
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        rows = gradient.shape[0] // ctx.group.size()
+        part = gradient.new_empty((rows, *gradient.shape[1:]))
+        dist.reduce_scatter_tensor(part, gradient.contiguous(), group=ctx.group)
+        return part, None
+
+
+class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
+    """softmax(QK^T / sqrt(D)) V under a causal mask, or under a given one that isolates documents.
+
+    With context parallelism each rank holds two chunks of the sequence, rank and 2n - 1 - rank of 2n, which balances the
+    causal work; keys and values are gathered from all ranks.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
+        **unused: Any,
+    ) -> None:
+        super().__init__(config=config)
+        groups = pg_collection or ProcessGroupCollection.use_mpu_process_groups(required_pgs=["tp", "cp"])
+        self.context_group = groups.cp if config.context_parallel_size > 1 else None
+        self.dropout = config.attention_dropout if attention_dropout is None else attention_dropout
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """query [S, B, H, D]; key and value [S, B, G, D]; attention_mask [B, 1, S, S], True hides. Returns [S, B, H * D]."""
+        assert attention_bias is None and packed_seq_params is None, "not reachable from this package's training path"
+        if self.context_group is not None:
+            assert attention_mask is None, "config checks refuse document isolation with context parallelism"
+            mixed_BHSD = self._attend_across_ranks(query, key, value)
+        else:
+            seen = None if attention_mask is None else ~attention_mask
+            mixed_BHSD = self._attend(*(t.permute(1, 2, 0, 3) for t in (query, key, value)), seen)
+        return mixed_BHSD.permute(2, 0, 1, 3).flatten(2)
+
+    def _attend(self, q_BHSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+        return F.scaled_dot_product_attention(
+            q_BHSD,
+            k_BGTD,
+            v_BGTD,
+            attn_mask=seen,
+            is_causal=seen is None,
+            dropout_p=self.dropout if self.training else 0.0,
+            scale=self.scale,
+            enable_gqa=k_BGTD.shape[1] != q_BHSD.shape[1],
+        )
+
+    def _attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        group = self.context_group
+        assert group is not None
+        ranks, chunk = group.size(), query.shape[0] // 2
+        held = [c for rank in range(ranks) for c in (rank, 2 * ranks - 1 - rank)]
+        to_sequence = torch.tensor(held).argsort()
+        gathered = _GatherSequence.apply(torch.stack((key, value), 1), group)
+        whole_T2BGD = gathered.view(2 * ranks, chunk, *gathered.shape[1:])[to_sequence.to(key.device)].flatten(0, 1)
+        k_BGTD, v_BGTD = (whole_T2BGD[:, i].permute(1, 2, 0, 3) for i in (0, 1))
+        mixed = []
+        for half, index in enumerate((group.rank(), 2 * ranks - 1 - group.rank())):
+            q_BHSD = query[half * chunk : (half + 1) * chunk].permute(1, 2, 0, 3)
+            end = (index + 1) * chunk
+            seen = torch.ones(chunk, end, dtype=torch.bool, device=query.device).tril(end - chunk)
+            mixed.append(self._attend(q_BHSD, k_BGTD[:, :, :end], v_BGTD[:, :, :end], seen))
+        return torch.cat(mixed, 2)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        """Nothing: there are no weights."""
+        return {}

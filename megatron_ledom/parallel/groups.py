@@ -1,0 +1,74 @@
+"""Process groups of a run. The one place that knows megatron-core's global group state; others get groups as arguments."""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_ledom.config.schema import ParallelConfig
+from megatron_ledom.platform.device import Platform
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelGroups:
+    """This rank's place in the layout, and the groups it talks in."""
+
+    collection: ProcessGroupCollection
+    tensor: dist.ProcessGroup
+    pipeline: dist.ProcessGroup
+    context: dist.ProcessGroup
+    data: dist.ProcessGroup
+    data_and_context: dist.ProcessGroup
+    virtual_stages: int
+    """Model chunks of this rank; 1 without the interleaved schedule."""
+
+    def holds_first_stage(self, chunk: int) -> bool:
+        """Whether this rank's model chunk has the embedding."""
+        return self.pipeline.rank() == 0 and chunk == 0
+
+    def holds_last_stage(self, chunk: int) -> bool:
+        """Whether this rank's model chunk has the output layer and the loss."""
+        return self.pipeline.rank() == self.pipeline.size() - 1 and chunk == self.virtual_stages - 1
+
+
+def launched_world_size() -> int:
+    """Ranks that torchrun or srun has launched; 1 when started by hand."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start_distributed(platform: Platform, parallel: ParallelConfig) -> ParallelGroups:
+    """Join the process group of all launched ranks and lay out the tensor, pipeline, context and data groups."""
+    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
+    if "RANK" in os.environ:
+        device_id = platform.device if platform.device.type == "cuda" else None
+        dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id)
+    else:
+        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=parallel.distributed_timeout_minutes,
+        create_gloo_process_groups=False,
+    )
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return ParallelGroups(
+        collection=collection,
+        tensor=collection.tp,
+        pipeline=collection.pp,
+        context=collection.cp,
+        data=parallel_state.get_data_parallel_group(),
+        data_and_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
+        virtual_stages=parallel.virtual_pipeline_model_parallel_size or 1,
+    )
+
+
+def stop_distributed() -> None:
+    """Leave all process groups; safe to call when there are none."""
+    if dist.is_initialized():
+        parallel_state.destroy_model_parallel()
+        dist.destroy_process_group()

@@ -1,0 +1,133 @@
+"""Makes megatron-core run on a machine without CUDA. Nothing here is touched where CUDA is available.
+
+megatron-core 0.16 names CUDA literally in its training path: streams, `device="cuda"`, pinned memory, the CUDA random
+state, tensor type names. Each gets its CPU equivalent here, so that the rest of the package, and megatron-core itself,
+are the same on both kinds of machine. The patches replace names for the life of the process.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from megatron.core import optimizer as core_optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.optimizer import optimizer as core_optimizer_classes
+from megatron.core.tensor_parallel import random as core_random
+
+from megatron_ledom.platform.adam import GroupStepAdam
+
+CPU = torch.device("cpu")
+FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like")
+
+
+class _NoStream:
+    """Stands in for a CUDA stream or event: on a CPU everything is already in order."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+@functools.cache
+def install_cpu_engine() -> None:
+    """Give every CUDA call of megatron-core's training path its CPU equivalent. Called once a process."""
+    _replace_cuda_calls()
+    _replace_cuda_devices()
+    _replace_random_state()
+    _replace_optimizer_parts()
+
+
+def _replace_cuda_calls() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: CPU
+    cuda.synchronize = lambda *args, **kwargs: None
+    cuda.empty_cache = lambda: None
+    cuda.Stream = cuda.Event = _NoStream
+    cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _NoStream()
+    cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
+    cuda.manual_seed = torch.default_generator.manual_seed  # torch.manual_seed would call this again, without end
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+
+def _replace_cuda_devices() -> None:
+    """Factories with a literal `device="cuda"`. A TorchFunctionMode would not do: it is off inside the backward pass."""
+
+    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @functools.wraps(factory)
+        def build(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if str(kwargs.get("device")).startswith("cuda"):
+                kwargs["device"] = CPU
+            kwargs.pop("pin_memory", None)
+            return factory(*args, **kwargs)
+
+        return build
+
+    for name in FACTORIES:
+        setattr(torch, name, on_cpu(getattr(torch, name)))
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
+
+
+class _CpuRandomStates(core_random.CudaRNGStatesTracker):  # type: ignore[misc]
+    """The tracked random state is the CPU generator's, so dropout repeats under every kind of recompute."""
+
+    @contextlib.contextmanager
+    def fork(self, name: str = core_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        outer, outer_name = torch.get_rng_state(), self._current_state_name
+        torch.set_rng_state(self.states_[name])
+        self._current_state_name = name
+        try:
+            yield
+        finally:
+            self.states_[name] = torch.get_rng_state()
+            torch.set_rng_state(outer)
+            self._current_state_name = outer_name
+
+
+def _replace_random_state() -> None:
+    core_random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    core_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+    core_random.CudaRNGStatesTracker = _CpuRandomStates
+
+
+@contextlib.contextmanager
+def _cuda_type_names() -> Iterator[None]:
+    """The optimizer asks for 'torch.cuda.FloatTensor' by name; inside, CPU tensors answer so."""
+    original = torch.Tensor.type
+
+    def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        answer = original(self, *args, **kwargs)
+        return answer if args or kwargs else answer.replace("torch.", "torch.cuda.")
+
+    torch.Tensor.type = type_name  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.Tensor.type = original  # type: ignore[method-assign]
+
+
+def _with_cuda_type_names(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _cuda_type_names():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _replace_optimizer_parts() -> None:
+    build = "_get_megatron_optimizer_based_on_param_groups"
+    setattr(core_optimizer, build, _with_cuda_type_names(getattr(core_optimizer, build)))
+    clip = _with_cuda_type_names(clip_grads.clip_grad_by_total_norm_fp32)
+    clip_grads.clip_grad_by_total_norm_fp32 = core_optimizer_classes.clip_grad_by_total_norm_fp32 = clip
+    for name in ("load_parameter_state_from_dp_reshardable", "load_parameter_state_from_fully_reshardable"):
+        load = getattr(distrib_optimizer.DistributedOptimizer, name)  # writes into views of fp32 leaves
+        setattr(distrib_optimizer.DistributedOptimizer, name, torch.no_grad()(load))
+    if core_optimizer.USING_PYTORCH_OPTIMIZER:
+        core_optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
+        core_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

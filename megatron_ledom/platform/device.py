@@ -1,0 +1,91 @@
+"""What machine this is: CUDA with NCCL, or a CPU with gloo. The choice is made here, once, and logged by the caller."""
+
+import os
+import time
+from dataclasses import dataclass
+
+import torch
+
+from megatron_ledom.platform.cpu_engine import install_cpu_engine
+from megatron_ledom.platform.engine_fixes import install_engine_fixes
+
+DENSE_BF16_TFLOPS = {
+    "A100": 312.0,
+    "A800": 312.0,
+    "H100 PCIe": 756.0,
+    "H100": 989.0,
+    "H800": 989.0,
+    "H200": 989.0,
+    "GH200": 989.0,
+    "B200": 2250.0,
+    "L40S": 362.0,
+    "A10": 125.0,
+    "RTX 4090": 165.0,
+}
+"""Peak dense bf16 throughput by a part of the device's name, as the maker states it, in 1e12 FLOP/s."""
+
+
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """The device of this rank, the collective backend that goes with it, and the CPU threads it may use."""
+
+    device: torch.device
+    backend: str
+    num_threads: int
+
+    def describe(self) -> str:
+        """One line for the log."""
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name(self.device)} with {self.backend}"
+        return f"CPU ({self.num_threads} threads a rank) with {self.backend}"
+
+    def synchronize(self) -> None:
+        """Wait for the device, so that a clock read next is true."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def prepare_platform(num_threads: int | None) -> Platform:
+    """Choose the device of this rank and make megatron-core run on it; call before anything of it is built."""
+    install_engine_fixes()
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    threads = num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return Platform(device, "nccl", threads)
+    install_cpu_engine()
+    return Platform(torch.device("cpu"), "gloo", threads)
+
+
+def peak_flops(platform: Platform, dtype: torch.dtype) -> tuple[float, str]:
+    """Peak FLOP/s of this rank's device for matrix products of `dtype`, and where the figure is from."""
+    if platform.device.type == "cuda":
+        name = torch.cuda.get_device_name(platform.device)
+        for part in sorted(DENSE_BF16_TFLOPS, key=len, reverse=True):
+            if part in name:
+                return DENSE_BF16_TFLOPS[part] * 1e12, f"bf16 peak of {part}"
+    return measured_matmul_flops(platform, dtype), "measured, 1024^3 matrix product"
+
+
+def measured_matmul_flops(platform: Platform, dtype: torch.dtype, side: int = 1024, seconds: float = 0.25) -> float:
+    """Best FLOP/s of repeated [side, side] matrix products within `seconds`."""
+    a = torch.randn(side, side, device=platform.device).to(dtype)
+    torch.mm(a, a)
+    best, end = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        platform.synchronize()
+        start = time.perf_counter()
+        torch.mm(a, a)
+        platform.synchronize()
+        best = max(best, 2 * side**3 / (time.perf_counter() - start))
+    return best
+
+
+def preferred_params_dtype(platform: Platform) -> str:
+    """`bf16` where this device multiplies it faster than fp32 (every recent GPU, CPUs with AMX or AVX512-BF16), else `fp32`."""
+    if platform.device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    fast = measured_matmul_flops(platform, torch.bfloat16) > 1.2 * measured_matmul_flops(platform, torch.float32)
+    return "bf16" if fast else "fp32"

@@ -1,0 +1,44 @@
+"""Corrections of megatron-core 0.16 that hold on every machine. Each names what goes wrong without it."""
+
+import functools
+from typing import Any
+
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+
+@functools.cache
+def install_engine_fixes() -> None:
+    """Apply every correction once a process."""
+    _fix_padded_buckets()
+
+
+def _fix_padded_buckets() -> None:
+    """Saved state of the distributed optimizer with several padded buckets is shifted, in silence.
+
+    The gathered tensor of a save drops the padding at the end of each bucket, but the parameters' offsets in
+    `param_index_map` still count it, so every parameter behind the first padded bucket is saved from the wrong place.
+    While the state is saved, the offsets are those without padding.
+    """
+    original = DistributedOptimizer.sharded_param_state_fully_reshardable
+    if "cumulative_padding_stripped" in original.__code__.co_varnames:
+        return  # a megatron-core that corrects it itself
+
+    @functools.wraps(original)
+    def without_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+        kept = [buffer.param_index_map for buffer in self.buffers]
+        for buffer in self.buffers:
+            dropped, padding_before = 0, []
+            for bucket in buffer.buckets:
+                padding_before.append(dropped)
+                dropped += bucket.grad_data.numel() - bucket.numel_unpadded
+            buffer.param_index_map = {
+                param: (start - padding_before[index], end - padding_before[index], index)
+                for param, (start, end, index) in buffer.param_index_map.items()
+            }
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            for buffer, index_map in zip(self.buffers, kept, strict=True):
+                buffer.param_index_map = index_map
+
+    DistributedOptimizer.sharded_param_state_fully_reshardable = without_padding

@@ -1,0 +1,87 @@
+"""Training: `torchrun ... -m megatron_ledom.pretrain --config FILE [section.key=value ...]`.
+
+The same command on the same `run_dir` goes on where the last one stopped. SIGTERM or SIGUSR1 saves at the next step
+boundary and exits with 0.
+"""
+
+import argparse
+import logging
+import os
+import sys
+
+from megatron_ledom.config.checks import check_config
+from megatron_ledom.config.load import load_config, save_config
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.errors import ConfigError, run_command
+
+log = logging.getLogger("megatron_ledom.pretrain")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; torch is not imported yet."""
+    parser = argparse.ArgumentParser(
+        prog="python -m megatron_ledom.pretrain",
+        description="Train a reverse (or forward) language model from indexed shards.",
+        epilog="Example: torchrun --nproc-per-node 8 -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml train.seed=1",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run; see examples/configs")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and every derived number, and stop")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Parse, check, then train or describe."""
+    arguments = parse_arguments()
+    config = load_config(arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        from megatron_ledom.training.dry_run import describe_run
+
+        print(describe_run(config, config.parallel.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
+        return
+    check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
+    run(config)
+
+
+def run(config: RunConfig) -> None:
+    """Train one run in this process, as one of the launched ranks."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s [rank {rank}] %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
+    from megatron_ledom.data.sources import load_sources
+
+    sources = load_sources(config)  # every cheap check before torch starts anything
+    from megatron_ledom.model.layer_specs import choose_layers
+    from megatron_ledom.parallel.groups import start_distributed, stop_distributed
+    from megatron_ledom.platform.device import prepare_platform
+    from megatron_ledom.training.loop import train
+    from megatron_ledom.training.state import build_state
+
+    platform = prepare_platform(config.train.num_threads)
+    choice = choose_layers(config)
+    log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
+    _prepare_run_folder(config, rank)
+    groups = start_distributed(platform, config.parallel)
+    try:
+        train(build_state(config, sources, platform, groups, choice))
+    finally:
+        stop_distributed()
+
+
+def _prepare_run_folder(config: RunConfig, rank: int) -> None:
+    """Rank 0 writes the resolved config and keeps a copy of the tokenizer for the export."""
+    if rank != 0:
+        return
+    try:
+        os.makedirs(config.run_dir, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"run_dir={config.run_dir} cannot be made ({error.strerror}); name a folder you may write to") from error
+    save_config(config, os.path.join(config.run_dir, "config.yaml"))
+
+
+if __name__ == "__main__":  # saving a checkpoint starts processes that import this file again
+    run_command(main)

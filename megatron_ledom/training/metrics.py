@@ -1,0 +1,124 @@
+"""What a run reports: `metrics.jsonl` first, TensorBoard and Weights & Biases beside it."""
+
+import json
+import logging
+import os
+import time
+from typing import Any
+
+import torch.distributed as dist
+from torch.utils.tensorboard import SummaryWriter
+
+from megatron_ledom.config.derived import padded_vocab_size
+from megatron_ledom.config.load import to_dict
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.errors import UsageError
+from megatron_ledom.model.arithmetic import flops_per_token
+from megatron_ledom.model.builder import DTYPES
+from megatron_ledom.platform.device import Platform, peak_flops
+
+log = logging.getLogger(__name__)
+
+Record = dict[str, Any]
+
+
+class Throughput:
+    """Tokens a second and the share of the machine's peak since the last reading."""
+
+    def __init__(self, config: RunConfig, vocab_size: int, platform: Platform, world_size: int) -> None:
+        peak, source = peak_flops(platform, DTYPES[config.model.params_dtype])
+        if config.logging.peak_tflops is not None:
+            peak, source = config.logging.peak_tflops * 1e12, "logging.peak_tflops"
+        padded = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
+        self.flops_per_token = flops_per_token(config.model, config.data.seq_length, padded)
+        self.peak = peak * world_size
+        log.info("MFU is of %.3g FLOP/s a rank (%s)", peak, source)
+        self.started = self.last = time.perf_counter()
+        self.tokens = 0
+
+    def count(self, tokens: int) -> None:
+        """Add the tokens of one step, over all ranks."""
+        self.tokens += tokens
+
+    def pause(self, seconds: float) -> None:
+        """Leave out time that was not training, such as a save or a validation."""
+        self.last += seconds
+
+    def read(self) -> Record:
+        """tokens_per_second and mfu since the last reading, and the seconds since the process began training."""
+        now = time.perf_counter()
+        rate = self.tokens / (now - self.last)
+        self.tokens, self.last = 0, now
+        return {
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / self.peak,
+            "elapsed_seconds": now - self.started,
+        }
+
+
+class MetricsWriter:
+    """Writes records on rank 0 and nowhere else; after a resume it goes on behind the resumed iteration."""
+
+    def __init__(self, config: RunConfig, iteration: int) -> None:
+        self.file = self.board = self.wandb = None
+        if dist.get_rank() != 0:
+            return
+        path = os.path.join(config.run_dir, "metrics.jsonl")
+        _drop_after(path, iteration)
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+        if config.logging.tensorboard:
+            self.board = SummaryWriter(os.path.join(config.run_dir, "tensorboard"), purge_step=iteration + 1)
+        if config.logging.wandb_project is not None:
+            self.wandb = _start_wandb(config)
+
+    def write(self, record: Record) -> None:
+        """One logged iteration, with its validation if there was one."""
+        if self.file is None:
+            return
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        flat = _flatten(record)
+        if self.board is not None:
+            for name, value in flat.items():
+                self.board.add_scalar(name, value, record["iteration"])
+        if self.wandb is not None:
+            self.wandb.log(flat, step=record["iteration"])
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        if self.file is not None:
+            self.file.close()
+        if self.board is not None:
+            self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _flatten(record: Record) -> dict[str, float]:
+    flat = {name: value for name, value in record.items() if isinstance(value, int | float)}
+    for prefix, result in record.get("validation", {}).items():
+        flat.update({f"validation/{prefix}/{name}": value for name, value in result.items()})
+    return flat
+
+
+def _drop_after(path: str, iteration: int) -> None:
+    """Lines of iterations that a kill undid are dropped, a torn last line too: each iteration stands once."""
+    if not os.path.exists(path):
+        return
+    kept = []
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
+                kept.append(line)
+    with open(path + ".part", "w", encoding="utf-8") as file:
+        file.writelines(kept)
+    os.replace(path + ".part", path)
+
+
+def _start_wandb(config: RunConfig) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageError("logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'") from error
+    run_id = os.path.basename(os.path.normpath(config.run_dir))
+    return wandb.init(project=config.logging.wandb_project, id=run_id, resume="allow", dir=config.run_dir, config=to_dict(config))

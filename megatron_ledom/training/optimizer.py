@@ -1,0 +1,74 @@
+"""megatron-core's optimizer and learning-rate schedule, from the config."""
+
+from typing import Any
+
+import torch
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.parallel.groups import ParallelGroups
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups) -> Any:
+    """AdamW over fp32 main weights; vectors (norms) are not decayed. Ties gradient reduction into the model's schedule."""
+    settings = config.optimizer
+    optimizer_config = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=config.model.params_dtype == "bf16",
+        params_dtype=DTYPES[config.model.params_dtype],
+        use_distributed_optimizer=config.parallel.use_distributed_optimizer,
+    )
+    optimizer = get_megatron_optimizer(
+        optimizer_config, model, use_gloo_process_groups=False, pg_collection=groups.collection
+    )
+    _tie_gradient_reduction(config, model, optimizer)
+    return optimizer
+
+
+def _tie_gradient_reduction(config: RunConfig, model: list[Any], optimizer: Any) -> None:
+    """The functions by which megatron-core's schedules reduce gradients and gather parameters, overlapped if asked."""
+    parallel, core_config = config.parallel, model[0].config
+
+    def each_or_one(functions: list[Any]) -> Any:
+        return functions if len(functions) > 1 else functions[0]
+
+    core_config.grad_scale_func = optimizer.scale_loss
+    core_config.finalize_model_grads_func = finalize_model_grads
+    if parallel.overlap_grad_reduce:
+        core_config.no_sync_func = each_or_one([chunk.no_sync for chunk in model])
+        if parallel.pipeline_model_parallel_size > 1:
+            core_config.grad_sync_func = each_or_one([chunk.start_grad_sync for chunk in model])
+    if parallel.overlap_param_gather:
+        core_config.param_sync_func = each_or_one([chunk.start_param_sync for chunk in model])
+
+
+def build_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
+    """Linear warm-up, then the decay; counted in samples, so that the batch size may change on resume."""
+    settings, batch = config.optimizer, config.train.global_batch_size
+    decay_iters = settings.lr_decay_iters or config.train.train_iters
+    return OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=settings.lr,
+        min_lr=settings.min_lr,
+        lr_warmup_steps=settings.lr_warmup_iters * batch,
+        lr_decay_steps=decay_iters * batch,
+        lr_decay_style=settings.lr_decay_style,
+        start_wd=settings.weight_decay,
+        end_wd=settings.weight_decay,
+        wd_incr_steps=config.train.train_iters * batch,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,  # the config decides; the checkpoint gives the position only
+    )

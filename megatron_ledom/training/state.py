@@ -1,0 +1,103 @@
+"""Everything a running training holds, built once from the config."""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ledom.checkpoint.manifest import CheckpointManifest, check_fits
+from megatron_ledom.checkpoint.store import CheckpointStore
+from megatron_ledom.config.derived import padded_vocab_size
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.data.dataset import build_train_dataset, build_valid_datasets
+from megatron_ledom.data.sources import Sources
+from megatron_ledom.direction import Provenance
+from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata, wrap_for_training
+from megatron_ledom.model.layer_specs import LayerChoice
+from megatron_ledom.parallel.groups import ParallelGroups
+from megatron_ledom.parallel.seeds import seed_iteration
+from megatron_ledom.platform.device import Platform
+from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class TrainState:
+    """A run in memory: what it is made of, and how far it has come."""
+
+    config: RunConfig
+    platform: Platform
+    groups: ParallelGroups
+    provenance: Provenance
+    model: list[Any]
+    """This rank's model chunks, wrapped for training."""
+    optimizer: Any
+    scheduler: Any
+    train_dataset: Any
+    valid_datasets: dict[str, Any]
+    sources: Sources
+    store: CheckpointStore
+    iteration: int = 0
+    """Optimizer steps done."""
+    consumed_train_samples: int = 0
+    consumed_train_tokens: int = 0
+
+    def advance(self) -> None:
+        """Count one optimizer step."""
+        self.iteration += 1
+        self.consumed_train_samples += self.config.train.global_batch_size
+        self.consumed_train_tokens += self.config.train.global_batch_size * self.config.data.seq_length
+
+
+def build_state(
+    config: RunConfig, sources: Sources, platform: Platform, groups: ParallelGroups, choice: LayerChoice
+) -> TrainState:
+    """Build model, optimizer, schedule and data; then take up the latest checkpoint of the run folder, if there is one."""
+    seed_iteration(config.train.seed, 0, groups)
+    cache = config.data.path_to_cache or os.path.join(config.run_dir, "index_cache")
+    chunks = build_model_chunks(config, padded_vocab_size(sources.provenance.vocab_size, config.model.make_vocab_size_divisible_by), groups, choice)
+    model = wrap_for_training(config, chunks)
+    optimizer = build_optimizer(config, model, groups)
+    state = TrainState(
+        config=config,
+        platform=platform,
+        groups=groups,
+        provenance=sources.provenance,
+        model=model,
+        optimizer=optimizer,
+        scheduler=build_scheduler(config, optimizer),
+        train_dataset=build_train_dataset(config, sources, cache),
+        valid_datasets=build_valid_datasets(config, sources, cache),
+        sources=sources,
+        store=CheckpointStore(os.path.join(config.run_dir, "checkpoints"), checkpoint_metadata(groups)),
+    )
+    _resume(state)
+    return state
+
+
+def _resume(state: TrainState) -> None:
+    """Take up weights, optimizer, schedule and position from the latest checkpoint."""
+    latest = state.store.latest()
+    if latest is None:
+        log.info("starting from scratch: no checkpoint in %s", state.store.folder)
+        return
+    manifest = state.store.load_manifest(latest)
+    check_fits(manifest, state.config, state.provenance, latest)
+    state.store.load(latest, state.model, state.optimizer, state.scheduler)
+    state.iteration = manifest.iteration
+    state.consumed_train_samples = manifest.consumed_train_samples
+    state.consumed_train_tokens = manifest.consumed_train_tokens
+    log.info("resumed from %s at iteration %d", latest, state.iteration)
+
+
+def save_checkpoint(state: TrainState) -> None:
+    """Write the whole state as a checkpoint of this iteration, unless it is already there. Call on every rank."""
+    manifest = CheckpointManifest.describe(
+        state.config,
+        state.provenance,
+        iteration=state.iteration,
+        consumed_train_samples=state.consumed_train_samples,
+        consumed_train_tokens=state.consumed_train_tokens,
+    )
+    state.store.save(manifest, state.model, state.optimizer, state.scheduler)

@@ -1,0 +1,91 @@
+"""One optimizer step: micro-batches through megatron-core's schedule, gradients reduced, clipped, applied."""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_ledom.config.derived import num_microbatches
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.data.batch import Batch
+from megatron_ledom.errors import StoppedError
+from megatron_ledom.parallel.groups import ParallelGroups
+
+LossTerms = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What one optimizer step reports."""
+
+    lm_loss: float
+    """Mean negative log-likelihood of the tokens the mask keeps, in nats."""
+    grad_norm: float
+    """Global gradient norm before clipping."""
+
+
+def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> LossTerms:
+    """Sum over kept tokens, their number, and both for the report. losses and loss_mask: [b, s], fp32."""
+    kept = (losses.float() * loss_mask).sum()
+    count = loss_mask.sum()
+    return kept, count.to(torch.int), {"lm_loss": torch.stack([kept.detach(), count])}
+
+
+def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossTerms]]:
+    """What megatron-core's schedules call for each micro-batch: the model's output and the loss to take of it."""
+    batch = next(batches)
+    output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
+    return output, partial(masked_loss, batch["loss_mask"])
+
+
+def run_schedule(
+    config: RunConfig, model: list[Any], batches: list[Iterator[Batch]], groups: ParallelGroups, *, forward_only: bool
+) -> tuple[float, float]:
+    """One global batch through the pipeline. Returns the loss sum and token count of all ranks, on every rank."""
+    schedule = get_forward_backward_func(
+        groups.pipeline.size(), groups.virtual_stages if groups.virtual_stages > 1 else None
+    )
+    reports = schedule(
+        forward_step_func=forward_step,
+        data_iterator=batches if len(batches) > 1 else batches[0],
+        model=model if len(model) > 1 else model[0],
+        num_microbatches=num_microbatches(config, dist.get_world_size()),
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        forward_only=forward_only,
+    )
+    device = next(model[0].parameters()).device
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for report in reports:  # empty except on the last pipeline stage
+        total += report["lm_loss"]
+    dist.all_reduce(total, group=groups.data_and_context)
+    dist.all_reduce(total, group=groups.pipeline)
+    return float(total[0]), float(total[1])
+
+
+def train_step(
+    config: RunConfig,
+    model: list[Any],
+    optimizer: Any,
+    scheduler: Any,
+    batches: list[Iterator[Batch]],
+    groups: ParallelGroups,
+) -> StepResult:
+    """One optimizer step over one global batch. Raises StoppedError when the loss or the gradient is not finite."""
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss_sum, num_tokens = run_schedule(config, model, batches, groups, forward_only=False)
+    lm_loss = loss_sum / max(num_tokens, 1.0)
+    if not math.isfinite(lm_loss):
+        raise StoppedError(f"the loss is {lm_loss}: nothing was updated; lower optimizer.lr, or look at the data of this step")
+    applied, grad_norm, _ = optimizer.step()
+    if not applied or not math.isfinite(grad_norm):
+        raise StoppedError(f"the gradient norm is {grad_norm}; the last checkpoint is good: lower optimizer.lr and start again")
+    scheduler.step(increment=config.train.global_batch_size)
+    return StepResult(lm_loss, float(grad_norm))
