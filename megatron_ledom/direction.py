@@ -57,7 +57,7 @@ def pack_documents(
     because a numpy cast wraps around in silence. Returns the packed ids [total + kept] and the stored lengths [kept],
     eod included. Raises DataError for an id outside [0, vocab_size) or one that `dtype` cannot hold.
     """
-    from megatron_ledom import _helpers  # compiled at install; imported late so that inference does without it
+    import megatron_ledom._helpers as helpers  # compiled at install; imported late so that inference does without it
 
     dtype = np.dtype(dtype)
     if vocab_size - 1 > np.iinfo(dtype).max:
@@ -67,7 +67,7 @@ def pack_documents(
     lengths = np.diff(offsets)
     kept = lengths[lengths > 0]
     packed = np.empty(int(kept.sum()) + len(kept), dtype)
-    bad = _helpers.pack_documents(text_ids, offsets, packed, direction is Direction.REVERSE, eod_id, vocab_size)
+    bad = helpers.pack_documents(text_ids, offsets, packed, direction is Direction.REVERSE, eod_id, vocab_size)
     if bad >= 0:
         raise DataError(f"token id {int(text_ids[bad])} is outside the vocabulary of {vocab_size:,} ids")
     return packed, (kept + 1).astype(np.int32)

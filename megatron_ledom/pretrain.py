@@ -8,11 +8,15 @@ import argparse
 import logging
 import os
 import sys
+from typing import TYPE_CHECKING
 
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.load import load_config, save_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError, run_command
+
+if TYPE_CHECKING:
+    from megatron_ledom.data.sources import Sources
 
 log = logging.getLogger("megatron_ledom.pretrain")
 
@@ -64,7 +68,8 @@ def run(config: RunConfig) -> None:
     platform = prepare_platform(config.train.num_threads)
     choice = choose_layers(config)
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
-    _prepare_run_folder(config, rank)
+    if rank == 0:
+        prepare_run_folder(config, sources)
     groups = start_distributed(platform, config.parallel)
     try:
         train(build_state(config, sources, platform, groups, choice))
@@ -72,14 +77,17 @@ def run(config: RunConfig) -> None:
         stop_distributed()
 
 
-def _prepare_run_folder(config: RunConfig, rank: int) -> None:
-    """Rank 0 writes the resolved config and keeps a copy of the tokenizer for the export."""
-    if rank != 0:
-        return
+def prepare_run_folder(config: RunConfig, sources: "Sources") -> None:
+    """Write the resolved config, and keep a copy of the tokenizer for the export."""
+    from megatron_ledom.data.sources import keep_tokenizer
+
     try:
         os.makedirs(config.run_dir, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"run_dir={config.run_dir} cannot be made ({error.strerror}); name a folder you may write to") from error
+        raise ConfigError(
+            f"run_dir={config.run_dir} cannot be made ({error.strerror}); name a folder you may write to"
+        ) from error
+    keep_tokenizer(config, sources)
     save_config(config, os.path.join(config.run_dir, "config.yaml"))
 
 

@@ -76,11 +76,15 @@ def load_manifest(folder: str) -> CheckpointManifest:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)
     except FileNotFoundError as error:
-        raise DataError(f"{folder} has no {MANIFEST}: it is no finished checkpoint; name a folder such as RUN/checkpoints/iter_0001000") from error
+        raise DataError(
+            f"{folder} has no {MANIFEST}: it is no finished checkpoint; name a folder such as RUN/checkpoints/iter_0001000"
+        ) from error
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); the checkpoint is damaged, use an earlier one") from error
     if values.get("format_version") != FORMAT_VERSION:
-        raise DataError(f"{path} has format version {values.get('format_version')}, this package reads {FORMAT_VERSION}; update it")
+        raise DataError(
+            f"{path} has format version {values.get('format_version')}, this package reads {FORMAT_VERSION}; update it"
+        )
     provenance = Provenance.from_dict(values, path)
     names = [name for name in CheckpointManifest.__dataclass_fields__ if name != "provenance"]
     missing = [name for name in names if name not in values]

@@ -68,7 +68,9 @@ class CheckpointStore:
         try:
             state = dist_checkpointing.load(wanted, checkpoint, strict=StrictHandling.RAISE_ALL)
         except (OSError, KeyError, RuntimeError) as error:
-            raise DataError(f"{checkpoint} cannot be read ({error}); it is damaged: point {LATEST} to an earlier one") from error
+            raise DataError(
+                f"{checkpoint} cannot be read ({error}); it is damaged: point {LATEST} to an earlier one"
+            ) from error
         for key, chunk in zip(_model_keys(model), model, strict=True):
             unwrapped(chunk).load_state_dict(state[key])
         optimizer.load_state_dict(state["optimizer"])
@@ -106,7 +108,9 @@ def latest_checkpoint(folder: str) -> str | None:
         return None
     checkpoint = os.path.join(folder, name)
     if not os.path.isdir(checkpoint):
-        raise DataError(f"{folder}/{LATEST} names {name!r}, which is not there; write the name of a finished checkpoint into it")
+        raise DataError(
+            f"{folder}/{LATEST} names {name!r}, which is not there; write the name of a finished checkpoint into it"
+        )
     return checkpoint
 
 

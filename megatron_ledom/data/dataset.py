@@ -64,7 +64,9 @@ def _build(config: RunConfig, sources: Sequence[Source], eod_id: int, samples: i
     try:
         dataset = builder.build()[0]
     except OSError as error:
-        raise UsageError(f"the sample index cannot be written to {cache} ({error}); set data.path_to_cache to a writable folder") from error
+        raise UsageError(
+            f"the sample index cannot be written to {cache} ({error}); set data.path_to_cache to a writable folder"
+        ) from error
     if len(dataset) < samples:
         raise UsageError(f"the shards {blend[0]} give {len(dataset)} samples, {samples} are needed; lower train.train_iters")
     if dist.is_initialized():

@@ -1,11 +1,19 @@
 """The shards a run reads: checked against each other and against the run before anything heavy."""
 
+import logging
+import os
 from dataclasses import dataclass
 
 from megatron_ledom.config.schema import BlendEntry, RunConfig
 from megatron_ledom.data.shard import ShardManifest, check_shard
+from megatron_ledom.data.tokenizer import load_tokenizer
 from megatron_ledom.direction import Direction, Provenance
 from megatron_ledom.errors import ConfigError, MismatchError
+
+log = logging.getLogger(__name__)
+
+RUN_TOKENIZER = "tokenizer"
+"""Folder in the run folder that holds the tokenizer for the export."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +42,9 @@ class Sources:
 def load_sources(config: RunConfig) -> Sources:
     """Open the manifests of all shards of the run. Raises a LedomError that names the first thing that does not fit."""
     if not config.data.train_blend:
-        raise ConfigError("data.train_blend is empty: give it shards as [[weight, prefix], ...], made by tools/preprocess_data.py")
+        raise ConfigError(
+            "data.train_blend is empty: give it shards as [[weight, prefix], ...], made by tools/preprocess_data.py"
+        )
     train, valid = _open(config.data.train_blend), _open(config.data.valid_blend)
     first = train[0]
     provenance = first.manifest.provenance
@@ -83,3 +93,15 @@ def _check_samples(config: RunConfig, train: list[Source], valid: list[Source]) 
                 f"the validation shard {source.prefix} has {source.samples_available(seq_length):,} samples of {seq_length}"
                 f" tokens, fewer than train.global_batch_size={batch}; give it more text, or lower the batch"
             )
+
+
+def keep_tokenizer(config: RunConfig, sources: Sources) -> None:
+    """Copy the tokenizer into the run folder, with eod as its eos. Raises MismatchError if it is not the shards' tokenizer."""
+    manifest = sources.train[0].manifest
+    path = config.data.tokenizer or manifest.tokenizer_path
+    if config.data.tokenizer is None and not os.path.exists(path):
+        log.warning("no data.tokenizer, and the shards' own (%s) is not here: the run trains, but cannot be exported yet", path)
+        return
+    tokenizer = load_tokenizer(path, manifest.eod_token or None)
+    tokenizer.provenance(config.data.direction).check_same(sources.provenance, f"the tokenizer {path}", "the data of this run")
+    tokenizer.save(os.path.join(config.run_dir, RUN_TOKENIZER))

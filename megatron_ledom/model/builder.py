@@ -68,7 +68,9 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
     )
 
 
-def build_model_chunks(config: RunConfig, padded_vocab_size: int, groups: ParallelGroups, choice: LayerChoice) -> list[GPTModel]:
+def build_model_chunks(
+    config: RunConfig, padded_vocab_size: int, groups: ParallelGroups, choice: LayerChoice
+) -> list[GPTModel]:
     """This rank's part of the model, one GPTModel a virtual stage, with initial weights, on its device."""
     core_config = build_core_config(config)
     interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None

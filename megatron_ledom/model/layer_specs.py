@@ -28,9 +28,12 @@ def choose_layers(config: RunConfig) -> LayerChoice:
     wanted = config.model.transformer_impl
     installed = importlib.util.find_spec("transformer_engine") is not None
     usable = installed and torch.cuda.is_available()
-    state = f"Transformer Engine {'installed' if installed else 'not installed'}, CUDA {'there' if usable or torch.cuda.is_available() else 'absent'}"
+    state = f"Transformer Engine {'installed' if installed else 'not installed'}"
+    state += f", CUDA {'there' if torch.cuda.is_available() else 'absent'}"
     if wanted == "transformer_engine" and not usable:
-        raise ConfigError(f"model.transformer_impl=transformer_engine cannot run here: {state}; install it, or use torch or auto")
+        raise ConfigError(
+            f"model.transformer_impl=transformer_engine cannot run here: {state}; install it, or use torch or auto"
+        )
     if config.data.reset_attention_mask and (wanted == "transformer_engine" or (wanted == "auto" and usable)):
         if wanted == "transformer_engine":
             raise ConfigError(

@@ -17,6 +17,7 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # type: ignore[override]
+        """part [S / ranks, ...] -> whole [S, ...], the ranks' parts in rank order."""
         ctx.group = group
         part = part.contiguous()
         whole = part.new_empty((group.size() * part.shape[0], *part.shape[1:]))
@@ -25,6 +26,7 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        """gradient [S, ...] -> this rank's part of the sum over ranks [S / ranks, ...]."""
         rows = gradient.shape[0] // ctx.group.size()
         part = gradient.new_empty((rows, *gradient.shape[1:]))
         dist.reduce_scatter_tensor(part, gradient.contiguous(), group=ctx.group)
@@ -66,16 +68,20 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
         """query [S, B, H, D]; key and value [S, B, G, D]; attention_mask [B, 1, S, S], True hides. Returns [S, B, H * D]."""
-        assert attention_bias is None and packed_seq_params is None, "not reachable from this package's training path"
+        assert attention_bias is None, "not reachable from this package's training path"
+        assert packed_seq_params is None, "not reachable from this package's training path"
         if self.context_group is not None:
             assert attention_mask is None, "config checks refuse document isolation with context parallelism"
             mixed_BHSD = self._attend_across_ranks(query, key, value)
         else:
             seen = None if attention_mask is None else ~attention_mask
-            mixed_BHSD = self._attend(*(t.permute(1, 2, 0, 3) for t in (query, key, value)), seen)
+            q_BHSD, k_BGSD, v_BGSD = (t.permute(1, 2, 0, 3) for t in (query, key, value))
+            mixed_BHSD = self._attend(q_BHSD, k_BGSD, v_BGSD, seen)
         return mixed_BHSD.permute(2, 0, 1, 3).flatten(2)
 
-    def _attend(self, q_BHSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, seen: torch.Tensor | None) -> torch.Tensor:
+    def _attend(
+        self, q_BHSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, seen: torch.Tensor | None
+    ) -> torch.Tensor:
         return F.scaled_dot_product_attention(
             q_BHSD,
             k_BGTD,
@@ -93,7 +99,7 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         ranks, chunk = group.size(), query.shape[0] // 2
         held = [c for rank in range(ranks) for c in (rank, 2 * ranks - 1 - rank)]
         to_sequence = torch.tensor(held).argsort()
-        gathered = _GatherSequence.apply(torch.stack((key, value), 1), group)
+        gathered = _GatherSequence.apply(torch.stack((key, value), 1), group)  # type: ignore[no-untyped-call]
         whole_T2BGD = gathered.view(2 * ranks, chunk, *gathered.shape[1:])[to_sequence.to(key.device)].flatten(0, 1)
         k_BGTD, v_BGTD = (whole_T2BGD[:, i].permute(1, 2, 0, 3) for i in (0, 1))
         mixed = []

@@ -46,7 +46,8 @@ def start_distributed(platform: Platform, parallel: ParallelConfig) -> ParallelG
         device_id = platform.device if platform.device.type == "cuda" else None
         dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id)
     else:
-        dist.init_process_group(platform.backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        alone = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(platform.backend, store=alone, rank=0, world_size=1, timeout=timeout)
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,

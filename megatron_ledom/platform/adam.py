@@ -23,7 +23,7 @@ class GroupStepAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         **unused: Any,
     ) -> None:
-        defaults = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, bias_correction=True)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
 

@@ -57,26 +57,29 @@ def _replace_cuda_calls() -> None:
 def _replace_cuda_devices() -> None:
     """Factories with a literal `device="cuda"`. A TorchFunctionMode would not do: it is off inside the backward pass."""
 
-    def on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(factory)
-        def build(*args: Any, **kwargs: Any) -> torch.Tensor:
+        def _build(*args: Any, **kwargs: Any) -> torch.Tensor:
             if str(kwargs.get("device")).startswith("cuda"):
                 kwargs["device"] = CPU
             kwargs.pop("pin_memory", None)
             return factory(*args, **kwargs)
 
-        return build
+        return _build
 
     for name in FACTORIES:
-        setattr(torch, name, on_cpu(getattr(torch, name)))
+        setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
 
 
 class _CpuRandomStates(core_random.CudaRNGStatesTracker):  # type: ignore[misc]
     """The tracked random state is the CPU generator's, so dropout repeats under every kind of recompute."""
 
+    _current_state_name: str
+
     @contextlib.contextmanager
     def fork(self, name: str = core_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
+        """Inside, the named random state is the generator's."""
         outer, outer_name = torch.get_rng_state(), self._current_state_name
         torch.set_rng_state(self.states_[name])
         self._current_state_name = name

@@ -24,7 +24,7 @@ def _fix_padded_buckets() -> None:
         return  # a megatron-core that corrects it itself
 
     @functools.wraps(original)
-    def without_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def _without_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
         kept = [buffer.param_index_map for buffer in self.buffers]
         for buffer in self.buffers:
             dropped, padding_before = 0, []
@@ -41,4 +41,4 @@ def _fix_padded_buckets() -> None:
             for buffer, index_map in zip(self.buffers, kept, strict=True):
                 buffer.param_index_map = index_map
 
-    DistributedOptimizer.sharded_param_state_fully_reshardable = without_padding
+    DistributedOptimizer.sharded_param_state_fully_reshardable = _without_padding

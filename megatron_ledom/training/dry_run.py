@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import (
     blend_shares,
     data_parallel_size,
@@ -18,7 +20,7 @@ from megatron_ledom.config.derived import (
 )
 from megatron_ledom.config.load import to_yaml
 from megatron_ledom.config.schema import BlendEntry, ModelConfig, RunConfig
-from megatron_ledom.data.shard import ShardManifest, load_manifest, manifest_path
+from megatron_ledom.data.shard import ShardManifest, load_manifest
 from megatron_ledom.model.arithmetic import count_parameters, flops_per_token
 
 Row = tuple[str, str]
@@ -27,8 +29,9 @@ Row = tuple[str, str]
 def describe_run(config: RunConfig, world_size: int) -> str:
     """The resolved run as YAML, then its derived numbers and its blend as tables; the manifests of shards are read if there.
 
-    `config` has passed `check_config` for `world_size` ranks.
+    Raises ConfigError when the run cannot work on `world_size` ranks.
     """
+    check_config(config, world_size)
     manifests = _stored_manifests([*config.data.train_blend, *config.data.valid_blend])
     model = config.model
     if model.vocab_size is None and manifests:
@@ -79,7 +82,10 @@ def _layout_rows(config: RunConfig, world_size: int, model: ModelConfig) -> Iter
 def _batch_rows(config: RunConfig, world_size: int) -> Iterator[Row]:
     train, length = config.train, config.data.seq_length
     count = num_microbatches(config, world_size)
-    yield "micro-batch", f"{train.micro_batch_size:,} samples, {train.micro_batch_size * length:,} tokens"
+    yield (
+        "micro-batch",
+        f"{train.micro_batch_size:,} {'sample' if train.micro_batch_size == 1 else 'samples'}, {train.micro_batch_size * length:,} tokens",
+    )
     yield "micro-batches", f"{count:,} an iteration"
     yield "samples a rank", f"{count * train.micro_batch_size:,} an iteration"
     yield "global batch", f"{train.global_batch_size:,} samples, {tokens_per_iteration(config):,} tokens"
@@ -109,7 +115,7 @@ def _compute_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
         yield "FLOPs", "not known without the vocabulary"
         return
     each = flops_per_token(model, config.data.seq_length, _padded_vocab(model))
-    yield "FLOPs a token", f"{_scaled(each)} (forward and backward, full attention)"
+    yield "FLOPs a token", f"{each / 1e9:,.4g} GFLOP (forward and backward, full attention)"
     yield "FLOPs an iteration", f"{each * tokens_per_iteration(config):.4g}"
     yield "FLOPs of the run", f"{each * total_tokens(config):.4g}"
 
@@ -146,7 +152,7 @@ def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
 
 def _stored_manifests(blend: list[BlendEntry]) -> dict[str, ShardManifest]:
     prefixes = [prefix for _, prefix in blend]
-    return {prefix: load_manifest(prefix) for prefix in prefixes if manifest_path(prefix).exists()}
+    return {prefix: load_manifest(prefix) for prefix in prefixes if Path(f"{prefix}.json").exists()}
 
 
 def _padded_vocab(model: ModelConfig) -> int:

@@ -36,7 +36,11 @@ def train(state: TrainState) -> None:
         bar.update()
         stopping = stop.agreed() or _is_multiple(state.iteration, config.train.exit_interval)
         _report(state, result, throughput, metrics, bar)
-        if stopping or state.iteration == config.train.train_iters or _is_multiple(state.iteration, config.checkpoint.save_interval):
+        if (
+            stopping
+            or state.iteration == config.train.train_iters
+            or _is_multiple(state.iteration, config.checkpoint.save_interval)
+        ):
             before = time.perf_counter()
             save_checkpoint(state)
             throughput.pause(time.perf_counter() - before)
@@ -77,14 +81,19 @@ def _report(state: TrainState, result: StepResult, throughput: Throughput, metri
         record["lr"],
         f"{record['tokens_per_second']:,.0f}",
         100 * record["mfu"],
-        "".join(f"  {p}: loss {v['lm_loss']:.4f}, {v['bits_per_byte']:.3f} bits/byte" for p, v in record.get("validation", {}).items()),
+        "".join(
+            f"  {p}: loss {v['lm_loss']:.4f}, {v['bits_per_byte']:.3f} bits/byte"
+            for p, v in record.get("validation", {}).items()
+        ),
     )
 
 
 def _progress_bar(state: TrainState) -> "tqdm[None]":
     hidden = True if dist.get_rank() != 0 else None  # None: only on a terminal
     total = state.config.train.train_iters
-    return tqdm(total=total, initial=state.iteration, desc=f"train {state.config.data.direction}", unit="step", disable=hidden)
+    name = f"train {state.config.data.direction}"
+    bar: tqdm[None] = tqdm(total=total, initial=state.iteration, desc=name, unit="step", disable=hidden)
+    return bar
 
 
 def _is_multiple(iteration: int, interval: int | None) -> bool:

@@ -119,6 +119,10 @@ def _start_wandb(config: RunConfig) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UsageError("logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'") from error
+        raise UsageError(
+            "logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'"
+        ) from error
     run_id = os.path.basename(os.path.normpath(config.run_dir))
-    return wandb.init(project=config.logging.wandb_project, id=run_id, resume="allow", dir=config.run_dir, config=to_dict(config))
+    return wandb.init(
+        project=config.logging.wandb_project, id=run_id, resume="allow", dir=config.run_dir, config=to_dict(config)
+    )

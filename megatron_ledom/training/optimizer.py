@@ -29,9 +29,7 @@ def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups)
         params_dtype=DTYPES[config.model.params_dtype],
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
-    optimizer = get_megatron_optimizer(
-        optimizer_config, model, use_gloo_process_groups=False, pg_collection=groups.collection
-    )
+    optimizer = get_megatron_optimizer(optimizer_config, model, use_gloo_process_groups=False, pg_collection=groups.collection)
     _tie_gradient_reduction(config, model, optimizer)
     return optimizer
 

@@ -56,8 +56,8 @@ def build_state(
     """Build model, optimizer, schedule and data; then take up the latest checkpoint of the run folder, if there is one."""
     seed_iteration(config.train.seed, 0, groups)
     cache = config.data.path_to_cache or os.path.join(config.run_dir, "index_cache")
-    chunks = build_model_chunks(config, padded_vocab_size(sources.provenance.vocab_size, config.model.make_vocab_size_divisible_by), groups, choice)
-    model = wrap_for_training(config, chunks)
+    padded = padded_vocab_size(sources.provenance.vocab_size, config.model.make_vocab_size_divisible_by)
+    model = wrap_for_training(config, build_model_chunks(config, padded, groups, choice))
     optimizer = build_optimizer(config, model, groups)
     state = TrainState(
         config=config,

@@ -47,9 +47,7 @@ def run_schedule(
     config: RunConfig, model: list[Any], batches: list[Iterator[Batch]], groups: ParallelGroups, *, forward_only: bool
 ) -> tuple[float, float]:
     """One global batch through the pipeline. Returns the loss sum and token count of all ranks, on every rank."""
-    schedule = get_forward_backward_func(
-        groups.pipeline.size(), groups.virtual_stages if groups.virtual_stages > 1 else None
-    )
+    schedule = get_forward_backward_func(groups.pipeline.size(), groups.virtual_stages if groups.virtual_stages > 1 else None)
     reports = schedule(
         forward_step_func=forward_step,
         data_iterator=batches if len(batches) > 1 else batches[0],

@@ -1,0 +1,238 @@
+"""Relations between the keys of a RunConfig, checked before anything heavy; a range of one key is checked in its class.
+
+Every rule yields one sentence for each fault: found, expected, what to do. `check_config` gathers them all.
+"""
+
+from collections.abc import Callable, Iterator
+
+from megatron_ledom.config.derived import (
+    data_parallel_size,
+    head_dim,
+    lr_decay_iters,
+    model_parallel_size,
+    next_multiple,
+    num_microbatches,
+    padded_vocab_size,
+    query_groups,
+)
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.errors import ConfigError
+
+Faults = Iterator[str]
+SHARD_SUFFIXES = (".bin", ".idx", ".json")
+
+
+def check_config(config: RunConfig, world_size: int) -> None:
+    """Refuse a run that cannot work on `world_size` ranks; ConfigError lists every fault, a line each."""
+    faults = [fault for rule in RULES for fault in rule(config)]
+    faults += [fault for rule in WORLD_RULES for fault in rule(config, world_size)]
+    if len(faults) == 1:
+        raise ConfigError(faults[0])
+    if faults:
+        raise ConfigError("\n  ".join([f"the configuration has {len(faults)} faults:", *faults]))
+
+
+def divisors(number: int) -> list[int]:
+    """All whole numbers that divide `number`, ascending."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def heads(config: RunConfig) -> Faults:
+    """Query heads, key-value heads and the width of a head fit each other."""
+    model = config.model
+    if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
+        yield (
+            f"model.num_attention_heads={model.num_attention_heads} does not divide model.hidden_size={model.hidden_size};"
+            f" change one, or set the width of a head with model.kv_channels"
+        )
+    elif head_dim(model) % 2:
+        yield (
+            f"the width of a head is {head_dim(model)}; rotary positions turn pairs and need an even one: change"
+            f" {'model.kv_channels' if model.kv_channels else 'model.hidden_size or model.num_attention_heads'}"
+        )
+    if model.num_attention_heads % query_groups(model):
+        yield _does_not_divide(
+            "model.num_query_groups", query_groups(model), "model.num_attention_heads", model.num_attention_heads
+        )
+
+
+def tensor_parallel(config: RunConfig) -> Faults:
+    """Every matrix can be cut into equal parts."""
+    model, tensor = config.model, config.parallel.tensor_model_parallel_size
+    key, groups = "parallel.tensor_model_parallel_size", query_groups(model)
+    if model.num_attention_heads % tensor:
+        yield _does_not_divide(key, tensor, "model.num_attention_heads", model.num_attention_heads)
+    elif groups % tensor and tensor % groups:
+        usable = [size for size in divisors(model.num_attention_heads) if groups % size == 0 or size % groups == 0]
+        yield (
+            f"{key}={tensor} neither divides model.num_query_groups={groups} nor is a multiple of it, so key-value heads"
+            f" cannot be shared out; it can be one of {usable}"
+        )
+    if model.ffn_hidden_size % tensor:
+        yield _does_not_divide(key, tensor, "model.ffn_hidden_size", model.ffn_hidden_size)
+    divisible_by = model.make_vocab_size_divisible_by
+    rows = padded_vocab_size(model.vocab_size, divisible_by) if model.vocab_size else divisible_by
+    if rows % tensor:
+        yield (
+            f"{key}={tensor} does not divide the padded vocabulary of {rows} rows; set model.make_vocab_size_divisible_by"
+            f" (now {divisible_by}) to a multiple of {tensor}, for example {next_multiple(divisible_by, tensor)}"
+        )
+
+
+def sequence_parallel(config: RunConfig) -> Faults:
+    """Sequences can be cut into equal parts."""
+    parallel, length = config.parallel, config.data.seq_length
+    tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    if parallel.sequence_parallel and tensor == 1:
+        yield (
+            "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size above 1, found 1; switch it off, or"
+            " set the tensor-parallel size"
+        )
+    if context > 1 and length % (2 * context):
+        yield (
+            f"data.seq_length={length} is not a multiple of 2 x parallel.context_parallel_size = {2 * context}, the chunks"
+            f" that balance causal attention; the next one is {next_multiple(length, 2 * context)}"
+        )
+    elif parallel.sequence_parallel and (length // context) % tensor:
+        parts = tensor * context * (2 if context > 1 else 1)
+        yield (
+            f"data.seq_length={length} cannot be cut into parallel.context_parallel_size={context} x"
+            f" parallel.tensor_model_parallel_size={tensor} equal parts, as parallel.sequence_parallel does; the next"
+            f" length that can is {next_multiple(length, parts)}"
+        )
+
+
+def pipeline(config: RunConfig) -> Faults:
+    """Every stage gets the same number of layers."""
+    parallel, layers = config.parallel, config.model.num_layers
+    stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    key = "parallel.virtual_pipeline_model_parallel_size"
+    if chunks == 1:
+        yield f"{key}=1 interleaves nothing; set 2 or more, or leave it out"
+    elif chunks and stages == 1:
+        yield (
+            f"{key}={chunks} needs parallel.pipeline_model_parallel_size above 1, found 1; leave it out, or set the"
+            " pipeline-parallel size"
+        )
+    if layers % stages:
+        yield _does_not_divide("parallel.pipeline_model_parallel_size", stages, "model.num_layers", layers)
+    elif chunks and layers % (stages * chunks):
+        yield (
+            f"{key}={chunks} does not divide the {layers // stages} layers of a stage (model.num_layers={layers} over"
+            f" parallel.pipeline_model_parallel_size={stages}); it can be one of {divisors(layers // stages)[1:]}"
+        )
+
+
+def optimizer_overlap(config: RunConfig) -> Faults:
+    """Parameters are gathered late only where the optimizer is spread and gradients are reduced early."""
+    parallel = config.parallel
+    for needed in ("use_distributed_optimizer", "overlap_grad_reduce"):
+        if parallel.overlap_param_gather and not getattr(parallel, needed):
+            yield (
+                f"parallel.overlap_param_gather=true needs parallel.{needed}=true, found false; switch that on, or"
+                " parallel.overlap_param_gather off"
+            )
+
+
+def schedule(config: RunConfig) -> Faults:
+    """The learning rate rises first and falls afterwards."""
+    settings = config.optimizer
+    if settings.min_lr > settings.lr:
+        yield f"optimizer.min_lr={settings.min_lr} is above optimizer.lr={settings.lr}; lower it to {settings.lr} or less"
+    decay = lr_decay_iters(config)
+    if settings.lr_warmup_iters >= decay:
+        source = "optimizer.lr_decay_iters" if settings.lr_decay_iters else "train.train_iters"
+        yield (
+            f"optimizer.lr_warmup_iters={settings.lr_warmup_iters} leaves nothing of {source}={decay} to decay in; set it"
+            f" below {decay}"
+        )
+
+
+def masks(config: RunConfig) -> Faults:
+    """A document mask reaches the attention, and reset positions mean something."""
+    data = config.data
+    if data.reset_position_ids and not data.reset_attention_mask:
+        yield (
+            "data.reset_position_ids=true without data.reset_attention_mask=true changes nothing: rotary positions are"
+            " relative; set both, or neither"
+        )
+    if data.reset_attention_mask and config.parallel.context_parallel_size > 1:
+        yield (
+            "data.reset_attention_mask=true cannot be used with parallel.context_parallel_size="
+            f"{config.parallel.context_parallel_size}: a rank holds a part of each sequence only; set one of them back"
+        )
+    if data.reset_attention_mask and config.model.transformer_impl == "transformer_engine":
+        yield (
+            "data.reset_attention_mask=true cannot be used with model.transformer_impl=transformer_engine, whose causal"
+            " attention ignores the mask of documents; set model.transformer_impl=torch"
+        )
+
+
+def blends(config: RunConfig) -> Faults:
+    """Each source is named once, without a suffix."""
+    for key in ("train_blend", "valid_blend"):
+        prefixes = [prefix for _, prefix in getattr(config.data, key)]
+        for prefix in sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
+            yield f"data.{key} lists {prefix} {prefixes.count(prefix)} times; list it once, with the sum of its weights"
+        for prefix in prefixes:
+            if prefix.endswith(SHARD_SUFFIXES):
+                yield f"data.{key} lists the file {prefix}; expected the prefix of a shard, {prefix.rsplit('.', 1)[0]}"
+            elif not prefix.strip():
+                yield f"data.{key} has an entry with an empty prefix; expected [weight, prefix]"
+
+
+def world(config: RunConfig, world_size: int) -> Faults:
+    """As many ranks as planned, and whole copies of the model on them."""
+    parallel, copy = config.parallel, model_parallel_size(config.parallel)
+    if parallel.world_size and parallel.world_size != world_size:
+        yield (
+            f"parallel.world_size={parallel.world_size}, but {world_size} ranks are launched; launch"
+            f" {parallel.world_size}, or set parallel.world_size={world_size} to change the layout of the run"
+        )
+    elif world_size % copy:
+        yield (
+            f"{world_size} ranks are not a multiple of the {copy} that one copy of the model needs"
+            f" (parallel.tensor_model_parallel_size={parallel.tensor_model_parallel_size} x pipeline_model_parallel_size="
+            f"{parallel.pipeline_model_parallel_size} x context_parallel_size={parallel.context_parallel_size}); launch"
+            f" {next_multiple(world_size, copy)}, or change the layout"
+        )
+
+
+def batch(config: RunConfig, world_size: int) -> Faults:
+    """Every rank gets the same number of micro-batches, and the interleaved schedule gets whole rounds of them."""
+    train, parallel = config.train, config.parallel
+    data_parallel = data_parallel_size(parallel, world_size)
+    if world_size % model_parallel_size(parallel) or not data_parallel:
+        return  # `world` has said so
+    at_once = train.micro_batch_size * data_parallel
+    if train.global_batch_size % at_once:
+        yield (
+            f"train.global_batch_size={train.global_batch_size} is not a multiple of train.micro_batch_size="
+            f"{train.micro_batch_size} x data-parallel size {data_parallel} = {at_once}; the next one is"
+            f" {next_multiple(train.global_batch_size, at_once)}"
+        )
+        return
+    stages, count = parallel.pipeline_model_parallel_size, num_microbatches(config, world_size)
+    if parallel.virtual_pipeline_model_parallel_size and count % stages:
+        yield (
+            f"{count} micro-batches are not a multiple of parallel.pipeline_model_parallel_size={stages}, which"
+            " parallel.virtual_pipeline_model_parallel_size requires; train.global_batch_size can be"
+            f" {next_multiple(train.global_batch_size, at_once * stages)}"
+        )
+
+
+RULES: tuple[Callable[[RunConfig], Faults], ...] = (
+    heads,
+    tensor_parallel,
+    sequence_parallel,
+    pipeline,
+    optimizer_overlap,
+    schedule,
+    masks,
+    blends,
+)
+WORLD_RULES: tuple[Callable[[RunConfig, int], Faults], ...] = (world, batch)
+
+
+def _does_not_divide(key: str, value: int, whole_key: str, whole: int) -> str:
+    return f"{key}={value} does not divide {whole_key}={whole}; it can be one of {divisors(whole)}"

@@ -1,0 +1,126 @@
+"""Reading and writing a RunConfig: YAML with one `base:`, dotted overrides, and every fault named at once.
+
+OmegaConf parses and merges, pydantic types; this file only joins them and turns their complaints into sentences.
+"""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from megatron_ledom.config.explain import explain_faults, first_line
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.errors import ConfigError
+
+REQUIRED_SECTIONS = ("model", "train")
+_ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that the YAML file `path` describes, after its `base:` and then `overrides` (`section.key=value`).
+
+    Raises ConfigError that names every fault by its dotted key. Relations between sections: `checks.check_config`.
+    """
+    layers = [_load_file(Path(path), ()), *[_parse_override(text) for text in overrides]]
+    try:
+        values = OmegaConf.to_container(OmegaConf.merge(*layers), resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {first_line(error)}; give the value itself") from error
+    assert isinstance(values, dict)
+    return config_from_dict(values, f"{path} with its overrides" if overrides else path)
+
+
+def config_from_dict(values: dict[str, Any], where: str) -> RunConfig:
+    """The run that plain `values` describe, as `to_dict` makes them; `where` names their source in errors."""
+    sections = {str(key): value for key, value in values.items()}
+    for section in REQUIRED_SECTIONS:
+        sections.setdefault(section, {})
+    prepared = {key: {} if value is None and key != "run_dir" else value for key, value in sections.items()}
+    try:
+        return _ADAPTER.validate_json(json.dumps(_whole_numbers(prepared)), strict=True)
+    except ValidationError as error:
+        raise ConfigError(explain_faults(error, prepared, where)) from error
+
+
+def to_dict(config: RunConfig) -> dict[str, Any]:
+    """Every key of the run with its value, as plain numbers, texts, lists and dicts."""
+    plain: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
+    return plain
+
+
+def to_yaml(config: RunConfig) -> str:
+    """The resolved run as YAML that `load_config` reads back to an equal one."""
+    return str(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
+
+
+def save_config(config: RunConfig, path: str) -> None:
+    """Write the resolved run as YAML; the file appears whole or not at all."""
+    part = f"{path}.part"
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(part, "w", encoding="utf-8") as file:
+        file.write(to_yaml(config))
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+
+
+def _load_file(path: Path, loaded_by: tuple[Path, ...]) -> DictConfig:
+    """A file merged over its base; `loaded_by` are the files that led here, to refuse a cycle."""
+    if path.resolve() in loaded_by:
+        chain = " -> ".join(str(file) for file in (*loaded_by, path.resolve()))
+        raise ConfigError(f"base: the files are based on each other ({chain}); remove one `base:`")
+    content = _read_yaml(path, loaded_by)
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise ConfigError(f"base={base!r} in {path} is not a path; expected one YAML file, relative to {path.parent}/")
+    merged = OmegaConf.merge(_load_file(path.parent / base, (*loaded_by, path.resolve())), content)
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _read_yaml(path: Path, loaded_by: tuple[Path, ...]) -> DictConfig:
+    asked_by = f" (the base of {loaded_by[-1]})" if loaded_by else ""
+    try:
+        content = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}{asked_by} does not exist; give the path of a YAML file") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}{asked_by} cannot be read: {error}") from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"{path}{asked_by} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, DictConfig):
+        raise ConfigError(f"{path}{asked_by} holds a list or a text; expected sections such as `model:` with keys below")
+    return content
+
+
+def _parse_override(text: str) -> DictConfig:
+    key, equals, _ = text.partition("=")
+    if not equals or not key.strip("."):
+        raise ConfigError(f"override {text!r} is not of the form section.key=value, for example train.train_iters=100")
+    if key == "base":
+        raise ConfigError(f"override {text!r}: base can only be set in a file; pass another --config instead")
+    if key.startswith("-"):
+        raise ConfigError(f"override {text!r} is not of the form section.key=value; leave out the leading dashes")
+    try:
+        return OmegaConf.from_dotlist([text])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _whole_numbers(value: Any) -> Any:
+    """`2e3` is a float to YAML: a float without a fraction becomes an int, which float fields accept as well."""
+    if isinstance(value, dict):
+        return {str(key): _whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_whole_numbers(item) for item in value]
+    if isinstance(value, float) and value.is_integer() and abs(value) < 2**53:
+        return int(value)
+    return value

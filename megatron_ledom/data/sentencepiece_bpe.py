@@ -1,0 +1,216 @@
+"""SentencePiece BPE as LEDOM uses it (arXiv 2507.01335): training, and an exact conversion to a `tokenizers` tokenizer.json.
+
+The pieces: <unk> 0, <s> 1, </s> 2, 256 bytes, then merges and characters; whatever is not in a piece falls back to bytes.
+Digits stay single, text is not normalised, whitespace is kept, a space is put in front of every text (the dummy prefix).
+Five specials follow the pieces, so their ids do not depend on what was trained: with 64,000 pieces <EOD> is 64002.
+"""
+
+import io
+import json
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from megatron_ledom.errors import DataError, UsageError, VerificationError
+
+SPECIALS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>")
+EOD_TOKEN = "<EOD>"
+SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
+
+MAX_SENTENCE_CHARACTERS = (
+    1000  # SentencePiece skips lines above 4,192 bytes in silence; longer ones are cut before it sees them
+)
+
+ODD_TEXTS = (
+    "",
+    " ",
+    "   ",
+    "a",
+    " a",
+    "a ",
+    "  two  spaces  ",
+    "line\nline\n\n\nline\r\nend\n",
+    "\tdef f(x):\n\t\treturn x ** 2\n",
+    "        eight spaces",
+    "1234567890 3.14159 1,000 v2.0",
+    "Größe, naïve, Þórr, cafe\u0301 and café",
+    "日本語のテキスト、中文文本。한국어",
+    "שלום עולם مرحبا بالعالم नमस्ते",
+    "👩‍👩‍👧‍👦 🇩🇪 👍🏽 𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𓀀",
+    "\u00a0\u200b\u3000\ufeff\u2028\x00\x07\x7f\u0085",
+    "<unk> <s> </s> <EOD> <0x0A> [MASK]",
+    f"{SPACE}{SPACE} a{SPACE}b",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa abababababababababa",
+    "==== ---- //// #### **** ....",
+)
+"""Texts that tell tokenizers apart; every conversion is tried on them."""
+
+
+def train(texts: Iterable[str], vocab_size: int, max_sentences: int | None = None) -> bytes:
+    """Train on `texts` and return the `.model` file: `vocab_size` pieces, then the five specials.
+
+    SentencePiece learns from lines. With `max_sentences` it sees that many, drawn evenly from all with a fixed seed, so
+    memory stays bounded; the result depends on the texts and the arguments alone.
+    """
+    import sentencepiece
+
+    lines = _sentences(texts)
+    written = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=lines if max_sentences is None else iter(_drawn(lines, max_sentences)),
+            model_writer=written,
+            model_type="bpe",
+            vocab_size=vocab_size,
+            byte_fallback=True,
+            split_digits=True,
+            normalization_rule_name="identity",
+            add_dummy_prefix=True,
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,  # indentation becomes one piece
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            shuffle_input_sentence=False,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except (RuntimeError, OSError) as error:
+        raise UsageError(
+            f"SentencePiece cannot learn {vocab_size:,} pieces from this text ({error}); give it more text or change --vocab-size"
+        ) from error
+    return append_specials(written.getvalue())
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+    for text in texts:
+        for line in text.split("\n"):
+            for start in range(0, len(line), MAX_SENTENCE_CHARACTERS):
+                yield line[start : start + MAX_SENTENCE_CHARACTERS]
+
+
+def _drawn(lines: Iterable[str], number: int) -> list[str]:
+    """Reservoir sampling, in the order of the input."""
+    generator = random.Random(0)
+    kept: list[tuple[int, str]] = []
+    for index, line in enumerate(lines):
+        if len(kept) < number:
+            kept.append((index, line))
+        elif (slot := generator.randrange(index + 1)) < number:
+            kept[slot] = (index, line)
+    return [line for _, line in sorted(kept)]
+
+
+def append_specials(model: bytes) -> bytes:
+    """Add the five specials behind the pieces of a `.model` file, as control pieces: no text ever becomes one."""
+    proto = _parse(model, "the trained model")
+    for special in SPECIALS:
+        proto.pieces.add(piece=special, score=0.0, type=proto.SentencePiece.CONTROL)
+        proto.trainer_spec.control_symbols.append(special)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    return bytes(proto.SerializeToString(deterministic=True))
+
+
+def _parse(model: bytes, where: str) -> Any:
+    from google.protobuf.message import DecodeError
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    try:
+        proto.ParseFromString(model)
+    except DecodeError as error:
+        raise DataError(f"{where} is not a SentencePiece model ({error})") from error
+    if not proto.pieces:
+        raise DataError(f"{where} is not a SentencePiece model: it has no pieces")
+    return proto
+
+
+def convert(model: bytes, where: str, samples: Sequence[str] = ()) -> str:
+    """The `tokenizer.json` (its text) with the ids of a SentencePiece BPE `.model`; `where` names the model in errors.
+
+    Tried on ODD_TEXTS and on `samples` before it is returned: VerificationError names a text whose ids differ.
+    """
+    proto = _parse(model, where)
+    _check_convertible(proto, where)
+    converted = _converted(proto)
+    check_conversion(model, converted, [*ODD_TEXTS, *samples], where)
+    return converted
+
+
+def _check_convertible(proto: Any, where: str) -> None:
+    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
+    found = [
+        (trainer.model_type != trainer.BPE, "is not a BPE model"),
+        (bool(normalizer.precompiled_charsmap), f"normalises text ({normalizer.name})"),
+        (normalizer.remove_extra_whitespaces, "removes extra whitespace"),
+        (not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix, "treats spaces in an unusual way"),
+    ]
+    reasons = [reason for is_so, reason in found if is_so]
+    if reasons:
+        raise DataError(
+            f"{where} {', '.join(reasons)}: only BPE models that keep the text as it is can be used as a .model;"
+            " convert it with the transformers library and pass the folder with its tokenizer.json"
+        )
+
+
+def _converted(proto: Any) -> str:
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    kinds = proto.SentencePiece
+    vocab = {piece.piece: index for index, piece in enumerate(proto.pieces)}
+    unknown = next(piece.piece for piece in proto.pieces if piece.type == kinds.UNKNOWN)
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab, _merges(proto, vocab), unk_token=unknown, fuse_unk=True, byte_fallback=proto.trainer_spec.byte_fallback
+        )
+    )
+    to_space = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if proto.normalizer_spec.add_dummy_prefix:
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
+        tokenizer.decoder = decoders.Sequence([*to_space, decoders.Strip(" ", 1, 0)])
+    else:
+        tokenizer.normalizer = normalizers.Replace(" ", SPACE)
+        tokenizer.decoder = decoders.Sequence(to_space)
+    specials = [piece.piece for piece in proto.pieces if piece.type in (kinds.UNKNOWN, kinds.CONTROL)]
+    tokenizer.add_special_tokens([AddedToken(piece, normalized=False) for piece in specials])
+    chosen = [piece.piece for piece in proto.pieces if piece.type == kinds.USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in chosen])
+    return str(tokenizer.to_str())
+
+
+def _merges(proto: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """Every way a piece is two pieces, best score first: SentencePiece merges the pair whose result has the best score."""
+    normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == proto.SentencePiece.NORMAL}
+    ranked = []
+    for piece, score in normal.items():
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in normal and right in normal:
+                ranked.append((-score, vocab[left], vocab[right], left, right))
+    return [(left, right) for *_, left, right in sorted(ranked)]
+
+
+def check_conversion(model: bytes, tokenizer_json: str, texts: Sequence[str], where: str) -> None:
+    """Compare the ids of both forms on `texts`; raise VerificationError naming the first text that differs."""
+    import sentencepiece
+    from tokenizers import Tokenizer
+
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    converted = Tokenizer.from_str(tokenizer_json)
+    converted.encode_special_tokens = True  # "<EOD>" in a text is text, as SentencePiece has it
+    for text in texts:
+        expected, found = pieces.encode(text), converted.encode(text, add_special_tokens=False).ids
+        if expected != found:
+            raise VerificationError(
+                f"{where} cannot be converted exactly: {text[:80]!r} becomes ids {found[:12]} instead of {expected[:12]};"
+                " convert it with the transformers library and pass the folder with its tokenizer.json"
+            )
+
+
+def tokenizer_config() -> str:
+    """The `tokenizer_config.json` of a tokenizer trained here; its eos is <EOD>, so that generation stops where training did."""
+    names = {"bos": "<s>", "eos": EOD_TOKEN, "unk": "<unk>", "pad": "<PAD>", "cls": "<CLS>", "sep": "<SEP>", "mask": "<MASK>"}
+    config: dict[str, Any] = {f"{role}_token": token for role, token in names.items()}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    return json.dumps(config, indent=2) + "\n"

@@ -1,0 +1,405 @@
+"""Shards: PREFIX.bin (ids in model order), PREFIX.idx (where documents begin) and PREFIX.json (the manifest, written last).
+
+`.bin` and `.idx` are megatron-core's indexed dataset. `.idx`, little-endian: `MMIDIDX\\0\\0`, u64 version 1, u8 dtype code,
+u64 sequences n, u64 m = n + 1, i32 lengths [n], i64 byte pointers [n], i64 document indices [m] = 0..n (a sequence is a document).
+"""
+
+import contextlib
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from megatron_ledom import __version__
+from megatron_ledom.direction import Direction, Provenance
+from megatron_ledom.errors import DataError, UsageError
+
+FORMAT_VERSION = 1
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+DTYPE_CODES = {"uint16": 8, "int32": 4}
+UINT16_BELOW = 65_500  # megatron-core's own choice (DType.optimal_dtype)
+SUFFIXES = (".bin", ".idx", ".json")  # in the order they get their final names
+CHUNK_BYTES = 1 << 24
+CHUNK_DOCUMENTS = 1 << 16
+
+DtypeName = Literal["auto", "uint16", "int32"]
+
+
+@dataclass(kw_only=True, slots=True)
+class InputFile:
+    """One file a shard was made from."""
+
+    path: str
+    num_bytes: int
+    sha256: str
+
+
+@dataclass(kw_only=True, slots=True)
+class ShardManifest:
+    """What PREFIX.json says. The first five fields are a `Provenance`."""
+
+    direction: Direction
+    tokenizer_name: str
+    tokenizer_sha256: str
+    vocab_size: int
+    eod_id: int
+    dtype: str
+    """numpy name of the type of ids in .bin."""
+    num_documents: int
+    """Documents stored, each with at least one token besides eod."""
+    num_tokens: int
+    """Ids stored, eods included."""
+    text_bytes: int
+    """UTF-8 bytes of the stored documents' texts; bits per byte are counted against it."""
+    skipped: dict[str, int]
+    """Documents left out, by reason."""
+    input_files: list[InputFile]
+    bin_sha256: str
+    idx_sha256: str
+    tokenizer_path: str = ""
+    """Where the tokenizer was; a hint for tools that show text, the hash decides."""
+    eod_token: str = ""
+    package_version: str = __version__
+    created_at: str = ""
+    """UTC, ISO 8601."""
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def provenance(self) -> Provenance:
+        """Direction and tokenizer, to be compared with those of a run."""
+        return Provenance.from_dict(asdict(self), "manifest")
+
+    def to_json(self) -> bytes:
+        """The manifest file's content."""
+        return orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any], where: str) -> "ShardManifest":
+        """Read a manifest's object; `where` names the file in errors."""
+        if stored.get("format_version") != FORMAT_VERSION:
+            raise DataError(
+                f"{where} has format version {stored.get('format_version')}, this package reads {FORMAT_VERSION};"
+                " make the shard again with tools/preprocess_data.py"
+            )
+        provenance = Provenance.from_dict(stored, where)
+        names = {item.name for item in fields(cls)}
+        try:
+            files = [InputFile(**item) for item in stored["input_files"]]
+            values = {name: value for name, value in stored.items() if name in names}
+            return cls(**{**values, "direction": provenance.direction, "input_files": files})
+        except (KeyError, TypeError) as error:
+            raise DataError(f"{where} is not a complete manifest ({error}); make the shard again") from error
+
+
+def choose_dtype(name: DtypeName, vocab_size: int) -> np.dtype[Any]:
+    """The type of stored ids; `auto` is megatron-core's rule: uint16 below a vocabulary of 65,500, else int32."""
+    if name == "auto":
+        name = "uint16" if vocab_size < UINT16_BELOW else "int32"
+    dtype = np.dtype(name)
+    if vocab_size - 1 > np.iinfo(dtype).max:
+        raise UsageError(
+            f"--dtype {name} holds ids up to {np.iinfo(dtype).max:,}, the tokenizer has ids up to {vocab_size - 1:,};"
+            " use --dtype int32 or auto"
+        )
+    return dtype
+
+
+def existing_files(prefix: str) -> list[Path]:
+    """Which of the three files of a shard are there."""
+    return [path for suffix in SUFFIXES if (path := Path(prefix + suffix)).exists()]
+
+
+def check_may_write(prefix: str, overwrite: bool) -> None:
+    """Refuse a prefix whose files exist, unless `overwrite`, and a folder that cannot be written; writes nothing itself."""
+    if prefix.endswith("/"):
+        raise UsageError(f"--output-prefix {prefix} is a folder; add the first part of the files' names, such as {prefix}train")
+    if (found := existing_files(prefix)) and not overwrite:
+        raise UsageError(f"{found[0]} exists already; choose another --output-prefix, or replace it with --overwrite")
+    folder = Path(prefix).parent
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise UsageError(f"{existing} is not a folder that can be written to; choose another --output-prefix")
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a shard's maker knows besides the ids."""
+
+    text_bytes: int = 0
+    skipped: dict[str, int] = field(default_factory=dict)
+    input_files: list[InputFile] = field(default_factory=list)
+    tokenizer_path: str = ""
+    eod_token: str = ""
+
+
+class ShardWriter:
+    """Streams packed documents to PREFIX.bin.part; `finalize` makes them a shard, anything else leaves nothing behind.
+
+    Use as a context manager: leaving it without `finalize`, by an exception or not, removes the partial files.
+    """
+
+    def __init__(self, prefix: str, provenance: Provenance, dtype: npt.DTypeLike, *, overwrite: bool = False) -> None:
+        check_may_write(prefix, overwrite)
+        self.prefix = prefix
+        self.provenance = provenance
+        self.dtype = np.dtype(dtype)
+        self._lengths: list[npt.NDArray[np.int32]] = []
+        self._num_bytes = 0
+        self.num_documents = 0
+        """Documents appended so far."""
+        self._hash = hashlib.sha256()
+        folder = Path(prefix).parent
+        self._made_folders = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        self._made: list[Path] = []
+        self._bin = self._create(".bin")
+
+    def _create(self, suffix: str) -> BinaryIO:
+        path = Path(f"{self.prefix}{suffix}.part")
+        self._made.append(path)
+        return path.open("wb")
+
+    def append(self, packed: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
+        """Add what `direction.pack_documents` returned: ids [sum(lengths)] in model order and lengths [documents], eod included."""
+        if packed.dtype != self.dtype:  # a cast would wrap around in silence
+            raise TypeError(f"ids of type {packed.dtype} for a shard of {self.dtype}")
+        if int(lengths.sum(dtype=np.int64)) != packed.size:
+            raise ValueError(f"{packed.size} ids for documents of {int(lengths.sum(dtype=np.int64))}")
+        content = np.ascontiguousarray(packed).view(np.uint8).data
+        self._bin.write(content)
+        self._hash.update(content)
+        self._num_bytes += len(content)
+        self._lengths.append(lengths.astype(np.int32, copy=True))
+        self.num_documents += len(lengths)
+
+    def finalize(self, counts: Counts) -> ShardManifest:
+        """Write index and manifest, check the invariant, and give all three files their names, the manifest last."""
+        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
+        _close_synced(self._bin)
+        size = Path(f"{self.prefix}.bin.part").stat().st_size
+        num_tokens = int(lengths.sum(dtype=np.int64))
+        if num_tokens * self.dtype.itemsize != size or size != self._num_bytes:
+            raise DataError(
+                f"{self.prefix}.bin has {size:,} bytes, its {len(lengths):,} documents need"
+                f" {num_tokens * self.dtype.itemsize:,}; the disk may be full or the file was changed: run again"
+            )
+        manifest = ShardManifest(
+            **{item.name: getattr(self.provenance, item.name) for item in fields(Provenance)},
+            **{item.name: getattr(counts, item.name) for item in fields(Counts)},
+            dtype=self.dtype.name,
+            num_documents=len(lengths),
+            num_tokens=num_tokens,
+            bin_sha256=self._hash.hexdigest(),
+            idx_sha256=self._write_index(lengths),
+            created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+        stream = self._create(".json")
+        stream.write(manifest.to_json())
+        _close_synced(stream)
+        self._rename()
+        return manifest
+
+    def _write_index(self, lengths: npt.NDArray[np.int32]) -> str:
+        stream = self._create(".idx")
+        digest = hashlib.sha256()
+        for block in index_blocks(lengths, self.dtype):
+            stream.write(block)
+            digest.update(block)
+        _close_synced(stream)
+        return digest.hexdigest()
+
+    def _rename(self) -> None:
+        Path(f"{self.prefix}.json").unlink(missing_ok=True)  # an old manifest must never stand beside new ids
+        for suffix in SUFFIXES:
+            final = Path(self.prefix + suffix)
+            Path(f"{final}.part").replace(final)
+            self._made.append(final)
+        folder = os.open(Path(self.prefix).parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+        self._made_folders.clear()
+        self._made.clear()  # finished: nothing to remove any more
+
+    def abort(self) -> None:
+        """Remove what was written so far."""
+        self._bin.close()
+        for path in self._made:
+            path.unlink(missing_ok=True)
+        for folder in self._made_folders:
+            with contextlib.suppress(OSError):  # another task's files may be in it
+                folder.rmdir()
+        self._made.clear()
+        self._made_folders.clear()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.abort()
+
+
+def _close_synced(stream: BinaryIO) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())
+    stream.close()
+
+
+def index_blocks(lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> Iterator[bytes]:
+    """The content of `.idx` for documents of `lengths` [documents] ids of `dtype`, in blocks."""
+    count = len(lengths)
+    yield HEADER.pack(MAGIC, 1, DTYPE_CODES[dtype.name], count, count + 1)
+    yield lengths.astype("<i4", copy=False).tobytes()
+    pointers = np.zeros(count + 1, "<i8")
+    np.cumsum(lengths, out=pointers[1:], dtype=np.int64)
+    yield (pointers[:count] * dtype.itemsize).tobytes()
+    yield np.arange(count + 1, dtype="<i8").tobytes()
+
+
+def load_manifest(prefix: str) -> ShardManifest:
+    """Read PREFIX.json; the error says what is the matter when there is none."""
+    path = Path(f"{prefix}.json")
+    if not path.is_file():
+        for suffix in SUFFIXES:
+            if prefix.endswith(suffix) and Path(f"{prefix.removesuffix(suffix)}.json").is_file():
+                raise UsageError(f"{prefix} is one file of a shard; give the prefix {prefix.removesuffix(suffix)}")
+        if existing_files(prefix):
+            raise DataError(
+                f"{prefix}.bin or .idx is there, but the manifest {path} is not: the shard was not finished, or another tool"
+                " wrote it; make it again with tools/preprocess_data.py"
+            )
+        raise UsageError(f"there is no shard {prefix} ({path} does not exist); give the prefix of its .bin, .idx and .json")
+    try:
+        stored = orjson.loads(path.read_bytes())
+    except orjson.JSONDecodeError as error:
+        raise DataError(f"{path} is not JSON ({error}); make the shard again") from error
+    if not isinstance(stored, dict):
+        raise DataError(f"{path} holds no JSON object; make the shard again")
+    return ShardManifest.from_dict(stored, str(path))
+
+
+def check_shard(prefix: str) -> ShardManifest:
+    """The cheap check before a shard is used, reading no ids: manifest, sizes and index header agree. Returns the manifest."""
+    manifest = load_manifest(prefix)
+    if manifest.dtype not in DTYPE_CODES:
+        raise DataError(f"{prefix}.json has dtype {manifest.dtype!r}, not one of {sorted(DTYPE_CODES)}; make the shard again")
+    expected = {
+        ".bin": manifest.num_tokens * np.dtype(manifest.dtype).itemsize,
+        ".idx": HEADER.size + 20 * manifest.num_documents + 8,
+    }
+    for suffix, size in expected.items():
+        path = Path(prefix + suffix)
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
+            raise DataError(f"{path} is missing; copy the shard again or make it again with tools/preprocess_data.py")
+        if found != size:
+            state = "truncated" if found < size else "too long"
+            raise DataError(
+                f"{path} is {state}: it has {found:,} bytes, its manifest says {size:,};"
+                " copy the shard again or make it again with tools/preprocess_data.py"
+            )
+    with open(f"{prefix}.idx", "rb") as stream:
+        header = HEADER.unpack(stream.read(HEADER.size))
+    count = manifest.num_documents
+    if header != (MAGIC, 1, DTYPE_CODES[manifest.dtype], count, count + 1):
+        raise DataError(f"{prefix}.idx has the header {header}, which is not that of its manifest; make the shard again")
+    return manifest
+
+
+class ShardReader:
+    """A checked shard, memory-mapped."""
+
+    def __init__(self, prefix: str) -> None:
+        self.prefix = prefix
+        self.manifest = check_shard(prefix)
+        count = self.manifest.num_documents
+        index = np.memmap(f"{prefix}.idx", mode="r", dtype=np.uint8)
+        self.lengths: npt.NDArray[np.int32] = np.frombuffer(index, "<i4", count, HEADER.size)
+        """Stored ids of each document [documents], eod included."""
+        self.pointers: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", count, HEADER.size + 4 * count)
+        """Byte of .bin where each document begins [documents]."""
+        self.document_indices: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", count + 1, HEADER.size + 12 * count)
+        """First sequence of each document, and the number of sequences [documents + 1]."""
+        dtype = np.dtype(self.manifest.dtype)
+        num_tokens = self.manifest.num_tokens
+        self.ids: npt.NDArray[Any] = np.memmap(f"{prefix}.bin", mode="r", dtype=dtype) if num_tokens else np.zeros(0, dtype)
+        """All stored ids [tokens], model order."""
+
+    def __len__(self) -> int:
+        return self.manifest.num_documents
+
+    def document(self, index: int) -> npt.NDArray[Any]:
+        """Ids of one document in model order [length], its eod included."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"document {index} of {len(self)}")
+        begin = int(self.pointers[index]) // self.ids.itemsize
+        return self.ids[begin : begin + int(self.lengths[index])]
+
+
+def verify_shard(prefix: str) -> list[str]:
+    """Read everything again and return what is wrong, one sentence a fault; an empty list is a sound shard."""
+    try:
+        reader = ShardReader(prefix)
+    except DataError as error:
+        return [str(error)]
+    manifest = reader.manifest
+    stored = {".bin": manifest.bin_sha256, ".idx": manifest.idx_sha256}
+    faults = [
+        f"{prefix}{suffix} has not the sha256 of its manifest: its content was changed or damaged"
+        for suffix, digest in stored.items()
+        if _hash_file(f"{prefix}{suffix}") != digest
+    ]
+    faults += _index_faults(reader)
+    return faults if faults else _id_faults(reader)
+
+
+def _hash_file(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(CHUNK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _index_faults(reader: ShardReader) -> list[str]:
+    lengths = reader.lengths.astype(np.int64)
+    pointers = (np.cumsum(lengths) - lengths) * reader.ids.itemsize
+    checks = [
+        (int(lengths.sum()) == reader.ids.size, "the lengths do not add up to the ids of .bin"),
+        (not np.any(lengths < 2), "a document holds nothing besides its eod"),
+        (np.array_equal(pointers, reader.pointers), "the pointers are not the running sum of the lengths"),
+        (np.array_equal(reader.document_indices, np.arange(len(reader) + 1)), "the document indices are not 0, 1, 2, ..."),
+    ]
+    return [f"{reader.prefix}.idx: {fault}" for is_good, fault in checks if not is_good]
+
+
+def _id_faults(reader: ShardReader) -> list[str]:
+    """Range of ids, and eod at the end of each document; the index is known to be sound."""
+    manifest, faults = reader.manifest, []
+    ends = reader.pointers // reader.ids.itemsize + reader.lengths - 1
+    for first in range(0, len(reader), CHUNK_DOCUMENTS):
+        wrong = reader.ids[ends[first : first + CHUNK_DOCUMENTS]] != manifest.eod_id
+        if wrong.any():
+            faults.append(
+                f"{reader.prefix}.bin: document {first + int(wrong.argmax())} does not end with eod {manifest.eod_id}"
+            )
+            break
+    for first in range(0, reader.ids.size, CHUNK_BYTES):
+        chunk = reader.ids[first : first + CHUNK_BYTES]
+        outside = (chunk < 0) | (chunk >= manifest.vocab_size)
+        if outside.any():
+            where = first + int(outside.argmax())
+            faults.append(f"{reader.prefix}.bin: id {reader.ids[where]} at {where} is outside the {manifest.vocab_size:,} ids")
+            break
+    return faults

@@ -1,0 +1,67 @@
+"""Train a SentencePiece BPE on a corpus and write it as a folder: tokenizer.model, tokenizer.json, tokenizer_config.json."""
+
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megatron_ledom.data import sentencepiece_bpe
+from megatron_ledom.data.corpus import expand_inputs, read_texts
+from megatron_ledom.errors import UsageError
+
+logger = logging.getLogger(__name__)
+
+NUM_SAMPLES = 200  # texts of the corpus the conversion is tried on
+SAMPLE_CHARACTERS = 5000
+
+
+@dataclass(kw_only=True, slots=True)
+class TrainTokenizerSettings:
+    """What tools/train_tokenizer.py was asked."""
+
+    input: list[str]
+    vocab_size: int
+    """Pieces, without the five specials behind them."""
+    output: str
+    text_key: str = "text"
+    max_sentences: int | None = None
+    """Lines to learn from, drawn evenly; default: all."""
+
+
+def train_tokenizer(settings: TrainTokenizerSettings) -> Path:
+    """Write the folder, at once and complete, and return its path."""
+    folder = Path(settings.output)
+    if folder.exists():
+        raise UsageError(f"{folder} exists already; choose another --output or remove it")
+    if settings.max_sentences is not None and settings.max_sentences < 1:
+        raise UsageError(f"--max-sentences {settings.max_sentences} is not possible; use 1 or more")
+    paths = expand_inputs(settings.input)
+    started = time.monotonic()
+    texts = tqdm(read_texts(paths, settings.text_key), desc="read", unit=" documents", disable=None)
+    model = sentencepiece_bpe.train(texts, settings.vocab_size, settings.max_sentences)
+    samples = [text[:SAMPLE_CHARACTERS] for text in islice(read_texts(paths, settings.text_key), NUM_SAMPLES)]
+    files = {
+        "tokenizer.model": model,
+        "tokenizer.json": sentencepiece_bpe.convert(model, "the trained model", samples).encode(),
+        "tokenizer_config.json": sentencepiece_bpe.tokenizer_config().encode(),
+    }
+    _write_folder(folder, files)
+    logger.info("%s: %d pieces and 5 specials, %.1f s", folder, settings.vocab_size, time.monotonic() - started)
+    return folder
+
+
+def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
+    part = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        for name, content in files.items():
+            (part / name).write_bytes(content)
+        part.rename(folder)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        raise UsageError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error

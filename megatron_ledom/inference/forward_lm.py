@@ -1,0 +1,73 @@
+"""The forward twin of the reverse model, or any stock causal model: half of Reverse Reward and of every comparison."""
+
+from typing import overload
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.inference.generation import Generation, Sampling
+from megatron_ledom.inference.joint import check_texts
+from megatron_ledom.inference.language_model import LanguageModel, as_list, paired
+from megatron_ledom.inference.scoring import SpanScore
+
+
+class ForwardLM(LanguageModel):
+    """Writes what follows a text and scores what follows a text. A folder that records no direction counts as forward."""
+
+    direction = Direction.FORWARD
+
+    def generate_following(
+        self,
+        preceding_text: str | list[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        batch_size: int = 16,
+    ) -> list[Generation]:
+        """Write what follows each text, until eod or `max_new_tokens`; the mirror image of `ReverseLM.generate_preceding`.
+
+        Returns `num_return_sequences` results for each text, in the order of the texts; `result.text` begins with the given
+        text exactly. Its last tokens are spelled again where they could continue as a longer piece.
+        """
+        texts = as_list(preceding_text)
+        if not self.leading_ids:
+            check_texts(texts, "prompt")
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            num_return_sequences=num_return_sequences,
+            seed=seed,
+        )
+        return self._writer.write(texts, self.leading_ids, sampling, batch_size)
+
+    @overload
+    def log_likelihood(
+        self, preceding: str, following: str, *, include_end: bool = False, batch_size: int = 16
+    ) -> SpanScore: ...
+    @overload
+    def log_likelihood(
+        self, preceding: list[str], following: list[str], *, include_end: bool = False, batch_size: int = 16
+    ) -> list[SpanScore]: ...
+    def log_likelihood(
+        self,
+        preceding: str | list[str],
+        following: str | list[str],
+        *,
+        include_end: bool = False,
+        batch_size: int = 16,
+    ) -> SpanScore | list[SpanScore]:
+        """log P_F(following | preceding): the sum over the tokens of `following`, natural logs; lists give a list.
+
+        Both are encoded once as one text; a token that reaches over the boundary belongs to `following`. An empty `preceding`
+        is refused unless the tokenizer puts a BOS there. Where `preceding` has no token of its own, the first token of the
+        text is conditioned on nothing and left out (`num_tokens` tells). include_end adds log P(eod | the whole text).
+        """
+        pairs = paired(preceding, following)
+        if not self.leading_ids:
+            check_texts([before for before, _ in pairs], "preceding text")
+        scores = self._span_scores(pairs, include_end, batch_size)
+        return scores[0] if isinstance(preceding, str) else scores

@@ -1,0 +1,203 @@
+"""Writing on from the open end of a text with the stock `generate` of transformers, and joining the result to the text.
+
+Shapes: B rows, S positions, V ids of the logits.
+"""
+
+import codecs
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from megatron_ledom.direction import Direction, to_text_order
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.inference.joint import JointTokenizer, OpenText, Speller
+from megatron_ledom.inference.scoring import check_batch_size
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What a model wrote, joined to what it was given.
+
+    preceding + following is `text`; the given part is exactly as it was passed. stopped: the model wrote eod, so that the text
+    begins (reverse) or ends (forward) there; otherwise the token limit cut it. text_ids: the ids the model wrote, text order,
+    without eod; the ones next to the given text may spell its edge.
+    """
+
+    preceding: str
+    following: str
+    stopped: bool
+    text_ids: list[int]
+
+    @property
+    def text(self) -> str:
+        """The whole text as read."""
+        return self.preceding + self.following
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to choose tokens: temperature 0 takes the likeliest; top_p 1 and top_k 0 are off; a seed makes a call repeatable."""
+
+    max_new_tokens: int = 128
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    num_return_sequences: int = 1
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens={self.max_new_tokens} writes nothing; it must be at least 1")
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p={self.top_p} must be above 0 and at most 1 (off)")
+        if self.top_k < 0:
+            raise UsageError(f"top_k={self.top_k} must be 0 (off) or a positive number")
+        if self.num_return_sequences < 1:
+            raise UsageError(f"{self.num_return_sequences} samples asked for; at least 1 is needed")
+        if self.num_return_sequences > 1 and self.temperature == 0:
+            raise UsageError(
+                f"{self.num_return_sequences} samples at temperature 0 would all be the same; set a temperature above 0"
+            )
+
+
+class _SpellThenWrite(LogitsProcessor):  # type: ignore[misc]
+    """Holds each row to the bytes it still has to spell, and all rows to ids that the tokenizer knows."""
+
+    def __init__(self, speller: Speller, loose_by_row: list[bytes], num_prompt: int, writable_ids: torch.Tensor) -> None:
+        self._speller, self._loose, self._num_prompt = speller, list(loose_by_row), num_prompt
+        self._writable_ids = writable_ids
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """input_ids [B, S] so far, scores [B, V] of the next token; what may not be written becomes -inf."""
+        masked = torch.full_like(scores, -torch.inf)
+        masked[:, self._writable_ids] = scores[:, self._writable_ids]
+        for row, loose in enumerate(self._loose):
+            if not loose:
+                continue
+            if input_ids.shape[1] > self._num_prompt:
+                loose = self._loose[row] = self._speller.rest(loose, int(input_ids[row, -1]))
+            if loose:
+                allowed = torch.tensor(self._speller.allowed(loose), device=scores.device)
+                masked[row] = -torch.inf
+                masked[row, allowed] = scores[row, allowed]
+        return masked
+
+
+class Writer:
+    """A model, its tokenizer and its stop ids, ready to write on from open texts."""
+
+    def __init__(self, model: Any, tokenizer: JointTokenizer, direction: Direction, stop_ids: list[int]) -> None:
+        self._model, self._tokenizer, self._direction, self._stop_ids = model, tokenizer, direction, stop_ids
+        self._speller = Speller(tokenizer, direction, stop_ids)
+        writable = sorted({*tokenizer.vocab.values(), *stop_ids})
+        self._writable_ids = torch.tensor([id_ for id_ in writable if id_ < model.config.vocab_size], device=model.device)
+
+    def write(self, texts: list[str], leading_ids: list[int], sampling: Sampling, batch_size: int) -> list[Generation]:
+        """`num_return_sequences` results a text, one text after the other; batches of at most `batch_size` rows."""
+        check_batch_size(batch_size)
+        rows = [text for text in texts for _ in range(sampling.num_return_sequences)]
+        opened = {text: self._tokenizer.open_text(text, self._direction) for text in texts}
+        results = []
+        with _seeded(sampling.seed, self._model.device):
+            for start in range(0, len(rows), batch_size):
+                batch = rows[start : start + batch_size]
+                tokens = self._write_batch([opened[text] for text in batch], leading_ids, sampling)
+                results += [self._join(text, opened[text], row, sampling) for text, row in zip(batch, tokens, strict=True)]
+        return results
+
+    def _write_batch(self, opened: list[OpenText], leading_ids: list[int], sampling: Sampling) -> list[list[int]]:
+        """New tokens of each row, model order. Prompts are padded before their begin and masked there."""
+        prompts = [leading_ids + row.tokens for row in opened]
+        if not all(prompts):
+            raise DataError("a text yields no token, so nothing conditions what the model writes; pass other text")
+        longest, num_loose = max(map(len, prompts)), max(len(row.loose) for row in opened)
+        self._check_length(longest + num_loose, sampling.max_new_tokens)
+        input_ids = torch.full((len(prompts), longest), self._stop_ids[0])
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            attention_mask[row, longest - len(prompt) :] = 1
+        chosen: dict[str, Any] = {"do_sample": False}
+        if sampling.temperature > 0:
+            # top_k 0 and top_p 1 are written out: transformers would otherwise put its own defaults there
+            chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
+        config = GenerationConfig(
+            max_new_tokens=sampling.max_new_tokens + num_loose,  # a token spells at least one byte
+            eos_token_id=self._stop_ids,
+            pad_token_id=self._stop_ids[0],
+            **chosen,
+        )
+        hold = _SpellThenWrite(self._speller, [row.loose for row in opened], longest, self._writable_ids)
+        output = self._model.generate(
+            input_ids=input_ids.to(self._model.device),
+            attention_mask=attention_mask.to(self._model.device),
+            generation_config=config,
+            logits_processor=LogitsProcessorList([hold]),
+        )
+        return [list(row) for row in output[:, longest:].tolist()]
+
+    def _check_length(self, num_prompt: int, max_new_tokens: int) -> None:
+        limit = getattr(self._model.config, "max_position_embeddings", None)
+        if limit and num_prompt + max_new_tokens > limit:
+            raise UsageError(
+                f"{num_prompt} tokens of text and max_new_tokens={max_new_tokens} exceed the {limit} positions of the model;"
+                f" shorten the text or write at most {max(0, limit - num_prompt)} tokens"
+            )
+
+    def _join(self, text: str, opened: OpenText, tokens: list[int], sampling: Sampling) -> Generation:
+        """Cut a row at its stop id or its limit, and put its text next to `text`."""
+        tokens = tokens[: self._speller.count_inside(tokens, opened.loose) + sampling.max_new_tokens]
+        stops = [index for index, token in enumerate(tokens) if token in self._stop_ids]
+        tokens = tokens[: stops[0]] if stops else tokens
+        text_ids = to_text_order(tokens, self._direction)
+        written = self._written_text(text_ids, opened, stopped=bool(stops))
+        pair = (written, text) if self._direction is Direction.REVERSE else (text, written)
+        return Generation(*pair, stopped=bool(stops), text_ids=text_ids)
+
+    def _written_text(self, text_ids: list[int], opened: OpenText, *, stopped: bool) -> str:
+        """The characters of `text_ids` that are not of the given text.
+
+        A character that the token limit cut at the far end is left out. A dummy prefix at the beginning of a text that a
+        reverse model finished is no part of it. Bytes that are no UTF-8 anywhere else are the model's own and show as U+FFFD.
+        """
+        if self._tokenizer.surfaces is None:
+            return self._decoded_text(text_ids, opened)
+        kept_ids = [id_ for id_ in text_ids if id_ not in self._tokenizer.special_ids]
+        written = self._tokenizer.spell(kept_ids)
+        if self._direction is Direction.FORWARD:
+            written = written[len(opened.loose) :]
+            return codecs.getincrementaldecoder("utf-8")("replace").decode(written, final=stopped)
+        written = written[: len(written) - len(opened.loose)] + opened.bridge
+        if stopped and self._tokenizer.has_dummy_prefix:
+            written = written.removeprefix(b" ")
+        while not stopped and written and written[0] & 0xC0 == 0x80:
+            written = written[1:]
+        return written.decode("utf-8", "replace")
+
+    def _decoded_text(self, text_ids: list[int], opened: OpenText) -> str:
+        """For a tokenizer whose pieces are not simply joined: decode with the given ids, and take away what they decode to."""
+        given_ids = to_text_order(opened.tokens, self._direction)
+        given = self._tokenizer.decode(given_ids)
+        if self._direction is Direction.REVERSE:
+            whole = self._tokenizer.decode(text_ids + given_ids)
+            return whole.removesuffix(given) if whole.endswith(given) else self._tokenizer.decode(text_ids)
+        whole = self._tokenizer.decode(given_ids + text_ids)
+        return whole.removeprefix(given) if whole.startswith(given) else self._tokenizer.decode(text_ids)
+
+
+@contextlib.contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Seed the generators for one call and put them back afterwards; without a seed they are left alone."""
+    if seed is None:
+        yield
+        return
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield

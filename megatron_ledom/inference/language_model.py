@@ -1,0 +1,175 @@
+"""What the reverse and the forward language model share: loading a folder, checking its direction, scoring, writing."""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+from megatron_ledom.direction import Direction, to_model_order, to_text_order
+from megatron_ledom.errors import DataError, MismatchError, UsageError
+from megatron_ledom.inference.generation import Writer
+from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.scoring import Span, SpanScore, score_spans
+
+
+class LanguageModel:
+    """A causal Hugging Face model with the order in which it reads. Texts and `text_ids` are always text order.
+
+    stop_ids: what ends generation; the first is eod. leading_ids: what stands before every sequence in model order: nothing
+    for a model of this package, BOS for a stock model whose tokenizer adds one.
+    """
+
+    direction: ClassVar[Direction]
+
+    def __init__(self, model: Any, tokenizer: JointTokenizer, stop_ids: list[int], leading_ids: list[int]) -> None:
+        self.model, self.tokenizer, self.stop_ids, self.leading_ids = model, tokenizer, stop_ids, leading_ids
+        self._writer = Writer(model, tokenizer, self.direction, stop_ids)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+        direction: str | None = None,
+    ) -> Self:
+        """Load an exported or stock folder of safetensors, offline.
+
+        device: CUDA where there is one, else the CPU. dtype: the stored one on CUDA, float32 on a CPU. direction: needed only
+        for a folder whose config.json records none and which is not a forward model.
+        """
+        folder = Path(folder)
+        config = read_model_config(folder)
+        cls._check_direction(folder, config.get("direction"), direction)
+        trained_here = config.get("direction") is not None
+        tokenizer = JointTokenizer.from_pretrained(folder, specials_are_text=trained_here)
+        stop_ids = _stop_ids(folder, config)
+        _check_ids(folder, config, tokenizer, stop_ids)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        chosen = dtype or (torch.float32 if device.type == "cpu" else "auto")
+        try:
+            with _bar_on_terminals_only():
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, use_safetensors=True, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{folder} does not load as a model of safetensors files: {error}") from error
+        model = model.to(device).eval()
+        model.generation_config = GenerationConfig()  # the folder's own sampling defaults must not mix with the caller's
+        return cls(model, tokenizer, stop_ids, [] if trained_here else tokenizer.leading_ids)
+
+    @classmethod
+    def _check_direction(cls, folder: Path, recorded: str | None, passed: str | None) -> None:
+        """Refuse a folder that reads the other way; without a record only what is passed, or stock HF, counts."""
+        mine = str(cls.direction)
+        other = "ForwardLM" if cls.direction is Direction.REVERSE else "ReverseLM"
+        if passed is not None and passed != mine:
+            raise UsageError(f"direction={passed!r} was passed to {cls.__name__}, which reads {mine}; use {other}")
+        if recorded is None and passed is None and cls.direction is Direction.REVERSE:
+            raise MismatchError(
+                f"{folder}/config.json records no direction, and a stock model reads forward; expected 'reverse': pass a folder"
+                f" that tools/convert_checkpoint.py wrote, or direction='reverse' if you know that it is one"
+            )
+        if recorded is not None and recorded != mine:
+            raise MismatchError(
+                f"{folder}/config.json says that this model reads {recorded}, {cls.__name__} needs a {mine} one: load it with"
+                f" {other}, or pass the folder of a {mine} model (fed the wrong order, a model gives nonsense without an error)"
+            )
+
+    def _span_scores(self, pairs: list[tuple[str, str]], with_eod: bool, batch_size: int) -> list[SpanScore]:
+        """Score, of each (preceding, following), the part that this model comes to last, given the other part."""
+        spans = [self._span(*self.tokenizer.split(*pair), with_eod) for pair in pairs]
+        scores = []
+        for span, values in zip(spans, score_spans(self.model, spans, batch_size), strict=True):
+            num_scored = len(values) - 1 if with_eod else len(values)
+            scores.append(
+                SpanScore(
+                    text_ids=to_text_order(span.tokens[span.num_context :][:num_scored], self.direction),
+                    token_logprobs=to_text_order(np.array(values[:num_scored]), self.direction).tolist(),
+                    eod_logprob=values[-1] if with_eod else None,
+                )
+            )
+        return scores
+
+    def _span(self, text_ids: list[int], num_preceding: int, with_eod: bool) -> Span:
+        num_given = num_preceding
+        if self.direction is Direction.REVERSE:
+            num_given = len(text_ids) - num_preceding
+            if not num_given:
+                raise DataError("a following text yields no token, so nothing conditions what precedes it; pass other text")
+        tokens = [*self.leading_ids, *to_model_order(text_ids, self.direction), *(self.stop_ids[:1] if with_eod else [])]
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit and len(tokens) > limit:
+            raise DataError(f"a text of {len(tokens)} tokens exceeds the {limit} positions of the model; shorten it")
+        return Span(tokens, max(1, len(self.leading_ids) + num_given))
+
+
+@contextlib.contextmanager
+def _bar_on_terminals_only() -> Iterator[None]:
+    """Keep the progress bar with which transformers loads weights out of log files."""
+    if sys.stderr.isatty() or not is_progress_bar_enabled():
+        yield
+        return
+    disable_progress_bar()
+    try:
+        yield
+    finally:
+        enable_progress_bar()
+
+
+def paired(preceding: str | list[str], following: str | list[str]) -> list[tuple[str, str]]:
+    """Two texts, or two lists of the same length, as a list of (preceding, following)."""
+    preceding, following = as_list(preceding), as_list(following)
+    if len(preceding) != len(following):
+        raise UsageError(f"{len(preceding)} preceding and {len(following)} following texts do not pair; pass as many of each")
+    return list(zip(preceding, following, strict=True))
+
+
+def as_list(texts: str | list[str]) -> list[str]:
+    """One text or several, as a list."""
+    return [texts] if isinstance(texts, str) else list(texts)
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """The config.json of a model folder."""
+    if not (folder / "config.json").is_file():
+        raise UsageError(
+            f"{folder} is no model folder (it has no config.json); pass one that tools/convert_checkpoint.py wrote"
+        )
+    return _read_json(folder / "config.json")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); write the folder again") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}, expected an object; write the folder again")
+    return content
+
+
+def _stop_ids(folder: Path, config: dict[str, Any]) -> list[int]:
+    """What the model was trained to stop with: `eod_id` of an export (trap 1), a stock folder's generation eos."""
+    generation = _read_json(path) if (path := folder / "generation_config.json").is_file() else {}
+    found = (config.get("eod_id"), generation.get("eos_token_id"), config.get("eos_token_id"))
+    eos = next((ids for ids in found if ids is not None), None)
+    if eos is None:
+        raise DataError(f"{folder} names no eod_id or eos_token_id, so generation would never stop; add eod_id to config.json")
+    return list(eos) if isinstance(eos, list) else [int(eos)]
+
+
+def _check_ids(folder: Path, config: dict[str, Any], tokenizer: JointTokenizer, stop_ids: list[int]) -> None:
+    """Refuse ids which the embedding does not have."""
+    vocab_size = int(config.get("vocab_size", 0))
+    largest = max([*tokenizer.vocab.values(), *stop_ids])
+    if largest >= vocab_size:
+        raise MismatchError(
+            f"the tokenizer of {folder} and its eod use ids up to {largest}, the model has {vocab_size}: they do not belong"
+            " together; export again with the tokenizer that the shards were made with"
+        )

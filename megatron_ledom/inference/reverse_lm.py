@@ -1,0 +1,73 @@
+"""The reverse language model (LEDOM, arXiv 2507.01335): P(x) = prod_t P(x_t | x_{t+1..T})."""
+
+from typing import overload
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.inference.generation import Generation, Sampling
+from megatron_ledom.inference.joint import check_texts
+from megatron_ledom.inference.language_model import LanguageModel, as_list, paired
+from megatron_ledom.inference.scoring import SpanScore
+
+
+class ReverseLM(LanguageModel):
+    """Writes what came before a text and scores what came before a text. Load with `ReverseLM.from_pretrained(folder)`."""
+
+    direction = Direction.REVERSE
+
+    def generate_preceding(
+        self,
+        following_text: str | list[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        batch_size: int = 16,
+    ) -> list[Generation]:
+        """Write what came before each text, until the model says that the text begins there (eod) or `max_new_tokens`.
+
+        Returns `num_return_sequences` results for each text, in the order of the texts; `result.text` ends with the given text
+        exactly. The first tokens of the given text which would be others if it were continued to the front are not fixed:
+        the model spells the same characters again, perhaps as the end of a longer piece; they do not count as new.
+        Temperature 0 takes the likeliest token; top_p 1 and top_k 0 are off; without a seed torch's own generator goes on.
+        """
+        texts = as_list(following_text)
+        check_texts(texts, "following text")
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            num_return_sequences=num_return_sequences,
+            seed=seed,
+        )
+        return self._writer.write(texts, self.leading_ids, sampling, batch_size)
+
+    @overload
+    def log_likelihood(
+        self, preceding: str, following: str, *, include_beginning: bool = False, batch_size: int = 16
+    ) -> SpanScore: ...
+    @overload
+    def log_likelihood(
+        self, preceding: list[str], following: list[str], *, include_beginning: bool = False, batch_size: int = 16
+    ) -> list[SpanScore]: ...
+    def log_likelihood(
+        self,
+        preceding: str | list[str],
+        following: str | list[str],
+        *,
+        include_beginning: bool = False,
+        batch_size: int = 16,
+    ) -> SpanScore | list[SpanScore]:
+        """log P_R(preceding | following): the sum over the tokens of `preceding`, natural logs; lists give a list.
+
+        Both are encoded once as one text; a token that reaches over the boundary belongs to `following`. An empty `preceding`
+        scores 0; an empty `following` is refused, because the first token would be conditioned on nothing the model was
+        trained on. include_beginning adds log P(eod | the whole text): that the text begins where `preceding` does.
+        """
+        pairs = paired(preceding, following)
+        check_texts([after for _, after in pairs], "following text")
+        scores = self._span_scores(pairs, include_beginning, batch_size)
+        return scores[0] if isinstance(preceding, str) else scores

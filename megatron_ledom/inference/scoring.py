@@ -1,0 +1,100 @@
+"""Log-probabilities of the last tokens of sequences in model order: one implementation for both directions.
+
+Shapes: B rows of a batch, K positions kept, V vocabulary of the logits.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megatron_ledom.errors import UsageError
+
+MAX_KEPT_LOGITS = 2**28  # B * K * V of one batch: 1 GiB in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """tokens: a whole sequence in model order; those from `num_context` on are scored, each given all before it."""
+
+    tokens: list[int]
+    num_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpanScore:
+    """Natural-log probabilities of a span, given the other part of its text.
+
+    text_ids, token_logprobs: the scored ids and their values, text order. eod_logprob: log-probability of the eod next to the
+    span if that was asked for. logprob: the sum of all of them.
+    """
+
+    text_ids: list[int]
+    token_logprobs: list[float]
+    eod_logprob: float | None = None
+
+    @property
+    def logprob(self) -> float:
+        """The summed log-probability, eod included if it was asked for; natural log."""
+        return math.fsum([*self.token_logprobs, self.eod_logprob or 0.0])
+
+    @property
+    def num_tokens(self) -> int:
+        """How many tokens of the text were scored; eod does not count."""
+        return len(self.token_logprobs)
+
+
+def score_spans(model: Any, spans: list[Span], batch_size: int) -> list[list[float]]:
+    """log P(tokens[t] | tokens[:t]) for t >= num_context of each span, model order, float32 log-softmax.
+
+    Rows of similar length share a batch, padded after their end, where a causal model cannot see; the result does not
+    depend on the batch beyond rounding. `batch_size` is the largest number of rows; wide vocabularies use fewer.
+    """
+    check_batch_size(batch_size)
+    values: list[list[float]] = [[] for _ in spans]
+    pending = [index for index, span in enumerate(spans) if len(span.tokens) > span.num_context]
+    pending.sort(key=lambda index: -len(spans[index].tokens))
+    while pending:
+        num_rows = _fitting_rows([spans[index] for index in pending[:batch_size]], model.config.vocab_size)
+        chosen, pending = pending[:num_rows], pending[num_rows:]
+        for index, row in zip(chosen, _score_batch(model, [spans[index] for index in chosen]), strict=True):
+            values[index] = row
+    return values
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Refuse a batch of no rows."""
+    if batch_size < 1:
+        raise UsageError(f"batch_size={batch_size} computes nothing; it must be at least 1")
+
+
+def _fitting_rows(spans: list[Span], vocab_size: int) -> int:
+    """How many of the spans, longest first, keep their logits below the limit; at least one."""
+    longest = len(spans[0].tokens)
+    num_rows = 1
+    for count in range(2, len(spans) + 1):
+        kept = longest - min(span.num_context for span in spans[:count]) + 1
+        if count * kept * vocab_size > MAX_KEPT_LOGITS:
+            break
+        num_rows = count
+    return num_rows
+
+
+@torch.inference_mode()
+def _score_batch(model: Any, spans: list[Span]) -> list[list[float]]:
+    """One forward pass; the logits of the first position needed by any row and of all after it are kept."""
+    longest = max(len(span.tokens) for span in spans)
+    first = min(span.num_context for span in spans) - 1  # logits at position t tell of token t + 1
+    input_ids = torch.zeros(len(spans), longest, dtype=torch.long)
+    for row, span in enumerate(spans):
+        input_ids[row, : len(span.tokens)] = torch.tensor(span.tokens)
+    input_ids = input_ids.to(model.device)
+    logits_BKV = model(input_ids=input_ids, use_cache=False, logits_to_keep=longest - first).logits
+    scores = []
+    for row, span in enumerate(spans):
+        begin, end = span.num_context, len(span.tokens)
+        logprobs_KV = torch.log_softmax(logits_BKV[row, begin - 1 - first : end - 1 - first].float(), dim=-1)
+        targets_K = input_ids[row, begin:end]
+        scores.append([float(value) for value in logprobs_KV.gather(1, targets_K[:, None])[:, 0].tolist()])
+    return scores

@@ -1,0 +1,172 @@
+"""Each relation between keys: one run it refuses, with the sentence, and one it lets through."""
+
+from collections.abc import Sequence
+
+import pytest
+
+from megatron_ledom.config.checks import check_config
+from megatron_ledom.config.derived import (
+    blend_shares,
+    data_parallel_size,
+    head_dim,
+    lr_decay_samples,
+    lr_warmup_samples,
+    num_microbatches,
+    padded_vocab_size,
+    planned_world_size,
+    query_groups,
+    total_tokens,
+    train_samples,
+    validation_iterations,
+)
+from megatron_ledom.config.load import config_from_dict
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.errors import ConfigError
+
+
+def build(*settings: str) -> RunConfig:
+    """A run that works on one rank, with `section.key=value` set where value is Python."""
+    values: dict[str, dict[str, object]] = {
+        "model": {"num_layers": 8, "hidden_size": 72, "ffn_hidden_size": 96, "num_attention_heads": 18},
+        "data": {"seq_length": 16, "train_blend": [[1.0, "data/a"]]},
+        "train": {"train_iters": 100, "global_batch_size": 24},
+        "optimizer": {"lr_warmup_iters": 10},
+        "parallel": {},
+    }
+    for setting in settings:
+        key, value = setting.split("=")
+        section, name = key.split(".")
+        values[section][name] = eval(value)
+    return config_from_dict({"run_dir": "runs/tiny", **values}, "test")
+
+
+TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
+VPP, CP = "parallel.virtual_pipeline_model_parallel_size", "parallel.context_parallel_size"
+GATHER = "parallel.overlap_param_gather=True"
+
+REFUSED: list[tuple[list[str], int, str]] = [
+    (
+        [f"{TP}=4", "model.vocab_size=256"],
+        4,
+        "parallel.tensor_model_parallel_size=4 does not divide model.num_attention_heads=18;"
+        " it can be one of [1, 2, 3, 6, 9, 18]",
+    ),
+    (["model.hidden_size=70"], 1, "model.num_attention_heads=18 does not divide model.hidden_size=70"),
+    (["model.hidden_size=54"], 1, "the width of a head is 3; rotary positions turn pairs"),
+    (["model.kv_channels=5"], 1, "the width of a head is 5"),
+    (["model.num_query_groups=4"], 1, "model.num_query_groups=4 does not divide model.num_attention_heads=18"),
+    (
+        ["model.num_query_groups=2", f"{TP}=9"],
+        9,
+        "neither divides model.num_query_groups=2 nor is a multiple of it, so key-value heads cannot be shared out;"
+        " it can be one of [1, 2, 6, 18]",
+    ),
+    (
+        [f"{TP}=2", "model.ffn_hidden_size=99"],
+        2,
+        "does not divide model.ffn_hidden_size=99; it can be one of [1, 3, 9, 11, 33, 99]",
+    ),
+    (
+        [f"{TP}=3"],
+        3,
+        "does not divide the padded vocabulary of 128 rows; set model.make_vocab_size_divisible_by (now 128) to a",
+    ),
+    ([f"{TP}=3", "model.vocab_size=200"], 3, "does not divide the padded vocabulary of 256 rows"),
+    (
+        ["parallel.sequence_parallel=True"],
+        1,
+        "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size above 1",
+    ),
+    ([f"{TP}=2", "parallel.sequence_parallel=True", "data.seq_length=15"], 2, "the next length that can is 16"),
+    ([f"{CP}=2", "data.seq_length=18"], 2, "data.seq_length=18 is not a multiple of 2 x parallel.context_parallel_size = 4"),
+    (
+        [f"{PP}=3"],
+        3,
+        "parallel.pipeline_model_parallel_size=3 does not divide model.num_layers=8; it can be one of [1, 2, 4, 8]",
+    ),
+    ([f"{VPP}=2"], 1, "needs parallel.pipeline_model_parallel_size above 1"),
+    ([f"{PP}=2", f"{VPP}=1"], 2, "virtual_pipeline_model_parallel_size=1 interleaves nothing"),
+    ([f"{PP}=2", f"{VPP}=3"], 2, "does not divide the 4 layers of a stage"),
+    ([f"{PP}=2", f"{VPP}=2", "train.global_batch_size=3"], 2, "3 micro-batches are not a multiple of parallel.pipeline"),
+    ([GATHER, "parallel.overlap_grad_reduce=True"], 1, "needs parallel.use_distributed_optimizer=true"),
+    ([GATHER, "parallel.use_distributed_optimizer=True"], 1, "needs parallel.overlap_grad_reduce=true"),
+    (["optimizer.min_lr=0.1"], 1, "optimizer.min_lr=0.1 is above optimizer.lr=0.0002"),
+    (["optimizer.lr_warmup_iters=100"], 1, "optimizer.lr_warmup_iters=100 leaves nothing of train.train_iters=100 to decay in"),
+    (["optimizer.lr_decay_iters=10"], 1, "leaves nothing of optimizer.lr_decay_iters=10 to decay in"),
+    (["data.reset_position_ids=True"], 1, "data.reset_position_ids=true without data.reset_attention_mask=true"),
+    (["data.reset_attention_mask=True", f"{CP}=2"], 2, "cannot be used with parallel.context_parallel_size=2"),
+    (["data.reset_attention_mask=True", "model.transformer_impl='transformer_engine'"], 1, "set model.transformer_impl=torch"),
+    (["data.train_blend=[[1, 'a'], [2, 'a']]"], 1, "data.train_blend lists a 2 times"),
+    (["data.valid_blend=[[1, 'a.bin']]"], 1, "data.valid_blend lists the file a.bin; expected the prefix of a shard, a"),
+    (["data.valid_blend=[[1, ' ']]"], 1, "empty prefix"),
+    (["parallel.world_size=4"], 2, "parallel.world_size=4, but 2 ranks are launched"),
+    ([f"{TP}=2", f"{PP}=2"], 6, "6 ranks are not a multiple of the 4 that one copy of the model needs"),
+    ([f"{TP}=2"], 1, "1 ranks are not a multiple of the 2"),
+    (
+        [],
+        5,
+        "train.global_batch_size=24 is not a multiple of train.micro_batch_size=1 x data-parallel size 5 = 5;"
+        " the next one is 25",
+    ),
+]
+
+ACCEPTED: list[tuple[list[str], int]] = [
+    ([], 1),
+    ([], 8),
+    ([f"{TP}=2", "model.vocab_size=256"], 2),
+    (["model.hidden_size=70", "model.kv_channels=4"], 1),
+    (["model.num_query_groups=6"], 1),
+    (["model.num_query_groups=1", f"{TP}=2"], 2),
+    (["model.num_query_groups=2", f"{TP}=6", "model.make_vocab_size_divisible_by=384"], 6),
+    ([f"{TP}=3", "model.make_vocab_size_divisible_by=129"], 3),
+    ([f"{TP}=2", "parallel.sequence_parallel=True"], 2),
+    ([f"{TP}=2", f"{CP}=2", "parallel.sequence_parallel=True"], 4),
+    ([f"{PP}=4"], 4),
+    ([f"{PP}=2", f"{VPP}=2"], 2),
+    ([f"{PP}=2", "train.global_batch_size=3"], 2),
+    ([GATHER, "parallel.use_distributed_optimizer=True", "parallel.overlap_grad_reduce=True"], 2),
+    (["optimizer.min_lr=2e-4"], 1),
+    (["optimizer.lr_warmup_iters=99"], 1),
+    (["optimizer.lr_decay_iters=11"], 1),
+    (["data.reset_position_ids=True", "data.reset_attention_mask=True"], 1),
+    (["data.train_blend=[[1, 'a'], [2, 'b']]", "data.valid_blend=[[1, 'a']]"], 1),
+    (["parallel.world_size=4"], 4),
+]
+
+
+@pytest.mark.parametrize(("settings", "world_size", "sentence"), REFUSED, ids=lambda value: str(value)[:60])
+def test_run_that_cannot_work_is_refused(settings: Sequence[str], world_size: int, sentence: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_config(build(*settings), world_size)
+    assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize(("settings", "world_size"), ACCEPTED, ids=lambda value: str(value)[:60])
+def test_run_that_works_passes(settings: Sequence[str], world_size: int) -> None:
+    config = build(*settings)
+    check_config(config, world_size)
+    assert num_microbatches(config, world_size) >= 1
+
+
+def test_all_faults_are_gathered() -> None:
+    config = build(f"{TP}=4", f"{PP}=3", "optimizer.min_lr=1.0", "data.reset_position_ids=True", "parallel.world_size=12")
+    with pytest.raises(ConfigError) as caught:
+        check_config(config, 24)
+    assert str(caught.value).splitlines()[0] == "the configuration has 5 faults:"
+    assert len(str(caught.value).splitlines()) == 6
+
+
+def test_derived_numbers_by_hand() -> None:
+    config = build(f"{TP}=2", f"{PP}=2", "train.micro_batch_size=2", "model.num_query_groups=9", "train.eval_interval=30")
+    assert (data_parallel_size(config.parallel, 8), num_microbatches(config, 8), planned_world_size(config)) == (2, 6, 4)
+    assert (head_dim(config.model), query_groups(config.model)) == (4, 9)
+    assert (train_samples(config), total_tokens(config)) == (2400, 38400)
+    assert (lr_warmup_samples(config), lr_decay_samples(config), validation_iterations(config)) == (240, 2400, 4)
+    assert blend_shares([(3.0, "a"), (1.0, "b")]) == [0.75, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("vocab", "divisible_by", "rows"), [(64005, 256, 64256), (64000, 128, 64000), (1, 128, 128), (129, 128, 256)]
+)
+def test_padded_vocabulary(vocab: int, divisible_by: int, rows: int) -> None:
+    assert padded_vocab_size(vocab, divisible_by) == rows

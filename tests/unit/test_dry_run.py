@@ -1,0 +1,112 @@
+"""The plan of a run: its numbers, its blend, and that it needs nothing heavy."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ledom.config.load import load_config
+from megatron_ledom.data.shard import ShardManifest
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import ConfigError
+from megatron_ledom.training.dry_run import describe_run
+
+CONFIGS = Path(__file__).parents[2] / "examples/configs"
+
+
+def plan(name: str, world_size: int, *overrides: str) -> str:
+    return describe_run(load_config(str(CONFIGS / f"{name}.yaml"), overrides), world_size)
+
+
+def row(text: str, name: str) -> str:
+    found = re.findall(rf"^  {re.escape(name)}  +(.*)$", text, re.MULTILINE)
+    assert len(found) == 1, f"{name} stands {len(found)} times in\n{text}"
+    return str(found[0])
+
+
+def write_manifest(prefix: Path, num_tokens: int, vocab_size: int = 500) -> None:
+    manifest = ShardManifest(
+        direction=Direction.REVERSE,
+        tokenizer_name="legible",
+        tokenizer_sha256="0" * 64,
+        vocab_size=vocab_size,
+        eod_id=2,
+        dtype="uint16",
+        num_documents=3,
+        num_tokens=num_tokens,
+        text_bytes=4 * num_tokens,
+        skipped={},
+        input_files=[],
+        bin_sha256="0" * 64,
+        idx_sha256="0" * 64,
+    )
+    prefix.with_suffix(".json").write_bytes(manifest.to_json())
+
+
+def test_7b_prints_the_published_numbers() -> None:
+    text = plan("ledom_7b", 64)
+    assert row(text, "parameters") == "7.794 B (7,793,716,224)"
+    assert row(text, "padded vocabulary") == "64,256 rows for 64,005 ids"
+    assert row(text, "tokens") == "435.37 B (435,368,755,200)"
+    assert row(text, "iterations") == "51,900"
+    assert row(text, "micro-batches") == "32 an iteration"
+    assert row(text, "data parallel") == "32"
+    assert row(text, "global batch") == "1,024 samples, 8,388,608 tokens"
+    assert row(text, "warm-up") == "2,000 iterations, 16.777 B tokens"
+    assert row(text, "FLOPs a token").startswith("54.03 GFLOP")
+    assert row(text, "data/dclm_01").split() == ["259,833,174,808", "59.68%", "259,830,100,874", "no", "shard", "yet"]
+
+
+def test_2b_prints_the_published_numbers() -> None:
+    text = plan("ledom_2b", 64)
+    assert row(text, "parameters").startswith("2.245 B")
+    assert row(text, "micro-batches") == "16 an iteration"
+    assert row(text, "heads x width") == "8 x 256, 1 key-value heads"
+
+
+def test_plan_begins_with_the_resolved_run(tmp_path: Path) -> None:
+    yaml = plan("ledom_7b", 64, "train.seed=7").split("\n\nmodel\n")[0]
+    (tmp_path / "resolved.yaml").write_text(yaml, encoding="utf-8")
+    assert load_config(str(tmp_path / "resolved.yaml")) == load_config(str(CONFIGS / "ledom_7b.yaml"), ["train.seed=7"])
+
+
+def test_manifests_give_vocabulary_tokens_and_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_manifest(tmp_path / "a", num_tokens=614_400)
+    text = plan("quickstart_reverse", 1, "data.train_blend=[[3,a],[1,b]]", "data.valid_blend=[]", "train.train_iters=300")
+    assert row(text, "padded vocabulary") == "512 rows for 500 ids"
+    assert row(text, "a").split() == ["3", "75.00%", "921,600", "614,400", "1.500"]
+    assert row(text, "b").split() == ["1", "25.00%", "307,200", "no", "shard", "yet"]
+    assert row(text, "validations") == "none: data.valid_blend is empty"
+
+
+def test_plan_without_vocabulary_or_data_says_what_is_not_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = plan("quickstart_reverse", 1, "data.train_blend=[]")
+    assert "set model.vocab_size" in row(text, "vocabulary")
+    assert "none: data.train_blend is empty" in text
+
+
+def test_layout_that_cannot_work_is_refused() -> None:
+    with pytest.raises(ConfigError, match="64, but 2 ranks"):
+        plan("ledom_7b", 2)
+
+
+@pytest.mark.parametrize("copies", [1, 4])
+def test_state_of_a_rank_by_hand(copies: int) -> None:
+    settings = ["parallel.use_distributed_optimizer=true", "model.vocab_size=512", "train.micro_batch_size=1"]
+    text = plan("quickstart_reverse", copies, *settings)
+    parameters = int(row(text, "parameters").split("(")[1].rstrip(")").replace(",", ""))
+    assert row(text, "model state a rank").split()[1] == f"{parameters * (6 + 12 / copies) / 2**30:.2f}"
+
+
+def test_plan_needs_no_torch() -> None:
+    code = (
+        "import sys; from megatron_ledom.config.load import load_config;"
+        "from megatron_ledom.training.dry_run import describe_run;"
+        f"describe_run(load_config({str(CONFIGS / 'ledom_7b.yaml')!r}), 64);"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'transformers')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

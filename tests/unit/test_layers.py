@@ -1,0 +1,234 @@
+"""Who may import whom, where megatron-core is met, and how large things get: read from the source, so nothing is imported."""
+
+import ast
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ENGINE = {"config", "direction", "errors", "ops", "parallel", "platform"}
+MAY_IMPORT = {  # part of the package -> parts it may import besides itself
+    "direction": {"errors"},
+    "errors": set(),
+    "config": {"direction", "errors"},
+    "platform": {"config", "direction", "errors"},
+    "ops": {"config", "direction", "errors", "platform"},
+    "parallel": {"config", "direction", "errors", "platform"},
+    "data": ENGINE,
+    "model": ENGINE,
+    "checkpoint": ENGINE,
+    "training": ENGINE | {"data", "model", "checkpoint"},
+    "convert": ENGINE | {"data", "model", "checkpoint", "inference"},
+    "inference": {"direction", "errors"},
+    "evaluation": {"direction", "errors", "inference"},
+}
+MEGATRON_FREE = {"direction", "errors", "config", "inference", "evaluation"}
+OUTSIDE = {"tools", "tests", "examples"}
+HEAVY = ("torch", "megatron", "transformers", "pyarrow", "tensorboard", "matplotlib", "sentencepiece", "tokenizers")
+MAX_FUNCTION, MAX_FILE, MAX_NESTING = 60, 500, 4
+BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.AsyncFor, ast.AsyncWith, ast.Match)
+Finding = tuple[int, str]
+Rule = Callable[[Path, ast.Module], Iterator[Finding]]
+
+
+def part_of(path: Path) -> str:
+    """`data` for megatron_ledom/data/shard.py, `errors` for megatron_ledom/errors.py."""
+    return path.parts[1].removesuffix(".py") if path.parts[0] == "megatron_ledom" else ""
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Line and dotted name of everything imported, late imports included; relative ones begin with a dot."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            start = "." * node.level + (node.module or "")
+            yield from ((node.lineno, f"{start}.{alias.name}") for alias in node.names)
+
+
+def layers(path: Path, tree: ast.Module) -> Iterator[Finding]:
+    part = part_of(path)
+    for line, name in imports(tree):
+        top, *rest = name.split(".")
+        known = top == "megatron_ledom" and part in MAY_IMPORT and bool(rest) and rest[0] in MAY_IMPORT
+        if name.startswith("."):
+            yield line, "a relative import; use the absolute name"
+        elif known and rest[0] not in {part, *MAY_IMPORT[part]}:
+            yield line, f"{part} must not import {rest[0]}"
+        elif top in OUTSIDE and part:
+            yield line, f"nobody imports {top}"
+        elif top in ("megatron", "transformer_engine", "apex") and part in MEGATRON_FREE:
+            yield line, f"{part} must not import {top}"
+        elif top == "torch" and part == "config":
+            yield line, "config must not import torch"
+
+
+def engine_is_met_in_few_places(path: Path, tree: ast.Module) -> Iterator[Finding]:
+    for line, name in imports(tree):
+        parts = name.split(".")
+        if parts[0] != "megatron":
+            continue
+        if "parallel_state" in parts and part_of(path) not in ("parallel", ""):
+            yield line, "only parallel/ uses parallel_state"
+        if "GPTModel" in parts and path != Path("megatron_ledom/model/builder.py"):
+            yield line, "only model/builder.py imports GPTModel"
+
+
+def only_platform_patches(path: Path, tree: ast.Module) -> Iterator[Finding]:
+    if part_of(path) in ("platform", ""):
+        return
+    theirs = {
+        (alias.asname or alias.name).split(".")[0]
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for alias in node.names
+        if (getattr(node, "module", None) or alias.name).split(".")[0] in ("megatron", "torch")
+    }
+    for node in ast.walk(tree):
+        targets: list[ast.expr] = []
+        if isinstance(node, ast.Assign | ast.Delete):
+            targets = node.targets
+        elif isinstance(node, ast.AugAssign):
+            targets = [node.target]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "setattr":
+            targets = [ast.Attribute(node.args[0], "set", ast.Store())]
+        for target in targets:
+            root = target.value if isinstance(target, ast.Attribute) else None
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            if isinstance(root, ast.Name) and root.id in theirs:
+                yield node.lineno, f"only platform/ changes {root.id}"
+
+
+def sizes(path: Path, tree: ast.Module) -> Iterator[Finding]:
+    lines = source_lines(path)
+    if len(lines) > MAX_FILE and "# house:" not in lines[0]:
+        yield 1, f"the file has {len(lines)} lines (limit {MAX_FILE})"
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or "# house:" in lines[node.lineno - 1]:
+            continue
+        length = (node.end_lineno or node.lineno) - node.lineno + 1
+        if length > MAX_FUNCTION:
+            yield node.lineno, f"{node.name} has {length} lines (limit {MAX_FUNCTION})"
+        if (depth := nesting(node)) > MAX_NESTING:
+            yield node.lineno, f"{node.name} nests {depth} deep (limit {MAX_NESTING})"
+
+
+def nesting(node: ast.AST, depth: int = 0) -> int:
+    """Deepest block inside a function; `elif` does not count as one more, inner functions count for themselves."""
+    deepest = depth
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            continue
+        is_elif = isinstance(node, ast.If) and isinstance(child, ast.If) and child in node.orelse
+        deepest = max(deepest, nesting(child, depth + (isinstance(child, BLOCKS) and not is_elif)))
+    return deepest
+
+
+LINES = [
+    (re.compile(r"\[::-1\]|\b(np|torch)\.(flip|flipud|fliplr)\("), "order changes in direction.py only"),
+    (re.compile(r"trust_remote_code\s*=\s*True"), "no remote code"),
+    (re.compile(r"\bpickle\.loads?\(|torch\.load\((?!.*weights_only\s*=\s*True)"), "nothing is unpickled"),
+    (re.compile(r"(?<![\w.])/(work|root|home|tmp)/\w"), "a path of one machine"),
+]
+
+
+def lines(path: Path, tree: ast.Module) -> Iterator[Finding]:
+    if path.parts[0] == "tests" or path.name == "direction.py":
+        return
+    for number, line in enumerate(source_lines(path), 1):
+        yield from ((number, text) for pattern, text in LINES if pattern.search(line) and "# house:" not in line)
+
+
+RULES: list[Rule] = [layers, engine_is_met_in_few_places, only_platform_patches, sizes, lines]
+
+
+@cache
+def source_lines(path: Path) -> list[str]:
+    return (ROOT / path).read_text(encoding="utf-8").splitlines() or [""]
+
+
+@cache
+def sources() -> list[tuple[Path, ast.Module]]:
+    found = [file for top in ("megatron_ledom", "tools", "tests", "examples") for file in sorted((ROOT / top).rglob("*.py"))]
+    return [(file.relative_to(ROOT), ast.parse(file.read_text(encoding="utf-8"))) for file in found]
+
+
+def tools() -> list[str]:
+    return [f"tools/{file.name}" for file in sorted((ROOT / "tools").glob("*.py"))]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_source_keeps_the_rule(rule: Rule) -> None:
+    findings = [f"{path}:{line}: {text}" for path, tree in sources() for line, text in rule(path, tree)]
+    assert not findings, "\n".join(findings)
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "source"),
+    [
+        (layers, "data/x.py", "from megatron_ledom.model.builder import build_model"),
+        (layers, "data/x.py", "def late():\n    from megatron_ledom import training"),
+        (layers, "checkpoint/x.py", "import megatron_ledom.training.loop"),
+        (layers, "config/x.py", "import torch.nn"),
+        (layers, "inference/x.py", "from megatron.core import tensor_parallel"),
+        (layers, "evaluation/x.py", "from megatron_ledom.config.schema import RunConfig"),
+        (layers, "model/x.py", "from .builder import build_model"),
+        (layers, "training/x.py", "from tools.generate import main"),
+        (engine_is_met_in_few_places, "training/x.py", "from megatron.core import parallel_state as mpu"),
+        (engine_is_met_in_few_places, "training/x.py", "from megatron.core.parallel_state import get_data_parallel_rank"),
+        (engine_is_met_in_few_places, "convert/x.py", "from megatron.core.models.gpt import GPTModel"),
+        (only_platform_patches, "model/x.py", "import megatron.core.utils as u\nu.is_te = lambda: False"),
+        (only_platform_patches, "model/x.py", "from megatron.core import optimizer\noptimizer.clip.norm = None"),
+        (only_platform_patches, "model/x.py", "import torch\nsetattr(torch.cuda, 'x', 1)"),
+    ],
+)
+def test_rule_finds_what_breaks_it(rule: Rule, path: str, source: str) -> None:
+    assert list(rule(Path("megatron_ledom") / path, ast.parse(source)))
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "source"),
+    [
+        (layers, "data/x.py", "from megatron_ledom.config.schema import RunConfig\nimport torch"),
+        (layers, "pretrain.py", "from megatron_ledom.training.loop import train"),
+        (engine_is_met_in_few_places, "parallel/x.py", "from megatron.core import parallel_state"),
+        (engine_is_met_in_few_places, "model/builder.py", "from megatron.core.models.gpt import GPTModel"),
+        (only_platform_patches, "platform/x.py", "import megatron.core.utils as u\nu.is_te = lambda: False"),
+        (only_platform_patches, "model/x.py", "from megatron.core import optimizer\nmine = optimizer.clip\nself.x = 1"),
+    ],
+)
+def test_rule_lets_good_source_pass(rule: Rule, path: str, source: str) -> None:
+    assert not list(rule(Path("megatron_ledom") / path, ast.parse(source)))
+
+
+HELP = """
+import json, resource, runpy, sys
+name, as_module = sys.argv[1], sys.argv[2] == "module"
+sys.argv = [name, "--help"]
+code = None
+try:
+    (runpy.run_module if as_module else runpy.run_path)(name, run_name="__main__")
+except SystemExit as stop:
+    code = stop.code
+used = resource.getrusage(resource.RUSAGE_SELF)
+report = {"code": code, "modules": sorted(sys.modules), "seconds": used.ru_utime + used.ru_stime}
+print(json.dumps(report), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("command", [*tools(), "megatron_ledom.pretrain"])
+def test_help_answers_at_once(command: str) -> None:
+    how = "file" if command.endswith(".py") else "module"
+    asked = subprocess.run([sys.executable, "-c", HELP, command, how], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert asked.stdout.startswith("usage:"), asked.stderr
+    report = json.loads(asked.stderr.splitlines()[-1])
+    assert report["code"] == 0
+    assert not [name for name in HEAVY if name in report["modules"]]
+    assert report["seconds"] < 2  # of processor time, so that a busy machine does not matter

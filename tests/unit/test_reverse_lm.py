@@ -1,0 +1,296 @@
+"""Writing what precedes (and follows) a text: order, stop, the joint with the given text, refusals."""
+
+import json
+import random
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, processors
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import DataError, MismatchError, UsageError
+from megatron_ledom.inference import ForwardLM, ReverseLM
+from megatron_ledom.inference.joint import JointTokenizer, Speller
+from tests.legible import EOD_ID, VOCAB_SIZE, legible_tokenizer
+from tests.tiny_models import (
+    TOKENIZERS,
+    chain_model,
+    random_model_folder,
+    random_text,
+    save_model_folder,
+    sentencepiece_like_json,
+)
+
+NAMES = list(TOKENIZERS)
+
+
+@pytest.fixture(scope="module")
+def reverse_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ReverseLM]:
+    root = tmp_path_factory.mktemp("reverse")
+    return {name: ReverseLM.from_pretrained(random_model_folder(root / name, name, "reverse"), device="cpu") for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def forward_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ForwardLM]:
+    root = tmp_path_factory.mktemp("forward")
+    return {name: ForwardLM.from_pretrained(random_model_folder(root / name, name, "forward"), device="cpu") for name in NAMES}
+
+
+def legible_folder(folder: Path, next_of: dict[int, int], direction: str) -> Path:
+    tokenizer_json = (legible_tokenizer(folder / "tokenizer") / "tokenizer.json").read_text()
+    return save_model_folder(folder / "model", chain_model(VOCAB_SIZE, next_of), tokenizer_json, direction, EOD_ID)
+
+
+def piece_chain_folder(folder: Path, pieces: list[str], direction: str) -> Path:
+    """A model of the SentencePiece-like tokenizer which writes `pieces` one after the other, model order."""
+    ids = ids_of(pieces)
+    assert None not in ids
+    vocab_size = Tokenizer.from_str(sentencepiece_like_json()).get_vocab_size()
+    model = chain_model(vocab_size, dict(pairwise(ids)))
+    return save_model_folder(folder, model, sentencepiece_like_json(), direction)
+
+
+def ids_of(pieces: list[str]) -> list[int]:
+    tokenizer = Tokenizer.from_str(sentencepiece_like_json())
+    return [tokenizer.token_to_id(piece) for piece in pieces]
+
+
+def test_a_reverse_model_writes_the_preceding_words_in_reading_order(tmp_path: Path) -> None:
+    chain = {305: 304, 304: 303, 303: EOD_ID}
+    reverse = ReverseLM.from_pretrained(legible_folder(tmp_path, chain, "reverse"), device="cpu")
+    result = reverse.generate_preceding("305 306 307", max_new_tokens=9)[0]
+    assert result.text_ids == [303, 304]
+    assert result.preceding == "303 304 "
+    assert result.text == "303 304 305 306 307"
+    assert result.stopped
+
+
+def test_a_forward_model_writes_the_following_words(tmp_path: Path) -> None:
+    chain = {307: 308, 308: 309, 309: EOD_ID}
+    forward = ForwardLM.from_pretrained(legible_folder(tmp_path, chain, "forward"), device="cpu")
+    result = forward.generate_following("305 306 307", max_new_tokens=9)[0]
+    assert (result.text, result.stopped) == ("305 306 307 308 309", True)
+    cut = forward.generate_following("305 306 307", max_new_tokens=1)[0]
+    assert (cut.text, cut.stopped) == ("305 306 307 308", False)
+
+
+def test_generation_stops_at_the_trained_eod_and_not_at_the_tokenizers_eos(tmp_path: Path) -> None:
+    """Trap 1: the tokenizer's eos </s> is passed over, the trained <EOD> ends the text."""
+    folder = piece_chain_folder(tmp_path, ["▁of", "▁capital", "▁cat", "</s>", "▁the", "<EOD>"], "reverse")
+    assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
+    result = ReverseLM.from_pretrained(folder, device="cpu").generate_preceding("capital of", max_new_tokens=20)[0]
+    assert result.text_ids == ids_of(["▁the", "</s>", "▁cat", "▁capital"])
+    assert (result.text, result.stopped) == ("the cat capital of", True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_text_ends_with_the_given_text_and_characters_are_whole(name: str, reverse_models: dict[str, ReverseLM]) -> None:
+    reverse, rng = reverse_models[name], random.Random(11)
+    texts = [random_text(rng) for _ in range(60)]
+    results = reverse.generate_preceding(texts, max_new_tokens=12, temperature=1.5, seed=5, batch_size=30)
+    for text, result in zip(texts, results, strict=True):
+        assert result.following == text
+        assert result.text == result.preceding + text
+        opened = reverse.tokenizer.open_text(text, Direction.REVERSE)
+        written = reverse.tokenizer.spell([i for i in result.text_ids if i not in reverse.tokenizer.special_ids])
+        assert written.endswith(opened.loose)
+        own = written[: len(written) - len(opened.loose)] + opened.bridge
+        if not result.stopped:
+            own = own.lstrip(bytes(range(0x80, 0xC0)))
+        elif reverse.tokenizer.has_dummy_prefix:
+            own = own.removeprefix(b" ")
+        assert result.preceding == own.decode("utf-8", "replace")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_text_begins_with_the_given_text(name: str, forward_models: dict[str, ForwardLM]) -> None:
+    rng = random.Random(12)
+    texts = [random_text(rng) for _ in range(40)]
+    results = forward_models[name].generate_following(texts, max_new_tokens=12, temperature=1.5, seed=5, batch_size=40)
+    assert [result.preceding for result in results] == texts
+    assert all(result.text.startswith(text) for text, result in zip(texts, results, strict=True))
+
+
+@cache
+def joint(name: str) -> JointTokenizer:
+    return JointTokenizer(Tokenizer.from_str(TOKENIZERS[name]()))
+
+
+def fixed_and_loose(name: str, text: str, direction: Direction) -> tuple[bytes, bytes, bytes]:
+    tokenizer = joint(name)
+    opened = tokenizer.open_text(text, direction)
+    order = opened.tokens[::-1] if direction is Direction.REVERSE else opened.tokens
+    return tokenizer.spell(order), opened.loose, opened.bridge
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fixed_and_loose_bytes_make_up_the_given_text(name: str) -> None:
+    rng = random.Random(4)
+    for _ in range(300):
+        text = random_text(rng)
+        shown = text if name == "byte_level" else text.replace("▁", " ")
+        fixed, loose, bridge = fixed_and_loose(name, text, Direction.REVERSE)
+        assert loose + fixed == bridge + shown.encode()
+        fixed, loose, _ = fixed_and_loose(name, text, Direction.FORWARD)
+        assert fixed + loose in (shown.encode(), b" " + shown.encode())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_dummy_space_is_forced_before_the_following_text(name: str) -> None:
+    for text in (", said the cat", "\n\nThe end.", "🙂 of", "is the capital", " of Paris"):
+        fixed, loose, bridge = fixed_and_loose(name, text, Direction.REVERSE)
+        assert (loose + fixed, bridge) == (text.encode(), b"")
+    assert fixed_and_loose(name, "the", Direction.REVERSE)[2] == b" "
+
+
+def test_the_first_word_may_become_the_end_of_a_longer_piece(tmp_path: Path) -> None:
+    """Given "capital of", the model is free to read "capital" as the one piece " capital"; the space is its own."""
+    tokenizer = JointTokenizer(Tokenizer.from_str(sentencepiece_like_json()))
+    opened = tokenizer.open_text("capital of", Direction.REVERSE)
+    speller = Speller(tokenizer, Direction.REVERSE, [])
+    assert opened.loose.startswith(b"capital")
+    allowed = {tokenizer.spell([id_]) for id_ in speller.allowed(b"capital")}
+    assert {b" capital", b"l"} <= allowed
+    assert b"the" not in allowed
+    folder = piece_chain_folder(tmp_path, ["▁of", "▁capital", "▁The", "<EOD>"], "reverse")
+    result = ReverseLM.from_pretrained(folder, device="cpu").generate_preceding("capital of", max_new_tokens=5)[0]
+    assert (result.text, result.preceding, result.stopped) == ("The capital of", "The ", True)
+
+
+def test_the_dummy_prefix_of_a_finished_text_is_not_part_of_it(tmp_path: Path) -> None:
+    folder = piece_chain_folder(tmp_path, ["▁of", "▁capital", "<EOD>"], "reverse")
+    reverse = ReverseLM.from_pretrained(folder, device="cpu")
+    result = reverse.generate_preceding("capital of", max_new_tokens=5)[0]
+    assert (result.preceding, result.text, result.stopped) == ("", "capital of", True)
+    cut = reverse.generate_preceding("capital of", max_new_tokens=1)[0]
+    assert (cut.preceding, cut.stopped) == (" ", False)
+
+
+@pytest.mark.parametrize(("limit", "preceding"), [(4, " "), (5, "🙂 "), (6, " cat🙂 ")])
+def test_a_preceding_character_cut_by_the_token_limit_is_left_out(tmp_path: Path, limit: int, preceding: str) -> None:
+    pieces = ["▁of", "▁capital", "<0x82>", "<0x99>", "<0x9F>", "<0xF0>", "▁cat"]
+    reverse = ReverseLM.from_pretrained(piece_chain_folder(tmp_path, pieces, "reverse"), device="cpu")
+    result = reverse.generate_preceding("capital of", max_new_tokens=limit)[0]
+    assert (result.preceding, result.following) == (preceding, "capital of")
+
+
+@pytest.mark.parametrize(("limit", "following"), [(3, ""), (4, "🙂"), (5, "🙂 cat")])
+def test_a_following_character_cut_by_the_token_limit_is_left_out(tmp_path: Path, limit: int, following: str) -> None:
+    pieces = ["▁capital", "▁of", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "▁cat"]
+    forward = ForwardLM.from_pretrained(piece_chain_folder(tmp_path, pieces, "forward"), device="cpu")
+    result = forward.generate_following("The capital of", max_new_tokens=limit)[0]
+    assert (result.preceding, result.following) == ("The capital of", following)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_results_do_not_depend_on_the_batch(name: str, reverse_models: dict[str, ReverseLM]) -> None:
+    texts = ["The end.", "x", "\n\nreturn width * height\n", "漢字 of Paris, of course, and the mat"]
+    together = reverse_models[name].generate_preceding(texts, max_new_tokens=10)
+    alone = [reverse_models[name].generate_preceding(text, max_new_tokens=10)[0] for text in texts]
+    assert together == alone
+
+
+def test_a_seed_makes_samples_repeatable_and_leaves_the_global_generator_alone(reverse_models: dict[str, ReverseLM]) -> None:
+    reverse = reverse_models["sentencepiece"]
+    torch.manual_seed(1)
+    expected_after = torch.rand(3)
+    torch.manual_seed(1)
+    options = {"max_new_tokens": 8, "temperature": 1.0, "num_return_sequences": 3}
+    first = reverse.generate_preceding("The end.", seed=2, **options)
+    assert torch.equal(torch.rand(3), expected_after)
+    assert first == reverse.generate_preceding("The end.", seed=2, **options)
+    assert first != reverse.generate_preceding("The end.", seed=3, **options)
+    assert len({result.text for result in first}) > 1
+
+
+def test_top_k_1_and_a_tiny_top_p_are_greedy(reverse_models: dict[str, ReverseLM]) -> None:
+    reverse = reverse_models["byte_level"]
+    greedy = reverse.generate_preceding("The end.", max_new_tokens=8)
+    assert reverse.generate_preceding("The end.", max_new_tokens=8, temperature=1.0, top_k=1) == greedy
+    assert reverse.generate_preceding("The end.", max_new_tokens=8, temperature=1.0, top_p=1e-6) == greedy
+
+
+def test_rows_beyond_the_tokenizer_are_never_written(tmp_path: Path) -> None:
+    folder = random_model_folder(tmp_path, "byte_level", "reverse", num_extra_rows=3000)
+    reverse = ReverseLM.from_pretrained(folder, device="cpu")
+    known = set(reverse.tokenizer.vocab.values())
+    results = reverse.generate_preceding(["The end."] * 8, max_new_tokens=20, temperature=2.0, seed=1)
+    assert all(set(result.text_ids) <= known for result in results)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"num_return_sequences": 2},
+        {"num_return_sequences": 0},
+        {"batch_size": 0},
+        {"max_new_tokens": 600},
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options: dict[str, float], reverse_models: dict[str, ReverseLM]) -> None:
+    with pytest.raises(UsageError):
+        reverse_models["byte_level"].generate_preceding("The end.", **options)
+
+
+def test_an_empty_text_is_refused(reverse_models: dict[str, ReverseLM], forward_models: dict[str, ForwardLM]) -> None:
+    with pytest.raises(UsageError, match="empty following text"):
+        reverse_models["byte_level"].generate_preceding("")
+    with pytest.raises(UsageError, match="empty prompt"):
+        forward_models["byte_level"].generate_following(["a", ""])
+
+
+def test_a_folder_of_the_other_direction_is_refused(tmp_path: Path) -> None:
+    forward = random_model_folder(tmp_path / "forward", "byte_level", "forward")
+    reverse = random_model_folder(tmp_path / "reverse", "byte_level", "reverse")
+    stock = random_model_folder(tmp_path / "stock", "byte_level", None)
+    with pytest.raises(MismatchError, match=r"reads forward, ReverseLM needs a reverse one: load it with\s+ForwardLM"):
+        ReverseLM.from_pretrained(forward)
+    with pytest.raises(MismatchError, match="reads reverse, ForwardLM needs a forward one"):
+        ForwardLM.from_pretrained(reverse)
+    with pytest.raises(MismatchError, match="records no direction"):
+        ReverseLM.from_pretrained(stock)
+    with pytest.raises(UsageError, match="use ForwardLM"):
+        ReverseLM.from_pretrained(forward, direction="forward")
+    with pytest.raises(MismatchError):
+        ReverseLM.from_pretrained(forward, direction="reverse")
+    assert ReverseLM.from_pretrained(stock, direction="reverse").stop_ids == [3]
+    assert ForwardLM.from_pretrained(stock).stop_ids == [3]
+
+
+def test_folders_that_do_not_hold_a_model_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no model folder"):
+        ReverseLM.from_pretrained(tmp_path / "missing")
+    folder = random_model_folder(tmp_path / "model", "byte_level", "reverse")
+    (folder / "tokenizer.json").write_text(sentencepiece_like_json())
+    with pytest.raises(MismatchError, match="do not belong"):
+        ReverseLM.from_pretrained(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "tokenizer.json").write_text(TOKENIZERS["byte_level"]())
+    with pytest.raises(DataError, match="safetensors"):
+        ReverseLM.from_pretrained(folder)
+    (folder / "config.json").write_text("{")
+    with pytest.raises(DataError, match="is not JSON"):
+        ReverseLM.from_pretrained(folder)
+
+
+def test_a_stock_model_keeps_the_bos_of_its_tokenizer_and_an_export_adds_none(tmp_path: Path) -> None:
+    for direction, expected in ((None, [1]), ("forward", [])):
+        folder = random_model_folder(tmp_path / str(direction), "sentencepiece", direction)
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        forward = ForwardLM.from_pretrained(folder, device="cpu")
+        assert forward.leading_ids == expected
+    stock = ForwardLM.from_pretrained(tmp_path / "None", device="cpu")
+    score = stock.log_likelihood("", "The end.")
+    assert score.num_tokens == len(stock.tokenizer.encode("The end."))
+    assert stock.generate_following("", max_new_tokens=3)[0].preceding == ""

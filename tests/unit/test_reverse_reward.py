@@ -1,0 +1,184 @@
+"""Reverse Reward: the formula, the order, the file format and its faults."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ledom.errors import DataError, MismatchError, UsageError
+from megatron_ledom.inference import ForwardLM, ReverseLM
+from megatron_ledom.inference.generation import Sampling
+from megatron_ledom.inference.reverse_reward import Candidate, rank, rerank_file, reverse_reward, score_candidates
+from tests.tiny_models import random_model_folder
+
+PROMPT = "What is the capital of France? "
+ANSWERS = ["Paris.", "The cat sat on the mat", "漢字 🙂", "Paris."]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A forward and a reverse model with different tokenizers, as each uses its own."""
+    root = tmp_path_factory.mktemp("models")
+    return (
+        random_model_folder(root / "forward", "byte_level", "forward"),
+        random_model_folder(root / "reverse", "sentencepiece", "reverse"),
+    )
+
+
+@pytest.fixture(scope="module")
+def models(folders: tuple[Path, Path]) -> tuple[ForwardLM, ReverseLM]:
+    return ForwardLM.from_pretrained(folders[0], device="cpu"), ReverseLM.from_pretrained(folders[1], device="cpu")
+
+
+def write_lines(path: Path, *lines: Any) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_reward_is_the_weighted_sum_of_logs() -> None:
+    assert reverse_reward(-4.0, -8.0, 0.25) == -5.0
+    assert math.exp(reverse_reward(math.log(0.5), math.log(0.125), 0.5)) == pytest.approx(0.5**0.5 * 0.125**0.5)
+    assert reverse_reward(-4.0, -math.inf, 0.0) == -4.0
+    assert reverse_reward(-math.inf, -8.0, 1.0) == -8.0
+    assert reverse_reward(-4.0, -math.inf, 0.5) == -math.inf
+
+
+def test_ranking_on_hand_made_numbers() -> None:
+    forward, backwards = [-1.0, -2.0, -9.0], [-9.0, -5.0, -1.0]
+    rewards = {
+        weight: [reverse_reward(f, r, weight) for f, r in zip(forward, backwards, strict=True)] for weight in (0, 0.5, 1)
+    }
+    assert rank(list(rewards[0])) == [0, 1, 2]
+    assert rank(list(rewards[1])) == [2, 1, 0]
+    assert rank(list(rewards[0.5])) == [1, 0, 2]
+    assert rank([-1.0, None, -math.inf, -1.0, 0.0]) == [4, 0, 3, 2, 1]
+
+
+def test_scores_are_the_two_models_log_likelihoods(models: tuple[ForwardLM, ReverseLM]) -> None:
+    forward, reverse = models
+    scores = score_candidates(forward, reverse, PROMPT, [Candidate(text) for text in ANSWERS], weight=0.3, batch_size=3)
+    for text, score in zip(ANSWERS, scores, strict=True):
+        one, other = forward.log_likelihood(PROMPT, text), reverse.log_likelihood(PROMPT, text)
+        assert score.forward_logprob == pytest.approx(one.logprob, abs=1e-4)
+        assert score.reverse_logprob == pytest.approx(other.logprob, abs=1e-4)
+        assert (score.forward_tokens, score.reverse_tokens) == (one.num_tokens, other.num_tokens)
+        assert score.reward == pytest.approx(0.7 * one.logprob + 0.3 * other.logprob, abs=1e-4)
+
+
+def test_the_extreme_weights_rank_by_one_model(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": PROMPT, "candidates": ANSWERS[:3]})
+    for weight, field in ((0.0, "forward_logprob"), (1.0, "reverse_logprob")):
+        rerank_file(*models, source, tmp_path / "out.jsonl", weight=weight)
+        (line,) = read_lines(tmp_path / "out.jsonl")
+        values = [score[field] for score in line["scores"]]
+        assert line["ranking"] == sorted(range(3), key=lambda i, values=values: -values[i])
+        assert line["best"] == ANSWERS[line["ranking"][0]]
+        assert [score["reward"] for score in line["scores"]] == values
+
+
+def test_the_file_keeps_its_fields_and_a_given_forward_logprob(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+    given = {"text": "Paris.", "forward_logprob": -1.25}
+    record = {"id": 7, "prompt": PROMPT, "candidates": [given, "Berlin é", ""], "gold": None}
+    source = write_lines(tmp_path / "in.jsonl", record, "", {"prompt": "x", "candidates": ["y"]})
+    assert rerank_file(*models, source, tmp_path / "out.jsonl") == 2
+    first, second = read_lines(tmp_path / "out.jsonl")
+    assert {key: first[key] for key in record} == record
+    assert set(first["scores"][0]) == {"forward_logprob", "reverse_logprob", "forward_tokens", "reverse_tokens", "reward"}
+    assert (first["scores"][0]["forward_logprob"], first["scores"][0]["forward_tokens"]) == (-1.25, None)
+    assert first["scores"][1]["forward_tokens"] > 0
+    assert (first["scores"][2]["reward"], first["ranking"][-1]) == (None, 2)
+    assert second["best"] == "y"
+    assert not (tmp_path / "out.jsonl.part").exists()
+
+
+def test_sampling_is_repeatable_and_does_not_depend_on_the_batch_size(
+    models: tuple[ForwardLM, ReverseLM], tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": PROMPT}, {"prompt": PROMPT})
+    outputs = []
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        sampling = Sampling(num_return_sequences=4, temperature=1.0, max_new_tokens=6, seed=seed)
+        rerank_file(*models, source, tmp_path / name, sampling=sampling)
+        outputs.append((tmp_path / name).read_text(encoding="utf-8"))
+    assert outputs[0] == outputs[1] != outputs[2]
+    first, second = read_lines(tmp_path / "a")
+    assert len(first["candidates"]) == 4 == len(first["scores"])
+    assert sorted(first["ranking"]) == [0, 1, 2, 3]
+    assert first["candidates"] != second["candidates"]
+    assert first["best"] == first["candidates"][first["ranking"][0]]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "not a line of JSON"),
+        ("[]", "expected an object"),
+        ({"candidates": ["a"]}, '"prompt"'),
+        ({"prompt": "", "candidates": ["a"]}, '"prompt"'),
+        ({"prompt": "x"}, '"candidates"'),
+        ({"prompt": "x", "candidates": []}, '"candidates"'),
+        ({"prompt": "x", "candidates": "a"}, '"candidates"'),
+        ({"prompt": "x", "candidates": ["a", 3]}, "candidate 1"),
+        ({"prompt": "x", "candidates": [{"text": "a", "forward_logprob": "-1"}]}, "candidate 0: forward_logprob='-1'"),
+        ({"prompt": "x", "candidates": [{"text": "a", "forward_logprob": 0.5}]}, "forward_logprob=0.5"),
+        ({"prompt": "x", "candidates": [{"text": "a", "forward_logprob": float("nan")}]}, "forward_logprob=nan"),
+        ({"prompt": "x", "candidates": ["\ud800"]}, "surrogate"),
+        ({"prompt": "x", "candidates": ["漢" * 600]}, "exceeds the 512 positions"),
+    ],
+)
+def test_a_bad_line_is_named_and_leaves_nothing(
+    line: Any, message: str, models: tuple[ForwardLM, ReverseLM], tmp_path: Path
+) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]}, line)
+    with pytest.raises(DataError) as caught:
+        rerank_file(*models, source, tmp_path / "out.jsonl")
+    assert str(caught.value).startswith(f"{source}:2: ")
+    assert message in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_bytes_that_are_no_utf8_are_named(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "x", "candidates": ["\xff"]}\n')
+    with pytest.raises(DataError, match=r"in\.jsonl:1: .*UTF-8"):
+        rerank_file(*models, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+
+
+def test_candidates_and_sampling_together_are_refused(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})
+    with pytest.raises(DataError, match="has candidates already"):
+        rerank_file(*models, source, tmp_path / "out.jsonl", sampling=Sampling(num_return_sequences=2, temperature=1.0))
+
+
+@pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
+def test_a_weight_outside_0_to_1_is_refused(weight: float, models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
+        score_candidates(*models, PROMPT, [Candidate("a")], weight=weight)
+    with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
+        rerank_file(*models, tmp_path / "in.jsonl", tmp_path / "out.jsonl", weight=weight)
+
+
+def test_paths_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})
+    for input_path, output_path in (
+        (tmp_path / "missing", tmp_path / "out.jsonl"),
+        (source, tmp_path / "missing" / "out.jsonl"),
+        (source, source),
+        (source, tmp_path),
+    ):
+        with pytest.raises(UsageError):
+            rerank_file("no-forward", "no-reverse", input_path, output_path)
+
+
+def test_models_of_the_wrong_direction_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    forward, reverse = folders
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})
+    for pair in ((reverse, reverse), (forward, forward)):
+        with pytest.raises(MismatchError, match="load it with"):
+            rerank_file(*pair, source, tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
