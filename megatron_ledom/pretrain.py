@@ -11,6 +11,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from megatron_ledom.config.checks import check_config
+from megatron_ledom.config.derived import planned_world_size
 from megatron_ledom.config.load import load_config, save_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError, run_command
@@ -41,7 +42,7 @@ def main() -> None:
     if arguments.dry_run:
         from megatron_ledom.training.dry_run import describe_run
 
-        print(describe_run(config, config.parallel.world_size or int(os.environ.get("WORLD_SIZE", "1"))))
+        print(describe_run(config, planned_world_size(config)))
         return
     check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
     run(config)

@@ -9,8 +9,8 @@ from typing import Any
 import megatron_ledom
 from megatron_ledom.config.load import config_from_dict, to_dict
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.direction import Provenance
 from megatron_ledom.errors import DataError, MismatchError
+from megatron_ledom.provenance import Provenance
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"

@@ -17,9 +17,9 @@ from megatron_ledom.convert.core_model import whole_model
 from megatron_ledom.convert.hf_config import build_generation_config, build_hf_config
 from megatron_ledom.convert.rules import Dimensions, to_hf_weights
 from megatron_ledom.convert.verify import check_logits
-from megatron_ledom.direction import Provenance
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.model.builder import DTYPES
+from megatron_ledom.provenance import Provenance
 
 log = logging.getLogger(__name__)
 

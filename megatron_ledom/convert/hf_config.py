@@ -5,7 +5,7 @@ from transformers import GenerationConfig, LlamaConfig
 import megatron_ledom
 from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.direction import Provenance
+from megatron_ledom.provenance import Provenance
 
 
 def build_hf_config(config: RunConfig, provenance: Provenance) -> LlamaConfig:

@@ -19,10 +19,11 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron_ledom.data.corpus import BATCH_BYTES, Batch, OnError, SourceFile, expand_inputs, share_of_task, texts_of
+from megatron_ledom.data.packing import pack_documents
 from megatron_ledom.data.shard import Counts, DtypeName, ShardManifest, ShardWriter, check_may_write, choose_dtype
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.data.worker_pool import ordered_map
-from megatron_ledom.direction import Direction, pack_documents
+from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 
 logger = logging.getLogger(__name__)

@@ -20,8 +20,9 @@ import numpy.typing as npt
 import orjson
 
 from megatron_ledom import __version__
-from megatron_ledom.direction import Direction, Provenance
+from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.provenance import Provenance
 
 FORMAT_VERSION = 1
 MAGIC = b"MMIDIDX\x00\x00"

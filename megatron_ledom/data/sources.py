@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from megatron_ledom.config.schema import BlendEntry, RunConfig
 from megatron_ledom.data.shard import ShardManifest, check_shard
 from megatron_ledom.data.tokenizer import load_tokenizer
-from megatron_ledom.direction import Direction, Provenance
+from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, MismatchError
+from megatron_ledom.provenance import Provenance
 
 log = logging.getLogger(__name__)
 

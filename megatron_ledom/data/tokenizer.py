@@ -15,8 +15,9 @@ import numpy.typing as npt
 import orjson
 
 from megatron_ledom.data import sentencepiece_bpe
-from megatron_ledom.direction import Direction, Provenance
+from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.provenance import Provenance
 
 UNHASHED = ("version", "truncation", "padding", "post_processor")  # what a tokenizer.json holds besides text -> ids
 LOCAL_CODE = ("auto_map", "tokenizer_file", "name_or_path")  # what a copied tokenizer_config.json must not carry along

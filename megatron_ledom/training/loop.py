@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -50,7 +51,7 @@ def train(state: TrainState) -> None:
     metrics.close()
 
 
-def _report(state: TrainState, result: StepResult, throughput: Throughput, metrics: MetricsWriter, bar: "tqdm[None]") -> None:
+def _report(state: TrainState, result: StepResult, throughput: Throughput, metrics: MetricsWriter, bar: "tqdm[Any]") -> None:
     """Validate and write a record where this iteration asks for it."""
     train, iteration = state.config.train, state.iteration
     last = iteration == train.train_iters
@@ -88,12 +89,11 @@ def _report(state: TrainState, result: StepResult, throughput: Throughput, metri
     )
 
 
-def _progress_bar(state: TrainState) -> "tqdm[None]":
+def _progress_bar(state: TrainState) -> "tqdm[Any]":
     hidden = True if dist.get_rank() != 0 else None  # None: only on a terminal
     total = state.config.train.train_iters
     name = f"train {state.config.data.direction}"
-    bar: tqdm[None] = tqdm(total=total, initial=state.iteration, desc=name, unit="step", disable=hidden)
-    return bar
+    return tqdm(total=total, initial=state.iteration, desc=name, unit="step", disable=hidden)
 
 
 def _is_multiple(iteration: int, interval: int | None) -> bool:

@@ -11,12 +11,12 @@ from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.dataset import build_train_dataset, build_valid_datasets
 from megatron_ledom.data.sources import Sources
-from megatron_ledom.direction import Provenance
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.parallel.groups import ParallelGroups
 from megatron_ledom.parallel.seeds import seed_iteration
 from megatron_ledom.platform.device import Platform
+from megatron_ledom.provenance import Provenance
 from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
 
 log = logging.getLogger(__name__)

@@ -7,15 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ledom.direction import (
-    Direction,
-    Provenance,
-    pack_documents,
-    pack_documents_reference,
-    to_model_order,
-    to_text_order,
-)
+from megatron_ledom.data.packing import pack_documents
+from megatron_ledom.direction import Direction, pack_documents_reference, to_model_order, to_text_order
 from megatron_ledom.errors import DataError, MismatchError
+from megatron_ledom.provenance import Provenance
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 998), max_size=12), max_size=8)
 DIRECTIONS = st.sampled_from(list(Direction))

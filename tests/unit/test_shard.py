@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_ledom.data.packing import pack_documents
 from megatron_ledom.data.shard import (
     HEADER,
     Counts,
@@ -20,8 +21,9 @@ from megatron_ledom.data.shard import (
     load_manifest,
     verify_shard,
 )
-from megatron_ledom.direction import Direction, Provenance, pack_documents
+from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.provenance import Provenance
 from tests.legible import EOD_ID, VOCAB_SIZE, legible_ids
 
 PROVENANCE = Provenance(

@@ -1,0 +1,50 @@
+"""What stored ids mean and in which order they stand. Shards, checkpoints and exports carry it; loading compares it."""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import DataError, MismatchError
+
+
+@dataclass(kw_only=True, frozen=True, slots=True)
+class Provenance:
+    """The direction, and the tokenizer with its eod: two things fit together only when all of it is equal."""
+
+    direction: Direction
+    tokenizer_name: str
+    tokenizer_sha256: str
+    vocab_size: int
+    eod_id: int
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any], where: str) -> "Provenance":
+        """Read the fields from a manifest; `where` names the file in the error when one is missing."""
+        names = [field.name for field in fields(cls)]
+        missing = [name for name in names if name not in stored]
+        if missing:
+            raise DataError(f"{where} lacks {', '.join(missing)}; it was not written by this package, or was damaged")
+        values = {name: stored[name] for name in names}
+        return cls(**{**values, "direction": Direction(values["direction"])})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {**asdict(self), "direction": str(self.direction)}
+
+    def check_same(self, other: "Provenance", mine: str, others: str) -> None:
+        """Refuse two things that do not fit; `mine` and `others` name them, for example a shard and a run."""
+        if self.direction is not other.direction:
+            raise MismatchError(
+                f"{mine} is {self.direction}, {others} is {other.direction}: a {other.direction} model fed {self.direction}"
+                f" ids gives nonsense without an error; use a {other.direction} one, or change {others}"
+            )
+        if self.tokenizer_sha256 != other.tokenizer_sha256:
+            raise MismatchError(
+                f"{mine} was made with tokenizer {self.tokenizer_name} ({self.tokenizer_sha256[:12]}), {others} with"
+                f" {other.tokenizer_name} ({other.tokenizer_sha256[:12]}): use the same tokenizer for both"
+            )
+        if (self.eod_id, self.vocab_size) != (other.eod_id, other.vocab_size):
+            raise MismatchError(
+                f"{mine} has eod {self.eod_id} of {self.vocab_size:,} ids, {others} has eod {other.eod_id} of"
+                f" {other.vocab_size:,}: preprocess with the same --eod-token"
+            )
