@@ -57,6 +57,7 @@ def run(config: RunConfig) -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    logging.getLogger("megatron").setLevel(logging.WARNING)
     from megatron_ledom.data.sources import load_sources
 
     sources = load_sources(config)  # every cheap check before torch starts anything

@@ -1,10 +1,15 @@
 """What stored ids mean and in which order they stand. Shards, checkpoints and exports carry it; loading compares it."""
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError
+
+UNHASHED = ("version", "truncation", "padding", "post_processor")
+"""What a tokenizer.json holds besides the way from text to ids."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
@@ -48,3 +53,19 @@ class Provenance:
                 f"{mine} has eod {self.eod_id} of {self.vocab_size:,} ids, {others} has eod {other.eod_id} of"
                 f" {other.vocab_size:,}: preprocess with the same --eod-token"
             )
+
+
+def vocabulary_hash(tokenizer_json: bytes) -> str:
+    """SHA-256 of what decides a text's ids.
+
+    It is taken of the `tokenizer.json`: its object without version, truncation, padding and post-processor (nothing of which
+    this package uses), merges as pairs, keys sorted, no spaces. So a folder and the tokenizer.json in it have one hash, and
+    so has an export. A SentencePiece `.model` has the hash of its exact conversion (`data.sentencepiece_bpe.convert`).
+    """
+    stored = json.loads(tokenizer_json)
+    content = {key: value for key, value in stored.items() if key not in UNHASHED}
+    model = dict(content.get("model") or {})
+    if isinstance(model.get("merges"), list):
+        model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+    plain = json.dumps({**content, "model": model}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(plain.encode()).hexdigest()

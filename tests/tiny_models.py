@@ -10,6 +10,8 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from megatron_ledom.provenance import vocabulary_hash
+
 SPECIALS = ["<unk>", "<s>", "</s>"]
 EOD_TOKEN = "<EOD>"
 CORPUS = [
@@ -133,7 +135,7 @@ def save_model_folder(
     )
     if direction is not None:
         config = json.loads((folder / "config.json").read_text())
-        config |= {"direction": direction, "eod_id": eod_id, "tokenizer_sha256": "0" * 64}
+        config |= {"direction": direction, "eod_id": eod_id, "tokenizer_sha256": vocabulary_hash(tokenizer_json.encode())}
         (folder / "config.json").write_text(json.dumps(config))
     return folder
 

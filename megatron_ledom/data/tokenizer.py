@@ -4,7 +4,6 @@ No torch and no transformers here: preprocessing starts in a second. Two engines
 `tokenizer.json` and `sentencepiece` for a `.model`; the ids of both are the same by the check in `sentencepiece_bpe.convert`.
 """
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,9 +16,8 @@ import orjson
 from megatron_ledom.data import sentencepiece_bpe
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.provenance import Provenance
+from megatron_ledom.provenance import Provenance, vocabulary_hash
 
-UNHASHED = ("version", "truncation", "padding", "post_processor")  # what a tokenizer.json holds besides text -> ids
 LOCAL_CODE = ("auto_map", "tokenizer_file", "name_or_path")  # what a copied tokenizer_config.json must not carry along
 
 
@@ -161,21 +159,6 @@ class Tokenizer:
         for name, content in files.items():
             (target / f"{name}.part").write_bytes(content)
             (target / f"{name}.part").replace(target / name)
-
-
-def vocabulary_hash(tokenizer_json: bytes) -> str:
-    """SHA-256 of what decides a text's ids.
-
-    It is taken of the `tokenizer.json`: its object without version, truncation, padding and post-processor (nothing of which
-    this package uses), merges as pairs, keys sorted, no spaces. So a folder and the tokenizer.json in it have one hash, and
-    so has a folder written by `save`. A SentencePiece `.model` has the hash of its exact conversion (`sentencepiece_bpe.convert`).
-    """
-    stored = orjson.loads(tokenizer_json)
-    content = {key: value for key, value in stored.items() if key not in UNHASHED}
-    model = dict(content.get("model") or {})
-    if isinstance(model.get("merges"), list):
-        model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    return hashlib.sha256(orjson.dumps({**content, "model": model}, option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def eos_of(config: dict[str, Any], path: str) -> str:

@@ -17,6 +17,7 @@ from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference.generation import Writer
 from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.scoring import Span, SpanScore, score_spans
+from megatron_ledom.provenance import vocabulary_hash
 
 
 class LanguageModel:
@@ -49,6 +50,7 @@ class LanguageModel:
         config = read_model_config(folder)
         cls._check_direction(folder, config.get("direction"), direction)
         trained_here = config.get("direction") is not None
+        _check_tokenizer(folder, config.get("tokenizer_sha256"))
         tokenizer = JointTokenizer.from_pretrained(folder, specials_are_text=trained_here)
         stop_ids = _stop_ids(folder, config)
         _check_ids(folder, config, tokenizer, stop_ids)
@@ -162,6 +164,19 @@ def _stop_ids(folder: Path, config: dict[str, Any]) -> list[int]:
     if eos is None:
         raise DataError(f"{folder} names no eod_id or eos_token_id, so generation would never stop; add eod_id to config.json")
     return list(eos) if isinstance(eos, list) else [int(eos)]
+
+
+def _check_tokenizer(folder: Path, recorded: str | None) -> None:
+    """Refuse an export whose tokenizer is not the one it was trained with."""
+    file = folder / "tokenizer.json"
+    if recorded is None or not file.is_file():
+        return
+    found = vocabulary_hash(file.read_bytes())
+    if found != recorded:
+        raise MismatchError(
+            f"{file} has hash {found[:12]}, the model in {folder} was trained with {recorded[:12]}: its ids would mean other"
+            " texts; put back the tokenizer that the export came with"
+        )
 
 
 def _check_ids(folder: Path, config: dict[str, Any], tokenizer: JointTokenizer, stop_ids: list[int]) -> None:

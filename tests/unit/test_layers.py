@@ -26,8 +26,8 @@ MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "checkpoint": ENGINE,
     "training": ENGINE | {"data", "model", "checkpoint"},
     "convert": ENGINE | {"data", "model", "checkpoint", "inference"},
-    "inference": {"direction", "errors"},
-    "evaluation": {"direction", "errors", "inference"},
+    "inference": {"direction", "errors", "provenance"},
+    "evaluation": {"direction", "errors", "provenance", "inference"},
 }
 MEGATRON_FREE = {"direction", "provenance", "errors", "config", "inference", "evaluation"}
 OUTSIDE = {"tools", "tests", "examples"}

@@ -271,8 +271,12 @@ def test_folders_that_do_not_hold_a_model_are_refused(tmp_path: Path) -> None:
         ReverseLM.from_pretrained(tmp_path / "missing")
     folder = random_model_folder(tmp_path / "model", "byte_level", "reverse")
     (folder / "tokenizer.json").write_text(sentencepiece_like_json())
-    with pytest.raises(MismatchError, match="do not belong"):
+    with pytest.raises(MismatchError, match="was trained with"):
         ReverseLM.from_pretrained(folder)
+    stock = random_model_folder(tmp_path / "stock", "byte_level", None)
+    (stock / "tokenizer.json").write_text(sentencepiece_like_json())
+    with pytest.raises(MismatchError, match="do not belong"):
+        ForwardLM.from_pretrained(stock)
     (folder / "model.safetensors").unlink()
     (folder / "tokenizer.json").write_text(TOKENIZERS["byte_level"]())
     with pytest.raises(DataError, match="safetensors"):
@@ -294,3 +298,14 @@ def test_a_stock_model_keeps_the_bos_of_its_tokenizer_and_an_export_adds_none(tm
     score = stock.log_likelihood("", "The end.")
     assert score.num_tokens == len(stock.tokenizer.encode("The end."))
     assert stock.generate_following("", max_new_tokens=3)[0].preceding == ""
+
+
+def test_a_folder_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    folder = random_model_folder(tmp_path / "model", "byte_level", "reverse")
+    stored = json.loads((folder / "tokenizer.json").read_text())
+    first, second = list(stored["model"]["vocab"])[-2:]
+    vocab = stored["model"]["vocab"]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (folder / "tokenizer.json").write_text(json.dumps(stored))
+    with pytest.raises(MismatchError, match="was trained with"):
+        ReverseLM.from_pretrained(folder)

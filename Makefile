@@ -1,0 +1,31 @@
+# Two commands on a fresh machine: `make quickstart` and `make test`. Both first make .venv and install pinned versions.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: quickstart test check unit slow bench clean
+
+quickstart: $(STAMP)
+	$(BIN)/python examples/quickstart/run.py
+
+test: check
+	$(BIN)/python -m pytest tests -m "not slow"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy megatron_ledom
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest tests/unit -m "not slow"
+
+slow: $(STAMP)
+	$(BIN)/python -m pytest tests -m slow
+
+$(STAMP): pyproject.toml setup.py constraints.txt .ci/make_venv $(wildcard csrc/helpers/*)
+	PYTHON="$(PYTHON)" bash .ci/make_venv "$(VENV)"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build quickstart
