@@ -106,3 +106,15 @@ def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Prov
             f"{where} is of another architecture: {'; '.join(different)}; use its values, or another run_dir for a new run"
         )
     manifest.provenance.check_same(provenance, f"the checkpoint {where}", "this run's data")
+
+
+def changes_since(manifest: CheckpointManifest, config: RunConfig) -> list[str]:
+    """Every key whose value is not the checkpoint's, as `section.key: old -> new`."""
+    old, new = _flat(manifest.config), _flat(to_dict(config))
+    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    sections = {section: value for section, value in config.items() if isinstance(value, dict)}
+    flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
+    return flat | {key: value for key, value in config.items() if key not in sections}

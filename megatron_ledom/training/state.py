@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ledom.checkpoint.manifest import CheckpointManifest, check_fits
+from megatron_ledom.checkpoint.manifest import CheckpointManifest, changes_since, check_fits
 from megatron_ledom.checkpoint.store import CheckpointStore
 from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import RunConfig
@@ -84,6 +84,8 @@ def _resume(state: TrainState) -> None:
         return
     manifest = state.store.load_manifest(latest)
     check_fits(manifest, state.config, state.provenance, latest)
+    for change in changes_since(manifest, state.config):
+        log.warning("changed since the checkpoint: %s", change)
     state.store.load(latest, state.model, state.optimizer, state.scheduler)
     state.iteration = manifest.iteration
     state.consumed_train_samples = manifest.consumed_train_samples

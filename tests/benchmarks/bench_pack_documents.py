@@ -1,0 +1,73 @@
+"""What packing a document costs beside the floor: a copy of the same bytes, and numpy document by document.
+
+    python tests/benchmarks/bench_pack_documents.py [--tokens 20000000] [--rounds 7]
+
+Prints the median of each and the ratios, all from one run; the variants take turns, so that a drifting machine hits all.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from megatron_ledom.data.packing import pack_documents
+from megatron_ledom.direction import Direction, to_model_order
+
+EOD, VOCAB = 64_002, 64_005
+
+
+def make_documents(tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random ids and offsets; lengths are log-normal with a median of 700 tokens, as web text has."""
+    generator = np.random.default_rng(0)
+    lengths = np.maximum(1, generator.lognormal(np.log(700), 1.0, tokens // 700).astype(np.int64))
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return generator.integers(0, 64_000, offsets[-1], dtype=np.uint32), offsets
+
+
+def numpy_loop(ids: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """The same work in numpy, one document after the other."""
+    packed = np.empty(len(ids) + len(offsets) - 1, np.uint16)
+    for index, (begin, end) in enumerate(zip(offsets[:-1].tolist(), offsets[1:].tolist(), strict=True)):
+        if ids[begin:end].max() >= VOCAB:
+            raise ValueError(f"id out of range in document {index}")
+        packed[begin + index : end + index] = to_model_order(ids[begin:end], Direction.REVERSE)
+        packed[end + index] = EOD
+    return packed
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=20_000_000)
+    parser.add_argument("--rounds", type=int, default=7)
+    arguments = parser.parse_args()
+    ids, offsets = make_documents(arguments.tokens)
+    narrow, out = ids.astype(np.uint16), np.empty(len(ids), np.uint16)
+
+    def packed() -> np.ndarray:
+        options = {"direction": Direction.REVERSE, "eod_id": EOD, "vocab_size": VOCAB, "dtype": np.uint16}
+        return pack_documents(ids, offsets, **options)[0]
+
+    assert np.array_equal(packed(), numpy_loop(ids, offsets))
+    variants: dict[str, Callable[[], object]] = {
+        "pack_documents (C++)": packed,
+        "numpy, document by document": lambda: numpy_loop(ids, offsets),
+        "floor: narrow and copy": lambda: np.copyto(out, ids, casting="unsafe"),
+        "floor: copy of the result": lambda: np.copyto(out, narrow),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(arguments.rounds):
+        for name, variant in variants.items():
+            start = time.perf_counter()
+            variant()
+            seconds[name].append(time.perf_counter() - start)
+    ours = statistics.median(seconds["pack_documents (C++)"])
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        print(f"{name:30s} {len(ids) / median / 1e6:8.0f} M tokens/s   time / ours {median / ours:6.2f}")
+
+
+if __name__ == "__main__":
+    main()
