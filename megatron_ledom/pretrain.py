@@ -17,7 +17,7 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError, run_command
 
 if TYPE_CHECKING:
-    from megatron_ledom.data.sources import Sources
+    from megatron_ledom.data.tokenizer import Tokenizer
 
 log = logging.getLogger("megatron_ledom.pretrain")
 
@@ -58,20 +58,22 @@ def run(config: RunConfig) -> None:
         stream=sys.stderr,
     )
     logging.getLogger("megatron").setLevel(logging.WARNING)
-    from megatron_ledom.data.sources import load_sources
+    from megatron_ledom.data.sources import load_run_tokenizer, load_sources
 
     sources = load_sources(config)  # every cheap check before torch starts anything
+    tokenizer = load_run_tokenizer(config, sources)
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.training.loop import train
-    from megatron_ledom.training.state import build_state
+    from megatron_ledom.training.state import build_state, check_resumable
 
     platform = prepare_platform(config.train.num_threads)
     choice = choose_layers(config)
+    check_resumable(config, sources)
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
     if rank == 0:
-        prepare_run_folder(config, sources)
+        prepare_run_folder(config, tokenizer)
     groups = start_distributed(platform, config.parallel)
     try:
         train(build_state(config, sources, platform, groups, choice))
@@ -79,18 +81,19 @@ def run(config: RunConfig) -> None:
         stop_distributed()
 
 
-def prepare_run_folder(config: RunConfig, sources: "Sources") -> None:
-    """Write the resolved config, and keep a copy of the tokenizer for the export."""
-    from megatron_ledom.data.sources import keep_tokenizer
+def prepare_run_folder(config: RunConfig, tokenizer: "Tokenizer | None") -> None:
+    """Write the resolved config, and keep a copy of the tokenizer, with eod as its eos, for the export."""
+    from megatron_ledom.data.sources import RUN_TOKENIZER
 
     try:
         os.makedirs(config.run_dir, exist_ok=True)
+        if tokenizer is not None:
+            tokenizer.save(os.path.join(config.run_dir, RUN_TOKENIZER))
+        save_config(config, os.path.join(config.run_dir, "config.yaml"))
     except OSError as error:
         raise ConfigError(
-            f"run_dir={config.run_dir} cannot be made ({error.strerror}); name a folder you may write to"
+            f"run_dir={config.run_dir} cannot be written ({error.strerror}); name a folder you may write to"
         ) from error
-    keep_tokenizer(config, sources)
-    save_config(config, os.path.join(config.run_dir, "config.yaml"))
 
 
 if __name__ == "__main__":  # saving a checkpoint starts processes that import this file again

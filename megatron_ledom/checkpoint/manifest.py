@@ -7,8 +7,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 import megatron_ledom
+from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.load import config_from_dict, to_dict
-from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.errors import DataError, MismatchError
 from megatron_ledom.provenance import Provenance
 
@@ -95,15 +96,22 @@ def load_manifest(folder: str) -> CheckpointManifest:
 
 def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Provenance, where: str) -> None:
     """Refuse a checkpoint of another architecture, direction or tokenizer than the run's. Raises MismatchError."""
-    stored, wanted = manifest.run_config(where).model, config.model
+    trained = manifest.run_config(where)
+    stored, wanted = _architecture(trained.model), _architecture(config.model)
     different = [
-        f"model.{key}={getattr(wanted, key)} but the checkpoint has {getattr(stored, key)}"
+        f"model.{key}={wanted[key]} but the checkpoint has {stored[key]}"
         for key in ARCHITECTURE_KEYS
-        if getattr(stored, key) != getattr(wanted, key)
+        if stored[key] != wanted[key]
     ]
     if different:
         raise MismatchError(
             f"{where} is of another architecture: {'; '.join(different)}; use its values, or another run_dir for a new run"
+        )
+    is_spread = trained.parallel.use_distributed_optimizer
+    if is_spread != config.parallel.use_distributed_optimizer:
+        raise MismatchError(
+            f"{where} holds the state of {'a distributed' if is_spread else 'an ordinary'} optimizer, which the other kind"
+            f" cannot take up; set parallel.use_distributed_optimizer={str(is_spread).lower()}, or another run_dir for a new run"
         )
     manifest.provenance.check_same(provenance, f"the checkpoint {where}", "this run's data")
 
@@ -118,3 +126,9 @@ def _flat(config: dict[str, Any]) -> dict[str, Any]:
     sections = {section: value for section, value in config.items() if isinstance(value, dict)}
     flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
     return flat | {key: value for key, value in config.items() if key not in sections}
+
+
+def _architecture(model: ModelConfig) -> dict[str, Any]:
+    """The values of ARCHITECTURE_KEYS; a default left out equals the same number spelled out."""
+    values = {key: getattr(model, key) for key in ARCHITECTURE_KEYS}
+    return {**values, "num_query_groups": query_groups(model), "kv_channels": head_dim(model)}

@@ -11,7 +11,9 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, load_manifest, save_manifest
 from megatron_ledom.errors import DataError
@@ -20,6 +22,8 @@ from megatron_ledom.parallel.gathering import gathered_weights
 log = logging.getLogger(__name__)
 
 LATEST = "latest"
+UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, EOFError, CheckpointingException, CheckpointException)
+"""What a damaged checkpoint raises; torch's CheckpointException gathers the ranks' errors and is no Exception."""
 
 
 class CheckpointStore:
@@ -65,12 +69,7 @@ class CheckpointStore:
     def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         """Fill model, optimizer and scheduler from a checkpoint of any layout."""
         wanted = self._sharded(model, optimizer, scheduler, loading=True)
-        try:
-            state = dist_checkpointing.load(wanted, checkpoint, strict=StrictHandling.RAISE_ALL)
-        except (OSError, KeyError, RuntimeError) as error:
-            raise DataError(
-                f"{checkpoint} cannot be read ({error}); it is damaged: point {LATEST} to an earlier one"
-            ) from error
+        state = _read(checkpoint, wanted, strict=StrictHandling.RAISE_ALL)
         for key, chunk in zip(_model_keys(model), model, strict=True):
             unwrapped(chunk).load_state_dict(state[key])
         optimizer.load_state_dict(state["optimizer"])
@@ -91,12 +90,23 @@ def sharded_weights(model: list[Any], metadata: dict[str, Any]) -> dict[str, Any
 
 def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any]) -> None:
     """Fill a model with the weights of a checkpoint of any layout, and leave the rest of it on disk."""
-    try:
-        state = dist_checkpointing.load(sharded_weights(model, metadata), checkpoint)
-    except (OSError, KeyError, RuntimeError) as error:
-        raise DataError(f"{checkpoint} cannot be read ({error}); it is damaged: use an earlier one") from error
+    state = _read(checkpoint, sharded_weights(model, metadata))
     for key, chunk in zip(_model_keys(model), model, strict=True):
         unwrapped(chunk).load_state_dict(state[key])
+
+
+def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]:
+    """megatron-core's load; whatever a damaged file makes of it becomes a DataError."""
+    try:
+        state: dict[str, Any] = dist_checkpointing.load(wanted, checkpoint, **how)
+    except UNREADABLE as error:
+        failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
+        reason = failures[0][0] if failures else error  # the whole text of the former is every rank's traceback
+        raise DataError(
+            f"{checkpoint} cannot be read ({type(reason).__name__}: {reason}); it is damaged: use an earlier one, to which"
+            f" {LATEST} beside it has to point if the run shall go on from there"
+        ) from error
+    return state
 
 
 def latest_checkpoint(folder: str) -> str | None:
@@ -104,7 +114,7 @@ def latest_checkpoint(folder: str) -> str | None:
     try:
         with open(os.path.join(folder, LATEST), encoding="utf-8") as file:
             name = file.read().strip()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     checkpoint = os.path.join(folder, name)
     if not os.path.isdir(checkpoint):

@@ -1,9 +1,11 @@
 """A checkpoint becomes a Hugging Face folder: weights by the rules table, tokenizer, configs, logits gate, rename."""
 
+import contextlib
 import json
 import logging
 import os
 import shutil
+from pathlib import Path
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -39,7 +41,7 @@ def export_hf(load: str, save: str, *, overwrite: bool = False) -> float:
         raise UsageError(f"{save} exists already; name another folder with --save, or give --overwrite")
     part = save.rstrip("/") + ".part"
     shutil.rmtree(part, ignore_errors=True)
-    os.makedirs(part)
+    made = _make_folder(part)
     try:
         with whole_model(checkpoint, manifest) as model:
             _save_weights(model.state_dict(), config, manifest, part)
@@ -52,8 +54,25 @@ def export_hf(load: str, save: str, *, overwrite: bool = False) -> float:
         os.rename(part, save)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+        _remove_empty(made)
     log.info("exported %s to %s", checkpoint, save)
     return difference
+
+
+def _make_folder(folder: str) -> list[Path]:
+    """Make a folder; returns the folders above it that had to be made too, the innermost first. Raises UsageError."""
+    made = [path for path in Path(folder).parents if not path.exists()]
+    try:
+        os.makedirs(folder)
+    except OSError as error:
+        raise UsageError(f"--save {folder} cannot be made ({error.strerror}); name a folder you may write to") from error
+    return made
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # it holds the export, or what somebody else wrote
+            folder.rmdir()
 
 
 def find_checkpoint(load: str) -> str:
@@ -93,7 +112,8 @@ def _save_weights(weights: dict[str, torch.Tensor], config: RunConfig, manifest:
         tied=config.model.share_embeddings_and_output_weights,
     )
     dtype = DTYPES[config.model.params_dtype]  # exact: the checkpoint's own type
-    save_torch_state_dict({name: weight.to(dtype) for name, weight in to_hf_weights(weights, dims)}, folder)
+    # a copy even where the type stays: rows cut from the padded vocabulary are a view, which safetensors refuses
+    save_torch_state_dict({name: weight.to(dtype, copy=True) for name, weight in to_hf_weights(weights, dims)}, folder)
 
 
 def _save_tokenizer(source: str, folder: str, provenance: Provenance) -> None:

@@ -3,6 +3,7 @@
 Shape letters: b micro-batch, s positions of a sample.
 """
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -53,7 +54,13 @@ def _batches(
     sampler = MicroBatchSampler(first, last, config.train.micro_batch_size, data.rank(), data.size())
     workers = config.data.num_workers
     loader: DataLoader[Batch] = DataLoader(
-        dataset, batch_sampler=sampler, num_workers=workers, pin_memory=device.type == "cuda", persistent_workers=workers > 0
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        persistent_workers=workers > 0,
+        worker_init_fn=_outlive_sigterm,
+        generator=torch.Generator(),  # a loader draws a seed when it starts: not from the state that dropout draws from
     )
     for sample in loader:
         batch = {name: sample[name] for name in FIELDS}
@@ -61,6 +68,11 @@ def _batches(
             batch["attention_mask"] = sample["attention_mask"]
         batch = context_part(batch, groups.context.rank(), groups.context.size())
         yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def _outlive_sigterm(worker: int) -> None:
+    """A batch system ends a job by a signal to every process; the reader must serve its rank until that has saved."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def context_part(batch: Batch, rank: int, num_ranks: int) -> Batch:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from megatron_ledom.config.schema import BlendEntry, RunConfig
 from megatron_ledom.data.shard import ShardManifest, check_shard
-from megatron_ledom.data.tokenizer import load_tokenizer
+from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, MismatchError
 from megatron_ledom.provenance import Provenance
@@ -96,13 +96,13 @@ def _check_samples(config: RunConfig, train: list[Source], valid: list[Source]) 
             )
 
 
-def keep_tokenizer(config: RunConfig, sources: Sources) -> None:
-    """Copy the tokenizer into the run folder, with eod as its eos. Raises MismatchError if it is not the shards' tokenizer."""
+def load_run_tokenizer(config: RunConfig, sources: Sources) -> Tokenizer | None:
+    """The tokenizer of the run's data, None if it is not on this machine. Raises MismatchError if it is not the shards' one."""
     manifest = sources.train[0].manifest
     path = config.data.tokenizer or manifest.tokenizer_path
     if config.data.tokenizer is None and not os.path.exists(path):
         log.warning("no data.tokenizer, and the shards' own (%s) is not here: the run trains, but cannot be exported yet", path)
-        return
+        return None
     tokenizer = load_tokenizer(path, manifest.eod_token or None)
     tokenizer.provenance(config.data.direction).check_same(sources.provenance, f"the tokenizer {path}", "the data of this run")
-    tokenizer.save(os.path.join(config.run_dir, RUN_TOKENIZER))
+    return tokenizer

@@ -3,12 +3,14 @@
 Shape letters: S sequence on this rank, T whole sequence, B batch, H query heads, G key-value heads, D head width.
 """
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
 
 
@@ -82,16 +84,20 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
     def _attend(
         self, q_BHSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, seen: torch.Tensor | None
     ) -> torch.Tensor:
-        return F.scaled_dot_product_attention(
-            q_BHSD,
-            k_BGTD,
-            v_BGTD,
-            attn_mask=seen,
-            is_causal=seen is None,
-            dropout_p=self.dropout if self.training else 0.0,
-            scale=self.scale,
-            enable_gqa=k_BGTD.shape[1] != q_BHSD.shape[1],
-        )
+        dropout = self.dropout if self.training else 0.0
+        # tensor-parallel ranks hold other heads and must drop others; with sequence parallelism the block has seen to it
+        own_state = get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext()
+        with own_state:
+            return F.scaled_dot_product_attention(
+                q_BHSD,
+                k_BGTD,
+                v_BGTD,
+                attn_mask=seen,
+                is_causal=seen is None,
+                dropout_p=dropout,
+                scale=self.scale,
+                enable_gqa=k_BGTD.shape[1] != q_BHSD.shape[1],
+            )
 
     def _attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         group = self.context_group

@@ -67,6 +67,8 @@ def _replace_cuda_devices() -> None:
 
         return _build
 
+    with torch.device(CPU):  # torch now notes, for good, which factories such a context turns: it must see the original ones,
+        torch.empty(0)  # or `with torch.device("meta")`, by which transformers loads a model, leaves it with garbage buffers
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]

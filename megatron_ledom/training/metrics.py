@@ -26,8 +26,9 @@ class Throughput:
     """Tokens a second and the share of the machine's peak since the last reading."""
 
     def __init__(self, config: RunConfig, vocab_size: int, platform: Platform, world_size: int) -> None:
-        peak, source = peak_flops(platform, DTYPES[config.model.params_dtype])
-        if config.logging.peak_tflops is not None:
+        if config.logging.peak_tflops is None:
+            peak, source = peak_flops(platform, DTYPES[config.model.params_dtype])
+        else:
             peak, source = config.logging.peak_tflops * 1e12, "logging.peak_tflops"
         padded = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
         self.flops_per_token = flops_per_token(config.model, config.data.seq_length, padded)

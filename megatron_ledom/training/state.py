@@ -5,8 +5,8 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ledom.checkpoint.manifest import CheckpointManifest, changes_since, check_fits
-from megatron_ledom.checkpoint.store import CheckpointStore
+from megatron_ledom.checkpoint.manifest import CheckpointManifest, changes_since, check_fits, load_manifest
+from megatron_ledom.checkpoint.store import CheckpointStore, latest_checkpoint
 from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.dataset import build_train_dataset, build_valid_datasets
@@ -50,10 +50,25 @@ class TrainState:
         self.consumed_train_tokens += self.config.train.global_batch_size * self.config.data.seq_length
 
 
+def checkpoint_folder(config: RunConfig) -> str:
+    """Where the checkpoints of a run are."""
+    return os.path.join(config.run_dir, "checkpoints")
+
+
+def check_resumable(config: RunConfig, sources: Sources) -> None:
+    """Refuse a run folder whose latest checkpoint is of another run, before anything in it is changed."""
+    latest = latest_checkpoint(checkpoint_folder(config))
+    if latest is not None:
+        check_fits(load_manifest(latest), config, sources.provenance, latest)
+
+
 def build_state(
     config: RunConfig, sources: Sources, platform: Platform, groups: ParallelGroups, choice: LayerChoice
 ) -> TrainState:
-    """Build model, optimizer, schedule and data; then take up the latest checkpoint of the run folder, if there is one."""
+    """Build model, optimizer, schedule and data; then take up the latest checkpoint of the run folder, if there is one.
+
+    Call `check_resumable` first.
+    """
     seed_iteration(config.train.seed, 0, groups)
     cache = config.data.path_to_cache or os.path.join(config.run_dir, "index_cache")
     padded = padded_vocab_size(sources.provenance.vocab_size, config.model.make_vocab_size_divisible_by)
@@ -70,7 +85,7 @@ def build_state(
         train_dataset=build_train_dataset(config, sources, cache),
         valid_datasets=build_valid_datasets(config, sources, cache),
         sources=sources,
-        store=CheckpointStore(os.path.join(config.run_dir, "checkpoints"), checkpoint_metadata(groups)),
+        store=CheckpointStore(checkpoint_folder(config), checkpoint_metadata(groups)),
     )
     _resume(state)
     return state
@@ -83,7 +98,6 @@ def _resume(state: TrainState) -> None:
         log.info("starting from scratch: no checkpoint in %s", state.store.folder)
         return
     manifest = state.store.load_manifest(latest)
-    check_fits(manifest, state.config, state.provenance, latest)
     for change in changes_since(manifest, state.config):
         log.warning("changed since the checkpoint: %s", change)
     state.store.load(latest, state.model, state.optimizer, state.scheduler)

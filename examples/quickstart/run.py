@@ -1,0 +1,200 @@
+"""The whole pipeline on this machine's own text: corpus, tokenizer, shards, two trained models, exports, texts, ranking.
+
+Everything it writes is below quickstart/ in the current folder. Each step is a command line of the project, shown as it runs.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from commands import QuickstartError, run, tool
+
+from megatron_ledom.errors import run_command
+
+OUTPUT = Path("quickstart")
+RESULTS = OUTPUT / "phases"
+ENDINGS = {
+    "code": "        return total / len(values)",
+    "prose": "and it is not safe to call this function from more than one thread.",
+    "licence": "OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.",
+}
+PROMPT = 'def read_lines(path):\n    """'
+NUM_CANDIDATES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """How much work: `full` is the quickstart, `small` goes through every step in about a minute, for the tests."""
+
+    most_megabytes: float
+    least_megabytes: float
+    held_out_percent: float
+    vocab_size: int
+    max_new_tokens: int
+    overrides: tuple[str, ...]
+
+
+SIZES = {
+    "full": Size(most_megabytes=40, least_megabytes=20, held_out_percent=1.5, vocab_size=8000, max_new_tokens=96, overrides=()),
+    "small": Size(
+        most_megabytes=2,
+        least_megabytes=1,
+        held_out_percent=6,
+        vocab_size=1000,
+        max_new_tokens=16,
+        overrides=(
+            "model.num_layers=2",
+            "model.hidden_size=64",
+            "model.ffn_hidden_size=128",
+            "model.num_attention_heads=4",
+            "model.num_query_groups=2",
+            "data.seq_length=64",
+            "train.train_iters=120",
+            "train.eval_interval=60",
+            "train.eval_iters=4",
+            "logging.log_interval=5",
+            "logging.tensorboard=false",
+        ),
+    ),
+}
+Result = dict[str, Any]
+
+
+def collect(size: Size) -> Result:
+    """Text of this Python's library and packages."""
+    limits = ["--most-megabytes", size.most_megabytes, "--least-megabytes", size.least_megabytes]
+    limits += ["--held-out-percent", size.held_out_percent]
+    run(tool("examples/quickstart/collect.py", "--output", OUTPUT / "corpus", *limits))
+    return {}
+
+
+def train_tokenizer(size: Size) -> Result:
+    """SentencePiece BPE on the training part."""
+    names = ["--input", OUTPUT / "corpus/train.jsonl", "--output", OUTPUT / "tokenizer"]
+    run(tool("tools/train_tokenizer.py", *names, "--vocab-size", size.vocab_size, "--max-sentences", 200_000))
+    return {}
+
+
+def preprocess(size: Size) -> Result:
+    """Shards of both directions and both splits; one is read again and verified."""
+    for direction in ("reverse", "forward"):
+        for split in ("train", "valid"):
+            names = ["--input", OUTPUT / "corpus" / f"{split}.jsonl", "--tokenizer", OUTPUT / "tokenizer"]
+            names += ["--output-prefix", OUTPUT / "shards" / direction / split, "--direction", direction]
+            run(tool("tools/preprocess_data.py", *names, "--workers", 2))
+    run(tool("tools/inspect_shard.py", OUTPUT / "shards/reverse/train", "--verify"))
+    return {}
+
+
+def train(size: Size) -> Result:
+    """Both twins at once; the reverse run is stopped and resumed."""
+    from twins import choose_overrides, train_twins
+
+    machine = choose_overrides()
+    resume = train_twins([*machine, *size.overrides])
+    return {"overrides": machine, "stopped_at": resume.stopped_at, "resumed_at": resume.resumed_at}
+
+
+def export(size: Size) -> Result:
+    """Hugging Face folders, each through the logits gate."""
+    for direction in ("reverse", "forward"):
+        names = ["--load", OUTPUT / "runs" / direction, "--save", OUTPUT / "models" / direction]
+        run(tool("tools/convert_checkpoint.py", "mcore-to-hf", *names))
+    return {}
+
+
+def generate(size: Size) -> Result:
+    """What comes before three endings, by the reverse model."""
+    folder = OUTPUT / "generated"
+    folder.mkdir(parents=True)
+    endings = []
+    for kind, following in ENDINGS.items():
+        options = ["--max-new-tokens", size.max_new_tokens, "--temperature", 0.7, "--top-p", 0.9, "--seed", 1]
+        path = folder / f"{kind}.txt"
+        run(tool("tools/generate.py", "--model", OUTPUT / "models/reverse", "--following", following, *options), path)
+        text = path.read_text(encoding="utf-8").removesuffix("\n")
+        if not text.endswith(following) or text == following:
+            raise QuickstartError(f"{path} does not end with the given text, or holds nothing else")
+        endings.append({"kind": kind, "following": following, "text": text})
+    return {"endings": endings}
+
+
+def rerank(size: Size) -> Result:
+    """Continuations of a prompt by the forward twin, ranked by the reverse twin."""
+    folder = OUTPUT / "reranked"
+    folder.mkdir(parents=True)
+    (folder / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}) + "\n", encoding="utf-8")
+    names = ["--forward", OUTPUT / "models/forward", "--reverse", OUTPUT / "models/reverse"]
+    names += ["--input", folder / "prompts.jsonl", "--output", folder / "answers.jsonl"]
+    options = ["--temperature", 0.8, "--top-p", 0.95, "--max-new-tokens", size.max_new_tokens // 2]
+    run(tool("tools/rerank.py", *names, "--sample", NUM_CANDIDATES, *options))
+    return {}
+
+
+PHASES: list[tuple[str, Callable[[Size], Result], list[str]]] = [
+    ("collect", collect, ["corpus"]),
+    ("tokenizer", train_tokenizer, ["tokenizer"]),
+    ("preprocess", preprocess, ["shards"]),
+    ("train", train, ["runs", "logs"]),
+    ("export", export, ["models"]),
+    ("generate", generate, ["generated"]),
+    ("rerank", rerank, ["reranked"]),
+]
+"""Name, function, and the folders below quickstart/ that it makes."""
+
+
+def run_phases(size: Size, keep: bool) -> dict[str, Result]:
+    """Run the phases in order and return what each found, with its seconds; with `keep` finished ones are not run again."""
+    results: dict[str, Result] = {}
+    for number, (name, function, folders) in enumerate(PHASES, 1):
+        done = RESULTS / f"{name}.json"
+        if keep and done.exists():
+            results[name] = json.loads(done.read_text(encoding="utf-8"))
+            print(f"--- {number}/{len(PHASES)} {name}: done before", flush=True)
+            continue
+        keep = False  # what comes after a repeated phase is built anew
+        print(f"--- {number}/{len(PHASES)} {name}", flush=True)
+        done.unlink(missing_ok=True)
+        for folder in folders:
+            shutil.rmtree(OUTPUT / folder, ignore_errors=True)
+        started = time.perf_counter()
+        results[name] = {**function(size), "seconds": time.perf_counter() - started}
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        done.write_text(json.dumps(results[name]), encoding="utf-8")
+    return results
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=sorted(SIZES), default="full", help="small: every step on little text, for tests")
+    parser.add_argument("--keep", action="store_true", help="go on after the last finished phase instead of starting over")
+    parser.add_argument("--update-readme", action="store_true", help="only put the last run's results into README.md")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Run everything, or only update the README."""
+    arguments = parse()
+    from report import build_report, update_readme, write_report
+
+    if arguments.update_readme:
+        update_readme()
+        return
+    results = run_phases(SIZES[arguments.size], arguments.keep)
+    from loss_curves import plot_losses
+
+    report = build_report(results)
+    models = report["models"]
+    title = f"Reverse and forward twins, {models['reverse']['parameters'] / 1e6:.1f} M parameters each"
+    plot_losses(OUTPUT / "runs", OUTPUT / "loss_curves.png", title)
+    print(f"\n{write_report(report)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

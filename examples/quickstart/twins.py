@@ -1,0 +1,160 @@
+"""Training the reverse model and its forward twin side by side; the reverse run is stopped once on the way and resumed."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from commands import ROOT, QuickstartError, check_exit, module, show
+from tqdm import tqdm
+
+from megatron_ledom.config.load import load_config
+
+DIRECTIONS = ("reverse", "forward")
+MOST_THREADS = 8
+"""More do not help a model this small."""
+POLL_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """Iterations at which the reverse run was stopped by SIGTERM and then taken up again."""
+
+    stopped_at: int
+    resumed_at: int
+
+
+class Training:
+    """One `python -m megatron_ledom.pretrain`, followed through its metrics.jsonl."""
+
+    bar: "tqdm[Any]"
+    process: "subprocess.Popen[bytes] | None" = None
+    log: Path
+
+    def __init__(self, direction: str, overrides: list[str]) -> None:
+        config_file = ROOT / "examples/configs" / f"quickstart_{direction}.yaml"
+        config = load_config(str(config_file), overrides)
+        self.command = module("megatron_ledom.pretrain", "--config", config_file, *overrides)
+        self.train_iters = config.train.train_iters
+        self.tokens_per_iteration = config.train.global_batch_size * config.data.seq_length
+        self.metrics, self.direction, self.starts = Path(config.run_dir, "metrics.jsonl"), direction, 0
+
+    def begin(self, bar_position: int) -> None:
+        """Show the progress bar and start."""
+        total, name = self.train_iters * self.tokens_per_iteration, f"train {self.direction}"
+        self.bar = tqdm(total=total, desc=name, unit="tok", unit_scale=True, position=bar_position, disable=None)
+        self.start()
+
+    def start(self) -> None:
+        """Start the process, or start the same command again."""
+        self.starts += 1
+        suffix = "" if self.starts == 1 else f"_start_{self.starts}"
+        self.log = Path("quickstart/logs", f"train_{self.direction}{suffix}.log")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("wb") as file:
+            self.process = subprocess.Popen(self.command, stdout=file, stderr=subprocess.STDOUT)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The complete lines of metrics.jsonl so far."""
+        return read_metrics(self.metrics)
+
+    def iteration(self) -> int:
+        """The last iteration that was logged; moves the progress bar there."""
+        records = self.records()
+        iteration = int(records[-1]["iteration"]) if records else 0
+        if records:
+            self.bar.set_postfix(loss=f"{records[-1]['lm_loss']:.3f}", refresh=False)
+        self.bar.update(iteration * self.tokens_per_iteration - self.bar.n)
+        return iteration
+
+    def is_running(self) -> bool:
+        """Whether the process lives; raises QuickstartError if it ended badly."""
+        assert self.process is not None
+        code = self.process.poll()
+        if code is not None:
+            check_exit(self.command, code, self.log)
+        return code is None
+
+    def stop(self) -> None:
+        """Send SIGTERM and wait for the clean exit; raises QuickstartError if it is another one."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGTERM)
+        check_exit(self.command, self.process.wait(), self.log)
+
+    def close(self) -> None:
+        """Remove the bar, and end the process if it still lives."""
+        if self.process is None:
+            return
+        self.bar.close()
+        if self.process.poll() is None:
+            self.process.kill()
+            self.process.wait()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The complete lines of a metrics.jsonl."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+
+
+def choose_overrides() -> list[str]:
+    """What depends on the machine: the number type it multiplies fastest, and half of its cores for each twin."""
+    from megatron_ledom.platform.device import preferred_params_dtype, prepare_platform
+
+    cores = len(os.sched_getaffinity(0))
+    dtype = preferred_params_dtype(prepare_platform(None))
+    return [f"model.params_dtype={dtype}", f"train.num_threads={min(MOST_THREADS, max(1, cores // 2))}"]
+
+
+def train_twins(overrides: list[str]) -> Resume:
+    """Train both at the same time. Raises QuickstartError if one fails or the reverse run did not resume."""
+    trainings = [Training(direction, overrides) for direction in DIRECTIONS]
+    for training in trainings:
+        show(training.command)
+    try:
+        for position, training in enumerate(trainings):
+            training.begin(position)
+        reverse = trainings[0]
+        stop_after = reverse.train_iters // 3
+        stopped_at: int | None = None
+        while any(training.is_running() for training in trainings):
+            iterations = [training.iteration() for training in trainings]
+            if stopped_at is None and iterations[0] >= stop_after:
+                stopped_at = _stop_and_start_again(reverse)
+            time.sleep(POLL_SECONDS)
+        for training in trainings:
+            if training.iteration() != training.train_iters:
+                raise QuickstartError(f"{training.metrics} ends at {training.iteration()} of {training.train_iters} iterations")
+        return check_resumed(stopped_at, reverse)
+    finally:
+        for training in trainings:
+            training.close()
+
+
+def _stop_and_start_again(training: Training) -> int:
+    """Send SIGTERM, wait for the clean exit, and run the same command once more. Returns the iteration that was saved."""
+    training.stop()
+    latest = training.metrics.parent.joinpath("checkpoints/latest").read_text().strip()
+    stopped_at = int(latest.removeprefix("iter_"))
+    tqdm.write(f"the {training.direction} run got SIGTERM and saved at iteration {stopped_at}; the same command goes on")
+    training.start()
+    return stopped_at
+
+
+def check_resumed(stopped_at: int | None, training: Training) -> Resume:
+    """That the run was stopped before its end, went on from that iteration, and logged each iteration once."""
+    if stopped_at is None or stopped_at >= training.train_iters:
+        raise QuickstartError(f"the {training.direction} run ended before it could be stopped and resumed")
+    found = re.search(r"resumed from \S+ at iteration (\d+)", training.log.read_text())
+    if found is None or int(found[1]) != stopped_at:
+        raise QuickstartError(f"{training.log} does not say that the run went on from iteration {stopped_at}")
+    iterations = [record["iteration"] for record in training.records()]
+    if iterations != sorted(set(iterations)):
+        raise QuickstartError(f"{training.metrics} does not hold each iteration once")
+    return Resume(stopped_at, int(found[1]))

@@ -1,0 +1,69 @@
+"""Every layout trains the model that one process trains: loss and gradient norm of every step.
+
+The gradient norm is the sharper of the two. It catches weights that lack their tensor-parallel marks (what megatron-core's
+`perform_initialization=False` does): the losses then agree until clipping acts, the norm is wrong from the first step.
+"""
+
+from pathlib import Path
+
+import pytest
+
+from tests.tiny_runs import Record, TinyData, curve, read_metrics, run_command, run_on_ranks
+
+STEPS = 20
+FIRST_STEP, ANY_STEP = 1e-6, 1e-5
+"""Relative tolerances in fp32: sums are taken in another order."""
+
+LAYOUTS = {
+    "TP2": (2, ["tensor_model_parallel_size=2"]),
+    "TP2 with sequence parallel": (2, ["tensor_model_parallel_size=2", "sequence_parallel=true"]),
+    "TP2 with PP2": (4, ["tensor_model_parallel_size=2", "pipeline_model_parallel_size=2"]),
+    "PP2": (2, ["pipeline_model_parallel_size=2"]),
+    "PP2 of 2 chunks": (2, ["pipeline_model_parallel_size=2", "virtual_pipeline_model_parallel_size=2"]),
+    "CP2": (2, ["context_parallel_size=2"]),
+    "DP2": (2, []),
+    "DP2 with distributed optimizer": (
+        2,
+        ["use_distributed_optimizer=true", "overlap_grad_reduce=true", "overlap_param_gather=true"],
+    ),
+}
+MODEL = ("model.num_layers=4", f"train.train_iters={STEPS}", f"checkpoint.save_interval={STEPS}")
+
+
+@pytest.fixture(scope="module")
+def one_process(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+    return run_on_ranks(data.config, tmp_path_factory.mktemp("one") / "run", *MODEL)
+
+
+def differences(found: list[Record], expected: list[Record]) -> list[float]:
+    """The larger relative difference of loss and gradient norm, for each step."""
+    pairs = zip(curve(found), curve(expected), strict=True)
+    return [max(abs(a / b - 1) for a, b in zip(one, other, strict=True)) for one, other in pairs]
+
+
+def check_equal(found: list[Record], expected: list[Record]) -> None:
+    assert [record["iteration"] for record in found] == list(range(1, STEPS + 1))
+    different = differences(found, expected)
+    assert different[0] <= FIRST_STEP
+    assert max(different) <= ANY_STEP
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_trains_as_one_process(data: TinyData, tmp_path: Path, one_process: list[Record], name: str) -> None:
+    num_ranks, layout = LAYOUTS[name]
+    overrides = [f"parallel.{setting}" for setting in layout]
+    check_equal(run_on_ranks(data.config, tmp_path / "run", *MODEL, *overrides, num_ranks=num_ranks), one_process)
+
+
+def test_the_command_under_torchrun_trains_as_one_process(data: TinyData, tmp_path: Path, one_process: list[Record]) -> None:
+    run_dir, layout = tmp_path / "run", "parallel.pipeline_model_parallel_size=2"
+    done = run_command("--config", str(data.config), f"run_dir={run_dir}", *MODEL, layout, num_ranks=2)
+    assert done.returncode == 0, done.stderr[-6000:]
+    check_equal(read_metrics(run_dir), one_process)
+
+
+def test_the_comparison_sees_a_step_that_differs(one_process: list[Record]) -> None:
+    changed = [dict(record) for record in one_process]
+    changed[7]["grad_norm"] *= 1.0001
+    with pytest.raises(AssertionError):
+        check_equal(changed, one_process)

@@ -1,0 +1,124 @@
+"""A run that was interrupted, however, and started again by the same command equals the run that was not, bit for bit."""
+
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_on_ranks, start_ranks
+
+STEPS = 30
+BASE = (f"train.train_iters={STEPS}", "train.eval_interval=7", "train.eval_iters=2")
+DROPOUT = ("model.attention_dropout=0.1", "model.hidden_dropout=0.1")
+DISTRIBUTED = (
+    "parallel.use_distributed_optimizer=true",
+    "parallel.overlap_grad_reduce=true",
+    "parallel.overlap_param_gather=true",
+)
+KINDS = {"one process": (1, ()), "dropout": (1, DROPOUT), "DP2 with distributed optimizer": (2, (*DISTRIBUTED, *DROPOUT))}
+
+
+def overrides_of(data: TinyData, *more: str) -> list[str]:
+    return [*BASE, f"data.valid_blend=[[1.0,{data.shard('reverse_valid')}]]", *more]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of one process, without dropout."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    run_on_ranks(data.config, run_dir, *overrides_of(data))
+    return run_dir
+
+
+def check_same_run(found: Path, expected: Path) -> None:
+    """Every iteration once, and the same losses, gradient norms, validations and final state, to the last bit."""
+    records, wanted = read_metrics(found), read_metrics(expected)
+    assert [record["iteration"] for record in records] == list(range(1, STEPS + 1))
+    assert curve(records) == curve(wanted)
+    assert [record.get("validation") for record in records] == [record.get("validation") for record in wanted]
+    tensors, wanted_tensors = read_tensors(found), read_tensors(expected)
+    assert tensors.keys() == wanted_tensors.keys()
+    assert any("exp_avg_sq" in name for name in tensors)
+    different = [name for name, tensor in tensors.items() if not torch.equal(tensor, wanted_tensors[name])]
+    assert not different
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_in_two_parts_equals_the_uninterrupted_run(
+    data: TinyData, tmp_path: Path, uninterrupted: Path, kind: str
+) -> None:
+    num_ranks, settings = KINDS[kind]
+    whole, parts = uninterrupted, tmp_path / "parts"
+    if settings:
+        whole = tmp_path / "whole"
+        run_on_ranks(data.config, whole, *overrides_of(data, *settings), num_ranks=num_ranks)
+    command = overrides_of(data, *settings, "train.exit_interval=18")
+    first = run_on_ranks(data.config, parts, *command, num_ranks=num_ranks)
+    assert first[-1]["iteration"] == 18
+    run_on_ranks(data.config, parts, *command, num_ranks=num_ranks)
+    check_same_run(parts, whole)
+
+
+def test_sigterm_at_any_moment_saves_and_the_same_command_goes_on(data: TinyData, tmp_path: Path, uninterrupted: Path) -> None:
+    """The signal reaches the processes that read ahead too, as it does at the end of a batch job."""
+    run_dir, command = tmp_path / "run", overrides_of(data, "data.num_workers=1")
+    ranks = start_ranks(data.config, run_dir, *command)
+    ranks.wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(read_metrics(run_dir)) > 0)
+    time.sleep(random.uniform(0, 0.3))
+    ranks.send(signal.SIGTERM)
+    assert ranks.wait() == [0], ranks.output()
+    assert "got SIGTERM" in ranks.output()
+    last = read_metrics(run_dir)[-1]["iteration"]
+    assert [path.name for path in (run_dir / "checkpoints").glob("iter_*")] == [f"iter_{last:07d}"]
+    run_on_ranks(data.config, run_dir, *command)
+    check_same_run(run_dir, uninterrupted)
+
+
+def test_a_signal_to_one_rank_stops_all_ranks_at_one_step(data: TinyData, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    ranks = start_ranks(data.config, run_dir, "train.train_iters=300", "data.allow_repeats=true", num_ranks=2)
+    ranks.wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(read_metrics(run_dir)) > 2)
+    ranks.send(signal.SIGUSR1, rank=1)
+    assert ranks.wait() == [0, 0], ranks.output()
+    last = read_metrics(run_dir)[-1]["iteration"]
+    assert (run_dir / "checkpoints/latest").read_text() == f"iter_{last:07d}\n"
+    assert last < 300
+
+
+def test_a_checkpoint_that_a_kill_cut_short_is_ignored_and_replaced(
+    data: TinyData, tmp_path: Path, uninterrupted: Path
+) -> None:
+    run_dir, command = tmp_path / "run", overrides_of(data, "checkpoint.save_interval=10")
+    checkpoints = run_dir / "checkpoints"
+    ranks = start_ranks(data.config, run_dir, *command)
+    ranks.wait_until(lambda: (checkpoints / "iter_0000020.part").exists())
+    ranks.send(signal.SIGKILL)
+    assert ranks.wait() == [-signal.SIGKILL]
+    assert (checkpoints / "latest").read_text() == "iter_0000010\n"
+    (checkpoints / "iter_0000020.part").mkdir(exist_ok=True)
+    (checkpoints / "iter_0000020.part/left_over").touch()
+    run_on_ranks(data.config, run_dir, *command)
+    check_same_run(run_dir, uninterrupted)
+    names = sorted(path.name for path in checkpoints.iterdir())
+    assert names == ["iter_0000010", "iter_0000020", "iter_0000030", "latest"]
+    assert not (checkpoints / "iter_0000020/left_over").exists()
+
+
+def test_a_tensor_parallel_checkpoint_goes_on_as_a_pipeline(data: TinyData, tmp_path: Path, uninterrupted: Path) -> None:
+    run_dir, two = tmp_path / "run", "model_parallel_size=2"
+    run_on_ranks(data.config, run_dir, *overrides_of(data, f"parallel.tensor_{two}", "train.exit_interval=12"), num_ranks=2)
+    records = run_on_ranks(data.config, run_dir, *overrides_of(data, f"parallel.pipeline_{two}"), num_ranks=2)
+    assert [record["iteration"] for record in records] == list(range(1, STEPS + 1))
+    for found, expected in zip(records, read_metrics(uninterrupted), strict=True):
+        assert found["lm_loss"] == pytest.approx(expected["lm_loss"], rel=1e-5)
+
+
+def test_a_finished_run_started_again_changes_nothing(data: TinyData, uninterrupted: Path) -> None:
+    before = (uninterrupted / "metrics.jsonl").read_bytes(), sorted((uninterrupted / "checkpoints").iterdir())
+    ranks = start_ranks(data.config, uninterrupted, *overrides_of(data))
+    assert ranks.wait() == [0], ranks.output()
+    assert f"at iteration {STEPS}" in ranks.output()
+    assert ((uninterrupted / "metrics.jsonl").read_bytes(), sorted((uninterrupted / "checkpoints").iterdir())) == before

@@ -1,0 +1,232 @@
+"""Exports of tiny runs: stock transformers computes what was trained, and stops where training said the text begins."""
+
+import json
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
+
+from megatron_ledom.checkpoint.manifest import load_manifest
+from megatron_ledom.convert import rules
+from megatron_ledom.convert.core_model import whole_model
+from megatron_ledom.convert.export_hf import export_hf, find_checkpoint
+from megatron_ledom.data.preprocess import PreprocessSettings, preprocess
+from megatron_ledom.direction import Direction, to_model_order
+from megatron_ledom.errors import VerificationError
+from megatron_ledom.inference import ReverseLM
+from tests.tiny_models import CORPUS, EOD_TOKEN, sentencepiece_like_json
+from tests.tiny_runs import ROOT, TinyData, run_on_ranks
+
+PAIRS = [("The capital of France", " is Paris."), ("Berl", "in is"), ("", "漢字 and café"), ("def area(", "width)\n")]
+
+CASES = {
+    "4 key-value heads from TP2": (
+        2,
+        ["parallel.tensor_model_parallel_size=2", "model.num_query_groups=4", "model.kv_channels=16"],
+    ),
+    "2 key-value heads, tied, bf16 from PP2": (
+        2,
+        [
+            "parallel.pipeline_model_parallel_size=2",
+            "model.num_query_groups=2",
+            "model.share_embeddings_and_output_weights=true",
+            "model.params_dtype=bf16",
+        ],
+    ),
+    "1 key-value head": (1, ["model.num_query_groups=1", "model.rotary_base=500.0"]),
+}
+SETTINGS = (  # weights large enough that a wrong one shows
+    *(
+        "train.train_iters=2",
+        "train.global_batch_size=4",
+        "optimizer.lr_warmup_iters=0",
+        "model.init_method_std=0.2",
+        "data.path_to_cache=null",
+    ),
+)
+Exported = Callable[[str], tuple[Path, Path]]
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Text in SentencePiece-like ids whose tokenizer names </s> as its eos, preprocessed with --eod-token <EOD>."""
+    folder = tmp_path_factory.mktemp("corpus")
+    (folder / "words").mkdir()
+    (folder / "words/tokenizer.json").write_text(sentencepiece_like_json(), encoding="utf-8")
+    (folder / "words/tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "bos_token": "<s>"}))
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in CORPUS * 6), encoding="utf-8")
+    settings = PreprocessSettings(
+        input=[str(folder / "corpus.jsonl")],
+        tokenizer=str(folder / "words"),
+        output_prefix=str(folder / "train"),
+        direction=Direction.REVERSE,
+        eod_token=EOD_TOKEN,
+        workers=1,
+    )
+    preprocess(settings)
+    return settings.output_prefix
+
+
+@pytest.fixture(scope="module")
+def exported(data: TinyData, shard: str, tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """Train and export a case, once; gives (run folder, Hugging Face folder)."""
+    done: dict[str, tuple[Path, Path]] = {}
+
+    def make(name: str) -> tuple[Path, Path]:
+        if name not in done:
+            folder = tmp_path_factory.mktemp("export")
+            num_ranks, overrides = CASES[name]
+            blend = f"data.train_blend=[[1.0,{shard}]]"
+            run_on_ranks(data.config, folder / "run", *SETTINGS, blend, *overrides, num_ranks=num_ranks)
+            export_hf(str(folder / "run"), str(folder / "hf"))
+            done[name] = folder / "run", folder / "hf"
+        return done[name]
+
+    return make
+
+
+def convert(*arguments: str) -> int:
+    """The exit code of tools/convert_checkpoint.py, run in this process."""
+    before, sys.argv = sys.argv, ["convert_checkpoint.py", *arguments]
+    try:
+        runpy.run_path(str(ROOT / "tools/convert_checkpoint.py"), run_name="__main__")
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = before
+    raise AssertionError("the command did not exit")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_stock_transformers_computes_the_trained_models_logits(
+    exported: Exported, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, folder = exported(name)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert isinstance(stock, LlamaForCausalLM)
+    checkpoint = find_checkpoint(str(run_dir))
+    manifest = load_manifest(checkpoint)
+    ids = torch.randint(0, manifest.provenance.vocab_size, (3, 32), generator=torch.Generator().manual_seed(1))
+    with whole_model(checkpoint, manifest) as core:
+        expected = core(ids, torch.arange(32).expand_as(ids), None)[:, :, : manifest.provenance.vocab_size]
+    with torch.no_grad():
+        found = stock(ids).logits
+    assert found.shape == expected.shape  # the padding rows are gone
+    assert float(expected.std()) > 0.3
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_export_records_what_was_trained(exported: Exported, name: str) -> None:
+    run_dir, folder = exported(name)
+    manifest = load_manifest(find_checkpoint(str(run_dir)))
+    trained = manifest.run_config("the checkpoint").model
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["direction"] == "reverse"
+    assert config["num_key_value_heads"] == trained.num_query_groups
+    assert config["head_dim"] == (trained.kv_channels or 8)
+    assert config["vocab_size"] == manifest.provenance.vocab_size
+    assert config["tie_word_embeddings"] is trained.share_embeddings_and_output_weights
+    weights = load_file(folder / "model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {
+        {"bf16": torch.bfloat16, "fp32": torch.float32}[trained.params_dtype]
+    }
+    assert weights["model.embed_tokens.weight"].shape == (manifest.provenance.vocab_size, 32)
+    assert manifest.provenance.vocab_size % trained.make_vocab_size_divisible_by  # there was padding to drop
+    assert ("lm_head.weight" in weights) is not trained.share_embeddings_and_output_weights
+    assert not list(folder.parent.glob("*.part"))
+
+
+def test_generation_stops_at_the_trained_eod_whatever_the_tokenizers_own_eos(exported: Exported) -> None:
+    """Trap 1: the stop id that was trained was not the exported tokenizer's eos, so generation never stopped."""
+    _, folder = exported("1 key-value head")
+    source = Tokenizer.from_str(sentencepiece_like_json())
+    eod_id = source.token_to_id(EOD_TOKEN)
+    assert source.token_to_id("</s>") == 2 != eod_id
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    assert tokenizer.eos_token_id == eod_id
+    assert json.loads((folder / "config.json").read_text())["eos_token_id"] == eod_id
+    assert GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id == eod_id
+    assert ReverseLM.from_pretrained(folder).stop_ids[0] == eod_id
+    assert tokenizer("The cat").input_ids == source.encode("The cat", add_special_tokens=False).ids  # no BOS, no EOS
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_log_likelihood_is_the_megatron_core_models_on_the_same_ids(exported: Exported, name: str) -> None:
+    """Over the ids of the tokenizer: the padding rows of the embedding are no part of an export."""
+    run_dir, folder = exported(name)
+    lm = ReverseLM.from_pretrained(folder)
+    scores = lm.log_likelihood([a for a, _ in PAIRS], [b for _, b in PAIRS])
+    checkpoint = find_checkpoint(str(run_dir))
+    manifest = load_manifest(checkpoint)
+    with whole_model(checkpoint, manifest) as core:
+        for (preceding, following), score in zip(PAIRS, scores, strict=True):
+            text_ids, num_preceding = lm.tokenizer.split(preceding, following)
+            tokens = torch.tensor([to_model_order(text_ids, Direction.REVERSE)])
+            positions = torch.arange(tokens.shape[1])[None]
+            logprobs = core(tokens, positions, None)[0, :, : manifest.provenance.vocab_size].log_softmax(-1)
+            picked = logprobs[:-1].gather(1, tokens[0, 1:, None])[:, 0]
+            expected = picked[tokens.shape[1] - num_preceding - 1 :].sum()
+            assert len(score.token_logprobs) == num_preceding
+            assert score.logprob == pytest.approx(float(expected), abs=1e-4)
+
+
+def swapped(core: str) -> tuple[rules.Rule, ...]:
+    """The table with the last two Hugging Face names of one rule exchanged."""
+    return tuple(
+        replace(rule, hf=(*rule.hf[:-2], rule.hf[-1], rule.hf[-2])) if rule.core.endswith(core) else rule
+        for rule in rules.RULES
+    )
+
+
+@pytest.mark.parametrize("core", ["linear_fc1.weight", "linear_qkv.weight"])
+def test_the_gate_catches_swapped_weights_and_nothing_is_left(
+    exported: Exported,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    core: str,
+) -> None:
+    """Gate and up projection, or key and value, exchanged: shapes fit, the numbers do not."""
+    run_dir, _ = exported("1 key-value head")
+    monkeypatch.setattr(rules, "RULES", swapped(core))
+    with pytest.raises(VerificationError, match="logits differ"):
+        export_hf(str(run_dir), str(tmp_path / "hf"))
+    assert convert("mcore-to-hf", "--load", str(run_dir), "--save", str(tmp_path / "new/hf")) == 1
+    assert "a weight is mapped wrongly" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_exports_and_refuses_to_replace_unasked(exported: Exported, tmp_path: Path) -> None:
+    run_dir, folder = exported("1 key-value head")
+    arguments = ["mcore-to-hf", "--load", str(run_dir), "--save", str(tmp_path / "hf")]
+    assert convert(*arguments) == 0
+    written = tmp_path / "hf/model.safetensors"
+    assert written.read_bytes() == (folder / "model.safetensors").read_bytes()
+    assert convert(*arguments) == 2
+    assert convert(*arguments, "--overwrite") == 0
+    assert written.exists()
+
+
+def test_what_cannot_be_exported_is_named(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, _ = exported("1 key-value head")
+    (tmp_path / "young/checkpoints").mkdir(parents=True)
+    (tmp_path / "unfinished").mkdir()
+    for load, code, words in [
+        (tmp_path / "none", 2, "is not a folder"),
+        (tmp_path / "young", 2, "has no finished checkpoint yet"),
+        (tmp_path / "unfinished", 1, "has no manifest.json"),
+    ]:
+        assert convert("mcore-to-hf", "--load", str(load), "--save", str(tmp_path / "hf")) == code
+        assert words in capsys.readouterr().err
+        assert not (tmp_path / "hf").exists()
+    assert run_dir.exists()

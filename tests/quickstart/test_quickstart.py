@@ -1,0 +1,135 @@
+"""The quickstart from beginning to end, small: every step by its real command line, on this machine's own text."""
+
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A finished small quickstart: the folder it was started in, its stdout, and its report."""
+
+    folder: Path
+    stdout: str
+    report: dict[str, Any]
+
+
+def start(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "examples/quickstart/run.py"), *options]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("quickstart")
+    done = start(folder, "--size", "small")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return Run(folder, done.stdout, json.loads((folder / "quickstart/report.json").read_text()))
+
+
+def test_both_twins_learn(run: Run) -> None:
+    for model in run.report["models"].values():
+        assert math.isfinite(model["valid_loss"])
+        assert math.isfinite(model["train_loss"])
+        assert model["valid_loss"] < model["first_loss"] - 0.5
+        assert model["train_loss"] < model["first_loss"] - 0.5
+        assert 0 < model["bits_per_byte"] < 8
+        assert len(model["validations"]) >= 2
+
+
+def test_twins_are_of_the_same_size_and_saw_as_many_tokens(run: Run) -> None:
+    reverse, forward = (run.report["models"][name] for name in ("reverse", "forward"))
+    for key in ("parameters", "trained_tokens", "shard_tokens", "iterations"):
+        assert reverse[key] == forward[key]
+
+
+def test_reverse_run_was_stopped_and_resumed_by_the_same_command(run: Run) -> None:
+    assert run.report["resumed"] is True
+    assert 0 < run.report["resumed_at"] < run.report["models"]["reverse"]["iterations"]
+    resumed = (run.folder / "quickstart/logs/train_reverse_start_2.log").read_text()
+    assert f"at iteration {run.report['resumed_at']}" in resumed
+
+
+def test_exports_passed_the_logits_gate(run: Run) -> None:
+    assert all(model["largest_logit_difference"] <= 1e-4 for model in run.report["models"].values())
+
+
+def test_three_endings_got_a_beginning(run: Run) -> None:
+    generated = run.report["generated"]
+    assert [text["kind"] for text in generated] == ["code", "prose", "licence"]
+    for text in generated:
+        assert text["text"].endswith(text["following"])
+        assert len(text["text"]) > len(text["following"])
+
+
+def test_eight_candidates_are_ranked_by_reward(run: Run) -> None:
+    reranked = run.report["reranked"]
+    assert len(reranked["candidates"]) == len(reranked["scores"]) == 8
+    assert sorted(reranked["ranking"]) == list(range(8))
+    rewards = [reranked["scores"][index]["reward"] for index in reranked["ranking"]]
+    known = [reward for reward in rewards if reward is not None]
+    assert known == sorted(known, reverse=True)
+    assert reranked["best"] == reranked["candidates"][reranked["ranking"][0]]
+
+
+def test_held_out_files_are_not_in_the_training_part(run: Run) -> None:
+    corpus = run.folder / "quickstart/corpus"
+    train, valid = (
+        [json.loads(line) for line in (corpus / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for split in ("train", "valid")
+    )
+    for key in ("source", "text"):
+        values = [record[key] for record in train + valid]
+        assert len(set(values)) == len(values)
+    assert valid
+
+
+def test_report_names_every_path_and_draws_the_curves(run: Run) -> None:
+    assert all((run.folder / path).exists() for path in run.report["paths"].values())
+    assert (run.folder / "quickstart/loss_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "bits per byte" in (run.folder / "quickstart/report.md").read_text(encoding="utf-8")
+    assert set(run.report["phases"]) == {"collect", "tokenizer", "preprocess", "train", "export", "generate", "rerank"}
+
+
+def test_keep_goes_on_after_the_finished_phases(run: Run) -> None:
+    (run.folder / "quickstart/phases/rerank.json").unlink()
+    again = start(run.folder, "--size", "small", "--keep")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before") == 6
+    assert "tools/rerank.py" in again.stdout
+
+
+def test_too_little_text_is_refused_with_both_amounts(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples/quickstart/collect.py"), "--output", str(tmp_path / "corpus")]
+    done = subprocess.run([*command, "--most-megabytes", "1"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert re.search(r"only \d\.\d MB of text found .* at least 20 MB are needed", done.stderr)
+    assert not (tmp_path / "corpus").exists()
+
+
+def test_pipeline_commands_of_the_readme_are_those_that_ran(run: Run) -> None:
+    """Same script, same flags; numbers that depend on the size aside."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- run by the quickstart -->\n```bash\n(.*?)```", readme, re.DOTALL)
+    shown = {_shape(line) for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()}
+    ran = {_shape(line.removeprefix("$ ")) for line in run.stdout.splitlines() if line.startswith("$ ")}
+    assert shown
+    assert shown <= ran
+
+
+def _shape(command: str) -> tuple[str, ...]:
+    """The script or module with the flags and paths below quickstart/ it is given."""
+    words = [word.removeprefix("../" * word.count("../")) for word in shlex.split(command)]
+    kept = [word for word in words if word.startswith(("--", "quickstart/", "megatron_ledom.", "mcore-to-hf"))]
+    script = [Path(word).name for word in words if word.endswith((".py", ".yaml"))]
+    return tuple(script + sorted(kept))

@@ -1,0 +1,221 @@
+"""Training runs small enough for a test: legible shards, a model of width 32, and ranks that start in a second.
+
+Ranks are forked from one process that has imported everything, which spares each run some ten seconds; what they run is
+`megatron_ledom.pretrain`. A run by the real command is `run_command`.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+
+from megatron_ledom.checkpoint.store import latest_checkpoint
+from megatron_ledom.data.packing import pack_documents
+from megatron_ledom.data.shard import Counts, ShardWriter
+from megatron_ledom.data.tokenizer import load_tokenizer
+from megatron_ledom.direction import Direction
+from tests.legible import legible_ids, legible_tokenizer
+
+ROOT = Path(__file__).parents[1]
+SECONDS = 150
+"""A run that takes longer hangs: its ranks are killed and the test fails with what they logged."""
+
+Record = dict[str, Any]
+
+
+def documents(num_documents: int, seed: int) -> list[list[int]]:
+    """Text-order ids: document k is legible document k modulo 10, cut at a random length."""
+    lengths = np.random.default_rng(seed).integers(5, 100, num_documents)
+    return [legible_ids(number % 10, int(length)) for number, length in enumerate(lengths)]
+
+
+def write_shard(prefix: Path, texts: list[list[int]], direction: Direction, tokenizer: Path) -> str:
+    """A shard of documents given by their text-order ids."""
+    loaded = load_tokenizer(str(tokenizer))
+    packed, lengths = pack_documents(
+        np.array([number for text in texts for number in text], np.uint32),
+        np.cumsum([0, *map(len, texts)]),
+        direction=direction,
+        eod_id=loaded.eod_id,
+        vocab_size=loaded.vocab_size,
+        dtype="uint16",
+    )
+    with ShardWriter(str(prefix), loaded.provenance(direction), "uint16") as writer:
+        writer.append(packed, lengths)
+        counts = Counts(text_bytes=4 * sum(map(len, texts)), tokenizer_path=str(tokenizer), eod_token=loaded.eod_token)
+        writer.finalize(counts)
+    return str(prefix)
+
+
+@dataclass(frozen=True, slots=True)
+class TinyData:
+    """Shards of the same documents in both directions, their tokenizer, and the config of a tiny run over them."""
+
+    folder: Path
+
+    @property
+    def config(self) -> Path:
+        """YAML of a reverse run of two layers in fp32."""
+        return self.folder / "tiny.yaml"
+
+    def shard(self, name: str) -> str:
+        """The prefix of `reverse_train`, `reverse_valid`, `forward_train` or `forward_valid`."""
+        return str(self.folder / name)
+
+
+def write_tiny_data(folder: Path) -> TinyData:
+    """Tokenizer, four shards and the config, in `folder`."""
+    data = TinyData(folder)
+    tokenizer = legible_tokenizer(folder / "legible")
+    for direction in Direction:
+        write_shard(folder / f"{direction}_train", documents(400, 1), direction, tokenizer)
+        write_shard(folder / f"{direction}_valid", documents(30, 2), direction, tokenizer)
+    values = {
+        "run_dir": str(folder / "run"),
+        "model": {
+            "num_layers": 2,
+            "hidden_size": 32,
+            "ffn_hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_query_groups": 2,
+            "params_dtype": "fp32",
+        },
+        "data": {
+            "seq_length": 32,
+            "train_blend": [[1.0, data.shard("reverse_train")]],
+            "path_to_cache": str(folder / "index_cache"),
+        },
+        "optimizer": {"lr": 3e-3, "min_lr": 3e-4, "lr_warmup_iters": 2},
+        "train": {"train_iters": 20, "global_batch_size": 8, "micro_batch_size": 1, "num_threads": 1},
+        "logging": {"log_interval": 1, "tensorboard": False, "peak_tflops": 1.0},
+    }
+    data.config.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return data
+
+
+def read_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the latest checkpoint, the optimizer's too, by name."""
+    checkpoint = latest_checkpoint(str(run_dir / "checkpoints"))
+    assert checkpoint is not None
+    stored = _load_state_dict_from_keys(checkpoint_id=checkpoint)
+    return {name: value for name, value in flatten_state_dict(stored)[0].items() if isinstance(value, torch.Tensor)}
+
+
+def read_metrics(run_dir: Path) -> list[Record]:
+    """The records of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def curve(records: Sequence[Record]) -> list[tuple[float, float]]:
+    """(loss, gradient norm) of each record."""
+    return [(record["lm_loss"], record["grad_norm"]) for record in records]
+
+
+class Ranks:
+    """The running ranks of one launch."""
+
+    def __init__(self, processes: list[Any], log: Path) -> None:
+        self.processes, self.log = processes, log
+
+    def wait(self) -> list[int]:
+        """The ranks' exit codes, once all have ended; ranks that hang are killed."""
+        end = time.monotonic() + SECONDS
+        for process in self.processes:
+            process.join(max(0.0, end - time.monotonic()))
+        for process in self.processes:
+            process.kill()  # SIGTERM would be caught
+            process.join()
+        return [process.exitcode for process in self.processes]
+
+    def wait_until(self, is_so: Callable[[], bool]) -> None:
+        """Wait for something that the ranks do."""
+        end = time.monotonic() + SECONDS
+        while not is_so():
+            alive = all(process.is_alive() for process in self.processes)
+            assert alive or is_so(), f"a rank ended early:\n{self.output()}"
+            assert time.monotonic() < end, f"it does not happen:\n{self.output()}"
+            time.sleep(0.02)
+
+    def send(self, number: signal.Signals, rank: int = 0) -> None:
+        """Send a signal to one rank and to every process it has started, as a batch system does."""
+        os.killpg(self.processes[rank].pid, number)
+
+    def output(self) -> str:
+        """What the ranks have written, the end of it."""
+        return self.log.read_text(encoding="utf-8", errors="replace")[-6000:]
+
+
+def start_ranks(config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1) -> Ranks:
+    """Start `num_ranks` ranks of a run; return at once."""
+    log = config.parent / f"{run_dir.parent.name}-{run_dir.name}.log"
+    log.write_text("")
+    arguments = [f"run_dir={run_dir}", *overrides]
+    launch = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    context = _context()
+    processes = []
+    for rank in range(num_ranks):
+        environment = {name: str(value) for name, value in {**launch, "RANK": rank, "LOCAL_RANK": rank}.items()}
+        process = context.Process(target=_be_rank, args=(environment, str(config), arguments, str(log)))
+        process.start()
+        processes.append(process)
+    return Ranks(processes, log)
+
+
+def run_on_ranks(config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1) -> list[Record]:
+    """Run to the end, assert that every rank exits with 0, and return the records of metrics.jsonl."""
+    ranks = start_ranks(config, run_dir, *overrides, num_ranks=num_ranks)
+    codes = ranks.wait()
+    assert codes == [0] * num_ranks, f"exit codes {codes}:\n{ranks.output()}"
+    return read_metrics(run_dir)
+
+
+def run_command(*arguments: str, num_ranks: int | None = None) -> subprocess.CompletedProcess[str]:
+    """The real command line of training: under torchrun with `num_ranks`, without it when None."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"] if num_ranks else []
+    command = [sys.executable, *torchrun, "-m", "megatron_ledom.pretrain", *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
+
+
+@cache
+def _context() -> Any:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["megatron_ledom.pretrain", "megatron_ledom.training.loop"])
+    return context
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _be_rank(environment: dict[str, str], config: str, arguments: list[str], log: str) -> None:
+    """One rank of a run, with its output in `log`."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # Linux's own; here it would be that of the preloaded process
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.environ.update(environment)
+    sys.stdin = open(os.devnull)  # noqa: SIM115  for the life of the process
+    from megatron_ledom import errors, pretrain
+
+    sys.argv = ["pretrain", "--config", config, *arguments]
+    errors.run_command(pretrain.main)

@@ -1,0 +1,126 @@
+"""Attention by SDPA against softmax(QK^T / sqrt(D)) V written out, and documents that must not see each other.
+
+Shape letters: S sequence, B batch, H query heads, G key-value heads, D head width.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import default_collate
+
+from megatron_ledom.config.load import load_config
+from megatron_ledom.data.dataset import build_train_dataset
+from megatron_ledom.data.sources import load_sources
+from megatron_ledom.model.builder import build_model_chunks
+from megatron_ledom.model.layer_specs import choose_layers
+from megatron_ledom.ops.core_attention import SDPACoreAttention
+from megatron_ledom.parallel.groups import start_distributed, stop_distributed
+from megatron_ledom.parallel.seeds import seed_iteration
+from megatron_ledom.platform.device import prepare_platform
+from tests.legible import EOD_ID
+from tests.tiny_runs import TinyData
+
+S, B, H, D = 13, 2, 4, 8
+BUILT: Any = SimpleNamespace(tp=None, cp=None)
+
+
+def attention(dropout: float = 0.0) -> SDPACoreAttention:
+    config: Any = SimpleNamespace(context_parallel_size=1, attention_dropout=dropout, sequence_parallel=False)
+    return SDPACoreAttention(config, 1, None, "self", pg_collection=BUILT)
+
+
+def written_out(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """The formula in float64; hidden [S, S] or [B, 1, S, S], True where a key is not seen."""
+    repeats = query.shape[2] // key.shape[2]
+    q_BHSD, k_BHSD, v_BHSD = (
+        t.double().repeat_interleave(r, 2).permute(1, 2, 0, 3) for t, r in ((query, 1), (key, repeats), (value, repeats))
+    )
+    scores = (q_BHSD @ k_BHSD.transpose(2, 3) / D**0.5).masked_fill(hidden, float("-inf"))
+    return (scores.softmax(-1) @ v_BHSD).permute(2, 0, 1, 3).flatten(2)
+
+
+def random_qkv(groups: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(groups)
+    return [torch.randn(S, B, heads, D, generator=generator, dtype=torch.float64).to(dtype) for heads in (H, groups, groups)]
+
+
+def documents_mask(lengths: list[int]) -> torch.Tensor:
+    """[1, 1, S, S]: True above the diagonal and across documents."""
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    causal = torch.ones(S, S, dtype=torch.bool).triu(1)
+    return (causal | (document[:, None] != document[None]))[None, None]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_causal_attention_is_the_formula(groups: int, dtype: torch.dtype, tolerance: float) -> None:
+    query, key, value = random_qkv(groups, dtype)
+    expected = written_out(query, key, value, torch.ones(S, S, dtype=torch.bool).triu(1))
+    found = attention()(query, key, value)
+    assert found.shape == (S, B, H * D)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_a_document_mask_is_the_formula_with_hidden_scores(groups: int) -> None:
+    query, key, value = random_qkv(groups)
+    mask = torch.cat([documents_mask([5, 1, 7]), documents_mask([13])])
+    found = attention()(query, key, value, attention_mask=mask)
+    torch.testing.assert_close(found, written_out(query, key, value, mask), rtol=0, atol=1e-12)
+
+
+def test_gradients_are_the_formulas() -> None:
+    tensors = [t.requires_grad_() for t in random_qkv(2)]
+    causal = torch.ones(S, S, dtype=torch.bool).triu(1)
+    found = torch.autograd.grad(attention()(*tensors).square().sum(), tensors)
+    expected = torch.autograd.grad(written_out(*tensors, causal).square().sum(), tensors)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+
+
+@pytest.fixture
+def started(data: TinyData, tmp_path: Path) -> Iterator[tuple[Any, Any, Any]]:
+    """A run that isolates documents: its config, groups and dataset, in this process."""
+    overrides = ["data.reset_attention_mask=true", "data.path_to_cache=null", "data.reset_position_ids=true"]
+    config = load_config(str(data.config), [f"run_dir={tmp_path / 'run'}", *overrides])
+    groups = start_distributed(prepare_platform(1), config.parallel)
+    try:
+        yield config, groups, build_train_dataset(config, load_sources(config), str(tmp_path / "cache"))
+    finally:
+        stop_distributed()
+
+
+def test_dropout_draws_from_the_state_that_tensor_parallel_ranks_do_not_share(started: tuple[Any, Any, Any]) -> None:
+    """Ranks hold different heads: with the common state they would drop the same places in all of them."""
+    config, groups, _ = started
+    seed_iteration(1, 0, groups)
+    layer = attention(dropout=0.5).train()
+    query, key, value = random_qkv(4, torch.float32)
+    common = torch.get_rng_state()
+    first, second = layer(query, key, value), layer(query, key, value)
+    assert not torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), common)
+    assert torch.equal(layer.eval()(query, key, value), layer.eval()(query, key, value))
+
+
+def test_a_changed_token_changes_nothing_in_other_documents(started: tuple[Any, Any, Any]) -> None:
+    config, groups, dataset = started
+    model = build_model_chunks(config, 1024, groups, choose_layers(config))[0].eval()
+    samples = (default_collate([dataset[index]]) for index in range(len(dataset)))
+    sample = next(one for one in samples if EOD_ID in one["tokens"][0, 5:-5].tolist())
+    tokens, place = sample["tokens"], 1
+    end = tokens[0].tolist().index(EOD_ID) + 1  # the first document's part of the sample, its eod included
+    assert sample["position_ids"][0, end] == 0
+    changed = tokens.clone()
+    changed[0, place] = (tokens[0, place] + 1) % 1000
+    with torch.no_grad():
+        one, other = (model(ids, sample["position_ids"], sample["attention_mask"]) for ids in (tokens, changed))
+        leaking = model(changed, sample["position_ids"], None)
+    assert torch.equal(one[0, end:], other[0, end:])
+    assert torch.equal(one[0, :place], other[0, :place])
+    assert not torch.equal(one[0, place:end], other[0, place:end])
+    assert not torch.equal(one[0, end:], leaking[0, end:])  # without the mask it would show

@@ -1,0 +1,120 @@
+"""What this package asks of megatron-core, so that an upgrade which takes it away fails here and says what."""
+
+import dataclasses
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.models.gpt import GPTModel
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.pipeline_parallel import schedules as core_schedules
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+DATACLASS_FIELDS = {
+    TransformerConfig: """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization
+        layernorm_epsilon gated_linear_unit activation_func add_bias_linear attention_dropout hidden_dropout init_method_std
+        params_dtype pipeline_dtype bf16 tensor_model_parallel_size pipeline_model_parallel_size
+        virtual_pipeline_model_parallel_size context_parallel_size sequence_parallel microbatch_group_size_per_vp_stage
+        overlap_p2p_comm batch_p2p_comm deallocate_pipeline_outputs calculate_per_token_loss init_method
+        output_layer_init_method embedding_init_method use_cpu_initialization gradient_accumulation_fusion
+        masked_softmax_fusion bias_activation_fusion bias_dropout_fusion apply_rope_fusion grad_scale_func
+        finalize_model_grads_func no_sync_func grad_sync_func param_sync_func""",
+    DistributedDataParallelConfig: """use_distributed_optimizer overlap_grad_reduce overlap_param_gather grad_reduce_in_fp32
+        check_for_nan_in_grad""",
+    OptimizerConfig: """optimizer lr min_lr weight_decay adam_beta1 adam_beta2 adam_eps clip_grad bf16 params_dtype
+        use_distributed_optimizer""",
+    GPTDatasetConfig: """random_seed sequence_length blend_per_split path_to_cache tokenizer reset_position_ids
+        reset_attention_mask eod_mask_loss create_attention_mask""",
+    ProcessGroupCollection: "tp pp cp",
+    TransformerBlockSubmodules: "layer_specs layer_norm",
+}
+
+SCHEDULE = "forward_step_func data_iterator model num_microbatches seq_length micro_batch_size forward_only"
+
+PARAMETERS: dict[Callable[..., Any], str] = {
+    GPTModel.__init__: """config transformer_layer_spec vocab_size max_sequence_length pre_process post_process
+        position_embedding_type rotary_base share_embeddings_and_output_weights pg_collection vp_stage""",
+    GPTModel.forward: "input_ids position_ids attention_mask labels",
+    GPTModel.sharded_state_dict: "metadata",
+    DistributedDataParallel.__init__: "config ddp_config module disable_bucketing",
+    DistributedDataParallel.disable_forward_pre_hook: "param_sync",
+    get_megatron_optimizer: "config model_chunks use_gloo_process_groups pg_collection",
+    OptimizerParamScheduler.__init__: """optimizer init_lr max_lr min_lr lr_warmup_steps lr_decay_steps lr_decay_style start_wd
+        end_wd wd_incr_steps wd_incr_style use_checkpoint_opt_param_scheduler override_opt_param_scheduler""",
+    OptimizerParamScheduler.step: "increment",
+    core_schedules.forward_backward_no_pipelining: SCHEDULE,
+    core_schedules.forward_backward_pipelining_with_interleaving: SCHEDULE,
+    core_schedules.forward_backward_pipelining_without_interleaving: SCHEDULE,
+    get_forward_backward_func: "pp_size vp_size",
+    parallel_state.initialize_model_parallel: """tensor_model_parallel_size pipeline_model_parallel_size
+        virtual_pipeline_model_parallel_size context_parallel_size distributed_timeout_minutes create_gloo_process_groups""",
+    parallel_state.get_data_parallel_group: "with_context_parallel",
+    BlendedMegatronDatasetBuilder.__init__: "cls sizes is_built_on_rank config",
+    get_gpt_layer_local_spec: "normalization",
+    get_gpt_layer_with_transformer_engine_spec: "",
+    get_num_layers_to_build: "config vp_stage",
+    dist_checkpointing.save: "sharded_state_dict checkpoint_dir content_metadata",
+    dist_checkpointing.load: "sharded_state_dict checkpoint_dir strict",
+    DistributedOptimizer.sharded_state_dict: "model_sharded_state_dict is_loading metadata",
+    tensor_parallel.model_parallel_cuda_manual_seed: "seed",
+}
+
+
+@pytest.mark.parametrize("kind", DATACLASS_FIELDS, ids=lambda kind: kind.__name__)
+def test_dataclass_has_the_fields_we_set(kind: Any) -> None:
+    present = {field.name for field in dataclasses.fields(kind)}
+    assert [name for name in DATACLASS_FIELDS[kind].split() if name not in present] == []
+
+
+@pytest.mark.parametrize("function", PARAMETERS, ids=lambda function: function.__qualname__)
+def test_function_takes_the_arguments_we_pass(function: Callable[..., Any]) -> None:
+    parameters = inspect.signature(function).parameters
+    assert [name for name in PARAMETERS[function].split() if name not in parameters] == []
+
+
+def test_function_needs_no_argument_that_we_do_not_pass() -> None:
+    for function, names in PARAMETERS.items():
+        parameters = inspect.signature(function).parameters.values()
+        plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        needed = [p.name for p in parameters if p.default is p.empty and p.kind in plain and p.name != "self"]
+        assert [name for name in needed if name not in names.split()] == [], function.__qualname__
+
+
+def test_a_dataset_gives_what_batches_are_made_of() -> None:
+    source = inspect.getsource(GPTDataset.__getitem__)
+    assert all(f'"{name}"' in source for name in ("tokens", "labels", "loss_mask", "position_ids", "attention_mask"))
+
+
+def test_names_that_the_platform_replaces_exist() -> None:
+    for module, names in {
+        "megatron.core.optimizer": "_get_megatron_optimizer_based_on_param_groups Adam USING_PYTORCH_OPTIMIZER",
+        "megatron.core.optimizer.optimizer": "clip_grad_by_total_norm_fp32",
+        "megatron.core.optimizer.clip_grads": "clip_grad_by_total_norm_fp32",
+        "megatron.core.optimizer.distrib_optimizer": "Adam HAVE_APEX_OR_TE USING_APEX_OPTIMIZER",
+        "megatron.core.tensor_parallel.random": "_get_cuda_rng_state _set_cuda_rng_state CudaRNGStatesTracker",
+    }.items():
+        loaded = importlib.import_module(module)
+        assert [name for name in names.split() if not hasattr(loaded, name)] == []
+    for method in ("load_parameter_state_from_dp_reshardable", "load_parameter_state_from_fully_reshardable"):
+        assert hasattr(DistributedOptimizer, method)
+    assert hasattr(DistributedOptimizer, "sharded_param_state_fully_reshardable")
+
+
+def test_checkpoints_can_be_written_and_checked() -> None:
+    assert importlib.util.find_spec("psutil") is not None  # megatron-core's writer waits for ever without it
+    assert StrictHandling.RAISE_ALL
+    assert finalize_model_grads.__name__ == "finalize_model_grads"

@@ -1,0 +1,133 @@
+"""What a run reports: hand-counted bits per byte and MFU, each iteration once, the same values everywhere."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from megatron_ledom.config.load import load_config
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.data.shard import load_manifest
+from megatron_ledom.platform.device import Platform
+from megatron_ledom.training import metrics
+from megatron_ledom.training.metrics import MetricsWriter, Throughput
+from megatron_ledom.training.validate import bits_per_byte
+from tests.tiny_runs import TinyData, run_on_ranks
+
+CPU = Platform(torch.device("cpu"), "gloo", 1)
+
+
+@pytest.fixture
+def config(data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A config whose run folder exists; this process is rank 0."""
+    monkeypatch.setattr(metrics.dist, "get_rank", lambda: 0)
+    (tmp_path / "run").mkdir()
+    return load_config(str(data.config), [f"run_dir={tmp_path / 'run'}", "logging.peak_tflops=2.0"])
+
+
+def record(iteration: int, lm_loss: float) -> dict[str, Any]:
+    validation = {"some/prefix": {"lm_loss": lm_loss + 1, "bits_per_byte": 0.5}}
+    return {"iteration": iteration, "lm_loss": lm_loss, "grad_norm": 1.0, "validation": validation}
+
+
+def lines(config: RunConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(config.run_dir, "metrics.jsonl").read_text().splitlines()]
+
+
+def test_bits_per_byte_by_hand() -> None:
+    """One bit a token and 6 tokens (eods too) of 4 bytes of text: 1.5 bits a byte."""
+    assert bits_per_byte(math.log(2), 6, 4) == pytest.approx(1.5)
+    assert bits_per_byte(3 * math.log(2), 100, 400) == pytest.approx(0.75)
+
+
+def test_a_run_reports_the_keys_that_scripts_rely_on(data: TinyData, tmp_path: Path) -> None:
+    shard = data.shard("reverse_valid")
+    validation = (f"data.valid_blend=[[1.0,{shard}]]", "train.eval_interval=3", "train.eval_iters=2")
+    settings = ("train.train_iters=5", "logging.log_interval=2", "logging.tensorboard=true", *validation)
+    records = run_on_ranks(data.config, tmp_path / "run", *settings)
+    assert [found["iteration"] for found in records] == [2, 3, 4, 5]  # the interval, validations, the end
+    keys = "iteration lm_loss grad_norm lr consumed_train_samples consumed_train_tokens tokens_per_second mfu elapsed_seconds"
+    assert all(set(keys.split()) == found.keys() - {"validation"} for found in records)
+    assert [found["consumed_train_samples"] for found in records] == [16, 24, 32, 40]
+    assert records[-1]["consumed_train_tokens"] == 40 * 32
+    assert [found["iteration"] for found in records if "validation" in found] == [3, 5]
+    result, manifest = records[-1]["validation"][shard], load_manifest(shard)
+    by_hand = result["lm_loss"] / math.log(2) * manifest.num_tokens / manifest.text_bytes
+    assert result["bits_per_byte"] == pytest.approx(by_hand)
+    assert (tmp_path / "run/config.yaml").exists()
+    board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [(e.step, pytest.approx(e.value)) for e in board.Scalars("lm_loss")] == [
+        (found["iteration"], found["lm_loss"]) for found in records
+    ]
+
+
+def test_throughput_by_hand(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
+    throughput = Throughput(config, 1001, CPU, world_size=2)
+    throughput.count(320)
+    throughput.count(320)
+    clock[0] += 7.0
+    throughput.pause(3.0)  # a save: its time is no training
+    read = throughput.read()
+    assert read["tokens_per_second"] == 160.0
+    # by hand, for one token: 6 FLOP a weight (two layers, output layer), and attention over all 32 positions
+    layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
+    flops = 6 * (2 * layer + 32 * 1024) + 2 * 12 * 32 * 32
+    assert read["mfu"] == pytest.approx(160 * flops / (2 * 2e12))
+    assert read["elapsed_seconds"] == 7.0
+    throughput.count(50)
+    clock[0] += 5.0
+    assert throughput.read()["tokens_per_second"] == 10.0
+
+
+def test_lines_of_steps_that_a_kill_undid_are_dropped(config: RunConfig) -> None:
+    path = Path(config.run_dir, "metrics.jsonl")
+    path.write_text("".join(json.dumps(record(i, 5.0)) + "\n" for i in (1, 2, 3, 4)) + '{"iteration": 5, "lm_lo')
+    writer = MetricsWriter(config, 2)
+    assert [found["iteration"] for found in lines(config)] == [1, 2]
+    writer.write(record(3, 4.0))
+    writer.close()
+    assert [(found["iteration"], found["lm_loss"]) for found in lines(config)] == [(1, 5.0), (2, 5.0), (3, 4.0)]
+    assert [path.name for path in Path(config.run_dir).iterdir()] == ["metrics.jsonl"]
+
+
+def test_only_rank_0_writes(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics.dist, "get_rank", lambda: 1)
+    writer = MetricsWriter(config, 0)
+    writer.write(record(1, 5.0))
+    writer.close()
+    assert list(Path(config.run_dir).iterdir()) == []
+
+
+def test_tensorboard_has_the_values_and_forgets_what_a_kill_undid(config: RunConfig) -> None:
+    config.logging.tensorboard = True
+    for start, iterations, loss in ((0, (1, 2, 3, 4), 5.0), (2, (3, 4), 4.0)):
+        writer = MetricsWriter(config, start)
+        for iteration in iterations:
+            writer.write(record(iteration, loss))
+        writer.close()
+    board = EventAccumulator(str(Path(config.run_dir, "tensorboard"))).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("lm_loss")] == [(1, 5.0), (2, 5.0), (3, 4.0), (4, 4.0)]
+    assert [event.value for event in board.Scalars("validation/some/prefix/lm_loss")] == [6.0, 6.0, 5.0, 5.0]
+
+
+def test_weights_and_biases_offline_gets_the_records(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    logged: list[tuple[int, float]] = []
+    config.logging.wandb_project = "tiny"
+    writer = MetricsWriter(config, 0)
+    log = wandb.Run.log
+    monkeypatch.setattr(
+        wandb.Run, "log", lambda self, data, step: (logged.append((step, data["lm_loss"])), log(self, data, step=step))
+    )
+    writer.write(record(1, 5.0))
+    writer.close()
+    assert logged == [(1, 5.0)]
+    assert list(Path(config.run_dir, "wandb").glob("offline-run-*/*.wandb"))

@@ -1,0 +1,102 @@
+"""The README: its commands exist with the flags it shows, each is run by the quickstart or by a test, its files exist."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUN_BY_QUICKSTART = "<!-- run by the quickstart -->"
+"""Stands above blocks that tests/quickstart compares with what the quickstart ran."""
+RUN_BY_TESTS = {
+    "make quickstart": "Makefile: the quickstart itself",
+    "make test": "Makefile: what runs this test",
+    "python -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml --dry-run": "here",
+    "python tools/inspect_shard.py quickstart/shards/reverse/valid --show 2": "tests/unit/test_inspect_shard.py",
+    "sbatch examples/slurm/preprocess.sbatch": "tests/unit/test_slurm_scripts.py",
+    "sbatch examples/slurm/pretrain.sbatch": "tests/unit/test_slurm_scripts.py",
+    "sbatch examples/slurm/convert.sbatch": "tests/unit/test_slurm_scripts.py",
+}
+
+
+def commands(above: str | None = None) -> list[str]:
+    """Every command of the README's bash blocks; with `above`, those of blocks below that line only."""
+    start = rf"{re.escape(above)}\n" if above else ""
+    blocks = re.findall(rf"{start}```bash\n(.*?)```", README, re.DOTALL)
+    return [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()]
+
+
+def without_variables(command: str) -> str:
+    """The command without the NAME=VALUE words before it."""
+    words = shlex.split(command)
+    while re.match(r"[A-Z_]+=", words[0]):
+        words.pop(0)
+    return " ".join(words)
+
+
+@cache
+def help_of(*words: str) -> str:
+    done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.parametrize("command", [line for line in commands() if line.startswith("python ")])
+def test_script_exists_and_knows_the_flags(command: str) -> None:
+    words = shlex.split(command)[1:]
+    script = words[:2] if words[0] == "-m" else words[:1]
+    if words[0] != "-m":
+        assert (ROOT / words[0]).is_file()
+    script += [word for word in words[len(script) :] if word == "mcore-to-hf"]
+    known = help_of(*script)
+    for flag in (word for word in words if word.startswith("--")):
+        assert re.search(rf"{flag}\b", known), f"{script} does not know {flag}"
+
+
+def test_every_command_is_run_by_the_quickstart_or_a_test() -> None:
+    left = {without_variables(line) for line in commands()} - {without_variables(c) for c in commands(RUN_BY_QUICKSTART)}
+    assert left == set(RUN_BY_TESTS)
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for command in (line for line in RUN_BY_TESTS if line.startswith("make ")):
+        assert re.search(rf"^{command.split()[1]}:", makefile, re.MULTILINE)
+
+
+def test_dry_run_of_the_7b_prints_the_numbers_of_the_readme() -> None:
+    command = next(line for line in commands() if line.endswith("--dry-run"))
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+    for number in ("7.794 B", "435.37 B", "51,900", "32 an iteration"):
+        assert number in done.stdout
+
+
+def test_variables_of_the_slurm_commands_are_read_by_the_scripts() -> None:
+    for command in (line for line in commands() if "sbatch" in line):
+        words = shlex.split(command)
+        text = (ROOT / words[-1]).read_text()
+        for name in (word.partition("=")[0] for word in words if re.match(r"[A-Z_]+=", word)):
+            assert f"${{{name}:-" in text
+
+
+def test_every_path_the_readme_names_exists() -> None:
+    named = set(re.findall(r"`((?:megatron_ledom|tools|examples|tests)/[\w./]*)`", README))
+    inside = {f"megatron_ledom/{path}" for path in re.findall(r"`((?:\w+/)?\w+\.py)`", README)}
+    inside = {path for path in inside if path.removeprefix("megatron_ledom/") not in named}
+    missing = sorted(path for path in named | inside if not os.path.exists(ROOT / path))
+    assert not missing
+
+
+def test_python_example_uses_what_the_package_exports() -> None:
+    example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(example) == 1
+    compile(example[0], "README.md", "exec")
+    from megatron_ledom.inference import ReverseLM
+
+    for name in re.findall(r"model\.(\w+)\(", example[0]):
+        assert hasattr(ReverseLM, name)
