@@ -1,10 +1,11 @@
 """Training: `torchrun ... -m megatron_ledom.pretrain --config FILE [section.key=value ...]`.
 
 The same command on the same `run_dir` goes on where the last one stopped. SIGTERM or SIGUSR1 saves at the next step
-boundary and exits with 0.
+boundary and exits with 0. Send it to the ranks, as srun does: torchrun passes SIGTERM on, but kills them after 30 seconds.
 """
 
 import argparse
+import importlib.util
 import logging
 import os
 import sys
@@ -14,7 +15,7 @@ from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import planned_world_size
 from megatron_ledom.config.load import load_config, save_config
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.errors import ConfigError, run_command
+from megatron_ledom.errors import ConfigError, UsageError, run_command
 
 if TYPE_CHECKING:
     from megatron_ledom.data.tokenizer import Tokenizer
@@ -62,6 +63,8 @@ def run(config: RunConfig) -> None:
 
     sources = load_sources(config)  # every cheap check before torch starts anything
     tokenizer = load_run_tokenizer(config, sources)
+    if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise UsageError("logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'")
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
@@ -96,5 +99,5 @@ def prepare_run_folder(config: RunConfig, tokenizer: "Tokenizer | None") -> None
         ) from error
 
 
-if __name__ == "__main__":  # saving a checkpoint starts processes that import this file again
+if __name__ == "__main__":
     run_command(main)

@@ -32,7 +32,7 @@ from megatron_ledom.direction import Direction
 from tests.legible import legible_ids, legible_tokenizer
 
 ROOT = Path(__file__).parents[1]
-SECONDS = 150
+SECONDS = 120
 """A run that takes longer hangs: its ranks are killed and the test fails with what they logged."""
 
 Record = dict[str, Any]
@@ -138,7 +138,8 @@ class Ranks:
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
         for process in self.processes:
-            process.kill()  # SIGTERM would be caught
+            if process.is_alive():
+                os.killpg(process.pid, signal.SIGKILL)  # SIGTERM would be caught
             process.join()
         return [process.exitcode for process in self.processes]
 
@@ -188,7 +189,7 @@ def run_command(*arguments: str, num_ranks: int | None = None) -> subprocess.Com
     """The real command line of training: under torchrun with `num_ranks`, without it when None."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"] if num_ranks else []
     command = [sys.executable, *torchrun, "-m", "megatron_ledom.pretrain", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **_hidden_gpus(num_ranks or 1)}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
 
 
@@ -198,6 +199,11 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_ledom.pretrain", "megatron_ledom.training.loop"])
     return context
+
+
+def _hidden_gpus(num_ranks: int) -> dict[str, str]:
+    """Where there are fewer GPUs than ranks, the ranks run on the CPU."""
+    return {} if num_ranks <= torch.cuda.device_count() else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _free_port() -> int:
@@ -213,7 +219,7 @@ def _be_rank(environment: dict[str, str], config: str, arguments: list[str], log
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.update(environment)
+    os.environ.update(environment | _hidden_gpus(int(environment["WORLD_SIZE"])))
     sys.stdin = open(os.devnull)  # noqa: SIM115  for the life of the process
     from megatron_ledom import errors, pretrain
 

@@ -114,7 +114,7 @@ def _describe_corpus(corpus: Report) -> str:
     parts = [
         f"{corpus[split]['text_bytes'] / 1e6:.1f} MB in {corpus[split]['documents']:,} files" for split in ("train", "valid")
     ]
-    return f"Text: {parts[0]} for training; {parts[1]} held out, all of which the validation reads."
+    return f"Text: {parts[0]} for training; {parts[1]} held out, which the validation reads but for a last partial batch."
 
 
 def _twins_table(report: Report) -> str:

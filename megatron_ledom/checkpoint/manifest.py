@@ -10,7 +10,7 @@ import megatron_ledom
 from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.load import config_from_dict, to_dict
 from megatron_ledom.config.schema import ModelConfig, RunConfig
-from megatron_ledom.errors import DataError, MismatchError
+from megatron_ledom.errors import ConfigError, DataError, MismatchError
 from megatron_ledom.provenance import Provenance
 
 FORMAT_VERSION = 1
@@ -40,17 +40,22 @@ class CheckpointManifest:
     consumed_train_tokens: int
     provenance: Provenance
     config: dict[str, Any]
+    train_shards: list[list[Any]]
+    """[share of the samples, sha256 of .bin] of each training shard."""
     package_version: str
     created_at: str
     format_version: int = FORMAT_VERSION
 
     @classmethod
-    def describe(cls, config: RunConfig, provenance: Provenance, **position: int) -> "CheckpointManifest":
+    def describe(
+        cls, config: RunConfig, provenance: Provenance, train_shards: list[list[Any]], **position: int
+    ) -> "CheckpointManifest":
         """The manifest of a run's present state."""
         return cls(
             **position,
             provenance=provenance,
             config=to_dict(config),
+            train_shards=train_shards,
             package_version=megatron_ledom.__version__,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
@@ -114,6 +119,31 @@ def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Prov
             f" cannot take up; set parallel.use_distributed_optimizer={str(is_spread).lower()}, or another run_dir for a new run"
         )
     manifest.provenance.check_same(provenance, f"the checkpoint {where}", "this run's data")
+
+
+def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_shards: list[list[Any]], where: str) -> None:
+    """Refuse to go on where the samples already consumed would not be those that this run counts. Raises MismatchError."""
+    trained = manifest.run_config(where)
+    pairs = [
+        ("data.seq_length", trained.data.seq_length, config.data.seq_length),
+        ("train.seed", trained.train.seed, config.train.seed),
+        ("the shards of data.train_blend", manifest.train_shards, train_shards),
+    ]
+    if config.data.allow_repeats:  # the length decides how the passes over a source are shuffled
+        pairs.append(("train.train_iters with data.allow_repeats", trained.train.train_iters, config.train.train_iters))
+    changed = [f"{key} was {old}, is {new}" for key, old, new in pairs if old != new]
+    if changed:
+        raise MismatchError(
+            f"{where} cannot go on with other samples: {'; '.join(changed)}; samples would be repeated or left out without a"
+            " word: restore the old values, or use another run_dir for a new run"
+        )
+    batch = config.train.global_batch_size
+    if manifest.consumed_train_samples > config.train.train_iters * batch:
+        raise ConfigError(
+            f"{where} has consumed {manifest.consumed_train_samples:,} samples, train.train_iters={config.train.train_iters} with"
+            f" train.global_batch_size={batch} ends before; set train.train_iters to at least"
+            f" {-(-manifest.consumed_train_samples // batch)}"
+        )
 
 
 def changes_since(manifest: CheckpointManifest, config: RunConfig) -> list[str]:

@@ -42,11 +42,9 @@ class CheckpointStore:
         return load_manifest(checkpoint)
 
     def save(self, manifest: CheckpointManifest, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-        """Write one checkpoint: temporary name, manifest, rename, pointer. Nothing to do if it is the latest already."""
+        """Write one checkpoint: temporary name, manifest, rename, pointer."""
         name = f"iter_{manifest.iteration:07d}"
         final, part = os.path.join(self.folder, name), os.path.join(self.folder, name + ".part")
-        if self.latest() == final:
-            return
         if dist.get_rank() == 0:
             os.makedirs(self.folder, exist_ok=True)
             shutil.rmtree(part, ignore_errors=True)
@@ -103,8 +101,8 @@ def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]
         failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
         reason = failures[0][0] if failures else error  # the whole text of the former is every rank's traceback
         raise DataError(
-            f"{checkpoint} cannot be read ({type(reason).__name__}: {reason}); it is damaged: use an earlier one, to which"
-            f" {LATEST} beside it has to point if the run shall go on from there"
+            f"{checkpoint} cannot be read ({type(reason).__name__}: {reason}); it is damaged, or of another layer"
+            f" implementation: use an earlier one, to which {LATEST} beside it has to point if the run shall go on from there"
         ) from error
     return state
 

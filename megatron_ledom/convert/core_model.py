@@ -1,4 +1,4 @@
-"""A checkpoint as one whole megatron-core model in this process, on the CPU, in fp32."""
+"""A checkpoint as one whole megatron-core model in this process, in fp32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

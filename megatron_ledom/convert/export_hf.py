@@ -19,13 +19,14 @@ from megatron_ledom.convert.core_model import whole_model
 from megatron_ledom.convert.hf_config import build_generation_config, build_hf_config
 from megatron_ledom.convert.rules import Dimensions, to_hf_weights
 from megatron_ledom.convert.verify import check_logits
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.model.builder import DTYPES
-from megatron_ledom.provenance import Provenance
+from megatron_ledom.provenance import Provenance, vocabulary_hash
 
 log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"
+CARD = "export.json"
 
 
 def export_hf(load: str, save: str, *, overwrite: bool = False) -> float:
@@ -37,8 +38,8 @@ def export_hf(load: str, save: str, *, overwrite: bool = False) -> float:
     manifest = load_manifest(checkpoint)
     config = manifest.run_config(checkpoint)
     tokenizer = _tokenizer_folder(checkpoint)
-    if os.path.exists(save) and not overwrite:
-        raise UsageError(f"{save} exists already; name another folder with --save, or give --overwrite")
+    _check_target(save, checkpoint, overwrite)
+    _check_tokenizer(tokenizer, manifest.provenance)
     part = save.rstrip("/") + ".part"
     shutil.rmtree(part, ignore_errors=True)
     made = _make_folder(part)
@@ -50,13 +51,35 @@ def export_hf(load: str, save: str, *, overwrite: bool = False) -> float:
             _save_tokenizer(tokenizer, part, manifest.provenance)
             difference = check_logits(model, part, manifest.provenance.vocab_size, config.data.seq_length)
         _save_card(part, checkpoint, manifest, difference)
-        shutil.rmtree(save, ignore_errors=True)
-        os.rename(part, save)
+        _replace_folder(part, save)
     finally:
         shutil.rmtree(part, ignore_errors=True)
         _remove_empty(made)
     log.info("exported %s to %s", checkpoint, save)
     return difference
+
+
+def _check_target(save: str, checkpoint: str, overwrite: bool) -> None:
+    """Refuse a target that exists, unless it is an export that may be overwritten. Raises UsageError."""
+    if not os.path.exists(save):
+        return
+    if not overwrite:
+        raise UsageError(f"{save} exists already; name another folder with --save, or give --overwrite")
+    inside = Path(checkpoint).resolve().is_relative_to(Path(save).resolve())
+    if inside or not os.path.isfile(os.path.join(save, CARD)):
+        raise UsageError(
+            f"{save} is no earlier export (it has no {CARD}), so --overwrite does not remove it; name another folder"
+        )
+
+
+def _replace_folder(new: str, folder: str) -> None:
+    """Put `new` where `folder` is; the old content is moved aside first and removed last."""
+    old = folder.rstrip("/") + ".old"
+    shutil.rmtree(old, ignore_errors=True)
+    if os.path.exists(folder):
+        os.rename(folder, old)
+    os.rename(new, folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _make_folder(folder: str) -> list[Path]:
@@ -116,6 +139,17 @@ def _save_weights(weights: dict[str, torch.Tensor], config: RunConfig, manifest:
     save_torch_state_dict({name: weight.to(dtype, copy=True) for name, weight in to_hf_weights(weights, dims)}, folder)
 
 
+def _check_tokenizer(folder: str, provenance: Provenance) -> None:
+    """Refuse a tokenizer folder that is not the one the run was trained with. Raises MismatchError."""
+    file = Path(folder, "tokenizer.json")
+    found = vocabulary_hash(file.read_bytes()) if file.is_file() else "none"
+    if found != provenance.tokenizer_sha256:
+        raise MismatchError(
+            f"{file} has hash {found[:12]}, the run was trained with {provenance.tokenizer_sha256[:12]}: the export's ids would"
+            " mean other texts; put the tokenizer there that the shards were made with"
+        )
+
+
 def _save_tokenizer(source: str, folder: str, provenance: Provenance) -> None:
     """Copy the run's tokenizer, and see that stock transformers stops where training said. Raises DataError if it would not."""
     shutil.copytree(source, folder, dirs_exist_ok=True)
@@ -138,5 +172,5 @@ def _save_card(folder: str, checkpoint: str, manifest: CheckpointManifest, diffe
         "package_version": manifest.package_version,
         "config": manifest.config,
     }
-    with open(os.path.join(folder, "export.json"), "w", encoding="utf-8") as file:
+    with open(os.path.join(folder, CARD), "w", encoding="utf-8") as file:
         json.dump(card, file, indent=2)

@@ -7,9 +7,10 @@ import torch.distributed as dist
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
+from megatron_ledom.config.derived import train_samples
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.sources import Source, Sources
-from megatron_ledom.errors import UsageError
+from megatron_ledom.errors import DataError, UsageError
 
 Dataset = Any
 """A map-style dataset of megatron-core: sample index -> tokens, labels, loss_mask, position_ids."""
@@ -33,7 +34,7 @@ class ShardVocabulary:
 
 def build_train_dataset(config: RunConfig, sources: Sources, cache: str) -> Dataset:
     """Exactly the samples of the whole run, blended and shuffled by `train.seed`. Call on every rank."""
-    samples = config.train.train_iters * config.train.global_batch_size
+    samples = train_samples(config)
     return _build(config, sources.train, sources.provenance.eod_id, samples, cache)
 
 
@@ -63,9 +64,13 @@ def _build(config: RunConfig, sources: Sequence[Source], eod_id: int, samples: i
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, None, None], lambda: True, data_config)
     try:
         dataset = builder.build()[0]
-    except OSError as error:
+    except (EOFError, ValueError) as error:
+        raise DataError(f"the sample index in {cache} is damaged ({error}); delete that folder, it is made anew") from error
+    except Exception as error:  # megatron-core wraps the OSError of a write in a plain Exception
+        if not isinstance(error.__cause__, OSError):
+            raise
         raise UsageError(
-            f"the sample index cannot be written to {cache} ({error}); set data.path_to_cache to a writable folder"
+            f"the sample index cannot be written to {cache} ({error.__cause__}); set data.path_to_cache to a writable folder"
         ) from error
     if len(dataset) < samples:
         raise UsageError(f"the shards {blend[0]} give {len(dataset)} samples, {samples} are needed; lower train.train_iters")

@@ -3,7 +3,9 @@
 import logging
 import os
 from dataclasses import dataclass
+from typing import Any
 
+from megatron_ledom.config.derived import train_samples
 from megatron_ledom.config.schema import BlendEntry, RunConfig
 from megatron_ledom.data.shard import ShardManifest, check_shard
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
@@ -38,6 +40,10 @@ class Sources:
     train: list[Source]
     valid: list[Source]
     provenance: Provenance
+
+    def train_shards(self) -> list[list[Any]]:
+        """[share of the samples, sha256 of .bin] of each training shard: what decides, with the seed, which samples come."""
+        return [[source.weight, source.manifest.bin_sha256] for source in self.train]
 
 
 def load_sources(config: RunConfig) -> Sources:
@@ -79,7 +85,7 @@ def _check_direction(source: Source, direction: Direction) -> None:
 def _check_samples(config: RunConfig, train: list[Source], valid: list[Source]) -> None:
     """Refuse a source that would repeat without leave, and a validation set smaller than one global batch."""
     seq_length, batch = config.data.seq_length, config.train.global_batch_size
-    needed_in_all = config.train.train_iters * batch
+    needed_in_all = train_samples(config)
     for source in train:
         needed, available = round(source.weight * needed_in_all), source.samples_available(seq_length)
         if needed > available and not config.data.allow_repeats:

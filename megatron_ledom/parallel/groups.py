@@ -34,11 +34,6 @@ class ParallelGroups:
         return self.pipeline.rank() == self.pipeline.size() - 1 and chunk == self.virtual_stages - 1
 
 
-def launched_world_size() -> int:
-    """Ranks that torchrun or srun has launched; 1 when started by hand."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def start_distributed(platform: Platform, parallel: ParallelConfig) -> ParallelGroups:
     """Join the process group of all launched ranks and lay out the tensor, pipeline, context and data groups."""
     timeout = timedelta(minutes=parallel.distributed_timeout_minutes)

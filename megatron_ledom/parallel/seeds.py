@@ -5,7 +5,7 @@ from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_ledom.parallel.groups import ParallelGroups
 
-STEP_STRIDE = 1_000_003
+STEP_STRIDE = 100_000_007
 """Distance between the seeds of two iterations; larger than any rank's offset, and prime."""
 
 

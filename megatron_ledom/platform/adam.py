@@ -1,4 +1,4 @@
-"""AdamW over torch's fused CPU kernel, with the state layout megatron-core expects of a fused Adam."""
+"""AdamW over torch's fused kernel, with the state layout megatron-core expects of a fused Adam."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -39,7 +39,7 @@ class GroupStepAdam(torch.optim.Optimizer):
             for p in params:
                 if "exp_avg" not in self.state[p]:
                     self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-            steps = [torch.tensor(float(group["step"])) for _ in params]
+            steps = [torch.tensor(float(group["step"]), device=p.device) for p in params]
             update(
                 params,
                 [p.grad for p in params],  # type: ignore[misc]

@@ -16,8 +16,6 @@ from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.optimizer import optimizer as core_optimizer_classes
 from megatron.core.tensor_parallel import random as core_random
 
-from megatron_ledom.platform.adam import GroupStepAdam
-
 CPU = torch.device("cpu")
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like")
 
@@ -132,7 +130,3 @@ def _replace_optimizer_parts() -> None:
     for name in ("load_parameter_state_from_dp_reshardable", "load_parameter_state_from_fully_reshardable"):
         load = getattr(distrib_optimizer.DistributedOptimizer, name)  # writes into views of fp32 leaves
         setattr(distrib_optimizer.DistributedOptimizer, name, torch.no_grad()(load))
-    if core_optimizer.USING_PYTORCH_OPTIMIZER:
-        core_optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
-        core_optimizer.USING_PYTORCH_OPTIMIZER = False
-        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

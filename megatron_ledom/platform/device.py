@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from megatron_ledom.errors import UsageError
 from megatron_ledom.platform.cpu_engine import install_cpu_engine
 from megatron_ledom.platform.engine_fixes import install_engine_fixes
 
@@ -52,7 +53,13 @@ def prepare_platform(num_threads: int | None) -> Platform:
     threads = num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local_rank >= num_devices:
+            raise UsageError(
+                f"this is rank {local_rank} of its machine, which has {num_devices} GPUs: launch at most {num_devices} ranks a"
+                " machine, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
+            )
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return Platform(device, "nccl", threads)
     install_cpu_engine()

@@ -1,15 +1,43 @@
 """Corrections of megatron-core 0.16 that hold on every machine. Each names what goes wrong without it."""
 
 import functools
+import queue
 from typing import Any
 
+from megatron.core import optimizer as core_optimizer
+from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_ledom.platform.adam import GroupStepAdam
 
 
 @functools.cache
 def install_engine_fixes() -> None:
     """Apply every correction once a process."""
     _fix_padded_buckets()
+    _fix_torch_adam()
+    _keep_save_results_in_this_process()
+
+
+def _fix_torch_adam() -> None:
+    """Without Transformer Engine and apex, the distributed optimizer's state is saved but cannot be loaded again.
+
+    megatron-core then falls back to torch's AdamW, which keeps `step` in the parameters; the load expects it in the groups.
+    """
+    if core_optimizer.USING_PYTORCH_OPTIMIZER:
+        core_optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
+        core_optimizer.USING_PYTORCH_OPTIMIZER = False
+        distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _keep_save_results_in_this_process() -> None:
+    """A SIGTERM to all processes of a job, as batch systems send it, makes the next save hang for ever.
+
+    A save hands its results to a queue in a process of its own, started by the first save, which the signal ends. We save
+    synchronously: giver and taker are one process, and a plain queue does, without the seconds that process takes to start.
+    """
+    filesystem_async._get_write_results_queue = queue.Queue
 
 
 def _fix_padded_buckets() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
+from megatron_ledom.config.derived import tokens_per_iteration, train_samples
 from megatron_ledom.data.batch import batch_iterators
 from megatron_ledom.parallel.seeds import seed_iteration
 from megatron_ledom.training.metrics import MetricsWriter, Throughput
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 def train(state: TrainState) -> None:
     """Train from the state's iteration to the end of the run, or to a stop; whatever was done is saved."""
     config, groups = state.config, state.groups
-    last_sample = config.train.train_iters * config.train.global_batch_size
+    last_sample = train_samples(config)
     batches = batch_iterators(
         config, state.train_dataset, state.consumed_train_samples, last_sample, groups, state.platform.device
     )
@@ -33,7 +34,7 @@ def train(state: TrainState) -> None:
         seed_iteration(config.train.seed, state.iteration, groups)
         result = train_step(config, state.model, state.optimizer, state.scheduler, batches, groups)
         state.advance()
-        throughput.count(config.train.global_batch_size * config.data.seq_length)
+        throughput.count(tokens_per_iteration(config))
         bar.update()
         stopping = stop.agreed() or _is_multiple(state.iteration, config.train.exit_interval)
         _report(state, result, throughput, metrics, bar)

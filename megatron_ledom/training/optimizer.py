@@ -2,15 +2,14 @@
 
 from typing import Any
 
-import torch
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_ledom.config.derived import lr_decay_samples, lr_warmup_samples, train_samples
 from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.model.builder import DTYPES
 from megatron_ledom.parallel.groups import ParallelGroups
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups) -> Any:
@@ -53,19 +52,18 @@ def _tie_gradient_reduction(config: RunConfig, model: list[Any], optimizer: Any)
 
 def build_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
     """Linear warm-up, then the decay; counted in samples, so that the batch size may change on resume."""
-    settings, batch = config.optimizer, config.train.global_batch_size
-    decay_iters = settings.lr_decay_iters or config.train.train_iters
+    settings = config.optimizer
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=settings.lr_warmup_iters * batch,
-        lr_decay_steps=decay_iters * batch,
+        lr_warmup_steps=lr_warmup_samples(config),
+        lr_decay_steps=lr_decay_samples(config),
         lr_decay_style=settings.lr_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
-        wd_incr_steps=config.train.train_iters * batch,
+        wd_incr_steps=train_samples(config),
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,  # the config decides; the checkpoint gives the position only

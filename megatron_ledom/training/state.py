@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ledom.checkpoint.manifest import CheckpointManifest, changes_since, check_fits, load_manifest
+from megatron_ledom.checkpoint.manifest import CheckpointManifest, changes_since, check_fits, check_same_samples, load_manifest
 from megatron_ledom.checkpoint.store import CheckpointStore, latest_checkpoint
 from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import RunConfig
@@ -59,7 +59,9 @@ def check_resumable(config: RunConfig, sources: Sources) -> None:
     """Refuse a run folder whose latest checkpoint is of another run, before anything in it is changed."""
     latest = latest_checkpoint(checkpoint_folder(config))
     if latest is not None:
-        check_fits(load_manifest(latest), config, sources.provenance, latest)
+        manifest = load_manifest(latest)
+        check_fits(manifest, config, sources.provenance, latest)
+        check_same_samples(manifest, config, sources.train_shards(), latest)
 
 
 def build_state(
@@ -112,6 +114,7 @@ def save_checkpoint(state: TrainState) -> None:
     manifest = CheckpointManifest.describe(
         state.config,
         state.provenance,
+        state.sources.train_shards(),
         iteration=state.iteration,
         consumed_train_samples=state.consumed_train_samples,
         consumed_train_tokens=state.consumed_train_tokens,

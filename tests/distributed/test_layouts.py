@@ -27,12 +27,22 @@ LAYOUTS = {
         ["use_distributed_optimizer=true", "overlap_grad_reduce=true", "overlap_param_gather=true"],
     ),
 }
-MODEL = ("model.num_layers=4", f"train.train_iters={STEPS}", f"checkpoint.save_interval={STEPS}")
+MODEL = (
+    "model.num_layers=4",
+    f"train.train_iters={STEPS}",
+    f"checkpoint.save_interval={STEPS}",
+    "train.eval_interval=10",
+    "train.eval_iters=2",
+)
+
+
+def validated(data: TinyData) -> list[str]:
+    return [*MODEL, f"data.valid_blend=[[1.0,{data.shard('reverse_valid')}]]"]
 
 
 @pytest.fixture(scope="module")
 def one_process(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
-    return run_on_ranks(data.config, tmp_path_factory.mktemp("one") / "run", *MODEL)
+    return run_on_ranks(data.config, tmp_path_factory.mktemp("one") / "run", *validated(data))
 
 
 def differences(found: list[Record], expected: list[Record]) -> list[float]:
@@ -46,18 +56,23 @@ def check_equal(found: list[Record], expected: list[Record]) -> None:
     different = differences(found, expected)
     assert different[0] <= FIRST_STEP
     assert max(different) <= ANY_STEP
+    for record, wanted in zip(found, expected, strict=True):
+        assert record.get("validation", {}).keys() == wanted.get("validation", {}).keys()
+        for name, result in wanted.get("validation", {}).items():
+            assert record["validation"][name]["lm_loss"] == pytest.approx(result["lm_loss"], rel=ANY_STEP)
+    assert sum("validation" in record for record in expected) == 2
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_trains_as_one_process(data: TinyData, tmp_path: Path, one_process: list[Record], name: str) -> None:
     num_ranks, layout = LAYOUTS[name]
     overrides = [f"parallel.{setting}" for setting in layout]
-    check_equal(run_on_ranks(data.config, tmp_path / "run", *MODEL, *overrides, num_ranks=num_ranks), one_process)
+    check_equal(run_on_ranks(data.config, tmp_path / "run", *validated(data), *overrides, num_ranks=num_ranks), one_process)
 
 
 def test_the_command_under_torchrun_trains_as_one_process(data: TinyData, tmp_path: Path, one_process: list[Record]) -> None:
     run_dir, layout = tmp_path / "run", "parallel.pipeline_model_parallel_size=2"
-    done = run_command("--config", str(data.config), f"run_dir={run_dir}", *MODEL, layout, num_ranks=2)
+    done = run_command("--config", str(data.config), f"run_dir={run_dir}", *validated(data), layout, num_ranks=2)
     assert done.returncode == 0, done.stderr[-6000:]
     check_equal(read_metrics(run_dir), one_process)
 

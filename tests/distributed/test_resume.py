@@ -62,17 +62,21 @@ def test_a_run_in_two_parts_equals_the_uninterrupted_run(
     check_same_run(parts, whole)
 
 
-def test_sigterm_at_any_moment_saves_and_the_same_command_goes_on(data: TinyData, tmp_path: Path, uninterrupted: Path) -> None:
-    """The signal reaches the processes that read ahead too, as it does at the end of a batch job."""
-    run_dir, command = tmp_path / "run", overrides_of(data, "data.num_workers=1")
+@pytest.mark.parametrize("sign_of_life", ["metrics.jsonl", "checkpoints/latest"])
+def test_sigterm_at_any_moment_saves_and_the_same_command_goes_on(
+    data: TinyData, tmp_path: Path, uninterrupted: Path, sign_of_life: str
+) -> None:
+    """Before the first checkpoint or after it. The signal reaches every process of the run, as at the end of a batch job:
+    those that read ahead, and whatever an earlier save has left running."""
+    run_dir, command = tmp_path / "run", overrides_of(data, "data.num_workers=1", "checkpoint.save_interval=9")
     ranks = start_ranks(data.config, run_dir, *command)
-    ranks.wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(read_metrics(run_dir)) > 0)
+    ranks.wait_until(lambda: (run_dir / sign_of_life).exists() and len(read_metrics(run_dir)) > 0)
     time.sleep(random.uniform(0, 0.3))
     ranks.send(signal.SIGTERM)
     assert ranks.wait() == [0], ranks.output()
     assert "got SIGTERM" in ranks.output()
     last = read_metrics(run_dir)[-1]["iteration"]
-    assert [path.name for path in (run_dir / "checkpoints").glob("iter_*")] == [f"iter_{last:07d}"]
+    assert (run_dir / "checkpoints/latest").read_text() == f"iter_{last:07d}\n"
     run_on_ranks(data.config, run_dir, *command)
     check_same_run(run_dir, uninterrupted)
 

@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -215,6 +216,29 @@ def test_the_command_exports_and_refuses_to_replace_unasked(exported: Exported, 
     assert convert(*arguments) == 2
     assert convert(*arguments, "--overwrite") == 0
     assert written.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
+
+
+def test_overwrite_removes_nothing_but_an_export(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir, _ = exported("1 key-value head")
+    for save in (run_dir, run_dir / "checkpoints"):
+        assert convert("mcore-to-hf", "--load", str(run_dir), "--save", str(save), "--overwrite") == 2
+        assert "is no earlier export" in capsys.readouterr().err
+    assert (run_dir / "checkpoints/latest").exists()
+
+
+def test_the_export_refuses_a_tokenizer_that_is_not_the_runs(
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = shutil.copytree(exported("1 key-value head")[0], tmp_path / "run")
+    file = run_dir / "tokenizer/tokenizer.json"
+    stored = json.loads(file.read_text())
+    vocab = stored["model"]["vocab"]
+    vocab["7"], vocab["8"] = vocab["8"], vocab["7"]
+    file.write_text(json.dumps(stored))
+    assert convert("mcore-to-hf", "--load", str(run_dir), "--save", str(tmp_path / "hf")) == 1
+    assert "the run was trained with" in capsys.readouterr().err
+    assert not (tmp_path / "hf").exists()
 
 
 def test_what_cannot_be_exported_is_named(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,7 @@ def started(data: TinyData, tmp_path: Path) -> Iterator[tuple[Any, Any, Any]]:
 
 def test_dropout_draws_from_the_state_that_tensor_parallel_ranks_do_not_share(started: tuple[Any, Any, Any]) -> None:
     """Ranks hold different heads: with the common state they would drop the same places in all of them."""
-    config, groups, _ = started
+    _, groups, _ = started
     seed_iteration(1, 0, groups)
     layer = attention(dropout=0.5).train()
     query, key, value = random_qkv(4, torch.float32)

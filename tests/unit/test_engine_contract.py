@@ -13,7 +13,6 @@ from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegat
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -23,6 +22,8 @@ from megatron.core.pipeline_parallel import schedules as core_schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_ledom.model import builder
 
 DATACLASS_FIELDS = {
     TransformerConfig: """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization
@@ -46,10 +47,10 @@ DATACLASS_FIELDS = {
 SCHEDULE = "forward_step_func data_iterator model num_microbatches seq_length micro_batch_size forward_only"
 
 PARAMETERS: dict[Callable[..., Any], str] = {
-    GPTModel.__init__: """config transformer_layer_spec vocab_size max_sequence_length pre_process post_process
+    builder.GPTModel.__init__: """config transformer_layer_spec vocab_size max_sequence_length pre_process post_process
         position_embedding_type rotary_base share_embeddings_and_output_weights pg_collection vp_stage""",
-    GPTModel.forward: "input_ids position_ids attention_mask labels",
-    GPTModel.sharded_state_dict: "metadata",
+    builder.GPTModel.forward: "input_ids position_ids attention_mask labels",
+    builder.GPTModel.sharded_state_dict: "metadata",
     DistributedDataParallel.__init__: "config ddp_config module disable_bucketing",
     DistributedDataParallel.disable_forward_pre_hook: "param_sync",
     get_megatron_optimizer: "config model_chunks use_gloo_process_groups pg_collection",
@@ -105,6 +106,7 @@ def test_names_that_the_platform_replaces_exist() -> None:
         "megatron.core.optimizer.optimizer": "clip_grad_by_total_norm_fp32",
         "megatron.core.optimizer.clip_grads": "clip_grad_by_total_norm_fp32",
         "megatron.core.optimizer.distrib_optimizer": "Adam HAVE_APEX_OR_TE USING_APEX_OPTIMIZER",
+        "megatron.core.dist_checkpointing.strategies.filesystem_async": "_get_write_results_queue",
         "megatron.core.tensor_parallel.random": "_get_cuda_rng_state _set_cuda_rng_state CudaRNGStatesTracker",
     }.items():
         loaded = importlib.import_module(module)

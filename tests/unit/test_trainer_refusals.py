@@ -145,12 +145,36 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept_as_it_is(data: TinyData
         (["model.num_layers=4", "model.kv_channels=16"], "model.num_layers=4 but the checkpoint has 2; model.kv_channels=16"),
         (["model.params_dtype=bf16"], "model.params_dtype=bf16 but the checkpoint has fp32"),
         (forward, "is reverse, this run's data is forward"),
+        (["train.seed=7"], "train.seed was 42, is 7; samples would be repeated or left out"),
+        (["data.seq_length=16"], "data.seq_length was 32, is 16"),
+        (
+            [f"data.train_blend=[[99,{data.shard('reverse_train')}],[1,{data.shard('reverse_valid')}]]"],
+            "the shards of data.train_blend was",
+        ),
         (["parallel.use_distributed_optimizer=true"], "set parallel.use_distributed_optimizer=false"),
     ]:
         code, message = refused(data, trained, *overrides)
         assert code == 1
         assert words in message
         assert content_of(trained) == before
+
+
+def test_a_run_that_would_end_before_its_checkpoint_is_refused(data: TinyData, trained: Path) -> None:
+    code, message = refused(data, trained, "train.train_iters=4", "train.global_batch_size=4")
+    assert code == 2
+    assert "set train.train_iters to at least 6" in message
+
+
+def test_a_damaged_sample_index_is_named(data: TinyData, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    options = ["train.train_iters=1", f"data.path_to_cache={cache}"]
+    run_on_ranks(data.config, tmp_path / "one", *options)
+    index = next(cache.glob("*shuffle_index.npy"))
+    index.write_bytes(index.read_bytes()[:-8])
+    code, message = refused(data, tmp_path / "two", *options)
+    assert code == 1
+    assert f"the sample index in {cache} is damaged" in message
+    assert "delete that folder" in message
 
 
 def test_a_default_spelled_out_is_the_same_architecture(data: TinyData, trained: Path) -> None:
@@ -168,7 +192,7 @@ def test_a_damaged_checkpoint_is_named(data: TinyData, trained: Path) -> None:
             code, message = refused(data, trained, "train.train_iters=5")
             assert code == 1
             assert f"{checkpoint} cannot be read" in message
-            assert "it is damaged: use an earlier one" in message
+            assert "it is damaged" in message
     finally:
         largest.write_bytes(whole)
     (trained / "checkpoints/latest").write_text("iter_0000009\n")
