@@ -167,7 +167,7 @@ def test_a_run_that_would_end_before_its_checkpoint_is_refused(data: TinyData, t
 
 def test_a_damaged_sample_index_is_named(data: TinyData, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
-    options = ["train.train_iters=1", f"data.path_to_cache={cache}"]
+    options = ["train.train_iters=3", f"data.path_to_cache={cache}"]
     run_on_ranks(data.config, tmp_path / "one", *options)
     index = next(cache.glob("*shuffle_index.npy"))
     index.write_bytes(index.read_bytes()[:-8])
