@@ -234,7 +234,8 @@ def test_the_export_refuses_a_tokenizer_that_is_not_the_runs(
     file = run_dir / "tokenizer/tokenizer.json"
     stored = json.loads(file.read_text())
     vocab = stored["model"]["vocab"]
-    vocab["7"], vocab["8"] = vocab["8"], vocab["7"]
+    first, second = list(vocab)[7:9]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
     file.write_text(json.dumps(stored))
     assert convert("mcore-to-hf", "--load", str(run_dir), "--save", str(tmp_path / "hf")) == 1
     assert "the run was trained with" in capsys.readouterr().err
