@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import sys
+import warnings
 from typing import TYPE_CHECKING
 
 from megatron_ledom.config.checks import check_config
@@ -59,6 +60,7 @@ def run(config: RunConfig) -> None:
         stream=sys.stderr,
     )
     logging.getLogger("megatron").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"megatron\.core")  # what is installed is said in one line below
     from megatron_ledom.data.sources import load_run_tokenizer, load_sources
 
     sources = load_sources(config)  # every cheap check before torch starts anything

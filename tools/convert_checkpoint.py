@@ -3,6 +3,7 @@
 import argparse
 import logging
 import sys
+import warnings
 
 from megatron_ledom.errors import run_command
 
@@ -29,6 +30,7 @@ def main() -> None:
     """Parse, then export."""
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    warnings.filterwarnings("ignore", module=r"megatron\.core")
     from megatron_ledom.convert.export_hf import export_hf
 
     export_hf(arguments.load, arguments.save, overwrite=arguments.overwrite)

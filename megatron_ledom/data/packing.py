@@ -29,11 +29,13 @@ def pack_documents(
     if vocab_size - 1 > np.iinfo(dtype).max:
         raise DataError(f"a vocabulary of {vocab_size:,} ids does not fit in {dtype}; use --dtype int32")
     if not 0 <= eod_id < vocab_size:
-        raise DataError(f"the eod id {eod_id} is outside the vocabulary of {vocab_size:,} ids")
+        raise DataError(f"the eod id {eod_id} is outside the vocabulary of {vocab_size:,} ids; name another --eod-token")
     lengths = np.diff(offsets)
     kept = lengths[lengths > 0]
     packed = np.empty(int(kept.sum()) + len(kept), dtype)
     bad = pack_into(text_ids, offsets, packed, direction=direction, eod_id=eod_id, vocab_size=vocab_size)
     if bad >= 0:
-        raise DataError(f"token id {int(text_ids[bad])} is outside the vocabulary of {vocab_size:,} ids")
+        raise DataError(
+            f"token id {int(text_ids[bad])} is outside the vocabulary of {vocab_size:,} ids: the tokenizer is damaged, get it anew"
+        )
     return packed, (kept + 1).astype(np.int32)

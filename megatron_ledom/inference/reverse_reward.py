@@ -158,10 +158,10 @@ def _parse_record(line: bytes, where: str, sampled: bool) -> Record:
     try:
         fields = json.loads(line.decode("utf-8"))
     except ValueError as error:
-        raise DataError(f"{where}: not a line of JSON in UTF-8 ({error})") from error
+        raise DataError(f"{where}: not a line of JSON in UTF-8 ({error}); repair or remove the line") from error
     prompt = fields.get("prompt") if isinstance(fields, dict) else None
     if not isinstance(prompt, str) or not prompt:
-        raise DataError(f'{where}: expected an object with a text that is not empty under "prompt"')
+        raise DataError(f'{where}: expected an object with a text that is not empty under "prompt"; add it or remove the line')
     given = fields.get("candidates")
     if sampled:
         if given is not None:
@@ -176,12 +176,14 @@ def _parse_candidate(item: Any, where: str) -> Candidate:
     if isinstance(item, str):
         return Candidate(item)
     if not isinstance(item, dict) or not isinstance(item.get("text"), str):
-        raise DataError(f'{where}: expected a text, or an object with a text under "text"')
+        raise DataError(f'{where}: expected a text, or an object with a text under "text"; write it as one of them')
     logprob = item.get("forward_logprob")
     if logprob is None:
         return Candidate(item["text"])
     if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not math.isfinite(logprob) or logprob > 0:
-        raise DataError(f"{where}: forward_logprob={logprob!r} is no natural logarithm of a probability (a number up to 0)")
+        raise DataError(
+            f"{where}: forward_logprob={logprob!r} is no logarithm of a probability (a number up to 0); correct or remove it"
+        )
     return Candidate(item["text"], float(logprob))
 
 

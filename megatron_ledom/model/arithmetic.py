@@ -31,7 +31,7 @@ def flops_per_token(model: ModelConfig, seq_length: int, padded_vocab: int, atte
 
 
 def model_flops_utilisation(flops_per_second: float, peak_tflops: float) -> float:
-    """Share of one device's peak (in 1e12 FLOP/s) that `flops_per_second` on it amounts to."""
+    """Share of a peak (in 1e12 FLOP/s, of one device or of all) that `flops_per_second` on the same devices amounts to."""
     return flops_per_second / (peak_tflops * 1e12)
 
 

@@ -13,7 +13,7 @@ from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.load import to_dict
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
-from megatron_ledom.model.arithmetic import flops_per_token
+from megatron_ledom.model.arithmetic import flops_per_token, model_flops_utilisation
 from megatron_ledom.model.builder import DTYPES
 from megatron_ledom.platform.device import Platform, peak_flops
 
@@ -32,7 +32,7 @@ class Throughput:
             peak, source = config.logging.peak_tflops * 1e12, "logging.peak_tflops"
         padded = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
         self.flops_per_token = flops_per_token(config.model, config.data.seq_length, padded)
-        self.peak = peak * world_size
+        self.peak_tflops = peak / 1e12 * world_size
         log.info("MFU is of %.3g FLOP/s a rank (%s)", peak, source)
         self.started = self.last = time.perf_counter()
         self.tokens = 0
@@ -52,7 +52,7 @@ class Throughput:
         self.tokens, self.last = 0, now
         return {
             "tokens_per_second": rate,
-            "mfu": rate * self.flops_per_token / self.peak,
+            "mfu": model_flops_utilisation(rate * self.flops_per_token, self.peak_tflops),
             "elapsed_seconds": now - self.started,
         }
 

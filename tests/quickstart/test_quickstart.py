@@ -133,3 +133,23 @@ def _shape(command: str) -> tuple[str, ...]:
     kept = [word for word in words if word.startswith(("--", "quickstart/", "megatron_ledom.", "mcore-to-hf"))]
     script = [Path(word).name for word in words if word.endswith((".py", ".yaml"))]
     return tuple(script + sorted(kept))
+
+
+def test_the_readmes_python_runs_on_the_exported_model(run: Run) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    done = subprocess.run([sys.executable, "-c", code], cwd=run.folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text, logprob = done.stdout.strip().rsplit("\n", 1)
+    assert text.endswith("return total / len(values)")
+    assert float(logprob) < 0
+
+
+def test_the_readmes_look_at_a_shard_shows_its_text(run: Run) -> None:
+    command = ["tools/inspect_shard.py", "quickstart/shards/reverse/valid", "--show", "2"]
+    assert " ".join(["python", *command]) in (ROOT / "README.md").read_text(encoding="utf-8")
+    script = str(ROOT / command[0])
+    done = subprocess.run([sys.executable, script, *command[1:]], cwd=run.folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = (run.folder / "quickstart/corpus/valid.jsonl").read_text(encoding="utf-8").splitlines()
+    first = next(line.strip() for line in json.loads(lines[0])["text"].splitlines() if line.strip())
+    assert first in done.stdout

@@ -75,7 +75,8 @@ def test_plan_begins_with_the_resolved_run(tmp_path: Path) -> None:
 def test_manifests_give_vocabulary_tokens_and_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_manifest(tmp_path / "a", num_tokens=614_400)
-    text = plan("quickstart_reverse", 1, "data.train_blend=[[3,a],[1,b]]", "data.valid_blend=[]", "train.train_iters=300")
+    size = ["data.seq_length=256", "train.global_batch_size=16", "train.train_iters=300"]
+    text = plan("quickstart_reverse", 1, "data.train_blend=[[3,a],[1,b]]", "data.valid_blend=[]", *size)
     assert row(text, "padded vocabulary") == "512 rows for 500 ids"
     assert row(text, "a").split() == ["3", "75.00%", "921,600", "614,400", "1.500"]
     assert row(text, "b").split() == ["1", "25.00%", "307,200", "no", "shard", "yet"]

@@ -11,7 +11,6 @@ import pytest
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -118,5 +117,4 @@ def test_names_that_the_platform_replaces_exist() -> None:
 
 def test_checkpoints_can_be_written_and_checked() -> None:
     assert importlib.util.find_spec("psutil") is not None  # megatron-core's writer waits for ever without it
-    assert StrictHandling.RAISE_ALL
     assert finalize_model_grads.__name__ == "finalize_model_grads"

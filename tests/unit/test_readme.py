@@ -18,7 +18,7 @@ RUN_BY_TESTS = {
     "make quickstart": "Makefile: the quickstart itself",
     "make test": "Makefile: what runs this test",
     "python -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml --dry-run": "here",
-    "python tools/inspect_shard.py quickstart/shards/reverse/valid --show 2": "tests/unit/test_inspect_shard.py",
+    "python tools/inspect_shard.py quickstart/shards/reverse/valid --show 2": "tests/quickstart/test_quickstart.py",
     "sbatch examples/slurm/preprocess.sbatch": "tests/unit/test_slurm_scripts.py",
     "sbatch examples/slurm/pretrain.sbatch": "tests/unit/test_slurm_scripts.py",
     "sbatch examples/slurm/convert.sbatch": "tests/unit/test_slurm_scripts.py",
