@@ -1,8 +1,10 @@
 """Exports of tiny runs: stock transformers computes what was trained, and stops where training said the text begins."""
 
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -255,3 +257,12 @@ def test_what_cannot_be_exported_is_named(exported: Exported, tmp_path: Path, ca
         assert words in capsys.readouterr().err
         assert not (tmp_path / "hf").exists()
     assert run_dir.exists()
+
+
+def test_the_slurm_script_exports(exported: Exported, tmp_path: Path) -> None:
+    run_dir, folder = exported("1 key-value head")
+    variables = {"LOAD": str(run_dir), "SAVE": str(tmp_path / "hf"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    script = ["bash", "examples/slurm/convert.sbatch"]
+    done = subprocess.run(script, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "hf/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ledom.data.shard import check_shard
+from tests.legible import legible_documents, legible_tokenizer, write_jsonl
+
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples/slurm").glob("*.sbatch"))
 PRETRAIN = ROOT / "examples/slurm/pretrain.sbatch"
@@ -198,3 +201,25 @@ def test_array_longer_than_the_number_of_tasks_is_refused() -> None:
     refused = subprocess.run(command, env={**os.environ, **slurm}, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
     assert "submit with --array=0-31" in refused.stderr
+
+
+def test_array_tasks_write_the_shards_of_the_whole_corpus(tmp_path: Path) -> None:
+    tokenizer = legible_tokenizer(tmp_path / "legible")
+    for part, texts in enumerate((legible_documents(3, 5), legible_documents(2, 7))):
+        write_jsonl(tmp_path / f"part{part}.jsonl", texts)
+    for task in range(2):
+        variables = {
+            "INPUT": str(tmp_path / "part*.jsonl"),
+            "TOKENIZER": str(tokenizer),
+            "OUTPUT_PREFIX": str(tmp_path / "shard"),
+            "NUM_TASKS": "2",
+            "PYTHON": sys.executable,
+            "SLURM_CPUS_PER_TASK": "1",
+            "SLURM_ARRAY_TASK_ID": str(task),
+            "SLURM_ARRAY_TASK_MAX": "1",
+        }
+        script = ["bash", "examples/slurm/preprocess.sbatch"]
+        done = subprocess.run(script, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    manifests = [check_shard(str(tmp_path / f"shard-{task:05d}-of-00002")) for task in range(2)]
+    assert sorted(manifest.num_tokens for manifest in manifests) == [2 * 8, 3 * 6]
