@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test check unit slow bench clean
+.PHONY: quickstart test check unit clean
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
 
 test: check
-	$(BIN)/python -m pytest tests -m "not slow"
+	$(BIN)/python -m pytest tests
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -18,10 +18,7 @@ check: $(STAMP)
 	$(BIN)/mypy megatron_ledom
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit -m "not slow"
-
-slow: $(STAMP)
-	$(BIN)/python -m pytest tests -m slow
+	$(BIN)/python -m pytest tests/unit
 
 $(STAMP): pyproject.toml setup.py constraints.txt .ci/make_venv $(wildcard csrc/helpers/*)
 	PYTHON="$(PYTHON)" bash .ci/make_venv "$(VENV)"
