@@ -238,7 +238,12 @@ def start_waiting(folder: Path, tokenizer: str) -> subprocess.Popen[str]:
     """The command, waiting for input from a named pipe, its workers running and its partial file there."""
     os.mkfifo(folder / "pipe.jsonl")
     command = [sys.executable, TOOL, "--tokenizer", tokenizer, "--input", "pipe.jsonl", "--output-prefix", "out/data"]
-    process = subprocess.Popen([*command, "--workers", "2"], cwd=folder, env=SLURM_FREE, stderr=subprocess.PIPE, text=True)
+    command += ["--workers", "2"]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children inherit a deaf ear for it
+    try:
+        process = subprocess.Popen(command, cwd=folder, env=SLURM_FREE, stderr=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
     while len(children(process.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
