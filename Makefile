@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test check unit clean
+.PHONY: quickstart test test-slow check unit clean
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
 
 test: check
 	$(BIN)/python -m pytest tests
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest tests -m slow --durations=20
 
 check: $(STAMP)
 	$(BIN)/ruff check .

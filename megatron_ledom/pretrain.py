@@ -71,8 +71,10 @@ def run(config: RunConfig) -> None:
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.training.loop import train
+    from megatron_ledom.training.resilience import StopRequest
     from megatron_ledom.training.state import build_state, check_resumable
 
+    stop = StopRequest()
     platform = prepare_platform(config.train.num_threads)
     choice = choose_layers(config)
     check_resumable(config, sources)
@@ -81,7 +83,7 @@ def run(config: RunConfig) -> None:
         prepare_run_folder(config, tokenizer)
     groups = start_distributed(platform, config.parallel)
     try:
-        train(build_state(config, sources, platform, groups, choice))
+        train(build_state(config, sources, platform, groups, choice), stop)
     finally:
         stop_distributed()
 

@@ -189,7 +189,7 @@ def run_command(*arguments: str, num_ranks: int | None = None) -> subprocess.Com
     """The real command line of training: under torchrun with `num_ranks`, without it when None."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"] if num_ranks else []
     command = [sys.executable, *torchrun, "-m", "megatron_ledom.pretrain", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **_hidden_gpus(num_ranks or 1)}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
 
 
@@ -199,11 +199,6 @@ def _context() -> Any:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["megatron_ledom.pretrain", "megatron_ledom.training.loop"])
     return context
-
-
-def _hidden_gpus(num_ranks: int) -> dict[str, str]:
-    """Where there are fewer GPUs than ranks, the ranks run on the CPU."""
-    return {} if num_ranks <= torch.cuda.device_count() else {"CUDA_VISIBLE_DEVICES": ""}
 
 
 def _free_port() -> int:
@@ -219,7 +214,7 @@ def _be_rank(environment: dict[str, str], config: str, arguments: list[str], log
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.update(environment | _hidden_gpus(int(environment["WORLD_SIZE"])))
+    os.environ.update(environment)
     sys.stdin = open(os.devnull)  # noqa: SIM115  for the life of the process
     from megatron_ledom import errors, pretrain
 

@@ -19,7 +19,7 @@ from megatron_ledom.training.validate import validate
 log = logging.getLogger(__name__)
 
 
-def train(state: TrainState) -> None:
+def train(state: TrainState, stop: StopRequest) -> None:
     """Train from the state's iteration to the end of the run, or to a stop; whatever was done is saved."""
     config, groups = state.config, state.groups
     last_sample = train_samples(config)
@@ -28,7 +28,6 @@ def train(state: TrainState) -> None:
     )
     throughput = Throughput(config, state.provenance.vocab_size, state.platform, dist.get_world_size())
     metrics = MetricsWriter(config, state.iteration)
-    stop = StopRequest(state.platform)
     bar = _progress_bar(state)
     while state.iteration < config.train.train_iters:
         seed_iteration(config.train.seed, state.iteration, groups)
@@ -36,7 +35,7 @@ def train(state: TrainState) -> None:
         state.advance()
         throughput.count(tokens_per_iteration(config))
         bar.update()
-        stopping = stop.agreed() or _is_multiple(state.iteration, config.train.exit_interval)
+        stopping = stop.agreed(state.platform.device) or _is_multiple(state.iteration, config.train.exit_interval)
         _report(state, result, throughput, metrics, bar)
         if (
             stopping

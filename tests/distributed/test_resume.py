@@ -92,6 +92,18 @@ def test_a_signal_to_one_rank_stops_all_ranks_at_one_step(data: TinyData, tmp_pa
     assert last < 300
 
 
+def test_a_signal_while_the_run_is_being_built_ends_it_after_a_step(data: TinyData, tmp_path: Path) -> None:
+    """As under a time limit shorter than the warning that the job asked for."""
+    run_dir = tmp_path / "run"
+    ranks = start_ranks(data.config, run_dir, "train.train_iters=300", "data.allow_repeats=true", num_ranks=2)
+    ranks.wait_until(lambda: "platform:" in ranks.output())
+    ranks.send(signal.SIGUSR1)
+    assert ranks.wait() == [0, 0], ranks.output()
+    last = read_metrics(run_dir)[-1]["iteration"]
+    assert (run_dir / "checkpoints/latest").read_text() == f"iter_{last:07d}\n"
+    assert last < 10
+
+
 def test_a_checkpoint_that_a_kill_cut_short_is_ignored_and_replaced(
     data: TinyData, tmp_path: Path, uninterrupted: Path
 ) -> None:

@@ -1,6 +1,7 @@
 """The kept losses of one tiny run. `python -m tests.golden.record` writes them anew; a commit that does so says why."""
 
 import json
+import os
 import tempfile
 from pathlib import Path
 
@@ -31,6 +32,7 @@ def kept(record: Record) -> Record:
 
 
 if __name__ == "__main__":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # as in the tests
     with tempfile.TemporaryDirectory() as folder:
         records = golden_run(write_tiny_data(Path(folder)), Path(folder))
     LOSSES.write_text("[\n" + ",\n".join(f"  {json.dumps(record)}" for record in records) + "\n]\n")

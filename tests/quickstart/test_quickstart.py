@@ -1,11 +1,15 @@
 """The quickstart from beginning to end, small: every step by its real command line, on this machine's own text."""
 
+import contextlib
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
 import sys
+import termios
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,24 +21,54 @@ ROOT = Path(__file__).parents[2]
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A finished small quickstart: the folder it was started in, its stdout, and its report."""
+    """A finished small quickstart: the folder it was started in, what it printed, and its report."""
 
     folder: Path
     stdout: str
+    terminal: str
+    """What its stderr, a terminal, was sent."""
     report: dict[str, Any]
 
 
-def start(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def start(folder: Path, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    """Run it with a terminal for its stderr."""
     command = [sys.executable, str(ROOT / "examples/quickstart/run.py"), *options]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    ours, theirs = os.openpty()
+    termios.tcsetwinsize(theirs, (24, 120))
+    received: list[bytes] = []
+    process = subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=theirs, text=True)
+    os.close(theirs)
+    reader = threading.Thread(target=_receive, args=(ours, received))
+    reader.start()
+    stdout, _ = process.communicate()
+    reader.join()
+    return subprocess.CompletedProcess(command, process.returncode, stdout, b"".join(received).decode(errors="replace"))
+
+
+def _receive(terminal: int, received: list[bytes]) -> None:
+    """Everything that is written to a terminal, until nobody holds it open any more."""
+    with contextlib.suppress(OSError):  # how Linux says that the other side is closed
+        while block := os.read(terminal, 1 << 16):
+            received.append(block)
+    os.close(terminal)
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+def run(tmp_path_factory: pytest.TempPathFactory, environment_with_gpus: dict[str, str]) -> Run:
     folder = tmp_path_factory.mktemp("quickstart")
-    done = start(folder, "--size", "small")
+    done = start(folder, environment_with_gpus, "--size", "small")
     assert done.returncode == 0, done.stdout + done.stderr
-    return Run(folder, done.stdout, json.loads((folder / "quickstart/report.json").read_text()))
+    return Run(folder, done.stdout, done.stderr, json.loads((folder / "quickstart/report.json").read_text()))
+
+
+@pytest.mark.parametrize("name", ["read", "preprocess", "train reverse", "train forward"])
+def test_long_steps_show_a_bar_with_rate_and_time_left(run: Run, name: str) -> None:
+    shown = [line for line in re.split(r"[\r\n]", run.terminal) if line.replace("\x1b[A", "").startswith(f"{name}:")]
+    assert shown, run.terminal[-3000:]
+    if name == "read":  # how many texts there are is not known before they are read
+        assert any(re.search(r"\d+ documents \[\d\d:\d\d, [\d.,k]+ documents/s\]", line) for line in shown)
+    else:
+        assert any(re.search(r"\d+%.*\[\d\d:\d\d<\d\d:\d\d, +[\d.]+[kM]?\w+/s", line) for line in shown), shown[-3:]
 
 
 def test_both_twins_learn(run: Run) -> None:
@@ -101,9 +135,9 @@ def test_report_names_every_path_and_draws_the_curves(run: Run) -> None:
     assert set(run.report["phases"]) == {"collect", "tokenizer", "preprocess", "train", "export", "generate", "rerank"}
 
 
-def test_keep_goes_on_after_the_finished_phases(run: Run) -> None:
+def test_keep_goes_on_after_the_finished_phases(run: Run, environment_with_gpus: dict[str, str]) -> None:
     (run.folder / "quickstart/phases/rerank.json").unlink()
-    again = start(run.folder, "--size", "small", "--keep")
+    again = start(run.folder, environment_with_gpus, "--size", "small", "--keep")
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done before") == 6
     assert "tools/rerank.py" in again.stdout

@@ -19,9 +19,9 @@ RUN_BY_TESTS = {
     "make test": "Makefile: what runs this test",
     "python -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml --dry-run": "here",
     "python tools/inspect_shard.py quickstart/shards/reverse/valid --show 2": "tests/quickstart/test_quickstart.py",
-    "sbatch examples/slurm/preprocess.sbatch": "tests/unit/test_slurm_scripts.py",
-    "sbatch examples/slurm/pretrain.sbatch": "tests/unit/test_slurm_scripts.py",
-    "sbatch examples/slurm/convert.sbatch": "tests/unit/test_slurm_scripts.py",
+    "sbatch examples/slurm/preprocess.sbatch": "tests/slurm/test_slurm_jobs.py",
+    "sbatch examples/slurm/pretrain.sbatch": "tests/slurm/test_slurm_jobs.py",
+    "sbatch examples/slurm/convert.sbatch": "tests/slurm/test_slurm_jobs.py",
 }
 
 

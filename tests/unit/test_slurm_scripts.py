@@ -42,7 +42,9 @@ done
 exit $status
 """
 FAKE_SCONTROL = r"""#!/bin/bash
-if [[ $1 == show ]]; then printf 'node-a\nnode-b\n'; else echo "$@" >> "$RECORD/queued"; fi
+if [[ "$1 $2" == 'show hostnames' ]]; then printf 'node-a\nnode-b\n'
+elif [[ "$1 $2 $4" == 'show node node-a' ]]; then echo 'NodeName=node-a NodeAddr=address-a NodeHostName=host-a'
+else echo "$@" >> "$RECORD/queued"; fi
 """
 FAKE_PYTHON = """#!{python}
 import os, signal, sys, time
@@ -58,12 +60,6 @@ while time.monotonic() < until and not saved:
     time.sleep(0.02)
 sys.exit(int(os.environ["STATUS"]))
 """
-
-
-@pytest.fixture(scope="module")
-def _slurm() -> None:
-    if not shutil.which("sbatch") or subprocess.run(["sinfo"], capture_output=True, check=False).returncode:
-        pytest.skip("no SLURM on this machine")
 
 
 def directives(script: Path) -> list[str]:
@@ -100,14 +96,6 @@ def test_directives_are_known_and_come_first(script: Path) -> None:
     commands = [line for line in script.read_text().splitlines() if line and not line.startswith("#")]
     before = script.read_text().split(commands[0])[0]
     assert before.count("#SBATCH") == len(names), "sbatch ignores directives after the first command"
-
-
-@pytest.mark.usefixtures("_slurm")
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_sbatch_accepts_the_script(script: Path) -> None:
-    small = ["--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1", "--mem=100M", "--test-only"]
-    tried = subprocess.run(["sbatch", *small, str(script)], capture_output=True, text=True, check=False)
-    assert tried.returncode == 0, tried.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -172,7 +160,7 @@ def cluster(tmp_path: Path) -> Cluster:
 def test_finished_training_is_not_requeued_and_ranks_know_their_place(cluster: Cluster) -> None:
     assert cluster.start("train.seed=1", seconds=0, status=0).wait(timeout=30) == 0
     for rank in (0, 1):
-        place = f"{rank} {rank} 2 2 node-a 24007"
+        place = f"{rank} {rank} 2 2 address-a 24007"
         assert cluster.recorded(f"rank{rank}") == f"{place} -m megatron_ledom.pretrain --config a run.yaml train.seed=1"
     assert cluster.recorded("queued") == ""
 
