@@ -46,23 +46,29 @@ def pack_into(
     direction: Direction,
     eod_id: int,
     vocab_size: int,
+    bos_id: int | None = None,
 ) -> int:
     """Fill `packed` with many documents in model order, each closed by eod: what a shard stores.
 
     text_ids [total]: the documents' ids one after the other, text order; offsets [documents + 1]: where each begins;
-    packed [total + documents with tokens], uint16 or int32. A document without tokens leaves nothing. Returns -1, or the
+    packed [total + documents with tokens], uint16 or int32. A document without tokens leaves nothing. A `bos_id` stands
+    first in model order, one more id a document. Returns -1, or the
     position in `text_ids` of the first id at or above `vocab_size`; `packed` is then incomplete.
     """
     import megatron_ledom._helpers as helpers  # compiled at install; imported late so that inference does without it
 
     is_reverse = direction is Direction.REVERSE
-    return int(helpers.pack_documents(text_ids, offsets, packed, is_reverse, eod_id, vocab_size))
+    return int(
+        helpers.pack_documents(text_ids, offsets, packed, is_reverse, -1 if bos_id is None else bos_id, eod_id, vocab_size)
+    )
 
 
-def pack_documents_reference(documents: Sequence[Sequence[int]], direction: Direction, eod_id: int) -> list[int]:
+def pack_documents_reference(
+    documents: Sequence[Sequence[int]], direction: Direction, eod_id: int, bos_id: int | None = None
+) -> list[int]:
     """What `pack_into` computes, in plain Python: the text of the rule, and the yardstick of its tests."""
     packed: list[int] = []
     for document in documents:
         if document:
-            packed += [*to_model_order(list(document), direction), eod_id]
+            packed += [*([] if bos_id is None else [bos_id]), *to_model_order(list(document), direction), eod_id]
     return packed

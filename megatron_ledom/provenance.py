@@ -62,10 +62,33 @@ def vocabulary_hash(tokenizer_json: bytes) -> str:
     this package uses), merges as pairs, keys sorted, no spaces. So a folder and the tokenizer.json in it have one hash, and
     so has an export. A SentencePiece `.model` has the hash of its exact conversion (`data.sentencepiece_bpe.convert`).
     """
-    stored = json.loads(tokenizer_json)
+    stored = _json_library().loads(tokenizer_json)
     content = {key: value for key, value in stored.items() if key not in UNHASHED}
     model = dict(content.get("model") or {})
     if isinstance(model.get("merges"), list):
         model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    plain = json.dumps({**content, "model": model}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(plain.encode()).hexdigest()
+    return hashlib.sha256(_canonical({**content, "model": model})).hexdigest()
+
+
+def _canonical(content: dict[str, Any]) -> bytes:
+    """JSON with sorted keys and no spaces. orjson, many times faster, writes the same bytes but for floats."""
+    library = _json_library()
+    large = ("vocab", "merges")  # without floats where the model is one of these
+    small = {**content, "model": {key: value for key, value in content["model"].items() if key not in large}}
+    if library is not json and content["model"].get("type") in ("BPE", "WordLevel", "WordPiece") and not _has_floats(small):
+        return bytes(library.dumps(content, option=library.OPT_SORT_KEYS))
+    return json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def _has_floats(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, float) or any(_has_floats(item) for item in items)
+
+
+def _json_library() -> Any:
+    """orjson, or json for those who have an exported folder, torch and transformers only."""
+    try:
+        import orjson
+    except ImportError:
+        return json
+    return orjson

@@ -8,21 +8,57 @@ from megatron_ledom.errors import run_command
 
 def parse() -> argparse.Namespace:
     """The command line; see README and `--help`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="*.jsonl[.gz|.zst], *.parquet, *.txt")
-    parser.add_argument(
-        "--tokenizer", required=True, metavar="PATH", help="Hugging Face folder, tokenizer.json or SentencePiece .model"
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog="Killed or failed, the same command goes on from its finished parts in P.work.",
     )
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the shard without ending")
-    parser.add_argument("--direction", choices=["reverse", "forward"], default="reverse", help="order in which ids are stored")
-    parser.add_argument("--text-key", default="text", help="JSON key or Parquet column of the text")
-    parser.add_argument("--workers", type=int, help="processes; default: the cores this process may use")
-    parser.add_argument("--eod-token", metavar="T", help="token that closes each document; default: the tokenizer's eos")
-    parser.add_argument("--dtype", choices=["auto", "uint16", "int32"], default="auto", help="type of stored ids")
-    parser.add_argument("--on-error", choices=["fail", "skip"], default="fail", help="what to do with a bad record")
-    parser.add_argument("--task-id", type=int, metavar="I", help="this task's share, from 0; default: SLURM_ARRAY_TASK_ID")
-    parser.add_argument("--num-tasks", type=int, metavar="N", help="tasks that divide the files; default: the SLURM array's")
-    parser.add_argument("--overwrite", action="store_true", help="replace a shard that exists")
+    add = parser.add_argument
+    add(
+        "--input", nargs="+", required=True, metavar="GLOB", help="files, globs, folders, @LIST of these, or s3:// and the like"
+    )
+    add(
+        "--tokenizer",
+        required=True,
+        metavar="PATH",
+        help="Hugging Face folder, tokenizer.json, SentencePiece .model, .tiktoken",
+    )
+    add("--output-prefix", required=True, metavar="P", help="path of the shard without ending")
+    add("--direction", choices=["reverse", "forward"], default="reverse", help="order in which ids are stored")
+    add("--text-key", default="text", help="JSON key or column of the text; a.b is key b of the object at key a")
+    add("--workers", type=int, help="processes; default: the cores this process may use")
+    add("--dtype", choices=["auto", "uint16", "int32"], default="auto", help="type of stored ids")
+    add("--on-error", choices=["fail", "skip"], default="fail", help="what to do with a bad record")
+    add("--max-record-bytes", type=int, default=256 << 20, metavar="N", help="a longer record is a bad one")
+    add("--overwrite", action="store_true", help="replace a shard that exists, and unfinished work of another request")
+
+    ids = parser.add_argument_group("what closes and opens documents")
+    ids.add_argument("--eod-token", metavar="T", help="token that closes each document; default: the tokenizer's eos")
+    ids.add_argument("--eod-id", type=int, metavar="N", help="the same, by its id")
+    ids.add_argument(
+        "--bos-token", metavar="T", help="token that stands first in model order; default: none, as in the original"
+    )
+    ids.add_argument(
+        "--add-specials", action="store_true", help="give the tokenizer <CLS> <SEP> <EOD> <MASK> <PAD>; eod is <EOD>"
+    )
+
+    tasks = parser.add_argument_group("tasks of an array", "Each takes an equal stretch of the input's bytes.")
+    tasks.add_argument("--task-id", type=int, metavar="I", help="this task's number, from 0; default: SLURM_ARRAY_TASK_ID")
+    tasks.add_argument("--num-tasks", type=int, metavar="N", help="number of tasks; default: the SLURM array's")
+
+    quality = parser.add_argument_group("which documents are kept", "All counted by reason in the manifest.")
+    quality.add_argument("--min-tokens", type=int, default=1, metavar="N", help="shorter documents are left out")
+    quality.add_argument("--max-tokens", type=int, metavar="N", help="longer documents are left out")
+    quality.add_argument(
+        "--filter", metavar="M:F", help="function F of module M: (text, record) -> whether to keep the document"
+    )
+    quality.add_argument(
+        "--deduplicate", action="store_true", help="keep the first of equal texts; tasks need --hash-only first"
+    )
+    quality.add_argument(
+        "--hash-only", action="store_true", help="first pass of --deduplicate over an array: writes hashes only"
+    )
+    quality.add_argument("--shuffle-seed", type=int, metavar="N", help="shuffle the documents of each task's shard")
     return parser.parse_args()
 
 

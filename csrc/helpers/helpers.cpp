@@ -13,7 +13,7 @@ using Array = py::array_t<T, py::array::c_style>;
 
 namespace {
 
-void check_offsets(const Array<int64_t>& offsets, int64_t total, int64_t capacity) {
+void check_offsets(const Array<int64_t>& offsets, int64_t total, int64_t capacity, int64_t added) {
   if (offsets.ndim() != 1 || offsets.size() < 1) throw std::invalid_argument("offsets must be one-dimensional and not empty");
   const int64_t* o = offsets.data();
   const int64_t documents = offsets.size() - 1;
@@ -23,22 +23,23 @@ void check_offsets(const Array<int64_t>& offsets, int64_t total, int64_t capacit
     kept += o[d] != o[d + 1];
   }
   if (o[0] != 0 || o[documents] != total) throw std::invalid_argument("offsets must begin at 0 and end at the number of ids");
-  if (capacity != total + kept) throw std::invalid_argument("packed has the wrong size");
+  if (capacity != total + added * kept) throw std::invalid_argument("packed has the wrong size");
 }
 
 template <class Out>
-int64_t pack(const Array<uint32_t>& ids, const Array<int64_t>& offsets, Array<Out>& packed, bool reverse, uint32_t eod, uint32_t vocab_size) {
+int64_t pack(const Array<uint32_t>& ids, const Array<int64_t>& offsets, Array<Out>& packed, bool reverse, int64_t bos, uint32_t eod,
+             uint32_t vocab_size) {
   if (ids.ndim() != 1 || packed.ndim() != 1) throw std::invalid_argument("ids and packed must be one-dimensional");
-  check_offsets(offsets, ids.size(), packed.size());
+  check_offsets(offsets, ids.size(), packed.size(), bos >= 0 ? 2 : 1);
   Out* out = packed.mutable_data();
   py::gil_scoped_release release;
-  return ledom::pack_documents<Out>(ids.data(), offsets.data(), offsets.size() - 1, out, reverse, eod, vocab_size);
+  return ledom::pack_documents<Out>(ids.data(), offsets.data(), offsets.size() - 1, out, reverse, bos, eod, vocab_size);
 }
 
 template <class Out>
 void define_pack(py::module_& m) {
   m.def("pack_documents", &pack<Out>, py::arg("ids").noconvert(), py::arg("offsets").noconvert(), py::arg("packed").noconvert(),
-        py::arg("reverse"), py::arg("eod"), py::arg("vocab_size"));
+        py::arg("reverse"), py::arg("bos"), py::arg("eod"), py::arg("vocab_size"));
 }
 
 }  // namespace

@@ -1,52 +1,26 @@
-"""Reading raw text: JSON lines (plain, .gz, .zst), Parquet and plain text, in bounded memory, every bad record named.
+"""From stretches of files to texts: JSON lines, tables, web archives and plain text, in bounded memory, every bad record named.
 
-A file is read by one process in batches of whole records (`SourceFile.batches`); taking a batch apart (`texts_of`) is the
-dear half and happens in worker processes. Text is always text order here.
+Text is always text order here. Everything in this file runs inside a worker.
 """
 
-import glob
-import hashlib
-import os
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import orjson
 
+from megatron_ledom.data import tables, web_archive
+from megatron_ledom.data.inputs import COMPRESSED_BLOCK, InputPath, Stretch
 from megatron_ledom.data.shard import InputFile
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.data.streams import MAX_RECORD_BYTES, LineReader, Progress, decompressed_blocks, plain_blocks, raw_blocks
+from megatron_ledom.errors import DataError
 
-LINE_SUFFIXES = (".jsonl", ".ndjson", ".json")
-COMPRESSIONS = (".gz", ".zst")
-SUPPORTED = "*.jsonl, *.ndjson or *.json (each also .gz or .zst), *.parquet, *.txt"
-READ_BYTES = 1 << 16  # of compressed input at a time
-HASH_BYTES = 1 << 20
-PARQUET_ROWS = 256
 BATCH_BYTES = 1 << 20
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+MAX_MESSAGES = 10  # bad records of a stretch that are described one by one
 
 OnError = Literal["fail", "skip"]
-
-
-@dataclass(slots=True)
-class Batch:
-    """Consecutive records of one file: whole JSON lines in one block, or texts that are ready (UTF-8; None is a missing one)."""
-
-    path: str
-    first: int
-    """Number of the first record in the file, from 1: a line of JSON lines, a row of Parquet."""
-    lines: bytes = b""
-    texts: list[bytes | None] = field(default_factory=list)
-    position: int = 0
-    """Bytes of the input file read up to here; for the progress bar."""
-
-    @property
-    def where(self) -> str:
-        """The batch in words, for errors that are not about one record."""
-        return f"{self.path} from record {self.first:,} on"
 
 
 class BadRecordError(Exception):
@@ -57,190 +31,140 @@ class BadRecordError(Exception):
         self.reason = reason
 
 
-def expand_inputs(patterns: Sequence[str]) -> list[Path]:
-    """The files that paths and globs name, each once, sorted by path; refused: no match, a folder, an unknown ending, no access."""
-    found: set[str] = set()
-    for pattern in patterns:
-        matches = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
-        if not matches:
-            raise UsageError(f"input {pattern} does not exist or matches no file; check --input")
-        found.update(matches)
-    paths = [Path(name) for name in sorted(found)]
-    for path in paths:
-        if path.is_dir():
-            raise UsageError(f"input {path} is a folder; name files, for example {path}/*.jsonl")
-        if _kind(path) is None:
-            raise UsageError(f"input {path} has an ending that is not known; expected {SUPPORTED}")
-        if not os.access(path, os.R_OK):
-            raise UsageError(f"input {path} cannot be read; change its permissions or leave it out of --input")
-    return paths
+@dataclass(slots=True, kw_only=True)
+class ReadSettings:
+    """How records are read."""
+
+    text_key: str = "text"
+    """JSON key or column of the text; `a.b` is key b of the object at key a, unless there is a key with that name."""
+    on_error: OnError = "fail"
+    batch_bytes: int = BATCH_BYTES
+    max_record_bytes: int = MAX_RECORD_BYTES
+    """A longer record is a bad one; it is never held in memory."""
+    keep_records: bool = False
+    """Whether a batch has the records beside the texts, for a filter."""
 
 
-def _kind(path: Path) -> Literal["lines", "parquet", "text"] | None:
-    inner = path.with_suffix("") if path.suffix in COMPRESSIONS else path
-    if inner.suffix in LINE_SUFFIXES:
-        return "lines"
-    kinds: dict[str, Literal["parquet", "text"]] = {".parquet": "parquet", ".txt": "text"}
-    return kinds.get(path.suffix)
+@dataclass(slots=True)
+class TextBatch:
+    """Texts that follow each other in a file."""
+
+    texts: list[str] = field(default_factory=list)
+    records: list[Mapping[str, Any]] = field(default_factory=list)
+    """The texts' whole records, if they are kept; {text_key: text} where there is nothing else."""
+    position: int = 0
+    """Bytes of the stretch read up to here."""
 
 
-def share_of_task(sizes: Sequence[int], task_id: int, num_tasks: int) -> range:
-    """Which files (indices into `sizes`, bytes) are a task's: neighbours, about the same bytes each, at least one a task."""
-    if num_tasks < 1:
-        raise UsageError(f"--num-tasks {num_tasks} is not possible; use 1 or more")
-    if not 0 <= task_id < num_tasks:
-        raise UsageError(f"--task-id {task_id} is not in 0..{num_tasks - 1} (--num-tasks {num_tasks})")
-    if num_tasks > len(sizes):
-        raise UsageError(f"{num_tasks} tasks for {len(sizes)} input files; use --num-tasks {len(sizes)} or fewer")
-    total, done, bounds = sum(sizes), 0, [0]
-    for index, size in enumerate(sizes[:-1], 1):
-        done += size
-        left_tasks = num_tasks - len(bounds)
-        due = done * num_tasks >= total * len(bounds) or len(sizes) - index <= left_tasks
-        if left_tasks and due:
-            bounds.append(index)
-    bounds.append(len(sizes))
-    return range(bounds[task_id], bounds[task_id + 1])
+class RecordReader:
+    """Reads one stretch; what was skipped and the stretch's hash are known afterwards."""
 
+    def __init__(self, stretch: Stretch, settings: ReadSettings) -> None:
+        self.stretch = stretch
+        self.settings = settings
+        self.skipped: Counter[str] = Counter()
+        """Bad records, by reason."""
+        self.messages: list[str] = []
+        self._progress = Progress()
 
-class SourceFile:
-    """One input file, read once from start to end; its size and hash are known afterwards."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._hash = hashlib.sha256()
-        self._num_bytes = 0
-
-    def batches(self, text_key: str, batch_bytes: int = BATCH_BYTES) -> Iterator[Batch]:
-        """The file's records in order, about `batch_bytes` of them at a time."""
-        kind = _kind(self.path)
-        try:
-            if kind == "lines":
-                yield from self._line_batches(batch_bytes)
-            elif kind == "parquet":
-                yield from self._parquet_batches(text_key, batch_bytes)
-            else:
-                text = b"".join(self._raw_blocks(HASH_BYTES))
-                yield Batch(str(self.path), 1, texts=[text], position=self._num_bytes)
-        except OSError as error:
-            raise DataError(
-                f"{self.path} cannot be read ({error.strerror or error}); check the disk, or leave it out"
-            ) from error
+    def batches(self) -> Iterator[TextBatch]:
+        """The texts of the stretch in order. A bad record raises DataError, or is counted and left out."""
+        kind = self.stretch.source.kind
+        if kind == "lines":
+            yield from self._lines()
+        elif kind == "text":
+            yield from self._whole_file()
+        else:
+            yield from self._texts(kind)
 
     def record(self) -> InputFile:
-        """What the manifest says of the file; call it after the last batch."""
-        return InputFile(path=str(self.path), num_bytes=self._num_bytes, sha256=self._hash.hexdigest())
+        """What the manifest says of the stretch; call it after the last batch."""
+        stretch, progress = self.stretch, self._progress
+        return InputFile(
+            path=stretch.source.path, num_bytes=stretch.num_bytes, sha256=progress.digest.hexdigest(), first_byte=stretch.start
+        )
 
-    def _raw_blocks(self, size: int) -> Iterator[bytes]:
-        with self.path.open("rb") as stream:
-            while block := stream.read(size):
-                self._hash.update(block)
-                self._num_bytes += len(block)
-                yield block
-
-    def _line_batches(self, batch_bytes: int) -> Iterator[Batch]:
-        pending, first, searched = bytearray(), 1, 0
-        for block in self._blocks(batch_bytes):
-            pending += block
-            cut = pending.rfind(b"\n", searched) + 1 if len(pending) >= batch_bytes else 0
-            if len(pending) >= batch_bytes:
-                searched = len(pending)  # a line longer than a batch is searched once
-            if cut:
-                yield Batch(str(self.path), first, lines=bytes(pending[:cut]), position=self._num_bytes)
-                first += pending.count(b"\n", 0, cut)
-                del pending[:cut]
-                searched = 0
-        if pending:
-            yield Batch(str(self.path), first, lines=bytes(pending), position=self._num_bytes)
-
-    def _blocks(self, batch_bytes: int) -> Iterator[bytes]:
-        if self.path.suffix == ".gz":
-            return self._decompressed(lambda: zlib.decompressobj(wbits=31), zlib.error)
-        if self.path.suffix == ".zst":
-            import zstandard
-
-            return self._decompressed(lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError)
-        return self._raw_blocks(min(HASH_BYTES, batch_bytes))
-
-    def _decompressed(self, start: Callable[[], Any], failure: type[Exception]) -> Iterator[bytes]:
-        """Blocks of a file of one or more compressed members or frames; one that ends too early is an error, not an end."""
-        engine = None
-        for block in self._raw_blocks(READ_BYTES):
-            while block := block if engine else block.lstrip(b"\0"):  # gzip files may be padded with zeros
-                engine = engine or start()
+    def _lines(self) -> Iterator[TextBatch]:
+        reader = LineReader(self.stretch, self.settings.batch_bytes, self.settings.max_record_bytes)
+        self._progress = reader.progress
+        for block in reader.blocks():
+            batch = TextBatch(position=reader.progress.num_bytes)
+            if block.too_long is not None:
+                self._reject(_too_large(block.too_long, self.settings.max_record_bytes), reader.name_line(block.first))
+            for number, line in enumerate(block.content.split(b"\n"), block.first):
+                if number == 0 and block.is_first_of_file:
+                    line = line.removeprefix(BYTE_ORDER_MARK)
+                if not line or line.isspace():
+                    continue
                 try:
-                    yield engine.decompress(block)
-                except failure as error:
-                    raise DataError(f"{self.path} is damaged ({error}); fetch it again, or leave it out") from error
-                block = engine.unused_data if engine.eof else b""
-                engine = None if engine.eof else engine
-        if engine is not None:
-            raise DataError(f"{self.path} is truncated: its compressed data ends too early; fetch it again, or leave it out")
+                    self._add(batch, *_text_of_line(line, self.settings.text_key))
+                except BadRecordError as bad:
+                    self._reject(bad, reader.name_line(number) if self._names_more() else "")
+            yield batch
 
-    def _parquet_batches(self, text_key: str, batch_bytes: int) -> Iterator[Batch]:
-        import pyarrow
-        from pyarrow import parquet
+    def _names_more(self) -> bool:
+        return self.settings.on_error == "fail" or len(self.messages) < MAX_MESSAGES
 
-        for _ in self._raw_blocks(HASH_BYTES):  # the hash; Parquet itself is not read from start to end
-            pass
-        texts: list[bytes | None] = []
-        first, num_bytes = 1, 0
+    def _add(self, batch: TextBatch, text: str, record: Mapping[str, Any]) -> None:
+        batch.texts.append(text)
+        if self.settings.keep_records:
+            batch.records.append(record)
+
+    def _reject(self, bad: BadRecordError, where: str) -> None:
+        if self.settings.on_error == "fail":
+            raise DataError(f"{where}: {bad}; repair it, or leave such records out with --on-error skip") from bad
+        self.skipped[bad.reason] += 1
+        if len(self.messages) < MAX_MESSAGES:
+            self.messages.append(f"{where}: {bad}")
+
+    def _whole_file(self) -> Iterator[TextBatch]:
+        source = self.stretch.source
+        blocks = self._counted(source)
+        content, size = bytearray(), 0
+        for block in (block for _, block in decompressed_blocks(source, blocks)) if source.compression else blocks:
+            size += len(block)
+            if size <= self.settings.max_record_bytes:
+                content += block
+        batch = TextBatch(position=self.stretch.num_bytes)
         try:
-            with parquet.ParquetFile(self.path) as table:
-                self._check_column(table.schema_arrow, text_key)
-                num_rows = max(1, table.metadata.num_rows)
-                for rows in table.iter_batches(batch_size=PARQUET_ROWS, columns=[text_key], use_threads=False):
-                    some = rows.column(0).cast(pyarrow.large_binary()).to_pylist()
-                    texts += some
-                    num_bytes += sum(len(text) for text in some if text is not None)
-                    if num_bytes >= batch_bytes:
-                        read = first - 1 + len(texts)
-                        yield Batch(str(self.path), first, texts=texts, position=self._num_bytes * read // num_rows)
-                        first, num_bytes, texts = read + 1, 0, []
-        except pyarrow.ArrowException as error:
-            raise DataError(f"{self.path} is damaged or not Parquet ({error}); fetch it again, or leave it out") from error
-        if texts:
-            yield Batch(str(self.path), first, texts=texts, position=self._num_bytes)
-
-    def _check_column(self, schema: Any, text_key: str) -> None:
-        if text_key not in schema.names:
-            raise DataError(f"{self.path} has no column {text_key!r} but {', '.join(schema.names)}; name one by --text-key")
-        kind = str(schema.field(text_key).type)
-        if not any(word in kind for word in ("string", "binary")):
-            raise DataError(f"{self.path}: column {text_key!r} holds {kind}, not text; name another by --text-key")
-
-
-def texts_of(batch: Batch, text_key: str, on_error: OnError, skipped: Counter[str], messages: list[str]) -> list[str]:
-    """The texts of a batch. A bad record raises DataError; with `skip` it is counted by reason and described in `messages`."""
-    texts: list[str] = []
-    records = _lines_of(batch) if batch.lines else _texts_at(batch)
-    for where, record in records:
-        try:
-            texts.append(_text_of_line(record, text_key) if batch.lines else _decoded(record))
+            if size > self.settings.max_record_bytes:
+                raise _too_large(size, self.settings.max_record_bytes)
+            text = _decoded(bytes(content))
+            self._add(batch, text, {self.settings.text_key: text})
         except BadRecordError as bad:
-            if on_error == "fail":
-                raise DataError(f"{where}: {bad}; repair it, or leave such records out with --on-error skip") from bad
-            skipped[bad.reason] += 1
-            messages.append(f"{where}: {bad}")
-    return texts
+            self._reject(bad, source.path)
+        yield batch
+
+    def _counted(self, source: InputPath) -> Iterator[bytes]:
+        read = raw_blocks if source.compression else plain_blocks
+        for block in read(source, 0, source.num_bytes, COMPRESSED_BLOCK):
+            self._progress.count(block)
+            yield block
+
+    def _texts(self, kind: Literal["parquet", "arrow", "warc"]) -> Iterator[TextBatch]:
+        module = web_archive if kind == "warc" else tables
+        for rows in module.read_rows(self.stretch, self.settings.text_key, self.settings.keep_records, self._progress):
+            batch = TextBatch(position=rows.position)
+            for number, content in enumerate(rows.texts):
+                try:
+                    if content is not None and len(content) > self.settings.max_record_bytes:
+                        raise _too_large(len(content), self.settings.max_record_bytes)
+                    text = _decoded(content)
+                except BadRecordError as bad:
+                    self._reject(bad, f"{self.stretch.source.path}: {rows.unit} {rows.first + number + 1}")
+                    continue
+                self._add(batch, text, rows.records[number] if rows.records else {self.settings.text_key: text})
+            yield batch
 
 
-def _lines_of(batch: Batch) -> Iterator[tuple[str, bytes]]:
-    for number, line in enumerate(batch.lines.split(b"\n"), batch.first):
-        line = line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-        if line and not line.isspace():
-            yield f"{batch.path}:{number}", line
+def _too_large(size: int, limit: int) -> BadRecordError:
+    message = f"a record of {size:,} bytes, more than the limit of {limit:,} (--max-record-bytes)"
+    return BadRecordError("too_large", message)
 
 
-def _texts_at(batch: Batch) -> Iterator[tuple[str, bytes | None]]:
-    is_text_file = batch.path.endswith(".txt")
-    for number, text in enumerate(batch.texts, batch.first):
-        yield (batch.path if is_text_file else f"{batch.path}: row {number}"), text
-
-
-def _text_of_line(line: bytes | None, text_key: str) -> str:
+def _text_of_line(line: bytes, text_key: str) -> tuple[str, Mapping[str, Any]]:
     try:
-        record = orjson.loads(line or b"")
+        record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         _decoded(line)
         raise BadRecordError("malformed_json", f"malformed JSON ({error})") from None
@@ -248,13 +172,22 @@ def _text_of_line(line: bytes | None, text_key: str) -> str:
         raise BadRecordError(
             "not_an_object", f"a JSON {type(record).__name__} where an object with the key {text_key!r} was expected"
         )
-    if text_key not in record:
-        keys = ", ".join(list(record)[:8]) or "no keys"
-        raise BadRecordError("missing_text_key", f"no key {text_key!r} among {keys} (name it by --text-key)")
-    text = record[text_key]
+    text = record.get(text_key, record)
+    if text is record:
+        text = _nested(record, text_key)
     if not isinstance(text, str):
         raise BadRecordError("text_is_not_a_string", f"key {text_key!r} holds {type(text).__name__}, not a string")
-    return text
+    return text, record
+
+
+def _nested(record: dict[str, Any], text_key: str) -> Any:
+    found: Any = record
+    for name in text_key.split("."):
+        if not isinstance(found, dict) or name not in found:
+            keys = ", ".join(list(found)[:8]) or "no keys" if isinstance(found, dict) else f"a {type(found).__name__}"
+            raise BadRecordError("missing_text_key", f"no key {text_key!r} among {keys} (name it by --text-key)")
+        found = found[name]
+    return found
 
 
 def _decoded(text: bytes | None) -> str:
@@ -266,8 +199,8 @@ def _decoded(text: bytes | None) -> str:
         raise BadRecordError("invalid_utf8", f"invalid UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def read_texts(paths: Iterable[Path], text_key: str) -> Iterator[str]:
+def read_texts(sources: Iterable[InputPath], text_key: str) -> Iterator[str]:
     """All texts of some files, one after the other; a bad record raises DataError."""
-    for path in paths:
-        for batch in SourceFile(path).batches(text_key):
-            yield from texts_of(batch, text_key, "fail", Counter(), [])
+    for source in sources:
+        for batch in RecordReader(Stretch(source, 0, source.num_bytes), ReadSettings(text_key=text_key)).batches():
+            yield from batch.texts

@@ -17,11 +17,13 @@ def pack_documents(
     eod_id: int,
     vocab_size: int,
     dtype: npt.DTypeLike,
+    bos_id: int | None = None,
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
     """Many documents from text order into what a shard stores: model order, each closed by eod.
 
     text_ids [total]: the documents' ids one after the other, text order; offsets [documents + 1]: where each begins.
-    Documents without tokens are left out. Every id is checked against `vocab_size` before it is narrowed to `dtype`,
+    `bos_id`, if given, stands first in model order. Documents without tokens are left out.
+    Every id is checked against `vocab_size` before it is narrowed to `dtype`,
     because a numpy cast wraps around in silence. Returns the packed ids [total + kept] and the stored lengths [kept],
     eod included. Raises DataError for an id outside [0, vocab_size) or one that `dtype` cannot hold.
     """
@@ -30,12 +32,15 @@ def pack_documents(
         raise DataError(f"a vocabulary of {vocab_size:,} ids does not fit in {dtype}; use --dtype int32")
     if not 0 <= eod_id < vocab_size:
         raise DataError(f"the eod id {eod_id} is outside the vocabulary of {vocab_size:,} ids; name another --eod-token")
+    if bos_id is not None and not 0 <= bos_id < vocab_size:
+        raise DataError(f"the bos id {bos_id} is outside the vocabulary of {vocab_size:,} ids; name another --bos-token")
     lengths = np.diff(offsets)
     kept = lengths[lengths > 0]
-    packed = np.empty(int(kept.sum()) + len(kept), dtype)
-    bad = pack_into(text_ids, offsets, packed, direction=direction, eod_id=eod_id, vocab_size=vocab_size)
+    added = 1 if bos_id is None else 2
+    packed = np.empty(int(kept.sum()) + added * len(kept), dtype)
+    bad = pack_into(text_ids, offsets, packed, direction=direction, eod_id=eod_id, vocab_size=vocab_size, bos_id=bos_id)
     if bad >= 0:
         raise DataError(
             f"token id {int(text_ids[bad])} is outside the vocabulary of {vocab_size:,} ids: the tokenizer is damaged, get it anew"
         )
-    return packed, (kept + 1).astype(np.int32)
+    return packed, (kept + added).astype(np.int32)

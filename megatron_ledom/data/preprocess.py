@@ -1,35 +1,56 @@
 """From raw text to a shard: read, encode, turn to model order, close with eod, write; the same bytes whatever the workers.
 
-One process reads and writes, worker processes parse, encode and pack. Nothing here imports torch.
+A task's stretch of the corpus is cut into parts. Workers encode one part each into a file of its own, which is finished or does
+not exist; this process joins finished parts in order while the next ones are made. Killed at any moment and started again, it
+goes on from the finished parts. Nothing here imports torch.
 """
 
 import contextlib
+import hashlib
 import logging
 import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 from tqdm import tqdm
 
-from megatron_ledom.data.corpus import BATCH_BYTES, Batch, OnError, SourceFile, expand_inputs, share_of_task, texts_of
-from megatron_ledom.data.packing import pack_documents
-from megatron_ledom.data.shard import Counts, DtypeName, ShardManifest, ShardWriter, check_may_write, choose_dtype
+from megatron_ledom.data import quality
+from megatron_ledom.data.corpus import BATCH_BYTES, MAX_MESSAGES, OnError, ReadSettings, RecordReader
+from megatron_ledom.data.encode_parts import PartEncoder, PartHasher
+from megatron_ledom.data.inputs import PART_BYTES, Part, expand_inputs, parts_of, stretches_of_task
+from megatron_ledom.data.part_store import PartRecord, PartStore, Request
+from megatron_ledom.data.shard import (
+    Counts,
+    DtypeName,
+    InputFile,
+    ShardManifest,
+    ShardWriter,
+    check_may_write,
+    choose_dtype,
+    existing_files,
+    load_manifest,
+)
+from megatron_ledom.data.streams import MAX_RECORD_BYTES
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.data.worker_pool import ordered_map
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import DataError, LedomError, UsageError
 
 logger = logging.getLogger(__name__)
 
-NO_TOKENS = "no_tokens"
-MAX_MESSAGES = 10  # bad records that are described one by one
+SAMPLE_STRETCHES = 8
+SAMPLE_CHARACTERS = 32_000  # of each sampled stretch
+SAMPLE_TEXT_CHARACTERS = 5_000
+GATHERED_TOKENS = 1 << 22
 
 
 @dataclass(kw_only=True, slots=True)
@@ -44,57 +65,30 @@ class PreprocessSettings:
     workers: int | None = None
     """Processes; default: the cores this process may use."""
     eod_token: str | None = None
+    eod_id: int | None = None
+    bos_token: str | None = None
+    add_specials: bool = False
+    """Give the tokenizer the five specials of the original first; its eod then is <EOD>."""
     dtype: DtypeName = "auto"
     on_error: OnError = "fail"
+    max_record_bytes: int = MAX_RECORD_BYTES
+    min_tokens: int = 1
+    max_tokens: int | None = None
+    """Documents with fewer or more tokens, without eod, are left out."""
+    filter: str | None = None
+    """`module:function` that is asked (text, record) whether to keep a document."""
+    deduplicate: bool = False
+    hash_only: bool = False
+    """Only write the hashes that `deduplicate` of the tasks of an array needs."""
+    shuffle_seed: int | None = None
     task_id: int | None = None
     num_tasks: int | None = None
     """Default of both: the SLURM array's."""
     overwrite: bool = False
     batch_bytes: int = BATCH_BYTES
-    """Text a worker gets at a time; it changes no result."""
-
-
-@dataclass(slots=True)
-class Packed:
-    """What a worker makes of a batch."""
-
-    ids: npt.NDArray[Any]
-    """Model order, eods included [tokens]."""
-    lengths: npt.NDArray[np.int32]
-    text_bytes: int
-    skipped: Counter[str]
-    messages: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True)
-class BatchEncoder:
-    """The work of a worker: a batch of records to ids as they are stored."""
-
-    tokenizer: Tokenizer
-    direction: Direction
-    text_key: str
-    on_error: OnError
-    dtype: np.dtype[Any]
-
-    def __call__(self, batch: Batch) -> Packed:
-        """Texts without tokens are counted and left out, never stored: a lone eod would shift every later document."""
-        skipped: Counter[str] = Counter()
-        messages: list[str] = []
-        texts = texts_of(batch, self.text_key, self.on_error, skipped, messages)
-        text_ids, offsets = self.tokenizer.encode_batch(texts)
-        ids, lengths = pack_documents(
-            text_ids,
-            offsets,
-            direction=self.direction,
-            eod_id=self.tokenizer.eod_id,
-            vocab_size=self.tokenizer.vocab_size,
-            dtype=self.dtype,
-        )
-        has_tokens = np.diff(offsets) > 0
-        text_bytes = sum(len(text.encode()) for text, is_kept in zip(texts, has_tokens, strict=True) if is_kept)
-        if len(lengths) < len(texts):
-            skipped[NO_TOKENS] += len(texts) - len(lengths)
-        return Packed(ids, lengths, text_bytes, skipped, messages[:MAX_MESSAGES])
+    """Text a tokenizer gets at a time; it changes no result."""
+    part_bytes: int = PART_BYTES
+    """Input a worker gets at a time; it changes no result."""
 
 
 def task_of(settings: PreprocessSettings, environment: Mapping[str, str]) -> tuple[int, int]:
@@ -122,40 +116,156 @@ def task_of(settings: PreprocessSettings, environment: Mapping[str, str]) -> tup
     return task_id, count
 
 
+def prefix_of_task(prefix: str, task_id: int, num_tasks: int) -> str:
+    """Where a task's shard goes."""
+    return f"{prefix}-{task_id:05d}-of-{num_tasks:05d}" if num_tasks > 1 else prefix
+
+
 def available_cores() -> int:
     """Cores this process may use: its affinity, which a batch system sets, where the platform tells it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def preprocess(settings: PreprocessSettings) -> ShardManifest:
-    """Write this task's shard and return its manifest. On any failure nothing of it stays behind."""
-    if settings.workers is not None and settings.workers < 1:
-        raise UsageError(f"--workers {settings.workers} is not possible; use 1 or more")
-    inputs = expand_inputs(settings.input)
-    task_id, num_tasks = task_of(settings, os.environ)
-    files = [inputs[index] for index in share_of_task([path.stat().st_size for path in inputs], task_id, num_tasks)]
-    prefix = settings.output_prefix + (f"-{task_id:05d}-of-{num_tasks:05d}" if num_tasks > 1 else "")
-    check_may_write(prefix, settings.overwrite)
-    tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token)
+class Preprocessing:
+    """One task: everything that follows from the settings before anything is written."""
+
+    def __init__(self, settings: PreprocessSettings) -> None:
+        _check_numbers(settings)
+        self.settings = settings
+        self.sources = expand_inputs(settings.input)
+        self.task_id, self.num_tasks = task_of(settings, os.environ)
+        stretches = stretches_of_task(self.sources, self.task_id, self.num_tasks)
+        self.parts = parts_of(stretches, settings.part_bytes)
+        self.prefix = prefix_of_task(settings.output_prefix, self.task_id, self.num_tasks)
+        self.workers = settings.workers or available_cores()
+        self.keep = quality.load_filter(settings.filter) if settings.filter else None
+        self.read = ReadSettings(
+            text_key=settings.text_key,
+            on_error=settings.on_error,
+            batch_bytes=settings.batch_bytes,
+            max_record_bytes=settings.max_record_bytes,
+            keep_records=self.keep is not None,
+        )
+
+    def reading_request(self) -> Request:
+        """What decides which documents there are, for all tasks alike."""
+        settings = self.settings
+        return {
+            "input": [(source.path, source.num_bytes, source.version) for source in self.sources],
+            "text_key": settings.text_key,
+            "on_error": settings.on_error,
+            "max_record_bytes": settings.max_record_bytes,
+            "num_tasks": self.num_tasks,
+        }
+
+    def request(self, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Request:
+        """What decides the content of the shard."""
+        settings = self.settings
+        chosen = ("bos_token", "min_tokens", "max_tokens", "filter", "deduplicate", "shuffle_seed", "part_bytes")
+        request = {
+            **self.reading_request(),
+            **{name: getattr(settings, name) for name in chosen},
+            "task_id": self.task_id,
+            "direction": str(settings.direction),
+            "tokenizer": tokenizer.sha256,
+            "eod_token": tokenizer.eod_token,
+            "dtype": dtype.name,
+        }
+        return dict(orjson.loads(orjson.dumps(request)))
+
+
+def _check_numbers(settings: PreprocessSettings) -> None:
+    for name in ("workers", "min_tokens", "max_tokens", "max_record_bytes", "batch_bytes", "part_bytes"):
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value} is not possible; use 1 or more")
+    if settings.max_tokens is not None and settings.max_tokens < settings.min_tokens:
+        raise UsageError(
+            f"--max-tokens {settings.max_tokens} is below --min-tokens {settings.min_tokens}; nothing would be left"
+        )
+    if settings.eod_token is not None and settings.eod_id is not None:
+        raise UsageError("--eod-token and --eod-id name the same thing; give one of them")
+
+
+def preprocess(settings: PreprocessSettings) -> ShardManifest | None:
+    """Write this task's shard and return its manifest; None after `hash_only`. What is unfinished stays for the next start."""
+    started = time.monotonic()
+    work = Preprocessing(settings)
+    if settings.hash_only:
+        _hash_task(work)
+        return None
+    tokenizer = _load_tokenizer(settings)
     dtype = choose_dtype(settings.dtype, tokenizer.vocab_size)
-    encoder = BatchEncoder(tokenizer, settings.direction, settings.text_key, settings.on_error, dtype)
-    logger.info(
-        "%s: %d files, %s order, tokenizer %s (%d ids, eod %r = %d), %s",
-        *(
-            prefix,
-            len(files),
-            settings.direction,
-            tokenizer.name,
-            tokenizer.vocab_size,
-            tokenizer.eod_token,
-            tokenizer.eod_id,
-            dtype,
-        ),
+    request = work.request(tokenizer, dtype)
+    digest = hashlib.sha256(orjson.dumps(request)).hexdigest()
+    if (manifest := _finished_shard(work, digest)) is not None:
+        logger.info("%s: finished before by the same request; nothing to do", work.prefix)
+        return manifest
+    _log_start(work, tokenizer, dtype)
+    with _sigterm_as_interrupt(), PartStore(work.prefix, request, start_over=settings.overwrite) as store:
+        try:
+            manifest = _make_shard(work, store, tokenizer, dtype, digest, started)
+        except (LedomError, KeyboardInterrupt):
+            if finished := store.num_finished():
+                logger.info("%d of %d parts are kept in %s: the same command goes on", finished, len(work.parts), store.folder)
+            raise
+        store.remove()
+    _log_summary(work.prefix, manifest)
+    return manifest
+
+
+def _load_tokenizer(settings: PreprocessSettings) -> Tokenizer:
+    tokenizer = load_tokenizer(
+        settings.tokenizer, settings.eod_token, eod_id=settings.eod_id, add_specials=settings.add_specials
     )
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker; it changes no result
-    provenance = tokenizer.provenance(settings.direction)
-    with _sigterm_as_interrupt(), ShardWriter(prefix, provenance, dtype, overwrite=settings.overwrite) as writer:
-        return _write(writer, files, encoder, settings)
+    if settings.add_specials:
+        tokenizer.path = f"{settings.output_prefix}.tokenizer"
+        check_may_write(settings.output_prefix, overwrite=True)
+        tokenizer.save(tokenizer.path)
+        logger.info("the tokenizer with the five specials is in %s; train with that", tokenizer.path)
+    return tokenizer
+
+
+def _finished_shard(work: Preprocessing, digest: str) -> ShardManifest | None:
+    """The shard if this very request made it. Raises UsageError when another one's files are in the way."""
+    overwrite = work.settings.overwrite
+    if not overwrite and Path(f"{work.prefix}.json").exists():
+        manifest = load_manifest(work.prefix)
+        if manifest.request_sha256 == digest:
+            PartStore(work.prefix, {}, start_over=True).remove()  # a kill may have left it
+            return manifest
+    is_ours = Path(f"{work.prefix}.work/plan.json").exists() and not Path(f"{work.prefix}.json").exists()
+    check_may_write(work.prefix, overwrite or is_ours)
+    return None
+
+
+def _log_start(work: Preprocessing, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
+    engine = tokenizer.use_fastest_engine(_samples(work))
+    logger.info(
+        "%s: %d files, %d parts, %s order, tokenizer %s (%d ids, eod %r = %d), %s, %d workers; engine: %s",
+        *(work.prefix, len({stretch.source.path for part in work.parts for stretch in part}), len(work.parts)),
+        *(work.settings.direction, tokenizer.name, tokenizer.vocab_size, tokenizer.eod_token, tokenizer.eod_id),
+        *(dtype, min(work.workers, max(1, len(work.parts))), engine),
+    )
+
+
+def _samples(work: Preprocessing) -> list[str]:
+    """Real texts from all over the task's stretch, for the check of the tokenizer's engine; bad records are met later."""
+    cheap = [stretch for part in work.parts for stretch in part if not stretch.source.compression or not stretch.start]
+    chosen = [
+        cheap[index] for index in sorted({len(cheap) * k // SAMPLE_STRETCHES for k in range(SAMPLE_STRETCHES)} if cheap else ())
+    ]
+    read = ReadSettings(text_key=work.settings.text_key, on_error="skip", batch_bytes=1 << 16)
+    samples: list[str] = []
+    for stretch in chosen:
+        size = 0
+        with contextlib.suppress(DataError):
+            for batch in RecordReader(stretch, read).batches():
+                samples += [text[:SAMPLE_TEXT_CHARACTERS] for text in batch.texts]
+                size += sum(min(len(text), SAMPLE_TEXT_CHARACTERS) for text in batch.texts)
+                if size >= SAMPLE_CHARACTERS:
+                    break
+    return samples
 
 
 @contextlib.contextmanager
@@ -168,44 +278,139 @@ def _sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _write(writer: ShardWriter, files: list[Path], encoder: BatchEncoder, settings: PreprocessSettings) -> ShardManifest:
-    started = time.monotonic()
-    counts = Counts(tokenizer_path=str(Path(settings.tokenizer).resolve()), eod_token=encoder.tokenizer.eod_token)
-    skipped: Counter[str] = Counter()
-    num_messages = 0
-    workers = settings.workers or available_cores()
-    batches = _batches(files, settings, counts)
-    for packed in ordered_map(encoder, batches, workers, lambda batch: batch.where):
-        writer.append(packed.ids, packed.lengths)
-        counts.text_bytes += packed.text_bytes
-        skipped += packed.skipped
-        for message in packed.messages[: MAX_MESSAGES - num_messages]:
-            logger.warning("skipped %s", message)
-        num_messages += len(packed.messages)
-    counts.skipped = dict(sorted(skipped.items()))
-    if not writer.num_documents:
-        raise DataError(f"no document with a token in {len(files)} input files (skipped: {counts.skipped}); check --input")
-    manifest = writer.finalize(counts)
-    _log_summary(writer.prefix, manifest, time.monotonic() - started)
-    return manifest
+def _make_shard(
+    work: Preprocessing, store: PartStore, tokenizer: Tokenizer, dtype: np.dtype[Any], digest: str, started: float
+) -> ShardManifest:
+    """Encode what is not finished yet and join all parts, in order, while later ones are made; or shuffled, at the end."""
+    encoder = PartEncoder(
+        parts=work.parts,
+        paths=[store.path(number) for number in range(len(work.parts))],
+        read=work.read,
+        tokenizer=tokenizer,
+        direction=work.settings.direction,
+        dtype=dtype,
+        bos_id=tokenizer.token_id(work.settings.bos_token) if work.settings.bos_token else None,
+        min_tokens=work.settings.min_tokens,
+        max_tokens=work.settings.max_tokens,
+        keep=work.keep,
+        is_first=_first_occurrences(work) if work.settings.deduplicate else None,
+        progress=_shared_counters(work),
+    )
+    seed, sums, provenance = work.settings.shuffle_seed, Sums(), tokenizer.provenance(work.settings.direction)
+    with ShardWriter(work.prefix, provenance, dtype, overwrite=bool(existing_files(work.prefix))) as writer:
+        for path, record in zip(encoder.paths, _records(encoder, work, store), strict=True):
+            sums.add(record)
+            if seed is None:
+                writer.append_files(f"{path}.bin", f"{path}.len")
+        if seed is not None:
+            for packed, lengths in quality.shuffled_documents(encoder.paths, dtype, seed + work.task_id):
+                writer.append(packed, lengths)
+        _log_skipped(work, sums)
+        if not writer.num_documents and work.num_tasks == 1:
+            store.remove()
+            reasons = dict(sorted(sums.skipped.items()))
+            raise DataError(f"no document with a token in {len(work.sources)} input files (skipped: {reasons}); check --input")
+        counts = Counts(
+            text_bytes=sums.text_bytes,
+            skipped=dict(sorted(sums.skipped.items())),
+            input_files=sums.input_files,
+            tokenizer_path=str(Path(tokenizer.path).resolve()),
+            eod_token=tokenizer.eod_token,
+            bos_token=work.settings.bos_token or "",
+            elapsed_seconds=round(time.monotonic() - started, 3),
+            request_sha256=digest,
+        )
+        return writer.finalize(counts)
 
 
-def _batches(files: list[Path], settings: PreprocessSettings, counts: Counts) -> Iterator[Batch]:
-    """Batches of all files, with a bar of the bytes read; each finished file is entered into `counts`."""
-    total = sum(path.stat().st_size for path in files)
-    with tqdm(total=total, unit="B", unit_scale=True, unit_divisor=1000, desc="preprocess", disable=None) as bar:
-        before = 0
-        for path in files:
-            source = SourceFile(path)
-            for batch in source.batches(settings.text_key, settings.batch_bytes):
-                yield batch
-                bar.update(before + batch.position - bar.n)
-            counts.input_files.append(source.record())
-            before += source.record().num_bytes
+@dataclass(slots=True)
+class Sums:
+    """Over the parts so far."""
+
+    text_bytes: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    messages: list[str] = field(default_factory=list)
+    input_files: list[InputFile] = field(default_factory=list)
+
+    def add(self, record: PartRecord) -> None:
+        """Enter the next part."""
+        self.text_bytes += record.text_bytes
+        self.skipped += Counter(record.skipped)
+        self.messages += record.messages[: MAX_MESSAGES - len(self.messages)]
+        self.input_files += record.input_files
 
 
-def _log_summary(prefix: str, manifest: ShardManifest, seconds: float) -> None:
+def _records(encoder: PartEncoder, work: Preprocessing, store: PartStore) -> Iterator[PartRecord]:
+    """The records of all parts in order; what is not finished is made."""
+    finished = {number: record for number in range(len(work.parts)) if (record := store.finished(number)) is not None}
+    if finished:
+        logger.info("%s: %d of %d parts were finished before", work.prefix, len(finished), len(work.parts))
+    made = _run(encoder, [number for number in range(len(work.parts)) if number not in finished], work, "preprocess")
+    for number in range(len(work.parts)):
+        yield finished[number] if number in finished else next(made)
+    for _ in made:  # ends the workers and the bar
+        pass
+
+
+def _shared_counters(work: Preprocessing) -> Any:
+    return RawArray("q", max(1, len(work.parts)))
+
+
+def _run(function: Any, numbers: Sequence[int], work: Preprocessing, name: str) -> Iterator[Any]:
+    """The function of some parts, with a bar of the bytes read."""
+    sizes = [sum(stretch.num_bytes for stretch in part) for part in work.parts]
+    total = sum(sizes)
+    before = total - sum(sizes[number] for number in numbers)
+    with tqdm(total=total, initial=before, unit="B", unit_scale=True, unit_divisor=1000, desc=name, disable=None) as bar:
+
+        def show() -> None:
+            bar.update(before + sum(function.progress) - bar.n)
+
+        yield from ordered_map(function, numbers, work.workers, lambda number: _named(work.parts[number]), show)
+        bar.update(total - bar.n)
+
+
+def _named(part: Part) -> str:
+    first = part[0]
+    return f"{first.source.path}, bytes {first.start:,} to {first.end:,}" + (
+        f" and {len(part) - 1} more" if len(part) > 1 else ""
+    )
+
+
+def _log_skipped(work: Preprocessing, sums: Sums) -> None:
+    for message in sums.messages:
+        logger.warning("skipped %s", message)
+    empty = [source.path for source in work.sources if not source.num_bytes]
+    if empty:
+        logger.warning("%d input files are empty, for example %s", len(empty), empty[0])
+
+
+def _hash_task(work: Preprocessing) -> None:
+    """The first pass of deduplication over an array."""
+    check_may_write(work.prefix, overwrite=True)
+    Path(work.prefix).parent.mkdir(parents=True, exist_ok=True)
+    hasher = PartHasher(parts=work.parts, read=work.read, progress=_shared_counters(work))
+    hashes = list(_run(hasher, range(len(work.parts)), work, "hash"))
+    quality.write_hashes(work.prefix, work.reading_request(), hashes)
+    logger.info("%s: hashes of %s documents", work.prefix, f"{sum(map(len, hashes)):,}")
+
+
+def _first_occurrences(work: Preprocessing) -> list[npt.NDArray[np.bool_]]:
+    """Of each part, which documents are the first with their text in all tasks up to this one."""
+    request = work.reading_request()
+    hasher = PartHasher(parts=work.parts, read=work.read, progress=_shared_counters(work))
+    own = list(_run(hasher, range(len(work.parts)), work, "hash"))
+    earlier = (
+        quality.read_hashes(prefix_of_task(work.settings.output_prefix, task, work.num_tasks), request)
+        for task in range(work.task_id)
+    )
+    is_first = quality.first_occurrences(np.concatenate([np.empty((0, 2), np.uint64), *own]), earlier)
+    return np.split(is_first, np.cumsum([len(part) for part in own])[:-1]) if own else []
+
+
+def _log_summary(prefix: str, manifest: ShardManifest) -> None:
     skipped = ", ".join(f"{number:,} {reason}" for reason, number in manifest.skipped.items()) or "none"
+    seconds = manifest.elapsed_seconds
     logger.info(
         "%s: %s documents, %s tokens, %s bytes of text, skipped: %s; %.1f s, %.2f MB/s, %s tokens/s",
         *(prefix, f"{manifest.num_documents:,}", f"{manifest.num_tokens:,}", f"{manifest.text_bytes:,}", skipped),

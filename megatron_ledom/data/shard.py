@@ -42,7 +42,11 @@ class InputFile:
 
     path: str
     num_bytes: int
+    """Of the file as it is stored, from `first_byte` on."""
     sha256: str
+    """Of these bytes; of a table (Parquet, Arrow), which is not read whole, of the file's end, its table of contents."""
+    first_byte: int = 0
+    """Not 0 where several workers or tasks share a file."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -70,6 +74,12 @@ class ShardManifest:
     tokenizer_path: str = ""
     """Where the tokenizer was; a hint for tools that show text, the hash decides."""
     eod_token: str = ""
+    bos_token: str = ""
+    """What stands first in model order, before each document; empty for nothing."""
+    elapsed_seconds: float = 0.0
+    """Wall-clock time of the run that finished the shard."""
+    request_sha256: str = ""
+    """Of everything that was asked of preprocessing, inputs included; the same request again has nothing left to do."""
     package_version: str = __version__
     created_at: str = ""
     """UTC, ISO 8601."""
@@ -141,6 +151,9 @@ class Counts:
     input_files: list[InputFile] = field(default_factory=list)
     tokenizer_path: str = ""
     eod_token: str = ""
+    bos_token: str = ""
+    elapsed_seconds: float = 0.0
+    request_sha256: str = ""
 
 
 class ShardWriter:
@@ -154,7 +167,6 @@ class ShardWriter:
         self.prefix = prefix
         self.provenance = provenance
         self.dtype = np.dtype(dtype)
-        self._lengths: list[npt.NDArray[np.int32]] = []
         self._num_bytes = 0
         self.num_documents = 0
         """Documents appended so far."""
@@ -164,6 +176,7 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._made: list[Path] = []
         self._bin = self._create(".bin")
+        self._lengths = self._create(".len")  # not in memory: there are hundreds of millions
 
     def _create(self, suffix: str) -> BinaryIO:
         path = Path(f"{self.prefix}{suffix}.part")
@@ -176,17 +189,30 @@ class ShardWriter:
             raise TypeError(f"ids of type {packed.dtype} for a shard of {self.dtype}")
         if int(lengths.sum(dtype=np.int64)) != packed.size:
             raise ValueError(f"{packed.size} ids for documents of {int(lengths.sum(dtype=np.int64))}")
-        content = np.ascontiguousarray(packed).view(np.uint8).data
+        self._append(np.ascontiguousarray(packed).view(np.uint8).data, lengths)
+
+    def append_files(self, ids_path: str, lengths_path: str) -> None:
+        """Add the ids in one file and the int32 lengths in another, both as `append` takes them."""
+        lengths = np.fromfile(lengths_path, np.int32)
+        with open(ids_path, "rb", buffering=0) as stream:
+            block = memoryview(bytearray(CHUNK_BYTES))
+            while size := stream.readinto(block):
+                self._append(block[:size], lengths[:0])
+        self._append(block[:0], lengths)
+
+    def _append(self, content: memoryview, lengths: npt.NDArray[np.int32]) -> None:
         self._bin.write(content)
         self._hash.update(content)
         self._num_bytes += len(content)
-        self._lengths.append(lengths.astype(np.int32, copy=True))
+        self._lengths.write(np.ascontiguousarray(lengths, np.int32).data)
         self.num_documents += len(lengths)
 
     def finalize(self, counts: Counts) -> ShardManifest:
         """Write index and manifest, check the invariant, and give all three files their names, the manifest last."""
-        lengths = np.concatenate(self._lengths) if self._lengths else np.zeros(0, np.int32)
         _close_synced(self._bin)
+        self._lengths.close()
+        path = f"{self.prefix}.len.part"
+        lengths = np.memmap(path, np.int32, "r") if self.num_documents else np.zeros(0, np.int32)
         size = Path(f"{self.prefix}.bin.part").stat().st_size
         num_tokens = int(lengths.sum(dtype=np.int64))
         if num_tokens * self.dtype.itemsize != size or size != self._num_bytes:
@@ -225,6 +251,7 @@ class ShardWriter:
             final = Path(self.prefix + suffix)
             Path(f"{final}.part").replace(final)
             self._made.append(final)
+        Path(f"{self.prefix}.len.part").unlink()
         folder = os.open(Path(self.prefix).parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -235,7 +262,10 @@ class ShardWriter:
 
     def abort(self) -> None:
         """Remove what was written so far."""
-        self._bin.close()
+        with contextlib.suppress(OSError):  # a full disk: what is still buffered is not wanted
+            self._bin.close()
+        with contextlib.suppress(OSError):
+            self._lengths.close()
         for path in self._made:
             path.unlink(missing_ok=True)
         for folder in self._made_folders:
@@ -260,12 +290,18 @@ def _close_synced(stream: BinaryIO) -> None:
 def index_blocks(lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> Iterator[bytes]:
     """The content of `.idx` for documents of `lengths` [documents] ids of `dtype`, in blocks."""
     count = len(lengths)
+    starts = range(0, count, CHUNK_DOCUMENTS)
     yield HEADER.pack(MAGIC, 1, DTYPE_CODES[dtype.name], count, count + 1)
-    yield lengths.astype("<i4", copy=False).tobytes()
-    pointers = np.zeros(count + 1, "<i8")
-    np.cumsum(lengths, out=pointers[1:], dtype=np.int64)
-    yield (pointers[:count] * dtype.itemsize).tobytes()
-    yield np.arange(count + 1, dtype="<i8").tobytes()
+    for start in starts:
+        yield lengths[start : start + CHUNK_DOCUMENTS].astype("<i4", copy=False).tobytes()
+    before = 0
+    for start in starts:
+        ends = np.cumsum(lengths[start : start + CHUNK_DOCUMENTS], dtype="<i8")
+        pointers = (before + ends - lengths[start : start + CHUNK_DOCUMENTS]) * dtype.itemsize
+        yield pointers.astype("<i8", copy=False).tobytes()
+        before += int(ends[-1])
+    for start in range(0, count + 1, CHUNK_DOCUMENTS):
+        yield np.arange(start, min(start + CHUNK_DOCUMENTS, count + 1), dtype="<i8").tobytes()
 
 
 def load_manifest(prefix: str) -> ShardManifest:

@@ -70,7 +70,11 @@ def load_sources(config: RunConfig) -> Sources:
 
 def _open(blend: list[BlendEntry]) -> list[Source]:
     total = sum(weight for weight, _ in blend)
-    return [Source(prefix, weight / total, check_shard(prefix)) for weight, prefix in blend]
+    sources = [Source(prefix, weight / total, check_shard(prefix)) for weight, prefix in blend]
+    for source in sources:
+        if not source.manifest.num_documents:
+            raise ConfigError(f"the shard {source.prefix} has no documents; leave it out of the blend")
+    return sources
 
 
 def _check_direction(source: Source, direction: Direction) -> None:

@@ -1,93 +1,43 @@
 """Tokenizers as the data path needs them: flat ids of many texts, no specials added, and a hash that says which ids mean what.
 
-No torch and no transformers here: preprocessing starts in a second. Two engines do the work, `tokenizers` for a
-`tokenizer.json` and `sentencepiece` for a `.model`; the ids of both are the same by the check in `sentencepiece_bpe.convert`.
+No torch and no transformers here: preprocessing starts in a second (tiktoken ranks excepted, which transformers converts).
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import orjson
 
-from megatron_ledom.data import sentencepiece_bpe
+from megatron_ledom.data import sentencepiece_bpe, tiktoken_ranks
+from megatron_ledom.data.engines import Engine, HubEngine, PieceEngine, ReferenceEngine, fast_engines, first_difference
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import Provenance, vocabulary_hash
 
+logger = logging.getLogger(__name__)
+
 LOCAL_CODE = ("auto_map", "tokenizer_file", "name_or_path")  # what a copied tokenizer_config.json must not carry along
-
-
-class Engine(Protocol):
-    """What encodes and decodes."""
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text, text order, no specials added; a special token spelled out in a text is ordinary text."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids in text order, without specials."""
-
-    def vocab(self) -> dict[str, int]:
-        """The id of every token, added ones included."""
-
-
-class HubEngine:
-    """The `tokenizers` library on a tokenizer.json."""
-
-    def __init__(self, tokenizer_json: str, where: str) -> None:
-        from tokenizers import Tokenizer as HubTokenizer
-
-        try:
-            self.tokenizer = HubTokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(f"{where} is not a tokenizer.json of the tokenizers library ({error})") from error
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self.tokenizer.encode_special_tokens = True
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; see Engine."""
-        return [encoding.ids for encoding in self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; see Engine."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def vocab(self) -> dict[str, int]:
-        """The id of every token; see Engine."""
-        return dict(self.tokenizer.get_vocab(with_added_tokens=True))
-
-
-class PieceEngine:
-    """The `sentencepiece` library on a .model."""
-
-    def __init__(self, model: bytes) -> None:
-        import sentencepiece
-
-        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-
-    def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text; see Engine."""
-        ids: list[list[int]] = self.processor.encode(list(texts), out_type=int, num_threads=1)
-        return ids
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; see Engine."""
-        return str(self.processor.decode(list(ids)))
-
-    def vocab(self) -> dict[str, int]:
-        """The id of every token; see Engine."""
-        return {self.processor.id_to_piece(index): index for index in range(self.processor.vocab_size())}
 
 
 class Tokenizer:
     """A loaded tokenizer; made by `load_tokenizer`."""
 
     def __init__(
-        self, *, name: str, path: str, files: dict[str, bytes], config: dict[str, Any], engine: Engine, eod_token: str | None
+        self,
+        *,
+        name: str,
+        path: str,
+        files: dict[str, bytes],
+        config: dict[str, Any],
+        engine: ReferenceEngine,
+        eod_token: str | None,
+        eod_id: int | None,
+        model: bytes | None,
     ) -> None:
         self.name = name
         """For people; two tokenizers with one name can differ, so comparisons use `sha256`."""
@@ -95,7 +45,9 @@ class Tokenizer:
         """Where it was loaded from, as given."""
         self._files = files
         self._config = config
-        self._engine = engine
+        self._reference = engine
+        self._engine: Engine = engine
+        self._model = model
         self.sha256 = vocabulary_hash(files["tokenizer.json"])
         """See `vocabulary_hash`."""
         vocab = engine.vocab()
@@ -103,11 +55,22 @@ class Tokenizer:
             raise DataError(f"tokenizer {path} has no tokens; give another one with --tokenizer")
         self.vocab_size: int = max(vocab.values()) + 1
         """Highest id + 1, added tokens included; ids below it may be unused."""
+        self._vocab = vocab
+        if eod_id is not None:
+            eod_token = next((token for token, index in vocab.items() if index == eod_id), None)
+            if eod_token is None:
+                raise UsageError(f"tokenizer {path} has no token with id {eod_id} to end documents with; name another --eod-id")
         self.eod_token: str = eod_token or eos_of(config, path)
         """The token that says "the text begins here" to a reverse model, "the text ends here" to a forward one."""
         if self.eod_token not in vocab:
             raise UsageError(f"tokenizer {path} has no token {self.eod_token!r} to end documents with; name one by --eod-token")
         self.eod_id: int = vocab[self.eod_token]
+
+    def token_id(self, token: str) -> int:
+        """The id of a token. Raises UsageError if there is none."""
+        if token not in self._vocab:
+            raise UsageError(f"tokenizer {self.path} has no token {token!r}; name one of its tokens")
+        return self._vocab[token]
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         """Ids of all texts one after the other [total] in text order, and where each begins [texts + 1].
@@ -115,17 +78,31 @@ class Tokenizer:
         Nothing is added (no BOS, no EOS), and a special token spelled out in a text is encoded as ordinary text, so a
         special eod stands in no document.
         """
-        documents = self._engine.encode(texts)
-        offsets = np.zeros(len(documents) + 1, np.int64)
-        np.cumsum([len(document) for document in documents], out=offsets[1:])
-        ids = np.empty(int(offsets[-1]), np.uint32)
-        for index, document in enumerate(documents):
-            ids[offsets[index] : offsets[index + 1]] = document
-        return ids, offsets
+        return self._engine.encode(texts)
+
+    def use_fastest_engine(self, samples: Sequence[str]) -> str:
+        """Encode with the fastest engine whose ids equal the reference's on `samples` and on odd texts; what was chosen and why."""
+        texts = [*sentencepiece_bpe.ODD_TEXTS, f"a{self.eod_token} {self.eod_token}\n", *samples]
+        passed_over = []
+        for name, make in fast_engines(self._files["tokenizer.json"].decode(), self._model):
+            try:
+                engine = make()
+                text = first_difference(engine, self._reference, texts)
+            except Exception as error:  # a library that cannot load this tokenizer; each has errors of its own
+                passed_over.append(
+                    f"{name} cannot be used: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
+                )
+                continue
+            if text is None:
+                self._engine = engine
+                break
+            passed_over.append(f"{name} gives other ids on {text[:40]!r}")
+        checked = "" if self._engine is self._reference else f", equal to {self._reference.name} on {len(texts)} texts"
+        return "; ".join([f"{self._engine.name}{checked}", *passed_over])
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """The text of ids [length] in text order; specials are left out."""
-        return self._engine.decode(ids.tolist() if isinstance(ids, np.ndarray) else ids)
+        return self._reference.decode(ids.tolist() if isinstance(ids, np.ndarray) else ids)
 
     def provenance(self, direction: Direction) -> Provenance:
         """What a shard, checkpoint or export made with this tokenizer records."""
@@ -170,33 +147,75 @@ def eos_of(config: dict[str, Any], path: str) -> str:
     return eos
 
 
-def load_tokenizer(path: str, eod_token: str | None = None) -> Tokenizer:
-    """Load a Hugging Face folder, a `tokenizer.json` or a SentencePiece `.model`; a folder's tokenizer.json goes before its .model.
+def load_tokenizer(
+    path: str, eod_token: str | None = None, *, eod_id: int | None = None, add_specials: bool = False
+) -> Tokenizer:
+    """Load a Hugging Face folder, a `tokenizer.json`, a SentencePiece `.model` or tiktoken ranks (`.tiktoken`).
 
-    The eod is `eod_token`, else the eos that tokenizer_config.json in the same folder names, else the eos of a .model.
+    A folder's tokenizer.json goes before its .model. The eod is `eod_token` or the token `eod_id`, else the eos that
+    tokenizer_config.json in the same folder names, else the eos of a .model. With `add_specials` the five specials of the
+    original are appended behind the vocabulary, and the eod, if not named, is <EOD>.
     """
     file = _vocabulary_file(path)
     name = file.parent.resolve().name if file.stem == "tokenizer" else file.stem
     config = _config_beside(file)
     content = file.read_bytes()
-    files, engine = _from_model(content, str(file), config) if file.suffix == ".model" else _from_json(content, str(file))
-    return Tokenizer(name=name, path=path, files=files, config=config, engine=engine, eod_token=eod_token)
+    if add_specials:
+        config["eos_token"] = sentencepiece_bpe.EOD_TOKEN
+    if file.suffix == ".model":
+        model: bytes | None = sentencepiece_bpe.append_specials(content) if add_specials else content
+        files, engine = _from_model(model or b"", str(file), config)
+    else:
+        stored = _ranks_as_json(file, config) if file.suffix == ".tiktoken" else content
+        files, engine = _from_json(_with_specials(stored, str(file)) if add_specials else stored, str(file))
+        model = _model_beside(file)
+    return Tokenizer(
+        name=name, path=path, files=files, config=config, engine=engine, eod_token=eod_token, eod_id=eod_id, model=model
+    )
+
+
+def _model_beside(file: Path) -> bytes | None:
+    """The SentencePiece form of a tokenizer.json, where a folder has both: it can be encoded faster, if its ids are the same."""
+    beside = file.with_name("tokenizer.model")
+    return beside.read_bytes() if file.name == "tokenizer.json" and beside.is_file() else None
+
+
+def _ranks_as_json(file: Path, config: dict[str, Any]) -> bytes:
+    encoding = tiktoken_ranks.encoding_of(file, config)
+    if len(encoding.special_tokens) == 1:
+        config.setdefault("eos_token", next(iter(encoding.special_tokens)))
+    return tiktoken_ranks.convert(file, encoding).encode()
+
+
+def _with_specials(content: bytes, where: str) -> bytes:
+    """A tokenizer.json with the five specials behind everything it has."""
+    stored = _parsed(content, where)
+    added = stored.get("added_tokens") or []
+    vocab = stored["model"].get("vocab") or {}
+    indices = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
+    there = {token["content"] for token in added} & set(sentencepiece_bpe.SPECIALS)
+    if there:
+        raise UsageError(f"tokenizer {where} has {', '.join(sorted(there))} already; leave --add-specials out")
+    first = max([*indices, *(token["id"] for token in added)], default=-1) + 1
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    new = [{"id": first + k, "content": token, **flags} for k, token in enumerate(sentencepiece_bpe.SPECIALS)]
+    return orjson.dumps({**stored, "added_tokens": [*added, *new]})
 
 
 def _vocabulary_file(path: str) -> Path:
     given = Path(path)
     if not given.exists():
         raise UsageError(
-            f"tokenizer {path} does not exist; give a Hugging Face folder, a tokenizer.json or a SentencePiece .model"
+            f"tokenizer {path} does not exist; give a Hugging Face folder, a tokenizer.json, a SentencePiece .model or a .tiktoken"
         )
     if given.is_dir():
         for name in ("tokenizer.json", "tokenizer.model"):
             if (given / name).is_file():
                 return given / name
         raise UsageError(f"folder {path} holds neither tokenizer.json nor tokenizer.model; give a folder or file with one")
-    if given.suffix not in (".json", ".model"):
+    if given.suffix not in (".json", ".model", ".tiktoken"):
         raise UsageError(
-            f"tokenizer {path} is neither a folder, a tokenizer.json nor a SentencePiece .model; give one of these"
+            f"tokenizer {path} is neither a folder, a tokenizer.json, a SentencePiece .model nor a .tiktoken; give one of these"
         )
     return given
 
@@ -214,17 +233,22 @@ def _config_beside(file: Path) -> dict[str, Any]:
     return config
 
 
-def _from_json(content: bytes, where: str) -> tuple[dict[str, bytes], Engine]:
+def _parsed(content: bytes, where: str) -> dict[str, Any]:
     try:
         stored = orjson.loads(content)
     except orjson.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON ({error}); repair it or fetch it again") from error
     if not isinstance(stored, dict) or "model" not in stored:
         raise DataError(f"{where} is not a tokenizer.json: it holds no model; give the file the tokenizers library writes")
+    return stored
+
+
+def _from_json(content: bytes, where: str) -> tuple[dict[str, bytes], ReferenceEngine]:
+    _parsed(content, where)
     return {"tokenizer.json": content}, HubEngine(content.decode(), where)
 
 
-def _from_model(content: bytes, where: str, config: dict[str, Any]) -> tuple[dict[str, bytes], Engine]:
+def _from_model(content: bytes, where: str, config: dict[str, Any]) -> tuple[dict[str, bytes], ReferenceEngine]:
     converted = sentencepiece_bpe.convert(content, where)
     engine = PieceEngine(content)
     for role in ("bos", "eos"):

@@ -10,7 +10,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_ledom.data import sentencepiece_bpe
-from megatron_ledom.data.corpus import expand_inputs, read_texts
+from megatron_ledom.data.corpus import read_texts
+from megatron_ledom.data.inputs import expand_inputs
 from megatron_ledom.errors import UsageError
 
 logger = logging.getLogger(__name__)

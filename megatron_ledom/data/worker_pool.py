@@ -1,57 +1,59 @@
-"""Worker processes that map a function over a stream: results in the order of the stream, bounded memory, and no hanging.
+"""Worker processes that map a function over items: results in the order of the items, no idle worker, and no hanging.
 
 Each worker is forked, so it inherits the function and what that has loaded. It talks over one socket pair and no lock is
-shared: when a worker dies its end closes, the parent notices at once; when the parent dies the workers end by themselves.
+shared: when a worker dies its end closes and the parent notices at once; when the parent dies the workers die with it.
 """
 
-import queue
+import ctypes
+import os
 import signal
-import threading
+import sys
 import traceback
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from megatron_ledom.errors import LedomError
 
-AHEAD = 2  # items a worker has been given at any time
+POLL_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 def ordered_map(
-    function: Callable[[Item], Result], items: Iterable[Item], num_workers: int, describe: Callable[[Item], str]
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    num_workers: int,
+    describe: Callable[[Item], str],
+    while_waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
-    """`function` of each item, in the order of the items, by `num_workers` processes (1: in this process).
+    """`function` of each item, in the order of the items, by `num_workers` processes; a free worker takes the next item.
 
     A LedomError raised by `function` is raised here as it is; another exception, and the death of a worker, as a
-    LedomError that names the item by `describe`. Whatever ends the iteration, no worker outlives it.
+    LedomError that names the item by `describe`. Whatever ends the iteration, no worker outlives it. `while_waiting` is called
+    several times a second. Results that come early are kept, so they should be small.
     """
-    if num_workers == 1:
-        yield from map(function, items)
+    if not items:
         return
-    pool = _Pool(function, num_workers)
-    waiting: deque[tuple[int, Item]] = deque()
+    pool = _Pool(function, min(num_workers, len(items)))
+    results: dict[int, Result] = {}
+    given, returned = 0, 0
     try:
-        for number, item in enumerate(items):
-            if len(waiting) == AHEAD * num_workers:
-                yield pool.receive(*_next(waiting, describe))
-            worker = number % num_workers
-            pool.send(worker, item, describe(item))
-            waiting.append((worker, item))
-        while waiting:
-            yield pool.receive(*_next(waiting, describe))
+        while returned < len(items):
+            while pool.idle and given < len(items):
+                pool.send(given, items[given], describe(items[given]))
+                given += 1
+            for number, result in pool.receive(while_waiting):
+                results[number] = result
+            while returned in results:
+                yield results.pop(returned)
+                returned += 1
     finally:
         pool.close()
-
-
-def _next(waiting: deque[tuple[int, Item]], describe: Callable[[Item], str]) -> tuple[int, str]:
-    worker, item = waiting.popleft()
-    return worker, describe(item)
 
 
 class _Pool:
@@ -59,37 +61,53 @@ class _Pool:
         context = get_context("fork")
         self.connections: list[Connection] = []
         self.processes: list[BaseProcess] = []
+        self.busy: dict[Connection, tuple[int, str]] = {}
+        """The item each busy worker has, by number and in words."""
         for _ in range(num_workers):
             mine, theirs = context.Pipe(duplex=True)
             self.connections.append(mine)
-            process = context.Process(target=_work, args=(function, theirs, list(self.connections)), daemon=True)
+            process = context.Process(target=_work, args=(function, theirs, list(self.connections), os.getpid()), daemon=True)
             process.start()
             theirs.close()  # else the death of the worker would not close it
             self.processes.append(process)
+        self.idle = list(reversed(self.connections))
 
-    def send(self, worker: int, item: Any, what: str) -> None:
-        """Give a worker an item; `what` names it in the error when the worker is dead."""
+    def send(self, number: int, item: Any, what: str) -> None:
+        """Give an idle worker an item; `what` names it in the error when the worker is dead."""
+        connection = self.idle.pop()
+        self.busy[connection] = (number, what)
         try:
-            self.connections[worker].send(item)
+            connection.send(item)
         except OSError as error:
-            raise self._death(worker, what) from error
+            raise self._death(connection) from error
 
-    def receive(self, worker: int, what: str) -> Any:
-        """A worker's next result; raises its error, or tells how it died at `what`."""
+    def receive(self, while_waiting: Callable[[], None]) -> list[tuple[int, Any]]:
+        """(number, result) of all that is ready, once something is; raises a worker's error, or tells how it died."""
+        while not (ready := wait(list(self.busy), timeout=POLL_SECONDS)):
+            while_waiting()
+        while_waiting()
+        return [self._result(connection) for connection in ready if isinstance(connection, Connection)]
+
+    def _result(self, connection: Connection) -> tuple[int, Any]:
+        number, what = self.busy[connection]
         try:
-            result, error = self.connections[worker].recv()
+            result, error = connection.recv()
         except (EOFError, OSError) as closed:
-            raise self._death(worker, what) from closed
+            raise self._death(connection) from closed
         if isinstance(error, LedomError):
             raise error
         if error is not None:
             raise LedomError(f"a worker failed on {what}; this is a fault of this package or of the tokenizer:\n{error}")
-        return result
+        del self.busy[connection]
+        self.idle.append(connection)
+        return number, result
 
-    def _death(self, worker: int, what: str) -> LedomError:
-        self.processes[worker].join(timeout=10)
-        code = self.processes[worker].exitcode
+    def _death(self, connection: Connection) -> LedomError:
+        process = self.processes[self.connections.index(connection)]
+        process.join(timeout=10)
+        code = process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
+        what = self.busy[connection][1]
         return LedomError(f"a worker process {how} at {what}; often memory ran out: use fewer --workers or more memory")
 
     def close(self) -> None:
@@ -101,18 +119,21 @@ class _Pool:
             process.join()
 
 
-def _work(function: Callable[[Any], Any], connection: Connection, parents_ends: list[Connection]) -> None:
+def _work(function: Callable[[Any], Any], connection: Connection, parents_ends: list[Connection], parent: int) -> None:
     """A worker's life: results, or errors, of the items it is sent, until the parent closes the connection."""
+    _die_with_the_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for inherited in parents_ends:
         inherited.close()
-    items: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    threading.Thread(target=_take, args=(connection, items), daemon=True).start()
-    while (item := items.get()) is not None:
+    while True:
+        try:
+            item = connection.recv()
+        except (EOFError, OSError):
+            return
         answer: tuple[Any, LedomError | str | None]
         try:
-            answer = (function(item[0]), None)
+            answer = (function(item), None)
         except LedomError as error:
             answer = (None, error)
         except Exception:
@@ -123,10 +144,9 @@ def _work(function: Callable[[Any], Any], connection: Connection, parents_ends: 
             return  # the parent is gone or has had enough
 
 
-def _take(connection: Connection, items: "queue.SimpleQueue[Any]") -> None:
-    """Empty the connection at once, so that the parent never waits to send while this worker waits to send."""
-    try:
-        while True:
-            items.put((connection.recv(),))
-    except (EOFError, OSError):
-        items.put(None)
+def _die_with_the_parent(parent: int) -> None:
+    """Linux ends this process when its parent is killed: else it would go on writing beside the next start."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+        if os.getppid() != parent:  # it was killed before this line
+            os._exit(1)

@@ -1,0 +1,149 @@
+"""The work of a preprocessing worker: a part of the corpus to ids as they are stored. Nothing here imports torch."""
+
+from collections import Counter
+from collections.abc import Iterator, MutableSequence, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ledom.data.corpus import MAX_MESSAGES, ReadSettings, RecordReader, TextBatch
+from megatron_ledom.data.inputs import Part
+from megatron_ledom.data.packing import pack_documents
+from megatron_ledom.data.part_store import PartFile, PartRecord
+from megatron_ledom.data.quality import DUPLICATE, FILTERED, TOO_LONG, TOO_SHORT, Filter, Hashes, hashes_of
+from megatron_ledom.data.tokenizer import Tokenizer
+from megatron_ledom.direction import Direction
+
+NO_TOKENS = "no_tokens"
+
+
+@dataclass(slots=True, kw_only=True)
+class PartEncoder:
+    """Encodes parts by number, each into its files; forked into every worker."""
+
+    parts: Sequence[Part]
+    paths: Sequence[str]
+    """Where each part goes, without ending."""
+    read: ReadSettings
+    tokenizer: Tokenizer
+    direction: Direction
+    dtype: np.dtype[Any]
+    bos_id: int | None = None
+    min_tokens: int = 1
+    max_tokens: int | None = None
+    keep: Filter | None = None
+    is_first: Sequence[npt.NDArray[np.bool_]] | None = None
+    """Of each part, which of its documents [documents] are no duplicates."""
+    progress: MutableSequence[int] = field(default_factory=list)
+    """Bytes done of each part, shared with the parent."""
+
+    def __call__(self, number: int) -> PartRecord:
+        """Texts without tokens are counted and left out, never stored: a lone eod would shift every later document."""
+        file = PartFile(self.paths[number])
+        record = PartRecord()
+        skipped: Counter[str] = Counter()
+        seen = 0
+        for batch in gathered(_batches(self, number, record, skipped), self.read.batch_bytes):
+            is_first = None if self.is_first is None else self.is_first[number][seen : seen + len(batch.texts)]
+            seen += len(batch.texts)
+            texts = self._chosen(batch, is_first, skipped)
+            packed, lengths, text_bytes = self._encoded(texts, skipped)
+            file.append(packed, lengths)
+            record.text_bytes += text_bytes
+        record.num_documents, record.num_tokens = file.num_documents, file.num_tokens
+        record.skipped = dict(sorted(skipped.items()))
+        return file.finish(record)
+
+    def _chosen(self, batch: TextBatch, is_first: npt.NDArray[np.bool_] | None, skipped: Counter[str]) -> list[str]:
+        texts, records = batch.texts, batch.records
+        if is_first is not None:
+            skipped[DUPLICATE] += len(texts) - int(is_first.sum())
+            chosen = np.flatnonzero(is_first).tolist()
+            texts, records = [texts[index] for index in chosen], [records[index] for index in chosen] if records else []
+        if self.keep is None:
+            return texts
+        kept = [text for text, record in zip(texts, records, strict=True) if self.keep(text, record)]
+        skipped[FILTERED] += len(texts) - len(kept)
+        return kept
+
+    def _encoded(self, texts: list[str], skipped: Counter[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int]:
+        """(ids as stored, stored lengths, UTF-8 bytes of the stored texts)."""
+        ids, offsets = self.tokenizer.encode_batch(texts)
+        lengths = np.diff(offsets)
+        is_kept = lengths > 0
+        _count(skipped, NO_TOKENS, ~is_kept)
+        if self.min_tokens > 1 or self.max_tokens is not None:
+            too_long = lengths > (self.max_tokens or lengths.max(initial=0))
+            too_short = is_kept & (lengths < self.min_tokens)
+            _count(skipped, TOO_LONG, too_long)
+            _count(skipped, TOO_SHORT, too_short)
+            is_kept &= ~(too_long | too_short)
+            ids = ids[np.repeat(is_kept, lengths)]
+            offsets = np.concatenate([[0], np.cumsum(lengths[is_kept])]).astype(np.int64)
+        packed, stored = pack_documents(
+            ids,
+            offsets,
+            direction=self.direction,
+            eod_id=self.tokenizer.eod_id,
+            vocab_size=self.tokenizer.vocab_size,
+            dtype=self.dtype,
+            bos_id=self.bos_id,
+        )
+        kept = texts if is_kept.all() else [text for text, keep in zip(texts, is_kept.tolist(), strict=True) if keep]
+        return packed, stored, sum(len(text) if text.isascii() else len(text.encode()) for text in kept)
+
+
+def _count(skipped: Counter[str], reason: str, which: npt.NDArray[np.bool_]) -> None:
+    if number := int(which.sum()):
+        skipped[reason] += number
+
+
+def _batches(work: PartEncoder, number: int, record: PartRecord, skipped: Counter[str]) -> Iterator[TextBatch]:
+    """The texts of a part, with what is known of its stretches entered into `record` and `skipped`."""
+    done = 0
+    for stretch in work.parts[number]:
+        reader = RecordReader(stretch, work.read)
+        for batch in reader.batches():
+            yield batch
+            if work.progress:
+                work.progress[number] = done + batch.position
+        done += stretch.num_bytes
+        skipped += reader.skipped
+        record.messages += reader.messages[: MAX_MESSAGES - len(record.messages)]
+        record.input_files.append(reader.record())
+
+
+def gathered(batches: Iterator[TextBatch], batch_bytes: int) -> Iterator[TextBatch]:
+    """The same texts in batches that are worth a call of the tokenizer, however small the files are."""
+    pending, size = TextBatch(), 0
+    for batch in batches:
+        pending.texts += batch.texts
+        pending.records += batch.records
+        size += sum(map(len, batch.texts))
+        if size >= batch_bytes // 2:
+            yield pending
+            pending, size = TextBatch(), 0
+    if pending.texts:
+        yield pending
+
+
+@dataclass(slots=True, kw_only=True)
+class PartHasher:
+    """The hashes of a part's documents, for deduplication."""
+
+    parts: Sequence[Part]
+    read: ReadSettings
+    progress: MutableSequence[int] = field(default_factory=list)
+
+    def __call__(self, number: int) -> Hashes:
+        """[documents, 2], in the order in which PartEncoder reads them."""
+        hashes, done = [np.empty((0, 2), np.uint64)], 0
+        for stretch in self.parts[number]:
+            for batch in RecordReader(stretch, self.read).batches():
+                hashes.append(hashes_of(batch.texts))
+                if self.progress:
+                    self.progress[number] = done + batch.position
+            done += stretch.num_bytes
+        return np.concatenate(hashes)

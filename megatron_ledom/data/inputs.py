@@ -1,0 +1,257 @@
+"""Which files a corpus is: paths, globs, folders, lists and object stores, and the byte ranges of them that a task reads.
+
+Work is divided by bytes. The files, sorted by path, lie one after the other on one axis of bytes; a task owns an equal
+stretch of it, and a record belongs to the stretch in which it begins. One file of 500 GB and 500,000 small ones divide alike.
+"""
+
+import glob
+import os
+import stat
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from megatron_ledom.errors import UsageError
+
+Kind = Literal["lines", "parquet", "arrow", "text", "warc"]
+Compression = Literal["", "gz", "zst", "bz2", "xz"]
+
+ENDINGS: dict[str, Kind] = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "lines",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".txt": "text",
+    ".warc": "warc",
+    ".wet": "warc",
+}
+COMPRESSIONS: tuple[Compression, ...] = ("gz", "zst", "bz2", "xz")
+SUPPORTED = (
+    "*.jsonl, *.ndjson, *.json, *.txt, *.warc or *.wet (each also .gz, .zst, .bz2 or .xz), *.parquet, *.arrow, *.feather"
+)
+
+COMPRESSED_BLOCK = 1 << 16
+"""Compressed input is read in blocks of this size; a stretch of a compressed file begins and ends with one."""
+PART_BYTES = 32 << 20
+"""About what one part of the work reads: what a kill can cost a worker."""
+COMPRESSED_PART_BYTES = 256 << 20
+"""The same for compressed files, which have to be decompressed from their start: smaller parts would repeat that more often."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputPath:
+    """One input file, local or in an object store."""
+
+    path: str
+    """As it was named; with a protocol such as s3:// for an object store."""
+    num_bytes: int
+    version: str
+    """Time of modification or the store's checksum: with another one, work that was done is not this file's."""
+
+    @property
+    def compression(self) -> Compression:
+        """By the ending; empty for none."""
+        return next((name for name in COMPRESSIONS if self.path.endswith(f".{name}")), "")
+
+    @property
+    def kind(self) -> Kind:
+        """By the ending."""
+        kind = _kind(self.path)
+        assert kind is not None, self.path
+        return kind
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether workers can share it: JSON lines at line ends, tables between their row groups."""
+        if self.kind == "lines":
+            return not self.compression or self.num_bytes >= COMPRESSED_PART_BYTES
+        return self.kind in ("parquet", "arrow")
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Bytes [start, end) of a file: the records that begin there. A compressed file is measured as it is stored."""
+
+    source: InputPath
+    start: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file."""
+        return self.end - self.start
+
+
+Part = tuple[Stretch, ...]
+"""What a worker does in one go: consecutive stretches."""
+
+
+def _kind(path: str) -> Kind | None:
+    for name in COMPRESSIONS:
+        inner = path.removesuffix(f".{name}")
+        if inner != path:
+            kind = ENDINGS.get(os.path.splitext(inner)[1])
+            return None if kind in ("parquet", "arrow") else kind
+    return ENDINGS.get(os.path.splitext(path)[1])
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path names an object store or another file system of fsspec."""
+    return "://" in path
+
+
+def remote_file_system(path: str) -> Any:
+    """The fsspec file system of a URL. Raises UsageError when its package is missing."""
+    import fsspec
+
+    protocol = path.split("://")[0]
+    try:
+        return fsspec.filesystem(protocol)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"input {path}: {error}; for s3:// install s3fs (pip install 'megatron-ledom[s3]')") from error
+
+
+def expand_inputs(patterns: Sequence[str]) -> list[InputPath]:
+    """The files that are named, each once, sorted by path.
+
+    A pattern is a path, a glob, a folder (all files of known endings below it), `@LIST` (a file with one pattern a line), or any
+    of the first three in an object store. Refused: no match, an unknown ending, no access.
+    """
+    found: dict[str, InputPath] = {}
+    for pattern in _listed(patterns):
+        for source in _expand_remote(pattern) if is_remote(pattern) else _expand_local(pattern):
+            found[source.path] = source
+    return [found[path] for path in sorted(found)]
+
+
+def _listed(patterns: Sequence[str]) -> Iterator[str]:
+    for pattern in patterns:
+        if not pattern.startswith("@") or os.path.lexists(pattern):
+            yield pattern
+            continue
+        try:
+            lines = Path(pattern[1:]).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"input list {pattern[1:]} cannot be read ({error}); give @FILE with one path a line") from error
+        yield from (line.strip() for line in lines if line.strip())
+
+
+def _expand_local(pattern: str) -> Iterator[InputPath]:
+    matches = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+    if not matches:
+        raise UsageError(f"input {pattern} does not exist or matches no file; check --input")
+    for match in matches:
+        if os.path.isdir(match):
+            inside = [str(path) for path in Path(match).rglob("*") if _kind(str(path)) and path.is_file()]
+            if not inside:
+                raise UsageError(f"input {match} is a folder without a file of a known ending; expected {SUPPORTED}")
+            yield from map(_local, inside)
+        else:
+            yield _local(match)
+
+
+def _local(path: str) -> InputPath:
+    _check_ending(path)
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise UsageError(f"input {path} cannot be read ({error.strerror}); repair it or leave it out of --input") from error
+    if not stat.S_ISREG(state.st_mode):
+        raise UsageError(f"input {path} is no regular file: its size decides who reads what; write it to a file first")
+    if not os.access(path, os.R_OK):
+        raise UsageError(f"input {path} cannot be read; change its permissions or leave it out of --input")
+    return InputPath(path, state.st_size, str(state.st_mtime_ns))
+
+
+def _check_ending(path: str) -> None:
+    if _kind(path) is None:
+        raise UsageError(f"input {path} has an ending that is not known; expected {SUPPORTED}")
+
+
+def _expand_remote(pattern: str) -> Iterator[InputPath]:
+    system = remote_file_system(pattern)
+    try:
+        if glob.has_magic(pattern):
+            entries = system.glob(pattern, detail=True)
+        elif system.isdir(pattern):
+            entries = {name: entry for name, entry in system.find(pattern, detail=True).items() if _kind(name)}
+        else:
+            entries = {pattern: system.info(pattern)}
+    except FileNotFoundError:
+        entries = {}
+    except Exception as error:  # each store has errors of its own: no credentials, no such bucket, no route
+        raise UsageError(f"input {pattern} cannot be listed ({error}); check the address and the credentials") from error
+    if not entries:
+        raise UsageError(f"input {pattern} does not exist or matches no file; check --input")
+    for name, entry in entries.items():
+        path = system.unstrip_protocol(name)
+        _check_ending(path)
+        version = entry.get("ETag") or entry.get("etag") or entry.get("mtime") or entry.get("LastModified") or ""
+        yield InputPath(path, int(entry["size"]), str(version))
+
+
+def stretches_of_task(sources: Sequence[InputPath], task_id: int, num_tasks: int) -> list[Stretch]:
+    """A task's equal stretch of the axis of all bytes, as stretches of files, in order.
+
+    A file that cannot be divided belongs to the task in whose stretch it begins. Empty files yield an empty stretch.
+    """
+    if num_tasks < 1:
+        raise UsageError(f"--num-tasks {num_tasks} is not possible; use 1 or more")
+    if not 0 <= task_id < num_tasks:
+        raise UsageError(f"--task-id {task_id} is not in 0..{num_tasks - 1} (--num-tasks {num_tasks})")
+    begins = [0]
+    for source in sources:
+        begins.append(begins[-1] + source.num_bytes)
+    total = begins[-1]
+    low, high = total * task_id // num_tasks, total * (task_id + 1) // num_tasks
+    owned = []
+    for index in range(max(0, bisect_left(begins, low) - 1), len(sources)):
+        source, begin = sources[index], begins[index]
+        if begin >= high and (source.num_bytes or task_id + 1 < num_tasks):
+            break
+        if source.is_divisible and source.num_bytes:
+            start, end = _aligned(source, low - begin), _aligned(source, high - begin)
+            if start < end:
+                owned.append(Stretch(source, start, end))
+        elif low <= begin:
+            owned.append(Stretch(source, 0, source.num_bytes))
+    return owned
+
+
+def _aligned(source: InputPath, position: int) -> int:
+    """A cut of the axis as a cut of the file: within it, and between blocks if it is compressed."""
+    inside = min(max(position, 0), source.num_bytes)
+    if not source.compression or inside in (0, source.num_bytes):
+        return inside
+    return inside // COMPRESSED_BLOCK * COMPRESSED_BLOCK
+
+
+def parts_of(stretches: Sequence[Stretch], part_bytes: int = PART_BYTES) -> list[Part]:
+    """Stretches cut and gathered to parts of about `part_bytes`: the units in which work is done, kept and resumed."""
+    parts: list[Part] = []
+    gathered: list[Stretch] = []
+    size = 0
+    for piece in _pieces(stretches, part_bytes):
+        if gathered and size + piece.num_bytes > part_bytes:
+            parts.append(tuple(gathered))
+            gathered, size = [], 0
+        gathered.append(piece)
+        size += piece.num_bytes
+    if gathered:
+        parts.append(tuple(gathered))
+    return parts
+
+
+def _pieces(stretches: Sequence[Stretch], part_bytes: int) -> Iterator[Stretch]:
+    for stretch in stretches:
+        source = stretch.source
+        if not source.is_divisible or not stretch.num_bytes:
+            yield stretch
+            continue
+        step = COMPRESSED_PART_BYTES if source.compression else part_bytes
+        for start in range(stretch.start, stretch.end, step):
+            yield Stretch(source, start, min(start + step, stretch.end))

@@ -1,0 +1,93 @@
+"""Which files and which bytes of them a task reads."""
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_ledom.data import inputs
+from megatron_ledom.data.inputs import InputPath, expand_inputs, parts_of, stretches_of_task
+from megatron_ledom.errors import UsageError
+
+
+def names(patterns: list[str]) -> list[str]:
+    return [os.path.basename(source.path) for source in expand_inputs(patterns)]
+
+
+def test_inputs_are_sorted_and_taken_once(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.jsonl", "c.txt", "[x].jsonl"):
+        (tmp_path / name).touch()
+    found = names([str(tmp_path / "*.jsonl"), str(tmp_path / "a.jsonl"), str(tmp_path / "[x].jsonl")])
+    assert found == ["[x].jsonl", "a.jsonl", "b.jsonl"]
+
+
+def test_a_folder_is_every_file_of_a_known_ending_below_it_and_a_list_names_more(tmp_path: Path) -> None:
+    (tmp_path / "deep/er").mkdir(parents=True)
+    for name in ("deep/a.jsonl.zst", "deep/er/b.parquet", "deep/README.md", "c.wet.gz"):
+        (tmp_path / name).touch()
+    assert names([str(tmp_path / "deep")]) == ["a.jsonl.zst", "b.parquet"]
+    (tmp_path / "list").write_text(f"{tmp_path}/deep\n\n{tmp_path}/*.gz\n")
+    assert names([f"@{tmp_path}/list"]) == ["c.wet.gz", "a.jsonl.zst", "b.parquet"]
+
+
+@pytest.mark.parametrize(
+    ("pattern", "words"),
+    [
+        ("*.jsonl", "matches no file"),
+        ("a.csv", "ending that is not known"),
+        ("a.parquet.gz", "ending that is not known"),
+        (".", "a folder without a file of a known ending"),
+        ("@absent", "input list .*absent cannot be read"),
+        ("pipe.jsonl", "no regular file"),
+        ("gone.jsonl", "cannot be read .No such file"),
+        ("nosuch://x/a.jsonl", "Protocol not known"),
+    ],
+)
+def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path, pattern: str, words: str) -> None:
+    (tmp_path / "a.csv").touch()
+    (tmp_path / "a.parquet.gz").touch()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    at, rest = ("@", pattern[1:]) if pattern[0] == "@" else ("", pattern)
+    with pytest.raises(UsageError, match=words):
+        expand_inputs([pattern if "://" in pattern else at + os.path.join(tmp_path, rest)])
+
+
+ENDINGS = st.sampled_from(["jsonl", "jsonl.gz", "txt", "parquet"])
+FILES = st.lists(st.tuples(ENDINGS, st.integers(0, 1 << 20)), min_size=1, max_size=12)
+
+
+@given(files=FILES, num_tasks=st.integers(1, 9), part_bytes=st.integers(1 << 14, 1 << 20))
+def test_every_byte_is_some_tasks_once_and_in_order(files: list[tuple[str, int]], num_tasks: int, part_bytes: int) -> None:
+    sources = [InputPath(f"{number:02}.{ending}", size, "") for number, (ending, size) in enumerate(files)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs, "COMPRESSED_PART_BYTES", 1 << 17)
+        shares = [parts_of(stretches_of_task(sources, task, num_tasks), part_bytes) for task in range(num_tasks)]
+    stretches = [stretch for share in shares for part in share for stretch in part]
+    for source in sources:
+        own = [(stretch.start, stretch.end) for stretch in stretches if stretch.source == source]
+        assert own[0][0] == 0
+        assert own[-1][1] == source.num_bytes
+        assert all(before[1] == after[0] for before, after in zip(own, own[1:], strict=False))
+    assert [stretch.source.path for stretch in stretches] == sorted(stretch.source.path for stretch in stretches)
+
+
+def test_one_large_file_and_many_small_ones_divide_alike() -> None:
+    tasks = 64
+    large = [InputPath("large.jsonl", 500 * 10**9, "")]
+    small = [InputPath(f"{number:06}.jsonl", 10**6, "") for number in range(50_000)]
+    for sources, total in ((large, 500 * 10**9), (small, 50_000 * 10**6)):
+        for task in (0, 31, 63):
+            stretches = stretches_of_task(sources, task, tasks)
+            assert sum(stretch.num_bytes for stretch in stretches) == pytest.approx(total / tasks, rel=1e-3)
+            sizes = [sum(stretch.num_bytes for stretch in part) for part in parts_of(stretches)]
+            assert max(sizes) <= inputs.PART_BYTES
+            assert sum(sizes) / len(sizes) > 0.9 * inputs.PART_BYTES
+
+
+@pytest.mark.parametrize(("task_id", "num_tasks"), [(3, 3), (-1, 3), (0, 0)])
+def test_a_task_that_does_not_exist_is_refused(task_id: int, num_tasks: int) -> None:
+    with pytest.raises(UsageError, match=r"--task-id|--num-tasks"):
+        stretches_of_task([InputPath("a.jsonl", 1, "")], task_id, num_tasks)
