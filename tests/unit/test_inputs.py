@@ -1,6 +1,7 @@
 """Which files and which bytes of them a task reads."""
 
 import os
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def test_a_folder_is_every_file_of_a_known_ending_below_it_and_a_list_names_more
 @pytest.mark.parametrize(
     ("pattern", "words"),
     [
-        ("*.jsonl", "matches no file"),
+        ("n*.jsonl", "matches no file"),
         ("a.csv", "ending that is not known"),
         ("a.parquet.gz", "ending that is not known"),
         (".", "a folder without a file of a known ending"),
@@ -70,7 +71,7 @@ def test_every_byte_is_some_tasks_once_and_in_order(files: list[tuple[str, int]]
         own = [(stretch.start, stretch.end) for stretch in stretches if stretch.source == source]
         assert own[0][0] == 0
         assert own[-1][1] == source.num_bytes
-        assert all(before[1] == after[0] for before, after in zip(own, own[1:], strict=False))
+        assert all(before[1] == after[0] for before, after in pairwise(own))
     assert [stretch.source.path for stretch in stretches] == sorted(stretch.source.path for stretch in stretches)
 
 
