@@ -1,5 +1,6 @@
 """Mistakes of the user, as exceptions: each message says what was found, what was expected and what to do."""
 
+import errno
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -35,6 +36,14 @@ class VerificationError(LedomError):
 
 class StoppedError(LedomError):
     """Training stopped by itself because going on would waste the machine, for example a loss that is not finite."""
+
+
+def cannot_write(error: OSError, path: str) -> DataError:
+    """What to say when writing a file failed in the middle of work that can be taken up again."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        advice = "make room, then run the same command again: what is finished is kept"
+        return DataError(f"{path} cannot be written: {error.strerror}; {advice}")
+    return DataError(f"{path} cannot be written ({error.strerror}); check the disk, then run the same command again")
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:

@@ -5,7 +5,6 @@ the part does not exist. `plan.json` says what was asked; the same request goes 
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 import shutil
@@ -19,7 +18,7 @@ import numpy.typing as npt
 import orjson
 
 from megatron_ledom.data.shard import InputFile
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import UsageError, cannot_write
 
 Request = dict[str, Any]
 """What decides the content of a shard: options, tokenizer, input files with size and version."""
@@ -64,7 +63,7 @@ class PartFile:
                 stream.close()
             write_synced(f"{self.path}.json", orjson.dumps(asdict(record)))
         except OSError as error:
-            raise _full(error, self.path) from error
+            raise cannot_write(error, self.path) from error
         return record
 
 
@@ -74,14 +73,7 @@ def _write_all(stream: Any, values: npt.NDArray[Any], path: str) -> None:
         while content:
             content = content[stream.write(content) :]
     except OSError as error:
-        raise _full(error, path) from error
-
-
-def _full(error: OSError, path: str) -> DataError:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        advice = "make room, then run the same command again: it goes on from the finished parts"
-        return DataError(f"{path} cannot be written: {error.strerror}; {advice}")
-    return DataError(f"{path} cannot be written ({error.strerror}); check the disk, then run the same command again")
+        raise cannot_write(error, path) from error
 
 
 def write_synced(path: str, content: bytes) -> None:

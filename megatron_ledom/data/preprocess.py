@@ -43,7 +43,7 @@ from megatron_ledom.data.streams import MAX_RECORD_BYTES
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.data.worker_pool import ordered_map
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, LedomError, UsageError
+from megatron_ledom.errors import DataError, LedomError, UsageError, cannot_write
 
 logger = logging.getLogger(__name__)
 
@@ -146,6 +146,12 @@ class Preprocessing:
             max_record_bytes=settings.max_record_bytes,
             keep_records=self.keep is not None,
         )
+        if settings.deduplicate:
+            quality.check_hashes([self.hashes_prefix(task) for task in range(self.task_id)], self.reading_request())
+
+    def hashes_prefix(self, task_id: int) -> str:
+        """Where a task's hashes are."""
+        return prefix_of_task(self.settings.output_prefix, task_id, self.num_tasks)
 
     def reading_request(self) -> Request:
         """What decides which documents there are, for all tasks alike."""
@@ -209,6 +215,8 @@ def preprocess(settings: PreprocessSettings) -> ShardManifest | None:
             if finished := store.num_finished():
                 logger.info("%d of %d parts are kept in %s: the same command goes on", finished, len(work.parts), store.folder)
             raise
+        except OSError as error:
+            raise cannot_write(error, str(error.filename or work.prefix)) from error
         store.remove()
     _log_summary(work.prefix, manifest)
     return manifest
@@ -400,10 +408,7 @@ def _first_occurrences(work: Preprocessing) -> list[npt.NDArray[np.bool_]]:
     request = work.reading_request()
     hasher = PartHasher(parts=work.parts, read=work.read, progress=_shared_counters(work))
     own = list(_run(hasher, range(len(work.parts)), work, "hash"))
-    earlier = (
-        quality.read_hashes(prefix_of_task(work.settings.output_prefix, task, work.num_tasks), request)
-        for task in range(work.task_id)
-    )
+    earlier = (quality.read_hashes(work.hashes_prefix(task), request) for task in range(work.task_id))
     is_first = quality.first_occurrences(np.concatenate([np.empty((0, 2), np.uint64), *own]), earlier)
     return np.split(is_first, np.cumsum([len(part) for part in own])[:-1]) if own else []
 

@@ -26,6 +26,7 @@ Hashes = npt.NDArray[np.uint64]
 
 DUPLICATE, FILTERED, TOO_SHORT, TOO_LONG = "duplicate", "filtered", "too_short", "too_long"
 HASHES_SUFFIX = ".hashes"
+DIGEST_BYTES = 32
 GATHERED_TOKENS = 1 << 22
 GATHERED_DOCUMENTS = 1 << 16
 
@@ -58,15 +59,21 @@ def write_hashes(prefix: str, request: Request, parts: Sequence[Hashes]) -> None
     write_synced(prefix + HASHES_SUFFIX, _digest(request) + content)
 
 
+def check_hashes(prefixes: Sequence[str], request: Request) -> None:
+    """Refuse tasks where the first pass has not been, or was about other inputs."""
+    for prefix in prefixes:
+        path = Path(prefix + HASHES_SUFFIX)
+        if not path.is_file():
+            raise UsageError(f"{path} does not exist: run all tasks with --hash-only first, then all again without it")
+        with path.open("rb") as stream:
+            if stream.read(DIGEST_BYTES) != _digest(request):
+                raise UsageError(f"{path} is of other inputs or options; run all tasks with --hash-only again")
+
+
 def read_hashes(prefix: str, request: Request) -> Hashes:
-    """The hashes of a task's documents. Raises UsageError where the first pass has not been, or was about something else."""
-    path = Path(prefix + HASHES_SUFFIX)
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist: run all tasks with --hash-only first, then all again without it")
-    with path.open("rb") as stream:
-        if stream.read(32) != _digest(request):
-            raise UsageError(f"{path} is of other inputs or options; run all tasks with --hash-only again")
-        return np.fromfile(stream, np.uint64).reshape(-1, 2)
+    """The hashes of a task's documents."""
+    check_hashes([prefix], request)
+    return np.fromfile(prefix + HASHES_SUFFIX, np.uint64, offset=DIGEST_BYTES).reshape(-1, 2)
 
 
 def _digest(request: Request) -> bytes:

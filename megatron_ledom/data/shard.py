@@ -21,7 +21,7 @@ import orjson
 
 from megatron_ledom import __version__
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import DataError, UsageError, cannot_write
 from megatron_ledom.provenance import Provenance
 
 FORMAT_VERSION = 1
@@ -201,14 +201,23 @@ class ShardWriter:
         self._append(block[:0], lengths)
 
     def _append(self, content: memoryview, lengths: npt.NDArray[np.int32]) -> None:
-        self._bin.write(content)
+        try:
+            self._bin.write(content)
+            self._lengths.write(np.ascontiguousarray(lengths, np.int32).data)
+        except OSError as error:
+            raise cannot_write(error, f"{self.prefix}.bin.part") from error
         self._hash.update(content)
         self._num_bytes += len(content)
-        self._lengths.write(np.ascontiguousarray(lengths, np.int32).data)
         self.num_documents += len(lengths)
 
     def finalize(self, counts: Counts) -> ShardManifest:
         """Write index and manifest, check the invariant, and give all three files their names, the manifest last."""
+        try:
+            return self._finalize(counts)
+        except OSError as error:
+            raise cannot_write(error, self.prefix) from error
+
+    def _finalize(self, counts: Counts) -> ShardManifest:
         _close_synced(self._bin)
         self._lengths.close()
         path = f"{self.prefix}.len.part"

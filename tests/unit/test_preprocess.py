@@ -1,9 +1,12 @@
 """tools/preprocess_data.py: from every kind of file to a shard, the same bytes always, and every bad input refused cleanly."""
 
+import bz2
 import contextlib
 import gzip
-import json
+import lzma
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -95,9 +98,9 @@ def test_the_bytes_do_not_depend_on_workers_or_batches(tmp_path: Path, tokenizer
     write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 90) * 8)
     write_jsonl(tmp_path / "b.jsonl", [*legible_documents(7, 5), "", "12"])
     one = shard_bytes(made(tmp_path, tokenizer, "one"))
-    for workers, batch_bytes in [(1, 300), (2, 1000), (3, 300), (3, 1 << 20)]:
-        prefix = made(tmp_path, tokenizer, f"{workers}_{batch_bytes}", workers=workers, batch_bytes=batch_bytes)
-        assert shard_bytes(prefix) == one
+    for workers, batch_bytes, part_bytes in [(1, 300, 500), (2, 1000, 999), (3, 300, 70), (3, 1 << 20, 5000), (2, 7, 333)]:
+        sizes = {"workers": workers, "batch_bytes": batch_bytes, "part_bytes": part_bytes}
+        assert shard_bytes(made(tmp_path, tokenizer, f"{workers}_{part_bytes}", **sizes)) == one
     for workers in (1, 2, 3):
         done = run(tmp_path, tokenizer, "--input", "a.jsonl", "b.jsonl", "--workers", str(workers), "--overwrite")
         assert done.returncode == 0, done.stderr
@@ -109,11 +112,13 @@ def test_every_form_of_input_gives_the_same_bytes(tmp_path: Path, tokenizer: str
     plain = write_jsonl(tmp_path / "plain.jsonl", texts).read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain))
     (tmp_path / "a.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(plain))
+    (tmp_path / "a.jsonl.bz2").write_bytes(bz2.compress(plain))
+    (tmp_path / "a.jsonl.xz").write_bytes(lzma.compress(plain))
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=2)
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text)
     expected = shard_bytes(made(tmp_path, tokenizer, "plain"))
-    for pattern in ("*.gz", "*.zst", "*.parquet", "*.txt"):
+    for pattern in ("*.gz", "*.zst", "*.bz2", "*.xz", "*.parquet", "*.txt"):
         assert shard_bytes(made(tmp_path, tokenizer, f"from{pattern[1:]}", input=[str(tmp_path / pattern)])) == expected
 
 
@@ -180,7 +185,18 @@ def large_vocabulary(folder: Path) -> str:
         (["--tokenizer", "large", "--eod-token", "<eod>", "--dtype", "uint16"], 2, "--dtype uint16 holds ids up to 65,535"),
         (["--input", "empty.jsonl"], 1, "no document with a token"),
         (["--input", "cut.jsonl.gz"], 1, "cut.jsonl.gz is truncated"),
-        (["--task-id", "0", "--num-tasks", "2"], 2, "2 tasks for 1 input files; use --num-tasks 1 or fewer"),
+        (["--task-id", "2", "--num-tasks", "2"], 2, "--task-id 2 is not in 0..1"),
+        (["--eod-id", "5000"], 2, "has no token with id 5000"),
+        (["--eod-id", "1", "--eod-token", "1"], 2, "name the same thing"),
+        (["--bos-token", "<bos>"], 2, "has no token '<bos>'"),
+        (["--filter", "nothing"], 2, "is not of the form module:function"),
+        (["--filter", "nowhere:f"], 2, "--filter nowhere:f cannot be loaded"),
+        (["--filter", "json:dum"], 2, "--filter json:dum cannot be loaded"),
+        (["--min-tokens", "5", "--max-tokens", "4"], 2, "--max-tokens 4 is below --min-tokens 5"),
+        (["--max-record-bytes", "0"], 2, "--max-record-bytes 0 is not possible"),
+        (["--input", "zero.jsonl"], 1, "no document with a token in 1 input files"),
+        (["--input", "plain.jsonl.gz"], 1, "plain.jsonl.gz is damaged"),
+        (["--deduplicate", "--task-id", "1", "--num-tasks", "2"], 2, "run all tasks with --hash-only first"),
         (["--num-tasks", "2"], 2, "give --task-id"),
         (["--workers", "0"], 2, "--workers 0 is not possible"),
         (["--output-prefix", "a.jsonl/data"], 2, "a.jsonl is not a folder that can be written to"),
@@ -194,6 +210,8 @@ def test_bad_input_is_refused_and_leaves_nothing_behind(
     write_jsonl(tmp_path / "a.jsonl", legible_documents(2, 3))
     write_jsonl(tmp_path / "empty.jsonl", ["", " "])
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress((tmp_path / "a.jsonl").read_bytes())[:-4])
+    (tmp_path / "zero.jsonl").touch()
+    (tmp_path / "plain.jsonl.gz").write_bytes((tmp_path / "a.jsonl").read_bytes())
     legible_tokenizer(tmp_path / "no_eos", eos=False)
     if "large" in arguments:
         large_vocabulary(tmp_path / "large")
@@ -217,7 +235,10 @@ def test_an_existing_output_is_kept_unless_overwritten(tmp_path: Path, tokenizer
     write_jsonl(tmp_path / "a.jsonl", legible_documents(2, 3))
     assert run(tmp_path, tokenizer, "--input", "a.jsonl").returncode == 0
     before = tree(tmp_path)
-    refused = run(tmp_path, tokenizer, "--input", "a.jsonl")
+    again = run(tmp_path, tokenizer, "--input", "a.jsonl")
+    assert again.returncode == 0
+    assert "finished before by the same request; nothing to do" in again.stderr
+    refused = run(tmp_path, tokenizer, "--input", "a.jsonl", "--direction", "forward")
     assert refused.returncode == 2
     assert "out/data.bin exists already; choose another --output-prefix, or replace it with --overwrite" in refused.stderr
     assert tree(tmp_path) == before
@@ -234,21 +255,38 @@ def test_a_truncated_bin_is_refused_before_use(tmp_path: Path, tokenizer: str) -
         check_shard(str(prefix))
 
 
+HOLD = """
+import os, time
+def wait(text, record):
+    os.close(os.open(f"holding-{os.getpid()}", os.O_CREAT))
+    while not os.path.exists("go"):
+        time.sleep(0.01)
+    return True
+"""
+
+
 def start_waiting(folder: Path, tokenizer: str) -> subprocess.Popen[str]:
-    """The command, waiting for input from a named pipe, its workers running and its partial file there."""
-    os.mkfifo(folder / "pipe.jsonl")
-    command = [sys.executable, TOOL, "--tokenizer", tokenizer, "--input", "pipe.jsonl", "--output-prefix", "out/data"]
-    command += ["--workers", "2"]
+    """The command, with a worker in the middle of a part that goes on when there is a file `go`."""
+    (folder / "hold.py").write_text(HOLD)
+    write_jsonl(folder / "a.jsonl", legible_documents(2, 3))
+    command = [sys.executable, TOOL, "--tokenizer", tokenizer, "--input", "a.jsonl", "--output-prefix", "out/data"]
+    command += ["--filter", "hold:wait", "--workers", "2"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children inherit a deaf ear for it
     try:
         process = subprocess.Popen(command, cwd=folder, env=SLURM_FREE, stderr=subprocess.PIPE, text=True)
     finally:
         signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 60
-    while len(children(process.pid)) < 2 and time.monotonic() < deadline:
+    while not list(folder.glob("holding-*")) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert (folder / "out/data.bin.part").exists()
     return process
+
+
+def left_over(folder: Path) -> list[str]:
+    """What a run left besides the test's own files."""
+    own = ("hold.py", "a.jsonl", "__pycache__", "holding", "go")
+    return [name for name in sorted(tree(folder)) if not name.startswith(own)]
 
 
 def children(pid: int) -> list[int]:
@@ -264,17 +302,79 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, tokenizer: str
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert errors.splitlines()[-1] == "interrupted"
-    assert sorted(tree(tmp_path)) == ["pipe.jsonl"]
+    assert left_over(tmp_path) == []
 
 
 def test_a_killed_worker_ends_the_run_with_a_clear_error(tmp_path: Path, tokenizer: str) -> None:
     process = start_waiting(tmp_path, tokenizer)
     os.kill(children(process.pid)[0], signal.SIGKILL)
-    (tmp_path / "pipe.jsonl").write_text(json.dumps({"text": "1 2"}) + "\n")
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "a worker process was killed by SIGKILL at pipe.jsonl from record 1 on; often memory ran out" in errors
-    assert sorted(tree(tmp_path)) == ["pipe.jsonl"]
+    size = (tmp_path / "a.jsonl").stat().st_size
+    assert f"a worker process was killed by SIGKILL at a.jsonl, bytes 0 to {size}; often memory ran out" in errors
+    assert left_over(tmp_path) == []
+
+
+def test_two_processes_do_not_write_one_shard(tmp_path: Path, tokenizer: str) -> None:
+    process = start_waiting(tmp_path, tokenizer)
+    second = run(tmp_path, tokenizer, "--input", "a.jsonl", "--filter", "hold:wait")
+    assert second.returncode == 2
+    assert "another process is writing out/data now" in second.stderr
+    (tmp_path / "go").touch()
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0, errors
+    assert check_shard(str(tmp_path / "out/data")).num_documents == 2
+
+
+def test_a_full_disk_is_named_and_the_same_command_goes_on(tmp_path: Path, tokenizer: str) -> None:
+    """A limit on the size of files is met as a full disk is: by an error of write."""
+    write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 90) * 200)
+    command = f"ulimit -f 100; exec {shlex.join([sys.executable, TOOL, '--tokenizer', tokenizer, '--input', 'a.jsonl'])}"
+    command += " --output-prefix out/data --workers 1"
+    full = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=SLURM_FREE, capture_output=True, text=True, timeout=60)
+    assert full.returncode == 1
+    assert re.search(r"out/data.work/part-000000.bin cannot be written: File too large; make room, then run", full.stderr)
+    assert "Traceback" not in full.stderr
+    assert sorted(tree(tmp_path)) == ["a.jsonl"]
+    assert run(tmp_path, tokenizer, "--input", "a.jsonl").returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_disk_that_fills_up_while_parts_are_joined_is_named(tmp_path: Path, tokenizer: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 90) * 200)
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        full = run(tmp_path, tokenizer, "--input", "a.jsonl", "--output-prefix", "disk/data")
+        assert full.returncode == 1
+        assert "No space left on device; make room, then run the same command again" in full.stderr
+        assert "Traceback" not in full.stderr
+        assert not list(disk.glob("data.*.part"))
+        assert not (disk / "data.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=5m", str(disk)], check=True)
+        again = run(tmp_path, tokenizer, "--input", "a.jsonl", "--output-prefix", "disk/data")
+        assert again.returncode == 0, again.stderr
+        assert "1 of 1 parts were finished before" in again.stderr
+        assert verify_shard(str(disk / "data")) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a disk")
+def test_a_read_only_disk_is_refused_before_work(tmp_path: Path, tokenizer: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", legible_documents(2, 3))
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(disk)], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        refused = run(tmp_path, tokenizer, "--input", "a.jsonl", "--output-prefix", "disk/data")
+        assert refused.returncode == 2
+        assert "disk is not a folder that can be written to" in refused.stderr
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
 
 
 def test_tasks_of_an_array_write_numbered_shards_that_add_up(tmp_path: Path, tokenizer: str) -> None:
