@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ledom.data.shard import ShardManifest, ShardReader, verify_shard
+from megatron_ledom.data.shard import ShardManifest, ShardReader
+from megatron_ledom.data.shard_faults import verify_shard
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import MismatchError, UsageError, VerificationError
