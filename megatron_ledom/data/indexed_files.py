@@ -5,6 +5,7 @@ one after the other, which are read as one. Memory is that of two blocks, or of 
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from megatron_ledom.errors import DataError
 
 CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 READABLE = ("uint8", "uint16", "int32", "int64")
-BLOCK_BYTES = 1 << 22
+BLOCK_BYTES = 1 << 20  # small enough to be read, hashed, turned and written while it is in cache
 
 
 class Digest(Protocol):
@@ -130,12 +131,18 @@ class IndexedFiles:
                 yield document, int(ids[end - 1])
 
     def blocks(self, digest: Digest | None = None, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-        """Every document once, in order; `digest`, if given, is fed all of .bin. The next block is read meanwhile."""
-        parts = self._parts(max(1, block_bytes // self.dtype.itemsize))
+        """Every document once, in order; `digest`, if given, is fed all of .bin. The next block is read meanwhile.
+
+        The ids of a block are overwritten when the next but one is asked for: fresh memory for each would cost more than the
+        reading.
+        """
+        most_ids = max(1, block_bytes // self.dtype.itemsize)
+        parts = self._parts(most_ids)
+        buffers = itertools.cycle([np.empty(most_ids, self.dtype) for _ in range(3)])
         with open(f"{self.prefix}.bin", "rb", buffering=0) as stream, ThreadPoolExecutor(1) as reading:
             coming = None
             for first, lengths in parts:
-                following = reading.submit(self._read, stream, first, lengths, digest)
+                following = reading.submit(self._read, stream, first, lengths, digest, next(buffers))
                 if coming is not None:
                     yield coming.result()
                 coming = following
@@ -153,8 +160,16 @@ class IndexedFiles:
                 yield start + first, lengths[first:last]
                 first, before = last, int(ends[last - 1])
 
-    def _read(self, stream: FileIO, first: int, lengths: npt.NDArray[np.int64], digest: Digest | None) -> Block:
-        ids = np.empty(int(lengths.sum()), self.dtype)
+    def _read(
+        self,
+        stream: FileIO,
+        first: int,
+        lengths: npt.NDArray[np.int64],
+        digest: Digest | None,
+        buffer: npt.NDArray[Any],
+    ) -> Block:
+        total = int(lengths.sum())
+        ids = buffer[:total] if total <= len(buffer) else np.empty(total, self.dtype)
         content = ids.view(np.uint8).data
         filled = 0
         while filled < len(content):

@@ -83,9 +83,10 @@ class Turner:
         """Whether documents come with an eod at their end."""
         self.num_empty = 0
         """Documents met without ids besides eod; they are left out."""
+        self._buffer = np.empty(0, self.dtype)
 
     def turn(self, prefix: str, block: Block) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        """What a shard appends. Raises DataError, naming the document, for an id or eod where none may be."""
+        """What a shard appends, valid until the next call. Raises DataError, naming the document, for an id or eod where none may be."""
         kept = block.lengths[block.lengths > int(self.is_closed)]
         lengths = kept if self.is_closed else kept + 1
         if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
@@ -93,7 +94,10 @@ class Turner:
             raise DataError(
                 f"{prefix}.bin: document {document} has {int(lengths.max()):,} ids, an index holds lengths of int32"
             )
-        turned = np.empty(int(lengths.sum()), self.dtype)
+        total = int(lengths.sum())
+        if total > len(self._buffer):
+            self._buffer = np.empty(total, self.dtype)
+        turned = self._buffer[:total]
         bad = turn_into(
             block.ids,
             block.lengths,
