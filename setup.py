@@ -7,9 +7,9 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "megatron_ledom._helpers",
-            ["csrc/helpers/helpers.cpp"],
+            ["csrc/helpers/helpers.cpp", "csrc/helpers/turn_documents_bindings.cpp"],
             include_dirs=["csrc/helpers"],
-            depends=["csrc/helpers/pack_documents.h"],
+            depends=["csrc/helpers/pack_documents.h", "csrc/helpers/turn_documents.h"],
             cxx_std=17,
             extra_compile_args=["-O3"],
         )

@@ -63,6 +63,33 @@ def pack_into(
     )
 
 
+def turn_into(
+    stored_ids: npt.NDArray[Any],
+    lengths: npt.NDArray[np.int64],
+    turned: npt.NDArray[Any],
+    *,
+    is_closed: bool,
+    eod_id: int,
+    vocab_size: int,
+) -> int:
+    """Fill `turned` with many stored documents in the other direction, each closed by eod: what the other shard stores.
+
+    stored_ids [sum(lengths)], uint8, uint16, int32 or int64: the documents one after the other; lengths [documents]; turned,
+    uint16 or int32. With `is_closed` each document ends with eod, which stays last, else none does and one is added; one
+    without ids besides eod leaves nothing. Returns -1, or the position in `stored_ids` of the first id that is outside
+    [0, vocab_size), is an eod inside a document, or closes a document without being eod; `turned` is then incomplete.
+    """
+    import megatron_ledom._helpers as helpers  # compiled at install; imported late so that inference does without it
+
+    return int(helpers.turn_documents(stored_ids, lengths, turned, is_closed, eod_id, vocab_size))
+
+
+def turn_documents_reference(documents: Sequence[Sequence[int]], is_closed: bool, eod_id: int) -> list[int]:
+    """What `turn_into` computes, in plain Python: the text of the rule, and the yardstick of its tests."""
+    contents = [document[:-1] if is_closed else document for document in documents]
+    return pack_documents_reference(contents, Direction.REVERSE, eod_id)
+
+
 def pack_documents_reference(
     documents: Sequence[Sequence[int]], direction: Direction, eod_id: int, bos_id: int | None = None
 ) -> list[int]:

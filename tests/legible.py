@@ -1,11 +1,18 @@
 """Test data one can read: in document k, position i is the word str(100*k + i), whose token id is that very number."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
+
+from megatron_ledom.data.packing import pack_documents
+from megatron_ledom.data.shard import HEADER, MAGIC, Counts, ShardWriter
+from megatron_ledom.direction import Direction
+from megatron_ledom.provenance import Provenance
 
 EOD_TOKEN = "<eod>"
 EOD_ID = 1000
@@ -40,3 +47,52 @@ def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
     """Write one JSON object a line."""
     path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
     return path
+
+
+def legible_provenance(direction: Direction = Direction.REVERSE, sha256: str = "a" * 64) -> Provenance:
+    """Of shards that need no tokenizer on disk."""
+    return Provenance(
+        direction=direction, tokenizer_name="legible", tokenizer_sha256=sha256, vocab_size=VOCAB_SIZE, eod_id=EOD_ID
+    )
+
+
+def legible_shard(
+    prefix: Path,
+    documents: Sequence[list[int]],
+    provenance: Provenance | None = None,
+    dtype: str = "uint16",
+    counts: Counts | None = None,
+) -> str:
+    """A shard of documents given as ids in text order; returns its prefix."""
+    provenance = provenance or legible_provenance()
+    ids = np.array([number for document in documents for number in document], np.uint32)
+    packed = pack_documents(
+        ids,
+        np.cumsum([0, *map(len, documents)]),
+        direction=provenance.direction,
+        eod_id=provenance.eod_id,
+        vocab_size=provenance.vocab_size,
+        dtype=dtype,
+    )
+    with ShardWriter(str(prefix), provenance, dtype) as writer:
+        writer.append(*packed)
+        writer.finalize(counts or Counts(text_bytes=4 * len(ids), eod_token=EOD_TOKEN))
+    return str(prefix)
+
+
+def foreign_shard(prefix: Path, documents: Sequence[Sequence[list[int]]], dtype: str = "int32") -> str:
+    """`.bin` and `.idx` as other Megatron tools write them, no manifest; a document is a list of sequences of ids."""
+    sequences = [sequence for document in documents for sequence in document]
+    code = {"uint8": 1, "int16": 3, "int32": 4, "int64": 5, "float32": 7, "uint16": 8}[dtype]
+    lengths = np.array([len(sequence) for sequence in sequences], "<i4")
+    pointers = (np.cumsum(lengths, dtype="<i8") - lengths) * np.dtype(dtype).itemsize
+    marks = np.cumsum([0, *map(len, documents)]).astype("<i8")
+    Path(f"{prefix}.bin").write_bytes(b"".join(np.array(sequence, dtype).tobytes() for sequence in sequences))
+    header = HEADER.pack(MAGIC, 1, code, len(sequences), len(marks))
+    Path(f"{prefix}.idx").write_bytes(header + lengths.tobytes() + pointers.astype("<i8").tobytes() + marks.tobytes())
+    return str(prefix)
+
+
+def file_bytes(prefix: str) -> tuple[bytes, bytes]:
+    """The content of `.bin` and `.idx`."""
+    return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()

@@ -44,8 +44,11 @@ void define_pack(py::module_& m) {
 
 }  // namespace
 
+void define_turn_documents(py::module_& m);  // turn_documents_bindings.cpp
+
 PYBIND11_MODULE(_helpers, m) {
   m.doc() = "C++ helpers of the data path; see csrc/helpers";
   define_pack<uint16_t>(m);
   define_pack<int32_t>(m);
+  define_turn_documents(m);
 }

@@ -1,47 +1,98 @@
-"""What a shard holds, for people: manifest, statistics, documents as text in reading order, and every fault."""
+"""What shards hold, for people: manifest, statistics, documents as text in reading order, and every fault."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from megatron_ledom.data.shard import ShardManifest, ShardReader, verify_shard
+from megatron_ledom.data.direction_check import check_direction
+from megatron_ledom.data.length_statistics import LengthCounts, check_can_draw, draw_histogram
+from megatron_ledom.data.prefixes import expand_prefixes
+from megatron_ledom.data.shard import ShardManifest, ShardReader
+from megatron_ledom.data.shard_faults import verify_shard
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import to_text_order
-from megatron_ledom.errors import MismatchError, UsageError, VerificationError
+from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError
 
 
 @dataclass(kw_only=True, slots=True)
 class InspectSettings:
     """What tools/inspect_shard.py was asked."""
 
-    prefix: str
+    prefixes: list[str]
+    """Shards, or patterns of them."""
     verify: bool = False
     show: int = 0
-    """Documents to print as text."""
+    """Documents of each shard to print as text."""
     tokenizer: str | None = None
     """Default: the one the manifest names, if it is still there and the same."""
+    histogram: str | None = None
+    """A .png file for the lengths of all documents of all shards."""
 
 
-def inspect_shard(settings: InspectSettings) -> None:
-    """Print to stdout; raise VerificationError after the report when `verify` finds a fault."""
-    reader = ShardReader(settings.prefix)
-    print(describe(reader))
+def inspect_shards(settings: InspectSettings) -> None:
+    """Print to stdout; faults go to stderr, one a line, and raise VerificationError after the last shard."""
+    prefixes = expand_prefixes(settings.prefixes)
+    if settings.histogram:
+        check_can_draw(settings.histogram)
+    counts = LengthCounts()
+    faulty = []
+    for number, prefix in enumerate(prefixes):
+        if number:
+            print()
+        faults = _inspect(prefix, settings, counts)
+        for fault in faults:
+            print(f"fault: {fault}", file=sys.stderr)
+        if faults:
+            faulty.append(f"{prefix} ({len(faults)} fault{'s'[: len(faults) > 1]})")
+    if settings.histogram:
+        draw_histogram(counts, prefixes, settings.histogram)
+    if faulty:
+        raise VerificationError(
+            f"{len(faulty)} of {len(prefixes)} shards faulty: {', '.join(faulty)}; copy them again or make them again with"
+            " tools/preprocess_data.py"
+        )
+
+
+def _inspect(prefix: str, settings: InspectSettings, counts: LengthCounts) -> list[str]:
+    """Print one shard and return its faults."""
+    try:
+        reader = ShardReader(prefix)
+    except DataError as error:
+        return verify_shard(prefix) or [str(error)] if settings.verify else [str(error)]
+    lengths = LengthCounts.of_shard(reader)
+    counts.merge(lengths)
+    print(describe(reader, lengths))
     if settings.show:
         tokenizer = find_tokenizer(reader.manifest, settings.tokenizer)
         for index in range(min(settings.show, len(reader))):
             print(f"\n--- document {index}, {reader.lengths[index]:,} tokens ---")
             print(text_of(reader, index, tokenizer))
-    if settings.verify:
-        faults = verify_shard(settings.prefix)
-        if faults:
-            raise VerificationError("; ".join(faults) + "; copy the shard again or make it again with tools/preprocess_data.py")
-        print(f"verified   all {reader.manifest.num_tokens:,} tokens: hashes, index, range of ids and eods are right")
+    return _verify(reader, settings.tokenizer) if settings.verify else []
 
 
-def describe(reader: ShardReader) -> str:
+def _verify(reader: ShardReader, tokenizer_path: str | None) -> list[str]:
+    """Everything `verify_shard` finds and, in files without fault, a wrong direction; prints what was right."""
+    faults = verify_shard(reader.prefix)
+    if faults:
+        return faults
+    print(f"verified   all {reader.manifest.num_tokens:,} tokens: hashes, index, range of ids and eods are right")
+    try:
+        tokenizer = find_tokenizer(reader.manifest, tokenizer_path)
+    except (UsageError, MismatchError) as error:
+        if tokenizer_path:
+            raise
+        print(f"direction  not checked: {error}")
+        return []
+    check = check_direction(reader, tokenizer)
+    if check.is_wrong:
+        return [f"{reader.prefix}.json: {check.describe()}; turn it with tools/reverse_shards.py, or put the manifest right"]
+    print(f"direction  {check.describe()}")
+    return []
+
+
+def describe(reader: ShardReader, lengths: LengthCounts) -> str:
     """The manifest and the statistics as lines of text."""
-    manifest, lengths = reader.manifest, reader.lengths
+    manifest = reader.manifest
     rows = {
         "shard": reader.prefix,
         "direction": str(manifest.direction),
@@ -56,11 +107,12 @@ def describe(reader: ShardReader) -> str:
         "bin sha256": manifest.bin_sha256,
         "idx sha256": manifest.idx_sha256,
     }
-    if len(lengths):
-        rows["lengths"] = f"mean {lengths.mean():.1f}, median {np.median(lengths):.0f}, max {lengths.max():,} tokens a document"
+    if statistics := lengths.describe():
+        rows["lengths"] = statistics
     for source in manifest.input_files:
         rows[f"input {source.path}"] = f"{source.num_bytes:,} bytes, sha256 {source.sha256}"
-    return "\n".join(f"{name:<10} {value}" for name, value in rows.items())
+    text = "\n".join(f"{name:<10} {value}" for name, value in rows.items())
+    return f"{text}\n\n{lengths.histogram()}" if statistics else text
 
 
 def text_of(reader: ShardReader, index: int, tokenizer: Tokenizer) -> str:

@@ -9,7 +9,6 @@ import contextlib
 import hashlib
 import logging
 import os
-import signal
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +38,7 @@ from megatron_ledom.data.shard import (
     existing_files,
     load_manifest,
 )
+from megatron_ledom.data.stop_signal import sigterm_as_interrupt
 from megatron_ledom.data.streams import MAX_RECORD_BYTES
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.data.worker_pool import ordered_map
@@ -208,7 +208,7 @@ def preprocess(settings: PreprocessSettings) -> ShardManifest | None:
         logger.info("%s: finished before by the same request; nothing to do", work.prefix)
         return manifest
     _log_start(work, tokenizer, dtype)
-    with _sigterm_as_interrupt(), PartStore(work.prefix, request, start_over=settings.overwrite) as store:
+    with sigterm_as_interrupt(), PartStore(work.prefix, request, start_over=settings.overwrite) as store:
         try:
             manifest = _make_shard(work, store, tokenizer, dtype, digest, started)
         except (LedomError, KeyboardInterrupt):
@@ -274,16 +274,6 @@ def _samples(work: Preprocessing) -> list[str]:
                 if size >= SAMPLE_CHARACTERS:
                     break
     return samples
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """The end of a batch job cleans up as Ctrl-C does."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _make_shard(

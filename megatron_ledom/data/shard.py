@@ -393,59 +393,10 @@ class ShardReader:
         return self.ids[begin : begin + int(self.lengths[index])]
 
 
-def verify_shard(prefix: str) -> list[str]:
-    """Read everything again and return what is wrong, one sentence a fault; an empty list is a sound shard."""
-    try:
-        reader = ShardReader(prefix)
-    except DataError as error:
-        return [str(error)]
-    manifest = reader.manifest
-    stored = {".bin": manifest.bin_sha256, ".idx": manifest.idx_sha256}
-    faults = [
-        f"{prefix}{suffix} has not the sha256 of its manifest: its content was changed or damaged"
-        for suffix, digest in stored.items()
-        if _hash_file(f"{prefix}{suffix}") != digest
-    ]
-    faults += _index_faults(reader)
-    return faults if faults else _id_faults(reader)
-
-
-def _hash_file(path: str) -> str:
+def hash_file(path: str) -> str:
+    """SHA-256 of a file, read in blocks."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(CHUNK_BYTES):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _index_faults(reader: ShardReader) -> list[str]:
-    lengths = reader.lengths.astype(np.int64)
-    pointers = (np.cumsum(lengths) - lengths) * reader.ids.itemsize
-    checks = [
-        (int(lengths.sum()) == reader.ids.size, "the lengths do not add up to the ids of .bin"),
-        (not np.any(lengths < 2), "a document holds nothing besides its eod"),
-        (np.array_equal(pointers, reader.pointers), "the pointers are not the running sum of the lengths"),
-        (np.array_equal(reader.document_indices, np.arange(len(reader) + 1)), "the document indices are not 0, 1, 2, ..."),
-    ]
-    return [f"{reader.prefix}.idx: {fault}" for is_good, fault in checks if not is_good]
-
-
-def _id_faults(reader: ShardReader) -> list[str]:
-    """Range of ids, and eod at the end of each document; the index is known to be sound."""
-    manifest, faults = reader.manifest, []
-    ends = reader.pointers // reader.ids.itemsize + reader.lengths - 1
-    for first in range(0, len(reader), CHUNK_DOCUMENTS):
-        wrong = reader.ids[ends[first : first + CHUNK_DOCUMENTS]] != manifest.eod_id
-        if wrong.any():
-            faults.append(
-                f"{reader.prefix}.bin: document {first + int(wrong.argmax())} does not end with eod {manifest.eod_id}"
-            )
-            break
-    for first in range(0, reader.ids.size, CHUNK_BYTES):
-        chunk = reader.ids[first : first + CHUNK_BYTES]
-        outside = (chunk < 0) | (chunk >= manifest.vocab_size)
-        if outside.any():
-            where = first + int(outside.argmax())
-            faults.append(f"{reader.prefix}.bin: id {reader.ids[where]} at {where} is outside the {manifest.vocab_size:,} ids")
-            break
-    return faults

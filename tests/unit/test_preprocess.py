@@ -20,7 +20,8 @@ from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from megatron_ledom.data.preprocess import PreprocessSettings, preprocess, task_of
-from megatron_ledom.data.shard import ShardReader, check_shard, verify_shard
+from megatron_ledom.data.shard import ShardReader, check_shard
+from megatron_ledom.data.shard_faults import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from tests.legible import EOD_ID, legible_documents, legible_ids, legible_tokenizer, write_jsonl

@@ -19,8 +19,8 @@ from megatron_ledom.data.shard import (
     check_shard,
     choose_dtype,
     load_manifest,
-    verify_shard,
 )
+from megatron_ledom.data.shard_faults import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import Provenance
@@ -208,10 +208,10 @@ def change(path: str, offset: int, values: np.ndarray) -> None:
 
 def rehash(shard: str) -> None:
     """Make the manifest fit the damaged files, so that the deeper checks are reached."""
-    from megatron_ledom.data.shard import _hash_file
+    from megatron_ledom.data.shard import hash_file
 
     stored = json.loads(Path(f"{shard}.json").read_text())
-    stored |= {"bin_sha256": _hash_file(f"{shard}.bin"), "idx_sha256": _hash_file(f"{shard}.idx")}
+    stored |= {"bin_sha256": hash_file(f"{shard}.bin"), "idx_sha256": hash_file(f"{shard}.idx")}
     Path(f"{shard}.json").write_text(json.dumps(stored))
 
 

@@ -1,0 +1,80 @@
+"""Names of shards: patterns become prefixes, and what the tasks of one array wrote is complete or its gaps are named."""
+
+import glob
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from megatron_ledom.data.shard import SUFFIXES, existing_files
+from megatron_ledom.errors import DataError, UsageError
+
+TASK = re.compile(r"(?P<base>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})")
+
+
+def task_prefix(base: str, number: int, count: int) -> str:
+    """What task `number` of `count` calls its shard."""
+    return f"{base}-{number:05d}-of-{count:05d}"
+
+
+def array_list(numbers: Iterable[int]) -> str:
+    """Numbers as SLURM's --array takes them: 3,7-9."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def expand_prefixes(patterns: Sequence[str]) -> list[str]:
+    """Prefixes in the order given, those of a pattern sorted; refused: what matches nothing, and a shard named twice.
+
+    A prefix counts when any of its files is there, so that a shard without manifest is met, and refused, where it is opened.
+    """
+    prefixes: list[str] = []
+    for pattern in patterns:
+        found = _matches(pattern)
+        if not found:
+            raise UsageError(f"there is no shard {pattern}: no .bin, .idx or .json of that name; give prefixes without ending")
+        prefixes += found
+    if repeated := sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
+        raise UsageError(f"{repeated[0]} is named more than once; name each shard once")
+    return prefixes
+
+
+def _matches(pattern: str) -> list[str]:
+    if existing_files(pattern):
+        return [pattern]
+    for suffix in SUFFIXES:
+        if pattern.endswith(suffix) and glob.glob(pattern):
+            raise UsageError(f"{pattern} is one file of a shard; give the prefix {pattern.removesuffix(suffix)}")
+    return sorted({file.removesuffix(suffix) for suffix in SUFFIXES for file in glob.glob(pattern + suffix)})
+
+
+def check_tasks_complete(prefixes: Sequence[str]) -> None:
+    """Refuse shards of an array, P-00003-of-00064, when tasks of the array are missing among them, or of two arrays of one P."""
+    numbers: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
+    for prefix in prefixes:
+        if match := TASK.fullmatch(prefix):
+            numbers[match["base"]][int(match["count"])].add(int(match["number"]))
+    for base, counts in numbers.items():
+        if len(counts) > 1:
+            raise UsageError(
+                f"{base} was written by arrays of {' and of '.join(map(str, sorted(counts)))} tasks, which hold the same text;"
+                " name the shards of one array"
+            )
+        count, found = next(iter(counts.items()))
+        if missing := array_list(set(range(count)) - found):
+            raise DataError(
+                f"of the {count} tasks of {base} these are missing: {missing}; run them again"
+                f" (sbatch --array={missing}), or name their shards, too"
+            )
+
+
+def check_not_an_input(output_prefix: str, inputs: Sequence[str]) -> None:
+    """Refuse to write over what is read."""
+    for prefix in inputs:
+        if Path(prefix).resolve() == Path(output_prefix).resolve():
+            raise UsageError(f"--output-prefix {output_prefix} is one of the inputs; choose another one")
