@@ -7,9 +7,15 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "megatron_ledom._helpers",
-            ["csrc/helpers/helpers.cpp"],
+            ["csrc/helpers/helpers.cpp", "csrc/helpers/piece_encoder_bindings.cpp"],
             include_dirs=["csrc/helpers"],
-            depends=["csrc/helpers/pack_documents.h"],
+            depends=[
+                "csrc/helpers/pack_documents.h",
+                "csrc/helpers/piece_encoder.h",
+                "csrc/helpers/piece_encoder_bindings.h",
+                "csrc/helpers/piece_vocabulary.h",
+                "csrc/helpers/unit_cache.h",
+            ],
             cxx_std=17,
             extra_compile_args=["-O3"],
         )

@@ -1,5 +1,6 @@
 // Python bindings of the C++ helpers. Every array is checked here for type, contiguity and size; nothing is converted silently.
 #include "pack_documents.h"
+#include "piece_encoder_bindings.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -47,4 +48,5 @@ PYBIND11_MODULE(_helpers, m) {
   m.doc() = "C++ helpers of the data path; see csrc/helpers";
   define_pack<uint16_t>(m);
   define_pack<int32_t>(m);
+  define_piece_encoder(m);
 }

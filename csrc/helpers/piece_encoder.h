@@ -1,0 +1,248 @@
+// piece_encoder: texts -> ids of a SentencePiece BPE vocabulary, the same ids as the sentencepiece library's.
+//
+// A text, with a space in front if the vocabulary has a dummy prefix, is cut wherever no merge can happen (PieceVocabulary::joins
+// false), which in a usual vocabulary is around words. Such a unit has the same ids wherever it stands, so they are kept in a
+// table (UnitCache) from its bytes; what is not there is merged by the rule in piece_vocabulary.h.
+//
+// texts   UTF-8, valid (Python's strings are)
+// ids     [total]      of all texts one after the other, text order
+// offsets [texts + 1]  text t has ids[offsets[t] .. offsets[t + 1])
+//
+// Work: one pass over the bytes, one thread, under a lock: it runs inside worker processes, one a core. A unit of n characters
+// that is not in the table costs n^2 steps on few bytes up to SCAN_LIMIT characters, n log n above.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "piece_vocabulary.h"
+#include "unit_cache.h"
+
+namespace ledom {
+
+constexpr size_t SCAN_LIMIT = 64;
+constexpr size_t KEPT_SCRATCH_BYTES = 1 << 22;
+constexpr uint32_t NOTHING = 0xFFFFFFFFu;
+
+// A growing array of ids whose memory can be handed on; new entries are not initialised.
+class IdBuffer {
+ public:
+  uint32_t* room_for(size_t count) {
+    if (size_ + count > capacity_) grow(count);
+    return data_.get() + size_;
+  }
+  void add(size_t count) { size_ += count; }
+  void shrink_to(size_t size) { size_ = size; }
+  uint32_t* data() { return data_.get(); }
+  size_t size() const { return size_; }
+  uint32_t* release() { return data_.release(); }
+
+ private:
+  struct Free {
+    void operator()(uint32_t* ids) const { std::free(ids); }
+  };
+
+  void grow(size_t count) {
+    capacity_ = std::max(size_ + count, 2 * capacity_ + 1024);
+    auto* moved = static_cast<uint32_t*>(std::realloc(data_.get(), capacity_ * sizeof(uint32_t)));
+    if (!moved) throw std::bad_alloc();
+    static_cast<void>(data_.release());
+    data_.reset(moved);
+  }
+
+  std::unique_ptr<uint32_t, Free> data_;
+  size_t size_ = 0, capacity_ = 0;
+};
+
+class PieceEncoder {
+ public:
+  PieceEncoder(PieceVocabulary vocabulary, bool dummy_prefix, size_t cache_bytes)
+      : vocabulary_(std::move(vocabulary)), dummy_prefix_(dummy_prefix), cache_(cache_bytes) {}
+
+  void encode(const std::vector<std::string_view>& texts, IdBuffer& ids, int64_t* offsets) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    offsets[0] = 0;
+    for (size_t t = 0; t < texts.size(); t++) {
+      const size_t begin = ids.size();
+      if (!texts[t].empty()) encode_text(texts[t], ids);
+      if (!vocabulary_.byte_fallback()) join_unknown(ids, begin);
+      offsets[t + 1] = static_cast<int64_t>(ids.size());
+      if (text_.size() > KEPT_SCRATCH_BYTES) free_scratch();
+    }
+  }
+
+  const PieceVocabulary& vocabulary() const { return vocabulary_; }
+  const UnitCache& cache() const { return cache_; }
+  uint64_t num_units() const { return num_units_; }
+  uint64_t num_misses() const { return num_misses_; }
+  uint64_t num_pairs() const { return num_pairs_; }
+
+ private:
+  struct Candidate {
+    uint32_t rank, at, first, second;
+    bool operator<(const Candidate& other) const {  // the top of a heap is the lowest rank, of equals the one that comes first
+      return rank != other.rank ? rank > other.rank : at > other.at;
+    }
+  };
+
+  void encode_text(std::string_view text, IdBuffer& ids) {
+    if (text.size() >= NOTHING - READ_BEYOND) throw std::length_error("a text must have less than 4 GB");
+    text_.resize(text.size() + 1 + READ_BEYOND);
+    uint8_t* begin = text_.data();
+    begin[0] = ' ';
+    std::memcpy(begin + 1, text.data(), text.size());
+    std::memset(begin + 1 + text.size(), 0, READ_BEYOND);
+    const uint8_t* end = begin + 1 + text.size();
+    for (const uint8_t* unit = begin + (dummy_prefix_ ? 0 : 1); unit < end;) {
+      const uint8_t* next = unit_end(unit, end);
+      encode_unit(unit, static_cast<size_t>(next - unit), ids);
+      unit = next;
+      num_units_++;
+    }
+  }
+
+  // Where the unit that begins at p ends: behind the first character that does not join the one after it.
+  const uint8_t* unit_end(const uint8_t* p, const uint8_t* end) const {
+    uint32_t previous = read_character(p);
+    while (p < end) {
+      const uint8_t* following = p;
+      const uint32_t code = read_character(following);
+      if (!vocabulary_.joins(previous, code)) return p;
+      previous = code;
+      p = following;
+    }
+    return end;
+  }
+
+  void encode_unit(const uint8_t* unit, size_t length, IdBuffer& ids) {
+    if (length > MAX_CACHED_BYTES) {
+      merge_unit(unit, length);
+      return append(unit_ids_.data(), unit_ids_.size(), ids);
+    }
+    const UnitKey key = UnitCache::key_of(unit, length);
+    if (const Slot* slot = cache_.find(key, unit)) {
+      if (slot->count > 3) return append(cache_.long_ids(*slot), slot->count, ids);
+      std::memcpy(ids.room_for(3), slot->ids, sizeof(slot->ids));
+      return ids.add(slot->count);
+    }
+    merge_unit(unit, length);
+    cache_.insert(key, unit, unit_ids_);
+    append(unit_ids_.data(), unit_ids_.size(), ids);
+  }
+
+  static void append(const uint32_t* from, size_t count, IdBuffer& ids) {
+    std::memcpy(ids.room_for(count), from, count * sizeof(uint32_t));
+    ids.add(count);
+  }
+
+  // The ids of a unit in unit_ids_.
+  void merge_unit(const uint8_t* unit, size_t length) {
+    num_misses_++;
+    symbols_.clear();
+    for (const uint8_t *p = unit, *end = unit + length; p < end;) symbols_.push_back(vocabulary_.symbol_of(read_character(p)));
+    symbols_.size() <= SCAN_LIMIT ? merge_by_scan() : merge_by_heap();
+    unit_ids_.resize(4 * symbols_.size());
+    uint32_t* written = unit_ids_.data();
+    for (const uint32_t symbol : symbols_) {
+      if (symbol != NOTHING) written = vocabulary_.write_ids(symbol, written);
+    }
+    unit_ids_.resize(static_cast<size_t>(written - unit_ids_.data()));
+  }
+
+  uint32_t merged(uint32_t first, uint32_t second) {
+    num_pairs_++;
+    return vocabulary_.merged(first, second);
+  }
+
+  // Few symbols: look at all pairs for the best one every time. pair_[i] is what symbols i and i + 1 become.
+  void merge_by_scan() {
+    size_t size = symbols_.size();
+    uint32_t pair[SCAN_LIMIT], rank[SCAN_LIMIT];
+    const auto look_up = [&](size_t i) {
+      pair[i] = merged(symbols_[i], symbols_[i + 1]);
+      rank[i] = vocabulary_.rank_of(pair[i]);
+    };
+    for (size_t i = 0; i + 1 < size; i++) look_up(i);
+    while (size > 1) {
+      const size_t best = static_cast<size_t>(std::min_element(rank, rank + size - 1) - rank);
+      if (rank[best] == NO_RANK) break;
+      symbols_[best] = pair[best];
+      for (size_t i = best + 1; i + 1 < size; i++) {
+        symbols_[i] = symbols_[i + 1];
+        pair[i] = pair[i + 1];
+        rank[i] = rank[i + 1];
+      }
+      size--;
+      if (best > 0) look_up(best - 1);
+      if (best + 1 < size) look_up(best);
+    }
+    symbols_.resize(size);
+  }
+
+  // Many symbols: a heap of candidates. Symbols that were merged into the one before them become NOTHING; a candidate whose two
+  // symbols are no longer there is passed over.
+  void merge_by_heap() {
+    const uint32_t size = static_cast<uint32_t>(symbols_.size());
+    next_.resize(size), previous_.resize(size);
+    for (uint32_t i = 0; i < size; i++) next_[i] = i + 1 < size ? i + 1 : NOTHING, previous_[i] = i ? i - 1 : NOTHING;
+    heap_.clear();
+    for (uint32_t i = 0; i + 1 < size; i++) add_candidate(i);
+    std::make_heap(heap_.begin(), heap_.end());
+    while (!heap_.empty()) {
+      const Candidate best = heap_.front();
+      std::pop_heap(heap_.begin(), heap_.end());
+      heap_.pop_back();
+      const uint32_t second = next_[best.at];
+      if (symbols_[best.at] != best.first || second == NOTHING || symbols_[second] != best.second) continue;
+      symbols_[best.at] = vocabulary_.merged(best.first, best.second);
+      symbols_[second] = NOTHING;
+      next_[best.at] = next_[second];
+      if (next_[second] != NOTHING) previous_[next_[second]] = best.at;
+      if (previous_[best.at] != NOTHING && add_candidate(previous_[best.at])) std::push_heap(heap_.begin(), heap_.end());
+      if (next_[best.at] != NOTHING && add_candidate(best.at)) std::push_heap(heap_.begin(), heap_.end());
+    }
+  }
+
+  bool add_candidate(uint32_t at) {
+    const uint32_t first = symbols_[at], second = symbols_[next_[at]];
+    const uint32_t result = merged(first, second);
+    if (result == UNKNOWN) return false;
+    heap_.push_back({vocabulary_.rank_of(result), at, first, second});
+    return true;
+  }
+
+  // Without byte fallback a run of unknown characters is one id.
+  void join_unknown(IdBuffer& ids, size_t begin) const {
+    const uint32_t unknown = vocabulary_.unknown_id();
+    uint32_t* first = ids.data() + begin;
+    uint32_t* last = std::unique(first, ids.data() + ids.size(), [=](uint32_t a, uint32_t b) { return a == unknown && b == unknown; });
+    ids.shrink_to(static_cast<size_t>(last - ids.data()));
+  }
+
+  void free_scratch() {
+    std::vector<uint8_t>().swap(text_);
+    for (auto* scratch : {&symbols_, &unit_ids_, &next_, &previous_}) std::vector<uint32_t>().swap(*scratch);
+    std::vector<Candidate>().swap(heap_);
+  }
+
+  const PieceVocabulary vocabulary_;
+  const bool dummy_prefix_;
+  UnitCache cache_;
+  std::mutex mutex_;
+  std::vector<uint8_t> text_;
+  std::vector<uint32_t> symbols_, unit_ids_, next_, previous_;
+  std::vector<Candidate> heap_;
+  uint64_t num_units_ = 0, num_misses_ = 0, num_pairs_ = 0;
+};
+
+}  // namespace ledom
