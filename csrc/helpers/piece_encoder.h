@@ -85,7 +85,7 @@ class PieceEncoder {
   const UnitCache& cache() const { return cache_; }
   uint64_t num_units() const { return num_units_; }
   uint64_t num_misses() const { return num_misses_; }
-  uint64_t num_pairs() const { return num_pairs_; }
+  uint64_t num_steps() const { return num_steps_; }  // of merging: pairs looked up, symbols scanned, candidates taken
 
  private:
   struct Candidate {
@@ -160,7 +160,7 @@ class PieceEncoder {
   }
 
   uint32_t merged(uint32_t first, uint32_t second) {
-    num_pairs_++;
+    num_steps_++;
     return vocabulary_.merged(first, second);
   }
 
@@ -174,6 +174,7 @@ class PieceEncoder {
     };
     for (size_t i = 0; i + 1 < size; i++) look_up(i);
     while (size > 1) {
+      num_steps_ += size;
       const size_t best = static_cast<size_t>(std::min_element(rank, rank + size - 1) - rank);
       if (rank[best] == NO_RANK) break;
       symbols_[best] = pair[best];
@@ -199,6 +200,7 @@ class PieceEncoder {
     for (uint32_t i = 0; i + 1 < size; i++) add_candidate(i);
     std::make_heap(heap_.begin(), heap_.end());
     while (!heap_.empty()) {
+      num_steps_++;
       const Candidate best = heap_.front();
       std::pop_heap(heap_.begin(), heap_.end());
       heap_.pop_back();
@@ -242,7 +244,7 @@ class PieceEncoder {
   std::vector<uint8_t> text_;
   std::vector<uint32_t> symbols_, unit_ids_, next_, previous_;
   std::vector<Candidate> heap_;
-  uint64_t num_units_ = 0, num_misses_ = 0, num_pairs_ = 0;
+  uint64_t num_units_ = 0, num_misses_ = 0, num_steps_ = 0;
 };
 
 }  // namespace ledom

@@ -48,7 +48,7 @@ py::dict statistics(const ledom::PieceEncoder& encoder) {
   py::dict found;
   found["units"] = encoder.num_units();
   found["misses"] = encoder.num_misses();
-  found["pairs"] = encoder.num_pairs();
+  found["steps"] = encoder.num_steps();
   found["cached"] = encoder.cache().used();
   found["clears"] = encoder.cache().clears();
   found["cache_bytes"] = encoder.cache().bytes();

@@ -52,8 +52,8 @@ class CachedPieceEngine:
         return ids, offsets
 
     def statistics(self) -> dict[str, int]:
-        """Counts since the start: units, misses (units merged anew), pairs (looked up for them), clears of the cache; and of now:
-        cached units and cache_bytes, the most the cache can take.
+        """Counts since the start: units, misses (units merged anew), steps this took, clears of the cache; and of now: units in
+        the cache and cache_bytes, the most it can take.
         """
         found: dict[str, int] = self._encoder.statistics()
         return found
