@@ -31,6 +31,7 @@
 namespace ledom {
 
 constexpr size_t SCAN_LIMIT = 64;
+constexpr size_t UNITS_AHEAD = 64;  // cut before the first of them is looked up, so that memory can be fetched meanwhile
 constexpr size_t KEPT_SCRATCH_BYTES = 1 << 22;
 constexpr uint32_t NOTHING = 0xFFFFFFFFu;
 
@@ -88,6 +89,13 @@ class PieceEncoder {
   uint64_t num_steps() const { return num_steps_; }  // of merging: pairs looked up, symbols scanned, candidates taken
 
  private:
+  struct Unit {
+    const uint8_t* begin;
+    size_t length;
+    UnitKey key;
+    bool is_cached() const { return length <= MAX_CACHED_BYTES; }
+  };
+
   struct Candidate {
     uint32_t rank, at, first, second;
     bool operator<(const Candidate& other) const {  // the top of a heap is the lowest rank, of equals the one that comes first
@@ -104,10 +112,16 @@ class PieceEncoder {
     std::memset(begin + 1 + text.size(), 0, READ_BEYOND);
     const uint8_t* end = begin + 1 + text.size();
     for (const uint8_t* unit = begin + (dummy_prefix_ ? 0 : 1); unit < end;) {
-      const uint8_t* next = unit_end(unit, end);
-      encode_unit(unit, static_cast<size_t>(next - unit), ids);
-      unit = next;
-      num_units_++;
+      Unit units[UNITS_AHEAD];
+      size_t count = 0;
+      for (; count < UNITS_AHEAD && unit < end; count++) {
+        const uint8_t* next = unit_end(unit, end);
+        units[count] = {unit, static_cast<size_t>(next - unit), {}};
+        if (units[count].is_cached()) cache_.prefetch(units[count].key = UnitCache::key_of(unit, units[count].length));
+        unit = next;
+      }
+      for (size_t i = 0; i < count; i++) encode_unit(units[i], ids);
+      num_units_ += count;
     }
   }
 
@@ -124,19 +138,16 @@ class PieceEncoder {
     return end;
   }
 
-  void encode_unit(const uint8_t* unit, size_t length, IdBuffer& ids) {
-    if (length > MAX_CACHED_BYTES) {
-      merge_unit(unit, length);
-      return append(unit_ids_.data(), unit_ids_.size(), ids);
+  void encode_unit(const Unit& unit, IdBuffer& ids) {
+    if (unit.is_cached()) {
+      if (const Slot* slot = cache_.find(unit.key, unit.begin)) {
+        if (slot->count > 3) return append(cache_.long_ids(*slot), slot->count, ids);
+        std::memcpy(ids.room_for(3), slot->ids, sizeof(slot->ids));
+        return ids.add(slot->count);
+      }
     }
-    const UnitKey key = UnitCache::key_of(unit, length);
-    if (const Slot* slot = cache_.find(key, unit)) {
-      if (slot->count > 3) return append(cache_.long_ids(*slot), slot->count, ids);
-      std::memcpy(ids.room_for(3), slot->ids, sizeof(slot->ids));
-      return ids.add(slot->count);
-    }
-    merge_unit(unit, length);
-    cache_.insert(key, unit, unit_ids_);
+    merge_unit(unit.begin, unit.length);
+    if (unit.is_cached()) cache_.insert(unit.key, unit.begin, unit_ids_);
     append(unit_ids_.data(), unit_ids_.size(), ids);
   }
 

@@ -9,6 +9,8 @@
 // frequent comes back at once, and a change of subject is followed.
 #pragma once
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
@@ -21,6 +23,7 @@
 namespace ledom {
 
 constexpr size_t MAX_CACHED_BYTES = 255;  // longer units are encoded every time
+constexpr size_t BIG_PAGE = size_t{1} << 21;
 constexpr size_t READ_BEYOND = 16;        // bytes that must be readable at every unit
 
 struct Slot {
@@ -52,8 +55,7 @@ class UnitCache {
     while (slots * 2 * sizeof(Slot) <= bytes / 2) slots *= 2;
     mask_ = slots - 1;
     max_used_ = slots * 3 / 4;
-    slots_.reset(static_cast<Slot*>(std::calloc(slots, sizeof(Slot))));
-    if (!slots_) throw std::bad_alloc();
+    slots_.reset(new_slots(slots));
     max_keys_ = bytes / 4, max_long_ids_ = bytes / 4 / sizeof(uint32_t);
     keys_.reserve(max_keys_), long_ids_.reserve(max_long_ids_);
   }
@@ -70,6 +72,8 @@ class UnitCache {
     key.hash = mixed(key.low, key.high);
     return key;
   }
+
+  void prefetch(const UnitKey& key) const { __builtin_prefetch(slots_.get() + (key.hash & mask_)); }
 
   // The slot of a unit, or null.
   const Slot* find(const UnitKey& key, const uint8_t* unit) const {
@@ -111,6 +115,18 @@ class UnitCache {
   struct Free {
     void operator()(Slot* slots) const { std::free(slots); }
   };
+
+  // Empty slots in big pages of memory where the system has them: they are read at random.
+  static Slot* new_slots(size_t slots) {
+    const size_t bytes = slots * sizeof(Slot), page = bytes < BIG_PAGE ? 64 : BIG_PAGE;
+    void* memory = std::aligned_alloc(page, (bytes + page - 1) / page * page);
+    if (!memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (page == BIG_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);  // only a hint; what it returns does not matter
+#endif
+    std::memset(memory, 0, bytes);
+    return static_cast<Slot*>(memory);
+  }
 
   static UnitKey long_key(const uint8_t* unit, size_t length) {
     uint64_t hash = length;
