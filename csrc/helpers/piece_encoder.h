@@ -32,6 +32,7 @@ namespace ledom {
 
 constexpr size_t SCAN_LIMIT = 64;
 constexpr size_t UNITS_AHEAD = 64;  // cut before the first of them is looked up, so that memory can be fetched meanwhile
+constexpr size_t BLOCK = 64;        // bytes, one bit each
 constexpr size_t KEPT_SCRATCH_BYTES = 1 << 22;
 constexpr uint32_t NOTHING = 0xFFFFFFFFu;
 
@@ -68,7 +69,13 @@ class IdBuffer {
 class PieceEncoder {
  public:
   PieceEncoder(PieceVocabulary vocabulary, bool dummy_prefix, size_t cache_bytes)
-      : vocabulary_(std::move(vocabulary)), dummy_prefix_(dummy_prefix), cache_(cache_bytes) {}
+      : vocabulary_(std::move(vocabulary)), dummy_prefix_(dummy_prefix), cache_(cache_bytes) {
+    for (uint32_t code = 0; code < 0x80; code++) {
+      Slot& slot = ascii_[code];
+      slot.low = code, slot.high = uint64_t{1} << 56;
+      slot.count = static_cast<uint32_t>(vocabulary_.write_ids(vocabulary_.symbol_of(code), slot.ids) - slot.ids);
+    }
+  }
 
   void encode(const std::vector<std::string_view>& texts, IdBuffer& ids, int64_t* offsets) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -93,7 +100,7 @@ class PieceEncoder {
     const uint8_t* begin;
     size_t length;
     UnitKey key;
-    bool is_cached() const { return length <= MAX_CACHED_BYTES; }
+    const Slot* slot;  // where the search begins
   };
 
   struct Candidate {
@@ -111,43 +118,71 @@ class PieceEncoder {
     std::memcpy(begin + 1, text.data(), text.size());
     std::memset(begin + 1 + text.size(), 0, READ_BEYOND);
     const uint8_t* end = begin + 1 + text.size();
-    for (const uint8_t* unit = begin + (dummy_prefix_ ? 0 : 1); unit < end;) {
-      Unit units[UNITS_AHEAD];
-      size_t count = 0;
-      for (; count < UNITS_AHEAD && unit < end; count++) {
-        const uint8_t* next = unit_end(unit, end);
-        units[count] = {unit, static_cast<size_t>(next - unit), {}};
-        if (units[count].is_cached()) cache_.prefetch(units[count].key = UnitCache::key_of(unit, units[count].length));
-        unit = next;
+    num_waiting_ = 0;
+    const uint8_t* unit = begin + (dummy_prefix_ ? 0 : 1);
+    const uint8_t* next = unit;
+    uint32_t previous = read_character(next);
+    for (const uint8_t* block = unit; block < end; block += BLOCK) {
+      for (uint64_t cuts = cuts_in(block, end, next, previous); cuts; cuts &= cuts - 1) {
+        const uint8_t* cut = block + __builtin_ctzll(cuts);
+        add_unit(unit, cut);
+        unit = cut;
       }
-      for (size_t i = 0; i < count; i++) encode_unit(units[i], ids);
-      num_units_ += count;
+      if (num_waiting_ >= UNITS_AHEAD) encode_waiting(ids);
     }
+    add_unit(unit, end);
+    encode_waiting(ids);
   }
 
-  // Where the unit that begins at p ends: behind the first character that does not join the one after it.
-  const uint8_t* unit_end(const uint8_t* p, const uint8_t* end) const {
-    uint32_t previous = read_character(p);
-    while (p < end) {
-      const uint8_t* following = p;
-      const uint32_t code = read_character(following);
-      if (!vocabulary_.joins(previous, code)) return p;
-      previous = code;
-      p = following;
+  // Bit i: a unit begins at block[i]. next is the first character not looked at, in or after the block; previous the one before.
+  uint64_t cuts_in(const uint8_t* block, const uint8_t* end, const uint8_t*& next, uint32_t& previous) const {
+    const uint8_t* block_end = block + std::min<size_t>(BLOCK, static_cast<size_t>(end - block));
+    uint64_t all = previous, cuts = 0;
+    for (size_t i = 0; i < BLOCK; i += 8) all |= load_8_bytes(block + i);
+    if ((all & 0x8080808080808080ull) == 0 && previous < 0x80 && block_end - block == BLOCK) {
+      const size_t first = static_cast<size_t>(next - block);
+      for (size_t i = 0; i < BLOCK; i++) {
+        const uint32_t code = block[i];
+        cuts |= static_cast<uint64_t>(!vocabulary_.joins_ascii(previous, code)) << i;
+        previous = code;
+      }
+      next = block_end;
+      return cuts >> first << first;
     }
-    return end;
+    while (next < block_end) {
+      const size_t at = static_cast<size_t>(next - block);
+      const uint32_t code = read_character(next);
+      cuts |= static_cast<uint64_t>(!vocabulary_.joins(previous, code)) << at;
+      previous = code;
+    }
+    return cuts;
+  }
+
+  void add_unit(const uint8_t* begin, const uint8_t* end) {
+    Unit& unit = waiting_[num_waiting_++];
+    unit.begin = begin;
+    unit.length = static_cast<size_t>(end - begin);
+    if (unit.length > MAX_CACHED_BYTES) return;
+    unit.key = UnitCache::key_of(begin, unit.length);
+    unit.slot = unit.length == 1 ? &ascii_[*begin & 0x7F] : cache_.first_slot(unit.key);
+    __builtin_prefetch(unit.slot);
+  }
+
+  void encode_waiting(IdBuffer& ids) {
+    for (size_t i = 0; i < num_waiting_; i++) encode_unit(waiting_[i], ids);
+    num_units_ += num_waiting_;
+    num_waiting_ = 0;
   }
 
   void encode_unit(const Unit& unit, IdBuffer& ids) {
-    if (unit.is_cached()) {
-      if (const Slot* slot = cache_.find(unit.key, unit.begin)) {
-        if (slot->count > 3) return append(cache_.long_ids(*slot), slot->count, ids);
-        std::memcpy(ids.room_for(3), slot->ids, sizeof(slot->ids));
-        return ids.add(slot->count);
-      }
+    const bool is_cached = unit.length <= MAX_CACHED_BYTES;
+    if (const Slot* slot = is_cached ? cache_.find(unit.key, unit.begin, unit.slot) : nullptr) {
+      if (slot->count > 3) return append(cache_.long_ids(*slot), slot->count, ids);
+      std::memcpy(ids.room_for(3), slot->ids, sizeof(slot->ids));
+      return ids.add(slot->count);
     }
     merge_unit(unit.begin, unit.length);
-    if (unit.is_cached()) cache_.insert(unit.key, unit.begin, unit_ids_);
+    if (is_cached) cache_.insert(unit.key, unit.begin, unit_ids_);
     append(unit_ids_.data(), unit_ids_.size(), ids);
   }
 
@@ -250,11 +285,14 @@ class PieceEncoder {
 
   const PieceVocabulary vocabulary_;
   const bool dummy_prefix_;
+  Slot ascii_[0x80] = {};  // of units of one byte
   UnitCache cache_;
   std::mutex mutex_;
   std::vector<uint8_t> text_;
   std::vector<uint32_t> symbols_, unit_ids_, next_, previous_;
   std::vector<Candidate> heap_;
+  Unit waiting_[UNITS_AHEAD + BLOCK];
+  size_t num_waiting_ = 0;
   uint64_t num_units_ = 0, num_misses_ = 0, num_steps_ = 0;
 };
 

@@ -24,7 +24,7 @@ namespace ledom {
 
 constexpr size_t MAX_CACHED_BYTES = 255;  // longer units are encoded every time
 constexpr size_t BIG_PAGE = size_t{1} << 21;
-constexpr size_t READ_BEYOND = 16;        // bytes that must be readable at every unit
+constexpr size_t READ_BEYOND = 64;        // bytes that must be readable behind every unit
 
 struct Slot {
   uint64_t low, high;
@@ -32,8 +32,8 @@ struct Slot {
 };
 
 struct UnitKey {
-  uint64_t low, high, hash;
-  bool is_long;
+  uint64_t low, high;
+  bool is_long() const { return high >> 63; }
 };
 
 inline uint64_t mixed(uint64_t a, uint64_t b) {
@@ -61,37 +61,33 @@ class UnitCache {
   }
 
   static UnitKey key_of(const uint8_t* unit, size_t length) {
-    UnitKey key{load_8_bytes(unit), 0, 0, length > 15};
-    if (key.is_long) return long_key(unit, length);
-    if (length < 8) {
-      key.low &= (uint64_t{1} << 8 * length) - 1;
-    } else {
-      key.high = load_8_bytes(unit + 8) & ((uint64_t{1} << 8 * (length - 8)) - 1);
-    }
-    key.high |= static_cast<uint64_t>(length) << 56;
-    key.hash = mixed(key.low, key.high);
-    return key;
+    if (length > 15) return long_key(unit, length);
+    // Shifts by 64 are undefined, so each mask is made of two.
+    const size_t low_bits = 8 * std::min<size_t>(length, 8), high_bits = 8 * length - low_bits;
+    const uint64_t low_mask = ~(~uint64_t{0} << low_bits / 2 << (low_bits - low_bits / 2));
+    const uint64_t high_mask = ~(~uint64_t{0} << high_bits);
+    return {load_8_bytes(unit) & low_mask, (load_8_bytes(unit + 8) & high_mask) | static_cast<uint64_t>(length) << 56};
   }
 
-  void prefetch(const UnitKey& key) const { __builtin_prefetch(slots_.get() + (key.hash & mask_)); }
+  // Where the search for a unit begins.
+  const Slot* first_slot(const UnitKey& key) const { return slots_.get() + (mixed(key.low, key.high) & mask_); }
 
   // The slot of a unit, or null.
-  const Slot* find(const UnitKey& key, const uint8_t* unit) const {
-    for (size_t at = key.hash & mask_;; at = (at + 1) & mask_) {
-      const Slot& slot = slots_.get()[at];
-      if (slot.high == 0) return nullptr;
-      if (key.is_long ? is_same(slot, key, unit) : slot.low == key.low && slot.high == key.high) return &slot;
+  const Slot* find(const UnitKey& key, const uint8_t* unit, const Slot* slot) const {
+    for (const Slot* end = slots_.get() + mask_;; slot = slot == end ? slots_.get() : slot + 1) {
+      if (key.is_long() ? is_same(*slot, key, unit) : slot->low == key.low && slot->high == key.high) return slot;
+      if (slot->high == 0) return nullptr;
     }
   }
 
   const uint32_t* long_ids(const Slot& slot) const { return long_ids_.data() + slot.ids[0]; }
 
   void insert(const UnitKey& key, const uint8_t* unit, const std::vector<uint32_t>& ids) {
-    const size_t length = key.is_long ? (key.high >> 32 & 0xFF) : 0, long_count = ids.size() > 3 ? ids.size() : 0;
+    const size_t length = key.is_long() ? (key.high >> 32 & 0xFF) : 0, long_count = ids.size() > 3 ? ids.size() : 0;
     if (length > max_keys_ || long_count > max_long_ids_) return;
     if (used_ >= max_used_ || keys_.size() + length > max_keys_ || long_ids_.size() + long_count > max_long_ids_) clear();
     Slot slot{key.low, key.high, static_cast<uint32_t>(ids.size()), {0, 0, 0}};
-    if (key.is_long) {
+    if (key.is_long()) {
       slot.high |= keys_.size();
       keys_.insert(keys_.end(), unit, unit + length);
     }
@@ -101,7 +97,7 @@ class UnitCache {
     } else {
       std::copy(ids.begin(), ids.end(), slot.ids);
     }
-    size_t at = key.hash & mask_;
+    size_t at = mixed(key.low, key.high) & mask_;
     while (slots_.get()[at].high != 0) at = (at + 1) & mask_;
     slots_.get()[at] = slot;
     used_++;
@@ -132,7 +128,7 @@ class UnitCache {
     uint64_t hash = length;
     for (size_t i = 0; i + 16 <= length; i += 16) hash = mixed(load_8_bytes(unit + i) ^ hash, load_8_bytes(unit + i + 8));
     hash = mixed(load_8_bytes(unit + length - 16) ^ hash, load_8_bytes(unit + length - 8));
-    return {hash, uint64_t{255} << 56 | static_cast<uint64_t>(length) << 32, hash, true};
+    return {hash, uint64_t{255} << 56 | static_cast<uint64_t>(length) << 32};
   }
 
   bool is_same(const Slot& slot, const UnitKey& key, const uint8_t* unit) const {
