@@ -10,6 +10,7 @@ setup(
             ["csrc/helpers/helpers.cpp", "csrc/helpers/piece_encoder_bindings.cpp"],
             include_dirs=["csrc/helpers"],
             depends=[
+                "csrc/helpers/big_pages.h",
                 "csrc/helpers/pack_documents.h",
                 "csrc/helpers/piece_encoder.h",
                 "csrc/helpers/piece_encoder_bindings.h",

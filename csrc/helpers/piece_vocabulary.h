@@ -25,6 +25,8 @@
 #include <unordered_map>
 #include <vector>
 
+#include "big_pages.h"
+
 namespace ledom {
 
 constexpr uint32_t SPACE_CODE = 0x20;
@@ -250,7 +252,8 @@ class PieceVocabulary {
   std::unordered_map<uint32_t, uint32_t> symbols_;  // of characters that are not ASCII
   std::vector<uint32_t> characters_;                // code points of the symbols from num_pieces_ on
   std::vector<uint32_t> ranks_;
-  std::vector<uint64_t> merges_, other_joins_;
+  std::vector<uint64_t, BigPages<uint64_t>> merges_;
+  std::vector<uint64_t> other_joins_;
   size_t num_merges_ = 0, merge_mask_ = 0;
   int merge_shift_ = 0, join_shift_ = 0;
 };

@@ -9,21 +9,17 @@
 // frequent comes back at once, and a change of subject is followed.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
-#include <new>
 #include <stdexcept>
 #include <vector>
+
+#include "big_pages.h"
 
 namespace ledom {
 
 constexpr size_t MAX_CACHED_BYTES = 255;  // longer units are encoded every time
-constexpr size_t BIG_PAGE = size_t{1} << 21;
 constexpr size_t READ_BEYOND = 64;        // bytes that must be readable behind every unit
 
 struct Slot {
@@ -55,7 +51,7 @@ class UnitCache {
     while (slots * 2 * sizeof(Slot) <= bytes / 2) slots *= 2;
     mask_ = slots - 1;
     max_used_ = slots * 3 / 4;
-    slots_.reset(new_slots(slots));
+    slots_.resize(slots);
     max_keys_ = bytes / 4, max_long_ids_ = bytes / 4 / sizeof(uint32_t);
     keys_.reserve(max_keys_), long_ids_.reserve(max_long_ids_);
   }
@@ -70,11 +66,11 @@ class UnitCache {
   }
 
   // Where the search for a unit begins.
-  const Slot* first_slot(const UnitKey& key) const { return slots_.get() + (mixed(key.low, key.high) & mask_); }
+  const Slot* first_slot(const UnitKey& key) const { return slots_.data() + (mixed(key.low, key.high) & mask_); }
 
   // The slot of a unit, or null.
   const Slot* find(const UnitKey& key, const uint8_t* unit, const Slot* slot) const {
-    for (const Slot* end = slots_.get() + mask_;; slot = slot == end ? slots_.get() : slot + 1) {
+    for (const Slot* end = slots_.data() + mask_;; slot = slot == end ? slots_.data() : slot + 1) {
       if (key.is_long() ? is_same(*slot, key, unit) : slot->low == key.low && slot->high == key.high) return slot;
       if (slot->high == 0) return nullptr;
     }
@@ -98,8 +94,8 @@ class UnitCache {
       std::copy(ids.begin(), ids.end(), slot.ids);
     }
     size_t at = mixed(key.low, key.high) & mask_;
-    while (slots_.get()[at].high != 0) at = (at + 1) & mask_;
-    slots_.get()[at] = slot;
+    while (slots_[at].high != 0) at = (at + 1) & mask_;
+    slots_[at] = slot;
     used_++;
   }
 
@@ -108,22 +104,6 @@ class UnitCache {
   size_t bytes() const { return (mask_ + 1) * sizeof(Slot) + keys_.capacity() + long_ids_.capacity() * sizeof(uint32_t); }
 
  private:
-  struct Free {
-    void operator()(Slot* slots) const { std::free(slots); }
-  };
-
-  // Empty slots in big pages of memory where the system has them: they are read at random.
-  static Slot* new_slots(size_t slots) {
-    const size_t bytes = slots * sizeof(Slot), page = bytes < BIG_PAGE ? 64 : BIG_PAGE;
-    void* memory = std::aligned_alloc(page, (bytes + page - 1) / page * page);
-    if (!memory) throw std::bad_alloc();
-#ifdef MADV_HUGEPAGE
-    if (page == BIG_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);  // only a hint; what it returns does not matter
-#endif
-    std::memset(memory, 0, bytes);
-    return static_cast<Slot*>(memory);
-  }
-
   static UnitKey long_key(const uint8_t* unit, size_t length) {
     uint64_t hash = length;
     for (size_t i = 0; i + 16 <= length; i += 16) hash = mixed(load_8_bytes(unit + i) ^ hash, load_8_bytes(unit + i + 8));
@@ -137,13 +117,13 @@ class UnitCache {
   }
 
   void clear() {
-    std::memset(static_cast<void*>(slots_.get()), 0, (mask_ + 1) * sizeof(Slot));
+    std::fill(slots_.begin(), slots_.end(), Slot{});
     keys_.clear(), long_ids_.clear();
     used_ = 0;
     clears_++;
   }
 
-  std::unique_ptr<Slot, Free> slots_;
+  std::vector<Slot, BigPages<Slot>> slots_;
   std::vector<uint8_t> keys_;
   std::vector<uint32_t> long_ids_;
   size_t mask_ = 0, used_ = 0, max_used_ = 0, max_keys_ = 0, max_long_ids_ = 0, clears_ = 0;
