@@ -218,12 +218,15 @@ class PieceEncoder {
       pair[i] = merged(symbols_[i], symbols_[i + 1]);
       rank[i] = vocabulary_.rank_of(pair[i]);
     };
+    for (size_t i = 0; i + 1 < size; i++) vocabulary_.prefetch(symbols_[i], symbols_[i + 1]);
     for (size_t i = 0; i + 1 < size; i++) look_up(i);
     while (size > 1) {
       num_steps_ += size;
       const size_t best = static_cast<size_t>(std::min_element(rank, rank + size - 1) - rank);
       if (rank[best] == NO_RANK) break;
       symbols_[best] = pair[best];
+      if (best > 0) vocabulary_.prefetch(symbols_[best - 1], symbols_[best]);
+      if (best + 2 < size) vocabulary_.prefetch(symbols_[best], symbols_[best + 2]);
       for (size_t i = best + 1; i + 1 < size; i++) {
         symbols_[i] = symbols_[i + 1];
         pair[i] = pair[i + 1];
