@@ -1,5 +1,7 @@
 """Builds the C++ helper of the data path at install time; everything else about the package is in pyproject.toml."""
 
+from glob import glob
+
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
 
@@ -7,9 +9,9 @@ setup(
     ext_modules=[
         Pybind11Extension(
             "megatron_ledom._helpers",
-            ["csrc/helpers/helpers.cpp", "csrc/helpers/turn_documents_bindings.cpp"],
+            sorted(glob("csrc/helpers/*.cpp")),
             include_dirs=["csrc/helpers"],
-            depends=["csrc/helpers/pack_documents.h", "csrc/helpers/turn_documents.h"],
+            depends=sorted(glob("csrc/helpers/*.h")),
             cxx_std=17,
             extra_compile_args=["-O3"],
         )

@@ -1,5 +1,6 @@
 // Python bindings of the C++ helpers. Every array is checked here for type, contiguity and size; nothing is converted silently.
 #include "pack_documents.h"
+#include "piece_encoder_bindings.h"
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -51,4 +52,5 @@ PYBIND11_MODULE(_helpers, m) {
   define_pack<uint16_t>(m);
   define_pack<int32_t>(m);
   define_turn_documents(m);
+  define_piece_encoder(m);
 }

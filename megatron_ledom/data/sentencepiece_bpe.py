@@ -104,7 +104,7 @@ def _drawn(lines: Iterable[str], number: int) -> list[str]:
 
 def append_specials(model: bytes) -> bytes:
     """Add the five specials behind the pieces of a `.model` file, as control pieces: no text ever becomes one."""
-    proto = _parse(model, "the trained model")
+    proto = parse_model(model, "the trained model")
     for special in SPECIALS:
         proto.pieces.add(piece=special, score=0.0, type=proto.SentencePiece.CONTROL)
         proto.trainer_spec.control_symbols.append(special)
@@ -112,7 +112,8 @@ def append_specials(model: bytes) -> bytes:
     return bytes(proto.SerializeToString(deterministic=True))
 
 
-def _parse(model: bytes, where: str) -> Any:
+def parse_model(model: bytes, where: str) -> Any:
+    """The ModelProto of a `.model` file; `where` names it in errors."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -131,7 +132,7 @@ def convert(model: bytes, where: str, samples: Sequence[str] = ()) -> str:
 
     Tried on ODD_TEXTS and on `samples` before it is returned: VerificationError names a text whose ids differ.
     """
-    proto = _parse(model, where)
+    proto = parse_model(model, where)
     _check_convertible(proto, where)
     converted = _converted(proto)
     check_conversion(model, converted, [*ODD_TEXTS, *samples], where)

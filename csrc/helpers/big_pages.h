@@ -1,0 +1,37 @@
+// Memory for tables that are read at random: in big pages where the system has them, so that the processor finds a page without
+// walking the page table; aligned to cache lines in any case.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <cstddef>
+#include <cstdlib>
+#include <new>
+
+namespace ledom {
+
+template <class T>
+struct BigPages {
+  using value_type = T;
+  static constexpr std::size_t BIG_PAGE = std::size_t{1} << 21;
+
+  BigPages() = default;
+  template <class Other>
+  BigPages(const BigPages<Other>&) {}
+
+  T* allocate(std::size_t count) {
+    const std::size_t bytes = count * sizeof(T), page = bytes < BIG_PAGE ? 64 : BIG_PAGE;
+    void* memory = std::aligned_alloc(page, (bytes + page - 1) / page * page);
+    if (!memory) throw std::bad_alloc();
+#ifdef MADV_HUGEPAGE
+    if (page == BIG_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);  // only a hint; what it returns does not matter
+#endif
+    return static_cast<T*>(memory);
+  }
+  void deallocate(T* memory, std::size_t) { std::free(memory); }
+
+  bool operator==(const BigPages&) const { return true; }
+  bool operator!=(const BigPages&) const { return false; }
+};
+
+}  // namespace ledom
