@@ -27,6 +27,8 @@ class CachedPieceEngine:
     The ids are those of the library; the engine may be used from several threads, which take turns.
     """
 
+    name = "cached pieces (csrc)"
+
     def __init__(self, model: bytes, cache_bytes: int = CACHE_BYTES) -> None:
         reason = why_not_cached(model)
         if reason is not None:
@@ -41,7 +43,7 @@ class CachedPieceEngine:
             cache_bytes=cache_bytes,
         )
 
-    def encode_flat(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         """Ids of all texts one after the other [total] in text order, and where each begins [texts + 1].
 
         Nothing is added, and a special token spelled out in a text is ordinary text.

@@ -88,10 +88,11 @@ class Tokenizer:
             try:
                 engine = make()
                 text = first_difference(engine, self._reference, texts)
+            except ImportError:
+                passed_over.append(f"{name} is not installed")
+                continue
             except Exception as error:  # a library that cannot load this tokenizer; each has errors of its own
-                passed_over.append(
-                    f"{name} cannot be used: {str(error).splitlines()[0][:120] if str(error) else type(error).__name__}"
-                )
+                passed_over.append(f"{name} cannot be used ({_first_line(error)})")
                 continue
             if text is None:
                 self._engine = engine
@@ -136,6 +137,10 @@ class Tokenizer:
         for name, content in files.items():
             (target / f"{name}.part").write_bytes(content)
             (target / f"{name}.part").replace(target / name)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def eos_of(config: dict[str, Any], path: str) -> str:

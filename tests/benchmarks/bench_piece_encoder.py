@@ -88,8 +88,8 @@ def measure(texts: list[str], model: bytes, rounds: int) -> dict[str, list[float
         "tokenizers library": lambda: [
             encoding.ids for text in texts for encoding in hub.encode_batch_fast([text], add_special_tokens=False)
         ],
-        "ours, cold cache": lambda: engines[-1].encode_flat(texts),
-        "ours, warm cache": lambda: engines[-1].encode_flat(texts),
+        "ours, cold cache": lambda: engines[-1].encode(texts),
+        "ours, warm cache": lambda: engines[-1].encode(texts),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     expected: Flat | None = None

@@ -43,7 +43,7 @@ class Both:
 
     def check(self, texts: Sequence[str]) -> None:
         """Fail at the first text whose ids differ."""
-        ids, offsets = self.engine.encode_flat(texts)
+        ids, offsets = self.engine.encode(texts)
         assert (ids.dtype, offsets.dtype, len(offsets)) == (np.uint32, np.int64, len(texts) + 1)
         assert offsets[0] == 0
         assert offsets[-1] == len(ids)
@@ -167,7 +167,7 @@ def test_a_piece_over_two_words_is_found(model: bytes) -> None:
     index = both.library.piece_to_id(f"a{SPACE}b")
     texts = ["=a b", "=a b=a b=", f"=a{SPACE}b=", "=a  b", "=a\nb", "=ab"]
     both.check([*texts, *FILES[:3]])
-    counts = [int(np.sum(both.engine.encode_flat([text])[0] == index)) for text in texts]
+    counts = [int(np.sum(both.engine.encode([text])[0] == index)) for text in texts]
     assert counts == [1, 2, 1, 0, 0, 0]
 
 
@@ -188,7 +188,7 @@ def test_a_tiny_cache_overflows_and_ids_stay_equal() -> None:
 def test_the_cache_is_bounded() -> None:
     model = train(FILES, 500, max_sentences=5_000)
     engine = CachedPieceEngine(model, cache_bytes=100_000)
-    engine.encode_flat([" ".join(str(number) + "abcdefghij" * (number % 4) for number in range(30_000))])
+    engine.encode([" ".join(str(number) + "abcdefghij" * (number % 4) for number in range(30_000))])
     assert engine.statistics()["cache_bytes"] <= 100_000
     with pytest.raises(ValueError, match="a cache must have 4096 bytes to 4 GB"):
         CachedPieceEngine(model, cache_bytes=4095)
@@ -197,17 +197,17 @@ def test_the_cache_is_bounded() -> None:
 def test_texts_that_are_no_text_are_refused(model: bytes) -> None:
     engine = CachedPieceEngine(model)
     with pytest.raises(UnicodeEncodeError):
-        engine.encode_flat(["a", "\ud800"])
+        engine.encode(["a", "\ud800"])
     with pytest.raises(TypeError, match="text 1 is not a str"):
-        engine.encode_flat(["a", b"a"])  # type: ignore[list-item]
-    assert len(engine.encode_flat(("a", "b"))[1]) == 3
+        engine.encode(["a", b"a"])  # type: ignore[list-item]
+    assert len(engine.encode(("a", "b"))[1]) == 3
 
 
 def test_threads_take_turns() -> None:
     both = Both(train(FILES, 1000, max_sentences=5_000), cache_bytes=65536)
-    expected = both.engine.encode_flat(FILES)[0]
+    expected = both.engine.encode(FILES)[0]
     with ThreadPoolExecutor(4) as pool:
-        for ids, _ in pool.map(both.engine.encode_flat, [FILES] * 12):
+        for ids, _ in pool.map(both.engine.encode, [FILES] * 12):
             assert np.array_equal(ids, expected)
 
 

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from megatron_ledom.data.preprocess import PreprocessSettings, preprocess
-from megatron_ledom.data.shard import check_shard, verify_shard
+from megatron_ledom.data.shard import check_shard
+from megatron_ledom.data.shard_faults import verify_shard
 from megatron_ledom.errors import DataError, UsageError
 from tests.legible import legible_documents, legible_tokenizer, write_jsonl
 
