@@ -4,7 +4,7 @@
 //   low, high  a unit of up to 15 bytes itself, padded with zeros, its length in the top byte of high; or, of a longer unit, its
 //              hash in low and 255 << 56 | length << 32 | where its bytes begin in keys_ in high; an empty slot has high 0
 //   count      how many ids it has; ids[3] holds up to three of them, or else ids[0] where they begin in long_ids_
-// Memory: half of the bytes allowed are slots, a quarter keys_ and a quarter long_ids_; pages are touched only when used. When
+// Memory: half of the bytes allowed are slots, a quarter keys_ and a quarter long_ids_; these two take pages only when used. When
 // three quarters of the slots are taken or another part is full, everything is forgotten and the table fills anew: what is
 // frequent comes back at once, and a change of subject is followed.
 #pragma once
