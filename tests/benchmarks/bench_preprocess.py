@@ -78,7 +78,8 @@ def parse() -> argparse.Namespace:
 
 def choose_runs(arguments: argparse.Namespace, figures: Figures) -> list[tuple[Competitor, str]]:
     """Who runs, by which interpreter; says versions, and enters who lacks a package into the figures."""
-    runs, versions = [], {}
+    runs: list[tuple[Competitor, str]] = []
+    versions: dict[str, str] = {}
     for competitor in COMPETITORS:
         if competitor.name not in arguments.only or competitor.name in arguments.skip:
             continue

@@ -1,9 +1,11 @@
 """Does memory grow with the corpus? Peak memory of tools/preprocess_data.py on inputs of rising size, and the slope.
 
     python tests/benchmarks/bench_preprocess_memory.py [--corpus F.jsonl] [--tokenizer tokenizer.json] [--gigabytes 0.1 1 4]
+        [--new-words]
 
 The figure is PSS summed over the process tree (pages shared by several processes count once), sampled from /proc four times a
-second; the largest process is given as RSS from the kernel. Sizes are those of the text; a corpus that is smaller is repeated.
+second; the largest process is given as RSS from the kernel. Sizes are those of the text; a corpus that is smaller is repeated,
+which tells nothing of caches that grow with the words they have seen; --new-words makes each repetition's words new ones.
 The slope is a least-squares line through all points, in bytes for each GB of text.
 """
 
@@ -30,6 +32,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--corpus", type=Path, metavar="FILE.jsonl", help="plain JSONL with a key `text`; default: made")
     parser.add_argument("--tokenizer", type=Path, help="what the tool takes; default: a byte-level BPE trained here")
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.1, 1, 4], help="text (default: 0.1 1 4)")
+    parser.add_argument(
+        "--new-words", action="store_true", help="shift the letters of each repetition: a strain on word caches"
+    )
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--compression", choices=["none", "gz", "zst"], default="none")
     parser.add_argument("--work", type=Path, metavar="DIR", help="folder for temporary files, 10 bytes a byte of text")
@@ -39,7 +44,7 @@ def parse() -> argparse.Namespace:
 def run_on(arguments: argparse.Namespace, corpus: Path, tokenizer: Path, gigabytes: float, work: Path) -> tuple[Usage, int]:
     """Usage of one run, and the text bytes it stored; its input and output are removed."""
     plain, prefix = work / "input.jsonl", work / "out"
-    cut_corpus(corpus, plain, gigabytes * 1000)
+    cut_corpus(corpus, plain, gigabytes * 1000, new_words=arguments.new_words)
     source = compress(plain, arguments.compression)
     command = our_command(source, tokenizer, prefix, "reverse", arguments.workers)
     usage = measure(command, environment_of(COMPETITORS[0]), memory="pss", interval_seconds=SAMPLE_SECONDS)

@@ -4,11 +4,14 @@ The small corpus is the text in this Python installation (sources, documentation
 log-normal length, shuffled by a fixed seed: mostly English and code. Figures for publication want a corpus of more languages.
 """
 
+import functools
 import gzip
+import itertools
 import json
 import math
 import random
 import shutil
+import string
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,22 +63,43 @@ def _documents_of(path: Path, generator: random.Random) -> Iterator[str]:
         start = end
 
 
-def cut_corpus(source: Path, target: Path, megabytes: float) -> tuple[int, int]:
-    """Copy the first documents that hold `megabytes` of text, from the start again if there are too few; (documents, text bytes)."""
+def cut_corpus(source: Path, target: Path, megabytes: float, *, new_words: bool = False) -> tuple[int, int]:
+    """Copy the first documents that hold `megabytes` of text, from the start again if there are too few; (documents, text bytes).
+
+    With `new_words` the letters of each repetition are shifted in the alphabet: a cache of words finds nothing known.
+    """
     num_documents = text_bytes = 0
     with target.open("wb") as written:
-        while text_bytes < megabytes * 1e6:
-            before = num_documents
-            with source.open("rb") as lines:
-                for line in lines:
-                    if text_bytes >= megabytes * 1e6:
-                        break
-                    written.write(line if line.endswith(b"\n") else line + b"\n")
-                    text_bytes += len(orjson.loads(line)["text"].encode())
-                    num_documents += 1
-            if num_documents == before:
-                raise ValueError(f"{source} holds no document; give a JSONL file with a key `text`")
+        for repetition, line in _repeated_lines(source):
+            if text_bytes >= megabytes * 1e6:
+                break
+            record = orjson.loads(line)
+            if new_words and repetition:
+                record["text"] = record["text"].translate(_shifted_letters(repetition))
+                line = orjson.dumps(record)
+            written.write(line.rstrip(b"\n") + b"\n")
+            text_bytes += len(record["text"].encode())
+            num_documents += 1
     return num_documents, text_bytes
+
+
+def _repeated_lines(source: Path) -> Iterator[tuple[int, bytes]]:
+    """Lines of the file over and over, each with the number of times it came before."""
+    for repetition in itertools.count():
+        line = b""
+        with source.open("rb") as lines:
+            for line in lines:
+                yield repetition, line
+        if not line:
+            raise ValueError(f"{source} holds no document; give a JSONL file with a key `text`")
+
+
+@functools.cache
+def _shifted_letters(by: int) -> dict[int, int]:
+    letters = string.ascii_lowercase
+    shift = by % len(letters)
+    small = str.maketrans(letters, letters[shift:] + letters[:shift])
+    return small | str.maketrans(letters.upper(), letters[shift:].upper() + letters[:shift].upper())
 
 
 def compress(source: Path, kind: str) -> Path:
