@@ -182,6 +182,8 @@ def run(arguments: argparse.Namespace, work: Path) -> bool:
     print(f"machine: {machine()}; load average {os.getloadavg()[0]:.1f}")
     figures = Figures()
     runs = choose_runs(arguments, figures)
+    if not runs:
+        raise SystemExit("none of the competitors asked for can run; see above")
     corpus = arguments.corpus or work / "made.jsonl"
     if arguments.corpus is None:
         build_corpus(corpus, arguments.megabytes)

@@ -8,10 +8,11 @@ C++ helper), write (with fsync). The output equals a reversed .bin of tools/prep
 """
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -51,10 +52,7 @@ def decompressed(blocks: list[bytes], suffix: str) -> list[bytes]:
 
         with zstandard.ZstdDecompressor().stream_reader(b"".join(blocks)) as stream:
             return list(iter(lambda: stream.read(BLOCK_BYTES), b""))
-    try:
-        from isal import isal_zlib as library
-    except ImportError:
-        library = zlib
+    library = importlib.import_module("isal.isal_zlib" if importlib.util.find_spec("isal") else "zlib")
     unpacker = library.decompressobj(wbits=31)
     return [unpacker.decompress(block) for block in blocks]
 
