@@ -1,0 +1,130 @@
+"""The floor of preprocessing: each step alone, one thread, data of the step before already in memory.
+
+    python tests/benchmarks/preprocess_floor.py --input F.jsonl[.gz|.zst] --tokenizer tokenizer.json --output FILE --result R.json \\
+        --eod-id 151645 --vocab-size 151669 --dtype int32
+
+Writes CPU and wall seconds of: load (the vocabulary), read, decompress, parse (orjson), encode (fastokens), pack (the project's
+C++ helper), write (with fsync). The output equals a reversed .bin of tools/preprocess_data.py. Memory grows with the input.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+BLOCK_BYTES = 4 << 20
+STEPS = ("read", "decompress", "parse", "encode", "pack", "write")
+
+Result = TypeVar("Result")
+
+
+class StepClock:
+    """CPU and wall seconds by step."""
+
+    def __init__(self) -> None:
+        self.cpu: dict[str, float] = {}
+        self.wall: dict[str, float] = {}
+
+    def time(self, step: str, work: Callable[[], Result]) -> Result:
+        """Do `work` and book its time; CPU seconds count all threads."""
+        cpu, wall = time.process_time(), time.perf_counter()
+        result = work()
+        self.cpu[step] = time.process_time() - cpu
+        self.wall[step] = time.perf_counter() - wall
+        return result
+
+
+def read_blocks(path: Path) -> list[bytes]:
+    """The file as it is stored, in blocks."""
+    with path.open("rb", buffering=0) as file:
+        return list(iter(lambda: file.read(BLOCK_BYTES), b""))
+
+
+def decompressed(blocks: list[bytes], suffix: str) -> list[bytes]:
+    """The blocks without gzip or zstd; isal unpacks gzip where it is installed."""
+    if suffix == ".zst":
+        import zstandard
+
+        with zstandard.ZstdDecompressor().stream_reader(b"".join(blocks)) as stream:
+            return list(iter(lambda: stream.read(BLOCK_BYTES), b""))
+    library = importlib.import_module("isal.isal_zlib" if importlib.util.find_spec("isal") else "zlib")
+    unpacker = library.decompressobj(wbits=31)
+    return [unpacker.decompress(block) for block in blocks]
+
+
+def lines_of(blocks: list[bytes]) -> Iterator[list[bytes]]:
+    """Whole lines, about one block at a time."""
+    rest = b""
+    for block in blocks:
+        lines = (rest + block).split(b"\n")
+        rest = lines.pop()
+        yield lines
+    if rest:
+        yield [rest]
+
+
+def parse_texts(blocks: list[bytes]) -> list[list[str]]:
+    """The text of each line."""
+    import orjson
+
+    return [[orjson.loads(line)["text"] for line in lines] for lines in lines_of(blocks)]
+
+
+def write_arrays(path: Path, arrays: list[Any]) -> None:
+    """All arrays one after the other, on disk for sure."""
+    with path.open("wb", buffering=0) as file:
+        for array in arrays:
+            file.write(array.data)
+        os.fsync(file.fileno())
+
+
+def run(arguments: argparse.Namespace) -> StepClock:
+    """All steps, one after the other."""
+    import fastokens
+    import numpy as np
+
+    from megatron_ledom.data.packing import pack_documents
+    from megatron_ledom.direction import Direction
+
+    clock, source = StepClock(), Path(arguments.input)
+    tokenizer = clock.time("load", lambda: fastokens.Tokenizer.from_file(arguments.tokenizer))
+    blocks = clock.time("read", lambda: read_blocks(source))
+    if source.suffix in (".gz", ".zst"):
+        packed_blocks = blocks
+        blocks = clock.time("decompress", lambda: decompressed(packed_blocks, source.suffix))
+    batches = clock.time("parse", lambda: parse_texts(blocks))
+    flat = clock.time("encode", lambda: [tokenizer.encode_batch_flat(texts, split_special_tokens=True) for texts in batches])
+    options: dict[str, Any] = {
+        "direction": Direction.REVERSE,
+        "eod_id": arguments.eod_id,
+        "vocab_size": arguments.vocab_size,
+        "dtype": arguments.dtype,
+    }
+
+    def pack() -> list[Any]:
+        return [pack_documents(np.frombuffer(ids, np.uint32), np.frombuffer(at, np.int64), **options)[0] for ids, at in flat]
+
+    arrays = clock.time("pack", pack)
+    clock.time("write", lambda: write_arrays(Path(arguments.output), arrays))
+    return clock
+
+
+def main() -> None:
+    """Measure and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("--input", "--tokenizer", "--output", "--result", "--dtype"):
+        parser.add_argument(name, required=True)
+    for name in ("--eod-id", "--vocab-size"):
+        parser.add_argument(name, type=int, required=True)
+    arguments = parser.parse_args()
+    clock = run(arguments)
+    Path(arguments.result).write_text(json.dumps({"cpu": clock.cpu, "wall": clock.wall}))
+
+
+if __name__ == "__main__":
+    main()
