@@ -55,14 +55,15 @@ class Provenance:
             )
 
 
-def vocabulary_hash(tokenizer_json: bytes) -> str:
+def vocabulary_hash(tokenizer_json: bytes | dict[str, Any]) -> str:
     """SHA-256 of what decides a text's ids.
 
-    It is taken of the `tokenizer.json`: its object without version, truncation, padding and post-processor (nothing of which
-    this package uses), merges as pairs, keys sorted, no spaces. So a folder and the tokenizer.json in it have one hash, and
-    so has an export. A SentencePiece `.model` has the hash of its exact conversion (`data.sentencepiece_bpe.convert`).
+    It is taken of the `tokenizer.json` (its bytes, or its object if that is there already): the object without version,
+    truncation, padding and post-processor (nothing of which this package uses), merges as pairs, keys sorted, no spaces. So a
+    folder and the tokenizer.json in it have one hash, and so has an export.
+    A SentencePiece `.model` has the hash of its exact conversion (`data.sentencepiece_bpe.convert`).
     """
-    stored = _json_library().loads(tokenizer_json)
+    stored = tokenizer_json if isinstance(tokenizer_json, dict) else _json_library().loads(tokenizer_json)
     content = {key: value for key, value in stored.items() if key not in UNHASHED}
     model = dict(content.get("model") or {})
     if isinstance(model.get("merges"), list):

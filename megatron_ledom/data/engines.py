@@ -51,7 +51,7 @@ def flat(documents: Sequence[Sequence[int]]) -> FlatIds:
 class HubEngine:
     """The `tokenizers` library on a tokenizer.json."""
 
-    def __init__(self, tokenizer_json: str, where: str) -> None:
+    def __init__(self, tokenizer_json: str, where: str, vocab: dict[str, int] | None = None) -> None:
         import tokenizers
 
         self.name = f"tokenizers {tokenizers.__version__}"
@@ -62,6 +62,7 @@ class HubEngine:
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.tokenizer.encode_special_tokens = True
+        self._vocab = vocab
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
         """Ids of each text; see Engine."""
@@ -74,7 +75,7 @@ class HubEngine:
 
     def vocab(self) -> dict[str, int]:
         """The id of every token; see ReferenceEngine."""
-        return dict(self.tokenizer.get_vocab(with_added_tokens=True))
+        return dict(self.tokenizer.get_vocab(with_added_tokens=True)) if self._vocab is None else self._vocab
 
 
 class PieceEngine:
@@ -103,7 +104,8 @@ class FastokensEngine:
     """The `fastokens` library on a tokenizer.json."""
 
     def __init__(self, tokenizer_json: str) -> None:
-        os.environ.setdefault("RAYON_NUM_THREADS", "1")  # one thread a worker; it changes no result
+        for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):
+            os.environ.setdefault(name, "1")  # one thread a worker; it changes no result
         import fastokens
 
         self.name = f"fastokens {_version('fastokens')}"

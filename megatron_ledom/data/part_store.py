@@ -16,9 +16,10 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 import orjson
+import xxhash
 
-from megatron_ledom.data.shard import InputFile
-from megatron_ledom.errors import UsageError, cannot_write
+from megatron_ledom.data.shard import InputFile, ShardWriter
+from megatron_ledom.errors import DataError, UsageError, cannot_write
 
 Request = dict[str, Any]
 """What decides the content of a shard: options, tokenizer, input files with size and version."""
@@ -35,6 +36,9 @@ class PartRecord:
     messages: list[str] = field(default_factory=list)
     """Descriptions of the first bad records."""
     input_files: list[InputFile] = field(default_factory=list)
+    xxh3: str = ""
+    """Of the ids and then the lengths. Parts are not forced to the disk, which would write every shard twice: a part that a
+    power failure took is found by this when parts are joined, and made again."""
 
 
 class PartFile:
@@ -44,22 +48,22 @@ class PartFile:
         self.path = path
         self._ids = open(f"{path}.bin", "wb", buffering=0)  # noqa: SIM115  closed by finish or by the process's end
         self._lengths = open(f"{path}.len", "wb")  # noqa: SIM115
+        self._ids_hash, self._lengths_hash = xxhash.xxh3_64(), xxhash.xxh3_64()
         self.num_documents = 0
         self.num_tokens = 0
 
     def append(self, packed: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
         """Add what `pack_documents` returned."""
-        _write_all(self._ids, packed, f"{self.path}.bin")
-        _write_all(self._lengths, lengths, f"{self.path}.len")
+        _write_all(self._ids, packed, f"{self.path}.bin", self._ids_hash)
+        _write_all(self._lengths, lengths, f"{self.path}.len", self._lengths_hash)
         self.num_documents += len(lengths)
         self.num_tokens += len(packed)
 
     def finish(self, record: PartRecord) -> PartRecord:
-        """Make the part exist, on the disk and not only in its cache."""
+        """Make the part exist."""
+        record.xxh3 = self._ids_hash.hexdigest() + self._lengths_hash.hexdigest()
         try:
             for stream in (self._ids, self._lengths):
-                stream.flush()
-                os.fsync(stream.fileno())
                 stream.close()
             write_synced(f"{self.path}.json", orjson.dumps(asdict(record)))
         except OSError as error:
@@ -67,8 +71,9 @@ class PartFile:
         return record
 
 
-def _write_all(stream: Any, values: npt.NDArray[Any], path: str) -> None:
+def _write_all(stream: Any, values: npt.NDArray[Any], path: str, digest: Any) -> None:
     content = np.ascontiguousarray(values).view(np.uint8).data
+    digest.update(content)
     try:
         while content:
             content = content[stream.write(content) :]
@@ -136,6 +141,16 @@ class PartStore:
         except FileNotFoundError:
             return None
         return PartRecord(**{**stored, "input_files": [InputFile(**item) for item in stored["input_files"]]})
+
+    def append_to(self, writer: ShardWriter, number: int, record: PartRecord) -> None:
+        """Add a finished part to the shard. One whose content is not what was written is made unfinished: DataError."""
+        path, hashes = self.path(number), (xxhash.xxh3_64(), xxhash.xxh3_64())
+        writer.append_files(f"{path}.bin", f"{path}.len", hashes)
+        if "".join(digest.hexdigest() for digest in hashes) != record.xxh3:
+            os.unlink(f"{path}.json")
+            raise DataError(
+                f"{path}.bin is not what was written, as after a power failure; run the same command again, which makes this part anew"
+            )
 
     def num_finished(self) -> int:
         """How many parts are finished."""

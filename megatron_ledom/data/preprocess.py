@@ -296,10 +296,10 @@ def _make_shard(
     )
     seed, sums, provenance = work.settings.shuffle_seed, Sums(), tokenizer.provenance(work.settings.direction)
     with ShardWriter(work.prefix, provenance, dtype, overwrite=bool(existing_files(work.prefix))) as writer:
-        for path, record in zip(encoder.paths, _records(encoder, work, store), strict=True):
+        for number, record in enumerate(_records(encoder, work, store)):
             sums.add(record)
             if seed is None:
-                writer.append_files(f"{path}.bin", f"{path}.len")
+                store.append_to(writer, number, record)
         if seed is not None:
             for packed, lengths in quality.shuffled_documents(encoder.paths, dtype, seed + work.task_id):
                 writer.append(packed, lengths)

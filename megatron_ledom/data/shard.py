@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -156,6 +156,13 @@ class Counts:
     request_sha256: str = ""
 
 
+class Hash(Protocol):
+    """Something that is fed bytes."""
+
+    def update(self, content: memoryview, /) -> None:
+        """More bytes."""
+
+
 class ShardWriter:
     """Streams packed documents to PREFIX.bin.part; `finalize` makes them a shard, anything else leaves nothing behind.
 
@@ -191,12 +198,14 @@ class ShardWriter:
             raise ValueError(f"{packed.size} ids for documents of {int(lengths.sum(dtype=np.int64))}")
         self._append(np.ascontiguousarray(packed).view(np.uint8).data, lengths)
 
-    def append_files(self, ids_path: str, lengths_path: str) -> None:
-        """Add the ids in one file and the int32 lengths in another, both as `append` takes them."""
+    def append_files(self, ids_path: str, lengths_path: str, hashes: tuple[Hash, Hash]) -> None:
+        """Add the ids in one file and the int32 lengths in another, both as `append` takes them; `hashes` are fed with them."""
         lengths = np.fromfile(lengths_path, np.int32)
+        hashes[1].update(lengths.data)
         with open(ids_path, "rb", buffering=0) as stream:
             block = memoryview(bytearray(CHUNK_BYTES))
             while size := stream.readinto(block):
+                hashes[0].update(block[:size])
                 self._append(block[:size], lengths[:0])
         self._append(block[:0], lengths)
 

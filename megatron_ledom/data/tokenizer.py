@@ -38,6 +38,7 @@ class Tokenizer:
         eod_token: str | None,
         eod_id: int | None,
         model: bytes | None,
+        sha256: str,
     ) -> None:
         self.name = name
         """For people; two tokenizers with one name can differ, so comparisons use `sha256`."""
@@ -48,7 +49,7 @@ class Tokenizer:
         self._reference = engine
         self._engine: Engine = engine
         self._model = model
-        self.sha256 = vocabulary_hash(files["tokenizer.json"])
+        self.sha256 = sha256
         """See `vocabulary_hash`."""
         vocab = engine.vocab()
         if not vocab:
@@ -170,12 +171,25 @@ def load_tokenizer(
     if file.suffix == ".model":
         model: bytes | None = sentencepiece_bpe.append_specials(content) if add_specials else content
         files, engine = _from_model(model or b"", str(file), config)
+        sha256 = vocabulary_hash(files["tokenizer.json"])
     else:
-        stored = _ranks_as_json(file, config) if file.suffix == ".tiktoken" else content
-        files, engine = _from_json(_with_specials(stored, str(file)) if add_specials else stored, str(file))
+        stored = _parsed(_ranks_as_json(file, config) if file.suffix == ".tiktoken" else content, str(file))
+        if add_specials:
+            _add_specials(stored, str(file))
+        changed = add_specials or file.suffix == ".tiktoken"
+        files = {"tokenizer.json": orjson.dumps(stored) if changed else content}
+        engine, sha256 = HubEngine(files["tokenizer.json"].decode(), str(file), _vocab(stored)), vocabulary_hash(stored)
         model = _model_beside(file)
     return Tokenizer(
-        name=name, path=path, files=files, config=config, engine=engine, eod_token=eod_token, eod_id=eod_id, model=model
+        name=name,
+        path=path,
+        files=files,
+        config=config,
+        engine=engine,
+        eod_token=eod_token,
+        eod_id=eod_id,
+        model=model,
+        sha256=sha256,
     )
 
 
@@ -192,19 +206,22 @@ def _ranks_as_json(file: Path, config: dict[str, Any]) -> bytes:
     return tiktoken_ranks.convert(file, encoding).encode()
 
 
-def _with_specials(content: bytes, where: str) -> bytes:
-    """A tokenizer.json with the five specials behind everything it has."""
-    stored = _parsed(content, where)
-    added = stored.get("added_tokens") or []
-    vocab = stored["model"].get("vocab") or {}
-    indices = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
-    there = {token["content"] for token in added} & set(sentencepiece_bpe.SPECIALS)
-    if there:
-        raise UsageError(f"tokenizer {where} has {', '.join(sorted(there))} already; leave --add-specials out")
-    first = max([*indices, *(token["id"] for token in added)], default=-1) + 1
+def _add_specials(stored: dict[str, Any], where: str) -> None:
+    """Put the five specials behind everything a tokenizer.json has."""
+    vocab = _vocab(stored)
+    if there := sorted(set(vocab) & set(sentencepiece_bpe.SPECIALS)):
+        raise UsageError(f"tokenizer {where} has {', '.join(there)} already; leave --add-specials out")
+    first = max(vocab.values(), default=-1) + 1
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     new = [{"id": first + k, "content": token, **flags} for k, token in enumerate(sentencepiece_bpe.SPECIALS)]
-    return orjson.dumps({**stored, "added_tokens": [*added, *new]})
+    stored["added_tokens"] = [*(stored.get("added_tokens") or []), *new]
+
+
+def _vocab(stored: dict[str, Any]) -> dict[str, int]:
+    """The id of every token of a tokenizer.json, added ones included: what the tokenizers library would say, much sooner."""
+    vocab = stored["model"].get("vocab") if isinstance(stored["model"], dict) else None
+    found = dict(vocab) if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab or ())}
+    return found | {token["content"]: token["id"] for token in stored.get("added_tokens") or ()}
 
 
 def _vocabulary_file(path: str) -> Path:
@@ -246,11 +263,6 @@ def _parsed(content: bytes, where: str) -> dict[str, Any]:
     if not isinstance(stored, dict) or "model" not in stored:
         raise DataError(f"{where} is not a tokenizer.json: it holds no model; give the file the tokenizers library writes")
     return stored
-
-
-def _from_json(content: bytes, where: str) -> tuple[dict[str, bytes], ReferenceEngine]:
-    _parsed(content, where)
-    return {"tokenizer.json": content}, HubEngine(content.decode(), where)
 
 
 def _from_model(content: bytes, where: str, config: dict[str, Any]) -> tuple[dict[str, bytes], ReferenceEngine]:
