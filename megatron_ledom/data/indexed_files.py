@@ -11,24 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ledom.data.shard import CHUNK_DOCUMENTS, HEADER, MAGIC, ShardManifest, hash_file
+from megatron_ledom.data.shard import CHUNK_DOCUMENTS, HEADER, MAGIC, Hash, ShardManifest, hash_file
 from megatron_ledom.errors import DataError
 
 CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 READABLE = ("uint8", "uint16", "int32", "int64")
 BLOCK_BYTES = 1 << 20  # small enough to be read, hashed, turned and written while it is in cache
-
-
-class Digest(Protocol):
-    """A hash of hashlib."""
-
-    def update(self, content: memoryview, /) -> None:
-        """Take more bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +123,7 @@ class IndexedFiles:
             if ids is not None and length:
                 yield document, int(ids[end - 1])
 
-    def blocks(self, digest: Digest | None = None, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    def blocks(self, digest: Hash | None = None, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
         """Every document once, in order; `digest`, if given, is fed all of .bin. The next block is read meanwhile.
 
         The ids of a block are overwritten when the next but one is asked for: fresh memory for each would cost more than the
@@ -165,7 +158,7 @@ class IndexedFiles:
         stream: FileIO,
         first: int,
         lengths: npt.NDArray[np.int64],
-        digest: Digest | None,
+        digest: Hash | None,
         buffer: npt.NDArray[Any],
     ) -> Block:
         total = int(lengths.sum())

@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_ledom.config.derived import train_samples
 from megatron_ledom.config.schema import BlendEntry, RunConfig
+from megatron_ledom.data.blend_plan import samples_available
 from megatron_ledom.data.shard import ShardManifest, check_shard
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction
@@ -29,8 +30,8 @@ class Source:
     manifest: ShardManifest
 
     def samples_available(self, seq_length: int) -> int:
-        """Samples of one pass over the shard: each needs one token more than its positions, shared with the next."""
-        return (self.manifest.num_tokens - 1) // seq_length
+        """Samples of one pass over the shard."""
+        return samples_available(self.manifest.num_tokens, seq_length)
 
 
 @dataclass(frozen=True, slots=True)

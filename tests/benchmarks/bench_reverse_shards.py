@@ -8,7 +8,6 @@ hits all. The input is in the page cache.
 
 import argparse
 import os
-import resource
 import shutil
 import statistics
 import subprocess
@@ -89,7 +88,6 @@ def measure(folder: Path, megabytes: int, rounds: int, dtype: str) -> None:
         median = statistics.median(values)
         spread = f"{size / max(values) / 1e6:,.0f} to {size / min(values) / 1e6:,.0f}"
         print(f"{name:16s} {size / median / 1e6:8,.0f} MB/s ({spread})   time / cp {median / floor:5.2f}")
-    print(f"most memory of a command: {resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e3:,.0f} MB")
 
 
 def run(command: list[str]) -> None:

@@ -77,9 +77,11 @@ def test_any_block_size_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize("block_bytes", [1, 8, 30, 10_000])
 def test_blocks_hold_every_document_once_in_order(tmp_path: Path, block_bytes: int) -> None:
     prefix = legible_shard(tmp_path / "a", DOCUMENTS)
-    found = indexed_files.IndexedFiles(prefix).blocks(block_bytes=block_bytes)
-    blocks = [replace(block, ids=block.ids.copy()) for block in found]  # a block is overwritten later
-    assert np.concatenate([block.ids for block in blocks]).tolist() == ShardReader(prefix).ids.tolist()
+    blocks, ids = [], []
+    for block in indexed_files.IndexedFiles(prefix).blocks(block_bytes=block_bytes):
+        blocks.append(block)
+        ids.append(block.ids.copy())  # its memory is used again
+    assert np.concatenate(ids).tolist() == ShardReader(prefix).ids.tolist()
     assert [block.first for block in blocks] == np.cumsum([0, *(len(block.lengths) for block in blocks)])[:-1].tolist()
     assert all(block.ids.nbytes <= block_bytes or len(block.lengths) == 1 for block in blocks)
 

@@ -1,5 +1,7 @@
 """tools/reverse_shards.py: a forward shard becomes the reverse one that preprocessing would have written, and back."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -211,6 +213,15 @@ def test_a_damaged_shard_of_ours_is_not_given_a_new_hash(tmp_path: Path) -> None
     with pytest.raises(DataError, match=r"forward.bin has not the sha256"):
         turn(forward, output=tmp_path / "turned")
     assert not list(tmp_path.glob("turned*"))
+
+
+def test_a_stop_signal_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD)
+    monkeypatch.setattr("megatron_ledom.data.reverse.turn_into", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(KeyboardInterrupt):
+        turn(forward, output=tmp_path / "turned")
+    assert not list(tmp_path.glob("turned*"))
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_wrong_usage_is_refused(tmp_path: Path, tokenizer: str) -> None:
