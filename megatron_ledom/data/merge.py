@@ -10,7 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megatron_ledom.data.indexed_files import shard_blocks
-from megatron_ledom.data.prefixes import check_not_an_input, check_tasks_complete, expand_prefixes
+from megatron_ledom.data.prefixes import check_not_an_input, check_same_inputs, check_tasks_complete, expand_prefixes
 from megatron_ledom.data.shard import Counts, ShardManifest, ShardWriter, check_may_write, check_shard
 from megatron_ledom.data.stop_signal import sigterm_as_interrupt
 from megatron_ledom.errors import MismatchError
@@ -57,11 +57,17 @@ def open_alike(patterns: Sequence[str], output_prefix: str, overwrite: bool) -> 
     manifests = [check_shard(prefix) for prefix in prefixes]
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         manifest.provenance.check_same(manifests[0].provenance, f"the shard {prefix}", f"the shard {prefixes[0]}")
+        if manifest.bos_token != manifests[0].bos_token:
+            raise MismatchError(
+                f"documents of the shard {prefix} begin with {manifest.bos_token or 'no bos'}, those of {prefixes[0]} with"
+                f" {manifests[0].bos_token or 'no bos'}; preprocess both with the same --bos-token"
+            )
         if manifest.dtype != manifests[0].dtype:
             raise MismatchError(
                 f"the shard {prefix} holds {manifest.dtype} ids, the shard {prefixes[0]} {manifests[0].dtype} ids; preprocess"
                 " both with the same --dtype, or name both in data.train_blend instead"
             )
+    check_same_inputs(prefixes, manifests)
     return prefixes, manifests
 
 
@@ -76,6 +82,7 @@ def joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
         input_files=[file for manifest in manifests for file in manifest.input_files],
         tokenizer_path=manifests[0].tokenizer_path,
         eod_token=manifests[0].eod_token,
+        bos_token=manifests[0].bos_token,
     )
 
 

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_ledom.data.shard import SUFFIXES, existing_files
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.data.shard import SUFFIXES, ShardManifest, existing_files
+from megatron_ledom.errors import DataError, MismatchError, UsageError
 
 TASK = re.compile(r"(?P<base>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
@@ -70,6 +70,21 @@ def check_tasks_complete(prefixes: Sequence[str]) -> None:
             raise DataError(
                 f"of the {count} tasks of {base} these are missing: {missing}; run them again"
                 f" (sbatch --array={missing}), or name their shards, too"
+            )
+
+
+def check_same_inputs(prefixes: Sequence[str], manifests: Sequence[ShardManifest]) -> None:
+    """Refuse tasks of one array that divided different inputs: records at their borders would be lost or doubled in silence."""
+    seen: dict[str, tuple[str, str]] = {}
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        match = TASK.fullmatch(prefix)
+        if match is None or not manifest.inputs_sha256:
+            continue
+        first, digest = seen.setdefault(match["base"], (prefix, manifest.inputs_sha256))
+        if digest != manifest.inputs_sha256:
+            raise MismatchError(
+                f"{prefix} and {first} were made when the inputs were not the same, so records between them may be lost or"
+                " doubled; run all tasks again with --overwrite"
             )
 
 

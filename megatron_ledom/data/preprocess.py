@@ -27,6 +27,7 @@ from megatron_ledom.data.corpus import BATCH_BYTES, MAX_MESSAGES, OnError, ReadS
 from megatron_ledom.data.encode_parts import PartEncoder, PartHasher
 from megatron_ledom.data.inputs import PART_BYTES, Part, expand_inputs, parts_of, stretches_of_task
 from megatron_ledom.data.part_store import PartRecord, PartStore, Request
+from megatron_ledom.data.prefixes import task_prefix
 from megatron_ledom.data.shard import (
     Counts,
     DtypeName,
@@ -116,11 +117,6 @@ def task_of(settings: PreprocessSettings, environment: Mapping[str, str]) -> tup
     return task_id, count
 
 
-def prefix_of_task(prefix: str, task_id: int, num_tasks: int) -> str:
-    """Where a task's shard goes."""
-    return f"{prefix}-{task_id:05d}-of-{num_tasks:05d}" if num_tasks > 1 else prefix
-
-
 def available_cores() -> int:
     """Cores this process may use: its affinity, which a batch system sets, where the platform tells it."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -136,7 +132,7 @@ class Preprocessing:
         self.task_id, self.num_tasks = task_of(settings, os.environ)
         stretches = stretches_of_task(self.sources, self.task_id, self.num_tasks)
         self.parts = parts_of(stretches, settings.part_bytes)
-        self.prefix = prefix_of_task(settings.output_prefix, self.task_id, self.num_tasks)
+        self.prefix = self.prefix_of(self.task_id)
         self.workers = settings.workers or available_cores()
         self.keep = quality.load_filter(settings.filter) if settings.filter else None
         self.read = ReadSettings(
@@ -147,11 +143,30 @@ class Preprocessing:
             keep_records=self.keep is not None,
         )
         if settings.deduplicate:
-            quality.check_hashes([self.hashes_prefix(task) for task in range(self.task_id)], self.reading_request())
+            quality.check_hashes([self.prefix_of(task) for task in range(self.task_id)], self.reading_request())
 
-    def hashes_prefix(self, task_id: int) -> str:
-        """Where a task's hashes are."""
-        return prefix_of_task(self.settings.output_prefix, task_id, self.num_tasks)
+    def prefix_of(self, task_id: int) -> str:
+        """Where a task's shard goes."""
+        base = self.settings.output_prefix
+        return task_prefix(base, task_id, self.num_tasks) if self.num_tasks > 1 else base
+
+    def inputs_sha256(self) -> str:
+        """Of what the tasks divide among them."""
+        inputs = [(source.path, source.num_bytes, source.version) for source in self.sources]
+        return hashlib.sha256(orjson.dumps([inputs, self.num_tasks])).hexdigest()
+
+    def check_siblings(self) -> None:
+        """Refuse to run beside tasks that divided other inputs: the borders between tasks would not be theirs."""
+        for task_id in range(self.num_tasks if self.num_tasks > 1 else 0):
+            prefix = self.prefix_of(task_id)
+            if task_id == self.task_id or not Path(f"{prefix}.json").exists():
+                continue
+            if load_manifest(prefix).inputs_sha256 != self.inputs_sha256() and not self.settings.overwrite:
+                raise UsageError(
+                    f"{prefix} was made when the inputs were not the same as now, and tasks share the inputs' bytes: run all"
+                    " tasks again with --overwrite, or choose another --output-prefix"
+                )
+            return  # one stands for all; tools/summarize_tasks.py compares them all
 
     def reading_request(self) -> Request:
         """What decides which documents there are, for all tasks alike."""
@@ -200,6 +215,7 @@ def preprocess(settings: PreprocessSettings) -> ShardManifest | None:
     if settings.hash_only:
         _hash_task(work)
         return None
+    work.check_siblings()
     tokenizer = _load_tokenizer(settings)
     dtype = choose_dtype(settings.dtype, tokenizer.vocab_size)
     request = work.request(tokenizer, dtype)
@@ -317,6 +333,7 @@ def _make_shard(
             bos_token=work.settings.bos_token or "",
             elapsed_seconds=round(time.monotonic() - started, 3),
             request_sha256=digest,
+            inputs_sha256=work.inputs_sha256(),
         )
         return writer.finalize(counts)
 
@@ -398,7 +415,7 @@ def _first_occurrences(work: Preprocessing) -> list[npt.NDArray[np.bool_]]:
     request = work.reading_request()
     hasher = PartHasher(parts=work.parts, read=work.read, progress=_shared_counters(work))
     own = list(_run(hasher, range(len(work.parts)), work, "hash"))
-    earlier = (quality.read_hashes(work.hashes_prefix(task), request) for task in range(work.task_id))
+    earlier = (quality.read_hashes(work.prefix_of(task), request) for task in range(work.task_id))
     is_first = quality.first_occurrences(np.concatenate([np.empty((0, 2), np.uint64), *own]), earlier)
     return np.split(is_first, np.cumsum([len(part) for part in own])[:-1]) if own else []
 

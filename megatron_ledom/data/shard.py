@@ -80,6 +80,8 @@ class ShardManifest:
     """Wall-clock time of the run that finished the shard."""
     request_sha256: str = ""
     """Of everything that was asked of preprocessing, inputs included; the same request again has nothing left to do."""
+    inputs_sha256: str = ""
+    """Of the list of all tasks' inputs with sizes and versions: tasks that divided other lists do not fit together."""
     package_version: str = __version__
     created_at: str = ""
     """UTC, ISO 8601."""
@@ -154,6 +156,7 @@ class Counts:
     bos_token: str = ""
     elapsed_seconds: float = 0.0
     request_sha256: str = ""
+    inputs_sha256: str = ""
 
 
 class Hash(Protocol):

@@ -4,11 +4,10 @@ import glob
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import orjson
 
-from megatron_ledom.data.prefixes import TASK, array_list, task_prefix
+from megatron_ledom.data.prefixes import TASK, array_list, check_same_inputs, task_prefix
 from megatron_ledom.data.shard import ShardManifest, check_shard
 from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError
 
@@ -103,7 +102,7 @@ def collect(prefix: str, num_tasks: int | None = None) -> TaskSummary:
         elif manifest := _usable(task, first, summary, number):
             first = first or manifest
             _count(summary, skipped, number, manifest)
-            seconds[number] = _elapsed_seconds(task)
+            seconds[number] = manifest.elapsed_seconds or None
     summary.skipped = dict(sorted(skipped.items()))
     _add_speed(summary, seconds)
     return summary
@@ -124,6 +123,7 @@ def _usable(task: str, first: ShardManifest | None, summary: TaskSummary, number
         manifest = check_shard(task)
         if first is not None:
             manifest.provenance.check_same(first.provenance, f"task {number}", f"task {summary.finished[0]}")
+            check_same_inputs([task_prefix(summary.prefix, summary.finished[0], summary.num_tasks), task], [first, manifest])
     except (DataError, MismatchError) as error:
         summary.faulty[number] = str(error)
         return None
@@ -136,12 +136,6 @@ def _count(summary: TaskSummary, skipped: Counter[str], number: int, manifest: S
     summary.num_tokens += manifest.num_tokens
     summary.text_bytes += manifest.text_bytes
     skipped.update(manifest.skipped)
-
-
-def _elapsed_seconds(task: str) -> float | None:
-    stored: dict[str, Any] = orjson.loads(Path(f"{task}.json").read_bytes())
-    seconds = stored.get("elapsed_seconds")
-    return float(seconds) if isinstance(seconds, int | float) and seconds > 0 else None
 
 
 def _add_speed(summary: TaskSummary, seconds: dict[int, float | None]) -> None:

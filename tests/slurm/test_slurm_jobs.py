@@ -1,14 +1,15 @@
 """The scripts of examples/slurm under a real SLURM of two virtual nodes: training that is requeued, arrays, conversion."""
 
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from megatron_ledom.data.shard import check_shard
-from tests.legible import legible_documents, legible_tokenizer, write_jsonl
+from megatron_ledom.data.shard import ShardReader
+from tests.legible import legible_ids, legible_tokenizer, write_jsonl
 from tests.slurm.cluster import Cluster
 from tests.tiny_runs import ROOT, TinyData, curve, read_metrics, read_tensors, run_on_ranks
 
@@ -67,26 +68,33 @@ def test_requeued_training_ends_as_an_uninterrupted_one(
 
 
 def test_array_preprocesses_a_corpus_and_one_element_is_repeated_alone(cluster: Cluster, tmp_path: Path) -> None:
+    """One element meets a bad record and fails, alone; the summary names it; it is submitted again so that it skips the record."""
     tokenizer = legible_tokenizer(tmp_path / "legible")
-    for part in range(3):
-        write_jsonl(tmp_path / f"part{part}.jsonl", legible_documents(3, 5 + part))
-    damaged = tmp_path / "part1.jsonl"
-    whole = damaged.read_bytes()
-    damaged.write_bytes(whole[:-5])
-    variables = {"INPUT": str(tmp_path / "part*.jsonl"), "TOKENIZER": str(tokenizer), "NUM_TASKS": "3"}
+    texts = [" ".join(map(str, legible_ids(document % 10, 5 + document % 7))) for document in range(300)]
+    write_jsonl(tmp_path / "a.jsonl", texts[:200])
+    lines = write_jsonl(tmp_path / "b.jsonl", texts[200:]).read_text().splitlines()
+    (tmp_path / "b.jsonl").write_text("\n".join([*lines[:50], "{", *lines[50:]]) + "\n")
+    variables = {"INPUT": str(tmp_path / "?.jsonl"), "TOKENIZER": str(tokenizer), "NUM_TASKS": "4"}
     variables |= {"OUTPUT_PREFIX": str(tmp_path / "shard"), **VARIABLES}
     options = ["--cpus-per-task=1", "--mem=500M", f"--output={tmp_path}/%a.log"]
     script = ROOT / "examples/slurm/preprocess.sbatch"
-    array = cluster.submit(script, options=[*options, "--array=0-2"], cwd=ROOT, **variables)
+    array = cluster.submit(script, options=[*options, "--array=0-3"], cwd=ROOT, **variables)
     cluster.wait_for_end(array)
-    assert sorted(cluster.states(array)) == ["COMPLETED", "COMPLETED", "FAILED"]
-    assert "part1.jsonl:3: malformed JSON" in (tmp_path / "1.log").read_text()
-    assert not list(tmp_path.glob("shard-00001*"))
-    damaged.write_bytes(whole)
-    again = cluster.submit(script, options=[*options, "--array=1"], cwd=ROOT, **variables)
+    assert sorted(cluster.states(array)) == ["COMPLETED", "COMPLETED", "COMPLETED", "FAILED"]
+    assert "b.jsonl:51: malformed JSON" in (tmp_path / "3.log").read_text()
+    summarize = [sys.executable, "tools/summarize_tasks.py", str(tmp_path / "shard"), "--num-tasks", "4"]
+    summary = subprocess.run(summarize, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert summary.returncode == 1
+    assert "sbatch --array=3" in summary.stderr
+    again = cluster.submit(script, "--on-error", "skip", options=[*options, "--array=3"], cwd=ROOT, **variables)
     cluster.wait_for_end(again)
-    assert cluster.states(again) == ["COMPLETED"]
-    assert [check_shard(f"{tmp_path}/shard-{task:05d}-of-00003").num_tokens for task in range(3)] == [18, 21, 24]
+    assert cluster.states(again) == ["COMPLETED"], (tmp_path / "3.log").read_text()
+    summary = subprocess.run(summarize, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert summary.returncode == 0, summary.stderr
+    assert "1 malformed_json" in summary.stdout
+    shards = [ShardReader(f"{tmp_path}/shard-{task:05d}-of-00004") for task in range(4)]
+    found = [reader.document(index)[-2::-1].tolist() for reader in shards for index in range(len(reader))]
+    assert found == [[int(word) for word in text.split()] for text in texts]
 
 
 def test_conversion_job_exports_a_run(cluster: Cluster, data: TinyData, tmp_path: Path) -> None:

@@ -19,11 +19,13 @@ import zstandard
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from megatron_ledom.data.merge import MergeSettings, merge_shards
 from megatron_ledom.data.preprocess import PreprocessSettings, preprocess, task_of
 from megatron_ledom.data.shard import ShardReader, check_shard
 from megatron_ledom.data.shard_faults import verify_shard
+from megatron_ledom.data.task_summary import collect
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import DataError, MismatchError, UsageError
 from tests.legible import EOD_ID, legible_documents, legible_ids, legible_tokenizer, write_jsonl
 
 ROOT = Path(__file__).parents[2]
@@ -389,6 +391,23 @@ def test_tasks_of_an_array_write_numbered_shards_that_add_up(tmp_path: Path, tok
         assert done.returncode == 0, done.stderr
         parts += (tmp_path / f"out/data-{task:05d}-of-00003.bin").read_bytes()
     assert parts == Path(f"{whole}.bin").read_bytes()
+
+
+def test_a_task_beside_tasks_of_other_inputs_is_refused(tmp_path: Path, tokenizer: str) -> None:
+    """Tasks share the bytes of all inputs: when a file changes between them, the borders between them are others."""
+    path = write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 9))
+    made(tmp_path, tokenizer, "data", task_id=0, num_tasks=3)
+    write_jsonl(path, legible_documents(9, 12))
+    with pytest.raises(UsageError, match=r"data-00000-of-00003 was made when the inputs were not the same as now"):
+        made(tmp_path, tokenizer, "data", task_id=1, num_tasks=3)
+    for task in (1, 2):
+        made(tmp_path, tokenizer, "data", task_id=task, num_tasks=3, overwrite=True)
+    with pytest.raises(MismatchError, match=r"records between them may be lost or doubled"):
+        merge_shards(MergeSettings(input=[f"{tmp_path}/data-*"], output_prefix=f"{tmp_path}/all"))
+    summary = collect(f"{tmp_path}/data")
+    assert list(summary.faulty) == [1, 2]
+    made(tmp_path, tokenizer, "data", task_id=0, num_tasks=3, overwrite=True)
+    assert merge_shards(MergeSettings(input=[f"{tmp_path}/data-*"], output_prefix=f"{tmp_path}/all")).num_documents == 9
 
 
 def test_the_task_is_asked_for_or_slurms() -> None:
