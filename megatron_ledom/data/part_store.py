@@ -91,7 +91,10 @@ def write_synced(path: str, content: bytes) -> None:
 
 
 class PartStore:
-    """The work folder, held by one process. Use as a context manager; `remove` it when the shard is finished."""
+    """The work folder, held by one process. Use as a context manager; `remove` it when the shard is finished.
+
+    Work of another request is refused, or thrown away with `start_over`; that of the same request is always gone on with.
+    """
 
     def __init__(self, prefix: str, request: Request, *, start_over: bool) -> None:
         self.folder = Path(f"{prefix}.work")
@@ -118,17 +121,20 @@ class PartStore:
 
     def _take_up(self, start_over: bool) -> None:
         plan = self.folder / "plan.json"
-        if start_over or not plan.exists():
-            for path in self.folder.iterdir():
-                if path.name != "lock":
-                    path.unlink()
-            write_synced(str(plan), orjson.dumps(self.request))
+        difference = (
+            request_difference(orjson.loads(plan.read_bytes()), self.request) if plan.exists() else "nothing was planned"
+        )
+        if difference is None:
             return
-        if difference := request_difference(orjson.loads(plan.read_bytes()), self.request):
+        if plan.exists() and not start_over:
             raise UsageError(
                 f"{self.folder} has unfinished work of another request: {difference}; ask the same as before to go on, or start"
                 " over with --overwrite"
             )
+        for path in self.folder.iterdir():
+            if path.name != "lock":
+                path.unlink()
+        write_synced(str(plan), orjson.dumps(self.request))
 
     def path(self, number: int) -> str:
         """Where a part is, without ending."""

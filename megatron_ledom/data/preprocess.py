@@ -186,6 +186,7 @@ class Preprocessing:
         request = {
             **self.reading_request(),
             **{name: getattr(settings, name) for name in chosen},
+            "filter_source": quality.source_hash(self.keep) if self.keep else None,
             "task_id": self.task_id,
             "direction": str(settings.direction),
             "tokenizer": tokenizer.sha256,
@@ -256,7 +257,8 @@ def _finished_shard(work: Preprocessing, digest: str) -> ShardManifest | None:
     if not overwrite and Path(f"{work.prefix}.json").exists():
         manifest = load_manifest(work.prefix)
         if manifest.request_sha256 == digest:
-            PartStore(work.prefix, {}, start_over=True).remove()  # a kill may have left it
+            if Path(f"{work.prefix}.work").exists():  # a kill may have left it
+                PartStore(work.prefix, {}, start_over=True).remove()
             return manifest
     is_ours = Path(f"{work.prefix}.work/plan.json").exists() and not Path(f"{work.prefix}.json").exists()
     check_may_write(work.prefix, overwrite or is_ours)

@@ -47,6 +47,12 @@ def load_filter(name: str) -> Filter:
     return found  # type: ignore[no-any-return]
 
 
+def source_hash(keep: Filter) -> str:
+    """SHA-256 of the file a filter is in: what an edited filter left out is not what the new one would."""
+    file = getattr(sys.modules.get(keep.__module__), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else "unknown"
+
+
 def hashes_of(texts: Sequence[str]) -> Hashes:
     """The hash of each text's UTF-8 bytes."""
     digests = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in texts)

@@ -100,6 +100,11 @@ def _check_samples(config: RunConfig, train: list[Source], valid: list[Source]) 
                 " data.train_blend, add shards, or set data.allow_repeats=true"
             )
     for source in valid:
+        if not source.manifest.text_bytes:
+            raise ConfigError(
+                f"the validation shard {source.prefix} does not say how many bytes of text it holds, which bits per byte are counted"
+                " against; make it from the text, or with tools/reverse_shards.py --text-bytes"
+            )
         if source.samples_available(seq_length) < batch:
             raise ConfigError(
                 f"the validation shard {source.prefix} has {source.samples_available(seq_length):,} samples of {seq_length}"

@@ -176,8 +176,7 @@ def load_tokenizer(
         stored = _parsed(_ranks_as_json(file, config) if file.suffix == ".tiktoken" else content, str(file))
         if add_specials:
             _add_specials(stored, str(file))
-        changed = add_specials or file.suffix == ".tiktoken"
-        files = {"tokenizer.json": orjson.dumps(stored) if changed else content}
+        files = {"tokenizer.json": orjson.dumps(stored)}  # the same without spaces, which engines load faster
         engine, sha256 = HubEngine(files["tokenizer.json"].decode(), str(file), _vocab(stored)), vocabulary_hash(stored)
         model = _model_beside(file)
     return Tokenizer(

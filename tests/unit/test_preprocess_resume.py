@@ -179,6 +179,50 @@ def test_another_request_than_the_unfinished_one_is_refused_by_name(
         preprocess(PreprocessSettings(**{**settings, **change}))
 
 
+def test_overwriting_goes_on_from_its_own_parts_and_throws_away_those_of_others(tmp_path: Path, tokenizer: str) -> None:
+    """A batch system starts a job with --overwrite again and again; it has to get to the end."""
+    settings = {**interrupted(tmp_path, tokenizer), "on_error": "skip", "overwrite": True}
+    parts = {path.name: path.stat().st_ino for path in (tmp_path / "out/a.work").glob("part-*.bin")}
+    process = start(settings, die_at=1)  # before .bin gets its name
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    after = {path.name: path.stat().st_ino for path in (tmp_path / "out/a.work").glob("part-*.bin")}
+    assert all(after[name] == inode for name, inode in list(parts.items())[:1])
+    again = start({**settings, "direction": "forward"}, die_at=2)
+    _, errors = again.communicate(timeout=60)
+    assert "were finished before" not in errors
+    assert again.returncode == -signal.SIGKILL
+    last = start({**settings, "direction": "forward"})
+    _, errors = last.communicate(timeout=60)
+    assert (last.returncode, "were finished before" in errors) == (0, True), errors
+    assert check_shard(settings["output_prefix"]).direction == "forward"
+
+
+FILTER = "def keep(text, record):\n    return {}\n"
+
+
+def test_an_edited_filter_is_another_request(tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "chosen.py").write_text(FILTER.format(True))
+    settings = interrupted(tmp_path, tokenizer, filter="chosen:keep")
+    (tmp_path / "chosen.py").write_text(FILTER.format("'7' in text"))
+    with pytest.raises(UsageError, match="filter_source was"):
+        preprocess(PreprocessSettings(**settings))
+
+
+def test_a_part_that_a_power_failure_took_is_found_and_made_again(tmp_path: Path, tokenizer: str) -> None:
+    settings = {**interrupted(tmp_path, tokenizer), "on_error": "skip"}
+    part = tmp_path / "out/a.work/part-000000.bin"
+    size = part.stat().st_size
+    part.write_bytes(bytes(size))
+    with pytest.raises(DataError, match=r"part-000000\.bin is not what was written.*run the same command again"):
+        preprocess(PreprocessSettings(**settings))
+    assert preprocess(PreprocessSettings(**settings)) is not None
+    quiet = settings_in(tmp_path, tokenizer, "quiet", on_error="skip")
+    preprocess(PreprocessSettings(**quiet))
+    assert shard_bytes(settings["output_prefix"]) == shard_bytes(quiet["output_prefix"])
+
+
 def test_a_changed_input_or_tokenizer_is_refused_by_name(tmp_path: Path, tokenizer: str) -> None:
     settings = interrupted(tmp_path, tokenizer)
     first = tmp_path / "0.jsonl"

@@ -1,10 +1,12 @@
 """What training refuses: one sentence that says what to do, exit code 1 or 2, and nothing left behind."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from megatron_ledom.direction import Direction
 from tests.legible import legible_ids, legible_tokenizer
 from tests.tiny_runs import TinyData, run_command, run_on_ranks, start_ranks, write_shard, write_tiny_data
 
@@ -56,8 +58,6 @@ def forward_validation(data: TinyData) -> list[str]:
 
 def other_tokenizer(data: TinyData) -> list[str]:
     """A second shard whose tokenizer has one word less."""
-    from megatron_ledom.direction import Direction
-
     folder = legible_tokenizer(data.folder / "other")
     content = (folder / "tokenizer.json").read_text().replace('"999": 999', '"nine hundred ninety-nine": 999')
     (folder / "tokenizer.json").write_text(content)
@@ -70,12 +70,30 @@ def tokenizer_of_another_run(data: TinyData) -> list[str]:
     return [f"data.tokenizer={data.folder / 'other'}"]
 
 
+def edited_manifest(data: TinyData, name: str, **fields: int) -> str:
+    path = Path(data.shard(name) + ".json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+    return data.shard(name)
+
+
+def validation_without_bytes(data: TinyData) -> list[str]:
+    return [f"data.valid_blend=[[1.0,{edited_manifest(data, 'reverse_valid', text_bytes=0)}]]"]
+
+
+def empty_shard(data: TinyData) -> list[str]:
+    """What a task of an array without a document writes."""
+    shard = write_shard(data.folder / "empty", [], Direction.REVERSE, data.folder / "legible")
+    return [f"data.train_blend=[[1.0,{data.shard('reverse_train')}],[1.0,{shard}]]"]
+
+
 CASES: dict[str, tuple[Prepare, int, list[str]]] = {
     "missing shard": (missing_shard, 2, ["there is no shard nowhere/shard", "give the prefix"]),
     "missing .bin": (missing_bin, 1, ["reverse_train.bin is missing", "make it again"]),
     "truncated .bin": (truncated_bin, 1, ["reverse_train.bin is truncated", "copy the shard again"]),
     "forward shard": (forward_shard, 1, ["is forward, the run has data.direction=reverse", "set data.direction=forward"]),
     "forward validation": (forward_validation, 1, ["forward_valid is forward", "use a reverse one"]),
+    "validation without bytes": (validation_without_bytes, 2, ["does not say how many bytes of text", "--text-bytes"]),
+    "empty shard": (empty_shard, 2, ["empty has no documents", "leave it out of the blend"]),
     "two tokenizers": (other_tokenizer, 1, ["was made with tokenizer other", "use the same tokenizer for both"]),
     "another tokenizer": (tokenizer_of_another_run, 1, ["use the same tokenizer for both"]),
     "missing tokenizer": (lambda data: ["data.tokenizer=nowhere"], 2, ["tokenizer nowhere does not exist"]),
