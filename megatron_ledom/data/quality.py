@@ -2,7 +2,8 @@
 
 Deduplication is exact: of documents with the same text the first one is kept, in the order of tasks and files. Texts are compared
 by a 128-bit hash (XXH3). Tasks do not wait for each other: a first pass of the array writes the hashes of each task's
-documents, and the second one reads those of the tasks before it.
+documents, and the second one reads those of the tasks before it. Duplicates are told before the filter is asked: of equal texts
+the first record counts.
 """
 
 import hashlib
