@@ -53,6 +53,11 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     except LedomError as error:
         print(f"error: {error}", file=sys.stderr)
         code = error.exit_code
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        code = 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

@@ -30,6 +30,8 @@ class Provenance:
         if missing:
             raise DataError(f"{where} lacks {', '.join(missing)}; it was not written by this package, or was damaged")
         values = {name: stored[name] for name in names}
+        if values["direction"] not in list(Direction):
+            raise DataError(f"{where} has the direction {values['direction']!r}, neither reverse nor forward; it was damaged")
         return cls(**{**values, "direction": Direction(values["direction"])})
 
     def to_dict(self) -> dict[str, Any]:

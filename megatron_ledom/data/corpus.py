@@ -90,20 +90,25 @@ class RecordReader:
         for block in reader.blocks():
             batch = TextBatch(position=reader.progress.num_bytes)
             if block.too_long is not None:
-                self._reject(_too_large(block.too_long, self.settings.max_record_bytes), reader.name_line(block.first))
+                too_large = _too_large(block.too_long, self.settings.max_record_bytes)
+                self._reject(too_large, self._name(reader, block.first))
             for number, line in enumerate(block.content.split(b"\n"), block.first):
                 if number == 0 and block.is_first_of_file:
                     line = line.removeprefix(BYTE_ORDER_MARK)
                 if not line or line.isspace():
                     continue
                 try:
+                    if len(line) > self.settings.max_record_bytes:
+                        raise _too_large(len(line), self.settings.max_record_bytes)
                     self._add(batch, *_text_of_line(line, self.settings.text_key))
                 except BadRecordError as bad:
-                    self._reject(bad, reader.name_line(number) if self._names_more() else "")
+                    self._reject(bad, self._name(reader, number))
             yield batch
 
-    def _names_more(self) -> bool:
-        return self.settings.on_error == "fail" or len(self.messages) < MAX_MESSAGES
+    def _name(self, reader: LineReader, number: int) -> str:
+        """Where a bad line is: exactly when it ends the run, else as far as that costs little; nothing if it is not told."""
+        is_fatal = self.settings.on_error == "fail"
+        return reader.name_line(number, exactly=is_fatal) if is_fatal or len(self.messages) < MAX_MESSAGES else ""
 
     def _add(self, batch: TextBatch, text: str, record: Mapping[str, Any]) -> None:
         batch.texts.append(text)
@@ -143,7 +148,8 @@ class RecordReader:
 
     def _texts(self, kind: Literal["parquet", "arrow", "warc"]) -> Iterator[TextBatch]:
         module = web_archive if kind == "warc" else tables
-        for rows in module.read_rows(self.stretch, self.settings.text_key, self.settings.keep_records, self._progress):
+        read = self.settings
+        for rows in module.read_rows(self.stretch, read.text_key, read.keep_records, self._progress, read.max_record_bytes):
             batch = TextBatch(position=rows.position)
             for number, content in enumerate(rows.texts):
                 try:

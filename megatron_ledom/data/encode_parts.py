@@ -1,5 +1,7 @@
 """The work of a preprocessing worker: a part of the corpus to ids as they are stored. Nothing here imports torch."""
 
+import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, field
@@ -15,6 +17,7 @@ from megatron_ledom.data.part_store import PartFile, PartRecord
 from megatron_ledom.data.quality import DUPLICATE, FILTERED, TOO_LONG, TOO_SHORT, Filter, Hashes, hashes_of
 from megatron_ledom.data.tokenizer import Tokenizer
 from megatron_ledom.direction import Direction
+from megatron_ledom.errors import UsageError
 
 NO_TOKENS = "no_tokens"
 
@@ -41,6 +44,7 @@ class PartEncoder:
 
     def __call__(self, number: int) -> PartRecord:
         """Texts without tokens are counted and left out, never stored: a lone eod would shift every later document."""
+        started = time.monotonic()
         file = PartFile(self.paths[number])
         record = PartRecord()
         skipped: Counter[str] = Counter()
@@ -54,6 +58,7 @@ class PartEncoder:
             record.text_bytes += text_bytes
         record.num_documents, record.num_tokens = file.num_documents, file.num_tokens
         record.skipped = dict(sorted(skipped.items()))
+        record.seconds = round(time.monotonic() - started, 3)
         return file.finish(record)
 
     def _chosen(self, batch: TextBatch, is_first: npt.NDArray[np.bool_] | None, skipped: Counter[str]) -> list[str]:
@@ -64,7 +69,10 @@ class PartEncoder:
             texts, records = [texts[index] for index in chosen], [records[index] for index in chosen] if records else []
         if self.keep is None:
             return texts
-        kept = [text for text, record in zip(texts, records, strict=True) if self.keep(text, record)]
+        try:
+            kept = [text for text, record in zip(texts, records, strict=True) if self.keep(text, record)]
+        except Exception as error:
+            raise UsageError(f"the function of --filter failed; repair it:\n{traceback.format_exc()}") from error
         skipped[FILTERED] += len(texts) - len(kept)
         return kept
 

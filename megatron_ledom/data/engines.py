@@ -105,7 +105,7 @@ class FastokensEngine:
 
     def __init__(self, tokenizer_json: str) -> None:
         for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):
-            os.environ.setdefault(name, "1")  # one thread a worker; it changes no result
+            os.environ[name] = "1"  # one thread a worker; and threads do not survive a fork
         import fastokens
 
         self.name = f"fastokens {_version('fastokens')}"

@@ -116,7 +116,7 @@ def remote_file_system(path: str) -> Any:
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[InputPath]:
-    """The files that are named, each once, sorted by path.
+    """The files that are named, each once however often and by whatever path it is named, sorted by path.
 
     A pattern is a path, a glob, a folder (all files of known endings below it), `@LIST` (a file with one pattern a line), or any
     of the first three in an object store. Refused: no match, an unknown ending, no access.
@@ -124,8 +124,8 @@ def expand_inputs(patterns: Sequence[str]) -> list[InputPath]:
     found: dict[str, InputPath] = {}
     for pattern in _listed(patterns):
         for source in _expand_remote(pattern) if is_remote(pattern) else _expand_local(pattern):
-            found[source.path] = source
-    return [found[path] for path in sorted(found)]
+            found.setdefault(source.path if is_remote(source.path) else os.path.realpath(source.path), source)
+    return sorted(found.values(), key=lambda source: source.path)
 
 
 def _listed(patterns: Sequence[str]) -> Iterator[str]:

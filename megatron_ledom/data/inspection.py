@@ -13,6 +13,9 @@ from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError
 
+MOST_INPUTS = 20
+"""Input files that are printed."""
+
 
 @dataclass(kw_only=True, slots=True)
 class InspectSettings:
@@ -109,8 +112,10 @@ def describe(reader: ShardReader, lengths: LengthCounts) -> str:
     }
     if statistics := lengths.describe():
         rows["lengths"] = statistics
-    for source in manifest.input_files:
-        rows[f"input {source.path}"] = f"{source.num_bytes:,} bytes, sha256 {source.sha256}"
+    for source in manifest.input_files[:MOST_INPUTS]:
+        rows[f"input {source.path}"] = f"{source.num_bytes:,} bytes from {source.first_byte:,} on, sha256 {source.sha256}"
+    if len(manifest.input_files) > MOST_INPUTS:
+        rows["and"] = f"{len(manifest.input_files) - MOST_INPUTS:,} more stretches of input files, in {reader.prefix}.json"
     text = "\n".join(f"{name:<10} {value}" for name, value in rows.items())
     return f"{text}\n\n{lengths.histogram()}" if statistics else text
 

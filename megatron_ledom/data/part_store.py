@@ -21,6 +21,8 @@ import xxhash
 from megatron_ledom.data.shard import InputFile, ShardWriter
 from megatron_ledom.errors import DataError, UsageError, cannot_write
 
+HASH_BYTES = 1 << 22
+
 Request = dict[str, Any]
 """What decides the content of a shard: options, tokenizer, input files with size and version."""
 
@@ -38,7 +40,9 @@ class PartRecord:
     input_files: list[InputFile] = field(default_factory=list)
     xxh3: str = ""
     """Of the ids and then the lengths. Parts are not forced to the disk, which would write every shard twice: a part that a
-    power failure took is found by this when parts are joined, and made again."""
+    power failure took is found by this when the work is taken up, and made again."""
+    seconds: float = 0.0
+    """Wall-clock time the worker took."""
 
 
 class PartFile:
@@ -46,8 +50,11 @@ class PartFile:
 
     def __init__(self, path: str) -> None:
         self.path = path
-        self._ids = open(f"{path}.bin", "wb", buffering=0)  # noqa: SIM115  closed by finish or by the process's end
-        self._lengths = open(f"{path}.len", "wb")  # noqa: SIM115
+        try:
+            self._ids = open(f"{path}.bin", "wb", buffering=0)  # noqa: SIM115  closed by finish or by the process's end
+            self._lengths = open(f"{path}.len", "wb")  # noqa: SIM115
+        except OSError as error:
+            raise cannot_write(error, path) from error
         self._ids_hash, self._lengths_hash = xxhash.xxh3_64(), xxhash.xxh3_64()
         self.num_documents = 0
         self.num_tokens = 0
@@ -79,6 +86,14 @@ def _write_all(stream: Any, values: npt.NDArray[Any], path: str, digest: Any) ->
             content = content[stream.write(content) :]
     except OSError as error:
         raise cannot_write(error, path) from error
+
+
+def _hash_of(path: str) -> str:
+    digest = xxhash.xxh3_64()
+    with open(path, "rb", buffering=0) as stream:
+        while block := stream.read(HASH_BYTES):
+            digest.update(block)
+    return str(digest.hexdigest())
 
 
 def write_synced(path: str, content: bytes) -> None:
@@ -115,18 +130,22 @@ class PartStore:
             ) from error
         try:
             self._take_up(start_over)
+        except OSError as error:
+            self.__exit__(OSError, error, None)
+            raise cannot_write(error, str(self.folder / "plan.json")) from error
         except BaseException:
             self._lock.close()
             raise
 
     def _take_up(self, start_over: bool) -> None:
         plan = self.folder / "plan.json"
-        difference = (
-            request_difference(orjson.loads(plan.read_bytes()), self.request) if plan.exists() else "nothing was planned"
-        )
-        if difference is None:
+        planned = orjson.loads(plan.read_bytes()) if plan.exists() else {}
+        difference = request_difference(planned, self.request)
+        if planned and difference is None:
+            if planned != self.request:  # from now on parts may have skipped bad records
+                write_synced(str(plan), orjson.dumps(self.request))
             return
-        if plan.exists() and not start_over:
+        if planned and not start_over:
             raise UsageError(
                 f"{self.folder} has unfinished work of another request: {difference}; ask the same as before to go on, or start"
                 " over with --overwrite"
@@ -148,15 +167,23 @@ class PartStore:
             return None
         return PartRecord(**{**stored, "input_files": [InputFile(**item) for item in stored["input_files"]]})
 
+    def intact(self, number: int) -> PartRecord | None:
+        """The record of a finished part whose files are what was written; of another one the record is removed."""
+        record, path = self.finished(number), self.path(number)
+        if record is None:
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if _hash_of(f"{path}.bin") + _hash_of(f"{path}.len") == record.xxh3:
+                return record
+        os.unlink(f"{path}.json")
+        return None
+
     def append_to(self, writer: ShardWriter, number: int, record: PartRecord) -> None:
-        """Add a finished part to the shard. One whose content is not what was written is made unfinished: DataError."""
+        """Add a finished part to the shard. Raises DataError when its files are not what was written a moment ago."""
         path, hashes = self.path(number), (xxhash.xxh3_64(), xxhash.xxh3_64())
         writer.append_files(f"{path}.bin", f"{path}.len", hashes)
         if "".join(digest.hexdigest() for digest in hashes) != record.xxh3:
-            os.unlink(f"{path}.json")
-            raise DataError(
-                f"{path}.bin is not what was written, as after a power failure; run the same command again, which makes this part anew"
-            )
+            raise DataError(f"{path}.bin is not what was written: check the disk, then run the same command again")
 
     def num_finished(self) -> int:
         """How many parts are finished."""

@@ -7,13 +7,14 @@ goes on from the finished parts. Nothing here imports torch.
 
 import contextlib
 import gc
+import glob
 import hashlib
 import logging
 import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.sharedctypes import RawArray
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from megatron_ledom.data.corpus import BATCH_BYTES, MAX_MESSAGES, OnError, ReadS
 from megatron_ledom.data.encode_parts import PartEncoder, PartHasher
 from megatron_ledom.data.inputs import PART_BYTES, Part, expand_inputs, parts_of, stretches_of_task
 from megatron_ledom.data.part_store import PartRecord, PartStore, Request
-from megatron_ledom.data.prefixes import task_prefix
+from megatron_ledom.data.prefixes import TASK, task_prefix
 from megatron_ledom.data.shard import (
     Counts,
     DtypeName,
@@ -53,7 +54,6 @@ logger = logging.getLogger(__name__)
 SAMPLE_STRETCHES = 8
 SAMPLE_CHARACTERS = 12_000  # of each sampled stretch
 SAMPLE_TEXT_CHARACTERS = 5_000
-GATHERED_TOKENS = 1 << 22
 
 
 @dataclass(kw_only=True, slots=True)
@@ -111,7 +111,12 @@ def task_of(settings: PreprocessSettings, environment: Mapping[str, str]) -> tup
         return 0, 1
     first, step = int(environment.get("SLURM_ARRAY_TASK_MIN", "0")), int(environment.get("SLURM_ARRAY_TASK_STEP") or "1")
     count, (task_id, rest) = int(environment["SLURM_ARRAY_TASK_COUNT"]), divmod(int(slurm_id) - first, step)
-    if rest or task_id >= count:
+    if count == 1:
+        raise UsageError(
+            f"this SLURM array has the one task {slurm_id}, which may be all of an array or one of it run again; give --num-tasks"
+        )
+    last = int(environment.get("SLURM_ARRAY_TASK_MAX") or first + (count - 1) * step)
+    if rest or task_id >= count or last != first + (count - 1) * step:
         raise UsageError(
             f"SLURM_ARRAY_TASK_ID {slurm_id} of {count} tasks from {first} on: the array has gaps; give --num-tasks,"
             " and ids in 0..num-tasks - 1"
@@ -144,7 +149,7 @@ class Preprocessing:
             max_record_bytes=settings.max_record_bytes,
             keep_records=self.keep is not None,
         )
-        if settings.deduplicate:
+        if settings.deduplicate and not settings.hash_only:
             quality.check_hashes([self.prefix_of(task) for task in range(self.task_id)], self.reading_request())
 
     def prefix_of(self, task_id: int) -> str:
@@ -159,6 +164,17 @@ class Preprocessing:
 
     def check_siblings(self) -> None:
         """Refuse to run beside tasks that divided other inputs: the borders between tasks would not be theirs."""
+        base = self.settings.output_prefix
+        others = {
+            int(match["count"])
+            for match in map(TASK.match, glob.glob(f"{glob.escape(base)}-*-of-*.json"))
+            if match and match["base"] == base
+        }
+        if self.num_tasks > 1 and others - {self.num_tasks} and not self.settings.overwrite:
+            raise UsageError(
+                f"{base} has shards of {max(others - {self.num_tasks})} tasks, this would be one of {self.num_tasks}; to run tasks of"
+                " that array again give its --num-tasks, else choose another --output-prefix"
+            )
         for task_id in range(self.num_tasks if self.num_tasks > 1 else 0):
             prefix = self.prefix_of(task_id)
             if task_id == self.task_id or not Path(f"{prefix}.json").exists():
@@ -225,10 +241,11 @@ def preprocess(settings: PreprocessSettings) -> ShardManifest | None:
     request = work.request(tokenizer, dtype)
     digest = hashlib.sha256(orjson.dumps(request)).hexdigest()
     if (manifest := _finished_shard(work, digest)) is not None:
-        logger.info("%s: finished before by the same request; nothing to do", work.prefix)
         return manifest
     _log_start(work, tokenizer, dtype)
     with sigterm_as_interrupt(), PartStore(work.prefix, request, start_over=settings.overwrite) as store:
+        if (manifest := _finished_shard(work, digest, store)) is not None:
+            return manifest  # by another process, until it gave up the lock
         try:
             manifest = _make_shard(work, store, tokenizer, dtype, digest, started)
         except (LedomError, KeyboardInterrupt):
@@ -268,13 +285,19 @@ def _load_tokenizer(settings: PreprocessSettings) -> Tokenizer:
     return tokenizer
 
 
-def _finished_shard(work: Preprocessing, digest: str) -> ShardManifest | None:
-    """The shard if this very request made it. Raises UsageError when another one's files are in the way."""
+def _finished_shard(work: Preprocessing, digest: str, store: PartStore | None = None) -> ShardManifest | None:
+    """The shard if this very request made it. Raises UsageError when another one's files are in the way.
+
+    Called before anything is loaded, and again with the `store`, whose lock keeps other processes from finishing it meanwhile.
+    """
     overwrite = work.settings.overwrite
     if not overwrite and Path(f"{work.prefix}.json").exists():
         manifest = check_shard(work.prefix)
         if manifest.request_sha256 == digest:
-            if Path(f"{work.prefix}.work").exists():  # a kill may have left it
+            logger.info("%s: finished before by the same request; nothing to do", work.prefix)
+            if store is not None:
+                store.remove()
+            elif Path(f"{work.prefix}.work").exists():  # a kill may have left it
                 PartStore(work.prefix, {}, start_over=True).remove()
             return manifest
     is_ours = Path(f"{work.prefix}.work/plan.json").exists() and not Path(f"{work.prefix}.json").exists()
@@ -283,6 +306,7 @@ def _finished_shard(work: Preprocessing, digest: str) -> ShardManifest | None:
 
 
 def _log_start(work: Preprocessing, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker; and threads do not survive a fork
     engine = tokenizer.use_fastest_engine(_samples(work))
     logger.info(
         "%s: %d files, %d parts, %s order, tokenizer %s (%d ids, eod %r = %d), %s, %d workers; engine: %s",
@@ -350,7 +374,7 @@ def _make_shard(
             tokenizer_path=str(Path(tokenizer.path).resolve()),
             eod_token=tokenizer.eod_token,
             bos_token=work.settings.bos_token or "",
-            elapsed_seconds=round(time.monotonic() - started, 3),
+            elapsed_seconds=round(time.monotonic() - started + sums.earlier_seconds / work.workers, 3),
             request_sha256=digest,
             inputs_sha256=work.inputs_sha256(),
         )
@@ -361,6 +385,8 @@ def _make_shard(
 class Sums:
     """Over the parts so far."""
 
+    earlier_seconds: float = 0.0
+    """Worker time of parts that an earlier run made."""
     text_bytes: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     messages: list[str] = field(default_factory=list)
@@ -368,6 +394,7 @@ class Sums:
 
     def add(self, record: PartRecord) -> None:
         """Enter the next part."""
+        self.earlier_seconds += record.seconds
         self.text_bytes += record.text_bytes
         self.skipped += Counter(record.skipped)
         self.messages += record.messages[: MAX_MESSAGES - len(self.messages)]
@@ -376,12 +403,12 @@ class Sums:
 
 def _records(encoder: PartEncoder, work: Preprocessing, store: PartStore) -> Iterator[PartRecord]:
     """The records of all parts in order; what is not finished is made."""
-    finished = {number: record for number in range(len(work.parts)) if (record := store.finished(number)) is not None}
+    finished = {number: record for number in range(len(work.parts)) if (record := store.intact(number)) is not None}
     if finished:
         logger.info("%s: %d of %d parts were finished before", work.prefix, len(finished), len(work.parts))
     made = _run(encoder, [number for number in range(len(work.parts)) if number not in finished], work, "preprocess")
     for number in range(len(work.parts)):
-        yield finished[number] if number in finished else next(made)
+        yield finished[number] if number in finished else replace(next(made), seconds=0.0)
     for _ in made:  # ends the workers and the bar
         pass
 

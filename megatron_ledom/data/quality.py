@@ -41,8 +41,9 @@ def load_filter(name: str) -> Filter:
         sys.path.insert(0, "")  # as `python -m` does: the folder the command is started in
     try:
         found = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"--filter {name} cannot be loaded ({error}); check the name, and PYTHONPATH") from error
+    except Exception as error:  # it is the user's code
+        kind = type(error).__name__
+        raise UsageError(f"--filter {name} cannot be loaded ({kind}: {error}); check the name, and PYTHONPATH") from error
     if not callable(found):
         raise UsageError(f"--filter {name} is no function; name one that takes (text, record) and returns whether to keep it")
     return found  # type: ignore[no-any-return]

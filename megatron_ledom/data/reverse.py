@@ -132,6 +132,11 @@ class Turner:
 def _reverse_ours(settings: ReverseSettings) -> ShardManifest:
     started = time.monotonic()
     prefixes, manifests = open_alike(settings.input, settings.output_prefix, settings.overwrite)
+    if manifests[0].bos_token:
+        raise UsageError(
+            f"documents of {prefixes[0]} begin with {manifests[0].bos_token!r}, which would come to stand before their eod when they"
+            " are turned; preprocess the text in the other direction instead"
+        )
     before = manifests[0].provenance
     if settings.from_direction not in (None, before.direction):
         raise MismatchError(

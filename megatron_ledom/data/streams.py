@@ -15,8 +15,10 @@ from megatron_ledom.errors import DataError
 READ_BYTES = 4 << 20
 REMOTE_READ_BYTES = 8 << 20  # one request to an object store
 MAX_RECORD_BYTES = 256 << 20
-NAMED_LINES_BYTES = 4 << 30
-"""Up to here a bad line is named by its number, which takes reading what is before it; after that by its byte."""
+NAMED_LINES_BYTES = 256 << 20
+"""Up to here a line that is skipped is named by its number, which takes reading what is before it."""
+DECOMPRESSED_AT_ONCE = 1 << 12
+"""Compressed bytes a decompressor is given at once: a few can become a gigabyte."""
 
 MAGIC = {
     b"\x1f\x8b": "gz",
@@ -54,11 +56,16 @@ class Progress:
 
 
 @contextlib.contextmanager
-def opened(source: InputPath) -> Iterator[BinaryIO]:
-    """The file, open for reading bytes; an OSError of reading becomes a DataError that names it."""
+def opened(source: InputPath, read_bytes: int = REMOTE_READ_BYTES) -> Iterator[BinaryIO]:
+    """The file, open for reading bytes, from an object store `read_bytes` a request.
+
+    An OSError of reading becomes a DataError that names the file.
+    """
     try:
         if is_remote(source.path):
-            with remote_file_system(source.path).open(source.path, "rb", block_size=REMOTE_READ_BYTES) as remote:
+            with remote_file_system(source.path).open(
+                source.path, "rb", block_size=min(read_bytes, REMOTE_READ_BYTES)
+            ) as remote:
                 yield remote
         else:
             with open(source.path, "rb", buffering=0) as local:
@@ -69,14 +76,17 @@ def opened(source: InputPath) -> Iterator[BinaryIO]:
 
 def raw_blocks(source: InputPath, start: int, end: int, size: int = READ_BYTES) -> Iterator[bytes]:
     """Bytes [start, end) of a file as it is stored, in blocks that end at multiples of `size` after `start`."""
-    with opened(source) as stream:
+    with opened(source, min(size, end - start)) as stream:
         if start:
             stream.seek(start)
         position = start
         while position < end:
             block = _read_exactly(stream, min(size, end - position))
             if not block:
-                return
+                raise DataError(
+                    f"{source.path} ends at byte {position:,}, it had {source.num_bytes:,} when this run began: something else"
+                    " changes it; wait until it is complete, then start over with --overwrite"
+                )
             yield block
             position += len(block)
 
@@ -95,13 +105,10 @@ def _read_exactly(stream: BinaryIO, size: int) -> bytes:
 def _engine(compression: str) -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
     """How to start a decompressor, and what it raises on damage."""
     if compression == "gz":
-        try:
-            from isal import isal_zlib
+        from isal import isal_zlib
 
-            failures: Any = (isal_zlib.error, zlib.error)
-            return lambda: isal_zlib.decompressobj(wbits=31), failures
-        except ImportError:
-            return lambda: zlib.decompressobj(wbits=31), (zlib.error,)
+        failures: Any = (isal_zlib.error, zlib.error)
+        return lambda: isal_zlib.decompressobj(wbits=31), failures
     if compression == "bz2":
         return bz2.BZ2Decompressor, (OSError, ValueError)
     if compression == "xz":
@@ -120,18 +127,19 @@ def decompressed_blocks(source: InputPath, blocks: Iterator[bytes]) -> Iterator[
     engine = None
     position = 0
     for stored in blocks:
-        block = stored
-        while block := block if engine else block.lstrip(b"\0"):  # members may be padded with zeros
-            engine = engine or start()
-            try:
-                content = engine.decompress(block)
-            except failures as error:
-                raise DataError(
-                    f"{source.path} is damaged ({error}){_true_kind(source)}; fetch it again, or leave it out"
-                ) from error
-            yield position, content
-            block = engine.unused_data if engine.eof else b""
-            engine = None if engine.eof else engine
+        for begin in range(0, len(stored), DECOMPRESSED_AT_ONCE):
+            block = stored[begin : begin + DECOMPRESSED_AT_ONCE]
+            while block := block if engine else block.lstrip(b"\0"):  # members may be padded with zeros
+                engine = engine or start()
+                try:
+                    content = engine.decompress(block)
+                except failures as error:
+                    raise DataError(
+                        f"{source.path} is damaged ({error}){_true_kind(source)}; fetch it again, or leave it out"
+                    ) from error
+                yield position, content
+                block = engine.unused_data if engine.eof else b""
+                engine = None if engine.eof else engine
         position += len(stored)
     if engine is not None:
         raise DataError(f"{source.path} is truncated: its compressed data ends too early; fetch it again, or leave it out")
@@ -143,7 +151,7 @@ def _kind_of(head: bytes) -> str | None:
 
 def _true_kind(source: InputPath) -> str:
     """What a file's first bytes say it is, if that is not what its ending says."""
-    head = next(raw_blocks(source, 0, 8), b"")
+    head = next(raw_blocks(source, 0, min(8, source.num_bytes)), b"")
     kind = _kind_of(head)
     if kind == source.compression:
         return ""
@@ -203,6 +211,8 @@ class LineReader:
         self._num_lines = 0
         self._dropped = 0
         """Bytes of a line that is too long, so far; 0 outside of one."""
+        self._before: int | None = None
+        """Lines of the file before the stretch, once they were counted."""
 
     def blocks(self) -> Iterator[LineBlock]:
         """The lines, about `batch_bytes` at a time, in bounded memory whatever the length of a line."""
@@ -270,12 +280,18 @@ class LineReader:
         if self._pending:
             yield self._block(bytes(self._pending))
 
-    def name_line(self, number: int) -> str:
-        """Where line `number` of the stretch (from 0) is, for people: FILE:LINE, or its neighbourhood in a very large file."""
+    def name_line(self, number: int, exactly: bool = True) -> str:
+        """Where line `number` of the stretch (from 0) is, for people: FILE:LINE.
+
+        That takes reading, once, what is before the stretch; unless it is asked for exactly, a line far into a file or in an
+        object store is named by its place in the stretch.
+        """
         source, start = self.stretch.source, self.stretch.start
-        if start > NAMED_LINES_BYTES:
+        if not exactly and start and (start > NAMED_LINES_BYTES or is_remote(source.path)):
             return f"{source.path}: line {number + 1:,} after byte {start:,}"
-        return f"{source.path}:{self._lines_before() + number + 1}"
+        if self._before is None:
+            self._before = self._lines_before()
+        return f"{source.path}:{self._before + number + 1}"
 
     def _lines_before(self) -> int:
         """Lines that begin before the stretch: those that end before it, and one that reaches into it."""

@@ -1,6 +1,6 @@
 """Texts of Parquet files and Arrow files: only the text's column is read, a row group or record batch at a time."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,8 +29,8 @@ class Rows:
     unit: str = "row"
 
 
-def read_rows(stretch: Stretch, text_key: str, keep_records: bool, progress: Progress) -> Iterator[Rows]:
-    """The rows of the row groups (record batches) that begin in the stretch."""
+def read_rows(stretch: Stretch, text_key: str, keep_records: bool, progress: Progress, max_record_bytes: int) -> Iterator[Rows]:
+    """The rows of the row groups (record batches) that begin in the stretch; all texts of a group are in memory at once."""
     import pyarrow
 
     source = stretch.source
@@ -40,15 +40,15 @@ def read_rows(stretch: Stretch, text_key: str, keep_records: bool, progress: Pro
     try:
         with opened(source) as stream:
             file = pyarrow.PythonFile(stream) if is_remote(source.path) else pyarrow.memory_map(source.path)
-            for first, done, table in groups(file, stretch, text_key, keep_records):
-                yield from _rows_of(table, first, text_key, keep_records, int(done * stretch.num_bytes))
+            for first, done, table, unit in groups(file, stretch, text_key, keep_records):
+                yield _rows_of(table, first, text_key, keep_records, int(done * stretch.num_bytes), unit)
     except pyarrow.ArrowException as error:
         name = source.kind.capitalize()
         raise DataError(f"{source.path} is damaged or not {name} ({error}); fetch it again, or leave it out") from error
 
 
-def _parquet_groups(file: Any, stretch: Stretch, text_key: str, keep_records: bool) -> Iterator[tuple[int, float, Any]]:
-    """(first row, share of the stretch that is done after it, rows) in pieces of a row group."""
+def _parquet_groups(file: Any, stretch: Stretch, text_key: str, keep_records: bool) -> Iterator[tuple[int, float, Any, str]]:
+    """(first row, share of the stretch that is done before it, rows, how rows are named) in pieces of a row group."""
     from pyarrow import parquet
 
     table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
@@ -64,12 +64,12 @@ def _parquet_groups(file: Any, stretch: Stretch, text_key: str, keep_records: bo
             row, done = first, (offset - stretch.start) / max(1, stretch.num_bytes)
             columns = None if keep_records else [column]
             for rows in table.iter_batches(batch_size=ROWS, row_groups=[index], columns=columns, use_threads=False):
-                yield row, done, rows
+                yield row, done, rows, "row"
                 row += rows.num_rows
         first += group.num_rows
 
 
-def _arrow_groups(file: Any, stretch: Stretch, text_key: str, keep_records: bool) -> Iterator[tuple[int, float, Any]]:
+def _arrow_groups(file: Any, stretch: Stretch, text_key: str, keep_records: bool) -> Iterator[tuple[int, float, Any, str]]:
     """The same for Arrow: the file format by record batch; the stream format whole, by whoever has its start."""
     import pyarrow
 
@@ -82,7 +82,7 @@ def _arrow_groups(file: Any, stretch: Stretch, text_key: str, keep_records: bool
         _check_column(stream.schema, stretch, text_key)
         for rows in stream:
             for begin in range(0, rows.num_rows, ROWS):
-                yield first + begin, file.tell() / max(1, stretch.num_bytes), rows.slice(begin, ROWS)
+                yield first + begin, file.tell() / max(1, stretch.num_bytes), rows.slice(begin, ROWS), "row"
             first += rows.num_rows
         return
     table = pyarrow.ipc.open_file(file)
@@ -90,14 +90,18 @@ def _arrow_groups(file: Any, stretch: Stretch, text_key: str, keep_records: bool
     count = table.num_record_batches
     for index in range(count):
         offset = stretch.source.num_bytes * index // count
-        rows = table.get_batch(index)
         if stretch.start <= offset < stretch.end:
+            rows = table.get_batch(index)
             for begin in range(0, rows.num_rows, ROWS):
-                yield first + begin, (offset - stretch.start) / stretch.num_bytes, rows.slice(begin, ROWS)
-        first += rows.num_rows
+                yield (
+                    begin,
+                    (offset - stretch.start) / stretch.num_bytes,
+                    rows.slice(begin, ROWS),
+                    f"record batch {index + 1}, row",
+                )
 
 
-def _rows_of(table: Any, first: int, text_key: str, keep_records: bool, position: int) -> Iterator[Rows]:
+def _rows_of(table: Any, first: int, text_key: str, keep_records: bool, position: int, unit: str) -> Rows:
     import pyarrow
     from pyarrow import compute
 
@@ -106,7 +110,13 @@ def _rows_of(table: Any, first: int, text_key: str, keep_records: bool, position
     for key in inner:
         column = compute.struct_field(column, key)
     texts = column.cast(pyarrow.large_binary()).to_pylist()
-    yield Rows(first, texts, table.to_pylist() if keep_records else [], position)
+    return Rows(first, texts, table.to_pylist() if keep_records else [], position, unit)
+
+
+def _text_kinds() -> list[Callable[[Any], bool]]:
+    from pyarrow import types
+
+    return [types.is_string, types.is_large_string, types.is_binary, types.is_large_binary, types.is_string_view]
 
 
 def _check_column(schema: Any, stretch: Stretch, text_key: str) -> None:
@@ -120,5 +130,5 @@ def _check_column(schema: Any, stretch: Stretch, text_key: str) -> None:
         if key not in names:
             raise DataError(f"{path}: column {name!r} has no field {key!r} but {', '.join(names)}; name one by --text-key")
         kind = kind.field(names.index(key)).type
-    if not any(word in str(kind) for word in ("string", "binary")):
+    if not any(is_kind(kind) for is_kind in _text_kinds()):
         raise DataError(f"{path}: column {text_key!r} holds {kind}, not text; name another by --text-key")

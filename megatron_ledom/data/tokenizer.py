@@ -5,6 +5,7 @@ No torch and no transformers here: preprocessing starts in a second (tiktoken ra
 
 import json
 import logging
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,9 @@ class Tokenizer:
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
         }
         for name, content in files.items():
-            (target / f"{name}.part").write_bytes(content)
-            (target / f"{name}.part").replace(target / name)
+            part = target / f"{name}.{secrets.token_hex(4)}.part"  # tasks of an array may write the same folder at once
+            part.write_bytes(content)
+            part.replace(target / name)
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_ledom.data.inputs import COMPRESSED_BLOCK, Stretch
 from megatron_ledom.data.streams import Progress, decompressed_blocks, raw_blocks
 from megatron_ledom.data.tables import Rows
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import DataError, LedomError, UsageError
 
 
 class _Decompressed(io.RawIOBase):
@@ -23,6 +23,7 @@ class _Decompressed(io.RawIOBase):
         source = stretch.source
 
         def counted() -> Iterator[bytes]:
+            """The stored blocks."""
             for block in raw_blocks(source, 0, source.num_bytes, COMPRESSED_BLOCK):
                 progress.count(block)
                 yield block
@@ -49,8 +50,11 @@ class _Decompressed(io.RawIOBase):
         return True
 
 
-def read_rows(stretch: Stretch, text_key: str, keep_records: bool, progress: Progress) -> Iterator[Rows]:
-    """The text records of the archive, one at a time; a record's headers are its fields besides the text."""
+def read_rows(stretch: Stretch, text_key: str, keep_records: bool, progress: Progress, max_record_bytes: int) -> Iterator[Rows]:
+    """The text records of the archive, one at a time; a record's headers are its fields besides the text.
+
+    Of a record longer than `max_record_bytes` one byte more than that is given, so that it is seen to be too long.
+    """
     try:
         from fastwarc.warc import ArchiveIterator, WarcRecordType
     except ImportError as error:
@@ -59,16 +63,25 @@ def read_rows(stretch: Stretch, text_key: str, keep_records: bool, progress: Pro
         ) from error
     path, number, others = stretch.source.path, 0, 0
     stream: Any = _Decompressed(stretch, progress)
-    for record in ArchiveIterator(stream, parse_http=False):
-        if record.record_type != WarcRecordType.conversion:
-            others += record.record_type in (WarcRecordType.response, WarcRecordType.resource)
-            continue
-        content = record.reader.read()
-        records: list[Mapping[str, Any]] = []
-        if keep_records:
-            records = [{**dict(record.headers), text_key: content.decode("utf-8", "replace")}]
-        yield Rows(number, [content], records, progress.num_bytes, "text record")
-        number += 1
+    try:
+        for record in ArchiveIterator(stream, parse_http=False):
+            if record.record_type != WarcRecordType.conversion:
+                others += record.record_type in (WarcRecordType.response, WarcRecordType.resource)
+                continue
+            content = record.reader.read(max_record_bytes + 1)
+            if len(content) < min(record.content_length, max_record_bytes + 1):
+                raise DataError(
+                    f"{path} is truncated: its text record {number + 1} ends too early; fetch it again, or leave it out"
+                )
+            records: list[Mapping[str, Any]] = []
+            if keep_records:
+                records = [{**dict(record.headers), text_key: content.decode("utf-8", "replace")}]
+            yield Rows(number, [content], records, progress.num_bytes, "text record")
+            number += 1
+    except (OSError, ValueError, RuntimeError) as error:
+        if isinstance(error, LedomError):
+            raise
+        raise DataError(f"{path} is damaged or no web archive ({error}); fetch it again, or leave it out") from error
     while stream.read(1 << 20):  # what is left decides whether the file is whole
         pass
     if others and not number:

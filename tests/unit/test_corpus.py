@@ -5,6 +5,8 @@ import gzip
 import hashlib
 import json
 import lzma
+import subprocess
+import sys
 from itertools import chain
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from megatron_ledom.data.streams import LineReader
 from megatron_ledom.errors import DataError
 from tests.legible import legible_documents, write_jsonl
 
+ROOT = Path(__file__).parents[2]
 TEXTS = [*legible_documents(9, 30), "", "Grüße,\n\t日本 👍", '"quoted" \\ {}']
 
 
@@ -286,3 +289,72 @@ def test_the_text_records_of_web_archives_are_documents(tmp_path: Path) -> None:
     (tmp_path / "pages.warc").write_bytes(warc_of(("response", b"HTTP/1.1 200 OK\r\n\r\n<html>")))
     with pytest.raises(DataError, match="holds 1 web pages and no text"):
         texts_in(whole(tmp_path / "pages.warc"))
+
+
+def test_the_record_limit_does_not_depend_on_batches(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["x" * length for length in (900, 990, 1100, 5)])
+    for batch_bytes in (1, 64, 2000, 1 << 20):
+        reader = RecordReader(whole(path), ReadSettings(on_error="skip", batch_bytes=batch_bytes, max_record_bytes=1002))
+        found = [text for batch in reader.batches() for text in batch.texts]
+        assert [len(text) for text in found] == [900, 990, 5]
+        assert dict(reader.skipped) == {"too_large": 1}
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.jsonl.gz"])
+def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(b'{"text": "1"}\n' * 10)
+    stretch = whole(path)
+    path.write_bytes(b'{"text": "1"}\n' * 5)
+    with pytest.raises(DataError, match=r"ends at byte 70, it had 140 when this run began|is damaged"):
+        texts_in(stretch)
+
+
+def test_what_a_few_compressed_bytes_become_is_not_held_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.zst"
+    bomb = b'{"text": "' + b"x" * 400_000_000 + b'"}\n{"text": "2"}\n'
+    path.write_bytes(zstandard.ZstdCompressor(level=1).compress(bomb))
+    del bomb
+    assert path.stat().st_size < 60_000
+    code = "import resource, sys; from tests.unit.test_corpus import skim, Path\n"
+    code += "print(skim(Path(sys.argv[1]), max_record_bytes=1_000_000)[:2], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
+    found, _, peak = done.stdout.strip().rpartition(" ")
+    assert found == "(['2'], {'too_large': 1})"
+    base = subprocess.run(
+        [sys.executable, "-c", code, str(write_jsonl(tmp_path / "b.jsonl", ["2"]))],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(peak) - int(base.stdout.split()[-1]) < 200_000  # KB; whole it would be 400,000 and more
+
+
+def test_damaged_web_archives_are_named(tmp_path: Path) -> None:
+    pytest.importorskip("fastwarc", reason="the warc extra is not installed")
+    archive = warc_of(("conversion", b"one two"), ("conversion", b"three four"))
+    (tmp_path / "a.wet").write_bytes(archive[:-8])
+    with pytest.raises(DataError, match=r"a\.wet is truncated: its text record 2 ends too early"):
+        texts_in(whole(tmp_path / "a.wet"))
+    (tmp_path / "b.wet").write_bytes(archive)
+    assert skim(tmp_path / "b.wet", max_record_bytes=8)[:2] == (["one two"], {"too_large": 1})
+
+
+def test_a_column_of_lists_is_refused_as_no_text(tmp_path: Path) -> None:
+    parquet.write_table(pyarrow.table({"text": [["a"], ["b"]]}), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"holds list<.*>, not text"):
+        list(read_texts([source(tmp_path / "a.parquet")], "text"))
+
+
+def test_many_bad_lines_far_into_a_file_do_not_read_it_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "1"}\n' * 1000 + b"{\n" * 50)
+    reads: list[int] = []
+    monkeypatch.setattr(LineReader, "_lines_before", lambda self: reads.append(1) or 1000)
+    reader = RecordReader(Stretch(source(path), 14_000, path.stat().st_size), ReadSettings(on_error="skip"))
+    assert [text for batch in reader.batches() for text in batch.texts] == []
+    assert (len(reads), reader.messages[9]) == (
+        1,
+        f"{path}:1010: malformed JSON (unexpected end of data: line 1 column 2 (char 1))",
+    )

@@ -24,6 +24,13 @@ def test_inputs_are_sorted_and_taken_once(tmp_path: Path) -> None:
     assert found == ["[x].jsonl", "a.jsonl", "b.jsonl"]
 
 
+def test_a_file_named_by_several_paths_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").touch()
+    Path("b.jsonl").symlink_to("a.jsonl")
+    assert len(expand_inputs(["a.jsonl", "./a.jsonl", str(tmp_path / "a.jsonl"), "b.jsonl"])) == 1
+
+
 def test_a_folder_is_every_file_of_a_known_ending_below_it_and_a_list_names_more(tmp_path: Path) -> None:
     (tmp_path / "deep/er").mkdir(parents=True)
     for name in ("deep/a.jsonl.zst", "deep/er/b.parquet", "deep/README.md", "c.wet.gz"):

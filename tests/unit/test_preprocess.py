@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
@@ -19,6 +20,7 @@ import zstandard
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from megatron_ledom.data import preprocess as preprocess_module
 from megatron_ledom.data.merge import MergeSettings, merge_shards
 from megatron_ledom.data.preprocess import PreprocessSettings, preprocess, task_of
 from megatron_ledom.data.shard import ShardReader, check_shard
@@ -422,8 +424,40 @@ def test_the_task_is_asked_for_or_slurms() -> None:
     assert asked(None, 64, ID=17, COUNT=2, MIN=3) == (17, 64)  # one element of an array again
     with pytest.raises(UsageError, match="the array has gaps"):
         asked(ID=17, COUNT=2, MIN=3)
+    with pytest.raises(UsageError, match="the array has gaps"):
+        asked(ID=0, COUNT=2, MIN=0, MAX=3)  # --array=0,3: without MAX, 0 would look like the first of two
+    with pytest.raises(UsageError, match="one task 3, which may be all of an array or one of it run again; give --num-tasks"):
+        asked(ID=3, COUNT=1, MIN=3, MAX=3)
     with pytest.raises(UsageError, match="without --num-tasks"):
         asked(3)
+
+
+def test_some_tasks_of_an_array_run_again_are_not_taken_for_all_of_another(tmp_path: Path, tokenizer: str) -> None:
+    write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 9))
+    for task in range(3):
+        made(tmp_path, tokenizer, "data", task_id=task, num_tasks=3)
+    with pytest.raises(UsageError, match=r"has shards of 3 tasks, this would be one of 2; .* give its --num-tasks"):
+        made(tmp_path, tokenizer, "data", task_id=0, num_tasks=2)
+
+
+def test_a_shard_that_another_process_finished_meanwhile_is_kept(
+    tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the first look and the lock there is time to load a vocabulary in."""
+    write_jsonl(tmp_path / "a.jsonl", legible_documents(2, 3))
+    given: dict[str, Any] = {"input": [f"{tmp_path}/a.jsonl"], "tokenizer": tokenizer, "output_prefix": f"{tmp_path}/data"}
+    log_start, calls = preprocess_module._log_start, []
+
+    def start_late(*arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == 1:
+            made(tmp_path, tokenizer, "data", direction=Direction.FORWARD)
+        log_start(*arguments)
+
+    monkeypatch.setattr(preprocess_module, "_log_start", start_late)
+    with pytest.raises(UsageError, match=r"data\.bin exists already"):
+        preprocess(PreprocessSettings(**given))
+    assert check_shard(f"{tmp_path}/data").direction is Direction.FORWARD
 
 
 def test_preprocessing_imports_no_torch_and_help_imports_nothing(tmp_path: Path) -> None:

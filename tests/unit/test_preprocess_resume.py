@@ -183,7 +183,7 @@ def test_overwriting_goes_on_from_its_own_parts_and_throws_away_those_of_others(
     """A batch system starts a job with --overwrite again and again; it has to get to the end."""
     settings = {**interrupted(tmp_path, tokenizer), "on_error": "skip", "overwrite": True}
     parts = {path.name: path.stat().st_ino for path in (tmp_path / "out/a.work").glob("part-*.bin")}
-    process = start(settings, die_at=1)  # before .bin gets its name
+    process = start(settings, die_at=2)  # after the plan, before .bin gets its name
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     after = {path.name: path.stat().st_ino for path in (tmp_path / "out/a.work").glob("part-*.bin")}
@@ -210,17 +210,28 @@ def test_an_edited_filter_is_another_request(tmp_path: Path, tokenizer: str, mon
         preprocess(PreprocessSettings(**settings))
 
 
-def test_a_part_that_a_power_failure_took_is_found_and_made_again(tmp_path: Path, tokenizer: str) -> None:
-    settings = {**interrupted(tmp_path, tokenizer), "on_error": "skip"}
+@pytest.mark.parametrize("shuffle_seed", [None, 3])
+def test_a_part_that_a_power_failure_took_is_found_and_made_again(
+    tmp_path: Path, tokenizer: str, shuffle_seed: int | None
+) -> None:
+    settings = {**interrupted(tmp_path, tokenizer, shuffle_seed=shuffle_seed), "on_error": "skip"}
     part = tmp_path / "out/a.work/part-000000.bin"
     size = part.stat().st_size
     part.write_bytes(bytes(size))
-    with pytest.raises(DataError, match=r"part-000000\.bin is not what was written.*run the same command again"):
-        preprocess(PreprocessSettings(**settings))
+    (tmp_path / "out/a.work/part-000001.len").unlink()
     assert preprocess(PreprocessSettings(**settings)) is not None
-    quiet = settings_in(tmp_path, tokenizer, "quiet", on_error="skip")
+    quiet = settings_in(tmp_path, tokenizer, "quiet", on_error="skip", shuffle_seed=shuffle_seed)
     preprocess(PreprocessSettings(**quiet))
     assert shard_bytes(settings["output_prefix"]) == shard_bytes(quiet["output_prefix"])
+
+
+def test_parts_that_skipped_bad_records_do_not_serve_a_run_that_must_not(tmp_path: Path, tokenizer: str) -> None:
+    settings = interrupted(tmp_path, tokenizer)
+    process = start({**settings, "on_error": "skip"}, die_at=2)  # 1 is the plan's
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    with pytest.raises(UsageError, match="on_error was 'skip' and is 'fail'"):
+        preprocess(PreprocessSettings(**settings))
 
 
 def test_a_changed_input_or_tokenizer_is_refused_by_name(tmp_path: Path, tokenizer: str) -> None:

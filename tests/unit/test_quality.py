@@ -57,7 +57,7 @@ def test_a_filter_sees_text_and_record(tmp_path: Path, tokenizer: str) -> None:
 
 def test_a_filter_that_fails_is_an_error_that_shows_where(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["1"])
-    with pytest.raises(LedomError, match=r"a worker failed on .*a\.jsonl[\s\S]*KeyError: 'number'"):
+    with pytest.raises(LedomError, match=r"the function of --filter failed; repair it:[\s\S]*KeyError: 'number'"):
         made(tmp_path, tokenizer, filter="tests.unit.test_quality:keep_even")
 
 

@@ -4,6 +4,8 @@ import hashlib
 import inspect
 import json
 import shutil
+import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -168,3 +170,13 @@ def test_paths_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
     ]:
         with pytest.raises(kind, match=words):
             load_tokenizer(str(tmp_path / name), "x")
+
+
+def test_several_processes_save_one_folder_at_once(folders: Path, tmp_path: Path) -> None:
+    """As the tasks of an array do."""
+    code = "import sys; from megatron_ledom.data.tokenizer import load_tokenizer\n"
+    code += "for _ in range(30): load_tokenizer(sys.argv[1]).save(sys.argv[2])"
+    command = [sys.executable, "-c", code, str(folders / "legible"), str(tmp_path / "saved")]
+    processes = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0, 0]
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["tokenizer.json", "tokenizer_config.json"]
