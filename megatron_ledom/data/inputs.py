@@ -40,6 +40,8 @@ PART_BYTES = 32 << 20
 """About what one part of the work reads: what a kill can cost a worker."""
 COMPRESSED_PART_BYTES = 256 << 20
 """The same for compressed files, which have to be decompressed from their start: smaller parts would repeat that more often."""
+MOST_COMPRESSED_PARTS = 64
+"""Parts of one compressed file, for the same reason: 500 GB are decompressed 32 times over, by 64 workers at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,12 +248,17 @@ def parts_of(stretches: Sequence[Stretch], part_bytes: int = PART_BYTES) -> list
     return parts
 
 
+def _compressed_step(source: InputPath) -> int:
+    blocks = -(-source.num_bytes // (MOST_COMPRESSED_PARTS * COMPRESSED_BLOCK))
+    return max(COMPRESSED_PART_BYTES, blocks * COMPRESSED_BLOCK)
+
+
 def _pieces(stretches: Sequence[Stretch], part_bytes: int) -> Iterator[Stretch]:
     for stretch in stretches:
         source = stretch.source
         if not source.is_divisible or not stretch.num_bytes:
             yield stretch
             continue
-        step = COMPRESSED_PART_BYTES if source.compression else part_bytes
+        step = _compressed_step(source) if source.compression else part_bytes
         for start in range(stretch.start, stretch.end, step):
             yield Stretch(source, start, min(start + step, stretch.end))

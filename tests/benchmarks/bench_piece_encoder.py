@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--megabytes", type=float, default=40, help="use this much text")
     parser.add_argument("--model", help="SentencePiece .model file; learned if not given")
     parser.add_argument("--vocab-size", type=int, default=64_000)
-    parser.add_argument("--cache", type=Path, default=Path("/tmp/bench_piece_encoder"))
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "bench_piece_encoder"))
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
     texts = read_texts(arguments.input, arguments.megabytes) if arguments.input else collect(arguments.megabytes)

@@ -95,6 +95,15 @@ def test_one_large_file_and_many_small_ones_divide_alike() -> None:
             assert sum(sizes) / len(sizes) > 0.9 * inputs.PART_BYTES
 
 
+def test_a_huge_compressed_file_is_not_decompressed_too_often() -> None:
+    """Every part decompresses what is before it: 64 parts of 500 GB cost 32 times the file, 2,000 would cost 1,000 times."""
+    source = InputPath("a.jsonl.gz", 500 * 10**9, "")
+    pieces = [stretch for part in parts_of(stretches_of_task([source], 0, 1)) for stretch in part]
+    assert len(pieces) == 64
+    assert all(piece.start % inputs.COMPRESSED_BLOCK == 0 for piece in pieces)
+    assert sum(piece.end for piece in pieces) < 33 * source.num_bytes
+
+
 @pytest.mark.parametrize(("task_id", "num_tasks"), [(3, 3), (-1, 3), (0, 0)])
 def test_a_task_that_does_not_exist_is_refused(task_id: int, num_tasks: int) -> None:
     with pytest.raises(UsageError, match=r"--task-id|--num-tasks"):
