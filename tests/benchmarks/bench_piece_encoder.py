@@ -13,6 +13,7 @@ import json
 import platform
 import random
 import sysconfig
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
