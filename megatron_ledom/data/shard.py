@@ -31,6 +31,7 @@ DTYPE_CODES = {"uint16": 8, "int32": 4}
 UINT16_BELOW = 65_500  # megatron-core's own choice (DType.optimal_dtype)
 SUFFIXES = (".bin", ".idx", ".json")  # in the order they get their final names
 CHUNK_BYTES = 1 << 24
+COPY_BYTES = 1 << 20  # read, hashed and written while it is in cache
 CHUNK_DOCUMENTS = 1 << 16
 
 DtypeName = Literal["auto", "uint16", "int32"]
@@ -181,6 +182,7 @@ class ShardWriter:
         self.num_documents = 0
         """Documents appended so far."""
         self._hash = hashlib.sha256()
+        self._buffer = bytearray(COPY_BYTES)
         folder = Path(prefix).parent
         self._made_folders = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
@@ -206,7 +208,7 @@ class ShardWriter:
         lengths = np.fromfile(lengths_path, np.int32)
         hashes[1].update(lengths.data)
         with open(ids_path, "rb", buffering=0) as stream:
-            block = memoryview(bytearray(CHUNK_BYTES))
+            block = memoryview(self._buffer)
             while size := stream.readinto(block):
                 hashes[0].update(block[:size])
                 self._append(block[:size], lengths[:0])

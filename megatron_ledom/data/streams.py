@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 from megatron_ledom.data.inputs import COMPRESSED_BLOCK, InputPath, Stretch, is_remote, remote_file_system
 from megatron_ledom.errors import DataError
 
-READ_BYTES = 4 << 20
+READ_BYTES = 1 << 20  # larger blocks come from the system anew each time, a page fault for every 4 KB
 REMOTE_READ_BYTES = 8 << 20  # one request to an object store
 MAX_RECORD_BYTES = 256 << 20
 NAMED_LINES_BYTES = 256 << 20
