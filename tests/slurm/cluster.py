@@ -112,10 +112,10 @@ class Cluster:
             assert time.monotonic() < end, f"it does not happen; {explain()}\n{self._logs()}"
             time.sleep(0.1)
 
-    def wait_for_end(self, job_id: str, explain: Callable[[], str] = str) -> None:
+    def wait_for_end(self, job_id: str, seconds: float = 120, explain: Callable[[], str] = str) -> None:
         """Wait until no element of a job is waiting or running."""
         running = {"PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "REQUEUED"}
-        self.wait_until(lambda: not running & set(self.states(job_id)), explain=explain)
+        self.wait_until(lambda: not running & set(self.states(job_id)), seconds, explain)
 
     def _logs(self) -> str:
         tails = [f"{path.name}: {path.read_text(errors='replace')[-1500:]}" for path in sorted(self.folder.glob("*.log"))]

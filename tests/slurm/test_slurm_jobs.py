@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from megatron_ledom.data.shard import ShardReader
+from tests import tiny_runs
 from tests.legible import legible_ids, legible_tokenizer, write_jsonl
 from tests.slurm.cluster import Cluster
 from tests.tiny_runs import ROOT, TinyData, curve, read_metrics, read_tensors, run_on_ranks
@@ -31,15 +32,22 @@ def test_sbatch_accepts_the_script(cluster: Cluster, script: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("iterations", "by_the_limit"),
-    [pytest.param(400, False, id="signal"), pytest.param(1500, True, id="time_limit", marks=pytest.mark.slow)],
+    [pytest.param(400, False, id="signal"), pytest.param(8000, True, id="time_limit", marks=pytest.mark.slow)],
 )
 def test_requeued_training_ends_as_an_uninterrupted_one(
-    cluster: Cluster, data: TinyData, tmp_path: Path, iterations: int, by_the_limit: bool
+    cluster: Cluster,
+    data: TinyData,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    iterations: int,
+    by_the_limit: bool,
 ) -> None:
     """SLURM wakes the batch shell, the ranks save, the job queues itself again, goes on and ends: bit for bit the same."""
     run_dir, uninterrupted, log = tmp_path / "run", tmp_path / "uninterrupted", tmp_path / "job.log"
+    monkeypatch.setattr(tiny_runs, "SECONDS", 600)
     run_on_ranks(data.config, uninterrupted, *settings(iterations), num_ranks=2)
-    limit = ["--time=1", "--signal=B:USR1@45"] if by_the_limit else ["--time=60"]
+    # SLURM may send the signal up to 60 s early: between 60 and 120 s after the start, when training is under way.
+    limit = ["--time=3", "--signal=B:USR1@60"] if by_the_limit else ["--time=60"]
     options = [*TWO_RANKS, *limit, f"--output={log}"]
     variables = {**VARIABLES, "CONFIG": str(data.config)}
     job = cluster.submit(PRETRAIN, f"run_dir={run_dir}", *settings(iterations), options=options, cwd=ROOT, **variables)
@@ -50,13 +58,13 @@ def test_requeued_training_ends_as_an_uninterrupted_one(
     cluster.wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(read_metrics(run_dir)) > 5, explain=logged)
     if not by_the_limit:
         cluster.run("scancel", "--batch", f"--signal={signal.SIGUSR1.name.removeprefix('SIG')}", job)
-    cluster.wait_until(lambda: "saved; queued again" in logged(), explain=logged)
+    cluster.wait_until(lambda: "saved; queued again" in logged(), seconds=240, explain=logged)
     cluster.wait_until(lambda: cluster.job(job)["JobState"] == "PENDING", explain=logged)
     stopped_at = len(read_metrics(run_dir))
     assert 5 < stopped_at < iterations
     soon = "StartTime=now+4seconds"  # SLURM itself waits two minutes, since a start in the same second is taken for the old one
     cluster.run("scontrol", "update", f"jobid={job}", soon, "TimeLimit=60")
-    cluster.wait_for_end(job, explain=logged)
+    cluster.wait_for_end(job, seconds=600, explain=logged)
     assert cluster.job(job)["JobState"] == "COMPLETED", logged()
     assert cluster.job(job)["Restarts"] == "1"
     assert f"at iteration {stopped_at}" in logged()
