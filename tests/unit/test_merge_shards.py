@@ -154,3 +154,10 @@ def test_wrong_usage_is_refused(tmp_path: Path) -> None:
     legible_shard(tmp_path / "all", DOCUMENTS[:1])
     assert run("--input", a, b, "--output-prefix", str(tmp_path / "all")).returncode == 2
     assert len(ShardReader(merge(a, b, output=tmp_path / "all", overwrite=True))) == 7
+
+
+def test_documents_with_and_without_bos_are_not_joined(tmp_path: Path) -> None:
+    with_bos = legible_shard(tmp_path / "a", DOCUMENTS, counts=Counts(text_bytes=1, bos_token="999"))
+    without = legible_shard(tmp_path / "b", DOCUMENTS)
+    with pytest.raises(MismatchError, match=r"begin with no bos, those of .*a with 999; preprocess both"):
+        merge_shards(MergeSettings(input=[with_bos, without], output_prefix=str(tmp_path / "ab")))

@@ -240,3 +240,11 @@ def test_wrong_usage_is_refused(tmp_path: Path, tokenizer: str) -> None:
         turn(forward, output=tmp_path / "turned", eod="append")
     with pytest.raises(UsageError, match="is one of the inputs"):
         turn(forward, output=tmp_path / "forward", overwrite=True)
+
+
+def test_documents_that_begin_with_bos_are_not_turned(tmp_path: Path) -> None:
+    """Turned as it stands, a document's BOS would come just before its eod."""
+    forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD, counts=Counts(text_bytes=1, bos_token="999"))
+    with pytest.raises(UsageError, match=r"begin with '999', which would come to stand before their eod.*preprocess the text"):
+        reverse_shards(ReverseSettings(input=[forward], output_prefix=str(tmp_path / "turned")))
+    assert not list(tmp_path.glob("turned*"))
