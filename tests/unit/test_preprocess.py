@@ -112,15 +112,6 @@ def test_the_bytes_do_not_depend_on_workers_or_batches(tmp_path: Path, tokenizer
         assert shard_bytes(tmp_path / "out/data") == one
 
 
-def test_threads_that_the_user_asks_of_the_tokenizer_do_not_hang_the_workers(tmp_path: Path, tokenizer: str) -> None:
-    """Threads started by the check of the engine would be gone in the forked workers, which would wait for them for ever."""
-    write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 90) * 20)
-    asked = {"TOKENIZERS_PARALLELISM": "true", "RAYON_NUM_THREADS": "4"}
-    done = run(tmp_path, tokenizer, "--input", "a.jsonl", env=asked)
-    assert done.returncode == 0, done.stderr
-    assert "engine: tokenizers" in done.stderr
-
-
 def test_every_form_of_input_gives_the_same_bytes(tmp_path: Path, tokenizer: str) -> None:
     texts = legible_documents(9, 40)
     plain = write_jsonl(tmp_path / "plain.jsonl", texts).read_bytes()
