@@ -148,6 +148,24 @@ def schedule(config: RunConfig) -> Faults:
         )
 
 
+def wsd_schedule(config: RunConfig) -> Faults:
+    """WSD has a decay, which begins after the warm-up; other schedules have none."""
+    settings, key = config.optimizer, "optimizer.lr_wsd_decay_iters"
+    if settings.lr_decay_style != "WSD":
+        if settings.lr_wsd_decay_iters is not None:
+            yield (
+                f"{key}={settings.lr_wsd_decay_iters} belongs to optimizer.lr_decay_style=WSD, found"
+                f" {settings.lr_decay_style}; leave it out, or set the style"
+            )
+    elif settings.lr_wsd_decay_iters is None:
+        yield f"optimizer.lr_decay_style=WSD needs {key}, the iterations of its decay; a tenth of train.train_iters is usual"
+    elif settings.lr_wsd_decay_iters > (left := lr_decay_iters(config) - settings.lr_warmup_iters):
+        yield (
+            f"{key}={settings.lr_wsd_decay_iters} is more than the {left} iterations between the end of the warm-up and the end"
+            f" of the schedule; set it to {max(left, 1)} or less"
+        )
+
+
 def masks(config: RunConfig) -> Faults:
     """A document mask reaches the attention, and reset positions mean something."""
     data = config.data
@@ -228,6 +246,7 @@ RULES: tuple[Callable[[RunConfig], Faults], ...] = (
     pipeline,
     optimizer_overlap,
     schedule,
+    wsd_schedule,
     masks,
     blends,
 )

@@ -77,6 +77,14 @@ def lr_decay_samples(config: RunConfig) -> int:
     return lr_decay_iters(config) * config.train.global_batch_size
 
 
+def lr_wsd_decay_samples(config: RunConfig) -> int | None:
+    """Samples of the decay at the end of the WSD schedule; None for other schedules."""
+    settings = config.optimizer
+    if settings.lr_decay_style != "WSD" or settings.lr_wsd_decay_iters is None:
+        return None
+    return settings.lr_wsd_decay_iters * config.train.global_batch_size
+
+
 def validation_iterations(config: RunConfig) -> int:
     """How often the run validates: every `train.eval_interval` iterations and at the end."""
     return -(-config.train.train_iters // config.train.eval_interval)

@@ -125,12 +125,16 @@ class OptimizerSettings:
     """Peak learning rate."""
     min_lr: NotNegativeFloat = 2e-5
     """Learning rate at the end of the decay."""
-    lr_decay_style: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape of the decay after the warm-up."""
+    lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
+    """Shape of the decay after the warm-up. WSD: warm-up, stable, decay over the last lr_wsd_decay_iters."""
     lr_warmup_iters: NotNegative = 2000
     """Iterations of linear warm-up from zero."""
     lr_decay_iters: Positive | None = None
     """Iterations until min_lr is reached; default: train.train_iters."""
+    lr_wsd_decay_iters: Positive | None = None
+    """Iterations of the decay at the end of WSD; needed by it, and by nothing else."""
+    lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
+    """Shape of that decay."""
     weight_decay: NotNegativeFloat = 0.1
     """Decoupled weight decay of matrices."""
     adam_beta1: Fraction = 0.9
@@ -161,6 +165,8 @@ class TrainConfig:
     """Iterations between validations; there is always one at the end."""
     eval_iters: Positive = 10
     """Global batches of each validation set."""
+    z_loss_coeff: NotNegativeFloat = 0.0
+    """Weight of (log Z)^2 a token, which keeps logits from drifting; 0 leaves it out. PaLM had 1e-4."""
     exit_interval: Positive | None = None
     """Save and exit after the first iteration that is a multiple of this; the same command goes on from there."""
     num_threads: Positive | None = None

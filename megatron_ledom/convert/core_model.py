@@ -9,7 +9,6 @@ import torch
 
 from megatron_ledom.checkpoint.manifest import CheckpointManifest
 from megatron_ledom.checkpoint.store import load_weights
-from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import ParallelConfig
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata
 from megatron_ledom.model.layer_specs import LayerChoice
@@ -29,8 +28,7 @@ def whole_model(checkpoint: str, manifest: CheckpointManifest) -> Iterator[Any]:
     platform = prepare_platform(config.train.num_threads)
     groups = start_distributed(platform, config.parallel)
     try:
-        padded = padded_vocab_size(manifest.provenance.vocab_size, config.model.make_vocab_size_divisible_by)
-        chunks = build_model_chunks(config, padded, groups, LayerChoice("torch", "conversion"))
+        chunks = build_model_chunks(config, manifest.provenance.vocab_size, groups, LayerChoice("torch", "conversion"))
         load_weights(checkpoint, chunks, checkpoint_metadata(groups))
         model = chunks[0].eval()
         with torch.no_grad():

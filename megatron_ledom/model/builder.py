@@ -9,13 +9,29 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_ledom.config.derived import head_dim, query_groups
+from megatron_ledom.config.derived import head_dim, padded_vocab_size, query_groups
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.model.initialization import initialize_weights, leave_unset
 from megatron_ledom.model.layer_specs import LayerChoice, build_layer_spec
+from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.parallel.groups import ParallelGroups
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class LanguageModel(GPTModel):  # type: ignore[misc]
+    """GPTModel whose loss counts the tokenizer's ids only and can report log Z for the z-loss."""
+
+    num_ids: int
+    """Ids that count; the embedding's rows behind them are padding."""
+    reports_log_z: bool
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """labels [B, S], logits [S, B, V] -> losses in nats [B, S]; with log Z beside them [B, S, 2] if that is asked for."""
+        losses_SB, log_z_SB = vocab_parallel_cross_entropy(logits, labels.t(), self.num_ids, self.pg_collection.tp)
+        if self.reports_log_z:
+            return torch.stack([losses_SB, log_z_SB], -1).transpose(0, 1)
+        return losses_SB.t()
 
 
 def checkpoint_metadata(groups: ParallelGroups) -> dict[str, Any]:
@@ -60,7 +76,7 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
         output_layer_init_method=leave_unset,
         embedding_init_method=leave_unset,
         use_cpu_initialization=not torch.cuda.is_available(),
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=not torch.cuda.is_available(),  # CUDA needs an extension; a CPU has ours
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
@@ -68,19 +84,17 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
     )
 
 
-def build_model_chunks(
-    config: RunConfig, padded_vocab_size: int, groups: ParallelGroups, choice: LayerChoice
-) -> list[GPTModel]:
-    """This rank's part of the model, one GPTModel a virtual stage, with initial weights, on its device."""
+def build_model_chunks(config: RunConfig, vocab_size: int, groups: ParallelGroups, choice: LayerChoice) -> list[LanguageModel]:
+    """This rank's part of the model for `vocab_size` ids, one a virtual stage, with initial weights, on its device."""
     core_config = build_core_config(config)
     interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
     chunks = []
     for chunk in range(groups.virtual_stages):
         stage = chunk if interleaved else None
-        model = GPTModel(
+        model = LanguageModel(
             core_config,
             build_layer_spec(choice, core_config, stage),
-            vocab_size=padded_vocab_size,
+            vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by),
             max_sequence_length=config.data.seq_length,
             pre_process=groups.holds_first_stage(chunk),
             post_process=groups.holds_last_stage(chunk),
@@ -90,6 +104,7 @@ def build_model_chunks(
             pg_collection=groups.collection,
             vp_stage=stage,
         )
+        model.num_ids, model.reports_log_z = vocab_size, config.train.z_loss_coeff > 0
         if torch.cuda.is_available():
             model.cuda(torch.cuda.current_device())
         initialize_weights(model, config.train.seed, checkpoint_metadata(groups))
@@ -97,7 +112,7 @@ def build_model_chunks(
     return chunks
 
 
-def wrap_for_training(config: RunConfig, chunks: list[GPTModel]) -> list[DistributedDataParallel]:
+def wrap_for_training(config: RunConfig, chunks: list[LanguageModel]) -> list[DistributedDataParallel]:
     """Mixed precision and data parallelism around the model chunks; gradients are summed in fp32."""
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(

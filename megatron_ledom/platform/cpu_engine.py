@@ -14,6 +14,7 @@ import torch
 from megatron.core import optimizer as core_optimizer
 from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.optimizer import optimizer as core_optimizer_classes
+from megatron.core.tensor_parallel import layers as core_layers
 from megatron.core.tensor_parallel import random as core_random
 
 CPU = torch.device("cpu")
@@ -37,6 +38,25 @@ def install_cpu_engine() -> None:
     _replace_cuda_devices()
     _replace_random_state()
     _replace_optimizer_parts()
+    core_layers.fused_weight_gradient_mlp_cuda = _WeightGradients  # absent without CUDA
+    core_layers._grad_accum_fusion_available = True
+
+
+class _WeightGradients:
+    """Stands in for the CUDA extension that adds a weight's gradient to its fp32 sum, without a tensor in between."""
+
+    ELEMENTS = 1 << 16  # of a bf16 gradient that are widened at once: they stay in the cache
+
+    @staticmethod
+    def wgrad_gemm_accum_fp32(inputs: torch.Tensor, gradients: torch.Tensor, main_grad: torch.Tensor) -> None:
+        """main_grad [out, in] += gradients [n, out]^T @ inputs [n, in]."""
+        if inputs.dtype == main_grad.dtype:
+            main_grad.addmm_(gradients.t(), inputs)
+            return
+        sums, more = main_grad.view(-1), torch.mm(gradients.t(), inputs).view(-1)
+        for start in range(0, sums.numel(), _WeightGradients.ELEMENTS):
+            part = slice(start, start + _WeightGradients.ELEMENTS)
+            sums[part].add_(more[part])
 
 
 def _replace_cuda_calls() -> None:

@@ -6,7 +6,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ledom.config.derived import lr_decay_samples, lr_warmup_samples, train_samples
+from megatron_ledom.config.derived import lr_decay_samples, lr_warmup_samples, lr_wsd_decay_samples, train_samples
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.model.builder import DTYPES
 from megatron_ledom.parallel.groups import ParallelGroups
@@ -61,6 +61,8 @@ def build_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamSchedule
         lr_warmup_steps=lr_warmup_samples(config),
         lr_decay_steps=lr_decay_samples(config),
         lr_decay_style=settings.lr_decay_style,
+        wsd_decay_steps=lr_wsd_decay_samples(config),
+        lr_wsd_decay_style=settings.lr_wsd_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
         wd_incr_steps=train_samples(config),

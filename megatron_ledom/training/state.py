@@ -7,7 +7,6 @@ from typing import Any
 
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, changes_since, check_fits, check_same_samples, load_manifest
 from megatron_ledom.checkpoint.store import CheckpointStore, latest_checkpoint
-from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.dataset import build_train_dataset, build_valid_datasets
 from megatron_ledom.data.sources import Sources
@@ -73,8 +72,7 @@ def build_state(
     """
     seed_iteration(config.train.seed, 0, groups)
     cache = config.data.path_to_cache or os.path.join(config.run_dir, "index_cache")
-    padded = padded_vocab_size(sources.provenance.vocab_size, config.model.make_vocab_size_divisible_by)
-    model = wrap_for_training(config, build_model_chunks(config, padded, groups, choice))
+    model = wrap_for_training(config, build_model_chunks(config, sources.provenance.vocab_size, groups, choice))
     optimizer = build_optimizer(config, model, groups)
     state = TrainState(
         config=config,

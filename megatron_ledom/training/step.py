@@ -29,18 +29,27 @@ class StepResult:
     """Global gradient norm before clipping."""
 
 
-def masked_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> LossTerms:
-    """Sum over kept tokens, their number, and both for the report. losses and loss_mask: [b, s], fp32."""
-    kept = (losses.float() * loss_mask).sum()
-    count = loss_mask.sum()
-    return kept, count.to(torch.int), {"lm_loss": torch.stack([kept.detach(), count])}
+def masked_loss(loss_mask: torch.Tensor, z_loss_coeff: float, output: torch.Tensor) -> LossTerms:
+    """Sum over kept tokens to differentiate, their number, and what is reported. output and loss_mask: [b, s], fp32.
+
+    With a z-loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5) the output is [b, s, 2], losses and log Z, and
+    z_loss_coeff * (log Z)^2 is added to each loss; the reported lm_loss is without it.
+    """
+    losses = output[..., 0] if z_loss_coeff else output
+    kept, count = (losses * loss_mask).sum(), loss_mask.sum()
+    report = {"lm_loss": torch.stack([kept.detach(), count])}
+    if z_loss_coeff:
+        kept = kept + z_loss_coeff * (output[..., 1].square() * loss_mask).sum()
+    return kept, count.to(torch.int), report
 
 
-def forward_step(batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossTerms]]:
+def forward_step(
+    z_loss_coeff: float, batches: Iterator[Batch], model: Any
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossTerms]]:
     """What megatron-core's schedules call for each micro-batch: the model's output and the loss to take of it."""
     batch = next(batches)
     output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
-    return output, partial(masked_loss, batch["loss_mask"])
+    return output, partial(masked_loss, batch["loss_mask"], z_loss_coeff)
 
 
 def run_schedule(
@@ -49,7 +58,7 @@ def run_schedule(
     """One global batch through the pipeline. Returns the loss sum and token count of all ranks, on every rank."""
     schedule = get_forward_backward_func(groups.pipeline.size(), groups.virtual_stages if groups.virtual_stages > 1 else None)
     reports = schedule(
-        forward_step_func=forward_step,
+        forward_step_func=partial(forward_step, config.train.z_loss_coeff),
         data_iterator=batches if len(batches) > 1 else batches[0],
         model=model if len(model) > 1 else model[0],
         num_microbatches=num_microbatches(config, dist.get_world_size()),

@@ -1,9 +1,11 @@
-"""Training speed on one process beside stock Hugging Face Llama of the same shape, and the share of the matmul peak.
+"""Training speed on one process beside stock Hugging Face Llama and beside plain torch, and the share of the matmul peak.
 
-    python tests/benchmarks/bench_train_step.py [--config examples/configs/quickstart_reverse.yaml] [--rounds 5] [section.key=value ...]
+    python tests/benchmarks/bench_train_step.py [--size 32m 125m] [--dtype bf16 fp32] [--seq-length 512 2048] [--rounds 5]
 
-Ours: megatron-core's schedule and optimizer, fp32 main weights and gradients. Hugging Face: transformers with SDPA, torch's
-fused AdamW on weights of the same type, no fp32 copy. Both take the same random ids; they take turns in one run.
+Ours: the trainer's step, megatron-core's schedule and optimizer, fp32 main weights and gradients. Hugging Face: transformers
+with SDPA. Plain: the hand-written model of tests/plain_llama.py. Both of these: a plain loop, torch's fused AdamW on
+weights of the same type, no fp32 copy. All take the same random ids, 2,048 tokens a step in micro-batches of one sample;
+they take turns in one run, and ratios are medians over the turns.
 """
 
 import argparse
@@ -11,101 +13,135 @@ import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from transformers import LlamaForCausalLM
 
-from megatron_ledom.config.derived import num_microbatches, padded_vocab_size, tokens_per_iteration
+from megatron_ledom.config.derived import num_microbatches
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.convert.hf_config import build_hf_config
 from megatron_ledom.model.arithmetic import flops_per_token
+from megatron_ledom.model.builder import DTYPES
+from megatron_ledom.parallel.groups import start_distributed
+from megatron_ledom.platform.device import peak_flops, prepare_platform
 from megatron_ledom.provenance import Provenance
+from tests.plain_llama import PlainLlama, plain_optimizer, plain_step
 
-VOCAB_SIZE = 8005
+SHAPES = {
+    "32m": ("num_layers=8", "hidden_size=512", "ffn_hidden_size=1408", "num_attention_heads=8", "num_query_groups=4"),
+    "125m": ("num_layers=12", "hidden_size=768", "ffn_hidden_size=2048", "num_attention_heads=12", "num_query_groups=12"),
+}
+VOCAB_SIZES = {"32m": 8_005, "125m": 25_000}
+TOKENS = 2048
+Step = Callable[[], None]
 
 
-def random_batches(config: RunConfig) -> Iterator[dict[str, torch.Tensor]]:
+def load(size: str, dtype: str, seq_length: int) -> RunConfig:
+    """The run to measure; its files are never read."""
+    overrides = [f"model.{setting}" for setting in SHAPES[size]]
+    overrides += [f"model.params_dtype={dtype}", f"data.seq_length={seq_length}", "train.micro_batch_size=1"]
+    return load_config(
+        "examples/configs/quickstart_reverse.yaml", [*overrides, f"train.global_batch_size={TOKENS // seq_length}"]
+    )
+
+
+def random_batches(config: RunConfig, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
     """Endless micro-batches of random ids [micro_batch_size, seq_length]."""
     rows, length = config.train.micro_batch_size, config.data.seq_length
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, VOCAB_SIZE, (rows, length + 1), generator=generator)
+    ids = torch.randint(0, vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(length).expand(rows, -1).contiguous()
     batch = {"tokens": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous(), "position_ids": positions}
     while True:
         yield {**batch, "loss_mask": torch.ones(rows, length)}
 
 
-def our_step(config: RunConfig) -> tuple[Callable[[], None], float]:
-    """One optimizer step of the trainer, and the peak FLOP/s of this machine."""
-    from megatron_ledom.model.builder import DTYPES, build_model_chunks, wrap_for_training
+def our_step(config: RunConfig, vocab_size: int, groups: Any) -> Step:
+    """One optimizer step of the trainer."""
+    from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
     from megatron_ledom.model.layer_specs import choose_layers
-    from megatron_ledom.parallel.groups import start_distributed
-    from megatron_ledom.platform.device import peak_flops, prepare_platform
     from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
     from megatron_ledom.training.step import train_step
 
-    platform = prepare_platform(config.train.num_threads)
-    groups = start_distributed(platform, config.parallel)
-    padded = padded_vocab_size(VOCAB_SIZE, config.model.make_vocab_size_divisible_by)
-    model = wrap_for_training(config, build_model_chunks(config, padded, groups, choose_layers(config)))
+    model = wrap_for_training(config, build_model_chunks(config, vocab_size, groups, choose_layers(config)))
     optimizer = build_optimizer(config, model, groups)
     scheduler = build_scheduler(config, optimizer)
-    batches = [random_batches(config)]
-
-    def step() -> None:
-        train_step(config, model, optimizer, scheduler, batches, groups)
-
-    return step, peak_flops(platform, DTYPES[config.model.params_dtype])[0]
+    batches = [random_batches(config, vocab_size)]
+    return lambda: train_step(config, model, optimizer, scheduler, batches, groups) and None
 
 
-def hf_step(config: RunConfig, provenance: Provenance) -> Callable[[], None]:
-    """One optimizer step of stock transformers: the same micro-batches, gradient clipping, fused AdamW."""
-    model = LlamaForCausalLM(build_hf_config(config, provenance))
+def their_step(config: RunConfig, vocab_size: int, model: torch.nn.Module) -> Step:
+    """One optimizer step of a plain loop around `model`, which gives logits or an object that has them."""
     model = model.to(torch.bfloat16 if config.model.params_dtype == "bf16" else torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    batches, count = random_batches(config), num_microbatches(config, 1)
+    optimizer = plain_optimizer(config, model)
+    batches, count = random_batches(config, vocab_size), num_microbatches(config, 1)
 
-    def step() -> None:
-        optimizer.zero_grad()
-        for _ in range(count):
-            batch = next(batches)
-            logits = model(batch["tokens"]).logits
-            (torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch["labels"].flatten()) / count).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        output = model(tokens)
+        return getattr(output, "logits", output)
 
-    return step
+    return lambda: plain_step(config, logits, optimizer, [next(batches) for _ in range(count)], config.optimizer.lr) and None
 
 
-def main() -> None:
-    """Measure in turns and print medians and the ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="examples/configs/quickstart_reverse.yaml")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("overrides", nargs="*")
-    arguments = parser.parse_args()
-    logging.disable(logging.WARNING)
-    config = load_config(arguments.config, arguments.overrides)
+def build_steps(config: RunConfig, vocab_size: int, groups: Any) -> dict[str, Step]:
+    """The three that take turns."""
     provenance = Provenance(
-        direction=config.data.direction, tokenizer_name="", tokenizer_sha256="", vocab_size=VOCAB_SIZE, eod_id=2
+        direction=config.data.direction, tokenizer_name="", tokenizer_sha256="", vocab_size=vocab_size, eod_id=2
     )
-    ours, peak = our_step(config)
-    steps = {"megatron_ledom": ours, "transformers": hf_step(config, provenance)}
+    return {
+        "megatron_ledom": our_step(config, vocab_size, groups),
+        "transformers": their_step(config, vocab_size, LlamaForCausalLM(build_hf_config(config, provenance))),
+        "plain torch": their_step(config, vocab_size, PlainLlama(config.model, vocab_size)),
+    }
+
+
+def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each step, in turns, after one that warms up."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(arguments.rounds + 1):
+    for turn in range(rounds + 1):
         for name, step in steps.items():
             start = time.perf_counter()
             step()
-            if turn:  # the first one warms up
+            if turn:
                 seconds[name].append(time.perf_counter() - start)
-    padded = padded_vocab_size(VOCAB_SIZE, config.model.make_vocab_size_divisible_by)
-    flops = flops_per_token(config.model, config.data.seq_length, padded)
+    return seconds
+
+
+def main() -> None:
+    """Measure each size, type and length in turns; print medians, shares of the peak and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
+    parser.add_argument("--seq-length", nargs="+", type=int, default=[512, 2048])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="CPU threads; default: all cores")
+    arguments = parser.parse_args()
+    logging.disable(logging.WARNING)
+    platform = prepare_platform(arguments.threads)
+    groups = start_distributed(platform, load("32m", "fp32", 512).parallel)
+    for dtype in arguments.dtype:
+        peak = peak_flops(platform, DTYPES[dtype])[0]
+        print(f"{dtype}: {peak / 1e9:,.0f} GFLOP/s in the largest matrix products of this machine", flush=True)
+        for size in arguments.size:
+            for seq_length in arguments.seq_length:
+                config = load(size, dtype, seq_length)
+                report(f"{size} {dtype} {seq_length}", config, VOCAB_SIZES[size], peak, arguments.rounds, groups)
+
+
+def report(title: str, config: RunConfig, vocab_size: int, peak: float, rounds: int, groups: Any) -> None:
+    """One table."""
+    seconds = measure(build_steps(config, vocab_size, groups), rounds)
+    flops = flops_per_token(config.model, config.data.seq_length, vocab_size, "causal")
+    ours = seconds["megatron_ledom"]
     for name, values in seconds.items():
-        rate = tokens_per_iteration(config) / statistics.median(values)
-        print(f"{name:16s} {rate:9,.0f} tokens/s   {100 * rate * flops / peak:5.1f} % of the measured matmul peak")
-    ratio = statistics.median(b / a for a, b in zip(*seconds.values(), strict=True))
-    print(f"transformers' time / ours: {ratio:.2f}")
+        rate = TOKENS / statistics.median(values)
+        ratio = statistics.median(theirs / mine for mine, theirs in zip(ours, values, strict=True))
+        print(
+            f"  {title:14s} {name:15s} {rate:8,.0f} tokens/s  {100 * rate * flops / peak:5.1f} % of the peak"
+            f"  time / ours {ratio:.2f}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

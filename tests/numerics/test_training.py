@@ -1,0 +1,114 @@
+"""Training equals plain torch: losses, gradient norms, learning rates and weights of every schedule, clip and z-loss."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ledom.config.load import load_config
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.convert.rules import Dimensions, to_hf_weights
+from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
+from megatron_ledom.model.layer_specs import LayerChoice
+from megatron_ledom.parallel.groups import start_distributed, stop_distributed
+from megatron_ledom.platform.device import prepare_platform
+from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
+from megatron_ledom.training.step import train_step
+from tests.plain_llama import PlainLlama, plain_lr, plain_optimizer, plain_step
+from tests.tiny_runs import TinyData
+
+STEPS, VOCAB, ROWS, LENGTH = 12, 1005, 4, 32
+BASE = (
+    "optimizer.lr_warmup_iters=3",
+    "optimizer.adam_eps=1e-6",  # with 1e-8 the order of a sum decides the sign of the update where the gradient is nearly 0
+    f"train.train_iters={STEPS}",
+    f"train.global_batch_size={ROWS}",
+)
+WSD = ("optimizer.lr_decay_style=WSD", "optimizer.lr_wsd_decay_iters=5")
+CASES = {
+    "cosine": (),
+    "linear, ends early": ("optimizer.lr_decay_style=linear", "optimizer.lr_decay_iters=8"),
+    "constant without clipping": ("optimizer.lr_decay_style=constant", "optimizer.clip_grad=0"),
+    **{f"WSD {shape}": (*WSD, f"optimizer.lr_wsd_decay_style={shape}") for shape in ("linear", "cosine", "minus_sqrt")},
+    "WSD": WSD,
+    "clipped hard": ("optimizer.clip_grad=0.1",),
+    "z-loss": ("train.z_loss_coeff=0.1",),
+    "strong decay": ("optimizer.weight_decay=10",),
+}
+
+
+@pytest.fixture
+def groups(data: TinyData) -> Iterator[Any]:
+    platform = prepare_platform(1)
+    try:
+        yield start_distributed(platform, load_config(str(data.config), []).parallel)
+    finally:
+        stop_distributed()
+
+
+def micro_batches(step: int) -> list[dict[str, torch.Tensor]]:
+    """One global batch as micro-batches of one sample; a few positions are masked, a different number in each."""
+    ids = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
+    mask = torch.ones(ROWS, LENGTH)
+    for row in range(ROWS):
+        mask[row, : 3 * row] = 0
+    whole = {
+        "tokens": ids[:, :-1],
+        "labels": ids[:, 1:],
+        "loss_mask": mask,
+        "position_ids": torch.arange(LENGTH).expand(ROWS, -1),
+    }
+    return [{name: value[row : row + 1].contiguous() for name, value in whole.items()} for row in range(ROWS)]
+
+
+def hf_weights(config: RunConfig, core: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    model = config.model
+    dims = Dimensions(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups or model.num_attention_heads,
+        head_dim=model.hidden_size // model.num_attention_heads,
+        vocab_size=VOCAB,
+        tied=False,
+    )
+    return {name: weight.detach().clone() for name, weight in to_hf_weights(core, dims)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_training_equals_plain_torch(data: TinyData, tmp_path: Path, groups: Any, case: str) -> None:
+    config = load_config(str(data.config), [f"run_dir={tmp_path}", *BASE, *CASES[case]])
+    chunks = build_model_chunks(config, VOCAB, groups, LayerChoice("torch", "test"))
+    plain = PlainLlama(config.model, VOCAB)
+    plain.load_state_dict(hf_weights(config, chunks[0].state_dict()))
+    model = wrap_for_training(config, chunks)
+    optimizer = build_optimizer(config, model, groups)
+    scheduler = build_scheduler(config, optimizer)
+    plain_adam = plain_optimizer(config, plain)
+    norms = []
+    for step in range(STEPS):
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(plain_lr(config, step), rel=1e-12, abs=1e-15)
+        expected = plain_step(config, plain, plain_adam, micro_batches(step), plain_lr(config, step))
+        found = train_step(config, model, optimizer, scheduler, [iter(micro_batches(step))], groups)
+        assert (found.lm_loss, found.grad_norm) == pytest.approx(expected, rel=1e-5)
+        norms.append(found.grad_norm)
+    wanted = plain.state_dict()
+    for name, weight in hf_weights(config, chunks[0].state_dict()).items():
+        torch.testing.assert_close(weight, wanted[name], rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
+    assert max(norms) > 2 * 0.1  # clipping acts where it is asked for
+
+
+def test_rows_that_pad_the_vocabulary_take_no_part(data: TinyData, tmp_path: Path, groups: Any) -> None:
+    """Their logits neither count in the loss nor get a gradient, so only the decay changes them."""
+    config = load_config(str(data.config), [f"run_dir={tmp_path}", *BASE, "optimizer.weight_decay=0"])
+    chunks = build_model_chunks(config, VOCAB, groups, LayerChoice("torch", "test"))
+    head = chunks[0].output_layer.weight
+    with torch.no_grad():
+        head[VOCAB:] = 100.0
+    model = wrap_for_training(config, chunks)
+    optimizer = build_optimizer(config, model, groups)
+    found = train_step(config, model, optimizer, build_scheduler(config, optimizer), [iter(micro_batches(0))], groups)
+    assert found.lm_loss == pytest.approx(6.9, abs=0.2)  # ln 1005
+    assert (head[VOCAB:] == 100.0).all()
