@@ -15,6 +15,7 @@ from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
+from megatron_ledom.platform.launch import ALONE
 
 
 @contextmanager
@@ -26,8 +27,8 @@ def whole_model(checkpoint: str, manifest: CheckpointManifest) -> Iterator[Any]:
         parallel=ParallelConfig(),
         model=replace(trained.model, params_dtype="fp32", transformer_impl="torch"),
     )
-    platform = prepare_platform(config.train.num_threads)
-    groups = start_distributed(platform, config.parallel)
+    platform = prepare_platform(config.train.num_threads, ALONE)
+    groups = start_distributed(platform, config.parallel, ALONE)
     try:
         padded = padded_vocab_size(manifest.provenance.vocab_size, config.model.make_vocab_size_divisible_by)
         chunks = build_model_chunks(config, padded, groups, LayerChoice("torch", "conversion"))
