@@ -16,7 +16,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from megatron_ledom.config.checks import check_config
-from megatron_ledom.config.derived import planned_world_size
+from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
 from megatron_ledom.config.load import load_config, save_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError, LedomError, UsageError, run_command
@@ -134,17 +134,18 @@ def check_start(config: RunConfig, num_ranks: int) -> str:
     check_config(config, num_ranks)
     sources = load_sources(config)
     load_run_tokenizer(config, sources)
-    from megatron_ledom.training.state import check_resumable
+    iteration = saved_iteration(config)
+    if iteration > 0:
+        from megatron_ledom.training.state import check_resumable
 
-    check_resumable(config, sources)
-    return f"{num_ranks} ranks would go on from iteration {saved_iteration(config)} of {config.train.train_iters}"
+        check_resumable(config, sources)
+    return f"{num_ranks} ranks would go on from iteration {iteration} of {config.train.train_iters}"
 
 
 def saved_iteration(config: RunConfig) -> int:
-    """The iteration of the run folder's latest checkpoint; 0 without one."""
+    """The iteration of the run folder's latest checkpoint; 0 without one. torch is not imported."""
+    from megatron_ledom.checkpoint.folder import latest_checkpoint
     from megatron_ledom.checkpoint.manifest import load_manifest
-    from megatron_ledom.checkpoint.store import latest_checkpoint
-    from megatron_ledom.training.state import checkpoint_folder
 
     latest = latest_checkpoint(checkpoint_folder(config))
     return 0 if latest is None else load_manifest(latest).iteration

@@ -73,8 +73,7 @@ class Deadline:
         if self.at is None or now + self.longest < self.at:
             return False
         left = self.seconds_left()  # asked again: the limit of a job can be extended while it runs
-        if left is not None:
-            self.at = now + left
+        self.at = self.at if left is None else now + left
         return now + self.longest >= self.at
 
     def describe(self) -> str:
@@ -99,13 +98,16 @@ def find_deadline(train: TrainConfig) -> Deadline:
             f" time, or set it well below {until_end:.0f}"
         )
 
+    job_end = None if until_end is None else time.monotonic() + until_end
+
     def seconds_left() -> float | None:
-        left = []
-        if margin and (until_end := seconds_until_job_end()) is not None:
-            left.append(until_end - margin)
+        nonlocal job_end
+        if job_end is not None and (now_until_end := seconds_until_job_end()) is not None:
+            job_end = time.monotonic() + now_until_end  # else SLURM does not answer now
+        ends = [] if job_end is None else [job_end - margin]
         if train.exit_duration_seconds is not None:
-            left.append(started + train.exit_duration_seconds - time.monotonic())
-        return min(left, default=None)
+            ends.append(started + train.exit_duration_seconds)
+        return min(ends) - time.monotonic() if ends else None
 
     if until_end is not None:
         log.info("SLURM ends this job in %.0f s; the run saves and leaves %.0f s before that", until_end, margin)

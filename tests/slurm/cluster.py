@@ -91,7 +91,7 @@ class Cluster:
     def run(self, *command: str, cwd: Path | None = None, **variables: str) -> str:
         """What a command prints; AssertionError with its messages if it fails."""
         environment = {**self.environment, **variables}
-        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False, timeout=180)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 

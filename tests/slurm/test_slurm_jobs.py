@@ -1,5 +1,6 @@
 """The scripts of examples/slurm under a real SLURM of two virtual nodes: arrays of preprocessing and reranking, conversion."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 from megatron_ledom.data.shard import ShardReader
 from tests.legible import legible_ids, legible_tokenizer, write_jsonl
 from tests.slurm.cluster import Cluster
+from tests.tiny_models import random_model_folder
 from tests.tiny_runs import ROOT, TinyData, run_on_ranks
 
 SCRIPTS = sorted((ROOT / "examples/slurm").glob("*.sbatch"))
@@ -59,3 +61,26 @@ def test_conversion_job_exports_a_run(cluster: Cluster, data: TinyData, tmp_path
     cluster.wait_for_end(job, explain=lambda: log.read_text() if log.exists() else "")
     assert cluster.states(job) == ["COMPLETED"], log.read_text()
     assert (tmp_path / "hf/model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_array_ranks_the_answers_of_each_file(cluster: Cluster, tmp_path: Path) -> None:
+    """Started by hand: one array task a file; started again, it passes over what is there."""
+    for name in ("forward", "reverse"):
+        random_model_folder(tmp_path / name, "sentencepiece", name)
+    for name in ("a", "b"):
+        records = [{"prompt": f"The capital of {name} is", "candidates": [" Paris", " Berlin"]}]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+    variables = {"INPUT": str(tmp_path / "?.jsonl"), "OUTPUT": str(tmp_path / "ranked"), **VARIABLES}
+    variables |= {"FORWARD": str(tmp_path / "forward"), "REVERSE": str(tmp_path / "reverse")}
+    options = f"--gpus-per-node=0 --cpus-per-task=1 --mem=2000M --output={tmp_path}/%a.log"
+    command = ["bash", "examples/slurm/evaluate.sbatch", "--weight", "0.25"]
+    for _ in range(2):
+        array = cluster.run(*command, cwd=ROOT, SBATCH_OPTIONS=options, **variables).split()[-1]
+        cluster.wait_for_end(array)
+        assert cluster.states(array) == ["COMPLETED", "COMPLETED"], (tmp_path / "0.log").read_text()
+    for name in ("a", "b"):
+        (ranked,) = map(json.loads, (tmp_path / "ranked" / f"{name}.jsonl").read_text().splitlines())
+        assert ranked["prompt"] == f"The capital of {name} is"
+        assert sorted(ranked["ranking"]) == [0, 1]
+    assert "is there already" in (tmp_path / "1.log").read_text()

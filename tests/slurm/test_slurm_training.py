@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ledom.checkpoint.store import latest_checkpoint
+from megatron_ledom.checkpoint.folder import latest_checkpoint
 from tests import tiny_runs
 from tests.slurm.cluster import Cluster
 from tests.tiny_runs import ROOT, TinyData, curve, read_metrics, read_tensors, run_on_ranks
@@ -23,7 +23,7 @@ from tests.tiny_runs import ROOT, TinyData, curve, read_metrics, read_tensors, r
 PRETRAIN = ROOT / "examples/slurm/pretrain.sbatch"
 TWO_RANKS = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=2000M"]
 VARIABLES = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-ITERATIONS, SAVE_INTERVAL = 1000, 100
+ITERATIONS, SAVE_INTERVAL = 600, 100
 NO_SIGNAL = "--signal=B:CONT@1"
 """SLURM warns with a signal that means nothing, too late."""
 
@@ -93,8 +93,9 @@ def training(cluster: Cluster, data: TinyData, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(tiny_runs, "SECONDS", 600)
     training = Training(cluster, tmp_path / "run", tmp_path / "job.log", data.config)
     yield training
-    cluster.run("scancel", "--quiet", training.job)
-    cluster.wait_for_end(training.job)
+    if training.job:
+        cluster.run("scancel", "--quiet", training.job)
+        cluster.wait_for_end(training.job)
 
 
 def test_signal_before_the_time_limit(training: Training, data: TinyData, tmp_path: Path) -> None:
@@ -116,7 +117,7 @@ def test_signal_before_the_time_limit(training: Training, data: TinyData, tmp_pa
 @pytest.mark.slow
 def test_trainer_leaves_by_itself_before_the_time_limit(training: Training, uninterrupted: Path) -> None:
     """SLURM sends no signal: rank 0 knows the job's end."""
-    training.submit("train.exit_before_limit_seconds=40", options=("--time=1", NO_SIGNAL))
+    training.submit("train.exit_before_limit_seconds=50", options=("--time=1", NO_SIGNAL))
     training.wait_for_line("saved; queued again at iteration")
     assert "s are left to train in" in training.logged()
     assert "got SIG" not in training.logged()
