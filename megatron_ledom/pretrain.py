@@ -79,9 +79,9 @@ def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest) -> in
     """0, or UNFORESEEN after an error that is not the user's: scripts start such a run again, and no other that failed."""
     try:
         run(config, launch, stop)
-    except LedomError:
+    except (LedomError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         if isinstance(error, OSError) and error.filename is not None:
             raise  # `run_command` names the file
         log.exception("rank %d failed", launch.rank)
