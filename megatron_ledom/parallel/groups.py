@@ -63,12 +63,16 @@ def start_distributed(platform: Platform, parallel: ParallelConfig, launch: Laun
 
 def _join(platform: Platform, launch: Launch, timeout: timedelta) -> None:
     """Meet the other ranks."""
-    place = {"rank": launch.rank, "world_size": launch.world_size}
-    if launch.init_method is None:
-        dist.init_process_group(platform.backend, store=dist.HashStore(), timeout=timeout, **place)  # type: ignore[attr-defined]
-        return
-    device_id = platform.device if platform.device.type == "cuda" else None
-    dist.init_process_group(platform.backend, init_method=launch.init_method, timeout=timeout, device_id=device_id, **place)
+    alone = launch.init_method is None
+    dist.init_process_group(
+        platform.backend,
+        init_method=launch.init_method,
+        store=dist.HashStore() if alone else None,  # type: ignore[attr-defined]
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+        device_id=platform.device if platform.device.type == "cuda" and not alone else None,
+    )
 
 
 def stop_distributed() -> None:

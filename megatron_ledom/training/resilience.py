@@ -88,13 +88,12 @@ def find_deadline(train: TrainConfig) -> Deadline:
     Raises UsageError where the job is too short for the time that shall be left of it.
     """
     started = time.monotonic()
-    margin = train.exit_before_limit_seconds
-    until_end = None if margin == 0 else seconds_until_job_end()
-    if margin is None:
-        margin = min(LONGEST_DEFAULT_MARGIN_SECONDS, (until_end or 0) / 10)
-    elif until_end is not None and margin >= until_end:
+    asked = train.exit_before_limit_seconds
+    until_end = None if asked == 0 else seconds_until_job_end()
+    margin = min(LONGEST_DEFAULT_MARGIN_SECONDS, (until_end or 0) / 10) if asked is None else asked
+    if asked is not None and until_end is not None and asked >= until_end:
         raise UsageError(
-            f"train.exit_before_limit_seconds={margin:g}, but SLURM ends this job in {until_end:.0f} s already; ask for more"
+            f"train.exit_before_limit_seconds={asked}, but SLURM ends this job in {until_end:.0f} s already; ask for more"
             f" time, or set it well below {until_end:.0f}"
         )
 
