@@ -223,6 +223,9 @@ def test_lost_ranks_are_started_again_while_checkpoints_are_made(cluster: Cluste
         assert cluster.start(progress=progress, status=status).wait(timeout=30) == status
         requeued.append(len(cluster.recorded("queued").splitlines()))
     assert requeued == [1, 2, 3, 4, 4]
+    assert cluster.recorded("tiny-4007.failures").split() == ["0", "0", "3", "3", "3"]
+    assert cluster.start().wait(timeout=30) == 0
+    assert cluster.recorded("tiny-4007.failures") == ""
 
 
 def test_pretrain_by_hand_checks_the_ranks_it_would_ask_for(cluster: Cluster, data: TinyData, tmp_path: Path) -> None:
