@@ -1,7 +1,10 @@
 """Training: `torchrun ... -m megatron_ledom.pretrain --config FILE [section.key=value ...]`.
 
-The same command on the same `run_dir` goes on where the last one stopped. SIGTERM or SIGUSR1 saves at the next step
-boundary and exits with 0. Send it to the ranks, as srun does: torchrun passes SIGTERM on, but kills them after 30 seconds.
+`srun python -m megatron_ledom.pretrain ...` does the same inside a SLURM job. The same command on the same `run_dir` goes on
+where the last one stopped. SIGTERM, SIGUSR1 or SIGUSR2 saves at the next step boundary and exits with 0, and so does the
+approach of the job's time limit. Send signals to the ranks, as srun does: torchrun passes SIGTERM on, but kills them after 30
+seconds. Exit codes: 0 the run is complete, or saved to go on (`--progress` tells), 1 a check failed, 2 wrong usage, 3 anything
+unforeseen, such as a rank that was lost.
 """
 
 import argparse
@@ -13,15 +16,20 @@ import warnings
 from typing import TYPE_CHECKING
 
 from megatron_ledom.config.checks import check_config
-from megatron_ledom.config.derived import planned_world_size
+from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
 from megatron_ledom.config.load import load_config, save_config
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.errors import ConfigError, UsageError, run_command
+from megatron_ledom.errors import ConfigError, LedomError, UsageError, run_command
+from megatron_ledom.platform.launch import Launch, read_launch
+from megatron_ledom.training.resilience import StopRequest, find_deadline
 
 if TYPE_CHECKING:
     from megatron_ledom.data.tokenizer import Tokenizer
 
 log = logging.getLogger("megatron_ledom.pretrain")
+
+UNFORESEEN = 3
+"""Exit code of a failure that a new start may overcome."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -32,27 +40,58 @@ def parse_arguments() -> argparse.Namespace:
         epilog="Example: torchrun --nproc-per-node 8 -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml train.seed=1",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run; see examples/configs")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved config and every derived number, and stop")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--dry-run", action="store_true", help="print the resolved config and every derived number, and stop")
+    what.add_argument(
+        "--check",
+        type=int,
+        metavar="RANKS",
+        help="check config, shards, tokenizer and run folder for a start on RANKS ranks, and stop: before asking for nodes",
+    )
+    what.add_argument(
+        "--progress", action="store_true", help="print the saved iteration and the last one of the run, `18000 51900`, and stop"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
     return parser.parse_args()
 
 
-def main() -> None:
-    """Parse, check, then train or describe."""
+def main() -> int:
+    """Parse, check, then train or describe; the exit code."""
     arguments = parse_arguments()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from megatron_ledom.training.dry_run import describe_run
 
         print(describe_run(config, planned_world_size(config)))
-        return
-    check_config(config, int(os.environ.get("WORLD_SIZE", "1")))
-    run(config)
+    elif arguments.check is not None:
+        print(check_start(config, arguments.check))
+    elif arguments.progress:
+        print(saved_iteration(config), config.train.train_iters)
+    else:
+        stop = StopRequest()  # first of all: torch takes seconds to import
+        launch = read_launch()
+        check_config(config, launch.world_size)
+        return run_to_exit_code(config, launch, stop)
+    return 0
 
 
-def run(config: RunConfig) -> None:
+def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest) -> int:
+    """0, or UNFORESEEN after an error that is not the user's: scripts start such a run again, and no other that failed."""
+    try:
+        run(config, launch, stop)
+    except (LedomError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # torch's CheckpointException is no Exception
+        if isinstance(error, OSError) and error.filename is not None:
+            raise  # `run_command` names the file
+        log.exception("rank %d failed", launch.rank)
+        return UNFORESEEN
+    return 0
+
+
+def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     """Train one run in this process, as one of the launched ranks."""
-    rank = int(os.environ.get("RANK", "0"))
+    rank = launch.rank
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"%(asctime)s [rank {rank}] %(message)s",
@@ -63,6 +102,8 @@ def run(config: RunConfig) -> None:
     warnings.filterwarnings("ignore", module=r"megatron\.core")  # what is installed is said in one line below
     from megatron_ledom.data.sources import load_run_tokenizer, load_sources
 
+    if rank == 0:
+        stop.deadline = find_deadline(config.train)
     sources = load_sources(config)  # every cheap check before torch starts anything
     tokenizer = load_run_tokenizer(config, sources)
     if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
@@ -71,21 +112,43 @@ def run(config: RunConfig) -> None:
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.training.loop import train
-    from megatron_ledom.training.resilience import StopRequest
     from megatron_ledom.training.state import build_state, check_resumable
 
-    stop = StopRequest()
-    platform = prepare_platform(config.train.num_threads)
+    platform = prepare_platform(config.train.num_threads, launch)
     choice = choose_layers(config)
     check_resumable(config, sources)
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
     if rank == 0:
         prepare_run_folder(config, tokenizer)
-    groups = start_distributed(platform, config.parallel)
+    groups = start_distributed(platform, config.parallel, launch)
     try:
         train(build_state(config, sources, platform, groups, choice), stop)
     finally:
         stop_distributed()
+
+
+def check_start(config: RunConfig, num_ranks: int) -> str:
+    """Refuse what a start on `num_ranks` ranks would refuse, without a GPU; what it would do, in one line."""
+    from megatron_ledom.data.sources import load_run_tokenizer, load_sources
+
+    check_config(config, num_ranks)
+    sources = load_sources(config)
+    load_run_tokenizer(config, sources)
+    iteration = saved_iteration(config)
+    if iteration > 0:
+        from megatron_ledom.training.state import check_resumable
+
+        check_resumable(config, sources)
+    return f"{num_ranks} ranks would go on from iteration {iteration} of {config.train.train_iters}"
+
+
+def saved_iteration(config: RunConfig) -> int:
+    """The iteration of the run folder's latest checkpoint; 0 without one. torch is not imported."""
+    from megatron_ledom.checkpoint.folder import latest_checkpoint
+    from megatron_ledom.checkpoint.manifest import load_manifest
+
+    latest = latest_checkpoint(checkpoint_folder(config))
+    return 0 if latest is None else load_manifest(latest).iteration
 
 
 def prepare_run_folder(config: RunConfig, tokenizer: "Tokenizer | None") -> None:

@@ -1,8 +1,14 @@
-"""Numbers that follow from a RunConfig: each is computed here and nowhere else."""
+"""Numbers, and one path, that follow from a RunConfig: each is computed here and nowhere else."""
 
+import os
 from collections.abc import Sequence
 
 from megatron_ledom.config.schema import BlendEntry, ModelConfig, ParallelConfig, RunConfig
+
+
+def checkpoint_folder(config: RunConfig) -> str:
+    """Where the checkpoints of a run are."""
+    return os.path.join(config.run_dir, "checkpoints")
 
 
 def next_multiple(number: int, of: int) -> int:

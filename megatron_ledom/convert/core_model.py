@@ -14,6 +14,7 @@ from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
+from megatron_ledom.platform.launch import ALONE
 
 
 @contextmanager
@@ -25,8 +26,8 @@ def whole_model(checkpoint: str, manifest: CheckpointManifest) -> Iterator[Any]:
         parallel=ParallelConfig(),
         model=replace(trained.model, params_dtype="fp32", transformer_impl="torch"),
     )
-    platform = prepare_platform(config.train.num_threads)
-    groups = start_distributed(platform, config.parallel)
+    platform = prepare_platform(config.train.num_threads, ALONE)
+    groups = start_distributed(platform, config.parallel, ALONE)
     try:
         chunks = build_model_chunks(config, manifest.provenance.vocab_size, groups, LayerChoice("torch", "conversion"))
         load_weights(checkpoint, chunks, checkpoint_metadata(groups))

@@ -1,6 +1,5 @@
 """Process groups of a run. The one place that knows megatron-core's global group state; others get groups as arguments."""
 
-import os
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,6 +9,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ledom.config.schema import ParallelConfig
 from megatron_ledom.platform.device import Platform
+from megatron_ledom.platform.launch import Launch, read_launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +34,13 @@ class ParallelGroups:
         return self.pipeline.rank() == self.pipeline.size() - 1 and chunk == self.virtual_stages - 1
 
 
-def start_distributed(platform: Platform, parallel: ParallelConfig) -> ParallelGroups:
-    """Join the process group of all launched ranks and lay out the tensor, pipeline, context and data groups."""
-    timeout = timedelta(minutes=parallel.distributed_timeout_minutes)
-    if "RANK" in os.environ:
-        device_id = platform.device if platform.device.type == "cuda" else None
-        dist.init_process_group(platform.backend, timeout=timeout, device_id=device_id)
-    else:
-        alone = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(platform.backend, store=alone, rank=0, world_size=1, timeout=timeout)
+def start_distributed(platform: Platform, parallel: ParallelConfig, launch: Launch | None = None) -> ParallelGroups:
+    """Join the process group of all launched ranks and lay out the tensor, pipeline, context and data groups.
+
+    launch: this rank's place; default: what the launcher's variables say.
+    """
+    launch = launch or read_launch()
+    _join(platform, launch, timedelta(minutes=parallel.distributed_timeout_minutes))
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -60,6 +58,20 @@ def start_distributed(platform: Platform, parallel: ParallelConfig) -> ParallelG
         data=parallel_state.get_data_parallel_group(),
         data_and_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         virtual_stages=parallel.virtual_pipeline_model_parallel_size or 1,
+    )
+
+
+def _join(platform: Platform, launch: Launch, timeout: timedelta) -> None:
+    """Meet the other ranks."""
+    alone = launch.init_method is None
+    dist.init_process_group(
+        platform.backend,
+        init_method=launch.init_method,
+        store=dist.HashStore() if alone else None,  # type: ignore[attr-defined]
+        rank=launch.rank,
+        world_size=launch.world_size,
+        timeout=timeout,
+        device_id=platform.device if platform.device.type == "cuda" and not alone else None,
     )
 
 

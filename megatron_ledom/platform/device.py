@@ -9,6 +9,7 @@ import torch
 from megatron_ledom.errors import UsageError
 from megatron_ledom.platform.cpu_engine import install_cpu_engine
 from megatron_ledom.platform.engine_fixes import install_engine_fixes
+from megatron_ledom.platform.launch import Launch, read_launch
 
 DENSE_BF16_TFLOPS = {
     "A100": 312.0,
@@ -46,14 +47,17 @@ class Platform:
             torch.cuda.synchronize(self.device)
 
 
-def prepare_platform(num_threads: int | None) -> Platform:
-    """Choose the device of this rank and make megatron-core run on it; call before anything of it is built."""
+def prepare_platform(num_threads: int | None, launch: Launch | None = None) -> Platform:
+    """Choose the device of this rank and make megatron-core run on it; call before anything of it is built.
+
+    launch: this rank's place; default: what the launcher's variables say.
+    """
     install_engine_fixes()
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    threads = num_threads or max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    launch = launch or read_launch()
+    threads = num_threads or max(1, len(os.sched_getaffinity(0)) // launch.local_world_size)
     torch.set_num_threads(threads)
     if torch.cuda.is_available():
-        local_rank, num_devices = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        local_rank, num_devices = launch.local_rank, torch.cuda.device_count()
         if local_rank >= num_devices:
             raise UsageError(
                 f"this is rank {local_rank} of its machine, which has {num_devices} GPUs: launch at most {num_devices} ranks a"

@@ -1,37 +1,113 @@
-"""Stopping in good order: a signal to any rank makes all ranks save at the same step boundary."""
+"""Stopping in good order: a signal to any rank, or an end of the job that draws near, makes all ranks save at one step."""
 
 import logging
 import signal
+import time
+from collections.abc import Callable
 from types import FrameType
+from typing import TYPE_CHECKING
 
-import torch
-import torch.distributed as dist
+from megatron_ledom.config.schema import TrainConfig
+from megatron_ledom.errors import UsageError
+from megatron_ledom.platform.slurm import seconds_until_job_end
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+LONGEST_DEFAULT_MARGIN_SECONDS = 600.0
 
 
 class StopRequest:
-    """Remembers SIGTERM or SIGUSR1 from now on; the ranks agree on it once a step.
+    """Remembers SIGTERM, SIGUSR1 or SIGUSR2 from now on, and watches a deadline; the ranks agree on both once a step.
 
-    Made before a run is built: a signal that comes in the meantime, as under a short time limit, ends the run after its
-    first step instead of killing it.
+    Made first of all, before torch is imported: a signal that comes while a run is being built ends it after its first step
+    instead of killing it.
     """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.deadline: Deadline | None = None
+        """Of rank 0, once it is known."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
 
-    def agreed(self, device: torch.device) -> bool:
-        """Whether any rank was told to stop; the same answer on every rank. Call on every rank."""
-        flag = torch.tensor(0 if self.received is None else 1, dtype=torch.int32, device=device)
+    def agreed(self, device: "torch.device") -> bool:
+        """Whether any rank has to stop; the same answer on every rank. Call on every rank at every step boundary."""
+        import torch
+        import torch.distributed as dist
+
+        too_late = self.deadline is not None and self.deadline.reached()
+        flag = torch.tensor(int(too_late or self.received is not None), dtype=torch.int32, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         stop = bool(flag.item())
         if stop and self.received is not None:
             log.warning("got %s: saving and leaving", self.received.name)
+        elif too_late and self.deadline is not None:
+            log.warning("%s: saving and leaving", self.deadline.describe())
         return stop
+
+
+class Deadline:
+    """When a run must have begun to save and leave. `seconds_left` says how far off that is; None: it is not known."""
+
+    def __init__(self, seconds_left: Callable[[], float | None]) -> None:
+        self.seconds_left = seconds_left
+        self.longest = 0.0
+        """Seconds from one step boundary to the next, the longest so far: saves and validations are in it."""
+        self.last: float | None = None
+        left = seconds_left()
+        self.at = None if left is None else time.monotonic() + left
+
+    def reached(self) -> bool:
+        """Whether one more step might end too late. Call at every step boundary."""
+        now = time.monotonic()
+        if self.last is not None:
+            self.longest = max(self.longest, now - self.last)
+        self.last = now
+        if self.at is None or now + self.longest < self.at:
+            return False
+        left = self.seconds_left()  # asked again: the limit of a job can be extended while it runs
+        self.at = self.at if left is None else now + left
+        return now + self.longest >= self.at
+
+    def describe(self) -> str:
+        """Why it is time to leave."""
+        left = 0.0 if self.at is None else max(0.0, self.at - time.monotonic())
+        return f"{left:.0f} s are left to train in, and a step has taken up to {self.longest:.1f} s"
+
+
+def find_deadline(train: TrainConfig) -> Deadline:
+    """The earlier of the SLURM job's end, less `train.exit_before_limit_seconds`, and `train.exit_duration_seconds` from now.
+
+    Raises UsageError where the job is too short for the time that shall be left of it.
+    """
+    started = time.monotonic()
+    asked = train.exit_before_limit_seconds
+    until_end = None if asked == 0 else seconds_until_job_end()
+    margin = min(LONGEST_DEFAULT_MARGIN_SECONDS, (until_end or 0) / 10) if asked is None else asked
+    if asked is not None and until_end is not None and asked >= until_end:
+        raise UsageError(
+            f"train.exit_before_limit_seconds={asked}, but SLURM ends this job in {until_end:.0f} s already; ask for more"
+            f" time, or set it well below {until_end:.0f}"
+        )
+
+    job_end = None if until_end is None else time.monotonic() + until_end
+
+    def seconds_left() -> float | None:
+        nonlocal job_end
+        if job_end is not None and (now_until_end := seconds_until_job_end()) is not None:
+            job_end = time.monotonic() + now_until_end  # else SLURM does not answer now
+        ends = [] if job_end is None else [job_end - margin]
+        if train.exit_duration_seconds is not None:
+            ends.append(started + train.exit_duration_seconds)
+        return min(ends) - time.monotonic() if ends else None
+
+    if until_end is not None:
+        log.info("SLURM ends this job in %.0f s; the run saves and leaves %.0f s before that", until_end, margin)
+    return Deadline(seconds_left)

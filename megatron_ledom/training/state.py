@@ -7,6 +7,7 @@ from typing import Any
 
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, changes_since, check_fits, check_same_samples, load_manifest
 from megatron_ledom.checkpoint.store import CheckpointStore, latest_checkpoint
+from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.dataset import build_train_dataset, build_valid_datasets
 from megatron_ledom.data.sources import Sources
@@ -47,11 +48,6 @@ class TrainState:
         self.iteration += 1
         self.consumed_train_samples += self.config.train.global_batch_size
         self.consumed_train_tokens += self.config.train.global_batch_size * self.config.data.seq_length
-
-
-def checkpoint_folder(config: RunConfig) -> str:
-    """Where the checkpoints of a run are."""
-    return os.path.join(config.run_dir, "checkpoints")
 
 
 def check_resumable(config: RunConfig, sources: Sources) -> None:

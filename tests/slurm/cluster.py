@@ -35,10 +35,13 @@ SchedulerType=sched/backfill
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 JobRequeue=1
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 KillWait=5
 SchedulerParameters=sched_interval=1,bf_interval=1,batch_sched_delay=0
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{node_port}-{next_port}] CPUs=8 RealMemory=8000 State=UNKNOWN
-PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=n[1-2] Default=YES MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -87,7 +90,7 @@ class Cluster:
     def run(self, *command: str, cwd: Path | None = None, **variables: str) -> str:
         """What a command prints; AssertionError with its messages if it fails."""
         environment = {**self.environment, **variables}
-        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False, timeout=60)
+        done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False, timeout=180)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
@@ -111,6 +114,28 @@ class Cluster:
         while not is_so():
             assert time.monotonic() < end, f"it does not happen; {explain()}\n{self._logs()}"
             time.sleep(0.1)
+
+    def start_again_soon(self, job_id: str, **settings: str) -> None:
+        """Wait until a job is back in the queue, then let it start in a few seconds instead of SLURM's two minutes.
+
+        A start in the same second would be taken for the old one.
+        """
+        self.wait_until(lambda: self.states(job_id) == ["PENDING"])
+        changes = [f"{name}={value}" for name, value in settings.items()]
+        self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now+4seconds", *changes)
+
+    def rank_process(self, run_dir: Path, rank: int) -> int:
+        """Process id of one running rank of a training run; its own children are younger."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (folder / "cmdline").read_bytes().split(b"\0")
+                variables = (folder / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue  # it has ended
+            if f"run_dir={run_dir}".encode() in words and f"SLURM_PROCID={rank}".encode() in variables and b"srun" not in words:
+                found.append(int(folder.name))
+        return min(found)
 
     def wait_for_end(self, job_id: str, seconds: float = 120, explain: Callable[[], str] = str) -> None:
         """Wait until no element of a job is waiting or running."""

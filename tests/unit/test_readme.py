@@ -19,14 +19,15 @@ RUN_BY_TESTS = {
     "make test": "Makefile: what runs this test",
     "python -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml --dry-run": "here",
     "python tools/inspect_shard.py quickstart/shards/reverse/valid --show 2": "tests/quickstart/test_quickstart.py",
-    "sbatch examples/slurm/preprocess.sbatch": "tests/slurm/test_slurm_jobs.py",
+    "bash examples/slurm/preprocess.sbatch": "tests/unit/test_slurm_scripts.py, tests/slurm/test_slurm_jobs.py",
     "python tools/summarize_tasks.py data/dclm_01": "tests/slurm/test_slurm_jobs.py",
     "python tools/inspect_shard.py data/dclm_01-*-of-00064 --verify": "tests/unit/test_inspect_shard.py",
     "python tools/plan_blend.py --input data/dclm_01-*-of-00064 --tokens 234e9 --seq-length 8192 --global-batch-size 1024": (
         "tests/unit/test_plan_blend.py"
     ),
-    "sbatch examples/slurm/pretrain.sbatch": "tests/slurm/test_slurm_jobs.py",
-    "sbatch examples/slurm/convert.sbatch": "tests/slurm/test_slurm_jobs.py",
+    "bash examples/slurm/pretrain.sbatch": "tests/slurm/test_slurm_training.py",
+    "bash examples/slurm/convert.sbatch": "tests/slurm/test_slurm_jobs.py",
+    "bash examples/slurm/evaluate.sbatch": "tests/slurm/test_slurm_jobs.py",
 }
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from megatron_ledom.data.shard import check_shard
 from tests.legible import legible_documents, legible_tokenizer, write_jsonl
+from tests.tiny_runs import TinyData
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples/slurm").glob("*.sbatch"))
@@ -41,19 +42,25 @@ for task in "${tasks[@]}"; do
 done
 exit $status
 """
-FAKE_SCONTROL = r"""#!/bin/bash
-if [[ "$1 $2" == 'show hostnames' ]]; then printf 'node-a\nnode-b\n'
-elif [[ "$1 $2 $4" == 'show node node-a' ]]; then echo 'NodeName=node-a NodeAddr=address-a NodeHostName=host-a'
-else echo "$@" >> "$RECORD/queued"; fi
+FAKE_SCONTROL = """#!/bin/bash
+echo "$@" >> "$RECORD/queued"
+"""
+FAKE_SQUEUE = """#!/bin/bash
+echo "$STATE"
+"""
+FAKE_SBATCH = """#!/bin/bash
+printf '%s\n' "$@" > "$RECORD/submitted"
 """
 FAKE_PYTHON = """#!{python}
 import os, signal, sys, time
+if "--progress" in sys.argv:
+    print(os.environ["PROGRESS"])
+    sys.exit()
 saved = []
 signal.signal(signal.SIGUSR1, lambda *_: saved.append(1))
-names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-path = os.path.join(os.environ["RECORD"], "rank" + os.environ["RANK"])
+path = os.path.join(os.environ["RECORD"], "rank" + os.environ["SLURM_PROCID"])
 with open(path + ".part", "w") as file:
-    print(*[os.environ[name] for name in names], *sys.argv[1:], file=file)
+    print(*sys.argv[1:], file=file)
 os.rename(path + ".part", path)
 until = time.monotonic() + float(os.environ["SECONDS_TO_TRAIN"])
 while time.monotonic() < until and not saved:
@@ -68,11 +75,9 @@ def directives(script: Path) -> list[str]:
 
 def python_command(script: Path) -> list[str]:
     """Words of the one command that runs Python, after the interpreter."""
-    text = script.read_text().replace("\\\n", " ").replace("' rank ", "")
-    start = text.index('exec "$PYTHON"')
-    end = re.search(r" &$|^\s*$", text[start:], re.MULTILINE)
-    words = text[start : start + end.start() if end else None].replace('"$@"', "").replace("\n'", "").replace("'", "")
-    return shlex.split(words)[2:]
+    text = script.read_text().replace("\\\n", " ")
+    (command,) = re.findall(r'"\$PYTHON" (.*?)(?: "\$@"|\))?$', text, re.MULTILINE)
+    return shlex.split(command)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -113,33 +118,47 @@ def test_ranks_of_the_pretrain_script_are_those_of_the_7b() -> None:
     asked = dict(directive.removeprefix("--").split("=", 1) for directive in directives(PRETRAIN) if "=" in directive)
     assert asked["ntasks-per-node"] == asked["gpus-per-node"]
     assert int(asked["nodes"]) * int(asked["ntasks-per-node"]) == 64
-    assert (asked["signal"], asked["open-mode"]) == ("B:USR1@600", "append")
+    assert (asked["signal"], asked["open-mode"]) == ("B:USR1@300", "append")
 
 
 class Cluster:
-    """A folder with stand-ins for srun, scontrol and Python, and what they recorded."""
+    """A folder with stand-ins for SLURM's commands and Python, and what they recorded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name, content in (("srun", FAKE_SRUN), ("scontrol", FAKE_SCONTROL), ("python", FAKE_PYTHON)):
-            (folder / name).write_text(content.format(python=sys.executable) if name == "python" else content)
+        fakes = {"srun": FAKE_SRUN, "scontrol": FAKE_SCONTROL, "squeue": FAKE_SQUEUE, "sbatch": FAKE_SBATCH}
+        for name, content in fakes.items():
+            (folder / name).write_text(content)
+        (folder / "python").write_text(FAKE_PYTHON.format(python=sys.executable))
+        for name in (*fakes, "python"):
             (folder / name).chmod(0o755)
 
-    def start(self, *arguments: str, seconds: float, status: int) -> "subprocess.Popen[str]":
+    def start(
+        self, *arguments: str, seconds: float = 0, status: int = 0, progress: str = "7 7", state: str = "RUNNING"
+    ) -> "subprocess.Popen[str]":
+        """The script as a job whose ranks take `seconds`, end with `status`, and have saved `progress`."""
         slurm = {
             "SLURM_JOB_NODELIST": "node-[a-b]",
             "SLURM_JOB_ID": "4007",
+            "SLURM_JOB_NAME": "tiny",
             "SLURM_NTASKS": "2",
-            "SLURM_NTASKS_PER_NODE": "2",
             "SLURM_CPUS_PER_TASK": "1",
         }
-        given = {"PYTHON": str(self.folder / "python"), "RECORD": str(self.folder), "CONFIG": "a run.yaml"}
-        behaviour = {"SECONDS_TO_TRAIN": str(seconds), "STATUS": str(status)}
-        path = {"PATH": f"{self.folder}{os.pathsep}{os.environ['PATH']}"}
+        behaviour = {"SECONDS_TO_TRAIN": str(seconds), "STATUS": str(status), "PROGRESS": progress, "STATE": state}
+        environment = {**self.environment(), **slurm, **behaviour, "PYTHON": str(self.folder / "python")}
         command = ["bash", str(PRETRAIN), *arguments]
-        return subprocess.Popen(
-            command, env={**os.environ, **slurm, **given, **behaviour, **path}, stdout=subprocess.PIPE, text=True
-        )
+        return subprocess.Popen(command, env=environment, cwd=self.folder, stdout=subprocess.PIPE, text=True)
+
+    def environment(self) -> dict[str, str]:
+        outside = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
+        path = f"{self.folder}{os.pathsep}{os.environ['PATH']}"
+        return {**outside, "PATH": path, "RECORD": str(self.folder), "CONFIG": "a run.yaml"}
+
+    def submit(self, script: str, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+        """The script by hand, outside a job, with the real Python."""
+        environment = {**self.environment(), "PYTHON": sys.executable, **variables}
+        command = ["bash", f"examples/slurm/{script}", *arguments]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
     def wait_for_ranks(self) -> None:
         until = time.monotonic() + 20
@@ -157,34 +176,136 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-def test_finished_training_is_not_requeued_and_ranks_know_their_place(cluster: Cluster) -> None:
-    assert cluster.start("train.seed=1", seconds=0, status=0).wait(timeout=30) == 0
+def test_complete_training_is_not_requeued(cluster: Cluster) -> None:
+    assert cluster.start("train.seed=1").wait(timeout=30) == 0
     for rank in (0, 1):
-        place = f"{rank} {rank} 2 2 address-a 24007"
-        assert cluster.recorded(f"rank{rank}") == f"{place} -m megatron_ledom.pretrain --config a run.yaml train.seed=1"
+        assert cluster.recorded(f"rank{rank}") == "-m megatron_ledom.pretrain --config a run.yaml train.seed=1"
     assert cluster.recorded("queued") == ""
 
 
+def test_training_that_left_before_its_end_is_requeued(cluster: Cluster) -> None:
+    """Without any signal: the trainer itself knows the time limit."""
+    assert cluster.start(progress="3 7").wait(timeout=30) == 0
+    assert cluster.recorded("queued") == "requeue 4007"
+
+
 def test_time_limit_stops_the_ranks_and_requeues(cluster: Cluster) -> None:
-    job = cluster.start(seconds=60, status=0)
+    job = cluster.start(seconds=60, progress="3 7")
     cluster.wait_for_ranks()
     job.send_signal(signal.SIGUSR1)
     assert job.wait(timeout=30) == 0
     assert cluster.recorded("queued") == "requeue 4007"
 
 
-@pytest.mark.parametrize("at_the_limit", [False, True])
-def test_failed_training_fails_the_job_and_is_not_requeued(cluster: Cluster, at_the_limit: bool) -> None:
-    job = cluster.start(seconds=60 if at_the_limit else 0, status=3)
-    cluster.wait_for_ranks()
-    if at_the_limit:
-        job.send_signal(signal.SIGUSR1)
-    assert job.wait(timeout=30) == 3
+@pytest.mark.parametrize("status", [0, 137])
+def test_job_that_slurm_ends_is_not_requeued_by_us(cluster: Cluster, status: int) -> None:
+    """scancel; or a preemption, after which SLURM has already queued it again."""
+    assert cluster.start(progress="3 7", status=status, state="COMPLETING").wait(timeout=30) == status
     assert cluster.recorded("queued") == ""
 
 
+@pytest.mark.parametrize("status", [1, 2])
+@pytest.mark.parametrize("at_the_limit", [False, True])
+def test_training_that_says_what_is_wrong_fails_the_job(cluster: Cluster, status: int, at_the_limit: bool) -> None:
+    job = cluster.start(seconds=60 if at_the_limit else 0, status=status, progress="3 7")
+    cluster.wait_for_ranks()
+    if at_the_limit:
+        job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=30) == status
+    assert cluster.recorded("queued") == ""
+
+
+@pytest.mark.parametrize("status", [3, 137])
+def test_lost_ranks_are_started_again_while_checkpoints_are_made(cluster: Cluster, status: int) -> None:
+    """Three failures behind one checkpoint end the job; a new checkpoint in between starts the count again."""
+    requeued = []
+    for progress in ("0 7", "0 7", "3 7", "3 7", "3 7"):
+        assert cluster.start(progress=progress, status=status).wait(timeout=30) == status
+        requeued.append(len(cluster.recorded("queued").splitlines()))
+    assert requeued == [1, 2, 3, 4, 4]
+    assert cluster.recorded("tiny-4007.failures").split() == ["0", "0", "3", "3", "3"]
+    assert cluster.start().wait(timeout=30) == 0
+    assert cluster.recorded("tiny-4007.failures") == ""
+
+
+def test_pretrain_by_hand_checks_the_ranks_it_would_ask_for(cluster: Cluster, data: TinyData, tmp_path: Path) -> None:
+    config = {"CONFIG": str(data.config)}
+    refused = cluster.submit("pretrain.sbatch", "parallel.world_size=2", SBATCH_OPTIONS="--nodes=3", **config)
+    assert refused.returncode == 2
+    assert "parallel.world_size=2, but 24 ranks are launched" in refused.stderr
+    assert cluster.recorded("submitted") == ""
+    options = "--nodes=2 --ntasks-per-node=1"
+    arguments = ("parallel.world_size=2", f"run_dir={tmp_path}/run")
+    done = cluster.submit("pretrain.sbatch", *arguments, SBATCH_OPTIONS=options, **config)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks would go on from iteration 0 of 20" in done.stdout
+    assert cluster.recorded("submitted").split("\n") == [*options.split(), "examples/slurm/pretrain.sbatch", *arguments]
+
+
+def test_pretrain_by_hand_refuses_shards_that_are_not_there(cluster: Cluster, data: TinyData) -> None:
+    options, gone = "--nodes=1 --ntasks-per-node=1", "data.train_blend=[[1.0,gone]]"
+    refused = cluster.submit("pretrain.sbatch", gone, SBATCH_OPTIONS=options, CONFIG=str(data.config))
+    assert refused.returncode != 0
+    assert "gone" in refused.stderr
+    assert cluster.recorded("submitted") == ""
+
+
+def refusals(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
+    """For each script, variables it accepts, and the options it then gives to sbatch."""
+    (folder / "model").mkdir()
+    (folder / "model/config.json").touch()
+    (folder / "a.jsonl").touch()
+    (folder / "b.jsonl").touch()
+    (folder / "run/checkpoints").mkdir(parents=True)
+    (folder / "run/checkpoints/latest").touch()
+    files, model = str(folder / "?.jsonl"), str(folder / "model")
+    prefix = str(folder / "out/shard")
+    return {
+        "preprocess.sbatch": (
+            {"INPUT": files, "TOKENIZER": model, "OUTPUT_PREFIX": prefix, "NUM_TASKS": "5"},
+            "--array=0-4",
+        ),
+        "convert.sbatch": ({"LOAD": str(folder / "run"), "SAVE": str(folder / "hf")}, ""),
+        "evaluate.sbatch": (
+            {"FORWARD": model, "REVERSE": model, "INPUT": files, "OUTPUT": str(folder / "ranked")},
+            "--array=0-1",
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    ("script", "wrong", "says"),
+    [
+        ("preprocess.sbatch", "INPUT", "matches no file"),
+        ("preprocess.sbatch", "TOKENIZER", "is not there"),
+        ("convert.sbatch", "LOAD", "neither a run folder with a finished checkpoint nor a checkpoint"),
+        ("convert.sbatch", "SAVE", "exists; name another folder"),
+        ("evaluate.sbatch", "INPUT", "matches no file"),
+        ("evaluate.sbatch", "REVERSE", "config.json is not there"),
+    ],
+)
+def test_script_by_hand_checks_its_settings_and_submits_itself(
+    cluster: Cluster, tmp_path: Path, script: str, wrong: str, says: str
+) -> None:
+    variables, options = refusals(tmp_path)[script]
+    bad = {**variables, wrong: str(tmp_path / "run") if wrong == "SAVE" else str(tmp_path / "missing")}
+    refused = cluster.submit(script, **bad)
+    assert (refused.returncode, cluster.recorded("submitted")) == (2, "")
+    assert says in refused.stderr
+    done = cluster.submit(script, "--an-option", SBATCH_OPTIONS="--time=10", **variables)
+    assert done.returncode == 0, done.stderr
+    expected = [*options.split(), "--time=10", f"examples/slurm/{script}", "--an-option"]
+    assert cluster.recorded("submitted").split("\n") == expected
+
+
 def test_array_longer_than_the_number_of_tasks_is_refused() -> None:
-    slurm = {"SLURM_ARRAY_TASK_MAX": "63", "SLURM_ARRAY_TASK_ID": "3", "NUM_TASKS": "32", "PYTHON": "false"}
+    slurm = {
+        "SLURM_ARRAY_TASK_MAX": "63",
+        "SLURM_ARRAY_TASK_ID": "3",
+        "NUM_TASKS": "32",
+        "PYTHON": "false",
+        "SLURM_JOB_ID": "1",
+    }
     command = ["bash", str(ROOT / "examples/slurm/preprocess.sbatch")]
     refused = subprocess.run(command, env={**os.environ, **slurm}, capture_output=True, text=True, check=False)
     assert refused.returncode == 2
@@ -202,6 +323,7 @@ def test_array_tasks_write_the_shards_of_the_whole_corpus(tmp_path: Path) -> Non
             "OUTPUT_PREFIX": str(tmp_path / "shard"),
             "NUM_TASKS": "2",
             "PYTHON": sys.executable,
+            "SLURM_JOB_ID": "1",
             "SLURM_CPUS_PER_TASK": "1",
             "SLURM_ARRAY_TASK_ID": str(task),
             "SLURM_ARRAY_TASK_MAX": "1",

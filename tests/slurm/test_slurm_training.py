@@ -1,0 +1,237 @@
+"""examples/slurm/pretrain.sbatch under a real SLURM of two virtual nodes: however a job ends early, the run goes on as if not.
+
+Every run here is compared, bit for bit, with one that nothing interrupted: losses, gradient norms, and every tensor of the
+last checkpoint.
+"""
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ledom.checkpoint.folder import latest_checkpoint
+from tests import tiny_runs
+from tests.slurm.cluster import Cluster
+from tests.tiny_runs import ROOT, TinyData, curve, read_metrics, read_tensors, run_on_ranks
+
+PRETRAIN = ROOT / "examples/slurm/pretrain.sbatch"
+TWO_RANKS = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=2000M"]
+VARIABLES = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+ITERATIONS, SAVE_INTERVAL = 600, 100
+NO_SIGNAL = "--signal=B:CONT@1"
+"""SLURM warns with a signal that means nothing, too late."""
+
+
+def settings(iterations: int = ITERATIONS, save_interval: int = SAVE_INTERVAL) -> list[str]:
+    return [f"train.train_iters={iterations}", "data.allow_repeats=true", f"checkpoint.save_interval={save_interval}"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(cluster: Cluster, data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two ranks that nothing stops; needs a SLURM only so that it is not made for nothing."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
+    run_on_ranks(data.config, run_dir, *settings(), num_ranks=2)
+    return run_dir
+
+
+@dataclass
+class Training:
+    """One training job."""
+
+    cluster: Cluster
+    run_dir: Path
+    log: Path
+    config: Path
+    job: str = ""
+
+    def submit(self, *overrides: str, options: tuple[str, ...] = ("--time=60",), iterations: int = ITERATIONS) -> None:
+        """By the script itself, which checks the settings first. The later of two equal keys counts."""
+        asked = " ".join([*TWO_RANKS, *options, f"--output={self.log}"])
+        command = ["bash", str(PRETRAIN), f"run_dir={self.run_dir}", *settings(iterations), *overrides]
+        printed = self.cluster.run(*command, cwd=ROOT, SBATCH_OPTIONS=asked, CONFIG=str(self.config), **VARIABLES)
+        assert f"2 ranks would go on from iteration 0 of {iterations}" in printed
+        self.job = printed.split()[-1]
+
+    def logged(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def wait_for_iteration(self, iteration: int) -> None:
+        metrics = self.run_dir / "metrics.jsonl"
+        self.cluster.wait_until(
+            lambda: metrics.exists() and len(metrics.read_text().splitlines()) > iteration, explain=self.logged
+        )
+
+    def wait_for_line(self, line: str) -> None:
+        self.cluster.wait_until(lambda: line in self.logged(), seconds=300, explain=self.logged)
+
+    def start_again(self) -> int:
+        """Once it is back in the queue; the iteration from which it will go on."""
+        self.cluster.start_again_soon(self.job, TimeLimit="60")
+        checkpoint = latest_checkpoint(str(self.run_dir / "checkpoints"))
+        return int(checkpoint[-7:]) if checkpoint else 0
+
+    def check_ends_as(self, uninterrupted: Path, restarts: int) -> None:
+        """Complete, after so many restarts, and the same to the last bit."""
+        self.cluster.wait_for_end(self.job, seconds=600, explain=self.logged)
+        ended = self.cluster.job(self.job)
+        assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", str(restarts)), self.logged()
+        assert "complete: iteration" in self.logged()
+        assert curve(read_metrics(self.run_dir)) == curve(read_metrics(uninterrupted))
+        found, expected = read_tensors(self.run_dir), read_tensors(uninterrupted)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.fixture
+def training(cluster: Cluster, data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Training]:
+    monkeypatch.setattr(tiny_runs, "SECONDS", 600)
+    training = Training(cluster, tmp_path / "run", tmp_path / "job.log", data.config)
+    yield training
+    if training.job:
+        cluster.run("scancel", "--quiet", training.job)
+        cluster.wait_for_end(training.job)
+
+
+def test_signal_before_the_time_limit(training: Training, data: TinyData, tmp_path: Path) -> None:
+    """SLURM wakes the batch shell, the ranks save, the job queues itself again, goes on and ends."""
+    iterations, whole = 400, tmp_path / "whole"
+    few_saves = settings(iterations, save_interval=iterations)
+    run_on_ranks(data.config, whole, *few_saves, num_ranks=2)
+    training.submit(*few_saves, iterations=iterations)
+    training.wait_for_iteration(5)
+    training.cluster.run("scancel", "--batch", "--signal=USR1", training.job)
+    training.wait_for_line("saved; queued again at iteration")
+    stopped_at = training.start_again()
+    assert 5 < stopped_at < iterations
+    training.check_ends_as(whole, restarts=1)
+    assert f"at iteration {stopped_at}" in training.logged()
+    assert re.search(r"start 2, 2 ranks on n\[1-2\]", training.logged())
+
+
+@pytest.mark.slow
+def test_trainer_leaves_by_itself_before_the_time_limit(training: Training, uninterrupted: Path) -> None:
+    """SLURM sends no signal: rank 0 knows the job's end."""
+    training.submit("train.exit_before_limit_seconds=50", options=("--time=1", NO_SIGNAL))
+    training.wait_for_line("saved; queued again at iteration")
+    assert "s are left to train in" in training.logged()
+    assert "got SIG" not in training.logged()
+    assert 0 < training.start_again() < ITERATIONS
+    training.check_ends_as(uninterrupted, restarts=1)
+
+
+@pytest.mark.slow
+def test_time_limit_by_the_signal_of_slurm(training: Training, data: TinyData, tmp_path: Path) -> None:
+    """SLURM may send it up to 60 s early: between 60 and 120 s after the start, when training is under way."""
+    iterations, whole = 8000, tmp_path / "whole"
+    run_on_ranks(data.config, whole, *settings(iterations), num_ranks=2)
+    warned = ("--time=3", "--signal=B:USR1@60")
+    training.submit("train.exit_before_limit_seconds=0", options=warned, iterations=iterations)
+    training.wait_for_line("saved; queued again at iteration")
+    assert "got SIGUSR1" in training.logged()
+    training.start_again()
+    training.check_ends_as(whole, restarts=1)
+
+
+@pytest.mark.slow
+def test_signal_while_python_starts_loses_nothing(training: Training, uninterrupted: Path) -> None:
+    """It kills ranks that have no handler yet, or stops them after a step; the job queues itself again in either case."""
+    training.submit()
+    training.cluster.wait_until(lambda: "start 1, 2 ranks" in training.logged(), explain=training.logged)
+    training.cluster.wait_until(lambda: bool(_processes(training)), explain=training.logged)
+    training.cluster.run("scancel", "--batch", "--signal=USR1", training.job)
+    training.wait_for_line("queued again")
+    training.start_again()
+    training.check_ends_as(uninterrupted, restarts=1)
+
+
+def _processes(training: Training) -> list[int]:
+    try:
+        return [training.cluster.rank_process(training.run_dir, rank) for rank in (0, 1)]
+    except ValueError:
+        return []
+
+
+@pytest.mark.slow
+def test_preempted_job(training: Training, uninterrupted: Path, tmp_path: Path) -> None:
+    """A job of a partition of higher priority takes the nodes; SLURM queues ours again, and ours does not do so as well."""
+    training.submit()
+    training.wait_for_iteration(150)
+    urgent = tmp_path / "urgent.sbatch"
+    urgent.write_text("#!/bin/bash\nsleep 5\n")
+    options = ["--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/urgent.log"]
+    other = training.cluster.submit(urgent, options=options, cwd=tmp_path)
+    training.cluster.wait_until(lambda: training.cluster.states(other) == ["RUNNING"], explain=training.logged)
+    assert training.cluster.job(training.job)["Restarts"] == "1"
+    training.cluster.wait_for_end(other)
+    assert 100 <= training.start_again() < ITERATIONS
+    training.check_ends_as(uninterrupted, restarts=1)
+    assert "PREEMPT" in training.logged()
+    assert "queued again" not in training.logged()
+
+
+@pytest.mark.slow
+def test_killed_rank(training: Training, uninterrupted: Path) -> None:
+    """The other rank ends too, and the job goes on from the last checkpoint."""
+    training.submit()
+    training.wait_for_iteration(150)
+    os.kill(training.cluster.rank_process(training.run_dir, 1), signal.SIGKILL)
+    training.wait_for_line("failed with status 137, for the 1. time behind iteration")
+    resumed_at = training.start_again()
+    assert resumed_at >= 100
+    assert resumed_at % SAVE_INTERVAL == 0
+    training.check_ends_as(uninterrupted, restarts=1)
+
+
+@pytest.mark.slow
+def test_failed_node(training: Training, uninterrupted: Path) -> None:
+    """SLURM ends the job on both nodes and queues it again."""
+    training.submit()
+    training.wait_for_iteration(150)
+    try:
+        training.cluster.run("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
+        training.wait_for_line("DUE TO NODE FAILURE")
+        training.cluster.wait_until(lambda: training.cluster.states(training.job) == ["PENDING"], explain=training.logged)
+    finally:
+        training.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    assert 100 <= training.start_again() < ITERATIONS
+    training.check_ends_as(uninterrupted, restarts=1)
+
+
+@pytest.mark.slow
+def test_drained_node_keeps_the_job_until_it_leaves(training: Training, uninterrupted: Path) -> None:
+    """A drained node lets a job go on, and takes none: after its stop the job waits until both nodes are there again."""
+    training.submit()
+    training.wait_for_iteration(5)
+    try:
+        training.cluster.run("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=test")
+        training.wait_for_iteration(len(read_metrics(training.run_dir)) + 50)
+        assert training.cluster.states(training.job) == ["RUNNING"]
+        training.cluster.run("scancel", "--batch", "--signal=USR1", training.job)
+        training.wait_for_line("saved; queued again at iteration")
+        training.start_again()
+        training.cluster.wait_until(
+            lambda: training.cluster.job(training.job)["Reason"].startswith("Nodes_required_for_job_are_DOWN"),
+            explain=lambda: str(training.cluster.job(training.job)),
+        )
+    finally:
+        training.cluster.run("scontrol", "update", "NodeName=n2", "State=RESUME")
+    training.check_ends_as(uninterrupted, restarts=1)
+
+
+@pytest.mark.slow
+def test_cancelled_job_is_not_queued_again(training: Training) -> None:
+    """scancel sends TERM: the ranks save, and the job stays away."""
+    training.submit()
+    training.wait_for_iteration(5)
+    training.cluster.run("scancel", training.job)
+    training.cluster.wait_for_end(training.job)
+    ended = training.cluster.job(training.job)
+    assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0"), training.logged()
+    assert "queued again" not in training.logged()
+    assert "got SIGTERM" in training.logged()

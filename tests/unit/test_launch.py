@@ -1,0 +1,156 @@
+"""Which rank a process is, by the variables of torchrun or of srun, and when its job ends."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_ledom.errors import UsageError
+from megatron_ledom.platform import slurm
+from megatron_ledom.platform.launch import ALONE, Launch, read_launch
+from megatron_ledom.platform.slurm import seconds_until_job_end, tasks_of_nodes
+
+SRUN = {  # rank 9 of 8 + 4: a step on three of the job's nodes, the ranks unevenly spread
+    "SLURM_JOB_ID": "123456",
+    "SLURM_STEP_ID": "2",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
+    "SLURM_NTASKS": "12",
+    "SLURM_NTASKS_PER_NODE": "8",
+    "SLURM_JOB_NODELIST": "n[1-4]",
+    "SLURM_TASKS_PER_NODE": "8(x4)",
+    "SLURM_STEP_NUM_TASKS": "12",
+    "SLURM_STEP_NODELIST": "n[2-3]",
+    "SLURM_STEP_TASKS_PER_NODE": "8,4",
+}
+TORCHRUN = {
+    "RANK": "3",
+    "WORLD_SIZE": "4",
+    "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
+INTERACTIVE_STEP = str(0xFFFFFFFA)
+SCONTROL = """#!/bin/bash
+if [[ "$1 $2 $3" == 'show hostnames n[2-3]' ]]; then printf 'n2\\nn3\\n'
+elif [[ "$*" == 'show node --oneliner n2' ]]; then echo 'NodeName=n2 NodeAddr=address-2 NodeHostName=host-2'
+else exit 1; fi
+"""
+
+
+@pytest.fixture(autouse=True)
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder for stand-ins of SLURM's commands, and no variables of a real launcher."""
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name in SRUN:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    return tmp_path
+
+
+def put(folder: Path, name: str, content: str) -> None:
+    (folder / name).write_text(content)
+    (folder / name).chmod(0o755)
+
+
+def set_variables(monkeypatch: pytest.MonkeyPatch, *groups: dict[str, str]) -> None:
+    for name, value in {name: value for group in groups for name, value in group.items()}.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_without_a_launcher_a_process_is_alone() -> None:
+    assert read_launch() == ALONE
+
+
+def test_rank_of_srun(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(commands, "scontrol", SCONTROL)
+    set_variables(monkeypatch, SRUN)
+    meeting = "tcp://address-2:24562"
+    assert read_launch() == Launch(rank=9, world_size=12, local_rank=1, local_world_size=4, init_method=meeting)
+
+
+def test_place_to_meet_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_variables(monkeypatch, SRUN, {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"})
+    assert read_launch().init_method == "tcp://10.0.0.7:1234"
+
+
+def test_address_that_scontrol_does_not_give_is_asked_for(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(commands, "scontrol", "#!/bin/sh\nexit 1\n")
+    set_variables(monkeypatch, SRUN)
+    with pytest.raises(UsageError, match=r"first node of n\[2-3\]; set MASTER_ADDR"):
+        read_launch()
+
+
+def test_torchrun_goes_before_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when srun starts one torchrun a node."""
+    set_variables(monkeypatch, SRUN, TORCHRUN)
+    assert read_launch() == Launch(rank=3, world_size=4, local_rank=1, local_world_size=2, init_method="env://")
+
+
+def test_half_of_the_variables_of_torchrun_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(UsageError, match="WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT not"):
+        read_launch()
+
+
+@pytest.mark.parametrize("step", [None, INTERACTIVE_STEP], ids=["batch script", "shell of salloc"])
+def test_forgotten_srun_is_refused(monkeypatch: pytest.MonkeyPatch, step: str | None) -> None:
+    set_variables(monkeypatch, SRUN)
+    monkeypatch.delenv("SLURM_STEP_ID")
+    if step:
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+    with pytest.raises(UsageError, match="job 123456 has 12 tasks, but this process was not started by srun"):
+        read_launch()
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    assert read_launch() == ALONE
+
+
+def test_step_of_one_task_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0"}
+    set_variables(monkeypatch, SRUN, one, {"SLURM_LOCALID": "0", "SLURM_NODEID": "0"})
+    assert read_launch() == ALONE
+
+
+@pytest.mark.parametrize(("text", "counts"), [("8", [8]), ("8(x2)", [8, 8]), ("2(x3),1,4(x2)", [2, 2, 2, 1, 4, 4])])
+def test_tasks_of_nodes(text: str, counts: list[int]) -> None:
+    assert tasks_of_nodes(text) == counts
+
+
+def test_tasks_of_nodes_in_another_form_are_refused() -> None:
+    with pytest.raises(UsageError, match="8x2"):
+        tasks_of_nodes("8x2")
+
+
+@pytest.mark.parametrize(
+    ("left", "seconds"),
+    [("5:04", 304.0), ("47:59:59", 172799.0), ("2-00:00:01", 172801.0), ("UNLIMITED", None), ("INVALID", None)],
+)
+def test_time_that_squeue_says_is_left(
+    commands: Path, monkeypatch: pytest.MonkeyPatch, left: str, seconds: float | None
+) -> None:
+    put(commands, "squeue", f"#!/bin/sh\n[ \"$2\" = --jobs=123456 ] && printf '123455 9:00\\n123456 {left}\\n'\n")
+    assert seconds_until_job_end() is None
+    set_variables(monkeypatch, SRUN)
+    assert seconds_until_job_end() == seconds
+
+
+def test_time_that_is_left_without_squeue(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(commands, "squeue", "#!/bin/sh\nexit 1\n")
+    set_variables(monkeypatch, SRUN)
+    assert seconds_until_job_end() is None
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "1000300")
+    monkeypatch.setattr(slurm.time, "time", lambda: 1000000.0)
+    assert seconds_until_job_end() == 300.0
+
+
+def test_launch_is_read_and_signals_are_remembered_before_torch_is_imported() -> None:
+    """Until then a signal kills; torch takes seconds to import."""
+    lines = (
+        "import sys; from megatron_ledom.pretrain import StopRequest, read_launch",
+        "StopRequest(); read_launch(); assert 'torch' not in sys.modules",
+    )
+    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=Path(__file__).parents[2])
