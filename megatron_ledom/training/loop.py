@@ -37,6 +37,7 @@ def train(state: TrainState, stop: StopRequest) -> None:
         bar.update()
         stopping = stop.agreed(state.platform.device) or _is_multiple(state.iteration, config.train.exit_interval)
         _report(state, result, throughput, metrics, bar)
+        state.store.poll()
         if (
             stopping
             or state.iteration == config.train.train_iters
@@ -47,6 +48,7 @@ def train(state: TrainState, stop: StopRequest) -> None:
             throughput.pause(time.perf_counter() - before)
         if stopping:
             break
+    state.store.finish()
     bar.close()
     metrics.close()
 
