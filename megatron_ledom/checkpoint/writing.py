@@ -17,7 +17,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
@@ -240,7 +239,6 @@ def _write_share(
         leave_signals_to_the_parent()
         die_with_the_parent(parent)
         gc.disable()  # collecting what belongs to the parent upsets CUDA
-        torch.set_num_threads(1)  # the parent's threads are not here
     path = part
     try:
         if rank == 0:

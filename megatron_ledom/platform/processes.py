@@ -6,14 +6,17 @@ import signal
 import sys
 
 PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+# found here, not where it is needed: a forked child may wait for ever for the loader's lock, which a thread that it does not
+# have held when it was forked
+_prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What a batch system or a terminal sends to every process of a job at once."""
 
 
 def die_with_the_parent(parent: int) -> None:
     """Linux ends this process when its parent is killed: else it would go on writing beside the next start."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
+    if _prctl is not None:
+        _prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
         if os.getppid() != parent:  # it was killed before this line
             os._exit(1)
 
