@@ -135,6 +135,11 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             sweep(self.folder)
 
+    def is_writing(self) -> bool:
+        """Whether this rank's writer still runs."""
+        calls = self._calls.async_calls
+        return bool(calls) and calls[0].async_caller.process.is_alive()
+
     def writer_pid(self) -> int | None:
         """The process id of this rank's writer, None when no save is pending."""
         calls = self._calls.async_calls

@@ -19,6 +19,7 @@ RUN_BY_TESTS = {
     "make test": "Makefile: what runs this test",
     "python -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml --dry-run": "here",
     "python tools/inspect_shard.py quickstart/shards/reverse/valid --show 2": "tests/quickstart/test_quickstart.py",
+    "python tools/inspect_checkpoint.py runs/reverse --verify": "tests/unit/test_inspect_checkpoint.py",
     "sbatch examples/slurm/preprocess.sbatch": "tests/slurm/test_slurm_jobs.py",
     "python tools/summarize_tasks.py data/dclm_01": "tests/slurm/test_slurm_jobs.py",
     "python tools/inspect_shard.py data/dclm_01-*-of-00064 --verify": "tests/unit/test_inspect_shard.py",
