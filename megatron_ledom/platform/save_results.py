@@ -29,6 +29,6 @@ class SaveResults:
         """The value, once the process that puts it has ended. Raises queue.Empty when it ended before it had put all of it."""
         self._file.seek(0)
         try:
-            return pickle.load(self._file)
+            return pickle.Unpickler(self._file).load()  # written by a process that this one forked
         except (EOFError, pickle.UnpicklingError) as error:
             raise queue.Empty from error

@@ -68,7 +68,7 @@ def test_two_saves_hold_the_live_weights_of_their_steps(data: TinyData, tmp_path
     for step in (2, 4):
         (run_dir / "checkpoints/latest").write_text(f"iter_{step:07d}\n")
         stored[step] = read_tensors(run_dir)
-        live = torch.load(run_dir / f"live{step}.pt")
+        live = torch.load(run_dir / f"live{step}.pt", weights_only=True)
         compared = 0
         for name, weight in live.items():
             if name in stored[step] and stored[step][name].shape == weight.shape:

@@ -9,6 +9,7 @@ import random
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,8 +90,13 @@ def check_equal(found: Path, expected: Path) -> None:
     assert tensors.keys() == wanted.keys()
     assert sum("exp_avg_sq" in name for name in tensors) == sum("exp_avg" in name for name in tensors) / 2 > 0
     assert [name for name, tensor in tensors.items() if not torch.equal(tensor, wanted[name])] == []
-    common, wanted_common = (torch.load(f"{latest_checkpoint(f'{run}/checkpoints')}/common.pt") for run in (found, expected))
-    assert common["scheduler"] == wanted_common["scheduler"]
+    assert common_state(found)["scheduler"] == common_state(expected)["scheduler"]
+
+
+def common_state(run_dir: Path) -> dict[str, Any]:
+    """What is alike on all ranks: schedule, steps."""
+    loaded: dict[str, Any] = torch.load(f"{latest_checkpoint(f'{run_dir}/checkpoints')}/common.pt", weights_only=True)
+    return loaded
 
 
 def path_of(folder: Path, *names: str) -> str:
