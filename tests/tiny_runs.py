@@ -161,17 +161,19 @@ class Ranks:
         return self.log.read_text(encoding="utf-8", errors="replace")[-6000:]
 
 
-def start_ranks(config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1) -> Ranks:
-    """Start `num_ranks` ranks of a run; return at once."""
+def start_ranks(
+    config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1, instead: Callable[[], None] | None = None
+) -> Ranks:
+    """Start `num_ranks` ranks of a run, or of `instead`, a function of a module, in their place; return at once."""
     log = config.parent / f"{run_dir.parent.name}-{run_dir.name}.log"
     log.write_text("")
     arguments = [f"run_dir={run_dir}", *overrides]
-    launch = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    launch = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     context = _context()
     processes = []
     for rank in range(num_ranks):
         environment = {name: str(value) for name, value in {**launch, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        process = context.Process(target=_be_rank, args=(environment, str(config), arguments, str(log)))
+        process = context.Process(target=_be_rank, args=(environment, str(config), arguments, str(log), instead))
         process.start()
         processes.append(process)
     return Ranks(processes, log)
@@ -201,13 +203,15 @@ def _context() -> Any:
     return context
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
-def _be_rank(environment: dict[str, str], config: str, arguments: list[str], log: str) -> None:
+def _be_rank(
+    environment: dict[str, str], config: str, arguments: list[str], log: str, instead: Callable[[], None] | None
+) -> None:
     """One rank of a run, with its output in `log`."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # Linux's own; here it would be that of the preloaded process
@@ -219,4 +223,4 @@ def _be_rank(environment: dict[str, str], config: str, arguments: list[str], log
     from megatron_ledom import errors, pretrain
 
     sys.argv = ["pretrain", "--config", config, *arguments]
-    errors.run_command(pretrain.main)
+    errors.run_command(instead or pretrain.main)

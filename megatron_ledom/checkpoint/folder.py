@@ -7,7 +7,7 @@ import os
 import re
 
 from megatron_ledom.checkpoint.manifest import MANIFEST
-from megatron_ledom.errors import DataError
+from megatron_ledom.errors import DataError, UsageError
 
 LATEST = "latest"
 PART = ".part"
@@ -43,6 +43,21 @@ def latest_checkpoint(folder: str) -> str | None:
             f"{folder}/{LATEST} names {name!r}, which is not there; write the name of a finished checkpoint into it"
         )
     return checkpoint
+
+
+def find_checkpoint(load: str) -> str:
+    """The checkpoint that `load` means: itself, or the latest one of a run folder. Raises UsageError."""
+    if not os.path.isdir(load):
+        raise UsageError(
+            f"{load} is not a folder; give a run folder or one of its checkpoints, such as RUN/checkpoints/iter_0001000"
+        )
+    checkpoints = os.path.join(load, "checkpoints")
+    if not os.path.isdir(checkpoints):
+        return load
+    latest = latest_checkpoint(checkpoints)
+    if latest is None:
+        raise UsageError(f"{load} has no finished checkpoint yet; train further, or name another run")
+    return latest
 
 
 def point_latest(folder: str, name: str) -> None:

@@ -1,20 +1,25 @@
 """What a checkpoint says of itself: `manifest.json`, written last. It decides whether a run or a conversion may load it."""
 
+import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import megatron_ledom
+from megatron_ledom.checkpoint.checksums import FileSums
 from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.load import config_from_dict, to_dict
 from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.errors import ConfigError, DataError, MismatchError
 from megatron_ledom.provenance import Provenance
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+WITHOUT_CHECKSUMS = 1
+"""The format before: no `files`, no `world_size`, no hash of the manifest. Such checkpoints still load."""
 MANIFEST = "manifest.json"
+OWN_HASH = "sha256_of_the_rest"
 ARCHITECTURE_KEYS = (
     "num_layers",
     "hidden_size",
@@ -42,20 +47,25 @@ class CheckpointManifest:
     config: dict[str, Any]
     train_shards: list[list[Any]]
     """[share of the samples, sha256 of .bin] of each training shard."""
+    world_size: int | None
+    """Ranks that wrote it; None in a checkpoint of the format before."""
     package_version: str
     created_at: str
+    files: FileSums = field(default_factory=dict)
+    """Size and sha256 of every other file; filled in when all are written. Empty in a checkpoint of the format before."""
     format_version: int = FORMAT_VERSION
 
     @classmethod
     def describe(
-        cls, config: RunConfig, provenance: Provenance, train_shards: list[list[Any]], **position: int
+        cls, config: RunConfig, provenance: Provenance, train_shards: list[list[Any]], world_size: int, **position: int
     ) -> "CheckpointManifest":
-        """The manifest of a run's present state."""
+        """The manifest of a run's present state, without the files."""
         return cls(
             **position,
             provenance=provenance,
             config=to_dict(config),
             train_shards=train_shards,
+            world_size=world_size,
             package_version=megatron_ledom.__version__,
             created_at=datetime.now(UTC).isoformat(timespec="seconds"),
         )
@@ -66,18 +76,37 @@ class CheckpointManifest:
 
 
 def save_manifest(manifest: CheckpointManifest, folder: str) -> None:
-    """Write `manifest.json` into the checkpoint folder."""
+    """Write `manifest.json` into the checkpoint folder, with its own hash."""
     values = {**asdict(manifest), "provenance": None, **manifest.provenance.to_dict()}
     del values["provenance"]
     with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=2)
+        json.dump({**values, OWN_HASH: _hash(values)}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
 
 
 def load_manifest(folder: str) -> CheckpointManifest:
-    """Read and check `manifest.json`. Raises DataError when it is missing, malformed or of another format."""
+    """Read and check `manifest.json`. Raises DataError when it is missing, malformed, changed or of another format."""
     path = os.path.join(folder, MANIFEST)
+    values = _read_json(folder, path)
+    version = values.get("format_version")
+    if version == WITHOUT_CHECKSUMS:
+        values |= {"world_size": None, "files": {}}
+    elif version != FORMAT_VERSION:
+        raise DataError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}; update it")
+    elif values.pop(OWN_HASH, None) != _hash(values):
+        raise DataError(
+            f"{path} is not as it was written: its sha256 is another; the checkpoint is damaged, use an earlier one"
+        )
+    provenance = Provenance.from_dict(values, path)
+    names = [name for name in CheckpointManifest.__dataclass_fields__ if name != "provenance"]
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise DataError(f"{path} lacks {', '.join(missing)}; the checkpoint is damaged, use an earlier one")
+    return CheckpointManifest(provenance=provenance, **{name: values[name] for name in names})
+
+
+def _read_json(folder: str, path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             values = json.load(file)
@@ -87,16 +116,13 @@ def load_manifest(folder: str) -> CheckpointManifest:
         ) from error
     except ValueError as error:
         raise DataError(f"{path} is not valid JSON ({error}); the checkpoint is damaged, use an earlier one") from error
-    if values.get("format_version") != FORMAT_VERSION:
-        raise DataError(
-            f"{path} has format version {values.get('format_version')}, this package reads {FORMAT_VERSION}; update it"
-        )
-    provenance = Provenance.from_dict(values, path)
-    names = [name for name in CheckpointManifest.__dataclass_fields__ if name != "provenance"]
-    missing = [name for name in names if name not in values]
-    if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}; the checkpoint is damaged, use an earlier one")
-    return CheckpointManifest(provenance=provenance, **{name: values[name] for name in names})
+    if not isinstance(values, dict):
+        raise DataError(f"{path} holds no object; the checkpoint is damaged, use an earlier one")
+    return values
+
+
+def _hash(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Provenance, where: str) -> None:

@@ -1,12 +1,10 @@
-"""The checkpoints of a run: `iter_0001000/` and the pointer `latest`.
+"""The checkpoints of a run, seen from its training: save the state, take it up again.
 
 A checkpoint is written under a temporary name and renamed when all of it is on disk; `latest` changes last. A kill at any
 moment leaves the checkpoint that `latest` names whole.
 """
 
 import logging
-import os
-import shutil
 from typing import Any
 
 import torch.distributed as dist
@@ -15,13 +13,16 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ledom.checkpoint.manifest import CheckpointManifest, load_manifest, save_manifest
+from megatron_ledom.checkpoint.checksums import content_faults, refuse_damaged, size_faults
+from megatron_ledom.checkpoint.folder import LATEST, latest_checkpoint
+from megatron_ledom.checkpoint.manifest import CheckpointManifest, load_manifest
+from megatron_ledom.checkpoint.writing import CheckpointWriter
+from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError
 from megatron_ledom.parallel.gathering import gathered_weights
 
 log = logging.getLogger(__name__)
 
-LATEST = "latest"
 UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, EOFError, CheckpointingException, CheckpointException)
 """What a damaged checkpoint raises; torch's CheckpointException gathers the ranks' errors and is no Exception."""
 
@@ -29,9 +30,11 @@ UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, EOFError, Checkpointi
 class CheckpointStore:
     """Saves and loads this run's sharded checkpoints; every method but `latest` is called on all ranks together."""
 
-    def __init__(self, folder: str, metadata: dict[str, Any]) -> None:
+    def __init__(self, folder: str, metadata: dict[str, Any], settings: CheckpointConfig) -> None:
         self.folder = folder
         self.metadata = metadata
+        self.settings = settings
+        self.writer = CheckpointWriter(folder, settings, metadata["dp_cp_group"])
 
     def latest(self) -> str | None:
         """The folder of the newest finished checkpoint, or None for a new run."""
@@ -42,36 +45,38 @@ class CheckpointStore:
         return load_manifest(checkpoint)
 
     def save(self, manifest: CheckpointManifest, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-        """Write one checkpoint: temporary name, manifest, rename, pointer."""
-        name = f"iter_{manifest.iteration:07d}"
-        final, part = os.path.join(self.folder, name), os.path.join(self.folder, name + ".part")
-        if dist.get_rank() == 0:
-            os.makedirs(self.folder, exist_ok=True)
-            shutil.rmtree(part, ignore_errors=True)
-            os.makedirs(part)
-        dist.barrier()
+        """Begin a checkpoint of the state as it is now; with `async_save` it is finished by `poll`, `finish` or the next save."""
+        self.writer.wait()  # before the host holds another copy of the state
         content = {key: value for key, value in self.metadata.items() if key != "dp_cp_group"}
         with gathered_weights(model):
             state = self._sharded(model, optimizer, scheduler, loading=False)
-            dist_checkpointing.save(state, part, content_metadata=content)
-        dist.barrier()
-        if dist.get_rank() == 0:
-            save_manifest(manifest, part)
-            shutil.rmtree(final, ignore_errors=True)
-            os.rename(part, final)
-            _fsync_folder(self.folder)
-            _point_latest(self.folder, name)
-        dist.barrier()
-        log.info("saved %s", final)
+            self.writer.save(manifest, state, content)
+
+    def poll(self) -> None:
+        """Finish the pending checkpoint if it is written. Call once a step. Raises DataError when it could not be written."""
+        self.writer.poll()
+
+    def finish(self) -> None:
+        """Finish the pending checkpoint, waiting for it. Raises DataError when it could not be written."""
+        self.writer.finish()
 
     def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         """Fill model, optimizer and scheduler from a checkpoint of any layout."""
+        if self.settings.verify_on_load:
+            self._verify(checkpoint)
         wanted = self._sharded(model, optimizer, scheduler, loading=True)
         state = _read(checkpoint, wanted, strict=StrictHandling.RAISE_ALL)
         for key, chunk in zip(_model_keys(model), model, strict=True):
             unwrapped(chunk).load_state_dict(state[key])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
+
+    def _verify(self, checkpoint: str) -> None:
+        """Read every file once, each rank its share; a fault that one finds stops all."""
+        found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        files = load_manifest(checkpoint).files
+        dist.all_gather_object(found, content_faults(checkpoint, files, dist.get_rank(), dist.get_world_size()))
+        refuse_damaged(checkpoint, [fault for faults in found for fault in faults])
 
     def _sharded(self, model: list[Any], optimizer: Any, scheduler: Any, *, loading: bool) -> dict[str, Any]:
         state = sharded_weights(model, self.metadata)
@@ -93,8 +98,18 @@ def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any]) ->
         unwrapped(chunk).load_state_dict(state[key])
 
 
+def check_sizes(checkpoint: str) -> CheckpointManifest:
+    """The manifest of a checkpoint whose files are all there in full length. Raises DataError that names those which are not."""
+    manifest = load_manifest(checkpoint)
+    if not manifest.files:
+        log.warning("%s was written before checkpoints had checksums: its files cannot be checked", checkpoint)
+    refuse_damaged(checkpoint, size_faults(checkpoint, manifest.files))
+    return manifest
+
+
 def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]:
-    """megatron-core's load; whatever a damaged file makes of it becomes a DataError."""
+    """megatron-core's load of a checkpoint of the right sizes; whatever a damaged file makes of it becomes a DataError."""
+    check_sizes(checkpoint)
     try:
         state: dict[str, Any] = dist_checkpointing.load(wanted, checkpoint, **how)
     except UNREADABLE as error:
@@ -107,21 +122,6 @@ def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]
     return state
 
 
-def latest_checkpoint(folder: str) -> str | None:
-    """The checkpoint that `folder/latest` names, None without one. Raises DataError when it names none that is whole."""
-    try:
-        with open(os.path.join(folder, LATEST), encoding="utf-8") as file:
-            name = file.read().strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    checkpoint = os.path.join(folder, name)
-    if not os.path.isdir(checkpoint):
-        raise DataError(
-            f"{folder}/{LATEST} names {name!r}, which is not there; write the name of a finished checkpoint into it"
-        )
-    return checkpoint
-
-
 def unwrapped(model: Any) -> Any:
     """The GPTModel inside its wrappers for precision and data parallelism."""
     while hasattr(model, "module"):
@@ -131,21 +131,3 @@ def unwrapped(model: Any) -> Any:
 
 def _model_keys(model: list[Any]) -> list[str]:
     return ["model"] if len(model) == 1 else [f"model{index}" for index in range(len(model))]
-
-
-def _point_latest(folder: str, name: str) -> None:
-    part = os.path.join(folder, LATEST + ".part")
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.rename(part, os.path.join(folder, LATEST))
-    _fsync_folder(folder)
-
-
-def _fsync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

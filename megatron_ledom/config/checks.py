@@ -199,6 +199,19 @@ def blends(config: RunConfig) -> Faults:
                 yield f"data.{key} has an entry with an empty prefix; expected [weight, prefix]"
 
 
+def retention(config: RunConfig) -> Faults:
+    """Checkpoints are kept for ever only among those that are written, and where others go."""
+    settings = config.checkpoint
+    keep, every, save = "checkpoint.keep_interval", settings.keep_interval, settings.save_interval
+    if every and settings.keep_last is None:
+        yield f"{keep}={every} without checkpoint.keep_last changes nothing, all are kept; set that too, or leave this out"
+    elif every and every % save:
+        yield (
+            f"{keep}={every} is not a multiple of checkpoint.save_interval={save}, so few or none would be written at its"
+            f" multiples; the next one is {next_multiple(every, save)}"
+        )
+
+
 def world(config: RunConfig, world_size: int) -> Faults:
     """As many ranks as planned, and whole copies of the model on them."""
     parallel, copy = config.parallel, model_parallel_size(config.parallel)
@@ -249,6 +262,7 @@ RULES: tuple[Callable[[RunConfig], Faults], ...] = (
     wsd_schedule,
     masks,
     blends,
+    retention,
 )
 WORLD_RULES: tuple[Callable[[RunConfig, int], Faults], ...] = (world, batch)
 

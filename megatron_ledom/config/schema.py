@@ -186,6 +186,14 @@ class CheckpointConfig:
 
     save_interval: Positive = 1000
     """Iterations between checkpoints; there is always one at the end and after SIGTERM."""
+    async_save: bool = True
+    """Write in a process beside the training, which goes on meanwhile; the host holds a copy of the state until it is done."""
+    keep_last: Positive | None = None
+    """Newest checkpoints that are kept; default: all. With 1, a damaged one has no predecessor."""
+    keep_interval: Positive | None = None
+    """With keep_last: checkpoints at its multiples are kept for ever."""
+    verify_on_load: bool = True
+    """Compare every file's sha256 before a resume, each rank its share of the files; sizes are always compared."""
 
 
 @dataclass(kw_only=True, slots=True)

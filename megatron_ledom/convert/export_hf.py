@@ -11,8 +11,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import AutoTokenizer
 
+from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, load_manifest
-from megatron_ledom.checkpoint.store import latest_checkpoint
 from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.convert.core_model import whole_model
@@ -96,21 +96,6 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         with contextlib.suppress(OSError):  # it holds the export, or what somebody else wrote
             folder.rmdir()
-
-
-def find_checkpoint(load: str) -> str:
-    """The checkpoint that `load` means: itself, or the latest one of a run folder. Raises UsageError."""
-    if not os.path.isdir(load):
-        raise UsageError(
-            f"{load} is not a folder; give a run folder or one of its checkpoints, such as RUN/checkpoints/iter_0001000"
-        )
-    checkpoints = os.path.join(load, "checkpoints")
-    if not os.path.isdir(checkpoints):
-        return load
-    latest = latest_checkpoint(checkpoints)
-    if latest is None:
-        raise UsageError(f"{load} has no finished checkpoint yet; train further, or name another run")
-    return latest
 
 
 def _tokenizer_folder(checkpoint: str) -> str:

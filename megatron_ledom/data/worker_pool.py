@@ -4,10 +4,8 @@ Each worker is forked, so it inherits the function and what that has loaded. It 
 shared: when a worker dies its end closes and the parent notices at once; when the parent dies the workers die with it.
 """
 
-import ctypes
 import os
 import signal
-import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import get_context
@@ -16,9 +14,9 @@ from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from megatron_ledom.errors import LedomError
+from megatron_ledom.platform.processes import die_with_the_parent
 
 POLL_SECONDS = 0.2
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -121,7 +119,7 @@ class _Pool:
 
 def _work(function: Callable[[Any], Any], connection: Connection, parents_ends: list[Connection], parent: int) -> None:
     """A worker's life: results, or errors, of the items it is sent, until the parent closes the connection."""
-    _die_with_the_parent(parent)
+    die_with_the_parent(parent)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for inherited in parents_ends:
@@ -142,11 +140,3 @@ def _work(function: Callable[[Any], Any], connection: Connection, parents_ends: 
             connection.send(answer)
         except OSError:
             return  # the parent is gone or has had enough
-
-
-def _die_with_the_parent(parent: int) -> None:
-    """Linux ends this process when its parent is killed: else it would go on writing beside the next start."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        if os.getppid() != parent:  # it was killed before this line
-            os._exit(1)

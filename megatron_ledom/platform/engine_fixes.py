@@ -1,15 +1,22 @@
 """Corrections of megatron-core 0.16 that hold on every machine. Each names what goes wrong without it."""
 
 import functools
-import queue
+import io
+import os
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from megatron.core import optimizer as core_optimizer
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_ledom.errors import DataError, cannot_write
 from megatron_ledom.platform.adam import GroupStepAdam
+from megatron_ledom.platform.save_results import SaveResults
 
 
 @functools.cache
@@ -17,7 +24,8 @@ def install_engine_fixes() -> None:
     """Apply every correction once a process."""
     _fix_padded_buckets()
     _fix_torch_adam()
-    _keep_save_results_in_this_process()
+    _keep_save_results_in_memory()
+    _agree_on_common_state()
 
 
 def _fix_torch_adam() -> None:
@@ -31,13 +39,39 @@ def _fix_torch_adam() -> None:
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
 
 
-def _keep_save_results_in_this_process() -> None:
+def _keep_save_results_in_memory() -> None:
     """A SIGTERM to all processes of a job, as batch systems send it, makes the next save hang for ever.
 
-    A save hands its results to a queue in a process of its own, started by the first save, which the signal ends. We save
-    synchronously: giver and taker are one process, and a plain queue does, without the seconds that process takes to start.
+    A save hands its results to a queue in a process of its own, started by the first save, which the signal ends.
     """
-    filesystem_async._get_write_results_queue = queue.Queue
+    filesystem_async._get_write_results_queue = SaveResults
+
+
+def _agree_on_common_state() -> None:
+    """When the first rank cannot write `common.pt`, as on a full disk, the others wait for it until their time is out."""
+    register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _AgreedCommonState("torch", 1))
+
+
+class _AgreedCommonState(TorchCommonSaveStrategy):  # type: ignore[misc]
+    """The small state that is alike on all ranks: on disk when this returns, or a DataError on every rank."""
+
+    def save_common(self, common_state_dict: dict[str, Any], checkpoint_dir: Any) -> None:
+        """Write it on the first rank, through Python's own file: torch's loses the reason for a failure."""
+        failure: list[str | None] = [None]
+        if dist.get_rank() == 0:
+            path = os.path.join(checkpoint_dir, COMMON_STATE_FNAME)
+            content = io.BytesIO()
+            torch.save(common_state_dict, content)
+            try:
+                with open(path, "wb") as file:
+                    file.write(content.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                failure = [str(cannot_write(error, path))]
+        dist.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise DataError(failure[0])
 
 
 def _fix_padded_buckets() -> None:

@@ -40,7 +40,7 @@ def describe_run(config: RunConfig, world_size: int) -> str:
         "model": list(_model_rows(config, model)),
         "layout": list(_layout_rows(config, world_size, model)),
         "batch": list(_batch_rows(config, world_size)),
-        "run": list(_run_rows(config)),
+        "run": list(_run_rows(config, model)),
         "compute": list(_compute_rows(config, model)),
     }
     width = max(len(name) for rows in groups.values() for name, _ in rows)
@@ -91,7 +91,7 @@ def _batch_rows(config: RunConfig, world_size: int) -> Iterator[Row]:
     yield "global batch", f"{train.global_batch_size:,} samples, {tokens_per_iteration(config):,} tokens"
 
 
-def _run_rows(config: RunConfig) -> Iterator[Row]:
+def _run_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
     settings, tokens = config.optimizer, tokens_per_iteration(config)
     yield "iterations", f"{config.train.train_iters:,}"
     yield "samples", f"{train_samples(config):,}"
@@ -102,12 +102,30 @@ def _run_rows(config: RunConfig) -> Iterator[Row]:
     else:
         decay = lr_decay_iters(config)
         yield "learning rate", f"{settings.lr:g} -> {settings.min_lr:g} {settings.lr_decay_style} until iteration {decay:,}"
-    yield "checkpoints", f"{-(-config.train.train_iters // config.checkpoint.save_interval):,}"
+    yield "checkpoints", _checkpoints(config, model)
     if config.data.valid_blend:
         samples = config.train.eval_iters * config.train.global_batch_size
         yield "validations", f"{validation_iterations(config):,}, {samples:,} samples of each set"
     else:
         yield "validations", "none: data.valid_blend is empty"
+
+
+def _checkpoints(config: RunConfig, model: ModelConfig) -> str:
+    """How many are written, how large, and which are kept."""
+    settings = config.checkpoint
+    words = [f"{-(-config.train.train_iters // settings.save_interval):,}"]
+    if model.vocab_size is not None:
+        words.append(f"about {count_parameters(model, _padded_vocab(model)) * _state_bytes(model) / 2**30:,.2f} GiB each")
+    words.append("written while training goes on" if settings.async_save else "training waits for them")
+    if settings.keep_last is not None:
+        multiples = f" and those at multiples of {settings.keep_interval:,}" if settings.keep_interval else ""
+        words.append(f"the newest {settings.keep_last:,}{multiples} kept")
+    return ", ".join(words)
+
+
+def _state_bytes(model: ModelConfig) -> int:
+    """Bytes a parameter in a checkpoint: weight and Adam's moments; bf16 has fp32 weights besides."""
+    return 2 + 12 if model.params_dtype == "bf16" else 4 + 8
 
 
 def _compute_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:

@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from megatron_ledom.config.derived import tokens_per_iteration, train_samples
 from megatron_ledom.data.batch import batch_iterators
+from megatron_ledom.errors import StoppedError
 from megatron_ledom.parallel.seeds import seed_iteration
 from megatron_ledom.training.metrics import MetricsWriter, Throughput
 from megatron_ledom.training.resilience import StopRequest
@@ -31,12 +32,17 @@ def train(state: TrainState, stop: StopRequest) -> None:
     bar = _progress_bar(state)
     while state.iteration < config.train.train_iters:
         seed_iteration(config.train.seed, state.iteration, groups)
-        result = train_step(config, state.model, state.optimizer, state.scheduler, batches, groups)
+        try:
+            result = train_step(config, state.model, state.optimizer, state.scheduler, batches, groups)
+        except StoppedError:  # on every rank: what is being written is good
+            state.store.finish()
+            raise
         state.advance()
         throughput.count(tokens_per_iteration(config))
         bar.update()
         stopping = stop.agreed(state.platform.device) or _is_multiple(state.iteration, config.train.exit_interval)
         _report(state, result, throughput, metrics, bar)
+        state.store.poll()
         if (
             stopping
             or state.iteration == config.train.train_iters
@@ -47,6 +53,7 @@ def train(state: TrainState, stop: StopRequest) -> None:
             throughput.pause(time.perf_counter() - before)
         if stopping:
             break
+    state.store.finish()
     bar.close()
     metrics.close()
 

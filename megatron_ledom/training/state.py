@@ -5,8 +5,10 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ledom.checkpoint.manifest import CheckpointManifest, changes_since, check_fits, check_same_samples, load_manifest
-from megatron_ledom.checkpoint.store import CheckpointStore, latest_checkpoint
+import torch.distributed as dist
+
+from megatron_ledom.checkpoint.manifest import CheckpointManifest, changes_since, check_fits, check_same_samples
+from megatron_ledom.checkpoint.store import CheckpointStore, check_sizes, latest_checkpoint
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.dataset import build_train_dataset, build_valid_datasets
@@ -54,7 +56,7 @@ def check_resumable(config: RunConfig, sources: Sources) -> None:
     """Refuse a run folder whose latest checkpoint is of another run, before anything in it is changed."""
     latest = latest_checkpoint(checkpoint_folder(config))
     if latest is not None:
-        manifest = load_manifest(latest)
+        manifest = check_sizes(latest)
         check_fits(manifest, config, sources.provenance, latest)
         check_same_samples(manifest, config, sources.train_shards(), latest)
 
@@ -81,7 +83,7 @@ def build_state(
         train_dataset=build_train_dataset(config, sources, cache),
         valid_datasets=build_valid_datasets(config, sources, cache),
         sources=sources,
-        store=CheckpointStore(checkpoint_folder(config), checkpoint_metadata(groups)),
+        store=CheckpointStore(checkpoint_folder(config), checkpoint_metadata(groups), config.checkpoint),
     )
     _resume(state)
     return state
@@ -104,11 +106,12 @@ def _resume(state: TrainState) -> None:
 
 
 def save_checkpoint(state: TrainState) -> None:
-    """Write the whole state as a checkpoint of this iteration, unless it is already there. Call on every rank."""
+    """Begin a checkpoint of this iteration; `state.store` finishes it. Call on every rank."""
     manifest = CheckpointManifest.describe(
         state.config,
         state.provenance,
         state.sources.train_shards(),
+        dist.get_world_size(),
         iteration=state.iteration,
         consumed_train_samples=state.consumed_train_samples,
         consumed_train_tokens=state.consumed_train_tokens,

@@ -1,6 +1,8 @@
 """A run that was interrupted, however, and started again by the same command equals the run that was not, bit for bit."""
 
+import contextlib
 import random
+import resource
 import signal
 import time
 from pathlib import Path
@@ -8,6 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from megatron_ledom.checkpoint.checksums import content_faults, size_faults
+from megatron_ledom.checkpoint.folder import latest_checkpoint
+from megatron_ledom.checkpoint.manifest import load_manifest
 from tests.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_on_ranks, start_ranks
 
 STEPS = 30
@@ -121,6 +126,62 @@ def test_a_checkpoint_that_a_kill_cut_short_is_ignored_and_replaced(
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == ["iter_0000010", "iter_0000020", "iter_0000030", "latest"]
     assert not (checkpoints / "iter_0000020/left_over").exists()
+
+
+@pytest.mark.parametrize("num_kills", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_at_random_moments_change_nothing(data: TinyData, tmp_path: Path, num_kills: int) -> None:
+    """Two ranks, whose checkpoints are written in the background; what `latest` names is whole after every kill."""
+    seed = random.randrange(10**6)
+    print("seed:", seed)
+    draw = random.Random(seed)
+    command = overrides_of(
+        data, *DISTRIBUTED, "checkpoint.save_interval=2", "checkpoint.keep_last=3", "checkpoint.keep_interval=10"
+    )
+    began = time.monotonic()
+    run_on_ranks(data.config, tmp_path / "whole", *command, num_ranks=2)
+    seconds, killed, number = time.monotonic() - began, 0, 0
+    while killed < num_kills:
+        run_dir = tmp_path / f"run{number}"
+        ranks = start_ranks(data.config, run_dir, *command, num_ranks=2)
+        time.sleep(draw.uniform(0, seconds))
+        for rank in draw.sample([0, 1], 2):
+            with contextlib.suppress(ProcessLookupError):
+                ranks.send(signal.SIGKILL, rank)
+        codes = ranks.wait()
+        if codes == [0, 0]:  # too late: it had ended
+            check_same_run(run_dir, tmp_path / "whole")
+            number += 1
+            continue
+        killed += 1
+        check_latest_is_whole(run_dir / "checkpoints")
+    run_on_ranks(data.config, run_dir, *command, num_ranks=2)
+    check_same_run(run_dir, tmp_path / "whole")
+    names = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert names == [*(f"iter_{iteration:07d}" for iteration in (10, 20, 26, 28, 30)), "latest"]
+
+
+def check_latest_is_whole(checkpoints: Path) -> None:
+    """Every byte of it is as it was written, if there is one."""
+    latest = latest_checkpoint(str(checkpoints))
+    if latest is not None:
+        files = load_manifest(latest).files
+        assert size_faults(latest, files) == content_faults(latest, files) == []
+
+
+def test_a_full_disk_ends_the_run_with_an_error_and_it_goes_on_when_there_is_room(
+    data: TinyData, tmp_path: Path, uninterrupted: Path
+) -> None:
+    run_dir, command = tmp_path / "run", overrides_of(data, "checkpoint.save_interval=5")
+    ranks = start_ranks(data.config, run_dir, *command)
+    ranks.wait_until(lambda: (run_dir / "checkpoints/latest").exists())
+    resource.prlimit(ranks.processes[0].pid, resource.RLIMIT_FSIZE, (50_000, resource.RLIM_INFINITY))
+    assert ranks.wait() == [1], ranks.output()
+    assert "cannot be written: File too large; make room, then run the same command again" in ranks.output()
+    latest = (run_dir / "checkpoints/latest").read_text().strip()
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir())[-2:] == [latest, "latest"]
+    check_latest_is_whole(run_dir / "checkpoints")
+    run_on_ranks(data.config, run_dir, *command)
+    check_same_run(run_dir, uninterrupted)
 
 
 def test_a_tensor_parallel_checkpoint_goes_on_as_a_pipeline(data: TinyData, tmp_path: Path, uninterrupted: Path) -> None:

@@ -32,6 +32,7 @@ def build(*settings: str) -> RunConfig:
         "train": {"train_iters": 100, "global_batch_size": 24},
         "optimizer": {"lr_warmup_iters": 10},
         "parallel": {},
+        "checkpoint": {},
     }
     for setting in settings:
         key, value = setting.split("=")
@@ -45,6 +46,13 @@ VPP, CP = "parallel.virtual_pipeline_model_parallel_size", "parallel.context_par
 GATHER = "parallel.overlap_param_gather=True"
 
 REFUSED: list[tuple[list[str], int, str]] = [
+    (["checkpoint.keep_interval=2000"], 1, "checkpoint.keep_interval=2000 without checkpoint.keep_last changes nothing"),
+    (
+        ["checkpoint.keep_last=2", "checkpoint.keep_interval=1500"],
+        1,
+        "checkpoint.keep_interval=1500 is not a multiple of checkpoint.save_interval=1000, so few or none would be written at"
+        " its multiples; the next one is 2000",
+    ),
     (
         [f"{TP}=4", "model.vocab_size=256"],
         4,

@@ -11,6 +11,10 @@ import pytest
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
+from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -67,7 +71,15 @@ PARAMETERS: dict[Callable[..., Any], str] = {
     get_gpt_layer_local_spec: "normalization",
     get_gpt_layer_with_transformer_engine_spec: "",
     get_num_layers_to_build: "config vp_stage",
-    dist_checkpointing.save: "sharded_state_dict checkpoint_dir content_metadata",
+    dist_checkpointing.save: "sharded_state_dict checkpoint_dir sharded_strategy async_sharded_save content_metadata",
+    AsyncCallsQueue.__init__: "persistent",
+    AsyncCallsQueue.maybe_finalize_async_calls: "blocking",
+    FullyParallelSaveStrategyWrapper.__init__: "strategy parallelization_group do_cache_distribution",
+    TorchDistSaveShardedStrategy.__init__: "backend version thread_count",
+    TorchDistSaveShardedStrategy._get_save_and_finalize_callbacks: "writer save_state_dict_ret",
+    FileSystemWriterAsync.write_preloaded_data: """transform_list local_proc_idx write_bucket results_queue count_queue
+        use_fsync""",
+    FileSystemWriterAsync.finish: "metadata results",
     dist_checkpointing.load: "sharded_state_dict checkpoint_dir strict",
     DistributedOptimizer.sharded_state_dict: "model_sharded_state_dict is_loading metadata",
     tensor_parallel.model_parallel_cuda_manual_seed: "seed",
@@ -117,4 +129,5 @@ def test_names_that_the_platform_replaces_exist() -> None:
 
 def test_checkpoints_can_be_written_and_checked() -> None:
     assert importlib.util.find_spec("psutil") is not None  # megatron-core's writer waits for ever without it
+    assert {"async_fn", "async_fn_args", "finalize_fns", "preload_fn"} <= set(AsyncRequest._fields)
     assert finalize_model_grads.__name__ == "finalize_model_grads"

@@ -20,6 +20,7 @@ RUN_BY_TESTS = {
     "python -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml --dry-run": "here",
     "python tools/inspect_shard.py quickstart/shards/reverse/valid --show 2": "tests/quickstart/test_quickstart.py",
     "bash examples/slurm/preprocess.sbatch": "tests/unit/test_slurm_scripts.py, tests/slurm/test_slurm_jobs.py",
+    "python tools/inspect_checkpoint.py runs/reverse --verify": "tests/unit/test_inspect_checkpoint.py",
     "python tools/summarize_tasks.py data/dclm_01": "tests/slurm/test_slurm_jobs.py",
     "python tools/inspect_shard.py data/dclm_01-*-of-00064 --verify": "tests/unit/test_inspect_shard.py",
     "python tools/plan_blend.py --input data/dclm_01-*-of-00064 --tokens 234e9 --seq-length 8192 --global-batch-size 1024": (

@@ -205,12 +205,14 @@ def test_a_damaged_checkpoint_is_named(data: TinyData, trained: Path) -> None:
     largest = max(checkpoint.glob("*.distcp"), key=lambda path: path.stat().st_size)
     whole = largest.read_bytes()
     try:
-        for content in (whole[: len(whole) // 2], b""):
+        middle = len(whole) // 2
+        flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
+        for content, fault in [(whole[:middle], f"has {middle:,} bytes"), (b"", "has 0 bytes"), (flipped, "has sha256")]:
             largest.write_bytes(content)
             code, message = refused(data, trained, "train.train_iters=5")
             assert code == 1
-            assert f"{checkpoint} cannot be read" in message
-            assert "it is damaged" in message
+            assert f"{checkpoint} is damaged: {largest} {fault}" in message
+            assert "let the file `latest` beside it name that one" in message
     finally:
         largest.write_bytes(whole)
     (trained / "checkpoints/latest").write_text("iter_0000009\n")

@@ -1,0 +1,145 @@
+"""What a checkpoint holds, for people: position, layout, tensors by part, files, and every fault."""
+
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from megatron_ledom.checkpoint.checksums import content_faults, size_faults
+from megatron_ledom.checkpoint.folder import find_checkpoint, finished_checkpoints, latest_checkpoint
+from megatron_ledom.checkpoint.manifest import CheckpointManifest, load_manifest
+from megatron_ledom.config.derived import data_parallel_size
+from megatron_ledom.config.schema import ParallelConfig
+from megatron_ledom.errors import DataError, LedomError, VerificationError
+
+METADATA = ".metadata"
+NAMES = {("torch", "Size"), ("torch", "float32"), ("torch", "bfloat16"), ("torch", "float64"), ("torch", "int64")} | {
+    ("torch", "uint8"),
+    ("torch", "float16"),
+    ("torch.serialization", "_get_layout"),
+    ("collections", "OrderedDict"),
+}
+MODULES = ("metadata", "planner", "filesystem")
+"""Of torch.distributed.checkpoint. With NAMES: all that a list of tensors is made of; nothing else is unpickled."""
+
+
+@dataclass(slots=True)
+class Part:
+    """Tensors that are printed as one line."""
+
+    tensors: int = 0
+    elements: int = 0
+    num_bytes: int = 0
+
+
+class _MetadataReader(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        """Classes that describe tensors; a file that asks for another one is refused before it can do harm."""
+        if module in [f"torch.distributed.checkpoint.{known}" for known in MODULES] or (module, name) in NAMES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+def inspect_checkpoint(where: str, *, verify: bool = False) -> None:
+    """Print a checkpoint, or the latest of a run folder after a list of all, to stdout.
+
+    With `verify` every file is read again. Faults go to stderr, one a line, and raise VerificationError.
+    """
+    checkpoint = find_checkpoint(where)
+    if checkpoint != where:
+        _print_all(os.path.join(where, "checkpoints"))
+    manifest = load_manifest(checkpoint)
+    for name, value in _rows(checkpoint, manifest):
+        print(f"{name:<12}  {value}")
+    faults = size_faults(checkpoint, manifest.files)
+    if verify:
+        faults = faults or content_faults(checkpoint, manifest.files)
+    try:
+        _print_parts(tensors_of(checkpoint))
+    except DataError as error:
+        faults.append(str(error))
+    for fault in faults:
+        print(f"fault: {fault}", file=sys.stderr)
+    if faults:
+        raise VerificationError(
+            f"{checkpoint} is damaged, {len(faults)} fault{'s'[: len(faults) > 1]}; use an earlier one: let the file `latest`"
+            " beside it name that one"
+        )
+    if verify:
+        print(f"verified: {len(manifest.files)} files" if manifest.files else "nothing to verify: written before checksums")
+
+
+def tensors_of(checkpoint: str) -> dict[str, TensorStorageMetadata]:
+    """Shape and type of every tensor, by name. Raises DataError when the list cannot be read."""
+    path = os.path.join(checkpoint, METADATA)
+    try:
+        with open(path, "rb") as file:
+            entries = _MetadataReader(file).load().state_dict_metadata
+    except (OSError, pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, KeyError, TypeError) as error:
+        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def part_of(name: str) -> str:
+    """The line a tensor belongs to: `weights: decoder`, `optimizer: exp_avg`."""
+    words = name.split(".")
+    return f"optimizer: {words[2]}" if words[:2] == ["optimizer", "state"] else f"weights: {words[0]}"
+
+
+def layout_of(parallel: ParallelConfig, world_size: int | None) -> str:
+    """`4 ranks: TP 2, PP 2 of 2 chunks, CP 1, DP 1, distributed optimizer`."""
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    words = [
+        f"TP {parallel.tensor_model_parallel_size}",
+        f"PP {parallel.pipeline_model_parallel_size}" + (f" of {chunks} chunks" if chunks else ""),
+        f"CP {parallel.context_parallel_size}",
+        f"DP {'unknown' if world_size is None else data_parallel_size(parallel, world_size)}",
+        f"{'distributed' if parallel.use_distributed_optimizer else 'ordinary'} optimizer",
+    ]
+    return f"{'unknown number of' if world_size is None else world_size} ranks: {', '.join(words)}"
+
+
+def _rows(checkpoint: str, manifest: CheckpointManifest) -> Iterator[tuple[str, str]]:
+    provenance = manifest.provenance
+    yield "checkpoint", checkpoint
+    yield "iteration", f"{manifest.iteration:,}"
+    yield "consumed", f"{manifest.consumed_train_samples:,} samples, {manifest.consumed_train_tokens:,} tokens"
+    yield "written by", layout_of(manifest.run_config(checkpoint).parallel, manifest.world_size)
+    yield "direction", str(provenance.direction)
+    yield "tokenizer", f"{provenance.tokenizer_name} ({provenance.tokenizer_sha256[:12]}), {provenance.vocab_size:,} ids"
+    yield "written at", f"{manifest.created_at} by version {manifest.package_version}"
+    size = sum(sums["bytes"] for sums in manifest.files.values())
+    yield (
+        "files",
+        f"{len(manifest.files):,}, {size / 2**30:,.3f} GiB" if manifest.files else "not listed: written before checksums",
+    )
+
+
+def _print_parts(tensors: dict[str, TensorStorageMetadata]) -> None:
+    parts: dict[str, Part] = {}
+    for name, tensor in tensors.items():
+        part = parts.setdefault(part_of(name), Part())
+        part.tensors += 1
+        part.elements += tensor.size.numel()
+        part.num_bytes += tensor.size.numel() * tensor.properties.dtype.itemsize
+    print(f"\n{'tensors':<32}  {'number':>8}  {'elements':>18}  {'GiB':>10}")
+    for name, part in sorted(parts.items(), reverse=True):
+        print(f"{name:<32}  {part.tensors:>8,}  {part.elements:>18,}  {part.num_bytes / 2**30:>10,.3f}")
+
+
+def _print_all(folder: str) -> None:
+    """One line a finished checkpoint."""
+    latest = os.path.basename(latest_checkpoint(folder) or "")
+    for name in finished_checkpoints(folder).values():
+        try:
+            manifest = load_manifest(os.path.join(folder, name))
+            size = sum(sums["bytes"] for sums in manifest.files.values()) / 2**30
+            line = f"{manifest.consumed_train_tokens:>18,} tokens  {size:>10,.3f} GiB  {manifest.created_at}"
+        except LedomError as error:
+            line = f"unreadable: {error}"
+        print(f"{name}  {line}{'  <- latest' if name == latest else ''}")
+    print()

@@ -1,0 +1,68 @@
+"""Which checkpoints stay: the newest few, and for ever those at a multiple of an interval."""
+
+import logging
+import os
+import re
+import shutil
+
+from megatron_ledom.checkpoint.folder import (
+    LATEST,
+    NAME,
+    PART,
+    TRASH,
+    finished_checkpoints,
+    fsync_path,
+    latest_checkpoint,
+    move_to_trash,
+)
+from megatron_ledom.config.schema import CheckpointConfig
+
+log = logging.getLogger(__name__)
+
+LEFT_OVER = re.compile(rf"{NAME.pattern}({re.escape(PART)}|({re.escape(PART)})?\.\d+{re.escape(TRASH)})")
+
+
+def outdated(iterations: list[int], latest: int, settings: CheckpointConfig) -> list[int]:
+    """Those of the `iterations` that may go.
+
+    Checkpoints behind `latest` belong to a run that was taken back to it: they neither count nor go, the run will replace them.
+    """
+    if settings.keep_last is None:
+        return []
+    past = sorted(iteration for iteration in iterations if iteration <= latest)
+    interval = settings.keep_interval
+    return [
+        iteration
+        for iteration in past[: -settings.keep_last]
+        if iteration != latest and not (interval and iteration % interval == 0)
+    ]
+
+
+def retire(folder: str, settings: CheckpointConfig) -> None:
+    """Move outdated checkpoints to the trash. What cannot be moved stays, with a warning: a run does not end for that."""
+    latest = latest_checkpoint(folder)
+    if latest is None:
+        return
+    names = finished_checkpoints(folder)
+    try:
+        for iteration in outdated(list(names), int(os.path.basename(latest).removeprefix("iter_")), settings):
+            move_to_trash(folder, names[iteration])
+        fsync_path(folder)
+    except (OSError, ValueError) as error:
+        log.warning("outdated checkpoints in %s stay: %s", folder, error)
+
+
+def sweep(folder: str, keep: str | None = None) -> None:
+    """Delete the trash and what killed saves have left, except the folder named `keep`."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in sorted(names):
+        path = os.path.join(folder, name)
+        if name == LATEST + PART:
+            os.unlink(path)
+        elif LEFT_OVER.fullmatch(name) and name != keep:
+            shutil.rmtree(path, ignore_errors=True)
+            if os.path.exists(path):
+                log.warning("%s cannot be deleted; delete it by hand", path)

@@ -1,0 +1,79 @@
+"""A checkpoint written while training goes on holds the weights of its own step: not older ones, not newer ones."""
+
+import os
+import signal
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tests.tiny_runs import TinyData, read_tensors, start_ranks
+
+OVERLAPPED = (
+    "parallel.use_distributed_optimizer=true",
+    "parallel.overlap_grad_reduce=true",
+    "parallel.overlap_param_gather=true",
+)
+
+
+def train_and_save(config_file: str, run_dir: str) -> None:
+    """One rank: a save after each of steps 2 and 4, the writer held until two steps later; live weights go to a file."""
+    from megatron_ledom.checkpoint.store import sharded_weights, unwrapped
+    from megatron_ledom.config.derived import train_samples
+    from megatron_ledom.config.load import load_config
+    from megatron_ledom.data.batch import batch_iterators
+    from megatron_ledom.data.sources import load_sources
+    from megatron_ledom.model.layer_specs import choose_layers
+    from megatron_ledom.parallel.gathering import gathered_weights
+    from megatron_ledom.parallel.groups import start_distributed, stop_distributed
+    from megatron_ledom.platform.device import prepare_platform
+    from megatron_ledom.training.state import build_state, save_checkpoint
+    from megatron_ledom.training.step import train_step
+
+    config = load_config(config_file, [f"run_dir={run_dir}", *OVERLAPPED])
+    platform, choice = prepare_platform(1), choose_layers(config)
+    groups = start_distributed(platform, config.parallel)
+    state = build_state(config, load_sources(config), platform, groups, choice)
+    batches = batch_iterators(config, state.train_dataset, 0, train_samples(config), groups, platform.device)
+    writer = state.store.writer
+    for step in range(1, 7):
+        train_step(config, state.model, state.optimizer, state.scheduler, batches, groups)
+        state.advance()
+        if step in (2, 4):
+            save_checkpoint(state)
+            pid = writer.writer_pid()
+            assert pid is not None
+            os.kill(pid, signal.SIGSTOP)
+            with gathered_weights(state.model):
+                entries = sharded_weights(state.model, state.store.metadata)["model"].items()
+                names = {name: entry.key for name, entry in entries if hasattr(entry, "key")}
+                live = {name: weight.clone() for name, weight in unwrapped(state.model[0]).named_parameters()}
+            if groups.data.rank() == 0:
+                torch.save({names.get(name, name): weight for name, weight in live.items()}, f"{run_dir}/live{step}.pt")
+        state.store.poll()
+        if step in (3, 5):  # two steps have changed the weights since
+            assert writer.writer_pid() == pid
+            os.kill(pid, signal.SIGCONT)
+            state.store.finish()
+    stop_distributed()
+
+
+def test_two_saves_hold_the_live_weights_of_their_steps(data: TinyData, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    act = partial(train_and_save, str(data.config), str(run_dir))
+    ranks = start_ranks(data.config, run_dir, num_ranks=2, instead=act)
+    assert ranks.wait() == [0, 0], ranks.output()
+    stored = {}
+    for step in (2, 4):
+        (run_dir / "checkpoints/latest").write_text(f"iter_{step:07d}\n")
+        stored[step] = read_tensors(run_dir)
+        live = torch.load(run_dir / f"live{step}.pt", weights_only=True)
+        compared = 0
+        for name, weight in live.items():
+            if name in stored[step] and stored[step][name].shape == weight.shape:
+                assert torch.equal(stored[step][name], weight), name
+                compared += 1
+        assert compared >= 3
+    changed = [name for name in stored[2] if not torch.equal(stored[2][name], stored[4][name])]
+    assert len(changed) == len(stored[2])

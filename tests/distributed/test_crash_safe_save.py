@@ -1,0 +1,184 @@
+"""What is left when a save is cut short: by a kill at each of its steps, a full disk, a writer that dies, signals to all.
+
+The state is one tensor and a number, saved by the writer that training uses; each save is a forked rank of its own.
+"""
+
+import itertools
+import mmap
+import os
+import random
+import resource
+import shutil
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ledom.checkpoint.checksums import content_faults, size_faults
+from megatron_ledom.checkpoint.folder import latest_checkpoint
+from megatron_ledom.checkpoint.manifest import load_manifest
+from tests.tiny_runs import TinyData, read_tensors, start_ranks
+
+WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+BIG = 4_000_000
+"""Elements of a tensor that is not written at once."""
+
+
+def die_at(step: int, folder: str) -> None:
+    """Kill the whole job before its `step`-th open for writing, fsync, rename or removal; the writer's steps count too."""
+    done = mmap.mmap(-1, 8)  # shared with the processes that are forked from here
+    sync = os.fsync
+
+    def count() -> None:
+        number = int.from_bytes(done[:8], "little") + 1
+        if number == step:
+            os.killpg(0, signal.SIGKILL)
+        done[:8] = number.to_bytes(8, "little")
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "open":
+            path, _, flags = arguments
+            if flags & (os.O_WRONLY | os.O_RDWR) and str(path).startswith(folder):
+                count()
+        elif event in WRITES:
+            count()
+
+    def fsync(descriptor: Any) -> None:
+        count()
+        sync(descriptor)
+
+    os.fsync = fsync  # type: ignore[assignment]
+    sys.addaudithook(watch)
+
+
+def save(config_file: str, folder: str, iteration: int, *, elements: int = 1000, **how: Any) -> None:
+    """One rank's part of a save: a tensor of `elements` per rank, all equal to `iteration`."""
+    import torch.distributed as dist
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from megatron_ledom.checkpoint.manifest import CheckpointManifest
+    from megatron_ledom.checkpoint.writing import CheckpointWriter
+    from megatron_ledom.config.load import load_config
+    from megatron_ledom.config.schema import CheckpointConfig, ParallelConfig
+    from megatron_ledom.data.sources import load_sources
+    from megatron_ledom.parallel.groups import start_distributed, stop_distributed
+    from megatron_ledom.platform.device import prepare_platform
+
+    config = load_config(config_file, [])
+    provenance = load_sources(config).provenance
+    groups = start_distributed(prepare_platform(1), ParallelConfig())
+    rank, world = dist.get_rank(), dist.get_world_size()
+    settings = CheckpointConfig(keep_last=1, async_save=how.get("async_save", True))
+    writer = CheckpointWriter(folder, settings, groups.data_and_context)
+    tensor = torch.full((elements,), float(iteration))
+    state = {"weights": ShardedTensor.from_rank_offsets("weights", tensor, (0, rank, world)), "step": iteration}
+    position = {"iteration": iteration, "consumed_train_samples": 0, "consumed_train_tokens": 0}
+    manifest = CheckpointManifest.describe(config, provenance, [], world, **position)
+    if "die_at" in how:
+        die_at(how["die_at"], folder)
+    if how.get("full_disk_on_rank") == rank:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
+    if how.get("signals"):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, lambda *_: None)
+    writer.save(manifest, state, {})
+    tensor.fill_(-1.0)  # training goes on
+    if how.get("signals"):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.killpg(0, number)
+    if how.get("kill_writer_of_rank") == rank:
+        pid = writer.writer_pid()
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+    writer.poll()
+    writer.finish()
+    stop_distributed()
+
+
+def saved(data: TinyData, run: Path, iteration: int, num_ranks: int = 1, **how: Any) -> tuple[list[int], str]:
+    """Exit codes and output of a save in processes of its own."""
+    act = partial(save, str(data.config), str(run / "checkpoints"), iteration, **how)
+    ranks = start_ranks(data.config, run / f"save{iteration}", num_ranks=num_ranks, instead=act)
+    return ranks.wait(), ranks.output()
+
+
+def check_whole(run: Path, num_ranks: int = 1) -> int:
+    """The iteration of the latest checkpoint, of which every byte is as it was written."""
+    checkpoint = latest_checkpoint(str(run / "checkpoints"))
+    assert checkpoint is not None
+    manifest = load_manifest(checkpoint)
+    assert size_faults(checkpoint, manifest.files) == content_faults(checkpoint, manifest.files) == []
+    assert {name for name in os.listdir(checkpoint) if name != "manifest.json"} == set(manifest.files)
+    weights = read_tensors(run)["weights"]
+    assert torch.equal(weights, torch.full((weights.numel(),), float(manifest.iteration)))
+    return manifest.iteration
+
+
+def names(run: Path) -> list[str]:
+    return sorted(os.listdir(run / "checkpoints"))
+
+
+@pytest.mark.parametrize(
+    ("async_save", "stride"),
+    [(True, 6), pytest.param(True, 1, marks=pytest.mark.slow), pytest.param(False, 1, marks=pytest.mark.slow)],
+)
+def test_killed_at_any_step_of_a_save_the_last_checkpoint_is_whole(
+    data: TinyData, tmp_path: Path, async_save: bool, stride: int
+) -> None:
+    """Each step with stride 1, every sixth from a random one on in the quick test."""
+    start = tmp_path / "start"
+    assert saved(data, start, 1)[0] == [0]
+    first = random.randrange(1, stride + 1)
+    print("first step:", first)
+    found = set()
+    for step in itertools.count(first, stride):
+        run = tmp_path / f"killed_at_{step}"
+        shutil.copytree(start, run)
+        codes, output = saved(data, run, 2, die_at=step, async_save=async_save)
+        if codes == [0]:
+            break
+        assert codes == [-signal.SIGKILL], output
+        found.add(check_whole(run))
+        if (step - first) // stride % 3 == 0:
+            codes, output = saved(data, run, 3)
+            assert codes == [0], output
+            assert check_whole(run) == 3
+            assert names(run) == ["iter_0000003", "latest"]
+    assert found == {1, 2}
+    assert step > 25
+    assert check_whole(run) == 2
+    assert names(run) == ["iter_0000002", "latest"]
+
+
+@pytest.mark.parametrize("async_save", [True, False])
+def test_a_full_disk_on_one_rank_is_a_clear_error_on_all_and_leaves_the_checkpoint_before(
+    data: TinyData, tmp_path: Path, async_save: bool
+) -> None:
+    assert saved(data, tmp_path, 1, num_ranks=2)[0] == [0, 0]
+    codes, output = saved(data, tmp_path, 2, num_ranks=2, full_disk_on_rank=1, async_save=async_save)
+    assert codes == [1, 1], output
+    assert output.count("error: checkpoint 2 was not saved, those before it are untouched: rank 1:") == 2
+    assert "__1_0.distcp cannot be written: File too large; make room, then run the same command again" in output
+    assert check_whole(tmp_path) == 1
+    assert names(tmp_path) == ["iter_0000001", "latest"]
+    assert saved(data, tmp_path, 2, num_ranks=2)[0] == [0, 0]
+    assert check_whole(tmp_path) == 2
+
+
+def test_a_writer_that_is_killed_is_an_error_with_its_cause(data: TinyData, tmp_path: Path) -> None:
+    assert saved(data, tmp_path, 1, num_ranks=2)[0] == [0, 0]
+    codes, output = saved(data, tmp_path, 2, num_ranks=2, kill_writer_of_rank=1, elements=BIG)
+    assert codes == [1, 1], output
+    assert "rank 1: the process that wrote its share of" in output
+    assert "was killed by SIGKILL; often memory ran out" in output
+    assert check_whole(tmp_path) == 1
+
+
+def test_signals_to_all_processes_of_a_job_do_not_end_a_save(data: TinyData, tmp_path: Path) -> None:
+    codes, output = saved(data, tmp_path, 1, signals=True, elements=BIG)
+    assert codes == [0], output
+    assert check_whole(tmp_path) == 1
