@@ -40,8 +40,8 @@ def lines(config: RunConfig) -> list[dict[str, Any]]:
 
 def test_bits_per_byte_by_hand() -> None:
     """One bit a token and 6 tokens (eods too) of 4 bytes of text: 1.5 bits a byte."""
-    assert bits_per_byte(math.log(2), 6, 4) == pytest.approx(1.5)
-    assert bits_per_byte(3 * math.log(2), 100, 400) == pytest.approx(0.75)
+    assert bits_per_byte(math.log(2), 4 / 6) == pytest.approx(1.5)
+    assert bits_per_byte(3 * math.log(2), 4.0) == pytest.approx(0.75)
 
 
 def test_a_run_reports_the_keys_that_scripts_rely_on(data: TinyData, tmp_path: Path) -> None:
