@@ -98,7 +98,7 @@ class IndexPlan:
             with open(self.path(cache), "rb") as stream:
                 content = stream.read(HEADER.size)
                 size = os.fstat(stream.fileno()).st_size
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
         if len(content) < HEADER.size:
             return False
