@@ -161,8 +161,10 @@ class Ranks:
         return self.log.read_text(encoding="utf-8", errors="replace")[-6000:]
 
 
-def start_ranks(config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1) -> Ranks:
-    """Start `num_ranks` ranks of a run; return at once."""
+def start_ranks(
+    config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1, before: Callable[[], None] | None = None
+) -> Ranks:
+    """Start `num_ranks` ranks of a run; return at once. `before`, a function of a module, is called first in each."""
     log = config.parent / f"{run_dir.parent.name}-{run_dir.name}.log"
     log.write_text("")
     arguments = [f"run_dir={run_dir}", *overrides]
@@ -171,7 +173,7 @@ def start_ranks(config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1
     processes = []
     for rank in range(num_ranks):
         environment = {name: str(value) for name, value in {**launch, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        process = context.Process(target=_be_rank, args=(environment, str(config), arguments, str(log)))
+        process = context.Process(target=_be_rank, args=(environment, str(config), arguments, str(log), before))
         process.start()
         processes.append(process)
     return Ranks(processes, log)
@@ -207,7 +209,9 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _be_rank(environment: dict[str, str], config: str, arguments: list[str], log: str) -> None:
+def _be_rank(
+    environment: dict[str, str], config: str, arguments: list[str], log: str, before: Callable[[], None] | None = None
+) -> None:
     """One rank of a run, with its output in `log`."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # Linux's own; here it would be that of the preloaded process
@@ -219,4 +223,6 @@ def _be_rank(environment: dict[str, str], config: str, arguments: list[str], log
     from megatron_ledom import errors, pretrain
 
     sys.argv = ["pretrain", "--config", config, *arguments]
+    if before is not None:
+        before()
     errors.run_command(pretrain.main)
