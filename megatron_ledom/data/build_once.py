@@ -105,6 +105,7 @@ def _lock(path: str, *, shared: bool) -> Iterator[tuple[bool, Callable[[str], No
         raise cannot_build(error, os.path.dirname(path)) from error
 
     def note(text: str) -> None:
+        """Write who is at it, and how far, into the lock file."""
         content = f"{node()}, process {os.getpid()}: {text}\n".encode()
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, content, 0)

@@ -161,6 +161,7 @@ def prepare_indices(config: RunConfig, sources: Sources, cache: str) -> None:
         return all(plan.is_built(cache) for plan in plans)
 
     def build(note: Any) -> None:
+        """Everything that is missing, from shards that are what they were."""
         check_indexed(sources)
         for plan in plans:
             if not plan.is_built(cache):
