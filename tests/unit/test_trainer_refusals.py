@@ -171,7 +171,10 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept_as_it_is(data: TinyData
             [f"data.train_blend=[[99,{data.shard('reverse_train')}],[1,{data.shard('reverse_valid')}]]"],
             "data.train_blend had 1 shards, has 2",
         ),
-        ([f"data.train_blend=[[1,{data.shard('reverse_valid')}]]"], "reverse_train was: content (sha256 of .bin) was"),
+        (
+            [f"data.train_blend=[[1,{data.shard('reverse_valid')}]]", "train.train_iters=4"],
+            "reverse_train was: content (sha256 of .bin) was",
+        ),
         (["data.split=[9,1,0]", "train.eval_iters=1"], "last document was 400, is 360"),
         (["parallel.use_distributed_optimizer=true"], "set parallel.use_distributed_optimizer=false"),
     ]:
