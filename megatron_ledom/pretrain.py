@@ -9,10 +9,12 @@ unforeseen, such as a rank that was lost.
 
 import argparse
 import importlib.util
+import json
 import logging
 import os
 import sys
 import warnings
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from megatron_ledom.config.checks import check_config
@@ -100,7 +102,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     )
     logging.getLogger("megatron").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"megatron\.core")  # what is installed is said in one line below
-    from megatron_ledom.data.sources import load_run_tokenizer, load_sources
+    from megatron_ledom.data.sources import describe_blend, load_run_tokenizer, load_sources
 
     if rank == 0:
         stop.deadline = find_deadline(config.train)
@@ -108,6 +110,8 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     tokenizer = load_run_tokenizer(config, sources)
     if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise UsageError("logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'")
+    from megatron_ledom.data.dataset import index_cache
+    from megatron_ledom.data.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
@@ -116,10 +120,13 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
 
     platform = prepare_platform(config.train.num_threads, launch)
     choice = choose_layers(config)
-    check_resumable(config, sources)
+    sources, changed = check_resumable(config, sources)
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
     if rank == 0:
         prepare_run_folder(config, tokenizer)
+        note_changed_data(config, changed)
+    log.info("training data\n%s", describe_blend(config, sources))
+    prepare_indices(config, sources, index_cache(config))  # no collective waits for it: there is no process group yet
     groups = start_distributed(platform, config.parallel, launch)
     try:
         train(build_state(config, sources, platform, groups, choice), stop)
@@ -164,6 +171,13 @@ def prepare_run_folder(config: RunConfig, tokenizer: "Tokenizer | None") -> None
         raise ConfigError(
             f"run_dir={config.run_dir} cannot be written ({error.strerror}); name a folder you may write to"
         ) from error
+
+
+def note_changed_data(config: RunConfig, changed: list[str]) -> None:
+    """Keep in the run folder what data.allow_changed_data let through, a line each start."""
+    if changed:
+        with open(os.path.join(config.run_dir, "data_changes.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps({"at": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed}) + "\n")
 
 
 if __name__ == "__main__":

@@ -162,9 +162,17 @@ class Ranks:
 
 
 def start_ranks(
-    config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1, instead: Callable[[], None] | None = None
+    config: Path,
+    run_dir: Path,
+    *overrides: str,
+    num_ranks: int = 1,
+    hook: Callable[[], None] | None = None,
+    instead: Callable[[], None] | None = None,
 ) -> Ranks:
-    """Start `num_ranks` ranks of a run, or of `instead`, a function of a module, in their place; return at once."""
+    """Start `num_ranks` ranks of a run, or of `instead` in its place; return at once. Each first calls `hook`.
+
+    Both are functions of a module.
+    """
     log = config.parent / f"{run_dir.parent.name}-{run_dir.name}.log"
     log.write_text("")
     arguments = [f"run_dir={run_dir}", *overrides]
@@ -173,7 +181,7 @@ def start_ranks(
     processes = []
     for rank in range(num_ranks):
         environment = {name: str(value) for name, value in {**launch, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        process = context.Process(target=_be_rank, args=(environment, str(config), arguments, str(log), instead))
+        process = context.Process(target=_be_rank, args=(environment, str(config), arguments, str(log), hook, instead))
         process.start()
         processes.append(process)
     return Ranks(processes, log)
@@ -210,7 +218,12 @@ def free_port() -> int:
 
 
 def _be_rank(
-    environment: dict[str, str], config: str, arguments: list[str], log: str, instead: Callable[[], None] | None
+    environment: dict[str, str],
+    config: str,
+    arguments: list[str],
+    log: str,
+    hook: Callable[[], None] | None,
+    instead: Callable[[], None] | None,
 ) -> None:
     """One rank of a run, with its output in `log`."""
     os.setsid()
@@ -223,4 +236,6 @@ def _be_rank(
     from megatron_ledom import errors, pretrain
 
     sys.argv = ["pretrain", "--config", config, *arguments]
+    if hook is not None:
+        hook()
     errors.run_command(instead or pretrain.main)

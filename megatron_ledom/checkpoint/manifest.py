@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -14,6 +15,8 @@ from megatron_ledom.config.load import config_from_dict, to_dict
 from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.errors import ConfigError, DataError, MismatchError
 from megatron_ledom.provenance import Provenance
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 WITHOUT_CHECKSUMS = 1
@@ -46,7 +49,7 @@ class CheckpointManifest:
     provenance: Provenance
     config: dict[str, Any]
     train_shards: list[list[Any]]
-    """[share of the samples, sha256 of .bin] of each training shard."""
+    """[share of the samples, sha256 of .bin, of .idx, first document, behind the last, prefix] of each training shard."""
     world_size: int | None
     """Ranks that wrote it; None in a checkpoint of the format before."""
     package_version: str
@@ -147,29 +150,54 @@ def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Prov
     manifest.provenance.check_same(provenance, f"the checkpoint {where}", "this run's data")
 
 
-def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_shards: list[list[Any]], where: str) -> None:
-    """Refuse to go on where the samples already consumed would not be those that this run counts. Raises MismatchError."""
+def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_shards: list[list[Any]], where: str) -> list[str]:
+    """Refuse to go on where the samples already consumed would not be those that this run counts. Raises MismatchError.
+
+    With `data.allow_changed_data` it warns instead, and returns what has changed.
+    """
     trained = manifest.run_config(where)
     pairs = [
         ("data.seq_length", trained.data.seq_length, config.data.seq_length),
         ("train.seed", trained.train.seed, config.train.seed),
-        ("the shards of data.train_blend", manifest.train_shards, train_shards),
     ]
-    if config.data.allow_repeats:  # the length decides how the passes over a source are shuffled
-        pairs.append(("train.train_iters with data.allow_repeats", trained.train.train_iters, config.train.train_iters))
     changed = [f"{key} was {old}, is {new}" for key, old, new in pairs if old != new]
-    if changed:
+    changed += _changed_shards(manifest.train_shards, train_shards)
+    batch = config.train.global_batch_size
+    if changed and not config.data.allow_changed_data:
         raise MismatchError(
             f"{where} cannot go on with other samples: {'; '.join(changed)}; samples would be repeated or left out without a"
-            " word: restore the old values, or use another run_dir for a new run"
+            " word: restore the old values, use another run_dir for a new run, or go on all the same with"
+            " data.allow_changed_data=true"
         )
-    batch = config.train.global_batch_size
+    for change in changed:
+        log.warning("OTHER TRAINING DATA than that of %s, by data.allow_changed_data=true: %s", where, change)
     if manifest.consumed_train_samples > config.train.train_iters * batch:
         raise ConfigError(
             f"{where} has consumed {manifest.consumed_train_samples:,} samples, train.train_iters={config.train.train_iters} with"
             f" train.global_batch_size={batch} ends before; set train.train_iters to at least"
             f" {-(-manifest.consumed_train_samples // batch)}"
         )
+    return changed
+
+
+def planned_samples(manifest: CheckpointManifest, config: RunConfig) -> int:
+    """Samples that a run which goes on from a checkpoint will have consumed at its end, the batch size changed or not."""
+    left = max(0, config.train.train_iters - manifest.iteration)
+    return manifest.consumed_train_samples + left * config.train.global_batch_size
+
+
+def _changed_shards(old: list[list[Any]], new: list[list[Any]]) -> list[str]:
+    """What differs between two blends, the first difference in words: there may be thousands of shards."""
+    if len(old) != len(new):
+        return [f"data.train_blend had {len(old)} shards, has {len(new)}"]
+    names = ("share of the samples", "content (sha256 of .bin)", "index (sha256 of .idx)", "first document", "last document")
+    different = [(one, other) for one, other in zip(old, new, strict=True) if one[: len(names)] != other[: len(names)]]
+    if not different:
+        return []
+    one, other = different[0]
+    kinds = [f"{name} was {a}, is {b}" for name, a, b in zip(names, one, other, strict=False) if a != b]
+    more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
+    return [f"data.train_blend: the shard {other[-1]}, where {one[-1]} was: {', '.join(kinds)}{more}"]
 
 
 def changes_since(manifest: CheckpointManifest, config: RunConfig) -> list[str]:

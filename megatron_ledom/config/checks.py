@@ -10,10 +10,12 @@ from megatron_ledom.config.derived import (
     head_dim,
     lr_decay_iters,
     model_parallel_size,
+    named_blends,
     next_multiple,
     num_microbatches,
     padded_vocab_size,
     query_groups,
+    tokens_per_iteration,
 )
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
@@ -187,16 +189,44 @@ def masks(config: RunConfig) -> Faults:
 
 
 def blends(config: RunConfig) -> Faults:
-    """Each source is named once, without a suffix."""
-    for key in ("train_blend", "valid_blend"):
-        prefixes = [prefix for _, prefix in getattr(config.data, key)]
+    """Each source is named once in its blend, without a suffix."""
+    for key, blend in named_blends(config.data):
+        prefixes = [prefix for _, prefix in blend]
         for prefix in sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
-            yield f"data.{key} lists {prefix} {prefixes.count(prefix)} times; list it once, with the sum of its weights"
+            yield f"{key} lists {prefix} {prefixes.count(prefix)} times; list it once, with the sum of its weights"
         for prefix in prefixes:
             if prefix.endswith(SHARD_SUFFIXES):
-                yield f"data.{key} lists the file {prefix}; expected the prefix of a shard, {prefix.rsplit('.', 1)[0]}"
+                yield f"{key} lists the file {prefix}; expected the prefix of a shard, {prefix.rsplit('.', 1)[0]}"
             elif not prefix.strip():
-                yield f"data.{key} has an entry with an empty prefix; expected [weight, prefix]"
+                yield f"{key} has an entry with an empty prefix; expected [weight, prefix]"
+
+
+def held_out_sets(config: RunConfig) -> Faults:
+    """What is held out is said in one way, and every set has a name of its own and something in it."""
+    data = config.data
+    given = [key for key in ("valid_blend", "valid_sets", "test_sets") if getattr(data, key)]
+    if data.split is not None and given:
+        yield (
+            f"data.split={list(data.split)} and data.{given[0]} are both set; hold text out by ratios or by separate shards,"
+            " and leave the other out"
+        )
+    for key in ("valid_sets", "test_sets"):
+        for name, blend in getattr(data, key).items():
+            if not blend or not name.strip():
+                yield f"data.{key} has the set {name!r} with {len(blend)} shards; give it a name and at least one shard"
+    for name in sorted({prefix for _, prefix in data.valid_blend} & data.valid_sets.keys()):
+        yield f"{name} names a shard of data.valid_blend and a set of data.valid_sets; choose another name for the set"
+
+
+def tokens_to_draw(config: RunConfig) -> Faults:
+    """A blend in tokens says how long the run is."""
+    data, each = config.data, tokens_per_iteration(config)
+    asked, iterations = sum(tokens for tokens, _ in data.train_blend), config.train.train_iters
+    if data.blend_unit == "tokens" and data.train_blend and not iterations - 1 < asked / each < iterations + 1:
+        yield (
+            f"data.train_blend asks for {asked:,.0f} tokens, train.train_iters={iterations} draws {iterations * each:,}; set"
+            f" train.train_iters={max(1, int(asked // each))}, or data.blend_unit=weight to take the numbers as shares"
+        )
 
 
 def retention(config: RunConfig) -> Faults:
@@ -263,6 +293,8 @@ RULES: tuple[Callable[[RunConfig], Faults], ...] = (
     masks,
     blends,
     retention,
+    held_out_sets,
+    tokens_to_draw,
 )
 WORLD_RULES: tuple[Callable[[RunConfig, int], Faults], ...] = (world, batch)
 

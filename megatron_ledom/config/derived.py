@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 
-from megatron_ledom.config.schema import BlendEntry, ModelConfig, ParallelConfig, RunConfig
+from megatron_ledom.config.schema import BlendEntry, DataConfig, ModelConfig, ParallelConfig, RunConfig
 
 
 def checkpoint_folder(config: RunConfig) -> str:
@@ -100,3 +100,14 @@ def blend_shares(blend: Sequence[BlendEntry]) -> list[float]:
     """Share of the samples that each source gives; the shares add up to 1."""
     total = sum(weight for weight, _ in blend)
     return [weight / total for weight, _ in blend]
+
+
+def named_blends(data: DataConfig) -> list[tuple[str, list[BlendEntry]]]:
+    """Every blend of the run with its dotted key."""
+    sets = [(f"data.{key}.{name}", blend) for key in ("valid_sets", "test_sets") for name, blend in getattr(data, key).items()]
+    return [("data.train_blend", data.train_blend), ("data.valid_blend", data.valid_blend), *sets]
+
+
+def has_validation(data: DataConfig) -> bool:
+    """Whether the run validates."""
+    return bool(data.valid_blend or data.valid_sets or (data.split and data.split[1]))

@@ -102,6 +102,10 @@ def describe_type(hint: Any) -> str:
         return "one of " + ", ".join(arguments)
     if origin is list:
         return "a list of [weight, prefix], each weight a number above 0, as in [[0.7, data/a], [0.3, data/b]]"
+    if origin is dict:
+        return "names, each with a list of [weight, prefix], as in {web: [[1, data/web_valid]]}"
+    if origin is tuple:
+        return "three numbers [train, valid, test], the first above 0, as in [0.98, 0.01, 0.01]"
     if isinstance(hint, type) and issubclass(hint, Enum):
         return "one of " + ", ".join(str(member.value) for member in hint)
     return "true or false" if hint is bool else _KINDS[hint]

@@ -15,6 +15,7 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NotNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 BlendEntry = tuple[PositiveFloat, str]
+SplitRatios = tuple[PositiveFloat, NotNegativeFloat, NotNegativeFloat]
 
 
 @dataclass(kw_only=True, slots=True)
@@ -68,9 +69,17 @@ class DataConfig:
     tokenizer: str | None = None
     """Tokenizer folder or file; its copy goes into the run folder for the export. Its hash must be that of the shards."""
     train_blend: list[BlendEntry] = field(default_factory=list)
-    """Training shards as [weight, prefix]; weights are relative shares of the samples."""
+    """Training shards as [weight, prefix]; see blend_unit."""
+    blend_unit: Literal["weight", "tokens"] = "weight"
+    """What the numbers of train_blend are: relative shares of the samples, or tokens to draw, whose sum is the run."""
     valid_blend: list[BlendEntry] = field(default_factory=list)
-    """Validation shards as [weight, prefix]; each is reported on its own. Empty: no validation."""
+    """Validation shards as [weight, prefix]; each is a set of its own, named by its prefix."""
+    valid_sets: dict[str, list[BlendEntry]] = field(default_factory=dict)
+    """Further validation sets by name, each a blend of [weight, prefix]."""
+    test_sets: dict[str, list[BlendEntry]] = field(default_factory=dict)
+    """As valid_sets, but evaluated once, at the end of the run."""
+    split: SplitRatios | None = None
+    """Ratios [train, valid, test] by which each shard of train_blend is divided, by documents, instead of separate sets."""
     seq_length: Positive = 8192
     """Positions of a sample, in tokens."""
     eod_mask_loss: bool = True
@@ -80,11 +89,13 @@ class DataConfig:
     reset_position_ids: bool = False
     """Positions begin again after each eod."""
     path_to_cache: str | None = None
-    """Folder of the sample index; default: index_cache in the run folder."""
+    """Folder of the sample index; default: index_cache in the run folder. It may be shared by runs and by nodes."""
     num_workers: NotNegative = 0
     """Processes that read samples ahead, for each rank; 0 reads in the training process."""
     allow_repeats: bool = False
     """Let a blend draw more samples from a source than it has; otherwise such a run is refused."""
+    allow_changed_data: bool = False
+    """Let a run go on with other training data than its checkpoint's; samples may come twice or never. Noted in the run folder."""
 
 
 @dataclass(kw_only=True, slots=True)

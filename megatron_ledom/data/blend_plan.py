@@ -1,14 +1,17 @@
 """Blends planned before training: what each source gives, how often it would be read, and the config's lines for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from megatron_ledom.data.prefixes import check_tasks_complete, expand_prefixes
+from megatron_ledom.data.interleave import Interleave
+from megatron_ledom.data.prefixes import TASK, check_tasks_complete, expand_prefixes
 from megatron_ledom.data.shard import check_shard
 from megatron_ledom.errors import UsageError, VerificationError
 
+MOST_ROWS = 40
+"""Of a table; above it, the shards of one array of tasks are one row."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -34,8 +37,8 @@ class PlannedSource:
 
     name: str
     """Prefix of the shard."""
-    tokens: int
-    """In the shard."""
+    tokens: int | None
+    """In the shard, or in those of its documents that may be drawn; None when it is not there yet."""
     weight: int | float
     """As given; only the ratio to the others counts."""
     share: float
@@ -48,16 +51,16 @@ class PlannedSource:
     """Of one pass over the shard."""
 
     @property
-    def epochs(self) -> float:
+    def epochs(self) -> float | None:
         """Passes over the shard."""
-        return self.drawn / self.tokens
+        return self.drawn / self.tokens if self.tokens else None
 
     @property
     def repeats(self) -> bool:
         """Whether something is read more than once; by the rule of a run's start where samples are known."""
         if self.samples is not None and self.samples_available is not None:
             return self.samples > self.samples_available
-        return self.drawn > self.tokens * (1 + 1e-12)  # the share is a rounded fraction
+        return self.epochs is not None and self.epochs > 1 + 1e-12  # the share is a rounded fraction
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,14 +107,24 @@ def plan_blend(settings: BlendSettings) -> BlendPlan:
         if not train_iters:
             raise UsageError(f"{budget:,} tokens are less than one iteration of {batch:,} x {seq_length:,}; raise --tokens")
         budget = train_iters * seq_length * batch
-    total = sum(weights)
-    sources = []
-    for (name, tokens), weight in zip(sizes.items(), weights, strict=True):
-        samples = available = None
-        if seq_length is not None:
-            samples, available = round(weight / total * (budget // seq_length)), samples_available(tokens, seq_length)
-        sources.append(PlannedSource(name, tokens, weight, weight / total, weight / total * budget, samples, available))
-    return BlendPlan(sources, budget, seq_length, batch, train_iters)
+    return BlendPlan(planned_sources(sizes, weights, budget, seq_length), budget, seq_length, batch, train_iters)
+
+
+def planned_sources(
+    sizes: Mapping[str, int | None], weights: Sequence[float], tokens: int, seq_length: int | None
+) -> list[PlannedSource]:
+    """What each source gives to a run of `tokens`; `sizes` are tokens by name. With `seq_length`, to the sample."""
+    shares = [weight / sum(weights) for weight in weights]
+    if seq_length is None:
+        rows = zip(sizes.items(), weights, shares, strict=True)
+        return [PlannedSource(name, size, weight, share, share * tokens) for (name, size), weight, share in rows]
+    counts = Interleave(shares).counts(tokens // seq_length).tolist()
+    return [
+        PlannedSource(
+            name, size, weight, share, samples * seq_length, samples, samples_available(size, seq_length) if size else None
+        )
+        for (name, size), weight, share, samples in zip(sizes.items(), weights, shares, counts, strict=True)
+    ]
 
 
 def _source_sizes(inputs: Sequence[str]) -> dict[str, int]:
@@ -159,16 +172,20 @@ def _weights_and_budget(settings: BlendSettings, sizes: list[int]) -> tuple[list
 
 def describe(plan: BlendPlan) -> str:
     """The table."""
-    with_samples = plan.train_iters is not None
-    heads = ["source", "tokens", "weight", "share", "drawn", "epochs", *(["samples"] if with_samples else [])]
-    rows = [heads]
-    for source in plan.sources:
-        weight = f"{source.weight:,}" if isinstance(source.weight, int) else f"{source.weight:g}"
-        row = [source.name, f"{source.tokens:,}", weight, f"{source.share:.2%}", f"{source.drawn:,.0f}", f"{source.epochs:.4f}"]
-        rows.append([*row, *([f"{source.samples:,}"] if source.samples is not None else [])])
-    tokens = sum(source.tokens for source in plan.sources)
-    all_samples = [f"{plan.tokens // plan.seq_length:,}"] if plan.seq_length else []
-    rows.append(["all", f"{tokens:,}", "", "100.00%", f"{plan.tokens:,}", f"{plan.tokens / tokens:.4f}", *all_samples])
+    return describe_sources(plan.sources, plan.tokens)
+
+
+def describe_sources(sources: Sequence[PlannedSource], tokens: int) -> str:
+    """The table of a run of `tokens`; more than MOST_ROWS sources are grouped by the array of tasks that wrote them."""
+    shown = sources if len(sources) <= MOST_ROWS else _grouped(sources)
+    stored = [source.tokens for source in sources if source.tokens is not None]
+    samples = [source.samples for source in sources if source.samples is not None]
+    everything = PlannedSource(
+        "all", sum(stored) if len(stored) == len(sources) else None, 0, 1.0, tokens, sum(samples) if samples else None
+    )
+    heads = ["source", "tokens", "weight", "share", "drawn", "epochs", *(["samples"] if samples else [])]
+    rows = [heads, *[_row(source) for source in shown], _row(everything)]
+    rows[-1][2] = ""
     widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
@@ -176,13 +193,46 @@ def describe(plan: BlendPlan) -> str:
     )
 
 
+def _row(source: PlannedSource) -> list[str]:
+    whole = float(source.weight).is_integer()
+    stored = "no shard yet" if source.tokens is None else f"{source.tokens:,}"
+    return [
+        source.name,
+        stored,
+        f"{int(source.weight):,}" if whole else f"{source.weight:g}",
+        f"{source.share:.2%}",
+        f"{source.drawn:,.0f}",
+        "" if source.epochs is None else f"{source.epochs:.4f}",
+        *([f"{source.samples:,}"] if source.samples is not None else []),
+    ]
+
+
+def _grouped(sources: Sequence[PlannedSource]) -> list[PlannedSource]:
+    """One row for the tasks of each array, P-*-of-00064, where they stand side by side or not; others as they are."""
+    groups: dict[str, list[PlannedSource]] = {}
+    for source in sources:
+        match = TASK.fullmatch(source.name)
+        groups.setdefault(f"{match['base']}-*-of-{match['count']}" if match else source.name, []).append(source)
+    return [
+        PlannedSource(
+            name if len(group) == 1 else f"{name} ({len(group):,} shards)",
+            None if any(source.tokens is None for source in group) else sum(source.tokens or 0 for source in group),
+            sum(source.weight for source in group),
+            sum(source.share for source in group),
+            sum(source.drawn for source in group),
+            None if group[0].samples is None else sum(source.samples or 0 for source in group),
+        )
+        for name, group in groups.items()
+    ]
+
+
 def check_repeats(plan: BlendPlan) -> None:
     """Refuse a plan that reads a source more than once."""
     repeated = [source for source in plan.sources if source.repeats]
     if not repeated:
         return
-    worst = max(repeated, key=lambda source: source.epochs)
-    most = min(source.tokens / source.share for source in plan.sources)
+    worst = max(repeated, key=lambda source: source.epochs or 0.0)
+    most = min(source.tokens / source.share for source in plan.sources if source.tokens is not None)
     named = ", ".join(f"{source.name} ({source.epochs:.4f} times)" for source in repeated)
     raise VerificationError(
         f"read more than once: {named}; these shares give at most {most:,.0f} tokens: lower --tokens or the weight of"

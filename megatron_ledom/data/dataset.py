@@ -1,79 +1,111 @@
-"""Samples of a run: megatron-core's GPTDataset and blends over our shards, indices cached by content."""
+"""Samples of a run: megatron-core's GPTDataset cuts them out of the shards, our index and our blend say which.
 
-from collections.abc import Sequence
-from typing import Any
+Which sample comes at which place is a pure function of the sources, their shares, `data.seq_length` and `train.seed`: it depends on
+no layout, no batch size, no length of the run and no history.
+"""
 
-import torch.distributed as dist
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+import os
+import resource
+from functools import lru_cache
+
+import numpy as np
+import torch
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.core.datasets.utils import Split
 
-from megatron_ledom.config.derived import train_samples
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.data.sources import Source, Sources
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.data.sample_index import Arrays, SampleIndex, index_plan
+from megatron_ledom.data.sources import Blend, Sources
+from megatron_ledom.errors import DataError
 
-Dataset = Any
-"""A map-style dataset of megatron-core: sample index -> tokens, labels, loss_mask, position_ids."""
+FILES_A_SHARD = 3
+"""That stay open with a shard: .idx mapped, .bin, and .bin mapped."""
 
 
 class ShardVocabulary:
-    """What GPTDataset asks of a tokenizer: the eod id, and an identity for the key of its index cache.
-
-    The identity holds the content hash of every shard, so that a rewritten shard never meets the index of the old one.
-    """
+    """What GPTDataset asks of a tokenizer: the eod id."""
 
     vocab_size = None
 
-    def __init__(self, eod_id: int, sources: Sequence[Source]) -> None:
+    def __init__(self, eod_id: int) -> None:
         self.eod = eod_id
-        self.unique_identifiers = {
-            "eod": eod_id,
-            "shards": {source.prefix: source.manifest.bin_sha256 for source in sources},
-        }
+        self.unique_identifiers = {"eod": eod_id}
 
 
-def build_train_dataset(config: RunConfig, sources: Sources, cache: str) -> Dataset:
-    """Exactly the samples of the whole run, blended and shuffled by `train.seed`. Call on every rank."""
-    samples = train_samples(config)
-    return _build(config, sources.train, sources.provenance.eod_id, samples, cache)
+class SourceSamples(GPTDataset):  # type: ignore[misc]  # megatron-core has no types
+    """One pass over one source: GPTDataset with arrays that are given instead of built."""
+
+    def __init__(self, prefix: str, arrays: Arrays, config: GPTDatasetConfig) -> None:
+        self._arrays = arrays
+        super().__init__(IndexedDataset(prefix), prefix, np.zeros(0, np.int32), None, Split.train, config)
+
+    def _build_document_sample_shuffle_indices(self) -> Arrays:
+        return self._arrays
 
 
-def build_valid_datasets(config: RunConfig, sources: Sources, cache: str) -> dict[str, Dataset]:
-    """One dataset a validation shard, named by its prefix; whole global batches, never a sample twice."""
-    datasets = {}
-    for source in sources.valid:
-        batches = source.samples_available(config.data.seq_length) // config.train.global_batch_size
-        samples = min(batches, config.train.eval_iters) * config.train.global_batch_size
-        datasets[source.prefix] = _build(config, [source], sources.provenance.eod_id, samples, cache)
-    return datasets
+class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """The samples of a blend in the order of training: tokens, labels, loss_mask, position_ids [seq_length] and, where documents
+    are isolated, attention_mask [1, seq_length, seq_length].
+
+    Shards are opened when a sample of theirs is asked for; as many stay open as the process's limit of files allows.
+    """
+
+    def __init__(self, config: RunConfig, blend: Blend, eod_id: int, cache: str) -> None:
+        self.blend = blend
+        self._seq_length = config.data.seq_length
+        self._index = SampleIndex(index_plan(config, blend), cache)
+        self._config = GPTDatasetConfig(
+            random_seed=config.train.seed,
+            sequence_length=config.data.seq_length,
+            blend_per_split=[([source.prefix for source in blend.sources], None), None, None],
+            path_to_cache=cache,
+            tokenizer=ShardVocabulary(eod_id),
+            reset_position_ids=config.data.reset_position_ids,
+            reset_attention_mask=config.data.reset_attention_mask,
+            eod_mask_loss=config.data.eod_mask_loss,
+            create_attention_mask=config.data.reset_attention_mask,
+        )
+        self._source = lru_cache(maxsize=most_open_shards())(self._open)
+
+    def __len__(self) -> int:
+        return self.blend.num_samples
+
+    def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {sample} of {len(self)}")
+        source, number = self.blend.interleave.locate(sample)
+        epoch, place = divmod(number, self.blend.sources[source].samples_available(self._seq_length))
+        fields: dict[str, torch.Tensor] = self._source(source, epoch)[place]
+        return fields
+
+    def _open(self, source: int, epoch: int) -> SourceSamples:
+        part, arrays = self._index.part(source, epoch)
+        try:
+            return SourceSamples(part.source.prefix, arrays, self._config)
+        except (OSError, AssertionError, ValueError) as error:
+            raise DataError(
+                f"the shard {part.source.prefix} was sound when the run started and cannot be opened now ({error}); look for what"
+                " changes it, then start again: the run goes on from its last checkpoint"
+            ) from error
 
 
-def _build(config: RunConfig, sources: Sequence[Source], eod_id: int, samples: int, cache: str) -> Dataset:
-    blend = ([source.prefix for source in sources], [source.weight for source in sources])
-    data_config = GPTDatasetConfig(
-        random_seed=config.train.seed,
-        sequence_length=config.data.seq_length,
-        blend_per_split=[blend, None, None],
-        path_to_cache=cache,
-        tokenizer=ShardVocabulary(eod_id, sources),
-        reset_position_ids=config.data.reset_position_ids,
-        reset_attention_mask=config.data.reset_attention_mask,
-        eod_mask_loss=config.data.eod_mask_loss,
-        create_attention_mask=config.data.reset_attention_mask,
-    )
-    builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, None, None], lambda: True, data_config)
-    try:
-        dataset = builder.build()[0]
-    except (EOFError, ValueError) as error:
-        raise DataError(f"the sample index in {cache} is damaged ({error}); delete that folder, it is made anew") from error
-    except Exception as error:  # megatron-core wraps the OSError of a write in a plain Exception
-        if not isinstance(error.__cause__, OSError):
-            raise
-        raise UsageError(
-            f"the sample index cannot be written to {cache} ({error.__cause__}); set data.path_to_cache to a writable folder"
-        ) from error
-    if len(dataset) < samples:
-        raise UsageError(f"the shards {blend[0]} give {len(dataset)} samples, {samples} are needed; lower train.train_iters")
-    if dist.is_initialized():
-        dist.barrier()
-    return dataset
+def most_open_shards() -> int:
+    """Shards that stay open: a fraction of the files this process may open, since others need some, too."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return 4096 if soft == resource.RLIM_INFINITY else max(8, min(4096, soft // (4 * FILES_A_SHARD)))
+
+
+def index_cache(config: RunConfig) -> str:
+    """The folder of the run's sample index."""
+    return config.data.path_to_cache or os.path.join(config.run_dir, "index_cache")
+
+
+def build_train_dataset(config: RunConfig, sources: Sources, cache: str) -> BlendSamples:
+    """Exactly the samples of the whole run. Call `sample_index.prepare_indices` first."""
+    return BlendSamples(config, sources.train, sources.provenance.eod_id, cache)
+
+
+def build_held_out_datasets(config: RunConfig, sources: Sources, sets: dict[str, Blend], cache: str) -> dict[str, BlendSamples]:
+    """One dataset for each of `sets`, the validation or the test sets of `sources`; whole global batches, no sample twice."""
+    return {name: BlendSamples(config, blend, sources.provenance.eod_id, cache) for name, blend in sets.items()}

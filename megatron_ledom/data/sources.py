@@ -2,13 +2,17 @@
 
 import logging
 import os
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any
 
-from megatron_ledom.config.derived import train_samples
+from megatron_ledom.config.derived import blend_shares, named_blends, train_samples
 from megatron_ledom.config.schema import BlendEntry, RunConfig
-from megatron_ledom.data.blend_plan import samples_available
+from megatron_ledom.data.blend_plan import PlannedSource, describe_sources, samples_available
+from megatron_ledom.data.interleave import Interleave
 from megatron_ledom.data.shard import ShardManifest, check_shard
+from megatron_ledom.data.splits import DocumentRange, split_shard, whole_shard
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, MismatchError
@@ -18,103 +22,213 @@ log = logging.getLogger(__name__)
 
 RUN_TOKENIZER = "tokenizer"
 """Folder in the run folder that holds the tokenizer for the export."""
+THREADS = 16
+"""That open shards at the same time: a distributed file system takes milliseconds for each file."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One shard of a blend."""
+    """One shard of a blend, or those of its documents that the blend may draw from."""
 
     prefix: str
     weight: float
     """Share of the samples, all sources together 1."""
     manifest: ShardManifest
+    documents: DocumentRange
 
     def samples_available(self, seq_length: int) -> int:
-        """Samples of one pass over the shard."""
-        return samples_available(self.manifest.num_tokens, seq_length)
+        """Samples of one pass over the documents."""
+        return samples_available(self.documents.num_tokens, seq_length)
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text for each id, eods too, over the whole shard: what a part of it has is not recorded."""
+        return self.manifest.text_bytes / self.manifest.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Sources and the order in which samples are drawn from them."""
+
+    sources: list[Source]
+    interleave: Interleave
+    num_samples: int
+    """That the run draws."""
+
+    @classmethod
+    def of(cls, sources: Sequence[Source], num_samples: int) -> "Blend":
+        """Draw `num_samples` by the sources' weights."""
+        return cls([*sources], Interleave([source.weight for source in sources]), num_samples)
+
+    def bytes_per_token(self) -> float:
+        """Of the samples drawn, each source's own ratio counted by its samples."""
+        counts = self.interleave.counts(self.num_samples).tolist()
+        drawn = zip(self.sources, counts, strict=True)
+        return float(sum(source.bytes_per_token * count for source, count in drawn)) / self.num_samples
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
     """Every shard of a run, and what their ids mean."""
 
-    train: list[Source]
-    valid: list[Source]
+    train: Blend
+    valid: dict[str, Blend]
+    """Validation sets by name."""
+    test: dict[str, Blend]
+    """Sets that are evaluated once, at the end."""
     provenance: Provenance
 
     def train_shards(self) -> list[list[Any]]:
-        """[share of the samples, sha256 of .bin] of each training shard: what decides, with the seed, which samples come."""
-        return [[source.weight, source.manifest.bin_sha256] for source in self.train]
+        """[share of the samples, sha256 of .bin, sha256 of .idx, first document, behind the last, prefix] of each training
+        shard: what decides, with the seed, which samples come. The prefix decides nothing, it names the shard."""
+        return [
+            [
+                source.weight,
+                source.manifest.bin_sha256,
+                source.manifest.idx_sha256,
+                source.documents.first,
+                source.documents.last,
+                source.prefix,
+            ]
+            for source in self.train.sources
+        ]
+
+    def all_blends(self) -> list[Blend]:
+        """The training blend, then every set."""
+        return [self.train, *self.valid.values(), *self.test.values()]
+
+    def of_samples(self, config: RunConfig, num_samples: int) -> "Sources":
+        """The same for a run of `num_samples`: one that goes on with another batch size. Raises ConfigError as at the start."""
+        train = replace(self.train, num_samples=num_samples)
+        _check_repeats(config, train)
+        return replace(self, train=train)
 
 
 def load_sources(config: RunConfig) -> Sources:
     """Open the manifests of all shards of the run. Raises a LedomError that names the first thing that does not fit."""
-    if not config.data.train_blend:
+    data = config.data
+    if not data.train_blend:
         raise ConfigError(
             "data.train_blend is empty: give it shards as [[weight, prefix], ...], made by tools/preprocess_data.py"
         )
-    train, valid = _open(config.data.train_blend), _open(config.data.valid_blend)
-    first = train[0]
-    provenance = first.manifest.provenance
-    _check_direction(first, config.data.direction)
-    for source in [*train, *valid]:
-        source.manifest.provenance.check_same(provenance, f"the shard {source.prefix}", f"the shard {first.prefix}")
+    blends = [blend for _, blend in named_blends(data)]
+    manifests = _open({prefix: None for blend in blends for _, prefix in blend})
+    prefix, first = next(iter(manifests.items()))
+    provenance = first.provenance
+    _check_direction(prefix, first, data.direction)
+    for other, manifest in manifests.items():
+        manifest.provenance.check_same(provenance, f"the shard {other}", f"the shard {prefix}")
     stated = config.model.vocab_size
     if stated is not None and stated != provenance.vocab_size:
         raise MismatchError(
-            f"model.vocab_size={stated} but the shard {first.prefix} has ids of {provenance.vocab_size};"
+            f"model.vocab_size={stated} but the shard {prefix} has ids of {provenance.vocab_size};"
             " leave model.vocab_size out, or preprocess with the tokenizer that the run is meant for"
         )
-    _check_samples(config, train, valid)
-    return Sources(train, valid, provenance)
-
-
-def _open(blend: list[BlendEntry]) -> list[Source]:
-    total = sum(weight for weight, _ in blend)
-    sources = [Source(prefix, weight / total, check_shard(prefix)) for weight, prefix in blend]
-    for source in sources:
-        if not source.manifest.num_documents:
-            raise ConfigError(f"the shard {source.prefix} has no documents; leave it out of the blend")
+    train, valid, test = _divide(config, manifests)
+    sources = Sources(train, valid, test, provenance)
+    _check_repeats(config, sources.train)
     return sources
 
 
-def _check_direction(source: Source, direction: Direction) -> None:
-    found = source.manifest.provenance.direction
-    if found is not direction:
-        raise MismatchError(
-            f"the shard {source.prefix} is {found}, the run has data.direction={direction}: a {direction} model fed {found} ids"
-            f" learns nonsense without an error; preprocess with --direction {direction}, or set data.direction={found}"
+def _open(prefixes: Iterable[str]) -> dict[str, ShardManifest]:
+    names = list(prefixes)
+    with ThreadPoolExecutor(THREADS) as threads:
+        manifests = dict(zip(names, threads.map(check_shard, names), strict=True))
+    for prefix, manifest in manifests.items():
+        if not manifest.num_documents:
+            raise ConfigError(f"the shard {prefix} has no documents; leave it out of the blend")
+    return manifests
+
+
+def _divide(config: RunConfig, manifests: dict[str, ShardManifest]) -> tuple[Blend, dict[str, Blend], dict[str, Blend]]:
+    """(training blend, validation sets, test sets)."""
+    data, samples = config.data, train_samples(config)
+    if data.split is None:
+        valid = {prefix: [(1.0, prefix)] for _, prefix in data.valid_blend} | data.valid_sets
+        return (
+            Blend.of(_whole_sources(data.train_blend, manifests), samples),
+            {name: _held_out(config, name, _whole_sources(blend, manifests)) for name, blend in valid.items()},
+            {name: _held_out(config, name, _whole_sources(blend, manifests)) for name, blend in data.test_sets.items()},
         )
+    whole = _whole_sources(data.train_blend, manifests)
+    with ThreadPoolExecutor(THREADS) as threads:
+        ratios = data.split
+        ranges = list(threads.map(lambda source: split_shard(source.prefix, source.manifest, ratios), whole))
+    parts = [[replace(source, documents=three[part]) for source, three in zip(whole, ranges, strict=True)] for part in range(3)]
+    sets: list[dict[str, Blend]] = [
+        {name: _held_out(config, name, part)} if ratio else {}
+        for name, part, ratio in zip(("valid", "test"), parts[1:], ratios[1:], strict=True)
+    ]
+    return Blend.of(parts[0], samples), sets[0], sets[1]
 
 
-def _check_samples(config: RunConfig, train: list[Source], valid: list[Source]) -> None:
-    """Refuse a source that would repeat without leave, and a validation set smaller than one global batch."""
+def _whole_sources(blend: Sequence[BlendEntry], manifests: dict[str, ShardManifest]) -> list[Source]:
+    entries = zip(blend, blend_shares(blend), strict=True)
+    return [Source(prefix, share, manifests[prefix], whole_shard(manifests[prefix])) for (_, prefix), share in entries]
+
+
+def _held_out(config: RunConfig, name: str, sources: list[Source]) -> Blend:
+    """A set of whole global batches, no sample twice. Raises ConfigError for a set smaller than one."""
     seq_length, batch = config.data.seq_length, config.train.global_batch_size
-    needed_in_all = train_samples(config)
-    for source in train:
-        needed, available = round(source.weight * needed_in_all), source.samples_available(seq_length)
-        if needed > available and not config.data.allow_repeats:
-            raise ConfigError(
-                f"the run draws {needed:,} samples of {seq_length} tokens from {source.prefix}, which has {available:,}:"
-                f" it would be read {needed / max(available, 1):.2f} times; lower train.train_iters or its weight in"
-                " data.train_blend, add shards, or set data.allow_repeats=true"
-            )
-    for source in valid:
+    for source in sources:
         if not source.manifest.text_bytes:
             raise ConfigError(
                 f"the validation shard {source.prefix} does not say how many bytes of text it holds, which bits per byte are counted"
                 " against; make it from the text, or with tools/reverse_shards.py --text-bytes"
             )
-        if source.samples_available(seq_length) < batch:
+    whole = Blend.of(sources, 0)
+    most = whole.interleave.most_samples([source.samples_available(seq_length) for source in sources])
+    if most < batch:
+        raise ConfigError(
+            f"the held-out set {name} gives {most:,} samples of {seq_length} tokens by its weights, fewer than"
+            f" train.global_batch_size={batch}; give it more text, or lower the batch"
+        )
+    return replace(whole, num_samples=min(most // batch, config.train.eval_iters) * batch)
+
+
+def _check_direction(prefix: str, manifest: ShardManifest, direction: Direction) -> None:
+    found = manifest.provenance.direction
+    if found is not direction:
+        raise MismatchError(
+            f"the shard {prefix} is {found}, the run has data.direction={direction}: a {direction} model fed {found} ids"
+            f" learns nonsense without an error; preprocess with --direction {direction}, or set data.direction={found}"
+        )
+
+
+def _check_repeats(config: RunConfig, blend: Blend) -> None:
+    """Refuse a source that would repeat without leave, and one that has not even one sample."""
+    seq_length = config.data.seq_length
+    for source, needed in zip(blend.sources, blend.interleave.counts(blend.num_samples).tolist(), strict=True):
+        available = source.samples_available(seq_length)
+        if needed and not available:
             raise ConfigError(
-                f"the validation shard {source.prefix} has {source.samples_available(seq_length):,} samples of {seq_length}"
-                f" tokens, fewer than train.global_batch_size={batch}; give it more text, or lower the batch"
+                f"{source.prefix} has {source.documents.num_tokens:,} tokens to train on, less than one sample of"
+                f" data.seq_length={seq_length}; leave it out of data.train_blend, or join small shards with tools/merge_shards.py"
             )
+        if needed > available and not config.data.allow_repeats:
+            raise ConfigError(
+                f"the run draws {needed:,} samples of {seq_length} tokens from {source.prefix}, which has {available:,}:"
+                f" it would be read {needed / available:.2f} times; lower train.train_iters or its weight in"
+                " data.train_blend, add shards, or set data.allow_repeats=true"
+            )
+
+
+def describe_blend(config: RunConfig, sources: Sources) -> str:
+    """The table of the training blend: tokens, weight, share, tokens drawn, epochs and samples of each source."""
+    return describe_sources(list(_planned(config, sources.train)), sources.train.num_samples * config.data.seq_length)
+
+
+def _planned(config: RunConfig, blend: Blend) -> Iterator[PlannedSource]:
+    seq_length = config.data.seq_length
+    counts = blend.interleave.counts(blend.num_samples).tolist()
+    for source, (weight, _), samples in zip(blend.sources, config.data.train_blend, counts, strict=True):
+        tokens, available = source.documents.num_tokens, source.samples_available(seq_length)
+        yield PlannedSource(source.prefix, tokens, weight, source.weight, samples * seq_length, samples, available)
 
 
 def load_run_tokenizer(config: RunConfig, sources: Sources) -> Tokenizer | None:
     """The tokenizer of the run's data, None if it is not on this machine. Raises MismatchError if it is not the shards' one."""
-    manifest = sources.train[0].manifest
+    manifest = sources.train.sources[0].manifest
     path = config.data.tokenizer or manifest.tokenizer_path
     if config.data.tokenizer is None and not os.path.exists(path):
         log.warning("no data.tokenizer, and the shards' own (%s) is not here: the run trains, but cannot be exported yet", path)

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import (
-    blend_shares,
     data_parallel_size,
+    has_validation,
     head_dim,
     lr_decay_iters,
+    named_blends,
     num_microbatches,
     padded_vocab_size,
     query_groups,
@@ -19,8 +20,10 @@ from megatron_ledom.config.derived import (
     validation_iterations,
 )
 from megatron_ledom.config.load import to_yaml
-from megatron_ledom.config.schema import BlendEntry, ModelConfig, RunConfig
+from megatron_ledom.config.schema import ModelConfig, RunConfig
+from megatron_ledom.data.blend_plan import describe_sources, planned_sources
 from megatron_ledom.data.shard import ShardManifest, load_manifest
+from megatron_ledom.data.splits import split_shard
 from megatron_ledom.model.arithmetic import count_parameters, flops_per_token
 
 Row = tuple[str, str]
@@ -32,7 +35,7 @@ def describe_run(config: RunConfig, world_size: int) -> str:
     Raises ConfigError when the run cannot work on `world_size` ranks.
     """
     check_config(config, world_size)
-    manifests = _stored_manifests([*config.data.train_blend, *config.data.valid_blend])
+    manifests = _stored_manifests(config)
     model = config.model
     if model.vocab_size is None and manifests:
         model = replace(model, vocab_size=next(iter(manifests.values())).provenance.vocab_size)
@@ -103,11 +106,11 @@ def _run_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
         decay = lr_decay_iters(config)
         yield "learning rate", f"{settings.lr:g} -> {settings.min_lr:g} {settings.lr_decay_style} until iteration {decay:,}"
     yield "checkpoints", _checkpoints(config, model)
-    if config.data.valid_blend:
+    if has_validation(config.data):
         samples = config.train.eval_iters * config.train.global_batch_size
-        yield "validations", f"{validation_iterations(config):,}, {samples:,} samples of each set"
+        yield "validations", f"{validation_iterations(config):,}, {samples:,} samples of each set at most"
     else:
-        yield "validations", "none: data.valid_blend is empty"
+        yield "validations", "none: data.valid_blend, data.valid_sets and data.split are empty"
 
 
 def _checkpoints(config: RunConfig, model: ModelConfig) -> str:
@@ -149,27 +152,34 @@ def _state_gibibytes(config: RunConfig, model: ModelConfig, world_size: int) -> 
 
 
 def _blend_lines(config: RunConfig, manifests: dict[str, ShardManifest]) -> list[str]:
-    """One line a source: weight, share, tokens drawn and, where the shard is there, its tokens and epochs."""
-    if not config.data.train_blend:
+    """The table of the blend, as it is logged before training; tokens and epochs where the shards are there."""
+    blend = config.data.train_blend
+    if not blend:
         return ["none: data.train_blend is empty"]
-    rows = [("source", "weight", "share", "tokens drawn", "tokens stored", "epochs")]
-    for (weight, prefix), share in zip(config.data.train_blend, blend_shares(config.data.train_blend), strict=True):
-        drawn = share * total_tokens(config)
-        manifest = manifests.get(prefix)
-        stored = f"{manifest.num_tokens:,}" if manifest else "no shard yet"
-        epochs = f"{drawn / max(manifest.num_tokens, 1):.3f}" if manifest else ""
-        rows.append((prefix, f"{weight:,.15g}", f"{share:.2%}", f"{drawn:,.0f}", stored, epochs))
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [_aligned(row, widths) for row in rows]
+    sizes = {prefix: _train_tokens(config, prefix, manifests.get(prefix)) for _, prefix in blend}
+    tokens = total_tokens(config)
+    sources = planned_sources(sizes, [weight for weight, _ in blend], tokens, config.data.seq_length)
+    lines = describe_sources(sources, tokens).splitlines()
+    repeated = [source for source in sources if source.repeats]
+    if repeated and not config.data.allow_repeats:
+        worst = max(repeated, key=lambda source: source.epochs or 0.0)
+        lines.append(f"{len(repeated)} would repeat, {worst.name} most: such a run is refused without data.allow_repeats=true")
+    return lines
 
 
-def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-    return "  ".join([row[0].ljust(widths[0]), *numbers])
+def _train_tokens(config: RunConfig, prefix: str, manifest: ShardManifest | None) -> int | None:
+    """Tokens that the blend may draw from a shard."""
+    if manifest is None:
+        return None
+    if config.data.split is None:
+        return manifest.num_tokens
+    if Path(f"{prefix}.idx").exists():
+        return split_shard(prefix, manifest, config.data.split)[0].num_tokens
+    return round(manifest.num_tokens * config.data.split[0] / sum(config.data.split))
 
 
-def _stored_manifests(blend: list[BlendEntry]) -> dict[str, ShardManifest]:
-    prefixes = [prefix for _, prefix in blend]
+def _stored_manifests(config: RunConfig) -> dict[str, ShardManifest]:
+    prefixes = [prefix for _, blend in named_blends(config.data) for _, prefix in blend]
     return {prefix: load_manifest(prefix) for prefix in prefixes if Path(f"{prefix}.json").exists()}
 
 

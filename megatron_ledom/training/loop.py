@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from tqdm import tqdm
 
-from megatron_ledom.config.derived import tokens_per_iteration, train_samples
+from megatron_ledom.config.derived import tokens_per_iteration
 from megatron_ledom.data.batch import batch_iterators
 from megatron_ledom.errors import StoppedError
 from megatron_ledom.parallel.seeds import seed_iteration
@@ -15,7 +15,7 @@ from megatron_ledom.training.metrics import MetricsWriter, Throughput
 from megatron_ledom.training.resilience import StopRequest
 from megatron_ledom.training.state import TrainState, save_checkpoint
 from megatron_ledom.training.step import StepResult, train_step
-from megatron_ledom.training.validate import validate
+from megatron_ledom.training.validate import evaluate, validate
 
 log = logging.getLogger(__name__)
 
@@ -23,9 +23,8 @@ log = logging.getLogger(__name__)
 def train(state: TrainState, stop: StopRequest) -> None:
     """Train from the state's iteration to the end of the run, or to a stop; whatever was done is saved."""
     config, groups = state.config, state.groups
-    last_sample = train_samples(config)
     batches = batch_iterators(
-        config, state.train_dataset, state.consumed_train_samples, last_sample, groups, state.platform.device
+        config, state.train_dataset, state.consumed_train_samples, len(state.train_dataset), groups, state.platform.device
     )
     throughput = Throughput(config, state.provenance.vocab_size, state.platform, dist.get_world_size())
     metrics = MetricsWriter(config, state.iteration)
@@ -78,6 +77,8 @@ def _report(state: TrainState, result: StepResult, throughput: Throughput, metri
         before = time.perf_counter()
         record["validation"] = validate(state)
         throughput.pause(time.perf_counter() - before)
+    if last and state.test_datasets:
+        record["test"] = evaluate(state, state.test_datasets)
     metrics.write(record)
     bar.set_postfix(loss=f"{result.lm_loss:.3f}", tokens_per_second=f"{record['tokens_per_second']:,.0f}")
     log.info(
@@ -91,7 +92,7 @@ def _report(state: TrainState, result: StepResult, throughput: Throughput, metri
         100 * record["mfu"],
         "".join(
             f"  {p}: loss {v['lm_loss']:.4f}, {v['bits_per_byte']:.3f} bits/byte"
-            for p, v in record.get("validation", {}).items()
+            for p, v in {**record.get("validation", {}), **record.get("test", {})}.items()
         ),
     )
 

@@ -97,8 +97,9 @@ class MetricsWriter:
 
 def _flatten(record: Record) -> dict[str, float]:
     flat = {name: value for name, value in record.items() if isinstance(value, int | float)}
-    for prefix, result in record.get("validation", {}).items():
-        flat.update({f"validation/{prefix}/{name}": value for name, value in result.items()})
+    for kind in ("validation", "test"):
+        for prefix, result in record.get(kind, {}).items():
+            flat.update({f"{kind}/{prefix}/{name}": value for name, value in result.items()})
     return flat
 
 

@@ -1,17 +1,22 @@
 """Everything a running training holds, built once from the config."""
 
 import logging
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ledom.checkpoint.manifest import CheckpointManifest, changes_since, check_fits, check_same_samples
+from megatron_ledom.checkpoint.manifest import (
+    CheckpointManifest,
+    changes_since,
+    check_fits,
+    check_same_samples,
+    planned_samples,
+)
 from megatron_ledom.checkpoint.store import CheckpointStore, check_sizes, latest_checkpoint
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.data.dataset import build_train_dataset, build_valid_datasets
+from megatron_ledom.data.dataset import BlendSamples, build_held_out_datasets, build_train_dataset, index_cache
 from megatron_ledom.data.sources import Sources
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
@@ -36,8 +41,10 @@ class TrainState:
     """This rank's model chunks, wrapped for training."""
     optimizer: Any
     scheduler: Any
-    train_dataset: Any
-    valid_datasets: dict[str, Any]
+    train_dataset: BlendSamples
+    valid_datasets: dict[str, BlendSamples]
+    test_datasets: dict[str, BlendSamples]
+    """Evaluated once, at the end."""
     sources: Sources
     store: CheckpointStore
     iteration: int = 0
@@ -52,13 +59,19 @@ class TrainState:
         self.consumed_train_tokens += self.config.train.global_batch_size * self.config.data.seq_length
 
 
-def check_resumable(config: RunConfig, sources: Sources) -> None:
-    """Refuse a run folder whose latest checkpoint is of another run, before anything in it is changed."""
+def check_resumable(config: RunConfig, sources: Sources) -> tuple[Sources, list[str]]:
+    """Refuse a run folder whose latest checkpoint is of another run, before anything in it is changed.
+
+    Returns the sources, with the samples that the run will have drawn at its end, and what of the training data has changed
+    with leave since the checkpoint.
+    """
     latest = latest_checkpoint(checkpoint_folder(config))
-    if latest is not None:
-        manifest = check_sizes(latest)
-        check_fits(manifest, config, sources.provenance, latest)
-        check_same_samples(manifest, config, sources.train_shards(), latest)
+    if latest is None:
+        return sources, []
+    manifest = check_sizes(latest)
+    check_fits(manifest, config, sources.provenance, latest)
+    changed = check_same_samples(manifest, config, sources.train_shards(), latest)
+    return sources.of_samples(config, planned_samples(manifest, config)), changed
 
 
 def build_state(
@@ -66,10 +79,10 @@ def build_state(
 ) -> TrainState:
     """Build model, optimizer, schedule and data; then take up the latest checkpoint of the run folder, if there is one.
 
-    Call `check_resumable` first.
+    Call `check_resumable` and `prepare_indices` first.
     """
     seed_iteration(config.train.seed, 0, groups)
-    cache = config.data.path_to_cache or os.path.join(config.run_dir, "index_cache")
+    cache = index_cache(config)
     model = wrap_for_training(config, build_model_chunks(config, sources.provenance.vocab_size, groups, choice))
     optimizer = build_optimizer(config, model, groups)
     state = TrainState(
@@ -81,7 +94,8 @@ def build_state(
         optimizer=optimizer,
         scheduler=build_scheduler(config, optimizer),
         train_dataset=build_train_dataset(config, sources, cache),
-        valid_datasets=build_valid_datasets(config, sources, cache),
+        valid_datasets=build_held_out_datasets(config, sources, sources.valid, cache),
+        test_datasets=build_held_out_datasets(config, sources, sources.test, cache),
         sources=sources,
         store=CheckpointStore(checkpoint_folder(config), checkpoint_metadata(groups), config.checkpoint),
     )

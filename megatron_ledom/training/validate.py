@@ -1,12 +1,11 @@
-"""Loss and bits per byte of each validation shard."""
+"""Loss and bits per byte of each held-out set."""
 
 import math
-from typing import Any
 
 import torch
 
 from megatron_ledom.data.batch import batch_iterators
-from megatron_ledom.data.sources import Source
+from megatron_ledom.data.dataset import BlendSamples
 from megatron_ledom.parallel.gathering import gathered_weights
 from megatron_ledom.training.state import TrainState
 from megatron_ledom.training.step import run_schedule
@@ -14,32 +13,37 @@ from megatron_ledom.training.step import run_schedule
 ValidationResult = dict[str, dict[str, float]]
 
 
-@torch.no_grad()
 def validate(state: TrainState) -> ValidationResult:
-    """Every validation shard over its first samples: {prefix: {lm_loss, bits_per_byte}}. Call on every rank."""
-    sources = {source.prefix: source for source in state.sources.valid}
+    """Every validation set over its first samples: {name: {lm_loss, bits_per_byte}}. Call on every rank."""
+    return evaluate(state, state.valid_datasets)
+
+
+@torch.no_grad()
+def evaluate(state: TrainState, datasets: dict[str, BlendSamples]) -> ValidationResult:
+    """Loss and bits per byte of all samples of each dataset, by its name. Call on every rank."""
     for chunk in state.model:
         chunk.eval()
     with gathered_weights(state.model):
-        result = {prefix: _measure(state, sources[prefix], dataset) for prefix, dataset in state.valid_datasets.items()}
+        result = {name: _measure(state, dataset) for name, dataset in datasets.items()}
     for chunk in state.model:
         chunk.train()
     return result
 
 
-def _measure(state: TrainState, source: Source, dataset: Any) -> dict[str, float]:
-    batch = state.config.train.global_batch_size
-    # a blended dataset of one shard may hold a few samples more than asked for
-    batches = min(len(dataset) // batch, state.config.train.eval_iters)
-    iterators = batch_iterators(state.config, dataset, 0, batches * batch, state.groups, state.platform.device)
+def _measure(state: TrainState, dataset: BlendSamples) -> dict[str, float]:
+    iterators = batch_iterators(state.config, dataset, 0, len(dataset), state.groups, state.platform.device)
     loss_sum, num_tokens = 0.0, 0.0
-    for _ in range(batches):
+    for _ in range(len(dataset) // state.config.train.global_batch_size):
         one_sum, one_count = run_schedule(state.config, state.model, iterators, state.groups, forward_only=True)
         loss_sum, num_tokens = loss_sum + one_sum, num_tokens + one_count
     lm_loss = loss_sum / num_tokens
-    return {"lm_loss": lm_loss, "bits_per_byte": bits_per_byte(lm_loss, source.manifest.num_tokens, source.manifest.text_bytes)}
+    return {"lm_loss": lm_loss, "bits_per_byte": bits_per_byte(lm_loss, dataset.blend.bytes_per_token())}
 
 
-def bits_per_byte(lm_loss: float, num_tokens: int, text_bytes: int) -> float:
-    """Mean loss in nats a token -> bits a UTF-8 byte of text, by the shard's own ratio of tokens (eod too) to bytes."""
-    return lm_loss / math.log(2) * num_tokens / text_bytes
+def bits_per_byte(lm_loss: float, bytes_per_token: float) -> float:
+    """Mean loss in nats a token -> bits a UTF-8 byte of text.
+
+    The bytes of the very samples are not known, so each shard's own ratio of bytes to tokens (eod too) stands for its part in
+    the set, be it a split of its documents or the first samples of all of them.
+    """
+    return lm_loss / math.log(2) / bytes_per_token

@@ -12,6 +12,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.data.batch import FIELDS, batch_iterators
 from megatron_ledom.data.dataset import build_train_dataset
 from megatron_ledom.data.preprocess import PreprocessSettings, preprocess
+from megatron_ledom.data.sample_index import prepare_indices
 from megatron_ledom.data.shard import ShardReader
 from megatron_ledom.data.sources import load_sources
 from megatron_ledom.direction import Direction
@@ -42,6 +43,7 @@ def samples_of(data: TinyData, run_dir: Path, *overrides: str) -> Iterator[tuple
     """The training dataset of a run, and its first batches in this process."""
     config = load_config(str(data.config), [f"run_dir={run_dir}", "data.path_to_cache=null", *overrides])
     sources = load_sources(config)
+    prepare_indices(config, sources, str(run_dir / "cache"))
     platform = prepare_platform(1)
     groups = start_distributed(platform, config.parallel)
     try:

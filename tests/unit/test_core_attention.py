@@ -14,6 +14,7 @@ from torch.utils.data import default_collate
 
 from megatron_ledom.config.load import load_config
 from megatron_ledom.data.dataset import build_train_dataset
+from megatron_ledom.data.sample_index import prepare_indices
 from megatron_ledom.data.sources import load_sources
 from megatron_ledom.model.builder import build_model_chunks
 from megatron_ledom.model.layer_specs import choose_layers
@@ -89,7 +90,9 @@ def started(data: TinyData, tmp_path: Path) -> Iterator[tuple[Any, Any, Any]]:
     config = load_config(str(data.config), [f"run_dir={tmp_path / 'run'}", *overrides])
     groups = start_distributed(prepare_platform(1), config.parallel)
     try:
-        yield config, groups, build_train_dataset(config, load_sources(config), str(tmp_path / "cache"))
+        sources, cache = load_sources(config), str(tmp_path / "cache")
+        prepare_indices(config, sources, cache)
+        yield config, groups, build_train_dataset(config, sources, cache)
     finally:
         stop_distributed()
 

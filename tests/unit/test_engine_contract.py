@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
-from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
@@ -67,7 +68,10 @@ PARAMETERS: dict[Callable[..., Any], str] = {
     parallel_state.initialize_model_parallel: """tensor_model_parallel_size pipeline_model_parallel_size
         virtual_pipeline_model_parallel_size context_parallel_size distributed_timeout_minutes create_gloo_process_groups""",
     parallel_state.get_data_parallel_group: "with_context_parallel",
-    BlendedMegatronDatasetBuilder.__init__: "cls sizes is_built_on_rank config",
+    GPTDataset.__init__: "indexed_dataset dataset_path indexed_indices num_samples index_split config",
+    IndexedDataset.__init__: "path_prefix",
+    helpers.build_sample_idx: """sizes document_indices sequence_length num_epochs tokens_per_epoch drop_last_partial_sequence
+        add_extra_token_to_sequence""",
     get_gpt_layer_local_spec: "normalization",
     get_gpt_layer_with_transformer_engine_spec: "",
     get_num_layers_to_build: "config vp_stage",
@@ -109,6 +113,8 @@ def test_function_needs_no_argument_that_we_do_not_pass() -> None:
 def test_a_dataset_gives_what_batches_are_made_of() -> None:
     source = inspect.getsource(GPTDataset.__getitem__)
     assert all(f'"{name}"' in source for name in ("tokens", "labels", "loss_mask", "position_ids", "attention_mask"))
+    built = inspect.getsource(GPTDataset.__init__)  # what data.dataset gives it instead of letting it build and save
+    assert "self._build_document_sample_shuffle_indices()" in built
 
 
 def test_names_that_the_platform_replaces_exist() -> None:

@@ -40,8 +40,8 @@ def lines(config: RunConfig) -> list[dict[str, Any]]:
 
 def test_bits_per_byte_by_hand() -> None:
     """One bit a token and 6 tokens (eods too) of 4 bytes of text: 1.5 bits a byte."""
-    assert bits_per_byte(math.log(2), 6, 4) == pytest.approx(1.5)
-    assert bits_per_byte(3 * math.log(2), 100, 400) == pytest.approx(0.75)
+    assert bits_per_byte(math.log(2), 4 / 6) == pytest.approx(1.5)
+    assert bits_per_byte(3 * math.log(2), 4.0) == pytest.approx(0.75)
 
 
 def test_a_run_reports_the_keys_that_scripts_rely_on(data: TinyData, tmp_path: Path) -> None:
@@ -55,6 +55,7 @@ def test_a_run_reports_the_keys_that_scripts_rely_on(data: TinyData, tmp_path: P
     assert [found["consumed_train_samples"] for found in records] == [16, 24, 32, 40]
     assert records[-1]["consumed_train_tokens"] == 40 * 32
     assert [found["iteration"] for found in records if "validation" in found] == [3, 5]
+    assert "test" not in records[-1]
     result, manifest = records[-1]["validation"][shard], load_manifest(shard)
     by_hand = result["lm_loss"] / math.log(2) * manifest.num_tokens / manifest.text_bytes
     assert result["bits_per_byte"] == pytest.approx(by_hand)
@@ -63,6 +64,24 @@ def test_a_run_reports_the_keys_that_scripts_rely_on(data: TinyData, tmp_path: P
     assert [(e.step, pytest.approx(e.value)) for e in board.Scalars("lm_loss")] == [
         (found["iteration"], found["lm_loss"]) for found in records
     ]
+
+
+def test_a_split_run_reports_its_held_out_documents_and_tests_them_once_at_the_end(data: TinyData, tmp_path: Path) -> None:
+    named = f"data.train_blend=[[1,{data.shard('reverse_train')}]]"
+    settings = (named, "data.split=[6,2,2]", "train.eval_interval=2", "train.eval_iters=2", "logging.tensorboard=true")
+    records = run_on_ranks(data.config, tmp_path / "run", "train.train_iters=4", *settings)
+    assert [found["iteration"] for found in records if "validation" in found] == [2, 4]
+    assert [found["iteration"] for found in records if "test" in found] == [4]
+    manifest = load_manifest(data.shard("reverse_train"))
+    for kind, name in (("validation", "valid"), ("test", "test")):
+        assert list(records[-1][kind]) == [name]
+        result = records[-1][kind][name]
+        by_hand = result["lm_loss"] / math.log(2) * manifest.num_tokens / manifest.text_bytes
+        assert result["bits_per_byte"] == pytest.approx(by_hand)
+    assert records[-1]["validation"]["valid"]["lm_loss"] != records[-1]["test"]["test"]["lm_loss"]
+    board = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("test/test/lm_loss")] == [4]
 
 
 def test_throughput_by_hand(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.direction import Direction
 from tests.legible import legible_ids, legible_tokenizer
 from tests.tiny_runs import TinyData, run_command, run_on_ranks, start_ranks, write_shard, write_tiny_data
@@ -164,11 +165,17 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept_as_it_is(data: TinyData
         (["model.params_dtype=bf16"], "model.params_dtype=bf16 but the checkpoint has fp32"),
         (forward, "is reverse, this run's data is forward"),
         (["train.seed=7"], "train.seed was 42, is 7; samples would be repeated or left out"),
+        (["train.seed=7"], "or go on all the same with data.allow_changed_data=true"),
         (["data.seq_length=16"], "data.seq_length was 32, is 16"),
         (
             [f"data.train_blend=[[99,{data.shard('reverse_train')}],[1,{data.shard('reverse_valid')}]]"],
-            "the shards of data.train_blend was",
+            "data.train_blend had 1 shards, has 2",
         ),
+        (
+            [f"data.train_blend=[[1,{data.shard('reverse_valid')}]]", "train.train_iters=4"],
+            "reverse_train was: content (sha256 of .bin) was",
+        ),
+        (["data.split=[9,1,0]", "train.eval_iters=1"], "last document was 400, is 360"),
         (["parallel.use_distributed_optimizer=true"], "set parallel.use_distributed_optimizer=false"),
     ]:
         code, message = refused(data, trained, *overrides)
@@ -183,16 +190,30 @@ def test_a_run_that_would_end_before_its_checkpoint_is_refused(data: TinyData, t
     assert "set train.train_iters to at least 6" in message
 
 
-def test_a_damaged_sample_index_is_named(data: TinyData, tmp_path: Path) -> None:
-    cache = tmp_path / "cache"
-    options = ["train.train_iters=3", f"data.path_to_cache={cache}"]
-    run_on_ranks(data.config, tmp_path / "one", *options)
-    index = next(cache.glob("*shuffle_index.npy"))
-    index.write_bytes(index.read_bytes()[:-8])
-    code, message = refused(data, tmp_path / "two", *options)
+def test_a_replaced_idx_is_refused_by_every_rank_before_any_group_is_made(own: TinyData, tmp_path: Path) -> None:
+    path = Path(own.shard("reverse_train") + ".idx")
+    content = path.read_bytes()
+    path.write_bytes(content[:34] + content[38:42] + content[34:38] + content[42:])  # two lengths change places
+    ranks = start_ranks(own.config, tmp_path / "run", num_ranks=1)
+    assert ranks.wait() == [1]
+    assert "reverse_train.idx has not the sha256 of its manifest: it was replaced or damaged" in ranks.output()
+
+
+def test_a_run_goes_on_with_other_data_only_with_leave_and_keeps_a_note_of_it(own: TinyData, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_on_ranks(own.config, run_dir, "train.train_iters=3")
+    other = [f"data.train_blend=[[1,{own.shard('reverse_train')}],[1,{own.shard('reverse_valid')}]]", "train.train_iters=4"]
+    code, message = refused(own, run_dir, *other)
     assert code == 1
-    assert f"the sample index in {cache} is damaged" in message
-    assert "delete that folder" in message
+    assert "data.train_blend had 1 shards, has 2" in message
+    assert not (run_dir / "data_changes.jsonl").exists()
+    ranks = start_ranks(own.config, run_dir, *other, "data.allow_changed_data=true")
+    assert ranks.wait() == [0], ranks.output()
+    assert "OTHER TRAINING DATA than that of" in ranks.output()
+    note = json.loads((run_dir / "data_changes.jsonl").read_text())
+    assert note["changed"] == ["data.train_blend had 1 shards, has 2"]
+    assert load_manifest(str(run_dir / "checkpoints/iter_0000004")).config["data"]["allow_changed_data"] is True
+    run_on_ranks(own.config, run_dir, *other)  # from now on this is the data
 
 
 def test_a_default_spelled_out_is_the_same_architecture(data: TinyData, trained: Path) -> None:
