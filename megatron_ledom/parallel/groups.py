@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -50,6 +51,7 @@ def start_distributed(platform: Platform, parallel: ParallelConfig) -> ParallelG
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         create_gloo_process_groups=False,
+        **(nccl_options(parallel) if platform.backend == "nccl" else {}),
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return ParallelGroups(
@@ -61,6 +63,15 @@ def start_distributed(platform: Platform, parallel: ParallelConfig) -> ParallelG
         data_and_context=parallel_state.get_data_parallel_group(with_context_parallel=True),
         virtual_stages=parallel.virtual_pipeline_model_parallel_size or 1,
     )
+
+
+def nccl_options(parallel: ParallelConfig) -> dict[str, Any]:
+    """What NCCL's communicators are built with; gloo has no such settings. Not yet run on hardware."""
+    return {
+        "nccl_communicator_config_path": parallel.nccl_communicator_config_path,
+        "high_priority_stream_groups": list(parallel.high_priority_stream_groups),
+        "use_sharp": parallel.use_sharp,
+    }
 
 
 def stop_distributed() -> None:
