@@ -57,9 +57,9 @@ def _build(config: RunConfig, sources: Sequence[Source], eod_id: int, samples: i
         path_to_cache=cache,
         tokenizer=ShardVocabulary(eod_id, sources),
         reset_position_ids=config.data.reset_position_ids,
-        reset_attention_mask=config.data.reset_attention_mask,
+        reset_attention_mask=False,  # a batch says where documents end, and the attention makes its mask of that
         eod_mask_loss=config.data.eod_mask_loss,
-        create_attention_mask=config.data.reset_attention_mask,
+        create_attention_mask=False,
     )
     builder = BlendedMegatronDatasetBuilder(GPTDataset, [samples, None, None], lambda: True, data_config)
     try:

@@ -24,7 +24,13 @@ def train(state: TrainState, stop: StopRequest) -> None:
     config, groups = state.config, state.groups
     last_sample = train_samples(config)
     batches = batch_iterators(
-        config, state.train_dataset, state.consumed_train_samples, last_sample, groups, state.platform.device
+        config,
+        state.train_dataset,
+        state.consumed_train_samples,
+        last_sample,
+        groups,
+        state.platform.device,
+        state.provenance.eod_id,
     )
     throughput = Throughput(config, state.provenance.vocab_size, state.platform, dist.get_world_size())
     metrics = MetricsWriter(config, state.iteration)

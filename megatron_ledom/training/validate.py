@@ -31,7 +31,8 @@ def _measure(state: TrainState, source: Source, dataset: Any) -> dict[str, float
     batch = state.config.train.global_batch_size
     # a blended dataset of one shard may hold a few samples more than asked for
     batches = min(len(dataset) // batch, state.config.train.eval_iters)
-    iterators = batch_iterators(state.config, dataset, 0, batches * batch, state.groups, state.platform.device)
+    device, eod_id = state.platform.device, state.provenance.eod_id
+    iterators = batch_iterators(state.config, dataset, 0, batches * batch, state.groups, device, eod_id)
     loss_sum, num_tokens = 0.0, 0.0
     for _ in range(batches):
         one_sum, one_count = run_schedule(state.config, state.model, iterators, state.groups, forward_only=True)
