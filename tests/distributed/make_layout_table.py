@@ -2,7 +2,7 @@
 
     python -m tests.distributed.make_layout_table --work DIR [--minutes 9]
 
-What was measured is kept in DIR: the same command goes on with the rest, and writes the table when nothing is left.
+What was measured is kept in DIR: the same command goes on with the rest. The table has what there is.
 """
 
 import argparse
@@ -30,6 +30,7 @@ recompute (none, selective, full uniform, full block) are dealt out so that any 
 
 Differences are relative, the larger of loss and gradient norm. Allowed: {first:.0e} at step 1 and {any:.0e} at any step in fp32;
 {first_bf16:.0e} and {any_bf16:.0e} in bf16. Largest found: {found}.
+{done} of {wanted} runs are in this table.
 
 Bytes are those that the busiest rank sends in one step in fp32, with ring algorithms, by the kind of group: TP (tensor, with
 or without sequence parallelism), CP (keys and values), PP (activations and their gradients), DP (gradients and parameters, over
@@ -40,24 +41,24 @@ the context-parallel ranks, too). `tests/benchmarks/bench_communication.py` has 
 """
 
 
-def measure(work: Path, until: float) -> dict[tuple[Layout, str], Outcome] | None:
-    """The outcome of every layout and type; None when the time was up before."""
+def measure(work: Path, until: float) -> dict[tuple[Layout, str], Outcome]:
+    """The outcome of every layout and type that was measured before the time was up."""
     work.mkdir(parents=True, exist_ok=True)
-    data = write_tiny_data(work)
+    data = TinyData(work) if (work / "tiny.yaml").exists() else write_tiny_data(work)
     outcomes = {}
     for dtype in STEPS:
         for num_ranks in RANKS:
             layouts = measured(num_ranks, dtype)
             references = {layout.num_layers: work / dtype / f"one process of {layout.num_layers} layers" for layout in layouts}
-            if not all((run_dir / "done").exists() for run_dir in references.values()):
+            if time.monotonic() <= until and not all((run_dir / "done").exists() for run_dir in references.values()):
                 run_references(data, work, layouts, dtype)
                 for run_dir in references.values():
                     (run_dir / "done").touch()
             while left := _left(work / dtype, layouts):
                 if time.monotonic() > until:
-                    return None
+                    break
                 _run_some(data, work, dtype, left[:AT_ONCE])
-            for layout in layouts:
+            for layout in set(layouts) - set(_left(work / dtype, layouts)):
                 outcomes[layout, dtype] = Outcome(**json.loads(_kept(work / dtype, layout).read_text()))
     return outcomes
 
@@ -77,18 +78,19 @@ def _run_some(data: TinyData, work: Path, dtype: str, layouts: list[Layout]) -> 
         _kept(work / dtype, layout).write_text(json.dumps(asdict(compare(records, reference, run_dir))))
 
 
-def table(outcomes: dict[tuple[Layout, str], Outcome]) -> str:
-    """Markdown, a line a layout."""
+def table(outcomes: dict[tuple[Layout, str], Outcome], wanted: int) -> str:
+    """Markdown, a line a layout that was measured in fp32."""
     largest = {dtype: [one for (_, kind), one in outcomes.items() if kind == dtype] for dtype in STEPS}
     found = "; ".join(
         f"{max(one.first for one in ones):.1e} and {max(one.worst for one in ones):.1e} in {dtype}"
         f" (of the losses alone {max(one.worst_loss for one in ones):.1e})"
         for dtype, ones in largest.items()
+        if ones
     )
     first, worst = FIRST_STEP, ANY_STEP
     limits = {"first": first["fp32"], "any": worst["fp32"], "first_bf16": first["bf16"], "any_bf16": worst["bf16"]}
-    lines = [INTRODUCTION.format(**STEPS, **limits, found=found)]
-    for layout in sorted({layout for layout, _ in outcomes}, key=lambda one: (one.num_ranks, one)):
+    lines = [INTRODUCTION.format(**STEPS, **limits, found=found, done=len(outcomes), wanted=wanted)]
+    for layout in sorted({layout for layout, dtype in outcomes if dtype == "fp32"}, key=lambda one: (one.num_ranks, one)):
         single, half = outcomes[layout, "fp32"], outcomes.get((layout, "bf16"))
         sent = [
             sum(size for name, size in single.traffic.items() if name.startswith(kind)) for kind in ("TP", "CP", "PP", "DP")
@@ -112,11 +114,9 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no further launch after these")
     arguments = parser.parse_args()
     outcomes = measure(arguments.work.resolve(), time.monotonic() + 60 * arguments.minutes)
-    if outcomes is None:
-        print("not all layouts are measured yet; the same command goes on")
-    else:
-        TABLE.write_text(table(outcomes), encoding="utf-8")
-        print(f"wrote {TABLE}")
+    wanted = [(layout, dtype) for dtype in STEPS for num_ranks in RANKS for layout in measured(num_ranks, dtype)]
+    TABLE.write_text(table(outcomes, len(wanted)), encoding="utf-8")
+    print(f"wrote {TABLE}: {len(outcomes)} of {len(wanted)} runs; the same command goes on with those that are left")
 
 
 if __name__ == "__main__":

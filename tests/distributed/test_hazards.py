@@ -49,20 +49,21 @@ def test_interleaved_stages_train_another_model_without_the_guard(
     assert largest_difference(found, one_process) > 1e-3  # in silence: every rank ended well
 
 
-def test_weights_are_stale_where_they_are_read_before_they_are_gathered(data: TinyData, tmp_path: Path) -> None:
-    runs = {}
+def test_saved_weights_are_stale_where_they_are_read_before_they_are_gathered(data: TinyData, tmp_path: Path) -> None:
+    """A validation just before would hide it: its forward pass gathers."""
+    curves, saved = {}, {}
     for name, hook in {"guarded": None, "stale": hazards.stale_weights}.items():
-        records = run_on_ranks(data.config, tmp_path / name, *base(data), *OVERLAPPED, num_ranks=2, hook=hook)
-        (validated,) = records[-1]["validation"].values()
-        runs[name] = curve(records), validated["lm_loss"], weights_of(read_tensors(tmp_path / name))
-    assert runs["guarded"][0] == runs["stale"][0]  # the training itself is the same
-    assert abs(runs["guarded"][1] / runs["stale"][1] - 1) > 1e-4
-    different = [name for name, saved in runs["guarded"][2].items() if not torch.equal(saved, runs["stale"][2][name])]
-    assert different
+        curves[name] = curve(run_on_ranks(data.config, tmp_path / name, *BASE, *OVERLAPPED, num_ranks=2, hook=hook))
+        saved[name] = weights_of(read_tensors(tmp_path / name))
+    assert curves["guarded"] == curves["stale"]  # the training itself is the same
+    different = [name for name, tensor in saved["guarded"].items() if not torch.equal(tensor, saved["stale"][name])]
+    assert len(different) > len(saved["guarded"]) // 3
 
 
 def weights_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor for name, tensor in tensors.items() if name.startswith("model") and tensor.is_floating_point()}
+    found = {name: tensor for name, tensor in tensors.items() if name.endswith("weight") and not name.startswith("optimizer")}
+    assert len(found) == 9
+    return found
 
 
 def test_optimizer_state_of_padded_buckets_is_saved_in_its_place(data: TinyData, tmp_path: Path) -> None:
