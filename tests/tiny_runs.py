@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -36,6 +37,7 @@ SECONDS = 120
 """A run that takes longer hangs: its ranks are killed and the test fails with what they logged."""
 
 Record = dict[str, Any]
+Hook = Callable[[], None]
 
 
 def documents(num_documents: int, seed: int) -> list[list[int]]:
@@ -132,9 +134,9 @@ class Ranks:
     def __init__(self, processes: list[Any], log: Path) -> None:
         self.processes, self.log = processes, log
 
-    def wait(self) -> list[int]:
+    def wait(self, seconds: float = SECONDS) -> list[int]:
         """The ranks' exit codes, once all have ended; ranks that hang are killed."""
-        end = time.monotonic() + SECONDS
+        end = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
         for process in self.processes:
@@ -162,37 +164,51 @@ class Ranks:
 
 
 def start_ranks(
-    config: Path,
-    run_dir: Path,
-    *overrides: str,
-    num_ranks: int = 1,
-    hook: Callable[[], None] | None = None,
-    instead: Callable[[], None] | None = None,
+    config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1, hook: Hook | None = None, instead: Hook | None = None
 ) -> Ranks:
-    """Start `num_ranks` ranks of a run, or of `instead` in its place; return at once. Each first calls `hook`.
+    """Start `num_ranks` ranks of a run, or of `instead` in its place; return at once. Each rank first calls `hook`.
 
     Both are functions of a module.
     """
     log = config.parent / f"{run_dir.parent.name}-{run_dir.name}.log"
+    if instead is not None:
+        return start_processes(num_ranks, log, _run_instead, instead, free_port())
+    arguments = ["--config", str(config), f"run_dir={run_dir}", *overrides]
+    return start_processes(num_ranks, log, _train_each, [arguments], [free_port()], hook)
+
+
+def start_processes(num_ranks: int, log: Path, body: Callable[..., None], *arguments: Any) -> Ranks:
+    """Start ranks that call `body`, a function of a module; return at once."""
     log.write_text("")
-    arguments = [f"run_dir={run_dir}", *overrides]
-    launch = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    launch = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     context = _context()
     processes = []
     for rank in range(num_ranks):
         environment = {name: str(value) for name, value in {**launch, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        process = context.Process(target=_be_rank, args=(environment, str(config), arguments, str(log), hook, instead))
+        process = context.Process(target=_be_rank, args=(environment, str(log), body, arguments))
         process.start()
         processes.append(process)
     return Ranks(processes, log)
 
 
-def run_on_ranks(config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1) -> list[Record]:
+def run_on_ranks(config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1, hook: Hook | None = None) -> list[Record]:
     """Run to the end, assert that every rank exits with 0, and return the records of metrics.jsonl."""
-    ranks = start_ranks(config, run_dir, *overrides, num_ranks=num_ranks)
+    ranks = start_ranks(config, run_dir, *overrides, num_ranks=num_ranks, hook=hook)
     codes = ranks.wait()
     assert codes == [0] * num_ranks, f"exit codes {codes}:\n{ranks.output()}"
     return read_metrics(run_dir)
+
+
+def run_each_on_ranks(
+    config: Path, runs: dict[Path, list[str]], *, num_ranks: int, hook: Hook | None = None, seconds: float = SECONDS
+) -> dict[Path, list[Record]]:
+    """Several runs one after the other in one launch of ranks: overrides by run folder -> records by run folder."""
+    log = next(iter(runs)).with_suffix(".log")
+    arguments = [["--config", str(config), f"run_dir={run_dir}", *overrides] for run_dir, overrides in runs.items()]
+    ranks = start_processes(num_ranks, log, _train_each, arguments, free_ports(len(runs)), hook)
+    codes = ranks.wait(seconds)
+    assert codes == [0] * num_ranks, f"exit codes {codes}:\n{ranks.output()}"
+    return {run_dir: read_metrics(run_dir) for run_dir in runs}
 
 
 def run_command(*arguments: str, num_ranks: int | None = None) -> subprocess.CompletedProcess[str]:
@@ -212,20 +228,21 @@ def _context() -> Any:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody listens on now."""
+    return free_ports(1)[0]
 
 
-def _be_rank(
-    environment: dict[str, str],
-    config: str,
-    arguments: list[str],
-    log: str,
-    hook: Callable[[], None] | None,
-    instead: Callable[[], None] | None,
-) -> None:
-    """One rank of a run, with its output in `log`."""
+def free_ports(count: int) -> list[int]:
+    """Different ports that nobody listens on now."""
+    with ExitStack() as stack:
+        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [int(listener.getsockname()[1]) for listener in listeners]
+
+
+def _be_rank(environment: dict[str, str], log: str, body: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    """One rank, with its output in `log`."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # Linux's own; here it would be that of the preloaded process
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
@@ -233,9 +250,26 @@ def _be_rank(
     os.dup2(descriptor, 2)
     os.environ.update(environment)
     sys.stdin = open(os.devnull)  # noqa: SIM115  for the life of the process
+    body(*arguments)
+
+
+def _train_each(runs: list[list[str]], ports: list[int], hook: Hook | None) -> None:
+    """Train one run after the other, as the command line does; a port for each, the last one may still be closing."""
     from megatron_ledom import errors, pretrain
 
-    sys.argv = ["pretrain", "--config", config, *arguments]
     if hook is not None:
         hook()
-    errors.run_command(instead or pretrain.main)
+    for index, (arguments, port) in enumerate(zip(runs, ports, strict=True)):
+        os.environ["MASTER_PORT"] = str(port)
+        sys.argv = ["pretrain", *arguments]
+        if index + 1 < len(runs):
+            pretrain.main()
+        else:
+            errors.run_command(pretrain.main)
+
+
+def _run_instead(instead: Hook, port: int) -> None:
+    from megatron_ledom import errors
+
+    os.environ["MASTER_PORT"] = str(port)
+    errors.run_command(instead)

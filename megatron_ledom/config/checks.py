@@ -17,6 +17,7 @@ from megatron_ledom.config.derived import (
     query_groups,
     tokens_per_iteration,
 )
+from megatron_ledom.config.gpu_checks import GPU_RULES
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
 
@@ -134,6 +135,11 @@ def optimizer_overlap(config: RunConfig) -> Faults:
                 f"parallel.overlap_param_gather=true needs parallel.{needed}=true, found false; switch that on, or"
                 " parallel.overlap_param_gather off"
             )
+    if parallel.bucket_size is not None and not parallel.overlap_grad_reduce:
+        yield (
+            f"parallel.bucket_size={parallel.bucket_size} counts with parallel.overlap_grad_reduce=true only, found false;"
+            " switch that on, or leave parallel.bucket_size out"
+        )
 
 
 def schedule(config: RunConfig) -> Faults:
@@ -175,11 +181,6 @@ def masks(config: RunConfig) -> Faults:
         yield (
             "data.reset_position_ids=true without data.reset_attention_mask=true changes nothing: rotary positions are"
             " relative; set both, or neither"
-        )
-    if data.reset_attention_mask and config.parallel.context_parallel_size > 1:
-        yield (
-            "data.reset_attention_mask=true cannot be used with parallel.context_parallel_size="
-            f"{config.parallel.context_parallel_size}: a rank holds a part of each sequence only; set one of them back"
         )
     if data.reset_attention_mask and config.model.transformer_impl == "transformer_engine":
         yield (
@@ -295,6 +296,7 @@ RULES: tuple[Callable[[RunConfig], Faults], ...] = (
     retention,
     held_out_sets,
     tokens_to_draw,
+    *GPU_RULES,
 )
 WORLD_RULES: tuple[Callable[[RunConfig, int], Faults], ...] = (world, batch)
 

@@ -100,6 +100,8 @@ def describe_type(hint: Any) -> str:
         return _KINDS[arguments[0]] + _describe_range(arguments[1:])
     if origin is Literal:
         return "one of " + ", ".join(arguments)
+    if origin is list and get_origin(arguments[0]) is Literal:
+        return f"a list of some of {', '.join(get_args(arguments[0]))}"
     if origin is list:
         return "a list of [weight, prefix], each weight a number above 0, as in [[0.7, data/a], [0.3, data/b]]"
     if origin is dict:

@@ -56,6 +56,14 @@ class ModelConfig:
     """Type of weights and activations; gradients are summed and the optimizer runs in fp32."""
     transformer_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
     """Layer implementation; auto takes Transformer Engine where it is installed and CUDA is there, else plain torch."""
+    fp8: Literal["hybrid", "e4m3"] | None = None
+    """Matrix products in fp8, by Transformer Engine: hybrid takes e5m2 for gradients; default: none."""
+    fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
+    """How fp8 scales are found: from the tensor, from earlier steps, or in blocks; counts with model.fp8 only."""
+    fp8_amax_history_len: Positive = 1024
+    """Steps that the delayed recipe looks back on for the largest value."""
+    fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
+    """Which of those steps decides the delayed recipe's scale."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -122,6 +130,24 @@ class ParallelConfig:
     """Reduce gradients while the backward pass still runs."""
     overlap_param_gather: bool = False
     """Gather updated parameters while the next forward pass runs; needs the distributed optimizer."""
+    bucket_size: Positive | None = None
+    """Parameters whose gradients are reduced at once when overlapped; default: max(40e6, 1e6 x data-parallel ranks)."""
+    recompute_granularity: Literal["selective", "full"] | None = None
+    """Activations computed again in the backward pass: parts of a layer, or whole layers; default: none."""
+    recompute_modules: list[Literal["core_attn", "mlp"]] = field(default_factory=lambda: ["core_attn"])
+    """The parts of a layer that selective recompute computes again."""
+    recompute_method: Literal["uniform", "block"] | None = None
+    """Full recompute: of every group of layers, or of the first layers of a model chunk only."""
+    recompute_num_layers: Positive | None = None
+    """Full recompute: layers of a group (uniform), or layers of a model chunk that are computed again (block)."""
+    tp_comm_overlap: bool = False
+    """Overlap tensor-parallel collectives with the matrix products, by Transformer Engine's user buffers."""
+    nccl_communicator_config_path: str | None = None
+    """YAML of NCCL settings a process group: cga_cluster_size, min_ctas, max_ctas, net_name, is_high_priority_stream."""
+    high_priority_stream_groups: list[Literal["tp", "cp", "dp", "dp_cp", "pp"]] = field(default_factory=list)
+    """Process groups whose NCCL kernels go before others on the GPU."""
+    use_sharp: bool = False
+    """Let the network's switches reduce the gradients of the data-parallel group (SHARP)."""
     distributed_timeout_minutes: Positive = 10
     """How long a collective waits for a missing rank."""
 

@@ -24,7 +24,7 @@ def whole_model(checkpoint: str, manifest: CheckpointManifest) -> Iterator[Any]:
     config = replace(
         trained,
         parallel=ParallelConfig(),
-        model=replace(trained.model, params_dtype="fp32", transformer_impl="torch"),
+        model=replace(trained.model, params_dtype="fp32", transformer_impl="torch", fp8=None),
     )
     platform = prepare_platform(config.train.num_threads, ALONE)
     groups = start_distributed(platform, config.parallel, ALONE)

@@ -1,6 +1,6 @@
 """Batches of one data-parallel rank. Which samples make a step depends only on the step, never on the layout.
 
-Shape letters: b micro-batch, s positions of a sample.
+Shape letters: b micro-batch, s positions of a sample on this rank, T all of them.
 """
 
 import signal
@@ -14,7 +14,7 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.parallel.groups import ParallelGroups
 
 Batch = dict[str, torch.Tensor]
-"""tokens, labels, loss_mask, position_ids [b, s]; attention_mask [b, 1, s, s] when documents are isolated."""
+"""tokens, labels, loss_mask, position_ids [b, s]; with isolated documents attention_mask, each position's document [b, T]."""
 
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
@@ -41,14 +41,14 @@ class MicroBatchSampler:
 
 
 def batch_iterators(
-    config: RunConfig, dataset: Any, first: int, last: int, groups: ParallelGroups, device: torch.device
+    config: RunConfig, dataset: Any, first: int, last: int, groups: ParallelGroups, device: torch.device, eod_id: int
 ) -> list[Iterator[Batch]]:
     """One iterator of micro-batches a model chunk of this rank, over the samples [first, last) of all ranks."""
-    return [_batches(config, dataset, first, last, groups, device) for _ in range(groups.virtual_stages)]
+    return [_batches(config, dataset, first, last, groups, device, eod_id) for _ in range(groups.virtual_stages)]
 
 
 def _batches(
-    config: RunConfig, dataset: Any, first: int, last: int, groups: ParallelGroups, device: torch.device
+    config: RunConfig, dataset: Any, first: int, last: int, groups: ParallelGroups, device: torch.device, eod_id: int
 ) -> Iterator[Batch]:
     data = groups.data
     sampler = MicroBatchSampler(first, last, config.train.micro_batch_size, data.rank(), data.size())
@@ -64,15 +64,22 @@ def _batches(
     )
     for sample in loader:
         batch = {name: sample[name] for name in FIELDS}
-        if "attention_mask" in sample:
-            batch["attention_mask"] = sample["attention_mask"]
+        documents = document_numbers(batch["tokens"], eod_id) if config.data.reset_attention_mask else None
         batch = context_part(batch, groups.context.rank(), groups.context.size())
+        if documents is not None:
+            batch["attention_mask"] = documents  # of all ranks' positions: attention spans the whole sequence
         yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def _outlive_sigterm(worker: int) -> None:
     """A batch system ends a job by a signal to every process; the reader must serve its rank until that has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def document_numbers(tokens: torch.Tensor, eod_id: int) -> torch.Tensor:
+    """Which document of its sample each position is of, [b, s] from 0 on; eod is the last position of its document."""
+    ends = (tokens == eod_id).to(torch.int32)
+    return ends.cumsum(1, dtype=torch.int32) - ends
 
 
 def context_part(batch: Batch, rank: int, num_ranks: int) -> Batch:

@@ -45,8 +45,7 @@ class SourceSamples(GPTDataset):  # type: ignore[misc]  # megatron-core has no t
 
 
 class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """The samples of a blend in the order of training: tokens, labels, loss_mask, position_ids [seq_length] and, where documents
-    are isolated, attention_mask [1, seq_length, seq_length].
+    """The samples of a blend in the order of training: tokens, labels, loss_mask, position_ids [seq_length].
 
     Shards are opened when a sample of theirs is asked for; as many stay open as the process's limit of files allows.
     """
@@ -62,9 +61,9 @@ class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             path_to_cache=cache,
             tokenizer=ShardVocabulary(eod_id),
             reset_position_ids=config.data.reset_position_ids,
-            reset_attention_mask=config.data.reset_attention_mask,
+            reset_attention_mask=False,  # a batch says where documents end, and the attention makes its mask of that
             eod_mask_loss=config.data.eod_mask_loss,
-            create_attention_mask=config.data.reset_attention_mask,
+            create_attention_mask=False,
         )
         self._source = lru_cache(maxsize=most_open_shards())(self._open)
 

@@ -12,7 +12,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ledom.config.derived import head_dim, padded_vocab_size, query_groups
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.model.initialization import initialize_weights, leave_unset
-from megatron_ledom.model.layer_specs import LayerChoice, build_layer_spec
+from megatron_ledom.model.layer_specs import LayerChoice, build_layer_spec, start_user_buffers
 from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.parallel.groups import ParallelGroups
 
@@ -77,10 +77,19 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
         embedding_init_method=leave_unset,
         use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=not torch.cuda.is_available(),  # CUDA needs an extension; a CPU has ours
-        masked_softmax_fusion=False,
+        masked_softmax_fusion=False,  # this and the next ones are compiled while training, with a C++ compiler on a CPU
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        recompute_modules=list(parallel.recompute_modules),
+        fp8=model.fp8,
+        fp8_recipe=model.fp8_recipe,
+        fp8_amax_history_len=model.fp8_amax_history_len,
+        fp8_amax_compute_algo=model.fp8_amax_compute_algo,
+        tp_comm_overlap=parallel.tp_comm_overlap,
     )
 
 
@@ -88,6 +97,8 @@ def build_model_chunks(config: RunConfig, vocab_size: int, groups: ParallelGroup
     """This rank's part of the model for `vocab_size` ids, one a virtual stage, with initial weights, on its device."""
     core_config = build_core_config(config)
     interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
+    if config.parallel.tp_comm_overlap:
+        start_user_buffers(config)
     chunks = []
     for chunk in range(groups.virtual_stages):
         stage = chunk if interleaved else None
@@ -119,6 +130,7 @@ def wrap_for_training(config: RunConfig, chunks: list[LanguageModel]) -> list[Di
         use_distributed_optimizer=parallel.use_distributed_optimizer,
         overlap_grad_reduce=parallel.overlap_grad_reduce,
         overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.bucket_size,
         grad_reduce_in_fp32=True,
         check_for_nan_in_grad=False,  # the step looks at the norm, once for all gradients
     )

@@ -1,7 +1,9 @@
 """Which implementation each transformer layer is made of: Transformer Engine's, or plain torch's."""
 
 import importlib.util
+import re
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -9,6 +11,7 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, g
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ledom.config.gpu_checks import FP8_NEEDS
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
 from megatron_ledom.ops.core_attention import SDPACoreAttention
@@ -25,25 +28,75 @@ class LayerChoice:
 
 def choose_layers(config: RunConfig) -> LayerChoice:
     """Transformer Engine where it is installed and CUDA is there, unless the config names one. Raises ConfigError."""
-    wanted = config.model.transformer_impl
+    model = config.model
     installed = importlib.util.find_spec("transformer_engine") is not None
     usable = installed and torch.cuda.is_available()
     state = f"Transformer Engine {'installed' if installed else 'not installed'}"
     state += f", CUDA {'there' if torch.cuda.is_available() else 'absent'}"
-    if wanted == "transformer_engine" and not usable:
-        raise ConfigError(
-            f"model.transformer_impl=transformer_engine cannot run here: {state}; install it, or use torch or auto"
+    needed_by = [
+        key
+        for key, needs in (
+            ("model.transformer_impl=transformer_engine", model.transformer_impl == "transformer_engine"),
+            (f"model.fp8={model.fp8}", model.fp8 is not None),
+            ("parallel.tp_comm_overlap=true", config.parallel.tp_comm_overlap),
         )
-    if config.data.reset_attention_mask and (wanted == "transformer_engine" or (wanted == "auto" and usable)):
-        if wanted == "transformer_engine":
+        if needs
+    ]
+    if needed_by and not usable:
+        alternative = "use model.transformer_impl=torch or auto" if len(needed_by) == 1 else "leave them out"
+        alternative = (
+            alternative if model.transformer_impl == "transformer_engine" else f"leave {needed_by[0].split('=')[0]} out"
+        )
+        raise ConfigError(f"{' and '.join(needed_by)} cannot run here: {state}; install it, or {alternative}")
+    if config.data.reset_attention_mask and model.transformer_impl != "torch":
+        if needed_by:
             raise ConfigError(
                 "data.reset_attention_mask=true with model.transformer_impl=transformer_engine: its causal attention ignores"
                 " the mask, so documents would see each other; use model.transformer_impl=torch"
             )
         return LayerChoice("torch", f"data.reset_attention_mask needs a mask that Transformer Engine would ignore ({state})")
-    if wanted == "auto":
+    if model.fp8 is not None:
+        check_fp8_hardware(model.fp8_recipe, torch.cuda.get_device_capability(), version("transformer_engine"))
+    if model.transformer_impl == "auto":
         return LayerChoice("transformer_engine" if usable else "torch", state)
-    return LayerChoice(wanted, f"model.transformer_impl={wanted} ({state})")
+    return LayerChoice(model.transformer_impl, f"model.transformer_impl={model.transformer_impl} ({state})")
+
+
+def check_fp8_hardware(recipe: str, capability: tuple[int, int], te_version: str) -> None:
+    """Refuse an fp8 recipe that this GPU or this Transformer Engine does not have. Raises ConfigError."""
+    needs = FP8_NEEDS[recipe]
+    if capability < needs.capability:
+        raise ConfigError(
+            f"model.fp8_recipe={recipe} needs compute capability {'.'.join(map(str, needs.capability))} ({needs.gpu}), this GPU"
+            f" has {'.'.join(map(str, capability))}; set {_recipes_for(capability)}"
+        )
+    found = tuple(int(part) for part in re.findall(r"\d+", te_version)[:2])
+    if found < needs.te_version:
+        raise ConfigError(
+            f"model.fp8_recipe={recipe} needs Transformer Engine {'.'.join(map(str, needs.te_version))} or newer, found"
+            f" {te_version}; update it, or set another recipe"
+        )
+
+
+def _recipes_for(capability: tuple[int, int]) -> str:
+    possible = [recipe for recipe, needs in FP8_NEEDS.items() if capability >= needs.capability]
+    return f"one of {', '.join(possible)}" if possible else "model.fp8=null"
+
+
+def start_user_buffers(config: RunConfig) -> None:
+    """Buffers in which Transformer Engine overlaps tensor-parallel collectives with matrix products.
+
+    Call once a process, before layers are built. Not yet run on hardware.
+    """
+    from transformer_engine.pytorch.module import base
+
+    tokens = config.data.seq_length * config.train.micro_batch_size // config.parallel.context_parallel_size
+    base.initialize_ub(
+        shape=[tokens, config.model.hidden_size],
+        tp_size=config.parallel.tensor_model_parallel_size,
+        use_fp8=config.model.fp8 is not None,
+        bootstrap_backend="nccl",
+    )
 
 
 def build_layer_spec(choice: LayerChoice, core_config: TransformerConfig, chunk: int | None) -> Any:

@@ -35,8 +35,20 @@ class _GatherSequence(torch.autograd.Function):
         return part, None
 
 
+def seen_positions(documents_BT: torch.Tensor, start: int, end: int) -> torch.Tensor:
+    """Which positions [0, end) each of the positions [start, end) sees: [B, 1, end - start, end], True is seen.
+
+    documents_BT [B, T]: the number of each position's document.
+    """
+    causal = torch.ones(end - start, end, dtype=torch.bool, device=documents_BT.device).tril(start)
+    return ((documents_BT[:, start:end, None] == documents_BT[:, None, :end]) & causal)[:, None]
+
+
 class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
-    """softmax(QK^T / sqrt(D)) V under a causal mask, or under a given one that isolates documents.
+    """softmax(QK^T / sqrt(D)) V under a causal mask; where documents are told, each position sees its own document only.
+
+    What megatron-core hands down as `attention_mask` is here the number of each position's document, [B, T] over the whole
+    sequence: the mask is made of it where it is used, and no rank or reader holds T x T for a sample.
 
     With context parallelism each rank holds two chunks of the sequence, rank and 2n - 1 - rank of 2n, which balances the
     causal work; keys and values are gathered from all ranks.
@@ -69,14 +81,13 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """query [S, B, H, D]; key and value [S, B, G, D]; attention_mask [B, 1, S, S], True hides. Returns [S, B, H * D]."""
+        """query [S, B, H, D]; key and value [S, B, G, D]; attention_mask: None or documents [B, T]. Returns [S, B, H * D]."""
         assert attention_bias is None, "not reachable from this package's training path"
         assert packed_seq_params is None, "not reachable from this package's training path"
         if self.context_group is not None:
-            assert attention_mask is None, "config checks refuse document isolation with context parallelism"
-            mixed_BHSD = self._attend_across_ranks(query, key, value)
+            mixed_BHSD = self._attend_across_ranks(query, key, value, attention_mask)
         else:
-            seen = None if attention_mask is None else ~attention_mask
+            seen = None if attention_mask is None else seen_positions(attention_mask, 0, query.shape[0])
             q_BHSD, k_BGSD, v_BGSD = (t.permute(1, 2, 0, 3) for t in (query, key, value))
             mixed_BHSD = self._attend(q_BHSD, k_BGSD, v_BGSD, seen)
         return mixed_BHSD.permute(2, 0, 1, 3).flatten(2)
@@ -99,7 +110,9 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
                 enable_gqa=k_BGTD.shape[1] != q_BHSD.shape[1],
             )
 
-    def _attend_across_ranks(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend_across_ranks(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents_BT: torch.Tensor | None
+    ) -> torch.Tensor:
         group = self.context_group
         assert group is not None
         ranks, chunk = group.size(), query.shape[0] // 2
@@ -112,7 +125,10 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         for half, index in enumerate((group.rank(), 2 * ranks - 1 - group.rank())):
             q_BHSD = query[half * chunk : (half + 1) * chunk].permute(1, 2, 0, 3)
             end = (index + 1) * chunk
-            seen = torch.ones(chunk, end, dtype=torch.bool, device=query.device).tril(end - chunk)
+            if documents_BT is None:
+                seen = torch.ones(chunk, end, dtype=torch.bool, device=query.device).tril(end - chunk)
+            else:
+                seen = seen_positions(documents_BT, end - chunk, end)
             mixed.append(self._attend(q_BHSD, k_BGTD[:, :, :end], v_BGTD[:, :, :end], seen))
         return torch.cat(mixed, 2)
 

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 from megatron.core import parallel_state
@@ -48,6 +49,7 @@ def start_distributed(platform: Platform, parallel: ParallelConfig, launch: Laun
         context_parallel_size=parallel.context_parallel_size,
         distributed_timeout_minutes=parallel.distributed_timeout_minutes,
         create_gloo_process_groups=False,
+        **(nccl_options(parallel) if platform.backend == "nccl" else {}),
     )
     collection = ProcessGroupCollection.use_mpu_process_groups()
     return ParallelGroups(
@@ -73,6 +75,15 @@ def _join(platform: Platform, launch: Launch, timeout: timedelta) -> None:
         timeout=timeout,
         device_id=platform.device if platform.device.type == "cuda" and not alone else None,
     )
+
+
+def nccl_options(parallel: ParallelConfig) -> dict[str, Any]:
+    """What NCCL's communicators are built with; gloo has no such settings. Not yet run on hardware."""
+    return {
+        "nccl_communicator_config_path": parallel.nccl_communicator_config_path,
+        "high_priority_stream_groups": list(parallel.high_priority_stream_groups),
+        "use_sharp": parallel.use_sharp,
+    }
 
 
 def stop_distributed() -> None:

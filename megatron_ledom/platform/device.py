@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ledom.errors import UsageError
+from megatron_ledom.platform.apex import find_apex
 from megatron_ledom.platform.cpu_engine import install_cpu_engine
 from megatron_ledom.platform.engine_fixes import install_engine_fixes
 from megatron_ledom.platform.launch import Launch, read_launch
@@ -38,8 +39,8 @@ class Platform:
     def describe(self) -> str:
         """One line for the log."""
         if self.device.type == "cuda":
-            return f"{torch.cuda.get_device_name(self.device)} with {self.backend}"
-        return f"CPU ({self.num_threads} threads a rank) with {self.backend}"
+            return f"{torch.cuda.get_device_name(self.device)} with {self.backend}, {find_apex().state}"
+        return f"CPU ({self.num_threads} threads a rank) with {self.backend}, {find_apex().state}"
 
     def synchronize(self) -> None:
         """Wait for the device, so that a clock read next is true."""

@@ -16,6 +16,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_ledom.errors import DataError, cannot_write
 from megatron_ledom.platform.adam import GroupStepAdam
+from megatron_ledom.platform.apex import find_apex
 from megatron_ledom.platform.save_results import SaveResults
 
 
@@ -32,8 +33,10 @@ def _fix_torch_adam() -> None:
     """Without Transformer Engine and apex, the distributed optimizer's state is saved but cannot be loaded again.
 
     megatron-core then falls back to torch's AdamW, which keeps `step` in the parameters; the load expects it in the groups.
+    It also takes the Adam of anything that is importable as apex: of NVIDIA's, where there is no GPU for it, or of a stranger.
     """
-    if core_optimizer.USING_PYTORCH_OPTIMIZER:
+    from_apex = core_optimizer.Adam.__module__.partition(".")[0] == "apex"
+    if core_optimizer.USING_PYTORCH_OPTIMIZER or (from_apex and not (find_apex().usable and torch.cuda.is_available())):
         core_optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
         core_optimizer.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True

@@ -24,7 +24,13 @@ def train(state: TrainState, stop: StopRequest) -> None:
     """Train from the state's iteration to the end of the run, or to a stop; whatever was done is saved."""
     config, groups = state.config, state.groups
     batches = batch_iterators(
-        config, state.train_dataset, state.consumed_train_samples, len(state.train_dataset), groups, state.platform.device
+        config,
+        state.train_dataset,
+        state.consumed_train_samples,
+        len(state.train_dataset),
+        groups,
+        state.platform.device,
+        state.provenance.eod_id,
     )
     throughput = Throughput(config, state.provenance.vocab_size, state.platform, dist.get_world_size())
     metrics = MetricsWriter(config, state.iteration)

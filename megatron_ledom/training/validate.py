@@ -31,7 +31,8 @@ def evaluate(state: TrainState, datasets: dict[str, BlendSamples]) -> Validation
 
 
 def _measure(state: TrainState, dataset: BlendSamples) -> dict[str, float]:
-    iterators = batch_iterators(state.config, dataset, 0, len(dataset), state.groups, state.platform.device)
+    device, eod_id = state.platform.device, state.provenance.eod_id
+    iterators = batch_iterators(state.config, dataset, 0, len(dataset), state.groups, device, eod_id)
     loss_sum, num_tokens = 0.0, 0.0
     for _ in range(len(dataset) // state.config.train.global_batch_size):
         one_sum, one_count = run_schedule(state.config, state.model, iterators, state.groups, forward_only=True)

@@ -49,7 +49,7 @@ def samples_of(data: TinyData, run_dir: Path, *overrides: str) -> Iterator[tuple
     try:
         dataset = build_train_dataset(config, sources, str(run_dir / "cache"))
         last = config.train.train_iters * config.train.global_batch_size
-        yield dataset, list(batch_iterators(config, dataset, 0, last, groups, platform.device)[0])
+        yield dataset, list(batch_iterators(config, dataset, 0, last, groups, platform.device, EOD_ID)[0])
     finally:
         stop_distributed()
 

@@ -1,6 +1,8 @@
 """Each relation between keys: one run it refuses, with the sentence, and one it lets through."""
 
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -43,6 +45,8 @@ def build(*settings: str) -> RunConfig:
 
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
 VPP, CP = "parallel.virtual_pipeline_model_parallel_size", "parallel.context_parallel_size"
+RECOMPUTE, SP = "parallel.recompute_", "parallel.sequence_parallel=True"
+FP8_MODEL = ["model.fp8='hybrid'", "model.hidden_size=128", "model.num_attention_heads=4", "model.ffn_hidden_size=256"]
 GATHER = "parallel.overlap_param_gather=True"
 
 REFUSED: list[tuple[list[str], int, str]] = [
@@ -109,7 +113,42 @@ REFUSED: list[tuple[list[str], int, str]] = [
     ),
     (["optimizer.lr_wsd_decay_iters=9"], 1, "belongs to optimizer.lr_decay_style=WSD, found cosine"),
     (["data.reset_position_ids=True"], 1, "data.reset_position_ids=true without data.reset_attention_mask=true"),
-    (["data.reset_attention_mask=True", f"{CP}=2"], 2, "cannot be used with parallel.context_parallel_size=2"),
+    (["parallel.bucket_size=1000"], 1, "parallel.bucket_size=1000 counts with parallel.overlap_grad_reduce=true only"),
+    ([f"{RECOMPUTE}granularity='full'"], 1, "needs parallel.recompute_method, found null; set uniform or block"),
+    (
+        [f"{RECOMPUTE}granularity='full'", f"{RECOMPUTE}method='block'", f"{RECOMPUTE}num_layers=3", f"{PP}=2", f"{VPP}=2"],
+        2,
+        "parallel.recompute_num_layers=3, expected 1 to 2, the layers of a model chunk",
+    ),
+    (
+        [f"{RECOMPUTE}method='block'"],
+        1,
+        "parallel.recompute_method=block is for parallel.recompute_granularity=full, found null",
+    ),
+    ([f"{RECOMPUTE}granularity='selective'", f"{RECOMPUTE}num_layers=1"], 1, "=full, found selective; set that, or leave"),
+    ([f"{RECOMPUTE}granularity='selective'", f"{RECOMPUTE}modules=[]"], 1, "name one part or more, each once"),
+    (["model.fp8='hybrid'", "model.transformer_impl='torch'"], 1, "model.fp8=hybrid needs Transformer Engine"),
+    (["model.fp8='hybrid'", "data.reset_attention_mask=True"], 1, "model.fp8=hybrid needs Transformer Engine, whose attention"),
+    (["model.fp8='hybrid'", "model.params_dtype='fp32'"], 1, "model.fp8=hybrid needs model.params_dtype=bf16, found fp32"),
+    (
+        ["model.fp8='e4m3'"],
+        1,
+        "model.hidden_size: 72 is not a multiple of 16, which model.fp8_recipe=tensorwise needs; the next one is 80",
+    ),
+    (
+        [*FP8_MODEL, "model.fp8_recipe='blockwise'"],
+        1,
+        "the tokens of a micro-batch on a rank: 16 is not a multiple of 128, which model.fp8_recipe=blockwise needs",
+    ),
+    ([*FP8_MODEL, f"{TP}=2", SP], 2, "the tokens of a micro-batch on a rank: 8 is not a multiple of 16"),
+    (["parallel.tp_comm_overlap=True"], 1, "parallel.tp_comm_overlap=true needs parallel.sequence_parallel=true"),
+    (
+        ["parallel.tp_comm_overlap=True", f"{TP}=2", SP, "model.transformer_impl='torch'"],
+        2,
+        "parallel.tp_comm_overlap=true needs Transformer Engine, found model.transformer_impl=torch",
+    ),
+    (["parallel.high_priority_stream_groups=['dp', 'dp']"], 1, "names a group twice; name each once"),
+    (["parallel.nccl_communicator_config_path='no/such.yaml'"], 1, "no/such.yaml cannot be read"),
     (["data.reset_attention_mask=True", "model.transformer_impl='transformer_engine'"], 1, "set model.transformer_impl=torch"),
     (["data.train_blend=[[1, 'a'], [2, 'a']]"], 1, "data.train_blend lists a 2 times"),
     (["data.valid_blend=[[1, 'a.bin']]"], 1, "data.valid_blend lists the file a.bin; expected the prefix of a shard, a"),
@@ -156,6 +195,14 @@ ACCEPTED: list[tuple[list[str], int]] = [
     (["optimizer.lr_decay_iters=11"], 1),
     (["optimizer.lr_decay_style='WSD'", "optimizer.lr_wsd_decay_iters=90"], 1),
     (["data.reset_position_ids=True", "data.reset_attention_mask=True"], 1),
+    (["data.reset_attention_mask=True", f"{CP}=2"], 2),
+    ([f"{RECOMPUTE}granularity='full'", f"{RECOMPUTE}method='block'", f"{RECOMPUTE}num_layers=4", f"{PP}=2"], 2),
+    ([f"{RECOMPUTE}granularity='selective'", f"{RECOMPUTE}modules=['mlp']"], 1),
+    (FP8_MODEL, 1),
+    ([*FP8_MODEL, f"{TP}=2", SP, "data.seq_length=32", "parallel.tp_comm_overlap=True"], 2),
+    ([*FP8_MODEL, "model.fp8_recipe='mxfp8'", "data.seq_length=32"], 1),
+    (["parallel.bucket_size=1000", "parallel.overlap_grad_reduce=True"], 1),
+    (["parallel.high_priority_stream_groups=['dp_cp', 'tp']", "parallel.use_sharp=True"], 1),
     (["data.train_blend=[[1, 'a'], [2, 'b']]", "data.valid_blend=[[1, 'a']]"], 1),
     (["parallel.world_size=4"], 4),
 ]
@@ -173,6 +220,28 @@ def test_run_that_works_passes(settings: Sequence[str], world_size: int) -> None
     config = build(*settings)
     check_config(config, world_size)
     assert num_microbatches(config, world_size) >= 1
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("dp_cp: {max_ctas: 16, net_name: IB}\ntp: {cga_cluster_size: 2}", None),
+        ("- dp", "holds no settings by process group"),
+        ("dp_cp: 16", "holds no settings by process group"),
+        ("expert: {max_ctas: 16}", "names the process group expert; expected one of tp, cp, dp, dp_cp"),
+        ("dp: {maxctas: 16}", "sets dp.maxctas; expected one of cga_cluster_size, min_ctas"),
+        ("dp: [", "cannot be read"),
+    ],
+)
+def test_the_file_of_nccl_settings_is_read(tmp_path: Path, content: str, sentence: str | None) -> None:
+    path = tmp_path / "nccl.yaml"
+    path.write_text(content)
+    config = build(f"parallel.nccl_communicator_config_path='{path}'")
+    if sentence is None:
+        check_config(config, 1)
+    else:
+        with pytest.raises(ConfigError, match=re.escape(sentence)):
+            check_config(config, 1)
 
 
 def test_all_faults_are_gathered() -> None:

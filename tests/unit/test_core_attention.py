@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import default_collate
 
 from megatron_ledom.config.load import load_config
+from megatron_ledom.data.batch import document_numbers
 from megatron_ledom.data.dataset import build_train_dataset
 from megatron_ledom.data.sample_index import prepare_indices
 from megatron_ledom.data.sources import load_sources
@@ -49,11 +50,15 @@ def random_qkv(groups: int, dtype: torch.dtype = torch.float64) -> list[torch.Te
     return [torch.randn(S, B, heads, D, generator=generator, dtype=torch.float64).to(dtype) for heads in (H, groups, groups)]
 
 
-def documents_mask(lengths: list[int]) -> torch.Tensor:
-    """[1, 1, S, S]: True above the diagonal and across documents."""
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+def numbered(lengths: list[int]) -> torch.Tensor:
+    """[1, S]: the number of each position's document."""
+    return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+
+
+def hidden_positions(documents: torch.Tensor) -> torch.Tensor:
+    """[B, 1, S, S]: True above the diagonal and across documents."""
     causal = torch.ones(S, S, dtype=torch.bool).triu(1)
-    return (causal | (document[:, None] != document[None]))[None, None]
+    return (causal | (documents[:, :, None] != documents[:, None]))[:, None]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
@@ -69,9 +74,14 @@ def test_causal_attention_is_the_formula(groups: int, dtype: torch.dtype, tolera
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_a_document_mask_is_the_formula_with_hidden_scores(groups: int) -> None:
     query, key, value = random_qkv(groups)
-    mask = torch.cat([documents_mask([5, 1, 7]), documents_mask([13])])
-    found = attention()(query, key, value, attention_mask=mask)
-    torch.testing.assert_close(found, written_out(query, key, value, mask), rtol=0, atol=1e-12)
+    documents = torch.cat([numbered([5, 1, 7]), numbered([13])])
+    found = attention()(query, key, value, attention_mask=documents)
+    torch.testing.assert_close(found, written_out(query, key, value, hidden_positions(documents)), rtol=0, atol=1e-12)
+
+
+def test_a_document_ends_with_its_eod() -> None:
+    tokens = torch.tensor([[7, 8, EOD_ID, 9, EOD_ID, EOD_ID, 3], [EOD_ID, 1, 2, 3, 4, 5, EOD_ID]])
+    assert document_numbers(tokens, EOD_ID).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
 
 
 def test_gradients_are_the_formulas() -> None:
@@ -116,12 +126,13 @@ def test_a_changed_token_changes_nothing_in_other_documents(started: tuple[Any, 
     samples = (default_collate([dataset[index]]) for index in range(len(dataset)))
     sample = next(one for one in samples if EOD_ID in one["tokens"][0, 5:-5].tolist())
     tokens, place = sample["tokens"], 1
+    documents = document_numbers(tokens, EOD_ID)
     end = tokens[0].tolist().index(EOD_ID) + 1  # the first document's part of the sample, its eod included
     assert sample["position_ids"][0, end] == 0
     changed = tokens.clone()
     changed[0, place] = (tokens[0, place] + 1) % 1000
     with torch.no_grad():
-        one, other = (model(ids, sample["position_ids"], sample["attention_mask"]) for ids in (tokens, changed))
+        one, other = (model(ids, sample["position_ids"], documents) for ids in (tokens, changed))
         leaking = model(changed, sample["position_ids"], None)
     assert torch.equal(one[0, end:], other[0, end:])
     assert torch.equal(one[0, :place], other[0, :place])

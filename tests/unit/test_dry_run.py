@@ -60,6 +60,27 @@ def test_7b_prints_the_published_numbers() -> None:
     assert row(text, "data/dclm_01").split() == ["no", "shard", "yet", "259,833,174,808", "59.68%", *drawn]
 
 
+def test_the_engine_of_a_gpu_run_is_explained_without_a_gpu(tmp_path: Path) -> None:
+    nccl = tmp_path / "nccl.yaml"
+    nccl.write_text("dp_cp: {max_ctas: 16}")
+    fp8 = ["model.fp8=hybrid", "model.fp8_recipe=mxfp8", "parallel.tp_comm_overlap=true", "parallel.use_sharp=true"]
+    settings = [f"parallel.nccl_communicator_config_path={nccl}", "parallel.high_priority_stream_groups=[dp_cp,tp]"]
+    full = ["recompute_granularity=full", "recompute_method=block", "recompute_num_layers=3"]
+    text = plan("ledom_7b", 64, *fp8, *settings, *[f"parallel.{setting}" for setting in full])
+    assert row(text, "implementation") == "Transformer Engine; refused where it or CUDA is missing"
+    assert row(text, "fp8") == "hybrid, mxfp8; not yet run on hardware"
+    assert row(text, "fp8 needs") == "compute capability 10.0 (Blackwell or newer), Transformer Engine 2.1"
+    assert row(text, "recompute") == "full, block: the first 3 layers of a model chunk"
+    assert row(text, "overlapped") == "overlap_grad_reduce, overlap_param_gather, tp_comm_overlap"
+    assert row(text, "NCCL") == (
+        f"settings of {nccl}; high priority for dp_cp, tp; SHARP for the data-parallel group (nothing of it on a CPU)"
+    )
+    plain = plan("ledom_7b", 64, "data.reset_attention_mask=true", "parallel.recompute_granularity=selective")
+    assert row(plain, "implementation") == "torch, with SDPA and a mask of documents"
+    assert row(plain, "recompute") == "selective: core_attn of every layer"
+    assert row(plain, "NCCL") == "as it comes"
+
+
 def test_2b_prints_the_published_numbers() -> None:
     text = plan("ledom_2b", 64)
     assert row(text, "parameters").startswith("2.245 B")

@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
@@ -17,6 +17,7 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.enums import Fp8Recipe
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -24,9 +25,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel import schedules as core_schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
 
+from megatron_ledom.config.checks import check_config
+from megatron_ledom.config.gpu_checks import FP8_NEEDS, NCCL_GROUPS, NCCL_SETTINGS
+from megatron_ledom.config.load import config_from_dict
+from megatron_ledom.config.schema import ModelConfig, ParallelConfig
 from megatron_ledom.model import builder
 
 DATACLASS_FIELDS = {
@@ -37,9 +44,11 @@ DATACLASS_FIELDS = {
         overlap_p2p_comm batch_p2p_comm deallocate_pipeline_outputs calculate_per_token_loss init_method
         output_layer_init_method embedding_init_method use_cpu_initialization gradient_accumulation_fusion
         masked_softmax_fusion bias_activation_fusion bias_dropout_fusion apply_rope_fusion grad_scale_func
-        finalize_model_grads_func no_sync_func grad_sync_func param_sync_func""",
+        finalize_model_grads_func no_sync_func grad_sync_func param_sync_func recompute_granularity recompute_method
+        recompute_num_layers recompute_modules fp8 fp8_recipe fp8_amax_history_len fp8_amax_compute_algo tp_comm_overlap
+        tp_comm_bootstrap_backend""",
     DistributedDataParallelConfig: """use_distributed_optimizer overlap_grad_reduce overlap_param_gather grad_reduce_in_fp32
-        check_for_nan_in_grad""",
+        check_for_nan_in_grad bucket_size""",
     OptimizerConfig: """optimizer lr min_lr weight_decay adam_beta1 adam_beta2 adam_eps clip_grad bf16 params_dtype
         use_distributed_optimizer""",
     GPTDatasetConfig: """random_seed sequence_length blend_per_split path_to_cache tokenizer reset_position_ids
@@ -66,7 +75,8 @@ PARAMETERS: dict[Callable[..., Any], str] = {
     core_schedules.forward_backward_pipelining_without_interleaving: SCHEDULE,
     get_forward_backward_func: "pp_size vp_size",
     parallel_state.initialize_model_parallel: """tensor_model_parallel_size pipeline_model_parallel_size
-        virtual_pipeline_model_parallel_size context_parallel_size distributed_timeout_minutes create_gloo_process_groups""",
+        virtual_pipeline_model_parallel_size context_parallel_size distributed_timeout_minutes create_gloo_process_groups
+        nccl_communicator_config_path high_priority_stream_groups use_sharp""",
     parallel_state.get_data_parallel_group: "with_context_parallel",
     GPTDataset.__init__: "indexed_dataset dataset_path indexed_indices num_samples index_split config",
     IndexedDataset.__init__: "path_prefix",
@@ -112,9 +122,70 @@ def test_function_needs_no_argument_that_we_do_not_pass() -> None:
 
 def test_a_dataset_gives_what_batches_are_made_of() -> None:
     source = inspect.getsource(GPTDataset.__getitem__)
-    assert all(f'"{name}"' in source for name in ("tokens", "labels", "loss_mask", "position_ids", "attention_mask"))
+    assert all(f'"{name}"' in source for name in ("tokens", "labels", "loss_mask", "position_ids"))
     built = inspect.getsource(GPTDataset.__init__)  # what data.dataset gives it instead of letting it build and save
     assert "self._build_document_sample_shuffle_indices()" in built
+
+
+def allowed(owner: Any, name: str) -> set[str]:
+    """The words that a field declared as Literal, or as a list of it, takes."""
+    found: set[str] = set()
+    left = [get_type_hints(owner)[name]]
+    while left:
+        hint = left.pop()
+        if get_origin(hint) is Literal:
+            found |= set(get_args(hint))
+        else:
+            left += [part for part in get_args(hint) if not isinstance(part, str)]
+    return found
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_recipe", "fp8_amax_compute_algo", "recompute_granularity", "recompute_method"])
+def test_words_of_the_config_are_words_of_the_engine(name: str) -> None:
+    ours = next(kind for kind in (ModelConfig, ParallelConfig) if name in {field.name for field in dataclasses.fields(kind)})
+    assert allowed(ours, name) <= allowed(TransformerConfig, name)
+    assert allowed(ours, name)
+
+
+def test_every_fp8_recipe_has_its_needs_and_a_name_in_the_engine() -> None:
+    assert set(FP8_NEEDS) == allowed(ModelConfig, "fp8_recipe")
+    assert set(FP8_NEEDS) <= {recipe.value for recipe in Fp8Recipe}
+
+
+@pytest.mark.parametrize("recipe", FP8_NEEDS)
+def test_an_fp8_run_makes_a_core_config(recipe: str) -> None:
+    """As far as it gets without Transformer Engine: megatron-core's own checks of its config."""
+    parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "tp_comm_overlap": True}
+    model = {"num_layers": 2, "hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 4}
+    run = {"train_iters": 3000, "global_batch_size": 2}
+    sections = {"model": {**model, "fp8": "hybrid", "fp8_recipe": recipe}, "parallel": parallel, "train": run}
+    config = config_from_dict({"run_dir": "unused", **sections}, "test")
+    check_config(config, 2)
+    core_config = builder.build_core_config(config)
+    assert (core_config.fp8, core_config.fp8_recipe, core_config.tp_comm_overlap) == ("hybrid", recipe, True)
+
+
+def test_selective_recompute_knows_the_parts_we_name() -> None:
+    source = inspect.getsource(TransformerConfig.__post_init__)
+    assert all(f'"{part}"' in source for part in allowed(ParallelConfig, "recompute_modules"))
+
+
+def test_nccl_groups_have_the_names_we_use() -> None:
+    source = inspect.getsource(parallel_state)
+    assert all(f'get_nccl_options("{group}"' in source for group in NCCL_GROUPS)
+    assert allowed(ParallelConfig, "high_priority_stream_groups") <= set(NCCL_GROUPS)
+    read = inspect.getsource(parallel_state.get_nccl_options)
+    assert all(f'"{setting}"' in read for setting in NCCL_SETTINGS)
+
+
+def test_the_transformer_engine_spec_is_made_of_what_we_rely_on() -> None:
+    """Its source: without Transformer Engine it cannot be called. Norms, attention and their masks are its own."""
+    source = inspect.getsource(get_gpt_layer_with_transformer_engine_spec)
+    assert "TESpecProvider()" in source
+    submodules = {field.name for field in dataclasses.fields(TransformerLayerSubmodules)}
+    assert {"input_layernorm", "self_attention", "pre_mlp_layernorm", "mlp"} <= submodules
+    assert "core_attention" in {field.name for field in dataclasses.fields(SelfAttentionSubmodules)}
+    assert all(f"{name}=" in source for name in ("self_attention", "mlp", "core_attention"))
 
 
 def test_names_that_the_platform_replaces_exist() -> None:

@@ -1,0 +1,84 @@
+"""Hooks that take one guard away in the ranks of a run, so that a test can see what it guards against."""
+
+import os
+import tempfile
+from contextlib import nullcontext
+from typing import Any
+
+
+def _change_core_config(**changes: Any) -> None:
+    from megatron_ledom.model import builder
+
+    build = builder.build_core_config
+
+    def changed(config: Any) -> Any:
+        core_config = build(config)
+        for name, value in changes.items():
+            assert hasattr(core_config, name)
+            setattr(core_config, name, value)
+        return core_config
+
+    builder.build_core_config = changed  # type: ignore[assignment]
+
+
+def batched_p2p() -> None:
+    """Interleaved stages talk as those of the plain pipeline do, megatron-core's default."""
+    _change_core_config(overlap_p2p_comm=False, batch_p2p_comm=True)
+
+
+def deallocated_outputs() -> None:
+    """Stages free an output once they have sent it, what megatron-core's documentation recommends."""
+    _change_core_config(deallocate_pipeline_outputs=True)
+
+
+def stale_weights() -> None:
+    """Weights are read as they are, without waiting for those that other ranks have updated."""
+    from megatron_ledom.checkpoint import store
+    from megatron_ledom.training import validate
+
+    store.gathered_weights = validate.gathered_weights = lambda model: nullcontext()  # type: ignore[assignment]
+
+
+def padded_buckets() -> None:
+    """Saved optimizer state as megatron-core makes it."""
+    from megatron_ledom.platform import engine_fixes
+
+    engine_fixes._fix_padded_buckets = lambda: None  # type: ignore[assignment]
+
+
+def _sharding(kind: str | None) -> None:
+    from megatron_ledom.model import builder
+    from megatron_ledom.training import state
+
+    metadata = builder.checkpoint_metadata
+
+    def changed(groups: Any) -> dict[str, Any]:
+        values = metadata(groups)
+        values.pop("distrib_optim_sharding_type")
+        return values if kind is None else {**values, "distrib_optim_sharding_type": kind}
+
+    state.checkpoint_metadata = changed  # type: ignore[assignment]
+
+
+def default_sharding() -> None:
+    """No word to megatron-core on how the distributed optimizer's state is saved."""
+    _sharding(None)
+
+
+def data_parallel_sharding() -> None:
+    """The distributed optimizer's state as it lies in the ranks."""
+    _sharding("dp_reshardable")
+
+
+def no_compiler() -> None:
+    """A machine without a C++ compiler, and without what one has compiled before."""
+    from torch._inductor import config
+
+    config.cpp.cxx = ("no-such-compiler",)  # type: ignore[assignment]
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = tempfile.mkdtemp()
+
+
+def fused_activation() -> None:
+    """SwiGLU as one function, compiled when it is first called, on a machine without a compiler."""
+    no_compiler()
+    _change_core_config(bias_activation_fusion=True)

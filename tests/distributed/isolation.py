@@ -1,0 +1,103 @@
+"""What documents of one sample have to do with each other, measured in the ranks of any layout."""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.legible import EOD_ID, legible_ids
+
+LENGTHS = (9, 13, 7)
+"""Tokens of documents 0, 1 and 2 of the sample, each with an eod behind it: 32 positions in all."""
+CHANGED = 4
+"""The position, in document 0, whose token is another one in the changed sample."""
+TRAINED = 1
+"""The one document that has a loss."""
+Report = dict[str, dict[str, float]]
+
+
+def sample_tokens() -> torch.Tensor:
+    """[1, 32]: three legible documents, which share no id but eod."""
+    ids = [[*legible_ids(document, length), EOD_ID] for document, length in enumerate(LENGTHS)]
+    return torch.tensor([[number for document in ids for number in document]])
+
+
+def measure_each(config: str, folder: str, layouts: list[list[str]], ports: list[int]) -> None:
+    """The body of a rank: for each layout, NUMBER-RANK.json with `gradient` and `logits` by document, isolated and not.
+
+    gradient: largest absolute gradient of the embedding of a document's tokens, where document 1 alone has a loss. logits: largest
+    change of a document's logits when a token of document 0 changes. What this rank does not hold is left out.
+    """
+    from megatron_ledom.config.load import load_config
+    from megatron_ledom.parallel.groups import start_distributed, stop_distributed
+    from megatron_ledom.platform.device import prepare_platform
+
+    for number, (overrides, port) in enumerate(zip(layouts, ports, strict=True)):
+        os.environ["MASTER_PORT"] = str(port)
+        run = load_config(config, ["run_dir=unused", "data.seq_length=32", "data.reset_attention_mask=true", *overrides])
+        groups = start_distributed(prepare_platform(1), run.parallel)
+        reports = {name: _measure(run, groups, isolated) for name, isolated in (("isolated", True), ("leaking", False))}
+        Path(folder, f"{number}-{os.environ['RANK']}.json").write_text(json.dumps(reports))
+        stop_distributed()
+
+
+def _measure(run: Any, groups: Any, isolated: bool) -> Report:
+    from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
+    from megatron_ledom.model.layer_specs import choose_layers
+    from megatron_ledom.parallel.seeds import seed_iteration
+    from megatron_ledom.training.step import run_schedule
+
+    seed_iteration(1, 0, groups)
+    chunks = build_model_chunks(run, 1024, groups, choose_layers(run))
+    logits: list[torch.Tensor] = []
+    if chunks[-1].post_process:
+        chunks[-1].output_layer.register_forward_hook(lambda module, given, output: logits.append(output[0].detach()))
+    model = wrap_for_training(run, chunks)
+    tokens = sample_tokens()
+    changed = tokens.clone()
+    changed[0, CHANGED] = 999
+    seen = []
+    for one in (tokens, changed):
+        logits.clear()
+        run_schedule(run, model, [_batches(one, groups, isolated) for _ in model], groups, forward_only=True)
+        seen += logits[:1]
+    report: Report = {}
+    if seen:
+        places = next(_batches(tokens, groups, True))["position_ids"][0]
+        report["logits"] = _by_document((seen[0] - seen[1]).abs().amax((1, 2)), places)
+    run_schedule(run, model, [_batches(tokens, groups, isolated) for _ in model], groups, forward_only=False)
+    if chunks[0].pre_process:
+        word = chunks[0].embedding.word_embeddings
+        held = range(word.vocab_start_index, word.vocab_end_index)
+        size = word.weight.main_grad.abs().amax(1)
+        rows = {place: size[int(number) - held.start] for place, number in enumerate(tokens[0]) if int(number) in held}
+        inner = {place: value for place, value in rows.items() if int(tokens[0, place]) != EOD_ID}
+        report["gradient"] = _by_document(torch.stack([*inner.values()]), torch.tensor([*inner])) if inner else {}
+    return report
+
+
+def _batches(tokens: torch.Tensor, groups: Any, isolated: bool) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's part of the sample, again and again."""
+    from megatron_ledom.data.batch import context_part, document_numbers
+
+    documents = document_numbers(tokens, EOD_ID)
+    batch = {
+        "tokens": tokens,
+        "labels": torch.roll(tokens, -1, 1),
+        "loss_mask": (documents == TRAINED).float(),
+        "position_ids": torch.arange(tokens.shape[1])[None],
+    }
+    batch = context_part(batch, groups.context.rank(), groups.context.size())
+    while True:
+        yield {**batch, **({"attention_mask": documents} if isolated else {})}
+
+
+def _by_document(values: torch.Tensor, places: torch.Tensor) -> dict[str, float]:
+    """The largest of the values at positions of each document."""
+    from megatron_ledom.data.batch import document_numbers
+
+    of = document_numbers(sample_tokens(), EOD_ID)[0][places]
+    return {str(int(document)): float(values[of == document].max()) for document in of.unique()}

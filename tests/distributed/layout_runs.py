@@ -1,0 +1,97 @@
+"""Tiny runs of many layouts, a launch for many of them, and how far each is from one process."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.distributed.layouts import GLOBAL_BATCH, Layout
+from tests.distributed.traffic import count_traffic, read_traffic
+from tests.tiny_runs import Record, TinyData, curve, run_each_on_ranks
+
+STEPS = {"fp32": 20, "bf16": 8}
+FIRST_STEP = {"fp32": 1e-6, "bf16": 5e-4}
+"""Relative tolerances of loss and gradient norm at step 1: sums are taken in another order."""
+ANY_STEP = {"fp32": 1e-5, "bf16": 5e-3}
+LOSS_OF_ANY_STEP = {"fp32": 1e-5, "bf16": 5e-4}
+MODEL = (
+    "model.num_attention_heads=8",
+    f"train.global_batch_size={GLOBAL_BATCH}",
+    "data.allow_repeats=true",
+    "parallel.distributed_timeout_minutes=2",
+)
+"""Heads for eight tensor-parallel ranks, which are more than the two key-value heads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a layout's run compares with one process."""
+
+    first: float
+    """Relative difference at step 1, the larger of loss and gradient norm."""
+    worst: float
+    """The largest such difference of all steps."""
+    worst_loss: float
+    """The largest relative difference of a loss."""
+    traffic: dict[str, int]
+    """Bytes that the busiest rank sends in a step, by kind and operation."""
+
+
+def prepare_ranks() -> None:
+    """A hook for ranks: count what they send, and save nothing: checkpoints have their own tests."""
+    from megatron_ledom.training import loop
+
+    loop.save_checkpoint = lambda state: None
+    count_traffic()
+
+
+def settings(dtype: str) -> list[str]:
+    """What all runs of a type share."""
+    return [*MODEL, f"model.params_dtype={dtype}", f"train.train_iters={STEPS[dtype]}"]
+
+
+def differences(found: Sequence[Record], expected: Sequence[Record]) -> list[tuple[float, float]]:
+    """Relative differences of loss and gradient norm, for each step."""
+    pairs = zip(curve(found), curve(expected), strict=True)
+    return [(abs(one[0] / other[0] - 1), abs(one[1] / other[1] - 1)) for one, other in pairs]
+
+
+def run_layouts(
+    data: TinyData, folder: Path, layouts: Sequence[Layout], dtype: str = "fp32", seconds: float = 120
+) -> dict[Layout, list[Record]]:
+    """The records of each layout's run, which is in `folder / dtype / layout.name`; all of one number of ranks."""
+    folder = folder / dtype
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = {folder / layout.name: [*settings(dtype), *layout.overrides()] for layout in layouts}
+    (num_ranks,) = {layout.num_ranks for layout in layouts}
+    records = run_each_on_ranks(data.config, runs, num_ranks=num_ranks, hook=prepare_ranks, seconds=seconds)
+    return {layout: records[folder / layout.name] for layout in layouts}
+
+
+def run_references(data: TinyData, folder: Path, layouts: Sequence[Layout], dtype: str = "fp32") -> dict[int, list[Record]]:
+    """One process, without anything spread or recomputed: its records by number of layers."""
+    references = {}
+    for layers in sorted({layout.num_layers for layout in layouts}):
+        (folder / dtype).mkdir(parents=True, exist_ok=True)
+        run_dir = folder / dtype / f"one process of {layers} layers"
+        overrides = [*settings(dtype), f"model.num_layers={layers}"]
+        references[layers] = run_each_on_ranks(data.config, {run_dir: overrides}, num_ranks=1, hook=prepare_ranks)[run_dir]
+    return references
+
+
+def compare(found: Sequence[Record], expected: Sequence[Record], run_dir: Path) -> Outcome:
+    """How one run compares with one process."""
+    assert [record["iteration"] for record in found] == [record["iteration"] for record in expected]
+    different = differences(found, expected)
+    worst_loss = max(loss for loss, _ in different)
+    return Outcome(max(different[0]), max(map(max, different)), worst_loss, read_traffic(run_dir))
+
+
+def faults(layout: Layout, outcome: Outcome, dtype: str) -> list[str]:
+    """Which tolerances a layout breaks."""
+    limits = {
+        "step 1": (outcome.first, FIRST_STEP),
+        "any step": (outcome.worst, ANY_STEP),
+        "any loss": (outcome.worst_loss, LOSS_OF_ANY_STEP),
+    }
+    broken = {name: value for name, (value, limit) in limits.items() if not value <= limit[dtype]}
+    return [f"{layout.name} in {dtype}, {name}: {value:.1e}" for name, value in broken.items()]

@@ -1,0 +1,145 @@
+"""What megatron-core gets wrong without a word, and that this package does not: each guard is taken away, and the fault seen.
+
+`hazards.py` has what takes them away, inside the ranks; nothing here is a mock of a result.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.distributed import hazards
+from tests.tiny_runs import ROOT, Hook, Record, TinyData, curve, read_metrics, read_tensors, run_on_ranks, start_ranks
+
+STEPS = 6
+BASE = (f"train.train_iters={STEPS}", "model.num_layers=4", f"train.eval_interval={STEPS}", "train.eval_iters=1")
+INTERLEAVED = ("parallel.pipeline_model_parallel_size=2", "parallel.virtual_pipeline_model_parallel_size=2")
+OVERLAPPED = (
+    "parallel.use_distributed_optimizer=true",
+    "parallel.overlap_grad_reduce=true",
+    "parallel.overlap_param_gather=true",
+)
+ODD_SIZES = ("model.hidden_size=36", "model.kv_channels=8", "model.ffn_hidden_size=60")
+"""Matrices that fill no bucket to the multiple that megatron-core pads it to."""
+
+
+def base(data: TinyData) -> list[str]:
+    return [*BASE, f"data.valid_blend=[[1.0,{data.shard('reverse_valid')}]]"]
+
+
+@pytest.fixture(scope="module")
+def one_process(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> list[Record]:
+    return run_on_ranks(data.config, tmp_path_factory.mktemp("one") / "run", *base(data))
+
+
+def largest_difference(found: list[Record], expected: list[Record]) -> float:
+    pairs = zip(curve(found), curve(expected), strict=True)
+    return max(abs(a / b - 1) for one, other in pairs for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("hazard", [hazards.batched_p2p, hazards.deallocated_outputs])
+def test_interleaved_stages_train_another_model_without_the_guard(
+    data: TinyData, tmp_path: Path, one_process: list[Record], hazard: Hook
+) -> None:
+    """`test_layouts.py` has the same layout with the guard."""
+    found = run_on_ranks(data.config, tmp_path / "run", *base(data), *INTERLEAVED, num_ranks=2, hook=hazard)
+    assert largest_difference(found, one_process) > 1e-3  # in silence: every rank ended well
+
+
+def test_saved_weights_are_stale_where_they_are_read_before_they_are_gathered(data: TinyData, tmp_path: Path) -> None:
+    """A validation just before would hide it: its forward pass gathers."""
+    curves, saved = {}, {}
+    for name, hook in {"guarded": None, "stale": hazards.stale_weights}.items():
+        curves[name] = curve(run_on_ranks(data.config, tmp_path / name, *BASE, *OVERLAPPED, num_ranks=2, hook=hook))
+        saved[name] = weights_of(read_tensors(tmp_path / name))
+    assert curves["guarded"] == curves["stale"]  # the training itself is the same
+    different = [name for name, tensor in saved["guarded"].items() if not torch.equal(tensor, saved["stale"][name])]
+    assert len(different) > len(saved["guarded"]) // 3
+
+
+def weights_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    found = {name: tensor for name, tensor in tensors.items() if name.endswith("weight") and not name.startswith("optimizer")}
+    assert len(found) == 9
+    return found
+
+
+def test_optimizer_state_of_padded_buckets_is_saved_in_its_place(data: TinyData, tmp_path: Path) -> None:
+    """Without the correction all that lies behind the first padded bucket is saved from the wrong place."""
+    saved = {}
+    for name, bucket, hook in (
+        ("one bucket", [], None),
+        ("corrected", ["parallel.bucket_size=5000"], None),
+        ("stock", ["parallel.bucket_size=5000"], hazards.padded_buckets),
+    ):
+        run_on_ranks(data.config, tmp_path / name, *base(data), *OVERLAPPED, *ODD_SIZES, *bucket, num_ranks=2, hook=hook)
+        tensors = read_tensors(tmp_path / name)
+        saved[name] = {key: tensor for key, tensor in tensors.items() if "exp_avg" in key}
+    expected = saved["one bucket"]
+    assert len(expected) == 2 * 9  # two moments of the embedding, the output layer, two norms in all, and five matrices
+    wrong = {
+        name: [key for key in expected if not torch.allclose(saved[name][key], expected[key], rtol=1e-3, atol=1e-7)]
+        for name in ("corrected", "stock")
+    }
+    assert wrong["corrected"] == []
+    assert len(wrong["stock"]) > 3
+
+
+def test_optimizer_state_changes_layout_in_the_one_format_that_can(
+    data: TinyData, tmp_path: Path, one_process: list[Record]
+) -> None:
+    first = [*base(data), "parallel.use_distributed_optimizer=true", "train.exit_interval=3"]
+    second = [*first, "parallel.tensor_model_parallel_size=2"]
+    run_on_ranks(data.config, tmp_path / "run", *first, num_ranks=2)
+    assert largest_difference(run_on_ranks(data.config, tmp_path / "run", *second, num_ranks=2), one_process) < 1e-5
+    run_on_ranks(data.config, tmp_path / "other", *first, num_ranks=2, hook=hazards.data_parallel_sharding)
+    ranks = start_ranks(data.config, tmp_path / "other", *second, num_ranks=2, hook=hazards.data_parallel_sharding)
+    assert all(code != 0 for code in ranks.wait())
+    ranks = start_ranks(data.config, tmp_path / "default", *first, num_ranks=2, hook=hazards.default_sharding)
+    assert all(code != 0 for code in ranks.wait())
+
+
+def test_no_compiler_is_needed_to_train(data: TinyData, tmp_path: Path, one_process: list[Record]) -> None:
+    found = run_on_ranks(data.config, tmp_path / "run", *base(data), hook=hazards.no_compiler)
+    assert curve(found) == curve(one_process)
+    ranks = start_ranks(data.config, tmp_path / "fused", *base(data), hook=hazards.fused_activation)
+    assert ranks.wait() != [0]
+    assert "no-such-compiler" in ranks.output()
+
+
+STRANGER = """
+import torch
+
+class FusedAdam(torch.optim.SGD):
+    def __init__(self, params, lr=0.0, **settings):
+        super().__init__(params, lr=0.0)
+
+FusedSGD = torch.optim.SGD
+"""
+UNGUARDED = """
+import sys
+from megatron_ledom import pretrain
+from megatron_ledom.platform import engine_fixes
+engine_fixes._fix_torch_adam = lambda: None
+pretrain.main()
+"""
+
+
+def test_a_stranger_called_apex_chooses_nothing(data: TinyData, tmp_path: Path, one_process: list[Record]) -> None:
+    """It is named in the log; with the guard taken away its optimizer is the one that steps, here by nothing at all."""
+    (tmp_path / "packages/apex/optimizers").mkdir(parents=True)
+    (tmp_path / "packages/apex/__init__.py").touch()
+    (tmp_path / "packages/apex/optimizers/__init__.py").write_text(STRANGER)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'packages'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    curves = {}
+    for name, start in {"guarded": ["-m", "megatron_ledom.pretrain"], "unguarded": ["-c", UNGUARDED]}.items():
+        arguments = ["--config", str(data.config), f"run_dir={tmp_path / name}", *base(data)]
+        command = [sys.executable, *start, *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=120)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert f"apex at {tmp_path / 'packages/apex/__init__.py'} ignored: it is not NVIDIA's" in done.stderr
+        curves[name] = curve(read_metrics(tmp_path / name))
+    assert curves["guarded"] == curve(one_process)
+    assert curves["unguarded"][1:] != curve(one_process)[1:]

@@ -1,0 +1,89 @@
+"""All factorings of 2, 4 and 8 ranks train the model that one process trains; some of them here, all of them in the slow test.
+
+`layouts.md` is the table of them.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.layout_runs import ANY_STEP, FIRST_STEP, STEPS, compare, faults, run_layouts, run_references
+from tests.distributed.layouts import Layout, all_layouts, every_combination, measured, shapes, value_pairs
+from tests.distributed.make_layout_table import AT_ONCE, RANKS, TABLE
+from tests.tiny_runs import Record, TinyData
+
+SOME = [
+    Layout(tp=4, optimizer="distributed", recompute="block"),
+    Layout(cp=4, optimizer="overlapped", recompute="uniform"),
+    Layout(pp=4, optimizer="plain", recompute="selective"),
+    Layout(dp=2, tp=2, sp=True, pp=2, vpp=2, optimizer="overlapped", recompute="none"),
+]
+
+
+def faults_of(data: TinyData, folder: Path, layouts: Sequence[Layout], dtype: str, seconds: float = 120) -> list[str]:
+    """Every tolerance that a layout breaks."""
+    references = run_references(data, folder, layouts, dtype)
+    found: list[str] = []
+    for num_ranks in sorted({layout.num_ranks for layout in layouts}):
+        group = [layout for layout in layouts if layout.num_ranks == num_ranks]
+        for start in range(0, len(group), AT_ONCE):
+            for layout, records in run_layouts(data, folder, group[start : start + AT_ONCE], dtype, seconds).items():
+                outcome = compare(records, references[layout.num_layers], folder / dtype / layout.name)
+                found += faults(layout, outcome, dtype)
+    return found
+
+
+def test_some_layouts_train_as_one_process(data: TinyData, tmp_path: Path) -> None:
+    assert faults_of(data, tmp_path, SOME, "fp32") == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_every_layout_trains_as_one_process(data: TinyData, tmp_path: Path, num_ranks: int, dtype: str) -> None:
+    assert faults_of(data, tmp_path, measured(num_ranks, dtype), dtype, seconds=600) == []
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_the_matrix_has_every_shape_and_every_pair_of_values(num_ranks: int) -> None:
+    layouts = all_layouts(num_ranks)
+    assert len(set(layouts)) == len(layouts)
+    assert {(one.dp, one.tp, one.sp, one.pp, one.vpp, one.cp) for one in layouts} == {
+        (one.dp, one.tp, one.sp, one.pp, one.vpp, one.cp) for one in shapes(num_ranks)
+    }
+    possible = {pair for layout in every_combination(num_ranks) for pair in value_pairs(layout)}
+    assert possible == {pair for layout in layouts for pair in value_pairs(layout)}
+    assert {one.num_ranks for one in layouts} == {num_ranks}
+
+
+def test_the_factorings_are_all_there() -> None:
+    """Ordered factorings of 2^k into four: C(k + 3, 3)."""
+    assert [len({(one.dp, one.tp, one.pp, one.cp) for one in shapes(n)}) for n in RANKS] == [4, 10, 20]
+
+
+def test_the_table_has_layouts_of_the_matrix_within_the_tolerances() -> None:
+    text = TABLE.read_text(encoding="utf-8")
+    rows = dict(re.findall(r"^\| \d \| (.+?) \| (.+) \|$", text, re.MULTILINE))
+    assert set(rows) <= {layout.name for num_ranks in RANKS for layout in all_layouts(num_ranks)}
+    cells = [cell.strip() for row in rows.values() for cell in row.split(" | ")[:3]]
+    first, worst, half = ([float(cell) for cell in cells[column::3] if cell] for column in range(3))
+    assert max(first) <= FIRST_STEP["fp32"]
+    assert max(worst) <= ANY_STEP["fp32"]
+    assert max(half, default=0) <= ANY_STEP["bf16"]
+    wanted = sum(len(measured(num_ranks, dtype)) for num_ranks in RANKS for dtype in STEPS)
+    assert f"{len(rows) + len(half)} of {wanted} runs" in text
+
+
+def test_the_comparison_sees_what_differs(tmp_path: Path) -> None:
+    records: list[Record] = [{"iteration": i, "lm_loss": 3.0, "grad_norm": 1.0} for i in (1, 2, 3)]
+    (tmp_path / "traffic-0.json").write_text("{}")
+    changed = [dict(record) for record in records]
+    changed[2]["grad_norm"] *= 1.0001
+    outcome = compare(changed, records, tmp_path)
+    assert outcome.first == 0
+    assert [fault.split(":")[0] for fault in faults(Layout(dp=2), outcome, "fp32")] == ["DP2, plain, none in fp32, any step"]
+    changed[0]["lm_loss"] = float("nan")
+    assert len(faults(Layout(dp=2), compare(changed, records, tmp_path), "fp32")) >= 2
