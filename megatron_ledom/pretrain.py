@@ -70,9 +70,11 @@ def run(config: RunConfig) -> None:
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
+    from megatron_ledom.training.launch_record import write_launch
     from megatron_ledom.training.loop import train
     from megatron_ledom.training.resilience import StopRequest
     from megatron_ledom.training.state import build_state, check_resumable
+    from megatron_ledom.training.watchdog import Watchdog
 
     stop = StopRequest()
     platform = prepare_platform(config.train.num_threads)
@@ -81,9 +83,11 @@ def run(config: RunConfig) -> None:
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
     if rank == 0:
         prepare_run_folder(config, tokenizer)
+        write_launch(config.run_dir)
     groups = start_distributed(platform, config.parallel)
     try:
-        train(build_state(config, sources, platform, groups, choice), stop)
+        with Watchdog(config) as watchdog:
+            train(build_state(config, sources, platform, groups, choice), stop, watchdog)
     finally:
         stop_distributed()
 

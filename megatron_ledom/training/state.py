@@ -13,6 +13,7 @@ from megatron_ledom.data.dataset import build_train_dataset, build_valid_dataset
 from megatron_ledom.data.sources import Sources
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
+from megatron_ledom.parallel.gathering import gathered_weights
 from megatron_ledom.parallel.groups import ParallelGroups
 from megatron_ledom.parallel.seeds import seed_iteration
 from megatron_ledom.platform.device import Platform
@@ -39,12 +40,13 @@ class TrainState:
     sources: Sources
     store: CheckpointStore
     iteration: int = 0
-    """Optimizer steps done."""
+    """Iterations done, those without an update too."""
     consumed_train_samples: int = 0
     consumed_train_tokens: int = 0
 
     def advance(self) -> None:
-        """Count one optimizer step."""
+        """Count one iteration, updated or not: samples and the learning-rate schedule stay in step with it."""
+        self.scheduler.step(increment=self.config.train.global_batch_size)
         self.iteration += 1
         self.consumed_train_samples += self.config.train.global_batch_size
         self.consumed_train_tokens += self.config.train.global_batch_size * self.config.data.seq_length
@@ -65,9 +67,9 @@ def check_resumable(config: RunConfig, sources: Sources) -> None:
 
 
 def build_state(
-    config: RunConfig, sources: Sources, platform: Platform, groups: ParallelGroups, choice: LayerChoice
+    config: RunConfig, sources: Sources, platform: Platform, groups: ParallelGroups, choice: LayerChoice, *, resume: bool = True
 ) -> TrainState:
-    """Build model, optimizer, schedule and data; then take up the latest checkpoint of the run folder, if there is one.
+    """Build model, optimizer, schedule and data; with `resume`, take up the latest checkpoint of the run folder, if there is one.
 
     Call `check_resumable` first.
     """
@@ -89,24 +91,25 @@ def build_state(
         sources=sources,
         store=CheckpointStore(checkpoint_folder(config), checkpoint_metadata(groups)),
     )
-    _resume(state)
+    latest = state.store.latest() if resume else None
+    if latest is not None:
+        load_checkpoint(state, latest)
+    elif resume:
+        log.info("starting from scratch: no checkpoint in %s", state.store.folder)
     return state
 
 
-def _resume(state: TrainState) -> None:
-    """Take up weights, optimizer, schedule and position from the latest checkpoint."""
-    latest = state.store.latest()
-    if latest is None:
-        log.info("starting from scratch: no checkpoint in %s", state.store.folder)
-        return
-    manifest = state.store.load_manifest(latest)
+def load_checkpoint(state: TrainState, checkpoint: str) -> None:
+    """Take up weights, optimizer, schedule and position from a checkpoint of this run. Call on every rank."""
+    manifest = state.store.load_manifest(checkpoint)
     for change in changes_since(manifest, state.config):
         log.warning("changed since the checkpoint: %s", change)
-    state.store.load(latest, state.model, state.optimizer, state.scheduler)
+    with gathered_weights(state.model):
+        state.store.load(checkpoint, state.model, state.optimizer, state.scheduler)
     state.iteration = manifest.iteration
     state.consumed_train_samples = manifest.consumed_train_samples
     state.consumed_train_tokens = manifest.consumed_train_tokens
-    log.info("resumed from %s at iteration %d", latest, state.iteration)
+    log.info("resumed from %s at iteration %d", checkpoint, state.iteration)
 
 
 def save_checkpoint(state: TrainState) -> None:

@@ -42,6 +42,7 @@ def our_step(config: RunConfig) -> tuple[Callable[[], None], float]:
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.groups import start_distributed
     from megatron_ledom.platform.device import peak_flops, prepare_platform
+    from megatron_ledom.training.anomalies import StepPolicy
     from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
     from megatron_ledom.training.step import train_step
 
@@ -51,10 +52,11 @@ def our_step(config: RunConfig) -> tuple[Callable[[], None], float]:
     model = wrap_for_training(config, build_model_chunks(config, padded, groups, choose_layers(config)))
     optimizer = build_optimizer(config, model, groups)
     scheduler = build_scheduler(config, optimizer)
-    batches = [random_batches(config)]
+    batches, policy = [random_batches(config)], StepPolicy(config.train, platform.device)
 
     def step() -> None:
-        train_step(config, model, optimizer, scheduler, batches, groups)
+        train_step(config, model, optimizer, batches, groups, lambda loss, norm: policy.judge(0, loss, norm))
+        scheduler.step(increment=config.train.global_batch_size)
 
     return step, peak_flops(platform, DTYPES[config.model.params_dtype])[0]
 
