@@ -7,6 +7,7 @@ Ranks are forked from one process that has imported everything, which spares eac
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from megatron_ledom.data.packing import pack_documents
 from megatron_ledom.data.shard import Counts, ShardWriter
 from megatron_ledom.data.tokenizer import load_tokenizer
 from megatron_ledom.direction import Direction
+from tests import faults
 from tests.legible import legible_ids, legible_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -161,25 +163,30 @@ class Ranks:
         return self.log.read_text(encoding="utf-8", errors="replace")[-6000:]
 
 
-def start_ranks(config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1) -> Ranks:
-    """Start `num_ranks` ranks of a run; return at once."""
+def start_ranks(config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1, fault: str | None = None) -> Ranks:
+    """Start `num_ranks` ranks of a run; return at once. `fault`: what tests/faults.py does to each of them first."""
+    arguments = ["--config", str(config), f"run_dir={run_dir}", *overrides]
     log = config.parent / f"{run_dir.parent.name}-{run_dir.name}.log"
+    return start_command("megatron_ledom.pretrain", arguments, log, num_ranks=num_ranks, fault=fault)
+
+
+def start_command(command: str, arguments: Sequence[str], log: Path, *, num_ranks: int = 1, fault: str | None = None) -> Ranks:
+    """Start `num_ranks` ranks of a module, or of a script of tools/, whose output goes to `log`; return at once."""
     log.write_text("")
-    arguments = [f"run_dir={run_dir}", *overrides]
     launch = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     context = _context()
     processes = []
     for rank in range(num_ranks):
         environment = {name: str(value) for name, value in {**launch, "RANK": rank, "LOCAL_RANK": rank}.items()}
-        process = context.Process(target=_be_rank, args=(environment, str(config), arguments, str(log)))
+        process = context.Process(target=_be_rank, args=(environment, command, list(arguments), str(log), fault))
         process.start()
         processes.append(process)
     return Ranks(processes, log)
 
 
-def run_on_ranks(config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1) -> list[Record]:
+def run_on_ranks(config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1, fault: str | None = None) -> list[Record]:
     """Run to the end, assert that every rank exits with 0, and return the records of metrics.jsonl."""
-    ranks = start_ranks(config, run_dir, *overrides, num_ranks=num_ranks)
+    ranks = start_ranks(config, run_dir, *overrides, num_ranks=num_ranks, fault=fault)
     codes = ranks.wait()
     assert codes == [0] * num_ranks, f"exit codes {codes}:\n{ranks.output()}"
     return read_metrics(run_dir)
@@ -207,7 +214,7 @@ def _free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def _be_rank(environment: dict[str, str], config: str, arguments: list[str], log: str) -> None:
+def _be_rank(environment: dict[str, str], command: str, arguments: list[str], log: str, fault: str | None) -> None:
     """One rank of a run, with its output in `log`."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # Linux's own; here it would be that of the preloaded process
@@ -216,7 +223,11 @@ def _be_rank(environment: dict[str, str], config: str, arguments: list[str], log
     os.dup2(descriptor, 2)
     os.environ.update(environment)
     sys.stdin = open(os.devnull)  # noqa: SIM115  for the life of the process
+    if fault is not None:
+        faults.inject(fault)
+    sys.argv = [command, *arguments]
+    if command.endswith(".py"):
+        runpy.run_path(str(ROOT / command), run_name="__main__")
     from megatron_ledom import errors, pretrain
 
-    sys.argv = ["pretrain", "--config", config, *arguments]
     errors.run_command(pretrain.main)

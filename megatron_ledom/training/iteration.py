@@ -1,6 +1,6 @@
 """One iteration of a run, as training and `tools/replay_step.py` do it: the same samples, random states and decisions."""
 
-from collections.abc import Iterator, Set
+from collections.abc import Callable, Iterator, Set
 from functools import partial
 
 import torch.distributed as dist
@@ -8,7 +8,7 @@ import torch.distributed as dist
 from megatron_ledom.config.derived import num_microbatches, train_samples
 from megatron_ledom.data.batch import Batch, batch_iterators
 from megatron_ledom.parallel.seeds import seed_iteration
-from megatron_ledom.training.anomalies import StepPolicy
+from megatron_ledom.training.anomalies import StepPolicy, Verdict
 from megatron_ledom.training.state import TrainState
 from megatron_ledom.training.step import StepResult, train_step
 
@@ -27,12 +27,16 @@ def run_iteration(state: TrainState, batches: Batches, policy: StepPolicy, left_
         _consume(state, batches)
         state.advance()
         return None
-    seed_iteration(state.config.train.seed, state.iteration, state.groups)
-    judge = partial(policy.judge, state.iteration + 1)
-    result = train_step(state.config, state.model, state.optimizer, batches, state.groups, judge)
+    result = compute_step(state, batches, partial(policy.judge, state.iteration + 1))
     if result.verdict.goes_on:
         state.advance()
     return result
+
+
+def compute_step(state: TrainState, batches: Batches, judge: Callable[[float, float], Verdict]) -> StepResult:
+    """Loss, gradient and, if `judge` lets it, the update of the next iteration, without counting it."""
+    seed_iteration(state.config.train.seed, state.iteration, state.groups)
+    return train_step(state.config, state.model, state.optimizer, batches, state.groups, judge)
 
 
 def _consume(state: TrainState, batches: Batches) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import megatron_ledom
+from megatron_ledom.training.history import complete_lines
 
 LAUNCHES = "launches.jsonl"
 PACKAGES = ("megatron-core", "numpy", "transformers", "transformer-engine")
@@ -25,6 +26,11 @@ def write_launch(run_dir: str) -> None:
     """Append this launch. Call on one rank."""
     with open(os.path.join(run_dir, LAUNCHES), "a", encoding="utf-8") as file:
         file.write(json.dumps(describe_launch()) + "\n")
+
+
+def read_launches(run_dir: str) -> list[Record]:
+    """Every launch of a run folder, oldest first."""
+    return [json.loads(line) for line in complete_lines(os.path.join(run_dir, LAUNCHES))]
 
 
 def describe_launch() -> Record:

@@ -23,14 +23,14 @@ from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import UsageError
 from megatron_ledom.model.layer_specs import choose_layers
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
-from megatron_ledom.parallel.seeds import seed_iteration
 from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.training.anomalies import Action, StepPolicy, Verdict
 from megatron_ledom.training.gradients import squared_norms
 from megatron_ledom.training.history import load_skip_plan, read_bad_steps, read_steps
-from megatron_ledom.training.iteration import open_batches, run_iteration
+from megatron_ledom.training.iteration import compute_step, open_batches, run_iteration
+from megatron_ledom.training.launch_record import read_launches
 from megatron_ledom.training.state import TrainState, build_state, checkpoint_folder, load_checkpoint
-from megatron_ledom.training.step import StepResult, train_step
+from megatron_ledom.training.step import StepResult
 
 MOST_PARAMETERS = 20
 Numbers = tuple[float, float]
@@ -79,7 +79,8 @@ def read_recorded(config: RunConfig, iteration: int) -> Recorded:
             return Recorded(numbers, frozenset(bad["left_out"]), bad["world_size"])
     found = [(step.lm_loss, step.grad_norm) for step in read_steps(config.run_dir) if step.iteration == iteration]
     left_out = {*config.train.skip_iterations, *load_skip_plan(config.run_dir).iterations}
-    return Recorded(found[0] if found else None, frozenset(left_out), None)
+    launches = read_launches(config.run_dir)
+    return Recorded(found[0] if found else None, frozenset(left_out), launches[-1]["world_size"] if launches else None)
 
 
 def last_checkpoint_before(config: RunConfig, iteration: int) -> str | None:
@@ -129,9 +130,8 @@ def _go_to(state: TrainState, iteration: int, recorded: Recorded) -> tuple[StepR
             raise UsageError(f"iteration {number} on the way is bad itself ({result.verdict.reason}); replay that one")
         if result is not None and number in known and not _same(_numbers(result), known[number]):
             differs.append(number)
-    seed_iteration(state.config.train.seed, state.iteration, state.groups)
     only_look = Verdict(Action.STOP, "replayed")
-    return train_step(state.config, state.model, state.optimizer, batches, state.groups, lambda *_: only_look), differs
+    return compute_step(state, batches, lambda *_: only_look), differs
 
 
 def _numbers(result: StepResult) -> Numbers:

@@ -104,6 +104,7 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
     manifest = state.store.load_manifest(checkpoint)
     for change in changes_since(manifest, state.config):
         log.warning("changed since the checkpoint: %s", change)
+    state.scheduler.num_steps = 0  # its load adds the stored position to the present one
     with gathered_weights(state.model):
         state.store.load(checkpoint, state.model, state.optimizer, state.scheduler)
     state.iteration = manifest.iteration
