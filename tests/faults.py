@@ -1,9 +1,10 @@
 """Faults that a test puts into a rank of a real run: a loss that is not finite, a spike, a gradient, a rank that hangs.
 
 A fault is written as KIND:ITERATION[:RANK[:TIME]] and happens in every micro-batch of that iteration; `exit` when it is done
-for the TIME-th time.
+for the TIME-th time. `slow:1` makes every forward pass slow, `slow_save:N` every save by N seconds.
 """
 
+import ctypes
 import os
 import time
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from megatron_ledom.training import iteration as iterations
-from megatron_ledom.training import step
+from megatron_ledom.training import loop, step
 
 
 def inject(fault: str) -> None:
@@ -36,6 +37,7 @@ def inject(fault: str) -> None:
 
 
 def _inject(kind: str, number: int, now: list[int], is_time: Callable[[], bool]) -> None:
+    original_save = loop.save_checkpoint
     original_loss, original_forward = step.masked_loss, step.forward_step
 
     def bad_loss(loss_mask: torch.Tensor, losses: torch.Tensor) -> Any:
@@ -51,12 +53,20 @@ def _inject(kind: str, number: int, now: list[int], is_time: Callable[[], bool])
     def slow_forward(batches: Any, model: Any) -> Any:
         if now[0] == number and kind == "sleep":
             _sleep_here(1000)
+        if now[0] == number and kind == "block":
+            ctypes.PyDLL(None).sleep(1000)  # a PyDLL keeps the interpreter's lock
         if now[0] == number and kind == "exit" and is_time():
             os._exit(9)
         if kind == "slow":
             _sleep_here(0.05)
         return original_forward(batches, model)
 
+    def slow_save(state: Any) -> None:
+        if kind == "slow_save":
+            _sleep_here(number)
+        original_save(state)
+
+    loop.save_checkpoint = slow_save
     step.masked_loss = bad_loss
     step.forward_step = slow_forward
 

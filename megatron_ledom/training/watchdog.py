@@ -47,7 +47,7 @@ class Watchdog:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._iteration, self._doing, self._limit = 0, "building the run", self.patience
         self._steps, self._last = 0, time.monotonic()
-        self._ended, self._alarmed = threading.Event(), threading.Event()
+        self._ended, self._alarmed, self._ending = threading.Event(), threading.Event(), threading.Event()
         self._store_of_one = None if "RANK" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
         self._main = threading.main_thread().ident
 
@@ -77,6 +77,8 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._ending.is_set():
+            time.sleep(3 * self.grace)  # a rank that ended broke the connection: this one ends by its watchdog too
         self._ended.set()
         if self.seconds > 0:
             faulthandler.cancel_dump_traceback_later()
@@ -99,6 +101,7 @@ class Watchdog:
 
     def _end_run(self) -> None:
         """Write the stacks, agree with the other ranks on who hangs, say it, and end this process."""
+        self._ending.set()
         report = self._report()
         _within(self.grace, lambda: self._write_stacks(report))  # a file system that hangs is a usual reason to be here
         found = _within(self.grace, lambda: self._exchange(report))
@@ -147,11 +150,11 @@ class Watchdog:
             store = self._open_store()
             store.set(f"report/{self.rank}", report.to_json())
             store.set("alarm", str(self.rank))
-            end = time.monotonic() + 0.8 * self.grace
-            while time.monotonic() < end and not store.check([f"report/{rank}" for rank in range(self.world_size)]):
-                time.sleep(0.1)
+            _wait_for(store, [f"report/{rank}" for rank in range(self.world_size)], 0.6 * self.grace)
             reports = {rank: RankReport.from_json(text) for rank, text in self._answers(store, "report")}
             places = {rank: text.decode() for rank, text in self._answers(store, "place")}
+            store.set(f"read/{self.rank}", "")
+            _wait_for(store, [f"read/{rank}" for rank in reports], 0.2 * self.grace)  # one of them holds the store
         except RuntimeError:
             return None
         return reports, places
@@ -169,6 +172,13 @@ class Watchdog:
         timeout = timedelta(seconds=self.grace)
         store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
         return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
+
+
+def _wait_for(store: Any, keys: list[str], seconds: float) -> None:
+    """Until all keys are set, or the time is over."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not store.check(keys):
+        time.sleep(0.05)
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
