@@ -100,7 +100,7 @@ def _scale(axes: Any, runs: Sequence[RunData], unit: float) -> None:
     axes.set_xlim(0, longest / unit * 1.01)
     top = max(y for run in runs for y in run.points("lm_loss")[1])
     if top > max(shown) + margin:
-        axes.annotate(f"from {top:.2f}", (0.01, 0.97), xycoords="axes fraction", va="top", fontsize="small")
+        axes.annotate(f"begins at {top:.2f}", (0.12, 0.97), xycoords="axes fraction", va="top", fontsize="small")
 
 
 def moving_average(values: Sequence[float], width: int) -> list[float]:

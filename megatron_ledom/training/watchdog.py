@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
@@ -153,10 +154,13 @@ class Watchdog:
             _wait_for(store, [f"report/{rank}" for rank in range(self.world_size)], 0.6 * self.grace)
             reports = {rank: RankReport.from_json(text) for rank, text in self._answers(store, "report")}
             places = {rank: text.decode() for rank, text in self._answers(store, "place")}
-            store.set(f"read/{self.rank}", "")
-            _wait_for(store, [f"read/{rank}" for rank in reports], 0.2 * self.grace)  # one of them holds the store
         except RuntimeError:
             return None
+        with suppress(
+            RuntimeError
+        ):  # one of the ranks holds the store: it ends when the others have read, and they may see that
+            store.set(f"read/{self.rank}", "")
+            _wait_for(store, [f"read/{rank}" for rank in reports], 0.2 * self.grace)
         return reports, places
 
     def _answers(self, store: Any, kind: str) -> list[tuple[int, bytes]]:

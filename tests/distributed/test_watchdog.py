@@ -9,7 +9,7 @@ import pytest
 from megatron_ledom.training.watchdog import EXIT_CODE
 from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
 
-SECONDS = 3
+SECONDS = 4
 LONG = ("train.train_iters=2000", "data.allow_repeats=true", f"train.watchdog_seconds={SECONDS}")
 LAYOUTS = {
     "alone": (1, 0, ()),
@@ -69,10 +69,10 @@ def test_a_blocked_interpreter_ends_with_its_stack(data: TinyData, tmp_path: Pat
 
 
 def test_what_takes_long_by_its_nature_is_not_taken_for_a_hang(data: TinyData, tmp_path: Path) -> None:
-    """A save of two seconds, under a limit of one for a step; and steps of which each moves."""
+    """A save of five seconds, under a limit of three for a step; and slow steps, of which each moves."""
     run_dir = tmp_path / "run"
-    settings = ("train.train_iters=4", "checkpoint.save_interval=2", "train.watchdog_seconds=1")
-    run_on_ranks(data.config, run_dir, *settings, num_ranks=2, fault="slow_save:2,slow:1")
+    settings = ("train.train_iters=4", "checkpoint.save_interval=2", "train.watchdog_seconds=3")
+    run_on_ranks(data.config, run_dir, *settings, num_ranks=2, fault="slow_save:5,slow:1")
     assert not (run_dir / "stacks").exists()
 
 

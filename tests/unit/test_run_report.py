@@ -28,7 +28,9 @@ def write_run(folder: Path, direction: str, floor: float, num_records: int = 120
         record |= {"lr": 1e-3 * (1 - number / 150), "consumed_train_tokens": 2_000_000 * number, "mfu": 0.4}
         record |= {"tokens_per_second": 4000.0 + number, "skipped_iterations": int(number > 50)}
         if number % 30 == 0:
-            record["validation"] = {name: {"lm_loss": loss + gap, "bits_per_byte": 1.5} for name, gap in (("a", 0.1), ("b", 0.3))}
+            record["validation"] = {
+                name: {"lm_loss": loss + gap, "bits_per_byte": 1.5} for name, gap in (("a", 0.1), ("b", 0.3))
+            }
         lines.append(json.dumps(record) + "\n")
     (folder / "metrics.jsonl").write_text("".join(lines) + '{"iteration": 99')
     return str(folder)
