@@ -25,6 +25,12 @@ RUN_BY_TESTS = {
     "python tools/plan_blend.py --input data/dclm_01-*-of-00064 --tokens 234e9 --seq-length 8192 --global-batch-size 1024": (
         "tests/unit/test_plan_blend.py"
     ),
+    "torchrun --nproc-per-node 8 tools/replay_step.py --run runs/ledom_7b --iteration 1234": (
+        "tests/distributed/test_anomalies.py, on forked ranks"
+    ),
+    "python tools/report_run.py quickstart/runs/reverse quickstart/runs/forward --output report --smooth 5": (
+        "tests/unit/test_run_report.py"
+    ),
     "sbatch examples/slurm/pretrain.sbatch": "tests/slurm/test_slurm_jobs.py",
     "sbatch examples/slurm/convert.sbatch": "tests/slurm/test_slurm_jobs.py",
 }
