@@ -11,7 +11,7 @@ from megatron_ledom.data.sample_origin import sample_origins
 from megatron_ledom.errors import StoppedError
 from megatron_ledom.training.anomalies import Action, StepPolicy
 from megatron_ledom.training.history import BAD_STEPS, RunHistory, plain
-from megatron_ledom.training.state import TrainState, load_checkpoint, save_checkpoint
+from megatron_ledom.training.state import TrainState, load_checkpoint
 from megatron_ledom.training.step import StepResult
 from megatron_ledom.training.watchdog import Watchdog
 
@@ -81,17 +81,13 @@ class Recovery:
         )
 
     def _stop(self, iteration: int, reason: str) -> NoReturn:
-        """Save the state before the step, so that nothing is lost and its replay is short."""
-        state = self.state
-        latest = state.store.latest()
-        if state.iteration > 0 and (latest is None or state.store.load_manifest(latest).iteration < state.iteration):
-            self.history.sync()
-            save_checkpoint(state)
-        run_dir = state.config.run_dir
+        """Nothing is saved: the steps before a bad one may have spoilt the weights already, the last checkpoint is good."""
+        run_dir = self.state.config.run_dir
         raise StoppedError(
-            f"iteration {iteration}: {reason}. Nothing was updated; the state before it is saved, the samples are listed in"
+            f"iteration {iteration}: {reason}. Nothing was updated or saved; its samples are listed in"
             f" {os.path.join(run_dir, BAD_STEPS)}. Look at it with tools/replay_step.py --run {run_dir} --iteration {iteration};"
-            f" then lower optimizer.lr, or leave it out with train.skip_iterations=[{iteration}]"
+            f" then lower optimizer.lr, or leave it out with train.skip_iterations=[{iteration}]: the same command goes on from the"
+            " last checkpoint"
         )
 
     def _roll_back(self, iteration: int, reason: str) -> None:

@@ -39,9 +39,10 @@ def test_a_step_that_is_not_finite_stops_the_run_with_nothing_updated(data: Tiny
     assert ranks.wait() == [1], ranks.output()
     assert f"iteration {BAD}: the loss is" in ranks.output()
     assert f"train.skip_iterations=[{BAD}]" in ranks.output()
-    assert (run_dir / "checkpoints/latest").read_text() == f"iter_{BAD - 1:07d}\n"
+    assert (run_dir / "checkpoints/latest").read_text() == "iter_0000010\n"
     assert all(bool(torch.isfinite(tensor).all()) for tensor in read_tensors(run_dir).values() if tensor.is_floating_point())
     (bad,) = bad_steps(run_dir)
+    assert [record["iteration"] for record in read_metrics(run_dir)] == list(range(1, BAD))
     assert (bad["iteration"], bad["action"], bad["first_sample"], bad["last_sample"]) == (
         BAD,
         "stop",
