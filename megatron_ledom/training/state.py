@@ -13,7 +13,6 @@ from megatron_ledom.data.dataset import build_train_dataset, build_valid_dataset
 from megatron_ledom.data.sources import Sources
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
-from megatron_ledom.parallel.gathering import gathered_weights
 from megatron_ledom.parallel.groups import ParallelGroups
 from megatron_ledom.parallel.seeds import seed_iteration
 from megatron_ledom.platform.device import Platform
@@ -105,8 +104,7 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
     for change in changes_since(manifest, state.config):
         log.warning("changed since the checkpoint: %s", change)
     state.scheduler.num_steps = 0  # its load adds the stored position to the present one
-    with gathered_weights(state.model):
-        state.store.load(checkpoint, state.model, state.optimizer, state.scheduler)
+    state.store.load(checkpoint, state.model, state.optimizer, state.scheduler)
     state.iteration = manifest.iteration
     state.consumed_train_samples = manifest.consumed_train_samples
     state.consumed_train_tokens = manifest.consumed_train_tokens
