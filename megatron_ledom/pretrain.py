@@ -17,6 +17,7 @@ import warnings
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
 from megatron_ledom.config.load import load_config, save_config
@@ -115,21 +116,26 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
+    from megatron_ledom.training.launch_record import write_launch
     from megatron_ledom.training.loop import train
     from megatron_ledom.training.state import build_state, check_resumable
+    from megatron_ledom.training.watchdog import Watchdog
 
     platform = prepare_platform(config.train.num_threads, launch)
     choice = choose_layers(config)
-    sources, changed = check_resumable(config, sources)
+    checkpoint = latest_checkpoint(checkpoint_folder(config))
+    sources, changed = check_resumable(config, sources, checkpoint)
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
     if rank == 0:
         prepare_run_folder(config, tokenizer)
         note_changed_data(config, changed)
+        write_launch(config.run_dir)
     log.info("training data\n%s", describe_blend(config, sources))
     prepare_indices(config, sources, index_cache(config))  # no collective waits for it: there is no process group yet
     groups = start_distributed(platform, config.parallel, launch)
     try:
-        train(build_state(config, sources, platform, groups, choice), stop)
+        with Watchdog(config) as watchdog:
+            train(build_state(config, sources, platform, groups, choice, checkpoint), stop, watchdog)
     finally:
         stop_distributed()
 
@@ -145,13 +151,12 @@ def check_start(config: RunConfig, num_ranks: int) -> str:
     if iteration > 0:
         from megatron_ledom.training.state import check_resumable
 
-        check_resumable(config, sources)
+        check_resumable(config, sources, latest_checkpoint(checkpoint_folder(config)))
     return f"{num_ranks} ranks would go on from iteration {iteration} of {config.train.train_iters}"
 
 
 def saved_iteration(config: RunConfig) -> int:
     """The iteration of the run folder's latest checkpoint; 0 without one. torch is not imported."""
-    from megatron_ledom.checkpoint.folder import latest_checkpoint
     from megatron_ledom.checkpoint.manifest import load_manifest
 
     latest = latest_checkpoint(checkpoint_folder(config))

@@ -7,6 +7,7 @@ Ranks are forked from one process that has imported everything, which spares eac
 import json
 import multiprocessing
 import os
+import runpy
 import signal
 import socket
 import subprocess
@@ -177,6 +178,11 @@ def start_ranks(
     return start_processes(num_ranks, log, _train_each, [arguments], [free_port()], hook)
 
 
+def start_tool(tool: str, arguments: Sequence[str], log: Path, *, num_ranks: int = 1, hook: Hook | None = None) -> Ranks:
+    """Start `num_ranks` ranks of a script, named from the project's root; return at once. Each rank first calls `hook`."""
+    return start_processes(num_ranks, log, _run_tool, tool, list(arguments), free_port(), hook)
+
+
 def start_processes(num_ranks: int, log: Path, body: Callable[..., None], *arguments: Any) -> Ranks:
     """Start ranks that call `body`, a function of a module; return at once."""
     log.write_text("")
@@ -273,3 +279,11 @@ def _run_instead(instead: Hook, port: int) -> None:
 
     os.environ["MASTER_PORT"] = str(port)
     errors.run_command(instead)
+
+
+def _run_tool(tool: str, arguments: list[str], port: int, hook: Hook | None) -> None:
+    if hook is not None:
+        hook()
+    os.environ["MASTER_PORT"] = str(port)
+    sys.argv = [tool, *arguments]
+    runpy.run_path(str(ROOT / tool), run_name="__main__")

@@ -187,12 +187,14 @@ def main() -> None:
         update_readme()
         return
     results = run_phases(SIZES[arguments.size], arguments.keep)
-    from loss_curves import plot_losses
+    from megatron_ledom.training.curves import draw
+    from megatron_ledom.training.run_report import load_runs
 
     report = build_report(results)
     models = report["models"]
     title = f"Reverse and forward twins, {models['reverse']['parameters'] / 1e6:.1f} M parameters each"
-    plot_losses(OUTPUT / "runs", OUTPUT / "loss_curves.png", title)
+    runs = load_runs([str(OUTPUT / "runs" / direction) for direction in models])
+    (OUTPUT / "loss_curves.png").write_bytes(draw("loss", runs, title=title))
     print(f"\n{write_report(report)}")
 
 

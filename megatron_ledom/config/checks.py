@@ -3,6 +3,7 @@
 Every rule yields one sentence for each fault: found, expected, what to do. `check_config` gathers them all.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 from megatron_ledom.config.derived import (
@@ -189,6 +190,32 @@ def masks(config: RunConfig) -> Faults:
         )
 
 
+def watchdog(config: RunConfig) -> Faults:
+    """The watchdog speaks before collectives time out, which name nobody."""
+    seconds, limit = config.train.watchdog_seconds, 60 * config.parallel.distributed_timeout_minutes
+    if seconds > 0.9 * limit:
+        yield (
+            f"train.watchdog_seconds={seconds:g} is above 0.9 x parallel.distributed_timeout_minutes="
+            f"{config.parallel.distributed_timeout_minutes} (in seconds {0.9 * limit:g}): collectives would time out first and name"
+            f" no rank; lower it, or set the timeout to {math.ceil(seconds / 54)} minutes"
+        )
+
+
+def profile(config: RunConfig) -> Faults:
+    """The profiled iterations are some."""
+    start, stop = config.logging.profile_start, config.logging.profile_stop
+    if stop is not None and (start is None or stop < start):
+        yield (
+            f"logging.profile_stop={stop} needs a logging.profile_start of at most {stop}, found {start}; set it, or leave"
+            " profile_stop out"
+        )
+    if start is not None and start > config.train.train_iters:
+        yield (
+            f"logging.profile_start={start} is behind the last iteration, train.train_iters={config.train.train_iters}; it can"
+            f" be 1 to {config.train.train_iters}"
+        )
+
+
 def blends(config: RunConfig) -> Faults:
     """Each source is named once in its blend, without a suffix."""
     for key, blend in named_blends(config.data):
@@ -283,6 +310,13 @@ def batch(config: RunConfig, world_size: int) -> Faults:
         )
 
 
+def profiled_ranks(config: RunConfig, world_size: int) -> Faults:
+    """The ranks that profile are there."""
+    missing = [rank for rank in config.logging.profile_ranks if rank >= world_size]
+    if config.logging.profile_start is not None and missing:
+        yield f"logging.profile_ranks has {missing}, but {world_size} ranks are launched; it can hold 0 to {world_size - 1}"
+
+
 RULES: tuple[Callable[[RunConfig], Faults], ...] = (
     heads,
     tensor_parallel,
@@ -292,13 +326,15 @@ RULES: tuple[Callable[[RunConfig], Faults], ...] = (
     schedule,
     wsd_schedule,
     masks,
+    watchdog,
+    profile,
     blends,
     retention,
     held_out_sets,
     tokens_to_draw,
     *GPU_RULES,
 )
-WORLD_RULES: tuple[Callable[[RunConfig, int], Faults], ...] = (world, batch)
+WORLD_RULES: tuple[Callable[[RunConfig, int], Faults], ...] = (world, batch, profiled_ranks)
 
 
 def _does_not_divide(key: str, value: int, whole_key: str, whole: int) -> str:

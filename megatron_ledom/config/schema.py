@@ -213,6 +213,24 @@ class TrainConfig:
     """Save and exit when this much time has passed since the start of the process, under any launcher."""
     num_threads: Positive | None = None
     """CPU threads of a rank; default: the machine's cores over the ranks on it."""
+    on_nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
+    """When the loss or the gradient norm is NaN or infinite: stop, leave the update out, or return to the last checkpoint and
+    leave the iteration out."""
+    on_spike: Literal["warn", "stop", "skip", "roll_back"] = "warn"
+    """When the loss or the gradient norm is a spike: update and warn, or as on_nonfinite."""
+    spike_score: PositiveFloat = 8.0
+    """A spike is that many standard deviations (by the median deviation) above the median of the last iterations."""
+    spike_window: Annotated[int, Field(ge=8)] = 128
+    """Iterations a score is taken against; there is none before half of them are done."""
+    max_skips: Positive = 10
+    """Updates left out in a row; one more bad iteration stops the run."""
+    max_roll_backs: Positive = 3
+    """Returns to one checkpoint; one more bad iteration stops the run."""
+    skip_iterations: list[Positive] = field(default_factory=list)
+    """Iterations to leave out: their samples are consumed, nothing is computed or updated. For a return by hand."""
+    watchdog_seconds: NotNegativeFloat = 300.0
+    """Without any progress for so long, a run says which rank hangs and where, and ends; 0 switches this off. Building,
+    saving and loading may take as long as parallel.distributed_timeout_minutes allows."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -245,6 +263,12 @@ class LoggingConfig:
     """Write TensorBoard events into tensorboard/ in the run folder."""
     wandb_project: str | None = None
     """Weights & Biases project; default: none is used."""
+    profile_start: Positive | None = None
+    """First iteration that torch's profiler records, for profile/ in the run folder; default: none."""
+    profile_stop: Positive | None = None
+    """Last iteration that is recorded; default: profile_start."""
+    profile_ranks: list[NotNegative] = field(default_factory=lambda: [0])
+    """Ranks that record."""
     peak_tflops: PositiveFloat | None = None
     """Peak of one device in 1e12 FLOP/s, for the MFU; default: known by the GPU's name, measured on a CPU."""
 

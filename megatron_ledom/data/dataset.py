@@ -71,12 +71,24 @@ class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return self.blend.num_samples
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
+        source, epoch, place = self._locate(sample)
+        fields: dict[str, torch.Tensor] = self._source(source, epoch)[place]
+        return fields
+
+    def origin(self, sample: int) -> tuple[Source, list[int]]:
+        """The shard that a sample is cut from, and the numbers of its documents there."""
+        source, epoch, place = self._locate(sample)
+        samples = self._source(source, epoch)
+        row = int(samples.shuffle_index[place])
+        first, last = (int(samples.sample_index[row + end][0]) for end in (0, 1))
+        return self.blend.sources[source], [int(number) for number in samples.document_index[first : last + 1]]
+
+    def _locate(self, sample: int) -> tuple[int, int, int]:
+        """Source, pass over it, and place in that pass."""
         if not 0 <= sample < len(self):
             raise IndexError(f"sample {sample} of {len(self)}")
         source, number = self.blend.interleave.locate(sample)
-        epoch, place = divmod(number, self.blend.sources[source].samples_available(self._seq_length))
-        fields: dict[str, torch.Tensor] = self._source(source, epoch)[place]
-        return fields
+        return source, *divmod(number, self.blend.sources[source].samples_available(self._seq_length))
 
     def _open(self, source: int, epoch: int) -> SourceSamples:
         part, arrays = self._index.part(source, epoch)

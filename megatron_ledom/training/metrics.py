@@ -16,6 +16,7 @@ from megatron_ledom.errors import UsageError
 from megatron_ledom.model.arithmetic import flops_per_token, model_flops_utilisation
 from megatron_ledom.model.builder import DTYPES
 from megatron_ledom.platform.device import Platform, peak_flops
+from megatron_ledom.training.history import drop_after
 
 log = logging.getLogger(__name__)
 
@@ -35,23 +36,25 @@ class Throughput:
         self.peak_tflops = peak / 1e12 * world_size
         log.info("MFU is of %.3g FLOP/s a rank (%s)", peak, source)
         self.started = self.last = time.perf_counter()
-        self.tokens = 0
+        self.tokens = self.num_iterations = 0
 
     def count(self, tokens: int) -> None:
-        """Add the tokens of one step, over all ranks."""
+        """Add the tokens of one iteration, over all ranks; none of one that was left out."""
         self.tokens += tokens
+        self.num_iterations += 1
 
     def pause(self, seconds: float) -> None:
         """Leave out time that was not training, such as a save or a validation."""
         self.last += seconds
 
     def read(self) -> Record:
-        """tokens_per_second and mfu since the last reading, and the seconds since the process began training."""
+        """tokens_per_second, seconds_per_iteration and mfu since the last reading, and seconds since the process began training."""
         now = time.perf_counter()
-        rate = self.tokens / (now - self.last)
-        self.tokens, self.last = 0, now
+        rate, each = self.tokens / (now - self.last), (now - self.last) / max(self.num_iterations, 1)
+        self.tokens, self.num_iterations, self.last = 0, 0, now
         return {
             "tokens_per_second": rate,
+            "seconds_per_iteration": each,
             "mfu": model_flops_utilisation(rate * self.flops_per_token, self.peak_tflops),
             "elapsed_seconds": now - self.started,
         }
@@ -65,7 +68,7 @@ class MetricsWriter:
         if dist.get_rank() != 0:
             return
         path = os.path.join(config.run_dir, "metrics.jsonl")
-        _drop_after(path, iteration)
+        drop_after(path, iteration)
         self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
         if config.logging.tensorboard:
             self.board = SummaryWriter(os.path.join(config.run_dir, "tensorboard"), purge_step=iteration + 1)
@@ -101,20 +104,6 @@ def _flatten(record: Record) -> dict[str, float]:
         for prefix, result in record.get(kind, {}).items():
             flat.update({f"{kind}/{prefix}/{name}": value for name, value in result.items()})
     return flat
-
-
-def _drop_after(path: str, iteration: int) -> None:
-    """Lines of iterations that a kill undid are dropped, a torn last line too: each iteration stands once."""
-    if not os.path.exists(path):
-        return
-    kept = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            if line.endswith("\n") and json.loads(line)["iteration"] <= iteration:
-                kept.append(line)
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        file.writelines(kept)
-    os.replace(path + ".part", path)
 
 
 def _start_wandb(config: RunConfig) -> Any:

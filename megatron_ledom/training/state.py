@@ -13,7 +13,7 @@ from megatron_ledom.checkpoint.manifest import (
     check_same_samples,
     planned_samples,
 )
-from megatron_ledom.checkpoint.store import CheckpointStore, check_sizes, latest_checkpoint
+from megatron_ledom.checkpoint.store import CheckpointStore, check_sizes
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.dataset import BlendSamples, build_held_out_datasets, build_train_dataset, index_cache
@@ -48,36 +48,41 @@ class TrainState:
     sources: Sources
     store: CheckpointStore
     iteration: int = 0
-    """Optimizer steps done."""
+    """Iterations done, those without an update too."""
     consumed_train_samples: int = 0
     consumed_train_tokens: int = 0
 
     def advance(self) -> None:
-        """Count one optimizer step."""
+        """Count one iteration, updated or not: samples and the learning-rate schedule stay in step with it."""
+        self.scheduler.step(increment=self.config.train.global_batch_size)
         self.iteration += 1
         self.consumed_train_samples += self.config.train.global_batch_size
         self.consumed_train_tokens += self.config.train.global_batch_size * self.config.data.seq_length
 
 
-def check_resumable(config: RunConfig, sources: Sources) -> tuple[Sources, list[str]]:
-    """Refuse a run folder whose latest checkpoint is of another run, before anything in it is changed.
+def check_resumable(config: RunConfig, sources: Sources, checkpoint: str | None) -> tuple[Sources, list[str]]:
+    """Refuse to go on from a checkpoint (None: from scratch) of another run, before anything is changed.
 
     Returns the sources, with the samples that the run will have drawn at its end, and what of the training data has changed
     with leave since the checkpoint.
     """
-    latest = latest_checkpoint(checkpoint_folder(config))
-    if latest is None:
+    if checkpoint is None:
         return sources, []
-    manifest = check_sizes(latest)
-    check_fits(manifest, config, sources.provenance, latest)
-    changed = check_same_samples(manifest, config, sources.train_shards(), latest)
+    manifest = check_sizes(checkpoint)
+    check_fits(manifest, config, sources.provenance, checkpoint)
+    changed = check_same_samples(manifest, config, sources.train_shards(), checkpoint)
     return sources.of_samples(config, planned_samples(manifest, config)), changed
 
 
 def build_state(
-    config: RunConfig, sources: Sources, platform: Platform, groups: ParallelGroups, choice: LayerChoice
+    config: RunConfig,
+    sources: Sources,
+    platform: Platform,
+    groups: ParallelGroups,
+    choice: LayerChoice,
+    checkpoint: str | None,
 ) -> TrainState:
-    """Build model, optimizer, schedule and data; then take up the latest checkpoint of the run folder, if there is one.
+    """Build model, optimizer, schedule and data; then take up a checkpoint of this run, or start from scratch with None.
 
     Call `check_resumable` and `prepare_indices` first.
     """
@@ -99,24 +104,24 @@ def build_state(
         sources=sources,
         store=CheckpointStore(checkpoint_folder(config), checkpoint_metadata(groups), config.checkpoint),
     )
-    _resume(state)
+    if checkpoint is None:
+        log.info("starting from scratch: no checkpoint in %s", state.store.folder)
+    else:
+        load_checkpoint(state, checkpoint)
     return state
 
 
-def _resume(state: TrainState) -> None:
-    """Take up weights, optimizer, schedule and position from the latest checkpoint."""
-    latest = state.store.latest()
-    if latest is None:
-        log.info("starting from scratch: no checkpoint in %s", state.store.folder)
-        return
-    manifest = state.store.load_manifest(latest)
+def load_checkpoint(state: TrainState, checkpoint: str) -> None:
+    """Take up weights, optimizer, schedule and position from a checkpoint of this run. Call on every rank."""
+    manifest = state.store.load_manifest(checkpoint)
     for change in changes_since(manifest, state.config):
         log.warning("changed since the checkpoint: %s", change)
-    state.store.load(latest, state.model, state.optimizer, state.scheduler)
+    state.scheduler.num_steps = 0  # its load adds the stored position to the present one
+    state.store.load(checkpoint, state.model, state.optimizer, state.scheduler)
     state.iteration = manifest.iteration
     state.consumed_train_samples = manifest.consumed_train_samples
     state.consumed_train_tokens = manifest.consumed_train_tokens
-    log.info("resumed from %s at iteration %d", latest, state.iteration)
+    log.info("resumed from %s at iteration %d", checkpoint, state.iteration)
 
 
 def save_checkpoint(state: TrainState) -> None:

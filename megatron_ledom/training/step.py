@@ -1,6 +1,5 @@
 """One optimizer step: micro-batches through megatron-core's schedule, gradients reduced, clipped, applied."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +12,9 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron_ledom.config.derived import num_microbatches
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.batch import Batch
-from megatron_ledom.errors import StoppedError
 from megatron_ledom.parallel.groups import ParallelGroups
+from megatron_ledom.training.anomalies import Verdict
+from megatron_ledom.training.update import apply_gradient, measure_gradient
 
 LossTerms = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
@@ -27,6 +27,8 @@ class StepResult:
     """Mean negative log-likelihood of the tokens the mask keeps, in nats."""
     grad_norm: float
     """Global gradient norm before clipping."""
+    verdict: Verdict
+    """Whether the update was made, and why not."""
 
 
 def masked_loss(loss_mask: torch.Tensor, z_loss_coeff: float, output: torch.Tensor) -> LossTerms:
@@ -79,20 +81,18 @@ def train_step(
     config: RunConfig,
     model: list[Any],
     optimizer: Any,
-    scheduler: Any,
     batches: list[Iterator[Batch]],
     groups: ParallelGroups,
+    judge: Callable[[float, float], Verdict],
 ) -> StepResult:
-    """One optimizer step over one global batch. Raises StoppedError when the loss or the gradient is not finite."""
+    """One optimizer step over one global batch, unless `judge`, given loss and gradient norm, says that it shall not be made."""
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
     loss_sum, num_tokens = run_schedule(config, model, batches, groups, forward_only=False)
     lm_loss = loss_sum / max(num_tokens, 1.0)
-    if not math.isfinite(lm_loss):
-        raise StoppedError(f"the loss is {lm_loss}: nothing was updated; lower optimizer.lr, or look at the data of this step")
-    applied, grad_norm, _ = optimizer.step()
-    if not applied or not math.isfinite(grad_norm):
-        raise StoppedError(f"the gradient norm is {grad_norm}; the last checkpoint is good: lower optimizer.lr and start again")
-    scheduler.step(increment=config.train.global_batch_size)
-    return StepResult(lm_loss, float(grad_norm))
+    grad_norm = measure_gradient(optimizer)
+    verdict = judge(lm_loss, grad_norm)
+    if verdict.updates:
+        apply_gradient(optimizer, grad_norm)
+    return StepResult(lm_loss, grad_norm, verdict)

@@ -50,6 +50,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.groups import start_distributed
     from megatron_ledom.platform.device import prepare_platform
+    from megatron_ledom.training.anomalies import Action, Verdict
     from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
     from megatron_ledom.training.step import train_step
 
@@ -90,7 +91,8 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
     }
 
     def step() -> None:
-        train_step(config, model, optimizer, scheduler, batches, groups)
+        train_step(config, model, optimizer, batches, groups, lambda *_: Verdict(Action.UPDATE))
+        scheduler.step(increment=1)
 
     def save(way: str, iteration: int) -> None:
         position = {"iteration": iteration, "consumed_train_samples": 0, "consumed_train_tokens": 0}

@@ -61,14 +61,20 @@ def our_step(config: RunConfig, vocab_size: int, groups: Any) -> Step:
     """One optimizer step of the trainer."""
     from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
     from megatron_ledom.model.layer_specs import choose_layers
+    from megatron_ledom.training.anomalies import Action, Verdict
     from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
     from megatron_ledom.training.step import train_step
 
     model = wrap_for_training(config, build_model_chunks(config, vocab_size, groups, choose_layers(config)))
     optimizer = build_optimizer(config, model, groups)
     scheduler = build_scheduler(config, optimizer)
-    batches = [random_batches(config, vocab_size)]
-    return lambda: train_step(config, model, optimizer, scheduler, batches, groups) and None
+    batches, go_on = [random_batches(config, vocab_size)], Verdict(Action.UPDATE)
+
+    def step() -> None:
+        train_step(config, model, optimizer, batches, groups, lambda *_: go_on)
+        scheduler.step(increment=config.train.global_batch_size)
+
+    return step
 
 
 def their_step(config: RunConfig, vocab_size: int, model: torch.nn.Module) -> Step:

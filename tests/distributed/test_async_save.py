@@ -22,22 +22,29 @@ def train_and_save(config_file: str, run_dir: str) -> None:
     from megatron_ledom.config.derived import train_samples
     from megatron_ledom.config.load import load_config
     from megatron_ledom.data.batch import batch_iterators
+    from megatron_ledom.data.dataset import index_cache
+    from megatron_ledom.data.sample_index import prepare_indices
     from megatron_ledom.data.sources import load_sources
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.gathering import gathered_weights
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
+    from megatron_ledom.platform.launch import read_launch
+    from megatron_ledom.training.anomalies import Action, Verdict
     from megatron_ledom.training.state import build_state, save_checkpoint
     from megatron_ledom.training.step import train_step
 
     config = load_config(config_file, [f"run_dir={run_dir}", *OVERLAPPED])
-    platform, choice = prepare_platform(1), choose_layers(config)
-    groups = start_distributed(platform, config.parallel)
-    state = build_state(config, load_sources(config), platform, groups, choice)
-    batches = batch_iterators(config, state.train_dataset, 0, train_samples(config), groups, platform.device)
+    platform, sources = prepare_platform(1), load_sources(config)
+    prepare_indices(config, sources, index_cache(config))
+    groups = start_distributed(platform, config.parallel, read_launch())
+    state = build_state(config, sources, platform, groups, choose_layers(config), None)
+    batches = batch_iterators(
+        config, state.train_dataset, 0, train_samples(config), groups, platform.device, state.provenance.eod_id
+    )
     writer = state.store.writer
     for step in range(1, 7):
-        train_step(config, state.model, state.optimizer, state.scheduler, batches, groups)
+        train_step(config, state.model, state.optimizer, batches, groups, lambda *_: Verdict(Action.UPDATE))
         state.advance()
         if step in (2, 4):
             save_checkpoint(state)

@@ -48,24 +48,32 @@ Visit = tuple[list[str], str, str, int]
 
 def visit(config_file: str, visits: list[Visit]) -> None:
     """One rank's part: be each layout in turn."""
+    from megatron_ledom.data.dataset import index_cache
+    from megatron_ledom.data.sample_index import prepare_indices
     from megatron_ledom.data.sources import load_sources
     from megatron_ledom.model.builder import checkpoint_metadata
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
+    from megatron_ledom.platform.launch import read_launch
     from megatron_ledom.training.loop import train
     from megatron_ledom.training.resilience import StopRequest
-    from megatron_ledom.training.state import build_state, save_checkpoint
+    from megatron_ledom.training.state import build_state, check_resumable, save_checkpoint
+    from megatron_ledom.training.watchdog import Watchdog
 
     for overrides, run_dir, target, port in visits:
         os.environ["MASTER_PORT"] = str(port)
         config = load_config(config_file, [f"run_dir={run_dir}", *overrides])
-        platform, choice = prepare_platform(1), choose_layers(config)
-        groups = start_distributed(platform, config.parallel)
-        state = build_state(config, load_sources(config), platform, groups, choice)
+        platform, launch = prepare_platform(1), read_launch()
+        checkpoint = latest_checkpoint(f"{run_dir}/checkpoints")
+        sources, _ = check_resumable(config, load_sources(config), checkpoint)
+        prepare_indices(config, sources, index_cache(config))
+        groups = start_distributed(platform, config.parallel, launch)
+        state = build_state(config, sources, platform, groups, choose_layers(config), checkpoint)
         if target == run_dir:
             os.makedirs(run_dir, exist_ok=True)
-            train(state, StopRequest())
+            with Watchdog(config) as watchdog:
+                train(state, StopRequest(), watchdog)
         else:
             assert state.iteration == 2
             state.store = CheckpointStore(f"{target}/checkpoints", checkpoint_metadata(groups), config.checkpoint)

@@ -1,7 +1,10 @@
 """What a run reports: hand-counted bits per byte and MFU, each iteration once, the same values everywhere."""
 
+import gzip
 import json
 import math
+import subprocess
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,11 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.shard import load_manifest
 from megatron_ledom.platform.device import Platform
 from megatron_ledom.training import metrics
+from megatron_ledom.training.launch_record import git_state, read_launches
 from megatron_ledom.training.metrics import MetricsWriter, Throughput
 from megatron_ledom.training.validate import bits_per_byte
-from tests.tiny_runs import TinyData, run_on_ranks
+from tests.faults import inject
+from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
 
 CPU = Platform(torch.device("cpu"), "gloo", 1)
 
@@ -50,7 +55,9 @@ def test_a_run_reports_the_keys_that_scripts_rely_on(data: TinyData, tmp_path: P
     settings = ("train.train_iters=5", "logging.log_interval=2", "logging.tensorboard=true", *validation)
     records = run_on_ranks(data.config, tmp_path / "run", *settings)
     assert [found["iteration"] for found in records] == [2, 3, 4, 5]  # the interval, validations, the end
-    keys = "iteration lm_loss grad_norm lr consumed_train_samples consumed_train_tokens tokens_per_second mfu elapsed_seconds"
+    keys = """iteration lm_loss grad_norm lr consumed_train_samples consumed_train_tokens tokens_per_second mfu elapsed_seconds
+        seconds_per_iteration eta_seconds rank_seconds_min rank_seconds_mean rank_seconds_max slowest_rank data_wait_seconds
+        memory_gib skipped_iterations"""
     assert all(set(keys.split()) == found.keys() - {"validation"} for found in records)
     assert [found["consumed_train_samples"] for found in records] == [16, 24, 32, 40]
     assert records[-1]["consumed_train_tokens"] == 40 * 32
@@ -99,9 +106,59 @@ def test_throughput_by_hand(config: RunConfig, monkeypatch: pytest.MonkeyPatch) 
     flops = 6 * (2 * layer + 32 * 1024) + 2 * 12 * 32 * 32
     assert read["mfu"] == pytest.approx(160 * flops / (2 * 2e12))
     assert read["elapsed_seconds"] == 7.0
+    assert read["seconds_per_iteration"] == 2.0
     throughput.count(50)
+    throughput.count(0)  # an iteration that was left out
     clock[0] += 5.0
-    assert throughput.read()["tokens_per_second"] == 10.0
+    read = throughput.read()
+    assert (read["tokens_per_second"], read["seconds_per_iteration"]) == (10.0, 2.5)
+
+
+def test_a_straggler_is_told_by_its_number(data: TinyData, tmp_path: Path) -> None:
+    """Every forward pass of rank 1 sleeps 0.05 s, four a step; rank 0 waits for it in the gradient reduction only."""
+    settings = ("train.train_iters=4", "logging.log_interval=2")
+    ranks = start_ranks(data.config, tmp_path / "run", *settings, num_ranks=2, hook=partial(inject, "slow:1:1"))
+    assert ranks.wait() == [0, 0], ranks.output()
+    for record in read_metrics(tmp_path / "run"):
+        assert record["slowest_rank"] == 1
+        assert record["rank_seconds_max"] - record["rank_seconds_min"] > 0.1
+        assert record["rank_seconds_max"] <= record["seconds_per_iteration"]
+    assert "rank 1 slower by" in ranks.log.read_text()
+
+
+def test_a_profile_of_the_asked_iterations_and_ranks_is_written(data: TinyData, tmp_path: Path) -> None:
+    window = ("logging.profile_start=2", "logging.profile_stop=3", "logging.profile_ranks=[1]")
+    run_on_ranks(data.config, tmp_path / "run", "train.train_iters=4", *window, num_ranks=2)
+    (trace,) = (tmp_path / "run/profile").iterdir()
+    assert trace.name == "rank_1_iterations_2_to_3.json.gz"
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert any("scaled_dot_product" in event.get("name", "") for event in events)
+
+
+def test_a_run_folder_says_what_it_was_started_with(data: TinyData, tmp_path: Path) -> None:
+    for _ in range(2):
+        run_on_ranks(data.config, tmp_path / "run", "train.train_iters=3")
+    launches = read_launches(str(tmp_path / "run"))
+    assert len(launches) == 2
+    assert launches[0]["world_size"] == 1
+    assert launches[0]["versions"]["torch"] == torch.__version__
+    assert launches[0]["versions"]["megatron-core"].startswith("0.16")
+    assert launches[0]["command"]
+
+
+def test_the_state_of_the_source_is_that_of_git(tmp_path: Path) -> None:
+    assert git_state(tmp_path) is None
+    commands = ["init -q", "-c user.name=a -c user.email=a@b commit -q --allow-empty -m x"]
+    for command in commands:
+        subprocess.run(["git", *command.split()], cwd=tmp_path, check=True)
+    clean = git_state(tmp_path)
+    assert clean is not None
+    assert (len(clean["commit"]), clean["dirty"]) == (40, False)
+    (tmp_path / "file").write_text("x")
+    subprocess.run(["git", "add", "file"], cwd=tmp_path, check=True)
+    changed = git_state(tmp_path)
+    assert changed is not None
+    assert (changed["dirty"], changed["changed"]) == (True, ["file"])
 
 
 def test_lines_of_steps_that_a_kill_undid_are_dropped(config: RunConfig) -> None:

@@ -29,6 +29,12 @@ RUN_BY_TESTS = {
     "bash examples/slurm/pretrain.sbatch": "tests/slurm/test_slurm_training.py",
     "bash examples/slurm/convert.sbatch": "tests/slurm/test_slurm_jobs.py",
     "bash examples/slurm/evaluate.sbatch": "tests/slurm/test_slurm_jobs.py",
+    "torchrun --nproc-per-node 8 tools/replay_step.py --run runs/ledom_7b --iteration 1234": (
+        "tests/distributed/test_anomalies.py, on forked ranks"
+    ),
+    "python tools/report_run.py quickstart/runs/reverse quickstart/runs/forward --output report --smooth 5": (
+        "tests/unit/test_run_report.py"
+    ),
 }
 
 

@@ -1,0 +1,80 @@
+"""What a run was started with: one line a launch in `launches.jsonl` of the run folder."""
+
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron_ledom
+from megatron_ledom.training.history import complete_lines
+
+LAUNCHES = "launches.jsonl"
+PACKAGES = ("megatron-core", "numpy", "transformers", "transformer-engine")
+Record = dict[str, Any]
+
+
+def write_launch(run_dir: str) -> None:
+    """Append this launch. Call on one rank."""
+    with open(os.path.join(run_dir, LAUNCHES), "a", encoding="utf-8") as file:
+        file.write(json.dumps(describe_launch()) + "\n")
+
+
+def read_launches(run_dir: str) -> list[Record]:
+    """Every launch of a run folder, oldest first."""
+    return [json.loads(line) for line in complete_lines(os.path.join(run_dir, LAUNCHES))]
+
+
+def describe_launch() -> Record:
+    """Time, command, machine, versions and the state of the source."""
+    cuda = torch.cuda.is_available()
+    return {
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(sys.orig_argv),
+        "folder": os.getcwd(),
+        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "host": socket.gethostname(),
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "versions": {
+            "megatron_ledom": megatron_ledom.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+            **{name: _version(name) for name in PACKAGES},
+        },
+        "git": git_state(Path(megatron_ledom.__file__).parent),
+    }
+
+
+def git_state(folder: Path) -> Record | None:
+    """Commit and whether files differ from it; None where the source lies in no git repository, or git is not installed."""
+    commit = _git(folder, "rev-parse", "HEAD")
+    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
+    if commit is None or changes is None:
+        return None
+    return {"commit": commit, "dirty": bool(changes), "changed": [line[2:].strip() for line in changes.splitlines()]}
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.rstrip() if done.returncode == 0 else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,190 @@
+"""A step of a run once more, from the last checkpoint before it: the same numbers bit for bit, and what there is to see of it."""
+
+import logging
+import math
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ledom.checkpoint.folder import finished_checkpoints
+from megatron_ledom.config.checks import check_config
+from megatron_ledom.config.derived import checkpoint_folder
+from megatron_ledom.config.load import load_config
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.data.dataset import index_cache
+from megatron_ledom.data.sample_index import prepare_indices
+from megatron_ledom.data.sample_origin import sample_origins
+from megatron_ledom.data.sources import RUN_TOKENIZER, load_sources
+from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ledom.direction import to_text_order
+from megatron_ledom.errors import UsageError
+from megatron_ledom.model.layer_specs import choose_layers
+from megatron_ledom.parallel.groups import start_distributed, stop_distributed
+from megatron_ledom.platform.device import prepare_platform
+from megatron_ledom.platform.launch import Launch, read_launch
+from megatron_ledom.training.anomalies import Action, StepPolicy, Verdict
+from megatron_ledom.training.gradients import squared_norms
+from megatron_ledom.training.history import load_skip_plan, read_bad_steps, read_steps
+from megatron_ledom.training.iteration import compute_step, open_batches, run_iteration
+from megatron_ledom.training.launch_record import read_launches
+from megatron_ledom.training.state import TrainState, build_state, check_resumable
+from megatron_ledom.training.step import StepResult
+
+MOST_PARAMETERS = 20
+Numbers = tuple[float, float]
+"""Loss and gradient norm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """What a run folder says of one step."""
+
+    numbers: Numbers | None
+    left_out: frozenset[int]
+    """Iterations that had been left out when the step was done."""
+    world_size: int | None
+
+
+def replay_step(run_dir: str, iteration: int, show: int) -> int:
+    """Replay `iteration` of a run on the launched ranks and print it; 1 if it is not as recorded. The run folder is only read."""
+    launch = read_launch()
+    logging.basicConfig(level=logging.WARNING, format=f"[rank {launch.rank}] %(message)s", stream=sys.stderr)
+    config_file = os.path.join(run_dir, "config.yaml")
+    if not os.path.exists(config_file):
+        raise UsageError(f"--run {run_dir} has no config.yaml; give the folder of a run, its run_dir")
+    config = load_config(config_file, [f"run_dir={run_dir}"])
+    recorded = read_recorded(config, iteration)
+    if recorded.world_size not in (None, launch.world_size):
+        raise UsageError(
+            f"iteration {iteration} was done on {recorded.world_size} ranks, {launch.world_size} are launched; start it with torchrun"
+            f" --nproc-per-node {recorded.world_size}, for other layouts take sums in another order"
+        )
+    check_config(config, launch.world_size)
+    with tempfile.TemporaryDirectory() as scratch:
+        if not os.path.isdir(index_cache(config)):
+            config.data.path_to_cache = scratch
+        return _replay(config, launch, recorded, iteration, show)
+
+
+def read_recorded(config: RunConfig, iteration: int) -> Recorded:
+    """The last bad step of this number, or else the ordinary one. Raises UsageError for a step that is not to be."""
+    if not 1 <= iteration <= config.train.train_iters:
+        raise UsageError(f"--iteration {iteration} is not of this run; it can be 1 to {config.train.train_iters}")
+    for bad in reversed(read_bad_steps(config.run_dir)):
+        if bad["iteration"] == iteration:
+            numbers = (float(bad["lm_loss"]), float(bad["grad_norm"]))
+            return Recorded(numbers, frozenset(bad["left_out"]), bad["world_size"])
+    found = [(step.lm_loss, step.grad_norm) for step in read_steps(config.run_dir) if step.iteration == iteration]
+    left_out = {*config.train.skip_iterations, *load_skip_plan(config.run_dir).iterations}
+    launches = read_launches(config.run_dir)
+    return Recorded(found[0] if found else None, frozenset(left_out), launches[-1]["world_size"] if launches else None)
+
+
+def last_checkpoint_before(config: RunConfig, iteration: int) -> str | None:
+    """The folder of the newest finished checkpoint of an iteration below; None if a replay begins with the initial weights."""
+    folder = checkpoint_folder(config)
+    before = [name for number, name in finished_checkpoints(folder).items() if number < iteration]
+    return os.path.join(folder, before[-1]) if before else None
+
+
+def _replay(config: RunConfig, launch: Launch, recorded: Recorded, iteration: int, show: int) -> int:
+    platform = prepare_platform(config.train.num_threads, launch)
+    checkpoint = last_checkpoint_before(config, iteration)
+    sources, _ = check_resumable(config, load_sources(config), checkpoint)
+    prepare_indices(config, sources, index_cache(config))
+    groups = start_distributed(platform, config.parallel, launch)
+    try:
+        state = build_state(config, sources, platform, groups, choose_layers(config), checkpoint)
+        start = state.iteration
+        result, differs = _go_to(state, iteration, recorded)
+        norms = squared_norms(state.model, state.optimizer)
+        if dist.get_rank() == 0:
+            print(f"iteration {iteration}, replayed from {checkpoint or 'the initial weights'}, iteration {start}")
+            print("\n".join(_compared(result, recorded, differs)))
+            print("\n".join(_parameters(norms)))
+            print("\n".join(_samples(state, show)))
+        return int(bool(differs) or (recorded.numbers is not None and not _same(_numbers(result), recorded.numbers)))
+    finally:
+        stop_distributed()
+
+
+def _go_to(state: TrainState, iteration: int, recorded: Recorded) -> tuple[StepResult, list[int]]:
+    """Repeat the steps before `iteration` and compute that one, without its update; also those that were not as recorded."""
+    policy = StepPolicy(state.config.train, state.platform.device)
+    past = read_steps(state.config.run_dir)
+    policy.remember(step for step in past if step.iteration <= state.iteration)
+    known = {step.iteration: (step.lm_loss, step.grad_norm) for step in past}
+    differs = []
+    batches = open_batches(state)
+    while state.iteration < iteration - 1:
+        number = state.iteration + 1
+        result = run_iteration(state, batches, policy, recorded.left_out)
+        if result is not None and not result.verdict.goes_on:
+            raise UsageError(f"iteration {number} on the way is bad itself ({result.verdict.reason}); replay that one")
+        if result is not None and number in known and not _same(_numbers(result), known[number]):
+            differs.append(number)
+    only_look = Verdict(Action.STOP, "replayed")
+    return compute_step(state, batches, lambda *_: only_look), differs
+
+
+def _numbers(result: StepResult) -> Numbers:
+    return result.lm_loss, result.grad_norm
+
+
+def _same(one: Numbers, other: Numbers) -> bool:
+    """Equal to the last bit; NaN equals NaN."""
+    return all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(one, other, strict=True))
+
+
+def _compared(result: StepResult, recorded: Recorded, differs: list[int]) -> Iterator[str]:
+    yield f"{'':10}  {'loss':>22}  {'gradient norm':>22}"
+    if recorded.numbers is not None:
+        yield f"{'recorded':10}  {recorded.numbers[0]!r:>22}  {recorded.numbers[1]!r:>22}"
+    yield f"{'replayed':10}  {result.lm_loss!r:>22}  {result.grad_norm!r:>22}"
+    if recorded.numbers is None:
+        yield "the run has no record of this step to compare with"
+    elif _same(_numbers(result), recorded.numbers):
+        yield "equal bit for bit"
+    else:
+        yield "NOT equal"
+    if differs:
+        yield f"steps on the way that are not as recorded, first ones: {differs[:8]}; was the run resumed with another config?"
+
+
+def _parameters(norms: dict[str, float]) -> Iterator[str]:
+    total = sum(norms.values())
+    yield "\nlargest gradient norms of parameters, and their share of the square of the whole:"
+    ranked = sorted(norms.items(), key=lambda item: (not math.isfinite(item[1]), item[1]), reverse=True)
+    for name, square in ranked[:MOST_PARAMETERS]:
+        share = f"{square / total:7.2%}" if math.isfinite(total) and total > 0 else ""
+        yield f"  {math.sqrt(square) if math.isfinite(square) else square:12.5g}  {share:>8}  {name}"
+
+
+def _samples(state: TrainState, show: int) -> Iterator[str]:
+    """Where the samples of the step come from, and the first of them as text."""
+    first = state.consumed_train_samples
+    samples = range(first, first + state.config.train.global_batch_size)
+    yield f"\nsamples {samples[0]} to {samples[-1]}"
+    folder = os.path.join(state.config.run_dir, RUN_TOKENIZER)
+    tokenizer = load_tokenizer(folder) if os.path.isdir(folder) else None
+    for origin in sample_origins(state.train_dataset, samples[:show]):
+        yield f"\nsample {origin['sample']} of {origin['source']}, documents {origin['documents']}"
+        ids = [int(number) for number in state.train_dataset[origin["sample"]]["tokens"]]
+        yield from (f"  {text}" for text in _texts(ids, tokenizer, state))
+
+
+def _texts(ids: list[int], tokenizer: Tokenizer | None, state: TrainState) -> Iterator[str]:
+    """The pieces of documents in a sample, each in reading order."""
+    piece: list[Any] = []
+    for number in [*ids, state.provenance.eod_id]:
+        if number != state.provenance.eod_id:
+            piece.append(number)
+        elif piece:
+            text_ids = to_text_order(piece, state.config.data.direction)
+            yield repr(tokenizer.decode(text_ids)) if tokenizer is not None else str(text_ids)
+            piece = []

@@ -1,0 +1,172 @@
+"""One or several runs told from their folders: curves as PNG, and one HTML page that needs nothing besides itself."""
+
+import base64
+import html
+import json
+import math
+import os
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.config.load import load_config
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.errors import UsageError
+from megatron_ledom.training.history import complete_lines
+
+LAST = 10
+"""Records whose mean is the loss at the end."""
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """What a report reads of a run."""
+
+    name: str
+    """Its folder's name, with as many parents as tell it from the others."""
+    config: RunConfig
+    records: list[Record]
+
+    @property
+    def direction(self) -> str:
+        """`reverse` or `forward`."""
+        return str(self.config.data.direction)
+
+    def points(self, key: str) -> tuple[list[float], list[float]]:
+        """Training tokens and the values of a key, where there is a finite one."""
+        found = [(record["consumed_train_tokens"], record.get(key)) for record in self.records]
+        usable = [(x, y) for x, y in found if y is not None and math.isfinite(y)]
+        return [x for x, _ in usable], [y for _, y in usable]
+
+    def validations(self) -> dict[str, tuple[list[float], list[float]]]:
+        """Training tokens and loss of each validation set."""
+        series: dict[str, tuple[list[float], list[float]]] = {}
+        for record in self.records:
+            for name, found in record.get("validation", {}).items():
+                tokens, losses = series.setdefault(name, ([], []))
+                tokens.append(record["consumed_train_tokens"])
+                losses.append(found["lm_loss"])
+        return series
+
+
+def load_runs(folders: list[str]) -> list[RunData]:
+    """Read config.yaml and metrics.jsonl of each run. Raises UsageError for a folder that is no run, or has no records yet."""
+    runs = []
+    for folder, name in zip(folders, _names(folders), strict=True):
+        config_file, metrics = os.path.join(folder, "config.yaml"), os.path.join(folder, "metrics.jsonl")
+        if not os.path.exists(config_file):
+            raise UsageError(f"{folder} has no config.yaml; give folders of runs, their run_dir")
+        records = [json.loads(line) for line in complete_lines(metrics)]
+        if not records:
+            raise UsageError(f"{metrics} has no record yet; wait for logging.log_interval iterations")
+        runs.append(RunData(name, load_config(config_file), records))
+    return runs
+
+
+def report_runs(folders: list[str], output: str, smooth: int) -> None:
+    """Write loss.png, grad_norm.png, tokens_per_second.png, lr.png and report.html into `output`; print the table."""
+    from megatron_ledom.training.curves import FIGURES, draw
+
+    runs = load_runs(folders)
+    os.makedirs(output, exist_ok=True)
+    pictures: dict[str, dict[str, bytes]] = {}
+    for name in FIGURES:
+        pictures[name] = {theme: draw(name, runs, theme, smooth) for theme in ("light", "dark")}
+        Path(output, f"{name}.png").write_bytes(pictures[name]["light"])
+    rows = [summary(run) for run in runs]
+    Path(output, "report.html").write_text(_page(rows, twin_sentence(runs), pictures), encoding="utf-8")
+    names = list(rows[0])
+    for name in names:
+        print(f"{name:<34}" + "".join(f"  {row[name]:>24}" for row in rows))
+    print(twin_sentence(runs))
+    print(os.path.join(output, "report.html"))
+
+
+def summary(run: RunData) -> dict[str, str]:
+    """The final figures of a run, by what they are."""
+    last = run.records[-1]
+    validated = [record["validation"] for record in run.records if "validation" in record]
+    rows = {
+        "run": run.name,
+        "direction": run.direction,
+        "iterations": f"{last['iteration']:,} of {run.config.train.train_iters:,}",
+        "tokens": f"{last['consumed_train_tokens']:,}",
+        f"training loss, last {LAST} records": _number(final_loss(run), ".4f"),
+        "tokens/s, median": _number(_median(run, "tokens_per_second"), ",.0f"),
+        "MFU, median": _number(_median(run, "mfu"), ".1%"),
+        "iterations skipped": f"{last.get('skipped_iterations', 0):,}",
+    }
+    means = (
+        [statistics.mean(found[key] for found in validated[-1].values()) for key in ("lm_loss", "bits_per_byte")]
+        if validated
+        else []
+    )
+    rows["validation loss, mean of sets"] = _number(means[0], ".4f") if means else "–"
+    rows["bits per byte, mean of sets"] = _number(means[1], ".4f") if means else "–"
+    return rows
+
+
+def final_loss(run: RunData) -> float | None:
+    """Mean training loss of the last records; None if none of them is finite."""
+    losses = run.points("lm_loss")[1][-LAST:]
+    return statistics.mean(losses) if losses else None
+
+
+def twin_sentence(runs: list[RunData]) -> str:
+    """How far the first reverse run ends above the first forward run; empty without both."""
+    first = {run.direction: final_loss(run) for run in reversed(runs)}
+    reverse, forward = first.get("reverse"), first.get("forward")
+    if reverse is None or forward is None:
+        return ""
+    word = "above" if reverse >= forward else "below"
+    return f"The reverse run ends at {reverse:.4f} nats a token, {abs(reverse / forward - 1):.2%} {word} the forward run ({forward:.4f})."
+
+
+def _names(folders: list[str]) -> list[str]:
+    parts = [Path(folder).resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise UsageError(f"the same run is named twice: {', '.join(folders)}; name each once")
+
+
+def _median(run: RunData, key: str) -> float | None:
+    values = run.points(key)[1]
+    return statistics.median(values) if values else None
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d5d5d5; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --line: #3a3a3a; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem; }
+img { width: 100%; height: auto; }
+table { border-collapse: collapse; } th, td { text-align: right; padding: .25rem .75rem; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; } figure { margin: 2rem 0; } div { overflow-x: auto; }
+"""
+
+
+def _page(rows: list[dict[str, str]], sentence: str, pictures: dict[str, dict[str, bytes]]) -> str:
+    lines = []
+    for name in rows[0]:
+        cell = "th" if name == "run" else "td"
+        cells = "".join(f"<{cell}>{html.escape(row[name])}</{cell}>" for row in rows)
+        lines.append(f"<tr><{cell}>{html.escape(name)}</{cell}>{cells}</tr>")
+    figures = []
+    for name, themes in pictures.items():
+        light, dark = (f"data:image/png;base64,{base64.b64encode(themes[theme]).decode()}" for theme in ("light", "dark"))
+        source = f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">'
+        figures.append(f'<figure><picture>{source}<img src="{light}" alt="{html.escape(name)}"></picture></figure>')
+    title = html.escape(", ".join(row["run"] for row in rows))
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n'
+        f"<div><table>\n{chr(10).join(lines)}\n</table></div>\n<p>{html.escape(sentence)}</p>\n{chr(10).join(figures)}\n</body></html>\n"
+    )

@@ -1,0 +1,194 @@
+"""A run in which nothing moves says which rank hangs, and where, and ends.
+
+A thread of each rank looks at what its main thread last told. When that is too long ago on any rank, all ranks report their
+place and their stack through a store of torch.distributed; ranks that wait in a collective are not the ones to blame. A rank
+whose threads do not run either (a stopped process, a lost machine) gives no report, and is named for that. Should the
+interpreter itself be blocked, faulthandler's thread, which needs no interpreter, writes the stacks and ends the process.
+"""
+
+import faulthandler
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.training.hang_report import RankReport, is_waiting, verdict
+
+log = logging.getLogger(__name__)
+
+EXIT_CODE = 75
+"""Of a run that hung: "try again", as sysexits.h has it."""
+STACKS = "stacks"
+"""Folder in the run folder for the stacks of all ranks."""
+LONGEST_TICK, LONGEST_GRACE = 5.0, 20.0
+"""Seconds between two looks, and for the ranks' reports."""
+
+
+class Watchdog:
+    """Watches the main thread of this rank. A context: entered after the process group was made, left at the end."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.seconds = config.train.watchdog_seconds
+        self.patience = max(0.9 * 60 * config.parallel.distributed_timeout_minutes, self.seconds)
+        self.tick = min(LONGEST_TICK, self.seconds / 10)
+        self.grace = min(LONGEST_GRACE, max(2.0, self.seconds / 4))
+        self.folder = Path(config.run_dir, STACKS)
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self._iteration, self._doing, self._limit = 0, "building the run", self.patience
+        self._steps, self._last = 0, time.monotonic()
+        self._ended, self._alarmed, self._ending = threading.Event(), threading.Event(), threading.Event()
+        self._store_of_one = None if "RANK" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
+        self._main = threading.main_thread().ident
+
+    def tell(self, doing: str, iteration: int | None = None, *, patient: bool = False) -> None:
+        """The main thread begins something; `patient` for what may take as long as a collective waits."""
+        self._doing, self._limit = doing, self.patience if patient else self.seconds
+        self._iteration = self._iteration if iteration is None else iteration
+        self.beat()
+
+    def beat(self, *unused: Any) -> None:
+        """The main thread has come one piece further with what it does."""
+        self._steps += 1
+        self._last = time.monotonic()
+
+    def watch_model(self, model: list[Any]) -> None:
+        """Every forward pass of the model chunks counts as progress, in training and in validation."""
+        for chunk in model:
+            chunk.register_forward_pre_hook(self.beat)
+
+    def __enter__(self) -> "Watchdog":
+        if self.seconds > 0:
+            store = self._open_store()
+            store.set(f"place/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
+            self.beat()
+            for work in (self._look, lambda: self._listen(store)):
+                threading.Thread(target=work, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._ending.is_set():
+            time.sleep(3 * self.grace)  # a rank that ended broke the connection: this one ends by its watchdog too
+        self._ended.set()
+        if self.seconds > 0:
+            faulthandler.cancel_dump_traceback_later()
+
+    def _look(self) -> None:
+        while not self._ended.wait(self.tick):
+            faulthandler.dump_traceback_later(self.patience + self.grace, exit=True, file=2)
+            if self._alarmed.is_set() or time.monotonic() - self._last > self._limit:
+                self._end_run()
+
+    def _listen(self, store: Any) -> None:
+        """Learn that another rank found nothing moving. A store that does not answer blocks this thread alone."""
+        while not self._ended.wait(self.tick):
+            try:
+                if store.check(["alarm"]):
+                    self._alarmed.set()
+                    return
+            except RuntimeError:  # the rank that holds the store has ended
+                return
+
+    def _end_run(self) -> None:
+        """Write the stacks, agree with the other ranks on who hangs, say it, and end this process."""
+        self._ending.set()
+        report = self._report()
+        _within(self.grace, lambda: self._write_stacks(report))  # a file system that hangs is a usual reason to be here
+        found = _within(self.grace, lambda: self._exchange(report))
+        if found is None:
+            reports, places = {self.rank: report}, {}
+            log.error("watchdog: the store of the ranks does not answer: the process that holds it is stopped or gone")
+        else:
+            reports, places = found
+        if self.rank == min(reports):
+            log.error("watchdog: %s", verdict(reports, places, self.world_size, str(self.folder)))
+        else:
+            time.sleep(1.0)  # the rank that speaks goes first: a launcher ends the others when one has ended
+        for handler in logging.getLogger().handlers:
+            handler.flush()
+        os._exit(EXIT_CODE)
+
+    def _report(self) -> RankReport:
+        stack = traceback.extract_stack(sys._current_frames()[self._main or 0])
+        return RankReport(
+            rank=self.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            iteration=self._iteration,
+            doing=self._doing,
+            steps=self._steps,
+            seconds=time.monotonic() - self._last,
+            is_waiting=is_waiting(stack),
+            stack="".join(traceback.format_list(list(stack)[-15:])),
+        )
+
+    def _write_stacks(self, report: RankReport) -> None:
+        """Every thread of this process into `stacks/rank_N.txt`."""
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        parts = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {report.place()}\n"]
+        for ident, frame in sys._current_frames().items():
+            parts.append(f"\nthread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}")
+        try:
+            self.folder.mkdir(exist_ok=True)
+            (self.folder / f"rank_{self.rank}.txt").write_text("".join(parts), encoding="utf-8")
+        except OSError as error:
+            log.error("watchdog: the stacks cannot be written to %s: %s", self.folder, error)
+
+    def _exchange(self, report: RankReport) -> tuple[dict[int, RankReport], dict[int, str]] | None:
+        """Give the alarm and this rank's report; returns what came from all ranks within the grace, and where they run."""
+        try:
+            store = self._open_store()
+            store.set(f"report/{self.rank}", report.to_json())
+            store.set("alarm", str(self.rank))
+            _wait_for(store, [f"report/{rank}" for rank in range(self.world_size)], 0.6 * self.grace)
+            reports = {rank: RankReport.from_json(text) for rank, text in self._answers(store, "report")}
+            places = {rank: text.decode() for rank, text in self._answers(store, "place")}
+        except RuntimeError:
+            return None
+        with suppress(
+            RuntimeError
+        ):  # one of the ranks holds the store: it ends when the others have read, and they may see that
+            store.set(f"read/{self.rank}", "")
+            _wait_for(store, [f"read/{rank}" for rank in reports], 0.2 * self.grace)
+        return reports, places
+
+    def _answers(self, store: Any, kind: str) -> list[tuple[int, bytes]]:
+        """What the ranks have set under a kind of key, with their numbers."""
+        keys = [(rank, f"{kind}/{rank}") for rank in range(self.world_size)]
+        return [(rank, store.get(key)) for rank, key in keys if store.check([key])]
+
+    def _open_store(self) -> Any:
+        """A connection of its own to the store that the ranks met in: one that a main thread waits on is locked."""
+        if self._store_of_one is not None:
+            return self._store_of_one
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        timeout = timedelta(seconds=self.grace)
+        store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
+        return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
+
+
+def _wait_for(store: Any, keys: list[str], seconds: float) -> None:
+    """Until all keys are set, or the time is over."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not store.check(keys):
+        time.sleep(0.05)
+
+
+def _within(seconds: float, work: Callable[[], Any]) -> Any:
+    """The result of `work`, or None when it takes longer."""
+    result: list[Any] = []
+    thread = threading.Thread(target=lambda: result.append(work()), name="watchdog report", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return result[0] if result else None

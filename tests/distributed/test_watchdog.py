@@ -1,0 +1,82 @@
+"""A run in which a rank hangs: that rank is named with its stack, not those that wait for it, and all of them end."""
+
+import signal
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from megatron_ledom.training.watchdog import EXIT_CODE
+from tests.faults import inject
+from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
+
+SECONDS = 4
+LONG = ("train.train_iters=2000", "data.allow_repeats=true", f"train.watchdog_seconds={SECONDS}")
+LAYOUTS = {
+    "alone": (1, 0, ()),
+    "data parallel": (2, 1, ()),
+    "tensor parallel": (2, 0, ("parallel.tensor_model_parallel_size=2",)),
+    "first of two stages": (2, 0, ("parallel.pipeline_model_parallel_size=2",)),
+    "last of two stages": (2, 1, ("parallel.pipeline_model_parallel_size=2",)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_rank_that_hangs_is_named_with_its_stack(data: TinyData, tmp_path: Path, layout: str) -> None:
+    num_ranks, guilty, settings = LAYOUTS[layout]
+    run_dir = tmp_path / "run"
+    ranks = start_ranks(data.config, run_dir, *LONG, *settings, num_ranks=num_ranks, hook=partial(inject, f"sleep:4:{guilty}"))
+    ranks.wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(read_metrics(run_dir)) == 3)
+    started = time.monotonic()
+    assert ranks.wait() == [EXIT_CODE] * num_ranks, ranks.output()
+    assert time.monotonic() - started < 15 * SECONDS  # a hang of a thousand seconds
+    output = ranks.log.read_text(encoding="utf-8")
+    assert f"rank {guilty} (" in output
+    assert " hangs: iteration 4, " in output
+    assert output.count("hangs:") == 1
+    assert "_sleep_here" in output
+    for rank in range(num_ranks):
+        assert ("_sleep_here" in (run_dir / f"stacks/rank_{rank}.txt").read_text()) == (rank == guilty)
+
+
+@pytest.mark.parametrize("guilty", [0, 1])
+def test_a_stopped_process_is_named(data: TinyData, tmp_path: Path, guilty: int) -> None:
+    """Nothing runs in it that could report; rank 0 also holds the store by which the ranks would tell each other."""
+    run_dir = tmp_path / "run"
+    ranks = start_ranks(data.config, run_dir, *LONG, num_ranks=2)
+    ranks.wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(read_metrics(run_dir)) > 2)
+    ranks.send(signal.SIGSTOP, rank=guilty)
+    other = ranks.processes[1 - guilty]
+    other.join(15 * SECONDS)
+    assert other.exitcode == EXIT_CODE, ranks.output()
+    ranks.send(signal.SIGKILL, rank=guilty)
+    assert ranks.wait()[guilty] == -signal.SIGKILL
+    if guilty == 1:
+        assert "rank 1 (" in ranks.output()
+        assert "hangs: it does not answer" in ranks.output()
+        assert "state T (stopped)" in ranks.output()
+    else:
+        assert "the process that holds it is stopped or gone" in ranks.output()
+
+
+@pytest.mark.slow
+def test_a_blocked_interpreter_ends_with_its_stack(data: TinyData, tmp_path: Path) -> None:
+    """C code that sleeps and keeps the interpreter's lock: no thread of Python's runs, faulthandler's own does."""
+    limits = ("parallel.distributed_timeout_minutes=1", "train.watchdog_seconds=2")
+    ranks = start_ranks(data.config, tmp_path / "run", *LONG, *limits, hook=partial(inject, "block:4"))
+    assert ranks.wait() == [1], ranks.output()
+    assert "Timeout" in ranks.output()
+    assert "_inject" in ranks.output() or "slow_forward" in ranks.output()
+
+
+def test_what_takes_long_by_its_nature_is_not_taken_for_a_hang(data: TinyData, tmp_path: Path) -> None:
+    """A save of five seconds, under a limit of three for a step; and slow steps, of which each moves."""
+    run_dir = tmp_path / "run"
+    settings = ("train.train_iters=4", "checkpoint.save_interval=2", "train.watchdog_seconds=3")
+    run_on_ranks(data.config, run_dir, *settings, num_ranks=2, hook=partial(inject, "slow_save:5,slow:1"))
+    assert not (run_dir / "stacks").exists()
+
+
+def test_zero_switches_it_off(data: TinyData, tmp_path: Path) -> None:
+    run_on_ranks(data.config, tmp_path / "run", "train.train_iters=4", "train.watchdog_seconds=0")

@@ -1,0 +1,75 @@
+"""Faults that a test puts into a rank of a real run: a loss that is not finite, a spike, a gradient, a rank that hangs.
+
+A fault is written as KIND:ITERATION[:RANK[:TIME]] and happens in every micro-batch of that iteration; `exit` when it is done
+for the TIME-th time. `slow:1` makes every forward pass slow, `slow_save:N` every save by N seconds.
+"""
+
+import ctypes
+import os
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from megatron_ledom.training import iteration as iterations
+from megatron_ledom.training import loop, step
+
+
+def inject(fault: str) -> None:
+    """Change this process so that the faults, separated by commas, happen."""
+    now, done = [0], Counter[int]()
+    original_seed = iterations.seed_iteration
+
+    def seed_and_note(seed: int, iteration: int, groups: Any) -> None:
+        now[0] = iteration + 1
+        done[now[0]] += 1
+        original_seed(seed, iteration, groups)
+
+    iterations.seed_iteration = seed_and_note
+    for one in fault.split(","):
+        kind, number, *rank = one.split(":")
+        if not rank or int(rank[0]) == int(os.environ["RANK"]):
+            _inject(
+                kind, int(number), now, lambda number=int(number), times=rank[1:]: not times or done[number] == int(times[0])
+            )
+
+
+def _inject(kind: str, number: int, now: list[int], is_time: Callable[[], bool]) -> None:
+    original_save = loop.save_checkpoint
+    original_loss, original_forward = step.masked_loss, step.forward_step
+
+    def bad_loss(loss_mask: torch.Tensor, z_loss_coeff: float, losses: torch.Tensor) -> Any:
+        if now[0] == number:
+            if kind == "nan":
+                losses = losses * float("nan")
+            elif kind == "spike":
+                losses = losses * 3.0
+            elif kind == "gradient":
+                losses.register_hook(lambda gradient: gradient * float("inf"))
+        return original_loss(loss_mask, z_loss_coeff, losses)
+
+    def slow_forward(z_loss_coeff: float, batches: Any, model: Any) -> Any:
+        if now[0] == number and kind == "sleep":
+            _sleep_here(1000)
+        if now[0] == number and kind == "block":
+            ctypes.PyDLL(None).sleep(1000)  # a PyDLL keeps the interpreter's lock
+        if now[0] == number and kind == "exit" and is_time():
+            os._exit(9)
+        if kind == "slow":
+            _sleep_here(0.05)
+        return original_forward(z_loss_coeff, batches, model)
+
+    def slow_save(state: Any) -> None:
+        if kind == "slow_save":
+            _sleep_here(number)
+        original_save(state)
+
+    loop.save_checkpoint = slow_save
+    step.masked_loss = bad_loss
+    step.forward_step = slow_forward
+
+
+def _sleep_here(seconds: float) -> None:
+    time.sleep(seconds)
