@@ -60,7 +60,7 @@ class CheckpointManifest:
 
     @classmethod
     def describe(
-        cls, config: RunConfig, provenance: Provenance, train_shards: list[list[Any]], world_size: int, **position: int
+        cls, config: RunConfig, provenance: Provenance, train_shards: list[list[Any]], world_size: int, **position: Any
     ) -> "CheckpointManifest":
         """The manifest of a run's present state, without the files."""
         return cls(

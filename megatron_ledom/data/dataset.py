@@ -16,7 +16,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.sample_index import Arrays, SampleIndex, index_plan
-from megatron_ledom.data.sources import Blend, Sources
+from megatron_ledom.data.sources import Blend, Source, Sources
 from megatron_ledom.errors import DataError
 
 FILES_A_SHARD = 3

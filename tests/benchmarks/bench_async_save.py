@@ -14,11 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from bench_train_step import VOCAB_SIZE, random_batches
+from bench_train_step import random_batches
 
 from megatron_ledom.config.load import config_from_dict
 from megatron_ledom.direction import Direction
 from megatron_ledom.provenance import Provenance
+
+VOCAB_SIZE = 8_005
 
 
 def seconds(act: Callable[[], None]) -> float:
@@ -72,10 +74,10 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
         "benchmark",
     )
     groups = start_distributed(prepare_platform(config.train.num_threads), config.parallel)
-    model = wrap_for_training(config, build_model_chunks(config, VOCAB_SIZE + 59, groups, choose_layers(config)))
+    model = wrap_for_training(config, build_model_chunks(config, VOCAB_SIZE, groups, choose_layers(config)))
     optimizer = build_optimizer(config, model, groups)
     scheduler = build_scheduler(config, optimizer)
-    batches = [random_batches(config)]
+    batches = [random_batches(config, VOCAB_SIZE)]
     parameters = sum(weight.numel() for weight in model[0].parameters())
     print(
         f"{parameters / 1e6:.0f} M parameters, {12 * parameters / 1e9:.2f} GB a checkpoint, {torch.get_num_threads()} threads"
