@@ -153,9 +153,9 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["data.train_blend=[[1, 'a'], [2, 'a']]"], 1, "data.train_blend lists a 2 times"),
     (["data.valid_blend=[[1, 'a.bin']]"], 1, "data.valid_blend lists the file a.bin; expected the prefix of a shard, a"),
     (["data.valid_blend=[[1, ' ']]"], 1, "empty prefix"),
-    (["data.valid_sets={web: [[1, 'a'], [2, 'a']]}"], 1, "data.valid_sets.web lists a 2 times"),
+    (["data.valid_sets={'web': [[1, 'a'], [2, 'a']]}"], 1, "data.valid_sets.web lists a 2 times"),
     (
-        ["data.valid_sets={web: []}"],
+        ["data.valid_sets={'web': []}"],
         1,
         "data.valid_sets has the set 'web' with 0 shards; give it a name and at least one shard",
     ),
