@@ -61,7 +61,9 @@ class CheckpointManifest:
     ) -> "CheckpointManifest":
         """The manifest of a run's present state, without the files."""
         return cls(
-            **position,
+            iteration=position["iteration"],
+            consumed_train_samples=position["consumed_train_samples"],
+            consumed_train_tokens=position["consumed_train_tokens"],
             provenance=provenance,
             config=to_dict(config),
             train_shards=train_shards,

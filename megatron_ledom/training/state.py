@@ -7,8 +7,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, changes_since, check_fits, check_same_samples
-from megatron_ledom.checkpoint.store import CheckpointStore, check_sizes, latest_checkpoint
+from megatron_ledom.checkpoint.store import CheckpointStore, check_sizes
 from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.dataset import build_train_dataset, build_valid_datasets
