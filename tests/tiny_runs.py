@@ -26,7 +26,7 @@ import yaml
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
-from megatron_ledom.checkpoint.store import latest_checkpoint
+from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.data.packing import pack_documents
 from megatron_ledom.data.shard import Counts, ShardWriter
 from megatron_ledom.data.tokenizer import load_tokenizer

@@ -60,11 +60,13 @@ class CheckpointManifest:
 
     @classmethod
     def describe(
-        cls, config: RunConfig, provenance: Provenance, train_shards: list[list[Any]], world_size: int, **position: Any
+        cls, config: RunConfig, provenance: Provenance, train_shards: list[list[Any]], world_size: int, **position: int
     ) -> "CheckpointManifest":
         """The manifest of a run's present state, without the files."""
         return cls(
-            **position,
+            iteration=position["iteration"],
+            consumed_train_samples=position["consumed_train_samples"],
+            consumed_train_tokens=position["consumed_train_tokens"],
             provenance=provenance,
             config=to_dict(config),
             train_shards=train_shards,

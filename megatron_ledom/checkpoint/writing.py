@@ -268,6 +268,16 @@ def _write_file(bucket: Any, transforms: list[Any]) -> list[Any]:
     FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, answers, counts, use_fsync=True)
     _, outcome = answers.get_nowait()
     if isinstance(outcome, Exception):
-        raise outcome
+        raise _first_cause(outcome)
     written: list[Any] = outcome
     return written
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """The disk's own error: torch meets a second one when it closes the file that could not be written."""
+    context: BaseException | None = error
+    while context is not None:
+        if isinstance(context, OSError):
+            return context
+        context = context.__cause__ or context.__context__
+    return error

@@ -1,9 +1,10 @@
 """A checkpoint written while training goes on holds the weights of its own step: not older ones, not newer ones."""
 
 import os
-import signal
+import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,6 +19,7 @@ OVERLAPPED = (
 
 def train_and_save(config_file: str, run_dir: str) -> None:
     """One rank: a save after each of steps 2 and 4, the writer held until two steps later; live weights go to a file."""
+    from megatron_ledom.checkpoint import writing
     from megatron_ledom.checkpoint.store import sharded_weights, unwrapped
     from megatron_ledom.config.derived import train_samples
     from megatron_ledom.config.load import load_config
@@ -34,6 +36,14 @@ def train_and_save(config_file: str, run_dir: str) -> None:
     from megatron_ledom.training.state import build_state, save_checkpoint
     from megatron_ledom.training.step import train_step
 
+    write_now = writing._write_share
+
+    def held(*arguments: Any, part: str, **how: Any) -> None:
+        while not os.path.exists(f"{run_dir}/write{int(part.removesuffix('.part')[-7:])}"):
+            time.sleep(0.01)
+        write_now(*arguments, part=part, **how)
+
+    writing._write_share = held
     config = load_config(config_file, [f"run_dir={run_dir}", *OVERLAPPED])
     platform, sources = prepare_platform(1), load_sources(config)
     prepare_indices(config, sources, index_cache(config))
@@ -48,9 +58,6 @@ def train_and_save(config_file: str, run_dir: str) -> None:
         state.advance()
         if step in (2, 4):
             save_checkpoint(state)
-            pid = writer.writer_pid()
-            assert pid is not None
-            os.kill(pid, signal.SIGSTOP)
             with gathered_weights(state.model):
                 entries = sharded_weights(state.model, state.store.metadata)["model"].items()
                 names = {name: entry.key for name, entry in entries if hasattr(entry, "key")}
@@ -59,8 +66,9 @@ def train_and_save(config_file: str, run_dir: str) -> None:
                 torch.save({names.get(name, name): weight for name, weight in live.items()}, f"{run_dir}/live{step}.pt")
         state.store.poll()
         if step in (3, 5):  # two steps have changed the weights since
-            assert writer.writer_pid() == pid
-            os.kill(pid, signal.SIGCONT)
+            assert writer.is_writing()
+            torch.distributed.barrier()
+            Path(f"{run_dir}/write{step - 1}").touch()
             state.store.finish()
     stop_distributed()
 
