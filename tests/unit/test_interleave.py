@@ -37,13 +37,16 @@ def test_no_sample_is_lost_or_doubled_where_blocks_meet(num_sources: int) -> Non
         following[source] += 1
 
 
-def test_equal_shares_that_are_due_at_the_same_moments_lose_nothing() -> None:
-    """Shares of 1/2 put samples on the borders of blocks."""
-    interleave = Interleave([0.5, 0.25, 0.25])
+def test_rounding_puts_no_sample_into_two_blocks_or_none() -> None:
+    """Shares and phases for which many samples are due just where a block begins, some of them within rounding."""
+    shares = np.random.default_rng(0).integers(1, 100, 50)
+    interleave = Interleave((shares / shares.sum()).tolist())
     interleave._phases[:] = 0.0
-    found = [interleave.locate(sample) for sample in range(2 * BLOCK)]
-    assert len(set(found)) == len(found)
-    assert interleave.counts(2 * BLOCK).tolist() == [BLOCK, BLOCK // 2, BLOCK // 2]
+    every = slice(None)
+    for block in range(1, 60_000, 7):
+        before, time = interleave._before(block), float(block * BLOCK)
+        assert (interleave._due(before - 1, every)[before > 0] < time).all()
+        assert (interleave._due(before, every) >= time).all()
 
 
 @settings(max_examples=30, deadline=None)
