@@ -18,7 +18,7 @@ SOME = [
     Layout(tp=4, optimizer="distributed", recompute="block"),
     Layout(cp=4, optimizer="overlapped", recompute="uniform"),
     Layout(pp=4, optimizer="plain", recompute="selective"),
-    Layout(dp=2, tp=2, sp=True, pp=2, vpp=2, optimizer="overlapped", recompute="none"),
+    Layout(dp=2, tp=2, sp=True, pp=2, optimizer="distributed", recompute="uniform"),
 ]
 
 
