@@ -32,6 +32,7 @@ def build(*settings: str) -> RunConfig:
         "train": {"train_iters": 100, "global_batch_size": 24},
         "optimizer": {"lr_warmup_iters": 10},
         "parallel": {},
+        "logging": {},
     }
     for setting in settings:
         key, value = setting.split("=")
@@ -45,6 +46,11 @@ VPP, CP = "parallel.virtual_pipeline_model_parallel_size", "parallel.context_par
 GATHER = "parallel.overlap_param_gather=True"
 
 REFUSED: list[tuple[list[str], int, str]] = [
+    (["train.watchdog_seconds=600"], 1, "is above 0.9 x parallel.distributed_timeout_minutes=10"),
+    (["logging.profile_stop=5"], 1, "needs a logging.profile_start of at most 5, found None"),
+    (["logging.profile_start=6", "logging.profile_stop=5"], 1, "needs a logging.profile_start of at most 5, found 6"),
+    (["logging.profile_start=101"], 1, "is behind the last iteration, train.train_iters=100"),
+    (["logging.profile_start=1", "logging.profile_ranks=[0, 2]"], 2, "logging.profile_ranks has [2], but 2 ranks are launched"),
     (
         [f"{TP}=4", "model.vocab_size=256"],
         4,
@@ -111,6 +117,8 @@ REFUSED: list[tuple[list[str], int, str]] = [
 ]
 
 ACCEPTED: list[tuple[list[str], int]] = [
+    (["train.watchdog_seconds=600", "parallel.distributed_timeout_minutes=12"], 1),
+    (["logging.profile_start=5", "logging.profile_stop=5", "logging.profile_ranks=[0, 1]"], 2),
     ([], 1),
     ([], 8),
     ([f"{TP}=2", "model.vocab_size=256"], 2),
