@@ -1,7 +1,7 @@
 """The gradient norm of each parameter, over whatever layout: which part of the model a bad step comes from."""
 
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,9 +20,9 @@ def squared_norms(model: list[Any], optimizer: Any) -> dict[str, float]:
     Call on every rank, after `measure_gradient` and before the next step.
     """
     names = {id(param): name for chunk in model for name, param in _named(unwrapped(chunk))}
-    total: Counter[str] = Counter()
+    total: dict[str, float] = defaultdict(float)
     for part in optimizer.chained_optimizers:
-        mine: Counter[str] = Counter()
+        mine: dict[str, float] = defaultdict(float)
         for param, main in [] if part.is_stub_optimizer else _pairs(part):
             duplicate = not tensor_parallel.param_is_not_tensor_parallel_duplicate(main, getattr(part, "tp_group", None))
             if main.grad is not None and param_is_not_shared(main) and not duplicate:
@@ -30,8 +30,8 @@ def squared_norms(model: list[Any], optimizer: Any) -> dict[str, float]:
         group = part.get_grad_stats_parallel_group()
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, dict(mine), group)
-        for found in everyone:
-            total.update(found)
+        for name, square in (pair for found in everyone for pair in found.items()):
+            total[name] += square
     return dict(total)
 
 

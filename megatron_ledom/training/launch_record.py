@@ -49,7 +49,7 @@ def describe_launch() -> Record:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,  # type: ignore[no-untyped-call]
             **{name: _version(name) for name in PACKAGES},
         },
         "git": git_state(Path(megatron_ledom.__file__).parent),

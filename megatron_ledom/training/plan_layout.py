@@ -90,7 +90,7 @@ def parameter_lines(config: RunConfig, model: ModelConfig) -> list[str]:
     """A line for each pipeline stage: its layers and the weights of one of its ranks by part."""
     if model.vocab_size is None:
         return ["not known without the vocabulary"]
-    rows = [("stage", "layers", *PARTS, "sum")]
+    rows: list[tuple[str, ...]] = [("stage", "layers", *PARTS, "sum")]
     for stage in range(config.parallel.pipeline_model_parallel_size):
         layers = ", ".join(f"{stretch[0] + 1}-{stretch[-1] + 1}" for stretch in stage_layers(config, stage))
         counts = parameters_of_rank(config, model, stage)

@@ -27,7 +27,7 @@ class ProfilerWindow:
         """Called before an iteration is done: starts the recording where it is to begin."""
         if self.start is not None and self._profiler is None and self.start <= iteration <= self.stop:
             self._first = iteration
-            self._profiler = profile(activities=supported_activities())
+            self._profiler = profile(activities=supported_activities())  # type: ignore[no-untyped-call]
             self._profiler.start()
 
     def after(self, iteration: int) -> None:

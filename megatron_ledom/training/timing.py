@@ -83,7 +83,7 @@ class RankTimes:
         """A moment: of the device's own stream on a GPU, where the process runs ahead of it."""
         if self.platform.device.type != "cuda":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
 
