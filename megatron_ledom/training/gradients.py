@@ -30,9 +30,8 @@ def squared_norms(model: list[Any], optimizer: Any) -> dict[str, float]:
         group = part.get_grad_stats_parallel_group()
         everyone: list[Any] = [None] * dist.get_world_size(group)
         dist.all_gather_object(everyone, dict(mine), group)
-        for found in everyone:
-            for name, square in found.items():
-                total[name] += square
+        for name, square in (pair for found in everyone for pair in found.items()):
+            total[name] += square
     return dict(total)
 
 

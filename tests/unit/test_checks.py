@@ -35,6 +35,7 @@ def build(*settings: str) -> RunConfig:
         "optimizer": {"lr_warmup_iters": 10},
         "parallel": {},
         "checkpoint": {},
+        "logging": {},
     }
     for setting in settings:
         key, value = setting.split("=")
@@ -57,6 +58,11 @@ REFUSED: list[tuple[list[str], int, str]] = [
         "checkpoint.keep_interval=1500 is not a multiple of checkpoint.save_interval=1000, so few or none would be written at"
         " its multiples; the next one is 2000",
     ),
+    (["train.watchdog_seconds=600"], 1, "is above 0.9 x parallel.distributed_timeout_minutes=10"),
+    (["logging.profile_stop=5"], 1, "needs a logging.profile_start of at most 5, found None"),
+    (["logging.profile_start=6", "logging.profile_stop=5"], 1, "needs a logging.profile_start of at most 5, found 6"),
+    (["logging.profile_start=101"], 1, "is behind the last iteration, train.train_iters=100"),
+    (["logging.profile_start=1", "logging.profile_ranks=[0, 2]"], 2, "logging.profile_ranks has [2], but 2 ranks are launched"),
     (
         [f"{TP}=4", "model.vocab_size=256"],
         4,
@@ -176,6 +182,8 @@ REFUSED: list[tuple[list[str], int, str]] = [
 ]
 
 ACCEPTED: list[tuple[list[str], int]] = [
+    (["train.watchdog_seconds=600", "parallel.distributed_timeout_minutes=12"], 1),
+    (["logging.profile_start=5", "logging.profile_stop=5", "logging.profile_ranks=[0, 1]"], 2),
     ([], 1),
     ([], 8),
     ([f"{TP}=2", "model.vocab_size=256"], 2),
