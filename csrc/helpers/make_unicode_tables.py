@@ -80,7 +80,14 @@ def write(name: str, array: str, comment: str, entries: list[int]) -> None:
     """One header with one array."""
     words = [f"0x{entry:X}," for entry in entries]
     lines = [" ".join(words[begin : begin + ENTRIES_A_LINE]) for begin in range(0, len(words), ENTRIES_A_LINE)]
-    head = [f"// {comment}", "// Written by make_unicode_tables.py; not to be edited.", "#pragma once", "", "#include <cstdint>", ""]
+    head = [
+        f"// {comment}",
+        "// Written by make_unicode_tables.py; not to be edited.",
+        "#pragma once",
+        "",
+        "#include <cstdint>",
+        "",
+    ]
     body = ["namespace ledom {", "", f"constexpr uint32_t {array}[] = {{", *(f"    {line}" for line in lines), "};"]
     (Path(__file__).parent / name).write_text("\n".join([*head, *body, "", "}  // namespace ledom", ""]))
 
@@ -90,7 +97,9 @@ def main() -> None:
     where = f"tokenizers {tokenizers.__version__}"
     about = "first code point << 8 | class (CodePointClass) of every run of code points, as the regular expressions of"
     write("unicode_classes.h", "UNICODE_CLASSES", f"{about} {where}.", list(runs(class_of())))
-    about = "first code point << 8 | combining class of every run; 255: NFC may change it or join it to what is before it, Unicode"
+    about = (
+        "first code point << 8 | combining class of every run; 255: NFC may change it or join it to what is before it, Unicode"
+    )
     write("nfc_classes.h", "NFC_CLASSES", f"{about} {unicodedata.unidata_version}.", list(runs(combining_of())))
 
 

@@ -28,7 +28,17 @@ PATTERNS = {
 }
 """The scanner of each splitting pattern."""
 
-PARTS = {"version", "truncation", "padding", "added_tokens", "normalizer", "pre_tokenizer", "post_processor", "decoder", "model"}
+PARTS = {
+    "version",
+    "truncation",
+    "padding",
+    "added_tokens",
+    "normalizer",
+    "pre_tokenizer",
+    "post_processor",
+    "decoder",
+    "model",
+}
 MODEL_OPTIONS = {  # and what they may be; None: anything
     "type": ("BPE",),
     "vocab": None,
@@ -155,7 +165,10 @@ def _scanner(pre_tokenizer: Any) -> str | None:
         return None
     pattern = steps[0].get("pattern")
     how = {key: value for key, value in steps[0].items() if key != "pattern"}
-    keeps_all = ({"type": "Split", "behavior": "Isolated", "invert": False}, {"type": "Split", "behavior": "Removed", "invert": True})
+    keeps_all = (
+        {"type": "Split", "behavior": "Isolated", "invert": False},
+        {"type": "Split", "behavior": "Removed", "invert": True},
+    )
     if how not in keeps_all or not isinstance(pattern, dict) or set(pattern) != {"Regex"}:
         return None
     return PATTERNS.get(pattern["Regex"])
