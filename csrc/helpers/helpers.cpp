@@ -46,6 +46,7 @@ void define_pack(py::module_& m) {
 }  // namespace
 
 void define_turn_documents(py::module_& m);  // turn_documents_bindings.cpp
+void define_byte_encoder(py::module_& m);    // byte_encoder_bindings.cpp
 
 PYBIND11_MODULE(_helpers, m) {
   m.doc() = "C++ helpers of the data path; see csrc/helpers";
@@ -53,4 +54,5 @@ PYBIND11_MODULE(_helpers, m) {
   define_pack<int32_t>(m);
   define_turn_documents(m);
   define_piece_encoder(m);
+  define_byte_encoder(m);
 }

@@ -8,8 +8,7 @@
 //
 // Layout: a character is its code point, but U+2581 (a space inside a piece) is held as U+0020: both spell one thing in a text.
 // A symbol is a number: below num_pieces the id of a piece; from there the characters that are in pieces but are none
-// themselves; UNKNOWN | code point for a character in no piece. Merges: open addressing over one u64 each,
-// left << 42 | right << 21 | result. Joins: one bit for each ASCII pair; for other pairs one bit at a hash of the pair, in a
+// themselves; UNKNOWN | code point for a character in no piece. Merges: see merge_table.h. Joins: one bit for each ASCII pair; for other pairs one bit at a hash of the pair, in a
 // bitmap with at least 16 bits a pair.
 // Work: everything is computed once, in one thread; what is read later is constant.
 #pragma once
@@ -25,31 +24,21 @@
 #include <unordered_map>
 #include <vector>
 
-#include "big_pages.h"
+#include "merge_table.h"
+#include "utf8.h"
 
 namespace ledom {
 
 constexpr uint32_t SPACE_CODE = 0x20;
 constexpr uint32_t SPACE_MARK = 0x2581;
 constexpr uint32_t UNKNOWN = 0x80000000u;
-constexpr uint32_t NO_RANK = std::numeric_limits<uint32_t>::max();
-constexpr uint32_t MAX_SYMBOLS = (1u << 21) - 1;
-constexpr uint64_t NO_MERGE = std::numeric_limits<uint64_t>::max();
 
 enum PieceType : int { NORMAL_PIECE = 1, UNKNOWN_PIECE = 2, CONTROL_PIECE = 3, BYTE_PIECE = 6 };
 
 // The code point at p of valid UTF-8, U+2581 as a space; p moves behind it.
 inline uint32_t read_character(const uint8_t*& p) {
-  const uint32_t first = *p;
-  if (first < 0x80) return p++, first;
-  if (first < 0xE0) return p += 2, (first & 0x1F) << 6 | (p[-1] & 0x3F);
-  if (first < 0xF0) {
-    p += 3;
-    const uint32_t code = (first & 0x0F) << 12 | (p[-2] & 0x3Fu) << 6 | (p[-1] & 0x3Fu);
-    return code == SPACE_MARK ? SPACE_CODE : code;
-  }
-  p += 4;
-  return (first & 0x07) << 18 | (p[-3] & 0x3Fu) << 12 | (p[-2] & 0x3Fu) << 6 | (p[-1] & 0x3Fu);
+  const uint32_t code = read_code_point(p);
+  return code == SPACE_MARK ? SPACE_CODE : code;
 }
 
 // The UTF-8 of a code point in bytes[4], a space as U+2581; returns how many.
@@ -94,26 +83,22 @@ class PieceVocabulary {
     return found == symbols_.end() ? UNKNOWN | code : found->second;
   }
 
-  // The symbol two symbols become, or UNKNOWN if no piece spells both.
-  uint32_t merged(uint32_t first, uint32_t second) const {
-    if ((first | second) & UNKNOWN) return UNKNOWN;
-    const uint64_t pair = static_cast<uint64_t>(first) << 21 | second;
-    for (size_t slot = hash(pair) >> merge_shift_;; slot = (slot + 1) & merge_mask_) {
-      const uint64_t merge = merges_[slot];
-      if (merge >> 21 == pair) return merge & MAX_SYMBOLS;
-      if (merge == NO_MERGE) return UNKNOWN;
-    }
+  void add_symbols(const uint8_t* p, const uint8_t* end, std::vector<uint32_t>& symbols) const {
+    while (p < end) symbols.push_back(symbol_of(read_character(p)));
   }
 
-  // Have the memory that `merged` reads fetched.
-  void prefetch(uint32_t first, uint32_t second) const {
-    __builtin_prefetch(&merges_[hash(static_cast<uint64_t>(first) << 21 | second) >> merge_shift_]);
+  // The symbol two symbols become, or NO_MERGE if no piece spells both.
+  uint32_t merged(uint32_t first, uint32_t second) const {
+    return (first | second) & UNKNOWN ? NO_MERGE : merges_.find(first, second);
   }
+  uint32_t result_of(uint32_t merge) const { return merge; }
+  void prefetch(uint32_t first, uint32_t second) const { merges_.prefetch(first, second); }
 
   // Lower ranks merge first; pieces of equal score have equal ranks.
-  uint32_t rank_of(uint32_t symbol) const { return symbol == UNKNOWN ? NO_RANK : ranks_[symbol]; }
+  uint32_t rank_of(uint32_t symbol) const { return symbol == NO_MERGE ? NO_RANK : ranks_[symbol]; }
 
-  // Write the ids of a symbol (at most 4); returns behind them.
+  static constexpr size_t MAX_IDS_OF_SYMBOL = 4;
+  // Write the ids of a symbol; returns behind them.
   uint32_t* write_ids(uint32_t symbol, uint32_t* ids) const {
     if (symbol < num_pieces_) return *ids = symbol, ids + 1;
     if (!byte_fallback_) return *ids = unknown_id_, ids + 1;
@@ -125,13 +110,11 @@ class PieceVocabulary {
 
   bool byte_fallback() const { return byte_fallback_; }
   uint32_t unknown_id() const { return unknown_id_; }
-  size_t num_merges() const { return num_merges_; }
+  size_t num_merges() const { return merges_.size(); }
 
  private:
-  static uint64_t hash(uint64_t key) { return (key ^ key >> 32) * 0x9E3779B97F4A7C15ull; }
-
   bool joins_other(uint32_t a, uint32_t b) const {
-    const uint64_t bit = hash(static_cast<uint64_t>(a) << 21 | b) >> join_shift_;
+    const uint64_t bit = MergeTable::hash(static_cast<uint64_t>(a) << 21 | b) >> join_shift_;
     return other_joins_[bit >> 6] >> (bit & 63) & 1;
   }
 
@@ -204,18 +187,10 @@ class PieceVocabulary {
         if (first == symbols.end()) continue;
         const auto second = symbols.find(piece.substr(cut));
         if (second == symbols.end()) continue;
-        found.push_back(static_cast<uint64_t>(first->second) << 42 | static_cast<uint64_t>(second->second) << 21 | symbol);
+        found.push_back(MergeTable::entry(first->second, second->second, symbol));
       }
     }
-    num_merges_ = found.size();
-    const int bits = bits_for(2 * found.size());
-    merge_shift_ = 64 - bits, merge_mask_ = (size_t{1} << bits) - 1;
-    merges_.assign(size_t{1} << bits, NO_MERGE);
-    for (const uint64_t merge : found) {
-      size_t slot = hash(merge >> 21) >> merge_shift_;
-      while (merges_[slot] != NO_MERGE) slot = (slot + 1) & merge_mask_;
-      merges_[slot] = merge;
-    }
+    merges_.assign(found);
   }
 
   void add_joins(const std::unordered_map<std::string, uint32_t>& symbols) {
@@ -233,20 +208,13 @@ class PieceVocabulary {
     }
     std::sort(others.begin(), others.end());
     others.erase(std::unique(others.begin(), others.end()), others.end());
-    const int bits = bits_for(16 * others.size());
+    const int bits = MergeTable::bits_for(16 * others.size());
     join_shift_ = 64 - bits;
     other_joins_.assign(size_t{1} << (bits - 6), 0);
     for (const auto& [a, b] : others) {
-      const uint64_t bit = hash(static_cast<uint64_t>(a) << 21 | b) >> join_shift_;
+      const uint64_t bit = MergeTable::hash(static_cast<uint64_t>(a) << 21 | b) >> join_shift_;
       other_joins_[bit >> 6] |= uint64_t{1} << (bit & 63);
     }
-  }
-
-  // Bits of the smallest power of two that is not below a number, at least 10.
-  static int bits_for(size_t number) {
-    int bits = 10;
-    while ((size_t{1} << bits) < number) bits++;
-    return bits;
   }
 
   bool byte_fallback_;
@@ -257,10 +225,9 @@ class PieceVocabulary {
   std::unordered_map<uint32_t, uint32_t> symbols_;  // of characters that are not ASCII
   std::vector<uint32_t> characters_;                // code points of the symbols from num_pieces_ on
   std::vector<uint32_t> ranks_;
-  std::vector<uint64_t, BigPages<uint64_t>> merges_;
+  MergeTable merges_;
   std::vector<uint64_t> other_joins_;
-  size_t num_merges_ = 0, merge_mask_ = 0;
-  int merge_shift_ = 0, join_shift_ = 0;
+  int join_shift_ = 0;
 };
 
 }  // namespace ledom

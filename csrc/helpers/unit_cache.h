@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "big_pages.h"
+#include "utf8.h"
 
 namespace ledom {
 
@@ -35,12 +36,6 @@ struct UnitKey {
 inline uint64_t mixed(uint64_t a, uint64_t b) {
   const unsigned __int128 product = static_cast<unsigned __int128>(a ^ 0x9E3779B97F4A7C15ull) * (b ^ 0xD1B54A32D192ED03ull);
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
-}
-
-inline uint64_t load_8_bytes(const uint8_t* p) {
-  uint64_t value;
-  std::memcpy(&value, p, 8);
-  return value;
 }
 
 class UnitCache {

@@ -7,7 +7,7 @@ for a .model.
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -142,14 +142,23 @@ def _version(package: str) -> str:
     return version(package)
 
 
-def fast_engines(tokenizer_json: str, model: bytes | None) -> Iterator[tuple[str, Callable[[], Engine]]]:
-    """(name, how to make it) of every engine there is besides the references, the fastest first; making one may raise."""
+def fast_engines(
+    tokenizer_json: bytes, stored: dict[str, Any] | None, model: bytes | None, reference: Engine
+) -> Iterator[tuple[str, Callable[[], Engine]]]:
+    """(name, how to make it) of every engine there is besides the references, the fastest first; making one may raise.
+
+    `stored` is the object of the tokenizer.json, where it was that which was loaded; `model` the SentencePiece form, if any.
+    """
     if model is not None:
         from megatron_ledom.data.piece_engine import CachedPieceEngine
 
         yield "cached pieces", lambda: CachedPieceEngine(model)
-    yield "fastokens", lambda: FastokensEngine(tokenizer_json)
-    yield "gigatoken", lambda: GigatokenEngine(tokenizer_json)
+    if stored is not None:
+        from megatron_ledom.data.byte_engine import CachedByteEngine
+
+        yield "cached bytes", lambda: CachedByteEngine(stored, reference)
+    yield "fastokens", lambda: FastokensEngine(tokenizer_json.decode())
+    yield "gigatoken", lambda: GigatokenEngine(tokenizer_json.decode())
 
 
 def first_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> str | None:

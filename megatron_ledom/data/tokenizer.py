@@ -39,6 +39,7 @@ class Tokenizer:
         eod_token: str | None,
         eod_id: int | None,
         model: bytes | None,
+        stored: dict[str, Any] | None,
         sha256: str,
     ) -> None:
         self.name = name
@@ -50,6 +51,7 @@ class Tokenizer:
         self._reference = engine
         self._engine: Engine = engine
         self._model = model
+        self._stored = stored
         self.sha256 = sha256
         """See `vocabulary_hash`."""
         vocab = engine.vocab()
@@ -85,8 +87,9 @@ class Tokenizer:
     def use_fastest_engine(self, samples: Sequence[str]) -> str:
         """Encode with the fastest engine whose ids equal the reference's on `samples` and on odd texts; what was chosen and why."""
         texts = [*sentencepiece_bpe.ODD_TEXTS, f"a{self.eod_token} {self.eod_token}\n", *samples]
+        stored, self._stored = self._stored, None  # large, and of no more use
         passed_over = []
-        for name, make in fast_engines(self._files["tokenizer.json"].decode(), self._model):
+        for name, make in fast_engines(self._files["tokenizer.json"], stored, self._model, self._reference):
             try:
                 engine = make()
                 text = first_difference(engine, self._reference, texts)
@@ -168,6 +171,7 @@ def load_tokenizer(
     name = file.parent.resolve().name if file.stem == "tokenizer" else file.stem
     config = _config_beside(file)
     content = file.read_bytes()
+    stored: dict[str, Any] | None = None
     if add_specials:
         config["eos_token"] = sentencepiece_bpe.EOD_TOKEN
     if file.suffix == ".model":
@@ -190,6 +194,7 @@ def load_tokenizer(
         eod_token=eod_token,
         eod_id=eod_id,
         model=model,
+        stored=stored,
         sha256=sha256,
     )
 

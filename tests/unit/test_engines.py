@@ -42,13 +42,20 @@ def same_ids(tokenizer: Tokenizer, reference: Tokenizer) -> bool:
     return all(np.array_equal(a, b) for a, b in zip(tokenizer.encode_batch(texts), reference.encode_batch(texts), strict=True))
 
 
-def test_a_byte_level_vocabulary_is_encoded_by_fastokens(tmp_path: Path) -> None:
-    pytest.importorskip("fastokens", reason="the fast extra is not installed")
+def test_a_byte_level_vocabulary_is_encoded_by_units(tmp_path: Path) -> None:
     path = byte_level(tmp_path / "bytes")
+    tokenizer = load_tokenizer(path, "<eos>")
+    assert tokenizer.use_fastest_engine(SAMPLES).startswith("cached bytes (csrc), equal to tokenizers")
+    assert same_ids(tokenizer, load_tokenizer(path, "<eos>"))
+
+
+def test_a_vocabulary_that_is_not_known_here_is_encoded_by_fastokens(tmp_path: Path) -> None:
+    pytest.importorskip("fastokens", reason="the fast extra is not installed")
+    path = byte_level(tmp_path / "bytes", normalizers.Replace("a", "b"))
     tokenizer = load_tokenizer(path, "<eos>")
     said = tokenizer.use_fastest_engine(SAMPLES)
     assert said.startswith("fastokens ")
-    assert "equal to tokenizers" in said
+    assert "cached bytes cannot be used (it has the normaliser " in said
     assert same_ids(tokenizer, load_tokenizer(path, "<eos>"))
 
 

@@ -1,0 +1,68 @@
+// Tokens that are cut out of a text before anything else, wherever they are spelled: at each place the longest one, the search going
+// on behind it. Some of them only keep others from being found: they are left in the text as text.
+//
+// Layout: tokens by their first byte, the longest first.
+// Work: one pass over the text, memchr where all tokens begin alike.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace ledom {
+
+struct AddedToken {
+  std::string content;
+  uint32_t id;
+  bool is_text;  // found, but left in the text
+};
+
+class AddedTokens {
+ public:
+  explicit AddedTokens(const std::vector<AddedToken>& tokens) {
+    for (const AddedToken& token : tokens) {
+      if (token.content.empty()) throw std::invalid_argument("an added token is empty");
+      by_first_[static_cast<uint8_t>(token.content[0])].push_back(token);
+    }
+    for (auto& group : by_first_) {
+      std::stable_sort(group.begin(), group.end(),
+                       [](const AddedToken& a, const AddedToken& b) { return a.content.size() > b.content.size(); });
+    }
+    const auto begins = [](const std::vector<AddedToken>& group) { return !group.empty(); };
+    num_first_ = std::count_if(std::begin(by_first_), std::end(by_first_), begins);
+    only_first_ = static_cast<int>(std::find_if(std::begin(by_first_), std::end(by_first_), begins) - std::begin(by_first_));
+  }
+
+  // The next token that is cut out at or behind `from`; null if there is none. `at` becomes where it begins.
+  const AddedToken* next(std::string_view text, size_t from, size_t& at) const {
+    while (from < text.size() && num_first_) {
+      if (num_first_ == 1) {
+        const void* found = std::memchr(text.data() + from, only_first_, text.size() - from);
+        if (!found) return nullptr;
+        from = static_cast<size_t>(static_cast<const char*>(found) - text.data());
+      }
+      const AddedToken* token = at_place(text, from);
+      if (token && !token->is_text) return at = from, token;
+      from += token ? token->content.size() : 1;
+    }
+    return nullptr;
+  }
+
+ private:
+  const AddedToken* at_place(std::string_view text, size_t place) const {
+    for (const AddedToken& token : by_first_[static_cast<uint8_t>(text[place])]) {
+      if (text.compare(place, token.content.size(), token.content) == 0) return &token;
+    }
+    return nullptr;
+  }
+
+  std::vector<AddedToken> by_first_[0x100];
+  std::ptrdiff_t num_first_ = 0;
+  int only_first_ = 0;
+};
+
+}  // namespace ledom
