@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from megatron_ledom.config.load import load_config
 from megatron_ledom.data.batch import MicroBatchSampler, batch_iterators
+from tests.legible import EOD_ID
 from tests.tiny_runs import TinyData
 
 SIZES = st.sampled_from([1, 2, 3, 4])
@@ -67,7 +68,7 @@ def groups(rank: int, ranks: int) -> Any:
 
 def test_a_resume_reads_its_first_batch_and_nothing_before_it(data: TinyData) -> None:
     config, dataset, far = load_config(str(data.config), ["train.micro_batch_size=2"]), Ids(), 10**12
-    batches = batch_iterators(config, dataset, far, far + 16, groups(1, 2), torch.device("cpu"))[0]
+    batches = batch_iterators(config, dataset, far, far + 16, groups(1, 2), torch.device("cpu"), EOD_ID)[0]
     assert next(batches)["tokens"].flatten().tolist() == [far + 2, far + 3]
     assert dataset.asked == [far + 2, far + 3]
 
@@ -77,6 +78,6 @@ def test_the_number_of_reading_processes_changes_nothing(data: TinyData, workers
     found = []
     for num_workers in (0, workers):
         config = load_config(str(data.config), ["train.micro_batch_size=2", f"data.num_workers={num_workers}"])
-        batches = batch_iterators(config, Ids(), 24, 64, groups(0, 2), torch.device("cpu"))[0]
+        batches = batch_iterators(config, Ids(), 24, 64, groups(0, 2), torch.device("cpu"), EOD_ID)[0]
         found.append([batch["tokens"].flatten().tolist() for batch in batches])
     assert found[0] == found[1] == [[start, start + 1] for start in range(24, 64, 4)]

@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Prepare, int, list[str]]] = {
     "Transformer Engine": (
         lambda data: ["model.transformer_impl=transformer_engine"],
         2,
-        ["cannot run here", "use torch or auto"],
+        ["cannot run here", "model.transformer_impl=torch or auto"],
     ),
 }
 
