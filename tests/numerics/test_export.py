@@ -262,6 +262,7 @@ def test_what_cannot_be_exported_is_named(exported: Exported, tmp_path: Path, ca
 def test_the_slurm_script_exports(exported: Exported, tmp_path: Path) -> None:
     run_dir, folder = exported("1 key-value head")
     variables = {"LOAD": str(run_dir), "SAVE": str(tmp_path / "hf"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
+    variables["SLURM_JOB_ID"] = "1"  # as the job runs it
     script = ["bash", "examples/slurm/convert.sbatch"]
     done = subprocess.run(script, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
