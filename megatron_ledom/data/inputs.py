@@ -37,7 +37,11 @@ SUPPORTED = (
 COMPRESSED_BLOCK = 1 << 16
 """Compressed input is read in blocks of this size; a stretch of a compressed file begins and ends with one."""
 PART_BYTES = 32 << 20
-"""About what one part of the work reads: what a kill can cost a worker."""
+"""What one part of the work reads at most, about: what a kill can cost a worker."""
+SMALL_PART_BYTES = 4 << 20
+"""What a part reads at least if a task has little to read, so that many workers share it to the end."""
+PARTS_OF_A_TASK = 32
+"""So many parts are aimed at between these two sizes."""
 COMPRESSED_PART_BYTES = 256 << 20
 """The same for compressed files, which have to be decompressed from their start: smaller parts would repeat that more often."""
 MOST_COMPRESSED_PARTS = 64
@@ -232,8 +236,14 @@ def _aligned(source: InputPath, position: int) -> int:
     return inside // COMPRESSED_BLOCK * COMPRESSED_BLOCK
 
 
-def parts_of(stretches: Sequence[Stretch], part_bytes: int = PART_BYTES) -> list[Part]:
-    """Stretches cut and gathered to parts of about `part_bytes`: the units in which work is done, kept and resumed."""
+def parts_of(stretches: Sequence[Stretch], part_bytes: int | None = None) -> list[Part]:
+    """Stretches cut and gathered to parts of about `part_bytes`: the units in which work is done, kept and resumed.
+
+    Without it the size follows from the bytes of all stretches, so a task is always cut in the same way.
+    """
+    if part_bytes is None:
+        in_all = sum(stretch.num_bytes for stretch in stretches)
+        part_bytes = min(PART_BYTES, max(SMALL_PART_BYTES, in_all // PARTS_OF_A_TASK))
     parts: list[Part] = []
     gathered: list[Stretch] = []
     size = 0

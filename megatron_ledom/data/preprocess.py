@@ -27,7 +27,7 @@ from tqdm import tqdm
 from megatron_ledom.data import quality
 from megatron_ledom.data.corpus import BATCH_BYTES, MAX_MESSAGES, OnError, ReadSettings, RecordReader
 from megatron_ledom.data.encode_parts import PartEncoder, PartHasher
-from megatron_ledom.data.inputs import PART_BYTES, Part, expand_inputs, parts_of, stretches_of_task
+from megatron_ledom.data.inputs import Part, expand_inputs, parts_of, stretches_of_task
 from megatron_ledom.data.part_store import PartRecord, PartStore, Request
 from megatron_ledom.data.prefixes import TASK, task_prefix
 from megatron_ledom.data.shard import (
@@ -90,8 +90,8 @@ class PreprocessSettings:
     overwrite: bool = False
     batch_bytes: int = BATCH_BYTES
     """Text a tokenizer gets at a time; it changes no result."""
-    part_bytes: int = PART_BYTES
-    """Input a worker gets at a time; it changes no result."""
+    part_bytes: int | None = None
+    """Input a worker gets at a time; it changes no result. None: by the size of the input."""
 
 
 def task_of(settings: PreprocessSettings, environment: Mapping[str, str]) -> tuple[int, int]:

@@ -168,7 +168,11 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["data.test_sets={' ': [[1, 'a']]}"], 1, "data.test_sets has the set ' ' with 1 shards"),
     (["data.valid_blend=[[1, 'a']]", "data.valid_sets={'a': [[1, 'b']]}"], 1, "a names a shard of data.valid_blend and a set"),
     (["data.split=[9,1,0]", "data.valid_blend=[[1, 'b']]"], 1, "data.split=[9.0, 1.0, 0.0] and data.valid_blend are both set"),
-    (["data.split=[9,1,0]", "data.test_sets={'a': [[1, 'b']]}"], 1, "data.split=[9.0, 1.0, 0.0] and data.test_sets are both set"),
+    (
+        ["data.split=[9,1,0]", "data.test_sets={'a': [[1, 'b']]}"],
+        1,
+        "data.split=[9.0, 1.0, 0.0] and data.test_sets are both set",
+    ),
     (["data.blend_unit='tokens'", "data.train_blend=[[99e3, 'a']]"], 1, "data.train_blend asks for 99,000 tokens"),
     (["parallel.world_size=4"], 2, "parallel.world_size=4, but 2 ranks are launched"),
     ([f"{TP}=2", f"{PP}=2"], 6, "6 ranks are not a multiple of the 4 that one copy of the model needs"),

@@ -91,8 +91,9 @@ def test_one_large_file_and_many_small_ones_divide_alike() -> None:
             stretches = stretches_of_task(sources, task, tasks)
             assert sum(stretch.num_bytes for stretch in stretches) == pytest.approx(total / tasks, rel=1e-3)
             sizes = [sum(stretch.num_bytes for stretch in part) for part in parts_of(stretches)]
-            assert max(sizes) <= inputs.PART_BYTES
-            assert sum(sizes) / len(sizes) > 0.9 * inputs.PART_BYTES
+            aim = min(inputs.PART_BYTES, total // tasks // inputs.PARTS_OF_A_TASK)
+            assert max(sizes) <= 1.01 * aim
+            assert sum(sizes) / len(sizes) > 0.9 * aim
 
 
 def test_a_huge_compressed_file_is_not_decompressed_too_often() -> None:
@@ -108,3 +109,9 @@ def test_a_huge_compressed_file_is_not_decompressed_too_often() -> None:
 def test_a_task_that_does_not_exist_is_refused(task_id: int, num_tasks: int) -> None:
     with pytest.raises(UsageError, match=r"--task-id|--num-tasks"):
         stretches_of_task([InputPath("a.jsonl", 1, "")], task_id, num_tasks)
+
+
+def test_little_input_is_cut_into_many_parts_for_many_workers() -> None:
+    for total, num_parts in ((100 * 10**6, 24), (10 * 10**6, 3), (10**6, 1)):
+        [*parts] = parts_of(stretches_of_task([InputPath("a.jsonl", total, "")], 0, 1))
+        assert len(parts) == num_parts
