@@ -263,6 +263,7 @@ def _train_each(runs: list[list[str]], ports: list[int], hook: Hook | None) -> N
     """Train one run after the other, as the command line does; a port for each, the last one may still be closing."""
     from megatron_ledom import errors, pretrain
 
+    sys.argv = ["pretrain", *runs[0]]  # a hook may look at it
     if hook is not None:
         hook()
     for index, (arguments, port) in enumerate(zip(runs, ports, strict=True)):

@@ -164,7 +164,6 @@ def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_sh
     ]
     changed = [f"{key} was {old}, is {new}" for key, old, new in pairs if old != new]
     changed += _changed_shards(manifest.train_shards, train_shards)
-    batch = config.train.global_batch_size
     if changed and not config.data.allow_changed_data:
         raise MismatchError(
             f"{where} cannot go on with other samples: {'; '.join(changed)}; samples would be repeated or left out without a"
@@ -173,11 +172,10 @@ def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_sh
         )
     for change in changed:
         log.warning("OTHER TRAINING DATA than that of %s, by data.allow_changed_data=true: %s", where, change)
-    if manifest.consumed_train_samples > config.train.train_iters * batch:
+    if manifest.iteration > config.train.train_iters:
         raise ConfigError(
-            f"{where} has consumed {manifest.consumed_train_samples:,} samples, train.train_iters={config.train.train_iters} with"
-            f" train.global_batch_size={batch} ends before; set train.train_iters to at least"
-            f" {-(-manifest.consumed_train_samples // batch)}"
+            f"{where} is of iteration {manifest.iteration:,}, train.train_iters={config.train.train_iters} ends before; set it to at"
+            f" least {manifest.iteration}"
         )
     return changed
 

@@ -73,24 +73,6 @@ def lr_decay_iters(config: RunConfig) -> int:
     return config.optimizer.lr_decay_iters or config.train.train_iters
 
 
-def lr_warmup_samples(config: RunConfig) -> int:
-    """Samples of the linear warm-up."""
-    return config.optimizer.lr_warmup_iters * config.train.global_batch_size
-
-
-def lr_decay_samples(config: RunConfig) -> int:
-    """Samples until the learning rate is at its minimum."""
-    return lr_decay_iters(config) * config.train.global_batch_size
-
-
-def lr_wsd_decay_samples(config: RunConfig) -> int | None:
-    """Samples of the decay at the end of the WSD schedule; None for other schedules."""
-    settings = config.optimizer
-    if settings.lr_decay_style != "WSD" or settings.lr_wsd_decay_iters is None:
-        return None
-    return settings.lr_wsd_decay_iters * config.train.global_batch_size
-
-
 def validation_iterations(config: RunConfig) -> int:
     """How often the run validates: every `train.eval_interval` iterations and at the end."""
     return -(-config.train.train_iters // config.train.eval_interval)

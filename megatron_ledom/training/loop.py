@@ -23,8 +23,6 @@ def train(state: TrainState, stop: StopRequest, watchdog: Watchdog) -> None:
             continue
         reporter.end_step(result)
         stopping = stop.agreed(state.platform.device) or _is_multiple(state.iteration, config.train.exit_interval)
-        reporter.report(result)
-        state.store.poll()
         if (
             stopping
             or state.iteration == config.train.train_iters
@@ -33,6 +31,8 @@ def train(state: TrainState, stop: StopRequest, watchdog: Watchdog) -> None:
             with reporter.apart("saving"):
                 recovery.history.sync()
                 save_checkpoint(state)
+        reporter.report(result)  # behind the save: it is written while validation runs, and counts when that is recorded
+        state.store.poll()
         if stopping:
             break
     with reporter.apart("finishing the last checkpoint"):

@@ -6,7 +6,7 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_ledom.config.derived import lr_decay_samples, lr_warmup_samples, lr_wsd_decay_samples, train_samples
+from megatron_ledom.config.derived import lr_decay_iters
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.model.builder import DTYPES
 from megatron_ledom.parallel.groups import ParallelGroups
@@ -51,21 +51,21 @@ def _tie_gradient_reduction(config: RunConfig, model: list[Any], optimizer: Any)
 
 
 def build_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """Linear warm-up, then the decay; counted in samples, so that the batch size may change on resume."""
+    """Linear warm-up, then the decay; counted in iterations, so a batch size that changes on resume does not move it."""
     settings = config.optimizer
     return OptimizerParamScheduler(
         optimizer,
         init_lr=0.0,
         max_lr=settings.lr,
         min_lr=settings.min_lr,
-        lr_warmup_steps=lr_warmup_samples(config),
-        lr_decay_steps=lr_decay_samples(config),
+        lr_warmup_steps=settings.lr_warmup_iters,
+        lr_decay_steps=lr_decay_iters(config),
         lr_decay_style=settings.lr_decay_style,
-        wsd_decay_steps=lr_wsd_decay_samples(config),
+        wsd_decay_steps=settings.lr_wsd_decay_iters,
         lr_wsd_decay_style=settings.lr_wsd_decay_style,
         start_wd=settings.weight_decay,
         end_wd=settings.weight_decay,
-        wd_incr_steps=train_samples(config),
+        wd_incr_steps=config.train.train_iters,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
         override_opt_param_scheduler=True,  # the config decides; the checkpoint gives the position only

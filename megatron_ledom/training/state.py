@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_ledom.checkpoint.manifest import (
@@ -20,6 +21,7 @@ from megatron_ledom.data.dataset import BlendSamples, build_held_out_datasets, b
 from megatron_ledom.data.sources import Sources
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
+from megatron_ledom.parallel.gathering import gathered_weights
 from megatron_ledom.parallel.groups import ParallelGroups
 from megatron_ledom.parallel.seeds import seed_iteration
 from megatron_ledom.platform.device import Platform
@@ -54,7 +56,7 @@ class TrainState:
 
     def advance(self) -> None:
         """Count one iteration, updated or not: samples and the learning-rate schedule stay in step with it."""
-        self.scheduler.step(increment=self.config.train.global_batch_size)
+        self.scheduler.step(increment=1)
         self.iteration += 1
         self.consumed_train_samples += self.config.train.global_batch_size
         self.consumed_train_tokens += self.config.train.global_batch_size * self.config.data.seq_length
@@ -116,8 +118,9 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
     manifest = state.store.load_manifest(checkpoint)
     for change in changes_since(manifest, state.config):
         log.warning("changed since the checkpoint: %s", change)
-    state.scheduler.num_steps = 0  # its load adds the stored position to the present one
     state.store.load(checkpoint, state.model, state.optimizer, state.scheduler)
+    state.scheduler.num_steps = 0  # its load adds the stored position, which old checkpoints count in samples
+    state.scheduler.step(increment=manifest.iteration)
     state.iteration = manifest.iteration
     state.consumed_train_samples = manifest.consumed_train_samples
     state.consumed_train_tokens = manifest.consumed_train_tokens
@@ -125,7 +128,13 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
 
 
 def save_checkpoint(state: TrainState) -> None:
-    """Begin a checkpoint of this iteration; `state.store` finishes it. Call on every rank."""
+    """Begin a checkpoint of this iteration; `state.store` finishes it. Call on every rank.
+
+    Weights that are not finite are not saved: the checkpoint before stays the one to return to.
+    """
+    if not _weights_are_finite(state):
+        log.error("iteration %d is not saved: there are weights that are not finite", state.iteration)
+        return
     manifest = CheckpointManifest.describe(
         state.config,
         state.provenance,
@@ -136,3 +145,12 @@ def save_checkpoint(state: TrainState) -> None:
         consumed_train_tokens=state.consumed_train_tokens,
     )
     state.store.save(manifest, state.model, state.optimizer, state.scheduler)
+
+
+def _weights_are_finite(state: TrainState) -> bool:
+    """Whether every weight of every rank is a number; the same answer on all ranks."""
+    with gathered_weights(state.model):
+        finite = [weight.detach().isfinite().all() for chunk in state.model for weight in chunk.parameters()]
+    answer = torch.stack(finite).all().to(torch.int32)
+    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+    return bool(answer)

@@ -72,7 +72,7 @@ def our_step(config: RunConfig, vocab_size: int, groups: Any) -> Step:
 
     def step() -> None:
         train_step(config, model, optimizer, batches, groups, lambda *_: go_on)
-        scheduler.step(increment=config.train.global_batch_size)
+        scheduler.step(increment=1)
 
     return step
 

@@ -18,6 +18,7 @@ MODEL = (
     f"train.global_batch_size={GLOBAL_BATCH}",
     "data.allow_repeats=true",
     "parallel.distributed_timeout_minutes=2",
+    "train.watchdog_seconds=100",
 )
 """Heads for eight tensor-parallel ranks, which are more than the two key-value heads."""
 

@@ -15,7 +15,8 @@ from megatron_ledom.data.dataset import build_train_dataset
 from megatron_ledom.data.sample_index import prepare_indices
 from megatron_ledom.data.sources import load_sources
 from megatron_ledom.direction import Direction
-from tests.tiny_runs import TinyData, start_ranks, write_shard
+from tests.plain_llama import plain_lr
+from tests.tiny_runs import TinyData, read_metrics, start_ranks, write_shard
 
 BATCH = 8
 
@@ -28,25 +29,25 @@ def note_samples() -> None:
     forward, advance, iteration = step.forward_step, loop.TrainState.advance, [0]
     path = os.path.join(run_dir, f"seen-{os.getpid()}.jsonl")
 
-    def noting_forward(batches, model):  # type: ignore[no-untyped-def]
+    def noting_forward(z_loss_coeff, batches, model):  # type: ignore[no-untyped-def]
         batch = next(batches)
         with open(path, "a", encoding="utf-8") as file:
             for tokens in batch["tokens"].tolist():
                 file.write(json.dumps([iteration[0], tokens]) + "\n")
-        return forward(iter([batch]), model)
+        return forward(z_loss_coeff, iter([batch]), model)
 
     def noting_advance(state):  # type: ignore[no-untyped-def]
         advance(state)
         iteration[0] = state.iteration
 
-    def noting_resume(state):  # type: ignore[no-untyped-def]
-        resume(state)
+    def noting_load(state, checkpoint):  # type: ignore[no-untyped-def]
+        load(state, checkpoint)
         iteration[0] = state.iteration
 
     from megatron_ledom.training import state as state_module
 
-    resume = state_module._resume
-    state_module._resume = noting_resume
+    load = state_module.load_checkpoint
+    state_module.load_checkpoint = noting_load
     step.forward_step = noting_forward
     loop.TrainState.advance = noting_advance  # type: ignore[method-assign]
 
@@ -114,3 +115,6 @@ def test_a_changed_batch_size_goes_on_at_the_next_sample(data: TinyData, tmp_pat
     found = [sorted(first[step]) for step in range(4)] + [sorted(rest[step]) for step in range(4, 12)]
     borders = [*range(0, 32, 8), *range(32, 65, 4)]
     assert found == [sorted(expected[begin:end]) for begin, end in pairwise(borders)]
+    config = load_config(str(data.config), blend)
+    rates = [record["lr"] for record in read_metrics(run_dir)]
+    assert rates == pytest.approx([plain_lr(config, done) for done in range(1, 13)])  # the schedule counts iterations

@@ -58,7 +58,7 @@ def visit(config_file: str, visits: list[Visit]) -> None:
     from megatron_ledom.platform.launch import read_launch
     from megatron_ledom.training.loop import train
     from megatron_ledom.training.resilience import StopRequest
-    from megatron_ledom.training.state import build_state, check_resumable, save_checkpoint
+    from megatron_ledom.training.state import build_state, save_checkpoint
     from megatron_ledom.training.watchdog import Watchdog
 
     for overrides, run_dir, target, port in visits:
@@ -66,7 +66,7 @@ def visit(config_file: str, visits: list[Visit]) -> None:
         config = load_config(config_file, [f"run_dir={run_dir}", *overrides])
         platform, launch = prepare_platform(1), read_launch()
         checkpoint = latest_checkpoint(f"{run_dir}/checkpoints")
-        sources, _ = check_resumable(config, load_sources(config), checkpoint)
+        sources = load_sources(config)
         prepare_indices(config, sources, index_cache(config))
         groups = start_distributed(platform, config.parallel, launch)
         state = build_state(config, sources, platform, groups, choose_layers(config), checkpoint)

@@ -11,8 +11,7 @@ from megatron_ledom.config.derived import (
     blend_shares,
     data_parallel_size,
     head_dim,
-    lr_decay_samples,
-    lr_warmup_samples,
+    lr_decay_iters,
     num_microbatches,
     padded_vocab_size,
     planned_world_size,
@@ -269,7 +268,7 @@ def test_derived_numbers_by_hand() -> None:
     assert (data_parallel_size(config.parallel, 8), num_microbatches(config, 8), planned_world_size(config)) == (2, 6, 4)
     assert (head_dim(config.model), query_groups(config.model)) == (4, 9)
     assert (train_samples(config), total_tokens(config)) == (2400, 38400)
-    assert (lr_warmup_samples(config), lr_decay_samples(config), validation_iterations(config)) == (240, 2400, 4)
+    assert (lr_decay_iters(config), validation_iterations(config)) == (100, 4)
     assert blend_shares([(3.0, "a"), (1.0, "b")]) == [0.75, 0.25]
 
 
