@@ -131,7 +131,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
         note_changed_data(config, changed)
         write_launch(config.run_dir)
     log.info("training data\n%s", describe_blend(config, sources))
-    prepare_indices(config, sources, index_cache(config))  # no collective waits for it: there is no process group yet
+    prepare_indices(config, sources, index_cache(config), launch)  # no collective waits for it: there is no process group yet
     groups = start_distributed(platform, config.parallel, launch)
     try:
         with Watchdog(config) as watchdog:
