@@ -9,25 +9,20 @@ unforeseen, such as a rank that was lost.
 
 import argparse
 import importlib.util
-import json
 import logging
-import os
 import sys
+import time
 import warnings
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from contextlib import ExitStack
 
 from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
-from megatron_ledom.config.load import load_config, save_config
+from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.errors import ConfigError, LedomError, UsageError, run_command
+from megatron_ledom.errors import LedomError, UsageError, run_command
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.training.resilience import StopRequest, find_deadline
-
-if TYPE_CHECKING:
-    from megatron_ledom.data.tokenizer import Tokenizer
 
 log = logging.getLogger("megatron_ledom.pretrain")
 
@@ -104,16 +99,16 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     logging.getLogger("megatron").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"megatron\.core")  # what is installed is said in one line below
     from megatron_ledom.data.sources import describe_blend, load_run_tokenizer, load_sources
+    from megatron_ledom.training.run_folder import check_still_latest, lock_run, write_start
 
-    if rank == 0:
-        stop.deadline = find_deadline(config.train)
-    sources = load_sources(config)  # every cheap check before torch starts anything
+    started = time.monotonic()
+    check_surroundings(config)  # every cheap check before torch starts anything
+    sources = load_sources(config)
     tokenizer = load_run_tokenizer(config, sources)
-    if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise UsageError("logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'")
     from megatron_ledom.data.dataset import index_cache
     from megatron_ledom.data.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
+    from megatron_ledom.parallel.agreement import from_first_rank
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.training.launch_record import write_launch
@@ -126,18 +121,34 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     checkpoint = latest_checkpoint(checkpoint_folder(config))
     sources, changed = check_resumable(config, sources, checkpoint)
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
-    if rank == 0:
-        prepare_run_folder(config, tokenizer)
-        note_changed_data(config, changed)
-        write_launch(config.run_dir)
     log.info("training data\n%s", describe_blend(config, sources))
-    prepare_indices(config, sources, index_cache(config))  # no collective waits for it: there is no process group yet
+    prepare_indices(config, sources, index_cache(config), launch)  # no collective waits for it: there is no process group yet
+
+    def take_run_folder() -> None:
+        """Rank 0's part of the start; what it refuses, all ranks refuse."""
+        stop.deadline = find_deadline(config.train, started)
+        held.enter_context(lock_run(config.run_dir))
+        check_still_latest(config, checkpoint)
+        write_start(config, tokenizer, changed)
+        write_launch(config.run_dir)
+
     groups = start_distributed(platform, config.parallel, launch)
     try:
-        with Watchdog(config) as watchdog:
+        with ExitStack() as held:
+            from_first_rank(take_run_folder)
+            watchdog = held.enter_context(Watchdog(config))
             train(build_state(config, sources, platform, groups, choice, checkpoint), stop, watchdog)
     finally:
         stop_distributed()
+
+
+def check_surroundings(config: RunConfig) -> None:
+    """Refuse a start that cannot write its run folder, or lacks a package that the config asks for; makes nothing."""
+    from megatron_ledom.training.run_folder import check_writable
+
+    check_writable(config.run_dir)
+    if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
+        raise UsageError("logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'")
 
 
 def check_start(config: RunConfig, num_ranks: int) -> str:
@@ -145,6 +156,7 @@ def check_start(config: RunConfig, num_ranks: int) -> str:
     from megatron_ledom.data.sources import load_run_tokenizer, load_sources
 
     check_config(config, num_ranks)
+    check_surroundings(config)
     sources = load_sources(config)
     load_run_tokenizer(config, sources)
     iteration = saved_iteration(config)
@@ -161,28 +173,6 @@ def saved_iteration(config: RunConfig) -> int:
 
     latest = latest_checkpoint(checkpoint_folder(config))
     return 0 if latest is None else load_manifest(latest).iteration
-
-
-def prepare_run_folder(config: RunConfig, tokenizer: "Tokenizer | None") -> None:
-    """Write the resolved config, and keep a copy of the tokenizer, with eod as its eos, for the export."""
-    from megatron_ledom.data.sources import RUN_TOKENIZER
-
-    try:
-        os.makedirs(config.run_dir, exist_ok=True)
-        if tokenizer is not None:
-            tokenizer.save(os.path.join(config.run_dir, RUN_TOKENIZER))
-        save_config(config, os.path.join(config.run_dir, "config.yaml"))
-    except OSError as error:
-        raise ConfigError(
-            f"run_dir={config.run_dir} cannot be written ({error.strerror}); name a folder you may write to"
-        ) from error
-
-
-def note_changed_data(config: RunConfig, changed: list[str]) -> None:
-    """Keep in the run folder what data.allow_changed_data let through, a line each start."""
-    if changed:
-        with open(os.path.join(config.run_dir, "data_changes.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps({"at": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed}) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from megatron_ledom.checkpoint.manifest import CheckpointManifest, load_manifest
 from megatron_ledom.checkpoint.writing import CheckpointWriter
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError
+from megatron_ledom.parallel.agreement import from_first_rank
 from megatron_ledom.parallel.gathering import gathered_weights
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, EOFError, Checkpointi
 
 
 class CheckpointStore:
-    """Saves and loads this run's sharded checkpoints; every method but `latest` is called on all ranks together."""
+    """Saves and loads this run's sharded checkpoints; every method is called on all ranks together."""
 
     def __init__(self, folder: str, metadata: dict[str, Any], settings: CheckpointConfig) -> None:
         self.folder = folder
@@ -37,8 +38,8 @@ class CheckpointStore:
         self.writer = CheckpointWriter(folder, settings, metadata["dp_cp_group"])
 
     def latest(self) -> str | None:
-        """The folder of the newest finished checkpoint, or None for a new run."""
-        return latest_checkpoint(self.folder)
+        """The folder of the newest finished checkpoint as rank 0 sees it, the same on every rank; None for a new run."""
+        return from_first_rank(lambda: latest_checkpoint(self.folder))
 
     def load_manifest(self, checkpoint: str) -> CheckpointManifest:
         """What the checkpoint says of itself."""

@@ -77,7 +77,7 @@ class BlendPlan:
 
 def samples_available(num_tokens: int, seq_length: int) -> int:
     """Samples of one pass over a shard: each needs one token more than its positions, shared with the next."""
-    return (num_tokens - 1) // seq_length
+    return max(0, num_tokens - 1) // seq_length
 
 
 def parse_tokens(text: str, where: str) -> int:

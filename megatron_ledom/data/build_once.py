@@ -33,11 +33,6 @@ def node() -> str:
     return socket.gethostname()
 
 
-def is_builder() -> bool:
-    """Whether this is the rank of its node that builds."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 class Progress:
     """What has been built: a bar on a terminal, a line with the time left otherwise, and a note for those that wait."""
 

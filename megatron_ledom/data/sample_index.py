@@ -16,6 +16,7 @@ import os
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,12 +28,13 @@ import xxhash
 from megatron.core.datasets import helpers
 
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.data.build_once import Progress, build_once, cannot_build, is_builder, node
+from megatron_ledom.data.build_once import Progress, build_once, cannot_build, node
 from megatron_ledom.data.shard import HEADER as SHARD_HEADER
 from megatron_ledom.data.shard import hash_file
 from megatron_ledom.data.sources import Blend, Source, Sources
 from megatron_ledom.data.worker_pool import ordered_map
 from megatron_ledom.errors import DataError
+from megatron_ledom.platform.launch import Launch
 
 log = logging.getLogger(__name__)
 
@@ -148,31 +150,31 @@ def index_plan(config: RunConfig, blend: Blend) -> IndexPlan:
     return IndexPlan(blend, config.data.seq_length, config.train.seed)
 
 
-def prepare_indices(config: RunConfig, sources: Sources, cache: str) -> None:
+def prepare_indices(config: RunConfig, sources: Sources, cache: str, launch: Launch) -> None:
     """See that the index of every blend of the run is in the folder `cache`; call on every rank, before any process group is made.
 
-    The first rank of each node checks the shards' `.idx` against their manifests and builds what is missing, the others wait
+    The first rank of each node, by `launch`, checks the shards' `.idx` against their manifests and builds what is missing, the others wait
     for the files. Raises DataError for a shard that was changed, and on the waiting ranks when the builder is gone.
     """
     plans = [index_plan(config, blend) for blend in sources.all_blends()]
-    may_build = is_builder()
+    may_build = launch.local_rank == 0
+    damaged: list[IndexPlan] = []
 
     def is_done() -> bool:
-        return all(plan.is_built(cache) for plan in plans)
+        return not damaged and all(plan.is_built(cache) for plan in plans)
 
     def build(note: Any) -> None:
         """Everything that is missing, from shards that are what they were."""
         check_indexed(sources)
         for plan in plans:
-            if not plan.is_built(cache):
+            if not (plan.is_sound(cache) if damaged else plan.is_built(cache)):  # another node may have built it meanwhile
                 build_index(plan, cache, note)
 
     if may_build and is_done():
         check_indexed(sources)
-        for plan in plans:
-            if not plan.is_sound(cache):
-                log.warning("node %s: the sample index %s is damaged; it is built anew", node(), plan.path(cache))
-                Path(plan.path(cache)).unlink(missing_ok=True)
+        damaged += [plan for plan in plans if not plan.is_sound(cache)]
+        for plan in damaged:  # it stays until the new one takes its place: others may have put that there already
+            log.warning("node %s: the sample index %s is damaged; it is built anew", node(), plan.path(cache))
     build_once(os.path.join(cache, "lock"), is_done, build, may_build=may_build)
 
 
@@ -192,7 +194,7 @@ def check_indexed(sources: Sources) -> None:
 def build_index(plan: IndexPlan, cache: str, note: Any = lambda text: None) -> None:
     """Write the file of a plan into the folder `cache`, with the cores this process may use."""
     path, started = plan.path(cache), time.monotonic()
-    part_path = f"{path}.{node()}.part"
+    part_path = f"{path}.{node()}.{os.getpid()}.part"  # without locks several processes may be at it
     parts = sorted(plan.parts.values(), key=lambda part: -part.num_documents)  # the longest first
     total = sum(part.num_documents for part in parts)
     progress = Progress("sample index", total, note)
@@ -200,20 +202,21 @@ def build_index(plan: IndexPlan, cache: str, note: Any = lambda text: None) -> N
     write = partial(_write_part, plan.seq_length, plan.seed, part_path)
     try:
         os.makedirs(cache, exist_ok=True)
+        _remove_abandoned(path)
         with open(part_path, "wb") as stream:
             stream.truncate(plan.num_bytes)
-        if workers > 1:
-            for part, _ in zip(parts, ordered_map(write, parts, workers, _name, progress.advance), strict=True):
-                progress.advance(part.num_documents)
-        else:
-            for part in parts:
-                write(part)
-                progress.advance(part.num_documents)
-        _seal(plan, part_path)
+        written = {}
+        sums = ordered_map(write, parts, workers, _name, progress.advance) if workers > 1 else map(write, parts)
+        for part, checksum in zip(parts, sums, strict=True):
+            written[part.first_byte] = checksum
+            progress.advance(part.num_documents)
+        _seal(plan, part_path, written)
         os.replace(part_path, path)
     except OSError as error:
         raise cannot_build(error, cache) from error
     finally:
+        with suppress(OSError):  # it is there only after a failure
+            os.unlink(part_path)
         progress.bar.close()
     size = plan.num_bytes / 1e6
     log.info("built the sample index %s: %d parts, %.1f MB, %.1f s", path, len(parts), size, time.monotonic() - started)
@@ -223,25 +226,49 @@ def _name(part: Part) -> str:
     return f"the sample index of {part.source.prefix}"
 
 
-def _seal(plan: IndexPlan, path: str) -> None:
-    """Header and checksum, forced to the disk: a file with a final name is whole."""
+def _remove_abandoned(path: str) -> None:
+    """Delete what killed builders of this node have left of the file `path`."""
+    for part in Path(path).parent.glob(f"{Path(path).name}.{node()}.*.part"):
+        if not os.path.exists(f"/proc/{part.name.split('.')[-2]}"):
+            part.unlink(missing_ok=True)
+
+
+def _seal(plan: IndexPlan, path: str, written: dict[int, int]) -> None:
+    """Header and checksum, forced to the disk: a file with a final name is whole.
+
+    written: the checksum of each part, by its first byte, as it was in memory. What is read back must have it: the checksum of the
+    file vouches for the arrays, not for whatever the disk holds. Raises DataError.
+    """
     digest = xxhash.xxh3_64()
     with open(path, "r+b") as stream:
-        stream.seek(HEADER.size)
-        while block := stream.read(CHUNK_BYTES):
-            digest.update(block)
+        for part in plan.parts.values():
+            stream.seek(part.first_byte)
+            of_part, left = xxhash.xxh3_64(), part.num_bytes
+            while left and (block := stream.read(min(left, CHUNK_BYTES))):
+                digest.update(block)
+                of_part.update(block)
+                left -= len(block)
+            if of_part.intdigest() != written[part.first_byte]:
+                raise DataError(
+                    f"node {node()}: {path} does not hold what was written to it for {part.source.prefix}; check the disk, or set"
+                    " data.path_to_cache to a folder on another one"
+                )
         stream.seek(0)
         stream.write(HEADER.pack(MAGIC, plan.key, plan.num_bytes - HEADER.size, digest.intdigest()))
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _write_part(seq_length: int, seed: int, path: str, part: Part) -> None:
+def _write_part(seq_length: int, seed: int, path: str, part: Part) -> int:
+    """Build and write the arrays of a part; their checksum, taken before they are written."""
+    digest = xxhash.xxh3_64()
     try:
         with open(path, "r+b") as stream:
             stream.seek(part.first_byte)
             for array in build_arrays(part.source, seq_length, seed, part.epoch):
+                digest.update(np.ascontiguousarray(array).data)
                 array.tofile(stream)
+        return digest.intdigest()
     except OSError as error:
         raise cannot_build(error, os.path.dirname(path)) from error
 

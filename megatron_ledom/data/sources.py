@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 RUN_TOKENIZER = "tokenizer"
 """Folder in the run folder that holds the tokenizer for the export."""
+MOST_NAMES = 5
+"""In a line of the log."""
 THREADS = 16
 """That open shards at the same time: a distributed file system takes milliseconds for each file."""
 
@@ -168,8 +170,14 @@ def _whole_sources(blend: Sequence[BlendEntry], manifests: dict[str, ShardManife
 
 
 def _held_out(config: RunConfig, name: str, sources: list[Source]) -> Blend:
-    """A set of whole global batches, no sample twice. Raises ConfigError for a set smaller than one."""
+    """A set of whole global batches, no sample twice, of the sources that have a sample. Raises ConfigError for a set smaller than
+    one batch."""
     seq_length, batch = config.data.seq_length, config.train.global_batch_size
+    available = [source.samples_available(seq_length) for source in sources]
+    sources, left_out = _with_samples(sources, available)
+    if left_out:
+        names = ", ".join(source.prefix for source in left_out[:MOST_NAMES]) + (", ..." if len(left_out) > MOST_NAMES else "")
+        log.info("the held-out set %s goes without %d shards, too short there for one sample: %s", name, len(left_out), names)
     for source in sources:
         if not source.manifest.text_bytes:
             raise ConfigError(
@@ -177,13 +185,25 @@ def _held_out(config: RunConfig, name: str, sources: list[Source]) -> Blend:
                 " against; make it from the text, or with tools/reverse_shards.py --text-bytes"
             )
     whole = Blend.of(sources, 0)
-    most = whole.interleave.most_samples([source.samples_available(seq_length) for source in sources])
+    most = whole.interleave.most_samples([count for count in available if count]) if sources else 0
     if most < batch:
         raise ConfigError(
             f"the held-out set {name} gives {most:,} samples of {seq_length} tokens by its weights, fewer than"
             f" train.global_batch_size={batch}; give it more text, or lower the batch"
         )
     return replace(whole, num_samples=min(most // batch, config.train.eval_iters) * batch)
+
+
+def _with_samples(sources: list[Source], available: list[int]) -> tuple[list[Source], list[Source]]:
+    """The sources that have samples, their weights together 1, and the others: part of a split can round to no document."""
+    counted = list(zip(sources, available, strict=True))
+    kept = [source for source, count in counted if count]
+    if len(kept) == len(sources):
+        return kept, []
+    total = sum(source.weight for source in kept)
+    return [replace(source, weight=source.weight / total) for source in kept], [
+        source for source, count in counted if not count
+    ]
 
 
 def _check_direction(prefix: str, manifest: ShardManifest, direction: Direction) -> None:

@@ -96,7 +96,7 @@ def _replay(config: RunConfig, launch: Launch, recorded: Recorded, iteration: in
     platform = prepare_platform(config.train.num_threads, launch)
     checkpoint = last_checkpoint_before(config, iteration)
     sources, _ = check_resumable(config, load_sources(config), checkpoint)
-    prepare_indices(config, sources, index_cache(config))
+    prepare_indices(config, sources, index_cache(config), launch)
     groups = start_distributed(platform, config.parallel, launch)
     try:
         state = build_state(config, sources, platform, groups, choose_layers(config), checkpoint)

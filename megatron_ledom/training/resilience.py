@@ -82,12 +82,13 @@ class Deadline:
         return f"{left:.0f} s are left to train in, and a step has taken up to {self.longest:.1f} s"
 
 
-def find_deadline(train: TrainConfig) -> Deadline:
-    """The earlier of the SLURM job's end, less `train.exit_before_limit_seconds`, and `train.exit_duration_seconds` from now.
+def find_deadline(train: TrainConfig, started: float | None = None) -> Deadline:
+    """The earlier of the SLURM job's end, less `train.exit_before_limit_seconds`, and `train.exit_duration_seconds` from the
+    start, `started` by time.monotonic (default: now).
 
     Raises UsageError where the job is too short for the time that shall be left of it.
     """
-    started = time.monotonic()
+    began = time.monotonic() if started is None else started
     asked = train.exit_before_limit_seconds
     until_end = None if asked == 0 else seconds_until_job_end()
     margin = min(LONGEST_DEFAULT_MARGIN_SECONDS, (until_end or 0) / 10) if asked is None else asked
@@ -105,7 +106,7 @@ def find_deadline(train: TrainConfig) -> Deadline:
             job_end = time.monotonic() + now_until_end  # else SLURM does not answer now
         ends = [] if job_end is None else [job_end - margin]
         if train.exit_duration_seconds is not None:
-            ends.append(started + train.exit_duration_seconds)
+            ends.append(began + train.exit_duration_seconds)
         return min(ends) - time.monotonic() if ends else None
 
     if until_end is not None:

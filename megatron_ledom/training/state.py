@@ -21,6 +21,7 @@ from megatron_ledom.data.dataset import BlendSamples, build_held_out_datasets, b
 from megatron_ledom.data.sources import Sources
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
+from megatron_ledom.parallel.agreement import check_same
 from megatron_ledom.parallel.gathering import gathered_weights
 from megatron_ledom.parallel.groups import ParallelGroups
 from megatron_ledom.parallel.seeds import seed_iteration
@@ -29,6 +30,8 @@ from megatron_ledom.provenance import Provenance
 from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
 
 log = logging.getLogger(__name__)
+
+OTHER_CHECKPOINT = "run_dir must be one folder on all nodes; if it is, a node saw an old state of it: start again"
 
 
 @dataclass(slots=True)
@@ -86,8 +89,9 @@ def build_state(
 ) -> TrainState:
     """Build model, optimizer, schedule and data; then take up a checkpoint of this run, or start from scratch with None.
 
-    Call `check_resumable` and `prepare_indices` first.
+    Call `check_resumable` and `prepare_indices` first. Raises RuntimeError where the ranks have not the same checkpoint.
     """
+    check_same("the checkpoint to go on from", checkpoint, OTHER_CHECKPOINT)
     seed_iteration(config.train.seed, 0, groups)
     cache = index_cache(config)
     model = wrap_for_training(config, build_model_chunks(config, sources.provenance.vocab_size, groups, choice))

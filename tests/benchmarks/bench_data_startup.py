@@ -134,12 +134,13 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
     from megatron_ledom.data.dataset import build_train_dataset
     from megatron_ledom.data.sample_index import prepare_indices
     from megatron_ledom.data.sources import load_sources
+    from megatron_ledom.platform.launch import ALONE
 
     config = config_of(options)
     start = time.perf_counter()
     sources = load_sources(config)
     opened = time.perf_counter()
-    prepare_indices(config, sources, config.data.path_to_cache)
+    prepare_indices(config, sources, config.data.path_to_cache, ALONE)
     dataset = build_train_dataset(config, sources, config.data.path_to_cache)
     ready = time.perf_counter()
     result = {"open_seconds": opened - start, "index_seconds": ready - opened, "ready_seconds": ready - start}

@@ -45,9 +45,9 @@ def train_and_save(config_file: str, run_dir: str) -> None:
 
     writing._write_share = held
     config = load_config(config_file, [f"run_dir={run_dir}", *OVERLAPPED])
-    platform, sources = prepare_platform(1), load_sources(config)
-    prepare_indices(config, sources, index_cache(config))
-    groups = start_distributed(platform, config.parallel, read_launch())
+    platform, sources, launch = prepare_platform(1), load_sources(config), read_launch()
+    prepare_indices(config, sources, index_cache(config), launch)
+    groups = start_distributed(platform, config.parallel, launch)
     state = build_state(config, sources, platform, groups, choose_layers(config), None)
     batches = batch_iterators(
         config, state.train_dataset, 0, train_samples(config), groups, platform.device, state.provenance.eod_id

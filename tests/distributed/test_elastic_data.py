@@ -15,6 +15,7 @@ from megatron_ledom.data.dataset import build_train_dataset
 from megatron_ledom.data.sample_index import prepare_indices
 from megatron_ledom.data.sources import load_sources
 from megatron_ledom.direction import Direction
+from megatron_ledom.platform.launch import ALONE
 from tests.plain_llama import plain_lr
 from tests.tiny_runs import TinyData, read_metrics, start_ranks, write_shard
 
@@ -69,7 +70,7 @@ def planned(data: TinyData, tmp_path: Path, overrides: list[str]) -> list[tuple[
     sources = load_sources(config)
     drawn = sources.train.interleave.counts(sources.train.num_samples).tolist()
     assert drawn[1] > sources.train.sources[1].samples_available(config.data.seq_length)
-    prepare_indices(config, sources, str(tmp_path / "cache"))
+    prepare_indices(config, sources, str(tmp_path / "cache"), ALONE)
     dataset = build_train_dataset(config, sources, str(tmp_path / "cache"))
     return [tuple(dataset[number]["tokens"].tolist()) for number in range(len(dataset))]
 

@@ -67,7 +67,7 @@ def visit(config_file: str, visits: list[Visit]) -> None:
         platform, launch = prepare_platform(1), read_launch()
         checkpoint = latest_checkpoint(f"{run_dir}/checkpoints")
         sources = load_sources(config)
-        prepare_indices(config, sources, index_cache(config))
+        prepare_indices(config, sources, index_cache(config), launch)
         groups = start_distributed(platform, config.parallel, launch)
         state = build_state(config, sources, platform, groups, choose_layers(config), checkpoint)
         if target == run_dir:

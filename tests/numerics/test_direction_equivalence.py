@@ -18,6 +18,7 @@ from megatron_ledom.data.sources import load_sources
 from megatron_ledom.direction import Direction
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
+from megatron_ledom.platform.launch import ALONE
 from tests.legible import EOD_ID, legible_documents, legible_ids, legible_tokenizer, write_jsonl
 from tests.tiny_runs import TinyData, curve, documents, read_tensors, run_on_ranks, start_ranks
 
@@ -43,7 +44,7 @@ def samples_of(data: TinyData, run_dir: Path, *overrides: str) -> Iterator[tuple
     """The training dataset of a run, and its first batches in this process."""
     config = load_config(str(data.config), [f"run_dir={run_dir}", "data.path_to_cache=null", *overrides])
     sources = load_sources(config)
-    prepare_indices(config, sources, str(run_dir / "cache"))
+    prepare_indices(config, sources, str(run_dir / "cache"), ALONE)
     platform = prepare_platform(1)
     groups = start_distributed(platform, config.parallel)
     try:

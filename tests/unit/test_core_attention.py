@@ -23,6 +23,7 @@ from megatron_ledom.ops.core_attention import SDPACoreAttention
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.parallel.seeds import seed_iteration
 from megatron_ledom.platform.device import prepare_platform
+from megatron_ledom.platform.launch import ALONE
 from tests.legible import EOD_ID
 from tests.tiny_runs import TinyData
 
@@ -101,7 +102,7 @@ def started(data: TinyData, tmp_path: Path) -> Iterator[tuple[Any, Any, Any]]:
     groups = start_distributed(prepare_platform(1), config.parallel)
     try:
         sources, cache = load_sources(config), str(tmp_path / "cache")
-        prepare_indices(config, sources, cache)
+        prepare_indices(config, sources, cache, ALONE)
         yield config, groups, build_train_dataset(config, sources, cache)
     finally:
         stop_distributed()

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from megatron_ledom.data.shard import hash_file
 from megatron_ledom.data.sources import Sources, load_sources
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError
+from megatron_ledom.platform.launch import ALONE, Launch
 from tests.tiny_runs import TinyData, documents, write_shard, write_tiny_data
 
 
@@ -37,7 +39,7 @@ def own(tmp_path: Path) -> TinyData:
 def opened(data: TinyData, cache: Path, *overrides: str) -> tuple[RunConfig, Sources]:
     config = load_config(str(data.config), [f"data.path_to_cache={cache}", *overrides])
     sources = load_sources(config)
-    prepare_indices(config, sources, str(cache))
+    prepare_indices(config, sources, str(cache), ALONE)
     return config, sources
 
 
@@ -166,6 +168,67 @@ def test_a_damaged_index_is_built_anew(
     assert path.read_bytes() == whole
     if len(damage(whole)) == len(whole):
         assert "is damaged; it is built anew" in caplog.text
+
+
+def test_a_damaged_index_is_replaced_not_taken_away_from_under_another_builder(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two nodes find the damage; the second gets the lock when the first has put a sound file there."""
+    config, sources = opened(data, tmp_path / "cache")
+    path = Path(index_plan(config, sources.train).path(str(tmp_path / "cache")))
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + b"\xff")
+    rebuilt = []
+
+    def build_after_the_other_node(*arguments: Any, **how: Any) -> None:
+        assert path.exists()
+        (tmp_path / "new").write_bytes(whole)
+        rebuilt.append(os.stat(os.rename(tmp_path / "new", path) or path).st_ino)
+        build_once(*arguments, **how)
+
+    monkeypatch.setattr(sample_index, "build_once", build_after_the_other_node)
+    opened(data, tmp_path / "cache")
+    assert [os.stat(path).st_ino] == rebuilt
+
+
+def test_bytes_that_another_process_spoilt_are_never_sealed(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seal = sample_index._seal
+
+    def seal_zeros(plan: Any, path: str, written: Any) -> None:
+        os.truncate(path, 0)
+        os.truncate(path, plan.num_bytes)
+        seal(plan, path, written)
+
+    monkeypatch.setattr(sample_index, "_seal", seal_zeros)
+    with pytest.raises(DataError, match=rf"node {node()}: .*\.part does not hold what was written to it"):
+        opened(data, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.index*"))
+
+
+def test_only_the_first_rank_of_a_node_builds_whatever_started_it(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """srun sets no LOCAL_RANK."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(sample_index, "build_once", partial(build_once, patience_seconds=0.3))
+    config = load_config(str(data.config))
+    second = Launch(rank=9, world_size=16, local_rank=1, local_world_size=8, init_method=None)
+    with pytest.raises(DataError, match="the first rank of the node should"):
+        prepare_indices(config, load_sources(config), str(tmp_path / "cache"), second)
+    assert not list((tmp_path / "cache").glob("*.index"))
+
+
+def test_what_a_killed_builder_left_is_removed_and_a_living_ones_is_not(data: TinyData, tmp_path: Path) -> None:
+    config = load_config(str(data.config))
+    path = index_plan(config, load_sources(config).train).path(str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    gone, other_node, living = (Path(f"{path}.{who}.part") for who in (f"{node()}.99999999", "n7.99999999", f"{node()}.1"))
+    for part in (gone, other_node, living):
+        part.touch()
+    opened(data, tmp_path / "cache")
+    assert [part.exists() for part in (gone, other_node, living)] == [False, True, True]
 
 
 def test_a_folder_that_cannot_be_written_is_named_with_its_node(data: TinyData, tmp_path: Path) -> None:

@@ -115,6 +115,23 @@ def test_what_cannot_give_a_sample_is_named(data: TinyData, tmp_path: Path) -> N
         opened(data, f"data.valid_sets={{small: [[1,{tiny}]]}}")
 
 
+def test_a_shard_whose_held_out_part_rounds_to_nothing_does_not_empty_the_set(
+    data: TinyData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    few = write_shard(tmp_path / "few", documents(4, 1), Direction.REVERSE, data.folder / "legible")
+    blend = f"data.train_blend=[[3,{data.shard('reverse_train')}],[1,{few}]]"
+    _, sources = opened(data, blend, "data.split=[9,1,0]", "data.allow_repeats=true", "train.eval_iters=2")
+    assert len(sources.train.sources) == 2
+    assert [(source.prefix, source.weight) for source in sources.valid["valid"].sources] == [(data.shard("reverse_train"), 1.0)]
+    assert sources.valid["valid"].num_samples == 16
+    assert f"the held-out set valid goes without 1 shards, too short there for one sample: {few}" in caplog.text
+    with pytest.raises(ConfigError, match="the held-out set valid gives 0 samples of 32 tokens"):
+        opened(data, f"data.train_blend=[[1,{few}]]", "data.split=[9,1,0]", "data.allow_repeats=true")
+    with pytest.raises(ConfigError, match="few has 0 tokens to train on, less than one sample"):  # nor is it less than none
+        opened(data, blend, "data.split=[1,9,0]", "data.allow_repeats=true", "train.eval_iters=1")
+
+
 def test_a_run_whose_batch_changed_is_checked_for_what_it_will_draw(data: TinyData) -> None:
     config, sources = opened(data)
     assert sources.of_samples(config, 161).train.num_samples == 161

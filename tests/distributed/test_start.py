@@ -1,0 +1,88 @@
+"""A start that one rank cannot make, none makes: every rank ends at once, with the same error and exit code."""
+
+import os
+import time
+from functools import partial
+from pathlib import Path
+
+from tests.tiny_runs import Hook, TinyData, run_on_ranks, start_ranks
+
+SHORT = ("train.train_iters=2", "optimizer.lr_warmup_iters=1", "checkpoint.save_interval=1")
+
+
+def end_of(data: TinyData, run_dir: Path, *overrides: str, hook: Hook | None = None) -> tuple[list[int], str]:
+    """Exit codes and output of two ranks."""
+    ranks = start_ranks(data.config, run_dir, *SHORT, *overrides, num_ranks=2, hook=hook)
+    return ranks.wait(60), ranks.output()
+
+
+def in_a_short_job() -> None:
+    """SLURM_JOB_END_TIME is what is believed where there is no squeue."""
+    os.environ.update(SLURM_JOB_ID="1", SLURM_JOB_END_TIME=str(int(time.time()) + 300), PATH="")
+
+
+def test_a_margin_longer_than_the_job_is_refused_by_every_rank(data: TinyData, tmp_path: Path) -> None:
+    codes, output = end_of(data, tmp_path / "run", "train.exit_before_limit_seconds=600", hook=in_a_short_job)
+    assert codes == [2, 2], output
+    assert output.count("error: train.exit_before_limit_seconds=600, but SLURM ends this job in") == 2
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_folder_that_rank_0_cannot_write_ends_every_rank(data: TinyData, tmp_path: Path) -> None:
+    (tmp_path / "run/config.yaml").mkdir(parents=True)
+    codes, output = end_of(data, tmp_path / "run")
+    assert codes == [2, 2], output
+    assert output.count("name a folder you may write to") == 2
+
+
+def without_patience() -> None:
+    from megatron_ledom.training import run_folder
+
+    run_folder.PATIENCE_SECONDS = 0.5
+
+
+def test_a_second_launch_of_a_run_is_refused_on_every_rank(data: TinyData, tmp_path: Path) -> None:
+    from megatron_ledom.training.run_folder import lock_run
+
+    with lock_run(str(tmp_path / "run")):
+        codes, output = end_of(data, tmp_path / "run", hook=without_patience)
+    assert codes == [2, 2], output
+    assert output.count(f"is in use by process {os.getpid()} on ") >= 2
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
+
+
+def see_no_checkpoint_on_rank_1() -> None:
+    """What a file system that keeps an old state of a folder shows."""
+    if os.environ["RANK"] == "1":
+        from megatron_ledom import pretrain
+
+        pretrain.latest_checkpoint = lambda folder: None
+
+
+def test_ranks_that_see_different_checkpoints_do_not_start(data: TinyData, tmp_path: Path) -> None:
+    run_on_ranks(data.config, tmp_path / "run", *SHORT, "train.exit_interval=1", num_ranks=2)
+    codes, output = end_of(data, tmp_path / "run", hook=see_no_checkpoint_on_rank_1)
+    assert codes == [3, 3], output
+    assert "the checkpoint to go on from is " in output
+    assert "iter_0000001 on rank 0, but None on rank 1" in output
+
+
+def ask_for_the_latest(config_file: str, folder: str) -> None:
+    """One rank: rank 1 sees an old state of the folder."""
+    from megatron_ledom.checkpoint import store
+    from megatron_ledom.config.load import load_config
+    from megatron_ledom.parallel.groups import start_distributed, stop_distributed
+    from megatron_ledom.platform.device import prepare_platform
+
+    config = load_config(config_file)
+    start_distributed(prepare_platform(1), config.parallel)
+    seen = {"0": f"{folder}/iter_0000002", "1": f"{folder}/iter_0000001"}[os.environ["RANK"]]
+    store.latest_checkpoint = lambda folder: seen
+    assert store.CheckpointStore(folder, {"dp_cp_group": None}, config.checkpoint).latest() == f"{folder}/iter_0000002"
+    stop_distributed()
+
+
+def test_all_ranks_return_to_the_checkpoint_that_rank_0_sees(data: TinyData, tmp_path: Path) -> None:
+    instead = partial(ask_for_the_latest, str(data.config), str(tmp_path))
+    ranks = start_ranks(data.config, tmp_path / "run", num_ranks=2, instead=instead)
+    assert ranks.wait(60) == [0, 0], ranks.output()

@@ -1,0 +1,110 @@
+"""One launch at a time has a run folder: the lock is gone with its holder, and nothing but its holder keeps it."""
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ledom.config.load import load_config
+from megatron_ledom.errors import ConfigError, UsageError
+from megatron_ledom.pretrain import check_start
+from megatron_ledom.training import run_folder
+from megatron_ledom.training.run_folder import check_still_latest, check_writable, lock_run
+from tests.tiny_runs import TinyData
+
+FORK = multiprocessing.get_context("fork")
+
+
+def hold(run_dir: str, begun: Any, seconds: float) -> None:
+    """A launch, with a worker that outlives it."""
+    with lock_run(run_dir):
+        FORK.Process(target=time.sleep, args=(20,), daemon=True).start()
+        begun.set()
+        time.sleep(seconds)
+
+
+def start_holder(run_dir: Path, seconds: float = 600) -> Any:
+    begun = FORK.Event()
+    holder = FORK.Process(target=hold, args=(str(run_dir), begun, seconds))
+    holder.start()
+    assert begun.wait(30)
+    return holder
+
+
+def test_a_second_launch_is_told_who_has_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "PATIENCE_SECONDS", 0.3)
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    holder = start_holder(tmp_path / "run")
+    try:
+        who = rf"run_dir={tmp_path / 'run'} is in use by process {holder.pid} on {socket.gethostname()}, SLURM job 77, since 2"
+        with pytest.raises(UsageError, match=who), lock_run(str(tmp_path / "run")):
+            pass
+    finally:
+        holder.kill()
+        holder.join()
+
+
+def test_the_lock_of_a_killed_launch_is_free_though_its_workers_live(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_folder, "PATIENCE_SECONDS", 0.3)
+    holder = start_holder(tmp_path / "run")
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
+    with lock_run(str(tmp_path / "run")):
+        assert f"process {os.getpid()} on" in (tmp_path / "run/lock").read_text()
+
+
+def test_a_launch_waits_for_the_one_before_to_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    holder = start_holder(tmp_path / "run", seconds=0.5)
+    with lock_run(str(tmp_path / "run")):
+        assert f"is in use by process {holder.pid}" in caplog.text
+    holder.join()
+
+
+def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*arguments: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", no_locks)
+    with lock_run(str(tmp_path / "run")):
+        assert "a file system without locks (Function not implemented)" in caplog.text
+
+
+def test_a_checkpoint_that_the_launch_before_went_past_is_not_taken_up(data: TinyData, tmp_path: Path) -> None:
+    config = load_config(str(data.config), [f"run_dir={tmp_path}"])
+    check_still_latest(config, None)
+    (tmp_path / "checkpoints/iter_0000004").mkdir(parents=True)
+    (tmp_path / "checkpoints/latest").write_text("iter_0000004\n")
+    with pytest.raises(RuntimeError, match="iter_0000004 has been saved since this launch chose to go on from None"):
+        check_still_latest(config, None)
+
+
+def test_a_check_refuses_a_run_folder_that_cannot_be_made_and_makes_none(data: TinyData, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(ConfigError, match=r"run_dir=.*file/deep/run cannot be written \(.*/file is no folder\)"):
+        check_start(load_config(str(data.config), [f"run_dir={tmp_path}/file/deep/run"]), 1)
+    check_start(load_config(str(data.config), [f"run_dir={tmp_path}/new/run"]), 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda path, how: False)  # root may write anywhere
+    with pytest.raises(ConfigError, match="is not yours to write to"):
+        check_writable(str(tmp_path / "run"))
+
+
+def test_a_check_refuses_wandb_where_it_is_not_installed(
+    data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    config = load_config(str(data.config), [f"run_dir={tmp_path}/run", "logging.wandb_project=ledom"])
+    with pytest.raises(UsageError, match=r"logging.wandb_project is set but wandb is not installed"):
+        check_start(config, 1)
