@@ -134,7 +134,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     prepare_indices(config, sources, index_cache(config))  # no collective waits for it: there is no process group yet
     groups = start_distributed(platform, config.parallel, launch)
     try:
-        with Watchdog(config) as watchdog:
+        with Watchdog(config, launch) as watchdog:
             train(build_state(config, sources, platform, groups, choice, checkpoint), stop, watchdog)
     finally:
         stop_distributed()

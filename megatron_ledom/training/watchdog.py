@@ -20,10 +20,12 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
 from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.platform.launch import Launch
 from megatron_ledom.training.hang_report import RankReport, is_waiting, verdict
 
 log = logging.getLogger(__name__)
@@ -39,17 +41,18 @@ LONGEST_TICK, LONGEST_GRACE = 5.0, 20.0
 class Watchdog:
     """Watches the main thread of this rank. A context: entered after the process group was made, left at the end."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, launch: Launch) -> None:
         self.seconds = config.train.watchdog_seconds
         self.patience = max(0.9 * 60 * config.parallel.distributed_timeout_minutes, self.seconds)
         self.tick = min(LONGEST_TICK, self.seconds / 10)
         self.grace = min(LONGEST_GRACE, max(2.0, self.seconds / 4))
         self.folder = Path(config.run_dir, STACKS)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = launch.rank, launch.world_size
         self._iteration, self._doing, self._limit = 0, "building the run", self.patience
         self._steps, self._last = 0, time.monotonic()
         self._ended, self._alarmed, self._ending = threading.Event(), threading.Event(), threading.Event()
-        self._store_of_one = None if "RANK" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
+        self._meeting = launch.init_method
+        self._store_of_one = dist.HashStore() if launch.init_method is None else None  # type: ignore[attr-defined]
         self._main = threading.main_thread().ident
 
     def tell(self, doing: str, iteration: int | None = None, *, patient: bool = False) -> None:
@@ -172,10 +175,18 @@ class Watchdog:
         """A connection of its own to the store that the ranks met in: one that a main thread waits on is locked."""
         if self._store_of_one is not None:
             return self._store_of_one
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address, port = _address(self._meeting or "")
         timeout = timedelta(seconds=self.grace)
         store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
         return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
+
+
+def _address(init_method: str) -> tuple[str, int]:
+    """Host and port of the store that rank 0, or torchrun, holds for the ranks."""
+    if init_method == "env://":
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    parts = urlsplit(init_method)
+    return str(parts.hostname), int(parts.port or 0)
 
 
 def _wait_for(store: Any, keys: list[str], seconds: float) -> None:

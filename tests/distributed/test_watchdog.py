@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ledom.training.watchdog import EXIT_CODE
 from tests.faults import inject
-from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
+from tests.tiny_runs import TinyData, as_srun_starts_it, read_metrics, run_on_ranks, start_ranks
 
 SECONDS = 4
 LONG = ("train.train_iters=2000", "data.allow_repeats=true", f"train.watchdog_seconds={SECONDS}")
@@ -38,6 +38,23 @@ def test_a_rank_that_hangs_is_named_with_its_stack(data: TinyData, tmp_path: Pat
     assert "_sleep_here" in output
     for rank in range(num_ranks):
         assert ("_sleep_here" in (run_dir / f"stacks/rank_{rank}.txt").read_text()) == (rank == guilty)
+
+
+def hang_under_srun(fault: str) -> None:
+    inject(fault)
+    as_srun_starts_it()
+
+
+def test_ranks_that_srun_started_find_each_other(data: TinyData, tmp_path: Path) -> None:
+    """srun sets none of torchrun's variables; each rank alone would blame the other, without its stack."""
+    hook = partial(hang_under_srun, "sleep:4:1")
+    settings = (*LONG, "train.exit_before_limit_seconds=0")
+    ranks = start_ranks(data.config, tmp_path / "run", *settings, num_ranks=2, hook=hook)
+    assert ranks.wait() == [EXIT_CODE] * 2, ranks.output()
+    output = ranks.log.read_text(encoding="utf-8")
+    assert output.count("hangs:") == 1
+    assert "rank 1 (" in output
+    assert "_sleep_here" in output
 
 
 @pytest.mark.parametrize("guilty", [0, 1])
