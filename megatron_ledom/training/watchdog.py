@@ -3,7 +3,8 @@
 A thread of each rank looks at what its main thread last told. When that is too long ago on any rank, all ranks report their
 place and their stack through a store of torch.distributed; ranks that wait in a collective are not the ones to blame. A rank
 whose threads do not run either (a stopped process, a lost machine) gives no report, and is named for that. Should the
-interpreter itself be blocked, faulthandler's thread, which needs no interpreter, writes the stacks and ends the process.
+interpreter itself be blocked, faulthandler's thread, which needs no interpreter, writes the stacks, and a timer of the system
+ends the process.
 """
 
 import faulthandler
@@ -26,6 +27,7 @@ import torch.distributed as dist
 
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.platform.launch import Launch
+from megatron_ledom.platform.processes import ExitTimer
 from megatron_ledom.training.hang_report import RankReport, is_waiting, verdict
 
 log = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ STACKS = "stacks"
 """Folder in the run folder for the stacks of all ranks."""
 LONGEST_TICK, LONGEST_GRACE = 5.0, 20.0
 """Seconds between two looks, and for the ranks' reports."""
+SECONDS_FOR_STACKS = 2.0
+"""Between faulthandler's report on a blocked interpreter and the end of its process."""
 
 
 class Watchdog:
@@ -76,8 +80,10 @@ class Watchdog:
             store = self._open_store()
             store.set(f"place/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
             self.beat()
-            for work in (self._look, lambda: self._listen(store)):
-                threading.Thread(target=work, name="watchdog", daemon=True).start()
+            self._exit_timer = ExitTimer(EXIT_CODE)
+            self._looking = threading.Thread(target=self._look, name="watchdog", daemon=True)
+            self._looking.start()
+            threading.Thread(target=lambda: self._listen(store), name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -85,11 +91,14 @@ class Watchdog:
             time.sleep(3 * self.grace)  # a rank that ended broke the connection: this one ends by its watchdog too
         self._ended.set()
         if self.seconds > 0:
+            self._looking.join(1.0)  # it sets what is called off here
             faulthandler.cancel_dump_traceback_later()
+            self._exit_timer.set(0)
 
     def _look(self) -> None:
         while not self._ended.wait(self.tick):
-            faulthandler.dump_traceback_later(self.patience + self.grace, exit=True, file=2)
+            faulthandler.dump_traceback_later(self.patience + self.grace, file=2)
+            self._exit_timer.set(self.patience + self.grace + SECONDS_FOR_STACKS)
             if self._alarmed.is_set() or time.monotonic() - self._last > self._limit:
                 self._end_run()
 

@@ -82,7 +82,7 @@ def test_a_blocked_interpreter_ends_with_its_stack(data: TinyData, tmp_path: Pat
     """C code that sleeps and keeps the interpreter's lock: no thread of Python's runs, faulthandler's own does."""
     limits = ("parallel.distributed_timeout_minutes=1", "train.watchdog_seconds=2")
     ranks = start_ranks(data.config, tmp_path / "run", *LONG, *limits, hook=partial(inject, "block:4"))
-    assert ranks.wait() == [1], ranks.output()
+    assert ranks.wait() == [EXIT_CODE], ranks.output()
     assert "Timeout" in ranks.output()
     assert "_inject" in ranks.output() or "slow_forward" in ranks.output()
 
