@@ -129,7 +129,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     if rank == 0:
         prepare_run_folder(config, tokenizer)
         note_changed_data(config, changed)
-        write_launch(config.run_dir)
+        write_launch(config, launch, saved_iteration(config))
     log.info("training data\n%s", describe_blend(config, sources))
     prepare_indices(config, sources, index_cache(config))  # no collective waits for it: there is no process group yet
     groups = start_distributed(platform, config.parallel, launch)

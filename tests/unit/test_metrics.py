@@ -17,6 +17,7 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.shard import load_manifest
 from megatron_ledom.platform.device import Platform
 from megatron_ledom.training import metrics
+from megatron_ledom.training.history import append_record, read_bad_steps
 from megatron_ledom.training.launch_record import git_state, read_launches
 from megatron_ledom.training.metrics import MetricsWriter, Throughput
 from megatron_ledom.training.validate import bits_per_byte
@@ -141,6 +142,8 @@ def test_a_run_folder_says_what_it_was_started_with(data: TinyData, tmp_path: Pa
     launches = read_launches(str(tmp_path / "run"))
     assert len(launches) == 2
     assert launches[0]["world_size"] == 1
+    assert [launch["from_iteration"] for launch in launches] == [0, 3]
+    assert launches[0]["config"]["train"]["train_iters"] == 3
     assert launches[0]["versions"]["torch"] == torch.__version__
     assert launches[0]["versions"]["megatron-core"].startswith("0.16")
     assert launches[0]["command"]
@@ -170,6 +173,16 @@ def test_lines_of_steps_that_a_kill_undid_are_dropped(config: RunConfig) -> None
     writer.close()
     assert [(found["iteration"], found["lm_loss"]) for found in lines(config)] == [(1, 5.0), (2, 5.0), (3, 4.0)]
     assert [path.name for path in Path(config.run_dir).iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_record_is_not_joined_to_one_that_a_kill_cut(tmp_path: Path) -> None:
+    path = tmp_path / "bad_steps.jsonl"
+    for torn in ("", '{"iteration": 9', '{"iteration": 1}\n{"iteration": 9, "lm_lo'):
+        path.write_text(torn)
+        append_record(str(path), {"iteration": 2})
+        append_record(str(path), {"iteration": 3})
+        numbers = [found["iteration"] for found in read_bad_steps(str(tmp_path))]
+        assert numbers == ([1, 2, 3] if "\n" in torn else [2, 3])
 
 
 def test_only_rank_0_writes(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
