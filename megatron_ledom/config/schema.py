@@ -264,6 +264,8 @@ class LoggingConfig:
     """Write TensorBoard events into tensorboard/ in the run folder."""
     wandb_project: str | None = None
     """Weights & Biases project; default: none is used."""
+    wandb_mode: Literal["online", "offline"] | None = None
+    """Offline: kept in wandb/ in the run folder for `wandb sync`; default: what wandb's own environment says."""
     profile_start: Positive | None = None
     """First iteration that torch's profiler records, for profile/ in the run folder; default: none."""
     profile_stop: Positive | None = None

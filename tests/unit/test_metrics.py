@@ -19,7 +19,7 @@ from megatron_ledom.platform.device import Platform
 from megatron_ledom.training import metrics
 from megatron_ledom.training.history import append_record, read_bad_steps
 from megatron_ledom.training.launch_record import git_state, read_launches
-from megatron_ledom.training.metrics import MetricsWriter, Throughput
+from megatron_ledom.training.metrics import MetricsWriter, Throughput, wandb_run_id
 from megatron_ledom.training.validate import bits_per_byte
 from tests.faults import inject
 from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
@@ -207,7 +207,8 @@ def test_tensorboard_has_the_values_and_forgets_what_a_kill_undid(config: RunCon
 
 def test_weights_and_biases_offline_gets_the_records(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    config.logging.wandb_mode = "offline"
     monkeypatch.setenv("WANDB_SILENT", "true")
     logged: list[tuple[int, float]] = []
     config.logging.wandb_project = "tiny"
@@ -219,4 +220,13 @@ def test_weights_and_biases_offline_gets_the_records(config: RunConfig, monkeypa
     writer.write(record(1, 5.0))
     writer.close()
     assert logged == [(1, 5.0)]
-    assert list(Path(config.run_dir, "wandb").glob("offline-run-*/*.wandb"))
+    run_id = wandb_run_id(config.run_dir)
+    assert list(Path(config.run_dir, "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
+
+
+def test_runs_of_one_name_are_two_to_weights_and_biases_and_a_resumed_one_is_one(tmp_path: Path) -> None:
+    found = []
+    for name in ("a", "b", "a"):
+        (tmp_path / name / "reverse").mkdir(parents=True, exist_ok=True)
+        found.append(wandb_run_id(str(tmp_path / name / "reverse")))
+    assert found[0] == found[2] != found[1]
