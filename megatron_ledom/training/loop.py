@@ -24,6 +24,7 @@ def train(state: TrainState, stop: StopRequest, watchdog: Watchdog) -> None:
         reporter.end_step(result)
         stopping = stop.agreed(state.platform.device) or _is_multiple(state.iteration, config.train.exit_interval)
         reporter.report(result)
+        watchdog.tell("looking after the pending checkpoint", patient=True)  # which rank 0 may be finishing
         state.store.poll()
         if (
             stopping

@@ -88,10 +88,13 @@ def test_a_blocked_interpreter_ends_with_its_stack(data: TinyData, tmp_path: Pat
 
 
 def test_what_takes_long_by_its_nature_is_not_taken_for_a_hang(data: TinyData, tmp_path: Path) -> None:
-    """A save of five seconds, under a limit of three for a step; and slow steps, of which each moves."""
+    """Five seconds for a save, for what follows it, for a trace and for the end, under a limit of three for a step; and slow
+    steps, of which each moves."""
     run_dir = tmp_path / "run"
-    settings = ("train.train_iters=4", "checkpoint.save_interval=2", "train.watchdog_seconds=3")
-    run_on_ranks(data.config, run_dir, *settings, num_ranks=2, hook=partial(inject, "slow_save:5,slow:1"))
+    settings = ("train.train_iters=8", "checkpoint.save_interval=4", "train.watchdog_seconds=3", "logging.profile_start=2")
+    faults = "slow_save:5,slow_publish:5:0,slow_trace:5,slow_close:5:0,slow:1"
+    run_on_ranks(data.config, run_dir, *settings, num_ranks=2, hook=partial(inject, faults))
+    assert len(list((run_dir / "profile").iterdir())) == 1
     assert not (run_dir / "stacks").exists()
 
 
