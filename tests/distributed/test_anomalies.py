@@ -141,10 +141,12 @@ def test_returns_and_skips_end_at_their_limits(data: TinyData, tmp_path: Path) -
 def test_the_replay_of_a_bad_step_gives_its_numbers_bit_for_bit(
     data: TinyData, tmp_path: Path, num_ranks: int, settings: tuple[str, ...]
 ) -> None:
+    """After a resume too, and though only the newest checkpoint is kept."""
     run_dir, fault = tmp_path / "run", f"spike:{BAD}"
-    run_on_ranks(
-        data.config, run_dir, *BASE, *settings, "train.on_spike=roll_back", num_ranks=num_ranks, hook=partial(inject, fault)
-    )
+    command = (*BASE, *settings, "train.on_spike=roll_back", "checkpoint.keep_last=1", "train.exit_interval=14")
+    for _ in range(2):
+        run_on_ranks(data.config, run_dir, *command, num_ranks=num_ranks, hook=partial(inject, fault))
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["iter_0000010", "iter_0000020", "latest"]
     before = sorted((path, path.stat().st_mtime_ns) for path in run_dir.rglob("*"))
     arguments = ["--run", str(run_dir), "--iteration", str(BAD), "--show", "1"]
     replay = start_tool(
