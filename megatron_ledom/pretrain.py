@@ -130,13 +130,13 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
         held.enter_context(lock_run(config.run_dir))
         check_still_latest(config, checkpoint)
         write_start(config, tokenizer, changed)
-        write_launch(config.run_dir)
+        write_launch(config, launch, saved_iteration(config))
 
     groups = start_distributed(platform, config.parallel, launch)
     try:
         with ExitStack() as held:
             from_first_rank(take_run_folder)
-            watchdog = held.enter_context(Watchdog(config))
+            watchdog = held.enter_context(Watchdog(config, launch))
             train(build_state(config, sources, platform, groups, choice, checkpoint), stop, watchdog)
     finally:
         stop_distributed()

@@ -1,7 +1,8 @@
 """Faults that a test puts into a rank of a real run: a loss that is not finite, a spike, a gradient, a rank that hangs.
 
 A fault is written as KIND:ITERATION[:RANK[:TIME]] and happens in every micro-batch of that iteration; `exit` when it is done
-for the TIME-th time. `slow:1` makes every forward pass slow, `slow_save:N` every save by N seconds.
+for the TIME-th time. `slow:1` makes every forward pass slow, `slow_save:N` every save by N seconds; so do `slow_publish:N` with what completes a
+checkpoint, `slow_trace:N` with the writing of a profile and `slow_close:N` with the end of the metrics.
 """
 
 import ctypes
@@ -12,9 +13,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.profiler import profile
 
+from megatron_ledom.checkpoint.writing import CheckpointWriter
 from megatron_ledom.training import iteration as iterations
 from megatron_ledom.training import loop, step
+from megatron_ledom.training.metrics import MetricsWriter
 
 
 def inject(fault: str) -> None:
@@ -66,9 +70,26 @@ def _inject(kind: str, number: int, now: list[int], is_time: Callable[[], bool])
             _sleep_here(number)
         original_save(state)
 
+    slow_methods = {
+        "slow_publish": (CheckpointWriter, "_publish"),
+        "slow_trace": (profile, "export_chrome_trace"),
+        "slow_close": (MetricsWriter, "close"),
+    }
+    if kind in slow_methods:
+        _slow_down(*slow_methods[kind], number)
     loop.save_checkpoint = slow_save
     step.masked_loss = bad_loss
     step.forward_step = slow_forward
+
+
+def _slow_down(owner: type, method: str, seconds: float) -> None:
+    original = getattr(owner, method)
+
+    def slow(*arguments: Any) -> Any:
+        _sleep_here(seconds)
+        return original(*arguments)
+
+    setattr(owner, method, slow)
 
 
 def _sleep_here(seconds: float) -> None:

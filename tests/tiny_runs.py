@@ -178,6 +178,30 @@ def start_ranks(
     return start_processes(num_ranks, log, _train_each, [arguments], [free_port()], hook)
 
 
+def as_srun_starts_it() -> None:
+    """Change this rank's environment from what torchrun sets to what srun does; a hook, the last one of a rank.
+
+    MASTER_ADDR and MASTER_PORT stay until the place to meet is read, for there is no SLURM to ask for the address.
+    """
+    from megatron_ledom import pretrain
+
+    read = pretrain.read_launch
+
+    def read_and_forget() -> Any:
+        launch = read()
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+        return launch
+
+    rank, world_size = os.environ["RANK"], os.environ["WORLD_SIZE"]
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        del os.environ[name]
+    step = {"JOB_ID": "1", "STEP_ID": "0", "NODEID": "0", "PROCID": rank, "LOCALID": rank}
+    step |= {"STEP_NUM_TASKS": world_size, "STEP_TASKS_PER_NODE": world_size, "STEP_NODELIST": "n1"}
+    os.environ.update({f"SLURM_{name}": value for name, value in step.items()})
+    pretrain.read_launch = read_and_forget
+
+
 def start_tool(tool: str, arguments: Sequence[str], log: Path, *, num_ranks: int = 1, hook: Hook | None = None) -> Ranks:
     """Start `num_ranks` ranks of a script, named from the project's root; return at once. Each rank first calls `hook`."""
     return start_processes(num_ranks, log, _run_tool, tool, list(arguments), free_port(), hook)

@@ -16,6 +16,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--run", required=True, metavar="RUN", help="folder of the run, its run_dir")
     parser.add_argument("--iteration", required=True, type=int, metavar="K", help="as in bad_steps.jsonl")
     parser.add_argument("--show", type=int, default=4, metavar="N", help="samples of the batch to print as text")
+    parser.add_argument("--allow-long", action="store_true", help="repeat more steps than lie between two checkpoints, too")
     return parser.parse_args()
 
 
@@ -24,7 +25,7 @@ def main() -> int:
     arguments = parse()
     from megatron_ledom.training.replay import replay_step
 
-    return replay_step(arguments.run, arguments.iteration, arguments.show)
+    return replay_step(arguments.run, arguments.iteration, arguments.show, allow_long=arguments.allow_long)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Which checkpoints stay: the newest few, and for ever those at a multiple of an interval."""
+"""Which checkpoints stay: the newest few, those that replays begin from, and for ever those at a multiple of an interval."""
 
 import logging
 import os
 import re
 import shutil
+from collections.abc import Iterable
 
 from megatron_ledom.checkpoint.folder import (
     LATEST,
@@ -22,8 +23,8 @@ log = logging.getLogger(__name__)
 LEFT_OVER = re.compile(rf"{NAME.pattern}({re.escape(PART)}|({re.escape(PART)})?\.\d+{re.escape(TRASH)})")
 
 
-def outdated(iterations: list[int], latest: int, settings: CheckpointConfig) -> list[int]:
-    """Those of the `iterations` that may go.
+def outdated(iterations: list[int], latest: int, settings: CheckpointConfig, replayed: Iterable[int] = ()) -> list[int]:
+    """Those of the `iterations` that may go: not the last one before each of `replayed`.
 
     Checkpoints behind `latest` belong to a run that was taken back to it: they neither count nor go, the run will replace them.
     """
@@ -31,21 +32,22 @@ def outdated(iterations: list[int], latest: int, settings: CheckpointConfig) -> 
         return []
     past = sorted(iteration for iteration in iterations if iteration <= latest)
     interval = settings.keep_interval
+    begun_from = {max((iteration for iteration in past if iteration < step), default=None) for step in replayed}
     return [
         iteration
         for iteration in past[: -settings.keep_last]
-        if iteration != latest and not (interval and iteration % interval == 0)
+        if iteration != latest and iteration not in begun_from and not (interval and iteration % interval == 0)
     ]
 
 
-def retire(folder: str, settings: CheckpointConfig) -> None:
-    """Move outdated checkpoints to the trash. What cannot be moved stays, with a warning: a run does not end for that."""
+def retire(folder: str, settings: CheckpointConfig, replayed: Iterable[int] = ()) -> None:
+    """Move checkpoints to the trash that are `outdated`. What cannot be moved stays, with a warning: a run does not end for that."""
     latest = latest_checkpoint(folder)
     if latest is None:
         return
     names = finished_checkpoints(folder)
     try:
-        for iteration in outdated(list(names), int(os.path.basename(latest).removeprefix("iter_")), settings):
+        for iteration in outdated(list(names), int(os.path.basename(latest).removeprefix("iter_")), settings, replayed):
             move_to_trash(folder, names[iteration])
         fsync_path(folder)
     except (OSError, ValueError) as error:

@@ -61,6 +61,10 @@ class CheckpointStore:
         """Finish the pending checkpoint, waiting for it. Raises DataError when it could not be written."""
         self.writer.finish()
 
+    def keep_for_replay(self, iterations: list[int]) -> None:
+        """From now on the checkpoint before each of these, and of no others, outlives `checkpoint.keep_last`."""
+        self.writer.replayed = iterations
+
     def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         """Fill model, optimizer and scheduler from a checkpoint of any layout."""
         if self.settings.verify_on_load:

@@ -84,6 +84,8 @@ class CheckpointWriter:
 
     def __init__(self, folder: str, settings: CheckpointConfig, replicas: dist.ProcessGroup | None) -> None:
         self.folder, self.settings = folder, settings
+        self.replayed: list[int] = []
+        """Iterations whose replay shall stay short: the checkpoint before each is not retired. Of the first rank."""
         self._calls = AsyncCallsQueue(persistent=False)
         self._strategy = _Strategy("torch_dist", 1, thread_count=1)
         # ranks that hold the same tensors share the writing of them
@@ -191,7 +193,7 @@ class CheckpointWriter:
             return (
                 f"checkpoint {pending.manifest.iteration} was not saved, those before it are untouched: {'; '.join(failures)}"
             )
-        retire(self.folder, self.settings)
+        retire(self.folder, self.settings, self.replayed)
         return None
 
     def _put_in_place(self, part: str, name: str) -> None:

@@ -244,7 +244,8 @@ class CheckpointConfig:
     async_save: bool = True
     """Write in a process beside the training, which goes on meanwhile; the host holds a copy of the state until it is done."""
     keep_last: Positive | None = None
-    """Newest checkpoints that are kept; default: all. With 1, a damaged one has no predecessor."""
+    """Newest checkpoints that are kept; default: all. With 1, a damaged one has no predecessor. The one before each of the two
+    newest bad steps is kept too."""
     keep_interval: Positive | None = None
     """With keep_last: checkpoints at its multiples are kept for ever."""
     verify_on_load: bool = True
@@ -263,6 +264,8 @@ class LoggingConfig:
     """Write TensorBoard events into tensorboard/ in the run folder."""
     wandb_project: str | None = None
     """Weights & Biases project; default: none is used."""
+    wandb_mode: Literal["online", "offline"] | None = None
+    """Offline: kept in wandb/ in the run folder for `wandb sync`; default: what wandb's own environment says."""
     profile_start: Positive | None = None
     """First iteration that torch's profiler records, for profile/ in the run folder; default: none."""
     profile_stop: Positive | None = None

@@ -74,10 +74,7 @@ class RunHistory:
     def write_bad(self, record: Record) -> None:
         """A step that was no ordinary one, for diagnosis and replay; it is on disk when this returns."""
         if dist.get_rank() == 0:
-            with open(os.path.join(self.run_dir, BAD_STEPS), "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+            append_record(os.path.join(self.run_dir, BAD_STEPS), record)
 
     def plan_skips(self, iterations: Iterable[int], checkpoint: int) -> None:
         """Add iterations that are left out from now on, after one more return to the checkpoint of an iteration."""
@@ -133,6 +130,18 @@ def complete_lines(path: str) -> list[str]:
         return []
     with open(path, encoding="utf-8") as file:
         return [line for line in file if line.endswith("\n")]
+
+
+def append_record(path: str, record: Record) -> None:
+    """Add a line; it is on disk when this returns. What a kill left of a last line goes: a record would be lost by joining it."""
+    with open(path, "a+b") as file:
+        file.seek(0)
+        content = file.read()
+        if not content.endswith(b"\n"):
+            file.truncate(content.rfind(b"\n") + 1)
+        file.write(json.dumps(record).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def drop_after(path: str, iteration: int) -> None:

@@ -15,17 +15,19 @@ from typing import Any
 import torch
 
 import megatron_ledom
-from megatron_ledom.training.history import complete_lines
+from megatron_ledom.config.load import to_dict
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.platform.launch import Launch
+from megatron_ledom.training.history import append_record, complete_lines
 
 LAUNCHES = "launches.jsonl"
 PACKAGES = ("megatron-core", "numpy", "transformers", "transformer-engine")
 Record = dict[str, Any]
 
 
-def write_launch(run_dir: str) -> None:
-    """Append this launch. Call on one rank."""
-    with open(os.path.join(run_dir, LAUNCHES), "a", encoding="utf-8") as file:
-        file.write(json.dumps(describe_launch()) + "\n")
+def write_launch(config: RunConfig, launch: Launch, iteration: int) -> None:
+    """Append this launch, which goes on from `iteration`. Call on one rank."""
+    append_record(os.path.join(config.run_dir, LAUNCHES), describe_launch(config, launch, iteration))
 
 
 def read_launches(run_dir: str) -> list[Record]:
@@ -33,14 +35,15 @@ def read_launches(run_dir: str) -> list[Record]:
     return [json.loads(line) for line in complete_lines(os.path.join(run_dir, LAUNCHES))]
 
 
-def describe_launch() -> Record:
-    """Time, command, machine, versions and the state of the source."""
+def describe_launch(config: RunConfig, launch: Launch, iteration: int) -> Record:
+    """Time, command, position, machine, versions, the state of the source, and the config, which another start may change."""
     cuda = torch.cuda.is_available()
     return {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(sys.orig_argv),
         "folder": os.getcwd(),
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "world_size": launch.world_size,
+        "from_iteration": iteration,
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
@@ -53,6 +56,7 @@ def describe_launch() -> Record:
             **{name: _version(name) for name in PACKAGES},
         },
         "git": git_state(Path(megatron_ledom.__file__).parent),
+        "config": to_dict(config),
     }
 
 

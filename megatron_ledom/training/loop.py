@@ -32,6 +32,7 @@ def train(state: TrainState, stop: StopRequest, watchdog: Watchdog) -> None:
                 recovery.history.sync()
                 save_checkpoint(state)
         reporter.report(result)  # behind the save: it is written while validation runs, and counts when that is recorded
+        watchdog.tell("looking after the pending checkpoint", patient=True)  # which rank 0 may be finishing
         state.store.poll()
         if stopping:
             break

@@ -3,7 +3,9 @@
 import json
 import logging
 import os
+import secrets
 import time
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -21,6 +23,9 @@ from megatron_ledom.training.history import drop_after
 log = logging.getLogger(__name__)
 
 Record = dict[str, Any]
+
+WANDB_ID = "wandb_run_id"
+"""File in the run folder."""
 
 
 class Throughput:
@@ -113,7 +118,20 @@ def _start_wandb(config: RunConfig) -> Any:
         raise UsageError(
             "logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'"
         ) from error
-    run_id = os.path.basename(os.path.normpath(config.run_dir))
     return wandb.init(
-        project=config.logging.wandb_project, id=run_id, resume="allow", dir=config.run_dir, config=to_dict(config)
+        project=config.logging.wandb_project,
+        id=wandb_run_id(config.run_dir),
+        name=os.path.basename(os.path.abspath(config.run_dir)),
+        resume="allow",
+        mode=config.logging.wandb_mode,
+        dir=config.run_dir,
+        config=to_dict(config),
     )
+
+
+def wandb_run_id(run_dir: str) -> str:
+    """What Weights & Biases knows the run by: made once and kept in the run folder, whose name may not be the only one of its kind."""
+    path = Path(run_dir, WANDB_ID)
+    if not path.exists() or not path.read_text().strip():
+        path.write_text(secrets.token_hex(8) + "\n")
+    return path.read_text().strip()

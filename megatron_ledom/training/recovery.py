@@ -10,12 +10,16 @@ import torch.distributed as dist
 from megatron_ledom.data.sample_origin import sample_origins
 from megatron_ledom.errors import StoppedError
 from megatron_ledom.training.anomalies import Action, StepPolicy
-from megatron_ledom.training.history import BAD_STEPS, RunHistory, plain
+from megatron_ledom.training.history import BAD_STEPS, RunHistory, plain, read_bad_steps
+from megatron_ledom.training.launch_record import read_launches
 from megatron_ledom.training.state import TrainState, load_checkpoint
 from megatron_ledom.training.step import StepResult
 from megatron_ledom.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
+
+REPLAYABLE = 2
+"""Newest bad steps whose checkpoint before them is not retired."""
 
 
 @dataclass(slots=True)
@@ -39,6 +43,13 @@ class Recovery:
     def take_position(self) -> None:
         """Remember the steps up to the state's iteration, and those alone."""
         self.policy.remember(self.history.go_on_from(self.state.iteration, self.policy.past.maxlen or 0))
+        self._keep_for_replay()
+
+    def _keep_for_replay(self) -> None:
+        """Rank 0 retires checkpoints; those before the newest bad steps stay."""
+        if dist.get_rank() == 0:
+            bad = read_bad_steps(self.state.config.run_dir)
+            self.state.store.keep_for_replay([step["iteration"] for step in bad[-REPLAYABLE:]])
 
     def accept(self, result: StepResult | None) -> bool:
         """Whether the iteration counts; if not, the state is that of the last checkpoint. Raises StoppedError on a stop."""
@@ -76,9 +87,11 @@ class Recovery:
                 "left_out": sorted(self.history.left_out),
                 "first_sample": last - batch,
                 "last_sample": last - 1,
+                "launch": len(read_launches(state.config.run_dir)),
                 "samples": sample_origins(state.train_dataset, range(last - batch, last)),
             }
         )
+        self._keep_for_replay()
 
     def _stop(self, iteration: int, reason: str) -> NoReturn:
         """Nothing is saved: the steps before a bad one may have spoilt the weights already, the last checkpoint is good."""

@@ -3,23 +3,26 @@
 import logging
 import math
 import os
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_ledom.checkpoint.folder import finished_checkpoints
+from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder
-from megatron_ledom.config.load import load_config
+from megatron_ledom.config.load import config_from_dict, load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.dataset import index_cache
-from megatron_ledom.data.sample_index import prepare_indices
+from megatron_ledom.data.sample_index import index_plan, prepare_indices
 from megatron_ledom.data.sample_origin import sample_origins
-from megatron_ledom.data.sources import RUN_TOKENIZER, load_sources
+from megatron_ledom.data.sources import RUN_TOKENIZER, Sources, load_sources
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import UsageError
@@ -29,9 +32,9 @@ from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.training.anomalies import Action, StepPolicy, Verdict
 from megatron_ledom.training.gradients import squared_norms
-from megatron_ledom.training.history import load_skip_plan, read_bad_steps, read_steps
+from megatron_ledom.training.history import Record, load_skip_plan, read_bad_steps, read_steps
 from megatron_ledom.training.iteration import compute_step, open_batches, run_iteration
-from megatron_ledom.training.launch_record import read_launches
+from megatron_ledom.training.launch_record import LAUNCHES, read_launches
 from megatron_ledom.training.state import TrainState, build_state, check_resumable
 from megatron_ledom.training.step import StepResult
 
@@ -48,41 +51,64 @@ class Recorded:
     left_out: frozenset[int]
     """Iterations that had been left out when the step was done."""
     world_size: int | None
+    config: RunConfig
+    """That of the launch which did the step: config.yaml is that of the last start."""
 
 
-def replay_step(run_dir: str, iteration: int, show: int) -> int:
-    """Replay `iteration` of a run on the launched ranks and print it; 1 if it is not as recorded. The run folder is only read."""
+def replay_step(run_dir: str, iteration: int, show: int, *, allow_long: bool) -> int:
+    """Replay `iteration` of a run on the launched ranks and print it; 1 if it is not as recorded. The run folder is only read.
+
+    Raises UsageError where more steps than lie between two checkpoints are to be repeated, unless `allow_long`.
+    """
     launch = read_launch()
     logging.basicConfig(level=logging.WARNING, format=f"[rank {launch.rank}] %(message)s", stream=sys.stderr)
     config_file = os.path.join(run_dir, "config.yaml")
     if not os.path.exists(config_file):
         raise UsageError(f"--run {run_dir} has no config.yaml; give the folder of a run, its run_dir")
-    config = load_config(config_file, [f"run_dir={run_dir}"])
-    recorded = read_recorded(config, iteration)
+    recorded = read_recorded(load_config(config_file, [f"run_dir={run_dir}"]), iteration)
+    config = recorded.config
     if recorded.world_size not in (None, launch.world_size):
         raise UsageError(
             f"iteration {iteration} was done on {recorded.world_size} ranks, {launch.world_size} are launched; start it with torchrun"
             f" --nproc-per-node {recorded.world_size}, for other layouts take sums in another order"
         )
     check_config(config, launch.world_size)
-    with tempfile.TemporaryDirectory() as scratch:
-        if not os.path.isdir(index_cache(config)):
-            config.data.path_to_cache = scratch
-        return _replay(config, launch, recorded, iteration, show)
+    checkpoint = last_checkpoint_before(config, iteration)
+    plan = _check_length(config, checkpoint, iteration, allow_long)
+    if launch.rank == 0:
+        print(plan, flush=True)
+    return _replay(launch, recorded, checkpoint, iteration, show)
 
 
 def read_recorded(config: RunConfig, iteration: int) -> Recorded:
     """The last bad step of this number, or else the ordinary one. Raises UsageError for a step that is not to be."""
     if not 1 <= iteration <= config.train.train_iters:
         raise UsageError(f"--iteration {iteration} is not of this run; it can be 1 to {config.train.train_iters}")
+    launches = read_launches(config.run_dir)
     for bad in reversed(read_bad_steps(config.run_dir)):
         if bad["iteration"] == iteration:
             numbers = (float(bad["lm_loss"]), float(bad["grad_norm"]))
-            return Recorded(numbers, frozenset(bad["left_out"]), bad["world_size"])
+            then = _config_then(config, iteration, launches[bad["launch"] - 1] if "launch" in bad else None)
+            return Recorded(numbers, frozenset(bad["left_out"]), bad["world_size"], then)
     found = [(step.lm_loss, step.grad_norm) for step in read_steps(config.run_dir) if step.iteration == iteration]
-    left_out = {*config.train.skip_iterations, *load_skip_plan(config.run_dir).iterations}
-    launches = read_launches(config.run_dir)
-    return Recorded(found[0] if found else None, frozenset(left_out), launches[-1]["world_size"] if launches else None)
+    before = [launch for launch in launches if launch.get("from_iteration", 0) < iteration]
+    launch = before[-1] if before else None
+    then = _config_then(config, iteration, launch)
+    left_out = frozenset({*then.train.skip_iterations, *load_skip_plan(config.run_dir).iterations})
+    return Recorded(found[0] if found else None, left_out, launch["world_size"] if launch else None, then)
+
+
+def _config_then(config: RunConfig, iteration: int, launch: Record | None) -> RunConfig:
+    """The config of a launch; where launches were not kept, that of the checkpoint before the step, else that of the last start."""
+    checkpoint = last_checkpoint_before(config, iteration)
+    if launch is not None and "config" in launch:
+        then = config_from_dict(launch["config"], os.path.join(config.run_dir, LAUNCHES))
+    elif checkpoint is not None:
+        then = load_manifest(checkpoint).run_config(checkpoint)
+    else:
+        return config
+    then.run_dir = config.run_dir  # the folder may have been moved
+    return then
 
 
 def last_checkpoint_before(config: RunConfig, iteration: int) -> str | None:
@@ -92,25 +118,57 @@ def last_checkpoint_before(config: RunConfig, iteration: int) -> str | None:
     return os.path.join(folder, before[-1]) if before else None
 
 
-def _replay(config: RunConfig, launch: Launch, recorded: Recorded, iteration: int, show: int) -> int:
+def _check_length(config: RunConfig, checkpoint: str | None, iteration: int, allow_long: bool) -> str:
+    """What a replay is about to do, in a line. Raises UsageError if that is more than what lies between two checkpoints."""
+    start = 0 if checkpoint is None else load_manifest(checkpoint).iteration
+    steps, usual = iteration - start, config.checkpoint.save_interval
+    begins = f"from {checkpoint or 'the initial weights'}, iteration {start}"
+    if steps > usual and not allow_long:
+        raise UsageError(
+            f"the replay of iteration {iteration} would begin {begins}, and repeat {steps} steps; those between two checkpoints"
+            f" (checkpoint.save_interval={usual}) are retired; give --allow-long if it shall"
+        )
+    return f"iteration {iteration} is replayed {begins}: {steps} steps"
+
+
+@contextmanager
+def _sample_index(config: RunConfig, sources: Sources, launch: Launch) -> Iterator[None]:
+    """Inside, `config` names a folder with a whole sample index: the run's, or one of each node's that is deleted at the end."""
+    node, cache = socket.gethostname(), index_cache(config)
+    with ExitStack() as stack:
+        folder = None
+        if launch.local_rank == 0:
+            is_whole = all(index_plan(config, blend).is_sound(cache) for blend in sources.all_blends())
+            folder = cache if is_whole else stack.enter_context(tempfile.TemporaryDirectory(prefix="sample_index_"))
+        folders: list[Any] = [None] * launch.world_size
+        dist.all_gather_object(folders, (node, folder))
+        config.data.path_to_cache = next(path for where, path in folders if where == node and path is not None)
+        prepare_indices(config, sources, index_cache(config), launch)
+        yield
+
+
+def _replay(launch: Launch, recorded: Recorded, checkpoint: str | None, iteration: int, show: int) -> int:
+    config = recorded.config
     platform = prepare_platform(config.train.num_threads, launch)
-    checkpoint = last_checkpoint_before(config, iteration)
     sources, _ = check_resumable(config, load_sources(config), checkpoint)
-    prepare_indices(config, sources, index_cache(config), launch)
     groups = start_distributed(platform, config.parallel, launch)
     try:
-        state = build_state(config, sources, platform, groups, choose_layers(config), checkpoint)
-        start = state.iteration
-        result, differs = _go_to(state, iteration, recorded)
-        norms = squared_norms(state.model, state.optimizer)
-        if dist.get_rank() == 0:
-            print(f"iteration {iteration}, replayed from {checkpoint or 'the initial weights'}, iteration {start}")
-            print("\n".join(_compared(result, recorded, differs)))
-            print("\n".join(_parameters(norms)))
-            print("\n".join(_samples(state, show)))
-        return int(bool(differs) or (recorded.numbers is not None and not _same(_numbers(result), recorded.numbers)))
+        with _sample_index(config, sources, launch):
+            state = build_state(config, sources, platform, groups, choose_layers(config), checkpoint)
+            return _compare(state, recorded, iteration, show)
     finally:
         stop_distributed()
+
+
+def _compare(state: TrainState, recorded: Recorded, iteration: int, show: int) -> int:
+    """Go to the step, do it and print it; 1 if it is not as recorded."""
+    result, differs = _go_to(state, iteration, recorded)
+    norms = squared_norms(state.model, state.optimizer)
+    if dist.get_rank() == 0:
+        print("\n".join(_compared(result, recorded, differs)))
+        print("\n".join(_parameters(norms)))
+        print("\n".join(_samples(state, show)))
+    return int(bool(differs) or (recorded.numbers is not None and not _same(_numbers(result), recorded.numbers)))
 
 
 def _go_to(state: TrainState, iteration: int, recorded: Recorded) -> tuple[StepResult, list[int]]:

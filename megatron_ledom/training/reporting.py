@@ -56,7 +56,9 @@ class Reporter:
 
     def end_step(self, result: StepResult | None) -> None:
         """An iteration counts as done; None when it was left out."""
-        self.profiler.after(self.state.iteration)
+        if self.profiler.ends_with(self.state.iteration):
+            with self.apart("writing the profile"):
+                self.profiler.close(self.state.iteration)
         self.throughput.count(0 if result is None else tokens_per_iteration(self.state.config))
         self.bar.update()
 
@@ -91,7 +93,8 @@ class Reporter:
                 self.bar.set_postfix(loss=f"{result.lm_loss:.3f}", tokens_per_second=shown)
 
     def close(self) -> None:
-        """Write and close everything."""
+        """Write and close everything, which may take long: a trace, what Weights & Biases has still to send."""
+        self.watchdog.tell("closing the reports", patient=True)
         self.profiler.close(self.state.iteration)
         self.bar.close()
         self.metrics.close()

@@ -3,7 +3,8 @@
 A thread of each rank looks at what its main thread last told. When that is too long ago on any rank, all ranks report their
 place and their stack through a store of torch.distributed; ranks that wait in a collective are not the ones to blame. A rank
 whose threads do not run either (a stopped process, a lost machine) gives no report, and is named for that. Should the
-interpreter itself be blocked, faulthandler's thread, which needs no interpreter, writes the stacks and ends the process.
+interpreter itself be blocked, faulthandler's thread, which needs no interpreter, writes the stacks, and a timer of the system
+ends the process.
 """
 
 import faulthandler
@@ -20,10 +21,13 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
 from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.platform.launch import Launch
+from megatron_ledom.platform.processes import ExitTimer
 from megatron_ledom.training.hang_report import RankReport, is_waiting, verdict
 
 log = logging.getLogger(__name__)
@@ -34,22 +38,25 @@ STACKS = "stacks"
 """Folder in the run folder for the stacks of all ranks."""
 LONGEST_TICK, LONGEST_GRACE = 5.0, 20.0
 """Seconds between two looks, and for the ranks' reports."""
+SECONDS_FOR_STACKS = 2.0
+"""Between faulthandler's report on a blocked interpreter and the end of its process."""
 
 
 class Watchdog:
     """Watches the main thread of this rank. A context: entered after the process group was made, left at the end."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, launch: Launch) -> None:
         self.seconds = config.train.watchdog_seconds
         self.patience = max(0.9 * 60 * config.parallel.distributed_timeout_minutes, self.seconds)
         self.tick = min(LONGEST_TICK, self.seconds / 10)
         self.grace = min(LONGEST_GRACE, max(2.0, self.seconds / 4))
         self.folder = Path(config.run_dir, STACKS)
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.rank, self.world_size = launch.rank, launch.world_size
         self._iteration, self._doing, self._limit = 0, "building the run", self.patience
         self._steps, self._last = 0, time.monotonic()
         self._ended, self._alarmed, self._ending = threading.Event(), threading.Event(), threading.Event()
-        self._store_of_one = None if "RANK" in os.environ else dist.HashStore()  # type: ignore[attr-defined]
+        self._meeting = launch.init_method
+        self._store_of_one = dist.HashStore() if launch.init_method is None else None  # type: ignore[attr-defined]
         self._main = threading.main_thread().ident
 
     def tell(self, doing: str, iteration: int | None = None, *, patient: bool = False) -> None:
@@ -73,8 +80,10 @@ class Watchdog:
             store = self._open_store()
             store.set(f"place/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
             self.beat()
-            for work in (self._look, lambda: self._listen(store)):
-                threading.Thread(target=work, name="watchdog", daemon=True).start()
+            self._exit_timer = ExitTimer(EXIT_CODE)
+            self._looking = threading.Thread(target=self._look, name="watchdog", daemon=True)
+            self._looking.start()
+            threading.Thread(target=lambda: self._listen(store), name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -82,11 +91,14 @@ class Watchdog:
             time.sleep(3 * self.grace)  # a rank that ended broke the connection: this one ends by its watchdog too
         self._ended.set()
         if self.seconds > 0:
+            self._looking.join(1.0)  # it sets what is called off here
             faulthandler.cancel_dump_traceback_later()
+            self._exit_timer.set(0)
 
     def _look(self) -> None:
         while not self._ended.wait(self.tick):
-            faulthandler.dump_traceback_later(self.patience + self.grace, exit=True, file=2)
+            faulthandler.dump_traceback_later(self.patience + self.grace, file=2)
+            self._exit_timer.set(self.patience + self.grace + SECONDS_FOR_STACKS)
             if self._alarmed.is_set() or time.monotonic() - self._last > self._limit:
                 self._end_run()
 
@@ -172,10 +184,18 @@ class Watchdog:
         """A connection of its own to the store that the ranks met in: one that a main thread waits on is locked."""
         if self._store_of_one is not None:
             return self._store_of_one
-        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        address, port = _address(self._meeting or "")
         timeout = timedelta(seconds=self.grace)
         store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
         return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
+
+
+def _address(init_method: str) -> tuple[str, int]:
+    """Host and port of the store that rank 0, or torchrun, holds for the ranks."""
+    if init_method == "env://":
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    parts = urlsplit(init_method)
+    return str(parts.hostname), int(parts.port or 0)
 
 
 def _wait_for(store: Any, keys: list[str], seconds: float) -> None:

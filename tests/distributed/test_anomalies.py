@@ -1,6 +1,7 @@
 """Bad steps of real runs: what each policy does, that a resume repeats it, and that the replay gives the same bits."""
 
 import json
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -140,10 +141,13 @@ def test_returns_and_skips_end_at_their_limits(data: TinyData, tmp_path: Path) -
 def test_the_replay_of_a_bad_step_gives_its_numbers_bit_for_bit(
     data: TinyData, tmp_path: Path, num_ranks: int, settings: tuple[str, ...]
 ) -> None:
+    """After a resume too, and though only the newest checkpoint is kept."""
     run_dir, fault = tmp_path / "run", f"spike:{BAD}"
-    run_on_ranks(
-        data.config, run_dir, *BASE, *settings, "train.on_spike=roll_back", num_ranks=num_ranks, hook=partial(inject, fault)
-    )
+    policy = f"train.on_spike={'roll_back' if num_ranks > 1 else 'skip'}"
+    command = (*BASE, *settings, policy, "checkpoint.keep_last=1", "train.exit_interval=14")
+    for _ in range(2):
+        run_on_ranks(data.config, run_dir, *command, num_ranks=num_ranks, hook=partial(inject, fault))
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["iter_0000010", "iter_0000020", "latest"]
     before = sorted((path, path.stat().st_mtime_ns) for path in run_dir.rglob("*"))
     arguments = ["--run", str(run_dir), "--iteration", str(BAD), "--show", "1"]
     replay = start_tool(
@@ -168,3 +172,35 @@ def test_the_replay_refuses_another_number_of_ranks_and_strange_iterations(data:
         replay = start_tool("tools/replay_step.py", arguments, tmp_path / "replay.log", num_ranks=num_ranks)
         assert replay.wait() == [2] * num_ranks
         assert message in replay.output()
+
+
+def list_files(folder: Path) -> list[tuple[Path, int]]:
+    return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
+
+
+def test_a_replay_takes_ranks_and_config_of_the_launch_that_did_the_step(data: TinyData, tmp_path: Path) -> None:
+    """A later one had another learning rate and more ranks. Without a checkpoint near, it says how long it takes and asks."""
+    run_dir = tmp_path / "run"
+    command = ("train.train_iters=5", "checkpoint.save_interval=2")
+    run_on_ranks(data.config, run_dir, *command, "train.exit_interval=3")
+    run_on_ranks(data.config, run_dir, *command, "optimizer.lr=1e-3", num_ranks=2)
+    shutil.rmtree(run_dir / "checkpoints/iter_0000002")
+    arguments = ["--run", str(run_dir), "--iteration", "3"]
+    for more, code, message in (([], 2, "repeat 3 steps"), (["--allow-long"], 0, "initial weights, iteration 0: 3 steps")):
+        replay = start_tool("tools/replay_step.py", [*arguments, *more], tmp_path / "replay.log")
+        assert replay.wait() == [code], replay.output()
+        assert message in replay.output()
+    assert "equal bit for bit" in replay.output()
+
+
+def test_a_replay_builds_a_missing_index_outside_the_run_folder(data: TinyData, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_on_ranks(data.config, run_dir, "train.train_iters=3", "data.path_to_cache=null", num_ranks=2)
+    arguments = ["--run", str(run_dir), "--iteration", "2", "--show", "1"]
+    for gone in (*(run_dir / "index_cache").glob("*.index"), run_dir / "index_cache"):
+        shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
+        before = list_files(run_dir)
+        replay = start_tool("tools/replay_step.py", arguments, tmp_path / "replay.log", num_ranks=2)
+        assert replay.wait() == [0, 0], replay.output()
+        assert "equal bit for bit" in replay.output()
+        assert list_files(run_dir) == before

@@ -72,7 +72,7 @@ def visit(config_file: str, visits: list[Visit]) -> None:
         state = build_state(config, sources, platform, groups, choose_layers(config), checkpoint)
         if target == run_dir:
             os.makedirs(run_dir, exist_ok=True)
-            with Watchdog(config) as watchdog:
+            with Watchdog(config, launch) as watchdog:
                 train(state, StopRequest(), watchdog)
         else:
             assert state.iteration == 2

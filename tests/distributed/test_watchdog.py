@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ledom.training.watchdog import EXIT_CODE
 from tests.faults import inject
-from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
+from tests.tiny_runs import TinyData, as_srun_starts_it, read_metrics, run_on_ranks, start_ranks
 
 SECONDS = 4
 LONG = ("train.train_iters=2000", "data.allow_repeats=true", f"train.watchdog_seconds={SECONDS}")
@@ -40,6 +40,23 @@ def test_a_rank_that_hangs_is_named_with_its_stack(data: TinyData, tmp_path: Pat
         assert ("_sleep_here" in (run_dir / f"stacks/rank_{rank}.txt").read_text()) == (rank == guilty)
 
 
+def hang_under_srun(fault: str) -> None:
+    inject(fault)
+    as_srun_starts_it()
+
+
+def test_ranks_that_srun_started_find_each_other(data: TinyData, tmp_path: Path) -> None:
+    """srun sets none of torchrun's variables; each rank alone would blame the other, without its stack."""
+    hook = partial(hang_under_srun, "sleep:4:1")
+    settings = (*LONG, "train.exit_before_limit_seconds=0")
+    ranks = start_ranks(data.config, tmp_path / "run", *settings, num_ranks=2, hook=hook)
+    assert ranks.wait() == [EXIT_CODE] * 2, ranks.output()
+    output = ranks.log.read_text(encoding="utf-8")
+    assert output.count("hangs:") == 1
+    assert "rank 1 (" in output
+    assert "_sleep_here" in output
+
+
 @pytest.mark.parametrize("guilty", [0, 1])
 def test_a_stopped_process_is_named(data: TinyData, tmp_path: Path, guilty: int) -> None:
     """Nothing runs in it that could report; rank 0 also holds the store by which the ranks would tell each other."""
@@ -65,16 +82,19 @@ def test_a_blocked_interpreter_ends_with_its_stack(data: TinyData, tmp_path: Pat
     """C code that sleeps and keeps the interpreter's lock: no thread of Python's runs, faulthandler's own does."""
     limits = ("parallel.distributed_timeout_minutes=1", "train.watchdog_seconds=2")
     ranks = start_ranks(data.config, tmp_path / "run", *LONG, *limits, hook=partial(inject, "block:4"))
-    assert ranks.wait() == [1], ranks.output()
+    assert ranks.wait() == [EXIT_CODE], ranks.output()
     assert "Timeout" in ranks.output()
     assert "_inject" in ranks.output() or "slow_forward" in ranks.output()
 
 
 def test_what_takes_long_by_its_nature_is_not_taken_for_a_hang(data: TinyData, tmp_path: Path) -> None:
-    """A save of five seconds, under a limit of three for a step; and slow steps, of which each moves."""
+    """Five seconds for a save, for what follows it, for a trace and for the end, under a limit of three for a step; and slow
+    steps, of which each moves."""
     run_dir = tmp_path / "run"
-    settings = ("train.train_iters=4", "checkpoint.save_interval=2", "train.watchdog_seconds=3")
-    run_on_ranks(data.config, run_dir, *settings, num_ranks=2, hook=partial(inject, "slow_save:5,slow:1"))
+    settings = ("train.train_iters=8", "checkpoint.save_interval=4", "train.watchdog_seconds=3", "logging.profile_start=2")
+    faults = "slow_save:5,slow_publish:5:0,slow_trace:5,slow_close:5:0,slow:1"
+    run_on_ranks(data.config, run_dir, *settings, num_ranks=2, hook=partial(inject, faults))
+    assert len(list((run_dir / "profile").iterdir())) == 1
     assert not (run_dir / "stacks").exists()
 
 

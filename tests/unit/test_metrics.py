@@ -17,8 +17,9 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.shard import load_manifest
 from megatron_ledom.platform.device import Platform
 from megatron_ledom.training import metrics
+from megatron_ledom.training.history import append_record, read_bad_steps
 from megatron_ledom.training.launch_record import git_state, read_launches
-from megatron_ledom.training.metrics import MetricsWriter, Throughput
+from megatron_ledom.training.metrics import MetricsWriter, Throughput, wandb_run_id
 from megatron_ledom.training.validate import bits_per_byte
 from tests.faults import inject
 from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
@@ -141,6 +142,8 @@ def test_a_run_folder_says_what_it_was_started_with(data: TinyData, tmp_path: Pa
     launches = read_launches(str(tmp_path / "run"))
     assert len(launches) == 2
     assert launches[0]["world_size"] == 1
+    assert [launch["from_iteration"] for launch in launches] == [0, 3]
+    assert launches[0]["config"]["train"]["train_iters"] == 3
     assert launches[0]["versions"]["torch"] == torch.__version__
     assert launches[0]["versions"]["megatron-core"].startswith("0.16")
     assert launches[0]["command"]
@@ -172,6 +175,16 @@ def test_lines_of_steps_that_a_kill_undid_are_dropped(config: RunConfig) -> None
     assert [path.name for path in Path(config.run_dir).iterdir()] == ["metrics.jsonl"]
 
 
+def test_a_record_is_not_joined_to_one_that_a_kill_cut(tmp_path: Path) -> None:
+    path = tmp_path / "bad_steps.jsonl"
+    for torn in ("", '{"iteration": 9', '{"iteration": 1}\n{"iteration": 9, "lm_lo'):
+        path.write_text(torn)
+        append_record(str(path), {"iteration": 2})
+        append_record(str(path), {"iteration": 3})
+        numbers = [found["iteration"] for found in read_bad_steps(str(tmp_path))]
+        assert numbers == ([1, 2, 3] if "\n" in torn else [2, 3])
+
+
 def test_only_rank_0_writes(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics.dist, "get_rank", lambda: 1)
     writer = MetricsWriter(config, 0)
@@ -194,7 +207,8 @@ def test_tensorboard_has_the_values_and_forgets_what_a_kill_undid(config: RunCon
 
 def test_weights_and_biases_offline_gets_the_records(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = pytest.importorskip("wandb")
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    config.logging.wandb_mode = "offline"
     monkeypatch.setenv("WANDB_SILENT", "true")
     logged: list[tuple[int, float]] = []
     config.logging.wandb_project = "tiny"
@@ -206,4 +220,13 @@ def test_weights_and_biases_offline_gets_the_records(config: RunConfig, monkeypa
     writer.write(record(1, 5.0))
     writer.close()
     assert logged == [(1, 5.0)]
-    assert list(Path(config.run_dir, "wandb").glob("offline-run-*/*.wandb"))
+    run_id = wandb_run_id(config.run_dir)
+    assert list(Path(config.run_dir, "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
+
+
+def test_runs_of_one_name_are_two_to_weights_and_biases_and_a_resumed_one_is_one(tmp_path: Path) -> None:
+    found = []
+    for name in ("a", "b", "a"):
+        (tmp_path / name / "reverse").mkdir(parents=True, exist_ok=True)
+        found.append(wandb_run_id(str(tmp_path / name / "reverse")))
+    assert found[0] == found[2] != found[1]

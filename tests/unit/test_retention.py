@@ -29,6 +29,13 @@ def test_newest_and_multiples_stay(
     assert outdated(iterations, latest, CheckpointConfig(keep_last=keep_last, keep_interval=keep_interval)) == gone
 
 
+@pytest.mark.parametrize(
+    ("replayed", "gone"), [([15], [20, 30]), ([15, 25], [30]), ([45], [10, 20, 30]), ([5], [10, 20, 30]), ([20], [20, 30])]
+)
+def test_the_checkpoint_before_a_bad_step_stays(replayed: list[int], gone: list[int]) -> None:
+    assert outdated([10, 20, 30, 40, 50], 50, CheckpointConfig(keep_last=2), replayed) == gone
+
+
 def make(folder: Path, *iterations: int) -> None:
     for iteration in iterations:
         checkpoint = folder / f"iter_{iteration:07d}"
