@@ -60,6 +60,10 @@ class CheckpointStore:
         """Finish the pending checkpoint, waiting for it. Raises as `CheckpointWriter.save`."""
         self.writer.finish()
 
+    def seconds_to_finish(self) -> float:
+        """What a run that stops now would wait for its checkpoints, by those it has made; 0 before the first."""
+        return self.writer.seconds_to_finish()
+
     def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         """Fill model, optimizer and scheduler from a checkpoint of any layout."""
         if self.settings.verify_on_load:

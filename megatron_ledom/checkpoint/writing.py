@@ -12,6 +12,7 @@ import os
 import queue
 import shutil
 import signal
+import time
 import traceback
 from dataclasses import dataclass, replace
 from functools import partial
@@ -87,6 +88,7 @@ class CheckpointWriter:
 
     def __init__(self, folder: str, settings: CheckpointConfig, replicas: dist.ProcessGroup | None) -> None:
         self.folder, self.settings = folder, settings
+        self._longest_save, self._begun = 0.0, 0.0
         self._calls = AsyncCallsQueue(persistent=False)
         self._strategy = _Strategy("torch_dist", 1, thread_count=1)
         # ranks that hold the same tensors share the writing of them
@@ -98,6 +100,7 @@ class CheckpointWriter:
         Waits for the one before. Raises DataError or TransientError, on every rank, when that or this one cannot be written.
         """
         self.wait()
+        self._begun = time.monotonic()
         name = checkpoint_name(manifest.iteration)
         part = os.path.join(self.folder, name + PART)
         if not self._begin(name, part):
@@ -138,6 +141,12 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             sweep(self.folder)
 
+    def seconds_to_finish(self) -> float:
+        """What `save` and `finish` would take now: the rest of the pending save and a whole one, as long as the longest so far."""
+        pending = time.monotonic() - self._begun if self._calls.async_calls else 0.0
+        whole = max(self._longest_save, pending)
+        return whole + (whole - pending if self._calls.async_calls else 0.0)
+
     def is_writing(self) -> bool:
         """Whether this rank's writer still runs."""
         calls = self._calls.async_calls
@@ -177,6 +186,7 @@ class CheckpointWriter:
         dist.broadcast_object_list(failure, src=0)
         if failure[0] is not None:
             raise failure[0]
+        self._longest_save = max(self._longest_save, time.monotonic() - self._begun)
         log.info("saved %s", os.path.join(self.folder, checkpoint_name(pending.manifest.iteration)))
 
     def _publish(self, pending: _Pending, outcomes: list[Share | LedomError]) -> LedomError | None:
