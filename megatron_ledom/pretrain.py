@@ -110,7 +110,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     from megatron_ledom.data.dataset import index_cache
     from megatron_ledom.data.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
-    from megatron_ledom.parallel.groups import start_distributed, stop_distributed
+    from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.training.launch_record import write_launch
     from megatron_ledom.training.loop import train
@@ -132,6 +132,8 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     try:
         with Watchdog(config) as watchdog:
             train(build_state(config, sources, platform, groups, choice, checkpoint), stop, watchdog)
+            watchdog.tell("waiting for the last rank", patient=True)
+            wait_for_all_ranks()  # rank 0 has most to close; srun gives the others' end a minute, then kills
     finally:
         stop_distributed()
 

@@ -91,7 +91,8 @@ class Reporter:
                 self.bar.set_postfix(loss=f"{result.lm_loss:.3f}", tokens_per_second=shown)
 
     def close(self) -> None:
-        """Write and close everything."""
+        """Write and close everything; a tracking service may take its time."""
+        self.watchdog.tell("closing the reports", self.state.iteration, patient=True)
         self.profiler.close(self.state.iteration)
         self.bar.close()
         self.metrics.close()
