@@ -1,9 +1,20 @@
-"""Mistakes of the user, as exceptions: each message says what was found, what was expected and what to do."""
+"""Mistakes of the user, as exceptions: each message says what was found, what was expected and what to do.
+
+Exit codes of every command line: 0 done; 1 a check failed, and 2 wrong usage: a new start would fail again; 3 (`UNFORESEEN`)
+what a new start may overcome: a disk or file server that fails for a while, a helper that was killed, in training also a lost
+rank and every other exception. Training also ends with 75 when a rank hangs (`training.watchdog.EXIT_CODE`).
+"""
 
 import errno
 import sys
 from collections.abc import Callable
 from typing import NoReturn
+
+UNFORESEEN = 3
+"""Exit code of a failure that a new start may overcome: scripts start such a run again, and no other that failed."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+LASTING = (*FULL, errno.EACCES, errno.EPERM)
+"""Errors of a file system that a new start meets as well."""
 
 
 class LedomError(ValueError):
@@ -38,16 +49,28 @@ class StoppedError(LedomError):
     """Training stopped by itself because going on would waste the machine, for example a loss that is not finite."""
 
 
-def cannot_write(error: OSError, path: str) -> DataError:
+class TransientError(LedomError):
+    """The machine failed, not the user: a disk or file server that does not answer, a helper that was killed."""
+
+    exit_code = UNFORESEEN
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether this is an error of the file system that a new start may overcome, such as EIO, ESTALE or a vanished mount."""
+    return isinstance(error, OSError) and error.errno not in LASTING
+
+
+def cannot_write(error: OSError, path: str) -> LedomError:
     """What to say when writing a file failed in the middle of work that can be taken up again."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in FULL:
         advice = "make room, then run the same command again: what is finished is kept"
         return DataError(f"{path} cannot be written: {error.strerror}; {advice}")
-    return DataError(f"{path} cannot be written ({error.strerror}); check the disk, then run the same command again")
+    kind = TransientError if may_pass(error) else DataError
+    return kind(f"{path} cannot be written ({error.strerror}); check the disk, then run the same command again")
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command line's `main` and exit the process: 0 done, 1 a check failed, 2 wrong usage."""
+    """Run a command line's `main` and exit the process with its code, see the top of this file."""
     try:
         code = main() or 0
     except LedomError as error:
@@ -57,7 +80,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}; check that it is there and may be used", file=sys.stderr)
-        code = 1
+        given_wrongly = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
+        code = UNFORESEEN if may_pass(error) and not isinstance(error, given_wrongly) else 1
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         code = 130

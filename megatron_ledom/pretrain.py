@@ -3,8 +3,7 @@
 `srun python -m megatron_ledom.pretrain ...` does the same inside a SLURM job. The same command on the same `run_dir` goes on
 where the last one stopped. SIGTERM, SIGUSR1 or SIGUSR2 saves at the next step boundary and exits with 0, and so does the
 approach of the job's time limit. Send signals to the ranks, as srun does: torchrun passes SIGTERM on, but kills them after 30
-seconds. Exit codes: 0 the run is complete, or saved to go on (`--progress` tells), 1 a check failed, 2 wrong usage, 3 anything
-unforeseen, such as a rank that was lost.
+seconds. Exit codes are those of `errors.py`; 0 says that the run is complete, or saved to go on (`--progress` tells).
 """
 
 import argparse
@@ -20,14 +19,11 @@ from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.errors import LedomError, UsageError, run_command
+from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, UsageError, run_command
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.training.resilience import StopRequest, find_deadline
 
 log = logging.getLogger("megatron_ledom.pretrain")
-
-UNFORESEEN = 3
-"""Exit code of a failure that a new start may overcome."""
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -74,13 +70,13 @@ def main() -> int:
 
 
 def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest) -> int:
-    """0, or UNFORESEEN after an error that is not the user's: scripts start such a run again, and no other that failed."""
+    """0, or UNFORESEEN after an error that is not the user's."""
     try:
         run(config, launch, stop)
     except (LedomError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
-        if isinstance(error, OSError) and error.filename is not None:
+        if isinstance(error, OSError) and error.errno in LASTING:
             raise  # `run_command` names the file
         log.exception("rank %d failed", launch.rank)
         return UNFORESEEN
@@ -109,7 +105,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     from megatron_ledom.data.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.agreement import from_first_rank
-    from megatron_ledom.parallel.groups import start_distributed, stop_distributed
+    from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.training.launch_record import write_launch
     from megatron_ledom.training.loop import train
@@ -138,6 +134,8 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
             from_first_rank(take_run_folder)
             watchdog = held.enter_context(Watchdog(config, launch))
             train(build_state(config, sources, platform, groups, choice, checkpoint), stop, watchdog)
+            watchdog.tell("waiting for the last rank", patient=True)
+            wait_for_all_ranks()  # rank 0 has most to close; srun gives the others' end a minute, then kills
     finally:
         stop_distributed()
 

@@ -135,9 +135,9 @@ class Ranks:
     def __init__(self, processes: list[Any], log: Path) -> None:
         self.processes, self.log = processes, log
 
-    def wait(self, seconds: float = SECONDS) -> list[int]:
-        """The ranks' exit codes, once all have ended; ranks that hang are killed."""
-        end = time.monotonic() + seconds
+    def wait(self, seconds: float | None = None) -> list[int]:
+        """The ranks' exit codes, once all have ended; ranks that hang are killed, after SECONDS if not said otherwise."""
+        end = time.monotonic() + (SECONDS if seconds is None else seconds)
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
         for process in self.processes:
@@ -230,7 +230,7 @@ def run_on_ranks(config: Path, run_dir: Path, *overrides: str, num_ranks: int = 
 
 
 def run_each_on_ranks(
-    config: Path, runs: dict[Path, list[str]], *, num_ranks: int, hook: Hook | None = None, seconds: float = SECONDS
+    config: Path, runs: dict[Path, list[str]], *, num_ranks: int, hook: Hook | None = None, seconds: float | None = None
 ) -> dict[Path, list[Record]]:
     """Several runs one after the other in one launch of ranks: overrides by run folder -> records by run folder."""
     log = next(iter(runs)).with_suffix(".log")

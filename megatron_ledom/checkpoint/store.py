@@ -18,7 +18,7 @@ from megatron_ledom.checkpoint.folder import LATEST, latest_checkpoint
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, load_manifest
 from megatron_ledom.checkpoint.writing import CheckpointWriter
 from megatron_ledom.config.schema import CheckpointConfig
-from megatron_ledom.errors import DataError
+from megatron_ledom.errors import DataError, TransientError, may_pass
 from megatron_ledom.parallel.agreement import from_first_rank
 from megatron_ledom.parallel.gathering import gathered_weights
 
@@ -54,16 +54,20 @@ class CheckpointStore:
             self.writer.save(manifest, state, content)
 
     def poll(self) -> None:
-        """Finish the pending checkpoint if it is written. Call once a step. Raises DataError when it could not be written."""
+        """Finish the pending checkpoint if it is written. Call once a step. Raises as `CheckpointWriter.save`."""
         self.writer.poll()
 
     def finish(self) -> None:
-        """Finish the pending checkpoint, waiting for it. Raises DataError when it could not be written."""
+        """Finish the pending checkpoint, waiting for it. Raises as `CheckpointWriter.save`."""
         self.writer.finish()
 
     def keep_for_replay(self, iterations: list[int]) -> None:
         """From now on the checkpoint before each of these, and of no others, outlives `checkpoint.keep_last`."""
         self.writer.replayed = iterations
+
+    def seconds_to_finish(self) -> float:
+        """What a run that stops now would wait for its checkpoints, by those it has made; 0 before the first."""
+        return self.writer.seconds_to_finish()
 
     def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         """Fill model, optimizer and scheduler from a checkpoint of any layout."""
@@ -120,6 +124,8 @@ def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]
     except UNREADABLE as error:
         failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
         reason = failures[0][0] if failures else error  # the whole text of the former is every rank's traceback
+        if may_pass(reason):
+            raise TransientError(f"{checkpoint} cannot be read ({reason}); check the disk, then start again") from error
         raise DataError(
             f"{checkpoint} cannot be read ({type(reason).__name__}: {reason}); it is damaged, or of another layer"
             f" implementation: use an earlier one, to which {LATEST} beside it has to point if the run shall go on from there"

@@ -12,6 +12,7 @@ import os
 import queue
 import shutil
 import signal
+import time
 import traceback
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,7 +38,7 @@ from megatron_ledom.checkpoint.folder import (
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
 from megatron_ledom.checkpoint.retention import retire, sweep
 from megatron_ledom.config.schema import CheckpointConfig
-from megatron_ledom.errors import DataError, cannot_write
+from megatron_ledom.errors import DataError, LedomError, TransientError, cannot_write
 from megatron_ledom.platform.processes import die_with_the_parent, leave_signals_to_the_parent
 from megatron_ledom.platform.save_results import SaveResults
 
@@ -68,14 +69,17 @@ class _Pending:
     process: Any = None
     """The writer process; None when written in this one."""
 
-    def outcome(self) -> Share | str:
+    def outcome(self) -> Share | LedomError:
         """This rank's share, or what went wrong with it, once its writer has ended."""
         try:
-            outcome: Share | str = self.results.get_nowait()
+            outcome: Share | LedomError = self.results.get_nowait()
         except queue.Empty:
             code = None if self.process is None else self.process.exitcode
             how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
-            return f"the process that wrote its share of {self.part} {how}; often memory ran out: the host needs room for a copy of the state"
+            return TransientError(
+                f"the process that wrote its share of {self.part} {how}; often memory ran out: the host needs room for a copy"
+                " of the state"
+            )
         return outcome
 
 
@@ -86,6 +90,7 @@ class CheckpointWriter:
         self.folder, self.settings = folder, settings
         self.replayed: list[int] = []
         """Iterations whose replay shall stay short: the checkpoint before each is not retired. Of the first rank."""
+        self._longest_save, self._begun = 0.0, 0.0
         self._calls = AsyncCallsQueue(persistent=False)
         self._strategy = _Strategy("torch_dist", 1, thread_count=1)
         # ranks that hold the same tensors share the writing of them
@@ -94,9 +99,10 @@ class CheckpointWriter:
     def save(self, manifest: CheckpointManifest, state: dict[str, Any], content: dict[str, Any]) -> None:
         """Begin a checkpoint of the sharded `state` as it is now; without `async_save` also end it.
 
-        Waits for the one before. Raises DataError, on every rank, when that or this one cannot be written.
+        Waits for the one before. Raises DataError or TransientError, on every rank, when that or this one cannot be written.
         """
         self.wait()
+        self._begun = time.monotonic()
         name = checkpoint_name(manifest.iteration)
         part = os.path.join(self.folder, name + PART)
         if not self._begin(name, part):
@@ -137,6 +143,12 @@ class CheckpointWriter:
         if dist.get_rank() == 0:
             sweep(self.folder)
 
+    def seconds_to_finish(self) -> float:
+        """What `save` and `finish` would take now: the rest of the pending save and a whole one, as long as the longest so far."""
+        pending = time.monotonic() - self._begun if self._calls.async_calls else 0.0
+        whole = max(self._longest_save, pending)
+        return whole + (whole - pending if self._calls.async_calls else 0.0)
+
     def is_writing(self) -> bool:
         """Whether this rank's writer still runs."""
         calls = self._calls.async_calls
@@ -160,38 +172,41 @@ class CheckpointWriter:
                         move_to_trash(self.folder, name + PART)
                     os.makedirs(part)
             except OSError as error:
-                answer[0] = str(cannot_write(error, part))
+                answer[0] = cannot_write(error, part)
         dist.broadcast_object_list(answer, src=0)
         if answer[0] is not None:
-            raise DataError(answer[0])
+            raise answer[0]
         return bool(answer[1])
 
     def _finalize(self, pending: _Pending) -> None:
-        """Make the checkpoint one that counts, if all shares are written. Raises DataError on every rank if not."""
+        """Make the checkpoint one that counts, if all shares are written. Raises on every rank if not, as `save`."""
         outcomes: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(pending.outcome(), outcomes, dst=0)
-        failure: list[str | None] = [None]
+        failure: list[LedomError | None] = [None]
         if outcomes is not None:
             failure = [self._publish(pending, outcomes)]
         dist.broadcast_object_list(failure, src=0)
         if failure[0] is not None:
-            raise DataError(failure[0])
+            raise failure[0]
+        self._longest_save = max(self._longest_save, time.monotonic() - self._begun)
         log.info("saved %s", os.path.join(self.folder, checkpoint_name(pending.manifest.iteration)))
 
-    def _publish(self, pending: _Pending, outcomes: list[Share | str]) -> str | None:
+    def _publish(self, pending: _Pending, outcomes: list[Share | LedomError]) -> LedomError | None:
         """The first rank's part of `_finalize`. Returns what went wrong; then what was written is deleted, to give room."""
-        failures = [f"rank {rank}: {what}" for rank, what in enumerate(outcomes) if isinstance(what, str)]
+        failures = {f"rank {rank}: ": what for rank, what in enumerate(outcomes) if isinstance(what, LedomError)}
         shares = [outcome for outcome in outcomes if isinstance(outcome, Share)]
         if not failures:
             try:
                 _complete(pending, shares)
                 self._put_in_place(pending.part, checkpoint_name(pending.manifest.iteration))
             except OSError as error:
-                failures = [str(cannot_write(error, error.filename or pending.part))]
+                failures = {"": cannot_write(error, error.filename or pending.part)}
         if failures:
             shutil.rmtree(pending.part, ignore_errors=True)
-            return (
-                f"checkpoint {pending.manifest.iteration} was not saved, those before it are untouched: {'; '.join(failures)}"
+            passing = all(isinstance(what, TransientError) for what in failures.values())
+            found = "; ".join(f"{who}{what}" for who, what in failures.items())
+            return (TransientError if passing else DataError)(
+                f"checkpoint {pending.manifest.iteration} was not saved, those before it are untouched: {found}"
             )
         retire(self.folder, self.settings, self.replayed)
         return None
@@ -257,9 +272,9 @@ def _write_share(
             share.files[os.path.basename(path)] = checksum(path)
         results.put(share)
     except OSError as error:
-        results.put(str(cannot_write(error, path)))
+        results.put(cannot_write(error, path))
     except Exception:
-        results.put(f"{path} could not be written:\n{traceback.format_exc()}")
+        results.put(TransientError(f"{path} could not be written:\n{traceback.format_exc()}"))
 
 
 def _write_file(bucket: Any, transforms: list[Any]) -> list[Any]:

@@ -208,9 +208,10 @@ class TrainConfig:
     """Save and exit after the first iteration that is a multiple of this; the same command goes on from there."""
     exit_before_limit_seconds: NotNegative | None = None
     """Save and exit so long before SLURM's time limit; default: a tenth of the time that is left at the start, at most 600.
-    A step or save that has taken long is allowed for. 0: the limit is not looked at."""
+    It leaves earlier by one step and by the saves it would wait for (one being written, and its last), each as long as the longest
+    so far. 0: the limit is not looked at."""
     exit_duration_seconds: Positive | None = None
-    """Save and exit when this much time has passed since the start of the process, under any launcher."""
+    """Save and exit so that this much time has passed since the start of the process, under any launcher; earlier as above."""
     num_threads: Positive | None = None
     """CPU threads of a rank; default: the machine's cores over the ranks on it."""
     on_nonfinite: Literal["stop", "skip", "roll_back"] = "stop"

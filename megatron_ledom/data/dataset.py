@@ -17,7 +17,7 @@ from megatron.core.datasets.utils import Split
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.sample_index import Arrays, SampleIndex, index_plan
 from megatron_ledom.data.sources import Blend, Source, Sources
-from megatron_ledom.errors import DataError
+from megatron_ledom.errors import DataError, TransientError, may_pass
 
 FILES_A_SHARD = 3
 """That stay open with a shard: .idx mapped, .bin, and .bin mapped."""
@@ -95,7 +95,9 @@ class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         try:
             return SourceSamples(part.source.prefix, arrays, self._config)
         except (OSError, AssertionError, ValueError) as error:
-            raise DataError(
+            # megatron-core asserts that they are there
+            is_away = not all(os.path.exists(part.source.prefix + ending) for ending in (".bin", ".idx"))
+            raise (TransientError if is_away or may_pass(error) else DataError)(
                 f"the shard {part.source.prefix} was sound when the run started and cannot be opened now ({error}); look for what"
                 " changes it, then start again: the run goes on from its last checkpoint"
             ) from error

@@ -86,6 +86,11 @@ def nccl_options(parallel: ParallelConfig) -> dict[str, Any]:
     }
 
 
+def wait_for_all_ranks() -> None:
+    """Return when every rank is here."""
+    dist.barrier()
+
+
 def stop_distributed() -> None:
     """Leave all process groups; safe to call when there are none."""
     if dist.is_initialized():

@@ -14,7 +14,7 @@ from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAM
 from megatron.core.optimizer import distrib_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
-from megatron_ledom.errors import DataError, cannot_write
+from megatron_ledom.errors import LedomError, cannot_write
 from megatron_ledom.platform.adam import GroupStepAdam
 from megatron_ledom.platform.apex import find_apex
 from megatron_ledom.platform.save_results import SaveResults
@@ -56,11 +56,11 @@ def _agree_on_common_state() -> None:
 
 
 class _AgreedCommonState(TorchCommonSaveStrategy):  # type: ignore[misc]
-    """The small state that is alike on all ranks: on disk when this returns, or a DataError on every rank."""
+    """The small state that is alike on all ranks: on disk when this returns, or an error on every rank."""
 
     def save_common(self, common_state_dict: dict[str, Any], checkpoint_dir: Any) -> None:
         """Write it on the first rank, through Python's own file: torch's loses the reason for a failure."""
-        failure: list[str | None] = [None]
+        failure: list[LedomError | None] = [None]
         if dist.get_rank() == 0:
             path = os.path.join(checkpoint_dir, COMMON_STATE_FNAME)
             content = io.BytesIO()
@@ -71,10 +71,10 @@ class _AgreedCommonState(TorchCommonSaveStrategy):  # type: ignore[misc]
                     file.flush()
                     os.fsync(file.fileno())
             except OSError as error:
-                failure = [str(cannot_write(error, path))]
+                failure = [cannot_write(error, path)]
         dist.broadcast_object_list(failure, src=0)
         if failure[0] is not None:
-            raise DataError(failure[0])
+            raise failure[0]
 
 
 def _fix_padded_buckets() -> None:

@@ -11,7 +11,7 @@ SIGEV_THREAD = 2  # of bits/sigevent-consts.h
 # found here, not where it is needed: a forked child may wait for ever for the loader's lock, which a thread that it does not
 # have held when it was forked
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 """What a batch system or a terminal sends to every process of a job at once."""
 
 

@@ -22,7 +22,9 @@ def train(state: TrainState, stop: StopRequest, watchdog: Watchdog) -> None:
             batches = reporter.open_batches()
             continue
         reporter.end_step(result)
-        stopping = stop.agreed(state.platform.device) or _is_multiple(state.iteration, config.train.exit_interval)
+        stopping = stop.agreed(state.platform.device, state.store.seconds_to_finish()) or _is_multiple(
+            state.iteration, config.train.exit_interval
+        )
         if (
             stopping
             or state.iteration == config.train.train_iters

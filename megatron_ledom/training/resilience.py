@@ -37,12 +37,15 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
 
-    def agreed(self, device: "torch.device") -> bool:
-        """Whether any rank has to stop; the same answer on every rank. Call on every rank at every step boundary."""
+    def agreed(self, device: "torch.device", seconds_to_save: float) -> bool:
+        """Whether any rank has to stop; the same answer on every rank. Call on every rank at every step boundary.
+
+        `seconds_to_save` is how long this rank would take to save and leave.
+        """
         import torch
         import torch.distributed as dist
 
-        too_late = self.deadline is not None and self.deadline.reached()
+        too_late = self.deadline is not None and self.deadline.reached(seconds_to_save)
         flag = torch.tensor(int(too_late or self.received is not None), dtype=torch.int32, device=device)
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         stop = bool(flag.item())
@@ -59,27 +62,30 @@ class Deadline:
     def __init__(self, seconds_left: Callable[[], float | None]) -> None:
         self.seconds_left = seconds_left
         self.longest = 0.0
-        """Seconds from one step boundary to the next, the longest so far: saves and validations are in it."""
+        """Seconds from one step boundary to the next, the longest so far, validations too; of a save, what training waits for."""
+        self.seconds_to_save = 0.0
         self.last: float | None = None
         left = seconds_left()
         self.at = None if left is None else time.monotonic() + left
 
-    def reached(self) -> bool:
-        """Whether one more step might end too late. Call at every step boundary."""
+    def reached(self, seconds_to_save: float) -> bool:
+        """Whether one more step, and `seconds_to_save` after it, might end too late. Call at every step boundary."""
         now = time.monotonic()
         if self.last is not None:
             self.longest = max(self.longest, now - self.last)
-        self.last = now
-        if self.at is None or now + self.longest < self.at:
+        self.last, self.seconds_to_save = now, seconds_to_save
+        needed = self.longest + seconds_to_save
+        if self.at is None or now + needed < self.at:
             return False
         left = self.seconds_left()  # asked again: the limit of a job can be extended while it runs
         self.at = self.at if left is None else now + left
-        return now + self.longest >= self.at
+        return now + needed >= self.at
 
     def describe(self) -> str:
         """Why it is time to leave."""
         left = 0.0 if self.at is None else max(0.0, self.at - time.monotonic())
-        return f"{left:.0f} s are left to train in, and a step has taken up to {self.longest:.1f} s"
+        needed = f"a step has taken up to {self.longest:.1f} s, and saving would take {self.seconds_to_save:.1f} s"
+        return f"{left:.0f} s are left to train in, {needed}"
 
 
 def find_deadline(train: TrainConfig, started: float | None = None) -> Deadline:

@@ -52,12 +52,14 @@ def train_and_save(config_file: str, run_dir: str) -> None:
     batches = batch_iterators(
         config, state.train_dataset, 0, train_samples(config), groups, platform.device, state.provenance.eod_id
     )
-    writer = state.store.writer
+    longest = 0.0
+    assert state.store.seconds_to_finish() == 0
     for step in range(1, 7):
         train_step(config, state.model, state.optimizer, batches, groups, lambda *_: Verdict(Action.UPDATE))
         state.advance()
         if step in (2, 4):
             save_checkpoint(state)
+            began = time.monotonic()
             with gathered_weights(state.model):
                 entries = sharded_weights(state.model, state.store.metadata)["model"].items()
                 names = {name: entry.key for name, entry in entries if hasattr(entry, "key")}
@@ -66,10 +68,14 @@ def train_and_save(config_file: str, run_dir: str) -> None:
                 torch.save({names.get(name, name): weight for name, weight in live.items()}, f"{run_dir}/live{step}.pt")
         state.store.poll()
         if step in (3, 5):  # two steps have changed the weights since
-            assert writer.is_writing()
+            assert state.store.writer.is_writing()
+            held = time.monotonic() - began
+            assert state.store.seconds_to_finish() >= max(longest, held)  # the rest of this one, and one more
             torch.distributed.barrier()
             Path(f"{run_dir}/write{step - 1}").touch()
             state.store.finish()
+            longest = max(longest, held)
+            assert state.store.seconds_to_finish() >= longest
     stop_distributed()
 
 

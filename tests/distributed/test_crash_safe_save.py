@@ -21,6 +21,8 @@ import torch
 from megatron_ledom.checkpoint.checksums import content_faults, size_faults
 from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest
+from megatron_ledom.platform.processes import JOB_SIGNALS
+from megatron_ledom.training.resilience import STOP_SIGNALS
 from tests.tiny_runs import TinyData, read_tensors, start_ranks
 
 WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
@@ -83,12 +85,12 @@ def save(config_file: str, folder: str, iteration: int, *, elements: int = 1000,
     if how.get("full_disk_on_rank") == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
     if how.get("signals"):
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             signal.signal(number, lambda *_: None)
     writer.save(manifest, state, {})
     tensor.fill_(-1.0)  # training goes on
     if how.get("signals"):
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             os.killpg(0, number)
     if how.get("kill_writer_of_rank") == rank:
         pid = writer.writer_pid()
@@ -172,10 +174,14 @@ def test_a_full_disk_on_one_rank_is_a_clear_error_on_all_and_leaves_the_checkpoi
 def test_a_writer_that_is_killed_is_an_error_with_its_cause(data: TinyData, tmp_path: Path) -> None:
     assert saved(data, tmp_path, 1, num_ranks=2)[0] == [0, 0]
     codes, output = saved(data, tmp_path, 2, num_ranks=2, kill_writer_of_rank=1, elements=BIG)
-    assert codes == [1, 1], output
+    assert codes == [3, 3], output
     assert "rank 1: the process that wrote its share of" in output
     assert "was killed by SIGKILL; often memory ran out" in output
     assert check_whole(tmp_path) == 1
+
+
+def test_a_writer_leaves_every_signal_that_stops_a_run_to_its_rank() -> None:
+    assert set(STOP_SIGNALS) < set(JOB_SIGNALS)
 
 
 def test_signals_to_all_processes_of_a_job_do_not_end_a_save(data: TinyData, tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """How a run ends that does not come to its end: by a set time, by a rank that is lost; and what scripts are told of it."""
 
+import os
 import signal
 import time
+from functools import partial
 from pathlib import Path
 
 from tests.tiny_runs import TinyData, read_metrics, run_command, run_on_ranks, start_ranks
@@ -16,6 +18,35 @@ def test_run_leaves_when_its_time_is_over_and_tells_how_far_it_came(data: TinyDa
     assert (run_dir / "checkpoints/latest").read_text() == f"iter_{last:07d}\n"
     told = run_command("--config", str(data.config), "--progress", f"run_dir={run_dir}", *LONG)
     assert (told.returncode, told.stdout) == (0, f"{last} 100000\n"), told.stderr
+
+
+def close_slowly(folder: Path) -> None:
+    """Rank 0 waits for its reports, as for a tracking service; the other one notes whether it was gone before that."""
+    from megatron_ledom.parallel import groups
+    from megatron_ledom.training.metrics import MetricsWriter
+
+    close, stop, is_first = MetricsWriter.close, groups.stop_distributed, os.environ["RANK"] == "0"
+
+    def closed_late(writer: MetricsWriter) -> None:
+        close(writer)
+        if is_first:
+            time.sleep(1)
+            (folder / "closed").touch()
+
+    def noted() -> None:
+        if not is_first and not (folder / "closed").exists():
+            (folder / "gone early").touch()
+        stop()
+
+    MetricsWriter.close = closed_late  # type: ignore[method-assign]
+    groups.stop_distributed = noted
+
+
+def test_no_rank_leaves_before_the_last_one_is_done(data: TinyData, tmp_path: Path) -> None:
+    """srun kills the rest of a step a minute after its first rank has ended."""
+    run_on_ranks(data.config, tmp_path / "run", "train.train_iters=3", num_ranks=2, hook=partial(close_slowly, tmp_path))
+    assert (tmp_path / "closed").exists()
+    assert not (tmp_path / "gone early").exists()
 
 
 def test_rank_that_loses_another_says_that_a_new_start_may_help(data: TinyData, tmp_path: Path) -> None:

@@ -31,12 +31,14 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def seconds_trained(clock: Clock, deadline: Deadline, step_seconds: Callable[[int], float] = lambda _: 10) -> float:
+def seconds_trained(
+    clock: Clock, deadline: Deadline, step_seconds: Callable[[int], float] = lambda _: 10, seconds_to_save: float = 0
+) -> float:
     """Take steps until the deadline says stop; the time that they took."""
     began = clock.now
     for step in range(20_000):
         clock.now += step_seconds(step)
-        if deadline.reached():
+        if deadline.reached(seconds_to_save):
             return clock.now - began
     raise AssertionError("the deadline never came")
 
@@ -72,11 +74,19 @@ def test_a_step_that_once_took_long_may_do_so_again(clock: Clock) -> None:
     assert seconds_trained(clock, deadline, lambda step: steps.get(step, 10.0)) == 810
 
 
+def test_a_save_beside_training_is_waited_for_at_the_end(clock: Clock) -> None:
+    """Its writing costs the steps nothing, so their length does not tell of it."""
+    clock.job_end = clock.now + 1000
+    deadline = find_deadline(train_config(exit_before_limit_seconds=100))
+    assert seconds_trained(clock, deadline, seconds_to_save=200) == 1000 - 100 - 200 - 10
+    assert "saving would take 200.0 s" in deadline.describe()
+
+
 def test_without_a_limit_a_run_never_leaves(clock: Clock) -> None:
     for keys in ({}, {"exit_before_limit_seconds": 60}):
         deadline = find_deadline(train_config(**keys))
         clock.now += 1e9
-        assert not deadline.reached()
+        assert not deadline.reached(1.0)
 
 
 def test_a_limit_that_was_extended_is_believed_and_slurm_is_not_asked_at_every_step(clock: Clock) -> None:

@@ -25,7 +25,7 @@ from megatron_ledom.data.sample_index import SampleIndex, build_arrays, index_pl
 from megatron_ledom.data.shard import hash_file
 from megatron_ledom.data.sources import Sources, load_sources
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, LedomError, UsageError
+from megatron_ledom.errors import DataError, LedomError, TransientError, UsageError
 from megatron_ledom.platform.launch import ALONE, Launch
 from tests.tiny_runs import TinyData, documents, write_shard, write_tiny_data
 
@@ -249,6 +249,20 @@ def test_no_more_files_are_open_than_allowed(data: TinyData, tmp_path: Path, mon
     every._source.cache_clear()
     kept = 1  # megatron-core's cache of its last look-ups keeps the other shard's .idx mapped
     assert len(os.listdir("/proc/self/fd")) - before <= dataset_module.FILES_A_SHARD + kept
+
+
+@pytest.mark.parametrize(("happens", "error"), [("gone", TransientError), ("another file", DataError)])
+def test_a_shard_that_cannot_be_opened_while_training(own: TinyData, tmp_path: Path, happens: str, error: type) -> None:
+    """A file server that is away for a while is worth a new start; a file that is another one is not."""
+    samples = build_train_dataset(*opened(own, tmp_path / "cache"), str(tmp_path / "cache"))
+    index = Path(own.shard("reverse_train") + ".idx")
+    if happens == "gone":
+        index.unlink()
+    else:
+        index.write_bytes(b"nothing" * 100)
+    with pytest.raises(LedomError, match="was sound when the run started and cannot be opened now") as raised:
+        samples[0]
+    assert type(raised.value) is error
 
 
 def _build_forever(lock: str, begun: Any) -> None:

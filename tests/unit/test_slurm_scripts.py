@@ -42,10 +42,15 @@ for task in "${tasks[@]}"; do
 done
 exit $status
 """
-FAKE_SCONTROL = """#!/bin/bash
+FAILS = """#!/bin/bash
+# the first {variable} calls fail
+echo >> "$RECORD/{variable}"
+(($(wc -l < "$RECORD/{variable}") > ${{{variable}:-0}})) || exit 1
+"""
+FAKE_SCONTROL = f"""{FAILS.format(variable="SCONTROL_FAILS")}
 echo "$@" >> "$RECORD/queued"
 """
-FAKE_SQUEUE = """#!/bin/bash
+FAKE_SQUEUE = f"""{FAILS.format(variable="SQUEUE_FAILS")}
 echo "$STATE"
 """
 FAKE_SBATCH = """#!/bin/bash
@@ -54,6 +59,11 @@ printf '%s\n' "$@" > "$RECORD/submitted"
 FAKE_PYTHON = """#!{python}
 import os, signal, sys, time
 if "--progress" in sys.argv:
+    with open(os.path.join(os.environ["RECORD"], "PROGRESS_FAILS"), "a+") as calls:
+        calls.write("call\\n")
+        calls.seek(0)
+        if len(calls.readlines()) <= int(os.environ.get("PROGRESS_FAILS", 0)):
+            sys.exit(1)
     print(os.environ["PROGRESS"])
     sys.exit()
 saved = []
@@ -134,9 +144,18 @@ class Cluster:
             (folder / name).chmod(0o755)
 
     def start(
-        self, *arguments: str, seconds: float = 0, status: int = 0, progress: str = "7 7", state: str = "RUNNING"
+        self,
+        *arguments: str,
+        seconds: float = 0,
+        status: int = 0,
+        progress: str = "7 7",
+        state: str = "RUNNING",
+        fails: dict[str, int] | None = None,
     ) -> "subprocess.Popen[str]":
-        """The script as a job whose ranks take `seconds`, end with `status`, and have saved `progress`."""
+        """The script as a job whose ranks take `seconds`, end with `status`, and have saved `progress`.
+
+        `fails` says how many first calls of SQUEUE, SCONTROL or PROGRESS fail.
+        """
         slurm = {
             "SLURM_JOB_NODELIST": "node-[a-b]",
             "SLURM_JOB_ID": "4007",
@@ -145,6 +164,7 @@ class Cluster:
             "SLURM_CPUS_PER_TASK": "1",
         }
         behaviour = {"SECONDS_TO_TRAIN": str(seconds), "STATUS": str(status), "PROGRESS": progress, "STATE": state}
+        behaviour |= {f"{name}_FAILS": str(count) for name, count in (fails or {}).items()} | {"RETRY_SECONDS": "0"}
         environment = {**self.environment(), **slurm, **behaviour, "PYTHON": str(self.folder / "python")}
         command = ["bash", str(PRETRAIN), *arguments]
         return subprocess.Popen(command, env=environment, cwd=self.folder, stdout=subprocess.PIPE, text=True)
@@ -226,6 +246,34 @@ def test_lost_ranks_are_started_again_while_checkpoints_are_made(cluster: Cluste
     assert cluster.recorded("tiny-4007.failures").split() == ["0", "0", "3", "3", "3"]
     assert cluster.start().wait(timeout=30) == 0
     assert cluster.recorded("tiny-4007.failures") == ""
+
+
+@pytest.mark.parametrize("what", ["SQUEUE", "PROGRESS", "SCONTROL"])
+@pytest.mark.parametrize("status", [0, 137])
+def test_unfinished_run_is_requeued_when_what_is_asked_answers_at_last(cluster: Cluster, what: str, status: int) -> None:
+    """A controller that restarts, a file server that does not answer for a minute."""
+    assert cluster.start(progress="3 7", status=status, fails={what: 3}).wait(timeout=30) == status
+    assert cluster.recorded("queued") == "requeue 4007"
+
+
+@pytest.mark.parametrize(
+    ("what", "says"),
+    [
+        ("SQUEUE", "squeue does not tell the state of this job"),
+        ("PROGRESS", "how far the run has come cannot be read"),
+        ("SCONTROL", "scontrol does not queue this job again"),
+    ],
+)
+@pytest.mark.parametrize(("status", "job_status"), [(0, 3), (137, 137)])
+def test_job_that_learns_nothing_fails_and_says_so(
+    cluster: Cluster, what: str, says: str, status: int, job_status: int
+) -> None:
+    """With 0 it would pass for a complete run."""
+    job = cluster.start(progress="3 7", status=status, fails={what: 1000})
+    said, _ = job.communicate(timeout=30)
+    assert job.returncode == job_status
+    assert f"{says}; not queued again" in said
+    assert cluster.recorded("queued") == ""
 
 
 def test_pretrain_by_hand_checks_the_ranks_it_would_ask_for(cluster: Cluster, data: TinyData, tmp_path: Path) -> None:

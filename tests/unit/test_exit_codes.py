@@ -1,0 +1,70 @@
+"""The code a command ends with: 1 for what a new start meets again, 3 for what it may overcome."""
+
+import errno
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from megatron_ledom import pretrain
+from megatron_ledom.config.load import load_config
+from megatron_ledom.errors import UNFORESEEN, TransientError, cannot_write, run_command
+from megatron_ledom.platform.launch import read_launch
+from megatron_ledom.training.resilience import StopRequest
+from tests.tiny_runs import TinyData
+
+LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT)
+CODES = [(number, 1) for number in LASTING] + [(number, UNFORESEEN) for number in PASSING]
+NAMES = [errno.errorcode[number] for number, _ in CODES]
+
+
+def disk_error(number: int) -> OSError:
+    return OSError(number, os.strerror(number), "/data/shard.bin")
+
+
+def exit_code(error: Exception) -> int:
+    """Of a command whose work ends with this error."""
+
+    def work() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        run_command(work)
+    return int(str(ended.value.code))
+
+
+@pytest.mark.parametrize(("number", "code"), CODES, ids=NAMES)
+def test_training_that_meets_an_error_of_the_disk(
+    data: TinyData, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise disk_error(number)
+
+    monkeypatch.setattr(pretrain, "run", fail)
+    monkeypatch.setattr(StopRequest, "__init__", lambda self: None)
+    config = load_config(str(data.config), [])
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: pretrain.run_to_exit_code(config, read_launch(), StopRequest()))
+    assert ended.value.code == code
+
+
+@pytest.mark.parametrize(("number", "code"), CODES, ids=NAMES)
+def test_file_that_cannot_be_written(number: int, code: int) -> None:
+    """The error goes from a checkpoint's writer process to all ranks."""
+    error = cannot_write(disk_error(number), "a.bin")
+    assert exit_code(pickle.loads(pickle.dumps(error))) == code
+    assert isinstance(error, TransientError) == (code == UNFORESEEN)
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EIO, 3), (errno.ENOENT, 1), (errno.EISDIR, 1), (errno.EACCES, 1)])
+def test_file_that_was_named_by_hand(number: int, code: int) -> None:
+    """One that is not there will not be there at the next start."""
+    assert exit_code(disk_error(number)) == code
+
+
+def test_path_given_wrongly_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command(lambda: (tmp_path / "gone").read_text() and 0)
+    assert f"error: {tmp_path}/gone: No such file or directory" in capsys.readouterr().err
