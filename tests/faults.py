@@ -68,6 +68,9 @@ def _inject(kind: str, number: int, now: list[int], is_time: Callable[[], bool])
     def slow_save(state: Any) -> None:
         if kind == "slow_save":
             _sleep_here(number)
+        if kind == "spoil" and state.iteration == number:
+            with torch.no_grad():
+                next(state.model[0].parameters()).view(-1)[0] = float("nan")
         original_save(state)
 
     slow_methods = {

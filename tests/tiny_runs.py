@@ -7,6 +7,7 @@ Ranks are forked from one process that has imported everything, which spares eac
 import json
 import multiprocessing
 import os
+import random
 import runpy
 import signal
 import socket
@@ -14,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -263,12 +264,15 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on now."""
-    with ExitStack() as stack:
-        listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for listener in listeners:
-            listener.bind(("127.0.0.1", 0))
-        return [int(listener.getsockname()[1]) for listener in listeners]
+    """Different ports that nobody listens on now; of those that the system does not give to outgoing connections."""
+    ports: list[int] = []
+    while len(ports) < count:
+        port = random.SystemRandom().randrange(20_000, 32_000)  # not what a test has seeded
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            ports.append(port)
+        ports = list(dict.fromkeys(ports))
+    return ports
 
 
 def _be_rank(environment: dict[str, str], log: str, body: Callable[..., None], arguments: tuple[Any, ...]) -> None:

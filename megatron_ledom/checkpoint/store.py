@@ -7,6 +7,7 @@ moment leaves the checkpoint that `latest` names whole.
 import logging
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
@@ -46,10 +47,16 @@ class CheckpointStore:
         return load_manifest(checkpoint)
 
     def save(self, manifest: CheckpointManifest, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-        """Begin a checkpoint of the state as it is now; with `async_save` it is finished by `poll`, `finish` or the next save."""
+        """Begin a checkpoint of the state as it is now; with `async_save` it is finished by `poll`, `finish` or the next save.
+
+        Weights that are not finite are not saved: the checkpoint before stays the one to return to.
+        """
         self.writer.wait()  # before the host holds another copy of the state
         content = {key: value for key, value in self.metadata.items() if key != "dp_cp_group"}
         with gathered_weights(model):
+            if not _are_finite(model):
+                log.error("iteration %d is not saved: there are weights that are not finite", manifest.iteration)
+                return
             state = self._sharded(model, optimizer, scheduler, loading=False)
             self.writer.save(manifest, state, content)
 
@@ -131,6 +138,14 @@ def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]
             f" implementation: use an earlier one, to which {LATEST} beside it has to point if the run shall go on from there"
         ) from error
     return state
+
+
+def _are_finite(model: list[Any]) -> bool:
+    """Whether every weight of every rank is a number; the same answer on all ranks."""
+    finite = torch.stack([weight.detach().isfinite().all() for chunk in model for weight in chunk.parameters()]).all()
+    answer = finite.to(torch.int32)
+    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
+    return bool(answer)
 
 
 def unwrapped(model: Any) -> Any:

@@ -4,7 +4,6 @@ import logging
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_ledom.checkpoint.manifest import (
@@ -22,7 +21,6 @@ from megatron_ledom.data.sources import Sources
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.parallel.agreement import check_same
-from megatron_ledom.parallel.gathering import gathered_weights
 from megatron_ledom.parallel.groups import ParallelGroups
 from megatron_ledom.parallel.seeds import seed_iteration
 from megatron_ledom.platform.device import Platform
@@ -132,13 +130,7 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
 
 
 def save_checkpoint(state: TrainState) -> None:
-    """Begin a checkpoint of this iteration; `state.store` finishes it. Call on every rank.
-
-    Weights that are not finite are not saved: the checkpoint before stays the one to return to.
-    """
-    if not _weights_are_finite(state):
-        log.error("iteration %d is not saved: there are weights that are not finite", state.iteration)
-        return
+    """Begin a checkpoint of this iteration; `state.store` finishes it. Call on every rank."""
     manifest = CheckpointManifest.describe(
         state.config,
         state.provenance,
@@ -149,12 +141,3 @@ def save_checkpoint(state: TrainState) -> None:
         consumed_train_tokens=state.consumed_train_tokens,
     )
     state.store.save(manifest, state.model, state.optimizer, state.scheduler)
-
-
-def _weights_are_finite(state: TrainState) -> bool:
-    """Whether every weight of every rank is a number; the same answer on all ranks."""
-    with gathered_weights(state.model):
-        finite = [weight.detach().isfinite().all() for chunk in state.model for weight in chunk.parameters()]
-    answer = torch.stack(finite).all().to(torch.int32)
-    dist.all_reduce(answer, op=dist.ReduceOp.MIN)
-    return bool(answer)

@@ -35,6 +35,16 @@ def left_out(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
+def test_weights_that_are_not_finite_are_not_saved(data: TinyData, tmp_path: Path) -> None:
+    """The step after them stops the run, and the checkpoint it goes on from is the one before."""
+    run_dir = tmp_path / "run"
+    ranks = start_ranks(data.config, run_dir, *BASE, hook=partial(inject, "spoil:10"), num_ranks=2)
+    assert ranks.wait() == [1, 1], ranks.output()
+    assert "iteration 10 is not saved" in ranks.output()
+    assert (run_dir / "checkpoints/latest").read_text() == "iter_0000005\n"
+    assert bad_steps(run_dir)[0]["iteration"] == 11
+
+
 @pytest.mark.parametrize("kind", ["nan", "gradient"])
 def test_a_step_that_is_not_finite_stops_the_run_with_nothing_updated(data: TinyData, tmp_path: Path, kind: str) -> None:
     run_dir = tmp_path / "run"

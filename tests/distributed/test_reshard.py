@@ -17,7 +17,7 @@ import torch
 from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.checkpoint.store import CheckpointStore
 from megatron_ledom.config.load import load_config
-from tests.tiny_runs import TinyData, free_port, read_tensors, start_ranks
+from tests.tiny_runs import TinyData, free_ports, read_tensors, start_ranks
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 CHUNKS, SEQUENCE = "virtual_pipeline_model_parallel_size=2", "sequence_parallel=true"
@@ -118,10 +118,11 @@ def test_a_checkpoint_handed_through_every_layout_comes_back_unchanged(data: Tin
     random.shuffle(names)
     print("order:", names)
     first, run = overrides_of(names[0], optimizer), path_of(tmp_path, names[0])
-    visits: list[Visit] = [(first, run, run, free_port())]
+    ports = iter(free_ports(len(names) + 1))
+    visits: list[Visit] = [(first, run, run, next(ports))]
     for name in [*names[1:], names[0]]:
         target = path_of(tmp_path, f"{len(visits)}", name)
-        visits.append((overrides_of(name, optimizer), run, target, free_port()))
+        visits.append((overrides_of(name, optimizer), run, target, next(ports)))
         run = target
     be_layouts(data, tmp_path, visits)
     start = tmp_path / Path(visits[0][1]).name
@@ -134,9 +135,10 @@ def test_a_checkpoint_handed_through_every_layout_comes_back_unchanged(data: Tin
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_every_layout_loads_in_every_other(data: TinyData, tmp_path: Path, name: str, optimizer: str) -> None:
     own = path_of(tmp_path, name)
-    visits: list[Visit] = [(overrides_of(name, optimizer), own, own, free_port())]
+    ports = iter(free_ports(len(LAYOUTS) + 1))
+    visits: list[Visit] = [(overrides_of(name, optimizer), own, own, next(ports))]
     for other in LAYOUTS:
-        visits.append((overrides_of(other, optimizer), own, path_of(tmp_path, name, other), free_port()))
+        visits.append((overrides_of(other, optimizer), own, path_of(tmp_path, name, other), next(ports)))
     be_layouts(data, tmp_path, visits)
     for _, _, target, _ in visits[1:]:
         check_equal(Path(target), Path(own))
@@ -144,8 +146,8 @@ def test_every_layout_loads_in_every_other(data: TinyData, tmp_path: Path, name:
 
 def test_the_comparison_sees_two_layouts_that_were_not_handed_on(data: TinyData, tmp_path: Path) -> None:
     runs = [path_of(tmp_path, name) for name in ("DP4", "TP4")]
-    pairs = zip(("DP4", "TP4"), runs, strict=True)
-    be_layouts(data, tmp_path, [(overrides_of(name, "ordinary optimizer"), run, run, free_port()) for name, run in pairs])
+    ones = zip(("DP4", "TP4"), runs, free_ports(2), strict=True)
+    be_layouts(data, tmp_path, [(overrides_of(name, "ordinary optimizer"), run, run, port) for name, run, port in ones])
     for one, other in product(runs, runs):
         if one != other:
             with pytest.raises(AssertionError):
