@@ -185,9 +185,9 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept_as_it_is(data: TinyData
 
 
 def test_a_run_that_would_end_before_its_checkpoint_is_refused(data: TinyData, trained: Path) -> None:
-    code, message = refused(data, trained, "train.train_iters=4", "train.global_batch_size=4")
+    code, message = refused(data, trained, "train.train_iters=2", "optimizer.lr_warmup_iters=1")
     assert code == 2
-    assert "set train.train_iters to at least 6" in message
+    assert "is of iteration 3, train.train_iters=2 ends before; set it to at least 3" in message
 
 
 def test_a_replaced_idx_is_refused_by_every_rank_before_any_group_is_made(own: TinyData, tmp_path: Path) -> None:
