@@ -1,8 +1,9 @@
 """Faults that a test puts into a rank of a real run: a loss that is not finite, a spike, a gradient, a rank that hangs.
 
 A fault is written as KIND:ITERATION[:RANK[:TIME]] and happens in every micro-batch of that iteration; `exit` when it is done
-for the TIME-th time. `slow:1` makes every forward pass slow, `slow_save:N` every save by N seconds; so do `slow_publish:N` with what completes a
-checkpoint, `slow_trace:N` with the writing of a profile and `slow_close:N` with the end of the metrics.
+for the TIME-th time. `slow:1` makes every forward pass slow, `slow_save:N` every save by N seconds; so do `slow_publish:N` with
+what completes a checkpoint, `slow_trace:N` with the writing of a profile and `slow_close:N` with the end of the metrics.
+`spoil:N` makes a weight not a number before the save of iteration N.
 """
 
 import ctypes
