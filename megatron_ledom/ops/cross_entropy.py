@@ -40,6 +40,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, logits_SBV: torch.Tensor, labels_SB: torch.Tensor, vocab_size: int, group: dist.ProcessGroup
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and log Z [S, B]; what ranks exchange is the largest logit, then sum and label's logit of every token."""
         width = logits_SBV.shape[-1]
         start = group.rank() * width
         counted = min(max(vocab_size - start, 0), width)  # of this slice; the rest pads

@@ -107,6 +107,7 @@ def find_deadline(train: TrainConfig, started: float | None = None) -> Deadline:
     job_end = None if until_end is None else time.monotonic() + until_end
 
     def seconds_left() -> float | None:
+        """Until the run shall have saved; SLURM is asked again, since a limit can be extended. None without a limit."""
         nonlocal job_end
         if job_end is not None and (now_until_end := seconds_until_job_end()) is not None:
             job_end = time.monotonic() + now_until_end  # else SLURM does not answer now
