@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_ledom._helpers import ByteEncoder, not_nfc
-from megatron_ledom.data.piece_engine import CACHE_BYTES
+from megatron_ledom.data.engines import FlatIds
+from megatron_ledom.data.piece_engine import CACHE_BYTES, CachedEngine
 from megatron_ledom.data.tiktoken_ranks import CL100K_PATTERN, O200K_PATTERN, R50K_PATTERN
 from megatron_ledom.errors import UsageError
-
-Flat = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
 
 GPT2 = "gpt2"
 PATTERNS = {
@@ -57,11 +55,11 @@ TOKEN_OPTIONS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized
 class Reference(Protocol):
     """An engine that is right on every text."""
 
-    def encode(self, texts: Sequence[str]) -> Flat:
+    def encode(self, texts: Sequence[str]) -> FlatIds:
         """Ids of all texts and where each begins."""
 
 
-class CachedByteEngine:
+class CachedByteEngine(CachedEngine):
     """Encodes with the object of a tokenizer.json, one for which `why_not_bytes` is None.
 
     Texts that are not in NFC, where the tokenizer asks for that, are normalised by the `tokenizers` library; those of them that
@@ -87,14 +85,14 @@ class CachedByteEngine:
             cache_bytes=cache_bytes,
         )
 
-    def encode(self, texts: Sequence[str]) -> Flat:
+    def encode(self, texts: Sequence[str]) -> FlatIds:
         """Ids of all texts one after the other [total] in text order, and where each begins [texts + 1].
 
         Nothing is added, and a special token spelled out in a text is ordinary text; another added token is itself.
         """
         odd = not_nfc(texts) if self._is_normalized else []
         if not odd:
-            return self._encode(texts)
+            return super().encode(texts)
         from tokenizers import normalizers
 
         given, normalize, left = list(texts), normalizers.NFC().normalize_str, []
@@ -106,25 +104,12 @@ class CachedByteEngine:
                 given[index] = normal
         parts, begin = [], 0
         for index in left:
-            parts += [self._encode(given[begin:index]), self._reference.encode([given[index]])]
+            parts += [super().encode(given[begin:index]), self._reference.encode([given[index]])]
             begin = index + 1
-        return _joined([*parts, self._encode(given[begin:])])
-
-    def _encode(self, texts: Sequence[str]) -> Flat:
-        ids: npt.NDArray[np.uint32]
-        offsets: npt.NDArray[np.int64]
-        ids, offsets = self._encoder.encode(texts)
-        return ids, offsets
-
-    def statistics(self) -> dict[str, int]:
-        """Counts since the start: units, misses (units merged anew), steps this took, clears of the cache; and of now: units in
-        the cache and cache_bytes, the most it can take.
-        """
-        found: dict[str, int] = self._encoder.statistics()
-        return found
+        return _joined([*parts, super().encode(given[begin:])])
 
 
-def _joined(parts: Sequence[Flat]) -> Flat:
+def _joined(parts: Sequence[FlatIds]) -> FlatIds:
     if len(parts) == 1:
         return parts[0]
     ends = np.cumsum([0, *(len(ids) for ids, _ in parts)])

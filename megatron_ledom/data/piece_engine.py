@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ledom._helpers import PieceEncoder
+from megatron_ledom.data.engines import FlatIds
 from megatron_ledom.data.sentencepiece_bpe import SPACE, parse_model
 from megatron_ledom.errors import UsageError
 
@@ -21,7 +22,30 @@ CACHE_BYTES = 64 << 20
 MAX_PIECES = 1_000_000
 
 
-class CachedPieceEngine:
+class CachedEngine:
+    """What the two encoders of `csrc/helpers` share: `_encoder` is one of them."""
+
+    _encoder: Any
+
+    def encode(self, texts: Sequence[str]) -> FlatIds:
+        """Ids of all texts one after the other [total] in text order, and where each begins [texts + 1].
+
+        Nothing is added, and a special token spelled out in a text is ordinary text.
+        """
+        ids: npt.NDArray[np.uint32]
+        offsets: npt.NDArray[np.int64]
+        ids, offsets = self._encoder.encode(texts)
+        return ids, offsets
+
+    def statistics(self) -> dict[str, int]:
+        """Counts since the start: units, misses (units merged anew), steps this took, clears of the cache; and of now: units in
+        the cache and cache_bytes, the most it can take.
+        """
+        found: dict[str, int] = self._encoder.statistics()
+        return found
+
+
+class CachedPieceEngine(CachedEngine):
     """Encodes with the SentencePiece `.model` file `model`, one for which `why_not_cached` is None.
 
     The ids are those of the library; the engine may be used from several threads, which take turns.
@@ -42,23 +66,6 @@ class CachedPieceEngine:
             dummy_prefix=proto.normalizer_spec.add_dummy_prefix,
             cache_bytes=cache_bytes,
         )
-
-    def encode(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Ids of all texts one after the other [total] in text order, and where each begins [texts + 1].
-
-        Nothing is added, and a special token spelled out in a text is ordinary text.
-        """
-        ids: npt.NDArray[np.uint32]
-        offsets: npt.NDArray[np.int64]
-        ids, offsets = self._encoder.encode(texts)
-        return ids, offsets
-
-    def statistics(self) -> dict[str, int]:
-        """Counts since the start: units, misses (units merged anew), steps this took, clears of the cache; and of now: units in
-        the cache and cache_bytes, the most it can take.
-        """
-        found: dict[str, int] = self._encoder.statistics()
-        return found
 
 
 def why_not_cached(model: bytes) -> str | None:
