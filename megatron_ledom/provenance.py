@@ -68,7 +68,7 @@ def vocabulary_hash(tokenizer_json: bytes | dict[str, Any]) -> str:
     stored = tokenizer_json if isinstance(tokenizer_json, dict) else _json_library().loads(tokenizer_json)
     content = {key: value for key, value in stored.items() if key not in UNHASHED}
     model = dict(content.get("model") or {})
-    if isinstance(model.get("merges"), list) and any(isinstance(merge, str) for merge in model["merges"]):
+    if isinstance(model.get("merges"), list) and str in set(map(type, model["merges"])):
         model["merges"] = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     return hashlib.sha256(_canonical({**content, "model": model})).hexdigest()
 

@@ -66,7 +66,9 @@ def main() -> None:
     """Parse first, import after: `--help` answers at once."""
     arguments = parse()
     import logging
+    import os
 
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy starts a thread a core, which spin; nothing here multiplies
     from megatron_ledom.data.preprocess import PreprocessSettings, preprocess
     from megatron_ledom.direction import Direction
 

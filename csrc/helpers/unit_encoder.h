@@ -29,7 +29,9 @@
 
 namespace ledom {
 
-constexpr size_t SCAN_LIMIT = 64;
+constexpr int SCAN_BITS = 6;
+constexpr size_t SCAN_LIMIT = 1 << SCAN_BITS;
+constexpr int32_t NO_KEY = 0x7FFFFFFF;
 constexpr size_t UNITS_AHEAD = 64;  // cut before the first of them is looked up, so that memory can be fetched meanwhile
 constexpr size_t UNITS_AT_ONCE = 64;
 constexpr size_t KEPT_SCRATCH_BYTES = 1 << 22;
@@ -177,33 +179,43 @@ class UnitEncoder {
     return vocabulary_.merged(first, second);
   }
 
-  // Few symbols: look at all pairs for the best one every time. pair_[i] is what symbols i and i + 1 become.
+  // Few symbols, which stay at their places: the key of place i is rank << 6 | i of what the symbol there and the next one become,
+  // so the smallest key is the next merge. Symbols that were merged into the one before them become NOTHING.
   void merge_by_scan() {
-    size_t size = symbols_.size();
-    uint32_t pair[SCAN_LIMIT], rank[SCAN_LIMIT];
+    const size_t size = symbols_.size();
+    alignas(16) int32_t keys[SCAN_LIMIT];
+    uint32_t merges[SCAN_LIMIT];
+    uint8_t next[SCAN_LIMIT], previous[SCAN_LIMIT];
     const auto look_up = [&](size_t i) {
-      pair[i] = merged(symbols_[i], symbols_[i + 1]);
-      rank[i] = vocabulary_.rank_of(pair[i]);
+      merges[i] = next[i] < size ? merged(symbols_[i], symbols_[next[i]]) : NO_MERGE;
+      const uint32_t rank = vocabulary_.rank_of(merges[i]);
+      keys[i] = rank == NO_RANK ? NO_KEY : static_cast<int32_t>(rank << SCAN_BITS | i);
     };
     for (size_t i = 0; i + 1 < size; i++) vocabulary_.prefetch(symbols_[i], symbols_[i + 1]);
-    for (size_t i = 0; i + 1 < size; i++) look_up(i);
-    while (size > 1) {
-      num_steps_ += size;
-      const size_t best = static_cast<size_t>(std::min_element(rank, rank + size - 1) - rank);
-      if (rank[best] == NO_RANK) break;
-      symbols_[best] = vocabulary_.result_of(pair[best]);
-      if (best > 0) vocabulary_.prefetch(symbols_[best - 1], symbols_[best]);
-      if (best + 2 < size) vocabulary_.prefetch(symbols_[best], symbols_[best + 2]);
-      for (size_t i = best + 1; i + 1 < size; i++) {
-        symbols_[i] = symbols_[i + 1];
-        pair[i] = pair[i + 1];
-        rank[i] = rank[i + 1];
-      }
-      size--;
-      if (best > 0) look_up(best - 1);
-      if (best + 1 < size) look_up(best);
+    for (size_t i = 0; i < size; i++) next[i] = static_cast<uint8_t>(i + 1), previous[i] = static_cast<uint8_t>(i - 1);
+    for (size_t i = 0; i < size; i++) look_up(i);
+    const size_t blocks = (size + 3) / 4;
+    for (size_t i = size; i < 4 * blocks; i++) keys[i] = NO_KEY;
+    for (int32_t best; (best = smallest(keys, blocks)) != NO_KEY;) {
+      num_steps_ += blocks;
+      const size_t at = best & (SCAN_LIMIT - 1), second = next[at];
+      symbols_[at] = vocabulary_.result_of(merges[at]);
+      symbols_[second] = NOTHING;
+      keys[second] = NO_KEY;
+      next[at] = next[second];
+      if (next[at] < size) vocabulary_.prefetch(symbols_[at], symbols_[next[at]]), previous[next[at]] = static_cast<uint8_t>(at);
+      if (at > 0) look_up(previous[at]);
+      look_up(at);
     }
-    symbols_.resize(size);
+  }
+
+  // Of 4 * blocks keys; four at once.
+  static int32_t smallest(const int32_t* keys, size_t blocks) {
+    typedef int32_t Four __attribute__((vector_size(16)));
+    const auto* block = reinterpret_cast<const Four*>(keys);
+    Four best = block[0];
+    for (size_t i = 1; i < blocks; i++) best = block[i] < best ? block[i] : best;
+    return std::min(std::min(best[0], best[1]), std::min(best[2], best[3]));
   }
 
   // Many symbols: a heap of candidates. Symbols that were merged into the one before them become NOTHING; a candidate whose two

@@ -92,7 +92,7 @@ class RecordReader:
             if block.too_long is not None:
                 too_large = _too_large(block.too_long, self.settings.max_record_bytes)
                 self._reject(too_large, self._name(reader, block.first))
-            for number, line in enumerate(block.content.split(b"\n"), block.first):
+            for number, line in enumerate(block.lines, block.first):
                 if number == 0 and block.is_first_of_file:
                     line = line.removeprefix(BYTE_ORDER_MARK)
                 if not line or line.isspace():

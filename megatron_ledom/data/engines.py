@@ -51,12 +51,12 @@ def flat(documents: Sequence[Sequence[int]]) -> FlatIds:
 class HubEngine:
     """The `tokenizers` library on a tokenizer.json."""
 
-    def __init__(self, tokenizer_json: str, where: str, vocab: dict[str, int] | None = None) -> None:
+    def __init__(self, tokenizer_json: bytes, where: str, vocab: dict[str, int] | None = None) -> None:
         import tokenizers
 
         self.name = f"tokenizers {tokenizers.__version__}"
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
         except Exception as error:  # the library raises plain Exception
             raise DataError(f"{where} is not a tokenizer.json of the tokenizers library ({error})") from error
         self.tokenizer.no_truncation()

@@ -327,9 +327,9 @@ def _samples(work: Preprocessing) -> list[str]:
     for stretch in chosen:
         size = 0
         with contextlib.suppress(DataError):
-            for batch in RecordReader(stretch, read).batches():
-                samples += [text[:SAMPLE_TEXT_CHARACTERS] for text in batch.texts]
-                size += sum(min(len(text), SAMPLE_TEXT_CHARACTERS) for text in batch.texts)
+            for text in (text for batch in RecordReader(stretch, read).batches() for text in batch.texts):
+                samples.append(text[:SAMPLE_TEXT_CHARACTERS])
+                size += len(samples[-1])
                 if size >= SAMPLE_CHARACTERS:
                     break
     return samples

@@ -34,12 +34,13 @@ MAGIC = {
 class LineBlock:
     """Whole lines that follow each other in a file, or one line that was too long to keep."""
 
-    content: bytes
+    lines: list[bytes]
+    """Without the line breaks; an empty one stands for what is behind the last of them."""
     first: int
     """Number of the first line among those of the stretch, from 0."""
     is_first_of_file: bool = False
     too_long: int | None = None
-    """Bytes of the line that is left out; `content` then is empty."""
+    """Bytes of the line that is left out; there are no others then."""
 
 
 @dataclass(slots=True)
@@ -253,15 +254,16 @@ class LineReader:
                 self._searched = 0
 
     def _cut(self, cut: int) -> LineBlock:
-        block = self._block(bytes(self._pending[:cut]))
-        self._num_lines += block.content.count(b"\n")
+        with memoryview(self._pending) as pending:
+            block = self._block(bytes(pending[:cut]))
+        self._num_lines += len(block.lines) - 1
         del self._pending[:cut]
         self._searched = 0
         return block
 
     def _block(self, content: bytes, too_long: int | None = None) -> LineBlock:
         is_first = self._num_lines == 0 and self.stretch.start == 0
-        return LineBlock(content, self._num_lines, is_first, too_long)
+        return LineBlock(content.split(b"\n"), self._num_lines, is_first, too_long)
 
     def _drop(self) -> Iterator[LineBlock]:
         """Go on with a line that is too long: nothing of it is kept but its length."""

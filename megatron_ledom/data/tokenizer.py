@@ -179,11 +179,13 @@ def load_tokenizer(
         files, engine = _from_model(model or b"", str(file), config)
         sha256 = vocabulary_hash(files["tokenizer.json"])
     else:
-        stored = _parsed(_ranks_as_json(file, config) if file.suffix == ".tiktoken" else content, str(file))
+        content = _ranks_as_json(file, config) if file.suffix == ".tiktoken" else content
+        stored = _parsed(content, str(file))
         if add_specials:
             _add_specials(stored, str(file))
-        files = {"tokenizer.json": orjson.dumps(stored)}  # the same without spaces, which engines load faster
-        engine, sha256 = HubEngine(files["tokenizer.json"].decode(), str(file), _vocab(stored)), vocabulary_hash(stored)
+            content = orjson.dumps(stored)
+        files = {"tokenizer.json": content}
+        engine, sha256 = HubEngine(content, str(file), _vocab(stored)), vocabulary_hash(stored)
         model = _model_beside(file)
     return Tokenizer(
         name=name,

@@ -92,7 +92,7 @@ def fastest_engine(path: str) -> Engine:
     """The project's own encoder where the tokenizer is of its kind, else fastokens."""
     stored = orjson.loads(Path(path).read_bytes())
     if why_not_bytes(stored) is None:
-        return CachedByteEngine(stored, HubEngine(Path(path).read_text(encoding="utf-8"), path))
+        return CachedByteEngine(stored, HubEngine(Path(path).read_bytes(), path))
     return FastokensEngine(Path(path).read_text(encoding="utf-8"))
 
 

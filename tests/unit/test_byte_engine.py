@@ -97,7 +97,7 @@ class Both:
     """The library and ours on one tokenizer.json."""
 
     def __init__(self, stored: dict[str, Any], **options: int) -> None:
-        self.library = HubEngine(orjson.dumps(stored).decode(), "the tokenizer")
+        self.library = HubEngine(orjson.dumps(stored), "the tokenizer")
         self.engine = CachedByteEngine(stored, self.library, **options)
 
     def check(self, texts: Sequence[str]) -> None:
@@ -258,7 +258,7 @@ def test_other_tokenizers_are_refused(stored: dict[str, Any], path: str, value: 
     other = changed(stored, path, value)
     assert why_not_bytes(other) == reason
     with pytest.raises(UsageError, match=r"^it (has|is) "):
-        CachedByteEngine(other, HubEngine(orjson.dumps(stored).decode(), "the tokenizer"))
+        CachedByteEngine(other, HubEngine(orjson.dumps(stored), "the tokenizer"))
 
 
 def test_vocabularies_that_do_not_fit_together_are_refused(stored: dict[str, Any]) -> None:
@@ -277,7 +277,7 @@ def test_vocabularies_that_do_not_fit_together_are_refused(stored: dict[str, Any
     ]
     for path, value, reason in cases:
         with pytest.raises(ValueError, match=reason):
-            CachedByteEngine(changed(stored, path, value), HubEngine(orjson.dumps(stored).decode(), "the tokenizer"))
+            CachedByteEngine(changed(stored, path, value), HubEngine(orjson.dumps(stored), "the tokenizer"))
 
 
 def test_merges_may_be_pairs_or_strings(stored: dict[str, Any]) -> None:
