@@ -40,7 +40,7 @@ PART_BYTES = 32 << 20
 """What one part of the work reads at most, about: what a kill can cost a worker."""
 SMALL_PART_BYTES = 4 << 20
 """What a part reads at least if a task has little to read, so that many workers share it to the end."""
-PARTS_OF_A_TASK = 32
+PARTS_OF_A_TASK = 128
 """So many parts are aimed at between these two sizes."""
 COMPRESSED_PART_BYTES = 256 << 20
 """The same for compressed files, which have to be decompressed from their start: smaller parts would repeat that more often."""

@@ -39,8 +39,8 @@ class PartRecord:
     """Descriptions of the first bad records."""
     input_files: list[InputFile] = field(default_factory=list)
     xxh3: str = ""
-    """Of the ids and then the lengths. Parts are not forced to the disk, which would write every shard twice: a part that a
-    power failure took is found by this when the work is taken up, and made again."""
+    """Of the ids and then the lengths. Parts and records are not forced to the disk, which would write every shard twice: a part
+    that a power failure took is found by this when the work is taken up, and made again."""
     seconds: float = 0.0
     """Wall-clock time the worker took."""
 
@@ -72,7 +72,9 @@ class PartFile:
         try:
             for stream in (self._ids, self._lengths):
                 stream.close()
-            write_synced(f"{self.path}.json", orjson.dumps(asdict(record)))
+            record_path = Path(f"{self.path}.json")
+            record_path.with_suffix(".json.part").write_bytes(orjson.dumps(asdict(record)))
+            record_path.with_suffix(".json.part").replace(record_path)
         except OSError as error:
             raise cannot_write(error, self.path) from error
         return record
@@ -163,7 +165,7 @@ class PartStore:
         """The record of a part, None if it is not finished."""
         try:
             stored = orjson.loads(Path(f"{self.path(number)}.json").read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, orjson.JSONDecodeError):  # a power failure may have left it empty
             return None
         return PartRecord(**{**stored, "input_files": [InputFile(**item) for item in stored["input_files"]]})
 

@@ -219,6 +219,7 @@ def test_a_part_that_a_power_failure_took_is_found_and_made_again(
     size = part.stat().st_size
     part.write_bytes(bytes(size))
     (tmp_path / "out/a.work/part-000001.len").unlink()
+    (tmp_path / "out/a.work/part-000002.json").write_bytes(b"")
     assert preprocess(PreprocessSettings(**settings)) is not None
     quiet = settings_in(tmp_path, tokenizer, "quiet", on_error="skip", shuffle_seed=shuffle_seed)
     preprocess(PreprocessSettings(**quiet))
