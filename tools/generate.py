@@ -2,8 +2,11 @@
 """Write what came before a text, with a reverse model; the whole text goes to stdout."""
 
 import argparse
+import sys
 
 from megatron_ledom.errors import run_command
+
+CLEAR = "\x1b[H\x1b[2J"  # the terminal
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -17,6 +20,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=0, help="(default %(default)s: off)")
     parser.add_argument("--num-samples", type=int, default=1, help="more than one needs a temperature (default %(default)s)")
     parser.add_argument("--seed", type=int, help="makes samples repeatable")
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end where one of these was written")
+    parser.add_argument("--stream", action="store_true", help="show the text on the terminal while it grows at its front")
+    parser.add_argument("--direction", choices=["reverse"], help="for a reverse model whose config.json does not say so")
+    parser.add_argument("--eod-id", type=int, metavar="ID", help="for the same: the id that ends a text, if not the eos")
     return parser
 
 
@@ -24,17 +31,23 @@ def main() -> None:
     """Parse, then load and write."""
     args = build_parser().parse_args()
 
+    from megatron_ledom.errors import UsageError
     from megatron_ledom.inference import ReverseLM
 
-    results = ReverseLM.from_pretrained(args.model).generate_preceding(
-        args.following,
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_p=args.top_p,
-        top_k=args.top_k,
-        num_return_sequences=args.num_samples,
-        seed=args.seed,
-    )
+    if args.stream and (args.num_samples > 1 or not sys.stderr.isatty()):
+        raise UsageError(
+            "--stream shows one sample on a terminal (stderr is none here, or --num-samples is above 1); leave it out"
+        )
+    model = ReverseLM.from_pretrained(args.model, direction=args.direction, eod_id=args.eod_id)
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
+    options["stop_strings"] = args.stop
+    if args.stream:
+        for result in model.stream_preceding(args.following, **options):
+            print(f"{CLEAR}{result.text}", end="", file=sys.stderr, flush=True)
+        print(CLEAR, end="", file=sys.stderr, flush=True)
+        results = [result]
+    else:
+        results = model.generate_preceding(args.following, num_return_sequences=args.num_samples, **options)
     for number, result in enumerate(results, 1):
         if len(results) > 1:
             print(f"--- {number} of {len(results)}" + (" (from its beginning)" if result.stopped else ""))

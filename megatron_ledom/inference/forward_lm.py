@@ -1,5 +1,6 @@
 """The forward twin of the reverse model, or any stock causal model: half of Reverse Reward and of every comparison."""
 
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 from megatron_ledom.direction import Direction
@@ -24,12 +25,14 @@ class ForwardLM(LanguageModel):
         top_k: int = 0,
         num_return_sequences: int = 1,
         seed: int | None = None,
+        stop_strings: Sequence[str] = (),
         batch_size: int = 16,
     ) -> list[Generation]:
         """Write what follows each text, until eod or `max_new_tokens`; the mirror image of `ReverseLM.generate_preceding`.
 
         Returns `num_return_sequences` results for each text, in the order of the texts; `result.text` begins with the given
-        text exactly. Its last tokens are spelled again where they could continue as a longer piece.
+        text exactly. Its last tokens are spelled again where they could continue as a longer piece. Writing ends, too, where one
+        of `stop_strings` was written; it is not part of the result.
         """
         texts = as_list(preceding_text)
         if not self.leading_ids:
@@ -41,8 +44,36 @@ class ForwardLM(LanguageModel):
             top_k=top_k,
             num_return_sequences=num_return_sequences,
             seed=seed,
+            stop_strings=tuple(stop_strings),
         )
         return self._writer.write(texts, self.leading_ids, sampling, batch_size)
+
+    def stream_following(
+        self,
+        preceding_text: str,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop_strings: Sequence[str] = (),
+    ) -> Iterator[Generation]:
+        """As `generate_following` for one text, shown while it is written: each result is the text so far, which grows at its end.
+
+        The last one is what `generate_following` returns.
+        """
+        if not self.leading_ids:
+            check_texts([preceding_text], "prompt")
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop_strings=tuple(stop_strings),
+        )
+        yield from self._writer.stream(preceding_text, self.leading_ids, sampling)
 
     @overload
     def log_likelihood(

@@ -5,12 +5,14 @@ Shapes: B rows, S positions, V ids of the logits.
 
 import codecs
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from megatron_ledom.direction import Direction, to_text_order
 from megatron_ledom.errors import DataError, UsageError
@@ -23,14 +25,16 @@ class Generation:
     """What a model wrote, joined to what it was given.
 
     preceding + following is `text`; the given part is exactly as it was passed. stopped: the model wrote eod, so that the text
-    begins (reverse) or ends (forward) there; otherwise the token limit cut it. text_ids: the ids the model wrote, text order,
-    without eod; the ones next to the given text may spell its edge.
+    begins (reverse) or ends (forward) there; otherwise a stop string or the token limit cut it. text_ids: the ids the model
+    wrote, text order, without eod; the ones next to the given text may spell its edge, the farthest ones the stop string.
+    stop_string: the one that ended the writing; it and what the last token has beyond it are not in the text.
     """
 
     preceding: str
     following: str
     stopped: bool
     text_ids: list[int]
+    stop_string: str | None = None
 
     @property
     def text(self) -> str:
@@ -40,7 +44,10 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to choose tokens: temperature 0 takes the likeliest; top_p 1 and top_k 0 are off; a seed makes a call repeatable."""
+    """How to choose tokens: temperature 0 takes the likeliest; top_p 1 and top_k 0 are off; a seed makes a call repeatable.
+
+    stop_strings: writing ends where one of them, as people read it, stands in what was written.
+    """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -48,6 +55,7 @@ class Sampling:
     top_k: int = 0
     num_return_sequences: int = 1
     seed: int | None = None
+    stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -61,6 +69,8 @@ class Sampling:
             raise UsageError(f"top_k={self.top_k} must be 0 (off) or a positive number")
         if self.num_return_sequences < 1:
             raise UsageError(f"{self.num_return_sequences} samples asked for; at least 1 is needed")
+        if not all(self.stop_strings):
+            raise UsageError("an empty stop string would stop at once; leave it out, or give at least one character")
         if self.num_return_sequences > 1 and self.temperature == 0:
             raise UsageError(
                 f"{self.num_return_sequences} samples at temperature 0 would all be the same; set a temperature above 0"
@@ -90,6 +100,21 @@ class _SpellThenWrite(LogitsProcessor):  # type: ignore[misc]
         return masked
 
 
+RowsSoFar = Callable[[list[list[int]]], list[bool]]
+"""Shown the new tokens of each row, model order, after every step; says which rows are done."""
+
+
+class _Watch(StoppingCriteria):  # type: ignore[misc]
+    """Lets `look` see every step and end rows."""
+
+    def __init__(self, look: RowsSoFar, num_prompt: int) -> None:
+        self._look, self._num_prompt = look, num_prompt
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **unused: Any) -> torch.Tensor:
+        """input_ids [B, S] so far -> which rows end [B]."""
+        return torch.tensor(self._look(input_ids[:, self._num_prompt :].tolist()), device=input_ids.device)
+
+
 class Writer:
     """A model, its tokenizer and its stop ids, ready to write on from open texts."""
 
@@ -108,11 +133,58 @@ class Writer:
         with _seeded(sampling.seed, self._model.device):
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
-                tokens = self._write_batch([opened[text] for text in batch], leading_ids, sampling)
+                batch_opened = [opened[text] for text in batch]
+                tokens = self._write_batch(batch_opened, leading_ids, sampling, self._stopper(batch_opened, sampling))
                 results += [self._join(text, opened[text], row, sampling) for text, row in zip(batch, tokens, strict=True)]
         return results
 
-    def _write_batch(self, opened: list[OpenText], leading_ids: list[int], sampling: Sampling) -> list[list[int]]:
+    def stream(self, text: str, leading_ids: list[int], sampling: Sampling) -> Iterator[Generation]:
+        """What is written so far, after every token that adds to the text, and at last the whole as `write` gives it.
+
+        The model runs in a thread, one token ahead at most of what is shown; it ends when the iterator is closed.
+        """
+        opened = self._tokenizer.open_text(text, self._direction)
+        stop, steps, is_closed = self._stopper([opened], sampling), SimpleQueue[Any](), False
+
+        def show(rows: list[list[int]]) -> list[bool]:
+            steps.put(rows[0])
+            return [True] if is_closed else stop(rows) if stop else [False]
+
+        def run() -> None:
+            try:
+                with _seeded(sampling.seed, self._model.device):
+                    steps.put((self._write_batch([opened], leading_ids, sampling, show)[0],))
+            except BaseException as error:  # raised where the caller is
+                steps.put(error)
+
+        thread, shown = Thread(target=run, daemon=True), ""
+        thread.start()
+        try:
+            while isinstance(step := steps.get(), list):
+                now = self._join(text, opened, step, sampling)
+                if len(now.text) > len(shown) and not now.stopped and now.stop_string is None:
+                    shown = now.text
+                    yield now
+        finally:
+            is_closed = True
+            thread.join()
+        if isinstance(step, BaseException):
+            raise step
+        yield self._join(text, opened, step[0], sampling)
+
+    def _stopper(self, opened: list[OpenText], sampling: Sampling) -> RowsSoFar | None:
+        """What ends rows at stop strings; None if there are none."""
+        if not sampling.stop_strings:
+            return None
+
+        def look(rows: list[list[int]]) -> list[bool]:
+            return [self._cut(row, text, sampling)[2] is not None for row, text in zip(rows, opened, strict=True)]
+
+        return look
+
+    def _write_batch(
+        self, opened: list[OpenText], leading_ids: list[int], sampling: Sampling, look: RowsSoFar | None
+    ) -> list[list[int]]:
         """New tokens of each row, model order. Prompts are padded before their begin and masked there."""
         prompts = [leading_ids + row.tokens for row in opened]
         if not all(prompts):
@@ -140,6 +212,7 @@ class Writer:
             attention_mask=attention_mask.to(self._model.device),
             generation_config=config,
             logits_processor=LogitsProcessorList([hold]),
+            stopping_criteria=StoppingCriteriaList([_Watch(look, longest)] if look else []),
         )
         return [list(row) for row in output[:, longest:].tolist()]
 
@@ -152,14 +225,27 @@ class Writer:
             )
 
     def _join(self, text: str, opened: OpenText, tokens: list[int], sampling: Sampling) -> Generation:
-        """Cut a row at its stop id or its limit, and put its text next to `text`."""
+        """Cut a row where it ends, and put its text next to `text`."""
         tokens = tokens[: self._speller.count_inside(tokens, opened.loose) + sampling.max_new_tokens]
-        stops = [index for index, token in enumerate(tokens) if token in self._stop_ids]
-        tokens = tokens[: stops[0]] if stops else tokens
-        text_ids = to_text_order(tokens, self._direction)
-        written = self._written_text(text_ids, opened, stopped=bool(stops))
+        text_ids, written, stop_string, stopped = self._cut(tokens, opened, sampling)
         pair = (written, text) if self._direction is Direction.REVERSE else (text, written)
-        return Generation(*pair, stopped=bool(stops), text_ids=text_ids)
+        return Generation(*pair, stopped=stopped, text_ids=text_ids, stop_string=stop_string)
+
+    def _cut(self, tokens: list[int], opened: OpenText, sampling: Sampling) -> tuple[list[int], str, str | None, bool]:
+        """(ids before eod in text order, their text up to a stop string, that string, whether the text ends by eod)."""
+        stops = [index for index, token in enumerate(tokens) if token in self._stop_ids]
+        text_ids = to_text_order(tokens[: stops[0]] if stops else tokens, self._direction)
+        written = self._written_text(text_ids, opened, stopped=bool(stops))
+        found = [self._beside_the_given(written, string) for string in sampling.stop_strings if string in written]
+        if found:  # the one that leaves least: it came first
+            return text_ids, *min(found, key=lambda kept: len(kept[0])), False
+        return text_ids, written, None, bool(stops)
+
+    def _beside_the_given(self, written: str, string: str) -> tuple[str, str]:
+        """(what is written between the given text and the nearest `string`, the string)."""
+        if self._direction is Direction.REVERSE:
+            return written.rpartition(string)[2], string
+        return written.partition(string)[0], string
 
     def _written_text(self, text_ids: list[int], opened: OpenText, *, stopped: bool) -> str:
         """The characters of `text_ids` that are not of the given text.
@@ -174,7 +260,7 @@ class Writer:
         if self._direction is Direction.FORWARD:
             written = written[len(opened.loose) :]
             return codecs.getincrementaldecoder("utf-8")("replace").decode(written, final=stopped)
-        written = written[: len(written) - len(opened.loose)] + opened.bridge
+        written = written[: max(0, len(written) - len(opened.loose))] + opened.bridge
         if stopped and self._tokenizer.has_dummy_prefix:
             written = written.removeprefix(b" ")
         while not stopped and written and written[0] & 0xC0 == 0x80:

@@ -19,6 +19,9 @@ from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.scoring import Span, SpanScore, score_spans
 from megatron_ledom.provenance import vocabulary_hash
 
+END_NAMES = ("eod", "endoftext")
+"""Tokens named so are meant to end a document."""
+
 
 class LanguageModel:
     """A causal Hugging Face model with the order in which it reads. Texts and `text_ids` are always text order.
@@ -40,19 +43,25 @@ class LanguageModel:
         device: str | torch.device | None = None,
         dtype: torch.dtype | None = None,
         direction: str | None = None,
+        eod_id: int | None = None,
     ) -> Self:
         """Load an exported or stock folder of safetensors, offline.
 
-        device: CUDA where there is one, else the CPU. dtype: the stored one on CUDA, float32 on a CPU. direction: needed only
-        for a folder whose config.json records none and which is not a forward model.
+        device: CUDA where there is one, else the CPU. dtype: the stored one on CUDA, float32 on a CPU. direction and eod_id, the
+        id that the model was trained to end a text with: only for a reverse model whose config.json records no direction.
         """
         folder = Path(folder)
         config = read_model_config(folder)
         cls._check_direction(folder, config.get("direction"), direction)
         trained_here = config.get("direction") is not None
         _check_tokenizer(folder, config.get("tokenizer_sha256"))
-        tokenizer = JointTokenizer.from_pretrained(folder, specials_are_text=trained_here)
+        as_shards = trained_here or cls.direction is Direction.REVERSE
+        tokenizer = JointTokenizer.from_pretrained(folder, specials_are_text=as_shards)
         stop_ids = _stop_ids(folder, config)
+        if not trained_here and cls.direction is Direction.REVERSE:
+            stop_ids = [_eod_of_foreign_folder(folder, tokenizer, stop_ids, eod_id)]
+        elif eod_id is not None:
+            raise UsageError(f"eod_id={eod_id} was passed, but {folder} says itself what ends a text; leave it out")
         _check_ids(folder, config, tokenizer, stop_ids)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = dtype or (torch.float32 if device.type == "cpu" else "auto")
@@ -63,7 +72,8 @@ class LanguageModel:
             raise DataError(f"{folder} does not load as a model of safetensors files: {error}") from error
         model = model.to(device).eval()
         model.generation_config = GenerationConfig()  # the folder's own sampling defaults must not mix with the caller's
-        return cls(model, tokenizer, stop_ids, [] if trained_here else tokenizer.leading_ids)
+        adds_bos = not trained_here and cls.direction is Direction.FORWARD  # before the last word of a text it means nothing
+        return cls(model, tokenizer, stop_ids, tokenizer.leading_ids if adds_bos else [])
 
     @classmethod
     def _check_direction(cls, folder: Path, recorded: str | None, passed: str | None) -> None:
@@ -164,6 +174,21 @@ def _stop_ids(folder: Path, config: dict[str, Any]) -> list[int]:
     if eos is None:
         raise DataError(f"{folder} names no eod_id or eos_token_id, so generation would never stop; add eod_id to config.json")
     return list(eos) if isinstance(eos, list) else [int(eos)]
+
+
+def _eod_of_foreign_folder(folder: Path, tokenizer: JointTokenizer, stop_ids: list[int], eod_id: int | None) -> int:
+    """The eod of a reverse model that others exported: what is passed, or the folder's eos unless there is a doubt.
+
+    The original's export names the tokenizer's eos, 2, and was trained with another token of its own, 64002: it would never stop.
+    """
+    doubtful = {token: id_ for token, id_ in tokenizer.vocab.items() if token.strip("<|>").lower() in END_NAMES}
+    if eod_id is None and set(doubtful.values()) - set(stop_ids):
+        names = ", ".join(f"{token} = {id_}" for token, id_ in sorted(doubtful.items()))
+        raise MismatchError(
+            f"{folder} names {stop_ids} as its eos, but its tokenizer has {names}, too: with the wrong one, generation never stops;"
+            " pass the one that documents were closed with in training as eod_id="
+        )
+    return stop_ids[0] if eod_id is None else eod_id
 
 
 def _check_tokenizer(folder: Path, recorded: str | None) -> None:

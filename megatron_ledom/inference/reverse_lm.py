@@ -1,5 +1,6 @@
 """The reverse language model (LEDOM, arXiv 2507.01335): P(x) = prod_t P(x_t | x_{t+1..T})."""
 
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 from megatron_ledom.direction import Direction
@@ -24,6 +25,7 @@ class ReverseLM(LanguageModel):
         top_k: int = 0,
         num_return_sequences: int = 1,
         seed: int | None = None,
+        stop_strings: Sequence[str] = (),
         batch_size: int = 16,
     ) -> list[Generation]:
         """Write what came before each text, until the model says that the text begins there (eod) or `max_new_tokens`.
@@ -32,6 +34,7 @@ class ReverseLM(LanguageModel):
         exactly. The first tokens of the given text which would be others if it were continued to the front are not fixed:
         the model spells the same characters again, perhaps as the end of a longer piece; they do not count as new.
         Temperature 0 takes the likeliest token; top_p 1 and top_k 0 are off; without a seed torch's own generator goes on.
+        Writing ends, too, where one of `stop_strings` stands in front of what was written; it is not part of the result.
         """
         texts = as_list(following_text)
         check_texts(texts, "following text")
@@ -42,8 +45,35 @@ class ReverseLM(LanguageModel):
             top_k=top_k,
             num_return_sequences=num_return_sequences,
             seed=seed,
+            stop_strings=tuple(stop_strings),
         )
         return self._writer.write(texts, self.leading_ids, sampling, batch_size)
+
+    def stream_preceding(
+        self,
+        following_text: str,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int | None = None,
+        stop_strings: Sequence[str] = (),
+    ) -> Iterator[Generation]:
+        """As `generate_preceding` for one text, shown while it is written: each result is the text so far, which grows at its front.
+
+        The last one is what `generate_preceding` returns.
+        """
+        check_texts([following_text], "following text")
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop_strings=tuple(stop_strings),
+        )
+        yield from self._writer.stream(following_text, self.leading_ids, sampling)
 
     @overload
     def log_likelihood(

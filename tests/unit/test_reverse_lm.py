@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -309,3 +310,81 @@ def test_a_folder_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
     (folder / "tokenizer.json").write_text(json.dumps(stored))
     with pytest.raises(MismatchError, match="was trained with"):
         ReverseLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stream_grows_at_its_front_and_ends_with_what_generation_gives(
+    name: str, reverse_models: dict[str, ReverseLM]
+) -> None:
+    options = {"max_new_tokens": 24, "temperature": 1.0, "seed": 5}
+    for text in ("the end of the text", "é中", "x"):
+        shown = list(reverse_models[name].stream_preceding(text, **options))
+        assert shown[-1] == reverse_models[name].generate_preceding(text, **options)[0]
+        assert len(shown) > 2
+        assert all(after.text.endswith(before.text) for before, after in pairwise(shown[:-1]))
+        assert all(part.text.endswith(text) for part in shown)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_stream_grows_at_its_end_for_a_forward_model(name: str, forward_models: dict[str, ForwardLM]) -> None:
+    options = {"max_new_tokens": 16, "temperature": 1.0, "seed": 3}
+    shown = list(forward_models[name].stream_following("the begin", **options))
+    assert shown[-1] == forward_models[name].generate_following("the begin", **options)[0]
+    assert all(after.text.startswith(before.text) for before, after in pairwise(shown[:-1]))
+
+
+def test_a_closed_stream_ends_the_model_and_its_errors_reach_the_caller(reverse_models: dict[str, ReverseLM]) -> None:
+    model = reverse_models["byte_level"]
+    threads = threading.active_count()
+    stream = model.stream_preceding("some text", max_new_tokens=400, temperature=1.0, seed=1)
+    next(stream)
+    stream.close()
+    assert threading.active_count() == threads
+    with pytest.raises(UsageError, match="exceed the 512 positions"):
+        list(model.stream_preceding("some text", max_new_tokens=600))
+
+
+def test_a_stop_string_is_matched_in_reading_order_and_left_out(tmp_path: Path) -> None:
+    chain = {305: 304, 304: 303, 303: 302, 302: EOD_ID}
+    reverse = ReverseLM.from_pretrained(legible_folder(tmp_path, chain, "reverse"), device="cpu")
+    result = reverse.generate_preceding("305 306", max_new_tokens=9, stop_strings=["303 30", "nothing"])[0]
+    assert (result.preceding, result.stop_string, result.stopped) == ("4 ", "303 30", False)  # 303 came last, 304 before it
+    assert result.text == "4 305 306"
+    untouched = reverse.generate_preceding("305 306", max_new_tokens=9, stop_strings=["304 303", "305 306"])[0]
+    assert (untouched.preceding, untouched.stop_string, untouched.stopped) == ("302 303 304 ", None, True)
+    batch = reverse.generate_preceding(["305 306", "304 306"], max_new_tokens=9, stop_strings=["304 "])
+    assert [(one.preceding, one.stop_string, one.stopped) for one in batch] == [("", "304 ", False), ("302 303 ", None, True)]
+    assert list(reverse.stream_preceding("305 306", max_new_tokens=9, stop_strings=["303 "]))[-1].preceding == "304 "
+
+
+def test_a_stop_string_ends_a_forward_text(tmp_path: Path) -> None:
+    chain = {307: 308, 308: 309, 309: 310, 310: EOD_ID}
+    forward = ForwardLM.from_pretrained(legible_folder(tmp_path, chain, "forward"), device="cpu")
+    result = forward.generate_following("306 307", max_new_tokens=9, stop_strings=[" 310", "309"])[0]
+    assert (result.following, result.stop_string, result.stopped) == (" 308 ", "309", False)
+    with pytest.raises(UsageError, match="empty stop string"):
+        forward.generate_following("306 307", stop_strings=[""])
+
+
+def test_a_public_reverse_checkpoint_asks_for_its_direction_and_its_eod(tmp_path: Path) -> None:
+    """The original's 7B: dummy prefix, a template with BOS, no direction, eos 2 in every file, trained with another token."""
+    folder = piece_chain_folder(tmp_path, ["▁of", "▁capital", "▁cat", "</s>", "▁the", "<EOD>"], "reverse")
+    stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    stored.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    stored.save(str(folder / "tokenizer.json"))
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("direction", "eod_id", "tokenizer_sha256"):
+        del config[name]
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": 2}))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, "bos_token_id": 1}))
+    with pytest.raises(MismatchError, match="records no direction"):
+        ReverseLM.from_pretrained(folder, device="cpu")
+    eod_id = stored.token_to_id("<EOD>")
+    with pytest.raises(MismatchError, match=rf"names \[2\] as its eos, but its tokenizer has <EOD> = {eod_id}"):
+        ReverseLM.from_pretrained(folder, device="cpu", direction="reverse")
+    model = ReverseLM.from_pretrained(folder, device="cpu", direction="reverse", eod_id=eod_id)
+    result = model.generate_preceding("capital of", max_new_tokens=20)[0]
+    assert (result.text, result.stopped) == ("the cat capital of", True)
+    assert model.leading_ids == []
+    with pytest.raises(UsageError, match="says itself what ends a text"):
+        ReverseLM.from_pretrained(random_model_folder(tmp_path / "ours", "byte_level", "reverse"), eod_id=3)
