@@ -154,8 +154,7 @@ template <class T, bool HAS_SUM_GRADIENT>
 __global__ void __launch_bounds__(BACKWARD_THREADS)
     rms_norm_backward(const T* output_gradient, const T* sum_gradient, const T* __restrict__ input, const T* __restrict__ weight,
                       T* input_gradient, float* __restrict__ partials, float eps, int64_t rows, int hidden) {
-  LEDOM_SHARED(ReduceScratch, of_squares);
-  LEDOM_SHARED(ReduceScratch, of_products);
+  LEDOM_SHARED(ReduceScratch, scratch);
   const int groups = hidden / PACK, threads = blockDim.x, first = threadIdx.x;
   float* partial = partials + static_cast<int64_t>(blockIdx.x) * hidden;
   const float inverse = 1.f / hidden;
@@ -164,8 +163,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS)
   for (int i = 0; i < HELD; i++)
     if (first + i * threads < groups) w[i] = load_pack(weight, first + i * threads);
   float total[HELD][PACK] = {};
-  int turn = 0;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const int64_t offset = row * hidden;
     RowSums sums;
 #pragma unroll
@@ -179,8 +177,8 @@ __global__ void __launch_bounds__(BACKWARD_THREADS)
       if (first + i * threads < groups) sums.add<T>(x[i], g[i], w[i]);
     for (int group = first + HELD * threads; group < groups; group += threads)
       sums.add<T>(load_pack(input + offset, group), load_pack(output_gradient + offset, group), load_pack(weight, group));
-    const float squares = reduce_block<Sum>(sums.squares, of_squares, turn, first, threads);
-    const float products = reduce_block<Sum>(sums.products, of_products, turn, first, threads);
+    const float squares = reduce_block<Sum>(sums.squares, scratch, 0, first, threads);
+    const float products = reduce_block<Sum>(sums.products, scratch, 1, first, threads);
     const float reciprocal = rsqrtf(squares * inverse + eps);
     const RowFactors factors{reciprocal, reciprocal * reciprocal * reciprocal * (products * inverse)};
     const auto passed = [&](int group) {
