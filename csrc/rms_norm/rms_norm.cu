@@ -1,9 +1,9 @@
 // RMSNorm forward and backward; formula and layout are in rms_norm.h. 16-bit in and out, fp32 inside.
 //
 // Work: a block takes rows blockIdx.x, blockIdx.x + gridDim.x, ...; a thread takes groups of eight neighbouring values, HELD of them
-// in registers from the reading to the writing, the rest (of rows above 16,384 values forward, 8,192 backward) read again. Blocks are few, so that the weight is
-// read once a block and stays in registers. Nothing is kept for the backward pass but the input: it sums the squares again, beside
-// the sum that it needs anyway.
+// in registers from the reading to the writing, the rest (of rows above 16,384 values forward, 8,192 backward) read again. Blocks are
+// few, so that the weight is read once a block and stays in registers. Nothing is kept for the backward pass but the input: it sums
+// the squares again, beside the sum that it needs anyway.
 //
 //   g = output_gradient * weight, r = 1 / sqrt(mean(x^2) + eps)
 //   input_gradient = r * g - x * r^3 * mean(g * x)  (+ sum_gradient)
