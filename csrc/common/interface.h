@@ -1,0 +1,13 @@
+// What every kernel's C interface shares: element types, and the word that exports a function. No torch, no CUDA.
+#pragma once
+
+#include <stdint.h>
+
+#define LEDOM_BFLOAT16 0
+#define LEDOM_FLOAT16 1
+
+#ifdef __cplusplus
+#define LEDOM_API extern "C" __attribute__((visibility("default")))
+#else
+#define LEDOM_API __attribute__((visibility("default")))
+#endif

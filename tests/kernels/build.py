@@ -1,0 +1,96 @@
+"""Compiles kernels for the tests, once for each state of their sources.
+
+What is compiled lies in LEDOM_KERNEL_CACHE (default: build/kernels), named by a hash of the command, the compiler's version and
+every source file of the op, of csrc/common and of csrc/emulation; CI may keep that folder from run to run.
+"""
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+CSRC = ROOT / "csrc"
+EMULATED_FLAGS = (
+    "-std=c++17",
+    "-g1",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
+    "-fPIC",
+)
+
+
+def op_names() -> list[str]:
+    """Folders of csrc/ that hold kernels."""
+    return sorted(path.parent.name for path in CSRC.glob("*/*.cu"))
+
+
+def cache_folder() -> Path:
+    """Where compiled files are kept."""
+    return Path(os.environ.get("LEDOM_KERNEL_CACHE", ROOT / "build" / "kernels"))
+
+
+@cache
+def compiler_version(compiler: str) -> str:
+    """What the compiler says of itself."""
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+@cache
+def nvcc() -> str | None:
+    """The real nvcc: the one on the PATH may be a script that calls it."""
+    home = os.environ.get("CUDA_HOME")
+    found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+    if found is None:
+        return None
+    lines = subprocess.run(
+        [found, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True
+    ).stderr.splitlines()
+    tops = [line.partition("TOP=")[2].strip() for line in lines if line.startswith("#$ TOP=")]
+    return str(Path(tops[0]).resolve() / "bin" / "nvcc") if tops else found
+
+
+def source_hash(sources: Sequence[Path], csrc: Path) -> str:
+    """Of the sources, of what lies beside them, and of the headers that all kernels share."""
+    folders = {source.parent for source in sources} | {csrc / "common", csrc / "emulation"}
+    digest = hashlib.sha256()
+    for folder in sorted(folders):
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.suffix in (".h", ".cu", ".cpp"):
+                digest.update(path.name.encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def compiled(name: str, command: Sequence[str], sources: Sequence[Path], csrc: Path = CSRC) -> Path:
+    """Runs `command` on `sources` if the cache has not got its output, and returns that file. RuntimeError: what the compiler says.
+
+    `name` may have an ending, which the output keeps. What the compiler prints is kept beside it, with `.log` behind its name.
+    """
+    identity = repr((command, compiler_version(command[0]), source_hash(sources, csrc)))
+    stem, dot, ending = name.partition(".")
+    output = cache_folder() / f"{stem}-{hashlib.sha256(identity.encode()).hexdigest()[:16]}{dot}{ending}"
+    if output.exists():
+        return output
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent) as scratch:
+        part = Path(scratch, output.name)
+        arguments = [*command, f"-I{csrc}", *map(str, sources), "-o", str(part)]
+        done = subprocess.run(arguments, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(arguments)}\n{done.stdout}{done.stderr}")
+        output.with_name(output.name + ".log").write_text(done.stdout + done.stderr)
+        part.replace(output)
+    return output
+
+
+def emulated_library(op: str, csrc: Path = CSRC, options: Sequence[str] = ("-O2",)) -> Path:
+    """The op's kernels and launchers as C++ for the CPU: a shared library with the same C interface."""
+    command = ["g++", *EMULATED_FLAGS, *options, "-shared", "-fvisibility=hidden", "-fno-gnu-unique", "-x", "c++"]
+    return compiled(f"{op}.so", command, [csrc / op / f"{op}.cu", csrc / "emulation" / "control.cpp"], csrc)

@@ -1,0 +1,105 @@
+"""Cases of the causal softmax. Bound: 1 ulp of the output's type; in the backward pass fp32's rounding besides, where the gradient and
+its mean cancel; fp16's smallest number, below which probabilities round to 0.
+
+Shape letters: B batch, H heads, Q queries, K keys.
+"""
+
+from functools import partial
+
+import torch
+
+from tests.kernels.cases import Case, CaseMaker, Expected, blank, values
+
+FP32 = 2.0**-20
+SCALE = 0.125
+SHAPES = {
+    "small": (2, 3, 8, 8),
+    "odd_rows": (1, 2, 5, 64),
+    "more_keys_than_queries": (2, 2, 3, 32),
+    "square": (1, 1, 40, 40),
+    "264": (1, 1, 9, 264),
+    "warp_1024": (1, 2, 5, 1024),
+    "longest_of_a_warp": (1, 1, 5, 2048),
+    "shortest_of_a_block": (1, 1, 6, 2056),
+    "longer_than_registers": (1, 1, 2, 8 * 1031),
+}
+DOCUMENTS = {
+    "small": (2, 3, 8, 8),
+    "square": (2, 2, 40, 40),
+    "warp_1024": (1, 1, 9, 1024),
+    "block": (2, 1, 5, 2056),
+    "longer_than_registers": (1, 1, 3, 8 * 1031),
+}
+
+
+def document_numbers(batch: int, keys: int) -> torch.Tensor:
+    """int32 [B, K]: runs of 1, 2, 3, ... positions from the end, so that every row of a case has another beginning."""
+    numbers = torch.zeros(batch, keys, dtype=torch.int32)
+    end, length = keys, 1
+    while end > 0:
+        numbers[:, max(0, end - length) : end] = -length
+        end, length = end - length, length + 1
+    return numbers - numbers.min() + torch.arange(batch, dtype=torch.int32)[:, None]
+
+
+def seen(queries: int, keys: int, documents_BK: torch.Tensor | None) -> torch.Tensor:
+    """True where a query sees a key: [B or 1, 1, Q, K]."""
+    causal_QK = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+    if documents_BK is None:
+        return causal_QK[None, None]
+    return (causal_QK & (documents_BK[:, keys - queries :, None] == documents_BK[:, None]))[:, None]
+
+
+def forward(shape: tuple[int, int, int, int], has_documents: bool, in_place: bool, dtype: torch.dtype) -> Case:
+    """output."""
+    batch, heads, queries, keys = shape
+    scores_BHQK = values(*shape, dtype=dtype, seed=1, scale=24.0)
+    documents_BK = document_numbers(batch, keys) if has_documents else None
+    masked = (scores_BHQK.double() * SCALE).masked_fill(~seen(queries, keys, documents_BK), -torch.inf)
+    arguments = {
+        "scores": scores_BHQK,
+        "documents": documents_BK,
+        "output": scores_BHQK if in_place else blank(*shape, dtype=dtype),
+    }
+    sizes = {"scale": SCALE, "batch": batch, "heads": heads, "queries": queries, "keys": keys, "dtype": dtype}
+    return Case("ledom_causal_softmax_forward", {**arguments, **sizes}, {"output": Expected(masked.softmax(-1), ulps=1.0)})
+
+
+def backward(shape: tuple[int, int, int, int], has_documents: bool, in_place: bool, dtype: torch.dtype) -> Case:
+    """scores_gradient."""
+    batch, heads, queries, keys = shape
+    documents_BK = document_numbers(batch, keys) if has_documents else None
+    is_seen = seen(queries, keys, documents_BK)
+    scores = values(*shape, dtype=dtype, seed=1, scale=24.0).double() * SCALE
+    output_BHQK = scores.masked_fill(~is_seen, -torch.inf).softmax(-1).to(dtype)
+    gradient_BHQK = values(*shape, dtype=dtype, seed=2)
+    gradient_BHQK.masked_fill_(~is_seen, torch.inf)  # may be anything where nothing is seen
+    y, g = output_BHQK.double(), gradient_BHQK.double().masked_fill(~is_seen, 0.0)
+    mean = (y * g).sum(-1, keepdim=True)
+    noise = FP32 * SCALE * y * (g.abs() + (y * g).abs().sum(-1, keepdim=True))
+    arguments = {
+        "output_gradient": gradient_BHQK,
+        "output": output_BHQK,
+        "documents": documents_BK,
+        "scores_gradient": gradient_BHQK if in_place else blank(*shape, dtype=dtype),
+    }
+    sizes = {"scale": SCALE, "batch": batch, "heads": heads, "queries": queries, "keys": keys, "dtype": dtype}
+    expected = Expected(SCALE * y * (g - mean), ulps=1.0, noise=noise)
+    return Case("ledom_causal_softmax_backward", {**arguments, **sizes}, {"scores_gradient": expected})
+
+
+CASES: dict[str, CaseMaker] = {
+    f"{direction.__name__}-{'documents' if flag else 'causal'}-{name}": partial(direction, shape, flag, name == "square")
+    for direction in (forward, backward)
+    for flag, shapes in ((False, SHAPES), (True, DOCUMENTS))
+    for name, shape in shapes.items()
+}
+
+REFUSED = {
+    "keys are no multiple of 8": ("forward-causal-small", {"keys": 12}),
+    "more queries than keys": ("backward-causal-small", {"queries": 16}),
+    "no heads": ("forward-causal-small", {"heads": 0}),
+    "more heads than a grid has": ("forward-causal-small", {"heads": 65536}),
+    "negative batch": ("backward-causal-small", {"batch": -1}),
+    "no output": ("backward-causal-small", {"output": None}),
+}

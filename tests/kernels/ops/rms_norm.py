@@ -1,0 +1,99 @@
+"""Cases of RMSNorm. Bound: 1 ulp of the output's type, 2 for the weight's gradient; where terms cancel, fp32's rounding besides.
+
+Shape letters: R rows, H hidden, P partial sums.
+"""
+
+from functools import partial
+
+import torch
+
+from tests.kernels.cases import Case, CaseMaker, Expected, blank, values
+
+EPS = 1e-5
+FP32 = 2.0**-22
+"""Rounding of a few fp32 operations, relative to the largest term."""
+SHAPES = {
+    "narrow": (5, 8),
+    "one_warp": (7, 1024),
+    "tail_of_a_block": (3, 1032),
+    "2048": (6, 2048),
+    "3072": (3, 3072),
+    "4096": (3, 4096),
+    "odd": (4, 8 * 397),
+    "wider_than_registers": (2, 16392),
+    "more_rows_than_blocks": (1030, 16),
+    "one_row": (1, 264),
+}
+
+
+def forward(rows: int, hidden: int, has_residual: bool, dtype: torch.dtype) -> Case:
+    """output, and sum where there is a residual."""
+    input_RH, weight_H = values(rows, hidden, dtype=dtype, seed=1), values(hidden, dtype=dtype, seed=2)
+    residual_RH = values(rows, hidden, dtype=dtype, seed=3, scale=3.0) if has_residual else None
+    expected = {}
+    normed_RH = input_RH.double()
+    if residual_RH is not None:
+        sum_RH = input_RH.double() + residual_RH.double()
+        expected["sum"] = Expected(sum_RH, ulps=0.5)
+        normed_RH = sum_RH.float().to(dtype).double()
+    output_RH = normed_RH * (normed_RH.square().mean(1, keepdim=True) + EPS).rsqrt() * weight_H.double()
+    expected["output"] = Expected(output_RH, ulps=1.0)
+    arguments = {"input": input_RH, "residual": residual_RH, "weight": weight_H, "output": blank(rows, hidden, dtype=dtype)}
+    arguments["sum"] = residual_RH  # in place
+    return Case("ledom_rms_norm_forward", {**arguments, "eps": EPS, "rows": rows, "hidden": hidden, "dtype": dtype}, expected)
+
+
+def backward(rows: int, hidden: int, has_sum_gradient: bool, dtype: torch.dtype) -> Case:
+    """input_gradient and weight_gradient."""
+    input_RH, weight_H = values(rows, hidden, dtype=dtype, seed=1), values(hidden, dtype=dtype, seed=2)
+    gradient_RH = values(rows, hidden, dtype=dtype, seed=4)
+    passed_RH = values(rows, hidden, dtype=dtype, seed=5) if has_sum_gradient else None
+    x, w, g = input_RH.double(), weight_H.double(), gradient_RH.double()
+    reciprocal = (x.square().mean(1, keepdim=True) + EPS).rsqrt()
+    direct = reciprocal * g * w
+    along = x * reciprocal**3 * (g * w * x).mean(1, keepdim=True)
+    passed = torch.zeros_like(x) if passed_RH is None else passed_RH.double()
+    mean_of_sizes = (g * w * x).abs().mean(1, keepdim=True)
+    noise = FP32 * (direct.abs() + along.abs() + passed.abs() + (x * reciprocal**3).abs() * mean_of_sizes)
+    terms = g * x * reciprocal
+    partials = min(rows, 256)
+    in_place = has_sum_gradient
+    return Case(
+        "ledom_rms_norm_backward",
+        {
+            "output_gradient": gradient_RH,
+            "sum_gradient": passed_RH,
+            "input": input_RH,
+            "weight": weight_H,
+            "input_gradient": passed_RH if in_place else blank(rows, hidden, dtype=dtype),
+            "weight_gradient": blank(hidden, dtype=dtype),
+            "partials": blank(partials, hidden, dtype=torch.float32),
+            "eps": EPS,
+            "rows": rows,
+            "hidden": hidden,
+            "dtype": dtype,
+        },
+        {
+            "input_gradient": Expected(direct - along + passed, ulps=1.0, noise=noise),
+            "weight_gradient": Expected(terms.sum(0), ulps=1.0, noise=FP32 * terms.abs().sum(0)),
+        },
+        frozenset({"partials"}),
+    )
+
+
+CASES: dict[str, CaseMaker] = {
+    f"{direction.__name__}-{'residual' if flag else 'alone'}-{name}": partial(direction, *shape, flag)
+    for direction in (forward, backward)
+    for flag in (False, True)
+    for name, shape in SHAPES.items()
+}
+
+REFUSED = {
+    "hidden is no multiple of 8": ("forward-alone-narrow", {"hidden": 12}),
+    "hidden is 0": ("backward-alone-narrow", {"hidden": 0}),
+    "negative rows": ("forward-alone-narrow", {"rows": -1}),
+    "residual without sum": ("forward-residual-narrow", {"sum": None}),
+    "no output": ("forward-alone-narrow", {"output": None}),
+    "no input": ("backward-alone-narrow", {"input": None}),
+    "no partials": ("backward-alone-narrow", {"partials": None}),
+}
