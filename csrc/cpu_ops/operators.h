@@ -23,7 +23,6 @@ void rms_norm_forward(const RmsNorm& a, int64_t begin, int64_t end) {
       squares += v * v;
     });
     const float inverse = 1.0f / std::sqrt(sum(squares) / static_cast<float>(a.hidden) + a.eps);
-    a.inverse[row] = inverse;
     over(a.hidden, [&](int64_t i, auto count) { store(y + i, load(x + i, count) * inverse * load(weight + i, count), count); });
   }
 }
@@ -38,16 +37,18 @@ void rms_norm_backward(const RmsNormGradient& a, int64_t begin, int64_t end) {  
     for (int64_t row = block * kNormBlockRows; row < last; row++) {
       const T *x = static_cast<const T*>(a.x) + row * a.hidden, *dy = static_cast<const T*>(a.dy) + row * a.hidden;
       T* dx = static_cast<T*>(a.dx) + row * a.hidden;
-      const float inverse = a.inverse[row];
-      Floats products{};
+      Floats squares{}, products{};
       over(a.hidden, [&](int64_t i, auto count) {
-        const Floats v = load(x + i, count), g = load(dy + i, count);
-        products += v * g * load(weight + i, count);
-        store(weight_sums + i, load(weight_sums + i, count) + g * v * inverse, count);
+        const Floats v = load(x + i, count);
+        squares += v * v;
+        products += v * load(dy + i, count) * load(weight + i, count);
       });
+      const float inverse = 1.0f / std::sqrt(sum(squares) / static_cast<float>(a.hidden) + a.eps);
       const float along = sum(products) / static_cast<float>(a.hidden) * inverse * inverse * inverse;
       over(a.hidden, [&](int64_t i, auto count) {
-        store(dx + i, load(dy + i, count) * load(weight + i, count) * inverse - load(x + i, count) * along, count);
+        const Floats v = load(x + i, count), g = load(dy + i, count);
+        store(weight_sums + i, load(weight_sums + i, count) + g * v * inverse, count);
+        store(dx + i, g * load(weight + i, count) * inverse - v * along, count);
       });
     }
   }

@@ -9,20 +9,19 @@ namespace ledom {
 struct RmsNorm {
   const void *x, *weight;  // T [rows, hidden], T [hidden]
   void* y;                 // T [rows, hidden]
-  float* inverse;          // [rows]: 1 / sqrt(mean(x^2) + eps)
   int64_t hidden;
   float eps;
 };
 
 constexpr int64_t kNormBlockRows = 64;  // whose weight gradients are summed before those of other blocks
 
-// dx = (dy w - x mean(dy w x) inverse^2) inverse, and each block's sum of dy x inverse.
+// dx = (dy w - x mean(dy w x) r^2) r, and each block's sum of dy x r; r = 1 / sqrt(mean(x^2) + eps).
 struct RmsNormGradient {
   const void *dy, *x, *weight;
-  const float* inverse;
   void* dx;
   float* weight_sums;  // [blocks of rows, hidden]
   int64_t rows, hidden;
+  float eps;
 };
 
 // y = silu(gate) up, of rows [gate, up] of 2 * width (Shazeer, arXiv 2002.05202, equation 6).

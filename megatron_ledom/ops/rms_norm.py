@@ -20,7 +20,7 @@ def rms_norm(x_NH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
     """RMSNorm over the last axis by the kernel of x's device, else by the reference. Same shape and type as x."""
     if not runs_kernel(x_NH, weight_H):
         return rms_norm_reference(x_NH, weight_H, eps)
-    normed: torch.Tensor = torch.ops.ledom.rms_norm(x_NH.contiguous(), weight_H, eps)[0]
+    normed: torch.Tensor = torch.ops.ledom.rms_norm(x_NH.contiguous(), weight_H, eps)
     return normed
 
 
@@ -45,57 +45,45 @@ class FusedRMSNorm(TorchRMSNorm):
         return rms_norm(x, self.weight, self.eps)
 
 
-def _fake(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[:-1], dtype=torch.float32)
+def _fake(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    return torch.empty_like(x)
 
 
-def _cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     hidden = x.shape[-1]
     check_alike(x, weight)
     check_shape("weight", weight, (hidden,))
-    y, inverse = _fake(x, weight, eps)
-    cpu_kernels().rms_norm_forward(
-        is_bf16(x), x.data_ptr(), weight.data_ptr(), y.data_ptr(), inverse.data_ptr(), inverse.numel(), hidden, eps
-    )
-    return y, inverse
+    y = torch.empty_like(x)
+    rows = x.numel() // max(hidden, 1)
+    cpu_kernels().rms_norm_forward(is_bf16(x), x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, hidden, eps)
+    return y
 
 
-def _fake_backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _cpu_backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, inverse: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    kernels, hidden, rows = cpu_kernels(), x.shape[-1], inverse.numel()
+def _cpu_backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    kernels, hidden = cpu_kernels(), x.shape[-1]
     check_alike(dy, x, weight)
-    check_alike(inverse)
     check_shape("the gradient", dy, tuple(x.shape))
-    dx = torch.empty_like(x)
-    sums = inverse.new_empty((-(-rows // kernels.NORM_BLOCK_ROWS), hidden))
-    kernels.rms_norm_backward(
-        is_bf16(x),
-        *(t.data_ptr() for t in (dy, x, weight, inverse, dx, sums)),
-        rows,
-        hidden,
-    )
+    check_shape("weight", weight, (hidden,))
+    rows, dx = x.numel() // max(hidden, 1), torch.empty_like(x)
+    sums = x.new_empty((-(-rows // kernels.NORM_BLOCK_ROWS), hidden), dtype=torch.float32)
+    addresses = [tensor.data_ptr() for tensor in (dy, x, weight, dx, sums)]
+    kernels.rms_norm_backward(is_bf16(x), *addresses, rows, hidden, eps)
     return dx, sums.sum(0).to(weight.dtype)
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.save_for_backward(inputs[0], inputs[1], output[1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    ctx.save_for_backward(inputs[0], inputs[1])
+    ctx.eps = inputs[2]
 
 
-def _backward(ctx: Any, dy: torch.Tensor, _: Any) -> tuple[torch.Tensor, torch.Tensor, None]:
-    return (*torch.ops.ledom.rms_norm_backward(dy.contiguous(), *ctx.saved_tensors), None)
+def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
+    return (*torch.ops.ledom.rms_norm_backward(dy.contiguous(), *ctx.saved_tensors, ctx.eps), None)
 
 
-define("rms_norm(Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _fake, _cpu)
-define(
-    "rms_norm_backward(Tensor dy, Tensor x, Tensor weight, Tensor inverse) -> (Tensor, Tensor)", _fake_backward, _cpu_backward
-)
+define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _fake, _cpu)
+define("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _fake_backward, _cpu_backward)
 define_gradient("rms_norm", _backward, _remember)

@@ -25,26 +25,28 @@ def rotary_tables(angles_S11D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor
     return angles.cos().contiguous(), angles.sin().contiguous()
 
 
-def rope_reference(mixed_SBGM: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
-    """Query [S, B, H, D], key and value [S, B, G, D] of a packed projection [S, B, G, (R + 2) * D], in fp32, rounded once."""
-    width = 2 * cos.shape[-1]
+def rope_reference(mixed_SBGM: torch.Tensor, angles_S11D: torch.Tensor) -> Heads:
+    """Query [S, B, H, D], key and value [S, B, G, D] of a packed projection [S, B, G, (R + 2) * D], in fp32, rounded once.
+
+    angles [S, 1, 1, D]: megatron-core's, in fp32; the second half repeats the first.
+    """
+    width = angles_S11D.shape[-1]
     heads = mixed_SBGM.unflatten(-1, (-1, width))
     query, key, value = heads.split((heads.shape[-2] - 2, 1, 1), -2)
-    cos_S1111, sin_S1111 = (table[:, None, None, None] for table in (cos, sin))
+    cos, sin = (table[:, None, None, None] for table in rotary_tables(angles_S11D))
 
     def turned(part: torch.Tensor) -> torch.Tensor:
         first, second = part.float().chunk(2, -1)
-        both = torch.cat((first * cos_S1111 - second * sin_S1111, second * cos_S1111 + first * sin_S1111), -1)
-        return both.to(part.dtype)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(part.dtype)
 
     return turned(query).flatten(2, 3), turned(key).squeeze(3), value.squeeze(3)
 
 
-def rope(mixed_SBGM: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
+def rope(mixed_SBGM: torch.Tensor, angles_S11D: torch.Tensor) -> Heads:
     """The same by the kernel of the projection's device, which reads it and writes the heads in one pass; else the reference."""
-    if not runs_kernel(mixed_SBGM) or (mixed_SBGM.is_cuda and cos.shape[-1] % 8):
-        return rope_reference(mixed_SBGM, cos, sin)
-    heads: Heads = torch.ops.ledom.rope(mixed_SBGM.contiguous(), cos, sin)
+    if not runs_kernel(mixed_SBGM) or (mixed_SBGM.is_cuda and angles_S11D.shape[-1] % 16):
+        return rope_reference(mixed_SBGM, angles_S11D)
+    heads: Heads = torch.ops.ledom.rope(mixed_SBGM.contiguous(), angles_S11D)
     return heads
 
 
@@ -68,21 +70,21 @@ class FusedSelfAttention(SelfAttention):  # type: ignore[misc]
         assert self.angles is not None, "this package's models have rotary positions"
         assert not output_gate, "not reachable from this package's configs"
         mixed, _ = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
-        query, key, value = rope(mixed, *rotary_tables(self.angles))
+        query, key, value = rope(mixed, self.angles)
         if self.config.num_query_groups < self.world_size:  # ranks share a group: each has its key, and some of its queries
             sharing = self.world_size // self.config.num_query_groups
             query = query.chunk(sharing, 2)[self.pg_collection.tp.rank() % sharing]
         return query, key, value
 
 
-def _sizes(mixed: torch.Tensor, cos: torch.Tensor) -> tuple[int, int, int, int, int]:
+def _sizes(mixed: torch.Tensor, angles: torch.Tensor) -> tuple[int, int, int, int, int]:
     """S, B, G, R, D."""
-    width = 2 * cos.shape[-1]
+    width = angles.shape[-1]
     return (*mixed.shape[:3], mixed.shape[3] // width - 2, width)  # type: ignore[return-value]
 
 
-def _fake(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
-    s, b, groups, per_group, width = _sizes(mixed, cos)
+def _fake(mixed: torch.Tensor, angles: torch.Tensor) -> Heads:
+    s, b, groups, per_group, width = _sizes(mixed, angles)
     return (
         mixed.new_empty((s, b, groups * per_group, width)),
         mixed.new_empty((s, b, groups, width)),
@@ -90,55 +92,48 @@ def _fake(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
     )
 
 
-def _run(mixed: torch.Tensor, heads: Heads, cos: torch.Tensor, sin: torch.Tensor, *, backward: bool) -> None:
+def _run(mixed: torch.Tensor, heads: Heads, angles: torch.Tensor, *, backward: bool) -> None:
     """Call the CPU kernel; heads may have any strides whose last is 1."""
-    sizes = _sizes(mixed, cos)
+    sizes = _sizes(mixed, angles)
     check_alike(mixed)
-    check_alike(cos, sin)
     check_shape("mixed", mixed, (*sizes[:3], (sizes[3] + 2) * sizes[4]))
-    for name, table in (("cos", cos), ("sin", sin)):
-        check_shape(name, table, (sizes[0], sizes[4] // 2))
-    addresses = [tensor.data_ptr() for tensor in (mixed, *heads, cos, sin)]
+    check_shape("angles", angles, (sizes[0], 1, 1, sizes[4]))
+    addresses = [tensor.data_ptr() for tensor in (mixed, *heads, *rotary_tables(angles))]
     cpu_kernels().rope(is_bf16(mixed), backward, addresses, sizes, *(head.stride()[:3] for head in heads))
 
 
-def _cpu(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> Heads:
-    heads = _fake(mixed, cos, sin)
-    _run(mixed, heads, cos, sin, backward=False)
+def _cpu(mixed: torch.Tensor, angles: torch.Tensor) -> Heads:
+    heads = _fake(mixed, angles)
+    _run(mixed, heads, angles, backward=False)
     return heads
 
 
-def _fake_backward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
+def _fake_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     s, b, groups, width = key.shape
     return key.new_empty((s, b, groups, (query.shape[2] // groups + 2) * width))
 
 
-def _cpu_backward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> torch.Tensor:
-    mixed = _fake_backward(query, key, value, cos, sin)
+def _cpu_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    mixed = _fake_backward(query, key, value, angles)
     heads = query, key, value
-    for head, expected in zip(heads, _fake(mixed, cos, sin), strict=True):
+    for head, expected in zip(heads, _fake(mixed, angles), strict=True):
         check_shape("a gradient of heads", head, tuple(expected.shape))
         if head.stride(-1) != 1 or head.dtype != mixed.dtype or head.device != mixed.device:
             raise ValueError(f"expected gradients of {mixed.dtype} whose widths are contiguous, found {head.dtype}, {head.stride()}")
-    _run(mixed, heads, cos, sin, backward=True)
+    _run(mixed, heads, angles, backward=True)
     return mixed
 
 
 def _remember(ctx: Any, inputs: tuple[torch.Tensor, ...], output: Heads) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    ctx.save_for_backward(inputs[1])
 
 
-def _backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-    heads = (gradient if gradient.stride(-1) == 1 else gradient.contiguous() for gradient in gradients)
-    return torch.ops.ledom.rope_backward(*heads, *ctx.saved_tensors), None, None
+def _backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+    on_cpu = gradients[0].device.type == "cpu"  # whose kernel takes any strides
+    heads = (gradient if on_cpu and gradient.stride(-1) == 1 else gradient.contiguous() for gradient in gradients)
+    return torch.ops.ledom.rope_backward(*heads, *ctx.saved_tensors), None
 
 
-define("rope(Tensor mixed, Tensor cos, Tensor sin) -> (Tensor, Tensor, Tensor)", _fake, _cpu)
-define(
-    "rope_backward(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin) -> Tensor", _fake_backward, _cpu_backward
-)
+define("rope(Tensor mixed, Tensor angles) -> (Tensor, Tensor, Tensor)", _fake, _cpu)
+define("rope_backward(Tensor query, Tensor key, Tensor value, Tensor angles) -> Tensor", _fake_backward, _cpu_backward)
 define_gradient("rope", _backward, _remember)

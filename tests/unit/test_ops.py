@@ -8,7 +8,7 @@ import torch
 
 from megatron_ledom.ops.library import backend, describe
 from megatron_ledom.ops.rms_norm import rms_norm, rms_norm_reference
-from megatron_ledom.ops.rope import rope, rope_reference, rotary_tables
+from megatron_ledom.ops.rope import rope, rope_reference
 from megatron_ledom.ops.swiglu import swiglu, swiglu_reference
 from megatron_ledom.platform.cpu_ops import find_cpu_ops
 
@@ -94,23 +94,22 @@ def test_swiglu_equals_double_precision(shape: tuple[int, ...], dtype: torch.dty
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("groups", "per_group", "width"), [(1, 8, 64), (4, 1, 10), (2, 4, 192)])
 def test_rope_equals_double_precision(groups: int, per_group: int, width: int, dtype: torch.dtype) -> None:
-    angles = drawn(9, 1, 1, width // 2, dtype=torch.float32, seed=2).repeat(1, 1, 1, 2) * 100
-    tables = rotary_tables(angles)
+    angles = drawn(9, 1, 1, width // 2, dtype=torch.float32, seed=2).mul(100).repeat(1, 1, 1, 2)
     mixed = drawn(9, 3, groups, (per_group + 2) * width, dtype=dtype)
-    check_op(lambda x: rope(x, *tables), lambda x: rope_reference(x, *(t.double() for t in tables)), [mixed], 1)
+    check_op(lambda x: rope(x, angles), lambda x: rope_reference(x, angles.double()), [mixed], 1)
 
 
 @pytest.mark.usefixtures("isa")
 def test_rope_takes_gradients_of_any_strides() -> None:
     """SDPA gives them as [B, H, S, D] in memory."""
-    tables = rotary_tables(drawn(5, 1, 1, 8, dtype=torch.float32))
+    angles = drawn(5, 1, 1, 4, dtype=torch.float32).repeat(1, 1, 1, 2)
     mixed = drawn(5, 2, 2, 4 * 8, dtype=torch.float32).requires_grad_()
     given = [torch.randn(2, heads, 5, 8) for heads in (4, 2, 2)]
     for turned in ([g.permute(2, 0, 1, 3) for g in given], [g.permute(2, 0, 1, 3).contiguous() for g in given]):
-        torch.autograd.backward(rope(mixed, *tables), turned)
+        torch.autograd.backward(rope(mixed, angles), turned)
     assert mixed.grad is not None
     once, mixed.grad = mixed.grad / 2, None
-    torch.autograd.backward(rope(mixed, *tables), [g.permute(2, 0, 1, 3).contiguous() for g in given])
+    torch.autograd.backward(rope(mixed, angles), [g.permute(2, 0, 1, 3).contiguous() for g in given])
     assert torch.equal(once, mixed.grad)
 
 
@@ -144,13 +143,13 @@ def test_nan_and_infinity_come_through(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope", "cross_entropy_terms", "cross_entropy_gradient"])
 def test_opcheck(name: str) -> None:
     """Schema, fake tensors and autograd as torch wants them."""
-    tables = rotary_tables(drawn(5, 1, 1, 8, dtype=torch.float32))
+    angles = drawn(5, 1, 1, 4, dtype=torch.float32).repeat(1, 1, 1, 2)
     rows = [torch.rand(5) for _ in range(3)]
     labels = torch.tensor([0, 3, -1, 9, 2])
     arguments = {
         "rms_norm": (drawn(5, 2, 16, dtype=torch.float32).requires_grad_(), torch.ones(16, requires_grad=True), 1e-5),
         "swiglu": (drawn(5, 16, dtype=torch.float32).requires_grad_(),),
-        "rope": (drawn(5, 2, 2, 32, dtype=torch.float32).requires_grad_(), *tables),
+        "rope": (drawn(5, 2, 2, 32, dtype=torch.float32).requires_grad_(), angles),
         "cross_entropy_terms": (drawn(5, 16, dtype=torch.bfloat16), labels, 10),
         "cross_entropy_gradient": (drawn(5, 16, dtype=torch.bfloat16), labels, *rows, 10),
     }[name]
