@@ -20,7 +20,8 @@ def emulated_binding() -> Path:
     objects = [compiled(f"{source.stem}.o", ["g++", *flags, "-c"], [source]) for source in sources]
     libraries = [emulated_library(op) for op in op_names()]
     link = ["g++", "-shared", f"-L{TORCH}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-    return compiled("emulated_binding.so", link, [*objects, *libraries])
+    inputs = [str(path) for path in (*objects, *libraries)]  # named by their contents
+    return compiled("emulated_binding.so", [*link[:2], *inputs, *link[2:]], [])
 
 
 def load_emulated_ops() -> None:
