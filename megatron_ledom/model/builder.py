@@ -16,7 +16,6 @@ from megatron_ledom.model.layer_specs import PARAMS_DTYPES, LayerChoice, build_l
 from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.parallel.groups import ParallelGroups
 
-
 DTYPES = PARAMS_DTYPES
 
 
@@ -31,7 +30,9 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """labels [B, S], logits [S, B, V] -> losses in nats [B, S]; with log Z beside them [B, S, 2] if that is asked for."""
-        losses_SB, log_z_SB = vocab_parallel_cross_entropy(logits, labels.t(), self.num_ids, self.pg_collection.tp, fused=self.fuses_loss)
+        losses_SB, log_z_SB = vocab_parallel_cross_entropy(
+            logits, labels.t(), self.num_ids, self.pg_collection.tp, fused=self.fuses_loss
+        )
         if self.reports_log_z:
             return torch.stack([losses_SB, log_z_SB], -1).transpose(0, 1)
         return losses_SB.t()

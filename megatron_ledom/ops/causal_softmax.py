@@ -10,9 +10,7 @@ import torch
 from megatron_ledom.ops.library import define, define_gradient, runs_kernel
 
 
-def causal_softmax_reference(
-    scores_BHQK: torch.Tensor, scale: float, documents_BK: torch.Tensor | None = None
-) -> torch.Tensor:
+def causal_softmax_reference(scores_BHQK: torch.Tensor, scale: float, documents_BK: torch.Tensor | None = None) -> torch.Tensor:
     """softmax(scale * scores) over the keys that each query sees, 0 elsewhere; in fp32, rounded once.
 
     Query q sees key k if k <= q + K - Q and, where documents [B, K] are told, both are in one document.
@@ -40,15 +38,11 @@ def _cpu(scores: torch.Tensor, documents: torch.Tensor | None, scale: float) -> 
     return causal_softmax_reference(scores, scale, documents)
 
 
-def _fake_backward(
-    gradient: torch.Tensor, output: torch.Tensor, documents: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def _fake_backward(gradient: torch.Tensor, output: torch.Tensor, documents: torch.Tensor | None, scale: float) -> torch.Tensor:
     return torch.empty_like(output)
 
 
-def _cpu_backward(
-    gradient: torch.Tensor, output: torch.Tensor, documents: torch.Tensor | None, scale: float
-) -> torch.Tensor:
+def _cpu_backward(gradient: torch.Tensor, output: torch.Tensor, documents: torch.Tensor | None, scale: float) -> torch.Tensor:
     wide, from_above = output.float(), gradient.float()
     return (scale * wide * (from_above - (wide * from_above).sum(-1, keepdim=True))).to(output.dtype)
 

@@ -38,7 +38,9 @@ def _layers_in_words(config: RunConfig) -> str:
     if model.transformer_impl == "fused":
         return f"our fused operators, with {attention}; refused where they cannot run"
     ours = f"our fused operators where they can run, else torch; with {attention}"
-    return ours if config.data.reset_attention_mask else f"Transformer Engine where it is installed and CUDA is there, else {ours}"
+    return (
+        ours if config.data.reset_attention_mask else f"Transformer Engine where it is installed and CUDA is there, else {ours}"
+    )
 
 
 def _recompute_in_words(config: RunConfig) -> str:

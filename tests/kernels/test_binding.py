@@ -101,7 +101,9 @@ def test_every_operator_passes_opcheck_and_equals_its_reference() -> None:
     emulated_binding()
     done = subprocess.run([sys.executable, "-m", "tests.kernels.test_binding"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
-    assert json.loads(done.stdout.splitlines()[-1]) == [f"{name} {dtype}" for dtype in ("bfloat16", "float16") for name in OPERATORS]
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        f"{name} {dtype}" for dtype in ("bfloat16", "float16") for name in OPERATORS
+    ]
 
 
 def test_a_model_trains_alike_on_emulated_kernels_and_on_torch(data: TinyData, tmp_path: Path) -> None:

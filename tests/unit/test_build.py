@@ -77,7 +77,9 @@ def test_a_cpu_torch_gets_them_only_when_told_so(cpu_torch: str) -> None:
         ("true", "old", "has no stable ABI; install torch 2.10 or newer"),
     ],
 )
-def test_forced_and_impossible_fails_with_the_reason(cuda_torch: str, tmp_path: Path, nvcc: str, torch: str, reason: str) -> None:
+def test_forced_and_impossible_fails_with_the_reason(
+    cuda_torch: str, tmp_path: Path, nvcc: str, torch: str, reason: str
+) -> None:
     where = {"cuda_torch": cuda_torch, "": "", "old": str(tmp_path)}[torch]
     done = decide("auto", nvcc, where)
     assert done.stdout.strip() == HELPERS

@@ -47,9 +47,7 @@ def check_close(found: torch.Tensor, exact: torch.Tensor, ulps: float = ULPS) ->
     assert worst <= 1, f"{worst * ulps:.2f} ulp"
 
 
-def check_op(
-    op: Callable[..., Any], reference: Callable[..., Any], inputs: list[torch.Tensor], differentiable: int
-) -> None:
+def check_op(op: Callable[..., Any], reference: Callable[..., Any], inputs: list[torch.Tensor], differentiable: int) -> None:
     """Outputs and gradients of `op` against the reference on the same values in double precision."""
     leaves = [t.clone().requires_grad_(i < differentiable) for i, t in enumerate(inputs)]
     exact = [t.double().requires_grad_(i < differentiable) for i, t in enumerate(inputs)]

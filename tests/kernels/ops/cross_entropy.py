@@ -23,7 +23,9 @@ SHAPES = {  # rows, stride, counted
 }
 
 
-def logits_and_labels(rows: int, stride: int, counted: int, spread: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_and_labels(
+    rows: int, stride: int, counted: int, spread: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """What pads is far larger than what counts, so that it would show; every third label is another rank's."""
     logits_NV = values(rows, stride, dtype=dtype, seed=1, scale=spread)
     logits_NV[:, counted:] = 1000.0
@@ -50,7 +52,11 @@ def terms(rows: int, stride: int, counted: int, spread: float, dtype: torch.dtyp
         "counted": counted,
         "dtype": dtype,
     }
-    expected = {"largest": Expected(largest_N), "sums": Expected(shares_NV.sum(1), noise=noise_N), "targets": Expected(targets_N)}
+    expected = {
+        "largest": Expected(largest_N),
+        "sums": Expected(shares_NV.sum(1), noise=noise_N),
+        "targets": Expected(targets_N),
+    }
     return Case("ledom_cross_entropy_terms", arguments, expected)
 
 
