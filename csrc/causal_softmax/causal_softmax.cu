@@ -145,40 +145,53 @@ __global__ void __launch_bounds__(BLOCK, 512 / BLOCK)
     }
 }
 
-// Output and its gradient, packed; zeros outside of what is seen.
+// Output and its gradient, packed; zeros outside of what is seen, where the output is 0 but the gradient may be anything.
 template <class T>
 struct Pair {
   uint4 output, gradient;
 
-  __device__ __forceinline__ void load(const T* outputs, const T* gradients, int group, bool is_seen) {
+  __device__ __forceinline__ void load(const T* outputs, const T* gradients, int group, const Seen& seen) {
     output = gradient = make_uint4(0u, 0u, 0u, 0u);
-    if (!is_seen) return;
+    const int begin = group * PACK;
+    if (begin + PACK <= seen.begin || begin >= seen.end) return;
     output = load_pack(outputs, group);
     gradient = load_pack(gradients, group);
   }
 
-  // Sum of output * gradient. Keys that are not seen have output 0, but their gradients may be anything.
-  __device__ __forceinline__ float product(int group, const Seen& seen) const {
+  // Of a group at an end of what is seen.
+  __device__ __forceinline__ void clear_unseen(int group, const Seen& seen) {
+    const int begin = group * PACK;
+    if (begin >= seen.begin && begin + PACK <= seen.end) return;
+    float values[PACK];
+    Pack<T>::unpack(gradient, values);
+#pragma unroll
+    for (int i = 0; i < PACK; i++)
+      if (!seen.has(begin + i)) values[i] = 0.f;
+    gradient = Pack<T>::pack(values);
+  }
+
+  // Sum of output * gradient.
+  __device__ __forceinline__ float product() const {
     float a[PACK], b[PACK], total = 0.f;
     Pack<T>::unpack(output, a);
     Pack<T>::unpack(gradient, b);
 #pragma unroll
-    for (int i = 0; i < PACK; i++) total += seen.has(group * PACK + i) ? a[i] * b[i] : 0.f;
+    for (int i = 0; i < PACK; i++) total += a[i] * b[i];
     return total;
   }
 
-  __device__ __forceinline__ uint4 derivative(int group, const Seen& seen, float scale, float product) const {
+  __device__ __forceinline__ uint4 derivative(float scale, float product) const {
     float a[PACK], b[PACK];
     Pack<T>::unpack(output, a);
     Pack<T>::unpack(gradient, b);
 #pragma unroll
-    for (int i = 0; i < PACK; i++) a[i] = seen.has(group * PACK + i) ? scale * a[i] * (b[i] - product) : 0.f;
+    for (int i = 0; i < PACK; i++) a[i] = scale * a[i] * (b[i] - product);
     return Pack<T>::pack(a);
   }
 };
 
 template <class T, int ROW_THREADS, int BLOCK, int HELD>
-__global__ void __launch_bounds__(BLOCK)
+__global__ void __launch_bounds__(BLOCK, ROW_THREADS == WARP ? 3 : 2)
     causal_softmax_backward(const T* output_gradient, const T* __restrict__ output, const int* __restrict__ documents,
                             T* scores_gradient, float scale, Shape shape) {
   LEDOM_SHARED(ReduceScratch, scratch);
@@ -187,34 +200,39 @@ __global__ void __launch_bounds__(BLOCK)
   const Seen seen = seen_keys(documents, worker.query, shape);
   const int64_t offset = row_offset(worker.query, shape);
   const int first = worker.thread, groups = shape.keys / PACK;
-  const int begin = seen.begin / PACK, end = (seen.end + PACK - 1) / PACK;
+  const int end = (seen.end + PACK - 1) / PACK;
   const T *outputs = output + offset, *gradients = output_gradient + offset;
   Pair<T> held[HELD];
   float product = 0.f;
 #pragma unroll
   for (int i = 0; i < HELD; i++) {
     const int group = first + i * ROW_THREADS;
-    held[i].load(outputs, gradients, group, group >= begin && group < end);
+    held[i].load(outputs, gradients, group, seen);
   }
 #pragma unroll
-  for (int i = 0; i < HELD; i++) product += held[i].product(first + i * ROW_THREADS, seen);
+  for (int i = 0; i < HELD; i++) {
+    held[i].clear_unseen(first + i * ROW_THREADS, seen);
+    product += held[i].product();
+  }
   if (ROW_THREADS > WARP)
     for (int group = first + HELD * ROW_THREADS; group < end; group += ROW_THREADS) {
       Pair<T> pair;
-      pair.load(outputs, gradients, group, group >= begin);
-      product += pair.product(group, seen);
+      pair.load(outputs, gradients, group, seen);
+      pair.clear_unseen(group, seen);
+      product += pair.product();
     }
   product = reduce_block<Sum>(product, scratch, 0, first, ROW_THREADS);
 #pragma unroll
   for (int i = 0; i < HELD; i++) {
     const int group = first + i * ROW_THREADS;
-    if (group < groups) store_pack(scores_gradient + offset, group, held[i].derivative(group, seen, scale, product));
+    if (group < groups) store_pack(scores_gradient + offset, group, held[i].derivative(scale, product));
   }
   if (ROW_THREADS > WARP)
     for (int group = first + HELD * ROW_THREADS; group < groups; group += ROW_THREADS) {
       Pair<T> pair;
-      pair.load(outputs, gradients, group, group >= begin && group < end);
-      store_pack(scores_gradient + offset, group, pair.derivative(group, seen, scale, product));
+      pair.load(outputs, gradients, group, seen);
+      pair.clear_unseen(group, seen);
+      store_pack(scores_gradient + offset, group, pair.derivative(scale, product));
     }
 }
 

@@ -56,7 +56,7 @@ struct SharedObject {
   size_t bytes;
 };
 
-// The block that runs; the emulator is for one thread.
+// The block that runs; the emulator is for one thread. It is never destroyed: fibers are not, either.
 struct Block {
   std::vector<Fiber> fibers;
   int threads = 0;
@@ -71,7 +71,7 @@ struct Block {
   int schedule = 0;
   char launched = 0, finished = 0, barrier = 0, warps[WARP_LANES] = {};  // addresses that order threads for the sanitizer
 };
-inline Block block;
+inline Block& block = *new Block;
 
 [[noreturn]] inline void fail(const std::string& text) { throw std::runtime_error(text); }
 

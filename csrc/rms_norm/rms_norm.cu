@@ -1,7 +1,7 @@
 // RMSNorm forward and backward; formula and layout are in rms_norm.h. 16-bit in and out, fp32 inside.
 //
 // Work: a block takes rows blockIdx.x, blockIdx.x + gridDim.x, ...; a thread takes groups of eight neighbouring values, HELD of them
-// in registers from the reading to the writing, the rest (rows above 16,384 values) read again. Blocks are few, so that the weight is
+// in registers from the reading to the writing, the rest (of rows above 16,384 values forward, 8,192 backward) read again. Blocks are few, so that the weight is
 // read once a block and stays in registers. Nothing is kept for the backward pass but the input: it sums the squares again, beside
 // the sum that it needs anyway.
 //
@@ -16,7 +16,7 @@
 namespace ledom {
 namespace {
 
-constexpr int HELD = 4, MAX_THREADS = 512;
+constexpr int HELD = 4, FORWARD_THREADS = 512, BACKWARD_THREADS = 256;
 constexpr int FORWARD_BLOCKS = 1024, BACKWARD_BLOCKS = 256;
 constexpr int COLUMNS = 32, SLICES = 32;  // of the block that adds partial sums: 8 threads of 4 columns, 32 slices of the rows
 
@@ -51,7 +51,7 @@ __device__ __forceinline__ uint4 added(const uint4& first, const uint4& second) 
 }
 
 template <class T, bool HAS_RESIDUAL>
-__global__ void __launch_bounds__(MAX_THREADS)
+__global__ void __launch_bounds__(FORWARD_THREADS)
     rms_norm_forward(const T* input, const T* residual, const T* __restrict__ weight, T* __restrict__ output, T* sum, float eps,
                      int64_t rows, int hidden) {
   LEDOM_SHARED(ReduceScratch, scratch);
@@ -151,7 +151,7 @@ __device__ __forceinline__ void accumulate(float* memory, int group, const float
 }
 
 template <class T, bool HAS_SUM_GRADIENT>
-__global__ void __launch_bounds__(MAX_THREADS)
+__global__ void __launch_bounds__(BACKWARD_THREADS)
     rms_norm_backward(const T* output_gradient, const T* sum_gradient, const T* __restrict__ input, const T* __restrict__ weight,
                       T* input_gradient, float* __restrict__ partials, float eps, int64_t rows, int hidden) {
   LEDOM_SHARED(ReduceScratch, of_squares);
@@ -159,7 +159,10 @@ __global__ void __launch_bounds__(MAX_THREADS)
   const int groups = hidden / PACK, threads = blockDim.x, first = threadIdx.x;
   float* partial = partials + static_cast<int64_t>(blockIdx.x) * hidden;
   const float inverse = 1.f / hidden;
-  uint4 x[HELD], g[HELD];
+  uint4 w[HELD], x[HELD], g[HELD];
+#pragma unroll
+  for (int i = 0; i < HELD; i++)
+    if (first + i * threads < groups) w[i] = load_pack(weight, first + i * threads);
   float total[HELD][PACK] = {};
   int turn = 0;
   for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
@@ -173,7 +176,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
       }
 #pragma unroll
     for (int i = 0; i < HELD; i++)
-      if (first + i * threads < groups) sums.add<T>(x[i], g[i], load_pack(weight, first + i * threads));
+      if (first + i * threads < groups) sums.add<T>(x[i], g[i], w[i]);
     for (int group = first + HELD * threads; group < groups; group += threads)
       sums.add<T>(load_pack(input + offset, group), load_pack(output_gradient + offset, group), load_pack(weight, group));
     const float squares = reduce_block<Sum>(sums.squares, of_squares, turn, first, threads);
@@ -188,7 +191,7 @@ __global__ void __launch_bounds__(MAX_THREADS)
       const int group = first + i * threads;
       if (group < groups)
         store_pack(input_gradient + offset, group,
-                   gradients<T>(x[i], g[i], load_pack(weight, group), passed(group), factors, total[i]));
+                   gradients<T>(x[i], g[i], w[i], passed(group), factors, total[i]));
     }
     for (int group = first + HELD * threads; group < groups; group += threads) {
       float part[PACK] = {};
@@ -237,9 +240,9 @@ __global__ void __launch_bounds__(COLUMNS / 4 * SLICES)
   }
 }
 
-dim3 block_for(int hidden) {
+dim3 block_for(int hidden, int most) {
   const int warps = (hidden / PACK + HELD * WARP - 1) / (HELD * WARP);
-  return dim3(static_cast<unsigned>(warps * WARP < MAX_THREADS ? warps * WARP : MAX_THREADS));
+  return dim3(static_cast<unsigned>(warps * WARP < most ? warps * WARP : most));
 }
 
 unsigned blocks_for(int64_t rows, int most) { return static_cast<unsigned>(rows < most ? rows : most); }
@@ -248,7 +251,7 @@ template <class T>
 int forward(const void* input, const void* residual, const void* weight, void* output, void* sum, float eps, int64_t rows,
             int hidden, void* stream) {
   const auto kernel = residual ? &rms_norm_forward<T, true> : &rms_norm_forward<T, false>;
-  return launch(kernel, dim3(blocks_for(rows, FORWARD_BLOCKS)), block_for(hidden), stream, static_cast<const T*>(input),
+  return launch(kernel, dim3(blocks_for(rows, FORWARD_BLOCKS)), block_for(hidden, FORWARD_THREADS), stream, static_cast<const T*>(input),
                 static_cast<const T*>(residual), static_cast<const T*>(weight), static_cast<T*>(output), static_cast<T*>(sum),
                 eps, rows, hidden);
 }
@@ -259,7 +262,7 @@ int backward(const void* output_gradient, const void* sum_gradient, const void* 
   const unsigned blocks = blocks_for(rows, BACKWARD_BLOCKS);
   const auto kernel = sum_gradient ? &rms_norm_backward<T, true> : &rms_norm_backward<T, false>;
   if (blocks) {
-    const int error = launch(kernel, dim3(blocks), block_for(hidden), stream, static_cast<const T*>(output_gradient),
+    const int error = launch(kernel, dim3(blocks), block_for(hidden, BACKWARD_THREADS), stream, static_cast<const T*>(output_gradient),
                              static_cast<const T*>(sum_gradient), static_cast<const T*>(input), static_cast<const T*>(weight),
                              static_cast<T*>(input_gradient), partials, eps, rows, hidden);
     if (error) return error;

@@ -26,6 +26,8 @@ EMULATED_FLAGS = (
     "-fPIC",
 )
 
+GPU_FLAGS = ("-std=c++17", "-O3", "-Werror=all-warnings")
+
 
 def op_names() -> list[str]:
     """Folders of csrc/ that hold kernels."""
@@ -41,6 +43,13 @@ def cache_folder() -> Path:
 def compiler_version(compiler: str) -> str:
     """What the compiler says of itself."""
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def gpu_compiler() -> str:
+    """nvcc; tests that need it are skipped where it is not."""
+    found = nvcc()
+    assert found is not None, "no nvcc"
+    return found
 
 
 @cache
@@ -59,8 +68,8 @@ def nvcc() -> str | None:
 
 def source_hash(sources: Sequence[Path], csrc: Path) -> str:
     """Of the sources, of what lies beside them, and of the headers that all kernels share."""
-    folders = {source.parent for source in sources} | {csrc / "common", csrc / "emulation"}
-    digest = hashlib.sha256()
+    folders = {source.parent for source in sources if source.suffix == ".cu"} | {csrc / "common", csrc / "emulation"}
+    digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
     for folder in sorted(folders):
         for path in sorted(folder.iterdir()):
             if path.is_file() and path.suffix in (".h", ".cu", ".cpp"):
@@ -94,3 +103,27 @@ def emulated_library(op: str, csrc: Path = CSRC, options: Sequence[str] = ("-O2"
     """The op's kernels and launchers as C++ for the CPU: a shared library with the same C interface."""
     command = ["g++", *EMULATED_FLAGS, *options, "-shared", "-fvisibility=hidden", "-fno-gnu-unique", "-x", "c++"]
     return compiled(f"{op}.so", command, [csrc / op / f"{op}.cu", csrc / "emulation" / "control.cpp"], csrc)
+
+
+def standin_library(op: str, csrc: Path = CSRC) -> Path:
+    """The op as nvcc builds it for sm_90, host code included, linked with a CUDA runtime that has no GPU (standin_runtime.cpp)."""
+    host = compiled(
+        f"{op}.o",
+        [gpu_compiler(), *GPU_FLAGS, "-arch=sm_90", "-Xcompiler=-fPIC,-fvisibility=hidden", "-c"],
+        [csrc / op / f"{op}.cu"],
+        csrc,
+    )
+    runtime = ROOT / "tests" / "kernels" / "standin_runtime.cpp"
+    name = f"{op}-{host.stem.rpartition('-')[2]}-standin.so"
+    return compiled(name, ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-Bsymbolic"], [runtime, host], csrc)
+
+
+def ptx(op: str, csrc: Path = CSRC) -> Path:
+    """What nvcc makes of the op's kernels for sm_90, before the assembler."""
+    return compiled(f"{op}.ptx", [gpu_compiler(), *GPU_FLAGS, "-arch=sm_90", "-ptx"], [csrc / op / f"{op}.cu"], csrc)
+
+
+def cubin(op: str, architecture: str, csrc: Path = CSRC) -> Path:
+    """Machine code; the assembler's account of registers and stacks is in the file of the same name with `.log` behind it."""
+    command = [gpu_compiler(), *GPU_FLAGS, f"-arch={architecture}", "-Xptxas=-v", "-cubin"]
+    return compiled(f"{op}-{architecture}.cubin", command, [csrc / op / f"{op}.cu"], csrc)

@@ -21,14 +21,14 @@ SHAPES = {
     "warp_1024": (1, 2, 5, 1024),
     "longest_of_a_warp": (1, 1, 5, 2048),
     "shortest_of_a_block": (1, 1, 6, 2056),
-    "longer_than_registers": (1, 1, 2, 8 * 1031),
+    "longer_than_registers": (1, 1, 2, 8 * 1537),
 }
 DOCUMENTS = {
     "small": (2, 3, 8, 8),
     "square": (2, 2, 40, 40),
     "warp_1024": (1, 1, 9, 1024),
     "block": (2, 1, 5, 2056),
-    "longer_than_registers": (1, 1, 3, 8 * 1031),
+    "longer_than_registers": (1, 1, 3, 8 * 1537),
 }
 
 
@@ -103,3 +103,6 @@ REFUSED = {
     "negative batch": ("backward-causal-small", {"batch": -1}),
     "no output": ("backward-causal-small", {"output": None}),
 }
+
+NARROW_ACCESSES = {"causal_softmax_forward": 2, "causal_softmax_backward": 2}
+"""The search for a document's beginning: its number, and a probe a step."""

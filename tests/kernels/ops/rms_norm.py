@@ -23,12 +23,22 @@ SHAPES = {
     "wider_than_registers": (2, 16392),
     "more_rows_than_blocks": (1030, 16),
     "one_row": (1, 264),
+    "rows_share_a_block": (260, 1032),
 }
+SLOW_CASES = {"2048", "3072", "4096", "wider_than_registers", "more_rows_than_blocks", "rows_share_a_block"}
+"""Endings of the names of cases that take the interpreter and the sanitizers too long for every day."""
+
+
+def inputs(rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
+    """The first row is so small that eps counts."""
+    input_RH = values(rows, hidden, dtype=dtype, seed=1)
+    input_RH[0] *= 2.0**-9
+    return input_RH
 
 
 def forward(rows: int, hidden: int, has_residual: bool, dtype: torch.dtype) -> Case:
     """output, and sum where there is a residual."""
-    input_RH, weight_H = values(rows, hidden, dtype=dtype, seed=1), values(hidden, dtype=dtype, seed=2)
+    input_RH, weight_H = inputs(rows, hidden, dtype), values(hidden, dtype=dtype, seed=2)
     residual_RH = values(rows, hidden, dtype=dtype, seed=3, scale=3.0) if has_residual else None
     expected = {}
     normed_RH = input_RH.double()
@@ -45,7 +55,7 @@ def forward(rows: int, hidden: int, has_residual: bool, dtype: torch.dtype) -> C
 
 def backward(rows: int, hidden: int, has_sum_gradient: bool, dtype: torch.dtype) -> Case:
     """input_gradient and weight_gradient."""
-    input_RH, weight_H = values(rows, hidden, dtype=dtype, seed=1), values(hidden, dtype=dtype, seed=2)
+    input_RH, weight_H = inputs(rows, hidden, dtype), values(hidden, dtype=dtype, seed=2)
     gradient_RH = values(rows, hidden, dtype=dtype, seed=4)
     passed_RH = values(rows, hidden, dtype=dtype, seed=5) if has_sum_gradient else None
     x, w, g = input_RH.double(), weight_H.double(), gradient_RH.double()

@@ -1,0 +1,21 @@
+"""What nvcc makes of the kernels, host code included, computes the same: the real library over a runtime that interprets its PTX."""
+
+import pytest
+import torch
+
+from tests.kernels.build import nvcc
+from tests.kernels.cases import check_outputs
+from tests.kernels.catalogue import DTYPES, marked_cases, op_module
+from tests.kernels.interpreter import run_interpreted
+
+pytestmark = pytest.mark.skipif(nvcc() is None, reason="no nvcc: install a CUDA toolkit, or set CUDA_HOME")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("op", "name"), marked_cases())
+def test_compiled_kernel_is_within_its_bound(op: str, name: str, dtype: torch.dtype) -> None:
+    case = op_module(op).CASES[name](dtype)
+    outputs, traffic = run_interpreted(op, case)
+    check_outputs(case, outputs)
+    assert traffic.read > 0
+    assert traffic.written > 0
