@@ -1,17 +1,24 @@
 """Our fused operators against double precision: every shape, both types, and every gradient; with the kernels of this CPU."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from megatron_ledom.direction import turn_into
+from megatron_ledom.ops import __main__ as report
 from megatron_ledom.ops.library import backend, describe
 from megatron_ledom.ops.rms_norm import rms_norm, rms_norm_reference
 from megatron_ledom.ops.rope import rope, rope_reference
+from megatron_ledom.ops.segment_reverse import segment_reverse
 from megatron_ledom.ops.swiglu import swiglu, swiglu_reference
 from megatron_ledom.platform.cpu_ops import find_cpu_ops
+from megatron_ledom.platform.engine_fixes import _norm_of_all, _scale_all
 
+EOD = 0
 DTYPES = (torch.float32, torch.bfloat16)
 ULPS = 2.0
 """Largest error in units of the last place of the type, at the magnitude of the array's largest element."""
@@ -164,3 +171,48 @@ def test_the_log_says_what_runs_and_why() -> None:
     ):
         assert describe(torch.device("cpu"), implementation) == "ops: " + runs.format(in_layers, in_loss) + state
     assert describe(torch.device("meta"), "fused").endswith("(no kernels)")
+
+
+def test_the_report_says_what_is_built_and_what_a_model_uses(capsys: pytest.CaptureFixture[str]) -> None:
+    report.main()
+    built, on_cpu, *models = capsys.readouterr().out.splitlines()
+    assert built.startswith("CUDA operators: ")
+    assert on_cpu == f"CPU operators: {find_cpu_ops().state}"
+    assert models[-1] == "a model on cpu: " + describe(torch.device("cpu"), "fused")
+
+
+def test_architectures_are_read_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    binary = tmp_path / "ops.so"
+    binary.write_bytes(b"\0.target sm_90\0..sm_100a\0sm_80")
+    monkeypatch.setattr(report, "which", lambda name: None)
+    assert report.architectures(binary) == "sm_80, sm_90, sm_100a"
+
+
+def test_norm_and_scaling_of_many_tensors_equal_those_of_one() -> None:
+    """What engine_fixes puts in place of megatron-core's loops, with apex's arguments."""
+    tensors, flag = [drawn(3 * i + 1, dtype=torch.float32, seed=i) for i in range(5)], torch.zeros(1)
+    whole = torch.cat(tensors)
+    norm, none = _norm_of_all(1, flag, [tensors], False)
+    assert none is None
+    torch.testing.assert_close(norm, whole.double().norm().float().view(1), rtol=1e-6, atol=0)
+    others = [torch.zeros_like(tensor) for tensor in tensors]
+    _scale_all(1, flag, [tensors, others], 0.5)
+    assert torch.equal(torch.cat(others), whole * 0.5)
+    assert torch.equal(torch.cat(tensors), whole)
+    _scale_all(1, flag, [tensors, tensors], 0.25)
+    assert torch.equal(torch.cat(tensors), whole * 0.25)
+
+
+def test_turning_ids_equals_what_files_are_turned_by() -> None:
+    """One meaning for the operator on a device and for the C++ of the data path: documents that end with eod keep it there."""
+    lengths = np.array([5, 1, 40, 2, 17], np.int64)
+    ids = (np.arange(lengths.sum()) % 90 + 1).astype(np.int32)
+    ids[np.cumsum(lengths) - 1] = EOD
+    turned = np.empty(lengths[lengths > 1].sum(), np.int32)
+    assert turn_into(ids, lengths, turned, is_closed=True, eod_id=EOD, vocab_size=100) == -1
+    kept = lengths > 1  # files leave out documents without ids
+    bounds = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
+    found = segment_reverse(torch.from_numpy(ids), bounds, keep_last=True)
+    in_files = np.repeat(kept, lengths)
+    assert found.numpy()[in_files].tolist() == turned[: in_files.sum()].tolist()
+    assert segment_reverse(found, bounds, keep_last=True).tolist() == ids.tolist()

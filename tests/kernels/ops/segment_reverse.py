@@ -46,13 +46,13 @@ def reverse(lengths: list[int], keep_last: bool, dtype: torch.dtype) -> Case:
 
 
 CASES: dict[str, CaseMaker] = {
-    **{f"open-{name}": partial(reverse, lengths, False) for name, lengths in LENGTHS.items()},
-    **{f"closed-{name}": partial(reverse, LENGTHS[name], True) for name in CLOSED},
+    **{f"open_documents-{name}": partial(reverse, lengths, False) for name, lengths in LENGTHS.items()},
+    **{f"closed_documents-{name}": partial(reverse, LENGTHS[name], True) for name in CLOSED},
 }
 
 REFUSED = {
-    "ids of one byte": ("open-long", {"id_bytes": 1}),
-    "ids without documents": ("open-long", {"documents": 0}),
-    "negative total": ("open-long", {"total": -1}),
-    "no bounds": ("open-long", {"bounds": None}),
+    "ids of one byte": ("open_documents-long", {"id_bytes": 1}),
+    "ids without documents": ("open_documents-long", {"documents": 0}),
+    "negative total": ("open_documents-long", {"total": -1}),
+    "no bounds": ("open_documents-long", {"bounds": None}),
 }
