@@ -53,17 +53,12 @@ __global__ void __launch_bounds__(THREADS)
   const float total = reduce_block<Sum>(sum * exp2f((largest - highest) * LOG2_E), scratch, 1, threadIdx.x, THREADS);
   if (threadIdx.x != 0) return;
   const int64_t label = labels[row];
-  float group[PACK];
-  float target = 0.f;
-  if (label >= 0) {
-    Pack<T>::unpack(load_pack(values, static_cast<int>(label / PACK)), group);
-#pragma unroll
-    for (int i = 0; i < PACK; i++)
-      if (i == static_cast<int>(label % PACK)) target = group[i];
-  }
+  float target[PACK];
+  const unsigned bits = label >= 0 ? reinterpret_cast<const uint16_t*>(values)[label] : 0u;
+  Pack<T>::unpack(make_uint4(bits, 0u, 0u, 0u), target);
   largest_of[row] = highest;
   sum_of[row] = total;
-  target_of[row] = target;
+  target_of[row] = target[0];
 }
 
 template <class T>

@@ -102,3 +102,6 @@ REFUSED = {
     "negative rows": ("gradient-padded", {"rows": -1}),
     "no labels": ("terms-padded", {"labels": None}),
 }
+
+NARROW_ACCESSES = {"cross_entropy_terms": 5, "cross_entropy_gradient": 4}
+"""A row's label, its logit and three results; its label and three factors."""

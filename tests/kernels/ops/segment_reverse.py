@@ -56,3 +56,6 @@ REFUSED = {
     "negative total": ("open_documents-long", {"total": -1}),
     "no bounds": ("open_documents-long", {"bounds": None}),
 }
+
+NARROW_ACCESSES = {"segment_reverse": 7}
+"""The search in the bounds, and ids one by one where a group reaches over a document's end."""
