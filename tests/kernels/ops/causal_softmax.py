@@ -4,11 +4,15 @@ its mean cancel; fp16's smallest number, below which probabilities round to 0.
 Shape letters: B batch, H heads, Q queries, K keys.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
 from tests.kernels.cases import Case, CaseMaker, Expected, blank, values
+from tests.kernels.mutants import Mutant
+from tests.kernels.traffic import Moved, Row
 
 FP32 = 2.0**-20
 SCALE = 0.125
@@ -106,3 +110,40 @@ REFUSED = {
 
 NARROW_ACCESSES = {"causal_softmax_forward": 2, "causal_softmax_backward": 2}
 """The search for a document's beginning: its number, and a probe a step."""
+
+FILE = "causal_softmax/causal_softmax.cu"
+MUTANTS = [
+    Mutant("a key too many", FILE, "key < end", "key <= end"),
+    Mutant("the queries begin with the keys", FILE, "query + shape.keys - shape.queries", "query"),
+    Mutant("a barrier is missing", "common/reduce.h", "  __syncthreads();\n", ""),
+    Mutant("the running sum is not scaled", FILE, "sum * exp2f(largest - new_largest) + added", "sum + added"),
+    Mutant("the tail's sum is not scaled", FILE, "running.sum * exp2f(running.largest - largest)", "running.sum"),
+    Mutant("the search goes a step too far", FILE, "(hit - 1) * step + 1, high)", "hit * step + 1, high)"),
+    Mutant("what is not seen keeps its gradient", FILE, "if (!seen.has(begin + i)) values[i] = 0.f;", ""),
+    Mutant("the gradient lacks the scale", FILE, "scale * a[i] * (b[i] - product)", "a[i] * (b[i] - product)"),
+    Mutant("documents are of the first sample", FILE, "static_cast<int64_t>(blockIdx.z) * shape.keys, last", "0, last"),
+    Mutant("zeros are not written", FILE, "< groups) store_pack(output", "< end) store_pack(output"),
+]
+
+
+def moved(function: str, a: Mapping[str, Any]) -> Moved:
+    """Of each row the groups of eight keys that are seen are read, all are written. Beyond 8,192 keys a row is read twice."""
+    queries, keys = a["queries"], a["keys"]
+    rows, held = a["batch"] * a["heads"], 8192 if keys > 2048 else keys
+    tensors = 1 if function == "ledom_causal_softmax_forward" else 2
+    seen_keys = [query + keys - queries + 1 for query in range(queries)]
+    groups = [(seen_key + 7) // 8 * 8 for seen_key in seen_keys]
+    read = sum(group + max(0, group - held) for group in groups)
+    written = rows * queries * keys * 2
+    return Moved(rows * tensors * read * 2, written, rows * tensors * sum(seen_keys) * 2, written)
+
+
+def traffic_row(direction: str, length: int, why: str = "") -> Row:
+    sizes = {"batch": 1, "heads": 8, "queries": length, "keys": length}
+    return Row(f"causal softmax {direction}, 8 heads, {length} x {length}", f"ledom_causal_softmax_{direction}", sizes, why)
+
+
+TRAFFIC_ROWS = [
+    *(traffic_row(direction, length) for length in (2048, 8192) for direction in ("forward", "backward")),
+    *(traffic_row(way, 16384, "what is beyond 8,192 keys is read again") for way in ("forward", "backward")),
+]

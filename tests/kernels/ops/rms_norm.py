@@ -3,11 +3,15 @@
 Shape letters: R rows, H hidden, P partial sums.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
 from tests.kernels.cases import Case, CaseMaker, Expected, blank, values
+from tests.kernels.mutants import Mutant
+from tests.kernels.traffic import Moved, Row
 
 EPS = 1e-5
 FP32 = 2.0**-22
@@ -107,3 +111,49 @@ REFUSED = {
     "no input": ("backward-alone-narrow", {"input": None}),
     "no partials": ("backward-alone-narrow", {"partials": None}),
 }
+
+FILE = "rms_norm/rms_norm.cu"
+MUTANTS = [
+    Mutant("a barrier is missing", "common/reduce.h", "  __syncthreads();\n", ""),
+    Mutant("a warp sums half of its lanes", "common/reduce.h", "distance = WARP / 2", "distance = WARP / 4"),
+    Mutant("one scratch for all rows", FILE, ", turn ^= 1) {", ") {"),
+    Mutant("eps is forgotten", FILE, "* inverse + eps)", "* inverse)"),
+    Mutant("the sum's gradient is dropped", FILE, " - row.along * x[i] + p[i]", " - row.along * x[i] + 0.f * p[i]"),
+    Mutant("partial sums are skipped", FILE, "row += SLICES", "row += 2 * SLICES"),
+    Mutant("the last group is not read", FILE, "threads < groups) x[i] = read(", "threads < groups - 1) x[i] = read("),
+    Mutant("only the first row counts for the weight", FILE, "total[i] += g[i]", "total[i] = g[i]"),
+    Mutant("the tail's part begins with every row", FILE, "part, row == blockIdx.x)", "part, true)"),
+]
+
+
+def moved(function: str, a: Mapping[str, Any]) -> Moved:
+    """Beside the rows: the weight once a block; backward, partial sums written and read, a row of them a block."""
+    rows, hidden = a["rows"], a["hidden"]
+    row_bytes, weight_bytes = rows * hidden * 2, hidden * 2
+    if function == "ledom_rms_norm_forward":
+        tensors = 1 if a["residual"] is None else 2
+        tail_bytes = max(0, hidden - 16384) * 2  # read twice, with its weight a row
+        blocks = min(rows, 1024)
+        read = tensors * row_bytes + blocks * (weight_bytes - tail_bytes) + 2 * rows * tail_bytes
+        return Moved(read, tensors * row_bytes, tensors * row_bytes + weight_bytes, tensors * row_bytes)
+    tensors = 2 if a["sum_gradient"] is None else 3
+    tail_bytes = max(0, hidden - 8192) * 2
+    blocks = min(rows, 256)
+    partial_bytes = blocks * hidden * 4
+    read = tensors * row_bytes + blocks * (weight_bytes - tail_bytes) + rows * tail_bytes * 4 + partial_bytes
+    tail_partials = (rows - blocks) * tail_bytes * 2  # added in memory
+    least = tensors * row_bytes + weight_bytes
+    return Moved(
+        read + tail_partials, row_bytes + partial_bytes + weight_bytes + tail_partials, least, row_bytes + weight_bytes
+    )
+
+
+SIZES = {"rows": 8192, "hidden": 4096}
+WEIGHT = "weight, once for each of 1,024 blocks"
+PARTIALS = "weight and partial sums, a row for each of 256 blocks"
+TRAFFIC_ROWS = [
+    Row("RMSNorm forward, 8192 x 4096", "ledom_rms_norm_forward", {**SIZES, "residual": None}, WEIGHT),
+    Row("RMSNorm with residual forward, 8192 x 4096", "ledom_rms_norm_forward", {**SIZES, "residual": True}, WEIGHT),
+    Row("RMSNorm backward, 8192 x 4096", "ledom_rms_norm_backward", {**SIZES, "sum_gradient": None}, PARTIALS),
+    Row("RMSNorm with residual backward, 8192 x 4096", "ledom_rms_norm_backward", {**SIZES, "sum_gradient": True}, PARTIALS),
+]

@@ -3,11 +3,15 @@
 Shape letters: S length, B batch, H heads, G groups, U heads of a group (queries, key, value), D head width, E rotated width.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
 from tests.kernels.cases import Case, CaseMaker, Expected, blank, values
+from tests.kernels.mutants import Mutant
+from tests.kernels.traffic import Moved, Row
 
 FP32 = 2.0**-21
 FARTHEST = 200_000
@@ -132,3 +136,38 @@ REFUSED = {
     "no angles": ("qkv-split-8_1x64", {"freqs": None}),
     "head width is no multiple of 8": ("qkv-join-8_1x192", {"head_dim": 196}),
 }
+
+FILE = "rope/rope.cu"
+MUTANTS = [
+    Mutant("a reflection instead of a rotation", FILE, "x * cosines[i] - y * sines[i]", "x * cosines[i] + y * sines[i]"),
+    Mutant("the barrier is missing", FILE, "  __syncthreads();\n", ""),
+    Mutant("values are rotated", FILE, "is_rotated = slot <= shape.queries", "is_rotated = slot <= shape.queries + 1"),
+    Mutant("cosine takes the sine's sign", FILE, "if ((quadrant + 1) & 2)", "if (quadrant & 2)"),
+    Mutant("pi is too short", FILE, "  r = fmaf(quarters, -7.54978942e-08f, r);\n", ""),
+    Mutant("the rest of a head is not copied", FILE, "if (from != to)", "if (from == nullptr)"),
+    Mutant("the first position's table for all", FILE, "threadIdx.z * half + lane", "0 * half + lane"),
+    Mutant("samples change places", FILE, "position * shape.batch + sample", "sample * shape.length + position"),
+    Mutant("the scale is forgotten", FILE, "c.x * scale, c.y * scale", "c.x, c.y"),
+]
+
+
+def moved(function: str, a: Mapping[str, Any]) -> Moved:
+    """Every value once, and half of each position's angles. In place, only what is rotated."""
+    tokens, angle_bytes = a["length"] * a["batch"], a["length"] * a["rotated"] * 2
+    if function == "ledom_rope":
+        is_in_place = a["input"] is a["output"]
+        heads = a["heads"] * tokens
+        values = heads * (a["rotated"] if is_in_place else a["head_dim"])
+    elif function == "ledom_rope_qkv":
+        values = tokens * a["groups"] * (a["queries"] + 1) * a["rotated"]
+    else:
+        values = tokens * a["groups"] * (a["queries"] + 2) * a["head_dim"]
+    return Moved(values * 2 + angle_bytes, values * 2, values * 2 + angle_bytes, values * 2)
+
+
+SIZES = {"length": 4096, "batch": 2, "groups": 8, "queries": 4, "head_dim": 128, "rotated": 128}
+TRAFFIC_ROWS = [
+    Row("RoPE of packed QKV in place, 4096 x 2, 32/8 heads of 128", "ledom_rope_qkv", SIZES),
+    Row("RoPE of packed QKV, taken apart", "ledom_rope_split_qkv", SIZES),
+    Row("RoPE of queries, not in place", "ledom_rope", {**SIZES, "heads": 32, "input": 0, "output": 1}),
+]

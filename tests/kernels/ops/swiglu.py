@@ -3,11 +3,15 @@
 Shape letters: R rows, W width of the gate and of the up part.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
 from tests.kernels.cases import Case, CaseMaker, Expected, blank, values
+from tests.kernels.mutants import Mutant
+from tests.kernels.traffic import Moved, Row
 
 FP32 = 2.0**-21
 SHAPES = {
@@ -73,3 +77,26 @@ REFUSED = {
     "more rows than a grid has": ("forward-narrow", {"rows": 1 << 31}),
     "no output": ("forward-narrow", {"output": None}),
 }
+
+FILE = "swiglu/swiglu.cu"
+MUTANTS = [
+    Mutant("up's gradient lacks the gate", FILE, "up[i] = gradient[i] * silu", "up[i] = gradient[i] * s"),
+    Mutant("the sigmoid's slope is wrong", FILE, "silu * (1.f - s)", "silu * s"),
+    Mutant("up is read where the gate is", FILE, "load_pack(gates + width,", "load_pack(gates,"),
+    Mutant("a store without its guard", FILE, "if (first + i * threads < groups) store_pack(row", "store_pack(row"),
+    Mutant("blocks of a row overlap", FILE, "blockIdx.y * LOADS * threads", "blockIdx.y * threads"),
+    Mutant("the gradients change places", FILE, "packed_gate = Pack<T>::pack(gate)", "packed_gate = Pack<T>::pack(up)"),
+]
+
+
+def moved(function: str, a: Mapping[str, Any]) -> Moved:
+    """Every value once."""
+    part = a["rows"] * a["width"] * 2
+    read, written = (2, 1) if function == "ledom_swiglu_forward" else (3, 2)
+    return Moved(read * part, written * part, read * part, written * part)
+
+
+TRAFFIC_ROWS = [
+    Row(f"SwiGLU {direction}, 8192 x 2 x 14336", f"ledom_swiglu_{direction}", {"rows": 8192, "width": 14336})
+    for direction in ("forward", "backward")
+]
