@@ -18,7 +18,7 @@ NAMES = ("rms_norm", "swiglu", "rope", "cross_entropy")
 """Operators that a training step may use."""
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.bfloat16, torch.float32)}
 """What the kernels of a device take; fp32 stays inside."""
-LIBRARY = torch.library.Library("ledom", "DEF")
+LIBRARY = torch.library.Library("ledom", "DEF")  # type: ignore[no-untyped-call]
 Kernel = Callable[..., Any]
 
 
@@ -36,8 +36,8 @@ class Backend:
 def define(schema: str, fake: Kernel, cpu: Kernel) -> None:
     """Define `ledom::name`: its schema, the shapes it gives, and what runs on CPU tensors. CUDA's kernel is in csrc/bindings."""
     name = schema.partition("(")[0]
-    LIBRARY.define(schema)
-    LIBRARY.impl(name, cpu, "CPU")
+    LIBRARY.define(schema)  # type: ignore[no-untyped-call]
+    LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
     torch.library.register_fake(f"ledom::{name}", fake, lib=LIBRARY)
 
 
@@ -64,7 +64,7 @@ def _cuda_backend() -> Backend:
     if not extension_path().exists():
         return Backend(False, "cuda", "CUDA kernels not built (LEDOM_CUDA=1 pip install . says why)")
     try:
-        torch.ops.load_library(str(extension_path()))
+        torch.ops.load_library(str(extension_path()))  # type: ignore[no-untyped-call]
     except OSError as problem:
         return Backend(False, "cuda", f"CUDA kernels do not load: {problem}")
     return Backend(True, "cuda", "CUDA kernels loaded; not yet run on hardware by us")

@@ -31,15 +31,15 @@ def rope_reference(mixed_SBGM: torch.Tensor, angles_S11D: torch.Tensor) -> Heads
     angles [S, 1, 1, D]: megatron-core's, in fp32; the second half repeats the first.
     """
     width = angles_S11D.shape[-1]
-    heads = mixed_SBGM.unflatten(-1, (-1, width))
-    query, key, value = heads.split((heads.shape[-2] - 2, 1, 1), -2)
+    heads = mixed_SBGM.view(*mixed_SBGM.shape[:-1], -1, width)
+    query, key, value = heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
     cos, sin = (table[:, None, None, None] for table in rotary_tables(angles_S11D))
 
     def turned(part: torch.Tensor) -> torch.Tensor:
         first, second = part.float().chunk(2, -1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(part.dtype)
 
-    return turned(query).flatten(2, 3), turned(key).squeeze(3), value.squeeze(3)
+    return turned(query).flatten(2, 3), turned(key[:, :, :, None])[:, :, :, 0], value
 
 
 def rope(mixed_SBGM: torch.Tensor, angles_S11D: torch.Tensor) -> Heads:
@@ -115,7 +115,8 @@ def _fake_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
 
 def _cpu_backward(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     mixed = _fake_backward(query, key, value, angles)
-    heads = tuple(head if head.stride(-1) == 1 else head.contiguous() for head in (query, key, value))
+    q, k, v = (head if head.stride(-1) == 1 else head.contiguous() for head in (query, key, value))
+    heads = q, k, v
     for head, expected in zip(heads, _fake(mixed, angles), strict=True):
         check_shape("a gradient of heads", head, tuple(expected.shape))
         if head.dtype != mixed.dtype or head.device != mixed.device:

@@ -4,11 +4,15 @@ sum of up to a vocabulary's length, for the terms.
 Shape letters: N rows, V logits of a row.
 """
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
 from tests.kernels.cases import Case, CaseMaker, Expected, blank, values
+from tests.kernels.mutants import Mutant
+from tests.kernels.traffic import Moved, Row
 
 FP32 = 2.0**-21
 ELSEWHERE = -1
@@ -105,3 +109,33 @@ REFUSED = {
 
 NARROW_ACCESSES = {"cross_entropy_terms": 5, "cross_entropy_gradient": 4}
 """A row's label, its logit and three results; its label and three factors."""
+
+FILE = "cross_entropy/cross_entropy.cu"
+MUTANTS = [
+    Mutant("what pads is counted", FILE, "if (i < present) more +=", "more +="),
+    Mutant("the sum is not brought to the new maximum", FILE, "sum = sum * exp2f((largest - highest) * LOG2_E) + more", "sum += more"),
+    Mutant("the threads' sums are not brought to the block's maximum", FILE, "sum * exp2f((largest - highest) * LOG2_E), scratch", "sum, scratch"),
+    Mutant("padding keeps its logits' shares", FILE, "start + i >= counted ? 0.f :", "false ? 0.f :"),
+    Mutant("another rank's label counts", FILE, "label >= 0 ? reinterpret_cast", "true ? reinterpret_cast"),
+    Mutant("groups of a later turn are left out", FILE, "first += LOADS * THREADS", "first += groups"),
+]  # fmt: skip
+WARPS = 8
+
+
+def moved(function: str, a: Mapping[str, Any]) -> Moved:
+    """Groups that hold a counted logit are read; every warp with a group reads its row's four numbers."""
+    rows, labels, counted = a["rows"], a["labels"], a["counted"]
+    groups = (counted + 7) // 8 * 16
+    if function == "ledom_cross_entropy_terms":
+        here = rows if labels is None else int((labels >= 0).sum())
+        return Moved(rows * (groups + 8) + 2 * here, rows * 12, rows * (counted * 2 + 8), rows * 12)
+    written, warps = rows * a["stride"] * 2, min(WARPS, (a["stride"] + 255) // 256)
+    return Moved(rows * (groups + warps * 20), written, rows * (counted * 2 + 20), written)
+
+
+def traffic_row(direction: str, counted: int) -> Row:
+    sizes = {"rows": 8192, "stride": (counted + 127) // 128 * 128, "counted": counted, "labels": None}
+    return Row(f"cross-entropy {direction}, 8192 x {counted}", f"ledom_cross_entropy_{direction}", sizes)
+
+
+TRAFFIC_ROWS = [traffic_row(way, counted) for counted in (32_000, 100_352) for way in ("terms", "gradient")]

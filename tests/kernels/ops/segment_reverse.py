@@ -1,10 +1,14 @@
 """Cases of the segment reverse: equal, not close. Ids of two bytes and of four stand in for the two types of the other kernels."""
 
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
 import torch
 
 from tests.kernels.cases import Case, CaseMaker, Expected, blank
+from tests.kernels.mutants import Mutant
+from tests.kernels.traffic import Moved, Row
 
 ID_TYPES = {torch.bfloat16: torch.int16, torch.float16: torch.int32}
 LENGTHS = {
@@ -59,3 +63,32 @@ REFUSED = {
 
 NARROW_ACCESSES = {"segment_reverse": 7}
 """The search in the bounds, and ids one by one where a group reaches over a document's end."""
+
+FILE = "segment_reverse/segment_reverse.cu"
+MUTANTS = [
+    Mutant("the last id is turned, too", FILE, "const int64_t last = end - (keep_last ? 1 : 0), source", "const int64_t last = end, source"),
+    Mutant("the search finds the document before", FILE, "if (bounds[middle] <= position)", "if (bounds[middle] < position)"),
+    Mutant("ids are shifted by one too few", FILE, "ids[j + IDS - 1 - i]", "ids[j + IDS - 2 - i + (i == IDS - 1)]"),
+    Mutant("empty documents are not passed over", FILE, "while (position >= end) {", "if (position >= end) {"),
+    Mutant("reads beyond the buffer's end", FILE, " && source - offset + 2 * IDS <= total", ""),
+]  # fmt: skip
+
+
+def moved(function: str, a: Mapping[str, Any]) -> Moved:
+    """Of long documents: each group reads the two that its ids lie across, and searches the bounds, a warp mostly in one place."""
+    size, total, documents = a["id_bytes"], a["total"], a["documents"]
+    groups = total * size // 16
+    steps = max(documents - 1, 0).bit_length() + 2
+    bounds = groups // 32 * steps * 8
+    return Moved(2 * total * size + bounds, total * size, total * size + 8 * (documents + 1), total * size)
+
+
+TRAFFIC_ROWS = [
+    Row(
+        f"segment reverse, {1 << 24} ids of {size} bytes, 4096 documents",
+        "ledom_segment_reverse",
+        {"id_bytes": size, "total": 1 << 24, "documents": 4096},
+        "a group's ids lie across two groups of the source, of which the second is the neighbour's first, and in the cache",
+    )
+    for size in (2, 4)
+]
