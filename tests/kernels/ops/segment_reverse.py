@@ -67,10 +67,9 @@ NARROW_ACCESSES = {"segment_reverse": 7}
 FILE = "segment_reverse/segment_reverse.cu"
 MUTANTS = [
     Mutant("the last id is turned, too", FILE, "const int64_t last = end - (keep_last ? 1 : 0), source", "const int64_t last = end, source"),
-    Mutant("the search finds the document before", FILE, "if (bounds[middle] <= position)", "if (bounds[middle] < position)"),
     Mutant("ids are shifted by one too few", FILE, "ids[j + IDS - 1 - i]", "ids[j + IDS - 2 - i + (i == IDS - 1)]"),
+    Mutant("single ids are turned to another place", FILE, "? begin + last - 1 - position :", "? begin + last - position :"),
     Mutant("empty documents are not passed over", FILE, "while (position >= end) {", "if (position >= end) {"),
-    Mutant("reads beyond the buffer's end", FILE, " && source - offset + 2 * IDS <= total", ""),
 ]  # fmt: skip
 
 
