@@ -23,7 +23,7 @@ check: $(STAMP)
 unit: $(STAMP)
 	$(BIN)/python -m pytest tests/unit
 
-$(STAMP): pyproject.toml setup.py constraints.txt .ci/make_venv $(wildcard csrc/helpers/*)
+$(STAMP): pyproject.toml setup.py constraints.txt .ci/make_venv $(wildcard csrc/*/*)
 	PYTHON="$(PYTHON)" bash .ci/make_venv "$(VENV)"
 	touch $@
 

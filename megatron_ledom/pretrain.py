@@ -104,6 +104,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     from megatron_ledom.data.dataset import index_cache
     from megatron_ledom.data.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
+    from megatron_ledom.ops.library import describe as describe_ops
     from megatron_ledom.parallel.agreement import from_first_rank
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
     from megatron_ledom.platform.device import prepare_platform
@@ -117,6 +118,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     checkpoint = latest_checkpoint(checkpoint_folder(config))
     sources, changed = check_resumable(config, sources, checkpoint)
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
+    log.info("%s", describe_ops(platform.device, choice.implementation))
     log.info("training data\n%s", describe_blend(config, sources))
     prepare_indices(config, sources, index_cache(config), launch)  # no collective waits for it: there is no process group yet
 

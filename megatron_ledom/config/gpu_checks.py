@@ -14,6 +14,8 @@ from megatron_ledom.config.derived import head_dim, next_multiple, query_groups
 from megatron_ledom.config.schema import RunConfig
 
 Faults = Iterator[str]
+OWN_LAYERS = ("torch", "fused")
+"""Values of model.transformer_impl that never take Transformer Engine."""
 NCCL_GROUPS = ("tp", "cp", "dp", "dp_cp", "pp", "mp", "embd", "tp_dp", "tp_cp", "tp_dp_cp")
 """Process groups of this package's layouts by the names that megatron-core gives them."""
 NCCL_SETTINGS = ("cga_cluster_size", "min_ctas", "max_ctas", "net_name", "is_high_priority_stream")
@@ -70,8 +72,9 @@ def fp8(config: RunConfig) -> Faults:
     model, parallel = config.model, config.parallel
     if model.fp8 is None:
         return
-    if model.transformer_impl == "torch":
-        yield f"model.fp8={model.fp8} needs Transformer Engine, found model.transformer_impl=torch; set transformer_engine"
+    if model.transformer_impl in OWN_LAYERS:
+        found = f"model.transformer_impl={model.transformer_impl}"
+        yield f"model.fp8={model.fp8} needs Transformer Engine, found {found}; set transformer_engine"
     if config.data.reset_attention_mask:
         yield (
             f"model.fp8={model.fp8} needs Transformer Engine, whose attention ignores the mask of documents:"
@@ -107,8 +110,9 @@ def overlapped_tensor_parallel(config: RunConfig) -> Faults:
             "parallel.tp_comm_overlap=true needs parallel.sequence_parallel=true (and a tensor-parallel size above 1), found"
             " false; switch that on, or parallel.tp_comm_overlap off"
         )
-    if config.model.transformer_impl == "torch":
-        yield "parallel.tp_comm_overlap=true needs Transformer Engine, found model.transformer_impl=torch; set transformer_engine"
+    if config.model.transformer_impl in OWN_LAYERS:
+        found = f"model.transformer_impl={config.model.transformer_impl}"
+        yield f"parallel.tp_comm_overlap=true needs Transformer Engine, found {found}; set transformer_engine"
     if config.data.reset_attention_mask:
         yield (
             "parallel.tp_comm_overlap=true needs Transformer Engine, whose attention ignores the mask of documents:"

@@ -54,8 +54,9 @@ class ModelConfig:
     """Tie the embedding and the output layer."""
     params_dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations; gradients are summed and the optimizer runs in fp32."""
-    transformer_impl: Literal["auto", "transformer_engine", "torch"] = "auto"
-    """Layer implementation; auto takes Transformer Engine where it is installed and CUDA is there, else plain torch."""
+    transformer_impl: Literal["auto", "transformer_engine", "fused", "torch"] = "auto"
+    """Layer implementation; auto takes Transformer Engine where it is installed and CUDA is there, else our fused operators where
+    they are built and can run, else plain torch."""
     fp8: Literal["hybrid", "e4m3"] | None = None
     """Matrix products in fp8, by Transformer Engine: hybrid takes e5m2 for gradients; default: none."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"

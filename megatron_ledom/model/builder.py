@@ -12,11 +12,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_ledom.config.derived import head_dim, padded_vocab_size, query_groups
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.model.initialization import initialize_weights, leave_unset
-from megatron_ledom.model.layer_specs import LayerChoice, build_layer_spec, start_user_buffers
+from megatron_ledom.model.layer_specs import PARAMS_DTYPES, LayerChoice, build_layer_spec, start_user_buffers
 from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.parallel.groups import ParallelGroups
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = PARAMS_DTYPES
 
 
 class LanguageModel(GPTModel):  # type: ignore[misc]
@@ -25,10 +25,14 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
     num_ids: int
     """Ids that count; the embedding's rows behind them are padding."""
     reports_log_z: bool
+    fuses_loss: bool
+    """Whether the loss may use the kernels of the device."""
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """labels [B, S], logits [S, B, V] -> losses in nats [B, S]; with log Z beside them [B, S, 2] if that is asked for."""
-        losses_SB, log_z_SB = vocab_parallel_cross_entropy(logits, labels.t(), self.num_ids, self.pg_collection.tp)
+        losses_SB, log_z_SB = vocab_parallel_cross_entropy(
+            logits, labels.t(), self.num_ids, self.pg_collection.tp, fused=self.fuses_loss
+        )
         if self.reports_log_z:
             return torch.stack([losses_SB, log_z_SB], -1).transpose(0, 1)
         return losses_SB.t()
@@ -96,6 +100,7 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
 def build_model_chunks(config: RunConfig, vocab_size: int, groups: ParallelGroups, choice: LayerChoice) -> list[LanguageModel]:
     """This rank's part of the model for `vocab_size` ids, one a virtual stage, with initial weights, on its device."""
     core_config = build_core_config(config)
+    core_config.use_te_activation_func = choice.implementation == "fused"  # takes the activation that the layer spec names
     interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
     if config.parallel.tp_comm_overlap:
         start_user_buffers(config)
@@ -116,6 +121,7 @@ def build_model_chunks(config: RunConfig, vocab_size: int, groups: ParallelGroup
             vp_stage=stage,
         )
         model.num_ids, model.reports_log_z = vocab_size, config.train.z_loss_coeff > 0
+        model.fuses_loss = choice.implementation != "torch"
         if torch.cuda.is_available():
             model.cuda(torch.cuda.current_device())
         initialize_weights(model, config.train.seed, checkpoint_metadata(groups))

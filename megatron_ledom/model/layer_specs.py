@@ -1,4 +1,4 @@
-"""Which implementation each transformer layer is made of: Transformer Engine's, or plain torch's."""
+"""Which implementation each transformer layer is made of: Transformer Engine's, our fused operators, or plain torch's."""
 
 import importlib.util
 import re
@@ -11,11 +11,17 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, g
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_ledom.config.derived import head_dim
 from megatron_ledom.config.gpu_checks import FP8_NEEDS
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
 from megatron_ledom.ops.core_attention import SDPACoreAttention
-from megatron_ledom.ops.rms_norm import TorchRMSNorm
+from megatron_ledom.ops.library import DTYPES, backend
+from megatron_ledom.ops.rms_norm import FusedRMSNorm, TorchRMSNorm
+from megatron_ledom.ops.rope import FusedSelfAttention
+from megatron_ledom.ops.swiglu import FusedSwiGLU
+
+PARAMS_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +33,10 @@ class LayerChoice:
 
 
 def choose_layers(config: RunConfig) -> LayerChoice:
-    """Transformer Engine where it is installed and CUDA is there, unless the config names one. Raises ConfigError."""
+    """Transformer Engine where it is installed and CUDA is there, else our fused operators where they can run, else torch;
+
+    unless the config names one. Raises ConfigError.
+    """
     model = config.model
     installed = importlib.util.find_spec("transformer_engine") is not None
     usable = installed and torch.cuda.is_available()
@@ -48,18 +57,46 @@ def choose_layers(config: RunConfig) -> LayerChoice:
             alternative if model.transformer_impl == "transformer_engine" else f"leave {needed_by[0].split('=')[0]} out"
         )
         raise ConfigError(f"{' and '.join(needed_by)} cannot run here: {state}; install it, or {alternative}")
+    if model.transformer_impl == "fused":
+        return _choose_fused(config, state)
     if config.data.reset_attention_mask and model.transformer_impl != "torch":
         if needed_by:
             raise ConfigError(
                 "data.reset_attention_mask=true with model.transformer_impl=transformer_engine: its causal attention ignores"
                 " the mask, so documents would see each other; use model.transformer_impl=torch"
             )
-        return LayerChoice("torch", f"data.reset_attention_mask needs a mask that Transformer Engine would ignore ({state})")
+        reason = f"data.reset_attention_mask needs a mask that Transformer Engine would ignore ({state})"
+        return _fused_or_torch(config, reason)
     if model.fp8 is not None:
         check_fp8_hardware(model.fp8_recipe, torch.cuda.get_device_capability(), version("transformer_engine"))
     if model.transformer_impl == "auto":
-        return LayerChoice("transformer_engine" if usable else "torch", state)
+        return LayerChoice("transformer_engine", state) if usable else _fused_or_torch(config, state)
     return LayerChoice(model.transformer_impl, f"model.transformer_impl={model.transformer_impl} ({state})")
+
+
+def fused_operators(config: RunConfig) -> tuple[bool, str]:
+    """Whether our fused operators can run this model here, and a reason."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    kernels, dtype = backend(device), PARAMS_DTYPES[config.model.params_dtype]
+    if not kernels.usable:
+        return False, f"no fused operators: {kernels.state}"
+    if dtype not in DTYPES[device]:
+        return False, f"no fused operators for {config.model.params_dtype} on {device}"
+    if device == "cuda" and head_dim(config.model) % 16:
+        return False, f"no fused operators for heads of width {head_dim(config.model)}, not a multiple of 16"
+    return True, f"fused operators for {device}: {kernels.state}"
+
+
+def _fused_or_torch(config: RunConfig, state: str) -> LayerChoice:
+    usable, reason = fused_operators(config)
+    return LayerChoice("fused" if usable else "torch", f"{state}, {reason}")
+
+
+def _choose_fused(config: RunConfig, state: str) -> LayerChoice:
+    usable, reason = fused_operators(config)
+    if not usable:
+        raise ConfigError(f"model.transformer_impl=fused cannot run here: {reason}; use model.transformer_impl=torch or auto")
+    return LayerChoice("fused", f"model.transformer_impl=fused ({state}, {reason})")
 
 
 def check_fp8_hardware(recipe: str, capability: tuple[int, int], te_version: str) -> None:
@@ -104,7 +141,11 @@ def build_layer_spec(choice: LayerChoice, core_config: TransformerConfig, chunk:
     if choice.implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec()
     layer = get_gpt_layer_local_spec(normalization="RMSNorm")
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchRMSNorm
+    norm = FusedRMSNorm if choice.implementation == "fused" else TorchRMSNorm
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    if choice.implementation == "fused":
+        layer.submodules.self_attention.module = FusedSelfAttention
+        layer.submodules.mlp.submodules.activation_func = FusedSwiGLU
     num_layers = get_num_layers_to_build(core_config, vp_stage=chunk)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TorchRMSNorm)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -11,20 +11,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ledom.ops.library import check_alike, check_shape, cpu_kernels, define, is_bf16, runs_kernel
+
 CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 27}
 """Logits worked on at once in fp32: what stays in a core's cache, or few enough launches."""
+NOT_HERE = -1
+"""The label of a token whose own is not in this slice."""
 
 
 def vocab_parallel_cross_entropy(
-    logits_SBV: torch.Tensor, labels_SB: torch.Tensor, vocab_size: int, group: dist.ProcessGroup
+    logits_SBV: torch.Tensor, labels_SB: torch.Tensor, vocab_size: int, group: dist.ProcessGroup, *, fused: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Negative log-likelihood of the labels, and log Z = logsumexp of the logits, both [S, B] in fp32, equal on all ranks.
 
     Only the `vocab_size` ids of the tokenizer count: rows that pad the embedding take no part and get no gradient, as in
     the export, which has none. The backward pass writes the gradient into the memory of the logits, which nothing else may
-    read by then; a second backward pass raises RuntimeError.
+    read by then; a second backward pass raises RuntimeError. `fused` allows the kernels of the logits' device.
     """
-    losses, log_z = _CrossEntropy.apply(logits_SBV, labels_SB, vocab_size, group)  # type: ignore[no-untyped-call]
+    losses, log_z = _CrossEntropy.apply(logits_SBV, labels_SB, vocab_size, group, fused)  # type: ignore[no-untyped-call]
     return losses, log_z
 
 
@@ -38,56 +42,126 @@ def _chunks(logits_NV: torch.Tensor) -> Iterator[slice]:
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, logits_SBV: torch.Tensor, labels_SB: torch.Tensor, vocab_size: int, group: dist.ProcessGroup
+        ctx: Any, logits_SBV: torch.Tensor, labels_SB: torch.Tensor, vocab_size: int, group: dist.ProcessGroup, fused: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and log Z [S, B]; what ranks exchange is the largest logit, then sum and label's logit of every token."""
         width = logits_SBV.shape[-1]
         start = group.rank() * width
         counted = min(max(vocab_size - start, 0), width)  # of this slice; the rest pads
-        logits_NV = logits_SBV.reshape(-1, width)[:, :counted]
+        logits_NV = logits_SBV.view(-1, width)
         here_N = labels_SB.reshape(-1) - start
-        is_here_N = (here_N >= 0) & (here_N < counted)
-        largest_N, sums_N, targets_N = _local_terms(logits_NV, torch.where(is_here_N, here_N, 0))
+        here_N = torch.where((here_N >= 0) & (here_N < counted), here_N, NOT_HERE)
+        fused = fused and counted > 0 and runs_kernel(logits_NV)
+        local_terms = torch.ops.ledom.cross_entropy_terms if fused else cross_entropy_terms_reference
+        largest_N, sums_N, targets_N = local_terms(logits_NV, here_N, counted)
         highest_N = largest_N.clone()
         dist.all_reduce(highest_N, op=dist.ReduceOp.MAX, group=group)
-        terms_2N = torch.stack([sums_N * (largest_N - highest_N).exp(), torch.where(is_here_N, targets_N, 0.0)])
+        terms_2N = torch.stack([sums_N * (largest_N - highest_N).exp(), targets_N])
         dist.all_reduce(terms_2N, group=group)
         log_z_N = highest_N + terms_2N[0].log()
-        ctx.save_for_backward(logits_SBV, here_N, is_here_N, log_z_N)
-        ctx.counted = counted
+        ctx.save_for_backward(logits_SBV, here_N, log_z_N)
+        ctx.counted, ctx.fused = counted, fused
         return (log_z_N - terms_2N[1]).view_as(labels_SB), log_z_N.view_as(labels_SB).clone()
 
     @staticmethod
     def backward(ctx: Any, from_loss_SB: torch.Tensor, from_log_z_SB: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
         """d loss = softmax - onehot, d log Z = softmax, each times what comes from above."""
-        logits_SBV, here_N, is_here_N, log_z_N = ctx.saved_tensors
-        gradient_NV = logits_SBV.view(-1, logits_SBV.shape[-1])
-        from_loss_N = from_loss_SB.reshape(-1)
+        logits_SBV, here_N, log_z_N = ctx.saved_tensors
+        logits_NV = logits_SBV.view(-1, logits_SBV.shape[-1])
+        from_loss_N = from_loss_SB.reshape(-1).contiguous()
         from_softmax_N = from_loss_N + from_log_z_SB.reshape(-1)
-        at_label_N = torch.where(is_here_N, -from_loss_N, 0.0)
-        label_N = torch.where(is_here_N, here_N, 0)
-        for rows in _chunks(gradient_NV) if ctx.counted else ():
-            part = gradient_NV[rows, : ctx.counted].float()
-            part.sub_(log_z_N[rows, None]).exp_().mul_(from_softmax_N[rows, None])
-            part.scatter_add_(1, label_N[rows, None], at_label_N[rows, None])
-            gradient_NV[rows, : ctx.counted] = part
-        gradient_NV[:, ctx.counted :] = 0
-        return logits_SBV, None, None, None
+        gradient_of = torch.ops.ledom.cross_entropy_gradient if ctx.fused else cross_entropy_gradient_reference
+        gradient_of(logits_NV, here_N, log_z_N, from_softmax_N, from_loss_N, ctx.counted)
+        torch.autograd.graph.increment_version(logits_NV)  # a kernel writes by address
+        return logits_SBV, None, None, None, None
 
 
-def _local_terms(logits_NV: torch.Tensor, label_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """This slice's largest logit, its sum of exp(logit - largest), and the logit at `label_N`; each [N] in fp32."""
-    tokens, counted = logits_NV.shape
-    largest_N, sums_N, targets_N = logits_NV.new_empty((3, tokens), dtype=torch.float32)
+def cross_entropy_terms_reference(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, counted: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of the first `counted` logits: the largest, the sum of exp(logit - largest), the logit at the label; each [N] in fp32.
+
+    The logit of a label that is NOT_HERE is 0.
+    """
+    largest_N, sums_N, targets_N = logits_NV.new_empty((3, len(logits_NV)), dtype=torch.float32)
     if counted == 0:  # all of it pads
         return largest_N.fill_(-torch.inf), sums_N.fill_(0), targets_N.fill_(0)
+    is_here_N = labels_N >= 0
     for rows in _chunks(logits_NV):
-        part = logits_NV[rows].float()
-        targets_N[rows] = part.gather(1, label_N[rows, None])[:, 0]
+        logits = logits_NV[rows, :counted]
+        part = logits.float()
+        targets_N[rows] = torch.where(is_here_N[rows], part.gather(1, labels_N[rows, None].clamp(min=0))[:, 0], 0.0)
         torch.amax(part, 1, out=largest_N[rows])
-        if part.data_ptr() == logits_NV[rows].data_ptr():  # fp32 already: the logits are needed for the backward pass
+        if part.data_ptr() == logits.data_ptr():  # fp32 already: the logits are needed for the backward pass
             part = part - largest_N[rows, None]
         else:
             part.sub_(largest_N[rows, None])
         torch.sum(part.exp_(), 1, out=sums_N[rows])
     return largest_N, sums_N, targets_N
+
+
+def cross_entropy_gradient_reference(
+    logits_NV: torch.Tensor,
+    labels_N: torch.Tensor,
+    log_z_N: torch.Tensor,
+    from_softmax_N: torch.Tensor,
+    from_loss_N: torch.Tensor,
+    counted: int,
+) -> None:
+    """logits = softmax * from_softmax - onehot * from_loss, in their place; 0 behind the counted ones."""
+    is_here_N = labels_N >= 0
+    at_label_N, label_N = torch.where(is_here_N, -from_loss_N, 0.0), labels_N.clamp(min=0)
+    for rows in _chunks(logits_NV) if counted else ():
+        part = logits_NV[rows, :counted].float()
+        part.sub_(log_z_N[rows, None]).exp_().mul_(from_softmax_N[rows, None])
+        part.scatter_add_(1, label_N[rows, None], at_label_N[rows, None])
+        logits_NV[rows, :counted] = part
+    logits_NV[:, counted:] = 0
+
+
+def _check(logits: torch.Tensor, counted: int, *of_rows: torch.Tensor) -> None:
+    check_alike(logits)
+    if not 0 < counted <= logits.shape[1]:
+        raise ValueError(f"counted={counted}, expected 1 to {logits.shape[1]}")
+    for tensor in of_rows:
+        check_alike(tensor)
+        check_shape("an array of rows", tensor, (len(logits),))
+
+
+def _fake_terms(logits: torch.Tensor, labels: torch.Tensor, counted: int) -> tuple[torch.Tensor, ...]:
+    return tuple(logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
+
+
+def _cpu_terms(logits: torch.Tensor, labels: torch.Tensor, counted: int) -> tuple[torch.Tensor, ...]:
+    _check(logits, counted, labels)
+    terms = _fake_terms(logits, labels, counted)
+    addresses = [tensor.data_ptr() for tensor in (logits, labels, *terms)]
+    cpu_kernels().cross_entropy_terms(is_bf16(logits), *addresses, *logits.shape, counted)
+    return terms
+
+
+def _fake_gradient(logits: torch.Tensor, *unused: Any) -> None:
+    return None
+
+
+def _cpu_gradient(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    log_z: torch.Tensor,
+    from_softmax: torch.Tensor,
+    from_loss: torch.Tensor,
+    counted: int,
+) -> None:
+    of_rows = labels, log_z, from_softmax, from_loss
+    _check(logits, counted, *of_rows)
+    addresses = [tensor.data_ptr() for tensor in (logits, *of_rows)]
+    cpu_kernels().cross_entropy_gradient(is_bf16(logits), *addresses, *logits.shape, counted)
+
+
+define("cross_entropy_terms(Tensor logits, Tensor labels, int counted) -> (Tensor, Tensor, Tensor)", _fake_terms, _cpu_terms)
+define(
+    "cross_entropy_gradient(Tensor(a!) logits, Tensor labels, Tensor log_z, Tensor from_softmax, Tensor from_loss, int counted)"
+    " -> ()",
+    _fake_gradient,
+    _cpu_gradient,
+)

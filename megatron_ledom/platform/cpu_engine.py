@@ -17,6 +17,8 @@ from megatron.core.optimizer import optimizer as core_optimizer_classes
 from megatron.core.tensor_parallel import layers as core_layers
 from megatron.core.tensor_parallel import random as core_random
 
+from megatron_ledom.platform.cpu_ops import find_cpu_ops
+
 CPU = torch.device("cpu")
 FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like", "empty_like")
 
@@ -54,6 +56,10 @@ class _WeightGradients:
             main_grad.addmm_(gradients.t(), inputs)
             return
         sums, more = main_grad.view(-1), torch.mm(gradients.t(), inputs).view(-1)
+        kernels = find_cpu_ops().module
+        if kernels is not None and more.dtype == torch.bfloat16 and sums.dtype == torch.float32:
+            kernels.add_into(True, sums.data_ptr(), more.data_ptr(), sums.numel())
+            return
         for start in range(0, sums.numel(), _WeightGradients.ELEMENTS):
             part = slice(start, start + _WeightGradients.ELEMENTS)
             sums[part].add_(more[part])

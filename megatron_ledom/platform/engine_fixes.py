@@ -11,8 +11,10 @@ from megatron.core import optimizer as core_optimizer
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.base import StrategyAction, register_default_strategy
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME, TorchCommonSaveStrategy
-from megatron.core.optimizer import distrib_optimizer
+from megatron.core.optimizer import clip_grads, distrib_optimizer
+from megatron.core.optimizer import optimizer as core_optimizer_classes
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.utils import local_multi_tensor_l2_norm
 
 from megatron_ledom.errors import LedomError, cannot_write
 from megatron_ledom.platform.adam import GroupStepAdam
@@ -25,6 +27,7 @@ def install_engine_fixes() -> None:
     """Apply every correction once a process."""
     _fix_padded_buckets()
     _fix_torch_adam()
+    _join_tensors_of_a_gradient()
     _keep_save_results_in_memory()
     _agree_on_common_state()
 
@@ -40,6 +43,33 @@ def _fix_torch_adam() -> None:
         core_optimizer.Adam = distrib_optimizer.Adam = GroupStepAdam
         core_optimizer.USING_PYTORCH_OPTIMIZER = False
         distrib_optimizer.HAVE_APEX_OR_TE = distrib_optimizer.USING_APEX_OPTIMIZER = True
+
+
+def _join_tensors_of_a_gradient() -> None:
+    """Without Transformer Engine and apex, the norm of a gradient waits for the GPU once a tensor, and clipping copies each tensor.
+
+    torch's foreach kernels take all tensors of a list in a few launches, and nothing waits.
+    """
+    if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
+        clip_grads.l2_norm_impl = _norm_of_all
+        clip_grads.multi_tensor_scale_impl = core_optimizer_classes.multi_tensor_scale_impl = _scale_all
+
+
+def _norm_of_all(
+    chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
+) -> tuple[torch.Tensor, None]:
+    """What apex's multi_tensor_l2norm gives: the norm of all tensors [1], and nothing for each."""
+    norms = torch._foreach_norm(tensor_lists[0])
+    return torch.linalg.vector_norm(torch.stack(norms).float()).view(1), None
+
+
+def _scale_all(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
+    """What apex's multi_tensor_scale does: the second list = the first * scale."""
+    sources, targets = tensor_lists
+    if any(source is not target for source, target in zip(sources, targets, strict=True)):
+        torch._foreach_copy_(targets, sources)
+    if scale != 1.0:
+        torch._foreach_mul_(targets, float(scale))
 
 
 def _keep_save_results_in_memory() -> None:

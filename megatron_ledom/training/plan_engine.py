@@ -32,9 +32,15 @@ def _layers_in_words(config: RunConfig) -> str:
     model = config.model
     if model.fp8 is not None or config.parallel.tp_comm_overlap or model.transformer_impl == "transformer_engine":
         return "Transformer Engine; refused where it or CUDA is missing"
-    if model.transformer_impl == "torch" or config.data.reset_attention_mask:
-        return "torch, with SDPA" + (" and a mask of documents" if config.data.reset_attention_mask else "")
-    return "Transformer Engine where it is installed and CUDA is there, else torch with SDPA"
+    attention = "SDPA and a mask of documents" if config.data.reset_attention_mask else "SDPA"
+    if model.transformer_impl == "torch":
+        return f"torch, with {attention}"
+    if model.transformer_impl == "fused":
+        return f"our fused operators, with {attention}; refused where they cannot run"
+    ours = f"our fused operators where they can run, else torch; with {attention}"
+    return (
+        ours if config.data.reset_attention_mask else f"Transformer Engine where it is installed and CUDA is there, else {ours}"
+    )
 
 
 def _recompute_in_words(config: RunConfig) -> str:

@@ -51,6 +51,19 @@ def fused(a: Array, b: Array, c: Array) -> Array:
     return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float32)
 
 
+def permuted(a: Array, b: Array, selectors: Array) -> Array:
+    """prmt: each of four bytes is one of the eight of a and b that its selector's low three bits name, or eight copies of its sign."""
+    pool = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    found = np.zeros(len(a), np.uint32)
+    for byte in range(4):
+        selector = selectors.astype(np.uint64) >> np.uint64(4 * byte)
+        picked = (pool >> (selector & np.uint64(7)) * np.uint64(8)) & np.uint64(0xFF)
+        sign = np.where(picked & np.uint64(0x80), np.uint64(0xFF), np.uint64(0))
+        chosen = np.where(selector & np.uint64(8), sign, picked).astype(np.uint32)
+        found |= chosen << np.uint32(8 * byte)
+    return found
+
+
 def reversed_bits(a: Array) -> Array:
     v = a.astype(np.uint32)
     for step, mask in ((1, 0x55555555), (2, 0x33333333), (4, 0x0F0F0F0F), (8, 0x00FF00FF), (16, 0x0000FFFF)):

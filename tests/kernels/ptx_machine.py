@@ -168,6 +168,8 @@ class Machine:
         wide = kind[0] + str(16 * SIZES[kind]) if "wide" in instruction.opcode else kind
         kinds = (kind, kind, wide)
         a, *rest = (self.get(o, k, at) for o, k in zip(instruction.operands[1:], kinds, strict=False))
+        if name == "prmt":
+            return arithmetic.permuted(a, *rest)
         if name in arithmetic.UNARY:
             return arithmetic.UNARY[name](a)
         if name in arithmetic.APPROXIMATE:

@@ -82,10 +82,10 @@ def hf_weights(config: RunConfig, core: dict[str, torch.Tensor]) -> dict[str, to
     return {name: weight.detach().clone() for name, weight in to_hf_weights(core, dims)}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_training_equals_plain_torch(data: TinyData, tmp_path: Path, groups: Any, case: str) -> None:
+@pytest.mark.parametrize(("case", "layers"), [*((case, "torch") for case in CASES), ("cosine", "fused"), ("z-loss", "fused")])
+def test_training_equals_plain_torch(data: TinyData, tmp_path: Path, groups: Any, case: str, layers: str) -> None:
     config = load_config(str(data.config), [f"run_dir={tmp_path}", *BASE, *CASES[case]])
-    chunks = build_model_chunks(config, VOCAB, groups, LayerChoice("torch", "test"))
+    chunks = build_model_chunks(config, VOCAB, groups, LayerChoice(layers, "test"))
     plain = PlainLlama(config.model, VOCAB)
     plain.load_state_dict(hf_weights(config, chunks[0].state_dict()))
     model = wrap_for_training(config, chunks)

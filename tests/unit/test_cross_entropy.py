@@ -33,18 +33,19 @@ def inputs(dtype: torch.dtype, spread: float) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("spread", [1.0, 30.0, 1000.0])
-@pytest.mark.parametrize("chunk", [1, 200, 1 << 17])
+@pytest.mark.parametrize("chunk", [1, 200, 1 << 17, None])  # None: by the kernel
 def test_equals_torch_over_the_real_ids(
-    group: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, spread: float, chunk: int
+    group: Any, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, spread: float, chunk: int | None
 ) -> None:
-    monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", chunk)
+    if chunk:
+        monkeypatch.setitem(cross_entropy.CHUNK_ELEMENTS, "cpu", chunk)
     logits, labels, from_loss, from_log_z = inputs(dtype, spread)
     exact = logits.double()[..., :IDS].requires_grad_()
     wanted_loss = torch.nn.functional.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none").view(SEQ, BATCH)
     wanted_log_z = exact.logsumexp(-1)
     (wanted_loss * from_loss + wanted_log_z * from_log_z).sum().backward()
     leaf = logits.clone().requires_grad_()
-    loss, log_z = vocab_parallel_cross_entropy(leaf * 1, labels, IDS, group)
+    loss, log_z = vocab_parallel_cross_entropy(leaf * 1, labels, IDS, group, fused=chunk is None)
     torch.testing.assert_close(loss.double(), wanted_loss, rtol=1e-6, atol=1e-6 * spread)
     torch.testing.assert_close(log_z.double(), wanted_log_z, rtol=1e-6, atol=1e-6)
     (loss * from_loss + log_z * from_log_z).sum().backward()
@@ -53,11 +54,12 @@ def test_equals_torch_over_the_real_ids(
     assert (leaf.grad[..., IDS:] == 0).all()
 
 
-def test_the_logits_are_left_alone_until_the_backward_pass_takes_their_memory(group: Any) -> None:
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_logits_are_left_alone_until_the_backward_pass_takes_their_memory(group: Any, fused: bool) -> None:
     logits, labels, *_ = inputs(torch.float32, 1.0)
     leaf = logits.clone().requires_grad_()
     used = leaf * 1
-    loss, _ = vocab_parallel_cross_entropy(used, labels, IDS, group)
+    loss, _ = vocab_parallel_cross_entropy(used, labels, IDS, group, fused=fused)
     assert torch.equal(used, logits)
     loss.sum().backward(retain_graph=True)
     assert torch.equal(used, leaf.grad)
@@ -67,7 +69,7 @@ def test_the_logits_are_left_alone_until_the_backward_pass_takes_their_memory(gr
 
 def test_a_slice_that_only_pads_adds_nothing(group: Any) -> None:
     logits, labels, *_ = inputs(torch.float32, 1.0)
-    largest, sums, targets = cross_entropy._local_terms(logits.flatten(0, 1)[:, :0], labels.flatten())
+    largest, sums, targets = cross_entropy.cross_entropy_terms_reference(logits.flatten(0, 1), labels.flatten(), 0)
     assert (largest == -torch.inf).all()
     assert not sums.any()
     assert not targets.any()

@@ -76,7 +76,9 @@ def test_the_engine_of_a_gpu_run_is_explained_without_a_gpu(tmp_path: Path) -> N
         f"settings of {nccl}; high priority for dp_cp, tp; SHARP for the data-parallel group (nothing of it on a CPU)"
     )
     plain = plan("ledom_7b", 64, "data.reset_attention_mask=true", "parallel.recompute_granularity=selective")
-    assert row(plain, "implementation") == "torch, with SDPA and a mask of documents"
+    assert (
+        row(plain, "implementation") == "our fused operators where they can run, else torch; with SDPA and a mask of documents"
+    )
     assert row(plain, "recompute") == "selective: core_attn of every layer"
     assert row(plain, "NCCL") == "as it comes"
 

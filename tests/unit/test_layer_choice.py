@@ -13,6 +13,7 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
 from megatron_ledom.model import layer_specs
 from megatron_ledom.model.layer_specs import check_fp8_hardware, choose_layers
+from megatron_ledom.ops.library import Backend
 from megatron_ledom.parallel.groups import nccl_options
 from megatron_ledom.platform.apex import find_apex
 
@@ -26,7 +27,8 @@ def run(*overrides: str) -> RunConfig:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Tells what is installed: packages, the version of Transformer Engine, the GPU's compute capability."""
+    """Tells what is installed: packages, the version of Transformer Engine, the GPU's compute capability; no kernels of ours."""
+    monkeypatch.setattr(layer_specs, "backend", lambda kind: Backend(False, kind, "not built"))
 
     def tell(*packages: str, te_version: str = "2.8.0", capability: tuple[int, int] | None = None) -> None:
         look = importlib.util.find_spec
@@ -49,10 +51,29 @@ def test_transformer_engine_is_taken_where_it_can_run(machine: Machine) -> None:
     assert choose_layers(run()).implementation == "transformer_engine"
     assert choose_layers(run("model.fp8=hybrid")).implementation == "transformer_engine"
     assert choose_layers(run("model.transformer_impl=torch")).implementation == "torch"
-    machine("transformer_engine")
-    assert choose_layers(run()).implementation == "torch"
+    for packages, capability in ((("transformer_engine",), None), ((), (9, 0))):
+        machine(*packages, capability=capability)
+        assert choose_layers(run()).implementation == "torch"
+
+
+def test_without_transformer_engine_our_operators_are_taken_where_they_can_run(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for capability, device in (((9, 0), "cuda"), (None, "cpu")):
+        machine(capability=capability)
+        monkeypatch.setattr(layer_specs, "backend", lambda kind, there=device: Backend(kind == there, kind, "told"))
+        choice = choose_layers(run())
+        assert choice.implementation == "fused"
+        assert f"fused operators for {device}: told" in choice.reason
+        assert choose_layers(run("data.reset_attention_mask=true")).implementation == "fused"
+        assert choose_layers(run("model.transformer_impl=torch")).implementation == "torch"
     machine(capability=(9, 0))
-    assert choose_layers(run()).implementation == "torch"
+    monkeypatch.setattr(layer_specs, "backend", lambda kind: Backend(kind == "cuda", kind, "told"))
+    narrow = "model.kv_channels=24"
+    for settings, reason in ((("model.params_dtype=fp32",), "for fp32 on cuda"), ((narrow,), "width 24")):
+        assert choose_layers(run(*settings)).implementation == "torch"
+        with pytest.raises(ConfigError, match=f"transformer_impl=fused cannot run here: no fused operators.*{reason}"):
+            choose_layers(run(*settings, "model.transformer_impl=fused"))
 
 
 @pytest.mark.parametrize(

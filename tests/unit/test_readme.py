@@ -18,6 +18,7 @@ RUN_BY_TESTS = {
     "make quickstart": "Makefile: the quickstart itself",
     "make test": "Makefile: what runs this test",
     "python -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml --dry-run": "here",
+    "python -m megatron_ledom.ops": "tests/unit/test_ops.py",
     "python tools/inspect_shard.py quickstart/shards/reverse/valid --show 2": "tests/quickstart/test_quickstart.py",
     "bash examples/slurm/preprocess.sbatch": "tests/unit/test_slurm_scripts.py, tests/slurm/test_slurm_jobs.py",
     "python tools/inspect_checkpoint.py runs/reverse --verify": "tests/unit/test_inspect_checkpoint.py",

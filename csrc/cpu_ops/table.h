@@ -1,0 +1,94 @@
+// What the CPU operators take, and the table of them that each instruction set fills. T is float or bf16; all arrays of type T
+// of one call have the same type, and rows are contiguous.
+#pragma once
+#include <cstdint>
+
+namespace ledom {
+
+// y = x / sqrt(mean(x^2) + eps) * weight over rows of `hidden` (Zhang and Sennrich, arXiv 1910.07467, equation 4).
+struct RmsNorm {
+  const void *x, *weight;  // T [rows, hidden], T [hidden]
+  void* y;                 // T [rows, hidden]
+  int64_t hidden;
+  float eps;
+};
+
+constexpr int64_t kNormBlockRows = 64;  // whose weight gradients are summed before those of other blocks
+
+// dx = (dy w - x mean(dy w x) r^2) r, and each block's sum of dy x r; r = 1 / sqrt(mean(x^2) + eps).
+struct RmsNormGradient {
+  const void *dy, *x, *weight;
+  void* dx;
+  float* weight_sums;  // [blocks of rows, hidden]
+  int64_t rows, hidden;
+  float eps;
+};
+
+// y = silu(gate) up, of rows [gate, up] of 2 * width (Shazeer, arXiv 2002.05202, equation 6).
+struct SwiGlu {
+  const void* x;  // T [rows, 2 * width]
+  void* y;        // T [rows, width]: written, or the gradient that comes
+  void* dx;       // T [rows, 2 * width], backward only
+  int64_t width;
+};
+
+// Rotary positions (Su et al., arXiv 2104.09864, equation 34, pairs (i, i + D/2)) on what a QKV projection gives: each group's
+// query heads, its key, its value. Strides are those of position, sample and head, in elements.
+struct Rope {
+  void* mixed;                 // T [positions, batch, groups, (per_group + 2) * width]
+  void *query, *key, *value;   // T, widths contiguous
+  const float *cosine, *sine;  // [positions, width / 2]
+  int64_t batch, groups, per_group, width;
+  int64_t query_strides[3], key_strides[3], value_strides[3];
+};
+
+// Of each row's first `counted` logits: the largest, the sum of exp(logit - largest), and the label's (0 for a label below 0).
+struct CrossEntropy {
+  const void* logits;  // T [rows, stride]
+  const int64_t* labels;
+  float *largest, *sums, *targets;
+  int64_t stride, counted;
+};
+
+// logits = softmax * from_softmax - onehot(label) * from_loss, in place; 0 behind the counted ones.
+struct CrossEntropyGradient {
+  void* logits;
+  const int64_t* labels;
+  const float *log_z, *from_softmax, *from_loss;
+  int64_t stride, counted;
+};
+
+// sums += more, element by element.
+struct Sum {
+  float* sums;
+  const void* more;
+};
+
+template <class Arguments>
+using Operator = void (*)(const Arguments&, int64_t begin, int64_t end);
+
+struct Operators {
+  Operator<RmsNorm> rms_norm_forward;
+  Operator<RmsNormGradient> rms_norm_backward;
+  Operator<SwiGlu> swiglu_forward, swiglu_backward;
+  Operator<Rope> rope_forward, rope_backward;
+  Operator<CrossEntropy> cross_entropy_terms;
+  Operator<CrossEntropyGradient> cross_entropy_gradient;
+  Operator<Sum> add_into;
+};
+
+struct Table {
+  Operators of[2];  // float, bf16
+};
+
+namespace baseline {
+Table table();
+}
+namespace avx2 {
+Table table();
+}
+namespace avx512 {
+Table table();
+}
+
+}  // namespace ledom

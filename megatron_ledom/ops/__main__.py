@@ -1,0 +1,36 @@
+"""What is built and what a model would use here: `python -m megatron_ledom.ops`."""
+
+import re
+import subprocess
+from pathlib import Path
+from shutil import which
+
+import torch
+
+from megatron_ledom.ops.library import describe, extension_path
+from megatron_ledom.platform.cpu_ops import find_cpu_ops
+
+
+def architectures(binary: Path) -> str:
+    """The GPUs that the CUDA operators hold code for: as cuobjdump lists them, else by the names in the file."""
+    tool = which("cuobjdump")
+    if tool is not None:
+        listed = subprocess.run([tool, "--list-elf", str(binary)], capture_output=True, text=True).stdout
+        found = set(re.findall(r"sm_\d+[af]?", listed))
+    else:
+        found = {name.decode() for name in re.findall(rb"sm_\d+[af]?", binary.read_bytes())}
+    return ", ".join(sorted(found, key=lambda name: int(re.sub(r"\D", "", name)))) or "unknown"
+
+
+def main() -> None:
+    """Three lines: CUDA operators, CPU operators, and what a model takes on each type of device."""
+    path = extension_path()
+    print(f"CUDA operators: {path} for {architectures(path)}" if path.exists() else "CUDA operators: not built")
+    print(f"CPU operators: {find_cpu_ops().state}")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() or path.exists() else ["cpu"]
+    for device in devices:
+        print(f"a model on {device}: {describe(torch.device(device), 'fused')}")
+
+
+if __name__ == "__main__":
+    main()

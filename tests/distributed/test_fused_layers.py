@@ -1,0 +1,54 @@
+"""Layers of our fused operators train as torch's do, on this CPU's kernels, and either goes on from the other's checkpoint."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_ledom.platform.cpu_ops import find_cpu_ops
+from tests.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_on_ranks
+
+pytestmark = pytest.mark.skipif(find_cpu_ops().module is None, reason=find_cpu_ops().state)
+STEPS, HALF = 20, 8
+TOLERANCE = {"fp32": 2e-5, "bf16": 5e-3}
+"""Of losses over 20 steps, relative: another order of sums, or of rounding to bf16; gradient norms get ten times that."""
+Z_LOSS = "train.z_loss_coeff=1e-3"
+
+
+def layers(name: str) -> str:
+    return f"model.transformer_impl={name}"
+
+
+def check_alike(found: Path, wanted: Path, dtype: str) -> None:
+    """Losses and gradient norms of every step; in fp32 the weights, too."""
+    ours, theirs = curve(read_metrics(found)), curve(read_metrics(wanted))
+    assert len(ours) == len(theirs) == STEPS
+    for (loss, norm), (their_loss, their_norm) in zip(ours, theirs, strict=True):
+        assert loss == pytest.approx(their_loss, rel=TOLERANCE[dtype])
+        assert norm == pytest.approx(their_norm, rel=10 * TOLERANCE[dtype])
+    tensors, wanted_tensors = read_tensors(found), read_tensors(wanted)
+    assert tensors.keys() == wanted_tensors.keys()
+    for name, tensor in tensors.items() if dtype == "fp32" else ():
+        if "optimizer" not in name and tensor.is_floating_point():
+            torch.testing.assert_close(tensor, wanted_tensors[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_fused_layers_train_as_torch_and_read_its_checkpoints(data: TinyData, tmp_path: Path, dtype: str) -> None:
+    settings = (f"model.params_dtype={dtype}", Z_LOSS)
+    run_on_ranks(data.config, tmp_path / "torch", *settings, layers("torch"))
+    run_on_ranks(data.config, tmp_path / "fused", *settings, layers("fused"))
+    check_alike(tmp_path / "fused", tmp_path / "torch", dtype)
+    for first, then in (("torch", "fused"), ("fused", "torch")):
+        mixed = tmp_path / f"{first}_{then}"
+        run_on_ranks(data.config, mixed, *settings, layers(first), f"train.exit_interval={HALF}")
+        run_on_ranks(data.config, mixed, *settings, layers(then))
+        check_alike(mixed, tmp_path / "torch", dtype)
+
+
+def test_ranks_that_share_a_group_of_keys_take_their_own_queries(data: TinyData, tmp_path: Path) -> None:
+    """Two ranks, one group: each rank's queries are a part of what the projection gives."""
+    shared = ("model.num_query_groups=1", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
+    for name in ("torch", "fused"):
+        run_on_ranks(data.config, tmp_path / name, *shared, layers(name), num_ranks=2)
+    check_alike(tmp_path / "fused", tmp_path / "torch", "fp32")

@@ -1,0 +1,36 @@
+"""The stable-ABI binding over the emulated kernels: `torch.ops.ledom` on CPU tensors, by the code that runs on a GPU.
+
+`load_emulated_ops` replaces the CPU kernels of this process for good; call it in a process of its own.
+"""
+
+from pathlib import Path
+
+import torch
+
+from tests.kernels.build import CSRC, compiled, emulated_library, op_names
+
+TORCH = Path(torch.__file__).parent
+
+
+def emulated_binding() -> Path:
+    """csrc/bindings over the emulated libraries of all ops."""
+    include, emulated = f"-I{TORCH}/include", "-DLEDOM_EMULATED"
+    flags = ["-std=c++17", "-O1", "-fPIC", "-fno-gnu-unique", emulated, include]
+    sources = sorted((CSRC / "bindings").glob("*.cpp"))
+    objects = [compiled(f"{source.stem}.o", ["g++", *flags, "-c"], [source]) for source in sources]
+    libraries = [emulated_library(op) for op in op_names()]
+    link = ["g++", "-shared", f"-L{TORCH}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
+    inputs = [str(path) for path in (*objects, *libraries)]  # named by their contents
+    return compiled("emulated_binding.so", [*link[:2], *inputs, *link[2:]], [])
+
+
+def load_emulated_ops() -> None:
+    """From here on, CPU tensors of a 16-bit type go to the emulated kernels, as CUDA tensors to the real ones on a GPU."""
+    from megatron_ledom.ops import causal_softmax, cross_entropy, library, rms_norm, rope, segment_reverse, swiglu
+    from megatron_ledom.platform.cpu_ops import CpuOps
+
+    assert all((causal_softmax, cross_entropy, rms_norm, rope, segment_reverse, swiglu))  # define what the binding implements
+    torch.ops.load_library(str(emulated_binding()))
+    library.DTYPES["cpu"] = library.DTYPES["cuda"]
+    library.find_cpu_ops = lambda: CpuOps(True, "CUDA kernels on the emulator")
+    library.backend.cache_clear()

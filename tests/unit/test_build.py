@@ -1,0 +1,96 @@
+"""setup.py decides what is built, and says why not; compilers and torch are told, because not all of them are on one machine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+RUN = """
+import importlib.util, os, runpy, shutil, sys, types
+from setuptools import Extension
+from setuptools.command.build_ext import build_ext
+class Pybind11Extension(Extension):
+    def __init__(self, *arguments, cxx_std=0, **named):
+        super().__init__(*arguments, **named)
+helpers = types.ModuleType("pybind11.setup_helpers")
+helpers.Pybind11Extension, helpers.build_ext = Pybind11Extension, build_ext
+sys.modules.update({"pybind11": types.ModuleType("pybind11"), "pybind11.setup_helpers": helpers})
+nvcc, torch = sys.argv[1:3]
+shutil.which = lambda name, path=None: (nvcc or None) if name == "nvcc" else None
+find = importlib.util.find_spec
+spec = types.SimpleNamespace(origin=torch + "/__init__.py") if torch else None
+importlib.util.find_spec = lambda name, *rest: spec if name == "torch" else find(name, *rest)
+import setuptools
+setuptools.setup = lambda **named: print(*(extension.name for extension in named["ext_modules"]))
+sys.argv = ["setup.py"]
+runpy.run_path("setup.py")
+"""
+HELPERS = "megatron_ledom._helpers megatron_ledom._cpu_ops"
+OPERATORS = f"{HELPERS} megatron_ledom._cuda_ops"
+
+
+def decide(mode: str | None, nvcc: str, torch: str) -> subprocess.CompletedProcess[str]:
+    """What setup.py hands to setuptools, on stdout, and its reason, on stderr."""
+    environment = {"PATH": "/usr/bin:/bin"} | ({} if mode is None else {"LEDOM_CUDA": mode})
+    command = [sys.executable, "-c", RUN, nvcc, torch]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def cpu_torch(tmp_path: Path) -> str:
+    """A torch of the stable ABI, without CUDA."""
+    header = tmp_path / "torch/include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    return str(tmp_path / "torch")
+
+
+@pytest.fixture
+def cuda_torch(cpu_torch: str) -> str:
+    (Path(cpu_torch) / "lib").mkdir()
+    (Path(cpu_torch) / "lib/libtorch_cuda.so").touch()
+    return cpu_torch
+
+
+def test_operators_are_built_where_nvcc_and_a_cuda_torch_are(cuda_torch: str) -> None:
+    for mode in (None, "auto", "1"):
+        assert decide(mode, "true", cuda_torch).stdout.strip() == OPERATORS
+    done = decide("0", "true", cuda_torch)
+    assert done.stdout.strip() == HELPERS
+    assert "not built: LEDOM_CUDA=0" in done.stderr
+
+
+def test_a_cpu_torch_gets_them_only_when_told_so(cpu_torch: str) -> None:
+    done = decide(None, "true", cpu_torch)
+    assert done.stdout.strip() == HELPERS
+    assert "not built: this torch has no CUDA (LEDOM_CUDA=1 builds them all the same)" in done.stderr
+    assert decide("1", "true", cpu_torch).stdout.strip() == OPERATORS
+
+
+@pytest.mark.parametrize(
+    ("nvcc", "torch", "reason"),
+    [
+        ("", "cuda_torch", "nvcc is not found; set CUDA_HOME"),
+        ("true", "", "torch is not in the build's environment; install torch, then use pip install --no-build-isolation"),
+        ("true", "old", "has no stable ABI; install torch 2.10 or newer"),
+    ],
+)
+def test_forced_and_impossible_fails_with_the_reason(
+    cuda_torch: str, tmp_path: Path, nvcc: str, torch: str, reason: str
+) -> None:
+    where = {"cuda_torch": cuda_torch, "": "", "old": str(tmp_path)}[torch]
+    done = decide("auto", nvcc, where)
+    assert done.stdout.strip() == HELPERS
+    assert f"not built: {reason}" in done.stderr or reason in done.stderr
+    forced = decide("1", nvcc, where)
+    assert forced.returncode == 1
+    assert "LEDOM_CUDA=1, but " in forced.stderr
+    assert reason in forced.stderr
+
+
+def test_another_value_is_refused(cpu_torch: str) -> None:
+    done = decide("yes", "true", cpu_torch)
+    assert done.returncode == 1
+    assert "LEDOM_CUDA=yes, expected auto, 0 or 1" in done.stderr

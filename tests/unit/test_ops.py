@@ -1,0 +1,218 @@
+"""Our fused operators against double precision: every shape, both types, and every gradient; with the kernels of this CPU."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_ledom.direction import turn_into
+from megatron_ledom.ops import __main__ as report
+from megatron_ledom.ops.library import backend, describe
+from megatron_ledom.ops.rms_norm import rms_norm, rms_norm_reference
+from megatron_ledom.ops.rope import rope, rope_reference
+from megatron_ledom.ops.segment_reverse import segment_reverse
+from megatron_ledom.ops.swiglu import swiglu, swiglu_reference
+from megatron_ledom.platform.cpu_ops import find_cpu_ops
+from megatron_ledom.platform.engine_fixes import _norm_of_all, _scale_all
+
+EOD = 0
+DTYPES = (torch.float32, torch.bfloat16)
+ULPS = 2.0
+"""Largest error in units of the last place of the type, at the magnitude of the array's largest element."""
+ISAS = ("avx2", "avx512", "baseline")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set that this machine has."""
+    kernels = find_cpu_ops().module
+    if kernels is None:
+        pytest.skip(f"no CPU operators: {find_cpu_ops().state}")
+    best = kernels.isa()
+    try:
+        kernels.use_isa(request.param)
+    except ValueError as missing:
+        pytest.skip(str(missing))
+    yield request.param
+    kernels.use_isa(best)
+
+
+def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def check_close(found: torch.Tensor, exact: torch.Tensor, ulps: float = ULPS) -> None:
+    """Elements within `ulps` of their own last place, or of that of a thousandth of the largest."""
+    unit = torch.finfo(found.dtype).eps
+    allowed = ulps * unit * exact.abs().clamp(min=1e-3 * float(exact.detach().abs().max()) + 1e-30)
+    if found.dtype == torch.float32:
+        allowed = allowed + 4 * unit * float(exact.detach().abs().max())  # sums in another order
+    worst = float(((found.double() - exact).abs() / allowed).max())
+    assert worst <= 1, f"{worst * ulps:.2f} ulp"
+
+
+def check_op(op: Callable[..., Any], reference: Callable[..., Any], inputs: list[torch.Tensor], differentiable: int) -> None:
+    """Outputs and gradients of `op` against the reference on the same values in double precision."""
+    leaves = [t.clone().requires_grad_(i < differentiable) for i, t in enumerate(inputs)]
+    exact = [t.double().requires_grad_(i < differentiable) for i, t in enumerate(inputs)]
+    found, wanted = op(*leaves), reference(*exact)
+    found, wanted = (out if isinstance(out, tuple) else (out,) for out in (found, wanted))
+    gradients = [drawn(*one.shape, dtype=one.dtype, seed=7 + i) for i, one in enumerate(found)]
+    for one, other in zip(found, wanted, strict=True):
+        check_close(one, other)
+    torch.autograd.backward(found, gradients)
+    torch.autograd.backward(wanted, [g.double() for g in gradients])
+    for one, other in zip(leaves[:differentiable], exact, strict=False):
+        assert one.grad is not None
+        assert other.grad is not None
+        check_close(one.grad, other.grad)
+
+
+@pytest.fixture
+def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """References compute in fp32; here in the type of their input."""
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+
+
+@pytest.mark.usefixtures("isa", "in_double")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (3, 2, 40), (65, 3, 17), (129, 1, 512)])
+def test_rms_norm_equals_double_precision(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    weight = drawn(shape[-1], dtype=dtype, seed=1)
+    check_op(
+        lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), [drawn(*shape, dtype=dtype), weight], 2
+    )
+
+
+@pytest.mark.usefixtures("isa", "in_double")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 2), (5, 3, 26), (64, 1, 2816)])
+@pytest.mark.parametrize("spread", [1.0, 30.0])
+def test_swiglu_equals_double_precision(shape: tuple[int, ...], dtype: torch.dtype, spread: float) -> None:
+    check_op(swiglu, swiglu_reference, [drawn(*shape, dtype=dtype) * spread], 1)
+
+
+@pytest.mark.usefixtures("isa", "in_double")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("groups", "per_group", "width"), [(1, 8, 64), (4, 1, 10), (2, 4, 192)])
+def test_rope_equals_double_precision(groups: int, per_group: int, width: int, dtype: torch.dtype) -> None:
+    angles = drawn(9, 1, 1, width // 2, dtype=torch.float32, seed=2).mul(100).repeat(1, 1, 1, 2)
+    mixed = drawn(9, 3, groups, (per_group + 2) * width, dtype=dtype)
+    check_op(lambda x: rope(x, angles), lambda x: rope_reference(x, angles.double()), [mixed], 1)
+
+
+@pytest.mark.usefixtures("isa")
+def test_rope_takes_gradients_of_any_strides() -> None:
+    """SDPA gives them as [B, H, S, D] in memory."""
+    angles = drawn(5, 1, 1, 4, dtype=torch.float32).repeat(1, 1, 1, 2)
+    mixed = drawn(5, 2, 2, 4 * 8, dtype=torch.float32).requires_grad_()
+    given = [torch.randn(2, heads, 5, 8) for heads in (4, 2, 2)]
+    for turned in ([g.permute(2, 0, 1, 3) for g in given], [g.permute(2, 0, 1, 3).contiguous() for g in given]):
+        torch.autograd.backward(rope(mixed, angles), turned)
+    assert mixed.grad is not None
+    once, mixed.grad = mixed.grad / 2, None
+    torch.autograd.backward(rope(mixed, angles), [g.permute(2, 0, 1, 3).contiguous() for g in given])
+    assert torch.equal(once, mixed.grad)
+
+
+@pytest.mark.usefixtures("isa")
+def test_the_number_of_threads_does_not_change_a_bit() -> None:
+    x, weight = drawn(500, 96, dtype=torch.bfloat16), drawn(96, dtype=torch.bfloat16, seed=1)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            leaves = [t.clone().requires_grad_() for t in (x, weight)]
+            swiglu(rms_norm(*leaves, 1e-5)).sum().backward()
+            found.append([leaf.grad for leaf in leaves])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_come_through(dtype: torch.dtype) -> None:
+    x = torch.ones(3, 40, dtype=dtype)
+    x[0, 3], x[1, 20] = torch.nan, torch.inf
+    assert swiglu(x)[0, 3].isnan()
+    assert swiglu(x)[1, 0].isinf()
+    assert rms_norm(x, torch.ones(40, dtype=dtype), 1e-5)[0].isnan().all()
+    assert rms_norm(x, torch.ones(40, dtype=dtype), 1e-5)[2].isfinite().all()
+
+
+@pytest.mark.skipif(not backend("cpu").usable, reason=backend("cpu").state)
+@pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope", "cross_entropy_terms", "cross_entropy_gradient"])
+def test_opcheck(name: str) -> None:
+    """Schema, fake tensors and autograd as torch wants them."""
+    angles = drawn(5, 1, 1, 4, dtype=torch.float32).repeat(1, 1, 1, 2)
+    rows = [torch.rand(5) for _ in range(3)]
+    labels = torch.tensor([0, 3, -1, 9, 2])
+    arguments = {
+        "rms_norm": (drawn(5, 2, 16, dtype=torch.float32).requires_grad_(), torch.ones(16, requires_grad=True), 1e-5),
+        "swiglu": (drawn(5, 16, dtype=torch.float32).requires_grad_(),),
+        "rope": (drawn(5, 2, 2, 32, dtype=torch.float32).requires_grad_(), angles),
+        "cross_entropy_terms": (drawn(5, 16, dtype=torch.bfloat16), labels, 10),
+        "cross_entropy_gradient": (drawn(5, 16, dtype=torch.bfloat16), labels, *rows, 10),
+    }[name]
+    torch.library.opcheck(getattr(torch.ops.ledom, name).default, arguments)
+
+
+def test_the_log_says_what_runs_and_why() -> None:
+    runs = "rms_norm={0} swiglu={0} rope={0} cross_entropy={1} "
+    ours, state = ("cpu" if backend("cpu").usable else "torch"), f"({backend('cpu').state})"
+    for implementation, in_layers, in_loss in (
+        ("fused", ours, ours),
+        ("torch", "torch", "torch"),
+        ("transformer_engine", "transformer_engine", ours),
+    ):
+        assert describe(torch.device("cpu"), implementation) == "ops: " + runs.format(in_layers, in_loss) + state
+    assert describe(torch.device("meta"), "fused").endswith("(no kernels)")
+
+
+def test_the_report_says_what_is_built_and_what_a_model_uses(capsys: pytest.CaptureFixture[str]) -> None:
+    report.main()
+    built, on_cpu, *models = capsys.readouterr().out.splitlines()
+    assert built.startswith("CUDA operators: ")
+    assert on_cpu == f"CPU operators: {find_cpu_ops().state}"
+    assert models[-1] == "a model on cpu: " + describe(torch.device("cpu"), "fused")
+
+
+def test_architectures_are_read_from_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    binary = tmp_path / "ops.so"
+    binary.write_bytes(b"\0.target sm_90\0..sm_100a\0sm_80")
+    monkeypatch.setattr(report, "which", lambda name: None)
+    assert report.architectures(binary) == "sm_80, sm_90, sm_100a"
+
+
+def test_norm_and_scaling_of_many_tensors_equal_those_of_one() -> None:
+    """What engine_fixes puts in place of megatron-core's loops, with apex's arguments."""
+    tensors, flag = [drawn(3 * i + 1, dtype=torch.float32, seed=i) for i in range(5)], torch.zeros(1)
+    whole = torch.cat(tensors)
+    norm, none = _norm_of_all(1, flag, [tensors], False)
+    assert none is None
+    torch.testing.assert_close(norm, whole.double().norm().float().view(1), rtol=1e-6, atol=0)
+    others = [torch.zeros_like(tensor) for tensor in tensors]
+    _scale_all(1, flag, [tensors, others], 0.5)
+    assert torch.equal(torch.cat(others), whole * 0.5)
+    assert torch.equal(torch.cat(tensors), whole)
+    _scale_all(1, flag, [tensors, tensors], 0.25)
+    assert torch.equal(torch.cat(tensors), whole * 0.25)
+
+
+def test_turning_ids_equals_what_files_are_turned_by() -> None:
+    """One meaning for the operator on a device and for the C++ of the data path: documents that end with eod keep it there."""
+    lengths = np.array([5, 1, 40, 2, 17], np.int64)
+    ids = (np.arange(lengths.sum()) % 90 + 1).astype(np.int32)
+    ids[np.cumsum(lengths) - 1] = EOD
+    turned = np.empty(lengths[lengths > 1].sum(), np.int32)
+    assert turn_into(ids, lengths, turned, is_closed=True, eod_id=EOD, vocab_size=100) == -1
+    kept = lengths > 1  # files leave out documents without ids
+    bounds = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
+    found = segment_reverse(torch.from_numpy(ids), bounds, keep_last=True)
+    in_files = np.repeat(kept, lengths)
+    assert found.numpy()[in_files].tolist() == turned[: in_files.sum()].tolist()
+    assert segment_reverse(found, bounds, keep_last=True).tolist() == ids.tolist()
