@@ -102,9 +102,12 @@ def start_user_buffers(config: RunConfig) -> None:
 def build_layer_spec(choice: LayerChoice, core_config: TransformerConfig, chunk: int | None) -> Any:
     """What GPTModel takes as its layer spec, for one model chunk. Transformer Engine: not yet run on hardware."""
     if choice.implementation == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec()
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core_config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=core_config.qk_layernorm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = TorchRMSNorm
-    layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    attention = layer.submodules.self_attention.submodules
+    attention.core_attention = SDPACoreAttention
+    if core_config.qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = TorchRMSNorm
     num_layers = get_num_layers_to_build(core_config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=TorchRMSNorm)

@@ -38,6 +38,7 @@ from megatron_ledom.model import builder
 
 DATACLASS_FIELDS = {
     TransformerConfig: """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization
+        add_qkv_bias qk_layernorm softmax_scale
         layernorm_epsilon gated_linear_unit activation_func add_bias_linear attention_dropout hidden_dropout init_method_std
         params_dtype pipeline_dtype bf16 tensor_model_parallel_size pipeline_model_parallel_size
         virtual_pipeline_model_parallel_size context_parallel_size sequence_parallel microbatch_group_size_per_vp_stage
@@ -82,8 +83,8 @@ PARAMETERS: dict[Callable[..., Any], str] = {
     IndexedDataset.__init__: "path_prefix",
     helpers.build_sample_idx: """sizes document_indices sequence_length num_epochs tokens_per_epoch drop_last_partial_sequence
         add_extra_token_to_sequence""",
-    get_gpt_layer_local_spec: "normalization",
-    get_gpt_layer_with_transformer_engine_spec: "",
+    get_gpt_layer_local_spec: "normalization qk_layernorm",
+    get_gpt_layer_with_transformer_engine_spec: "qk_layernorm",
     get_num_layers_to_build: "config vp_stage",
     dist_checkpointing.save: "sharded_state_dict checkpoint_dir sharded_strategy async_sharded_save content_metadata",
     AsyncCallsQueue.__init__: "persistent",
