@@ -97,8 +97,13 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
     )
 
 
-def build_model_chunks(config: RunConfig, vocab_size: int, groups: ParallelGroups, choice: LayerChoice) -> list[LanguageModel]:
-    """This rank's part of the model for `vocab_size` ids, one a virtual stage, with initial weights, on its device."""
+def build_model_chunks(
+    config: RunConfig, vocab_size: int, groups: ParallelGroups, choice: LayerChoice, *, initialize: bool = True
+) -> list[LanguageModel]:
+    """This rank's part of the model for `vocab_size` ids, one a virtual stage, with initial weights, on its device.
+
+    Without `initialize` the matrices hold anything: for weights that are loaded next.
+    """
     core_config = build_core_config(config)
     interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
     if config.parallel.tp_comm_overlap:
@@ -123,7 +128,8 @@ def build_model_chunks(config: RunConfig, vocab_size: int, groups: ParallelGroup
         model.num_ids, model.reports_log_z = vocab_size, config.train.z_loss_coeff > 0
         if torch.cuda.is_available():
             model.cuda(torch.cuda.current_device())
-        initialize_weights(model, config.train.seed, checkpoint_metadata(groups))
+        if initialize:
+            initialize_weights(model, config.train.seed, checkpoint_metadata(groups))
         chunks.append(model)
     return chunks
 
