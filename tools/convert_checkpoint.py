@@ -62,7 +62,11 @@ def main() -> None:
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     warnings.filterwarnings("ignore", module=r"megatron\.core")
+    from transformers.utils import logging as transformers_logging
+
     from megatron_ledom.convert.hf_folder import parse_size
+
+    transformers_logging.disable_progress_bar()
 
     both: dict[str, Any] = {
         "max_shard_size": parse_size(arguments.max_shard_size),

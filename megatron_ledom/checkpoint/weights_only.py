@@ -7,12 +7,12 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -33,6 +33,7 @@ from megatron_ledom.checkpoint.folder import fsync_path
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
 from megatron_ledom.checkpoint.writing import COMMON_FILES
 
+Thing = TypeVar("Thing")
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 
@@ -96,7 +97,8 @@ def save_weights(
     writer.set_up_storage_writer(is_coordinator=True)
     num_layers = 1 + max((piece.layer for piece in pieces if piece.layer is not None), default=0)
     supply = _Supply(pieces, read)
-    plans = [SavePlan([_item(piece, dtype, num_layers) for piece in group]) for group in _grouped(pieces, dtype, max_file_size)]
+    groups = grouped([(piece, piece.shape.numel() * dtype.itemsize) for piece in pieces], max_file_size)
+    plans = [SavePlan([_item(piece, dtype, num_layers) for piece in group]) for group in groups]
     results, sums = [], {}
     with ThreadPoolExecutor(1) as hashing:
         for plan in writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans]):
@@ -116,12 +118,12 @@ def save_weights(
     return manifest
 
 
-def _grouped(pieces: Sequence[Piece], dtype: torch.dtype, max_file_size: int) -> list[list[Piece]]:
-    groups: list[list[Piece]] = [[]]
+def grouped(pieces: Sequence[tuple[Thing, int]], max_size: int) -> list[list[Thing]]:
+    """Things with their bytes, in their order, in as few groups of at most `max_size` bytes as that allows; a larger one is alone."""
+    groups: list[list[Thing]] = [[]]
     size = 0
-    for piece in pieces:
-        num_bytes = piece.shape.numel() * dtype.itemsize
-        if groups[-1] and size + num_bytes > max_file_size:
+    for piece, num_bytes in pieces:
+        if groups[-1] and size + num_bytes > max_size:
             groups.append([])
             size = 0
         groups[-1].append(piece)

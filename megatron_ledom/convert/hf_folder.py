@@ -14,9 +14,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 
+from megatron_ledom.checkpoint.weights_only import grouped
 from megatron_ledom.errors import DataError, UsageError
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
@@ -31,10 +31,14 @@ class WeightsWriter:
         """`shapes`: every tensor that will come, in the order in which it comes."""
         self.folder, self.dtype = folder, dtype
         self._shapes = dict(shapes)
-        planned = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()}
-        split = split_torch_state_dict_into_shards(planned, max_shard_size=max_shard_size)
-        self._files = list(split.filename_to_tensors.items())
-        self._index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename} if split.is_sharded else None
+        groups = grouped([(name, shape.numel() * dtype.itemsize) for name, shape in shapes.items()], max_shard_size)
+        total = sum(shape.numel() for shape in shapes.values())
+        files = [f"model-{number:05d}-of-{len(groups):05d}.safetensors" for number in range(1, len(groups) + 1)]
+        self._files = list(zip(files if len(groups) > 1 else [SINGLE], groups, strict=True))
+        self._index = {
+            "metadata": {"total_parameters": total, "total_size": total * dtype.itemsize},
+            "weight_map": {name: file for file, names in self._files for name in names},
+        }
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
         """Write all tensors, and the index if there are several files; all of it is on disk. Returns sha256 by file name."""
@@ -43,7 +47,7 @@ class WeightsWriter:
         with ThreadPoolExecutor(1) as hashing:
             for file, names in self._files:
                 sums[file] = self._write_file(file, names, stream, hashing)
-        if self._index is not None:
+        if len(self._files) > 1:
             content = json.dumps(self._index, indent=2).encode()
             write_synced(os.path.join(self.folder, INDEX), content)
             sums[INDEX] = hashlib.sha256(content).hexdigest()
