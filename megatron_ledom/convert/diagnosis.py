@@ -160,8 +160,8 @@ def _recording(places: Mapping[str, Any]) -> Iterator[tuple[Taps, Taps]]:
         """The hook of one module."""
 
         def hook(module: Any, arguments: Any, output: Any) -> None:
-            outputs[name] = output[0] if isinstance(output, tuple) else output
-            inputs[name] = arguments[0] if arguments else outputs[name]
+            outputs[name] = (output[0] if isinstance(output, tuple) else output).clone()  # what follows may add in place
+            inputs[name] = arguments[0].clone() if arguments else outputs[name]
 
         return hook
 

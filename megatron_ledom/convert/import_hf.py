@@ -21,11 +21,13 @@ from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import config_from_dict
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.convert.companions import CONFIG, TOKENIZER, write_cards
+from megatron_ledom.convert.core_side import BLOCK_ELEMENTS
 from megatron_ledom.convert.export_hf import SHARD_BYTES, SKIPPED, verification, versions
 from megatron_ledom.convert.hf_config import load_hf_config, read_model
 from megatron_ledom.convert.hf_folder import DTYPE_NAMES, WeightsReader, write_synced
 from megatron_ledom.convert.new_folder import new_folder
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
+from megatron_ledom.convert.stock_side import EMBEDDING
 from megatron_ledom.convert.verify import Conversion, Gate, How, check_logits
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction
@@ -135,6 +137,8 @@ def _check_weights(reader: WeightsReader, sizes: Sizes) -> list[Weight]:
                 faults.append(f"{name} has no place in the model that config.json describes")
         elif shape[1:] != expected[name][1:] or not _rows_fit(name, shape[0], expected[name][0]):
             faults.append(f"{name} has shape {list(shape)}, expected {list(expected[name])}")
+    if tied and "lm_head.weight" in reader.shapes and not faults and not _is_embedding(reader, "lm_head.weight"):
+        faults.append("tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
     if faults:
         more = f" (and {len(faults) - 8} more)" if len(faults) > 8 else ""
         raise MismatchError(
@@ -144,6 +148,15 @@ def _check_weights(reader: WeightsReader, sizes: Sizes) -> list[Weight]:
     if rows > sizes.vocab_size:
         log.info("%d rows of the vocabulary are no id of the tokenizer and are left out", rows - sizes.vocab_size)
     return weights
+
+
+def _is_embedding(reader: WeightsReader, name: str) -> bool:
+    """Whether a tensor equals the embedding, compared some rows at a time."""
+    rows = reader.shapes[name][0]
+    step = max(1, BLOCK_ELEMENTS // reader.shapes[name][1])
+    blocks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    same = reader.shapes[name] == reader.shapes[EMBEDDING]
+    return same and all(torch.equal(reader.read_rows(name, *ends), reader.read_rows(EMBEDDING, *ends)) for ends in blocks)
 
 
 def _rows_fit(name: str, rows: int, expected: int) -> bool:
