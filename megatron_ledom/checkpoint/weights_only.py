@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.planner import (
 from megatron_ledom.checkpoint.checksums import checksum
 from megatron_ledom.checkpoint.folder import fsync_path
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
-from megatron_ledom.checkpoint.writing import COMMON_FILES
+from megatron_ledom.checkpoint.writing import COMMON_FILES, first_cause
 
 Thing = TypeVar("Thing")
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -102,7 +102,7 @@ def save_weights(
     results, sums = [], {}
     with ThreadPoolExecutor(1) as hashing:
         for plan in writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans]):
-            results.append(writer.write_data(plan, supply).wait())
+            results.append(_written(writer, plan, supply))
             (file,) = {result.storage_data.relative_path for result in results[-1]}
             sums[file] = hashing.submit(checksum, os.path.join(folder, file))
     writer.finish(Metadata(_entries(pieces, dtype, num_layers)), results)
@@ -116,6 +116,14 @@ def save_weights(
     save_manifest(manifest, folder)
     fsync_path(folder)
     return manifest
+
+
+def _written(writer: _Writer, plan: SavePlan, supply: _Supply) -> Any:
+    """torch's record of every tensor in a file. Raises the disk's own error, which torch hides behind another."""
+    try:
+        return writer.write_data(plan, supply).wait()
+    except RuntimeError as error:
+        raise first_cause(error) from error
 
 
 def grouped(pieces: Sequence[tuple[Thing, int]], max_size: int) -> list[list[Thing]]:
