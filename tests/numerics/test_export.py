@@ -191,6 +191,18 @@ def test_the_command_exports_and_refuses_to_replace_unasked(exported: Exported, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]
 
 
+def test_the_command_imports_what_it_exported(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _, folder = exported("1 key-value head")
+    arguments = ["hf-to-mcore", "--load", str(folder), "--save", str(tmp_path / "run"), "--seq-length", "16"]
+    assert convert(*arguments, "--max-shard-size", "100KB") == 0
+    assert (tmp_path / "run/checkpoints/latest").read_text() == "iter_0000000\n"
+    assert json.loads((tmp_path / "run/import.json").read_text())["verification"]["largest_logit_difference"] <= 1e-4
+    assert convert(*arguments) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert convert("mcore-to-hf", "--load", str(tmp_path / "run"), "--save", str(tmp_path / "hf"), "--no-verify") == 0
+    assert (tmp_path / "hf/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
 def test_overwrite_removes_nothing_but_an_export(exported: Exported, capsys: pytest.CaptureFixture[str]) -> None:
     run_dir, _ = exported("1 key-value head")
     for save in (run_dir, run_dir / "checkpoints"):
