@@ -43,6 +43,7 @@ class CoreSide:
         ids = vocab_size if whole else 1
         (self.model,) = build_model_chunks(config, ids, groups, LayerChoice("torch", "conversion"), initialize=False)
         self.model.eval()
+        self._device = next(self.model.parameters()).device
         if whole:
             load_weights(checkpoint, [self.model], self._metadata)
         else:
@@ -52,15 +53,14 @@ class CoreSide:
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [B, S] -> logits [B, S, V] by the model's own forward pass; a whole model only."""
         positions = torch.arange(ids.shape[1]).expand_as(ids)
-        device = next(self.model.parameters()).device
-        logits = self.model(ids.to(device), positions.to(device), None)[:, :, : self.vocab_size]
+        logits = self.model(ids.to(self._device), positions.to(self._device), None)[:, :, : self.vocab_size]
         return torch.as_tensor(logits).float().cpu()
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
         """ids [B, S] -> hidden [B, S, h]."""
         if self.whole:
             embedding = self.model.embedding.word_embeddings.weight
-            return torch.as_tensor(embedding.detach()[ids.to(embedding.device)]).cpu()
+            return torch.as_tensor(embedding.detach()[ids.to(self._device)]).cpu()
         hidden = torch.empty(*ids.shape, self.hidden_size, dtype=self.dtype)
         for start, rows in self._blocks("embedding.word_embeddings.weight"):
             inside = (ids >= start) & (ids < start + len(rows))
@@ -74,7 +74,7 @@ class CoreSide:
             yield self.model.decoder.layers[index]
             return
         layer = self.model.decoder.layers[0]
-        layer.to_empty(device="cpu")
+        layer.to_empty(device=self._device)
         names = layer.sharded_state_dict("", [], self._metadata)
         for name, value in layer.state_dict().items():
             if not name.endswith(EXTRA_STATE):
@@ -84,9 +84,8 @@ class CoreSide:
 
     def run_layer(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
         """hidden [B, S, h] through one layer of `layer`."""
-        device = layer.mlp.linear_fc2.weight.device
         rotary = self.model.rotary_pos_emb(hidden.shape[1])
-        after, _ = layer(hidden.transpose(0, 1).contiguous().to(device), attention_mask=None, rotary_pos_emb=rotary)
+        after, _ = layer(hidden.transpose(0, 1).contiguous().to(self._device), attention_mask=None, rotary_pos_emb=rotary)
         return torch.as_tensor(after).transpose(0, 1).cpu()
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -94,13 +93,13 @@ class CoreSide:
         norm = self.model.decoder.final_layernorm
         if not self.whole:
             self._stored.fill(norm.weight.data, "decoder.final_layernorm.weight")
-        return torch.as_tensor(norm(hidden.to(norm.weight.device))).detach().cpu()
+        return torch.as_tensor(norm(hidden.to(self._device))).detach().cpu()
 
     def head(self, normed: torch.Tensor) -> torch.Tensor:
         """hidden behind the final norm [B, S, h] -> logits [B, S, V]."""
         if self.whole:
             weight = self.model.shared_embedding_or_output_weight() if self.tied else self.model.output_layer.weight
-            return torch.nn.functional.linear(normed.to(weight.device), weight)[..., : self.vocab_size].float().cpu()
+            return torch.nn.functional.linear(normed.to(self._device), weight)[..., : self.vocab_size].float().cpu()
         key = "embedding.word_embeddings.weight" if self.tied else "output_layer.weight"
         parts = [torch.nn.functional.linear(normed, rows).float() for _, rows in self._blocks(key)]
         return torch.cat(parts, -1)[..., : self.vocab_size]

@@ -123,7 +123,7 @@ def core_taps(core: CoreSide, layer: Any, hidden: torch.Tensor) -> Taps:
     taps["attention"] = inputs["output projection"]
     taps["gate"], taps["up"] = outputs["gate and up"].chunk(2, -1)
     taps |= {"queries": query.flatten(2), "keys": key.flatten(2), "values": value.flatten(2)}
-    return {name: tap.transpose(0, 1).float() for name, tap in taps.items()}
+    return {name: tap.transpose(0, 1).float().cpu() for name, tap in taps.items()}
 
 
 def stock_taps(stock: StockSide, layer: Any, hidden: torch.Tensor) -> tuple[Taps, dict[str, tuple[torch.Tensor, Any]]]:
