@@ -56,7 +56,7 @@ def write_config(folder: str, hf_config: PreTrainedConfig) -> None:
     """config.json, without which no folder loads: call it when all else is written and checked. All of it is on disk then."""
     for name in os.listdir(folder):
         fsync_path(os.path.join(folder, name))
-    write_synced(os.path.join(folder, CONFIG), hf_config.to_json_string(use_diff=False).encode())
+    write_synced(os.path.join(folder, CONFIG), hf_config.to_json_string().encode())
 
 
 def write_cards(folder: str, name: str, card: dict[str, Any]) -> None:
