@@ -66,7 +66,7 @@ def _describe_model(direction: str) -> Report:
         "bits_per_byte": validations[-1]["bits_per_byte"],
         "validations": validations,
         "tokens_per_second": statistics.median(record["tokens_per_second"] for record in records),
-        "largest_logit_difference": card["largest_logit_difference"],
+        "largest_logit_difference": card["verification"]["largest_logit_difference"],
     }
 
 

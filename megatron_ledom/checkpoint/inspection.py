@@ -1,30 +1,19 @@
 """What a checkpoint holds, for people: position, layout, tensors by part, files, and every fault."""
 
 import os
-import pickle
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_ledom.checkpoint.checksums import content_faults, size_faults
 from megatron_ledom.checkpoint.folder import find_checkpoint, finished_checkpoints, latest_checkpoint
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, load_manifest
+from megatron_ledom.checkpoint.stored_tensors import tensors_of
 from megatron_ledom.config.derived import data_parallel_size
 from megatron_ledom.config.schema import ParallelConfig
 from megatron_ledom.errors import DataError, LedomError, VerificationError
-
-METADATA = ".metadata"
-NAMES = {("torch", "Size"), ("torch", "float32"), ("torch", "bfloat16"), ("torch", "float64"), ("torch", "int64")} | {
-    ("torch", "uint8"),
-    ("torch", "float16"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
-}
-MODULES = ("metadata", "planner", "filesystem")
-"""Of torch.distributed.checkpoint. With NAMES: all that a list of tensors is made of; nothing else is unpickled."""
 
 
 @dataclass(slots=True)
@@ -34,14 +23,6 @@ class Part:
     tensors: int = 0
     elements: int = 0
     num_bytes: int = 0
-
-
-class _MetadataReader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """Classes that describe tensors; a file that asks for another one is refused before it can do harm."""
-        if module in [f"torch.distributed.checkpoint.{known}" for known in MODULES] or (module, name) in NAMES:
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
 def inspect_checkpoint(where: str, *, verify: bool = False) -> None:
@@ -71,17 +52,6 @@ def inspect_checkpoint(where: str, *, verify: bool = False) -> None:
         )
     if verify:
         print(f"verified: {len(manifest.files)} files" if manifest.files else "nothing to verify: written before checksums")
-
-
-def tensors_of(checkpoint: str) -> dict[str, TensorStorageMetadata]:
-    """Shape and type of every tensor, by name. Raises DataError when the list cannot be read."""
-    path = os.path.join(checkpoint, METADATA)
-    try:
-        with open(path, "rb") as file:
-            entries = _MetadataReader(file).load().state_dict_metadata
-    except (OSError, pickle.UnpicklingError, EOFError, ValueError, AttributeError, IndexError, KeyError, TypeError) as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
-    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def part_of(name: str) -> str:

@@ -32,6 +32,16 @@ ARCHITECTURE_KEYS = (
     "kv_channels",
     "make_vocab_size_divisible_by",
     "rotary_base",
+    "rope_scaling",
+    "rope_scaling_factor",
+    "rope_scaling_original_max_position",
+    "rope_scaling_low_freq_factor",
+    "rope_scaling_high_freq_factor",
+    "rope_scaling_beta_fast",
+    "rope_scaling_beta_slow",
+    "rope_scaling_attention_factor",
+    "add_qkv_bias",
+    "qk_layernorm",
     "layernorm_epsilon",
     "share_embeddings_and_output_weights",
     "params_dtype",
@@ -56,6 +66,8 @@ class CheckpointManifest:
     created_at: str
     files: FileSums = field(default_factory=dict)
     """Size and sha256 of every other file; filled in when all are written. Empty in a checkpoint of the format before."""
+    weights_only: bool = False
+    """Imported weights without optimizer state, which a run begins with."""
     format_version: int = FORMAT_VERSION
 
     @classmethod
@@ -103,6 +115,7 @@ def load_manifest(folder: str) -> CheckpointManifest:
         raise DataError(
             f"{path} is not as it was written: its sha256 is another; the checkpoint is damaged, use an earlier one"
         )
+    values.setdefault("weights_only", False)  # written before there were others
     provenance = Provenance.from_dict(values, path)
     names = [name for name in CheckpointManifest.__dataclass_fields__ if name != "provenance"]
     missing = [name for name in names if name not in values]
@@ -144,7 +157,7 @@ def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Prov
             f"{where} is of another architecture: {'; '.join(different)}; use its values, or another run_dir for a new run"
         )
     is_spread = trained.parallel.use_distributed_optimizer
-    if is_spread != config.parallel.use_distributed_optimizer:
+    if is_spread != config.parallel.use_distributed_optimizer and not manifest.weights_only:
         raise MismatchError(
             f"{where} holds the state of {'a distributed' if is_spread else 'an ordinary'} optimizer, which the other kind"
             f" cannot take up; set parallel.use_distributed_optimizer={str(is_spread).lower()}, or another run_dir for a new run"
@@ -155,8 +168,10 @@ def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Prov
 def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_shards: list[list[Any]], where: str) -> list[str]:
     """Refuse to go on where the samples already consumed would not be those that this run counts. Raises MismatchError.
 
-    With `data.allow_changed_data` it warns instead, and returns what has changed.
+    With `data.allow_changed_data` it warns instead, and returns what has changed. Imported weights have consumed nothing.
     """
+    if manifest.weights_only:
+        return []
     trained = manifest.run_config(where)
     pairs = [
         ("data.seq_length", trained.data.seq_length, config.data.seq_length),

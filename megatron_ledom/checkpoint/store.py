@@ -25,6 +25,8 @@ from megatron_ledom.parallel.gathering import gathered_weights
 
 log = logging.getLogger(__name__)
 
+EXTRA_STATE = "_extra_state"
+"""What a layer keeps besides its weights: fp8 scales, or nothing. It is no part of a model's weights."""
 UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, EOFError, CheckpointingException, CheckpointException)
 """What a damaged checkpoint raises; torch's CheckpointException gathers the ranks' errors and is no Exception."""
 
@@ -77,9 +79,13 @@ class CheckpointStore:
         return self.writer.seconds_to_finish()
 
     def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-        """Fill model, optimizer and scheduler from a checkpoint of any layout."""
+        """Fill model, optimizer and scheduler from a checkpoint of any layout; of imported weights, the model alone."""
         if self.settings.verify_on_load:
             self._verify(checkpoint)
+        if load_manifest(checkpoint).weights_only:
+            load_weights(checkpoint, model, self.metadata)
+            optimizer.reload_model_params()  # its fp32 copies
+            return
         wanted = self._sharded(model, optimizer, scheduler, loading=True)
         state = _read(checkpoint, wanted, strict=StrictHandling.RAISE_ALL)
         for key, chunk in zip(_model_keys(model), model, strict=True):
@@ -109,9 +115,14 @@ def sharded_weights(model: list[Any], metadata: dict[str, Any]) -> dict[str, Any
 
 def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any]) -> None:
     """Fill a model with the weights of a checkpoint of any layout, and leave the rest of it on disk."""
-    state = _read(checkpoint, sharded_weights(model, metadata))
+    wanted = sharded_weights(model, metadata)
+    extra = {key: [name for name in part if name.endswith(EXTRA_STATE)] for key, part in wanted.items()}
+    for key, names in extra.items():
+        for name in names:
+            del wanted[key][name]
+    state = _read(checkpoint, wanted)
     for key, chunk in zip(_model_keys(model), model, strict=True):
-        unwrapped(chunk).load_state_dict(state[key])
+        unwrapped(chunk).load_state_dict(state[key] | dict.fromkeys(extra[key]))
 
 
 def check_sizes(checkpoint: str) -> CheckpointManifest:

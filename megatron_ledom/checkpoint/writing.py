@@ -285,12 +285,12 @@ def _write_file(bucket: Any, transforms: list[Any]) -> list[Any]:
     FileSystemWriterAsync.write_preloaded_data(transforms, 0, bucket, answers, counts, use_fsync=True)
     _, outcome = answers.get_nowait()
     if isinstance(outcome, Exception):
-        raise _first_cause(outcome)
+        raise first_cause(outcome)
     written: list[Any] = outcome
     return written
 
 
-def _first_cause(error: BaseException) -> BaseException:
+def first_cause(error: BaseException) -> BaseException:
     """The disk's own error: torch meets a second one when it closes the file that could not be written."""
     context: BaseException | None = error
     while context is not None:

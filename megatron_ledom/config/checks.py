@@ -3,6 +3,7 @@
 Every rule yields one sentence for each fault: found, expected, what to do. `check_config` gathers them all.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterator
 
@@ -24,6 +25,16 @@ from megatron_ledom.errors import ConfigError
 
 Faults = Iterator[str]
 SHARD_SUFFIXES = (".bin", ".idx", ".json")
+ROTARY_SCALING_KEYS = {
+    "rope_scaling_factor": ("linear", "llama3", "yarn"),
+    "rope_scaling_original_max_position": ("llama3", "yarn"),
+    "rope_scaling_low_freq_factor": ("llama3",),
+    "rope_scaling_high_freq_factor": ("llama3",),
+    "rope_scaling_beta_fast": ("yarn",),
+    "rope_scaling_beta_slow": ("yarn",),
+    "rope_scaling_attention_factor": ("yarn",),
+}
+"""Key of `model` -> values of model.rope_scaling with which it counts."""
 
 
 def check_config(config: RunConfig, world_size: int) -> None:
@@ -58,6 +69,22 @@ def heads(config: RunConfig) -> Faults:
         yield _does_not_divide(
             "model.num_query_groups", query_groups(model), "model.num_attention_heads", model.num_attention_heads
         )
+
+
+def rotary_scaling(config: RunConfig) -> Faults:
+    """What belongs to a kind of rotary scaling is set with that kind only, and its bounds are in order."""
+    model = config.model
+    for key in dataclasses.fields(model):
+        kinds = ROTARY_SCALING_KEYS.get(key.name)
+        if kinds and model.rope_scaling not in kinds and getattr(model, key.name) != key.default:
+            yield (
+                f"model.{key.name}={getattr(model, key.name)} counts with model.rope_scaling={' or '.join(kinds)} only, found"
+                f" {'null' if model.rope_scaling is None else model.rope_scaling}; leave it out, or set that"
+            )
+    for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast")):
+        low, high = f"rope_scaling_{low}", f"rope_scaling_{high}"
+        if model.rope_scaling in ROTARY_SCALING_KEYS[low] and getattr(model, low) >= getattr(model, high):
+            yield f"model.{low}={getattr(model, low)} is not below model.{high}={getattr(model, high)}; lower it, or raise that"
 
 
 def tensor_parallel(config: RunConfig) -> Faults:
@@ -319,6 +346,7 @@ def profiled_ranks(config: RunConfig, world_size: int) -> Faults:
 
 RULES: tuple[Callable[[RunConfig], Faults], ...] = (
     heads,
+    rotary_scaling,
     tensor_parallel,
     sequence_parallel,
     pipeline,

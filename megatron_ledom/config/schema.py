@@ -20,7 +20,7 @@ SplitRatios = tuple[PositiveFloat, NotNegativeFloat, NotNegativeFloat]
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The architecture: a GPT with RMSNorm before each block, SwiGLU, rotary positions and no biases."""
+    """The architecture: a GPT with RMSNorm before each block, SwiGLU, rotary positions and no biases but those of QKV."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
@@ -42,6 +42,22 @@ class ModelConfig:
     """The embedding is padded to a multiple of this, whatever the layout, so that checkpoints do not depend on it."""
     rotary_base: PositiveFloat = 10_000.0
     """Theta of the rotary position embedding, over the whole head."""
+    rope_scaling: Literal["linear", "llama3", "yarn"] | None = None
+    """How rotary frequencies are stretched for positions beyond those a model was first trained on; default: they are not."""
+    rope_scaling_factor: Annotated[float, Field(ge=1)] = 8.0
+    """By how much; counts with rope_scaling only, as the keys that follow."""
+    rope_scaling_original_max_position: Positive = 8192
+    """Positions that the model was first trained on, in tokens; of llama3 and yarn."""
+    rope_scaling_low_freq_factor: PositiveFloat = 1.0
+    """llama3: frequencies that turn less often than this in those positions are stretched in full."""
+    rope_scaling_high_freq_factor: PositiveFloat = 4.0
+    """llama3: frequencies that turn more often than this are left alone."""
+    rope_scaling_beta_fast: PositiveFloat = 32.0
+    """yarn: as rope_scaling_high_freq_factor."""
+    rope_scaling_beta_slow: PositiveFloat = 1.0
+    """yarn: as rope_scaling_low_freq_factor."""
+    rope_scaling_attention_factor: PositiveFloat | None = None
+    """yarn: what queries and keys are multiplied by; default: 0.1 ln(rope_scaling_factor) + 1."""
     layernorm_epsilon: PositiveFloat = 1e-5
     """Epsilon of RMSNorm."""
     init_method_std: PositiveFloat = 0.02
@@ -52,6 +68,10 @@ class ModelConfig:
     """Dropout probability on block outputs."""
     share_embeddings_and_output_weights: bool = False
     """Tie the embedding and the output layer."""
+    add_qkv_bias: bool = False
+    """A bias on queries, keys and values, as Qwen2 has."""
+    qk_layernorm: bool = False
+    """RMSNorm over each head of queries and keys, before the rotary embedding, as Qwen3 has."""
     params_dtype: Literal["bf16", "fp32"] = "bf16"
     """Type of weights and activations; gradients are summed and the optimizer runs in fp32."""
     transformer_impl: Literal["auto", "transformer_engine", "fused", "torch"] = "auto"

@@ -1,68 +1,99 @@
-"""A checkpoint becomes a Hugging Face folder: weights by the rules table, tokenizer, configs, logits gate, rename."""
+"""A checkpoint becomes a Hugging Face folder: weights by the rules table, one at a time, logits gate, companions, rename."""
 
-import contextlib
-import json
 import logging
 import os
-import shutil
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
-from transformers import AutoTokenizer
 
+import megatron_ledom
+from megatron_ledom.checkpoint.checksums import checksum
 from megatron_ledom.checkpoint.folder import find_checkpoint
-from megatron_ledom.checkpoint.manifest import CheckpointManifest, load_manifest
-from megatron_ledom.config.derived import head_dim, query_groups
-from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.convert.core_model import whole_model
-from megatron_ledom.convert.hf_config import build_generation_config, build_hf_config
-from megatron_ledom.convert.rules import Dimensions, to_hf_weights
-from megatron_ledom.convert.verify import check_logits
-from megatron_ledom.errors import DataError, MismatchError, UsageError
+from megatron_ledom.checkpoint.manifest import MANIFEST, CheckpointManifest
+from megatron_ledom.checkpoint.store import check_sizes
+from megatron_ledom.checkpoint.stored_tensors import StoredTensors
+from megatron_ledom.convert.companions import run_tokenizer, write_cards, write_companions, write_config
+from megatron_ledom.convert.hf_config import build_hf_config
+from megatron_ledom.convert.hf_folder import WeightsWriter
+from megatron_ledom.convert.new_folder import new_folder
+from megatron_ledom.convert.rules import Sizes, Weight, weights_of
+from megatron_ledom.convert.verify import MAX_KL, MAX_LOGIT_DIFFERENCE, MIN_COSINE, Conversion, Gate, How, check_logits
+from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.model.builder import DTYPES
-from megatron_ledom.provenance import Provenance, vocabulary_hash
 
 log = logging.getLogger(__name__)
 
-TOKENIZER = "tokenizer"
 CARD = "export.json"
+SHARD_BYTES = 5 * 10**9
+PACKAGES = ("torch", "megatron-core", "transformers", "safetensors")
+SKIPPED = (
+    "the logits gate is skipped (--no-verify): nobody has compared what the two models compute; shapes, hashes and the"
+    " tokenizer were checked"
+)
 
 
-def export_hf(load: str, save: str, *, overwrite: bool = False) -> float:
-    """Export the checkpoint `load` (a run folder means its latest) to the folder `save`.
+def export_hf(
+    load: str,
+    save: str,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int = SHARD_BYTES,
+    verify: How | None = "auto",
+    architecture: str | None = None,
+) -> Gate | None:
+    """Export the checkpoint `load` (a run folder means its latest) to the folder `save`, in files of `max_shard_size` bytes.
 
-    The folder appears only after the logits gate has passed. Returns the gate's largest logit difference.
+    The folder appears only after the logits gate has passed; `verify` None leaves that out. `architecture`: the stock one, if
+    not the first that fits. Returns the gate's figures.
     """
     checkpoint = find_checkpoint(load)
-    manifest = load_manifest(checkpoint)
+    manifest = check_sizes(checkpoint)
     config = manifest.run_config(checkpoint)
-    tokenizer = _tokenizer_folder(checkpoint)
-    _check_target(save, checkpoint, overwrite)
-    _check_tokenizer(tokenizer, manifest.provenance)
-    part = save.rstrip("/") + ".part"
-    shutil.rmtree(part, ignore_errors=True)
-    made = _make_folder(part)
-    try:
-        with whole_model(checkpoint, manifest) as model:
-            _save_weights(model.state_dict(), config, manifest, part)
-            build_hf_config(config, manifest.provenance).save_pretrained(part)
-            build_generation_config(manifest.provenance).save_pretrained(part)
-            _save_tokenizer(tokenizer, part, manifest.provenance)
-            difference = check_logits(model, part, manifest.provenance.vocab_size, config.data.seq_length)
-        _save_card(part, checkpoint, manifest, difference)
-        _replace_folder(part, save)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        _remove_empty(made)
-    log.info("exported %s to %s", checkpoint, save)
-    return difference
+    hf_config = build_hf_config(config, manifest.provenance, architecture)
+    tokenizer = run_tokenizer(checkpoint, manifest.provenance)
+
+    def may_replace() -> None:
+        _check_target(save, checkpoint, overwrite)
+
+    with new_folder(save, may_replace) as part:
+        write_companions(part, tokenizer, manifest.provenance)
+        files = write_hf_weights(checkpoint, Sizes(config.model, manifest.provenance.vocab_size), part, max_shard_size)
+        gate = None
+        if verify is None:
+            log.warning("%s", SKIPPED)
+        else:
+            gate = check_logits(Conversion(checkpoint, manifest, part, hf_config), verify, max_shard_size)
+        write_cards(part, CARD, _card(checkpoint, manifest, files, gate))
+        write_config(part, hf_config)
+    log.info("exported %s to %s as %s", checkpoint, save, hf_config.architectures[0])
+    return gate
+
+
+def write_hf_weights(checkpoint: str, sizes: Sizes, folder: str, max_shard_size: int) -> dict[str, str]:
+    """Convert every weight of a checkpoint, one at a time, into `folder`. Returns sha256 by file name."""
+    weights = list(weights_of(sizes))
+    shapes = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
+    stored = StoredTensors(checkpoint)
+    dtype = DTYPES[sizes.model.params_dtype]  # exact: the checkpoint's own type
+    return WeightsWriter(folder, shapes, dtype, max_shard_size).write(_converted(stored, weights, dtype))
+
+
+def _converted(stored: StoredTensors, weights: list[Weight], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for weight in weights:
+        core = stored.read(weight.core, weight.layer)
+        if core.shape != weight.shape or core.dtype != dtype:
+            raise DataError(
+                f"{stored.checkpoint} has {weight.core} as {core.dtype} {tuple(core.shape)}, its config says {dtype}"
+                f" {tuple(weight.shape)}; the checkpoint is damaged, use an earlier one"
+            )
+        yield from weight.split(core).items()
 
 
 def _check_target(save: str, checkpoint: str, overwrite: bool) -> None:
     """Refuse a target that exists, unless it is an export that may be overwritten. Raises UsageError."""
-    if not os.path.exists(save):
-        return
     if not overwrite:
         raise UsageError(f"{save} exists already; name another folder with --save, or give --overwrite")
     inside = Path(checkpoint).resolve().is_relative_to(Path(save).resolve())
@@ -72,90 +103,37 @@ def _check_target(save: str, checkpoint: str, overwrite: bool) -> None:
         )
 
 
-def _replace_folder(new: str, folder: str) -> None:
-    """Put `new` where `folder` is; the old content is moved aside first and removed last."""
-    old = folder.rstrip("/") + ".old"
-    shutil.rmtree(old, ignore_errors=True)
-    if os.path.exists(folder):
-        os.rename(folder, old)
-    os.rename(new, folder)
-    shutil.rmtree(old, ignore_errors=True)
+def verification(gate: Gate | None) -> dict[str, Any] | None:
+    """A gate's figures and limits for a card; None when it was skipped."""
+    if gate is None:
+        return None
+    limits = {"largest_logit_difference": MAX_LOGIT_DIFFERENCE, "mean_cosine": MIN_COSINE, "mean_kl_nats": MAX_KL}
+    return {
+        "how": gate.how,
+        "positions": gate.positions,
+        "largest_logit_difference": gate.largest_logit_difference,
+        "bf16": gate.bf16,
+        "seconds": gate.seconds,
+        "limits": limits,
+    }
 
 
-def _make_folder(folder: str) -> list[Path]:
-    """Make a folder; returns the folders above it that had to be made too, the innermost first. Raises UsageError."""
-    made = [path for path in Path(folder).parents if not path.exists()]
-    try:
-        os.makedirs(folder)
-    except OSError as error:
-        raise UsageError(f"--save {folder} cannot be made ({error.strerror}); name a folder you may write to") from error
-    return made
+def versions() -> dict[str, str]:
+    """Of this package and of those that a conversion depends on."""
+    return {"megatron-ledom": megatron_ledom.__version__, **{name: version(name) for name in PACKAGES}}
 
 
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        with contextlib.suppress(OSError):  # it holds the export, or what somebody else wrote
-            folder.rmdir()
-
-
-def _tokenizer_folder(checkpoint: str) -> str:
-    """The run's copy of its tokenizer. Raises DataError without one."""
-    folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(checkpoint))), TOKENIZER)
-    if not os.path.isdir(folder):
-        raise DataError(
-            f"{folder} is missing, so the export would have no tokenizer: set data.tokenizer in the run's config and start the run"
-            " once more (it copies the tokenizer and goes on), or copy the tokenizer folder there"
-        )
-    return folder
-
-
-def _save_weights(weights: dict[str, torch.Tensor], config: RunConfig, manifest: CheckpointManifest, folder: str) -> None:
-    dims = Dimensions(
-        num_layers=config.model.num_layers,
-        hidden_size=config.model.hidden_size,
-        num_attention_heads=config.model.num_attention_heads,
-        num_query_groups=query_groups(config.model),
-        head_dim=head_dim(config.model),
-        vocab_size=manifest.provenance.vocab_size,
-        tied=config.model.share_embeddings_and_output_weights,
-    )
-    dtype = DTYPES[config.model.params_dtype]  # exact: the checkpoint's own type
-    # a copy even where the type stays: rows cut from the padded vocabulary are a view, which safetensors refuses
-    save_torch_state_dict({name: weight.to(dtype, copy=True) for name, weight in to_hf_weights(weights, dims)}, folder)
-
-
-def _check_tokenizer(folder: str, provenance: Provenance) -> None:
-    """Refuse a tokenizer folder that is not the one the run was trained with. Raises MismatchError."""
-    file = Path(folder, "tokenizer.json")
-    found = vocabulary_hash(file.read_bytes()) if file.is_file() else "none"
-    if found != provenance.tokenizer_sha256:
-        raise MismatchError(
-            f"{file} has hash {found[:12]}, the run was trained with {provenance.tokenizer_sha256[:12]}: the export's ids would"
-            " mean other texts; put the tokenizer there that the shards were made with"
-        )
-
-
-def _save_tokenizer(source: str, folder: str, provenance: Provenance) -> None:
-    """Copy the run's tokenizer, and see that stock transformers stops where training said. Raises DataError if it would not."""
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer.eos_token_id != provenance.eod_id:
-        raise DataError(
-            f"the tokenizer in {source} has eos id {tokenizer.eos_token_id}, the run was trained with eod {provenance.eod_id}:"
-            " generation would never stop; put the run's own tokenizer there"
-        )
-
-
-def _save_card(folder: str, checkpoint: str, manifest: CheckpointManifest, difference: float) -> None:
-    """What was exported, from where, and that the gate passed."""
-    card = {
+def _card(checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], gate: Gate | None) -> dict[str, Any]:
+    """What was exported, from where, and what the gate has seen."""
+    return {
         "checkpoint": os.path.basename(checkpoint),
+        "checkpoint_manifest_sha256": checksum(os.path.join(checkpoint, MANIFEST))["sha256"],
         "iteration": manifest.iteration,
         "consumed_train_tokens": manifest.consumed_train_tokens,
         **manifest.provenance.to_dict(),
-        "largest_logit_difference": difference,
         "package_version": manifest.package_version,
+        "verification": verification(gate),
+        "versions": versions(),
+        "files": files,
         "config": manifest.config,
     }
-    with open(os.path.join(folder, CARD), "w", encoding="utf-8") as file:
-        json.dump(card, file, indent=2)

@@ -13,8 +13,12 @@ _SHARE_OF_POSITIONS = {"full": 1.0, "causal": 0.5, "none": 0.0}
 def count_parameters(model: ModelConfig, padded_vocab: int) -> int:
     """Weights of the whole model, with the padded rows of the embedding and of the output layer."""
     norms = (2 * model.num_layers + 1) * model.hidden_size
+    width = head_dim(model)
+    if model.qk_layernorm:
+        norms += 2 * model.num_layers * width
+    biases = model.num_layers * width * (model.num_attention_heads + 2 * query_groups(model)) if model.add_qkv_bias else 0
     embeddings = padded_vocab * model.hidden_size * (1 if model.share_embeddings_and_output_weights else 2)
-    return model.num_layers * sum(_layer_matrices(model)) + norms + embeddings
+    return model.num_layers * sum(_layer_matrices(model)) + norms + biases + embeddings
 
 
 def flops_per_token(model: ModelConfig, seq_length: int, padded_vocab: int, attention: Attention = "full") -> float:

@@ -13,6 +13,7 @@ from megatron_ledom.config.derived import head_dim, padded_vocab_size, query_gro
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.model.initialization import initialize_weights, leave_unset
 from megatron_ledom.model.layer_specs import PARAMS_DTYPES, LayerChoice, build_layer_spec, start_user_buffers
+from megatron_ledom.model.rotary import rotary_frequencies, softmax_scale
 from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.parallel.groups import ParallelGroups
 
@@ -60,6 +61,9 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
         gated_linear_unit=True,
         activation_func=F.silu,
         add_bias_linear=False,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        softmax_scale=softmax_scale(model),
         attention_dropout=model.attention_dropout,
         hidden_dropout=model.hidden_dropout,
         init_method_std=model.init_method_std,
@@ -97,8 +101,13 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
     )
 
 
-def build_model_chunks(config: RunConfig, vocab_size: int, groups: ParallelGroups, choice: LayerChoice) -> list[LanguageModel]:
-    """This rank's part of the model for `vocab_size` ids, one a virtual stage, with initial weights, on its device."""
+def build_model_chunks(
+    config: RunConfig, vocab_size: int, groups: ParallelGroups, choice: LayerChoice, *, initialize: bool = True
+) -> list[LanguageModel]:
+    """This rank's part of the model for `vocab_size` ids, one a virtual stage, with initial weights, on its device.
+
+    Without `initialize` the matrices hold anything: for weights that are loaded next.
+    """
     core_config = build_core_config(config)
     core_config.use_te_activation_func = choice.implementation == "fused"  # takes the activation that the layer spec names
     interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
@@ -120,11 +129,13 @@ def build_model_chunks(config: RunConfig, vocab_size: int, groups: ParallelGroup
             pg_collection=groups.collection,
             vp_stage=stage,
         )
+        model.rotary_pos_emb.inv_freq = rotary_frequencies(config.model).to(model.rotary_pos_emb.inv_freq.device)
         model.num_ids, model.reports_log_z = vocab_size, config.train.z_loss_coeff > 0
         model.fuses_loss = choice.implementation != "torch"
         if torch.cuda.is_available():
             model.cuda(torch.cuda.current_device())
-        initialize_weights(model, config.train.seed, checkpoint_metadata(groups))
+        if initialize:
+            initialize_weights(model, config.train.seed, checkpoint_metadata(groups))
         chunks.append(model)
     return chunks
 

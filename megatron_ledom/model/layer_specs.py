@@ -139,13 +139,17 @@ def start_user_buffers(config: RunConfig) -> None:
 def build_layer_spec(choice: LayerChoice, core_config: TransformerConfig, chunk: int | None) -> Any:
     """What GPTModel takes as its layer spec, for one model chunk. Transformer Engine: not yet run on hardware."""
     if choice.implementation == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec()
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm")
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core_config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=core_config.qk_layernorm)
     norm = FusedRMSNorm if choice.implementation == "fused" else TorchRMSNorm
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
-    layer.submodules.self_attention.submodules.core_attention = SDPACoreAttention
+    attention = layer.submodules.self_attention
+    attention.submodules.core_attention = SDPACoreAttention
+    if core_config.qk_layernorm:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
     if choice.implementation == "fused":
-        layer.submodules.self_attention.module = FusedSelfAttention
         layer.submodules.mlp.submodules.activation_func = FusedSwiGLU
+        if not core_config.qk_layernorm:  # those norms stand between the projection and the rotation, which ours does in one
+            attention.module = FusedSelfAttention
     num_layers = get_num_layers_to_build(core_config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -111,7 +111,10 @@ class Recovery:
         latest = state.store.latest()
         if latest is None:
             self._stop(iteration, f"{reason}; there is no checkpoint to return to")
-        checkpoint = state.store.load_manifest(latest).iteration
+        manifest = state.store.load_manifest(latest)
+        if manifest.weights_only:  # it has no moments to return to
+            self._stop(iteration, f"{reason}; there is no checkpoint of this run to return to, only the imported weights")
+        checkpoint = manifest.iteration
         if self.history.num_roll_backs(checkpoint) >= limit:
             self._stop(iteration, f"{reason}, after {limit} returns to {latest} (train.max_roll_backs)")
         began = max(self.policy.spike_began(iteration), checkpoint + 1)

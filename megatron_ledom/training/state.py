@@ -118,7 +118,7 @@ def build_state(
 def load_checkpoint(state: TrainState, checkpoint: str) -> None:
     """Take up weights, optimizer, schedule and position from a checkpoint of this run. Call on every rank."""
     manifest = state.store.load_manifest(checkpoint)
-    for change in changes_since(manifest, state.config):
+    for change in [] if manifest.weights_only else changes_since(manifest, state.config):
         log.warning("changed since the checkpoint: %s", change)
     state.store.load(checkpoint, state.model, state.optimizer, state.scheduler)
     state.scheduler.num_steps = 0  # its load adds the stored position, which old checkpoints count in samples
@@ -126,7 +126,7 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
     state.iteration = manifest.iteration
     state.consumed_train_samples = manifest.consumed_train_samples
     state.consumed_train_tokens = manifest.consumed_train_tokens
-    log.info("resumed from %s at iteration %d", checkpoint, state.iteration)
+    log.info("%s %s at iteration %d", "weights of" if manifest.weights_only else "resumed from", checkpoint, state.iteration)
 
 
 def save_checkpoint(state: TrainState) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.convert.rules import Dimensions, to_hf_weights
+from megatron_ledom.convert.rules import Sizes, weights_of
 from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
@@ -69,17 +69,15 @@ def micro_batches(step: int) -> list[dict[str, torch.Tensor]]:
 
 
 def hf_weights(config: RunConfig, core: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    model = config.model
-    dims = Dimensions(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=model.num_query_groups or model.num_attention_heads,
-        head_dim=model.hidden_size // model.num_attention_heads,
-        vocab_size=VOCAB,
-        tied=False,
-    )
-    return {name: weight.detach().clone() for name, weight in to_hf_weights(core, dims)}
+    """A model's own weights, which checkpoints call by other names, in Hugging Face's."""
+    own = (("self_attention.linear_qkv.layer_norm_", "input_layernorm."), ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."))
+    weights = {}
+    for weight in weights_of(Sizes(config.model, VOCAB)):
+        name = weight.core.replace("decoder.layers.", f"decoder.layers.{weight.layer}.")
+        for stored, module in own:
+            name = name.replace(stored, module)
+        weights |= weight.split(core[name])
+    return {name: weight.detach().clone() for name, weight in weights.items()}
 
 
 @pytest.mark.parametrize(("case", "layers"), [*((case, "torch") for case in CASES), ("cosine", "fused"), ("z-loss", "fused")])

@@ -58,6 +58,25 @@ def test_parameters_equal_those_of_hugging_face_llama(model: ModelConfig, tied: 
     assert count_parameters(model, 128) == sum(parameter.numel() for parameter in built.parameters())
 
 
+@pytest.mark.parametrize(("name", "has"), [("Qwen2", {"add_qkv_bias": True}), ("Qwen3", {"qk_layernorm": True})])
+def test_parameters_equal_those_of_qwen(name: str, has: dict[str, bool]) -> None:
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = ModelConfig(**{**{name: getattr(WIDE, name) for name in ModelConfig.__slots__}, **has})
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=128,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.ffn_hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=query_groups(model),
+        head_dim=head_dim(model),
+    )
+    with torch.device("meta"):
+        built = getattr(transformers, f"{name}ForCausalLM")(config)
+    assert count_parameters(model, 128) == sum(parameter.numel() for parameter in built.parameters())
+
+
 def test_flops_by_hand() -> None:
     layer = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 20
     forward_weights = 2 * (2 * layer + 8 * 128)  # a multiplication and an addition for each weight of layers and output

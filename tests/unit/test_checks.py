@@ -71,6 +71,21 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["model.hidden_size=70"], 1, "model.num_attention_heads=18 does not divide model.hidden_size=70"),
     (["model.hidden_size=54"], 1, "the width of a head is 3; rotary positions turn pairs"),
     (["model.kv_channels=5"], 1, "the width of a head is 5"),
+    (
+        ["model.rope_scaling_factor=4"],
+        1,
+        "model.rope_scaling_factor=4.0 counts with model.rope_scaling=linear or llama3 or yarn only",
+    ),
+    (
+        ["model.rope_scaling='linear'", "model.rope_scaling_beta_slow=2"],
+        1,
+        "model.rope_scaling_beta_slow=2.0 counts with model.rope_scaling=yarn only, found linear",
+    ),
+    (
+        ["model.rope_scaling='llama3'", "model.rope_scaling_low_freq_factor=5"],
+        1,
+        "model.rope_scaling_low_freq_factor=5.0 is not below model.rope_scaling_high_freq_factor=4.0",
+    ),
     (["model.num_query_groups=4"], 1, "model.num_query_groups=4 does not divide model.num_attention_heads=18"),
     (
         ["model.num_query_groups=2", f"{TP}=9"],

@@ -18,6 +18,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import Fp8Recipe
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
@@ -25,10 +26,13 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel import schedules as core_schedules
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.transformer.attention import SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.transformer_layer import TransformerLayerSubmodules
+from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from torch.distributed._shard._utils import narrow_tensor_by_index
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.gpu_checks import FP8_NEEDS, NCCL_GROUPS, NCCL_SETTINGS
@@ -38,6 +42,7 @@ from megatron_ledom.model import builder
 
 DATACLASS_FIELDS = {
     TransformerConfig: """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization
+        add_qkv_bias qk_layernorm softmax_scale
         layernorm_epsilon gated_linear_unit activation_func add_bias_linear attention_dropout hidden_dropout init_method_std
         params_dtype pipeline_dtype bf16 tensor_model_parallel_size pipeline_model_parallel_size
         virtual_pipeline_model_parallel_size context_parallel_size sequence_parallel microbatch_group_size_per_vp_stage
@@ -82,8 +87,8 @@ PARAMETERS: dict[Callable[..., Any], str] = {
     IndexedDataset.__init__: "path_prefix",
     helpers.build_sample_idx: """sizes document_indices sequence_length num_epochs tokens_per_epoch drop_last_partial_sequence
         add_extra_token_to_sequence""",
-    get_gpt_layer_local_spec: "normalization",
-    get_gpt_layer_with_transformer_engine_spec: "",
+    get_gpt_layer_local_spec: "normalization qk_layernorm",
+    get_gpt_layer_with_transformer_engine_spec: "qk_layernorm",
     get_num_layers_to_build: "config vp_stage",
     dist_checkpointing.save: "sharded_state_dict checkpoint_dir sharded_strategy async_sharded_save content_metadata",
     AsyncCallsQueue.__init__: "persistent",
@@ -97,6 +102,15 @@ PARAMETERS: dict[Callable[..., Any], str] = {
     dist_checkpointing.load: "sharded_state_dict checkpoint_dir strict",
     DistributedOptimizer.sharded_state_dict: "model_sharded_state_dict is_loading metadata",
     tensor_parallel.model_parallel_cuda_manual_seed: "seed",
+    RotaryEmbedding.forward: "self max_seq_len",
+    SelfAttention.get_query_key_value_tensors: "hidden_states",
+    TransformerLayer.sharded_state_dict: "prefix sharded_offsets metadata",
+    create_read_items_for_chunk_list: "fqn checkpoint_md local_chunks",
+    narrow_tensor_by_index: "tensor offsets sizes",
+    FileSystemReader.set_up_storage_reader: "metadata is_coordinator",
+    FileSystemReader.read_data: "plan planner",
+    FileSystemWriter.__init__: "path single_file_per_rank sync_files thread_count per_thread_copy_ahead",
+    FileSystemWriter.finish: "metadata results",
 }
 
 
@@ -208,3 +222,9 @@ def test_checkpoints_can_be_written_and_checked() -> None:
     assert importlib.util.find_spec("psutil") is not None  # megatron-core's writer waits for ever without it
     assert {"async_fn", "async_fn_args", "finalize_fns", "preload_fn"} <= set(AsyncRequest._fields)
     assert finalize_model_grads.__name__ == "finalize_model_grads"
+
+
+def test_the_rotary_embedding_turns_by_the_frequencies_it_is_given() -> None:
+    """`model.builder` replaces them; the model reads them when it runs."""
+    for function in (RotaryEmbedding.get_freqs_non_repeated, RotaryEmbedding.get_emb):
+        assert "self.inv_freq" in inspect.getsource(function)

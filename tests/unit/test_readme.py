@@ -28,6 +28,13 @@ RUN_BY_TESTS = {
         "tests/unit/test_plan_blend.py"
     ),
     "bash examples/slurm/pretrain.sbatch": "tests/slurm/test_slurm_training.py",
+    "python tools/convert_checkpoint.py hf-to-mcore --load models/qwen3 --save runs/qwen3_reverse --direction reverse"
+    " --seq-length 4096": "tests/numerics/test_export.py, tests/numerics/test_conversion.py",
+    "python tools/preprocess_data.py --input corpus/*.jsonl --tokenizer runs/qwen3_reverse/tokenizer --output-prefix"
+    " data/qwen3_reverse": "tests/unit/test_preprocess.py",
+    "torchrun --nproc-per-node 8 -m megatron_ledom.pretrain --config runs/qwen3_reverse/model.yaml"
+    " data.train_blend=[[1.0,data/qwen3_reverse]] train.train_iters=1000 train.global_batch_size=64"
+    " optimizer.lr_warmup_iters=50 parallel.tensor_model_parallel_size=8": "tests/distributed/test_train_imported.py, on forked ranks",
     "bash examples/slurm/convert.sbatch": "tests/slurm/test_slurm_jobs.py",
     "bash examples/slurm/evaluate.sbatch": "tests/slurm/test_slurm_jobs.py",
     "torchrun --nproc-per-node 8 tools/replay_step.py --run runs/ledom_7b --iteration 1234": (
@@ -66,7 +73,7 @@ def test_script_exists_and_knows_the_flags(command: str) -> None:
     script = words[:2] if words[0] == "-m" else words[:1]
     if words[0] != "-m":
         assert (ROOT / words[0]).is_file()
-    script += [word for word in words[len(script) :] if word == "mcore-to-hf"]
+    script += [word for word in words[len(script) :] if word in ("mcore-to-hf", "hf-to-mcore")]
     known = help_of(*script)
     for flag in (word for word in words if word.startswith("--")):
         assert re.search(rf"{flag}\b", known), f"{script} does not know {flag}"

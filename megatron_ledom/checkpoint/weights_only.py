@@ -1,0 +1,157 @@
+"""A checkpoint made of weights alone, written tensor by tensor in one process: where a run of imported weights begins.
+
+The format is the trainer's own, so any layout loads it; there is no optimizer state, and the manifest says so.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
+
+from megatron_ledom.checkpoint.checksums import checksum
+from megatron_ledom.checkpoint.folder import fsync_path
+from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
+from megatron_ledom.checkpoint.writing import COMMON_FILES, first_cause
+
+Thing = TypeVar("Thing")
+CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A tensor to store, or one layer of one that stacks all layers."""
+
+    name: str
+    layer: int | None
+    shape: torch.Size
+    """Without the layer axis."""
+
+    @property
+    def offsets(self) -> torch.Size:
+        """Where it begins in the stored tensor."""
+        return torch.Size([0] * len(self.shape) if self.layer is None else [self.layer, *[0] * len(self.shape)])
+
+    @property
+    def stored_shape(self) -> torch.Size:
+        """With the layer axis."""
+        return self.shape if self.layer is None else torch.Size([1, *self.shape])
+
+
+class _Writer(FileSystemWriter):
+    """torch's, but what it says of itself is read back by a reader that knows no classes of paths."""
+
+    def storage_meta(self) -> StorageMeta:
+        """Where it wrote."""
+        return StorageMeta(checkpoint_id=str(self.path))
+
+
+class _Supply(DefaultSavePlanner):
+    """Gives torch's writer each tensor when its turn has come, and keeps none."""
+
+    def __init__(self, pieces: Sequence[Piece], read: Callable[[Piece], torch.Tensor]) -> None:
+        super().__init__()
+        self._pieces = {(piece.name, piece.offsets): piece for piece in pieces}
+        self._read = read
+
+    def resolve_data(self, write_item: WriteItem) -> Any:
+        """The tensor of one item, with its layer axis."""
+        piece = self._pieces[(write_item.index.fqn, write_item.index.offset)]  # type: ignore[index]
+        tensor = self._read(piece)
+        assert tensor.shape == piece.shape, (piece, tensor.shape)
+        return tensor.view(piece.stored_shape)
+
+
+def save_weights(
+    folder: str,
+    manifest: CheckpointManifest,
+    pieces: Sequence[Piece],
+    read: Callable[[Piece], torch.Tensor],
+    dtype: torch.dtype,
+    max_file_size: int,
+) -> CheckpointManifest:
+    """Write a checkpoint into the empty `folder`, `read` being asked for one piece after the other; the manifest comes last.
+
+    Files hold at most `max_file_size` bytes unless a piece is larger. Returns the manifest with their sizes and sums.
+    """
+    writer = _Writer(folder, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0, sync_files=True)
+    writer.set_up_storage_writer(is_coordinator=True)
+    num_layers = 1 + max((piece.layer for piece in pieces if piece.layer is not None), default=0)
+    supply = _Supply(pieces, read)
+    groups = grouped([(piece, piece.shape.numel() * dtype.itemsize) for piece in pieces], max_file_size)
+    plans = [SavePlan([_item(piece, dtype, num_layers) for piece in group]) for group in groups]
+    results, sums = [], {}
+    with ThreadPoolExecutor(1) as hashing:
+        for plan in writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans]):
+            results.append(_written(writer, plan, supply))
+            (file,) = {result.storage_data.relative_path for result in results[-1]}
+            sums[file] = hashing.submit(checksum, os.path.join(folder, file))
+    writer.finish(Metadata(_entries(pieces, dtype, num_layers)), results)
+    torch.save({"content_metadata": CONTENT}, os.path.join(folder, "common.pt"))
+    save_config(CheckpointingConfig("torch_dist", 1), folder)
+    for name in COMMON_FILES:
+        fsync_path(os.path.join(folder, name))
+    files = {name: result.result() for name, result in sums.items()}
+    files |= {name: checksum(os.path.join(folder, name)) for name in COMMON_FILES}
+    manifest = replace(manifest, files=dict(sorted(files.items())), weights_only=True)
+    save_manifest(manifest, folder)
+    fsync_path(folder)
+    return manifest
+
+
+def _written(writer: _Writer, plan: SavePlan, supply: _Supply) -> Any:
+    """torch's record of every tensor in a file. Raises the disk's own error, which torch hides behind another."""
+    try:
+        return writer.write_data(plan, supply).wait()
+    except RuntimeError as error:
+        raise first_cause(error) from error
+
+
+def grouped(pieces: Sequence[tuple[Thing, int]], max_size: int) -> list[list[Thing]]:
+    """Things with their bytes, in their order, in as few groups of at most `max_size` bytes as that allows; a larger one is alone."""
+    groups: list[list[Thing]] = [[]]
+    size = 0
+    for piece, num_bytes in pieces:
+        if groups[-1] and size + num_bytes > max_size:
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += num_bytes
+    return groups
+
+
+def _whole_shape(piece: Piece, num_layers: int) -> torch.Size:
+    return piece.shape if piece.layer is None else torch.Size([num_layers, *piece.shape])
+
+
+def _item(piece: Piece, dtype: torch.dtype, num_layers: int) -> WriteItem:
+    chunk = ChunkStorageMetadata(piece.offsets, piece.stored_shape)
+    data = TensorWriteData(chunk, TensorProperties(dtype=dtype), _whole_shape(piece, num_layers))
+    return WriteItem(MetadataIndex(piece.name, piece.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+def _entries(pieces: Sequence[Piece], dtype: torch.dtype, num_layers: int) -> dict[str, Any]:
+    entries: dict[str, TensorStorageMetadata] = {}
+    for piece in pieces:
+        empty = TensorStorageMetadata(TensorProperties(dtype=dtype), _whole_shape(piece, num_layers), [])
+        entries.setdefault(piece.name, empty).chunks.append(ChunkStorageMetadata(piece.offsets, piece.stored_shape))
+    return dict(entries)

@@ -1,0 +1,135 @@
+"""The megatron-core model of a checkpoint, whole, or one layer at a time, each weight found by the name that megatron-core gives it.
+
+It never goes by the rules of the conversion, so that a fault in them shows. Shape letters: B batch, S sequence,
+h hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from megatron_ledom.checkpoint.manifest import CheckpointManifest
+from megatron_ledom.checkpoint.store import EXTRA_STATE, load_weights
+from megatron_ledom.checkpoint.stored_tensors import StoredTensors
+from megatron_ledom.config.derived import padded_vocab_size
+from megatron_ledom.config.schema import ParallelConfig, RunConfig
+from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata
+from megatron_ledom.model.layer_specs import LayerChoice
+from megatron_ledom.parallel.groups import ParallelGroups, start_distributed, stop_distributed
+from megatron_ledom.platform.device import prepare_platform
+from megatron_ledom.platform.launch import ALONE
+
+BLOCK_ELEMENTS = 1 << 26
+"""Of the embedding or the output layer, held at once while layers are held one at a time."""
+FP32 = torch.float32
+
+
+class CoreSide:
+    """The stages of the core model; made by `core_side`."""
+
+    def __init__(
+        self, checkpoint: str, config: RunConfig, vocab_size: int, groups: ParallelGroups, dtype: torch.dtype, whole: bool
+    ) -> None:
+        self.checkpoint, self.vocab_size, self.whole, self.dtype = checkpoint, vocab_size, whole, dtype
+        self.num_layers, self.hidden_size = config.model.num_layers, config.model.hidden_size
+        self.padded_vocab = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
+        self.tied = config.model.share_embeddings_and_output_weights
+        self._metadata = checkpoint_metadata(groups)
+        if not whole:
+            config = replace(config, model=replace(config.model, num_layers=1, make_vocab_size_divisible_by=1))
+        ids = vocab_size if whole else 1
+        (self.model,) = build_model_chunks(config, ids, groups, LayerChoice("torch", "conversion"), initialize=False)
+        self.model.eval()
+        self._device = next(self.model.parameters()).device
+        if whole:
+            load_weights(checkpoint, [self.model], self._metadata)
+        else:
+            self._stored = StoredTensors(checkpoint)
+            self.model.decoder.layers[0].to("meta")
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [B, S] -> logits [B, S, V] by the model's own forward pass; a whole model only."""
+        positions = torch.arange(ids.shape[1]).expand_as(ids)
+        logits = self.model(ids.to(self._device), positions.to(self._device), None)[:, :, : self.vocab_size]
+        return torch.as_tensor(logits).float().cpu()
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids [B, S] -> hidden [B, S, h]."""
+        if self.whole:
+            embedding = self.model.embedding.word_embeddings.weight
+            return torch.as_tensor(embedding.detach()[ids.to(self._device)]).cpu()
+        hidden = torch.empty(*ids.shape, self.hidden_size, dtype=self.dtype)
+        for start, rows in self._blocks("embedding.word_embeddings.weight"):
+            inside = (ids >= start) & (ids < start + len(rows))
+            hidden[inside] = rows[ids[inside] - start]
+        return hidden
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[Any]:
+        """The TransformerLayer with its weights; held no longer than the context."""
+        if self.whole:
+            yield self.model.decoder.layers[index]
+            return
+        layer = self.model.decoder.layers[0]
+        layer.to_empty(device=self._device)
+        names = layer.sharded_state_dict("", [], self._metadata)
+        for name, value in layer.state_dict().items():
+            if not name.endswith(EXTRA_STATE):
+                self._stored.fill(value, "decoder.layers." + names[name].key, index)
+        yield layer
+        layer.to("meta")
+
+    def run_layer(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [B, S, h] through one layer of `layer`."""
+        rotary = self.model.rotary_pos_emb(hidden.shape[1])
+        after, _ = layer(hidden.transpose(0, 1).contiguous().to(self._device), attention_mask=None, rotary_pos_emb=rotary)
+        return torch.as_tensor(after).transpose(0, 1).cpu()
+
+    def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [B, S, h] -> the same shape."""
+        norm = self.model.decoder.final_layernorm
+        if not self.whole:
+            self._stored.fill(norm.weight.data, "decoder.final_layernorm.weight")
+        return torch.as_tensor(norm(hidden.to(self._device))).detach().cpu()
+
+    def head(self, normed: torch.Tensor) -> torch.Tensor:
+        """hidden behind the final norm [B, S, h] -> logits [B, S, V]."""
+        if self.whole:
+            weight = self.model.shared_embedding_or_output_weight() if self.tied else self.model.output_layer.weight
+            return torch.nn.functional.linear(normed.to(self._device), weight)[..., : self.vocab_size].float().cpu()
+        key = "embedding.word_embeddings.weight" if self.tied else "output_layer.weight"
+        parts = [torch.nn.functional.linear(normed, rows).float() for _, rows in self._blocks(key)]
+        return torch.cat(parts, -1)[..., : self.vocab_size]
+
+    def _blocks(self, key: str) -> Iterator[tuple[int, torch.Tensor]]:
+        """(first row, rows) of a matrix over the vocabulary, one block after the other."""
+        step = max(1, BLOCK_ELEMENTS // self.hidden_size)
+        for start in range(0, self.padded_vocab, step):
+            rows = torch.empty(min(step, self.padded_vocab - start), self.hidden_size, dtype=self.dtype)
+            self._stored.fill(rows, key, first_row=start)
+            yield start, rows
+
+
+@contextmanager
+def core_side(
+    checkpoint: str, manifest: CheckpointManifest, *, dtype: torch.dtype = FP32, whole: bool = True
+) -> Iterator[CoreSide]:
+    """The model of a checkpoint of any layout in this process, no gradients; its process group ends with the context."""
+    trained = manifest.run_config(checkpoint)
+    config = replace(
+        trained,
+        parallel=ParallelConfig(),
+        model=replace(
+            trained.model, params_dtype="bf16" if dtype is torch.bfloat16 else "fp32", transformer_impl="torch", fp8=None
+        ),
+    )
+    platform = prepare_platform(config.train.num_threads, ALONE)
+    groups = start_distributed(platform, config.parallel, ALONE)
+    try:
+        with torch.no_grad():
+            yield CoreSide(checkpoint, config, manifest.provenance.vocab_size, groups, dtype, whole)
+    finally:
+        stop_distributed()

@@ -1,0 +1,241 @@
+"""Where two models that should be one part, and why: the first layer, the first tensor in it, the mistake that explains it.
+
+Both get the same hidden states, so what differs first is what is wrong. B batch, S sequence, w the tensor's width.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+from megatron_ledom.convert.core_side import CoreSide
+from megatron_ledom.convert.stock_side import StockSide
+
+EQUAL = 1e-3
+"""Of the largest value: what rounding does to one layer is far below, what a wrong weight does above."""
+SEARCHED_WIDTH = 8192
+"""Widest tensor whose columns are searched for a permutation."""
+WEIGHTS = {
+    "input norm": "input_layernorm.weight",
+    "queries": "self_attn.q_proj",
+    "keys": "self_attn.k_proj",
+    "values": "self_attn.v_proj",
+    "attention": "",
+    "output projection": "self_attn.o_proj.weight",
+    "post-attention norm": "post_attention_layernorm.weight",
+    "gate": "mlp.gate_proj.weight",
+    "up": "mlp.up_proj.weight",
+    "down projection": "mlp.down_proj.weight",
+}
+"""What is compared in a layer, in the order of computing -> the weight that makes it."""
+EXCHANGED = {
+    frozenset(("keys", "values")): "QKV order",
+    frozenset(("queries", "keys")): "QKV order",
+    frozenset(("queries", "values")): "QKV order",
+    frozenset(("gate", "up")): "gate/up order",
+}
+Taps = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """Embedding, a layer or the head: where both models are compared."""
+
+    name: str
+    index: int | None
+    """Of a layer."""
+    before: torch.Tensor
+    """The core model's hidden states before it [B, S, h]; ids [B, S] before the embedding."""
+    difference: float
+    """Largest, in units of the largest value."""
+
+
+def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest absolute difference over the largest expected value; infinite where something is not a number."""
+    difference = float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-30))
+    return difference if difference == difference else float("inf")
+
+
+def are_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether they differ by rounding only."""
+    return found.shape == expected.shape and relative_difference(found, expected) <= EQUAL
+
+
+def walk(core: CoreSide, stock: StockSide, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[Stage]]:
+    """Both models' logits [B, S, V] of ids [B, S], core's first, and how they differ from stage to stage.
+
+    Of the stages' hidden states only those of the first that differs, and of the last, are kept.
+    """
+    hidden, other = core.embed(ids), stock.embed(ids)
+    stages = [Stage("the embedding", None, ids, relative_difference(other, hidden))]
+    for index in range(core.num_layers):
+        before = hidden
+        with core.layer(index) as layer:
+            hidden = core.run_layer(layer, hidden)
+        with stock.layer(index) as layer:
+            other = stock.run_layer(layer, other)
+        if stages[-1].difference <= EQUAL and index:
+            stages.pop()
+        stages.append(Stage(f"layer {index}", index, before, relative_difference(other, hidden)))
+        if stages[0].difference > EQUAL:
+            stages = stages[:1]
+    expected, found = core.head(core.final_norm(hidden)), stock.head(stock.final_norm(other))
+    stages.append(Stage("the head", None, hidden, relative_difference(found, expected)))
+    return expected, found, stages
+
+
+def explain(core: CoreSide, stock: StockSide, stages: list[Stage]) -> str:
+    """The first stage that differs, the weight in it, and the likely cause, in words."""
+    stage = next((stage for stage in stages if stage.difference > EQUAL), max(stages, key=lambda stage: stage.difference))
+    if stage.name == "the embedding":
+        cause = _cause("embedding", {"embedding": stock.embed(stage.before)}, {"embedding": core.embed(stage.before)}, 0)
+        return f"the first difference is in the embedding (model.embed_tokens.weight): {cause}"
+    if stage.index is None:
+        return f"the first difference is behind the layers: {_explain_head(core, stock, stage.before)}"
+    with core.layer(stage.index) as layer:
+        expected = core_taps(core, layer, stage.before)
+    with stock.layer(stage.index) as layer:
+        found, weights = stock_taps(stock, layer, stage.before)
+        name = next((name for name in WEIGHTS if not are_equal(found[name], expected[name])), "attention")
+        transposed = _transposed(weights.get(name), expected[name])
+    where = f" ({WEIGHTS[name]})" if WEIGHTS[name] else ""
+    cause = "the weight is transposed" if transposed else _cause(name, found, expected, _head_width(stock))
+    return f"the first difference is in {stage.name}, at the {name}{where}: {cause}"
+
+
+def core_taps(core: CoreSide, layer: Any, hidden: torch.Tensor) -> Taps:
+    """What a core layer computes on the way, as WEIGHTS names it, each [B, S, w]."""
+    attention, mlp = layer.self_attention, layer.mlp
+    places = {
+        "input norm": layer.input_layernorm,
+        "output projection": attention.linear_proj,
+        "post-attention norm": layer.pre_mlp_layernorm,
+        "gate and up": mlp.linear_fc1,
+        "down projection": mlp.linear_fc2,
+    }
+    with _recording(places) as (outputs, inputs):
+        core.run_layer(layer, hidden)
+    query, key, value = attention.get_query_key_value_tensors(outputs["input norm"])
+    taps = {name: output for name, output in outputs.items() if name != "gate and up"}
+    taps["attention"] = inputs["output projection"]
+    taps["gate"], taps["up"] = outputs["gate and up"].chunk(2, -1)
+    taps |= {"queries": query.flatten(2), "keys": key.flatten(2), "values": value.flatten(2)}
+    return {name: tap.transpose(0, 1).float().cpu() for name, tap in taps.items()}
+
+
+def stock_taps(stock: StockSide, layer: Any, hidden: torch.Tensor) -> tuple[Taps, dict[str, tuple[torch.Tensor, Any]]]:
+    """As `core_taps`, of a stock layer; and (input, projection) of each tap that a projection makes."""
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = {
+        "queries": attention.q_proj,
+        "keys": attention.k_proj,
+        "values": attention.v_proj,
+        "output projection": attention.o_proj,
+        "gate": mlp.gate_proj,
+        "up": mlp.up_proj,
+        "down projection": mlp.down_proj,
+    }
+    norms = {"input norm": layer.input_layernorm, "post-attention norm": layer.post_attention_layernorm}
+    normed = {"queries": getattr(attention, "q_norm", None), "keys": getattr(attention, "k_norm", None)}
+    with _recording({**projections, **norms}) as (outputs, inputs):
+        stock.run_layer(layer, hidden)
+    taps = {**outputs, "attention": inputs["output projection"]}
+    for name, norm in normed.items():
+        if norm is not None:
+            taps[name] = norm(taps[name].view(*taps[name].shape[:2], -1, norm.weight.shape[0])).flatten(-2)
+    made = {name: (inputs[name], module) for name, module in projections.items() if normed.get(name) is None}
+    return {name: tap.float() for name, tap in taps.items()}, made
+
+
+@contextmanager
+def _recording(places: Mapping[str, Any]) -> Iterator[tuple[Taps, Taps]]:
+    """(outputs, inputs) of modules, by name, filled while they run."""
+    outputs: Taps = {}
+    inputs: Taps = {}
+
+    def keep(name: str) -> Any:
+        """The hook of one module."""
+
+        def hook(module: Any, arguments: Any, output: Any) -> None:
+            outputs[name] = (output[0] if isinstance(output, tuple) else output).clone()  # what follows may add in place
+            inputs[name] = arguments[0].clone() if arguments else outputs[name]
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in places.items()]
+    try:
+        yield outputs, inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _head_width(stock: StockSide) -> int:
+    config = stock.config
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _transposed(made: tuple[torch.Tensor, Any] | None, expected: torch.Tensor) -> bool:
+    if made is None or made[1].weight.shape[0] != made[1].weight.shape[1]:
+        return False
+    return are_equal(linear(made[0], made[1].weight.T, made[1].bias), expected)
+
+
+def _cause(name: str, found: Taps, expected: Taps, head: int) -> str:
+    """The mistake that turns what was expected into what was found; `head` is the width of one, 0 where there are none."""
+    ours, theirs = found[name], expected[name]
+    if ours.shape != theirs.shape:
+        return f"its width is {ours.shape[-1]}, expected {theirs.shape[-1]}"
+    if name == "attention":
+        return "rotary layout, base or scaling: queries, keys and values agree before they are turned"
+    scale = float((ours * theirs).sum() / theirs.square().sum())
+    if are_equal(ours, scale * theirs):
+        return (
+            f"norm eps, or the weight, makes it {scale:.5g} times what it should be"
+            if "norm" in name
+            else (f"the weight is scaled, the result is {scale:.5g} times what it should be")
+        )
+    if "norm" in name and are_equal(ours, ours.mul(theirs).sum(-1, True) / theirs.square().sum(-1, True) * theirs):
+        return "norm eps: each position is off by a factor of its own"
+    for other, tensor in expected.items():
+        if other != name and are_equal(ours, tensor):
+            return f"{EXCHANGED.get(frozenset((name, other)), 'order of the weights')}: it is what the {other} should be"
+    return _permutation(ours.flatten(0, 1), theirs.flatten(0, 1), head if name in ("queries", "keys", "values") else 0)
+
+
+def _permutation(found: torch.Tensor, expected: torch.Tensor, head: int) -> str:
+    """What order the columns of found [n, w] have, if they are those of expected."""
+    other = "the weight has other numbers: it is another tensor's, or damaged"
+    width = found.shape[1]
+    if width > SEARCHED_WIDTH:
+        return other
+    likeness = torch.nn.functional.normalize(found, dim=0).T @ torch.nn.functional.normalize(expected, dim=0)
+    source, place = likeness.argmax(1), torch.arange(width)
+    if not are_equal(found, expected[:, source]):
+        return other
+    if head and torch.equal(source // head, place // head):
+        return "rotary layout: the rows of each head are in another order"
+    if head and torch.equal(source % head, place % head):
+        return "QKV order: the heads are in another order"
+    return "QKV order: the rows of several heads are mixed" if head else "the rows are in another order"
+
+
+def _explain_head(core: CoreSide, stock: StockSide, hidden: torch.Tensor) -> str:
+    expected, found = core.final_norm(hidden), stock.final_norm(hidden)
+    if not are_equal(found, expected):
+        cause = _cause("final norm", {"final norm": found}, {"final norm": expected}, 0)
+        return f"at the final norm (model.norm.weight): {cause}"
+    wanted, logits, embedded = core.head(expected), stock.head(expected), stock.embedding_as_head(expected)
+    if are_equal(logits, wanted):
+        return "no stage differs by itself, so small differences add up: precision, or norm eps"
+    if are_equal(embedded, wanted):
+        return "at the output layer (lm_head.weight), tied head: the trained model's is its embedding, the folder's is not"
+    if are_equal(embedded, logits):
+        return "at the output layer (lm_head.weight), tied head: the folder's is its embedding, the trained model's is not"
+    cause = _cause("output layer", {"output layer": logits}, {"output layer": wanted}, 0)
+    if "rows" in cause:
+        cause = f"vocabulary padding or order: {cause}"
+    return f"at the output layer (lm_head.weight): {cause}"

@@ -1,0 +1,210 @@
+"""Damaged sources, full disks and kills: a clear error, and never a folder that passes as finished."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from megatron_ledom.convert.export_hf import export_hf
+from megatron_ledom.convert.hf_folder import parse_size
+from megatron_ledom.convert.import_hf import import_hf
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import LedomError, UsageError
+from tests.numerics.test_conversion import check_same_folders, check_same_runs
+from tests.stock_folders import family_folder, stock_config, stock_folder
+from tests.tiny_runs import ROOT
+
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A stock folder of several files."""
+    return family_folder(tmp_path_factory.mktemp("stock") / "hf", "Llama", max_shard_size="60KB")
+
+
+@pytest.fixture(scope="module")
+def run(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """It as a run."""
+    folder = tmp_path_factory.mktemp("run") / "run"
+    import_hf(str(source), str(folder), direction=Direction.REVERSE, verify=None)
+    return folder
+
+
+def second_file(folder: Path) -> Path:
+    return sorted(folder.glob("model-*.safetensors"))[1]
+
+
+def truncate(folder: Path) -> None:
+    file = second_file(folder)
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip_header(folder: Path) -> None:
+    file = second_file(folder)
+    content = bytearray(file.read_bytes())
+    content[9] ^= 0xFF
+    file.write_bytes(bytes(content))
+
+
+def drop_tensor(folder: Path) -> None:
+    file = second_file(folder)
+    weights = load_file(file)
+    weights.popitem()
+    save_file(weights, file)
+
+
+def add_tensor(folder: Path) -> None:
+    file = second_file(folder)
+    weights = load_file(file)
+    save_file({**weights, "model.layers.0.self_attn.q_proj.bias": weights[next(iter(weights))].clone()}, file)
+
+
+def edit(name: str, **changed: Any) -> Callable[[Path], None]:
+    def edited(folder: Path) -> None:
+        values = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**values, **changed}))
+
+    return edited
+
+
+def config(**changed: Any) -> Callable[[Path], None]:
+    return edit("config.json", **changed)
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    return lambda folder: (folder / name).unlink()
+
+
+ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
+DAMAGE: list[tuple[Callable[[Path], None], int, str]] = [
+    (truncate, 1, "no whole safetensors file"),
+    (flip_header, 1, "no whole safetensors file"),
+    (lambda folder: second_file(folder).unlink(), 1, "is missing, though"),
+    (remove(INDEX), 2, "has neither model.safetensors nor"),
+    (edit(INDEX, weight_map={"a": "../b"}), 1, "is no index of safetensors files"),
+    (edit(INDEX, weight_map=3), 1, "is no index of safetensors files"),
+    (drop_tensor, 1, "which does not hold it"),
+    (add_tensor, 1, "q_proj.bias has no place in the model"),
+    (remove("config.json"), 2, "has no config.json"),
+    (lambda folder: (folder / "config.json").write_text("{"), 1, "config.json cannot be read"),
+    (config(num_hidden_layers=3), 1, "model.layers.2.input_layernorm.weight is missing"),
+    (config(num_hidden_layers=1), 1, "model.layers.1.input_layernorm.weight has no place"),
+    (config(num_key_value_heads=4), 1, "k_proj.weight has shape [16, 32], expected [32, 32]"),
+    (config(intermediate_size=40), 1, "gate_proj.weight has shape [48, 32], expected [40, 32]"),
+    (config(tie_word_embeddings=True), 1, "lm_head.weight is not model.embed_tokens.weight"),
+    (config(hidden_act="gelu"), 1, "hidden_act is 'gelu'"),
+    (config(attention_bias=True), 1, "attention_bias puts a bias on the output projection"),
+    (config(mlp_bias=True), 1, "mlp_bias"),
+    (config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5}), 1, "partial_rotary_factor"),
+    (config(rope_parameters={**ROPE, "rope_type": "dynamic", "factor": 2.0}), 1, "rope_type dynamic changes the frequencies"),
+    (config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), 1, "quantised"),
+    (config(model_type="gpt2", architectures=["GPT2LMHeadModel"]), 1, "model_type 'gpt2' is none of llama, mistral"),
+    (config(architectures=["LlamaForSequenceClassification"]), 1, "it is a LlamaForSequenceClassification"),
+    (remove("tokenizer.json"), 2, "tokenizer"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(DAMAGE)))
+def test_what_cannot_be_imported_is_refused_and_named(source: Path, tmp_path: Path, number: int) -> None:
+    damage, code, words = DAMAGE[number]
+    folder = shutil.copytree(source, tmp_path / "hf")
+    damage(folder)
+    with pytest.raises(LedomError) as caught:
+        import_hf(str(folder), str(tmp_path / "new/run"), direction=Direction.REVERSE)
+    assert words in str(caught.value)
+    assert caught.value.exit_code == code
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_pickled_weights_are_not_read(source: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(source, tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors", INDEX))
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(UsageError, match="can run code when loaded and are not read"):
+        import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE)
+
+
+def test_the_direction_has_to_be_said_or_recorded(
+    source: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(UsageError, match="does not record which way its model reads"):
+        import_hf(str(source), str(tmp_path / "run"))
+    export_hf(str(run), str(tmp_path / "out"), verify=None)
+    import_hf(str(tmp_path / "out"), str(tmp_path / "same"), verify=None)
+    assert json.loads((tmp_path / "same/import.json").read_text())["direction"] == "reverse"
+    import_hf(str(tmp_path / "out"), str(tmp_path / "other"), direction=Direction.FORWARD, verify=None)
+    assert "is a reverse model" in caplog.text
+    assert json.loads((tmp_path / "other/import.json").read_text())["source_direction"] == "reverse"
+
+
+def test_a_sliding_window_is_refused_where_it_would_matter(tmp_path: Path) -> None:
+    folder = stock_folder(tmp_path / "hf", stock_config("Mistral", sliding_window=32))
+    with pytest.raises(LedomError, match="with --seq-length 32 or less it makes no difference"):
+        import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE)
+    import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE, seq_length=32)
+    export_hf(str(tmp_path / "run"), str(tmp_path / "out"), architecture="MistralForCausalLM")
+    written = json.loads((tmp_path / "out/config.json").read_text())
+    assert (written["architectures"], written["sliding_window"]) == (["MistralForCausalLM"], None)
+    assert written["max_position_embeddings"] == 32
+
+
+def test_an_existing_folder_is_left_alone(source: Path, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        import_hf(str(source), str(tmp_path / "run"), direction=Direction.REVERSE)
+    with pytest.raises(UsageError, match="exists already"):
+        export_hf(str(run), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500MB", 500_000_000), ("1.5kb", 1500), ("7", 7)])
+def test_sizes_are_read(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 bananas"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="is no size"):
+        parse_size(text)
+
+
+def children(*arguments: Any) -> tuple[list[dict[str, Any]], str]:
+    """What tests.conversion_child prints, and what it complains of."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.conversion_child", *map(str, arguments)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()], done.stderr
+
+
+@pytest.mark.parametrize("kind", ["export", "import"])
+def test_a_full_disk_leaves_nothing_and_says_what_to_do(source: Path, run: Path, tmp_path: Path, kind: str) -> None:
+    """A file that cannot grow fails as a disk without room does."""
+    (found,), errors = children(kind, run if kind == "export" else source, tmp_path / "target", "limit=30000")
+    assert found == {"code": 1, "finished": False, "part": False, "part_loads": False}, errors
+    assert "make room, then run the command again" in errors
+
+
+@pytest.mark.parametrize("kind", ["export", "import"])
+def test_killed_at_random_moments_nothing_passes_as_finished(source: Path, run: Path, tmp_path: Path, kind: str) -> None:
+    """Ten kills each; a conversion that was through before its kill is whole, any other is not there, and starts again."""
+    check = check_same_folders if kind == "export" else check_same_runs
+    expected = source if kind == "export" else run
+    left, _ = children(kind, run if kind == "export" else source, tmp_path / "target", 10)
+    assert len(left) == 10
+    assert not all(one["finished"] for one in left)
+    for one in left:
+        assert not one["part_loads"]
+        if one["finished"]:
+            check(Path(one["target"]), expected)
+    again = next(Path(one["target"]) for one in left if not one["finished"])
+    if kind == "export":
+        export_hf(str(run), str(again))
+    else:
+        import_hf(str(source), str(again), direction=Direction.REVERSE)
+    check(again, expected)
+    assert not Path(f"{again}.part").exists()

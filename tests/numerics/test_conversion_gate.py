@@ -1,0 +1,187 @@
+"""Each rule broken in turn: the gate fails, names the weight and the kind of mistake, and nothing is left."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_ledom.convert import export_hf as exporting
+from megatron_ledom.convert import rules
+from megatron_ledom.convert.export_hf import export_hf
+from megatron_ledom.convert.import_hf import import_hf
+from megatron_ledom.convert.rules import Packing, Parts, Rule, Sizes
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import VerificationError
+from tests.stock_folders import stock_config, stock_folder
+
+HEAD = 8
+Break = Callable[[Parts], Sequence[torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run of imported weights for each architecture. hidden_size is heads x width: every projection but keys and values is square."""
+    made = {}
+    for architecture in ("Llama", "Qwen2", "Qwen3"):
+        folder = tmp_path_factory.mktemp(architecture)
+        changed = {"tie_word_embeddings": True} if architecture == "Qwen2" else {}
+        source = stock_folder(folder / "stock", stock_config(architecture, intermediate_size=32, **changed))
+        import_hf(str(source), str(folder / "run"), direction=Direction.REVERSE, verify=None)
+        made[architecture] = folder / "run"
+    return made
+
+
+def at(index: int, change: Callable[[torch.Tensor], torch.Tensor]) -> Break:
+    """Change one of a rule's tensors."""
+    return lambda parts: [change(part) if number == index else part for number, part in enumerate(parts)]
+
+
+def exchange(first: int, second: int) -> Break:
+    """Give two of a rule's tensors each other's names."""
+
+    def exchanged(parts: Parts) -> list[torch.Tensor]:
+        order = list(range(len(parts)))
+        order[first], order[second] = second, first
+        return [parts[number] for number in order]
+
+    return exchanged
+
+
+def interleaved(weight: torch.Tensor) -> torch.Tensor:
+    """Rows of each head in pairs (i, i + 1) instead of (i, i + D / 2): what other frameworks' rotary layout wants."""
+    return weight.unflatten(0, (-1, 2, HEAD // 2)).transpose(1, 2).flatten(0, 2)
+
+
+def other_heads(weight: torch.Tensor) -> torch.Tensor:
+    """The heads in another order: what a grouped layout read as a plain one gives."""
+    return weight.unflatten(0, (-1, HEAD)).roll(1, 0).flatten(0, 1)
+
+
+def transposed(weight: torch.Tensor) -> torch.Tensor:
+    return weight.T
+
+
+def twice(weight: torch.Tensor) -> torch.Tensor:
+    return 2 * weight
+
+
+def rolled(weight: torch.Tensor) -> torch.Tensor:
+    return weight.roll(1, 0)
+
+
+QKV, PROJ = "linear_qkv.weight", "linear_proj.weight"
+FAULTS: list[tuple[str, str, Break, str, str]] = [
+    ("Llama", "word_embeddings.weight", at(0, twice), "embed_tokens", "scaled"),
+    ("Llama", "word_embeddings.weight", at(0, rolled), "embed_tokens", "other numbers"),
+    ("Llama", "linear_qkv.layer_norm_weight", at(0, twice), "input norm", "norm eps, or the weight"),
+    ("Llama", "linear_qkv.layer_norm_weight", at(0, rolled), "input norm", "other numbers"),
+    ("Llama", QKV, exchange(1, 2), "k_proj", "QKV order: it is what the values"),
+    ("Llama", QKV, at(0, interleaved), "q_proj", "rotary layout"),
+    ("Llama", QKV, at(1, interleaved), "k_proj", "rotary layout"),
+    ("Llama", QKV, at(0, other_heads), "q_proj", "QKV order: the heads are in another order"),
+    ("Llama", QKV, at(2, other_heads), "v_proj", "QKV order: the heads are in another order"),
+    ("Llama", QKV, at(0, transposed), "q_proj", "transposed"),
+    ("Llama", QKV, at(0, twice), "q_proj", "scaled, the result is 2 times"),
+    ("Llama", PROJ, at(0, transposed), "o_proj", "transposed"),
+    ("Llama", PROJ, at(0, twice), "o_proj", "scaled, the result is 2 times"),
+    ("Llama", "linear_fc1.layer_norm_weight", at(0, twice), "post-attention norm", "norm eps, or the weight"),
+    ("Llama", "linear_fc1.weight", exchange(0, 1), "gate_proj", "gate/up order"),
+    ("Llama", "linear_fc1.weight", at(1, transposed), "up_proj", "transposed"),
+    ("Llama", "linear_fc1.weight", at(1, rolled), "up_proj", "rows are in another order"),
+    ("Llama", "linear_fc2.weight", at(0, transposed), "down_proj", "transposed"),
+    ("Llama", "linear_fc2.weight", at(0, twice), "down_proj", "scaled, the result is 2 times"),
+    ("Llama", "final_layernorm.weight", at(0, twice), "model.norm.weight", "norm eps, or the weight"),
+    ("Llama", "output_layer.weight", at(0, rolled), "lm_head", "vocabulary padding or order"),
+    ("Llama", "output_layer.weight", at(0, twice), "lm_head", "scaled"),
+    ("Qwen2", "linear_qkv.bias", exchange(1, 2), "k_proj", "other numbers"),
+    ("Qwen2", "linear_qkv.bias", at(0, twice), "q_proj", "other numbers"),
+    ("Qwen3", "q_layernorm.weight", at(0, rolled), "q_proj", "other numbers"),
+    ("Qwen3", "k_layernorm.weight", at(0, twice), "k_proj", "scaled"),
+]
+
+
+def broken(core: str, change: Break) -> tuple[Rule, ...]:
+    """The table with what one rule makes changed."""
+
+    def one(rule: Rule) -> Rule:
+        def split(tensor: torch.Tensor, sizes: Sizes) -> Parts:
+            parts = rule.packing.split(tensor, sizes)
+            return tuple(part.contiguous() for part in (change(parts) if tensor.device.type != "meta" else parts))
+
+        return replace(rule, packing=Packing(split, rule.packing.join))
+
+    table = tuple(one(rule) if rule.core.endswith(core) else rule for rule in rules.RULES)
+    assert table != rules.RULES
+    return table
+
+
+@pytest.mark.parametrize(
+    ("architecture", "core", "change", "weight", "cause"), FAULTS, ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_a_broken_rule_is_caught_and_named(
+    runs: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    core: str,
+    change: Break,
+    weight: str,
+    cause: str,
+) -> None:
+    monkeypatch.setattr(rules, "RULES", broken(core, change))
+    how: Any = "layers" if core in (QKV, "output_layer.weight", "word_embeddings.weight") else "whole"
+    with pytest.raises(VerificationError) as caught:
+        export_hf(str(runs[architecture]), str(tmp_path / "new/hf"), verify=how)
+    message = str(caught.value)
+    assert weight in message
+    assert cause in message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_rule_is_broken_above() -> None:
+    assert [rule.core for rule in rules.RULES if not any(rule.core.endswith(core) for _, core, *_ in FAULTS)] == []
+
+
+CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "eps": ({"rms_norm_eps": 0.1}, "norm eps"),
+    "theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": 99.0}}, "rotary layout, base or scaling"),
+    "scaling": (
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10_000.0, "factor": 3.0}},
+        "rotary layout, base or scaling",
+    ),
+    "tied": ({"tie_word_embeddings": True}, "tied head"),
+}
+
+
+@pytest.mark.parametrize(
+    ("fault", "how"),
+    [*((fault, how) for fault in ("eps", "theta", "scaling") for how in ("whole", "layers")), ("tied", "layers")],
+)
+def test_a_wrong_config_is_caught_and_named(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, how: Any
+) -> None:
+    changed, cause = CONFIG_FAULTS[fault]
+    build = exporting.build_hf_config
+
+    def build_wrong(*arguments: Any) -> Any:
+        config = build(*arguments)
+        for key, value in changed.items():
+            setattr(config, key, value)
+        return config
+
+    monkeypatch.setattr(exporting, "build_hf_config", build_wrong)
+    with pytest.raises(VerificationError, match=cause):
+        export_hf(str(runs["Llama"]), str(tmp_path / "hf"), verify=how)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_gate_a_broken_rule_goes_through_and_the_card_says_so(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rules, "RULES", broken(QKV, exchange(1, 2)))
+    export_hf(str(runs["Llama"]), str(tmp_path / "hf"), verify=None)
+    assert "nobody has compared what the two models compute" in caplog.text
+    assert "**It was not**" in (tmp_path / "hf/VERIFICATION.md").read_text()

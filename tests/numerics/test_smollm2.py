@@ -1,0 +1,57 @@
+"""A real public model through the whole way: in, its logits reproduced, trained in reverse, out, loaded again.
+
+SmolLM2-135M has 9 heads, so tensor parallel 3 is the smallest that can cut it.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from megatron_ledom.convert.export_hf import export_hf
+from megatron_ledom.convert.import_hf import import_hf
+from megatron_ledom.data.preprocess import PreprocessSettings, preprocess
+from megatron_ledom.direction import Direction
+from megatron_ledom.inference import ReverseLM
+from tests.tiny_runs import run_on_ranks
+
+FOLDER = os.environ.get("SMOLLM2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FOLDER is None, reason="set SMOLLM2 to a Hugging Face folder of SmolLM2-135M with safetensors")
+def test_smollm2_comes_in_is_trained_in_reverse_and_goes_out(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    gate = import_hf(str(FOLDER), str(run), direction=Direction.REVERSE, seq_length=64)
+    assert gate is not None
+    assert gate.largest_logit_difference <= 1e-4
+    text = Path(os.__file__).read_text(encoding="utf-8")
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in text.split("\n\n")))
+    shard = str(tmp_path / "train")
+    preprocess(
+        PreprocessSettings(
+            input=[str(tmp_path / "text.jsonl")],
+            tokenizer=str(run / "tokenizer"),
+            output_prefix=shard,
+            direction=Direction.REVERSE,
+            workers=1,
+        )
+    )
+    settings = ["train.train_iters=5", "train.global_batch_size=8", "optimizer.lr_warmup_iters=0", "optimizer.lr=1e-4"]
+    quiet = ["logging.log_interval=1", "logging.tensorboard=false", "logging.peak_tflops=1.0", "train.num_threads=1"]
+    layout = ["parallel.tensor_model_parallel_size=3", "parallel.sequence_parallel=false", f"data.train_blend=[[1.0,{shard}]]"]
+    records = run_on_ranks(run / "model.yaml", run, *settings, *quiet, *layout, num_ranks=3)
+    losses = [record["lm_loss"] for record in records]
+    print("reverse losses:", losses)
+    assert len(losses) == 5
+    assert losses[-1] < losses[0]
+    gate = export_hf(str(run), str(tmp_path / "out"))
+    assert gate is not None
+    assert gate.largest_logit_difference <= 1e-4
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, local_files_only=True)
+    ids = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)("import os", return_tensors="pt").input_ids
+    assert bool(model(ids).logits.isfinite().all())
+    assert ReverseLM.from_pretrained(tmp_path / "out").log_likelihood(["import"], [" os"])[0].logprob < 0
