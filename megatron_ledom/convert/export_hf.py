@@ -18,6 +18,7 @@ from megatron_ledom.checkpoint.stored_tensors import StoredTensors
 from megatron_ledom.convert.companions import run_tokenizer, write_cards, write_companions, write_config
 from megatron_ledom.convert.hf_config import build_hf_config
 from megatron_ledom.convert.hf_folder import WeightsWriter
+from megatron_ledom.convert.model_card import write_model_card
 from megatron_ledom.convert.new_folder import new_folder
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
 from megatron_ledom.convert.verify import MAX_KL, MAX_LOGIT_DIFFERENCE, MIN_COSINE, Conversion, Gate, How, check_logits
@@ -66,6 +67,7 @@ def export_hf(
             log.warning("%s", SKIPPED)
         else:
             gate = check_logits(Conversion(checkpoint, manifest, part, hf_config), verify, max_shard_size)
+        write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=gate is not None)
         write_cards(part, CARD, _card(checkpoint, manifest, files, gate))
         write_config(part, hf_config)
     log.info("exported %s to %s as %s", checkpoint, save, hf_config.architectures[0])

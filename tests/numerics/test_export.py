@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -249,3 +250,33 @@ def test_the_slurm_script_exports(exported: Exported, tmp_path: Path) -> None:
     done = subprocess.run(script, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "hf/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("direction", ["reverse", "forward"])
+def test_the_model_card_tells_the_run_and_its_examples_work(
+    data: TinyData, tmp_path: Path, direction: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    blends = [f"data.{part}_blend=[[1.0,{data.shard(f'{direction}_{part}')}]]" for part in ("train", "valid")]
+    run_on_ranks(data.config, tmp_path / "run", f"data.direction={direction}", *blends, "train.train_iters=4")
+    export_hf(str(tmp_path / "run"), str(tmp_path / "tiny-model"), verify=None)
+    card = (tmp_path / "tiny-model/README.md").read_text()
+    manifest = load_manifest(find_checkpoint(str(tmp_path / "run")))
+    last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
+    for told in (
+        "# tiny-model\n",
+        f"{manifest.consumed_train_tokens:,} in 4 iterations",
+        f"{last['lm_loss']:.4f} nats a token, at iteration 4",
+        manifest.provenance.tokenizer_sha256[:12],
+        f"ends with the id {manifest.provenance.eod_id}",
+        "Nobody has compared this export",
+        f"- {direction}-language-model\n",
+    ):
+        assert told in card
+    assert ("**The trap:**" in card) == (direction == "reverse")
+    assert str(tmp_path) not in card
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    examples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(example, {"folder": str(tmp_path / "tiny-model")})
+        assert capsys.readouterr().out.strip()
