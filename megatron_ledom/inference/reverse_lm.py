@@ -43,7 +43,7 @@ class ReverseLM(LanguageModel):
             num_return_sequences=num_return_sequences,
             seed=seed,
         )
-        return self._writer.write(texts, self.leading_ids, sampling, batch_size)
+        return self.writer.write(texts, self.leading_ids, sampling, batch_size)
 
     @overload
     def log_likelihood(
@@ -69,5 +69,5 @@ class ReverseLM(LanguageModel):
         """
         pairs = paired(preceding, following)
         check_texts([after for _, after in pairs], "following text")
-        scores = self._span_scores(pairs, include_beginning, batch_size)
+        scores = self.span_scores(pairs, include_beginning, batch_size)
         return scores[0] if isinstance(preceding, str) else scores
