@@ -3,7 +3,7 @@
 
 import argparse
 
-from megatron_ledom.errors import UsageError, run_command
+from megatron_ledom.errors import run_command
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -13,37 +13,43 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reverse", required=True, metavar="DIR", help="folder of the reverse model")
     parser.add_argument("--input", required=True, metavar="FILE", help='JSON lines: {"prompt": ..., "candidates": [...]}')
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines: the input with scores, ranking, best")
-    parser.add_argument("--weight", type=float, default=0.5, help="lambda, the reverse model's share (default %(default)s)")
-    parser.add_argument("--sample", type=int, metavar="N", help="let the forward model write N candidates for each prompt")
-    parser.add_argument("--temperature", type=float, help="of --sample (default 1.0)")
-    parser.add_argument("--top-p", type=float, help="of --sample (default 1.0: off)")
-    parser.add_argument("--max-new-tokens", type=int, help="of --sample (default 128)")
-    parser.add_argument("--seed", type=int, help="of --sample (default 0)")
     parser.add_argument("--batch-size", type=int, default=16, help="most sequences at once (default %(default)s)")
+    parser.add_argument("--token-values", action="store_true", help="write the ids and log-probabilities of single tokens too")
+
+    reward = parser.add_argument_group("reward")
+    reward.add_argument("--weight", type=float, default=0.5, help="lambda, the reverse model's share (default %(default)s)")
+    for side, part in (("forward", "answer"), ("reverse", "prompt")):
+        kinds = ("none", "token", "byte")
+        reward.add_argument(
+            f"--{side}-normalization", choices=kinds, default="none", help=f"by what of the {part} (default none)"
+        )
+    reward.add_argument("--language-model-weight", type=float, default=0.0, help="of log P_R(answer) (default 0: off)")
+    reward.add_argument("--reward-temperature", type=float, default=1.0, help="divides the reward (default %(default)s)")
+    reward.add_argument(
+        "--include-ends", action="store_true", help="eod counts: the answer ends, the text begins with the prompt"
+    )
+
+    sampling = parser.add_argument_group("writing candidates with the forward model")
+    sampling.add_argument("--sample", type=int, metavar="N", help="write N candidates for each prompt")
+    sampling.add_argument("--beam", type=int, metavar="K", help="search step by step with K beams instead")
+    sampling.add_argument("--expansions", type=int, metavar="N", help="of --beam, each step (default 3)")
+    sampling.add_argument("--step-delimiter", metavar="D", help="of --beam: newline (default), regex:PATTERN or ids:13,198")
+    sampling.add_argument("--greedy", action="store_true", default=None, help="write the likeliest answer too, as a baseline")
+    sampling.add_argument("--temperature", type=float, help="(default 1.0)")
+    sampling.add_argument("--top-p", type=float, help="(default 1.0: off)")
+    sampling.add_argument("--top-k", type=int, help="(default 0: off)")
+    sampling.add_argument("--max-new-tokens", type=int, help="of an answer (default 128)")
+    sampling.add_argument("--seed", type=int, help="(default 0)")
     return parser
 
 
 def main() -> None:
     """Parse, then load and rank."""
-    args = build_parser().parse_args()
-    names = ("temperature", "top_p", "max_new_tokens", "seed")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    if options and args.sample is None:
-        raise UsageError(f"--{next(iter(options)).replace('_', '-')} needs --sample: given candidates are not written anew")
+    args = vars(build_parser().parse_args())
 
-    from megatron_ledom.inference.generation import Sampling
-    from megatron_ledom.inference.reverse_reward import rerank_file
+    from megatron_ledom.inference.rerank_command import rerank_command
 
-    sampling = None if args.sample is None else Sampling(num_return_sequences=args.sample, **{"temperature": 1.0, **options})
-    rerank_file(
-        args.forward,
-        args.reverse,
-        args.input,
-        args.output,
-        weight=args.weight,
-        sampling=sampling,
-        batch_size=args.batch_size,
-    )
+    rerank_command(args)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class ForwardLM(LanguageModel):
             seed=seed,
             stop_strings=tuple(stop_strings),
         )
-        return self._writer.write(texts, self.leading_ids, sampling, batch_size)
+        return self.writer.write(texts, self.leading_ids, sampling, batch_size)
 
     def stream_following(
         self,
@@ -100,5 +100,5 @@ class ForwardLM(LanguageModel):
         pairs = paired(preceding, following)
         if not self.leading_ids:
             check_texts([before for before, _ in pairs], "preceding text")
-        scores = self._span_scores(pairs, include_end, batch_size)
+        scores = self.span_scores(pairs, include_end, batch_size)
         return scores[0] if isinstance(preceding, str) else scores

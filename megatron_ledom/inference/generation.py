@@ -119,7 +119,7 @@ class Writer:
     """A model, its tokenizer and its stop ids, ready to write on from open texts."""
 
     def __init__(self, model: Any, tokenizer: JointTokenizer, direction: Direction, stop_ids: list[int]) -> None:
-        self._model, self._tokenizer, self._direction, self._stop_ids = model, tokenizer, direction, stop_ids
+        self._model, self._tokenizer, self._direction, self.stop_ids = model, tokenizer, direction, stop_ids
         self._speller = Speller(tokenizer, direction, stop_ids)
         writable = sorted({*tokenizer.vocab.values(), *stop_ids})
         self._writable_ids = torch.tensor([id_ for id_ in writable if id_ < model.config.vocab_size], device=model.device)
@@ -190,8 +190,8 @@ class Writer:
         if not all(prompts):
             raise DataError("a text yields no token, so nothing conditions what the model writes; pass other text")
         longest, num_loose = max(map(len, prompts)), max(len(row.loose) for row in opened)
-        self._check_length(longest + num_loose, sampling.max_new_tokens)
-        input_ids = torch.full((len(prompts), longest), self._stop_ids[0])
+        self.check_length(longest + num_loose, sampling.max_new_tokens)
+        input_ids = torch.full((len(prompts), longest), self.stop_ids[0])
         attention_mask = torch.zeros_like(input_ids)
         for row, prompt in enumerate(prompts):
             input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
@@ -202,11 +202,11 @@ class Writer:
             chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         config = GenerationConfig(
             max_new_tokens=sampling.max_new_tokens + num_loose,  # a token spells at least one byte
-            eos_token_id=self._stop_ids,
-            pad_token_id=self._stop_ids[0],
+            eos_token_id=self.stop_ids,
+            pad_token_id=self.stop_ids[0],
             **chosen,
         )
-        hold = _SpellThenWrite(self._speller, [row.loose for row in opened], longest, self._writable_ids)
+        hold = self.spell_processor([row.loose for row in opened], longest)
         output = self._model.generate(
             input_ids=input_ids.to(self._model.device),
             attention_mask=attention_mask.to(self._model.device),
@@ -216,7 +216,16 @@ class Writer:
         )
         return [list(row) for row in output[:, longest:].tolist()]
 
-    def _check_length(self, num_prompt: int, max_new_tokens: int) -> None:
+    def spell_processor(self, loose_by_row: list[bytes], num_prompt: int) -> LogitsProcessor:
+        """What holds rows whose first `num_prompt` positions are given to the bytes they still have to spell."""
+        return _SpellThenWrite(self._speller, loose_by_row, num_prompt, self._writable_ids)
+
+    def counts_as_new(self, tokens: list[int], loose: bytes) -> bool:
+        """Whether the last of `tokens` (model order) is more than a part of `loose`."""
+        return self._speller.count_inside(tokens, loose) < len(tokens)
+
+    def check_length(self, num_prompt: int, max_new_tokens: int) -> None:
+        """Refuse a text that does not fit with what is to be written."""
         limit = getattr(self._model.config, "max_position_embeddings", None)
         if limit and num_prompt + max_new_tokens > limit:
             raise UsageError(
@@ -233,9 +242,9 @@ class Writer:
 
     def _cut(self, tokens: list[int], opened: OpenText, sampling: Sampling) -> tuple[list[int], str, str | None, bool]:
         """(ids before eod in text order, their text up to a stop string, that string, whether the text ends by eod)."""
-        stops = [index for index, token in enumerate(tokens) if token in self._stop_ids]
+        stops = [index for index, token in enumerate(tokens) if token in self.stop_ids]
         text_ids = to_text_order(tokens[: stops[0]] if stops else tokens, self._direction)
-        written = self._written_text(text_ids, opened, stopped=bool(stops))
+        written = self.written_text(text_ids, opened, stopped=bool(stops))
         found = [self._beside_the_given(written, string) for string in sampling.stop_strings if string in written]
         if found:  # the one that leaves least: it came first
             return text_ids, *min(found, key=lambda kept: len(kept[0])), False
@@ -247,7 +256,7 @@ class Writer:
             return written.rpartition(string)[2], string
         return written.partition(string)[0], string
 
-    def _written_text(self, text_ids: list[int], opened: OpenText, *, stopped: bool) -> str:
+    def written_text(self, text_ids: list[int], opened: OpenText, *, stopped: bool) -> str:
         """The characters of `text_ids` that are not of the given text.
 
         A character that the token limit cut at the far end is left out. A dummy prefix at the beginning of a text that a

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -16,7 +17,7 @@ from megatron_ledom.direction import Direction, to_model_order, to_text_order
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference.generation import Writer
 from megatron_ledom.inference.joint import JointTokenizer
-from megatron_ledom.inference.scoring import Span, SpanScore, score_spans
+from megatron_ledom.inference.scoring import Span, SpanScore, Spent, distinct_spans, score_spans
 from megatron_ledom.provenance import vocabulary_hash
 
 END_NAMES = ("eod", "endoftext")
@@ -34,7 +35,7 @@ class LanguageModel:
 
     def __init__(self, model: Any, tokenizer: JointTokenizer, stop_ids: list[int], leading_ids: list[int]) -> None:
         self.model, self.tokenizer, self.stop_ids, self.leading_ids = model, tokenizer, stop_ids, leading_ids
-        self._writer = Writer(model, tokenizer, self.direction, stop_ids)
+        self.writer = Writer(model, tokenizer, self.direction, stop_ids)
 
     @classmethod
     def from_pretrained(
@@ -53,16 +54,7 @@ class LanguageModel:
         folder = Path(folder)
         config = read_model_config(folder)
         cls._check_direction(folder, config.get("direction"), direction)
-        trained_here = config.get("direction") is not None
-        _check_tokenizer(folder, config.get("tokenizer_sha256"))
-        as_shards = trained_here or cls.direction is Direction.REVERSE
-        tokenizer = JointTokenizer.from_pretrained(folder, specials_are_text=as_shards)
-        stop_ids = _stop_ids(folder, config)
-        if not trained_here and cls.direction is Direction.REVERSE:
-            stop_ids = [_eod_of_foreign_folder(folder, tokenizer, stop_ids, eod_id)]
-        elif eod_id is not None:
-            raise UsageError(f"eod_id={eod_id} was passed, but {folder} says itself what ends a text; leave it out")
-        _check_ids(folder, config, tokenizer, stop_ids)
+        tokenizer, stop_ids = load_tokenizer(folder, cls.direction, eod_id)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = dtype or (torch.float32 if device.type == "cpu" else "auto")
         try:
@@ -72,7 +64,7 @@ class LanguageModel:
             raise DataError(f"{folder} does not load as a model of safetensors files: {error}") from error
         model = model.to(device).eval()
         model.generation_config = GenerationConfig()  # the folder's own sampling defaults must not mix with the caller's
-        adds_bos = not trained_here and cls.direction is Direction.FORWARD  # before the last word of a text it means nothing
+        adds_bos = config.get("direction") is None and cls.direction is Direction.FORWARD  # before a text's last word: nonsense
         return cls(model, tokenizer, stop_ids, tokenizer.leading_ids if adds_bos else [])
 
     @classmethod
@@ -93,32 +85,59 @@ class LanguageModel:
                 f" {other}, or pass the folder of a {mine} model (fed the wrong order, a model gives nonsense without an error)"
             )
 
-    def _span_scores(self, pairs: list[tuple[str, str]], with_eod: bool, batch_size: int) -> list[SpanScore]:
-        """Score, of each (preceding, following), the part that this model comes to last, given the other part."""
-        spans = [self._span(*self.tokenizer.split(*pair), with_eod) for pair in pairs]
-        scores = []
-        for span, values in zip(spans, score_spans(self.model, spans, batch_size), strict=True):
-            num_scored = len(values) - 1 if with_eod else len(values)
-            scores.append(
-                SpanScore(
-                    text_ids=to_text_order(span.tokens[span.num_context :][:num_scored], self.direction),
-                    token_logprobs=to_text_order(np.array(values[:num_scored]), self.direction).tolist(),
-                    eod_logprob=values[-1] if with_eod else None,
-                )
-            )
+    def span_scores(
+        self, pairs: list[tuple[str, str]], with_eod: bool, batch_size: int, *, spent: Spent | None = None
+    ) -> list[SpanScore]:
+        """Score, of each (preceding, following), the part that this model comes to last, given the other part.
+
+        Where the given part is empty, the text is scored by itself after what stands before a document: BOS for a stock model
+        whose tokenizer adds one, else eod. spent: takes up the tokens that the model was fed, and the time.
+        """
+        start = time.monotonic()
+        spans = [self._span(pair, with_eod) for pair in pairs]
+        values = score_spans(self.model, spans, batch_size)
+        scores = [span_score(span, row, self.direction, with_eod) for span, row in zip(spans, values, strict=True)]
+        if spent is not None:
+            spent.tokens += sum(len(s.tokens) for s in distinct_spans(spans).values() if len(s.tokens) > s.num_context)
+            spent.seconds += time.monotonic() - start
         return scores
 
-    def _span(self, text_ids: list[int], num_preceding: int, with_eod: bool) -> Span:
-        num_given = num_preceding
-        if self.direction is Direction.REVERSE:
-            num_given = len(text_ids) - num_preceding
-            if not num_given:
-                raise DataError("a following text yields no token, so nothing conditions what precedes it; pass other text")
-        tokens = [*self.leading_ids, *to_model_order(text_ids, self.direction), *(self.stop_ids[:1] if with_eod else [])]
+    def _span(self, pair: tuple[str, str], with_eod: bool) -> Span:
+        tokens, num_given = span_tokens(self.tokenizer, self.direction, pair, self.leading_ids, self.stop_ids)
+        tokens += self.stop_ids[:1] if with_eod else []
         limit = getattr(self.model.config, "max_position_embeddings", None)
         if limit and len(tokens) > limit:
             raise DataError(f"a text of {len(tokens)} tokens exceeds the {limit} positions of the model; shorten it")
-        return Span(tokens, max(1, len(self.leading_ids) + num_given))
+        return Span(tokens, num_given)
+
+
+def span_tokens(
+    tokenizer: JointTokenizer, direction: Direction, pair: tuple[str, str], leading_ids: list[int], stop_ids: list[int]
+) -> tuple[list[int], int]:
+    """(tokens in model order, how many of them are given) of a (preceding, following) of which one part is to be scored.
+
+    Both parts are encoded once as one text; a token that reaches over the boundary belongs to `following`. An empty given
+    part is replaced by what stands before a document. Where the given part has no token of its own, the first token of the
+    scored part counts as given, since nothing conditions it.
+    """
+    text_ids, num_preceding = tokenizer.split(*pair)
+    reverse = direction is Direction.REVERSE
+    num_given = len(text_ids) - num_preceding if reverse else num_preceding
+    given = pair[1] if reverse else pair[0]
+    leading = leading_ids or ([] if given else stop_ids[:1])
+    if reverse and not num_given and not leading:
+        raise DataError("a following text yields no token, so nothing conditions what precedes it; pass other text")
+    return [*leading, *to_model_order(text_ids, direction)], max(1, len(leading) + num_given)
+
+
+def span_score(span: Span, logprobs: list[float], direction: Direction, with_eod: bool) -> SpanScore:
+    """The log-probabilities of a span's scored tokens, model order and eod last if it was scored, as a score in text order."""
+    num_scored = len(logprobs) - 1 if with_eod else len(logprobs)
+    return SpanScore(
+        text_ids=to_text_order(span.tokens[span.num_context :][:num_scored], direction),
+        token_logprobs=to_text_order(np.array(logprobs[:num_scored]), direction).tolist(),
+        eod_logprob=logprobs[-1] if with_eod else None,
+    )
 
 
 @contextlib.contextmanager
@@ -145,6 +164,26 @@ def paired(preceding: str | list[str], following: str | list[str]) -> list[tuple
 def as_list(texts: str | list[str]) -> list[str]:
     """One text or several, as a list."""
     return [texts] if isinstance(texts, str) else list(texts)
+
+
+def load_tokenizer(
+    folder: Path, direction: Direction = Direction.FORWARD, eod_id: int | None = None
+) -> tuple[JointTokenizer, list[int]]:
+    """The tokenizer of a model folder and its stop ids, checked against each other and against what the folder records.
+
+    direction: that of the model, for a folder which records none; eod_id: see `LanguageModel.from_pretrained`.
+    """
+    config = read_model_config(folder)
+    _check_tokenizer(folder, config.get("tokenizer_sha256"))
+    trained_here, is_reverse = config.get("direction") is not None, direction is Direction.REVERSE
+    tokenizer = JointTokenizer.from_pretrained(folder, specials_are_text=trained_here or is_reverse)
+    stop_ids = _stop_ids(folder, config)
+    if is_reverse and not trained_here:
+        stop_ids = [_eod_of_foreign_folder(folder, tokenizer, stop_ids, eod_id)]
+    elif eod_id is not None:
+        raise UsageError(f"eod_id={eod_id} was passed, but {folder} says itself what ends a text; leave it out")
+    _check_ids(folder, config, tokenizer, stop_ids)
+    return tokenizer, stop_ids
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:

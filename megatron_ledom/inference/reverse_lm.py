@@ -47,7 +47,7 @@ class ReverseLM(LanguageModel):
             seed=seed,
             stop_strings=tuple(stop_strings),
         )
-        return self._writer.write(texts, self.leading_ids, sampling, batch_size)
+        return self.writer.write(texts, self.leading_ids, sampling, batch_size)
 
     def stream_preceding(
         self,
@@ -99,5 +99,5 @@ class ReverseLM(LanguageModel):
         """
         pairs = paired(preceding, following)
         check_texts([after for _, after in pairs], "following text")
-        scores = self._span_scores(pairs, include_beginning, batch_size)
+        scores = self.span_scores(pairs, include_beginning, batch_size)
         return scores[0] if isinstance(preceding, str) else scores

@@ -1,41 +1,82 @@
 """Reverse Reward: rank a forward model's answers by how well a reverse model recovers the prompt from them.
 
-`R(x, y) = P_F(y|x)^(1-lambda) * P_R(x|y)^lambda` (LEDOM, arXiv 2507.01335, section "Reverse Reward"), here in logs:
-`(1 - lambda) log P_F(y|x) + lambda log P_R(x|y)`, x the prompt, y a candidate answer. Both terms are sums over the tokens of
-the prompt joined to the candidate as given; neither is normalised by length.
+`R(x, y) = P_F(y|x)^(1-lambda) * P_R(x|y)^lambda` (LEDOM, arXiv 2507.01335, section "Reverse Reward"), here in logs, with the
+options that the paper leaves open; x the prompt, y a candidate answer:
+
+    reward = [ (1 - lambda) * log P_F(y|x) / n_F + lambda * log P_R(x|y) / n_R + mu * log P_R(y) ] / T
+
+What each term is:
+- `x + y` is encoded once, as one text, by each model's own tokenizer; x ends with whatever separates it from y. A token that
+  reaches over the boundary belongs to y: forward it is scored, in reverse it is given. A dummy prefix belongs to x.
+- log P_F(y|x) sums over the tokens of y, log P_R(x|y) over the tokens of x alone. A BOS stands first in model order where the
+  tokenizer of a stock model adds one, and is never scored. `include_ends` adds eod: the answer ends after y, the text begins with x.
+- n is 1, the number of scored tokens (eod not counted), or the UTF-8 bytes of y (forward) and of x (reverse).
+- log P_R(y) is the reverse model's likelihood of the answer as a document of its own. With mu = -lambda and lambda = 0 the
+  reward is log P(y|x) - lambda log P(y), to which the first two terms amount if both models came from one joint distribution.
+- T divides the whole: it changes no ranking, only how sharply rewards weigh the votes of a majority.
 """
 
-import json
 import math
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-from tqdm import tqdm
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.inference.engine import Engine
+from megatron_ledom.inference.scoring import SpanScore
 
-from megatron_ledom.errors import DataError, LedomError, UsageError
-from megatron_ledom.inference.forward_lm import ForwardLM
-from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.reverse_lm import ReverseLM
-from megatron_ledom.inference.scoring import check_batch_size
+NORMALIZATIONS = ("none", "token", "byte")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSettings:
+    """How the terms of the reward are combined; see the top of this file."""
+
+    weight: float = 0.5
+    """lambda, the reverse model's share, in [0, 1]."""
+    forward_normalization: str = "none"
+    """What log P_F(y|x) is divided by: none, token or byte."""
+    reverse_normalization: str = "none"
+    """What log P_R(x|y) is divided by. The same prompt has nearly the same length for all of its candidates: it is the
+    scale of lambda that changes, question by question."""
+    language_model_weight: float = 0.0
+    """mu of log P_R(y); negative values hold generic answers back. Not 0, it costs a reverse pass a distinct answer."""
+    temperature: float = 1.0
+    """T, positive."""
+    include_ends: bool = False
+    """Whether eod counts, on both sides."""
+
+    def __post_init__(self) -> None:
+        """Refuse values that mean nothing."""
+        if not 0 <= self.weight <= 1:
+            raise UsageError(
+                f"weight={self.weight} is outside [0, 1]; 0 ranks by the forward model alone, 1 by the reverse model alone"
+            )
+        for name in ("forward_normalization", "reverse_normalization"):
+            if getattr(self, name) not in NORMALIZATIONS:
+                raise UsageError(f"{name}={getattr(self, name)!r} is unknown; it can be one of {', '.join(NORMALIZATIONS)}")
+        if not math.isfinite(self.language_model_weight):
+            raise UsageError(f"language_model_weight={self.language_model_weight} must be a finite number; 0 is off")
+        if not 0 < self.temperature < math.inf:
+            raise UsageError(f"the reward's temperature={self.temperature} must be a positive number; 1 is off")
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An answer in text order. forward_logprob: its natural log-probability, if whoever sampled it kept it."""
+    """An answer in text order. forward_logprob: its natural log-probability, if whoever sampled it kept it, over
+    forward_tokens tokens (needed only to divide by them)."""
 
     text: str
     forward_logprob: float | None = None
+    forward_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class CandidateScore:
-    """Natural logs, summed over tokens. forward_tokens is None where forward_logprob was given and not computed here.
+    """Natural logs, summed over tokens, not normalised. forward_tokens is None where forward_logprob was given without it.
 
     An empty answer has nothing to condition the reverse model on: its reverse_logprob and reward are None, and it ranks last.
+    language_model_logprob is None unless its term is on. The token values are text order; eod's, if asked for, apart.
     """
 
     forward_logprob: float
@@ -43,58 +84,69 @@ class CandidateScore:
     forward_tokens: int | None
     reverse_tokens: int
     reward: float | None
+    language_model_logprob: float | None = None
+    forward_score: SpanScore | None = field(default=None, repr=False)
+    reverse_score: SpanScore | None = field(default=None, repr=False)
 
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One line of a reranking file; `fields` are all its fields as read."""
-
-    where: str
-    prompt: str
-    candidates: list[Candidate] | None
-    fields: dict[str, Any]
+    def as_fields(self, *, token_values: bool = False) -> dict[str, Any]:
+        """What a reranking file says of a candidate; token_values adds the ids and log-probabilities of each token."""
+        names = ("forward_logprob", "reverse_logprob", "forward_tokens", "reverse_tokens", "reward")
+        fields: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.language_model_logprob is not None:
+            fields["language_model_logprob"] = self.language_model_logprob
+        if token_values:
+            for side, score in (("forward", self.forward_score), ("reverse", self.reverse_score)):
+                fields[f"{side}_token_ids"] = score.text_ids if score else None
+                fields[f"{side}_token_logprobs"] = score.token_logprobs if score else None
+        return fields
 
 
 def reverse_reward(forward_logprob: float, reverse_logprob: float, weight: float) -> float:
     """(1 - weight) * forward_logprob + weight * reverse_logprob; a term of weight 0 is left out, so 0 * -inf never is NaN."""
-    terms = ((1 - weight, forward_logprob), (weight, reverse_logprob))
-    return math.fsum(share * logprob for share, logprob in terms if share > 0)
+    return _weighted_sum((1 - weight, forward_logprob), (weight, reverse_logprob))
 
 
-def check_weight(weight: float) -> None:
-    """Refuse a weight (lambda) outside [0, 1]."""
-    if not 0 <= weight <= 1:
-        raise UsageError(f"weight={weight} is outside [0, 1]; 0 ranks by the forward model alone, 1 by the reverse model alone")
+def reward_of(score: CandidateScore, prompt: str, answer: str, settings: RewardSettings) -> float | None:
+    """The reward of scores that are known already, under any settings; None where there is no reverse score.
+
+    Raises DataError where the settings need what the scores lack: a token count, or the language-model term.
+    """
+    if score.reverse_logprob is None:
+        return None
+    if settings.forward_normalization == "token" and score.forward_tokens is None and settings.weight < 1:
+        raise DataError("a given forward_logprob has no forward_tokens to divide it by; add them, or remove forward_logprob")
+    if settings.language_model_weight and score.language_model_logprob is None:
+        raise DataError("a language_model_weight needs language_model_logprob, which these scores lack; score them again")
+    forward_length = _length(settings.forward_normalization, score.forward_tokens or 0, answer)
+    reverse_length = _length(settings.reverse_normalization, score.reverse_tokens, prompt)
+    total = _weighted_sum(
+        ((1 - settings.weight) / forward_length, score.forward_logprob),
+        (settings.weight / reverse_length, score.reverse_logprob),
+        (settings.language_model_weight, score.language_model_logprob or 0.0),
+    )
+    return total / settings.temperature
 
 
-def score_candidates(
-    forward: ForwardLM,
-    reverse: ReverseLM,
-    prompt: str,
-    candidates: list[Candidate],
-    *,
-    weight: float = 0.5,
-    batch_size: int = 16,
-) -> list[CandidateScore]:
-    """Score each candidate after `prompt`, in input order; `prompt` ends with whatever separates it from an answer."""
-    check_weight(weight)
-    unscored = [c.text for c in candidates if c.forward_logprob is None]
-    forward_scores = iter(forward.log_likelihood([prompt] * len(unscored), unscored, batch_size=batch_size))
-    answers = [c.text for c in candidates if c.text]
-    reverse_scores = iter(reverse.log_likelihood([prompt] * len(answers), answers, batch_size=batch_size))
+def score_questions(
+    forward: Engine, reverse: Engine, questions: Sequence[tuple[str, Sequence[Candidate]]], settings: RewardSettings
+) -> list[list[CandidateScore]]:
+    """Score the candidates of several (prompt, candidates) together, in input order: the more at once, the fuller the batches."""
+    asked = [(prompt, candidate) for prompt, candidates in questions for candidate in candidates]
+    unscored = [(prompt, c.text) for prompt, c in asked if c.forward_logprob is None]
+    answered = [(prompt, c.text) for prompt, c in asked if c.text]
+    forward_scores = iter(forward.score(unscored, include_end=settings.include_ends))
+    reverse_scores = iter(reverse.score(answered, include_end=settings.include_ends))
+    alone = [(text, "") for _, text in answered] if settings.language_model_weight else []
+    language_model_scores = iter(reverse.score(alone))
     scores = []
-    for candidate in candidates:
-        forward_logprob, forward_tokens = candidate.forward_logprob, None
-        if forward_logprob is None:
-            forward_score = next(forward_scores)
-            forward_logprob, forward_tokens = forward_score.logprob, forward_score.num_tokens
-        if not candidate.text:
-            scores.append(CandidateScore(forward_logprob, None, forward_tokens, 0, None))
-            continue
-        score = next(reverse_scores)
-        reward = reverse_reward(forward_logprob, score.logprob, weight)
-        scores.append(CandidateScore(forward_logprob, score.logprob, forward_tokens, score.num_tokens, reward))
-    return scores
+    for prompt, candidate in asked:
+        forward_score = next(forward_scores) if candidate.forward_logprob is None else None
+        reverse_score = next(reverse_scores) if candidate.text else None
+        own_score = next(language_model_scores) if candidate.text and alone else None
+        score = _joined(candidate, forward_score, reverse_score, own_score)
+        scores.append(replace(score, reward=reward_of(score, prompt, candidate.text, settings)))
+    rows = iter(scores)
+    return [[next(rows) for _ in candidates] for _, candidates in questions]
 
 
 def rank(rewards: list[float | None]) -> list[int]:
@@ -102,123 +154,27 @@ def rank(rewards: list[float | None]) -> list[int]:
     return sorted(range(len(rewards)), key=lambda i: (rewards[i] is None, -(rewards[i] or 0.0)))
 
 
-def sample_candidates(
-    forward: ForwardLM, prompt: str, sampling: Sampling, *, salt: int = 0, batch_size: int = 16
-) -> list[Candidate]:
-    """Let the forward model answer `num_return_sequences` times; `salt` (a record's number) sets equal prompts apart."""
-    seed = ((sampling.seed or 0) * 1_000_003 + salt) % 2**63
-    options = {**asdict(sampling), "seed": seed}
-    return [Candidate(r.following) for r in forward.generate_following(prompt, batch_size=batch_size, **options)]
+def _weighted_sum(*terms: tuple[float, float]) -> float:
+    return math.fsum(share * logprob for share, logprob in terms if share)
 
 
-def rerank_file(
-    forward: ForwardLM | str | Path,
-    reverse: ReverseLM | str | Path,
-    input_path: str | Path,
-    output_path: str | Path,
-    *,
-    weight: float = 0.5,
-    sampling: Sampling | None = None,
-    batch_size: int = 16,
-) -> int:
-    """Rank the candidates of each line of a JSON-lines file, or sample them first; returns the number of lines written.
-
-    forward, reverse: models, or folders to load once the whole input is known to be well formed. The output is written to
-    `<output>.part` and renamed when complete; after an error nothing is left.
-    """
-    input_path, output_path = Path(input_path), Path(output_path)
-    check_weight(weight)
-    check_batch_size(batch_size)
-    _check_paths(input_path, output_path)
-    records = list(read_records(input_path, sampled=sampling is not None))
-    reverse_lm = reverse if isinstance(reverse, ReverseLM) else ReverseLM.from_pretrained(reverse)
-    forward_lm = forward if isinstance(forward, ForwardLM) else ForwardLM.from_pretrained(forward)
-    with _written_whole(output_path) as output:
-        for number, record in enumerate(tqdm(records, unit=" prompts", file=sys.stderr, disable=not sys.stderr.isatty())):
-            try:
-                candidates = record.candidates
-                if candidates is None and sampling is not None:
-                    candidates = sample_candidates(forward_lm, record.prompt, sampling, salt=number, batch_size=batch_size)
-                result = _ranked(forward_lm, reverse_lm, record, candidates or [], weight, batch_size)
-            except LedomError as error:
-                raise type(error)(f"{record.where}: {error}") from error
-            output.write(json.dumps(result, ensure_ascii=False) + "\n")
-    return len(records)
+def _length(normalization: str, num_tokens: int, text: str) -> int:
+    """What a side is divided by; a side without tokens sums to 0, whatever divides it."""
+    lengths = {"none": 1, "token": num_tokens, "byte": len(text.encode())}
+    return max(1, lengths[normalization])
 
 
-def read_records(path: Path, *, sampled: bool) -> Iterator[Record]:
-    """The lines of a reranking file, each checked; a fault is named by file and line. Blank lines are passed over."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                yield _parse_record(line, f"{path}:{number}", sampled)
-
-
-def _parse_record(line: bytes, where: str, sampled: bool) -> Record:
-    try:
-        fields = json.loads(line.decode("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{where}: not a line of JSON in UTF-8 ({error}); repair or remove the line") from error
-    prompt = fields.get("prompt") if isinstance(fields, dict) else None
-    if not isinstance(prompt, str) or not prompt:
-        raise DataError(f'{where}: expected an object with a text that is not empty under "prompt"; add it or remove the line')
-    given = fields.get("candidates")
-    if sampled:
-        if given is not None:
-            raise DataError(f"{where}: has candidates already; rank these without sampling, or remove the field")
-        return Record(where, prompt, None, fields)
-    if not isinstance(given, list) or not given:
-        raise DataError(f'{where}: expected a list of at least one answer under "candidates"; or let the model sample them')
-    return Record(where, prompt, [_parse_candidate(item, f"{where}: candidate {i}") for i, item in enumerate(given)], fields)
-
-
-def _parse_candidate(item: Any, where: str) -> Candidate:
-    if isinstance(item, str):
-        return Candidate(item)
-    if not isinstance(item, dict) or not isinstance(item.get("text"), str):
-        raise DataError(f'{where}: expected a text, or an object with a text under "text"; write it as one of them')
-    logprob = item.get("forward_logprob")
-    if logprob is None:
-        return Candidate(item["text"])
-    if isinstance(logprob, bool) or not isinstance(logprob, int | float) or not math.isfinite(logprob) or logprob > 0:
-        raise DataError(
-            f"{where}: forward_logprob={logprob!r} is no logarithm of a probability (a number up to 0); correct or remove it"
-        )
-    return Candidate(item["text"], float(logprob))
-
-
-def _ranked(
-    forward: ForwardLM, reverse: ReverseLM, record: Record, candidates: list[Candidate], weight: float, batch_size: int
-) -> dict[str, Any]:
-    """The output object of one line."""
-    scores = score_candidates(forward, reverse, record.prompt, candidates, weight=weight, batch_size=batch_size)
-    ranking = rank([score.reward for score in scores])
-    sampled = {} if record.candidates is not None else {"candidates": [candidate.text for candidate in candidates]}
-    return {
-        **record.fields,
-        **sampled,
-        "scores": [asdict(score) for score in scores],
-        "ranking": ranking,
-        "best": candidates[ranking[0]].text,
-    }
-
-
-def _check_paths(input_path: Path, output_path: Path) -> None:
-    if not input_path.is_file():
-        raise UsageError(f"{input_path} is no file; pass JSON lines with a prompt each")
-    if not output_path.parent.is_dir():
-        raise UsageError(f"the folder {output_path.parent} of the output does not exist; create it first")
-    if output_path.is_dir() or output_path.resolve() == input_path.resolve():
-        raise UsageError(f"the output {output_path} is a folder or the input itself; name another file")
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[IO[str]]:
-    """A text file that appears under its name only when everything was written."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with part.open("w", encoding="utf-8") as output:
-            yield output
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def _joined(
+    candidate: Candidate, forward: SpanScore | None, reverse: SpanScore | None, own: SpanScore | None
+) -> CandidateScore:
+    given = candidate.forward_logprob if candidate.forward_logprob is not None else 0.0
+    return CandidateScore(
+        forward_logprob=forward.logprob if forward else given,
+        reverse_logprob=reverse.logprob if reverse else None,
+        forward_tokens=forward.num_tokens if forward else candidate.forward_tokens,
+        reverse_tokens=reverse.num_tokens if reverse else 0,
+        reward=None,
+        language_model_logprob=own.logprob if own else None,
+        forward_score=forward,
+        reverse_score=reverse,
+    )

@@ -12,6 +12,7 @@ import torch
 from megatron_ledom.errors import UsageError
 
 MAX_KEPT_LOGITS = 2**28  # B * K * V of one batch: 1 GiB in float32
+SpanKey = tuple[tuple[int, ...], int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,14 @@ class Span:
 
     tokens: list[int]
     num_context: int
+
+
+@dataclass(slots=True)
+class Spent:
+    """What a model was used for so far: tokens it was fed, padding not counted, and seconds."""
+
+    tokens: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,18 +58,28 @@ def score_spans(model: Any, spans: list[Span], batch_size: int) -> list[list[flo
     """log P(tokens[t] | tokens[:t]) for t >= num_context of each span, model order, float32 log-softmax.
 
     Rows of similar length share a batch, padded after their end, where a causal model cannot see; the result does not
-    depend on the batch beyond rounding. `batch_size` is the largest number of rows; wide vocabularies use fewer.
+    depend on the batch beyond rounding. `batch_size` is the largest number of rows; wide vocabularies use fewer. A span that
+    comes several times is computed once.
     """
     check_batch_size(batch_size)
-    values: list[list[float]] = [[] for _ in spans]
-    pending = [index for index, span in enumerate(spans) if len(span.tokens) > span.num_context]
-    pending.sort(key=lambda index: -len(spans[index].tokens))
+    distinct = distinct_spans(spans)
+    pending = sorted((span for span in distinct.values() if len(span.tokens) > span.num_context), key=lambda s: -len(s.tokens))
+    values: dict[SpanKey, list[float]] = {key: [] for key in distinct}
     while pending:
-        num_rows = _fitting_rows([spans[index] for index in pending[:batch_size]], model.config.vocab_size)
+        num_rows = _fitting_rows(pending[:batch_size], model.config.vocab_size)
         chosen, pending = pending[:num_rows], pending[num_rows:]
-        for index, row in zip(chosen, _score_batch(model, [spans[index] for index in chosen]), strict=True):
-            values[index] = row
-    return values
+        for span, row in zip(chosen, _score_batch(model, chosen), strict=True):
+            values[_key(span)] = row
+    return [list(values[_key(span)]) for span in spans]
+
+
+def distinct_spans(spans: list[Span]) -> dict[SpanKey, Span]:
+    """Each span once, in the order of first appearance."""
+    return {_key(span): span for span in spans}
+
+
+def _key(span: Span) -> SpanKey:
+    return tuple(span.tokens), span.num_context
 
 
 def check_batch_size(batch_size: int) -> None:

@@ -1,10 +1,9 @@
 """Curves of runs over training tokens, drawn with matplotlib (the `plots` extra), for a light and a dark page."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_ledom.errors import UsageError
+from megatron_ledom.pages import draw_png
 from megatron_ledom.training.run_report import RunData
 
 FIGURES = {
@@ -19,7 +18,6 @@ COLOURS = {
     "dark": {"reverse": ["#ff8a5b", "#c9a2ff", "#ffd166"], "forward": ["#7db8ff", "#6fe0b4", "#b7c0cc"]},
 }
 """By page and direction; the second run of a direction takes the second colour."""
-PAGES = {"light": {"paper": "#ffffff", "ink": "#1b1b1b"}, "dark": {"paper": "#161616", "ink": "#e6e6e6"}}
 CUT = 0.03
 """Share of the longest run whose loss does not set the scale: the first steps fall from the loss of guessing."""
 ENOUGH = 50
@@ -32,20 +30,10 @@ def draw(name: str, runs: Sequence[RunData], theme: str = "light", smooth: int =
 
     Raises UsageError where matplotlib is not installed.
     """
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("curves need matplotlib: pip install 'megatron-ledom[plots]'") from error
-    page = PAGES[theme]
-    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
-    with mpl.rc_context(
-        {"figure.facecolor": page["paper"], "axes.facecolor": page["paper"], **dict.fromkeys(inked, page["ink"])}
-    ):
-        figure = Figure(figsize=(8.5, 4.8 if name == "loss" else 3.4), layout="constrained")
-        axes = figure.subplots()
-        unit, word = _token_unit(runs)
-        key, label = FIGURES[name]
+    unit, word = _token_unit(runs)
+    key, label = FIGURES[name]
+
+    def _fill(axes: Any) -> None:
         for run, colour in zip(runs, _colours(runs, theme), strict=True):
             _line(axes, run, key, colour, unit, smooth)
             if name == "loss":
@@ -55,11 +43,8 @@ def draw(name: str, runs: Sequence[RunData], theme: str = "light", smooth: int =
             axes.set_title(title)
         if name == "loss":
             _scale(axes, runs, unit)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, labelcolor=page["ink"], fontsize="small")
-        buffer = io.BytesIO()
-        figure.savefig(buffer, dpi=130, format="png")
-    return buffer.getvalue()
+
+    return draw_png(theme, (8.5, 4.8 if name == "loss" else 3.4), _fill)
 
 
 def _line(axes: Any, run: RunData, key: str, colour: str, unit: float, smooth: int) -> None:

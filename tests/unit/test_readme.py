@@ -43,6 +43,12 @@ RUN_BY_TESTS = {
     "python tools/report_run.py quickstart/runs/reverse quickstart/runs/forward --output report --smooth 5": (
         "tests/unit/test_run_report.py"
     ),
+    "python tools/report_rerank.py answers.jsonl answers_seed1.jsonl --output report --gold-key answer": (
+        "tests/unit/test_selection.py"
+    ),
+    "python tools/report_rerank.py answers.jsonl --output report --explain 3 --reverse quickstart/models/reverse": (
+        "tests/unit/test_selection.py"
+    ),
 }
 
 

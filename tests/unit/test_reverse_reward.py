@@ -2,17 +2,33 @@
 
 import json
 import math
+import os
+import runpy
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.reverse_reward import Candidate, rank, rerank_file, reverse_reward, score_candidates
+from megatron_ledom.inference.rerank_file import RerankSettings, rerank_file
+from megatron_ledom.inference.reverse_reward import (
+    Candidate,
+    CandidateScore,
+    RewardSettings,
+    rank,
+    reverse_reward,
+    score_questions,
+)
+from megatron_ledom.inference.transformers_engine import TransformersEngine
 from tests.tiny_models import random_model_folder
 
+ROOT = Path(__file__).parents[2]
 PROMPT = "What is the capital of France? "
 ANSWERS = ["Paris.", "The cat sat on the mat", "漢字 🙂", "Paris."]
 
@@ -30,6 +46,24 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture(scope="module")
 def models(folders: tuple[Path, Path]) -> tuple[ForwardLM, ReverseLM]:
     return ForwardLM.from_pretrained(folders[0], device="cpu"), ReverseLM.from_pretrained(folders[1], device="cpu")
+
+
+def rerank(
+    models: tuple[ForwardLM, ReverseLM], source: Path, output: Path, weight: float = 0.5, sampling: Sampling | None = None
+) -> int:
+    settings = RerankSettings(reward=RewardSettings(weight=weight), sampling=sampling)
+    return rerank_file(lambda: engines(models), source, output, settings)
+
+
+def engines(models: tuple[ForwardLM, ReverseLM], batch_size: int = 16) -> tuple[TransformersEngine, TransformersEngine]:
+    return TransformersEngine(models[0], batch_size), TransformersEngine(models[1], batch_size)
+
+
+def score_one(
+    models: tuple[ForwardLM, ReverseLM], candidates: list[Candidate], settings: RewardSettings, batch_size: int = 16
+) -> list[CandidateScore]:
+    (scores,) = score_questions(*engines(models, batch_size), [(PROMPT, candidates)], settings)
+    return scores
 
 
 def write_lines(path: Path, *lines: Any) -> Path:
@@ -62,7 +96,7 @@ def test_ranking_on_hand_made_numbers() -> None:
 
 def test_scores_are_the_two_models_log_likelihoods(models: tuple[ForwardLM, ReverseLM]) -> None:
     forward, reverse = models
-    scores = score_candidates(forward, reverse, PROMPT, [Candidate(text) for text in ANSWERS], weight=0.3, batch_size=3)
+    scores = score_one(models, [Candidate(text) for text in ANSWERS], RewardSettings(weight=0.3), batch_size=3)
     for text, score in zip(ANSWERS, scores, strict=True):
         one, other = forward.log_likelihood(PROMPT, text), reverse.log_likelihood(PROMPT, text)
         assert score.forward_logprob == pytest.approx(one.logprob, abs=1e-4)
@@ -74,7 +108,7 @@ def test_scores_are_the_two_models_log_likelihoods(models: tuple[ForwardLM, Reve
 def test_the_extreme_weights_rank_by_one_model(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", {"prompt": PROMPT, "candidates": ANSWERS[:3]})
     for weight, field in ((0.0, "forward_logprob"), (1.0, "reverse_logprob")):
-        rerank_file(*models, source, tmp_path / "out.jsonl", weight=weight)
+        rerank(models, source, tmp_path / "out.jsonl", weight=weight)
         (line,) = read_lines(tmp_path / "out.jsonl")
         values = [score[field] for score in line["scores"]]
         assert line["ranking"] == sorted(range(3), key=lambda i, values=values: -values[i])
@@ -86,7 +120,7 @@ def test_the_file_keeps_its_fields_and_a_given_forward_logprob(models: tuple[For
     given = {"text": "Paris.", "forward_logprob": -1.25}
     record = {"id": 7, "prompt": PROMPT, "candidates": [given, "Berlin é", ""], "gold": None}
     source = write_lines(tmp_path / "in.jsonl", record, "", {"prompt": "x", "candidates": ["y"]})
-    assert rerank_file(*models, source, tmp_path / "out.jsonl") == 2
+    assert rerank(models, source, tmp_path / "out.jsonl") == 2
     first, second = read_lines(tmp_path / "out.jsonl")
     assert {key: first[key] for key in record} == record
     assert set(first["scores"][0]) == {"forward_logprob", "reverse_logprob", "forward_tokens", "reverse_tokens", "reward"}
@@ -102,7 +136,7 @@ def test_sampling_is_repeatable(models: tuple[ForwardLM, ReverseLM], tmp_path: P
     outputs = []
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         sampling = Sampling(num_return_sequences=4, temperature=1.0, max_new_tokens=6, seed=seed)
-        rerank_file(*models, source, tmp_path / name, sampling=sampling)
+        rerank(models, source, tmp_path / name, sampling=sampling)
         outputs.append((tmp_path / name).read_text(encoding="utf-8"))
     assert outputs[0] == outputs[1] != outputs[2]
     first, second = read_lines(tmp_path / "a")
@@ -135,7 +169,7 @@ def test_a_bad_line_is_named_and_leaves_nothing(
 ) -> None:
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]}, line)
     with pytest.raises(DataError) as caught:
-        rerank_file(*models, source, tmp_path / "out.jsonl")
+        rerank(models, source, tmp_path / "out.jsonl")
     assert str(caught.value).startswith(f"{source}:2: ")
     assert message in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
@@ -144,24 +178,25 @@ def test_a_bad_line_is_named_and_leaves_nothing(
 def test_bytes_that_are_no_utf8_are_named(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_bytes(b'{"prompt": "x", "candidates": ["\xff"]}\n')
     with pytest.raises(DataError, match=r"in\.jsonl:1: .*UTF-8"):
-        rerank_file(*models, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
+        rerank(models, tmp_path / "in.jsonl", tmp_path / "out.jsonl")
 
 
 def test_candidates_and_sampling_together_are_refused(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})
     with pytest.raises(DataError, match="has candidates already"):
-        rerank_file(*models, source, tmp_path / "out.jsonl", sampling=Sampling(num_return_sequences=2, temperature=1.0))
+        rerank(models, source, tmp_path / "out.jsonl", sampling=Sampling(num_return_sequences=2, temperature=1.0))
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, float("nan")])
-def test_a_weight_outside_0_to_1_is_refused(weight: float, models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+def test_a_weight_outside_0_to_1_is_refused(weight: float) -> None:
     with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
-        score_candidates(*models, PROMPT, [Candidate("a")], weight=weight)
-    with pytest.raises(UsageError, match=r"outside \[0, 1\]"):
-        rerank_file(*models, tmp_path / "in.jsonl", tmp_path / "out.jsonl", weight=weight)
+        RewardSettings(weight=weight)
 
 
 def test_paths_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
+    def never() -> tuple[TransformersEngine, TransformersEngine]:
+        pytest.fail("a model was loaded")
+
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})
     for input_path, output_path in (
         (tmp_path / "missing", tmp_path / "out.jsonl"),
@@ -170,13 +205,72 @@ def test_paths_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path: P
         (source, tmp_path),
     ):
         with pytest.raises(UsageError):
-            rerank_file("no-forward", "no-reverse", input_path, output_path)
+            rerank_file(never, input_path, output_path, RerankSettings())
 
 
-def test_models_of_the_wrong_direction_are_refused(folders: tuple[Path, Path], tmp_path: Path) -> None:
-    forward, reverse = folders
-    source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})
-    for pair in ((reverse, reverse), (forward, forward)):
-        with pytest.raises(MismatchError, match="load it with"):
-            rerank_file(*pair, source, tmp_path / "out.jsonl")
-    assert not (tmp_path / "out.jsonl").exists()
+KILLED_RUN = """
+import os, runpy, sys
+from megatron_ledom.inference import rerank_file as files
+plain, calls = files._Part.append, []
+def append(self, lines, spent):
+    if len(calls) == 2:  # half a line of the third window reaches the disk, then the machine is gone
+        with self._part.open("a", encoding="utf-8") as output:
+            output.write("{" + '"prompt": "half a li')
+        os.kill(os.getpid(), 9)
+    calls.append(1)
+    plain(self, lines, spent)
+files._Part.append = append
+files.WINDOW_CANDIDATES = 6
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("mode", [["--sample", "3"], ["--beam", "2", "--expansions", "2", "--step-delimiter", "regex:[aeiou]"]])
+def test_a_killed_rerank_resumes_to_the_identical_file(
+    mode: list[str], folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_ledom.inference.rerank_file.WINDOW_CANDIDATES", 6)
+    source = write_lines(tmp_path / "in.jsonl", *({"id": n, "prompt": PROMPT[: n + 3]} for n in range(6)))
+    tool = str(ROOT / "tools/rerank.py")
+    options = [*mode, "--max-new-tokens", "6", "--token-values", "--greedy", "--batch-size", "4", "--input", str(source)]
+    command = [tool, "--forward", str(folders[0]), "--reverse", str(folders[1]), *options, "--output"]
+
+    def finish(name: str) -> None:
+        monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / name)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(tool, run_name="__main__")
+        assert not ended.value.code
+
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
+    killed = [sys.executable, "-c", KILLED_RUN, *command, str(tmp_path / "killed")]
+    assert subprocess.run(killed, env=environment, timeout=120, check=False).returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    finish("killed")
+    finish("whole")
+    assert len(read_lines(tmp_path / "whole")) == 6
+    assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
+    spent = [json.loads((tmp_path / f"{name}.spent.json").read_text()) for name in ("whole", "killed")]
+    assert spent[0]["forward_tokens"] == spent[1]["forward_tokens"] > 0
+    assert spent[0]["reverse_tokens"] == spent[1]["reverse_tokens"] > 0
+    assert not list(tmp_path.glob("*.part*"))
+
+
+def test_a_part_of_another_input_or_of_other_settings_is_refused(
+    models: tuple[ForwardLM, ReverseLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("megatron_ledom.inference.rerank_file.WINDOW_CANDIDATES", 1)
+    good = [{"prompt": "x", "candidates": ["y", "z"]}, {"prompt": "u", "candidates": ["v"]}]
+    source = write_lines(tmp_path / "in.jsonl", *good, {"prompt": "x", "candidates": ["漢" * 600]})
+    with pytest.raises(DataError, match=r"in\.jsonl:3: .*exceeds"):
+        rerank(models, source, tmp_path / "out.jsonl")
+    assert len(read_lines(tmp_path / "out.jsonl.part")) == 2  # what is finished is kept
+    with pytest.raises(MismatchError, match=r"weight was 0\.5, is 0\.25"):
+        rerank(models, source, tmp_path / "out.jsonl", weight=0.25)
+    write_lines(source, {"prompt": "other", "candidates": ["y"]}, *good)
+    with pytest.raises(MismatchError, match=r"another input than .*in\.jsonl:1"):
+        rerank(models, source, tmp_path / "out.jsonl")
+    write_lines(source, *good, {"prompt": "x", "candidates": ["w"]})
+    assert rerank(models, source, tmp_path / "out.jsonl") == 3
+    rerank(models, source, tmp_path / "anew.jsonl")
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "anew.jsonl").read_bytes()

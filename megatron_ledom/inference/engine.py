@@ -1,0 +1,118 @@
+"""What Reverse Reward asks of a model, whoever runs it: sample answers, score spans, expand answers by one step.
+
+`TransformersEngine` runs a model in this process; `completions_engine` and `vllm_engine` speak to other engines.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import blake2b
+from typing import Any, Protocol
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import UsageError
+from megatron_ledom.inference.generation import Sampling
+from megatron_ledom.inference.scoring import SpanScore, Spent
+
+
+@dataclass(frozen=True, slots=True)
+class StepDelimiter:
+    """Where a step of an answer ends: after text that the pattern matches, or after one of the token ids.
+
+    A delimiter counts only after a character that is no white space, so that no step is empty. The token that completes the
+    delimiter belongs to the step with all its characters.
+    """
+
+    pattern: str | None = "\n"
+    """A regular expression; None where only ids count."""
+    token_ids: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        """Refuse a pattern that is no regular expression, or that matches nothing at all, and a delimiter of nothing."""
+        if self.pattern is None and not self.token_ids:
+            raise UsageError("a step delimiter needs a pattern or token ids")
+        try:
+            matches_nothing = self.pattern is not None and re.search(self.pattern, "") is not None
+        except re.error as error:
+            raise UsageError(f"the step delimiter {self.pattern!r} is no regular expression: {error}") from error
+        if matches_nothing:
+            raise UsageError(f"the step delimiter {self.pattern!r} matches the empty text, so it would end every step at once")
+
+    @classmethod
+    def parse(cls, text: str) -> "StepDelimiter":
+        """`newline`, `regex:PATTERN` or `ids:13,198`."""
+        kind, _, rest = text.partition(":")
+        if text == "newline":
+            return cls()
+        if kind == "regex" and rest:
+            return cls(pattern=rest)
+        if kind == "ids" and re.fullmatch(r"\d+(,\d+)*", rest):
+            return cls(pattern=None, token_ids=frozenset(map(int, rest.split(","))))
+        raise UsageError(f"step delimiter {text!r}: expected newline, regex:PATTERN or ids:NUMBER,NUMBER")
+
+    def end_of_step(self, text: str) -> int | None:
+        """How many characters of `text`, which begins a step, the pattern closes; None where the step goes on."""
+        if self.pattern is None:
+            return None
+        content = re.search(r"\S", text)
+        found = re.compile(self.pattern).search(text, content.end()) if content else None
+        return found.end() if found else None
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """An answer to a prompt as far as it is written.
+
+    finished: the model ended it or the token limit cut it. num_tokens: written by the model. forward_logprob: the sum of
+    log P_F of these tokens as they were sampled, without temperature; None where the engine does not tell. key: names the path's
+    own random numbers, which depend on nothing else in the batch. state: the engine's own.
+    """
+
+    prompt: str
+    key: str
+    text: str = ""
+    finished: bool = False
+    num_tokens: int = 0
+    forward_logprob: float | None = 0.0
+    state: Any = field(default=None, repr=False, compare=False)
+
+    def child(self, number: int) -> "Path":
+        """What this path grows into as its child `number`. The first goes on with the path's own random numbers, so that an
+        answer comes out the same whether it is written at once or step by step."""
+        if not self.num_tokens:
+            return replace(self, key=f"{self.key}/{number}")
+        return replace(self, key=f"{self.key}.{self.num_tokens}:{number}") if number else self
+
+    def draw(self, position: int) -> float:
+        """The uniform number in [0, 1) with which the token at `position` of the answer is chosen."""
+        digest = blake2b(f"{self.key}@{position}".encode(), digest_size=8).digest()
+        return (int.from_bytes(digest, "big") >> 11) / 2**53
+
+
+class Engine(Protocol):
+    """A language model of one direction. Texts are text order everywhere; `spent` grows with every call."""
+
+    @property
+    def direction(self) -> Direction:
+        """Which way the model reads."""
+
+    @property
+    def spent(self) -> Spent:
+        """Tokens the model was fed and seconds, since the engine was made."""
+
+    def sample(self, roots: Sequence[Path], sampling: Sampling) -> list[list[Path]]:
+        """`sampling.num_return_sequences` whole answers for each root (a Path without text)."""
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
+        """Of each (preceding, following): log P(following | preceding) of a forward model, log P(preceding | following) of
+        a reverse one. Both parts are tokenised as one text; a token that reaches over the boundary belongs to `following`.
+        An empty given part stands for the start of a document. include_end adds log P(eod) at the scored part's far end."""
+
+    def expand(self, paths: Sequence[Path], num: int, delimiter: StepDelimiter, sampling: Sampling) -> list[list[Path]]:
+        """`num` continuations of each path by one step, which ends at the delimiter, at eod or at `max_new_tokens` of the
+        whole answer."""
+
+
+def root(prompt: str, sampling: Sampling, salt: int = 0) -> Path:
+    """The Path from which answers to `prompt` grow; `salt` (a record's number) sets equal prompts apart."""
+    return Path(prompt, f"{sampling.seed or 0}/{salt}")

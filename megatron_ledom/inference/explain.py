@@ -1,0 +1,120 @@
+"""Why an answer was chosen: each candidate step by step, shaded by how well the question follows from what is written so far.
+
+The shade of a step is log P_R(x | y up to and with the step). It is a likelihood of the same question tokens everywhere, so steps
+and candidates can be compared with each other, unlike sums over the answer, which fall with its length (LEDOM, arXiv 2507.01335,
+shows its examples this way).
+"""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ledom import pages
+from megatron_ledom.inference.engine import Engine, StepDelimiter
+
+LIGHT, DARK = (222, 236, 250), (255, 170, 90)
+"""Colours of the lowest and of the highest value, red, green, blue; both carry dark text."""
+HTML_STYLE = """
+.step { color: #1b1b1b; padding: 0 .15rem; border-radius: .2rem; white-space: pre-wrap; } h2 { font-size: 1.05rem; }
+.value { font-size: .75rem; opacity: .75; }
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedStep:
+    """A step's text, and log P_R of the question given the answer up to its end."""
+
+    text: str
+    reverse_logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The candidates of one question, best first: each one's place in the input, its reward and its steps."""
+
+    prompt: str
+    places: list[int]
+    rewards: list[float | None]
+    candidates: list[list[ExplainedStep]]
+
+    def shade(self, value: float) -> tuple[int, int, int]:
+        """The colour of a value among those of all steps."""
+        values = [step.reverse_logprob for steps in self.candidates for step in steps]
+        low, high = min(values), max(values)
+        share = (value - low) / (high - low) if high > low else 1.0
+        red, green, blue = (round(a + share * (b - a)) for a, b in zip(LIGHT, DARK, strict=True))
+        return red, green, blue
+
+
+def steps_of(answer: str, delimiter: StepDelimiter) -> list[str]:
+    """The answer cut after each delimiter; together the steps are the answer. White space at the end joins the last step."""
+    steps: list[str] = []
+    rest = answer
+    while rest:
+        end = delimiter.end_of_step(rest)
+        if end is None:
+            if rest.strip() or not steps:
+                return [*steps, rest]
+            return [*steps[:-1], steps[-1] + rest]
+        steps.append(rest[:end])
+        rest = rest[end:]
+    return steps
+
+
+def explain(
+    reverse: Engine,
+    prompt: str,
+    answers: Sequence[str],
+    rewards: Sequence[float | None],
+    ranking: Sequence[int],
+    delimiter: StepDelimiter,
+) -> Explanation:
+    """Score each answer after each of its steps; all of them in one call, so that they share batches. Empty answers have no steps."""
+    cut = [steps_of(answers[place], delimiter) for place in ranking]
+    partial = ["".join(steps[: number + 1]) for steps in cut for number in range(len(steps))]
+    scores = iter(reverse.score([(prompt, text) for text in partial]))
+    explained = [[ExplainedStep(step, next(scores).logprob) for step in steps] for steps in cut]
+    return Explanation(prompt, list(ranking), [rewards[place] for place in ranking], explained)
+
+
+def as_terminal(explanation: Explanation) -> str:
+    """With 24-bit colours for a terminal."""
+    lines = [explanation.prompt, ""]
+    for rank, (place, reward) in enumerate(zip(explanation.places, explanation.rewards, strict=True), 1):
+        lines.append(f"{rank}. candidate {place}, reward {_number(reward)}")
+        for step in explanation.candidates[rank - 1]:
+            red, green, blue = explanation.shade(step.reverse_logprob)
+            shaded = f"\x1b[48;2;{red};{green};{blue}m\x1b[38;2;27;27;27m{_visible(step.text)}\x1b[0m"
+            lines.append(f"{step.reverse_logprob:10.2f}  {shaded}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def as_html(explanation: Explanation) -> str:
+    """One page that needs nothing besides itself; every text of a model is escaped."""
+    body = [
+        f"<p>{html.escape(explanation.prompt)}</p>",
+        "<p>A step is shaded by log P<sub>R</sub>(question | answer up to its end); the warmer, the better the question follows.</p>",
+    ]
+    for rank, (place, reward) in enumerate(zip(explanation.places, explanation.rewards, strict=True), 1):
+        body.append(f"<h2>{rank}. candidate {place}, reward {_number(reward)}</h2>")
+        steps = []
+        for step in explanation.candidates[rank - 1]:
+            colour = "rgb({},{},{})".format(*explanation.shade(step.reverse_logprob))
+            value = f"{step.reverse_logprob:.2f}"
+            text = html.escape(step.text.rstrip("\n"))
+            steps.append(
+                f'<div><span class="step" style="background:{colour}" title="{value}">{text}</span>'
+                f' <span class="value">{value}</span></div>'
+            )
+        body += steps
+    return pages.page("Why this answer", body, HTML_STYLE)
+
+
+def _visible(text: str) -> str:
+    """Without the line break at its end, and without control characters that would steer the terminal."""
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else "\ufffd" for c in text.rstrip("\n"))
+
+
+def _number(reward: float | None) -> str:
+    return "none" if reward is None else f"{reward:.3f}"

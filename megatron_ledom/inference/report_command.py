@@ -1,0 +1,79 @@
+"""From the options of tools/report_rerank.py to a comparison of methods or to the explanation of one choice."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.inference.reverse_reward import RewardSettings
+
+Options = dict[str, Any]
+
+
+def report_command(options: Options) -> None:
+    """Write and print what was asked for."""
+    for path in [*options["files"], *([options["beam"]] if options["beam"] else [])]:
+        if not os.path.isfile(path):
+            raise UsageError(f"{path} is no file; pass outputs of tools/rerank.py")
+    if options["explain"] is None:
+        _compare(options)
+    else:
+        _explain(options)
+
+
+def _compare(options: Options) -> None:
+    from megatron_ledom.inference.selection_report import ReportSettings, report_selection, sentences
+
+    if options["gold_key"] is None:
+        raise UsageError("a comparison needs --gold-key, the field with the right answer")
+    settings = ReportSettings(
+        gold_key=options["gold_key"],
+        answers=options["answers"],
+        reward=recorded_reward(options["files"]),
+        num_folds=options["folds"],
+        seed=options["seed"],
+    )
+    report = report_selection(options["files"], options["output"], settings, beam=options["beam"])
+    for name, found in report["methods"].items():
+        print(f"{name:<28}{100 * found['accuracy']:6.1f} %")
+    print(*sentences(report), os.path.join(options["output"], "report.html"), sep="\n")
+
+
+def _explain(options: Options) -> None:
+    from megatron_ledom.inference.engine import StepDelimiter
+    from megatron_ledom.inference.explain import as_html, as_terminal, explain
+    from megatron_ledom.inference.reverse_lm import ReverseLM
+    from megatron_ledom.inference.transformers_engine import TransformersEngine
+
+    if options["reverse"] is None:
+        raise UsageError("--explain needs --reverse, the folder of the reverse model")
+    lines = Path(options["files"][0]).read_text(encoding="utf-8").splitlines()
+    if not 1 <= options["explain"] <= len(lines):
+        raise UsageError(f"{options['files'][0]} has lines 1 to {len(lines)}, asked for was {options['explain']}")
+    record = json.loads(lines[options["explain"] - 1])
+    if "ranking" not in record:
+        raise DataError(f"{options['files'][0]}:{options['explain']} has no ranking; pass an output of tools/rerank.py")
+    texts = [c["text"] if isinstance(c, dict) else c for c in record["candidates"]]
+    rewards = [score["reward"] for score in record["scores"]]
+    engine = TransformersEngine(ReverseLM.from_pretrained(options["reverse"]))
+    delimiter = StepDelimiter.parse(options["step_delimiter"])
+    explanation = explain(engine, record["prompt"], texts, rewards, record["ranking"], delimiter)
+    os.makedirs(options["output"], exist_ok=True)
+    page = Path(options["output"], f"explain_{options['explain']}.html")
+    page.write_text(as_html(explanation), encoding="utf-8")
+    print(as_terminal(explanation))
+    print(page)
+
+
+def recorded_reward(files: list[str]) -> RewardSettings:
+    """The reward's settings that stand beside the files; the defaults where none are. UsageError where they differ."""
+    found = []
+    for path in files:
+        beside = Path(f"{path}.spent.json")
+        if beside.is_file():
+            found.append(json.loads(beside.read_text(encoding="utf-8"))["made_by"]["settings"]["reward"])
+    for settings in found[1:]:
+        if {**settings, "weight": 0} != {**found[0], "weight": 0}:
+            raise UsageError(f"the files were made with different rewards ({settings} and {found[0]}); compare like with like")
+    return RewardSettings(**found[0]) if found else RewardSettings()

@@ -1,0 +1,69 @@
+"""From the options of tools/rerank.py to settings, models and files."""
+
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.errors import UsageError
+from megatron_ledom.inference.engine import Engine, StepDelimiter
+from megatron_ledom.inference.forward_lm import ForwardLM
+from megatron_ledom.inference.generation import Sampling
+from megatron_ledom.inference.rerank_file import RerankSettings, rerank_file
+from megatron_ledom.inference.reverse_lm import ReverseLM
+from megatron_ledom.inference.reverse_reward import RewardSettings
+from megatron_ledom.inference.scoring import check_batch_size
+from megatron_ledom.inference.search import BeamSettings
+from megatron_ledom.inference.transformers_engine import TransformersEngine
+
+Options = dict[str, Any]
+SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "greedy")
+BEAM = ("expansions", "step_delimiter")
+
+
+def rerank_command(options: Options) -> None:
+    """Check everything that can be checked, then load both models and rank the file."""
+    settings = settings_from(options)
+    check_batch_size(options["batch_size"])
+    folders = {side: str(Path(options[side]).resolve()) for side in ("forward", "reverse")}
+
+    def engines() -> tuple[Engine, Engine]:
+        reverse = TransformersEngine(ReverseLM.from_pretrained(options["reverse"]), options["batch_size"])
+        return TransformersEngine(ForwardLM.from_pretrained(options["forward"]), options["batch_size"]), reverse
+
+    made_by = {**folders, "batch_size": options["batch_size"]}
+    rerank_file(engines, options["input"], options["output"], settings, made_by=made_by)
+
+
+def settings_from(options: Options) -> RerankSettings:
+    """The settings that the options mean; UsageError for those that do not go together."""
+    beam, num_samples = options["beam"], options["sample"]
+    if beam is not None and num_samples is not None:
+        raise UsageError("--sample and --beam are two ways to write candidates; choose one")
+    if beam is None and num_samples is None:
+        _refuse(options, SAMPLING, "--sample or --beam: given candidates are not written anew")
+    if beam is None:
+        _refuse(options, BEAM, "--beam")
+    names = ("weight", "forward_normalization", "reverse_normalization", "language_model_weight", "include_ends")
+    reward = RewardSettings(**{name: options[name] for name in names}, temperature=options["reward_temperature"])
+    given = {name: options[name] for name in SAMPLING if name != "greedy" and options[name] is not None}
+    search = None
+    if beam is not None:
+        delimiter = StepDelimiter.parse(options["step_delimiter"] or "newline")
+        num_expansions = 3 if options["expansions"] is None else options["expansions"]
+        search = BeamSettings(num_beams=beam, num_expansions=num_expansions, delimiter=delimiter)
+    sampling = None
+    if beam is not None or num_samples is not None:
+        num = 1 if num_samples is None else num_samples
+        sampling = Sampling(**{"temperature": 1.0, **given}, num_return_sequences=num)
+    return RerankSettings(
+        reward=reward,
+        sampling=sampling,
+        beam=search,
+        greedy=bool(options["greedy"]),
+        token_values=options["token_values"],
+    )
+
+
+def _refuse(options: Options, names: tuple[str, ...], needed: str) -> None:
+    for name in names:
+        if options[name] is not None:
+            raise UsageError(f"--{name.replace('_', '-')} needs {needed}")

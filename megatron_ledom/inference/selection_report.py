@@ -1,0 +1,264 @@
+"""The report of a comparison: JSON, Markdown and one HTML page, with intervals, and with what is significant said in words."""
+
+import html
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ledom import pages
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.inference.answers import answers_by
+from megatron_ledom.inference.reverse_reward import RewardSettings
+from megatron_ledom.inference.selection import (
+    GRID,
+    METHODS,
+    WITH_REVERSE,
+    Question,
+    Values,
+    chosen_weights,
+    load_questions,
+)
+
+MAIN = "Reverse Reward"
+LEVEL = 0.95
+Report = dict[str, Any]
+COLOURS = {
+    "light": ["#c1440e", "#1f5fa8", "#1b7f5c", "#8a2be2", "#b8860b", "#5b6470", "#d1478c", "#111111", "#7a5230"],
+    "dark": ["#ff8a5b", "#7db8ff", "#6fe0b4", "#c9a2ff", "#ffd166", "#b7c0cc", "#ff9ecb", "#f0f0f0", "#d8b48a"],
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportSettings:
+    """How a comparison is made. reward: its weight is not used, because lambda is chosen on held-out questions."""
+
+    gold_key: str
+    answers: str = "number"
+    reward: RewardSettings
+    num_folds: int = 5
+    num_resamples: int = 10_000
+    seed: int = 0
+
+
+def report_selection(
+    runs: Sequence[str | Path], output: str | Path, settings: ReportSettings, *, beam: str | Path | None = None
+) -> Report:
+    """Compare the methods over reranked files, one for each sampling seed; writes report.json, report.md and report.html.
+
+    The files must hold the same prompts in the same order; so must `beam`, the output of a beam search, if there is one.
+    """
+    answers = answers_by(settings.answers)
+    seeds = [load_questions(path, settings.gold_key, answers, settings.reward, beam) for path in runs]
+    for path, questions in zip(runs, seeds, strict=True):
+        if [q.prompt for q in questions] != [q.prompt for q in seeds[0]]:
+            raise DataError(
+                f"{path} has other prompts than {runs[0]}; give files of the same input, one for each sampling seed"
+            )
+    report = compare(seeds, settings)
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    (output / "report.md").write_text(_markdown(report), encoding="utf-8")
+    (output / "report.html").write_text(_html(report), encoding="utf-8")
+    return report
+
+
+def compare(seeds: Sequence[Sequence[Question]], settings: ReportSettings) -> Report:
+    """Accuracies, paired differences from Reverse Reward with intervals, the curves, and what the same tokens buy."""
+    num = min(len(question.is_right) for questions in seeds for question in questions)
+    weights = _weights(seeds, num, settings)
+    outcomes = {name: _outcomes(seeds, name, num, weights) for name in METHODS}
+    known = {name: values for name, values in outcomes.items() if values is not None}
+    return {
+        "num_questions": len(seeds[0]),
+        "num_candidates": num,
+        "num_seeds": len(seeds),
+        "answers": settings.answers,
+        "held_out": {"num_folds": settings.num_folds, "lambdas": [[GRID[w] for w in np.unique(row)] for row in weights]},
+        "methods": {name: _summary(values, settings) for name, values in known.items()},
+        "comparisons": _comparisons(known, settings),
+        "equal_tokens": _equal_tokens(seeds, num, settings),
+        "over_n": _over_n(seeds, list(known), num, settings),
+        "over_lambda": [
+            [weight, _mean(_outcomes(seeds, MAIN, num, np.full_like(weights, index)))] for index, weight in enumerate(GRID)
+        ],
+    }
+
+
+def _weights(seeds: Sequence[Sequence[Question]], num: int, settings: ReportSettings) -> Any:
+    """[seeds, questions] indices of GRID; each seed divides the questions anew."""
+    return np.array([chosen_weights(qs, num, settings.num_folds, settings.seed + i) for i, qs in enumerate(seeds)])
+
+
+def _outcomes(seeds: Sequence[Sequence[Question]], method: str, num: int, weights: Any) -> Values | None:
+    """[seeds, questions], or None where some question does not know."""
+    rows = [
+        [question.outcome(method, num, int(weight)) for question, weight in zip(questions, own, strict=True)]
+        for questions, own in zip(seeds, weights, strict=True)
+    ]
+    return None if any(value is None for row in rows for value in row) else np.array(rows, dtype=np.float64)
+
+
+def _mean(outcomes: Values | None) -> float:
+    return float("nan") if outcomes is None else float(outcomes.mean())
+
+
+def _summary(outcomes: Values, settings: ReportSettings) -> Report:
+    return {
+        "accuracy": float(outcomes.mean()),
+        "interval": _interval(outcomes.mean(axis=0), LEVEL, settings),
+        "by_seed": outcomes.mean(axis=1).tolist(),
+    }
+
+
+def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[Report]:
+    """Reverse Reward minus each other method, question by question. Significant: 0 lies outside an interval that is widened for
+    the number of comparisons (Bonferroni), so that all of them together are wrong in at most 5 of 100 cases."""
+    others = [name for name in outcomes if name not in (MAIN, "oracle")]
+    found = []
+    for name in others:
+        difference = (outcomes[MAIN] - outcomes[name]).mean(axis=0)
+        low, high = _interval(difference, 1 - (1 - LEVEL) / len(others), settings)
+        found.append(
+            {
+                "against": name,
+                "difference": float(difference.mean()),
+                "interval": _interval(difference, LEVEL, settings),
+                "simultaneous_interval": [low, high],
+                "is_significant": bool(low > 0 or high < 0),
+            }
+        )
+    return found
+
+
+def _interval(by_question: Values, level: float, settings: ReportSettings) -> list[float]:
+    """Bootstrap interval of a mean over questions; the seeds of a question stay together."""
+    if np.ptp(by_question) == 0:
+        return [float(by_question[0])] * 2
+    try:
+        from scipy.stats import bootstrap
+    except ImportError as error:
+        raise UsageError("intervals need scipy: pip install 'megatron-ledom[evaluation]'") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = bootstrap(
+            (by_question,),
+            np.mean,
+            confidence_level=level,
+            n_resamples=settings.num_resamples,
+            batch=max(1, 2**22 // len(by_question)),
+            method="percentile",
+            rng=np.random.default_rng(settings.seed),
+        )
+    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+
+
+def _equal_tokens(seeds: Sequence[Sequence[Question]], num: int, settings: ReportSettings) -> list[Report]:
+    """Accuracy if every method may use the tokens of sampling `num` candidates: those with a reverse pass get fewer of them.
+
+    A token counts the same whether it is written or read; where reading is cheaper this is to the disadvantage of Reverse Reward.
+    """
+    sample = float(np.mean([question.sample_tokens for questions in seeds for question in questions]))
+    judge = float(np.mean([question.reverse_tokens for questions in seeds for question in questions]))
+    fewer = max(1, int(num * sample / (sample + judge)))
+    rows = []
+    for name in METHODS:
+        affordable = 1 if name == "greedy" else fewer if name in WITH_REVERSE else num
+        outcomes = _outcomes(seeds, name, affordable, _weights(seeds, affordable, settings))
+        if outcomes is not None and name != "beam by Reverse Reward":
+            tokens = affordable * (sample + (judge if name in WITH_REVERSE else 0.0))
+            rows.append({"method": name, "num_candidates": affordable, "tokens": tokens, "accuracy": float(outcomes.mean())})
+    return rows
+
+
+def _over_n(seeds: Sequence[Sequence[Question]], names: list[str], num: int, settings: ReportSettings) -> Report:
+    sizes = sorted({2**power for power in range(num.bit_length()) if 2**power <= num} | {num})
+    curves: dict[str, list[list[float]]] = {name: [] for name in names}
+    for size in sizes:
+        weights = _weights(seeds, size, settings)
+        for name in names:
+            curves[name].append([size, _mean(_outcomes(seeds, name, size, weights))])
+    return curves
+
+
+def sentences(report: Report) -> list[str]:
+    """What the comparisons say, one sentence each."""
+    told = []
+    for row in report["comparisons"]:
+        low, high = row["simultaneous_interval"]
+        side = "above" if row["difference"] > 0 else "below"
+        word = f"significantly {side}" if row["is_significant"] else "not significantly different from"
+        told.append(
+            f"{MAIN} is {word} {row['against']}: {100 * row['difference']:+.1f} points"
+            f" (simultaneous interval {100 * low:+.1f} to {100 * high:+.1f})."
+        )
+    return told
+
+
+def _tables(report: Report) -> tuple[list[list[str]], list[list[str]]]:
+    """The methods, and what the same tokens buy, as rows of texts."""
+    rows = [["method", "accuracy", "95 % interval", "each seed", "how it chooses"]]
+    for name, found in report["methods"].items():
+        low, high = found["interval"]
+        seeds = " ".join(f"{100 * value:.1f}" for value in found["by_seed"])
+        rows.append([name, f"{100 * found['accuracy']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", seeds, METHODS[name]])
+    equal = [["method at equal tokens", "candidates", "tokens a question", "accuracy"]]
+    for row in report["equal_tokens"]:
+        equal.append([row["method"], str(row["num_candidates"]), f"{row['tokens']:.0f}", f"{100 * row['accuracy']:.1f}"])
+    return rows, equal
+
+
+def _about(report: Report) -> str:
+    lambdas = "; ".join(", ".join(f"{value:.2f}" for value in row) for row in report["held_out"]["lambdas"])
+    return (
+        f"{report['num_questions']} questions, {report['num_candidates']} candidates each, {report['num_seeds']} sampling seed(s),"
+        f" answers compared by {report['answers']}. lambda is chosen on the other of {report['held_out']['num_folds']} folds, never on"
+        f" the question it judges (chosen, by seed: {lambdas}). Intervals: bootstrap over questions, paired."
+    )
+
+
+def _markdown(report: Report) -> str:
+    parts = ["# Choosing answers by Reverse Reward", _about(report)]
+    for rows in _tables(report):
+        lines = ["| " + " | ".join(row) + " |" for row in rows]
+        parts.append("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
+    parts.append("\n".join(f"- {sentence}" for sentence in sentences(report)))
+    return "\n\n".join(parts) + "\n"
+
+
+def _html(report: Report) -> str:
+    told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences(report))
+    methods, equal = (pages.table(rows) for rows in _tables(report))
+    figures = [
+        pages.figure("accuracy over N", {theme: _draw_over_n(report, theme) for theme in pages.THEMES}),
+        pages.figure("accuracy over lambda", {theme: _draw_over_lambda(report, theme) for theme in pages.THEMES}),
+    ]
+    body = [f"<p>{html.escape(_about(report))}</p>", methods, f"<ul>{told}</ul>", equal, *figures]
+    return pages.page("Choosing answers by Reverse Reward", body)
+
+
+def _draw_over_n(report: Report, theme: str) -> bytes:
+    def _fill(axes: Any) -> None:
+        for (name, points), colour in zip(report["over_n"].items(), COLOURS[theme] * 2, strict=False):
+            axes.plot([n for n, _ in points], [100 * y for _, y in points], label=name, color=colour, marker="o", ms=3, lw=1.4)
+        axes.set_xscale("log", base=2)
+        axes.set(xlabel="candidates N", ylabel="right answers (%)", title="Accuracy over N")
+
+    return pages.draw_png(theme, (8.5, 4.8), _fill)
+
+
+def _draw_over_lambda(report: Report, theme: str) -> bytes:
+    def _fill(axes: Any) -> None:
+        points = report["over_lambda"]
+        axes.plot([x for x, _ in points], [100 * y for _, y in points], color=COLOURS[theme][0], marker="o", ms=3, label=MAIN)
+        majority = 100 * report["methods"]["majority vote"]["accuracy"]
+        axes.axhline(majority, color=COLOURS[theme][1], ls="--", lw=1.2, label="majority vote")
+        title = "Accuracy over lambda, all questions (shown, not used to choose)"
+        axes.set(xlabel="lambda: 0 forward only, 1 reverse only", ylabel="right answers (%)", title=title)
+
+    return pages.draw_png(theme, (8.5, 3.8), _fill)

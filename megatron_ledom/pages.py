@@ -1,0 +1,68 @@
+"""Reports as one HTML file that needs nothing besides itself: style, tables, and matplotlib pictures for light and dark pages."""
+
+import base64
+import html
+import io
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_ledom.errors import UsageError
+
+THEMES = {"light": {"paper": "#ffffff", "ink": "#1b1b1b"}, "dark": {"paper": "#161616", "ink": "#e6e6e6"}}
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d5d5d5; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --line: #3a3a3a; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem; margin: 2rem auto;
+  padding: 0 1rem; }
+img { width: 100%; height: auto; }
+table { border-collapse: collapse; } th, td { text-align: right; padding: .25rem .75rem; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; } figure { margin: 2rem 0; } div { overflow-x: auto; }
+"""
+
+
+def page(title: str, body: Sequence[str], style: str = "") -> str:
+    """A whole page; `title` is plain text, `body` is HTML, `style` is added to the common one."""
+    title = html.escape(title)
+    return (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{STYLE}{style}</style></head>\n<body><h1>{title}</h1>\n'
+        f"{chr(10).join(body)}\n</body></html>\n"
+    )
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Plain-text cells as an HTML table; the first row holds the headings."""
+    lines = []
+    for number, row in enumerate(rows):
+        cell = "td" if number else "th"
+        lines.append("<tr>" + "".join(f"<{cell}>{html.escape(text)}</{cell}>" for text in row) + "</tr>")
+    return f"<div><table>\n{chr(10).join(lines)}\n</table></div>"
+
+
+def figure(name: str, themes: dict[str, bytes]) -> str:
+    """A PNG picture for each of THEMES, inside the page."""
+    light, dark = (f"data:image/png;base64,{base64.b64encode(themes[theme]).decode()}" for theme in ("light", "dark"))
+    source = f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">'
+    return f'<figure><picture>{source}<img src="{light}" alt="{html.escape(name)}"></picture></figure>'
+
+
+def draw_png(theme: str, size: tuple[float, float], fill: Callable[[Any], None]) -> bytes:
+    """What `fill` draws on the axes of a figure of `size` inches, as PNG; UsageError where matplotlib is not installed."""
+    try:
+        import matplotlib as mpl
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise UsageError("curves need matplotlib: pip install 'megatron-ledom[plots]'") from error
+    colours = THEMES[theme]
+    inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
+    with mpl.rc_context(
+        {"figure.facecolor": colours["paper"], "axes.facecolor": colours["paper"], **dict.fromkeys(inked, colours["ink"])}
+    ):
+        drawn = Figure(figsize=size, layout="constrained")
+        axes = drawn.subplots()
+        fill(axes)
+        axes.grid(alpha=0.25)
+        axes.legend(frameon=False, labelcolor=colours["ink"], fontsize="small")
+        buffer = io.BytesIO()
+        drawn.savefig(buffer, dpi=130, format="png")
+    return buffer.getvalue()

@@ -1,0 +1,272 @@
+"""Baselines, held-out lambda, intervals and the report: on outcomes that can be worked out by hand."""
+
+import json
+import random
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.inference.answers import answers_by, classes_of
+from megatron_ledom.inference.engine import StepDelimiter
+from megatron_ledom.inference.explain import as_html, as_terminal, explain, steps_of
+from megatron_ledom.inference.reverse_lm import ReverseLM
+from megatron_ledom.inference.reverse_reward import RewardSettings
+from megatron_ledom.inference.selection import GRID, Question, chosen_weights, load_questions
+from megatron_ledom.inference.selection_report import MAIN, ReportSettings, compare, sentences
+from megatron_ledom.inference.transformers_engine import TransformersEngine
+from tests.tiny_models import random_model_folder
+
+ROOT = Path(__file__).parents[2]
+HALF = GRID.index(0.5)
+
+
+def line(number: int, gold: int, answers: list[int], forward: list[float], reverse: list[float], **more: Any) -> dict[str, Any]:
+    """A reranked line with candidates "It is 7." and so on, of 10 tokens each; the prompt has 20."""
+    scores = [
+        {"forward_logprob": f, "reverse_logprob": r, "forward_tokens": 10, "reverse_tokens": 20, "reward": (f + r) / 2}
+        for f, r in zip(forward, reverse, strict=True)
+    ]
+    ranking = sorted(range(len(scores)), key=lambda i: -scores[i]["reward"])
+    texts = [f"It is {answer}." for answer in answers]
+    record = {"prompt": f"Question {number}: ", "gold": f"so it is #### {gold}", "candidates": texts, "scores": scores}
+    return {**record, "ranking": ranking, "best": texts[ranking[0]], **more}
+
+
+def write(path: Path, lines: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in lines))
+    return path
+
+
+def questions_of(tmp_path: Path, lines: list[dict[str, Any]], **settings: Any) -> list[Question]:
+    return load_questions(write(tmp_path / "x.jsonl", lines), "gold", answers_by("number"), RewardSettings(**settings))
+
+
+def test_each_method_on_numbers_worked_out_by_hand(tmp_path: Path) -> None:
+    """Right is 7. Forward prefers a 3, reverse a 7; 3 is the commonest; half and half prefers 5."""
+    record = line(1, 7, [3, 3, 7, 5], [-1.0, -8.0, -9.0, -2.0], [-9.0, -8.0, -3.0, -3.5], greedy="7")
+    (question, _) = questions_of(tmp_path, [record, record])
+    expected = {
+        "greedy": 1.0,
+        "random of N": 0.25,
+        "forward likelihood, sum": 0.0,
+        "forward likelihood, mean": 0.0,
+        "majority vote": 0.0,
+        "reverse only": 1.0,
+        MAIN: 0.0,
+        "oracle": 1.0,
+        "beam by Reverse Reward": None,
+    }
+    assert {name: question.outcome(name, 4, HALF) for name in expected} == expected
+    assert question.outcome(MAIN, 4, len(GRID) - 1) == 1.0
+    assert [question.outcome("oracle", num, HALF) for num in (1, 2, 3)] == [0.0, 0.0, 1.0]
+
+
+def test_votes_are_weighted_by_the_exponential_of_the_reward(tmp_path: Path) -> None:
+    """Rewards -1 for a 3, and -1.5 twice for a 7: 0.37 against 2 * 0.22. A sharp temperature leaves the best one only."""
+    record = line(1, 7, [3, 7, 7], [-1.0, -1.5, -1.5], [-1.0, -1.5, -1.5])
+    assert questions_of(tmp_path, [record] * 2)[0].outcome("reverse-weighted majority", 3, HALF) == 1.0
+    sharp = questions_of(tmp_path, [record] * 2, temperature=0.1)[0]
+    assert sharp.outcome("reverse-weighted majority", 3, HALF) == 0.0
+    assert sharp.outcome("majority vote", 3, HALF) == 1.0
+
+
+def test_an_answer_that_cannot_be_read_has_no_vote_and_is_wrong(tmp_path: Path) -> None:
+    record = line(1, 7, [3, 3, 7], [-1.0] * 3, [-1.0] * 3)
+    record["candidates"] = ["none", "none at all", "7"]
+    (question, _) = questions_of(tmp_path, [record, record])
+    assert question.outcome("majority vote", 3, HALF) == 1.0
+    assert question.outcome("random of N", 3, HALF) == pytest.approx(1 / 3)
+    assert question.outcome("majority vote", 2, HALF) == 0.0
+
+
+def random_lines(num: int, seed: int, reverse_knows: bool) -> list[dict[str, Any]]:
+    """Questions with 8 candidates, a third of them right. reverse_knows: right ones get a higher reverse likelihood."""
+    rng = random.Random(seed)
+    lines = []
+    for number in range(num):
+        answers = [7 if rng.random() < 0.33 else rng.randint(10, 30) for _ in range(8)]
+        reverse = [rng.gauss(2.0 if reverse_knows and answer == 7 else 0.0, 1.0) - 30 for answer in answers]
+        lines.append(line(number, 7, answers, [rng.gauss(-30, 1) for _ in answers], reverse, greedy=f"{rng.choice([7, 8])}"))
+    return lines
+
+
+def test_lambda_never_sees_the_question_it_judges(tmp_path: Path) -> None:
+    """Turning the outcome of one question changes no lambda of its own fold, and does change some other."""
+    lines = random_lines(6, 4, reverse_knows=False)
+    before = chosen_weights(questions_of(tmp_path, lines), 8, 3, seed=0)
+    folds = np.random.default_rng(0).permutation(6) % 3
+    changed = False
+    for number, record in enumerate(lines):
+        others = [{**r, "gold": f"{r['candidates'][0][6:-1]}"} if n == number else r for n, r in enumerate(lines)]
+        after = chosen_weights(questions_of(tmp_path, others), 8, 3, seed=0)
+        own = folds == folds[number]
+        assert (after[own] == before[own]).all(), record
+        changed = changed or bool((after != before).any())
+    assert changed
+
+
+def settings(**changed: Any) -> ReportSettings:
+    return ReportSettings(**{"gold_key": "gold", "reward": RewardSettings(), "num_resamples": 2000, **changed})
+
+
+def test_a_reverse_model_that_knows_is_significantly_better_and_one_that_does_not_is_not(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    for knows in (True, False):
+        runs = [questions_of(tmp_path, random_lines(120, seed, knows)) for seed in (1, 2)]
+        report = compare(runs, settings())
+        by_name = {row["against"]: row for row in report["comparisons"]}
+        assert by_name["forward likelihood, sum"]["is_significant"] is knows
+        assert by_name["random of N"]["is_significant"] is knows
+        for row in report["comparisons"]:
+            low, high = row["interval"]
+            wide_low, wide_high = row["simultaneous_interval"]
+            assert wide_low <= low <= row["difference"] <= high <= wide_high
+            assert row["is_significant"] == (wide_low > 0 or wide_high < 0)
+        accuracies = {name: found["accuracy"] for name, found in report["methods"].items()}
+        assert accuracies["oracle"] >= max(accuracies.values())
+        told = " ".join(sentences(report))
+        assert ("significantly above forward likelihood, sum" in told) is knows
+        assert "not significantly different" in told or knows
+        assert report["over_n"]["oracle"][-1] == [8, accuracies["oracle"]]
+        assert len(report["over_lambda"]) == len(GRID)
+        assert len(report["methods"][MAIN]["by_seed"]) == 2
+
+
+def test_equal_tokens_leave_the_methods_with_a_reverse_pass_fewer_candidates(tmp_path: Path) -> None:
+    """A candidate costs 10 tokens to write and 10 + 20 to judge: of the tokens of 8, two can be written and judged."""
+    pytest.importorskip("scipy")
+    runs = [questions_of(tmp_path, random_lines(20, 1, reverse_knows=True))]
+    rows = {row["method"]: row for row in compare(runs, settings())["equal_tokens"]}
+    assert (rows[MAIN]["num_candidates"], rows[MAIN]["tokens"]) == (2, 80.0)
+    assert (rows["majority vote"]["num_candidates"], rows["majority vote"]["tokens"]) == (8, 80.0)
+    assert rows["greedy"]["num_candidates"] == 1
+
+
+def test_intervals_are_of_the_paired_differences(tmp_path: Path) -> None:
+    """Two methods that are right on the same questions differ by exactly 0, however much either varies over questions."""
+    pytest.importorskip("scipy")
+    lines = random_lines(40, 3, reverse_knows=False)
+    for record in lines:
+        for score in record["scores"]:
+            score["reverse_logprob"] = score["forward_logprob"]
+    report = compare([questions_of(tmp_path, lines)], settings())
+    row = next(row for row in report["comparisons"] if row["against"] == "forward likelihood, sum")
+    assert (row["difference"], row["interval"], row["is_significant"]) == (0.0, [0.0, 0.0], False)
+    low, high = report["methods"][MAIN]["interval"]
+    assert low < report["methods"][MAIN]["accuracy"] < high
+
+
+def test_answers_are_read_and_compared() -> None:
+    number = answers_by("number")
+    assert number.read("7 apples and 1,200.50 pears") == number.read("#### 1200.5 is it, not 3")
+    assert number.read("none") is None
+    assert (number.read("10-3"), number.read("it is -3.")) == (3, -3)
+    assert classes_of(["3", "x", "3.0", "4"], number) == [0, None, 0, 1]
+    assert answers_by("text").read("  ") is None
+    with pytest.raises(UsageError, match="number, text, math"):
+        answers_by("numbers")
+
+
+def test_math_answers_are_those_of_math_verify() -> None:
+    pytest.importorskip("math_verify")
+    answers = answers_by("math")
+    half, same, other = (answers.read(text) for text in (r"so it is $\frac{1}{2}$", r"\boxed{0.5}", "$0.6$"))
+    assert answers.is_same(half, same)
+    assert not answers.is_same(half, other)
+
+
+def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["report_rerank.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools/report_rerank.py"), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def test_the_tool_writes_three_reports_that_agree(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("scipy")
+    files = [str(write(tmp_path / f"{seed}.jsonl", random_lines(30, seed, reverse_knows=True))) for seed in (1, 2)]
+    beam = write(tmp_path / "beam.jsonl", random_lines(30, 5, reverse_knows=True))
+    output = tmp_path / "report"
+    options = ["--output", str(output), "--gold-key", "gold", "--beam", str(beam)]
+    assert run_tool(monkeypatch, *files, *options) == 0
+    report = json.loads((output / "report.json").read_text())
+    markdown, page = ((output / name).read_text() for name in ("report.md", "report.html"))
+    assert "beam by Reverse Reward" in report["methods"]
+    for sentence in sentences(report):
+        assert sentence in markdown
+        assert sentence in page
+    assert f"{100 * report['methods'][MAIN]['accuracy']:.1f}" in markdown
+    assert page.count("data:image/png;base64,") == 4
+    assert "http://" not in page
+    assert "https://" not in page
+    assert sentences(report)[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        ([], 2, "needs --gold-key"),
+        (["--gold-key", "answer"], 1, "x.jsonl:1: has no field 'answer'"),
+        (["--gold-key", "gold", "--folds", "1"], 2, "1 folds of 4 questions"),
+        (["--gold-key", "gold", "--beam", "missing"], 2, "missing is no file"),
+        (["--explain", "1"], 2, "--explain needs --reverse"),
+        (["--explain", "9", "--reverse", "none"], 2, "has lines 1 to 4"),
+    ],
+)
+def test_what_cannot_be_reported_is_said(
+    options: list[str],
+    code: int,
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = write(tmp_path / "x.jsonl", random_lines(4, 1, reverse_knows=True))
+    assert run_tool(monkeypatch, str(source), "--output", str(tmp_path / "report"), *options) == code
+    assert message in capsys.readouterr().err
+
+
+def test_runs_of_different_prompts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = random_lines(4, 1, reverse_knows=True)
+    files = [str(write(tmp_path / "a.jsonl", lines)), str(write(tmp_path / "b.jsonl", list(reversed(lines))))]
+    assert run_tool(monkeypatch, *files, "--output", str(tmp_path / "r"), "--gold-key", "gold") == 1
+    with pytest.raises(DataError, match="at least 2"):
+        questions_of(tmp_path, lines[:1])
+
+
+def test_steps_together_are_the_answer() -> None:
+    delimiter = StepDelimiter()
+    for answer in ("a\nb\n\nc", "a\nb\n \n", "\n\na", "", " ", "one"):
+        assert "".join(steps_of(answer, delimiter)) == answer
+    assert steps_of("a\nb\n \n", delimiter) == ["a\n", "b\n \n"]
+
+
+def test_a_choice_is_explained_by_the_likelihood_of_the_question_after_each_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = random_model_folder(tmp_path / "reverse", "byte_level", "reverse")
+    reverse = ReverseLM.from_pretrained(folder, device="cpu")
+    answers = ["The cat\nsat <b>\n", "", "\x1b[31mParis"]
+    found = explain(TransformersEngine(reverse), "Who? ", answers, [-2.0, None, -1.0], [2, 0, 1], StepDelimiter())
+    assert [[step.text for step in steps] for steps in found.candidates] == [["\x1b[31mParis"], ["The cat\n", "sat <b>\n"], []]
+    values = [step.reverse_logprob for step in found.candidates[1]]
+    assert values == pytest.approx(
+        [reverse.log_likelihood("Who? ", text).logprob for text in ("The cat\n", answers[0])], abs=1e-4
+    )
+    every = [step.reverse_logprob for steps in found.candidates for step in steps]
+    assert found.shade(max(every)) != found.shade(min(every))
+    assert "<b>" not in as_html(found)
+    assert "\ufffd[31mParis" in as_terminal(found)
+    record = {"prompt": "Who? ", "candidates": answers[:1], "scores": [{"reward": -2.0}], "ranking": [0]}
+    source = write(tmp_path / "x.jsonl", [record])
+    arguments = [str(source), "--output", str(tmp_path / "why"), "--explain", "1", "--reverse", str(folder)]
+    assert run_tool(monkeypatch, *arguments) == 0
+    assert f"{values[1]:.2f}" in capsys.readouterr().out
+    assert f"{values[1]:.2f}" in (tmp_path / "why/explain_1.html").read_text()
