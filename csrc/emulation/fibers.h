@@ -242,7 +242,7 @@ inline bool open_barrier() {
   int done = 0;
   for (int i = 0; i < block.threads; i++) done += block.fibers[i].state == State::DONE;
   if (waiting && waiting + done == block.threads && done)
-    fail(std::string("a barrier is reached by ") + std::to_string(waiting) + " of " + std::to_string(block.threads) + " threads at " + where);
+    fail("a barrier is reached by " + std::to_string(waiting) + " of " + std::to_string(block.threads) + " threads at " + where);
   if (waiting != block.threads) return false;
   for (int i = 0; i < block.threads; i++) block.fibers[i].state = State::READY;
   return true;

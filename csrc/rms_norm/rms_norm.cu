@@ -1,9 +1,9 @@
 // RMSNorm forward and backward; formula and layout are in rms_norm.h. 16-bit in and out, fp32 inside.
 //
 // Work: a block takes rows blockIdx.x, blockIdx.x + gridDim.x, ...; a thread takes groups of eight neighbouring values, HELD of them
-// in registers from the reading to the writing, the rest (of rows above 16,384 values forward, 8,192 backward) read again. Blocks are few, so that the weight is
-// read once a block and stays in registers. Nothing is kept for the backward pass but the input: it sums the squares again, beside
-// the sum that it needs anyway.
+// in registers from the reading to the writing, the rest (of rows above 16,384 values forward, 8,192 backward) read again. Blocks are
+// few, so that the weight is read once a block and stays in registers. Nothing is kept for the backward pass but the input: it sums
+// the squares again, beside the sum that it needs anyway.
 //
 //   g = output_gradient * weight, r = 1 / sqrt(mean(x^2) + eps)
 //   input_gradient = r * g - x * r^3 * mean(g * x)  (+ sum_gradient)
@@ -154,8 +154,7 @@ template <class T, bool HAS_SUM_GRADIENT>
 __global__ void __launch_bounds__(BACKWARD_THREADS)
     rms_norm_backward(const T* output_gradient, const T* sum_gradient, const T* __restrict__ input, const T* __restrict__ weight,
                       T* input_gradient, float* __restrict__ partials, float eps, int64_t rows, int hidden) {
-  LEDOM_SHARED(ReduceScratch, of_squares);
-  LEDOM_SHARED(ReduceScratch, of_products);
+  LEDOM_SHARED(ReduceScratch, scratch);
   const int groups = hidden / PACK, threads = blockDim.x, first = threadIdx.x;
   float* partial = partials + static_cast<int64_t>(blockIdx.x) * hidden;
   const float inverse = 1.f / hidden;
@@ -164,8 +163,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS)
   for (int i = 0; i < HELD; i++)
     if (first + i * threads < groups) w[i] = load_pack(weight, first + i * threads);
   float total[HELD][PACK] = {};
-  int turn = 0;
-  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x, turn ^= 1) {
+  for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
     const int64_t offset = row * hidden;
     RowSums sums;
 #pragma unroll
@@ -179,8 +177,8 @@ __global__ void __launch_bounds__(BACKWARD_THREADS)
       if (first + i * threads < groups) sums.add<T>(x[i], g[i], w[i]);
     for (int group = first + HELD * threads; group < groups; group += threads)
       sums.add<T>(load_pack(input + offset, group), load_pack(output_gradient + offset, group), load_pack(weight, group));
-    const float squares = reduce_block<Sum>(sums.squares, of_squares, turn, first, threads);
-    const float products = reduce_block<Sum>(sums.products, of_products, turn, first, threads);
+    const float squares = reduce_block<Sum>(sums.squares, scratch, 0, first, threads);
+    const float products = reduce_block<Sum>(sums.products, scratch, 1, first, threads);
     const float reciprocal = rsqrtf(squares * inverse + eps);
     const RowFactors factors{reciprocal, reciprocal * reciprocal * reciprocal * (products * inverse)};
     const auto passed = [&](int group) {

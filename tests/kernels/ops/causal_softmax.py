@@ -37,13 +37,14 @@ DOCUMENTS = {
 
 
 def document_numbers(batch: int, keys: int) -> torch.Tensor:
-    """int32 [B, K]: runs of 1, 2, 3, ... positions from the end, so that every row of a case has another beginning."""
+    """int32 [B, K]: sample b has runs of b + 1, b + 2, ... positions from the end, so that all rows have other beginnings."""
     numbers = torch.zeros(batch, keys, dtype=torch.int32)
-    end, length = keys, 1
-    while end > 0:
-        numbers[:, max(0, end - length) : end] = -length
-        end, length = end - length, length + 1
-    return numbers - numbers.min() + torch.arange(batch, dtype=torch.int32)[:, None]
+    for sample in range(batch):
+        end, length = keys, sample + 1
+        while end > 0:
+            numbers[sample, max(0, end - length) : end] = -length
+            end, length = end - length, length + 1
+    return numbers - numbers.min()
 
 
 def seen(queries: int, keys: int, documents_BK: torch.Tensor | None) -> torch.Tensor:
@@ -120,7 +121,9 @@ MUTANTS = [
     Mutant("the tail's sum is not scaled", FILE, "running.sum * exp2f(running.largest - largest)", "running.sum"),
     Mutant("the search goes a step too far", FILE, "(hit - 1) * step + 1, high)", "hit * step + 1, high)"),
     Mutant("what is not seen keeps its gradient", FILE, "if (!seen.has(begin + i)) values[i] = 0.f;", ""),
-    Mutant("the gradient lacks the scale", FILE, "scale * a[i] * (b[i] - product)", "a[i] * (b[i] - product)"),
+    Mutant(
+        "the gradient lacks the scale", FILE, "scale * a[i] * (b[i] - product)", "(1.f + 0.f * scale) * a[i] * (b[i] - product)"
+    ),
     Mutant("documents are of the first sample", FILE, "static_cast<int64_t>(blockIdx.z) * shape.keys, last", "0, last"),
     Mutant("zeros are not written", FILE, "< groups) store_pack(output", "< end) store_pack(output"),
 ]

@@ -27,9 +27,8 @@ SHAPES = {
     "wider_than_registers": (2, 16392),
     "more_rows_than_blocks": (1030, 16),
     "one_row": (1, 264),
-    "rows_share_a_block": (260, 1032),
 }
-SLOW_CASES = {"2048", "3072", "4096", "wider_than_registers", "more_rows_than_blocks", "rows_share_a_block"}
+SLOW_CASES = {"2048", "3072", "4096", "wider_than_registers", "more_rows_than_blocks", "rows_share_a_block", "and_have_a_tail"}
 """Endings of the names of cases that take the interpreter and the sanitizers too long for every day."""
 
 
@@ -96,10 +95,15 @@ def backward(rows: int, hidden: int, has_sum_gradient: bool, dtype: torch.dtype)
 
 
 CASES: dict[str, CaseMaker] = {
-    f"{direction.__name__}-{'residual' if flag else 'alone'}-{name}": partial(direction, *shape, flag)
-    for direction in (forward, backward)
-    for flag in (False, True)
-    for name, shape in SHAPES.items()
+    **{
+        f"{direction.__name__}-{'residual' if flag else 'alone'}-{name}": partial(direction, *shape, flag)
+        for direction in (forward, backward)
+        for flag in (False, True)
+        for name, shape in SHAPES.items()
+    },
+    "forward-rows_share_a_block": partial(forward, 1026, 1032, False),
+    "backward-rows_share_a_block": partial(backward, 260, 1032, True),
+    "backward-rows_share_a_block-and_have_a_tail": partial(backward, 257, 8200, False),
 }
 
 REFUSED = {
@@ -117,7 +121,7 @@ MUTANTS = [
     Mutant("a barrier is missing", "common/reduce.h", "  __syncthreads();\n", ""),
     Mutant("a warp sums half of its lanes", "common/reduce.h", "distance = WARP / 2", "distance = WARP / 4"),
     Mutant("one scratch for all rows", FILE, ", turn ^= 1) {", ") {"),
-    Mutant("eps is forgotten", FILE, "* inverse + eps)", "* inverse)"),
+    Mutant("eps is forgotten", FILE, "* inverse + eps)", "* inverse + 0.f * eps)"),
     Mutant("the sum's gradient is dropped", FILE, " - row.along * x[i] + p[i]", " - row.along * x[i] + 0.f * p[i]"),
     Mutant("partial sums are skipped", FILE, "row += SLICES", "row += 2 * SLICES"),
     Mutant("the last group is not read", FILE, "threads < groups) x[i] = read(", "threads < groups - 1) x[i] = read("),
