@@ -146,18 +146,18 @@ class Writer:
         opened = self._tokenizer.open_text(text, self._direction)
         stop, steps, is_closed = self._stopper([opened], sampling), SimpleQueue[Any](), False
 
-        def show(rows: list[list[int]]) -> list[bool]:
+        def _show(rows: list[list[int]]) -> list[bool]:
             steps.put(rows[0])
             return [True] if is_closed else stop(rows) if stop else [False]
 
-        def run() -> None:
+        def _run() -> None:
             try:
                 with _seeded(sampling.seed, self._model.device):
-                    steps.put((self._write_batch([opened], leading_ids, sampling, show)[0],))
+                    steps.put((self._write_batch([opened], leading_ids, sampling, _show)[0],))
             except BaseException as error:  # raised where the caller is
                 steps.put(error)
 
-        thread, shown = Thread(target=run, daemon=True), ""
+        thread, shown = Thread(target=_run, daemon=True), ""
         thread.start()
         try:
             while isinstance(step := steps.get(), list):

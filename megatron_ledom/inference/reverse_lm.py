@@ -73,7 +73,7 @@ class ReverseLM(LanguageModel):
             seed=seed,
             stop_strings=tuple(stop_strings),
         )
-        yield from self._writer.stream(following_text, self.leading_ids, sampling)
+        yield from self.writer.stream(following_text, self.leading_ids, sampling)
 
     @overload
     def log_likelihood(
