@@ -2,7 +2,7 @@
 
     python -m tests.kernels.traffic        writes the table in csrc/README.md
 
-Computed from what a launch is given (`moved` of each op's module), which test_traffic.py holds against what the interpreter counts
+Computed from what a launch is given (`moved` of each op's module), which test_bytes_moved.py holds against what the interpreter counts
 on small cases. Reads that a cache answers are counted too: it is what the kernel asks for.
 """
 
