@@ -13,6 +13,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--reverse", required=True, metavar="DIR", help="folder of the reverse model")
     parser.add_argument("--input", required=True, metavar="FILE", help='JSON lines: {"prompt": ..., "candidates": [...]}')
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines: the input with scores, ranking, best")
+    for side in ("forward", "reverse"):
+        text = (
+            f"a completions server of the {side} model, as http://localhost:8000/v1; its folder is read for the tokenizer only"
+        )
+        parser.add_argument(f"--{side}-server", metavar="URL", help=text)
+        parser.add_argument(
+            f"--{side}-served-as", metavar="NAME", help="its name on that server (default: the folder as given)"
+        )
     parser.add_argument("--batch-size", type=int, default=16, help="most sequences at once (default %(default)s)")
     parser.add_argument("--token-values", action="store_true", help="write the ids and log-probabilities of single tokens too")
 

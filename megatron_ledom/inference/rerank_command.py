@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
+from megatron_ledom.inference.completions_engine import CompletionsEngine
 from megatron_ledom.inference.engine import Engine, StepDelimiter
 from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.generation import Sampling
@@ -26,11 +28,21 @@ def rerank_command(options: Options) -> None:
     folders = {side: str(Path(options[side]).resolve()) for side in ("forward", "reverse")}
 
     def engines() -> tuple[Engine, Engine]:
-        reverse = TransformersEngine(ReverseLM.from_pretrained(options["reverse"]), options["batch_size"])
-        return TransformersEngine(ForwardLM.from_pretrained(options["forward"]), options["batch_size"]), reverse
+        reverse = _engine(options, Direction.REVERSE)
+        return _engine(options, Direction.FORWARD), reverse
 
-    made_by = {**folders, "batch_size": options["batch_size"]}
+    servers = {f"{side}_server": options[f"{side}_server"] for side in folders}
+    made_by = {**folders, **servers, "batch_size": options["batch_size"]}
     rerank_file(engines, options["input"], options["output"], settings, made_by=made_by)
+
+
+def _engine(options: Options, direction: Direction) -> Engine:
+    """The model's folder in this process, or the server that serves it."""
+    folder, url, name = (options[f"{direction}{ending}"] for ending in ("", "_server", "_served_as"))
+    if url is not None:
+        return CompletionsEngine(url, name or folder, folder, direction, batch_size=options["batch_size"])
+    model = ForwardLM if direction is Direction.FORWARD else ReverseLM
+    return TransformersEngine(model.from_pretrained(folder), options["batch_size"])
 
 
 def settings_from(options: Options) -> RerankSettings:

@@ -192,8 +192,9 @@ class _Part:
 
     def resume(self, windows: list[list[Record]]) -> int:
         """Cut what an earlier run left to whole windows, check that it belongs to this input; returns how many there are."""
-        if not self._notes.is_file():
+        if not (self._notes.is_file() and self._part.is_file()):  # nothing was begun, or a run ended in its very last moment
             self._part.unlink(missing_ok=True)
+            self._notes.unlink(missing_ok=True)
             return 0
         notes = json.loads(self._notes.read_text(encoding="utf-8"))
         if notes["made_by"] != self._made_by:
@@ -221,7 +222,10 @@ class _Part:
             os.fsync(output.fileno())
         self._spent.append(spent)
         fresh = self._notes.with_name(self._notes.name + ".new")
-        fresh.write_text(json.dumps({"made_by": self._made_by, "spent": self._spent}), encoding="utf-8")
+        with fresh.open("w", encoding="utf-8") as notes:
+            json.dump({"made_by": self._made_by, "spent": self._spent}, notes)
+            notes.flush()
+            os.fsync(notes.fileno())
         fresh.replace(self._notes)
 
     def finish(self) -> None:

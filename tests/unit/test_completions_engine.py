@@ -1,6 +1,8 @@
 """The OpenAI-compatible engine against a real HTTP server here, which runs a tiny model; results equal the transformers engine's."""
 
 import json
+import runpy
+import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -19,6 +21,7 @@ from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.transformers_engine import TransformersEngine
 from tests.tiny_models import random_model_folder
 
+ROOT = Path(__file__).parents[2]
 PROMPT = "The capital of France is Paris. "
 PAIRS = [(PROMPT, "The cat"), ("The capital of Par", "is"), (PROMPT, "The cat"), ("漢字 ", "🙂 x")]
 
@@ -164,3 +167,28 @@ def test_what_cannot_work_is_refused_before_a_request(served: tuple[Server, Path
         CompletionsEngine("localhost:8000", "tiny", folder, lm.direction)
     with pytest.raises(UsageError, match="ends at a pattern"):
         engine_of(served).expand([], 1, StepDelimiter(None, frozenset({3})), Sampling())
+
+
+def test_the_tool_ranks_with_a_served_model(
+    served: tuple[Server, Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One side behind the server, the other in this process: the same scores as with both in this process."""
+    server, folder, lm = served
+    other = "reverse" if lm.direction is Direction.FORWARD else "forward"
+    second = random_model_folder(tmp_path / other, "sentencepiece", other)
+    (tmp_path / "in.jsonl").write_text(json.dumps({"prompt": PROMPT, "candidates": ["The cat", "漢字"]}) + "\n")
+    common = [f"--{lm.direction}", str(folder), f"--{other}", str(second), "--input", str(tmp_path / "in.jsonl")]
+    scores = []
+    server.requests.clear()
+    for name, more in (
+        ("here", []),
+        ("there", [f"--{lm.direction}-server", server.url, f"--{lm.direction}-served-as", "tiny"]),
+    ):
+        monkeypatch.setattr(sys, "argv", ["rerank.py", *common, "--output", str(tmp_path / name), *more])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "tools/rerank.py"), run_name="__main__")
+        assert not ended.value.code
+        scores.append(json.loads((tmp_path / name).read_text(encoding="utf-8"))["scores"])
+    for ours, theirs in zip(*scores, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-3)
+    assert {asked["model"] for _, _, asked in server.requests} == {"tiny"}

@@ -274,3 +274,11 @@ def test_a_part_of_another_input_or_of_other_settings_is_refused(
     assert rerank(models, source, tmp_path / "out.jsonl") == 3
     rerank(models, source, tmp_path / "anew.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "anew.jsonl").read_bytes()
+
+
+def test_notes_without_a_part_do_not_stop_the_next_run(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+    """What a kill between the last two operations leaves: the output has its name, the notes are still there."""
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})
+    (tmp_path / "out.jsonl.part.json").write_text(json.dumps({"made_by": {}, "spent": [{}]}))
+    assert rerank(models, source, tmp_path / "out.jsonl") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.spent.json"]

@@ -124,9 +124,13 @@ def test_answers_do_not_depend_on_the_batch_or_on_the_other_prompts(models: tupl
 
 
 def test_greedy_answers_are_those_of_generate(models: tuple[ForwardLM, ReverseLM]) -> None:
+    """Also where the end of the prompt has to be spelled again, since it may become a part of a longer piece."""
     greedy = Sampling(max_new_tokens=12)
-    ((path,),) = TransformersEngine(models[0]).sample([root(PROMPT, greedy)], greedy)
-    assert path.text == models[0].generate_following(PROMPT, max_new_tokens=12)[0].following
+    prompts = [PROMPT, "The capital of Fra", "The cat sat on the m", "def area(wid"]
+    rows = TransformersEngine(models[0]).sample([root(prompt, greedy) for prompt in prompts], greedy)
+    expected = models[0].generate_following(prompts, max_new_tokens=12)
+    assert [path.text for (path,) in rows] == [result.following for result in expected]
+    assert any(path.state.opened.loose for (path,) in rows)
 
 
 def test_where_a_step_ends() -> None:
