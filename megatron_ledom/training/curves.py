@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from megatron_ledom.errors import UsageError
+from megatron_ledom.html_page import PAGES
 from megatron_ledom.training.run_report import RunData
 
 FIGURES = {
@@ -19,7 +20,6 @@ COLOURS = {
     "dark": {"reverse": ["#ff8a5b", "#c9a2ff", "#ffd166"], "forward": ["#7db8ff", "#6fe0b4", "#b7c0cc"]},
 }
 """By page and direction; the second run of a direction takes the second colour."""
-PAGES = {"light": {"paper": "#ffffff", "ink": "#1b1b1b"}, "dark": {"paper": "#161616", "ink": "#e6e6e6"}}
 CUT = 0.03
 """Share of the longest run whose loss does not set the scale: the first steps fall from the loss of guessing."""
 ENOUGH = 50

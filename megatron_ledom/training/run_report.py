@@ -1,6 +1,5 @@
 """One or several runs told from their folders: curves as PNG, and one HTML page that needs nothing besides itself."""
 
-import base64
 import html
 import json
 import math
@@ -10,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_ledom import html_page
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
@@ -142,31 +142,7 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
-STYLE = """
-:root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d5d5d5; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --line: #3a3a3a; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem; margin: 2rem auto;
-  padding: 0 1rem; }
-img { width: 100%; height: auto; }
-table { border-collapse: collapse; } th, td { text-align: right; padding: .25rem .75rem; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } figure { margin: 2rem 0; } div { overflow-x: auto; }
-"""
-
-
 def _page(rows: list[dict[str, str]], sentence: str, pictures: dict[str, dict[str, bytes]]) -> str:
-    lines = []
-    for name in rows[0]:
-        cell = "th" if name == "run" else "td"
-        cells = "".join(f"<{cell}>{html.escape(row[name])}</{cell}>" for row in rows)
-        lines.append(f"<tr><{cell}>{html.escape(name)}</{cell}>{cells}</tr>")
-    figures = []
-    for name, themes in pictures.items():
-        light, dark = (f"data:image/png;base64,{base64.b64encode(themes[theme]).decode()}" for theme in ("light", "dark"))
-        source = f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">'
-        figures.append(f'<figure><picture>{source}<img src="{light}" alt="{html.escape(name)}"></picture></figure>')
-    title = html.escape(", ".join(row["run"] for row in rows))
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
-        f'<meta name="viewport" content="width=device-width"><style>{STYLE}</style></head>\n<body><h1>{title}</h1>\n'
-        f"<div><table>\n{chr(10).join(lines)}\n</table></div>\n<p>{html.escape(sentence)}</p>\n{chr(10).join(figures)}\n</body></html>\n"
-    )
+    table = html_page.table([[name, *(row[name] for row in rows)] for name in rows[0]])
+    figures = [html_page.figure(name, themes) for name, themes in pictures.items()]
+    return html_page.page(", ".join(row["run"] for row in rows), [table, f"<p>{html.escape(sentence)}</p>", *figures])
