@@ -27,7 +27,7 @@ def plan_command(
     machine = load_hardware(hardware)
     run = load_config(config, overrides)
     count = _devices(run, num_gpus)
-    run = replace(run, parallel=replace(run.parallel, world_size=count))
+    run = replace(run, parallel=replace(run.parallel, world_size=count, hardware=hardware))
     found, text = None, ""
     if search:
         found = _search(run, count, hardware)
