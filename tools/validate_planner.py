@@ -14,14 +14,16 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--fit", action="store_true", help="fit its numbers again first, and print them")
     parser.add_argument("--write", metavar="FILE", help="replace the tables in this file, between its marks")
+    parser.add_argument("--write-examples", metavar="README", help="replace the worked examples in this file, too")
     return parser.parse_args()
 
 
 def main() -> None:
     """Parse first, import after: `--help` answers at once."""
     arguments = parse()
+    from megatron_ledom.planner.examples import worked_examples, write_between
     from megatron_ledom.planner.hardware import load_hardware
-    from megatron_ledom.planner.validation import PRIORS, fit, validation_page, write_page
+    from megatron_ledom.planner.validation import PRIORS, fit, validation_page
 
     hardware = load_hardware(arguments.hardware)
     if arguments.fit:
@@ -30,7 +32,9 @@ def main() -> None:
     page = validation_page(hardware)
     print(page, end="")
     if arguments.write:
-        write_page(arguments.write, page)
+        write_between(arguments.write, "validation", page)
+    if arguments.write_examples:
+        write_between(arguments.write_examples, "plans", worked_examples())
 
 
 if __name__ == "__main__":

@@ -258,7 +258,8 @@ def describe_found(found: Found, most: int = 10) -> str:
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     lines = ["  ".join([*(cell.rjust(width) for cell, width in zip(row[:4], widths, strict=True)), row[4]]) for row in rows]
     fitting = len(found.ranked) + len(found.slower)
-    lines += ["", f"{found.num_candidates:,} layouts: {fitting:,} work, {len(found.rejected):,} do not"]
+    lines += ["", "layouts within half a per cent of each other: simplest first"]
+    lines += [f"{found.num_candidates:,} layouts: {fitting:,} work, {len(found.rejected):,} do not"]
     words = {"rule": "break a rule", "memory": "do not fit", "spare": "compute again what fits without"}
     for kind, text in words.items():
         of_kind = [one for one in found.rejected if one.kind == kind]

@@ -73,11 +73,12 @@ def run_rows(plan: Plan) -> Iterable[Row]:
     yield "tokens/s a device", f"{plan.tokens_per_second_per_device:,.0f}"
     yield (
         "MFU",
-        f"{plan.mfu:.1%} ({plan.tokens_per_second_per_device * plan.flops_per_token / 1e12:,.0f} TFLOP/s, full attention)",
+        f"{plan.mfu:.1%} ({plan.tokens_per_second_per_device * plan.flops_per_token / 1e12:,.3g} TFLOP/s, full attention)",
     )
-    days = [plan.train_iters * seconds / 86400 for seconds in plan.interval]
-    yield "days", f"{plan.seconds / 86400:.2f} (between {days[0]:.2f} and {days[1]:.2f}) for {plan.tokens:,} tokens"
-    yield "device-hours", f"{plan.device_hours:,.0f}"
+    unit, name = (86400, "days") if plan.seconds >= 86400 else (3600, "hours")
+    low, high = (plan.train_iters * seconds / unit for seconds in plan.interval)
+    yield name, f"{plan.seconds / unit:.2f} (between {low:.2f} and {high:.2f}) for {plan.tokens:,} tokens"
+    yield "device-hours", f"{plan.device_hours:,.4g}" if plan.device_hours < 100 else f"{plan.device_hours:,.0f}"
     if plan.hardware.price_per_device_hour:
         price = plan.hardware.price_per_device_hour
         yield "cost", f"{plan.device_hours * price:,.0f} at {price:g} a device-hour"

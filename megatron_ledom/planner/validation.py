@@ -3,13 +3,11 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ledom.errors import UsageError
 from megatron_ledom.planner.hardware import Hardware, load_hardware
 from megatron_ledom.planner.memory import GIB, activation_bytes, state_bytes
 from megatron_ledom.planner.published import KORTHIKANTI, SOFTWARE, OpenPoint, Point, layer_points, open_points, points
@@ -178,15 +176,3 @@ def _verdict(seconds: float, low: float, high: float) -> str:
     if low <= seconds <= high:
         return "inside"
     return f"{seconds / high - 1:.1%} above" if seconds > high else f"{1 - seconds / low:.1%} below"
-
-
-MARKS = ("<!-- validation -->\n", "<!-- /validation -->")
-
-
-def write_page(file: str, page: str) -> None:
-    """Replace what stands between the marks of a Markdown file. Raises UsageError where they are missing."""
-    text = Path(file).read_text(encoding="utf-8")
-    if not all(mark in text for mark in MARKS):
-        raise UsageError(f"{file} lacks the lines {MARKS[0].strip()} and {MARKS[1]}, between which the tables go")
-    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
-    Path(file).write_text(f"{before}{MARKS[0]}{page}{MARKS[1]}{after}", encoding="utf-8")

@@ -1,5 +1,6 @@
 """The search: the project's own rules, memory, ranks, and what it says where nothing works."""
 
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,7 +10,7 @@ import pytest
 
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.load import load_config
-from megatron_ledom.errors import ConfigError
+from megatron_ledom.errors import ConfigError, UsageError
 from megatron_ledom.planner.command import plan_command
 from megatron_ledom.planner.hardware import load_hardware
 from megatron_ledom.planner.plan import make_plan
@@ -80,3 +81,33 @@ def test_memory_decides_the_recompute() -> None:
     assert roomy.layout.recompute is None
     assert tight.needed_gib <= 24.0
     assert tight.time.total > roomy.time.total
+
+
+def test_the_readmes_command_writes_layout_pictures_and_page(tmp_path: Path) -> None:
+    options = ["--hardware", "h100-sxm", "--num-gpus", "64", "--search"]
+    files = ["--save-config", str(tmp_path / "chosen.yaml"), "--output", str(tmp_path / "plan")]
+    command = [sys.executable, "tools/plan_run.py", "--config", SEVEN, *options, *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert {path.name for path in (tmp_path / "plan").iterdir()} == {"memory.png", "timeline.png", "plan.html", "layouts.tsv"}
+    page = (tmp_path / "plan/plan.html").read_text(encoding="utf-8")
+    assert page.count("data:image/png;base64,") == 4
+    assert "64 x H100-SXM 80 GB" in page
+    assert "http" not in re.sub(r"base64,[^\"]*", "", page)
+    config = load_config(str(tmp_path / "chosen.yaml"))
+    assert (config.parallel.world_size, config.parallel.hardware) == (64, "h100-sxm")
+
+
+def test_planning_needs_no_torch() -> None:
+    code = (
+        "import sys; from megatron_ledom.planner.command import plan_command;"
+        f"plan_command({SEVEN!r}, 'a100-80', 64, True, None, None, []);"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'transformers', 'matplotlib')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("count", [0, -3])
+def test_no_devices_are_refused(count: int) -> None:
+    with pytest.raises(UsageError, match="1 or more"):
+        plan_command(SEVEN, "a100-80", count, False, None, None, [])

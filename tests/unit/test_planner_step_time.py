@@ -8,12 +8,13 @@ import pytest
 from megatron_ledom.config.load import load_config
 from megatron_ledom.errors import ConfigError
 from megatron_ledom.model.arithmetic import flops_per_token
+from megatron_ledom.planner.examples import marked, worked_examples
 from megatron_ledom.planner.hardware import known_hardware, load_hardware
 from megatron_ledom.planner.kernels import all_reduce_seconds, gather_seconds, group, matmul_seconds, shape_share
 from megatron_ledom.planner.plan import make_plan
 from megatron_ledom.planner.shapes import architecture_of, layout_of
 from megatron_ledom.planner.step_time import step_time
-from megatron_ledom.planner.validation import MARKS, PRIORS, errors, exact_memory, fit, judge, validation_page
+from megatron_ledom.planner.validation import PRIORS, errors, exact_memory, fit, judge, validation_page
 
 ROOT = Path(__file__).parents[2]
 A100 = load_hardware("a100-80")
@@ -48,7 +49,11 @@ def test_the_file_holds_what_the_fit_finds() -> None:
 
 def test_validation_page_is_what_the_script_prints() -> None:
     text = (ROOT / "megatron_ledom/planner/VALIDATION.md").read_text(encoding="utf-8")
-    assert text.split(MARKS[0])[1].split(MARKS[1])[0] == validation_page(A100)
+    assert marked(text, "validation", "VALIDATION.md")[1] == validation_page(A100)
+
+
+def test_worked_examples_of_the_readme_are_what_the_script_prints() -> None:
+    assert marked((ROOT / "README.md").read_text(encoding="utf-8"), "plans", "README.md")[1] == worked_examples()
 
 
 def test_exact_memory_of_the_page() -> None:
