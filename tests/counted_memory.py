@@ -43,8 +43,8 @@ class Counter:
         return sum(tensor.untyped_storage().nbytes() for tensor in self.held.values())
 
 
-def count_case(config_file: str, rank: int, world_size: int, overrides: list[str]) -> list[int]:
-    """Bytes that each model chunk of a rank keeps of one micro-batch, with what the schedule holds between stages."""
+def count_case(config_file: str, rank: int, world_size: int, overrides: list[str]) -> dict[str, Any]:
+    """Bytes of a rank: `kept` by each model chunk of one micro-batch, with what the schedule holds; `weights`, `gradients`."""
     config = load_config(config_file, overrides)
     platform = prepare_platform(1)
     START("fake", store=FakeStore(), rank=rank, world_size=world_size)
@@ -55,8 +55,13 @@ def count_case(config_file: str, rank: int, world_size: int, overrides: list[str
     wrapped = builder.wrap_for_training(config, chunks)
     weights = {parameter.untyped_storage().data_ptr() for chunk in chunks for parameter in chunk.parameters()}
     totals = [count_chunk(config, found, index, wrapped, weights) for index in range(len(chunks))]
+    buffers = [buffer for model in wrapped for buffer in (*model.buffers, *model.expert_parallel_buffers)]
+    state = {
+        "weights": sum(parameter.nbytes for chunk in chunks for parameter in chunk.parameters()),
+        "gradients": sum(buffer.grad_data.nbytes for buffer in buffers),
+    }
     groups.stop_distributed()
-    return totals
+    return {"kept": totals, **state}
 
 
 def count_chunk(config: RunConfig, found: Any, index: int, wrapped: list[Any], weights: set[int]) -> int:

@@ -11,7 +11,15 @@ import pytest
 import yaml
 
 from megatron_ledom.config.load import load_config
-from megatron_ledom.planner.memory import GIB, activation_bytes, chunk_bytes, layer_tensors, logits_bytes, state_bytes
+from megatron_ledom.planner.memory import (
+    GIB,
+    activation_bytes,
+    chunk_bytes,
+    layer_tensors,
+    logits_bytes,
+    stage_parameters,
+    state_bytes,
+)
 from megatron_ledom.planner.published import KORTHIKANTI
 from megatron_ledom.planner.shapes import Layout, architecture_of, layout_of
 
@@ -116,8 +124,8 @@ CASES: dict[str, tuple[int, int, list[str]]] = {  # rank, ranks, overrides
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
-    """Bytes kept by each model chunk of each case's rank, all counted in one process."""
+def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Bytes of each case's rank, all counted in one process."""
     file = tmp_path_factory.mktemp("counted") / "tiny.yaml"
     file.write_text(yaml.safe_dump(TINY))
     cases = [{"rank": rank, "world_size": ranks, "overrides": overrides} for rank, ranks, overrides in CASES.values()]
@@ -132,13 +140,15 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[int]]:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_kept_bytes_are_those_counted_on_the_real_layers(name: str, counted: dict[str, list[int]], tmp_path: Path) -> None:
+def test_kept_bytes_are_those_counted_on_the_real_layers(name: str, counted: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     rank, ranks, overrides = CASES[name]
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(TINY))
     config = load_config(str(tmp_path / "tiny.yaml"), overrides)
     model, layout = architecture_of(config.model), layout_of(config, ranks)
     stage = rank // (ranks // layout.pipeline)
-    for chunk, found in enumerate(counted[name]):
+    for chunk, found in enumerate(counted[name]["kept"]):
         is_first, is_last = stage == chunk == 0, stage == layout.pipeline - 1 and chunk == layout.chunks - 1
         expected = chunk_bytes(model, layout, "cpu", is_first, is_last) + (logits_bytes(model, layout) if is_last else 0)
         assert expected == pytest.approx(found, rel=0.01), f"{expected / found - 1:+.3%}"
+    weights, gradients, _ = state_bytes(model, layout, sum(stage_parameters(model, layout, stage).values()))
+    assert (weights, gradients) == pytest.approx((counted[name]["weights"], counted[name]["gradients"]), rel=0.01)
