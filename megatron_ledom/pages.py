@@ -16,7 +16,7 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   padding: 0 1rem; }
 img { width: 100%; height: auto; }
 table { border-collapse: collapse; } th, td { text-align: right; padding: .25rem .75rem; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } figure { margin: 2rem 0; } div { overflow-x: auto; }
+th:first-child, td:first-child { text-align: left; } figure { margin: 2rem 0; } div, pre { overflow-x: auto; }
 """
 
 

@@ -15,6 +15,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of runs, their run_dir")
     parser.add_argument("--output", default="report", metavar="DIR", help="folder of the pictures and report.html")
     parser.add_argument("--smooth", type=int, default=0, metavar="N", help="draw the mean of N records over the faint curve")
+    parser.add_argument(
+        "--plan",
+        nargs="?",
+        const="",
+        metavar="HARDWARE",
+        help="compare with the plan for it; default: the run's parallel.hardware",
+    )
     return parser.parse_args()
 
 
@@ -23,7 +30,7 @@ def main() -> None:
     arguments = parse()
     from megatron_ledom.training.run_report import report_runs
 
-    report_runs(arguments.runs, arguments.output, arguments.smooth)
+    report_runs(arguments.runs, arguments.output, arguments.smooth, arguments.plan)
 
 
 if __name__ == "__main__":

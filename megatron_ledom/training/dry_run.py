@@ -1,18 +1,22 @@
 """What a run would do, without a GPU, data or torch: the resolved configuration and every number that follows from it."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import named_blends, total_tokens
 from megatron_ledom.config.load import to_yaml
-from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.data.blend_plan import describe_sources, planned_sources
 from megatron_ledom.data.shard import ShardManifest, load_manifest
 from megatron_ledom.data.splits import split_shard
+from megatron_ledom.planner.hardware import load_hardware
+from megatron_ledom.planner.plan import make_plan
+from megatron_ledom.planner.text import summary_rows
 from megatron_ledom.training.plan_engine import engine_rows
 from megatron_ledom.training.plan_layout import layout_rows, parameter_lines, rank_lines
-from megatron_ledom.training.plan_run import batch_rows, compute_rows, model_rows, operation_rows, run_rows
+from megatron_ledom.training.plan_run import Row, batch_rows, compute_rows, model_rows, operation_rows, run_rows
 
 
 def describe_run(config: RunConfig, world_size: int) -> str:
@@ -21,10 +25,8 @@ def describe_run(config: RunConfig, world_size: int) -> str:
     Raises ConfigError when the run cannot work on `world_size` ranks.
     """
     check_config(config, world_size)
-    manifests = _stored_manifests(config)
-    model = config.model
-    if model.vocab_size is None and manifests:
-        model = replace(model, vocab_size=next(iter(manifests.values())).provenance.vocab_size)
+    manifests = stored_manifests(config)
+    model = known_model(config, manifests)
     groups = {
         "model": list(model_rows(config, model)),
         "layout": list(layout_rows(config, world_size, model)),
@@ -32,6 +34,7 @@ def describe_run(config: RunConfig, world_size: int) -> str:
         "batch": list(batch_rows(config, world_size)),
         "run": list(run_rows(config, model)),
         "compute": list(compute_rows(config, model)),
+        "plan": list(plan_rows(config, world_size, model)),
         "operation": list(operation_rows(config)),
     }
     width = max(len(name) for rows in groups.values() for name, _ in rows)
@@ -40,6 +43,25 @@ def describe_run(config: RunConfig, world_size: int) -> str:
     tables.append(_titled("parameters of a rank", parameter_lines(config, model)))
     tables.append(_titled("training data", _blend_lines(config, manifests)))
     return "\n\n".join([to_yaml(config).rstrip(), *tables]) + "\n"
+
+
+def known_model(config: RunConfig, manifests: dict[str, ShardManifest]) -> ModelConfig:
+    """The model with the vocabulary of the shards, where the config leaves it to them and they are there."""
+    if config.model.vocab_size is not None or not manifests:
+        return config.model
+    return replace(config.model, vocab_size=next(iter(manifests.values())).provenance.vocab_size)
+
+
+def plan_rows(config: RunConfig, world_size: int, model: ModelConfig) -> Iterator[Row]:
+    """What the planner says for the configured hardware."""
+    if config.parallel.hardware is None:
+        yield "hardware", "not named: parallel.hardware, or tools/plan_run.py --hardware, plans memory and time"
+        return
+    hardware = load_hardware(config.parallel.hardware)
+    if model.vocab_size is None:
+        yield "hardware", f"{hardware.name}; no plan without the vocabulary"
+        return
+    yield from summary_rows(make_plan(replace(config, model=model), world_size, hardware))
 
 
 def _titled(title: str, lines: list[str]) -> str:
@@ -73,6 +95,7 @@ def _train_tokens(config: RunConfig, prefix: str, manifest: ShardManifest | None
     return round(manifest.num_tokens * config.data.split[0] / sum(config.data.split))
 
 
-def _stored_manifests(config: RunConfig) -> dict[str, ShardManifest]:
+def stored_manifests(config: RunConfig) -> dict[str, ShardManifest]:
+    """The manifests of the run's shards that are there, by prefix."""
     prefixes = [prefix for _, blend in named_blends(config.data) for _, prefix in blend]
     return {prefix: load_manifest(prefix) for prefix in prefixes if Path(f"{prefix}.json").exists()}

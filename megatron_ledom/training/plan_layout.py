@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megatron_ledom.config.derived import data_parallel_size, head_dim, query_groups
+from megatron_ledom.config.derived import data_parallel_size, planned_world_size
 from megatron_ledom.config.schema import ModelConfig, ParallelConfig, RunConfig
-from megatron_ledom.training.plan_run import Row, padded_rows
+from megatron_ledom.planner.memory import stage_parameters, state_bytes
+from megatron_ledom.planner.shapes import architecture_of, layout_of
+from megatron_ledom.training.plan_run import Row
 
 MOST_LINES = 12
 """Ranks or stages listed one by one; of more, the first and the last."""
@@ -71,19 +73,7 @@ def stage_layers(config: RunConfig, stage: int) -> list[range]:
 
 def parameters_of_rank(config: RunConfig, model: ModelConfig, stage: int) -> dict[str, int]:
     """Weights on each rank of a pipeline stage, by part of the model; matrices are divided by the tensor-parallel ranks."""
-    tensor, stages = config.parallel.tensor_model_parallel_size, config.parallel.pipeline_model_parallel_size
-    is_first, is_last = stage == 0, stage == stages - 1
-    layers = sum(len(stretch) for stretch in stage_layers(config, stage))
-    query, keys = head_dim(model) * model.num_attention_heads, head_dim(model) * query_groups(model)
-    vocabulary = padded_rows(model) * model.hidden_size // tensor
-    has_own_output = is_last and not (model.share_embeddings_and_output_weights and is_first)
-    return {
-        "embedding": vocabulary if is_first else 0,
-        "attention": layers * 2 * model.hidden_size * (query + keys) // tensor,
-        "mlp": layers * 3 * model.hidden_size * model.ffn_hidden_size // tensor,
-        "norms": (2 * layers + is_last) * model.hidden_size,
-        "output": vocabulary if has_own_output else 0,
-    }
+    return stage_parameters(architecture_of(model), layout_of(config, planned_world_size(config)), stage)
 
 
 def parameter_lines(config: RunConfig, model: ModelConfig) -> list[str]:
@@ -109,9 +99,6 @@ def _shortened(lines: list[str]) -> list[str]:
 
 def state_gibibytes(config: RunConfig, model: ModelConfig, world_size: int) -> float:
     """Weights, fp32 gradients and Adam's state of one rank, on the largest pipeline stage."""
-    parallel = config.parallel
-    copies = data_parallel_size(parallel, world_size) * parallel.context_parallel_size
-    weights, optimizer = (2, 12) if model.params_dtype == "bf16" else (4, 8)  # bf16 keeps fp32 weights in the optimizer
-    bytes_each = weights + 4 + optimizer / (copies if parallel.use_distributed_optimizer else 1)
-    stages = range(parallel.pipeline_model_parallel_size)
-    return max(sum(parameters_of_rank(config, model, stage).values()) for stage in stages) * bytes_each / 2**30
+    shape, layout = architecture_of(model), layout_of(config, world_size)
+    stages = [sum(stage_parameters(shape, layout, stage).values()) for stage in range(layout.pipeline)]
+    return sum(state_bytes(shape, layout, max(stages))) / 2**30

@@ -65,8 +65,11 @@ def load_runs(folders: list[str]) -> list[RunData]:
     return runs
 
 
-def report_runs(folders: list[str], output: str, smooth: int) -> None:
-    """Write loss.png, grad_norm.png, tokens_per_second.png, lr.png and report.html into `output`; print the table."""
+def report_runs(folders: list[str], output: str, smooth: int, plan: str | None = None) -> None:
+    """Write loss.png, grad_norm.png, tokens_per_second.png, lr.png and report.html into `output`; print the table.
+
+    plan: hardware whose plan the runs are compared with; empty for each run's own parallel.hardware.
+    """
     from megatron_ledom.training.curves import FIGURES, draw
 
     runs = load_runs(folders)
@@ -76,6 +79,11 @@ def report_runs(folders: list[str], output: str, smooth: int) -> None:
         pictures[name] = {theme: draw(name, runs, theme, smooth) for theme in ("light", "dark")}
         Path(output, f"{name}.png").write_bytes(pictures[name]["light"])
     rows = [summary(run) for run in runs]
+    if plan is not None:
+        from megatron_ledom.training.plan_report import planned_rows
+
+        for row, run in zip(rows, runs, strict=True):
+            row |= planned_rows(run, plan or None)
     Path(output, "report.html").write_text(_page(rows, twin_sentence(runs), pictures), encoding="utf-8")
     names = list(rows[0])
     for name in names:

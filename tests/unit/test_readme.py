@@ -40,6 +40,11 @@ RUN_BY_TESTS = {
     "torchrun --nproc-per-node 8 tools/replay_step.py --run runs/ledom_7b --iteration 1234": (
         "tests/distributed/test_anomalies.py, on forked ranks"
     ),
+    "python tools/plan_run.py --config examples/configs/ledom_7b.yaml --hardware h100-sxm --num-gpus 64 --search --save-config"
+    " chosen.yaml --output plan": "tests/unit/test_planner_search.py",
+    "python tools/validate_planner.py": "tests/unit/test_planner_step_time.py",
+    "python tools/calibrate_hardware.py --hardware h100-sxm --output own.yaml": "tests/unit/test_calibration.py, for a CPU",
+    "python tools/report_run.py runs/ledom_7b --plan a100-80": "tests/unit/test_run_report.py",
     "python tools/report_run.py quickstart/runs/reverse quickstart/runs/forward --output report --smooth 5": (
         "tests/unit/test_run_report.py"
     ),

@@ -5,13 +5,17 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from megatron_ledom.config.load import load_config, save_config
 from megatron_ledom.errors import UsageError
+from megatron_ledom.planner.hardware import load_hardware
+from megatron_ledom.planner.plan import make_plan
 from megatron_ledom.training.curves import moving_average
+from megatron_ledom.training.plan_report import planned_rows
 from megatron_ledom.training.run_report import final_loss, load_runs, report_runs, summary, twin_sentence
 
 ROOT = Path(__file__).parents[2]
@@ -92,3 +96,23 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, twins: list[str]) ->
     Path(twins[0], "metrics.jsonl").write_text("")
     with pytest.raises(UsageError, match="no record yet"):
         report_runs(twins[:1], str(tmp_path / "report"), 0)
+
+
+def test_a_run_is_compared_with_its_plan(twins: list[str], tmp_path: Path) -> None:
+    sizes = ["model.vocab_size=8000", "parallel.hardware=a100-80"]
+    for folder in twins:
+        config = load_config(str(Path(folder, "config.yaml")), sizes)
+        save_config(config, str(Path(folder, "config.yaml")))
+    command = [sys.executable, "tools/report_run.py", *twins, "--output", str(tmp_path / "report"), "--plan"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    config = load_config(str(Path(twins[0], "config.yaml")))
+    planned = make_plan(config, 1, load_hardware("a100-80")).time.total
+    measured = 8 * 256 / 4060.0  # the median of the records
+    assert re.search(rf"s/iteration, planned +{planned:.3f} +{planned:.3f}", done.stdout)
+    assert re.search(rf"s/iteration, measured +{measured:.3f}", done.stdout)
+    assert f"{planned / measured - 1:+.1%}" in (tmp_path / "report/report.html").read_text()
+    with pytest.raises(UsageError, match="names no parallel"):
+        planned_rows(
+            replace(load_runs(twins[:1])[0], config=load_config(str(ROOT / "examples/configs/quickstart_reverse.yaml"))), None
+        )

@@ -1,0 +1,139 @@
+"""The pipeline schedules of megatron-core, event by event: 1F1B (Narayanan et al. 2021, arXiv 2104.04473, section 2.2) and interleaved.
+
+A virtual stage is a model chunk in its place along the model: chunk c of stage s is virtual stage c x stages + s.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+STEADY_ROUNDS = 4
+"""Rounds of micro-batches after which a schedule only repeats itself: later ones are added, not simulated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One forward or backward pass of one model chunk for one micro-batch."""
+
+    is_forward: bool
+    chunk: int
+    microbatch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """When a stage computes what, in seconds from the start of the iteration."""
+
+    stage: int
+    op: Op
+    start: float
+    end: float
+
+
+@dataclass(frozen=True, slots=True)
+class PassTimes:
+    """Seconds of each pass by [stage][chunk], and of sending its result to the next virtual stage."""
+
+    forward: tuple[tuple[float, ...], ...]
+    backward: tuple[tuple[float, ...], ...]
+    transfer: float = 0.0
+    transfer_blocks: bool = False
+    """The sender computes nothing meanwhile: megatron-core's plain schedule; the interleaved one overlaps."""
+
+
+@cache
+def stage_order(stage: int, stages: int, chunks: int, microbatches: int) -> tuple[Op, ...]:
+    """What one stage does, in order: warm-up of forwards, then one forward and one backward in turn, then the backwards left."""
+    total = microbatches * chunks
+    behind = stages - stage - 1
+    warmup = min(total, behind if chunks == 1 else 2 * behind + (chunks - 1) * stages)
+    forwards = [Op(True, *_place(index, stages, chunks)) for index in range(total)]
+    backwards = []
+    for index in range(total):
+        chunk, microbatch = _place(index, stages, chunks)
+        backwards.append(Op(False, chunks - 1 - chunk, microbatch))
+    order = forwards[:warmup]
+    for index in range(total - warmup):
+        order += [forwards[warmup + index], backwards[index]]
+    return tuple(order + backwards[total - warmup :])
+
+
+def _place(index: int, stages: int, chunks: int) -> tuple[int, int]:
+    """Chunk and micro-batch of the index-th pass: rounds of `stages` micro-batches through each chunk in turn."""
+    if chunks == 1:
+        return 0, index
+    rounds, rest = divmod(index, stages * chunks)
+    chunk, within = divmod(rest, stages)
+    return chunk, rounds * stages + within
+
+
+def most_in_flight(stage: int, stages: int, chunks: int, microbatches: int) -> list[int]:
+    """Micro-batches of each chunk that a stage holds activations of, when it holds most of all chunks together."""
+    held, most = [0] * chunks, [0] * chunks
+    for op in stage_order(stage, stages, chunks, min(microbatches, STEADY_ROUNDS * stages)):
+        held[op.chunk] += 1 if op.is_forward else -1
+        if sum(held) > sum(most):
+            most = list(held)
+    return most
+
+
+def simulate(times: PassTimes, microbatches: int) -> list[Event]:
+    """Every pass of every stage with its start and end; a pass begins when its stage is free and its input has arrived."""
+    stages, chunks = len(times.forward), len(times.forward[0])
+    orders = [stage_order(stage, stages, chunks, microbatches) for stage in range(stages)]
+    position, free = [0] * stages, [0.0] * stages
+    done: dict[tuple[bool, int, int], float] = {}
+    events: list[Event] = []
+    last = stages * chunks - 1
+    waiting = list(range(stages))
+    while waiting:
+        moved = False
+        for stage in waiting:
+            while position[stage] < len(orders[stage]):
+                op = orders[stage][position[stage]]
+                virtual = op.chunk * stages + stage
+                ready = _input_time(op, virtual, last, done, times.transfer if stages > 1 else 0.0)
+                if ready is None:
+                    break
+                start = max(free[stage], ready)
+                end = start + (times.forward if op.is_forward else times.backward)[stage][op.chunk]
+                done[op.is_forward, virtual, op.microbatch] = end
+                sends = virtual < last if op.is_forward else virtual > 0
+                free[stage] = end + (times.transfer if times.transfer_blocks and sends else 0.0)
+                events.append(Event(stage, op, start, end))
+                position[stage] += 1
+                moved = True
+        waiting = [stage for stage in waiting if position[stage] < len(orders[stage])]
+        assert moved or not waiting, "a schedule that waits for itself"
+    return events
+
+
+def _input_time(op: Op, virtual: int, last: int, done: dict[tuple[bool, int, int], float], transfer: float) -> float | None:
+    """When the input of a pass is there; None: not known yet."""
+    if op.is_forward:
+        if virtual == 0:
+            return 0.0
+        before = done.get((True, virtual - 1, op.microbatch))
+    elif virtual == last:
+        return done.get((True, last, op.microbatch))
+    else:
+        before = done.get((False, virtual + 1, op.microbatch))
+    return None if before is None else before + transfer
+
+
+def pipeline_seconds(times: PassTimes, microbatches: int) -> float:
+    """Length of the schedule. Of many micro-batches only the first rounds are simulated: what follows repeats them."""
+    stages = len(times.forward)
+    if stages == 1:
+        return microbatches * (sum(times.forward[0]) + sum(times.backward[0]))
+    short, long = (STEADY_ROUNDS - 1) * stages, STEADY_ROUNDS * stages
+    rest = microbatches % stages
+    if microbatches <= long or (len(times.forward[0]) > 1 and rest):
+        return last_end(simulate(times, microbatches))
+    begun, more = last_end(simulate(times, short)), last_end(simulate(times, long))
+    return more + (microbatches - long) * (more - begun) / stages
+
+
+def last_end(events: Sequence[Event]) -> float:
+    """When the last pass is done, in seconds."""
+    return max(event.end for event in events)
