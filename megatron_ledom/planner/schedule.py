@@ -41,12 +41,17 @@ class PassTimes:
     """The sender computes nothing meanwhile: megatron-core's plain schedule; the interleaved one overlaps."""
 
 
+def num_warmup(stage: int, stages: int, chunks: int, microbatches: int) -> int:
+    """Forward passes of a stage before its first backward pass may follow."""
+    behind = stages - stage - 1
+    return min(microbatches * chunks, behind if chunks == 1 else 2 * behind + (chunks - 1) * stages)
+
+
 @cache
 def stage_order(stage: int, stages: int, chunks: int, microbatches: int) -> tuple[Op, ...]:
     """What one stage does, in order: warm-up of forwards, then one forward and one backward in turn, then the backwards left."""
     total = microbatches * chunks
-    behind = stages - stage - 1
-    warmup = min(total, behind if chunks == 1 else 2 * behind + (chunks - 1) * stages)
+    warmup = num_warmup(stage, stages, chunks, microbatches)
     forwards = [Op(True, *_place(index, stages, chunks)) for index in range(total)]
     backwards = []
     for index in range(total):
@@ -67,14 +72,14 @@ def _place(index: int, stages: int, chunks: int) -> tuple[int, int]:
     return chunk, rounds * stages + within
 
 
-def most_in_flight(stage: int, stages: int, chunks: int, microbatches: int) -> list[int]:
-    """Micro-batches of each chunk that a stage holds activations of, when it holds most of all chunks together."""
-    held, most = [0] * chunks, [0] * chunks
-    for op in stage_order(stage, stages, chunks, min(microbatches, STEADY_ROUNDS * stages)):
-        held[op.chunk] += 1 if op.is_forward else -1
-        if sum(held) > sum(most):
-            most = list(held)
-    return most
+@cache
+def most_in_flight(stage: int, stages: int, chunks: int, microbatches: int) -> tuple[int, ...]:
+    """Micro-batches of each chunk that a stage holds activations of, when it holds most: after its warm-up and one more."""
+    forwards = min(num_warmup(stage, stages, chunks, microbatches) + 1, microbatches * chunks)
+    held = [0] * chunks
+    for index in range(forwards):
+        held[_place(index, stages, chunks)[0]] += 1
+    return tuple(held)
 
 
 def simulate(times: PassTimes, microbatches: int) -> list[Event]:

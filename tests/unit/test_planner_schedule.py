@@ -60,13 +60,23 @@ def test_order_of_chunks_is_that_of_megatron_core(stages: int, chunks: int, micr
 
 def test_the_first_stage_holds_what_the_paper_says() -> None:
     """arXiv 2205.05198, section 4.2.3: p micro-batches, or 1 + (p - 1) / (p v) of them when interleaved."""
-    assert most_in_flight(0, 8, 1, 64) == [8]
-    assert [most_in_flight(stage, 4, 1, 64) for stage in range(4)] == [[4], [3], [2], [1]]
+    assert most_in_flight(0, 8, 1, 64) == (8,)
+    assert [most_in_flight(stage, 4, 1, 64) for stage in range(4)] == [(4,), (3,), (2,), (1,)]
     assert sum(most_in_flight(0, 8, 3, 64)) == 8 * 3 + 8 - 1
-    assert most_in_flight(0, 8, 1, 2) == [2]
+    assert most_in_flight(0, 8, 1, 2) == (2,)
 
 
 def test_a_blocking_send_takes_the_senders_time() -> None:
     free = last_end(simulate(even(4, 1, transfer=0.1), 16))
     blocked = last_end(simulate(even(4, 1, transfer=0.1, transfer_blocks=True), 16))
     assert blocked > free > last_end(simulate(even(4, 1), 16))
+
+
+@pytest.mark.parametrize(("stages", "chunks", "microbatches"), [(4, 1, 8), (4, 1, 2), (4, 3, 8), (2, 2, 2)])
+def test_nothing_later_in_the_order_holds_more(stages: int, chunks: int, microbatches: int) -> None:
+    for stage in range(stages):
+        held, most = [0] * chunks, [0] * chunks
+        for op in stage_order(stage, stages, chunks, microbatches):
+            held[op.chunk] += 1 if op.is_forward else -1
+            most = list(held) if sum(held) > sum(most) else most
+        assert most_in_flight(stage, stages, chunks, microbatches) == tuple(most)
