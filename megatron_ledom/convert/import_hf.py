@@ -64,7 +64,9 @@ def import_hf(
     eod_id = getattr(hf_config, "eod_id", None) if eod_token is None else None  # an export of ours records it
     loaded = load_tokenizer(tokenizer or load, eod_token, eod_id=eod_id)
     aim = _direction(hf_config, direction, load)
-    config = _run_config(hf_config, os.path.join(load, CONFIG), save, aim, seq_length, params_dtype or _dtype_of(reader))
+    model, positions = read_model(hf_config, os.path.join(load, CONFIG), seq_length)
+    model |= {"vocab_size": loaded.vocab_size, "params_dtype": params_dtype or _dtype_of(reader)}
+    config = _run_config(model, positions, os.path.join(load, CONFIG), save, aim)
     sizes = Sizes(config.model, loaded.vocab_size)
     weights = _check_weights(reader, sizes)
     with new_folder(save) as part:
@@ -106,14 +108,11 @@ def _dtype_of(reader: WeightsReader) -> str:
     return "bf16" if set(reader.dtypes.values()) == {DTYPE_NAMES[torch.bfloat16]} else "fp32"
 
 
-def _run_config(
-    hf_config: PreTrainedConfig, where: str, save: str, direction: Direction, seq_length: int | None, params_dtype: str
-) -> RunConfig:
+def _run_config(model: dict[str, Any], positions: int, where: str, save: str, direction: Direction) -> RunConfig:
     """The config that the checkpoint records: architecture, data direction and length; the rest is for the run to say."""
-    model, positions = read_model(hf_config, where, seq_length)
     values = {
         "run_dir": save,
-        "model": {**model, "params_dtype": params_dtype},
+        "model": model,
         "data": {"direction": str(Direction(direction)), "tokenizer": os.path.join(save, TOKENIZER), "seq_length": positions},
         "optimizer": {"lr_warmup_iters": 0},
         "train": {"train_iters": 1, "global_batch_size": 1},
