@@ -1,0 +1,1 @@
+"""Judging models of both directions on the same tasks. Needs torch and transformers only."""
