@@ -16,7 +16,7 @@ from megatron_ledom.convert.import_hf import import_hf
 from megatron_ledom.data.preprocess import PreprocessSettings, preprocess
 from megatron_ledom.direction import Direction
 from megatron_ledom.inference import ReverseLM
-from tests.tiny_runs import run_on_ranks
+from tests.tiny_runs import run_each_on_ranks
 
 FOLDER = os.environ.get("SMOLLM2")
 
@@ -40,10 +40,10 @@ def test_smollm2_comes_in_is_trained_in_reverse_and_goes_out(tmp_path: Path) -> 
             workers=1,
         )
     )
-    settings = ["train.train_iters=5", "train.global_batch_size=8", "optimizer.lr_warmup_iters=0", "optimizer.lr=1e-4"]
+    settings = ["train.train_iters=5", "train.global_batch_size=2", "optimizer.lr_warmup_iters=0", "optimizer.lr=1e-4"]
     quiet = ["logging.log_interval=1", "logging.tensorboard=false", "logging.peak_tflops=1.0", "train.num_threads=1"]
     layout = ["parallel.tensor_model_parallel_size=3", "parallel.sequence_parallel=false", f"data.train_blend=[[1.0,{shard}]]"]
-    records = run_on_ranks(run / "model.yaml", run, *settings, *quiet, *layout, num_ranks=3)
+    records = run_each_on_ranks(run / "model.yaml", {run: [*settings, *quiet, *layout]}, num_ranks=3, seconds=1500)[run]
     losses = [record["lm_loss"] for record in records]
     print("reverse losses:", losses)
     assert len(losses) == 5
