@@ -26,10 +26,12 @@ def emulated_binding() -> Path:
 
 def load_emulated_ops() -> None:
     """From here on, CPU tensors of a 16-bit type go to the emulated kernels, as CUDA tensors to the real ones on a GPU."""
-    from megatron_ledom.ops import causal_softmax, cross_entropy, library, rms_norm, rope, segment_reverse, swiglu
+    from megatron_ledom.ops import causal_softmax, cross_entropy, library, multi_tensor, rms_norm, rope, segment_reverse, swiglu
     from megatron_ledom.platform.cpu_ops import CpuOps
 
-    assert all((causal_softmax, cross_entropy, rms_norm, rope, segment_reverse, swiglu))  # define what the binding implements
+    assert all(
+        (causal_softmax, cross_entropy, multi_tensor, rms_norm, rope, segment_reverse, swiglu)
+    )  # define what the binding implements
     torch.ops.load_library(str(emulated_binding()))
     library.DTYPES["cpu"] = library.DTYPES["cuda"]
     library.find_cpu_ops = lambda: CpuOps(True, "CUDA kernels on the emulator")
