@@ -29,7 +29,7 @@ def are_alike(*lists: Tensors) -> bool:
 def chunk_table(*lists: Tensors) -> torch.Tensor:
     """int64 [C, 1 + L]: elements of a piece of a tensor, and how many bytes behind each list's first tensor it begins.
 
-    It lies on the lists' device. ValueError for lists that differ in number or sizes.
+    It lies on the lists' device, and holds for these very tensors: a kernel that is given others with it writes anywhere. ValueError for lists that differ in number or sizes.
     """
     sizes = torch.tensor([t.numel() for t in lists[0]], dtype=torch.int64)
     chunks = (sizes + CHUNK - 1) // CHUNK
@@ -93,7 +93,9 @@ def adamw_reference(
 
 def norm_reference(chunks: torch.Tensor, tensors: Tensors) -> torch.Tensor:
     """The norm of all tensors together, fp32 [1]."""
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(t.float()) for t in tensors])).view(1)
+    norms = torch.stack([torch.linalg.vector_norm(t.float()) for t in tensors])
+    whole: torch.Tensor = torch.linalg.vector_norm(norms)
+    return whole.view(1)
 
 
 def scale_reference(chunks: torch.Tensor, sources: Tensors, targets: Tensors, scale: float) -> None:
