@@ -29,7 +29,8 @@ def are_alike(*lists: Tensors) -> bool:
 def chunk_table(*lists: Tensors) -> torch.Tensor:
     """int64 [C, 1 + L]: elements of a piece of a tensor, and how many bytes behind each list's first tensor it begins.
 
-    It lies on the lists' device, and holds for these very tensors: a kernel that is given others with it writes anywhere. ValueError for lists that differ in number or sizes.
+    It lies on the lists' device, and holds for these very tensors: a kernel that is given others with it writes anywhere.
+    ValueError for lists that differ in number or sizes.
     """
     sizes = torch.tensor([t.numel() for t in lists[0]], dtype=torch.int64)
     chunks = (sizes + CHUNK - 1) // CHUNK
