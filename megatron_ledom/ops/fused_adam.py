@@ -11,6 +11,11 @@ from megatron_ledom.platform.adam import GroupStepAdam
 from megatron_ledom.platform.engine_fixes import norm_of_all, scale_all, use_optimizer_kernels
 
 
+def _not_empty(tensors: Tensors) -> list[torch.Tensor]:
+    """Without tensors of no elements, which have no address that others could be counted from."""
+    return [t for t in tensors if t.numel()]
+
+
 class FusedAdam(GroupStepAdam):
     """GroupStepAdam with one launch for all parameters of a group that have a type: the same state, the same update.
 
@@ -35,7 +40,11 @@ class FusedAdam(GroupStepAdam):
                 self._update((index, *types), group, params)
 
     def _update(self, use: tuple[object, ...], group: dict[str, Any], params: list[torch.Tensor]) -> None:
-        states = [self._state_of(p) for p in params]
+        of_all = {p: self._state_of(p) for p in params}
+        params = _not_empty(params)
+        if not params:
+            return
+        states = [of_all[p] for p in params]
         gradients = [p.grad for p in params if p.grad is not None]
         exp_avgs, exp_avg_sqs = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq"))
         is_fp32 = params[0].dtype == torch.float32
@@ -89,13 +98,14 @@ class MultiTensorKernels:
         self, chunk_size: int, noop_flag: torch.Tensor, lists: list[Tensors], per_tensor: bool
     ) -> tuple[torch.Tensor, None]:
         """The norm of all tensors [1], and nothing for each."""
-        if not are_alike(lists[0]):
+        tensors = _not_empty(lists[0])
+        if not are_alike(tensors):
             return norm_of_all(chunk_size, noop_flag, [list(each) for each in lists], per_tensor)
-        return torch.ops.ledom.multi_tensor_norm(self.tables.table("norm", lists[0]), list(lists[0])), None
+        return torch.ops.ledom.multi_tensor_norm(self.tables.table("norm", tensors), tensors), None
 
     def scale(self, chunk_size: int, noop_flag: torch.Tensor, lists: list[Tensors], scale: float) -> None:
         """The second list = the first * scale."""
-        sources, targets = lists
+        sources, targets = (_not_empty(each) for each in lists)
         if not are_alike(sources, targets):
             scale_all(chunk_size, noop_flag, [list(sources), list(targets)], scale)
             return

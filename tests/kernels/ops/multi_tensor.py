@@ -174,6 +174,7 @@ CASES: dict[str, CaseMaker] = {
     "adamw-l2": partial(adamw, ODD, 3, is_decoupled=False),
     "adamw-no_decay": partial(adamw, layout([40]), 1000, weight_decay=0.0),
     "adamw-off_the_grid": partial(adamw, SHIFTED, 2),
+    "adamw-weights_alone_off_the_grid": partial(adamw, layout([5, 9, 300], shift=4), 2),
     **{f"adamw-first_step-{name}": partial(adamw, layout(sizes), 1) for name, sizes in SIZES.items()},
 }
 
