@@ -84,7 +84,8 @@ class FusedAdam(GroupStepAdam):
             steps = {int(self.state[p].pop("step")) for p in group["params"] if "step" in self.state.get(p, {})}
             if len(steps) > 1:
                 raise ValueError(f"found parameters at steps {sorted(steps)} in one group, expected one step for all")
-            group.update(step=steps.pop()) if steps else None
+            if steps:
+                group["step"] = steps.pop()
             group.setdefault("bias_correction", True)
 
 
