@@ -7,7 +7,7 @@ from shutil import which
 
 import torch
 
-from megatron_ledom.ops.library import describe, extension_path
+from megatron_ledom.ops.library import backend, describe, extension_path
 from megatron_ledom.platform.cpu_ops import find_cpu_ops
 
 
@@ -23,10 +23,12 @@ def architectures(binary: Path) -> str:
 
 
 def main() -> None:
-    """Three lines: CUDA operators, CPU operators, and what a model takes on each type of device."""
+    """Four lines: CUDA operators, CPU operators, what an optimizer takes on a GPU, and what a model takes on each type of device."""
     path = extension_path()
     print(f"CUDA operators: {path} for {architectures(path)}" if path.exists() else "CUDA operators: not built")
+    adam = "cuda" if backend("cuda").usable else "torch"
     print(f"CPU operators: {find_cpu_ops().state}")
+    print(f"an optimizer on cuda without Transformer Engine and apex: adamw={adam} norm={adam} scale={adam}")
     devices = ["cuda", "cpu"] if torch.cuda.is_available() or path.exists() else ["cpu"]
     for device in devices:
         print(f"a model on {device}: {describe(torch.device(device), 'fused')}")

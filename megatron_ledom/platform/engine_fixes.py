@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -51,11 +52,32 @@ def _join_tensors_of_a_gradient() -> None:
     torch's foreach kernels take all tensors of a list in a few launches, and nothing waits.
     """
     if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
-        clip_grads.l2_norm_impl = _norm_of_all
-        clip_grads.multi_tensor_scale_impl = core_optimizer_classes.multi_tensor_scale_impl = _scale_all
+        clip_grads.l2_norm_impl = norm_of_all
+        clip_grads.multi_tensor_scale_impl = core_optimizer_classes.multi_tensor_scale_impl = scale_all
 
 
-def _norm_of_all(
+def use_optimizer_kernels(
+    adam: type[GroupStepAdam] | None, norm: Callable[..., Any] | None, scale: Callable[..., Any] | None
+) -> str:
+    """Give megatron-core an Adam, norm and scaling of ours, each where it now has torch's. Says what its optimizer runs."""
+    if adam is not None and core_optimizer.Adam is GroupStepAdam:
+        core_optimizer.Adam = distrib_optimizer.Adam = adam
+    if norm is not None and clip_grads.l2_norm_impl is norm_of_all:
+        clip_grads.l2_norm_impl = norm
+        clip_grads.multi_tensor_scale_impl = core_optimizer_classes.multi_tensor_scale_impl = scale
+    in_use = {"adamw": core_optimizer.Adam, "norm": clip_grads.l2_norm_impl, "scale": clip_grads.multi_tensor_scale_impl}
+    return " ".join(f"{name}={_maker(function)}" for name, function in in_use.items())
+
+
+def _maker(function: Any) -> str:
+    """Who made a function or class: ours by a kernel, torch through us, or another package by its name."""
+    if function in (GroupStepAdam, norm_of_all, scale_all):
+        return "torch"
+    package = str(getattr(function, "__module__", "")).partition(".")[0]
+    return "cuda" if package == "megatron_ledom" else package
+
+
+def norm_of_all(
     chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
 ) -> tuple[torch.Tensor, None]:
     """What apex's multi_tensor_l2norm gives: the norm of all tensors [1], and nothing for each."""
@@ -63,7 +85,7 @@ def _norm_of_all(
     return torch.linalg.vector_norm(torch.stack(norms).float()).view(1), None
 
 
-def _scale_all(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
+def scale_all(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
     """What apex's multi_tensor_scale does: the second list = the first * scale."""
     sources, targets = tensor_lists
     if any(source is not target for source, target in zip(sources, targets, strict=True)):

@@ -1,5 +1,6 @@
 """megatron-core's optimizer and learning-rate schedule, from the config."""
 
+import logging
 from typing import Any
 
 from megatron.core.distributed import finalize_model_grads
@@ -9,12 +10,16 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_ledom.config.derived import lr_decay_iters
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.model.builder import DTYPES
+from megatron_ledom.ops.fused_adam import use_fused_adam
 from megatron_ledom.parallel.groups import ParallelGroups
+
+log = logging.getLogger(__name__)
 
 
 def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups) -> Any:
     """AdamW over fp32 main weights; vectors (norms) are not decayed. Ties gradient reduction into the model's schedule."""
     settings = config.optimizer
+    log.info("optimizer: %s", use_fused_adam(next(model[0].parameters()).device.type))
     optimizer_config = OptimizerConfig(
         optimizer="adam",
         lr=settings.lr,

@@ -19,6 +19,7 @@ from tests.kernels.cases import Case, c_arguments, pointers
 from tests.kernels.catalogue import op_module
 from tests.kernels.interface import functions
 from tests.kernels.on_gpu import gpu_library
+from tests.kernels.ops.multi_tensor import chunk_table, layout
 
 CALLS_A_ROUND = 20
 COPIED_BYTES = 1 << 30
@@ -121,7 +122,47 @@ def softmax_contests(device: str, heads: int = 16, length: int = 4096) -> Iterat
     yield Contest("causal_softmax", case, call, (x,), gradient)
 
 
-CONTESTS: tuple[Callable[..., Iterator[Contest]], ...] = (rms_norm_contests, swiglu_contests, rope_contests, softmax_contests)
+def multi_tensor_contests(device: str, count: int = 300, size: int = 1 << 20) -> Iterator[Contest]:
+    """fp32; torch's side works on copies, because AdamW changes what it is given."""
+    pieces, length = layout([size] * count)
+    gradients, exp_avgs, masters = (torch.randn(length, device=device) for _ in range(3))
+    exp_avg_sqs = torch.rand(length, device=device)
+    lists = {"gradients": gradients, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "masters": masters}
+    parts = [[copy[at : at + size] for at, size in pieces] for copy in (each.clone() for each in lists.values())]
+    rates = {"lr": 0.01, "weight_decay": 0.1, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+    step = torch.ones((), device=device)
+
+    def adamw(masters: torch.Tensor) -> torch.Tensor:
+        gradients_, exp_avgs_, exp_avg_sqs_, _ = parts
+        weights = [masters[at : at + size] for at, size in pieces]
+        steps, flags = [step] * count, {"amsgrad": False, "maximize": False}
+        torch._fused_adamw_(weights, gradients_, exp_avgs_, exp_avg_sqs_, [], steps, **rates, **flags)
+        return masters
+
+    flags = {"num_chunks": 0, "is_decoupled": 1, "gradients_are_16_bit": 0, "dtype": torch.bfloat16}
+    table = chunk_table(pieces, (4, 4, 4, 4, 4)).to(device)
+    arguments = {"chunks": table, **lists, "weights": None, **rates, "correction1": 0.1, "correction2": 0.05, **flags}
+    case = Case("ledom_multi_tensor_adamw", {**arguments, "num_chunks": len(table)}, {})
+    yield Contest("multi_tensor", case, adamw, (masters.clone(),))
+    table = chunk_table(pieces, (4,)).to(device)
+    sums = {"norm": torch.empty(1, device=device), "partials": torch.empty(len(table), device=device)}
+    arguments = {"chunks": table, "tensors": gradients, **sums, "num_chunks": len(table), "are_16_bit": 0}
+    case = Case("ledom_multi_tensor_norm", {**arguments, "dtype": torch.bfloat16}, {})
+
+    def norm(tensors: torch.Tensor) -> torch.Tensor:
+        norms = torch._foreach_norm([tensors[at : at + size] for at, size in pieces])
+        return torch.linalg.vector_norm(torch.stack(norms)).view(1)
+
+    yield Contest("multi_tensor", case, norm, (gradients,))
+
+
+CONTESTS: tuple[Callable[..., Iterator[Contest]], ...] = (
+    rms_norm_contests,
+    swiglu_contests,
+    rope_contests,
+    softmax_contests,
+    multi_tensor_contests,
+)
 
 
 def ours(contest: Contest) -> Action:

@@ -26,11 +26,23 @@ def emulated_binding() -> Path:
 
 def load_emulated_ops() -> None:
     """From here on, CPU tensors of a 16-bit type go to the emulated kernels, as CUDA tensors to the real ones on a GPU."""
-    from megatron_ledom.ops import causal_softmax, cross_entropy, library, rms_norm, rope, segment_reverse, swiglu
+    from megatron_ledom.ops import causal_softmax, cross_entropy, library, multi_tensor, rms_norm, rope, segment_reverse, swiglu
     from megatron_ledom.platform.cpu_ops import CpuOps
 
-    assert all((causal_softmax, cross_entropy, rms_norm, rope, segment_reverse, swiglu))  # define what the binding implements
+    defined = (causal_softmax, cross_entropy, multi_tensor, rms_norm, rope, segment_reverse, swiglu)
+    assert all(defined)  # what the binding implements
     torch.ops.load_library(str(emulated_binding()))
     library.DTYPES["cpu"] = library.DTYPES["cuda"]
     library.find_cpu_ops = lambda: CpuOps(True, "CUDA kernels on the emulator")
     library.backend.cache_clear()
+
+
+def train_on_emulated_optimizer() -> None:
+    """The kernels of AdamW, norm and clipping on CPU tensors, given to megatron-core as on a GPU."""
+    from megatron_ledom.ops.fused_adam import FusedAdam, MultiTensorKernels
+    from megatron_ledom.platform.engine_fixes import install_engine_fixes, use_optimizer_kernels
+
+    load_emulated_ops()
+    install_engine_fixes()
+    kernels = MultiTensorKernels()
+    assert use_optimizer_kernels(FusedAdam, kernels.norm, kernels.scale) == "adamw=cuda norm=cuda scale=cuda"

@@ -16,7 +16,7 @@ from megatron_ledom.ops.rope import rope, rope_reference
 from megatron_ledom.ops.segment_reverse import segment_reverse
 from megatron_ledom.ops.swiglu import swiglu, swiglu_reference
 from megatron_ledom.platform.cpu_ops import find_cpu_ops
-from megatron_ledom.platform.engine_fixes import _norm_of_all, _scale_all
+from megatron_ledom.platform.engine_fixes import norm_of_all, scale_all
 
 EOD = 0
 DTYPES = (torch.float32, torch.bfloat16)
@@ -175,9 +175,11 @@ def test_the_log_says_what_runs_and_why() -> None:
 
 def test_the_report_says_what_is_built_and_what_a_model_uses(capsys: pytest.CaptureFixture[str]) -> None:
     report.main()
-    built, on_cpu, *models = capsys.readouterr().out.splitlines()
+    built, on_cpu, optimizer, *models = capsys.readouterr().out.splitlines()
     assert built.startswith("CUDA operators: ")
     assert on_cpu == f"CPU operators: {find_cpu_ops().state}"
+    adam = "cuda" if backend("cuda").usable else "torch"
+    assert optimizer.endswith(f": adamw={adam} norm={adam} scale={adam}")
     assert models[-1] == "a model on cpu: " + describe(torch.device("cpu"), "fused")
 
 
@@ -192,14 +194,14 @@ def test_norm_and_scaling_of_many_tensors_equal_those_of_one() -> None:
     """What engine_fixes puts in place of megatron-core's loops, with apex's arguments."""
     tensors, flag = [drawn(3 * i + 1, dtype=torch.float32, seed=i) for i in range(5)], torch.zeros(1)
     whole = torch.cat(tensors)
-    norm, none = _norm_of_all(1, flag, [tensors], False)
+    norm, none = norm_of_all(1, flag, [tensors], False)
     assert none is None
     torch.testing.assert_close(norm, whole.double().norm().float().view(1), rtol=1e-6, atol=0)
     others = [torch.zeros_like(tensor) for tensor in tensors]
-    _scale_all(1, flag, [tensors, others], 0.5)
+    scale_all(1, flag, [tensors, others], 0.5)
     assert torch.equal(torch.cat(others), whole * 0.5)
     assert torch.equal(torch.cat(tensors), whole)
-    _scale_all(1, flag, [tensors, tensors], 0.25)
+    scale_all(1, flag, [tensors, tensors], 0.25)
     assert torch.equal(torch.cat(tensors), whole * 0.25)
 
 

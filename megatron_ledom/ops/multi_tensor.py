@@ -1,0 +1,128 @@
+"""AdamW, the norm and scaling of many tensors at once: references, operators, and the table that tells the kernels where tensors lie.
+
+Tensors of a list are contiguous, of one type and on one device. Letters: C chunks, L lists.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from megatron_ledom.ops.library import define
+
+CHUNK = 8192
+"""Elements that a block of threads works on."""
+GRID_BYTES = 16
+"""What a list's first address is rounded down to; the binding does the same."""
+Tensors = Sequence[torch.Tensor]
+
+
+def are_alike(*lists: Tensors) -> bool:
+    """Whether the kernels take these lists: contiguous tensors on one device, one type a list, fp32 or one of 16 bits."""
+    if not lists[0]:
+        return False
+    device, types = lists[0][0].device, {each[0].dtype for each in lists if each} - {torch.float32}
+    return types in (set(), {torch.bfloat16}, {torch.float16}) and all(
+        t.is_contiguous() and t.device == device and t.dtype == each[0].dtype for each in lists for t in each
+    )
+
+
+def chunk_table(*lists: Tensors) -> torch.Tensor:
+    """int64 [C, 1 + L]: elements of a piece of a tensor, and how many bytes behind each list's first tensor it begins.
+
+    It lies on the lists' device, and holds for these very tensors: a kernel that is given others with it writes anywhere.
+    ValueError for lists that differ in number or sizes.
+    """
+    sizes = torch.tensor([t.numel() for t in lists[0]], dtype=torch.int64)
+    chunks = (sizes + CHUNK - 1) // CHUNK
+    of_tensor_C = torch.repeat_interleave(torch.arange(len(sizes)), chunks)
+    begins_C = (torch.arange(len(of_tensor_C)) - (chunks.cumsum(0) - chunks)[of_tensor_C]) * CHUNK
+    columns = [(sizes[of_tensor_C] - begins_C).clamp(max=CHUNK)]
+    for tensors in lists:
+        if [t.numel() for t in tensors] != sizes.tolist():
+            raise ValueError("found lists of tensors of different sizes, expected each list to match the first")
+        base = tensors[0].data_ptr() // GRID_BYTES * GRID_BYTES
+        addresses = torch.tensor([t.data_ptr() - base for t in tensors], dtype=torch.int64)
+        columns.append(addresses[of_tensor_C] + begins_C * tensors[0].element_size())
+    return torch.stack(columns, 1).to(lists[0][0].device)
+
+
+class ChunkTables:
+    """Tables of lists that come again with every step: made anew only when a tensor has moved."""
+
+    def __init__(self) -> None:
+        self.made: dict[object, tuple[list[tuple[int, int]], torch.Tensor]] = {}
+
+    def table(self, use: object, *lists: Tensors) -> torch.Tensor:
+        """The table of these lists; `use` tells the callers apart."""
+        where = [(t.data_ptr(), t.numel()) for tensors in lists for t in tensors]
+        held = self.made.get(use)
+        if held is None or held[0] != where:
+            held = self.made[use] = (where, chunk_table(*lists))
+        return held[1]
+
+
+def adamw_reference(
+    chunks: torch.Tensor,
+    gradients: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    masters: Tensors,
+    weights: Tensors,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    correction1: float,
+    correction2: float,
+    is_decoupled: bool,
+) -> None:
+    """A step of Adam in place; masters and moments are fp32. weights: none, or the masters' rounded copies, which are written.
+
+    correctionN is 1 - betaN ** step, or 1.
+    """
+    for i, (gradient, exp_avg, exp_avg_sq, master) in enumerate(zip(gradients, exp_avgs, exp_avg_sqs, masters, strict=True)):
+        gradient = gradient.float() if is_decoupled else gradient.float() + weight_decay * master
+        exp_avg.mul_(beta1).add_(gradient, alpha=1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        if is_decoupled:
+            master.mul_(1 - lr * weight_decay)
+        master.addcdiv_(exp_avg, (exp_avg_sq / correction2).sqrt_().add_(eps), value=-lr / correction1)
+        if weights:
+            weights[i].copy_(master)
+
+
+def norm_reference(chunks: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+    """The norm of all tensors together, fp32 [1]."""
+    norms = torch.stack([torch.linalg.vector_norm(t.float()) for t in tensors])
+    whole: torch.Tensor = torch.linalg.vector_norm(norms)
+    return whole.view(1)
+
+
+def scale_reference(chunks: torch.Tensor, sources: Tensors, targets: Tensors, scale: float) -> None:
+    """targets = sources * scale, which may be the same tensors."""
+    for source, target in zip(sources, targets, strict=True):
+        target.copy_(source.float() * scale)
+
+
+def _fake_norm(chunks: torch.Tensor, tensors: Tensors) -> torch.Tensor:
+    return chunks.new_empty(1, dtype=torch.float32)
+
+
+def _fake_nothing(*args: object) -> None:
+    return None
+
+
+define(
+    "multi_tensor_adamw(Tensor chunks, Tensor[] gradients, Tensor(a!)[] exp_avgs, Tensor(b!)[] exp_avg_sqs, Tensor(c!)[] masters,"
+    " Tensor(d!)[] weights, float lr, float beta1, float beta2, float eps, float weight_decay, float correction1,"
+    " float correction2, bool is_decoupled) -> ()",
+    _fake_nothing,
+    adamw_reference,
+)
+define("multi_tensor_norm(Tensor chunks, Tensor[] tensors) -> Tensor", _fake_norm, norm_reference)
+define(
+    "multi_tensor_scale(Tensor chunks, Tensor[] sources, Tensor(a!)[] targets, float scale) -> ()",
+    _fake_nothing,
+    scale_reference,
+)
