@@ -1,7 +1,7 @@
 """The forward twin of the reverse model, or any stock causal model: half of Reverse Reward and of every comparison."""
 
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.inference.generation import Generation, Sampling
@@ -44,36 +44,18 @@ class ForwardLM(LanguageModel):
             top_k=top_k,
             num_return_sequences=num_return_sequences,
             seed=seed,
-            stop_strings=tuple(stop_strings),
+            stop_strings=stop_strings,
         )
         return self.writer.write(texts, self.leading_ids, sampling, batch_size)
 
-    def stream_following(
-        self,
-        preceding_text: str,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-        stop_strings: Sequence[str] = (),
-    ) -> Iterator[Generation]:
+    def stream_following(self, preceding_text: str, **options: Any) -> Iterator[Generation]:
         """As `generate_following` for one text, shown while it is written: each result is the text so far, which grows at its end.
 
-        The last one is what `generate_following` returns.
+        options: those of `Sampling`. The last result is what `generate_following` returns.
         """
         if not self.leading_ids:
             check_texts([preceding_text], "prompt")
-        sampling = Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop_strings=tuple(stop_strings),
-        )
-        yield from self.writer.stream(preceding_text, self.leading_ids, sampling)
+        return self.writer.stream(preceding_text, self.leading_ids, Sampling(**options))
 
     @overload
     def log_likelihood(

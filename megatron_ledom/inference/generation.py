@@ -5,7 +5,7 @@ Shapes: B rows, S positions, V ids of the logits.
 
 import codecs
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 from threading import Thread
@@ -55,7 +55,7 @@ class Sampling:
     top_k: int = 0
     num_return_sequences: int = 1
     seed: int | None = None
-    stop_strings: tuple[str, ...] = ()
+    stop_strings: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -69,6 +69,8 @@ class Sampling:
             raise UsageError(f"top_k={self.top_k} must be 0 (off) or a positive number")
         if self.num_return_sequences < 1:
             raise UsageError(f"{self.num_return_sequences} samples asked for; at least 1 is needed")
+        if isinstance(self.stop_strings, str):
+            raise UsageError(f"stop_strings={self.stop_strings!r} is one text, each letter of which would stop; pass a list")
         if not all(self.stop_strings):
             raise UsageError("an empty stop string would stop at once; leave it out, or give at least one character")
         if self.num_return_sequences > 1 and self.temperature == 0:
@@ -143,6 +145,11 @@ class Writer:
 
         The model runs in a thread, one token ahead at most of what is shown; it ends when the iterator is closed.
         """
+        if sampling.num_return_sequences > 1:
+            raise UsageError(f"a stream shows one text, {sampling.num_return_sequences} were asked for; leave that out")
+        return self._streamed(text, leading_ids, sampling)
+
+    def _streamed(self, text: str, leading_ids: list[int], sampling: Sampling) -> Iterator[Generation]:
         opened = self._tokenizer.open_text(text, self._direction)
         stop, steps, is_closed = self._stopper([opened], sampling), SimpleQueue[Any](), False
 

@@ -1,7 +1,7 @@
 """The reverse language model (LEDOM, arXiv 2507.01335): P(x) = prod_t P(x_t | x_{t+1..T})."""
 
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.inference.generation import Generation, Sampling
@@ -45,35 +45,17 @@ class ReverseLM(LanguageModel):
             top_k=top_k,
             num_return_sequences=num_return_sequences,
             seed=seed,
-            stop_strings=tuple(stop_strings),
+            stop_strings=stop_strings,
         )
         return self.writer.write(texts, self.leading_ids, sampling, batch_size)
 
-    def stream_preceding(
-        self,
-        following_text: str,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int | None = None,
-        stop_strings: Sequence[str] = (),
-    ) -> Iterator[Generation]:
+    def stream_preceding(self, following_text: str, **options: Any) -> Iterator[Generation]:
         """As `generate_preceding` for one text, shown while it is written: each result is the text so far, which grows at its front.
 
-        The last one is what `generate_preceding` returns.
+        options: those of `Sampling`. The last result is what `generate_preceding` returns.
         """
         check_texts([following_text], "following text")
-        sampling = Sampling(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            seed=seed,
-            stop_strings=tuple(stop_strings),
-        )
-        yield from self.writer.stream(following_text, self.leading_ids, sampling)
+        return self.writer.stream(following_text, self.leading_ids, Sampling(**options))
 
     @overload
     def log_likelihood(

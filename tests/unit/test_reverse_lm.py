@@ -342,6 +342,12 @@ def test_a_closed_stream_ends_the_model_and_its_errors_reach_the_caller(reverse_
     assert threading.active_count() == threads
     with pytest.raises(UsageError, match="exceed the 512 positions"):
         list(model.stream_preceding("some text", max_new_tokens=600))
+    with pytest.raises(UsageError, match="temperature=-1"):  # at once, not when the first token is asked for
+        model.stream_preceding("some text", temperature=-1.0)
+    with pytest.raises(UsageError, match="a stream shows one text, 2 were asked for"):
+        model.stream_preceding("some text", temperature=1.0, num_return_sequences=2)
+    with pytest.raises(UsageError, match="each letter of which would stop"):
+        model.stream_preceding("some text", stop_strings="the")
 
 
 def test_a_stop_string_is_matched_in_reading_order_and_left_out(tmp_path: Path) -> None:
