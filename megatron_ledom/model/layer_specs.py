@@ -82,9 +82,22 @@ def fused_operators(config: RunConfig) -> tuple[bool, str]:
         return False, f"no fused operators: {kernels.state}"
     if dtype not in DTYPES[device]:
         return False, f"no fused operators for {config.model.params_dtype} on {device}"
-    if device == "cuda" and head_dim(config.model) % 16:
-        return False, f"no fused operators for heads of width {head_dim(config.model)}, not a multiple of 16"
+    if device == "cuda" and (odd := _odd_width(config)):
+        return False, f"no fused operators for {odd}"
     return True, f"fused operators for {device}: {kernels.state}"
+
+
+def _odd_width(config: RunConfig) -> str | None:
+    """A width of this rank's tensors that the CUDA kernels do not take, which read 16 bytes at a time; None if they take all."""
+    model, ranks = config.model, config.parallel.tensor_model_parallel_size
+    widths = {
+        "heads of width ": (head_dim(model), 16),
+        "model.hidden_size=": (model.hidden_size, 8),
+        "a share of model.ffn_hidden_size of ": (model.ffn_hidden_size // ranks, 8),
+        "model.make_vocab_size_divisible_by=": (model.make_vocab_size_divisible_by, 8),
+    }
+    odd = (f"{name}{width}, not a multiple of {of}" for name, (width, of) in widths.items() if width % of)
+    return next(odd, None)
 
 
 def _fused_or_torch(config: RunConfig, state: str) -> LayerChoice:

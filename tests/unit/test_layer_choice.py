@@ -69,8 +69,14 @@ def test_without_transformer_engine_our_operators_are_taken_where_they_can_run(
         assert choose_layers(run("model.transformer_impl=torch")).implementation == "torch"
     machine(capability=(9, 0))
     monkeypatch.setattr(layer_specs, "backend", lambda kind: Backend(kind == "cuda", kind, "told"))
-    narrow = "model.kv_channels=24"
-    for settings, reason in ((("model.params_dtype=fp32",), "for fp32 on cuda"), ((narrow,), "width 24")):
+    odd = (
+        ("model.params_dtype=fp32", "for fp32 on cuda"),
+        ("model.kv_channels=24", "heads of width 24, not a multiple of 16"),
+        ("model.ffn_hidden_size=44", "a share of model.ffn_hidden_size of 22"),
+        ("model.make_vocab_size_divisible_by=4", "make_vocab_size_divisible_by=4"),
+    )
+    for setting, reason in odd:
+        settings = (setting,)
         assert choose_layers(run(*settings)).implementation == "torch"
         with pytest.raises(ConfigError, match=f"transformer_impl=fused cannot run here: no fused operators.*{reason}"):
             choose_layers(run(*settings, "model.transformer_impl=fused"))
