@@ -10,7 +10,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +18,9 @@ from typing import Any, TypeVar
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, TransientError, UsageError
 from megatron_ledom.inference.engine import Path as AnswerPath
-from megatron_ledom.inference.engine import StepDelimiter
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.language_model import span_score
-from megatron_ledom.inference.remote_text import RemoteText, check_delimiter, seed_of
-from megatron_ledom.inference.scoring import Span, SpanScore, Spent, check_batch_size, distinct_spans
+from megatron_ledom.inference.remote_text import RemoteEngine, RemoteText, seed_of
+from megatron_ledom.inference.scoring import Span, check_batch_size
 
 ATTEMPTS = 4
 """How often a request is tried while the server is busy or away; pauses of 1, 2 and 4 seconds lie between."""
@@ -31,7 +29,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
-class CompletionsEngine:
+class CompletionsEngine(RemoteEngine):
     """Samples, scores and expands through HTTP, with `batch_size` requests under way at once.
 
     url: up to and without `/completions`, as in `http://localhost:8000/v1`. model: its name on the server. folder: the served
@@ -48,41 +46,15 @@ class CompletionsEngine:
             raise UsageError(f"{url!r} is no address of a server; expected one such as http://localhost:8000/v1")
         self._url, self._model, self._timeout = f"{url.rstrip('/')}/completions", model, timeout
         self._batch_size = batch_size
-        self._text = RemoteText.from_pretrained(folder, direction)
-        self.spent = Spent()
+        super().__init__(RemoteText.from_pretrained(folder, direction))
 
-    @property
-    def direction(self) -> Direction:
-        """Which way the model reads."""
-        return self._text.direction
+    def _logprobs(self, spans: list[Span]) -> list[list[float]]:
+        return self._at_once(self._logprobs_of, spans)
 
-    def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
-        """See `Engine.score`. Equal pairs are asked for once."""
-        spans = [self._text.span(pair, include_end) for pair in pairs]
-        distinct = distinct_spans(spans)
-        values = dict(zip(distinct, self._at_once(self._logprobs, distinct.values()), strict=True))
-        ordered = [values[tuple(span.tokens), span.num_context] for span in spans]
-        return [span_score(span, row, self.direction, include_end) for span, row in zip(spans, ordered, strict=True)]
+    def _written(self, paths: list[AnswerPath], sampling: Sampling) -> list[tuple[str, int]]:
+        return self._at_once(lambda path: self._written_behind(path, sampling), paths)
 
-    def sample(self, roots: Sequence[AnswerPath], sampling: Sampling) -> list[list[AnswerPath]]:
-        """See `Engine.sample`."""
-        return self._grow(roots, sampling.num_return_sequences, None, sampling)
-
-    def expand(
-        self, paths: Sequence[AnswerPath], num: int, delimiter: StepDelimiter, sampling: Sampling
-    ) -> list[list[AnswerPath]]:
-        """See `Engine.expand`. The step is cut out here: servers do not tell a stop string from the model's own end."""
-        check_delimiter(delimiter)
-        return self._grow(paths, num, delimiter, sampling)
-
-    def _grow(
-        self, paths: Sequence[AnswerPath], num: int, delimiter: StepDelimiter | None, sampling: Sampling
-    ) -> list[list[AnswerPath]]:
-        children = [path.child(number) for path in paths if not path.finished for number in range(num)]
-        written = iter(self._at_once(lambda path: self._continued(path, delimiter, sampling), children))
-        return [[path] if path.finished else [next(written) for _ in range(num)] for path in paths]
-
-    def _continued(self, path: AnswerPath, delimiter: StepDelimiter | None, sampling: Sampling) -> AnswerPath:
+    def _written_behind(self, path: AnswerPath, sampling: Sampling) -> tuple[str, int]:
         answer = self._ask(
             prompt=self._text.prompt_ids(path),
             max_tokens=sampling.max_new_tokens - path.num_tokens,
@@ -91,10 +63,9 @@ class CompletionsEngine:
             seed=seed_of(path),
             **({"top_k": sampling.top_k} if sampling.top_k else {}),
         )
-        return self._text.grown(path, answer["choices"][0]["text"], answer["usage"]["completion_tokens"], delimiter)
+        return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
 
-    def _logprobs(self, span: Span) -> list[float]:
-        """Of the scored ids, model order."""
+    def _logprobs_of(self, span: Span) -> list[float]:
         if len(span.tokens) == span.num_context:
             return []
         answer = self._ask(prompt=span.tokens, max_tokens=0, echo=True, logprobs=1, temperature=0)

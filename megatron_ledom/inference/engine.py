@@ -116,3 +116,9 @@ class Engine(Protocol):
 def root(prompt: str, sampling: Sampling, salt: int = 0) -> Path:
     """The Path from which answers to `prompt` grow; `salt` (a record's number) sets equal prompts apart."""
     return Path(prompt, f"{sampling.seed or 0}/{salt}")
+
+
+def check_no_stop_strings(sampling: Sampling) -> None:
+    """Refuse what engines do not do: steps end at a StepDelimiter."""
+    if sampling.stop_strings:
+        raise UsageError(f"engines take no stop_strings ({list(sampling.stop_strings)}); give a StepDelimiter to `expand`")

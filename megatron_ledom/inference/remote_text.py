@@ -1,5 +1,7 @@
-"""What engines outside of this process need here: the tokenizer, the direction and the stop ids of a model folder, no weights."""
+"""What engines that hold the weights elsewhere share: the tokenizer, direction and stop ids of a model folder, and the paths."""
 
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -7,10 +9,11 @@ from typing import Self
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.inference.engine import Path as AnswerPath
-from megatron_ledom.inference.engine import StepDelimiter
+from megatron_ledom.inference.engine import StepDelimiter, check_no_stop_strings
+from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.joint import JointTokenizer
-from megatron_ledom.inference.language_model import load_tokenizer, read_model_config, span_tokens
-from megatron_ledom.inference.scoring import Span
+from megatron_ledom.inference.language_model import load_tokenizer, read_model_config, span_score, span_tokens
+from megatron_ledom.inference.scoring import Span, SpanScore, Spent, distinct_spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,3 +69,51 @@ def check_delimiter(delimiter: StepDelimiter) -> None:
     """Refuse token ids, which an engine that answers with text does not tell."""
     if delimiter.token_ids:
         raise UsageError("this engine answers with text, so a step ends at a pattern; give regex:PATTERN instead of ids")
+
+
+class RemoteEngine(ABC):
+    """An `Engine` of two questions that go to where the weights are."""
+
+    def __init__(self, text: RemoteText) -> None:
+        self._text, self.spent = text, Spent()
+
+    @abstractmethod
+    def _logprobs(self, spans: list[Span]) -> list[list[float]]:
+        """Of the scored ids of each span, model order."""
+
+    @abstractmethod
+    def _written(self, paths: list[AnswerPath], sampling: Sampling) -> list[tuple[str, int]]:
+        """What is written behind each path, until eod or the token limit: text and number of tokens."""
+
+    @property
+    def direction(self) -> Direction:
+        """Which way the model reads."""
+        return self._text.direction
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
+        """See `Engine.score`. Equal pairs are asked for once."""
+        spans = [self._text.span(pair, include_end) for pair in pairs]
+        distinct = distinct_spans(spans)
+        values = dict(zip(distinct, self._logprobs(list(distinct.values())), strict=True))
+        ordered = [values[tuple(span.tokens), span.num_context] for span in spans]
+        return [span_score(span, row, self.direction, include_end) for span, row in zip(spans, ordered, strict=True)]
+
+    def sample(self, roots: Sequence[AnswerPath], sampling: Sampling) -> list[list[AnswerPath]]:
+        """See `Engine.sample`."""
+        return self._grow(roots, sampling.num_return_sequences, None, sampling)
+
+    def expand(
+        self, paths: Sequence[AnswerPath], num: int, delimiter: StepDelimiter, sampling: Sampling
+    ) -> list[list[AnswerPath]]:
+        """See `Engine.expand`. The step is cut out here: servers do not tell a stop string from the model's own end."""
+        check_delimiter(delimiter)
+        return self._grow(paths, num, delimiter, sampling)
+
+    def _grow(
+        self, paths: Sequence[AnswerPath], num: int, delimiter: StepDelimiter | None, sampling: Sampling
+    ) -> list[list[AnswerPath]]:
+        check_no_stop_strings(sampling)
+        children = [path.child(number) for path in paths if not path.finished for number in range(num)]
+        answers = self._written(children, sampling)
+        grown = iter(self._text.grown(path, *answer, delimiter) for path, answer in zip(children, answers, strict=True))
+        return [[path] if path.finished else [next(grown) for _ in range(num)] for path in paths]

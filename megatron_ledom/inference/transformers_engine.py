@@ -24,7 +24,7 @@ from transformers import (
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.engine import Path, StepDelimiter
+from megatron_ledom.inference.engine import Path, StepDelimiter, check_no_stop_strings
 from megatron_ledom.inference.generation import Sampling, Writer
 from megatron_ledom.inference.joint import OpenText
 from megatron_ledom.inference.language_model import LanguageModel
@@ -76,6 +76,7 @@ class TransformersEngine:
     def _grow(self, paths: Sequence[Path], num: int, delimiter: StepDelimiter | None, sampling: Sampling) -> list[list[Path]]:
         if self.direction is not Direction.FORWARD:
             raise UsageError("a reverse model writes what precedes a text, not answers; give the forward model to sample from")
+        check_no_stop_strings(sampling)
         start = time.monotonic()
         opened = [self._opened(path) for path in paths]
         rows = [(index, path.child(number)) for index, path in enumerate(opened) if not path.finished for number in range(num)]

@@ -167,6 +167,8 @@ def test_what_cannot_work_is_refused_before_a_request(served: tuple[Server, Path
         CompletionsEngine("localhost:8000", "tiny", folder, lm.direction)
     with pytest.raises(UsageError, match="ends at a pattern"):
         engine_of(served).expand([], 1, StepDelimiter(None, frozenset({3})), Sampling())
+    with pytest.raises(UsageError, match="engines take no stop_strings"):
+        engine_of(served).sample([], Sampling(stop_strings=["the"]))
 
 
 def test_the_tool_ranks_with_a_served_model(

@@ -163,6 +163,8 @@ def test_token_ids_end_a_step(models: tuple[ForwardLM, ReverseLM]) -> None:
 
 
 def test_what_a_search_cannot_do_is_refused(models: tuple[ForwardLM, ReverseLM]) -> None:
+    with pytest.raises(UsageError, match="engines take no stop_strings"):
+        TransformersEngine(models[0]).sample([], Sampling(stop_strings=["the"]))
     with pytest.raises(UsageError, match="writes nothing"):
         BeamSettings(num_beams=0)
     with pytest.raises(UsageError, match="temperature 0"):
