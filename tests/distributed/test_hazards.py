@@ -44,9 +44,17 @@ def largest_difference(found: list[Record], expected: list[Record]) -> float:
 def test_interleaved_stages_train_another_model_without_the_guard(
     data: TinyData, tmp_path: Path, one_process: list[Record], hazard: Hook
 ) -> None:
-    """`test_layouts.py` has the same layout with the guard."""
-    found = run_on_ranks(data.config, tmp_path / "run", *base(data), *INTERLEAVED, num_ranks=2, hook=hazard)
-    assert largest_difference(found, one_process) > 1e-3  # in silence: every rank ended well
+    """`test_layouts.py` has the same layout with the guard.
+
+    What is sent from memory that is no longer its own is whatever lies there by then: mostly the numbers of another tensor, which
+    train in silence; now and then no numbers at all, which end the run.
+    """
+    run_dir = tmp_path / "run"
+    ranks = start_ranks(data.config, run_dir, *base(data), *INTERLEAVED, num_ranks=2, hook=hazard)
+    if any(ranks.wait()):
+        assert "the loss is nan" in ranks.output()
+    else:
+        assert largest_difference(read_metrics(run_dir), one_process) > 1e-3
 
 
 def test_saved_weights_are_stale_where_they_are_read_before_they_are_gathered(data: TinyData, tmp_path: Path) -> None:
