@@ -20,17 +20,33 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   return y;
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, double eps) {
-  check_alike({&x, &dy, &weight});
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+  check_alike({&x, &residual, &weight});
   const int64_t rows = rows_of(x);
+  STD_TORCH_CHECK(weight.numel() == x.size(-1) && residual.numel() == x.numel(), "residual or weight has another size than rows");
+  Tensor y = torch::stable::empty_like(x), sum = torch::stable::empty_like(x);
+  const On on(x);
+  check_launch(ledom_rms_norm_forward(x.const_data_ptr(), residual.const_data_ptr(), weight.const_data_ptr(), y.mutable_data_ptr(),
+                                      sum.mutable_data_ptr(), static_cast<float>(eps), rows, as_int(x.size(-1), "hidden"),
+                                      dtype_of(x), on.stream),
+               "add_rms_norm");
+  return {y, sum};
+}
+
+// dsum: what reaches x past the norm, or none.
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const std::optional<Tensor>& dsum, const Tensor& x,
+                                             const Tensor& weight, double eps) {
+  check_alike({&x, &dy, &weight, dsum ? &*dsum : &x});
+  const int64_t rows = rows_of(x);
+  STD_TORCH_CHECK(!dsum || dsum->numel() == x.numel(), "the gradient of the sum has another size than rows");
   STD_TORCH_CHECK(weight.numel() == x.size(-1) && dy.numel() == x.numel(), "gradient or weight has another size than rows");
   Tensor dx = torch::stable::empty_like(x), dweight = torch::stable::empty_like(weight);
   if (rows == 0) return {dx, torch::stable::zero_(dweight)};
   Tensor partials = torch::stable::new_empty(x, {ledom_rms_norm_partials(rows), x.size(-1)}, ScalarType::Float);
   const On on(x);
-  check_launch(ledom_rms_norm_backward(dy.const_data_ptr(), nullptr, x.const_data_ptr(), weight.const_data_ptr(),
-                                       dx.mutable_data_ptr(), dweight.mutable_data_ptr(), partials.mutable_data_ptr(),
-                                       static_cast<float>(eps), rows, as_int(x.size(-1), "hidden"), dtype_of(x), on.stream),
+  check_launch(ledom_rms_norm_backward(dy.const_data_ptr(), dsum ? dsum->const_data_ptr() : nullptr, x.const_data_ptr(),
+                                       weight.const_data_ptr(), dx.mutable_data_ptr(), dweight.mutable_data_ptr(),
+                                       partials.mutable_data_ptr(), static_cast<float>(eps), rows, as_int(x.size(-1), "hidden"), dtype_of(x), on.stream),
                "rms_norm_backward");
   return {dx, dweight};
 }
@@ -134,6 +150,7 @@ Tensor causal_softmax_backward(const Tensor& gradient, const Tensor& output, con
 
 LEDOM_IMPLEMENT(module) {
   module.impl("rms_norm", TORCH_BOX(&ledom::rms_norm));
+  module.impl("add_rms_norm", TORCH_BOX(&ledom::add_rms_norm));
   module.impl("rms_norm_backward", TORCH_BOX(&ledom::rms_norm_backward));
   module.impl("swiglu", TORCH_BOX(&ledom::swiglu));
   module.impl("swiglu_backward", TORCH_BOX(&ledom::swiglu_backward));

@@ -82,14 +82,17 @@ void rope(bool is_bf16, bool backward, std::array<Address, 6> arrays, std::array
 }
 
 void define_norm_and_activation(py::module_& m) {
-  m.def("rms_norm_forward", [](bool is_bf16, Address x, Address weight, Address y, int64_t rows, int64_t hidden, float eps) {
-    run(of(is_bf16).rms_norm_forward, {at<void>(x), at<void>(weight), at<void>(y), hidden, eps}, rows, hidden);
+  // Of residual, sum and dsum the address 0 is none.
+  m.def("rms_norm_forward", [](bool is_bf16, Address x, Address residual, Address weight, Address y, Address sum, int64_t rows,
+                               int64_t hidden, float eps) {
+    run(of(is_bf16).rms_norm_forward,
+        {at<void>(x), at<void>(residual), at<void>(weight), at<void>(y), at<void>(sum), hidden, eps}, rows, hidden);
   });
-  m.def("rms_norm_backward", [](bool is_bf16, Address dy, Address x, Address weight, Address dx, Address sums, int64_t rows,
-                                int64_t hidden, float eps) {
+  m.def("rms_norm_backward", [](bool is_bf16, Address dy, Address dsum, Address x, Address weight, Address dx, Address sums,
+                                int64_t rows, int64_t hidden, float eps) {
     const int64_t blocks = (rows + ledom::kNormBlockRows - 1) / ledom::kNormBlockRows;
     run(of(is_bf16).rms_norm_backward,
-        {at<void>(dy), at<void>(x), at<void>(weight), at<void>(dx), at<float>(sums), rows, hidden, eps}, blocks,
+        {at<void>(dy), at<void>(dsum), at<void>(x), at<void>(weight), at<void>(dx), at<float>(sums), rows, hidden, eps}, blocks,
         hidden * ledom::kNormBlockRows);
   });
   m.def("swiglu_forward", [](bool is_bf16, Address x, Address y, int64_t rows, int64_t width) {

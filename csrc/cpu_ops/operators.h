@@ -17,6 +17,12 @@ void rms_norm_forward(const RmsNorm& a, int64_t begin, int64_t end) {
   for (int64_t row = begin; row < end; row++) {
     const T* x = static_cast<const T*>(a.x) + row * a.hidden;
     T* y = static_cast<T*>(a.y) + row * a.hidden;
+    if (a.residual) {
+      const T* residual = static_cast<const T*>(a.residual) + row * a.hidden;
+      T* added = static_cast<T*>(a.sum) + row * a.hidden;
+      over(a.hidden, [&](int64_t i, auto count) { store(added + i, load(x + i, count) + load(residual + i, count), count); });
+      x = added;
+    }
     Floats squares{};
     over(a.hidden, [&](int64_t i, auto count) {
       const Floats v = load(x + i, count);
@@ -36,6 +42,7 @@ void rms_norm_backward(const RmsNormGradient& a, int64_t begin, int64_t end) {  
     const int64_t last = (block + 1) * kNormBlockRows < a.rows ? (block + 1) * kNormBlockRows : a.rows;
     for (int64_t row = block * kNormBlockRows; row < last; row++) {
       const T *x = static_cast<const T*>(a.x) + row * a.hidden, *dy = static_cast<const T*>(a.dy) + row * a.hidden;
+      const T* dsum = a.dsum ? static_cast<const T*>(a.dsum) + row * a.hidden : nullptr;
       T* dx = static_cast<T*>(a.dx) + row * a.hidden;
       Floats squares{}, products{};
       over(a.hidden, [&](int64_t i, auto count) {
@@ -48,7 +55,8 @@ void rms_norm_backward(const RmsNormGradient& a, int64_t begin, int64_t end) {  
       over(a.hidden, [&](int64_t i, auto count) {
         const Floats v = load(x + i, count), g = load(dy + i, count);
         store(weight_sums + i, load(weight_sums + i, count) + g * v * inverse, count);
-        store(dx + i, g * load(weight + i, count) * inverse - v * along, count);
+        const Floats through = g * load(weight + i, count) * inverse - v * along;
+        store(dx + i, dsum ? through + load(dsum + i, count) : through, count);
       });
     }
   }

@@ -5,19 +5,21 @@
 
 namespace ledom {
 
-// y = x / sqrt(mean(x^2) + eps) * weight over rows of `hidden` (Zhang and Sennrich, arXiv 1910.07467, equation 4).
+// y = x / sqrt(mean(x^2) + eps) * weight over rows of `hidden` (Zhang and Sennrich, arXiv 1910.07467, equation 4). With a residual
+// x + residual, rounded to T, is written to `sum` and stands for x.
 struct RmsNorm {
-  const void *x, *weight;  // T [rows, hidden], T [hidden]
-  void* y;                 // T [rows, hidden]
+  const void *x, *residual, *weight;  // T [rows, hidden], the same or null, T [hidden]
+  void *y, *sum;                      // T [rows, hidden]; null without a residual
   int64_t hidden;
   float eps;
 };
 
 constexpr int64_t kNormBlockRows = 64;  // whose weight gradients are summed before those of other blocks
 
-// dx = (dy w - x mean(dy w x) r^2) r, and each block's sum of dy x r; r = 1 / sqrt(mean(x^2) + eps).
+// dx = (dy w - x mean(dy w x) r^2) r + dsum, and each block's sum of dy x r; r = 1 / sqrt(mean(x^2) + eps). dsum: what reaches x
+// past the norm, or null.
 struct RmsNormGradient {
-  const void *dy, *x, *weight;
+  const void *dy, *dsum, *x, *weight;
   void* dx;
   float* weight_sums;  // [blocks of rows, hidden]
   int64_t rows, hidden;

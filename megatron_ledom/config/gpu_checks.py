@@ -100,6 +100,22 @@ def fp8(config: RunConfig) -> Faults:
             )
 
 
+def unfused_attention(config: RunConfig) -> Faults:
+    """Scores in memory are a matter of our own layers."""
+    model = config.model
+    wanted = {
+        "model.transformer_impl=transformer_engine": model.transformer_impl == "transformer_engine",
+        f"model.fp8={model.fp8}": model.fp8 is not None,
+        "parallel.tp_comm_overlap=true": config.parallel.tp_comm_overlap,
+    }
+    if model.attention_backend == "unfused":
+        for name in (name for name, is_set in wanted.items() if is_set):
+            yield (
+                f"model.attention_backend=unfused is for layers without Transformer Engine, found {name}; set"
+                " model.attention_backend=auto, or leave that out"
+            )
+
+
 def overlapped_tensor_parallel(config: RunConfig) -> Faults:
     """User buffers are Transformer Engine's, and overlap the collectives of sequence parallelism."""
     parallel = config.parallel
@@ -145,4 +161,4 @@ def nccl(config: RunConfig) -> Faults:
                 yield f"{key} sets {group}.{name}; expected one of {', '.join(NCCL_SETTINGS)}"
 
 
-GPU_RULES = (recompute, fp8, overlapped_tensor_parallel, nccl)
+GPU_RULES = (recompute, fp8, unfused_attention, overlapped_tensor_parallel, nccl)

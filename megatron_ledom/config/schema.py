@@ -77,6 +77,9 @@ class ModelConfig:
     transformer_impl: Literal["auto", "transformer_engine", "fused", "torch"] = "auto"
     """Layer implementation; auto takes Transformer Engine where it is installed and CUDA is there, else our fused operators where
     they are built and can run, else plain torch."""
+    attention_backend: Literal["auto", "unfused"] = "auto"
+    """auto: Transformer Engine's choice, or torch's scaled_dot_product_attention; unfused: matrix products around our causal
+    softmax, which keep every head's matrix of scores, for where no flash kernel is. Not with Transformer Engine."""
     fp8: Literal["hybrid", "e4m3"] | None = None
     """Matrix products in fp8, by Transformer Engine: hybrid takes e5m2 for gradients; default: none."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"

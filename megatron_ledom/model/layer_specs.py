@@ -15,7 +15,8 @@ from megatron_ledom.config.derived import head_dim
 from megatron_ledom.config.gpu_checks import FP8_NEEDS
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
-from megatron_ledom.ops.core_attention import SDPACoreAttention
+from megatron_ledom.model.fused_layer import FusedTransformerLayer
+from megatron_ledom.ops.core_attention import SDPACoreAttention, UnfusedCoreAttention
 from megatron_ledom.ops.library import DTYPES, backend
 from megatron_ledom.ops.rms_norm import FusedRMSNorm, TorchRMSNorm
 from megatron_ledom.ops.rope import FusedSelfAttention
@@ -59,6 +60,8 @@ def choose_layers(config: RunConfig) -> LayerChoice:
         raise ConfigError(f"{' and '.join(needed_by)} cannot run here: {state}; install it, or {alternative}")
     if model.transformer_impl == "fused":
         return _choose_fused(config, state)
+    if model.attention_backend == "unfused" and model.transformer_impl == "auto":
+        return _fused_or_torch(config, f"model.attention_backend=unfused is not Transformer Engine's ({state})")
     if config.data.reset_attention_mask and model.transformer_impl != "torch":
         if needed_by:
             raise ConfigError(
@@ -149,7 +152,9 @@ def start_user_buffers(config: RunConfig) -> None:
     )
 
 
-def build_layer_spec(choice: LayerChoice, core_config: TransformerConfig, chunk: int | None) -> Any:
+def build_layer_spec(
+    choice: LayerChoice, core_config: TransformerConfig, chunk: int | None, *, unfused_attention: bool = False
+) -> Any:
     """What GPTModel takes as its layer spec, for one model chunk. Transformer Engine: not yet run on hardware."""
     if choice.implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core_config.qk_layernorm)
@@ -157,10 +162,11 @@ def build_layer_spec(choice: LayerChoice, core_config: TransformerConfig, chunk:
     norm = FusedRMSNorm if choice.implementation == "fused" else TorchRMSNorm
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
     attention = layer.submodules.self_attention
-    attention.submodules.core_attention = SDPACoreAttention
+    attention.submodules.core_attention = UnfusedCoreAttention if unfused_attention else SDPACoreAttention
     if core_config.qk_layernorm:
         attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
     if choice.implementation == "fused":
+        layer.module = FusedTransformerLayer
         layer.submodules.mlp.submodules.activation_func = FusedSwiGLU
         if not core_config.qk_layernorm:  # those norms stand between the projection and the rotation, which ours does in one
             attention.module = FusedSelfAttention

@@ -1,9 +1,9 @@
-"""Causal attention by torch's scaled_dot_product_attention, for layer specs without Transformer Engine.
+"""Causal attention for layer specs without Transformer Engine: by torch's scaled_dot_product_attention, or by its single steps.
 
 Shape letters: S sequence on this rank, T whole sequence, B batch, H query heads, G key-value heads, D head width.
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from megatron.core.transformer.module import MegatronModule
+
+from megatron_ledom.ops.causal_softmax import causal_softmax
 
 
 class _GatherSequence(torch.autograd.Function):
@@ -35,17 +37,22 @@ class _GatherSequence(torch.autograd.Function):
         return part, None
 
 
-def seen_positions(documents_BT: torch.Tensor, start: int, end: int) -> torch.Tensor:
-    """Which positions [0, end) each of the positions [start, end) sees: [B, 1, end - start, end], True is seen.
+def seen_positions(queries: int, keys: int, documents_BT: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """Which keys each of the last `queries` positions sees: [queries, keys], or [B, 1, queries, keys] of documents; True is seen.
 
-    documents_BT [B, T]: the number of each position's document.
+    documents_BT [B, T]: the number of each position's document; None: one document.
     """
-    causal = torch.ones(end - start, end, dtype=torch.bool, device=documents_BT.device).tril(start)
-    return ((documents_BT[:, start:end, None] == documents_BT[:, None, :end]) & causal)[:, None]
+    causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+    if documents_BT is None:
+        return causal
+    own = documents_BT[:, keys - queries : keys, None] == documents_BT[:, None, :keys]
+    return (own & causal)[:, None]
 
 
-class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
+class CausalCoreAttention(MegatronModule):  # type: ignore[misc]
     """softmax(QK^T / sqrt(D)) V under a causal mask; where documents are told, each position sees its own document only.
+
+    How is a matter of the two classes below.
 
     What megatron-core hands down as `attention_mask` is here the number of each position's document, [B, T] over the whole
     sequence: the mask is made of it where it is used, and no rank or reader holds T x T for a sample.
@@ -87,28 +94,24 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         if self.context_group is not None:
             mixed_BHSD = self._attend_across_ranks(query, key, value, attention_mask)
         else:
-            seen = None if attention_mask is None else seen_positions(attention_mask, 0, query.shape[0])
             q_BHSD, k_BGSD, v_BGSD = (t.permute(1, 2, 0, 3) for t in (query, key, value))
-            mixed_BHSD = self._attend(q_BHSD, k_BGSD, v_BGSD, seen)
+            mixed_BHSD = self._attend(q_BHSD, k_BGSD, v_BGSD, attention_mask)
         return mixed_BHSD.permute(2, 0, 1, 3).flatten(2)
 
     def _attend(
-        self, q_BHSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, seen: torch.Tensor | None
+        self, q_BHSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, documents_BT: torch.Tensor | None
     ) -> torch.Tensor:
+        """Of the last S of T positions, [B, H, S, D]."""
+        raise NotImplementedError
+
+    def _own_state(self) -> AbstractContextManager[Any]:
+        """Random numbers of dropout: tensor-parallel ranks hold other heads and must drop others.
+
+        With sequence parallelism the block has seen to it.
+        """
         dropout = self.dropout if self.training else 0.0
-        # tensor-parallel ranks hold other heads and must drop others; with sequence parallelism the block has seen to it
-        own_state = get_cuda_rng_tracker().fork() if dropout and not self.config.sequence_parallel else nullcontext()
-        with own_state:
-            return F.scaled_dot_product_attention(
-                q_BHSD,
-                k_BGTD,
-                v_BGTD,
-                attn_mask=seen,
-                is_causal=seen is None,
-                dropout_p=dropout,
-                scale=self.scale,
-                enable_gqa=k_BGTD.shape[1] != q_BHSD.shape[1],
-            )
+        tracked: AbstractContextManager[Any] = get_cuda_rng_tracker().fork()
+        return tracked if dropout and not self.config.sequence_parallel else nullcontext()
 
     def _attend_across_ranks(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents_BT: torch.Tensor | None
@@ -125,11 +128,7 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
         for half, index in enumerate((group.rank(), 2 * ranks - 1 - group.rank())):
             q_BHSD = query[half * chunk : (half + 1) * chunk].permute(1, 2, 0, 3)
             end = (index + 1) * chunk
-            if documents_BT is None:
-                seen = torch.ones(chunk, end, dtype=torch.bool, device=query.device).tril(end - chunk)
-            else:
-                seen = seen_positions(documents_BT, end - chunk, end)
-            mixed.append(self._attend(q_BHSD, k_BGTD[:, :, :end], v_BGTD[:, :, :end], seen))
+            mixed.append(self._attend(q_BHSD, k_BGTD[:, :, :end], v_BGTD[:, :, :end], documents_BT))
         return torch.cat(mixed, 2)
 
     def sharded_state_dict(
@@ -137,3 +136,41 @@ class SDPACoreAttention(MegatronModule):  # type: ignore[misc]
     ) -> dict[str, Any]:
         """Nothing: there are no weights."""
         return {}
+
+
+class SDPACoreAttention(CausalCoreAttention):
+    """By torch's scaled_dot_product_attention, which keeps no scores where it has a kernel for the case."""
+
+    def _attend(
+        self, q_BHSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, documents_BT: torch.Tensor | None
+    ) -> torch.Tensor:
+        queries, keys = q_BHSD.shape[2], k_BGTD.shape[2]
+        plain = documents_BT is None and queries == keys
+        with self._own_state():
+            return F.scaled_dot_product_attention(
+                q_BHSD,
+                k_BGTD,
+                v_BGTD,
+                attn_mask=None if plain else seen_positions(queries, keys, documents_BT, q_BHSD.device),
+                is_causal=plain,
+                dropout_p=self.dropout if self.training else 0.0,
+                scale=self.scale,
+                enable_gqa=k_BGTD.shape[1] != q_BHSD.shape[1],
+            )
+
+
+class UnfusedCoreAttention(CausalCoreAttention):
+    """By matrix products and our causal softmax, the scores in memory: where no flash kernel is, or to have one to compare with."""
+
+    def _attend(
+        self, q_BHSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, documents_BT: torch.Tensor | None
+    ) -> torch.Tensor:
+        (batch, heads, queries, width), (groups, keys) = q_BHSD.shape, k_BGTD.shape[1:3]
+        scale = width**-0.5 if self.scale is None else self.scale
+        grouped = (batch, groups, heads // groups * queries, width)  # the heads of a group are rows of one product
+        scores_BHST = (q_BHSD.reshape(grouped) @ k_BGTD.transpose(2, 3)).view(batch, heads, queries, keys)
+        documents_BT = None if documents_BT is None else documents_BT[:, :keys].to(torch.int32).contiguous()
+        weights_BHST = causal_softmax(scores_BHST, scale, documents_BT)
+        with self._own_state():
+            weights_BHST = F.dropout(weights_BHST, self.dropout, self.training)
+        return (weights_BHST.view(*grouped[:3], keys) @ v_BGTD).view(q_BHSD.shape)

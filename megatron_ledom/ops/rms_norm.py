@@ -24,6 +24,24 @@ def rms_norm(x_NH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
     return normed
 
 
+def add_rms_norm_reference(
+    x_NH: torch.Tensor, residual_NH: torch.Tensor, weight_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(RMSNorm of the sum, the sum x + residual), the sum rounded to x's type before it is normed."""
+    sum_NH = x_NH + residual_NH
+    return rms_norm_reference(sum_NH, weight_H, eps), sum_NH
+
+
+def add_rms_norm(
+    x_NH: torch.Tensor, residual_NH: torch.Tensor, weight_H: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in one pass over the rows each way, by the kernel of x's device, else by the reference."""
+    if not runs_kernel(x_NH, residual_NH, weight_H):
+        return add_rms_norm_reference(x_NH, residual_NH, weight_H, eps)
+    normed, added = torch.ops.ledom.add_rms_norm(x_NH.contiguous(), residual_NH.contiguous(), weight_H, eps)
+    return normed, added
+
+
 class TorchRMSNorm(torch.nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; its weight knows of sequence parallelism.
 
@@ -44,6 +62,11 @@ class FusedRMSNorm(TorchRMSNorm):
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)
 
+    def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x and residual [..., H] -> (the norm of their sum, their sum), of the same shape."""
+        assert self.eps is not None
+        return add_rms_norm(x, residual, self.weight, self.eps)
+
 
 def _fake(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     return torch.empty_like(x)
@@ -55,22 +78,42 @@ def _cpu(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     check_shape("weight", weight, (hidden,))
     y = torch.empty_like(x)
     rows = x.numel() // max(hidden, 1)
-    cpu_kernels().rms_norm_forward(is_bf16(x), x.data_ptr(), weight.data_ptr(), y.data_ptr(), rows, hidden, eps)
+    cpu_kernels().rms_norm_forward(is_bf16(x), x.data_ptr(), 0, weight.data_ptr(), y.data_ptr(), 0, rows, hidden, eps)
     return y
 
 
-def _fake_backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _fake_add(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), torch.empty_like(x)
+
+
+def _cpu_add(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    hidden = x.shape[-1]
+    check_alike(x, residual, weight)
+    check_shape("residual", residual, tuple(x.shape))
+    check_shape("weight", weight, (hidden,))
+    normed, added = torch.empty_like(x), torch.empty_like(x)
+    addresses = [tensor.data_ptr() for tensor in (x, residual, weight, normed, added)]
+    cpu_kernels().rms_norm_forward(is_bf16(x), *addresses, x.numel() // max(hidden, 1), hidden, eps)
+    return normed, added
+
+
+Gradients = tuple[torch.Tensor, torch.Tensor]
+
+
+def _fake_backward(dy: torch.Tensor, dsum: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Gradients:
     return torch.empty_like(x), torch.empty_like(weight)
 
 
-def _cpu_backward(dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _cpu_backward(dy: torch.Tensor, dsum: torch.Tensor | None, x: torch.Tensor, weight: torch.Tensor, eps: float) -> Gradients:
     kernels, hidden = cpu_kernels(), x.shape[-1]
-    check_alike(dy, x, weight)
-    check_shape("the gradient", dy, tuple(x.shape))
+    past = [] if dsum is None else [dsum]
+    check_alike(dy, *past, x, weight)
+    for gradient in (dy, *past):
+        check_shape("the gradient", gradient, tuple(x.shape))
     check_shape("weight", weight, (hidden,))
     rows, dx = x.numel() // max(hidden, 1), torch.empty_like(x)
     sums = x.new_empty((-(-rows // kernels.NORM_BLOCK_ROWS), hidden), dtype=torch.float32)
-    addresses = [tensor.data_ptr() for tensor in (dy, x, weight, dx, sums)]
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in (dy, dsum, x, weight, dx, sums)]
     kernels.rms_norm_backward(is_bf16(x), *addresses, rows, hidden, eps)
     return dx, sums.sum(0).to(weight.dtype)
 
@@ -81,9 +124,25 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 
 def _backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-    return (*torch.ops.ledom.rms_norm_backward(dy.contiguous(), *ctx.saved_tensors, ctx.eps), None)
+    return (*torch.ops.ledom.rms_norm_backward(dy.contiguous(), None, *ctx.saved_tensors, ctx.eps), None)
+
+
+def _remember_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(output[1], inputs[2])
+    ctx.eps = inputs[3]
+
+
+def _backward_of_add(ctx: Any, dy: torch.Tensor, dsum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, None]:
+    dx, dweight = torch.ops.ledom.rms_norm_backward(dy.contiguous(), dsum.contiguous(), *ctx.saved_tensors, ctx.eps)
+    return dx, dx, dweight, None
 
 
 define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _fake, _cpu)
-define("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)", _fake_backward, _cpu_backward)
+define("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor, Tensor)", _fake_add, _cpu_add)
+define(
+    "rms_norm_backward(Tensor dy, Tensor? dsum, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor)",
+    _fake_backward,
+    _cpu_backward,
+)
 define_gradient("rms_norm", _backward, _remember)
+define_gradient("add_rms_norm", _backward_of_add, _remember_sum)

@@ -111,6 +111,7 @@ def architecture_of(model: ModelConfig) -> Architecture:
         padded_vocab_size=padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by),
         attention_dropout=model.attention_dropout > 0,
         hidden_dropout=model.hidden_dropout > 0,
+        flash=model.attention_backend != "unfused",
         shared_embeddings=model.share_embeddings_and_output_weights,
         element_bytes=2 if model.params_dtype == "bf16" else 4,
     )

@@ -32,14 +32,16 @@ def _layers_in_words(config: RunConfig) -> str:
     model = config.model
     if model.fp8 is not None or config.parallel.tp_comm_overlap or model.transformer_impl == "transformer_engine":
         return "Transformer Engine; refused where it or CUDA is missing"
-    attention = "SDPA and a mask of documents" if config.data.reset_attention_mask else "SDPA"
+    attention = "unfused attention" if model.attention_backend == "unfused" else "SDPA"
+    attention += " and a mask of documents" if config.data.reset_attention_mask else ""
     if model.transformer_impl == "torch":
         return f"torch, with {attention}"
     if model.transformer_impl == "fused":
         return f"our fused operators, with {attention}; refused where they cannot run"
     ours = f"our fused operators where they can run, else torch; with {attention}"
+    own = config.data.reset_attention_mask or model.attention_backend == "unfused"
     return (
-        ours if config.data.reset_attention_mask else f"Transformer Engine where it is installed and CUDA is there, else {ours}"
+        ours if own else f"Transformer Engine where it is installed and CUDA is there, else {ours}"
     )
 
 

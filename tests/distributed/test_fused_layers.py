@@ -52,3 +52,16 @@ def test_ranks_that_share_a_group_of_keys_take_their_own_queries(data: TinyData,
     for name in ("torch", "fused"):
         run_on_ranks(data.config, tmp_path / name, *shared, layers(name), num_ranks=2)
     check_alike(tmp_path / "fused", tmp_path / "torch", "fp32")
+
+
+def test_unfused_attention_trains_as_sdpa_does_over_ranks_and_documents(data: TinyData, tmp_path: Path) -> None:
+    """With context parallelism, recompute of the attention and isolated documents."""
+    settings = (
+        "parallel.context_parallel_size=2",
+        "parallel.recompute_granularity=selective",
+        "data.reset_attention_mask=true",
+        "data.reset_position_ids=true",
+    )
+    for backend in ("auto", "unfused"):
+        run_on_ranks(data.config, tmp_path / backend, *settings, f"model.attention_backend={backend}", num_ranks=2)
+    check_alike(tmp_path / "unfused", tmp_path / "auto", "fp32")

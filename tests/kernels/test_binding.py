@@ -34,6 +34,7 @@ def arguments_of(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
     documents = torch.tensor([[0] * 5 + [1] * 11], dtype=torch.int32)
     return {
         "rms_norm": lambda: (drawn(5, 2, 24), drawn(24), 1e-5),
+        "add_rms_norm": lambda: (drawn(5, 2, 24), drawn(5, 2, 24), drawn(24), 1e-5),
         "swiglu": lambda: (drawn(5, 2, 48),),
         "rope": lambda: (drawn(5, 2, 2, 4 * 16), angles),
         "causal_softmax": lambda: (drawn(1, 2, 16, 16), documents, 0.3),
@@ -44,7 +45,8 @@ def arguments_of(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
 
 
 OPERATORS = (
-    "rms_norm", "swiglu", "rope", "causal_softmax", "cross_entropy_terms", "cross_entropy_gradient", "segment_reverse"
+    "rms_norm", "add_rms_norm", "swiglu", "rope", "causal_softmax", "cross_entropy_terms", "cross_entropy_gradient",
+    "segment_reverse"
 )  # fmt: skip
 
 
@@ -57,6 +59,7 @@ def check_operator(name: str, dtype: torch.dtype) -> None:
     torch.library.opcheck(operator, arguments)
     references = {
         "rms_norm": library_reference("rms_norm", "rms_norm_reference"),
+        "add_rms_norm": library_reference("rms_norm", "add_rms_norm_reference"),
         "swiglu": library_reference("swiglu", "swiglu_reference"),
         "rope": library_reference("rope", "rope_reference"),
         "causal_softmax": lambda x, documents, scale: library_reference("causal_softmax", "causal_softmax_reference")(

@@ -1,4 +1,4 @@
-"""Attention by SDPA against softmax(QK^T / sqrt(D)) V written out, and documents that must not see each other.
+"""Attention by SDPA and by its single steps against softmax(QK^T / sqrt(D)) V written out, and documents that must not see each other.
 
 Shape letters: S sequence, B batch, H query heads, G key-value heads, D head width.
 """
@@ -19,7 +19,7 @@ from megatron_ledom.data.sample_index import prepare_indices
 from megatron_ledom.data.sources import load_sources
 from megatron_ledom.model.builder import build_model_chunks
 from megatron_ledom.model.layer_specs import choose_layers
-from megatron_ledom.ops.core_attention import SDPACoreAttention
+from megatron_ledom.ops.core_attention import CausalCoreAttention, SDPACoreAttention, UnfusedCoreAttention
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.parallel.seeds import seed_iteration
 from megatron_ledom.platform.device import prepare_platform
@@ -28,12 +28,21 @@ from tests.legible import EOD_ID
 from tests.tiny_runs import TinyData
 
 S, B, H, D = 13, 2, 4, 8
+FP32_SOFTMAX = 1e-6
+"""Of UnfusedCoreAttention, whatever the type of its arguments."""
 BUILT: Any = SimpleNamespace(tp=None, cp=None)
 
 
-def attention(dropout: float = 0.0) -> SDPACoreAttention:
+BACKENDS = pytest.mark.parametrize("backend", [SDPACoreAttention, UnfusedCoreAttention])
+
+
+def attention(backend: type[CausalCoreAttention], dropout: float = 0.0) -> CausalCoreAttention:
     config: Any = SimpleNamespace(context_parallel_size=1, attention_dropout=dropout, sequence_parallel=False)
-    return SDPACoreAttention(config, 1, None, "self", pg_collection=BUILT)
+    return backend(config, 1, None, "self", pg_collection=BUILT)
+
+
+def floor_of(backend: type[CausalCoreAttention]) -> float:
+    return FP32_SOFTMAX if backend is UnfusedCoreAttention else 0.0
 
 
 def written_out(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
@@ -62,22 +71,27 @@ def hidden_positions(documents: torch.Tensor) -> torch.Tensor:
     return (causal | (documents[:, :, None] != documents[:, None]))[:, None]
 
 
+@BACKENDS
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_causal_attention_is_the_formula(groups: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_causal_attention_is_the_formula(
+    groups: int, dtype: torch.dtype, tolerance: float, backend: type[CausalCoreAttention]
+) -> None:
     query, key, value = random_qkv(groups, dtype)
     expected = written_out(query, key, value, torch.ones(S, S, dtype=torch.bool).triu(1))
-    found = attention()(query, key, value)
+    found = attention(backend)(query, key, value)
     assert found.shape == (S, B, H * D)
-    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=max(tolerance, floor_of(backend)))
 
 
+@BACKENDS
 @pytest.mark.parametrize("groups", [4, 2, 1])
-def test_a_document_mask_is_the_formula_with_hidden_scores(groups: int) -> None:
+def test_a_document_mask_is_the_formula_with_hidden_scores(groups: int, backend: type[CausalCoreAttention]) -> None:
     query, key, value = random_qkv(groups)
     documents = torch.cat([numbered([5, 1, 7]), numbered([13])])
-    found = attention()(query, key, value, attention_mask=documents)
-    torch.testing.assert_close(found, written_out(query, key, value, hidden_positions(documents)), rtol=0, atol=1e-12)
+    found = attention(backend)(query, key, value, attention_mask=documents)
+    expected = written_out(query, key, value, hidden_positions(documents))
+    torch.testing.assert_close(found, expected, rtol=0, atol=max(1e-12, floor_of(backend)))
 
 
 def test_a_document_ends_with_its_eod() -> None:
@@ -85,13 +99,14 @@ def test_a_document_ends_with_its_eod() -> None:
     assert document_numbers(tokens, EOD_ID).tolist() == [[0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
 
 
-def test_gradients_are_the_formulas() -> None:
+@BACKENDS
+def test_gradients_are_the_formulas(backend: type[CausalCoreAttention]) -> None:
     tensors = [t.requires_grad_() for t in random_qkv(2)]
     causal = torch.ones(S, S, dtype=torch.bool).triu(1)
-    found = torch.autograd.grad(attention()(*tensors).square().sum(), tensors)
+    found = torch.autograd.grad(attention(backend)(*tensors).square().sum(), tensors)
     expected = torch.autograd.grad(written_out(*tensors, causal).square().sum(), tensors)
     for one, other in zip(found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
+        torch.testing.assert_close(one, other, rtol=0, atol=max(1e-11, 10 * floor_of(backend)))
 
 
 @pytest.fixture
@@ -108,11 +123,14 @@ def started(data: TinyData, tmp_path: Path) -> Iterator[tuple[Any, Any, Any]]:
         stop_distributed()
 
 
-def test_dropout_draws_from_the_state_that_tensor_parallel_ranks_do_not_share(started: tuple[Any, Any, Any]) -> None:
+@BACKENDS
+def test_dropout_draws_from_the_state_that_tensor_parallel_ranks_do_not_share(
+    started: tuple[Any, Any, Any], backend: type[CausalCoreAttention]
+) -> None:
     """Ranks hold different heads: with the common state they would drop the same places in all of them."""
     _, groups, _ = started
     seed_iteration(1, 0, groups)
-    layer = attention(dropout=0.5).train()
+    layer = attention(backend, dropout=0.5).train()
     query, key, value = random_qkv(4, torch.float32)
     common = torch.get_rng_state()
     first, second = layer(query, key, value), layer(query, key, value)

@@ -11,7 +11,7 @@ import torch
 from megatron_ledom.direction import turn_into
 from megatron_ledom.ops import __main__ as report
 from megatron_ledom.ops.library import backend, describe
-from megatron_ledom.ops.rms_norm import rms_norm, rms_norm_reference
+from megatron_ledom.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from megatron_ledom.ops.rope import rope, rope_reference
 from megatron_ledom.ops.segment_reverse import segment_reverse
 from megatron_ledom.ops.swiglu import swiglu, swiglu_reference
@@ -85,6 +85,30 @@ def test_rms_norm_equals_double_precision(shape: tuple[int, ...], dtype: torch.d
     check_op(
         lambda x, w: rms_norm(x, w, 1e-5), lambda x, w: rms_norm_reference(x, w, 1e-5), [drawn(*shape, dtype=dtype), weight], 2
     )
+
+
+@pytest.mark.usefixtures("isa", "in_double")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1, 8), (65, 3, 17), (129, 1, 512)])
+def test_norm_of_a_sum_equals_double_precision(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Multiples of 1/16 up to 8, whose sums are exact: the rounding of the sum is the test below."""
+    x, residual = (drawn(*shape, dtype=torch.float32, seed=seed).mul(16).round().clamp(-64, 64).div(16) for seed in (2, 3))
+    weight = drawn(shape[-1], dtype=dtype, seed=1)
+    check_op(
+        lambda x, r, w: add_rms_norm(x, r, w, 1e-5),
+        lambda x, r, w: add_rms_norm_reference(x, r, w, 1e-5),
+        [x.to(dtype), residual.to(dtype), weight],
+        3,
+    )
+
+
+@pytest.mark.usefixtures("isa")
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_norm_of_a_sum_is_the_norm_after_the_sum(dtype: torch.dtype) -> None:
+    x, residual, weight = (drawn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate([(65, 3, 17), (65, 3, 17), (17,)]))
+    normed, added = add_rms_norm(x, residual, weight, 1e-5)
+    assert torch.equal(added, x + residual)
+    assert torch.equal(normed, rms_norm(added, weight, 1e-5))
 
 
 @pytest.mark.usefixtures("isa", "in_double")
