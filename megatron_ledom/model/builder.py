@@ -118,9 +118,7 @@ def build_model_chunks(
         stage = chunk if interleaved else None
         model = LanguageModel(
             core_config,
-            build_layer_spec(
-                choice, core_config, stage, unfused_attention=config.model.attention_backend == "unfused"
-            ),
+            build_layer_spec(choice, core_config, stage, unfused_attention=config.model.attention_backend == "unfused"),
             vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by),
             max_sequence_length=config.data.seq_length,
             pre_process=groups.holds_first_stage(chunk),

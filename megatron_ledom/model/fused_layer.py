@@ -15,9 +15,11 @@ class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
     Dropout stands between, and so does a norm that is computed again in the backward pass: there the layer is megatron-core's.
     """
 
+    self_attn_bda: Callable[[bool, bool], BiasDropoutAdd]
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._add_alone: Callable[[bool, bool], BiasDropoutAdd] = self.self_attn_bda
+        self._add_alone = self.self_attn_bda
         self._normed: torch.Tensor | None = None
         """Of this forward pass, between the sum and the norm; the sum goes by megatron-core's own path meanwhile."""
         if not self.recompute_pre_mlp_layernorm and not self.offload_attn_norm and not self.offload_mlp_norm:
@@ -30,6 +32,7 @@ class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
             x, bias = x_with_bias
             if bias is not None or (training and dropout):
                 return alone(x_with_bias, residual, dropout)
+            added: torch.Tensor
             self._normed, added = self.pre_mlp_layernorm.add(x, residual)
             return added
 

@@ -40,9 +40,7 @@ def _layers_in_words(config: RunConfig) -> str:
         return f"our fused operators, with {attention}; refused where they cannot run"
     ours = f"our fused operators where they can run, else torch; with {attention}"
     own = config.data.reset_attention_mask or model.attention_backend == "unfused"
-    return (
-        ours if own else f"Transformer Engine where it is installed and CUDA is there, else {ours}"
-    )
+    return ours if own else f"Transformer Engine where it is installed and CUDA is there, else {ours}"
 
 
 def _recompute_in_words(config: RunConfig) -> str:

@@ -54,6 +54,12 @@ def test_ranks_that_share_a_group_of_keys_take_their_own_queries(data: TinyData,
     check_alike(tmp_path / "fused", tmp_path / "torch", "fp32")
 
 
+def test_dropout_between_the_sum_and_the_norm_is_that_of_torch_layers(data: TinyData, tmp_path: Path) -> None:
+    for name in ("torch", "fused"):
+        run_on_ranks(data.config, tmp_path / name, "model.hidden_dropout=0.1", layers(name))
+    check_alike(tmp_path / "fused", tmp_path / "torch", "fp32")
+
+
 def test_unfused_attention_trains_as_sdpa_does_over_ranks_and_documents(data: TinyData, tmp_path: Path) -> None:
     """With context parallelism, recompute of the attention and isolated documents."""
     settings = (

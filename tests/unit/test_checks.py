@@ -170,6 +170,12 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["parallel.high_priority_stream_groups=['dp', 'dp']"], 1, "names a group twice; name each once"),
     (["parallel.nccl_communicator_config_path='no/such.yaml'"], 1, "no/such.yaml cannot be read"),
     (["data.reset_attention_mask=True", "model.transformer_impl='transformer_engine'"], 1, "set model.transformer_impl=torch"),
+    (["model.attention_backend='unfused'", "model.transformer_impl='transformer_engine'"], 1, "unfused is for layers without"),
+    (
+        ["model.attention_backend='unfused'", "model.fp8='hybrid'"],
+        1,
+        "found model.fp8=hybrid; set model.attention_backend=auto",
+    ),
     (["data.train_blend=[[1, 'a'], [2, 'a']]"], 1, "data.train_blend lists a 2 times"),
     (["data.valid_blend=[[1, 'a.bin']]"], 1, "data.valid_blend lists the file a.bin; expected the prefix of a shard, a"),
     (["data.valid_blend=[[1, ' ']]"], 1, "empty prefix"),

@@ -56,6 +56,13 @@ def test_transformer_engine_is_taken_where_it_can_run(machine: Machine) -> None:
         assert choose_layers(run()).implementation == "torch"
 
 
+def test_unfused_attention_is_not_transformer_engines(machine: Machine) -> None:
+    machine("transformer_engine", capability=(9, 0))
+    choice = choose_layers(run("model.attention_backend=unfused"))
+    assert choice.implementation == "torch"
+    assert "model.attention_backend=unfused" in choice.reason
+
+
 def test_without_transformer_engine_our_operators_are_taken_where_they_can_run(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

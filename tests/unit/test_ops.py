@@ -105,7 +105,9 @@ def test_norm_of_a_sum_equals_double_precision(shape: tuple[int, ...], dtype: to
 @pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_norm_of_a_sum_is_the_norm_after_the_sum(dtype: torch.dtype) -> None:
-    x, residual, weight = (drawn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate([(65, 3, 17), (65, 3, 17), (17,)]))
+    x, residual, weight = (
+        drawn(*shape, dtype=dtype, seed=seed) for seed, shape in enumerate([(65, 3, 17), (65, 3, 17), (17,)])
+    )
     normed, added = add_rms_norm(x, residual, weight, 1e-5)
     assert torch.equal(added, x + residual)
     assert torch.equal(normed, rms_norm(added, weight, 1e-5))
