@@ -29,6 +29,7 @@ class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
         alone = self._add_alone(training, fused)
 
         def add(x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
+            """The sum [S, B, hidden]; its norm waits for the next call."""
             x, bias = x_with_bias
             if bias is not None or (training and dropout):
                 return alone(x_with_bias, residual, dropout)

@@ -3,6 +3,7 @@
 Shape letters: S sequence on this rank, T whole sequence, B batch, H query heads, G key-value heads, D head width.
 """
 
+from abc import ABC, abstractmethod
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -49,7 +50,7 @@ def seen_positions(queries: int, keys: int, documents_BT: torch.Tensor | None, d
     return (own & causal)[:, None]
 
 
-class CausalCoreAttention(MegatronModule):  # type: ignore[misc]
+class CausalCoreAttention(MegatronModule, ABC):  # type: ignore[misc]
     """softmax(QK^T / sqrt(D)) V under a causal mask; where documents are told, each position sees its own document only.
 
     How is a matter of the two classes below.
@@ -98,11 +99,11 @@ class CausalCoreAttention(MegatronModule):  # type: ignore[misc]
             mixed_BHSD = self._attend(q_BHSD, k_BGSD, v_BGSD, attention_mask)
         return mixed_BHSD.permute(2, 0, 1, 3).flatten(2)
 
+    @abstractmethod
     def _attend(
         self, q_BHSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, documents_BT: torch.Tensor | None
     ) -> torch.Tensor:
         """Of the last S of T positions, [B, H, S, D]."""
-        raise NotImplementedError
 
     def _own_state(self) -> AbstractContextManager[Any]:
         """Random numbers of dropout: tensor-parallel ranks hold other heads and must drop others.
