@@ -10,7 +10,7 @@ quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
 
 test: check
-	$(BIN)/python -m pytest tests
+	$(BIN)/python -m pytest tests --durations=15
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest tests -m slow --durations=20
