@@ -1,7 +1,7 @@
 """Single tensors, or single layers of them, read from a checkpoint without building a model.
 
 megatron-core stores the tensors of all layers under one name with the layer as first axis, in the chunks that the ranks held;
-torch's reader finds what is wanted in them, its weights-only loader reads them. No process group is needed.
+torch's planner finds what is wanted in them, its weights-only loader where their bytes lie. No process group is needed.
 """
 
 import os
@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch.distributed._shard._utils import narrow_tensor_by_index
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
+from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_ledom.errors import DataError
 
@@ -66,21 +65,6 @@ def tensors_of(checkpoint: str) -> dict[str, TensorStorageMetadata]:
     return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-class _Into(DefaultLoadPlanner):
-    """Gives torch's reader the one tensor that is to be filled."""
-
-    def __init__(self, target: torch.Tensor) -> None:
-        super().__init__()
-        self._target = target
-
-    def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
-        """The part of the tensor that one read fills."""
-        return narrow_tensor_by_index(self._target, read_item.dest_offsets, read_item.lengths)
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        """Nothing: the part is filled in place."""
-
-
 class StoredTensors:
     """The tensors of one checkpoint; each is read when it is asked for."""
 
@@ -98,8 +82,7 @@ class StoredTensors:
         }
         if outside:
             raise DataError(f"{checkpoint} names files outside of it ({sorted(outside)[0]}); it is damaged, use an earlier one")
-        self._reader = FileSystemReader(checkpoint)
-        self._reader.set_up_storage_reader(metadata, is_coordinator=True)
+        self._places = metadata.storage_data
 
     def read(self, name: str, layer: int | None = None) -> torch.Tensor:
         """A whole tensor, or the part of one layer without the layer axis. Raises DataError as `fill`."""
@@ -131,11 +114,33 @@ class StoredTensors:
                 f" {target.numel():,} elements; the checkpoint is damaged, use an earlier one"
             )
         try:
-            self._reader.read_data(LoadPlan(items), _Into(box))
+            for item in items:
+                self._fill_from(narrow_tensor_by_index(box, item.dest_offsets, item.lengths), item)
         except UNREADABLE as error:
             raise DataError(
                 f"{self.checkpoint} cannot be read at {name} ({type(error).__name__}: {error}); it is damaged, use an earlier one"
             ) from error
+
+    def _fill_from(self, part: torch.Tensor, item: ReadItem) -> None:
+        """Fill a part of a target from one stored chunk: straight from the file where the bytes lie as they will in memory."""
+        place = self._places[item.storage_index]
+        if getattr(place, "transform_descriptors", None):
+            raise ValueError("its files are compressed")
+        with open(os.path.join(self.checkpoint, place.relative_path), "rb", buffering=0) as file:
+            view: Any = _create_file_view(file, place.offset, place.length)
+            chunk = torch.load(view, map_location="meta", weights_only=True)  # type and strides, and where the bytes are
+            wanted = narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths)
+            begin = chunk.untyped_storage()._checkpoint_offset + wanted.storage_offset() * wanted.itemsize
+            span = 1 + sum((size - 1) * stride for size, stride in zip(wanted.shape, wanted.stride(), strict=True))
+            if begin + span * wanted.itemsize > place.length:
+                raise ValueError("a chunk ends outside of its place")
+            is_alike = wanted.is_contiguous() and part.is_contiguous() and part.dtype == wanted.dtype
+            if is_alike and part.device.type == "cpu":
+                _read_exactly(file.fileno(), part.detach().view(-1), place.offset + begin)
+                return
+            read = torch.empty(span, dtype=wanted.dtype)
+            _read_exactly(file.fileno(), read, place.offset + begin)
+            part.detach().copy_(read.as_strided(wanted.shape, wanted.stride()))
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         if name not in self.entries:
@@ -143,3 +148,13 @@ class StoredTensors:
                 f"{self.checkpoint} has no tensor {name}; it is damaged, or of a model that this version does not know"
             )
         return self.entries[name]
+
+
+def _read_exactly(descriptor: int, target: torch.Tensor, offset: int) -> None:
+    """Fill a contiguous vector with the bytes of an open file from `offset` on. Raises EOFError when it ends before."""
+    rest = memoryview(target.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
+    while len(rest):
+        done = os.preadv(descriptor, [rest], offset)
+        if not done:
+            raise EOFError(f"the file ends {len(rest):,} bytes too early")
+        rest, offset = rest[done:], offset + done

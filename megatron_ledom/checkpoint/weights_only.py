@@ -4,15 +4,16 @@ The format is the trainer's own, so any layout loads it; there is no optimizer s
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
@@ -30,6 +31,7 @@ from torch.distributed.checkpoint.planner import (
 
 from megatron_ledom.checkpoint.checksums import checksum
 from megatron_ledom.checkpoint.folder import fsync_path
+from megatron_ledom.checkpoint.hashed_file import HashedFile, read_ahead
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
 from megatron_ledom.checkpoint.writing import COMMON_FILES, first_cause
 
@@ -57,8 +59,31 @@ class Piece:
         return self.shape if self.layer is None else torch.Size([1, *self.shape])
 
 
+class _HashedFiles(FileSystem):
+    """torch's, but files of tensors are hashed as they are written; `files` has them by name."""
+
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self._threads = threads
+        self.files: dict[str, HashedFile] = {}
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
+        """The open file."""
+        if not str(path).endswith(DEFAULT_SUFFIX):
+            with super().create_stream(path, mode) as stream:
+                yield stream
+            return
+        self.files[os.path.basename(path)] = file = HashedFile(str(path), self._threads)
+        with closing(file):
+            yield file
+
+
 class _Writer(FileSystemWriter):
     """torch's, but what it says of itself is read back by a reader that knows no classes of paths."""
+
+    def __init__(self, folder: str, file_system: FileSystem) -> None:
+        super().__init__(folder, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0, sync_files=False)
+        self.fs = file_system
 
     def storage_meta(self) -> StorageMeta:
         """Where it wrote."""
@@ -68,15 +93,15 @@ class _Writer(FileSystemWriter):
 class _Supply(DefaultSavePlanner):
     """Gives torch's writer each tensor when its turn has come, and keeps none."""
 
-    def __init__(self, pieces: Sequence[Piece], read: Callable[[Piece], torch.Tensor]) -> None:
+    def __init__(self, tensors: Iterator[tuple[Piece, torch.Tensor]]) -> None:
+        """`tensors`: in the order in which the writer asks for them."""
         super().__init__()
-        self._pieces = {(piece.name, piece.offsets): piece for piece in pieces}
-        self._read = read
+        self._tensors = tensors
 
     def resolve_data(self, write_item: WriteItem) -> Any:
         """The tensor of one item, with its layer axis."""
-        piece = self._pieces[(write_item.index.fqn, write_item.index.offset)]  # type: ignore[index]
-        tensor = self._read(piece)
+        piece, tensor = next(self._tensors)
+        assert (piece.name, piece.offsets) == (write_item.index.fqn, write_item.index.offset), (piece, write_item)
         assert tensor.shape == piece.shape, (piece, tensor.shape)
         return tensor.view(piece.stored_shape)
 
@@ -93,24 +118,22 @@ def save_weights(
 
     Files hold at most `max_file_size` bytes unless a piece is larger. Returns the manifest with their sizes and sums.
     """
-    writer = _Writer(folder, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0, sync_files=True)
-    writer.set_up_storage_writer(is_coordinator=True)
     num_layers = 1 + max((piece.layer for piece in pieces if piece.layer is not None), default=0)
-    supply = _Supply(pieces, read)
     groups = grouped([(piece, piece.shape.numel() * dtype.itemsize) for piece in pieces], max_file_size)
     plans = [SavePlan([_item(piece, dtype, num_layers) for piece in group]) for group in groups]
-    results, sums = [], {}
-    with ThreadPoolExecutor(1) as hashing:
-        for plan in writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans]):
-            results.append(_written(writer, plan, supply))
-            (file,) = {result.storage_data.relative_path for result in results[-1]}
-            sums[file] = hashing.submit(checksum, os.path.join(folder, file))
+    with ThreadPoolExecutor(4) as threads:
+        supply = _Supply(read_ahead(((piece, read(piece)) for piece in pieces), threads))
+        file_system = _HashedFiles(threads)
+        writer = _Writer(folder, file_system)
+        writer.set_up_storage_writer(is_coordinator=True)
+        plans = writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans])
+        results = [_written(writer, plan, supply) for plan in plans]
+        files = {name: file.sums() for name, file in file_system.files.items()}
     writer.finish(Metadata(_entries(pieces, dtype, num_layers)), results)
     torch.save({"content_metadata": CONTENT}, os.path.join(folder, "common.pt"))
     save_config(CheckpointingConfig("torch_dist", 1), folder)
     for name in COMMON_FILES:
         fsync_path(os.path.join(folder, name))
-    files = {name: result.result() for name, result in sums.items()}
     files |= {name: checksum(os.path.join(folder, name)) for name in COMMON_FILES}
     manifest = replace(manifest, files=dict(sorted(files.items())), weights_only=True)
     save_manifest(manifest, folder)

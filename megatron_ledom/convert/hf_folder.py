@@ -1,7 +1,8 @@
 """The weights of a Hugging Face folder as a stream: safetensors files of a bounded size, written and read tensor by tensor.
 
 The format is a specification: 8 bytes of length, a JSON header with type, shape and place of every tensor, then their bytes.
-The library that reads it everywhere writes a file from memory only; the writer here holds one tensor.
+The library that reads it everywhere writes a file from memory only; the writer here holds one tensor,
+and the next, which is read meanwhile.
 """
 
 import hashlib
@@ -9,13 +10,15 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_ledom.checkpoint.hashed_file import HashedFile, read_ahead
 from megatron_ledom.checkpoint.weights_only import grouped
 from megatron_ledom.errors import DataError, UsageError
 
@@ -42,32 +45,29 @@ class WeightsWriter:
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
         """Write all tensors, and the index if there are several files; all of it is on disk. Returns sha256 by file name."""
-        stream = iter(tensors)
-        sums = {}
-        with ThreadPoolExecutor(1) as hashing:
-            for file, names in self._files:
-                sums[file] = self._write_file(file, names, stream, hashing)
+        files = {}
+        with ThreadPoolExecutor(4) as threads:
+            stream = read_ahead(iter(tensors), threads)
+            for name, tensors_inside in self._files:
+                files[name] = self._write_file(name, tensors_inside, stream, threads)
+            sums = {name: file.sums()["sha256"] for name, file in files.items()}
         if len(self._files) > 1:
             content = json.dumps(self._index, indent=2).encode()
             write_synced(os.path.join(self.folder, INDEX), content)
             sums[INDEX] = hashlib.sha256(content).hexdigest()
         return sums
 
-    def _write_file(self, file: str, names: list[str], stream: Any, hashing: ThreadPoolExecutor) -> str:
-        digest = hashlib.sha256()
-        with open(os.path.join(self.folder, file), "wb", buffering=0) as out:
-            header = self._header(names)
-            out.write(header)
-            digest.update(header)
+    def _write_file(
+        self, file: str, names: list[str], stream: Iterator[tuple[str, torch.Tensor]], threads: ThreadPoolExecutor
+    ) -> HashedFile:
+        out = HashedFile(os.path.join(self.folder, file), threads)
+        with closing(out):
+            out.write(self._header(names))
             for expected in names:
                 name, tensor = next(stream)
                 assert (name, tensor.shape, tensor.dtype) == (expected, self._shapes[expected], self.dtype)
-                content = memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-                hashed = hashing.submit(digest.update, content)
-                _write_all(out, content)
-                hashed.result()
-            os.fsync(out.fileno())
-        return digest.hexdigest()
+                out.write(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+        return out
 
     def _header(self, names: list[str]) -> bytes:
         entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -96,13 +96,6 @@ def write_synced(path: str, content: bytes) -> None:
         file.write(content)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _write_all(out: Any, content: memoryview) -> None:
-    """An unbuffered file takes at most 2 GiB at once, and less where the disk is nearly full."""
-    done = 0
-    while done < len(content):
-        done += out.write(content[done : done + (1 << 26)])
 
 
 class WeightsReader:

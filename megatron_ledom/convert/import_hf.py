@@ -6,6 +6,7 @@ What training goes on from is iteration 0 with these weights and a fresh optimiz
 import dataclasses
 import logging
 import os
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -69,7 +70,8 @@ def import_hf(
     config = _run_config(model, positions, os.path.join(load, CONFIG), save, aim)
     sizes = Sizes(config.model, loaded.vocab_size)
     weights = _check_weights(reader, sizes)
-    with new_folder(save) as part:
+    with new_folder(save) as part, ThreadPoolExecutor(1) as hashing:
+        sources = {name: hashing.submit(checksum, os.path.join(load, name)) for name in [CONFIG, *reader.files()]}
         checkpoint = os.path.join(part, os.path.relpath(checkpoint_folder(config), save), checkpoint_name(0))
         os.makedirs(checkpoint)
         manifest = _write_checkpoint(checkpoint, config, loaded, reader, weights, max_shard_size)
@@ -80,7 +82,8 @@ def import_hf(
             gate = check_logits(Conversion(checkpoint, manifest, load, hf_config), verify, max_shard_size)
         loaded.save(os.path.join(part, TOKENIZER))
         write_synced(os.path.join(part, MODEL_YAML), _model_yaml(config, loaded).encode())
-        write_cards(part, CARD, _card(load, hf_config, reader, manifest, gate))
+        sums = {name: found.result()["sha256"] for name, found in sources.items()}
+        write_cards(part, CARD, _card(load, hf_config, sums, manifest, gate))
         point_latest(os.path.dirname(checkpoint), checkpoint_name(0))
     log.info(
         "imported %s to %s, to be trained in the %s direction: --config %s", load, save, aim, os.path.join(save, MODEL_YAML)
@@ -208,10 +211,9 @@ def _model_yaml(config: RunConfig, tokenizer: Tokenizer) -> str:
 
 
 def _card(
-    load: str, hf_config: PreTrainedConfig, reader: WeightsReader, manifest: CheckpointManifest, gate: Gate | None
+    load: str, hf_config: PreTrainedConfig, sources: dict[str, str], manifest: CheckpointManifest, gate: Gate | None
 ) -> dict[str, Any]:
     """What was imported, from where, and what the gate has seen."""
-    sources = {name: checksum(os.path.join(load, name))["sha256"] for name in [CONFIG, *reader.files()]}
     return {
         "imported_from": os.path.basename(os.path.abspath(load)),
         "source_architecture": (hf_config.architectures or ["unknown"])[0],

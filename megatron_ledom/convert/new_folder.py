@@ -1,6 +1,8 @@
 """A folder that appears whole or not at all: written under a temporary name beside it, renamed last."""
 
 import contextlib
+import fcntl
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -8,49 +10,102 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ledom.checkpoint.folder import fsync_path
+from megatron_ledom.data.build_once import NO_LOCKS
 from megatron_ledom.errors import FULL, DataError, UsageError
 
-PART, OLD = ".part", ".old"
+log = logging.getLogger(__name__)
+
+PART, OLD, LOCK = ".part", ".old", ".lock"
 
 
 @contextmanager
 def new_folder(save: str, may_replace: Callable[[], None] | None = None) -> Iterator[str]:
     """Inside, an empty folder to write into; afterwards it is `save`. Whatever is raised inside leaves nothing behind.
 
-    A killed process leaves `save`.part, which the next one removes. `may_replace`: called when `save` exists already, to raise
-    if it must not be replaced; without it, an existing one is refused. Raises UsageError for a target that cannot be used,
-    DataError when the disk is full.
+    A killed process leaves `save`.part, which the next one clears. `may_replace`: called when `save` exists already, to raise
+    if it must not be replaced; without it, an existing one is refused. Raises UsageError for a target that cannot be used, or
+    that another process is writing now, DataError when the disk is full.
     """
-    if os.path.lexists(save):
-        if may_replace is None:
-            raise UsageError(f"{save} exists already; name another folder with --save")
-        may_replace()
+    _check_target(save, may_replace)
     part = save.rstrip("/") + PART
-    shutil.rmtree(part, ignore_errors=True)
     made = _make_folder(part)
+    with _held(part, save):
+        try:
+            _check_target(save, may_replace)  # another process may just have finished it
+            _clear(part)
+            yield part
+            fsync_path(part)
+            _put_in_place(part, save)
+        except BaseException as error:
+            shutil.rmtree(part, ignore_errors=True)
+            for folder in made:
+                with contextlib.suppress(OSError):  # somebody else wrote into it
+                    folder.rmdir()
+            if isinstance(error, OSError) and error.errno in FULL:
+                where = error.filename or part
+                raise DataError(
+                    f"{where} cannot be written: {error.strerror}; nothing of it is left: make room, then run the command again"
+                ) from error
+            raise
+
+
+def _check_target(save: str, may_replace: Callable[[], None] | None) -> None:
+    if not os.path.lexists(save):
+        return
+    if may_replace is None:
+        raise UsageError(f"{save} exists already; name another folder with --save")
+    may_replace()
+
+
+@contextmanager
+def _held(part: str, save: str) -> Iterator[None]:
+    """Inside, no other process writes to `part`: a lock of the kernel on a file in it, gone with its holder however that ends.
+
+    Raises UsageError when another one has it. A file system without locks is warned of.
+    """
+    path = os.path.join(part, LOCK)
     try:
-        yield part
-        fsync_path(part)
-        _put_in_place(part, save)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    except FileNotFoundError as error:  # the one that had it has this moment put it in place
+        raise _in_use(save) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise _in_use(save) from error
     except OSError as error:
-        if error.errno in FULL:
-            where = error.filename or part
-            raise DataError(
-                f"{where} cannot be written: {error.strerror}; nothing of it is left: make room, then run the command again"
-            ) from error
-        raise
+        if error.errno not in NO_LOCKS:
+            os.close(descriptor)
+            raise
+        log.warning("%s is on a file system without locks (%s): nothing hinders a second conversion", save, error.strerror)
+    try:
+        if not os.path.exists(path) or not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            raise _in_use(save)
+        yield
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-        for folder in made:
-            with contextlib.suppress(OSError):  # it holds the new folder, or what somebody else wrote
-                folder.rmdir()
+        os.close(descriptor)  # and with it the lock
+
+
+def _in_use(save: str) -> UsageError:
+    return UsageError(
+        f"--save {save} is being written by another conversion now; wait for that one, or name another folder with --save"
+    )
+
+
+def _clear(part: str) -> None:
+    """Remove what a killed process left, but not the lock."""
+    for entry in os.scandir(part):
+        if entry.is_dir(follow_symlinks=False):
+            shutil.rmtree(entry.path)
+        elif entry.name != LOCK:
+            os.unlink(entry.path)
 
 
 def _make_folder(folder: str) -> list[Path]:
     """Make a folder; returns the folders above it that had to be made too, the innermost first. Raises UsageError."""
     made = [path for path in Path(folder).parents if not path.exists()]
     try:
-        os.makedirs(folder)
+        os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--save {folder} cannot be made ({error.strerror}); name a folder you may write to") from error
     return made
@@ -63,5 +118,6 @@ def _put_in_place(new: str, folder: str) -> None:
     if os.path.exists(folder):
         os.rename(folder, old)
     os.rename(new, folder)
+    os.unlink(os.path.join(folder, LOCK))  # not before, or another process could take the folder
     fsync_path(os.path.dirname(os.path.abspath(folder)))
     shutil.rmtree(old, ignore_errors=True)

@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.bench_convert FOLDER [--gigabytes 6] [--rounds 3]
 
-Every step is a process of its own, its imports included, until all it wrote is on disk; the steps take turns, the least time of each
-counts. A peak is not below this process's own. FOLDER gets about four times the model and is emptied again.
+Every step is a process of its own, its imports included, until all it wrote is on disk; the steps take turns, and each is compared
+with the `cp` of its round, less what the imports alone take ("start"). Median over the rounds. A peak is not below this process's
+own. FOLDER gets about four times the model and is emptied again.
 """
 
 import argparse
@@ -11,14 +12,16 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 SHARD = "2GB"
-SETUP = "import sys, warnings; warnings.filterwarnings('ignore'); source, target = sys.argv[1:]; "
+SETUP = "import sys, warnings; warnings.filterwarnings('ignore'); source, target = [*sys.argv[1:], '', ''][:2]; "
 EXPORT = (
     "from megatron_ledom.convert.export_hf import export_hf; export_hf(source, target, max_shard_size=2 * 10**9, verify={})"
 )
@@ -30,6 +33,7 @@ STOCK = (
     "import torch; from transformers import AutoModelForCausalLM as A;"
     " A.from_pretrained(source, dtype=torch.bfloat16, local_files_only=True).save_pretrained(target, max_shard_size='2GB')"
 )
+START = "import megatron_ledom.convert.export_hf, megatron_ledom.convert.import_hf"
 LAYER_ELEMENTS = 2048 * 2048 * 3 + 3 * 2048 * 16384
 
 
@@ -89,12 +93,33 @@ def python(code: str, *paths: Path) -> list[str]:
     return [sys.executable, "-c", SETUP + code, *map(str, paths)]
 
 
+def summary(figures: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float | list[float]]]:
+    """Of each step: seconds and times `cp` of the same round, with and without the imports; the median and all rounds."""
+
+    def times_cp(name: str, less: Sequence[float]) -> list[float]:
+        copied = [seconds for seconds, _ in figures["cp"]]
+        found = [seconds for seconds, _ in figures[name]]
+        return [round((one - start) / copy, 2) for one, start, copy in zip(found, less, copied, strict=False)]
+
+    starts = [seconds for seconds, _ in figures["start"]]
+    return {
+        name: {
+            "median_seconds": round(statistics.median(seconds for seconds, _ in found), 1),
+            "times_cp": statistics.median(times_cp(name, [0.0] * len(starts))),
+            "times_cp_without_start": statistics.median(times_cp(name, starts if "mcore" in name else [0.0] * len(starts))),
+            "rounds_without_start": times_cp(name, starts if "mcore" in name else [0.0] * len(starts)),
+            "peak_GB": round(max(memory for _, memory in found), 2),
+        }
+        for name, found in figures.items()
+    }
+
+
 def main() -> None:
     """Write the model, convert it both ways, print a line a step and the whole as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=6.0)
-    parser.add_argument("--rounds", type=int, default=3, help="of all steps in turn; the least time of each counts")
+    parser.add_argument("--rounds", type=int, default=3, help="of all steps in turn; the medians count")
     arguments = parser.parse_args()
     base = arguments.folder / "bench_convert"
     shutil.rmtree(base, ignore_errors=True)
@@ -104,7 +129,8 @@ def main() -> None:
         write_model(hf, arguments.gigabytes)
         os.sync()
         size = sum(file.stat().st_size for file in hf.iterdir()) / 1e9
-        steps = {
+        steps: dict[str, tuple[list[str], Path | None]] = {
+            "start": (python(START), None),
             "cp": (["cp", "-r", str(hf), str(base / "copy")], base / "copy"),
             "hf-to-mcore, no gate": (python(IMPORT.format(None), hf, run), run),
             "mcore-to-hf, no gate": (python(EXPORT.format(None), kept, out), out),
@@ -118,19 +144,15 @@ def main() -> None:
                 if number and "with the gate" in name:
                     continue
                 seconds, memory = measure(command)
-                shutil.rmtree(target)
+                if target is not None:
+                    shutil.rmtree(target)
                 figures[name].append((seconds, memory))
                 print(f"{name:<28} {seconds:8.1f} s  {size / seconds:6.3f} GB/s  peak {memory:5.2f} GB", flush=True)
-        least = {name: min(seconds for seconds, _ in found) for name, found in figures.items()}
-        results = {
-            name: {
-                "least_seconds": round(least[name], 1),
-                "times_cp": round(least[name] / least["cp"], 2),
-                "peak_GB": round(max(memory for _, memory in found), 2),
-            }
-            for name, found in figures.items()
-        }
-        print(json.dumps({"model_GB": round(size, 2), "max_shard_size": SHARD, "steps": results}))
+        print(
+            json.dumps(
+                {"model_GB": round(size, 2), "max_shard_size": SHARD, "load": os.getloadavg(), "steps": summary(figures)}
+            )
+        )
     finally:
         shutil.rmtree(base, ignore_errors=True)
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from megatron_ledom.convert.export_hf import export_hf
 from megatron_ledom.convert.hf_folder import parse_size
 from megatron_ledom.convert.import_hf import import_hf
+from megatron_ledom.convert.new_folder import new_folder
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import LedomError, UsageError
 from tests.numerics.test_conversion import check_same_folders, check_same_runs
@@ -160,6 +161,32 @@ def test_an_existing_folder_is_left_alone(source: Path, run: Path, tmp_path: Pat
         import_hf(str(source), str(tmp_path / "run"), direction=Direction.REVERSE)
     with pytest.raises(UsageError, match="exists already"):
         export_hf(str(run), str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("kind", ["export", "import"])
+def test_two_conversions_into_one_folder_do_not_meet(source: Path, run: Path, tmp_path: Path, kind: str) -> None:
+    """The second is refused and takes nothing from the first; what a killed one left does not hinder the next."""
+    target = tmp_path / "target"
+
+    def convert() -> None:
+        if kind == "export":
+            export_hf(str(run), str(target), verify=None)
+        else:
+            import_hf(str(source), str(target), direction=Direction.REVERSE, verify=None)
+
+    with new_folder(str(target)) as part:
+        (Path(part) / "written").touch()
+        with pytest.raises(UsageError, match="is being written by another conversion now"):
+            convert()
+        assert (Path(part) / "written").exists()
+    assert [path.name for path in target.iterdir()] == ["written"]
+    shutil.rmtree(target)
+    (tmp_path / "target.part/checkpoints").mkdir(parents=True)
+    (tmp_path / "target.part/.lock").touch()
+    (tmp_path / "target.part/left").touch()
+    convert()
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert not [name for name in (".lock", "left") if (target / name).exists()]
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500MB", 500_000_000), ("1.5kb", 1500), ("7", 7)])
