@@ -116,6 +116,9 @@ class DataConfig:
     """Positions of a sample, in tokens."""
     eod_mask_loss: bool = True
     """No loss where the input token is eod: to predict the end is trained, to predict from it is not."""
+    loss_tokens: Literal["all", "scored", "scored_and_eod"] = "all"
+    """What of a pair (tools/prepare_pairs.py) the loss counts: everything, or only what a scorer scores, of a reverse model the
+    prompt given the answer; without or with the eod that says where it begins. Of text it is everything."""
     reset_attention_mask: bool = False
     """Documents in one sample do not see each other."""
     reset_position_ids: bool = False

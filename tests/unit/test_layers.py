@@ -28,6 +28,7 @@ MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "checkpoint": ENGINE,
     "training": ENGINE | {"data", "model", "checkpoint", "pages", "planner"},
     "convert": ENGINE | {"data", "model", "checkpoint", "inference"},
+    "finetune": ENGINE | {"data", "inference"},
     "inference": {"direction", "errors", "pages", "provenance"},
     "evaluation": {"direction", "errors", "pages", "provenance", "inference"},
 }
