@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from megatron_ledom.finetune.pairs import EncodedPair
 
 MOST_OPEN = 64
-"""Packs that are filled at the same time: with so many to choose from, pairs of a fifth of a pack leave about 1 % of it empty."""
+"""Packs that are filled at the same time; with so many, the pairs of GSM8K leave 3 % of packs of 1,024 tokens empty."""
 
 Pack = list[EncodedPair]
 
