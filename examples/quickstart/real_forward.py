@@ -14,7 +14,14 @@ from megatron_ledom.errors import UsageError, run_command
 
 PROMPT = "Question: {question}\nAnswer:"
 """What both models read; the answer follows with a space."""
-TRAINING = ("train.train_iters=600", "train.eval_interval=600", "train.eval_iters=8", "model.params_dtype=fp32")
+TRAINING = (
+    "data.seq_length=512",
+    "train.train_iters=300",
+    "train.eval_interval=300",
+    "train.eval_iters=8",
+    "model.params_dtype=fp32",
+)
+"""As many tokens as the quickstart trains on; question and answer together must fit the positions that the model is trained with."""
 ITEMS_A_PART = 5
 """Questions ranked by one command: tools/rerank.py keeps what it has in windows of many more, and these take minutes each."""
 HELD_OUT = 500
