@@ -21,6 +21,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, UsageError, run_command
 from megatron_ledom.platform.launch import Launch, read_launch
+from megatron_ledom.training.choice_files import check_tasks
 from megatron_ledom.training.resilience import StopRequest, find_deadline
 
 log = logging.getLogger("megatron_ledom.pretrain")
@@ -101,6 +102,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     check_surroundings(config)  # every cheap check before torch starts anything
     sources = load_sources(config)
     tokenizer = load_run_tokenizer(config, sources)
+    check_tasks(config, tokenizer is not None)
     from megatron_ledom.data.dataset import index_cache
     from megatron_ledom.data.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
@@ -158,7 +160,7 @@ def check_start(config: RunConfig, num_ranks: int) -> str:
     check_config(config, num_ranks)
     check_surroundings(config)
     sources = load_sources(config)
-    load_run_tokenizer(config, sources)
+    check_tasks(config, load_run_tokenizer(config, sources) is not None)
     iteration = saved_iteration(config)
     if iteration > 0:
         from megatron_ledom.training.state import check_resumable

@@ -116,6 +116,9 @@ class DataConfig:
     """Positions of a sample, in tokens."""
     eod_mask_loss: bool = True
     """No loss where the input token is eod: to predict the end is trained, to predict from it is not."""
+    loss_tokens: Literal["all", "scored", "scored_and_eod"] = "all"
+    """What of a pair (tools/prepare_pairs.py) the loss counts: everything, or only what a scorer scores, of a reverse model the
+    prompt given the answer; without or with the eod that says where it begins. Of text it is everything."""
     reset_attention_mask: bool = False
     """Documents in one sample do not see each other."""
     reset_position_ids: bool = False
@@ -228,6 +231,11 @@ class TrainConfig:
     """Iterations between validations; there is always one at the end."""
     eval_iters: Positive = 10
     """Global batches of each validation set."""
+    task_interval: Positive = 1000
+    """Iterations between evaluations of task_files; there is always one at the end."""
+    task_files: dict[str, str] = field(default_factory=dict)
+    """Multiple-choice tasks evaluated while training, by name: JSON lines of context, choices and gold, the right one's number
+    from 0. A choice is scored as it would be after the run; tasks that write text are for the exported model."""
     z_loss_coeff: NotNegativeFloat = 0.0
     """Weight of (log Z)^2 a token, which keeps logits from drifting; 0 leaves it out. PaLM had 1e-4."""
     exit_interval: Positive | None = None

@@ -17,6 +17,7 @@ from megatron.core.datasets.utils import Split
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.sample_index import Arrays, SampleIndex, index_plan
 from megatron_ledom.data.sources import Blend, Source, Sources
+from megatron_ledom.data.targets import TargetMasks
 from megatron_ledom.errors import DataError, TransientError, may_pass
 
 FILES_A_SHARD = 3
@@ -36,12 +37,21 @@ class ShardVocabulary:
 class SourceSamples(GPTDataset):  # type: ignore[misc]  # megatron-core has no types
     """One pass over one source: GPTDataset with arrays that are given instead of built."""
 
-    def __init__(self, prefix: str, arrays: Arrays, config: GPTDatasetConfig) -> None:
-        self._arrays = arrays
+    def __init__(self, prefix: str, arrays: Arrays, config: GPTDatasetConfig, masks: TargetMasks | None) -> None:
+        self._arrays, self._masks = arrays, masks
         super().__init__(IndexedDataset(prefix), prefix, np.zeros(0, np.int32), None, Split.train, config)
 
     def _build_document_sample_shuffle_indices(self) -> Arrays:
         return self._arrays
+
+    def __getitem__(self, place: int) -> dict[str, torch.Tensor]:
+        """The fields of a sample; a shard of pairs says itself what counts in its packs, each a document and a sample."""
+        fields: dict[str, torch.Tensor] = super().__getitem__(place)
+        if self._masks is None:
+            return fields
+        document, offset = self.sample_index[self.shuffle_index[place]]
+        assert offset == 0, f"sample {place} of {self.dataset_path} begins inside a pack"
+        return {**fields, "loss_mask": self._masks.loss_mask(int(self.document_index[document]))}
 
 
 class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
@@ -52,7 +62,7 @@ class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __init__(self, config: RunConfig, blend: Blend, eod_id: int, cache: str) -> None:
         self.blend = blend
-        self._seq_length = config.data.seq_length
+        self._seq_length, self._loss_tokens = config.data.seq_length, config.data.loss_tokens
         self._index = SampleIndex(index_plan(config, blend), cache)
         self._config = GPTDatasetConfig(
             random_seed=config.train.seed,
@@ -72,8 +82,7 @@ class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
         source, epoch, place = self._locate(sample)
-        fields: dict[str, torch.Tensor] = self._source(source, epoch)[place]
-        return fields
+        return self._source(source, epoch)[place]
 
     def origin(self, sample: int) -> tuple[Source, list[int]]:
         """The shard that a sample is cut from, and the numbers of its documents there."""
@@ -92,8 +101,10 @@ class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def _open(self, source: int, epoch: int) -> SourceSamples:
         part, arrays = self._index.part(source, epoch)
+        prefix, manifest = part.source.prefix, part.source.manifest
         try:
-            return SourceSamples(part.source.prefix, arrays, self._config)
+            masks = TargetMasks(prefix, manifest, self._loss_tokens) if manifest.pairs else None
+            return SourceSamples(prefix, arrays, self._config, masks)
         except (OSError, AssertionError, ValueError) as error:
             # megatron-core asserts that they are there
             is_away = not all(os.path.exists(part.source.prefix + ending) for ending in (".bin", ".idx"))

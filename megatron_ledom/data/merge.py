@@ -13,7 +13,7 @@ from megatron_ledom.data.indexed_files import shard_blocks
 from megatron_ledom.data.prefixes import check_not_an_input, check_same_inputs, check_tasks_complete, expand_prefixes
 from megatron_ledom.data.shard import Counts, ShardManifest, ShardWriter, check_may_write, check_shard
 from megatron_ledom.data.stop_signal import sigterm_as_interrupt
-from megatron_ledom.errors import MismatchError
+from megatron_ledom.errors import MismatchError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +56,11 @@ def open_alike(patterns: Sequence[str], output_prefix: str, overwrite: bool) -> 
     check_may_write(output_prefix, overwrite)
     manifests = [check_shard(prefix) for prefix in prefixes]
     for prefix, manifest in zip(prefixes, manifests, strict=True):
+        if manifest.pairs:
+            raise UsageError(
+                f"{prefix} holds pairs with targets, which this tool does not carry over; make one shard of all files with"
+                " tools/prepare_pairs.py, or name the shards in data.train_blend side by side"
+            )
         manifest.provenance.check_same(manifests[0].provenance, f"the shard {prefix}", f"the shard {prefixes[0]}")
         if manifest.bos_token != manifests[0].bos_token:
             raise MismatchError(

@@ -28,6 +28,8 @@ FORMAT_VERSION = 1
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPE_CODES = {"uint16": 8, "int32": 4}
+TARGETS = ".targets"
+"""Ending of a fourth file, of shards of pairs: see data/targets.py."""
 UINT16_BELOW = 65_500  # megatron-core's own choice (DType.optimal_dtype)
 SUFFIXES = (".bin", ".idx", ".json")  # in the order they get their final names
 CHUNK_BYTES = 1 << 24
@@ -83,6 +85,10 @@ class ShardManifest:
     """Of everything that was asked of preprocessing, inputs included; the same request again has nothing left to do."""
     inputs_sha256: str = ""
     """Of the list of all tasks' inputs with sizes and versions: tasks that divided other lists do not fit together."""
+    pairs: dict[str, int] = field(default_factory=dict)
+    """Of a shard of packed pairs: seq_length of its packs, and numbers of pairs and of their tokens; else empty."""
+    targets_sha256: str = ""
+    """Of PREFIX.targets, which a shard of pairs has."""
     package_version: str = __version__
     created_at: str = ""
     """UTC, ISO 8601."""
@@ -92,6 +98,11 @@ class ShardManifest:
     def provenance(self) -> Provenance:
         """Direction and tokenizer, to be compared with those of a run."""
         return Provenance.from_dict(asdict(self), "manifest")
+
+    @property
+    def content_sha256(self) -> str:
+        """Of what is learnt: the ids, and which of them are targets."""
+        return hashlib.sha256(f"{self.bin_sha256}{self.targets_sha256}".encode()).hexdigest() if self.pairs else self.bin_sha256
 
     def to_json(self) -> bytes:
         """The manifest file's content."""
@@ -158,6 +169,8 @@ class Counts:
     elapsed_seconds: float = 0.0
     request_sha256: str = ""
     inputs_sha256: str = ""
+    pairs: dict[str, int] = field(default_factory=dict)
+    targets_sha256: str = ""
 
 
 class Hash(Protocol):
@@ -357,6 +370,7 @@ def check_shard(prefix: str) -> ShardManifest:
     expected = {
         ".bin": manifest.num_tokens * np.dtype(manifest.dtype).itemsize,
         ".idx": HEADER.size + 20 * manifest.num_documents + 8,
+        **({TARGETS: manifest.num_tokens} if manifest.pairs else {}),
     }
     for suffix, size in expected.items():
         path = Path(prefix + suffix)

@@ -15,6 +15,7 @@ from megatron_ledom.data.shard import (
     DTYPE_CODES,
     HEADER,
     MAGIC,
+    TARGETS,
     ShardManifest,
     hash_file,
     load_manifest,
@@ -46,7 +47,12 @@ def verify_shard(prefix: str) -> list[str]:
     for stated in index.documents():
         ids.add(stated)
     ids.finish()
-    return [*index.faults, *_size_faults(prefix, manifest, ids.is_same), *ids.faults]
+    targets = [_changed(prefix, TARGETS)] if manifest.pairs and not _has_its_targets(prefix, manifest) else []
+    return [*index.faults, *_size_faults(prefix, manifest, ids.is_same), *ids.faults, *targets]
+
+
+def _has_its_targets(prefix: str, manifest: ShardManifest) -> bool:
+    return Path(prefix + TARGETS).is_file() and hash_file(prefix + TARGETS) == manifest.targets_sha256
 
 
 def _changed(prefix: str, suffix: str) -> str:
@@ -214,7 +220,7 @@ class IdScan:
             text = f"its last id is {ids[open_ends[0]]}"
             self._found("open", f"{{}} does not end with eod {eod}: {text}", ends, begin + open_ends)
         eods = np.flatnonzero(ids == eod)
-        if len(eods) > len(last) - len(open_ends):
+        if len(eods) > len(last) - len(open_ends) and not self.manifest.pairs:  # packs of pairs hold an eod for each
             inside = eods[~np.isin(eods, last, assume_unique=True)]
             self._found("inside", f"{{}} holds eod {eod} inside, at its id {{}}", ends, begin + inside)
 

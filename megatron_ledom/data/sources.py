@@ -13,6 +13,7 @@ from megatron_ledom.data.blend_plan import PlannedSource, describe_sources, samp
 from megatron_ledom.data.interleave import Interleave
 from megatron_ledom.data.shard import ShardManifest, check_shard
 from megatron_ledom.data.splits import DocumentRange, split_shard, whole_shard
+from megatron_ledom.data.targets import check_pairs, counted_bytes_per_token
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, MismatchError
@@ -42,10 +43,9 @@ class Source:
         """Samples of one pass over the documents."""
         return samples_available(self.documents.num_tokens, seq_length)
 
-    @property
-    def bytes_per_token(self) -> float:
-        """UTF-8 bytes of text for each id, eods too, over the whole shard: what a part of it has is not recorded."""
-        return self.manifest.text_bytes / self.manifest.num_tokens
+    def bytes_per_token(self, loss_tokens: str) -> float:
+        """UTF-8 bytes of text for each id that counts, eods too, over the whole shard: what a part of it has is not recorded."""
+        return counted_bytes_per_token(self.manifest, loss_tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +62,11 @@ class Blend:
         """Draw `num_samples` by the sources' weights."""
         return cls([*sources], Interleave([source.weight for source in sources]), num_samples)
 
-    def bytes_per_token(self) -> float:
+    def bytes_per_token(self, loss_tokens: str) -> float:
         """Of the samples drawn, each source's own ratio counted by its samples."""
         counts = self.interleave.counts(self.num_samples).tolist()
         drawn = zip(self.sources, counts, strict=True)
-        return float(sum(source.bytes_per_token * count for source, count in drawn)) / self.num_samples
+        return float(sum(source.bytes_per_token(loss_tokens) * count for source, count in drawn)) / self.num_samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,12 +81,12 @@ class Sources:
     provenance: Provenance
 
     def train_shards(self) -> list[list[Any]]:
-        """[share of the samples, sha256 of .bin, sha256 of .idx, first document, behind the last, prefix] of each training
+        """[share of the samples, sha256 of .bin with that of .targets, sha256 of .idx, first document, behind the last, prefix] of each training
         shard: what decides, with the seed, which samples come. The prefix decides nothing, it names the shard."""
         return [
             [
                 source.weight,
-                source.manifest.bin_sha256,
+                source.manifest.content_sha256,
                 source.manifest.idx_sha256,
                 source.documents.first,
                 source.documents.last,
@@ -120,6 +120,7 @@ def load_sources(config: RunConfig) -> Sources:
     _check_direction(prefix, first, data.direction)
     for other, manifest in manifests.items():
         manifest.provenance.check_same(provenance, f"the shard {other}", f"the shard {prefix}")
+    check_pairs(config, manifests)
     stated = config.model.vocab_size
     if stated is not None and stated != provenance.vocab_size:
         raise MismatchError(

@@ -105,7 +105,7 @@ class MetricsWriter:
 
 def _flatten(record: Record) -> dict[str, float]:
     flat = {name: value for name, value in record.items() if isinstance(value, int | float)}
-    for kind in ("validation", "test"):
+    for kind in ("validation", "test", "tasks"):
         for prefix, result in record.get(kind, {}).items():
             flat.update({f"{kind}/{prefix}/{name}": value for name, value in result.items()})
     return flat

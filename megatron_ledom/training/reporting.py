@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -20,6 +20,9 @@ from megatron_ledom.training.step import StepResult
 from megatron_ledom.training.timing import RankTimes
 from megatron_ledom.training.validate import evaluate, validate
 from megatron_ledom.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from megatron_ledom.training.tasks import TaskSet
 
 log = logging.getLogger(__name__)
 
@@ -36,6 +39,7 @@ class Reporter:
         self.times = RankTimes(state.platform, state.model[0].config, watchdog)
         self.profiler = ProfilerWindow(state.config)
         watchdog.watch_model(state.model)
+        self.tasks = _load_tasks(state)
         self.metrics, self.bar = MetricsWriter(state.config, state.iteration), _progress_bar(state)
 
     def take_position(self) -> None:
@@ -76,16 +80,20 @@ class Reporter:
         state, train = self.state, self.state.config.train
         last = state.iteration == train.train_iters
         validating = bool(state.valid_datasets) and (last or state.iteration % train.eval_interval == 0)
-        if not (validating or last or state.iteration % state.config.logging.log_interval == 0):
+        asking = self.tasks is not None and (last or state.iteration % train.task_interval == 0)
+        if not (validating or asking or last or state.iteration % state.config.logging.log_interval == 0):
             return
         record = self._record(result)
         if validating:
             with self.apart("validating"):
                 record["validation"] = validate(state)
+        if asking and self.tasks is not None:
+            with self.apart("evaluating tasks"):
+                record["tasks"] = self.tasks.evaluate()
         if last and state.test_datasets:
             with self.apart("testing"):
                 record["test"] = evaluate(state, state.test_datasets)
-        if result is not None or len(record.keys() & {"validation", "test"}):
+        if result is not None or len(record.keys() & {"validation", "test", "tasks"}):
             self.metrics.write(record)
             _log_line(record, train.train_iters)
             if result is not None:
@@ -117,6 +125,14 @@ class Reporter:
         }
 
 
+def _load_tasks(state: TrainState) -> "TaskSet | None":
+    if not state.config.train.task_files:
+        return None
+    from megatron_ledom.training.tasks import load_task_set  # transformers takes seconds to import, and most runs have no tasks
+
+    return load_task_set(state)
+
+
 def _finite(value: float) -> float | None:
     return value if isinstance(plain(value), float) else None
 
@@ -139,6 +155,7 @@ def _log_line(record: Record, train_iters: int) -> None:
         f"{name}: loss {found['lm_loss']:.4f}, {found['bits_per_byte']:.3f} bits/byte"
         for name, found in {**record.get("validation", {}), **record.get("test", {})}.items()
     ]
+    parts += [f"{name}: accuracy {100 * found['accuracy']:.1f}%" for name, found in record.get("tasks", {}).items()]
     log.info("%s", "  ".join(parts))
 
 

@@ -38,7 +38,10 @@ def _measure(state: TrainState, dataset: BlendSamples) -> dict[str, float]:
         one_sum, one_count = run_schedule(state.config, state.model, iterators, state.groups, forward_only=True)
         loss_sum, num_tokens = loss_sum + one_sum, num_tokens + one_count
     lm_loss = loss_sum / num_tokens
-    return {"lm_loss": lm_loss, "bits_per_byte": bits_per_byte(lm_loss, dataset.blend.bytes_per_token())}
+    return {
+        "lm_loss": lm_loss,
+        "bits_per_byte": bits_per_byte(lm_loss, dataset.blend.bytes_per_token(state.config.data.loss_tokens)),
+    }
 
 
 def bits_per_byte(lm_loss: float, bytes_per_token: float) -> float:

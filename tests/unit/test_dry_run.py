@@ -45,6 +45,13 @@ def write_manifest(prefix: Path, num_tokens: int, vocab_size: int = 500) -> None
     prefix.with_suffix(".json").write_bytes(manifest.to_json())
 
 
+def test_the_scorers_recipe_is_a_plan() -> None:
+    text = plan("ledom_7b_scorer", 8)
+    assert "loss_tokens: scored" in text
+    assert "lr: 1.0e-05" in text
+    assert "1,024" in text
+
+
 def test_7b_prints_the_published_numbers() -> None:
     text = plan("ledom_7b", 64)
     assert row(text, "parameters") == "7.794 B (7,793,716,224)"

@@ -26,8 +26,9 @@ MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "data": ENGINE,
     "model": ENGINE,
     "checkpoint": ENGINE,
-    "training": ENGINE | {"data", "model", "checkpoint", "pages", "planner"},
+    "training": ENGINE | {"data", "model", "checkpoint", "pages", "planner", "inference"},
     "convert": ENGINE | {"data", "model", "checkpoint", "inference"},
+    "finetune": ENGINE | {"data", "inference"},
     "inference": {"direction", "errors", "pages", "provenance"},
     "evaluation": {"direction", "errors", "pages", "provenance", "inference"},
 }

@@ -35,6 +35,10 @@ RUN_BY_TESTS = {
     "torchrun --nproc-per-node 8 -m megatron_ledom.pretrain --config runs/qwen3_reverse/model.yaml"
     " data.train_blend=[[1.0,data/qwen3_reverse]] train.train_iters=1000 train.global_batch_size=64"
     " optimizer.lr_warmup_iters=50 parallel.tensor_model_parallel_size=8": "tests/distributed/test_train_imported.py, on forked ranks",
+    "python tools/prepare_pairs.py --input pairs.jsonl --tokenizer runs/scorer/tokenizer --output-prefix data/pairs --seq-length 1024"
+    r" --prompt-template Question: {question}\nAnswer:  --answer-template {answer} --too-long skip": (
+        "tests/unit/test_prepare_pairs.py"
+    ),
     "bash examples/slurm/convert.sbatch": "tests/slurm/test_slurm_jobs.py",
     "bash examples/slurm/evaluate.sbatch": "tests/slurm/test_slurm_jobs.py",
     "torchrun --nproc-per-node 8 tools/replay_step.py --run runs/ledom_7b --iteration 1234": (

@@ -1,0 +1,120 @@
+"""A real forward model end to end: it answers word problems, a reverse model trained here on GSM8K scores them, the report comes out.
+
+Plumbing, not a claim: a forward model of 135 M parameters solves few of the problems, and the reverse one is the quickstart's.
+Started again with the same arguments it goes on: finished phases are kept, and so is every part of the ranking.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from commands import ROOT, module, run, tool
+
+from megatron_ledom.errors import UsageError, run_command
+
+PROMPT = "Question: {question}\nAnswer:"
+"""What both models read; the answer follows with a space."""
+TRAINING = (
+    "data.seq_length=512",
+    "train.train_iters=300",
+    "train.eval_interval=300",
+    "train.eval_iters=8",
+    "model.params_dtype=fp32",
+)
+"""As many tokens as the quickstart trains on; question and answer together must fit the positions that the model is trained with."""
+ITEMS_A_PART = 5
+"""Questions ranked by one command: tools/rerank.py keeps what it has in windows of many more, and these take minutes each."""
+HELD_OUT = 500
+"""Pairs that the reverse model is validated on, at most a tenth of all."""
+
+
+def read_lines(path: Path) -> list[dict[str, str]]:
+    """The objects of a JSON lines file."""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def write_lines(path: Path, records: list[dict[str, str]]) -> None:
+    """One object a line; the file appears whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    part.replace(path)
+
+
+def train_reverse(arguments: argparse.Namespace) -> Path:
+    """Tokenizer, shards, training and export as in the quickstart, over the questions with their answers; the model's folder."""
+    output = arguments.output
+    model: Path = output / "model"
+    if (model / "config.json").exists():
+        return model
+    texts = [{"text": PROMPT.format(question=pair["question"]) + " " + pair["answer"]} for pair in read_lines(arguments.pairs)]
+    held_out = min(HELD_OUT, len(texts) // 10)
+    for split, part in (("valid", texts[:held_out]), ("train", texts[held_out:])):
+        write_lines(output / f"{split}.jsonl", part)
+    if not (output / "tokenizer").exists():
+        names = ["--input", output / "train.jsonl", "--output", output / "tokenizer"]
+        run(tool("tools/train_tokenizer.py", *names, "--vocab-size", arguments.vocab_size))
+    for split in ("train", "valid"):
+        names = ["--input", output / f"{split}.jsonl", "--tokenizer", output / "tokenizer", "--direction", "reverse"]
+        run(tool("tools/preprocess_data.py", *names, "--output-prefix", output / split, "--workers", 1, "--overwrite"))
+    paths = [f"run_dir={output / 'run'}", f"data.tokenizer={output / 'tokenizer'}", "data.allow_repeats=true"]
+    paths += [f"data.{split}_blend=[[1.0,{output / split}]]" for split in ("train", "valid")]
+    config = ROOT / "examples/configs/quickstart_reverse.yaml"
+    run(module("megatron_ledom.pretrain", "--config", config, *paths, *TRAINING, *arguments.overrides))
+    run(tool("tools/convert_checkpoint.py", "mcore-to-hf", "--load", output / "run", "--save", model))
+    return model
+
+
+def rank_answers(arguments: argparse.Namespace, reverse: Path) -> None:
+    """Sample, score and report over the first items of the evaluation file."""
+    output = arguments.output
+    items = read_lines(arguments.items)[: arguments.num_items]
+    questions = [{"prompt": PROMPT.format(question=item["question"]), "gold": item["answer"]} for item in items]
+    ranked = output / "answers.jsonl"
+    if not ranked.exists():
+        parts = [rank_part(arguments, reverse, questions, first) for first in range(0, len(questions), ITEMS_A_PART)]
+        write_lines(ranked, [record for part in parts for record in read_lines(part)])
+    run(tool("tools/report_rerank.py", ranked, "--output", output / "report", "--gold-key", "gold"))
+
+
+def rank_part(arguments: argparse.Namespace, reverse: Path, questions: list[dict[str, str]], first: int) -> Path:
+    """Answers to the ITEMS_A_PART questions from `first` on, ranked; the file."""
+    asked = arguments.output / "parts" / f"questions_{first:04d}.jsonl"
+    ranked = asked.with_name(f"answers_{first:04d}.jsonl")
+    if not ranked.exists():
+        write_lines(asked, questions[first : first + ITEMS_A_PART])
+        names = ["--forward", arguments.forward, "--reverse", reverse, "--input", asked, "--output", ranked]
+        sampling = ["--sample", arguments.num_samples, "--greedy", "--temperature", 0.7, "--top-p", 0.95, "--seed", 1 + first]
+        length = ["--max-new-tokens", arguments.max_new_tokens, "--batch-size", arguments.num_samples]
+        run(tool("tools/rerank.py", *names, *sampling, *length))
+    return ranked
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--forward", required=True, metavar="DIR", help="Hugging Face folder of the forward model")
+    parser.add_argument("--pairs", required=True, type=Path, metavar="FILE", help="JSON lines: question, answer; trained on")
+    parser.add_argument("--items", required=True, type=Path, metavar="FILE", help="JSON lines: question, answer; evaluated")
+    parser.add_argument("--output", default=Path("real_forward"), type=Path, metavar="DIR", help="(default %(default)s)")
+    parser.add_argument("--num-items", type=int, default=50, metavar="N", help="(default %(default)s)")
+    parser.add_argument("--num-samples", type=int, default=8, metavar="N", help="answers to each (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=160, metavar="N", help="of an answer (default %(default)s)")
+    text = "pieces of the reverse model's tokenizer (default %(default)s)"
+    parser.add_argument("--vocab-size", type=int, default=4000, metavar="N", help=text)
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the training")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Train, rank, report."""
+    arguments = parse()
+    for path in (arguments.pairs, arguments.items):
+        if not path.is_file():
+            raise UsageError(f"{path} is no file; give JSON lines with the keys question and answer")
+    rank_answers(arguments, train_reverse(arguments))
+
+
+if __name__ == "__main__":
+    run_command(main)
