@@ -70,6 +70,8 @@ class Template:
     num_targets: int = 1
     field_separator: str = "\n"
     block_separator: str = "\n\n"
+    is_read_back: bool = True
+    """Whether what a model writes is taken apart by the labels; without, the target is only scored or read whole, and needs none."""
 
     def __post_init__(self) -> None:
         """Refuse a template from which nothing could be written or read back."""
@@ -79,7 +81,7 @@ class Template:
         if not 1 <= self.num_targets < len(names):
             raise UsageError(f"num_targets={self.num_targets} of {len(names)} fields: at least one is given and one is written")
         unnamed = [field.name for field in self.fields[-self.num_targets :] if not field.label.strip()]
-        if unnamed:
+        if unnamed and self.is_read_back:
             raise UsageError(f"the written field {unnamed[0]!r} has no label, so it could not be found in what a model writes")
 
     def render(self, direction: Direction, query: Values, demonstrations: Sequence[Values] = ()) -> Prompt:
@@ -127,6 +129,26 @@ class Template:
                 value = value.partition(following)[0] if following else value
             found[field.name] = value.strip().removesuffix(field.cue.strip()).strip() if label else None
         return found
+
+    def split_before(self, name: str, values: Values) -> tuple[str, str]:
+        """One block in the order of the fields, cut in front of the value of the field `name`: (up to its label, the rest).
+
+        White space at the cut belongs to the rest, as it does where a model writes on.
+        """
+        before: list[str] = []
+        for number, field in enumerate(self.fields):
+            if field.name == name:
+                opened = self.field_separator.join([*before, field.label])
+                after = [field.text(_value(values, field)).removeprefix(field.label)]
+                after += [later.text(_value(values, later)) for later in self.fields[number + 1 :]]
+                kept = opened.rstrip()
+                return kept, opened[len(kept) :] + self.field_separator.join(after)
+            before.append(field.text(_value(values, field)))
+        raise UsageError(f"no field {name!r} in this template; it has {', '.join(f.name for f in self.fields)}")
+
+    def block(self, values: Values) -> str:
+        """One whole block, its fields in their order, as a forward model reads it."""
+        return self._block(Direction.FORWARD, values)
 
     def _block(self, direction: Direction, values: Values) -> str:
         return self.field_separator.join(self._ordered(direction, [field.text(_value(values, field)) for field in self.fields]))

@@ -58,6 +58,11 @@ RUN_BY_TESTS = {
     "python tools/report_rerank.py answers.jsonl --output report --explain 3 --reverse quickstart/models/reverse": (
         "tests/unit/test_selection.py"
     ),
+    "python tools/evaluate.py --list --data evaluation_sets": "tests/unit/test_evaluate_tool.py",
+    "python tools/evaluate.py --model quickstart/models/reverse --tasks gsm8k,svamp --data evaluation_sets --num-fewshot 4"
+    " --show 2": "tests/unit/test_evaluate_tool.py",
+    "python tools/evaluate.py --model quickstart/models/reverse --tasks gsm8k,hellaswag --data evaluation_sets --limit 200"
+    " --num-fewshot 4 --output evaluated": "tests/unit/test_evaluate_tool.py",
 }
 
 

@@ -1,0 +1,43 @@
+"""A task over a model: items in windows, what was found of each kept at once, figures at the end."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron_ledom.evaluation.choices import score_choices
+from megatron_ledom.evaluation.code_execution import check_allowed
+from megatron_ledom.evaluation.results import Record, TaskResult, summarize
+from megatron_ledom.evaluation.task_model import TaskModel
+from megatron_ledom.evaluation.tasks import Kind, LoadedTask
+from megatron_ledom.evaluation.writing import write_answers
+
+WINDOW_ITEMS = 64
+"""Items that are asked together. Rounding depends on what shares a batch, so windows are cut by the items' numbers alone."""
+
+
+def evaluate_task(
+    model: TaskModel,
+    task: LoadedTask,
+    *,
+    allow_code_execution: bool = False,
+    kept: Sequence[Record] = (),
+    keep: Callable[[Sequence[dict[str, Any]]], None] | None = None,
+) -> TaskResult:
+    """Ask the model every item, and return the figures.
+
+    kept: what an earlier call found of the first items, whole windows of them; keep: is given what is found of each window. Raises
+    UsageError for a task that runs code without `allow_code_execution`, and whatever the model raises for a text it cannot take.
+    """
+    if task.task.kind is Kind.CODE:
+        check_allowed(task.task.name, allowed=allow_code_execution)
+    records: list[Record] = list(kept)
+    for begin in range(len(records), len(task.items), WINDOW_ITEMS):
+        items = task.items[begin : begin + WINDOW_ITEMS]
+        if task.task.kind is Kind.CHOICE:
+            found = score_choices(model, task, items)
+        else:
+            found = write_answers(model, task, items, allow_code_execution=allow_code_execution)
+        numbered = [{"item": begin + number, **record} for number, record in enumerate(found)]
+        if keep is not None:
+            keep(numbered)
+        records += numbered
+    return summarize(task, model.direction, records)

@@ -1,0 +1,187 @@
+"""From the options of tools/evaluate.py to tasks, a model and files."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import LedomError, UsageError
+from megatron_ledom.evaluation.choices import asked_of
+from megatron_ledom.evaluation.code_execution import check_allowed
+from megatron_ledom.evaluation.evaluate import WINDOW_ITEMS, evaluate_task
+from megatron_ledom.evaluation.item_file import ItemFile
+from megatron_ledom.evaluation.prompts import Prompt
+from megatron_ledom.evaluation.results import TaskResult, summarize, write_summary
+from megatron_ledom.evaluation.task_files import all_tasks, file_hash, find_file, load_task, task_named
+from megatron_ledom.evaluation.task_model import LanguageTaskModel
+from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
+from megatron_ledom.evaluation.writing import prompt_of
+from megatron_ledom.inference.forward_lm import ForwardLM
+from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.language_model import load_tokenizer, read_model_config
+from megatron_ledom.inference.reverse_lm import ReverseLM
+from megatron_ledom.inference.scoring import check_batch_size
+
+Options = Mapping[str, Any]
+
+
+def evaluate_command(options: Options) -> None:
+    """List the tasks, show prompts, or judge the model; everything that can be checked is checked before weights are loaded."""
+    if options["list"]:
+        list_tasks(options["data"])
+        return
+    for name in ("model", "tasks", "data"):
+        if options[name] is None:
+            raise UsageError(f"--{name} is missing; see --help, or --list for the tasks")
+    tasks = _load_tasks(options)
+    folder = Path(options["model"])
+    direction = _direction(folder, options["direction"])
+    if options["show"]:
+        tokenizer, _ = load_tokenizer(folder, direction, options["eod_id"])
+        for task in tasks:
+            show(task, direction, tokenizer, options["show"])
+        return
+    _judge(options, tasks, folder, direction)
+
+
+def list_tasks(data: str | None) -> None:
+    """Each task with its file, where to get it and its hash, as it should be and, with a folder, as it is there."""
+    for task in all_tasks().values():
+        print(f"{task.name} ({task.kind}): {task.about}\n  file      {task.file}, --num-fewshot: {task.demonstrations_file}")
+        print(f"  from      {task.download}\n  sha256    {task.sha256 or 'not known'}")
+        if data is None:
+            continue
+        try:
+            path = find_file(task, Path(data), task.file)
+        except UsageError:
+            print(f"  found     nothing in {data}")
+            continue
+        found = file_hash(path)
+        word = "as known" if found == task.sha256 else "another one" if task.sha256 else "not compared"
+        print(f"  found     {path.name}, {found} ({word})")
+
+
+def show(task: LoadedTask, direction: Direction, tokenizer: JointTokenizer, num: int) -> None:
+    """Print what the model is given for the first `num` items, in reading order with what it writes or scores marked, and as
+    the model takes it in."""
+    for number, item in enumerate(task.items[:num]):
+        for title, prompt in _prompts(task, direction, item):
+            print(f"=== {task.task.name}, item {number}, {title}")
+            print(f"--- in reading order, the {'scored' if task.task.kind is Kind.CHOICE else 'written'} part in ⟦⟧")
+            print(prompt.shown())
+            print("--- as the model takes it in, token by token")
+            print(prompt.as_seen(tokenizer))
+
+
+def _prompts(task: LoadedTask, direction: Direction, item: Item) -> list[tuple[str, Prompt]]:
+    if task.task.kind is not Kind.CHOICE:
+        return [("with the known answer", prompt_of(task, direction, item))]
+    assert isinstance(item.gold, int)
+    shown = []
+    for way, asked in asked_of(task.task, direction, item, task.demonstrations(item)).items():
+        one = asked[item.gold]
+        for title, pair in ((way, one.pair), (f"{way}, what is taken off", one.prior)):
+            if pair is not None:
+                given, target = (pair[1], pair[0]) if direction is Direction.REVERSE else pair
+                shown.append((f"the right choice, {title}", Prompt(direction, given, target)))
+    return shown
+
+
+def _load_tasks(options: Options) -> list[LoadedTask]:
+    names = [name for name in options["tasks"].split(",") if name]
+    if not names:
+        raise UsageError("--tasks names no task; see --list")
+    for name in names:
+        if task_named(name).kind is Kind.CODE and not options["show"]:
+            check_allowed(name, allowed=options["allow_code_execution"])
+    chosen = {name: options[name] for name in ("limit", "num_fewshot", "seed", "max_new_tokens")}
+    tasks = [load_task(name, options["data"], **chosen) for name in dict.fromkeys(names)]
+    for task in tasks:
+        known, (path, found) = task.task.sha256, next(iter(task.files.items()))
+        if known is not None and known != found:
+            print(f"{path} is another file than the known one ({found[:12]}, not {known[:12]})", file=sys.stderr)
+    return tasks
+
+
+def _direction(folder: Path, asked: str | None) -> Direction:
+    """What is asked for, else what the folder records; a stock folder reads forward."""
+    recorded = read_model_config(folder).get("direction")
+    return Direction(asked or recorded or Direction.FORWARD)
+
+
+def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: Direction) -> None:
+    check_batch_size(options["batch_size"])
+    if options["output"] is None:
+        raise UsageError("--output is missing: the folder for the summary and what is found of each item")
+    about = _made_by(options, folder, direction)
+    output = Path(options["output"])
+    output.mkdir(parents=True, exist_ok=True)
+    files = {task.task.name: ItemFile(output, task.task.name, {**about, **_task_settings(task)}) for task in tasks}
+    kept = {task.task.name: files[task.task.name].resume(WINDOW_ITEMS, len(task.items)) for task in tasks}
+    model: LanguageTaskModel | None = None
+    results = []
+    for task in tasks:
+        name = task.task.name
+        if len(kept[name]) == len(task.items):
+            results.append(summarize(task, direction, kept[name]))
+        else:
+            model = model or LanguageTaskModel(_load(options, folder, direction), options["batch_size"])
+            results.append(_evaluated(model, task, files[name], kept[name], options))
+        main = results[-1].metrics[results[-1].main]
+        print(f"{name:<16}{results[-1].main:<28}{100 * main.value:6.1f} % ({100 * main.low:.1f} to {100 * main.high:.1f})")
+    write_summary(output, results, about)
+    print(output / "summary.md")
+
+
+def _evaluated(
+    model: LanguageTaskModel, task: LoadedTask, file: ItemFile, kept: list[dict[str, Any]], options: Options
+) -> TaskResult:
+    """One task, with a bar on a terminal; an error names the task."""
+    with tqdm(total=len(task.items), desc=task.task.name, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        bar.update(len(kept))
+
+        def keep(records: Sequence[Mapping[str, Any]]) -> None:
+            file.append(records)
+            bar.update(len(records))
+
+        try:
+            return evaluate_task(model, task, kept=kept, keep=keep, allow_code_execution=options["allow_code_execution"])
+        except LedomError as error:
+            raise type(error)(
+                f"{task.task.name}: {error} (--num-fewshot and --max-new-tokens set how long texts are)"
+            ) from error
+
+
+def _load(options: Options, folder: Path, direction: Direction) -> ForwardLM | ReverseLM:
+    if direction is Direction.REVERSE:
+        return ReverseLM.from_pretrained(folder, direction=options["direction"], eod_id=options["eod_id"])
+    return ForwardLM.from_pretrained(folder, direction=options["direction"], eod_id=options["eod_id"])
+
+
+def _made_by(options: Options, folder: Path, direction: Direction) -> dict[str, Any]:
+    """What the figures depend on, whatever the task. The weights are told apart by their files' size and time of change."""
+    weights = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))}
+    names = ("megatron-ledom", "torch", "transformers")
+    return {
+        "model": str(folder.resolve()),
+        "weights": weights,
+        "config_sha256": file_hash(folder / "config.json"),
+        "direction": str(direction),
+        "eod_id": options["eod_id"],
+        "batch_size": options["batch_size"],
+        "versions": {name: version(name) for name in names},
+    }
+
+
+def _task_settings(task: LoadedTask) -> dict[str, Any]:
+    """What one task's lines depend on besides; not how many items are asked, so that more of them can be added."""
+    return {
+        "num_fewshot": task.num_fewshot,
+        "seed": task.seed,
+        "max_new_tokens": task.max_new_tokens,
+        "files": dict(task.files),
+    }

@@ -1,0 +1,123 @@
+"""From what was found of each item to figures with intervals, and the files that tell them."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import UsageError
+from megatron_ledom.evaluation.choices import MAIN_WAY, NORMALIZATIONS, chosen
+from megatron_ledom.evaluation.tasks import Kind, LoadedTask
+
+Record = Mapping[str, Any]
+"""What was found of one item."""
+LEVEL = 0.95
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A share of the items. stderr: standard error of the mean, None for a single item; low, high: Wilson's interval at 95 %."""
+
+    value: float
+    stderr: float | None
+    low: float
+    high: float
+    num_items: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskResult:
+    """The figures of one task. main: the name of the one to quote; about: what they depend on."""
+
+    task: str
+    main: str
+    metrics: Mapping[str, Metric]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def metric_values(self) -> dict[str, float]:
+        """`task/metric` -> value, for a log of figures."""
+        return {f"{self.task}/{name}": metric.value for name, metric in self.metrics.items()}
+
+
+def share(are_right: Sequence[bool]) -> Metric:
+    """The share of True, with scipy's standard error and Wilson interval (Wilson 1927, eq. 4)."""
+    try:
+        from scipy.stats import binomtest, sem
+    except ImportError as error:
+        raise UsageError("intervals need scipy: pip install 'megatron-ledom[evaluation]'") from error
+    values = [float(right) for right in are_right]
+    interval = binomtest(sum(map(bool, are_right)), len(values)).proportion_ci(LEVEL, method="wilson")
+    stderr = float(sem(values)) if len(values) > 1 else None
+    return Metric(math.fsum(values) / len(values), stderr, float(interval.low), float(interval.high), len(values))
+
+
+def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record]) -> TaskResult:
+    """The figures of a task from what was found of its items, all of them; the main one for each group of items, too."""
+    is_choice = task.task.kind is Kind.CHOICE
+    main = f"{MAIN_WAY[direction]}/{task.task.normalization}" if is_choice else "accuracy"
+    find = _choice_metrics if is_choice else _written_metrics
+    metrics = find(records)
+    for group in sorted({record["group"] for record in records if "group" in record}):
+        metrics[f"{main}/{group}"] = find([record for record in records if record["group"] == group])[main]
+    about = {"num_fewshot": task.num_fewshot, "seed": task.seed, "files": dict(task.files)}
+    return TaskResult(task=task.task.name, main=main, metrics=metrics, about=about)
+
+
+def _written_metrics(records: Sequence[Record]) -> dict[str, Metric]:
+    """How many answers are right, and how many were found at all."""
+    return {
+        "accuracy": share([record["is_right"] for record in records]),
+        "answered": share([record["answer"] is not None for record in records]),
+    }
+
+
+def _choice_metrics(records: Sequence[Record]) -> dict[str, Metric]:
+    """Accuracy of each way to score a choice, by each normalisation."""
+    return {
+        f"{way}/{normalization}": share([chosen(record["scores"][way], normalization) == record["gold"] for record in records])
+        for way in records[0]["scores"]
+        for normalization in NORMALIZATIONS
+    }
+
+
+def write_summary(folder: Path, results: Sequence[TaskResult], about: Mapping[str, Any]) -> None:
+    """`summary.json` and `summary.md`; about: the model, its direction and whatever else holds for all tasks."""
+    tasks = {
+        result.task: {
+            "main": result.main,
+            "metrics": {name: asdict(metric) for name, metric in result.metrics.items()},
+            **result.about,
+        }
+        for result in results
+    }
+    _write(folder / "summary.json", json.dumps({**about, "tasks": tasks}, indent=1, ensure_ascii=False) + "\n")
+    _write(folder / "summary.md", as_markdown(results, about))
+
+
+def as_markdown(results: Sequence[TaskResult], about: Mapping[str, Any]) -> str:
+    """One table of main figures, and one of all the others."""
+    told = "\n".join(f"- {name}: {value}" for name, value in about.items())
+    parts = ["# Evaluation", told, _table([(result.task, result.main, result.metrics[result.main]) for result in results])]
+    others = [
+        (result.task, name, metric) for result in results for name, metric in result.metrics.items() if name != result.main
+    ]
+    parts += ["## Other figures", _table(others)] if others else []
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(rows: Sequence[tuple[str, str, Metric]]) -> str:
+    lines = ["| task | figure | % | standard error | 95 % interval | items |", "|---|---|---:|---:|---:|---:|"]
+    for task, name, metric in rows:
+        stderr = "" if metric.stderr is None else f"{100 * metric.stderr:.2f}"
+        interval = f"{100 * metric.low:.1f} to {100 * metric.high:.1f}"
+        lines.append(f"| {task} | {name} | {100 * metric.value:.1f} | {stderr} | {interval} | {metric.num_items} |")
+    return "\n".join(lines)
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)

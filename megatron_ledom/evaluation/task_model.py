@@ -1,0 +1,52 @@
+"""What a task asks of a model, and the model of a Hugging Face folder that answers it."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.inference.forward_lm import ForwardLM
+from megatron_ledom.inference.reverse_lm import ReverseLM
+from megatron_ledom.inference.scoring import SpanScore, check_batch_size
+
+
+class TaskModel(Protocol):
+    """A language model of one direction. Texts are text order everywhere."""
+
+    @property
+    def direction(self) -> Direction:
+        """Which way the model reads."""
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[SpanScore]:
+        """Of each (preceding, following): log P(following | preceding) of a forward model, log P(preceding | following) of a
+        reverse one, as `Engine.score` does: both parts are tokenised as one text, an empty given part is the document's edge."""
+
+    def write(self, given: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]) -> list[str]:
+        """The likeliest text behind (forward) or in front of (reverse) each given one, up to eod, a stop string or the limit."""
+
+
+class LanguageTaskModel:
+    """A `ForwardLM` or `ReverseLM` in this process; at most `batch_size` sequences at once."""
+
+    def __init__(self, language_model: ForwardLM | ReverseLM, batch_size: int = 16) -> None:
+        check_batch_size(batch_size)
+        self._lm, self._batch_size = language_model, batch_size
+
+    @property
+    def direction(self) -> Direction:
+        """See `TaskModel.direction`."""
+        return self._lm.direction
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[SpanScore]:
+        """See `TaskModel.score`."""
+        return self._lm.span_scores(list(pairs), False, self._batch_size)
+
+    def write(self, given: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]) -> list[str]:
+        """See `TaskModel.write`."""
+        options: dict[str, Any] = {
+            "max_new_tokens": max_new_tokens,
+            "stop_strings": stop_strings,
+            "batch_size": self._batch_size,
+        }
+        if isinstance(self._lm, ReverseLM):
+            return [written.preceding for written in self._lm.generate_preceding(list(given), **options)]
+        return [written.following for written in self._lm.generate_following(list(given), **options)]

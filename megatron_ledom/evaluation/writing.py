@@ -1,0 +1,70 @@
+"""Tasks for which a model writes: an answer that is compared, or a program that is run.
+
+The prompt is the task's template for the direction. A forward model's answer is read from the end of what it writes, a reverse
+model's from the front (`Template.read`).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.evaluation.code_execution import check_allowed, run_program
+from megatron_ledom.evaluation.grading import Comparison, comparison_by
+from megatron_ledom.evaluation.prompts import Prompt
+from megatron_ledom.evaluation.task_model import TaskModel
+from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
+
+
+def prompt_of(task: LoadedTask, direction: Direction, item: Item) -> Prompt:
+    """What a model of this direction is given for an item."""
+    return task.task.template_for(direction).render(direction, item.values, task.demonstrations(item))
+
+
+def write_answers(
+    model: TaskModel, task: LoadedTask, items: Sequence[Item], *, allow_code_execution: bool = False
+) -> list[dict[str, Any]]:
+    """What results keep of each item: what was written, the answer in it, the accepted ones, and whether it is right."""
+    direction = model.direction
+    if task.task.kind is Kind.CODE:
+        check_allowed(task.task.name, allowed=allow_code_execution)
+        judge = _judge_code
+    else:
+        comparison = comparison_by(task.task.answers)
+
+        def judge(task: LoadedTask, direction: Direction, item: Item, written: str) -> dict[str, Any]:
+            return _judge_answer(task, direction, item, written, comparison)
+
+    given = [prompt_of(task, direction, item).given for item in items]
+    texts = model.write(given, max_new_tokens=task.max_new_tokens, stop_strings=_stop_strings(task, direction))
+    return [
+        {**item.kept, "written": written, **judge(task, direction, item, written)}
+        for item, written in zip(items, texts, strict=True)
+    ]
+
+
+def _stop_strings(task: LoadedTask, direction: Direction) -> list[str]:
+    """The next block begins; of running text the task says what cannot belong to an answer."""
+    template = task.task.template_for(direction)
+    return [template.block_separator, *(() if template.is_read_back else task.task.stop_strings)]
+
+
+def _judge_answer(task: LoadedTask, direction: Direction, item: Item, written: str, comparison: Comparison) -> dict[str, Any]:
+    template = task.task.template_for(direction)
+    answer = template.read(direction, written)[template.fields[-1].name]
+    accepted = item.gold if isinstance(item.gold, tuple) else ()
+    is_right = answer is not None and comparison.is_right(accepted, answer)
+    return {"answer": answer, "gold": list(accepted), "is_right": is_right}
+
+
+def _judge_code(task: LoadedTask, direction: Direction, item: Item, written: str) -> dict[str, Any]:
+    """A forward model goes on with the function's head; a reverse model writes the whole function in front of it."""
+    template = task.task.template_for(direction)
+    if template.is_read_back:
+        code = template.read(direction, written)[template.fields[-1].name]
+    else:
+        given = "".join(field.text(item.values[field.name]) for field in template.fields[:-1])
+        code = given.rstrip() + written
+    if code is None:
+        return {"answer": None, "reason": "no program was found in what was written", "is_right": False}
+    outcome = run_program(f"{code}\n\n{item.tests}")
+    return {"answer": code, "reason": outcome.reason, "is_right": outcome.passed}

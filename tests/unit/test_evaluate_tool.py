@@ -1,0 +1,159 @@
+"""tools/evaluate.py: a tiny model of each direction through every kind of task, resumed, shown, and what it refuses."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.evaluation_sets import write_sets
+from tests.tiny_models import random_model_folder
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("evaluated")
+    names = ("forward", "reverse")
+    made = {name: str(random_model_folder(root / name, "byte_level", name)) for name in names}
+    return {**made, "data": str(write_sets(root / "data"))}
+
+
+def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    """The tool in this process, which has torch loaded; its exit code."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def summary(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_a_tiny_model_runs_through_the_tool_as_a_user_starts_it(folders: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--model", folders["reverse"], "--data", folders["data"]]
+    command += ["--tasks", "svamp,boolq,humaneval", "--limit", "2", "--max-new-tokens", "8", "--output", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*command, "--allow-code-execution"], capture_output=True, text=True, env=environment, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.startswith("svamp.jsonl is another file than the known one")
+    tasks = summary(tmp_path)["tasks"]
+    assert set(tasks) == {"svamp", "boolq", "humaneval"}
+    assert tasks["svamp"]["metrics"]["accuracy"]["num_items"] == 2
+    assert tasks["boolq"]["main"] == "joint/raw"
+    assert f"| boolq | {tasks['boolq']['main']} |" in (tmp_path / "summary.md").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in (tmp_path / "humaneval.items.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["is_right"] for line in lines] == [False, False]
+
+
+def test_every_task_runs_in_both_directions(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_ledom.evaluation.task_table import TASKS
+
+    for direction in ("forward", "reverse"):
+        options = ["--model", folders[direction], "--data", folders["data"], "--output", str(tmp_path / direction)]
+        options += ["--tasks", ",".join(task.name for task in TASKS), "--limit", "1", "--max-new-tokens", "4"]
+        assert run_here(monkeypatch, *options, "--allow-code-execution") == 0, capsys.readouterr().err
+        assert len(summary(tmp_path / direction)["tasks"]) == len(TASKS)
+
+
+def test_a_killed_evaluation_goes_on_with_the_same_lines(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_ledom.evaluation import evaluate, evaluate_command
+
+    for module in (evaluate, evaluate_command):
+        monkeypatch.setattr(module, "WINDOW_ITEMS", 2)
+    options = ["--model", folders["reverse"], "--data", folders["data"], "--tasks", "svamp,openbookqa"]
+    options += ["--max-new-tokens", "4"]
+    assert run_here(monkeypatch, *options, "--output", str(tmp_path / "whole")) == 0
+    whole = (tmp_path / "whole" / "svamp.items.jsonl").read_bytes()
+    assert run_here(monkeypatch, *options, "--output", str(tmp_path / "killed")) == 0
+    cut = whole.splitlines(keepends=True)
+    assert len(cut) == 3
+    changed = {**json.loads(cut[0]), "written": "kept"}  # what is kept is not asked again
+    (tmp_path / "killed" / "svamp.items.jsonl").write_bytes(json.dumps(changed).encode() + b"\n" + cut[1] + cut[2][:20])
+    assert run_here(monkeypatch, *options, "--output", str(tmp_path / "killed")) == 0
+    found = (tmp_path / "killed" / "svamp.items.jsonl").read_bytes().splitlines(keepends=True)
+    assert found[1:] == cut[1:]
+    assert json.loads(found[0])["written"] == "kept"
+
+
+def test_another_setting_on_the_same_output_is_refused_and_a_larger_limit_goes_on(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", folders["forward"], "--data", folders["data"], "--tasks", "piqa", "--output", str(tmp_path)]
+    assert run_here(monkeypatch, *options, "--limit", "1") == 0
+    assert run_here(monkeypatch, *options, "--limit", "2") == 0
+    assert summary(tmp_path)["tasks"]["piqa"]["metrics"]["choice_given_context/raw"]["num_items"] == 2
+    assert run_here(monkeypatch, *options, "--seed", "5") == 1
+    assert "seed was 0, is 5" in capsys.readouterr().err
+
+
+def test_show_prints_both_orders_without_weights(
+    folders: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (bare / name).write_bytes((Path(folders["reverse"]) / name).read_bytes())
+    options = ["--model", str(bare), "--data", folders["data"], "--tasks", "svamp,boolq", "--show", "1"]
+    assert run_here(monkeypatch, *options, "--num-fewshot", "1") == 0
+    shown = capsys.readouterr().out
+    assert "⟦Answer: 5\nReasoning: ( 2 + 3 )\n⟧That is how the answer is found.\nQuestion: Ann has 2 pears." in shown
+    as_seen = shown.split("--- as the model takes it in")[1]
+    assert as_seen.index("7") < as_seen.index("2")  # the demonstration's question comes before the query's
+    assert "context_given_choice" in shown
+    assert run_here(monkeypatch, *options[:-2], "--output", str(tmp_path / "out")) == 1  # to judge, weights are needed
+
+
+def test_list_compares_hashes(
+    folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_here(monkeypatch, "--list", "--data", folders["data"]) == 0
+    told = capsys.readouterr().out
+    assert "https://github.com/openai/grade-school-math" in told
+    assert "(another one)" in told
+    assert "(not compared)" in told
+
+
+@pytest.mark.parametrize(
+    ("changed", "code", "message"),
+    [
+        ({"--tasks": "gsm"}, 2, "no task 'gsm'; did you mean gsm8k?"),
+        ({"--tasks": "humaneval"}, 2, "humaneval runs code that a model wrote"),
+        ({"--limit": "0"}, 2, "limit=0 judges nothing"),
+        ({"--num-fewshot": "9"}, 2, "9 demonstrations need 10"),
+        ({"--data": "nowhere"}, 2, "svamp needs its items in nowhere/svamp"),
+        ({"--direction": "reverse"}, 1, "says that this model reads forward"),
+        ({"--eod-id": "3"}, 2, "leave it out"),
+        ({"--batch-size": "0"}, 2, "batch_size=0"),
+        ({"--max-new-tokens": "600"}, 2, "svamp: "),
+    ],
+)
+def test_bad_input_has_its_message_and_exit_code(
+    changed: dict[str, str],
+    code: int,
+    message: str,
+    folders: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    options = {"--model": folders["forward"], "--data": folders["data"], "--tasks": "svamp", "--output": str(tmp_path / "out")}
+    arguments = [word for pair in {**options, **changed}.items() for word in pair]
+    assert run_here(monkeypatch, *arguments) == code
+    assert message in capsys.readouterr().err

@@ -1,0 +1,177 @@
+"""Items from files: every published layout, what is refused, demonstrations, and how answers and programs are judged."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.evaluation.code_execution import Limits, run_program
+from megatron_ledom.evaluation.grading import comparison_by
+from megatron_ledom.evaluation.results import share
+from megatron_ledom.evaluation.task_files import load_task, parse_row, task_named
+from megatron_ledom.evaluation.writing import prompt_of, write_answers
+from megatron_ledom.inference.scoring import SpanScore
+from tests.evaluation_sets import HUMANEVAL, SETS, write_sets
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sets(tmp_path_factory.mktemp("sets") / "data")
+
+
+class Scripted:
+    """A model that writes given texts."""
+
+    def __init__(self, direction: Direction, *texts: str) -> None:
+        self.direction, self._texts = direction, list(texts)
+        self.given: list[str] = []
+
+    def write(self, given: list[str], *, max_new_tokens: int, stop_strings: list[str]) -> list[str]:
+        self.given += given
+        return self._texts[: len(given)]
+
+    def score(self, pairs: list[tuple[str, str]]) -> list[SpanScore]:
+        raise AssertionError("nothing is scored")
+
+
+def test_items_of_the_published_layouts(folder: Path) -> None:
+    first = {name: load_task(name, folder).items[0] for name in ("gsm8k", "svamp", "boolq", "hellaswag", "winogrande")}
+    assert first["gsm8k"].values["chain"] == "2 + 1000 = 1002."
+    assert first["gsm8k"].gold == ("1002",)
+    assert first["svamp"].values["question"] == "Ann has 2 pears. Ben has 3. How many pears are there?"
+    assert (first["svamp"].values["chain"], first["svamp"].gold) == ("( 2 + 3 )", ("5",))
+    assert (first["boolq"].choices, first["boolq"].gold) == (("no", "yes"), 1)
+    assert first["hellaswag"].choices == ("Stop.", "adds salt.")
+    assert first["winogrande"].values["after"] == " is small."
+    assert load_task("arc_easy", folder).items[0].values == {"question": "What is cold?", "answer": "ice"}
+    assert load_task("piqa", folder).items[0].choices == ("Add ice.", "Add fire.")
+    assert load_task("triviaqa", folder).items[0].gold == ("Paris", "City of Paris")
+
+
+@pytest.mark.parametrize(
+    ("task", "name", "changed", "message"),
+    [
+        (
+            "gsm8k",
+            "gsm8k_test",
+            {"answer": None},
+            "answer is missing; found the fields question, answer, expected {question: text",
+        ),
+        ("gsm8k", "gsm8k_test", {"answer": "no mark"}, "does not end with '#### NUMBER'"),
+        ("boolq", "boolq_validation", {"answer": "yes"}, "answer is 'yes', which is no yes or no"),
+        ("hellaswag", "hellaswag_validation", {"label": ""}, "the right choice is '', none of 0 to 1"),
+        ("hellaswag", "hellaswag_validation", {"label": 2}, "the right choice is 2, none of 0 to 1"),
+        ("arc_challenge", "arc_challenge_test", {"answerKey": "E"}, "the right choice is 'E', none of A, B"),
+        ("winogrande", "winogrande_validation", {"sentence": "No gap."}, "has no _"),
+        ("triviaqa", "triviaqa_validation", {"answer": "Paris"}, "answer.value is missing"),
+    ],
+)
+def test_a_wrong_field_is_refused_with_what_is_expected(task: str, name: str, changed: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=r"set\.jsonl:3: no item of") as caught:
+        parse_row(task_named(task), {**SETS[name][0], **changed}, "set.jsonl:3")
+    assert message in str(caught.value)
+    assert task_named(task).download in str(caught.value)
+
+
+def test_files_that_are_no_sets_are_refused(tmp_path: Path) -> None:
+    for content, message in (
+        (b"[1]\n", "a list, expected an object"),
+        (b"{\n", "not a line of JSON"),
+        (b"\n", "holds no items"),
+    ):
+        (tmp_path / "svamp.jsonl").write_bytes(content)
+        with pytest.raises(DataError, match=message):
+            load_task("svamp", tmp_path)
+    with pytest.raises(UsageError, match=r"needs its items in .*/piqa_validation with one of .*it holds svamp.jsonl"):
+        load_task("piqa", tmp_path)
+
+
+def test_demonstrations_are_drawn_by_seed_and_never_the_item_itself(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "svamp.jsonl").write_text(json.dumps(SETS["svamp"][0]) + "\n")
+    (tmp_path / "svamp_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SETS["svamp"]))
+    for seed in range(6):
+        task = load_task("svamp", tmp_path, num_fewshot=2, seed=seed)
+        shown = task.demonstrations(task.items[0])
+        assert len(shown) == 2
+        assert task.items[0].values not in shown
+    assert len(task.files) == 2
+    with pytest.raises(UsageError, match="ask for fewer"):
+        load_task("svamp", tmp_path, num_fewshot=3)
+
+
+@pytest.mark.parametrize("direction", list(Direction))
+def test_an_answer_is_read_from_its_end_or_front_and_checked(direction: Direction, folder: Path) -> None:
+    task = load_task("math500", folder)
+    chain = " Add.\n\nIt is so.\nThat is how the answer is found."
+    forward = f"{chain}\nAnswer: 0.75"
+    reverse = "Answer: 0.75\nReasoning: Add.\n\nIt is so.\n"
+    model = Scripted(direction, reverse if direction is Direction.REVERSE else forward)
+    found = write_answers(model, task, task.items)
+    assert model.given == [prompt_of(task, direction, task.items[0]).given]
+    assert (found[0]["answer"], found[0]["is_right"]) == ("0.75", True)
+    assert not write_answers(Scripted(direction, "nothing"), task, task.items)[0]["is_right"]
+
+
+def test_formulas_are_compared_by_math_verify() -> None:
+    math_verify = comparison_by("math")
+    pair = r"\left( 3, \frac{\pi}{2} \right)"
+    assert math_verify.is_right([pair], "$(3, \\pi/2)$")
+    assert not math_verify.is_right([pair], "2")
+    assert math_verify.is_right(["18"], "18 dollars")
+    assert not math_verify.is_right(["18"], "17")
+
+
+def test_aliases_are_compared_without_case_articles_and_punctuation() -> None:
+    alias = comparison_by("alias")
+    assert alias.is_right(["The Eiffel Tower"], " eiffel tower.\nQuestion: next")
+    assert not alias.is_right(["Eiffel"], "eiffel tower")
+
+
+@pytest.mark.parametrize("direction", list(Direction))
+def test_code_is_run_only_when_allowed(direction: Direction, folder: Path) -> None:
+    task = load_task("humaneval", folder)
+    whole = [f"# The whole function:\n{row['prompt']}{row['canonical_solution']}" for row in HUMANEVAL]
+    body = ["\n" + row["canonical_solution"] for row in HUMANEVAL]
+    right, wrong = (whole if direction is Direction.REVERSE else body), ["\n    return a" for _ in HUMANEVAL]
+    with pytest.raises(UsageError, match="--allow-code-execution"):
+        write_answers(Scripted(direction, *right), task, task.items)
+    for texts, expected in ((right, [True, True]), (wrong, [False, False])):
+        found = write_answers(Scripted(direction, *texts), task, task.items, allow_code_execution=True)
+        assert [record["is_right"] for record in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise SystemExit(0)", "left before its end"),
+        ("import os; os._exit(0)", "left before its end"),
+        ("raise ValueError", "ended with status 1"),
+        ("x = bytearray(2**31)", "MemoryError"),
+        ("while True: pass", "was ended by SIG"),
+        ("import time; time.sleep(60)", "ran for more than"),
+        ("open('big', 'wb').write(b'0' * 2**22)", ""),
+        ("import os; assert not [n for n in os.environ if n != 'LC_CTYPE'], list(os.environ)", None),
+        ("import sys; assert not sys.stdin.read()", None),
+    ],
+)
+def test_a_program_has_limits_and_no_environment(source: str, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SECRET", "kept")
+    outcome = run_program(source, Limits(cpu_seconds=1, wall_seconds=4.0, memory_bytes=2**30))
+    assert outcome.passed == (reason is None), outcome.reason
+    assert (reason or "") in outcome.reason
+    assert "SECRET" in os.environ
+
+
+def test_intervals_are_those_of_the_formula() -> None:
+    metric = share([True] * 3 + [False] * 7)
+    assert metric.stderr == pytest.approx(math.sqrt(0.3 * 0.7 / 9))
+    z, n, p = 1.959964, 10, 0.3
+    centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    assert (metric.low, metric.high) == pytest.approx(
+        ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)), 1e-5
+    )
+    assert share([True]).stderr is None
