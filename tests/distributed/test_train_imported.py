@@ -27,7 +27,7 @@ STEPS = [
 ]
 QUIET = ["logging.log_interval=1", "logging.tensorboard=false", "logging.peak_tflops=1.0"]
 TP, PP = "parallel.tensor_model_parallel_size", "parallel.pipeline_model_parallel_size"
-CASES = ("Qwen2, tied", "Qwen3")
+CASES = (pytest.param("Qwen2, tied", marks=pytest.mark.slow), "Qwen3")
 
 
 def imported(folder: Path, case: str, *names: str) -> list[Path]:
