@@ -74,7 +74,7 @@ def test_bytes_of_a_blend_are_those_of_the_samples_it_draws(data: TinyData, tmp_
     blend = sources.valid["two"]
     assert blend.num_samples == 32
     assert blend.interleave.counts(32).tolist() == [24, 8]
-    assert blend.bytes_per_token() == pytest.approx((3 * 4 + 1) / 4)
+    assert blend.bytes_per_token("all") == pytest.approx((3 * 4 + 1) / 4)
 
 
 def test_the_table_before_training_says_what_each_source_gives(data: TinyData) -> None:
