@@ -21,7 +21,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, UsageError, run_command
 from megatron_ledom.platform.launch import Launch, read_launch
-from megatron_ledom.training.choice_files import check_tasks
+from megatron_ledom.training.chosen_tasks import check_tasks
 from megatron_ledom.training.resilience import StopRequest, find_deadline
 
 log = logging.getLogger("megatron_ledom.pretrain")

@@ -71,12 +71,16 @@ HUMANEVAL = [
 
 
 def write_sets(folder: Path) -> Path:
-    """One file a task: JSON lines, but HumanEval compressed, PIQA as Parquet, and ARC's easy part in the original layout."""
+    """One file a task: JSON lines, but HumanEval compressed, PIQA as Parquet, WinoGrande as the Arrow stream that `datasets` saves, and
+    ARC's easy part in the original layout."""
     folder.mkdir()
     for name, rows in SETS.items():
-        if name != "piqa_validation":
+        if name not in ("piqa_validation", "winogrande_validation"):
             (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     pq.write_table(pa.Table.from_pylist(SETS["piqa_validation"]), folder / "piqa_validation.parquet")
+    table = pa.Table.from_pylist(SETS["winogrande_validation"])
+    with pa.ipc.new_stream(str(folder / "winogrande_validation.arrow"), table.schema) as stream:
+        stream.write_table(table)
     (folder / "arc_easy_test.jsonl").write_text(json.dumps(ARC_ORIGINAL) + "\n", encoding="utf-8")
     with gzip.open(folder / "humaneval.jsonl.gz", "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in HUMANEVAL)

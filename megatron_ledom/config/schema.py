@@ -231,11 +231,17 @@ class TrainConfig:
     """Iterations between validations; there is always one at the end."""
     eval_iters: Positive = 10
     """Global batches of each validation set."""
+    tasks: list[str] = field(default_factory=list)
+    """Multiple-choice tasks of tools/evaluate.py evaluated while training, by name, with the figures that an export would have;
+    tasks that write text are for the exported model."""
+    task_data: str | None = None
+    """Folder of their files (tools/evaluate.py --list names them)."""
     task_interval: Positive = 1000
-    """Iterations between evaluations of task_files; there is always one at the end."""
-    task_files: dict[str, str] = field(default_factory=dict)
-    """Multiple-choice tasks evaluated while training, by name: JSON lines of context, choices and gold, the right one's number
-    from 0. A choice is scored as it would be after the run; tasks that write text are for the exported model."""
+    """Iterations between evaluations of the tasks; there is always one at the end."""
+    task_limit: Positive | None = None
+    """Only the first items of each task; default: all."""
+    task_num_fewshot: NotNegative = 0
+    """Demonstrations before each item."""
     z_loss_coeff: NotNegativeFloat = 0.0
     """Weight of (log Z)^2 a token, which keeps logits from drifting; 0 leaves it out. PaLM had 1e-4."""
     exit_interval: Positive | None = None

@@ -50,10 +50,7 @@ class Asked:
 def score_choices(model: TaskModel, task: LoadedTask, items: Sequence[Item]) -> list[dict[str, Any]]:
     """What results keep of each item: the gold choice and, for each way, log-likelihood, tokens and bytes of every choice."""
     asked = [asked_of(task.task, model.direction, item, task.demonstrations(item)) for item in items]
-    pairs = [
-        pair for ways in asked for way in ways.values() for one in way for pair in (one.pair, one.prior) if pair is not None
-    ]
-    distinct = list(dict.fromkeys(pairs))
+    distinct = distinct_pairs(asked)
     scored = dict(zip(distinct, model.score(distinct), strict=True))
     records = []
     for item, ways in zip(items, asked, strict=True):
@@ -71,6 +68,14 @@ def asked_of(task: Task, direction: Direction, item: Item, shots: Sequence[Value
         for name, asked in found.items():
             ways.setdefault(name, []).append(asked)
     return ways
+
+
+def distinct_pairs(asked: Sequence[Mapping[str, Sequence[Asked]]]) -> list[Pair]:
+    """Every text that is scored for some items, once."""
+    pairs = (
+        pair for ways in asked for way in ways.values() for one in way for pair in (one.pair, one.prior) if pair is not None
+    )
+    return list(dict.fromkeys(pairs))
 
 
 def chosen(scores: Mapping[str, Sequence[float]], normalization: str) -> int:

@@ -13,9 +13,10 @@ from megatron_ledom.errors import LedomError, UsageError
 from megatron_ledom.evaluation.choices import asked_of
 from megatron_ledom.evaluation.code_execution import check_allowed
 from megatron_ledom.evaluation.evaluate import WINDOW_ITEMS, evaluate_task
+from megatron_ledom.evaluation.grading import comparison_by
 from megatron_ledom.evaluation.item_file import ItemFile
 from megatron_ledom.evaluation.prompts import Prompt
-from megatron_ledom.evaluation.results import TaskResult, summarize, write_summary
+from megatron_ledom.evaluation.results import TaskResult, check_statistics, summarize, write_summary
 from megatron_ledom.evaluation.task_files import all_tasks, file_hash, find_file, load_task, task_named
 from megatron_ledom.evaluation.task_model import LanguageTaskModel
 from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
@@ -108,13 +109,22 @@ def _load_tasks(options: Options) -> list[LoadedTask]:
 
 
 def _direction(folder: Path, asked: str | None) -> Direction:
-    """What is asked for, else what the folder records; a stock folder reads forward."""
+    """What is asked for, else what the folder records; of a folder that records none, forward, which is said."""
     recorded = read_model_config(folder).get("direction")
+    if asked is None and recorded is None:
+        print(
+            f"{folder} records no direction and is judged as a forward model; for a reverse one give --direction reverse",
+            file=sys.stderr,
+        )
     return Direction(asked or recorded or Direction.FORWARD)
 
 
 def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: Direction) -> None:
     check_batch_size(options["batch_size"])
+    check_statistics()
+    for task in tasks:
+        if task.task.kind is Kind.ANSWER:
+            comparison_by(task.task.answers)  # what it needs is missed before weights are loaded
     if options["output"] is None:
         raise UsageError("--output is missing: the folder for the summary and what is found of each item")
     about = _made_by(options, folder, direction)

@@ -1,5 +1,6 @@
 """From what was found of each item to figures with intervals, and the files that tell them."""
 
+import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -42,12 +43,16 @@ class TaskResult:
         return {f"{self.task}/{name}": metric.value for name, metric in self.metrics.items()}
 
 
+def check_statistics() -> None:
+    """Refuse to begin what ends in intervals where scipy is missing. Raises UsageError."""
+    if importlib.util.find_spec("scipy") is None:
+        raise UsageError("intervals need scipy: pip install 'megatron-ledom[evaluation]'")
+
+
 def share(are_right: Sequence[bool]) -> Metric:
     """The share of True, with scipy's standard error and Wilson interval (Wilson 1927, eq. 4)."""
-    try:
-        from scipy.stats import binomtest, sem
-    except ImportError as error:
-        raise UsageError("intervals need scipy: pip install 'megatron-ledom[evaluation]'") from error
+    from scipy.stats import binomtest, sem
+
     values = [float(right) for right in are_right]
     interval = binomtest(sum(map(bool, are_right)), len(values)).proportion_ci(LEVEL, method="wilson")
     stderr = float(sem(values)) if len(values) > 1 else None

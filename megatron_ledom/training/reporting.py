@@ -126,7 +126,7 @@ class Reporter:
 
 
 def _load_tasks(state: TrainState) -> "TaskSet | None":
-    if not state.config.train.task_files:
+    if not state.config.train.tasks:
         return None
     from megatron_ledom.training.tasks import load_task_set  # transformers takes seconds to import, and most runs have no tasks
 

@@ -46,7 +46,10 @@ class TrainingScorer:
         tokens, num_given = span_tokens(self.tokenizer, self.direction, pair, [], [self.state.provenance.eod_id])
         limit = self.state.config.data.seq_length
         if len(tokens) > limit:
-            raise DataError(f"a text of {len(tokens):,} tokens exceeds data.seq_length={limit}: {pair[0][:60]!r}; shorten it")
+            raise DataError(
+                f"a text of {len(tokens):,} tokens exceeds data.seq_length={limit}: {pair[0][:60]!r}; lower train.task_num_fewshot, or"
+                " leave the task out of train.tasks"
+            )
         return Span(tokens, num_given)
 
     def write(self, given: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]) -> NoReturn:

@@ -26,7 +26,7 @@ MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "data": ENGINE,
     "model": ENGINE,
     "checkpoint": ENGINE,
-    "training": ENGINE | {"data", "model", "checkpoint", "pages", "planner", "inference"},
+    "training": ENGINE | {"data", "model", "checkpoint", "pages", "planner", "inference", "evaluation"},
     "convert": ENGINE | {"data", "model", "checkpoint", "inference"},
     "finetune": ENGINE | {"data", "inference"},
     "inference": {"direction", "errors", "pages", "provenance"},
