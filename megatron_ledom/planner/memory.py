@@ -208,7 +208,7 @@ def stage_parameters(model: Architecture, layout: Layout, stage: int) -> dict[st
     biases = layers * (hidden + (model.query_width + 2 * keys) // tensor) if model.biased else 0
     mlp_biases = layers * (hidden + (model.gates - 1) * model.ffn_hidden_size // tensor) if model.biased else 0
     return {
-        "embedding": vocabulary if is_first else 0,
+        "embedding": vocabulary + model.learned_positions * hidden if is_first else 0,
         "attention": layers * 2 * hidden * (model.query_width + keys) // tensor + biases,
         "mlp": layers * model.gates * hidden * model.ffn_hidden_size // tensor + mlp_biases,
         "norms": (2 * layers + is_last) * hidden * (2 if model.biased else 1),

@@ -173,6 +173,46 @@ def llama(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class MeasuredPeak:
+    """Bytes of tensors at their most (`torch.cuda.max_memory_allocated`) on the last rank, and seconds of an iteration."""
+
+    name: str
+    gpu: str
+    hardware: str
+    model: Architecture
+    layout: Layout
+    num_bytes: int
+    seconds: float
+
+
+MEGATRON_TESTS = "Megatron-LM, tests/functional_tests/test_cases/gpt"
+
+
+def measured_peaks() -> list[MeasuredPeak]:
+    """The two dense 7B cases whose memory Megatron-LM's own tests record on eight GPUs; the median time of iterations 4 to 24."""
+    batch: dict[str, Any] = {"seq_length": 8192, "data": 2, "distributed_optimizer": True}
+    batch |= {"overlap_grad_reduce": True, "overlap_param_gather": True}
+    tensor = Layout(**batch, micro_batch_size=2, num_microbatches=2, tensor=4)
+    pipeline = Layout(**batch, micro_batch_size=1, num_microbatches=4, pipeline=4, chunks=8)
+    rows = (
+        ("TP 4", "A100", "a100-80", tensor, 131_584, 58_188_115_968, 2.587),
+        ("TP 4", "H100", "h100-sxm", tensor, 131_584, 57_143_791_616, 1.097),
+        ("PP 4, 8 chunks", "A100", "a100-80", pipeline, 131_200, 60_489_064_448, 2.942),
+        ("PP 4, 8 chunks", "H100", "h100-sxm", pipeline, 131_200, 60_518_293_504, 1.061),
+    )
+    return [
+        MeasuredPeak(f"7B, {name}", gpu, hardware, _tested_7b(vocab), layout, num_bytes, seconds)
+        for name, gpu, hardware, layout, vocab, num_bytes, seconds in rows
+    ]
+
+
+def _tested_7b(padded_vocab_size: int) -> Architecture:
+    """GPT of 32 layers with GQA, learned positions and dropout, on Transformer Engine's fused attention."""
+    model = gpt(32, 4096, 32, padded_vocab_size)
+    return replace(model, num_query_groups=8, flash=True, shared_embeddings=False, learned_positions=8192)
+
+
 def open_points() -> list[OpenPoint]:
     """Points with unknown inputs, each with everything it may have been."""
     found = [_ledom()]
@@ -203,6 +243,12 @@ def open_points() -> list[OpenPoint]:
         name = f"Llama-3.1-8B, {words}"
         unknown = "fully sharded, not planned here; which parts are computed again; GPUs of 500 W"
         found.append(OpenPoint(name, "torchtitan", "h100-sxm", unknown, model, variants, 2 * 8192 / tokens))
+    unknown = "what deterministic kernels and dropout in the attention take"
+    for one in measured_peaks():
+        variants = ((one.layout, Software(fused=True)),)
+        found.append(
+            OpenPoint(f"{one.name}, {one.gpu}", MEGATRON_TESTS, one.hardware, unknown, one.model, variants, one.seconds)
+        )
     return found + [_megatron_readme(*row) for row in README_H100]
 
 

@@ -40,6 +40,8 @@ class Architecture:
     flash: bool = True
     """Attention without the matrix of scores in memory."""
     shared_embeddings: bool = False
+    learned_positions: int = 0
+    """Rows of a table of learned positions on the first stage, whole on every tensor-parallel rank; 0 has none (RoPE)."""
     element_bytes: int = 2
     """Of weights and activations: 2 in bf16, 4 in fp32."""
 

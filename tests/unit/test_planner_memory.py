@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from megatron_ledom.planner.memory import (
     stage_parameters,
     state_bytes,
 )
-from megatron_ledom.planner.published import KORTHIKANTI
+from megatron_ledom.planner.published import KORTHIKANTI, MeasuredPeak, measured_peaks
 from megatron_ledom.planner.shapes import Layout, architecture_of, layout_of
+from megatron_ledom.planner.validation import planned_peak
 
 ROOT = Path(__file__).parents[2]
 TABLE = {  # GiB of parameters and optimizer; of activations without recompute; with sequence parallelism and selective recompute
@@ -152,3 +154,16 @@ def test_kept_bytes_are_those_counted_on_the_real_layers(name: str, counted: dic
         assert expected == pytest.approx(found, rel=0.01), f"{expected / found - 1:+.3%}"
     weights, gradients, _ = state_bytes(model, layout, sum(stage_parameters(model, layout, stage).values()))
     assert (weights, gradients) == pytest.approx((counted[name]["weights"], counted[name]["gradients"]), rel=0.01)
+
+
+@pytest.mark.parametrize("peak", measured_peaks(), ids=lambda peak: f"{peak.name}, {peak.gpu}")
+def test_peaks_that_were_measured_on_gpus_are_planned_within_five_per_cent(peak: MeasuredPeak) -> None:
+    assert planned_peak(peak) == pytest.approx(peak.num_bytes, rel=0.05)
+
+
+def test_a_table_of_positions_is_whole_on_every_tensor_parallel_rank_of_the_first_stage() -> None:
+    peak = measured_peaks()[0]
+    without = replace(peak.model, learned_positions=0)
+    for layout, stage, expected in ((peak.layout, 0, 8192 * 4096), (replace(peak.layout, pipeline=2), 1, 0)):
+        found = [sum(stage_parameters(model, layout, stage).values()) for model in (peak.model, without)]
+        assert found[0] - found[1] == expected
