@@ -14,6 +14,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", required=True, metavar="FILE", help='JSON lines: {"prompt": ..., "candidates": [...]}')
     parser.add_argument("--output", required=True, metavar="FILE", help="JSON lines: the input with scores, ranking, best")
     for side in ("forward", "reverse"):
+        text = f"what runs the {side} model in this process (default transformers; vllm: pip install vllm)"
+        parser.add_argument(f"--{side}-engine", choices=("transformers", "vllm"), default="transformers", help=text)
         text = (
             f"a completions server of the {side} model, as http://localhost:8000/v1; its folder is read for the tokenizer only"
         )

@@ -15,10 +15,15 @@ from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.inference.scoring import check_batch_size
 from megatron_ledom.inference.search import BeamSettings
 from megatron_ledom.inference.transformers_engine import TransformersEngine
+from megatron_ledom.inference.vllm_engine import VllmEngine
 
 Options = dict[str, Any]
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "greedy")
 BEAM = ("expansions", "step_delimiter")
+VLLM_MEMORY = 0.9
+"""Share of a GPU's memory that vLLM takes; two models on one GPU share it."""
+SAMPLED_BATCHES = 4
+"""Batches of candidates that are written before they are kept: writing takes minutes where scoring takes seconds."""
 
 
 def rerank_command(options: Options) -> None:
@@ -31,16 +36,22 @@ def rerank_command(options: Options) -> None:
         reverse = _engine(options, Direction.REVERSE)
         return _engine(options, Direction.FORWARD), reverse
 
-    servers = {f"{side}_server": options[f"{side}_server"] for side in folders}
-    made_by = {**folders, **servers, "batch_size": options["batch_size"]}
+    for side in folders:
+        if options[f"{side}_server"] is not None and options[f"{side}_engine"] != "transformers":
+            raise UsageError(f"--{side}-server and --{side}-engine are two ways to run the {side} model; choose one")
+    run_by = {f"{side}_{way}": options[f"{side}_{way}"] for side in folders for way in ("server", "engine")}
+    made_by = {**folders, **run_by, "batch_size": options["batch_size"]}
     rerank_file(engines, options["input"], options["output"], settings, made_by=made_by)
 
 
 def _engine(options: Options, direction: Direction) -> Engine:
-    """The model's folder in this process, or the server that serves it."""
+    """The model's folder in this process, by transformers or by vLLM, or the server that serves it."""
     folder, url, name = (options[f"{direction}{ending}"] for ending in ("", "_server", "_served_as"))
     if url is not None:
         return CompletionsEngine(url, name or folder, folder, direction, batch_size=options["batch_size"])
+    with_vllm = [side for side in ("forward", "reverse") if options[f"{side}_engine"] == "vllm"]
+    if direction in with_vllm:
+        return VllmEngine(folder, direction, gpu_memory_utilization=VLLM_MEMORY / len(with_vllm))
     model = ForwardLM if direction is Direction.FORWARD else ReverseLM
     return TransformersEngine(model.from_pretrained(folder), options["batch_size"])
 
@@ -62,16 +73,18 @@ def settings_from(options: Options) -> RerankSettings:
         delimiter = StepDelimiter.parse(options["step_delimiter"] or "newline")
         num_expansions = 3 if options["expansions"] is None else options["expansions"]
         search = BeamSettings(num_beams=beam, num_expansions=num_expansions, delimiter=delimiter)
-    sampling = None
+    sampling, window = None, {}
     if beam is not None or num_samples is not None:
         num = 1 if num_samples is None else num_samples
         sampling = Sampling(**{"temperature": 1.0, **given}, num_return_sequences=num)
+        window = {"window_candidates": SAMPLED_BATCHES * options["batch_size"]}
     return RerankSettings(
         reward=reward,
         sampling=sampling,
         beam=search,
         greedy=bool(options["greedy"]),
         token_values=options["token_values"],
+        **window,
     )
 
 

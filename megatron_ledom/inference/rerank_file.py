@@ -23,9 +23,6 @@ from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.reverse_reward import Candidate, RewardSettings, rank, score_questions
 from megatron_ledom.inference.search import BeamSettings, beam_search
 
-WINDOW_CANDIDATES = 512
-"""A window is closed by the line that brings it to this many candidates."""
-
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -49,6 +46,8 @@ class RerankSettings:
     """Whether the forward model also writes its likeliest answer, under "greedy": a baseline, not a candidate."""
     token_values: bool = False
     """Whether scores hold the ids and log-probabilities of single tokens."""
+    window_candidates: int = 512
+    """A window is closed by the line that brings it to this many candidates: what a kill can lose at most."""
 
     def __post_init__(self) -> None:
         """Refuse a search without a way to sample."""
@@ -115,14 +114,14 @@ def _check_paths(input_path: Path, output_path: Path) -> None:
 
 
 def _windows(records: list[Record], settings: RerankSettings) -> Iterator[list[Record]]:
-    """Consecutive lines with at least WINDOW_CANDIDATES candidates together; one line where each is a search of its own."""
+    """Consecutive lines with at least `window_candidates` together; one line where each is a search of its own."""
     sampled = settings.sampling.num_return_sequences if settings.sampling else 0
     window: list[Record] = []
     num_candidates = 0
     for record in records:
         window.append(record)
         num_candidates += len(record.candidates or []) or sampled
-        if settings.beam or num_candidates >= WINDOW_CANDIDATES:
+        if settings.beam or num_candidates >= settings.window_candidates:
             yield window
             window, num_candidates = [], 0
     if window:

@@ -7,6 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,14 @@ def models(folders: tuple[Path, Path]) -> tuple[ForwardLM, ReverseLM]:
 
 
 def rerank(
-    models: tuple[ForwardLM, ReverseLM], source: Path, output: Path, weight: float = 0.5, sampling: Sampling | None = None
+    models: tuple[ForwardLM, ReverseLM],
+    source: Path,
+    output: Path,
+    weight: float = 0.5,
+    sampling: Sampling | None = None,
+    window: int = 512,
 ) -> int:
-    settings = RerankSettings(reward=RewardSettings(weight=weight), sampling=sampling)
+    settings = RerankSettings(reward=RewardSettings(weight=weight), sampling=sampling, window_candidates=window)
     return rerank_file(lambda: engines(models), source, output, settings)
 
 
@@ -220,7 +226,6 @@ def append(self, lines, spent):
     calls.append(1)
     plain(self, lines, spent)
 files._Part.append = append
-files.WINDOW_CANDIDATES = 6
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -230,10 +235,9 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def test_a_killed_rerank_resumes_to_the_identical_file(
     mode: list[str], folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("megatron_ledom.inference.rerank_file.WINDOW_CANDIDATES", 6)
-    source = write_lines(tmp_path / "in.jsonl", *({"id": n, "prompt": PROMPT[: n + 3]} for n in range(6)))
+    source = write_lines(tmp_path / "in.jsonl", *({"id": n, "prompt": PROMPT[: n + 3]} for n in range(7)))
     tool = str(ROOT / "tools/rerank.py")
-    options = [*mode, "--max-new-tokens", "6", "--token-values", "--greedy", "--batch-size", "4", "--input", str(source)]
+    options = [*mode, "--max-new-tokens", "6", "--token-values", "--greedy", "--batch-size", "2", "--input", str(source)]
     command = [tool, "--forward", str(folders[0]), "--reverse", str(folders[1]), *options, "--output"]
 
     def finish(name: str) -> None:
@@ -248,7 +252,7 @@ def test_a_killed_rerank_resumes_to_the_identical_file(
     assert not (tmp_path / "killed").exists()
     finish("killed")
     finish("whole")
-    assert len(read_lines(tmp_path / "whole")) == 6
+    assert len(read_lines(tmp_path / "whole")) == 7  # three windows where answers are sampled: 3, 3 and 1
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
     spent = [json.loads((tmp_path / f"{name}.spent.json").read_text()) for name in ("whole", "killed")]
     assert spent[0]["forward_tokens"] == spent[1]["forward_tokens"] > 0
@@ -256,23 +260,21 @@ def test_a_killed_rerank_resumes_to_the_identical_file(
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_a_part_of_another_input_or_of_other_settings_is_refused(
-    models: tuple[ForwardLM, ReverseLM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("megatron_ledom.inference.rerank_file.WINDOW_CANDIDATES", 1)
+def test_a_part_of_another_input_or_of_other_settings_is_refused(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+    by_line = partial(rerank, window=1)
     good = [{"prompt": "x", "candidates": ["y", "z"]}, {"prompt": "u", "candidates": ["v"]}]
     source = write_lines(tmp_path / "in.jsonl", *good, {"prompt": "x", "candidates": ["漢" * 600]})
     with pytest.raises(DataError, match=r"in\.jsonl:3: .*exceeds"):
-        rerank(models, source, tmp_path / "out.jsonl")
+        by_line(models, source, tmp_path / "out.jsonl")
     assert len(read_lines(tmp_path / "out.jsonl.part")) == 2  # what is finished is kept
     with pytest.raises(MismatchError, match=r"weight was 0\.5, is 0\.25"):
-        rerank(models, source, tmp_path / "out.jsonl", weight=0.25)
+        by_line(models, source, tmp_path / "out.jsonl", weight=0.25)
     write_lines(source, {"prompt": "other", "candidates": ["y"]}, *good)
     with pytest.raises(MismatchError, match=r"another input than .*in\.jsonl:1"):
-        rerank(models, source, tmp_path / "out.jsonl")
+        by_line(models, source, tmp_path / "out.jsonl")
     write_lines(source, *good, {"prompt": "x", "candidates": ["w"]})
-    assert rerank(models, source, tmp_path / "out.jsonl") == 3
-    rerank(models, source, tmp_path / "anew.jsonl")
+    assert by_line(models, source, tmp_path / "out.jsonl") == 3
+    by_line(models, source, tmp_path / "anew.jsonl")
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "anew.jsonl").read_bytes()
 
 
