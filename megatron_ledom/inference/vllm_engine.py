@@ -1,4 +1,4 @@
-"""An engine on vLLM in this process. Written against vLLM's documented `LLM` and `SamplingParams`; not yet run on hardware.
+"""An engine on vLLM in this process: equal to the transformers engine on vLLM's CPU build (0.32); not yet run on a GPU.
 
 The model is sent token ids, so that a reverse model is served like any other (its folder is a stock architecture); prompts are
 tokenised by its folder's tokenizer here. vLLM's own prefix cache keeps what a forward model has read.
