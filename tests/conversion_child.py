@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import transformers.models.llama.modeling_llama  # noqa: F401  what a conversion imports late; each child would pay for it
+
 from megatron_ledom.convert.export_hf import export_hf
 from megatron_ledom.convert.import_hf import import_hf
 from megatron_ledom.direction import Direction
