@@ -50,10 +50,10 @@ def evaluate_command(options: Options) -> None:
 
 
 def list_tasks(data: str | None) -> None:
-    """Each task with its file, where to get it and its hash, as it should be and, with a folder, as it is there."""
+    """Each task with its file, where to get it and the hash of its items; with a folder, whether those there are the same."""
     for task in all_tasks().values():
         print(f"{task.name} ({task.kind}): {task.about}\n  file      {task.file}, --num-fewshot: {task.demonstrations_file}")
-        print(f"  from      {task.download}\n  sha256    {task.sha256 or 'not known'}")
+        print(f"  from      {task.download}\n  content   {task.content_sha256 or 'not known'}")
         if data is None:
             continue
         try:
@@ -61,9 +61,8 @@ def list_tasks(data: str | None) -> None:
         except UsageError:
             print(f"  found     nothing in {data}")
             continue
-        found = file_hash(path)
-        word = "as known" if found == task.sha256 else "another one" if task.sha256 else "not compared"
-        print(f"  found     {path.name}, {found} ({word})")
+        loaded = load_task(task.name, data)
+        print(f"  found     {path.name}, {len(loaded.items):,} items, {_compared(loaded)}")
 
 
 def show(task: LoadedTask, direction: Direction, tokenizer: JointTokenizer, num: int) -> None:
@@ -102,10 +101,17 @@ def _load_tasks(options: Options) -> list[LoadedTask]:
     chosen = {name: options[name] for name in ("limit", "num_fewshot", "seed", "max_new_tokens")}
     tasks = [load_task(name, options["data"], **chosen) for name in dict.fromkeys(names)]
     for task in tasks:
-        known, (path, found) = task.task.sha256, next(iter(task.files.items()))
-        if known is not None and known != found:
-            print(f"{path} is another file than the known one ({found[:12]}, not {known[:12]})", file=sys.stderr)
+        if task.task.content_sha256 not in (None, task.content_sha256):
+            print(f"{task.task.name}: the items of {next(iter(task.files))} are {_compared(task)}", file=sys.stderr)
     return tasks
+
+
+def _compared(task: LoadedTask) -> str:
+    """Whether the items are those that the table knows."""
+    known = task.task.content_sha256
+    if known is None:
+        return f"not compared: content {task.content_sha256}"
+    return "as known" if known == task.content_sha256 else f"others than the known ones: content {task.content_sha256}"
 
 
 def _direction(folder: Path, asked: str | None) -> Direction:

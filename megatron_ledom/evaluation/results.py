@@ -67,7 +67,12 @@ def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record])
     metrics = find(records)
     for group in sorted({record["group"] for record in records if "group" in record}):
         metrics[f"{main}/{group}"] = find([record for record in records if record["group"] == group])[main]
-    about = {"num_fewshot": task.num_fewshot, "seed": task.seed, "files": dict(task.files)}
+    about = {
+        "num_fewshot": task.num_fewshot,
+        "seed": task.seed,
+        "files": dict(task.files),
+        "content_sha256": task.content_sha256,
+    }
     return TaskResult(task=task.task.name, main=main, metrics=metrics, about=about)
 
 

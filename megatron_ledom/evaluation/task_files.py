@@ -5,7 +5,7 @@ import gzip
 import hashlib
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def load_task(
         seed=seed,
         max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
         files=files,
+        content_sha256=content_hash(items),
     )
 
 
@@ -79,6 +80,15 @@ def find_file(task: Task, folder: Path, stem: str) -> Path:
         f"{task.name} needs {needed} in {folder}/{stem} with one of the endings {' '.join(ENDINGS)}; {found}. Get it from:"
         f" {task.download}"
     )
+
+
+def content_hash(items: Iterable[Item]) -> str:
+    """sha256 over what a task reads of its items, in their order, hex: the same for JSON lines, Parquet and Arrow."""
+    digest = hashlib.sha256()
+    for item in items:
+        read = [sorted(item.values.items()), item.choices, item.gold, item.tests]
+        digest.update(json.dumps(read, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def file_hash(path: Path) -> str:

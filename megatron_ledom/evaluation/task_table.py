@@ -167,7 +167,7 @@ TASKS: tuple[Task, ...] = (
         file="gsm8k_test",
         demonstrations_file="gsm8k_train",
         download="test.jsonl and train.jsonl of https://github.com/openai/grade-school-math/tree/master/grade_school_math/data",
-        sha256="3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+        content_sha256="f8453c20555384ed822461d4462255a9338cf066f211640e198310892c5e7298",
     ),
     Task(
         name="math500",
@@ -178,7 +178,7 @@ TASKS: tuple[Task, ...] = (
         file="math500",
         demonstrations_file="math_train",
         download=f"test.jsonl of {HUB}/HuggingFaceH4/MATH-500",
-        sha256="35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132",
+        content_sha256="cf3058814d6933e751e98dc1ccccc6f12e0644f92862fb14e5736982aad51a42",
         max_new_tokens=512,
     ),
     Task(
@@ -190,7 +190,7 @@ TASKS: tuple[Task, ...] = (
         file="aime24",
         demonstrations_file="math_train",
         download="30 lines with problem and answer; the statements are on https://artofproblemsolving.com/wiki",
-        sha256="578ba9f47cbb1958e3e5882c40788de88338d913848da3a074e83946525d0e02",
+        content_sha256="44624eaa356c586dc626f12c7f57ee0ced11404677e2e55887a8fae9a0ed2bb4",
         max_new_tokens=1024,
     ),
     Task(
@@ -202,7 +202,7 @@ TASKS: tuple[Task, ...] = (
         file="amc23",
         demonstrations_file="math_train",
         download="40 lines with problem and answer; the statements are on https://artofproblemsolving.com/wiki",
-        sha256="43707e1ca784602d8479de24ee8ce36609dbebc46dd152b0b12a46611aa898a4",
+        content_sha256="d91256e2a58aa23b4b159ac4a20cfdd3d2f7951d04c6811443da724ed34a1f85",
         max_new_tokens=1024,
     ),
     Task(
@@ -214,7 +214,7 @@ TASKS: tuple[Task, ...] = (
         file="svamp",
         demonstrations_file="svamp_train",
         download="data/test.jsonl and data/train.jsonl of https://github.com/arkilpatel/SVAMP, or SVAMP.json as JSON lines",
-        sha256="d0826ff1264f3860e46fc4e71db9e31d2d188960db87090e22677f9493e67a0d",
+        content_sha256="e8cc9f1c2ae85023649d1b2d686c46ca358f7a02c693890cc237c33e22c09db2",
         max_new_tokens=64,
     ),
     Task(
@@ -229,6 +229,7 @@ TASKS: tuple[Task, ...] = (
         file="boolq_validation",
         demonstrations_file="boolq_train",
         download=f"{HUB}/google/boolq, data/validation-*.parquet, or dev.jsonl of the original release",
+        content_sha256="441522d2982f3cbfaa47d4ba0c1124181a7540fabb0e75a40b314e842bfb4ce5",
         choice_field="answer",
     ),
     Task(
@@ -240,6 +241,7 @@ TASKS: tuple[Task, ...] = (
         file="hellaswag_validation",
         demonstrations_file="hellaswag_train",
         download=f"{HUB}/Rowan/hellaswag, data/validation-*.parquet, or hellaswag_val.jsonl of the original release",
+        content_sha256="e9ef685538c973345660de055d2c10cd745e8efe401ff90157a1c90fbf16595f",
         choice_field="ending",
         normalization="byte",
     ),
@@ -252,6 +254,7 @@ TASKS: tuple[Task, ...] = (
         file="winogrande_validation",
         demonstrations_file="winogrande_train",
         download=f"{HUB}/allenai/winogrande, winogrande_xl/validation-*.parquet, or dev.jsonl of the original release",
+        content_sha256="8f7fb3d4cfd4d364711986d69536b8fa39f437e468d29797169088f5b61b99ca",
         choice_field="option",
     ),
     Task(
@@ -293,6 +296,7 @@ TASKS: tuple[Task, ...] = (
         file="piqa_validation",
         demonstrations_file="piqa_train",
         download="valid.jsonl of https://yonatanbisk.com/piqa with the lines of valid-labels.lst added as label",
+        content_sha256="69fdbc1207496802a9c4eeaa3352fce324df92f3bf134852d181b55cfdca3758",
         choice_field="answer",
         normalization="byte",
     ),
@@ -302,7 +306,8 @@ TASKS: tuple[Task, ...] = (
         layouts=(Layout({"question": "text", "answer.value": "text", "answer.aliases": "list"}, _open_answer),),
         file="triviaqa_validation",
         demonstrations_file="triviaqa_train",
-        download=f"{HUB}/mandarjoshi/trivia_qa, rc.nocontext/validation-*.parquet",
+        download=f"{HUB}/mandarjoshi/trivia_qa, rc.wikipedia.nocontext/validation-*.parquet",
+        content_sha256="46821201dfced9d7770db0b686814aa5d917dbac828f328f8dc9b4845ddb010d",
         **OPEN,  # type: ignore[arg-type]
     ),
     Task(
@@ -312,6 +317,7 @@ TASKS: tuple[Task, ...] = (
         file="nq_open_validation",
         demonstrations_file="nq_open_train",
         download=f"{HUB}/google-research-datasets/nq_open, nq_open/validation-*.parquet, or NQ-open.dev.jsonl",
+        content_sha256="0caf471b0ddcec9c03342757c50008411ccd7f7ba573768795dbe496b382a01c",
         **OPEN,  # type: ignore[arg-type]
     ),
     Task(
@@ -332,6 +338,7 @@ TASKS: tuple[Task, ...] = (
         file="humaneval",
         demonstrations_file="humaneval_fewshot",
         download="HumanEval.jsonl.gz of https://github.com/openai/human-eval/tree/master/data",
+        content_sha256="83d6e6d96950f159617ab206453475368725e8e46330dd3794ae27202c7b23a2",
         stop_strings=("\nclass ", "\ndef ", "\nif ", "\nprint(", "\nassert ", "\n#", "\n@"),
     ),
 )

@@ -66,9 +66,10 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
 class Task:
     """A task of one of the kinds. Files are named without their ending.
 
-    sha256: of the file as published, where that is known. choice_field: the field that the choices are values of; the fields
-    before it are the context. normalization: of a choice task's main figure (raw, token, byte). answers: how answers are
-    compared, a kind of `grading.comparison_by`. reverse_template: for a reverse model, where the mirrored `template` would not do.
+    content_sha256: of the set's items, whatever kind of file they come in (`task_files.content_hash`), where that is known.
+    choice_field: the field that the choices are values of; the fields before it are the context. normalization: of a choice task's
+    main figure (raw, token, byte). answers: how answers are compared, a kind of `grading.comparison_by`. reverse_template: for a
+    reverse model, where the mirrored `template` would not do.
     """
 
     name: str
@@ -79,7 +80,7 @@ class Task:
     file: str
     demonstrations_file: str
     download: str
-    sha256: str | None = None
+    content_sha256: str | None = None
     choice_field: str = ""
     normalization: str = "raw"
     answers: str = "math"
@@ -96,7 +97,8 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedTask:
-    """A task with its items. shots: demonstrations in the order in which they are taken; files: name -> sha256 of what was read."""
+    """A task with its items. shots: demonstrations in the order in which they are taken; files: name -> sha256 of what was read;
+    content_sha256: of all items of the file, to compare with the task's."""
 
     task: Task
     items: tuple[Item, ...]
@@ -105,6 +107,7 @@ class LoadedTask:
     seed: int = 0
     max_new_tokens: int = 256
     files: Mapping[str, str] = field(default_factory=dict)
+    content_sha256: str = ""
 
     def demonstrations(self, item: Item) -> list[Mapping[str, str]]:
         """The values of the first `num_fewshot` shots, the item itself left out."""

@@ -45,7 +45,7 @@ def test_a_tiny_model_runs_through_the_tool_as_a_user_starts_it(folders: dict[st
         [*command, "--allow-code-execution"], capture_output=True, text=True, env=environment, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr.startswith("svamp.jsonl is another file than the known one")
+    assert done.stderr.startswith("svamp: the items of svamp.jsonl are others than the known ones")
     tasks = summary(tmp_path)["tasks"]
     assert set(tasks) == {"svamp", "boolq", "humaneval"}
     assert tasks["svamp"]["metrics"]["accuracy"]["num_items"] == 2
@@ -126,8 +126,8 @@ def test_list_compares_hashes(
     assert run_here(monkeypatch, "--list", "--data", folders["data"]) == 0
     told = capsys.readouterr().out
     assert "https://github.com/openai/grade-school-math" in told
-    assert "(another one)" in told
-    assert "(not compared)" in told
+    assert "found     gsm8k_test.jsonl, 2 items, others than the known ones: content " in told
+    assert "items, not compared: content " in told
 
 
 @pytest.mark.parametrize(

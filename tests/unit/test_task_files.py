@@ -5,6 +5,8 @@ import math
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from megatron_ledom.direction import Direction
@@ -50,6 +52,22 @@ def test_items_of_the_published_layouts(folder: Path) -> None:
     assert load_task("arc_easy", folder).items[0].values == {"question": "What is cold?", "answer": "ice"}
     assert load_task("piqa", folder).items[0].choices == ("Add ice.", "Add fire.")
     assert load_task("triviaqa", folder).items[0].gold == ("Paris", "City of Paris")
+
+
+def test_the_hash_of_the_content_is_the_same_for_every_kind_of_file_and_another_for_other_items(tmp_path: Path) -> None:
+    rows = SETS["boolq_validation"]
+    others = [rows[::-1], [{**rows[0], "answer": False}, rows[1]], [{**rows[0], "question": "is ice warm"}, rows[1]]]
+    found = []
+    for number, version in enumerate([rows, rows, *others]):
+        data = tmp_path / str(number)
+        data.mkdir()
+        if number == 1:
+            pq.write_table(pa.Table.from_pylist(version), data / "boolq_validation.parquet")
+        else:
+            (data / "boolq_validation.jsonl").write_text("".join(json.dumps(row) + "\n" for row in version))
+        found.append(load_task("boolq", data).content_sha256)
+    assert found[0] == found[1] == load_task("boolq", tmp_path / "0", limit=1).content_sha256
+    assert len(set(found)) == 4
 
 
 @pytest.mark.parametrize(
