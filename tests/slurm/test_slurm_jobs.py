@@ -18,7 +18,7 @@ VARIABLES = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_sbatch_accepts_the_script(cluster: Cluster, script: Path, tmp_path: Path) -> None:
+def test_sbatch_accepts_the_script(cluster: Cluster, script: Path, tmp_path: Path) -> None:  # house: `run` fails if refused
     small = ["--nodes=1", "--gpus-per-node=0", "--cpus-per-task=1", "--ntasks-per-node=1", "--mem=100M", "--test-only"]
     cluster.run("sbatch", *small, str(script), cwd=tmp_path)
 

@@ -153,7 +153,7 @@ def test_time_limit_by_the_signal_of_slurm(training: Training, uninterrupted: Pa
 
 
 @pytest.mark.slow
-def test_signal_while_python_starts_loses_nothing(training: Training, uninterrupted: Path) -> None:
+def test_signal_while_python_starts_loses_nothing(training: Training, uninterrupted: Path) -> None:  # house: it checks
     """It kills ranks that have no handler yet, or stops them after a step; the job queues itself again in either case."""
     training.submit()
     training.cluster.wait_until(lambda: "start 1, 2 ranks" in training.logged(), explain=training.logged)

@@ -153,4 +153,5 @@ def test_launch_is_read_and_signals_are_remembered_before_torch_is_imported() ->
         "import sys; from megatron_ledom.pretrain import StopRequest, read_launch",
         "StopRequest(); read_launch(); assert 'torch' not in sys.modules",
     )
-    subprocess.run([sys.executable, "-c", "\n".join(lines)], check=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False, cwd=Path(__file__).parents[2])
+    assert done.returncode == 0

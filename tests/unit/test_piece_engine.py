@@ -41,15 +41,16 @@ class Both:
         self.library = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.engine = CachedPieceEngine(model, **options)
 
-    def check(self, texts: Sequence[str]) -> None:
-        """Fail at the first text whose ids differ."""
-        ids, offsets = self.engine.encode(texts)
-        assert (ids.dtype, offsets.dtype, len(offsets)) == (np.uint32, np.int64, len(texts) + 1)
-        assert offsets[0] == 0
-        assert offsets[-1] == len(ids)
-        for index, expected in enumerate(self.library.encode(list(texts), num_threads=1)):
-            found = ids[offsets[index] : offsets[index + 1]].tolist()
-            assert found == expected, f"text {index}: {texts[index][:80]!r}"
+
+def check_equal_ids(both: "Both", texts: Sequence[str]) -> None:
+    """Fail at the first text whose ids differ."""
+    ids, offsets = both.engine.encode(texts)
+    assert (ids.dtype, offsets.dtype, len(offsets)) == (np.uint32, np.int64, len(texts) + 1)
+    assert offsets[0] == 0
+    assert offsets[-1] == len(ids)
+    for index, expected in enumerate(both.library.encode(list(texts), num_threads=1)):
+        found = ids[offsets[index] : offsets[index + 1]].tolist()
+        assert found == expected, f"text {index}: {texts[index][:80]!r}"
 
 
 @pytest.fixture(scope="module", params=[1000, 3000, 8000])
@@ -87,17 +88,17 @@ def with_pieces(
 
 
 def test_odd_texts_have_equal_ids(both: Both) -> None:
-    both.check(ODD_TEXTS)
-    both.check([])
-    both.check([SPACE, f" {SPACE} ", f"a{SPACE}b a b", "\0", "a\0\0b\0", "<EOD>", "<s> </s> <unk>", "<0x41>"])
-    both.check([first + second for first in ODD_TEXTS for second in ODD_TEXTS])
+    check_equal_ids(both, ODD_TEXTS)
+    check_equal_ids(both, [])
+    check_equal_ids(both, [SPACE, f" {SPACE} ", f"a{SPACE}b a b", "\0", "a\0\0b\0", "<EOD>", "<s> </s> <unk>", "<0x41>"])
+    check_equal_ids(both, [first + second for first in ODD_TEXTS for second in ODD_TEXTS])
 
 
 def test_real_files_have_equal_ids(both: Both) -> None:
     lines = [line for text in FILES for line in text.splitlines(keepends=True)]
     assert len(lines) > 10_000
-    both.check(FILES)
-    both.check(lines[:10_000])
+    check_equal_ids(both, FILES)
+    check_equal_ids(both, lines[:10_000])
     statistics = both.engine.statistics()
     assert statistics["misses"] < statistics["units"] / 10
     assert statistics["clears"] == 0
@@ -105,9 +106,9 @@ def test_real_files_have_equal_ids(both: Both) -> None:
 
 def test_every_code_point_has_equal_ids(both: Both) -> None:
     codes = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
-    both.check(["".join(codes[begin : begin + 64]) for begin in range(0, len(codes), 64)])
-    both.check([f"{code}a {code}{code} 1{code}" for code in codes[:0x3000:7] + codes[0x3000::397]])
-    both.check(codes[:0x500])
+    check_equal_ids(both, ["".join(codes[begin : begin + 64]) for begin in range(0, len(codes), 64)])
+    check_equal_ids(both, [f"{code}a {code}{code} 1{code}" for code in codes[:0x3000:7] + codes[0x3000::397]])
+    check_equal_ids(both, codes[:0x500])
 
 
 WHITESPACE = st.text(alphabet=f" \n\t\r\u00a0\u3000{SPACE}ab1", max_size=80)
@@ -123,7 +124,7 @@ CUT = st.builds(
 @settings(max_examples=250, deadline=None)
 @given(texts=st.lists(st.text(max_size=60) | WHITESPACE | REPEATED | CODE | CUT, max_size=4))
 def test_any_text_has_equal_ids(both: Both, texts: list[str]) -> None:
-    both.check(texts)
+    check_equal_ids(both, texts)
 
 
 @pytest.mark.parametrize("seed", range(60))
@@ -136,7 +137,7 @@ def test_random_vocabularies_have_equal_ids(model: bytes, seed: int) -> None:
     scored = [(piece, float(-draw.randrange(draw.choice([3, 1000])))) for piece in marked]
     both = Both(with_pieces(model, scored, byte_fallback=seed % 2 == 0, dummy_prefix=seed % 4 < 2), cache_bytes=8192)
     texts = ["".join(draw.choices(alphabet + "x日", k=draw.choice([1, 3, 9, 40, 130, 400]))) for _ in range(60)]
-    both.check([*texts, *ODD_TEXTS])
+    check_equal_ids(both, [*texts, *ODD_TEXTS])
 
 
 def test_runs_of_every_length_have_equal_ids(model: bytes) -> None:
@@ -144,8 +145,8 @@ def test_runs_of_every_length_have_equal_ids(model: bytes) -> None:
     runs = [("aa", -1.0), ("aaaa", -2.0), ("éé", -3.0), ("ab", -4.0), ("abab", -4.0), ("a", -9.0), (f"{SPACE}a", -5.0)]
     both = Both(with_pieces(model, [*runs, (SPACE * 2, -6.0), (SPACE, -10.0)]))
     texts = [unit * times for unit in ("a", "ab", "é", " ", "日") for times in range(300)]
-    both.check(texts)
-    both.check([f"{text}a" for text in texts])
+    check_equal_ids(both, texts)
+    check_equal_ids(both, [f"{text}a" for text in texts])
 
 
 @pytest.mark.parametrize("unit", ["a", "ab", " "])
@@ -155,7 +156,7 @@ def test_a_long_run_costs_no_more_a_character_than_a_short_one(model: bytes, uni
 
     def steps(times: int) -> int:
         before = both.engine.statistics()["steps"]
-        both.check([unit * times])
+        check_equal_ids(both, [unit * times])
         return both.engine.statistics()["steps"] - before
 
     assert steps(100_000) < 10.1 * steps(10_000)
@@ -166,20 +167,22 @@ def test_a_piece_over_two_words_is_found(model: bytes) -> None:
     both = Both(joined)
     index = both.library.piece_to_id(f"a{SPACE}b")
     texts = ["=a b", "=a b=a b=", f"=a{SPACE}b=", "=a  b", "=a\nb", "=ab"]
-    both.check([*texts, *FILES[:3]])
+    check_equal_ids(both, [*texts, *FILES[:3]])
     counts = [int(np.sum(both.engine.encode([text])[0] == index)) for text in texts]
     assert counts == [1, 2, 1, 0, 0, 0]
 
 
 def test_pieces_with_a_real_space_never_match(model: bytes) -> None:
-    Both(with_pieces(model, [("a b", 1.0), (" b", 2.0), ("ab", -1.0), ("b", -2.0)])).check(["a b", "ab b", f"a{SPACE}b"])
+    check_equal_ids(
+        Both(with_pieces(model, [("a b", 1.0), (" b", 2.0), ("ab", -1.0), ("b", -2.0)])), ["a b", "ab b", f"a{SPACE}b"]
+    )
 
 
 def test_a_tiny_cache_overflows_and_ids_stay_equal() -> None:
     model = train(FILES, 2000, max_sentences=10_000)
     both = Both(model, cache_bytes=4096)
     for _ in range(2):
-        both.check([*FILES[:10], *ODD_TEXTS])
+        check_equal_ids(both, [*FILES[:10], *ODD_TEXTS])
     statistics = both.engine.statistics()
     assert statistics["clears"] > 50
     assert statistics["cache_bytes"] <= 4096

@@ -58,7 +58,7 @@ def shard_bytes(prefix: str) -> tuple[bytes, bytes]:
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
 
 
-def kill_at_random(folder: Path, tokenizer: str, num_kills: int, **changes: Any) -> None:
+def check_killed_at_random(folder: Path, tokenizer: str, num_kills: int, **changes: Any) -> None:
     """Kill the run until it has been killed so often, then let it finish; compare with a run that nobody disturbed."""
     before = time.monotonic()
     quiet = start(settings_in(folder, tokenizer, "quiet", **changes))
@@ -98,14 +98,14 @@ def write_corpus(folder: Path, copies: int) -> None:
 
 def test_killed_at_random_moments_it_ends_with_the_same_bytes(tmp_path: Path, tokenizer: str) -> None:
     write_corpus(tmp_path, 300)
-    kill_at_random(tmp_path, tokenizer, NUM_KILLS)
+    check_killed_at_random(tmp_path, tokenizer, NUM_KILLS)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"shuffle_seed": 3, "deduplicate": True}], ids=["plain", "shuffled"])
 def test_killed_many_times_it_ends_with_the_same_bytes(tmp_path: Path, tokenizer: str, changes: dict[str, Any]) -> None:
     write_corpus(tmp_path, 300)
-    kill_at_random(tmp_path, tokenizer, NUM_KILLS_SLOW, **changes)
+    check_killed_at_random(tmp_path, tokenizer, NUM_KILLS_SLOW, **changes)
 
 
 def test_workers_killed_at_their_renamings_lose_one_part(tmp_path: Path, tokenizer: str) -> None:
