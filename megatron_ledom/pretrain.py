@@ -20,8 +20,8 @@ from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, UsageError, run_command
+from megatron_ledom.in_loop.chosen_tasks import check_tasks, task_evaluation
 from megatron_ledom.platform.launch import Launch, read_launch
-from megatron_ledom.training.chosen_tasks import check_tasks
 from megatron_ledom.training.resilience import StopRequest, find_deadline
 
 log = logging.getLogger("megatron_ledom.pretrain")
@@ -137,7 +137,8 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
         with ExitStack() as held:
             from_first_rank(take_run_folder)
             watchdog = held.enter_context(Watchdog(config, launch))
-            train(build_state(config, sources, platform, groups, choice, checkpoint), stop, watchdog)
+            state = build_state(config, sources, platform, groups, choice, checkpoint)
+            train(state, stop, watchdog, task_evaluation(state))
             watchdog.tell("waiting for the last rank", patient=True)
             wait_for_all_ranks()  # rank 0 has most to close; srun gives the others' end a minute, then kills
     finally:

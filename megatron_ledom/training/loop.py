@@ -2,17 +2,20 @@
 
 from megatron_ledom.training.iteration import run_iteration
 from megatron_ledom.training.recovery import Recovery
-from megatron_ledom.training.reporting import Reporter
+from megatron_ledom.training.reporting import Reporter, TaskEvaluation
 from megatron_ledom.training.resilience import StopRequest
 from megatron_ledom.training.state import TrainState, save_checkpoint
 from megatron_ledom.training.watchdog import Watchdog
 
 
-def train(state: TrainState, stop: StopRequest, watchdog: Watchdog) -> None:
-    """Train from the state's iteration to the end of the run, or to a stop; whatever was done is saved."""
+def train(state: TrainState, stop: StopRequest, watchdog: Watchdog, evaluate_tasks: TaskEvaluation | None = None) -> None:
+    """Train from the state's iteration to the end of the run, or to a stop; whatever was done is saved.
+
+    evaluate_tasks: what every `train.task_interval` iterations gives figures for the metrics, called on every rank.
+    """
     config = state.config
     recovery = Recovery.of_run(state, watchdog)
-    reporter = Reporter(state, recovery.history, watchdog)
+    reporter = Reporter(state, recovery.history, watchdog, evaluate_tasks)
     batches = reporter.open_batches()
     while state.iteration < config.train.train_iters:
         reporter.begin_step()

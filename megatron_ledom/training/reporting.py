@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from tqdm import tqdm
@@ -21,11 +21,10 @@ from megatron_ledom.training.timing import RankTimes
 from megatron_ledom.training.validate import evaluate, validate
 from megatron_ledom.training.watchdog import Watchdog
 
-if TYPE_CHECKING:
-    from megatron_ledom.training.tasks import TaskSet
-
 log = logging.getLogger(__name__)
 
+TaskEvaluation = Callable[[], dict[str, dict[str, float]]]
+"""Figures by task, among them `accuracy`."""
 STRAGGLES = 1.1
 """A rank is named in the log when its step takes that many times the mean."""
 
@@ -33,13 +32,15 @@ STRAGGLES = 1.1
 class Reporter:
     """Everything the loop tells the outside. The same calls on every rank; rank 0 writes."""
 
-    def __init__(self, state: TrainState, history: RunHistory, watchdog: Watchdog) -> None:
+    def __init__(
+        self, state: TrainState, history: RunHistory, watchdog: Watchdog, evaluate_tasks: TaskEvaluation | None
+    ) -> None:
         self.state, self.history, self.watchdog = state, history, watchdog
         self.throughput = Throughput(state.config, state.provenance.vocab_size, state.platform, dist.get_world_size())
         self.times = RankTimes(state.platform, state.model[0].config, watchdog)
         self.profiler = ProfilerWindow(state.config)
         watchdog.watch_model(state.model)
-        self.tasks = _load_tasks(state)
+        self.evaluate_tasks = evaluate_tasks
         self.metrics, self.bar = MetricsWriter(state.config, state.iteration), _progress_bar(state)
 
     def take_position(self) -> None:
@@ -80,16 +81,16 @@ class Reporter:
         state, train = self.state, self.state.config.train
         last = state.iteration == train.train_iters
         validating = bool(state.valid_datasets) and (last or state.iteration % train.eval_interval == 0)
-        asking = self.tasks is not None and (last or state.iteration % train.task_interval == 0)
+        asking = self.evaluate_tasks is not None and (last or state.iteration % train.task_interval == 0)
         if not (validating or asking or last or state.iteration % state.config.logging.log_interval == 0):
             return
         record = self._record(result)
         if validating:
             with self.apart("validating"):
                 record["validation"] = validate(state)
-        if asking and self.tasks is not None:
+        if asking and self.evaluate_tasks is not None:
             with self.apart("evaluating tasks"):
-                record["tasks"] = self.tasks.evaluate()
+                record["tasks"] = self.evaluate_tasks()
         if last and state.test_datasets:
             with self.apart("testing"):
                 record["test"] = evaluate(state, state.test_datasets)
@@ -123,14 +124,6 @@ class Reporter:
             **self.times.read(),
             "skipped_iterations": self.history.num_skipped(state.iteration),
         }
-
-
-def _load_tasks(state: TrainState) -> "TaskSet | None":
-    if not state.config.train.tasks:
-        return None
-    from megatron_ledom.training.tasks import load_task_set  # transformers takes seconds to import, and most runs have no tasks
-
-    return load_task_set(state)
 
 
 def _finite(value: float) -> float | None:

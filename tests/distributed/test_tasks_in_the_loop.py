@@ -14,9 +14,9 @@ from megatron_ledom.evaluation.choices import asked_of, distinct_pairs
 from megatron_ledom.evaluation.evaluate import evaluate_task
 from megatron_ledom.evaluation.task_files import load_task
 from megatron_ledom.evaluation.task_model import LanguageTaskModel
+from megatron_ledom.in_loop.chosen_tasks import check_tasks
+from megatron_ledom.in_loop.span_scoring import TrainingScorer
 from megatron_ledom.inference import ReverseLM
-from megatron_ledom.training.chosen_tasks import check_tasks
-from megatron_ledom.training.span_scoring import TrainingScorer
 from tests.tiny_runs import TinyData, curve, run_each_on_ranks, run_on_ranks, start_ranks
 
 CHOICES = [

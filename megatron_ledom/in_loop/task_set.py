@@ -8,9 +8,9 @@ from megatron_ledom.data.sources import RUN_TOKENIZER
 from megatron_ledom.evaluation.choices import asked_of, distinct_pairs
 from megatron_ledom.evaluation.evaluate import evaluate_task
 from megatron_ledom.evaluation.tasks import LoadedTask
+from megatron_ledom.in_loop.chosen_tasks import load_tasks
+from megatron_ledom.in_loop.span_scoring import TrainingScorer
 from megatron_ledom.inference.joint import JointTokenizer
-from megatron_ledom.training.chosen_tasks import load_tasks
-from megatron_ledom.training.span_scoring import TrainingScorer
 from megatron_ledom.training.state import TrainState
 
 Figures = dict[str, float]

@@ -6,7 +6,10 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from megatron_ledom.evaluation.tasks import LoadedTask
+    from megatron_ledom.training.state import TrainState
 
 
 def load_tasks(config: RunConfig) -> "list[LoadedTask]":
@@ -29,6 +32,15 @@ def load_tasks(config: RunConfig) -> "list[LoadedTask]":
         load_task(name, train.task_data, limit=train.task_limit, num_fewshot=train.task_num_fewshot, seed=train.seed)
         for name in dict.fromkeys(train.tasks)
     ]
+
+
+def task_evaluation(state: "TrainState") -> "Callable[[], dict[str, dict[str, float]]] | None":
+    """What evaluates `train.tasks` on the training model; None without tasks, for which nothing is imported."""
+    if not state.config.train.tasks:
+        return None
+    from megatron_ledom.in_loop.task_set import load_task_set  # transformers takes seconds to import
+
+    return load_task_set(state).evaluate
 
 
 def check_tasks(config: RunConfig, has_tokenizer: bool) -> None:
