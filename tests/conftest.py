@@ -7,6 +7,7 @@ import pytest
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
 """What the user lets the tests see; tests/quickstart gives it back to the pipeline it runs."""
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a GPU's sums would be compared with a CPU's
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before libraries read them: no test uses a network
 
 from tests.tiny_runs import TinyData, write_tiny_data  # noqa: E402
 

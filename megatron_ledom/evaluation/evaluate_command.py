@@ -18,13 +18,11 @@ from megatron_ledom.evaluation.item_file import ItemFile
 from megatron_ledom.evaluation.prompts import Prompt
 from megatron_ledom.evaluation.results import TaskResult, check_statistics, summarize, write_summary
 from megatron_ledom.evaluation.task_files import all_tasks, file_hash, find_file, load_task, task_named
-from megatron_ledom.evaluation.task_model import LanguageTaskModel
+from megatron_ledom.evaluation.task_model import LanguageTaskModel, direction_of, load_language_model
 from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
 from megatron_ledom.evaluation.writing import prompt_of
-from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.joint import JointTokenizer
-from megatron_ledom.inference.language_model import load_tokenizer, read_model_config
-from megatron_ledom.inference.reverse_lm import ReverseLM
+from megatron_ledom.inference.language_model import load_tokenizer
 from megatron_ledom.inference.scoring import check_batch_size
 
 Options = Mapping[str, Any]
@@ -40,7 +38,7 @@ def evaluate_command(options: Options) -> None:
             raise UsageError(f"--{name} is missing; see --help, or --list for the tasks")
     tasks = _load_tasks(options)
     folder = Path(options["model"])
-    direction = _direction(folder, options["direction"])
+    direction = direction_of(folder, options["direction"])
     if options["show"]:
         tokenizer, _ = load_tokenizer(folder, direction, options["eod_id"])
         for task in tasks:
@@ -114,17 +112,6 @@ def _compared(task: LoadedTask) -> str:
     return "as known" if known == task.content_sha256 else f"others than the known ones: content {task.content_sha256}"
 
 
-def _direction(folder: Path, asked: str | None) -> Direction:
-    """What is asked for, else what the folder records; of a folder that records none, forward, which is said."""
-    recorded = read_model_config(folder).get("direction")
-    if asked is None and recorded is None:
-        print(
-            f"{folder} records no direction and is judged as a forward model; for a reverse one give --direction reverse",
-            file=sys.stderr,
-        )
-    return Direction(asked or recorded or Direction.FORWARD)
-
-
 def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: Direction) -> None:
     check_batch_size(options["batch_size"])
     check_statistics()
@@ -145,7 +132,7 @@ def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: D
         if len(kept[name]) == len(task.items):
             results.append(summarize(task, direction, kept[name]))
         else:
-            model = model or LanguageTaskModel(_load(options, folder, direction), options["batch_size"])
+            model = model or _load(options, folder, direction)
             results.append(_evaluated(model, task, files[name], kept[name], options))
         main = results[-1].metrics[results[-1].main]
         print(f"{name:<16}{results[-1].main:<28}{100 * main.value:6.1f} % ({100 * main.low:.1f} to {100 * main.high:.1f})")
@@ -172,10 +159,9 @@ def _evaluated(
             ) from error
 
 
-def _load(options: Options, folder: Path, direction: Direction) -> ForwardLM | ReverseLM:
-    if direction is Direction.REVERSE:
-        return ReverseLM.from_pretrained(folder, direction=options["direction"], eod_id=options["eod_id"])
-    return ForwardLM.from_pretrained(folder, direction=options["direction"], eod_id=options["eod_id"])
+def _load(options: Options, folder: Path, direction: Direction) -> LanguageTaskModel:
+    language_model = load_language_model(folder, direction, options["direction"], eod_id=options["eod_id"])
+    return LanguageTaskModel(language_model, options["batch_size"])
 
 
 def _made_by(options: Options, folder: Path, direction: Direction) -> dict[str, Any]:

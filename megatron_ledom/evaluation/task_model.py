@@ -1,10 +1,13 @@
 """What a task asks of a model, and the model of a Hugging Face folder that answers it."""
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.inference.forward_lm import ForwardLM
+from megatron_ledom.inference.language_model import read_model_config
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.scoring import SpanScore, check_batch_size
 
@@ -50,3 +53,20 @@ class LanguageTaskModel:
         if isinstance(self._lm, ReverseLM):
             return [written.preceding for written in self._lm.generate_preceding(list(given), **options)]
         return [written.following for written in self._lm.generate_following(list(given), **options)]
+
+
+def direction_of(folder: Path, asked: str | None) -> Direction:
+    """What is asked for, else what the folder records; of a folder that records none, forward, which is said."""
+    recorded = read_model_config(folder).get("direction")
+    if asked is None and recorded is None:
+        print(
+            f"{folder} records no direction and is judged as a forward model; for a reverse one give --direction reverse",
+            file=sys.stderr,
+        )
+    return Direction(asked or recorded or Direction.FORWARD)
+
+
+def load_language_model(folder: Path, direction: Direction, asked: str | None, **loading: Any) -> ForwardLM | ReverseLM:
+    """The model of a folder, which reads `direction`. asked: what the user gave; loading: as `LanguageModel.from_pretrained`."""
+    kind = ReverseLM if direction is Direction.REVERSE else ForwardLM
+    return kind.from_pretrained(folder, direction=asked, **loading)

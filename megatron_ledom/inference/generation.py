@@ -128,16 +128,22 @@ class Writer:
 
     def write(self, texts: list[str], leading_ids: list[int], sampling: Sampling, batch_size: int) -> list[Generation]:
         """`num_return_sequences` results a text, one text after the other; batches of at most `batch_size` rows."""
+        opened = {text: self._tokenizer.open_text(text, self._direction) for text in texts}
+        return self.write_opened([(text, opened[text]) for text in texts], leading_ids, sampling, batch_size)
+
+    def write_opened(
+        self, texts: list[tuple[str, OpenText]], leading_ids: list[int], sampling: Sampling, batch_size: int
+    ) -> list[Generation]:
+        """As `write`, of texts whose fixed ids the caller chose."""
         check_batch_size(batch_size)
         rows = [text for text in texts for _ in range(sampling.num_return_sequences)]
-        opened = {text: self._tokenizer.open_text(text, self._direction) for text in texts}
         results = []
         with _seeded(sampling.seed, self._model.device):
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
-                batch_opened = [opened[text] for text in batch]
-                tokens = self._write_batch(batch_opened, leading_ids, sampling, self._stopper(batch_opened, sampling))
-                results += [self._join(text, opened[text], row, sampling) for text, row in zip(batch, tokens, strict=True)]
+                opened = [row for _, row in batch]
+                tokens = self._write_batch(opened, leading_ids, sampling, self._stopper(opened, sampling))
+                results += [self._join(*text, row, sampling) for text, row in zip(batch, tokens, strict=True)]
         return results
 
     def stream(self, text: str, leading_ids: list[int], sampling: Sampling) -> Iterator[Generation]:

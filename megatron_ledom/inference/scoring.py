@@ -4,8 +4,9 @@ Shapes: B rows of a batch, K positions kept, V vocabulary of the logits.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +14,9 @@ from megatron_ledom.errors import UsageError
 
 MAX_KEPT_LOGITS = 2**28  # B * K * V of one batch: 1 GiB in float32
 SpanKey = tuple[tuple[int, ...], int]
+Measured = TypeVar("Measured")
+Measure = Callable[[torch.Tensor, torch.Tensor], list[Measured]]
+"""Of the logits before each scored token [K, V] and the scored tokens [K]: one value a token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,7 @@ class Span:
 
 @dataclass(slots=True)
 class Spent:
-    """What a model was used for so far: tokens it was fed, padding not counted, and seconds."""
+    """What a model was used for so far: tokens of the sequences it was given, padding not counted, and seconds."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -61,14 +65,31 @@ def score_spans(model: Any, spans: list[Span], batch_size: int) -> list[list[flo
     depend on the batch beyond rounding. `batch_size` is the largest number of rows; wide vocabularies use fewer. A span that
     comes several times is computed once.
     """
+    return measure_spans(model, spans, batch_size, logprobs_of)
+
+
+def logprobs_of(logits_KV: torch.Tensor, tokens_K: torch.Tensor) -> list[float]:
+    """The log-probability of each token; float32."""
+    logprobs_KV = torch.log_softmax(logits_KV.float(), dim=-1)
+    return [float(value) for value in logprobs_KV.gather(1, tokens_K[:, None])[:, 0].tolist()]
+
+
+def logprobs_and_likeliest(logits_KV: torch.Tensor, tokens_K: torch.Tensor) -> list[tuple[float, bool]]:
+    """The log-probability of each token, and whether it is the likeliest one, the first of equal ones."""
+    is_likeliest_K = logits_KV.argmax(dim=-1) == tokens_K
+    return list(zip(logprobs_of(logits_KV, tokens_K), is_likeliest_K.tolist(), strict=True))
+
+
+def measure_spans(model: Any, spans: list[Span], batch_size: int, measure: Measure[Measured]) -> list[list[Measured]]:
+    """What `measure` finds of each scored token of each span, model order; computed as `score_spans` does."""
     check_batch_size(batch_size)
     distinct = distinct_spans(spans)
     pending = sorted((span for span in distinct.values() if len(span.tokens) > span.num_context), key=lambda s: -len(s.tokens))
-    values: dict[SpanKey, list[float]] = {key: [] for key in distinct}
+    values: dict[SpanKey, list[Measured]] = {key: [] for key in distinct}
     while pending:
         num_rows = _fitting_rows(pending[:batch_size], model.config.vocab_size)
         chosen, pending = pending[:num_rows], pending[num_rows:]
-        for span, row in zip(chosen, _score_batch(model, chosen), strict=True):
+        for span, row in zip(chosen, _score_batch(model, chosen, measure), strict=True):
             values[_key(span)] = row
     return [list(values[_key(span)]) for span in spans]
 
@@ -101,19 +122,21 @@ def _fitting_rows(spans: list[Span], vocab_size: int) -> int:
 
 
 @torch.inference_mode()
-def _score_batch(model: Any, spans: list[Span]) -> list[list[float]]:
-    """One forward pass; the logits of the first position needed by any row and of all after it are kept."""
-    longest = max(len(span.tokens) for span in spans)
+def _score_batch(model: Any, spans: list[Span], measure: Measure[Measured]) -> list[list[Measured]]:
+    """One forward pass; the logits of the first position needed by any row and of all after it are kept.
+
+    The last token of a span is asked for and never read, so a span may have one token more than the model has positions.
+    """
+    longest = max(len(span.tokens) for span in spans) - 1
     first = min(span.num_context for span in spans) - 1  # logits at position t tell of token t + 1
     input_ids = torch.zeros(len(spans), longest, dtype=torch.long)
     for row, span in enumerate(spans):
-        input_ids[row, : len(span.tokens)] = torch.tensor(span.tokens)
+        input_ids[row, : len(span.tokens) - 1] = torch.tensor(span.tokens[:-1])
     input_ids = input_ids.to(model.device)
     logits_BKV = model(input_ids=input_ids, use_cache=False, logits_to_keep=longest - first).logits
-    scores = []
+    measured = []
     for row, span in enumerate(spans):
         begin, end = span.num_context, len(span.tokens)
-        logprobs_KV = torch.log_softmax(logits_BKV[row, begin - 1 - first : end - 1 - first].float(), dim=-1)
-        targets_K = input_ids[row, begin:end]
-        scores.append([float(value) for value in logprobs_KV.gather(1, targets_K[:, None])[:, 0].tolist()])
-    return scores
+        tokens_K = torch.tensor(span.tokens[begin:], device=logits_BKV.device)
+        measured.append(measure(logits_BKV[row, begin - 1 - first : end - 1 - first], tokens_K))
+    return measured

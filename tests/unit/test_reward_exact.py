@@ -6,19 +6,18 @@ import math
 import random
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM, scoring
-from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.reverse_reward import Candidate, CandidateScore, RewardSettings, rank, reward_of, score_questions
 from megatron_ledom.inference.transformers_engine import TransformersEngine
+from tests.exact_models import LETTERS, letters_lm, random_joint
 from tests.tiny_models import TOKENIZERS, random_model_folder, random_text
 
 NAMES = list(TOKENIZERS)
@@ -147,7 +146,9 @@ def test_a_stock_models_bos_is_given_to_the_forward_model_and_never_scored(tmp_p
 def test_equal_spans_are_computed_once(twins: dict[tuple[str, str], Twin], monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
     plain = scoring._score_batch
-    monkeypatch.setattr(scoring, "_score_batch", lambda model, spans: rows.append(len(spans)) or plain(model, spans))
+    monkeypatch.setattr(
+        scoring, "_score_batch", lambda model, spans, measure: rows.append(len(spans)) or plain(model, spans, measure)
+    )
     engine = TransformersEngine(twins["byte_level", "reverse"].ours, batch_size=2)
     scores = engine.score([("The cat", " sat"), ("The dog", " ran after"), ("The cat", " sat"), ("The cat", " sat")])
     assert sum(rows) == 2
@@ -179,48 +180,9 @@ def test_a_reward_that_needs_more_than_the_scores_hold_is_refused() -> None:
     assert reward_of(score, "x", "éé", RewardSettings(forward_normalization="byte")) == 0.5 * -1 / 4 + 0.5 * -2
 
 
-LETTERS = "abc"
-TEXTS = ["".join(letters) for letters in itertools.product(LETTERS, repeat=4)]
-
-
-class EnumeratedModel:
-    """A causal model whose conditionals are those of a joint distribution over all texts of four letters, summed out exactly.
-
-    order: how a text is read. eod is what stands before a document; it changes nothing that follows.
-    """
-
-    def __init__(self, joint: dict[str, float], reverse: bool) -> None:
-        self.config = SimpleNamespace(vocab_size=len(LETTERS) + 1)
-        self.device = torch.device("cpu")
-        self._joint = {tuple(map(LETTERS.index, text[::-1] if reverse else text)): p for text, p in joint.items()}
-
-    def __call__(self, input_ids: torch.Tensor, use_cache: bool, logits_to_keep: int) -> SimpleNamespace:
-        eod = len(LETTERS)
-        rows = []
-        for row in input_ids.tolist():
-            read = [[token for token in row[: position + 1] if token != eod] for position in range(len(row))]
-            rows.append([[self._log_mass([*prefix, token]) for token in range(eod)] + [-100.0] for prefix in read])
-        return SimpleNamespace(logits=torch.tensor(rows, dtype=torch.float64)[:, -logits_to_keep:])
-
-    def _log_mass(self, prefix: list[int]) -> float:
-        mass = sum(p for text, p in self._joint.items() if text[: len(prefix)] == tuple(prefix))
-        return math.log(mass) if mass else -100.0
-
-
-def letters_lm(kind: type[ForwardLM] | type[ReverseLM], joint: dict[str, float]) -> Any:
-    vocab = {letter: index for index, letter in enumerate(LETTERS)} | {"<EOD>": len(LETTERS)}
-    tokenizer = Tokenizer(models.BPE(vocab, [], unk_token=None))
-    lm = kind.__new__(kind)
-    lm.model, lm.tokenizer = EnumeratedModel(joint, kind is ReverseLM), JointTokenizer(tokenizer)
-    lm.stop_ids, lm.leading_ids = [len(LETTERS)], []
-    return lm
-
-
 def test_ranking_by_true_models_equals_the_closed_form_for_every_lambda() -> None:
     """Questions and answers of two letters. Both conditionals, and P(y), are sums over the 81 texts."""
-    rng = random.Random(5)
-    masses = [rng.expovariate(1.0) for _ in TEXTS]
-    joint = {text: mass / sum(masses) for text, mass in zip(TEXTS, masses, strict=True)}
+    joint = random_joint(seed=5)
     forward = TransformersEngine(letters_lm(ForwardLM, joint))
     reverse = TransformersEngine(letters_lm(ReverseLM, joint), batch_size=64)
     pairs = ["".join(pair) for pair in itertools.product(LETTERS, repeat=2)]
