@@ -22,8 +22,6 @@ TRAINING = (
     "model.params_dtype=fp32",
 )
 """As many tokens as the quickstart trains on; question and answer together must fit the positions that the model is trained with."""
-ITEMS_A_PART = 5
-"""Questions ranked by one command: tools/rerank.py keeps what it has in windows of many more, and these take minutes each."""
 HELD_OUT = 500
 """Pairs that the reverse model is validated on, at most a tenth of all."""
 
@@ -71,24 +69,14 @@ def rank_answers(arguments: argparse.Namespace, reverse: Path) -> None:
     output = arguments.output
     items = read_lines(arguments.items)[: arguments.num_items]
     questions = [{"prompt": PROMPT.format(question=item["question"]), "gold": item["answer"]} for item in items]
-    ranked = output / "answers.jsonl"
-    if not ranked.exists():
-        parts = [rank_part(arguments, reverse, questions, first) for first in range(0, len(questions), ITEMS_A_PART)]
-        write_lines(ranked, [record for part in parts for record in read_lines(part)])
-    run(tool("tools/report_rerank.py", ranked, "--output", output / "report", "--gold-key", "gold"))
-
-
-def rank_part(arguments: argparse.Namespace, reverse: Path, questions: list[dict[str, str]], first: int) -> Path:
-    """Answers to the ITEMS_A_PART questions from `first` on, ranked; the file."""
-    asked = arguments.output / "parts" / f"questions_{first:04d}.jsonl"
-    ranked = asked.with_name(f"answers_{first:04d}.jsonl")
-    if not ranked.exists():
-        write_lines(asked, questions[first : first + ITEMS_A_PART])
+    asked, ranked = output / "questions.jsonl", output / "answers.jsonl"
+    if not ranked.exists():  # what a killed ranking had finished is kept by the tool
+        write_lines(asked, questions)
         names = ["--forward", arguments.forward, "--reverse", reverse, "--input", asked, "--output", ranked]
-        sampling = ["--sample", arguments.num_samples, "--greedy", "--temperature", 0.7, "--top-p", 0.95, "--seed", 1 + first]
+        sampling = ["--sample", arguments.num_samples, "--greedy", "--temperature", 0.7, "--top-p", 0.95, "--seed", 1]
         length = ["--max-new-tokens", arguments.max_new_tokens, "--batch-size", arguments.num_samples]
         run(tool("tools/rerank.py", *names, *sampling, *length))
-    return ranked
+    run(tool("tools/report_rerank.py", ranked, "--output", output / "report", "--gold-key", "gold"))
 
 
 def parse() -> argparse.Namespace:

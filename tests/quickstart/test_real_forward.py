@@ -42,7 +42,6 @@ def test_a_stock_forward_model_is_ranked_and_a_second_start_goes_on(tmp_path: Pa
     assert [len(record["scores"]) for record in records] == [2] * 7
     assert json.loads((output / "report/report.json").read_text())
     (output / "answers.jsonl").unlink()
-    (output / "parts/answers_0005.jsonl").unlink()
     again = start(tmp_path, forward)
     assert again.returncode == 0, again.stderr[-3000:]
     assert (again.stdout.count("pretrain"), again.stdout.count("tools/rerank.py")) == (0, 1)
