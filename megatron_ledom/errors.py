@@ -69,6 +69,16 @@ def cannot_write(error: OSError, path: str) -> LedomError:
     return kind(f"{path} cannot be written ({error.strerror}); check the disk, then run the same command again")
 
 
+def first_cause(error: BaseException) -> BaseException:
+    """The disk's own error: torch meets a second one when it closes the file that could not be written."""
+    context: BaseException | None = error
+    while context is not None:
+        if isinstance(context, OSError):
+            return context
+        context = context.__cause__ or context.__context__
+    return error
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command line's `main` and exit the process with its code, see the top of this file."""
     try:

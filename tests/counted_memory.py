@@ -15,6 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.model import builder
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.model.layer_specs import choose_layers
 from megatron_ledom.parallel import groups
 from megatron_ledom.parallel.seeds import seed_iteration
@@ -72,7 +73,7 @@ def count_chunk(config: RunConfig, found: Any, index: int, wrapped: list[Any], w
     counter = Counter(weights)
     if not found.holds_first_stage(index):
         rows = length // (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
-        received = torch.zeros(rows, batch, model.hidden_size, dtype=builder.DTYPES[model.params_dtype], requires_grad=True)
+        received = torch.zeros(rows, batch, model.hidden_size, dtype=PARAMS_DTYPES[model.params_dtype], requires_grad=True)
         module = wrapped[index].module
         (module.module if model.params_dtype == "bf16" else module).set_input_tensor(received)
         counter.keep(received)

@@ -1,4 +1,4 @@
-"""Large files written at the disk's speed: a file is hashed while it is written, and goes to disk while the next one is written.
+"""Large files written at the disk's speed: what is written of a file is hashed and goes to disk while the rest is made.
 
 hashlib, reads, writes and fsync all let other threads run, so threads are enough.
 """
@@ -14,6 +14,8 @@ SMALL_BYTES = 1 << 20
 """Less is hashed at once: a thread would cost more."""
 MOST_AT_ONCE = 1 << 26
 """The system takes at most 2 GiB in one call."""
+SYNCED_BYTES = 1 << 28
+"""So much more is sent to disk at once. The system by itself lets gigabytes gather first, while the disk has nothing to do."""
 
 
 class HashedFile:
@@ -22,6 +24,8 @@ class HashedFile:
     def __init__(self, path: str, threads: ThreadPoolExecutor) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by a thread)
         self._threads, self._digest, self._size = threads, hashlib.sha256(), 0
+        self._sent = 0
+        self._sending: list[Future[None]] = []
         self._synced: Future[None] | None = None
 
     def write(self, content: Any) -> int:
@@ -43,6 +47,9 @@ class HashedFile:
         while done < len(content):
             done += self._file.write(content[done : done + MOST_AT_ONCE])
         self._size += done
+        if self._size - self._sent >= SYNCED_BYTES and all(sending.done() for sending in self._sending):
+            self._sent = self._size
+            self._sending.append(self._threads.submit(os.fdatasync, self._file.fileno()))
 
     def tell(self) -> int:
         """Bytes written so far."""
@@ -58,6 +65,8 @@ class HashedFile:
 
     def _sync(self) -> None:
         with self._file:
+            for sending in self._sending:
+                sending.result()  # the system reports an error once only
             os.fsync(self._file.fileno())
 
     def sums(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import megatron_ledom
-from megatron_ledom.checkpoint.checksums import FileSums
+from megatron_ledom.checkpoint.checksums import FileSums, refuse_damaged, size_faults
 from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.load import config_from_dict, to_dict
 from megatron_ledom.config.schema import ModelConfig, RunConfig
@@ -122,6 +122,15 @@ def load_manifest(folder: str) -> CheckpointManifest:
     if missing:
         raise DataError(f"{path} lacks {', '.join(missing)}; the checkpoint is damaged, use an earlier one")
     return CheckpointManifest(provenance=provenance, **{name: values[name] for name in names})
+
+
+def check_sizes(checkpoint: str) -> CheckpointManifest:
+    """The manifest of a checkpoint whose files are all there in full length. Raises DataError that names those which are not."""
+    manifest = load_manifest(checkpoint)
+    if not manifest.files:
+        log.warning("%s was written before checkpoints had checksums: its files cannot be checked", checkpoint)
+    refuse_damaged(checkpoint, size_faults(checkpoint, manifest.files))
+    return manifest
 
 
 def _read_json(folder: str, path: str) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from megatron_ledom.checkpoint.checksums import content_faults, refuse_damaged, size_faults
+from megatron_ledom.checkpoint.checksums import content_faults, refuse_damaged
 from megatron_ledom.checkpoint.folder import LATEST, latest_checkpoint
-from megatron_ledom.checkpoint.manifest import CheckpointManifest, load_manifest
+from megatron_ledom.checkpoint.manifest import CheckpointManifest, check_sizes, load_manifest
 from megatron_ledom.checkpoint.writing import CheckpointWriter
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, TransientError, may_pass
@@ -123,15 +123,6 @@ def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any]) ->
     state = _read(checkpoint, wanted)
     for key, chunk in zip(_model_keys(model), model, strict=True):
         unwrapped(chunk).load_state_dict(state[key] | dict.fromkeys(extra[key]))
-
-
-def check_sizes(checkpoint: str) -> CheckpointManifest:
-    """The manifest of a checkpoint whose files are all there in full length. Raises DataError that names those which are not."""
-    manifest = load_manifest(checkpoint)
-    if not manifest.files:
-        log.warning("%s was written before checkpoints had checksums: its files cannot be checked", checkpoint)
-    refuse_damaged(checkpoint, size_faults(checkpoint, manifest.files))
-    return manifest
 
 
 def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]:

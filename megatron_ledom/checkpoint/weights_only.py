@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import DEFAULT_SUFFIX, FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
@@ -30,10 +29,11 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from megatron_ledom.checkpoint.checksums import checksum
+from megatron_ledom.checkpoint.common_files import COMMON_FILES, save_backends
 from megatron_ledom.checkpoint.folder import fsync_path
 from megatron_ledom.checkpoint.hashed_file import HashedFile, read_ahead
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
-from megatron_ledom.checkpoint.writing import COMMON_FILES, first_cause
+from megatron_ledom.errors import first_cause
 
 Thing = TypeVar("Thing")
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -131,7 +131,7 @@ def save_weights(
         files = {name: file.sums() for name, file in file_system.files.items()}
     writer.finish(Metadata(_entries(pieces, dtype, num_layers)), results)
     torch.save({"content_metadata": CONTENT}, os.path.join(folder, "common.pt"))
-    save_config(CheckpointingConfig("torch_dist", 1), folder)
+    save_backends(folder)
     for name in COMMON_FILES:
         fsync_path(os.path.join(folder, name))
     files |= {name: checksum(os.path.join(folder, name)) for name in COMMON_FILES}

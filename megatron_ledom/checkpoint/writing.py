@@ -20,13 +20,13 @@ from typing import Any
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.strategies.async_utils import AsyncCallsQueue, AsyncRequest
 from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSystemWriterAsync
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_ledom.checkpoint.checksums import FileSums, checksum
+from megatron_ledom.checkpoint.common_files import BACKENDS, COMMON_FILES, save_backends
 from megatron_ledom.checkpoint.folder import (
     PART,
     checkpoint_name,
@@ -38,14 +38,11 @@ from megatron_ledom.checkpoint.folder import (
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
 from megatron_ledom.checkpoint.retention import retire, sweep
 from megatron_ledom.config.schema import CheckpointConfig
-from megatron_ledom.errors import DataError, LedomError, TransientError, cannot_write
+from megatron_ledom.errors import DataError, LedomError, TransientError, cannot_write, first_cause
 from megatron_ledom.platform.processes import die_with_the_parent, leave_signals_to_the_parent
 from megatron_ledom.platform.save_results import SaveResults
 
 log = logging.getLogger(__name__)
-
-COMMON_FILES = ("common.pt", "metadata.json", ".metadata")
-"""What the first rank writes besides its share."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +234,8 @@ def _complete(pending: _Pending, shares: list[Share]) -> None:
     """What says which tensor is where, and the manifest; all of it on disk."""
     part = pending.part
     pending.storage.finish(pending.metadata, [share.results for share in shares])
-    save_config(CheckpointingConfig("torch_dist", 1), part)
-    fsync_path(os.path.join(part, "metadata.json"))
+    save_backends(part)
+    fsync_path(os.path.join(part, BACKENDS))
     files = {name: sums for share in shares for name, sums in share.files.items()}
     files |= {name: checksum(os.path.join(part, name)) for name in COMMON_FILES}
     save_manifest(replace(pending.manifest, files=dict(sorted(files.items()))), part)
@@ -288,13 +285,3 @@ def _write_file(bucket: Any, transforms: list[Any]) -> list[Any]:
         raise first_cause(outcome)
     written: list[Any] = outcome
     return written
-
-
-def first_cause(error: BaseException) -> BaseException:
-    """The disk's own error: torch meets a second one when it closes the file that could not be written."""
-    context: BaseException | None = error
-    while context is not None:
-        if isinstance(context, OSError):
-            return context
-        context = context.__cause__ or context.__context__
-    return error

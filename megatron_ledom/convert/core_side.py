@@ -16,14 +16,13 @@ from megatron_ledom.checkpoint.store import EXTRA_STATE, load_weights
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
 from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import ParallelConfig, RunConfig
+from megatron_ledom.convert.hf_folder import BLOCK_ELEMENTS
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.parallel.groups import ParallelGroups, start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.platform.launch import ALONE
 
-BLOCK_ELEMENTS = 1 << 26
-"""Of the embedding or the output layer, held at once while layers are held one at a time."""
 FP32 = torch.float32
 
 

@@ -12,28 +12,23 @@ import torch
 import megatron_ledom
 from megatron_ledom.checkpoint.checksums import checksum
 from megatron_ledom.checkpoint.folder import find_checkpoint
-from megatron_ledom.checkpoint.manifest import MANIFEST, CheckpointManifest
-from megatron_ledom.checkpoint.store import check_sizes
+from megatron_ledom.checkpoint.manifest import MANIFEST, CheckpointManifest, check_sizes
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
 from megatron_ledom.convert.companions import run_tokenizer, write_cards, write_companions, write_config
+from megatron_ledom.convert.gate import Conversion, Gate, How, pass_gate, verification
 from megatron_ledom.convert.hf_config import build_hf_config
 from megatron_ledom.convert.hf_folder import WeightsWriter
 from megatron_ledom.convert.model_card import write_model_card
 from megatron_ledom.convert.new_folder import new_folder
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
-from megatron_ledom.convert.verify import MAX_KL, MAX_LOGIT_DIFFERENCE, MIN_COSINE, Conversion, Gate, How, check_logits
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.model.builder import DTYPES
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
 
 log = logging.getLogger(__name__)
 
 CARD = "export.json"
 SHARD_BYTES = 5 * 10**9
 PACKAGES = ("torch", "megatron-core", "transformers", "safetensors")
-SKIPPED = (
-    "the logits gate is skipped (--no-verify): nobody has compared what the two models compute; shapes, hashes and the"
-    " tokenizer were checked"
-)
 
 
 def export_hf(
@@ -62,11 +57,7 @@ def export_hf(
     with new_folder(save, may_replace) as part:
         write_companions(part, tokenizer, manifest.provenance)
         files = write_hf_weights(checkpoint, Sizes(config.model, manifest.provenance.vocab_size), part, max_shard_size)
-        gate = None
-        if verify is None:
-            log.warning("%s", SKIPPED)
-        else:
-            gate = check_logits(Conversion(checkpoint, manifest, part, hf_config), verify, max_shard_size)
+        gate = pass_gate(Conversion(checkpoint, manifest, part, hf_config), verify, max_shard_size)
         write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=gate is not None)
         write_cards(part, CARD, _card(checkpoint, manifest, files, gate))
         write_config(part, hf_config)
@@ -79,7 +70,7 @@ def write_hf_weights(checkpoint: str, sizes: Sizes, folder: str, max_shard_size:
     weights = list(weights_of(sizes))
     shapes = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
     stored = StoredTensors(checkpoint)
-    dtype = DTYPES[sizes.model.params_dtype]  # exact: the checkpoint's own type
+    dtype = PARAMS_DTYPES[sizes.model.params_dtype]  # exact: the checkpoint's own type
     return WeightsWriter(folder, shapes, dtype, max_shard_size).write(_converted(stored, weights, dtype))
 
 
@@ -103,21 +94,6 @@ def _check_target(save: str, checkpoint: str, overwrite: bool) -> None:
         raise UsageError(
             f"{save} is no earlier export (it has no {CARD}), so --overwrite does not remove it; name another folder"
         )
-
-
-def verification(gate: Gate | None) -> dict[str, Any] | None:
-    """A gate's figures and limits for a card; None when it was skipped."""
-    if gate is None:
-        return None
-    limits = {"largest_logit_difference": MAX_LOGIT_DIFFERENCE, "mean_cosine": MIN_COSINE, "mean_kl_nats": MAX_KL}
-    return {
-        "how": gate.how,
-        "positions": gate.positions,
-        "largest_logit_difference": gate.largest_logit_difference,
-        "bf16": gate.bf16,
-        "seconds": gate.seconds,
-        "limits": limits,
-    }
 
 
 def versions() -> dict[str, str]:

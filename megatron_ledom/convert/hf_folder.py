@@ -24,6 +24,9 @@ from megatron_ledom.errors import DataError, UsageError
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING = "model.embed_tokens.weight"
+BLOCK_ELEMENTS = 1 << 26
+"""Of a matrix over the vocabulary, held at once where it is not held whole."""
 PICKLED = "pytorch_model.bin"
 
 

@@ -22,18 +22,16 @@ from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import config_from_dict
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.convert.companions import CONFIG, TOKENIZER, write_cards
-from megatron_ledom.convert.core_side import BLOCK_ELEMENTS
-from megatron_ledom.convert.export_hf import SHARD_BYTES, SKIPPED, verification, versions
+from megatron_ledom.convert.export_hf import SHARD_BYTES, versions
+from megatron_ledom.convert.gate import Conversion, Gate, How, pass_gate, verification
 from megatron_ledom.convert.hf_config import load_hf_config, read_model
-from megatron_ledom.convert.hf_folder import DTYPE_NAMES, WeightsReader, write_synced
+from megatron_ledom.convert.hf_folder import BLOCK_ELEMENTS, DTYPE_NAMES, EMBEDDING, WeightsReader, write_synced
 from megatron_ledom.convert.new_folder import new_folder
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
-from megatron_ledom.convert.stock_side import EMBEDDING
-from megatron_ledom.convert.verify import Conversion, Gate, How, check_logits
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError
-from megatron_ledom.model.builder import DTYPES
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +73,7 @@ def import_hf(
         checkpoint = os.path.join(part, os.path.relpath(checkpoint_folder(config), save), checkpoint_name(0))
         os.makedirs(checkpoint)
         manifest = _write_checkpoint(checkpoint, config, loaded, reader, weights, max_shard_size)
-        gate = None
-        if verify is None:
-            log.warning("%s", SKIPPED)
-        else:
-            gate = check_logits(Conversion(checkpoint, manifest, load, hf_config), verify, max_shard_size)
+        gate = pass_gate(Conversion(checkpoint, manifest, load, hf_config), verify, max_shard_size)
         loaded.save(os.path.join(part, TOKENIZER))
         write_synced(os.path.join(part, MODEL_YAML), _model_yaml(config, loaded).encode())
         sums = {name: found.result()["sha256"] for name, found in sources.items()}
@@ -169,7 +163,7 @@ def _rows_fit(name: str, rows: int, expected: int) -> bool:
 def _write_checkpoint(
     folder: str, config: RunConfig, tokenizer: Tokenizer, reader: WeightsReader, weights: list[Weight], max_file_size: int
 ) -> CheckpointManifest:
-    dtype = DTYPES[config.model.params_dtype]
+    dtype = PARAMS_DTYPES[config.model.params_dtype]
     by_piece = {(weight.core, weight.layer): weight for weight in weights}
 
     def read(piece: Piece) -> torch.Tensor:

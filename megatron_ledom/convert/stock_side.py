@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from megatron_ledom.convert.core_side import BLOCK_ELEMENTS
-from megatron_ledom.convert.hf_folder import WeightsReader
+from megatron_ledom.convert.hf_folder import BLOCK_ELEMENTS, EMBEDDING, WeightsReader
 from megatron_ledom.errors import VerificationError
 
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+HEAD, FINAL_NORM = "lm_head.weight", "model.norm.weight"
 
 
 class StockSide:

@@ -8,58 +8,20 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from transformers import PreTrainedConfig
 
-from megatron_ledom.checkpoint.manifest import CheckpointManifest
 from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.convert.core_side import CoreSide, core_side
 from megatron_ledom.convert.diagnosis import explain, walk
+from megatron_ledom.convert.gate import MAX_KL, MAX_LOGIT_DIFFERENCE, MIN_COSINE, Conversion, Gate, How
 from megatron_ledom.convert.stock_side import StockSide
 from megatron_ledom.errors import VerificationError
 from megatron_ledom.model.arithmetic import count_parameters
-from megatron_ledom.model.builder import DTYPES
 
 log = logging.getLogger(__name__)
 
-MAX_LOGIT_DIFFERENCE = 1e-4
-"""fp32, absolute."""
-MIN_COSINE, MAX_KL = 0.999, 0.01
-"""bf16: least mean cosine of the logits of a position, largest mean divergence in nats."""
 ROWS, SEED, LENGTH = 4, 20250701, 128
-How = Literal["auto", "whole", "layers"]
-
-
-@dataclass(frozen=True, slots=True)
-class Gate:
-    """What a passed gate has seen."""
-
-    how: str
-    positions: int
-    largest_logit_difference: float
-    """fp32, absolute; at most MAX_LOGIT_DIFFERENCE."""
-    bf16: dict[str, float] | None
-    """Mean cosine, mean KL divergence in nats and share of equal argmax; None for fp32 weights."""
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Conversion:
-    """Both sides of a conversion, in either direction."""
-
-    checkpoint: str
-    manifest: CheckpointManifest
-    folder: str
-    """With the Hugging Face weights; a config.json need not be there."""
-    hf_config: PreTrainedConfig
-
-    @property
-    def stored(self) -> torch.dtype:
-        """Type of the checkpoint's weights."""
-        return DTYPES[self.manifest.run_config(self.checkpoint).model.params_dtype]
 
 
 def check_logits(pair: Conversion, how: How, whole_below: int) -> Gate:

@@ -11,13 +11,12 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_ledom.config.derived import head_dim, padded_vocab_size, query_groups
 from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.model.initialization import initialize_weights, leave_unset
-from megatron_ledom.model.layer_specs import PARAMS_DTYPES, LayerChoice, build_layer_spec, start_user_buffers
+from megatron_ledom.model.layer_specs import LayerChoice, build_layer_spec, start_user_buffers
 from megatron_ledom.model.rotary import rotary_frequencies, softmax_scale
 from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.parallel.groups import ParallelGroups
-
-DTYPES = PARAMS_DTYPES
 
 
 class LanguageModel(GPTModel):  # type: ignore[misc]
@@ -47,7 +46,7 @@ def checkpoint_metadata(groups: ParallelGroups) -> dict[str, Any]:
 def build_core_config(config: RunConfig) -> TransformerConfig:
     """megatron-core's transformer config of a run."""
     model, parallel = config.model, config.parallel
-    dtype = DTYPES[model.params_dtype]
+    dtype = PARAMS_DTYPES[model.params_dtype]
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
     return TransformerConfig(
         num_layers=model.num_layers,

@@ -15,14 +15,13 @@ from megatron_ledom.config.derived import head_dim
 from megatron_ledom.config.gpu_checks import FP8_NEEDS
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.model.fused_layer import FusedTransformerLayer
 from megatron_ledom.ops.core_attention import SDPACoreAttention, UnfusedCoreAttention
 from megatron_ledom.ops.library import DTYPES, backend
 from megatron_ledom.ops.rms_norm import FusedRMSNorm, TorchRMSNorm
 from megatron_ledom.ops.rope import FusedSelfAttention
 from megatron_ledom.ops.swiglu import FusedSwiGLU
-
-PARAMS_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)

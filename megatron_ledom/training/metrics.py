@@ -16,7 +16,7 @@ from megatron_ledom.config.load import to_dict
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
 from megatron_ledom.model.arithmetic import flops_per_token, model_flops_utilisation
-from megatron_ledom.model.builder import DTYPES
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.platform.device import Platform, peak_flops
 from megatron_ledom.training.history import drop_after
 
@@ -33,7 +33,7 @@ class Throughput:
 
     def __init__(self, config: RunConfig, vocab_size: int, platform: Platform, world_size: int) -> None:
         if config.logging.peak_tflops is None:
-            peak, source = peak_flops(platform, DTYPES[config.model.params_dtype])
+            peak, source = peak_flops(platform, PARAMS_DTYPES[config.model.params_dtype])
         else:
             peak, source = config.logging.peak_tflops * 1e12, "logging.peak_tflops"
         padded = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)

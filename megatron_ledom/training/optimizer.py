@@ -9,7 +9,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_ledom.config.derived import lr_decay_iters
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.model.builder import DTYPES
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.ops.fused_adam import use_fused_adam
 from megatron_ledom.parallel.groups import ParallelGroups
 
@@ -30,7 +30,7 @@ def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups)
         adam_eps=settings.adam_eps,
         clip_grad=settings.clip_grad,
         bf16=config.model.params_dtype == "bf16",
-        params_dtype=DTYPES[config.model.params_dtype],
+        params_dtype=PARAMS_DTYPES[config.model.params_dtype],
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(optimizer_config, model, use_gloo_process_groups=False, pg_collection=groups.collection)

@@ -11,9 +11,10 @@ from megatron_ledom.checkpoint.manifest import (
     changes_since,
     check_fits,
     check_same_samples,
+    check_sizes,
     planned_samples,
 )
-from megatron_ledom.checkpoint.store import CheckpointStore, check_sizes
+from megatron_ledom.checkpoint.store import CheckpointStore
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.dataset import BlendSamples, build_held_out_datasets, build_train_dataset, index_cache

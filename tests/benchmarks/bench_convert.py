@@ -8,7 +8,6 @@ own. FOLDER gets about four times the model and is emptied again.
 """
 
 import argparse
-import json
 import os
 import resource
 import shutil
@@ -16,7 +15,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +32,8 @@ STOCK = (
     " A.from_pretrained(source, dtype=torch.bfloat16, local_files_only=True).save_pretrained(target, max_shard_size='2GB')"
 )
 START = "import megatron_ledom.convert.export_hf, megatron_ledom.convert.import_hf"
+Figures = dict[str, list[tuple[float, float]]]
+"""Step -> seconds and peak resident GB of each round."""
 LAYER_ELEMENTS = 2048 * 2048 * 3 + 3 * 2048 * 16384
 
 
@@ -93,29 +93,31 @@ def python(code: str, *paths: Path) -> list[str]:
     return [sys.executable, "-c", SETUP + code, *map(str, paths)]
 
 
-def summary(figures: dict[str, list[tuple[float, float]]]) -> dict[str, dict[str, float | list[float]]]:
-    """Of each step: seconds and times `cp` of the same round, with and without the imports; the median and all rounds."""
+def times_cp(figures: Figures, name: str, less: str | None = None) -> list[float]:
+    """What a step takes, without the step `less` of the same round, in each round as a multiple of that round's `cp`."""
+    starts = [seconds for seconds, _ in figures[less]] if less else [0.0] * len(figures[name])
+    rounds = zip(figures[name], starts, figures["cp"], strict=False)
+    return [(seconds - start) / copied for (seconds, _), start, (copied, _) in rounds]
 
-    def times_cp(name: str, less: Sequence[float]) -> list[float]:
-        copied = [seconds for seconds, _ in figures["cp"]]
-        found = [seconds for seconds, _ in figures[name]]
-        return [round((one - start) / copy, 2) for one, start, copy in zip(found, less, copied, strict=False)]
 
-    starts = [seconds for seconds, _ in figures["start"]]
-    return {
-        name: {
-            "median_seconds": round(statistics.median(seconds for seconds, _ in found), 1),
-            "times_cp": statistics.median(times_cp(name, [0.0] * len(starts))),
-            "times_cp_without_start": statistics.median(times_cp(name, starts if "mcore" in name else [0.0] * len(starts))),
-            "rounds_without_start": times_cp(name, starts if "mcore" in name else [0.0] * len(starts)),
-            "peak_GB": round(max(memory for _, memory in found), 2),
-        }
-        for name, found in figures.items()
-    }
+def table(figures: Figures) -> str:
+    """Markdown: of each step all rounds, the median, as a multiple of `cp` with and without the imports, and the peak."""
+
+    def median(values: list[float]) -> str:
+        rounds = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
+        return f"{statistics.median(values):.2f}{rounds}"
+
+    lines = ["| step | seconds | times cp | without the imports | peak GB |", "|---|---|---|---|---|"]
+    for name, found in figures.items():
+        without = median(times_cp(figures, name, "start")) if "mcore" in name else ""
+        seconds = ", ".join(f"{one:.1f}" for one, _ in found)
+        peak = max(memory for _, memory in found)
+        lines.append(f"| {name} | {seconds} | {median(times_cp(figures, name))} | {without} | {peak:.2f} |")
+    return "\n".join(lines)
 
 
 def main() -> None:
-    """Write the model, convert it both ways, print a line a step and the whole as JSON."""
+    """Write the model, convert it both ways, print a line a step and a table in the end."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=6.0)
@@ -138,7 +140,7 @@ def main() -> None:
             "mcore-to-hf with the gate": (python(EXPORT.format("'auto'"), kept, base / "gated"), base / "gated"),
         }
         measure(python(IMPORT.format(None), hf, kept))
-        figures: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+        figures: Figures = {name: [] for name in steps}
         for number in range(arguments.rounds):
             for name, (command, target) in steps.items():
                 if number and "with the gate" in name:
@@ -148,11 +150,7 @@ def main() -> None:
                     shutil.rmtree(target)
                 figures[name].append((seconds, memory))
                 print(f"{name:<28} {seconds:8.1f} s  {size / seconds:6.3f} GB/s  peak {memory:5.2f} GB", flush=True)
-        print(
-            json.dumps(
-                {"model_GB": round(size, 2), "max_shard_size": SHARD, "load": os.getloadavg(), "steps": summary(figures)}
-            )
-        )
+        print(f"\n{size:.2f} GB, files of {SHARD}, load {os.getloadavg()[0]:.1f}; medians (all rounds)\n\n{table(figures)}")
     finally:
         shutil.rmtree(base, ignore_errors=True)
 

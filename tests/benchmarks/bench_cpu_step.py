@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from megatron_ledom.model.builder import DTYPES
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.ops.rms_norm import rms_norm
 from megatron_ledom.ops.rope import rope
@@ -106,7 +106,7 @@ def timed(step: Callable[[], None]) -> Callable[[], float]:
 def main() -> None:
     """Print a line an operator and a line a step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--dtype", nargs="+", choices=list(PARAMS_DTYPES), default=list(PARAMS_DTYPES))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--step-rounds", type=int, default=5)
     parser.add_argument("--compile", action="store_true", help="torch.compile, too; needs a C++ compiler")
@@ -114,7 +114,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     groups = start_distributed(prepare_platform(None), load("32m", "fp32", 512).parallel)
     for dtype in arguments.dtype:
-        for name, (ours, eager, inputs) in operations(DTYPES[dtype]).items():
+        for name, (ours, eager, inputs) in operations(PARAMS_DTYPES[dtype]).items():
             of_eager, mine = ratio(lambda: seconds_of(ours, inputs), lambda: seconds_of(eager, inputs), arguments.rounds)  # noqa: B023
             line = f"{dtype} {name:14s} {1e6 * mine:7.0f} us   eager / ours {of_eager:5.2f}"
             if arguments.compile:

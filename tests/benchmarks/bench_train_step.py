@@ -23,7 +23,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.convert.hf_config import build_hf_config
 from megatron_ledom.model.arithmetic import flops_per_token
-from megatron_ledom.model.builder import DTYPES
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.parallel.groups import start_distributed
 from megatron_ledom.platform.device import peak_flops, prepare_platform
 from megatron_ledom.provenance import Provenance
@@ -131,7 +131,7 @@ def main() -> None:
     for dtype in arguments.dtype:
 
         def find_peak(dtype: str = dtype) -> float:
-            return peak_flops(platform, DTYPES[dtype])[0]
+            return peak_flops(platform, PARAMS_DTYPES[dtype])[0]
 
         for size in arguments.size:
             for seq_length in arguments.seq_length:

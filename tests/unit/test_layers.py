@@ -240,3 +240,26 @@ def test_help_answers_at_once(command: str) -> None:
     assert report["code"] == 0
     assert not [name for name in HEAVY if name in report["modules"]]
     assert report["seconds"] < 2  # of processor time, so that a busy machine does not matter
+
+
+def imported_at_once(path: Path) -> set[str]:
+    """First names of the other packages that importing one of our files brings in, without what is imported late."""
+    trees, found, seen, waiting = dict(sources()), set[str](), {path}, [path]
+    while waiting:
+        at_top = [node for node in trees[waiting.pop()].body if isinstance(node, ast.Import | ast.ImportFrom)]
+        for _, name in imports(ast.Module(at_top, [])):
+            parts = name.split(".")
+            found.add(parts[0])
+            module, package = "/".join(parts), "/".join(parts[:-1])
+            for file in map(Path, (f"{module}.py", f"{package}.py", f"{package}/__init__.py")):
+                if file in trees and file not in seen:
+                    seen.add(file)
+                    waiting.append(file)
+    return found
+
+
+@pytest.mark.parametrize("file", ["export_hf.py", "import_hf.py"])
+def test_a_conversion_without_the_gate_does_not_wait_for_megatron_core(file: str) -> None:
+    found = imported_at_once(Path("megatron_ledom/convert", file))
+    assert {"torch", "transformers", "safetensors"} <= found
+    assert "megatron" not in found

@@ -1,0 +1,77 @@
+"""What the logits gate compares, what it asks for, what it has seen. It runs in `verify`, which is imported only to run it."""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import PreTrainedConfig
+
+from megatron_ledom.checkpoint.manifest import CheckpointManifest
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
+
+log = logging.getLogger(__name__)
+
+MAX_LOGIT_DIFFERENCE = 1e-4
+"""fp32, absolute."""
+MIN_COSINE, MAX_KL = 0.999, 0.01
+"""bf16: least mean cosine of the logits of a position, largest mean divergence in nats."""
+How = Literal["auto", "whole", "layers"]
+SKIPPED = (
+    "the logits gate is skipped (--no-verify): nobody has compared what the two models compute; shapes, hashes and the"
+    " tokenizer were checked"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What a passed gate has seen."""
+
+    how: str
+    positions: int
+    largest_logit_difference: float
+    """fp32, absolute; at most MAX_LOGIT_DIFFERENCE."""
+    bf16: dict[str, float] | None
+    """Mean cosine, mean KL divergence in nats and share of equal argmax; None for fp32 weights."""
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Both sides of a conversion, in either direction."""
+
+    checkpoint: str
+    manifest: CheckpointManifest
+    folder: str
+    """With the Hugging Face weights; a config.json need not be there."""
+    hf_config: PreTrainedConfig
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Type of the checkpoint's weights."""
+        return PARAMS_DTYPES[self.manifest.run_config(self.checkpoint).model.params_dtype]
+
+
+def pass_gate(pair: Conversion, how: How | None, whole_below: int) -> Gate | None:
+    """Run the gate as `check_logits` does; with `how` None say that it is skipped."""
+    if how is None:
+        log.warning("%s", SKIPPED)
+        return None
+    from megatron_ledom.convert.verify import check_logits  # megatron-core and both models: seconds that only the gate needs
+
+    return check_logits(pair, how, whole_below)
+
+
+def verification(gate: Gate | None) -> dict[str, Any] | None:
+    """A gate's figures and limits for a card; None when it was skipped."""
+    if gate is None:
+        return None
+    limits = {"largest_logit_difference": MAX_LOGIT_DIFFERENCE, "mean_cosine": MIN_COSINE, "mean_kl_nats": MAX_KL}
+    return {
+        "how": gate.how,
+        "positions": gate.positions,
+        "largest_logit_difference": gate.largest_logit_difference,
+        "bf16": gate.bf16,
+        "seconds": gate.seconds,
+        "limits": limits,
+    }
