@@ -15,6 +15,8 @@ UNFORESEEN = 3
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LASTING = (*FULL, errno.EACCES, errno.EPERM)
 """Errors of a file system that a new start meets as well."""
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
+"""What a file system without locks answers."""
 
 
 class LedomError(ValueError):

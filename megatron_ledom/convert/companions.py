@@ -52,11 +52,11 @@ def write_companions(folder: str, tokenizer: str, provenance: Provenance) -> Non
         )
 
 
-def write_config(folder: str, hf_config: PreTrainedConfig) -> None:
-    """config.json, without which no folder loads: call it when all else is written and checked. All of it is on disk then."""
-    for name in os.listdir(folder):
-        fsync_path(os.path.join(folder, name))
-    write_synced(os.path.join(folder, CONFIG), hf_config.to_json_string().encode())
+def write_config(folder: str, name: str, hf_config: PreTrainedConfig) -> None:
+    """What becomes config.json, without which no folder loads: call it when all else is written and checked. All of it is on disk then."""
+    for there in os.listdir(folder):
+        fsync_path(os.path.join(folder, there))
+    write_synced(os.path.join(folder, name), hf_config.to_json_string().encode())
 
 
 def write_cards(folder: str, name: str, card: dict[str, Any]) -> None:

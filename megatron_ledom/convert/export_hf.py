@@ -14,12 +14,12 @@ from megatron_ledom.checkpoint.checksums import checksum
 from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.manifest import MANIFEST, CheckpointManifest, check_sizes
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
-from megatron_ledom.convert.companions import run_tokenizer, write_cards, write_companions, write_config
+from megatron_ledom.convert.companions import CONFIG, run_tokenizer, write_cards, write_companions, write_config
 from megatron_ledom.convert.gate import Conversion, Gate, How, pass_gate, verification
 from megatron_ledom.convert.hf_config import build_hf_config
 from megatron_ledom.convert.hf_folder import WeightsWriter
 from megatron_ledom.convert.model_card import write_model_card
-from megatron_ledom.convert.new_folder import new_folder
+from megatron_ledom.convert.new_folder import PART, new_folder
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
@@ -54,13 +54,13 @@ def export_hf(
     def may_replace() -> None:
         _check_target(save, checkpoint, overwrite)
 
-    with new_folder(save, may_replace) as part:
+    with new_folder(save, CONFIG, may_replace) as part:
         write_companions(part, tokenizer, manifest.provenance)
         files = write_hf_weights(checkpoint, Sizes(config.model, manifest.provenance.vocab_size), part, max_shard_size)
         gate = pass_gate(Conversion(checkpoint, manifest, part, hf_config), verify, max_shard_size)
         write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=gate is not None)
         write_cards(part, CARD, _card(checkpoint, manifest, files, gate))
-        write_config(part, hf_config)
+        write_config(part, CONFIG + PART, hf_config)
     log.info("exported %s to %s as %s", checkpoint, save, hf_config.architectures[0])
     return gate
 

@@ -14,7 +14,7 @@ import yaml
 from transformers import PreTrainedConfig
 
 from megatron_ledom.checkpoint.checksums import checksum
-from megatron_ledom.checkpoint.folder import checkpoint_name, point_latest
+from megatron_ledom.checkpoint.folder import LATEST, checkpoint_name
 from megatron_ledom.checkpoint.manifest import CheckpointManifest
 from megatron_ledom.checkpoint.weights_only import Piece, save_weights
 from megatron_ledom.config.checks import check_config
@@ -26,7 +26,7 @@ from megatron_ledom.convert.export_hf import SHARD_BYTES, versions
 from megatron_ledom.convert.gate import Conversion, Gate, How, pass_gate, verification
 from megatron_ledom.convert.hf_config import load_hf_config, read_model
 from megatron_ledom.convert.hf_folder import BLOCK_ELEMENTS, DTYPE_NAMES, EMBEDDING, WeightsReader, write_synced
-from megatron_ledom.convert.new_folder import new_folder
+from megatron_ledom.convert.new_folder import PART, new_folder
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction
@@ -68,9 +68,11 @@ def import_hf(
     config = _run_config(model, positions, os.path.join(load, CONFIG), save, aim)
     sizes = Sizes(config.model, loaded.vocab_size)
     weights = _check_weights(reader, sizes)
-    with new_folder(save) as part, ThreadPoolExecutor(1) as hashing:
+    checkpoints = os.path.relpath(checkpoint_folder(config), save)
+    latest = os.path.join(checkpoints, LATEST)
+    with new_folder(save, latest) as part, ThreadPoolExecutor(1) as hashing:
         sources = {name: hashing.submit(checksum, os.path.join(load, name)) for name in [CONFIG, *reader.files()]}
-        checkpoint = os.path.join(part, os.path.relpath(checkpoint_folder(config), save), checkpoint_name(0))
+        checkpoint = os.path.join(part, checkpoints, checkpoint_name(0))
         os.makedirs(checkpoint)
         manifest = _write_checkpoint(checkpoint, config, loaded, reader, weights, max_shard_size)
         gate = pass_gate(Conversion(checkpoint, manifest, load, hf_config), verify, max_shard_size)
@@ -78,7 +80,7 @@ def import_hf(
         write_synced(os.path.join(part, MODEL_YAML), _model_yaml(config, loaded).encode())
         sums = {name: found.result()["sha256"] for name, found in sources.items()}
         write_cards(part, CARD, _card(load, hf_config, sums, manifest, gate))
-        point_latest(os.path.dirname(checkpoint), checkpoint_name(0))
+        write_synced(os.path.join(part, latest + PART), f"{checkpoint_name(0)}\n".encode())
     log.info(
         "imported %s to %s, to be trained in the %s direction: --config %s", load, save, aim, os.path.join(save, MODEL_YAML)
     )

@@ -10,8 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_ledom.checkpoint.folder import fsync_path
-from megatron_ledom.data.build_once import NO_LOCKS
-from megatron_ledom.errors import FULL, DataError, UsageError
+from megatron_ledom.errors import FULL, NO_LOCKS, DataError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -19,12 +18,13 @@ PART, OLD, LOCK = ".part", ".old", ".lock"
 
 
 @contextmanager
-def new_folder(save: str, may_replace: Callable[[], None] | None = None) -> Iterator[str]:
+def new_folder(save: str, key: str, may_replace: Callable[[], None] | None = None) -> Iterator[str]:
     """Inside, an empty folder to write into; afterwards it is `save`. Whatever is raised inside leaves nothing behind.
 
-    A killed process leaves `save`.part, which the next one clears. `may_replace`: called when `save` exists already, to raise
-    if it must not be replaced; without it, an existing one is refused. Raises UsageError for a target that cannot be used, or
-    that another process is writing now, DataError when the disk is full.
+    key: path in the folder of the file without which nothing loads it; to be written as `key` + PART, since it gets its name in the
+    moment before the folder gets its own. A killed process leaves `save`.part, which does not load, and which the next one clears.
+    `may_replace`: called when `save` exists already, to raise if it must not be replaced; without it, an existing one is refused.
+    Raises UsageError for a target that cannot be used, or that another process is writing now, DataError when the disk is full.
     """
     _check_target(save, may_replace)
     part = save.rstrip("/") + PART
@@ -35,7 +35,7 @@ def new_folder(save: str, may_replace: Callable[[], None] | None = None) -> Iter
             _clear(part)
             yield part
             fsync_path(part)
-            _put_in_place(part, save)
+            _put_in_place(part, save, key)
         except BaseException as error:
             shutil.rmtree(part, ignore_errors=True)
             for folder in made:
@@ -111,13 +111,15 @@ def _make_folder(folder: str) -> list[Path]:
     return made
 
 
-def _put_in_place(new: str, folder: str) -> None:
-    """Put `new` where `folder` is; the old content is moved aside first and removed last."""
+def _put_in_place(new: str, folder: str, key: str) -> None:
+    """Put `new`, complete with its key, where `folder` is; the old content is moved aside first and removed last."""
     old = folder.rstrip("/") + OLD
     shutil.rmtree(old, ignore_errors=True)
     if os.path.exists(folder):
         os.rename(folder, old)
+    os.rename(os.path.join(new, key + PART), os.path.join(new, key))
     os.rename(new, folder)
+    fsync_path(os.path.dirname(os.path.join(folder, key)))
     os.unlink(os.path.join(folder, LOCK))  # not before, or another process could take the folder
     fsync_path(os.path.dirname(os.path.abspath(folder)))
     shutil.rmtree(old, ignore_errors=True)

@@ -5,7 +5,6 @@ whether the files are there. Nothing but wasted work comes of a file system whos
 finished files appear whole, by a rename.
 """
 
-import errno
 import fcntl
 import logging
 import os
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import NO_LOCKS, DataError, UsageError
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +24,6 @@ POLL_SECONDS = 0.1
 REPORT_SECONDS = 15.0
 PATIENCE_SECONDS = 120.0
 """How long those that do not build wait while nobody does."""
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def node() -> str:

@@ -15,10 +15,10 @@ from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import save_config
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.data.build_once import NO_LOCKS, node
+from megatron_ledom.data.build_once import node
 from megatron_ledom.data.sources import RUN_TOKENIZER
 from megatron_ledom.data.tokenizer import Tokenizer
-from megatron_ledom.errors import ConfigError, UsageError
+from megatron_ledom.errors import NO_LOCKS, ConfigError, UsageError
 
 log = logging.getLogger(__name__)
 

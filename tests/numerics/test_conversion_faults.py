@@ -178,11 +178,11 @@ def test_two_conversions_into_one_folder_do_not_meet(source: Path, run: Path, tm
         else:
             import_hf(str(source), str(target), direction=Direction.REVERSE, verify=None)
 
-    with new_folder(str(target)) as part:
-        (Path(part) / "written").touch()
+    with new_folder(str(target), "written") as part:
+        (Path(part) / "written.part").touch()
         with pytest.raises(UsageError, match="is being written by another conversion now"):
             convert()
-        assert (Path(part) / "written").exists()
+        assert [path.name for path in Path(part).glob("written*")] == ["written.part"]
     assert [path.name for path in target.iterdir()] == ["written"]
     shutil.rmtree(target)
     (tmp_path / "target.part/checkpoints").mkdir(parents=True)
