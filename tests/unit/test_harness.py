@@ -379,6 +379,8 @@ def test_what_makes_no_sense_is_refused(folders: dict[str, Path], tmp_path: Path
         LedomLM(folders["reverse"], way="choice")
     with pytest.raises(UsageError, match="max_length=513 must be between 2 and the 512 positions"):
         LedomLM(folders["reverse"], max_length=513)
+    with pytest.raises(UsageError, match="dtype='half precision' is none of torch"):
+        LedomLM(folders["reverse"], dtype="half precision")
     for way in ("context_given_choice", "prior_removed"):
         with pytest.raises(UsageError, match=f"tiny: way={way} .*no context; use way=joint"):
             answers(LedomLM(folders["reverse"], way=way), [("", "a"), ("", "b")])
@@ -386,6 +388,15 @@ def test_what_makes_no_sense_is_refused(folders: dict[str, Path], tmp_path: Path
         simple_evaluate(model=LedomLM(folders["reverse"]), tasks=["x"], use_cache=str(tmp_path / "cache"))
     with pytest.raises(UsageError, match="names no task and document"):
         LedomLM(folders["reverse"]).loglikelihood([Instance("loglikelihood", {}, ("a", " b"), 0)])
+
+
+def test_without_cuda_the_harness_gets_the_cpu_with_a_word(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its command line asks for CUDA wherever the user names no device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert LedomLM(folders["reverse"], device="cuda:0").device.type == "cpu"
+    assert "not on cuda:0" in caplog.text
 
 
 def test_answers_of_a_forward_model_are_kept_by_the_harness(
