@@ -227,7 +227,9 @@ def test_the_start_symbol_is_eod_behind_the_end_of_the_text(folders: dict[str, P
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_truncation_drops_the_same_beginning_of_all_choices(way: str, folders: dict[str, Path]) -> None:
+def test_truncation_drops_the_same_beginning_of_all_choices(
+    way: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     """What is left has the log-likelihood that it has at the end of the whole text, which a longer model gives."""
     folder, context = folders["reverse"], 2 * EXEMPLAR + QUERY
     tokenizer, choices = stock(folder)[1], [(context, choice) for choice in CHOICES]
@@ -249,6 +251,7 @@ def test_truncation_drops_the_same_beginning_of_all_choices(way: str, folders: d
         if way == "prior_removed":
             scores[-1] = sum(read) - sum(read_from_the_end(folder, choice[1:]))
     assert answers(LedomLM(folder, way=way, max_length=60), choices) == pytest.approx(shares(scores), abs=1e-3)
+    assert f"tiny, document 0: {len(context) - len(kept)} characters are left out, as 59 tokens fit" in caplog.text
 
 
 @cache
@@ -383,7 +386,7 @@ def test_what_makes_no_sense_is_refused(folders: dict[str, Path], tmp_path: Path
         LedomLM(folders["reverse"], dtype="half precision")
     for way in ("context_given_choice", "prior_removed"):
         with pytest.raises(UsageError, match=f"tiny: way={way} .*no context; use way=joint"):
-            answers(LedomLM(folders["reverse"], way=way), [("", "a"), ("", "b")])
+            answers(LedomLM(folders["reverse"], way=way), [(" ", "a"), (" ", "b")])
     with pytest.raises(UsageError, match="leave out --use_cache"):
         simple_evaluate(model=LedomLM(folders["reverse"]), tasks=["x"], use_cache=str(tmp_path / "cache"))
     with pytest.raises(UsageError, match="names no task and document"):
