@@ -24,9 +24,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.harness import __main__ as command
+from megatron_ledom.evaluation.harness import model as harness_model
 from megatron_ledom.evaluation.harness.model import LedomLM
 from megatron_ledom.evaluation.harness.reverse_choices import WAYS, asked_of_choices
 from megatron_ledom.inference import ForwardLM, ReverseLM
+from megatron_ledom.inference.scoring import Span, measure_spans
 from tests.exact_models import LETTERS, TEXTS, letters_lm, random_joint
 from tests.harness_tasks import QUESTIONS, TASKS, write_tasks
 from tests.tiny_models import EOD_TOKEN, chain_model, random_model_folder, save_model_folder, sentencepiece_like_json
@@ -405,8 +407,22 @@ def test_without_cuda_the_harness_gets_the_cpu_with_a_word(
 def test_answers_of_a_forward_model_are_kept_by_the_harness(
     folders: dict[str, Path], tasks: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those of finished windows also when it is killed; 24 requests, of which the first ten are not asked again."""
+    asked: list[int] = []
+
+    def measure(*model: Any, spans: list[Span], **options: Any) -> Any:
+        asked.append(len(spans))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return measure_spans(*model, spans=spans, **options)
+
+    monkeypatch.setattr(harness_model, "WINDOW_REQUESTS", 10)
+    monkeypatch.setattr(harness_model, "measure_spans", measure)
     arguments = {"tasks": ["tiny_choices", "tiny_answers"], "task_manager": tasks, "use_cache": str(tmp_path / "cache")}
+    with pytest.raises(KeyboardInterrupt):
+        simple_evaluate(model=LedomLM(folders["byte_level"]), bootstrap_iters=0, **arguments)
     first = simple_evaluate(model=LedomLM(folders["byte_level"]), bootstrap_iters=0, **arguments)
+    assert asked == [10, 10, 10, 4]
     model = LedomLM(folders["byte_level"])
     for name in ("loglikelihood", "generate_until"):
         monkeypatch.setattr(model, name, None)
