@@ -24,9 +24,11 @@ from transformers import AutoModelForCausalLM
 
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.harness import __main__ as command
+from megatron_ledom.evaluation.harness import model as harness_model
 from megatron_ledom.evaluation.harness.model import LedomLM
 from megatron_ledom.evaluation.harness.reverse_choices import WAYS, asked_of_choices
 from megatron_ledom.inference import ForwardLM, ReverseLM
+from megatron_ledom.inference.scoring import Span, measure_spans
 from tests.exact_models import LETTERS, TEXTS, letters_lm, random_joint
 from tests.harness_tasks import QUESTIONS, TASKS, write_tasks
 from tests.tiny_models import EOD_TOKEN, chain_model, random_model_folder, save_model_folder, sentencepiece_like_json
@@ -227,7 +229,9 @@ def test_the_start_symbol_is_eod_behind_the_end_of_the_text(folders: dict[str, P
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_truncation_drops_the_same_beginning_of_all_choices(way: str, folders: dict[str, Path]) -> None:
+def test_truncation_drops_the_same_beginning_of_all_choices(
+    way: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
+) -> None:
     """What is left has the log-likelihood that it has at the end of the whole text, which a longer model gives."""
     folder, context = folders["reverse"], 2 * EXEMPLAR + QUERY
     tokenizer, choices = stock(folder)[1], [(context, choice) for choice in CHOICES]
@@ -249,6 +253,7 @@ def test_truncation_drops_the_same_beginning_of_all_choices(way: str, folders: d
         if way == "prior_removed":
             scores[-1] = sum(read) - sum(read_from_the_end(folder, choice[1:]))
     assert answers(LedomLM(folder, way=way, max_length=60), choices) == pytest.approx(shares(scores), abs=1e-3)
+    assert f"tiny, document 0: {len(context) - len(kept)} characters are left out, as 59 tokens fit" in caplog.text
 
 
 @cache
@@ -379,20 +384,45 @@ def test_what_makes_no_sense_is_refused(folders: dict[str, Path], tmp_path: Path
         LedomLM(folders["reverse"], way="choice")
     with pytest.raises(UsageError, match="max_length=513 must be between 2 and the 512 positions"):
         LedomLM(folders["reverse"], max_length=513)
+    with pytest.raises(UsageError, match="dtype='half precision' is none of torch"):
+        LedomLM(folders["reverse"], dtype="half precision")
     for way in ("context_given_choice", "prior_removed"):
         with pytest.raises(UsageError, match=f"tiny: way={way} .*no context; use way=joint"):
-            answers(LedomLM(folders["reverse"], way=way), [("", "a"), ("", "b")])
+            answers(LedomLM(folders["reverse"], way=way), [(" ", "a"), (" ", "b")])
     with pytest.raises(UsageError, match="leave out --use_cache"):
         simple_evaluate(model=LedomLM(folders["reverse"]), tasks=["x"], use_cache=str(tmp_path / "cache"))
     with pytest.raises(UsageError, match="names no task and document"):
         LedomLM(folders["reverse"]).loglikelihood([Instance("loglikelihood", {}, ("a", " b"), 0)])
 
 
+def test_without_cuda_the_harness_gets_the_cpu_with_a_word(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its command line asks for CUDA wherever the user names no device."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert LedomLM(folders["reverse"], device="cuda:0").device.type == "cpu"
+    assert "not on cuda:0" in caplog.text
+
+
 def test_answers_of_a_forward_model_are_kept_by_the_harness(
     folders: dict[str, Path], tasks: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Those of finished windows also when it is killed; 24 requests, of which the first ten are not asked again."""
+    asked: list[int] = []
+
+    def measure(*model: Any, spans: list[Span], **options: Any) -> Any:
+        asked.append(len(spans))
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return measure_spans(*model, spans=spans, **options)
+
+    monkeypatch.setattr(harness_model, "WINDOW_REQUESTS", 10)
+    monkeypatch.setattr(harness_model, "measure_spans", measure)
     arguments = {"tasks": ["tiny_choices", "tiny_answers"], "task_manager": tasks, "use_cache": str(tmp_path / "cache")}
+    with pytest.raises(KeyboardInterrupt):
+        simple_evaluate(model=LedomLM(folders["byte_level"]), bootstrap_iters=0, **arguments)
     first = simple_evaluate(model=LedomLM(folders["byte_level"]), bootstrap_iters=0, **arguments)
+    assert asked == [10, 10, 10, 4]
     model = LedomLM(folders["byte_level"])
     for name in ("loglikelihood", "generate_until"):
         monkeypatch.setattr(model, name, None)

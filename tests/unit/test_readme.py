@@ -64,7 +64,7 @@ RUN_BY_TESTS = {
     "python tools/evaluate.py --model quickstart/models/reverse --tasks gsm8k,hellaswag --data evaluation_sets --limit 200"
     " --num-fewshot 4 --output evaluated": "tests/unit/test_evaluate_tool.py",
     "python -m megatron_ledom.evaluation.harness --model_args pretrained=quickstart/models/reverse,way=joint --tasks my_choices"
-    " --include_path my_tasks": "tests/unit/test_harness.py",
+    " --include_path my_tasks --batch_size 16": "tests/unit/test_harness.py",
 }
 
 

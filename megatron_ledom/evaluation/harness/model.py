@@ -78,8 +78,7 @@ class LedomLM(LM):  # type: ignore[misc]
         if isinstance(pretrained, str | Path):
             folder = Path(pretrained)
             found = direction_of(folder, direction)
-            chosen = None if dtype in (None, "auto") else getattr(torch, str(dtype))
-            loading = {"eod_id": eod_id, "device": _device(device), "dtype": chosen}
+            loading = {"eod_id": eod_id, "device": _device(device), "dtype": _dtype(dtype)}
             self._lm = load_language_model(folder, found, direction, **loading)
             self._start = _start_id(folder, self._lm)
         else:
@@ -249,6 +248,14 @@ def _device(asked: str | None) -> str | None:
         logger.warning("no CUDA here: the model runs on the CPU, not on %s", asked)
         return "cpu"
     return asked
+
+
+def _dtype(asked: str | None) -> torch.dtype | None:
+    """Of torch, by its name; None lets the loader choose."""
+    chosen = None if asked in (None, "auto") else getattr(torch, str(asked), asked)
+    if chosen is not None and not isinstance(chosen, torch.dtype):
+        raise UsageError(f"dtype={asked!r} is none of torch; it can be auto, float32, bfloat16 or float16")
+    return chosen
 
 
 def _start_id(folder: Path, language_model: ForwardLM | ReverseLM) -> int:

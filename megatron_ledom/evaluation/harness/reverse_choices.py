@@ -3,6 +3,7 @@
 The harness's requests name their task and document, so its choices are found again among the requests of all tasks.
 """
 
+import logging
 import math
 import os
 import re
@@ -16,6 +17,7 @@ from megatron_ledom.evaluation.choices import Asked, Pair
 from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.scoring import SpanScore
 
+logger = logging.getLogger(__name__)
 WAYS = ("joint", "context_given_choice", "prior_removed")
 """Names and meanings of `evaluation.choices`."""
 WORD_BEGINS = re.compile(r"\s+(?=\S)")
@@ -35,7 +37,7 @@ def document_of(request: Any) -> Document:
         raise UsageError(
             "a request names no task and document, so it is not known which choices belong together; set its metadata"
         )
-    return request.task_name, request.doc_id, bool(request.args[0])
+    return request.task_name, request.doc_id, bool(request.args[0].strip())
 
 
 def choices_of_documents(requests: Sequence[Any]) -> dict[Document, list[Pair]]:
@@ -95,6 +97,8 @@ def fitting(choices: Sequence[Pair], tokenizer: JointTokenizer, room: int, docum
                 f"{document[0]}, document {document[1]}: its choices take more than {room} tokens without any context they share,"
                 " and of texts that begin differently likelihoods cannot be compared; leave it out (--limit, --samples)"
             )
+    if dropped:
+        logger.warning("%s, document %d: %d characters are left out, as %d tokens fit", *document[:2], dropped, room)
     return [(context[dropped:], continuation) for context, continuation in split]
 
 
