@@ -10,8 +10,9 @@ reverse, which reads the demonstrations first as they stand behind the query
     joint                   log P_R(q c | demonstrations): ranks choices as P(c | q) does, since P(q) is the same for all of them
     context_given_choice    log P_R(q | c, demonstrations): the prior of the choice plays no part
     prior_removed           joint minus log P_R(premise c | demonstrations): what the context adds to a choice with its label
-    choice_given_context    log P_R(c | q, demonstrations) with the choice at the front, as `prompts` mirrors a task; not for
-                            running text, which nobody writes with its end at the front
+    choice_given_context    log P_R(c | q, demonstrations) with the choice at the front, as `prompts` mirrors a task or in a wording
+                            of the task's own (`reverse_template`); not for other running text, which nobody writes with its
+                            end at the front
 
 If the field with the choices is followed by others (WinoGrande's gap), a forward model scores what follows the choice, as is
 usual, and a reverse model what precedes it. Boundaries: the text is tokenised as one; a token that reaches over a cut belongs to
@@ -35,7 +36,7 @@ from megatron_ledom.inference.scoring import SpanScore
 
 NORMALIZATIONS = ("raw", "token", "byte")
 MAIN_WAY = {Direction.FORWARD: "choice_given_context", Direction.REVERSE: "joint"}
-"""The way whose accuracy is a task's main figure: of either direction the one that ranks by P(choice | context)."""
+"""The way whose accuracy is a task's main figure, unless the task names one: the one that ranks by P(choice | context)."""
 Pair = tuple[str, str]
 
 
@@ -113,8 +114,9 @@ def _reverse(task: Task, values: Values, shots: Sequence[Values]) -> dict[str, A
         "context_given_choice": Asked((context, rest + edge + after)),
         "prior_removed": Asked(joint, (_with_premise(task, values) + edge, after)),
     }
-    if template.is_read_back:
-        ways["choice_given_context"] = Asked(template.render(Direction.REVERSE, values, shots).parts())
+    mirrored = task.template_for(Direction.REVERSE)
+    if mirrored.is_read_back or mirrored is not template:
+        ways["choice_given_context"] = Asked(mirrored.render(Direction.REVERSE, values, shots).parts())
     return ways
 
 

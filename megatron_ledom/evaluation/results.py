@@ -62,7 +62,7 @@ def share(are_right: Sequence[bool]) -> Metric:
 def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record]) -> TaskResult:
     """The figures of a task from what was found of its items, all of them; the main one for each group of items, too."""
     is_choice = task.task.kind is Kind.CHOICE
-    main = f"{MAIN_WAY[direction]}/{task.task.normalization}" if is_choice else "accuracy"
+    main = f"{task.task.main_way or MAIN_WAY[direction]}/{task.task.normalization}" if is_choice else "accuracy"
     find = _choice_metrics if is_choice else _written_metrics
     metrics = find(records)
     for group in sorted({record["group"] for record in records if "group" in record}):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.evaluation.made.tasks import MADE_TASKS
 from megatron_ledom.evaluation.task_table import TASKS
 from megatron_ledom.evaluation.tasks import FIELD_TYPES, Item, Layout, LoadedTask, Row, Task
 
@@ -18,7 +19,7 @@ ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 
 def all_tasks() -> dict[str, Task]:
     """Every task by its name."""
-    return {task.name: task for task in TASKS}
+    return {task.name: task for task in (*TASKS, *MADE_TASKS)}
 
 
 def task_named(name: str) -> Task:
