@@ -142,7 +142,7 @@ def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: D
             model = model or LanguageTaskModel(_load(options, folder, direction), options["batch_size"])
             results.append(_evaluated(model, task, files[name], kept[name], options))
         main = results[-1].metrics[results[-1].main]
-        print(f"{name:<16}{results[-1].main:<28}{100 * main.value:6.1f} % ({100 * main.low:.1f} to {100 * main.high:.1f})")
+        print(f"{name:<22}{results[-1].main:<28}{100 * main.value:6.1f} % ({100 * main.low:.1f} to {100 * main.high:.1f})")
     write_summary(output, results, about)
     print(output / "summary.md")
 
