@@ -9,11 +9,11 @@ from tqdm import tqdm
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
-from megatron_ledom.evaluation.item_file import ItemFile, file_hash, folder_facts, versions
+from megatron_ledom.evaluation.item_file import ItemFile, folder_facts, versions
 from megatron_ledom.evaluation.loss_difference import CompareSettings, Document, document_records, is_same_tokenizer, summarize
 from megatron_ledom.evaluation.loss_report import sentence, write_report
 from megatron_ledom.evaluation.results import check_statistics
-from megatron_ledom.evaluation.task_files import ENDINGS, read_rows
+from megatron_ledom.evaluation.task_files import ENDINGS, file_hash, read_rows
 from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.language_model import load_tokenizer, read_model_config
 from megatron_ledom.inference.reverse_lm import ReverseLM

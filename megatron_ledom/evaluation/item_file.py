@@ -1,6 +1,5 @@
 """What was found of each item as JSON lines, which a later run of the same command goes on from."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import MismatchError
+from megatron_ledom.evaluation.task_files import file_hash
 
 
 class ItemFile:
@@ -48,12 +48,6 @@ class ItemFile:
             output.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             output.flush()
             os.fsync(output.fileno())
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def folder_facts(folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import html
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -131,21 +132,21 @@ def as_html(summary: Summary, about: Mapping[str, Any]) -> str:
     body = [f"<p><strong>{html.escape(sentence(summary))}</strong></p>", f"<p>{html.escape(MEANING)}</p>"]
     body += [_figure(name, summary) for name in POSITIONS if name in summary]
     if "domains" in summary:
-        body.append(_drawn("difference by domain", lambda axes, theme: _draw_domains(axes, summary, theme)))
+        body.append(_drawn("difference by domain", partial(_draw_domains, summary=summary)))
     body += [pages.table(rows) for rows in _tables(summary)]
     return pages.page(TITLE, [*body, f"<ul>{told}</ul>"])
 
 
 def _figure(name: str, summary: Summary) -> str:
-    return _drawn(f"difference by {POSITIONS[name]}", lambda axes, theme: _draw_positions(axes, name, summary[name], theme))
+    return _drawn(f"difference by {POSITIONS[name]}", partial(_draw_positions, name=name, rows=summary[name]))
 
 
-def _drawn(title: str, fill: Callable[[Any, str], None]) -> str:
-    pictures = {theme: pages.draw_png(theme, (8.5, 3.6), lambda axes, theme=theme: fill(axes, theme)) for theme in pages.THEMES}
+def _drawn(title: str, fill: Callable[..., None]) -> str:
+    pictures = {theme: pages.draw_png(theme, (8.5, 3.6), partial(fill, theme=theme)) for theme in pages.THEMES}
     return pages.figure(title, pictures)
 
 
-def _draw_positions(axes: Any, name: str, rows: Sequence[Summary], theme: str) -> None:
+def _draw_positions(axes: Any, *, name: str, rows: Sequence[Summary], theme: str) -> None:
     """The difference with its interval; 0 as a line."""
     places = list(range(len(rows)))
     values = [row["difference"] for row in rows]
@@ -158,7 +159,7 @@ def _draw_positions(axes: Any, name: str, rows: Sequence[Summary], theme: str) -
     axes.set(xlabel=POSITIONS[name], ylabel="nats a token", title=f"Loss difference by {POSITIONS[name]}")
 
 
-def _draw_domains(axes: Any, summary: Summary, theme: str) -> None:
+def _draw_domains(axes: Any, *, summary: Summary, theme: str) -> None:
     """One bar a domain."""
     names = list(summary["domains"])
     found = [summary["domains"][name]["bits_per_byte"] for name in names]

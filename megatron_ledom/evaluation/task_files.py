@@ -2,6 +2,7 @@
 
 import difflib
 import gzip
+import hashlib
 import json
 import random
 from collections.abc import Iterator
@@ -9,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.evaluation.item_file import file_hash
 from megatron_ledom.evaluation.made.tasks import MADE_TASKS
 from megatron_ledom.evaluation.task_table import TASKS
 from megatron_ledom.evaluation.tasks import FIELD_TYPES, Item, Layout, LoadedTask, Row, Task
@@ -80,6 +80,12 @@ def find_file(task: Task, folder: Path, stem: str) -> Path:
         f"{task.name} needs {needed} in {folder}/{stem} with one of the endings {' '.join(ENDINGS)}; {found}. Get it from:"
         f" {task.download}"
     )
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:

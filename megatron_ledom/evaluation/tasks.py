@@ -67,9 +67,8 @@ class Task:
     """A task of one of the kinds. Files are named without their ending.
 
     sha256: of the file as published, where that is known. choice_field: the field that the choices are values of; the fields
-    before it are the context. normalization: of a choice task's main figure (raw, token, byte). main_way: of both directions, of
-    `choices`; empty for `choices.MAIN_WAY`. answers: how answers are compared, a kind of `grading.comparison_by`.
-    reverse_template: for a reverse model, where the mirrored `template` would not do.
+    before it are the context. normalization: of a choice task's main figure (raw, token, byte). answers: how answers are
+    compared, a kind of `grading.comparison_by`. reverse_template: for a reverse model, where the mirrored `template` would not do.
     """
 
     name: str
@@ -83,11 +82,12 @@ class Task:
     sha256: str | None = None
     choice_field: str = ""
     normalization: str = "raw"
-    main_way: str = ""
     answers: str = "math"
     max_new_tokens: int = 256
     stop_strings: tuple[str, ...] = ()
     reverse_template: Template | None = None
+    main_way: str = ""
+    """Of the ways of `choices`, the one of the main figure in both directions; empty for `choices.MAIN_WAY`."""
 
     def template_for(self, direction: Direction) -> Template:
         """The template that a model of this direction is asked with."""
