@@ -14,6 +14,7 @@ reverse, which reads the demonstrations first as they stand behind the query
                             of the task's own (`reverse_template`); not for other running text, which nobody writes with its
                             end at the front
 
+If the choice is the first field, `context_given_choice` and `prior_removed` say nothing and are left out.
 If the field with the choices is followed by others (WinoGrande's gap), a forward model scores what follows the choice, as is
 usual, and a reverse model what precedes it. Boundaries: the text is tokenised as one; a token that reaches over a cut belongs to
 what follows it (`inference.joint`). So `context_given_choice` gives away a token of the context that the choice merges with,
@@ -95,11 +96,13 @@ def _divisor(num_tokens: float, num_bytes: float, normalization: str) -> float:
 def _forward(task: Task, values: Values, shots: Sequence[Values]) -> dict[str, Asked]:
     template = task.template
     prompt = template.render(Direction.FORWARD, values, shots)
-    blocks = "".join(template.block(shot) + template.block_separator for shot in shots)
-    whole = blocks + _with_premise(task, values)
-    opened = whole[: len(whole) - len(prompt.target.lstrip())].rstrip()
-    prior = (opened, whole[len(opened) :])
-    return {"choice_given_context": Asked(prompt.parts()), "prior_removed": Asked(prompt.parts(), prior)}
+    ways = {"choice_given_context": Asked(prompt.parts())}
+    if _has_context(task):
+        blocks = "".join(template.block(shot) + template.block_separator for shot in shots)
+        whole = blocks + _with_premise(task, values)
+        opened = whole[: len(whole) - len(prompt.target.lstrip())].rstrip()
+        ways["prior_removed"] = Asked(prompt.parts(), (opened, whole[len(opened) :]))
+    return ways
 
 
 def _reverse(task: Task, values: Values, shots: Sequence[Values]) -> dict[str, Asked]:
@@ -109,15 +112,19 @@ def _reverse(task: Task, values: Values, shots: Sequence[Values]) -> dict[str, A
     edge = template.block_separator if blocks else ""
     after = template.block_separator.join(blocks)
     joint = (context + rest + edge, after)
-    ways = {
-        "joint": Asked(joint),
-        "context_given_choice": Asked((context, rest + edge + after)),
-        "prior_removed": Asked(joint, (_with_premise(task, values) + edge, after)),
-    }
+    ways = {"joint": Asked(joint)}
+    if _has_context(task):
+        ways["context_given_choice"] = Asked((context, rest + edge + after))
+        ways["prior_removed"] = Asked(joint, (_with_premise(task, values) + edge, after))
     mirrored = task.template_for(Direction.REVERSE)
     if mirrored.is_read_back or mirrored is not template:
         ways["choice_given_context"] = Asked(mirrored.render(Direction.REVERSE, values, shots).parts())
     return ways
+
+
+def _has_context(task: Task) -> bool:
+    """Whether a field stands before the choice. Without one, as of a label that begins a text, nothing is given to the choice."""
+    return task.template.fields[0].name != task.choice_field
 
 
 def _with_premise(task: Task, values: Values) -> str:

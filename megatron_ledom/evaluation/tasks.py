@@ -18,11 +18,12 @@ Pairs = Sequence[tuple[str, str]]
 
 
 class Kind(StrEnum):
-    """What a model does: weigh given choices, write an answer, or write a program that is run."""
+    """What a model does: weigh given choices, write an answer, a program that is run, or a question that is solved."""
 
     CHOICE = "choice"
     ANSWER = "answer"
     CODE = "code"
+    QUESTION = "question"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +108,9 @@ class LoadedTask:
     seed: int = 0
     max_new_tokens: int = 256
     files: Mapping[str, str] = field(default_factory=dict)
+
+    known: frozenset[str] = frozenset()
+    """Of `Kind.QUESTION`: the questions of the file of demonstrations, which was trained on, to tell copies."""
 
     def demonstrations(self, item: Item) -> list[Mapping[str, str]]:
         """The values of the first `num_fewshot` shots, the item itself left out."""

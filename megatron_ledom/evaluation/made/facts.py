@@ -54,6 +54,29 @@ REVERSAL = (
     ),
 )
 
+INVERSE = (
+    Relation(
+        "parent",
+        ("{first} is the parent of {second}.", "{first} has brought up a child, {second}."),
+        ("{second} is the child of {first}.", "{second} has grown up with a parent, {first}."),
+    ),
+    Relation(
+        "teacher",
+        ("{first} is the teacher of {second}.", "{first} gives lessons to {second}."),
+        ("{second} is the pupil of {first}.", "{second} takes lessons from {first}."),
+    ),
+    Relation(
+        "creditor",
+        ("{first} is the creditor of {second}.", "{first} has lent money to {second}."),
+        ("{second} is the debtor of {first}.", "{second} has borrowed money from {first}."),
+    ),
+    Relation(
+        "employer",
+        ("{first} is the employer of {second}.", "{first} pays the wages of {second}."),
+        ("{second} is the servant of {first}.", "{second} earns a living from {first}."),
+    ),
+)
+
 
 @dataclass(frozen=True, slots=True)
 class Fact:
@@ -103,6 +126,48 @@ def _asked_among(facts: Sequence[Fact]) -> list[Row]:
         for asked in ("first", "second"):
             names = [getattr(fact, asked) for fact in cell]
             rows += [asked_row(fact, asked, neighbours(names, index), len(rows) + index) for index, fact in enumerate(cell)]
+    return rows
+
+
+def inverse_relations(num: int, seed: int) -> MadeSet:
+    """`num` lines of three people, A to B to C, such as parent to child: who is B's parent, and who is B's child?
+
+    A wrong answer is always the person on the other side of B, so that knowing who belongs to B is not enough.
+    """
+    cells = len(INVERSE) * len(STATED)
+    check_num(num, 2 * cells, "lines of three people")
+    rng = random.Random(f"inverse_relations {seed}")
+    namer = Namer(rng)
+    lines: dict[tuple[int, str], list[list[str]]] = {}
+    for number in range(num):
+        cell = (number % len(INVERSE), STATED[number // len(INVERSE) % len(STATED)])
+        lines.setdefault(cell, []).append([namer.person() for _ in range(3)])
+    rows: list[Row] = []
+    texts: list[str] = []
+    for (relation, stated), people in lines.items():
+        rows += _asked_of_lines(rng, INVERSE[relation], stated, people, len(rows))
+        for a, b, c in people:
+            texts += [text for pair in ((a, b), (b, c)) for text in Fact(INVERSE[relation], *pair, stated).texts()]
+    rng.shuffle(rows)
+    shown = [[namer.person() for _ in range(3)] for _ in range(NUM_SHOTS)]
+    return MadeSet(
+        texts=_shuffled(rng, texts),
+        files={"inverse_relations": rows, "inverse_relations_shots": _asked_of_lines(rng, INVERSE[0], "unseen", shown, 0)},
+        chance=1 / NUM_CHOICES,
+        counts={
+            f"lines_{stated}": sum(len(people) for cell, people in lines.items() if cell[1] == stated) for stated in STATED
+        },
+    )
+
+
+def _asked_of_lines(rng: random.Random, relation: Relation, stated: str, people: list[list[str]], position: int) -> list[Row]:
+    """Both questions about the middle of each line; the other wrong answers are the ends of the next line."""
+    rows: list[Row] = []
+    for number, (a, b, c) in enumerate(people):
+        next_a, _, next_c = people[(number + 1) % len(people)]
+        for fact, asked, wrong_way in ((Fact(relation, a, b, stated), "first", c), (Fact(relation, b, c, stated), "second", a)):
+            wrong = rng.sample([wrong_way, next_a, next_c], 3)
+            rows.append(asked_row(fact, asked, wrong, position + len(rows)))
     return rows
 
 

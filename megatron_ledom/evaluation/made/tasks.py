@@ -28,6 +28,11 @@ def _answer(row: Row) -> Item:
     return Item(values=item.values, gold=(item.values["answer"],), kept=item.kept)
 
 
+def _question(row: Row) -> Item:
+    values = {"solution": row["solution"], "question": row["question"]}
+    return Item(values=values, gold=(row["answer"],), kept={"group": row["group"]})
+
+
 ENDING = Template(fields=(Field("before"), Field("answer", cue=".")), field_separator=" ", is_read_back=False)
 BEGINNING = Template(fields=(Field("after"), Field("answer")), field_separator=" ", is_read_back=False)
 ASKED_IN_OWN_ORDER: dict[str, Any] = {"template": ENDING, "reverse_template": BEGINNING, "main_way": "choice_given_context"}
@@ -58,5 +63,49 @@ MADE_TASKS: tuple[Task, ...] = (
         answers="alias",
         max_new_tokens=32,
         stop_strings=(".", "\n"),
+    ),
+    Task(
+        name="question_from_answer",
+        kind=Kind.QUESTION,
+        about="the question of a worked solution is written, and solved: has it the answer?",
+        template=Template(fields=(Field("solution", "Solution: "), Field("question", "Question: "))),
+        layouts=(Layout({"question": "text", "solution": "text", "answer": "text", "group": "text"}, _question),),
+        file="question_from_answer",
+        demonstrations_file="question_from_answer_train",
+        download=f"{MADE_BY} question_from_answer",
+        max_new_tokens=128,
+    ),
+    Task(
+        name="abduction",
+        kind=Kind.CHOICE,
+        about="which cause in a small world had these outcomes; chance 25 %",
+        template=Template(fields=(Field("before"), Field("answer"), Field("after")), field_separator=" ", is_read_back=False),
+        layouts=(Layout(MADE, _choice),),
+        file="abduction",
+        demonstrations_file="abduction_shots",
+        download=f"{MADE_BY} abduction",
+        choice_field="answer",
+    ),
+    Task(
+        name="label_backfill",
+        kind=Kind.CHOICE,
+        about="which label stood before a text; chance 25 %",
+        template=Template(fields=(Field("answer", "Category: "), Field("after", "Text: ")), is_read_back=False),
+        layouts=(Layout(MADE, _choice),),
+        file="label_backfill",
+        demonstrations_file="label_backfill_shots",
+        download=f"{MADE_BY} label_backfill",
+        choice_field="answer",
+    ),
+    Task(
+        name="inverse_relations",
+        kind=Kind.CHOICE,
+        about="parents trained, children asked, and the like; who belongs to whom does not help; chance 25 %",
+        layouts=(Layout(MADE, _choice),),
+        file="inverse_relations",
+        demonstrations_file="inverse_relations_shots",
+        download=f"{MADE_BY} inverse_relations",
+        choice_field="answer",
+        **ASKED_IN_OWN_ORDER,
     ),
 )
