@@ -57,10 +57,10 @@ def one_by_one(model: LanguageModel, tokens: list[int], context: int) -> list[fl
     return losses
 
 
-@pytest.mark.parametrize("context", [512, 17, 8, 2])
+@pytest.mark.parametrize("context", [512, 17, 2])
 def test_losses_are_those_of_a_slow_reference_by_token_place_and_sum(context: int, models: tuple[ForwardLM, ReverseLM]) -> None:
-    found = document_records(*models, documents(3), CompareSettings(context=context, batch_size=3))
-    for document, record in zip(documents(3), found, strict=True):
+    found = document_records(*models, documents(2), CompareSettings(context=context, batch_size=3))
+    for document, record in zip(documents(2), found, strict=True):
         text_ids = models[1].tokenizer.encode(document.text)
         num = len(text_ids)
         assert num > 8
