@@ -2,6 +2,10 @@
 
 Differences are forward minus reverse, in nats, so that below zero the reverse model finds the text harder. Positions are those of the
 text in reading order for both models: a token's tenth of its document, and its place counted from the beginning and from the end.
+
+What is compared is the inner tokens of a document, all but the first and the last of the text: each of these two is the one that one of
+the models has to tell from eod alone, which training leaves out by default, so that its loss there says nothing. Whole documents, these
+two included, are summed beside it; they are all that can be compared where the tokenizers are not the same.
 """
 
 import math
@@ -55,8 +59,8 @@ def document_records(
 ) -> list[dict[str, Any]]:
     """What is kept of each document. Losses are sums in nats; `inner` leaves out the first and the last token of the text.
 
-    With the same tokenizer the tokens are the same, and `tenths`, `from_start` and `from_end` hold sums by position; else whole
-    texts are all that can be compared, and these are missing.
+    With the same tokenizer the tokens are the same, and `tenths`, `from_start` and `from_end` hold sums of inner tokens by position;
+    else whole texts are all that can be compared, and these are missing.
     """
     is_same = is_same_tokenizer(forward.tokenizer, reverse.tokenizer)
     ids = [reverse.tokenizer.encode(document.text) for document in documents]
@@ -87,9 +91,10 @@ def _record(document: Document, forward: SpanScore, reverse: SpanScore, *, with_
 
 
 def _by_position(losses: Mapping[str, Values]) -> dict[str, Any]:
-    """Sums of each tenth, and of places 1, 2 to 3, 4 to 7, 8 to 15 and so on, from the beginning and from the end."""
+    """Sums of inner tokens in each tenth, and at places 2 to 3, 4 to 7, 8 to 15 and so on, from the beginning and from the end."""
     num = len(losses["forward"])
-    place = np.arange(1, num + 1)
+    losses = {side: values[1:-1] for side, values in losses.items()}
+    place = np.arange(2, num)
     groups = {
         "tenths": (NUM_PARTS * (place - 1)) // max(1, num),
         "from_start": _power(place),
@@ -129,14 +134,21 @@ def _figures(records: Sequence[Record], settings: CompareSettings) -> Summary:
         for name in records[0][side]
     }
     num_bytes = np.array([record["bytes"] for record in records], np.float64)
+    has_same_tokens = "tenths" in records[0]
     loss = {side: column[side, "loss"] for side in SIDES}
-    difference = loss["forward"] - loss["reverse"]
+    compared = {side: column[side, "inner"] for side in SIDES} if has_same_tokens else loss
+    difference = compared["forward"] - compared["reverse"]
+    whole = loss["forward"] - loss["reverse"]
     found: Summary = {
         "documents": len(records),
         "bytes": int(num_bytes.sum()),
+        "compared": "inner tokens" if has_same_tokens else "whole documents",
+        "reverse_above_forward": _ratio(-difference, compared["forward"], settings),
         "reverse_worse_documents": float(np.mean(difference < 0)),
-        "bits_per_byte": _ratio(difference / math.log(2), num_bytes, settings),
-        "reverse_above_forward": _ratio(-difference, loss["forward"], settings),
+        "whole_documents": {
+            "reverse_above_forward": _ratio(-whole, loss["forward"], settings),
+            "bits_per_byte": _ratio(whole / math.log(2), num_bytes, settings),
+        },
     }
     for side in SIDES:
         tokens = column[side, "tokens"]
@@ -147,11 +159,12 @@ def _figures(records: Sequence[Record], settings: CompareSettings) -> Summary:
             "bits_per_byte": float(loss[side].sum() / math.log(2) / num_bytes.sum()),
             **{f"mean_{name}": float(column[side, name].mean()) for name in ("first", "last", "eod")},
         }
-    if "tenths" in records[0]:
-        tokens = column["forward", "tokens"]
-        found["per_token"] = _ratio(difference, tokens, settings)
-        inner = column["forward", "inner"] - column["reverse", "inner"]
-        found["per_inner_token"] = _ratio(inner, np.maximum(tokens - 2, 0), settings)
+    if has_same_tokens:
+        inner = np.maximum(column["forward", "tokens"] - 2, 0)
+        found["inner_tokens"] = int(inner.sum())
+        found["per_inner_token"] = _ratio(difference, inner, settings)
+        for side in SIDES:
+            found[side]["loss_per_inner_token"] = float(compared[side].sum() / max(1.0, inner.sum()))
     return found
 
 

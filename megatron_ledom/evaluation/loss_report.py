@@ -15,8 +15,9 @@ MEANING = (
     "Differences are forward minus reverse: below zero the reverse model finds the text harder. Intervals: 95 %, bootstrap over"
     " documents. Positions are those of the text in reading order for both models. In its own order each model begins after eod (BOS for"
     " a stock model whose tokenizer adds one), so that a forward model's first token is the first of the text and a reverse model's the"
-    " last; predicting from eod is not trained unless data.eod_mask_loss was off. Inner tokens leave out both. The eod that closes"
-    " a document (forward: the text ends here; reverse: it begins here) is in no sum and stands by itself."
+    " last; predicting from eod is not trained unless data.eod_mask_loss was off. Inner tokens are all but these two; they are what is"
+    " compared. Whole documents have them too. The eod that closes a document (forward: the text ends here; reverse: it begins here) is in"
+    " no sum and stands by itself."
 )
 Rows = list[list[str]]
 
@@ -38,8 +39,10 @@ def sentence(summary: Summary) -> str:
     """The finding in words."""
     whole = summary["all"]
     gap = whole["reverse_above_forward"]
-    side = "above" if gap["difference"] >= 0 else "below"
-    told = f"The reverse model's loss is {abs(100 * gap['difference']):.2f} % {side} the forward model's"
+    side = "above" if (gap["difference"] or 0.0) >= 0 else "below"
+    if gap["difference"] is None:
+        return "No document has a token besides its first and its last one: nothing can be compared but whole documents."
+    told = f"On {whole['compared']} the reverse model's loss is {abs(100 * gap['difference']):.2f} % {side} the forward model's"
     if gap["interval"] is None:
         return f"{told}, on one document, which gives no interval."
     low, high = gap["interval"]
@@ -59,23 +62,54 @@ def _interval(found: Mapping[str, Any]) -> str:
 
 
 def _domain_table(summary: Summary) -> Rows:
-    """All documents, then each domain."""
-    has_tokens = "per_token" in summary["all"]
-    rows = [
-        ["documents of", "number", "bytes", "forward, bits a byte", "reverse, bits a byte", "difference, bits a byte", "95 %"]
-    ]
-    rows[0] += ["difference, nats a token", "95 %", "of inner tokens", "95 %"] if has_tokens else []
+    """All documents, then each domain: inner tokens where they are the same."""
+    rows = [["documents of", "number", "bytes"]]
+    has_tokens = "per_inner_token" in summary["all"]
+    rows[0] += ["inner tokens", "forward, nats a token", "reverse, nats a token", "difference", "95 %"] if has_tokens else []
+    rows[0] += ["reverse above forward, %", "95 %"]
     for name, found in {"all": summary["all"], **summary.get("domains", {})}.items():
         row = [name, f"{found['documents']:,}", f"{found['bytes']:,}"]
-        row += [f"{found[side]['bits_per_byte']:.4f}" for side in ("forward", "reverse")]
-        for key in ("bits_per_byte", *(("per_token", "per_inner_token") if has_tokens else ())):
-            row += [_signed(found[key]), _interval(found[key])]
-        rows.append(row)
+        if has_tokens:
+            row += [
+                f"{found['inner_tokens']:,}",
+                *(f"{found[side]['loss_per_inner_token']:.4f}" for side in ("forward", "reverse")),
+            ]
+            row += [_signed(found["per_inner_token"]), _interval(found["per_inner_token"])]
+        rows.append([*row, *_percent(found["reverse_above_forward"])])
     return rows
 
 
+def _whole_table(summary: Summary) -> Rows:
+    """The same for whole documents, by byte."""
+    rows = [
+        [
+            "whole documents of",
+            "forward, bits a byte",
+            "reverse, bits a byte",
+            "difference",
+            "95 %",
+            "reverse above forward, %",
+            "95 %",
+        ]
+    ]
+    for name, found in {"all": summary["all"], **summary.get("domains", {})}.items():
+        whole = found["whole_documents"]
+        row = [name, *(f"{found[side]['bits_per_byte']:.4f}" for side in ("forward", "reverse"))]
+        row += [_signed(whole["bits_per_byte"]), _interval(whole["bits_per_byte"])]
+        rows.append([*row, *_percent(whole["reverse_above_forward"])])
+    return rows
+
+
+def _percent(found: Mapping[str, Any]) -> list[str]:
+    """A share and its interval as two cells."""
+    if found["difference"] is None:
+        return ["–", "–"]
+    interval = "–" if found["interval"] is None else "{:+.2f} to {:+.2f}".format(*(100 * bound for bound in found["interval"]))
+    return [f"{100 * found['difference']:+.2f}", interval]
+
+
 def _edge_table(summary: Summary) -> Rows:
-    rows = [["nats, mean over documents", "first token of the text", "last token of the text", "eod", "a token"]]
+    rows = [["nats, mean over documents", "first token of the text", "last token of the text", "eod", "a token, all of them"]]
     for side in ("forward", "reverse"):
         found = summary["all"][side]
         rows.append(
@@ -87,7 +121,7 @@ def _edge_table(summary: Summary) -> Rows:
 def _place(name: str, group: int) -> str:
     if name == "tenths":
         return f"{group * 100 // NUM_PARTS} to {(group + 1) * 100 // NUM_PARTS} %"
-    return "1" if not group else f"{2**group:,} to {2 ** (group + 1) - 1:,}"
+    return f"{2**group:,} to {2 ** (group + 1) - 1:,}"
 
 
 POSITIONS = {
@@ -160,15 +194,16 @@ def _draw_positions(axes: Any, *, name: str, rows: Sequence[Summary], theme: str
 
 
 def _draw_domains(axes: Any, *, summary: Summary, theme: str) -> None:
-    """One bar a domain."""
+    """One bar a domain, of what is compared."""
     names = list(summary["domains"])
-    found = [summary["domains"][name]["bits_per_byte"] for name in names]
-    values = [one["difference"] for one in found]
-    bounds = [one["interval"] or [one["difference"]] * 2 for one in found]
+    found = [summary["domains"][name]["reverse_above_forward"] for name in names]
+    found = [{"difference": one["difference"] or 0.0, "interval": one["interval"]} for one in found]
+    values = [100 * one["difference"] for one in found]
+    bounds = [[100 * bound for bound in one["interval"] or [one["difference"]] * 2] for one in found]
     spans = [[max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]]
     spans.append([max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)])
     ink = pages.THEMES[theme]["ink"]
-    axes.barh(range(len(names)), values, xerr=spans, color=pages.COLOURS[theme][1], ecolor=ink, label="forward minus reverse")
+    axes.barh(range(len(names)), values, xerr=spans, color=pages.COLOURS[theme][1], ecolor=ink, label="reverse above forward")
     axes.axvline(0, color=ink, lw=0.8)
     axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names])
-    axes.set(xlabel="bits a byte", title="Loss difference by domain")
+    axes.set(xlabel="% of the forward loss", title="Loss difference by domain")

@@ -15,6 +15,7 @@ import torch
 from megatron_ledom.errors import UsageError
 from megatron_ledom.evaluation import compare_command
 from megatron_ledom.evaluation.loss_difference import CompareSettings, Document, document_records, summarize
+from megatron_ledom.evaluation.loss_report import sentence
 from megatron_ledom.inference.document_losses import document_losses, windows
 from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.intervals import bootstrap_interval
@@ -76,14 +77,18 @@ def test_losses_are_those_of_a_slow_reference_by_token_place_and_sum(context: in
             assert (record[side]["first"], record[side]["last"]) == pytest.approx((losses[0], losses[-1]), abs=1e-4)
             assert record[side]["eod"] == pytest.approx(closing, abs=1e-4)
             for tenth, value in enumerate(record["tenths"][side]):
-                expected = [loss for at, loss in enumerate(losses) if at * 10 // num == tenth]
+                expected = [loss for at, loss in enumerate(losses) if at * 10 // num == tenth and 0 < at < num - 1]
                 assert value == pytest.approx(sum(expected), abs=1e-4)
                 assert record["tenths"]["tokens"][tenth] == len(expected)
             for name, places in (("from_start", range(1, num + 1)), ("from_end", range(num, 0, -1))):
                 for group, value in enumerate(record[name][side]):
-                    expected = [loss for at, loss in zip(places, losses, strict=True) if 2**group <= at < 2 ** (group + 1)]
+                    expected = [
+                        loss
+                        for at, loss in zip(places, losses, strict=True)
+                        if 2**group <= at < 2 ** (group + 1) and 1 < at < num
+                    ]
                     assert value == pytest.approx(sum(expected), abs=1e-4)
-                    assert record[name]["tokens"][group] == len(expected) > 0
+                    assert record[name]["tokens"][group] == len(expected)
 
 
 @pytest.mark.parametrize("context", [2, 3, 4, 7, 10, 64])
@@ -103,8 +108,9 @@ def test_a_context_that_the_model_does_not_have_is_refused(models: tuple[Forward
 
 def test_a_model_beside_itself_differs_by_exactly_nothing(models: tuple[ForwardLM, ReverseLM]) -> None:
     summary = summarize(document_records(models[0], models[0], documents(8), SETTINGS), SETTINGS)
-    assert summary["all"]["per_token"] == {"difference": 0.0, "interval": [0.0, 0.0]}
+    assert summary["all"]["per_inner_token"] == {"difference": 0.0, "interval": [0.0, 0.0]}
     assert summary["all"]["reverse_above_forward"]["difference"] == 0.0
+    assert summary["all"]["whole_documents"]["bits_per_byte"]["difference"] == 0.0
     assert all(row["difference"] == 0.0 for name in ("tenths", "from_start", "from_end") for row in summary[name])
 
 
@@ -118,18 +124,30 @@ def test_domains_and_positions_add_up_to_all(models: tuple[ForwardLM, ReverseLM]
         for key in ("tokens", "loss"):
             assert sum(found[side][key] for found in domains.values()) == pytest.approx(whole[side][key])
         for name in ("tenths", "from_start", "from_end"):
-            assert sum(row["tokens"] for row in summary[name]) == whole[side]["tokens"]
-            assert sum(row["tokens"] * row[side] for row in summary[name]) == pytest.approx(whole[side]["loss"])
-    gap = (whole["forward"]["loss"] - whole["reverse"]["loss"]) / whole["forward"]["tokens"]
-    assert whole["per_token"]["difference"] == pytest.approx(gap)
-    low, high = whole["per_token"]["interval"]
+            assert sum(row["tokens"] for row in summary[name]) == whole["inner_tokens"] == whole[side]["tokens"] - 2 * 9
+            inner = sum(row["tokens"] * row[side] for row in summary[name])
+            assert inner == pytest.approx(whole[side]["loss_per_inner_token"] * whole["inner_tokens"])
+            ends = 9 * (whole[side]["mean_first"] + whole[side]["mean_last"])
+            assert inner + ends == pytest.approx(whole[side]["loss"])
+    losses = [whole[side]["loss_per_inner_token"] for side in ("forward", "reverse")]
+    gap = losses[0] - losses[1]
+    assert whole["per_inner_token"]["difference"] == pytest.approx(gap)
+    low, high = whole["per_inner_token"]["interval"]
     assert low < gap < high
-    assert whole["bits_per_byte"]["difference"] == pytest.approx(
-        whole["forward"]["bits_per_byte"] - whole["reverse"]["bits_per_byte"]
-    )
-    assert whole["reverse_above_forward"]["difference"] == pytest.approx(
-        whole["reverse"]["loss"] / whole["forward"]["loss"] - 1
-    )
+    assert whole["reverse_above_forward"]["difference"] == pytest.approx(losses[1] / losses[0] - 1)
+    bits = whole["forward"]["bits_per_byte"] - whole["reverse"]["bits_per_byte"]
+    assert whole["whole_documents"]["bits_per_byte"]["difference"] == pytest.approx(bits)
+
+
+def test_documents_of_one_and_two_tokens_have_no_inner_ones(models: tuple[ForwardLM, ReverseLM]) -> None:
+    records = document_records(*models, [Document("a"), Document("x"), *documents(2)], SETTINGS)
+    assert [record["forward"]["tokens"] for record in records[:2]] == [1, 2]
+    assert [record["forward"]["inner"] for record in records[:2]] == [0.0, 0.0]
+    summary = summarize(records, SETTINGS)
+    assert summary["all"]["inner_tokens"] == sum(row["tokens"] for row in summary["tenths"])
+    alone = summarize(records[:2], SETTINGS)
+    assert alone["all"]["per_inner_token"]["difference"] is None
+    assert "nothing can be compared" in sentence(alone)
 
 
 def test_the_interval_of_a_ratio_draws_whole_documents() -> None:
@@ -189,7 +207,7 @@ def test_the_tool_writes_a_report_and_a_killed_run_goes_on_with_the_same_bytes(
     assert "http" not in re.sub(r'src(set)?="data:[^"]*"', "", page)
     for text in (page, whole["report.md"].decode()):
         assert "part 2" in text
-        assert f"{report['all']['per_token']['difference']:+.4f}" in text
+        assert f"{report['all']['per_inner_token']['difference']:+.4f}" in text
         assert "begins after eod" in text
 
 
@@ -202,10 +220,11 @@ def test_different_tokenizers_are_refused_and_then_compared_by_byte_only(
     assert run_here(monkeypatch, *options, "--different-tokenizers") == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert "tenths" not in report
-    assert "per_token" not in report["all"]
+    assert "per_inner_token" not in report["all"]
+    assert report["all"]["compared"] == "whole documents"
     assert report["all"]["forward"]["tokens"] != report["all"]["reverse"]["tokens"]
     sides = [report["all"][side]["loss"] / math.log(2) / report["all"]["bytes"] for side in ("forward", "reverse")]
-    assert report["all"]["bits_per_byte"]["difference"] == pytest.approx(sides[0] - sides[1])
+    assert report["all"]["whole_documents"]["bits_per_byte"]["difference"] == pytest.approx(sides[0] - sides[1])
 
 
 @pytest.mark.parametrize(
