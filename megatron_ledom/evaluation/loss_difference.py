@@ -110,7 +110,7 @@ def _by_position(losses: Mapping[str, Values]) -> dict[str, Any]:
 
 def _power(place: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Index of the largest power of two that is not above each place."""
-    return np.array([int(number).bit_length() - 1 for number in place], np.int64)
+    return np.frexp(place.astype(np.float64))[1].astype(np.int64) - 1  # exact up to 2**53
 
 
 def summarize(records: Sequence[Record], settings: CompareSettings) -> Summary:
