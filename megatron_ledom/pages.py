@@ -2,6 +2,7 @@
 
 import base64
 import html
+import importlib.util
 import io
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -9,6 +10,11 @@ from typing import Any
 from megatron_ledom.errors import UsageError
 
 THEMES = {"light": {"paper": "#ffffff", "ink": "#1b1b1b"}, "dark": {"paper": "#161616", "ink": "#e6e6e6"}}
+COLOURS = {
+    "light": ["#c1440e", "#1f5fa8", "#1b7f5c", "#8a2be2", "#b8860b", "#5b6470", "#d1478c", "#111111", "#7a5230"],
+    "dark": ["#ff8a5b", "#7db8ff", "#6fe0b4", "#c9a2ff", "#ffd166", "#b7c0cc", "#ff9ecb", "#f0f0f0", "#d8b48a"],
+}
+"""For curves that belong to no direction, distinct on either paper."""
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d5d5d5; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --line: #3a3a3a; } }
@@ -46,13 +52,18 @@ def figure(name: str, themes: dict[str, bytes]) -> str:
     return f'<figure><picture>{source}<img src="{light}" alt="{html.escape(name)}"></picture></figure>'
 
 
+def check_plots() -> None:
+    """Refuse to begin what ends in curves where matplotlib is missing. Raises UsageError."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UsageError("curves need matplotlib: pip install 'megatron-ledom[plots]'")
+
+
 def draw_png(theme: str, size: tuple[float, float], fill: Callable[[Any], None]) -> bytes:
     """What `fill` draws on the axes of a figure of `size` inches, as PNG; UsageError where matplotlib is not installed."""
-    try:
-        import matplotlib as mpl
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("curves need matplotlib: pip install 'megatron-ledom[plots]'") from error
+    check_plots()
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
     colours = THEMES[theme]
     inked = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
     with mpl.rc_context(

@@ -10,9 +10,11 @@ reverse, which reads the demonstrations first as they stand behind the query
     joint                   log P_R(q c | demonstrations): ranks choices as P(c | q) does, since P(q) is the same for all of them
     context_given_choice    log P_R(q | c, demonstrations): the prior of the choice plays no part
     prior_removed           joint minus log P_R(premise c | demonstrations): what the context adds to a choice with its label
-    choice_given_context    log P_R(c | q, demonstrations) with the choice at the front, as `prompts` mirrors a task; not for
-                            running text, which nobody writes with its end at the front
+    choice_given_context    log P_R(c | q, demonstrations) with the choice at the front, as `prompts` mirrors a task or in a wording
+                            of the task's own (`reverse_template`); not for other running text, which nobody writes with its
+                            end at the front
 
+If the choice is the first field, `context_given_choice` and `prior_removed` say nothing and are left out.
 If the field with the choices is followed by others (WinoGrande's gap), a forward model scores what follows the choice, as is
 usual, and a reverse model what precedes it. Boundaries: the text is tokenised as one; a token that reaches over a cut belongs to
 what follows it (`inference.joint`). So `context_given_choice` gives away a token of the context that the choice merges with,
@@ -35,7 +37,7 @@ from megatron_ledom.inference.scoring import SpanScore
 
 NORMALIZATIONS = ("raw", "token", "byte")
 MAIN_WAY = {Direction.FORWARD: "choice_given_context", Direction.REVERSE: "joint"}
-"""The way whose accuracy is a task's main figure: of either direction the one that ranks by P(choice | context)."""
+"""The way whose accuracy is a task's main figure, unless the task names one: the one that ranks by P(choice | context)."""
 Pair = tuple[str, str]
 
 
@@ -94,11 +96,13 @@ def _divisor(num_tokens: float, num_bytes: float, normalization: str) -> float:
 def _forward(task: Task, values: Values, shots: Sequence[Values]) -> dict[str, Asked]:
     template = task.template
     prompt = template.render(Direction.FORWARD, values, shots)
-    blocks = "".join(template.block(shot) + template.block_separator for shot in shots)
-    whole = blocks + _with_premise(task, values)
-    opened = whole[: len(whole) - len(prompt.target.lstrip())].rstrip()
-    prior = (opened, whole[len(opened) :])
-    return {"choice_given_context": Asked(prompt.parts()), "prior_removed": Asked(prompt.parts(), prior)}
+    ways = {"choice_given_context": Asked(prompt.parts())}
+    if _has_context(task):
+        blocks = "".join(template.block(shot) + template.block_separator for shot in shots)
+        whole = blocks + _with_premise(task, values)
+        opened = whole[: len(whole) - len(prompt.target.lstrip())].rstrip()
+        ways["prior_removed"] = Asked(prompt.parts(), (opened, whole[len(opened) :]))
+    return ways
 
 
 def _reverse(task: Task, values: Values, shots: Sequence[Values]) -> dict[str, Asked]:
@@ -108,14 +112,19 @@ def _reverse(task: Task, values: Values, shots: Sequence[Values]) -> dict[str, A
     edge = template.block_separator if blocks else ""
     after = template.block_separator.join(blocks)
     joint = (context + rest + edge, after)
-    ways = {
-        "joint": Asked(joint),
-        "context_given_choice": Asked((context, rest + edge + after)),
-        "prior_removed": Asked(joint, (_with_premise(task, values) + edge, after)),
-    }
-    if template.is_read_back:
-        ways["choice_given_context"] = Asked(template.render(Direction.REVERSE, values, shots).parts())
+    ways = {"joint": Asked(joint)}
+    if _has_context(task):
+        ways["context_given_choice"] = Asked((context, rest + edge + after))
+        ways["prior_removed"] = Asked(joint, (_with_premise(task, values) + edge, after))
+    mirrored = task.template_for(Direction.REVERSE)
+    if mirrored.is_read_back or mirrored is not template:
+        ways["choice_given_context"] = Asked(mirrored.render(Direction.REVERSE, values, shots).parts())
     return ways
+
+
+def _has_context(task: Task) -> bool:
+    """Whether a field stands before the choice. Without one, as of a label that begins a text, nothing is given to the choice."""
+    return task.template.fields[0].name != task.choice_field
 
 
 def _with_premise(task: Task, values: Values) -> str:

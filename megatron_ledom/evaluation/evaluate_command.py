@@ -2,7 +2,6 @@
 
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from megatron_ledom.evaluation.choices import asked_of
 from megatron_ledom.evaluation.code_execution import check_allowed
 from megatron_ledom.evaluation.evaluate import WINDOW_ITEMS, evaluate_task
 from megatron_ledom.evaluation.grading import comparison_by
-from megatron_ledom.evaluation.item_file import ItemFile
+from megatron_ledom.evaluation.item_file import ItemFile, folder_facts, versions
 from megatron_ledom.evaluation.prompts import Prompt
 from megatron_ledom.evaluation.results import TaskResult, check_statistics, summarize, write_summary
 from megatron_ledom.evaluation.task_files import all_tasks, file_hash, find_file, load_task, task_named
@@ -123,7 +122,7 @@ def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: D
     about = _made_by(options, folder, direction)
     output = Path(options["output"])
     output.mkdir(parents=True, exist_ok=True)
-    files = {task.task.name: ItemFile(output, task.task.name, {**about, **_task_settings(task)}) for task in tasks}
+    files = {task.task.name: ItemFile(output, f"{task.task.name}.items", {**about, **_task_settings(task)}) for task in tasks}
     kept = {task.task.name: files[task.task.name].resume(WINDOW_ITEMS, len(task.items)) for task in tasks}
     model: LanguageTaskModel | None = None
     results = []
@@ -135,7 +134,7 @@ def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: D
             model = model or _load(options, folder, direction)
             results.append(_evaluated(model, task, files[name], kept[name], options))
         main = results[-1].metrics[results[-1].main]
-        print(f"{name:<16}{results[-1].main:<28}{100 * main.value:6.1f} % ({100 * main.low:.1f} to {100 * main.high:.1f})")
+        print(f"{name:<22}{results[-1].main:<28}{100 * main.value:6.1f} % ({100 * main.low:.1f} to {100 * main.high:.1f})")
     write_summary(output, results, about)
     print(output / "summary.md")
 
@@ -165,17 +164,13 @@ def _load(options: Options, folder: Path, direction: Direction) -> LanguageTaskM
 
 
 def _made_by(options: Options, folder: Path, direction: Direction) -> dict[str, Any]:
-    """What the figures depend on, whatever the task. The weights are told apart by their files' size and time of change."""
-    weights = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))}
-    names = ("megatron-ledom", "torch", "transformers")
+    """What the figures depend on, whatever the task."""
     return {
-        "model": str(folder.resolve()),
-        "weights": weights,
-        "config_sha256": file_hash(folder / "config.json"),
+        **folder_facts(folder),
         "direction": str(direction),
         "eod_id": options["eod_id"],
         "batch_size": options["batch_size"],
-        "versions": {name: version(name) for name in names},
+        "versions": versions(),
     }
 
 

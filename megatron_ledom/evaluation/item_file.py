@@ -3,17 +3,19 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import MismatchError
+from megatron_ledom.evaluation.task_files import file_hash
 
 
 class ItemFile:
-    """`FOLDER/TASK.items.jsonl`, and beside it `TASK.items.json` with what made it; the second is written first."""
+    """`FOLDER/NAME.jsonl`, and beside it `NAME.json` with what made it; the second is written first."""
 
-    def __init__(self, folder: Path, task: str, made_by: Mapping[str, Any]) -> None:
-        self.path, self._notes = folder / f"{task}.items.jsonl", folder / f"{task}.items.json"
+    def __init__(self, folder: Path, name: str, made_by: Mapping[str, Any]) -> None:
+        self.path, self._notes = folder / f"{name}.jsonl", folder / f"{name}.json"
         self._made_by = json.loads(json.dumps(made_by))
 
     def resume(self, window: int, num_items: int) -> list[dict[str, Any]]:
@@ -46,3 +48,14 @@ class ItemFile:
             output.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
             output.flush()
             os.fsync(output.fileno())
+
+
+def folder_facts(folder: Path) -> dict[str, Any]:
+    """Which model a folder holds. The weights are told apart by their files' size and time of change."""
+    weights = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))}
+    return {"model": str(folder.resolve()), "weights": weights, "config_sha256": file_hash(folder / "config.json")}
+
+
+def versions() -> dict[str, str]:
+    """Of the packages that figures depend on."""
+    return {name: version(name) for name in ("megatron-ledom", "torch", "transformers")}

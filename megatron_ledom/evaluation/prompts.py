@@ -112,9 +112,11 @@ class Template:
         """The written fields found in a model's text, without labels, cues and the white space around; None where one is missing.
 
         A forward model's text ends at the next block. A reverse model's may go on to the front with what it takes for an earlier
-        text: the occurrence nearest to the prompt counts.
+        text: the occurrence nearest to the prompt counts. Without `is_read_back` all of the text is the last field.
         """
         fields = self.fields[-self.num_targets :]
+        if not self.is_read_back:
+            return {fields[-1].name: written.strip()}
         reverse = direction is Direction.REVERSE
         rest = written if reverse else fields[0].label + written.split(self.block_separator)[0]
         found: dict[str, str | None] = {}

@@ -62,7 +62,7 @@ def share(are_right: Sequence[bool]) -> Metric:
 def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record]) -> TaskResult:
     """The figures of a task from what was found of its items, all of them; the main one for each group of items, too."""
     is_choice = task.task.kind is Kind.CHOICE
-    main = f"{MAIN_WAY[direction]}/{task.task.normalization}" if is_choice else "accuracy"
+    main = f"{task.task.main_way or MAIN_WAY[direction]}/{task.task.normalization}" if is_choice else "accuracy"
     find = _choice_metrics if is_choice else _written_metrics
     metrics = find(records)
     for group in sorted({record["group"] for record in records if "group" in record}):
@@ -77,11 +77,16 @@ def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record])
 
 
 def _written_metrics(records: Sequence[Record]) -> dict[str, Metric]:
-    """How many answers are right, and how many were found at all."""
-    return {
+    """How many answers are right, and how many were found at all; of questions also how many can be solved, and how many are copies."""
+    found = {
         "accuracy": share([record["is_right"] for record in records]),
         "answered": share([record["answer"] is not None for record in records]),
     }
+    if "is_copy" in records[0]:
+        found["solvable"] = share([record["solved"] is not None for record in records])
+        found["copied"] = share([record["is_copy"] for record in records])
+        found["right_and_new"] = share([record["is_right"] and not record["is_copy"] for record in records])
+    return found
 
 
 def _choice_metrics(records: Sequence[Record]) -> dict[str, Metric]:

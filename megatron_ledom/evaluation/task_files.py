@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.evaluation.made.tasks import MADE_TASKS
 from megatron_ledom.evaluation.task_table import TASKS
-from megatron_ledom.evaluation.tasks import FIELD_TYPES, Item, Layout, LoadedTask, Row, Task
+from megatron_ledom.evaluation.tasks import FIELD_TYPES, Item, Kind, Layout, LoadedTask, Row, Task
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 
 
 def all_tasks() -> dict[str, Task]:
     """Every task by its name."""
-    return {task.name: task for task in TASKS}
+    return {task.name: task for task in (*TASKS, *MADE_TASKS)}
 
 
 def task_named(name: str) -> Task:
@@ -51,6 +52,11 @@ def load_task(
     items = tuple(_items(task, path))
     files = {path.name: file_hash(path)}
     shots: tuple[Item, ...] = ()
+    known: frozenset[str] = frozenset()
+    if task.kind is Kind.QUESTION:
+        known_path = find_file(task, folder, task.demonstrations_file)
+        files[known_path.name] = file_hash(known_path)
+        known = frozenset(item.values["question"] for item in _items(task, known_path))
     if num_fewshot:
         shots_path = find_file(task, folder, task.demonstrations_file)
         files[shots_path.name] = file_hash(shots_path)
@@ -59,6 +65,7 @@ def load_task(
         task=task,
         items=items[:limit],
         shots=shots,
+        known=known,
         num_fewshot=num_fewshot,
         seed=seed,
         max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,

@@ -18,11 +18,12 @@ Pairs = Sequence[tuple[str, str]]
 
 
 class Kind(StrEnum):
-    """What a model does: weigh given choices, write an answer, or write a program that is run."""
+    """What a model does: weigh given choices, write an answer, a program that is run, or a question that is solved."""
 
     CHOICE = "choice"
     ANSWER = "answer"
     CODE = "code"
+    QUESTION = "question"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +88,8 @@ class Task:
     max_new_tokens: int = 256
     stop_strings: tuple[str, ...] = ()
     reverse_template: Template | None = None
+    main_way: str = ""
+    """Of the ways of `choices`, the one of the main figure in both directions; empty for `choices.MAIN_WAY`."""
 
     def template_for(self, direction: Direction) -> Template:
         """The template that a model of this direction is asked with."""
@@ -108,6 +111,9 @@ class LoadedTask:
     max_new_tokens: int = 256
     files: Mapping[str, str] = field(default_factory=dict)
     content_sha256: str = ""
+
+    known: frozenset[str] = frozenset()
+    """Of `Kind.QUESTION`: the questions of the file of demonstrations, which was trained on, to tell copies."""
 
     def demonstrations(self, item: Item) -> list[Mapping[str, str]]:
         """The values of the first `num_fewshot` shots, the item itself left out."""

@@ -1,4 +1,4 @@
-"""Tasks for which a model writes: an answer that is compared, or a program that is run.
+"""Tasks for which a model writes: an answer that is compared, a program that is run, or a question that is solved.
 
 The prompt is the task's template for the direction. A forward model's answer is read from the end of what it writes, a reverse
 model's from the front (`Template.read`).
@@ -10,6 +10,7 @@ from typing import Any
 from megatron_ledom.direction import Direction
 from megatron_ledom.evaluation.code_execution import check_allowed, run_program
 from megatron_ledom.evaluation.grading import Comparison, comparison_by
+from megatron_ledom.evaluation.made.problems import solve
 from megatron_ledom.evaluation.prompts import Prompt
 from megatron_ledom.evaluation.task_model import TaskModel
 from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
@@ -28,6 +29,8 @@ def write_answers(
     if task.task.kind is Kind.CODE:
         check_allowed(task.task.name, allowed=allow_code_execution)
         judge = _judge_code
+    elif task.task.kind is Kind.QUESTION:
+        judge = _judge_question
     else:
         comparison = comparison_by(task.task.answers)
 
@@ -54,6 +57,23 @@ def _judge_answer(task: LoadedTask, direction: Direction, item: Item, written: s
     accepted = item.gold if isinstance(item.gold, tuple) else ()
     is_right = answer is not None and comparison.is_right(accepted, answer)
     return {"answer": answer, "gold": list(accepted), "is_right": is_right}
+
+
+def _judge_question(task: LoadedTask, direction: Direction, item: Item, written: str) -> dict[str, Any]:
+    """`answer` is the question that was written; it is right if it has the item's answer."""
+    assert isinstance(item.gold, tuple)
+    template = task.task.template_for(direction)
+    found = template.read(direction, written)[template.fields[-1].name]
+    question = None if found is None else " ".join(found.split())
+    solved = None if question is None else solve(question)
+    is_right = solved is not None and str(solved) in item.gold
+    return {
+        "answer": question,
+        "gold": list(item.gold),
+        "solved": solved,
+        "is_right": is_right,
+        "is_copy": question in task.known,
+    }
 
 
 def _judge_code(task: LoadedTask, direction: Direction, item: Item, written: str) -> dict[str, Any]:

@@ -70,6 +70,11 @@ class JointTokenizer:
             raise DataError(f"the tokenizer of {folder} is a slow one, without offsets; put a tokenizer.json there")
         return cls(loaded.backend_tokenizer, specials_are_text=specials_are_text)
 
+    @property
+    def content(self) -> str:
+        """All that decides the ids of a text, as JSON: equal for two tokenizers that give the same ones."""
+        return str(self._whole.to_str())
+
     def encode(self, text: str) -> list[int]:
         """The ids of a whole text, text order, as a shard stores them: no BOS, no eod."""
         _check_text(text)

@@ -2,7 +2,6 @@
 
 import html
 import json
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from megatron_ledom import pages
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import DataError
 from megatron_ledom.inference.answers import answers_by
+from megatron_ledom.inference.intervals import bootstrap_interval
 from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.inference.selection import (
     GRID,
@@ -27,10 +27,6 @@ from megatron_ledom.inference.selection import (
 MAIN = "Reverse Reward"
 LEVEL = 0.95
 Report = dict[str, Any]
-COLOURS = {
-    "light": ["#c1440e", "#1f5fa8", "#1b7f5c", "#8a2be2", "#b8860b", "#5b6470", "#d1478c", "#111111", "#7a5230"],
-    "dark": ["#ff8a5b", "#7db8ff", "#6fe0b4", "#c9a2ff", "#ffd166", "#b7c0cc", "#ff9ecb", "#f0f0f0", "#d8b48a"],
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,24 +134,7 @@ def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[
 
 def _interval(by_question: Values, level: float, settings: ReportSettings) -> list[float]:
     """Bootstrap interval of a mean over questions; the seeds of a question stay together."""
-    if np.ptp(by_question) == 0:
-        return [float(by_question[0])] * 2
-    try:
-        from scipy.stats import bootstrap
-    except ImportError as error:
-        raise UsageError("intervals need scipy: pip install 'megatron-ledom[evaluation]'") from error
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = bootstrap(
-            (by_question,),
-            np.mean,
-            confidence_level=level,
-            n_resamples=settings.num_resamples,
-            batch=max(1, 2**22 // len(by_question)),
-            method="percentile",
-            rng=np.random.default_rng(settings.seed),
-        )
-    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+    return bootstrap_interval(by_question, level=level, num_resamples=settings.num_resamples, seed=settings.seed)
 
 
 def _equal_tokens(seeds: Sequence[Sequence[Question]], num: int, settings: ReportSettings) -> list[Report]:
@@ -244,7 +223,7 @@ def _html(report: Report) -> str:
 
 def _draw_over_n(report: Report, theme: str) -> bytes:
     def _fill(axes: Any) -> None:
-        for (name, points), colour in zip(report["over_n"].items(), COLOURS[theme] * 2, strict=False):
+        for (name, points), colour in zip(report["over_n"].items(), pages.COLOURS[theme] * 2, strict=False):
             axes.plot([n for n, _ in points], [100 * y for _, y in points], label=name, color=colour, marker="o", ms=3, lw=1.4)
         axes.set_xscale("log", base=2)
         axes.set(xlabel="candidates N", ylabel="right answers (%)", title="Accuracy over N")
@@ -255,9 +234,11 @@ def _draw_over_n(report: Report, theme: str) -> bytes:
 def _draw_over_lambda(report: Report, theme: str) -> bytes:
     def _fill(axes: Any) -> None:
         points = report["over_lambda"]
-        axes.plot([x for x, _ in points], [100 * y for _, y in points], color=COLOURS[theme][0], marker="o", ms=3, label=MAIN)
+        axes.plot(
+            [x for x, _ in points], [100 * y for _, y in points], color=pages.COLOURS[theme][0], marker="o", ms=3, label=MAIN
+        )
         majority = 100 * report["methods"]["majority vote"]["accuracy"]
-        axes.axhline(majority, color=COLOURS[theme][1], ls="--", lw=1.2, label="majority vote")
+        axes.axhline(majority, color=pages.COLOURS[theme][1], ls="--", lw=1.2, label="majority vote")
         title = "Accuracy over lambda, all questions (shown, not used to choose)"
         axes.set(xlabel="lambda: 0 forward only, 1 reverse only", ylabel="right answers (%)", title=title)
 

@@ -58,6 +58,13 @@ RUN_BY_TESTS = {
     "python tools/report_rerank.py answers.jsonl --output report --explain 3 --reverse quickstart/models/reverse": (
         "tests/unit/test_selection.py"
     ),
+    "python tools/make_analysis_data.py --task reversal --out made/reversal --num 64 --seed 0": "tests/unit/test_made_sets.py",
+    "python tools/evaluate.py --model models/reverse --tasks reversal,reversal_written --data made/reversal --output evaluated": (
+        "tests/unit/test_made_sets.py, tests/quickstart/test_reversal_curse.py"
+    ),
+    "python tools/compare_losses.py models/forward models/reverse --data held_out.jsonl --domain-key source --output compared": (
+        "tests/unit/test_loss_difference.py"
+    ),
     "python tools/evaluate.py --list --data evaluation_sets": "tests/unit/test_evaluate_tool.py",
     "python tools/evaluate.py --model quickstart/models/reverse --tasks gsm8k,svamp --data evaluation_sets --num-fewshot 4"
     " --show 2": "tests/unit/test_evaluate_tool.py",

@@ -1,0 +1,28 @@
+"""Which sets can be made."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from megatron_ledom.evaluation.made.facts import inverse_relations, reversal
+from megatron_ledom.evaluation.made.labels import label_backfill
+from megatron_ledom.evaluation.made.made_set import MadeSet, write_made_set
+from megatron_ledom.evaluation.made.problems import question_from_answer
+from megatron_ledom.evaluation.made.worlds import abduction
+
+GENERATORS: Mapping[str, Callable[[int, int], MadeSet]] = MappingProxyType(
+    {
+        "reversal": reversal,
+        "question_from_answer": question_from_answer,
+        "abduction": abduction,
+        "label_backfill": label_backfill,
+        "inverse_relations": inverse_relations,
+    }
+)
+"""Name -> function of a number and a seed; what the number counts stands in the function's docstring."""
+
+
+def make_analysis_data(task: str, folder: str, num: int, seed: int) -> None:
+    """Make a set and write it into `folder`."""
+    made = GENERATORS[task](num, seed)
+    write_made_set(made, Path(folder), {"task": task, "num": num, "seed": seed})

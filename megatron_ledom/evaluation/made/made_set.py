@@ -1,0 +1,110 @@
+"""What a generator makes, and its files: training text, questions, demonstrations, and a manifest with hashes."""
+
+import hashlib
+import json
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.errors import UsageError
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+NUM_CHOICES = 4
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MadeSet:
+    """texts: to train on, in reading order. files: name without ending -> rows, what tools/evaluate.py reads.
+
+    chance: what a scorer that knows nothing gets, a share of the items; None where a blind answer is never right.
+    """
+
+    texts: Sequence[str]
+    files: Mapping[str, Sequence[Row]]
+    chance: float | None
+    counts: Mapping[str, int] = field(default_factory=dict)
+
+
+def write_made_set(made: MadeSet, folder: Path, about: Mapping[str, Any]) -> None:
+    """`train.jsonl`, the files of the questions and, last, the manifest. The same arguments give the same bytes.
+
+    UsageError where the folder holds another set: two sets in one folder would share their training text.
+    """
+    path = folder / MANIFEST
+    if path.is_file():
+        found = json.loads(path.read_text(encoding="utf-8"))
+        changed = [f"{name} was {found.get(name)}, is {value}" for name, value in about.items() if found.get(name) != value]
+        if changed:
+            raise UsageError(f"{folder} holds another set ({'; '.join(changed)}); give it a folder of its own")
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: dict[str, Sequence[Row]] = {"train": [{"text": text} for text in made.texts], **made.files}
+    hashes = {}
+    for name, lines in rows.items():
+        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        _write(folder / f"{name}.jsonl", content)
+        hashes[f"{name}.jsonl"] = {"sha256": hashlib.sha256(content).hexdigest(), "lines": len(lines)}
+    manifest = {
+        **about,
+        "format": FORMAT,
+        "package_version": version("megatron-ledom"),
+        "chance": made.chance,
+        "counts": dict(made.counts),
+        "files": hashes,
+    }
+    _write(path, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def choices_around(gold: str, wrong: Sequence[str], position: int) -> dict[str, Any]:
+    """The fields of a choice: the right one at `position` (modulo their number), the wrong ones in their order around it."""
+    choices = list(wrong)
+    place = position % (len(wrong) + 1)
+    choices.insert(place, gold)
+    return {"choices": choices, "gold": place}
+
+
+def neighbours(values: Sequence[str], index: int) -> list[str]:
+    """The three values that follow `values[index]` in a circle: each value is wrong for three others and right once."""
+    return [values[(index + step) % len(values)] for step in range(1, NUM_CHOICES)]
+
+
+def check_num(num: int, least: int, unit: str) -> None:
+    """Refuse a set too small to have wrong answers of the same kind."""
+    if num < least:
+        raise UsageError(
+            f"--num {num} {unit} are too few; at least {least} are needed, so that every question has wrong answers"
+        )
+
+
+class Namer:
+    """Invented words of two syllables, never the same twice."""
+
+    ONSETS = ("b", "br", "d", "dr", "f", "g", "h", "k", "kl", "l", "m", "n", "p", "pl", "r", "s", "st", "t", "tr", "v", "z")
+    VOWELS = ("a", "e", "i", "o", "u")
+    CODAS = ("", "", "l", "m", "n", "r", "s", "th")
+
+    def __init__(self, rng: random.Random) -> None:
+        self._rng, self._used = rng, set[str]()
+
+    def word(self) -> str:
+        """One word, its first letter a capital."""
+        while True:
+            draw = self._rng.choice
+            word = "".join(draw(part) for part in (self.ONSETS, self.VOWELS, self.CODAS, self.ONSETS, self.VOWELS, self.CODAS))
+            if word not in self._used:
+                self._used.add(word)
+                return word.title()
+
+    def person(self) -> str:
+        """A given and a family name."""
+        return f"{self.word()} {self.word()}"
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)
