@@ -16,7 +16,7 @@ from megatron_ledom.evaluation.grading import comparison_by
 from megatron_ledom.evaluation.item_file import ItemFile, folder_facts, versions
 from megatron_ledom.evaluation.prompts import Prompt
 from megatron_ledom.evaluation.results import TaskResult, check_statistics, summarize, write_summary
-from megatron_ledom.evaluation.task_files import all_tasks, file_hash, find_file, load_task, task_named
+from megatron_ledom.evaluation.task_files import all_tasks, find_file, load_task, task_named
 from megatron_ledom.evaluation.task_model import LanguageTaskModel, direction_of, load_language_model
 from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
 from megatron_ledom.evaluation.writing import prompt_of
