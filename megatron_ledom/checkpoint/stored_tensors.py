@@ -4,6 +4,7 @@ megatron-core stores the tensors of all layers under one name with the layer as 
 torch's planner finds what is wanted in them, its weights-only loader where their bytes lie. No process group is needed.
 """
 
+import mmap
 import os
 import pickle
 from typing import Any
@@ -85,10 +86,18 @@ class StoredTensors:
         self._places = metadata.storage_data
 
     def read(self, name: str, layer: int | None = None) -> torch.Tensor:
-        """A whole tensor, or the part of one layer without the layer axis. Raises DataError as `fill`."""
+        """A whole tensor, or the part of one layer without the layer axis; mapped from its file if it lies there in one piece.
+
+        Raises DataError as `fill`.
+        """
         size = self._entry(name).size
-        target = torch.empty(size if layer is None else size[1:], dtype=self._entry(name).properties.dtype)
-        self.fill(target, name, layer)
+        shape = size if layer is None else size[1:]
+        items = self._items(name, shape, layer, 0)
+        if len(items) == 1:
+            part = self._part(name, items[0])
+            return part if layer is None else part[0]
+        target = torch.empty(shape, dtype=self._entry(name).properties.dtype)
+        self._fill(target, name, layer, items)
         return target
 
     def fill(self, target: torch.Tensor, name: str, layer: int | None = None, first_row: int = 0) -> None:
@@ -96,33 +105,45 @@ class StoredTensors:
 
         Raises DataError when that is not stored, in part or at all, or in another shape.
         """
+        self._fill(target, name, layer, self._items(name, target.shape, layer, first_row))
+
+    def _fill(self, target: torch.Tensor, name: str, layer: int | None, items: list[ReadItem]) -> None:
+        box = target if layer is None else target[None]
+        for item in items:
+            narrow_tensor_by_index(box, item.dest_offsets, item.lengths).detach().copy_(self._part(name, item))
+
+    def _items(self, name: str, shape: torch.Size, layer: int | None, first_row: int) -> list[ReadItem]:
+        """Which parts of which stored chunks make up what is asked for. Raises DataError as `fill`."""
         entry = self._entry(name)
         stored = entry.size if layer is None else entry.size[1:]
-        if target.shape[1:] != stored[1:] or first_row + target.shape[0] > stored[0]:
+        if shape[1:] != stored[1:] or first_row + shape[0] > stored[0]:
             raise DataError(
-                f"{self.checkpoint} has {name} as {tuple(stored)}, expected {tuple(target.shape)} from row {first_row} on; it is"
+                f"{self.checkpoint} has {name} as {tuple(stored)}, expected {tuple(shape)} from row {first_row} on; it is"
                 " damaged, or of another model"
             )
-        offsets = [first_row, *[0] * (target.dim() - 1)]
-        box = target if layer is None else target[None]
-        chunk = ChunkStorageMetadata(torch.Size(offsets if layer is None else [layer, *offsets]), box.shape)
+        offsets = [first_row, *[0] * (len(shape) - 1)]
+        chunk = ChunkStorageMetadata(torch.Size(offsets), shape)
+        if layer is not None:
+            chunk = ChunkStorageMetadata(torch.Size([layer, *offsets]), torch.Size([1, *shape]))
         items = create_read_items_for_chunk_list(name, entry, [chunk])
         found = sum(item.lengths.numel() for item in items)
-        if found != target.numel():
+        if found != shape.numel():
             raise DataError(
                 f"{self.checkpoint}: {name}{'' if layer is None else f', layer {layer},'} is stored with {found:,} of"
-                f" {target.numel():,} elements; the checkpoint is damaged, use an earlier one"
+                f" {shape.numel():,} elements; the checkpoint is damaged, use an earlier one"
             )
+        return items
+
+    def _part(self, name: str, item: ReadItem) -> torch.Tensor:
+        """What is wanted of one stored chunk, mapped from its file. Raises DataError when it cannot be found there."""
         try:
-            for item in items:
-                self._fill_from(narrow_tensor_by_index(box, item.dest_offsets, item.lengths), item)
+            return self._mapped(item)
         except UNREADABLE as error:
             raise DataError(
                 f"{self.checkpoint} cannot be read at {name} ({type(error).__name__}: {error}); it is damaged, use an earlier one"
             ) from error
 
-    def _fill_from(self, part: torch.Tensor, item: ReadItem) -> None:
-        """Fill a part of a target from one stored chunk: straight from the file where the bytes lie as they will in memory."""
+    def _mapped(self, item: ReadItem) -> torch.Tensor:
         place = self._places[item.storage_index]
         if getattr(place, "transform_descriptors", None):
             raise ValueError("its files are compressed")
@@ -134,13 +155,8 @@ class StoredTensors:
             span = 1 + sum((size - 1) * stride for size, stride in zip(wanted.shape, wanted.stride(), strict=True))
             if begin + span * wanted.itemsize > place.length:
                 raise ValueError("a chunk ends outside of its place")
-            is_alike = wanted.is_contiguous() and part.is_contiguous() and part.dtype == wanted.dtype
-            if is_alike and part.device.type == "cpu":
-                _read_exactly(file.fileno(), part.detach().view(-1), place.offset + begin)
-                return
-            read = torch.empty(span, dtype=wanted.dtype)
-            _read_exactly(file.fileno(), read, place.offset + begin)
-            part.detach().copy_(read.as_strided(wanted.shape, wanted.stride()))
+            vector = _map_vector(file.fileno(), place.offset + begin, wanted.dtype, span)
+        return vector.as_strided(wanted.shape, wanted.stride())
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         if name not in self.entries:
@@ -150,11 +166,12 @@ class StoredTensors:
         return self.entries[name]
 
 
-def _read_exactly(descriptor: int, target: torch.Tensor, offset: int) -> None:
-    """Fill a contiguous vector with the bytes of an open file from `offset` on. Raises EOFError when it ends before."""
-    rest = memoryview(target.view(torch.uint8).numpy()).cast("B")  # type: ignore[arg-type]
-    while len(rest):
-        done = os.preadv(descriptor, [rest], offset)
-        if not done:
-            raise EOFError(f"the file ends {len(rest):,} bytes too early")
-        rest, offset = rest[done:], offset + done
+def _map_vector(descriptor: int, offset: int, dtype: torch.dtype, length: int) -> torch.Tensor:
+    """[length] of an open file from a byte on. Nothing is copied, and what is written to it does not reach the file.
+
+    Raises ValueError when the file ends before.
+    """
+    before = offset % mmap.ALLOCATIONGRANULARITY
+    pages = mmap.mmap(descriptor, before + length * dtype.itemsize, access=mmap.ACCESS_COPY, offset=offset - before)
+    pages.madvise(mmap.MADV_WILLNEED)  # the disk begins, while the tensor before this one is written
+    return torch.frombuffer(pages, dtype=dtype, count=length, offset=before)

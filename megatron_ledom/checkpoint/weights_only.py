@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItem,
     WriteItemType,
 )
+from torch.serialization import get_crc32_options, set_crc32_options
 
 from megatron_ledom.checkpoint.checksums import checksum
 from megatron_ledom.checkpoint.common_files import COMMON_FILES, save_backends
@@ -127,7 +128,8 @@ def save_weights(
         writer = _Writer(folder, file_system)
         writer.set_up_storage_writer(is_coordinator=True)
         plans = writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans])
-        results = [_written(writer, plan, supply) for plan in plans]
+        with _without_crc32():
+            results = [_written(writer, plan, supply) for plan in plans]
         files = {name: file.sums() for name, file in file_system.files.items()}
     writer.finish(Metadata(_entries(pieces, dtype, num_layers)), results)
     torch.save({"content_metadata": CONTENT}, os.path.join(folder, "common.pt"))
@@ -139,6 +141,17 @@ def save_weights(
     save_manifest(manifest, folder)
     fsync_path(folder)
     return manifest
+
+
+@contextmanager
+def _without_crc32() -> Iterator[None]:
+    """Inside, torch writes no CRC-32 beside a tensor, which it never reads again; the manifest has the file's sha256."""
+    before = get_crc32_options()
+    set_crc32_options(False)
+    try:
+        yield
+    finally:
+        set_crc32_options(before)
 
 
 def _written(writer: _Writer, plan: SavePlan, supply: _Supply) -> Any:

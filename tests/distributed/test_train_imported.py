@@ -57,8 +57,11 @@ def test_five_steps_from_imported_weights_are_alike_in_every_layout(data: TinyDa
             [value for pair in expected for value in pair], rel=2e-5
         ), run
     assert load_manifest(find_checkpoint(str(tensor))).iteration == 5
-    export_hf(str(tensor), str(tmp_path / "out"))
-    assert json.loads((tmp_path / "out/config.json").read_text())["direction"] == "reverse"
+    for run in layouts:
+        gate = export_hf(str(run), str(tmp_path / f"out_{run.name}"))
+        assert gate is not None
+        assert gate.largest_logit_difference <= 1e-4
+        assert json.loads((tmp_path / f"out_{run.name}/config.json").read_text())["direction"] == "reverse"
 
 
 def test_a_run_starts_from_the_very_weights_and_goes_on_after_a_stop(data: TinyData, tmp_path: Path) -> None:

@@ -15,12 +15,14 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from megatron_ledom.checkpoint import hashed_file
+from megatron_ledom.checkpoint.folder import find_checkpoint
+from megatron_ledom.checkpoint.stored_tensors import StoredTensors
 from megatron_ledom.convert.export_hf import export_hf
 from megatron_ledom.convert.hf_folder import parse_size
 from megatron_ledom.convert.import_hf import import_hf
 from megatron_ledom.convert.new_folder import new_folder
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import LedomError, UsageError
+from megatron_ledom.errors import DataError, LedomError, UsageError
 from tests.numerics.test_conversion import check_same_folders, check_same_runs
 from tests.stock_folders import family_folder, stock_config, stock_folder
 from tests.tiny_runs import ROOT
@@ -255,3 +257,13 @@ def test_what_the_disk_refuses_on_the_way_is_not_forgotten_at_the_end(tmp_path: 
         file.close()
         with pytest.raises(OSError, match="no room"):
             file.sums()
+
+
+def test_a_checkpoint_whose_file_ends_too_early_is_refused_where_it_is_read(run: Path, tmp_path: Path) -> None:
+    """Sizes are checked before, but the first checkpoints had none; a page behind a file's end would kill the process."""
+    checkpoint = find_checkpoint(str(shutil.copytree(run, tmp_path / "run")))
+    file = max(Path(checkpoint).glob("*.distcp"))
+    os.truncate(file, file.stat().st_size - 100)
+    stored = StoredTensors(checkpoint)
+    with pytest.raises(DataError, match="cannot be read at"):
+        [stored.read(name) for name in stored.entries]

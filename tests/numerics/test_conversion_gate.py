@@ -135,6 +135,7 @@ def test_a_broken_rule_is_caught_and_named(
     how: Any = "layers" if core in (QKV, "output_layer.weight", "word_embeddings.weight") else "whole"
     with pytest.raises(VerificationError) as caught:
         export_hf(str(runs[architecture]), str(tmp_path / "new/hf"), verify=how)
+    assert caught.value.exit_code == 1
     message = str(caught.value)
     assert weight in message
     assert cause in message
