@@ -218,6 +218,6 @@ def _markdown(size: str, sections: list[tuple[str, list[str], list[Rows]]]) -> s
     for title, told, tables in sections:
         parts += [f"## {title}", *told]
         for rows in tables:
-            lines = ["| " + " | ".join(row) + " |" for row in rows]
+            lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
             parts.append("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
     return "\n\n".join(parts) + "\n"

@@ -125,6 +125,7 @@ write_study(Path("study"), "tiny", load_settings("tiny", []), {"rerank_test_1": 
     page, summary = ((tmp_path / "study" / name).read_text() for name in ("report.html", "summary.md"))
     assert "Reverse Reward is not significantly above these baselines: greedy: +0.0 points; random of N: +0.0 points" in page
     assert "not surely above the forward one" in summary
+    assert "P_F(y\\|x)" in summary
     assert "tools/rerank.py" in page
     assert "00ff00ff00ff00ff  study/a" in page
     assert page.count("<picture>") == 6
