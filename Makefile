@@ -4,10 +4,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: quickstart test test-slow check unit clean
+SIZE ?= full
+
+.PHONY: quickstart study test test-slow check unit clean
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
+
+study: $(STAMP)
+	$(BIN)/python examples/study/study.py --size $(SIZE)
 
 test: check
 	$(BIN)/python -m pytest tests --durations=15
@@ -28,4 +33,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt .ci/make_venv $(wildcard csrc/
 	touch $@
 
 clean:
-	rm -rf $(VENV) build quickstart
+	rm -rf $(VENV) build quickstart study

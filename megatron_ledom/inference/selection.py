@@ -177,7 +177,19 @@ def chosen_weights(questions: Sequence[Question], num: int, num_folds: int, seed
     folds = np.random.default_rng(seed).permutation(len(questions)) % num_folds
     chosen = np.zeros(len(questions), np.int64)
     for fold in range(num_folds):
-        accuracy = right[folds != fold].mean(axis=0)
-        best = np.flatnonzero(accuracy >= accuracy.max() - 1e-12)
-        chosen[folds == fold] = best[len(best) // 2]
+        chosen[folds == fold] = _best_of(right[folds != fold])
     return chosen
+
+
+def best_weight(questions: Sequence[Question], num: int) -> int:
+    """The index of GRID that is best for these questions with their first `num` candidates; of equal ones the middle."""
+    return _best_of(
+        np.array([[question.outcome("Reverse Reward", num, w) for w in range(len(GRID))] for question in questions])
+    )
+
+
+def _best_of(right: Values) -> int:
+    """The column [questions, lambdas] that is right most often; of equal ones the middle."""
+    accuracy = right.mean(axis=0)
+    best = np.flatnonzero(accuracy >= accuracy.max() - 1e-12)
+    return int(best[len(best) // 2])

@@ -20,6 +20,7 @@ from megatron_ledom.inference.selection import (
     WITH_REVERSE,
     Question,
     Values,
+    best_weight,
     chosen_weights,
     load_questions,
 )
@@ -27,6 +28,8 @@ from megatron_ledom.inference.selection import (
 MAIN = "Reverse Reward"
 LEVEL = 0.95
 Report = dict[str, Any]
+Seeds = Sequence[Sequence[Question]]
+"""The same questions with the candidates of each seed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,10 +67,13 @@ def report_selection(
     return report
 
 
-def compare(seeds: Sequence[Sequence[Question]], settings: ReportSettings) -> Report:
-    """Accuracies, paired differences from Reverse Reward with intervals, the curves, and what the same tokens buy."""
+def compare(seeds: Seeds, settings: ReportSettings, development: Seeds | None = None) -> Report:
+    """Accuracies, paired differences from Reverse Reward with intervals, the curves, and what the same tokens buy.
+
+    development: other questions for each seed, on which its lambda is chosen; without, lambda is cross-fitted.
+    """
     num = min(len(question.is_right) for questions in seeds for question in questions)
-    weights = _weights(seeds, num, settings)
+    weights = _weights(seeds, num, settings, development)
     outcomes = {name: _outcomes(seeds, name, num, weights) for name in METHODS}
     known = {name: values for name, values in outcomes.items() if values is not None}
     return {
@@ -75,23 +81,38 @@ def compare(seeds: Sequence[Sequence[Question]], settings: ReportSettings) -> Re
         "num_candidates": num,
         "num_seeds": len(seeds),
         "answers": settings.answers,
-        "held_out": {"num_folds": settings.num_folds, "lambdas": [[GRID[w] for w in np.unique(row)] for row in weights]},
+        "held_out": {
+            "num_folds": None if development is not None else settings.num_folds,
+            "lambdas": [[GRID[w] for w in np.unique(row)] for row in weights],
+        },
         "methods": {name: _summary(values, settings) for name, values in known.items()},
         "comparisons": _comparisons(known, settings),
-        "equal_tokens": _equal_tokens(seeds, num, settings),
-        "over_n": _over_n(seeds, list(known), num, settings),
+        "equal_tokens": _equal_tokens(seeds, num, settings, development),
+        "over_n": _over_n(seeds, list(known), num, settings, development),
         "over_lambda": [
             [weight, _mean(_outcomes(seeds, MAIN, num, np.full_like(weights, index)))] for index, weight in enumerate(GRID)
         ],
     }
 
 
-def _weights(seeds: Sequence[Sequence[Question]], num: int, settings: ReportSettings) -> Any:
-    """[seeds, questions] indices of GRID; each seed divides the questions anew."""
+def outcomes_of(method: str, seeds: Seeds, settings: ReportSettings, development: Seeds | None = None) -> Values:
+    """How right one of METHODS is, [seeds, questions], with all candidates; DataError where some question does not know."""
+    num = min(len(question.is_right) for questions in seeds for question in questions)
+    outcomes = _outcomes(seeds, method, num, _weights(seeds, num, settings, development))
+    if outcomes is None:
+        raise DataError(f"the files do not hold what {method!r} needs for every question; make them again with it")
+    return outcomes
+
+
+def _weights(seeds: Seeds, num: int, settings: ReportSettings, development: Seeds | None = None) -> Any:
+    """[seeds, questions] indices of GRID; without a development part each seed divides the questions anew."""
+    if development is not None:
+        rows = zip(seeds, development, strict=True)
+        return np.array([np.full(len(questions), best_weight(other, num)) for questions, other in rows])
     return np.array([chosen_weights(qs, num, settings.num_folds, settings.seed + i) for i, qs in enumerate(seeds)])
 
 
-def _outcomes(seeds: Sequence[Sequence[Question]], method: str, num: int, weights: Any) -> Values | None:
+def _outcomes(seeds: Seeds, method: str, num: int, weights: Any) -> Values | None:
     """[seeds, questions], or None where some question does not know."""
     rows = [
         [question.outcome(method, num, int(weight)) for question, weight in zip(questions, own, strict=True)]
@@ -107,7 +128,7 @@ def _mean(outcomes: Values | None) -> float:
 def _summary(outcomes: Values, settings: ReportSettings) -> Report:
     return {
         "accuracy": float(outcomes.mean()),
-        "interval": _interval(outcomes.mean(axis=0), LEVEL, settings),
+        "interval": interval_of(outcomes.mean(axis=0), LEVEL, settings),
         "by_seed": outcomes.mean(axis=1).tolist(),
     }
 
@@ -119,12 +140,12 @@ def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[
     found = []
     for name in others:
         difference = (outcomes[MAIN] - outcomes[name]).mean(axis=0)
-        low, high = _interval(difference, 1 - (1 - LEVEL) / len(others), settings)
+        low, high = interval_of(difference, 1 - (1 - LEVEL) / len(others), settings)
         found.append(
             {
                 "against": name,
                 "difference": float(difference.mean()),
-                "interval": _interval(difference, LEVEL, settings),
+                "interval": interval_of(difference, LEVEL, settings),
                 "simultaneous_interval": [low, high],
                 "is_significant": bool(low > 0 or high < 0),
             }
@@ -132,12 +153,12 @@ def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[
     return found
 
 
-def _interval(by_question: Values, level: float, settings: ReportSettings) -> list[float]:
+def interval_of(by_question: Values, level: float, settings: ReportSettings) -> list[float]:
     """Bootstrap interval of a mean over questions; the seeds of a question stay together."""
     return bootstrap_interval(by_question, level=level, num_resamples=settings.num_resamples, seed=settings.seed)
 
 
-def _equal_tokens(seeds: Sequence[Sequence[Question]], num: int, settings: ReportSettings) -> list[Report]:
+def _equal_tokens(seeds: Seeds, num: int, settings: ReportSettings, development: Seeds | None) -> list[Report]:
     """Accuracy if every method may use the tokens of sampling `num` candidates: those with a reverse pass get fewer of them.
 
     A token counts the same whether it is written or read; where reading is cheaper this is to the disadvantage of Reverse Reward.
@@ -148,18 +169,18 @@ def _equal_tokens(seeds: Sequence[Sequence[Question]], num: int, settings: Repor
     rows = []
     for name in METHODS:
         affordable = 1 if name == "greedy" else fewer if name in WITH_REVERSE else num
-        outcomes = _outcomes(seeds, name, affordable, _weights(seeds, affordable, settings))
+        outcomes = _outcomes(seeds, name, affordable, _weights(seeds, affordable, settings, development))
         if outcomes is not None and name != "beam by Reverse Reward":
             tokens = affordable * (sample + (judge if name in WITH_REVERSE else 0.0))
             rows.append({"method": name, "num_candidates": affordable, "tokens": tokens, "accuracy": float(outcomes.mean())})
     return rows
 
 
-def _over_n(seeds: Sequence[Sequence[Question]], names: list[str], num: int, settings: ReportSettings) -> Report:
+def _over_n(seeds: Seeds, names: list[str], num: int, settings: ReportSettings, development: Seeds | None) -> Report:
     sizes = sorted({2**power for power in range(num.bit_length()) if 2**power <= num} | {num})
     curves: dict[str, list[list[float]]] = {name: [] for name in names}
     for size in sizes:
-        weights = _weights(seeds, size, settings)
+        weights = _weights(seeds, size, settings, development)
         for name in names:
             curves[name].append([size, _mean(_outcomes(seeds, name, size, weights))])
     return curves
@@ -194,10 +215,12 @@ def _tables(report: Report) -> tuple[list[list[str]], list[list[str]]]:
 
 def _about(report: Report) -> str:
     lambdas = "; ".join(", ".join(f"{value:.2f}" for value in row) for row in report["held_out"]["lambdas"])
+    folds = report["held_out"]["num_folds"]
+    where = f"the other of {folds} folds, never on the question it judges" if folds else "a development part of other questions"
     return (
         f"{report['num_questions']} questions, {report['num_candidates']} candidates each, {report['num_seeds']} sampling seed(s),"
-        f" answers compared by {report['answers']}. lambda is chosen on the other of {report['held_out']['num_folds']} folds, never on"
-        f" the question it judges (chosen, by seed: {lambdas}). Intervals: bootstrap over questions, paired."
+        f" answers compared by {report['answers']}. lambda is chosen on {where} (chosen, by seed: {lambdas})."
+        " Intervals: bootstrap over questions, paired."
     )
 
 
@@ -214,14 +237,16 @@ def _html(report: Report) -> str:
     told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences(report))
     methods, equal = (pages.table(rows) for rows in _tables(report))
     figures = [
-        pages.figure("accuracy over N", {theme: _draw_over_n(report, theme) for theme in pages.THEMES}),
-        pages.figure("accuracy over lambda", {theme: _draw_over_lambda(report, theme) for theme in pages.THEMES}),
+        pages.figure("accuracy over N", {theme: draw_over_n(report, theme) for theme in pages.THEMES}),
+        pages.figure("accuracy over lambda", {theme: draw_over_lambda(report, theme) for theme in pages.THEMES}),
     ]
     body = [f"<p>{html.escape(_about(report))}</p>", methods, f"<ul>{told}</ul>", equal, *figures]
     return pages.page("Choosing answers by Reverse Reward", body)
 
 
-def _draw_over_n(report: Report, theme: str) -> bytes:
+def draw_over_n(report: Report, theme: str) -> bytes:
+    """Accuracy of each method over the number of candidates, as PNG."""
+
     def _fill(axes: Any) -> None:
         for (name, points), colour in zip(report["over_n"].items(), pages.COLOURS[theme] * 2, strict=False):
             axes.plot([n for n, _ in points], [100 * y for _, y in points], label=name, color=colour, marker="o", ms=3, lw=1.4)
@@ -231,7 +256,9 @@ def _draw_over_n(report: Report, theme: str) -> bytes:
     return pages.draw_png(theme, (8.5, 4.8), _fill)
 
 
-def _draw_over_lambda(report: Report, theme: str) -> bytes:
+def draw_over_lambda(report: Report, theme: str) -> bytes:
+    """Accuracy of Reverse Reward over lambda, as PNG."""
+
     def _fill(axes: Any) -> None:
         points = report["over_lambda"]
         axes.plot(

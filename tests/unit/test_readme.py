@@ -16,6 +16,7 @@ RUN_BY_QUICKSTART = "<!-- run by the quickstart -->"
 """Stands above blocks that tests/quickstart compares with what the quickstart ran."""
 RUN_BY_TESTS = {
     "make quickstart": "Makefile: the quickstart itself",
+    "make study SIZE=small": "tests/study/test_study.py, its tiny size",
     "make test": "Makefile: what runs this test",
     "python -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml --dry-run": "here",
     "python -m megatron_ledom.ops": "tests/unit/test_ops.py",

@@ -1,0 +1,109 @@
+"""Part 2: the forward model answers, Reverse Reward chooses; beside its baselines, over N and lambda, and beam search."""
+
+import json
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from commands import tool
+from losses import Twins, write_lines
+from problems import read_lines
+from steps import Step
+
+from megatron_ledom.inference.answers import answers_by
+from megatron_ledom.inference.reverse_reward import RewardSettings
+from megatron_ledom.inference.selection import Question, load_questions
+from megatron_ledom.inference.selection_report import ReportSettings, compare
+
+GOLD = "answer"
+WANTED = (0.2, 0.6)
+"""Greedy accuracy that a level must have to be chosen."""
+PARTS = ("development", "test")
+
+
+class Rewards:
+    """Where everything of part 2 lies, and the steps that make it."""
+
+    def __init__(self, twins: Twins) -> None:
+        self.twins, self.settings, self.folder = twins, twins.settings, twins.folder / "rewards"
+        self.model = list(self.settings.models)[-1]
+        longest = max(level.steps for level in self.settings.levels)
+        self.max_new_tokens = 16 * (longest + 1)
+
+    def model_of(self, seed: int, direction: str) -> Path:
+        """Export of the twin that answers (forward) or scores (reverse)."""
+        return self.twins.model_of("maths", self.model, seed, direction)
+
+    def ranked(self, part: str, seed: int) -> Path:
+        """Ranked candidates of a part."""
+        return self.folder / f"{part}_{seed}.jsonl"
+
+    def beam(self, seed: int) -> Path:
+        """Searched answers of the test part."""
+        return self.folder / f"beam_{seed}.jsonl"
+
+    def stages(self) -> Iterator[list[Step]]:
+        """Greedy answers on the calibration part, the level, then everything at that level."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        asked = self.twins.folder / "maths/calibration.jsonl"
+        seeds = self.settings.seeds
+        yield [self.rerank_step(asked, self.ranked("calibration", seed), seed, ["--sample", 1, "--greedy"]) for seed in seeds]
+        inputs = [self.ranked("calibration", seed) for seed in seeds]
+        inputs += [self.twins.folder / "maths" / f"{part}.jsonl" for part in PARTS]
+        outputs = [self.folder / name for name in ("level.json", *(f"{part}.jsonl" for part in PARTS))]
+        yield [Step(name="level", inputs=inputs, outputs=outputs, work=self._choose_level, settings=WANTED)]
+        sampled = ["--sample", self.settings.num_samples, "--greedy"]
+        beams, expansions = self.settings.beams
+        searched = ["--beam", beams, "--expansions", expansions]
+        steps = [self.rerank_step(self.folder / f"{p}.jsonl", self.ranked(p, s), s, sampled) for s in seeds for p in PARTS]
+        yield steps + [self.rerank_step(self.folder / "test.jsonl", self.beam(seed), seed, searched) for seed in seeds]
+
+    def rerank_step(self, asked: Path, output: Path, seed: int, options: list[Any]) -> Step:
+        """tools/rerank.py with the twins of a seed."""
+        models = [self.model_of(seed, direction) for direction in ("forward", "reverse")]
+        names = ["--forward", models[0], "--reverse", models[1], "--input", asked, "--output", output, "--batch-size", 64]
+        sampling = ["--temperature", self.settings.temperature, "--max-new-tokens", self.max_new_tokens, "--seed", seed]
+        command = tool("tools/rerank.py", *names, *options, *sampling)
+        return Step(name=f"rerank_{output.stem}", inputs=[asked, *models], outputs=[output], commands=[command], resumes=True)
+
+    def _choose_level(self) -> None:
+        """The first level whose greedy accuracy, mean of all seeds, is wanted; else the one nearest to the middle."""
+        answers = answers_by("number")
+        right: dict[int, list[bool]] = {}
+        for seed in self.settings.seeds:
+            for record in read_lines(self.ranked("calibration", seed)):
+                is_right = answers.read(record["greedy"]) == answers.read(record[GOLD])
+                right.setdefault(int(record["level"]), []).append(is_right)
+        accuracy = {level: statistics.mean(found) for level, found in sorted(right.items())}
+        low, high = WANTED
+        inside = [level for level, value in accuracy.items() if low <= value <= high]
+        level = inside[0] if inside else min(accuracy, key=lambda one: abs(accuracy[one] - (low + high) / 2))
+        for part in PARTS:
+            records = [r for r in read_lines(self.twins.folder / "maths" / f"{part}.jsonl") if int(r["level"]) == level]
+            write_lines(self.folder / f"{part}.jsonl", list(records))
+        chosen = {"level": level, "greedy": accuracy, "is_inside": bool(inside)}
+        (self.folder / "level.json").write_text(json.dumps(chosen), encoding="utf-8")
+
+    def questions(self, part: str, reward: RewardSettings | None = None) -> list[list[Question]]:
+        """The ranked questions of a part, for each seed; the test part with its beam search."""
+        paths = [(self.ranked(part, seed), self.beam(seed) if part == "test" else None) for seed in self.settings.seeds]
+        return [load_questions(path, GOLD, answers_by("number"), reward or RewardSettings(), beam) for path, beam in paths]
+
+    def results(self) -> dict[str, Any]:
+        """The level, the comparison with lambda of the development part, and beam search beside best-of-N of the same tokens."""
+        development, test = (self.questions(part) for part in PARTS)
+        report = compare(test, ReportSettings(gold_key=GOLD, reward=RewardSettings()), development)
+        level = json.loads((self.folder / "level.json").read_text(encoding="utf-8"))
+        return {"level": level, "report": report, "beam": self._beam_at_equal_tokens(report, test)}
+
+    def _beam_at_equal_tokens(self, report: dict[str, Any], test: list[list[Question]]) -> dict[str, float]:
+        spent = [json.loads(Path(f"{self.beam(s)}.spent.json").read_text(encoding="utf-8")) for s in self.settings.seeds]
+        total = sum(one["forward_tokens"] + one["reverse_tokens"] for one in spent)
+        tokens = total / sum(map(len, test))
+        candidate = statistics.mean(q.sample_tokens + q.reverse_tokens for questions in test for q in questions)
+        curve = report["over_n"]["Reverse Reward"]
+        affordable = [point for point in curve if point[0] * candidate <= tokens] or curve[:1]
+        num, accuracy = affordable[-1]
+        found = report["methods"]["beam by Reverse Reward"]["accuracy"]
+        return {"accuracy": found, "tokens": tokens, "num": num, "num_tokens": num * candidate, "best_of_num": accuracy}

@@ -1,0 +1,107 @@
+"""Steps of the study: each is done once, several at a time, and again only where its commands or what it reads have changed."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from commands import check_exit, show
+
+Work = Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Commands, or a function, that read `inputs` and make `outputs` (files and folders). settings: what a function depends on."""
+
+    name: str
+    outputs: Sequence[Path]
+    inputs: Sequence[Path] = ()
+    commands: Sequence[list[str]] = ()
+    work: Work | None = None
+    settings: Any = field(default=None)
+    resumes: bool = False
+    """Whether the command takes up what it left when it was killed; else that is removed."""
+
+
+class Runner:
+    """Runs steps and keeps a note of each below `folder`: its key, commands, hashes of what it read, and seconds."""
+
+    def __init__(self, folder: Path, at_once: int) -> None:
+        self.notes, self.logs, self.at_once = folder / "steps", folder / "logs", at_once
+        for path in (self.notes, self.logs):
+            path.mkdir(parents=True, exist_ok=True)
+
+    def run(self, steps: Sequence[Step]) -> None:
+        """Steps that do not need each other, as many at once as there are cores. Raises the first failure when all have ended."""
+        with ThreadPoolExecutor(self.at_once) as pool:
+            for done in [pool.submit(self._run, step) for step in steps]:
+                done.result()
+
+    def _run(self, step: Step) -> None:
+        note = self.notes / f"{step.name}.json"
+        inputs = {str(path): hash_of(path) for path in step.inputs}
+        asked = {"commands": step.commands, "settings": step.settings, "inputs": inputs}
+        key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+        found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
+        if found.get("key") == key and found.get("is_done") and all(path.exists() for path in step.outputs):
+            return
+        if found.get("key") != key or not step.resumes:  # a tool that resumes must not meet what another request left
+            for path in step.outputs:
+                _remove(path)
+        seconds = found.get("seconds", 0.0) if found.get("key") == key else 0.0
+        _write(note, {"key": key, "is_done": False, "seconds": seconds, **asked})
+        print(f"--- {step.name}", flush=True)
+        started = time.perf_counter()
+        try:
+            self._work(step)
+        finally:
+            seconds += time.perf_counter() - started
+            _write(note, {"key": key, "is_done": False, "seconds": seconds, **asked})
+        _write(note, {"key": key, "is_done": True, "seconds": seconds, **asked})
+
+    def _work(self, step: Step) -> None:
+        if step.work is not None:
+            step.work()
+        log = self.logs / f"{step.name}.log"
+        for command in step.commands:
+            show(command)
+            with log.open("ab") as file:
+                environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+                code = subprocess.run(command, check=False, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+            check_exit(command, code, log)
+
+    def all_notes(self) -> dict[str, dict[str, Any]]:
+        """The note of each step that was ever done, by name."""
+        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.notes.glob("*.json"))}
+
+
+def hash_of(path: Path) -> str:
+    """sha256 of a file, or of the names and hashes of all files in a folder."""
+    digest = hashlib.sha256()
+    if path.is_dir():
+        for file in sorted(path.rglob("*")):
+            if file.is_file():
+                digest.update(f"{file.relative_to(path)} {hash_of(file)}\n".encode())
+        return digest.hexdigest()
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _remove(path: Path) -> None:
+    """An output and what a tool keeps beside it while it is not finished."""
+    for found in [path, *path.parent.glob(f"{path.name}.part*"), *path.parent.glob(f"{path.name}.spent.json")]:
+        shutil.rmtree(found) if found.is_dir() else found.unlink(missing_ok=True)
+
+
+def _write(path: Path, content: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+    part.replace(path)

@@ -1,0 +1,72 @@
+"""A finished study written by hand: runs with known losses, candidates with known scores, so that every figure can be checked."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+SEEDS = (1, 2)
+LOSSES = {1: {"forward": 2.0, "reverse": 2.1}, 2: {"forward": 2.0, "reverse": 2.06}}
+"""By seed: gaps of 5 and 3 per cent."""
+DOMAINS = {"text": ("prose", "code"), "maths": ("problems",)}
+
+
+def write_study(folder: Path) -> None:
+    """Everything that the report reads, for the seeds, models and samples of tiny.yaml."""
+    for corpus, domains in DOMAINS.items():
+        for model in ("small", "large"):
+            for seed, losses in LOSSES.items():
+                for direction, loss in losses.items():
+                    _write_run(folder / "runs" / f"{corpus}_{model}_{seed}_{direction}", direction, domains, loss)
+    rewards, ablations = folder / "rewards", folder / "ablations"
+    for path in (rewards, ablations):
+        path.mkdir(parents=True)
+    (rewards / "level.json").write_text(json.dumps({"level": 2, "greedy": {"1": 0.9, "2": 0.5}, "is_inside": True}))
+    scorers = ("scorer_of_pairs_all_tokens", "scorer_of_pairs_question_only", "scorer_of_size_small")
+    for seed in SEEDS:
+        # the reverse term finds the right answer in the test part, but hides it in the development part
+        for part, is_helpful in (("development", False), ("test", True)):
+            _write_ranked(rewards / f"{part}_{seed}.jsonl", is_helpful)
+            for scorer in scorers:
+                _write_ranked(ablations / f"{part}_{seed}_{scorer}.jsonl", is_helpful)
+        _write_ranked(ablations / f"test_{seed}_wrong_direction.jsonl", is_helpful=None)
+        _write_ranked(rewards / f"beam_{seed}.jsonl", is_helpful=True)
+        spent = {"forward_tokens": 300, "reverse_tokens": 300}
+        (rewards / f"beam_{seed}.jsonl.spent.json").write_text(json.dumps(spent))
+
+
+def _write_run(folder: Path, direction: str, domains: tuple[str, ...], loss: float) -> None:
+    folder.mkdir(parents=True)
+    model = {"num_layers": 1, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 2}
+    train = {"train_iters": 20, "global_batch_size": 4}
+    config = {"run_dir": "study", "model": model, "train": train, "data": {"direction": direction}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    records: list[dict[str, Any]] = []
+    for step in (10, 20):
+        record = {"iteration": step, "lm_loss": 6 - step / 10, "consumed_train_tokens": 1024 * step}
+        records.append({**record, "tokens_per_second": 5000.0, "mfu": 0.5})
+    records[-1]["validation"] = {domain: {"lm_loss": loss, "bits_per_byte": 1.0} for domain in domains}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def _write_ranked(path: Path, is_helpful: bool | None, num_questions: int = 20) -> None:
+    """Question k has four candidates, of which number k % 4 is right; only the reverse values tell (None: nothing does)."""
+    lines = []
+    for k in range(num_questions):
+        right = k % 4
+        texts = [f"{k}+1={k + 1}\n#### {k + 1 + (0 if i == right else 10 + i)}" for i in range(4)]
+        values = [0.0 if is_helpful is None else float(i == right) * (1 if is_helpful else -1) for i in range(4)]
+        scores = [
+            {
+                "forward_logprob": -5.0 - 0.1 * i,
+                "reverse_logprob": -9.0 + values[i],
+                "forward_tokens": 8,
+                "reverse_tokens": 10,
+                "reward": -7.0,
+            }
+            for i in range(4)
+        ]
+        fields = {"prompt": f"Ann has {k} pens.\n", "answer": f"#### {k + 1}", "greedy": texts[0], "candidates": texts}
+        lines.append({**fields, "scores": scores, "ranking": [0, 1, 2, 3], "best": texts[right]})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
