@@ -157,6 +157,10 @@ STEM_CHOICES = {"question.stem": "text", "question.choices": "list", "answerKey"
 OPEN = {"template": ASKED, "kind": Kind.ANSWER, "answers": "alias", "max_new_tokens": 32}
 HUB = "https://huggingface.co/datasets"
 
+ARC_CONTENT = {
+    "easy": "54d9da5a41a60041b367da1ae54ad44f032c026cec02ab8c055fa56efd0c86ef",
+    "challenge": "3a3c06ab9e6b4f86a07e6efca8bd899d8902e29af7268511b5d497c57c51833c",
+}
 TASKS: tuple[Task, ...] = (
     Task(
         name="gsm8k",
@@ -269,6 +273,7 @@ TASKS: tuple[Task, ...] = (
         file="openbookqa_test",
         demonstrations_file="openbookqa_train",
         download=f"{HUB}/allenai/openbookqa, main/test-*.parquet, or Data/Main/test.jsonl of the original release",
+        content_sha256="359809e70895d034c251aabce5e321e077e48b95d2ffd6ea61d08122f3ce0ee0",
         choice_field="ending",
         normalization="byte",
     ),
@@ -282,10 +287,11 @@ TASKS: tuple[Task, ...] = (
             file=f"arc_{part}_test",
             demonstrations_file=f"arc_{part}_train",
             download=f"{HUB}/allenai/ai2_arc, ARC-{part.title()}/test-*.parquet, or ARC-{part.title()}-Test.jsonl",
+            content_sha256=known,
             choice_field="answer",
             normalization="byte",
         )
-        for part in ("easy", "challenge")
+        for part, known in ARC_CONTENT.items()
     ),
     Task(
         name="piqa",
