@@ -19,7 +19,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", "small", "full"], default="full", help="(default %(default)s)")
-    parser.add_argument("--output", type=Path, default=Path("study"), metavar="DIR", help="(default %(default)s)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="(default study/SIZE)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the size's settings")
     return parser.parse_args()
 
@@ -35,13 +35,14 @@ def main() -> None:
     from study_report import write_study
 
     settings = load_settings(arguments.size, arguments.overrides)
-    twins = Twins(arguments.output, settings)
+    output = arguments.output or Path("study") / arguments.size
+    twins = Twins(output, settings)
     rewards = Rewards(twins)
-    runner = Runner(arguments.output, at_once=len(os.sched_getaffinity(0)))
+    runner = Runner(output, at_once=len(os.sched_getaffinity(0)))
     for part in (twins, rewards, Ablations(rewards)):
         for steps in part.stages():
             runner.run(steps)
-    print(write_study(arguments.output, arguments.size, settings, runner.all_notes()))
+    print(write_study(output, arguments.size, settings, runner.all_notes()))
 
 
 if __name__ == "__main__":

@@ -112,20 +112,32 @@ def _about_level(level: dict[str, Any]) -> str:
     return rule if level["is_inside"] else rule + " None was inside: the nearest to the middle was taken."
 
 
+def _side(interval: list[float] | None) -> str:
+    """What an interval that is not above 0 says."""
+    if interval is None:
+        return ", one seed"
+    return ", surely below" if interval[1] < 0 else ", the interval holds 0"
+
+
 def _not_reproduced(results: dict[str, Any]) -> list[str]:
     """A sentence for each claim that this size does not show, with the likely reason."""
     told = []
     unsure = [row for row in results["gaps"] if row["interval"] is None or row["interval"][0] <= 0]
     if unsure:
-        where = "; ".join(f"{row['domain']}, {row['model']} model: {row['gap']:+.2f} %" for row in unsure)
+        where = "; ".join(
+            f"{row['domain']}, {row['model']} model: {row['gap']:+.2f} %{_side(row['interval'])}" for row in unsure
+        )
         told.append(
-            f"The reverse loss is not surely above the forward one: the interval of the gap holds 0 ({where}). Models of these sizes"
-            " are far from converged, and few seeds make wide intervals."
+            f"The reverse loss is not surely above the forward one ({where}). Models of these sizes are far from converged, and few"
+            " seeds make wide intervals."
         )
     rows = [row for row in results["rewards"]["report"]["comparisons"] if row["against"] in BASELINES]
     below = [row for row in rows if not (row["is_significant"] and row["difference"] > 0)]
     if below:
-        against = "; ".join(f"{row['against']}: {100 * row['difference']:+.1f} points" for row in below)
+        against = "; ".join(
+            f"{row['against']}: {100 * row['difference']:+.1f} points{', significantly worse' * row['is_significant']}"
+            for row in below
+        )
         told.append(
             f"Reverse Reward is not significantly above these baselines: {against}. The scorer is as small as the answerer and saw the"
             " same problems, and a reverse model cannot see a wrong sum, only a chain that does not fit the question; with few"

@@ -19,14 +19,24 @@ from torch.distributed.checkpoint.utils import _create_file_view
 from megatron_ledom.errors import DataError
 
 METADATA = ".metadata"
-NAMES = {("torch", "Size"), ("torch", "float32"), ("torch", "bfloat16"), ("torch", "float64"), ("torch", "int64")} | {
-    ("torch", "uint8"),
-    ("torch", "float16"),
-    ("torch.serialization", "_get_layout"),
-    ("collections", "OrderedDict"),
+NAMES = {
+    "torch": ("Size", "float64", "float32", "float16", "bfloat16", "int64", "uint8"),
+    "torch.serialization": ("_get_layout",),
+    "collections": ("OrderedDict",),
+    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
+    "torch.distributed.checkpoint.metadata": (
+        "BytesStorageMetadata",
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    ),
+    "torch.distributed.checkpoint.planner": ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
 }
-MODULES = ("metadata", "planner", "filesystem")
-"""Of torch.distributed.checkpoint. With NAMES: all that a list of tensors is made of; nothing else is unpickled."""
+"""All that a list of tensors is made of, by module; nothing else is unpickled, nor a name with a dot: those modules import others."""
 UNREADABLE = (
     OSError,
     pickle.UnpicklingError,
@@ -43,7 +53,7 @@ UNREADABLE = (
 class _MetadataReader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Classes that describe tensors; a file that asks for another one is refused before it can do harm."""
-        if module in [f"torch.distributed.checkpoint.{known}" for known in MODULES] or (module, name) in NAMES:
+        if name in NAMES.get(module, ()):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
@@ -138,6 +148,10 @@ class StoredTensors:
         """What is wanted of one stored chunk, mapped from its file. Raises DataError when it cannot be found there."""
         try:
             return self._mapped(item)
+        except OSError as error:
+            raise DataError(
+                f"{self.checkpoint} cannot be read at {name} ({error}); was it removed meanwhile, and may it be read?"
+            ) from error
         except UNREADABLE as error:
             raise DataError(
                 f"{self.checkpoint} cannot be read at {name} ({type(error).__name__}: {error}); it is damaged, use an earlier one"

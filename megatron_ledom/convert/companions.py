@@ -9,7 +9,6 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from megatron_ledom.checkpoint.folder import fsync_path
 from megatron_ledom.convert.hf_config import build_generation_config
 from megatron_ledom.convert.hf_folder import write_synced
 from megatron_ledom.errors import DataError, MismatchError
@@ -53,9 +52,7 @@ def write_companions(folder: str, tokenizer: str, provenance: Provenance) -> Non
 
 
 def write_config(folder: str, name: str, hf_config: PreTrainedConfig) -> None:
-    """What becomes config.json, without which no folder loads: call it when all else is written and checked. All of it is on disk then."""
-    for there in os.listdir(folder):
-        fsync_path(os.path.join(folder, there))
+    """What becomes config.json, without which no folder loads: call it when all else is written and checked."""
     write_synced(os.path.join(folder, name), hf_config.to_json_string().encode())
 
 

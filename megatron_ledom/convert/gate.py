@@ -18,8 +18,8 @@ MIN_COSINE, MAX_KL = 0.999, 0.01
 """bf16: least mean cosine of the logits of a position, largest mean divergence in nats."""
 How = Literal["auto", "whole", "layers"]
 SKIPPED = (
-    "the logits gate is skipped (--no-verify): nobody has compared what the two models compute; shapes, hashes and the"
-    " tokenizer were checked"
+    "the logits gate is skipped (--no-verify): nobody has compared what the two models compute; shapes and the tokenizer"
+    " were checked"
 )
 
 
@@ -52,14 +52,14 @@ class Conversion:
         return PARAMS_DTYPES[self.manifest.run_config(self.checkpoint).model.params_dtype]
 
 
-def pass_gate(pair: Conversion, how: How | None, whole_below: int) -> Gate | None:
+def pass_gate(pair: Conversion, how: How | None) -> Gate | None:
     """Run the gate as `check_logits` does; with `how` None say that it is skipped."""
     if how is None:
         log.warning("%s", SKIPPED)
         return None
     from megatron_ledom.convert.verify import check_logits  # megatron-core and both models: seconds that only the gate needs
 
-    return check_logits(pair, how, whole_below)
+    return check_logits(pair, how)
 
 
 def verification(gate: Gate | None) -> dict[str, Any] | None:

@@ -6,7 +6,9 @@ What training goes on from is iteration 0 with these weights and a fresh optimiz
 import dataclasses
 import logging
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -70,12 +72,12 @@ def import_hf(
     weights = _check_weights(reader, sizes)
     checkpoints = os.path.relpath(checkpoint_folder(config), save)
     latest = os.path.join(checkpoints, LATEST)
-    with new_folder(save, latest) as part, ThreadPoolExecutor(1) as hashing:
+    with new_folder(save, latest) as part, _beside() as hashing:
         sources = {name: hashing.submit(checksum, os.path.join(load, name)) for name in [CONFIG, *reader.files()]}
         checkpoint = os.path.join(part, checkpoints, checkpoint_name(0))
         os.makedirs(checkpoint)
         manifest = _write_checkpoint(checkpoint, config, loaded, reader, weights, max_shard_size)
-        gate = pass_gate(Conversion(checkpoint, manifest, load, hf_config), verify, max_shard_size)
+        gate = pass_gate(Conversion(checkpoint, manifest, load, hf_config), verify)
         loaded.save(os.path.join(part, TOKENIZER))
         write_synced(os.path.join(part, MODEL_YAML), _model_yaml(config, loaded).encode())
         sums = {name: found.result()["sha256"] for name, found in sources.items()}
@@ -85,6 +87,17 @@ def import_hf(
         "imported %s to %s, to be trained in the %s direction: --config %s", load, save, aim, os.path.join(save, MODEL_YAML)
     )
     return gate
+
+
+@contextmanager
+def _beside() -> Iterator[ThreadPoolExecutor]:
+    """One thread beside this one; after an error it ends what it is at, and begins nothing more."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def _direction(hf_config: PreTrainedConfig, asked: Direction | None, folder: str) -> Direction:

@@ -34,7 +34,7 @@ def new_folder(save: str, key: str, may_replace: Callable[[], None] | None = Non
             _check_target(save, may_replace)  # another process may just have finished it
             _clear(part)
             yield part
-            fsync_path(part)
+            _sync_all(part)
             _put_in_place(part, save, key)
         except BaseException as error:
             shutil.rmtree(part, ignore_errors=True)
@@ -114,12 +114,25 @@ def _make_folder(folder: str) -> list[Path]:
 def _put_in_place(new: str, folder: str, key: str) -> None:
     """Put `new`, complete with its key, where `folder` is; the old content is moved aside first and removed last."""
     old = folder.rstrip("/") + OLD
-    shutil.rmtree(old, ignore_errors=True)
-    if os.path.exists(folder):
-        os.rename(folder, old)
     os.rename(os.path.join(new, key + PART), os.path.join(new, key))
-    os.rename(new, folder)
+    if os.path.exists(folder):
+        shutil.rmtree(old, ignore_errors=True)
+        os.rename(folder, old)
+    try:
+        os.rename(new, folder)
+    except BaseException:
+        if os.path.exists(old):
+            os.rename(old, folder)
+        raise
     fsync_path(os.path.dirname(os.path.join(folder, key)))
     os.unlink(os.path.join(folder, LOCK))  # not before, or another process could take the folder
     fsync_path(os.path.dirname(os.path.abspath(folder)))
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync_all(folder: str) -> None:
+    """Everything below a folder is on disk after this, its lists of names too."""
+    for path, _, files in os.walk(folder):
+        for name in files:
+            fsync_path(os.path.join(path, name))
+        fsync_path(path)

@@ -1,6 +1,6 @@
 """The logits gate: a conversion counts only when both sides compute the same.
 
-Whole models where both fit into what one output file takes, else one layer of each at a time. fp32 decides; for bf16 weights the
+Whole models where both are small, else one layer of each at a time. fp32 decides; for bf16 weights the
 two are compared in bf16 as well, as they will be used.
 """
 
@@ -22,19 +22,21 @@ from megatron_ledom.model.arithmetic import count_parameters
 log = logging.getLogger(__name__)
 
 ROWS, SEED, LENGTH = 4, 20250701, 128
+WHOLE_BELOW = 2**29
+"""Bytes: beside the imports, half of what a conversion may take besides its largest file."""
 
 
-def check_logits(pair: Conversion, how: How, whole_below: int) -> Gate:
+def check_logits(pair: Conversion, how: How) -> Gate:
     """Compare the stock model of a folder with the megatron-core model of a checkpoint on fixed and random ids.
 
-    `auto` takes whole models when both in fp32 have at most `whole_below` bytes together. Raises VerificationError that names
+    `auto` takes whole models when both in fp32 have at most WHOLE_BELOW bytes together. Raises VerificationError that names
     the first layer and weight that differ, and the likely cause.
     """
     started = time.monotonic()
     config, vocab_size = pair.manifest.run_config(pair.checkpoint), pair.manifest.provenance.vocab_size
     if how == "auto":
         padded = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
-        how = "whole" if 8 * count_parameters(config.model, padded) <= whole_below else "layers"
+        how = "whole" if 8 * count_parameters(config.model, padded) <= WHOLE_BELOW else "layers"
     ids = probe_ids(vocab_size, min(config.data.seq_length, LENGTH))
     expected, found = _logits(pair, ids, torch.float32, how)
     difference = float((found - expected).abs().max())

@@ -9,13 +9,14 @@ from tqdm import tqdm
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
-from megatron_ledom.evaluation.item_file import ItemFile, folder_facts, versions
+from megatron_ledom.evaluation.item_file import ItemFile
 from megatron_ledom.evaluation.loss_difference import CompareSettings, Document, document_records, is_same_tokenizer, summarize
 from megatron_ledom.evaluation.loss_report import sentence, write_report
 from megatron_ledom.evaluation.results import check_statistics
 from megatron_ledom.evaluation.task_files import ENDINGS, file_hash, read_rows
 from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.language_model import load_tokenizer, read_model_config
+from megatron_ledom.inference.model_facts import folder_facts, surroundings
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.scoring import check_batch_size
 from megatron_ledom.pages import check_plots
@@ -103,14 +104,19 @@ def _context(options: Options) -> int:
     known = [int(limit) for limit in limits if limit]
     if options["context"] is None and not known:
         raise UsageError("neither model says how many positions it has; give --context")
-    return int(options["context"]) if options["context"] is not None else min(known)
+    asked = min(known) if options["context"] is None else int(options["context"])
+    if known and asked > min(known):
+        raise UsageError(
+            f"--context {asked} must be at most the model's {min(known)} positions; ask for fewer, or leave it out"
+        )
+    return asked
 
 
 def _made_by(options: Options, settings: CompareSettings) -> dict[str, Any]:
     """What the losses depend on; not how many documents are read, so that more of them can be added."""
     return {
         **{side: folder_facts(Path(options[side])) for side in ("forward", "reverse")},
-        "data": {"path": options["data"], "sha256": file_hash(Path(options["data"]))},
+        "data_sha256": file_hash(Path(options["data"])),
         "text_key": options["text_key"],
         "domain_key": options["domain_key"],
         "direction": options["direction"],
@@ -118,5 +124,5 @@ def _made_by(options: Options, settings: CompareSettings) -> dict[str, Any]:
         "context": settings.context,
         "batch_size": settings.batch_size,
         "different_tokenizers": options["different_tokenizers"],
-        "versions": versions(),
+        "surroundings": surroundings(),
     }

@@ -13,7 +13,7 @@ from megatron_ledom.evaluation.choices import asked_of
 from megatron_ledom.evaluation.code_execution import check_allowed
 from megatron_ledom.evaluation.evaluate import WINDOW_ITEMS, evaluate_task
 from megatron_ledom.evaluation.grading import comparison_by
-from megatron_ledom.evaluation.item_file import ItemFile, folder_facts, versions
+from megatron_ledom.evaluation.item_file import ItemFile
 from megatron_ledom.evaluation.prompts import Prompt
 from megatron_ledom.evaluation.results import TaskResult, check_statistics, summarize, write_summary
 from megatron_ledom.evaluation.task_files import all_tasks, find_file, load_task, task_named
@@ -22,6 +22,7 @@ from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
 from megatron_ledom.evaluation.writing import prompt_of
 from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.language_model import load_tokenizer
+from megatron_ledom.inference.model_facts import folder_facts, surroundings
 from megatron_ledom.inference.scoring import check_batch_size
 
 Options = Mapping[str, Any]
@@ -170,7 +171,7 @@ def _made_by(options: Options, folder: Path, direction: Direction) -> dict[str, 
         "direction": str(direction),
         "eod_id": options["eod_id"],
         "batch_size": options["batch_size"],
-        "versions": versions(),
+        "surroundings": surroundings(),
     }
 
 

@@ -142,6 +142,7 @@ def _position_table(name: str, summary: Summary) -> Rows:
 def _tables(summary: Summary) -> list[Rows]:
     return [
         _domain_table(summary),
+        _whole_table(summary),
         _edge_table(summary),
         *(_position_table(name, summary) for name in POSITIONS if name in summary),
     ]

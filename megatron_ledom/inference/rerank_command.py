@@ -9,6 +9,7 @@ from megatron_ledom.inference.completions_engine import CompletionsEngine
 from megatron_ledom.inference.engine import Engine, StepDelimiter
 from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.generation import Sampling
+from megatron_ledom.inference.model_facts import folder_facts, surroundings
 from megatron_ledom.inference.rerank_file import RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.reverse_reward import RewardSettings
@@ -30,7 +31,7 @@ def rerank_command(options: Options) -> None:
     """Check everything that can be checked, then load both models and rank the file."""
     settings = settings_from(options)
     check_batch_size(options["batch_size"])
-    folders = {side: str(Path(options[side]).resolve()) for side in ("forward", "reverse")}
+    folders = {side: folder_facts(Path(options[side])) for side in ("forward", "reverse")}
 
     def engines() -> tuple[Engine, Engine]:
         reverse = _engine(options, Direction.REVERSE)
@@ -40,7 +41,7 @@ def rerank_command(options: Options) -> None:
         if options[f"{side}_server"] is not None and options[f"{side}_engine"] != "transformers":
             raise UsageError(f"--{side}-server and --{side}-engine are two ways to run the {side} model; choose one")
     run_by = {f"{side}_{way}": options[f"{side}_{way}"] for side in folders for way in ("server", "engine")}
-    made_by = {**folders, **run_by, "batch_size": options["batch_size"]}
+    made_by = {**folders, **run_by, "batch_size": options["batch_size"], "surroundings": surroundings()}
     rerank_file(engines, options["input"], options["output"], settings, made_by=made_by)
 
 

@@ -23,6 +23,9 @@ from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.reverse_reward import Candidate, RewardSettings, rank, score_questions
 from megatron_ledom.inference.search import BeamSettings, beam_search
 
+WRITTEN = ("greedy", "scores", "ranking", "best", "search")
+"""Fields that ranking writes, over those of an input that was ranked before."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -208,7 +211,7 @@ class _Part:
         kept = lines[: len(records)]
         for record, line in zip_longest(records, kept):
             found = json.loads(line) if line is not None else {}
-            if any(found.get(key) != value for key, value in record.fields.items()):
+            if any(found.get(key) != value for key, value in record.fields.items() if key not in WRITTEN):
                 raise MismatchError(f"{self._part} was made from another input than {record.where}; remove it to start again")
         os.truncate(self._part, sum(map(len, kept)))
         return len(finished)

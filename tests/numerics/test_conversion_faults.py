@@ -195,6 +195,27 @@ def test_two_conversions_into_one_folder_do_not_meet(source: Path, run: Path, tm
     assert not [name for name in (".lock", "left") if (target / name).exists()]
 
 
+def test_an_old_export_stays_where_its_successor_cannot_be_put_in_place(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = tmp_path / "target"
+    export_hf(str(run), str(target), verify=None)
+    before = (target / "export.json").stat().st_ino
+    rename = os.rename
+
+    def fails(source: str, to: str) -> None:
+        if str(source).endswith("target.part"):
+            raise PermissionError(13, "no", str(source))
+        rename(source, to)
+
+    monkeypatch.setattr("megatron_ledom.convert.new_folder.os.rename", fails)
+    with pytest.raises(PermissionError):
+        export_hf(str(run), str(target), verify=None, overwrite=True)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert (target / "export.json").stat().st_ino == before
+
+
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500MB", 500_000_000), ("1.5kb", 1500), ("7", 7)])
 def test_sizes_are_read(text: str, size: int) -> None:
     assert parse_size(text) == size

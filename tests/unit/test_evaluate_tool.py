@@ -89,6 +89,15 @@ def test_a_killed_evaluation_goes_on_with_the_same_lines(
     assert json.loads(found[0])["written"] == "kept"
 
 
+def test_a_run_that_ended_before_it_kept_anything_hinders_nobody(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["--model", folders["reverse"], "--data", folders["data"], "--tasks", "svamp", "--output", str(tmp_path)]
+    assert run_here(monkeypatch, *options, "--max-new-tokens", "600") == 2
+    assert run_here(monkeypatch, *options, "--max-new-tokens", "4") == 0
+    assert len((tmp_path / "svamp.items.jsonl").read_text().splitlines()) == 3
+
+
 def test_another_setting_on_the_same_output_is_refused_and_a_larger_limit_goes_on(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,7 +1,6 @@
 """tools/inspect_checkpoint.py: what a checkpoint is, and every damage named."""
 
 import json
-import pickle
 import shlex
 import shutil
 import subprocess
@@ -73,12 +72,24 @@ def test_a_missing_file_is_named_without_reading(run_dir: Path, capsys: pytest.C
     assert f"fault: {missing} is missing" in capsys.readouterr().err
 
 
-def test_a_list_of_tensors_that_would_run_code_is_refused(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        ("subprocess", "run"),
+        ("torch.distributed.checkpoint.filesystem", "os.system"),  # a module that is known, and what it imports
+        ("torch.distributed.checkpoint.filesystem", "pickle"),
+        ("torch.distributed.checkpoint.metadata", "os"),
+    ],
+)
+def test_a_list_of_tensors_that_would_run_code_is_refused(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], module: str, name: str
+) -> None:
     harmful = run_dir / "checkpoints/iter_0000003/.metadata"
-    harmful.write_bytes(pickle.dumps(subprocess.run))
+    strings = [b"\x8c" + bytes([len(text)]) + text.encode() for text in (module, name)]
+    harmful.write_bytes(b"\x80\x04" + strings[0] + strings[1] + b"\x93.")  # protocol 4, in which a name may have dots
     with pytest.raises(VerificationError):
         inspect_checkpoint(str(run_dir))
-    assert "it asks for subprocess.run" in capsys.readouterr().err
+    assert f"it asks for {module}.{name}" in capsys.readouterr().err
 
 
 def test_a_checkpoint_from_before_checksums_loads_and_says_so(

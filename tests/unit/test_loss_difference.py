@@ -206,6 +206,8 @@ def test_the_tool_writes_a_report_and_a_killed_run_goes_on_with_the_same_bytes(
     )  # three by position, one by domain; each for dark pages, too
     assert "http" not in re.sub(r'src(set)?="data:[^"]*"', "", page)
     for text in (page, whole["report.md"].decode()):
+        assert "forward, bits a byte" in text
+        assert f"{report['all']['forward']['bits_per_byte']:.4f}" in text
         assert "part 2" in text
         assert f"{report['all']['per_inner_token']['difference']:+.4f}" in text
         assert "begins after eod" in text

@@ -278,6 +278,19 @@ def test_a_part_of_another_input_or_of_other_settings_is_refused(models: tuple[F
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "anew.jsonl").read_bytes()
 
 
+def test_a_ranked_file_is_ranked_again_and_resumed(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+    lines = [{"prompt": text, "candidates": ["y", "z"]} for text in ("x", "u")]
+    once = write_lines(tmp_path / "in.jsonl", *lines)
+    rerank(models, once, tmp_path / "once.jsonl")
+    bad = write_lines(tmp_path / "bad.jsonl", *read_lines(tmp_path / "once.jsonl"), {"prompt": "x", "candidates": ["漢" * 600]})
+    with pytest.raises(DataError, match="exceeds"):
+        rerank(models, bad, tmp_path / "again.jsonl", weight=0.25, window=1)
+    write_lines(bad, *read_lines(tmp_path / "once.jsonl"))
+    assert rerank(models, bad, tmp_path / "again.jsonl", weight=0.25, window=1) == 2
+    rerank(models, once, tmp_path / "plain.jsonl", weight=0.25, window=1)
+    assert read_lines(tmp_path / "again.jsonl") == read_lines(tmp_path / "plain.jsonl")
+
+
 def test_notes_without_a_part_do_not_stop_the_next_run(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
     """What a kill between the last two operations leaves: the output has its name, the notes are still there."""
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})

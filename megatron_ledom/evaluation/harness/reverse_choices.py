@@ -42,9 +42,9 @@ def document_of(request: Any) -> Document:
 
 def choices_of_documents(requests: Sequence[Any]) -> dict[Document, list[Pair]]:
     """The distinct (context, continuation) of each document. Raises UsageError for one that has no others to be compared with."""
-    found: dict[Document, dict[Pair, None]] = {}
+    found: dict[Document, list[Pair]] = {}
     for request in requests:
-        found.setdefault(document_of(request), {})[request.args] = None
+        found.setdefault(document_of(request), []).append(request.args)
     for (task, number, _), choices in found.items():
         if len(choices) < 2:
             raise UsageError(
@@ -52,7 +52,7 @@ def choices_of_documents(requests: Sequence[Any]) -> dict[Document, list[Pair]]:
                 " model reads the continuation first: it can compare choices (output_type: multiple_choice) or score whole texts"
                 " (loglikelihood_rolling); leave this task to a forward model"
             )
-    return {document: list(choices) for document, choices in found.items()}
+    return {document: list(dict.fromkeys(choices)) for document, choices in found.items()}
 
 
 def asked_of_choices(
