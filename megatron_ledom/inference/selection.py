@@ -96,8 +96,8 @@ def load_questions(
     beam: a file of searches for the same prompts, whose best answers are compared. Rewards are computed anew from the scores for
     every lambda; DataError names a line that lacks something.
     """
-    records = _records(path)
-    searches = [] if beam is None else _records(beam)
+    records = read_reranked(path)
+    searches = [] if beam is None else read_reranked(beam)
     if beam is not None and [r["prompt"] for r in searches] != [r["prompt"] for r in records]:
         raise DataError(f"{beam} has other prompts than {path}; search for the same input")
     questions = []
@@ -114,11 +114,21 @@ def load_questions(
     return questions
 
 
-def _records(path: str | Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict) or "scores" not in record:
-            raise DataError(f"{path}:{number}: has no scores; give an output of tools/rerank.py")
+def read_reranked(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a reranked file, one a line; DataError names a line that is none.
+
+    A line ends at a newline byte only: inside a text, U+2028, U+2029 and U+0085 may stand as they are.
+    """
+    records = []
+    with Path(path).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: not a line of JSON in UTF-8 ({error}); repair or remove the line") from error
+            if not isinstance(record, dict) or "scores" not in record:
+                raise DataError(f"{path}:{number}: has no scores; give an output of tools/rerank.py")
+            records.append(record)
     return records
 
 

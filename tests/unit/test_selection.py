@@ -251,6 +251,41 @@ def test_steps_together_are_the_answer() -> None:
     assert steps_of("a\nb\n \n", delimiter) == ["a\n", "b\n \n"]
 
 
+BREAKS = "a\u2028b\u2029c\u0085d"
+"""Line breaks to str.splitlines, and plain characters to JSON, which is written with them as they are."""
+
+
+def test_texts_with_unicode_line_breaks_are_compared(tmp_path: Path) -> None:
+    lines = [{**line(n, 7, [7, 3], [-1.0, -2.0], [-1.0, -2.0]), "prompt": f"{n} {BREAKS}"} for n in (1, 2)]
+    path = tmp_path / "x.jsonl"
+    path.write_bytes("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in lines).encode())
+    found = load_questions(path, "gold", answers_by("number"), RewardSettings(), beam=path)
+    assert [question.prompt for question in found] == [f"1 {BREAKS}", f"2 {BREAKS}"]
+
+
+def test_a_choice_with_unicode_line_breaks_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = random_model_folder(tmp_path / "reverse", "byte_level", "reverse")
+    texts = [f"{BREAKS}1", f"{BREAKS}2"]
+    records = [{"prompt": text, "candidates": [text], "scores": [{"reward": -2.0}], "ranking": [0]} for text in texts]
+    source = tmp_path / "x.jsonl"
+    source.write_bytes("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+    arguments = [str(source), "--output", str(tmp_path / "why"), "--explain", "2", "--reverse", str(folder)]
+    assert run_tool(monkeypatch, *arguments) == 0
+    assert "d2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--gold-key", "gold"], ["--explain", "1", "--reverse", "none"]])
+def test_a_line_that_is_cut_is_named(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "x.jsonl", random_lines(2, 1, reverse_knows=True))
+    source.write_bytes(source.read_bytes()[:-9])
+    assert run_tool(monkeypatch, str(source), "--output", str(tmp_path / "report"), *options) == 1
+    assert "x.jsonl:2: not a line of JSON" in capsys.readouterr().err
+
+
 def test_a_choice_is_explained_by_the_likelihood_of_the_question_after_each_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
