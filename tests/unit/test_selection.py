@@ -150,6 +150,33 @@ def test_equal_tokens_leave_the_methods_with_a_reverse_pass_fewer_candidates(tmp
     assert rows["greedy"]["num_candidates"] == 1
 
 
+def test_a_difference_at_equal_n_can_turn_round_at_equal_tokens(tmp_path: Path) -> None:
+    """Of eight candidates the last five are right: at equal N reverse finds one, with the tokens for two it has none to find.
+
+    The majority has eight for the same tokens. Every tenth question is the other way round, and the second seed like the first.
+    """
+    pytest.importorskip("scipy")
+    usual = line(1, 7, [3, 3, 3, 7, 7, 7, 7, 7], [-1.0] * 8, [-9.0] * 7 + [-1.0], greedy="3")
+    lines = [{**usual, "gold": "3"} if number % 10 == 0 else usual for number in range(40)]
+    report = compare([questions_of(tmp_path, lines)] * 2, settings())
+    told = sentences(report)
+    found = {}
+    for budget in ("comparisons", "comparisons_at_equal_tokens"):
+        found[budget] = {row["against"]: row for row in report[budget]}
+        assert not {MAIN, "oracle", "beam by Reverse Reward"} & set(found[budget])
+    assert found["comparisons"]["majority vote"]["difference"] == 0.0
+    row = found["comparisons_at_equal_tokens"]["majority vote"]
+    accuracies = {row["method"]: row["accuracy"] for row in report["equal_tokens"]}
+    assert row["difference"] == pytest.approx(0.1 - 0.9) == pytest.approx(accuracies[MAIN] - accuracies["majority vote"])
+    assert row["is_significant"]
+    (low, high), (wide_low, wide_high) = row["interval"], row["simultaneous_interval"]
+    assert -1 <= wide_low <= low < row["difference"] < high <= wide_high < 0
+    assert wide_high - wide_low > high - low
+    assert "At equal N, Reverse Reward is not significantly different from majority vote: +0.0 points" in " ".join(told)
+    assert "At equal tokens, Reverse Reward (2) is significantly below majority vote (8): -80.0 points" in " ".join(told)
+    assert "At equal tokens, Reverse Reward (2) is not significantly different from greedy (1): +0.0 points" in " ".join(told)
+
+
 def test_intervals_are_of_the_paired_differences(tmp_path: Path) -> None:
     """Two methods that are right on the same questions differ by exactly 0, however much either varies over questions."""
     pytest.importorskip("scipy")
@@ -202,6 +229,7 @@ def test_the_tool_writes_three_reports_that_agree(
     report = json.loads((output / "report.json").read_text())
     markdown, page = ((output / name).read_text() for name in ("report.md", "report.html"))
     assert "beam by Reverse Reward" in report["methods"]
+    assert {sentence.split(",")[0] for sentence in sentences(report)} == {"At equal N", "At equal tokens"}
     for sentence in sentences(report):
         assert sentence in markdown
         assert sentence in page
