@@ -37,7 +37,7 @@ def _compare(options: Options) -> None:
     report = report_selection(options["files"], options["output"], settings, beam=options["beam"])
     for name, found in report["methods"].items():
         print(f"{name:<28}{100 * found['accuracy']:6.1f} %")
-    print(*sentences(report), os.path.join(options["output"], "report.html"), sep="\n")
+    print(*report["notes"], *sentences(report), os.path.join(options["output"], "report.html"), sep="\n")
 
 
 def _explain(options: Options) -> None:

@@ -42,6 +42,7 @@ class Question:
     is_right [C]; classes [C]: equal numbers are the same answer, -1 none. forward, forward_mean, reverse [C]: log-likelihoods
     (the mean is a token's); rewards [lambdas of GRID, C]; all -inf where a candidate cannot be scored. greedy, beam: whether that
     answer is right, None where there is none. sample_tokens, reverse_tokens: mean cost of writing and of judging a candidate.
+    num_by_words: candidates whose written tokens the file does not tell; their words are counted in place of them.
     """
 
     prompt: str
@@ -55,6 +56,7 @@ class Question:
     beam: bool | None
     sample_tokens: float
     reverse_tokens: float
+    num_by_words: int
 
     def outcome(self, method: str, num: int, weight: int) -> float | None:
         """How right a method is with the first `num` candidates (0 to 1); `weight` is an index of GRID. None: not known."""
@@ -156,7 +158,8 @@ def _question(
         ]
         for weight in GRID
     ]
-    num_written = [score.forward_tokens or len(text.split()) for score, text in zip(scores, texts, strict=True)]
+    told = [score.forward_tokens for score in scores]
+    num_written = [len(text.split()) if num is None else num for num, text in zip(told, texts, strict=True)]
     return Question(
         prompt=prompt,
         is_right=np.array([is_right(text) for text in texts]),
@@ -169,6 +172,7 @@ def _question(
         beam=None if beam is None else is_right(beam),
         sample_tokens=float(np.mean(num_written)),
         reverse_tokens=float(np.mean([num + score.reverse_tokens for num, score in zip(num_written, scores, strict=True)])),
+        num_by_words=told.count(None),
     )
 
 

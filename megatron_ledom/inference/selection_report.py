@@ -82,6 +82,7 @@ def compare(seeds: Seeds, settings: ReportSettings, development: Seeds | None = 
         "num_candidates": num,
         "num_seeds": len(seeds),
         "answers": settings.answers,
+        "notes": _notes(seeds, equal_tokens),
         "held_out": {
             "num_folds": None if development is not None else settings.num_folds,
             "lambdas": [[GRID[w] for w in np.unique(row)] for row in weights],
@@ -95,6 +96,25 @@ def compare(seeds: Seeds, settings: ReportSettings, development: Seeds | None = 
             [weight, _mean(_outcomes(seeds, MAIN, num, np.full_like(weights, index)))] for index, weight in enumerate(GRID)
         ],
     }
+
+
+def _notes(seeds: Seeds, equal_tokens: list[Report]) -> list[str]:
+    """What a reader must know of these files in particular, to take the figures for what they are."""
+    notes = []
+    by_words = sum(question.num_by_words for questions in seeds for question in questions)
+    if by_words:
+        total = sum(len(question.is_right) for questions in seeds for question in questions)
+        notes.append(
+            f"Note: {by_words} of {total} candidates have no forward_tokens. Their words are counted in place of tokens: 'forward"
+            " likelihood, mean' divides by them, and they are the cost of writing at equal tokens."
+        )
+    tokens = {row["method"]: row["tokens"] for row in equal_tokens}
+    if tokens[MAIN] > tokens["majority vote"]:
+        notes.append(
+            f"Note: not even one candidate can be written and judged for the tokens of the others: {MAIN} spends"
+            f" {tokens[MAIN]:.0f} tokens a question at equal tokens, the majority vote {tokens['majority vote']:.0f}."
+        )
+    return notes
 
 
 def outcomes_of(method: str, seeds: Seeds, settings: ReportSettings, development: Seeds | None = None) -> Values:
@@ -239,7 +259,7 @@ def _about(report: Report) -> str:
 
 
 def _markdown(report: Report) -> str:
-    parts = ["# Choosing answers by Reverse Reward", _about(report)]
+    parts = ["# Choosing answers by Reverse Reward", _about(report), *report["notes"]]
     for rows in _tables(report):
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         parts.append("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
@@ -254,7 +274,8 @@ def _html(report: Report) -> str:
         pages.figure("accuracy over N", {theme: draw_over_n(report, theme) for theme in pages.THEMES}),
         pages.figure("accuracy over lambda", {theme: draw_over_lambda(report, theme) for theme in pages.THEMES}),
     ]
-    body = [f"<p>{html.escape(_about(report))}</p>", methods, equal, f"<ul>{told}</ul>", *figures]
+    about = [f"<p>{html.escape(text)}</p>" for text in (_about(report), *report["notes"])]
+    body = [*about, methods, equal, f"<ul>{told}</ul>", *figures]
     return pages.page("Choosing answers by Reverse Reward", body)
 
 

@@ -1,5 +1,6 @@
 """Baselines, held-out lambda, intervals and the report: on outcomes that can be worked out by hand."""
 
+import html
 import json
 import random
 import runpy
@@ -175,6 +176,32 @@ def test_a_difference_at_equal_n_can_turn_round_at_equal_tokens(tmp_path: Path) 
     assert "At equal N, Reverse Reward is not significantly different from majority vote: +0.0 points" in " ".join(told)
     assert "At equal tokens, Reverse Reward (2) is significantly below majority vote (8): -80.0 points" in " ".join(told)
     assert "At equal tokens, Reverse Reward (2) is not significantly different from greedy (1): +0.0 points" in " ".join(told)
+
+
+def test_a_report_notes_words_that_are_counted_as_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the 80 candidates three have no number of tokens; the prose says so wherever the figures stand."""
+    pytest.importorskip("scipy")
+    lines = random_lines(10, 1, reverse_knows=True)
+    assert compare([questions_of(tmp_path, lines)], settings())["notes"] == []
+    for record in lines[:3]:
+        record["scores"][0]["forward_tokens"] = None
+    source, output = write(tmp_path / "x.jsonl", lines), tmp_path / "report"
+    assert run_tool(monkeypatch, str(source), "--output", str(output), "--gold-key", "gold") == 0
+    (note,) = json.loads((output / "report.json").read_text())["notes"]
+    assert "3 of 80 candidates have no forward_tokens" in note
+    assert note in (output / "report.md").read_text()
+    assert html.escape(note) in (output / "report.html").read_text()
+    assert note in capsys.readouterr().out
+
+
+def test_a_report_notes_that_one_judged_candidate_costs_more_than_all_that_are_voted_on(tmp_path: Path) -> None:
+    """Two candidates are written with 20 tokens, one is written and judged with 10 + 10 + 20."""
+    pytest.importorskip("scipy")
+    lines = [line(number, 7, [7, 3], [-1.0, -2.0], [-1.0, -2.0]) for number in range(4)]
+    (note,) = compare([questions_of(tmp_path, lines)], settings(num_folds=2))["notes"]
+    assert "spends 40 tokens a question at equal tokens, the majority vote 20" in note
 
 
 def test_intervals_are_of_the_paired_differences(tmp_path: Path) -> None:
