@@ -37,21 +37,22 @@ def _compare(options: Options) -> None:
     report = report_selection(options["files"], options["output"], settings, beam=options["beam"])
     for name, found in report["methods"].items():
         print(f"{name:<28}{100 * found['accuracy']:6.1f} %")
-    print(*sentences(report), os.path.join(options["output"], "report.html"), sep="\n")
+    print(*report["notes"], *sentences(report), os.path.join(options["output"], "report.html"), sep="\n")
 
 
 def _explain(options: Options) -> None:
     from megatron_ledom.inference.engine import StepDelimiter
     from megatron_ledom.inference.explain import as_html, as_terminal, explain
     from megatron_ledom.inference.reverse_lm import ReverseLM
+    from megatron_ledom.inference.selection import read_reranked
     from megatron_ledom.inference.transformers_engine import TransformersEngine
 
     if options["reverse"] is None:
         raise UsageError("--explain needs --reverse, the folder of the reverse model")
-    lines = Path(options["files"][0]).read_text(encoding="utf-8").splitlines()
-    if not 1 <= options["explain"] <= len(lines):
-        raise UsageError(f"{options['files'][0]} has lines 1 to {len(lines)}, asked for was {options['explain']}")
-    record = json.loads(lines[options["explain"] - 1])
+    records = read_reranked(options["files"][0])
+    if not 1 <= options["explain"] <= len(records):
+        raise UsageError(f"{options['files'][0]} has lines 1 to {len(records)}, asked for was {options['explain']}")
+    record = records[options["explain"] - 1]
     if "ranking" not in record:
         raise DataError(f"{options['files'][0]}:{options['explain']} has no ranking; pass an output of tools/rerank.py")
     texts = [c["text"] if isinstance(c, dict) else c for c in record["candidates"]]

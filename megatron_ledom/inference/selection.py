@@ -42,6 +42,7 @@ class Question:
     is_right [C]; classes [C]: equal numbers are the same answer, -1 none. forward, forward_mean, reverse [C]: log-likelihoods
     (the mean is a token's); rewards [lambdas of GRID, C]; all -inf where a candidate cannot be scored. greedy, beam: whether that
     answer is right, None where there is none. sample_tokens, reverse_tokens: mean cost of writing and of judging a candidate.
+    num_by_words: candidates whose written tokens the file does not tell; their words are counted in place of them.
     """
 
     prompt: str
@@ -55,6 +56,7 @@ class Question:
     beam: bool | None
     sample_tokens: float
     reverse_tokens: float
+    num_by_words: int
 
     def outcome(self, method: str, num: int, weight: int) -> float | None:
         """How right a method is with the first `num` candidates (0 to 1); `weight` is an index of GRID. None: not known."""
@@ -96,8 +98,8 @@ def load_questions(
     beam: a file of searches for the same prompts, whose best answers are compared. Rewards are computed anew from the scores for
     every lambda; DataError names a line that lacks something.
     """
-    records = _records(path)
-    searches = [] if beam is None else _records(beam)
+    records = read_reranked(path)
+    searches = [] if beam is None else read_reranked(beam)
     if beam is not None and [r["prompt"] for r in searches] != [r["prompt"] for r in records]:
         raise DataError(f"{beam} has other prompts than {path}; search for the same input")
     questions = []
@@ -114,11 +116,21 @@ def load_questions(
     return questions
 
 
-def _records(path: str | Path) -> list[dict[str, Any]]:
-    records = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    for number, record in enumerate(records, 1):
-        if not isinstance(record, dict) or "scores" not in record:
-            raise DataError(f"{path}:{number}: has no scores; give an output of tools/rerank.py")
+def read_reranked(path: str | Path) -> list[dict[str, Any]]:
+    """The objects of a reranked file, one a line; DataError names a line that is none.
+
+    A line ends at a newline byte only: inside a text, U+2028, U+2029 and U+0085 may stand as they are.
+    """
+    records = []
+    with Path(path).open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                record = json.loads(line.decode("utf-8"))
+            except ValueError as error:
+                raise DataError(f"{path}:{number}: not a line of JSON in UTF-8 ({error}); repair or remove the line") from error
+            if not isinstance(record, dict) or "scores" not in record:
+                raise DataError(f"{path}:{number}: has no scores; give an output of tools/rerank.py")
+            records.append(record)
     return records
 
 
@@ -146,7 +158,8 @@ def _question(
         ]
         for weight in GRID
     ]
-    num_written = [score.forward_tokens or len(text.split()) for score, text in zip(scores, texts, strict=True)]
+    told = [score.forward_tokens for score in scores]
+    num_written = [len(text.split()) if num is None else num for num, text in zip(told, texts, strict=True)]
     return Question(
         prompt=prompt,
         is_right=np.array([is_right(text) for text in texts]),
@@ -159,6 +172,7 @@ def _question(
         beam=None if beam is None else is_right(beam),
         sample_tokens=float(np.mean(num_written)),
         reverse_tokens=float(np.mean([num + score.reverse_tokens for num, score in zip(num_written, scores, strict=True)])),
+        num_by_words=told.count(None),
     )
 
 

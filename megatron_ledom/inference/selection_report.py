@@ -68,7 +68,7 @@ def report_selection(
 
 
 def compare(seeds: Seeds, settings: ReportSettings, development: Seeds | None = None) -> Report:
-    """Accuracies, paired differences from Reverse Reward with intervals, the curves, and what the same tokens buy.
+    """Accuracies, paired differences from Reverse Reward with intervals at equal N and at equal tokens, and the curves.
 
     development: other questions for each seed, on which its lambda is chosen; without, lambda is cross-fitted.
     """
@@ -76,23 +76,45 @@ def compare(seeds: Seeds, settings: ReportSettings, development: Seeds | None = 
     weights = _weights(seeds, num, settings, development)
     outcomes = {name: _outcomes(seeds, name, num, weights) for name in METHODS}
     known = {name: values for name, values in outcomes.items() if values is not None}
+    equal_tokens, at_equal_tokens = _equal_tokens(seeds, num, settings, development)
     return {
         "num_questions": len(seeds[0]),
         "num_candidates": num,
         "num_seeds": len(seeds),
         "answers": settings.answers,
+        "notes": _notes(seeds, equal_tokens),
         "held_out": {
             "num_folds": None if development is not None else settings.num_folds,
             "lambdas": [[GRID[w] for w in np.unique(row)] for row in weights],
         },
         "methods": {name: _summary(values, settings) for name, values in known.items()},
         "comparisons": _comparisons(known, settings),
-        "equal_tokens": _equal_tokens(seeds, num, settings, development),
+        "equal_tokens": equal_tokens,
+        "comparisons_at_equal_tokens": _comparisons(at_equal_tokens, settings),
         "over_n": _over_n(seeds, list(known), num, settings, development),
         "over_lambda": [
             [weight, _mean(_outcomes(seeds, MAIN, num, np.full_like(weights, index)))] for index, weight in enumerate(GRID)
         ],
     }
+
+
+def _notes(seeds: Seeds, equal_tokens: list[Report]) -> list[str]:
+    """What a reader must know of these files in particular, to take the figures for what they are."""
+    notes = []
+    by_words = sum(question.num_by_words for questions in seeds for question in questions)
+    if by_words:
+        total = sum(len(question.is_right) for questions in seeds for question in questions)
+        notes.append(
+            f"Note: {by_words} of {total} candidates have no forward_tokens. Their words are counted in place of tokens: 'forward"
+            " likelihood, mean' divides by them, and they are the cost of writing at equal tokens."
+        )
+    tokens = {row["method"]: row["tokens"] for row in equal_tokens}
+    if tokens[MAIN] > tokens["majority vote"]:
+        notes.append(
+            f"Note: not even one candidate can be written and judged for the tokens of the others: {MAIN} spends"
+            f" {tokens[MAIN]:.0f} tokens a question at equal tokens, the majority vote {tokens['majority vote']:.0f}."
+        )
+    return notes
 
 
 def outcomes_of(method: str, seeds: Seeds, settings: ReportSettings, development: Seeds | None = None) -> Values:
@@ -134,8 +156,8 @@ def _summary(outcomes: Values, settings: ReportSettings) -> Report:
 
 
 def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[Report]:
-    """Reverse Reward minus each other method, question by question. Significant: 0 lies outside an interval that is widened for
-    the number of comparisons (Bonferroni), so that all of them together are wrong in at most 5 of 100 cases."""
+    """Reverse Reward minus each other method at one budget, question by question. Significant: 0 lies outside an interval that is
+    widened for the number of these comparisons (Bonferroni): all of them together are wrong in at most 5 of 100 cases."""
     others = [name for name in outcomes if name not in (MAIN, "oracle")]
     found = []
     for name in others:
@@ -158,22 +180,27 @@ def interval_of(by_question: Values, level: float, settings: ReportSettings) -> 
     return bootstrap_interval(by_question, level=level, num_resamples=settings.num_resamples, seed=settings.seed)
 
 
-def _equal_tokens(seeds: Seeds, num: int, settings: ReportSettings, development: Seeds | None) -> list[Report]:
-    """Accuracy if every method may use the tokens of sampling `num` candidates: those with a reverse pass get fewer of them.
+def _equal_tokens(
+    seeds: Seeds, num: int, settings: ReportSettings, development: Seeds | None
+) -> tuple[list[Report], dict[str, Values]]:
+    """Rows of the accuracy if every method may use the tokens of sampling `num` candidates, and the outcomes behind them.
 
-    A token counts the same whether it is written or read; where reading is cheaper this is to the disadvantage of Reverse Reward.
+    Methods with a reverse pass get fewer candidates. A token counts the same whether it is written or read; where reading is
+    cheaper this is to the disadvantage of Reverse Reward.
     """
     sample = float(np.mean([question.sample_tokens for questions in seeds for question in questions]))
     judge = float(np.mean([question.reverse_tokens for questions in seeds for question in questions]))
     fewer = max(1, int(num * sample / (sample + judge)))
-    rows = []
+    weights = {size: _weights(seeds, size, settings, development) for size in (1, fewer, num)}
+    rows, known = [], {}
     for name in METHODS:
         affordable = 1 if name == "greedy" else fewer if name in WITH_REVERSE else num
-        outcomes = _outcomes(seeds, name, affordable, _weights(seeds, affordable, settings, development))
+        outcomes = _outcomes(seeds, name, affordable, weights[affordable])
         if outcomes is not None and name != "beam by Reverse Reward":
+            known[name] = outcomes
             tokens = affordable * (sample + (judge if name in WITH_REVERSE else 0.0))
             rows.append({"method": name, "num_candidates": affordable, "tokens": tokens, "accuracy": float(outcomes.mean())})
-    return rows
+    return rows, known
 
 
 def _over_n(seeds: Seeds, names: list[str], num: int, settings: ReportSettings, development: Seeds | None) -> Report:
@@ -187,17 +214,23 @@ def _over_n(seeds: Seeds, names: list[str], num: int, settings: ReportSettings, 
 
 
 def sentences(report: Report) -> list[str]:
-    """What the comparisons say, one sentence each."""
-    told = []
-    for row in report["comparisons"]:
-        low, high = row["simultaneous_interval"]
-        side = "above" if row["difference"] > 0 else "below"
-        word = f"significantly {side}" if row["is_significant"] else "not significantly different from"
-        told.append(
-            f"{MAIN} is {word} {row['against']}: {100 * row['difference']:+.1f} points"
-            f" (simultaneous interval {100 * low:+.1f} to {100 * high:+.1f})."
-        )
-    return told
+    """What the comparisons at equal N and then those at equal tokens say, one sentence each."""
+    candidates = {row["method"]: f" ({row['num_candidates']})" for row in report["equal_tokens"]}
+    return [
+        *(_sentence("At equal N", row, {}) for row in report["comparisons"]),
+        *(_sentence("At equal tokens", row, candidates) for row in report["comparisons_at_equal_tokens"]),
+    ]
+
+
+def _sentence(budget: str, row: Report, candidates: dict[str, str]) -> str:
+    """candidates: what to say behind a method's name of how many candidates it has."""
+    low, high = row["simultaneous_interval"]
+    side = "above" if row["difference"] > 0 else "below"
+    word = f"significantly {side}" if row["is_significant"] else "not significantly different from"
+    return (
+        f"{budget}, {MAIN}{candidates.get(MAIN, '')} is {word} {row['against']}{candidates.get(row['against'], '')}:"
+        f" {100 * row['difference']:+.1f} points (simultaneous interval {100 * low:+.1f} to {100 * high:+.1f})."
+    )
 
 
 def _tables(report: Report) -> tuple[list[list[str]], list[list[str]]]:
@@ -220,12 +253,13 @@ def _about(report: Report) -> str:
     return (
         f"{report['num_questions']} questions, {report['num_candidates']} candidates each, {report['num_seeds']} sampling seed(s),"
         f" answers compared by {report['answers']}. lambda is chosen on {where} (chosen, by seed: {lambdas})."
-        " Intervals: bootstrap over questions, paired."
+        " Intervals: bootstrap over questions, paired; simultaneous over the comparisons at equal N, and over those at equal tokens."
+        " In sentences on equal tokens the number of candidates stands in brackets."
     )
 
 
 def _markdown(report: Report) -> str:
-    parts = ["# Choosing answers by Reverse Reward", _about(report)]
+    parts = ["# Choosing answers by Reverse Reward", _about(report), *report["notes"]]
     for rows in _tables(report):
         lines = ["| " + " | ".join(row) + " |" for row in rows]
         parts.append("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
@@ -240,7 +274,8 @@ def _html(report: Report) -> str:
         pages.figure("accuracy over N", {theme: draw_over_n(report, theme) for theme in pages.THEMES}),
         pages.figure("accuracy over lambda", {theme: draw_over_lambda(report, theme) for theme in pages.THEMES}),
     ]
-    body = [f"<p>{html.escape(_about(report))}</p>", methods, f"<ul>{told}</ul>", equal, *figures]
+    about = [f"<p>{html.escape(text)}</p>" for text in (_about(report), *report["notes"])]
+    body = [*about, methods, equal, f"<ul>{told}</ul>", *figures]
     return pages.page("Choosing answers by Reverse Reward", body)
 
 

@@ -1,5 +1,6 @@
 """Baselines, held-out lambda, intervals and the report: on outcomes that can be worked out by hand."""
 
+import html
 import json
 import random
 import runpy
@@ -150,6 +151,59 @@ def test_equal_tokens_leave_the_methods_with_a_reverse_pass_fewer_candidates(tmp
     assert rows["greedy"]["num_candidates"] == 1
 
 
+def test_a_difference_at_equal_n_can_turn_round_at_equal_tokens(tmp_path: Path) -> None:
+    """Of eight candidates the last five are right: at equal N reverse finds one, with the tokens for two it has none to find.
+
+    The majority has eight for the same tokens. Every tenth question is the other way round, and the second seed like the first.
+    """
+    pytest.importorskip("scipy")
+    usual = line(1, 7, [3, 3, 3, 7, 7, 7, 7, 7], [-1.0] * 8, [-9.0] * 7 + [-1.0], greedy="3")
+    lines = [{**usual, "gold": "3"} if number % 10 == 0 else usual for number in range(40)]
+    report = compare([questions_of(tmp_path, lines)] * 2, settings())
+    told = sentences(report)
+    found = {}
+    for budget in ("comparisons", "comparisons_at_equal_tokens"):
+        found[budget] = {row["against"]: row for row in report[budget]}
+        assert not {MAIN, "oracle", "beam by Reverse Reward"} & set(found[budget])
+    assert found["comparisons"]["majority vote"]["difference"] == 0.0
+    row = found["comparisons_at_equal_tokens"]["majority vote"]
+    accuracies = {row["method"]: row["accuracy"] for row in report["equal_tokens"]}
+    assert row["difference"] == pytest.approx(0.1 - 0.9) == pytest.approx(accuracies[MAIN] - accuracies["majority vote"])
+    assert row["is_significant"]
+    (low, high), (wide_low, wide_high) = row["interval"], row["simultaneous_interval"]
+    assert -1 <= wide_low <= low < row["difference"] < high <= wide_high < 0
+    assert wide_high - wide_low > high - low
+    assert "At equal N, Reverse Reward is not significantly different from majority vote: +0.0 points" in " ".join(told)
+    assert "At equal tokens, Reverse Reward (2) is significantly below majority vote (8): -80.0 points" in " ".join(told)
+    assert "At equal tokens, Reverse Reward (2) is not significantly different from greedy (1): +0.0 points" in " ".join(told)
+
+
+def test_a_report_notes_words_that_are_counted_as_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the 80 candidates three have no number of tokens; the prose says so wherever the figures stand."""
+    pytest.importorskip("scipy")
+    lines = random_lines(10, 1, reverse_knows=True)
+    assert compare([questions_of(tmp_path, lines)], settings())["notes"] == []
+    for record in lines[:3]:
+        record["scores"][0]["forward_tokens"] = None
+    source, output = write(tmp_path / "x.jsonl", lines), tmp_path / "report"
+    assert run_tool(monkeypatch, str(source), "--output", str(output), "--gold-key", "gold") == 0
+    (note,) = json.loads((output / "report.json").read_text())["notes"]
+    assert "3 of 80 candidates have no forward_tokens" in note
+    assert note in (output / "report.md").read_text()
+    assert html.escape(note) in (output / "report.html").read_text()
+    assert note in capsys.readouterr().out
+
+
+def test_a_report_notes_that_one_judged_candidate_costs_more_than_all_that_are_voted_on(tmp_path: Path) -> None:
+    """Two candidates are written with 20 tokens, one is written and judged with 10 + 10 + 20."""
+    pytest.importorskip("scipy")
+    lines = [line(number, 7, [7, 3], [-1.0, -2.0], [-1.0, -2.0]) for number in range(4)]
+    (note,) = compare([questions_of(tmp_path, lines)], settings(num_folds=2))["notes"]
+    assert "spends 40 tokens a question at equal tokens, the majority vote 20" in note
+
+
 def test_intervals_are_of_the_paired_differences(tmp_path: Path) -> None:
     """Two methods that are right on the same questions differ by exactly 0, however much either varies over questions."""
     pytest.importorskip("scipy")
@@ -202,6 +256,7 @@ def test_the_tool_writes_three_reports_that_agree(
     report = json.loads((output / "report.json").read_text())
     markdown, page = ((output / name).read_text() for name in ("report.md", "report.html"))
     assert "beam by Reverse Reward" in report["methods"]
+    assert {sentence.split(",")[0] for sentence in sentences(report)} == {"At equal N", "At equal tokens"}
     for sentence in sentences(report):
         assert sentence in markdown
         assert sentence in page
@@ -249,6 +304,41 @@ def test_steps_together_are_the_answer() -> None:
     for answer in ("a\nb\n\nc", "a\nb\n \n", "\n\na", "", " ", "one"):
         assert "".join(steps_of(answer, delimiter)) == answer
     assert steps_of("a\nb\n \n", delimiter) == ["a\n", "b\n \n"]
+
+
+BREAKS = "a\u2028b\u2029c\u0085d"
+"""Line breaks to str.splitlines, and plain characters to JSON, which is written with them as they are."""
+
+
+def test_texts_with_unicode_line_breaks_are_compared(tmp_path: Path) -> None:
+    lines = [{**line(n, 7, [7, 3], [-1.0, -2.0], [-1.0, -2.0]), "prompt": f"{n} {BREAKS}"} for n in (1, 2)]
+    path = tmp_path / "x.jsonl"
+    path.write_bytes("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in lines).encode())
+    found = load_questions(path, "gold", answers_by("number"), RewardSettings(), beam=path)
+    assert [question.prompt for question in found] == [f"1 {BREAKS}", f"2 {BREAKS}"]
+
+
+def test_a_choice_with_unicode_line_breaks_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = random_model_folder(tmp_path / "reverse", "byte_level", "reverse")
+    texts = [f"{BREAKS}1", f"{BREAKS}2"]
+    records = [{"prompt": text, "candidates": [text], "scores": [{"reward": -2.0}], "ranking": [0]} for text in texts]
+    source = tmp_path / "x.jsonl"
+    source.write_bytes("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
+    arguments = [str(source), "--output", str(tmp_path / "why"), "--explain", "2", "--reverse", str(folder)]
+    assert run_tool(monkeypatch, *arguments) == 0
+    assert "d2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options", [["--gold-key", "gold"], ["--explain", "1", "--reverse", "none"]])
+def test_a_line_that_is_cut_is_named(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = write(tmp_path / "x.jsonl", random_lines(2, 1, reverse_knows=True))
+    source.write_bytes(source.read_bytes()[:-9])
+    assert run_tool(monkeypatch, str(source), "--output", str(tmp_path / "report"), *options) == 1
+    assert "x.jsonl:2: not a line of JSON" in capsys.readouterr().err
 
 
 def test_a_choice_is_explained_by_the_likelihood_of_the_question_after_each_step(
