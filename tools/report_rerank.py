@@ -19,6 +19,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap (default %(default)s)")
     parser.add_argument("--explain", type=int, metavar="LINE", help="instead: why the first file's line was ranked so")
     parser.add_argument("--reverse", metavar="DIR", help="of --explain: folder of the reverse model")
+    parser.add_argument("--reverse-eod-id", type=int, metavar="ID", help="of --explain: eod of one that records no direction")
     parser.add_argument("--step-delimiter", default="newline", metavar="D", help="of --explain (default %(default)s)")
     return parser
 

@@ -23,6 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{side}-served-as", metavar="NAME", help="its name on that server (default: the folder as given)"
         )
+    text = "eod of a public reverse checkpoint, whose config.json records no direction; in this process only"
+    parser.add_argument("--reverse-eod-id", type=int, metavar="ID", help=text)
     parser.add_argument("--batch-size", type=int, default=16, help="most sequences at once (default %(default)s)")
     parser.add_argument("--token-values", action="store_true", help="write the ids and log-probabilities of single tokens too")
 

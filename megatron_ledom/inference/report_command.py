@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.reverse_reward import RewardSettings
 
@@ -57,7 +58,9 @@ def _explain(options: Options) -> None:
         raise DataError(f"{options['files'][0]}:{options['explain']} has no ranking; pass an output of tools/rerank.py")
     texts = [c["text"] if isinstance(c, dict) else c for c in record["candidates"]]
     rewards = [score["reward"] for score in record["scores"]]
-    engine = TransformersEngine(ReverseLM.from_pretrained(options["reverse"]))
+    eod_id = options["reverse_eod_id"]  # a folder for which it is given records no direction either
+    direction = None if eod_id is None else str(Direction.REVERSE)
+    engine = TransformersEngine(ReverseLM.from_pretrained(options["reverse"], direction=direction, eod_id=eod_id))
     delimiter = StepDelimiter.parse(options["step_delimiter"])
     explanation = explain(engine, record["prompt"], texts, rewards, record["ranking"], delimiter)
     os.makedirs(options["output"], exist_ok=True)

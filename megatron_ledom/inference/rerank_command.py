@@ -40,8 +40,16 @@ def rerank_command(options: Options) -> None:
     for side in folders:
         if options[f"{side}_server"] is not None and options[f"{side}_engine"] != "transformers":
             raise UsageError(f"--{side}-server and --{side}-engine are two ways to run the {side} model; choose one")
+    if options["reverse_eod_id"] is not None and (options["reverse_server"] or options["reverse_engine"] != "transformers"):
+        raise UsageError("--reverse-eod-id is for a model that transformers runs in this process; leave out the other engine")
     run_by = {f"{side}_{way}": options[f"{side}_{way}"] for side in folders for way in ("server", "engine")}
-    made_by = {**folders, **run_by, "batch_size": options["batch_size"], "surroundings": surroundings()}
+    made_by = {
+        **folders,
+        **run_by,
+        "batch_size": options["batch_size"],
+        "reverse_eod_id": options["reverse_eod_id"],
+        "surroundings": surroundings(),
+    }
     rerank_file(engines, options["input"], options["output"], settings, made_by=made_by)
 
 
@@ -53,8 +61,11 @@ def _engine(options: Options, direction: Direction) -> Engine:
     with_vllm = [side for side in ("forward", "reverse") if options[f"{side}_engine"] == "vllm"]
     if direction in with_vllm:
         return VllmEngine(folder, direction, gpu_memory_utilization=VLLM_MEMORY / len(with_vllm))
-    model = ForwardLM if direction is Direction.FORWARD else ReverseLM
-    return TransformersEngine(model.from_pretrained(folder), options["batch_size"])
+    if direction is Direction.FORWARD:
+        return TransformersEngine(ForwardLM.from_pretrained(folder), options["batch_size"])
+    eod_id = options["reverse_eod_id"]  # a folder for which it is given records no direction either
+    asked = None if eod_id is None else str(direction)
+    return TransformersEngine(ReverseLM.from_pretrained(folder, direction=asked, eod_id=eod_id), options["batch_size"])
 
 
 def settings_from(options: Options) -> RerankSettings:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -297,3 +298,25 @@ def test_notes_without_a_part_do_not_stop_the_next_run(models: tuple[ForwardLM, 
     (tmp_path / "out.jsonl.part.json").write_text(json.dumps({"made_by": {}, "spent": [{}]}))
     assert rerank(models, source, tmp_path / "out.jsonl") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.spent.json"]
+
+
+def test_a_public_reverse_checkpoint_ranks_as_the_same_model_that_records_its_direction(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    public = shutil.copytree(folders[1], tmp_path / "public")
+    config = json.loads((public / "config.json").read_text())
+    eod_id = config["eod_id"]
+    stock = {key: value for key, value in config.items() if key not in ("direction", "eod_id", "tokenizer_sha256")}
+    (public / "config.json").write_text(json.dumps(stock))
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": PROMPT, "candidates": ANSWERS})
+
+    def ranked(folder: Path, *more: str) -> list[dict[str, Any]]:
+        output = tmp_path / f"{folder.name}.jsonl"
+        command = [str(ROOT / "tools/rerank.py"), "--forward", str(folders[0]), "--reverse", str(folder)]
+        monkeypatch.setattr(sys, "argv", [*command, "--input", str(source), "--output", str(output), *more])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(command[0], run_name="__main__")
+        return [] if ended.value.code else read_lines(output)
+
+    assert ranked(public) == []
+    assert ranked(public, "--reverse-eod-id", str(eod_id)) == ranked(folders[1]) != []
