@@ -77,15 +77,16 @@ def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record])
 
 
 def _written_metrics(records: Sequence[Record]) -> dict[str, Metric]:
-    """How many answers are right, and how many were found at all; of questions also how many can be solved, and how many are copies."""
+    """How many answers are right, and how many were found at all; of questions also how many can be solved, have the given answer
+    (by whatever steps, or none), and are copies of a trained one, which are never right."""
     found = {
         "accuracy": share([record["is_right"] for record in records]),
         "answered": share([record["answer"] is not None for record in records]),
     }
     if "is_copy" in records[0]:
         found["solvable"] = share([record["solved"] is not None for record in records])
+        found["has_answer"] = share([record["has_answer"] for record in records])
         found["copied"] = share([record["is_copy"] for record in records])
-        found["right_and_new"] = share([record["is_right"] and not record["is_copy"] for record in records])
     return found
 
 

@@ -30,7 +30,7 @@ def _answer(row: Row) -> Item:
 
 def _question(row: Row) -> Item:
     values = {"solution": row["solution"], "question": row["question"]}
-    return Item(values=values, gold=(row["answer"],), kept={"group": row["group"]})
+    return Item(values=values, gold=(row["solution"],), kept={"group": row["group"], "gold_answer": row["answer"]})
 
 
 ENDING = Template(fields=(Field("before"), Field("answer", cue=".")), field_separator=" ", is_read_back=False)
@@ -67,7 +67,7 @@ MADE_TASKS: tuple[Task, ...] = (
     Task(
         name="question_from_answer",
         kind=Kind.QUESTION,
-        about="the question of a worked solution is written, and solved: has it the answer?",
+        about="the question of a worked solution is written, and solved: is its solution the given one?",
         template=Template(fields=(Field("solution", "Solution: "), Field("question", "Question: "))),
         layouts=(Layout({"question": "text", "solution": "text", "answer": "text", "group": "text"}, _question),),
         file="question_from_answer",
