@@ -90,11 +90,15 @@ def find_file(task: Task, folder: Path, stem: str) -> Path:
 
 
 def content_hash(items: Iterable[Item]) -> str:
-    """sha256 over what a task reads of its items, in their order, hex: the same for JSON lines, Parquet and Arrow."""
+    """sha256 over what is asked and judged of the items, in their order, hex: the same for JSON lines, Parquet and Arrow.
+
+    The worked solution (`chain`) is left out: it is never judged, and not every copy of a set has it.
+    """
     digest = hashlib.sha256()
     for item in items:
-        read = [sorted(item.values.items()), item.choices, item.gold, item.tests]
-        digest.update(json.dumps(read, ensure_ascii=False).encode() + b"\n")
+        values = sorted((name, value) for name, value in item.values.items() if name != "chain")
+        judged = [values, item.choices, item.gold, item.tests]
+        digest.update(json.dumps(judged, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -171,7 +171,7 @@ TASKS: tuple[Task, ...] = (
         file="gsm8k_test",
         demonstrations_file="gsm8k_train",
         download="test.jsonl and train.jsonl of https://github.com/openai/grade-school-math/tree/master/grade_school_math/data",
-        content_sha256="f8453c20555384ed822461d4462255a9338cf066f211640e198310892c5e7298",
+        content_sha256="9f282e85e14fa9f24d5716ea31e37136f2fe953b36d5835ee8f5c65893dae24d",
     ),
     Task(
         name="math500",
@@ -182,7 +182,7 @@ TASKS: tuple[Task, ...] = (
         file="math500",
         demonstrations_file="math_train",
         download=f"test.jsonl of {HUB}/HuggingFaceH4/MATH-500",
-        content_sha256="cf3058814d6933e751e98dc1ccccc6f12e0644f92862fb14e5736982aad51a42",
+        content_sha256="60eca610052c3b191b9a1d1dde977b72f239e7a5f69d4cc18f4d12870638d775",
         max_new_tokens=512,
     ),
     Task(
@@ -218,7 +218,7 @@ TASKS: tuple[Task, ...] = (
         file="svamp",
         demonstrations_file="svamp_train",
         download="data/test.jsonl and data/train.jsonl of https://github.com/arkilpatel/SVAMP, or SVAMP.json as JSON lines",
-        content_sha256="e8cc9f1c2ae85023649d1b2d686c46ca358f7a02c693890cc237c33e22c09db2",
+        content_sha256="3e0b9d48687128db0e62e1dcc29664e9724f3c3fdf58b6cc86829fd0f8338053",
         max_new_tokens=64,
     ),
     Task(

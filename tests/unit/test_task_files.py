@@ -14,7 +14,7 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.code_execution import Limits, run_program
 from megatron_ledom.evaluation.grading import comparison_by
 from megatron_ledom.evaluation.results import share
-from megatron_ledom.evaluation.task_files import load_task, parse_row, task_named
+from megatron_ledom.evaluation.task_files import content_hash, load_task, parse_row, task_named
 from megatron_ledom.evaluation.writing import prompt_of, write_answers
 from megatron_ledom.inference.scoring import SpanScore
 from tests.evaluation_sets import HUMANEVAL, SETS, write_sets
@@ -68,6 +68,14 @@ def test_the_hash_of_the_content_is_the_same_for_every_kind_of_file_and_another_
         found.append(load_task("boolq", data).content_sha256)
     assert found[0] == found[1] == load_task("boolq", tmp_path / "0", limit=1).content_sha256
     assert len(set(found)) == 4
+
+
+def test_a_worked_solution_is_no_part_of_the_hash_of_the_content() -> None:
+    """It is never judged, and copies of a set differ in having it; an answer is judged."""
+    task, row = task_named("aime24"), {"problem": "What is 1 + 1?", "answer": "2"}
+    versions = (row, {**row, "solution": "Count."}, {**row, "answer": "3"})
+    without, worked, other = (content_hash([parse_row(task, version, "set.jsonl:1")]) for version in versions)
+    assert without == worked != other
 
 
 @pytest.mark.parametrize(
