@@ -156,6 +156,10 @@ NAMED_CHOICES = {"choices.text": "list", "choices.label": "list", "answerKey": "
 STEM_CHOICES = {"question.stem": "text", "question.choices": "list", "answerKey": "text"}
 OPEN = {"template": ASKED, "kind": Kind.ANSWER, "answers": "alias", "max_new_tokens": 32}
 HUB = "https://huggingface.co/datasets"
+MATH_TRAIN = (
+    "lines with problem, solution and answer: train.jsonl of https://github.com/openai/prm800k/tree/main/prm800k/math_splits"
+    " (12,000 problems of MATH, none of them in MATH-500)"
+)
 
 ARC_CONTENT = {
     "easy": "54d9da5a41a60041b367da1ae54ad44f032c026cec02ab8c055fa56efd0c86ef",
@@ -181,6 +185,7 @@ TASKS: tuple[Task, ...] = (
         layouts=PROBLEM,
         file="math500",
         demonstrations_file="math_train",
+        demonstrations_download=MATH_TRAIN,
         download=f"test.jsonl of {HUB}/HuggingFaceH4/MATH-500",
         content_sha256="60eca610052c3b191b9a1d1dde977b72f239e7a5f69d4cc18f4d12870638d775",
         max_new_tokens=512,
@@ -193,6 +198,7 @@ TASKS: tuple[Task, ...] = (
         layouts=PROBLEM,
         file="aime24",
         demonstrations_file="math_train",
+        demonstrations_download=MATH_TRAIN,
         download="30 lines with problem and answer; the statements are on https://artofproblemsolving.com/wiki",
         content_sha256="44624eaa356c586dc626f12c7f57ee0ced11404677e2e55887a8fae9a0ed2bb4",
         max_new_tokens=1024,
@@ -205,6 +211,7 @@ TASKS: tuple[Task, ...] = (
         layouts=PROBLEM,
         file="amc23",
         demonstrations_file="math_train",
+        demonstrations_download=MATH_TRAIN,
         download="40 lines with problem and answer; the statements are on https://artofproblemsolving.com/wiki",
         content_sha256="d91256e2a58aa23b4b159ac4a20cfdd3d2f7951d04c6811443da724ed34a1f85",
         max_new_tokens=1024,
@@ -343,6 +350,9 @@ TASKS: tuple[Task, ...] = (
         layouts=(Layout({"prompt": "text", "canonical_solution": "text", "test": "text", "entry_point": "text"}, _humaneval),),
         file="humaneval",
         demonstrations_file="humaneval_fewshot",
+        demonstrations_download=(
+            "problems of your own as lines with prompt, canonical_solution, test and entry_point: the set has no training part"
+        ),
         download="HumanEval.jsonl.gz of https://github.com/openai/human-eval/tree/master/data",
         content_sha256="83d6e6d96950f159617ab206453475368725e8e46330dd3794ae27202c7b23a2",
         stop_strings=("\nclass ", "\ndef ", "\nif ", "\nprint(", "\nassert ", "\n#", "\n@"),

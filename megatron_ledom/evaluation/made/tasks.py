@@ -47,6 +47,7 @@ MADE_TASKS: tuple[Task, ...] = (
         file="reversal",
         demonstrations_file="reversal_shots",
         download=f"{MADE_BY} reversal",
+        demonstrations_download=f"{MADE_BY} reversal",
         choice_field="answer",
         **ASKED_IN_OWN_ORDER,
     ),
@@ -60,6 +61,7 @@ MADE_TASKS: tuple[Task, ...] = (
         file="reversal",
         demonstrations_file="reversal_shots",
         download=f"{MADE_BY} reversal",
+        demonstrations_download=f"{MADE_BY} reversal",
         answers="alias",
         max_new_tokens=32,
         stop_strings=(".", "\n"),
@@ -73,6 +75,7 @@ MADE_TASKS: tuple[Task, ...] = (
         file="question_from_answer",
         demonstrations_file="question_from_answer_train",
         download=f"{MADE_BY} question_from_answer",
+        demonstrations_download=f"{MADE_BY} question_from_answer",
         max_new_tokens=128,
     ),
     Task(
@@ -84,6 +87,7 @@ MADE_TASKS: tuple[Task, ...] = (
         file="abduction",
         demonstrations_file="abduction_shots",
         download=f"{MADE_BY} abduction",
+        demonstrations_download=f"{MADE_BY} abduction",
         choice_field="answer",
     ),
     Task(
@@ -95,6 +99,7 @@ MADE_TASKS: tuple[Task, ...] = (
         file="label_backfill",
         demonstrations_file="label_backfill_shots",
         download=f"{MADE_BY} label_backfill",
+        demonstrations_download=f"{MADE_BY} label_backfill",
         choice_field="answer",
     ),
     Task(
@@ -105,6 +110,7 @@ MADE_TASKS: tuple[Task, ...] = (
         file="inverse_relations",
         demonstrations_file="inverse_relations_shots",
         download=f"{MADE_BY} inverse_relations",
+        demonstrations_download=f"{MADE_BY} inverse_relations",
         choice_field="answer",
         **ASKED_IN_OWN_ORDER,
     ),
