@@ -20,7 +20,7 @@ from megatron_ledom.evaluation.made.facts import INVERSE, REVERSAL
 from megatron_ledom.evaluation.made.generators import GENERATORS, make_analysis_data
 from megatron_ledom.evaluation.made.problems import END, GAINS, LOSSES, START, TIMES, Solved, solve
 from megatron_ledom.evaluation.made.tasks import MADE_TASKS
-from megatron_ledom.evaluation.results import TaskResult
+from megatron_ledom.evaluation.results import TaskResult, share
 from megatron_ledom.evaluation.task_files import load_task
 from megatron_ledom.inference.scoring import SpanScore
 from tests.tiny_models import random_model_folder
@@ -134,6 +134,23 @@ def test_a_scorer_that_prefers_some_choices_gets_chance(task: str, folders: dict
     offered = Counter(choice for row in rows for choice in row["choices"])
     right = Counter(row["choices"][row["gold"]] for row in rows)
     assert {choice: 4 * right[choice] for choice in offered} == dict(offered)
+
+
+@pytest.mark.parametrize(("task", "size"), [("reversal", 2), ("inverse_relations", 2), ("abduction", 16)])
+def test_questions_about_the_same_are_one_cluster_and_intervals_are_over_clusters(
+    task: str, size: int, folders: dict[str, Path]
+) -> None:
+    """Who knows every second cluster and nothing else is less sure than of as many items that each stand for themselves."""
+    clusters = [row["cluster"] for row in rows_of(folders[task] / f"{task}.jsonl")]
+    assert set(Counter(clusters).values()) == {size}
+    known = set(sorted(set(clusters))[::2])
+    together, apart = (share([name in known for name in clusters], named) for named in (clusters, None))
+    assert together.high - together.low > 1.2 * (apart.high - apart.low)
+    result = judged(task, folders[task], Direction.REVERSE, lambda text: zlib.crc32(text.encode()))
+    assert result.about["num_clusters"] == len(set(clusters))
+    main = result.metrics[result.main]
+    num_right = round(main.value * main.num_items)
+    assert main.low != share([number < num_right for number in range(main.num_items)]).low
 
 
 @pytest.mark.parametrize("direction", list(Direction))

@@ -240,3 +240,18 @@ def test_intervals_are_those_of_the_formula() -> None:
         ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)), 1e-5
     )
     assert share([True]).stderr is None
+
+
+def test_intervals_of_items_that_are_asked_together_are_over_what_they_are_about() -> None:
+    """Asking each item four times over makes no figure surer; items that each stand for themselves are as without clusters."""
+    are_right = [number % 3 == 0 for number in range(60)]
+    names = [str(number) for number in range(60)]
+    single, alone, repeated = share(are_right), share(are_right, names), share(are_right * 4, names * 4)
+    assert (repeated.value, repeated.num_items) == (single.value, 240)
+    for found in (alone, repeated):
+        assert found.stderr == pytest.approx(single.stderr)
+        assert (found.low, found.high) == pytest.approx((single.low, single.high), abs=0.02)
+    assert share(are_right * 4).high < repeated.high - 0.03
+    all_right = share([True] * 40, names[:10] * 4)
+    assert (all_right.low, all_right.high) == (share([True] * 10).low, 1.0)
+    assert share([True, False], ["one", "one"]).stderr is None

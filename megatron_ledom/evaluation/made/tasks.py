@@ -20,7 +20,8 @@ def _choice(row: Row) -> Item:
     if not 0 <= row["gold"] < len(choices):
         raise ValueError(f"the right choice is {row['gold']}, none of 0 to {len(choices) - 1}")
     values = {"before": row["before"], "answer": choices[row["gold"]], "after": row["after"]}
-    return Item(values=values, choices=choices, gold=row["gold"], kept={"group": row["group"]})
+    kept = {name: row[name] for name in ("group", "cluster") if name in row}
+    return Item(values=values, choices=choices, gold=row["gold"], kept=kept)
 
 
 def _answer(row: Row) -> Item:
