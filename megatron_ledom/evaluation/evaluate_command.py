@@ -51,7 +51,9 @@ def list_tasks(data: str | None) -> None:
     """Each task with its file, where to get it and the hash of its items; with a folder, whether those there are the same."""
     for task in all_tasks().values():
         print(f"{task.name} ({task.kind}): {task.about}\n  file      {task.file}, --num-fewshot: {task.demonstrations_file}")
-        print(f"  from      {task.download}\n  content   {task.content_sha256 or 'not known'}")
+        print(
+            f"  from      {task.download}\n  few-shot  {task.demonstrations_download}\n  content   {task.content_sha256 or 'not known'}"
+        )
         if data is None:
             continue
         try:

@@ -8,19 +8,24 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
 from megatron_ledom.evaluation.choices import MAIN_WAY, NORMALIZATIONS, chosen
 from megatron_ledom.evaluation.tasks import Kind, LoadedTask
+from megatron_ledom.inference.intervals import bootstrap_interval
 
 Record = Mapping[str, Any]
 """What was found of one item."""
 LEVEL = 0.95
+NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A share of the items. stderr: standard error of the mean, None for a single item; low, high: Wilson's interval at 95 %."""
+    """A share of the items. stderr: standard error of the mean, None for a single item; low, high: interval at 95 %, Wilson's, or of
+    items in clusters the bootstrap's over clusters."""
 
     value: float
     stderr: float | None
@@ -49,14 +54,39 @@ def check_statistics() -> None:
         raise UsageError("intervals need scipy: pip install 'megatron-ledom[evaluation]'")
 
 
-def share(are_right: Sequence[bool]) -> Metric:
-    """The share of True, with scipy's standard error and Wilson interval (Wilson 1927, eq. 4)."""
-    from scipy.stats import binomtest, sem
+def share(are_right: Sequence[bool], clusters: Sequence[str] | None = None) -> Metric:
+    """The share of True, with scipy's standard error and Wilson interval (Wilson 1927, eq. 4).
+
+    clusters: of each item, the name of what it is about, where several items are about the same and so depend on each other.
+    """
+    from scipy.stats import sem
 
     values = [float(right) for right in are_right]
-    interval = binomtest(sum(map(bool, are_right)), len(values)).proportion_ci(LEVEL, method="wilson")
+    value = math.fsum(values) / len(values)
+    if clusters is not None:
+        return Metric(value, *_spread_of_clusters(values, clusters), len(values))
     stderr = float(sem(values)) if len(values) > 1 else None
-    return Metric(math.fsum(values) / len(values), stderr, float(interval.low), float(interval.high), len(values))
+    return Metric(value, stderr, *_wilson(sum(map(bool, are_right)), len(values)), len(values))
+
+
+def _wilson(num_right: int, num: int) -> tuple[float, float]:
+    from scipy.stats import binomtest
+
+    interval = binomtest(num_right, num).proportion_ci(LEVEL, method="wilson")
+    return float(interval.low), float(interval.high)
+
+
+def _spread_of_clusters(values: Sequence[float], clusters: Sequence[str]) -> tuple[float | None, float, float]:
+    """Standard error, low, high with clusters as what is drawn: the error of a ratio of sums, and the bootstrap's interval. Clusters that
+    are all alike give the bootstrap no width; each then counts as one item for Wilson's."""
+    places = np.unique(np.asarray(clusters), return_inverse=True)[1]
+    sums, sizes = np.bincount(places, values).astype(np.float64), np.bincount(places).astype(np.float64)
+    num, mean = len(sums), sums.sum() / sizes.sum()
+    stderr = None if num == 1 else math.sqrt(num / (num - 1) * ((sums - mean * sizes) ** 2).sum()) / float(sizes.sum())
+    if np.ptp(sums / sizes) == 0:
+        return stderr, *_wilson(round(float(mean) * num), num)
+    low, high = bootstrap_interval(sums, sizes, level=LEVEL, num_resamples=NUM_RESAMPLES, seed=0)
+    return stderr, low, high
 
 
 def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record]) -> TaskResult:
@@ -67,7 +97,9 @@ def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record])
     metrics = find(records)
     for group in sorted({record["group"] for record in records if "group" in record}):
         metrics[f"{main}/{group}"] = find([record for record in records if record["group"] == group])[main]
+    clusters = _clusters(records)
     about = {
+        **({} if clusters is None else {"num_clusters": len(set(clusters))}),
         "num_fewshot": task.num_fewshot,
         "seed": task.seed,
         "files": dict(task.files),
@@ -76,23 +108,33 @@ def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record])
     return TaskResult(task=task.task.name, main=main, metrics=metrics, about=about)
 
 
+def _clusters(records: Sequence[Record]) -> list[str] | None:
+    """What each item is about; None where each stands for itself."""
+    return [record["cluster"] for record in records] if all("cluster" in record for record in records) else None
+
+
 def _written_metrics(records: Sequence[Record]) -> dict[str, Metric]:
-    """How many answers are right, and how many were found at all; of questions also how many can be solved, and how many are copies."""
+    """How many answers are right, and how many were found at all; of questions also how many can be solved, have the given answer
+    (by whatever steps, or none), and are copies of a trained one, which are never right."""
+    clusters = _clusters(records)
     found = {
-        "accuracy": share([record["is_right"] for record in records]),
-        "answered": share([record["answer"] is not None for record in records]),
+        "accuracy": share([record["is_right"] for record in records], clusters),
+        "answered": share([record["answer"] is not None for record in records], clusters),
     }
     if "is_copy" in records[0]:
         found["solvable"] = share([record["solved"] is not None for record in records])
+        found["has_answer"] = share([record["has_answer"] for record in records])
         found["copied"] = share([record["is_copy"] for record in records])
-        found["right_and_new"] = share([record["is_right"] and not record["is_copy"] for record in records])
     return found
 
 
 def _choice_metrics(records: Sequence[Record]) -> dict[str, Metric]:
     """Accuracy of each way to score a choice, by each normalisation."""
+    clusters = _clusters(records)
     return {
-        f"{way}/{normalization}": share([chosen(record["scores"][way], normalization) == record["gold"] for record in records])
+        f"{way}/{normalization}": share(
+            [chosen(record["scores"][way], normalization) == record["gold"] for record in records], clusters
+        )
         for way in records[0]["scores"]
         for normalization in NORMALIZATIONS
     }

@@ -82,19 +82,31 @@ def find_file(task: Task, folder: Path, stem: str) -> Path:
             return path
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     found = f"it holds {', '.join(there[:8])}{' ...' if len(there) > 8 else ''}" if there else "it is empty or no folder"
-    needed = "its demonstrations (--num-fewshot)" if stem == task.demonstrations_file != task.file else "its items"
+    if stem == task.file:
+        needed = "its items"
+    else:
+        needed = "the questions that were trained" if task.kind is Kind.QUESTION else "its demonstrations (--num-fewshot)"
     raise UsageError(
         f"{task.name} needs {needed} in {folder}/{stem} with one of the endings {' '.join(ENDINGS)}; {found}. Get it from:"
-        f" {task.download}"
+        f" {_source(task, stem)}"
     )
 
 
+def _source(task: Task, name: str) -> str:
+    """Where a file of a task comes from; name: the file's, with or without its ending."""
+    return task.download if name.partition(".")[0] == task.file else task.demonstrations_download
+
+
 def content_hash(items: Iterable[Item]) -> str:
-    """sha256 over what a task reads of its items, in their order, hex: the same for JSON lines, Parquet and Arrow."""
+    """sha256 over what is asked and judged of the items, in their order, hex: the same for JSON lines, Parquet and Arrow.
+
+    The worked solution (`chain`) is left out: it is never judged, and not every copy of a set has it.
+    """
     digest = hashlib.sha256()
     for item in items:
-        read = [sorted(item.values.items()), item.choices, item.gold, item.tests]
-        digest.update(json.dumps(read, ensure_ascii=False).encode() + b"\n")
+        values = sorted((name, value) for name, value in item.values.items() if name != "chain")
+        judged = [values, item.choices, item.gold, item.tests]
+        digest.update(json.dumps(judged, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
 
@@ -138,8 +150,10 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
         raise DataError(f"{path} cannot be read: {error}; download the file again") from error
 
 
-def parse_row(task: Task, row: Row, where: str) -> Item:
-    """The item of one row, by the layout that fits; DataError says which fields were found and which are expected."""
+def parse_row(task: Task, row: Row, where: str, source: str | None = None) -> Item:
+    """The item of one row, by the layout that fits; DataError says which fields were found, which are expected, and whence to get
+    the file: from `source`, by default the task's `download`."""
+    source = source or task.download
     problems = [(layout, faults(layout, row)) for layout in task.layouts]
     layout, wrong = min(problems, key=lambda found: len(found[1]))
     if wrong:
@@ -148,13 +162,13 @@ def parse_row(task: Task, row: Row, where: str) -> Item:
         )
         raise DataError(
             f"{where}: no item of {task.name}: {'; '.join(wrong)}; found the fields {', '.join(row) or 'none'}, expected"
-            f" {expected}. Get it from: {task.download}"
+            f" {expected}. Get it from: {source}"
         )
     try:
         return layout.read(row)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(
-            f"{where}: no item of {task.name}: {error}; correct the line, or get the file from: {task.download}"
+            f"{where}: no item of {task.name}: {error}; correct the line, or get the file from: {source}"
         ) from error
 
 
@@ -174,9 +188,10 @@ def faults(layout: Layout, row: Row) -> list[str]:
 
 
 def _items(task: Task, path: Path) -> list[Item]:
-    items = [parse_row(task, row, where) for where, row in read_rows(path)]
+    source = _source(task, path.name)
+    items = [parse_row(task, row, where, source) for where, row in read_rows(path)]
     if not items:
-        raise DataError(f"{path} holds no items; get it from: {task.download}")
+        raise DataError(f"{path} holds no items; get it from: {source}")
     return items
 
 

@@ -156,6 +156,10 @@ NAMED_CHOICES = {"choices.text": "list", "choices.label": "list", "answerKey": "
 STEM_CHOICES = {"question.stem": "text", "question.choices": "list", "answerKey": "text"}
 OPEN = {"template": ASKED, "kind": Kind.ANSWER, "answers": "alias", "max_new_tokens": 32}
 HUB = "https://huggingface.co/datasets"
+MATH_TRAIN = (
+    "lines with problem, solution and answer: train.jsonl of https://github.com/openai/prm800k/tree/main/prm800k/math_splits"
+    " (12,000 problems of MATH, none of them in MATH-500)"
+)
 
 ARC_CONTENT = {
     "easy": "54d9da5a41a60041b367da1ae54ad44f032c026cec02ab8c055fa56efd0c86ef",
@@ -171,7 +175,7 @@ TASKS: tuple[Task, ...] = (
         file="gsm8k_test",
         demonstrations_file="gsm8k_train",
         download="test.jsonl and train.jsonl of https://github.com/openai/grade-school-math/tree/master/grade_school_math/data",
-        content_sha256="f8453c20555384ed822461d4462255a9338cf066f211640e198310892c5e7298",
+        content_sha256="9f282e85e14fa9f24d5716ea31e37136f2fe953b36d5835ee8f5c65893dae24d",
     ),
     Task(
         name="math500",
@@ -181,8 +185,9 @@ TASKS: tuple[Task, ...] = (
         layouts=PROBLEM,
         file="math500",
         demonstrations_file="math_train",
+        demonstrations_download=MATH_TRAIN,
         download=f"test.jsonl of {HUB}/HuggingFaceH4/MATH-500",
-        content_sha256="cf3058814d6933e751e98dc1ccccc6f12e0644f92862fb14e5736982aad51a42",
+        content_sha256="60eca610052c3b191b9a1d1dde977b72f239e7a5f69d4cc18f4d12870638d775",
         max_new_tokens=512,
     ),
     Task(
@@ -193,6 +198,7 @@ TASKS: tuple[Task, ...] = (
         layouts=PROBLEM,
         file="aime24",
         demonstrations_file="math_train",
+        demonstrations_download=MATH_TRAIN,
         download="30 lines with problem and answer; the statements are on https://artofproblemsolving.com/wiki",
         content_sha256="44624eaa356c586dc626f12c7f57ee0ced11404677e2e55887a8fae9a0ed2bb4",
         max_new_tokens=1024,
@@ -205,6 +211,7 @@ TASKS: tuple[Task, ...] = (
         layouts=PROBLEM,
         file="amc23",
         demonstrations_file="math_train",
+        demonstrations_download=MATH_TRAIN,
         download="40 lines with problem and answer; the statements are on https://artofproblemsolving.com/wiki",
         content_sha256="d91256e2a58aa23b4b159ac4a20cfdd3d2f7951d04c6811443da724ed34a1f85",
         max_new_tokens=1024,
@@ -218,7 +225,7 @@ TASKS: tuple[Task, ...] = (
         file="svamp",
         demonstrations_file="svamp_train",
         download="data/test.jsonl and data/train.jsonl of https://github.com/arkilpatel/SVAMP, or SVAMP.json as JSON lines",
-        content_sha256="e8cc9f1c2ae85023649d1b2d686c46ca358f7a02c693890cc237c33e22c09db2",
+        content_sha256="3e0b9d48687128db0e62e1dcc29664e9724f3c3fdf58b6cc86829fd0f8338053",
         max_new_tokens=64,
     ),
     Task(
@@ -343,6 +350,9 @@ TASKS: tuple[Task, ...] = (
         layouts=(Layout({"prompt": "text", "canonical_solution": "text", "test": "text", "entry_point": "text"}, _humaneval),),
         file="humaneval",
         demonstrations_file="humaneval_fewshot",
+        demonstrations_download=(
+            "problems of your own as lines with prompt, canonical_solution, test and entry_point: the set has no training part"
+        ),
         download="HumanEval.jsonl.gz of https://github.com/openai/human-eval/tree/master/data",
         content_sha256="83d6e6d96950f159617ab206453475368725e8e46330dd3794ae27202c7b23a2",
         stop_strings=("\nclass ", "\ndef ", "\nif ", "\nprint(", "\nassert ", "\n#", "\n@"),

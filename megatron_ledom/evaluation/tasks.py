@@ -67,6 +67,7 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
 class Task:
     """A task of one of the kinds. Files are named without their ending.
 
+    download, demonstrations_download: where the items, and the items of `demonstrations_file`, come from.
     content_sha256: of the set's items, whatever kind of file they come in (`task_files.content_hash`), where that is known.
     choice_field: the field that the choices are values of; the fields before it are the context. normalization: of a choice task's
     main figure (raw, token, byte). answers: how answers are compared, a kind of `grading.comparison_by`. reverse_template: for a
@@ -81,6 +82,7 @@ class Task:
     file: str
     demonstrations_file: str
     download: str
+    demonstrations_download: str = "the training part of the same set, in the same layout"
     content_sha256: str | None = None
     choice_field: str = ""
     normalization: str = "raw"

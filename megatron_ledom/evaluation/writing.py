@@ -60,18 +60,18 @@ def _judge_answer(task: LoadedTask, direction: Direction, item: Item, written: s
 
 
 def _judge_question(task: LoadedTask, direction: Direction, item: Item, written: str) -> dict[str, Any]:
-    """`answer` is the question that was written; it is right if it has the item's answer."""
+    """`answer` is the question that was written; it is right if the item's solution, step by step, is its solution."""
     assert isinstance(item.gold, tuple)
     template = task.task.template_for(direction)
     found = template.read(direction, written)[template.fields[-1].name]
     question = None if found is None else " ".join(found.split())
     solved = None if question is None else solve(question)
-    is_right = solved is not None and str(solved) in item.gold
     return {
         "answer": question,
         "gold": list(item.gold),
-        "solved": solved,
-        "is_right": is_right,
+        "solved": None if solved is None else solved.solution,
+        "has_answer": solved is not None and str(solved.answer) == item.kept["gold_answer"],
+        "is_right": solved is not None and solved.solution in item.gold,
         "is_copy": question in task.known,
     }
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,9 +13,10 @@ import pytest
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.code_execution import Limits, run_program
+from megatron_ledom.evaluation.evaluate_command import list_tasks
 from megatron_ledom.evaluation.grading import comparison_by
 from megatron_ledom.evaluation.results import share
-from megatron_ledom.evaluation.task_files import load_task, parse_row, task_named
+from megatron_ledom.evaluation.task_files import all_tasks, content_hash, load_task, parse_row, task_named
 from megatron_ledom.evaluation.writing import prompt_of, write_answers
 from megatron_ledom.inference.scoring import SpanScore
 from tests.evaluation_sets import HUMANEVAL, SETS, write_sets
@@ -70,6 +72,14 @@ def test_the_hash_of_the_content_is_the_same_for_every_kind_of_file_and_another_
     assert len(set(found)) == 4
 
 
+def test_a_worked_solution_is_no_part_of_the_hash_of_the_content() -> None:
+    """It is never judged, and copies of a set differ in having it; an answer is judged."""
+    task, row = task_named("aime24"), {"problem": "What is 1 + 1?", "answer": "2"}
+    versions = (row, {**row, "solution": "Count."}, {**row, "answer": "3"})
+    without, worked, other = (content_hash([parse_row(task, version, "set.jsonl:1")]) for version in versions)
+    assert without == worked != other
+
+
 @pytest.mark.parametrize(
     ("task", "name", "changed", "message"),
     [
@@ -119,6 +129,43 @@ def test_demonstrations_are_drawn_by_seed_and_never_the_item_itself(folder: Path
     assert len(task.files) == 2
     with pytest.raises(UsageError, match="ask for fewer"):
         load_task("svamp", tmp_path, num_fewshot=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("hellaswag", "the training part of the same set, in the same layout"),
+        ("aime24", "train.jsonl of https://github.com/openai/prm800k/tree/main/prm800k/math_splits"),
+        ("humaneval", "problems of your own as lines with prompt, canonical_solution, test and entry_point"),
+        ("reversal", "tools/make_analysis_data.py --task reversal"),
+    ],
+)
+def test_missing_and_wrong_demonstrations_are_told_where_they_come_from(
+    name: str, source: str, folder: Path, tmp_path: Path
+) -> None:
+    """Not where the items that are judged come from, which would show the model its own questions."""
+    task = task_named(name)
+    for path in folder.glob(f"{task.file}.*"):
+        shutil.copy(path, tmp_path)
+    row = {"before": "A wrote", "after": "is by A.", "choices": ["B", "C"], "gold": 0, "group": "unseen"}
+    (tmp_path / "reversal.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UsageError, match=r"its demonstrations \(--num-fewshot\) in ") as missing:
+        load_task(name, tmp_path, num_fewshot=1)
+    (tmp_path / f"{task.demonstrations_file}.jsonl").write_text('{"other": 1}\n')
+    with pytest.raises(DataError, match="other, expected") as wrong:
+        load_task(name, tmp_path, num_fewshot=1)
+    for error in (missing, wrong):
+        assert source in str(error.value)
+        assert name == "reversal" or task.download not in str(error.value)
+
+
+def test_the_list_tells_where_demonstrations_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+    list_tasks(None)
+    told = capsys.readouterr().out
+    assert told.count("\n  few-shot  ") == len(all_tasks())
+    assert (
+        told.count("  few-shot  lines with problem, solution and answer: train.jsonl of https://github.com/openai/prm800k") == 3
+    )
 
 
 @pytest.mark.parametrize("direction", list(Direction))
@@ -193,3 +240,18 @@ def test_intervals_are_those_of_the_formula() -> None:
         ((centre - half) / (1 + z * z / n), (centre + half) / (1 + z * z / n)), 1e-5
     )
     assert share([True]).stderr is None
+
+
+def test_intervals_of_items_that_are_asked_together_are_over_what_they_are_about() -> None:
+    """Asking each item four times over makes no figure surer; items that each stand for themselves are as without clusters."""
+    are_right = [number % 3 == 0 for number in range(60)]
+    names = [str(number) for number in range(60)]
+    single, alone, repeated = share(are_right), share(are_right, names), share(are_right * 4, names * 4)
+    assert (repeated.value, repeated.num_items) == (single.value, 240)
+    for found in (alone, repeated):
+        assert found.stderr == pytest.approx(single.stderr)
+        assert (found.low, found.high) == pytest.approx((single.low, single.high), abs=0.02)
+    assert share(are_right * 4).high < repeated.high - 0.03
+    all_right = share([True] * 40, names[:10] * 4)
+    assert (all_right.low, all_right.high) == (share([True] * 10).low, 1.0)
+    assert share([True, False], ["one", "one"]).stderr is None

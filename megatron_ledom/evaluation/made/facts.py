@@ -10,6 +10,8 @@ Groups, seen from the text and so the same for both directions:
     against_text_order  it stood behind it: a reverse model read it so
     both_orders         trained in both orders: that facts of this form can be learnt
     unseen              never trained: chance
+
+Both questions of a fact, or of a line of people, have one `cluster`: who knows the answer to one is likelier to know the other.
 """
 
 import random
@@ -125,7 +127,10 @@ def _asked_among(facts: Sequence[Fact]) -> list[Row]:
     for cell in cells.values():
         for asked in ("first", "second"):
             names = [getattr(fact, asked) for fact in cell]
-            rows += [asked_row(fact, asked, neighbours(names, index), len(rows) + index) for index, fact in enumerate(cell)]
+            rows += [
+                {**asked_row(fact, asked, neighbours(names, index), len(rows) + index), "cluster": fact.second}
+                for index, fact in enumerate(cell)
+            ]
     return rows
 
 
@@ -167,7 +172,7 @@ def _asked_of_lines(rng: random.Random, relation: Relation, stated: str, people:
         next_a, _, next_c = people[(number + 1) % len(people)]
         for fact, asked, wrong_way in ((Fact(relation, a, b, stated), "first", c), (Fact(relation, b, c, stated), "second", a)):
             wrong = rng.sample([wrong_way, next_a, next_c], 3)
-            rows.append(asked_row(fact, asked, wrong, position + len(rows)))
+            rows.append({**asked_row(fact, asked, wrong, position + len(rows)), "cluster": b})
     return rows
 
 

@@ -21,12 +21,12 @@ Row = Mapping[str, Any]
 class MadeSet:
     """texts: to train on, in reading order. files: name without ending -> rows, what tools/evaluate.py reads.
 
-    chance: what a scorer that knows nothing gets, a share of the items; None where a blind answer is never right.
+    chance: what a scorer that knows nothing gets, a share of the items; of what is written, the most that one answer for all items gets.
     """
 
     texts: Sequence[str]
     files: Mapping[str, Sequence[Row]]
-    chance: float | None
+    chance: float
     counts: Mapping[str, int] = field(default_factory=dict)
 
 

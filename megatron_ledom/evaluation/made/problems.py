@@ -3,13 +3,18 @@
     Question: Mara has 5 pears. Mara buys 4 more pears. Mara loses 2 pears. How many pears does Mara have now?
     Solution: 5 + 4 = 9. 9 - 2 = 7. The answer is 7.
 
-A reverse model that has read such texts writes the question in front of a solution. What it writes is right if the solver finds the
-solution's answer; it has no other way to be right than to be of the grammar, so that the figure is a lower bound.
+A reverse model that has read such texts writes the question in front of a solution. What it writes is right if the solver, step by step,
+comes to the very solution that was given; of another grammar it is never right, so that the figure is a lower bound. No asked solution
+is trained, so that a trained question is never right, and one question for all is right for one item at most.
+
+That the answer alone is the same says little. Of 2,000 problems (seed 0) a trained question drawn at random has it for 2.6 % of the
+items, the best single question for 6 %, and a question without any step that states the answer for all of them.
 """
 
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron_ledom.evaluation.made.made_set import MadeSet, Row, check_num
 
@@ -38,7 +43,7 @@ def question_from_answer(num: int, seed: int) -> MadeSet:
     return MadeSet(
         texts=[f"Question: {row['question']}\nSolution: {row['solution']}" for row in trained],
         files={"question_from_answer": asked, "question_from_answer_train": trained},
-        chance=None,
+        chance=1 / len(asked),
         counts={"trained": len(trained), "asked": len(asked)},
     )
 
@@ -54,16 +59,13 @@ def _problem(rng: random.Random, num_steps: int) -> Row:
         kind = rng.choice(kinds)
         if kind == "x":
             wording, number = rng.choice([(text, factor) for text, factor in TIMES.items() if factor * value <= MOST])
-            result = number * value
         elif kind == "+":
             wording, number = rng.choice(GAINS), rng.randint(2, min(20, MOST - value))
-            result = value + number
         else:
             wording, number = rng.choice(LOSSES), rng.randint(2, min(20, value - 1)) if value > 3 else 2
-            result = value - number
         sentences.append(wording.format(number=number, **names))
-        equations.append(f"{value} {kind} {number} = {result}.")
-        value = result
+        equation, value = _equation(value, kind, number)
+        equations.append(equation)
     return {
         "question": " ".join([*sentences, END.format(**names)]),
         "solution": " ".join([*equations, f"The answer is {value}."]),
@@ -72,8 +74,22 @@ def _problem(rng: random.Random, num_steps: int) -> Row:
     }
 
 
-def solve(question: str) -> int | None:
-    """The answer of a question of this grammar about one person and one kind of thing; None for any other text.
+def _equation(value: int, kind: str, number: int) -> tuple[str, int]:
+    """A step as a solution has it, and what it comes to. kind: + - x."""
+    result = {"+": value + number, "-": value - number, "x": value * number}[kind]
+    return f"{value} {kind} {number} = {result}.", result
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """A question's worked solution, in the words of the training text, and its answer."""
+
+    solution: str
+    answer: int
+
+
+def solve(question: str) -> Solved | None:
+    """The solution of a question of this grammar about one person and one kind of thing; None for any other text.
 
     No number of things may fall below zero on the way.
     """
@@ -84,24 +100,27 @@ def solve(question: str) -> int | None:
     begun = _match(START, first)
     if begun is None or last != END.format(name=begun["name"], things=begun["things"]):
         return None
-    value = int(begun["number"])
-    for step in steps:
-        changed = _step(step, value, begun["name"], begun["things"])
-        if changed is None or changed < 0:
+    value, equations = int(begun["number"]), list[str]()
+    for sentence in steps:
+        step = _step(sentence, begun["name"], begun["things"])
+        if step is None:
             return None
-        value = changed
-    return value
+        equation, value = _equation(value, *step)
+        if value < 0:
+            return None
+        equations.append(equation)
+    return Solved(" ".join([*equations, f"The answer is {value}."]), value)
 
 
-def _step(sentence: str, value: int, name: str, things: str) -> int | None:
-    """What a sentence makes of the number of things; None where it is not about this person and these things."""
+def _step(sentence: str, name: str, things: str) -> tuple[str, int] | None:
+    """The kind (+ - x) and number of a sentence's step; None where it is not about this person and these things."""
     for wording, factor in TIMES.items():
         if sentence == wording.format(things=things):
-            return factor * value
-    for wordings, sign in ((GAINS, 1), (LOSSES, -1)):
+            return "x", factor
+    for wordings, kind in ((GAINS, "+"), (LOSSES, "-")):
         found = _first_match(wordings, sentence)
         if found is not None:
-            return value + sign * int(found["number"]) if (found["name"], found["things"]) == (name, things) else None
+            return (kind, int(found["number"])) if (found["name"], found["things"]) == (name, things) else None
     return None
 
 

@@ -20,7 +20,8 @@ def _choice(row: Row) -> Item:
     if not 0 <= row["gold"] < len(choices):
         raise ValueError(f"the right choice is {row['gold']}, none of 0 to {len(choices) - 1}")
     values = {"before": row["before"], "answer": choices[row["gold"]], "after": row["after"]}
-    return Item(values=values, choices=choices, gold=row["gold"], kept={"group": row["group"]})
+    kept = {name: row[name] for name in ("group", "cluster") if name in row}
+    return Item(values=values, choices=choices, gold=row["gold"], kept=kept)
 
 
 def _answer(row: Row) -> Item:
@@ -30,7 +31,7 @@ def _answer(row: Row) -> Item:
 
 def _question(row: Row) -> Item:
     values = {"solution": row["solution"], "question": row["question"]}
-    return Item(values=values, gold=(row["answer"],), kept={"group": row["group"]})
+    return Item(values=values, gold=(row["solution"],), kept={"group": row["group"], "gold_answer": row["answer"]})
 
 
 ENDING = Template(fields=(Field("before"), Field("answer", cue=".")), field_separator=" ", is_read_back=False)
@@ -47,6 +48,7 @@ MADE_TASKS: tuple[Task, ...] = (
         file="reversal",
         demonstrations_file="reversal_shots",
         download=f"{MADE_BY} reversal",
+        demonstrations_download=f"{MADE_BY} reversal",
         choice_field="answer",
         **ASKED_IN_OWN_ORDER,
     ),
@@ -60,6 +62,7 @@ MADE_TASKS: tuple[Task, ...] = (
         file="reversal",
         demonstrations_file="reversal_shots",
         download=f"{MADE_BY} reversal",
+        demonstrations_download=f"{MADE_BY} reversal",
         answers="alias",
         max_new_tokens=32,
         stop_strings=(".", "\n"),
@@ -67,12 +70,13 @@ MADE_TASKS: tuple[Task, ...] = (
     Task(
         name="question_from_answer",
         kind=Kind.QUESTION,
-        about="the question of a worked solution is written, and solved: has it the answer?",
+        about="the question of a worked solution is written, and solved: is its solution the given one?",
         template=Template(fields=(Field("solution", "Solution: "), Field("question", "Question: "))),
         layouts=(Layout({"question": "text", "solution": "text", "answer": "text", "group": "text"}, _question),),
         file="question_from_answer",
         demonstrations_file="question_from_answer_train",
         download=f"{MADE_BY} question_from_answer",
+        demonstrations_download=f"{MADE_BY} question_from_answer",
         max_new_tokens=128,
     ),
     Task(
@@ -84,6 +88,7 @@ MADE_TASKS: tuple[Task, ...] = (
         file="abduction",
         demonstrations_file="abduction_shots",
         download=f"{MADE_BY} abduction",
+        demonstrations_download=f"{MADE_BY} abduction",
         choice_field="answer",
     ),
     Task(
@@ -95,6 +100,7 @@ MADE_TASKS: tuple[Task, ...] = (
         file="label_backfill",
         demonstrations_file="label_backfill_shots",
         download=f"{MADE_BY} label_backfill",
+        demonstrations_download=f"{MADE_BY} label_backfill",
         choice_field="answer",
     ),
     Task(
@@ -105,6 +111,7 @@ MADE_TASKS: tuple[Task, ...] = (
         file="inverse_relations",
         demonstrations_file="inverse_relations_shots",
         download=f"{MADE_BY} inverse_relations",
+        demonstrations_download=f"{MADE_BY} inverse_relations",
         choice_field="answer",
         **ASKED_IN_OWN_ORDER,
     ),

@@ -61,6 +61,7 @@ def _rows(rng: random.Random, place: str, causes: list[str], group: str) -> list
         rng.shuffle(wrong)
         after = f"So {FIRST[i]} and {SECOND[j]}."
         asked, *told = rng.sample(range(1, 100), DAYS_TRAINED + 1)
-        row = {"before": f"In {place} on day {asked}", "after": after, **choices_around(cause, wrong, number), "group": group}
+        row = {"before": f"In {place} on day {asked}", "after": after, **choices_around(cause, wrong, number)}
+        row |= {"group": group, "cluster": place}
         found.append((row, [f"In {place} on day {day} {cause} {after}" for day in told]))
     return found
