@@ -51,7 +51,7 @@ def parse_arguments() -> argparse.Namespace:
             "--verify",
             choices=["auto", "whole", "layers"],
             default="auto",
-            help="gate with whole models, or with one layer at a time; default: whole if both fit into a file's size",
+            help="gate with whole models, or with one layer at a time; default: whole if both are small (512 MiB in fp32)",
         )
         gate.add_argument("--no-verify", action="store_true", help="skip the logits gate: nothing says then that both agree")
     return parser.parse_args()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,21 @@ class Step:
 
 
 class Runner:
-    """Runs steps and keeps a note of each below `folder`: its key, commands, hashes of what it read, and seconds."""
+    """Runs steps and keeps a note of each below `folder`: its key, commands, hashes of what it read, and seconds.
+
+    A step that is a function is done again where a file of this folder has changed, any step where the package's version has.
+    """
 
     def __init__(self, folder: Path, at_once: int) -> None:
         self.notes, self.logs, self.at_once = folder / "steps", folder / "logs", at_once
+        self.code = {path.name: hash_of(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
+        self.names: list[str] = []
         for path in (self.notes, self.logs):
             path.mkdir(parents=True, exist_ok=True)
 
     def run(self, steps: Sequence[Step]) -> None:
         """Steps that do not need each other, as many at once as there are cores. Raises the first failure when all have ended."""
+        self.names += [step.name for step in steps]
         with ThreadPoolExecutor(self.at_once) as pool:
             for done in [pool.submit(self._run, step) for step in steps]:
                 done.result()
@@ -49,6 +56,7 @@ class Runner:
         note = self.notes / f"{step.name}.json"
         inputs = {str(path): hash_of(path) for path in step.inputs}
         asked = {"commands": step.commands, "settings": step.settings, "inputs": inputs}
+        asked |= {"package": version("megatron-ledom"), "code": self.code if step.work is not None else None}
         key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
         found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
         if found.get("key") == key and found.get("is_done") and all(path.exists() for path in step.outputs):
@@ -79,8 +87,8 @@ class Runner:
             check_exit(command, code, log)
 
     def all_notes(self) -> dict[str, dict[str, Any]]:
-        """The note of each step that was ever done, by name."""
-        return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(self.notes.glob("*.json"))}
+        """The note of each step that this study is made of, by name."""
+        return {name: json.loads((self.notes / f"{name}.json").read_text(encoding="utf-8")) for name in sorted(self.names)}
 
 
 def hash_of(path: Path) -> str:
@@ -102,6 +110,11 @@ def _remove(path: Path) -> None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=1, default=str))
+
+
+def write_whole(path: Path, content: str) -> None:
+    """A file that is there whole, or as it was."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(content, encoding="utf-8")
     part.replace(path)

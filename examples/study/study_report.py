@@ -11,6 +11,7 @@ from ablations import Ablations
 from losses import DOMAINS, Twins, gaps, speed_of
 from rewards import WANTED, Rewards
 from settings import Settings
+from steps import write_whole
 from twins import DIRECTIONS
 
 from megatron_ledom import pages
@@ -27,7 +28,7 @@ BASELINES = ("random of N", "greedy", "majority vote", "forward likelihood, sum"
 STYLE = "table { margin-bottom: 1.5rem; }"
 OPEN = (
     "Not done here: the gap by position in the document, and part 3, reverse abilities (question synthesis judged by a solver, the"
-    " reversal curse, working backward). GSM8K is no corpus of part 1: it is on no machine without a download."
+    " reversal curse, working backward). GSM8K is no corpus of part 1."
 )
 
 
@@ -38,9 +39,9 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     ablations = Ablations(rewards)
     results = {"size": size, "gaps": gaps(twins), "rewards": rewards.results(), "ablations": ablations.results()}
     results |= {"wrong": ablations.wrong_direction(), "speed": _speeds(twins), "num_seeds": len(settings.seeds)}
-    (folder / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+    write_whole(folder / "results.json", json.dumps(results, indent=1))
     sections = _sections(results, settings)
-    (folder / "summary.md").write_text(_markdown(size, sections), encoding="utf-8")
+    write_whole(folder / "summary.md", _markdown(size, sections))
     figures = {"Loss": _loss_figures(twins), "Reverse Reward": _reward_figures(results["rewards"]["report"])}
     body = []
     for title, told, tables in sections:
@@ -48,7 +49,7 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
         body += [*map(pages.table, tables), *figures.get(title, [])]
     body += ["<h2>Commands and hashes</h2>", *_commands(notes)]
     page = folder / "report.html"
-    page.write_text(pages.page(f"The claims of LEDOM in miniature, size {size}", body, STYLE), encoding="utf-8")
+    write_whole(page, pages.page(f"The claims of LEDOM in miniature, size {size}", body, STYLE))
     return page
 
 

@@ -70,6 +70,17 @@ def test_the_core_model_computes_the_logits_of_stock_transformers(tmp_path: Path
     torch.testing.assert_close(found, expected, rtol=0, atol=3e-5)
 
 
+def test_whole_models_are_compared_only_where_they_are_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = family_folder(tmp_path / "stock", "Llama")
+    found = {}
+    for limit in (2**29, 0):
+        monkeypatch.setattr("megatron_ledom.convert.verify.WHOLE_BELOW", limit)
+        gate = import_hf(str(source), str(tmp_path / f"run{limit}"), direction=REVERSE)
+        assert gate is not None
+        found[limit] = gate.how
+    assert found == {2**29: "whole models", 0: "layer by layer"}
+
+
 @pytest.mark.parametrize("case", FAMILY)
 def test_what_comes_in_goes_out_unchanged(tmp_path: Path, case: str) -> None:
     """The same bits, and a stock architecture that computes the same; the config comes in once more as it did."""

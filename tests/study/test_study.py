@@ -91,10 +91,15 @@ except ValueError:
 source.write_text("b")
 Runner(Path("notes"), 2).run([step])
 target.unlink()
-Runner(Path("notes"), 2).run([step])
+runner = Runner(Path("notes"), 2)
+runner.run([step])
+Path("notes/steps/of_another_size.json").write_text("{}")
+assert list(runner.all_notes()) == ["copy"]
+runner.code = {"steps.py": "edited"}  # what a function does may have changed
+runner.run([step])
 print(times)
 """
-    assert run_python(code, tmp_path).splitlines()[-1] == "['a', 'bad', 'b', 'b']"
+    assert run_python(code, tmp_path).splitlines()[-1] == "['a', 'bad', 'b', 'b', 'b']"
 
 
 def test_the_report_says_of_known_files_what_they_hold(tmp_path: Path) -> None:
