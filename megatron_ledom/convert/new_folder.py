@@ -31,6 +31,7 @@ def new_folder(save: str, key: str, may_replace: Callable[[], None] | None = Non
     made = _make_folder(part)
     with _held(part, save):
         try:
+            _take_back(save)
             _check_target(save, may_replace)  # another process may just have finished it
             _clear(part)
             yield part
@@ -47,6 +48,14 @@ def new_folder(save: str, key: str, may_replace: Callable[[], None] | None = Non
                     f"{where} cannot be written: {error.strerror}; nothing of it is left: make room, then run the command again"
                 ) from error
             raise
+
+
+def _take_back(save: str) -> None:
+    """Put an old folder back which a process had moved aside when it was killed."""
+    old = save.rstrip("/") + OLD
+    if os.path.exists(old) and not os.path.lexists(save):
+        log.warning("a conversion was killed while it replaced %s: the old one is put back first", save)
+        os.rename(old, save)
 
 
 def _check_target(save: str, may_replace: Callable[[], None] | None) -> None:

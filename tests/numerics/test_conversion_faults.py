@@ -214,6 +214,12 @@ def test_an_old_export_stays_where_its_successor_cannot_be_put_in_place(
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     assert (target / "export.json").stat().st_ino == before
+    rename(str(target), f"{target}.old")  # what a kill between both renamings leaves
+    with pytest.raises(UsageError, match="exists already"):
+        export_hf(str(run), str(target), verify=None)
+    assert (target / "export.json").stat().st_ino == before
+    export_hf(str(run), str(target), verify=None, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5 * 10**9), ("500MB", 500_000_000), ("1.5kb", 1500), ("7", 7)])
