@@ -12,7 +12,7 @@ quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
 
 study: $(STAMP)
-	$(BIN)/python examples/study/study.py --size $(SIZE)
+	$(BIN)/python examples/study/study.py --size $(SIZE) $(if $(GSM8K),--gsm8k $(GSM8K))
 
 test: check
 	$(BIN)/python -m pytest tests --durations=15

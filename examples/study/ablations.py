@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 from commands import tool
-from losses import ISOLATED, export_step, train_step, write_lines
-from problems import read_lines
+from lines import read_lines, write_lines
+from losses import ISOLATED, export_step, train_step
 from rewards import GOLD, PARTS, Rewards
 from steps import Step
 

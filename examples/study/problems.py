@@ -9,13 +9,10 @@ A level has a number of steps, a largest number and sentences that have nothing 
 numbers are drawn by a seed; a question of one part (training, calibration, development, test) is in no other part.
 """
 
-import json
 import operator
 import random
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from megatron_ledom.errors import DataError
 
@@ -115,10 +112,3 @@ def _new(level: int, levels: list[Level], random_: random.Random, seen: set[str]
             seen.add(problem.question)
             return problem
     raise DataError(f"level {level} has too few different problems for the numbers asked for; ask for fewer or widen the level")
-
-
-def read_lines(path: Path) -> Iterator[dict[str, str]]:
-    """The objects of a JSON lines file."""
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)

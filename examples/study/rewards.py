@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from commands import tool
-from losses import Twins, write_lines
-from problems import read_lines
+from lines import read_lines, write_lines
+from losses import Twins
 from steps import Step
 
 from megatron_ledom.inference.answers import answers_by

@@ -6,10 +6,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from problems import Level
-from pydantic import ConfigDict, TypeAdapter
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from megatron_ledom.errors import UsageError
 
 HERE = Path(__file__).parent
-SIZES = ("tiny", "small", "full")
+CORPORA = ("text", "maths", "gsm")
+PROBLEM_PARTS = ("calibration", "development", "test", "valid", "train")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +45,12 @@ class Settings:
     """By name; the last one answers and scores in parts 2 and 4."""
     text_kilobytes: dict[str, int]
     """Of prose of this machine, and as much of its code: train, and held out."""
+    num_gsm_symbolic: int
+    """Problems drawn from reasoning-gym for the corpus `gsm`, before the calculator refuses some."""
+    num_gsm_held_out: int
+    """Of the problems of GSM8K, and as many of reasoning-gym's."""
     vocab_size: dict[str, int]
-    """Of the tokenizer of `text` and `maths`."""
+    """Of the tokenizers, by corpus: text, maths, gsm."""
     train_iters: dict[str, int]
     """By corpus."""
     levels: list[Level]
@@ -55,11 +62,33 @@ class Settings:
     temperature: float
     beams: tuple[int, int]
     """Beams and expansions of the step-level search."""
+    gsm8k: str | None = None
+    """File of GSM8K's training part; without it `gsm` is reasoning-gym's problems alone."""
     problems_seed: int = 1
 
 
-def load_settings(size: str, overrides: list[str]) -> Settings:
-    """The YAML of a size, with `key=value` changes."""
+def load_settings(size: str, overrides: list[str], gsm8k: str | None = None) -> Settings:
+    """The YAML of a size, with `key=value` changes. Raises UsageError for what no field is, and for what cannot be made."""
     merged = OmegaConf.merge(OmegaConf.load(HERE / f"{size}.yaml"), OmegaConf.from_dotlist(overrides))
     content: Any = OmegaConf.to_container(merged, resolve=True)
-    return TypeAdapter(Settings).validate_python(content)
+    try:
+        settings = TypeAdapter(Settings).validate_python(content | ({} if gsm8k is None else {"gsm8k": gsm8k}))
+    except ValidationError as error:
+        told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise UsageError(f"{told}; the settings are those of {HERE / f'{size}.yaml'}") from error
+    _check(settings)
+    return settings
+
+
+def _check(settings: Settings) -> None:
+    for name, found, wanted in (
+        ("vocab_size", settings.vocab_size, CORPORA),
+        ("train_iters", settings.train_iters, CORPORA),
+        ("num_problems", settings.num_problems, PROBLEM_PARTS),
+    ):
+        if set(found) != set(wanted):
+            raise UsageError(f"{name} has {', '.join(found)}; it needs {', '.join(wanted)}")
+    if not settings.seeds or not settings.models or not settings.levels:
+        raise UsageError("seeds, models and levels must each have an entry")
+    if settings.gsm8k is not None and not Path(settings.gsm8k).is_file():
+        raise UsageError(f"{settings.gsm8k} is no file; give GSM8K's training part as JSON lines or Parquet, or leave it out")

@@ -19,6 +19,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", "small", "full"], default="full", help="(default %(default)s)")
+    parser.add_argument("--gsm8k", metavar="FILE", help="GSM8K's training part, JSON lines or Parquet, to learn from as well")
     parser.add_argument("--output", type=Path, metavar="DIR", help="(default study/SIZE)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the size's settings")
     return parser.parse_args()
@@ -34,7 +35,12 @@ def main() -> None:
     from steps import Runner
     from study_report import write_study
 
-    settings = load_settings(arguments.size, arguments.overrides)
+    from megatron_ledom.evaluation.results import check_statistics
+    from megatron_ledom.pages import check_plots
+
+    check_plots()
+    check_statistics()
+    settings = load_settings(arguments.size, arguments.overrides, arguments.gsm8k)
     output = arguments.output or Path("study") / arguments.size
     twins = Twins(output, settings)
     rewards = Rewards(twins)

@@ -9,7 +9,9 @@ import yaml
 SEEDS = (1, 2)
 LOSSES = {1: {"forward": 2.0, "reverse": 2.1}, 2: {"forward": 2.0, "reverse": 2.06}}
 """By seed: gaps of 5 and 3 per cent."""
-DOMAINS = {"text": ("prose", "code"), "maths": ("problems",)}
+DOMAINS = {"text": ("prose", "code"), "maths": ("problems",), "gsm": ("gsm_symbolic",)}
+PLACES = {1: [0.1, 0.0], 2: [0.3, 0.0]}
+"""By seed: what the reverse twin loses more in the first and in the last tenth of a document; forward losses are 2."""
 
 
 def write_study(folder: Path) -> None:
@@ -19,6 +21,14 @@ def write_study(folder: Path) -> None:
             for seed, losses in LOSSES.items():
                 for direction, loss in losses.items():
                     _write_run(folder / "runs" / f"{corpus}_{model}_{seed}_{direction}", direction, domains, loss)
+        for seed, more in PLACES.items():
+            tenths = [{"group": 9 * i, "tokens": 50, "forward": 2.0, "reverse": 2 + add} for i, add in enumerate(more)]
+            report = folder / "compared" / f"{corpus}_{seed}" / "report.json"
+            report.parent.mkdir(parents=True)
+            report.write_text(json.dumps({"tenths": tenths}))
+    (folder / "gsm").mkdir()
+    counts = {"gsm_symbolic": {"train": 360, "held_out": 40, "refused": 7}}
+    (folder / "gsm/counts.json").write_text(json.dumps(counts))
     rewards, ablations = folder / "rewards", folder / "ablations"
     for path in (rewards, ablations):
         path.mkdir(parents=True)

@@ -110,7 +110,7 @@ from pathlib import Path
 from settings import load_settings
 from study_report import write_study
 note = {"seconds": 1.5, "commands": [["python", "tools/rerank.py"]], "inputs": {"study/a": "00ff" * 16}}
-write_study(Path("study"), "tiny", load_settings("tiny", []), {"rerank_test_1": note})
+write_study(Path("study"), "tiny", load_settings("tiny", ["seeds=[1,2]"]), {"rerank_test_1": note})
 """
     run_python(code, tmp_path)
     results = json.loads((tmp_path / "study/results.json").read_text())
@@ -119,6 +119,12 @@ write_study(Path("study"), "tiny", load_settings("tiny", []), {"rerank_test_1": 
         assert row["gap"] == pytest.approx(4.0)
         low, high = row["interval"]  # t of one degree of freedom is 12.706, the standard error of 5 and 3 is 1
         assert (low, high) == pytest.approx((4 - 12.706, 4 + 12.706), abs=1e-3)
+    assert {row["domain"] for row in results["gaps"]} == {"prose", "code", "problems", "gsm_symbolic"}
+    for first, last in results["places"].values():
+        assert (first["tenth"], last["tenth"]) == (0, 9)
+        assert first["by_seed"] == pytest.approx([5.0, 15.0])
+        assert first["gap"] == pytest.approx(10.0)
+        assert last["gap"] == pytest.approx(0.0)
     report = results["rewards"]["report"]
     assert report["held_out"]["num_folds"] is None
     methods = {name: found["accuracy"] for name, found in report["methods"].items()}
@@ -133,7 +139,9 @@ write_study(Path("study"), "tiny", load_settings("tiny", []), {"rerank_test_1": 
     assert "P_F(y\\|x)" in summary
     assert "tools/rerank.py" in page
     assert "00ff00ff00ff00ff  study/a" in page
-    assert page.count("<picture>") == 6
+    assert "gsm_symbolic: 360 trained on, 40 held out, 7 refused by the calculator" in page
+    assert "| Reverse Reward is right more often than greedy |" in summary
+    assert page.count("<picture>") == 9  # a loss curve for three corpora and two models, by place, over N, over lambda
     assert "https://" not in page
 
 

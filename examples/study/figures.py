@@ -1,0 +1,48 @@
+"""The plots of the report, each for a light and a dark page."""
+
+from itertools import product
+from typing import Any
+
+from losses import Twins
+from twins import DIRECTIONS
+
+from megatron_ledom import pages
+from megatron_ledom.inference.selection_report import draw_over_lambda, draw_over_n
+from megatron_ledom.training.curves import draw
+from megatron_ledom.training.run_report import load_runs
+
+SMOOTH = 5
+"""Records of the moving average of a loss curve."""
+
+
+def loss_figures(twins: Twins, places: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Curves of the first seed's twins, for each corpus and model; the gap by place."""
+    figures, seed = [], twins.settings.seeds[0]
+    for corpus, model in product(twins.corpora.domains, twins.settings.models):
+        runs = load_runs([str(twins.run_of(corpus, model, seed, direction)) for direction in DIRECTIONS])
+        title = f"{corpus}, {model} model, seed {seed}"
+        pictures = {theme: draw("loss", runs, theme, SMOOTH, title) for theme in pages.THEMES}
+        figures.append(pages.figure(f"loss: {title}", pictures))
+    return [*figures, pages.figure("gap by place", {theme: _draw_places(places, theme) for theme in pages.THEMES})]
+
+
+def _draw_places(places: dict[str, list[dict[str, Any]]], theme: str) -> bytes:
+    """One line a corpus, with its interval where there is one."""
+
+    def _fill(axes: Any) -> None:
+        for (corpus, rows), colour in zip(places.items(), pages.COLOURS[theme], strict=False):
+            middles = [10 * row["tenth"] + 5 for row in rows]
+            axes.plot(middles, [row["gap"] for row in rows], color=colour, marker="o", ms=3, lw=1.4, label=corpus)
+            known = [(x, *row["interval"]) for x, row in zip(middles, rows, strict=True) if row["interval"] is not None]
+            axes.fill_between([x for x, _, _ in known], *([p[i] for p in known] for i in (1, 2)), color=colour, alpha=0.15)
+        axes.axhline(0, color=pages.THEMES[theme]["ink"], lw=0.8)
+        axes.set(xlabel="place in the document, % of its tokens", ylabel="reverse above forward (%)", title="Gap by place")
+
+    return pages.draw_png(theme, (8.5, 4.0), _fill)
+
+
+def reward_figures(report: dict[str, Any]) -> list[str]:
+    """Accuracy over N and over lambda."""
+    over_n = {theme: draw_over_n(report, theme) for theme in pages.THEMES}
+    over_lambda = {theme: draw_over_lambda(report, theme) for theme in pages.THEMES}
+    return [pages.figure("accuracy over N", over_n), pages.figure("accuracy over lambda", over_lambda)]

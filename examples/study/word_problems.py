@@ -1,0 +1,120 @@
+"""Word problems written by people: GSM8K's training part from a file, and reasoning-gym's variations of a hundred such problems.
+
+Both have worked solutions that end in `#### N`. A calculator reads every solution; one that states a false equation, or in which it
+cannot read any, is left out and counted. Of the test part of GSM8K nothing is used.
+"""
+
+import ast
+import operator
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.evaluation.task_files import read_rows
+
+NUMBER = r"\d*\.?\d+"
+EQUATION = re.compile(rf"([\d.+\-*/()% ]*[\d)%]) *= *({NUMBER})(?![\d.]* *[-+*/%=])")
+"""All that can belong to a calculation in front of an equals sign, and a number behind it that nothing goes on from."""
+ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
+"""GSM8K's own notes for a calculator: checked like any equation, and then taken out of the text."""
+UNIT = re.compile(r"(?<=\d) [a-zA-Z]+(?:[ /][a-zA-Z]+)?(?= *[-+*/=])")
+"""Words between a number and what is done with it, as in 3 red pens + 4 red pens = 7."""
+ANSWER = re.compile(r"^#### (-?[\d,.]*\d)\s*\Z", re.MULTILINE)
+SYMBOLS = str.maketrans({"×": "*", "÷": "/", "$": None, "€": None, "£": None, ",": None})
+REQUEST = " Give the result as your final answer. Do not include units."
+"""Closes every question of reasoning-gym; taken away."""
+COMPUTE: dict[type[ast.operator], Callable[[float, float], float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Problems of one origin whose solutions the calculator found true, and how many it refused."""
+
+    problems: list[dict[str, str]] = field(default_factory=list)
+    num_refused: int = 0
+
+
+def gsm8k(path: Path) -> Source:
+    """The problems of a file of GSM8K, JSON lines or Parquet with the fields question and answer."""
+    pairs = []
+    for where, row in read_rows(path):
+        if not all(isinstance(row.get(name), str) for name in ("question", "answer")):
+            found = ", ".join(row) or "none"
+            raise DataError(f"{where}: no text under question and answer; found the keys {found}; give GSM8K's train file")
+        pairs.append((row["question"], row["answer"]))
+    return _checked("gsm8k", pairs)
+
+
+def gsm_symbolic(num: int, seed: int) -> Source:
+    """`num` drawn problems of reasoning-gym, less those drawn twice and those refused."""
+    try:
+        from reasoning_gym import create_dataset
+    except ImportError as error:
+        raise UsageError("word problems need reasoning-gym: pip install 'megatron-ledom[study]'") from error
+    rows = create_dataset("gsm_symbolic", size=num, seed=seed)
+    return _checked("gsm_symbolic", [(row["question"].removesuffix(REQUEST), row["metadata"]["answer_cot"]) for row in rows])
+
+
+def _checked(domain: str, pairs: list[tuple[str, str]]) -> Source:
+    kept = dict(reversed(pairs))  # the first of equal questions
+    problems = []
+    for question, answer in reversed(kept.items()):
+        if is_true_chain(answer):
+            problems.append({"text": f"{question}\n{ANNOTATION.sub('', answer)}", "domain": domain})
+    return Source(problems, len(kept) - len(problems))
+
+
+def is_true_chain(answer: str) -> bool:
+    """Whether a calculator can read an equation of a worked solution, finds all it can read true, and the end is `#### N`.
+
+    What a calculation is made of must be numbers: one that words reach into is not read. A rounded result may differ by one in its last
+    decimal; a whole one may not.
+    """
+    if not ANSWER.search(answer):
+        return False
+    plain = ANNOTATION.sub("", answer).translate(SYMBOLS)
+    plain = re.sub(r"(?<=[\d)]) ?x ?(?=[\d(])", "*", plain)
+    plain = UNIT.sub("", plain)
+    noted = ANNOTATION.findall(answer.translate(SYMBOLS))
+    read = [found for found in EQUATION.findall(plain) if _is_whole(found[0])]
+    return bool(noted or read) and all(_is_true(*equation) for equation in noted + read)
+
+
+def _is_whole(expression: str) -> bool:
+    """Whether it is a calculation by itself: it begins with a number or a bracket, and all brackets are closed."""
+    plain = expression.strip()
+    is_closed = plain.count("(") == plain.count(")")
+    return plain[0] not in "+-*/)%." and is_closed and re.search(r"[\d)%] *[-+*/]", plain) is not None
+
+
+def _is_true(expression: str, stated: str) -> bool:
+    try:
+        value, claimed = calculate(expression), float(stated)
+    except (ArithmeticError, SyntaxError, ValueError):
+        return False
+    decimals = len(stated.strip().partition(".")[2].rstrip("0"))
+    return abs(value - claimed) <= (10.0**-decimals if decimals else 1e-6)
+
+
+def calculate(expression: str) -> float:
+    """The value of numbers joined by + - * / and brackets; 20% is 0.2. Raises ValueError, SyntaxError or ArithmeticError."""
+    plain = re.sub(rf"({NUMBER})\s*%", r"(\1/100)", expression.strip())
+    plain = re.sub(r"(?<![\d.])0+(?=\d)", "", plain)  # Python reads no leading zeros
+    return _value(ast.parse(plain, mode="eval").body)
+
+
+def _value(node: ast.expr) -> float:
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+        return float(node.value)
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        return -_value(node.operand)
+    if isinstance(node, ast.BinOp) and type(node.op) in COMPUTE:
+        return COMPUTE[type(node.op)](_value(node.left), _value(node.right))
+    raise ValueError(f"no calculation: {ast.unparse(node)}")
