@@ -20,6 +20,10 @@ NAMES = ("Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jac
 THINGS = ("pens", "cards", "books", "shells", "coins", "apples", "stamps", "keys", "boxes", "cups", "nuts", "rings")
 VERBS = {"+": ("buys", "finds", "gets", "wins"), "-": ("loses", "sells", "breaks", "drops")}
 STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
+ALL_VERBS = "|".join(verb for verbs in VERBS.values() for verb in verbs)
+START = re.compile(r"(\w+) has (\d{1,4}) (\w+)\.", re.ASCII)
+CHANGE = re.compile(rf"Then (\w+) ({ALL_VERBS}) (\d{{1,4}})(?: more)?\.", re.ASCII)
+ASKED = re.compile(r"How many (\w+) does (\w+) have now\?", re.ASCII)
 COMPUTE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
@@ -112,3 +116,33 @@ def _new(level: int, levels: list[Level], random_: random.Random, seen: set[str]
             seen.add(problem.question)
             return problem
     raise DataError(f"level {level} has too few different problems for the numbers asked for; ask for fewer or widen the level")
+
+
+def solve(question: str) -> str | None:
+    """The worked solution of a question of these stories, in the form of `Problem.answer`; None for any other text.
+
+    The person asked about must begin with a number of the things asked about; sentences on what others have are passed over. No
+    number may fall below zero.
+    """
+    *story, asked = re.findall(r"[^.?]+[.?]", question) or [""]
+    end = ASKED.fullmatch(asked.strip())
+    if end is None or "".join([*story, asked]) != question:
+        return None
+    thing, name = end.groups()
+    value, chain = -1, []
+    for sentence in map(str.strip, story):
+        start, change = START.fullmatch(sentence), CHANGE.fullmatch(sentence)
+        if start is not None and start[1] != name:
+            continue
+        if start is not None and start[3] == thing and value < 0:
+            value = int(start[2])
+        elif change is not None and change[1] == name and value >= 0:
+            sign = next(sign for sign, verbs in VERBS.items() if change[2] in verbs)
+            result = COMPUTE[sign](value, int(change[3]))
+            chain.append(f"{value}{sign}{change[3]}={result}")
+            value = result
+        else:
+            return None
+        if value < 0:
+            return None
+    return "\n".join([*chain, f"#### {value}"]) if chain else None

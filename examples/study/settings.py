@@ -62,6 +62,8 @@ class Settings:
     temperature: float
     beams: tuple[int, int]
     """Beams and expansions of the step-level search."""
+    backward: tuple[int, int, int]
+    """Results from which problems are written, the first and the last, and problems each."""
     gsm8k: str | None = None
     """File of GSM8K's training part; without it `gsm` is reasoning-gym's problems alone."""
     problems_seed: int = 1

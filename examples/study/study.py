@@ -28,10 +28,13 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Every part in order, then the report."""
     arguments = parse()
+    from settings import load_settings
+
+    settings = load_settings(arguments.size, arguments.overrides, arguments.gsm8k)
     from ablations import Ablations
+    from backward import Backward
     from losses import Twins
     from rewards import Rewards
-    from settings import load_settings
     from steps import Runner
     from study_report import write_study
 
@@ -40,12 +43,11 @@ def main() -> None:
 
     check_plots()
     check_statistics()
-    settings = load_settings(arguments.size, arguments.overrides, arguments.gsm8k)
     output = arguments.output or Path("study") / arguments.size
     twins = Twins(output, settings)
     rewards = Rewards(twins)
     runner = Runner(output, at_once=len(os.sched_getaffinity(0)))
-    for part in (twins, rewards, Ablations(rewards)):
+    for part in (twins, rewards, Backward(rewards), Ablations(rewards)):
         for steps in part.stages():
             runner.run(steps)
     print(write_study(output, arguments.size, settings, runner.all_notes()))

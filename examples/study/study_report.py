@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ablations import Ablations
+from backward import Backward
+from backward import section as backward_section
 from figures import loss_figures, reward_figures
 from losses import Twins, gaps, gaps_by_place, speed_of
 from rewards import Rewards
@@ -26,10 +28,10 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     """Write results.json, summary.md and report.html into `folder`; returns the page."""
     twins = Twins(folder, settings)
     rewards = Rewards(twins)
-    ablations = Ablations(rewards)
+    backward, ablations = Backward(rewards), Ablations(rewards)
     results = {"size": size, "num_seeds": len(settings.seeds), "word_problems": twins.corpora.counts()}
     results |= {"gaps": gaps(twins), "places": gaps_by_place(twins), "speed": _speeds(twins), "rewards": rewards.results()}
-    results |= {"ablations": ablations.results(), "wrong": ablations.wrong_direction()}
+    results |= {"backward": backward.results(), "ablations": ablations.results(), "wrong": ablations.wrong_direction()}
     write_whole(folder / "results.json", json.dumps(results, indent=1))
     figures = {"loss": loss_figures(twins, results["places"]), "reward": reward_figures(results["rewards"]["report"])}
     failed = not_reproduced(results) or ["Every direction of effect that was looked at is as published."]
@@ -38,6 +40,7 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
         Section(title="What did not reproduce", told=failed),
         loss(results, figures["loss"]),
         reward(results, figures["reward"]),
+        backward_section(results["backward"]),
         *ablation(results),
     ]
     title = f"The claims of LEDOM in miniature, size {size}"

@@ -29,6 +29,10 @@ def write_study(folder: Path) -> None:
     (folder / "gsm").mkdir()
     counts = {"gsm_symbolic": {"train": 360, "held_out": 40, "refused": 7}}
     (folder / "gsm/counts.json").write_text(json.dumps(counts))
+    problem = {"question": "Ann has 3 pens. Then Ann buys 2 more. How many pens does Ann have now?", "answer": "3+2=5\n#### 5"}
+    (folder / "maths").mkdir()
+    (folder / "maths/train.jsonl").write_text(json.dumps(problem) + "\n" + json.dumps({**problem, "answer": "#### 70"}) + "\n")
+    _write_backward(folder / "backward", problem)
     rewards, ablations = folder / "rewards", folder / "ablations"
     for path in (rewards, ablations):
         path.mkdir(parents=True)
@@ -44,6 +48,17 @@ def write_study(folder: Path) -> None:
         _write_ranked(rewards / f"beam_{seed}.jsonl", is_helpful=True)
         spent = {"forward_tokens": 300, "reverse_tokens": 300}
         (rewards / f"beam_{seed}.jsonl.spent.json").write_text(json.dumps(spent))
+
+
+def _write_backward(folder: Path, known: dict[str, str]) -> None:
+    """Of four problems written for the result 5: a copy, a wrong chain, another result, and no problem at all."""
+    folder.mkdir()
+    question = "Ben has 4 cups. Then Ben {} 1{}. How many cups does Ben have now?"
+    texts = [f"{known['question']}\n{known['answer']}", question.format("buys", " more") + "\n4+1=6\n#### 5"]
+    texts += [question.format("loses", "") + "\n4-1=3\n#### 5", "#### 5"]
+    for seed in SEEDS:
+        lines = [json.dumps({"result": 5, "text": text}) + "\n" for text in texts]
+        (folder / f"written_{seed}.jsonl").write_text("".join(lines))
 
 
 def _write_run(folder: Path, direction: str, domains: tuple[str, ...], loss: float) -> None:

@@ -54,18 +54,106 @@ print(json.dumps([[part, p.question, p.answer] for part, all_ in made.items() fo
         assert answer.endswith(f"#### {value}")
 
 
+def test_the_solver_finds_the_solution_of_every_story_and_none_of_other_texts(tmp_path: Path) -> None:
+    code = """
+import json
+from problems import Level, parts, solve
+levels = [Level(steps=1, largest=9), Level(steps=4, largest=50, distractors=2)]
+assert all(solve(p.question) == p.answer for p in parts(levels, {"test": 300}, 1)["test"])
+story = "Ann has {} pens. Then Ann loses {}. How many pens does Ann have now?"
+print(json.dumps([solve(text) for text in (
+    story.format(7, 5),
+    story.format(5, 7),
+    story.format(7, 5).replace("Then Ann", "Then Ben"),
+    story.format(7, 5).replace("many pens", "many cups"),
+    story.format(7, 5) + " Ann",
+    "Ann has 7 pens. How many pens does Ann have now?",
+    "",
+)]))
+"""
+    assert json.loads(run_python(code, tmp_path)) == ["7-5=2\n#### 2", *[None] * 6]
+
+
+CHAINS = [
+    ("He has 3+4=<<3+4=7>>7 pens, 20% of 5 x 7 = 35.\n#### 7", True),
+    ("Half of it: 0.5*7=<<.5*7=3.5>>3.5, or 10/3 = 3.33 each.\n#### 3.5", True),
+    ("22 red pens + 3 red pens = 25 pens, 5% * 40 = 2, (1+2)*$1,000 = $3,000\n#### 3,000", True),
+    ("He has 3+4=<<3+4=8>>8.\n#### 8", False),
+    ("He has 3 x 4 = 11.\n#### 11", False),
+    ("A half of 15: 15*0.5=7\n#### 7", False),  # whole numbers are not rounded
+    ("X + 2 + 1 = 9, so X = 6\n#### 6", False),  # nothing that can be calculated
+    ("<<__import__('os')=1>>3+4=7\n#### 7", False),
+    ("3+4=7", False),  # no answer
+    ("3/0=7\n#### 7", False),
+]
+"""Of people's hand, and whether a calculator finds them true."""
+
+
+def test_the_calculator_reads_what_people_write(tmp_path: Path) -> None:
+    chains = [chain for chain, _ in CHAINS]
+    found = run_python(f"from word_problems import is_true_chain\nprint([is_true_chain(c) for c in {chains!r}])", tmp_path)
+    assert found.strip() == str([is_true for _, is_true in CHAINS])
+
+
+def test_word_problems_are_checked_and_the_calculators_notes_are_taken_out(tmp_path: Path) -> None:
+    rows = [
+        {"question": "3 and 4?", "answer": "It is 3+4=<<3+4=7>>7.\n#### 7"},
+        {"question": "3 and 5?", "answer": "It is 3+5=<<3+5=9>>9.\n#### 9"},
+        {"question": "3 and 4?", "answer": "Again 3+4=<<3+4=7>>7.\n#### 7"},
+    ]
+    (tmp_path / "gsm8k.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"problem": "3 and 4?"}) + "\n")
+    code = """
+from pathlib import Path
+from word_problems import DataError, gsm8k, gsm_symbolic
+found = gsm8k(Path("gsm8k.jsonl"))
+assert found.problems == [{"text": "3 and 4?\\nIt is 3+4=7.\\n#### 7", "domain": "gsm8k"}], found
+assert found.num_refused == 1
+try:
+    gsm8k(Path("bad.jsonl"))
+except DataError as error:
+    assert "bad.jsonl:1" in str(error) and "found the keys problem" in str(error), error
+else:
+    raise AssertionError
+drawn = gsm_symbolic(200, 1)
+texts = [problem["text"] for problem in drawn.problems]
+assert drawn.problems == gsm_symbolic(200, 1).problems and len(set(texts)) == len(texts) > 100
+assert all("####" in text and "Do not include units" not in text for text in texts)
+"""
+    run_python(code, tmp_path)
+
+
 @pytest.mark.parametrize(
-    ("chain", "is_true"),
+    ("arguments", "told"),
     [
-        ("3+4=7\n7-2=5\n#### 5", True),
-        ("3+4=8\n8-2=6\n#### 6", False),  # a wrong sum
-        ("3+4=7\n8-2=6\n#### 6", False),  # does not go on from the one before
-        ("3+4=7\n#### 8", False),
-        ("#### 8", False),
+        (["num_sample=3"], "num_sample"),
+        (["seeds=[]"], "seeds, models and levels"),
+        (["train_iters={text: 3}", "vocab_size.mats=3"], "vocab_size has text, maths, gsm, mats; it needs text, maths, gsm"),
+        (["--gsm8k", "nowhere.jsonl"], "nowhere.jsonl is no file"),
     ],
 )
-def test_the_calculator_finds_wrong_chains(chain: str, is_true: bool, tmp_path: Path) -> None:
-    assert run_python(f"from problems import check_chain\nprint(check_chain({chain!r}))", tmp_path).strip() == str(is_true)
+def test_bad_settings_are_refused_before_anything_is_made(arguments: list[str], told: str, tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "examples/study/study.py"), "--size", "tiny", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert told in done.stderr
+    assert not (tmp_path / "study").exists()
+
+
+MADE_CHAINS = [
+    ("3+4=7\n7-2=5\n#### 5", True),
+    ("3+4=8\n8-2=6\n#### 6", False),  # a wrong sum
+    ("3+4=7\n8-2=6\n#### 6", False),  # does not go on from the one before
+    ("3+4=7\n#### 8", False),
+    ("#### 8", False),
+]
+
+
+def test_the_calculator_finds_wrong_chains(tmp_path: Path) -> None:
+    chains = [chain for chain, _ in MADE_CHAINS]
+    found = run_python(f"from problems import check_chain\nprint([check_chain(c) for c in {chains!r}])", tmp_path)
+    assert found.strip() == str([is_true for _, is_true in MADE_CHAINS])
 
 
 def test_a_step_is_done_once_and_again_where_its_input_changed(tmp_path: Path) -> None:
@@ -125,6 +213,14 @@ write_study(Path("study"), "tiny", load_settings("tiny", ["seeds=[1,2]"]), {"rer
         assert first["by_seed"] == pytest.approx([5.0, 15.0])
         assert first["gap"] == pytest.approx(10.0)
         assert last["gap"] == pytest.approx(0.0)
+    shares = {
+        "true chain": 0.25,
+        "solved to the result": 0.5,
+        "solved by its own chain": 0.25,
+        "copy of a trained question": 0.25,
+    }
+    assert results["backward"]["by_seed"] == {name: [share] * 2 for name, share in shares.items()}
+    assert results["backward"]["chance"] == pytest.approx(1 / 2 / 4)  # one of two trained problems ends in 5 to 8, four results
     report = results["rewards"]["report"]
     assert report["held_out"]["num_folds"] is None
     methods = {name: found["accuracy"] for name, found in report["methods"].items()}
@@ -158,7 +254,7 @@ def test_the_tiny_study_goes_on_after_a_kill_and_its_page_opens(tmp_path: Path) 
     killed = start(tmp_path)
     assert killed.stdout is not None
     for line in killed.stdout:
-        if line.startswith("--- train_maths_large_2"):
+        if line.startswith("--- train_maths_large_1"):
             break
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
@@ -166,10 +262,10 @@ def test_the_tiny_study_goes_on_after_a_kill_and_its_page_opens(tmp_path: Path) 
     output, _ = done.communicate()
     assert done.returncode == 0, output[-3000:]
     assert "--- collect\n" not in output
-    study = tmp_path / "study"
+    study = tmp_path / "study/tiny"
     results = json.loads((study / "results.json").read_text())
-    assert {row["domain"] for row in results["gaps"]} == {"prose", "code", "problems"}
-    assert all(len(row["by_seed"]) == 2 for row in [*results["gaps"], *results["ablations"], *results["wrong"]])
+    assert {row["domain"] for row in results["gaps"]} == {"prose", "code", "problems", "gsm_symbolic"}
+    assert all(len(row["by_seed"]) == 1 for row in [*results["gaps"], *results["ablations"], *results["wrong"]])
     assert results["rewards"]["report"]["num_candidates"] == 4
     assert "https://" not in (study / "report.html").read_text()
     again = start(tmp_path)

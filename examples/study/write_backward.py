@@ -1,0 +1,40 @@
+#!/usr/bin/env python3
+"""Whole problems written from their result: a reverse model is given `#### N` and writes the solution and then the question."""
+
+import argparse
+from pathlib import Path
+
+from lines import write_lines
+
+from megatron_ledom.errors import run_command
+
+
+def main() -> None:
+    """Parse, then load and write JSON lines of `result` and `text`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="folder of a reverse model")
+    parser.add_argument("--results", required=True, type=int, nargs="+", metavar="N", help="what problems are to end in")
+    parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON lines")
+    parser.add_argument("--num-samples", type=int, default=8, help="problems a result (default %(default)s)")
+    parser.add_argument("--max-new-tokens", type=int, default=200, help="(default %(default)s)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="(default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
+    args = parser.parse_args()
+
+    from megatron_ledom.inference import ReverseLM
+
+    model = ReverseLM.from_pretrained(args.model)
+    written = model.generate_preceding(
+        [f"#### {result}" for result in args.results],
+        num_return_sequences=args.num_samples,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        seed=args.seed,
+        batch_size=64,
+    )
+    asked = [result for result in args.results for _ in range(args.num_samples)]
+    write_lines(args.output, [{"result": n, "text": one.text} for n, one in zip(asked, written, strict=True)])
+
+
+if __name__ == "__main__":
+    run_command(main)
