@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from commands import tool
 from lines import read_lines, write_lines
 from losses import ISOLATED, export_step, train_step
@@ -16,7 +15,7 @@ from steps import Step
 
 from megatron_ledom.inference.answers import answers_by
 from megatron_ledom.inference.reverse_reward import RewardSettings
-from megatron_ledom.inference.selection import Question, load_questions
+from megatron_ledom.inference.selection import Question, Values, load_questions
 from megatron_ledom.inference.selection_report import LEVEL, MAIN, ReportSettings, interval_of, outcomes_of
 
 PAIRED = {"scorer of pairs, all tokens": "all", "scorer of pairs, question only": "scored"}
@@ -151,12 +150,12 @@ class Ablations:
 _PLAIN = (MAIN, "reverse only", "forward likelihood, sum", "forward likelihood, mean", "random of N")
 
 
-def _row(name: str, outcomes: Any, base: Any, settings: ReportSettings) -> dict[str, Any]:
-    difference = np.asarray(outcomes - base).mean(axis=0)
+def _row(name: str, outcomes: Values, base: Values, settings: ReportSettings) -> dict[str, Any]:
+    difference = outcomes - base
     return {
         "name": name,
         "accuracy": float(outcomes.mean()),
-        "interval": interval_of(outcomes.mean(axis=0), LEVEL, settings),
+        "interval": interval_of(outcomes, LEVEL, settings),
         "by_seed": outcomes.mean(axis=1).tolist(),
         "difference": float(difference.mean()),
         "difference_interval": interval_of(difference, LEVEL, settings),

@@ -14,7 +14,17 @@ from steps import Step
 from megatron_ledom.inference.answers import answers_by
 from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.inference.selection import Question, load_questions
-from megatron_ledom.inference.selection_report import ReportSettings, compare
+from megatron_ledom.inference.selection_report import (
+    LEVEL,
+    MAIN,
+    ReportSettings,
+    affordable_num,
+    candidate_tokens,
+    compare,
+    interval_of,
+    num_candidates,
+    outcomes_of,
+)
 
 GOLD = "answer"
 WANTED = (0.2, 0.6)
@@ -93,17 +103,31 @@ class Rewards:
     def results(self) -> dict[str, Any]:
         """The level, the comparison with lambda of the development part, and beam search beside best-of-N of the same tokens."""
         development, test = (self.questions(part) for part in PARTS)
-        report = compare(test, ReportSettings(gold_key=GOLD, reward=RewardSettings()), development)
+        settings = ReportSettings(gold_key=GOLD, reward=RewardSettings())
+        report = compare(test, settings, development)
         level = json.loads((self.folder / "level.json").read_text(encoding="utf-8"))
-        return {"level": level, "report": report, "beam": self._beam_at_equal_tokens(report, test)}
+        return {"level": level, "report": report, "beam": self._beam_at_equal_tokens(test, development, settings)}
 
-    def _beam_at_equal_tokens(self, report: dict[str, Any], test: list[list[Question]]) -> dict[str, float]:
+    def _beam_at_equal_tokens(
+        self, test: list[list[Question]], development: list[list[Question]], settings: ReportSettings
+    ) -> dict[str, Any]:
+        """The search beside Reverse Reward over as many candidates as its tokens buy, and the paired difference, search minus that.
+
+        is_affordable: False where not even one candidate can be written and judged for them; one is taken then.
+        """
         spent = [json.loads(Path(f"{self.beam(s)}.spent.json").read_text(encoding="utf-8")) for s in self.settings.seeds]
-        total = sum(one["forward_tokens"] + one["reverse_tokens"] for one in spent)
-        tokens = total / sum(map(len, test))
-        candidate = statistics.mean(q.sample_tokens + q.reverse_tokens for questions in test for q in questions)
-        curve = report["over_n"]["Reverse Reward"]
-        affordable = [point for point in curve if point[0] * candidate <= tokens] or curve[:1]
-        num, accuracy = affordable[-1]
-        found = report["methods"]["beam by Reverse Reward"]["accuracy"]
-        return {"accuracy": found, "tokens": tokens, "num": num, "num_tokens": num * candidate, "best_of_num": accuracy}
+        tokens = sum(one["forward_tokens"] + one["reverse_tokens"] for one in spent) / sum(map(len, test))
+        candidate = sum(candidate_tokens(test))
+        num = affordable_num(tokens, candidate, num_candidates(test))
+        found = outcomes_of("beam by Reverse Reward", test, settings)
+        best = outcomes_of(MAIN, test, settings, development, num)
+        return {
+            "accuracy": float(found.mean()),
+            "tokens": tokens,
+            "num": num,
+            "num_tokens": num * candidate,
+            "is_affordable": num * candidate <= tokens * (1 + 1e-12),
+            "best_of_num": float(best.mean()),
+            "difference": float((found - best).mean()),
+            "difference_interval": interval_of(found - best, LEVEL, settings),
+        }

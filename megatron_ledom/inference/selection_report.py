@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from megatron_ledom import pages
-from megatron_ledom.errors import DataError
+from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.answers import answers_by
-from megatron_ledom.inference.intervals import bootstrap_interval
+from megatron_ledom.inference.intervals import crossed_interval
 from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.inference.selection import (
     GRID,
@@ -72,7 +72,7 @@ def compare(seeds: Seeds, settings: ReportSettings, development: Seeds | None = 
 
     development: other questions for each seed, on which its lambda is chosen; without, lambda is cross-fitted.
     """
-    num = min(len(question.is_right) for questions in seeds for question in questions)
+    num = num_candidates(seeds)
     weights = _weights(seeds, num, settings, development)
     outcomes = {name: _outcomes(seeds, name, num, weights) for name in METHODS}
     known = {name: values for name, values in outcomes.items() if values is not None}
@@ -117,13 +117,37 @@ def _notes(seeds: Seeds, equal_tokens: list[Report]) -> list[str]:
     return notes
 
 
-def outcomes_of(method: str, seeds: Seeds, settings: ReportSettings, development: Seeds | None = None) -> Values:
-    """How right one of METHODS is, [seeds, questions], with all candidates; DataError where some question does not know."""
-    num = min(len(question.is_right) for questions in seeds for question in questions)
+def outcomes_of(
+    method: str, seeds: Seeds, settings: ReportSettings, development: Seeds | None = None, num: int | None = None
+) -> Values:
+    """How right one of METHODS is, [seeds, questions], with the first `num` candidates (None: all), for which lambda is chosen.
+
+    DataError where some question does not know, UsageError where some has fewer candidates.
+    """
+    most = num_candidates(seeds)
+    num = most if num is None else num
+    if not 1 <= num <= most:
+        raise UsageError(f"{num} candidates were asked for; the questions have {most}: give from 1 to {most}")
     outcomes = _outcomes(seeds, method, num, _weights(seeds, num, settings, development))
     if outcomes is None:
         raise DataError(f"the files do not hold what {method!r} needs for every question; make them again with it")
     return outcomes
+
+
+def num_candidates(seeds: Seeds) -> int:
+    """How many candidates every question has."""
+    return min(len(question.is_right) for questions in seeds for question in questions)
+
+
+def candidate_tokens(seeds: Seeds) -> tuple[float, float]:
+    """What a candidate costs in the mean, in tokens: to write it, and to judge it by the reverse model."""
+    every = [question for questions in seeds for question in questions]
+    return float(np.mean([q.sample_tokens for q in every])), float(np.mean([q.reverse_tokens for q in every]))
+
+
+def affordable_num(tokens: float, candidate: float, most: int) -> int:
+    """How many candidates of `candidate` tokens each `tokens` buy: at least 1, even if that costs more, and at most `most`."""
+    return max(1, min(most, int(tokens / candidate * (1 + 1e-12))))  # means of whole numbers may end a rounding short
 
 
 def _weights(seeds: Seeds, num: int, settings: ReportSettings, development: Seeds | None = None) -> Any:
@@ -150,7 +174,7 @@ def _mean(outcomes: Values | None) -> float:
 def _summary(outcomes: Values, settings: ReportSettings) -> Report:
     return {
         "accuracy": float(outcomes.mean()),
-        "interval": interval_of(outcomes.mean(axis=0), LEVEL, settings),
+        "interval": interval_of(outcomes, LEVEL, settings),
         "by_seed": outcomes.mean(axis=1).tolist(),
     }
 
@@ -161,7 +185,7 @@ def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[
     others = [name for name in outcomes if name not in (MAIN, "oracle")]
     found = []
     for name in others:
-        difference = (outcomes[MAIN] - outcomes[name]).mean(axis=0)
+        difference = outcomes[MAIN] - outcomes[name]
         low, high = interval_of(difference, 1 - (1 - LEVEL) / len(others), settings)
         found.append(
             {
@@ -175,9 +199,9 @@ def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[
     return found
 
 
-def interval_of(by_question: Values, level: float, settings: ReportSettings) -> list[float]:
-    """Bootstrap interval of a mean over questions; the seeds of a question stay together."""
-    return bootstrap_interval(by_question, level=level, num_resamples=settings.num_resamples, seed=settings.seed)
+def interval_of(outcomes: Values, level: float, settings: ReportSettings) -> list[float]:
+    """Bootstrap interval of the mean of outcomes or differences [seeds, questions], over both; of one seed over questions alone."""
+    return crossed_interval(outcomes, level=level, num_resamples=settings.num_resamples, seed=settings.seed)
 
 
 def _equal_tokens(
@@ -188,9 +212,8 @@ def _equal_tokens(
     Methods with a reverse pass get fewer candidates. A token counts the same whether it is written or read; where reading is
     cheaper this is to the disadvantage of Reverse Reward.
     """
-    sample = float(np.mean([question.sample_tokens for questions in seeds for question in questions]))
-    judge = float(np.mean([question.reverse_tokens for questions in seeds for question in questions]))
-    fewer = max(1, int(num * sample / (sample + judge)))
+    sample, judge = candidate_tokens(seeds)
+    fewer = affordable_num(num * sample, sample + judge, num)
     weights = {size: _weights(seeds, size, settings, development) for size in (1, fewer, num)}
     rows, known = [], {}
     for name in METHODS:
@@ -253,9 +276,17 @@ def _about(report: Report) -> str:
     return (
         f"{report['num_questions']} questions, {report['num_candidates']} candidates each, {report['num_seeds']} sampling seed(s),"
         f" answers compared by {report['answers']}. lambda is chosen on {where} (chosen, by seed: {lambdas})."
-        " Intervals: bootstrap over questions, paired; simultaneous over the comparisons at equal N, and over those at equal tokens."
+        f" Intervals: {_about_intervals(report['num_seeds'])}; simultaneous over the comparisons at equal N, and over those at equal"
+        " tokens."
         " In sentences on equal tokens the number of candidates stands in brackets."
     )
+
+
+def _about_intervals(num_seeds: int) -> str:
+    if num_seeds == 1:
+        return "bootstrap over questions, paired (of one seed, so they say nothing about what another seed would give)"
+    few = ", and of so few they hold less of the spread between seeds than there is" if num_seeds < 5 else ""
+    return f"bootstrap over seeds and questions, paired (each resample draws both{few})"
 
 
 def _markdown(report: Report) -> str:

@@ -241,6 +241,36 @@ write_study(Path("study"), "tiny", load_settings("tiny", ["seeds=[1,2]"]), {"rer
     assert "https://" not in page
 
 
+def test_beam_search_meets_as_many_candidates_as_its_tokens_buy(tmp_path: Path) -> None:
+    """A candidate costs 8 tokens to write and 18 to judge; the search is right everywhere, the first candidate in 1 of 4 questions."""
+    write_study(tmp_path / "study")
+    code = """
+import json
+from pathlib import Path
+from losses import Twins
+from rewards import Rewards
+from settings import load_settings
+rewards = Rewards(Twins(Path("study"), load_settings("tiny", [])))
+for tokens in (20, 30, 80, 500):  # of a question
+    for seed in (1, 2):
+        spent = {"forward_tokens": 20 * tokens - 7, "reverse_tokens": 7}
+        Path(f"{rewards.beam(seed)}.spent.json").write_text(json.dumps(spent))
+    print(json.dumps(rewards.results()["beam"]))
+"""
+    rows = [json.loads(row) for row in run_python(code, tmp_path).splitlines()]
+    assert [(row["tokens"], row["num"], row["num_tokens"]) for row in rows] == [
+        (20, 1, 26),
+        (30, 1, 26),
+        (80, 3, 78),
+        (500, 4, 104),
+    ]
+    assert [row["is_affordable"] for row in rows] == [False, True, True, True]
+    for row in rows:
+        assert (row["accuracy"], row["best_of_num"], row["difference"]) == (1.0, 0.25, 0.75)
+        low, high = row["difference_interval"]
+        assert 0.4 < low < 0.75 < high <= 1.0
+
+
 def start(folder: Path) -> "subprocess.Popen[str]":
     """The study's command on its smallest size, in a session of its own."""
     command = [sys.executable, str(ROOT / "examples/study/study.py"), "--size", "tiny"]

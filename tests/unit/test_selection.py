@@ -18,7 +18,15 @@ from megatron_ledom.inference.explain import as_html, as_terminal, explain, step
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.inference.selection import GRID, Question, chosen_weights, load_questions
-from megatron_ledom.inference.selection_report import MAIN, ReportSettings, compare, sentences
+from megatron_ledom.inference.selection_report import (
+    MAIN,
+    ReportSettings,
+    affordable_num,
+    compare,
+    outcomes_of,
+    report_selection,
+    sentences,
+)
 from megatron_ledom.inference.transformers_engine import TransformersEngine
 from tests.tiny_models import random_model_folder
 
@@ -216,6 +224,44 @@ def test_intervals_are_of_the_paired_differences(tmp_path: Path) -> None:
     assert (row["difference"], row["interval"], row["is_significant"]) == (0.0, [0.0, 0.0], False)
     low, high = report["methods"][MAIN]["interval"]
     assert low < report["methods"][MAIN]["accuracy"] < high
+
+
+def test_what_all_questions_of_a_seed_share_is_in_the_intervals(tmp_path: Path) -> None:
+    """One seed has every question right, the other none: their mean is the same for all questions, but not certain."""
+    pytest.importorskip("scipy")
+    runs = [questions_of(tmp_path, [line(n, gold, [7], [-1.0], [-1.0]) for n in range(5)]) for gold in (7, 8)]
+    report = compare(runs, settings())
+    assert report["methods"]["majority vote"]["interval"] == [0.0, 1.0]
+    assert report["methods"]["majority vote"]["by_seed"] == [1.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("num_seeds", "told"), [(1, "nothing about what another seed"), (2, "bootstrap over seeds and questions")]
+)
+def test_a_report_says_what_its_intervals_are_over(num_seeds: int, told: str, tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    files = [write(tmp_path / f"{seed}.jsonl", random_lines(5, seed, reverse_knows=True)) for seed in range(num_seeds)]
+    report_selection(files, tmp_path / "report", settings(num_resamples=10))
+    assert told in (tmp_path / "report/report.md").read_text()
+
+
+def test_lambda_is_chosen_for_the_number_of_candidates_that_is_asked_for(tmp_path: Path) -> None:
+    """In two of three development questions the reverse term finds the 7 among two candidates, and is misled by the third."""
+    misled = line(1, 7, [3, 7, 5], [-1.0, -2.0, -2.1], [-9.0, -1.0, 0.0])
+    forward = line(2, 7, [7, 3, 3], [-1.0, -2.0, -2.0], [-9.0, -1.0, -1.0])
+    development = [questions_of(tmp_path, [misled, misled, forward])]
+    test = [questions_of(tmp_path, [line(n, 7, [3, 7, 7], [-1.0, -2.0, -3.0], [-9.0, -1.0, -1.0]) for n in (1, 2)])]
+    assert outcomes_of(MAIN, test, settings(), development, 2).tolist() == [[1.0, 1.0]]
+    assert outcomes_of(MAIN, test, settings(), development).tolist() == [[0.0, 0.0]]
+    for num in (0, 4):
+        with pytest.raises(UsageError, match=f"{num} candidates were asked for; the questions have 3: give from 1 to 3"):
+            outcomes_of(MAIN, test, settings(), development, num)
+
+
+def test_tokens_buy_whole_candidates() -> None:
+    """At least one, at most those that were sampled; 0.3 is 0.1 three times, whatever the division says."""
+    assert [affordable_num(tokens, 26, 8) for tokens in (10, 51, 52, 79, 1000)] == [1, 1, 2, 3, 8]
+    assert affordable_num(0.3, 0.1, 8) == 3
 
 
 def test_answers_are_read_and_compared() -> None:
