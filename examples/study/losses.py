@@ -42,7 +42,7 @@ class Twins:
         """Steps in order; those of one list do not need each other."""
         yield self._corpora()
         yield [self._split()]
-        yield [self._tokenizer(corpus) for corpus in DOMAINS]
+        yield [self.tokenizer_step(corpus) for corpus in DOMAINS]
         yield [self._shards(corpus, direction) for corpus, direction in product(DOMAINS, DIRECTIONS)]
         twins = list(product(self.names(), DIRECTIONS))
         yield [self._train(*names, direction) for names, direction in twins]
@@ -95,7 +95,8 @@ class Twins:
         """JSON lines of a held-out set."""
         return self.folder / corpus / ("valid.jsonl" if corpus == "maths" else f"{domain}.jsonl")
 
-    def _tokenizer(self, corpus: str) -> Step:
+    def tokenizer_step(self, corpus: str) -> Step:
+        """A vocabulary of the training text of a corpus."""
         train, output = self.folder / corpus / "train.jsonl", self.folder / corpus / "tokenizer"
         options = ["--vocab-size", self.settings.vocab_size[corpus], "--max-sentences", 100_000]
         command = tool("tools/train_tokenizer.py", "--input", train, "--output", output, *options)

@@ -31,6 +31,20 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AbilitySettings:
+    """Part 3: its made sets, and the models that learn all of them."""
+
+    seeds: list[int]
+    """Of models; the same for both directions. Every one is reported."""
+    model: str
+    """Name of their shape."""
+    num: dict[str, int]
+    """By set: facts, problems, worlds or texts that are made; a set that is not named is not made."""
+    repeats: dict[str, int]
+    """By set: how often its texts stand in the corpus, so that a small set is read more often than a large one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One size of the study."""
 
@@ -43,7 +57,7 @@ class Settings:
     text_kilobytes: dict[str, int]
     """Of prose of this machine, and as much of its code: train, and held out."""
     vocab_size: dict[str, int]
-    """Of the tokenizer of `text` and `maths`."""
+    """Of the tokenizer of each corpus: `text`, `maths` and `abilities`."""
     train_iters: dict[str, int]
     """By corpus."""
     levels: list[Level]
@@ -53,6 +67,7 @@ class Settings:
     num_samples: int
     """Candidates of a question."""
     temperature: float
+    abilities: AbilitySettings
     beams: tuple[int, int]
     """Beams and expansions of the step-level search."""
     problems_seed: int = 1

@@ -27,6 +27,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Every part in order, then the report."""
     arguments = parse()
+    from abilities import Abilities
     from ablations import Ablations
     from losses import Twins
     from rewards import Rewards
@@ -39,7 +40,7 @@ def main() -> None:
     twins = Twins(output, settings)
     rewards = Rewards(twins)
     runner = Runner(output, at_once=len(os.sched_getaffinity(0)))
-    for part in (twins, rewards, Ablations(rewards)):
+    for part in (twins, rewards, Ablations(rewards), Abilities(twins)):
         for steps in part.stages():
             runner.run(steps)
     print(write_study(output, arguments.size, settings, runner.all_notes()))
