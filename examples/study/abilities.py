@@ -107,14 +107,14 @@ class Abilities:
         asked, model, found = self.folder / "asked", self.model_of(seed, direction), self.found(seed, direction)
         names = ["--tasks", ",".join(self.tasks), "--data", asked, "--model", model, "--output", found, "--batch-size", 64]
         command = tool("tools/evaluate.py", *names)
-        return Step(
-            name=f"evaluate_{found.name}", inputs=[asked, model], outputs=[found], commands=[command], resumes=True
-        )
+        return Step(name=f"evaluate_{found.name}", inputs=[asked, model], outputs=[found], commands=[command], resumes=True)
 
     def results(self) -> dict[str, Any]:
         """For each task and group of questions the figures of both directions by seed, and reverse minus forward, paired by seed."""
         summaries = {direction: [self._summary(seed, direction) for seed in self.settings.seeds] for direction in DIRECTIONS}
-        rows = [row for task in self.tasks for row in _rows(task, {d: [s[task] for s in found] for d, found in summaries.items()})]
+        rows = [
+            row for task in self.tasks for row in _rows(task, {d: [s[task] for s in found] for d, found in summaries.items()})
+        ]
         about = {"num_seeds": len(self.settings.seeds), "num": self.settings.num, "model": self.settings.model}
         return {**about, "rows": rows}
 

@@ -7,6 +7,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from abilities import Abilities
+from abilities_report import TITLE as ABILITIES
+from abilities_report import abilities_figures, abilities_not_reproduced, abilities_sections
 from ablations import Ablations
 from losses import DOMAINS, Twins, gaps, speed_of
 from rewards import WANTED, Rewards
@@ -26,10 +29,7 @@ PUBLISHED = "+2.1 to +2.4 %"
 BASELINES = ("random of N", "greedy", "majority vote", "forward likelihood, sum")
 """What the paper's claim is measured against."""
 STYLE = "table { margin-bottom: 1.5rem; }"
-OPEN = (
-    "Not done here: the gap by position in the document, and part 3, reverse abilities (question synthesis judged by a solver, the"
-    " reversal curse, working backward). GSM8K is no corpus of part 1."
-)
+OPEN = "Not done here: the gap by position in the document. GSM8K is no corpus of part 1."
 
 
 def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, dict[str, Any]]) -> Path:
@@ -39,10 +39,12 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     ablations = Ablations(rewards)
     results = {"size": size, "gaps": gaps(twins), "rewards": rewards.results(), "ablations": ablations.results()}
     results |= {"wrong": ablations.wrong_direction(), "speed": _speeds(twins), "num_seeds": len(settings.seeds)}
+    results["abilities"] = Abilities(twins).results()
     write_whole(folder / "results.json", json.dumps(results, indent=1))
     sections = _sections(results, settings)
     write_whole(folder / "summary.md", _markdown(size, sections))
     figures = {"Loss": _loss_figures(twins), "Reverse Reward": _reward_figures(results["rewards"]["report"])}
+    figures[ABILITIES] = abilities_figures(results["abilities"])
     body = []
     for title, told, tables in sections:
         body += [f"<h2>{html.escape(title)}</h2>", *(f"<p>{html.escape(line)}</p>" for line in told)]
@@ -73,7 +75,7 @@ def _sections(results: dict[str, Any], settings: Settings) -> list[tuple[str, li
         f"Beam search: {_percent(beam['accuracy'])} % right with {beam['tokens']:.0f} tokens a question. Best of {beam['num']} by"
         f" Reverse Reward, {beam['num_tokens']:.0f} tokens: {_percent(beam['best_of_num'])} %."
     )
-    failed = _not_reproduced(results)
+    failed = [*_not_reproduced(results), *abilities_not_reproduced(results["abilities"])]
     return [
         ("What did not reproduce", failed or ["Every direction of effect that was looked at is as published."], []),
         ("Loss", [_about_loss(num)], [_gap_rows(results["gaps"]), _speed_rows(results["speed"])]),
@@ -82,6 +84,7 @@ def _sections(results: dict[str, Any], settings: Settings) -> list[tuple[str, li
             [_about_level(level), about, *sentences(report), beamed],
             [_method_rows(report), _equal_rows(report)],
         ),
+        *abilities_sections(results["abilities"]),
         ("What made the difference", [_ABOUT_ABLATIONS], [_ablation_rows(results["ablations"], "to Reverse Reward")]),
         ("Wrong direction", [_ABOUT_WRONG], [_ablation_rows(results["wrong"], "to chance")]),
         ("What is open", [OPEN], []),

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from tests.study.handmade_abilities import write_abilities
+
 SEEDS = (1, 2)
 LOSSES = {1: {"forward": 2.0, "reverse": 2.1}, 2: {"forward": 2.0, "reverse": 2.06}}
 """By seed: gaps of 5 and 3 per cent."""
@@ -19,6 +21,7 @@ def write_study(folder: Path) -> None:
             for seed, losses in LOSSES.items():
                 for direction, loss in losses.items():
                     _write_run(folder / "runs" / f"{corpus}_{model}_{seed}_{direction}", direction, domains, loss)
+    write_abilities(folder, seed=1)
     rewards, ablations = folder / "rewards", folder / "ablations"
     for path in (rewards, ablations):
         path.mkdir(parents=True)

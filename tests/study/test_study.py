@@ -133,7 +133,7 @@ write_study(Path("study"), "tiny", load_settings("tiny", []), {"rerank_test_1": 
     assert "P_F(y\\|x)" in summary
     assert "tools/rerank.py" in page
     assert "00ff00ff00ff00ff  study/a" in page
-    assert page.count("<picture>") == 6
+    assert page.count("<picture>") == 7
     assert "https://" not in page
 
 
