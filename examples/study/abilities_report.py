@@ -26,7 +26,7 @@ ASKED = {
 }
 GROUPS = {
     "in_text_order": "asked in text order",
-    "against_text_order": "asked against it",
+    "against_text_order": "asked against text order",
     "both_orders": "trained in both orders",
     "unseen": "never trained",
     "known_world": "rules that were trained",
