@@ -30,7 +30,7 @@ class Corpora:
         """Steps in order; those of one list do not need each other."""
         yield [self._collect(), self._problems(), self._word_problems()]
         yield [self._split()]
-        yield [self._tokenizer(corpus) for corpus in self.domains] + [self._held_out(corpus) for corpus in self.domains]
+        yield [self.tokenizer_step(corpus) for corpus in self.domains] + [self._held_out(corpus) for corpus in self.domains]
         yield [self._shards(corpus, direction) for corpus, direction in product(self.domains, DIRECTIONS)]
 
     def _collect(self) -> Step:
@@ -123,7 +123,8 @@ class Corpora:
         """Trained on the corpus."""
         return self.folder / corpus / "tokenizer"
 
-    def _tokenizer(self, corpus: str) -> Step:
+    def tokenizer_step(self, corpus: str) -> Step:
+        """A vocabulary of the training text of a corpus."""
         train, output = self.folder / corpus / "train.jsonl", self.tokenizer(corpus)
         options = ["--vocab-size", self.settings.vocab_size[corpus], "--max-sentences", 100_000]
         command = tool("tools/train_tokenizer.py", "--input", train, "--output", output, *options)

@@ -164,12 +164,23 @@ def reward(results: Results, figures: Sequence[str]) -> Section:
     report, level, beam = (results["rewards"][name] for name in ("report", "level", "beam"))
     about = f"{results['num_seeds']} seeds of both models, every one reported; lambda by seed, chosen on the development part alone: "
     about += ", ".join(f"{row[0]:.2f}" for row in report["held_out"]["lambdas"])
-    beamed = (
-        f"Beam search: {percent(beam['accuracy'])} % right with {beam['tokens']:.0f} tokens a question. Best of {beam['num']} by"
-        f" Reverse Reward, {beam['num_tokens']:.0f} tokens: {percent(beam['best_of_num'])} %."
-    )
-    told = [_about_level(level), about, *sentences(report), beamed]
+    told = [_about_level(level), about, _INTERVALS, *sentences(report), _about_beam(beam)]
     return Section(title="Reverse Reward", told=told, tables=[_method_rows(report), _equal_rows(report)], figures=figures)
+
+
+_INTERVALS = (
+    "Intervals of accuracies and of their differences are paired bootstraps over seeds and questions at once, of a few seeds: they"
+    " hardly leave the range of the seeds that were seen."
+)
+
+
+def _about_beam(beam: Results) -> str:
+    told = (
+        f"Beam search: {percent(beam['accuracy'])} % right with {beam['tokens']:.0f} tokens a question. Best of {beam['num']} by"
+        f" Reverse Reward, {beam['num_tokens']:.0f} tokens: {percent(beam['best_of_num'])} %; difference"
+        f" {100 * beam['difference']:+.1f} points ({interval(beam['difference_interval'], 100, '+.1f')})."
+    )
+    return told if beam["is_affordable"] else told + " The search spent less than a single candidate of best-of-N costs."
 
 
 def _about_level(level: Results) -> str:

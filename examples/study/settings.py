@@ -11,7 +11,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from megatron_ledom.errors import UsageError
 
 HERE = Path(__file__).parent
-CORPORA = ("text", "maths", "gsm")
+CORPORA = ("text", "maths", "gsm", "abilities")
 PROBLEM_PARTS = ("calibration", "development", "test", "valid", "train")
 
 
@@ -34,6 +34,20 @@ class Model:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AbilitySettings:
+    """Part 3: its made sets, and the models that learn all of them."""
+
+    seeds: list[int]
+    """Of models; the same for both directions. Every one is reported."""
+    model: str
+    """Name of their shape."""
+    num: dict[str, int]
+    """By set: facts, problems, worlds or texts that are made; a set that is not named is not made."""
+    repeats: dict[str, int]
+    """By set: how often its texts stand in the corpus, so that a small set is read more often than a large one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """One size of the study."""
 
@@ -50,7 +64,7 @@ class Settings:
     num_gsm_held_out: int
     """Of the problems of GSM8K, and as many of reasoning-gym's."""
     vocab_size: dict[str, int]
-    """Of the tokenizers, by corpus: text, maths, gsm."""
+    """Of the tokenizer of each corpus: text, maths, gsm, abilities."""
     train_iters: dict[str, int]
     """By corpus."""
     levels: list[Level]
@@ -60,6 +74,7 @@ class Settings:
     num_samples: int
     """Candidates of a question."""
     temperature: float
+    abilities: AbilitySettings
     beams: tuple[int, int]
     """Beams and expansions of the step-level search."""
     backward: tuple[int, int, int]
@@ -92,5 +107,11 @@ def _check(settings: Settings) -> None:
             raise UsageError(f"{name} has {', '.join(found)}; it needs {', '.join(wanted)}")
     if not settings.seeds or not settings.models or not settings.levels:
         raise UsageError("seeds, models and levels must each have an entry")
+    abilities = settings.abilities
+    if abilities.model not in settings.models:
+        raise UsageError(f"abilities.model is {abilities.model}; it must be one of models: {', '.join(settings.models)}")
+    if not abilities.num or set(abilities.num) != set(abilities.repeats):
+        told = f"{', '.join(abilities.num)} and {', '.join(abilities.repeats)}"
+        raise UsageError(f"abilities.num and abilities.repeats name {told}; both need the same sets, and at least one")
     if settings.gsm8k is not None and not Path(settings.gsm8k).is_file():
         raise UsageError(f"{settings.gsm8k} is no file; give GSM8K's training part as JSON lines or Parquet, or leave it out")

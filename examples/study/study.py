@@ -31,6 +31,7 @@ def main() -> None:
     from settings import load_settings
 
     settings = load_settings(arguments.size, arguments.overrides, arguments.gsm8k)
+    from abilities import Abilities
     from ablations import Ablations
     from backward import Backward
     from losses import Twins
@@ -47,7 +48,7 @@ def main() -> None:
     twins = Twins(output, settings)
     rewards = Rewards(twins)
     runner = Runner(output, at_once=len(os.sched_getaffinity(0)))
-    for part in (twins, rewards, Backward(rewards), Ablations(rewards)):
+    for part in (twins, rewards, Backward(rewards), Ablations(rewards), Abilities(twins)):
         for steps in part.stages():
             runner.run(steps)
     print(write_study(output, arguments.size, settings, runner.all_notes()))

@@ -8,6 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from abilities import Abilities
+from abilities_report import abilities_not_reproduced, abilities_section
 from ablations import Ablations
 from backward import Backward
 from backward import section as backward_section
@@ -31,15 +33,18 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     backward, ablations = Backward(rewards), Ablations(rewards)
     results = {"size": size, "num_seeds": len(settings.seeds), "word_problems": twins.corpora.counts()}
     results |= {"gaps": gaps(twins), "places": gaps_by_place(twins), "speed": _speeds(twins), "rewards": rewards.results()}
-    results |= {"backward": backward.results(), "ablations": ablations.results(), "wrong": ablations.wrong_direction()}
+    results |= {"abilities": Abilities(twins).results(), "backward": backward.results()}
+    results |= {"ablations": ablations.results(), "wrong": ablations.wrong_direction()}
     write_whole(folder / "results.json", json.dumps(results, indent=1))
     figures = {"loss": loss_figures(twins, results["places"]), "reward": reward_figures(results["rewards"]["report"])}
-    failed = not_reproduced(results) or ["Every direction of effect that was looked at is as published."]
+    failed = [*not_reproduced(results), *abilities_not_reproduced(results["abilities"])]
+    failed = failed or ["Every direction of effect that was looked at is as published."]
     sections = [
         claims(results),
         Section(title="What did not reproduce", told=failed),
         loss(results, figures["loss"]),
         reward(results, figures["reward"]),
+        abilities_section(results["abilities"]),
         backward_section(results["backward"]),
         *ablation(results),
     ]

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from tests.study.handmade_abilities import write_abilities
+
 SEEDS = (1, 2)
 LOSSES = {1: {"forward": 2.0, "reverse": 2.1}, 2: {"forward": 2.0, "reverse": 2.06}}
 """By seed: gaps of 5 and 3 per cent."""
@@ -33,6 +35,7 @@ def write_study(folder: Path) -> None:
     (folder / "maths").mkdir()
     (folder / "maths/train.jsonl").write_text(json.dumps(problem) + "\n" + json.dumps({**problem, "answer": "#### 70"}) + "\n")
     _write_backward(folder / "backward", problem)
+    write_abilities(folder, seed=1)
     rewards, ablations = folder / "rewards", folder / "ablations"
     for path in (rewards, ablations):
         path.mkdir(parents=True)

@@ -128,7 +128,10 @@ assert all("####" in text and "Do not include units" not in text for text in tex
     [
         (["num_sample=3"], "num_sample"),
         (["seeds=[]"], "seeds, models and levels"),
-        (["train_iters={text: 3}", "vocab_size.mats=3"], "vocab_size has text, maths, gsm, mats; it needs text, maths, gsm"),
+        (
+            ["train_iters={text: 3}", "vocab_size.mats=3"],
+            "vocab_size has text, maths, gsm, abilities, mats; it needs text, maths, gsm, abilities",
+        ),
         (["--gsm8k", "nowhere.jsonl"], "nowhere.jsonl is no file"),
     ],
 )
@@ -237,7 +240,9 @@ write_study(Path("study"), "tiny", load_settings("tiny", ["seeds=[1,2]"]), {"rer
     assert "00ff00ff00ff00ff  study/a" in page
     assert "gsm_symbolic: 360 trained on, 40 held out, 7 refused by the calculator" in page
     assert "| Reverse Reward is right more often than greedy |" in summary
-    assert page.count("<picture>") == 9  # a loss curve for three corpora and two models, by place, over N, over lambda
+    assert (
+        page.count("<picture>") == 10
+    )  # a loss curve for three corpora and two models, by place, over N and lambda, abilities
     assert "https://" not in page
 
 

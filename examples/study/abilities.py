@@ -1,0 +1,153 @@
+"""Part 3: what a reading order is good for. One corpus of made sets, a model of each direction and seed, questions of every set."""
+
+import json
+import random
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from commands import tool
+from lines import read_lines, write_lines
+from losses import ISOLATED, Twins, export_step, interval_over_seeds, train_step
+from steps import Step
+from twins import DIRECTIONS
+
+CORPUS = "abilities"
+"""Its key in the settings, and its folder."""
+TASKS = {
+    "question_from_answer": ("question_from_answer",),
+    "reversal": ("reversal", "reversal_written"),
+    "inverse_relations": ("inverse_relations",),
+    "abduction": ("abduction",),
+    "label_backfill": ("label_backfill",),
+}
+"""Sets that can be made, and what is asked of each."""
+RECIPE = ("optimizer.weight_decay=0.0", "optimizer.lr=3e-3", "optimizer.min_lr=3e-4")
+"""Facts are learnt by heart, which weight decay undoes."""
+WRITTEN = ("solvable", "has_answer", "copied")
+"""What else is told of written questions."""
+OVERALL = "all"
+
+
+class Abilities:
+    """Where everything of part 3 lies, and the steps that make it."""
+
+    def __init__(self, twins: Twins) -> None:
+        self.twins, self.settings, self.folder = twins, twins.settings.abilities, twins.folder / CORPUS
+        self.tasks = [task for name in self.settings.num for task in TASKS[name]]
+
+    def model_of(self, seed: int, direction: str) -> Path:
+        """Export of the model of a direction."""
+        return self.twins.folder / "models" / self._name(seed, direction)
+
+    def found(self, seed: int, direction: str) -> Path:
+        """Folder of what was found of a model."""
+        return self.folder / "found" / f"{direction}_{seed}"
+
+    def stages(self) -> Iterator[list[Step]]:
+        """Sets, corpus, tokenizer, shards, models, questions."""
+        names = list(product(self.settings.seeds, DIRECTIONS))
+        yield [self._make(name, num) for name, num in self.settings.num.items()]
+        yield [self._gather()]
+        yield [self.twins.corpora.tokenizer_step(CORPUS)]
+        yield [self._shards(direction) for direction in DIRECTIONS]
+        yield [self._train(*one) for one in names]
+        yield [export_step(self._run(*one), self.model_of(*one)) for one in names]
+        yield [self._evaluate(*one) for one in names]
+
+    def _name(self, seed: int, direction: str) -> str:
+        return f"{CORPUS}_{seed}_{direction}"
+
+    def _run(self, seed: int, direction: str) -> Path:
+        return self.twins.folder / "runs" / self._name(seed, direction)
+
+    def _made(self, name: str) -> Path:
+        return self.folder / "made" / name
+
+    def _make(self, name: str, num: int) -> Step:
+        made = self._made(name)
+        command = tool("tools/make_analysis_data.py", "--task", name, "--out", made, "--num", num, "--seed", 0)
+        return Step(name=f"make_{name}", outputs=[made], commands=[command])
+
+    def _gather(self) -> Step:
+        outputs = [self.folder / "train.jsonl", self.folder / "asked"]
+        inputs = [self._made(name) for name in self.settings.num]
+        return Step(name="gather", inputs=inputs, outputs=outputs, work=self._write, settings=self.settings.repeats)
+
+    def _write(self) -> None:
+        """One corpus in which the texts of a set stand as often as it needs to be read, and all questions in one folder.
+
+        Shuffled together rather than blended by sample, so that no step is about one set alone.
+        """
+        asked, texts = self.folder / "asked", list[dict[str, Any]]()
+        asked.mkdir(exist_ok=True)
+        for name, times in self.settings.repeats.items():
+            texts += times * list(read_lines(self._made(name) / "train.jsonl"))
+            for path in self._made(name).glob("*.jsonl"):
+                if path.name != "train.jsonl":
+                    shutil.copy(path, asked)
+        random.Random(CORPUS).shuffle(texts)
+        write_lines(self.folder / "train.jsonl", texts)
+
+    def _shards(self, direction: str) -> Step:
+        inputs = [self.folder / "train.jsonl", self.folder / "tokenizer"]
+        names = ["--input", inputs[0], "--tokenizer", inputs[1], "--output-prefix", self.folder / direction / "train"]
+        command = tool("tools/preprocess_data.py", *names, "--direction", direction, "--workers", 1, "--overwrite")
+        return Step(name=f"shards_{CORPUS}_{direction}", inputs=inputs, outputs=[self.folder / direction], commands=[command])
+
+    def _train(self, seed: int, direction: str) -> Step:
+        shards = self.folder / direction
+        data = [f"data.train_blend=[[1, {shards / 'train'}]]", f"data.direction={direction}", *ISOLATED, *RECIPE]
+        return train_step(self.twins, self._run(seed, direction), CORPUS, self.settings.model, seed, [shards], data)
+
+    def _evaluate(self, seed: int, direction: str) -> Step:
+        asked, model, found = self.folder / "asked", self.model_of(seed, direction), self.found(seed, direction)
+        names = ["--tasks", ",".join(self.tasks), "--data", asked, "--model", model, "--output", found, "--batch-size", 64]
+        command = tool("tools/evaluate.py", *names)
+        return Step(name=f"evaluate_{found.name}", inputs=[asked, model], outputs=[found], commands=[command], resumes=True)
+
+    def results(self) -> dict[str, Any]:
+        """For each task and group of questions the figures of both directions by seed, and reverse minus forward, paired by seed."""
+        summaries = {direction: [self._summary(seed, direction) for seed in self.settings.seeds] for direction in DIRECTIONS}
+        rows = [
+            row for task in self.tasks for row in _rows(task, {d: [s[task] for s in found] for d, found in summaries.items()})
+        ]
+        about = {"num_seeds": len(self.settings.seeds), "num": self.settings.num, "model": self.settings.model}
+        return {**about, "rows": rows}
+
+    def _summary(self, seed: int, direction: str) -> dict[str, Any]:
+        path = self.found(seed, direction) / "summary.json"
+        tasks: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["tasks"]
+        return tasks
+
+
+def _rows(task: str, found: Mapping[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """One row for all questions, one for each group, and what else is told of written questions. found: direction -> task by seed."""
+    first = found[DIRECTIONS[0]][0]
+    groups = [name.rpartition("/")[2] for name in first["metrics"] if name.startswith(f"{first['main']}/")]
+    kinds = [OVERALL, *(name for name in groups if name != OVERALL), *(name for name in WRITTEN if name in first["metrics"])]
+    for kind in kinds:
+        by_direction = {direction: [_metric(one, kind) for one in seeds] for direction, seeds in found.items()}
+        values = {direction: [metric["value"] for metric in metrics] for direction, metrics in by_direction.items()}
+        difference = [r - f for r, f in zip(values["reverse"], values["forward"], strict=True)]
+        yield {
+            "task": task,
+            "group": kind,
+            "num_items": by_direction[DIRECTIONS[0]][0]["num_items"],
+            "values": values,
+            "means": {direction: statistics.mean(found) for direction, found in values.items()},
+            "within": {d: [[metric["low"], metric["high"]] for metric in metrics] for d, metrics in by_direction.items()},
+            "difference": statistics.mean(difference),
+            "interval": interval_over_seeds(difference),
+        }
+
+
+def _metric(task: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The figure of a model's main way to be asked, of all questions or of a group, or another figure of written ones."""
+    main = task["main"]
+    names = {OVERALL: main, **dict(zip(WRITTEN, WRITTEN, strict=True))}
+    metric: dict[str, Any] = task["metrics"][names.get(kind, f"{main}/{kind}")]
+    return metric
