@@ -94,9 +94,8 @@ def not_reproduced(results: Results) -> list[str]:
             for row in below
         )
         told.append(
-            f"Reverse Reward is not significantly above these baselines: {against}. The scorer is as small as the answerer and saw the"
-            " same problems, and a reverse model cannot see a wrong sum, only a chain that does not fit the question; with few"
-            " questions a small gain cannot be told from none."
+            f"Reverse Reward is not significantly above these baselines: {against}. {_reason(results['mistakes'])} The scorer is as"
+            " small as the answerer and saw the same problems; with few questions a small gain cannot be told from none."
         )
     for row in results["wrong"]:
         if row["difference_interval"][0] > 0:
@@ -104,6 +103,16 @@ def not_reproduced(results: Results) -> list[str]:
                 f"{row['name']} chooses better than chance ({100 * row['difference']:+.1f} points): look into this first."
             )
     return told
+
+
+def _reason(mistakes: Results) -> str:
+    """What share of the wrong candidates a reverse model can hardly see."""
+    _, unfit, false = (sum(values) for values in mistakes["all candidates"].values())
+    share = 0.0 if unfit + false == 0 else false / (unfit + false)
+    return (
+        f"Of the wrong candidates {percent(share)} % hold a false calculation, which a reverse model hardly sees: it judges whether the"
+        " question follows from the answer."
+    )
 
 
 def _side(found: list[float] | None) -> str:
@@ -164,8 +173,25 @@ def reward(results: Results, figures: Sequence[str]) -> Section:
     report, level, beam = (results["rewards"][name] for name in ("report", "level", "beam"))
     about = f"{results['num_seeds']} seeds of both models, every one reported; lambda by seed, chosen on the development part alone: "
     about += ", ".join(f"{row[0]:.2f}" for row in report["held_out"]["lambdas"])
-    told = [_about_level(level), about, _INTERVALS, *sentences(report), _about_beam(beam)]
-    return Section(title="Reverse Reward", told=told, tables=[_method_rows(report), _equal_rows(report)], figures=figures)
+    tables = [_method_rows(report), _equal_rows(report), _mistake_rows(results["mistakes"])]
+    told = [_about_level(level), about, _INTERVALS, *sentences(report), _about_beam(beam), _MISTAKES]
+    return Section(title="Reverse Reward", told=told, tables=tables, figures=figures)
+
+
+_MISTAKES = (
+    "Why wrong answers are wrong, all candidates used: either every calculation is true, but of another question (a number that the"
+    " question does not have, a sentence left out), or one is false or none can be read. A reverse model is asked how well the question"
+    " follows from the answer: the first kind shows there, the second hardly."
+)
+
+
+def _mistake_rows(found: Results) -> Rows:
+    kinds = list(next(iter(found.values())))
+    rows = [["chosen by, % of answers", *(name for kind in kinds for name in (kind, "each seed"))]]
+    for name, shares in found.items():
+        cells = [(percent(sum(v) / len(v)), " ".join(map(percent, v))) for v in shares.values()]
+        rows.append([name, *(cell for pair in cells for cell in pair)])
+    return rows
 
 
 _INTERVALS = (

@@ -15,6 +15,7 @@ from backward import Backward
 from backward import section as backward_section
 from figures import loss_figures, reward_figures
 from losses import Twins, gaps, gaps_by_place, speed_of
+from mistakes import mistakes
 from rewards import Rewards
 from sections import Section, ablation, claims, loss, not_reproduced, reward
 from settings import Settings
@@ -33,6 +34,8 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     backward, ablations = Backward(rewards), Ablations(rewards)
     results = {"size": size, "num_seeds": len(settings.seeds), "word_problems": twins.corpora.counts()}
     results |= {"gaps": gaps(twins), "places": gaps_by_place(twins), "speed": _speeds(twins), "rewards": rewards.results()}
+    weights = [row[0] for row in results["rewards"]["report"]["held_out"]["lambdas"]]
+    results["mistakes"] = mistakes(rewards, weights)
     results |= {"abilities": Abilities(twins).results(), "backward": backward.results()}
     results |= {"ablations": ablations.results(), "wrong": ablations.wrong_direction()}
     write_whole(folder / "results.json", json.dumps(results, indent=1))

@@ -95,6 +95,16 @@ def test_the_calculator_reads_what_people_write(tmp_path: Path) -> None:
     assert found.strip() == str([is_true for _, is_true in CHAINS])
 
 
+def test_a_wrong_answer_is_of_another_question_or_wrongly_calculated(tmp_path: Path) -> None:
+    code = """
+from mistakes import kind_of
+record = {"answer": "3+4=7\\n#### 7"}
+print([kind_of(text, record) for text in ("3+4=7\\n#### 7", "3+5=8\\n#### 8", "3+4=8\\n#### 8", "8")])
+"""
+    kinds = ["right", "true calculations of another question", "false calculation", "false calculation"]
+    assert run_python(code, tmp_path).strip() == str(kinds)
+
+
 def test_word_problems_are_checked_and_the_calculators_notes_are_taken_out(tmp_path: Path) -> None:
     rows = [
         {"question": "3 and 4?", "answer": "It is 3+4=<<3+4=7>>7.\n#### 7"},
@@ -230,6 +240,10 @@ write_study(Path("study"), "tiny", load_settings("tiny", ["seeds=[1,2]"]), {"rer
     assert methods["reverse only"] == methods["oracle"] == methods["beam by Reverse Reward"] == 1.0
     assert methods["forward likelihood, sum"] == methods["greedy"] == methods["random of N"] == 0.25
     assert methods["Reverse Reward"] == 0.25
+    # three of four candidates are wrong in the sum k+1 itself; the reverse term finds the right one
+    for name, right in (("all candidates", 0.25), ("greedy", 0.25), ("reverse only", 1.0)):
+        kinds = {"right": right, "true calculations of another question": 0.0, "false calculation": 1 - right}
+        assert results["mistakes"][name] == {kind: [share] * 2 for kind, share in kinds.items()}
     wrong = {row["name"]: row["difference"] for row in results["wrong"]}
     assert wrong == {"reverse model fed text order": 0.0, "forward model fed reversed order": 0.0}
     page, summary = ((tmp_path / "study" / name).read_text() for name in ("report.html", "summary.md"))

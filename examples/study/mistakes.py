@@ -1,0 +1,60 @@
+"""Why wrong answers of part 2 are wrong, among all candidates and among what a method chooses: what a reverse model can see of it."""
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from lines import read_lines
+from problems import check_chain
+from rewards import GOLD, Rewards
+
+from megatron_ledom.inference.answers import answers_by
+
+RIGHT, UNFIT, FALSE = "right", "true calculations of another question", "false calculation"
+KINDS = (RIGHT, UNFIT, FALSE)
+Record = dict[str, Any]
+Score = dict[str, float]
+
+
+def mistakes(rewards: Rewards, weights: list[float]) -> dict[str, dict[str, list[float]]]:
+    """Shares of KINDS by seed among all candidates, greedy answers and choices. weights: lambda of each seed."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for seed, weight in zip(rewards.settings.seeds, weights, strict=True):
+        records = list(read_lines(rewards.ranked("test", seed)))
+        chosen: dict[str, list[str]] = {
+            "all candidates": [kind_of(text, r) for r in records for text in r["candidates"]],
+            "greedy": [kind_of(r["greedy"], r) for r in records],
+            "forward likelihood, sum": [kind_of(_best(r, _forward), r) for r in records],
+            "reverse only": [kind_of(_best(r, _reverse), r) for r in records],
+            "Reverse Reward": [kind_of(_best(r, _reward(weight)), r) for r in records],
+        }
+        for name, kinds in chosen.items():
+            counts = Counter(kinds)
+            for kind in KINDS:
+                found.setdefault(name, {}).setdefault(kind, []).append(counts[kind] / len(kinds))
+    return found
+
+
+def kind_of(text: str, record: Record) -> str:
+    """One of KINDS, for an answer to a question; a text that is no chain counts as a false calculation."""
+    answers = answers_by("number")
+    if answers.read(text) == answers.read(record[GOLD]):
+        return RIGHT
+    return UNFIT if check_chain(text) else FALSE
+
+
+def _best(record: Record, value: Callable[[Score], float]) -> str:
+    text, _ = max(zip(record["candidates"], record["scores"], strict=True), key=lambda pair: value(pair[1]))
+    return str(text)
+
+
+def _forward(score: Score) -> float:
+    return score["forward_logprob"]
+
+
+def _reverse(score: Score) -> float:
+    return score["reverse_logprob"]
+
+
+def _reward(weight: float) -> Callable[[Score], float]:
+    return lambda score: (1 - weight) * score["forward_logprob"] + weight * score["reverse_logprob"]
