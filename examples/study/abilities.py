@@ -141,7 +141,7 @@ def _rows(task: str, found: Mapping[str, list[dict[str, Any]]]) -> Iterator[dict
             "means": {direction: statistics.mean(found) for direction, found in values.items()},
             "within": {d: [[metric["low"], metric["high"]] for metric in metrics] for d, metrics in by_direction.items()},
             "difference": statistics.mean(difference),
-            "interval": interval_over_seeds(difference),
+            "interval": interval_over_seeds(difference, -1.0, 1.0),
         }
 
 

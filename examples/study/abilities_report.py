@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from losses import interval_over_seeds
-from sections import Results, Rows, Section, percent
+from sections import Results, Rows, Section, interval, percent
 from twins import DIRECTIONS
 
 from megatron_ledom import pages
@@ -55,15 +55,15 @@ class Claim:
 
     def failure(self) -> str | None:
         """What was found instead; None where it is as expected."""
-        mean, interval = statistics.mean(self.by_seed), interval_over_seeds(self.by_seed)
-        if self.is_strict and interval is not None and interval[0] > 0:
+        mean, between = statistics.mean(self.by_seed), interval_over_seeds(self.by_seed, -1.0, 1.0)
+        if self.is_strict and between is not None and between[0] > 0:
             return None
         if not self.is_strict and mean >= 0:
             return None
         sure = "the interval holds 0"
-        if interval is None:
+        if between is None:
             sure = "one seed"
-        elif interval[1] < 0:
+        elif between[1] < 0:
             sure = "surely below"
         return f"{self.text}: {100 * mean:+.1f} points, {sure}. {self.reason}"
 
@@ -73,6 +73,16 @@ def abilities_section(results: Results) -> Section:
     tables = [table for part in PARTS if len(table := _table(results, part)) > 1]
     told = [_about(results), *_told(results)]
     return Section(title=TITLE, told=told, tables=tables, figures=abilities_figures(results))
+
+
+def abilities_claims(results: Results) -> Rows:
+    """A row of the table of claims for each expected direction of effect; the paper shows these by examples, without figures."""
+    rows = []
+    for claim in _claims(results):
+        between = interval(interval_over_seeds(claim.by_seed, -1.0, 1.0), 100, "+.1f")
+        found = f"{100 * statistics.mean(claim.by_seed):+.1f} points ({between})"
+        rows.append([claim.text, "examples alone", found, "as expected" if claim.failure() is None else "not surely so"])
+    return rows
 
 
 def abilities_not_reproduced(results: Results) -> list[str]:
@@ -185,25 +195,31 @@ def _claims(results: Results) -> Iterator[Claim]:
         if own is None or other is None:
             continue
         for direction, first, second, order in (
-            ("reverse", other, own, "against text order above in it"),
-            ("forward", own, other, "in text order above against it"),
+            ("reverse", other, own, "against text order than in it"),
+            ("forward", own, other, "in text order than against it"),
         ):
             by_seed = [a - b for a, b in zip(first["values"][direction], second["values"][direction], strict=True)]
             yield Claim(
-                f"Facts, {way}, {direction} model, {order}",
+                f"Facts, {way}: the {direction} model is right more often {order}",
                 by_seed,
                 "Few facts and few seeds, and what was read too seldom is not learnt.",
             )
     kinds = (
-        ("question_from_answer", "all", "A question of a given solution, reverse above forward", _UNLEARNT, True),
+        (
+            "question_from_answer",
+            "all",
+            "A question for a given solution: reverse is right more often than forward",
+            _UNLEARNT,
+            True,
+        ),
         (
             "abduction",
             "known_world",
-            "The cause of outcomes in a known world, reverse at least as good as forward",
+            "The cause of outcomes in a known world: reverse is at least as good as forward",
             _PLACE_LAST,
             False,
         ),
-        ("label_backfill", "all", "The label of a text, reverse at least as good as forward", _LABEL, False),
+        ("label_backfill", "all", "The label of a text: reverse is at least as good as forward", _LABEL, False),
     )
     for task, group, text, reason, is_strict in kinds:
         row = _find(results, task, group)
@@ -241,9 +257,7 @@ def _table(results: Results, tasks: Sequence[str]) -> Rows:
             seeds = zip(row["values"][direction], row["within"][direction], strict=True)
             each = "; ".join(f"{percent(value)} ({percent(low)} to {percent(high)})" for value, (low, high) in seeds)
             cells += [percent(row["means"][direction]), each]
-        interval = row["interval"]
-        between = "none" if interval is None else " to ".join(f"{100 * value:+.1f}" for value in interval)
-        rows.append([*cells, f"{100 * row['difference']:+.1f}", between])
+        rows.append([*cells, f"{100 * row['difference']:+.1f}", interval(row["interval"], 100, "+.1f")])
     return rows
 
 

@@ -70,6 +70,6 @@ def section(found: dict[str, Any]) -> Section:
     )
     rows = [["of the problems written", "%", "95 % interval", "each seed"]]
     for name, values in found["by_seed"].items():
-        span = interval(interval_over_seeds(values), 100, ".1f")
+        span = interval(interval_over_seeds(values, 0.0, 1.0), 100, ".1f")
         rows.append([name, percent(sum(values) / len(values)), span, " ".join(map(percent, values))])
     return Section(title="Working backward", told=[about], tables=[rows])

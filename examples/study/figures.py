@@ -23,22 +23,26 @@ def loss_figures(twins: Twins, places: dict[str, list[dict[str, Any]]]) -> list[
         title = f"{corpus}, {model} model, seed {seed}"
         pictures = {theme: draw("loss", runs, theme, SMOOTH, title) for theme in pages.THEMES}
         figures.append(pages.figure(f"loss: {title}", pictures))
-    return [*figures, pages.figure("gap by place", {theme: _draw_places(places, theme) for theme in pages.THEMES})]
+    for corpus, rows in places.items():
+        pictures = {theme: _draw_places(corpus, rows, theme) for theme in pages.THEMES}
+        figures.append(pages.figure(f"difference by place: {corpus}", pictures))
+    return figures
 
 
-def _draw_places(places: dict[str, list[dict[str, Any]]], theme: str) -> bytes:
-    """One line a corpus, with its interval where there is one."""
+def _draw_places(corpus: str, rows: list[dict[str, Any]], theme: str) -> bytes:
+    """The difference in each tenth, with its interval where there is one."""
+    colour = pages.COLOURS[theme][1]
 
     def _fill(axes: Any) -> None:
-        for (corpus, rows), colour in zip(places.items(), pages.COLOURS[theme], strict=False):
-            middles = [10 * row["tenth"] + 5 for row in rows]
-            axes.plot(middles, [row["gap"] for row in rows], color=colour, marker="o", ms=3, lw=1.4, label=corpus)
-            known = [(x, *row["interval"]) for x, row in zip(middles, rows, strict=True) if row["interval"] is not None]
-            axes.fill_between([x for x, _, _ in known], *([p[i] for p in known] for i in (1, 2)), color=colour, alpha=0.15)
+        middles = [10 * row["tenth"] + 5 for row in rows]
+        axes.plot(middles, [row["difference"] for row in rows], color=colour, marker="o", ms=3, lw=1.4, label=corpus)
+        known = [(x, *row["interval"]) for x, row in zip(middles, rows, strict=True) if row["interval"] is not None]
+        axes.fill_between([x for x, _, _ in known], *([p[i] for p in known] for i in (1, 2)), color=colour, alpha=0.2)
         axes.axhline(0, color=pages.THEMES[theme]["ink"], lw=0.8)
-        axes.set(xlabel="place in the document, % of its tokens", ylabel="reverse above forward (%)", title="Gap by place")
+        labels = {"xlabel": "place in the document, % of its tokens", "ylabel": "reverse minus forward (nats a token)"}
+        axes.set(xlim=(0, 100), title=f"Loss difference by place: {corpus}, largest models", **labels)
 
-    return pages.draw_png(theme, (8.5, 4.0), _fill)
+    return pages.draw_png(theme, (8.5, 3.2), _fill)
 
 
 def reward_figures(report: dict[str, Any]) -> list[str]:

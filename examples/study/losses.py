@@ -1,6 +1,7 @@
 """Part 1: twins that differ in direction alone, over corpora, sizes and seeds, and the gap between their losses."""
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from itertools import product
@@ -103,36 +104,33 @@ def gaps(twins: Twins) -> list[dict[str, Any]]:
         found = {d: [final_losses(twins.run_of(corpus, model, seed, d)) for seed in twins.settings.seeds] for d in DIRECTIONS}
         for domain in twins.corpora.domains[corpus]:
             losses = {d: [loss[domain] for loss in found[d]] for d in DIRECTIONS}
-            rows.append({"corpus": corpus, "model": model, "domain": domain, **_gap(losses)})
+            by_seed = [100 * (r / f - 1) for r, f in zip(losses["reverse"], losses["forward"], strict=True)]
+            row = {"corpus": corpus, "model": model, "domain": domain, "losses": losses, "by_seed": by_seed}
+            rows.append({**row, "gap": statistics.mean(by_seed), "interval": interval_over_seeds(by_seed)})
     return rows
 
 
 def gaps_by_place(twins: Twins) -> dict[str, list[dict[str, Any]]]:
-    """By corpus, for each tenth of a document in reading order, the gap of the largest twins in inner tokens, as in `gaps`."""
+    """By corpus, for each tenth of a document in reading order, reverse minus forward of the largest twins, in nats an inner token."""
     found = {}
     for corpus in twins.corpora.domains:
         paths = [twins.compared(corpus, seed) / "report.json" for seed in twins.settings.seeds]
         reports = [json.loads(path.read_text(encoding="utf-8")) for path in paths]
         rows = []
         for tenths in zip(*(report["tenths"] for report in reports), strict=True):
-            losses = {d: [tenth[d] for tenth in tenths] for d in DIRECTIONS}
-            rows.append({"tenth": tenths[0]["group"], "tokens": tenths[0]["tokens"], **_gap(losses)})
+            by_seed = [tenth["reverse"] - tenth["forward"] for tenth in tenths]
+            row = {"tenth": tenths[0]["group"], "tokens": tenths[0]["tokens"], "by_seed": by_seed}
+            rows.append({**row, "difference": statistics.mean(by_seed), "interval": interval_over_seeds(by_seed)})
         found[corpus] = rows
     return found
 
 
-def _gap(losses: dict[str, list[float]]) -> dict[str, Any]:
-    """losses: by direction, of each seed."""
-    by_seed = [100 * (r / f - 1) for r, f in zip(losses["reverse"], losses["forward"], strict=True)]
-    interval = interval_over_seeds(by_seed)
-    return {"losses": losses, "by_seed": by_seed, "gap": statistics.mean(by_seed), "interval": interval}
-
-
-def interval_over_seeds(values: Sequence[float]) -> list[float] | None:
-    """95 % interval of the mean by Student's t; None for a single seed, which has none."""
+def interval_over_seeds(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> list[float] | None:
+    """95 % interval of the mean by Student's t, cut to what can be; None for a single seed, which has none."""
     if len(values) < 2:
         return None
     from scipy.stats import t
 
+    mean = statistics.mean(values)
     half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return [statistics.mean(values) - half, statistics.mean(values) + half]
+    return [max(least, mean - half), min(most, mean + half)]

@@ -39,11 +39,11 @@ def interval(found: Sequence[float] | None, scale: float = 1.0, form: str = "+.2
     return "none" if found is None else " to ".join(format(scale * value, form) for value in found)
 
 
-def claims(results: Results) -> Section:
-    """What the paper claims, what is published, what is found, and a verdict."""
+def claims(results: Results, of_abilities: Rows) -> Section:
+    """What the paper claims, what is published, what is found, and a verdict; `of_abilities`: the rows of part 3."""
     rows = [["claim", "published", "found here", "verdict"], _gap_claim(results["gaps"])]
     rows += [_reward_claim(results["rewards"]["report"], against) for against in ("greedy", "majority vote")]
-    rows += [_guard_claim(results["wrong"])]
+    rows += [*of_abilities, _guard_claim(results["wrong"])]
     return Section(title="The claims", tables=[rows])
 
 
@@ -130,8 +130,10 @@ def loss(results: Results, figures: Sequence[str]) -> Section:
         f" interval Student's t over seeds. Published: {PUBLISHED_GAP}."
     )
     place = (
-        "By place: the gap of the largest twins in each tenth of a document, in reading order for both. The first and the last token of"
-        " a text are left out: each of them is the one that one of the twins has to tell from the end-of-document token alone."
+        "By place: reverse minus forward of the largest twins, in nats a token, in each tenth of a document, in reading order for both."
+        " The first and the last token of a text are left out: each of them is the one that one of the twins has to tell from the"
+        " end-of-document token alone. Each twin knows least at its own beginning: in problems whose question and solution tell nearly the"
+        " same, the forward twin pays for the numbers in the question, the reverse twin in the solution."
     )
     problems = "; ".join(
         f"{name}: {found['train']:,} trained on, {found['held_out']} held out, {found['refused']:,} refused by the calculator"
@@ -153,12 +155,12 @@ def _gap_rows(found: list[Results]) -> Rows:
 
 
 def _place_rows(places: dict[str, list[Results]]) -> Rows:
-    rows = [["gap % by tenth", *(name for corpus in places for name in (corpus, "95 % interval"))]]
+    rows = [["nats by tenth", *(name for corpus in places for name in (corpus, "95 % interval"))]]
     for tenth in sorted({row["tenth"] for found in places.values() for row in found}):
         cells = [f"{10 * tenth} to {10 * tenth + 10} %"]
         for found in places.values():
             row = next((one for one in found if one["tenth"] == tenth), None)
-            cells += ["none", "none"] if row is None else [f"{row['gap']:+.2f}", interval(row["interval"])]
+            cells += ["none", "none"] if row is None else [f"{row['difference']:+.3f}", interval(row["interval"], form="+.3f")]
         rows.append(cells)
     return rows
 

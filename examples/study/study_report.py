@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from abilities import Abilities
-from abilities_report import abilities_not_reproduced, abilities_section
+from abilities_report import abilities_claims, abilities_not_reproduced, abilities_section
 from ablations import Ablations
 from backward import Backward
 from backward import section as backward_section
@@ -43,7 +43,7 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     failed = [*not_reproduced(results), *abilities_not_reproduced(results["abilities"])]
     failed = failed or ["Every direction of effect that was looked at is as published."]
     sections = [
-        claims(results),
+        claims(results, abilities_claims(results["abilities"])),
         Section(title="What did not reproduce", told=failed),
         loss(results, figures["loss"]),
         reward(results, figures["reward"]),

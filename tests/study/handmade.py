@@ -17,7 +17,7 @@ PLACES = {1: [0.1, 0.0], 2: [0.3, 0.0]}
 
 
 def write_study(folder: Path) -> None:
-    """Everything that the report reads, for the seeds, models and samples of tiny.yaml."""
+    """Everything that the report reads, for the seeds, models and samples of small.yaml."""
     for corpus, domains in DOMAINS.items():
         for model in ("small", "large"):
             for seed, losses in LOSSES.items():

@@ -70,10 +70,12 @@ def test_what_is_not_as_expected_is_said(tmp_path: Path) -> None:
     failed = _report(tmp_path, second)["failed"]
     assert len(failed) == 3
     assert failed[0].startswith(
-        "Facts, chosen, reverse model, against text order above in it: +0.0 points, the interval holds 0"
+        "Facts, chosen: the reverse model is right more often against text order than in it: +0.0 points, the interval holds 0"
     )
-    assert failed[1].startswith("A question of a given solution, reverse above forward: +15.0 points, the interval holds 0")
-    assert failed[2].startswith("The cause of outcomes in a known world, reverse at least as good as forward: -20.0 points")
+    assert failed[1].startswith(
+        "A question for a given solution: reverse is right more often than forward: +15.0 points, the interval holds 0"
+    )
+    assert failed[2].startswith("The cause of outcomes in a known world: reverse is at least as good as forward: -20.0 points")
 
 
 def test_to_know_what_was_never_trained_is_an_alarm_only_where_every_seed_does(tmp_path: Path) -> None:

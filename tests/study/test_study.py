@@ -1,4 +1,4 @@
-"""The study: its problems and steps alone, and (slow) its smallest size through every command, killed once, opened in a browser."""
+"""The study: its problems and steps alone, its smallest size through every command, killed once, and (slow) opened in a browser."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests.study.handmade import write_study
 from tests.tiny_runs import ROOT
@@ -129,8 +130,9 @@ drawn = gsm_symbolic(200, 1)
 texts = [problem["text"] for problem in drawn.problems]
 assert drawn.problems == gsm_symbolic(200, 1).problems and len(set(texts)) == len(texts) > 100
 assert all("####" in text and "Do not include units" not in text for text in texts)
+print("done")
 """
-    run_python(code, tmp_path)
+    assert run_python(code, tmp_path) == "done\n"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +213,7 @@ from pathlib import Path
 from settings import load_settings
 from study_report import write_study
 note = {"seconds": 1.5, "commands": [["python", "tools/rerank.py"]], "inputs": {"study/a": "00ff" * 16}}
-write_study(Path("study"), "tiny", load_settings("tiny", ["seeds=[1,2]"]), {"rerank_test_1": note})
+write_study(Path("study"), "small", load_settings("small", ["abilities.seeds=[1]"]), {"rerank_test_1": note})
 """
     run_python(code, tmp_path)
     results = json.loads((tmp_path / "study/results.json").read_text())
@@ -223,9 +225,9 @@ write_study(Path("study"), "tiny", load_settings("tiny", ["seeds=[1,2]"]), {"rer
     assert {row["domain"] for row in results["gaps"]} == {"prose", "code", "problems", "gsm_symbolic"}
     for first, last in results["places"].values():
         assert (first["tenth"], last["tenth"]) == (0, 9)
-        assert first["by_seed"] == pytest.approx([5.0, 15.0])
-        assert first["gap"] == pytest.approx(10.0)
-        assert last["gap"] == pytest.approx(0.0)
+        assert first["by_seed"] == pytest.approx([0.1, 0.3])
+        assert first["difference"] == pytest.approx(0.2)
+        assert last["difference"] == pytest.approx(0.0)
     shares = {
         "true chain": 0.25,
         "solved to the result": 0.5,
@@ -233,7 +235,9 @@ write_study(Path("study"), "tiny", load_settings("tiny", ["seeds=[1,2]"]), {"rer
         "copy of a trained question": 0.25,
     }
     assert results["backward"]["by_seed"] == {name: [share] * 2 for name, share in shares.items()}
-    assert results["backward"]["chance"] == pytest.approx(1 / 2 / 4)  # one of two trained problems ends in 5 to 8, four results
+    assert results["backward"]["chance"] == pytest.approx(
+        1 / 2 / 20
+    )  # one of two trained problems ends in 2 to 21, twenty results
     report = results["rewards"]["report"]
     assert report["held_out"]["num_folds"] is None
     methods = {name: found["accuracy"] for name, found in report["methods"].items()}
@@ -254,9 +258,8 @@ write_study(Path("study"), "tiny", load_settings("tiny", ["seeds=[1,2]"]), {"rer
     assert "00ff00ff00ff00ff  study/a" in page
     assert "gsm_symbolic: 360 trained on, 40 held out, 7 refused by the calculator" in page
     assert "| Reverse Reward is right more often than greedy |" in summary
-    assert (
-        page.count("<picture>") == 10
-    )  # a loss curve for three corpora and two models, by place, over N and lambda, abilities
+    # a loss curve for three corpora and two models, three by place, over N and lambda, abilities
+    assert page.count("<picture>") == 12
     assert "https://" not in page
 
 
@@ -298,38 +301,56 @@ def start(folder: Path) -> "subprocess.Popen[str]":
     return subprocess.Popen(command, cwd=folder, env=environment, text=True, start_new_session=True, **streams)
 
 
-@pytest.mark.slow
-def test_the_tiny_study_goes_on_after_a_kill_and_its_page_opens(tmp_path: Path) -> None:
-    killed = start(tmp_path)
+@pytest.fixture(scope="module")
+def tiny_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny study that was killed once on the way."""
+    folder = tmp_path_factory.mktemp("tiny")
+    killed = start(folder)
     assert killed.stdout is not None
     for line in killed.stdout:
-        if line.startswith("--- train_maths_large_1"):
+        if line.startswith("--- train_maths"):
             break
     os.killpg(killed.pid, signal.SIGKILL)
     killed.wait()
-    done = start(tmp_path)
+    done = start(folder)
     output, _ = done.communicate()
     assert done.returncode == 0, output[-3000:]
     assert "--- collect\n" not in output
-    study = tmp_path / "study/tiny"
-    results = json.loads((study / "results.json").read_text())
+    return folder / "study/tiny"
+
+
+def test_the_tiny_study_goes_on_after_a_kill_and_fills_every_table(tiny_study: Path) -> None:
+    results = json.loads((tiny_study / "results.json").read_text())
     assert {row["domain"] for row in results["gaps"]} == {"prose", "code", "problems", "gsm_symbolic"}
     assert all(len(row["by_seed"]) == 1 for row in [*results["gaps"], *results["ablations"], *results["wrong"]])
     assert results["rewards"]["report"]["num_candidates"] == 4
-    assert "https://" not in (study / "report.html").read_text()
-    again = start(tmp_path)
+    assert {row["task"] for row in results["abilities"]["rows"]} >= {"question_from_answer", "reversal", "reversal_written"}
+    assert set(results["places"]) == {"text", "maths", "gsm"}
+    page = (tiny_study / "report.html").read_text()
+    assert "https://" not in page
+    for step in tiny_study.glob("steps/*.json"):
+        assert f"{step.stem}, " in page  # its commands and hashes
+
+
+@pytest.mark.slow
+def test_a_finished_study_does_nothing_again_and_its_page_opens_light_and_dark(tiny_study: Path) -> None:
+    again = start(tiny_study.parents[1])
     assert "---" not in again.communicate()[0]
-    assert_page_opens(study / "report.html", tmp_path)
-
-
-def assert_page_opens(page: Path, folder: Path) -> None:
-    """A real browser draws it; skips where there is none."""
-    browser = next((found for name in ("chromium", "google-chrome", "firefox") if (found := shutil.which(name))), None)
+    assert again.returncode == 0
+    browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
     if browser is None:
         pytest.skip("no browser on this machine: the page was made, but not opened")
-    options = ["--headless", "--screenshot=shot.png", "--window-size=1000,3000"]
-    options += [] if "firefox" in browser else ["--no-sandbox", "--disable-gpu"]
-    subprocess.run([browser, *options, page.as_uri()], cwd=folder, check=True, capture_output=True, timeout=120)
-    shot = (folder / "shot.png").read_bytes()
-    assert shot.startswith(b"\x89PNG")
-    assert len(shot) > 30_000  # a blank page is a few thousand bytes
+    shots = {}
+    for theme, number in (("dark", 0), ("light", 1)):
+        shot = tiny_study / f"{theme}.png"
+        options = ["--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={shot}", "--window-size=1100,4000"]
+        options += [f"--blink-settings=preferredColorScheme={number}"]
+        command = [browser, *options, (tiny_study / "report.html").as_uri()]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        with Image.open(shot) as image:
+            pixels = image.convert("L")
+            shots[theme] = (pixels.getpixel((3, 3)), pixels.getextrema())
+    for theme, is_paper in (("dark", lambda grey: grey < 40), ("light", lambda grey: grey > 240)):
+        paper, (least, most) = shots[theme]
+        assert is_paper(paper), shots
+        assert most - least > 150, shots  # something is drawn on it
