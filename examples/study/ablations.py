@@ -132,15 +132,23 @@ class Ablations:
         return rows
 
     def wrong_direction(self) -> list[dict[str, Any]]:
-        """Models fed the wrong way beside chance, which is the mean over all candidates of the same questions."""
+        """Models fed the wrong way beside chance, which is the mean over all candidates of the same questions.
+
+        `right_way`: the same figure of the same model fed its own way. Where it is not above chance the guard shows nothing.
+        """
         settings = ReportSettings(gold_key=GOLD, reward=RewardSettings())
         wrong = self._questions("test", WRONG)
-        chance = outcomes_of("random of N", wrong, settings, wrong)
-        methods = {
-            "forward likelihood, mean": "reverse model fed text order",
-            "reverse only": "forward model fed reversed order",
+        chance, test = outcomes_of("random of N", wrong, settings, wrong), self.rewards.questions("test")
+        methods = {  # how the model in the place of another is used, how it is used rightly, what it is
+            "forward likelihood, mean": ("reverse only", "reverse model fed text order"),
+            "reverse only": ("forward likelihood, mean", "forward model fed reversed order"),
         }
-        return [_row(name, outcomes_of(m, wrong, settings, wrong), chance, settings) for m, name in methods.items()]
+        rows = []
+        for method, (own_method, name) in methods.items():
+            right_way = _row(own_method, outcomes_of(own_method, test, settings, test), chance, settings)
+            row = _row(name, outcomes_of(method, wrong, settings, wrong), chance, settings)
+            rows.append({**row, "right_way": [right_way["difference"], right_way["difference_interval"]]})
+        return rows
 
     def _questions(self, part: str, scorer: str) -> list[list[Question]]:
         paths = [self.scored(part, seed, scorer) for seed in self.settings.seeds]

@@ -66,7 +66,7 @@ def section(found: dict[str, Any]) -> Section:
         f"Working backward: the reverse twins of the word problems made by rule are given `#### N` for N from {low} to {high}, and write"
         f" {found['num_samples']} problems each, the solution from its last line to its first and then the question. A solver reads the"
         f" question. A question of the training part drawn at random has the asked result in {percent(found['chance'])} % of the cases."
-        " No forward model can be asked this: what it is given is what a text begins with."
+        " A forward model has no such way: a result alone is not what a text begins with."
     )
     rows = [["of the problems written", "%", "95 % interval", "each seed"]]
     for name, values in found["by_seed"].items():

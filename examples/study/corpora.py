@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
+from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -70,7 +71,7 @@ class Corpora:
             write_lines(folder / "train.jsonl", train)
             write_whole(folder / "counts.json", json.dumps(counts))
 
-        asked = [settings.num_gsm_symbolic, settings.num_gsm_held_out, settings.problems_seed]
+        asked = [settings.num_gsm_symbolic, settings.num_gsm_held_out, settings.problems_seed, version("reasoning-gym")]
         return Step(
             name="word_problems", inputs=inputs, outputs=[*outputs, folder / "counts.json"], work=_write, settings=asked
         )

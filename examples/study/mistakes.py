@@ -13,7 +13,7 @@ from megatron_ledom.inference.answers import answers_by
 RIGHT, UNFIT, FALSE = "right", "true calculations of another question", "false calculation"
 KINDS = (RIGHT, UNFIT, FALSE)
 Record = dict[str, Any]
-Score = dict[str, float]
+Score = dict[str, float | None]
 
 
 def mistakes(rewards: Rewards, weights: list[float]) -> dict[str, dict[str, list[float]]]:
@@ -49,12 +49,17 @@ def _best(record: Record, value: Callable[[Score], float]) -> str:
 
 
 def _forward(score: Score) -> float:
-    return score["forward_logprob"]
+    return _known(score["forward_logprob"])
 
 
 def _reverse(score: Score) -> float:
-    return score["reverse_logprob"]
+    return _known(score["reverse_logprob"])
 
 
 def _reward(weight: float) -> Callable[[Score], float]:
-    return lambda score: (1 - weight) * score["forward_logprob"] + weight * score["reverse_logprob"]
+    return lambda score: (1 - weight) * _forward(score) + weight * _reverse(score)
+
+
+def _known(value: float | None) -> float:
+    """Below all others where a candidate, such as an empty one, cannot be scored."""
+    return -1e300 if value is None else value

@@ -18,8 +18,6 @@ from megatron_ledom.inference.selection_report import (
     LEVEL,
     MAIN,
     ReportSettings,
-    affordable_num,
-    candidate_tokens,
     compare,
     interval_of,
     num_candidates,
@@ -117,17 +115,32 @@ class Rewards:
         """
         spent = [json.loads(Path(f"{self.beam(s)}.spent.json").read_text(encoding="utf-8")) for s in self.settings.seeds]
         tokens = sum(one["forward_tokens"] + one["reverse_tokens"] for one in spent) / sum(map(len, test))
-        candidate = sum(candidate_tokens(test))
-        num = affordable_num(tokens, candidate, num_candidates(test))
+        costs = self._tokens_by_num(num_candidates(test))
+        num = max([n for n, cost in enumerate(costs, 1) if cost <= tokens], default=1)
         found = outcomes_of("beam by Reverse Reward", test, settings)
         best = outcomes_of(MAIN, test, settings, development, num)
         return {
             "accuracy": float(found.mean()),
             "tokens": tokens,
             "num": num,
-            "num_tokens": num * candidate,
-            "is_affordable": num * candidate <= tokens * (1 + 1e-12),
+            "num_tokens": costs[num - 1],
+            "is_affordable": costs[num - 1] <= tokens,
             "best_of_num": float(best.mean()),
             "difference": float((found - best).mean()),
             "difference_interval": interval_of(found - best, LEVEL, settings),
         }
+
+    def _tokens_by_num(self, num: int) -> list[float]:
+        """Tokens a question of writing and judging its first 1, 2 ... `num` candidates. Equal answers are judged once, as in the search."""
+        totals, num_questions = [0] * num, 0
+        for seed in self.settings.seeds:
+            for record in read_lines(self.ranked("test", seed)):
+                judged, spent = set[str](), 0
+                num_questions += 1
+                for number, (text, score) in enumerate(zip(record["candidates"], record["scores"], strict=True)):
+                    written = score["forward_tokens"] or 0
+                    spent += written + (0 if text in judged else written + (score["reverse_tokens"] or 0))
+                    judged.add(text)
+                    if number < num:
+                        totals[number] += spent
+        return [total / num_questions for total in totals]

@@ -9,6 +9,7 @@ from problems import Level
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_ledom.errors import UsageError
+from megatron_ledom.evaluation.made.generators import GENERATORS
 
 HERE = Path(__file__).parent
 CORPORA = ("text", "maths", "gsm", "abilities")
@@ -113,5 +114,17 @@ def _check(settings: Settings) -> None:
     if not abilities.num or set(abilities.num) != set(abilities.repeats):
         told = f"{', '.join(abilities.num)} and {', '.join(abilities.repeats)}"
         raise UsageError(f"abilities.num and abilities.repeats name {told}; both need the same sets, and at least one")
+    if unknown := set(abilities.num) - set(GENERATORS):
+        raise UsageError(f"abilities.num names {', '.join(sorted(unknown))}; there are {', '.join(GENERATORS)}")
+    for name, seeds in (("seeds", settings.seeds), ("abilities.seeds", abilities.seeds)):
+        if not seeds or len(set(seeds)) != len(seeds):
+            raise UsageError(f"{name} is {seeds}; each seed stands once, and there is at least one")
+    if min(settings.num_problems.values()) < 2:
+        raise UsageError(f"num_problems is {settings.num_problems}; each part needs at least 2 problems a level")
+    low, high, num = settings.backward
+    if not 0 <= low <= high or num < 1:
+        raise UsageError(
+            f"backward is {list(settings.backward)}; it needs a first result, a last one not below it, and at least 1 each"
+        )
     if settings.gsm8k is not None and not Path(settings.gsm8k).is_file():
         raise UsageError(f"{settings.gsm8k} is no file; give GSM8K's training part as JSON lines or Parquet, or leave it out")

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from commands import check_exit, show
+from commands import ROOT, check_exit, show
 
 Work = Callable[[], None]
 
@@ -35,12 +35,16 @@ class Step:
 class Runner:
     """Runs steps and keeps a note of each below `folder`: its key, commands, hashes of what it read, and seconds.
 
-    A step that is a function is done again where a file of this folder has changed, any step where the package's version has.
+    A step that is a function, or runs a script of this folder, is done again where a file of this folder has changed; any step where
+    Python code of the package or its tools has.
     """
 
     def __init__(self, folder: Path, at_once: int) -> None:
         self.notes, self.logs, self.at_once = folder / "steps", folder / "logs", at_once
         self.code = {path.name: hash_of(path) for path in sorted(Path(__file__).parent.glob("*.py"))}
+        sources = sorted(path for top in ("megatron_ledom", "tools") for path in (ROOT / top).rglob("*.py"))
+        digest = hashlib.sha256("".join(hash_of(path) for path in sources).encode()).hexdigest()
+        self.package = f"{version('megatron-ledom')}, sources {digest[:16]}"
         self.names: list[str] = []
         for path in (self.notes, self.logs):
             path.mkdir(parents=True, exist_ok=True)
@@ -56,7 +60,8 @@ class Runner:
         note = self.notes / f"{step.name}.json"
         inputs = {str(path): hash_of(path) for path in step.inputs}
         asked = {"commands": step.commands, "settings": step.settings, "inputs": inputs}
-        asked |= {"package": version("megatron-ledom"), "code": self.code if step.work is not None else None}
+        is_of_here = step.work is not None or any(Path(part).name in self.code for command in step.commands for part in command)
+        asked |= {"package": self.package, "code": self.code if is_of_here else None}
         key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
         found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
         if found.get("key") == key and found.get("is_done") and all(path.exists() for path in step.outputs):

@@ -3,7 +3,9 @@
 import html
 import json
 import shlex
+import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -55,17 +57,18 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     write_whole(folder / "summary.md", _markdown(title, sections))
     page = folder / "report.html"
     body = [line for section in sections for line in _as_html(section)]
-    write_whole(page, pages.page(title, [*body, "<h2>Commands and hashes</h2>", *_commands(notes)], STYLE))
+    write_whole(page, pages.page(title, [*body, "<h2>Commands and hashes</h2>", *_commands(notes, settings)], STYLE))
     return page
 
 
 def _speeds(twins: Twins) -> dict[str, list[float]]:
-    """Median tokens/s and share of the matmul peak, by corpus and model, of all runs."""
+    """Mean over runs of their median tokens/s, and its share of the highest matmul peak that one of them measured."""
     found = {}
     for corpus, model in product(twins.corpora.domains, twins.settings.models):
         runs = [twins.run_of(corpus, model, s, d) for s, d in product(twins.settings.seeds, DIRECTIONS)]
         values = [speed_of(run) for run in runs]
-        found[f"{corpus}, {model}"] = [sum(column) / len(values) for column in zip(*values, strict=True)]
+        speed = sum(tokens for tokens, _ in values) / len(values)
+        found[f"{corpus}, {model}"] = [speed, speed * min(share / tokens for tokens, share in values)]
     return found
 
 
@@ -74,11 +77,15 @@ def _as_html(section: Section) -> list[str]:
     return [f"<h2>{html.escape(section.title)}</h2>", *told, *map(pages.table, section.tables), *section.figures]
 
 
-def _commands(notes: dict[str, dict[str, Any]]) -> list[str]:
-    """Every step's commands, seconds, and the sha256 of what it read."""
-    told = [f"<p>{len(notes)} steps, {sum(note['seconds'] for note in notes.values()):,.0f} s of one core each.</p>"]
+def _commands(notes: dict[str, dict[str, Any]], settings: Settings) -> list[str]:
+    """The study's command and settings; every step's commands, seconds, and the sha256 of what it read and of the code that did it."""
+    told = [f"<pre>{html.escape(shlex.join(sys.argv))}\n{html.escape(json.dumps(asdict(settings)))}</pre>"]
+    told += [f"<p>{len(notes)} steps, {sum(note['seconds'] for note in notes.values()):,.0f} s of one core each.</p>"]
     for name, note in notes.items():
         lines = [shlex.join(command) for command in note["commands"]]
+        lines += [f"package {note['package']}"] if "package" in note else []
+        lines += [f"settings {json.dumps(note['settings'])}"] if note.get("settings") is not None else []
+        lines += [f"{digest[:16]}  examples/study/{path}" for path, digest in (note.get("code") or {}).items()]
         lines += [f"{digest[:16]}  {path}" for path, digest in note["inputs"].items()]
         title = html.escape(f"{name}, {note['seconds']:.1f} s")
         told.append(f"<details><summary>{title}</summary><pre>{html.escape(chr(10).join(lines))}</pre></details>")

@@ -1,7 +1,8 @@
 """Word problems written by people: GSM8K's training part from a file, and reasoning-gym's variations of a hundred such problems.
 
 Both have worked solutions that end in `#### N`. A calculator reads every solution; one that states a false equation, or in which it
-cannot read any, is left out and counted. Of the test part of GSM8K nothing is used.
+cannot read any, is left out and counted. GSM8K's test part is not read; the problems that are varied come from it, though (GSM-Symbolic,
+arXiv 2410.05229), so never judge these models on that part.
 """
 
 import ast

@@ -139,12 +139,16 @@ print("done")
     ("arguments", "told"),
     [
         (["num_sample=3"], "num_sample"),
-        (["seeds=[]"], "seeds, models and levels"),
+        (["models={}", "levels=[]"], "seeds, models and levels"),
         (
             ["train_iters={text: 3}", "vocab_size.mats=3"],
             "vocab_size has text, maths, gsm, abilities, mats; it needs text, maths, gsm, abilities",
         ),
         (["--gsm8k", "nowhere.jsonl"], "nowhere.jsonl is no file"),
+        (["abilities.num.riddles=3", "abilities.repeats.riddles=1"], "abilities.num names riddles"),
+        (["seeds=[1,1]"], "seeds is [1, 1]"),
+        (["num_problems.development=1"], "at least 2 problems a level"),
+        (["backward=[9,3,2]"], "backward is [9, 3, 2]"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_made(arguments: list[str], told: str, tmp_path: Path) -> None:
@@ -258,6 +262,8 @@ write_study(Path("study"), "small", load_settings("small", ["abilities.seeds=[1]
     assert "00ff00ff00ff00ff  study/a" in page
     assert "gsm_symbolic: 360 trained on, 40 held out, 7 refused by the calculator" in page
     assert "| Reverse Reward is right more often than greedy |" in summary
+    assert "cannot tell of: forward model fed reversed order (no better than chance the right way either)" in summary
+    assert "chooses worse than chance" not in summary
     # a loss curve for three corpora and two models, three by place, over N and lambda, abilities
     assert page.count("<picture>") == 12
     assert "https://" not in page
@@ -291,6 +297,33 @@ for tokens in (20, 30, 80, 500):  # of a question
         assert (row["accuracy"], row["best_of_num"], row["difference"]) == (1.0, 0.25, 0.75)
         low, high = row["difference_interval"]
         assert 0.4 < low < 0.75 < high <= 1.0
+
+
+def test_equal_answers_are_judged_once_and_one_that_cannot_be_scored_is_never_chosen(tmp_path: Path) -> None:
+    """Ten tokens to write, 10 of the answer and 100 of the question to judge; the second answer is the first again, the third is empty."""
+    score = {"forward_tokens": 10, "reverse_tokens": 100, "forward_logprob": -5.0, "reverse_logprob": -9.0}
+    unknown = {"forward_tokens": None, "reverse_tokens": None, "forward_logprob": None, "reverse_logprob": None}
+    record = {
+        "answer": "#### 3",
+        "greedy": "1+2=3\n#### 3",
+        "candidates": ["1+2=3\n#### 3", "1+2=3\n#### 3", "", "2+2=4\n#### 4"],
+    }
+    record["scores"] = [score, score, unknown, {**score, "reverse_logprob": -8.0}]
+    (tmp_path / "study/rewards").mkdir(parents=True)
+    (tmp_path / "study/rewards/test_1.jsonl").write_text(json.dumps(record) + "\n")
+    code = """
+import json
+from pathlib import Path
+from losses import Twins
+from mistakes import mistakes
+from rewards import Rewards
+from settings import load_settings
+rewards = Rewards(Twins(Path("study"), load_settings("tiny", [])))
+print(json.dumps([rewards._tokens_by_num(4), mistakes(rewards, [0.5])["reverse only"]]))
+"""
+    tokens, kinds = json.loads(run_python(code, tmp_path))
+    assert tokens == [120, 130, 130, 250]
+    assert kinds == {"right": [0.0], "true calculations of another question": [1.0], "false calculation": [0.0]}
 
 
 def start(folder: Path) -> "subprocess.Popen[str]":
