@@ -45,6 +45,12 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return f"<div><table>\n{chr(10).join(lines)}\n</table></div>"
 
 
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """The same cells as a Markdown table."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
 def figure(name: str, themes: dict[str, bytes]) -> str:
     """A PNG picture for each of THEMES, inside the page."""
     light, dark = (f"data:image/png;base64,{base64.b64encode(themes[theme]).decode()}" for theme in ("light", "dark"))

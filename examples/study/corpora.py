@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from random import Random
@@ -15,7 +14,9 @@ from problems import parts
 from settings import Settings
 from steps import Step, write_whole
 from twins import DIRECTIONS
-from word_problems import gsm8k, gsm_symbolic
+from word_problems import generator_version, gsm8k, gsm_symbolic
+
+from megatron_ledom.errors import DataError
 
 
 class Corpora:
@@ -63,6 +64,12 @@ class Corpora:
             found = {**given, "gsm_symbolic": gsm_symbolic(settings.num_gsm_symbolic, settings.problems_seed)}
             train, counts = [], {}
             for domain, source in found.items():
+                if len(source.problems) <= settings.num_gsm_held_out:
+                    found_num, refused = len(source.problems), source.num_refused
+                    raise DataError(
+                        f"{domain} has {found_num} problems with true solutions ({refused} refused), all of which would be held out;"
+                        f" give more, or set num_gsm_held_out, now {settings.num_gsm_held_out}, lower"
+                    )
                 problems = Random(settings.problems_seed).sample(source.problems, len(source.problems))
                 held_out, rest = problems[: settings.num_gsm_held_out], problems[settings.num_gsm_held_out :]
                 write_lines(self.held_out_file("gsm", domain), held_out)
@@ -71,7 +78,7 @@ class Corpora:
             write_lines(folder / "train.jsonl", train)
             write_whole(folder / "counts.json", json.dumps(counts))
 
-        asked = [settings.num_gsm_symbolic, settings.num_gsm_held_out, settings.problems_seed, version("reasoning-gym")]
+        asked = [settings.num_gsm_symbolic, settings.num_gsm_held_out, settings.problems_seed, generator_version()]
         return Step(
             name="word_problems", inputs=inputs, outputs=[*outputs, folder / "counts.json"], work=_write, settings=asked
         )

@@ -207,14 +207,20 @@ def reward(results: Results, figures: Sequence[str]) -> Section:
     about = f"{results['num_seeds']} seeds of both models, every one reported; lambda by seed, chosen on the development part alone: "
     about += ", ".join(f"{row[0]:.2f}" for row in report["held_out"]["lambdas"])
     tables = [_method_rows(report), _equal_rows(report), _mistake_rows(results["mistakes"])]
-    told = [_about_level(level), about, _INTERVALS, *sentences(report), _about_beam(beam), _MISTAKES]
+    told = [
+        _about_level(level),
+        about,
+        _INTERVALS,
+        *sentences(report),
+        _about_beam(beam),
+        f"{_MISTAKES} {_reason(results['mistakes'])}",
+    ]
     return Section(title="Reverse Reward", told=told, tables=tables, figures=figures)
 
 
 _MISTAKES = (
     "Why wrong answers are wrong, all candidates used: either every calculation is true, but of another question (a number that the"
-    " question does not have, a sentence left out), or one is false or none can be read. A reverse model is asked how well the question"
-    " follows from the answer: the first kind shows there, the second hardly."
+    " question does not have, a sentence left out), or one is false or none can be read."
 )
 
 

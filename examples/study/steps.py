@@ -1,5 +1,6 @@
 """Steps of the study: each is done once, several at a time, and again only where its commands or what it reads have changed."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from commands import ROOT, check_exit, show
 
@@ -48,6 +49,7 @@ class Runner:
         self.names: list[str] = []
         for path in (self.notes, self.logs):
             path.mkdir(parents=True, exist_ok=True)
+        self.lock = _locked(folder / "lock")
 
     def run(self, steps: Sequence[Step]) -> None:
         """Steps that do not need each other, as many at once as there are cores. Raises the first failure when all have ended."""
@@ -88,12 +90,27 @@ class Runner:
             show(command)
             with log.open("ab") as file:
                 environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                code = subprocess.run(command, check=False, stdout=file, stderr=subprocess.STDOUT, env=environment).returncode
+                held = (self.lock.fileno(),)  # until the command ends, even if this process is killed before
+                done = subprocess.run(
+                    command, check=False, stdout=file, stderr=subprocess.STDOUT, env=environment, pass_fds=held
+                )
+            code = done.returncode
             check_exit(command, code, log)
 
     def all_notes(self) -> dict[str, dict[str, Any]]:
         """The note of each step that this study is made of, by name."""
         return {name: json.loads((self.notes / f"{name}.json").read_text(encoding="utf-8")) for name in sorted(self.names)}
+
+
+def _locked(path: Path) -> IO[str]:
+    """A file that nobody else holds; waits for a study that works in the same folder, and for what a killed one has left running."""
+    file = path.open("w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"a study, or a step of one that was killed, still works in {path.parent}: waiting for its end", flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    return file
 
 
 def hash_of(path: Path) -> str:

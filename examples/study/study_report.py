@@ -96,7 +96,5 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
     parts = [f"# {title}"]
     for section in sections:
         parts += [f"## {section.title}", *section.told]
-        for rows in section.tables:
-            lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-            parts.append("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
+        parts += map(pages.markdown_table, section.tables)
     return "\n\n".join(parts) + "\n"

@@ -10,6 +10,7 @@ import operator
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_ledom.errors import DataError, UsageError
@@ -55,12 +56,19 @@ def gsm8k(path: Path) -> Source:
 
 def gsm_symbolic(num: int, seed: int) -> Source:
     """`num` drawn problems of reasoning-gym, less those drawn twice and those refused."""
-    try:
-        from reasoning_gym import create_dataset
-    except ImportError as error:
-        raise UsageError("word problems need reasoning-gym: pip install 'megatron-ledom[study]'") from error
+    generator_version()
+    from reasoning_gym import create_dataset
+
     rows = create_dataset("gsm_symbolic", size=num, seed=seed)
     return _checked("gsm_symbolic", [(row["question"].removesuffix(REQUEST), row["metadata"]["answer_cot"]) for row in rows])
+
+
+def generator_version() -> str:
+    """Of reasoning-gym, which decides what is drawn. UsageError where it is not installed."""
+    try:
+        return version("reasoning-gym")
+    except PackageNotFoundError as error:
+        raise UsageError("word problems need reasoning-gym: pip install 'megatron-ledom[study]'") from error
 
 
 def _checked(domain: str, pairs: list[tuple[str, str]]) -> Source:

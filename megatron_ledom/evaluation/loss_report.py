@@ -151,14 +151,7 @@ def _tables(summary: Summary) -> list[Rows]:
 def as_markdown(summary: Summary, about: Mapping[str, Any]) -> str:
     """The finding, what the figures mean, and every table."""
     parts = [f"# {TITLE}", sentence(summary), MEANING, "\n".join(f"- {name}: {value}" for name, value in about.items())]
-    parts += [
-        "\n".join(_markdown_row(row) for row in [rows[0], ["---"] * len(rows[0]), *rows[1:]]) for rows in _tables(summary)
-    ]
-    return "\n\n".join(parts) + "\n"
-
-
-def _markdown_row(row: Sequence[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+    return "\n\n".join([*parts, *map(pages.markdown_table, _tables(summary))]) + "\n"
 
 
 def as_html(summary: Summary, about: Mapping[str, Any]) -> str:

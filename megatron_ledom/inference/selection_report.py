@@ -181,8 +181,8 @@ def _summary(outcomes: Values, settings: ReportSettings) -> Report:
 
 def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[Report]:
     """Reverse Reward minus each other method at one budget, question by question. Significant: 0 lies outside an interval that is
-    widened for the number of these comparisons (Bonferroni): all of them together are wrong in about
-    5 of 100 cases; in more where there are two seeds that differ much (`crossed_interval`)."""
+    widened for the number of these comparisons (Bonferroni): all of them together are wrong
+    in about 5 of 100 cases, and in more where there are two seeds that differ much (`crossed_interval`)."""
     others = [name for name in outcomes if name not in (MAIN, "oracle")]
     found = []
     for name in others:
@@ -293,9 +293,7 @@ def _about_intervals(num_seeds: int) -> str:
 
 def _markdown(report: Report) -> str:
     parts = ["# Choosing answers by Reverse Reward", _about(report), *report["notes"]]
-    for rows in _tables(report):
-        lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-        parts.append("\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]))
+    parts += map(pages.markdown_table, _tables(report))
     parts.append("\n".join(f"- {sentence}" for sentence in sentences(report)))
     return "\n\n".join(parts) + "\n"
 

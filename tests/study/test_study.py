@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -116,6 +117,8 @@ def test_word_problems_are_checked_and_the_calculators_notes_are_taken_out(tmp_p
     (tmp_path / "bad.jsonl").write_text(json.dumps({"problem": "3 and 4?"}) + "\n")
     code = """
 from pathlib import Path
+from corpora import Corpora
+from settings import load_settings
 from word_problems import DataError, gsm8k, gsm_symbolic
 found = gsm8k(Path("gsm8k.jsonl"))
 assert found.problems == [{"text": "3 and 4?\\nIt is 3+4=7.\\n#### 7", "domain": "gsm8k"}], found
@@ -127,6 +130,13 @@ except DataError as error:
 else:
     raise AssertionError
 drawn = gsm_symbolic(200, 1)
+corpora = Corpora(Path("study"), load_settings("tiny", ["num_gsm_held_out=2"], "gsm8k.jsonl"))
+try:
+    corpora._word_problems().work()
+except DataError as error:
+    assert "gsm8k has 1 problems with true solutions (1 refused)" in str(error), error
+else:
+    raise AssertionError
 texts = [problem["text"] for problem in drawn.problems]
 assert drawn.problems == gsm_symbolic(200, 1).problems and len(set(texts)) == len(texts) > 100
 assert all("####" in text and "Do not include units" not in text for text in texts)
@@ -209,6 +219,28 @@ print(times)
     assert run_python(code, tmp_path).splitlines()[-1] == "['a', 'bad', 'b', 'b', 'b']"
 
 
+def test_what_a_killed_study_left_running_ends_before_the_next_begins(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from steps import Runner, Step
+waits = [sys.executable, "-c", "import time; open('begun', 'w').close(); time.sleep(3); open('ended', 'w').close()"]
+step = Step(name="wait", outputs=[Path("ended")], commands=[waits])
+"""
+    paths = {name: str(ROOT / "examples" / name) for name in ("study", "quickstart")}
+    first = subprocess.Popen(
+        [sys.executable, "-c", PREPARED.format(**paths) + code + "Runner(Path('notes'), 1).run([step])"], cwd=tmp_path
+    )
+    while not (tmp_path / "begun").exists():
+        assert first.poll() is None
+        time.sleep(0.02)
+    first.kill()
+    first.wait()
+    told = run_python(code + "Runner(Path('notes'), 1)\nprint(Path('ended').exists())", tmp_path)
+    assert "still works in notes: waiting for its end" in told
+    assert told.splitlines()[-1] == "True"
+
+
 def test_the_report_says_of_known_files_what_they_hold(tmp_path: Path) -> None:
     """The reverse term is right in every test question and never in the development part: lambda must come from the latter."""
     write_study(tmp_path / "study")
@@ -258,6 +290,7 @@ write_study(Path("study"), "small", load_settings("small", ["abilities.seeds=[1]
     assert "Reverse Reward is not significantly above these baselines: greedy: +0.0 points; random of N: +0.0 points" in page
     assert "not surely above the forward one" in summary
     assert "P_F(y\\|x)" in summary
+    assert "Of the wrong candidates 100.0 % hold a false calculation" in summary
     assert "tools/rerank.py" in page
     assert "00ff00ff00ff00ff  study/a" in page
     assert "gsm_symbolic: 360 trained on, 40 held out, 7 refused by the calculator" in page
