@@ -48,6 +48,7 @@ from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.data.worker_pool import ordered_map
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError, cannot_write
+from megatron_ledom.storage.locks import output_file_lock
 
 logger = logging.getLogger(__name__)
 
@@ -451,8 +452,9 @@ def _hash_task(work: Preprocessing) -> None:
     check_may_write(work.prefix, overwrite=True)
     Path(work.prefix).parent.mkdir(parents=True, exist_ok=True)
     hasher = PartHasher(parts=work.parts, read=work.read, progress=_shared_counters(work))
-    hashes = list(_run(hasher, range(len(work.parts)), work, "hash"))
-    quality.write_hashes(work.prefix, work.reading_request(), hashes)
+    with output_file_lock(work.prefix, "--output-prefix"):
+        hashes = list(_run(hasher, range(len(work.parts)), work, "hash"))
+        quality.write_hashes(work.prefix, work.reading_request(), hashes)
     logger.info("%s: hashes of %s documents", work.prefix, f"{sum(map(len, hashes)):,}")
 
 

@@ -7,8 +7,9 @@ from megatron_ledom.evaluation.choices import score_choices
 from megatron_ledom.evaluation.code_execution import check_allowed
 from megatron_ledom.evaluation.results import Record, TaskResult, summarize
 from megatron_ledom.evaluation.task_model import TaskModel
-from megatron_ledom.evaluation.tasks import Kind, LoadedTask
+from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
 from megatron_ledom.evaluation.writing import write_answers
+from megatron_ledom.inference.not_finite import NotFiniteError
 
 WINDOW_ITEMS = 64
 """Items that are asked together. Rounding depends on what shares a batch, so windows are cut by the items' numbers alone."""
@@ -31,13 +32,29 @@ def evaluate_task(
         check_allowed(task.task.name, allowed=allow_code_execution)
     records: list[Record] = list(kept)
     for begin in range(len(records), len(task.items), WINDOW_ITEMS):
-        items = task.items[begin : begin + WINDOW_ITEMS]
-        if task.task.kind is Kind.CHOICE:
-            found = score_choices(model, task, items)
-        else:
-            found = write_answers(model, task, items, allow_code_execution=allow_code_execution)
+        found = _ask(model, task, begin, allow_code_execution)
         numbered = [{"item": begin + number, **record} for number, record in enumerate(found)]
         if keep is not None:
             keep(numbered)
         records += numbered
     return summarize(task, model.direction, records)
+
+
+def _ask(model: TaskModel, task: LoadedTask, begin: int, allow_code_execution: bool) -> list[dict[str, Any]]:
+    """Return what is found of each item of the window from `begin` on; an error of the model's scores names the item."""
+
+    def ask(items: Sequence[Item]) -> list[dict[str, Any]]:
+        if task.task.kind is Kind.CHOICE:
+            return score_choices(model, task, items)
+        return write_answers(model, task, items, allow_code_execution=allow_code_execution)
+
+    items = task.items[begin : begin + WINDOW_ITEMS]
+    try:
+        return ask(items)
+    except NotFiniteError as whole:
+        for number, item in enumerate(items, begin):
+            try:
+                ask([item])
+            except NotFiniteError as error:
+                raise NotFiniteError(f"item {number}: {error}") from error
+        raise NotFiniteError(f"items {begin} to {begin + len(items) - 1}: {whole}") from whole

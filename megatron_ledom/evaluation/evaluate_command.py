@@ -24,6 +24,7 @@ from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.language_model import load_tokenizer
 from megatron_ledom.inference.model_facts import folder_facts, surroundings
 from megatron_ledom.inference.scoring import check_batch_size
+from megatron_ledom.storage.locks import output_folder_lock
 
 Options = Mapping[str, Any]
 
@@ -123,8 +124,14 @@ def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: D
     if options["output"] is None:
         raise UsageError("--output is missing: the folder for the summary and what is found of each item")
     about = _made_by(options, folder, direction)
-    output = Path(options["output"])
-    output.mkdir(parents=True, exist_ok=True)
+    with output_folder_lock(options["output"]):
+        _judge_into(Path(options["output"]), options, tasks, folder, direction, about)
+
+
+def _judge_into(
+    output: Path, options: Options, tasks: list[LoadedTask], folder: Path, direction: Direction, about: Mapping[str, Any]
+) -> None:
+    """Judge the model on each task and write the summary; resumes what the folder has. Nobody else writes there."""
     files = {task.task.name: ItemFile(output, f"{task.task.name}.items", {**about, **_task_settings(task)}) for task in tasks}
     kept = {task.task.name: files[task.task.name].resume(WINDOW_ITEMS, len(task.items)) for task in tasks}
     model: LanguageTaskModel | None = None

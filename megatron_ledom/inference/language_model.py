@@ -17,6 +17,7 @@ from megatron_ledom.direction import Direction, to_model_order, to_text_order
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference.generation import Writer
 from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.not_finite import naming_text
 from megatron_ledom.inference.scoring import Span, SpanScore, Spent, distinct_spans, score_spans
 from megatron_ledom.provenance import vocabulary_hash
 
@@ -95,7 +96,8 @@ class LanguageModel:
         """
         start = time.monotonic()
         spans = [self._span(pair, with_eod) for pair in pairs]
-        values = score_spans(self.model, spans, batch_size)
+        with naming_text(self.tokenizer, self.direction):
+            values = score_spans(self.model, spans, batch_size)
         scores = [span_score(span, row, self.direction, with_eod) for span, row in zip(spans, values, strict=True)]
         if spent is not None:
             spent.tokens += sum(len(s.tokens) for s in distinct_spans(spans).values() if len(s.tokens) > s.num_context)

@@ -155,6 +155,10 @@ def rank(rewards: list[float | None]) -> list[int]:
 
 
 def _weighted_sum(*terms: tuple[float, float]) -> float:
+    """Return the sum of share * logprob. An answer that a model with a positive share finds impossible (-inf) stays so, whatever
+    the other terms are; a term of share 0 is left out, so that 0 * -inf never is NaN."""
+    if any(share > 0 and logprob == -math.inf for share, logprob in terms):
+        return -math.inf
     return math.fsum(share * logprob for share, logprob in terms if share)
 
 

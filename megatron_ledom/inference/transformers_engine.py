@@ -28,6 +28,7 @@ from megatron_ledom.inference.engine import Path, StepDelimiter, check_no_stop_s
 from megatron_ledom.inference.generation import Sampling, Writer
 from megatron_ledom.inference.joint import OpenText
 from megatron_ledom.inference.language_model import LanguageModel
+from megatron_ledom.inference.not_finite import naming_text
 from megatron_ledom.inference.scoring import SpanScore, Spent, check_batch_size
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
@@ -134,21 +135,22 @@ class TransformersEngine:
             attention_mask[row, longest - len(ids) :] = 1
         choice = _Choice(writer, paths, loose, limits, sampling, longest)
         end = _EndOfStep(choice, delimiter)
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            past_key_values=_padded_cache(caches, longest - 1),
-            generation_config=GenerationConfig(
-                max_new_tokens=max(limits) + max(map(len, loose)),
-                eos_token_id=self._lm.stop_ids,
-                pad_token_id=self._lm.stop_ids[0],
-                do_sample=False,
-                use_cache=True,
-                return_dict_in_generate=True,
-            ),
-            logits_processor=LogitsProcessorList([choice]),
-            stopping_criteria=StoppingCriteriaList([end]),
-        )
+        with naming_text(self._lm.tokenizer, self.direction):
+            output = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                past_key_values=_padded_cache(caches, longest - 1),
+                generation_config=GenerationConfig(
+                    max_new_tokens=max(limits) + max(map(len, loose)),
+                    eos_token_id=self._lm.stop_ids,
+                    pad_token_id=self._lm.stop_ids[0],
+                    do_sample=False,
+                    use_cache=True,
+                    return_dict_in_generate=True,
+                ),
+                logits_processor=LogitsProcessorList([choice]),
+                stopping_criteria=StoppingCriteriaList([end]),
+            )
         self.spent.tokens += sum(map(len, choice.new_ids))
         return [self._grown(path, choice, row, longest, delimiter, output.past_key_values) for row, path in enumerate(paths)]
 
