@@ -6,6 +6,7 @@ from typing import Any
 from megatron_ledom.evaluation.choices import score_choices
 from megatron_ledom.evaluation.code_execution import check_allowed
 from megatron_ledom.evaluation.results import Record, TaskResult, summarize
+from megatron_ledom.evaluation.sandbox import Sandbox
 from megatron_ledom.evaluation.task_model import TaskModel
 from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
 from megatron_ledom.evaluation.writing import write_answers
@@ -19,20 +20,20 @@ def evaluate_task(
     model: TaskModel,
     task: LoadedTask,
     *,
-    allow_code_execution: bool = False,
+    code_sandbox: Sandbox | None = None,
     kept: Sequence[Record] = (),
     keep: Callable[[Sequence[dict[str, Any]]], None] | None = None,
 ) -> TaskResult:
     """Ask the model every item, and return the figures.
 
     kept: what an earlier call found of the first items, whole windows of them; keep: is given what is found of each window. Raises
-    UsageError for a task that runs code without `allow_code_execution`, and whatever the model raises for a text it cannot take.
+    UsageError for a task that runs programs without `code_sandbox`, and whatever the model raises for a text it cannot take.
     """
     if task.task.kind is Kind.CODE:
-        check_allowed(task.task.name, allowed=allow_code_execution)
+        check_allowed(task.task.name, code_sandbox)
     records: list[Record] = list(kept)
     for begin in range(len(records), len(task.items), WINDOW_ITEMS):
-        found = _ask(model, task, begin, allow_code_execution)
+        found = _ask(model, task, begin, code_sandbox)
         numbered = [{"item": begin + number, **record} for number, record in enumerate(found)]
         if keep is not None:
             keep(numbered)
@@ -40,13 +41,14 @@ def evaluate_task(
     return summarize(task, model.direction, records)
 
 
-def _ask(model: TaskModel, task: LoadedTask, begin: int, allow_code_execution: bool) -> list[dict[str, Any]]:
+def _ask(model: TaskModel, task: LoadedTask, begin: int, code_sandbox: Sandbox | None) -> list[dict[str, Any]]:
     """Return what is found of each item of the window from `begin` on; an error of the model's scores names the item."""
 
     def ask(items: Sequence[Item]) -> list[dict[str, Any]]:
+        """Return what is found of some items."""
         if task.task.kind is Kind.CHOICE:
             return score_choices(model, task, items)
-        return write_answers(model, task, items, allow_code_execution=allow_code_execution)
+        return write_answers(model, task, items, code_sandbox=code_sandbox)
 
     items = task.items[begin : begin + WINDOW_ITEMS]
     try:
