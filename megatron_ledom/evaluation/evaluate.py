@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_ledom.errors import NotFiniteError
 from megatron_ledom.evaluation.choices import score_choices
 from megatron_ledom.evaluation.code_execution import check_allowed
 from megatron_ledom.evaluation.results import Record, TaskResult, summarize
@@ -10,7 +11,6 @@ from megatron_ledom.evaluation.sandbox import Sandbox
 from megatron_ledom.evaluation.task_model import TaskModel
 from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
 from megatron_ledom.evaluation.writing import write_answers
-from megatron_ledom.inference.not_finite import NotFiniteError
 
 WINDOW_ITEMS = 64
 """Items that are asked together. Rounding depends on what shares a batch, so windows are cut by the items' numbers alone."""

@@ -5,23 +5,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from megatron_ledom.direction import Direction, to_text_order
-from megatron_ledom.errors import DataError
+from megatron_ledom.errors import NotFiniteError
 from megatron_ledom.inference.joint import JointTokenizer
 
 SHOWN_CHARACTERS = 60
 """Of the text beside the token that the error names."""
-
-
-class NotFiniteError(DataError):
-    """A model gave NaN or infinity where a score was expected: this is no result, and nothing may be ranked by it.
-
-    read: what the model had read, model order, before the position that failed; next_id: the token that was to be scored there,
-    None where one was to be chosen.
-    """
-
-    def __init__(self, message: str, read: Sequence[int] = (), next_id: int | None = None) -> None:
-        super().__init__(message)
-        self.read, self.next_id = list(read), next_id
 
 
 def not_finite(model: Any, read: Sequence[int], next_id: int | None = None) -> NotFiniteError:

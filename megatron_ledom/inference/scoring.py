@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_ledom.errors import UsageError
-from megatron_ledom.inference.not_finite import NotFiniteError, not_finite
+from megatron_ledom.errors import NotFiniteError, UsageError
+from megatron_ledom.inference.not_finite import not_finite
 
 MAX_KEPT_LOGITS = 2**28  # B * K * V of one batch: 1 GiB in float32
 SpanKey = tuple[tuple[int, ...], int]

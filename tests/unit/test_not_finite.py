@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from megatron_ledom.errors import NotFiniteError
 from megatron_ledom.evaluation.choices import chosen, less_prior
 from megatron_ledom.evaluation.harness.reverse_choices import among_choices
 from megatron_ledom.inference.document_losses import document_losses
 from megatron_ledom.inference.forward_lm import ForwardLM
-from megatron_ledom.inference.not_finite import NotFiniteError
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.reverse_reward import reverse_reward
 from megatron_ledom.inference.scoring import SpanScore

@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import DataError, NotFiniteError, UsageError
 from megatron_ledom.evaluation.choices import Asked, Pair, less_prior
 from megatron_ledom.inference.joint import JointTokenizer
-from megatron_ledom.inference.not_finite import NotFiniteError
 from megatron_ledom.inference.scoring import SpanScore
 
 logger = logging.getLogger(__name__)
