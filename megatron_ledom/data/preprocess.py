@@ -44,6 +44,7 @@ from megatron_ledom.data.shard import (
 )
 from megatron_ledom.data.stop_signal import sigterm_as_interrupt
 from megatron_ledom.data.streams import MAX_RECORD_BYTES
+from megatron_ledom.data.text_template import template_of
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.data.worker_pool import ordered_map
 from megatron_ledom.direction import Direction
@@ -67,6 +68,8 @@ class PreprocessSettings:
     output_prefix: str
     direction: Direction = Direction.REVERSE
     text_key: str = "text"
+    text_template: str | None = None
+    """`{key}` for the text of each key that is joined, in place of `text_key`; see `text_template`."""
     workers: int | None = None
     """Processes; default: the cores this process may use."""
     eod_token: str | None = None
@@ -149,6 +152,7 @@ class Preprocessing:
         self.keep = quality.load_filter(settings.filter) if settings.filter else None
         self.read = ReadSettings(
             text_key=settings.text_key,
+            template=template_of(settings.text_template, settings.text_key),
             on_error=settings.on_error,
             batch_bytes=settings.batch_bytes,
             max_record_bytes=settings.max_record_bytes,
@@ -194,13 +198,14 @@ class Preprocessing:
     def reading_request(self) -> Request:
         """What decides which documents there are, for all tasks alike."""
         settings = self.settings
-        return {
+        request: Request = {
             "input": [(source.path, source.num_bytes, source.version) for source in self.sources],
             "text_key": settings.text_key,
             "on_error": settings.on_error,
             "max_record_bytes": settings.max_record_bytes,
             "num_tasks": self.num_tasks,
         }
+        return request if settings.text_template is None else {**request, "text_template": settings.text_template}
 
     def request(self, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Request:
         """What decides the content of the shard."""
@@ -327,7 +332,7 @@ def _samples(work: Preprocessing) -> list[str]:
     chosen = [
         cheap[index] for index in sorted({len(cheap) * k // SAMPLE_STRETCHES for k in range(SAMPLE_STRETCHES)} if cheap else ())
     ]
-    read = ReadSettings(text_key=work.settings.text_key, on_error="skip", batch_bytes=1 << 16)
+    read = replace(work.read, on_error="skip", batch_bytes=1 << 16, keep_records=False)
     samples: list[str] = []
     for stretch in chosen:
         size = 0
@@ -379,6 +384,7 @@ def _make_shard(
             tokenizer_path=str(Path(tokenizer.path).resolve()),
             eod_token=tokenizer.eod_token,
             bos_token=work.settings.bos_token or "",
+            text_template=work.settings.text_template or "",
             elapsed_seconds=round(time.monotonic() - started + sums.earlier_seconds / work.workers, 3),
             request_sha256=digest,
             inputs_sha256=work.inputs_sha256(),

@@ -81,6 +81,10 @@ class ShardManifest:
     eod_token: str = ""
     bos_token: str = ""
     """What stands first in model order, before each document; empty for nothing."""
+    text_template: str = ""
+    """Joined the fields of each record to its text; empty where the text is one field."""
+    skipped_inputs: list[dict[str, Any]] = field(default_factory=list)
+    """What was found at the inputs and not read: path, reason and num_files."""
     elapsed_seconds: float = 0.0
     """Wall-clock time of the run that finished the shard."""
     request_sha256: str = ""
@@ -168,6 +172,8 @@ class Counts:
     tokenizer_path: str = ""
     eod_token: str = ""
     bos_token: str = ""
+    text_template: str = ""
+    skipped_inputs: list[dict[str, Any]] = field(default_factory=list)
     elapsed_seconds: float = 0.0
     request_sha256: str = ""
     inputs_sha256: str = ""

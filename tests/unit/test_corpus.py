@@ -128,6 +128,14 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert list(read_texts(expand_inputs([str(tmp_path / "*.txt")]), "text")) == ["first\n\nstill first\n", "second\n", ""]
 
 
+def test_the_byte_order_mark_of_a_text_file_is_no_text(tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbfmarked \xef\xbb\xbf inside"
+    (tmp_path / "a.txt").write_bytes(content)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(content))
+    for name in ("a.txt", "b.txt.gz"):
+        assert list(read_texts([source(tmp_path / name)], "text")) == ["marked \ufeff inside"]
+
+
 def test_a_batch_is_bounded_and_ends_with_a_line(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", ["x" * 50] * 4000)
     blocks = list(LineReader(whole(path), 10_000).blocks())
