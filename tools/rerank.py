@@ -23,6 +23,8 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{side}-served-as", metavar="NAME", help="its name on that server (default: the folder as given)"
         )
+    text = "send OPENAI_API_KEY to a server by plain http, on which others can read it, although it is not on this machine"
+    parser.add_argument("--key-over-http", action="store_true", help=text)
     text = "eod of a public reverse checkpoint, whose config.json records no direction; in this process only"
     parser.add_argument("--reverse-eod-id", type=int, metavar="ID", help=text)
     parser.add_argument("--batch-size", type=int, default=16, help="most sequences at once (default %(default)s)")

@@ -57,7 +57,9 @@ def _engine(options: Options, direction: Direction) -> Engine:
     """The model's folder in this process, by transformers or by vLLM, or the server that serves it."""
     folder, url, name = (options[f"{direction}{ending}"] for ending in ("", "_server", "_served_as"))
     if url is not None:
-        return CompletionsEngine(url, name or folder, folder, direction, batch_size=options["batch_size"])
+        return CompletionsEngine(
+            url, name or folder, folder, direction, batch_size=options["batch_size"], key_over_http=options["key_over_http"]
+        )
     with_vllm = [side for side in ("forward", "reverse") if options[f"{side}_engine"] == "vllm"]
     if direction in with_vllm:
         return VllmEngine(folder, direction, gpu_memory_utilization=VLLM_MEMORY / len(with_vllm))
