@@ -13,8 +13,9 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack
+from typing import TYPE_CHECKING
 
-from megatron_ledom.checkpoint.folder import latest_checkpoint
+from megatron_ledom.checkpoint.folder import advising_another, latest_checkpoint, settle_latest
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
 from megatron_ledom.config.load import load_config
@@ -24,7 +25,12 @@ from megatron_ledom.in_loop.chosen_tasks import check_tasks, task_evaluation
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.training.resilience import StopRequest, find_deadline
 
+if TYPE_CHECKING:
+    from megatron_ledom.data.sources import Sources
+
 log = logging.getLogger("megatron_ledom.pretrain")
+
+COMPLETE = "nothing is left to do; a higher train.train_iters trains on"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -87,8 +93,6 @@ def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest) -> in
 def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     """Train one run in this process, as one of the launched ranks."""
     start_logging(launch.rank)
-    logging.getLogger("megatron").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"megatron\.core")  # what is installed is said in one line below
     from megatron_ledom.data.sources import describe_blend, load_run_tokenizer, load_sources
     from megatron_ledom.training.run_folder import check_still_latest, lock_run, write_start
 
@@ -97,6 +101,10 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     sources = load_sources(config)
     tokenizer = load_run_tokenizer(config, sources)
     check_tasks(config, tokenizer is not None)
+    checkpoint = latest_checkpoint(checkpoint_folder(config))
+    if is_complete(config, sources, checkpoint):
+        log.info("run_dir=%s is complete at iteration %d: %s", config.run_dir, config.train.train_iters, COMPLETE)
+        return
     from megatron_ledom.data.dataset import index_cache
     from megatron_ledom.data.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
@@ -105,6 +113,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
     from megatron_ledom.parallel.meeting import StoppedWaiting
     from megatron_ledom.platform.device import prepare_platform
+    from megatron_ledom.training.history import check_history
     from megatron_ledom.training.launch_record import write_launch
     from megatron_ledom.training.loop import train
     from megatron_ledom.training.state import build_state, check_resumable
@@ -112,7 +121,6 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
 
     platform = prepare_platform(config.train.num_threads, launch)
     choice = choose_layers(config)
-    checkpoint = latest_checkpoint(checkpoint_folder(config))
     sources, changed = check_resumable(config, sources, checkpoint)
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
     log.info("%s", describe_ops(platform.device, choice.implementation))
@@ -123,7 +131,9 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
         """Rank 0's part of the start; what it refuses, all ranks refuse."""
         stop.deadline = find_deadline(config.train, started)
         held.enter_context(lock_run(config.run_dir))
+        settle_latest(checkpoint_folder(config))
         check_still_latest(config, checkpoint)
+        check_history(config, checkpoint)
         write_start(config, tokenizer, changed)
         write_launch(config, launch, saved_iteration(config))
 
@@ -143,13 +153,15 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
 
 
 def start_logging(rank: int) -> None:
-    """All that rank 0 tells, and the warnings of the others, on stderr."""
+    """Log to stderr, with the rank in each line; below warnings on rank 0 only."""
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"%(asctime)s [rank {rank}] %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
+    logging.getLogger("megatron").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=r"megatron\.core")  # what is installed is said in one line below
 
 
 def check_surroundings(config: RunConfig) -> None:
@@ -169,12 +181,33 @@ def check_start(config: RunConfig, num_ranks: int) -> str:
     check_surroundings(config)
     sources = load_sources(config)
     check_tasks(config, load_run_tokenizer(config, sources) is not None)
+    from megatron_ledom.training.history import check_history
+
+    checkpoint = latest_checkpoint(checkpoint_folder(config))
+    check_history(config, checkpoint)
+    if is_complete(config, sources, checkpoint):
+        return f"the run is complete at iteration {config.train.train_iters}: {COMPLETE}"
     iteration = saved_iteration(config)
     if iteration > 0:
         from megatron_ledom.training.state import check_resumable
 
-        check_resumable(config, sources, latest_checkpoint(checkpoint_folder(config)))
+        check_resumable(config, sources, checkpoint)
     return f"{num_ranks} ranks would go on from iteration {iteration} of {config.train.train_iters}"
+
+
+def is_complete(config: RunConfig, sources: "Sources", checkpoint: str | None) -> bool:
+    """Whether the checkpoint, one of this very run, ends it; torch is not imported. Raises LedomError for one that does not fit."""
+    from megatron_ledom.checkpoint.manifest import check_fits, check_same_samples, check_sizes, load_manifest
+
+    if checkpoint is None:
+        return False
+    with advising_another(checkpoint):
+        if load_manifest(checkpoint).iteration != config.train.train_iters:
+            return False
+        manifest = check_sizes(checkpoint)
+    check_fits(manifest, config, sources.provenance, checkpoint)
+    check_same_samples(manifest, config, sources.train_shards(), checkpoint)
+    return True
 
 
 def saved_iteration(config: RunConfig) -> int:

@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ledom.checkpoint.checksums import content_faults, refuse_damaged
-from megatron_ledom.checkpoint.folder import LATEST, latest_checkpoint
+from megatron_ledom.checkpoint.folder import LATEST, advising_another, latest_checkpoint
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, check_sizes, load_manifest
 from megatron_ledom.checkpoint.writing import CheckpointWriter
 from megatron_ledom.config.schema import CheckpointConfig
@@ -84,6 +84,10 @@ class CheckpointStore:
 
         Of the optimizer, moments and number of updates are the checkpoint's; its settings stay those it was built with.
         """
+        with advising_another(checkpoint):
+            self._load(checkpoint, model, optimizer, scheduler)
+
+    def _load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         if self.settings.verify_on_load:
             self._verify(checkpoint)
         if load_manifest(checkpoint).weights_only:

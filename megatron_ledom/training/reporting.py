@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +14,10 @@ from tqdm import tqdm
 
 from megatron_ledom.config.derived import tokens_per_iteration
 from megatron_ledom.errors import NotFiniteError
-from megatron_ledom.training.history import RunHistory, plain
+from megatron_ledom.records import Record, plain
+from megatron_ledom.training.history import RunHistory
 from megatron_ledom.training.iteration import Batches, open_batches
-from megatron_ledom.training.metrics import MetricsWriter, Record, Throughput
+from megatron_ledom.training.metrics import MetricsWriter, Throughput
 from megatron_ledom.training.profiling import ProfilerWindow
 from megatron_ledom.training.state import TrainState
 from megatron_ledom.training.step import StepResult
@@ -48,7 +50,8 @@ class Reporter:
     def take_position(self) -> None:
         """Go on behind a checkpoint that was returned to: what came after it is not reported twice."""
         self.close()
-        self.metrics, self.bar = MetricsWriter(self.state.config, self.state.iteration), _progress_bar(self.state)
+        self.metrics = MetricsWriter(self.state.config, self.state.iteration, self.metrics.lost())
+        self.bar = _progress_bar(self.state)
         self.throughput.read()
 
     def open_batches(self) -> Batches:
@@ -98,7 +101,7 @@ class Reporter:
                 _add_finite(record, "test", evaluate(state, state.test_datasets))
         if result is not None or len(record.keys() & {"validation", "test", "tasks"}):
             self.metrics.write(record)
-            _log_line(record, train.train_iters)
+            _log_line(record, train.train_iters, self.metrics.lost() | self.history.lost())
             if result is not None:
                 shown = f"{record['tokens_per_second']:,.0f}"
                 self.bar.set_postfix(loss=f"{result.lm_loss:.3f}", tokens_per_second=shown)
@@ -152,7 +155,7 @@ def _finite(value: float) -> float | None:
     return value if isinstance(plain(value), float) else None
 
 
-def _log_line(record: Record, train_iters: int) -> None:
+def _log_line(record: Record, train_iters: int, lost: dict[str, int]) -> None:
     parts = [f"iteration {record['iteration']}/{train_iters}"]
     for name, key, form in (("loss", "lm_loss", ".4f"), ("grad norm", "grad_norm", ".3f"), ("lr", "lr", ".3g")):
         parts.append(f"{name} {'not finite' if record[key] is None else format(record[key], form)}")
@@ -171,6 +174,7 @@ def _log_line(record: Record, train_iters: int) -> None:
         for name, found in {**record.get("validation", {}), **record.get("test", {})}.items()
     ]
     parts += [f"{name}: accuracy {100 * found['accuracy']:.1f}%" for name, found in record.get("tasks", {}).items()]
+    parts += [f"not written: {number} records of {os.path.basename(where)}" for where, number in lost.items()]
     log.info("%s", "  ".join(parts))
 
 

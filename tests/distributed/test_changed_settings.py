@@ -159,8 +159,9 @@ def total_loss(state: Any) -> float:
     """What the loss function of the next iteration makes of one token of loss 1 and log Z 1."""
     import torch
 
-    from megatron_ledom.training import step
+    from megatron_ledom.training import step as trained_step
 
+    step: Any = trained_step
     taken: list[Any] = []
 
     def look(forward_step_func: Any, **_: Any) -> list[Any]:

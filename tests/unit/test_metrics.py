@@ -139,8 +139,8 @@ def test_a_profile_of_the_asked_iterations_and_ranks_is_written(data: TinyData, 
 
 
 def test_a_run_folder_says_what_it_was_started_with(data: TinyData, tmp_path: Path) -> None:
-    for _ in range(2):
-        run_on_ranks(data.config, tmp_path / "run", "train.train_iters=3")
+    for train_iters in (3, 4):
+        run_on_ranks(data.config, tmp_path / "run", f"train.train_iters={train_iters}")
     launches = read_launches(str(tmp_path / "run"))
     assert len(launches) == 2
     assert launches[0]["world_size"] == 1
