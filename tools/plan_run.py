@@ -6,7 +6,7 @@ Example: `python tools/plan_run.py --config examples/configs/ledom_7b.yaml --har
 
 import argparse
 
-from megatron_ledom.errors import run_command
+from megatron_ledom.errors import PlanError, run_command
 
 
 def parse() -> argparse.Namespace:
@@ -29,7 +29,10 @@ def main() -> None:
     arguments = parse()
     from megatron_ledom.planner.command import plan_command
 
-    print(plan_command(**vars(arguments)), end="")
+    text, plan = plan_command(**vars(arguments))
+    print(text, end="", flush=True)
+    if not plan.fits:
+        raise PlanError("the plan does not fit: recompute more, or spread it over more devices (--search finds a layout)")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from megatron_ledom.config.load import load_config, save_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
 from megatron_ledom.planner.hardware import load_hardware
-from megatron_ledom.planner.plan import make_plan
+from megatron_ledom.planner.plan import Plan, make_plan
 from megatron_ledom.planner.search import Found, describe_found, search, table_of
 from megatron_ledom.planner.text import describe_plan
 
@@ -22,8 +22,8 @@ def plan_command(
     save_config: str | None,
     output: str | None,
     overrides: Sequence[str],
-) -> str:
-    """The plan as text; files as asked. Raises ConfigError, which says what would do, when nothing works."""
+) -> tuple[str, Plan]:
+    """The plan, as text too; files as asked. Raises ConfigError, which says what would do, when nothing works."""
     machine = load_hardware(hardware)
     run = load_config(config, overrides)
     count = _devices(run, num_gpus)
@@ -42,7 +42,7 @@ def plan_command(
         text += f"\n{write_pictures(plan, output, text)}\n"
         if found is not None:
             Path(output, "layouts.tsv").write_text(table_of(found), encoding="utf-8")
-    return text
+    return text, plan
 
 
 def _devices(run: RunConfig, num_gpus: int | None) -> int:
