@@ -27,9 +27,9 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse first, import after: `--help` answers at once."""
     arguments = parse()
-    from megatron_ledom.planner.command import plan_command
+    from megatron_ledom.planner.command import plan_and_text
 
-    text, plan = plan_command(**vars(arguments))
+    text, plan = plan_and_text(**vars(arguments))
     print(text, end="", flush=True)
     if not plan.fits:
         raise PlanError("the plan does not fit: recompute more, or spread it over more devices (--search finds a layout)")

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_ledom.config.derived import planned_world_size
 from megatron_ledom.config.load import load_config, save_config
@@ -14,7 +15,7 @@ from megatron_ledom.planner.search import Found, describe_found, search, table_o
 from megatron_ledom.planner.text import describe_plan
 
 
-def plan_command(
+def plan_and_text(
     config: str,
     hardware: str,
     num_gpus: int | None,
@@ -43,6 +44,11 @@ def plan_command(
         if found is not None:
             Path(output, "layouts.tsv").write_text(table_of(found), encoding="utf-8")
     return text, plan
+
+
+def plan_command(*arguments: Any) -> str:
+    """The text of `plan_and_text`."""
+    return plan_and_text(*arguments)[0]
 
 
 def _devices(run: RunConfig, num_gpus: int | None) -> int:

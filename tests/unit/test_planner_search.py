@@ -107,6 +107,24 @@ def test_planning_needs_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+def test_the_tool_says_first_whether_a_plan_fits_and_ends_with_1_if_not() -> None:
+    command = [sys.executable, "tools/plan_run.py", "--config", SEVEN, "--num-gpus", "64", "--hardware"]
+    ends = {}
+    for hardware in ("a100-40", "b200"):
+        done = subprocess.run([*command, hardware], cwd=ROOT, capture_output=True, text=True, check=False)
+        ends[hardware] = (done.returncode, done.stdout.splitlines()[1].rpartition(": ")[2])
+    assert ends == {"a100-40": (1, "DOES NOT FIT"), "b200": (0, "fits")}
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("h100", "h100-sxm"), ("H100", "h100-sxm"), ("a100", "a100-40 or a100-80"), ("h200x", "h200"), ("b20", "b200")],
+)
+def test_a_shortened_name_of_hardware_is_completed(name: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"hardware {name} is not known; .*; did you mean {meant}\\?"):
+        load_hardware(name)
+
+
 @pytest.mark.parametrize("count", [0, -3])
 def test_no_devices_are_refused(count: int) -> None:
     with pytest.raises(UsageError, match="1 or more"):
