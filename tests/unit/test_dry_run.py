@@ -126,8 +126,8 @@ def test_plan_without_vocabulary_or_data_says_what_is_not_known(tmp_path: Path, 
 def test_the_planner_speaks_for_the_configured_hardware() -> None:
     text = plan("ledom_7b", 64)
     assert row(text, "hardware") == "A100-SXM 80 GB"
-    assert row(text, "memory a device").startswith("60.7 of 79.1 GiB on stage 0: state 23.1, activations 33.7")
-    assert row(text, "seconds an iteration").startswith("34.7")
+    assert row(text, "memory a device").startswith("49.8 of 79.1 GiB on stage 0: state 23.1, activations 23.2")
+    assert row(text, "seconds an iteration").startswith("33.6")
     assert "does not fit" in row(plan("ledom_7b", 64, "parallel.hardware=a100-40"), "memory a device")
     assert row(plan("quickstart_reverse", 1), "hardware").startswith("not named: parallel.hardware")
     with pytest.raises(ConfigError, match="hardware a100 is not known"):
