@@ -59,6 +59,10 @@ class VerificationError(LedomError):
     """A check of finished work failed, such as the logits gate of an export."""
 
 
+class PlanError(LedomError):
+    """The plan of a run says that it cannot work: the memory of a device, or the disk, is not enough."""
+
+
 class StoppedError(LedomError):
     """Training stopped by itself because going on would waste the machine, for example a loss that is not finite."""
 

@@ -13,6 +13,7 @@ import sys
 import time
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from megatron_ledom.checkpoint.folder import advising_another, latest_checkpoint, settle_latest
@@ -49,6 +50,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="RANKS",
         help="check config, shards, tokenizer and run folder for a start on RANKS ranks, and stop: before asking for nodes",
     )
+    parser.add_argument(
+        "--accept-plan", action="store_true", help="with --check and --dry-run: exit with 0 though memory or disk are too small"
+    )
     what.add_argument(
         "--progress", action="store_true", help="print the saved iteration and the last one of the run, `18000 51900`, and stop"
     )
@@ -61,11 +65,14 @@ def main() -> int:
     arguments = parse_arguments()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from megatron_ledom.training.dry_run import describe_run
+        from megatron_ledom.training.dry_run import dry_run
+        from megatron_ledom.training.plan_verdicts import refuse
 
-        print(describe_run(config, planned_world_size(config)))
+        described = dry_run(config, planned_world_size(config))
+        print(described.text, flush=True)
+        refuse(described.verdicts, accepted=arguments.accept_plan)
     elif arguments.check is not None:
-        print(check_start(config, arguments.check))
+        print(check_start(config, arguments.check, accept_plan=arguments.accept_plan))
     elif arguments.progress:
         print(saved_iteration(config), config.train.train_iters)
     else:
@@ -173,9 +180,11 @@ def check_surroundings(config: RunConfig) -> None:
         raise UsageError("logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'")
 
 
-def check_start(config: RunConfig, num_ranks: int) -> str:
-    """Refuse what a start on `num_ranks` ranks would refuse, without a GPU; what it would do, in one line."""
+def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False) -> str:
+    """Refuse what a start on `num_ranks` ranks would refuse, without a GPU, and, unless accepted, a plan whose memory or disk
+    does not suffice (PlanError). Returns what the start would do, in one line, and the verdicts."""
     from megatron_ledom.data.sources import load_run_tokenizer, load_sources
+    from megatron_ledom.training.plan_verdicts import disk_verdict, memory_verdict, planned, refuse
 
     check_config(config, num_ranks)
     check_surroundings(config)
@@ -192,7 +201,11 @@ def check_start(config: RunConfig, num_ranks: int) -> str:
         from megatron_ledom.training.state import check_resumable
 
         check_resumable(config, sources, checkpoint)
-    return f"{num_ranks} ranks would go on from iteration {iteration} of {config.train.train_iters}"
+    model = replace(config.model, vocab_size=sources.provenance.vocab_size)
+    verdicts = [memory_verdict(config, planned(config, num_ranks, model)), disk_verdict(config, model)]
+    refuse(verdicts, accepted=accept_plan)
+    start = f"{num_ranks} ranks would go on from iteration {iteration} of {config.train.train_iters}"
+    return "\n".join([start, *(verdict.line() for verdict in verdicts)])
 
 
 def is_complete(config: RunConfig, sources: "Sources", checkpoint: str | None) -> bool:

@@ -5,6 +5,8 @@ moment leaves the checkpoint that `latest` names whole.
 """
 
 import logging
+import pickle
+import re
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ledom.checkpoint import stored_tensors
 from megatron_ledom.checkpoint.checksums import content_faults, refuse_damaged
 from megatron_ledom.checkpoint.folder import LATEST, advising_another, latest_checkpoint
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, check_sizes, load_manifest
@@ -28,7 +31,7 @@ log = logging.getLogger(__name__)
 
 EXTRA_STATE = "_extra_state"
 """What a layer keeps besides its weights: fp8 scales, or nothing. It is no part of a model's weights."""
-UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, EOFError, CheckpointingException, CheckpointException)
+UNREADABLE = (*stored_tensors.UNREADABLE, CheckpointingException, CheckpointException)
 """What a damaged checkpoint raises; torch's CheckpointException gathers the ranks' errors and is no Exception."""
 
 
@@ -142,6 +145,8 @@ def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]
     except UNREADABLE as error:
         failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
         reason = failures[0][0] if failures else error  # the whole text of the former is every rank's traceback
+        if isinstance(reason, pickle.UnpicklingError):
+            raise DataError(not_a_state(checkpoint, reason)) from error
         if may_pass(reason):
             raise TransientError(f"{checkpoint} cannot be read ({reason}); check the disk, then start again") from error
         raise DataError(
@@ -149,6 +154,16 @@ def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]
             f" implementation: use an earlier one, to which {LATEST} beside it has to point if the run shall go on from there"
         ) from error
     return state
+
+
+def not_a_state(checkpoint: str, error: pickle.UnpicklingError) -> str:
+    """What to say of a file that asks for more than tensors and settings."""
+    asked = re.search(r"(?:asks for|GLOBAL) ([\w.]+)", str(error))
+    found = f"asks for {asked[1]}" if asked else "is no pickle of a checkpoint"
+    return (
+        f"{checkpoint} has a file that {found}, which no saved run does and which could run code; nothing of it was run. It is"
+        f" damaged, or somebody else made it: use another one, to which {LATEST} beside it has to point"
+    )
 
 
 def _are_finite(model: list[Any]) -> bool:

@@ -11,13 +11,13 @@ from megatron_ledom.config.derived import blend_shares, named_blends, train_samp
 from megatron_ledom.config.schema import BlendEntry, RunConfig
 from megatron_ledom.data.blend_plan import PlannedSource, describe_sources, samples_available
 from megatron_ledom.data.interleave import Interleave
+from megatron_ledom.data.manifest_checks import check_manifests
 from megatron_ledom.data.shard import ShardManifest, check_shard
 from megatron_ledom.data.shard_files import ShardFiles
 from megatron_ledom.data.splits import DocumentRange, split_shard, whole_shard
-from megatron_ledom.data.targets import check_pairs, counted_bytes_per_token
+from megatron_ledom.data.targets import counted_bytes_per_token
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ledom.direction import Direction
-from megatron_ledom.errors import ConfigError, MismatchError
+from megatron_ledom.errors import ConfigError
 from megatron_ledom.provenance import Provenance
 
 log = logging.getLogger(__name__)
@@ -118,18 +118,7 @@ def load_sources(config: RunConfig) -> Sources:
         )
     blends = [blend for _, blend in named_blends(data)]
     manifests, files = _open({prefix: None for blend in blends for _, prefix in blend})
-    prefix, first = next(iter(manifests.items()))
-    provenance = first.provenance
-    _check_direction(prefix, first, data.direction)
-    for other, manifest in manifests.items():
-        manifest.provenance.check_same(provenance, f"the shard {other}", f"the shard {prefix}")
-    check_pairs(config, manifests)
-    stated = config.model.vocab_size
-    if stated is not None and stated != provenance.vocab_size:
-        raise MismatchError(
-            f"model.vocab_size={stated} but the shard {prefix} has ids of {provenance.vocab_size};"
-            " leave model.vocab_size out, or preprocess with the tokenizer that the run is meant for"
-        )
+    provenance = check_manifests(config, manifests)
     train, valid, test = _divide(config, manifests, files)
     sources = Sources(train, valid, test, provenance)
     _check_repeats(config, sources.train)
@@ -216,15 +205,6 @@ def _with_samples(sources: list[Source], available: list[int]) -> tuple[list[Sou
     return [replace(source, weight=source.weight / total) for source in kept], [
         source for source, count in counted if not count
     ]
-
-
-def _check_direction(prefix: str, manifest: ShardManifest, direction: Direction) -> None:
-    found = manifest.provenance.direction
-    if found is not direction:
-        raise MismatchError(
-            f"the shard {prefix} is {found}, the run has data.direction={direction}: a {direction} model fed {found} ids"
-            f" learns nonsense without an error; preprocess with --direction {direction}, or set data.direction={found}"
-        )
 
 
 def _check_repeats(config: RunConfig, blend: Blend) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_ledom.config.load import load_config
-from megatron_ledom.errors import ConfigError, UsageError
+from megatron_ledom.errors import ConfigError, PlanError, UsageError
 from megatron_ledom.pretrain import check_start
 from megatron_ledom.training import run_folder
 from megatron_ledom.training.run_folder import check_still_latest, check_writable, lock_run
@@ -108,3 +108,20 @@ def test_a_check_refuses_wandb_where_it_is_not_installed(
     config = load_config(str(data.config), [f"run_dir={tmp_path}/run", "logging.wandb_project=ledom"])
     with pytest.raises(UsageError, match=r"logging.wandb_project is set but wandb is not installed"):
         check_start(config, 1)
+
+
+LARGE = ["model.num_layers=96", "model.hidden_size=12288", "model.num_attention_heads=96", "model.ffn_hidden_size=32768"]
+
+
+def test_a_check_refuses_a_plan_that_does_not_fit_unless_it_is_accepted(data: TinyData, tmp_path: Path) -> None:
+    settings = [f"run_dir={tmp_path}/run", "parallel.hardware=h100-sxm", "checkpoint.save_interval=1"]
+    large = load_config(str(data.config), [*settings, *LARGE])
+    with pytest.raises(
+        PlanError, match=r"memory: NO: [\d,.]+ of 79.1 GiB .*; disk: NO: 20 more checkpoints of 1.\d TiB"
+    ) as refused:
+        check_start(large, 1)
+    assert refused.value.exit_code == 1
+    assert "memory: NO: " in check_start(large, 1, accept_plan=True)
+    told = check_start(load_config(str(data.config), settings), 1).splitlines()
+    assert told[0] == "1 ranks would go on from iteration 0 of 20"
+    assert "NO: " not in "".join(told)
