@@ -52,8 +52,8 @@ def pack_into(
 
     text_ids [total]: the documents' ids one after the other, text order; offsets [documents + 1]: where each begins;
     packed [total + documents with tokens], uint16 or int32. A document without tokens leaves nothing. A `bos_id` stands
-    first in model order, one more id a document. Returns -1, or the
-    position in `text_ids` of the first id at or above `vocab_size`; `packed` is then incomplete.
+    first in model order, one more id a document. Returns -1, or the position in `text_ids` of the first id that is at or above
+    `vocab_size` or is the eod; `packed` is then incomplete.
     """
     import megatron_ledom._helpers as helpers  # compiled at install; imported late so that inference does without it
 

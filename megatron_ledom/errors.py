@@ -6,6 +6,7 @@ rank and every other exception. Training also ends with 75 when a rank hangs (`t
 """
 
 import errno
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -97,9 +98,19 @@ def first_cause(error: BaseException) -> BaseException:
     return error
 
 
+def _check_arguments(arguments: list[str]) -> None:
+    """Refuse what is not UTF-8: paths are written into manifests and reports, which are JSON."""
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"the argument {os.fsencode(argument)!r} is not UTF-8; rename the file") from None
+
+
 def run_command(main: Callable[[], int | None]) -> NoReturn:
     """Run a command line's `main` and exit the process with its code, see the top of this file."""
     try:
+        _check_arguments(sys.argv[1:])
         code = main() or 0
     except LedomError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@ Text is always text order here. Everything in this file runs inside a worker.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -59,6 +59,17 @@ class TextBatch:
     """Where each text was read, see `RecordReader.name`: a record may be found to be a bad one after it was read."""
     position: int = 0
     """Bytes of the stretch read up to here."""
+
+    def of(self, indices: Sequence[int]) -> "TextBatch":
+        """Return the batch of some of its texts."""
+        if len(indices) == len(self.texts):
+            return self
+        return TextBatch(
+            texts=[self.texts[index] for index in indices],
+            records=[self.records[index] for index in indices] if self.records else [],
+            places=[self.places[index] for index in indices],
+            position=self.position,
+        )
 
 
 class RecordReader:

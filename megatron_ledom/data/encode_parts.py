@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ledom.data.corpus import MAX_MESSAGES, ReadSettings, RecordReader, TextBatch
+from megatron_ledom.data.corpus import MAX_MESSAGES, BadRecordError, ReadSettings, RecordReader, TextBatch
 from megatron_ledom.data.inputs import Part
-from megatron_ledom.data.packing import pack_documents
+from megatron_ledom.data.packing import EodInsideError, pack_documents
 from megatron_ledom.data.part_store import PartFile, PartRecord
 from megatron_ledom.data.quality import DUPLICATE, FILTERED, TOO_LONG, TOO_SHORT, Filter, Hashes, hashes_of
 from megatron_ledom.data.tokenizer import Tokenizer
@@ -20,6 +20,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
 
 NO_TOKENS = "no_tokens"
+EOD_IN_TEXT = "eod_in_text"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -52,8 +53,8 @@ class PartEncoder:
         for batch in gathered(_batches(self, number, record, skipped), self.read.batch_bytes):
             is_first = None if self.is_first is None else self.is_first[number][seen : seen + len(batch.texts)]
             seen += len(batch.texts)
-            texts = self._chosen(batch, is_first, skipped)
-            packed, lengths, text_bytes = self._encoded(texts, skipped)
+            batch = self._chosen(batch, is_first, skipped)
+            packed, lengths, text_bytes = self._encoded(batch, skipped, record.messages)
             file.append(packed, lengths)
             record.text_bytes += text_bytes
         record.num_documents, record.num_tokens = file.num_documents, file.num_tokens
@@ -61,24 +62,25 @@ class PartEncoder:
         record.seconds = round(time.monotonic() - started, 3)
         return file.finish(record)
 
-    def _chosen(self, batch: TextBatch, is_first: npt.NDArray[np.bool_] | None, skipped: Counter[str]) -> list[str]:
-        texts, records = batch.texts, batch.records
+    def _chosen(self, batch: TextBatch, is_first: npt.NDArray[np.bool_] | None, skipped: Counter[str]) -> TextBatch:
         if is_first is not None:
-            skipped[DUPLICATE] += len(texts) - int(is_first.sum())
-            chosen = np.flatnonzero(is_first).tolist()
-            texts, records = [texts[index] for index in chosen], [records[index] for index in chosen] if records else []
+            skipped[DUPLICATE] += len(batch.texts) - int(is_first.sum())
+            batch = batch.of(np.flatnonzero(is_first).tolist())
         if self.keep is None:
-            return texts
+            return batch
         try:
-            kept = [text for text, record in zip(texts, records, strict=True) if self.keep(text, record)]
+            pairs = zip(batch.texts, batch.records, strict=True)
+            kept = [index for index, (text, record) in enumerate(pairs) if self.keep(text, record)]
         except Exception as error:
             raise UsageError(f"the function of --filter failed; repair it:\n{traceback.format_exc()}") from error
-        skipped[FILTERED] += len(texts) - len(kept)
-        return kept
+        skipped[FILTERED] += len(batch.texts) - len(kept)
+        return batch.of(kept)
 
-    def _encoded(self, texts: list[str], skipped: Counter[str]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int]:
+    def _encoded(
+        self, batch: TextBatch, skipped: Counter[str], messages: list[str]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int]:
         """(ids as stored, stored lengths, UTF-8 bytes of the stored texts)."""
-        ids, offsets = self.tokenizer.encode_batch(texts)
+        ids, offsets = self.tokenizer.encode_batch(batch.texts)
         lengths = np.diff(offsets)
         is_kept = lengths > 0
         _count(skipped, NO_TOKENS, ~is_kept)
@@ -88,9 +90,24 @@ class PartEncoder:
             _count(skipped, TOO_LONG, too_long)
             _count(skipped, TOO_SHORT, too_short)
             is_kept &= ~(too_long | too_short)
+        try:
+            packed, stored = self._packed(ids, offsets, is_kept)
+        except EodInsideError:
+            is_kept &= ~self._holding_eod(ids, offsets, is_kept, batch, skipped, messages)
+            packed, stored = self._packed(ids, offsets, is_kept)
+        kept = (
+            batch.texts if is_kept.all() else [text for text, keep in zip(batch.texts, is_kept.tolist(), strict=True) if keep]
+        )
+        return packed, stored, sum(len(text) if text.isascii() else len(text.encode()) for text in kept)
+
+    def _packed(
+        self, ids: npt.NDArray[np.uint32], offsets: npt.NDArray[np.int64], is_kept: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        lengths = np.diff(offsets)
+        if not (is_kept | (lengths == 0)).all():
             ids = ids[np.repeat(is_kept, lengths)]
             offsets = np.concatenate([[0], np.cumsum(lengths[is_kept])]).astype(np.int64)
-        packed, stored = pack_documents(
+        return pack_documents(
             ids,
             offsets,
             direction=self.direction,
@@ -99,8 +116,26 @@ class PartEncoder:
             dtype=self.dtype,
             bos_id=self.bos_id,
         )
-        kept = texts if is_kept.all() else [text for text, keep in zip(texts, is_kept.tolist(), strict=True) if keep]
-        return packed, stored, sum(len(text) if text.isascii() else len(text.encode()) for text in kept)
+
+    def _holding_eod(
+        self,
+        ids: npt.NDArray[np.uint32],
+        offsets: npt.NDArray[np.int64],
+        is_kept: npt.NDArray[np.bool_],
+        batch: TextBatch,
+        skipped: Counter[str],
+        messages: list[str],
+    ) -> npt.NDArray[np.bool_]:
+        """Which documents hold the eod; each is rejected as a bad record: it would end in its middle."""
+        holding = np.zeros(len(is_kept), np.bool_)
+        holding[np.searchsorted(offsets, np.flatnonzero(ids == self.tokenizer.eod_id), side="right") - 1] = True
+        eod = f"{self.tokenizer.eod_token!r} = {self.tokenizer.eod_id}"
+        message = f"the text holds the eod {eod}, which this tokenizer cannot write as text (--eod-token names another)"
+        bad = BadRecordError(EOD_IN_TEXT, message)
+        for index in np.flatnonzero(holding & is_kept).tolist():
+            reader, place = batch.places[index]
+            reader.reject(bad, place, skipped, messages)
+        return holding
 
 
 def _count(skipped: Counter[str], reason: str, which: npt.NDArray[np.bool_]) -> None:
@@ -129,6 +164,7 @@ def gathered(batches: Iterator[TextBatch], batch_bytes: int) -> Iterator[TextBat
     for batch in batches:
         pending.texts += batch.texts
         pending.records += batch.records
+        pending.places += batch.places
         size += sum(map(len, batch.texts))
         if size >= batch_bytes // 2:
             yield pending

@@ -5,7 +5,9 @@ stretch of it, and a record belongs to the stretch in which it begins. One file 
 """
 
 import glob
+import logging
 import os
+import re
 import stat
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
@@ -13,7 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_ledom.data.folder_walk import HIDDEN, LeftOut, Walk, check_name
 from megatron_ledom.errors import UsageError
+
+logger = logging.getLogger(__name__)
 
 Kind = Literal["lines", "parquet", "arrow", "text", "warc"]
 Compression = Literal["", "gz", "zst", "bz2", "xz"]
@@ -44,6 +49,8 @@ PARTS_OF_A_TASK = 128
 """So many parts are aimed at between these two sizes."""
 COMPRESSED_PART_BYTES = 256 << 20
 """The same for compressed files, which have to be decompressed from their start: smaller parts would repeat that more often."""
+MOST_LOGGED = 10
+"""Things left out that are logged one by one."""
 MOST_COMPRESSED_PARTS = 64
 """Parts of one compressed file, for the same reason: 500 GB are decompressed 32 times over, by 64 workers at once."""
 
@@ -122,45 +129,86 @@ def remote_file_system(path: str) -> Any:
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[InputPath]:
-    """The files that are named, each once however often and by whatever path it is named, sorted by path.
+    """The files that are named, see `find_inputs`; what is left out is logged."""
+    sources, left_out = find_inputs(patterns)
+    log_left_out(left_out)
+    return sources
+
+
+def log_left_out(left_out: Sequence[LeftOut]) -> None:
+    """Say what is not read, and why."""
+    for entry in left_out[:MOST_LOGGED]:
+        logger.warning("not read: %s (%s%s)", entry.path, f"{entry.num_files:,} files, " * (entry.num_files > 1), entry.reason)
+    if len(left_out) > MOST_LOGGED:
+        logger.warning("not read: %d more like these", len(left_out) - MOST_LOGGED)
+
+
+def find_inputs(patterns: Sequence[str]) -> tuple[list[InputPath], list[LeftOut]]:
+    """(the files that are named, each once however often and by whatever path it is named, sorted by path; what is left out).
 
     A pattern is a path, a glob, a folder (all files of known endings below it), `@LIST` (a file with one pattern a line), or any
-    of the first three in an object store. Refused: no match, an unknown ending, no access.
+    of the first three in an object store. Links are followed. Refused: no match, an unknown ending, no access, a link that
+    leads nowhere or in a loop. Left out: hidden files and folders that no pattern names, and the second path to one file.
     """
-    found: dict[str, InputPath] = {}
+    found: dict[str | tuple[int, int], InputPath] = {}
+    walk = Walk(lambda path: _kind(path) is not None)
     for pattern in _listed(patterns):
-        for source in _expand_remote(pattern) if is_remote(pattern) else _expand_local(pattern):
-            found.setdefault(source.path if is_remote(source.path) else os.path.realpath(source.path), source)
-    return sorted(found.values(), key=lambda source: source.path)
+        for source in _expand_remote(pattern, walk) if is_remote(pattern) else _expand_local(pattern, walk):
+            first = found.setdefault(_identity(source.path), source)
+            if os.path.normpath(first.path) != os.path.normpath(source.path):
+                walk.leave_out(source.path, f"the same file as {first.path}")
+    return sorted(found.values(), key=lambda source: source.path), walk.all_left_out()
+
+
+def _identity(path: str) -> str | tuple[int, int]:
+    """Equal for two paths of one file."""
+    if is_remote(path):
+        return path
+    state = os.stat(path)
+    return (state.st_dev, state.st_ino) if state.st_nlink > 1 and state.st_ino else os.path.realpath(path)
 
 
 def _listed(patterns: Sequence[str]) -> Iterator[str]:
     for pattern in patterns:
         if not pattern.startswith("@") or os.path.lexists(pattern):
-            yield pattern
+            yield _plain(pattern)
             continue
         try:
-            lines = Path(pattern[1:]).read_text(encoding="utf-8").splitlines()
+            lines = Path(pattern[1:]).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"input list {pattern[1:]} cannot be read ({error}); give @FILE with one path a line") from error
-        yield from (line.strip() for line in lines if line.strip())
+        named = [line.strip() for line in lines if line.strip()]
+        if not named:
+            raise UsageError(f"input list {pattern[1:]} names nothing; give @FILE with one path a line")
+        yield from map(_plain, named)
 
 
-def _expand_local(pattern: str) -> Iterator[InputPath]:
-    matches = [pattern] if os.path.lexists(pattern) else glob.glob(pattern, recursive=True)
+def _plain(pattern: str) -> str:
+    """A pattern of the local disk without its protocol."""
+    if pattern.split("://")[0] in ("file", "local") and is_remote(pattern):
+        return str(remote_file_system(pattern)._strip_protocol(pattern))
+    return pattern
+
+
+def _expand_local(pattern: str, walk: Walk) -> Iterator[InputPath]:
+    matches = [pattern] if os.path.lexists(pattern) else walk.matches(pattern)
     if not matches:
-        raise UsageError(f"input {pattern} does not exist or matches no file; check --input")
+        hidden = "; hidden files are read only where their path is given" if walk.left_out else ""
+        raise UsageError(f"input {pattern} does not exist or matches no file; check --input{hidden}")
     for match in matches:
         if os.path.isdir(match):
-            inside = [str(path) for path in Path(match).rglob("*") if _kind(str(path)) and path.is_file()]
-            if not inside:
+            inside = False
+            for path in walk.files(match):
+                inside = True
+                yield _local(path)
+            if not inside and not walk.was_read_before(match):
                 raise UsageError(f"input {match} is a folder without a file of a known ending; expected {SUPPORTED}")
-            yield from map(_local, inside)
         else:
             yield _local(match)
 
 
 def _local(path: str) -> InputPath:
+    check_name(path)
     _check_ending(path)
     try:
         state = os.stat(path)
@@ -178,26 +226,46 @@ def _check_ending(path: str) -> None:
         raise UsageError(f"input {path} has an ending that is not known; expected {SUPPORTED}")
 
 
-def _expand_remote(pattern: str) -> Iterator[InputPath]:
+def _expand_remote(pattern: str, walk: Walk) -> Iterator[InputPath]:
     system = remote_file_system(pattern)
     try:
         if glob.has_magic(pattern):
             entries = system.glob(pattern, detail=True)
         elif system.isdir(pattern):
-            entries = {name: entry for name, entry in system.find(pattern, detail=True).items() if _kind(name)}
+            entries = _known(system.find(pattern, detail=True), pattern, walk)
         else:
-            entries = {pattern: system.info(pattern)}
+            entries = {str(system._strip_protocol(pattern)): system.info(pattern)}
     except FileNotFoundError:
         entries = {}
     except Exception as error:  # each store has errors of its own: no credentials, no such bucket, no route
         raise UsageError(f"input {pattern} cannot be listed ({error}); check the address and the credentials") from error
+    plain = str(system._strip_protocol(pattern))
+    for name in [name for name in entries if _is_hidden(name, plain)]:
+        walk.leave_out(system.unstrip_protocol(name), HIDDEN)
+        del entries[name]
     if not entries:
         raise UsageError(f"input {pattern} does not exist or matches no file; check --input")
     for name, entry in entries.items():
         path = system.unstrip_protocol(name)
         _check_ending(path)
+        if entry.get("size") is None:
+            raise UsageError(f"input {path} has no size, which decides who reads what; download it first")
         version = entry.get("ETag") or entry.get("etag") or entry.get("mtime") or entry.get("LastModified") or ""
         yield InputPath(path, int(entry["size"]), str(version))
+
+
+def _known(entries: dict[str, Any], folder: str, walk: Walk) -> dict[str, Any]:
+    """Those with a known ending; the others are counted."""
+    for name in entries:
+        if _kind(name) is None and not name.endswith("/"):
+            walk.others[folder, os.path.splitext(name)[1]] += 1
+    return {name: entry for name, entry in entries.items() if _kind(name)}
+
+
+def _is_hidden(path: str, pattern: str) -> bool:
+    """Whether an object is hidden, or in a hidden folder, which the pattern does not name."""
+    named = pattern if not glob.has_magic(pattern) else re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+    return "/." in path.removeprefix(named) and "/." not in pattern.removeprefix(named)
 
 
 def stretches_of_task(sources: Sequence[InputPath], task_id: int, num_tasks: int) -> list[Stretch]:

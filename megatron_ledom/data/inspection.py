@@ -8,11 +8,14 @@ from megatron_ledom.data.direction_check import check_direction
 from megatron_ledom.data.length_statistics import LengthCounts, check_can_draw, draw_histogram
 from megatron_ledom.data.prefixes import expand_prefixes
 from megatron_ledom.data.shard import ShardManifest, ShardReader
-from megatron_ledom.data.shard_faults import verify_shard
+from megatron_ledom.data.shard_faults import INSIDE, verify_shard
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError
 
+EOD_INSIDE_ADVICE = (
+    "; a text that spells its eod brought it into a document: this version stores it as text, or names the record as a bad one"
+)
 MOST_INPUTS = 20
 """Input files that are printed."""
 
@@ -38,11 +41,12 @@ def inspect_shards(settings: InspectSettings) -> None:
     if settings.histogram:
         check_can_draw(settings.histogram)
     counts = LengthCounts()
-    faulty = []
+    faulty, has_eod_inside = [], False
     for number, prefix in enumerate(prefixes):
         if number:
             print()
         faults = _inspect(prefix, settings, counts)
+        has_eod_inside = has_eod_inside or any(INSIDE in fault for fault in faults)
         for fault in faults:
             print(f"fault: {fault}", file=sys.stderr)
         if faults:
@@ -52,7 +56,7 @@ def inspect_shards(settings: InspectSettings) -> None:
     if faulty:
         raise VerificationError(
             f"{len(faulty)} of {len(prefixes)} shards faulty: {', '.join(faulty)}; copy them again or make them again with"
-            " tools/preprocess_data.py"
+            " tools/preprocess_data.py --overwrite" + (EOD_INSIDE_ADVICE if has_eod_inside else "")
         )
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from megatron_ledom.data.indexed_files import shard_blocks
+from megatron_ledom.data.indexed_files import Block, shard_blocks
 from megatron_ledom.data.prefixes import check_not_an_input, check_same_inputs, check_tasks_complete, expand_prefixes
 from megatron_ledom.data.shard import Counts, ShardManifest, ShardWriter, check_may_write, check_shard
 from megatron_ledom.data.stop_signal import sigterm_as_interrupt
-from megatron_ledom.errors import MismatchError, UsageError
+from megatron_ledom.errors import DataError, MismatchError, UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -41,12 +41,24 @@ def merge_shards(settings: MergeSettings) -> ShardManifest:
         tqdm(total=total, unit="token", unit_scale=True, desc="merge", disable=None) as bar,
     ):
         for prefix, manifest in zip(prefixes, manifests, strict=True):
+            is_closed = True
             for block in shard_blocks(prefix, manifest):
+                is_closed = is_closed and _has_eods_at_ends(block, manifest.eod_id)
                 writer.append(block.ids, block.lengths.astype(np.int32))
                 bar.update(block.ids.size)
+            if not is_closed:  # and not damaged: earlier versions could write such a shard
+                raise DataError(
+                    f"{prefix}.bin holds eod {manifest.eod_id} elsewhere than at the end of its documents; see which with"
+                    f" tools/inspect_shard.py {prefix} --verify, and make the shard again with tools/preprocess_data.py --overwrite"
+                )
         merged = writer.finalize(joined_counts(manifests))
     log_result(settings.output_prefix, merged, len(prefixes), time.monotonic() - started)
     return merged
+
+
+def _has_eods_at_ends(block: Block, eod_id: int) -> bool:
+    ends = np.cumsum(block.lengths) - 1
+    return np.count_nonzero(block.ids == eod_id) == len(ends) and bool((block.ids[ends] == eod_id).all())
 
 
 def open_alike(patterns: Sequence[str], output_prefix: str, overwrite: bool) -> tuple[list[str], list[ShardManifest]]:

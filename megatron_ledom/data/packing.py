@@ -9,6 +9,10 @@ from megatron_ledom.direction import Direction, pack_into
 from megatron_ledom.errors import DataError
 
 
+class EodInsideError(DataError):
+    """A document holds the eod, which would end it in its middle."""
+
+
 def pack_documents(
     text_ids: npt.NDArray[np.uint32],
     offsets: npt.NDArray[np.int64],
@@ -25,7 +29,8 @@ def pack_documents(
     `bos_id`, if given, stands first in model order. Documents without tokens are left out.
     Every id is checked against `vocab_size` before it is narrowed to `dtype`,
     because a numpy cast wraps around in silence. Returns the packed ids [total + kept] and the stored lengths [kept],
-    eod included. Raises DataError for an id outside [0, vocab_size) or one that `dtype` cannot hold.
+    eod included. Raises DataError for an id outside [0, vocab_size) or one that `dtype` cannot hold, EodInsideError for an eod
+    in a document.
     """
     dtype = np.dtype(dtype)
     if vocab_size - 1 > np.iinfo(dtype).max:
@@ -39,6 +44,9 @@ def pack_documents(
     added = 1 if bos_id is None else 2
     packed = np.empty(int(kept.sum()) + added * len(kept), dtype)
     bad = pack_into(text_ids, offsets, packed, direction=direction, eod_id=eod_id, vocab_size=vocab_size, bos_id=bos_id)
+    if bad >= 0 and int(text_ids[bad]) == eod_id:
+        document = int(np.searchsorted(offsets, bad, side="right")) - 1
+        raise EodInsideError(f"document {document} holds the eod {eod_id} at its id {bad - int(offsets[document])}")
     if bad >= 0:
         raise DataError(
             f"token id {int(text_ids[bad])} is outside the vocabulary of {vocab_size:,} ids: the tokenizer is damaged, get it anew"

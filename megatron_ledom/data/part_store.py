@@ -217,7 +217,7 @@ def request_difference(before: Request, now: Request) -> str | None:
         if old == new or (name == "on_error" and (old, new) == ("fail", "skip")):
             continue
         if name == "input":
-            return _input_difference(old or [], new)
+            return _input_difference(old or [], new or [])
         return f"{name} was {_short(old)} and is {_short(new)}"
     return None
 

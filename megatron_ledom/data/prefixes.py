@@ -1,6 +1,7 @@
 """Names of shards: patterns become prefixes, and what the tasks of one array wrote is complete or its gaps are named."""
 
 import glob
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -39,8 +40,13 @@ def expand_prefixes(patterns: Sequence[str]) -> list[str]:
         if not found:
             raise UsageError(f"there is no shard {pattern}: no .bin, .idx or .json of that name; give prefixes without ending")
         prefixes += found
-    if repeated := sorted({prefix for prefix in prefixes if prefixes.count(prefix) > 1}):
-        raise UsageError(f"{repeated[0]} is named more than once; name each shard once")
+    met: dict[str, str] = {}
+    for prefix in prefixes:
+        real = os.path.realpath(f"{prefix}.bin")
+        if real in met:
+            other = "" if met[real] == prefix else f", once as {met[real]}"
+            raise UsageError(f"{prefix} is named more than once{other}; name each shard once")
+        met[real] = prefix
     return prefixes
 
 

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from megatron_ledom.data import quality
 from megatron_ledom.data.corpus import BATCH_BYTES, MAX_MESSAGES, OnError, ReadSettings, RecordReader
 from megatron_ledom.data.encode_parts import PartEncoder, PartHasher
-from megatron_ledom.data.inputs import Part, expand_inputs, parts_of, stretches_of_task
+from megatron_ledom.data.folder_walk import as_records, printable
+from megatron_ledom.data.inputs import Part, find_inputs, log_left_out, parts_of, stretches_of_task
 from megatron_ledom.data.part_store import PartRecord, PartStore, Request
 from megatron_ledom.data.prefixes import TASK, task_prefix
 from megatron_ledom.data.shard import (
@@ -143,7 +144,7 @@ class Preprocessing:
     def __init__(self, settings: PreprocessSettings) -> None:
         _check_numbers(settings)
         self.settings = settings
-        self.sources = expand_inputs(settings.input)
+        self.sources, self.left_out = find_inputs(settings.input)
         self.task_id, self.num_tasks = task_of(settings, os.environ)
         stretches = stretches_of_task(self.sources, self.task_id, self.num_tasks)
         self.parts = parts_of(stretches, settings.part_bytes)
@@ -221,6 +222,8 @@ class Preprocessing:
             "eod_token": tokenizer.eod_token,
             "dtype": dtype.name,
         }
+        if tokenizer.is_eod_made_text:  # earlier versions let it end documents in their middle: their work is not this one
+            request["is_eod_made_text"] = True
         return dict(orjson.loads(orjson.dumps(request)))
 
 
@@ -244,6 +247,7 @@ def preprocess(settings: PreprocessSettings) -> ShardManifest | None:
     if settings.hash_only:
         _hash_task(work)
         return None
+    log_left_out(work.left_out)
     work.check_siblings()
     with _garbage_collector_off():
         tokenizer = _load_tokenizer(settings)
@@ -381,10 +385,11 @@ def _make_shard(
             text_bytes=sums.text_bytes,
             skipped=dict(sorted(sums.skipped.items())),
             input_files=sums.input_files,
-            tokenizer_path=str(Path(tokenizer.path).resolve()),
+            tokenizer_path=printable(str(Path(tokenizer.path).resolve())),
             eod_token=tokenizer.eod_token,
             bos_token=work.settings.bos_token or "",
             text_template=work.settings.text_template or "",
+            skipped_inputs=as_records(work.left_out),
             elapsed_seconds=round(time.monotonic() - started + sums.earlier_seconds / work.workers, 3),
             request_sha256=digest,
             inputs_sha256=work.inputs_sha256(),

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from megatron_ledom.data.folder_walk import printable
 from megatron_ledom.data.indexed_files import Block, IndexedFiles, shard_blocks
 from megatron_ledom.data.merge import joined_counts, log_result, open_alike
 from megatron_ledom.data.prefixes import check_not_an_input, check_tasks_complete, expand_prefixes
@@ -180,7 +181,7 @@ def _reverse_foreign(settings: ReverseSettings, prefixes: list[str]) -> ShardMan
     turner = Turner(tokenizer.provenance(OTHER[before]), dtype, is_closed=is_closed)
     counts = Counts(
         text_bytes=settings.text_bytes,
-        tokenizer_path=str(Path(settings.tokenizer).resolve()),
+        tokenizer_path=printable(str(Path(settings.tokenizer).resolve())),
         eod_token=tokenizer.eod_token,
     )
     with _writing(settings, turner) as writer:

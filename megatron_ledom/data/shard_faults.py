@@ -23,6 +23,8 @@ from megatron_ledom.data.shard import (
 from megatron_ledom.errors import DataError
 
 BLOCK_BYTES = 1 << 22
+INSIDE = "inside, at its id"
+"""Words of the fault of an eod that is not at a document's end."""
 
 
 def verify_shard(prefix: str) -> list[str]:
@@ -222,7 +224,7 @@ class IdScan:
         eods = np.flatnonzero(ids == eod)
         if len(eods) > len(last) - len(open_ends) and not self.manifest.pairs:  # packs of pairs hold an eod for each
             inside = eods[~np.isin(eods, last, assume_unique=True)]
-            self._found("inside", f"{{}} holds eod {eod} inside, at its id {{}}", ends, begin + inside)
+            self._found("inside", f"{{}} holds eod {eod} {INSIDE} {{}}", ends, begin + inside)
 
     def _found(self, kind: str, text: str, ends: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> None:
         documents = np.unique(np.searchsorted(ends, positions, side="right")) + self._document

@@ -7,6 +7,7 @@ import json
 import logging
 import secrets
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import orjson
 
 from megatron_ledom.data import sentencepiece_bpe, tiktoken_ranks
 from megatron_ledom.data.engines import Engine, HubEngine, PieceEngine, ReferenceEngine, fast_engines, first_difference
+from megatron_ledom.data.eod_token import Encoders, check_is_reserved, with_eod_as_text
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import Provenance, vocabulary_hash
@@ -48,10 +50,6 @@ class Tokenizer:
         """Where it was loaded from, as given."""
         self._files = files
         self._config = config
-        self._reference = engine
-        self._engine: Engine = engine
-        self._model = model
-        self._stored = stored
         self.sha256 = sha256
         """See `vocabulary_hash`."""
         vocab = engine.vocab()
@@ -69,6 +67,13 @@ class Tokenizer:
         if self.eod_token not in vocab:
             raise UsageError(f"tokenizer {path} has no token {self.eod_token!r} to end documents with; name one by --eod-token")
         self.eod_id: int = vocab[self.eod_token]
+        given = Encoders(engine, files["tokenizer.json"], stored, model)
+        check_is_reserved(given, self.eod_token, self.eod_id, path)
+        self._encoders = with_eod_as_text(given, self.eod_token)
+        self.is_eod_made_text: bool = self._encoders is not given
+        """The tokenizer as it is would read a spelled eod as the eod."""
+        self._reference = self._encoders.engine
+        self._engine: Engine = self._reference
 
     def token_id(self, token: str) -> int:
         """The id of a token. Raises UsageError if there is none."""
@@ -79,17 +84,17 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
         """Ids of all texts one after the other [total] in text order, and where each begins [texts + 1].
 
-        Nothing is added (no BOS, no EOS), and a special token spelled out in a text is encoded as ordinary text, so a
-        special eod stands in no document.
+        Nothing is added (no BOS, no EOS), and a special token spelled out in a text is encoded as ordinary text. So is the eod,
+        unless the model itself has a piece with its spelling: then packing refuses it.
         """
         return self._engine.encode(texts)
 
     def use_fastest_engine(self, samples: Sequence[str]) -> str:
         """Encode with the fastest engine whose ids equal the reference's on `samples` and on odd texts; what was chosen and why."""
         texts = [*sentencepiece_bpe.ODD_TEXTS, f"a{self.eod_token} {self.eod_token}\n", *samples]
-        stored, self._stored = self._stored, None  # large, and of no more use
+        forms, self._encoders = self._encoders, replace(self._encoders, stored=None)  # large, and of no more use
         passed_over = []
-        for name, make in fast_engines(self._files["tokenizer.json"], stored, self._model, self._reference):
+        for name, make in fast_engines(forms.tokenizer_json, forms.stored, forms.model, self._reference):
             try:
                 engine = make()
                 text = first_difference(engine, self._reference, texts)

@@ -55,6 +55,7 @@ class PairReader:
 
     def _render(self, template: TextTemplate, record: dict[str, Any], where: str) -> str:
         def text_of(key: str) -> str:
+            """The text at a key."""
             if isinstance(value := record.get(key), str):  # a number or a list would be rendered in Python's way
                 return value
             known = ", ".join(record) or "none"
