@@ -11,6 +11,7 @@ from typing import Any, Literal
 import orjson
 
 from megatron_ledom.data import tables, web_archive
+from megatron_ledom.data.bad_records import BadRecordError, too_large
 from megatron_ledom.data.inputs import COMPRESSED_BLOCK, InputPath, Stretch
 from megatron_ledom.data.shard import InputFile
 from megatron_ledom.data.streams import MAX_RECORD_BYTES, LineReader, Progress, decompressed_blocks, plain_blocks, raw_blocks
@@ -21,14 +22,6 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_MESSAGES = 10  # bad records of a stretch that are described one by one
 
 OnError = Literal["fail", "skip"]
-
-
-class BadRecordError(Exception):
-    """One record that cannot be used; `reason` is its name in the counts."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(slots=True, kw_only=True)
@@ -90,8 +83,8 @@ class RecordReader:
         for block in reader.blocks():
             batch = TextBatch(position=reader.progress.num_bytes)
             if block.too_long is not None:
-                too_large = _too_large(block.too_long, self.settings.max_record_bytes)
-                self._reject(too_large, self._name(reader, block.first))
+                bad_line = too_large(block.too_long, self.settings.max_record_bytes)
+                self._reject(bad_line, self._name(reader, block.first))
             for number, line in enumerate(block.lines, block.first):
                 if number == 0 and block.is_first_of_file:
                     line = line.removeprefix(BYTE_ORDER_MARK)
@@ -99,7 +92,7 @@ class RecordReader:
                     continue
                 try:
                     if len(line) > self.settings.max_record_bytes:
-                        raise _too_large(len(line), self.settings.max_record_bytes)
+                        raise too_large(len(line), self.settings.max_record_bytes)
                     self._add(batch, *_text_of_line(line, self.settings.text_key))
                 except BadRecordError as bad:
                     self._reject(bad, self._name(reader, number))
@@ -133,7 +126,7 @@ class RecordReader:
         batch = TextBatch(position=self.stretch.num_bytes)
         try:
             if size > self.settings.max_record_bytes:
-                raise _too_large(size, self.settings.max_record_bytes)
+                raise too_large(size, self.settings.max_record_bytes)
             text = _decoded(bytes(content))
             self._add(batch, text, {self.settings.text_key: text})
         except BadRecordError as bad:
@@ -153,19 +146,24 @@ class RecordReader:
             batch = TextBatch(position=rows.position)
             for number, content in enumerate(rows.texts):
                 try:
-                    if content is not None and len(content) > self.settings.max_record_bytes:
-                        raise _too_large(len(content), self.settings.max_record_bytes)
-                    text = _decoded(content)
+                    text, record = self._row(content, rows.records[number] if rows.records else None)
                 except BadRecordError as bad:
                     self._reject(bad, f"{self.stretch.source.path}: {rows.unit} {rows.first + number + 1}")
                     continue
-                self._add(batch, text, rows.records[number] if rows.records else {self.settings.text_key: text})
+                self._add(batch, text, record)
             yield batch
 
-
-def _too_large(size: int, limit: int) -> BadRecordError:
-    message = f"a record of {size:,} bytes, more than the limit of {limit:,} (--max-record-bytes)"
-    return BadRecordError("too_large", message)
+    def _row(
+        self, content: bytes | BadRecordError | None, record: Mapping[str, Any] | BadRecordError | None
+    ) -> tuple[str, Mapping[str, Any]]:
+        if isinstance(content, BadRecordError):  # raised anew: its traceback would keep it, and the row, alive
+            raise BadRecordError(content.reason, str(content))
+        if content is not None and len(content) > self.settings.max_record_bytes:
+            raise too_large(len(content), self.settings.max_record_bytes)
+        text = _decoded(content)
+        if isinstance(record, BadRecordError):
+            raise BadRecordError(record.reason, str(record))
+        return text, {self.settings.text_key: text} if record is None else record
 
 
 def _text_of_line(line: bytes, text_key: str) -> tuple[str, Mapping[str, Any]]:

@@ -20,6 +20,8 @@ NAMED_LINES_BYTES = 256 << 20
 """Up to here a line that is skipped is named by its number, which takes reading what is before it."""
 DECOMPRESSED_AT_ONCE = 1 << 12
 """Compressed bytes a decompressor is given at once: a few can become a gigabyte."""
+DECOMPRESSED_AT_MOST = 1 << 22
+"""What is taken at once from a decompressor that can stop: 3 KB of bz2 can become all of it."""
 
 MAGIC = {
     b"\x1f\x8b": "gz",
@@ -136,6 +138,19 @@ def _engine(compression: str) -> tuple[Callable[[], Any], tuple[type[Exception],
     return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), (zstandard.ZstdError,)
 
 
+def _contents(source: InputPath, engine: Any, block: bytes, failures: tuple[type[Exception], ...]) -> Iterator[bytes]:
+    """What a block decompresses to, in pieces where the decompressor can stop."""
+    try:
+        if not hasattr(engine, "needs_input"):
+            yield engine.decompress(block)
+            return
+        yield engine.decompress(block, DECOMPRESSED_AT_MOST)
+        while not (engine.eof or engine.needs_input):
+            yield engine.decompress(b"", DECOMPRESSED_AT_MOST)
+    except failures as error:
+        raise DataError(f"{source.path} is damaged ({error}){_true_kind(source)}; fetch it again, or leave it out") from error
+
+
 def decompressed_blocks(source: InputPath, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
     """(position of the stored block, what it decompresses to) for a file of one or more members or frames.
 
@@ -149,13 +164,7 @@ def decompressed_blocks(source: InputPath, blocks: Iterator[bytes]) -> Iterator[
             block = stored[begin : begin + DECOMPRESSED_AT_ONCE]
             while block := block if engine else block.lstrip(b"\0"):  # members may be padded with zeros
                 engine = engine or start()
-                try:
-                    content = engine.decompress(block)
-                except failures as error:
-                    raise DataError(
-                        f"{source.path} is damaged ({error}){_true_kind(source)}; fetch it again, or leave it out"
-                    ) from error
-                yield position, content
+                yield from ((position, content) for content in _contents(source, engine, block, failures))
                 block = engine.unused_data if engine.eof else b""
                 engine = None if engine.eof else engine
         position += len(stored)

@@ -143,10 +143,10 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path} needs pyarrow: pip install pyarrow, or give the set as JSON lines") from error
     try:
         if path.suffix == ".parquet":
-            return list(pq.read_table(path).to_pylist())
+            return list(pq.read_table(path, page_checksum_verification=True).to_pylist())
         with pa.memory_map(str(path)) as source:
             return list(pa.ipc.open_stream(source).read_all().to_pylist())
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; download the file again") from error
 
 
