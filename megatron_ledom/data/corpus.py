@@ -13,6 +13,7 @@ import orjson
 from megatron_ledom.data import tables, web_archive
 from megatron_ledom.data.bad_records import BadRecordError, too_large
 from megatron_ledom.data.inputs import COMPRESSED_BLOCK, InputPath, Stretch
+from megatron_ledom.data.json_lines import check_is_lines, check_text, loads_leniently
 from megatron_ledom.data.shard import InputFile
 from megatron_ledom.data.streams import MAX_RECORD_BYTES, LineReader, Progress, decompressed_blocks, plain_blocks, raw_blocks
 from megatron_ledom.errors import DataError
@@ -82,6 +83,8 @@ class RecordReader:
         self._progress = reader.progress
         for block in reader.blocks():
             batch = TextBatch(position=reader.progress.num_bytes)
+            if block.is_first_of_file:
+                check_is_lines(self.stretch.source.path, reader.head)
             if block.too_long is not None:
                 bad_line = too_large(block.too_long, self.settings.max_record_bytes)
                 self._reject(bad_line, self._name(reader, block.first))
@@ -167,11 +170,11 @@ class RecordReader:
 
 
 def _text_of_line(line: bytes, text_key: str) -> tuple[str, Mapping[str, Any]]:
+    is_strict = True
     try:
         record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        _decoded(line)
-        raise BadRecordError("malformed_json", f"malformed JSON ({error})") from None
+    except orjson.JSONDecodeError as error:  # perhaps for another key
+        is_strict, record = False, loads_leniently(line, error)
     if not isinstance(record, dict):
         raise BadRecordError(
             "not_an_object", f"a JSON {type(record).__name__} where an object with the key {text_key!r} was expected"
@@ -181,6 +184,8 @@ def _text_of_line(line: bytes, text_key: str) -> tuple[str, Mapping[str, Any]]:
         text = _nested(record, text_key)
     if not isinstance(text, str):
         raise BadRecordError("text_is_not_a_string", f"key {text_key!r} holds {type(text).__name__}, not a string")
+    if not is_strict:
+        check_text(text, line)
     return text, record
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_ledom.data.json_lines import refuse_saved_datasets
 from megatron_ledom.errors import UsageError
 
 Kind = Literal["lines", "parquet", "arrow", "text", "warc"]
@@ -131,6 +132,7 @@ def expand_inputs(patterns: Sequence[str]) -> list[InputPath]:
     for pattern in _listed(patterns):
         for source in _expand_remote(pattern) if is_remote(pattern) else _expand_local(pattern):
             found.setdefault(source.path if is_remote(source.path) else os.path.realpath(source.path), source)
+    refuse_saved_datasets(source.path for source in found.values() if not is_remote(source.path))
     return sorted(found.values(), key=lambda source: source.path)
 
 

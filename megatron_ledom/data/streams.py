@@ -16,6 +16,8 @@ from megatron_ledom.errors import DataError
 READ_BYTES = 1 << 20  # larger blocks come from the system anew each time, a page fault for every 4 KB
 REMOTE_READ_BYTES = 8 << 20  # one request to an object store
 MAX_RECORD_BYTES = 256 << 20
+HEAD_BYTES = 256
+"""Of a stretch's start that are kept, to see what a file is."""
 NAMED_LINES_BYTES = 256 << 20
 """Up to here a line that is skipped is named by its number, which takes reading what is before it."""
 DECOMPRESSED_AT_ONCE = 1 << 12
@@ -233,6 +235,8 @@ class LineReader:
         self.progress = Progress()
         self._batch_bytes = batch_bytes
         self._max_record_bytes = max_record_bytes
+        self.head = b""
+        """The first bytes of the stretch, also where they are of a line that is too long to keep."""
         self._pending = bytearray()
         self._searched = 0
         self._num_lines = 0
@@ -266,6 +270,8 @@ class LineReader:
     def _take(self, block: bytes | memoryview) -> Iterator[LineBlock]:
         for begin in range(0, len(block), self._batch_bytes):
             self._pending += block[begin : begin + self._batch_bytes]
+            if len(self.head) < HEAD_BYTES:
+                self.head += bytes(block[begin : begin + min(self._batch_bytes, HEAD_BYTES)])
             if self._dropped:
                 yield from self._drop()
             if len(self._pending) < self._batch_bytes:

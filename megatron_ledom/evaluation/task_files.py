@@ -128,7 +128,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: not a line of JSON in UTF-8 ({error}); download the file again") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: a {type(row).__name__}, expected an object; use the set's JSON lines")
