@@ -62,7 +62,7 @@ def texts_in(stretch: Stretch, **settings: object) -> list[str]:
 
 def skim(path: Path, key: str = "text", **settings: object) -> tuple[list[str], dict[str, int], list[str]]:
     """All texts, what was skipped, and the messages."""
-    read = ReadSettings(text_key=key, on_error="skip", batch_bytes=64, **settings)  # type: ignore[arg-type]
+    read = ReadSettings(**{"text_key": key, "on_error": "skip", "batch_bytes": 64, **settings})  # type: ignore[arg-type]
     reader = RecordReader(whole(path), read)
     texts = [text for batch in reader.batches() for text in batch.texts]
     return texts, dict(reader.skipped), reader.messages
