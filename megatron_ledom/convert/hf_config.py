@@ -141,7 +141,7 @@ def load_hf_config(folder: str) -> PreTrainedConfig:
     if not os.path.isfile(path):
         raise UsageError(f"{folder} is no Hugging Face model folder: it has no config.json; give one that has")
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         raise DataError(f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}); get the folder anew") from error
     return config

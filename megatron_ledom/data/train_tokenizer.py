@@ -9,10 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ledom.data import sentencepiece_bpe
 from megatron_ledom.data.corpus import read_texts
 from megatron_ledom.data.inputs import expand_inputs
 from megatron_ledom.errors import UsageError
+from megatron_ledom.tokenizers import sentencepiece_bpe
 
 logger = logging.getLogger(__name__)
 

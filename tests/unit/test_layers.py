@@ -18,23 +18,24 @@ MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "errors": set(),
     "provenance": {"direction", "errors"},
     "pages": {"errors"},
+    "tokenizers": {"errors", "provenance"},
     "config": {"direction", "errors"},
     "platform": {"config", "direction", "errors"},
     "ops": {"config", "direction", "errors", "platform"},
     "parallel": {"config", "direction", "errors", "platform"},
     "planner": {"config", "direction", "errors", "pages", "model"},
-    "data": ENGINE,
+    "data": ENGINE | {"tokenizers"},
     "model": ENGINE,
     "checkpoint": ENGINE,
     "training": ENGINE | {"data", "model", "checkpoint", "pages", "planner"},
     "in_loop": ENGINE | {"data", "training", "inference", "evaluation"},
     "convert": ENGINE | {"data", "model", "checkpoint", "inference"},
     "finetune": ENGINE | {"data", "inference"},
-    "inference": {"direction", "errors", "pages", "provenance"},
-    "evaluation": {"direction", "errors", "pages", "provenance", "inference"},
+    "inference": {"direction", "errors", "pages", "provenance", "tokenizers"},
+    "evaluation": {"direction", "errors", "pages", "provenance", "inference", "tokenizers"},
 }
-MEGATRON_FREE = {"direction", "pages", "planner", "provenance", "errors", "config", "inference", "evaluation"}
-TORCH_FREE = {"config", "pages", "planner"}
+MEGATRON_FREE = {"direction", "pages", "planner", "provenance", "errors", "config", "inference", "evaluation", "tokenizers"}
+TORCH_FREE = {"config", "pages", "planner", "tokenizers"}
 OUTSIDE = {"tools", "tests", "examples"}
 HEAVY = ("torch", "megatron", "transformers", "pyarrow", "tensorboard", "matplotlib", "sentencepiece", "tokenizers")
 MAX_FUNCTION, MAX_FILE, MAX_NESTING = 60, 500, 4
