@@ -86,13 +86,7 @@ def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest) -> in
 
 def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     """Train one run in this process, as one of the launched ranks."""
-    rank = launch.rank
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s [rank {rank}] %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
+    start_logging(launch.rank)
     logging.getLogger("megatron").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module=r"megatron\.core")  # what is installed is said in one line below
     from megatron_ledom.data.sources import describe_blend, load_run_tokenizer, load_sources
@@ -109,6 +103,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     from megatron_ledom.ops.library import describe as describe_ops
     from megatron_ledom.parallel.agreement import from_first_rank
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
+    from megatron_ledom.parallel.meeting import StoppedWaiting
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.training.launch_record import write_launch
     from megatron_ledom.training.loop import train
@@ -132,8 +127,8 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
         write_start(config, tokenizer, changed)
         write_launch(config, launch, saved_iteration(config))
 
-    groups = start_distributed(platform, config.parallel, launch)
     try:
+        groups = start_distributed(platform, config.parallel, launch, stop.name)
         with ExitStack() as held:
             from_first_rank(take_run_folder)
             watchdog = held.enter_context(Watchdog(config, launch))
@@ -141,8 +136,20 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
             train(state, stop, watchdog, task_evaluation(state))
             watchdog.tell("waiting for the last rank", patient=True)
             wait_for_all_ranks()  # rank 0 has most to close; srun gives the others' end a minute, then kills
+    except StoppedWaiting as reason:
+        log.warning("%s", reason)  # nothing was changed: another start goes on from the same iteration
     finally:
         stop_distributed()
+
+
+def start_logging(rank: int) -> None:
+    """All that rank 0 tells, and the warnings of the others, on stderr."""
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s [rank {rank}] %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
 
 
 def check_surroundings(config: RunConfig) -> None:

@@ -30,13 +30,14 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse first, import after: `--help` answers at once."""
     given = {name: value for name, value in vars(parse()).items() if value is not None}
-    for name in ("prompt_template", "answer_template"):
-        if name in given:
-            given[name] = given[name].replace("\\n", "\n")
     import logging
 
+    from megatron_ledom.data.text_template import from_command_line
     from megatron_ledom.finetune.prepare import PairSettings, prepare_pairs
 
+    for name in ("prompt_template", "answer_template"):
+        if name in given:
+            given[name] = from_command_line(given[name])
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     prepare_pairs(PairSettings(**given))
 

@@ -26,6 +26,11 @@ def parse() -> argparse.Namespace:
     add("--output-prefix", required=True, metavar="P", help="path of the shard without ending")
     add("--direction", choices=["reverse", "forward"], default="reverse", help="order in which ids are stored")
     add("--text-key", default="text", help="JSON key or column of the text; a.b is key b of the object at key a")
+    add(
+        "--text-template",
+        metavar="T",
+        help=r"joins several keys to one text, such as '{question}\n{answer}'; \n is a line break, a doubled brace a brace",
+    )
     add("--workers", type=int, help="processes; default: the cores this process may use")
     add("--dtype", choices=["auto", "uint16", "int32"], default="auto", help="type of stored ids")
     add("--on-error", choices=["fail", "skip"], default="fail", help="what to do with a bad record")
@@ -70,8 +75,11 @@ def main() -> None:
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy starts a thread a core, which spin; nothing here multiplies
     from megatron_ledom.data.preprocess import PreprocessSettings, preprocess
+    from megatron_ledom.data.text_template import from_command_line
     from megatron_ledom.direction import Direction
 
+    if arguments.text_template is not None:
+        arguments.text_template = from_command_line(arguments.text_template)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     preprocess(PreprocessSettings(**{**vars(arguments), "direction": Direction(arguments.direction)}))
 

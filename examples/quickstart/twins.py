@@ -106,9 +106,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def choose_overrides() -> list[str]:
     """What depends on the machine: the number type it multiplies fastest, and half of its cores for each twin."""
     from megatron_ledom.platform.device import preferred_params_dtype, prepare_platform
+    from megatron_ledom.platform.launch import ALONE
 
     cores = len(os.sched_getaffinity(0))
-    dtype = preferred_params_dtype(prepare_platform(None))
+    dtype = preferred_params_dtype(prepare_platform(None, ALONE))
     return [f"model.params_dtype={dtype}", f"train.num_threads={min(MOST_THREADS, max(1, cores // 2))}"]
 
 

@@ -22,6 +22,7 @@ from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, TransientError, may_pass
 from megatron_ledom.parallel.agreement import from_first_rank
 from megatron_ledom.parallel.gathering import gathered_weights
+from megatron_ledom.platform.param_groups import use_settings_of
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,10 @@ class CheckpointStore:
         return self.writer.seconds_to_finish()
 
     def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-        """Fill model, optimizer and scheduler from a checkpoint of any layout; of imported weights, the model alone."""
+        """Fill model, optimizer and scheduler from a checkpoint of any layout; of imported weights, the model alone.
+
+        Of the optimizer, moments and number of updates are the checkpoint's; its settings stay those it was built with.
+        """
         if self.settings.verify_on_load:
             self._verify(checkpoint)
         if load_manifest(checkpoint).weights_only:
@@ -90,6 +94,7 @@ class CheckpointStore:
         state = _read(checkpoint, wanted, strict=StrictHandling.RAISE_ALL)
         for key, chunk in zip(_model_keys(model), model, strict=True):
             unwrapped(chunk).load_state_dict(state[key])
+        use_settings_of(optimizer, state["optimizer"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
 

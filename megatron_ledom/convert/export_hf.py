@@ -57,7 +57,7 @@ def export_hf(
     with new_folder(save, CONFIG, may_replace) as part:
         write_companions(part, tokenizer, manifest.provenance)
         files = write_hf_weights(checkpoint, Sizes(config.model, manifest.provenance.vocab_size), part, max_shard_size)
-        gate = pass_gate(Conversion(checkpoint, manifest, part, hf_config), verify)
+        gate = pass_gate(Conversion(checkpoint, manifest, part, hf_config, PARAMS_DTYPES[config.model.params_dtype]), verify)
         write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=gate is not None)
         write_cards(part, CARD, _card(checkpoint, manifest, files, gate))
         write_config(part, CONFIG + PART, hf_config)

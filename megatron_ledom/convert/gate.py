@@ -45,6 +45,8 @@ class Conversion:
     folder: str
     """With the Hugging Face weights; a config.json need not be there."""
     hf_config: PreTrainedConfig
+    held: torch.dtype
+    """Type that holds the folder's weights exactly."""
 
     @property
     def stored(self) -> torch.dtype:

@@ -87,7 +87,8 @@ def _sides(pair: Conversion, dtype: torch.dtype, how: str) -> Iterator[tuple[Cor
     """Both models; no gradients."""
     whole, vocab_size = how == "whole", pair.manifest.provenance.vocab_size
     with core_side(pair.checkpoint, pair.manifest, dtype=dtype, whole=whole) as core:
-        yield core, StockSide(pair.folder, pair.hf_config, vocab_size, dtype=dtype, stored=pair.stored, whole=whole)
+        stock = StockSide(pair.folder, pair.hf_config, vocab_size, held=pair.held, dtype=dtype, stored=pair.stored, whole=whole)
+        yield core, stock
 
 
 def _likeness(expected: torch.Tensor, found: torch.Tensor) -> dict[str, float]:

@@ -14,6 +14,7 @@ from megatron_ledom.data import tables, web_archive
 from megatron_ledom.data.inputs import COMPRESSED_BLOCK, InputPath, Stretch
 from megatron_ledom.data.shard import InputFile
 from megatron_ledom.data.streams import MAX_RECORD_BYTES, LineReader, Progress, decompressed_blocks, plain_blocks, raw_blocks
+from megatron_ledom.data.text_template import TextTemplate
 from megatron_ledom.errors import DataError
 
 BATCH_BYTES = 1 << 20
@@ -37,6 +38,8 @@ class ReadSettings:
 
     text_key: str = "text"
     """JSON key or column of the text; `a.b` is key b of the object at key a, unless there is a key with that name."""
+    template: TextTemplate | None = None
+    """Joins the texts of several keys, in place of the text at `text_key`."""
     on_error: OnError = "fail"
     batch_bytes: int = BATCH_BYTES
     max_record_bytes: int = MAX_RECORD_BYTES
@@ -52,6 +55,8 @@ class TextBatch:
     texts: list[str] = field(default_factory=list)
     records: list[Mapping[str, Any]] = field(default_factory=list)
     """The texts' whole records, if they are kept; {text_key: text} where there is nothing else."""
+    places: list[tuple["RecordReader", int | str]] = field(default_factory=list)
+    """Where each text was read, see `RecordReader.name`: a record may be found to be a bad one after it was read."""
     position: int = 0
     """Bytes of the stretch read up to here."""
 
@@ -66,6 +71,7 @@ class RecordReader:
         """Bad records, by reason."""
         self.messages: list[str] = []
         self._progress = Progress()
+        self._line_reader: LineReader | None = None
 
     def batches(self) -> Iterator[TextBatch]:
         """The texts of the stretch in order. A bad record raises DataError, or is counted and left out."""
@@ -85,13 +91,13 @@ class RecordReader:
         )
 
     def _lines(self) -> Iterator[TextBatch]:
-        reader = LineReader(self.stretch, self.settings.batch_bytes, self.settings.max_record_bytes)
+        reader = self._line_reader = LineReader(self.stretch, self.settings.batch_bytes, self.settings.max_record_bytes)
         self._progress = reader.progress
         for block in reader.blocks():
             batch = TextBatch(position=reader.progress.num_bytes)
             if block.too_long is not None:
                 too_large = _too_large(block.too_long, self.settings.max_record_bytes)
-                self._reject(too_large, self._name(reader, block.first))
+                self._reject(too_large, block.first)
             for number, line in enumerate(block.lines, block.first):
                 if number == 0 and block.is_first_of_file:
                     line = line.removeprefix(BYTE_ORDER_MARK)
@@ -100,27 +106,33 @@ class RecordReader:
                 try:
                     if len(line) > self.settings.max_record_bytes:
                         raise _too_large(len(line), self.settings.max_record_bytes)
-                    self._add(batch, *_text_of_line(line, self.settings.text_key))
+                    self._add(batch, *_text_of_line(line, self.settings), number)
                 except BadRecordError as bad:
-                    self._reject(bad, self._name(reader, number))
+                    self._reject(bad, number)
             yield batch
 
-    def _name(self, reader: LineReader, number: int) -> str:
-        """Where a bad line is: exactly when it ends the run, else as far as that costs little; nothing if it is not told."""
-        is_fatal = self.settings.on_error == "fail"
-        return reader.name_line(number, exactly=is_fatal) if is_fatal or len(self.messages) < MAX_MESSAGES else ""
+    def name(self, place: int | str) -> str:
+        """Return where a record is, for people. A line's number becomes FILE:LINE, exactly if a bad record ends the run."""
+        if isinstance(place, str) or self._line_reader is None:
+            return str(place)
+        return self._line_reader.name_line(place, exactly=self.settings.on_error == "fail")
 
-    def _add(self, batch: TextBatch, text: str, record: Mapping[str, Any]) -> None:
+    def _add(self, batch: TextBatch, text: str, record: Mapping[str, Any], place: int | str) -> None:
         batch.texts.append(text)
+        batch.places.append((self, place))
         if self.settings.keep_records:
             batch.records.append(record)
 
-    def _reject(self, bad: BadRecordError, where: str) -> None:
+    def _reject(self, bad: BadRecordError, place: int | str) -> None:
+        self.reject(bad, place, self.skipped, self.messages)
+
+    def reject(self, bad: BadRecordError, place: int | str, skipped: Counter[str], messages: list[str]) -> None:
+        """Raise DataError for a bad record; or enter it into the counts, and the first ones into the messages."""
         if self.settings.on_error == "fail":
-            raise DataError(f"{where}: {bad}; repair it, or leave such records out with --on-error skip") from bad
-        self.skipped[bad.reason] += 1
-        if len(self.messages) < MAX_MESSAGES:
-            self.messages.append(f"{where}: {bad}")
+            raise DataError(f"{self.name(place)}: {bad}; repair it, or leave such records out with --on-error skip") from bad
+        skipped[bad.reason] += 1
+        if len(messages) < MAX_MESSAGES:
+            messages.append(f"{self.name(place)}: {bad}")
 
     def _whole_file(self) -> Iterator[TextBatch]:
         source = self.stretch.source
@@ -134,8 +146,10 @@ class RecordReader:
         try:
             if size > self.settings.max_record_bytes:
                 raise _too_large(size, self.settings.max_record_bytes)
-            text = _decoded(bytes(content))
-            self._add(batch, text, {self.settings.text_key: text})
+            text = _decoded(bytes(content.removeprefix(BYTE_ORDER_MARK)))
+            record = {self.settings.text_key: text}
+            text = text if self.settings.template is None else _text_of(record, self.settings)
+            self._add(batch, text, record, source.path)
         except BadRecordError as bad:
             self._reject(bad, source.path)
         yield batch
@@ -148,18 +162,21 @@ class RecordReader:
 
     def _texts(self, kind: Literal["parquet", "arrow", "warc"]) -> Iterator[TextBatch]:
         module = web_archive if kind == "warc" else tables
-        read = self.settings
-        for rows in module.read_rows(self.stretch, read.text_key, read.keep_records, self._progress, read.max_record_bytes):
+        read, template = self.settings, self.settings.template
+        key = read.text_key if template is None or kind == "warc" else template.fields[0]
+        keep_records = read.keep_records or template is not None
+        for rows in module.read_rows(self.stretch, key, keep_records, self._progress, read.max_record_bytes):
             batch = TextBatch(position=rows.position)
             for number, content in enumerate(rows.texts):
+                place = f"{self.stretch.source.path}: {rows.unit} {rows.first + number + 1}"
                 try:
                     if content is not None and len(content) > self.settings.max_record_bytes:
                         raise _too_large(len(content), self.settings.max_record_bytes)
-                    text = _decoded(content)
+                    text = _decoded(content) if template is None else _text_of(rows.records[number], read)
                 except BadRecordError as bad:
-                    self._reject(bad, f"{self.stretch.source.path}: {rows.unit} {rows.first + number + 1}")
+                    self._reject(bad, place)
                     continue
-                self._add(batch, text, rows.records[number] if rows.records else {self.settings.text_key: text})
+                self._add(batch, text, rows.records[number] if rows.records else {self.settings.text_key: text}, place)
             yield batch
 
 
@@ -168,30 +185,48 @@ def _too_large(size: int, limit: int) -> BadRecordError:
     return BadRecordError("too_large", message)
 
 
-def _text_of_line(line: bytes, text_key: str) -> tuple[str, Mapping[str, Any]]:
+def _text_of_line(line: bytes, settings: ReadSettings) -> tuple[str, Mapping[str, Any]]:
     try:
         record = orjson.loads(line)
     except orjson.JSONDecodeError as error:
         _decoded(line)
         raise BadRecordError("malformed_json", f"malformed JSON ({error})") from None
     if not isinstance(record, dict):
+        keys = settings.text_key if settings.template is None else ", ".join(settings.template.fields)
         raise BadRecordError(
-            "not_an_object", f"a JSON {type(record).__name__} where an object with the key {text_key!r} was expected"
+            "not_an_object", f"a JSON {type(record).__name__} where an object with the key {keys!r} was expected"
         )
-    text = record.get(text_key, record)
+    return _text_of(record, settings), record
+
+
+def _text_of(record: Mapping[str, Any], settings: ReadSettings) -> str:
+    """The text of a record: that of its text key, or its template filled in."""
+    if settings.template is None:
+        return _string_at(record, settings.text_key, "--text-key")
+    text = settings.template.render(lambda key: _string_at(record, key, "--text-template"))
+    limit = settings.max_record_bytes
+    if 4 * len(text) > limit and (size := len(text.encode("utf-8", "surrogatepass"))) > limit:
+        raise _too_large(size, limit)
+    return text
+
+
+def _string_at(record: Mapping[str, Any], key: str, option: str) -> str:
+    text = record.get(key, record)
     if text is record:
-        text = _nested(record, text_key)
+        text = _nested(record, key, option)
+    if isinstance(text, bytes):  # a binary column of a table
+        return _decoded(text)
     if not isinstance(text, str):
-        raise BadRecordError("text_is_not_a_string", f"key {text_key!r} holds {type(text).__name__}, not a string")
-    return text, record
+        raise BadRecordError("text_is_not_a_string", f"key {key!r} holds {type(text).__name__}, not a string")
+    return text
 
 
-def _nested(record: dict[str, Any], text_key: str) -> Any:
+def _nested(record: Mapping[str, Any], text_key: str, option: str) -> Any:
     found: Any = record
     for name in text_key.split("."):
         if not isinstance(found, dict) or name not in found:
             keys = ", ".join(list(found)[:8]) or "no keys" if isinstance(found, dict) else f"a {type(found).__name__}"
-            raise BadRecordError("missing_text_key", f"no key {text_key!r} among {keys} (name it by --text-key)")
+            raise BadRecordError("missing_text_key", f"no key {text_key!r} among {keys} (name it by {option})")
         found = found[name]
     return found
 
@@ -205,8 +240,20 @@ def _decoded(text: bytes | None) -> str:
         raise BadRecordError("invalid_utf8", f"invalid UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def read_texts(sources: Iterable[InputPath], text_key: str) -> Iterator[str]:
-    """All texts of some files, one after the other; a bad record raises DataError."""
+def read_texts(
+    sources: Iterable[InputPath],
+    text_key: str = "text",
+    *,
+    read: ReadSettings | None = None,
+    skipped: Counter[str] | None = None,
+) -> Iterator[str]:
+    """All texts of some files, one after the other, as `read` says, else those at `text_key`.
+
+    A bad record raises DataError; with `on_error="skip"` it is counted by reason in `skipped`.
+    """
     for source in sources:
-        for batch in RecordReader(Stretch(source, 0, source.num_bytes), ReadSettings(text_key=text_key)).batches():
+        reader = RecordReader(Stretch(source, 0, source.num_bytes), read or ReadSettings(text_key=text_key))
+        for batch in reader.batches():
             yield from batch.texts
+        if skipped is not None:
+            skipped += reader.skipped

@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -88,7 +89,14 @@ def joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
         tokenizer_path=manifests[0].tokenizer_path,
         eod_token=manifests[0].eod_token,
         bos_token=manifests[0].bos_token,
+        text_template=" | ".join(dict.fromkeys(manifest.text_template for manifest in manifests if manifest.text_template)),
+        skipped_inputs=_distinct([item for manifest in manifests for item in manifest.skipped_inputs]),
     )
+
+
+def _distinct(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tasks of an array saw the same inputs: each is listed once."""
+    return list({tuple(sorted(item.items())): item for item in items}.values())
 
 
 def log_result(prefix: str, manifest: ShardManifest, num_inputs: int, seconds: float) -> None:

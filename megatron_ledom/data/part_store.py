@@ -212,8 +212,8 @@ def request_difference(before: Request, now: Request) -> str | None:
 
     Finished parts had no bad record under `--on-error fail`, so they are those that `skip` would have made.
     """
-    for name in now:
-        old, new = before.get(name), now[name]
+    for name in [*now, *(name for name in before if name not in now)]:
+        old, new = before.get(name), now.get(name)
         if old == new or (name == "on_error" and (old, new) == ("fail", "skip")):
             continue
         if name == "input":

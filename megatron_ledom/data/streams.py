@@ -4,6 +4,7 @@ import bz2
 import contextlib
 import hashlib
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -60,19 +61,38 @@ class Progress:
 def opened(source: InputPath, read_bytes: int = REMOTE_READ_BYTES) -> Iterator[BinaryIO]:
     """The file, open for reading bytes, from an object store `read_bytes` a request.
 
-    An OSError of reading becomes a DataError that names the file.
+    An OSError of reading becomes a DataError that names the file, as does a file that is another one than when the run began.
     """
     try:
         if is_remote(source.path):
             with remote_file_system(source.path).open(
                 source.path, "rb", block_size=min(read_bytes, REMOTE_READ_BYTES)
             ) as remote:
+                if source.path.startswith("s3://") and remote.details["ETag"] != source.version:
+                    raise _changed(source, "has another ETag than when this run began")
                 yield remote
         else:
             with open(source.path, "rb", buffering=0) as local:
+                _check_unchanged(source)
                 yield local
+                _check_unchanged(source)
     except OSError as error:
         raise DataError(f"{source.path} cannot be read ({error.strerror or error}); check the disk, or leave it out") from error
+
+
+def _check_unchanged(source: InputPath) -> None:
+    """Refuse a file that was replaced or written to: parts of its old and of its new content would be stored as one corpus."""
+    state = os.stat(source.path)
+    if state.st_size != source.num_bytes:
+        raise _changed(source, f"ends at byte {state.st_size:,}, it had {source.num_bytes:,} when this run began")
+    if str(state.st_mtime_ns) != source.version:
+        raise _changed(source, "was written to since this run began")
+
+
+def _changed(source: InputPath, found: str) -> DataError:
+    return DataError(
+        f"{source.path} {found}: something else changes it; wait until it is complete, then start over with --overwrite"
+    )
 
 
 def raw_blocks(source: InputPath, start: int, end: int, size: int = READ_BYTES) -> Iterator[bytes]:
@@ -84,10 +104,7 @@ def raw_blocks(source: InputPath, start: int, end: int, size: int = READ_BYTES) 
         while position < end:
             block = _read_exactly(stream, min(size, end - position))
             if not block:
-                raise DataError(
-                    f"{source.path} ends at byte {position:,}, it had {source.num_bytes:,} when this run began: something else"
-                    " changes it; wait until it is complete, then start over with --overwrite"
-                )
+                raise _changed(source, f"ends at byte {position:,}, it had {source.num_bytes:,} when this run began")
             yield block
             position += len(block)
 

@@ -105,7 +105,7 @@ def content_hash(items: Iterable[Item]) -> str:
     digest = hashlib.sha256()
     for item in items:
         values = sorted((name, value) for name, value in item.values.items() if name != "chain")
-        judged = [values, item.choices, item.gold, item.tests]
+        judged = [values, item.choices, item.gold, item.tests.code if item.tests else ""]
         digest.update(json.dumps(judged, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 

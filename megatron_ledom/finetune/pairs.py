@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_ledom.data.text_template import TextTemplate
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import DataError
 from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.language_model import span_tokens
 
@@ -37,14 +38,8 @@ class PairReader:
     """Reads JSON lines and renders two templates, in which `{key}` stands for the text of that key of a line."""
 
     def __init__(self, prompt_template: str, answer_template: str) -> None:
-        self.templates = {"prompt": prompt_template, "answer": answer_template}
-        for name, template in self.templates.items():
-            try:
-                template.format_map(_AnyKey())
-            except (ValueError, IndexError, AttributeError, KeyError) as error:
-                raise UsageError(
-                    f"--{name}-template {template!r} is none ({error}); write keys as {{question}} and a brace of the text twice"
-                ) from error
+        given = {"prompt": prompt_template, "answer": answer_template}
+        self.templates = {name: TextTemplate(template, f"--{name}-template") for name, template in given.items()}
 
     def read(self, lines: Iterable[bytes], where: str) -> Iterator[Pair]:
         """Every line as a pair. Raises DataError that names the line."""
@@ -58,27 +53,14 @@ class PairReader:
             texts = {name: self._render(template, record, f"{where}:{line}") for name, template in self.templates.items()}
             yield Pair(**texts, line=line)
 
-    def _render(self, template: str, record: dict[str, Any], where: str) -> str:
-        try:
-            return template.format_map(_Texts(record))
-        except KeyError as error:
+    def _render(self, template: TextTemplate, record: dict[str, Any], where: str) -> str:
+        def text_of(key: str) -> str:
+            if isinstance(value := record.get(key), str):  # a number or a list would be rendered in Python's way
+                return value
             known = ", ".join(record) or "none"
-            raise DataError(f"{where} has no text {error}, which {template!r} asks for; its keys: {known}") from error
+            raise DataError(f"{where} has no text {key!r}, which {template.template!r} asks for; its keys: {known}")
 
-
-class _AnyKey(dict[str, str]):
-    def __missing__(self, key: str) -> str:
-        return key
-
-
-class _Texts(dict[str, Any]):
-    """A record of which only texts are used: a number or a list would be rendered in Python's way."""
-
-    def __getitem__(self, key: str) -> str:
-        value = dict.get(self, key)
-        if not isinstance(value, str):
-            raise KeyError(key)
-        return value
+        return template.render(text_of)
 
 
 def encode_pair(tokenizer: JointTokenizer, direction: Direction, pair: Pair, eod_id: int) -> EncodedPair | None:

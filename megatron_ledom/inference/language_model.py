@@ -18,6 +18,7 @@ from megatron_ledom.direction import Direction, to_model_order, to_text_order
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference.generation import Writer
 from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.not_finite import naming_text
 from megatron_ledom.inference.scoring import Span, SpanScore, Spent, distinct_spans, score_spans
 from megatron_ledom.tokenizers.reader import TokenizerFiles, read_tokenizer
 
@@ -107,20 +108,54 @@ class LanguageModel:
         """
         start = time.monotonic()
         spans = [self._span(pair, with_eod) for pair in pairs]
-        values = score_spans(self.model, spans, batch_size)
+        with naming_text(self.tokenizer, self.direction):
+            values = score_spans(self.model, spans, batch_size)
         scores = [span_score(span, row, self.direction, with_eod) for span, row in zip(spans, values, strict=True)]
         if spent is not None:
             spent.tokens += sum(len(s.tokens) for s in distinct_spans(spans).values() if len(s.tokens) > s.num_context)
             spent.seconds += time.monotonic() - start
         return scores
 
-    def _span(self, pair: tuple[str, str], with_eod: bool) -> Span:
+    def score_fault(self, pair: tuple[str, str], with_eod: bool) -> str | None:
+        """Return why `span_scores` would refuse a pair as too long, None where it fits."""
+        return too_long(len(self._tokens(pair, with_eod)[0]), self.num_positions, self.direction)
+
+    def growth_fault(self, text: str, num_new_tokens: int) -> str | None:
+        """Return why the model has no room for a text and `num_new_tokens` beside it, None where it has."""
+        opened = self.tokenizer.open_text(text, self.direction)
+        num_given = len(self.leading_ids) + len(opened.tokens) + len(opened.loose)
+        return no_room(num_given, num_new_tokens, self.num_positions, self.direction)
+
+    @property
+    def num_positions(self) -> int | None:
+        """The longest sequence, in tokens; None where the model has no limit."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def _tokens(self, pair: tuple[str, str], with_eod: bool) -> tuple[list[int], int]:
         tokens, num_given = span_tokens(self.tokenizer, self.direction, pair, self.leading_ids, self.stop_ids)
-        tokens += self.stop_ids[:1] if with_eod else []
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit and len(tokens) > limit:
-            raise DataError(f"a text of {len(tokens)} tokens exceeds the {limit} positions of the model; shorten it")
+        return [*tokens, *(self.stop_ids[:1] if with_eod else [])], num_given
+
+    def _span(self, pair: tuple[str, str], with_eod: bool) -> Span:
+        tokens, num_given = self._tokens(pair, with_eod)
+        if fault := too_long(len(tokens), self.num_positions, self.direction):
+            raise DataError(f"{fault}; shorten it")
         return Span(tokens, num_given)
+
+
+def too_long(num_tokens: int, num_positions: int | None, direction: Direction) -> str | None:
+    """Return why a text of `num_tokens` cannot be scored, None where it fits."""
+    if not num_positions or num_tokens <= num_positions:
+        return None
+    return f"a text of {num_tokens} tokens exceeds the {num_positions} positions of the {direction} model"
+
+
+def no_room(num_given: int, num_new: int, num_positions: int | None, direction: Direction) -> str | None:
+    """Return why `num_new` tokens cannot be written beside `num_given`, None where they fit."""
+    if not num_positions or num_given + num_new <= num_positions:
+        return None
+    return (
+        f"{num_given} tokens of text and max_new_tokens={num_new} exceed the {num_positions} positions of the {direction} model"
+    )
 
 
 def span_tokens(

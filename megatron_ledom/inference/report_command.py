@@ -8,6 +8,7 @@ from typing import Any
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.reverse_reward import RewardSettings
+from megatron_ledom.storage.locks import output_folder_lock
 
 Options = dict[str, Any]
 
@@ -17,10 +18,11 @@ def report_command(options: Options) -> None:
     for path in [*options["files"], *([options["beam"]] if options["beam"] else [])]:
         if not os.path.isfile(path):
             raise UsageError(f"{path} is no file; pass outputs of tools/rerank.py")
-    if options["explain"] is None:
-        _compare(options)
-    else:
-        _explain(options)
+    with output_folder_lock(options["output"]):
+        if options["explain"] is None:
+            _compare(options)
+        else:
+            _explain(options)
 
 
 def _compare(options: Options) -> None:

@@ -147,7 +147,7 @@ def _question(
     texts = [c["text"] if isinstance(c, dict) else c for c in record["candidates"]]
     names = ("forward_logprob", "reverse_logprob", "forward_tokens", "reverse_tokens", "reward")
     scores = [
-        CandidateScore(**{name: s[name] for name in names}, language_model_logprob=s.get("language_model_logprob"))
+        CandidateScore(**{name: _value(s, name) for name in names}, language_model_logprob=_value(s, "language_model_logprob"))
         for s in record["scores"]
     ]
     prompt = record["prompt"]
@@ -164,16 +164,25 @@ def _question(
         prompt=prompt,
         is_right=np.array([is_right(text) for text in texts]),
         classes=np.array([-1 if c is None else c for c in classes_of(texts, answers)]),
-        forward=np.array([score.forward_logprob for score in scores]),
-        forward_mean=np.array([score.forward_logprob / max(1, num) for score, num in zip(scores, num_written, strict=True)]),
+        forward=np.array([_or_worst(score.forward_logprob) for score in scores]),
+        forward_mean=np.array(
+            [_or_worst(score.forward_logprob) / max(1, num) for score, num in zip(scores, num_written, strict=True)]
+        ),
         reverse=np.array([_or_worst(score.reverse_logprob) for score in scores]),
         rewards=np.array(rewards),
         greedy=is_right(record["greedy"]) if "greedy" in record else None,
         beam=None if beam is None else is_right(beam),
         sample_tokens=float(np.mean(num_written)),
-        reverse_tokens=float(np.mean([num + score.reverse_tokens for num, score in zip(num_written, scores, strict=True)])),
+        reverse_tokens=float(
+            np.mean([num + (score.reverse_tokens or 0) for num, score in zip(num_written, scores, strict=True)])
+        ),
         num_by_words=told.count(None),
     )
+
+
+def _value(score: dict[str, Any], name: str) -> Any:
+    """A value of a candidate's scores; -inf is written as null and named apart."""
+    return -np.inf if name in score.get("minus_infinity", ()) else score.get(name)
 
 
 def _or_worst(value: float | None) -> float:

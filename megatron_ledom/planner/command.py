@@ -12,6 +12,8 @@ from megatron_ledom.planner.hardware import load_hardware
 from megatron_ledom.planner.plan import make_plan
 from megatron_ledom.planner.search import Found, describe_found, search, table_of
 from megatron_ledom.planner.text import describe_plan
+from megatron_ledom.storage.files import write_file
+from megatron_ledom.storage.locks import output_folder_lock
 
 
 def plan_command(
@@ -39,9 +41,10 @@ def plan_command(
     if output is not None:
         from megatron_ledom.planner.pictures import write_pictures
 
-        text += f"\n{write_pictures(plan, output, text)}\n"
-        if found is not None:
-            Path(output, "layouts.tsv").write_text(table_of(found), encoding="utf-8")
+        with output_folder_lock(output):
+            text += f"\n{write_pictures(plan, output, text)}\n"
+            if found is not None:
+                write_file(Path(output, "layouts.tsv"), table_of(found))
     return text
 
 

@@ -18,6 +18,7 @@ import megatron_ledom
 from megatron_ledom.config.load import to_dict
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.platform.launch import Launch
+from megatron_ledom.platform.slurm import job_id
 from megatron_ledom.training.history import append_record, complete_lines
 
 LAUNCHES = "launches.jsonl"
@@ -46,7 +47,7 @@ def describe_launch(config: RunConfig, launch: Launch, iteration: int) -> Record
         "from_iteration": iteration,
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "slurm_job_id": job_id(os.environ),
         "versions": {
             "megatron_ledom": megatron_ledom.__version__,
             "python": platform.python_version(),

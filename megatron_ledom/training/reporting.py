@@ -1,6 +1,7 @@
 """What the loop reports: a record and a line of the log every interval, validation, the progress bar, the profile."""
 
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_ledom.config.derived import tokens_per_iteration
+from megatron_ledom.errors import NotFiniteError
 from megatron_ledom.training.history import RunHistory, plain
 from megatron_ledom.training.iteration import Batches, open_batches
 from megatron_ledom.training.metrics import MetricsWriter, Record, Throughput
@@ -87,13 +89,13 @@ class Reporter:
         record = self._record(result)
         if validating:
             with self.apart("validating"):
-                record["validation"] = validate(state)
+                _add_finite(record, "validation", validate(state))
         if asking and self.evaluate_tasks is not None:
             with self.apart("evaluating tasks"):
-                record["tasks"] = self.evaluate_tasks()
+                _add_tasks(record, self.evaluate_tasks)
         if last and state.test_datasets:
             with self.apart("testing"):
-                record["test"] = evaluate(state, state.test_datasets)
+                _add_finite(record, "test", evaluate(state, state.test_datasets))
         if result is not None or len(record.keys() & {"validation", "test", "tasks"}):
             self.metrics.write(record)
             _log_line(record, train.train_iters)
@@ -124,6 +126,26 @@ class Reporter:
             **self.times.read(),
             "skipped_iterations": self.history.num_skipped(state.iteration),
         }
+
+
+def _add_finite(record: Record, kind: str, found: dict[str, dict[str, float]]) -> None:
+    """Add the results of each set; those that hold NaN or infinity are no results: they are named in the log and under "not_finite"."""
+    is_finite = {name: all(map(math.isfinite, values.values())) for name, values in found.items()}
+    record[kind] = {name: values for name, values in found.items() if is_finite[name]}
+    for name in [name for name in found if not is_finite[name]]:
+        record.setdefault("not_finite", []).append(f"{kind}/{name}")
+        log.warning(
+            "iteration %d: %s of %s is not finite and is not recorded: %s", record["iteration"], kind, name, found[name]
+        )
+
+
+def _add_tasks(record: Record, evaluate_tasks: TaskEvaluation) -> None:
+    """Add the results of the tasks; a model whose scores are not finite gets none, which is said. The same on every rank."""
+    try:
+        _add_finite(record, "tasks", evaluate_tasks())
+    except NotFiniteError as error:
+        record.setdefault("not_finite", []).append("tasks")
+        log.warning("iteration %d: the tasks have no result: %s", record["iteration"], error)
 
 
 def _finite(value: float) -> float | None:

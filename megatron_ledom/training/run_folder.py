@@ -19,6 +19,7 @@ from megatron_ledom.data.build_once import node
 from megatron_ledom.data.sources import RUN_TOKENIZER
 from megatron_ledom.data.tokenizer import Tokenizer
 from megatron_ledom.errors import NO_LOCKS, ConfigError, UsageError
+from megatron_ledom.platform.slurm import job_id
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +97,7 @@ def _take(descriptor: int) -> bool:
 
 
 def _who() -> str:
-    job = os.environ.get("SLURM_JOB_ID")
+    job = job_id(os.environ)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     return f"process {os.getpid()} on {node()}{f', SLURM job {job}' if job else ''}, since {started}\n"
 

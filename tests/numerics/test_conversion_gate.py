@@ -159,7 +159,7 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(
     ("fault", "how"),
-    [*((fault, how) for fault in ("eps", "theta", "scaling") for how in ("whole", "layers")), ("tied", "layers")],
+    [(fault, how) for fault in CONFIG_FAULTS for how in ("whole", "layers")],
 )
 def test_a_wrong_config_is_caught_and_named(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, how: Any

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import subprocess
 import sys
 from itertools import chain
@@ -126,6 +127,14 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("first\n\nstill first\n")
     (tmp_path / "c.txt").write_text("")
     assert list(read_texts(expand_inputs([str(tmp_path / "*.txt")]), "text")) == ["first\n\nstill first\n", "second\n", ""]
+
+
+def test_the_byte_order_mark_of_a_text_file_is_no_text(tmp_path: Path) -> None:
+    content = b"\xef\xbb\xbfmarked \xef\xbb\xbf inside"
+    (tmp_path / "a.txt").write_bytes(content)
+    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(content))
+    for name in ("a.txt", "b.txt.gz"):
+        assert list(read_texts([source(tmp_path / name)], "text")) == ["marked \ufeff inside"]
 
 
 def test_a_batch_is_bounded_and_ends_with_a_line(tmp_path: Path) -> None:
@@ -307,6 +316,20 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path, name: 
     stretch = whole(path)
     path.write_bytes(b'{"text": "1"}\n' * 5)
     with pytest.raises(DataError, match=r"ends at byte 70, it had 140 when this run began|is damaged"):
+        texts_in(stretch)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow"])
+def test_a_file_replaced_while_it_is_read_is_an_error(tmp_path: Path, name: str) -> None:
+    """Also one of the same size: parts of the old and of the new one would be stored as one corpus."""
+    write_all_forms(tmp_path)
+    stretch = whole(tmp_path / name)
+    batches = RecordReader(stretch, ReadSettings(batch_bytes=1)).batches()
+    next(batches)
+    os.utime(stretch.source.path, ns=(1, 1))
+    with pytest.raises(DataError, match=rf"{name} was written to since this run began: .*wait until it is complete"):
+        list(batches)
+    with pytest.raises(DataError, match=rf"{name} was written to since this run began"):
         texts_in(stretch)
 
 

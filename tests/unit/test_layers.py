@@ -12,18 +12,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ENGINE = {"config", "direction", "errors", "ops", "parallel", "platform", "provenance"}
+ENGINE = {"config", "direction", "errors", "ops", "parallel", "platform", "provenance", "storage"}
 MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "direction": set(),
     "errors": set(),
     "provenance": {"direction", "errors"},
     "pages": {"errors"},
+    "storage": {"errors"},
     "tokenizers": {"errors", "provenance"},
-    "config": {"direction", "errors"},
+    "config": {"direction", "errors", "storage"},
     "platform": {"config", "direction", "errors"},
     "ops": {"config", "direction", "errors", "platform"},
     "parallel": {"config", "direction", "errors", "platform"},
-    "planner": {"config", "direction", "errors", "pages", "model"},
+    "planner": {"config", "direction", "errors", "pages", "model", "storage"},
     "data": ENGINE | {"tokenizers"},
     "model": ENGINE,
     "checkpoint": ENGINE,
@@ -31,11 +32,13 @@ MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "in_loop": ENGINE | {"data", "training", "inference", "evaluation"},
     "convert": ENGINE | {"data", "model", "checkpoint", "inference"},
     "finetune": ENGINE | {"data", "inference"},
-    "inference": {"direction", "errors", "pages", "provenance", "tokenizers"},
-    "evaluation": {"direction", "errors", "pages", "provenance", "inference", "tokenizers"},
+    "inference": {"direction", "errors", "pages", "provenance", "storage", "tokenizers"},
+    "evaluation": {"direction", "errors", "pages", "provenance", "inference", "storage", "tokenizers"},
 }
-MEGATRON_FREE = {"direction", "pages", "planner", "provenance", "errors", "config", "inference", "evaluation", "tokenizers"}
-TORCH_FREE = {"config", "pages", "planner", "tokenizers"}
+MEGATRON_FREE = {
+    *("config", "direction", "errors", "evaluation", "inference", "pages", "planner", "provenance", "storage", "tokenizers"),
+}
+TORCH_FREE = {"config", "pages", "planner", "storage", "tokenizers"}
 OUTSIDE = {"tools", "tests", "examples"}
 HEAVY = ("torch", "megatron", "transformers", "pyarrow", "tensorboard", "matplotlib", "sentencepiece", "tokenizers")
 MAX_FUNCTION, MAX_FILE, MAX_NESTING = 60, 500, 4

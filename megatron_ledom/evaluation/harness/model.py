@@ -29,6 +29,7 @@ from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.joint import OpenText
 from megatron_ledom.inference.language_model import read_model_config
+from megatron_ledom.inference.not_finite import naming_text
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.scoring import Span, logprobs_and_likeliest, measure_spans, score_spans
 from megatron_ledom.tokenizers.reader import read_tokenizer
@@ -239,7 +240,9 @@ class LedomLM(LM):  # type: ignore[misc]
         with tqdm(total=len(items), desc=name, file=sys.stderr, disable=disable_tqdm or not sys.stderr.isatty()) as bar:
             for begin in range(0, len(items), WINDOW_REQUESTS):
                 part = list(items[begin : begin + WINDOW_REQUESTS])
-                yield from compute(part)
+                with naming_text(self._lm.tokenizer, self._lm.direction):
+                    answers = compute(part)
+                yield from answers
                 bar.update(len(part))
 
 

@@ -1,0 +1,83 @@
+"""Several fields of a record as one text: the template, its errors, and that resuming and the manifest know of it."""
+
+import json
+from pathlib import Path
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from megatron_ledom.data.corpus import ReadSettings, read_texts
+from megatron_ledom.data.inputs import expand_inputs
+from megatron_ledom.data.part_store import request_difference
+from megatron_ledom.data.preprocess import Preprocessing, PreprocessSettings
+from megatron_ledom.data.text_template import TextTemplate, from_command_line, template_of
+from megatron_ledom.errors import DataError, UsageError
+from tests.legible import legible_tokenizer
+from tests.unit.test_preprocess import made, run
+
+RECORDS = [{"question": "101 102", "meta": {"answer": "103"}}, {"question": "201", "meta": {"answer": "202 203"}}]
+TEMPLATE = "{question}\n{meta.answer}"
+
+
+def texts(path: Path, template: str = TEMPLATE) -> list[str]:
+    read = ReadSettings(template=TextTemplate(template, "--text-template"))
+    return list(read_texts(expand_inputs([str(path)]), read=read))
+
+
+def write_records(path: Path) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return path
+
+
+def test_fields_of_lines_and_of_tables_are_joined_alike(tmp_path: Path) -> None:
+    lines, table = write_records(tmp_path / "a.jsonl"), tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS), table)
+    assert texts(lines) == texts(table) == ["101 102\n103", "201\n202 203"]
+    assert texts(lines, "{{{question}}}") == ["{101 102}", "{201}"]
+
+
+def test_a_record_without_a_field_is_a_bad_one_named_by_line_and_key(tmp_path: Path) -> None:
+    path = write_records(tmp_path / "a.jsonl")
+    with pytest.raises(DataError, match=r"a\.jsonl:1: no key 'title' among question, meta .*--text-template"):
+        texts(path, "{title}\n{question}")
+    with pytest.raises(DataError, match="key 'meta' holds dict, not a string"):
+        texts(path, "{meta}")
+    (tmp_path / "b.txt").write_text("plain")
+    with pytest.raises(DataError, match="no key 'question' among text"):
+        texts(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize("template", ["{question", "}", "{}", "{question!r}", "{question:>9}", "no key at all"])
+def test_what_is_no_template_is_refused(template: str) -> None:
+    with pytest.raises(UsageError, match=r"--text-template .* is no template"):
+        template_of(template, "text")
+
+
+def test_a_template_beside_a_text_key_is_refused() -> None:
+    with pytest.raises(UsageError, match="--text-key body and --text-template"):
+        template_of(TEMPLATE, "body")
+
+
+def test_backslashes_of_the_shell() -> None:
+    assert from_command_line(r"{a}\n\t{b}\\n\frac\\") == "{a}\n\t{b}\\n\\frac\\"
+
+
+def test_the_command_joins_records_it_in_the_manifest_and_a_changed_template_is_another_request(tmp_path: Path) -> None:
+    tokenizer = str(legible_tokenizer(tmp_path / "tokenizer"))
+    write_records(tmp_path / "a.jsonl")
+    done = run(tmp_path, tokenizer, "--input", "a.jsonl", "--text-template", r"{question}\n{meta.answer}", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out/data.json").read_bytes())["text_template"] == TEMPLATE
+    with pytest.raises(UsageError, match="exists already"):
+        made(tmp_path, tokenizer, "out/data", text_template="{question} {meta.answer}")
+
+    def request(template: str | None) -> dict[str, object]:
+        settings = PreprocessSettings(
+            input=[str(tmp_path / "a.jsonl")], tokenizer=tokenizer, output_prefix="p", text_template=template
+        )
+        return Preprocessing(settings).reading_request()
+
+    assert request_difference(request(TEMPLATE), request(TEMPLATE)) is None
+    for before, now in ((TEMPLATE, "{question}"), (TEMPLATE, None), (None, TEMPLATE)):
+        assert "text_template was" in (request_difference(request(before), request(now)) or "")
