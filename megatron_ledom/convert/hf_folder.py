@@ -153,8 +153,8 @@ class WeightsReader:
 
     def rename(self, stored: str, name: str) -> None:
         """Give the tensor that the files call `stored` the name `name`."""
-        for table in (self.shapes, self.dtypes, self._files):
-            table[name] = table.pop(stored)  # type: ignore[attr-defined]
+        self.shapes[name], self.dtypes[name] = self.shapes.pop(stored), self.dtypes.pop(stored)
+        self._files[name] = self._files.pop(stored)
         self._aliases[name] = stored
 
     def files(self) -> list[str]:
