@@ -15,6 +15,7 @@ import numpy.typing as npt
 import orjson
 
 from megatron_ledom.data.engines import Engine, HubEngine, PieceEngine, ReferenceEngine, fast_engines, first_difference
+from megatron_ledom.data.templates import read_chat_templates
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import Provenance
@@ -48,7 +49,7 @@ class Tokenizer:
         """For people; two tokenizers with one name can differ, so comparisons use `sha256`."""
         self.path = path
         """Where it was loaded from, as given."""
-        self._files = files
+        self._files = files | read_chat_templates(path)
         self._config = config
         self._reference = engine
         self._engine: Engine = engine
@@ -145,6 +146,7 @@ class Tokenizer:
         }
         for name, content in files.items():
             part = target / f"{name}.{secrets.token_hex(4)}.part"  # tasks of an array may write the same folder at once
+            part.parent.mkdir(exist_ok=True)
             part.write_bytes(content)
             part.replace(target / name)
 
