@@ -14,6 +14,8 @@ from megatron_ledom.checkpoint.checksums import checksum
 from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.manifest import MANIFEST, CheckpointManifest, check_sizes
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
+from megatron_ledom.config.load import config_from_dict
+from megatron_ledom.config.published import published
 from megatron_ledom.convert.companions import CONFIG, run_tokenizer, write_cards, write_companions, write_config
 from megatron_ledom.convert.gate import Conversion, Gate, How, pass_gate, verification
 from megatron_ledom.convert.hf_config import build_hf_config
@@ -113,5 +115,5 @@ def _card(checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], 
         "verification": verification(gate),
         "versions": versions(),
         "files": files,
-        "config": manifest.config,
+        "config": published(config_from_dict(manifest.config, "the checkpoint's manifest")),
     }

@@ -22,6 +22,7 @@ from megatron_ledom.checkpoint.weights_only import Piece, save_weights
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import config_from_dict
+from megatron_ledom.config.published import published
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.convert.companions import CONFIG, TOKENIZER, write_cards
 from megatron_ledom.convert.export_hf import SHARD_BYTES, versions
@@ -234,5 +235,5 @@ def _card(
         "versions": versions(),
         "source_files": sources,
         "files": {name: sums["sha256"] for name, sums in manifest.files.items()},
-        "config": manifest.config,
+        "config": published(config_from_dict(manifest.config, "the checkpoint's manifest")),
     }

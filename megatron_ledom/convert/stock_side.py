@@ -78,7 +78,7 @@ class StockSide:
     def _over_vocabulary(self, normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Logits [B, S, V] by the rows of a matrix, a block of them in the type that is computed in at a time."""
         step = self.vocab_size if self.whole else max(1, BLOCK_ELEMENTS // normed.shape[-1])
-        blocks = weight[: self.vocab_size].split(step)
+        blocks = torch.split(weight[: self.vocab_size], step)
         return torch.cat([torch.nn.functional.linear(normed, self._rounded(block)).float() for block in blocks], -1)
 
     @contextmanager

@@ -12,8 +12,8 @@ from typing import Any
 import orjson
 
 from megatron_ledom.data.engines import HubEngine, PieceEngine, ReferenceEngine
-from megatron_ledom.data.sentencepiece_bpe import SPACE, parse_model
 from megatron_ledom.errors import UsageError
+from megatron_ledom.tokenizers.sentencepiece_bpe import SPACE, parse_model
 
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 

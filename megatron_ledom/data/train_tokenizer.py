@@ -9,11 +9,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ledom.data import sentencepiece_bpe
 from megatron_ledom.data.corpus import read_texts
 from megatron_ledom.data.inputs import expand_inputs
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.locks import output_file_lock
+from megatron_ledom.tokenizers import sentencepiece_bpe
 
 logger = logging.getLogger(__name__)
 

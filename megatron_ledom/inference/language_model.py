@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -19,10 +20,19 @@ from megatron_ledom.inference.generation import Writer
 from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.not_finite import naming_text
 from megatron_ledom.inference.scoring import Span, SpanScore, Spent, distinct_spans, score_spans
-from megatron_ledom.provenance import vocabulary_hash
+from megatron_ledom.tokenizers.reader import TokenizerFiles, read_tokenizer
+
+logger = logging.getLogger(__name__)
 
 END_NAMES = ("eod", "endoftext")
 """Tokens named so are meant to end a document."""
+SAY_EOD = (
+    "eod_id=ID in Python and in --model_args, --eod-id ID, with tools/rerank.py and tools/report_rerank.py --reverse-eod-id ID"
+)
+SAY_REVERSE = (
+    "say direction='reverse' (in Python; --direction reverse; direction=reverse in --model_args; with tools/rerank.py and"
+    " tools/report_rerank.py --reverse-eod-id ID, which says both)"
+)
 
 
 class LanguageModel:
@@ -60,7 +70,9 @@ class LanguageModel:
         chosen = dtype or (torch.float32 if device.type == "cpu" else "auto")
         try:
             with _bar_on_terminals_only():
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, use_safetensors=True, local_files_only=True)
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=chosen, use_safetensors=True, local_files_only=True, trust_remote_code=False
+                )
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} does not load as a model of safetensors files: {error}") from error
         model = model.to(device).eval()
@@ -78,7 +90,7 @@ class LanguageModel:
         if recorded is None and passed is None and cls.direction is Direction.REVERSE:
             raise MismatchError(
                 f"{folder}/config.json records no direction, and a stock model reads forward; expected 'reverse': pass a folder"
-                f" that tools/convert_checkpoint.py wrote, or direction='reverse' if you know that it is one"
+                f" that tools/convert_checkpoint.py wrote, or {SAY_REVERSE} if you know that it is one"
             )
         if recorded is not None and recorded != mine:
             raise MismatchError(
@@ -209,9 +221,10 @@ def load_tokenizer(
     direction: that of the model, for a folder which records none; eod_id: see `LanguageModel.from_pretrained`.
     """
     config = read_model_config(folder)
-    _check_tokenizer(folder, config.get("tokenizer_sha256"))
+    files = read_tokenizer(str(folder))
+    _check_tokenizer(folder, files, config.get("tokenizer_sha256"))
     trained_here, is_reverse = config.get("direction") is not None, direction is Direction.REVERSE
-    tokenizer = JointTokenizer.from_pretrained(folder, specials_are_text=trained_here or is_reverse)
+    tokenizer = JointTokenizer.of_files(files, specials_are_text=trained_here or is_reverse)
     stop_ids = _stop_ids(folder, config)
     if is_reverse and not trained_here:
         stop_ids = [_eod_of_foreign_folder(folder, tokenizer, stop_ids, eod_id)]
@@ -260,21 +273,22 @@ def _eod_of_foreign_folder(folder: Path, tokenizer: JointTokenizer, stop_ids: li
         names = ", ".join(f"{token} = {id_}" for token, id_ in sorted(doubtful.items()))
         raise MismatchError(
             f"{folder} names {stop_ids} as its eos, but its tokenizer has {names}, too: with the wrong one, generation never stops;"
-            " pass the one that documents were closed with in training as eod_id="
+            f" pass the one that documents were closed with in training ({SAY_EOD})"
+        )
+    if eod_id is None:
+        logger.warning(
+            "%s does not say which id its documents were closed with; its eos %d is taken. Name another with %s",
+            *(folder, stop_ids[0], SAY_EOD),
         )
     return stop_ids[0] if eod_id is None else eod_id
 
 
-def _check_tokenizer(folder: Path, recorded: str | None) -> None:
+def _check_tokenizer(folder: Path, files: TokenizerFiles, recorded: str | None) -> None:
     """Refuse an export whose tokenizer is not the one it was trained with."""
-    file = folder / "tokenizer.json"
-    if recorded is None or not file.is_file():
-        return
-    found = vocabulary_hash(file.read_bytes())
-    if found != recorded:
+    if recorded is not None and files.sha256 != recorded:
         raise MismatchError(
-            f"{file} has hash {found[:12]}, the model in {folder} was trained with {recorded[:12]}: its ids would mean other"
-            " texts; put back the tokenizer that the export came with"
+            f"the tokenizer of {folder} has hash {files.sha256[:12]}, the model was trained with {recorded[:12]}: its ids would"
+            " mean other texts; put back the tokenizer files that the export came with"
         )
 
 

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ledom.config.derived import padded_vocab_size
-from megatron_ledom.config.load import to_dict
+from megatron_ledom.config.published import published
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
 from megatron_ledom.model.arithmetic import flops_per_token, model_flops_utilisation
@@ -161,7 +161,7 @@ def _start_wandb(config: RunConfig) -> Any:
         resume="allow",
         mode=config.logging.wandb_mode,
         dir=config.run_dir,
-        config=to_dict(config),
+        config=published(config),  # leaves the machine
     )
 
 

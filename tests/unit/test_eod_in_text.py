@@ -11,12 +11,12 @@ from tokenizers import Tokenizer as HubTokenizer
 from megatron_ledom.data.inspection import InspectSettings, inspect_shards
 from megatron_ledom.data.merge import MergeSettings, merge_shards
 from megatron_ledom.data.preprocess import PreprocessSettings, preprocess
-from megatron_ledom.data.sentencepiece_bpe import convert, parse_model, train
 from megatron_ledom.data.shard import ShardReader, hash_file, load_manifest
 from megatron_ledom.data.shard_faults import verify_shard
 from megatron_ledom.data.tokenizer import load_tokenizer
 from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import DataError, UsageError, VerificationError
+from megatron_ledom.tokenizers.sentencepiece_bpe import convert, parse_model, train
 from tests.legible import EOD_ID, legible_shard, legible_tokenizer, write_jsonl
 from tests.unit.test_tokenizer import TEXT
 

@@ -20,25 +20,27 @@ MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "pages": {"errors"},
     "storage": {"errors"},
     "records": {"errors"},
+    "tokenizers": {"errors", "provenance"},
     "config": {"direction", "errors", "storage"},
     "platform": {"config", "direction", "errors"},
     "ops": {"config", "direction", "errors", "platform"},
     "parallel": {"config", "direction", "errors", "platform"},
     "planner": {"config", "direction", "errors", "pages", "model", "storage"},
-    "data": ENGINE,
+    "data": ENGINE | {"tokenizers"},
     "model": ENGINE,
     "checkpoint": ENGINE,
     "training": ENGINE | {"data", "model", "checkpoint", "pages", "planner"},
     "in_loop": ENGINE | {"data", "training", "inference", "evaluation"},
     "convert": ENGINE | {"data", "model", "checkpoint", "inference"},
     "finetune": ENGINE | {"data", "inference"},
-    "inference": {"direction", "errors", "pages", "provenance", "storage"},
-    "evaluation": {"direction", "errors", "pages", "provenance", "inference", "storage"},
+    "inference": {"direction", "errors", "pages", "provenance", "storage", "tokenizers"},
+    "evaluation": {"direction", "errors", "pages", "provenance", "inference", "storage", "tokenizers"},
 }
 MEGATRON_FREE = {
-    *("direction", "pages", "records", "planner", "provenance", "storage", "errors", "config", "inference", "evaluation"),
+    *("config", "direction", "errors", "evaluation", "inference", "pages", "planner", "provenance", "records", "storage"),
+    "tokenizers",
 }
-TORCH_FREE = {"config", "pages", "planner", "records", "storage"}
+TORCH_FREE = {"config", "pages", "planner", "records", "storage", "tokenizers"}
 OUTSIDE = {"tools", "tests", "examples"}
 HEAVY = ("torch", "megatron", "transformers", "pyarrow", "tensorboard", "matplotlib", "sentencepiece", "tokenizers")
 MAX_FUNCTION, MAX_FILE, MAX_NESTING = 60, 500, 4
