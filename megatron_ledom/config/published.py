@@ -16,14 +16,14 @@ NAMED = ("run_dir", "data.tokenizer", "data.train_blend", "data.valid_blend", "d
 def published(config: RunConfig) -> dict[str, Any]:
     """Return every key of the run with its value; of the paths in NAMED the last part, and no other text that a user may choose."""
     values = to_dict(config)
-    for key in _text_keys():
+    for key in text_keys():
         section, _, name = key.rpartition(".")
         keys = values[section] if section else values
         keys[name] = _last_parts(keys[name]) if key in NAMED else None
     return values
 
 
-def _text_keys() -> Iterator[str]:
+def text_keys() -> Iterator[str]:
     """Every key that can hold a text of the user's, as `section.key`."""
     for section, kind in get_type_hints(RunConfig).items():
         if kind is str:

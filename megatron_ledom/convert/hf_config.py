@@ -292,7 +292,7 @@ def _read_rope(hf: PreTrainedConfig, where: str) -> dict[str, Any]:
     rope = _rope(hf)
     kind = rope.get("rope_type", "default")
     if rope.get("rope_theta") is None:
-        raise DataError(f"{where} does not say rope_theta; write it there")
+        raise DataError(f"{where} does not say rope_parameters.rope_theta; write it there")
     keys: dict[str, Any] = {"rotary_base": float(rope["rope_theta"])}
     if kind == "default":
         return keys
