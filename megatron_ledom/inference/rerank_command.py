@@ -36,12 +36,6 @@ def rerank_command(options: Options) -> None:
     check_batch_size(options["batch_size"])
     folders = {side: folder_facts(Path(options[side])) for side in ("forward", "reverse")}
 
-    def engines() -> tuple[Engine, Engine]:
-        order = (Direction.REVERSE, Direction.FORWARD)
-        servers_first = sorted(order, key=lambda direction: options[f"{direction}_server"] is None)  # their faults cost no load
-        made = {direction: _engine(options, direction) for direction in servers_first}
-        return made[Direction.FORWARD], made[Direction.REVERSE]
-
     for side in folders:
         if options[f"{side}_server"] is not None and options[f"{side}_engine"] != "transformers":
             raise UsageError(f"--{side}-server and --{side}-engine are two ways to run the {side} model; choose one")
@@ -56,7 +50,7 @@ def rerank_command(options: Options) -> None:
         "surroundings": surroundings(),
     }
     paths = (options["input"], options["output"])
-    rerank_file(engines, *paths, settings, made_by=made_by, overwrite=options["overwrite"])
+    rerank_file(lambda: _engines(options), *paths, settings, made_by=made_by, overwrite=options["overwrite"])
     print(told(Path(options["output"])), file=sys.stderr)
 
 
@@ -76,6 +70,14 @@ def told(output: Path) -> str:
         f" {spent['forward_tokens']:,.0f} forward and {spent['reverse_tokens']:,.0f} reverse tokens in {spent['seconds']:,.1f} s"
         f" ({notes.name})"
     )
+
+
+def _engines(options: Options) -> tuple[Engine, Engine]:
+    """The forward and the reverse engine. Servers come first: what is wrong with them costs no loading of a model."""
+    order = (Direction.REVERSE, Direction.FORWARD)
+    servers_first = sorted(order, key=lambda direction: options[f"{direction}_server"] is None)
+    made = {direction: _engine(options, direction) for direction in servers_first}
+    return made[Direction.FORWARD], made[Direction.REVERSE]
 
 
 def _engine(options: Options, direction: Direction) -> Engine:
