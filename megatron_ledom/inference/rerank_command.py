@@ -60,15 +60,15 @@ def told(output: Path) -> str:
     spent = json.loads(notes.read_text(encoding="utf-8"))
     settings = spent["made_by"]["settings"]
     skipped = [
-        f"{spent[name]:,} {what} skipped as too long"
+        f"{spent[name]:,} {what}"
         for name, what in (("num_skipped", "candidates"), ("num_skipped_prompts", "prompts"))
         if spent[name]
     ]
     return (
-        f"{output}: {spent['num_lines']:,} lines with {spent['num_candidates']:,} candidates, ranked at weight"
-        f" {settings['reward']['weight']:g} (0 forward only, 1 reverse only){''.join(f', {text}' for text in skipped)};"
-        f" {spent['forward_tokens']:,.0f} forward and {spent['reverse_tokens']:,.0f} reverse tokens in {spent['seconds']:,.1f} s"
-        f" ({notes.name})"
+        f"{output}: ranked at weight {settings['reward']['weight']:g} (0 forward only, 1 reverse only);"
+        f" lines: {spent['num_lines']:,}, candidates: {spent['num_candidates']:,}"
+        f"{', skipped as too long: ' if skipped else ''}{' and '.join(skipped)}, forward tokens: {spent['forward_tokens']:,.0f},"
+        f" reverse tokens: {spent['reverse_tokens']:,.0f}, seconds: {spent['seconds']:,.1f} ({notes.name})"
     )
 
 

@@ -106,8 +106,9 @@ def test_skipped_candidates_are_named_counted_and_last(
     errors = capsys.readouterr().err
     assert f"skipped: {source}:1: candidate 0: a text of" in errors
     assert f"skipped: {source}:3: candidate 0: a text of" in errors
-    assert "3 lines with 7 candidates, ranked at weight 0.5 (0 forward only, 1 reverse only), 2 candidates skipped" in told(
-        tmp_path / "out.jsonl"
+    sentence = told(tmp_path / "out.jsonl")
+    assert (
+        "weight 0.5 (0 forward only, 1 reverse only); lines: 3, candidates: 7, skipped as too long: 2 candidates, " in sentence
     )
 
 
@@ -223,6 +224,12 @@ def test_a_field_that_is_no_json_is_named_before_a_model_is_loaded(line: str, na
         rerank_file(never, source, tmp_path / "out.jsonl", RerankSettings())
     assert str(caught.value).startswith(f"{source}:2: the field {name} holds a number that JSON has not")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", '{"prompt": "x", "candidates": ["y"], "prompt": "z"}')
+    with pytest.raises(DataError, match=r"in\.jsonl:1: .*the key 'prompt' stands twice"):
+        rerank_file(never, source, tmp_path / "out.jsonl", RerankSettings())
 
 
 def test_brackets_without_end_are_named(tmp_path: Path) -> None:
