@@ -16,8 +16,8 @@ def weight_note(report: dict[str, Any], ranked_at: Sequence[float | None]) -> st
     weights = sorted({weight for weight in ranked_at if weight is not None})
     own = ", ".join(_at(weight, report["over_lambda"]) for weight in weights)
     return (
-        f"Note: The files were ranked at weight {own}; {MAIN} in this report stands at the lambda chosen on held-out questions, {held_out}. To use that one, rank"
-        " again with --weight."
+        f"Note: The files were ranked at weight {own}; {MAIN} in this report stands at the lambda chosen on held-out questions,"
+        f" {held_out}. To use that one, rank again with --weight."
     )
 
 
