@@ -26,11 +26,12 @@ class Completion:
 
 
 class AnswerChecks:
-    """Checks against what was asked; every refusal names the server. `tokenizer` is that of the model's folder here."""
+    """Checks against what was asked; every refusal names the server. `tokenizer` and `stop_ids` are those of the folder here."""
 
-    def __init__(self, url: str, model: str, tokenizer: JointTokenizer) -> None:
+    def __init__(self, url: str, model: str, tokenizer: JointTokenizer, stop_ids: list[int]) -> None:
         self._url, self._model, self._tokenizer = url, model, tokenizer
         self._pieces = {id_: piece for piece, id_ in tokenizer.vocab.items()}
+        self._ends = [self._pieces[id_] for id_ in stop_ids if id_ in self._pieces]
 
     def completion(self, answer: dict[str, Any], prompt: list[int], max_tokens: int) -> Completion:
         """Return the one choice of an answer to `prompt` (ids); refuse another model, other counts and several choices."""
@@ -73,9 +74,13 @@ class AnswerChecks:
             )
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise self._refusal(f"with half of a surrogate pair in the text {text[:80]!r}", "use another server")
-        num_given = len(self._tokenizer.encode(given)) if text.startswith(given) else 0
-        if given and num_given > completion.completion_tokens + 1:
+        num_shown = len(self._tokenizer.encode(text)) if given and text.startswith(given) else 0
+        if num_shown > completion.completion_tokens + 1:
             raise self._refusal("that repeats the prompt in front of what was written", "turn echo off there")
+        if end := next((end for end in self._ends if text.endswith(end)), None):
+            raise self._refusal(
+                f"that writes the token {end!r} as text", "let the server leave special tokens out of its texts"
+            )
         return text
 
     def prompt_logprobs(self, completion: Completion, prompt: list[int]) -> tuple[list[float], bool]:

@@ -53,7 +53,7 @@ class CompletionsEngine(RemoteEngine):
         self._client = CompletionsClient(url, timeout=timeout, key_over_http=key_over_http)
         self._model, self._batch_size = model, batch_size
         super().__init__(RemoteText.from_pretrained(folder, direction))
-        self._checks = AnswerChecks(self._client.url, model, self._text.tokenizer)
+        self._checks = AnswerChecks(self._client.url, model, self._text.tokenizer, self._text.stop_ids)
         self._lock, self._takes_ids_field, self._has_warned = Lock(), True, False
 
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:

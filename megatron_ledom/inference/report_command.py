@@ -36,6 +36,7 @@ def _compare(options: Options) -> None:
         reward=recorded_reward(options["files"]),
         num_folds=options["folds"],
         seed=options["seed"],
+        ranked_at=tuple(recorded_weight(path) for path in options["files"]),
     )
     report = report_selection(options["files"], options["output"], settings, beam=options["beam"])
     for name, found in report["methods"].items():
@@ -83,3 +84,11 @@ def recorded_reward(files: list[str]) -> RewardSettings:
         if {**settings, "weight": 0} != {**found[0], "weight": 0}:
             raise UsageError(f"the files were made with different rewards ({settings} and {found[0]}); compare like with like")
     return RewardSettings(**found[0]) if found else RewardSettings()
+
+
+def recorded_weight(file: str) -> float | None:
+    """Return the weight at which a file was ranked, None where no notes beside it tell."""
+    beside = Path(f"{file}.spent.json")
+    if not beside.is_file():
+        return None
+    return float(json.loads(beside.read_text(encoding="utf-8"))["made_by"]["settings"]["reward"]["weight"])

@@ -36,12 +36,6 @@ def rerank_command(options: Options) -> None:
     check_batch_size(options["batch_size"])
     folders = {side: folder_facts(Path(options[side])) for side in ("forward", "reverse")}
 
-    def engines() -> tuple[Engine, Engine]:
-        order = (Direction.REVERSE, Direction.FORWARD)
-        servers_first = sorted(order, key=lambda direction: options[f"{direction}_server"] is None)  # their faults cost no load
-        made = {direction: _engine(options, direction) for direction in servers_first}
-        return made[Direction.FORWARD], made[Direction.REVERSE]
-
     for side in folders:
         if options[f"{side}_server"] is not None and options[f"{side}_engine"] != "transformers":
             raise UsageError(f"--{side}-server and --{side}-engine are two ways to run the {side} model; choose one")
@@ -56,7 +50,7 @@ def rerank_command(options: Options) -> None:
         "surroundings": surroundings(),
     }
     paths = (options["input"], options["output"])
-    rerank_file(engines, *paths, settings, made_by=made_by, overwrite=options["overwrite"])
+    rerank_file(lambda: _engines(options), *paths, settings, made_by=made_by, overwrite=options["overwrite"])
     print(told(Path(options["output"])), file=sys.stderr)
 
 
@@ -66,16 +60,24 @@ def told(output: Path) -> str:
     spent = json.loads(notes.read_text(encoding="utf-8"))
     settings = spent["made_by"]["settings"]
     skipped = [
-        f"{spent[name]:,} {what} skipped as too long"
+        f"{spent[name]:,} {what}"
         for name, what in (("num_skipped", "candidates"), ("num_skipped_prompts", "prompts"))
         if spent[name]
     ]
     return (
-        f"{output}: {spent['num_lines']:,} lines with {spent['num_candidates']:,} candidates, ranked at weight"
-        f" {settings['reward']['weight']:g} (0 forward only, 1 reverse only){''.join(f', {text}' for text in skipped)};"
-        f" {spent['forward_tokens']:,.0f} forward and {spent['reverse_tokens']:,.0f} reverse tokens in {spent['seconds']:,.1f} s"
-        f" ({notes.name})"
+        f"{output}: ranked at weight {settings['reward']['weight']:g} (0 forward only, 1 reverse only);"
+        f" lines: {spent['num_lines']:,}, candidates: {spent['num_candidates']:,}"
+        f"{', skipped as too long: ' if skipped else ''}{' and '.join(skipped)}, forward tokens: {spent['forward_tokens']:,.0f},"
+        f" reverse tokens: {spent['reverse_tokens']:,.0f}, seconds: {spent['seconds']:,.1f} ({notes.name})"
     )
+
+
+def _engines(options: Options) -> tuple[Engine, Engine]:
+    """The forward and the reverse engine. Servers come first: what is wrong with them costs no loading of a model."""
+    order = (Direction.REVERSE, Direction.FORWARD)
+    servers_first = sorted(order, key=lambda direction: options[f"{direction}_server"] is None)
+    made = {direction: _engine(options, direction) for direction in servers_first}
+    return made[Direction.FORWARD], made[Direction.REVERSE]
 
 
 def _engine(options: Options, direction: Direction) -> Engine:

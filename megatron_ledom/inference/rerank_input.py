@@ -66,7 +66,7 @@ def is_ranked_line(record: Record, line: bytes | None) -> bool:
 
 def _parse_record(line: bytes, number: int, where: str, sampled: bool) -> Record:
     try:
-        fields = json.loads(line.decode("utf-8"))
+        fields = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not a line of JSON in UTF-8 ({error}); repair or remove the line") from error
     prompt = fields.get("prompt") if isinstance(fields, dict) else None
@@ -83,6 +83,15 @@ def _parse_record(line: bytes, number: int, where: str, sampled: bool) -> Record
     candidates = [_parse_candidate(item, f"{where}: candidate {i}") for i, item in enumerate(given)]
     _check_writable(fields, where)
     return Record(number, where, prompt, candidates, fields)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object; ValueError where a key stands twice, of which one value would be lost."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!a} stands twice in an object")
+    return fields
 
 
 def _check_writable(fields: dict[str, Any], where: str) -> None:

@@ -24,6 +24,7 @@ from megatron_ledom.inference.selection import (
     chosen_weights,
     load_questions,
 )
+from megatron_ledom.inference.weight_note import weight_note
 
 MAIN = "Reverse Reward"
 LEVEL = 0.95
@@ -34,7 +35,8 @@ Seeds = Sequence[Sequence[Question]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportSettings:
-    """How a comparison is made. reward: its weight is not used, because lambda is chosen on held-out questions."""
+    """How a comparison is made. reward: its weight is not used, because lambda is chosen on held-out questions. ranked_at: the
+    weight of each file as it was ranked, None where nothing tells it; said beside the chosen lambda."""
 
     gold_key: str
     answers: str = "number"
@@ -42,6 +44,7 @@ class ReportSettings:
     num_folds: int = 5
     num_resamples: int = 10_000
     seed: int = 0
+    ranked_at: tuple[float | None, ...] = ()
 
 
 def report_selection(
@@ -59,6 +62,8 @@ def report_selection(
                 f"{path} has other prompts than {runs[0]}; give files of the same input, one for each sampling seed"
             )
     report = compare(seeds, settings)
+    if any(weight is not None for weight in settings.ranked_at):
+        report["notes"].insert(0, weight_note(report, settings.ranked_at))
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
     (output / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")

@@ -220,6 +220,7 @@ WRONG_TEXTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         "3 of 20 tokens",
     ),
     "stopped by a filter": (lambda a: with_choice(a, finish_reason="content_filter"), "'content_filter'"),
+    "end token": (lambda a: with_choice(a, text="Paris<EOD>"), "the token '<EOD>' as text"),
     "echo": (lambda a: with_choice(a, text=PROMPT * 4 + first_choice(a)["text"]), "repeats the prompt"),
 }
 

@@ -62,7 +62,7 @@ def test_rerank_writes_the_ranking_to_a_new_folder_and_says_what_it_did_on_stder
     result = run_process("rerank.py", "--forward", folders[0], "--reverse", folders[1], *paths, "--weight", "0.25")
     assert (result.returncode, result.stdout) == (0, "")
     assert result.stderr.startswith(
-        f"{output}: 1 lines with 2 candidates, ranked at weight 0.25 (0 forward only, 1 reverse only);"
+        f"{output}: ranked at weight 0.25 (0 forward only, 1 reverse only); lines: 1, candidates: 2, "
     )
     assert result.stderr.count("\n") == 1
     line = json.loads(output.read_text(encoding="utf-8"))
