@@ -122,7 +122,8 @@ def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: D
     check_statistics()
     for task in tasks:
         if task.task.kind is Kind.ANSWER:
-            comparison_by(task.task.answers)  # what it needs is missed before weights are loaded
+            comparison = comparison_by(task.task.answers)  # what it needs is missed before weights are loaded
+            comparison.check([item.gold if isinstance(item.gold, tuple) else () for item in task.items])
     if options["output"] is None:
         raise UsageError("--output is missing: the folder for the summary and what is found of each item")
     about = _made_by(options, folder, direction)
