@@ -64,6 +64,7 @@ class RunHistory:
         """Forget what was done after `iteration`; returns the last `num_steps` before, the same on every rank."""
 
         def read() -> tuple[list[PastStep], int, SkipPlan]:
+            """Rank 0's part."""
             past = [step for step in read_steps(self.run_dir) if step.iteration <= iteration]
             if self.newest_bad is None:
                 self.newest_bad = deque(map(iteration_of, read_bad_steps(self.run_dir)), maxlen=REPLAYABLE)
