@@ -101,7 +101,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     """Train one run in this process, as one of the launched ranks."""
     start_logging(launch.rank)
     from megatron_ledom.data.sources import describe_blend, load_run_tokenizer, load_sources
-    from megatron_ledom.training.run_folder import check_still_latest, lock_run, write_start
+    from megatron_ledom.training.run_folder import check_still_latest, lock_run, warn_of_later_checkpoints, write_start
 
     started = time.monotonic()
     check_surroundings(config)  # every cheap check before torch starts anything
@@ -141,6 +141,8 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
         settle_latest(checkpoint_folder(config))
         check_still_latest(config, checkpoint)
         check_history(config, checkpoint)
+        if checkpoint is not None:
+            warn_of_later_checkpoints(config, checkpoint)
         write_start(config, tokenizer, changed)
         write_launch(config, launch, saved_iteration(config))
 

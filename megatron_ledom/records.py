@@ -5,7 +5,7 @@ import logging
 import math
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any, BinaryIO, TypeVar
 
@@ -121,14 +121,16 @@ def _numbers_only(value: Any) -> Any:
     return value
 
 
-def _lines(path: str) -> list[tuple[int, Record, bytes]]:
+def _lines(path: str) -> Iterator[tuple[int, Record, bytes]]:
     """Number, record and text of each whole line."""
     try:
-        with open(path, "rb") as file:
-            lines = [(number, line) for number, line in enumerate(file, 1) if line.endswith(b"\n")]
+        file = open(path, "rb")  # noqa: SIM115  closed below
     except FileNotFoundError:
-        return []
-    return [(number, _parsed(path, number, line, _as_record), line) for number, line in lines]
+        return
+    with file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                yield number, _parsed(path, number, line, _as_record), line
 
 
 def _as_record(line: bytes) -> Record:

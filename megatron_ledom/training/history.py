@@ -7,6 +7,7 @@ dropped; `bad_steps.jsonl` is never cut.
 
 import json
 import os
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
@@ -51,7 +52,9 @@ class RunHistory:
     def __init__(self, run_dir: str, skip_iterations: Iterable[int]) -> None:
         self.run_dir = run_dir
         self.by_hand = frozenset(skip_iterations)
-        self.plan = SkipPlan()
+        self.left_out = self.by_hand
+        """The iterations of which nothing is computed: those of the config and those that returns to a checkpoint added."""
+        self._take_plan(SkipPlan())
         self.launch = 0
         """Number of this launch, of rank 0."""
         self.newest_bad: deque[int] | None = None
@@ -64,6 +67,7 @@ class RunHistory:
         """Forget what was done after `iteration`; returns the last `num_steps` before, the same on every rank."""
 
         def read() -> tuple[list[PastStep], int, SkipPlan]:
+            """Rank 0's part."""
             past = [step for step in read_steps(self.run_dir) if step.iteration <= iteration]
             if self.newest_bad is None:
                 self.newest_bad = deque(map(iteration_of, read_bad_steps(self.run_dir)), maxlen=REPLAYABLE)
@@ -73,17 +77,18 @@ class RunHistory:
             self._steps = RecordLog(os.path.join(self.run_dir, STEPS), iteration, lost)
             return past[-num_steps:], sum(step.skipped for step in past), load_skip_plan(self.run_dir)
 
-        steps, self._skipped_updates, self.plan = from_first_rank(read)
+        steps, self._skipped_updates, plan = from_first_rank(read)
+        self._take_plan(plan)
         return steps
-
-    @property
-    def left_out(self) -> frozenset[int]:
-        """The iterations of which nothing is computed: those of the config and those that returns to a checkpoint added."""
-        return self.by_hand.union(self.plan.iterations)
 
     def num_skipped(self, iteration: int) -> int:
         """Iterations up to this one that updated nothing."""
-        return self._skipped_updates + sum(other <= iteration for other in self.left_out)
+        return self._skipped_updates + bisect_right(self._in_order, iteration)
+
+    def _take_plan(self, plan: SkipPlan) -> None:
+        self.plan = plan
+        self.left_out = self.by_hand.union(plan.iterations)
+        self._in_order = sorted(self.left_out)
 
     def write(self, step: PastStep) -> None:
         """One iteration that counts, with its update or without."""
@@ -103,8 +108,8 @@ class RunHistory:
 
         Raises what `cannot_write` makes of an error, on every rank: another start would train on what is to be left out.
         """
-        self.plan.iterations = sorted({*self.plan.iterations, *iterations})
-        self.plan.roll_backs[str(checkpoint)] = self.num_roll_backs(checkpoint) + 1
+        returns = {**self.plan.roll_backs, str(checkpoint): self.num_roll_backs(checkpoint) + 1}
+        self._take_plan(SkipPlan(sorted({*self.plan.iterations, *iterations}), returns))
         from_first_rank(self._write_plan)
 
     def _write_plan(self) -> None:

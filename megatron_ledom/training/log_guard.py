@@ -1,5 +1,6 @@
 """A log of a run may fail, as on a full disk, and the training goes on: what is not written is counted and said."""
 
+import atexit
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,7 @@ class GuardedLog:
     def __init__(self, where: str, lost: int = 0, failures: type[Exception] = OSError) -> None:
         self.where, self.lost = where, lost
         self._failures = failures
-        self._said = False
+        self._said, self._told = False, 0
 
     def attempt(self, work: Callable[[], object], num_records: int = 1) -> bool:
         """Do `work`, which writes `num_records`; False when it failed. The first failure is logged."""
@@ -28,6 +29,7 @@ class GuardedLog:
             self.lost += num_records
             if not self._said:
                 self._said = True
+                atexit.register(self.say_lost)  # also where an error ends the run
                 log.error(
                     "%s cannot be written (%s): training goes on without it and counts the records that are lost; make room, or"
                     " look after the disk",
@@ -38,8 +40,9 @@ class GuardedLog:
         return True
 
     def say_lost(self) -> None:
-        """Log how many records are not in it, if any are not."""
-        if self.lost:
+        """Log how many records are not in it, if any are not. At the end; once."""
+        lost, self._told = self.lost - self._told, self.lost
+        if lost:
             log.warning("%s lacks %d records that could not be written", self.where, self.lost)
 
 

@@ -21,7 +21,11 @@ DONE = 3
 """Iterations before the checkpoint."""
 BASE = ("train.train_iters=12", "optimizer.lr_warmup_iters=1", "optimizer.lr=1e-3", "optimizer.min_lr=1e-4")
 WSD = ("optimizer.lr_decay_style=WSD", "optimizer.lr_wsd_decay_iters=5")
-OPTIMIZERS = {"ordinary": "false", "distributed": "true"}
+OPTIMIZERS = {
+    "ordinary": ("parallel.use_distributed_optimizer=false",),
+    "distributed": ("parallel.use_distributed_optimizer=true",),
+    "ordinary in bf16": ("parallel.use_distributed_optimizer=false", "model.params_dtype=bf16"),
+}
 REFUSED = "refused"
 
 CHANGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -190,14 +194,11 @@ def as_newer_engines_tell_groups_apart() -> None:
 
 @pytest.fixture(scope="module")
 def measured(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By optimizer, then by key; with the distributed one, the keys of the optimizer alone."""
+    """By optimizer, then by key of `keys_of`."""
     found: dict[str, Any] = {}
-    for kind, distributed in OPTIMIZERS.items():
+    for kind, chosen in OPTIMIZERS.items():
         folder = tmp_path_factory.mktemp(kind)
-        settings = [
-            f"parallel.use_distributed_optimizer={distributed}",
-            f"data.valid_blend=[[1,{data.shard('reverse_valid')}]]",
-        ]
+        settings = [*chosen, f"data.valid_blend=[[1,{data.shard('reverse_valid')}]]"]
         common, output = [f"run_dir={folder / 'run'}", *settings, *BASE], folder / "measured.json"
         body = partial(measure, str(data.config), common, keys_of(kind), str(output))
         ranks = start_ranks(data.config, folder / "run", instead=body)
@@ -207,7 +208,9 @@ def measured(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def keys_of(kind: str) -> list[str]:
-    return [key for key in CHANGES if kind == "ordinary" or key.startswith("optimizer.")]
+    """All with the ordinary optimizer in fp32, with the others those that reach the optimizer."""
+    beginnings = {"ordinary": "", "distributed": "optimizer.", "ordinary in bf16": "optimizer.adam"}
+    return [key for key in CHANGES if key.startswith(beginnings[kind]) or key == "optimizer.lr"]
 
 
 def test_every_key_of_optimizer_and_train_has_a_change_here() -> None:

@@ -94,7 +94,10 @@ def test_a_log_that_cannot_be_opened_does_not_end_a_training(config: RunConfig, 
     writer = MetricsWriter(config, 0)
     writer.write(record(1))
     assert set(writer.lost().values()) == {1}
-    assert MetricsWriter(config, 0, writer.lost()).lost() == writer.lost()  # as after a return to a checkpoint
+    after_a_return = MetricsWriter(config, 0, writer.lost())
+    assert after_a_return.lost() == writer.lost()
+    for each in (writer, after_a_return):
+        each.close()
     assert f"{run_dir}/metrics.jsonl cannot be written (Is a directory)" in caplog.text
     assert f"{run_dir}/tensorboard cannot be written" in caplog.text
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from megatron_ledom.config.load import load_config
-from megatron_ledom.errors import ConfigError, PlanError, UsageError
+from megatron_ledom.errors import ConfigError, DataError, PlanError, UsageError
 from megatron_ledom.pretrain import check_start
 from megatron_ledom.training import run_folder
-from megatron_ledom.training.run_folder import check_still_latest, check_writable, lock_run
+from megatron_ledom.training.run_folder import check_still_latest, check_writable, lock_run, warn_of_later_checkpoints
 from tests.tiny_runs import TinyData
 
 FORK = multiprocessing.get_context("fork")
@@ -85,6 +85,34 @@ def test_a_checkpoint_that_the_launch_before_went_past_is_not_taken_up(data: Tin
     (tmp_path / "checkpoints/latest").write_text("iter_0000004\n")
     with pytest.raises(RuntimeError, match="iter_0000004 has been saved since this launch chose to go on from None"):
         check_still_latest(config, None)
+
+
+def test_checkpoints_behind_the_one_that_latest_names_are_warned_of(
+    data: TinyData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(str(data.config), [f"run_dir={tmp_path}"])
+    for name in ("iter_0000004", "iter_0000008", "iter_0000012"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "manifest.json").touch()
+    warn_of_later_checkpoints(config, str(tmp_path / "checkpoints/iter_0000012"))
+    assert caplog.text == ""
+    warn_of_later_checkpoints(config, str(tmp_path / "checkpoints/iter_0000004"))
+    assert (
+        "goes on from iter_0000004, as `latest` says; it will replace what lies behind, iter_0000008, iter_0000012"
+        in caplog.text
+    )
+
+
+def test_a_full_disk_at_the_start_is_named_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        pytest.raises(DataError, match=rf"{tmp_path}/run/lock cannot be written: No space left"),
+        lock_run(str(tmp_path / "run")),
+    ):
+        pass
 
 
 def test_a_check_refuses_a_run_folder_that_cannot_be_made_and_makes_none(data: TinyData, tmp_path: Path) -> None:
