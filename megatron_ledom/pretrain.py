@@ -11,7 +11,6 @@ import importlib.util
 import logging
 import sys
 import time
-import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -24,6 +23,7 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, UsageError, run_command
 from megatron_ledom.in_loop.chosen_tasks import check_tasks, task_evaluation
 from megatron_ledom.platform.launch import Launch, read_launch
+from megatron_ledom.platform.quiet import quiet_libraries
 from megatron_ledom.training.resilience import StopRequest, find_deadline
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest) -> in
 def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     """Train one run in this process, as one of the launched ranks."""
     start_logging(launch.rank)
+    quiet_libraries()  # what is installed is said in one line below
     from megatron_ledom.data.sources import describe_blend, load_run_tokenizer, load_sources
     from megatron_ledom.training.run_folder import check_still_latest, lock_run, warn_of_later_checkpoints, write_start
 
@@ -169,8 +170,6 @@ def start_logging(rank: int) -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    logging.getLogger("megatron").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"megatron\.core")  # what is installed is said in one line below
 
 
 def check_surroundings(config: RunConfig) -> None:

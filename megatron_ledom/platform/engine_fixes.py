@@ -43,7 +43,7 @@ def _run_no_code_of_checkpoints() -> None:
     """torch unpickles a checkpoint's list of tensors, and objects among the tensors, without a limit: whatever code a file names
     is run. The list is read by our restricted reader, objects by torch's loader of weights and settings.
     """
-    filesystem.pickle = restricted_module()  # type: ignore[assignment]
+    filesystem.pickle = restricted_module()  # type: ignore[assignment, attr-defined]
     DefaultLoadPlanner.load_bytes = _load_bytes_restricted  # type: ignore[method-assign]
 
 
