@@ -65,7 +65,7 @@ def rerank(models: dict[str, Path], tmp_path: Path) -> None:
     options: dict[str, Any] = dict.fromkeys((*names, "reverse_eod_id"))
     for side, path in models.items():
         options |= {side: str(path), f"{side}_server": None, f"{side}_engine": "transformers", f"{side}_served_as": None}
-    options |= {"weight": 1.0, "forward_normalization": "sum", "reverse_normalization": "sum", "language_model_weight": 0.0}
+    options |= {"weight": 1.0, "forward_normalization": "none", "reverse_normalization": "none", "language_model_weight": 0.0}
     options |= {"include_ends": False, "reward_temperature": 1.0, "token_values": False, "batch_size": 4}
     rerank_command.rerank_command({**options, "input": str(tmp_path / "a.jsonl"), "output": str(tmp_path / "found.jsonl")})
 
@@ -105,7 +105,7 @@ def test_whatever_decides_the_figures_is_noted_of_a_model(tmp_path: Path, name: 
 
 def test_items_replaced_while_they_are_read_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_sets(tmp_path / "sets")
-    (path,) = folder.glob("boolq*")
+    path = task_files.find_file(task_files.task_named("boolq"), folder, task_files.task_named("boolq").file)
     read = task_files._items
 
     def read_then_replaced(*arguments: Any) -> Any:
