@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from megatron_ledom.config.load import load_config
 from megatron_ledom.data.sources import load_sources
@@ -13,6 +14,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError
 from megatron_ledom.evaluation import compare_command, evaluate_command, task_files
 from megatron_ledom.in_loop.held_out_record import check_held_out
+from megatron_ledom.in_loop.task_set import check_files
 from megatron_ledom.inference import rerank_command
 from megatron_ledom.inference.model_facts import READ_BESIDE_WEIGHTS, check_unchanged, folder_facts
 from tests.evaluation_sets import write_sets
@@ -116,6 +118,16 @@ def test_items_replaced_while_they_are_read_are_not_used(tmp_path: Path, monkeyp
     monkeypatch.setattr(task_files, "_items", read_then_replaced)
     with pytest.raises(DataError, match=r"boolq.* was replaced while it was read"):
         task_files.load_task("boolq", folder)
+
+
+def test_tasks_replaced_while_a_run_starts_end_it() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        check_files({"boolq": {"boolq.jsonl": "a"}}, {"boolq": {"boolq.jsonl": "a"}}, "data")
+        with pytest.raises(DataError, match=r"files of train\.tasks in data were replaced while the run started"):
+            check_files({"boolq": {"boolq.jsonl": "b"}}, {"boolq": {"boolq.jsonl": "a"}}, "data")
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_run_goes_on_only_with_the_held_out_data_it_was_evaluated_on(
