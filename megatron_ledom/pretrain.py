@@ -22,6 +22,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, UsageError, run_command
 from megatron_ledom.in_loop.chosen_tasks import check_tasks, task_evaluation
+from megatron_ledom.in_loop.held_out_record import check_held_out
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.platform.quiet import quiet_libraries
 from megatron_ledom.training.resilience import StopRequest, find_deadline
@@ -108,7 +109,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     check_surroundings(config)  # every cheap check before torch starts anything
     sources = load_sources(config)
     tokenizer = load_run_tokenizer(config, sources)
-    check_tasks(config, tokenizer is not None)
+    tasks = check_tasks(config, tokenizer is not None)
     checkpoint = latest_checkpoint(checkpoint_folder(config))
     if is_complete(config, sources, checkpoint):
         log.info("run_dir=%s is complete at iteration %d: %s", config.run_dir, config.train.train_iters, COMPLETE)
@@ -144,6 +145,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
         check_history(config, checkpoint)
         if checkpoint is not None:
             warn_of_later_checkpoints(config, checkpoint)
+        check_held_out(config, sources, tasks, is_new=checkpoint is None)
         write_start(config, tokenizer, changed)
         write_launch(config, launch, saved_iteration(config))
 
@@ -153,7 +155,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
             from_first_rank(take_run_folder)
             watchdog = held.enter_context(Watchdog(config, launch))
             state = build_state(config, sources, platform, groups, choice, checkpoint)
-            train(state, stop, watchdog, task_evaluation(state))
+            train(state, stop, watchdog, task_evaluation(state, tasks))
             watchdog.tell("waiting for the last rank", patient=True)
             wait_for_all_ranks()  # rank 0 has most to close; srun gives the others' end a minute, then kills
     except StoppedWaiting as reason:

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import LedomError, UsageError
+from megatron_ledom.errors import LedomError, NotFiniteError, UsageError
 from megatron_ledom.evaluation.choices import asked_of
 from megatron_ledom.evaluation.code_execution import check_allowed
 from megatron_ledom.evaluation.evaluate import WINDOW_ITEMS, evaluate_task
@@ -23,7 +23,7 @@ from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
 from megatron_ledom.evaluation.writing import prompt_of
 from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.language_model import load_tokenizer
-from megatron_ledom.inference.model_facts import folder_facts, surroundings
+from megatron_ledom.inference.model_facts import check_unchanged, folder_facts, surroundings
 from megatron_ledom.inference.scoring import check_batch_size
 from megatron_ledom.storage.locks import output_folder_lock
 
@@ -132,7 +132,7 @@ def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: D
 
 
 def _judge_into(
-    output: Path, options: Options, tasks: list[LoadedTask], folder: Path, direction: Direction, about: Mapping[str, Any]
+    output: Path, options: Options, tasks: list[LoadedTask], folder: Path, direction: Direction, about: dict[str, Any]
 ) -> None:
     """Judge the model on each task and write the summary; resumes what the folder has. Nobody else writes there."""
     files = {
@@ -147,7 +147,7 @@ def _judge_into(
         if len(kept[name]) == len(task.items):
             results.append(summarize(task, direction, kept[name]))
         else:
-            model = model or _load(options, folder, direction)
+            model = model or _load(options, folder, direction, about)
             results.append(_evaluated(model, task, files[name], kept[name], options))
         main = results[-1].metrics[results[-1].main]
         print(f"{name:<22}{results[-1].main:<28}{100 * main.value:6.1f} % ({100 * main.low:.1f} to {100 * main.high:.1f})")
@@ -168,6 +168,8 @@ def _evaluated(
 
         try:
             return evaluate_task(model, task, kept=kept, keep=keep, code_sandbox=_code_sandbox(options))
+        except NotFiniteError as error:
+            raise NotFiniteError(f"{task.task.name}: {error}") from error
         except LedomError as error:
             raise type(error)(
                 f"{task.task.name}: {error} (--num-fewshot and --max-new-tokens set how long texts are)"
@@ -179,8 +181,9 @@ def _code_sandbox(options: Options) -> Sandbox | None:
     return Sandbox(options["sandbox"]) if options["allow_code_execution"] else None
 
 
-def _load(options: Options, folder: Path, direction: Direction) -> LanguageTaskModel:
+def _load(options: Options, folder: Path, direction: Direction, about: dict[str, Any]) -> LanguageTaskModel:
     language_model = load_language_model(folder, direction, options["direction"], eod_id=options["eod_id"])
+    check_unchanged(folder, about)
     return LanguageTaskModel(language_model, options["batch_size"])
 
 

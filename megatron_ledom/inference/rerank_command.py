@@ -11,7 +11,7 @@ from megatron_ledom.inference.completions_engine import CompletionsEngine
 from megatron_ledom.inference.engine import Engine, StepDelimiter
 from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.model_facts import folder_facts, surroundings
+from megatron_ledom.inference.model_facts import check_unchanged, folder_facts, surroundings
 from megatron_ledom.inference.rerank_file import rerank_file
 from megatron_ledom.inference.rerank_settings import RerankSettings
 from megatron_ledom.inference.reverse_lm import ReverseLM
@@ -36,6 +36,13 @@ def rerank_command(options: Options) -> None:
     check_batch_size(options["batch_size"])
     folders = {side: folder_facts(Path(options[side])) for side in ("forward", "reverse")}
 
+    def engines() -> tuple[Engine, Engine]:
+        """Return both models, loaded from the folders as they were found."""
+        made = _engines(options)
+        for side, facts in folders.items():
+            check_unchanged(Path(options[side]), facts)
+        return made
+
     for side in folders:
         if options[f"{side}_server"] is not None and options[f"{side}_engine"] != "transformers":
             raise UsageError(f"--{side}-server and --{side}-engine are two ways to run the {side} model; choose one")
@@ -50,7 +57,7 @@ def rerank_command(options: Options) -> None:
         "surroundings": surroundings(),
     }
     paths = (options["input"], options["output"])
-    rerank_file(lambda: _engines(options), *paths, settings, made_by=made_by, overwrite=options["overwrite"])
+    rerank_file(engines, *paths, settings, made_by=made_by, overwrite=options["overwrite"])
     print(told(Path(options["output"])), file=sys.stderr)
 
 
