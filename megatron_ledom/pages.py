@@ -23,7 +23,9 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 img { width: 100%; height: auto; }
 table { border-collapse: collapse; } th, td { text-align: right; padding: .25rem .75rem; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child, .words { text-align: left; }
-caption { text-align: left; font-weight: 600; padding: .5rem .75rem .5rem 0; } figure { margin: 2rem 0; } div, pre { overflow-x: auto; }
+th:not(:first-child):not(.words), td:not(:first-child):not(.words) { white-space: nowrap; }
+caption { text-align: left; font-weight: 600; padding: .5rem .75rem .5rem 0; } figure { margin: 2rem 0; } div { overflow-x: auto; }
+pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 """
 
 

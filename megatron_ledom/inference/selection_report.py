@@ -208,7 +208,7 @@ def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[
     others = [name for name in outcomes if name not in (MAIN, "oracle")]
     found = []
     for name in others:
-        difference = outcomes[MAIN] - outcomes[name]
+        difference = np.round(outcomes[MAIN] - outcomes[name], 12) + 0.0  # rounding of means is no difference
         low, high = interval_of(difference, 1 - (1 - LEVEL) / len(others), settings)
         found.append(
             {
@@ -272,11 +272,11 @@ def verdict(report: Report) -> str:
 
 
 def _sides(rows: list[Report]) -> str:
-    above, below = (
-        [row["against"] for row in rows if row["is_significant"] and sign * row["difference"] > 0] for sign in (1, -1)
-    )
-    told = [f"significantly {side} {'; '.join(names)}" for side, names in (("above", above), ("below", below)) if names]
-    return ", and ".join(told) if told else f"no significant difference from any of {len(rows)} other methods"
+    found = []
+    for side, sign in (("above", 1), ("below", -1)):
+        names = [row["against"] for row in rows if row["is_significant"] and sign * row["difference"] > 0]
+        found.append(f"{side} {len(names)}" + (f" ({'; '.join(names)})" if names else ""))
+    return f"significantly {' and '.join(found)} of {len(rows)} other methods"
 
 
 def sentences(report: Report) -> list[str]:

@@ -40,11 +40,11 @@ class RunData:
         return [x for x, _ in usable], [y for _, y in usable]
 
     def validations(self) -> dict[str, tuple[list[float], list[float]]]:
-        """Training tokens and loss of each validation set."""
+        """Training tokens and loss of each validation set, where it is finite."""
         series: dict[str, tuple[list[float], list[float]]] = {}
         for record in self.records:
             for name, found in record.get("validation", {}).items():
-                if found["lm_loss"] is None:  # it was not finite
+                if found["lm_loss"] is None or not math.isfinite(found["lm_loss"]):
                     continue
                 tokens, losses = series.setdefault(name, ([], []))
                 tokens.append(record["consumed_train_tokens"])
@@ -67,16 +67,17 @@ def load_runs(folders: list[str]) -> list[RunData]:
 
 
 def report_runs(folders: list[str], output: str, smooth: int, plan: str | None = None) -> None:
-    """Write loss.png, grad_norm.png, tokens_per_second.png, lr.png and report.html into `output`; print the table.
+    """Write loss.png, of twins loss_difference.png, grad_norm.png, tokens_per_second.png, lr.png and report.html into `output`; print the table.
 
     plan: hardware whose plan the runs are compared with; empty for each run's own parallel.hardware.
     """
-    from megatron_ledom.training.curves import FIGURES, draw
+    from megatron_ledom.training.curves import draw, figures_of
+    from megatron_ledom.training.twins import twin_sentence
 
     runs = load_runs(folders)
     os.makedirs(output, exist_ok=True)
     pictures: dict[str, dict[str, bytes]] = {}
-    for name in FIGURES:
+    for name in figures_of(runs):
         pictures[name] = {theme: draw(name, runs, theme, smooth) for theme in ("light", "dark")}
         Path(output, f"{name}.png").write_bytes(pictures[name]["light"])
     rows = [summary(run) for run in runs]
@@ -123,16 +124,6 @@ def final_loss(run: RunData) -> float | None:
     return statistics.mean(losses) if losses else None
 
 
-def twin_sentence(runs: list[RunData]) -> str:
-    """How far the first reverse run ends above the first forward run; empty without both."""
-    first = {run.direction: final_loss(run) for run in reversed(runs)}
-    reverse, forward = first.get("reverse"), first.get("forward")
-    if reverse is None or forward is None:
-        return ""
-    word = "above" if reverse >= forward else "below"
-    return f"The reverse run ends at {reverse:.4f} nats a token, {abs(reverse / forward - 1):.2%} {word} the forward run ({forward:.4f})."
-
-
 def _names(folders: list[str]) -> list[str]:
     parts = [Path(folder).resolve().parts for folder in folders]
     for depth in range(1, max(map(len, parts)) + 1):
@@ -154,4 +145,6 @@ def _number(value: float | None, form: str) -> str:
 def _page(rows: list[dict[str, str]], sentence: str, pictures: dict[str, dict[str, bytes]]) -> str:
     cells = [[name, *(row[name] for row in rows)] for name in rows[0]]
     figures = [figure(name, themes) for name, themes in pictures.items()]
-    return page(", ".join(row["run"] for row in rows), [table(cells), f"<p>{html.escape(sentence)}</p>", *figures])
+    return page(
+        ", ".join(row["run"] for row in rows), [f"<p><strong>{html.escape(sentence)}</strong></p>", table(cells), *figures]
+    )

@@ -94,6 +94,7 @@ def test_the_readmes_command_writes_layout_pictures_and_page(tmp_path: Path) -> 
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "plan").iterdir()} == {"memory.png", "timeline.png", "plan.html", "layouts.tsv"}
     page = (tmp_path / "plan/plan.html").read_text(encoding="utf-8")
+    assert "white-space: pre-wrap" in page  # no line is cut at the edge of the page
     assert page.count("data:image/png;base64,") == 4
     assert "64 x H100-SXM 80 GB" in page
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)

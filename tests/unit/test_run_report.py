@@ -14,9 +14,10 @@ from megatron_ledom.config.load import load_config, save_config
 from megatron_ledom.errors import UsageError
 from megatron_ledom.planner.hardware import load_hardware
 from megatron_ledom.planner.plan import make_plan
-from megatron_ledom.training.curves import moving_average
+from megatron_ledom.training.curves import EXACT, moving_average
 from megatron_ledom.training.plan_report import planned_rows
-from megatron_ledom.training.run_report import final_loss, load_runs, report_runs, summary, twin_sentence
+from megatron_ledom.training.run_report import RunData, final_loss, load_runs, report_runs, summary
+from megatron_ledom.training.twins import training_pairs, twin_sentence
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,11 +54,11 @@ def test_the_tool_draws_both_directions_and_one_page_that_stands_alone(twins: li
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     pictures = {path.name for path in output.glob("*.png")}
-    assert pictures == {"loss.png", "grad_norm.png", "tokens_per_second.png", "lr.png"}
+    assert pictures == {"loss.png", "loss_difference.png", "grad_norm.png", "tokens_per_second.png", "lr.png"}
     assert all((output / name).read_bytes().startswith(b"\x89PNG") for name in pictures)
     page = (output / "report.html").read_text(encoding="utf-8")
     addresses = re.findall(r'(?:src|srcset|href)="([^"]{0,30})', page)
-    assert len(addresses) == 8
+    assert len(addresses) == 10
     assert all(address.startswith("data:image/png;base64,") for address in addresses)
     assert "prefers-color-scheme: dark" in page
     assert "http" not in re.sub(r"base64,[^\"]*", "", page)
@@ -79,13 +80,92 @@ def test_figures_are_those_of_the_records(twins: list[str]) -> None:
     assert row["tokens/s, median"] == "4,060"
     assert row["MFU, median"] == "40.0%"
     assert row["validation loss, mean of sets"] == f"{records[-1]['lm_loss'] + 0.2:.4f}"
-    gap = (final_loss(reverse) or 0) / (final_loss(forward) or 1) - 1
-    assert f"{gap:.2%} above the forward run" in twin_sentence([reverse, forward])
+    ends = [records[-1]["lm_loss"] + 0.2 for records in (reverse.records, forward.records)]
+    told = twin_sentence([reverse, forward])
+    assert (
+        f"{ends[0]:.4f} nats a token, the forward run at {ends[1]:.4f}: {ends[0] / ends[1] - 1:.2%} above the forward run"
+        in told
+    )
+    assert "mean of 2 sets, after 240,000,000 tokens" in told
+    assert "over the last 4 validations" in told
     assert twin_sentence([reverse]) == ""
 
 
+def with_losses(run: RunData, losses: list[float], validations: dict[int, dict[str, float]] | None = None) -> RunData:
+    """The run with other records: a training loss each 1000 tokens, and validation losses by the number of the record."""
+    records = [{"iteration": n, "consumed_train_tokens": 1000 * n, "lm_loss": loss} for n, loss in enumerate(losses, 1)]
+    for number, sets in (validations or {}).items():
+        found = {name: {"lm_loss": loss, "bits_per_byte": 1.0} for name, loss in sets.items()}
+        records[number - 1]["validation"] = found  # type: ignore[assignment]
+    return replace(run, records=records)
+
+
+def test_validation_counts_and_not_the_last_noisy_training_records(twins: list[str]) -> None:
+    """The last ten training losses are below those of the forward run, while every validation is above."""
+    runs = load_runs(twins)
+    reverse = with_losses(runs[0], [4.0] * 20 + [3.0] * 10, {10: {"a": 4.2}, 20: {"a": 4.1}, 30: {"a": 4.04}})
+    forward = with_losses(runs[1], [4.0] * 30, {10: {"a": 4.1}, 20: {"a": 4.0}, 30: {"a": 4.0}})
+    assert (
+        "reverse run is at 4.0400 nats a token, the forward run at 4.0000: 1.00% above the forward run (+1.00 % to +2.50 %"
+        in (twin_sentence([reverse, forward]))
+    )
+
+
+@pytest.mark.parametrize(
+    ("reverse", "forward", "message"),
+    [
+        ({30: {"a": 4.1}}, {30: {"a": 4.0}}, "1 common validation"),
+        ({n: {"a": 4.1, "b": 3.9} for n in (10, 20, 30)}, {n: {"a": 4.0, "b": 4.0} for n in (10, 20, 30)}, "changes its sign"),
+        ({n: {"a": 4.0 + n % 3 / 10} for n in (10, 21, 30)}, {n: {"a": 4.0} for n in (10, 21, 30)}, "changes its sign"),
+        ({10: {"a": 4.1}}, {20: {"a": 4.0}}, "no validation of the same set at the same training tokens"),
+        ({10: {"a": 4.1}}, {}, "no validation of the same set"),
+        ({10: {"a": 4.1, "b": 1}}, {10: {"c": 4.1, "d": 1}}, "no validation of the same set"),
+    ],
+)
+def test_without_a_sure_difference_of_validation_neither_twin_is_called_lower(
+    reverse: dict[int, dict[str, float]], forward: dict[int, dict[str, float]], message: str, twins: list[str]
+) -> None:
+    runs = [with_losses(run, [4.0] * 30, found) for run, found in zip(load_runs(twins), (reverse, forward), strict=True)]
+    told = twin_sentence(runs)
+    assert message in told
+    assert "above" not in told
+    assert "below" not in told
+
+
+def test_training_losses_make_a_claim_only_beyond_their_interval(twins: list[str]) -> None:
+    """Noise of 0.1 that lasts for several records: 0.4 is seen in 200 records, 0.005 is not, and ten records say nothing."""
+    noise = [0.1 * math.sin(n / 3) + 0.05 * math.sin(5 * n) for n in range(200)]
+    base = [4.0 + math.exp(-n / 20) for n in range(200)]
+    runs = load_runs(twins)
+
+    def told(gap: float, num: int) -> str:
+        reverse = [loss + gap + wave for loss, wave in zip(base, noise, strict=True)]
+        return twin_sentence([with_losses(runs[0], reverse[:num]), with_losses(runs[1], base[:num])])
+
+    assert "is above the forward run" in told(0.4, 200)
+    assert "is below the forward run" in told(-0.4, 200)
+    assert "95 % interval" in told(0.4, 200)
+    assert "neither is called lower" in told(0.005, 200)
+    assert "10 training records at the same tokens" in told(0.4, 10)
+
+
+def test_the_difference_of_twins_is_taken_at_the_same_tokens(twins: list[str]) -> None:
+    reverse, forward = (
+        with_losses(run, losses) for run, losses in zip(load_runs(twins), ([5.0, 4.0, 3.0], [4.5, 3.5]), strict=True)
+    )
+    assert training_pairs(reverse, replace(forward, records=forward.records[1:])) == {2000: (4.0, 3.5)}
+
+
 def test_moving_average_by_hand() -> None:
-    assert moving_average([1.0, 2.0, 6.0, 1.0], 2) == [1.0, 1.5, 4.0, 3.5]
+    assert moving_average([1.0, 2.0, 6.0, 1.0], 3) == [1.0, 3.0, 3.0, 1.0]
+
+
+@pytest.mark.parametrize("width", [1, 2, 5, 8, 100])
+def test_smoothing_moves_no_curve(width: int) -> None:
+    """A straight line stays where it is, and the learning rate is drawn as it is."""
+    line = [0.5 * n for n in range(30)]
+    assert moving_average(line, width) == pytest.approx(line)
+    assert EXACT == ("lr",)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, twins: list[str]) -> None:

@@ -191,8 +191,9 @@ def test_a_difference_at_equal_n_can_turn_round_at_equal_tokens(tmp_path: Path) 
     assert "At equal tokens, Reverse Reward (2) is significantly below majority vote (8): -25.7 points" in " ".join(told)
     assert "At equal tokens, Reverse Reward (2) is significantly above greedy (1): +54.3 points" in " ".join(told)
     assert sum("not significantly different" in one for one in told) == 2
-    assert "At equal tokens, 64.3 % with 2: significantly above" in verdict(report)
-    assert "significantly below majority vote" in verdict(report)
+    assert "Reverse Reward is right in 90.0 % with 8 candidate(s)" in verdict(report)
+    assert "At equal tokens, 64.3 % with 2: significantly above 4 (greedy; random of N;" in verdict(report)
+    assert verdict(report).endswith(" and below 1 (majority vote) of 7 other methods.")
 
 
 def test_a_report_notes_words_that_are_counted_as_tokens(
@@ -219,6 +220,17 @@ def test_a_report_notes_that_one_judged_candidate_costs_more_than_all_that_are_v
     lines = [line(number, 7, [7, 3], [-1.0, -2.0], [-1.0, -2.0]) for number in range(4)]
     (note,) = compare([questions_of(tmp_path, lines)], settings(num_folds=2))["notes"]
     assert "spends 40 tokens a question at equal tokens, the majority vote 20" in note
+
+
+def test_rounding_of_means_over_choices_is_no_significant_difference(tmp_path: Path) -> None:
+    """A vote and a choice that are right equally often by another sum."""
+    pytest.importorskip("scipy")
+    report = compare([questions_of(tmp_path, random_lines(20, 2, reverse_knows=True))], settings())
+    rows = {row["against"]: row for row in report["comparisons_at_equal_tokens"]}
+    assert (rows["reverse-weighted majority"]["difference"], rows["reverse-weighted majority"]["is_significant"]) == (
+        0.0,
+        False,
+    )
 
 
 def test_intervals_are_of_the_paired_differences(tmp_path: Path) -> None:
@@ -320,7 +332,12 @@ def test_the_tool_writes_three_reports_that_agree(
     assert page.count("data:image/png;base64,") == 4
     assert "http://" not in page
     assert "https://" not in page
-    assert sentences(report)[0] in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert sentences(report)[0] in printed
+    assert printed.startswith(verdict(report))
+    assert markdown.splitlines()[2] == f"**{verdict(report)}**"
+    assert page.count("<caption>") == 2
+    assert '<td class="words">highest log P_R(x|y)</td>' in page
 
 
 @pytest.mark.parametrize(
