@@ -59,6 +59,9 @@ class AnswerChecks:
             raise self._refusal(
                 f"that says usage.completion_tokens={num_written!r}, asked for were at most {max_tokens}", "use another server"
             )
+        ids = choices[0].get("prompt_token_ids")
+        if isinstance(ids, list) and ids and ids != prompt:
+            raise self._refusal(f"for the prompt ids {str(ids)[:80]}, sent were {str(prompt)[:80]}", "use another server")
         return Completion(choices[0], num_read, num_written)
 
     def text(self, completion: Completion, given: str, max_tokens: int) -> str:
@@ -101,18 +104,16 @@ class AnswerChecks:
                     f"with the log-probability {str(value)[:40]} for token {position} of the prompt, expected a number up to 0",
                     "see that the server's weights are whole and that it gives natural logarithms",
                 )
-        is_told = self._check_tokens(completion.choice.get("prompt_token_ids"), logprobs.get("tokens"), prompt)
+        is_told = self._check_tokens(bool(completion.choice.get("prompt_token_ids")), logprobs.get("tokens"), prompt)
         return [min(0.0, float(value)) for value in found[1:]], is_told
 
-    def _check_tokens(self, ids: Any, names: Any, prompt: list[int]) -> bool:
-        """Refuse tokens of the prompt other than those that were sent; returns False where the server names none.
+    def _check_tokens(self, has_ids: bool, names: Any, prompt: list[int]) -> bool:
+        """Refuse tokens of the prompt other than those that were sent; returns False where the server tells neither names nor ids.
 
         Names count as none where they are all the same while the ids are not, empty, or bytes of a character.
         """
-        if isinstance(ids, list) and ids and ids != prompt:
-            raise self._refusal(f"for the prompt ids {str(ids)[:80]}, sent were {str(prompt)[:80]}", "use another server")
         if not isinstance(names, list) or len({str(name) for name in names}) < min(2, len(set(prompt))):
-            return bool(ids)
+            return has_ids
         if len(names) != len(prompt):
             raise self._refusal(f"with {len(names)} tokens for a prompt of {len(prompt)} ids", "use another server")
         told = [position for position, name in enumerate(names) if isinstance(name, str) and _is_whole(name)]
@@ -123,7 +124,7 @@ class AnswerChecks:
                     f"whose token {position} of the prompt is {name[:40]!r}; sent was id {id_}, {self._pieces.get(id_)!r}",
                     "a server that adds tokens in front or has another tokenizer gives other probabilities: turn that off there",
                 )
-        return bool(told)
+        return has_ids or bool(told)
 
     def _names(self, name: str, id_: int) -> bool:
         """Return True if a server may call the id so: by number, as its piece, or as the text of the piece."""

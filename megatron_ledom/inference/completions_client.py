@@ -36,13 +36,19 @@ class CompletionsClient:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        self._http = httpx.Client(
-            headers=headers,
-            timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS), pool=None),
-            limits=httpx.Limits(max_connections=None),
-            follow_redirects=False,
-            trust_env=not is_local,  # a proxy has no part in what stays on this machine
-        )
+        try:
+            self._http = httpx.Client(
+                headers=headers,
+                timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS), pool=None),
+                limits=httpx.Limits(max_connections=None),
+                follow_redirects=False,
+                trust_env=not is_local,  # a proxy has no part in what stays on this machine
+            )
+        except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+            raise UsageError(
+                f"the environment's proxy or certificates (HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE) cannot be used for {self.url}:"
+                f" {self.shown(str(error))}; correct or unset them"
+            ) from error
 
     def ask(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to one request; a busy server and a broken connection are tried again.

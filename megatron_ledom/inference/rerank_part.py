@@ -73,8 +73,8 @@ class Part:
 
     def resume(self, windows: list[list[Record]]) -> int:
         """Cut what an earlier run left to whole windows, check that it belongs to this input; returns how many there are."""
-        notes = self._read_notes()
-        if not notes or not self._part.is_file():  # nothing was begun, or a run ended in its very last moment
+        notes = self._read_notes() if self._part.is_file() else []
+        if not notes:  # nothing was begun, or a run ended in its very last moment
             self._part.unlink(missing_ok=True)
             self._notes.unlink(missing_ok=True)
             return 0
@@ -106,9 +106,12 @@ class Part:
             return []
         notes = [line for line in self._notes.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
         try:
-            for line in notes:
-                json.loads(line)
-        except ValueError as error:
+            for number, line in enumerate(notes):
+                found = json.loads(line)
+                missing = {"made_by"} - set(found) if number == 0 else {*SUMS, *COUNTS} - set(found)
+                if missing:
+                    raise ValueError(f"line {number + 1} has no {sorted(missing)[0]}")
+        except (ValueError, TypeError) as error:
             raise DataError(f"{self._notes} is damaged ({error}); remove it to start again") from error
         return notes
 

@@ -350,6 +350,14 @@ def test_the_key_goes_over_http_to_this_machine_only(served: tuple[Server, Path,
     CompletionsEngine("http://node7:8000/v1", "tiny", folder, lm.direction)
 
 
+def test_a_proxy_that_cannot_be_used_is_a_sentence(served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("all_proxy", "gopher://node:1")
+    with pytest.raises(UsageError, match="the environment's proxy or certificates"):
+        CompletionsEngine("https://node7/v1", "tiny", served[1], served[2].direction)
+
+
 def test_no_proxy_is_asked_for_a_server_on_this_machine(
     served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

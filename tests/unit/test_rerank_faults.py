@@ -249,6 +249,15 @@ def test_half_of_a_surrogate_pair_in_another_field_is_kept(models: tuple[Forward
     assert rerank_file(never, source, output, RerankSettings()) == 2  # and it is found to be the same input
 
 
+@pytest.mark.parametrize("notes", ["{}\n", "[]\n", '{"made_by"\n', '{"made_by": {}}\n{"seconds": 1}\n'])
+def test_damaged_notes_are_named(notes: str, tmp_path: Path) -> None:
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})
+    (tmp_path / "out.jsonl.part").write_text("")
+    (tmp_path / "out.jsonl.part.notes").write_text(notes)
+    with pytest.raises(DataError, match=r"out\.jsonl\.part\.notes is damaged"):
+        rerank_file(never, source, tmp_path / "out.jsonl", RerankSettings())
+
+
 def test_a_server_that_is_away_is_no_lines_fault(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
     calls = []
 
