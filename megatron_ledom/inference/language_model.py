@@ -72,6 +72,11 @@ class LanguageModel:
                     folder, dtype=chosen, use_safetensors=True, local_files_only=True, trust_remote_code=False
                 )
         except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise MismatchError(
+                    f"{folder}/config.json has model_type {config.get('model_type')!r}, which stock transformers does not run as a causal"
+                    " language model; the folder's own code is never run: give a folder of a stock architecture"
+                ) from error
             raise DataError(f"{folder} does not load as a model of safetensors files: {error}") from error
         model = model.to(device).eval()
         model.generation_config = GenerationConfig()  # the folder's own sampling defaults must not mix with the caller's
