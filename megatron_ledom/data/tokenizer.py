@@ -22,7 +22,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.tokenizers.added_tokens import name_of, vocabulary
-from megatron_ledom.tokenizers.reader import JSON, MODEL, read_tokenizer
+from megatron_ledom.tokenizers.reader import JSON, MODEL, other_ends, read_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def load_tokenizer(
         engine = PieceEngine(read.model)
     else:
         engine = HubEngine(read.content, path, vocabulary(read.stored))
-    return Tokenizer(
+    tokenizer = Tokenizer(
         name=read.name,
         path=path,
         files=files,
@@ -196,3 +196,10 @@ def load_tokenizer(
         stored=None if read.is_converted else read.stored,
         sha256=read.sha256,
     )
+    others = other_ends(vocabulary(read.stored), [tokenizer.eod_id])
+    if others and eod_token is None and eod_id is None:
+        logger.warning(
+            "tokenizer %s: documents end with its eos %r (id %d), and it has %s, too; name the one to use with --eod-token",
+            *(path, tokenizer.eod_token, tokenizer.eod_id, ", ".join(f"{token} = {id_}" for token, id_ in others.items())),
+        )
+    return tokenizer

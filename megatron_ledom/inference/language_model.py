@@ -20,12 +20,10 @@ from megatron_ledom.inference.generation import Writer
 from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.not_finite import naming_text
 from megatron_ledom.inference.scoring import Span, SpanScore, Spent, distinct_spans, score_spans
-from megatron_ledom.tokenizers.reader import TokenizerFiles, read_tokenizer
+from megatron_ledom.tokenizers.reader import TokenizerFiles, other_ends, read_tokenizer
 
 logger = logging.getLogger(__name__)
 
-END_NAMES = ("eod", "endoftext")
-"""Tokens named so are meant to end a document."""
 SAY_EOD = (
     "eod_id=ID in Python and in --model_args, --eod-id ID, with tools/rerank.py and tools/report_rerank.py --reverse-eod-id ID"
 )
@@ -74,6 +72,11 @@ class LanguageModel:
                     folder, dtype=chosen, use_safetensors=True, local_files_only=True, trust_remote_code=False
                 )
         except (OSError, ValueError) as error:
+            if "trust_remote_code" in str(error):
+                raise MismatchError(
+                    f"{folder}/config.json has model_type {config.get('model_type')!r}, which stock transformers does not run as a causal"
+                    " language model; the folder's own code is never run: give a folder of a stock architecture"
+                ) from error
             raise DataError(f"{folder} does not load as a model of safetensors files: {error}") from error
         model = model.to(device).eval()
         model.generation_config = GenerationConfig()  # the folder's own sampling defaults must not mix with the caller's
@@ -268,9 +271,9 @@ def _eod_of_foreign_folder(folder: Path, tokenizer: JointTokenizer, stop_ids: li
 
     The original's export names the tokenizer's eos, 2, and was trained with another token of its own, 64002: it would never stop.
     """
-    doubtful = {token: id_ for token, id_ in tokenizer.vocab.items() if token.strip("<|>").lower() in END_NAMES}
-    if eod_id is None and set(doubtful.values()) - set(stop_ids):
-        names = ", ".join(f"{token} = {id_}" for token, id_ in sorted(doubtful.items()))
+    doubtful = other_ends(tokenizer.vocab, stop_ids)
+    if eod_id is None and doubtful:
+        names = ", ".join(f"{token} = {id_}" for token, id_ in doubtful.items())
         raise MismatchError(
             f"{folder} names {stop_ids} as its eos, but its tokenizer has {names}, too: with the wrong one, generation never stops;"
             f" pass the one that documents were closed with in training ({SAY_EOD})"

@@ -4,6 +4,7 @@ A folder's tokenizer.json goes before its tokenizer.model, which is converted ex
 are added as stock transformers adds them. No code of a folder is ever run, and no question about it is asked.
 """
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ from typing import Any
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import vocabulary_hash
 from megatron_ledom.tokenizers import sentencepiece_bpe, tiktoken_ranks
-from megatron_ledom.tokenizers.added_tokens import add_tokens, name_of, read_config, vocabulary
+from megatron_ledom.tokenizers.added_tokens import ADDED, CONFIG, SPECIALS_MAP, add_tokens, name_of, read_config, vocabulary
 from megatron_ledom.tokenizers.json_files import as_bytes, parse_object
 
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
+END_NAMES = ("eod", "endoftext")
 OTHER_FORMATS = ("vocab.json", "vocab.txt")
 """Files of stock tokenizer classes that transformers reads without code of the folder."""
 
@@ -54,6 +56,12 @@ class TokenizerFiles:
         added = [*(self.stored.get("added_tokens") or ()), *self.inside]
         whole = [token["content"] for token in added] if self.is_converted else []
         return sentencepiece_bpe.prefix_texts_only({**self.stored, "added_tokens": added}, whole)
+
+
+def other_ends(vocab: Mapping[str, int], ids: Iterable[int]) -> dict[str, int]:
+    """Return the tokens that are named like the end of a document, with their ids, if one of them is none of `ids`."""
+    named = {token: id_ for token, id_ in sorted(vocab.items()) if token.strip("<|>").lower() in END_NAMES}
+    return named if set(named.values()) - set(ids) else {}
 
 
 def read_tokenizer(path: str, *, add_specials: bool = False) -> TokenizerFiles:
@@ -110,6 +118,11 @@ def _vocabulary_file(path: str) -> Path:
             f"tokenizer {path} does not exist; give a Hugging Face folder, a tokenizer.json, a SentencePiece .model or a .tiktoken"
         )
     if given.is_dir():
+        for name in (JSON, MODEL, ADDED, CONFIG, SPECIALS_MAP, *OTHER_FORMATS):
+            if (given / name).is_symlink() and not (given / name).exists():
+                raise DataError(
+                    f"{given / name} is a link to a file that is not there; fetch the folder again, it is not whole"
+                )
         for name in (JSON, MODEL, *OTHER_FORMATS):
             if (given / name).is_file():
                 return given / name
@@ -134,6 +147,11 @@ def _from_model(content: bytes, where: str, config: dict[str, Any]) -> bytes:
     """The exact conversion of a .model; its bos and eos become those of a config that names none."""
     converted = sentencepiece_bpe.convert(content, where)
     proto = sentencepiece_bpe.parse_model(content, where)
+    if proto.normalizer_spec.add_dummy_prefix and config.get("add_prefix_space") is False:
+        raise DataError(
+            f"{where} puts a space in front of every text, the tokenizer_config.json beside it says add_prefix_space=false: it is not"
+            f" clear which ids were trained; put the {JSON} of the model there"
+        )
     for role, index in (("bos", proto.trainer_spec.bos_id), ("eos", proto.trainer_spec.eos_id)):
         if 0 <= index < len(proto.pieces):
             config.setdefault(f"{role}_token", proto.pieces[index].piece)

@@ -174,3 +174,31 @@ def test_words_that_the_model_file_lacks_are_cut_out_by_preprocessing_too(tmp_pa
         ids, _ = tokenizer.encode_batch(["the <|a|> cat"])
         assert 425 in ids.tolist(), chosen
         assert ids.tolist() == JointTokenizer.from_pretrained(path).encode("the <|a|> cat")
+
+
+def test_a_vocabulary_in_files_of_a_stock_class_has_the_ids_of_stock_transformers_in_every_reader(tmp_path: Path) -> None:
+    folder = folder_of(
+        tmp_path / "stock", "json", 420, tokenizer_config={"tokenizer_class": "GPT2Tokenizer", "unk_token": "</s>"}
+    )
+    stored = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "tokenizer.json").unlink()
+    (folder / "vocab.json").write_text(json.dumps(stored["vocab"]))
+    (folder / "merges.txt").write_text("".join(f"{left} {right}\n" for left, right in stored["merges"]))
+    stock, model = AutoTokenizer.from_pretrained(folder), ForwardLM.from_pretrained(folder)
+    for text in TEXTS:
+        ids = stock(text, add_special_tokens=False).input_ids
+        assert model.tokenizer.encode(text) == ids
+        assert "</s>" in text or load_tokenizer(str(folder)).encode_batch([text])[0].tolist() == ids
+
+
+def test_a_doubt_about_the_tokenizer_is_no_guess(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = folder_of(tmp_path / "stock", "model", 440, tokenizer_config={"add_prefix_space": False})
+    with pytest.raises(DataError, match="add_prefix_space=false"):
+        load_tokenizer(str(folder))
+    (folder / "tokenizer_config.json").unlink()
+    with caplog.at_level(logging.WARNING):
+        assert load_tokenizer(str(folder)).eod_id == 2
+    assert "its eos '</s>' (id 2), and it has <EOD> = 422, too" in caplog.text
+    (folder / "tokenizer.json").symlink_to(tmp_path / "not fetched")
+    with pytest.raises(DataError, match=r"tokenizer.json is a link to a file that is not there"):
+        ForwardLM.from_pretrained(folder)

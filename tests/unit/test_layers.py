@@ -158,7 +158,19 @@ def lines(path: Path, tree: ast.Module) -> Iterator[Finding]:
         yield from ((number, text) for pattern, text in LINES if pattern.search(line) and "# house:" not in line)
 
 
-RULES: list[Rule] = [layers, engine_is_met_in_few_places, only_platform_patches, sizes, lines]
+def no_code_of_a_folder(path: Path, tree: ast.Module) -> Iterator[Finding]:
+    """Without the option transformers asks at the terminal, and runs the code where the answer is yes."""
+    if path.parts[0] == "tests":
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "from_pretrained":
+            is_auto = ast.unparse(node.func.value).split(".")[-1].startswith("Auto")
+            refuses = any(word.arg == "trust_remote_code" and ast.unparse(word.value) == "False" for word in node.keywords)
+            if is_auto and not refuses:
+                yield node.lineno, "trust_remote_code=False has to be said"
+
+
+RULES: list[Rule] = [layers, engine_is_met_in_few_places, only_platform_patches, sizes, lines, no_code_of_a_folder]
 
 
 @cache
@@ -201,6 +213,8 @@ def test_source_keeps_the_rule(rule: Rule) -> None:
         (only_platform_patches, "model/x.py", "import megatron.core.utils as u\nu.is_te = lambda: False"),
         (only_platform_patches, "model/x.py", "from megatron.core import optimizer\noptimizer.clip.norm = None"),
         (only_platform_patches, "model/x.py", "import torch\nsetattr(torch.cuda, 'x', 1)"),
+        (no_code_of_a_folder, "inference/x.py", "import transformers\ntransformers.AutoTokenizer.from_pretrained('x')"),
+        (no_code_of_a_folder, "inference/x.py", "AutoConfig.from_pretrained('x', trust_remote_code=asked)"),
     ],
 )
 def test_rule_finds_what_breaks_it(rule: Rule, path: str, source: str) -> None:
@@ -215,6 +229,11 @@ def test_rule_finds_what_breaks_it(rule: Rule, path: str, source: str) -> None:
         (engine_is_met_in_few_places, "parallel/x.py", "from megatron.core import parallel_state"),
         (engine_is_met_in_few_places, "model/builder.py", "from megatron.core.models.gpt import GPTModel"),
         (only_platform_patches, "platform/x.py", "import megatron.core.utils as u\nu.is_te = lambda: False"),
+        (
+            no_code_of_a_folder,
+            "inference/x.py",
+            "AutoConfig.from_pretrained('x', trust_remote_code=False)\nLM.from_pretrained('x')",
+        ),
         (only_platform_patches, "model/x.py", "from megatron.core import optimizer\nmine = optimizer.clip\nself.x = 1"),
     ],
 )

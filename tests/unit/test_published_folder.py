@@ -20,7 +20,7 @@ from lm_eval.tasks import TaskManager
 from megatron_ledom.data.shard import ShardReader
 from megatron_ledom.data.tokenizer import load_tokenizer
 from megatron_ledom.direction import Direction, to_model_order
-from megatron_ledom.errors import DataError
+from megatron_ledom.errors import MismatchError
 from megatron_ledom.evaluation.harness.model import LedomLM
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from tests.evaluation_sets import write_sets
@@ -144,6 +144,6 @@ def test_the_readme_has_the_page() -> None:
 
 def test_a_model_type_that_only_the_folders_code_knows_is_refused_unasked(tmp_path: Path) -> None:
     folder = published_folder(tmp_path / "reverse_7b", model_type="own_model", architectures=["OwnModel"])
-    with pytest.raises(DataError, match="does not load"):
+    with pytest.raises(MismatchError, match=r"model_type 'own_model'.* own code is never run"):
         ReverseLM.from_pretrained(folder, direction="reverse", eod_id=EOD_ID)
     assert not (folder / "ran").exists()
