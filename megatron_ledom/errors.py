@@ -74,6 +74,10 @@ class TransientError(LedomError):
     exit_code = UNFORESEEN
 
 
+class StoppedWaiting(Exception):
+    """A signal came before a run began: nothing starts, and nothing was changed. No error: the command ends with 0."""
+
+
 def may_pass(error: BaseException) -> bool:
     """Whether this is an error of the file system that a new start may overcome, such as EIO, ESTALE or a vanished mount."""
     return isinstance(error, OSError) and error.errno not in LASTING

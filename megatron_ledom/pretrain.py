@@ -20,7 +20,7 @@ from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, UsageError, run_command
+from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, StoppedWaiting, UsageError, run_command
 from megatron_ledom.in_loop.chosen_tasks import check_tasks, task_evaluation
 from megatron_ledom.in_loop.held_out_record import check_held_out
 from megatron_ledom.platform.launch import Launch, read_launch
@@ -88,6 +88,8 @@ def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest) -> in
     """0, or UNFORESEEN after an error that is not the user's."""
     try:
         run(config, launch, stop)
+    except StoppedWaiting as reason:
+        log.warning("%s", reason)  # another start goes on from the same iteration
     except (LedomError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
@@ -120,7 +122,6 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     from megatron_ledom.ops.library import describe as describe_ops
     from megatron_ledom.parallel.agreement import from_first_rank
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
-    from megatron_ledom.parallel.meeting import StoppedWaiting
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.training.history import check_history
     from megatron_ledom.training.launch_record import write_launch
@@ -134,7 +135,8 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
     log.info("%s", describe_ops(platform.device, choice.implementation))
     log.info("training data\n%s", describe_blend(config, sources))
-    prepare_indices(config, sources, index_cache(config), launch)  # no collective waits for it: there is no process group yet
+    with stop.leaving_at_once():  # no collective waits for the index: there is no process group yet
+        prepare_indices(config, sources, index_cache(config), launch)
 
     def take_run_folder() -> None:
         """Rank 0's part of the start; what it refuses, all ranks refuse."""
@@ -149,8 +151,8 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
         write_start(config, tokenizer, changed)
         write_launch(config, launch, saved_iteration(config))
 
+    groups = start_distributed(platform, config.parallel, launch, stop.name)
     try:
-        groups = start_distributed(platform, config.parallel, launch, stop.name)
         with ExitStack() as held:
             from_first_rank(take_run_folder)
             watchdog = held.enter_context(Watchdog(config, launch))
@@ -158,8 +160,6 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
             train(state, stop, watchdog, task_evaluation(state, tasks))
             watchdog.tell("waiting for the last rank", patient=True)
             wait_for_all_ranks()  # rank 0 has most to close; srun gives the others' end a minute, then kills
-    except StoppedWaiting as reason:
-        log.warning("%s", reason)  # nothing was changed: another start goes on from the same iteration
     finally:
         stop_distributed()
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from megatron_ledom.errors import TransientError
+from megatron_ledom.errors import StoppedWaiting, TransientError
 from megatron_ledom.platform.launch import Launch
 
 log = logging.getLogger(__name__)
@@ -31,10 +31,6 @@ MOST_NAMED = 16
 START, STOP, GIVE_UP = "start", "stop", "give up"
 StopSignal = Callable[[], str | None]
 """Name of the signal that asks this rank to stop, if one came."""
-
-
-class StoppedWaiting(Exception):
-    """A signal came before all ranks were there: no rank starts, and nothing was changed. No error: the caller ends with 0."""
 
 
 class Meeting:

@@ -48,7 +48,7 @@ def read_number(variables: Variables, name: str, advice: str, least: int = 0) ->
     text = variables.get(name)
     if text is None:
         raise UsageError(f"{name} is not set; {advice}")
-    if re.fullmatch("[0-9]+", text) is None or int(text) < least:
+    if re.fullmatch("[0-9]{1,18}", text) is None or int(text) < least:
         raise UsageError(f"{name}={text!r} is not a whole number from {least} on; {advice}")
     return int(text)
 
@@ -160,7 +160,7 @@ def tasks_of_nodes(text: str, name: str = "SLURM_TASKS_PER_NODE") -> list[int]:
     """Tasks on each node of a step: `8(x2),4` is [8, 8, 4]."""
     counts: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"([0-9]+)(?:\(x([0-9]+)\))?", part)
+        match = re.fullmatch(r"([0-9]{1,9})(?:\(x([0-9]{1,6})\))?", part)
         if match is None:
             raise UsageError(f"{name}={text!r} is not of the form 8(x2),4; {BY_SRUN}")
         counts += [int(match[1])] * int(match[2] or 1)

@@ -3,12 +3,13 @@
 import logging
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from megatron_ledom.config.schema import TrainConfig
-from megatron_ledom.errors import UsageError
+from megatron_ledom.errors import StoppedWaiting, UsageError
 from megatron_ledom.platform.slurm import seconds_until_job_end
 
 if TYPE_CHECKING:
@@ -31,11 +32,23 @@ class StopRequest:
         self.received: signal.Signals | None = None
         self.deadline: Deadline | None = None
         """Of rank 0, once it is known."""
+        self.leaves_at_once = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
+        if self.leaves_at_once:
+            raise StoppedWaiting(f"got {self.received.name} before training began: nothing starts")
+
+    @contextmanager
+    def leaving_at_once(self) -> Iterator[None]:
+        """Inside, a signal raises StoppedWaiting: nothing has begun that would have to be saved."""
+        self.leaves_at_once = True
+        try:
+            yield
+        finally:
+            self.leaves_at_once = False
 
     def name(self) -> str | None:
         """Of the signal that came, if one did."""

@@ -1,5 +1,6 @@
 """Ranks that wait for one that never starts: they name it, hear signals, and end all alike."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -10,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ledom.errors import TransientError
-from megatron_ledom.parallel.meeting import Meeting, StoppedWaiting, StopSignal
+from megatron_ledom.errors import StoppedWaiting, TransientError
+from megatron_ledom.parallel.meeting import Meeting, StopSignal
 from megatron_ledom.platform.launch import Launch
 from tests.tiny_runs import TinyData, free_port, start_ranks
 
@@ -66,6 +67,10 @@ def test_a_port_of_another_program_is_named() -> None:
 
 
 def hang_rank_1() -> None:
+    """The other tells at once whom it waits for."""
+    from megatron_ledom.parallel import meeting
+
+    meeting.REPORT_SECONDS = 0.1
     if os.environ["RANK"] == "1":
         time.sleep(60)
 
@@ -73,8 +78,7 @@ def hang_rank_1() -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_is_heard_while_a_rank_is_missing(data: TinyData, tmp_path: Path, number: signal.Signals, code: int) -> None:
     ranks = start_ranks(data.config, tmp_path / "run", num_ranks=2, hook=hang_rank_1)
-    ranks.wait_until(lambda: "training data" in ranks.output())
-    time.sleep(1.0)
+    ranks.wait_until(lambda: "waiting: rank 1 of 2 was missing" in ranks.output())
     ranks.send(number)
     ranks.processes[0].join(20)
     assert ranks.processes[0].exitcode == code, ranks.wait(0)
@@ -82,3 +86,22 @@ def test_a_signal_is_heard_while_a_rank_is_missing(data: TinyData, tmp_path: Pat
     assert "Traceback" not in ranks.output()
     assert ("rank 0 got SIGTERM while rank 1 of 2 was missing: nothing starts" in ranks.output()) == (code == 0)
     assert not (tmp_path / "run/config.yaml").exists()
+
+
+def tell_who_builds() -> None:
+    from megatron_ledom.data import build_once
+
+    build_once.REPORT_SECONDS = 0.1
+
+
+def test_a_signal_is_heard_while_another_node_builds_the_index(data: TinyData, tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    with (tmp_path / "cache/lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        cache = f"data.path_to_cache={tmp_path}/cache"
+        ranks = start_ranks(data.config, tmp_path / "run", cache, hook=tell_who_builds)
+        ranks.wait_until(lambda: "waits for the sample index" in ranks.output())
+        ranks.send(signal.SIGTERM)
+        assert ranks.wait(20) == [0], ranks.output()
+    assert "got SIGTERM before training began: nothing starts" in ranks.output()
+    assert not (tmp_path / "run").exists()

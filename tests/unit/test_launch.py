@@ -121,9 +121,10 @@ def test_tasks_of_nodes(text: str, counts: list[int]) -> None:
     assert tasks_of_nodes(text) == counts
 
 
-def test_tasks_of_nodes_in_another_form_are_refused() -> None:
-    with pytest.raises(UsageError, match="8x2"):
-        tasks_of_nodes("8x2")
+@pytest.mark.parametrize("text", ["8x2", "", "8,", "8(x99999999999)", "8(x2", "-8"])
+def test_tasks_of_nodes_in_another_form_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=re.escape(f"SLURM_TASKS_PER_NODE={text!r} is not of the form 8(x2),4")):
+        tasks_of_nodes(text)
 
 
 @pytest.mark.parametrize(
@@ -183,7 +184,7 @@ def test_a_launcher_that_is_not_understood_is_refused(monkeypatch: pytest.Monkey
         read_launch()
 
 
-@pytest.mark.parametrize("value", ["", " ", "-1", "x", "1.5", "٣"])
+@pytest.mark.parametrize("value", ["", " ", "-1", "x", "1.5", "٣", pytest.param(5000 * "9", id="5000 digits")])
 @pytest.mark.parametrize(
     "name",
     [
