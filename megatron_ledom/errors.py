@@ -7,6 +7,7 @@ rank and every other exception. Training also ends with 75 when a rank hangs (`t
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
@@ -18,6 +19,10 @@ LASTING = (*FULL, errno.EACCES, errno.EPERM)
 """Errors of a file system that a new start meets as well."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 """What a file system without locks answers."""
+
+
+STEERING = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
+"""Characters that `visible` escapes."""
 
 
 class LedomError(ValueError):
@@ -102,6 +107,14 @@ def first_cause(error: BaseException) -> BaseException:
     return error
 
 
+def visible(text: str) -> str:
+    """Return a text of unknown origin for a terminal: control characters, which could steer it, become escapes such as \\x1b.
+
+    So do bidirectional overrides and lone surrogates; line breaks and tabs stay.
+    """
+    return STEERING.sub(lambda found: ascii(found.group())[1:-1], text)
+
+
 def _check_arguments(arguments: list[str]) -> None:
     """Refuse what is not UTF-8: paths are written into manifests and reports, which are JSON."""
     for argument in arguments:
@@ -117,12 +130,14 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         _check_arguments(sys.argv[1:])
         code = main() or 0
     except LedomError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         code = error.exit_code
     except OSError as error:
         if error.filename is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; check that it is there and may be used", file=sys.stderr)
+        print(
+            f"error: {visible(str(error.filename))}: {error.strerror}; check that it is there and may be used", file=sys.stderr
+        )
         given_wrongly = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
         code = UNFORESEEN if may_pass(error) and not isinstance(error, given_wrongly) else 1
     except KeyboardInterrupt:

@@ -31,7 +31,7 @@ def main() -> None:
     """Parse, then load and write."""
     args = build_parser().parse_args()
 
-    from megatron_ledom.errors import UsageError
+    from megatron_ledom.errors import UsageError, visible
     from megatron_ledom.inference import ReverseLM
 
     if args.stream and (args.num_samples > 1 or not sys.stderr.isatty()):
@@ -43,7 +43,7 @@ def main() -> None:
     options["stop_strings"] = args.stop
     if args.stream:
         for result in model.stream_preceding(args.following, **options):
-            print(f"{CLEAR}{result.text}", end="", file=sys.stderr, flush=True)
+            print(f"{CLEAR}{visible(result.text)}", end="", file=sys.stderr, flush=True)
         print(CLEAR, end="", file=sys.stderr, flush=True)
         results = [result]
     else:
@@ -51,7 +51,7 @@ def main() -> None:
     for number, result in enumerate(results, 1):
         if len(results) > 1:
             print(f"--- {number} of {len(results)}" + (" (from its beginning)" if result.stopped else ""))
-        print(result.text)
+        print(visible(result.text) if sys.stdout.isatty() else result.text)
 
 
 if __name__ == "__main__":

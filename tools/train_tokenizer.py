@@ -13,6 +13,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces; five specials come on top")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--text-key", default="text", help="JSON key or Parquet column of the text")
+    parser.add_argument(
+        "--text-template",
+        metavar="T",
+        help=r"joins several keys to one text, such as '{question}\n{answer}'; \n is a line break, a doubled brace a brace",
+    )
+    parser.add_argument("--on-error", choices=["fail", "skip"], default="fail", help="what to do with a bad record")
+    parser.add_argument("--max-record-bytes", type=int, default=256 << 20, metavar="N", help="a longer record is a bad one")
     parser.add_argument("--max-sentences", type=int, metavar="N", help="lines to learn from, drawn evenly; default: all")
     return parser.parse_args()
 
@@ -22,8 +29,11 @@ def main() -> None:
     arguments = parse()
     import logging
 
+    from megatron_ledom.data.text_template import from_command_line
     from megatron_ledom.data.train_tokenizer import TrainTokenizerSettings, train_tokenizer
 
+    if arguments.text_template is not None:
+        arguments.text_template = from_command_line(arguments.text_template)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     train_tokenizer(TrainTokenizerSettings(**vars(arguments)))
 

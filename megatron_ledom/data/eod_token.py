@@ -88,7 +88,7 @@ def check_is_reserved(encoders: Encoders, eod: str, eod_id: int, path: str) -> N
     if is_ordinary:
         raise UsageError(
             f"tokenizer {path}: {eod!r} = {eod_id} is an ordinary piece, which texts become, so documents would end in their middle;"
-            " name a special token by --eod-token, or get one with --add-specials"
+            " name a special token by --eod-token (tools/preprocess_data.py --add-specials adds one)"
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from megatron_ledom.data.folder_walk import HIDDEN, LeftOut, Walk, check_name
 from megatron_ledom.data.json_lines import refuse_saved_datasets
-from megatron_ledom.errors import UsageError
+from megatron_ledom.errors import UsageError, visible
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,9 @@ def expand_inputs(patterns: Sequence[str]) -> list[InputPath]:
 def log_left_out(left_out: Sequence[LeftOut]) -> None:
     """Say what is not read, and why."""
     for entry in left_out[:MOST_LOGGED]:
-        logger.warning("not read: %s (%s%s)", entry.path, f"{entry.num_files:,} files, " * (entry.num_files > 1), entry.reason)
+        logger.warning(
+            "not read: %s (%s%s)", visible(entry.path), f"{entry.num_files:,} files, " * (entry.num_files > 1), entry.reason
+        )
     if len(left_out) > MOST_LOGGED:
         logger.warning("not read: %d more like these", len(left_out) - MOST_LOGGED)
 

@@ -11,7 +11,7 @@ from megatron_ledom.data.shard import ShardManifest, ShardReader
 from megatron_ledom.data.shard_faults import INSIDE, verify_shard
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import to_text_order
-from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError
+from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError, visible
 
 EOD_INSIDE_ADVICE = (
     "; a text that spells its eod brought it into a document: this version stores it as text, or names the record as a bad one"
@@ -48,7 +48,7 @@ def inspect_shards(settings: InspectSettings) -> None:
         faults = _inspect(prefix, settings, counts)
         has_eod_inside = has_eod_inside or any(INSIDE in fault for fault in faults)
         for fault in faults:
-            print(f"fault: {fault}", file=sys.stderr)
+            print(f"fault: {visible(fault)}", file=sys.stderr)
         if faults:
             faulty.append(f"{prefix} ({len(faults)} fault{'s'[: len(faults) > 1]})")
     if settings.histogram:
@@ -68,12 +68,12 @@ def _inspect(prefix: str, settings: InspectSettings, counts: LengthCounts) -> li
         return verify_shard(prefix) or [str(error)] if settings.verify else [str(error)]
     lengths = LengthCounts.of_shard(reader)
     counts.merge(lengths)
-    print(describe(reader, lengths))
+    print(visible(describe(reader, lengths)))
     if settings.show:
         tokenizer = find_tokenizer(reader.manifest, settings.tokenizer)
         for index in range(min(settings.show, len(reader))):
             print(f"\n--- document {index}, {reader.lengths[index]:,} tokens ---")
-            print(text_of(reader, index, tokenizer))
+            print(visible(text_of(reader, index, tokenizer)))
     return _verify(reader, settings.tokenizer) if settings.verify else []
 
 
@@ -88,12 +88,12 @@ def _verify(reader: ShardReader, tokenizer_path: str | None) -> list[str]:
     except (UsageError, MismatchError) as error:
         if tokenizer_path:
             raise
-        print(f"direction  not checked: {error}")
+        print(f"direction  not checked: {visible(str(error))}")
         return []
     check = check_direction(reader, tokenizer)
     if check.is_wrong:
         return [f"{reader.prefix}.json: {check.describe()}; turn it with tools/reverse_shards.py, or put the manifest right"]
-    print(f"direction  {check.describe()}")
+    print(f"direction  {visible(check.describe())}")
     return []
 
 

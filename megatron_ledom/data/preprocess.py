@@ -49,7 +49,7 @@ from megatron_ledom.data.text_template import template_of
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.data.worker_pool import ordered_map
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, LedomError, UsageError, cannot_write
+from megatron_ledom.errors import DataError, LedomError, UsageError, cannot_write, visible
 from megatron_ledom.platform.slurm import array_task_id, read_array
 from megatron_ledom.storage.locks import output_file_lock
 
@@ -456,7 +456,7 @@ def _named(part: Part) -> str:
 
 def _log_skipped(work: Preprocessing, sums: Sums) -> None:
     for message in sums.messages:
-        logger.warning("skipped %s", message)
+        logger.warning("skipped %s", visible(message))
     empty = [source.path for source in work.sources if not source.num_bytes]
     if empty:
         logger.warning("%d input files are empty, for example %s", len(empty), empty[0])

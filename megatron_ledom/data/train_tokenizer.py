@@ -3,14 +3,18 @@
 import logging
 import shutil
 import time
+from collections import Counter
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ledom.data.corpus import read_texts
+from megatron_ledom.data import sentencepiece_bpe
+from megatron_ledom.data.corpus import OnError, ReadSettings, read_texts
 from megatron_ledom.data.inputs import expand_inputs
+from megatron_ledom.data.streams import MAX_RECORD_BYTES
+from megatron_ledom.data.text_template import template_of
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.locks import output_file_lock
 from megatron_ledom.tokenizers import sentencepiece_bpe
@@ -30,6 +34,10 @@ class TrainTokenizerSettings:
     """Pieces, without the five specials behind them."""
     output: str
     text_key: str = "text"
+    text_template: str | None = None
+    """Joins several keys to one text, in place of `text_key`; the same as preprocessing will be given."""
+    on_error: OnError = "fail"
+    max_record_bytes: int = MAX_RECORD_BYTES
     max_sentences: int | None = None
     """Lines to learn from, drawn evenly; default: all."""
 
@@ -50,11 +58,22 @@ def _train_into(folder: Path, settings: TrainTokenizerSettings) -> Path:
         raise UsageError(f"{folder} exists already; choose another --output or remove it")
     if settings.max_sentences is not None and settings.max_sentences < 1:
         raise UsageError(f"--max-sentences {settings.max_sentences} is not possible; use 1 or more")
+    if settings.max_record_bytes < 1:
+        raise UsageError(f"--max-record-bytes {settings.max_record_bytes} is not possible; use 1 or more")
+    read = ReadSettings(
+        text_key=settings.text_key,
+        template=template_of(settings.text_template, settings.text_key),
+        on_error=settings.on_error,
+        max_record_bytes=settings.max_record_bytes,
+    )
     paths = expand_inputs(settings.input)
     started = time.monotonic()
-    texts = tqdm(read_texts(paths, settings.text_key), desc="read", unit=" documents", disable=None)
+    skipped: Counter[str] = Counter()
+    texts = tqdm(read_texts(paths, read=read, skipped=skipped), desc="read", unit=" documents", disable=None)
     model = sentencepiece_bpe.train(texts, settings.vocab_size, settings.max_sentences)
-    samples = [text[:SAMPLE_CHARACTERS] for text in islice(read_texts(paths, settings.text_key), NUM_SAMPLES)]
+    for reason, number in sorted(skipped.items()):
+        logger.warning("skipped %d records: %s", number, reason)
+    samples = [text[:SAMPLE_CHARACTERS] for text in islice(read_texts(paths, read=read), NUM_SAMPLES)]
     files = {
         "tokenizer.model": model,
         "tokenizer.json": sentencepiece_bpe.convert(model, "the trained model", samples).encode(),

@@ -8,7 +8,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import LedomError, NotFiniteError, UsageError
+from megatron_ledom.errors import LedomError, NotFiniteError, UsageError, visible
 from megatron_ledom.evaluation.choices import asked_of
 from megatron_ledom.evaluation.code_execution import check_allowed
 from megatron_ledom.evaluation.evaluate import WINDOW_ITEMS, evaluate_task
@@ -74,9 +74,9 @@ def show(task: LoadedTask, direction: Direction, tokenizer: JointTokenizer, num:
         for title, prompt in _prompts(task, direction, item):
             print(f"=== {task.task.name}, item {number}, {title}")
             print(f"--- in reading order, the {'scored' if task.task.kind is Kind.CHOICE else 'written'} part in ⟦⟧")
-            print(prompt.shown())
+            print(visible(prompt.shown()))
             print("--- as the model takes it in, token by token")
-            print(prompt.as_seen(tokenizer))
+            print(visible(prompt.as_seen(tokenizer)))
 
 
 def _prompts(task: LoadedTask, direction: Direction, item: Item) -> list[tuple[str, Prompt]]:

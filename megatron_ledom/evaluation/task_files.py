@@ -83,6 +83,8 @@ def find_file(task: Task, folder: Path, stem: str) -> Path:
         path = folder / f"{stem}{ending}"
         if path.is_file():
             return path
+        if path.is_symlink():
+            raise UsageError(f"{path} is a link to {path.readlink()}, which is no file; fetch that again, or remove the link")
     there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
     found = f"it holds {', '.join(there[:8])}{' ...' if len(there) > 8 else ''}" if there else "it is empty or no folder"
     if stem == task.file:

@@ -171,6 +171,10 @@ def prepare_pairs(settings: PairSettings) -> ShardManifest:
     missing = [path for path in settings.input if not os.path.isfile(path)]
     if missing:
         raise UsageError(f"--input {missing[0]} is no file; give JSON lines")
+    paths = {os.path.realpath(path): path for path in settings.input}
+    if len(paths) < len(settings.input):
+        twice = next(path for path in settings.input if paths[os.path.realpath(path)] != path or settings.input.count(path) > 1)
+        raise UsageError(f"--input {twice} is named more than once; its pairs would count twice: name each file once")
     reader = PairReader(settings.prompt_template, settings.answer_template)
     tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token)
     with TemporaryDirectory() as folder:

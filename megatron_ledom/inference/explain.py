@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from megatron_ledom import pages
+from megatron_ledom.errors import visible
 from megatron_ledom.inference.engine import Engine, StepDelimiter
 
 LIGHT, DARK = (222, 236, 250), (255, 170, 90)
@@ -79,7 +80,7 @@ def explain(
 
 def as_terminal(explanation: Explanation) -> str:
     """With 24-bit colours for a terminal."""
-    lines = [explanation.prompt, ""]
+    lines = [visible(explanation.prompt), ""]
     for rank, (place, reward) in enumerate(zip(explanation.places, explanation.rewards, strict=True), 1):
         lines.append(f"{rank}. candidate {place}, reward {_number(reward)}")
         for step in explanation.candidates[rank - 1]:

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ledom import pretrain
 from megatron_ledom.config.load import load_config
-from megatron_ledom.errors import UNFORESEEN, TransientError, cannot_write, run_command
+from megatron_ledom.errors import UNFORESEEN, DataError, TransientError, cannot_write, run_command
 from megatron_ledom.platform.launch import read_launch
 from megatron_ledom.training.resilience import StopRequest
 from tests.tiny_runs import TinyData
@@ -62,6 +62,21 @@ def test_file_that_cannot_be_written(number: int, code: int) -> None:
 def test_file_that_was_named_by_hand(number: int, code: int) -> None:
     """One that is not there will not be there at the next start."""
     assert exit_code(disk_error(number)) == code
+
+
+def test_an_argument_that_is_not_utf8_is_refused_by_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["tool", "--output", os.fsdecode(b"latin_\xe9")])
+    with pytest.raises(SystemExit) as ended:
+        run_command(lambda: 0)
+    assert ended.value.code == 2
+    assert r"b'latin_\xe9' is not UTF-8; rename the file" in capsys.readouterr().err
+
+
+def test_control_characters_in_an_error_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    assert exit_code(DataError("a\x1b[2J\nb")) == 1
+    assert capsys.readouterr().err == "error: a\\x1b[2J\nb\n"
 
 
 def test_path_given_wrongly_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

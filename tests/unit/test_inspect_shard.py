@@ -112,6 +112,16 @@ def test_the_command_shows_manifest_statistics_and_text_in_reading_order(shard: 
     assert len(shown) == 3
 
 
+def test_control_characters_of_a_text_do_not_reach_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = "a\x1b]0;owned\x07b\x1b[2J\r\x9bc\u202ed\te\nf 👩\u200d👧"
+    prefix = make(tmp_path, Direction.REVERSE, [text], bpe_tokenizer(tmp_path / "bpe", text))
+    capsys.readouterr()
+    inspect_shards(InspectSettings(prefixes=[prefix], show=1))
+    shown = capsys.readouterr().out
+    assert "a\\x1b]0;owned\\x07b\\x1b[2J\\r\\x9bc\\u202ed\te\nf 👩\u200d👧" in shown
+    assert not set(shown) & set("\x1b\x07\r\x9b\u202e")
+
+
 def test_a_forward_shard_reads_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = legible_tokenizer(tmp_path / "tokenizer")
     inspect_shards(InspectSettings(prefixes=[make(tmp_path, Direction.FORWARD, ["200 201 202"], tokenizer)], show=9))

@@ -130,6 +130,16 @@ def test_differences_are_refused_by_name(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("all*"))
 
 
+def test_a_shard_named_by_two_paths_is_not_joined_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shard = legible_shard(tmp_path / "a", DOCUMENTS)
+    for suffix in (".bin", ".idx", ".json"):
+        (tmp_path / f"link{suffix}").symlink_to(f"a{suffix}")
+    monkeypatch.chdir(tmp_path)
+    for other in ("a", "./a", "link"):
+        with pytest.raises(UsageError, match=f"{other} is named more than once, once as "):
+            merge_shards(MergeSettings(input=[shard, other], output_prefix="merged"))
+
+
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
 def test_a_damaged_input_makes_no_sound_looking_shard(tmp_path: Path, suffix: str) -> None:
     a, b = legible_shard(tmp_path / "a", DOCUMENTS[:2]), legible_shard(tmp_path / "b", DOCUMENTS[2:])

@@ -155,6 +155,19 @@ def test_faulty_pairs_are_refused(tmp_path: Path, line: str, settings: dict[str,
         prepare_pairs(PairSettings(input=[str(source)], **{**names, **SHORT, **settings}))
 
 
+def test_a_file_of_pairs_named_twice_is_refused(tmp_path: Path) -> None:
+    source = write_pairs(tmp_path / "pairs.jsonl", legible_pairs(4))
+    (tmp_path / "link.jsonl").symlink_to("pairs.jsonl")
+    names = {
+        "tokenizer": str(legible_tokenizer(tmp_path / "legible")),
+        "output_prefix": str(tmp_path / "shard"),
+        "seq_length": 16,
+    }
+    for twice in (source, str(tmp_path / "link.jsonl")):
+        with pytest.raises(UsageError, match="is named more than once"):
+            prepare_pairs(PairSettings(input=[source, twice], **names))
+
+
 def run_config(prefix: str, folder: Path, **data: Any) -> RunConfig:
     """A run over the shard `prefix`."""
     values = {"train_blend": [[1.0, prefix]], "seq_length": 16, "reset_attention_mask": True, "allow_repeats": True, **data}

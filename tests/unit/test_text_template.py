@@ -15,6 +15,7 @@ from megatron_ledom.data.text_template import TextTemplate, from_command_line, t
 from megatron_ledom.errors import DataError, UsageError
 from tests.legible import legible_tokenizer
 from tests.unit.test_preprocess import made, run
+from tests.unit.test_sentencepiece_bpe import TEXTS, train_by_command
 
 RECORDS = [{"question": "101 102", "meta": {"answer": "103"}}, {"question": "201", "meta": {"answer": "202 203"}}]
 TEMPLATE = "{question}\n{meta.answer}"
@@ -81,3 +82,17 @@ def test_the_command_joins_records_it_in_the_manifest_and_a_changed_template_is_
     assert request_difference(request(TEMPLATE), request(TEMPLATE)) is None
     for before, now in ((TEMPLATE, "{question}"), (TEMPLATE, None), (None, TEMPLATE)):
         assert "text_template was" in (request_difference(request(before), request(now)) or "")
+
+
+def test_a_tokenizer_learns_from_joined_fields_and_skips_bad_records_by_the_option_that_the_message_names(
+    tmp_path: Path,
+) -> None:
+    good = [json.dumps({"a": line, "b": "more"}) for text in TEXTS for line in text.splitlines()]
+    (tmp_path / "a.jsonl").write_text("\n".join([*good, "no JSON", *good]))
+    arguments = ["--input", "a.jsonl", "--vocab-size", 400, "--text-template", r"{a}\n{b}"]
+    failed = train_by_command(tmp_path, *arguments, "--output", "failed")
+    assert (failed.returncode, f"a.jsonl:{len(good) + 1}: malformed JSON" in failed.stderr) == (1, True)
+    assert "--on-error skip" in failed.stderr
+    skipped = train_by_command(tmp_path, *arguments, "--output", "skipped", "--on-error", "skip")
+    assert skipped.returncode == 0, skipped.stderr
+    assert "skipped 1 records: malformed_json" in skipped.stderr
