@@ -10,7 +10,6 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ledom.data import sentencepiece_bpe
 from megatron_ledom.data.corpus import OnError, ReadSettings, read_texts
 from megatron_ledom.data.inputs import expand_inputs
 from megatron_ledom.data.streams import MAX_RECORD_BYTES
