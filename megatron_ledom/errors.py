@@ -9,7 +9,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 UNFORESEEN = 3
@@ -45,12 +45,28 @@ class DataError(LedomError):
     """A file's content is not what it should be: malformed, truncated, out of range."""
 
 
+class NotFiniteError(DataError):
+    """A model gave NaN or infinity where a score was expected: this is no result, and nothing may be ranked by it.
+
+    read: what the model had read, model order, before the position that failed; next_id: the token that was to be scored there,
+    None where one was to be chosen.
+    """
+
+    def __init__(self, message: str, read: Sequence[int] = (), next_id: int | None = None) -> None:
+        super().__init__(message)
+        self.read, self.next_id = list(read), next_id
+
+
 class MismatchError(LedomError):
     """Two things that must agree do not: direction, tokenizer, architecture."""
 
 
 class VerificationError(LedomError):
     """A check of finished work failed, such as the logits gate of an export."""
+
+
+class PlanError(LedomError):
+    """The plan of a run says that it cannot work: the memory of a device, or the disk, is not enough."""
 
 
 class StoppedError(LedomError):

@@ -22,7 +22,8 @@ body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
   padding: 0 1rem; }
 img { width: 100%; height: auto; }
 table { border-collapse: collapse; } th, td { text-align: right; padding: .25rem .75rem; border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; } figure { margin: 2rem 0; } div, pre { overflow-x: auto; }
+th:first-child, td:first-child, .words { text-align: left; }
+caption { text-align: left; font-weight: 600; padding: .5rem .75rem .5rem 0; } figure { margin: 2rem 0; } div, pre { overflow-x: auto; }
 """
 
 
@@ -36,13 +37,21 @@ def page(title: str, body: Sequence[str], style: str = "") -> str:
     )
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Plain-text cells as an HTML table; the first row holds the headings."""
-    lines = []
+def table(rows: Sequence[Sequence[str]], caption: str = "") -> str:
+    """Plain-text cells as an HTML table; the first row holds the headings. Columns of words are aligned left, those of numbers right."""
+    words = [any(map(_is_text, column)) for column in zip(*rows[1:], strict=False)]
+    lines = [f"<caption>{html.escape(caption)}</caption>"] if caption else []
     for number, row in enumerate(rows):
         cell = "td" if number else "th"
-        lines.append("<tr>" + "".join(f"<{cell}>{html.escape(text)}</{cell}>" for text in row) + "</tr>")
+        kinds = [' class="words"' if index < len(words) and words[index] else "" for index in range(len(row))]
+        cells = zip(row, kinds, strict=True)
+        lines.append("<tr>" + "".join(f"<{cell}{kind}>{html.escape(text)}</{cell}>" for text, kind in cells) + "</tr>")
     return f"<div><table>\n{chr(10).join(lines)}\n</table></div>"
+
+
+def _is_text(cell: str) -> bool:
+    """Whether a cell holds words: it does not begin with a number or a sign."""
+    return cell.strip()[:1].isalpha()
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> str:

@@ -11,10 +11,11 @@ import importlib.util
 import logging
 import sys
 import time
-import warnings
 from contextlib import ExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from megatron_ledom.checkpoint.folder import latest_checkpoint
+from megatron_ledom.checkpoint.folder import advising_another, latest_checkpoint, settle_latest
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
 from megatron_ledom.config.load import load_config
@@ -22,9 +23,15 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, UsageError, run_command
 from megatron_ledom.in_loop.chosen_tasks import check_tasks, task_evaluation
 from megatron_ledom.platform.launch import Launch, read_launch
+from megatron_ledom.platform.quiet import quiet_libraries
 from megatron_ledom.training.resilience import StopRequest, find_deadline
 
+if TYPE_CHECKING:
+    from megatron_ledom.data.sources import Sources
+
 log = logging.getLogger("megatron_ledom.pretrain")
+
+COMPLETE = "nothing is left to do; a higher train.train_iters trains on"
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -43,6 +50,9 @@ def parse_arguments() -> argparse.Namespace:
         metavar="RANKS",
         help="check config, shards, tokenizer and run folder for a start on RANKS ranks, and stop: before asking for nodes",
     )
+    parser.add_argument(
+        "--accept-plan", action="store_true", help="with --check and --dry-run: exit with 0 though memory or disk are too small"
+    )
     what.add_argument(
         "--progress", action="store_true", help="print the saved iteration and the last one of the run, `18000 51900`, and stop"
     )
@@ -55,11 +65,14 @@ def main() -> int:
     arguments = parse_arguments()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from megatron_ledom.training.dry_run import describe_run
+        from megatron_ledom.training.dry_run import dry_run
+        from megatron_ledom.training.plan_verdicts import refuse
 
-        print(describe_run(config, planned_world_size(config)))
+        described = dry_run(config, planned_world_size(config))
+        print(described.text, flush=True)
+        refuse(described.verdicts, accepted=arguments.accept_plan)
     elif arguments.check is not None:
-        print(check_start(config, arguments.check))
+        print(check_start(config, arguments.check, accept_plan=arguments.accept_plan))
     elif arguments.progress:
         print(saved_iteration(config), config.train.train_iters)
     else:
@@ -86,30 +99,29 @@ def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest) -> in
 
 def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     """Train one run in this process, as one of the launched ranks."""
-    rank = launch.rank
-    logging.basicConfig(
-        level=logging.INFO if rank == 0 else logging.WARNING,
-        format=f"%(asctime)s [rank {rank}] %(message)s",
-        datefmt="%H:%M:%S",
-        stream=sys.stderr,
-    )
-    logging.getLogger("megatron").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module=r"megatron\.core")  # what is installed is said in one line below
+    start_logging(launch.rank)
+    quiet_libraries()  # what is installed is said in one line below
     from megatron_ledom.data.sources import describe_blend, load_run_tokenizer, load_sources
-    from megatron_ledom.training.run_folder import check_still_latest, lock_run, write_start
+    from megatron_ledom.training.run_folder import check_still_latest, lock_run, warn_of_later_checkpoints, write_start
 
     started = time.monotonic()
     check_surroundings(config)  # every cheap check before torch starts anything
     sources = load_sources(config)
     tokenizer = load_run_tokenizer(config, sources)
     check_tasks(config, tokenizer is not None)
+    checkpoint = latest_checkpoint(checkpoint_folder(config))
+    if is_complete(config, sources, checkpoint):
+        log.info("run_dir=%s is complete at iteration %d: %s", config.run_dir, config.train.train_iters, COMPLETE)
+        return
     from megatron_ledom.data.dataset import index_cache
     from megatron_ledom.data.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.ops.library import describe as describe_ops
     from megatron_ledom.parallel.agreement import from_first_rank
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
+    from megatron_ledom.parallel.meeting import StoppedWaiting
     from megatron_ledom.platform.device import prepare_platform
+    from megatron_ledom.training.history import check_history
     from megatron_ledom.training.launch_record import write_launch
     from megatron_ledom.training.loop import train
     from megatron_ledom.training.state import build_state, check_resumable
@@ -117,7 +129,6 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
 
     platform = prepare_platform(config.train.num_threads, launch)
     choice = choose_layers(config)
-    checkpoint = latest_checkpoint(checkpoint_folder(config))
     sources, changed = check_resumable(config, sources, checkpoint)
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
     log.info("%s", describe_ops(platform.device, choice.implementation))
@@ -128,12 +139,16 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
         """Rank 0's part of the start; what it refuses, all ranks refuse."""
         stop.deadline = find_deadline(config.train, started)
         held.enter_context(lock_run(config.run_dir))
+        settle_latest(checkpoint_folder(config))
         check_still_latest(config, checkpoint)
+        check_history(config, checkpoint)
+        if checkpoint is not None:
+            warn_of_later_checkpoints(config, checkpoint)
         write_start(config, tokenizer, changed)
         write_launch(config, launch, saved_iteration(config))
 
-    groups = start_distributed(platform, config.parallel, launch)
     try:
+        groups = start_distributed(platform, config.parallel, launch, stop.name)
         with ExitStack() as held:
             from_first_rank(take_run_folder)
             watchdog = held.enter_context(Watchdog(config, launch))
@@ -141,8 +156,20 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
             train(state, stop, watchdog, task_evaluation(state))
             watchdog.tell("waiting for the last rank", patient=True)
             wait_for_all_ranks()  # rank 0 has most to close; srun gives the others' end a minute, then kills
+    except StoppedWaiting as reason:
+        log.warning("%s", reason)  # nothing was changed: another start goes on from the same iteration
     finally:
         stop_distributed()
+
+
+def start_logging(rank: int) -> None:
+    """Log to stderr, with the rank in each line; below warnings on rank 0 only."""
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format=f"%(asctime)s [rank {rank}] %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+    )
 
 
 def check_surroundings(config: RunConfig) -> None:
@@ -154,20 +181,47 @@ def check_surroundings(config: RunConfig) -> None:
         raise UsageError("logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'")
 
 
-def check_start(config: RunConfig, num_ranks: int) -> str:
-    """Refuse what a start on `num_ranks` ranks would refuse, without a GPU; what it would do, in one line."""
+def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False) -> str:
+    """Refuse what a start on `num_ranks` ranks would refuse, without a GPU, and, unless accepted, a plan whose memory or disk
+    does not suffice (PlanError). Returns what the start would do, in one line, and the verdicts."""
     from megatron_ledom.data.sources import load_run_tokenizer, load_sources
+    from megatron_ledom.training.plan_verdicts import disk_verdict, memory_verdict, planned, refuse
 
     check_config(config, num_ranks)
     check_surroundings(config)
     sources = load_sources(config)
     check_tasks(config, load_run_tokenizer(config, sources) is not None)
+    from megatron_ledom.training.history import check_history
+
+    checkpoint = latest_checkpoint(checkpoint_folder(config))
+    check_history(config, checkpoint)
+    if is_complete(config, sources, checkpoint):
+        return f"the run is complete at iteration {config.train.train_iters}: {COMPLETE}"
     iteration = saved_iteration(config)
     if iteration > 0:
         from megatron_ledom.training.state import check_resumable
 
-        check_resumable(config, sources, latest_checkpoint(checkpoint_folder(config)))
-    return f"{num_ranks} ranks would go on from iteration {iteration} of {config.train.train_iters}"
+        check_resumable(config, sources, checkpoint)
+    model = replace(config.model, vocab_size=sources.provenance.vocab_size)
+    verdicts = [memory_verdict(config, planned(config, num_ranks, model)), disk_verdict(config, model)]
+    refuse(verdicts, accepted=accept_plan)
+    start = f"{num_ranks} ranks would go on from iteration {iteration} of {config.train.train_iters}"
+    return "\n".join([start, *(verdict.line() for verdict in verdicts)])
+
+
+def is_complete(config: RunConfig, sources: "Sources", checkpoint: str | None) -> bool:
+    """Whether the checkpoint, one of this very run, ends it; torch is not imported. Raises LedomError for one that does not fit."""
+    from megatron_ledom.checkpoint.manifest import check_fits, check_same_samples, check_sizes, load_manifest
+
+    if checkpoint is None:
+        return False
+    with advising_another(checkpoint):
+        if load_manifest(checkpoint).iteration != config.train.train_iters:
+            return False
+        manifest = check_sizes(checkpoint)
+    check_fits(manifest, config, sources.provenance, checkpoint)
+    check_same_samples(manifest, config, sources.train_shards(), checkpoint)
+    return True
 
 
 def saved_iteration(config: RunConfig) -> int:

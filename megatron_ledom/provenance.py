@@ -63,9 +63,9 @@ def vocabulary_hash(tokenizer_json: bytes | dict[str, Any]) -> str:
     It is taken of the `tokenizer.json` (its bytes, or its object if that is there already): the object without version,
     truncation, padding and post-processor (nothing of which this package uses), merges as pairs, keys sorted, no spaces. So a
     folder and the tokenizer.json in it have one hash, and so has an export.
-    A SentencePiece `.model` has the hash of its exact conversion (`data.sentencepiece_bpe.convert`).
+    A SentencePiece `.model` has the hash of its exact conversion (`tokenizers.sentencepiece_bpe.convert`).
     """
-    stored = tokenizer_json if isinstance(tokenizer_json, dict) else _json_library().loads(tokenizer_json)
+    stored = tokenizer_json if isinstance(tokenizer_json, dict) else json_library().loads(tokenizer_json)
     content = {key: value for key, value in stored.items() if key not in UNHASHED}
     model = dict(content.get("model") or {})
     if isinstance(model.get("merges"), list) and str in set(map(type, model["merges"])):
@@ -75,7 +75,7 @@ def vocabulary_hash(tokenizer_json: bytes | dict[str, Any]) -> str:
 
 def _canonical(content: dict[str, Any]) -> bytes:
     """JSON with sorted keys and no spaces. orjson, many times faster, writes the same bytes but for floats."""
-    library = _json_library()
+    library = json_library()
     large = ("vocab", "merges")  # without floats where the model is one of these
     small = {**content, "model": {key: value for key, value in content["model"].items() if key not in large}}
     if library is not json and content["model"].get("type") in ("BPE", "WordLevel", "WordPiece") and not _has_floats(small):
@@ -88,7 +88,7 @@ def _has_floats(value: Any) -> bool:
     return isinstance(value, float) or any(_has_floats(item) for item in items)
 
 
-def _json_library() -> Any:
+def json_library() -> Any:
     """orjson, or json for those who have an exported folder, torch and transformers only."""
     try:
         import orjson

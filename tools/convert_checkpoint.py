@@ -3,10 +3,10 @@
 import argparse
 import logging
 import sys
-import warnings
 from typing import Any
 
 from megatron_ledom.errors import run_command
+from megatron_ledom.platform.quiet import quiet_libraries
 
 GATE = (
     " The logits of both are compared in fp32; above 1e-4 the command fails with 1, names the first layer that differs, and"
@@ -61,7 +61,7 @@ def main() -> None:
     """Parse, then convert."""
     arguments = parse_arguments()
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    warnings.filterwarnings("ignore", module=r"megatron\.core")
+    quiet_libraries()
     from transformers.utils import logging as transformers_logging
 
     from megatron_ledom.convert.hf_folder import parse_size

@@ -23,6 +23,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="most that is written (default: the task's own)")
     parser.add_argument("--batch-size", type=int, default=16, help="most sequences at once (default %(default)s)")
     parser.add_argument("--allow-code-execution", action="store_true", help="run what a model writes for tasks that need it")
+    parser.add_argument(
+        "--sandbox",
+        choices=["bwrap", "none"],
+        default="bwrap",
+        help="where such programs run: inside bubblewrap, or with limits only, where they can read your files and use the network"
+        " (default %(default)s)",
+    )
     parser.add_argument("--show", type=int, default=0, metavar="N", help="instead: print the prompts of N items; no weights")
     parser.add_argument("--list", action="store_true", help="instead: the tasks, where to get them, hashes of those in --data")
     return parser

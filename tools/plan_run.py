@@ -6,7 +6,7 @@ Example: `python tools/plan_run.py --config examples/configs/ledom_7b.yaml --har
 
 import argparse
 
-from megatron_ledom.errors import run_command
+from megatron_ledom.errors import PlanError, run_command
 
 
 def parse() -> argparse.Namespace:
@@ -27,9 +27,12 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse first, import after: `--help` answers at once."""
     arguments = parse()
-    from megatron_ledom.planner.command import plan_command
+    from megatron_ledom.planner.command import plan_and_text
 
-    print(plan_command(**vars(arguments)), end="")
+    text, plan = plan_and_text(**vars(arguments))
+    print(text, end="", flush=True)
+    if not plan.fits:
+        raise PlanError("the plan does not fit: recompute more, or spread it over more devices (--search finds a layout)")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,17 @@ def build_parser() -> argparse.ArgumentParser:
         parser.add_argument(
             f"--{side}-served-as", metavar="NAME", help="its name on that server (default: the folder as given)"
         )
+    text = "send OPENAI_API_KEY to a server by plain http, on which others can read it, although it is not on this machine"
+    parser.add_argument("--key-over-http", action="store_true", help=text)
     text = "eod of a public reverse checkpoint, whose config.json records no direction; in this process only"
     parser.add_argument("--reverse-eod-id", type=int, metavar="ID", help=text)
     parser.add_argument("--batch-size", type=int, default=16, help="most sequences at once (default %(default)s)")
     parser.add_argument("--token-values", action="store_true", help="write the ids and log-probabilities of single tokens too")
+
+    text = "replace an output that is there and was made from another input or with other options"
+    parser.add_argument("--overwrite", action="store_true", help=text)
+    text = "texts with more tokens than a model has positions: refuse them at the start (default), or skip them without a score"
+    parser.add_argument("--too-long", choices=("refuse", "skip"), default="refuse", help=text)
 
     reward = parser.add_argument_group("reward")
     reward.add_argument("--weight", type=float, default=0.5, help="lambda, the reverse model's share (default %(default)s)")

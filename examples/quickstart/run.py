@@ -15,6 +15,7 @@ from typing import Any
 from commands import QuickstartError, run, tool
 
 from megatron_ledom.errors import run_command
+from megatron_ledom.platform.quiet import quiet_libraries
 
 OUTPUT = Path("quickstart")
 RESULTS = OUTPUT / "phases"
@@ -181,6 +182,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Run everything, or only update the README."""
     arguments = parse()
+    quiet_libraries()
     from report import build_report, update_readme, write_report
 
     if arguments.update_readme:

@@ -19,6 +19,8 @@ DIRECTIONS = ("reverse", "forward")
 MOST_THREADS = 8
 """More do not help a model this small."""
 POLL_SECONDS = 0.1
+REPORT_SECONDS = 20.0
+"""Between two lines on each twin where there is no terminal for bars."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,8 @@ class Training:
     """One `python -m megatron_ledom.pretrain`, followed through its metrics.jsonl."""
 
     bar: "tqdm[Any]"
+    told: float
+    """When a line was printed last."""
     process: "subprocess.Popen[bytes] | None" = None
     log: Path
 
@@ -48,6 +52,7 @@ class Training:
         """Show the progress bar and start."""
         total, name = self.train_iters * self.tokens_per_iteration, f"train {self.direction}"
         self.bar = tqdm(total=total, desc=name, unit="tok", unit_scale=True, position=bar_position, disable=None)
+        self.began = self.told = time.monotonic()
         self.start()
 
     def start(self) -> None:
@@ -68,9 +73,21 @@ class Training:
         records = self.records()
         iteration = int(records[-1]["iteration"]) if records else 0
         if records:
-            self.bar.set_postfix(loss=f"{records[-1]['lm_loss']:.3f}", refresh=False)
+            loss = f"{records[-1]['lm_loss']:.3f}"
+            self.bar.set_postfix(iteration=f"{iteration}/{self.train_iters}", loss=loss, refresh=False)
+            if self.bar.disable:
+                self.tell(iteration, loss)
         self.bar.update(iteration * self.tokens_per_iteration - self.bar.n)
         return iteration
+
+    def tell(self, iteration: int, loss: str) -> None:
+        """Print now and then what a bar would show."""
+        now = time.monotonic()
+        if now - self.told < REPORT_SECONDS:
+            return
+        self.told = now
+        left = tqdm.format_interval((now - self.began) * (self.train_iters - iteration) / iteration)
+        print(f"train {self.direction}: iteration {iteration} of {self.train_iters}, loss {loss}, {left} left", flush=True)
 
     def is_running(self) -> bool:
         """Whether the process lives; raises QuickstartError if it ended badly."""
@@ -106,9 +123,10 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 def choose_overrides() -> list[str]:
     """What depends on the machine: the number type it multiplies fastest, and half of its cores for each twin."""
     from megatron_ledom.platform.device import preferred_params_dtype, prepare_platform
+    from megatron_ledom.platform.launch import ALONE
 
     cores = len(os.sched_getaffinity(0))
-    dtype = preferred_params_dtype(prepare_platform(None))
+    dtype = preferred_params_dtype(prepare_platform(None, ALONE))
     return [f"model.params_dtype={dtype}", f"train.num_threads={min(MOST_THREADS, max(1, cores // 2))}"]
 
 

@@ -8,7 +8,7 @@ from lines import read_lines
 from problems import check_chain
 from rewards import GOLD, Rewards
 
-from megatron_ledom.inference.answers import answers_by
+from megatron_ledom.inference.answers import answers_by, is_right
 
 RIGHT, UNFIT, FALSE = "right", "true calculations of another question", "false calculation"
 KINDS = (RIGHT, UNFIT, FALSE)
@@ -37,8 +37,7 @@ def mistakes(rewards: Rewards, weights: list[float]) -> dict[str, dict[str, list
 
 def kind_of(text: str, record: Record) -> str:
     """One of KINDS, for an answer to a question; a text that is no chain counts as a false calculation."""
-    answers = answers_by("number")
-    if answers.read(text) == answers.read(record[GOLD]):
+    if is_right(answers_by("number"), str(record[GOLD]), text):
         return RIGHT
     return UNFIT if check_chain(text) else FALSE
 

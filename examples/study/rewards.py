@@ -11,7 +11,7 @@ from lines import read_lines, write_lines
 from losses import Twins
 from steps import Step
 
-from megatron_ledom.inference.answers import answers_by
+from megatron_ledom.inference.answers import answers_by, is_right
 from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.inference.selection import Question, load_questions
 from megatron_ledom.inference.selection_report import (
@@ -81,8 +81,7 @@ class Rewards:
         right: dict[int, list[bool]] = {}
         for seed in self.settings.seeds:
             for record in read_lines(self.ranked("calibration", seed)):
-                is_right = answers.read(record["greedy"]) == answers.read(record[GOLD])
-                right.setdefault(int(record["level"]), []).append(is_right)
+                right.setdefault(int(record["level"]), []).append(is_right(answers, str(record[GOLD]), record["greedy"]))
         accuracy = {level: statistics.mean(found) for level, found in sorted(right.items())}
         low, high = WANTED
         inside = [level for level, value in accuracy.items() if low <= value <= high]

@@ -5,12 +5,18 @@
 
 import os
 import re
+import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from megatron_ledom.checkpoint.manifest import MANIFEST
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.checkpoint.checksums import size_faults
+from megatron_ledom.checkpoint.manifest import MANIFEST, load_manifest
+from megatron_ledom.errors import DataError, LedomError, UsageError
 
 LATEST = "latest"
 PART = ".part"
+NEXT = ".next"
+"""`latest.next` names the checkpoint that is about to be put in place."""
 TRASH = ".trash"
 NAME = re.compile(r"iter_(\d{7,})")
 
@@ -30,19 +36,64 @@ def finished_checkpoints(folder: str) -> dict[int, str]:
     return dict(sorted((int(name.removeprefix("iter_")), name) for name in whole))
 
 
+def latest_name(folder: str) -> str | None:
+    """Return what `folder/latest` holds, whatever it is; None without such a file."""
+    return _content_of(os.path.join(folder, LATEST))
+
+
 def latest_checkpoint(folder: str) -> str | None:
-    """The checkpoint that `folder/latest` names, None without one. Raises DataError when it names none that is whole."""
+    """The checkpoint that `folder/latest` names; None where no checkpoint has been saved yet.
+
+    A kill right after the first checkpoint was put in place leaves its name in `latest.next`, and it counts. Raises DataError,
+    with the newest whole checkpoint and how to go on from it, when `latest` names none that is there, or is missing beside
+    checkpoints.
+    """
+    name = latest_name(folder)
+    if name is None:
+        finished = finished_checkpoints(folder).values()
+        name = _content_of(os.path.join(folder, LATEST + NEXT))
+        if name is not None and name in finished:
+            return os.path.join(folder, name)
+        if not finished:
+            return None
+        fault = f"is missing, but there are checkpoints, {', '.join(finished)}"
+    elif not name:
+        fault = "is empty"
+    elif not NAME.fullmatch(name):
+        fault = f"names {name[:100]!r}, which is not the name of a checkpoint, such as iter_0001000"
+    elif not os.path.isdir(os.path.join(folder, name)):
+        fault = f"names {name!r}, which is not there"
+    else:
+        return os.path.join(folder, name)
+    raise DataError(f"{folder}/{LATEST} {fault}; {how_to_go_on(folder)}")
+
+
+def how_to_go_on(folder: str, besides: str | None = None) -> str:
+    """Say how to go on where `latest` cannot be followed: from the newest whole checkpoint but the one called `besides`."""
+    for name in reversed(finished_checkpoints(folder).values()):
+        checkpoint = os.path.join(folder, name)
+        try:
+            faults = size_faults(checkpoint, load_manifest(checkpoint).files)
+        except LedomError:
+            continue
+        if not faults and name != besides:
+            return (
+                f"the newest{' other' if besides else ''} checkpoint that is whole, by the sizes of its files, is {name}: to go on"
+                f" from it, echo {name} > {shlex.quote(os.path.join(folder, LATEST))}"
+            )
+    return (
+        f"{folder} has no {'other ' if besides else ''}whole checkpoint: bring one back, or set another run_dir for a new run"
+    )
+
+
+@contextmanager
+def advising_another(checkpoint: str) -> Iterator[None]:
+    """Inside, a DataError about the checkpoint also names the newest other one that is whole."""
     try:
-        with open(os.path.join(folder, LATEST), encoding="utf-8") as file:
-            name = file.read().strip()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    checkpoint = os.path.join(folder, name)
-    if not name or not os.path.isdir(checkpoint):
-        raise DataError(
-            f"{folder}/{LATEST} names {name!r}, which is not there; write the name of a finished checkpoint into it"
-        )
-    return checkpoint
+        yield
+    except DataError as error:
+        folder, name = os.path.split(os.path.abspath(checkpoint))
+        raise DataError(f"{error}; {how_to_go_on(folder, besides=name)}") from error
 
 
 def find_checkpoint(load: str) -> str:
@@ -62,13 +113,36 @@ def find_checkpoint(load: str) -> str:
 
 def point_latest(folder: str, name: str) -> None:
     """Let `latest` name a checkpoint; at any moment it names the old one or the new one."""
-    part = os.path.join(folder, LATEST + PART)
-    with open(part, "w", encoding="utf-8") as file:
+    announce_latest(folder, name)
+    publish_latest(folder)
+
+
+def announce_latest(folder: str, name: str) -> None:
+    """Write which checkpoint is about to be put in place: the first one of a run counts as soon as it is there."""
+    with open(os.path.join(folder, LATEST + NEXT), "w", encoding="utf-8") as file:
         file.write(name + "\n")
         file.flush()
         os.fsync(file.fileno())
-    os.rename(part, os.path.join(folder, LATEST))
+
+
+def publish_latest(folder: str) -> None:
+    """Let `latest` name what was announced."""
+    os.rename(os.path.join(folder, LATEST + NEXT), os.path.join(folder, LATEST))
     fsync_path(folder)
+
+
+def settle_latest(folder: str) -> None:
+    """Publish what a kill left announced, see `latest_checkpoint`. Call while no other launch has the run."""
+    if latest_name(folder) is None and latest_checkpoint(folder) is not None:
+        publish_latest(folder)
+
+
+def _content_of(path: str) -> str | None:
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
 
 
 def move_to_trash(folder: str, name: str) -> None:

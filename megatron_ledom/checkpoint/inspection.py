@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from megatron_ledom.checkpoint.checksums import content_faults, size_faults
-from megatron_ledom.checkpoint.folder import find_checkpoint, finished_checkpoints, latest_checkpoint
+from megatron_ledom.checkpoint.folder import find_checkpoint, finished_checkpoints, latest_name
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, load_manifest
 from megatron_ledom.checkpoint.stored_tensors import tensors_of
 from megatron_ledom.config.derived import data_parallel_size
@@ -30,9 +30,10 @@ def inspect_checkpoint(where: str, *, verify: bool = False) -> None:
 
     With `verify` every file is read again. Faults go to stderr, one a line, and raise VerificationError.
     """
+    all_of_run = os.path.join(where, "checkpoints")
+    if os.path.isdir(all_of_run):
+        _print_all(all_of_run)
     checkpoint = find_checkpoint(where)
-    if checkpoint != where:
-        _print_all(os.path.join(where, "checkpoints"))
     manifest = load_manifest(checkpoint)
     for name, value in _rows(checkpoint, manifest):
         print(f"{name:<12}  {value}")
@@ -103,7 +104,7 @@ def _print_parts(tensors: dict[str, TensorStorageMetadata]) -> None:
 
 def _print_all(folder: str) -> None:
     """One line a finished checkpoint."""
-    latest = os.path.basename(latest_checkpoint(folder) or "")
+    latest = latest_name(folder)
     for name in finished_checkpoints(folder).values():
         try:
             manifest = load_manifest(os.path.join(folder, name))

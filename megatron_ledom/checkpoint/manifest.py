@@ -196,12 +196,34 @@ def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_sh
         )
     for change in changed:
         log.warning("OTHER TRAINING DATA than that of %s, by data.allow_changed_data=true: %s", where, change)
+    _check_still_decidable(manifest, trained, config, where)
     if manifest.iteration > config.train.train_iters:
         raise ConfigError(
             f"{where} is of iteration {manifest.iteration:,}, train.train_iters={config.train.train_iters} ends before; set it to at"
             f" least {manifest.iteration}"
         )
     return changed
+
+
+def _check_still_decidable(manifest: CheckpointManifest, trained: RunConfig, config: RunConfig, where: str) -> None:
+    """Refuse a changed value that could have no effect any more. Raises ConfigError."""
+    done = sorted(
+        iteration
+        for iteration in set(config.train.skip_iterations).difference(trained.train.skip_iterations)
+        if iteration <= manifest.iteration
+    )
+    if done:
+        raise ConfigError(
+            f"train.skip_iterations names {', '.join(map(str, done))}, but {where} has done iterations up to {manifest.iteration},"
+            " those too: take them out of the list, or go on from a checkpoint before them, to which the file `latest` beside it"
+            " has to point"
+        )
+    old, new = trained.model.init_method_std, config.model.init_method_std
+    if old != new:
+        raise ConfigError(
+            f"model.init_method_std was {old}, is {new}, but the weights of {where} are initialized already: restore the old value,"
+            " or use another run_dir for a new run"
+        )
 
 
 def planned_samples(manifest: CheckpointManifest, config: RunConfig) -> int:

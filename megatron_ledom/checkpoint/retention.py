@@ -9,11 +9,12 @@ from collections.abc import Iterable
 from megatron_ledom.checkpoint.folder import (
     LATEST,
     NAME,
+    NEXT,
     PART,
     TRASH,
     finished_checkpoints,
     fsync_path,
-    latest_checkpoint,
+    latest_name,
     move_to_trash,
 )
 from megatron_ledom.config.schema import CheckpointConfig
@@ -42,12 +43,12 @@ def outdated(iterations: list[int], latest: int, settings: CheckpointConfig, rep
 
 def retire(folder: str, settings: CheckpointConfig, replayed: Iterable[int] = ()) -> None:
     """Move checkpoints to the trash that are `outdated`. What cannot be moved stays, with a warning: a run does not end for that."""
-    latest = latest_checkpoint(folder)
+    latest = latest_name(folder)
     if latest is None:
         return
     names = finished_checkpoints(folder)
     try:
-        for iteration in outdated(list(names), int(os.path.basename(latest).removeprefix("iter_")), settings, replayed):
+        for iteration in outdated(list(names), int(latest.removeprefix("iter_")), settings, replayed):
             move_to_trash(folder, names[iteration])
         fsync_path(folder)
     except (OSError, ValueError) as error:
@@ -62,7 +63,7 @@ def sweep(folder: str, keep: str | None = None) -> None:
         return
     for name in sorted(names):
         path = os.path.join(folder, name)
-        if name == LATEST + PART:
+        if name in (LATEST + PART, LATEST + NEXT):
             os.unlink(path)
         elif LEFT_OVER.fullmatch(name) and name != keep:
             shutil.rmtree(path, ignore_errors=True)

@@ -5,6 +5,8 @@ moment leaves the checkpoint that `latest` names whole.
 """
 
 import logging
+import pickle
+import re
 from typing import Any
 
 import torch
@@ -14,20 +16,22 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from megatron_ledom.checkpoint import stored_tensors
 from megatron_ledom.checkpoint.checksums import content_faults, refuse_damaged
-from megatron_ledom.checkpoint.folder import LATEST, latest_checkpoint
+from megatron_ledom.checkpoint.folder import LATEST, advising_another, latest_checkpoint
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, check_sizes, load_manifest
 from megatron_ledom.checkpoint.writing import CheckpointWriter
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, TransientError, may_pass
 from megatron_ledom.parallel.agreement import from_first_rank
 from megatron_ledom.parallel.gathering import gathered_weights
+from megatron_ledom.platform.param_groups import use_settings_of
 
 log = logging.getLogger(__name__)
 
 EXTRA_STATE = "_extra_state"
 """What a layer keeps besides its weights: fp8 scales, or nothing. It is no part of a model's weights."""
-UNREADABLE = (OSError, KeyError, ValueError, RuntimeError, EOFError, CheckpointingException, CheckpointException)
+UNREADABLE = (*stored_tensors.UNREADABLE, CheckpointingException, CheckpointException)
 """What a damaged checkpoint raises; torch's CheckpointException gathers the ranks' errors and is no Exception."""
 
 
@@ -79,7 +83,14 @@ class CheckpointStore:
         return self.writer.seconds_to_finish()
 
     def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-        """Fill model, optimizer and scheduler from a checkpoint of any layout; of imported weights, the model alone."""
+        """Fill model, optimizer and scheduler from a checkpoint of any layout; of imported weights, the model alone.
+
+        Of the optimizer, moments and number of updates are the checkpoint's; its settings stay those it was built with.
+        """
+        with advising_another(checkpoint):
+            self._load(checkpoint, model, optimizer, scheduler)
+
+    def _load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
         if self.settings.verify_on_load:
             self._verify(checkpoint)
         if load_manifest(checkpoint).weights_only:
@@ -90,6 +101,7 @@ class CheckpointStore:
         state = _read(checkpoint, wanted, strict=StrictHandling.RAISE_ALL)
         for key, chunk in zip(_model_keys(model), model, strict=True):
             unwrapped(chunk).load_state_dict(state[key])
+        use_settings_of(optimizer, state["optimizer"])
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
 
@@ -133,6 +145,8 @@ def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]
     except UNREADABLE as error:
         failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
         reason = failures[0][0] if failures else error  # the whole text of the former is every rank's traceback
+        if isinstance(reason, pickle.UnpicklingError):
+            raise DataError(not_a_state(checkpoint, reason)) from error
         if may_pass(reason):
             raise TransientError(f"{checkpoint} cannot be read ({reason}); check the disk, then start again") from error
         raise DataError(
@@ -140,6 +154,16 @@ def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]
             f" implementation: use an earlier one, to which {LATEST} beside it has to point if the run shall go on from there"
         ) from error
     return state
+
+
+def not_a_state(checkpoint: str, error: pickle.UnpicklingError) -> str:
+    """What to say of a file that asks for more than tensors and settings."""
+    asked = re.search(r"(?:asks for|GLOBAL) ([\w.]+)", str(error))
+    found = f"asks for {asked[1]}" if asked else "is no pickle of a checkpoint"
+    return (
+        f"{checkpoint} has a file that {found}, which no saved run does and which could run code; nothing of it was run. It is"
+        f" damaged, or somebody else made it: use another one, to which {LATEST} beside it has to point"
+    )
 
 
 def _are_finite(model: list[Any]) -> bool:

@@ -17,26 +17,9 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_ledom.errors import DataError
+from megatron_ledom.platform.restricted_pickle import load_restricted
 
 METADATA = ".metadata"
-NAMES = {
-    "torch": ("Size", "float64", "float32", "float16", "bfloat16", "int64", "uint8"),
-    "torch.serialization": ("_get_layout",),
-    "collections": ("OrderedDict",),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-    "torch.distributed.checkpoint.metadata": (
-        "BytesStorageMetadata",
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    ),
-    "torch.distributed.checkpoint.planner": ("BytesIOWriteData", "SavePlan", "TensorWriteData", "WriteItem", "WriteItemType"),
-}
-"""All that a list of tensors is made of, by module; nothing else is unpickled, nor a name with a dot: those modules import others."""
 UNREADABLE = (
     OSError,
     pickle.UnpicklingError,
@@ -50,20 +33,12 @@ UNREADABLE = (
 )
 
 
-class _MetadataReader(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        """Classes that describe tensors; a file that asks for another one is refused before it can do harm."""
-        if name in NAMES.get(module, ()):
-            return super().find_class(module, name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
 def read_metadata(checkpoint: str) -> Metadata:
     """Which tensors there are, and where their chunks lie. Raises DataError when the list cannot be read."""
     path = os.path.join(checkpoint, METADATA)
     try:
         with open(path, "rb") as file:
-            metadata: Metadata = _MetadataReader(file).load()
+            metadata: Metadata = load_restricted(file)
         metadata.state_dict_metadata.items()
     except UNREADABLE as error:
         raise DataError(f"{path} cannot be read ({type(error).__name__}: {error})") from error

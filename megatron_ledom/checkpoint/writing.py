@@ -29,11 +29,12 @@ from megatron_ledom.checkpoint.checksums import FileSums, checksum
 from megatron_ledom.checkpoint.common_files import BACKENDS, COMMON_FILES, save_backends
 from megatron_ledom.checkpoint.folder import (
     PART,
+    announce_latest,
     checkpoint_name,
     fsync_path,
-    latest_checkpoint,
+    latest_name,
     move_to_trash,
-    point_latest,
+    publish_latest,
 )
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
 from megatron_ledom.checkpoint.retention import retire, sweep
@@ -161,8 +162,7 @@ class CheckpointWriter:
         answer: list[Any] = [None, True]
         if dist.get_rank() == 0:
             try:
-                latest = latest_checkpoint(self.folder)
-                answer[1] = latest is None or os.path.basename(latest) != name
+                answer[1] = latest_name(self.folder) != name or not os.path.isdir(os.path.join(self.folder, name))
                 if answer[1]:
                     os.makedirs(self.folder, exist_ok=True)
                     if os.path.exists(part):
@@ -212,9 +212,10 @@ class CheckpointWriter:
         final = os.path.join(self.folder, name)
         if os.path.exists(final):  # of a run that was taken back to an earlier one
             move_to_trash(self.folder, name)
+        announce_latest(self.folder, name)
         os.rename(part, final)
         fsync_path(self.folder)
-        point_latest(self.folder, name)
+        publish_latest(self.folder)
 
 
 class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]

@@ -43,7 +43,7 @@ def write_companions(folder: str, tokenizer: str, provenance: Provenance) -> Non
     """Everything but weights, cards and config.json. Raises DataError when stock transformers would not stop at the eod."""
     build_generation_config(provenance).save_pretrained(folder)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
-    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if loaded.eos_token_id != provenance.eod_id:
         raise DataError(
             f"the tokenizer in {tokenizer} has eos id {loaded.eos_token_id}, the run was trained with eod {provenance.eod_id}:"

@@ -14,6 +14,8 @@ from megatron_ledom.checkpoint.checksums import checksum
 from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.manifest import MANIFEST, CheckpointManifest, check_sizes
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
+from megatron_ledom.config.load import config_from_dict
+from megatron_ledom.config.published import published
 from megatron_ledom.convert.companions import CONFIG, run_tokenizer, write_cards, write_companions, write_config
 from megatron_ledom.convert.gate import Conversion, Gate, How, pass_gate, verification
 from megatron_ledom.convert.hf_config import build_hf_config
@@ -57,7 +59,7 @@ def export_hf(
     with new_folder(save, CONFIG, may_replace) as part:
         write_companions(part, tokenizer, manifest.provenance)
         files = write_hf_weights(checkpoint, Sizes(config.model, manifest.provenance.vocab_size), part, max_shard_size)
-        gate = pass_gate(Conversion(checkpoint, manifest, part, hf_config), verify)
+        gate = pass_gate(Conversion(checkpoint, manifest, part, hf_config, PARAMS_DTYPES[config.model.params_dtype]), verify)
         write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=gate is not None)
         write_cards(part, CARD, _card(checkpoint, manifest, files, gate))
         write_config(part, CONFIG + PART, hf_config)
@@ -113,5 +115,5 @@ def _card(checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], 
         "verification": verification(gate),
         "versions": versions(),
         "files": files,
-        "config": manifest.config,
+        "config": published(config_from_dict(manifest.config, "the checkpoint's manifest")),
     }

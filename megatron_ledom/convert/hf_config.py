@@ -1,8 +1,10 @@
 """The Hugging Face spelling of a model, both ways: config.json and generation_config.json. The only file with these names."""
 
+import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -63,6 +65,8 @@ ARCHITECTURES = (
     ),
 )
 """In order of preference: the first that fits is taken."""
+KNOWN_TYPES = {architecture.config.model_type: architecture.name for architecture in ARCHITECTURES}
+"""model_type of config.json -> the architecture."""
 ROPE_KEYS = {
     "linear": {"factor": "factor"},
     "llama3": {
@@ -80,6 +84,18 @@ ROPE_KEYS = {
     },
 }
 """Kind of rotary scaling -> key of model.rope_scaling_... -> its name in rope_parameters."""
+
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "vocab_size",
+)
+"""Keys of config.json that are whole numbers above 0."""
 
 
 def choose_architecture(model: ModelConfig, name: str | None = None) -> Architecture:
@@ -136,15 +152,45 @@ def build_generation_config(provenance: Provenance) -> GenerationConfig:
 
 
 def load_hf_config(folder: str) -> PreTrainedConfig:
-    """The config.json of a folder. Raises DataError or UsageError when it is none of a known kind; runs no code of the folder."""
+    """Return the config.json of a folder. Its type is looked at first, so that no code of the folder is ever asked for or run.
+
+    Raises UsageError without one, DataError for one that cannot be read, MismatchError for a model of another type.
+    """
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise UsageError(f"{folder} is no Hugging Face model folder: it has no config.json; give one that has")
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True)
+        stored = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}): it is no whole JSON file; repair it, or copy it"
+            " once more"
+        ) from error
+    if not isinstance(stored, dict):
+        raise DataError(f"{path} cannot be read: it holds no JSON object; give the config.json that save_pretrained wrote")
+    if fault := _type_fault(stored.get("model_type"), stored):
+        raise MismatchError(f"{path} cannot be imported: {fault}")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
-        raise DataError(f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}); get the folder anew") from error
+        raise DataError(
+            f"{path} cannot be read: stock transformers refuses it as a {stored['model_type']} model"
+            f" ({type(error).__name__}: {_first_line(error)}); correct that value"
+        ) from error
     return config
+
+
+def _type_fault(model_type: Any, about: dict[str, Any]) -> str | None:
+    """The reason why a model of this type is not imported; None for one that is. `about`: the keys of its config."""
+    if model_type in list(KNOWN_TYPES):  # what a file says may not be hashable
+        return None
+    words = f"model_type {model_type!r} is none of {', '.join(KNOWN_TYPES)}"
+    inner = about.get("text_config")
+    if isinstance(inner, dict) and inner.get("model_type") in list(KNOWN_TYPES):
+        words += f"; the {inner['model_type']} in its text_config is a part of it: save that as a model of its own"
+    if about.get("auto_map"):
+        words += "; it asks for code of the folder (auto_map), which is never run"
+    return words
 
 
 def read_model(hf: PreTrainedConfig, where: str, seq_length: int | None) -> tuple[dict[str, Any], int]:
@@ -153,6 +199,10 @@ def read_model(hf: PreTrainedConfig, where: str, seq_length: int | None) -> tupl
     `seq_length`: what the run will train with, if not all of the positions that the config allows. Raises MismatchError that
     says everything the trainer's model does not have.
     """
+    if fault := _type_fault(hf.model_type, hf.to_dict()):
+        raise MismatchError(f"{where} cannot be imported: {fault}")
+    if faults := list(_wrong_values(hf)):
+        raise DataError(f"{where} has {'; '.join(faults)}; correct it")
     positions = hf.max_position_embeddings if seq_length is None else seq_length
     faults = list(_misfits(hf, positions))
     if faults:
@@ -176,14 +226,32 @@ def read_model(hf: PreTrainedConfig, where: str, seq_length: int | None) -> tupl
     return model, positions
 
 
+def _wrong_values(hf: PreTrainedConfig) -> Iterator[str]:
+    """Values of another kind than their key has."""
+    for name in SIZES:
+        value = getattr(hf, name, None)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            yield f"{name}={value!r}, expected a whole number of at least 1"
+    for name in ("architectures", "layer_types"):
+        value = getattr(hf, name, None)
+        if value is not None and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            yield f"{name}={value!r}, expected a list of names"
+    window = getattr(hf, "sliding_window", None)
+    if window is not None and not isinstance(window, int):
+        yield f"sliding_window={window!r}, expected a whole number or null"
+    rope = _rope(hf)
+    if not isinstance(rope.get("rope_type", "default"), str):
+        yield f"rope_parameters.rope_type={rope['rope_type']!r}, expected a name"
+    for name in ("rope_theta", *sorted({name for names in ROPE_KEYS.values() for name in names.values()})):
+        value = rope.get(name)
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            yield f"rope_parameters.{name}={value!r}, expected a number"
+
+
 def _misfits(hf: PreTrainedConfig, positions: int) -> Iterator[str]:
-    known = {architecture.config.model_type: architecture.name for architecture in ARCHITECTURES}
-    if hf.model_type not in known:
-        yield f"model_type {hf.model_type!r} is none of {', '.join(known)}"
-        return
     for name in hf.architectures or []:
-        if name != known[hf.model_type]:
-            yield f"it is a {name}, expected {known[hf.model_type]}"
+        if name != KNOWN_TYPES[hf.model_type]:
+            yield f"it is a {name}, expected {KNOWN_TYPES[hf.model_type]}"
     if getattr(hf, "quantization_config", None):
         yield "its weights are quantised; import the folder that they were made from"
     if hf.hidden_act not in ("silu", "swish"):
@@ -223,8 +291,8 @@ def _read_rope(hf: PreTrainedConfig, where: str) -> dict[str, Any]:
     """rotary_base and the keys of rope_scaling."""
     rope = _rope(hf)
     kind = rope.get("rope_type", "default")
-    if "rope_theta" not in rope:
-        raise DataError(f"{where} does not say rope_theta; write it there")
+    if rope.get("rope_theta") is None:
+        raise DataError(f"{where} does not say rope_parameters.rope_theta; write it there")
     keys: dict[str, Any] = {"rotary_base": float(rope["rope_theta"])}
     if kind == "default":
         return keys

@@ -7,6 +7,7 @@ and the next, which is read meanwhile.
 
 import hashlib
 import json
+import logging
 import math
 import os
 import re
@@ -20,14 +21,16 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_ledom.checkpoint.hashed_file import HashedFile, read_ahead
 from megatron_ledom.checkpoint.weights_only import grouped
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import DataError, MismatchError, UsageError
+
+log = logging.getLogger(__name__)
 
 DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK_ELEMENTS = 1 << 26
 """Of a matrix over the vocabulary, held at once where it is not held whole."""
-PICKLED = "pytorch_model.bin"
+PICKLED, ADAPTER = "pytorch_model.bin", "adapter_config.json"
 
 
 class WeightsWriter:
@@ -102,40 +105,62 @@ def write_synced(path: str, content: bytes) -> None:
 
 
 class WeightsReader:
-    """The tensors of a folder; each is read when it is asked for, and its pages are given back with it."""
+    """The tensors of a folder; each is read when it is asked for, and its pages are given back with it.
 
-    def __init__(self, folder: str) -> None:
-        """Reads the headers only. Raises DataError for a file that is missing, truncated or not what the index says."""
+    Files are chosen as stock transformers chooses them: the one that config.json names, else one whole file, else those of the
+    index. A tensor that several of them hold is taken from the last.
+    """
+
+    def __init__(self, folder: str, named: str | None = None) -> None:
+        """Reads the headers only. `named`: transformers_weights of config.json.
+
+        Raises DataError for a file that is missing, truncated or not what the index says.
+        """
+        if os.path.isfile(os.path.join(folder, ADAPTER)):
+            raise MismatchError(
+                f"{folder} holds an adapter ({ADAPTER}), which stock transformers adds to the weights where peft is installed and leaves"
+                " out elsewhere; merge it into a folder of its own (merge_and_unload, then save_pretrained), or remove it"
+            )
         self.folder = folder
         self.shapes: dict[str, torch.Size] = {}
         self.dtypes: dict[str, str] = {}
         """As the files spell them: BF16, F16, F32."""
         self._files: dict[str, str] = {}
-        claimed = self._claimed_files()
-        for file in sorted(set(claimed.values())) if claimed else [SINGLE]:
-            self._read_header(file)
-        for name, file in claimed.items():
-            if self._files.get(name) != file:
-                raise DataError(
-                    f"{os.path.join(folder, INDEX)} says that {name} is in {file}, which does not hold it; get the folder anew"
-                )
+        self._aliases: dict[str, str] = {}
+        self._start = self._first_file() if named is None else self._checked(named)
+        self._claimed = self._read_index() if self._start.endswith(".index.json") else {}
+        also_in: dict[str, str] = {}
+        for file in sorted(set(self._claimed.values())) or [self._start]:
+            also_in |= self._read_header(file)
+        self._check_claims(also_in)
 
     @property
     def num_elements(self) -> int:
         """Of all tensors together."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
+    def holding_dtype(self) -> torch.dtype:
+        """The narrowest type that holds every tensor exactly: theirs, if they have one type, else fp32."""
+        types = {dtype for dtype, name in DTYPE_NAMES.items() if name in set(self.dtypes.values())}
+        return types.pop() if len(types) == 1 else torch.float32
+
     def read(self, name: str) -> torch.Tensor:
         """One tensor, mapped from its file. Raises DataError when there is none of that name."""
         with self._open(self._file_of(name)) as file:
-            tensor: torch.Tensor = file.get_tensor(name)
+            tensor: torch.Tensor = file.get_tensor(self._aliases.get(name, name))
         return tensor
 
     def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
         """Some rows of a tensor."""
         with self._open(self._file_of(name)) as file:
-            rows: torch.Tensor = file.get_slice(name)[start:end]
+            rows: torch.Tensor = file.get_slice(self._aliases.get(name, name))[start:end]
         return rows
+
+    def rename(self, stored: str, name: str) -> None:
+        """Give the tensor that the files call `stored` the name `name`."""
+        self.shapes[name], self.dtypes[name] = self.shapes.pop(stored), self.dtypes.pop(stored)
+        self._files[name] = self._files.pop(stored)
+        self._aliases[name] = stored
 
     def files(self) -> list[str]:
         """Names of the files that hold tensors."""
@@ -148,20 +173,17 @@ class WeightsReader:
             )
         return self._files[name]
 
-    def _claimed_files(self) -> dict[str, str]:
-        """Tensor -> file by the index; {} when there is one file without an index. Raises UsageError without either."""
-        path = os.path.join(self.folder, INDEX)
-        if os.path.isfile(path):
-            try:
-                with open(path, encoding="utf-8") as file:
-                    claimed: dict[str, str] = json.load(file)["weight_map"]
-                if all(isinstance(name, str) and name == os.path.basename(name) for name in claimed.values()):
-                    return claimed
-                raise ValueError("weight_map does not name files of the folder")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise DataError(f"{path} is no index of safetensors files ({error}); get the folder anew") from error
-        if os.path.isfile(os.path.join(self.folder, SINGLE)):
-            return {}
+    def _first_file(self) -> str:
+        """The file that loading begins with. Raises UsageError without one."""
+        there = [name for name in (SINGLE, INDEX) if os.path.isfile(os.path.join(self.folder, name))]
+        if len(there) == 2:
+            log.warning(
+                "%s holds %s and %s: the weights are those of %s, as stock transformers reads them; the index and its files may be"
+                " of another save, and other programs may read those: remove what is old",
+                *(self.folder, SINGLE, INDEX, SINGLE),
+            )
+        if there:
+            return there[0]
         if any(name.startswith("pytorch_model") for name in os.listdir(self.folder)):
             raise UsageError(
                 f"{self.folder} has pickled weights only ({PICKLED}), which can run code when loaded and are not read; save it"
@@ -169,18 +191,78 @@ class WeightsReader:
             )
         raise UsageError(f"{self.folder} has neither {SINGLE} nor {INDEX}; give a Hugging Face folder with safetensors")
 
-    def _read_header(self, file: str) -> None:
+    def _checked(self, named: str) -> str:
+        """The file that config.json names. Raises DataError for one that is not in the folder or is pickled."""
+        if (
+            not isinstance(named, str)
+            or named != os.path.basename(named)
+            or not named.endswith((".safetensors", ".index.json"))
+        ):
+            raise DataError(
+                f"{self.folder}/config.json has transformers_weights={named!r}, expected the name of a .safetensors file or of a"
+                " .safetensors.index.json in the folder; correct it, or remove the key"
+            )
+        return named
+
+    def _read_index(self) -> dict[str, str]:
+        """Tensor -> file by the index."""
+        path = os.path.join(self.folder, self._start)
+        try:
+            with open(path, encoding="utf-8") as file:
+                stored = json.load(file)
+            claimed: dict[str, str] = stored["weight_map"]
+            stored["metadata"]  # stock transformers does not load an index without
+            if claimed and all(isinstance(name, str) and name == os.path.basename(name) for name in claimed.values()):
+                return claimed
+            raise ValueError("weight_map does not name files of the folder")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{path} is no index of safetensors files ({type(error).__name__}: {error}); save the folder once more with"
+                " save_pretrained, or copy this file again"
+            ) from error
+
+    def _check_claims(self, also_in: dict[str, str]) -> None:
+        """Warn of tensors that are not where the index says they are. Raises DataError for one that is nowhere."""
+        for name, file in self._claimed.items():
+            if name not in self._files:
+                raise DataError(
+                    f"{os.path.join(self.folder, self._start)} says that {name} is in {file}, which does not hold it, nor does"
+                    " another file of the index: they are of different saves, or one was changed; save or copy them once more"
+                )
+        moved = [name for name, file in self._claimed.items() if self._files[name] != file]
+        if odd := list(dict.fromkeys([*moved, *also_in])):
+            first = odd[0]
+            log.warning(
+                "%s: %d tensors are read from another file than the index says, or are in several, as stock transformers reads them:"
+                " %s, of %s and %s, from %s; the files may be of different saves",
+                *(self.folder, len(odd), first, self._claimed.get(first), also_in.get(first, self._files[first])),
+                self._files[first],
+            )
+
+    def _read_header(self, file: str) -> dict[str, str]:
+        """Note the tensors of a file. Returns those which an earlier file holds too -> that file."""
+        twice = {}
         with self._open(file) as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
+                if name in self._files:
+                    twice[name] = self._files[name]
                 part = opened.get_slice(name)
                 self._files[name] = file
                 self.shapes[name], self.dtypes[name] = torch.Size(part.get_shape()), part.get_dtype()
+        return twice
 
     def _open(self, file: str) -> Any:
         path = os.path.join(self.folder, file)
         try:
             return safe_open(path, framework="pt")
         except FileNotFoundError as error:
-            raise DataError(f"{path} is missing, though {INDEX} names it; get the folder anew") from error
+            raise DataError(f"{path} is missing, though {self._named_by()} names it; copy it there once more") from error
         except SafetensorError as error:
-            raise DataError(f"{path} is no whole safetensors file ({error}); get the folder anew") from error
+            raise DataError(
+                f"{path} is no whole safetensors file ({error}): a copy that was cut short, or another format; copy it once more"
+            ) from error
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+
+    def _named_by(self) -> str:
+        return self._start if self._start.endswith(".index.json") else "transformers_weights of config.json"

@@ -22,12 +22,13 @@ from megatron_ledom.checkpoint.weights_only import Piece, save_weights
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import config_from_dict
+from megatron_ledom.config.published import published
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.convert.companions import CONFIG, TOKENIZER, write_cards
 from megatron_ledom.convert.export_hf import SHARD_BYTES, versions
 from megatron_ledom.convert.gate import Conversion, Gate, How, pass_gate, verification
 from megatron_ledom.convert.hf_config import load_hf_config, read_model
-from megatron_ledom.convert.hf_folder import BLOCK_ELEMENTS, DTYPE_NAMES, EMBEDDING, WeightsReader, write_synced
+from megatron_ledom.convert.hf_folder import BLOCK_ELEMENTS, DTYPE_NAMES, EMBEDDING, HEAD, WeightsReader, write_synced
 from megatron_ledom.convert.new_folder import PART, new_folder
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
@@ -61,7 +62,7 @@ def import_hf(
     bf16 for a folder of bf16, else fp32, which is exact. Files have at most `max_shard_size` bytes. Returns the gate's figures.
     """
     hf_config = load_hf_config(load)
-    reader = WeightsReader(load)
+    reader = WeightsReader(load, getattr(hf_config, "transformers_weights", None))
     eod_id = getattr(hf_config, "eod_id", None) if eod_token is None else None  # an export of ours records it
     loaded = load_tokenizer(tokenizer or load, eod_token, eod_id=eod_id)
     aim = _direction(hf_config, direction, load)
@@ -77,7 +78,7 @@ def import_hf(
         checkpoint = os.path.join(part, checkpoints, checkpoint_name(0))
         os.makedirs(checkpoint)
         manifest = _write_checkpoint(checkpoint, config, loaded, reader, weights, max_shard_size)
-        gate = pass_gate(Conversion(checkpoint, manifest, load, hf_config), verify)
+        gate = pass_gate(Conversion(checkpoint, manifest, load, hf_config, reader.holding_dtype()), verify)
         loaded.save(os.path.join(part, TOKENIZER))
         write_synced(os.path.join(part, MODEL_YAML), _model_yaml(config, loaded).encode())
         sums = {name: found.result()["sha256"] for name, found in sources.items()}
@@ -139,16 +140,18 @@ def _check_weights(reader: WeightsReader, sizes: Sizes) -> list[Weight]:
     weights = list(weights_of(sizes))
     expected = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
     tied = sizes.model.share_embeddings_and_output_weights
+    if tied and HEAD in reader.shapes and EMBEDDING not in reader.shapes:
+        reader.rename(HEAD, EMBEDDING)  # the two are one, and stock transformers takes the one that is there
     faults = [f"{name} is missing" for name in expected if name not in reader.shapes]
     for name, shape in reader.shapes.items():
         if name in expected and reader.dtypes[name] not in DTYPE_NAMES.values():
             faults.append(f"{name} is of type {reader.dtypes[name]}, expected one of {', '.join(DTYPE_NAMES.values())}")
         if name not in expected:
-            if not name.endswith(IGNORED) and not (tied and name == "lm_head.weight"):
+            if not name.endswith(IGNORED) and not (tied and name == HEAD):
                 faults.append(f"{name} has no place in the model that config.json describes")
         elif shape[1:] != expected[name][1:] or not _rows_fit(name, shape[0], expected[name][0]):
             faults.append(f"{name} has shape {list(shape)}, expected {list(expected[name])}")
-    if tied and "lm_head.weight" in reader.shapes and not faults and not _is_embedding(reader, "lm_head.weight"):
+    if tied and HEAD in reader.shapes and not faults and not _is_embedding(reader, HEAD):
         faults.append("tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
     if faults:
         more = f" (and {len(faults) - 8} more)" if len(faults) > 8 else ""
@@ -172,7 +175,7 @@ def _is_embedding(reader: WeightsReader, name: str) -> bool:
 
 def _rows_fit(name: str, rows: int, expected: int) -> bool:
     """A vocabulary may be padded: it has at least the tokenizer's ids."""
-    return rows >= expected if name in ("model.embed_tokens.weight", "lm_head.weight") else rows == expected
+    return rows >= expected if name in (EMBEDDING, HEAD) else rows == expected
 
 
 def _write_checkpoint(
@@ -232,5 +235,5 @@ def _card(
         "versions": versions(),
         "source_files": sources,
         "files": {name: sums["sha256"] for name, sums in manifest.files.items()},
-        "config": manifest.config,
+        "config": published(config_from_dict(manifest.config, "the checkpoint's manifest")),
     }

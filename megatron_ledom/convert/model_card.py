@@ -1,6 +1,5 @@
 """README.md of an exported folder: what the model is, how it was trained, how to use it, written from the run's own files."""
 
-import json
 import os
 from typing import Any
 
@@ -12,9 +11,9 @@ from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.direction import Direction
 from megatron_ledom.model.arithmetic import count_parameters
+from megatron_ledom.records import METRICS, has_iteration, read_records
 
 PAPER = "[LEDOM](https://arxiv.org/abs/2507.01335)"
-METRICS = "metrics.jsonl"
 
 ABOUT = {
     Direction.REVERSE: f"""This is a **reverse language model**: it was trained from right to left and predicts the token *before* a
@@ -160,15 +159,13 @@ def model_dtype(config: RunConfig) -> str:
 def _losses(checkpoint: str, iteration: int) -> str:
     """The last losses that the run recorded up to the checkpoint; empty where there are none."""
     path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(checkpoint))), METRICS)
-    if not os.path.isfile(path):
-        return ""
     rows: dict[str, str] = {}
-    with open(path, encoding="utf-8") as lines:
-        for record in map(json.loads, lines):
-            if record["iteration"] > iteration:
-                break
-            if record.get("lm_loss") is not None:
-                rows["training loss"] = f"{record['lm_loss']:.4f} nats a token, at iteration {record['iteration']:,}"
-            for name, found in {**record.get("validation", {}), **record.get("test", {})}.items():
+    for record in read_records(path, has_iteration):
+        if record["iteration"] > iteration:
+            break
+        if record.get("lm_loss") is not None:
+            rows["training loss"] = f"{record['lm_loss']:.4f} nats a token, at iteration {record['iteration']:,}"
+        for name, found in {**record.get("validation", {}), **record.get("test", {})}.items():
+            if found["lm_loss"] is not None:
                 rows[f"on {name}"] = f"{found['lm_loss']:.4f} nats a token, {found['bits_per_byte']:.4f} bits a byte"
     return f"## Losses\n\n{_table(rows)}" if rows else ""

@@ -23,9 +23,11 @@ def new_folder(save: str, key: str, may_replace: Callable[[], None] | None = Non
 
     key: path in the folder of the file without which nothing loads it; to be written as `key` + PART, since it gets its name in the
     moment before the folder gets its own. A killed process leaves `save`.part, which does not load, and which the next one clears.
-    `may_replace`: called when `save` exists already, to raise if it must not be replaced; without it, an existing one is refused.
+    A link is followed, and stays. `may_replace`: called when `save` exists already, to raise if it must not be replaced; without it,
+    an existing one is refused.
     Raises UsageError for a target that cannot be used, or that another process is writing now, DataError when the disk is full.
     """
+    save = _followed(save)
     _check_target(save, may_replace)
     part = save.rstrip("/") + PART
     made = _make_folder(part)
@@ -48,6 +50,19 @@ def new_folder(save: str, key: str, may_replace: Callable[[], None] | None = Non
                     f"{where} cannot be written: {error.strerror}; nothing of it is left: make room, then run the command again"
                 ) from error
             raise
+
+
+def _followed(save: str) -> str:
+    """The folder behind a link, which stays a link. Raises UsageError for a link that leads nowhere."""
+    link = save.rstrip("/")
+    if not os.path.islink(link):
+        return save
+    folder = os.path.realpath(link)
+    if not os.path.exists(folder) and not os.path.exists(folder + OLD):  # a killed conversion leaves the old one there
+        raise UsageError(
+            f"--save {save} is a link to {os.readlink(link)}, which is not there; remove the link, or name that folder"
+        )
+    return folder
 
 
 def _take_back(save: str) -> None:

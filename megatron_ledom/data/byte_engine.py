@@ -13,8 +13,8 @@ import numpy as np
 from megatron_ledom._helpers import ByteEncoder, not_nfc
 from megatron_ledom.data.engines import FlatIds
 from megatron_ledom.data.piece_engine import CACHE_BYTES, CachedEngine
-from megatron_ledom.data.tiktoken_ranks import CL100K_PATTERN, O200K_PATTERN, R50K_PATTERN
 from megatron_ledom.errors import UsageError
+from megatron_ledom.tokenizers.tiktoken_ranks import CL100K_PATTERN, O200K_PATTERN, R50K_PATTERN
 
 GPT2 = "gpt2"
 PATTERNS = {

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import orjson
 
 from megatron_ledom.data import tables, web_archive
+from megatron_ledom.data.bad_records import BadRecordError, too_large
 from megatron_ledom.data.inputs import COMPRESSED_BLOCK, InputPath, Stretch
+from megatron_ledom.data.json_lines import check_is_lines, check_text, loads_leniently
 from megatron_ledom.data.shard import InputFile
 from megatron_ledom.data.streams import MAX_RECORD_BYTES, LineReader, Progress, decompressed_blocks, plain_blocks, raw_blocks
 from megatron_ledom.data.text_template import TextTemplate
@@ -22,14 +24,6 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_MESSAGES = 10  # bad records of a stretch that are described one by one
 
 OnError = Literal["fail", "skip"]
-
-
-class BadRecordError(Exception):
-    """One record that cannot be used; `reason` is its name in the counts."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
 
 
 @dataclass(slots=True, kw_only=True)
@@ -106,9 +100,11 @@ class RecordReader:
         self._progress = reader.progress
         for block in reader.blocks():
             batch = TextBatch(position=reader.progress.num_bytes)
+            if block.is_first_of_file:
+                check_is_lines(self.stretch.source.path, reader.head)
             if block.too_long is not None:
-                too_large = _too_large(block.too_long, self.settings.max_record_bytes)
-                self._reject(too_large, block.first)
+                bad_line = too_large(block.too_long, self.settings.max_record_bytes)
+                self._reject(bad_line, block.first)
             for number, line in enumerate(block.lines, block.first):
                 if number == 0 and block.is_first_of_file:
                     line = line.removeprefix(BYTE_ORDER_MARK)
@@ -116,7 +112,7 @@ class RecordReader:
                     continue
                 try:
                     if len(line) > self.settings.max_record_bytes:
-                        raise _too_large(len(line), self.settings.max_record_bytes)
+                        raise too_large(len(line), self.settings.max_record_bytes)
                     self._add(batch, *_text_of_line(line, self.settings), number)
                 except BadRecordError as bad:
                     self._reject(bad, number)
@@ -156,7 +152,7 @@ class RecordReader:
         batch = TextBatch(position=self.stretch.num_bytes)
         try:
             if size > self.settings.max_record_bytes:
-                raise _too_large(size, self.settings.max_record_bytes)
+                raise too_large(size, self.settings.max_record_bytes)
             text = _decoded(bytes(content.removeprefix(BYTE_ORDER_MARK)))
             record = {self.settings.text_key: text}
             text = text if self.settings.template is None else _text_of(record, self.settings)
@@ -181,33 +177,46 @@ class RecordReader:
             for number, content in enumerate(rows.texts):
                 place = f"{self.stretch.source.path}: {rows.unit} {rows.first + number + 1}"
                 try:
-                    if content is not None and len(content) > self.settings.max_record_bytes:
-                        raise _too_large(len(content), self.settings.max_record_bytes)
-                    text = _decoded(content) if template is None else _text_of(rows.records[number], read)
+                    text, record = self._row(content, rows.records[number] if rows.records else None)
                 except BadRecordError as bad:
                     self._reject(bad, place)
                     continue
-                self._add(batch, text, rows.records[number] if rows.records else {self.settings.text_key: text}, place)
+                self._add(batch, text, record, place)
             yield batch
 
-
-def _too_large(size: int, limit: int) -> BadRecordError:
-    message = f"a record of {size:,} bytes, more than the limit of {limit:,} (--max-record-bytes)"
-    return BadRecordError("too_large", message)
+    def _row(
+        self, content: bytes | BadRecordError | None, record: Mapping[str, Any] | BadRecordError | None
+    ) -> tuple[str, Mapping[str, Any]]:
+        """Return text and record of a row of a table; content: of the text key, or of the template's first one."""
+        for part in (content, record):
+            if isinstance(part, BadRecordError):  # raised anew: its traceback would keep it, and the row, alive
+                raise BadRecordError(part.reason, str(part))
+        assert not isinstance(content, BadRecordError)
+        assert not isinstance(record, BadRecordError)
+        if self.settings.template is not None:
+            assert record is not None
+            return _text_of(record, self.settings), record
+        if content is not None and len(content) > self.settings.max_record_bytes:
+            raise too_large(len(content), self.settings.max_record_bytes)
+        text = _decoded(content)
+        return text, {self.settings.text_key: text} if record is None else record
 
 
 def _text_of_line(line: bytes, settings: ReadSettings) -> tuple[str, Mapping[str, Any]]:
+    is_strict = True
     try:
         record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:
-        _decoded(line)
-        raise BadRecordError("malformed_json", f"malformed JSON ({error})") from None
+    except orjson.JSONDecodeError as error:  # perhaps for another key
+        is_strict, record = False, loads_leniently(line, error)
     if not isinstance(record, dict):
         keys = settings.text_key if settings.template is None else ", ".join(settings.template.fields)
         raise BadRecordError(
             "not_an_object", f"a JSON {type(record).__name__} where an object with the key {keys!r} was expected"
         )
-    return _text_of(record, settings), record
+    text = _text_of(record, settings)
+    if not is_strict:
+        check_text(text, line)
+    return text, record
 
 
 def _text_of(record: Mapping[str, Any], settings: ReadSettings) -> str:
@@ -217,7 +226,7 @@ def _text_of(record: Mapping[str, Any], settings: ReadSettings) -> str:
     text = settings.template.render(lambda key: _string_at(record, key, "--text-template"))
     limit = settings.max_record_bytes
     if 4 * len(text) > limit and (size := len(text.encode("utf-8", "surrogatepass"))) > limit:
-        raise _too_large(size, limit)
+        raise too_large(size, limit)
     return text
 
 

@@ -82,7 +82,9 @@ class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def __getitem__(self, sample: int) -> dict[str, torch.Tensor]:
         source, epoch, place = self._locate(sample)
-        return self._source(source, epoch)[place]
+        samples = self._source(source, epoch)
+        self.blend.sources[source].files.check()  # also what is open can be written over
+        return samples[place]
 
     def origin(self, sample: int) -> tuple[Source, list[int]]:
         """The shard that a sample is cut from, and the numbers of its documents there."""
@@ -101,6 +103,7 @@ class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
 
     def _open(self, source: int, epoch: int) -> SourceSamples:
         part, arrays = self._index.part(source, epoch)
+        part.source.files.check()
         prefix, manifest = part.source.prefix, part.source.manifest
         try:
             masks = TargetMasks(prefix, manifest, self._loss_tokens) if manifest.pairs else None

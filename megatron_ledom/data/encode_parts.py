@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ledom.data.corpus import MAX_MESSAGES, BadRecordError, ReadSettings, RecordReader, TextBatch
+from megatron_ledom.data.bad_records import BadRecordError
+from megatron_ledom.data.corpus import MAX_MESSAGES, ReadSettings, RecordReader, TextBatch
 from megatron_ledom.data.inputs import Part
 from megatron_ledom.data.packing import EodInsideError, pack_documents
 from megatron_ledom.data.part_store import PartFile, PartRecord

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from megatron_ledom.data.folder_walk import HIDDEN, LeftOut, Walk, check_name
+from megatron_ledom.data.json_lines import refuse_saved_datasets
 from megatron_ledom.errors import UsageError, visible
 
 logger = logging.getLogger(__name__)
@@ -159,6 +160,7 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[InputPath], list[LeftOut]
             first = found.setdefault(_identity(source.path), source)
             if os.path.normpath(first.path) != os.path.normpath(source.path):
                 walk.leave_out(source.path, f"the same file as {first.path}")
+    refuse_saved_datasets(source.path for source in found.values() if not is_remote(source.path))
     return sorted(found.values(), key=lambda source: source.path), walk.all_left_out()
 
 

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from megatron_ledom.data.shard import CHUNK_DOCUMENTS, ShardReader
 from megatron_ledom.errors import UsageError
+from megatron_ledom.storage.files import write_file
+from megatron_ledom.storage.locks import output_file_lock
 
 COUNTED_BELOW = 1 << 17  # lengths below have a counter each; of longer ones there are few, they are counted by value
 LONG_TOKENS = 8192
@@ -117,5 +119,5 @@ def draw_histogram(counts: LengthCounts, prefixes: Sequence[str], path: str) -> 
     axes.legend()
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=120)
-    Path(f"{path}.part").write_bytes(picture.getvalue())
-    Path(f"{path}.part").replace(path)
+    with output_file_lock(path, "--histogram"):
+        write_file(path, picture.getvalue())

@@ -13,8 +13,8 @@ import numpy.typing as npt
 
 from megatron_ledom._helpers import PieceEncoder
 from megatron_ledom.data.engines import FlatIds
-from megatron_ledom.data.sentencepiece_bpe import SPACE, parse_model
 from megatron_ledom.errors import UsageError
+from megatron_ledom.tokenizers.sentencepiece_bpe import SPACE, parse_model
 
 CACHE_BYTES = 64 << 20
 """What a process may spend on remembered units; when it is full, all are forgotten and it fills anew."""

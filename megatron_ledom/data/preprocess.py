@@ -50,6 +50,8 @@ from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.data.worker_pool import ordered_map
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError, cannot_write, visible
+from megatron_ledom.platform.slurm import array_task_id, read_array
+from megatron_ledom.storage.locks import output_file_lock
 
 logger = logging.getLogger(__name__)
 
@@ -104,28 +106,31 @@ def task_of(settings: PreprocessSettings, environment: Mapping[str, str]) -> tup
     With --num-tasks alone the id is SLURM_ARRAY_TASK_ID as it is, so that single elements of an array can be run again;
     with neither, ids count from SLURM_ARRAY_TASK_MIN.
     """
-    slurm_id = environment.get("SLURM_ARRAY_TASK_ID")
     if settings.num_tasks is not None:
-        if settings.task_id is None and slurm_id is None and settings.num_tasks > 1:
+        if settings.task_id is not None:
+            return settings.task_id, settings.num_tasks
+        slurm_id = array_task_id(environment)
+        if slurm_id is None and settings.num_tasks > 1:
             raise UsageError(f"--num-tasks {settings.num_tasks} without --task-id, and this is no SLURM array; give --task-id")
-        return settings.task_id if settings.task_id is not None else int(slurm_id or 0), settings.num_tasks
+        return slurm_id or 0, settings.num_tasks
     if settings.task_id is not None:
         raise UsageError(f"--task-id {settings.task_id} without --num-tasks; give both")
-    if slurm_id is None:
+    array = read_array(environment)
+    if array is None:
         return 0, 1
-    first, step = int(environment.get("SLURM_ARRAY_TASK_MIN", "0")), int(environment.get("SLURM_ARRAY_TASK_STEP") or "1")
-    count, (task_id, rest) = int(environment["SLURM_ARRAY_TASK_COUNT"]), divmod(int(slurm_id) - first, step)
-    if count == 1:
+    if array.count == 1:
         raise UsageError(
-            f"this SLURM array has the one task {slurm_id}, which may be all of an array or one of it run again; give --num-tasks"
+            f"this SLURM array has the one task {array.task_id}, which may be all of an array or one of it run again; give"
+            " --num-tasks"
         )
-    last = int(environment.get("SLURM_ARRAY_TASK_MAX") or first + (count - 1) * step)
-    if rest or task_id >= count or last != first + (count - 1) * step:
+    task_id, rest = divmod(array.task_id - array.first, array.step)
+    has_gaps = rest or array.last != array.first + (array.count - 1) * array.step
+    if has_gaps or not 0 <= task_id < array.count:
         raise UsageError(
-            f"SLURM_ARRAY_TASK_ID {slurm_id} of {count} tasks from {first} on: the array has gaps; give --num-tasks,"
-            " and ids in 0..num-tasks - 1"
+            f"SLURM_ARRAY_TASK_ID {array.task_id} of {array.count} tasks from {array.first} on: the array has gaps; give"
+            " --num-tasks, and ids in 0..num-tasks - 1"
         )
-    return task_id, count
+    return task_id, array.count
 
 
 def available_cores() -> int:
@@ -462,8 +467,9 @@ def _hash_task(work: Preprocessing) -> None:
     check_may_write(work.prefix, overwrite=True)
     Path(work.prefix).parent.mkdir(parents=True, exist_ok=True)
     hasher = PartHasher(parts=work.parts, read=work.read, progress=_shared_counters(work))
-    hashes = list(_run(hasher, range(len(work.parts)), work, "hash"))
-    quality.write_hashes(work.prefix, work.reading_request(), hashes)
+    with output_file_lock(work.prefix, "--output-prefix"):
+        hashes = list(_run(hasher, range(len(work.parts)), work, "hash"))
+        quality.write_hashes(work.prefix, work.reading_request(), hashes)
     logger.info("%s: hashes of %s documents", work.prefix, f"{sum(map(len, hashes)):,}")
 
 

@@ -9,6 +9,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,6 +24,7 @@ from megatron_ledom import __version__
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError, cannot_write
 from megatron_ledom.provenance import Provenance
+from megatron_ledom.storage.locks import output_file_lock
 
 FORMAT_VERSION = 1
 MAGIC = b"MMIDIDX\x00\x00"
@@ -189,7 +191,8 @@ class Hash(Protocol):
 class ShardWriter:
     """Streams packed documents to PREFIX.bin.part; `finalize` makes them a shard, anything else leaves nothing behind.
 
-    Use as a context manager: leaving it without `finalize`, by an exception or not, removes the partial files.
+    Use as a context manager: leaving it without `finalize`, by an exception or not, removes the partial files. A lock on the
+    prefix is held from the first line to the last: a second writer of the same shard is refused with a UsageError.
     """
 
     def __init__(self, prefix: str, provenance: Provenance, dtype: npt.DTypeLike, *, overwrite: bool = False) -> None:
@@ -206,8 +209,15 @@ class ShardWriter:
         self._made_folders = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         self._made: list[Path] = []
-        self._bin = self._create(".bin")
-        self._lengths = self._create(".len")  # not in memory: there are hundreds of millions
+        self._lock = ExitStack()
+        self._lock.enter_context(output_file_lock(prefix, "--output-prefix"))
+        try:
+            check_may_write(prefix, overwrite)  # again: another writer may have finished before the lock was ours
+            self._bin = self._create(".bin")
+            self._lengths = self._create(".len")  # not in memory: there are hundreds of millions
+        except BaseException:
+            self._lock.close()
+            raise
 
     def _create(self, suffix: str) -> BinaryIO:
         path = Path(f"{self.prefix}{suffix}.part")
@@ -310,6 +320,7 @@ class ShardWriter:
             self._lengths.close()
         for path in self._made:
             path.unlink(missing_ok=True)
+        self._lock.close()  # before the folders go, in which its file is
         for folder in self._made_folders:
             with contextlib.suppress(OSError):  # another task's files may be in it
                 folder.rmdir()

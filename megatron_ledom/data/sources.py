@@ -11,12 +11,13 @@ from megatron_ledom.config.derived import blend_shares, named_blends, train_samp
 from megatron_ledom.config.schema import BlendEntry, RunConfig
 from megatron_ledom.data.blend_plan import PlannedSource, describe_sources, samples_available
 from megatron_ledom.data.interleave import Interleave
+from megatron_ledom.data.manifest_checks import check_manifests
 from megatron_ledom.data.shard import ShardManifest, check_shard
+from megatron_ledom.data.shard_files import ShardFiles
 from megatron_ledom.data.splits import DocumentRange, split_shard, whole_shard
-from megatron_ledom.data.targets import check_pairs, counted_bytes_per_token
+from megatron_ledom.data.targets import counted_bytes_per_token
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_ledom.direction import Direction
-from megatron_ledom.errors import ConfigError, MismatchError
+from megatron_ledom.errors import ConfigError
 from megatron_ledom.provenance import Provenance
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class Source:
     """Share of the samples, all sources together 1."""
     manifest: ShardManifest
     documents: DocumentRange
+    files: ShardFiles
+    """As they were when the manifest was checked."""
 
     def samples_available(self, seq_length: int) -> int:
         """Samples of one pass over the documents."""
@@ -114,46 +117,38 @@ def load_sources(config: RunConfig) -> Sources:
             "data.train_blend is empty: give it shards as [[weight, prefix], ...], made by tools/preprocess_data.py"
         )
     blends = [blend for _, blend in named_blends(data)]
-    manifests = _open({prefix: None for blend in blends for _, prefix in blend})
-    prefix, first = next(iter(manifests.items()))
-    provenance = first.provenance
-    _check_direction(prefix, first, data.direction)
-    for other, manifest in manifests.items():
-        manifest.provenance.check_same(provenance, f"the shard {other}", f"the shard {prefix}")
-    check_pairs(config, manifests)
-    stated = config.model.vocab_size
-    if stated is not None and stated != provenance.vocab_size:
-        raise MismatchError(
-            f"model.vocab_size={stated} but the shard {prefix} has ids of {provenance.vocab_size};"
-            " leave model.vocab_size out, or preprocess with the tokenizer that the run is meant for"
-        )
-    train, valid, test = _divide(config, manifests)
+    manifests, files = _open({prefix: None for blend in blends for _, prefix in blend})
+    provenance = check_manifests(config, manifests)
+    train, valid, test = _divide(config, manifests, files)
     sources = Sources(train, valid, test, provenance)
     _check_repeats(config, sources.train)
     return sources
 
 
-def _open(prefixes: Iterable[str]) -> dict[str, ShardManifest]:
+def _open(prefixes: Iterable[str]) -> tuple[dict[str, ShardManifest], dict[str, ShardFiles]]:
     names = list(prefixes)
     with ThreadPoolExecutor(THREADS) as threads:
         manifests = dict(zip(names, threads.map(check_shard, names), strict=True))
+        files = dict(zip(names, threads.map(ShardFiles.of, names, manifests.values()), strict=True))
     for prefix, manifest in manifests.items():
         if not manifest.num_documents:
             raise ConfigError(f"the shard {prefix} has no documents; leave it out of the blend")
-    return manifests
+    return manifests, files
 
 
-def _divide(config: RunConfig, manifests: dict[str, ShardManifest]) -> tuple[Blend, dict[str, Blend], dict[str, Blend]]:
+def _divide(
+    config: RunConfig, manifests: dict[str, ShardManifest], files: dict[str, ShardFiles]
+) -> tuple[Blend, dict[str, Blend], dict[str, Blend]]:
     """(training blend, validation sets, test sets)."""
     data, samples = config.data, train_samples(config)
     if data.split is None:
         valid = {prefix: [(1.0, prefix)] for _, prefix in data.valid_blend} | data.valid_sets
         return (
-            Blend.of(_whole_sources(data.train_blend, manifests), samples),
-            {name: _held_out(config, name, _whole_sources(blend, manifests)) for name, blend in valid.items()},
-            {name: _held_out(config, name, _whole_sources(blend, manifests)) for name, blend in data.test_sets.items()},
+            Blend.of(_whole_sources(data.train_blend, manifests, files), samples),
+            {name: _held_out(config, name, _whole_sources(blend, manifests, files)) for name, blend in valid.items()},
+            {name: _held_out(config, name, _whole_sources(blend, manifests, files)) for name, blend in data.test_sets.items()},
         )
-    whole = _whole_sources(data.train_blend, manifests)
+    whole = _whole_sources(data.train_blend, manifests, files)
     with ThreadPoolExecutor(THREADS) as threads:
         ratios = data.split
         ranges = list(threads.map(lambda source: split_shard(source.prefix, source.manifest, ratios), whole))
@@ -165,9 +160,14 @@ def _divide(config: RunConfig, manifests: dict[str, ShardManifest]) -> tuple[Ble
     return Blend.of(parts[0], samples), sets[0], sets[1]
 
 
-def _whole_sources(blend: Sequence[BlendEntry], manifests: dict[str, ShardManifest]) -> list[Source]:
+def _whole_sources(
+    blend: Sequence[BlendEntry], manifests: dict[str, ShardManifest], files: dict[str, ShardFiles]
+) -> list[Source]:
     entries = zip(blend, blend_shares(blend), strict=True)
-    return [Source(prefix, share, manifests[prefix], whole_shard(manifests[prefix])) for (_, prefix), share in entries]
+    return [
+        Source(prefix, share, manifests[prefix], whole_shard(manifests[prefix]), files[prefix])
+        for (_, prefix), share in entries
+    ]
 
 
 def _held_out(config: RunConfig, name: str, sources: list[Source]) -> Blend:
@@ -205,15 +205,6 @@ def _with_samples(sources: list[Source], available: list[int]) -> tuple[list[Sou
     return [replace(source, weight=source.weight / total) for source in kept], [
         source for source, count in counted if not count
     ]
-
-
-def _check_direction(prefix: str, manifest: ShardManifest, direction: Direction) -> None:
-    found = manifest.provenance.direction
-    if found is not direction:
-        raise MismatchError(
-            f"the shard {prefix} is {found}, the run has data.direction={direction}: a {direction} model fed {found} ids"
-            f" learns nonsense without an error; preprocess with --direction {direction}, or set data.direction={found}"
-        )
 
 
 def _check_repeats(config: RunConfig, blend: Blend) -> None:

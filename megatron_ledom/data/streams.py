@@ -4,6 +4,7 @@ import bz2
 import contextlib
 import hashlib
 import lzma
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,10 +16,14 @@ from megatron_ledom.errors import DataError
 READ_BYTES = 1 << 20  # larger blocks come from the system anew each time, a page fault for every 4 KB
 REMOTE_READ_BYTES = 8 << 20  # one request to an object store
 MAX_RECORD_BYTES = 256 << 20
+HEAD_BYTES = 256
+"""Of a stretch's start that are kept, to see what a file is."""
 NAMED_LINES_BYTES = 256 << 20
 """Up to here a line that is skipped is named by its number, which takes reading what is before it."""
 DECOMPRESSED_AT_ONCE = 1 << 12
 """Compressed bytes a decompressor is given at once: a few can become a gigabyte."""
+DECOMPRESSED_AT_MOST = 1 << 22
+"""What is taken at once from a decompressor that can stop: 3 KB of bz2 can become all of it."""
 
 MAGIC = {
     b"\x1f\x8b": "gz",
@@ -60,19 +65,38 @@ class Progress:
 def opened(source: InputPath, read_bytes: int = REMOTE_READ_BYTES) -> Iterator[BinaryIO]:
     """The file, open for reading bytes, from an object store `read_bytes` a request.
 
-    An OSError of reading becomes a DataError that names the file.
+    An OSError of reading becomes a DataError that names the file, as does a file that is another one than when the run began.
     """
     try:
         if is_remote(source.path):
             with remote_file_system(source.path).open(
                 source.path, "rb", block_size=min(read_bytes, REMOTE_READ_BYTES)
             ) as remote:
+                if source.path.startswith("s3://") and remote.details["ETag"] != source.version:
+                    raise _changed(source, "has another ETag than when this run began")
                 yield remote
         else:
             with open(source.path, "rb", buffering=0) as local:
+                _check_unchanged(source)
                 yield local
+                _check_unchanged(source)
     except OSError as error:
         raise DataError(f"{source.path} cannot be read ({error.strerror or error}); check the disk, or leave it out") from error
+
+
+def _check_unchanged(source: InputPath) -> None:
+    """Refuse a file that was replaced or written to: parts of its old and of its new content would be stored as one corpus."""
+    state = os.stat(source.path)
+    if state.st_size != source.num_bytes:
+        raise _changed(source, f"ends at byte {state.st_size:,}, it had {source.num_bytes:,} when this run began")
+    if str(state.st_mtime_ns) != source.version:
+        raise _changed(source, "was written to since this run began")
+
+
+def _changed(source: InputPath, found: str) -> DataError:
+    return DataError(
+        f"{source.path} {found}: something else changes it; wait until it is complete, then start over with --overwrite"
+    )
 
 
 def raw_blocks(source: InputPath, start: int, end: int, size: int = READ_BYTES) -> Iterator[bytes]:
@@ -84,10 +108,7 @@ def raw_blocks(source: InputPath, start: int, end: int, size: int = READ_BYTES) 
         while position < end:
             block = _read_exactly(stream, min(size, end - position))
             if not block:
-                raise DataError(
-                    f"{source.path} ends at byte {position:,}, it had {source.num_bytes:,} when this run began: something else"
-                    " changes it; wait until it is complete, then start over with --overwrite"
-                )
+                raise _changed(source, f"ends at byte {position:,}, it had {source.num_bytes:,} when this run began")
             yield block
             position += len(block)
 
@@ -119,6 +140,19 @@ def _engine(compression: str) -> tuple[Callable[[], Any], tuple[type[Exception],
     return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), (zstandard.ZstdError,)
 
 
+def _contents(source: InputPath, engine: Any, block: bytes, failures: tuple[type[Exception], ...]) -> Iterator[bytes]:
+    """What a block decompresses to, in pieces where the decompressor can stop."""
+    try:
+        if not hasattr(engine, "needs_input"):
+            yield engine.decompress(block)
+            return
+        yield engine.decompress(block, DECOMPRESSED_AT_MOST)
+        while not (engine.eof or engine.needs_input):
+            yield engine.decompress(b"", DECOMPRESSED_AT_MOST)
+    except failures as error:
+        raise DataError(f"{source.path} is damaged ({error}){_true_kind(source)}; fetch it again, or leave it out") from error
+
+
 def decompressed_blocks(source: InputPath, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
     """(position of the stored block, what it decompresses to) for a file of one or more members or frames.
 
@@ -132,13 +166,7 @@ def decompressed_blocks(source: InputPath, blocks: Iterator[bytes]) -> Iterator[
             block = stored[begin : begin + DECOMPRESSED_AT_ONCE]
             while block := block if engine else block.lstrip(b"\0"):  # members may be padded with zeros
                 engine = engine or start()
-                try:
-                    content = engine.decompress(block)
-                except failures as error:
-                    raise DataError(
-                        f"{source.path} is damaged ({error}){_true_kind(source)}; fetch it again, or leave it out"
-                    ) from error
-                yield position, content
+                yield from ((position, content) for content in _contents(source, engine, block, failures))
                 block = engine.unused_data if engine.eof else b""
                 engine = None if engine.eof else engine
         position += len(stored)
@@ -207,6 +235,8 @@ class LineReader:
         self.progress = Progress()
         self._batch_bytes = batch_bytes
         self._max_record_bytes = max_record_bytes
+        self.head = b""
+        """The first bytes of the stretch, also where they are of a line that is too long to keep."""
         self._pending = bytearray()
         self._searched = 0
         self._num_lines = 0
@@ -240,6 +270,8 @@ class LineReader:
     def _take(self, block: bytes | memoryview) -> Iterator[LineBlock]:
         for begin in range(0, len(block), self._batch_bytes):
             self._pending += block[begin : begin + self._batch_bytes]
+            if len(self.head) < HEAD_BYTES:
+                self.head += bytes(block[begin : begin + min(self._batch_bytes, HEAD_BYTES)])
             if self._dropped:
                 yield from self._drop()
             if len(self._pending) < self._batch_bytes:

@@ -4,14 +4,10 @@ Shards of pairs (tools/prepare_pairs.py) hold packs: documents of exactly `manif
 closed by eod and filled up with eods. A sample of that length is therefore one pack, and no pair is cut.
 """
 
-from collections.abc import Mapping
-
 import numpy as np
 import torch
 
-from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.shard import TARGETS, ShardManifest
-from megatron_ledom.errors import ConfigError
 
 NOTHING, GIVEN, SCORED, END = range(4)
 """The first id of a pair, which nothing conditions, and filling; the given part; the part that a scorer scores; the pair's eod."""
@@ -43,25 +39,3 @@ def counted_bytes_per_token(manifest: ShardManifest, loss_tokens: str) -> float:
     text = pairs["scored_bytes"] if loss_tokens != "all" else manifest.text_bytes
     counted = {GIVEN: pairs["given_tokens"], SCORED: pairs["scored_tokens"], END: pairs["num_pairs"]}
     return text / sum(counted[kind] for kind in COUNTED[loss_tokens])
-
-
-def check_pairs(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> None:
-    """Refuse a run whose samples would not be the packs, or whose pairs would see each other. Raises ConfigError."""
-    data = config.data
-    for prefix, manifest in manifests.items():
-        if not manifest.pairs:
-            if data.loss_tokens != "all":
-                raise ConfigError(
-                    f"data.loss_tokens={data.loss_tokens} needs shards of pairs, {prefix} is one of text; make it with"
-                    " tools/prepare_pairs.py, or set data.loss_tokens=all"
-                )
-            continue
-        if manifest.pairs["seq_length"] != data.seq_length:
-            raise ConfigError(
-                f"the pairs of {prefix} are packed for data.seq_length={manifest.pairs['seq_length']}, the run has"
-                f" {data.seq_length}; set that, or pack them anew with tools/prepare_pairs.py --seq-length {data.seq_length}"
-            )
-        if not data.reset_attention_mask:
-            raise ConfigError(
-                f"{prefix} holds pairs, which would see the pairs before them in their sample; set data.reset_attention_mask=true"
-            )

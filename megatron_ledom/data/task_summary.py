@@ -10,6 +10,8 @@ import orjson
 from megatron_ledom.data.prefixes import TASK, array_list, check_same_inputs, task_prefix
 from megatron_ledom.data.shard import ShardManifest, check_shard
 from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError
+from megatron_ledom.storage.files import write_file
+from megatron_ledom.storage.locks import output_file_lock
 
 
 @dataclass(kw_only=True, slots=True)
@@ -66,8 +68,8 @@ def summarize_tasks(settings: SummarySettings) -> TaskSummary:
     summary = collect(settings.prefix, settings.num_tasks)
     print(describe(summary))
     if settings.json:
-        Path(f"{settings.json}.part").write_bytes(summary.to_json())
-        Path(f"{settings.json}.part").replace(settings.json)
+        with output_file_lock(settings.json, "--json"):
+            write_file(settings.json, summary.to_json())
     if again := summary.to_run_again:
         remove = "; remove the faulty shards first" if summary.faulty else ""
         raise VerificationError(

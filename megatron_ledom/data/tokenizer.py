@@ -15,12 +15,15 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from megatron_ledom.data import sentencepiece_bpe, tiktoken_ranks
 from megatron_ledom.data.engines import Engine, HubEngine, PieceEngine, ReferenceEngine, fast_engines, first_difference
 from megatron_ledom.data.eod_token import Encoders, check_is_reserved, with_eod_as_text
+from megatron_ledom.data.templates import read_chat_templates
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.provenance import Provenance, vocabulary_hash
+from megatron_ledom.provenance import Provenance
+from megatron_ledom.tokenizers.added_tokens import name_of, vocabulary
+from megatron_ledom.tokenizers.reader import JSON, MODEL, read_tokenizer
+from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ class Tokenizer:
         """For people; two tokenizers with one name can differ, so comparisons use `sha256`."""
         self.path = path
         """Where it was loaded from, as given."""
-        self._files = files
+        self._files = files | read_chat_templates(path)
         self._config = config
         self.sha256 = sha256
         """See `vocabulary_hash`."""
@@ -61,7 +64,9 @@ class Tokenizer:
         if eod_id is not None:
             eod_token = next((token for token, index in vocab.items() if index == eod_id), None)
             if eod_token is None:
-                raise UsageError(f"tokenizer {path} has no token with id {eod_id} to end documents with; name another --eod-id")
+                raise UsageError(
+                    f"tokenizer {path} has no token with id {eod_id} to end documents with; name one by --eod-token"
+                )
         self.eod_token: str = eod_token or eos_of(config, path)
         """The token that says "the text begins here" to a reverse model, "the text ends here" to a forward one."""
         if self.eod_token not in vocab:
@@ -91,7 +96,7 @@ class Tokenizer:
 
     def use_fastest_engine(self, samples: Sequence[str]) -> str:
         """Encode with the fastest engine whose ids equal the reference's on `samples` and on odd texts; what was chosen and why."""
-        texts = [*sentencepiece_bpe.ODD_TEXTS, f"a{self.eod_token} {self.eod_token}\n", *samples]
+        texts = [*ODD_TEXTS, f"a{self.eod_token} {self.eod_token}\n", *samples]
         forms, self._encoders = self._encoders, replace(self._encoders, stored=None)  # large, and of no more use
         passed_over = []
         for name, make in fast_engines(forms.tokenizer_json, forms.stored, forms.model, self._reference):
@@ -146,6 +151,7 @@ class Tokenizer:
         }
         for name, content in files.items():
             part = target / f"{name}.{secrets.token_hex(4)}.part"  # tasks of an array may write the same folder at once
+            part.parent.mkdir(exist_ok=True)
             part.write_bytes(content)
             part.replace(target / name)
 
@@ -156,9 +162,8 @@ def _first_line(error: Exception) -> str:
 
 def eos_of(config: dict[str, Any], path: str) -> str:
     """The eos token a tokenizer_config.json names; refused when it names none."""
-    eos = config.get("eos_token")
-    eos = eos.get("content") if isinstance(eos, dict) else eos
-    if not isinstance(eos, str) or not eos:
+    eos = name_of(config.get("eos_token"))
+    if eos is None:
         raise UsageError(f"tokenizer {path} names no eos token to end documents with; name one of its tokens by --eod-token")
     return eos
 
@@ -166,123 +171,28 @@ def eos_of(config: dict[str, Any], path: str) -> str:
 def load_tokenizer(
     path: str, eod_token: str | None = None, *, eod_id: int | None = None, add_specials: bool = False
 ) -> Tokenizer:
-    """Load a Hugging Face folder, a `tokenizer.json`, a SentencePiece `.model` or tiktoken ranks (`.tiktoken`).
+    """Load a tokenizer; for `path` and `add_specials` see `tokenizers.reader.read_tokenizer`, which every command shares.
 
-    A folder's tokenizer.json goes before its .model. The eod is `eod_token` or the token `eod_id`, else the eos that
-    tokenizer_config.json in the same folder names, else the eos of a .model. With `add_specials` the five specials of the
-    original are appended behind the vocabulary, and the eod, if not named, is <EOD>.
+    The eod is `eod_token` or the token `eod_id`, else the eos that the folder names, else the eos of a .model. With
+    `add_specials` the eod, if not named, is <EOD>.
     """
-    file = _vocabulary_file(path)
-    name = file.parent.resolve().name if file.stem == "tokenizer" else file.stem
-    config = _config_beside(file)
-    content = file.read_bytes()
-    stored: dict[str, Any] | None = None
-    if add_specials:
-        config["eos_token"] = sentencepiece_bpe.EOD_TOKEN
-    if file.suffix == ".model":
-        model: bytes | None = sentencepiece_bpe.append_specials(content) if add_specials else content
-        files, engine = _from_model(model or b"", str(file), config)
-        sha256 = vocabulary_hash(files["tokenizer.json"])
+    read = read_tokenizer(path, add_specials=add_specials, eod=eod_token if eod_id is None else eod_id)
+    files = {JSON: read.content}
+    engine: ReferenceEngine
+    if read.is_converted and not read.is_extended and read.model is not None:
+        files[MODEL] = read.model
+        engine = PieceEngine(read.model)
     else:
-        content = _ranks_as_json(file, config) if file.suffix == ".tiktoken" else content
-        stored = _parsed(content, str(file))
-        if add_specials:
-            _add_specials(stored, str(file))
-            content = orjson.dumps(stored)
-        files = {"tokenizer.json": content}
-        engine, sha256 = HubEngine(content, str(file), _vocab(stored)), vocabulary_hash(stored)
-        model = _model_beside(file)
+        engine = HubEngine(read.content, path, vocabulary(read.stored))
     return Tokenizer(
-        name=name,
+        name=read.name,
         path=path,
         files=files,
-        config=config,
+        config=read.config,
         engine=engine,
         eod_token=eod_token,
         eod_id=eod_id,
-        model=model,
-        stored=stored,
-        sha256=sha256,
+        model=read.model,
+        stored=None if read.is_converted else read.stored,
+        sha256=read.sha256,
     )
-
-
-def _model_beside(file: Path) -> bytes | None:
-    """The SentencePiece form of a tokenizer.json, where a folder has both: it can be encoded faster, if its ids are the same."""
-    beside = file.with_name("tokenizer.model")
-    return beside.read_bytes() if file.name == "tokenizer.json" and beside.is_file() else None
-
-
-def _ranks_as_json(file: Path, config: dict[str, Any]) -> bytes:
-    encoding = tiktoken_ranks.encoding_of(file, config)
-    if len(encoding.special_tokens) == 1:
-        config.setdefault("eos_token", next(iter(encoding.special_tokens)))
-    return tiktoken_ranks.convert(file, encoding).encode()
-
-
-def _add_specials(stored: dict[str, Any], where: str) -> None:
-    """Put the five specials behind everything a tokenizer.json has."""
-    vocab = _vocab(stored)
-    if there := sorted(set(vocab) & set(sentencepiece_bpe.SPECIALS)):
-        raise UsageError(f"tokenizer {where} has {', '.join(there)} already; leave --add-specials out")
-    first = max(vocab.values(), default=-1) + 1
-    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-    new = [{"id": first + k, "content": token, **flags} for k, token in enumerate(sentencepiece_bpe.SPECIALS)]
-    stored["added_tokens"] = [*(stored.get("added_tokens") or []), *new]
-
-
-def _vocab(stored: dict[str, Any]) -> dict[str, int]:
-    """The id of every token of a tokenizer.json, added ones included: what the tokenizers library would say, much sooner."""
-    vocab = stored["model"].get("vocab") if isinstance(stored["model"], dict) else None
-    found = dict(vocab) if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab or ())}
-    return found | {token["content"]: token["id"] for token in stored.get("added_tokens") or ()}
-
-
-def _vocabulary_file(path: str) -> Path:
-    given = Path(path)
-    if not given.exists():
-        raise UsageError(
-            f"tokenizer {path} does not exist; give a Hugging Face folder, a tokenizer.json, a SentencePiece .model or a .tiktoken"
-        )
-    if given.is_dir():
-        for name in ("tokenizer.json", "tokenizer.model"):
-            if (given / name).is_file():
-                return given / name
-        raise UsageError(f"folder {path} holds neither tokenizer.json nor tokenizer.model; give a folder or file with one")
-    if given.suffix not in (".json", ".model", ".tiktoken"):
-        raise UsageError(
-            f"tokenizer {path} is neither a folder, a tokenizer.json, a SentencePiece .model nor a .tiktoken; give one of these"
-        )
-    return given
-
-
-def _config_beside(file: Path) -> dict[str, Any]:
-    beside = file.parent / "tokenizer_config.json"
-    if not beside.is_file():
-        return {}
-    try:
-        config = orjson.loads(beside.read_bytes())
-    except orjson.JSONDecodeError as error:
-        raise DataError(f"{beside} is not JSON ({error}); repair it or fetch it again") from error
-    if not isinstance(config, dict):
-        raise DataError(f"{beside} holds no JSON object; repair it or fetch it again")
-    return config
-
-
-def _parsed(content: bytes, where: str) -> dict[str, Any]:
-    try:
-        stored = orjson.loads(content)
-    except orjson.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON ({error}); repair it or fetch it again") from error
-    if not isinstance(stored, dict) or "model" not in stored:
-        raise DataError(f"{where} is not a tokenizer.json: it holds no model; give the file the tokenizers library writes")
-    return stored
-
-
-def _from_model(content: bytes, where: str, config: dict[str, Any]) -> tuple[dict[str, bytes], ReferenceEngine]:
-    converted = sentencepiece_bpe.convert(content, where)
-    engine = PieceEngine(content)
-    for role in ("bos", "eos"):
-        index = getattr(engine.processor, f"{role}_id")()
-        if index >= 0:
-            config.setdefault(f"{role}_token", engine.processor.id_to_piece(index))
-    return {"tokenizer.json": converted.encode(), "tokenizer.model": content}, engine

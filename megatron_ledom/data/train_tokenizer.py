@@ -10,12 +10,13 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ledom.data import sentencepiece_bpe
 from megatron_ledom.data.corpus import OnError, ReadSettings, read_texts
 from megatron_ledom.data.inputs import expand_inputs
 from megatron_ledom.data.streams import MAX_RECORD_BYTES
 from megatron_ledom.data.text_template import template_of
 from megatron_ledom.errors import UsageError
+from megatron_ledom.storage.locks import output_file_lock
+from megatron_ledom.tokenizers import sentencepiece_bpe
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,15 @@ class TrainTokenizerSettings:
 def train_tokenizer(settings: TrainTokenizerSettings) -> Path:
     """Write the folder, at once and complete, and return its path."""
     folder = Path(settings.output)
+    try:
+        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(folder, error) from error
+    with output_file_lock(folder):
+        return _train_into(folder, settings)
+
+
+def _train_into(folder: Path, settings: TrainTokenizerSettings) -> Path:
     if folder.exists():
         raise UsageError(f"{folder} exists already; choose another --output or remove it")
     if settings.max_sentences is not None and settings.max_sentences < 1:
@@ -83,4 +93,8 @@ def _write_folder(folder: Path, files: dict[str, bytes]) -> None:
         part.rename(folder)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        raise UsageError(f"{folder} cannot be written ({error.strerror}); choose another --output") from error
+        raise _cannot_write(folder, error) from error
+
+
+def _cannot_write(folder: Path, error: OSError) -> UsageError:
+    return UsageError(f"{folder} cannot be written ({error.strerror}); choose another --output")

@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from megatron_ledom.data.bad_records import BadRecordError
 from megatron_ledom.data.inputs import COMPRESSED_BLOCK, Stretch
 from megatron_ledom.data.streams import Progress, decompressed_blocks, raw_blocks
 from megatron_ledom.data.tables import Rows
@@ -15,7 +16,7 @@ class _Decompressed(io.RawIOBase):
 
     def __init__(self, stretch: Stretch, progress: Progress) -> None:
         self._blocks = self._read_blocks(stretch, progress)
-        self._rest = b""
+        self._rest = memoryview(b"")  # a slice of it is no copy: a block can be large, and is read in small pieces
         self._position = 0
 
     @staticmethod
@@ -36,8 +37,9 @@ class _Decompressed(io.RawIOBase):
             block = next(self._blocks, None)
             if block is None:
                 return b""
-            self._rest = block
-        taken, self._rest = (self._rest, b"") if size < 0 else (self._rest[:size], self._rest[size:])
+            self._rest = memoryview(block)
+        size = len(self._rest) if size < 0 else size
+        taken, self._rest = bytes(self._rest[:size]), self._rest[size:]
         self._position += len(taken)
         return taken
 
@@ -73,7 +75,7 @@ def read_rows(stretch: Stretch, text_key: str, keep_records: bool, progress: Pro
                 raise DataError(
                     f"{path} is truncated: its text record {number + 1} ends too early; fetch it again, or leave it out"
                 )
-            records: list[Mapping[str, Any]] = []
+            records: list[Mapping[str, Any] | BadRecordError] = []
             if keep_records:
                 records = [{**dict(record.headers), text_key: content.decode("utf-8", "replace")}]
             yield Rows(number, [content], records, progress.num_bytes, "text record")

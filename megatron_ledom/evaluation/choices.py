@@ -24,12 +24,13 @@ Each is taken as it is (raw), by scored token and by scored byte; of a differenc
 of the context (reverse).
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import UsageError
+from megatron_ledom.errors import NotFiniteError, UsageError
 from megatron_ledom.evaluation.prompts import Values
 from megatron_ledom.evaluation.task_model import TaskModel
 from megatron_ledom.evaluation.tasks import Item, LoadedTask, Task
@@ -80,10 +81,11 @@ def distinct_pairs(asked: Sequence[Mapping[str, Sequence[Asked]]]) -> list[Pair]
     return list(dict.fromkeys(pairs))
 
 
-def chosen(scores: Mapping[str, Sequence[float]], normalization: str) -> int:
-    """The choice with the highest score; the first of equal ones. scores: one way of a record."""
+def chosen(scores: Mapping[str, Sequence[Any]], normalization: str) -> int:
+    """Return the choice with the highest score, the first of equal ones. scores: one way of a record, where a `logprob` of None
+    is -inf, an impossible choice (JSON has no infinity)."""
     values = [
-        logprob / _divisor(num_tokens, num_bytes, normalization)
+        (-math.inf if logprob is None else logprob) / _divisor(num_tokens, num_bytes, normalization)
         for logprob, num_tokens, num_bytes in zip(scores["logprob"], scores["tokens"], scores["bytes"], strict=True)
     ]
     return max(range(len(values)), key=lambda index: (values[index], -index))
@@ -136,10 +138,12 @@ def _with_premise(task: Task, values: Values) -> str:
     return task.template.field_separator.join(field.text(values[field.name]) for field in kept)
 
 
-def _measured(way: Sequence[Asked], scored: Mapping[Pair, SpanScore], direction: Direction) -> dict[str, list[float]]:
-    """Log-likelihood, tokens and bytes of each choice."""
+def _measured(way: Sequence[Asked], scored: Mapping[Pair, SpanScore], direction: Direction) -> dict[str, list[Any]]:
+    """Return log-likelihood (None: -inf), tokens and bytes of each choice."""
     rows = [_one(asked, scored, direction) for asked in way]
-    return {name: [row[name] for row in rows] for name in ("logprob", "tokens", "bytes")}
+    measured: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in ("logprob", "tokens", "bytes")}
+    measured["logprob"] = [None if value == -math.inf else value for value in measured["logprob"]]
+    return measured
 
 
 def _one(asked: Asked, scored: Mapping[Pair, SpanScore], direction: Direction) -> dict[str, float]:
@@ -149,12 +153,22 @@ def _one(asked: Asked, scored: Mapping[Pair, SpanScore], direction: Direction) -
         return {"logprob": whole.logprob, "tokens": whole.num_tokens, "bytes": num_bytes}
     prior = scored[asked.prior]
     if direction is Direction.FORWARD:
-        return {"logprob": whole.logprob - prior.logprob, "tokens": whole.num_tokens, "bytes": num_bytes}
+        return {"logprob": less_prior(whole.logprob, prior.logprob), "tokens": whole.num_tokens, "bytes": num_bytes}
     return {
-        "logprob": whole.logprob - prior.logprob,
+        "logprob": less_prior(whole.logprob, prior.logprob),
         "tokens": whole.num_tokens - prior.num_tokens,
         "bytes": num_bytes - _scored_bytes(asked.prior, direction),
     }
+
+
+def less_prior(whole: float, prior: float) -> float:
+    """Return `whole - prior`, two log-likelihoods; an impossible whole stays -inf. Raise NotFiniteError for an impossible prior of
+    a possible whole: no model that adds up to 1 has both."""
+    if whole == -math.inf:
+        return whole
+    if prior == -math.inf:
+        raise NotFiniteError(f"a text has log-likelihood {whole:.6g}, a part of it alone -inf: their difference is no score")
+    return whole - prior
 
 
 def _scored_bytes(pair: Pair, direction: Direction) -> int:

@@ -20,6 +20,7 @@ from megatron_ledom.inference.model_facts import folder_facts, surroundings
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.scoring import check_batch_size
 from megatron_ledom.pages import check_plots
+from megatron_ledom.storage.locks import output_folder_lock
 
 WINDOW_DOCUMENTS = 64
 """Documents that are read together and kept at once; batches are cut by the documents' numbers alone."""
@@ -34,8 +35,12 @@ def compare_command(options: Options) -> None:
     documents = read_documents(options)
     _check_tokenizers(options)
     settings = CompareSettings(_context(options), options["batch_size"], seed=options["seed"])
-    output = Path(options["output"])
-    output.mkdir(parents=True, exist_ok=True)
+    with output_folder_lock(options["output"]):
+        _compare_into(Path(options["output"]), options, documents, settings)
+
+
+def _compare_into(output: Path, options: Options, documents: Sequence[Document], settings: CompareSettings) -> None:
+    """Score the documents and write the report; resumes what the folder has. Nobody else writes there."""
     about = _made_by(options, settings)
     file = ItemFile(output, "losses", about)
     records = file.resume(WINDOW_DOCUMENTS, len(documents))

@@ -16,6 +16,7 @@ from megatron_ledom.evaluation.grading import comparison_by
 from megatron_ledom.evaluation.item_file import ItemFile
 from megatron_ledom.evaluation.prompts import Prompt
 from megatron_ledom.evaluation.results import TaskResult, check_statistics, summarize, write_summary
+from megatron_ledom.evaluation.sandbox import Sandbox, check_sandbox
 from megatron_ledom.evaluation.task_files import all_tasks, find_file, load_task, task_named
 from megatron_ledom.evaluation.task_model import LanguageTaskModel, direction_of, load_language_model
 from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
@@ -24,6 +25,7 @@ from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.language_model import load_tokenizer
 from megatron_ledom.inference.model_facts import folder_facts, surroundings
 from megatron_ledom.inference.scoring import check_batch_size
+from megatron_ledom.storage.locks import output_folder_lock
 
 Options = Mapping[str, Any]
 
@@ -97,7 +99,8 @@ def _load_tasks(options: Options) -> list[LoadedTask]:
         raise UsageError("--tasks names no task; see --list")
     for name in names:
         if task_named(name).kind is Kind.CODE and not options["show"]:
-            check_allowed(name, allowed=options["allow_code_execution"])
+            check_allowed(name, _code_sandbox(options))
+            check_sandbox(Sandbox(options["sandbox"]))
     chosen = {name: options[name] for name in ("limit", "num_fewshot", "seed", "max_new_tokens")}
     tasks = [load_task(name, options["data"], **chosen) for name in dict.fromkeys(names)]
     for task in tasks:
@@ -119,13 +122,23 @@ def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: D
     check_statistics()
     for task in tasks:
         if task.task.kind is Kind.ANSWER:
-            comparison_by(task.task.answers)  # what it needs is missed before weights are loaded
+            comparison = comparison_by(task.task.answers)  # what it needs is missed before weights are loaded
+            comparison.check([item.gold if isinstance(item.gold, tuple) else () for item in task.items])
     if options["output"] is None:
         raise UsageError("--output is missing: the folder for the summary and what is found of each item")
     about = _made_by(options, folder, direction)
-    output = Path(options["output"])
-    output.mkdir(parents=True, exist_ok=True)
-    files = {task.task.name: ItemFile(output, f"{task.task.name}.items", {**about, **_task_settings(task)}) for task in tasks}
+    with output_folder_lock(options["output"]):
+        _judge_into(Path(options["output"]), options, tasks, folder, direction, about)
+
+
+def _judge_into(
+    output: Path, options: Options, tasks: list[LoadedTask], folder: Path, direction: Direction, about: Mapping[str, Any]
+) -> None:
+    """Judge the model on each task and write the summary; resumes what the folder has. Nobody else writes there."""
+    files = {
+        task.task.name: ItemFile(output, f"{task.task.name}.items", {**about, **_task_settings(task, options)})
+        for task in tasks
+    }
     kept = {task.task.name: files[task.task.name].resume(WINDOW_ITEMS, len(task.items)) for task in tasks}
     model: LanguageTaskModel | None = None
     results = []
@@ -154,11 +167,16 @@ def _evaluated(
             bar.update(len(records))
 
         try:
-            return evaluate_task(model, task, kept=kept, keep=keep, allow_code_execution=options["allow_code_execution"])
+            return evaluate_task(model, task, kept=kept, keep=keep, code_sandbox=_code_sandbox(options))
         except LedomError as error:
             raise type(error)(
                 f"{task.task.name}: {error} (--num-fewshot and --max-new-tokens set how long texts are)"
             ) from error
+
+
+def _code_sandbox(options: Options) -> Sandbox | None:
+    """Return where programs that the model writes run; None where the user has not allowed it."""
+    return Sandbox(options["sandbox"]) if options["allow_code_execution"] else None
 
 
 def _load(options: Options, folder: Path, direction: Direction) -> LanguageTaskModel:
@@ -177,11 +195,12 @@ def _made_by(options: Options, folder: Path, direction: Direction) -> dict[str, 
     }
 
 
-def _task_settings(task: LoadedTask) -> dict[str, Any]:
+def _task_settings(task: LoadedTask, options: Options) -> dict[str, Any]:
     """What one task's lines depend on besides; not how many items are asked, so that more of them can be added."""
     return {
         "num_fewshot": task.num_fewshot,
         "seed": task.seed,
         "max_new_tokens": task.max_new_tokens,
         "files": dict(task.files),
+        **({"sandbox": options["sandbox"]} if task.task.kind is Kind.CODE else {}),
     }

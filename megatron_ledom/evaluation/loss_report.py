@@ -1,7 +1,6 @@
 """The report of a loss comparison: JSON, Markdown and one HTML page with plots."""
 
 import html
-import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from megatron_ledom import pages
 from megatron_ledom.evaluation.loss_difference import NUM_PARTS, Summary
+from megatron_ledom.storage.files import json_text, write_file
 
 TITLE = "Loss of a forward and of a reverse model on the same documents"
 MEANING = (
@@ -27,12 +27,10 @@ def write_report(folder: Path, summary: Summary, about: Mapping[str, Any]) -> No
     contents = {
         "report.html": as_html(summary, about),
         "report.md": as_markdown(summary, about),
-        "report.json": json.dumps({"about": dict(about), **summary}, indent=1, ensure_ascii=False) + "\n",
+        "report.json": json_text({"about": dict(about), **summary}, where=folder / "report.json", indent=1) + "\n",
     }
     for name, content in contents.items():
-        part = folder / f"{name}.part"
-        part.write_text(content, encoding="utf-8")
-        part.replace(folder / name)
+        write_file(folder / name, content)
 
 
 def sentence(summary: Summary) -> str:

@@ -1,7 +1,6 @@
 """From what was found of each item to figures with intervals, and the files that tell them."""
 
 import importlib.util
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +14,7 @@ from megatron_ledom.errors import UsageError
 from megatron_ledom.evaluation.choices import MAIN_WAY, NORMALIZATIONS, chosen
 from megatron_ledom.evaluation.tasks import Kind, LoadedTask
 from megatron_ledom.inference.intervals import bootstrap_interval
+from megatron_ledom.storage.files import write_file, write_json
 
 Record = Mapping[str, Any]
 """What was found of one item."""
@@ -150,8 +150,8 @@ def write_summary(folder: Path, results: Sequence[TaskResult], about: Mapping[st
         }
         for result in results
     }
-    _write(folder / "summary.json", json.dumps({**about, "tasks": tasks}, indent=1, ensure_ascii=False) + "\n")
-    _write(folder / "summary.md", as_markdown(results, about))
+    write_json(folder / "summary.json", {**about, "tasks": tasks})
+    write_file(folder / "summary.md", as_markdown(results, about))
 
 
 def as_markdown(results: Sequence[TaskResult], about: Mapping[str, Any]) -> str:
@@ -172,9 +172,3 @@ def _table(rows: Sequence[tuple[str, str, Metric]]) -> str:
         interval = f"{100 * metric.low:.1f} to {100 * metric.high:.1f}"
         lines.append(f"| {task} | {name} | {100 * metric.value:.1f} | {stderr} | {interval} | {metric.num_items} |")
     return "\n".join(lines)
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)

@@ -107,7 +107,7 @@ def content_hash(items: Iterable[Item]) -> str:
     digest = hashlib.sha256()
     for item in items:
         values = sorted((name, value) for name, value in item.values.items() if name != "chain")
-        judged = [values, item.choices, item.gold, item.tests]
+        judged = [values, item.choices, item.gold, item.tests.code if item.tests else ""]
         digest.update(json.dumps(judged, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
 
@@ -130,7 +130,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
                 continue
             try:
                 row = json.loads(line.decode("utf-8"))
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: not a line of JSON in UTF-8 ({error}); download the file again") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: a {type(row).__name__}, expected an object; use the set's JSON lines")
@@ -145,10 +145,10 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path} needs pyarrow: pip install pyarrow, or give the set as JSON lines") from error
     try:
         if path.suffix == ".parquet":
-            return list(pq.read_table(path).to_pylist())
+            return list(pq.read_table(path, page_checksum_verification=True).to_pylist())
         with pa.memory_map(str(path)) as source:
             return list(pa.ipc.open_stream(source).read_all().to_pylist())
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read: {error}; download the file again") from error
 
 

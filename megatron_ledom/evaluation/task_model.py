@@ -60,7 +60,8 @@ def direction_of(folder: Path, asked: str | None) -> Direction:
     recorded = read_model_config(folder).get("direction")
     if asked is None and recorded is None:
         print(
-            f"{folder} records no direction and is judged as a forward model; for a reverse one give --direction reverse",
+            f"{folder} records no direction and is judged as a forward model; for a reverse one give --direction reverse"
+            " (with the harness, direction=reverse in --model_args)",
             file=sys.stderr,
         )
     return Direction(asked or recorded or Direction.FORWARD)

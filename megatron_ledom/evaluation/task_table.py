@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_ledom.evaluation.code_execution import ProgramTests
 from megatron_ledom.evaluation.prompts import Field, Template
 from megatron_ledom.evaluation.tasks import Item, Kind, Layout, Row, Task
 
@@ -147,7 +148,9 @@ def _humaneval(row: Row) -> Item:
     return Item(
         values={"prompt": row["prompt"], "code": code, "whole": row["prompt"] + code},
         gold=(row["canonical_solution"],),
-        tests=f"{row['test']}\n\ncheck({row['entry_point']})\n",
+        tests=ProgramTests(
+            code=f"{row['test']}\n\ncheck({row['entry_point']})\n", entry_point=row["entry_point"], prelude=row["prompt"]
+        ),
     )
 
 

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import Any
 
 from megatron_ledom.direction import Direction
+from megatron_ledom.evaluation.code_execution import ProgramTests
 from megatron_ledom.evaluation.prompts import Template
 
 Row = Mapping[str, Any]
@@ -31,14 +32,14 @@ class Item:
     """One question, text order.
 
     values: the template's fields, the written ones as far as the set tells them. choices: the values that one field can have.
-    gold: the right choice's number, or every accepted answer. tests: of `Kind.CODE`, the program that calls the written function.
+    gold: the right choice's number, or every accepted answer. tests: of `Kind.CODE`, what calls the written function.
     kept: what results repeat of an item besides, such as the group that it belongs to.
     """
 
     values: Mapping[str, str]
     choices: tuple[str, ...] = ()
     gold: int | tuple[str, ...] = ()
-    tests: str = ""
+    tests: ProgramTests | None = None
     kept: Mapping[str, Any] = field(default_factory=dict)
 
 

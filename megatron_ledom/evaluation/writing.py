@@ -4,7 +4,8 @@ The prompt is the task's template for the direction. A forward model's answer is
 model's from the front (`Template.read`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from megatron_ledom.direction import Direction
@@ -12,6 +13,7 @@ from megatron_ledom.evaluation.code_execution import check_allowed, run_program
 from megatron_ledom.evaluation.grading import Comparison, comparison_by
 from megatron_ledom.evaluation.made.problems import solve
 from megatron_ledom.evaluation.prompts import Prompt
+from megatron_ledom.evaluation.sandbox import Sandbox
 from megatron_ledom.evaluation.task_model import TaskModel
 from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
 
@@ -22,21 +24,14 @@ def prompt_of(task: LoadedTask, direction: Direction, item: Item) -> Prompt:
 
 
 def write_answers(
-    model: TaskModel, task: LoadedTask, items: Sequence[Item], *, allow_code_execution: bool = False
+    model: TaskModel, task: LoadedTask, items: Sequence[Item], *, code_sandbox: Sandbox | None = None
 ) -> list[dict[str, Any]]:
-    """What results keep of each item: what was written, the answer in it, the accepted ones, and whether it is right."""
+    """Return what results keep of each item: what was written, the answer in it, the accepted ones, and `is_right`.
+
+    code_sandbox: where programs run; a task that runs programs is refused without one.
+    """
     direction = model.direction
-    if task.task.kind is Kind.CODE:
-        check_allowed(task.task.name, allowed=allow_code_execution)
-        judge = _judge_code
-    elif task.task.kind is Kind.QUESTION:
-        judge = _judge_question
-    else:
-        comparison = comparison_by(task.task.answers)
-
-        def judge(task: LoadedTask, direction: Direction, item: Item, written: str) -> dict[str, Any]:
-            return _judge_answer(task, direction, item, written, comparison)
-
+    judge = _judge_of(task, code_sandbox)
     given = [prompt_of(task, direction, item).given for item in items]
     texts = model.write(given, max_new_tokens=task.max_new_tokens, stop_strings=_stop_strings(task, direction))
     return [
@@ -45,13 +40,25 @@ def write_answers(
     ]
 
 
+def _judge_of(task: LoadedTask, code_sandbox: Sandbox | None) -> Callable[[LoadedTask, Direction, Item, str], dict[str, Any]]:
+    """Return what judges a written text of the task."""
+    if task.task.kind is Kind.CODE:
+        sandbox = check_allowed(task.task.name, code_sandbox)
+        return partial(_judge_code, sandbox=sandbox)
+    if task.task.kind is Kind.QUESTION:
+        return _judge_question
+    return partial(_judge_answer, comparison=comparison_by(task.task.answers))
+
+
 def _stop_strings(task: LoadedTask, direction: Direction) -> list[str]:
     """The next block begins; of running text the task says what cannot belong to an answer."""
     template = task.task.template_for(direction)
     return [template.block_separator, *(() if template.is_read_back else task.task.stop_strings)]
 
 
-def _judge_answer(task: LoadedTask, direction: Direction, item: Item, written: str, comparison: Comparison) -> dict[str, Any]:
+def _judge_answer(
+    task: LoadedTask, direction: Direction, item: Item, written: str, *, comparison: Comparison
+) -> dict[str, Any]:
     template = task.task.template_for(direction)
     answer = template.read(direction, written)[template.fields[-1].name]
     accepted = item.gold if isinstance(item.gold, tuple) else ()
@@ -76,7 +83,7 @@ def _judge_question(task: LoadedTask, direction: Direction, item: Item, written:
     }
 
 
-def _judge_code(task: LoadedTask, direction: Direction, item: Item, written: str) -> dict[str, Any]:
+def _judge_code(task: LoadedTask, direction: Direction, item: Item, written: str, *, sandbox: Sandbox) -> dict[str, Any]:
     """A forward model goes on with the function's head; a reverse model writes the whole function in front of it."""
     template = task.task.template_for(direction)
     if template.is_read_back:
@@ -86,5 +93,6 @@ def _judge_code(task: LoadedTask, direction: Direction, item: Item, written: str
         code = given.rstrip() + written
     if code is None:
         return {"answer": None, "reason": "no program was found in what was written", "is_right": False}
-    outcome = run_program(f"{code}\n\n{item.tests}")
+    assert item.tests is not None
+    outcome = run_program(code, item.tests, sandbox=sandbox)
     return {"answer": code, "reason": outcome.reason, "is_right": outcome.passed}

@@ -1,48 +1,82 @@
-"""The final answer of a text, and when two answers are the same: by number, by text, or by math-verify (an extra)."""
+"""The final answer of a text, and when two answers are the same: by number, by text, or by math-verify (an extra).
+
+This is the one grader: reports on reranking and evaluation tasks read and compare answers here.
+"""
 
 import re
 from collections.abc import Sequence
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, Protocol
 
-from megatron_ledom.errors import UsageError
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.inference.number_answers import ANSWER, SENTENCE_END, after_mark, final_number, last_boxed, sole_number
 
-NUMBER = re.compile(r"(?:(?<!\d)-)?\d[\d,]*(?:\.\d+)?")
+MINUS_DOLLAR = re.compile(r"(?<![\w$])- ?\$ ?(\d[\d,]*(?:\.\d+)?)(?![^\n]*\$)")
+THIN_SPACE = re.compile(r"\\!\s*")
+WORD = re.compile(r"[^\W\d_]{2,}")
+MOST_NAME = 60
+"""Characters of an answer in words, such as a name."""
+DELIMITERS = ("$", "\\boxed", "\\(", "\\[")
+"""By these math-verify finds the formulas of a text."""
+MIXED = re.compile(r"(?<![\w.,/])(\d+)[ \u00a0]+(\d+)/(\d+)(?![\w/])")
+SCIENTIFIC = re.compile(r"(?<![\w.])\d{1,30}(?:\.\d{1,30})?[eE][-+]?\d{1,2}(?!\w|\.\d)")
+SMALL, EXACT, ROUNDED = 1e-3, 1e-9, 1e-2
+"""Numbers below SMALL are different ones if they differ by more than this share, exact ones and those with decimals."""
 
 
 class Answers(Protocol):
     """How answers are read and compared."""
 
     def read(self, text: str) -> Any | None:
-        """The final answer of a text; None where there is none."""
+        """Return the final answer of a text; None where there is none, or its value is not certain."""
+
+    def read_gold(self, text: str) -> Any | None:
+        """Return the right answer that a text is, or ends with behind `####` or in `\\boxed`; None where it cannot be read."""
 
     def is_same(self, gold: Any, answer: Any) -> bool:
-        """Whether two answers that were read are the same."""
+        """Return whether two answers that were read are the same."""
 
 
 def answers_by(kind: str) -> Answers:
-    """`number`: the last number, or the one after `####`. `text`: all of it. `math`: math-verify, for any formula."""
+    """`number`: the number that a text ends with. `text`: all of it. `math`: math-verify, for any formula."""
     kinds: dict[str, type[Answers]] = {"number": NumberAnswers, "text": TextAnswers, "math": MathAnswers}
     if kind not in kinds:
         raise UsageError(f"answers by {kind!r} are unknown; it can be one of {', '.join(kinds)}")
     return kinds[kind]()
 
 
+def is_right(answers: Answers, gold: str, text: str) -> bool:
+    """Return whether the final answer of a text is `gold`; DataError where that cannot be read."""
+    (right,) = read_golds(answers, [("right answer", gold)])
+    found = answers.read(text)
+    return found is not None and answers.is_same(right, found)
+
+
+def read_golds(answers: Answers, golds: Sequence[tuple[str, str]]) -> list[Any]:
+    """Return the right answers of (where, text) as they are read; DataError counts and names those that cannot be."""
+    found = [answers.read_gold(text) for _, text in golds]
+    unread = [f"{where}: {text[:60]!r}" for (where, text), one in zip(golds, found, strict=True) if one is None]
+    if unread:
+        raise DataError(
+            f"{len(unread)} of {len(golds)} right answers cannot be read: {'; '.join(unread[:5])}{'; ...' * (len(unread) > 5)};"
+            " correct or remove these lines, or compare answers in another way (number, text, math)"
+        )
+    return found
+
+
 class NumberAnswers:
-    """The number after the last `####` of a text, else its last number; 3, 3.0 and 3.00 are the same."""
+    """The number after the last `####` of a text, in its last `\\boxed`, else its last one; 3, 3.0 and 6/2 are the same."""
 
-    def read(self, text: str) -> Decimal | None:
+    def read(self, text: str) -> Fraction | None:
         """See `Answers.read`."""
-        _, mark, marked = text.rpartition("####")
-        found = NUMBER.findall(marked if mark else text)
-        if not found:
-            return None
-        try:
-            return Decimal((found[0] if mark else found[-1]).replace(",", ""))
-        except InvalidOperation:
-            return None
+        return final_number(text)
 
-    def is_same(self, gold: Decimal, answer: Decimal) -> bool:
+    def read_gold(self, text: str) -> Fraction | None:
+        """See `Answers.read_gold`. A text with several numbers and no mark is no right answer."""
+        return sole_number(text)
+
+    def is_same(self, gold: Fraction, answer: Fraction) -> bool:
         """See `Answers.is_same`."""
         return gold == answer
 
@@ -53,6 +87,10 @@ class TextAnswers:
     def read(self, text: str) -> str | None:
         """See `Answers.read`."""
         return text.strip() or None
+
+    def read_gold(self, text: str) -> str | None:
+        """See `Answers.read_gold`."""
+        return self.read(text)
 
     def is_same(self, gold: str, answer: str) -> bool:
         """See `Answers.is_same`."""
@@ -70,14 +108,67 @@ class MathAnswers:
         self._library = math_verify
 
     def read(self, text: str) -> list[Any] | None:
-        """See `Answers.read`. After `####` only what follows is read; a formula without dollar signs is tried in them."""
-        _, mark, marked = text.rpartition("####")
-        shown = marked.strip() if mark else text
-        return self._library.parse(shown) or self._library.parse(f"${shown}$") or None
+        """See `Answers.read`. A formula that nothing marks is looked for behind "the answer is", else it is the whole of a short text."""
+        marked = after_mark(text)
+        shown = _plain(text if marked is None else marked)
+        if any(delimiter in shown for delimiter in DELIMITERS):
+            return self._library.parse(MIXED.sub(_as_fraction, shown)) or None
+        told = [SENTENCE_END.split(shown[found.end() :].lstrip(), maxsplit=1)[0] for found in ANSWER.finditer(shown)]
+        lines = [line.strip() for line in shown.splitlines() if line.strip()]
+        formula = told[-1] if told else lines[0].removesuffix(".") if len(lines) == 1 else ""
+        if formula and ("\\" in formula or not WORD.search(formula)):
+            return self._formula(formula)
+        found = self._library.parse(shown)
+        if found and _number_of(found) is not None and final_number(shown) is None:
+            return None
+        return found or (self._formula(formula) if 0 < len(formula) < MOST_NAME else None)
+
+    def read_gold(self, text: str) -> list[Any] | None:
+        """See `Answers.read_gold`. What has no dollar signs and no box is a formula as a whole."""
+        marked = after_mark(text)
+        shown = _plain(text if marked is None else marked).strip()
+        is_marked = "$" in shown or last_boxed(shown) is not None
+        return (self._library.parse(shown) or None) if is_marked else self._formula(shown)
+
+    def _formula(self, text: str) -> list[Any] | None:
+        return self._library.parse(f"${MIXED.sub(_as_fraction, text)}$") or None if text else None
 
     def is_same(self, gold: list[Any], answer: list[Any]) -> bool:
         """See `Answers.is_same`."""
-        return bool(self._library.verify(gold, answer))
+        bases = {_base_of(gold), _base_of(answer)} - {None}  # math-verify leaves the base away
+        return len(bases) < 2 and bool(self._library.verify(gold, answer)) and not _differ(gold, answer)
+
+
+def _plain(text: str) -> str:
+    """One spelling of the minus, no currency, and `1e5` written out, which math-verify takes for Euler's number."""
+    text = MINUS_DOLLAR.sub(r"-\1", THIN_SPACE.sub("", text.replace("\u2212", "-").replace("\\$", "")))
+    return SCIENTIFIC.sub(lambda found: format(Decimal(found[0]), "f"), text)
+
+
+def _as_fraction(found: re.Match[str]) -> str:
+    return rf"{found[1]}\frac{{{found[2]}}}{{{found[3]}}}"
+
+
+def _differ(gold: list[Any], answer: list[Any]) -> bool:
+    """Whether both are small numbers, and not equal: math-verify compares six decimals, to which 1/2004! and 1/2006! are both 0."""
+    numbers = [number for number in map(_number_of, (gold, answer)) if number is not None]
+    if len(numbers) < 2:
+        return False
+    one, other = (number.doit().evalf(30) for number in numbers)
+    size, difference = max(abs(one), abs(other)), abs(one - other)
+    has_decimals = any(number.atoms(type(one)) for number in numbers)
+    return bool(0 < size < SMALL and difference > (ROUNDED if has_decimals else EXACT) * size)
+
+
+def _base_of(read: list[Any]) -> str | None:
+    """The base of a number such as 52_8; None where none is written."""
+    written = re.fullmatch(r"\s*[0-9A-Z\s]+_\{?(\d+)\}?\s*", next((found for found in read if isinstance(found, str)), ""))
+    return written[1] if written else None
+
+
+def _number_of(read: list[Any]) -> Any | None:
+    """The first of what math-verify read that is a number."""
+    return next((found for found in read if getattr(found, "is_number", False) is True), None)
 
 
 def classes_of(texts: Sequence[str], answers: Answers) -> list[int | None]:

@@ -16,6 +16,7 @@ import numpy as np
 from megatron_ledom.direction import to_model_order, to_text_order
 from megatron_ledom.errors import UsageError
 from megatron_ledom.inference.language_model import LanguageModel
+from megatron_ledom.inference.not_finite import naming_text
 from megatron_ledom.inference.scoring import Span, SpanScore, score_spans
 
 
@@ -38,7 +39,8 @@ def document_losses(model: LanguageModel, documents: Sequence[list[int]], *, con
         windows([*leading, *to_model_order(list(ids), model.direction), model.stop_ids[0]], len(leading), context)
         for ids in documents
     ]
-    values = iter(score_spans(model.model, [span for spans in cut for span in spans], batch_size))
+    with naming_text(model.tokenizer, model.direction):
+        values = iter(score_spans(model.model, [span for spans in cut for span in spans], batch_size))
     scores = []
     for ids, spans in zip(documents, cut, strict=True):
         logprobs = [value for _ in spans for value in next(values)]

@@ -108,6 +108,12 @@ class Engine(Protocol):
         a reverse one. Both parts are tokenised as one text; a token that reaches over the boundary belongs to `following`.
         An empty given part stands for the start of a document. include_end adds log P(eod) at the scored part's far end."""
 
+    def score_fault(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
+        """Return why `score` would refuse a pair as too long for the model, None where it fits. Costs no pass."""
+
+    def growth_fault(self, text: str, num_new_tokens: int) -> str | None:
+        """Return why the model has no room for a text and `num_new_tokens` beside it, None where it has. Costs no pass."""
+
     def expand(self, paths: Sequence[Path], num: int, delimiter: StepDelimiter, sampling: Sampling) -> list[list[Path]]:
         """`num` continuations of each path by one step, which ends at the delimiter, at eod or at `max_new_tokens` of the
         whole answer."""

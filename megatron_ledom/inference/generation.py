@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from megatron_ledom.direction import Direction, to_text_order
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.joint import JointTokenizer, OpenText, Speller
+from megatron_ledom.inference.not_finite import naming_text, not_finite
 from megatron_ledom.inference.scoring import check_batch_size
 
 
@@ -82,12 +83,21 @@ class Sampling:
 class _SpellThenWrite(LogitsProcessor):  # type: ignore[misc]
     """Holds each row to the bytes it still has to spell, and all rows to ids that the tokenizer knows."""
 
-    def __init__(self, speller: Speller, loose_by_row: list[bytes], num_prompt: int, writable_ids: torch.Tensor) -> None:
+    def __init__(
+        self, model: Any, speller: Speller, loose_by_row: list[bytes], num_prompt: int, writable_ids: torch.Tensor
+    ) -> None:
         self._speller, self._loose, self._num_prompt = speller, list(loose_by_row), num_prompt
-        self._writable_ids = writable_ids
+        self._model, self._writable_ids = model, writable_ids
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """input_ids [B, S] so far, scores [B, V] of the next token; what may not be written becomes -inf."""
+        """input_ids [B, S] so far, scores [B, V] of the next token; what may not be written becomes -inf.
+
+        Raises NotFiniteError for logits of NaN or +inf: nothing can be chosen by them.
+        """
+        is_finite_B = torch.isfinite(scores.amax(dim=-1))
+        if not bool(is_finite_B.all()):
+            row = int((~is_finite_B).nonzero()[0])
+            raise not_finite(self._model, input_ids[row].tolist())
         masked = torch.full_like(scores, -torch.inf)
         masked[:, self._writable_ids] = scores[:, self._writable_ids]
         for row, loose in enumerate(self._loose):
@@ -220,18 +230,19 @@ class Writer:
             **chosen,
         )
         hold = self.spell_processor([row.loose for row in opened], longest)
-        output = self._model.generate(
-            input_ids=input_ids.to(self._model.device),
-            attention_mask=attention_mask.to(self._model.device),
-            generation_config=config,
-            logits_processor=LogitsProcessorList([hold]),
-            stopping_criteria=StoppingCriteriaList([_Watch(look, longest)] if look else []),
-        )
+        with naming_text(self._tokenizer, self._direction):
+            output = self._model.generate(
+                input_ids=input_ids.to(self._model.device),
+                attention_mask=attention_mask.to(self._model.device),
+                generation_config=config,
+                logits_processor=LogitsProcessorList([hold]),
+                stopping_criteria=StoppingCriteriaList([_Watch(look, longest)] if look else []),
+            )
         return [list(row) for row in output[:, longest:].tolist()]
 
     def spell_processor(self, loose_by_row: list[bytes], num_prompt: int) -> LogitsProcessor:
         """What holds rows whose first `num_prompt` positions are given to the bytes they still have to spell."""
-        return _SpellThenWrite(self._speller, loose_by_row, num_prompt, self._writable_ids)
+        return _SpellThenWrite(self._model, self._speller, loose_by_row, num_prompt, self._writable_ids)
 
     def counts_as_new(self, tokens: list[int], loose: bytes) -> bool:
         """Whether the last of `tokens` (model order) is more than a part of `loose`."""

@@ -19,6 +19,10 @@ from tokenizers import Tokenizer
 
 from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.tokenizers.added_tokens import name_of
+from megatron_ledom.tokenizers.end_token import json_with_special
+from megatron_ledom.tokenizers.reader import TokenizerFiles, read_tokenizer
+from megatron_ledom.tokenizers.sentencepiece_bpe import is_dummy_prefix
 
 NEIGHBOURS = (" ", "a", "e", "s", "\n")  # samples of what may stand at an open end; ids that all of them leave alone are fixed
 WORD_MARK = "▁"  # SentencePiece's visible space
@@ -57,18 +61,18 @@ class JointTokenizer:
 
     @classmethod
     def from_pretrained(cls, folder: Path, *, specials_are_text: bool = True) -> "JointTokenizer":
-        """Load `tokenizer.json` as it is; other formats through transformers, which converts them."""
-        if (folder / "tokenizer.json").is_file():
-            return cls(Tokenizer.from_file(str(folder / "tokenizer.json")), specials_are_text=specials_are_text)
-        from transformers import AutoTokenizer
+        """Load the tokenizer of a folder as every command does; see `tokenizers.reader`."""
+        return cls.of_files(read_tokenizer(str(folder)), specials_are_text=specials_are_text)
 
+    @classmethod
+    def of_files(cls, files: TokenizerFiles, *, specials_are_text: bool = True) -> "JointTokenizer":
+        """Take a tokenizer that was read already."""
+        stored = _with_eos_as_text(files) if specials_are_text else files.as_stock_reads()
         try:
-            loaded = AutoTokenizer.from_pretrained(folder)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{folder} has no tokenizer that can be read: {error}; put its tokenizer.json there") from error
-        if not getattr(loaded, "is_fast", False):
-            raise DataError(f"the tokenizer of {folder} is a slow one, without offsets; put a tokenizer.json there")
-        return cls(loaded.backend_tokenizer, specials_are_text=specials_are_text)
+            backend = Tokenizer.from_str(json.dumps(stored))
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"{files.path} is not a tokenizer of the tokenizers library ({error})") from error
+        return cls(backend, specials_are_text=specials_are_text)
 
     @property
     def content(self) -> str:
@@ -184,6 +188,11 @@ def _leading_ids(backend: Tokenizer) -> list[int]:
     return list(with_template[: next(starts, 0)])
 
 
+def _with_eos_as_text(files: TokenizerFiles) -> dict[str, Any]:
+    eos = name_of(files.config.get("eos_token"))
+    return (eos and json_with_special(files.stored, eos)) or files.stored
+
+
 def _plain_copy(state: dict[str, Any]) -> Tokenizer:
     """A tokenizer without template, padding, truncation and trimmed offsets."""
     return Tokenizer.from_str(json.dumps({**state, "post_processor": None, "padding": None, "truncation": None}))
@@ -202,7 +211,7 @@ def _parts(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 def _without_dummy_prefix(state: dict[str, Any]) -> dict[str, Any]:
     """The same tokenizer for the middle of a text: nothing is put before what is encoded."""
-    normalizers = [step for step in _parts(state["normalizer"]) if step["type"] != "Prepend"]
+    normalizers = [step for step in _parts(state["normalizer"]) if not is_dummy_prefix(step)]
     for step in _parts(state["pre_tokenizer"]):
         if step["type"] == "Metaspace":
             step["prepend_scheme"] = "never"

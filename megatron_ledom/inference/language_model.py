@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -17,11 +18,21 @@ from megatron_ledom.direction import Direction, to_model_order, to_text_order
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference.generation import Writer
 from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.not_finite import naming_text
 from megatron_ledom.inference.scoring import Span, SpanScore, Spent, distinct_spans, score_spans
-from megatron_ledom.provenance import vocabulary_hash
+from megatron_ledom.tokenizers.reader import TokenizerFiles, read_tokenizer
+
+logger = logging.getLogger(__name__)
 
 END_NAMES = ("eod", "endoftext")
 """Tokens named so are meant to end a document."""
+SAY_EOD = (
+    "eod_id=ID in Python and in --model_args, --eod-id ID, with tools/rerank.py and tools/report_rerank.py --reverse-eod-id ID"
+)
+SAY_REVERSE = (
+    "say direction='reverse' (in Python; --direction reverse; direction=reverse in --model_args; with tools/rerank.py and"
+    " tools/report_rerank.py --reverse-eod-id ID, which says both)"
+)
 
 
 class LanguageModel:
@@ -59,7 +70,9 @@ class LanguageModel:
         chosen = dtype or (torch.float32 if device.type == "cpu" else "auto")
         try:
             with _bar_on_terminals_only():
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=chosen, use_safetensors=True, local_files_only=True)
+                model = AutoModelForCausalLM.from_pretrained(
+                    folder, dtype=chosen, use_safetensors=True, local_files_only=True, trust_remote_code=False
+                )
         except (OSError, ValueError) as error:
             raise DataError(f"{folder} does not load as a model of safetensors files: {error}") from error
         model = model.to(device).eval()
@@ -77,7 +90,7 @@ class LanguageModel:
         if recorded is None and passed is None and cls.direction is Direction.REVERSE:
             raise MismatchError(
                 f"{folder}/config.json records no direction, and a stock model reads forward; expected 'reverse': pass a folder"
-                f" that tools/convert_checkpoint.py wrote, or direction='reverse' if you know that it is one"
+                f" that tools/convert_checkpoint.py wrote, or {SAY_REVERSE} if you know that it is one"
             )
         if recorded is not None and recorded != mine:
             raise MismatchError(
@@ -95,20 +108,54 @@ class LanguageModel:
         """
         start = time.monotonic()
         spans = [self._span(pair, with_eod) for pair in pairs]
-        values = score_spans(self.model, spans, batch_size)
+        with naming_text(self.tokenizer, self.direction):
+            values = score_spans(self.model, spans, batch_size)
         scores = [span_score(span, row, self.direction, with_eod) for span, row in zip(spans, values, strict=True)]
         if spent is not None:
             spent.tokens += sum(len(s.tokens) for s in distinct_spans(spans).values() if len(s.tokens) > s.num_context)
             spent.seconds += time.monotonic() - start
         return scores
 
-    def _span(self, pair: tuple[str, str], with_eod: bool) -> Span:
+    def score_fault(self, pair: tuple[str, str], with_eod: bool) -> str | None:
+        """Return why `span_scores` would refuse a pair as too long, None where it fits."""
+        return too_long(len(self._tokens(pair, with_eod)[0]), self.num_positions, self.direction)
+
+    def growth_fault(self, text: str, num_new_tokens: int) -> str | None:
+        """Return why the model has no room for a text and `num_new_tokens` beside it, None where it has."""
+        opened = self.tokenizer.open_text(text, self.direction)
+        num_given = len(self.leading_ids) + len(opened.tokens) + len(opened.loose)
+        return no_room(num_given, num_new_tokens, self.num_positions, self.direction)
+
+    @property
+    def num_positions(self) -> int | None:
+        """The longest sequence, in tokens; None where the model has no limit."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    def _tokens(self, pair: tuple[str, str], with_eod: bool) -> tuple[list[int], int]:
         tokens, num_given = span_tokens(self.tokenizer, self.direction, pair, self.leading_ids, self.stop_ids)
-        tokens += self.stop_ids[:1] if with_eod else []
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit and len(tokens) > limit:
-            raise DataError(f"a text of {len(tokens)} tokens exceeds the {limit} positions of the model; shorten it")
+        return [*tokens, *(self.stop_ids[:1] if with_eod else [])], num_given
+
+    def _span(self, pair: tuple[str, str], with_eod: bool) -> Span:
+        tokens, num_given = self._tokens(pair, with_eod)
+        if fault := too_long(len(tokens), self.num_positions, self.direction):
+            raise DataError(f"{fault}; shorten it")
         return Span(tokens, num_given)
+
+
+def too_long(num_tokens: int, num_positions: int | None, direction: Direction) -> str | None:
+    """Return why a text of `num_tokens` cannot be scored, None where it fits."""
+    if not num_positions or num_tokens <= num_positions:
+        return None
+    return f"a text of {num_tokens} tokens exceeds the {num_positions} positions of the {direction} model"
+
+
+def no_room(num_given: int, num_new: int, num_positions: int | None, direction: Direction) -> str | None:
+    """Return why `num_new` tokens cannot be written beside `num_given`, None where they fit."""
+    if not num_positions or num_given + num_new <= num_positions:
+        return None
+    return (
+        f"{num_given} tokens of text and max_new_tokens={num_new} exceed the {num_positions} positions of the {direction} model"
+    )
 
 
 def span_tokens(
@@ -174,9 +221,10 @@ def load_tokenizer(
     direction: that of the model, for a folder which records none; eod_id: see `LanguageModel.from_pretrained`.
     """
     config = read_model_config(folder)
-    _check_tokenizer(folder, config.get("tokenizer_sha256"))
+    files = read_tokenizer(str(folder))
+    _check_tokenizer(folder, files, config.get("tokenizer_sha256"))
     trained_here, is_reverse = config.get("direction") is not None, direction is Direction.REVERSE
-    tokenizer = JointTokenizer.from_pretrained(folder, specials_are_text=trained_here or is_reverse)
+    tokenizer = JointTokenizer.of_files(files, specials_are_text=trained_here or is_reverse)
     stop_ids = _stop_ids(folder, config)
     if is_reverse and not trained_here:
         stop_ids = [_eod_of_foreign_folder(folder, tokenizer, stop_ids, eod_id)]
@@ -225,21 +273,22 @@ def _eod_of_foreign_folder(folder: Path, tokenizer: JointTokenizer, stop_ids: li
         names = ", ".join(f"{token} = {id_}" for token, id_ in sorted(doubtful.items()))
         raise MismatchError(
             f"{folder} names {stop_ids} as its eos, but its tokenizer has {names}, too: with the wrong one, generation never stops;"
-            " pass the one that documents were closed with in training as eod_id="
+            f" pass the one that documents were closed with in training ({SAY_EOD})"
+        )
+    if eod_id is None:
+        logger.warning(
+            "%s does not say which id its documents were closed with; its eos %d is taken. Name another with %s",
+            *(folder, stop_ids[0], SAY_EOD),
         )
     return stop_ids[0] if eod_id is None else eod_id
 
 
-def _check_tokenizer(folder: Path, recorded: str | None) -> None:
+def _check_tokenizer(folder: Path, files: TokenizerFiles, recorded: str | None) -> None:
     """Refuse an export whose tokenizer is not the one it was trained with."""
-    file = folder / "tokenizer.json"
-    if recorded is None or not file.is_file():
-        return
-    found = vocabulary_hash(file.read_bytes())
-    if found != recorded:
+    if recorded is not None and files.sha256 != recorded:
         raise MismatchError(
-            f"{file} has hash {found[:12]}, the model in {folder} was trained with {recorded[:12]}: its ids would mean other"
-            " texts; put back the tokenizer that the export came with"
+            f"the tokenizer of {folder} has hash {files.sha256[:12]}, the model was trained with {recorded[:12]}: its ids would"
+            " mean other texts; put back the tokenizer files that the export came with"
         )
 
 

@@ -12,7 +12,14 @@ from megatron_ledom.inference.engine import Path as AnswerPath
 from megatron_ledom.inference.engine import StepDelimiter, check_no_stop_strings
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.joint import JointTokenizer
-from megatron_ledom.inference.language_model import load_tokenizer, read_model_config, span_score, span_tokens
+from megatron_ledom.inference.language_model import (
+    load_tokenizer,
+    no_room,
+    read_model_config,
+    span_score,
+    span_tokens,
+    too_long,
+)
 from megatron_ledom.inference.scoring import Span, SpanScore, Spent, distinct_spans
 
 
@@ -24,21 +31,32 @@ class RemoteText:
     direction: Direction
     stop_ids: list[int]
     leading_ids: list[int]
+    num_positions: int | None = None
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, direction: Direction) -> Self:
         """Of the folder that the engine serves; MismatchError where it records another direction."""
         folder = Path(folder)
-        recorded = read_model_config(folder).get("direction")
+        config = read_model_config(folder)
+        recorded, num_positions = config.get("direction"), config.get("max_position_embeddings")
         if recorded not in (None, str(direction)) or (recorded is None and direction is Direction.REVERSE):
             raise MismatchError(f"{folder}/config.json records the direction {recorded!r}, asked for was {str(direction)!r}")
         tokenizer, stop_ids = load_tokenizer(folder)
-        return cls(tokenizer, direction, stop_ids, [] if recorded else tokenizer.leading_ids)
+        return cls(tokenizer, direction, stop_ids, [] if recorded else tokenizer.leading_ids, num_positions)
 
     def span(self, pair: tuple[str, str], include_end: bool) -> Span:
         """The ids of a (preceding, following) and how many of them are given."""
         tokens, num_given = span_tokens(self.tokenizer, self.direction, pair, self.leading_ids, self.stop_ids)
         return Span([*tokens, *(self.stop_ids[:1] if include_end else [])], num_given)
+
+    def score_fault(self, pair: tuple[str, str], include_end: bool) -> str | None:
+        """See `Engine.score_fault`."""
+        return too_long(len(self.span(pair, include_end).tokens), self.num_positions, self.direction)
+
+    def growth_fault(self, text: str, num_new_tokens: int) -> str | None:
+        """See `Engine.growth_fault`."""
+        num_given = len(self.leading_ids) + len(self.tokenizer.encode(text))
+        return no_room(num_given, num_new_tokens, self.num_positions, self.direction)
 
     def prompt_ids(self, path: AnswerPath) -> list[int]:
         """What a forward engine goes on from: the prompt and the answer so far, encoded as one text."""
@@ -97,6 +115,14 @@ class RemoteEngine(ABC):
         values = dict(zip(distinct, self._logprobs(list(distinct.values())), strict=True))
         ordered = [values[tuple(span.tokens), span.num_context] for span in spans]
         return [span_score(span, row, self.direction, include_end) for span, row in zip(spans, ordered, strict=True)]
+
+    def score_fault(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
+        """See `Engine.score_fault`."""
+        return self._text.score_fault(pair, include_end)
+
+    def growth_fault(self, text: str, num_new_tokens: int) -> str | None:
+        """See `Engine.growth_fault`."""
+        return self._text.growth_fault(text, num_new_tokens)
 
     def sample(self, roots: Sequence[AnswerPath], sampling: Sampling) -> list[list[AnswerPath]]:
         """See `Engine.sample`."""

@@ -8,6 +8,7 @@ from typing import Any
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.reverse_reward import RewardSettings
+from megatron_ledom.storage.locks import output_folder_lock
 
 Options = dict[str, Any]
 
@@ -17,14 +18,15 @@ def report_command(options: Options) -> None:
     for path in [*options["files"], *([options["beam"]] if options["beam"] else [])]:
         if not os.path.isfile(path):
             raise UsageError(f"{path} is no file; pass outputs of tools/rerank.py")
-    if options["explain"] is None:
-        _compare(options)
-    else:
-        _explain(options)
+    with output_folder_lock(options["output"]):
+        if options["explain"] is None:
+            _compare(options)
+        else:
+            _explain(options)
 
 
 def _compare(options: Options) -> None:
-    from megatron_ledom.inference.selection_report import ReportSettings, report_selection, sentences
+    from megatron_ledom.inference.selection_report import ReportSettings, report_selection, sentences, verdict
 
     if options["gold_key"] is None:
         raise UsageError("a comparison needs --gold-key, the field with the right answer")
@@ -34,8 +36,10 @@ def _compare(options: Options) -> None:
         reward=recorded_reward(options["files"]),
         num_folds=options["folds"],
         seed=options["seed"],
+        ranked_at=tuple(recorded_weight(path) for path in options["files"]),
     )
     report = report_selection(options["files"], options["output"], settings, beam=options["beam"])
+    print(verdict(report))
     for name, found in report["methods"].items():
         print(f"{name:<28}{100 * found['accuracy']:6.1f} %")
     print(*report["notes"], *sentences(report), os.path.join(options["output"], "report.html"), sep="\n")
@@ -44,8 +48,8 @@ def _compare(options: Options) -> None:
 def _explain(options: Options) -> None:
     from megatron_ledom.inference.engine import StepDelimiter
     from megatron_ledom.inference.explain import as_html, as_terminal, explain
+    from megatron_ledom.inference.reranked_file import ranked_candidates, read_reranked
     from megatron_ledom.inference.reverse_lm import ReverseLM
-    from megatron_ledom.inference.selection import read_reranked
     from megatron_ledom.inference.transformers_engine import TransformersEngine
 
     if options["reverse"] is None:
@@ -54,10 +58,7 @@ def _explain(options: Options) -> None:
     if not 1 <= options["explain"] <= len(records):
         raise UsageError(f"{options['files'][0]} has lines 1 to {len(records)}, asked for was {options['explain']}")
     record = records[options["explain"] - 1]
-    if "ranking" not in record:
-        raise DataError(f"{options['files'][0]}:{options['explain']} has no ranking; pass an output of tools/rerank.py")
-    texts = [c["text"] if isinstance(c, dict) else c for c in record["candidates"]]
-    rewards = [score["reward"] for score in record["scores"]]
+    texts, rewards = ranked_candidates(record, f"{options['files'][0]}:{options['explain']}")
     eod_id = options["reverse_eod_id"]  # a folder for which it is given records no direction either
     direction = None if eod_id is None else str(Direction.REVERSE)
     engine = TransformersEngine(ReverseLM.from_pretrained(options["reverse"], direction=direction, eod_id=eod_id))
@@ -76,8 +77,30 @@ def recorded_reward(files: list[str]) -> RewardSettings:
     for path in files:
         beside = Path(f"{path}.spent.json")
         if beside.is_file():
-            found.append(json.loads(beside.read_text(encoding="utf-8"))["made_by"]["settings"]["reward"])
+            found.append(_reward_beside(beside))
     for settings in found[1:]:
         if {**settings, "weight": 0} != {**found[0], "weight": 0}:
             raise UsageError(f"the files were made with different rewards ({settings} and {found[0]}); compare like with like")
-    return RewardSettings(**found[0]) if found else RewardSettings()
+    try:
+        return RewardSettings(**found[0]) if found else RewardSettings()
+    except TypeError as error:
+        raise DataError(f"{files[0]}.spent.json: its reward is not that of this version ({error}); rerank again") from error
+
+
+def _reward_beside(path: Path) -> dict[str, Any]:
+    """The reward's settings in the notes of a reranking; DataError where there are none."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))["made_by"]["settings"]["reward"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{path}: has no made_by.settings.reward ({type(error).__name__}: {error}); rerank again, or remove it to take the defaults"
+        ) from error
+    if not isinstance(settings, dict):
+        raise DataError(f"{path}: made_by.settings.reward is {settings!r:.60}, expected an object; rerank again")
+    return settings
+
+
+def recorded_weight(file: str) -> float | None:
+    """Return the weight at which a file was ranked, None where no notes beside it tell."""
+    beside = Path(f"{file}.spent.json")
+    return float(_reward_beside(beside)["weight"]) if beside.is_file() else None

@@ -1,5 +1,7 @@
 """From the options of tools/rerank.py to settings, models and files."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,8 @@ from megatron_ledom.inference.engine import Engine, StepDelimiter
 from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.model_facts import folder_facts, surroundings
-from megatron_ledom.inference.rerank_file import RerankSettings, rerank_file
+from megatron_ledom.inference.rerank_file import rerank_file
+from megatron_ledom.inference.rerank_settings import RerankSettings
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.inference.scoring import check_batch_size
@@ -33,10 +36,6 @@ def rerank_command(options: Options) -> None:
     check_batch_size(options["batch_size"])
     folders = {side: folder_facts(Path(options[side])) for side in ("forward", "reverse")}
 
-    def engines() -> tuple[Engine, Engine]:
-        reverse = _engine(options, Direction.REVERSE)
-        return _engine(options, Direction.FORWARD), reverse
-
     for side in folders:
         if options[f"{side}_server"] is not None and options[f"{side}_engine"] != "transformers":
             raise UsageError(f"--{side}-server and --{side}-engine are two ways to run the {side} model; choose one")
@@ -50,14 +49,44 @@ def rerank_command(options: Options) -> None:
         "reverse_eod_id": options["reverse_eod_id"],
         "surroundings": surroundings(),
     }
-    rerank_file(engines, options["input"], options["output"], settings, made_by=made_by)
+    paths = (options["input"], options["output"])
+    rerank_file(lambda: _engines(options), *paths, settings, made_by=made_by, overwrite=options["overwrite"])
+    print(told(Path(options["output"])), file=sys.stderr)
+
+
+def told(output: Path) -> str:
+    """Return what was done for a complete output, in one sentence, from the notes beside it."""
+    notes = output.with_name(f"{output.name}.spent.json")
+    spent = json.loads(notes.read_text(encoding="utf-8"))
+    settings = spent["made_by"]["settings"]
+    skipped = [
+        f"{spent[name]:,} {what}"
+        for name, what in (("num_skipped", "candidates"), ("num_skipped_prompts", "prompts"))
+        if spent[name]
+    ]
+    return (
+        f"{output}: ranked at weight {settings['reward']['weight']:g} (0 forward only, 1 reverse only);"
+        f" lines: {spent['num_lines']:,}, candidates: {spent['num_candidates']:,}"
+        f"{', skipped as too long: ' if skipped else ''}{' and '.join(skipped)}, forward tokens: {spent['forward_tokens']:,.0f},"
+        f" reverse tokens: {spent['reverse_tokens']:,.0f}, seconds: {spent['seconds']:,.1f} ({notes.name})"
+    )
+
+
+def _engines(options: Options) -> tuple[Engine, Engine]:
+    """The forward and the reverse engine. Servers come first: what is wrong with them costs no loading of a model."""
+    order = (Direction.REVERSE, Direction.FORWARD)
+    servers_first = sorted(order, key=lambda direction: options[f"{direction}_server"] is None)
+    made = {direction: _engine(options, direction) for direction in servers_first}
+    return made[Direction.FORWARD], made[Direction.REVERSE]
 
 
 def _engine(options: Options, direction: Direction) -> Engine:
     """The model's folder in this process, by transformers or by vLLM, or the server that serves it."""
     folder, url, name = (options[f"{direction}{ending}"] for ending in ("", "_server", "_served_as"))
     if url is not None:
-        return CompletionsEngine(url, name or folder, folder, direction, batch_size=options["batch_size"])
+        return CompletionsEngine(
+            url, name or folder, folder, direction, batch_size=options["batch_size"], key_over_http=options["key_over_http"]
+        )
     with_vllm = [side for side in ("forward", "reverse") if options[f"{side}_engine"] == "vllm"]
     if direction in with_vllm:
         return VllmEngine(folder, direction, gpu_memory_utilization=VLLM_MEMORY / len(with_vllm))
@@ -96,6 +125,7 @@ def settings_from(options: Options) -> RerankSettings:
         beam=search,
         greedy=bool(options["greedy"]),
         token_values=options["token_values"],
+        too_long=options["too_long"],
         **window,
     )
 

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from megatron_ledom.errors import UsageError
+from megatron_ledom.errors import NotFiniteError, UsageError
+from megatron_ledom.inference.not_finite import not_finite
 
 MAX_KEPT_LOGITS = 2**28  # B * K * V of one batch: 1 GiB in float32
 SpanKey = tuple[tuple[int, ...], int]
@@ -46,6 +47,13 @@ class SpanScore:
     text_ids: list[int]
     token_logprobs: list[float]
     eod_logprob: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse NaN, whatever computed the values. -inf is a value: the log-probability of an impossible token."""
+        if math.isnan(self.logprob):
+            position = next((i for i, value in enumerate(self.token_logprobs) if math.isnan(value)), None)
+            token = "eod" if position is None else f"token {position} of the scored part, id {self.text_ids[position]},"
+            raise NotFiniteError(f"the log-probability of {token} is not a number (NaN), so this is no score")
 
     @property
     def logprob(self) -> float:
@@ -134,9 +142,27 @@ def _score_batch(model: Any, spans: list[Span], measure: Measure[Measured]) -> l
         input_ids[row, : len(span.tokens) - 1] = torch.tensor(span.tokens[:-1])
     input_ids = input_ids.to(model.device)
     logits_BKV = model(input_ids=input_ids, use_cache=False, logits_to_keep=longest - first).logits
+    _check_finite(model, spans, logits_BKV, first)
     measured = []
     for row, span in enumerate(spans):
         begin, end = span.num_context, len(span.tokens)
         tokens_K = torch.tensor(span.tokens[begin:], device=logits_BKV.device)
         measured.append(measure(logits_BKV[row, begin - 1 - first : end - 1 - first], tokens_K))
     return measured
+
+
+def _check_finite(model: Any, spans: list[Span], logits_BKV: torch.Tensor, first: int) -> None:
+    """Raise NotFiniteError for the first scored token whose logits hold NaN or +inf, or no finite value at all.
+
+    These survive the maximum over the vocabulary; -inf of single tokens, which makes them impossible, does not. `first`: the
+    position of the first kept logits. Values at the padding, which nobody reads, do not count.
+    """
+    is_finite_BK = torch.isfinite(logits_BKV.amax(dim=-1))
+    if bool(is_finite_BK.all()):
+        return
+    for row, span in enumerate(spans):
+        begin, end = span.num_context - 1 - first, len(span.tokens) - 1 - first
+        bad = (~is_finite_BK[row, begin:end]).nonzero()
+        if len(bad):
+            position = span.num_context + int(bad[0])
+            raise not_finite(model, span.tokens[:position], span.tokens[position])

@@ -17,6 +17,8 @@ from megatron_ledom.inference.reverse_reward import (
     Candidate,
     CandidateScore,
     RewardSettings,
+    best_text,
+    candidate_faults,
     rank,
     score_questions,
 )
@@ -65,11 +67,13 @@ class Found:
         rounds = [asdict(step) for step in self.steps]
         for step in rounds:
             del step["seconds"]
+        num_skipped = sum(score.skipped is not None for score in self.scores)
         return {
             "candidates": [answer.text for answer in self.answers],
             "scores": [score.as_fields(token_values=token_values) for score in self.scores],
             "ranking": self.ranking,
-            "best": self.answers[self.ranking[0]].text,
+            "best": best_text(self.answers, self.scores, self.ranking),
+            **({"num_skipped": num_skipped} if num_skipped else {}),
             "search": {
                 "steps": rounds,
                 "forward_tokens": sum(step.forward_tokens for step in self.steps),
@@ -106,7 +110,7 @@ def beam_search(
         num = beam.num_expansions
     meter = _Meter(forward, reverse)
     answers = [Candidate(path.text) for path in finished]
-    (scores,) = score_questions(forward, reverse, [(start.prompt, answers)], reward)
+    scores = _scores(forward, reverse, start.prompt, answers, reward)
     steps.append(meter.read(len(finished), 0, len(finished)))
     return Found(answers, scores, rank([score.reward for score in scores]), steps)
 
@@ -117,8 +121,16 @@ def _best(forward: Engine, reverse: Engine, paths: list[Path], width: int, rewar
         return paths[:width]
     partial = replace(reward, include_ends=False)  # an unfinished answer has no end yet
     candidates = [Candidate(path.text, path.forward_logprob, path.num_tokens) for path in paths]
-    (scores,) = score_questions(forward, reverse, [(paths[0].prompt, candidates)], partial)
+    scores = _scores(forward, reverse, paths[0].prompt, candidates, partial)
     return [paths[index] for index in sorted(rank([score.reward for score in scores])[:width])]
+
+
+def _scores(
+    forward: Engine, reverse: Engine, prompt: str, candidates: list[Candidate], reward: RewardSettings
+) -> list[CandidateScore]:
+    """The scores of what was written; what is too long for a model, as it tokenises it, gets none."""
+    faults = candidate_faults(forward, reverse, prompt, candidates, reward, is_written=True)
+    return score_questions(forward, reverse, [(prompt, candidates)], reward, [faults])[0]
 
 
 class _Meter:

@@ -3,7 +3,6 @@
 Shapes: C candidates of a question.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,8 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.answers import Answers, classes_of
-from megatron_ledom.inference.reverse_reward import CandidateScore, RewardSettings, reward_of
+from megatron_ledom.inference.answers import Answers, classes_of, read_golds
+from megatron_ledom.inference.reranked_file import Reranked, checked, read_reranked
+from megatron_ledom.inference.reverse_reward import RewardSettings, reward_of
+from megatron_ledom.inference.subsets import share_by_score, share_by_vote, share_with_any
 
 Values = npt.NDArray[np.float64]
 GRID = tuple(step / 20 for step in range(21))
@@ -37,7 +38,7 @@ WITH_REVERSE = ("reverse-weighted majority", "reverse only", "Reverse Reward")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question's candidates, in the order in which they were sampled.
+    """One question's candidates; their order says nothing.
 
     is_right [C]; classes [C]: equal numbers are the same answer, -1 none. forward, forward_mean, reverse [C]: log-likelihoods
     (the mean is a token's); rewards [lambdas of GRID, C]; all -inf where a candidate cannot be scored. greedy, beam: whether that
@@ -46,6 +47,7 @@ class Question:
     """
 
     prompt: str
+    gold: str
     is_right: npt.NDArray[np.bool_]
     classes: npt.NDArray[np.int64]
     forward: Values
@@ -59,35 +61,25 @@ class Question:
     num_by_words: int
 
     def outcome(self, method: str, num: int, weight: int) -> float | None:
-        """How right a method is with the first `num` candidates (0 to 1); `weight` is an index of GRID. None: not known."""
-        right = self.is_right[:num]
+        """How right a method is with `num` of the candidates (0 to 1), in the mean over all choices of so many, since candidates may
+        come in any order; equally good answers share. `weight` is an index of GRID. None: not known."""
         if method in ("greedy", "beam by Reverse Reward"):
             known = self.greedy if method == "greedy" else self.beam
             return None if known is None else float(known)
         if method == "random of N":
-            return float(right.mean())
+            return float(self.is_right.mean())
         if method == "oracle":
-            return float(right.any())
+            return share_with_any(self.is_right, num)
         if method in ("majority vote", "reverse-weighted majority"):
-            rewards = self.rewards[weight, :num]
-            weights = np.ones(num) if method == "majority vote" else np.exp(rewards - max(rewards.max(), -1e300))
-            return float(self._vote(weights, right))
+            log_weights = np.zeros(len(self.classes)) if method == "majority vote" else self.rewards[weight]
+            return share_by_vote(log_weights, self.classes, self.is_right, num)
         likelihoods = {
             "forward likelihood, sum": self.forward,
             "forward likelihood, mean": self.forward_mean,
             "reverse only": self.reverse,
             "Reverse Reward": self.rewards[weight],
         }
-        return float(right[int(np.argmax(likelihoods[method][:num]))])
-
-    def _vote(self, weights: Values, right: npt.NDArray[np.bool_]) -> bool:
-        """Whether the class with the most weight is right; of equal ones, the class that comes first. No answer has no vote."""
-        classes = self.classes[: len(weights)]
-        voted = [int(number) for number in dict.fromkeys(classes.tolist()) if number >= 0]
-        if not voted:
-            return False
-        winner = max(voted, key=lambda number: float(weights[classes == number].sum()))
-        return bool(right[classes == winner][0])
+        return share_by_score(likelihoods[method], self.is_right, num)
 
 
 def load_questions(
@@ -96,82 +88,63 @@ def load_questions(
     """The lines of a reranked file whose `gold_key` field holds the right answer (a text that ends with it, or the answer).
 
     beam: a file of searches for the same prompts, whose best answers are compared. Rewards are computed anew from the scores for
-    every lambda; DataError names a line that lacks something.
+    every lambda; DataError names a line and a field that lack something, and all right answers that cannot be read.
     """
-    records = read_reranked(path)
-    searches = [] if beam is None else read_reranked(beam)
-    if beam is not None and [r["prompt"] for r in searches] != [r["prompt"] for r in records]:
-        raise DataError(f"{beam} has other prompts than {path}; search for the same input")
-    questions = []
-    for number, record in enumerate(records, 1):
-        where = f"{path}:{number}"
-        if gold_key not in record:
-            raise DataError(f"{where}: has no field {gold_key!r} with the right answer; name the field that has it")
-        best = searches[number - 1]["best"] if searches else None
-        questions.append(_question(record, where, answers.read(str(record[gold_key])), answers, settings, best))
-    if len(questions) < 2:
+    lines = [checked(record, f"{path}:{number}", gold_key) for number, record in enumerate(read_reranked(path), 1)]
+    best = [None] * len(lines) if beam is None else _best_of_beam(beam, path, lines)
+    golds = read_golds(answers, [(line.where, line.gold) for line in lines])
+    if len(lines) < 2:
         raise DataError(
-            f"{path} holds {len(questions)} questions; a comparison needs at least 2, and means something from hundreds"
+            f"{path} holds {len(lines)} questions; a comparison needs at least 2, and means something from hundreds"
         )
-    return questions
+    return [_question(line, gold, answers, settings, one) for line, gold, one in zip(lines, golds, best, strict=True)]
 
 
-def read_reranked(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a reranked file, one a line; DataError names a line that is none.
-
-    A line ends at a newline byte only: inside a text, U+2028, U+2029 and U+0085 may stand as they are.
-    """
-    records = []
-    with Path(path).open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line.decode("utf-8"))
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not a line of JSON in UTF-8 ({error}); repair or remove the line") from error
-            if not isinstance(record, dict) or "scores" not in record:
-                raise DataError(f"{path}:{number}: has no scores; give an output of tools/rerank.py")
-            records.append(record)
-    return records
+def _best_of_beam(beam: str | Path, path: str | Path, lines: Sequence[Reranked]) -> list[str]:
+    searches = read_reranked(beam)
+    if [search.get("prompt") for search in searches] != [line.prompt for line in lines]:
+        raise DataError(f"{beam} has other prompts than {path}; search for the same input")
+    for number, search in enumerate(searches, 1):
+        if not isinstance(search.get("best"), str):
+            raise DataError(f"{beam}:{number}: best is no text; give an output of tools/rerank.py --beam")
+    return [search["best"] for search in searches]
 
 
-def _question(
-    record: dict[str, Any], where: str, gold: Any, answers: Answers, settings: RewardSettings, beam: str | None
-) -> Question:
-    if gold is None:
-        raise DataError(f"{where}: no answer can be read from the right answer; see the kinds of answers")
-
+def _question(line: Reranked, gold: Any, answers: Answers, settings: RewardSettings, beam: str | None) -> Question:
     def is_right(text: str) -> bool:
         found = answers.read(text)
         return found is not None and answers.is_same(gold, found)
 
-    texts = [c["text"] if isinstance(c, dict) else c for c in record["candidates"]]
-    names = ("forward_logprob", "reverse_logprob", "forward_tokens", "reverse_tokens", "reward")
-    scores = [
-        CandidateScore(**{name: s[name] for name in names}, language_model_logprob=s.get("language_model_logprob"))
-        for s in record["scores"]
-    ]
-    prompt = record["prompt"]
-    rewards = [
-        [
-            _or_worst(reward_of(score, prompt, text, replace(settings, weight=weight)))
-            for score, text in zip(scores, texts, strict=True)
+    prompt, texts, scores = line.prompt, line.texts, line.scores
+    try:
+        rewards = [
+            [
+                _or_worst(reward_of(score, prompt, text, replace(settings, weight=weight)))
+                for score, text in zip(scores, texts, strict=True)
+            ]
+            for weight in GRID
         ]
-        for weight in GRID
-    ]
+    except DataError as error:
+        raise DataError(f"{line.where}: {error}") from error
     told = [score.forward_tokens for score in scores]
     num_written = [len(text.split()) if num is None else num for num, text in zip(told, texts, strict=True)]
     return Question(
         prompt=prompt,
+        gold=line.gold,
         is_right=np.array([is_right(text) for text in texts]),
         classes=np.array([-1 if c is None else c for c in classes_of(texts, answers)]),
-        forward=np.array([score.forward_logprob for score in scores]),
-        forward_mean=np.array([score.forward_logprob / max(1, num) for score, num in zip(scores, num_written, strict=True)]),
+        forward=np.array([_or_worst(score.forward_logprob) for score in scores]),
+        forward_mean=np.array(
+            [_or_worst(score.forward_logprob) / max(1, num) for score, num in zip(scores, num_written, strict=True)]
+        ),
         reverse=np.array([_or_worst(score.reverse_logprob) for score in scores]),
         rewards=np.array(rewards),
-        greedy=is_right(record["greedy"]) if "greedy" in record else None,
+        greedy=None if line.greedy is None else is_right(line.greedy),
         beam=None if beam is None else is_right(beam),
         sample_tokens=float(np.mean(num_written)),
-        reverse_tokens=float(np.mean([num + score.reverse_tokens for num, score in zip(num_written, scores, strict=True)])),
+        reverse_tokens=float(
+            np.mean([num + (score.reverse_tokens or 0) for num, score in zip(num_written, scores, strict=True)])
+        ),
         num_by_words=told.count(None),
     )
 
@@ -196,7 +169,7 @@ def chosen_weights(questions: Sequence[Question], num: int, num_folds: int, seed
 
 
 def best_weight(questions: Sequence[Question], num: int) -> int:
-    """The index of GRID that is best for these questions with their first `num` candidates; of equal ones the middle."""
+    """The index of GRID that is best for these questions with `num` of their candidates; of equal ones the middle."""
     return _best_of(
         np.array([[question.outcome("Reverse Reward", num, w) for w in range(len(GRID))] for question in questions])
     )

@@ -13,6 +13,7 @@ from megatron_ledom import pages
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.answers import answers_by
 from megatron_ledom.inference.intervals import crossed_interval
+from megatron_ledom.inference.reranked_file import check_distinct, check_same_questions
 from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.inference.selection import (
     GRID,
@@ -24,6 +25,8 @@ from megatron_ledom.inference.selection import (
     chosen_weights,
     load_questions,
 )
+from megatron_ledom.inference.subsets import MOST_SUBSETS
+from megatron_ledom.inference.weight_note import weight_note
 
 MAIN = "Reverse Reward"
 LEVEL = 0.95
@@ -34,7 +37,8 @@ Seeds = Sequence[Sequence[Question]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportSettings:
-    """How a comparison is made. reward: its weight is not used, because lambda is chosen on held-out questions."""
+    """How a comparison is made. reward: its weight is not used, because lambda is chosen on held-out questions. ranked_at: the
+    weight of each file as it was ranked, None where nothing tells it; said beside the chosen lambda."""
 
     gold_key: str
     answers: str = "number"
@@ -42,6 +46,7 @@ class ReportSettings:
     num_folds: int = 5
     num_resamples: int = 10_000
     seed: int = 0
+    ranked_at: tuple[float | None, ...] = ()
 
 
 def report_selection(
@@ -52,16 +57,15 @@ def report_selection(
     The files must hold the same prompts in the same order; so must `beam`, the output of a beam search, if there is one.
     """
     answers = answers_by(settings.answers)
+    check_distinct(runs)
     seeds = [load_questions(path, settings.gold_key, answers, settings.reward, beam) for path in runs]
-    for path, questions in zip(runs, seeds, strict=True):
-        if [q.prompt for q in questions] != [q.prompt for q in seeds[0]]:
-            raise DataError(
-                f"{path} has other prompts than {runs[0]}; give files of the same input, one for each sampling seed"
-            )
+    check_same_questions(runs, [[(question.prompt, question.gold) for question in questions] for questions in seeds])
     report = compare(seeds, settings)
+    if any(weight is not None for weight in settings.ranked_at):
+        report["notes"].insert(0, weight_note(report, settings.ranked_at))
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    (output / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
     (output / "report.md").write_text(_markdown(report), encoding="utf-8")
     (output / "report.html").write_text(_html(report), encoding="utf-8")
     return report
@@ -100,10 +104,20 @@ def compare(seeds: Seeds, settings: ReportSettings, development: Seeds | None = 
 
 def _notes(seeds: Seeds, equal_tokens: list[Report]) -> list[str]:
     """What a reader must know of these files in particular, to take the figures for what they are."""
-    notes = []
-    by_words = sum(question.num_by_words for questions in seeds for question in questions)
+    every = [question for questions in seeds for question in questions]
+    sizes = sorted({len(question.is_right) for question in every})
+    notes = [] if len(sizes) == 1 else [_about_uneven(every, sizes)]
+    without = sum(question.greedy is None for question in every)
+    if 0 < without < len(every):
+        notes.append(f"Note: {without} of {len(every)} lines have no greedy answer, so greedy is left out of the comparison.")
+    total = sum(len(question.is_right) for question in every)
+    unjudged = sum(int(np.isneginf(question.reverse).sum()) for question in every)
+    if unjudged:
+        notes.append(
+            f"Note: {unjudged} of {total} candidates have no reverse score above -inf; by it they come last, in any order."
+        )
+    by_words = sum(question.num_by_words for question in every)
     if by_words:
-        total = sum(len(question.is_right) for questions in seeds for question in questions)
         notes.append(
             f"Note: {by_words} of {total} candidates have no forward_tokens. Their words are counted in place of tokens: 'forward"
             " likelihood, mean' divides by them, and they are the cost of writing at equal tokens."
@@ -117,10 +131,18 @@ def _notes(seeds: Seeds, equal_tokens: list[Report]) -> list[str]:
     return notes
 
 
+def _about_uneven(questions: Sequence[Question], sizes: list[int]) -> str:
+    more = sum(len(question.is_right) > sizes[0] for question in questions)
+    return (
+        f"Note: the questions have {sizes[0]} to {sizes[-1]} candidates. N is the smallest number, {sizes[0]}: of the {more} lines with more,"
+        f" every method is given {sizes[0]}, and its figure is the mean over all choices of them."
+    )
+
+
 def outcomes_of(
     method: str, seeds: Seeds, settings: ReportSettings, development: Seeds | None = None, num: int | None = None
 ) -> Values:
-    """How right one of METHODS is, [seeds, questions], with the first `num` candidates (None: all), for which lambda is chosen.
+    """How right one of METHODS is, [seeds, questions], with `num` candidates (None: all), for which lambda is chosen.
 
     DataError where some question does not know, UsageError where some has fewer candidates.
     """
@@ -135,7 +157,7 @@ def outcomes_of(
 
 
 def num_candidates(seeds: Seeds) -> int:
-    """How many candidates every question has."""
+    """How many candidates every question has at least."""
     return min(len(question.is_right) for questions in seeds for question in questions)
 
 
@@ -238,37 +260,65 @@ def _over_n(seeds: Seeds, names: list[str], num: int, settings: ReportSettings, 
     return curves
 
 
-def sentences(report: Report) -> list[str]:
-    """What the comparisons at equal N and then those at equal tokens say, one sentence each."""
-    candidates = {row["method"]: f" ({row['num_candidates']})" for row in report["equal_tokens"]}
-    return [
-        *(_sentence("At equal N", row, {}) for row in report["comparisons"]),
-        *(_sentence("At equal tokens", row, candidates) for row in report["comparisons_at_equal_tokens"]),
-    ]
-
-
-def _sentence(budget: str, row: Report, candidates: dict[str, str]) -> str:
-    """candidates: what to say behind a method's name of how many candidates it has."""
-    low, high = row["simultaneous_interval"]
-    side = "above" if row["difference"] > 0 else "below"
-    word = f"significantly {side}" if row["is_significant"] else "not significantly different from"
+def verdict(report: Report) -> str:
+    """In one line: how often Reverse Reward is right, and which methods it is significantly above and below."""
+    main = report["methods"][MAIN]["accuracy"]
+    spent = next(row for row in report["equal_tokens"] if row["method"] == MAIN)
     return (
-        f"{budget}, {MAIN}{candidates.get(MAIN, '')} is {word} {row['against']}{candidates.get(row['against'], '')}:"
-        f" {100 * row['difference']:+.1f} points (simultaneous interval {100 * low:+.1f} to {100 * high:+.1f})."
+        f"{MAIN} is right in {100 * main:.1f} % with {report['num_candidates']} candidate(s): {_sides(report['comparisons'])}."
+        f" At equal tokens, {100 * spent['accuracy']:.1f} % with {spent['num_candidates']}:"
+        f" {_sides(report['comparisons_at_equal_tokens'])}."
     )
 
 
-def _tables(report: Report) -> tuple[list[list[str]], list[list[str]]]:
-    """The methods, and what the same tokens buy, as rows of texts."""
-    rows = [["method", "accuracy", "95 % interval", "each seed", "how it chooses"]]
+def _sides(rows: list[Report]) -> str:
+    above, below = (
+        [row["against"] for row in rows if row["is_significant"] and sign * row["difference"] > 0] for sign in (1, -1)
+    )
+    told = [f"significantly {side} {'; '.join(names)}" for side, names in (("above", above), ("below", below)) if names]
+    return ", and ".join(told) if told else f"no significant difference from any of {len(rows)} other methods"
+
+
+def sentences(report: Report) -> list[str]:
+    """What the comparisons at equal N and then those at equal tokens say: a sentence for each significant one, one for the others."""
+    candidates = {row["method"]: f" ({row['num_candidates']})" for row in report["equal_tokens"]}
+    return [
+        *_told("At equal N", report["comparisons"], {}),
+        *_told("At equal tokens", report["comparisons_at_equal_tokens"], candidates),
+    ]
+
+
+def _told(budget: str, rows: list[Report], candidates: dict[str, str]) -> list[str]:
+    """candidates: what to say behind a method's name of how many candidates it has."""
+    start = f"{budget}, {MAIN}{candidates.get(MAIN, '')} is"
+    told, others = [], []
+    for row in rows:
+        low, high = row["simultaneous_interval"]
+        found = (
+            f"{row['against']}{candidates.get(row['against'], '')}: {100 * row['difference']:+.1f} points"
+            f" (simultaneous interval {100 * low:+.1f} to {100 * high:+.1f})"
+        )
+        if row["is_significant"]:
+            told.append(f"{start} significantly {'above' if row['difference'] > 0 else 'below'} {found}.")
+        else:
+            others.append(found)
+    return told + ([f"{start} not significantly different from {'; '.join(others)}."] if others else [])
+
+
+def _tables(report: Report) -> list[tuple[str, list[list[str]]]]:
+    """The methods, and what the same tokens buy: a caption, and rows of texts."""
+    rows = [["method", "how it chooses", "accuracy", "95 % interval", "each seed"]]
     for name, found in report["methods"].items():
         low, high = found["interval"]
         seeds = " ".join(f"{100 * value:.1f}" for value in found["by_seed"])
-        rows.append([name, f"{100 * found['accuracy']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", seeds, METHODS[name]])
-    equal = [["method at equal tokens", "candidates", "tokens a question", "accuracy"]]
+        rows.append([name, METHODS[name], f"{100 * found['accuracy']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", seeds])
+    equal = [["method", "candidates", "tokens a question", "accuracy"]]
     for row in report["equal_tokens"]:
         equal.append([row["method"], str(row["num_candidates"]), f"{row['tokens']:.0f}", f"{100 * row['accuracy']:.1f}"])
-    return rows, equal
+    return [
+        (f"Right answers in % at equal N: every method has {report['num_candidates']} candidates", rows),
+        (f"Right answers in % at equal tokens: what the tokens of writing {report['num_candidates']} candidates buy", equal),
+    ]
 
 
 def _about(report: Report) -> str:
@@ -280,6 +330,8 @@ def _about(report: Report) -> str:
         f" answers compared by {report['answers']}. lambda is chosen on {where} (chosen, by seed: {lambdas})."
         f" Intervals: {_about_intervals(report['num_seeds'])}; simultaneous over the comparisons at equal N, and over those at equal"
         " tokens."
+        " With fewer candidates than there are, figures are means over all choices of so many (of votes, over at most"
+        f" {MOST_SUBSETS} drawn ones), because candidates may come in any order; ties share."
         " In sentences on equal tokens the number of candidates stands in brackets."
     )
 
@@ -292,21 +344,25 @@ def _about_intervals(num_seeds: int) -> str:
 
 
 def _markdown(report: Report) -> str:
-    parts = ["# Choosing answers by Reverse Reward", _about(report), *report["notes"]]
-    parts += map(pages.markdown_table, _tables(report))
-    parts.append("\n".join(f"- {sentence}" for sentence in sentences(report)))
+    parts = ["# Choosing answers by Reverse Reward", f"**{verdict(report)}**", *report["notes"]]
+    for caption, rows in _tables(report):
+        parts += [f"{caption}:", pages.markdown_table(rows)]
+    parts += ["\n".join(f"- {sentence}" for sentence in sentences(report)), _about(report)]
     return "\n\n".join(parts) + "\n"
 
 
 def _html(report: Report) -> str:
     told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences(report))
-    methods, equal = (pages.table(rows) for rows in _tables(report))
+    tables = [pages.table(rows, caption) for caption, rows in _tables(report)]
     figures = [
         pages.figure("accuracy over N", {theme: draw_over_n(report, theme) for theme in pages.THEMES}),
         pages.figure("accuracy over lambda", {theme: draw_over_lambda(report, theme) for theme in pages.THEMES}),
     ]
-    about = [f"<p>{html.escape(text)}</p>" for text in (_about(report), *report["notes"])]
-    body = [*about, methods, equal, f"<ul>{told}</ul>", *figures]
+    first = [
+        f"<p><strong>{html.escape(verdict(report))}</strong></p>",
+        *(f"<p>{html.escape(text)}</p>" for text in report["notes"]),
+    ]
+    body = [*first, *tables, f"<ul>{told}</ul>", *figures, f"<p>{html.escape(_about(report))}</p>"]
     return pages.page("Choosing answers by Reverse Reward", body)
 
 
@@ -316,8 +372,12 @@ def draw_over_n(report: Report, theme: str) -> bytes:
     def _fill(axes: Any) -> None:
         for (name, points), colour in zip(report["over_n"].items(), pages.COLOURS[theme] * 2, strict=False):
             axes.plot([n for n, _ in points], [100 * y for _, y in points], label=name, color=colour, marker="o", ms=3, lw=1.4)
+        sizes = [n for n, _ in next(iter(report["over_n"].values()))]
         axes.set_xscale("log", base=2)
-        axes.set(xlabel="candidates N", ylabel="right answers (%)", title="Accuracy over N")
+        axes.set_xticks(sizes, labels=[str(size) for size in sizes])
+        axes.set(
+            xlabel="candidates N", ylabel="right answers (%)", title="Accuracy over N, mean over all choices of N candidates"
+        )
 
     return pages.draw_png(theme, (8.5, 4.8), _fill)
 

@@ -27,7 +27,8 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.engine import Path, StepDelimiter, check_no_stop_strings
 from megatron_ledom.inference.generation import Sampling, Writer
 from megatron_ledom.inference.joint import OpenText
-from megatron_ledom.inference.language_model import LanguageModel
+from megatron_ledom.inference.language_model import LanguageModel, no_room
+from megatron_ledom.inference.not_finite import naming_text
 from megatron_ledom.inference.scoring import SpanScore, Spent, check_batch_size
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
@@ -63,6 +64,14 @@ class TransformersEngine:
     def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
         """See `Engine.score`. Rows of similar length share a batch; equal pairs are computed once."""
         return self._lm.span_scores(list(pairs), include_end, self._batch_size, spent=self.spent)
+
+    def score_fault(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
+        """See `Engine.score_fault`."""
+        return self._lm.score_fault(pair, include_end)
+
+    def growth_fault(self, text: str, num_new_tokens: int) -> str | None:
+        """See `Engine.growth_fault`."""
+        return self._lm.growth_fault(text, num_new_tokens)
 
     def sample(self, roots: Sequence[Path], sampling: Sampling) -> list[list[Path]]:
         """See `Engine.sample`."""
@@ -120,13 +129,24 @@ class TransformersEngine:
         return {index: cache or [] for index, cache in caches.items()}
 
     def _write(self, paths: list[Path], caches: list[Cache], delimiter: StepDelimiter | None, sampling: Sampling) -> list[Path]:
-        """One step of each path, or all of it without a delimiter."""
+        """One step of each path, or all of it without a delimiter.
+
+        A batch is divided where it has no room although each of its rows has: the longest row and the one that has most to write
+        may be two.
+        """
         model, writer = self._lm.model, self._lm.writer
         tokens = [self._tokens(path) for path in paths]
         longest = max(map(len, tokens))
         loose = [path.state.opened.loose if not path.state.written else b"" for path in paths]
         limits = [sampling.max_new_tokens - path.num_tokens for path in paths]
-        writer.check_length(longest + max(map(len, loose)), max(limits))
+        num_given = longest + max(map(len, loose))
+        if len(paths) > 1 and no_room(num_given, max(limits), self._lm.num_positions, self.direction):
+            middle = len(paths) // 2
+            return [
+                *self._write(paths[:middle], caches[:middle], delimiter, sampling),
+                *self._write(paths[middle:], caches[middle:], delimiter, sampling),
+            ]
+        writer.check_length(num_given, max(limits))
         input_ids = torch.full((len(paths), longest), self._lm.stop_ids[0])
         attention_mask = torch.zeros_like(input_ids)
         for row, ids in enumerate(tokens):
@@ -134,21 +154,22 @@ class TransformersEngine:
             attention_mask[row, longest - len(ids) :] = 1
         choice = _Choice(writer, paths, loose, limits, sampling, longest)
         end = _EndOfStep(choice, delimiter)
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=attention_mask.to(model.device),
-            past_key_values=_padded_cache(caches, longest - 1),
-            generation_config=GenerationConfig(
-                max_new_tokens=max(limits) + max(map(len, loose)),
-                eos_token_id=self._lm.stop_ids,
-                pad_token_id=self._lm.stop_ids[0],
-                do_sample=False,
-                use_cache=True,
-                return_dict_in_generate=True,
-            ),
-            logits_processor=LogitsProcessorList([choice]),
-            stopping_criteria=StoppingCriteriaList([end]),
-        )
+        with naming_text(self._lm.tokenizer, self.direction):
+            output = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                past_key_values=_padded_cache(caches, longest - 1),
+                generation_config=GenerationConfig(
+                    max_new_tokens=max(limits) + max(map(len, loose)),
+                    eos_token_id=self._lm.stop_ids,
+                    pad_token_id=self._lm.stop_ids[0],
+                    do_sample=False,
+                    use_cache=True,
+                    return_dict_in_generate=True,
+                ),
+                logits_processor=LogitsProcessorList([choice]),
+                stopping_criteria=StoppingCriteriaList([end]),
+            )
         self.spent.tokens += sum(map(len, choice.new_ids))
         return [self._grown(path, choice, row, longest, delimiter, output.past_key_values) for row, path in enumerate(paths)]
 

@@ -26,7 +26,7 @@ class VllmEngine(RemoteEngine):
             raise UsageError("this engine needs vLLM: pip install vllm, in an environment that fits your GPUs") from error
         self._vllm = vllm
         super().__init__(RemoteText.from_pretrained(folder, direction))
-        self._llm = vllm.LLM(model=str(folder), skip_tokenizer_init=False, **options)
+        self._llm = vllm.LLM(model=str(folder), skip_tokenizer_init=False, trust_remote_code=False, **options)
 
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:
         """vLLM has to write one token behind each, which is thrown away."""

@@ -9,6 +9,7 @@ from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from megatron_ledom.config.schema import ParallelConfig
+from megatron_ledom.parallel.meeting import Meeting, StopSignal
 from megatron_ledom.platform.device import Platform
 from megatron_ledom.platform.launch import Launch, read_launch
 
@@ -35,13 +36,16 @@ class ParallelGroups:
         return self.pipeline.rank() == self.pipeline.size() - 1 and chunk == self.virtual_stages - 1
 
 
-def start_distributed(platform: Platform, parallel: ParallelConfig, launch: Launch | None = None) -> ParallelGroups:
+def start_distributed(
+    platform: Platform, parallel: ParallelConfig, launch: Launch | None = None, stop: StopSignal = lambda: None
+) -> ParallelGroups:
     """Join the process group of all launched ranks and lay out the tensor, pipeline, context and data groups.
 
-    launch: this rank's place; default: what the launcher's variables say.
+    launch: this rank's place; default: what the launcher's variables say. stop: the name of a signal that has come, asked while
+    ranks are missing. Raises StoppedWaiting after one, TransientError naming the ranks that did not come.
     """
     launch = launch or read_launch()
-    _join(platform, launch, timedelta(minutes=parallel.distributed_timeout_minutes))
+    _join(platform, launch, timedelta(minutes=parallel.distributed_timeout_minutes), stop)
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
         parallel.pipeline_model_parallel_size,
@@ -63,13 +67,12 @@ def start_distributed(platform: Platform, parallel: ParallelConfig, launch: Laun
     )
 
 
-def _join(platform: Platform, launch: Launch, timeout: timedelta) -> None:
+def _join(platform: Platform, launch: Launch, timeout: timedelta, stop: StopSignal) -> None:
     """Meet the other ranks."""
     alone = launch.init_method is None
     dist.init_process_group(
         platform.backend,
-        init_method=launch.init_method,
-        store=dist.HashStore() if alone else None,  # type: ignore[attr-defined]
+        store=dist.HashStore() if alone else Meeting(launch, timeout, stop).store(),  # type: ignore[attr-defined]
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timeout,

@@ -3,18 +3,21 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from megatron_ledom.config.derived import planned_world_size
 from megatron_ledom.config.load import load_config, save_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
 from megatron_ledom.planner.hardware import load_hardware
-from megatron_ledom.planner.plan import make_plan
+from megatron_ledom.planner.plan import Plan, make_plan
 from megatron_ledom.planner.search import Found, describe_found, search, table_of
 from megatron_ledom.planner.text import describe_plan
+from megatron_ledom.storage.files import write_file
+from megatron_ledom.storage.locks import output_folder_lock
 
 
-def plan_command(
+def plan_and_text(
     config: str,
     hardware: str,
     num_gpus: int | None,
@@ -22,8 +25,8 @@ def plan_command(
     save_config: str | None,
     output: str | None,
     overrides: Sequence[str],
-) -> str:
-    """The plan as text; files as asked. Raises ConfigError, which says what would do, when nothing works."""
+) -> tuple[str, Plan]:
+    """The plan, as text too; files as asked. Raises ConfigError, which says what would do, when nothing works."""
     machine = load_hardware(hardware)
     run = load_config(config, overrides)
     count = _devices(run, num_gpus)
@@ -39,10 +42,16 @@ def plan_command(
     if output is not None:
         from megatron_ledom.planner.pictures import write_pictures
 
-        text += f"\n{write_pictures(plan, output, text)}\n"
-        if found is not None:
-            Path(output, "layouts.tsv").write_text(table_of(found), encoding="utf-8")
-    return text
+        with output_folder_lock(output):
+            text += f"\n{write_pictures(plan, output, text)}\n"
+            if found is not None:
+                write_file(Path(output, "layouts.tsv"), table_of(found))
+    return text, plan
+
+
+def plan_command(*arguments: Any) -> str:
+    """The text of `plan_and_text`."""
+    return plan_and_text(*arguments)[0]
 
 
 def _devices(run: RunConfig, num_gpus: int | None) -> int:

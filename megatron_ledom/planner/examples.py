@@ -8,6 +8,8 @@ from megatron_ledom.planner.hardware import load_hardware
 from megatron_ledom.planner.memory import GIB
 from megatron_ledom.planner.plan import Plan, name_layout
 from megatron_ledom.planner.search import search
+from megatron_ledom.storage.files import write_file
+from megatron_ledom.storage.locks import output_file_lock
 
 CONFIG = Path(__file__).parents[2] / "examples/configs/ledom_7b.yaml"
 HARDWARE = ("a100-80", "h100-sxm")
@@ -42,10 +44,9 @@ def worked_examples() -> str:
 
 def write_between(file: str, mark: str, text: str) -> None:
     """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` of a document. Raises UsageError without them."""
-    before, _, after = marked(Path(file).read_text(encoding="utf-8"), mark, file)
-    part = Path(f"{file}.part")
-    part.write_text(f"{before}{text}{after}", encoding="utf-8")
-    part.replace(file)
+    with output_file_lock(file, "--write"):
+        before, _, after = marked(Path(file).read_text(encoding="utf-8"), mark, file)
+        write_file(file, f"{before}{text}{after}")
 
 
 def marked(document: str, mark: str, name: str) -> tuple[str, str, str]:

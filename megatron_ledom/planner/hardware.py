@@ -87,8 +87,9 @@ def load_hardware(name: str) -> Hardware:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
     if not path.is_file():
-        close = difflib.get_close_matches(name, known_hardware(), 1)
-        hint = f"did you mean {close[0]}?" if close else "or give the path of a YAML file"
+        close = [known for known in known_hardware() if known.startswith(name.lower())]
+        close = close or difflib.get_close_matches(name.lower(), known_hardware(), 1)
+        hint = f"did you mean {' or '.join(close)}?" if close and name else "or give the path of a YAML file"
         raise ConfigError(f"hardware {name} is not known; it can be {', '.join(known_hardware())}; {hint}")
     try:
         return _ADAPTER.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))

@@ -93,13 +93,13 @@ def _attention(model: Architecture, layout: Layout, counting: Counting) -> list[
     keys = _key_heads(model, layout) * model.head_dim
     heads = model.num_attention_heads // layout.tensor
     found: list[Saved] = []
-    if counting != "published":
+    if counting != "published" and model.layers != "fused":
         angles = layout.seq_length // layout.context * model.head_dim * e
         found += [Saved("cosines and sines of queries and keys", 4 * angles)]
     if counting == "cpu" and layout.context > 1:
         return found + _attention_over_ranks(model, layout)
     found += [Saved("queries", e * queries * tokens), Saved("keys", e * keys * tokens)]
-    if counting == "published":
+    if counting == "published" or model.layers == "fused":
         found += [Saved("values", e * keys * tokens)]
     else:  # values are a view of the whole product, which therefore stays
         width = queries + 2 * keys
@@ -139,10 +139,19 @@ def _feed_forward(model: Architecture, layout: Layout) -> list[Saved]:
     else:
         inner = [
             Saved("gate and up projection", 2 * e * width * tokens, "mlp"),
-            Saved("silu of the gate", e * width * tokens, "mlp"),
-            Saved("up projection with its offset", e * width * tokens, "mlp"),
+            *(_apart(e * width * tokens) if model.layers == "unfused" else []),
         ]
     return [*inner, Saved("input of the second mlp product", e * width * tokens, "mlp")]
+
+
+def _apart(num_bytes: int) -> list[Saved]:
+    """Copies that SwiGLU's single operators keep; one operator computes them again."""
+    return [Saved("silu of the gate", num_bytes, "mlp"), Saved("up projection with its offset", num_bytes, "mlp")]
+
+
+def counting_for(model: Architecture, layout: Layout, is_cpu: bool) -> Counting:
+    """How a device's tensors are counted: our fused layer keeps the same on a CPU as on a GPU, our context parallelism does not."""
+    return "cpu" if is_cpu and (model.layers != "fused" or layout.context > 1) else "cuda"
 
 
 def kept_of_layer(model: Architecture, layout: Layout, counting: Counting) -> int:

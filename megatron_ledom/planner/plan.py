@@ -7,7 +7,7 @@ from megatron_ledom.config.derived import total_tokens
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.model.arithmetic import count_parameters, flops_per_token, model_flops_utilisation
 from megatron_ledom.planner.hardware import Hardware
-from megatron_ledom.planner.memory import GIB, Counting, StageMemory, all_stages
+from megatron_ledom.planner.memory import GIB, StageMemory, all_stages, counting_for
 from megatron_ledom.planner.shapes import Architecture, Layout, architecture_of, layout_of
 from megatron_ledom.planner.step_time import Software, StepTime, step_time
 
@@ -84,12 +84,11 @@ def make_plan(config: RunConfig, world_size: int, hardware: Hardware, software: 
     """The plan of a configured run. Raises ConfigError when the run cannot work on `world_size` ranks."""
     check_config(config, world_size)
     model, layout = architecture_of(config.model), layout_of(config, world_size)
-    counting: Counting = "cpu" if hardware.is_cpu else "cuda"
     return Plan(
         model=model,
         layout=layout,
         hardware=hardware,
-        stages=all_stages(model, layout, counting),
+        stages=all_stages(model, layout, counting_for(model, layout, hardware.is_cpu)),
         time=step_time(model, layout, hardware, software),
         parameters=count_parameters(config.model, model.padded_vocab_size),
         flops_per_token=flops_per_token(config.model, config.data.seq_length, model.padded_vocab_size),

@@ -10,7 +10,7 @@ from megatron_ledom.config.checks import RULES, WORLD_RULES, divisors
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
 from megatron_ledom.planner.hardware import Hardware
-from megatron_ledom.planner.memory import GIB, stage_memory
+from megatron_ledom.planner.memory import GIB, counting_for, stage_memory
 from megatron_ledom.planner.plan import Plan, make_plan, name_layout
 from megatron_ledom.planner.shapes import Architecture, Layout, architecture_of, layout_of
 from megatron_ledom.planner.step_time import Software, data_comm_seconds, optimizer_seconds, pass_times
@@ -200,7 +200,7 @@ def needed_gib(model: Architecture, layout: Layout, hardware: Hardware) -> float
     """Memory of the fullest stage: one of the first two or the last one."""
     most = 0.0
     for stage in {0, min(1, layout.pipeline - 1), layout.pipeline - 1}:
-        memory = stage_memory(model, layout, stage, "cpu" if hardware.is_cpu else "cuda")
+        memory = stage_memory(model, layout, stage, counting_for(model, layout, hardware.is_cpu))
         allowance = hardware.allowance(memory.activations + memory.logits + memory.working)
         most = max(most, (memory.allocated + allowance) / GIB)
     return most

@@ -17,6 +17,8 @@ from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.errors import ConfigError
 
 Granularity = Literal["selective", "full"]
+Layers = Literal["unfused", "fused_activation", "fused"]
+"""megatron-core's layer of single operators; the same with SwiGLU as one, as with Transformer Engine; this package's fused one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,7 @@ class Architecture:
     shared_embeddings: bool = False
     learned_positions: int = 0
     """Rows of a table of learned positions on the first stage, whole on every tensor-parallel rank; 0 has none (RoPE)."""
+    layers: Layers = "unfused"
     element_bytes: int = 2
     """Of weights and activations: 2 in bf16, 4 in fp32."""
 
@@ -114,9 +117,18 @@ def architecture_of(model: ModelConfig) -> Architecture:
         attention_dropout=model.attention_dropout > 0,
         hidden_dropout=model.hidden_dropout > 0,
         flash=model.attention_backend != "unfused",
+        layers=layers_of(model),
         shared_embeddings=model.share_embeddings_and_output_weights,
         element_bytes=2 if model.params_dtype == "bf16" else 4,
     )
+
+
+def layers_of(model: ModelConfig) -> Layers:
+    """What a configured model is made of on a GPU; `auto` is planned as Transformer Engine, which keeps more than our layer."""
+    if model.transformer_impl == "torch":
+        return "unfused"
+    whole = model.transformer_impl == "fused" and not model.qk_layernorm  # those norms stand before the rotation
+    return "fused" if whole else "fused_activation"
 
 
 def layout_of(config: RunConfig, world_size: int) -> Layout:

@@ -22,7 +22,8 @@ class Software:
     """What differs between programs on the same hardware."""
 
     fused: bool = False
-    """Element-wise chains (bias, GELU or SwiGLU, dropout, residual, rotation) are one kernel each; this package has them apart."""
+    """Element-wise chains (bias, GELU or SwiGLU, dropout, residual, rotation) are one kernel each; what this package has so is in
+    `Architecture.layers`."""
     scattered_transfers: bool = False
     """Stages send each tensor-parallel rank's part only, also without sequence parallelism."""
     blocking_transfers: bool = False
@@ -126,11 +127,11 @@ def _element_wise(model: Architecture, layout: Layout, hardware: Hardware, softw
     residual_backward = 2 * hidden * (2.5 if model.hidden_dropout else 1.0)
     inner = model.ffn_hidden_size // layout.tensor
     if model.gated:
-        activation, activation_backward = (3, 5) if software.fused else (7, 12)
+        activation, activation_backward = (3, 5) if software.fused or model.layers != "unfused" else (7, 12)
     else:
         activation, activation_backward = (2, 3) if software.fused else (4, 5)
     rotated = 0 if model.biased else (model.query_width + model.head_dim * model.num_query_groups) // layout.tensor
-    rotation = (2 if software.fused else 10) * rotated
+    rotation = (2 if software.fused or model.layers == "fused" else 10) * rotated
     spread, whole = layout.spread_tokens * e, layout.tokens * e
     forward = spread * (norms + residual) + whole * (activation * inner + rotation)
     backward = spread * (norms_backward + residual_backward) + whole * (activation_backward * inner + rotation)

@@ -14,8 +14,9 @@ Row = tuple[str, str]
 def describe_plan(plan: Plan) -> str:
     """Layout, memory of the stages, where an iteration goes, and the whole run."""
     title = f"{name_layout(plan.layout)} on {plan.layout.num_ranks:,} x {plan.hardware.name}"
+    fits = f"{plan.needed_gib:.1f} of {plan.hardware.memory_gib:g} GiB a device: {'fits' if plan.fits else 'DOES NOT FIT'}"
     parts = [
-        title,
+        f"{title}\n{fits}",
         _titled("memory of a device, GiB", memory_lines(plan)),
         _titled("an iteration", _aligned(time_rows(plan))),
         _titled("the run", _aligned(run_rows(plan))),

@@ -16,11 +16,16 @@ from megatron.core.optimizer import clip_grads, distrib_optimizer
 from megatron.core.optimizer import optimizer as core_optimizer_classes
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import local_multi_tensor_l2_norm
+from torch.distributed.checkpoint import filesystem
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from megatron_ledom.errors import LedomError, cannot_write
 from megatron_ledom.platform.adam import GroupStepAdam
 from megatron_ledom.platform.apex import find_apex
+from megatron_ledom.platform.restricted_pickle import restricted_module
 from megatron_ledom.platform.save_results import SaveResults
+
+_LOAD_BYTES = DefaultLoadPlanner.load_bytes
 
 
 @functools.cache
@@ -31,6 +36,26 @@ def install_engine_fixes() -> None:
     _join_tensors_of_a_gradient()
     _keep_save_results_in_memory()
     _agree_on_common_state()
+    _run_no_code_of_checkpoints()
+
+
+def _run_no_code_of_checkpoints() -> None:
+    """torch unpickles a checkpoint's list of tensors, and objects among the tensors, without a limit: whatever code a file names
+    is run. The list is read by our restricted reader, objects by torch's loader of weights and settings.
+    """
+    filesystem.pickle = restricted_module()  # type: ignore[assignment, attr-defined]
+    DefaultLoadPlanner.load_bytes = _load_bytes_restricted  # type: ignore[method-assign]
+
+
+def _load_bytes_restricted(self: Any, read_item: Any, value: io.BytesIO) -> None:
+    """torch's own method refuses nothing: look first, by the loader that common.pt is read with.
+
+    Transformer Engine's layers keep their state as bytes in a BytesIO, which is opened by that loader again.
+    """
+    with torch.serialization.safe_globals([io.BytesIO]):
+        torch.load(value, map_location="cpu", weights_only=True)
+    value.seek(0)
+    _LOAD_BYTES(self, read_item, value)
 
 
 def _fix_torch_adam() -> None:

@@ -3,11 +3,16 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from megatron_ledom.errors import UsageError
-from megatron_ledom.platform.slurm import first_node_address, is_step, tasks_of_nodes
+from megatron_ledom.platform.slurm import Step, first_node_address, job_id, read_number, read_step, tasks_of_job
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+BY_TORCHRUN = f"torchrun sets all of {', '.join(TORCHRUN)}: unset RANK for a single process or for srun, or set all of them"
+FOREIGN = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Set by launchers that are not understood, where RANK is not: mpirun, scripts that set half of torchrun's variables."""
+TOP_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,6 +28,13 @@ class Launch:
     init_method: str | None
     """Where the ranks meet, for torch.distributed; None: there is one rank, which meets nobody."""
 
+    def address(self) -> tuple[str, int]:
+        """Host and port of the store that rank 0, or torchrun, holds for the ranks."""
+        if self.init_method == "env://":
+            return _meeting_place(os.environ)
+        parts = urlsplit(self.init_method or "")
+        return str(parts.hostname), int(parts.port or 0)
+
 
 ALONE = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1, init_method=None)
 
@@ -31,19 +43,26 @@ def read_launch() -> Launch:
     """The place that the launcher gives this process: torchrun's variables first, then those of SLURM's srun, else alone.
 
     MASTER_ADDR and MASTER_PORT, where set, override what follows from the SLURM job. Raises UsageError where a launcher was
-    forgotten: inside a SLURM job of several tasks, but not started by srun.
+    forgotten (inside a SLURM job of several tasks, but not started by srun) or is not understood.
     """
     variables = os.environ
     if "RANK" in variables:
         return _by_torchrun(variables)
-    if is_step(variables):
-        return _by_srun(variables)
-    tasks = int(variables.get("SLURM_NTASKS", "1"))
+    step = read_step(variables)
+    if step is not None:
+        return _by_srun(step, variables)
+    tasks = tasks_of_job(variables)
     if tasks > 1:
         raise UsageError(
-            f"SLURM job {variables.get('SLURM_JOB_ID')} has {tasks} tasks, but this process was not started by srun and would"
+            f"SLURM job {job_id(variables)} has {tasks} tasks, but this process was not started by srun and would"
             " be the only rank; put `srun` before the command, or `srun --ntasks=1` for one rank"
         )
+    for name in FOREIGN:
+        if variables.get(name, "1") != "1":
+            raise UsageError(
+                f"{name}={variables[name]!r}, but RANK is not set and srun did not start this process, which would be the only"
+                f" rank; start the ranks with torchrun or srun, or unset {name} for one rank"
+            )
     return ALONE
 
 
@@ -54,30 +73,53 @@ def _by_torchrun(variables: Mapping[str, str]) -> Launch:
             f"RANK={variables['RANK']} is set but {', '.join(missing)} not; torchrun sets all of {', '.join(TORCHRUN)}:"
             " unset RANK for a single process or for srun, or set the others"
         )
-    numbers = {name.lower(): int(variables[name]) for name in TORCHRUN[:4]}
-    return Launch(**numbers, init_method="env://")
+    numbers = {name: read_number(variables, name, BY_TORCHRUN, int("SIZE" in name)) for name in TORCHRUN[:4]}
+    for low, high, least in (
+        ("RANK", "WORLD_SIZE", 1),
+        ("LOCAL_RANK", "LOCAL_WORLD_SIZE", 1),
+        ("LOCAL_WORLD_SIZE", "WORLD_SIZE", 0),
+    ):
+        if numbers[low] + least > numbers[high]:
+            relation = "below" if least else "at most"
+            raise UsageError(f"{low}={numbers[low]} is not {relation} {high}={numbers[high]}; {BY_TORCHRUN}")
+    _meeting_place(variables)
+    return Launch(**{name.lower(): number for name, number in numbers.items()}, init_method="env://")
 
 
-def _by_srun(variables: Mapping[str, str]) -> Launch:
-    def of_step(name: str, of_job: str) -> str:
-        """A step may be smaller than its job."""
-        return variables.get(f"SLURM_STEP_{name}") or variables[f"SLURM_{of_job}"]
+def _meeting_place(variables: Mapping[str, str]) -> tuple[str, int]:
+    """Host and port by MASTER_ADDR and MASTER_PORT."""
+    return _address_given(variables), _port_given(variables)
 
-    world_size = int(of_step("NUM_TASKS", "NTASKS"))
-    here = tasks_of_nodes(of_step("TASKS_PER_NODE", "TASKS_PER_NODE"))[int(variables["SLURM_NODEID"])]
+
+def _address_given(variables: Mapping[str, str]) -> str:
+    address = variables.get("MASTER_ADDR", "")
+    if not address or any(letter.isspace() or letter in "/@[]" for letter in address):
+        raise UsageError(f"MASTER_ADDR={address!r} is no host: set it to the name or address of rank 0's node, or unset it")
+    return address
+
+
+def _port_given(variables: Mapping[str, str]) -> int:
+    port = read_number(variables, "MASTER_PORT", "set it to a free port of rank 0's node, or unset it")
+    if port > TOP_PORT:
+        raise UsageError(f"MASTER_PORT={port} is above {TOP_PORT}; set it to a free port of rank 0's node, or unset it")
+    return port
+
+
+def _by_srun(step: Step, variables: Mapping[str, str]) -> Launch:
     meeting = None
-    if world_size > 1:
-        address = variables.get("MASTER_ADDR") or first_node_address(of_step("NODELIST", "JOB_NODELIST"))
-        meeting = f"tcp://{address}:{variables.get('MASTER_PORT') or _port(variables)}"
+    if step.world_size > 1:
+        address = _address_given(variables) if "MASTER_ADDR" in variables else first_node_address(step.nodes)
+        port = _port_given(variables) if "MASTER_PORT" in variables else _port(step)
+        meeting = f"tcp://{f'[{address}]' if ':' in address else address}:{port}"
     return Launch(
-        rank=int(variables["SLURM_PROCID"]),
-        world_size=world_size,
-        local_rank=int(variables["SLURM_LOCALID"]),
-        local_world_size=here,
+        rank=step.rank,
+        world_size=step.world_size,
+        local_rank=step.local_rank,
+        local_world_size=step.local_world_size,
         init_method=meeting,
     )
 
 
-def _port(variables: Mapping[str, str]) -> int:
+def _port(step: Step) -> int:
     """20000 to 29999, below the ports that systems give out; steps of one job and jobs that follow each other differ."""
-    return 20000 + (10 * int(variables["SLURM_JOB_ID"]) + int(variables["SLURM_STEP_ID"]) % 10) % 10000
+    return 20000 + (10 * step.job + step.step % 10) % 10000

@@ -4,13 +4,11 @@ Efficiencies are fitted on every other shape; the shapes in between say how far 
 """
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,8 @@ from megatron_ledom.planner.hardware import Hardware, load_hardware
 from megatron_ledom.planner.kernels import Group, all_reduce_seconds, flash_seconds, matmul_seconds, memory_seconds
 from megatron_ledom.platform.device import Platform, measured_matmul_flops, prepare_platform
 from megatron_ledom.platform.launch import read_launch
+from megatron_ledom.storage.files import write_file
+from megatron_ledom.storage.locks import output_file_lock
 
 SIDES = {"cuda": (1024, 2048, 4096, 6144, 8192, 12288), "cpu": (128, 192, 256, 384, 512, 768)}
 """Rows, columns and depths of the measured products are chosen from these."""
@@ -64,9 +64,8 @@ def calibrate(start_from: str, output: str) -> str:
     hardware = fit_kernels(hardware, measured)
     if launch.rank != 0:
         return ""
-    part = Path(f"{output}.part")
-    part.write_text(_yaml(hardware), encoding="utf-8")
-    os.replace(part, output)
+    with output_file_lock(output):
+        write_file(output, _yaml(hardware))
     return describe(hardware, measured, output)
 
 

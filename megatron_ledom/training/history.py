@@ -6,18 +6,35 @@ dropped; `bad_steps.jsonl` is never cut.
 """
 
 import json
-import math
 import os
+from bisect import bisect_right
+from collections import deque
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any, TextIO
 
 import torch.distributed as dist
 
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.errors import DataError, cannot_write
+from megatron_ledom.parallel.agreement import from_first_rank
+from megatron_ledom.records import (
+    BAD_STEPS,
+    LAUNCHES,
+    METRICS,
+    STEPS,
+    Record,
+    append_record,
+    has_iteration,
+    iteration_of,
+    plain,
+    read_records,
+)
 from megatron_ledom.training.anomalies import PastStep
+from megatron_ledom.training.log_guard import GuardedLog, RecordLog
 
-STEPS, BAD_STEPS, SKIP_PLAN = "steps.jsonl", "bad_steps.jsonl", "skip_iterations.json"
-Record = dict[str, Any]
+SKIP_PLAN = "skip_iterations.json"
+REPLAYABLE = 2
+"""Newest bad steps whose checkpoint before them is not retired."""
 
 
 @dataclass(slots=True)
@@ -35,127 +52,152 @@ class RunHistory:
     def __init__(self, run_dir: str, skip_iterations: Iterable[int]) -> None:
         self.run_dir = run_dir
         self.by_hand = frozenset(skip_iterations)
-        self.plan = SkipPlan()
+        self.left_out = self.by_hand
+        """The iterations of which nothing is computed: those of the config and those that returns to a checkpoint added."""
+        self._take_plan(SkipPlan())
+        self.launch = 0
+        """Number of this launch, of rank 0."""
+        self.newest_bad: deque[int] | None = None
+        """Iterations of the newest bad steps, of rank 0: the file is read once a launch, however many there are."""
         self._skipped_updates = 0
-        self._steps: TextIO | None = None
+        self._steps: RecordLog | None = None
+        self._bad = GuardedLog(os.path.join(run_dir, BAD_STEPS))
 
     def go_on_from(self, iteration: int, num_steps: int) -> list[PastStep]:
         """Forget what was done after `iteration`; returns the last `num_steps` before, the same on every rank."""
-        found: list[Any] = [None, None, None]
-        if dist.get_rank() == 0:
-            self.close()
-            path = os.path.join(self.run_dir, STEPS)
-            drop_after(path, iteration)
-            past = read_steps(self.run_dir)
-            found = [past[-num_steps:], sum(step.skipped for step in past), load_skip_plan(self.run_dir)]
-            self._steps = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
-        dist.broadcast_object_list(found)
-        steps: list[PastStep] = found[0]
-        self._skipped_updates, self.plan = found[1], found[2]
-        return steps
 
-    @property
-    def left_out(self) -> frozenset[int]:
-        """The iterations of which nothing is computed: those of the config and those that returns to a checkpoint added."""
-        return self.by_hand.union(self.plan.iterations)
+        def read() -> tuple[list[PastStep], int, SkipPlan]:
+            """Rank 0's part."""
+            past = [step for step in read_steps(self.run_dir) if step.iteration <= iteration]
+            if self.newest_bad is None:
+                self.newest_bad = deque(map(iteration_of, read_bad_steps(self.run_dir)), maxlen=REPLAYABLE)
+                self.launch = len(read_records(os.path.join(self.run_dir, LAUNCHES)))
+            lost = 0 if self._steps is None else self._steps.lost
+            self._close_steps()
+            self._steps = RecordLog(os.path.join(self.run_dir, STEPS), iteration, lost)
+            return past[-num_steps:], sum(step.skipped for step in past), load_skip_plan(self.run_dir)
+
+        steps, self._skipped_updates, plan = from_first_rank(read)
+        self._take_plan(plan)
+        return steps
 
     def num_skipped(self, iteration: int) -> int:
         """Iterations up to this one that updated nothing."""
-        return self._skipped_updates + sum(other <= iteration for other in self.left_out)
+        return self._skipped_updates + bisect_right(self._in_order, iteration)
+
+    def _take_plan(self, plan: SkipPlan) -> None:
+        self.plan = plan
+        self.left_out = self.by_hand.union(plan.iterations)
+        self._in_order = sorted(self.left_out)
 
     def write(self, step: PastStep) -> None:
         """One iteration that counts, with its update or without."""
         self._skipped_updates += step.skipped
         if self._steps is not None:
-            values = {**asdict(step), "lm_loss": plain(step.lm_loss), "grad_norm": plain(step.grad_norm)}
-            self._steps.write(json.dumps(values) + "\n")
-            self._steps.flush()
+            self._steps.write({**asdict(step), "lm_loss": plain(step.lm_loss), "grad_norm": plain(step.grad_norm)})
 
     def write_bad(self, record: Record) -> None:
         """A step that was no ordinary one, for diagnosis and replay; it is on disk when this returns."""
         if dist.get_rank() == 0:
-            append_record(os.path.join(self.run_dir, BAD_STEPS), record)
+            self._bad.attempt(lambda: append_record(self._bad.where, record))
+            if self.newest_bad is not None:
+                self.newest_bad.append(iteration_of(record))
 
     def plan_skips(self, iterations: Iterable[int], checkpoint: int) -> None:
-        """Add iterations that are left out from now on, after one more return to the checkpoint of an iteration."""
-        self.plan.iterations = sorted({*self.plan.iterations, *iterations})
-        self.plan.roll_backs[str(checkpoint)] = self.num_roll_backs(checkpoint) + 1
-        if dist.get_rank() == 0:
-            path = os.path.join(self.run_dir, SKIP_PLAN)
+        """Add iterations that are left out from now on, after one more return to the checkpoint of an iteration.
+
+        Raises what `cannot_write` makes of an error, on every rank: another start would train on what is to be left out.
+        """
+        returns = {**self.plan.roll_backs, str(checkpoint): self.num_roll_backs(checkpoint) + 1}
+        self._take_plan(SkipPlan(sorted({*self.plan.iterations, *iterations}), returns))
+        from_first_rank(self._write_plan)
+
+    def _write_plan(self) -> None:
+        path = os.path.join(self.run_dir, SKIP_PLAN)
+        try:
             with open(path + ".part", "w", encoding="utf-8") as file:
                 json.dump(asdict(self.plan), file)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(path + ".part", path)
+        except OSError as error:
+            raise cannot_write(error, path) from error
 
     def num_roll_backs(self, checkpoint: int) -> int:
         """How often the run returned to the checkpoint of this iteration."""
         return self.plan.roll_backs.get(str(checkpoint), 0)
 
+    def lost(self) -> dict[str, int]:
+        """Records that could not be written, by the file they are missing from, on rank 0."""
+        logs = [log for log in (self._steps, self._bad) if log is not None]
+        return {log.where: log.lost for log in logs if log.lost}
+
     def sync(self) -> None:
         """Bring the steps to disk, as before a checkpoint that counts on them."""
         if self._steps is not None:
-            os.fsync(self._steps.fileno())
+            self._steps.sync()
 
     def close(self) -> None:
-        """Close the file of steps."""
+        """Close the file of steps, and say what could not be written."""
+        self._close_steps()
+        for log in (self._steps, self._bad):
+            if log is not None:
+                log.say_lost()
+
+    def _close_steps(self) -> None:
         if self._steps is not None:
             self._steps.close()
-            self._steps = None
 
 
 def read_steps(run_dir: str) -> list[PastStep]:
     """Every step of a run folder, in order; none of a run that kept none."""
-    steps = [json.loads(line) for line in complete_lines(os.path.join(run_dir, STEPS))]
-    return [PastStep(**{**step, "lm_loss": float(step["lm_loss"]), "grad_norm": float(step["grad_norm"])}) for step in steps]
+    return read_records(os.path.join(run_dir, STEPS), _as_step)
+
+
+def _as_step(record: Record) -> PastStep:
+    step = PastStep(**{**record, "lm_loss": float(record["lm_loss"]), "grad_norm": float(record["grad_norm"])})
+    iteration_of(record)
+    return step
 
 
 def read_bad_steps(run_dir: str) -> list[Record]:
     """Every bad step of a run folder, oldest first, those that a return to a checkpoint undid too."""
-    return [json.loads(line) for line in complete_lines(os.path.join(run_dir, BAD_STEPS))]
+    return read_records(os.path.join(run_dir, BAD_STEPS), has_iteration)
 
 
 def load_skip_plan(run_dir: str) -> SkipPlan:
-    """What returns to a checkpoint have put on the list of iterations to leave out."""
+    """What returns to a checkpoint have put on the list of iterations to leave out. Raises DataError for a damaged file."""
+    path = os.path.join(run_dir, SKIP_PLAN)
     try:
-        with open(os.path.join(run_dir, SKIP_PLAN), encoding="utf-8") as file:
-            return SkipPlan(**json.load(file))
+        with open(path, encoding="utf-8") as file:
+            plan = SkipPlan(**json.load(file))
+        return SkipPlan([int(number) for number in plan.iterations], {k: int(v) for k, v in plan.roll_backs.items()})
     except FileNotFoundError:
         return SkipPlan()
+    except (TypeError, ValueError, AttributeError) as error:
+        raise DataError(
+            f"{path} is damaged ({error}); it lists the iterations that are left out after returns to a checkpoint: restore it,"
+            " or delete it and name them in train.skip_iterations"
+        ) from error
 
 
-def complete_lines(path: str) -> list[str]:
-    """The lines of a file that a kill may have cut in its last one; none if there is no file."""
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [line for line in file if line.endswith("\n")]
+def check_history(config: RunConfig, checkpoint: str | None) -> None:
+    """Refuse to go on from a checkpoint (None: to begin) in a run folder whose history is damaged or belongs to more. One rank.
 
-
-def append_record(path: str, record: Record) -> None:
-    """Add a line; it is on disk when this returns. What a kill left of a last line goes: a record would be lost by joining it."""
-    with open(path, "a+b") as file:
-        file.seek(0)
-        content = file.read()
-        if not content.endswith(b"\n"):
-            file.truncate(content.rfind(b"\n") + 1)
-        file.write(json.dumps(record).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def drop_after(path: str, iteration: int) -> None:
-    """Lines of iterations that a kill or a return undid are dropped, a torn last line too: each iteration stands once."""
-    if not os.path.exists(path):
+    Raises DataError for a damaged file, and where the run has had checkpoints and `checkpoint` is None.
+    """
+    run_dir = config.run_dir
+    steps, launches = read_steps(run_dir), read_records(os.path.join(run_dir, LAUNCHES))
+    metrics = read_records(os.path.join(run_dir, METRICS), iteration_of)
+    read_bad_steps(run_dir)
+    load_skip_plan(run_dir)
+    if checkpoint is not None:
         return
-    kept = [line for line in complete_lines(path) if json.loads(line)["iteration"] <= iteration]
-    with open(path + ".part", "w", encoding="utf-8") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".part", path)
-
-
-def plain(value: float) -> float | str:
-    """A number for JSON, which has no NaN and no infinity: those become the texts that `float` reads."""
-    return value if math.isfinite(value) else str(value)
+    last = max([step.iteration for step in steps[-1:]] + metrics[-1:], default=0)
+    intervals = [launch.get("config", {}).get("checkpoint", {}).get("save_interval", 0) for launch in launches]
+    had_some = any(launch.get("from_iteration", 0) > 0 for launch in launches)
+    if had_some or last > 2 * max([*intervals, config.checkpoint.save_interval]):  # a second save waits for the first
+        raise DataError(
+            f"{run_dir} is the folder of a run that came to iteration {last} and had checkpoints, but {run_dir}/checkpoints has none:"
+            " bring them back (is their disk there?), or set another run_dir for a new run"
+        )

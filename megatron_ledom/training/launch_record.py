@@ -1,6 +1,5 @@
 """What a run was started with: one line a launch in `launches.jsonl` of the run folder."""
 
-import json
 import os
 import platform
 import shlex
@@ -10,29 +9,32 @@ import sys
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 
 import megatron_ledom
 from megatron_ledom.config.load import to_dict
 from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.errors import cannot_write
 from megatron_ledom.platform.launch import Launch
-from megatron_ledom.training.history import append_record, complete_lines
+from megatron_ledom.platform.slurm import job_id
+from megatron_ledom.records import LAUNCHES, Record, append_record, read_records
 
-LAUNCHES = "launches.jsonl"
 PACKAGES = ("megatron-core", "numpy", "transformers", "transformer-engine")
-Record = dict[str, Any]
 
 
 def write_launch(config: RunConfig, launch: Launch, iteration: int) -> None:
-    """Append this launch, which goes on from `iteration`. Call on one rank."""
-    append_record(os.path.join(config.run_dir, LAUNCHES), describe_launch(config, launch, iteration))
+    """Append this launch, which goes on from `iteration`. Call on one rank. Raises what `cannot_write` makes of an error."""
+    path = os.path.join(config.run_dir, LAUNCHES)
+    try:
+        append_record(path, describe_launch(config, launch, iteration))
+    except OSError as error:
+        raise cannot_write(error, path) from error
 
 
 def read_launches(run_dir: str) -> list[Record]:
     """Every launch of a run folder, oldest first."""
-    return [json.loads(line) for line in complete_lines(os.path.join(run_dir, LAUNCHES))]
+    return read_records(os.path.join(run_dir, LAUNCHES))
 
 
 def describe_launch(config: RunConfig, launch: Launch, iteration: int) -> Record:
@@ -46,7 +48,7 @@ def describe_launch(config: RunConfig, launch: Launch, iteration: int) -> Record
         "from_iteration": iteration,
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
-        "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        "slurm_job_id": job_id(os.environ),
         "versions": {
             "megatron_ledom": megatron_ledom.__version__,
             "python": platform.python_version(),

@@ -43,6 +43,7 @@ def train(state: TrainState, stop: StopRequest, watchdog: Watchdog, evaluate_tas
             break
     with reporter.apart("finishing the last checkpoint"):
         state.store.finish()
+    recovery.history.close()
     reporter.close()
 
 

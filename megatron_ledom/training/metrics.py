@@ -1,10 +1,11 @@
 """What a run reports: `metrics.jsonl` first, TensorBoard and Weights & Biases beside it."""
 
-import json
 import logging
 import os
 import secrets
+import threading
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +13,16 @@ import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_ledom.config.derived import padded_vocab_size
-from megatron_ledom.config.load import to_dict
+from megatron_ledom.config.published import published
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
 from megatron_ledom.model.arithmetic import flops_per_token, model_flops_utilisation
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.platform.device import Platform, peak_flops
-from megatron_ledom.training.history import drop_after
+from megatron_ledom.records import METRICS, Record
+from megatron_ledom.training.log_guard import GuardedLog, RecordLog, Sink
 
 log = logging.getLogger(__name__)
-
-Record = dict[str, Any]
 
 WANDB_ID = "wandb_run_id"
 """File in the run folder."""
@@ -66,41 +66,77 @@ class Throughput:
 
 
 class MetricsWriter:
-    """Writes records on rank 0 and nowhere else; after a resume it goes on behind the resumed iteration."""
+    """Writes records on rank 0 and nowhere else; after a resume it goes on behind the resumed iteration.
 
-    def __init__(self, config: RunConfig, iteration: int) -> None:
-        self.file = self.board = self.wandb = None
+    None of its logs ends a training: what one could not take is counted in `lost`, and said at the end.
+    """
+
+    def __init__(self, config: RunConfig, iteration: int, lost: dict[str, int] | None = None) -> None:
+        """lost: records that the writer before this one could not write."""
+        self.file: RecordLog | None = None
+        self.board = self.wandb = None
         if dist.get_rank() != 0:
             return
-        path = os.path.join(config.run_dir, "metrics.jsonl")
-        drop_after(path, iteration)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed in close()
+        before = lost or {}
+        path, board = os.path.join(config.run_dir, METRICS), os.path.join(config.run_dir, "tensorboard")
+        self.file = RecordLog(path, iteration, before.get(path, 0))
         if config.logging.tensorboard:
-            self.board = SummaryWriter(os.path.join(config.run_dir, "tensorboard"), purge_step=iteration + 1)
+            self.board = Sink(board, lambda: _start_board(board, iteration), before.get(board, 0))
         if config.logging.wandb_project is not None:
-            self.wandb = _start_wandb(config)
+            self.wandb = Sink("Weights & Biases", lambda: _start_wandb(config), before.get("Weights & Biases", 0))
 
     def write(self, record: Record) -> None:
         """One logged iteration, with its validation if there was one."""
         if self.file is None:
             return
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        flat = _flatten(record)
+        self.file.write(record)
+        flat, iteration = _flatten(record), record["iteration"]
         if self.board is not None:
-            for name, value in flat.items():
-                self.board.add_scalar(name, value, record["iteration"])
+            self.board.write(lambda board: _to_board(board, flat, iteration))
         if self.wandb is not None:
-            self.wandb.log(flat, step=record["iteration"])
+            self.wandb.write(lambda run: run.log(flat, step=iteration))
+
+    def lost(self) -> dict[str, int]:
+        """Records that could not be written, by the log they are missing from."""
+        return {each.where: each.lost for each in self._logs() if each.lost}
 
     def close(self) -> None:
-        """Flush and close everything."""
+        """Flush and close everything, and say what could not be written."""
         if self.file is not None:
             self.file.close()
         if self.board is not None:
-            self.board.close()
+            self.board.close(lambda board: board.close())
         if self.wandb is not None:
-            self.wandb.finish()
+            self.wandb.close(lambda run: run.finish())
+        for each in self._logs():
+            each.say_lost()
+
+    def _logs(self) -> list[GuardedLog]:
+        return [each for each in (self.file, self.board, self.wandb) if each is not None]
+
+
+def _to_board(board: SummaryWriter, flat: dict[str, float], iteration: int) -> None:
+    """One record, written when this returns: an error is one of this record."""
+    for name, value in flat.items():
+        board.add_scalar(name, value, iteration)
+    board.flush()
+
+
+def _start_board(folder: str, iteration: int) -> SummaryWriter:
+    _quiet_board_threads()
+    return SummaryWriter(folder, purge_step=iteration + 1)
+
+
+@cache
+def _quiet_board_threads() -> None:
+    """TensorBoard's thread prints no traceback when it fails: the next record meets the same error, and is counted."""
+    original = threading.excepthook
+
+    def hook(failed: threading.ExceptHookArgs) -> None:
+        if not type(failed.thread).__module__.startswith("tensorboard."):
+            original(failed)
+
+    threading.excepthook = hook
 
 
 def _flatten(record: Record) -> dict[str, float]:
@@ -125,7 +161,7 @@ def _start_wandb(config: RunConfig) -> Any:
         resume="allow",
         mode=config.logging.wandb_mode,
         dir=config.run_dir,
-        config=to_dict(config),
+        config=published(config),  # leaves the machine
     )
 
 

@@ -16,6 +16,7 @@ from megatron_ledom.config.derived import (
 )
 from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters, flops_per_token
+from megatron_ledom.planner.plan import CHECKPOINT_BYTES
 
 Row = tuple[str, str]
 
@@ -81,7 +82,7 @@ def _checkpoints(config: RunConfig, model: ModelConfig) -> str:
     settings = config.checkpoint
     words = [f"{-(-config.train.train_iters // settings.save_interval):,}"]
     if model.vocab_size is not None:
-        words.append(f"about {count_parameters(model, padded_rows(model)) * _state_bytes(model) / 2**30:,.2f} GiB each")
+        words.append(f"about {state_bytes_of_checkpoint(model) / 2**30:,.2f} GiB each")
     words.append("written while training goes on" if settings.async_save else "training waits for them")
     if settings.keep_last is not None:
         multiples = f" and those at multiples of {settings.keep_interval:,}" if settings.keep_interval else ""
@@ -89,9 +90,10 @@ def _checkpoints(config: RunConfig, model: ModelConfig) -> str:
     return ", ".join(words)
 
 
-def _state_bytes(model: ModelConfig) -> int:
-    """Bytes a parameter in a checkpoint: weight and Adam's moments; bf16 has fp32 weights besides."""
-    return 2 + 12 if model.params_dtype == "bf16" else 4 + 8
+def state_bytes_of_checkpoint(model: ModelConfig) -> int:
+    """Bytes of one checkpoint; the vocabulary must be known."""
+    element = 2 if model.params_dtype == "bf16" else 4
+    return count_parameters(model, padded_rows(model)) * CHECKPOINT_BYTES[element]
 
 
 def compute_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
@@ -132,6 +134,13 @@ def padded_rows(model: ModelConfig) -> int:
     """Rows of the embedding; the vocabulary must be known."""
     assert model.vocab_size is not None
     return padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by)
+
+
+def scaled_bytes(number: float) -> str:
+    """`10.3 TiB`, `101.6 GiB`."""
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    power = min(len(units) - 1, max(0, int(number).bit_length() - 1) // 10)
+    return f"{number / 1024**power:,.{1 if power else 0}f} {units[power]}"
 
 
 def scaled(number: float) -> str:

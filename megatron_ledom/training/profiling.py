@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.profiler import profile, supported_activities
 
 from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.training.log_guard import GuardedLog
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,10 @@ class ProfilerWindow:
 
     def _write(self, iteration: int) -> None:
         self._profiler.stop()
-        os.makedirs(self.folder, exist_ok=True)
         path = os.path.join(self.folder, f"rank_{dist.get_rank()}_iterations_{self._first}_to_{iteration}.json.gz")
+        if GuardedLog(path).attempt(lambda: self._export(path), 0):
+            log.info("profile written to %s", path)
+
+    def _export(self, path: str) -> None:
+        os.makedirs(self.folder, exist_ok=True)
         self._profiler.export_chrome_trace(path)
-        log.info("profile written to %s", path)

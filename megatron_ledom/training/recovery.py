@@ -9,17 +9,14 @@ import torch.distributed as dist
 
 from megatron_ledom.data.sample_origin import sample_origins
 from megatron_ledom.errors import StoppedError
+from megatron_ledom.records import BAD_STEPS, plain
 from megatron_ledom.training.anomalies import Action, StepPolicy
-from megatron_ledom.training.history import BAD_STEPS, RunHistory, plain, read_bad_steps
-from megatron_ledom.training.launch_record import read_launches
+from megatron_ledom.training.history import RunHistory
 from megatron_ledom.training.state import TrainState, load_checkpoint
 from megatron_ledom.training.step import StepResult
 from megatron_ledom.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
-
-REPLAYABLE = 2
-"""Newest bad steps whose checkpoint before them is not retired."""
 
 
 @dataclass(slots=True)
@@ -48,8 +45,7 @@ class Recovery:
     def _keep_for_replay(self) -> None:
         """Rank 0 retires checkpoints; those before the newest bad steps stay."""
         if dist.get_rank() == 0:
-            bad = read_bad_steps(self.state.config.run_dir)
-            self.state.store.keep_for_replay([step["iteration"] for step in bad[-REPLAYABLE:]])
+            self.state.store.keep_for_replay(list(self.history.newest_bad or ()))
 
     def accept(self, result: StepResult | None) -> bool:
         """Whether the iteration counts; if not, the state is that of the last checkpoint. Raises StoppedError on a stop."""
@@ -87,7 +83,7 @@ class Recovery:
                 "left_out": sorted(self.history.left_out),
                 "first_sample": last - batch,
                 "last_sample": last - 1,
-                "launch": len(read_launches(state.config.run_dir)),
+                "launch": self.history.launch,
                 "samples": sample_origins(state.train_dataset, range(last - batch, last)),
             }
         )

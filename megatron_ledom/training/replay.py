@@ -30,11 +30,12 @@ from megatron_ledom.model.layer_specs import choose_layers
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.platform.launch import Launch, read_launch
+from megatron_ledom.records import LAUNCHES, Record
 from megatron_ledom.training.anomalies import Action, StepPolicy, Verdict
 from megatron_ledom.training.gradients import squared_norms
-from megatron_ledom.training.history import Record, load_skip_plan, read_bad_steps, read_steps
+from megatron_ledom.training.history import load_skip_plan, read_bad_steps, read_steps
 from megatron_ledom.training.iteration import compute_step, open_batches, run_iteration
-from megatron_ledom.training.launch_record import LAUNCHES, read_launches
+from megatron_ledom.training.launch_record import read_launches
 from megatron_ledom.training.state import TrainState, build_state, check_resumable
 from megatron_ledom.training.step import StepResult
 

@@ -1,6 +1,8 @@
 """What the loop reports: a record and a line of the log every interval, validation, the progress bar, the profile."""
 
 import logging
+import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,9 +13,11 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from megatron_ledom.config.derived import tokens_per_iteration
-from megatron_ledom.training.history import RunHistory, plain
+from megatron_ledom.errors import NotFiniteError
+from megatron_ledom.records import Record, plain
+from megatron_ledom.training.history import RunHistory
 from megatron_ledom.training.iteration import Batches, open_batches
-from megatron_ledom.training.metrics import MetricsWriter, Record, Throughput
+from megatron_ledom.training.metrics import MetricsWriter, Throughput
 from megatron_ledom.training.profiling import ProfilerWindow
 from megatron_ledom.training.state import TrainState
 from megatron_ledom.training.step import StepResult
@@ -46,7 +50,8 @@ class Reporter:
     def take_position(self) -> None:
         """Go on behind a checkpoint that was returned to: what came after it is not reported twice."""
         self.close()
-        self.metrics, self.bar = MetricsWriter(self.state.config, self.state.iteration), _progress_bar(self.state)
+        self.metrics = MetricsWriter(self.state.config, self.state.iteration, self.metrics.lost())
+        self.bar = _progress_bar(self.state)
         self.throughput.read()
 
     def open_batches(self) -> Batches:
@@ -87,16 +92,16 @@ class Reporter:
         record = self._record(result)
         if validating:
             with self.apart("validating"):
-                record["validation"] = validate(state)
+                _add_finite(record, "validation", validate(state))
         if asking and self.evaluate_tasks is not None:
             with self.apart("evaluating tasks"):
-                record["tasks"] = self.evaluate_tasks()
+                _add_tasks(record, self.evaluate_tasks)
         if last and state.test_datasets:
             with self.apart("testing"):
-                record["test"] = evaluate(state, state.test_datasets)
+                _add_finite(record, "test", evaluate(state, state.test_datasets))
         if result is not None or len(record.keys() & {"validation", "test", "tasks"}):
             self.metrics.write(record)
-            _log_line(record, train.train_iters)
+            _log_line(record, train.train_iters, self.metrics.lost() | self.history.lost())
             if result is not None:
                 shown = f"{record['tokens_per_second']:,.0f}"
                 self.bar.set_postfix(loss=f"{result.lm_loss:.3f}", tokens_per_second=shown)
@@ -126,11 +131,31 @@ class Reporter:
         }
 
 
+def _add_finite(record: Record, kind: str, found: dict[str, dict[str, float]]) -> None:
+    """Add the results of each set; those that hold NaN or infinity are no results: they are named in the log and under "not_finite"."""
+    is_finite = {name: all(map(math.isfinite, values.values())) for name, values in found.items()}
+    record[kind] = {name: values for name, values in found.items() if is_finite[name]}
+    for name in [name for name in found if not is_finite[name]]:
+        record.setdefault("not_finite", []).append(f"{kind}/{name}")
+        log.warning(
+            "iteration %d: %s of %s is not finite and is not recorded: %s", record["iteration"], kind, name, found[name]
+        )
+
+
+def _add_tasks(record: Record, evaluate_tasks: TaskEvaluation) -> None:
+    """Add the results of the tasks; a model whose scores are not finite gets none, which is said. The same on every rank."""
+    try:
+        _add_finite(record, "tasks", evaluate_tasks())
+    except NotFiniteError as error:
+        record.setdefault("not_finite", []).append("tasks")
+        log.warning("iteration %d: the tasks have no result: %s", record["iteration"], error)
+
+
 def _finite(value: float) -> float | None:
     return value if isinstance(plain(value), float) else None
 
 
-def _log_line(record: Record, train_iters: int) -> None:
+def _log_line(record: Record, train_iters: int, lost: dict[str, int]) -> None:
     parts = [f"iteration {record['iteration']}/{train_iters}"]
     for name, key, form in (("loss", "lm_loss", ".4f"), ("grad norm", "grad_norm", ".3f"), ("lr", "lr", ".3g")):
         parts.append(f"{name} {'not finite' if record[key] is None else format(record[key], form)}")
@@ -149,6 +174,7 @@ def _log_line(record: Record, train_iters: int) -> None:
         for name, found in {**record.get("validation", {}), **record.get("test", {})}.items()
     ]
     parts += [f"{name}: accuracy {100 * found['accuracy']:.1f}%" for name, found in record.get("tasks", {}).items()]
+    parts += [f"not written: {number} records of {os.path.basename(where)}" for where, number in lost.items()]
     log.info("%s", "  ".join(parts))
 
 

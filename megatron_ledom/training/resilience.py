@@ -37,6 +37,10 @@ class StopRequest:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
 
+    def name(self) -> str | None:
+        """Of the signal that came, if one did."""
+        return None if self.received is None else self.received.name
+
     def agreed(self, device: "torch.device", seconds_to_save: float) -> bool:
         """Whether any rank has to stop; the same answer on every rank. Call on every rank at every step boundary.
 

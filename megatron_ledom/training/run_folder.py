@@ -11,14 +11,15 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from megatron_ledom.checkpoint.folder import latest_checkpoint
+from megatron_ledom.checkpoint.folder import finished_checkpoints, latest_checkpoint
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import save_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.build_once import node
 from megatron_ledom.data.sources import RUN_TOKENIZER
 from megatron_ledom.data.tokenizer import Tokenizer
-from megatron_ledom.errors import NO_LOCKS, ConfigError, UsageError
+from megatron_ledom.errors import FULL, NO_LOCKS, ConfigError, UsageError, cannot_write
+from megatron_ledom.platform.slurm import job_id
 
 log = logging.getLogger(__name__)
 
@@ -60,8 +61,11 @@ def lock_run(run_dir: str) -> Iterator[None]:
         raise _not_writable(run_dir, error.strerror) from error
     try:
         _wait_for(descriptor, run_dir)
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, _who().encode(), 0)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, _who().encode(), 0)
+        except OSError as error:
+            raise cannot_write(error, path) from error
         yield
     finally:
         os.close(descriptor)  # and with it the lock
@@ -96,7 +100,7 @@ def _take(descriptor: int) -> bool:
 
 
 def _who() -> str:
-    job = os.environ.get("SLURM_JOB_ID")
+    job = job_id(os.environ)
     started = datetime.now(UTC).isoformat(timespec="seconds")
     return f"process {os.getpid()} on {node()}{f', SLURM job {job}' if job else ''}, since {started}\n"
 
@@ -111,6 +115,18 @@ def check_still_latest(config: RunConfig, checkpoint: str | None) -> None:
         raise RuntimeError(f"{latest} has been saved since this launch chose to go on from {checkpoint}; start it again")
 
 
+def warn_of_later_checkpoints(config: RunConfig, checkpoint: str) -> None:
+    """Log which checkpoints lie behind the one that a run goes on from: it replaces them when it gets there."""
+    done = int(os.path.basename(checkpoint).removeprefix("iter_"))
+    later = [name for iteration, name in finished_checkpoints(checkpoint_folder(config)).items() if iteration > done]
+    if later:
+        log.warning(
+            "the run goes on from %s, as `latest` says; it will replace what lies behind, %s: copy what you want to keep",
+            os.path.basename(checkpoint),
+            ", ".join(later),
+        )
+
+
 def write_start(config: RunConfig, tokenizer: Tokenizer | None, changed: list[str]) -> None:
     """Write the resolved config, a copy of the tokenizer, with eod as its eos, for the export, and into `data_changes.jsonl`,
     a line each start, what data.allow_changed_data let through."""
@@ -122,4 +138,6 @@ def write_start(config: RunConfig, tokenizer: Tokenizer | None, changed: list[st
             with Path(config.run_dir, "data_changes.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"at": datetime.now(UTC).isoformat(timespec="seconds"), "changed": changed}) + "\n")
     except OSError as error:
+        if error.errno in FULL:
+            raise cannot_write(error, error.filename or config.run_dir) from error
         raise _not_writable(config.run_dir, error.strerror) from error

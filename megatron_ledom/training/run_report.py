@@ -1,7 +1,6 @@
 """One or several runs told from their folders: curves as PNG, and one HTML page that needs nothing besides itself."""
 
 import html
-import json
 import math
 import os
 import statistics
@@ -13,7 +12,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
 from megatron_ledom.pages import figure, page, table
-from megatron_ledom.training.history import complete_lines
+from megatron_ledom.records import METRICS, has_iteration, read_records
 
 LAST = 10
 """Records whose mean is the loss at the end."""
@@ -45,6 +44,8 @@ class RunData:
         series: dict[str, tuple[list[float], list[float]]] = {}
         for record in self.records:
             for name, found in record.get("validation", {}).items():
+                if found["lm_loss"] is None:  # it was not finite
+                    continue
                 tokens, losses = series.setdefault(name, ([], []))
                 tokens.append(record["consumed_train_tokens"])
                 losses.append(found["lm_loss"])
@@ -55,10 +56,10 @@ def load_runs(folders: list[str]) -> list[RunData]:
     """Read config.yaml and metrics.jsonl of each run. Raises UsageError for a folder that is no run, or has no records yet."""
     runs = []
     for folder, name in zip(folders, _names(folders), strict=True):
-        config_file, metrics = os.path.join(folder, "config.yaml"), os.path.join(folder, "metrics.jsonl")
+        config_file, metrics = os.path.join(folder, "config.yaml"), os.path.join(folder, METRICS)
         if not os.path.exists(config_file):
             raise UsageError(f"{folder} has no config.yaml; give folders of runs, their run_dir")
-        records = [json.loads(line) for line in complete_lines(metrics)]
+        records = read_records(metrics, has_iteration)
         if not records:
             raise UsageError(f"{metrics} has no record yet; wait for logging.log_interval iterations")
         runs.append(RunData(name, load_config(config_file), records))
@@ -108,7 +109,7 @@ def summary(run: RunData) -> dict[str, str]:
     }
     means = (
         [statistics.mean(found[key] for found in validated[-1].values()) for key in ("lm_loss", "bits_per_byte")]
-        if validated
+        if validated and all(found["lm_loss"] is not None for found in validated[-1].values())
         else []
     )
     rows["validation loss, mean of sets"] = _number(means[0], ".4f") if means else "–"

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from megatron_ledom.checkpoint.folder import advising_another
 from megatron_ledom.checkpoint.manifest import (
     CheckpointManifest,
     changes_since,
@@ -72,7 +73,8 @@ def check_resumable(config: RunConfig, sources: Sources, checkpoint: str | None)
     """
     if checkpoint is None:
         return sources, []
-    manifest = check_sizes(checkpoint)
+    with advising_another(checkpoint):
+        manifest = check_sizes(checkpoint)
     check_fits(manifest, config, sources.provenance, checkpoint)
     changed = check_same_samples(manifest, config, sources.train_shards(), checkpoint)
     return sources.of_samples(config, planned_samples(manifest, config)), changed

@@ -21,7 +21,6 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch.distributed as dist
 
@@ -55,7 +54,7 @@ class Watchdog:
         self._iteration, self._doing, self._limit = 0, "building the run", self.patience
         self._steps, self._last = 0, time.monotonic()
         self._ended, self._alarmed, self._ending = threading.Event(), threading.Event(), threading.Event()
-        self._meeting = launch.init_method
+        self._address = ("", 0) if launch.init_method is None else launch.address()
         self._store_of_one = dist.HashStore() if launch.init_method is None else None  # type: ignore[attr-defined]
         self._main = threading.main_thread().ident
 
@@ -184,18 +183,10 @@ class Watchdog:
         """A connection of its own to the store that the ranks met in: one that a main thread waits on is locked."""
         if self._store_of_one is not None:
             return self._store_of_one
-        address, port = _address(self._meeting or "")
+        address, port = self._address
         timeout = timedelta(seconds=self.grace)
         store = dist.TCPStore(address, port, is_master=False, timeout=timeout, wait_for_workers=False)  # type: ignore[attr-defined]
         return dist.PrefixStore(f"watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)  # type: ignore[attr-defined]
-
-
-def _address(init_method: str) -> tuple[str, int]:
-    """Host and port of the store that rank 0, or torchrun, holds for the ranks."""
-    if init_method == "env://":
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    parts = urlsplit(init_method)
-    return str(parts.hostname), int(parts.port or 0)
 
 
 def _wait_for(store: Any, keys: list[str], seconds: float) -> None:

@@ -23,7 +23,7 @@ import sentencepiece
 from tokenizers import Tokenizer
 
 from megatron_ledom.data.piece_engine import CachedPieceEngine
-from megatron_ledom.data.sentencepiece_bpe import convert, train
+from megatron_ledom.tokenizers.sentencepiece_bpe import convert, train
 
 Flat = tuple[np.ndarray, np.ndarray]
 

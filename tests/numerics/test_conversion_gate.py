@@ -1,5 +1,6 @@
 """Each rule broken in turn: the gate fails, names the weight and the kind of mistake, and nothing is left."""
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -7,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_ledom.convert import export_hf as exporting
 from megatron_ledom.convert import rules
+from megatron_ledom.convert.core_side import CoreSide
 from megatron_ledom.convert.export_hf import export_hf
 from megatron_ledom.convert.import_hf import import_hf
 from megatron_ledom.convert.rules import Packing, Parts, Rule, Sizes
@@ -159,7 +162,7 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize(
     ("fault", "how"),
-    [*((fault, how) for fault in ("eps", "theta", "scaling") for how in ("whole", "layers")), ("tied", "layers")],
+    [(fault, how) for fault in CONFIG_FAULTS for how in ("whole", "layers")],
 )
 def test_a_wrong_config_is_caught_and_named(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, how: Any
@@ -177,6 +180,108 @@ def test_a_wrong_config_is_caught_and_named(
     with pytest.raises(VerificationError, match=cause):
         export_hf(str(runs["Llama"]), str(tmp_path / "hf"), verify=how)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def rough(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bf16 folder whose queries and keys have outliers: rounding to bf16 alone moves some of its logits far."""
+    folder = stock_folder(tmp_path_factory.mktemp("rough") / "hf", stock_config("Llama"), dtype=torch.bfloat16)
+    return plant_outliers(folder, 32)
+
+
+def plant_outliers(folder: Path, times: int) -> Path:
+    """Every fourth row of queries and keys made larger."""
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        if "q_proj" in name or "k_proj" in name:
+            weight[::4] *= times
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("how", ["whole", "layers"])
+def test_an_exact_conversion_passes_however_much_bf16_rounds(rough: Path, tmp_path: Path, how: Any) -> None:
+    gate = import_hf(str(rough), str(tmp_path / "run"), direction=Direction.REVERSE, verify=how)
+    assert gate is not None
+    assert gate.bf16 is not None
+    assert gate.bf16["mean_kl_nats"] > 0.02  # twice what was once refused
+    assert gate.bf16["stock_mean_kl_nats"] > 0.02
+    assert gate.limits["mean_kl_nats"] == 4 * gate.bf16["stock_mean_kl_nats"]
+    gate = export_hf(str(tmp_path / "run"), str(tmp_path / "out"), verify=how)
+    card = json.loads((tmp_path / "out/export.json").read_text())["verification"]
+    assert gate is not None
+    assert card["limits"] == gate.limits
+    assert "stock mean kl nats" in (tmp_path / "out/VERIFICATION.md").read_text()
+
+
+def test_an_exact_conversion_passes_however_much_fp32_rounds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = stock_folder(tmp_path / "hf", stock_config("Llama"))
+    plant_outliers(folder, 64)
+    gate = import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE, verify="whole", params_dtype="bf16")
+    assert gate is not None
+    assert 1e-4 < gate.largest_logit_difference <= gate.limits["largest_logit_difference"]
+    assert "rounding to fp32 alone" in caplog.text
+
+
+def larger(name: str, times: float) -> Callable[[CoreSide], None]:
+    """Make a weight of the core model larger."""
+
+    def change(core: CoreSide) -> None:
+        for found, weight in core.model.named_parameters():
+            if name in found:
+                weight.mul_(times)
+
+    return change
+
+
+def coarser(core: CoreSide) -> None:
+    """Three bits of mantissa where bf16 has seven."""
+    for name, weight in core.model.named_parameters():
+        if "linear_fc2" in name:
+            weight.copy_(weight.to(torch.float8_e4m3fn))
+
+
+IN_BF16 = {
+    "final norm": larger("final_layernorm", 1.05),
+    "one projection": larger("layers.1.self_attention.linear_proj", 1.1),
+    "precision": coarser,
+    "rows": lambda core: core.model.embedding.word_embeddings.weight.copy_(
+        core.model.embedding.word_embeddings.weight.roll(1, 0)
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", IN_BF16)
+@pytest.mark.parametrize("is_rough", [False, True])
+def test_a_model_that_is_wrong_in_bf16_only_is_caught(
+    rough: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, is_rough: bool
+) -> None:
+    """What rounding does to the stock model excuses no more than rounding."""
+    folder = rough if is_rough else stock_folder(tmp_path / "hf", stock_config("Llama"), dtype=torch.bfloat16)
+    make = CoreSide.__init__
+
+    def made_wrong(self: CoreSide, *arguments: Any) -> None:
+        make(self, *arguments)
+        if self.dtype is torch.bfloat16:
+            IN_BF16[fault](self)
+
+    monkeypatch.setattr(CoreSide, "__init__", made_wrong)
+    with pytest.raises(VerificationError, match=r"agree in fp32 but not in bf16: .* so rounding does not explain it"):
+        import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE, verify="whole")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("core", [QKV, "linear_fc2.weight", "linear_fc1.layer_norm_weight", "final_layernorm.weight"])
+@pytest.mark.parametrize("how", ["whole", "layers"])
+def test_a_slightly_wrong_conversion_of_a_rough_model_is_caught(
+    rough: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, core: str, how: Any
+) -> None:
+    """One in a hundred too large, in fp32 and bf16 alike."""
+    import_hf(str(rough), str(tmp_path / "run"), direction=Direction.REVERSE, verify=None)
+    monkeypatch.setattr(rules, "RULES", broken(core, at(0, lambda weight: 1.01 * weight)))
+    with pytest.raises(VerificationError, match="the logits differ by"):
+        export_hf(str(tmp_path / "run"), str(tmp_path / "out"), verify=how)
+    assert not (tmp_path / "out").exists()
 
 
 def test_without_the_gate_a_broken_rule_goes_through_and_the_card_says_so(

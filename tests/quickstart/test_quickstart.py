@@ -69,6 +69,30 @@ def test_long_steps_show_a_bar_with_rate_and_time_left(run: Run, name: str) -> N
         assert any(re.search(r"\d+ documents \[\d\d:\d\d, [\d.,k]+ documents/s\]", line) for line in shown)
     else:
         assert any(re.search(r"\d+%.*\[\d\d:\d\d<\d\d:\d\d, +[\d.]+[kM]?\w+/s", line) for line in shown), shown[-3:]
+    if name.startswith("train"):
+        assert any(re.search(r"iteration=\d+/120, loss=\d\.\d{3}", line) for line in shown), shown[-3:]
+
+
+def test_no_warning_of_a_library_is_shown(run: Run) -> None:
+    shown = run.stdout + run.terminal
+    assert [line for line in shown.splitlines() if "Warning" in line or "site-packages" in line or "FSDP" in line] == []
+
+
+def test_without_a_terminal_training_says_iteration_loss_and_time_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples/quickstart"))
+    import twins
+
+    monkeypatch.setattr(twins, "REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(twins.Training, "start", lambda self: None)
+    training = twins.Training("reverse", [f"run_dir={tmp_path}", "train.train_iters=400", "optimizer.lr_warmup_iters=1"])
+    training.begin(0)  # pytest's stderr is no terminal
+    assert training.iteration() == 0
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 100, "lm_loss": 5.25}) + "\n")
+    training.began -= 60
+    assert training.iteration() == 100
+    assert capsys.readouterr().out == "train reverse: iteration 100 of 400, loss 5.250, 03:00 left\n"
 
 
 def test_both_twins_learn(run: Run) -> None:

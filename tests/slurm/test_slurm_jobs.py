@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.data.shard import ShardReader
+from tests.evaluation_sets import write_sets
 from tests.legible import legible_ids, legible_tokenizer, write_jsonl
 from tests.slurm.cluster import Cluster
 from tests.tiny_models import random_model_folder
@@ -84,3 +85,17 @@ def test_array_ranks_the_answers_of_each_file(cluster: Cluster, tmp_path: Path) 
         assert ranked["prompt"] == f"The capital of {name} is"
         assert sorted(ranked["ranking"]) == [0, 1]
     assert "is there already" in (tmp_path / "1.log").read_text()
+
+
+def test_array_evaluates_each_task_in_a_folder_of_its_own(cluster: Cluster, tmp_path: Path) -> None:
+    model = random_model_folder(tmp_path / "forward", "byte_level", "forward")
+    variables = {"MODEL": str(model), "TASKS": "piqa,boolq", "DATA": str(write_sets(tmp_path / "sets")), **VARIABLES}
+    variables |= {"OUTPUT": str(tmp_path / "evaluated")}
+    options = f"--gpus-per-node=0 --cpus-per-task=1 --mem=2000M --output={tmp_path}/%a.log"
+    array = cluster.run("bash", "examples/slurm/evaluate_tasks.sbatch", cwd=ROOT, SBATCH_OPTIONS=options, **variables).split()[
+        -1
+    ]
+    cluster.wait_for_end(array)
+    assert cluster.states(array) == ["COMPLETED", "COMPLETED"], (tmp_path / "0.log").read_text()
+    for task in ("piqa", "boolq"):
+        assert list(json.loads((tmp_path / "evaluated" / task / "summary.json").read_text())["tasks"]) == [task]

@@ -18,8 +18,8 @@ from tokenizers import Tokenizer as HubTokenizer
 
 from megatron_ledom.data.byte_engine import GPT2, PATTERNS, CachedByteEngine, why_not_bytes
 from megatron_ledom.data.engines import HubEngine, first_difference
-from megatron_ledom.data.sentencepiece_bpe import ODD_TEXTS
 from megatron_ledom.errors import UsageError
+from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS
 from tests.unit.test_piece_engine import FILES, MULTILINGUAL
 
 HELPERS = Path(__file__).parents[2] / "csrc" / "helpers"

@@ -101,8 +101,9 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (
         [f"{TP}=3"],
         3,
-        "does not divide the padded vocabulary of 128 rows; set model.make_vocab_size_divisible_by (now 128) to a",
+        "does not divide every padded vocabulary, which is a multiple of 128 rows; set model.make_vocab_size_divisible_by (now 128) to a",
     ),
+    ([f"{TP}=3", "model.vocab_size=4096"], 3, "does not divide the padded vocabulary of 4,096 rows"),
     ([f"{TP}=3", "model.vocab_size=200"], 3, "does not divide the padded vocabulary of 256 rows"),
     (
         ["parallel.sequence_parallel=True"],

@@ -1,16 +1,16 @@
 """The OpenAI-compatible engine against a real HTTP server here, which runs a tiny model; results equal the transformers engine's."""
 
 import json
+import os
 import runpy
 import sys
 import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, TransientError, UsageError
@@ -19,63 +19,23 @@ from megatron_ledom.inference.completions_engine import CompletionsEngine
 from megatron_ledom.inference.engine import StepDelimiter, root
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.transformers_engine import TransformersEngine
+from tests.completions_server import (
+    Server,
+    broken_chunk,
+    cut_body,
+    first_choice,
+    hang_up,
+    no_http,
+    send,
+    with_choice,
+    with_logprobs,
+    with_usage,
+)
 from tests.tiny_models import random_model_folder
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "The capital of France is Paris. "
 PAIRS = [(PROMPT, "The cat"), ("The capital of Par", "is"), (PROMPT, "The cat"), ("漢字 ", "🙂 x")]
-
-
-class Server(ThreadingHTTPServer):
-    """`/v1/completions` of one model: one prompt of ids a request, log-probabilities of it with echo, seeded samples."""
-
-    def __init__(self, lm: ForwardLM | ReverseLM) -> None:
-        self.lm, self.requests, self.failures = lm, [], []
-        self.lock = threading.Lock()
-        super().__init__(("127.0.0.1", 0), Handler)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
-
-    @torch.inference_mode()
-    def complete(self, asked: dict[str, Any]) -> dict[str, Any]:
-        ids, new_ids, reason = asked["prompt"], [], "length"
-        generator = torch.Generator().manual_seed(asked.get("seed") or 0)
-        values: list[float | None] = [None]
-        logprobs = torch.log_softmax(self.lm.model(torch.tensor([ids])).logits[0].float(), -1)
-        values += [float(logprobs[i, ids[i + 1]]) for i in range(len(ids) - 1)]
-        while len(new_ids) < asked["max_tokens"]:
-            last = self.lm.model(torch.tensor([ids + new_ids])).logits[0, -1]
-            greedy = asked["temperature"] == 0
-            probabilities = torch.softmax(last / (asked["temperature"] or 1), -1)
-            chosen = int(last.argmax() if greedy else torch.multinomial(probabilities, 1, generator=generator))
-            if chosen in self.lm.stop_ids:
-                reason = "stop"
-                break
-            new_ids.append(chosen)
-        choice: dict[str, Any] = {"index": 0, "text": self.lm.tokenizer.decode(new_ids), "finish_reason": reason}
-        if asked.get("echo") and asked.get("logprobs"):
-            choice["logprobs"] = {"token_logprobs": values}
-        return {"choices": [choice], "usage": {"prompt_tokens": len(ids), "completion_tokens": len(new_ids)}}
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.lock:
-            failure = self.server.failures.pop(0) if self.server.failures else None
-            self.server.requests.append((self.path, self.headers.get("Authorization"), asked))
-        body = json.dumps({"error": "busy"} if failure else self.server.complete(asked)).encode()
-        self.send_response(failure or 200)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *_: Any) -> None:
-        """No lines on stderr."""
 
 
 @pytest.fixture(scope="module", params=["forward", "reverse"])
@@ -93,6 +53,7 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def engine_of(served: tuple[Server, Path, Any]) -> CompletionsEngine:
     server, folder, lm = served
     server.requests.clear()
+    server.change, server.reply = lambda answer: answer, None
     return CompletionsEngine(server.url, "tiny", folder, lm.direction, batch_size=2)
 
 
@@ -169,6 +130,260 @@ def test_what_cannot_work_is_refused_before_a_request(served: tuple[Server, Path
         engine_of(served).expand([], 1, StepDelimiter(None, frozenset({3})), Sampling())
     with pytest.raises(UsageError, match="engines take no stop_strings"):
         engine_of(served).sample([], Sampling(stop_strings=["the"]))
+
+
+WRONG_SCORES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "BOS in front, counted": (
+        lambda a: with_usage(with_logprobs(a, lambda v: [None, -9.0, *v[1:]]), 1),
+        "usage.prompt_tokens=",
+    ),
+    "BOS in front, not counted": (lambda a: with_logprobs(a, lambda v: [None, -9.0, *v[1:]]), "expected 4, the first null"),
+    "BOS in front, cut to the count": (
+        lambda a: with_logprobs(a, lambda v: ["<s>", *v[:-1]], "tokens"),
+        "token 0 of the prompt is",
+    ),
+    "BOS's own null left out": (lambda a: with_logprobs(a, lambda v: [-9.0, *v[1:]]), "the first -9.0"),
+    "other prompt ids": (lambda a: with_choice(a, prompt_token_ids=[1, 2, 3, 4]), "for the prompt ids"),
+    "reordered tokens": (lambda a: with_logprobs(a, lambda v: v[::-1], "tokens"), "of the prompt is"),
+    "fewer token names": (lambda a: with_logprobs(a, lambda v: v[:-1], "tokens"), "3 tokens for a prompt of 4"),
+    "cut": (lambda a: with_logprobs(a, lambda v: v[:-1]), "with 3 log-probabilities"),
+    "generated values": (lambda a: with_logprobs(a, lambda v: [-0.1] * len(v)), "the first -0.1"),
+    "NaN": (lambda a: with_logprobs(a, lambda v: [None] + [float("nan")] * 3), "log-probability nan for token 1"),
+    "minus infinity": (lambda a: with_logprobs(a, lambda v: [*v[:-1], float("-inf")]), "log-probability -inf for token 3"),
+    "null": (lambda a: with_logprobs(a, lambda v: [*v[:-1], None]), "log-probability None for token 3"),
+    "text": (lambda a: with_logprobs(a, lambda v: [None, "-1", "-1", "-1"]), "log-probability -1 for token 1"),
+    "huge": (lambda a: with_logprobs(a, lambda v: [*v[:-1], -(10**400)]), "log-probability -1000"),
+    "probabilities": (lambda a: with_logprobs(a, lambda v: [None, 0.5, 0.5, 0.5]), "log-probability 0.5"),
+    "no logprobs": (lambda a: with_choice(a, logprobs=None), "supports echo with logprobs"),
+    "logprobs of chat": (lambda a: with_choice(a, logprobs={"content": []}), "supports echo with logprobs"),
+    "another model": (lambda a: {**a, "model": "large"}, "for the model 'large', asked for was 'tiny'"),
+    "second choice only": (lambda a: with_choice(a, index=1), "index 0"),
+    "two choices": (lambda a: {**a, "choices": a["choices"] * 2}, "choices [0, 0]"),
+    "choices of texts": (lambda a: {**a, "choices": ["x"]}, "choices ['x']"),
+    "no usage": (lambda a: {**a, "usage": None}, "without choices and usage"),
+    "usage without counts": (lambda a: {**a, "usage": {}}, "usage.prompt_tokens=None"),
+    "error with 200": (lambda a: {"error": "no model"}, "without choices and usage"),
+    "list": (lambda a: [a], "a list, expected an object"),
+    "HTML": (lambda a: b"<html>sign\nin</html>", "not JSON: '<html>sign in</html>'"),
+    "nothing": (lambda a: b"", "not JSON"),
+    "brackets": (lambda a: b"[" * 100_000, "not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SCORES)
+def test_scores_that_are_not_those_of_the_prompt_are_refused(case: str, served: tuple[Server, Path, Any]) -> None:
+    engine = engine_of(served)
+    pair = next(
+        p for p in ((PROMPT[:n], PROMPT[n : n + m]) for n in range(1, 20) for m in (1, 2, 3)) if num_ids(engine, p) == 4
+    )
+    assert engine.score([pair])[0].num_tokens
+    served[0].change, message = WRONG_SCORES[case]
+    with pytest.raises(DataError) as caught:
+        engine.score([pair])
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(served[0].url)
+    assert "\n" not in str(caught.value)
+
+
+def num_ids(engine: CompletionsEngine, pair: tuple[str, str]) -> int:
+    span = engine._text.span(pair, False)
+    return len(span.tokens) if span.num_context < len(span.tokens) == len(set(span.tokens)) else 0
+
+
+def test_a_server_that_puts_bos_in_front_is_refused_although_its_answer_is_consistent(served: tuple[Server, Path, Any]) -> None:
+    """A real shift: the server's own model reads BOS and then the prompt; no value is missing and none looks wrong."""
+    engine = engine_of(served)
+    plain = served[0].complete
+
+    def with_bos(asked: dict[str, Any]) -> dict[str, Any]:
+        return plain({**asked, "prompt": [1, *asked["prompt"]]})
+
+    served[0].complete = with_bos  # type: ignore[method-assign]
+    try:
+        with pytest.raises(DataError, match=r"usage\.prompt_tokens=\d+ for a prompt of \d+ ids; a server that adds a BOS"):
+            engine.score(PAIRS[:1])
+        if served[2].direction is Direction.FORWARD:
+            with pytest.raises(DataError, match="a server that adds a BOS"):
+                engine.sample([root(PROMPT, Sampling())], Sampling())
+    finally:
+        del served[0].complete
+
+
+WRONG_TEXTS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "null": (lambda a: with_choice(a, text=None), "with the text None"),
+    "chat": (lambda a: {**a, "choices": [{"message": {"content": "x"}}]}, "not a chat endpoint"),
+    "surrogate": (lambda a: with_choice(a, text="x\ud83d"), "surrogate"),
+    "no count": (lambda a: {**a, "usage": {"prompt_tokens": a["usage"]["prompt_tokens"]}}, "usage.completion_tokens=None"),
+    "more than asked": (lambda a: {**a, "usage": {**a["usage"], "completion_tokens": 99}}, "at most 20"),
+    "cut": (
+        lambda a: {**with_choice(a, finish_reason="length"), "usage": {**a["usage"], "completion_tokens": 3}},
+        "3 of 20 tokens",
+    ),
+    "stopped by a filter": (lambda a: with_choice(a, finish_reason="content_filter"), "'content_filter'"),
+    "end token": (lambda a: with_choice(a, text="Paris<EOD>"), "the token '<EOD>' as text"),
+    "echo": (lambda a: with_choice(a, text=PROMPT * 4 + first_choice(a)["text"]), "repeats the prompt"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_TEXTS)
+def test_samples_that_are_no_answers_are_refused(case: str, served: tuple[Server, Path, Any]) -> None:
+    if served[2].direction is Direction.REVERSE:
+        return
+    engine, sampling = engine_of(served), Sampling(temperature=1.0, max_new_tokens=20, seed=3)
+    prompt = PROMPT * 4
+    assert engine.sample([root(prompt, sampling)], sampling)[0][0].finished
+    served[0].change, message = WRONG_TEXTS[case]
+    with pytest.raises(DataError) as caught:
+        engine.sample([root(prompt, sampling)], sampling)
+    assert message in str(caught.value)
+
+
+def test_tokens_named_by_text_are_compared_and_a_server_that_names_none_is_told(
+    served: tuple[Server, Path, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine, expected = engine_of(served), TransformersEngine(served[2]).score(PAIRS)
+    served[0].names_ids = False
+    assert [score.logprob for score in engine.score(PAIRS)] == pytest.approx([score.logprob for score in expected], abs=1e-3)
+    assert capsys.readouterr().err == ""
+    served[0].change = lambda a: with_logprobs(a, lambda v: ["x"] * len(v), "tokens")
+    engine.score(PAIRS)
+    assert capsys.readouterr().err.count("does not name the tokens of the prompts") == 1
+    served[0].names_ids = True
+
+
+def test_a_server_that_refuses_the_field_for_token_ids_is_asked_without_it(served: tuple[Server, Path, Any]) -> None:
+    engine = engine_of(served)
+
+    def reply(handler: BaseHTTPRequestHandler) -> None:
+        asked = served[0].requests[-1][2]
+        is_strict = "return_tokens_as_token_ids" in asked
+        body = json.dumps(
+            {"error": "Extra inputs are not permitted: return_tokens_as_token_ids"} if is_strict else served[0].complete(asked)
+        ).encode()
+        send(handler, 400 if is_strict else 200, body)
+
+    served[0].reply = reply
+    engine._batch_size = 1
+    assert all(score.num_tokens for score in engine.score(PAIRS))
+    assert len(served[0].requests) == 4  # three pairs, one of them twice
+
+
+@pytest.mark.parametrize("broken", [cut_body, broken_chunk, no_http, hang_up])
+def test_a_broken_connection_is_tried_again_like_a_busy_server(
+    broken: Callable[[BaseHTTPRequestHandler], None], served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engine_of(served)
+    monkeypatch.setattr(completions_engine.time, "sleep", lambda _: None)
+    right = engine.score(PAIRS[:1])
+    served[0].requests.clear()
+
+    def once(handler: BaseHTTPRequestHandler) -> None:
+        served[0].reply = None
+        broken(handler)
+
+    served[0].reply = once
+    assert engine.score(PAIRS[:1]) == right
+    assert len(served[0].requests) == 2
+    served[0].reply = broken
+    with pytest.raises(TransientError, match="did not answer 4 times") as caught:
+        engine.score(PAIRS[:1])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("status", [302, 307])
+def test_neither_the_key_nor_the_prompt_follows_a_redirect(
+    status: int, served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    engine, other = engine_of(served), Server(served[2])
+    threading.Thread(target=other.serve_forever, args=[0.01], daemon=True).start()
+    served[0].reply = lambda handler: send(handler, status, b"", Location=other.url + "/completions")
+    with pytest.raises(UsageError, match=rf"redirect \({status}\) to {other.url}/completions"):
+        engine.score(PAIRS[:1])
+    assert other.requests == []
+    assert len(served[0].requests) == 1
+    other.shutdown()
+    other.server_close()
+
+
+@pytest.mark.parametrize("key", ["sk-secret\n", "sk-secret\r", " sk-secret "])
+def test_white_space_around_the_key_is_left_out(
+    key: str, served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    engine_of(served).score(PAIRS[:1])
+    assert served[0].requests[0][1] == "Bearer sk-secret"
+
+
+@pytest.mark.parametrize("key", ["sk-secret\nx", "sk-sécret", "sk secret", "sk-secret\x00x"])
+def test_a_key_that_no_header_carries_is_refused_and_not_shown(
+    key: str, served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "\x00" in key:
+        monkeypatch.setattr(os, "environ", {**os.environ, "OPENAI_API_KEY": key})
+    else:
+        monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UsageError, match="OPENAI_API_KEY holds") as caught:
+        engine_of(served)
+    assert "cret" not in str(caught.value)
+
+
+def test_a_key_that_the_server_repeats_is_not_shown(served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    engine = engine_of(served)
+    served[0].reply = lambda handler: send(handler, 401, b"wrong key:\n\x1b[31m sk-secret")
+    with pytest.raises(DataError, match=r"401 wrong key: \?\[31m \[key\]"):
+        engine.score(PAIRS[:1])
+
+
+def test_the_key_goes_over_http_to_this_machine_only(served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, folder, lm = served
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    for host in ("node7", "10.0.0.7", "localhost.example.org", "127.0.0.1.example.org", "0.0.0.0", "[2001:db8::1]"):
+        with pytest.raises(UsageError, match="plain http to another machine") as caught:
+            CompletionsEngine(f"http://{host}:8000/v1", "tiny", folder, lm.direction)
+        assert "--key-over-http" in str(caught.value)
+    for url in ("https://node7/v1", "http://127.0.0.1:1/v1", "http://[::1]:1/v1", "http://localhost:1/v1"):
+        CompletionsEngine(url, "tiny", folder, lm.direction)
+    CompletionsEngine("http://node7:8000/v1", "tiny", folder, lm.direction, key_over_http=True)
+    monkeypatch.delenv("OPENAI_API_KEY")
+    CompletionsEngine("http://node7:8000/v1", "tiny", folder, lm.direction)
+
+
+def test_no_proxy_is_asked_for_a_server_on_this_machine(
+    served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:1")
+    assert engine_of(served).score(PAIRS[:1])[0].num_tokens
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://local host/v1",
+        "http://localhost:99999/v1",
+        "http://localhost:port/v1",
+        "http://",
+        "http://node\n/v1",
+        "file:///etc/passwd",
+        "http://user:password@node/v1",
+        "http://node/v1?key=password",
+        "http://node/v1/chat/completions",
+    ],
+)
+def test_what_is_no_address_is_refused_in_one_line(url: str, served: tuple[Server, Path, Any]) -> None:
+    with pytest.raises(UsageError, match=r"no address of a server|chat endpoint|a user, a query") as caught:
+        CompletionsEngine(url, "tiny", served[1], served[2].direction)
+    assert "\n" not in str(caught.value)
+    assert "password" not in str(caught.value)
+
+
+def test_the_whole_address_of_the_completions_is_taken_too(served: tuple[Server, Path, Any]) -> None:
+    engine_of(served)
+    engine = CompletionsEngine(served[0].url + "/completions/", "tiny", served[1], served[2].direction)
+    assert engine.score(PAIRS[:1])[0].num_tokens
+    assert served[0].requests[0][0] == "/v1/completions"
 
 
 def test_the_tool_ranks_with_a_served_model(

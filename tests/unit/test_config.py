@@ -1,5 +1,6 @@
 """Reading a configuration: typing, bases, overrides, and a sentence for every mistake."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from megatron_ledom.config.explain import config_keys
 from megatron_ledom.config.load import config_from_dict, load_config, save_config, to_dict
+from megatron_ledom.config.published import published, text_keys
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError
@@ -223,3 +225,45 @@ def test_configuration_is_read_without_torch_or_megatron() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_what_is_published_has_no_path_of_the_machine_and_no_free_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every key that can hold a text gets one, so that a new key is looked at too."""
+    monkeypatch.setenv("DATA_ROOT", "/scratch/somebody/corpora")
+    overrides = [
+        "run_dir=/scratch/somebody/runs/tiny",
+        "data.tokenizer=${oc.env:DATA_ROOT}/words",
+        "data.train_blend=[[1.0,'s3://name:hidden@host/bucket/somebody/web?sig=somebody']]",
+        "data.valid_blend=[[1.0,'/scratch/somebody/valid']]",
+        "data.valid_sets={books: [[1.0,'/scratch/somebody/books']]}",
+        "data.test_sets={tests: [[1.0,'/scratch/somebody/tests']]}",
+        "data.path_to_cache=/scratch/somebody/cache",
+        "parallel.hardware=/scratch/somebody/h.yaml",
+        "parallel.nccl_communicator_config_path=/scratch/somebody/nccl.yaml",
+        "train.tasks=[/scratch/somebody/task]",
+        "train.task_data=/scratch/somebody/tasks",
+        "logging.wandb_project=somebody",
+    ]
+    assert sorted(override.partition("=")[0] for override in overrides) == sorted(text_keys())
+    found = published(load(tmp_path, *overrides))
+    assert "somebody" not in json.dumps(found)
+    assert found["run_dir"] == "tiny"
+    assert found["data"]["tokenizer"] == "words"
+    assert found["data"]["train_blend"] == [[1.0, "web"]]
+    assert found["data"]["valid_sets"] == {"books": [[1.0, "books"]]}
+    assert found["model"] == to_dict(load(tmp_path))["model"]
+
+
+@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "DB_PASSWORD", "MY_SECRET"])
+def test_a_secret_of_the_environment_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "hidden")
+    for override in (f"logging.wandb_project=${{oc.env:{name}}}", f"data.train_blend=[[1.0,'s3://${{oc.env:{name}}}@host/x']]"):
+        words = complaint(tmp_path, override)
+        assert f"takes ${{oc.env:{name}}}, which by its name is a secret" in words
+        assert override.partition("=")[0] in words
+        assert "hidden" not in words
+
+
+def test_other_variables_of_the_environment_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENIZER_PATH", "/words")
+    assert load(tmp_path, "data.tokenizer=${oc.env:TOKENIZER_PATH}").data.tokenizer == "/words"

@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import lzma
+import os
 import subprocess
 import sys
 from itertools import chain
@@ -61,7 +62,7 @@ def texts_in(stretch: Stretch, **settings: object) -> list[str]:
 
 def skim(path: Path, key: str = "text", **settings: object) -> tuple[list[str], dict[str, int], list[str]]:
     """All texts, what was skipped, and the messages."""
-    read = ReadSettings(text_key=key, on_error="skip", batch_bytes=64, **settings)  # type: ignore[arg-type]
+    read = ReadSettings(**{"text_key": key, "on_error": "skip", "batch_bytes": 64, **settings})  # type: ignore[arg-type]
     reader = RecordReader(whole(path), read)
     texts = [text for batch in reader.batches() for text in batch.texts]
     return texts, dict(reader.skipped), reader.messages
@@ -315,6 +316,20 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path, name: 
     stretch = whole(path)
     path.write_bytes(b'{"text": "1"}\n' * 5)
     with pytest.raises(DataError, match=r"ends at byte 70, it had 140 when this run began|is damaged"):
+        texts_in(stretch)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow"])
+def test_a_file_replaced_while_it_is_read_is_an_error(tmp_path: Path, name: str) -> None:
+    """Also one of the same size: parts of the old and of the new one would be stored as one corpus."""
+    write_all_forms(tmp_path)
+    stretch = whole(tmp_path / name)
+    batches = RecordReader(stretch, ReadSettings(batch_bytes=1)).batches()
+    next(batches)
+    os.utime(stretch.source.path, ns=(1, 1))
+    with pytest.raises(DataError, match=rf"{name} was written to since this run began: .*wait until it is complete"):
+        list(batches)
+    with pytest.raises(DataError, match=rf"{name} was written to since this run began"):
         texts_in(stretch)
 
 

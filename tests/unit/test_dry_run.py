@@ -10,8 +10,9 @@ import pytest
 from megatron_ledom.config.load import load_config
 from megatron_ledom.data.shard import ShardManifest
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import ConfigError
+from megatron_ledom.errors import ConfigError, MismatchError
 from megatron_ledom.training.dry_run import describe_run
+from megatron_ledom.training.plan_verdicts import checkpoints_to_come
 
 CONFIGS = Path(__file__).parents[2] / "examples/configs"
 
@@ -26,9 +27,9 @@ def row(text: str, name: str) -> str:
     return str(found[0])
 
 
-def write_manifest(prefix: Path, num_tokens: int, vocab_size: int = 500) -> None:
+def write_manifest(prefix: Path, num_tokens: int, vocab_size: int = 500, direction: Direction = Direction.REVERSE) -> None:
     manifest = ShardManifest(
-        direction=Direction.REVERSE,
+        direction=direction,
         tokenizer_name="legible",
         tokenizer_sha256="0" * 64,
         vocab_size=vocab_size,
@@ -125,12 +126,68 @@ def test_plan_without_vocabulary_or_data_says_what_is_not_known(tmp_path: Path, 
 def test_the_planner_speaks_for_the_configured_hardware() -> None:
     text = plan("ledom_7b", 64)
     assert row(text, "hardware") == "A100-SXM 80 GB"
-    assert row(text, "memory a device").startswith("60.7 of 79.1 GiB on stage 0: state 23.1, activations 33.7")
-    assert row(text, "seconds an iteration").startswith("34.7")
+    assert row(text, "memory a device").startswith("49.8 of 79.1 GiB on stage 0: state 23.1, activations 23.2")
+    assert row(text, "seconds an iteration").startswith("33.6")
     assert "does not fit" in row(plan("ledom_7b", 64, "parallel.hardware=a100-40"), "memory a device")
     assert row(plan("quickstart_reverse", 1), "hardware").startswith("not named: parallel.hardware")
     with pytest.raises(ConfigError, match="hardware a100 is not known"):
         plan("ledom_7b", 64, "parallel.hardware=a100")
+
+
+def test_verdicts_stand_at_the_top() -> None:
+    memory, disk = plan("ledom_7b", 64, "parallel.hardware=a100-40").splitlines()[:2]
+    assert re.match(r"# memory: NO: \d+\.\d of 39\.4 GiB a device of A100-SXM 40 GB on stage 0", memory)
+    assert disk.startswith("# disk: 104 more checkpoints of 101.6 GiB at one time (all are kept) need 10.3 TiB, ")
+    assert plan("quickstart_reverse", 1).startswith("# memory: not planned: parallel.hardware is not set\n")
+
+
+def test_a_dry_run_whose_plan_does_not_fit_ends_with_1() -> None:
+    options = ["--config", str(CONFIGS / "ledom_7b.yaml"), "--dry-run", "parallel.hardware=a100-40"]
+    command = [sys.executable, "-m", "megatron_ledom.pretrain", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "error: memory: NO: " in done.stderr
+    assert "or accept it with --accept-plan" in done.stderr
+    assert "\nmodel\n" in done.stdout  # all of it is told first
+    assert subprocess.run([*command, "--accept-plan"], capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "where", ["data.train_blend=[[1,a],[1,b]]", "data.valid_blend=[[1,b]]", "data.valid_sets={x: [[1,b]]}"]
+)
+def test_a_dry_run_refuses_shards_of_the_other_direction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_manifest(tmp_path / "a", 614_400)
+    write_manifest(tmp_path / "b", 614_400, direction=Direction.FORWARD)
+    settings = ["data.train_blend=[[1,a]]", "data.valid_blend=[]", where]
+    with pytest.raises(MismatchError, match=r"the shard b is forward, the shard a is reverse"):
+        plan("quickstart_reverse", 1, *settings)
+    with pytest.raises(MismatchError, match=r"the shard b is forward, the run has data.direction=reverse"):
+        plan("quickstart_reverse", 1, "data.train_blend=[[1,b]]", "data.valid_blend=[]")
+
+
+def test_a_dry_run_refuses_shards_of_another_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_manifest(tmp_path / "a", 614_400)
+    with pytest.raises(MismatchError, match=r"model.vocab_size=300 but the shard a has ids of 500"):
+        plan("quickstart_reverse", 1, "data.train_blend=[[1,a]]", "data.valid_blend=[]", "model.vocab_size=300")
+
+
+@pytest.mark.parametrize(
+    ("settings", "there", "count"),
+    [
+        ([], [], 4),  # 30, 60, 90, 100
+        ([], [30, 60], 2),
+        (["checkpoint.keep_last=2"], [], 3),
+        (["checkpoint.keep_last=2"], [30, 60], 1),
+        (["checkpoint.keep_last=1", "checkpoint.keep_interval=30"], [], 4),
+        (["checkpoint.keep_last=1", "checkpoint.keep_interval=60"], [], 3),
+    ],
+)
+def test_checkpoints_to_come(settings: list[str], there: list[int], count: int) -> None:
+    size = ["train.train_iters=100", "checkpoint.save_interval=30", "optimizer.lr_warmup_iters=1"]
+    config = load_config(str(CONFIGS / "quickstart_reverse.yaml"), [*size, *settings])
+    assert checkpoints_to_come(config, there) == count
 
 
 def test_layout_that_cannot_work_is_refused() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
+import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.datasets import helpers
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -18,6 +19,7 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
 from megatron.core.enums import Fp8Recipe
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
@@ -39,7 +41,13 @@ from megatron_ledom.config.gpu_checks import FP8_NEEDS, NCCL_GROUPS, NCCL_SETTIN
 from megatron_ledom.config.load import config_from_dict
 from megatron_ledom.config.schema import ModelConfig, ParallelConfig
 from megatron_ledom.model import builder
+from megatron_ledom.model.layer_specs import LayerChoice
+from megatron_ledom.ops.swiglu import swiglu_reference
 
+SMALL = {
+    "model": {"num_layers": 2, "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4},
+    "train": {"train_iters": 3000, "global_batch_size": 2},
+}
 DATACLASS_FIELDS = {
     TransformerConfig: """num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels normalization
         add_qkv_bias qk_layernorm softmax_scale
@@ -228,3 +236,34 @@ def test_the_rotary_embedding_turns_by_the_frequencies_it_is_given() -> None:
     """`model.builder` replaces them; the model reads them when it runs."""
     for function in (RotaryEmbedding.get_freqs_non_repeated, RotaryEmbedding.get_emb):
         assert "self.inv_freq" in inspect.getsource(function)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_activation_is_the_same_function_and_keeps_its_input_alone(dtype: torch.dtype) -> None:
+    """What Transformer Engine's layers run, here without its compilation."""
+    kept: list[torch.Tensor] = []
+    results = []
+    x = torch.randn(8, 2, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
+    grad = torch.randn(8, 2, 32, generator=torch.Generator().manual_seed(2)).to(dtype)
+    with torch.compiler.set_stance("force_eager"):
+        for function in (lambda leaf: bias_swiglu_impl(leaf, None), swiglu_reference):
+            leaf = x.clone().requires_grad_()
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+                y = function(leaf)
+            if function is not swiglu_reference:
+                assert [tensor.numel() for tensor in kept] == [x.numel()]
+            y.backward(grad)
+            results.append((y.detach(), leaf.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, **({} if dtype == torch.float32 else {"rtol": 0.02, "atol": 0.02}))
+
+
+@pytest.mark.parametrize(
+    ("implementation", "fusion", "ours"),
+    [("transformer_engine", True, False), ("fused", False, True), ("torch", False, False)],
+)
+def test_the_activation_is_fused_where_the_layers_have_it_so(implementation: str, fusion: bool, ours: bool) -> None:
+    core_config = builder.build_core_config(config_from_dict({"run_dir": "unused", **SMALL}, "test"))
+    builder.fuse_activation(core_config, LayerChoice(implementation, "test"))
+    core_config.__post_init__()  # megatron-core's own checks of what goes together
+    assert (core_config.bias_activation_fusion, core_config.use_te_activation_func) == (fusion, ours)

@@ -15,9 +15,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_ledom.data import engines
 from megatron_ledom.data.engines import FlatIds, HubEngine, flat
-from megatron_ledom.data.sentencepiece_bpe import ODD_TEXTS, convert, tokenizer_config, train
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, convert, tokenizer_config, train
 
 TEXT = inspect.getsource(textwrap)
 SAMPLES = [TEXT, *TEXT.splitlines()[:50]]

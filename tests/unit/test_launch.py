@@ -1,5 +1,6 @@
 """Which rank a process is, by the variables of torchrun or of srun, and when its job ends."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.platform import slurm
-from megatron_ledom.platform.launch import ALONE, Launch, read_launch
+from megatron_ledom.platform.launch import ALONE, FOREIGN, Launch, read_launch
 from megatron_ledom.platform.slurm import seconds_until_job_end, tasks_of_nodes
 
 SRUN = {  # rank 9 of 8 + 4: a step on three of the job's nodes, the ranks unevenly spread
@@ -46,7 +47,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for stand-ins of SLURM's commands, and no variables of a real launcher."""
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    for name in SRUN:
+    for name in (*SRUN, "SLURM_JOB_NUM_NODES", "SLURM_NPROCS", "SLURM_JOB_END_TIME", *FOREIGN):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     return tmp_path
@@ -155,3 +156,124 @@ def test_launch_is_read_and_signals_are_remembered_before_torch_is_imported() ->
     )
     done = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0
+
+
+IN_A_JOB = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "4"}
+
+
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        {"SLURM_TASKS_PER_NODE": "8(x4)", "SLURM_NTASKS_PER_NODE": "8"},
+        {"SLURM_TASKS_PER_NODE": "8(x3),8"},
+        {"SLURM_NTASKS_PER_NODE": "8"},
+        {"SLURM_NPROCS": "32"},
+    ],
+)
+def test_forgotten_srun_is_refused_without_ntasks(monkeypatch: pytest.MonkeyPatch, tasks: dict[str, str]) -> None:
+    set_variables(monkeypatch, IN_A_JOB, tasks)
+    with pytest.raises(UsageError, match="job 5 has 32 tasks, but this process was not started by srun"):
+        read_launch()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
+def test_a_launcher_that_is_not_understood_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "8")
+    with pytest.raises(UsageError, match=f"{name}='8', but RANK is not set"):
+        read_launch()
+
+
+@pytest.mark.parametrize("value", ["", " ", "-1", "x", "1.5", "٣"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID", "SLURM_STEP_NUM_TASKS"),
+        *("SLURM_STEP_TASKS_PER_NODE", "SLURM_JOB_ID", "MASTER_PORT"),
+    ],
+)
+def test_a_variable_of_a_step_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    set_variables(monkeypatch, SRUN, {"MASTER_ADDR": "n2", name: value})
+    with pytest.raises(UsageError, match=f"^{name}={value!r} is not"):
+        read_launch()
+
+
+@pytest.mark.parametrize("name", ["SLURM_NTASKS", "SLURM_TASKS_PER_NODE"])
+def test_a_variable_of_a_job_that_is_empty_is_named(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    set_variables(monkeypatch, IN_A_JOB, {name: ""})
+    with pytest.raises(UsageError, match=f"^{name}='' is not"):
+        read_launch()
+
+
+@pytest.mark.parametrize(
+    "missing", ["SLURM_STEP_NUM_TASKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID", "SLURM_LOCALID", "SLURM_JOB_ID"]
+)
+def test_a_variable_of_a_step_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    set_variables(monkeypatch, SRUN, {"MASTER_ADDR": "n2"})
+    for name in (missing, missing.replace("STEP_NUM_", "N"), missing.replace("STEP_", "")):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(UsageError, match=r"^SLURM_\w+ is not set; srun sets it for every task"):
+        read_launch()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("SLURM_NODEID", "2", "SLURM_NODEID=2, but SLURM_STEP_TASKS_PER_NODE=8,4 is of 2 nodes"),
+        ("SLURM_LOCALID", "4", "SLURM_LOCALID=4, but SLURM_STEP_TASKS_PER_NODE=8,4 has 4 tasks on node 1"),
+        ("SLURM_PROCID", "12", "SLURM_PROCID=12 is not below SLURM_STEP_NUM_TASKS=12"),
+        ("SLURM_STEP_NUM_TASKS", "13", "SLURM_STEP_NUM_TASKS=13, but SLURM_STEP_TASKS_PER_NODE=8,4 makes 12 tasks"),
+        ("SLURM_STEP_NUM_TASKS", "0", "SLURM_STEP_NUM_TASKS='0' is not a whole number from 1 on"),
+        ("SLURM_STEP_NODELIST", "", "SLURM_STEP_NODELIST is empty or not set"),
+        ("MASTER_ADDR", "", "MASTER_ADDR='' is no host"),
+        ("MASTER_PORT", "70000", "MASTER_PORT=70000 is above 65535"),
+    ],
+)
+def test_variables_of_a_step_that_contradict_each_other_are_named(
+    commands: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str
+) -> None:
+    put(commands, "scontrol", SCONTROL)
+    set_variables(monkeypatch, SRUN, {name: value})
+    with pytest.raises(UsageError, match=f"^{fault}"):
+        read_launch()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        *((name, value, f"{name}={value!r} is not a whole number") for name in list(TORCHRUN)[:4] for value in ("", "x", "-1")),
+        ("RANK", "4", "RANK=4 is not below WORLD_SIZE=4"),
+        ("LOCAL_RANK", "2", "LOCAL_RANK=2 is not below LOCAL_WORLD_SIZE=2"),
+        ("LOCAL_WORLD_SIZE", "5", "LOCAL_WORLD_SIZE=5 is not at most WORLD_SIZE=4"),
+        ("MASTER_ADDR", "", "MASTER_ADDR='' is no host"),
+        ("MASTER_ADDR", "tcp://n1", "MASTER_ADDR='tcp://n1' is no host"),
+        ("MASTER_PORT", "", "MASTER_PORT='' is not a whole number"),
+        ("MASTER_PORT", "29500x", "MASTER_PORT='29500x' is not a whole number"),
+        ("MASTER_PORT", "65536", "MASTER_PORT=65536 is above 65535"),
+    ],
+)
+def test_variables_of_torchrun_that_are_wrong_are_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str
+) -> None:
+    set_variables(monkeypatch, TORCHRUN, {name: value})
+    with pytest.raises(UsageError, match=f"^{fault}"):
+        read_launch()
+
+
+def test_an_address_of_ipv6_is_one_that_ranks_can_meet_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_variables(monkeypatch, SRUN, {"MASTER_ADDR": "fe80::1", "MASTER_PORT": "1234"})
+    assert read_launch().address() == ("fe80::1", 1234)
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_JOB_END_TIME"])
+def test_an_end_of_the_job_that_cannot_be_read_is_named(commands: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    put(commands, "squeue", "#!/bin/sh\nexit 1\n")
+    set_variables(monkeypatch, SRUN, {name: "soon"})
+    with pytest.raises(UsageError, match=f"^{name}='soon' is not a whole number"):
+        seconds_until_job_end()
+
+
+def test_the_environment_is_read_in_few_places() -> None:
+    """What a launcher sets is parsed, and faults are named, in these files alone."""
+    launcher = re.compile(r"""environ(?:\.get\(|\[)\s*["'](?:SLURM_|RANK|WORLD_SIZE|LOCAL_|MASTER_|OMPI_|PMI_)""")
+    sources = sorted((Path(__file__).parents[2] / "megatron_ledom").rglob("*.py"))
+    assert [path.name for path in sources if launcher.search(path.read_text(encoding="utf-8"))] == []

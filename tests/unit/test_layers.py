@@ -12,29 +12,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ENGINE = {"config", "direction", "errors", "ops", "parallel", "platform", "provenance"}
+ENGINE = {"config", "direction", "errors", "ops", "parallel", "platform", "provenance", "records", "storage"}
 MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "direction": set(),
     "errors": set(),
     "provenance": {"direction", "errors"},
     "pages": {"errors"},
-    "config": {"direction", "errors"},
+    "storage": {"errors"},
+    "records": {"errors"},
+    "tokenizers": {"errors", "provenance"},
+    "config": {"direction", "errors", "storage"},
     "platform": {"config", "direction", "errors"},
     "ops": {"config", "direction", "errors", "platform"},
     "parallel": {"config", "direction", "errors", "platform"},
-    "planner": {"config", "direction", "errors", "pages", "model"},
-    "data": ENGINE,
+    "planner": {"config", "direction", "errors", "pages", "model", "storage"},
+    "data": ENGINE | {"tokenizers"},
     "model": ENGINE,
     "checkpoint": ENGINE,
     "training": ENGINE | {"data", "model", "checkpoint", "pages", "planner"},
     "in_loop": ENGINE | {"data", "training", "inference", "evaluation"},
     "convert": ENGINE | {"data", "model", "checkpoint", "inference"},
     "finetune": ENGINE | {"data", "inference"},
-    "inference": {"direction", "errors", "pages", "provenance"},
-    "evaluation": {"direction", "errors", "pages", "provenance", "inference"},
+    "inference": {"direction", "errors", "pages", "provenance", "storage", "tokenizers"},
+    "evaluation": {"direction", "errors", "pages", "provenance", "inference", "storage", "tokenizers"},
 }
-MEGATRON_FREE = {"direction", "pages", "planner", "provenance", "errors", "config", "inference", "evaluation"}
-TORCH_FREE = {"config", "pages", "planner"}
+MEGATRON_FREE = {
+    *("config", "direction", "errors", "evaluation", "inference", "pages", "planner", "provenance", "records", "storage"),
+    "tokenizers",
+}
+TORCH_FREE = {"config", "pages", "planner", "records", "storage", "tokenizers"}
 OUTSIDE = {"tools", "tests", "examples"}
 HEAVY = ("torch", "megatron", "transformers", "pyarrow", "tensorboard", "matplotlib", "sentencepiece", "tokenizers")
 MAX_FUNCTION, MAX_FILE, MAX_NESTING = 60, 500, 4

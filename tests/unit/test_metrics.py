@@ -15,11 +15,13 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.shard import load_manifest
+from megatron_ledom.errors import NotFiniteError
 from megatron_ledom.platform.device import Platform
 from megatron_ledom.training import metrics
 from megatron_ledom.training.history import append_record, read_bad_steps
 from megatron_ledom.training.launch_record import git_state, read_launches
-from megatron_ledom.training.metrics import MetricsWriter, Throughput, wandb_run_id
+from megatron_ledom.training.metrics import MetricsWriter, Record, Throughput, wandb_run_id
+from megatron_ledom.training.reporting import _add_finite, _add_tasks
 from megatron_ledom.training.validate import bits_per_byte
 from tests.faults import inject
 from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
@@ -137,8 +139,8 @@ def test_a_profile_of_the_asked_iterations_and_ranks_is_written(data: TinyData, 
 
 
 def test_a_run_folder_says_what_it_was_started_with(data: TinyData, tmp_path: Path) -> None:
-    for _ in range(2):
-        run_on_ranks(data.config, tmp_path / "run", "train.train_iters=3")
+    for train_iters in (3, 4):
+        run_on_ranks(data.config, tmp_path / "run", f"train.train_iters={train_iters}")
     launches = read_launches(str(tmp_path / "run"))
     assert len(launches) == 2
     assert launches[0]["world_size"] == 1
@@ -230,3 +232,17 @@ def test_runs_of_one_name_are_two_to_weights_and_biases_and_a_resumed_one_is_one
         (tmp_path / name / "reverse").mkdir(parents=True, exist_ok=True)
         found.append(wandb_run_id(str(tmp_path / name / "reverse")))
     assert found[0] == found[2] != found[1]
+
+
+def test_results_that_are_not_finite_are_named_and_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
+    record: Record = {"iteration": 7}
+    found = {"a": {"lm_loss": 2.0, "bits_per_byte": 1.0}, "b": {"lm_loss": math.nan, "bits_per_byte": math.nan}}
+    _add_finite(record, "validation", found)
+
+    def evaluate_tasks() -> dict[str, dict[str, float]]:
+        raise NotFiniteError("token 3 of item 5")
+
+    _add_tasks(record, evaluate_tasks)
+    assert record == {"iteration": 7, "validation": {"a": found["a"]}, "not_finite": ["validation/b", "tasks"]}
+    assert "iteration 7: validation of b is not finite" in caplog.text
+    assert "token 3 of item 5" in caplog.text

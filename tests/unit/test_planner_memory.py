@@ -16,6 +16,7 @@ from megatron_ledom.planner.memory import (
     GIB,
     activation_bytes,
     chunk_bytes,
+    counting_for,
     layer_tensors,
     logits_bytes,
     stage_parameters,
@@ -74,7 +75,9 @@ def test_llama_layer_on_a_gpu_by_hand() -> None:
     s, h, f, t, heads, width = 8192, 3072, 24576, 2, 16, 192
     spread = s // t * (4 * 2 * h + 2 * 4)  # inputs of two norms and of the products behind them; statistics
     attention = s * (2 + 2 + 6 + 2) * heads * width // t + 4 * s * heads // t + 4 * 2 * s * width
-    assert sum(tensor.num_bytes for tensor in layer_tensors(model, layout, "cuda")) == spread + attention + 5 * 2 * s * f // t
+    assert sum(tensor.num_bytes for tensor in layer_tensors(model, layout, "cuda")) == spread + attention + 3 * 2 * s * f // t
+    apart = replace(model, layers="unfused")  # model.transformer_impl=torch
+    assert sum(tensor.num_bytes for tensor in layer_tensors(apart, layout, "cuda")) == spread + attention + 5 * 2 * s * f // t
 
 
 TINY = {
@@ -93,6 +96,7 @@ TINY = {
     "train": {"train_iters": 20, "global_batch_size": 16, "micro_batch_size": 2, "num_threads": 1},
 }
 FULL = ["parallel.recompute_granularity=full", "parallel.recompute_num_layers=2"]
+FUSED = "model.transformer_impl=fused"
 SELECTIVE = "parallel.recompute_granularity=selective"
 
 
@@ -120,6 +124,10 @@ CASES: dict[str, tuple[int, int, list[str]]] = {  # rank, ranks, overrides
     "PP2 two chunks, TP2 SP": (3, 4, parallel(pipeline=2, virtual=2, tensor=2, sp=True)),
     "selective core": (0, 1, [SELECTIVE]),
     "selective core and mlp": (0, 2, [*parallel(tensor=2, sp=True), SELECTIVE, "parallel.recompute_modules=[core_attn,mlp]"]),
+    "fused": (0, 1, [FUSED]),
+    "fused, fp32": (0, 1, [FUSED, "model.params_dtype=fp32"]),
+    "fused, TP2 SP": (1, 2, [FUSED, *parallel(tensor=2, sp=True)]),
+    "fused, mlp again": (0, 1, [FUSED, SELECTIVE, "parallel.recompute_modules=[core_attn,mlp]"]),
     "full uniform": (0, 1, [*FULL, "parallel.recompute_method=uniform"]),
     "full block": (0, 2, [*parallel(tensor=2, sp=True), *FULL, "parallel.recompute_method=block"]),
 }
@@ -150,7 +158,9 @@ def test_kept_bytes_are_those_counted_on_the_real_layers(name: str, counted: dic
     stage = rank // (ranks // layout.pipeline)
     for chunk, found in enumerate(counted[name]["kept"]):
         is_first, is_last = stage == chunk == 0, stage == layout.pipeline - 1 and chunk == layout.chunks - 1
-        expected = chunk_bytes(model, layout, "cpu", is_first, is_last) + (logits_bytes(model, layout) if is_last else 0)
+        expected = chunk_bytes(model, layout, counting_for(model, layout, is_cpu=True), is_first, is_last) + (
+            logits_bytes(model, layout) if is_last else 0
+        )
         assert expected == pytest.approx(found, rel=0.01), f"{expected / found - 1:+.3%}"
     weights, gradients, _ = state_bytes(model, layout, sum(stage_parameters(model, layout, stage).values()))
     assert (weights, gradients) == pytest.approx((counted[name]["weights"], counted[name]["gradients"]), rel=0.01)

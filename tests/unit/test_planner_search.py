@@ -23,8 +23,11 @@ A100 = load_hardware("a100-80")
 
 
 def test_the_7b_on_64_a100_is_spread_as_the_original_was() -> None:
-    found = search(load_config(SEVEN), 64, A100)
+    """With SwiGLU as single operators; as one it leaves room for micro-batches of two, in the same layout."""
+    found = search(load_config(SEVEN, ["model.transformer_impl=torch"]), 64, A100)
     layout = found.ranked[0][1].layout
+    fused = search(load_config(SEVEN), 64, A100).ranked[0][1].layout
+    assert replace(fused, micro_batch_size=1, num_microbatches=32) == layout
     assert (layout.tensor, layout.pipeline, layout.context, layout.data) == (2, 1, 1, 32)
     assert (layout.sequence_parallel, layout.micro_batch_size, layout.recompute) == (True, 1, None)
     assert all(plan.fits for _, plan in found.ranked)
@@ -105,6 +108,24 @@ def test_planning_needs_no_torch() -> None:
         "sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'transformers', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_tool_says_first_whether_a_plan_fits_and_ends_with_1_if_not() -> None:
+    command = [sys.executable, "tools/plan_run.py", "--config", SEVEN, "--num-gpus", "64", "--hardware"]
+    ends = {}
+    for hardware in ("a100-40", "b200"):
+        done = subprocess.run([*command, hardware], cwd=ROOT, capture_output=True, text=True, check=False)
+        ends[hardware] = (done.returncode, done.stdout.splitlines()[1].rpartition(": ")[2])
+    assert ends == {"a100-40": (1, "DOES NOT FIT"), "b200": (0, "fits")}
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("h100", "h100-sxm"), ("H100", "h100-sxm"), ("a100", "a100-40 or a100-80"), ("h200x", "h200"), ("b20", "b200")],
+)
+def test_a_shortened_name_of_hardware_is_completed(name: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=f"hardware {name} is not known; .*; did you mean {meant}\\?"):
+        load_hardware(name)
 
 
 @pytest.mark.parametrize("count", [0, -3])

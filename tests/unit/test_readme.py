@@ -42,6 +42,7 @@ RUN_BY_TESTS = {
     ),
     "bash examples/slurm/convert.sbatch": "tests/slurm/test_slurm_jobs.py",
     "bash examples/slurm/evaluate.sbatch": "tests/slurm/test_slurm_jobs.py",
+    "bash examples/slurm/evaluate_tasks.sbatch": "tests/slurm/test_slurm_jobs.py",
     "torchrun --nproc-per-node 8 tools/replay_step.py --run runs/ledom_7b --iteration 1234": (
         "tests/distributed/test_anomalies.py, on forked ranks"
     ),

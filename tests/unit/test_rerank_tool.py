@@ -54,11 +54,18 @@ def test_help_answers_at_once(tool: str) -> None:
     assert time.monotonic() - start < 2
 
 
-def test_rerank_writes_the_ranking_and_nothing_to_stdout(folders: tuple[str, str], source: Path, tmp_path: Path) -> None:
-    paths = ["--input", str(source), "--output", str(tmp_path / "out.jsonl")]
+def test_rerank_writes_the_ranking_to_a_new_folder_and_says_what_it_did_on_stderr(
+    folders: tuple[str, str], source: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "new" / "folder" / "out.jsonl"
+    paths = ["--input", str(source), "--output", str(output)]
     result = run_process("rerank.py", "--forward", folders[0], "--reverse", folders[1], *paths, "--weight", "0.25")
-    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
-    line = json.loads((tmp_path / "out.jsonl").read_text(encoding="utf-8"))
+    assert (result.returncode, result.stdout) == (0, "")
+    assert result.stderr.startswith(
+        f"{output}: ranked at weight 0.25 (0 forward only, 1 reverse only); lines: 1, candidates: 2, "
+    )
+    assert result.stderr.count("\n") == 1
+    line = json.loads(output.read_text(encoding="utf-8"))
     assert sorted(line["ranking"]) == [0, 1]
     score = line["scores"][0]
     assert score["reward"] == pytest.approx(0.75 * score["forward_logprob"] + 0.25 * score["reverse_logprob"])
@@ -125,7 +132,9 @@ def test_rerank_samples_and_repeats_with_a_seed(
         ({"--reverse": "FORWARD"}, 1, "ReverseLM needs a reverse one"),
         ({"--forward": "REVERSE"}, 1, "ForwardLM needs a forward one"),
         ({"--forward": "no-folder"}, 2, "no-folder is no model folder"),
-        ({"--output": "missing/out.jsonl"}, 2, "missing of the output does not exist"),
+        ({"--output": "in.jsonl/out.jsonl"}, 2, "in.jsonl is no folder"),
+        ({"--too-long": "cut"}, 2, "invalid choice"),
+        ({"--forward-server": "ftp://node/v1"}, 2, "no address of a server"),
     ],
 )
 def test_bad_input_has_its_message_and_exit_code_and_leaves_nothing(

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.rerank_file import RerankSettings, rerank_file
+from megatron_ledom.inference.rerank_file import rerank_file
+from megatron_ledom.inference.rerank_settings import RerankSettings
 from megatron_ledom.inference.reverse_reward import (
     Candidate,
     CandidateScore,
@@ -27,6 +29,7 @@ from megatron_ledom.inference.reverse_reward import (
     reverse_reward,
     score_questions,
 )
+from megatron_ledom.inference.scoring import SpanScore
 from megatron_ledom.inference.transformers_engine import TransformersEngine
 from tests.tiny_models import random_model_folder
 
@@ -64,6 +67,19 @@ def rerank(
 
 def engines(models: tuple[ForwardLM, ReverseLM], batch_size: int = 16) -> tuple[TransformersEngine, TransformersEngine]:
     return TransformersEngine(models[0], batch_size), TransformersEngine(models[1], batch_size)
+
+
+class FailingEngine(TransformersEngine):
+    """Scores as ever, but for answers called broken."""
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
+        if any("broken" in answer for _, answer in pairs):
+            raise DataError("broken weights")
+        return super().score(pairs, include_end=include_end)
+
+
+def failing_engines(models: tuple[ForwardLM, ReverseLM]) -> tuple[TransformersEngine, TransformersEngine]:
+    return TransformersEngine(models[0]), FailingEngine(models[1])
 
 
 def score_one(
@@ -115,8 +131,8 @@ def test_scores_are_the_two_models_log_likelihoods(models: tuple[ForwardLM, Reve
 def test_the_extreme_weights_rank_by_one_model(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", {"prompt": PROMPT, "candidates": ANSWERS[:3]})
     for weight, field in ((0.0, "forward_logprob"), (1.0, "reverse_logprob")):
-        rerank(models, source, tmp_path / "out.jsonl", weight=weight)
-        (line,) = read_lines(tmp_path / "out.jsonl")
+        rerank(models, source, tmp_path / f"{field}.jsonl", weight=weight)
+        (line,) = read_lines(tmp_path / f"{field}.jsonl")
         values = [score[field] for score in line["scores"]]
         assert line["ranking"] == sorted(range(3), key=lambda i, values=values: -values[i])
         assert line["best"] == ANSWERS[line["ranking"][0]]
@@ -207,7 +223,6 @@ def test_paths_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path: P
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})
     for input_path, output_path in (
         (tmp_path / "missing", tmp_path / "out.jsonl"),
-        (source, tmp_path / "missing" / "out.jsonl"),
         (source, source),
         (source, tmp_path),
     ):
@@ -217,16 +232,16 @@ def test_paths_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path: P
 
 KILLED_RUN = """
 import os, runpy, sys
-from megatron_ledom.inference import rerank_file as files
-plain, calls = files._Part.append, []
-def append(self, lines, spent):
+from megatron_ledom.inference.rerank_part import Part
+plain, calls = Part.append, []
+def append(self, window):
     if len(calls) == 2:  # half a line of the third window reaches the disk, then the machine is gone
         with self._part.open("a", encoding="utf-8") as output:
             output.write("{" + '"prompt": "half a li')
         os.kill(os.getpid(), 9)
     calls.append(1)
-    plain(self, lines, spent)
-files._Part.append = append
+    plain(self, window)
+Part.append = append
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -264,9 +279,9 @@ def test_a_killed_rerank_resumes_to_the_identical_file(
 def test_a_part_of_another_input_or_of_other_settings_is_refused(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
     by_line = partial(rerank, window=1)
     good = [{"prompt": "x", "candidates": ["y", "z"]}, {"prompt": "u", "candidates": ["v"]}]
-    source = write_lines(tmp_path / "in.jsonl", *good, {"prompt": "x", "candidates": ["漢" * 600]})
-    with pytest.raises(DataError, match=r"in\.jsonl:3: .*exceeds"):
-        by_line(models, source, tmp_path / "out.jsonl")
+    source = write_lines(tmp_path / "in.jsonl", *good, {"prompt": "x", "candidates": ["broken"]})
+    with pytest.raises(DataError, match=r"in\.jsonl:3: .*broken weights"):
+        rerank_file(lambda: failing_engines(models), source, tmp_path / "out.jsonl", RerankSettings(window_candidates=1))
     assert len(read_lines(tmp_path / "out.jsonl.part")) == 2  # what is finished is kept
     with pytest.raises(MismatchError, match=r"weight was 0\.5, is 0\.25"):
         by_line(models, source, tmp_path / "out.jsonl", weight=0.25)
@@ -283,9 +298,11 @@ def test_a_ranked_file_is_ranked_again_and_resumed(models: tuple[ForwardLM, Reve
     lines = [{"prompt": text, "candidates": ["y", "z"]} for text in ("x", "u")]
     once = write_lines(tmp_path / "in.jsonl", *lines)
     rerank(models, once, tmp_path / "once.jsonl")
-    bad = write_lines(tmp_path / "bad.jsonl", *read_lines(tmp_path / "once.jsonl"), {"prompt": "x", "candidates": ["漢" * 600]})
-    with pytest.raises(DataError, match="exceeds"):
-        rerank(models, bad, tmp_path / "again.jsonl", weight=0.25, window=1)
+    bad = write_lines(tmp_path / "bad.jsonl", *read_lines(tmp_path / "once.jsonl"), {"prompt": "x", "candidates": ["broken"]})
+    settings = RerankSettings(reward=RewardSettings(weight=0.25), window_candidates=1)
+    with pytest.raises(DataError, match="broken weights"):
+        rerank_file(lambda: failing_engines(models), bad, tmp_path / "again.jsonl", settings)
+    assert len(read_lines(tmp_path / "again.jsonl.part")) == 2
     write_lines(bad, *read_lines(tmp_path / "once.jsonl"))
     assert rerank(models, bad, tmp_path / "again.jsonl", weight=0.25, window=1) == 2
     rerank(models, once, tmp_path / "plain.jsonl", weight=0.25, window=1)
@@ -295,7 +312,7 @@ def test_a_ranked_file_is_ranked_again_and_resumed(models: tuple[ForwardLM, Reve
 def test_notes_without_a_part_do_not_stop_the_next_run(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
     """What a kill between the last two operations leaves: the output has its name, the notes are still there."""
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})
-    (tmp_path / "out.jsonl.part.json").write_text(json.dumps({"made_by": {}, "spent": [{}]}))
+    (tmp_path / "out.jsonl.part.notes").write_text(json.dumps({"made_by": {}}) + "\n{}\n")
     assert rerank(models, source, tmp_path / "out.jsonl") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl", "out.jsonl.spent.json"]
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from megatron_ledom.config.load import load_config
-from megatron_ledom.errors import ConfigError, UsageError
+from megatron_ledom.errors import ConfigError, DataError, PlanError, UsageError
 from megatron_ledom.pretrain import check_start
 from megatron_ledom.training import run_folder
-from megatron_ledom.training.run_folder import check_still_latest, check_writable, lock_run
+from megatron_ledom.training.run_folder import check_still_latest, check_writable, lock_run, warn_of_later_checkpoints
 from tests.tiny_runs import TinyData
 
 FORK = multiprocessing.get_context("fork")
@@ -87,6 +87,34 @@ def test_a_checkpoint_that_the_launch_before_went_past_is_not_taken_up(data: Tin
         check_still_latest(config, None)
 
 
+def test_checkpoints_behind_the_one_that_latest_names_are_warned_of(
+    data: TinyData, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(str(data.config), [f"run_dir={tmp_path}"])
+    for name in ("iter_0000004", "iter_0000008", "iter_0000012"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "manifest.json").touch()
+    warn_of_later_checkpoints(config, str(tmp_path / "checkpoints/iter_0000012"))
+    assert caplog.text == ""
+    warn_of_later_checkpoints(config, str(tmp_path / "checkpoints/iter_0000004"))
+    assert (
+        "goes on from iter_0000004, as `latest` says; it will replace what lies behind, iter_0000008, iter_0000012"
+        in caplog.text
+    )
+
+
+def test_a_full_disk_at_the_start_is_named_with_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with (
+        pytest.raises(DataError, match=rf"{tmp_path}/run/lock cannot be written: No space left"),
+        lock_run(str(tmp_path / "run")),
+    ):
+        pass
+
+
 def test_a_check_refuses_a_run_folder_that_cannot_be_made_and_makes_none(data: TinyData, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(ConfigError, match=r"run_dir=.*file/deep/run cannot be written \(.*/file is no folder\)"):
@@ -108,3 +136,20 @@ def test_a_check_refuses_wandb_where_it_is_not_installed(
     config = load_config(str(data.config), [f"run_dir={tmp_path}/run", "logging.wandb_project=ledom"])
     with pytest.raises(UsageError, match=r"logging.wandb_project is set but wandb is not installed"):
         check_start(config, 1)
+
+
+LARGE = ["model.num_layers=96", "model.hidden_size=12288", "model.num_attention_heads=96", "model.ffn_hidden_size=32768"]
+
+
+def test_a_check_refuses_a_plan_that_does_not_fit_unless_it_is_accepted(data: TinyData, tmp_path: Path) -> None:
+    settings = [f"run_dir={tmp_path}/run", "parallel.hardware=h100-sxm", "checkpoint.save_interval=1"]
+    large = load_config(str(data.config), [*settings, *LARGE])
+    with pytest.raises(
+        PlanError, match=r"memory: NO: [\d,.]+ of 79.1 GiB .*; disk: NO: 20 more checkpoints of 1.\d TiB"
+    ) as refused:
+        check_start(large, 1)
+    assert refused.value.exit_code == 1
+    assert "memory: NO: " in check_start(large, 1, accept_plan=True)
+    told = check_start(load_config(str(data.config), settings), 1).splitlines()
+    assert told[0] == "1 ranks would go on from iteration 0 of 20"
+    assert "NO: " not in "".join(told)

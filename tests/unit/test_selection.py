@@ -26,6 +26,7 @@ from megatron_ledom.inference.selection_report import (
     outcomes_of,
     report_selection,
     sentences,
+    verdict,
 )
 from megatron_ledom.inference.transformers_engine import TransformersEngine
 from tests.tiny_models import random_model_folder
@@ -72,7 +73,7 @@ def test_each_method_on_numbers_worked_out_by_hand(tmp_path: Path) -> None:
     }
     assert {name: question.outcome(name, 4, HALF) for name in expected} == expected
     assert question.outcome(MAIN, 4, len(GRID) - 1) == 1.0
-    assert [question.outcome("oracle", num, HALF) for num in (1, 2, 3)] == [0.0, 0.0, 1.0]
+    assert [question.outcome("oracle", num, HALF) for num in (1, 2, 3)] == [1 / 4, 1 / 2, 3 / 4]
 
 
 def test_votes_are_weighted_by_the_exponential_of_the_reward(tmp_path: Path) -> None:
@@ -90,7 +91,7 @@ def test_an_answer_that_cannot_be_read_has_no_vote_and_is_wrong(tmp_path: Path) 
     (question, _) = questions_of(tmp_path, [record, record])
     assert question.outcome("majority vote", 3, HALF) == 1.0
     assert question.outcome("random of N", 3, HALF) == pytest.approx(1 / 3)
-    assert question.outcome("majority vote", 2, HALF) == 0.0
+    assert question.outcome("majority vote", 2, HALF) == pytest.approx(2 / 3)  # of three pairs two have the 7
 
 
 def random_lines(num: int, seed: int, reverse_knows: bool) -> list[dict[str, Any]]:
@@ -160,7 +161,8 @@ def test_equal_tokens_leave_the_methods_with_a_reverse_pass_fewer_candidates(tmp
 
 
 def test_a_difference_at_equal_n_can_turn_round_at_equal_tokens(tmp_path: Path) -> None:
-    """Of eight candidates the last five are right: at equal N reverse finds one, with the tokens for two it has none to find.
+    """Of eight candidates five are right, and reverse knows one of these: it finds that one among eight, and among two (7 of 28 pairs
+    have it; else the pair is of the other seven, of which four are right) it is right in 1/4 + 3/4 * 4/7 = 19/28.
 
     The majority has eight for the same tokens. Every tenth question is the other way round, and the second seed like the first.
     """
@@ -176,14 +178,21 @@ def test_a_difference_at_equal_n_can_turn_round_at_equal_tokens(tmp_path: Path) 
     assert found["comparisons"]["majority vote"]["difference"] == 0.0
     row = found["comparisons_at_equal_tokens"]["majority vote"]
     accuracies = {row["method"]: row["accuracy"] for row in report["equal_tokens"]}
-    assert row["difference"] == pytest.approx(0.1 - 0.9) == pytest.approx(accuracies[MAIN] - accuracies["majority vote"])
+    with_two = 0.9 * 19 / 28 + 0.1 * 9 / 28
+    assert row["difference"] == pytest.approx(with_two - 0.9) == pytest.approx(accuracies[MAIN] - accuracies["majority vote"])
     assert row["is_significant"]
     (low, high), (wide_low, wide_high) = row["interval"], row["simultaneous_interval"]
     assert -1 <= wide_low <= low < row["difference"] < high <= wide_high < 0
     assert wide_high - wide_low > high - low
-    assert "At equal N, Reverse Reward is not significantly different from majority vote: +0.0 points" in " ".join(told)
-    assert "At equal tokens, Reverse Reward (2) is significantly below majority vote (8): -80.0 points" in " ".join(told)
-    assert "At equal tokens, Reverse Reward (2) is not significantly different from greedy (1): +0.0 points" in " ".join(told)
+    assert any(
+        one.startswith("At equal N, Reverse Reward is not significantly") and "majority vote: +0.0 points" in one
+        for one in told
+    )
+    assert "At equal tokens, Reverse Reward (2) is significantly below majority vote (8): -25.7 points" in " ".join(told)
+    assert "At equal tokens, Reverse Reward (2) is significantly above greedy (1): +54.3 points" in " ".join(told)
+    assert sum("not significantly different" in one for one in told) == 2
+    assert "At equal tokens, 64.3 % with 2: significantly above" in verdict(report)
+    assert "significantly below majority vote" in verdict(report)
 
 
 def test_a_report_notes_words_that_are_counted_as_tokens(
@@ -246,16 +255,17 @@ def test_a_report_says_what_its_intervals_are_over(num_seeds: int, told: str, tm
 
 
 def test_lambda_is_chosen_for_the_number_of_candidates_that_is_asked_for(tmp_path: Path) -> None:
-    """In two of three development questions the reverse term finds the 7 among two candidates, and is misled by the third."""
-    misled = line(1, 7, [3, 7, 5], [-1.0, -2.0, -2.1], [-9.0, -1.0, 0.0])
-    forward = line(2, 7, [7, 3, 3], [-1.0, -2.0, -2.0], [-9.0, -1.0, -1.0])
-    development = [questions_of(tmp_path, [misled, misled, forward])]
-    test = [questions_of(tmp_path, [line(n, 7, [3, 7, 7], [-1.0, -2.0, -3.0], [-9.0, -1.0, -1.0]) for n in (1, 2)])]
-    assert outcomes_of(MAIN, test, settings(), development, 2).tolist() == [[1.0, 1.0]]
-    assert outcomes_of(MAIN, test, settings(), development).tolist() == [[0.0, 0.0]]
-    for num in (0, 4):
-        with pytest.raises(UsageError, match=f"{num} candidates were asked for; the questions have 3: give from 1 to 3"):
-            outcomes_of(MAIN, test, settings(), development, num)
+    """Forward has a 7 first and the other last; reverse has both behind a 5 and before the 3s. Of all five forward chooses a 7 and
+    reverse the 5; of ten pairs forward is right in the four with its first 7, reverse in the five with a 7 and without the 5."""
+    known = line(1, 7, [3, 3, 7, 7, 5], [-1.002, -1.003, -1.001, -1.005, -1.004], [-50.0, -60.0, -30.0, -20.0, -10.0])
+    questions = questions_of(tmp_path, [known, known])
+    by_lambda = [[questions[0].outcome(MAIN, num, weight) for weight in (0, 1, 20)] for num in (1, 2, 5)]
+    assert np.allclose(by_lambda, [[0.4, 0.4, 0.4], [0.4, 0.5, 0.5], [1.0, 0.0, 0.0]])
+    for num, expected in ((1, 0.4), (2, 0.5), (5, 1.0), (None, 1.0)):
+        assert np.allclose(outcomes_of(MAIN, [questions], settings(), [questions], num), expected)
+    for num in (0, 6):
+        with pytest.raises(UsageError, match=f"{num} candidates were asked for; the questions have 5: give from 1 to 5"):
+            outcomes_of(MAIN, [questions], settings(), [questions], num)
 
 
 def test_tokens_buy_whole_candidates() -> None:
@@ -268,7 +278,7 @@ def test_answers_are_read_and_compared() -> None:
     number = answers_by("number")
     assert number.read("7 apples and 1,200.50 pears") == number.read("#### 1200.5 is it, not 3")
     assert number.read("none") is None
-    assert (number.read("10-3"), number.read("it is -3.")) == (3, -3)
+    assert (number.read("10-3"), number.read("it is -3.")) == (None, -3)
     assert classes_of(["3", "x", "3.0", "4"], number) == [0, None, 0, 1]
     assert answers_by("text").read("  ") is None
     with pytest.raises(UsageError, match="number, text, math"):

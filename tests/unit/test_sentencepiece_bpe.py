@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from megatron_ledom.data import sentencepiece_bpe
-from megatron_ledom.data.sentencepiece_bpe import ODD_TEXTS, check_conversion, convert, train
 from megatron_ledom.errors import DataError, UsageError, VerificationError
+from megatron_ledom.tokenizers import sentencepiece_bpe
+from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, check_conversion, convert, train
 from tests.legible import write_jsonl
 
 TEXTS = [inspect.getsource(module) for module in (textwrap, statistics, inspect, json)]

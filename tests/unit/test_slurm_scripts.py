@@ -151,6 +151,7 @@ class Cluster:
         progress: str = "7 7",
         state: str = "RUNNING",
         fails: dict[str, int] | None = None,
+        name: str = "tiny",
     ) -> "subprocess.Popen[str]":
         """The script as a job whose ranks take `seconds`, end with `status`, and have saved `progress`.
 
@@ -159,7 +160,7 @@ class Cluster:
         slurm = {
             "SLURM_JOB_NODELIST": "node-[a-b]",
             "SLURM_JOB_ID": "4007",
-            "SLURM_JOB_NAME": "tiny",
+            "SLURM_JOB_NAME": name,
             "SLURM_NTASKS": "2",
             "SLURM_CPUS_PER_TASK": "1",
         }
@@ -248,6 +249,14 @@ def test_lost_ranks_are_started_again_while_checkpoints_are_made(cluster: Cluste
     assert cluster.recorded("tiny-4007.failures") == ""
 
 
+@pytest.mark.parametrize(("name", "file"), [("team/run 7", "team_run 7-4007.failures"), ("-x", "-x-4007.failures")])
+def test_any_job_name_leaves_the_requeueing_as_it_is(cluster: Cluster, name: str, file: str) -> None:
+    assert cluster.start(progress="3 7", status=137, name=name).wait(timeout=30) == 137
+    assert (cluster.recorded("queued"), cluster.recorded(file)) == ("requeue 4007", "3")
+    assert cluster.start(name=name).wait(timeout=30) == 0
+    assert not (cluster.folder / file).exists()
+
+
 @pytest.mark.parametrize("what", ["SQUEUE", "PROGRESS", "SCONTROL"])
 @pytest.mark.parametrize("status", [0, 137])
 def test_unfinished_run_is_requeued_when_what_is_asked_answers_at_last(cluster: Cluster, what: str, status: int) -> None:
@@ -290,6 +299,64 @@ def test_pretrain_by_hand_checks_the_ranks_it_would_ask_for(cluster: Cluster, da
     assert cluster.recorded("submitted").split("\n") == [*options.split(), "examples/slurm/pretrain.sbatch", *arguments]
 
 
+@pytest.mark.parametrize(
+    ("options", "ranks"),
+    [
+        ("-N 3", 24),
+        ("-N3 --ntasks-per-node 2", 6),
+        ("--nodes 3 -N 1 --ntasks-per-node=4", 4),
+        ("--nodes=9 -n 5", 5),
+        ("--ntasks=7 --ntasks-per-core=1", 7),
+        ("-J ledom --nodes=1 --ntasks-per-node=3", 3),
+    ],
+)
+def test_pretrain_by_hand_counts_ranks_in_every_spelling(cluster: Cluster, data: TinyData, options: str, ranks: int) -> None:
+    refused = cluster.submit("pretrain.sbatch", "parallel.world_size=999", SBATCH_OPTIONS=options, CONFIG=str(data.config))
+    assert f"but {ranks} ranks are launched" in refused.stderr
+    assert (refused.returncode, cluster.recorded("submitted")) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ("-N 2-4", "--nodes=2-4 is not one number"),
+        ("--ntasks-per-node", "--ntasks-per-node= is not"),
+        ("-J a/b", "has a slash"),
+    ],
+)
+def test_pretrain_by_hand_refuses_what_it_cannot_count(cluster: Cluster, data: TinyData, options: str, says: str) -> None:
+    refused = cluster.submit("pretrain.sbatch", SBATCH_OPTIONS=options, CONFIG=str(data.config))
+    assert (refused.returncode, cluster.recorded("submitted")) == (2, "")
+    assert says in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("pattern", "outputs"),
+    [
+        ("[ab]/x.jsonl", ["a/x.jsonl", "b/x.jsonl"]),
+        ("*/c/x.jsonl", ["a/c/x.jsonl", "b/c/x.jsonl"]),
+        ("a/*.jsonl", ["x.jsonl", "y.jsonl"]),
+        ("{root}/[ab]/[xy].jsonl", ["a/x.jsonl", "a/y.jsonl", "b/x.jsonl"]),
+        ("{root}/a/x.jsonl", ["x.jsonl"]),
+    ],
+)
+def test_each_file_of_a_ranking_array_has_an_output_of_its_own(cluster: Cluster, pattern: str, outputs: list[str]) -> None:
+    for name in ("a/x.jsonl", "a/y.jsonl", "b/x.jsonl", "a/c/x.jsonl", "b/c/x.jsonl"):
+        (cluster.folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (cluster.folder / name).touch()
+    (cluster.folder / "python").write_text('#!/bin/bash\nwhile [[ $1 != --output ]]; do shift; done\necho "$2"\n')
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_ARRAY_TASK_MAX": str(len(outputs) - 1), "PYTHON": str(cluster.folder / "python")}
+    variables = {**os.environ, **slurm, "INPUT": pattern.format(root=cluster.folder), "OUTPUT": "out"}
+    command = ["bash", str(ROOT / "examples/slurm/evaluate.sbatch")]
+    found = []
+    for task in range(len(outputs)):
+        environment = {**variables, "SLURM_ARRAY_TASK_ID": str(task)}
+        done = subprocess.run(command, env=environment, cwd=cluster.folder, capture_output=True, text=True, check=True)
+        found.append(done.stdout.strip())
+    assert found == [f"out/{name}" for name in outputs]
+    assert all((cluster.folder / name).parent.is_dir() for name in found)
+
+
 def test_pretrain_by_hand_refuses_shards_that_are_not_there(cluster: Cluster, data: TinyData) -> None:
     options, gone = "--nodes=1 --ntasks-per-node=1", "data.train_blend=[[1.0,gone]]"
     refused = cluster.submit("pretrain.sbatch", gone, SBATCH_OPTIONS=options, CONFIG=str(data.config))
@@ -318,6 +385,10 @@ def refusals(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
             {"FORWARD": model, "REVERSE": model, "INPUT": files, "OUTPUT": str(folder / "ranked")},
             "--array=0-1",
         ),
+        "evaluate_tasks.sbatch": (
+            {"MODEL": model, "DATA": str(folder), "TASKS": "svamp,boolq,piqa", "OUTPUT": str(folder / "evaluated")},
+            "--array=0-2",
+        ),
     }
 
 
@@ -330,6 +401,8 @@ def refusals(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
         ("convert.sbatch", "SAVE", "exists; name another folder"),
         ("evaluate.sbatch", "INPUT", "matches no file"),
         ("evaluate.sbatch", "REVERSE", "config.json is not there"),
+        ("evaluate_tasks.sbatch", "MODEL", "config.json is not there"),
+        ("evaluate_tasks.sbatch", "DATA", "is no folder"),
     ],
 )
 def test_script_by_hand_checks_its_settings_and_submits_itself(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 
@@ -12,34 +11,18 @@ import pytest
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.evaluation.code_execution import Limits, run_program
 from megatron_ledom.evaluation.evaluate_command import list_tasks
 from megatron_ledom.evaluation.grading import comparison_by
 from megatron_ledom.evaluation.results import share
 from megatron_ledom.evaluation.task_files import all_tasks, content_hash, load_task, parse_row, task_named
 from megatron_ledom.evaluation.writing import prompt_of, write_answers
-from megatron_ledom.inference.scoring import SpanScore
-from tests.evaluation_sets import HUMANEVAL, SETS, write_sets
+from tests.evaluation_sets import SETS, write_sets
+from tests.scripted_model import Scripted
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sets(tmp_path_factory.mktemp("sets") / "data")
-
-
-class Scripted:
-    """A model that writes given texts."""
-
-    def __init__(self, direction: Direction, *texts: str) -> None:
-        self.direction, self._texts = direction, list(texts)
-        self.given: list[str] = []
-
-    def write(self, given: list[str], *, max_new_tokens: int, stop_strings: list[str]) -> list[str]:
-        self.given += given
-        return self._texts[: len(given)]
-
-    def score(self, pairs: list[tuple[str, str]]) -> list[SpanScore]:
-        raise AssertionError("nothing is scored")
 
 
 def test_items_of_the_published_layouts(folder: Path) -> None:
@@ -194,41 +177,6 @@ def test_aliases_are_compared_without_case_articles_and_punctuation() -> None:
     alias = comparison_by("alias")
     assert alias.is_right(["The Eiffel Tower"], " eiffel tower.\nQuestion: next")
     assert not alias.is_right(["Eiffel"], "eiffel tower")
-
-
-@pytest.mark.parametrize("direction", list(Direction))
-def test_code_is_run_only_when_allowed(direction: Direction, folder: Path) -> None:
-    task = load_task("humaneval", folder)
-    whole = [f"# The whole function:\n{row['prompt']}{row['canonical_solution']}" for row in HUMANEVAL]
-    body = ["\n" + row["canonical_solution"] for row in HUMANEVAL]
-    right, wrong = (whole if direction is Direction.REVERSE else body), ["\n    return a" for _ in HUMANEVAL]
-    with pytest.raises(UsageError, match="--allow-code-execution"):
-        write_answers(Scripted(direction, *right), task, task.items)
-    for texts, expected in ((right, [True, True]), (wrong, [False, False])):
-        found = write_answers(Scripted(direction, *texts), task, task.items, allow_code_execution=True)
-        assert [record["is_right"] for record in found] == expected
-
-
-@pytest.mark.parametrize(
-    ("source", "reason"),
-    [
-        ("raise SystemExit(0)", "left before its end"),
-        ("import os; os._exit(0)", "left before its end"),
-        ("raise ValueError", "ended with status 1"),
-        ("x = bytearray(2**31)", "MemoryError"),
-        ("while True: pass", "was ended by SIG"),
-        ("import time; time.sleep(60)", "ran for more than"),
-        ("open('big', 'wb').write(b'0' * 2**22)", ""),
-        ("import os; assert not [n for n in os.environ if n != 'LC_CTYPE'], list(os.environ)", None),
-        ("import sys; assert not sys.stdin.read()", None),
-    ],
-)
-def test_a_program_has_limits_and_no_environment(source: str, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SECRET", "kept")
-    outcome = run_program(source, Limits(cpu_seconds=1, wall_seconds=4.0, memory_bytes=2**30))
-    assert outcome.passed == (reason is None), outcome.reason
-    assert (reason or "") in outcome.reason
-    assert "SECRET" in os.environ
 
 
 def test_intervals_are_those_of_the_formula() -> None:

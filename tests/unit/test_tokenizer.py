@@ -14,11 +14,11 @@ import pytest
 from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from megatron_ledom.data.sentencepiece_bpe import ODD_TEXTS, convert, tokenizer_config, train
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import vocabulary_hash
+from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, convert, tokenizer_config, train
 from tests.legible import EOD_ID, VOCAB_SIZE, legible_documents, legible_ids, legible_tokenizer
 
 TEXT = inspect.getsource(textwrap)

@@ -29,8 +29,10 @@ from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.joint import OpenText
 from megatron_ledom.inference.language_model import read_model_config
+from megatron_ledom.inference.not_finite import naming_text
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.scoring import Span, logprobs_and_likeliest, measure_spans, score_spans
+from megatron_ledom.tokenizers.reader import read_tokenizer
 
 try:
     from lm_eval.api.model import LM
@@ -238,7 +240,9 @@ class LedomLM(LM):  # type: ignore[misc]
         with tqdm(total=len(items), desc=name, file=sys.stderr, disable=disable_tqdm or not sys.stderr.isatty()) as bar:
             for begin in range(0, len(items), WINDOW_REQUESTS):
                 part = list(items[begin : begin + WINDOW_REQUESTS])
-                yield from compute(part)
+                with naming_text(self._lm.tokenizer, self._lm.direction):
+                    answers = compute(part)
+                yield from answers
                 bar.update(len(part))
 
 
@@ -261,12 +265,10 @@ def _dtype(asked: str | None) -> torch.dtype | None:
 def _start_id(folder: Path, language_model: ForwardLM | ReverseLM) -> int:
     """What stands before the first token: eod for a model of this package, as in training; the tokenizer's BOS or eos for another."""
     if read_model_config(folder).get("direction") is None and language_model.direction is Direction.FORWARD:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        found = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        files = read_tokenizer(str(folder))
+        found = files.special_id("eos") if files.special_id("bos") is None else files.special_id("bos")
         if found is not None:
-            return int(found)
+            return found
     return language_model.stop_ids[0]
 
 

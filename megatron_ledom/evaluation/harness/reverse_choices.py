@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.evaluation.choices import Asked, Pair
+from megatron_ledom.errors import DataError, NotFiniteError, UsageError
+from megatron_ledom.evaluation.choices import Asked, Pair, less_prior
 from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.scoring import SpanScore
 
@@ -116,11 +116,14 @@ def _num_ids_before(tokenizer: JointTokenizer, text: str, cut: int) -> int:
 
 def scored_of(asked: Asked, scored: Mapping[Pair, SpanScore]) -> float:
     """The log-likelihood, less that of the prior where there is one."""
-    return scored[asked.pair].logprob - (scored[asked.prior].logprob if asked.prior else 0.0)
+    whole = scored[asked.pair].logprob
+    return less_prior(whole, scored[asked.prior].logprob) if asked.prior else whole
 
 
 def among_choices(values: Sequence[float]) -> list[float]:
     """log P of each choice, given that it is one of these; values: log-likelihoods of all, up to a constant."""
     highest = max(values)
+    if highest == -math.inf:
+        raise NotFiniteError("all choices of a document are impossible (log-likelihood -inf), so none is likelier than another")
     total = highest + math.log(math.fsum(math.exp(value - highest) for value in values))
     return [value - total for value in values]

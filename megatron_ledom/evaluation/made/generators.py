@@ -9,6 +9,7 @@ from megatron_ledom.evaluation.made.labels import label_backfill
 from megatron_ledom.evaluation.made.made_set import MadeSet, write_made_set
 from megatron_ledom.evaluation.made.problems import question_from_answer
 from megatron_ledom.evaluation.made.worlds import abduction
+from megatron_ledom.storage.locks import output_folder_lock
 
 GENERATORS: Mapping[str, Callable[[int, int], MadeSet]] = MappingProxyType(
     {
@@ -25,4 +26,5 @@ GENERATORS: Mapping[str, Callable[[int, int], MadeSet]] = MappingProxyType(
 def make_analysis_data(task: str, folder: str, num: int, seed: int) -> None:
     """Make a set and write it into `folder`."""
     made = GENERATORS[task](num, seed)
-    write_made_set(made, Path(folder), {"task": task, "num": num, "seed": seed})
+    with output_folder_lock(folder, "--out"):
+        write_made_set(made, Path(folder), {"task": task, "num": num, "seed": seed})

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import UsageError
+from megatron_ledom.storage.files import json_text, write_file, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -31,9 +32,10 @@ class MadeSet:
 
 
 def write_made_set(made: MadeSet, folder: Path, about: Mapping[str, Any]) -> None:
-    """`train.jsonl`, the files of the questions and, last, the manifest. The same arguments give the same bytes.
+    """Write `train.jsonl`, the files of the questions and, last, the manifest into a folder that is there, under its lock.
 
-    UsageError where the folder holds another set: two sets in one folder would share their training text.
+    The same arguments give the same bytes. Raises UsageError where the folder holds another set: two sets in one folder would
+    share their training text.
     """
     path = folder / MANIFEST
     if path.is_file():
@@ -41,12 +43,12 @@ def write_made_set(made: MadeSet, folder: Path, about: Mapping[str, Any]) -> Non
         changed = [f"{name} was {found.get(name)}, is {value}" for name, value in about.items() if found.get(name) != value]
         if changed:
             raise UsageError(f"{folder} holds another set ({'; '.join(changed)}); give it a folder of its own")
-    folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Sequence[Row]] = {"train": [{"text": text} for text in made.texts], **made.files}
     hashes = {}
     for name, lines in rows.items():
-        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
-        _write(folder / f"{name}.jsonl", content)
+        path_of_rows = folder / f"{name}.jsonl"
+        content = "".join(json_text(line, where=path_of_rows) + "\n" for line in lines).encode()
+        write_file(path_of_rows, content)
         hashes[f"{name}.jsonl"] = {"sha256": hashlib.sha256(content).hexdigest(), "lines": len(lines)}
     manifest = {
         **about,
@@ -56,7 +58,7 @@ def write_made_set(made: MadeSet, folder: Path, about: Mapping[str, Any]) -> Non
         "counts": dict(made.counts),
         "files": hashes,
     }
-    _write(path, (json.dumps(manifest, indent=1) + "\n").encode())
+    write_json(path, manifest, ensure_ascii=True)
 
 
 def choices_around(gold: str, wrong: Sequence[str], position: int) -> dict[str, Any]:
@@ -102,9 +104,3 @@ class Namer:
     def person(self) -> str:
         """A given and a family name."""
         return f"{self.word()} {self.word()}"
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)

@@ -8,6 +8,7 @@ Five specials follow the pieces, so their ids do not depend on what was trained:
 import io
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 MAX_SENTENCE_CHARACTERS = (
     1000  # SentencePiece skips lines above 4,192 bytes in silence; longer ones are cut before it sees them
 )
+
+TEXT_START = r"\A"
+MAX_PROBED = 500
+"""User-defined pieces around which a conversion is tried."""
 
 ODD_TEXTS = (
     "",
@@ -135,8 +140,32 @@ def convert(model: bytes, where: str, samples: Sequence[str] = ()) -> str:
     proto = parse_model(model, where)
     _check_convertible(proto, where)
     converted = _converted(proto)
-    check_conversion(model, converted, [*ODD_TEXTS, *samples], where)
+    chosen = [piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.USER_DEFINED]
+    around = [text for piece in chosen[:MAX_PROBED] for text in (f"a{piece}b c", f"{piece} a", piece)]
+    check_conversion(model, converted, [*ODD_TEXTS, *around, *samples], where)
     return converted
+
+
+def is_dummy_prefix(step: dict[str, Any]) -> bool:
+    """Return true for the step of a normalizer that puts the dummy prefix in front."""
+    pattern = step.get("pattern")
+    at_start = isinstance(pattern, dict) and str(pattern.get("Regex", "")).startswith(TEXT_START)
+    return step["type"] == "Prepend" or (step["type"] == "Replace" and at_start)
+
+
+def prefix_texts_only(stored: dict[str, Any], whole: Sequence[str]) -> dict[str, Any]:
+    """Return a converted tokenizer.json that cuts the added tokens `whole` out of a text without a dummy prefix behind each.
+
+    The library would put the prefix in front of every part. Nothing is put in front of a text that begins with such a token, as
+    stock transformers (5.x) has it.
+    """
+    steps = list((stored.get("normalizer") or {}).get("normalizers") or ())
+    if not whole or not any(map(is_dummy_prefix, steps)):
+        return stored
+    start = {"Regex": f"{TEXT_START}(?!{'|'.join(map(re.escape, sorted(whole, key=len, reverse=True)))})"}
+    once = [{"type": "Replace", "pattern": start, "content": SPACE} if is_dummy_prefix(step) else step for step in steps]
+    added = [{**token, "normalized": token["normalized"] or token["content"] in whole} for token in stored["added_tokens"]]
+    return {**stored, "normalizer": {"type": "Sequence", "normalizers": once}, "added_tokens": added}
 
 
 def _check_convertible(proto: Any, where: str) -> None:

@@ -1,0 +1,131 @@
+"""Bounds on what small tables become in memory: stored bytes are few where values repeat, and each reader gives all of them.
+
+A page or record batch is decompressed whole, so one that is far larger than a record may be is refused. A dictionary gives a value
+again for each of its rows, so rows are taken by as few as fit the longest value.
+"""
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+ALLOWED_BYTES = 64 << 20
+"""What a stored column or record batch may always become."""
+ALLOWED_RATIO = 100
+"""More than text compresses to: what unfolds further is no text, or repeats."""
+ROWS = 256
+"""Rows that are taken apart at a time, at most."""
+ROWS_BYTES = 16 << 20
+"""What these become, about; pyarrow holds it several times over."""
+RECORD_BATCH, DICTIONARY_BATCH = 3, 2
+"""Kinds of Arrow messages (MessageHeader in format/Message.fbs)."""
+
+
+def is_too_large(stored_bytes: int, unfolded_bytes: int, max_record_bytes: int) -> bool:
+    """Return whether something stored is refused for what it becomes in memory."""
+    return unfolded_bytes > max(ALLOWED_BYTES, max_record_bytes) + ALLOWED_RATIO * stored_bytes
+
+
+def rows_at_once(longest_value: int) -> int:
+    """Return how many rows are taken apart together when a value has up to `longest_value` bytes."""
+    return max(1, min(ROWS, ROWS_BYTES // max(1, longest_value)))
+
+
+def longest_in_dictionaries(array: Any) -> int:
+    """Return the bytes of the longest value that an Arrow array can repeat: in dictionaries, runs and views, at any depth."""
+    import pyarrow
+    from pyarrow import types
+
+    kind = array.type
+    if types.is_dictionary(kind):
+        return _longest(array.dictionary)
+    if types.is_run_end_encoded(kind):
+        return _longest(array.values)
+    if kind in (pyarrow.string_view(), pyarrow.binary_view()):
+        return _longest(array)
+    if types.is_struct(kind):
+        return sum(longest_in_dictionaries(array.field(index)) for index in range(kind.num_fields))
+    if types.is_map(kind):
+        return max(longest_in_dictionaries(array.keys), longest_in_dictionaries(array.items))
+    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        return longest_in_dictionaries(array.values)
+    return 0
+
+
+def _longest(values: Any) -> int:
+    import pyarrow
+
+    if values.type in (pyarrow.string_view(), pyarrow.binary_view()):
+        return max((value.as_buffer().size for value in values if value.is_valid), default=0)
+    try:
+        lengths = lengths_of(values)
+    except pyarrow.ArrowException:  # no strings
+        return int(values.nbytes)
+    return max((length for length in lengths.to_pylist() if length is not None), default=0)
+
+
+def lengths_of(texts: Any) -> Any:
+    """Return the bytes of each text of an array of strings or of binary values, null for null."""
+    import pyarrow
+    from pyarrow import compute
+
+    if texts.type in (pyarrow.string_view(), pyarrow.binary_view()):
+        return pyarrow.array([text.as_buffer().size if text.is_valid else None for text in texts], pyarrow.int64())
+    return compute.binary_length(texts)
+
+
+def batch_sizes(source: Any) -> Iterator[tuple[int, int]]:
+    """Yield (stored bytes, bytes in memory) of each record batch or dictionary of an open Arrow stream; none if not compressed."""
+    from pyarrow import ipc
+
+    for message in ipc.MessageReader.open_stream(source):
+        if message.body is None or not message.body.size:
+            continue
+        buffers = _compressed_buffers(bytes(message.metadata))
+        if buffers is None:
+            return
+        unfolded = 0
+        for offset, length in buffers:
+            if length >= 8:
+                (size,) = struct.unpack_from("<q", message.body, offset)
+                unfolded += length if size < 0 else size  # -1: this one is stored as it is
+        yield message.body.size, unfolded
+
+
+def _compressed_buffers(metadata: bytes) -> list[tuple[int, int]] | None:
+    """(offset, length) of the buffers of a message's body, from its flatbuffer; None if they are not compressed."""
+    message = _Table(metadata, struct.unpack_from("<I", metadata)[0])
+    kind = metadata[message.field(1)] if message.field(1) else 0
+    if kind not in (RECORD_BATCH, DICTIONARY_BATCH):
+        return []
+    batch = message.table(2)
+    if kind == DICTIONARY_BATCH:
+        batch = batch.table(1)
+    if not batch.field(3):
+        return None
+    start = batch.target(2)
+    (count,) = struct.unpack_from("<I", metadata, start)
+    return [struct.unpack_from("<qq", metadata, start + 4 + 16 * number) for number in range(count)]
+
+
+class _Table:
+    """A table of a flatbuffer: fields by their number, 0 where a field is not there."""
+
+    def __init__(self, content: bytes, place: int) -> None:
+        self._content, self._place = content, place
+        self._fields = place - struct.unpack_from("<i", content, place)[0]
+
+    def field(self, number: int) -> int:
+        """Return the place of a field, 0 if it has its default."""
+        (size,) = struct.unpack_from("<H", self._content, self._fields)
+        entry = 4 + 2 * number
+        offset = struct.unpack_from("<H", self._content, self._fields + entry)[0] if entry < size else 0
+        return self._place + offset if offset else 0
+
+    def target(self, number: int) -> int:
+        """Return the place that a field points to."""
+        place = self.field(number)
+        return place + int(struct.unpack_from("<I", self._content, place)[0])
+
+    def table(self, number: int) -> "_Table":
+        """Return the table that a field points to."""
+        return _Table(self._content, self.target(number))

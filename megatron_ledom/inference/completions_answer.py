@@ -1,0 +1,146 @@
+"""Checks of a completions server's answers: an answer that is not exactly that of the prompt is refused, never believed.
+
+A server that puts a BOS in front of the prompt, cuts it, tokenises it anew, ignores `echo` or serves another model gives
+log-probabilities that look right. Counts, the first value and the tokens that the server names tell these apart.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_ledom.errors import DataError
+from megatron_ledom.inference.joint import WORD_MARK, JointTokenizer
+
+ROUNDING = 1e-5
+"""A log-probability may exceed 0 by this much, which float32 makes of a probability of 1."""
+FAILED = ("abort", "cancelled", "content_filter", "error", "timeout")
+"""Reasons for an end that is neither the model's nor the token limit's."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One checked answer: its only choice, and how many tokens the server says that it read and wrote."""
+
+    choice: dict[str, Any]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class AnswerChecks:
+    """Checks against what was asked; every refusal names the server. `tokenizer` and `stop_ids` are those of the folder here."""
+
+    def __init__(self, url: str, model: str, tokenizer: JointTokenizer, stop_ids: list[int]) -> None:
+        self._url, self._model, self._tokenizer = url, model, tokenizer
+        self._pieces = {id_: piece for piece, id_ in tokenizer.vocab.items()}
+        self._ends = [self._pieces[id_] for id_ in stop_ids if id_ in self._pieces]
+
+    def completion(self, answer: dict[str, Any], prompt: list[int], max_tokens: int) -> Completion:
+        """Return the one choice of an answer to `prompt` (ids); refuse another model, other counts and several choices."""
+        model = answer.get("model")
+        if isinstance(model, str) and model and model != self._model:
+            raise self._refusal(
+                f"for the model {model[:200]!r}, asked for was {self._model!r}",
+                "name it by --forward-served-as or --reverse-served-as, if it is the right one",
+            )
+        choices, used = answer.get("choices"), answer.get("usage")
+        if not choices or not isinstance(choices, list) or not isinstance(used, dict):
+            raise self._refusal(f"without choices and usage ({str(answer)[:200]!r})", "is it /v1/completions?")
+        if len(choices) != 1 or not isinstance(choices[0], dict) or choices[0].get("index") not in (None, 0):
+            indices = [choice.get("index") if isinstance(choice, dict) else choice for choice in choices]
+            raise self._refusal(f"with the choices {str(indices)[:200]}, asked for was one, of index 0", "use another server")
+        num_read, num_written = used.get("prompt_tokens"), used.get("completion_tokens")
+        if type(num_read) is not int or num_read != len(prompt):
+            raise self._refusal(
+                f"that says usage.prompt_tokens={num_read!r} for a prompt of {len(prompt)} ids",
+                "a server that adds a BOS, cuts prompts or tokenises them anew gives other probabilities: turn that off there",
+            )
+        if not max_tokens:  # some servers write a token all the same, which is thrown away
+            num_written = num_written if type(num_written) is int else 0
+        elif type(num_written) is not int or not 0 <= num_written <= max_tokens:
+            raise self._refusal(
+                f"that says usage.completion_tokens={num_written!r}, asked for were at most {max_tokens}", "use another server"
+            )
+        return Completion(choices[0], num_read, num_written)
+
+    def text(self, completion: Completion, given: str, max_tokens: int) -> str:
+        """Return the text that was written behind `given`; refuse one that is cut, none at all, or begins with what was given."""
+        choice = completion.choice
+        text, reason = choice.get("text"), choice.get("finish_reason")
+        if not isinstance(text, str):
+            raise self._refusal(f"with the text {text!r}, expected a text", "is it /v1/completions, not a chat endpoint?")
+        if reason in FAILED or (reason == "length" and completion.completion_tokens < max_tokens):
+            raise self._refusal(
+                f"that ended by {reason!r} after {completion.completion_tokens} of {max_tokens} tokens",
+                "raise the server's own limit, or lower --max-new-tokens",
+            )
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise self._refusal(f"with half of a surrogate pair in the text {text[:80]!r}", "use another server")
+        num_shown = len(self._tokenizer.encode(text)) if given and text.startswith(given) else 0
+        if num_shown > completion.completion_tokens + 1:
+            raise self._refusal("that repeats the prompt in front of what was written", "turn echo off there")
+        if end := next((end for end in self._ends if text.endswith(end)), None):
+            raise self._refusal(
+                f"that writes the token {end!r} as text", "let the server leave special tokens out of its texts"
+            )
+        return text
+
+    def prompt_logprobs(self, completion: Completion, prompt: list[int]) -> tuple[list[float], bool]:
+        """Return the log-probabilities of the ids after the first, and whether the server named the tokens they belong to."""
+        logprobs = completion.choice.get("logprobs")
+        found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+        if not isinstance(logprobs, dict) or not isinstance(found, list) or not found:
+            raise self._refusal("without logprobs.token_logprobs", "scores need a server that supports echo with logprobs")
+        if len(found) != len(prompt) or found[0] is not None:
+            raise self._refusal(
+                f"with {len(found)} log-probabilities, the first {found[0]!r}, for a prompt of {len(prompt)} ids; expected"
+                f" {len(prompt)}, the first null",
+                "scores need a server that supports echo with logprobs and max_tokens=0, and adds no BOS",
+            )
+        for position, value in enumerate(found[1:], 1):
+            if type(value) not in (int, float) or not -1e30 < value <= ROUNDING:
+                raise self._refusal(
+                    f"with the log-probability {str(value)[:40]} for token {position} of the prompt, expected a number up to 0",
+                    "see that the server's weights are whole and that it gives natural logarithms",
+                )
+        is_told = self._check_tokens(completion.choice.get("prompt_token_ids"), logprobs.get("tokens"), prompt)
+        return [min(0.0, float(value)) for value in found[1:]], is_told
+
+    def _check_tokens(self, ids: Any, names: Any, prompt: list[int]) -> bool:
+        """Refuse tokens of the prompt other than those that were sent; returns False where the server names none.
+
+        Names count as none where they are all the same while the ids are not, empty, or bytes of a character.
+        """
+        if isinstance(ids, list) and ids and ids != prompt:
+            raise self._refusal(f"for the prompt ids {str(ids)[:80]}, sent were {str(prompt)[:80]}", "use another server")
+        if not isinstance(names, list) or len({str(name) for name in names}) < min(2, len(set(prompt))):
+            return bool(ids)
+        if len(names) != len(prompt):
+            raise self._refusal(f"with {len(names)} tokens for a prompt of {len(prompt)} ids", "use another server")
+        told = [position for position, name in enumerate(names) if isinstance(name, str) and _is_whole(name)]
+        for position in told:
+            name, id_ = names[position], prompt[position]
+            if not self._names(name, id_):
+                raise self._refusal(
+                    f"whose token {position} of the prompt is {name[:40]!r}; sent was id {id_}, {self._pieces.get(id_)!r}",
+                    "a server that adds tokens in front or has another tokenizer gives other probabilities: turn that off there",
+                )
+        return bool(told)
+
+    def _names(self, name: str, id_: int) -> bool:
+        """Return True if a server may call the id so: by number, as its piece, or as the text of the piece."""
+        surface = (self._tokenizer.surfaces or {}).get(id_)
+        text = self._tokenizer.decode([id_]) if surface is None else surface.decode("utf-8", "replace")
+        if name in (f"token_id:{id_}", str(id_), self._pieces.get(id_), text) or not _is_whole(text):
+            return True
+        return _bare(name) in (_bare(text), _bare(self._pieces.get(id_, "")))
+
+    def _refusal(self, found: str, advice: str) -> DataError:
+        return DataError(f"{self._url} gave an answer {found}; {advice}")
+
+
+def _is_whole(name: str) -> bool:
+    """Return True for a name that tells more than a space or a part of a character."""
+    return bool(_bare(name)) and "\ufffd" not in name and not name.startswith("bytes:")
+
+
+def _bare(name: str) -> str:
+    return name.replace(WORD_MARK, " ").strip()

@@ -1,0 +1,123 @@
+"""The lines of a reranking file: read, checked, and written again as JSON that every reader takes."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.errors import DataError
+from megatron_ledom.inference.reverse_reward import Candidate
+
+WRITTEN = ("greedy", "scores", "ranking", "best", "search", "num_skipped", "skipped")
+"""Fields that ranking writes, over those of an input that was ranked before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One line of a reranking file; `fields` are all its fields as read.
+
+    faults: of each given candidate, why it gets no score, or None. prompt_fault: why nothing can be written for the prompt.
+    """
+
+    number: int
+    where: str
+    prompt: str
+    candidates: list[Candidate] | None
+    fields: dict[str, Any]
+    faults: tuple[str | None, ...] = ()
+    prompt_fault: str | None = None
+
+    def own_fields(self) -> dict[str, Any]:
+        """Return the fields without what an earlier ranking says of skipped answers, which is written only where there are any."""
+        return {name: value for name, value in self.fields.items() if name not in ("num_skipped", "skipped")}
+
+
+def read_records(path: Path, *, sampled: bool) -> Iterator[Record]:
+    """The lines of a reranking file, each checked; a fault is named by file and line. Blank lines are passed over."""
+    with path.open("rb") as lines:
+        numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        for index, (number, line) in enumerate(numbered):
+            yield _parse_record(line, index, f"{path}:{number}", sampled)
+
+
+def json_line(fields: dict[str, Any]) -> bytes:
+    """Return an object as one line of JSON in UTF-8; half of a surrogate pair, which UTF-8 has not, is written as an escape.
+
+    Raises ValueError for numbers that JSON has not.
+    """
+    text = json.dumps(fields, ensure_ascii=False, allow_nan=False)
+    try:
+        return text.encode() + b"\n"
+    except UnicodeEncodeError:
+        return json.dumps(fields, allow_nan=False).encode() + b"\n"
+
+
+def is_ranked_line(record: Record, line: bytes | None) -> bool:
+    """Return True if a line that was written belongs to the record: all fields but those that ranking writes are equal."""
+    try:
+        found = json.loads(line) if line is not None else None
+    except ValueError:
+        return False
+    if not isinstance(found, dict) or "ranking" not in found:
+        return False
+    return all(key in found and found[key] == value for key, value in record.fields.items() if key not in WRITTEN)
+
+
+def _parse_record(line: bytes, number: int, where: str, sampled: bool) -> Record:
+    try:
+        fields = json.loads(line.decode("utf-8"), object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: not a line of JSON in UTF-8 ({error}); repair or remove the line") from error
+    prompt = fields.get("prompt") if isinstance(fields, dict) else None
+    if not isinstance(prompt, str) or not prompt:
+        raise DataError(f'{where}: expected an object with a text that is not empty under "prompt"; add it or remove the line')
+    given = fields.get("candidates")
+    if sampled:
+        if given is not None:
+            raise DataError(f"{where}: has candidates already; rank these without sampling, or remove the field")
+        _check_writable(fields, where)
+        return Record(number, where, prompt, None, fields)
+    if not isinstance(given, list) or not given:
+        raise DataError(f'{where}: expected a list of at least one answer under "candidates"; or let the model sample them')
+    candidates = [_parse_candidate(item, f"{where}: candidate {i}") for i, item in enumerate(given)]
+    _check_writable(fields, where)
+    return Record(number, where, prompt, candidates, fields)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object; ValueError where a key stands twice, of which one value would be lost."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!a} stands twice in an object")
+    return fields
+
+
+def _check_writable(fields: dict[str, Any], where: str) -> None:
+    """Refuse, before anything is computed, a field that could not be written again."""
+    for name, value in fields.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{where}: the field {name!a} holds a number that JSON has not (NaN, Infinity, or one as large as 1e999) or is"
+                f" too deep ({error}); write null or a text in its place, or remove the field"
+            ) from error
+
+
+def _parse_candidate(item: Any, where: str) -> Candidate:
+    if isinstance(item, str):
+        return Candidate(item)
+    if not isinstance(item, dict) or not isinstance(item.get("text"), str):
+        raise DataError(f'{where}: expected a text, or an object with a text under "text"; write it as one of them')
+    logprob, num_tokens = item.get("forward_logprob"), item.get("forward_tokens")
+    if logprob is None:
+        return Candidate(item["text"])
+    if type(logprob) not in (int, float) or not -1e300 < logprob <= 0:  # an int may be too large for a float
+        raise DataError(
+            f"{where}: forward_logprob={repr(logprob)[:40]} is no logarithm of a probability (a number up to 0); correct or remove it"
+        )
+    if num_tokens is not None and (type(num_tokens) is not int or num_tokens < 0):
+        raise DataError(f"{where}: forward_tokens={num_tokens!r} is no number of tokens; correct or remove it")
+    return Candidate(item["text"], float(logprob), num_tokens)

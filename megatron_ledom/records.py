@@ -1,0 +1,172 @@
+"""The files of JSON lines in a run folder: a line is in them whole or not at all, and a damaged one is named."""
+
+import json
+import logging
+import math
+import os
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, BinaryIO, TypeVar
+
+from megatron_ledom.errors import DataError
+
+METRICS, STEPS, BAD_STEPS, LAUNCHES = "metrics.jsonl", "steps.jsonl", "bad_steps.jsonl", "launches.jsonl"
+BLOCK_BYTES = 4096
+Record = dict[str, Any]
+Result = TypeVar("Result")
+
+log = logging.getLogger(__name__)
+
+
+def read_records(path: str, convert: Callable[[Record], Result] | None = None) -> list[Any]:
+    """Return the records of a file, oldest first, each as `convert` makes it; none if there is no file.
+
+    A last line without its end is what a kill left, and is passed over. Raises DataError with file and line of any other damage.
+    """
+    return [record if convert is None else _parsed(path, number, record, convert) for number, record, _ in _lines(path)]
+
+
+def iteration_of(record: Record) -> int:
+    """The iteration of a record. Raises KeyError or TypeError where it has none."""
+    iteration = record["iteration"]
+    if type(iteration) is not int:
+        raise TypeError(f"its iteration is {iteration!r}")
+    return iteration
+
+
+def has_iteration(record: Record) -> Record:
+    """Return the record; raises as `iteration_of`."""
+    iteration_of(record)
+    return record
+
+
+def drop_after(path: str, iteration: int) -> None:
+    """Drop the lines of iterations that a kill or a return undid, and a torn last line: each iteration stands once.
+
+    Before iteration 0 nothing is dropped: what an earlier start left is kept under another name. Raises OSError, with the file
+    as it was, when the rest cannot be written.
+    """
+    lines = [(_parsed(path, number, record, iteration_of), line) for number, record, line in _lines(path)]
+    if lines and iteration == 0:
+        kept_as = _free_name(path)
+        os.rename(path, kept_as)
+        log.warning("an earlier start of this run saved no checkpoint; its records are kept as %s", kept_as)
+        return
+    kept = b"".join(line for number, line in lines if number <= iteration)
+    if not os.path.exists(path) or len(kept) == os.path.getsize(path):
+        return
+    with open(path + ".part", "wb") as file:
+        file.write(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".part", path)
+
+
+def append_record(path: str, record: Record) -> None:
+    """Add a line; it is on disk when this returns. What a kill left of a last line goes: a record would be lost by joining it.
+
+    Reads the end of the file only. Raises OSError, and then nothing of the line stays.
+    """
+    with open(path, "a+b") as file:
+        file.truncate(_end_of_lines(file))
+        _write_whole(file, record)
+        os.fsync(file.fileno())
+
+
+class RecordFile:
+    """A file of records that grows, kept open."""
+
+    def __init__(self, path: str) -> None:
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed in close()
+
+    def append(self, record: Record) -> None:
+        """Write one line. Raises OSError, and then nothing of the line stays."""
+        _write_whole(self._file, record)
+
+    def sync(self) -> None:
+        """Bring the lines to disk."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def plain(value: float) -> float | str:
+    """A number for JSON, which has no NaN and no infinity: those become the texts that `float` reads."""
+    return value if math.isfinite(value) else str(value)
+
+
+def _write_whole(file: Any, record: Record) -> None:
+    line = memoryview(json.dumps(_numbers_only(record), allow_nan=False).encode() + b"\n")
+    before = os.fstat(file.fileno()).st_size
+    try:
+        while line:
+            line = line[os.write(file.fileno(), line) :]
+    except OSError:
+        with suppress(OSError):
+            os.ftruncate(file.fileno(), before)
+        raise
+
+
+def _numbers_only(value: Any) -> Any:
+    """The value with null in place of NaN and infinity, which JSON lacks."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _numbers_only(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers_only(item) for item in value]
+    return value
+
+
+def _lines(path: str) -> Iterator[tuple[int, Record, bytes]]:
+    """Number, record and text of each whole line."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115  closed below
+    except FileNotFoundError:
+        return
+    with file:
+        for number, line in enumerate(file, 1):
+            if line.endswith(b"\n"):
+                yield number, _parsed(path, number, line, _as_record), line
+
+
+def _as_record(line: bytes) -> Record:
+    record = json.loads(line)
+    if not isinstance(record, dict):
+        raise TypeError("it is no object")
+    return record
+
+
+def _parsed(path: str, number: int, value: Any, convert: Callable[[Any], Result]) -> Result:
+    try:
+        return convert(value)
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise DataError(
+            f"{path}:{number}: this line is damaged ({reason}); delete it, sed -i {number}d {shlex.quote(path)}, and start again:"
+            " that record alone is lost"
+        ) from error
+
+
+def _free_name(path: str) -> str:
+    number = 1
+    while os.path.exists(f"{path}.{number}"):
+        number += 1
+    return f"{path}.{number}"
+
+
+def _end_of_lines(file: BinaryIO) -> int:
+    """Bytes up to the end of the last whole line."""
+    end = file.seek(0, os.SEEK_END)
+    block = 1  # nearly always a line's end
+    while end > 0:
+        start = max(0, end - block)
+        file.seek(start)
+        newline = file.read(end - start).rfind(b"\n")
+        if newline >= 0:
+            return start + newline + 1
+        end, block = start, BLOCK_BYTES
+    return 0

@@ -1,0 +1,58 @@
+"""Whole files: written under another name, forced to disk, then renamed. JSON is written with NaN and Infinity refused."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.errors import DataError, cannot_write
+
+PART_SUFFIX = ".part"
+
+
+def write_file(path: str | Path, content: str | bytes) -> None:
+    """Write a small file so that it is there whole or not at all, whatever happens. Raise LedomError with its path."""
+    data = content.encode() if isinstance(content, str) else content
+    part = f"{path}{PART_SUFFIX}"
+    try:
+        with open(part, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise cannot_write(error, str(path)) from error
+
+
+def json_text(value: Any, *, where: str | Path, indent: int | None = None, ensure_ascii: bool = False) -> str:
+    """Return `value` as JSON. Raise DataError, with the key, for a NaN or Infinity: these are no JSON and no result.
+
+    where: the file or line that the value is for, for the message.
+    """
+    try:
+        return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
+    except ValueError as error:
+        key = _key_not_finite(value, "")
+        if key is None:  # something else than a number
+            raise
+        raise DataError(
+            f"{where}: {key} is not a finite number, so it is no result and is not written; look for the step that computed it"
+        ) from error
+
+
+def write_json(path: str | Path, value: Any, *, indent: int | None = 1, ensure_ascii: bool = False) -> None:
+    """Write `value` as a whole JSON file; see `write_file` and `json_text`."""
+    write_file(path, json_text(value, where=path, indent=indent, ensure_ascii=ensure_ascii) + "\n")
+
+
+def _key_not_finite(value: Any, key: str) -> str | None:
+    """Return where in `value` the first NaN or Infinity stands, such as `scores[2].reward`; None if there is none."""
+    if isinstance(value, float):
+        return (key or "the value") if value != value or value in (float("inf"), float("-inf")) else None
+    if isinstance(value, dict):
+        found = (_key_not_finite(inner, f"{key}.{name}" if key else str(name)) for name, inner in value.items())
+    elif isinstance(value, list | tuple):
+        found = (_key_not_finite(inner, f"{key}[{index}]") for index, inner in enumerate(value))
+    else:
+        return None
+    return next((place for place in found if place is not None), None)

@@ -1,0 +1,165 @@
+"""Tokens that stand beside a tokenizer's vocabulary: which ones stock transformers adds to a folder's tokenizer, and their ids.
+
+Stock transformers (5.x) reads `added_tokens_decoder` of tokenizer_config.json; without that key, special_tokens_map.json and
+added_tokens.json. It adds the tokens that the tokenizer lacks in the order of their ids, then the named special tokens. An id is
+not taken from the file: it is the next free one. A file whose ids are not those is refused here.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.errors import DataError
+from megatron_ledom.tokenizers.json_files import read_object
+
+logger = logging.getLogger(__name__)
+
+ADDED, CONFIG, SPECIALS_MAP = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
+DECODER, EXTRA, ADDITIONAL = "added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"
+ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
+Token = dict[str, Any]
+"""An entry of `added_tokens` in a tokenizer.json, its id apart."""
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return tokenizer_config.json, with what stock transformers takes from special_tokens_map.json; {} where neither exists."""
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    if DECODER not in config and (folder / SPECIALS_MAP).is_file():
+        named = read_object(folder / SPECIALS_MAP)
+        config |= {
+            key: value for key, value in named.items() if key != ADDITIONAL
+        }  # which stock transformers takes from config only
+    return config
+
+
+def add_tokens(stored: dict[str, Any], config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[Token]]:
+    """Add to a tokenizer.json `stored` the tokens that its folder declares elsewhere.
+
+    Returns the tokenizer.json, a new one if there was anything to add, and the tokens that stock transformers cuts out of a text
+    although they have their id from the vocabulary itself. A special token without any id is added only where the model beside
+    has an embedding row for the id that it would get; else its name is taken out of `config`. Raises DataError for an id that
+    stock transformers would not give.
+    """
+    added = list(stored.get("added_tokens") or [])
+    vocab = vocabulary(stored)
+    num_model = len(_model_vocabulary(stored))
+    inside: list[Token] = []
+    num_before = len(added)
+    for index, token, file in _declared(config, folder):
+        content = token["content"]
+        expected = vocab.get(content, _next_id(added, num_model))
+        if index != expected:
+            raise DataError(
+                f"{file} gives {content!r} the id {index}, stock transformers reads it as {expected}: the trained rows would be"
+                " taken for other tokens; correct the id there, or put a whole tokenizer.json into the folder"
+            )
+        if content not in vocab:
+            added.append({"id": index, **token})
+            vocab[content] = index
+        elif all(content != known["content"] for known in added):
+            inside.append({"id": index, **token})
+    rows = _rows(folder)
+    known = {token["content"] for token in [*added, *inside]}
+    for name, token in _named(config):
+        content = token["content"]
+        if content in known:
+            continue
+        known.add(content)
+        index = vocab.get(content, _next_id(added, num_model))
+        if content in vocab:
+            inside.append({"id": index, **token})
+        elif rows is not None and index < rows:
+            added.append({"id": index, **token})
+        else:
+            _leave_out(config, name, content, folder)
+    return (stored if len(added) == num_before else {**stored, "added_tokens": added}), inside
+
+
+def vocabulary(stored: dict[str, Any]) -> dict[str, int]:
+    """The id of every token of a tokenizer.json, added ones included: what the tokenizers library would say, much sooner."""
+    vocab = _model_vocabulary(stored)
+    found = dict(vocab) if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
+    return found | {token["content"]: token["id"] for token in stored.get("added_tokens") or ()}
+
+
+def _model_vocabulary(stored: dict[str, Any]) -> Any:
+    return stored["model"].get("vocab") or ()
+
+
+def name_of(value: Any) -> str | None:
+    """The text of a special token, which a config holds as a text or as an object with `content`; None if it is neither."""
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) and found else None
+
+
+def _declared(config: dict[str, Any], folder: Path) -> list[tuple[int, Token, Path]]:
+    """(id, token, file) of the tokens whose ids the folder says, in the order of the ids."""
+    found: list[tuple[int, Token, Path]] = []
+    if DECODER in config:
+        file = folder / CONFIG
+        entries = config[DECODER]
+        roles = {token["content"] for key, token in _named(config) if key != EXTRA}
+        if not isinstance(entries, dict):
+            raise DataError(f"{file}: {DECODER} holds a {type(entries).__name__}, expected an object of id: token; correct it")
+        for index, entry in entries.items():
+            content = entry.get("content") if isinstance(entry, dict) else None
+            if not str(index).isdecimal() or not isinstance(content, str) or not content:
+                raise DataError(
+                    f"{file}: {DECODER} has {index!r}: {entry!r}, expected an id and an object with content; correct it"
+                )
+            found.append((int(index), _token(content, entry, special=content in roles), file))
+    elif (file := folder / ADDED).is_file():
+        specials = {token["content"] for _, token in _named(config)}
+        for content, index in read_object(file).items():
+            if type(index) is not int or index < 0 or not content:
+                raise DataError(f"{file} gives {content!r} the id {index!r}, expected a number from 0 on; correct it")
+            found.append((index, _token(content, {}, special=content in specials), file))
+    return sorted(found, key=lambda item: item[0])
+
+
+def _named(config: dict[str, Any]) -> list[tuple[str, Token]]:
+    """(key of the config, token) of the special tokens that it names, in the order in which stock transformers adds them."""
+    others = [key for key in config if key.endswith("_token") and key not in ROLES and isinstance(config[key], str)]
+    extra = config.get(EXTRA) or config.get(ADDITIONAL) or []
+    values = [(key, config.get(key)) for key in (*ROLES, *others)]
+    values += [(EXTRA, value) for value in (extra.values() if isinstance(extra, dict) else extra)]
+    found = [(key, name_of(value), value) for key, value in values]
+    return [
+        (key, _token(content, value if isinstance(value, dict) else {}, special=True))
+        for key, content, value in found
+        if content
+    ]
+
+
+def _token(content: str, flags: dict[str, Any], *, special: bool) -> Token:
+    """An entry as the tokenizers library fills it in: a token that is not special is looked for in the normalised text."""
+    special = special or bool(flags.get("special", False))
+    default = {"normalized": not special, "special": special}
+    return {"content": content, **{name: bool({**default, **flags, "special": special}.get(name, False)) for name in FLAGS}}
+
+
+def _next_id(added: list[Token], num_model: int) -> int:
+    return max([num_model, *(int(token["id"]) + 1 for token in added)])
+
+
+def _rows(folder: Path) -> int | None:
+    """Rows of the embedding of the model beside; None where there is no model."""
+    if not (folder / "config.json").is_file():
+        return None
+    config = read_object(folder / "config.json")
+    inner = config.get("text_config")
+    found = config.get("vocab_size", inner.get("vocab_size") if isinstance(inner, dict) else None)
+    return found if type(found) is int else None
+
+
+def _leave_out(config: dict[str, Any], name: str, content: str, folder: Path) -> None:
+    logger.warning(
+        "%s: %s %r is no token of the tokenizer and has no row in a model beside it; it is left out", folder, name, content
+    )
+    if name in (EXTRA, ADDITIONAL):
+        for key in (EXTRA, ADDITIONAL):
+            if isinstance(config.get(key), list):
+                config[key] = [value for value in config[key] if name_of(value) != content]
+    elif name != "eos_token":  # a missing eod has its own error, or another one is named
+        config.pop(name)

@@ -1,0 +1,115 @@
+"""Checkpoints made to run code when they are read: nothing of them runs, on resume, on export, or when they are looked at."""
+
+import io
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
+from torch.distributed.checkpoint.planner_helpers import _create_read_item_for_byteio
+
+from megatron_ledom.checkpoint.checksums import checksum
+from megatron_ledom.checkpoint.inspection import inspect_checkpoint
+from megatron_ledom.checkpoint.manifest import load_manifest, save_manifest
+from megatron_ledom.checkpoint.stored_tensors import read_metadata
+from megatron_ledom.convert.export_hf import export_hf
+from megatron_ledom.errors import DataError, VerificationError
+from megatron_ledom.platform.engine_fixes import install_engine_fixes
+from tests.tiny_runs import TinyData, run_on_ranks, start_ranks
+
+SHORT = ("train.train_iters=4", "optimizer.lr_warmup_iters=1")
+
+
+class Harm:
+    """An object whose unpickling makes the folder `mark`."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.mark),)
+
+
+def craft_list(checkpoint: Path, harm: Harm) -> None:
+    """In .metadata, beside what belongs there."""
+    metadata = read_metadata(str(checkpoint))
+    metadata.planner_data = {"harm": harm}
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def craft_settings(checkpoint: Path, harm: Harm) -> None:
+    """In common.pt."""
+    content = torch.load(checkpoint / "common.pt", weights_only=True)
+    torch.save({**content, "harm": harm}, checkpoint / "common.pt")
+
+
+def craft_objects(checkpoint: Path, harm: Harm) -> None:
+    """In place of each object among the tensors."""
+    metadata = read_metadata(str(checkpoint))
+    stored = io.BytesIO()
+    torch.save([harm], stored)
+    for index, place in list(metadata.storage_data.items()):
+        if isinstance(metadata.state_dict_metadata[index.fqn], BytesStorageMetadata):
+            file = checkpoint / place.relative_path
+            moved = replace(place, offset=file.stat().st_size, length=len(stored.getvalue()))
+            file.write_bytes(file.read_bytes() + stored.getvalue())
+            metadata.storage_data[index] = moved
+    (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+CRAFTS = {"list": craft_list, "settings": craft_settings, "objects": craft_objects}
+
+
+@pytest.fixture(scope="module")
+def trained(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("crafted") / "run"
+    run_on_ranks(data.config, run_dir, *SHORT, "train.exit_interval=2")
+    return run_dir
+
+
+@pytest.fixture(params=list(CRAFTS))
+def crafted(request: pytest.FixtureRequest, trained: Path, tmp_path: Path) -> Path:
+    """A run whose latest checkpoint would make `mark` beside it; its manifest is that of the crafted files."""
+    run_dir = Path(shutil.copytree(trained, tmp_path / request.param))
+    checkpoint = run_dir / "checkpoints/iter_0000002"
+    CRAFTS[request.param](checkpoint, Harm(tmp_path / "mark"))
+    manifest = load_manifest(str(checkpoint))
+    files = {name: checksum(str(checkpoint / name)) for name in manifest.files}
+    save_manifest(replace(manifest, files=files), str(checkpoint))
+    return run_dir
+
+
+def test_resume_runs_no_code_of_a_checkpoint(data: TinyData, crafted: Path) -> None:
+    ranks = start_ranks(data.config, crafted, *SHORT)
+    assert ranks.wait() == [1], ranks.output()
+    assert not (crafted.parent / "mark").exists()
+    assert "Traceback" not in ranks.output()
+    assert "has a file that asks for posix.mkdir, which no saved run does and which could run code" in ranks.output()
+
+
+def test_export_and_inspection_run_no_code_of_a_checkpoint(crafted: Path, tmp_path: Path) -> None:
+    for work in (lambda: export_hf(str(crafted), str(tmp_path / "out")), lambda: inspect_checkpoint(str(crafted), verify=True)):
+        try:
+            work()
+        except (DataError, VerificationError) as error:
+            assert "posix.mkdir" in str(error) or "fault" in str(error)  # noqa: PT017  objects are not read by either
+    assert not (tmp_path / "mark").exists()
+
+
+def test_objects_as_transformer_engines_layers_keep_them_are_read() -> None:
+    """State of fp8 in a BytesIO, in the list that megatron-core makes of a rank's objects."""
+    install_engine_fixes()
+    stored = io.BytesIO()
+    torch.save([io.BytesIO(b"state")], stored)
+    stored.seek(0)
+    planner = DefaultLoadPlanner(flatten_state_dict=False)
+    planner.state_dict = {}
+    index = MetadataIndex("layer._extra_state")
+    planner.load_bytes(_create_read_item_for_byteio(index, 0, index, 0, len(stored.getvalue())), stored)
+    assert planner.state_dict["layer._extra_state"][0].getvalue() == b"state"

@@ -1,0 +1,218 @@
+"""A run whose folder is not as a run leaves it: nothing that exists is emptied, and nothing of it is trained away."""
+
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from megatron_ledom.checkpoint.folder import (
+    LATEST,
+    NEXT,
+    find_checkpoint,
+    finished_checkpoints,
+    latest_checkpoint,
+    settle_latest,
+)
+from megatron_ledom.checkpoint.inspection import inspect_checkpoint
+from megatron_ledom.config.load import load_config
+from megatron_ledom.errors import DataError
+from megatron_ledom.pretrain import check_start
+from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
+
+COMMAND = ("train.train_iters=6", "checkpoint.save_interval=2")
+GO_ON = ("train.train_iters=8",)
+
+
+@pytest.fixture(scope="module")
+def finished(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with checkpoints of iterations 2, 4 and 6."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    run_on_ranks(data.config, run_dir, *COMMAND, "logging.tensorboard=true")
+    return run_dir
+
+
+@pytest.fixture
+def run_dir(finished: Path, tmp_path: Path) -> Path:
+    """A copy that may be damaged."""
+    return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def damage_newest(checkpoints: Path) -> None:
+    share = next((checkpoints / "iter_0000006").glob("*.distcp"))
+    share.write_bytes(share.read_bytes()[:-1])
+
+
+def without_manifest(checkpoints: Path) -> None:
+    (checkpoints / "iter_0000006/manifest.json").unlink()
+
+
+def name(text: str | bytes) -> Callable[[Path], object]:
+    return lambda checkpoints: (checkpoints / LATEST).write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
+    "missing": (lambda checkpoints: (checkpoints / LATEST).unlink(), "is missing, but there are checkpoints", "iter_0000006"),
+    "empty": (name(""), "latest is empty", "iter_0000006"),
+    "gone": (name("iter_0000009\n"), "names 'iter_0000009', which is not there", "iter_0000006"),
+    "unfinished": (name("iter_0000006.part"), "which is not the name of a checkpoint", "iter_0000006"),
+    "the folder itself": (name("."), "which is not the name of a checkpoint", "iter_0000006"),
+    "garbage": (name(b"\xff\x00\xfe"), "which is not the name of a checkpoint", "iter_0000006"),
+    "damaged": (damage_newest, "iter_0000006 is damaged", "iter_0000004"),
+    "without a manifest": (without_manifest, "it is no finished checkpoint", "iter_0000004"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_latest_that_cannot_be_followed_is_refused_with_the_newest_whole_checkpoint(
+    data: TinyData, run_dir: Path, fault: str
+) -> None:
+    """Nothing is changed; then the advice is followed."""
+    harm, says, newest = FAULTS[fault]
+    harm(run_dir / "checkpoints")
+    before = content_of(run_dir)
+    advice = f"is {newest}: to go on from it, echo {newest} > {run_dir}/checkpoints/{LATEST}"
+    with pytest.raises(DataError) as caught:
+        check_start(load_config(str(data.config), [f"run_dir={run_dir}", *GO_ON]), 1)
+    assert says in str(caught.value)
+    assert str(caught.value).endswith(advice)
+    assert content_of(run_dir) == before
+    (run_dir / "checkpoints" / LATEST).write_text(newest + "\n")
+    assert latest_checkpoint(str(run_dir / "checkpoints")) == str(run_dir / "checkpoints" / newest)
+
+
+def test_a_start_whose_latest_is_missing_trains_nothing_and_changes_nothing(data: TinyData, run_dir: Path) -> None:
+    (run_dir / "checkpoints" / LATEST).unlink()
+    before = content_of(run_dir)
+    ranks = start_ranks(data.config, run_dir, *GO_ON, num_ranks=2)
+    assert ranks.wait() == [1, 1], ranks.output()
+    assert "the newest checkpoint that is whole, by the sizes of its files, is iter_0000006" in ranks.output()
+    assert content_of(run_dir) == before
+
+
+def test_other_commands_name_the_newest_whole_checkpoint_too(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run_dir / "checkpoints" / LATEST).unlink()
+    for command in (find_checkpoint, inspect_checkpoint):  # the former is what a conversion asks
+        with pytest.raises(
+            DataError, match="is missing, but there are checkpoints, iter_0000002, iter_0000004, iter_0000006; the newest"
+        ):
+            command(str(run_dir))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[:3]] == [
+        "iter_0000002",
+        "iter_0000004",
+        "iter_0000006",
+    ]
+
+
+def test_checkpoints_that_are_gone_altogether_are_not_trained_anew(data: TinyData, run_dir: Path) -> None:
+    (run_dir / "checkpoints").rename(run_dir.parent / "elsewhere")
+    before = content_of(run_dir)
+    ranks = start_ranks(data.config, run_dir, *COMMAND, num_ranks=2)
+    assert ranks.wait() == [1, 1], ranks.output()
+    assert "came to iteration 6 and had checkpoints, but" in ranks.output()
+    after = content_of(run_dir)
+    assert {path: after[path] for path in before if path != "lock"} == {p: c for p, c in before.items() if p != "lock"}
+
+
+def die_before_latest(kill_at: str) -> None:
+    """As a kill in the middle of the publishing of the first checkpoint."""
+    import os
+
+    from megatron_ledom.checkpoint import writing
+
+    module, function = {"rename": (os, "rename"), "publish": (writing, "publish_latest")}[kill_at]
+    original = getattr(module, function)
+
+    def die(*arguments: object) -> None:
+        if kill_at == "publish" or str(arguments[0]).endswith("iter_0000002.part"):
+            os._exit(9)
+        original(*arguments)
+
+    setattr(module, function, die)
+
+
+@pytest.mark.parametrize(("kill_at", "goes_on_from"), [("rename", 0), ("publish", 2)])
+def test_a_kill_while_the_first_checkpoint_is_put_in_place_needs_no_hand(
+    data: TinyData, tmp_path: Path, kill_at: str, goes_on_from: int
+) -> None:
+    run_dir = tmp_path / "run"
+    ranks = start_ranks(data.config, run_dir, *COMMAND, hook=partial(die_before_latest, kill_at))
+    assert ranks.wait() == [9], ranks.output()
+    checkpoints = run_dir / "checkpoints"
+    assert not (checkpoints / LATEST).exists()
+    assert (checkpoints / (LATEST + NEXT)).read_text() == "iter_0000002\n"
+    records = run_on_ranks(data.config, run_dir, *COMMAND)
+    assert [record["iteration"] for record in records] == list(range(1, 7))
+    launches = [json.loads(line) for line in (run_dir / "launches.jsonl").read_text().splitlines()]
+    assert [launch["from_iteration"] for launch in launches] == [0, goes_on_from]
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["iter_0000002", "iter_0000004", "iter_0000006", LATEST]
+
+
+def test_what_a_kill_announced_does_not_stand_above_latest(run_dir: Path) -> None:
+    checkpoints = run_dir / "checkpoints"
+    (checkpoints / LATEST).write_text("iter_0000004\n")
+    (checkpoints / (LATEST + NEXT)).write_text("iter_0000006\n")
+    settle_latest(str(checkpoints))
+    assert latest_checkpoint(str(checkpoints)) == str(checkpoints / "iter_0000004")
+    assert list(finished_checkpoints(str(checkpoints))) == [2, 4, 6]
+
+
+def fill_disk(limit_bytes: int) -> None:
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+
+
+def test_logs_that_cannot_be_written_do_not_end_a_run_and_its_checkpoints_are_saved(data: TinyData, run_dir: Path) -> None:
+    """The logs are as long as a file may be here, and where TensorBoard's folder was is a file. Then there is room again."""
+    limit = 2_000_000
+    for log in ("metrics.jsonl", "steps.jsonl"):
+        path = run_dir / log
+        first, rest = path.read_bytes().split(b"\n", 1)
+        path.write_bytes(first + b" " * (limit - len(first) - 1 - len(rest)) + b"\n" + rest)
+    shutil.rmtree(run_dir / "tensorboard")
+    (run_dir / "tensorboard").touch()
+    command = (*GO_ON, "logging.tensorboard=true")
+    ranks = start_ranks(data.config, run_dir, *command, hook=partial(fill_disk, limit))
+    assert ranks.wait() == [0], ranks.output()
+    output = ranks.log.read_text()
+    assert "Traceback" not in output
+    assert (run_dir / "checkpoints" / LATEST).read_text() == "iter_0000008\n"
+    for log in ("metrics.jsonl", "steps.jsonl", "tensorboard"):
+        assert output.count(f"{run_dir}/{log} cannot be written (") == 1
+        assert f"{run_dir}/{log} lacks 2 records that could not be written" in output
+        assert f"not written: 2 records of {log}" in output or log == "steps.jsonl"
+    (run_dir / "tensorboard").unlink()
+    records = run_on_ranks(data.config, run_dir, "train.train_iters=9", "logging.tensorboard=true")
+    assert [record["iteration"] for record in records] == [1, 2, 3, 4, 5, 6, 9]
+    assert read_metrics(run_dir) == records
+
+
+def test_a_damaged_line_ends_a_start_with_file_line_and_a_code_that_nobody_starts_again(data: TinyData, run_dir: Path) -> None:
+    lines = (run_dir / "steps.jsonl").read_text().splitlines(keepends=True)
+    (run_dir / "steps.jsonl").write_text("".join([*lines[:2], lines[2][:20] + "\n", *lines[3:]]))
+    ranks = start_ranks(data.config, run_dir, *GO_ON, num_ranks=2)
+    assert ranks.wait() == [1, 1], ranks.output()
+    assert f"error: {run_dir}/steps.jsonl:3: this line is damaged" in ranks.output()
+    assert "Traceback" not in ranks.output()
+
+
+def test_a_finished_run_says_that_it_is_complete_before_anything_heavy(data: TinyData, run_dir: Path) -> None:
+    before = content_of(run_dir)
+    assert check_start(load_config(str(data.config), [f"run_dir={run_dir}", *COMMAND]), 2).startswith("the run is complete at")
+    ranks = start_ranks(data.config, run_dir, *COMMAND, num_ranks=2, hook=forbid_the_heavy_start)
+    assert ranks.wait() == [0, 0], ranks.output()
+    assert "is complete at iteration 6: nothing is left to do; a higher train.train_iters trains on" in ranks.output()
+    assert content_of(run_dir) == before
+
+
+def forbid_the_heavy_start() -> None:
+    from megatron_ledom.platform import device
+
+    device.prepare_platform = None  # type: ignore[assignment]
