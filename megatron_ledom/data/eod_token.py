@@ -1,7 +1,7 @@
 """The token that ends documents must come of no text: a document would end in its middle.
 
-Spelled out in a text it is text. A tokenizer.json does that for special tokens only and SentencePiece for control pieces only, so
-an eod of another kind is given that kind before texts are encoded; hash and exported files stay those of the tokenizer as it is.
+Spelled out in a text it is text. A tokenizer.json does that for special tokens only, so an eod of another kind is made a special
+token before texts are encoded; hash and exported files stay those of the tokenizer as it is. See `tokenizers.end_token`.
 Where a tokenizer makes the eod of its spelling all the same, packing finds it and the record is a bad one.
 """
 
@@ -13,6 +13,7 @@ import orjson
 
 from megatron_ledom.data.engines import HubEngine, PieceEngine, ReferenceEngine
 from megatron_ledom.errors import UsageError
+from megatron_ledom.tokenizers.end_token import json_with_special
 from megatron_ledom.tokenizers.sentencepiece_bpe import SPACE, parse_model
 
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
@@ -32,41 +33,14 @@ class Encoders:
 
 def with_eod_as_text(encoders: Encoders, eod: str) -> Encoders:
     """Return encoders for which a spelled eod is text; the same object where it is so already."""
-    model = encoders.model
     if isinstance(encoders.engine, PieceEngine):
-        changed = model_with_control(model or b"", eod)
-        if changed is None:
-            return encoders
-        stored = json_with_special(orjson.loads(encoders.tokenizer_json), eod)
-        content = encoders.tokenizer_json if stored is None else orjson.dumps(stored)
-        return Encoders(PieceEngine(changed), content, None, changed)
+        return encoders  # the reader of the .model saw to it
     stored = json_with_special(encoders.stored or orjson.loads(encoders.tokenizer_json), eod)
     if stored is None:
         return encoders
     content = orjson.dumps(stored)
     engine = HubEngine(content, "the tokenizer with its eod as a special token", encoders.engine.vocab())
-    model = model and (model_with_control(model, eod) or model)
-    return Encoders(engine, content, stored if encoders.stored else None, model)
-
-
-def json_with_special(stored: dict[str, Any], token: str) -> dict[str, Any] | None:
-    """Return the object of a tokenizer.json with an added token made a special one; None where it needs no change."""
-    added = stored.get("added_tokens") or []
-    if not any(entry.get("content") == token and not entry.get("special") for entry in added):
-        return None
-    return {
-        **stored,
-        "added_tokens": [{**entry, "special": True} if entry.get("content") == token else entry for entry in added],
-    }
-
-
-def model_with_control(model: bytes, piece: str) -> bytes | None:
-    """Return a SentencePiece model with a user-defined piece made a control piece; None where it needs no change."""
-    proto = parse_model(model, "the model")
-    found = [entry for entry in proto.pieces if entry.piece == piece and entry.type == proto.SentencePiece.USER_DEFINED]
-    for entry in found:
-        entry.type = proto.SentencePiece.CONTROL
-    return bytes(proto.SerializeToString(deterministic=True)) if found else None
+    return Encoders(engine, content, stored if encoders.stored else None, encoders.model)
 
 
 def check_is_reserved(encoders: Encoders, eod: str, eod_id: int, path: str) -> None:

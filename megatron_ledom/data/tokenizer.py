@@ -176,7 +176,7 @@ def load_tokenizer(
     The eod is `eod_token` or the token `eod_id`, else the eos that the folder names, else the eos of a .model. With
     `add_specials` the eod, if not named, is <EOD>.
     """
-    read = read_tokenizer(path, add_specials=add_specials)
+    read = read_tokenizer(path, add_specials=add_specials, eod=eod_token if eod_id is None else eod_id)
     files = {JSON: read.content}
     engine: ReferenceEngine
     if read.is_converted and not read.is_extended and read.model is not None:

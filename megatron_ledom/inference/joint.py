@@ -19,6 +19,8 @@ from tokenizers import Tokenizer
 
 from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.tokenizers.added_tokens import name_of
+from megatron_ledom.tokenizers.end_token import json_with_special
 from megatron_ledom.tokenizers.reader import TokenizerFiles, read_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import is_dummy_prefix
 
@@ -65,7 +67,7 @@ class JointTokenizer:
     @classmethod
     def of_files(cls, files: TokenizerFiles, *, specials_are_text: bool = True) -> "JointTokenizer":
         """Take a tokenizer that was read already."""
-        stored = files.stored if specials_are_text else files.as_stock_reads()
+        stored = _with_eos_as_text(files) if specials_are_text else files.as_stock_reads()
         try:
             backend = Tokenizer.from_str(json.dumps(stored))
         except Exception as error:  # the library raises plain Exception
@@ -184,6 +186,11 @@ def _leading_ids(backend: Tokenizer) -> list[int]:
     with_template, without = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
     starts = (i for i in range(len(with_template)) if with_template[i : i + len(without)] == without)
     return list(with_template[: next(starts, 0)])
+
+
+def _with_eos_as_text(files: TokenizerFiles) -> dict[str, Any]:
+    eos = name_of(files.config.get("eos_token"))
+    return (eos and json_with_special(files.stored, eos)) or files.stored
 
 
 def _plain_copy(state: dict[str, Any]) -> Tokenizer:

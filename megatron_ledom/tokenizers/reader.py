@@ -13,6 +13,7 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import vocabulary_hash
 from megatron_ledom.tokenizers import sentencepiece_bpe, tiktoken_ranks
 from megatron_ledom.tokenizers.added_tokens import ADDED, CONFIG, SPECIALS_MAP, add_tokens, name_of, read_config, vocabulary
+from megatron_ledom.tokenizers.end_token import model_with_control
 from megatron_ledom.tokenizers.json_files import as_bytes, parse_object
 
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
@@ -64,15 +65,17 @@ def other_ends(vocab: Mapping[str, int], ids: Iterable[int]) -> dict[str, int]:
     return named if set(named.values()) - set(ids) else {}
 
 
-def read_tokenizer(path: str, *, add_specials: bool = False) -> TokenizerFiles:
+def read_tokenizer(path: str, *, add_specials: bool = False, eod: str | int | None = None) -> TokenizerFiles:
     """Read a Hugging Face folder, a `tokenizer.json`, a SentencePiece `.model` or tiktoken ranks (`.tiktoken`).
 
     With `add_specials` the five specials of the original are appended behind the vocabulary and <EOD> becomes the eos.
+    `eod`, a token or its id, is the one that ends documents, by default the eos: of a .model it becomes a control piece, so that
+    its spelling is text.
     Raises DataError or UsageError for what cannot be read exactly.
     """
     file = _vocabulary_file(path)
     config = read_config(file.parent)
-    original, model = _original(file, config, add_specials=add_specials)
+    original, model = _original(file, config, add_specials=add_specials, eod=eod)
     parsed = _parsed(original, str(file))
     stored, inside = add_tokens(parsed, config, file.parent)
     is_converted, is_extended = file.suffix == ".model", stored is not parsed
@@ -97,11 +100,12 @@ def read_tokenizer(path: str, *, add_specials: bool = False) -> TokenizerFiles:
     )
 
 
-def _original(file: Path, config: dict[str, Any], *, add_specials: bool) -> tuple[bytes, bytes | None]:
+def _original(file: Path, config: dict[str, Any], *, add_specials: bool, eod: str | int | None) -> tuple[bytes, bytes | None]:
     """The tokenizer.json of the vocabulary alone, and the SentencePiece form if there is one; may complete `config`."""
     if file.suffix == ".model":
         model = file.read_bytes()
         model = sentencepiece_bpe.append_specials(model) if add_specials else model
+        model = model_with_control(model, str(file), name_of(config.get("eos_token")) if eod is None else eod)
         return _from_model(model, str(file), config), model
     if file.name in OTHER_FORMATS:
         return _from_stock_class(file.parent), None

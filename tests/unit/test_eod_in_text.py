@@ -16,7 +16,9 @@ from megatron_ledom.data.shard_faults import verify_shard
 from megatron_ledom.data.tokenizer import load_tokenizer
 from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import DataError, UsageError, VerificationError
-from megatron_ledom.tokenizers.sentencepiece_bpe import convert, parse_model, train
+from megatron_ledom.finetune.prepare import PairSettings, prepare_pairs
+from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.tokenizers.sentencepiece_bpe import _converted, parse_model, train
 from tests.legible import EOD_ID, legible_shard, legible_tokenizer, write_jsonl
 from tests.unit.test_tokenizer import TEXT
 
@@ -57,10 +59,17 @@ def piece_model(folder: Path) -> str:
     return str(folder / "tokenizer.model")
 
 
+def plain_model(folder: Path) -> str:
+    """A model without user-defined pieces."""
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(train([TEXT], 400))
+    return str(folder / "tokenizer.model")
+
+
 def both_forms(folder: Path) -> str:
     """A folder with both forms."""
     path = Path(piece_model(folder))
-    (folder / "tokenizer.json").write_text(convert(path.read_bytes(), "made here"))
+    (folder / "tokenizer.json").write_text(_converted(parse_model(path.read_bytes(), "made here")))
     return str(folder)
 
 
@@ -85,13 +94,28 @@ def test_a_spelled_eod_is_stored_as_text(tmp_path: Path, make: Callable[[Path], 
 def test_hash_and_saved_folder_stay_those_of_the_tokenizer_as_it_is(tmp_path: Path, make: Callable[[Path], str]) -> None:
     tokenizer = make(tmp_path / "tokenizer")
     loaded = load_tokenizer(tokenizer, EOD)
-    other = "<tool>" if make is byte_level else "<s>"
-    assert loaded.is_eod_made_text
-    assert loaded.sha256 == load_tokenizer(tokenizer, other).sha256
+    if make is not piece_model:  # which has no hash of its own: it is that of its conversion
+        assert loaded.is_eod_made_text
+        assert loaded.sha256 == load_tokenizer(tokenizer, "<tool>" if make is byte_level else "<s>").sha256
     loaded.save(tmp_path / "saved")
     assert load_tokenizer(str(tmp_path / "saved")).sha256 == loaded.sha256
     again = load_tokenizer(str(tmp_path / "saved"))
     assert again.encode_batch(SPELLED)[0].tolist() == loaded.encode_batch(SPELLED)[0].tolist()
+
+
+@pytest.mark.parametrize("make", [byte_level, piece_model, both_forms])
+def test_the_scorer_and_its_training_pairs_read_a_spelled_eod_as_text(tmp_path: Path, make: Callable[[Path], str]) -> None:
+    tokenizer, lines = make(tmp_path / "tokenizer"), [{"question": text, "answer": text} for text in 20 * SPELLED]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    names = {"tokenizer": tokenizer, "eod_token": EOD, "output_prefix": str(tmp_path / "shard"), "seq_length": 200}
+    manifest = prepare_pairs(PairSettings(input=[str(tmp_path / "pairs.jsonl")], **names))
+    assert manifest.pairs["num_pairs"] == 20 * len(SPELLED)
+    loaded = load_tokenizer(tokenizer, EOD)
+    loaded.save(tmp_path / "saved")
+    joint = JointTokenizer.from_pretrained(tmp_path / "saved")
+    for text in SPELLED:
+        assert joint.encode(text) == loaded.encode_batch([text])[0].tolist()
+        assert loaded.eod_id not in joint.encode(text)
 
 
 def unigram(folder: Path) -> str:
@@ -138,7 +162,7 @@ def test_a_piece_of_bytes_is_no_eod(tmp_path: Path, eod: str) -> None:
 
 
 @pytest.mark.parametrize("eod", ["▁the", "e", "<0x0A>"])
-@pytest.mark.parametrize("make", [piece_model, both_forms])
+@pytest.mark.parametrize("make", [plain_model, both_forms])
 def test_a_piece_of_a_sentencepiece_model_is_no_eod(tmp_path: Path, make: Callable[[Path], str], eod: str) -> None:
     with pytest.raises(UsageError, match="ordinary piece"):
         load_tokenizer(make(tmp_path / "tokenizer"), eod)

@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from megatron_ledom.data import preprocess as preprocess_module
 from megatron_ledom.data.merge import MergeSettings, merge_shards
 from megatron_ledom.data.preprocess import PreprocessSettings, preprocess, task_of
-from megatron_ledom.data.shard import ShardReader, check_shard
+from megatron_ledom.data.shard import ShardReader, check_shard, load_manifest
 from megatron_ledom.data.shard_faults import verify_shard
 from megatron_ledom.data.task_summary import collect
 from megatron_ledom.direction import Direction
@@ -380,6 +380,26 @@ def test_a_read_only_disk_is_refused_before_work(tmp_path: Path, tokenizer: str)
         assert "disk is not a folder that can be written to" in refused.stderr
     finally:
         subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_the_manifest_lists_what_was_found_and_not_read(tmp_path: Path, tokenizer: str) -> None:
+    (tmp_path / "in/.ipynb_checkpoints").mkdir(parents=True)
+    write_jsonl(tmp_path / "in/a.jsonl", ["1 2"])
+    write_jsonl(tmp_path / "in/.ipynb_checkpoints/a-checkpoint.jsonl", ["1 2"])
+    (tmp_path / "in/twice.jsonl").symlink_to("a.jsonl")
+    (tmp_path / "in/README.md").write_text("notes")
+    done = run(tmp_path, tokenizer, "--input", "in", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert "not read: in/.ipynb_checkpoints (hidden)" in done.stderr
+    manifest = load_manifest(f"{tmp_path}/out/data")
+    assert (manifest.num_documents, {entry["path"]: entry["reason"] for entry in manifest.skipped_inputs}) == (
+        1,
+        {
+            "in/.ipynb_checkpoints": "hidden",
+            "in/twice.jsonl": "the same file as in/a.jsonl",
+            "in/**/*.md": "unknown ending",
+        },
+    )
 
 
 def test_tasks_of_an_array_write_numbered_shards_that_add_up(tmp_path: Path, tokenizer: str) -> None:
