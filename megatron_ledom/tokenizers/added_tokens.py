@@ -157,9 +157,12 @@ def _leave_out(config: dict[str, Any], name: str, content: str, folder: Path) ->
     logger.warning(
         "%s: %s %r is no token of the tokenizer and has no row in a model beside it; it is left out", folder, name, content
     )
-    if name in (EXTRA, ADDITIONAL):
-        for key in (EXTRA, ADDITIONAL):
-            if isinstance(config.get(key), list):
-                config[key] = [value for value in config[key] if name_of(value) != content]
+    if name == EXTRA:
+        used = config.get(EXTRA) or config.pop(ADDITIONAL)
+        config.pop(ADDITIONAL, None)  # not read where the other key is, which may become empty here
+        if isinstance(used, dict):
+            config[EXTRA] = {role: value for role, value in used.items() if name_of(value) != content}
+        else:
+            config[EXTRA] = [value for value in used if name_of(value) != content]
     elif name != "eos_token":  # a missing eod has its own error, or another one is named
         config.pop(name)

@@ -127,7 +127,8 @@ def test_an_added_token_without_a_row_is_refused_and_a_mere_name_left_out(
 ) -> None:
     with pytest.raises(MismatchError, match="use ids up to 401, the model has 400"):
         ForwardLM.from_pretrained(folder_of(tmp_path / "ids", "json", 400, added_tokens={"<|a|>": 400, "<|b|>": 401}))
-    folder = folder_of(tmp_path / "name", "json", 400, tokenizer_config={"pad_token": "<|a|>"})
+    named = {"pad_token": "<|a|>", "extra_special_tokens": {"image_token": "<|b|>"}, "additional_special_tokens": ["<|c|>"]}
+    folder = folder_of(tmp_path / "name", "json", 400, tokenizer_config=named)
     with caplog.at_level(logging.WARNING):
         tokenizer = load_tokenizer(str(folder))
     assert "pad_token '<|a|>' is no token of the tokenizer" in caplog.text
