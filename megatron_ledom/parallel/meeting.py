@@ -24,6 +24,10 @@ FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.01, 0.5
 CONNECT_SECONDS = 5.0
 """For one attempt to reach the store."""
 REPORT_SECONDS = 30.0
+PATIENCE_SECONDS = {"SIGTERM": 2.0}
+OTHER_PATIENCE_SECONDS = 15.0
+"""How long a rank that got a signal still waits: SIGTERM is the end of a job, the others warn of it, and a job whose time limit is
+shorter than its warning has to come a step further at each start."""
 LEAVE_SECONDS = 3.0
 """How long the rank that holds the store lets the others read why nothing starts."""
 MOST_NAMED = 16
@@ -40,6 +44,8 @@ class Meeting:
         self.launch, self.timeout, self.stop = launch, timeout, stop
         self.host, self.port = launch.address()
         self.end = time.monotonic() + timeout.total_seconds()
+        self.heard: float | None = None
+        """When a signal was seen first."""
         self.is_host = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
         """Else rank 0, or torchrun's agent, holds the store."""
 
@@ -53,7 +59,8 @@ class Meeting:
         try:
             decision = self._decision(marks)
         except RuntimeError as error:  # the rank that holds the store has gone
-            self._raise_if_stopped("the rank that holds the store")
+            if (signal := self.stop()) is not None:
+                raise StoppedWaiting(f"rank {rank} got {signal}, and the rank that holds the store has left") from error
             raise TransientError(
                 f"rank {rank} lost the store at {self.host}:{self.port} while it waited for the other ranks ({_first_line(error)}):"
                 " rank 0 has ended; look for its error in the log"
@@ -118,7 +125,7 @@ class Meeting:
         poll, told = FIRST_POLL_SECONDS, time.monotonic()
         while not marks.check(["decision"]):
             now = time.monotonic()
-            if (signal := self.stop()) is not None:
+            if (signal := self._stopped_by()) is not None:
                 self._decide(marks, f"{STOP}: rank {rank} got {signal} while {self._missing(marks)}: nothing starts")
             elif now > self.end:
                 self._decide(marks, f"{GIVE_UP}: {self._missing(marks)} for {self._waited()}; look for their errors in the log")
@@ -138,8 +145,16 @@ class Meeting:
         return f"{_named(ranks)} of {self.launch.world_size} {'was' if len(ranks) == 1 else 'were'} missing"
 
     def _raise_if_stopped(self, missing: str) -> None:
-        if (signal := self.stop()) is not None:
+        if (signal := self._stopped_by()) is not None:
             raise StoppedWaiting(f"rank {self.launch.rank} got {signal} while {missing} was missing: nothing starts")
+
+    def _stopped_by(self) -> str | None:
+        """The signal that came, once it has been waited for the missing ranks a little longer."""
+        signal, now = self.stop(), time.monotonic()
+        if signal is None:
+            return None
+        self.heard = self.heard or now
+        return signal if now - self.heard >= PATIENCE_SECONDS.get(signal, OTHER_PATIENCE_SECONDS) else None
 
     def _waited(self) -> str:
         return f"{self.timeout.total_seconds():,.0f} s (parallel.distributed_timeout_minutes)"

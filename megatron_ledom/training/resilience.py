@@ -38,12 +38,14 @@ class StopRequest:
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
-        if self.leaves_at_once:
+        if self.leaves_at_once and number == signal.SIGTERM:
             raise StoppedWaiting(f"got {self.received.name} before training began: nothing starts")
 
     @contextmanager
     def leaving_at_once(self) -> Iterator[None]:
-        """Inside, a signal raises StoppedWaiting: nothing has begun that would have to be saved."""
+        """Inside, SIGTERM raises StoppedWaiting: nothing has begun that would have to be saved. The others are warnings: a job whose
+        time limit is shorter than its warning has to come a step further at each start.
+        """
         self.leaves_at_once = True
         try:
             yield

@@ -54,8 +54,19 @@ def test_ranks_without_rank_0_name_it_and_its_address() -> None:
 
 def test_a_signal_to_one_waiting_rank_ends_all_that_wait() -> None:
     started = time.monotonic()
-    ends = meet_all([0, 1], 3, 30, {1: lambda: "SIGUSR1" if time.monotonic() > started + 0.3 else None})
-    assert ends == ["StoppedWaiting: rank 1 got SIGUSR1 while rank 2 of 3 was missing: nothing starts"] * 2
+    ends = meet_all([0, 1], 3, 30, {1: lambda: "SIGTERM" if time.monotonic() > started + 0.3 else None})
+    assert ends == ["StoppedWaiting: rank 1 got SIGTERM while rank 2 of 3 was missing: nothing starts"] * 2
+
+
+def test_ranks_that_come_late_after_a_warning_are_waited_for() -> None:
+    """A job whose time limit is shorter than its warning would else begin for ever, and never come a step further."""
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(meet, 0, 2, port, 30, lambda: "SIGUSR1")
+        time.sleep(2.5)
+        second = pool.submit(meet, 1, 2, port, 30)
+        assert not isinstance(first.result(), str), first.result()
+        assert not isinstance(second.result(), str), second.result()
 
 
 def test_a_port_of_another_program_is_named() -> None:
