@@ -71,6 +71,23 @@ def test_rerank_writes_the_ranking_to_a_new_folder_and_says_what_it_did_on_stder
     assert score["reward"] == pytest.approx(0.75 * score["forward_logprob"] + 0.25 * score["reverse_logprob"])
 
 
+def test_rerank_replaces_an_output_of_another_weight_only_with_overwrite(
+    folders: tuple[str, str], source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "out.jsonl"
+    command = ["--forward", folders[0], "--reverse", folders[1], "--input", str(source), "--output", str(output)]
+    assert run_here(monkeypatch, "rerank.py", *command) == 0
+    before = output.read_bytes()
+    assert run_here(monkeypatch, "rerank.py", *command, "--weight", "1") == 2
+    assert "was made otherwise (weight was 0.5, is 1.0); pass --overwrite" in capsys.readouterr().err
+    assert output.read_bytes() == before
+    assert run_here(monkeypatch, "rerank.py", *command) == 0
+    assert "is complete; nothing to do" in capsys.readouterr().err
+    assert run_here(monkeypatch, "rerank.py", *command, "--weight", "1", "--overwrite") == 0
+    assert "ranked at weight 1 (" in capsys.readouterr().err
+    assert output.read_bytes() != before
+
+
 def test_generate_prints_a_text_that_ends_with_the_given_one(
     folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
