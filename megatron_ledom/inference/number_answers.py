@@ -39,6 +39,16 @@ UNITS = re.compile(
 STYLES = r"text|textbf|textit|textrm|mathrm|mathbf|mbox|quad|qquad|approx|Rightarrow|rightarrow|implies"
 COMMANDS_BEFORE = re.compile(rf"\\(?:{STYLES}|Longrightarrow|longrightarrow|therefore|equiv|sim|simeq|item)$")
 COMMANDS_AFTER = re.compile(rf"\\(?:(?:{STYLES}|end|degree|circ|euro|pounds|blacksquare|square)(?![a-zA-Z])|[^a-zA-Z])")
+GREATER = re.compile(
+    r"\d ?(?:years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|miles?|yards?|feet|foot|ft|m|km|kg|pounds?|lbs?|dollars?|euros?)"
+    r",?(?: and)? $"
+)
+LESSER = re.compile(
+    r" ?(?:months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|seconds?|secs?|s|yards?|feet|inch|inches|in|cm|mm|m|g|grams?|ounces?|oz|cents?)\b"
+)
+"""What stands before and behind the second part of a quantity such as `3 hours 20 minutes`."""
+BOUND = re.compile(r"(?:(?:%|percent|\d ?/ ?\d+) of|\d ?(?:,|;|and) ?[a-zA-Z] ?[=:]|\bnot) ?$")
+"""A share of the number, a second variable, a number that is denied."""
 ANSWER = re.compile(r"(?i)\banswer\b\s*(?:is\b\s*:?|[:=])")
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 PREFIX = re.compile(rf"(?:(?P<outer>[-+])(?P<gap> ?))?(?P<currency>{CURRENCY} ?)?(?P<inner>[-+])?$")
@@ -97,8 +107,10 @@ def _values(plain: str) -> list[Fraction | None]:
         if is_chained and re.fullmatch(rf"\s*[=≈]\s*[-+]? ?{CURRENCY}? ?[-+]?", plain[end : group.start()]):
             found.pop()
         value, end = _value(group.group()), group.end()
-        sign = _sign(plain[max(0, group.start() - CONTEXT) : group.start()])
-        factor = _factor(plain[end : end + CONTEXT])
+        before, after = plain[max(0, group.start() - CONTEXT) : group.start()], plain[end : end + CONTEXT]
+        sign, factor = _sign(before), _factor(after)
+        if GREATER.search(before) and LESSER.match(after):
+            value = None
         found.append(None if value is None or sign is None or factor is None else value * sign * factor)
         is_chained = True
     return found
@@ -141,7 +153,9 @@ def _is_bound(rest: str, *, has_currency: bool) -> bool:
     """Whether the text that ends here goes on into the number behind it: a letter, an operator, a function, an inequality."""
     near = rest.rstrip(" ")
     last = rest[-1:]
-    if (_is_letter(last) and not has_currency) or last in ("_", ".", "'"):
+    if (_is_letter(last) and not has_currency) or last in ("_", "."):
+        return True
+    if BOUND.search(rest) or (last == "'" and rest[-2:-1].isalnum()):
         return True
     if near[-1:] in tuple("^_√±∓≠≤≥+*/×÷·"):
         return True

@@ -15,6 +15,7 @@ ADVICE = "give an output of tools/rerank.py"
 LOGPROBS = ("forward_logprob", "reverse_logprob", "reward", "language_model_logprob")
 COUNTS = ("forward_tokens", "reverse_tokens")
 MAY_BE_NULL = ("reverse_logprob", "reward", "language_model_logprob", "forward_tokens")
+"""Besides everything of a candidate that was `skipped`, which names the reason there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +170,7 @@ def _known(score: dict[str, Any], where: str, name: str) -> Any:
     if name not in score and name != "language_model_logprob":
         raise DataError(f"{where} has no field {name!r}; {ADVICE}")
     value = score.get(name)
-    if value is None and name not in MAY_BE_NULL:
+    if value is None and name not in MAY_BE_NULL and not isinstance(score.get("skipped"), str):
         raise DataError(f"{where}.{name} is null, expected a number; {ADVICE}")
     return value
 

@@ -83,6 +83,14 @@ def test_numbers_are_right_answers_and_an_impossible_token_is_a_score(tmp_path: 
     )
 
 
+def test_a_candidate_that_was_skipped_has_no_scores_and_is_never_chosen_by_them(tmp_path: Path) -> None:
+    skipped = {**dict.fromkeys(SCORE), "skipped": "200 tokens, 100 fit"}
+    lines = [LINE, {**LINE, "candidates": ["17", "18"], "scores": [skipped, SCORE]}]
+    question = load_questions(write(tmp_path / "x.jsonl", lines), "gold", answers_by("number"), RewardSettings())[1]
+    for method in ("forward likelihood, sum", "forward likelihood, mean", "reverse only", "Reverse Reward"):
+        assert question.outcome(method, 2, 10) == 1.0
+
+
 def reported(tmp_path: Path, *lines: list[dict[str, Any]]) -> dict[str, Any]:
     pytest.importorskip("scipy")
     files = [write(tmp_path / f"{number}.jsonl", run) for number, run in enumerate(lines)]
