@@ -6,7 +6,7 @@ user-defined pieces. One of these that ends documents is therefore given the kin
 
 from typing import Any
 
-from megatron_ledom.tokenizers.sentencepiece_bpe import parse_model
+from megatron_ledom.tokenizers.sentencepiece_bpe import parse_model, without_word
 
 
 def json_with_special(stored: dict[str, Any], token: str) -> dict[str, Any] | None:
@@ -14,10 +14,8 @@ def json_with_special(stored: dict[str, Any], token: str) -> dict[str, Any] | No
     added = stored.get("added_tokens") or []
     if not any(entry.get("content") == token and not entry.get("special") for entry in added):
         return None
-    return {
-        **stored,
-        "added_tokens": [{**entry, "special": True} if entry.get("content") == token else entry for entry in added],
-    }
+    special = [{**entry, "special": True} if entry.get("content") == token else entry for entry in added]
+    return without_word({**stored, "added_tokens": special}, token)
 
 
 def model_with_control(model: bytes, where: str, eod: str | int | None) -> bytes:
