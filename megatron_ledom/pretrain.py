@@ -21,6 +21,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, UsageError, run_command
 from megatron_ledom.in_loop.chosen_tasks import check_tasks, task_evaluation
+from megatron_ledom.in_loop.held_out_record import check_held_out
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.training.resilience import StopRequest, find_deadline
 
@@ -102,7 +103,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     check_surroundings(config)  # every cheap check before torch starts anything
     sources = load_sources(config)
     tokenizer = load_run_tokenizer(config, sources)
-    check_tasks(config, tokenizer is not None)
+    tasks = check_tasks(config, tokenizer is not None)
     from megatron_ledom.data.dataset import index_cache
     from megatron_ledom.data.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
@@ -129,6 +130,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
         stop.deadline = find_deadline(config.train, started)
         held.enter_context(lock_run(config.run_dir))
         check_still_latest(config, checkpoint)
+        check_held_out(config, sources, tasks, is_new=checkpoint is None)
         write_start(config, tokenizer, changed)
         write_launch(config, launch, saved_iteration(config))
 
@@ -138,7 +140,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
             from_first_rank(take_run_folder)
             watchdog = held.enter_context(Watchdog(config, launch))
             state = build_state(config, sources, platform, groups, choice, checkpoint)
-            train(state, stop, watchdog, task_evaluation(state))
+            train(state, stop, watchdog, task_evaluation(state, tasks))
             watchdog.tell("waiting for the last rank", patient=True)
             wait_for_all_ranks()  # rank 0 has most to close; srun gives the others' end a minute, then kills
     finally:

@@ -20,8 +20,8 @@ HEAD_BYTES = 256
 """Of a stretch's start that are kept, to see what a file is."""
 NAMED_LINES_BYTES = 256 << 20
 """Up to here a line that is skipped is named by its number, which takes reading what is before it."""
-DECOMPRESSED_AT_ONCE = 1 << 12
-"""Compressed bytes a decompressor is given at once: a few can become a gigabyte."""
+DECOMPRESSED_AT_ONCE = 1 << 10
+"""Compressed bytes a decompressor is given at once: zst makes 32 MB of them at most, gz 1 MB."""
 DECOMPRESSED_AT_MOST = 1 << 22
 """What is taken at once from a decompressor that can stop: 3 KB of bz2 can become all of it."""
 

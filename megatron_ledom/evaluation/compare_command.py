@@ -16,7 +16,7 @@ from megatron_ledom.evaluation.results import check_statistics
 from megatron_ledom.evaluation.task_files import ENDINGS, file_hash, read_rows
 from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.language_model import load_tokenizer, read_model_config
-from megatron_ledom.inference.model_facts import folder_facts, surroundings
+from megatron_ledom.inference.model_facts import check_unchanged, folder_facts, surroundings
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.scoring import check_batch_size
 from megatron_ledom.pages import check_plots
@@ -40,7 +40,7 @@ def compare_command(options: Options) -> None:
     file = ItemFile(output, "losses", about)
     records = file.resume(WINDOW_DOCUMENTS, len(documents))
     if len(records) < len(documents):
-        records += _read(options, documents, len(records), file, settings)
+        records += _read(options, documents, len(records), file, settings, about)
     if not any(record["forward"]["tokens"] and record["reverse"]["tokens"] for record in records):
         raise DataError(f"{options['data']} has no document with a token; give texts under {options['text_key']!r}")
     summary = summarize(records, settings)
@@ -49,11 +49,18 @@ def compare_command(options: Options) -> None:
 
 
 def _read(
-    options: Options, documents: Sequence[Document], num_kept: int, file: ItemFile, settings: CompareSettings
+    options: Options,
+    documents: Sequence[Document],
+    num_kept: int,
+    file: ItemFile,
+    settings: CompareSettings,
+    about: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
     """Both models over the documents after the first `num_kept`, each window kept at once."""
     forward = ForwardLM.from_pretrained(options["forward"])
     reverse = ReverseLM.from_pretrained(options["reverse"], direction=options["direction"], eod_id=options["eod_id"])
+    for side in ("forward", "reverse"):
+        check_unchanged(Path(options[side]), about[side])
     records: list[dict[str, Any]] = []
     with tqdm(total=len(documents), unit=" documents", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         bar.update(num_kept)

@@ -22,7 +22,7 @@ from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
 from megatron_ledom.evaluation.writing import prompt_of
 from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.language_model import load_tokenizer
-from megatron_ledom.inference.model_facts import folder_facts, surroundings
+from megatron_ledom.inference.model_facts import check_unchanged, folder_facts, surroundings
 from megatron_ledom.inference.scoring import check_batch_size
 
 Options = Mapping[str, Any]
@@ -134,7 +134,7 @@ def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: D
         if len(kept[name]) == len(task.items):
             results.append(summarize(task, direction, kept[name]))
         else:
-            model = model or _load(options, folder, direction)
+            model = model or _load(options, folder, direction, about)
             results.append(_evaluated(model, task, files[name], kept[name], options))
         main = results[-1].metrics[results[-1].main]
         print(f"{name:<22}{results[-1].main:<28}{100 * main.value:6.1f} % ({100 * main.low:.1f} to {100 * main.high:.1f})")
@@ -161,8 +161,9 @@ def _evaluated(
             ) from error
 
 
-def _load(options: Options, folder: Path, direction: Direction) -> LanguageTaskModel:
+def _load(options: Options, folder: Path, direction: Direction, about: dict[str, Any]) -> LanguageTaskModel:
     language_model = load_language_model(folder, direction, options["direction"], eod_id=options["eod_id"])
+    check_unchanged(folder, about)
     return LanguageTaskModel(language_model, options["batch_size"])
 
 

@@ -49,8 +49,8 @@ def load_task(
     if num_fewshot < 0:
         raise UsageError(f"num_fewshot={num_fewshot} must be 0 or more")
     path = find_file(task, folder, task.file)
-    items = tuple(_items(task, path))
     files = {path.name: file_hash(path)}
+    items = tuple(_items(task, path))
     shots: tuple[Item, ...] = ()
     known: frozenset[str] = frozenset()
     if task.kind is Kind.QUESTION:
@@ -61,6 +61,9 @@ def load_task(
         shots_path = find_file(task, folder, task.demonstrations_file)
         files[shots_path.name] = file_hash(shots_path)
         shots = _shots(task, shots_path, num_fewshot, seed)
+    for file, known_hash in files.items():
+        if file_hash(folder / file) != known_hash:
+            raise DataError(f"{folder / file} was replaced while it was read; wait until it is complete, then start again")
     return LoadedTask(
         task=task,
         items=items[:limit],

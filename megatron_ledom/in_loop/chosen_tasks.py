@@ -6,10 +6,12 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from megatron_ledom.evaluation.tasks import LoadedTask
     from megatron_ledom.training.state import TrainState
+
+TaskHashes = dict[str, dict[str, str]]
 
 
 def load_tasks(config: RunConfig) -> "list[LoadedTask]":
@@ -34,22 +36,30 @@ def load_tasks(config: RunConfig) -> "list[LoadedTask]":
     ]
 
 
-def task_evaluation(state: "TrainState") -> "Callable[[], dict[str, dict[str, float]]] | None":
-    """What evaluates `train.tasks` on the training model; None without tasks, for which nothing is imported."""
+def task_evaluation(state: "TrainState", known: TaskHashes) -> "Callable[[], dict[str, dict[str, float]]] | None":
+    """What evaluates `train.tasks` on the training model; None without tasks, for which nothing is imported.
+
+    known: what `check_tasks` has found at the start. Call on every rank.
+    """
     if not state.config.train.tasks:
         return None
     from megatron_ledom.in_loop.task_set import load_task_set  # transformers takes seconds to import
 
-    return load_task_set(state).evaluate
+    return load_task_set(state, known).evaluate
 
 
-def check_tasks(config: RunConfig, has_tokenizer: bool) -> None:
-    """Refuse tasks that could not be evaluated."""
+def check_tasks(config: RunConfig, has_tokenizer: bool) -> TaskHashes:
+    """Refuse tasks that could not be evaluated; returns the sha256 of each task's files."""
     if not config.train.tasks:
-        return
+        return {}
     if not has_tokenizer:
         raise ConfigError("train.tasks needs the tokenizer, which is not here; set data.tokenizer")
     from megatron_ledom.evaluation.results import check_statistics
 
     check_statistics()
-    load_tasks(config)
+    return hashes_of(load_tasks(config))
+
+
+def hashes_of(tasks: "Sequence[LoadedTask]") -> TaskHashes:
+    """Return the sha256 of the files that tasks were read from, by task and file."""
+    return {task.task.name: dict(task.files) for task in tasks}

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ledom.data.sources import RUN_TOKENIZER
+from megatron_ledom.errors import DataError
 from megatron_ledom.evaluation.choices import asked_of, distinct_pairs
 from megatron_ledom.evaluation.evaluate import evaluate_task
 from megatron_ledom.evaluation.tasks import LoadedTask
-from megatron_ledom.in_loop.chosen_tasks import load_tasks
+from megatron_ledom.in_loop.chosen_tasks import TaskHashes, hashes_of, load_tasks
 from megatron_ledom.in_loop.span_scoring import TrainingScorer
 from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.parallel.agreement import check_same
 from megatron_ledom.training.state import TrainState
 
 Figures = dict[str, float]
@@ -40,7 +42,22 @@ class TaskSet:
         }
 
 
-def load_task_set(state: TrainState) -> TaskSet:
-    """The tasks of the config, with the tokenizer that the run folder holds. Call on every rank, at the start."""
+def load_task_set(state: TrainState, known: TaskHashes) -> TaskSet:
+    """The tasks of the config, with the tokenizer that the run folder holds. Call on every rank, at the start.
+
+    known: sha256 of the tasks' files as they were checked.
+    """
     tokenizer = JointTokenizer.from_pretrained(Path(os.path.join(state.config.run_dir, RUN_TOKENIZER)))
-    return TaskSet(TrainingScorer(state, tokenizer), load_tasks(state.config))
+    tasks = load_tasks(state.config)
+    check_files(hashes_of(tasks), known, str(state.config.train.task_data))
+    return TaskSet(TrainingScorer(state, tokenizer), tasks)
+
+
+def check_files(found: TaskHashes, known: TaskHashes, folder: str) -> None:
+    """Raise RuntimeError on every rank where ranks have read other files of tasks, DataError where all have read others than
+    were checked: ranks that score other texts would wait for each other, or give figures of no set at all. Call on every rank.
+    """
+    advice = f"{folder} must hold the same files on all nodes, and nothing may change them: start again"
+    check_same("the sha256 of the files of train.tasks", found, advice)
+    if found != known:
+        raise DataError(f"files of train.tasks in {folder} were replaced while the run started; start it again")

@@ -9,7 +9,7 @@ from megatron_ledom.inference.completions_engine import CompletionsEngine
 from megatron_ledom.inference.engine import Engine, StepDelimiter
 from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.model_facts import folder_facts, surroundings
+from megatron_ledom.inference.model_facts import check_unchanged, folder_facts, surroundings
 from megatron_ledom.inference.rerank_file import RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.reverse_reward import RewardSettings
@@ -34,8 +34,12 @@ def rerank_command(options: Options) -> None:
     folders = {side: folder_facts(Path(options[side])) for side in ("forward", "reverse")}
 
     def engines() -> tuple[Engine, Engine]:
+        """Both models, loaded from the folders as they were found."""
         reverse = _engine(options, Direction.REVERSE)
-        return _engine(options, Direction.FORWARD), reverse
+        forward = _engine(options, Direction.FORWARD)
+        for side, facts in folders.items():
+            check_unchanged(Path(options[side]), facts)
+        return forward, reverse
 
     for side in folders:
         if options[f"{side}_server"] is not None and options[f"{side}_engine"] != "transformers":
