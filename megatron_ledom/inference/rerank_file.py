@@ -31,6 +31,7 @@ from megatron_ledom.inference.reverse_reward import (
     score_questions,
 )
 from megatron_ledom.inference.search import beam_search
+from megatron_ledom.storage.locks import output_file_lock
 
 
 def rerank_file(
@@ -56,10 +57,25 @@ def rerank_file(
     _check_paths(input_path, output_path)
     records = list(read_records(input_path, sampled=settings.sampling is not None))
     output_path.parent.mkdir(parents=True, exist_ok=True)
-    part = Part(output_path, {"settings": asdict(settings), **(made_by or {})})
+    with output_file_lock(output_path):
+        _rerank_into(output_path, engines, records, settings, made_by or {}, overwrite=overwrite)
+    return len(records)
+
+
+def _rerank_into(
+    output_path: Path,
+    engines: Callable[[], tuple[Engine, Engine]],
+    records: list[Record],
+    settings: RerankSettings,
+    made_by: dict[str, Any],
+    *,
+    overwrite: bool,
+) -> None:
+    """Write the output window by window; resumes what is there. Nobody else writes it."""
+    part = Part(output_path, {"settings": asdict(settings), **made_by})
     if part.is_complete(records, overwrite=overwrite):
         print(f"{output_path} is complete; nothing to do", file=sys.stderr)
-        return len(records)
+        return
     windows = list(_windows(records, settings))
     num_done = part.resume(windows)
     forward, reverse = engines()
@@ -71,7 +87,6 @@ def rerank_file(
             part.append(_measured(forward, reverse, window, settings, skips))
             bar.update(len(window))
     part.finish()
-    return len(records)
 
 
 def _measured(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings, skips: SkipLog) -> Window:

@@ -13,6 +13,8 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
 from megatron_ledom.pages import figure, page, table
 from megatron_ledom.records import METRICS, has_iteration, read_records
+from megatron_ledom.storage.files import write_file
+from megatron_ledom.storage.locks import output_folder_lock
 
 LAST = 10
 """Records whose mean is the loss at the end."""
@@ -75,23 +77,29 @@ def report_runs(folders: list[str], output: str, smooth: int, plan: str | None =
     from megatron_ledom.training.twins import twin_sentence
 
     runs = load_runs(folders)
-    os.makedirs(output, exist_ok=True)
-    pictures: dict[str, dict[str, bytes]] = {}
-    for name in figures_of(runs):
-        pictures[name] = {theme: draw(name, runs, theme, smooth) for theme in ("light", "dark")}
-        Path(output, f"{name}.png").write_bytes(pictures[name]["light"])
+    with output_folder_lock(output):
+        pictures: dict[str, dict[str, bytes]] = {}
+        for name in figures_of(runs):
+            pictures[name] = {theme: draw(name, runs, theme, smooth) for theme in ("light", "dark")}
+            write_file(Path(output, f"{name}.png"), pictures[name]["light"])
+        rows = _rows(runs, plan)
+        write_file(Path(output, "report.html"), _page(rows, twin_sentence(runs), pictures))
+    names = list(rows[0])
+    for name in names:
+        print(f"{name:<34}" + "".join(f"  {row[name]:>24}" for row in rows))
+    print(twin_sentence(runs))
+    print(os.path.join(output, "report.html"))
+
+
+def _rows(runs: list[RunData], plan: str | None) -> list[dict[str, str]]:
+    """Return the final metrics of each run; with `plan` those of its plan beside them."""
     rows = [summary(run) for run in runs]
     if plan is not None:
         from megatron_ledom.training.plan_report import planned_rows
 
         for row, run in zip(rows, runs, strict=True):
             row |= planned_rows(run, plan or None)
-    Path(output, "report.html").write_text(_page(rows, twin_sentence(runs), pictures), encoding="utf-8")
-    names = list(rows[0])
-    for name in names:
-        print(f"{name:<34}" + "".join(f"  {row[name]:>24}" for row in rows))
-    print(twin_sentence(runs))
-    print(os.path.join(output, "report.html"))
+    return rows
 
 
 def summary(run: RunData) -> dict[str, str]:
