@@ -107,12 +107,11 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     from megatron_ledom.data.sources import describe_blend, load_run_tokenizer, load_sources
     from megatron_ledom.training.run_folder import check_still_latest, lock_run, warn_of_later_checkpoints, write_start
 
-    started = time.monotonic()
+    started, checkpoint = time.monotonic(), latest_checkpoint(checkpoint_folder(config))
     check_surroundings(config)  # every cheap check before torch starts anything
     sources = load_sources(config)
     tokenizer = load_run_tokenizer(config, sources)
     tasks = check_tasks(config, tokenizer is not None)
-    checkpoint = latest_checkpoint(checkpoint_folder(config))
     if is_complete(config, sources, checkpoint):
         log.info("run_dir=%s is complete at iteration %d: %s", config.run_dir, config.train.train_iters, COMPLETE)
         return
@@ -145,8 +144,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
         settle_latest(checkpoint_folder(config))
         check_still_latest(config, checkpoint)
         check_history(config, checkpoint)
-        if checkpoint is not None:
-            warn_of_later_checkpoints(config, checkpoint)
+        warn_of_later_checkpoints(config, checkpoint)
         check_held_out(config, sources, tasks, is_new=checkpoint is None)
         write_start(config, tokenizer, changed)
         write_launch(config, launch, saved_iteration(config))

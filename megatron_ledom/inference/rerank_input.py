@@ -1,6 +1,8 @@
 """The lines of a reranking file: read, checked, and written again as JSON that every reader takes."""
 
 import json
+import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +10,8 @@ from typing import Any
 
 from megatron_ledom.errors import DataError
 from megatron_ledom.inference.reverse_reward import Candidate
+
+log = logging.getLogger(__name__)
 
 WRITTEN = ("greedy", "scores", "ranking", "best", "search", "num_skipped", "skipped")
 """Fields that ranking writes, over those of an input that was ranked before."""
@@ -76,13 +80,11 @@ def _parse_record(line: bytes, number: int, where: str, sampled: bool) -> Record
     if sampled:
         if given is not None:
             raise DataError(f"{where}: has candidates already; rank these without sampling, or remove the field")
-        _check_writable(fields, where)
-        return Record(number, where, prompt, None, fields)
+        return Record(number, where, prompt, None, _writable(fields, where))
     if not isinstance(given, list) or not given:
         raise DataError(f'{where}: expected a list of at least one answer under "candidates"; or let the model sample them')
     candidates = [_parse_candidate(item, f"{where}: candidate {i}") for i, item in enumerate(given)]
-    _check_writable(fields, where)
-    return Record(number, where, prompt, candidates, fields)
+    return Record(number, where, prompt, candidates, _writable(fields, where))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -94,16 +96,30 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return fields
 
 
-def _check_writable(fields: dict[str, Any], where: str) -> None:
-    """Refuse, before anything is computed, a field that could not be written again."""
+def _writable(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """Return the fields with null for the numbers that JSON lacks (NaN, Infinity, 1e999), which is said by line and field.
+
+    Python and pandas write them into fields that nobody ranks by. Raises DataError for a field that nests too deep to be written.
+    """
+    written = {}
     for name, value in fields.items():
         try:
             json.dumps(value, allow_nan=False)
-        except (ValueError, RecursionError) as error:
-            raise DataError(
-                f"{where}: the field {name!a} holds a number that JSON has not (NaN, Infinity, or one as large as 1e999) or is"
-                f" too deep ({error}); write null or a text in its place, or remove the field"
-            ) from error
+            written[name] = value
+        except ValueError:
+            log.warning("%s: the field %a holds NaN or Infinity, which JSON lacks: null is written in its place", where, name)
+            written[name] = _with_nulls(value)
+        except RecursionError as error:
+            raise DataError(f"{where}: the field {name!a} is too deep to be written again ({error}); remove it") from error
+    return written
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _with_nulls(inner) for key, inner in value.items()}
+    return [_with_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _parse_candidate(item: Any, where: str) -> Candidate:

@@ -115,8 +115,10 @@ def check_still_latest(config: RunConfig, checkpoint: str | None) -> None:
         raise RuntimeError(f"{latest} has been saved since this launch chose to go on from {checkpoint}; start it again")
 
 
-def warn_of_later_checkpoints(config: RunConfig, checkpoint: str) -> None:
-    """Log which checkpoints lie behind the one that a run goes on from: it replaces them when it gets there."""
+def warn_of_later_checkpoints(config: RunConfig, checkpoint: str | None) -> None:
+    """Log which checkpoints lie behind the one, if any, that a run goes on from: it replaces them when it gets there."""
+    if checkpoint is None:
+        return
     done = int(os.path.basename(checkpoint).removeprefix("iter_"))
     later = [name for iteration, name in finished_checkpoints(checkpoint_folder(config)).items() if iteration > done]
     if later:

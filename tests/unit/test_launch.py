@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_ledom.data.preprocess import PreprocessSettings, task_of
 from megatron_ledom.errors import UsageError
 from megatron_ledom.platform import slurm
 from megatron_ledom.platform.launch import ALONE, FOREIGN, Launch, read_launch
@@ -278,3 +279,18 @@ def test_the_environment_is_read_in_few_places() -> None:
     launcher = re.compile(r"""environ(?:\.get\(|\[)\s*["'](?:SLURM_|RANK|WORLD_SIZE|LOCAL_|MASTER_|OMPI_|PMI_)""")
     sources = sorted((Path(__file__).parents[2] / "megatron_ledom").rglob("*.py"))
     assert [path.name for path in sources if launcher.search(path.read_text(encoding="utf-8"))] == []
+
+
+@pytest.mark.parametrize("value", ["", "x", "-1", "1.5"])
+@pytest.mark.parametrize("name", ["ID", "COUNT", "MIN", "MAX", "STEP"])
+def test_a_variable_of_an_array_that_is_no_number_is_named(name: str, value: str) -> None:
+    settings = PreprocessSettings(input=[], tokenizer="", output_prefix="")
+    array = {"ID": "1", "COUNT": "3", "MIN": "0", "MAX": "2", "STEP": "1"} | {name: value}
+    with pytest.raises(UsageError, match=f"^SLURM_ARRAY_TASK_{name}={value!r} is not a whole number"):
+        task_of(settings, {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()})
+
+
+def test_an_array_without_its_count_is_refused() -> None:
+    settings = PreprocessSettings(input=[], tokenizer="", output_prefix="")
+    with pytest.raises(UsageError, match=r"^SLURM_ARRAY_TASK_COUNT is not set; sbatch --array sets it"):
+        task_of(settings, {"SLURM_ARRAY_TASK_ID": "1"})

@@ -454,21 +454,6 @@ def test_the_task_is_asked_for_or_slurms() -> None:
         asked(ID=0, COUNT=3, MIN=5)
 
 
-@pytest.mark.parametrize("value", ["", "x", "-1", "1.5"])
-@pytest.mark.parametrize("name", ["ID", "COUNT", "MIN", "MAX", "STEP"])
-def test_a_variable_of_an_array_that_is_no_number_is_named(name: str, value: str) -> None:
-    settings = PreprocessSettings(input=[], tokenizer="", output_prefix="")
-    array = {"ID": "1", "COUNT": "3", "MIN": "0", "MAX": "2", "STEP": "1"} | {name: value}
-    with pytest.raises(UsageError, match=f"^SLURM_ARRAY_TASK_{name}={value!r} is not a whole number"):
-        task_of(settings, {f"SLURM_ARRAY_TASK_{name}": value for name, value in array.items()})
-
-
-def test_an_array_without_its_count_is_refused() -> None:
-    settings = PreprocessSettings(input=[], tokenizer="", output_prefix="")
-    with pytest.raises(UsageError, match=r"^SLURM_ARRAY_TASK_COUNT is not set; sbatch --array sets it"):
-        task_of(settings, {"SLURM_ARRAY_TASK_ID": "1"})
-
-
 def test_some_tasks_of_an_array_run_again_are_not_taken_for_all_of_another(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 9))
     for task in range(3):

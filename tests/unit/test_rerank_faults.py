@@ -209,21 +209,38 @@ def test_an_output_of_other_settings_is_not_overwritten_unless_asked(
 
 
 @pytest.mark.parametrize(
-    ("line", "name"),
+    ("name", "value", "written"),
     [
-        ('{"prompt": "x", "candidates": ["y"], "score": NaN}', "'score'"),
-        ('{"prompt": "x", "candidates": ["y"], "score": {"mean": [1, -Infinity]}}', "'score'"),
-        ('{"prompt": "x", "candidates": ["y"], "grüße": 1e999}', "'gr\\xfc\\xdfe'"),
-        ('{"prompt": "x", "candidates": [{"text": "y", "p": NaN}]}', "'candidates'"),
+        ("score", "NaN", None),
+        ("score", '{"mean": [1, -Infinity], "n": 2}', {"mean": [1, None], "n": 2}),
+        ("grüße", "1e999", None),
+        ("candidates", '[{"text": "y", "p": NaN}]', [{"text": "y", "p": None}]),
     ],
 )
-def test_a_field_that_is_no_json_is_named_before_a_model_is_loaded(line: str, name: str, tmp_path: Path) -> None:
-    source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})
-    source.write_text(source.read_text() + line + "\n", encoding="utf-8")
-    with pytest.raises(DataError) as caught:
-        rerank_file(never, source, tmp_path / "out.jsonl", RerankSettings())
-    assert str(caught.value).startswith(f"{source}:2: the field {name} holds a number that JSON has not")
-    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+def test_a_number_that_json_lacks_becomes_null_in_a_field_of_no_meaning_here(
+    name: str, value: str, written: Any, models: tuple[ForwardLM, ReverseLM], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fields = {"prompt": '"x y"', "candidates": '["y"]', name: value}
+    source = write_lines(tmp_path / "in.jsonl", "{" + ", ".join(f'"{key}": {text}' for key, text in fields.items()) + "}")
+    output = tmp_path / "out.jsonl"
+    rerank_file(lambda: engines_of(models), source, output, RerankSettings())
+    assert read_lines(output)[0][name] == written
+    assert f"{source}:1: the field {name!a} holds NaN or Infinity" in caplog.text
+    assert rerank_file(never, source, output, RerankSettings()) == 1  # and it is found to be the same input
+
+
+def test_a_killed_ranking_of_a_field_that_is_nan_resumes(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+    sound = '{"prompt": "x y", "candidates": ["y"], "score": NaN}'
+    source, output = (
+        write_lines(tmp_path / "in.jsonl", sound, {"prompt": "x", "candidates": ["y" * 4000]}),
+        tmp_path / "out.jsonl",
+    )
+    settings = RerankSettings(window_candidates=1)
+    with pytest.raises(DataError, match=r"in\.jsonl:2"):
+        rerank_file(lambda: engines_of(models), source, output, settings)
+    write_lines(source, sound, {"prompt": "x", "candidates": ["y"]})
+    assert rerank_file(lambda: engines_of(models), source, output, settings) == 2
+    assert [line.get("score", "none") for line in read_lines(output)] == [None, "none"]
 
 
 def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
