@@ -11,7 +11,7 @@ from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.direction import Direction
 from megatron_ledom.model.arithmetic import count_parameters
-from megatron_ledom.records import METRICS, has_iteration, read_records
+from megatron_ledom.storage.records import METRICS, has_iteration, read_records
 
 PAPER = "[LEDOM](https://arxiv.org/abs/2507.01335)"
 

@@ -45,9 +45,8 @@ def output_folder_lock(folder: str | Path, option: str = "--output") -> Iterator
         yield
 
 
-def this_process() -> str:
-    """Return who this is, for the process that finds the output in use: process, host, SLURM job, and since when."""
-    job = os.environ.get("SLURM_JOB_ID")
+def this_process(job: str | None = None) -> str:
+    """Return who this is, for the process that finds the output in use: process, host, SLURM job if given, and since when."""
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return f"process {os.getpid()} on {socket.gethostname()}{f', SLURM job {job}' if job else ''}, since {now}"
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import DataError, cannot_write
 from megatron_ledom.parallel.agreement import from_first_rank
-from megatron_ledom.records import (
+from megatron_ledom.storage.records import (
     BAD_STEPS,
     LAUNCHES,
     METRICS,

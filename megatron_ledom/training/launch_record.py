@@ -18,7 +18,7 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import cannot_write
 from megatron_ledom.platform.launch import Launch
 from megatron_ledom.platform.slurm import job_id
-from megatron_ledom.records import LAUNCHES, Record, append_record, read_records
+from megatron_ledom.storage.records import LAUNCHES, Record, append_record, read_records
 
 PACKAGES = ("megatron-core", "numpy", "transformers", "transformer-engine")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_ledom.errors import LedomError
-from megatron_ledom.records import Record, RecordFile, drop_after
+from megatron_ledom.storage.records import Record, RecordFile, drop_after
 
 log = logging.getLogger(__name__)
 

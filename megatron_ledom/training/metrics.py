@@ -19,7 +19,7 @@ from megatron_ledom.errors import UsageError
 from megatron_ledom.model.arithmetic import flops_per_token, model_flops_utilisation
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.platform.device import Platform, peak_flops
-from megatron_ledom.records import METRICS, Record
+from megatron_ledom.storage.records import METRICS, Record
 from megatron_ledom.training.log_guard import GuardedLog, RecordLog, Sink
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_ledom.data.sample_origin import sample_origins
 from megatron_ledom.errors import StoppedError
-from megatron_ledom.records import BAD_STEPS, plain
+from megatron_ledom.storage.records import BAD_STEPS, plain
 from megatron_ledom.training.anomalies import Action, StepPolicy
 from megatron_ledom.training.history import RunHistory
 from megatron_ledom.training.state import TrainState, load_checkpoint

@@ -30,7 +30,7 @@ from megatron_ledom.model.layer_specs import choose_layers
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.platform.launch import Launch, read_launch
-from megatron_ledom.records import LAUNCHES, Record
+from megatron_ledom.storage.records import LAUNCHES, Record
 from megatron_ledom.training.anomalies import Action, StepPolicy, Verdict
 from megatron_ledom.training.gradients import squared_norms
 from megatron_ledom.training.history import load_skip_plan, read_bad_steps, read_steps

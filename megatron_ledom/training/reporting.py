@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from megatron_ledom.config.derived import tokens_per_iteration
 from megatron_ledom.errors import NotFiniteError
-from megatron_ledom.records import Record, plain
+from megatron_ledom.storage.records import Record, plain
 from megatron_ledom.training.history import RunHistory
 from megatron_ledom.training.iteration import Batches, open_batches
 from megatron_ledom.training.metrics import MetricsWriter, Throughput

@@ -15,11 +15,11 @@ from megatron_ledom.checkpoint.folder import finished_checkpoints, latest_checkp
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import save_config
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.data.build_once import node
 from megatron_ledom.data.sources import RUN_TOKENIZER
 from megatron_ledom.data.tokenizer import Tokenizer
 from megatron_ledom.errors import FULL, NO_LOCKS, ConfigError, UsageError, cannot_write
 from megatron_ledom.platform.slurm import job_id
+from megatron_ledom.storage.locks import this_process
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def lock_run(run_dir: str) -> Iterator[None]:
         _wait_for(descriptor, run_dir)
         try:
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, _who().encode(), 0)
+            os.pwrite(descriptor, f"{this_process(job_id(os.environ))}\n".encode(), 0)
         except OSError as error:
             raise cannot_write(error, path) from error
         yield
@@ -97,12 +97,6 @@ def _take(descriptor: int) -> bool:
             raise
         log.warning("run_dir is on a file system without locks (%s): nothing hinders a second launch", error.strerror)
     return True
-
-
-def _who() -> str:
-    job = job_id(os.environ)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    return f"process {os.getpid()} on {node()}{f', SLURM job {job}' if job else ''}, since {started}\n"
 
 
 def check_still_latest(config: RunConfig, checkpoint: str | None) -> None:

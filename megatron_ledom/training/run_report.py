@@ -12,9 +12,9 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
 from megatron_ledom.pages import figure, page, table
-from megatron_ledom.records import METRICS, has_iteration, read_records
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import output_folder_lock
+from megatron_ledom.storage.records import METRICS, has_iteration, read_records
 
 LAST = 10
 """Records whose mean is the loss at the end."""

@@ -12,14 +12,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ENGINE = {"config", "direction", "errors", "ops", "parallel", "platform", "provenance", "records", "storage"}
+ENGINE = {"config", "direction", "errors", "ops", "parallel", "platform", "provenance", "storage"}
 MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "direction": set(),
     "errors": set(),
     "provenance": {"direction", "errors"},
     "pages": {"errors"},
     "storage": {"errors"},
-    "records": {"errors"},
     "tokenizers": {"errors", "provenance"},
     "config": {"direction", "errors", "storage"},
     "platform": {"config", "direction", "errors"},
@@ -37,10 +36,10 @@ MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "evaluation": {"direction", "errors", "pages", "provenance", "inference", "storage", "tokenizers"},
 }
 MEGATRON_FREE = {
-    *("config", "direction", "errors", "evaluation", "inference", "pages", "planner", "provenance", "records", "storage"),
+    *("config", "direction", "errors", "evaluation", "inference", "pages", "planner", "provenance", "storage"),
     "tokenizers",
 }
-TORCH_FREE = {"config", "pages", "planner", "records", "storage", "tokenizers"}
+TORCH_FREE = {"config", "pages", "planner", "storage", "tokenizers"}
 OUTSIDE = {"tools", "tests", "examples"}
 HEAVY = ("torch", "megatron", "transformers", "pyarrow", "tensorboard", "matplotlib", "sentencepiece", "tokenizers")
 MAX_FUNCTION, MAX_FILE, MAX_NESTING = 60, 500, 4

@@ -14,7 +14,7 @@ import pytest
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import DataError
-from megatron_ledom.records import append_record, drop_after, read_records
+from megatron_ledom.storage.records import append_record, drop_after, read_records
 from megatron_ledom.training import history, metrics
 from megatron_ledom.training.anomalies import PastStep
 from megatron_ledom.training.history import RunHistory, check_history
