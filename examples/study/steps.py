@@ -55,8 +55,13 @@ class Runner:
         """Steps that do not need each other, as many at once as there are cores. Raises the first failure when all have ended."""
         self.names += [step.name for step in steps]
         with ThreadPoolExecutor(self.at_once) as pool:
-            for done in [pool.submit(self._run, step) for step in steps]:
-                done.result()
+            futures = [pool.submit(self._run, step) for step in steps]
+            try:
+                while futures:
+                    futures[0].result()
+                    del futures[0]
+            finally:
+                del futures  # a failure refers to this frame: in a circle with it the runner, and its lock, would live on
 
     def _run(self, step: Step) -> None:
         note = self.notes / f"{step.name}.json"

@@ -23,7 +23,7 @@ import psutil
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.evaluation import isolated
-from megatron_ledom.evaluation.sandbox import Sandbox, sandboxed
+from megatron_ledom.evaluation.sandbox import Sandbox, as_user, sandboxed, unprivileged_user
 
 MOST_OUTPUT_BYTES = 2000
 """What is kept of the end of a failed program's messages."""
@@ -121,6 +121,9 @@ def _start(
     """Start one of the two processes of `isolated`; passed_on: file descriptors that it inherits besides the standard three."""
     words = [role, str(limits.cpu_seconds), str(limits.memory_bytes), *map(str, passed_on)]
     command = sandboxed(sandbox, [sys.executable, "-I", "-c", _isolated_source(), *words])
+    user = unprivileged_user(sandbox)
+    if user is not None:
+        os.chown(folder, user, user)
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -130,6 +133,7 @@ def _start(
         stderr=stderr,
         pass_fds=passed_on,
         start_new_session=True,
+        **as_user(user),
     )
 
 

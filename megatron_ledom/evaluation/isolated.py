@@ -4,7 +4,8 @@ The *program process* holds the program; the *test process* holds the tests, cal
 can tell the evaluation that the tests came to their end. So nothing that the program does to its own process, such as leaving
 early with status 0, reading frames, or returning an object that equals everything, makes a test pass.
 
-Messages are lines of JSON. Only plain values cross (`encode`); other objects arrive as one that equals nothing.
+Messages are lines of JSON. Only plain values cross (`encode`); other objects, functions among them, arrive as one that equals
+nothing. What a function does to its arguments is done to the caller's.
 """
 
 import builtins
@@ -13,7 +14,10 @@ import json
 import os
 import resource
 import sys
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any, TextIO
 
 MOST_MESSAGE_CHARACTERS = 2**24
@@ -23,6 +27,8 @@ PR_SET_DUMPABLE = 4
 
 def encode(value: Any) -> Any:
     """Return `value` as JSON: plain values as they are, containers and long integers under the name of their kind."""
+    if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+        value = value.item()
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, int):
@@ -35,7 +41,11 @@ def encode(value: Any) -> Any:
         return {"bytes": bytes(value).hex()}
     if isinstance(value, dict):
         return {"dict": [[encode(key), encode(inner)] for key, inner in value.items()]}
-    for kind in (list, tuple, set, frozenset):
+    if isinstance(value, range):
+        return {"range": [value.start, value.stop, value.step]}
+    if isinstance(value, Fraction | Decimal):
+        return {type(value).__name__: str(value)}
+    for kind in (list, tuple, set, frozenset, deque, Iterator):
         if isinstance(value, kind):
             return {kind.__name__: [encode(inner) for inner in value]}
     return {"other": type(value).__name__}
@@ -56,6 +66,11 @@ def decode(message: Any) -> Any:
         "tuple": lambda items: tuple(decode(item) for item in items),
         "set": lambda items: {decode(item) for item in items},
         "frozenset": lambda items: frozenset(decode(item) for item in items),
+        "deque": lambda items: deque(decode(item) for item in items),
+        "Iterator": lambda items: iter([decode(item) for item in items]),
+        "range": lambda parts: range(*parts),
+        "Fraction": Fraction,
+        "Decimal": Decimal,
     }
     return plain[kind](content) if kind in plain else object()
 
@@ -100,12 +115,24 @@ def serve() -> None:
         return
     send(answers, {"names": [name for name, value in namespace.items() if callable(value)]})
     for line in requests:
-        name, args, named = json.loads(line)
+        name, given, named = json.loads(line)
+        args = [decode(argument) for argument in given]
         try:
-            value = namespace[name](*map(decode, args), **{key: decode(inner) for key, inner in named.items()})
-            send(answers, {"value": encode(value)})
+            value = namespace[name](*args, **{key: decode(inner) for key, inner in named.items()})
+            after = [encode(argument) for argument in args]
+            changed = {number: after[number] for number in range(len(args)) if after[number] != given[number]}
+            send(answers, {"value": encode(value), "changed": changed})
         except BaseException as error:
             send(answers, {"raised": type(error).__name__, "text": str(error)[:1000]})
+
+
+def change(argument: Any, value: Any) -> None:
+    """Make a container that was an argument what the function has made of it."""
+    if isinstance(argument, list):
+        argument[:] = value
+    elif isinstance(argument, dict | set):
+        argument.clear()
+        argument.update(value)
 
 
 class Program:
@@ -136,6 +163,8 @@ class Program:
             send(self._requests, [name, list(map(encode, args)), {key: encode(value) for key, value in named.items()}])
             answer = self._receive()
             if "raised" not in answer:
+                for number, argument in answer["changed"].items():
+                    change(args[int(number)], decode(argument))
                 return decode(answer["value"])
             kind = getattr(builtins, str(answer["raised"]), None)
             if isinstance(kind, type) and issubclass(kind, Exception):
@@ -147,7 +176,11 @@ class Program:
 
 def run_tests(given: int, verdict: int) -> None:
     """Be the test process: read [source, prelude, tests, entry point] from the file descriptor `given`, run the tests, and write
-    {"passed", "reason"} to `verdict`. Functions that the prelude lacks, and the entry point, are those of the program."""
+    {"passed", "reason"} to `verdict`.
+
+    Only the entry point is the program's; its helpers are those of the prelude. Without an entry point all functions of the
+    program are taken that are named like nothing of the tests' own and no builtin, which the program would else replace.
+    """
     hide()
     with os.fdopen(given) as pipe:
         source, prelude, tests, entry_point = json.load(pipe)
@@ -158,9 +191,9 @@ def run_tests(given: int, verdict: int) -> None:
         try:
             exec(compile(prelude, "prelude.py", "exec"), namespace)
         except Exception as error:
-            print(f"the prelude of the tests failed ({described(error)}); its names are the program's", file=sys.stderr)
+            print(f"the prelude of the tests failed ({described(error)})", file=sys.stderr)
         for name in program.names:
-            if name == entry_point or name not in namespace:
+            if name == entry_point or not (entry_point or name in namespace or hasattr(builtins, name)):
                 namespace[name] = program.function(name)
         exec(compile(tests, "tests.py", "exec"), namespace)
         result["passed"] = True

@@ -1,23 +1,30 @@
 """Where programs that a model wrote run: inside bubblewrap, or, if the user insists, without a sandbox."""
 
+import logging
+import os
 import shutil
 import subprocess
 import sys
 from enum import StrEnum
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from megatron_ledom.errors import UsageError
+
+log = logging.getLogger(__name__)
 
 SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/alternatives")
 """What Python and its libraries need of the system; read only inside."""
 SCRATCH_BYTES = 2**24
-"""Size of the only folder that a program may write to; it is memory, and gone with the program."""
+"""Size of each of the two folders that a program may write to, /tmp and /dev/shm; they are memory, and gone with the program."""
+NOBODY = 65534
+"""User and group that root runs programs as: root is bound by no limit of processes, and may read everything."""
 
 
 class Sandbox(StrEnum):
     """bwrap: own user, process, network, mount, IPC and host name spaces; no file of the user is there, nothing but an empty /tmp
-    can be written, and all that the program has started ends with it. none: resource limits and an empty environment only."""
+    and /dev/shm can be written, and all that the program has started ends with it. none: limits and an empty environment only."""
 
     BWRAP = "bwrap"
     NONE = "none"
@@ -30,20 +37,44 @@ def sandboxed(sandbox: Sandbox, command: list[str]) -> list[str]:
 
 def check_sandbox(sandbox: Sandbox) -> None:
     """Refuse a sandbox that does not work on this machine, before anything else is done. Raises UsageError."""
-    if sandbox is Sandbox.NONE:
-        return
     remedy = (
         "install it (Debian: apt install bubblewrap), or pass --sandbox none if this machine, best a container without network or"
         " secrets, may run such programs as it is"
     )
-    if shutil.which("bwrap") is None:
+    if sandbox is Sandbox.BWRAP and shutil.which("bwrap") is None:
         raise UsageError(f"programs that a model wrote run inside bubblewrap, which is not installed: {remedy}")
-    done = subprocess.run(
-        [*_bubblewrap(), sys.executable, "-I", "-c", ""], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        told = done.stderr.strip().splitlines()[-1:] or [f"status {done.returncode}"]
-        raise UsageError(f"bubblewrap does not work on this machine ({told[0]}): allow it user namespaces, or {remedy}")
+    if os.geteuid() == 0 and unprivileged_user(sandbox) is None:
+        log.warning(
+            "this process is root, and its Python (%s) cannot be used by an unprivileged user: programs run as root with --sandbox"
+            " %s, and the limit of processes has no effect; evaluate as an ordinary user",
+            sys.executable,
+            sandbox,
+        )
+    if sandbox is Sandbox.BWRAP and (told := _fault(sandbox, unprivileged_user(sandbox))):
+        raise UsageError(f"bubblewrap does not work on this machine ({told}): allow it user namespaces, or {remedy}")
+
+
+@cache
+def unprivileged_user(sandbox: Sandbox) -> int | None:
+    """Return the user and group id that programs run as if this process is root; None for its own, as where Python is root's alone."""
+    return NOBODY if os.geteuid() == 0 and not _fault(sandbox, NOBODY) else None
+
+
+def as_user(user: int | None) -> dict[str, Any]:
+    """Return what subprocess needs to run a command as this user; nothing for None."""
+    return {} if user is None else {"user": user, "group": user, "extra_groups": []}
+
+
+def _fault(sandbox: Sandbox, user: int | None) -> str:
+    """Return why Python does not start in the sandbox as this user; empty if it does."""
+    command = sandboxed(sandbox, [sys.executable, "-I", "-c", ""])
+    try:
+        done = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, cwd="/", **as_user(user)
+        )
+    except OSError as error:
+        return str(error.strerror)
+    return "" if done.returncode == 0 else (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
 
 
 @cache
@@ -56,19 +87,9 @@ def _bubblewrap() -> tuple[str, ...]:
     return (
         *("bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--cap-drop", "ALL"),
         *binds,
-        *(
-            "--proc",
-            "/proc",
-            "--dev",
-            "/dev",
-            "--size",
-            str(SCRATCH_BYTES),
-            "--tmpfs",
-            "/tmp",
-            "--chdir",
-            "/tmp",
-            "--remount-ro",
-            "/",
-        ),
+        *("--proc", "/proc", "--dev", "/dev"),
+        *(word for folder in ("/dev/shm", "/tmp") for word in ("--size", str(SCRATCH_BYTES), "--tmpfs", folder)),
+        *(word for folder in ("/proc", "/dev", "/") for word in ("--remount-ro", folder)),  # root could write sysctls
+        *("--chdir", "/tmp"),
         "--",
     )

@@ -119,15 +119,47 @@ def test_a_program_cannot_make_its_own_verdict(program: str, tests: str, sandbox
     assert not outcome(program, tests, sandbox).passed
 
 
-def test_tests_use_the_helpers_of_the_prompt_and_other_functions_of_the_program() -> None:
+def test_only_the_entry_point_is_the_programs_and_helpers_are_those_of_the_prompt() -> None:
     prelude = "import math\ndef double(x): return 2 * x\ndef f(x):\n    '''To be written.'''\n"
-    tests = ProgramTests(
-        code="assert f(3) == double(3) == math.ceil(5.5)\nassert other([1]) == [1, 1]", entry_point="f", prelude=prelude
-    )
-    program = "def double(x): return 0\ndef f(x): return 6\ndef other(x): return x * 2"
-    assert run_program(program, tests, sandbox=Sandbox.NONE).passed
+    tests = ProgramTests(code="assert f(3) == double(3) == math.ceil(5.5)", entry_point="f", prelude=prelude)
+    assert run_program("def double(x): return 0\ndef f(x): return 6", tests, sandbox=Sandbox.NONE).passed
+    with_any_name = ProgramTests(code="assert other([1]) == [1, 1] and abs(-2) == 2")
+    assert run_program("def other(x): return x * 2\ndef abs(x): return 0", with_any_name, sandbox=Sandbox.NONE).passed
     expects_an_error = "try:\n    f(1)\n    raise SystemExit\nexcept KeyError as error:\n    assert 'lost' in str(error)"
     assert outcome("def f(x): raise KeyError('lost')", expects_an_error).passed
+
+
+@pytest.mark.parametrize("name", ["abs", "all", "range", "check", "len"])
+def test_a_program_cannot_put_its_own_functions_in_the_place_of_those_of_the_tests(name: str) -> None:
+    tests = "def check(candidate):\n    for x in range(3):\n        assert all([abs(candidate(x) - x - 1) < 0.1, len([x]) == 1])\ncheck(f)"
+    assert not outcome(f"def {name}(*x): return []\ndef f(x): return 0.5", tests).passed
+    assert outcome(f"def {name}(*x): return []\ndef f(x): return x + 1", tests).passed
+
+
+def test_what_a_function_does_to_its_arguments_is_done() -> None:
+    program = "def f(numbers, names):\n    numbers.sort()\n    names['new'] = [1]\n    return None"
+    assert outcome(program, "a, b = [3, 1, 2], {}\nassert f(a, b) is None\nassert a == [1, 2, 3] and b == {'new': [1]}").passed
+
+
+def test_numbers_and_sequences_of_libraries_cross_as_what_they_equal() -> None:
+    program = """
+import collections, decimal, fractions, numpy
+def f(x):
+    return [numpy.int64(2), numpy.float64(0.5), numpy.bool_(True), fractions.Fraction(1, 2), decimal.Decimal('1.5'), range(2),
+            collections.deque([1]), collections.Counter('a')]
+"""
+    tests = """
+from collections import deque
+from fractions import Fraction
+assert f(1) == [2, 0.5, True, Fraction(1, 2), 1.5, range(2), deque([1]), {'a': 1}]
+assert list(g(1)) == [1, 2]
+"""
+    assert run_program(
+        program + "def g(x): return map(int, '12')",
+        ProgramTests(code=tests),
+        sandbox=Sandbox.NONE,
+        limits=replace(QUICK, cpu_seconds=5),
+    ).passed
 
 
 def test_values_cross_unchanged() -> None:
@@ -139,7 +171,7 @@ def test_values_cross_unchanged() -> None:
 
 
 def test_other_objects_equal_nothing() -> None:
-    assert decode(encode(range(3))) not in (range(3), [0, 1, 2])
+    assert decode(encode(print)) not in (print, None, "print")
 
 
 STAYS = """
@@ -185,10 +217,17 @@ def f(x):
         except OSError as error: return len(socket.if_nameindex())
     if x == 'write':
         written = []
-        for folder in ('/', '/usr', {str(tmp_path)!r}, os.path.dirname(os.__file__)):
+        for folder in ('/', '/usr', '/dev', '/proc/sys/kernel', {str(tmp_path)!r}, os.path.dirname(os.__file__)):
             try: open(os.path.join(folder, 'mark'), 'w').close(); written.append(folder)
             except OSError: pass
+        for name in ('/proc/sys/kernel/core_pattern', '/proc/sys/kernel/hostname', '/proc/sysrq-trigger', '/proc/sys/vm/drop_caches'):
+            try: open(name, 'w').close(); written.append(name)
+            except OSError: pass
         return written
+    if x == 'shared':
+        try:
+            for number in range(40): open(f'/dev/shm/{{number}}', 'wb').write(b'0' * 2**20)
+        except OSError as error: return error.strerror
     if x == 'much':
         try:
             for number in range(40): open(f'/tmp/{{number}}', 'wb').write(b'0' * 2**20)
@@ -201,7 +240,7 @@ assert not f('processes')
 assert not f('environment')
 assert f('network') == 1, f('network')
 assert f('write') == [], f('write')
-assert f('much') == 'No space left on device', f('much')
+assert f('much') == f('shared') == 'No space left on device', f('shared')
 """
     source = f"""
 from megatron_ledom.evaluation.code_execution import ProgramTests, run_program
