@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+CLOSED_PIPE = 141
+"""Exit code where the output's reader has left, as a shell tells it of SIGPIPE."""
 UNFORESEEN = 3
 """Exit code of a failure that a new start may overcome: scripts start such a run again, and no other that failed."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -129,6 +131,10 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
     try:
         _check_arguments(sys.argv[1:])
         code = main() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed at the exit goes there
+        code = CLOSED_PIPE
     except LedomError as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         code = error.exit_code

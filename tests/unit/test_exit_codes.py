@@ -3,6 +3,8 @@
 import errno
 import os
 import pickle
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,3 +85,13 @@ def test_path_given_wrongly_is_named(tmp_path: Path, capsys: pytest.CaptureFixtu
     with pytest.raises(SystemExit):
         run_command(lambda: (tmp_path / "gone").read_text() and 0)
     assert f"error: {tmp_path}/gone: No such file or directory" in capsys.readouterr().err
+
+
+def test_a_reader_that_leaves_early_is_no_error() -> None:
+    source = "from megatron_ledom.errors import run_command\nrun_command(lambda: print('line\\n' * 100_000))"
+    with subprocess.Popen([sys.executable, "-c", source], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == b"line\n"
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (141, b"")
