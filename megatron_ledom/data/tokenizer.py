@@ -27,7 +27,8 @@ from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS
 
 logger = logging.getLogger(__name__)
 
-LOCAL_CODE = ("auto_map", "tokenizer_file", "name_or_path")  # what a copied tokenizer_config.json must not carry along
+LOCAL = ("auto_map", "name_or_path", "token", "use_auth_token")
+"""Keys that a copied tokenizer_config.json must not carry along, as all that end in `_file`: code, paths and secrets."""
 
 
 class Tokenizer:
@@ -138,7 +139,7 @@ class Tokenizer:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         stored = {**orjson.loads(self._files["tokenizer.json"]), "post_processor": None, "truncation": None, "padding": None}
-        config = {key: value for key, value in self._config.items() if key not in LOCAL_CODE}
+        config = {key: value for key, value in self._config.items() if key not in LOCAL and not key.endswith("_file")}
         config |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.eod_token,
