@@ -159,10 +159,10 @@ def load_hf_config(folder: str) -> PreTrainedConfig:
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise UsageError(f"{folder} is no Hugging Face model folder: it has no config.json; give one that has")
-    stored = _read_object(path)
+    stored = read_object(path)
     generation = os.path.join(folder, "generation_config.json")
     if os.path.isfile(generation):
-        _read_object(generation)  # stock transformers, which reads it with the weights, expects an object
+        read_object(generation)  # stock transformers, which reads it with the weights, expects an object
     if fault := _type_fault(stored.get("model_type"), stored):
         raise MismatchError(f"{path} cannot be imported: {fault}")
     try:
@@ -175,7 +175,7 @@ def load_hf_config(folder: str) -> PreTrainedConfig:
     return config
 
 
-def _read_object(path: str) -> dict[str, Any]:
+def read_object(path: str) -> dict[str, Any]:
     """Return the object of a JSON file of the folder. Raises DataError."""
     try:
         stored = json.loads(Path(path).read_bytes())

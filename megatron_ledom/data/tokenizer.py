@@ -139,7 +139,7 @@ class Tokenizer:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         stored = {**orjson.loads(self._files["tokenizer.json"]), "post_processor": None, "truncation": None, "padding": None}
-        config = {key: value for key, value in self._config.items() if key not in LOCAL and not key.endswith("_file")}
+        config = without_local(self._config)
         config |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.eod_token,
@@ -155,6 +155,11 @@ class Tokenizer:
             part.parent.mkdir(exist_ok=True)
             part.write_bytes(content)
             part.replace(target / name)
+
+
+def without_local(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer_config.json without what concerns one machine or person only, see LOCAL."""
+    return {key: value for key, value in config.items() if key not in LOCAL and not key.endswith("_file")}
 
 
 def _first_line(error: Exception) -> str:

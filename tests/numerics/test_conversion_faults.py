@@ -171,6 +171,14 @@ def test_an_existing_folder_is_left_alone(source: Path, run: Path, tmp_path: Pat
         export_hf(str(run), str(tmp_path / "run"))
 
 
+def test_an_export_leaves_out_local_paths_that_an_older_run_kept(run: Path, tmp_path: Path) -> None:
+    older = shutil.copytree(run, tmp_path / "run")
+    edit("tokenizer_config.json", special_tokens_map_file=str(tmp_path / "alice.json"))(older / "tokenizer")
+    export_hf(str(older), str(tmp_path / "out"), verify=None)
+    kept = json.loads((run / "tokenizer/tokenizer_config.json").read_text())
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text()) == kept
+
+
 @pytest.mark.parametrize("name", [".", "..", "./", "out/..", "/"])
 def test_a_folder_that_cannot_be_renamed_is_refused_before_any_work(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
