@@ -9,8 +9,9 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedConfig
 
-from megatron_ledom.convert.hf_config import build_generation_config
+from megatron_ledom.convert.hf_config import build_generation_config, read_object
 from megatron_ledom.convert.hf_folder import write_synced
+from megatron_ledom.data.tokenizer import without_local
 from megatron_ledom.errors import DataError, MismatchError
 from megatron_ledom.provenance import Provenance, vocabulary_hash
 
@@ -18,7 +19,7 @@ log = logging.getLogger(__name__)
 
 TOKENIZER = "tokenizer"
 """Folder in a run folder."""
-CONFIG = "config.json"
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 
 def run_tokenizer(checkpoint: str, provenance: Provenance) -> str:
@@ -43,6 +44,9 @@ def write_companions(folder: str, tokenizer: str, provenance: Provenance) -> Non
     """Everything but weights, cards and config.json. Raises DataError when stock transformers would not stop at the eod."""
     build_generation_config(provenance).save_pretrained(folder)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
+    if (config := Path(folder, TOKENIZER_CONFIG)).is_file():  # a run of an earlier release may hold paths in it
+        kept = json.dumps(without_local(read_object(str(config))), indent=2, ensure_ascii=False)
+        write_synced(str(config), kept.encode())
     loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if loaded.eos_token_id != provenance.eod_id:
         raise DataError(

@@ -159,15 +159,10 @@ def load_hf_config(folder: str) -> PreTrainedConfig:
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise UsageError(f"{folder} is no Hugging Face model folder: it has no config.json; give one that has")
-    try:
-        stored = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}): it is no whole JSON file; repair it, or copy it"
-            " once more"
-        ) from error
-    if not isinstance(stored, dict):
-        raise DataError(f"{path} cannot be read: it holds no JSON object; give the config.json that save_pretrained wrote")
+    stored = read_object(path)
+    generation = os.path.join(folder, "generation_config.json")
+    if os.path.isfile(generation):
+        read_object(generation)  # stock transformers, which reads it with the weights, expects an object
     if fault := _type_fault(stored.get("model_type"), stored):
         raise MismatchError(f"{path} cannot be imported: {fault}")
     try:
@@ -178,6 +173,20 @@ def load_hf_config(folder: str) -> PreTrainedConfig:
             f" ({type(error).__name__}: {_first_line(error)}); correct that value"
         ) from error
     return config
+
+
+def read_object(path: str) -> dict[str, Any]:
+    """Return the object of a JSON file of the folder. Raises DataError."""
+    try:
+        stored = json.loads(Path(path).read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}): it is no whole JSON file; repair it, or copy it"
+            " once more"
+        ) from error
+    if not isinstance(stored, dict):
+        raise DataError(f"{path} cannot be read: it holds no JSON object; give the one that save_pretrained wrote")
+    return stored
 
 
 def _type_fault(model_type: Any, about: dict[str, Any]) -> str | None:

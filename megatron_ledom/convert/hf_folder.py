@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 
 from megatron_ledom.checkpoint.hashed_file import HashedFile, read_ahead
 from megatron_ledom.checkpoint.weights_only import grouped
-from megatron_ledom.errors import DataError, MismatchError, UsageError
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.inference.stock_model import check_no_adapter
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK_ELEMENTS = 1 << 26
 """Of a matrix over the vocabulary, held at once where it is not held whole."""
-PICKLED, ADAPTER = "pytorch_model.bin", "adapter_config.json"
+PICKLED = "pytorch_model.bin"
 
 
 class WeightsWriter:
@@ -116,11 +117,7 @@ class WeightsReader:
 
         Raises DataError for a file that is missing, truncated or not what the index says.
         """
-        if os.path.isfile(os.path.join(folder, ADAPTER)):
-            raise MismatchError(
-                f"{folder} holds an adapter ({ADAPTER}), which stock transformers adds to the weights where peft is installed and leaves"
-                " out elsewhere; merge it into a folder of its own (merge_and_unload, then save_pretrained), or remove it"
-            )
+        check_no_adapter(folder)
         self.folder = folder
         self.shapes: dict[str, torch.Size] = {}
         self.dtypes: dict[str, str] = {}

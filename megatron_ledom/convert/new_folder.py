@@ -28,6 +28,7 @@ def new_folder(save: str, key: str, may_replace: Callable[[], None] | None = Non
     Raises UsageError for a target that cannot be used, or that another process is writing now, DataError when the disk is full.
     """
     save = _followed(save)
+    _check_name(save)
     _check_target(save, may_replace)
     part = save.rstrip("/") + PART
     made = _make_folder(part)
@@ -63,6 +64,15 @@ def _followed(save: str) -> str:
             f"--save {save} is a link to {os.readlink(link)}, which is not there; remove the link, or name that folder"
         )
     return folder
+
+
+def _check_name(save: str) -> None:
+    """Refuse a folder that cannot be renamed, and beside which nothing can be made."""
+    if os.path.basename(save.rstrip("/")) in ("", ".", "..") or os.path.ismount(save):
+        raise UsageError(
+            f"--save {save} is no folder that can be replaced by a new one (the working folder, one above it, or where a disk is"
+            " mounted); name a folder in it, or call it by its own name from another folder"
+        )
 
 
 def _take_back(save: str) -> None:

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 from megatron_ledom.convert.hf_folder import BLOCK_ELEMENTS
-from megatron_ledom.errors import VerificationError
+from megatron_ledom.errors import LedomError, VerificationError
+from megatron_ledom.inference.stock_model import load_stock_model
 
 
 class StockSide:
@@ -100,28 +101,6 @@ class StockSide:
 def _load(folder: str, config: PreTrainedConfig, dtype: torch.dtype) -> Any:
     """As everybody loads it; a weight that is missing, or has another shape, is an error here. Raises VerificationError."""
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            attn_implementation="sdpa",
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # the report names them
-        )
-    except (RuntimeError, OSError, ValueError, KeyError) as error:
-        raise VerificationError(
-            f"{folder} does not load in stock transformers, nothing was written: {type(error).__name__}:"
-            f" {(str(error).strip().splitlines() or [''])[-1]}"
-        ) from error
-    faults = {kind: sorted(map(str, names)) for kind, names in report.items() if names}
-    if faults:
-        raise VerificationError(f"{folder} does not load whole in stock transformers, nothing was written: {faults}")
-    if config.tie_word_embeddings and model.lm_head.weight is not model.model.embed_tokens.weight:
-        raise VerificationError(
-            f"{folder} has a tied head by its config (tie_word_embeddings), but its lm_head.weight is not its embedding; some releases"
-            " of transformers tie it, some do not; nothing was written"
-        )
-    return model
+        return load_stock_model(folder, config=config, dtype=dtype, attn_implementation="sdpa")
+    except LedomError as error:
+        raise VerificationError(f"{error}; nothing was written") from error

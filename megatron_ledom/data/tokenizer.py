@@ -27,7 +27,8 @@ from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS
 
 logger = logging.getLogger(__name__)
 
-LOCAL_CODE = ("auto_map", "tokenizer_file", "name_or_path")  # what a copied tokenizer_config.json must not carry along
+LOCAL = ("auto_map", "name_or_path", "token", "use_auth_token")
+"""Keys that a copied tokenizer_config.json must not carry along, as all that end in `_file`: code, paths and secrets."""
 
 
 class Tokenizer:
@@ -138,7 +139,7 @@ class Tokenizer:
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
         stored = {**orjson.loads(self._files["tokenizer.json"]), "post_processor": None, "truncation": None, "padding": None}
-        config = {key: value for key, value in self._config.items() if key not in LOCAL_CODE}
+        config = without_local(self._config)
         config |= {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "eos_token": self.eod_token,
@@ -154,6 +155,11 @@ class Tokenizer:
             part.parent.mkdir(exist_ok=True)
             part.write_bytes(content)
             part.replace(target / name)
+
+
+def without_local(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer_config.json without what concerns one machine or person only, see LOCAL."""
+    return {key: value for key, value in config.items() if key not in LOCAL and not key.endswith("_file")}
 
 
 def _first_line(error: Exception) -> str:

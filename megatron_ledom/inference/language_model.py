@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from megatron_ledom.direction import Direction, to_model_order, to_text_order
@@ -20,6 +20,7 @@ from megatron_ledom.inference.generation import Writer
 from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.not_finite import naming_text
 from megatron_ledom.inference.scoring import Span, SpanScore, Spent, distinct_spans, score_spans
+from megatron_ledom.inference.stock_model import check_model_type, load_stock_model
 from megatron_ledom.tokenizers.reader import TokenizerFiles, other_ends, read_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -62,22 +63,13 @@ class LanguageModel:
         """
         folder = Path(folder)
         config = read_model_config(folder)
+        check_model_type(folder, config)
         cls._check_direction(folder, config.get("direction"), direction)
         tokenizer, stop_ids = load_tokenizer(folder, cls.direction, eod_id)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = dtype or (torch.float32 if device.type == "cpu" else "auto")
-        try:
-            with _bar_on_terminals_only():
-                model = AutoModelForCausalLM.from_pretrained(
-                    folder, dtype=chosen, use_safetensors=True, local_files_only=True, trust_remote_code=False
-                )
-        except (OSError, ValueError) as error:
-            if "trust_remote_code" in str(error):
-                raise MismatchError(
-                    f"{folder}/config.json has model_type {config.get('model_type')!r}, which stock transformers does not run as a causal"
-                    " language model; the folder's own code is never run: give a folder of a stock architecture"
-                ) from error
-            raise DataError(f"{folder} does not load as a model of safetensors files: {error}") from error
+        with _bar_on_terminals_only():
+            model = load_stock_model(folder, dtype=chosen)
         model = model.to(device).eval()
         model.generation_config = GenerationConfig()  # the folder's own sampling defaults must not mix with the caller's
         adds_bos = config.get("direction") is None and cls.direction is Direction.FORWARD  # before a text's last word: nonsense
@@ -249,7 +241,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); write the folder again") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}, expected an object; write the folder again")
@@ -259,11 +251,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _stop_ids(folder: Path, config: dict[str, Any]) -> list[int]:
     """What the model was trained to stop with: `eod_id` of an export (trap 1), a stock folder's generation eos."""
     generation = _read_json(path) if (path := folder / "generation_config.json").is_file() else {}
-    found = (config.get("eod_id"), generation.get("eos_token_id"), config.get("eos_token_id"))
-    eos = next((ids for ids in found if ids is not None), None)
+    found = (
+        ("config.json has eod_id", config.get("eod_id")),
+        ("generation_config.json has eos_token_id", generation.get("eos_token_id")),
+        ("config.json has eos_token_id", config.get("eos_token_id")),
+    )
+    where, eos = next(((where, ids) for where, ids in found if ids is not None), ("", None))
     if eos is None:
         raise DataError(f"{folder} names no eod_id or eos_token_id, so generation would never stop; add eod_id to config.json")
-    return list(eos) if isinstance(eos, list) else [int(eos)]
+    ids = eos if isinstance(eos, list) else [eos]
+    if not ids or not all(type(id_) is int and id_ >= 0 for id_ in ids):
+        raise DataError(f"{folder}/{where} {eos!r}, expected the id of a token or a list of ids; correct it")
+    return list(ids)
 
 
 def _eod_of_foreign_folder(folder: Path, tokenizer: JointTokenizer, stop_ids: list[int], eod_id: int | None) -> int:
@@ -286,8 +285,10 @@ def _eod_of_foreign_folder(folder: Path, tokenizer: JointTokenizer, stop_ids: li
     return stop_ids[0] if eod_id is None else eod_id
 
 
-def _check_tokenizer(folder: Path, files: TokenizerFiles, recorded: str | None) -> None:
+def _check_tokenizer(folder: Path, files: TokenizerFiles, recorded: Any) -> None:
     """Refuse an export whose tokenizer is not the one it was trained with."""
+    if recorded is not None and not isinstance(recorded, str):
+        raise DataError(f"{folder}/config.json has tokenizer_sha256 {recorded!r}, expected a hash; write the folder again")
     if recorded is not None and files.sha256 != recorded:
         raise MismatchError(
             f"the tokenizer of {folder} has hash {files.sha256[:12]}, the model was trained with {recorded[:12]}: its ids would"
@@ -297,7 +298,9 @@ def _check_tokenizer(folder: Path, files: TokenizerFiles, recorded: str | None) 
 
 def _check_ids(folder: Path, config: dict[str, Any], tokenizer: JointTokenizer, stop_ids: list[int]) -> None:
     """Refuse ids which the embedding does not have."""
-    vocab_size = int(config.get("vocab_size", 0))
+    vocab_size = config.get("vocab_size", 0)
+    if type(vocab_size) is not int:
+        raise DataError(f"{folder}/config.json has vocab_size {vocab_size!r}, expected a number of ids; correct it")
     largest = max([*tokenizer.vocab.values(), *stop_ids])
     if largest >= vocab_size:
         raise MismatchError(

@@ -17,6 +17,13 @@ logger = logging.getLogger(__name__)
 ADDED, CONFIG, SPECIALS_MAP = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
 DECODER, EXTRA, ADDITIONAL = "added_tokens_decoder", "extra_special_tokens", "additional_special_tokens"
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
+OTHER_ROLES = (
+    *("image", "video", "audio", "boi", "eoi", "boa", "eoa", "bov", "eov", "vision_bos", "vision_eos"),
+    *("image_start", "image_end", "image_break", "audio_start", "audio_end", "audio_bos", "audio_eos"),
+    *("vision_start", "vision_end", "video_start", "video_end", "begin_image", "end_image"),
+    *("eod", "eot", "eom", "sot", "bot", "prefix", "middle", "suffix", "fill", "end_of_word", "think", "tool_call"),
+)
+"""Roles beside ROLES that published tokenizers name as `<role>_token`."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 Token = dict[str, Any]
 """An entry of `added_tokens` in a tokenizer.json, its id apart."""
@@ -46,6 +53,7 @@ def add_tokens(stored: dict[str, Any], config: dict[str, Any], folder: Path) -> 
     num_model = len(_model_vocabulary(stored))
     inside: list[Token] = []
     num_before = len(added)
+    _check_extra(config, folder)
     for index, token, file in _declared(config, folder):
         content = token["content"]
         expected = vocab.get(content, _next_id(added, num_model))
@@ -60,6 +68,7 @@ def add_tokens(stored: dict[str, Any], config: dict[str, Any], folder: Path) -> 
         elif all(content != known["content"] for known in added):
             inside.append({"id": index, **token})
     rows = _rows(folder)
+    _drop_unknown_roles(config, vocab, folder)
     known = {token["content"] for token in [*added, *inside]}
     for name, token in _named(config):
         content = token["content"]
@@ -120,7 +129,7 @@ def _declared(config: dict[str, Any], folder: Path) -> list[tuple[int, Token, Pa
 
 def _named(config: dict[str, Any]) -> list[tuple[str, Token]]:
     """(key of the config, token) of the special tokens that it names, in the order in which stock transformers adds them."""
-    others = [key for key in config if key.endswith("_token") and key not in ROLES and isinstance(config[key], str)]
+    others = _other_roles(config)
     extra = config.get(EXTRA) or config.get(ADDITIONAL) or []
     values = [(key, config.get(key)) for key in (*ROLES, *others)]
     values += [(EXTRA, value) for value in (extra.values() if isinstance(extra, dict) else extra)]
@@ -130,6 +139,38 @@ def _named(config: dict[str, Any]) -> list[tuple[str, Token]]:
         for key, content, value in found
         if content
     ]
+
+
+def _other_roles(config: dict[str, Any]) -> list[str]:
+    """Keys beside ROLES that stock transformers takes for the role of a special token, whatever they are called."""
+    return [key for key in config if key.endswith("_token") and key not in ROLES and isinstance(config[key], str)]
+
+
+def unknown_roles(config: dict[str, Any]) -> list[str]:
+    """Return the keys, such as hf_token, that end like the role of a special token and are none that is known."""
+    return [key for key in _other_roles(config) if key.removesuffix("_token") not in OTHER_ROLES]
+
+
+def _drop_unknown_roles(config: dict[str, Any], vocab: dict[str, int], folder: Path) -> None:
+    """Take a key such as hf_token out of `config`: its value may be a secret, which no text, message or export should hold."""
+    for key in unknown_roles(config):
+        if config[key] not in vocab:
+            logger.warning(
+                "%s: %s is no known role of a special token, and its value is no token of the tokenizer; it is left out",
+                folder,
+                key,
+            )
+            del config[key]
+
+
+def _check_extra(config: dict[str, Any], folder: Path) -> None:
+    for key in (EXTRA, ADDITIONAL):
+        value = config.get(key)
+        if value is not None and not isinstance(value, list | dict):
+            raise DataError(
+                f"{folder / CONFIG}: {key} holds a {type(value).__name__}, expected a list of tokens or an object of role: token; correct"
+                " it"
+            )
 
 
 def _token(content: str, flags: dict[str, Any], *, special: bool) -> Token:

@@ -12,7 +12,16 @@ from typing import Any
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import vocabulary_hash
 from megatron_ledom.tokenizers import sentencepiece_bpe, tiktoken_ranks
-from megatron_ledom.tokenizers.added_tokens import ADDED, CONFIG, SPECIALS_MAP, add_tokens, name_of, read_config, vocabulary
+from megatron_ledom.tokenizers.added_tokens import (
+    ADDED,
+    CONFIG,
+    SPECIALS_MAP,
+    add_tokens,
+    name_of,
+    read_config,
+    unknown_roles,
+    vocabulary,
+)
 from megatron_ledom.tokenizers.end_token import model_with_control
 from megatron_ledom.tokenizers.json_files import as_bytes, parse_object
 
@@ -108,7 +117,7 @@ def _original(file: Path, config: dict[str, Any], *, add_specials: bool, eod: st
         model = model_with_control(model, str(file), name_of(config.get("eos_token")) if eod is None else eod)
         return _from_model(model, str(file), config), model
     if file.name in OTHER_FORMATS:
-        return _from_stock_class(file.parent), None
+        return _from_stock_class(file.parent, config), None
     if file.suffix == ".tiktoken":
         return _ranks_as_json(file, config), None
     beside = file.with_name(MODEL)
@@ -181,12 +190,13 @@ def _ranks_as_json(file: Path, config: dict[str, Any]) -> bytes:
     return tiktoken_ranks.convert(file, encoding).encode()
 
 
-def _from_stock_class(folder: Path) -> bytes:
+def _from_stock_class(folder: Path, config: dict[str, Any]) -> bytes:
     """The tokenizer.json of a folder whose vocabulary is in a stock class's own files, as transformers converts it."""
     from transformers import AutoTokenizer
 
     try:
-        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        not_added = dict.fromkeys(unknown_roles(config))  # their values may be secrets
+        loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **not_added)
         content = loaded.backend_tokenizer.to_str() if getattr(loaded, "is_fast", False) else None
     except Exception as error:  # transformers raises many kinds
         first = (str(error).splitlines() or [type(error).__name__])[0]

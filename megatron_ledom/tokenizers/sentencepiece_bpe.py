@@ -244,7 +244,11 @@ def check_conversion(model: bytes, tokenizer_json: str, texts: Sequence[str], wh
     import sentencepiece
     from tokenizers import Tokenizer
 
-    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    try:
+        pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise DataError(f"{where} is not a SentencePiece model that the library loads ({first}); fetch it again") from error
     converted = Tokenizer.from_str(tokenizer_json)
     converted.encode_special_tokens = True  # "<EOD>" in a text is text, as SentencePiece has it
     for text in texts:

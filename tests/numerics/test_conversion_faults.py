@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -100,6 +101,7 @@ DAMAGE: list[tuple[Callable[[Path], None], int, str]] = [
     (drop_tensor, 1, "which does not hold it"),
     (add_tensor, 1, "q_proj.bias has no place in the model"),
     (remove("config.json"), 2, "has no config.json"),
+    (lambda folder: (folder / "generation_config.json").write_text("[]"), 1, "generation_config.json cannot be read"),
     (lambda folder: (folder / "config.json").write_text("{"), 1, "config.json cannot be read"),
     (config(num_hidden_layers=3), 1, "model.layers.2.input_layernorm.weight is missing"),
     (config(num_hidden_layers=1), 1, "model.layers.1.input_layernorm.weight has no place"),
@@ -167,6 +169,28 @@ def test_an_existing_folder_is_left_alone(source: Path, run: Path, tmp_path: Pat
         import_hf(str(source), str(tmp_path / "run"), direction=Direction.REVERSE)
     with pytest.raises(UsageError, match="exists already"):
         export_hf(str(run), str(tmp_path / "run"))
+
+
+def test_an_export_leaves_out_local_paths_that_an_older_run_kept(run: Path, tmp_path: Path) -> None:
+    older = shutil.copytree(run, tmp_path / "run")
+    edit("tokenizer_config.json", special_tokens_map_file=str(tmp_path / "alice.json"))(older / "tokenizer")
+    export_hf(str(older), str(tmp_path / "out"), verify=None)
+    kept = json.loads((run / "tokenizer/tokenizer_config.json").read_text())
+    assert json.loads((tmp_path / "out/tokenizer_config.json").read_text()) == kept
+
+
+@pytest.mark.parametrize("name", [".", "..", "./", "out/..", "/"])
+def test_a_folder_that_cannot_be_renamed_is_refused_before_any_work(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    inside = tmp_path / "above/inside"
+    (inside / "out").mkdir(parents=True)
+    (inside / "export.json").write_text("{}")
+    monkeypatch.chdir(inside)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match=f"--save {re.escape(name)} is no folder that can be replaced"):
+        export_hf(str(run), name, verify=None, overwrite=True)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("kind", ["export", "import"])

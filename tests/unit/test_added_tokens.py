@@ -210,3 +210,36 @@ def test_a_doubt_about_the_tokenizer_is_no_guess(tmp_path: Path, caplog: pytest.
     (folder / "tokenizer.json").symlink_to(tmp_path / "not fetched")
     with pytest.raises(DataError, match=r"tokenizer.json is a link to a file that is not there"):
         ForwardLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", [*SIZES, "stock class"])
+def test_a_secret_in_a_tokenizers_config_is_no_token_and_goes_nowhere(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    secret = "hf_notasecretatall"
+    named = {"hf_token": secret, "image_token": "the", "eot_token": "</s>", "frobnicate_token": "<s>"}
+    folder = folder_of(tmp_path / "stock", "model" if kind == "model" else "json", 500, tokenizer_config=named)
+    if kind == "stock class":
+        model = json.loads((folder / "tokenizer.json").read_text())["model"]
+        (folder / "tokenizer.json").unlink()
+        (folder / "vocab.json").write_text(json.dumps(model["vocab"]))
+        (folder / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]))
+        config = {**json.loads((folder / "tokenizer_config.json").read_text()), "tokenizer_class": "GPT2Tokenizer"}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    with caplog.at_level(logging.DEBUG):
+        tokenizer = load_tokenizer(str(folder), "</s>")
+        vocab = ForwardLM.from_pretrained(folder, device="cpu").tokenizer.vocab
+    assert "hf_token is no known role of a special token" in caplog.text
+    assert "frobnicate" not in caplog.text
+    assert secret not in caplog.text
+    assert secret not in vocab
+    tokenizer.save(tmp_path / "saved")
+    assert [path for path in (tmp_path / "saved").rglob("*") if path.is_file() and secret in path.read_text("latin-1")] == []
+
+
+@pytest.mark.parametrize("key", ["extra_special_tokens", "additional_special_tokens"])
+@pytest.mark.parametrize("value", [5, "abc", True])
+def test_special_tokens_that_are_no_list_are_refused_by_key(tmp_path: Path, key: str, value: Any) -> None:
+    folder = folder_of(tmp_path / "stock", "json", 410, tokenizer_config={key: value})
+    with pytest.raises(DataError, match=f"tokenizer_config.json: {key} holds a {type(value).__name__}, expected a list"):
+        load_tokenizer(str(folder), "</s>")

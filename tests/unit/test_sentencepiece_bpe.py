@@ -119,6 +119,13 @@ def test_models_of_another_kind_are_refused() -> None:
         convert(b"{}", "this.model")
 
 
+def test_a_model_that_its_own_library_does_not_load_is_refused_by_name(model: bytes) -> None:
+    proto = sentencepiece_bpe.parse_model(model, "the model")
+    proto.trainer_spec.byte_fallback = False  # and byte pieces are there
+    with pytest.raises(DataError, match=r"spm\.model is not a SentencePiece model that the library loads \(.*byte"):
+        convert(proto.SerializeToString(), "spm.model")
+
+
 def test_more_pieces_than_the_text_has_is_refused() -> None:
     with pytest.raises(UsageError, match="cannot learn 90,000 pieces"):
         train(["too little text"], 90_000)

@@ -144,6 +144,20 @@ def test_a_saved_tokenizer_stops_where_training_did(folders: Path, tmp_path: Pat
     assert "auto_map" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
 
 
+def test_a_saved_folder_has_no_paths_and_no_secrets_of_its_source(folders: Path, tmp_path: Path) -> None:
+    source = shutil.copytree(folders / "legible", tmp_path / "source")
+    config = json.loads((source / "tokenizer_config.json").read_text())
+    paths = dict.fromkeys(
+        ("special_tokens_map_file", "tokenizer_file", "vocab_file", "name_or_path"), str(tmp_path / "alice.json")
+    )
+    secrets = {"token": "hf_notasecretatall", "use_auth_token": "hf_notasecretatall"}
+    (source / "tokenizer_config.json").write_text(json.dumps({**config, **paths, **secrets}))
+    load_tokenizer(str(source)).save(tmp_path / "saved")
+    saved = (tmp_path / "saved/tokenizer_config.json").read_text()
+    assert "alice" not in saved
+    assert "notasecret" not in saved
+
+
 def test_a_tokenizer_without_eod_is_refused(tmp_path: Path) -> None:
     folder = legible_tokenizer(tmp_path / "no_eos", eos=False)
     with pytest.raises(UsageError, match=r"names no eos token.*--eod-token"):
