@@ -31,12 +31,16 @@ class ExplainedStep:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The candidates of one question, best first: each one's place in the input, its reward and its steps."""
+    """The candidates of one question, best first: each one's place in the input, its reward and its steps.
+
+    skipped: why a candidate was skipped when it was ranked; it has no steps here. None for every other one.
+    """
 
     prompt: str
     places: list[int]
     rewards: list[float | None]
     candidates: list[list[ExplainedStep]]
+    skipped: list[str | None]
 
     def shade(self, value: float) -> tuple[int, int, int]:
         """The colour of a value among those of all steps."""
@@ -69,20 +73,26 @@ def explain(
     rewards: Sequence[float | None],
     ranking: Sequence[int],
     delimiter: StepDelimiter,
+    skipped: Sequence[str | None] | None = None,
 ) -> Explanation:
-    """Score each answer after each of its steps; all of them in one call, so that they share batches. Empty answers have no steps."""
-    cut = [steps_of(answers[place], delimiter) for place in ranking]
+    """Score each answer after each of its steps; all of them in one call, so that they share batches. Empty answers have no steps.
+
+    skipped: of each answer, why the ranking skipped it, or None; a skipped one is not scored here either.
+    """
+    reasons = [None] * len(answers) if skipped is None else skipped
+    cut = [steps_of(answers[place], delimiter) if reasons[place] is None else [] for place in ranking]
     partial = ["".join(steps[: number + 1]) for steps in cut for number in range(len(steps))]
     scores = iter(reverse.score([(prompt, text) for text in partial]))
     explained = [[ExplainedStep(step, next(scores).logprob) for step in steps] for steps in cut]
-    return Explanation(prompt, list(ranking), [rewards[place] for place in ranking], explained)
+    ranked = [rewards[place] for place in ranking]
+    return Explanation(prompt, list(ranking), ranked, explained, [reasons[place] for place in ranking])
 
 
 def as_terminal(explanation: Explanation) -> str:
     """With 24-bit colours for a terminal."""
     lines = [visible(explanation.prompt), ""]
     for rank, (place, reward) in enumerate(zip(explanation.places, explanation.rewards, strict=True), 1):
-        lines.append(f"{rank}. candidate {place}, reward {_number(reward)}")
+        lines.append(f"{rank}. candidate {place}, reward {_number(reward)}{_left_out(explanation.skipped[rank - 1])}")
         for step in explanation.candidates[rank - 1]:
             red, green, blue = explanation.shade(step.reverse_logprob)
             shaded = f"\x1b[48;2;{red};{green};{blue}m\x1b[38;2;27;27;27m{_visible(step.text)}\x1b[0m"
@@ -98,7 +108,8 @@ def as_html(explanation: Explanation) -> str:
         "<p>A step is shaded by log P<sub>R</sub>(question | answer up to its end); the warmer, the better the question follows.</p>",
     ]
     for rank, (place, reward) in enumerate(zip(explanation.places, explanation.rewards, strict=True), 1):
-        body.append(f"<h2>{rank}. candidate {place}, reward {_number(reward)}</h2>")
+        left_out = html.escape(_left_out(explanation.skipped[rank - 1]))
+        body.append(f"<h2>{rank}. candidate {place}, reward {_number(reward)}{left_out}</h2>")
         steps = []
         for step in explanation.candidates[rank - 1]:
             colour = "rgb({},{},{})".format(*explanation.shade(step.reverse_logprob))
@@ -115,6 +126,10 @@ def as_html(explanation: Explanation) -> str:
 def _visible(text: str) -> str:
     """Without the line break at its end, and without control characters that would steer the terminal."""
     return "".join(c if c.isprintable() else " " if c in "\n\t" else "\ufffd" for c in text.rstrip("\n"))
+
+
+def _left_out(reason: str | None) -> str:
+    return "" if reason is None else f"; skipped when it was ranked, and not scored here: {_visible(reason)}"
 
 
 def _number(reward: float | None) -> str:

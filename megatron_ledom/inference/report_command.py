@@ -2,11 +2,12 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import DataError, LedomError, UsageError
 from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.storage.locks import output_folder_lock
 
@@ -58,15 +59,19 @@ def _explain(options: Options) -> None:
     if not 1 <= options["explain"] <= len(records):
         raise UsageError(f"{options['files'][0]} has lines 1 to {len(records)}, asked for was {options['explain']}")
     record = records[options["explain"] - 1]
-    texts, rewards = ranked_candidates(record, f"{options['files'][0]}:{options['explain']}")
+    where = f"{options['files'][0]}:{options['explain']}"
+    texts, rewards, skipped = ranked_candidates(record, where)
     eod_id = options["reverse_eod_id"]  # a folder for which it is given records no direction either
     direction = None if eod_id is None else str(Direction.REVERSE)
     engine = TransformersEngine(ReverseLM.from_pretrained(options["reverse"], direction=direction, eod_id=eod_id))
     delimiter = StepDelimiter.parse(options["step_delimiter"])
-    explanation = explain(engine, record["prompt"], texts, rewards, record["ranking"], delimiter)
+    try:
+        explanation = explain(engine, record["prompt"], texts, rewards, record["ranking"], delimiter, skipped)
+    except LedomError as error:
+        raise type(error)(f"{where}: {error}") from error
     os.makedirs(options["output"], exist_ok=True)
     page = Path(options["output"], f"explain_{options['explain']}.html")
-    page.write_text(as_html(explanation), encoding="utf-8")
+    page.write_text(as_html(explanation), encoding="utf-8", errors="xmlcharrefreplace")
     print(as_terminal(explanation))
     print(page)
 
@@ -79,28 +84,32 @@ def recorded_reward(files: list[str]) -> RewardSettings:
         if beside.is_file():
             found.append(_reward_beside(beside))
     for settings in found[1:]:
-        if {**settings, "weight": 0} != {**found[0], "weight": 0}:
+        if replace(settings, weight=0) != replace(found[0], weight=0):
             raise UsageError(f"the files were made with different rewards ({settings} and {found[0]}); compare like with like")
-    try:
-        return RewardSettings(**found[0]) if found else RewardSettings()
-    except TypeError as error:
-        raise DataError(f"{files[0]}.spent.json: its reward is not that of this version ({error}); rerank again") from error
+    return found[0] if found else RewardSettings()
 
 
-def _reward_beside(path: Path) -> dict[str, Any]:
+def _reward_beside(path: Path) -> RewardSettings:
     """The reward's settings in the notes of a reranking; DataError where there are none."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["made_by"]["settings"]["reward"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
             f"{path}: has no made_by.settings.reward ({type(error).__name__}: {error}); rerank again, or remove it to take the defaults"
         ) from error
     if not isinstance(settings, dict):
         raise DataError(f"{path}: made_by.settings.reward is {settings!r:.60}, expected an object; rerank again")
-    return settings
+    if "weight" not in settings:
+        raise DataError(
+            f"{path}: made_by.settings.reward has no weight; rerank again, or remove {path.name} to take the defaults"
+        )
+    try:
+        return RewardSettings(**settings)
+    except (TypeError, OverflowError, UsageError) as error:
+        raise DataError(f"{path}: made_by.settings.reward cannot be used ({error}); rerank again") from error
 
 
 def recorded_weight(file: str) -> float | None:
     """Return the weight at which a file was ranked, None where no notes beside it tell."""
     beside = Path(f"{file}.spent.json")
-    return float(_reward_beside(beside)["weight"]) if beside.is_file() else None
+    return _reward_beside(beside).weight if beside.is_file() else None

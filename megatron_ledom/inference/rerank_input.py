@@ -21,7 +21,8 @@ WRITTEN = ("greedy", "scores", "ranking", "best", "search", "num_skipped", "skip
 class Record:
     """One line of a reranking file; `fields` are all its fields as read.
 
-    faults: of each given candidate, why it gets no score, or None. prompt_fault: why nothing can be written for the prompt.
+    faults: of each given candidate, why it gets no score, or None. prompt_fault: why nothing can be written for the prompt. A line
+    whose prompt an earlier reranking skipped has no candidates and stays skipped, with the same reason.
     """
 
     number: int
@@ -31,6 +32,11 @@ class Record:
     fields: dict[str, Any]
     faults: tuple[str | None, ...] = ()
     prompt_fault: str | None = None
+
+    @property
+    def was_skipped(self) -> bool:
+        """True for a line that an earlier reranking skipped."""
+        return self.candidates == []
 
     def own_fields(self) -> dict[str, Any]:
         """Return the fields without what an earlier ranking says of skipped answers, which is written only where there are any."""
@@ -81,6 +87,9 @@ def _parse_record(line: bytes, number: int, where: str, sampled: bool) -> Record
         if given is not None:
             raise DataError(f"{where}: has candidates already; rank these without sampling, or remove the field")
         return Record(number, where, prompt, None, _writable(fields, where))
+    skipped = fields.get("skipped")
+    if given == [] and isinstance(skipped, str):
+        return Record(number, where, prompt, [], _writable(fields, where), prompt_fault=skipped)
     if not isinstance(given, list) or not given:
         raise DataError(f'{where}: expected a list of at least one answer under "candidates"; or let the model sample them')
     candidates = [_parse_candidate(item, f"{where}: candidate {i}") for i, item in enumerate(given)]

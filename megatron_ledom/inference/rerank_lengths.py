@@ -47,7 +47,7 @@ def with_faults(
     for window in windows:
         checked = [_checked(record, forward, reverse, settings) for record in window]
         for record in checked:
-            if settings.too_long == SKIP:
+            if settings.too_long == SKIP or record.was_skipped:
                 skips.add(record.where, record.faults)
                 skips.add(record.where, [record.prompt_fault], "prompt")
                 continue
@@ -63,6 +63,8 @@ def with_faults(
 
 def _checked(record: Record, forward: Engine, reverse: Engine, settings: RerankSettings) -> Record:
     try:
+        if record.was_skipped:
+            return record
         if record.candidates is not None:
             faults = candidate_faults(forward, reverse, record.prompt, record.candidates, settings.reward)
             return replace(record, faults=tuple(faults))

@@ -16,11 +16,16 @@ LOGPROBS = ("forward_logprob", "reverse_logprob", "reward", "language_model_logp
 COUNTS = ("forward_tokens", "reverse_tokens")
 MAY_BE_NULL = ("reverse_logprob", "reward", "language_model_logprob", "forward_tokens")
 """Besides everything of a candidate that was `skipped`, which names the reason there."""
+MOST_TOKENS = 2**53
+"""Greater counts are no counts of tokens, and a float does not hold them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reranked:
-    """What a line says. where: its file and number; greedy: None where the line has no such field."""
+    """What a line says. where: its file and number; greedy: None where the line has no such field.
+
+    skipped: why the prompt has no candidates at all; None where it has some.
+    """
 
     where: str
     prompt: str
@@ -28,6 +33,7 @@ class Reranked:
     texts: list[str]
     scores: list[CandidateScore]
     greedy: str | None
+    skipped: str | None = None
 
 
 def read_reranked(path: str | Path) -> list[dict[str, Any]]:
@@ -50,7 +56,8 @@ def read_reranked(path: str | Path) -> list[dict[str, Any]]:
 
 def checked(record: dict[str, Any], where: str, gold_key: str) -> Reranked:
     """Return the line's texts, scores and right answer; DataError says which field was found and what is expected."""
-    texts = candidate_texts(record, where)
+    skipped = skipped_prompt(record)
+    texts = candidate_texts(record, where) if skipped is None else []
     scores = _field(record, where, "scores", list, "a list with the scores of each candidate")
     if len(scores) != len(texts):
         raise DataError(f"{where}: scores has {len(scores)} entries for {len(texts)} candidates; {ADVICE}")
@@ -62,13 +69,34 @@ def checked(record: dict[str, Any], where: str, gold_key: str) -> Reranked:
         texts=texts,
         scores=[_score(score, f"{where}: scores[{index}]") for index, score in enumerate(scores)],
         greedy=greedy,
+        skipped=skipped,
     )
+
+
+def skipped_prompt(record: dict[str, Any]) -> str | None:
+    """Return why a reranking wrote no candidates for the line's prompt; None for every other line."""
+    reason = record.get("skipped")
+    return reason if isinstance(reason, str) and record.get("candidates") == [] else None
+
+
+def chosen_text(record: dict[str, Any], where: str) -> str:
+    """Return the line's best answer; empty, which is never right, where the prompt or candidates were skipped and none is left."""
+    best = record.get("best")
+    if isinstance(best, str):
+        return best
+    scores = record["scores"] if isinstance(record.get("scores"), list) else []
+    any_skipped = any(isinstance(score, dict) and isinstance(score.get("skipped"), str) for score in scores)
+    if "best" in record and best is None and (any_skipped or skipped_prompt(record) is not None):
+        return ""
+    raise DataError(f"{where}: best is no text; give an output of tools/rerank.py --beam")
 
 
 def candidate_texts(record: dict[str, Any], where: str) -> list[str]:
     """Return the texts of a line's candidates, of which there must be one at least."""
     candidates = _field(record, where, "candidates", list, "a list of texts")
     if not candidates:
+        if (reason := skipped_prompt(record)) is not None:
+            raise DataError(f"{where}: the prompt was skipped and has no candidates ({reason}); name another line")
         raise DataError(f"{where}: candidates is empty; remove the line, or sample answers for it")
     texts = []
     for index, candidate in enumerate(candidates):
@@ -79,18 +107,21 @@ def candidate_texts(record: dict[str, Any], where: str) -> list[str]:
     return texts
 
 
-def ranked_candidates(record: dict[str, Any], where: str) -> tuple[list[str], list[float | None]]:
-    """Return texts and rewards of a line whose `prompt` and `ranking` are as they should be. Raises DataError."""
+def ranked_candidates(record: dict[str, Any], where: str) -> tuple[list[str], list[float | None], list[str | None]]:
+    """Return texts, rewards and reasons of skipped candidates, of a line with sound `prompt` and `ranking`. Raises DataError."""
     texts = candidate_texts(record, where)
     _field(record, where, "prompt", str, "a text")
     scores = _field(record, where, "scores", list, "a list with the scores of each candidate")
     ranking = _field(record, where, "ranking", list, "the order of the candidates")
-    if len(scores) != len(texts) or sorted(map(str, ranking)) != sorted(map(str, range(len(texts)))):
+    is_order = all(type(place) is int for place in ranking) and sorted(ranking) == list(range(len(texts)))
+    if len(scores) != len(texts) or not is_order:
         raise DataError(
             f"{where}: {len(texts)} candidates have {len(scores)} scores and the ranking {_shown(ranking)}; {ADVICE}"
         )
     places = [f"{where}: scores[{index}]" for index in range(len(scores))]
-    return texts, [_logprob(_object(score, place), place, "reward") for score, place in zip(scores, places, strict=True)]
+    entries = [_object(score, place) for score, place in zip(scores, places, strict=True)]
+    rewards = [_logprob(entry, place, "reward") for entry, place in zip(entries, places, strict=True)]
+    return texts, rewards, [_skipped(entry, place) for entry, place in zip(entries, places, strict=True)]
 
 
 def check_distinct(runs: Sequence[str | Path]) -> None:
@@ -129,8 +160,7 @@ def _gold(record: dict[str, Any], where: str, key: str) -> str:
     if key not in record:
         raise DataError(f"{where}: has no field {key!r} with the right answer; name the field that has it")
     gold = record[key]
-    is_number = isinstance(gold, int | float) and not isinstance(gold, bool) and math.isfinite(gold)
-    if not (is_number or isinstance(gold, str)):
+    if not (isinstance(gold, str) or _is_number(gold)):
         raise DataError(f"{where}: {key} is {_shown(gold)}, expected one right answer, a text or a number")
     return str(gold)
 
@@ -140,10 +170,29 @@ def _score(score: Any, where: str) -> CandidateScore:
     values: dict[str, Any] = {name: _logprob(score, where, name) for name in LOGPROBS}
     for name in COUNTS:
         number = _known(score, where, name)
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < 0):
+        if number is not None and (type(number) is not int or not 0 <= number < MOST_TOKENS):
             raise DataError(f"{where}.{name} is {_shown(number)}, expected a number of tokens; {ADVICE}")
         values[name] = number
-    return CandidateScore(**values)
+    return CandidateScore(**values, skipped=_skipped(score, where))
+
+
+def _skipped(score: dict[str, Any], where: str) -> str | None:
+    """Return why a candidate was skipped; None where it was not. DataError where it has values nevertheless."""
+    reason = score.get("skipped")
+    if reason is not None and not isinstance(reason, str):
+        raise DataError(f"{where}.skipped is {_shown(reason)}, expected the reason as a text; {ADVICE}")
+    given = [name for name in (*LOGPROBS, *COUNTS) if score.get(name) is not None] if reason is not None else []
+    if given:
+        raise DataError(f"{where}.{given[0]} is {_shown(score[given[0]])} in a skipped candidate, expected null; {ADVICE}")
+    return reason
+
+
+def _is_number(value: Any) -> bool:
+    """Return True for a finite number that a float holds."""
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _object(value: Any, where: str) -> dict[str, Any]:
@@ -154,14 +203,20 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 def _logprob(score: dict[str, Any], where: str, name: str) -> float | None:
     """A value of a candidate; -inf is one (written as null, and named in `minus_infinity`), NaN and inf are none."""
-    if name in score.get("minus_infinity", ()):
+    infinite = score.get("minus_infinity", [])
+    if not isinstance(infinite, list) or not all(isinstance(one, str) for one in infinite):
+        raise DataError(f"{where}.minus_infinity is {_shown(infinite)}, expected a list of names of values; {ADVICE}")
+    if name in infinite:
+        if score.get(name) not in (None, -math.inf):
+            raise DataError(f"{where}.{name} is {_shown(score[name])}, and minus_infinity names it, expected null; {ADVICE}")
         return -math.inf
     value = _known(score, where, name)
     if value is not None and (not isinstance(value, int | float) or isinstance(value, bool)):
         raise DataError(f"{where}.{name} is {_shown(value)}, expected a number; {ADVICE}")
-    if value is not None and not value < math.inf:
+    if value is not None and not value <= 1.7e308:  # an int may be too large for a float
+        shown = _shown(value) if isinstance(value, int) else value
         raise DataError(
-            f"{where}.{name} is {value}, which no comparison can use; find out why the model gave it, and score again"
+            f"{where}.{name} is {shown}, which no comparison can use; find out why the model gave it, and score again"
         )
     return None if value is None else -math.inf if value < -1e308 else float(value)
 

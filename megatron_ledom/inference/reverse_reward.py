@@ -240,8 +240,9 @@ def _weighted_sum(*terms: tuple[float, float]) -> float:
 
 def _length(normalization: str, num_tokens: int, text: str) -> int:
     """What a side is divided by; a side without tokens sums to 0, whatever divides it."""
-    lengths = {"none": 1, "token": num_tokens, "byte": len(text.encode())}
-    return max(1, lengths[normalization])
+    if normalization == "byte":
+        return max(1, len(text.encode("utf-8", "surrogatepass")))  # half of a surrogate pair counts 3 bytes
+    return max(1, num_tokens) if normalization == "token" else 1
 
 
 def _joined(

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.answers import Answers, classes_of, read_golds
-from megatron_ledom.inference.reranked_file import Reranked, checked, read_reranked
+from megatron_ledom.inference.reranked_file import Reranked, check_same_questions, checked, chosen_text, read_reranked
 from megatron_ledom.inference.reverse_reward import RewardSettings, reward_of
 from megatron_ledom.inference.subsets import share_by_score, share_by_vote, share_with_any
 
@@ -41,8 +41,9 @@ class Question:
     """One question's candidates; their order says nothing.
 
     is_right [C]; classes [C]: equal numbers are the same answer, -1 none. forward, forward_mean, reverse [C]: log-likelihoods
-    (the mean is a token's); rewards [lambdas of GRID, C]; all -inf where a candidate cannot be scored. greedy, beam: whether that
-    answer is right, None where there is none. sample_tokens, reverse_tokens: mean cost of writing and of judging a candidate.
+    (the mean is a token's); rewards [lambdas of GRID, C]; all -inf where a candidate cannot be scored. is_skipped [C]: nothing was
+    scored, so that no score ever chooses the candidate. greedy, beam: whether that answer is right, None where there is none.
+    sample_tokens, reverse_tokens: mean cost of writing and of judging a candidate.
     num_by_words: candidates whose written tokens the file does not tell; their words are counted in place of them.
     """
 
@@ -59,6 +60,7 @@ class Question:
     sample_tokens: float
     reverse_tokens: float
     num_by_words: int
+    is_skipped: npt.NDArray[np.bool_]
 
     def outcome(self, method: str, num: int, weight: int) -> float | None:
         """How right a method is with `num` of the candidates (0 to 1), in the mean over all choices of so many, since candidates may
@@ -71,15 +73,18 @@ class Question:
         if method == "oracle":
             return share_with_any(self.is_right, num)
         if method in ("majority vote", "reverse-weighted majority"):
-            log_weights = np.zeros(len(self.classes)) if method == "majority vote" else self.rewards[weight]
-            return share_by_vote(log_weights, self.classes, self.is_right, num)
+            if method == "majority vote":
+                return share_by_vote(np.zeros(len(self.classes)), self.classes, self.is_right, num)
+            return share_by_vote(self.rewards[weight], np.where(self.is_skipped, -1, self.classes), self.is_right, num)
         likelihoods = {
             "forward likelihood, sum": self.forward,
             "forward likelihood, mean": self.forward_mean,
             "reverse only": self.reverse,
             "Reverse Reward": self.rewards[weight],
         }
-        return share_by_score(likelihoods[method], self.is_right, num)
+        order = np.unique(likelihoods[method], return_inverse=True)[1].reshape(-1)
+        below = np.where(self.is_skipped, -1, order).astype(np.float64)  # below -inf, and wrong where nothing else is there
+        return share_by_score(below, self.is_right & ~self.is_skipped, num)
 
 
 def load_questions(
@@ -87,27 +92,62 @@ def load_questions(
 ) -> list[Question]:
     """The lines of a reranked file whose `gold_key` field holds the right answer (a text that ends with it, or the answer).
 
-    beam: a file of searches for the same prompts, whose best answers are compared. Rewards are computed anew from the scores for
+    Questions that were skipped are left out. See `load_seeds`, which keeps several files of the same questions together.
+    """
+    (questions,), _ = load_seeds([path], gold_key, answers, settings, beam)
+    return questions
+
+
+def load_seeds(
+    paths: Sequence[str | Path], gold_key: str, answers: Answers, settings: RewardSettings, beam: str | Path | None = None
+) -> tuple[list[list[Question]], list[str]]:
+    """Return the questions of reranked files of the same input, one for each sampling seed, and notes on what is left out.
+
+    A question whose prompt was skipped in any of the files is left out of all of them. beam: a file of searches for the same
+    prompts, whose best answers are compared; a search that chose none is wrong. Rewards are computed anew from the scores for
     every lambda; DataError names a line and a field that lack something, and all right answers that cannot be read.
     """
-    lines = [checked(record, f"{path}:{number}", gold_key) for number, record in enumerate(read_reranked(path), 1)]
-    best = [None] * len(lines) if beam is None else _best_of_beam(beam, path, lines)
-    golds = read_golds(answers, [(line.where, line.gold) for line in lines])
-    if len(lines) < 2:
-        raise DataError(
-            f"{path} holds {len(lines)} questions; a comparison needs at least 2, and means something from hundreds"
+    seeds = [
+        [checked(record, f"{path}:{number}", gold_key) for number, record in enumerate(read_reranked(path), 1)]
+        for path in paths
+    ]
+    best = None if beam is None else _best_of_beam(beam, paths[0], seeds[0])
+    check_same_questions(paths, [[(line.prompt, line.gold) for line in lines] for lines in seeds])
+    kept = [index for index in range(len(seeds[0])) if all(lines[index].skipped is None for lines in seeds)]
+    loaded = []
+    for path, lines in zip(paths, seeds, strict=True):
+        golds = read_golds(answers, [(lines[index].where, lines[index].gold) for index in kept])
+        if len(kept) < 2:
+            left_out = f" besides {len(lines) - len(kept)} skipped ones" if len(kept) < len(lines) else ""
+            raise DataError(
+                f"{path} holds {len(kept)} questions{left_out}; a comparison needs at least 2, and means something from hundreds"
+            )
+        rows = zip(kept, golds, strict=True)
+        loaded.append([_question(lines[i], gold, answers, settings, None if best is None else best[i]) for i, gold in rows])
+    unanswered = 0 if best is None else sum(not best[index] for index in kept)
+    return loaded, _notes_on_skipped(len(seeds[0]), kept, unanswered)
+
+
+def _notes_on_skipped(num: int, kept: Sequence[int], num_unanswered: int) -> list[str]:
+    notes = []
+    if len(kept) < num:
+        notes.append(
+            f"Note: {num - len(kept)} of {num} questions were skipped by the reranking, since their prompts leave no room for an answer;"
+            " they are left out of every file and method."
         )
-    return [_question(line, gold, answers, settings, one) for line, gold, one in zip(lines, golds, best, strict=True)]
+    if num_unanswered:
+        notes.append(
+            f"Note: {num_unanswered} of {len(kept)} beam searches chose no answer, since their prompt or their answers were skipped or"
+            " empty; they count as wrong."
+        )
+    return notes
 
 
 def _best_of_beam(beam: str | Path, path: str | Path, lines: Sequence[Reranked]) -> list[str]:
     searches = read_reranked(beam)
     if [search.get("prompt") for search in searches] != [line.prompt for line in lines]:
         raise DataError(f"{beam} has other prompts than {path}; search for the same input")
-    for number, search in enumerate(searches, 1):
-        if not isinstance(search.get("best"), str):
-            raise DataError(f"{beam}:{number}: best is no text; give an output of tools/rerank.py --beam")
-    return [search["best"] for search in searches]
+    return [chosen_text(search, f"{beam}:{number}") for number, search in enumerate(searches, 1)]
 
 
 def _question(line: Reranked, gold: Any, answers: Answers, settings: RewardSettings, beam: str | None) -> Question:
@@ -143,9 +183,15 @@ def _question(line: Reranked, gold: Any, answers: Answers, settings: RewardSetti
         beam=None if beam is None else is_right(beam),
         sample_tokens=float(np.mean(num_written)),
         reverse_tokens=float(
-            np.mean([num + (score.reverse_tokens or 0) for num, score in zip(num_written, scores, strict=True)])
+            np.mean(
+                [
+                    num + (score.reverse_tokens or 0) if score.skipped is None else 0
+                    for num, score in zip(num_written, scores, strict=True)
+                ]
+            )
         ),
         num_by_words=told.count(None),
+        is_skipped=np.array([score.skipped is not None for score in scores]),
     )
 
 

@@ -13,7 +13,7 @@ from megatron_ledom import pages
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.answers import answers_by
 from megatron_ledom.inference.intervals import crossed_interval
-from megatron_ledom.inference.reranked_file import check_distinct, check_same_questions
+from megatron_ledom.inference.reranked_file import check_distinct
 from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.inference.selection import (
     GRID,
@@ -23,7 +23,7 @@ from megatron_ledom.inference.selection import (
     Values,
     best_weight,
     chosen_weights,
-    load_questions,
+    load_seeds,
 )
 from megatron_ledom.inference.subsets import MOST_SUBSETS
 from megatron_ledom.inference.weight_note import weight_note
@@ -58,9 +58,9 @@ def report_selection(
     """
     answers = answers_by(settings.answers)
     check_distinct(runs)
-    seeds = [load_questions(path, settings.gold_key, answers, settings.reward, beam) for path in runs]
-    check_same_questions(runs, [[(question.prompt, question.gold) for question in questions] for questions in seeds])
+    seeds, skipped = load_seeds(runs, settings.gold_key, answers, settings.reward, beam)
     report = compare(seeds, settings)
+    report["notes"] = [*skipped, *report["notes"]]
     if any(weight is not None for weight in settings.ranked_at):
         report["notes"].insert(0, weight_note(report, settings.ranked_at))
     output = Path(output)
@@ -111,7 +111,13 @@ def _notes(seeds: Seeds, equal_tokens: list[Report]) -> list[str]:
     if 0 < without < len(every):
         notes.append(f"Note: {without} of {len(every)} lines have no greedy answer, so greedy is left out of the comparison.")
     total = sum(len(question.is_right) for question in every)
-    unjudged = sum(int(np.isneginf(question.reverse).sum()) for question in every)
+    num_skipped = sum(int(question.is_skipped.sum()) for question in every)
+    if num_skipped:
+        notes.append(
+            f"Note: {num_skipped} of {total} candidates were skipped and have no scores. No score chooses them; greedy answers, majority"
+            " vote, random of N and oracle do not depend on scores."
+        )
+    unjudged = sum(int((np.isneginf(question.reverse) & ~question.is_skipped).sum()) for question in every)
     if unjudged:
         notes.append(
             f"Note: {unjudged} of {total} candidates have no reverse score above -inf; by it they come last, in any order."

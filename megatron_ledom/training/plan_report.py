@@ -1,12 +1,14 @@
 """A run's records beside its plan: how far the planner was off."""
 
+import os
 import statistics
 from dataclasses import replace
 
 from megatron_ledom.config.derived import planned_world_size, tokens_per_iteration
-from megatron_ledom.errors import UsageError
+from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.planner.hardware import Hardware, load_hardware
 from megatron_ledom.planner.plan import make_plan
+from megatron_ledom.storage.records import LAUNCHES
 from megatron_ledom.training.dry_run import known_model, stored_manifests
 from megatron_ledom.training.launch_record import read_launches
 from megatron_ledom.training.run_report import RunData
@@ -31,6 +33,8 @@ def compare(run: RunData, machine: Hardware) -> dict[str, str]:
     rates = run.points("tokens_per_second")[1]
     if not rates:
         raise UsageError(f"{run.name} has no tokens_per_second in its records; it cannot be compared with a plan")
+    if statistics.median(rates) <= 0:
+        raise UsageError(f"the median of tokens_per_second of {run.name} is not above 0; it cannot be compared with a plan")
     measured = tokens_per_iteration(run.config) / statistics.median(rates)
     low, high = plan.interval
     utilisation = run.points("mfu")[1]
@@ -48,4 +52,12 @@ def compare(run: RunData, machine: Hardware) -> dict[str, str]:
 def ranks_of(run: RunData) -> int:
     """Ranks of the last launch; of a run without a record of it, those the config names."""
     launches = read_launches(run.config.run_dir)
-    return int(launches[-1]["world_size"]) if launches else planned_world_size(run.config)
+    if not launches:
+        return planned_world_size(run.config)
+    num = launches[-1].get("world_size")
+    if type(num) is not int or num < 1:
+        path = os.path.join(run.config.run_dir, LAUNCHES)
+        raise DataError(
+            f"{path}: the last launch has the world_size {num!r:.60}, expected a number of ranks; correct that line"
+        )
+    return num

@@ -14,10 +14,13 @@ from megatron_ledom.errors import UsageError
 from megatron_ledom.pages import figure, page, table
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import output_folder_lock
-from megatron_ledom.storage.records import METRICS, has_iteration, read_records
+from megatron_ledom.storage.records import METRICS, iteration_of, read_records
 
+MOST = 2**63
 LAST = 10
 """Records whose mean is the loss at the end."""
+MEASURED = ("lm_loss", "grad_norm", "lr", "tokens_per_second", "mfu")
+"""Numbers of a record that a report reads; null, or not there, where nothing finite was measured."""
 Record = dict[str, Any]
 
 
@@ -61,11 +64,43 @@ def load_runs(folders: list[str]) -> list[RunData]:
         config_file, metrics = os.path.join(folder, "config.yaml"), os.path.join(folder, METRICS)
         if not os.path.exists(config_file):
             raise UsageError(f"{folder} has no config.yaml; give folders of runs, their run_dir")
-        records = read_records(metrics, has_iteration)
+        records = read_records(metrics, checked_record)
         if not records:
             raise UsageError(f"{metrics} has no record yet; wait for logging.log_interval iterations")
         runs.append(RunData(name, load_config(config_file), records))
     return runs
+
+
+def checked_record(record: Record) -> Record:
+    """Return a record whose fields have the types that a report reads; raises KeyError, TypeError or ValueError as `iteration_of`."""
+    iteration_of(record)
+    _check_number(record["consumed_train_tokens"], "consumed_train_tokens")
+    _check_number(record.get("skipped_iterations", 0), "skipped_iterations")
+    for name in MEASURED:
+        if record.get(name) is not None:
+            _check_number(record[name], name, may_be_nan=True)
+    sets = record.get("validation", {})
+    if not isinstance(sets, dict):
+        raise TypeError(f"its validation is {sets!r:.60}, expected an object with the losses of each set")
+    for name, found in sets.items():
+        if not isinstance(found, dict):
+            raise TypeError(f"its validation.{name} is {found!r:.60}, expected an object with lm_loss and bits_per_byte")
+        for key in ("lm_loss", "bits_per_byte"):
+            if key not in found:
+                raise ValueError(f"its validation.{name} has no {key}")
+            if found[key] is not None:
+                _check_number(found[key], f"validation.{name}.{key}", may_be_nan=True)
+    return record
+
+
+def _check_number(value: Any, name: str, *, may_be_nan: bool = False) -> None:
+    """Raise TypeError or ValueError for what is no number, or is greater than a float holds."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"its {name} is {value!r:.60}, expected a number")
+    if isinstance(value, int) and abs(value) > MOST:
+        raise ValueError(f"its {name} is an integer of {value.bit_length()} bits, expected one below 2^63")
+    if not may_be_nan and not math.isfinite(value):
+        raise ValueError(f"its {name} is {value}, expected a finite number")
 
 
 def report_runs(folders: list[str], output: str, smooth: int, plan: str | None = None) -> None:
@@ -105,7 +140,7 @@ def _rows(runs: list[RunData], plan: str | None) -> list[dict[str, str]]:
 def summary(run: RunData) -> dict[str, str]:
     """The final figures of a run, by what they are."""
     last = run.records[-1]
-    validated = [record["validation"] for record in run.records if "validation" in record]
+    validated = [record["validation"] for record in run.records if record.get("validation")]
     rows = {
         "run": run.name,
         "direction": run.direction,
@@ -116,13 +151,9 @@ def summary(run: RunData) -> dict[str, str]:
         "MFU, median": _number(_median(run, "mfu"), ".1%"),
         "iterations skipped": f"{last.get('skipped_iterations', 0):,}",
     }
-    means = (
-        [statistics.mean(found[key] for found in validated[-1].values()) for key in ("lm_loss", "bits_per_byte")]
-        if validated and all(found["lm_loss"] is not None for found in validated[-1].values())
-        else []
-    )
-    rows["validation loss, mean of sets"] = _number(means[0], ".4f") if means else "–"
-    rows["bits per byte, mean of sets"] = _number(means[1], ".4f") if means else "–"
+    last_sets = list(validated[-1].values()) if validated else []
+    for key, name in (("lm_loss", "validation loss"), ("bits_per_byte", "bits per byte")):
+        rows[f"{name}, mean of sets"] = _number(_mean_of_sets([found[key] for found in last_sets]), ".4f")
     return rows
 
 
@@ -130,6 +161,12 @@ def final_loss(run: RunData) -> float | None:
     """Mean training loss of the last records; None if none of them is finite."""
     losses = run.points("lm_loss")[1][-LAST:]
     return statistics.mean(losses) if losses else None
+
+
+def _mean_of_sets(values: list[float | None]) -> float | None:
+    """Return the mean; None where a set has no finite value, or there are no sets."""
+    finite = [value for value in values if value is not None and math.isfinite(value)]
+    return statistics.mean(finite) if finite and len(finite) == len(values) else None
 
 
 def _names(folders: list[str]) -> list[str]:

@@ -14,6 +14,9 @@ T_95 = 2.262
 """Student's t for 95 % of BLOCKS - 1 degrees of freedom."""
 LAST_VALIDATIONS = 5
 FEWEST_VALIDATIONS = 3
+NO_BASE = (
+    "The forward run has a loss of 0, of which no loss is a percentage; the twins' losses are not compared. See its records."
+)
 Series = tuple[list[float], list[float]]
 
 
@@ -61,6 +64,8 @@ def _by_validation(sets: dict[str, dict[float, tuple[float, float]]]) -> str:
         return "The twins' validation sets were not measured at the same training tokens; their losses are not compared."
     last = common[-LAST_VALIDATIONS:]
     reverse, forward = (statistics.mean(pairs[last[-1]][side] for pairs in sets.values()) for side in (0, 1))
+    if any(pairs[tokens][1] <= 0 for pairs in sets.values() for tokens in last):
+        return NO_BASE
     every = [[pairs[tokens][0] / pairs[tokens][1] - 1 for pairs in sets.values()] for tokens in last]
     means = [statistics.mean(row) for row in every]
     name = f"mean of {len(sets)} sets" if len(sets) > 1 else next(iter(sets))
@@ -89,6 +94,8 @@ def _by_training(reverse: RunData, forward: RunData) -> str:
     last = pairs[-size * BLOCKS :]
     blocks = [statistics.mean(one - other for one, other in last[size * i : size * (i + 1)]) for i in range(BLOCKS)]
     base = statistics.mean(other for _, other in last) / 100
+    if base <= 0:
+        return NO_BASE
     middle, half = statistics.mean(blocks) / base, T_95 * statistics.stdev(blocks) / math.sqrt(BLOCKS) / base
     told = f"{middle:+.2f} %, 95 % interval {middle - half:+.2f} to {middle + half:+.2f} %"
     start = f"No common validation. Over the last {len(last)} training records at the same tokens the reverse run is"

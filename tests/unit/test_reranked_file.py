@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.answers import answers_by
-from megatron_ledom.inference.report_command import recorded_reward
+from megatron_ledom.inference.report_command import recorded_reward, recorded_weight
 from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.inference.selection import load_questions
 from megatron_ledom.inference.selection_report import ReportSettings, report_selection
@@ -49,6 +49,14 @@ def scored(**changed: Any) -> dict[str, Any]:
         (scored(reward=float("nan")), r"scores\[1\].reward is nan"),
         (scored(reverse_logprob=float("inf")), r"scores\[1\].reverse_logprob is inf"),
         (scored(reverse_tokens=True), r"scores\[1\].reverse_tokens is true, expected a number of tokens"),
+        (scored(minus_infinity=None), r"scores\[1\].minus_infinity is null, expected a list of names"),
+        (scored(minus_infinity=[["reward"]]), r"scores\[1\].minus_infinity is .*, expected a list of names"),
+        (scored(minus_infinity=["reward"]), r"scores\[1\].reward is -1.5, and minus_infinity names it"),
+        (scored(skipped=True), r"scores\[1\].skipped is true, expected the reason"),
+        (scored(reward=10**400), r"scores\[1\].reward is 1000"),
+        (scored(forward_logprob=10**400), r"scores\[1\].forward_logprob is 1000"),
+        (scored(forward_tokens=10**400), r"scores\[1\].forward_tokens is 1000.*, expected a number of tokens"),
+        ({**LINE, "gold": 10**400}, "gold is 1000.*, expected one right answer"),
         (scored(forward_tokens=-1), r"scores\[1\].forward_tokens is -1, expected a number of tokens"),
         ({**LINE, "scores": [SCORE, {"forward_logprob": -1}]}, r"scores\[1\] has no field 'reverse_logprob'"),
         ({**LINE, "greedy": None}, "greedy is null, expected a text"),
@@ -91,6 +99,16 @@ def test_a_candidate_that_was_skipped_has_no_scores_and_is_never_chosen_by_them(
         assert question.outcome(method, 2, 10) == 1.0
 
 
+@pytest.mark.parametrize("normalization", ["none", "byte"])
+def test_half_of_a_surrogate_pair_has_a_length(normalization: str, tmp_path: Path) -> None:
+    """It counts three bytes, and none where nothing is divided by bytes."""
+    line = {**LINE, "prompt": "q\ud83d", "candidates": ["18\udc80", "17"]}
+    settings = RewardSettings(forward_normalization=normalization, reverse_normalization=normalization)
+    question = load_questions(write(tmp_path / "x.jsonl", [line, line]), "gold", answers_by("number"), settings)[0]
+    lengths = (5, 4) if normalization == "byte" else (1, 1)
+    assert question.rewards[:, 0].tolist()[::20] == pytest.approx([-1.0 / lengths[0], -2.0 / lengths[1]])
+
+
 def reported(tmp_path: Path, *lines: list[dict[str, Any]]) -> dict[str, Any]:
     pytest.importorskip("scipy")
     files = [write(tmp_path / f"{number}.jsonl", run) for number, run in enumerate(lines)]
@@ -129,9 +147,30 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "{}", "[]", '{"made_by": {"settings": {"reward": 3}}}', '{"made_by": {"settings": {"reward": {"x": 1}}}}']
+    "text",
+    [
+        "{",
+        "{}",
+        "[]",
+        *(
+            json.dumps({"made_by": {"settings": {"reward": reward}}})
+            for reward in (
+                3,
+                {"x": 1},
+                {"temperature": 1.0},
+                {"weight": 0.5, "x": 1},
+                {"weight": "0.5"},
+                {"weight": None},
+                {"weight": 10**400},
+                {"weight": 0.5, "language_model_weight": 10**400},
+                {"weight": 0.5, "forward_normalization": []},
+            )
+        ),
+    ],
 )
 def test_notes_beside_a_file_that_tell_no_reward_are_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl.spent.json").write_text(text)
     with pytest.raises(DataError, match=r"x.jsonl.spent.json: .*rerank again"):
         recorded_reward([str(tmp_path / "x.jsonl")])
+    with pytest.raises(DataError, match=r"x.jsonl.spent.json: .*rerank again"):
+        recorded_weight(str(tmp_path / "x.jsonl"))

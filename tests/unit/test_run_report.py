@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.config.load import load_config, save_config
-from megatron_ledom.errors import UsageError
+from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.planner.hardware import load_hardware
 from megatron_ledom.planner.plan import make_plan
 from megatron_ledom.training.curves import EXACT, moving_average
@@ -176,6 +176,57 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, twins: list[str]) ->
     Path(twins[0], "metrics.jsonl").write_text("")
     with pytest.raises(UsageError, match="no record yet"):
         report_runs(twins[:1], str(tmp_path / "report"), 0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"validation": None}, "its validation is None, expected an object"),
+        ({"validation": {"v": {}}}, "its validation.v has no lm_loss"),
+        ({"validation": {"v": {"lm_loss": 4.0}}}, "its validation.v has no bits_per_byte"),
+        ({"validation": {"v": 4.0}}, "its validation.v is 4.0, expected an object"),
+        ({"validation": {"v": {"lm_loss": [4.0], "bits_per_byte": 1}}}, "its validation.v.lm_loss is .*, expected a number"),
+        ({"lm_loss": "4.0"}, "its lm_loss is '4.0', expected a number"),
+        ({"lm_loss": True}, "its lm_loss is True, expected a number"),
+        ({"grad_norm": {}}, "its grad_norm is {}, expected a number"),
+        ({"mfu": 10**400}, "its mfu is an integer of 1329 bits"),
+        ({"skipped_iterations": None}, "its skipped_iterations is None, expected a number"),
+        ({"consumed_train_tokens": None}, "its consumed_train_tokens is None, expected a number"),
+        ({"consumed_train_tokens": math.inf}, "its consumed_train_tokens is inf, expected a finite number"),
+        ({}, "'consumed_train_tokens' is missing"),
+    ],
+)
+def test_a_record_of_other_types_is_named_by_file_and_line(
+    changed: dict[str, object], message: str, twins: list[str], tmp_path: Path
+) -> None:
+    path = Path(twins[0], "metrics.jsonl")
+    lines = path.read_text().splitlines()
+    record = {**json.loads(lines[2]), **changed}
+    if not changed:
+        del record["consumed_train_tokens"]
+    path.write_text("\n".join([*lines[:2], json.dumps(record), *lines[3:-1]]) + "\n")
+    with pytest.raises(DataError, match=rf"metrics\.jsonl:3: this line is damaged \({message}"):
+        report_runs(twins, str(tmp_path / "report"), 0)
+
+
+def test_what_a_validation_did_not_measure_is_a_dash(twins: list[str]) -> None:
+    for sets, expected in (
+        ({}, ("–", "–")),
+        ({"v": {"lm_loss": 4.0, "bits_per_byte": None}}, ("4.0000", "–")),
+        ({"v": {"lm_loss": 4.0, "bits_per_byte": 1.0}, "w": {"lm_loss": None, "bits_per_byte": None}}, ("–", "–")),
+    ):
+        record = {"iteration": 1, "consumed_train_tokens": 5, "lm_loss": 4.0, "validation": sets}
+        Path(twins[0], "metrics.jsonl").write_text(json.dumps(record) + "\n")
+        row = summary(load_runs(twins[:1])[0])
+        assert (row["validation loss, mean of sets"], row["bits per byte, mean of sets"]) == expected
+
+
+@pytest.mark.parametrize("validations", [{n: {"a": 0.0} for n in (10, 20, 30)}, {}])
+def test_a_forward_loss_of_0_gives_no_percentage(validations: dict[int, dict[str, float]], twins: list[str]) -> None:
+    reverse, forward = load_runs(twins)
+    theirs = {number: {"a": 4.0} for number in validations}
+    runs = [with_losses(reverse, [4.0] * 40, theirs), with_losses(forward, [0.0] * 40, validations)]
+    assert twin_sentence(runs).startswith("The forward run has a loss of 0")
 
 
 def test_a_run_is_compared_with_its_plan(twins: list[str], tmp_path: Path) -> None:
