@@ -7,6 +7,8 @@ from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.inference.language_model import SAY_REVERSE_EOD
+from megatron_ledom.inference.rerank_part import spent_file
 from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.storage.locks import output_folder_lock
 
@@ -61,7 +63,8 @@ def _explain(options: Options) -> None:
     texts, rewards = ranked_candidates(record, f"{options['files'][0]}:{options['explain']}")
     eod_id = options["reverse_eod_id"]  # a folder for which it is given records no direction either
     direction = None if eod_id is None else str(Direction.REVERSE)
-    engine = TransformersEngine(ReverseLM.from_pretrained(options["reverse"], direction=direction, eod_id=eod_id))
+    reverse = ReverseLM.from_pretrained(options["reverse"], direction=direction, eod_id=eod_id, say=SAY_REVERSE_EOD)
+    engine = TransformersEngine(reverse)
     delimiter = StepDelimiter.parse(options["step_delimiter"])
     explanation = explain(engine, record["prompt"], texts, rewards, record["ranking"], delimiter)
     os.makedirs(options["output"], exist_ok=True)
@@ -75,7 +78,7 @@ def recorded_reward(files: list[str]) -> RewardSettings:
     """The reward's settings that stand beside the files; the defaults where none are. UsageError where they differ."""
     found = []
     for path in files:
-        beside = Path(f"{path}.spent.json")
+        beside = spent_file(path)
         if beside.is_file():
             found.append(_reward_beside(beside))
     for settings in found[1:]:
@@ -102,5 +105,5 @@ def _reward_beside(path: Path) -> dict[str, Any]:
 
 def recorded_weight(file: str) -> float | None:
     """Return the weight at which a file was ranked, None where no notes beside it tell."""
-    beside = Path(f"{file}.spent.json")
+    beside = spent_file(file)
     return float(_reward_beside(beside)["weight"]) if beside.is_file() else None
