@@ -40,7 +40,7 @@ def evaluate_command(options: Options) -> None:
             raise UsageError(f"--{name} is missing; see --help, or --list for the tasks")
     tasks = _load_tasks(options)
     folder = Path(options["model"])
-    direction = direction_of(folder, options["direction"])
+    direction = direction_of(folder, options["direction"], SAY_EOD_ID)
     if options["show"]:
         tokenizer, _ = load_tokenizer(folder, direction, options["eod_id"], SAY_EOD_ID)
         for task in tasks:

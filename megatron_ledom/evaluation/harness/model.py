@@ -79,7 +79,7 @@ class LedomLM(LM):  # type: ignore[misc]
             raise UsageError(f"way={way!r} is unknown; it can be one of {', '.join(WAYS)}")
         if isinstance(pretrained, str | Path):
             folder = Path(pretrained)
-            found = direction_of(folder, direction)
+            found = direction_of(folder, direction, SAY_MODEL_ARGS)
             loading = {"eod_id": eod_id, "device": _device(device), "dtype": _dtype(dtype), "say": SAY_MODEL_ARGS}
             self._lm = load_language_model(folder, found, direction, **loading)
             self._start = _start_id(folder, self._lm)
