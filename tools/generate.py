@@ -33,12 +33,13 @@ def main() -> None:
 
     from megatron_ledom.errors import UsageError, visible
     from megatron_ledom.inference import ReverseLM
+    from megatron_ledom.inference.language_model import SAY_EOD_ID
 
     if args.stream and (args.num_samples > 1 or not sys.stderr.isatty()):
         raise UsageError(
             "--stream shows one sample on a terminal (stderr is none here, or --num-samples is above 1); leave it out"
         )
-    model = ReverseLM.from_pretrained(args.model, direction=args.direction, eod_id=args.eod_id)
+    model = ReverseLM.from_pretrained(args.model, direction=args.direction, eod_id=args.eod_id, say=SAY_EOD_ID)
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
     options["stop_strings"] = args.stop
     if args.stream:

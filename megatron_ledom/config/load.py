@@ -5,7 +5,6 @@ OmegaConf parses and merges, pydantic types; this file only joins them and turns
 
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
+from megatron_ledom.config.environment import refuse_secrets
 from megatron_ledom.config.explain import explain_faults, first_line
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
+from megatron_ledom.storage.files import write_whole
 
-FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?(\w+)")
-SECRET_WORDS = {
-    "SECRET",
-    "TOKEN",
-    "PASSWORD",
-    "PASSWD",
-    "PASS",
-    "PASSPHRASE",
-    "CREDENTIAL",
-    "CREDENTIALS",
-    "KEY",
-    "APIKEY",
-    "PAT",
-}
-"""Parts of an environment variable's name."""
 REQUIRED_SECTIONS = ("model", "train")
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 
@@ -46,26 +32,12 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
     layers = [_load_file(Path(path), ()), *[_parse_override(text) for text in overrides]]
     try:
         merged = OmegaConf.merge(*layers)
-        _refuse_secrets(OmegaConf.to_container(merged, resolve=False), path)
+        refuse_secrets(OmegaConf.to_container(merged, resolve=False), path)
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {first_line(error)}; give the value itself") from error
     assert isinstance(values, dict)
     return config_from_dict(values, f"{path} with its overrides" if overrides else path)
-
-
-def _refuse_secrets(values: Any, path: str, key: str = "") -> None:
-    """Raises ConfigError for a value that takes a secret from the environment: the resolved config is kept in many files."""
-    if isinstance(values, dict | list):
-        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
-            _refuse_secrets(value, path, f"{key}.{name}" if key else str(name))
-    for name in FROM_ENVIRONMENT.findall(values) if isinstance(values, str) else ():
-        if set(name.upper().split("_")) & SECRET_WORDS:
-            raise ConfigError(
-                f"{path}: {key} takes ${{oc.env:{name}}}, which by its name is a secret; the resolved config is written into the run"
-                " folder, every checkpoint and the log: no key needs one, the libraries that do (wandb, object stores) read the"
-                " environment themselves; leave it out"
-            )
 
 
 def config_from_dict(values: dict[str, Any], where: str) -> RunConfig:
@@ -93,13 +65,8 @@ def to_yaml(config: RunConfig) -> str:
 
 def save_config(config: RunConfig, path: str) -> None:
     """Write the resolved run as YAML; the file appears whole or not at all."""
-    part = f"{path}.part"
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(part, "w", encoding="utf-8") as file:
-        file.write(to_yaml(config))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    write_whole(path, to_yaml(config).encode())
 
 
 def _load_file(path: Path, loaded_by: tuple[Path, ...]) -> DictConfig:

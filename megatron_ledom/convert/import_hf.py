@@ -64,7 +64,7 @@ def import_hf(
     hf_config = load_hf_config(load)
     reader = WeightsReader(load, getattr(hf_config, "transformers_weights", None))
     eod_id = getattr(hf_config, "eod_id", None) if eod_token is None else None  # an export of ours records it
-    loaded = load_tokenizer(tokenizer or load, eod_token, eod_id=eod_id)
+    loaded = load_tokenizer(load if tokenizer is None else tokenizer, eod_token, eod_id=eod_id)
     aim = _direction(hf_config, direction, load)
     model, positions = read_model(hf_config, os.path.join(load, CONFIG), seq_length)
     model |= {"vocab_size": loaded.vocab_size, "params_dtype": params_dtype or _dtype_of(reader)}

@@ -20,6 +20,7 @@ import xxhash
 
 from megatron_ledom.data.shard import InputFile, ShardWriter
 from megatron_ledom.errors import DataError, UsageError, cannot_write
+from megatron_ledom.storage.files import write_whole
 
 HASH_BYTES = 1 << 22
 
@@ -98,15 +99,6 @@ def _hash_of(path: str) -> str:
     return str(digest.hexdigest())
 
 
-def write_synced(path: str, content: bytes) -> None:
-    """Write a small file so that it is there whole or not at all, whatever happens."""
-    with open(f"{path}.part", "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(f"{path}.part", path)
-
-
 class PartStore:
     """The work folder, held by one process. Use as a context manager; `remove` it when the shard is finished.
 
@@ -145,7 +137,7 @@ class PartStore:
         difference = request_difference(planned, self.request)
         if planned and difference is None:
             if planned != self.request:  # from now on parts may have skipped bad records
-                write_synced(str(plan), orjson.dumps(self.request))
+                write_whole(plan, orjson.dumps(self.request))
             return
         if planned and not start_over:
             raise UsageError(
@@ -155,7 +147,7 @@ class PartStore:
         for path in self.folder.iterdir():
             if path.name != "lock":
                 path.unlink()
-        write_synced(str(plan), orjson.dumps(self.request))
+        write_whole(plan, orjson.dumps(self.request))
 
     def path(self, number: int) -> str:
         """Where a part is, without ending."""

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from megatron_ledom.data.shard import SUFFIXES, ShardManifest, existing_files
+from megatron_ledom.data.shard import SUFFIXES, ShardManifest, existing_files, real_files
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 
 TASK = re.compile(r"(?P<base>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})")
@@ -95,7 +95,8 @@ def check_same_inputs(prefixes: Sequence[str], manifests: Sequence[ShardManifest
 
 
 def check_not_an_input(output_prefix: str, inputs: Sequence[str]) -> None:
-    """Refuse to write over what is read."""
+    """Refuse to write over what is read, through links as well."""
+    outputs = set(real_files(output_prefix).values())
     for prefix in inputs:
-        if Path(prefix).resolve() == Path(output_prefix).resolve():
-            raise UsageError(f"--output-prefix {output_prefix} is one of the inputs; choose another one")
+        if any(Path(os.path.realpath(prefix + suffix)) in outputs for suffix in SUFFIXES):
+            raise UsageError(f"--output-prefix {output_prefix} is one of the inputs, {prefix}; choose another one")

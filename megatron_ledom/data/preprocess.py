@@ -236,6 +236,8 @@ def _check_numbers(settings: PreprocessSettings) -> None:
         raise UsageError(
             f"--max-tokens {settings.max_tokens} is below --min-tokens {settings.min_tokens}; nothing would be left"
         )
+    if settings.bos_token == "":
+        raise UsageError("--bos-token is empty; name a token of the tokenizer, or leave it out for none")
     if settings.eod_token is not None and settings.eod_id is not None:
         raise UsageError("--eod-token and --eod-id name the same thing; give one of them")
 

@@ -18,8 +18,9 @@ import numpy.typing as npt
 import orjson
 import xxhash
 
-from megatron_ledom.data.part_store import Request, write_synced
+from megatron_ledom.data.part_store import Request
 from megatron_ledom.errors import UsageError
+from megatron_ledom.storage.files import write_whole
 
 Filter = Callable[[str, Mapping[str, Any]], bool]
 Hashes = npt.NDArray[np.uint64]
@@ -64,7 +65,7 @@ def hashes_of(texts: Sequence[str]) -> Hashes:
 def write_hashes(prefix: str, request: Request, parts: Sequence[Hashes]) -> None:
     """What the first pass of a task leaves for the second pass of the others: hashes of its documents, in order."""
     content = b"".join(np.ascontiguousarray(part).tobytes() for part in parts)
-    write_synced(prefix + HASHES_SUFFIX, _digest(request) + content)
+    write_whole(prefix + HASHES_SUFFIX, _digest(request) + content)
 
 
 def check_hashes(prefixes: Sequence[str], request: Request) -> None:

@@ -145,8 +145,13 @@ def _reverse_ours(settings: ReverseSettings) -> ShardManifest:
         )
     if settings.eod == "append" or settings.text_bytes:
         raise UsageError(f"{prefixes[0]} has a manifest, which decides; leave out --eod append and --text-bytes")
-    if settings.tokenizer:
-        tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token or manifests[0].eod_token or None)
+    if settings.eod_token is not None and settings.tokenizer is None:
+        raise UsageError(
+            f"--eod-token {settings.eod_token!r} is a token of --tokenizer, which is missing; give both, or neither"
+        )
+    if settings.tokenizer is not None:
+        eod_token = (manifests[0].eod_token or None) if settings.eod_token is None else settings.eod_token
+        tokenizer = load_tokenizer(settings.tokenizer, eod_token)
         tokenizer.provenance(before.direction).check_same(before, f"tokenizer {settings.tokenizer}", f"shard {prefixes[0]}")
     turner = Turner(replace(before, direction=OTHER[before.direction]), manifests[0].dtype, is_closed=True)
 

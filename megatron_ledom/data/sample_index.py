@@ -35,6 +35,7 @@ from megatron_ledom.data.sources import Blend, Source, Sources
 from megatron_ledom.data.worker_pool import ordered_map
 from megatron_ledom.errors import DataError
 from megatron_ledom.platform.launch import Launch
+from megatron_ledom.storage.files import real_path
 
 log = logging.getLogger(__name__)
 
@@ -193,7 +194,7 @@ def check_indexed(sources: Sources) -> None:
 
 def build_index(plan: IndexPlan, cache: str, note: Any = lambda text: None) -> None:
     """Write the file of a plan into the folder `cache`, with the cores this process may use."""
-    path, started = plan.path(cache), time.monotonic()
+    path, started = real_path(plan.path(cache)), time.monotonic()
     part_path = f"{path}.{node()}.{os.getpid()}.part"  # without locks several processes may be at it
     parts = sorted(plan.parts.values(), key=lambda part: -part.num_documents)  # the longest first
     total = sum(part.num_documents for part in parts)

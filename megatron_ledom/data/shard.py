@@ -8,7 +8,7 @@ import contextlib
 import hashlib
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -24,6 +24,7 @@ from megatron_ledom import __version__
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError, cannot_write
 from megatron_ledom.provenance import Provenance
+from megatron_ledom.storage.files import real_path
 from megatron_ledom.storage.locks import output_file_lock
 
 FORMAT_VERSION = 1
@@ -156,10 +157,18 @@ def check_may_write(prefix: str, overwrite: bool) -> None:
         raise UsageError(f"--output-prefix {prefix} is a folder; add the first part of the files' names, such as {prefix}train")
     if (found := existing_files(prefix)) and not overwrite:
         raise UsageError(f"{found[0]} exists already; choose another --output-prefix, or replace it with --overwrite")
-    folder = Path(prefix).parent
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UsageError(f"{existing} is not a folder that can be written to; choose another --output-prefix")
+    for folder in sorted({Path(prefix).parent, *(path.parent for path in real_files(prefix).values())}):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise UsageError(f"{existing} is not a folder that can be written to; choose another --output-prefix")
+
+
+def real_files(prefix: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
+    """Return the file behind each of a shard's names. Raise UsageError for two names of one file, and as `real_path` does."""
+    files = {suffix: Path(real_path(prefix + suffix)) for suffix in suffixes}
+    if len(set(files.values())) < len(files):
+        raise UsageError(f"two of {', '.join(prefix + suffix for suffix in suffixes)} are links to one file; remove the links")
+    return files
 
 
 @dataclass(slots=True)
@@ -210,9 +219,11 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
         self._made: list[Path] = []
         self._lock = ExitStack()
-        self._lock.enter_context(output_file_lock(prefix, "--output-prefix"))
         try:
+            for locked in _prefixes_behind(prefix):
+                self._lock.enter_context(output_file_lock(locked, "--output-prefix"))
             check_may_write(prefix, overwrite)  # again: another writer may have finished before the lock was ours
+            self._files = real_files(prefix, (*SUFFIXES, ".len"))
             self._bin = self._create(".bin")
             self._lengths = self._create(".len")  # not in memory: there are hundreds of millions
         except BaseException:
@@ -220,9 +231,13 @@ class ShardWriter:
             raise
 
     def _create(self, suffix: str) -> BinaryIO:
-        path = Path(f"{self.prefix}{suffix}.part")
+        path = self._part(suffix)
         self._made.append(path)
         return path.open("wb")
+
+    def _part(self, suffix: str) -> Path:
+        """Where the file of an ending grows: beside the one that it will replace, where links lead elsewhere."""
+        return Path(f"{self._files[suffix]}.part")
 
     def append(self, packed: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
         """Add what `direction.pack_documents` returned: ids [sum(lengths)] in model order and lengths [documents], eod included."""
@@ -248,7 +263,7 @@ class ShardWriter:
             self._bin.write(content)
             self._lengths.write(np.ascontiguousarray(lengths, np.int32).data)
         except OSError as error:
-            raise cannot_write(error, f"{self.prefix}.bin.part") from error
+            raise cannot_write(error, str(self._part(".bin"))) from error
         self._hash.update(content)
         self._num_bytes += len(content)
         self.num_documents += len(lengths)
@@ -263,9 +278,8 @@ class ShardWriter:
     def _finalize(self, counts: Counts) -> ShardManifest:
         _close_synced(self._bin)
         self._lengths.close()
-        path = f"{self.prefix}.len.part"
-        lengths = np.memmap(path, np.int32, "r") if self.num_documents else np.zeros(0, np.int32)
-        size = Path(f"{self.prefix}.bin.part").stat().st_size
+        lengths = np.memmap(self._part(".len"), np.int32, "r") if self.num_documents else np.zeros(0, np.int32)
+        size = self._part(".bin").stat().st_size
         num_tokens = int(lengths.sum(dtype=np.int64))
         if num_tokens * self.dtype.itemsize != size or size != self._num_bytes:
             raise DataError(
@@ -298,17 +312,18 @@ class ShardWriter:
         return digest.hexdigest()
 
     def _rename(self) -> None:
-        Path(f"{self.prefix}.json").unlink(missing_ok=True)  # an old manifest must never stand beside new ids
+        self._files[".json"].unlink(missing_ok=True)  # an old manifest must never stand beside new ids
         for suffix in SUFFIXES:
-            final = Path(self.prefix + suffix)
-            Path(f"{final}.part").replace(final)
+            final = self._files[suffix]
+            self._part(suffix).replace(final)
             self._made.append(final)
-        Path(f"{self.prefix}.len.part").unlink()
-        folder = os.open(Path(self.prefix).parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        self._part(".len").unlink()
+        for folder in sorted({path.parent for path in self._files.values()}):
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
         self._made_folders.clear()
         self._made.clear()  # finished: nothing to remove any more
 
@@ -332,6 +347,12 @@ class ShardWriter:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.abort()
+
+
+def _prefixes_behind(prefix: str) -> list[str]:
+    """Return the prefixes that a writer of `prefix` locks: it, and those whose files are behind links of its names."""
+    behind = {str(path).removesuffix(suffix) for suffix, path in real_files(prefix).items()}
+    return [prefix, *sorted(behind - {os.path.realpath(prefix)})]
 
 
 def _close_synced(stream: BinaryIO) -> None:

@@ -21,6 +21,7 @@ from megatron_ledom.data.templates import read_chat_templates
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import Provenance
+from megatron_ledom.storage.files import real_path
 from megatron_ledom.tokenizers.added_tokens import name_of, vocabulary
 from megatron_ledom.tokenizers.reader import JSON, MODEL, other_ends, read_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS
@@ -151,10 +152,12 @@ class Tokenizer:
             "tokenizer_config.json": json.dumps(config, indent=2, ensure_ascii=False).encode(),
         }
         for name, content in files.items():
-            part = target / f"{name}.{secrets.token_hex(4)}.part"  # tasks of an array may write the same folder at once
-            part.parent.mkdir(exist_ok=True)
+            path = target / name
+            path.parent.mkdir(exist_ok=True)
+            real = real_path(path)
+            part = Path(f"{real}.{secrets.token_hex(4)}.part")  # tasks of an array may write the same folder at once
             part.write_bytes(content)
-            part.replace(target / name)
+            part.replace(real)
 
 
 def without_local(config: dict[str, Any]) -> dict[str, Any]:
@@ -182,6 +185,8 @@ def load_tokenizer(
     The eod is `eod_token` or the token `eod_id`, else the eos that the folder names, else the eos of a .model. With
     `add_specials` the eod, if not named, is <EOD>.
     """
+    if eod_token == "":
+        raise UsageError("--eod-token is empty; name a token of the tokenizer, or leave it out for the tokenizer's eos")
     read = read_tokenizer(path, add_specials=add_specials, eod=eod_token if eod_id is None else eod_id)
     files = {JSON: read.content}
     engine: ReferenceEngine

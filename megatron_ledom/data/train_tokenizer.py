@@ -15,6 +15,7 @@ from megatron_ledom.data.inputs import expand_inputs
 from megatron_ledom.data.streams import MAX_RECORD_BYTES
 from megatron_ledom.data.text_template import template_of
 from megatron_ledom.errors import UsageError
+from megatron_ledom.storage.files import real_path
 from megatron_ledom.storage.locks import output_file_lock
 from megatron_ledom.tokenizers import sentencepiece_bpe
 
@@ -43,7 +44,7 @@ class TrainTokenizerSettings:
 
 def train_tokenizer(settings: TrainTokenizerSettings) -> Path:
     """Write the folder, at once and complete, and return its path."""
-    folder = Path(settings.output)
+    folder = Path(real_path(settings.output))  # a link to a folder that is not there yet: that one is made
     try:
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -15,7 +15,7 @@ from megatron_ledom.evaluation.loss_report import sentence, write_report
 from megatron_ledom.evaluation.results import check_statistics
 from megatron_ledom.evaluation.task_files import ENDINGS, file_hash, read_rows
 from megatron_ledom.inference.forward_lm import ForwardLM
-from megatron_ledom.inference.language_model import load_tokenizer, read_model_config
+from megatron_ledom.inference.language_model import SAY_EOD_ID, load_tokenizer, read_model_config
 from megatron_ledom.inference.model_facts import check_unchanged, folder_facts, surroundings
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.scoring import check_batch_size
@@ -63,7 +63,8 @@ def _read(
 ) -> list[dict[str, Any]]:
     """Both models over the documents after the first `num_kept`, each window kept at once."""
     forward = ForwardLM.from_pretrained(options["forward"])
-    reverse = ReverseLM.from_pretrained(options["reverse"], direction=options["direction"], eod_id=options["eod_id"])
+    asked = {"direction": options["direction"], "eod_id": options["eod_id"]}
+    reverse = ReverseLM.from_pretrained(options["reverse"], **asked, say=SAY_EOD_ID)
     for side in ("forward", "reverse"):
         check_unchanged(Path(options[side]), about[side])
     records: list[dict[str, Any]] = []
@@ -80,7 +81,7 @@ def _read(
 def _check_tokenizers(options: Options) -> None:
     """Refuse different ones, unless that is asked for, before weights are loaded."""
     forward, _ = load_tokenizer(Path(options["forward"]))
-    reverse, _ = load_tokenizer(Path(options["reverse"]), Direction.REVERSE, options["eod_id"])
+    reverse, _ = load_tokenizer(Path(options["reverse"]), Direction.REVERSE, options["eod_id"], SAY_EOD_ID)
     if not is_same_tokenizer(forward, reverse) and not options["different_tokenizers"]:
         raise MismatchError(
             f"{options['forward']} and {options['reverse']} have different tokenizers: their tokens are not the same, so losses a token"

@@ -22,7 +22,7 @@ from megatron_ledom.evaluation.task_model import LanguageTaskModel, direction_of
 from megatron_ledom.evaluation.tasks import Item, Kind, LoadedTask
 from megatron_ledom.evaluation.writing import prompt_of
 from megatron_ledom.inference.joint import JointTokenizer
-from megatron_ledom.inference.language_model import load_tokenizer
+from megatron_ledom.inference.language_model import SAY_EOD_ID, load_tokenizer
 from megatron_ledom.inference.model_facts import check_unchanged, folder_facts, surroundings
 from megatron_ledom.inference.scoring import check_batch_size
 from megatron_ledom.storage.locks import output_folder_lock
@@ -40,9 +40,9 @@ def evaluate_command(options: Options) -> None:
             raise UsageError(f"--{name} is missing; see --help, or --list for the tasks")
     tasks = _load_tasks(options)
     folder = Path(options["model"])
-    direction = direction_of(folder, options["direction"])
+    direction = direction_of(folder, options["direction"], SAY_EOD_ID)
     if options["show"]:
-        tokenizer, _ = load_tokenizer(folder, direction, options["eod_id"])
+        tokenizer, _ = load_tokenizer(folder, direction, options["eod_id"], SAY_EOD_ID)
         for task in tasks:
             show(task, direction, tokenizer, options["show"])
         return
@@ -182,7 +182,7 @@ def _code_sandbox(options: Options) -> Sandbox | None:
 
 
 def _load(options: Options, folder: Path, direction: Direction, about: dict[str, Any]) -> LanguageTaskModel:
-    language_model = load_language_model(folder, direction, options["direction"], eod_id=options["eod_id"])
+    language_model = load_language_model(folder, direction, options["direction"], eod_id=options["eod_id"], say=SAY_EOD_ID)
     check_unchanged(folder, about)
     return LanguageTaskModel(language_model, options["batch_size"])
 

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.inference.forward_lm import ForwardLM
-from megatron_ledom.inference.language_model import read_model_config
+from megatron_ledom.inference.language_model import Say, read_model_config
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.scoring import SpanScore, check_batch_size
 
@@ -55,13 +55,15 @@ class LanguageTaskModel:
         return [written.following for written in self._lm.generate_following(list(given), **options)]
 
 
-def direction_of(folder: Path, asked: str | None) -> Direction:
-    """What is asked for, else what the folder records; of a folder that records none, forward, which is said."""
+def direction_of(folder: Path, asked: str | None, say: Say) -> Direction:
+    """What is asked for, else what the folder records; of a folder that records none, forward, which is said.
+
+    say: how the message names a direction.
+    """
     recorded = read_model_config(folder).get("direction")
     if asked is None and recorded is None:
         print(
-            f"{folder} records no direction and is judged as a forward model; for a reverse one give --direction reverse"
-            " (with the harness, direction=reverse in --model_args)",
+            f"{folder} records no direction and is judged as a forward model; for a reverse one give {say.reverse}",
             file=sys.stderr,
         )
     return Direction(asked or recorded or Direction.FORWARD)

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_ledom.data.shard import TARGETS, Counts, InputFile, ShardManifest, ShardWriter, choose_dtype
+from megatron_ledom.data.shard import SUFFIXES, TARGETS, Counts, InputFile, ShardManifest, ShardWriter, choose_dtype, real_files
 from megatron_ledom.data.targets import END, GIVEN, NOTHING, SCORED
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction
@@ -74,7 +74,8 @@ class PairShard:
         self.skipped: Counter[str] = Counter()
         self.text_bytes = 0
         self.digest = hashlib.sha256()
-        self.path = Path(f"{settings.output_prefix}{TARGETS}.part")
+        self.final = real_files(settings.output_prefix, (*SUFFIXES, TARGETS))
+        self.path = Path(f"{self.final[TARGETS]}.part")
         self.targets = self.path.open("wb")
 
     def add(self, pair: Pair, where: str) -> None:
@@ -151,10 +152,8 @@ class PairShard:
         counts.pairs = {"seq_length": self.settings.seq_length, **{name: self.counts[name] for name in names}}
         counts.text_bytes, counts.skipped = self.text_bytes, dict(sorted(self.skipped.items()))
         counts.targets_sha256 = self.digest.hexdigest()
-        Path(f"{self.settings.output_prefix}.json").unlink(
-            missing_ok=True
-        )  # an old manifest must never stand beside new targets
-        self.path.replace(self.settings.output_prefix + TARGETS)
+        self.final[".json"].unlink(missing_ok=True)  # an old manifest must never stand beside new targets
+        self.path.replace(self.final[TARGETS])
         return self.writer.finalize(counts)
 
     def close(self) -> None:

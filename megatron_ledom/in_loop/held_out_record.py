@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import MismatchError
 from megatron_ledom.in_loop.chosen_tasks import TaskHashes
+from megatron_ledom.storage.files import write_json
 
 if TYPE_CHECKING:
     from megatron_ledom.data.sources import Blend, Sources
@@ -39,9 +40,7 @@ def check_held_out(config: RunConfig, sources: "Sources", tasks: TaskHashes, *, 
         )
     for name in changed:
         log.warning("OTHER HELD-OUT DATA than before, by data.allow_changed_data=true: %s", name)
-    part = path.with_name(f"{FILE}.part")
-    part.write_text(json.dumps({**known, **found}, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_json(path, {**known, **found})
 
 
 def _content(blend: "Blend") -> list[list[Any]]:

@@ -6,6 +6,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -25,13 +26,19 @@ from megatron_ledom.tokenizers.reader import TokenizerFiles, other_ends, read_to
 
 logger = logging.getLogger(__name__)
 
-SAY_EOD = (
-    "eod_id=ID in Python and in --model_args, --eod-id ID, with tools/rerank.py and tools/report_rerank.py --reverse-eod-id ID"
-)
-SAY_REVERSE = (
-    "say direction='reverse' (in Python; --direction reverse; direction=reverse in --model_args; with tools/rerank.py and"
-    " tools/report_rerank.py --reverse-eod-id ID, which says both)"
-)
+
+@dataclass(frozen=True, slots=True)
+class Say:
+    """How the caller names, in advice, the eod and the direction of a folder that records neither."""
+
+    eod: str
+    reverse: str
+
+
+SAY_PYTHON = Say("eod_id=ID", "direction='reverse'")
+SAY_EOD_ID = Say("--eod-id ID", "--direction reverse")
+SAY_REVERSE_EOD = Say("--reverse-eod-id ID", "--reverse-eod-id ID, which says both")
+SAY_MODEL_ARGS = Say("eod_id=ID in --model_args", "direction=reverse in --model_args")
 
 
 class LanguageModel:
@@ -55,17 +62,19 @@ class LanguageModel:
         dtype: torch.dtype | None = None,
         direction: str | None = None,
         eod_id: int | None = None,
+        say: Say = SAY_PYTHON,
     ) -> Self:
         """Load an exported or stock folder of safetensors, offline.
 
         device: CUDA where there is one, else the CPU. dtype: the stored one on CUDA, float32 on a CPU. direction and eod_id, the
         id that the model was trained to end a text with: only for a reverse model whose config.json records no direction.
+        say: how error messages name these two.
         """
         folder = Path(folder)
         config = read_model_config(folder)
         check_model_type(folder, config)
-        cls._check_direction(folder, config.get("direction"), direction)
-        tokenizer, stop_ids = load_tokenizer(folder, cls.direction, eod_id)
+        cls._check_direction(folder, config.get("direction"), direction, say)
+        tokenizer, stop_ids = load_tokenizer(folder, cls.direction, eod_id, say)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = dtype or (torch.float32 if device.type == "cpu" else "auto")
         with _bar_on_terminals_only():
@@ -76,7 +85,7 @@ class LanguageModel:
         return cls(model, tokenizer, stop_ids, tokenizer.leading_ids if adds_bos else [])
 
     @classmethod
-    def _check_direction(cls, folder: Path, recorded: str | None, passed: str | None) -> None:
+    def _check_direction(cls, folder: Path, recorded: str | None, passed: str | None, say: Say) -> None:
         """Refuse a folder that reads the other way; without a record only what is passed, or stock HF, counts."""
         mine = str(cls.direction)
         other = "ForwardLM" if cls.direction is Direction.REVERSE else "ReverseLM"
@@ -85,7 +94,7 @@ class LanguageModel:
         if recorded is None and passed is None and cls.direction is Direction.REVERSE:
             raise MismatchError(
                 f"{folder}/config.json records no direction, and a stock model reads forward; expected 'reverse': pass a folder"
-                f" that tools/convert_checkpoint.py wrote, or {SAY_REVERSE} if you know that it is one"
+                f" that tools/convert_checkpoint.py wrote, or say {say.reverse} if you know that it is one"
             )
         if recorded is not None and recorded != mine:
             raise MismatchError(
@@ -209,11 +218,11 @@ def as_list(texts: str | list[str]) -> list[str]:
 
 
 def load_tokenizer(
-    folder: Path, direction: Direction = Direction.FORWARD, eod_id: int | None = None
+    folder: Path, direction: Direction = Direction.FORWARD, eod_id: int | None = None, say: Say = SAY_PYTHON
 ) -> tuple[JointTokenizer, list[int]]:
     """The tokenizer of a model folder and its stop ids, checked against each other and against what the folder records.
 
-    direction: that of the model, for a folder which records none; eod_id: see `LanguageModel.from_pretrained`.
+    direction: that of the model, for a folder which records none; eod_id, say: see `LanguageModel.from_pretrained`.
     """
     config = read_model_config(folder)
     files = read_tokenizer(str(folder))
@@ -222,7 +231,7 @@ def load_tokenizer(
     tokenizer = JointTokenizer.of_files(files, specials_are_text=trained_here or is_reverse)
     stop_ids = _stop_ids(folder, config)
     if is_reverse and not trained_here:
-        stop_ids = [_eod_of_foreign_folder(folder, tokenizer, stop_ids, eod_id)]
+        stop_ids = [_eod_of_foreign_folder(folder, tokenizer, stop_ids, eod_id, say)]
     elif eod_id is not None:
         raise UsageError(f"eod_id={eod_id} was passed, but {folder} says itself what ends a text; leave it out")
     _check_ids(folder, config, tokenizer, stop_ids)
@@ -265,7 +274,7 @@ def _stop_ids(folder: Path, config: dict[str, Any]) -> list[int]:
     return list(ids)
 
 
-def _eod_of_foreign_folder(folder: Path, tokenizer: JointTokenizer, stop_ids: list[int], eod_id: int | None) -> int:
+def _eod_of_foreign_folder(folder: Path, tokenizer: JointTokenizer, stop_ids: list[int], eod_id: int | None, say: Say) -> int:
     """The eod of a reverse model that others exported: what is passed, or the folder's eos unless there is a doubt.
 
     The original's export names the tokenizer's eos, 2, and was trained with another token of its own, 64002: it would never stop.
@@ -275,12 +284,12 @@ def _eod_of_foreign_folder(folder: Path, tokenizer: JointTokenizer, stop_ids: li
         names = ", ".join(f"{token} = {id_}" for token, id_ in doubtful.items())
         raise MismatchError(
             f"{folder} names {stop_ids} as its eos, but its tokenizer has {names}, too: with the wrong one, generation never stops;"
-            f" pass the one that documents were closed with in training ({SAY_EOD})"
+            f" pass the one that documents were closed with in training ({say.eod})"
         )
     if eod_id is None:
         logger.warning(
             "%s does not say which id its documents were closed with; its eos %d is taken. Name another with %s",
-            *(folder, stop_ids[0], SAY_EOD),
+            *(folder, stop_ids[0], say.eod),
         )
     return stop_ids[0] if eod_id is None else eod_id
 

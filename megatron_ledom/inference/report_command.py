@@ -8,6 +8,8 @@ from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError
+from megatron_ledom.inference.language_model import SAY_REVERSE_EOD
+from megatron_ledom.inference.rerank_part import spent_file
 from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.storage.locks import output_folder_lock
 
@@ -63,7 +65,8 @@ def _explain(options: Options) -> None:
     texts, rewards, skipped = ranked_candidates(record, where)
     eod_id = options["reverse_eod_id"]  # a folder for which it is given records no direction either
     direction = None if eod_id is None else str(Direction.REVERSE)
-    engine = TransformersEngine(ReverseLM.from_pretrained(options["reverse"], direction=direction, eod_id=eod_id))
+    reverse = ReverseLM.from_pretrained(options["reverse"], direction=direction, eod_id=eod_id, say=SAY_REVERSE_EOD)
+    engine = TransformersEngine(reverse)
     delimiter = StepDelimiter.parse(options["step_delimiter"])
     try:
         explanation = explain(engine, record["prompt"], texts, rewards, record["ranking"], delimiter, skipped)
@@ -80,7 +83,7 @@ def recorded_reward(files: list[str]) -> RewardSettings:
     """The reward's settings that stand beside the files; the defaults where none are. UsageError where they differ."""
     found = []
     for path in files:
-        beside = Path(f"{path}.spent.json")
+        beside = spent_file(path)
         if beside.is_file():
             found.append(_reward_beside(beside))
     for settings in found[1:]:
@@ -111,5 +114,5 @@ def _reward_beside(path: Path) -> RewardSettings:
 
 def recorded_weight(file: str) -> float | None:
     """Return the weight at which a file was ranked, None where no notes beside it tell."""
-    beside = Path(f"{file}.spent.json")
+    beside = spent_file(file)
     return _reward_beside(beside).weight if beside.is_file() else None

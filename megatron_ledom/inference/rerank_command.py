@@ -11,8 +11,10 @@ from megatron_ledom.inference.completions_engine import CompletionsEngine
 from megatron_ledom.inference.engine import Engine, StepDelimiter
 from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.generation import Sampling
+from megatron_ledom.inference.language_model import SAY_REVERSE_EOD
 from megatron_ledom.inference.model_facts import check_unchanged, folder_facts, surroundings
 from megatron_ledom.inference.rerank_file import rerank_file
+from megatron_ledom.inference.rerank_part import spent_file
 from megatron_ledom.inference.rerank_settings import RerankSettings
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.reverse_reward import RewardSettings
@@ -63,7 +65,7 @@ def rerank_command(options: Options) -> None:
 
 def told(output: Path) -> str:
     """Return what was done for a complete output, in one sentence, from the notes beside it."""
-    notes = output.with_name(f"{output.name}.spent.json")
+    notes = spent_file(output)
     spent = json.loads(notes.read_text(encoding="utf-8"))
     settings = spent["made_by"]["settings"]
     skipped = [
@@ -101,7 +103,8 @@ def _engine(options: Options, direction: Direction) -> Engine:
         return TransformersEngine(ForwardLM.from_pretrained(folder), options["batch_size"])
     eod_id = options["reverse_eod_id"]  # a folder for which it is given records no direction either
     asked = None if eod_id is None else str(direction)
-    return TransformersEngine(ReverseLM.from_pretrained(folder, direction=asked, eod_id=eod_id), options["batch_size"])
+    reverse = ReverseLM.from_pretrained(folder, direction=asked, eod_id=eod_id, say=SAY_REVERSE_EOD)
+    return TransformersEngine(reverse, options["batch_size"])
 
 
 def settings_from(options: Options) -> RerankSettings:

@@ -31,6 +31,7 @@ from megatron_ledom.inference.reverse_reward import (
     score_questions,
 )
 from megatron_ledom.inference.search import beam_search
+from megatron_ledom.storage.files import real_path
 from megatron_ledom.storage.locks import output_file_lock
 
 
@@ -50,15 +51,17 @@ def rerank_file(
     was made otherwise may be replaced; one that is complete is left alone without it.
 
     What is finished is kept in `<output>.part` with `<output>.part.notes`, which holds the settings and what was spent; the
-    same call goes on from there. At the end the output gets its name, and `<output>.spent.json` tells the cost. Raises DataError
+    same call goes on from there. At the end the output gets its name, and `<output>.spent.json` tells the cost. Where the
+    output is a link, all of these lie beside the file behind it. Raises DataError
     with the line for a bad one, and MismatchError where the part was made from another input or otherwise.
     """
     input_path, output_path = Path(input_path), Path(output_path)
     _check_paths(input_path, output_path)
+    real_path(output_path)  # refuses a link that leads nowhere before models are loaded
     records = list(read_records(input_path, sampled=settings.sampling is not None))
     output_path.parent.mkdir(parents=True, exist_ok=True)
     with output_file_lock(output_path):
-        _rerank_into(output_path, engines, records, settings, made_by or {}, overwrite=overwrite)
+        _rerank_into(Path(real_path(output_path)), engines, records, settings, made_by or {}, overwrite=overwrite)
     return len(records)
 
 

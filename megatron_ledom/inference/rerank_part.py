@@ -32,6 +32,11 @@ class Window:
         }
 
 
+def spent_file(output: str | Path) -> Path:
+    """Return the file beside an output, behind its link if it is one, which tells how it was made and what was spent."""
+    return Path(f"{os.path.realpath(output)}.spent.json")
+
+
 class Part:
     """`<output>.part` holds whole windows only; `<output>.part.notes` the settings, then a line for each window.
 
@@ -41,7 +46,7 @@ class Part:
     def __init__(self, output: Path, made_by: dict[str, Any]) -> None:
         self._output, self._part = output, output.with_name(output.name + ".part")
         self._notes = output.with_name(output.name + ".part.notes")
-        self._report = output.with_name(output.name + ".spent.json")
+        self._report = spent_file(output)
         self._made_by = json.loads(json.dumps(made_by, default=sorted, allow_nan=False))
         self._windows: list[dict[str, float]] = []
 

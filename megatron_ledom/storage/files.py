@@ -5,21 +5,44 @@ import os
 from pathlib import Path
 from typing import Any
 
-from megatron_ledom.errors import DataError, cannot_write
+from megatron_ledom.errors import DataError, UsageError, cannot_write
 
 PART_SUFFIX = ".part"
 
 
+def real_path(path: str | Path) -> str:
+    """Return the file behind `path`: its `.part` must lie beside that file, or the rename would replace the link.
+
+    The target of a link that is not there yet is to be made. Raise UsageError for a link into a missing folder, or in a circle,
+    and for what is neither file nor folder, such as /dev/null, which a rename would replace as well.
+    """
+    real = os.path.realpath(path)
+    is_link = os.path.islink(path)
+    if os.path.islink(real) or (is_link and not os.path.isdir(os.path.dirname(real))):
+        raise UsageError(
+            f"{path} is a link to {os.readlink(path)}, where no file can be made (no folder is there, or the links form a circle);"
+            " make that folder, or remove the link"
+        )
+    if os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real):
+        raise UsageError(f"{path} is no regular file; name a file, which is written under another name and renamed")
+    return real
+
+
+def write_whole(path: str | Path, data: bytes) -> None:
+    """Write a small file so that it is there whole or not at all; a link is followed. Raise OSError, UsageError of `real_path`."""
+    real = real_path(path)
+    part = f"{real}{PART_SUFFIX}"
+    with open(part, "wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(part, real)
+
+
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write a small file so that it is there whole or not at all, whatever happens. Raise LedomError with its path."""
-    data = content.encode() if isinstance(content, str) else content
-    part = f"{path}{PART_SUFFIX}"
+    """Write a small file so that it is there whole or not at all, see `write_whole`. Raise LedomError with its path."""
     try:
-        with open(part, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, path)
+        write_whole(path, content.encode() if isinstance(content, str) else content)
     except OSError as error:
         raise cannot_write(error, str(path)) from error
 

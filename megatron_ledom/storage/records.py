@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any, BinaryIO, TypeVar
 
 from megatron_ledom.errors import DataError
+from megatron_ledom.storage.files import write_whole
 
 METRICS, STEPS, BAD_STEPS, LAUNCHES = "metrics.jsonl", "steps.jsonl", "bad_steps.jsonl", "launches.jsonl"
 BLOCK_BYTES = 4096
@@ -56,11 +57,7 @@ def drop_after(path: str, iteration: int) -> None:
     kept = b"".join(line for number, line in lines if number <= iteration)
     if not os.path.exists(path) or len(kept) == os.path.getsize(path):
         return
-    with open(path + ".part", "wb") as file:
-        file.write(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".part", path)
+    write_whole(path, kept)
 
 
 def append_record(path: str, record: Record) -> None:

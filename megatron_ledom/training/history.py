@@ -15,8 +15,9 @@ from dataclasses import asdict, dataclass, field
 import torch.distributed as dist
 
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.errors import DataError, cannot_write
+from megatron_ledom.errors import DataError
 from megatron_ledom.parallel.agreement import from_first_rank
+from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.records import (
     BAD_STEPS,
     LAUNCHES,
@@ -113,15 +114,7 @@ class RunHistory:
         from_first_rank(self._write_plan)
 
     def _write_plan(self) -> None:
-        path = os.path.join(self.run_dir, SKIP_PLAN)
-        try:
-            with open(path + ".part", "w", encoding="utf-8") as file:
-                json.dump(asdict(self.plan), file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(path + ".part", path)
-        except OSError as error:
-            raise cannot_write(error, path) from error
+        write_file(os.path.join(self.run_dir, SKIP_PLAN), json.dumps(asdict(self.plan)))
 
     def num_roll_backs(self, checkpoint: int) -> int:
         """How often the run returned to the checkpoint of this iteration."""

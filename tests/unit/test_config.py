@@ -254,7 +254,13 @@ def test_what_is_published_has_no_path_of_the_machine_and_no_free_text(tmp_path:
     assert found["model"] == to_dict(load(tmp_path))["model"]
 
 
-@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "DB_PASSWORD", "MY_SECRET"])
+SECRETS = (
+    "WANDB_API_KEY HF_TOKEN DB_PASSWORD MY_SECRET PGPASSWORD MYTOKEN GITHUBTOKEN ACCESSKEY DB_PWD AUTH DATABASE_URL MONGO_URI"
+    " REDIS_URL pgpass GITHUBPAT SENTRY_DSN AWS_CREDENTIALS GPG_PASSPHRASE SESSION_COOKIE BASICAUTH AUTHORIZATION MYPWD APIKEY"
+)
+
+
+@pytest.mark.parametrize("name", SECRETS.split())
 def test_a_secret_of_the_environment_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "hidden")
     for override in (f"logging.wandb_project=${{oc.env:{name}}}", f"data.train_blend=[[1.0,'s3://${{oc.env:{name}}}@host/x']]"):
@@ -264,6 +270,27 @@ def test_a_secret_of_the_environment_is_refused(tmp_path: Path, monkeypatch: pyt
         assert "hidden" not in words
 
 
-def test_other_variables_of_the_environment_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TOKENIZER_PATH", "/words")
-    assert load(tmp_path, "data.tokenizer=${oc.env:TOKENIZER_PATH}").data.tokenizer == "/words"
+@pytest.mark.parametrize("value", ["https://somebody:hidden@host/x", "ghp_hidden0123456789", "hf_hidden0123456789abcdefg"])
+def test_a_secret_is_known_by_its_content_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("PLACE", value)
+    words = complaint(tmp_path, "logging.wandb_project=x/${oc.env:PLACE}")
+    assert "takes ${oc.env:PLACE}, which by its content is a secret" in words
+    assert "hidden" not in words
+
+
+def test_the_name_of_a_secret_cannot_be_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_PASSWORD", "hidden")
+    words = complaint(tmp_path, "run_dir=PASSWORD", "logging.wandb_project=${oc.env:MY_${run_dir}}")
+    assert "write the name itself" in words
+    assert "hidden" not in words
+
+
+ORDINARY = (
+    "TOKENIZER_PATH TOKENIZERS USER HOME SCRATCH SLURM_JOB_ID PWD PATH GIT_AUTHOR_NAME TMPDIR DATA_ROOT WORK_URL HOSTNAME"
+)
+
+
+@pytest.mark.parametrize("name", ORDINARY.split())
+def test_other_variables_of_the_environment_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "/words")
+    assert load(tmp_path, f"data.tokenizer=${{oc.env:{name}}}").data.tokenizer == "/words"

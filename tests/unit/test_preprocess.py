@@ -191,6 +191,8 @@ def large_vocabulary(folder: Path) -> str:
         (["--input", "empty.jsonl"], 1, "no document with a token"),
         (["--input", "cut.jsonl.gz"], 1, "cut.jsonl.gz is truncated"),
         (["--task-id", "2", "--num-tasks", "2"], 2, "--task-id 2 is not in 0..1"),
+        (["--eod-token", ""], 2, "--eod-token is empty"),
+        (["--bos-token", ""], 2, "--bos-token is empty"),
         (["--eod-id", "5000"], 2, "has no token with id 5000"),
         (["--eod-id", "1", "--eod-token", "1"], 2, "name the same thing"),
         (["--bos-token", "<bos>"], 2, "has no token '<bos>'"),

@@ -27,6 +27,7 @@ from tests.evaluation_sets import write_sets
 from tests.harness_tasks import write_tasks
 from tests.published_folder import EOD_ID, published_folder, sentencepiece_model, terminal_that_says_yes, texts
 from tests.tiny_models import random_model_folder
+from tests.unit import test_output_locks
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "published_model.md").read_text(encoding="utf-8")
@@ -147,3 +148,36 @@ def test_a_model_type_that_only_the_folders_code_knows_is_refused_unasked(tmp_pa
     with pytest.raises(MismatchError, match=r"model_type 'own_model'.* own code is never run"):
         ReverseLM.from_pretrained(folder, direction="reverse", eod_id=EOD_ID)
     assert not (folder / "ran").exists()
+
+
+def test_advice_names_only_options_that_the_command_has(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder's eos is in doubt; each command says how to name another one, the adapters how to pass it."""
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "x", "prompt": "p", "candidates": ["x", "y"]}\n', encoding="utf-8")
+    forward = random_model_folder(tmp_path / "forward", "byte_level", "forward")
+    sets = write_sets(tmp_path / "sets")
+    commands: dict[str, list[str]] = {
+        "generate": ["--model", str(folder), "--following", "x"],
+        "evaluate": ["--model", str(folder), "--data", str(sets), "--tasks", "piqa", "--output", str(tmp_path / "e")],
+        "compare_losses": [str(forward), str(folder), "--data", str(text), "--output", str(tmp_path / "c")],
+        "rerank": [
+            *("--forward", str(forward), "--reverse", str(folder), "--input", str(text)),
+            *("--output", str(tmp_path / "r.jsonl")),
+        ],
+    }
+    for tool, arguments in commands.items():
+        if tool != "rerank":  # which has one option for both
+            arguments += ["--direction", "reverse"]
+        assert test_output_locks.run_here(monkeypatch, tool, *arguments) != 0
+        test_output_locks.run_here(monkeypatch, tool, "--help")
+        shown, told = capsys.readouterr()
+        named = set(re.findall(r"--[a-z_]+(?:-[a-z]+)*", told))
+        assert ("--reverse-eod-id" if tool == "rerank" else "--eod-id") in named, told
+        assert named <= set(re.findall(r"--[a-z_]+(?:-[a-z]+)*", shown)), told
+        assert "eod_id=" not in told
+    with pytest.raises(MismatchError, match=r"in training \(eod_id=ID\)$"):
+        ReverseLM.from_pretrained(folder, direction="reverse")
+    with pytest.raises(MismatchError, match=r"\(eod_id=ID in --model_args\)$"):
+        LedomLM(str(folder), direction="reverse")

@@ -236,6 +236,10 @@ def test_wrong_usage_is_refused(tmp_path: Path, tokenizer: str) -> None:
         turn(forward, output=tmp_path / "turned", from_direction=Direction.REVERSE)
     with pytest.raises(MismatchError, match="use the same tokenizer"):
         turn(forward, output=tmp_path / "turned", tokenizer=tokenizer)
+    with pytest.raises(UsageError, match="--eod-token is empty"):
+        turn(forward, output=tmp_path / "turned", tokenizer=tokenizer, eod_token="")
+    with pytest.raises(UsageError, match="is a token of --tokenizer, which is missing"):
+        turn(forward, output=tmp_path / "turned", eod_token="<eod>")
     with pytest.raises(UsageError, match="leave out --eod append"):
         turn(forward, output=tmp_path / "turned", eod="append")
     with pytest.raises(UsageError, match="is one of the inputs"):

@@ -28,7 +28,7 @@ from megatron_ledom.evaluation.task_model import LanguageTaskModel, direction_of
 from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.joint import OpenText
-from megatron_ledom.inference.language_model import read_model_config
+from megatron_ledom.inference.language_model import SAY_MODEL_ARGS, read_model_config
 from megatron_ledom.inference.not_finite import naming_text
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.scoring import Span, logprobs_and_likeliest, measure_spans, score_spans
@@ -79,8 +79,8 @@ class LedomLM(LM):  # type: ignore[misc]
             raise UsageError(f"way={way!r} is unknown; it can be one of {', '.join(WAYS)}")
         if isinstance(pretrained, str | Path):
             folder = Path(pretrained)
-            found = direction_of(folder, direction)
-            loading = {"eod_id": eod_id, "device": _device(device), "dtype": _dtype(dtype)}
+            found = direction_of(folder, direction, SAY_MODEL_ARGS)
+            loading = {"eod_id": eod_id, "device": _device(device), "dtype": _dtype(dtype), "say": SAY_MODEL_ARGS}
             self._lm = load_language_model(folder, found, direction, **loading)
             self._start = _start_id(folder, self._lm)
         else:
