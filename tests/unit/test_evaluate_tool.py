@@ -71,7 +71,10 @@ def test_every_task_runs_in_both_directions(
         options = ["--model", folders[direction], "--data", folders["data"], "--output", str(tmp_path / direction)]
         options += ["--tasks", ",".join(task.name for task in TASKS), "--limit", "1", "--max-new-tokens", "4"]
         assert run_here(monkeypatch, *options, "--allow-code-execution") == 0, capsys.readouterr().err
-        assert len(summary(tmp_path / direction)["tasks"]) == len(TASKS)
+        found = summary(tmp_path / direction)
+        assert len(found["tasks"]) == len(TASKS)
+        assert run_here(monkeypatch, *options, "--allow-code-execution") == 0, capsys.readouterr().err  # all lines are resumed
+        assert summary(tmp_path / direction) == found
 
 
 def test_a_killed_evaluation_goes_on_with_the_same_lines(

@@ -15,6 +15,8 @@ import torch
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.evaluation import compare_command
+from megatron_ledom.evaluation.item_file import numbered
+from megatron_ledom.evaluation.kept_lines import document_check
 from megatron_ledom.evaluation.loss_difference import CompareSettings, Document, document_records, summarize
 from megatron_ledom.evaluation.loss_report import sentence
 from megatron_ledom.inference.document_losses import document_losses, windows
@@ -138,6 +140,16 @@ def test_domains_and_positions_add_up_to_all(models: tuple[ForwardLM, ReverseLM]
     assert whole["reverse_above_forward"]["difference"] == pytest.approx(losses[1] / losses[0] - 1)
     bits = whole["forward"]["bits_per_byte"] - whole["reverse"]["bits_per_byte"]
     assert whole["whole_documents"]["bits_per_byte"]["difference"] == pytest.approx(bits)
+
+
+def test_documents_of_any_number_of_tokens_pass_the_check_of_a_resume(models: tuple[ForwardLM, ReverseLM]) -> None:
+    texts = ["", "a", "x", "ab", *("the cat sat on the mat. " * num for num in (1, 2, 3, 40))]
+    asked = [Document(text, where=str(number)) for number, text in enumerate(texts, 1)]
+    records = json.loads(json.dumps(numbered(0, document_records(*models, asked, SETTINGS))))
+    assert {0, 1, 2} <= {record["forward"]["tokens"] for record in records}
+    check = document_check(asked, with_positions=True)
+    for number, record in enumerate(records):
+        check(number, record)
 
 
 def test_documents_of_one_and_two_tokens_have_no_inner_ones(models: tuple[ForwardLM, ReverseLM]) -> None:
@@ -320,6 +332,8 @@ def test_different_tokenizers_are_refused_and_then_compared_by_byte_only(
     assert "have different tokenizers" in capsys.readouterr().err
     assert run_here(monkeypatch, *options, "--different-tokenizers") == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
+    assert run_here(monkeypatch, *options, "--different-tokenizers") == 0  # all lines are resumed
+    assert json.loads((tmp_path / "out/report.json").read_text()) == report
     assert "tenths" not in report
     assert "per_inner_token" not in report["all"]
     assert report["all"]["compared"] == "whole documents"
