@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
-from megatron_ledom.evaluation.item_file import ItemFile
+from megatron_ledom.evaluation.item_file import ItemFile, numbered
+from megatron_ledom.evaluation.kept_lines import document_check
 from megatron_ledom.evaluation.loss_difference import CompareSettings, Document, document_records, is_same_tokenizer, summarize
 from megatron_ledom.evaluation.loss_report import sentence, write_report
 from megatron_ledom.evaluation.results import check_statistics
@@ -33,17 +34,19 @@ def compare_command(options: Options) -> None:
     check_statistics()
     check_plots()
     documents = read_documents(options)
-    _check_tokenizers(options)
+    is_same = _check_tokenizers(options)
     settings = CompareSettings(_context(options), options["batch_size"], seed=options["seed"])
     with output_folder_lock(options["output"]):
-        _compare_into(Path(options["output"]), options, documents, settings)
+        _compare_into(Path(options["output"]), options, documents, settings, with_positions=is_same)
 
 
-def _compare_into(output: Path, options: Options, documents: Sequence[Document], settings: CompareSettings) -> None:
+def _compare_into(
+    output: Path, options: Options, documents: Sequence[Document], settings: CompareSettings, *, with_positions: bool
+) -> None:
     """Score the documents and write the report; resumes what the folder has. Nobody else writes there."""
     about = _made_by(options, settings)
     file = ItemFile(output, "losses", about)
-    records = file.resume(WINDOW_DOCUMENTS, len(documents))
+    records = file.resume(WINDOW_DOCUMENTS, len(documents), document_check(documents, with_positions=with_positions))
     if len(records) < len(documents):
         records += _read(options, documents, len(records), file, settings, about)
     if not any(record["forward"]["tokens"] and record["reverse"]["tokens"] for record in records):
@@ -71,23 +74,26 @@ def _read(
     with tqdm(total=len(documents), unit=" documents", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         bar.update(num_kept)
         for begin in range(num_kept, len(documents), WINDOW_DOCUMENTS):
-            found = document_records(forward, reverse, documents[begin : begin + WINDOW_DOCUMENTS], settings)
+            window = documents[begin : begin + WINDOW_DOCUMENTS]
+            found = numbered(begin, document_records(forward, reverse, window, settings))
             file.append(found)
             records += found
             bar.update(len(found))
     return records
 
 
-def _check_tokenizers(options: Options) -> None:
-    """Refuse different ones, unless that is asked for, before weights are loaded."""
+def _check_tokenizers(options: Options) -> bool:
+    """Return True if both are the same. Refuse different ones, unless that is asked for, before weights are loaded."""
     forward, _ = load_tokenizer(Path(options["forward"]))
     reverse, _ = load_tokenizer(Path(options["reverse"]), Direction.REVERSE, options["eod_id"], SAY_EOD_ID)
-    if not is_same_tokenizer(forward, reverse) and not options["different_tokenizers"]:
+    is_same = is_same_tokenizer(forward, reverse)
+    if not is_same and not options["different_tokenizers"]:
         raise MismatchError(
             f"{options['forward']} and {options['reverse']} have different tokenizers: their tokens are not the same, so losses a token"
             " and by position cannot be compared; give twins with one tokenizer, or --different-tokenizers for bits a byte of"
             " whole documents only"
         )
+    return is_same
 
 
 def read_documents(options: Options) -> list[Document]:

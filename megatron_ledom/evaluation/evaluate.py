@@ -6,6 +6,7 @@ from typing import Any
 from megatron_ledom.errors import NotFiniteError
 from megatron_ledom.evaluation.choices import score_choices
 from megatron_ledom.evaluation.code_execution import check_allowed
+from megatron_ledom.evaluation.item_file import numbered
 from megatron_ledom.evaluation.results import Record, TaskResult, summarize
 from megatron_ledom.evaluation.sandbox import Sandbox
 from megatron_ledom.evaluation.task_model import TaskModel
@@ -33,11 +34,10 @@ def evaluate_task(
         check_allowed(task.task.name, code_sandbox)
     records: list[Record] = list(kept)
     for begin in range(len(records), len(task.items), WINDOW_ITEMS):
-        found = _ask(model, task, begin, code_sandbox)
-        numbered = [{"item": begin + number, **record} for number, record in enumerate(found)]
+        found = numbered(begin, _ask(model, task, begin, code_sandbox))
         if keep is not None:
-            keep(numbered)
-        records += numbered
+            keep(found)
+        records += found
     return summarize(task, model.direction, records)
 
 

@@ -14,6 +14,7 @@ from megatron_ledom.evaluation.code_execution import check_allowed
 from megatron_ledom.evaluation.evaluate import WINDOW_ITEMS, evaluate_task
 from megatron_ledom.evaluation.grading import comparison_by
 from megatron_ledom.evaluation.item_file import ItemFile
+from megatron_ledom.evaluation.kept_lines import item_check
 from megatron_ledom.evaluation.prompts import Prompt
 from megatron_ledom.evaluation.results import TaskResult, check_statistics, summarize, write_summary
 from megatron_ledom.evaluation.sandbox import Sandbox, check_sandbox
@@ -139,7 +140,10 @@ def _judge_into(
         task.task.name: ItemFile(output, f"{task.task.name}.items", {**about, **_task_settings(task, options)})
         for task in tasks
     }
-    kept = {task.task.name: files[task.task.name].resume(WINDOW_ITEMS, len(task.items)) for task in tasks}
+    kept = {
+        task.task.name: files[task.task.name].resume(WINDOW_ITEMS, len(task.items), item_check(task, direction))
+        for task in tasks
+    }
     model: LanguageTaskModel | None = None
     results = []
     for task in tasks:

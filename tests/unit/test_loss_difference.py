@@ -5,6 +5,7 @@ import math
 import random
 import re
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.evaluation import compare_command
+from megatron_ledom.evaluation.item_file import numbered
+from megatron_ledom.evaluation.kept_lines import document_check
 from megatron_ledom.evaluation.loss_difference import CompareSettings, Document, document_records, summarize
 from megatron_ledom.evaluation.loss_report import sentence
 from megatron_ledom.inference.document_losses import document_losses, windows
@@ -139,6 +142,16 @@ def test_domains_and_positions_add_up_to_all(models: tuple[ForwardLM, ReverseLM]
     assert whole["whole_documents"]["bits_per_byte"]["difference"] == pytest.approx(bits)
 
 
+def test_documents_of_any_number_of_tokens_pass_the_check_of_a_resume(models: tuple[ForwardLM, ReverseLM]) -> None:
+    texts = ["", "a", "x", "ab", *("the cat sat on the mat. " * num for num in (1, 2, 3, 40))]
+    asked = [Document(text, where=str(number)) for number, text in enumerate(texts, 1)]
+    records = json.loads(json.dumps(numbered(0, document_records(*models, asked, SETTINGS))))
+    assert {0, 1, 2} <= {record["forward"]["tokens"] for record in records}
+    check = document_check(asked, with_positions=True)
+    for number, record in enumerate(records):
+        check(number, record)
+
+
 def test_documents_of_one_and_two_tokens_have_no_inner_ones(models: tuple[ForwardLM, ReverseLM]) -> None:
     records = document_records(*models, [Document("a"), Document("x"), *documents(2)], SETTINGS)
     assert [record["forward"]["tokens"] for record in records[:2]] == [1, 2]
@@ -213,6 +226,104 @@ def test_the_tool_writes_a_report_and_a_killed_run_goes_on_with_the_same_bytes(
         assert "begins after eod" in text
 
 
+@pytest.fixture(scope="module")
+def compared(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with data and a finished comparison of it."""
+    root = tmp_path_factory.mktemp("finished")
+    write_data(root)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert run_here(monkeypatch, *compare_options(folders, root)) == 0
+    return root
+
+
+def compare_options(folders: dict[str, str], root: Path) -> list[str]:
+    options = [folders["forward"], folders["reverse"], "--data", str(root / "held_out.jsonl")]
+    return [*options, "--output", str(root / "out")]
+
+
+def refused(
+    line: str, compared: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str
+) -> Path:
+    """The path of losses.jsonl with `line` as its second, which the command refuses."""
+    root = shutil.copytree(compared, tmp_path / "copy")
+    path = root / "out/losses.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, *lines[2:], ""]))
+    assert run_here(monkeypatch, *compare_options(folders, root), *options) == 1
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ([('"loss": ', '"loss": 1')], "forward.loss is "),
+        ([('"loss": ', '"loss": NaN, "x": ')], "is damaged (NaN is not a finite number)"),
+        ([('"eod": ', '"eod": 1e999, "x": ')], "is damaged (1e999 is not a finite number)"),
+        ([('"eod": ', '"eod": "2'), ("}, ", '"}, ')], "forward.eod is "),
+        ([('"eod": ', '"eod": -')], "forward.eod is -"),
+        ([('"tokens": ', '"tokens": 1')], "reverse.tokens is "),
+        ([('"item": 1', '"item": 0')], "is of item 0, expected item 1"),
+        ([('"item": 1, ', "")], "has no number under 'item'"),
+        ([('"domain": ""', '"domain": "web"')], 'domain is "web", expected ""'),
+        ([('"where": "2"', '"where": "1"')], 'where is "1", expected "2"'),
+        ([('"bytes": ', '"bytes": 1')], "bytes is "),
+        ([('"tenths": {"tokens": [', '"tenths": {"tokens": [0, ')], "tenths.tokens is "),
+        ([('"from_end": {"tokens": [', '"from_end": {"tokens": [1')], "the sum of from_end.tokens is "),
+        ([('"tenths": {"tokens"', '"tenth": {"tokens"')], "the line has no field 'tenths'"),
+    ],
+)
+def test_a_line_that_the_command_cannot_have_written_is_not_resumed(
+    changes: list[tuple[str, str]],
+    message: str,
+    compared: Path,
+    folders: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    line = (compared / "out/losses.jsonl").read_text().splitlines()[1]
+    for old, new in changes:
+        assert old in line
+        line = line.replace(old, new, 1)
+    path = refused(line, compared, folders, tmp_path, monkeypatch)
+    told = capsys.readouterr().err
+    assert f"{path}:2" in told
+    assert message in told
+
+
+@pytest.mark.parametrize("line", ["{}", '{"item": 1}', "[]", "null", "[" * 100_000, '"text"'])
+def test_a_line_without_losses_is_refused_with_file_and_line(
+    line: str,
+    compared: Path,
+    folders: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = refused(line, compared, folders, tmp_path, monkeypatch)
+    assert f"{path}:2" in capsys.readouterr().err
+
+
+def test_a_copy_of_the_first_line_in_the_place_of_the_second_is_refused(
+    compared: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = (compared / "out/losses.jsonl").read_text().splitlines()[0]
+    path = refused(line, compared, folders, tmp_path, monkeypatch)
+    assert f"{path}:2 is of item 0, expected item 1" in capsys.readouterr().err
+
+
+def test_a_smaller_limit_reads_the_first_lines_and_refuses_later_ones_out_of_order(
+    compared: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (compared / "out/losses.jsonl").read_text().splitlines()
+    root = shutil.copytree(compared, tmp_path / "smaller")
+    assert run_here(monkeypatch, *compare_options(folders, root), "--limit", "3") == 0
+    assert (root / "out/losses.jsonl").read_text().splitlines() == lines
+    assert json.loads((root / "out/report.json").read_text())["all"]["documents"] == 3
+    path = refused(lines[0], compared, folders, tmp_path, monkeypatch, "--limit", "1")
+    assert f"{path}:2 is of item 0, expected item 1" in capsys.readouterr().err
+
+
 def test_different_tokenizers_are_refused_and_then_compared_by_byte_only(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +332,8 @@ def test_different_tokenizers_are_refused_and_then_compared_by_byte_only(
     assert "have different tokenizers" in capsys.readouterr().err
     assert run_here(monkeypatch, *options, "--different-tokenizers") == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
+    assert run_here(monkeypatch, *options, "--different-tokenizers") == 0  # all lines are resumed
+    assert json.loads((tmp_path / "out/report.json").read_text()) == report
     assert "tenths" not in report
     assert "per_inner_token" not in report["all"]
     assert report["all"]["compared"] == "whole documents"
