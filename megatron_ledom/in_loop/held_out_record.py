@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import MismatchError
 from megatron_ledom.in_loop.chosen_tasks import TaskHashes
+from megatron_ledom.storage.files import write_json
 
 if TYPE_CHECKING:
     from megatron_ledom.data.sources import Blend, Sources
@@ -21,7 +22,7 @@ def check_held_out(config: RunConfig, sources: "Sources", tasks: TaskHashes, *, 
     """Refuse sets and tasks whose content is not what the run was evaluated on before; new ones join, others may go.
 
     With `data.allow_changed_data` it warns instead. is_new: the run starts from scratch, so there is no earlier curve. Call on
-    rank 0, which holds the run folder. Raises MismatchError.
+    rank 0, which holds the run folder. Raises MismatchError, or what `write_file` raises.
     """
     found: dict[str, Any] = {
         **{f"validation set {name}": _content(blend) for name, blend in sources.valid.items()},
@@ -39,9 +40,7 @@ def check_held_out(config: RunConfig, sources: "Sources", tasks: TaskHashes, *, 
         )
     for name in changed:
         log.warning("OTHER HELD-OUT DATA than before, by data.allow_changed_data=true: %s", name)
-    part = path.with_name(f"{FILE}.part")
-    part.write_text(json.dumps({**known, **found}, indent=1) + "\n", encoding="utf-8")
-    part.replace(path)
+    write_json(path, {**known, **found})
 
 
 def _content(blend: "Blend") -> list[list[Any]]:
@@ -57,7 +56,7 @@ def _read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
         if isinstance(found, dict):
             return found
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise MismatchError(
         f"{path} is damaged: it cannot be told whether the held-out data are those of before; delete it if they are, and start again"
