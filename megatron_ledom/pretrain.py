@@ -147,7 +147,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
         warn_of_later_checkpoints(config, checkpoint)
         check_held_out(config, sources, tasks, is_new=checkpoint is None)
         write_start(config, tokenizer, changed)
-        write_launch(config, launch, saved_iteration(config))
+        write_launch(config, launch, saved_iteration(config), checkpoint)
 
     groups = start_distributed(platform, config.parallel, launch, stop.name)
     try:
@@ -229,7 +229,10 @@ def saved_iteration(config: RunConfig) -> int:
     from megatron_ledom.checkpoint.manifest import load_manifest
 
     latest = latest_checkpoint(checkpoint_folder(config))
-    return 0 if latest is None else load_manifest(latest).iteration
+    if latest is None:
+        return 0
+    with advising_another(latest):
+        return load_manifest(latest).iteration
 
 
 if __name__ == "__main__":

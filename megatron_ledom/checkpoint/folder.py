@@ -28,12 +28,17 @@ def checkpoint_name(iteration: int) -> str:
 
 def finished_checkpoints(folder: str) -> dict[int, str]:
     """Iteration -> name of every checkpoint that was finished, by iteration; {} without the folder."""
+    whole = [name for name in _named_checkpoints(folder) if os.path.exists(os.path.join(folder, name, MANIFEST))]
+    return {int(name.removeprefix("iter_")): name for name in whole}
+
+
+def _named_checkpoints(folder: str) -> list[str]:
+    """Return every name of a checkpoint in the folder, by iteration, with a manifest or without."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
-        return {}
-    whole = [name for name in names if NAME.fullmatch(name) and os.path.exists(os.path.join(folder, name, MANIFEST))]
-    return dict(sorted((int(name.removeprefix("iter_")), name) for name in whole))
+        return []
+    return sorted((name for name in names if NAME.fullmatch(name)), key=lambda name: int(name.removeprefix("iter_")))
 
 
 def latest_name(folder: str) -> str | None:
@@ -46,7 +51,7 @@ def latest_checkpoint(folder: str) -> str | None:
 
     A kill right after the first checkpoint was put in place leaves its name in `latest.next`, and it counts. Raises DataError,
     with the newest whole checkpoint and how to go on from it, when `latest` names none that is there, or is missing beside
-    checkpoints.
+    checkpoints, damaged ones too: a checkpoint gets its name when it is whole.
     """
     name = latest_name(folder)
     if name is None:
@@ -54,9 +59,12 @@ def latest_checkpoint(folder: str) -> str | None:
         name = _content_of(os.path.join(folder, LATEST + NEXT))
         if name is not None and name in finished:
             return os.path.join(folder, name)
-        if not finished:
+        named = _named_checkpoints(folder)
+        if not named:
             return None
-        fault = f"is missing, but there are checkpoints, {', '.join(finished)}"
+        damaged = [found for found in named if found not in finished]
+        without = f" ({', '.join(damaged)} without a {MANIFEST})" if damaged else ""
+        fault = f"is missing, but there are checkpoints, {', '.join(named)}{without}"
     elif not name:
         fault = "is empty"
     elif not NAME.fullmatch(name):
@@ -143,6 +151,10 @@ def _content_of(path: str) -> str | None:
             return file.read().strip()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    except IsADirectoryError as error:
+        raise DataError(
+            f"{path} is a folder, not a file with the name of a checkpoint: move it away; then {how_to_go_on(os.path.dirname(path))}"
+        ) from error
 
 
 def move_to_trash(folder: str, name: str) -> None:

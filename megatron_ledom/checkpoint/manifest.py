@@ -141,7 +141,9 @@ def _read_json(folder: str, path: str) -> dict[str, Any]:
         raise DataError(
             f"{folder} has no {MANIFEST}: it is no finished checkpoint; name a folder such as RUN/checkpoints/iter_0001000"
         ) from error
-    except ValueError as error:
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder, not a file; the checkpoint is damaged, use an earlier one") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); the checkpoint is damaged, use an earlier one") from error
     if not isinstance(values, dict):
         raise DataError(f"{path} holds no object; the checkpoint is damaged, use an earlier one")

@@ -15,6 +15,7 @@ import signal
 import time
 import traceback
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -42,6 +43,7 @@ from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, TransientError, cannot_write, first_cause
 from megatron_ledom.platform.processes import die_with_the_parent, leave_signals_to_the_parent
 from megatron_ledom.platform.save_results import SaveResults
+from megatron_ledom.storage.records import SAVES, append_record
 
 log = logging.getLogger(__name__)
 
@@ -205,8 +207,17 @@ class CheckpointWriter:
             return (TransientError if passing else DataError)(
                 f"checkpoint {pending.manifest.iteration} was not saved, those before it are untouched: {found}"
             )
+        self._record(pending.manifest.iteration)
         retire(self.folder, self.settings, self.replayed)
         return None
+
+    def _record(self, iteration: int) -> None:
+        """Note beside the folder that the run has a checkpoint: without its checkpoints it must not begin anew."""
+        path = os.path.join(os.path.dirname(os.path.abspath(self.folder)), SAVES)
+        try:
+            append_record(path, {"iteration": iteration, "saved_at": datetime.now(UTC).isoformat(timespec="seconds")})
+        except OSError as error:
+            log.warning("%s cannot be written (%s); the checkpoint is saved all the same", path, error.strerror)
 
     def _put_in_place(self, part: str, name: str) -> None:
         final = os.path.join(self.folder, name)

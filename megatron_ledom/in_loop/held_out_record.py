@@ -22,7 +22,7 @@ def check_held_out(config: RunConfig, sources: "Sources", tasks: TaskHashes, *, 
     """Refuse sets and tasks whose content is not what the run was evaluated on before; new ones join, others may go.
 
     With `data.allow_changed_data` it warns instead. is_new: the run starts from scratch, so there is no earlier curve. Call on
-    rank 0, which holds the run folder. Raises MismatchError.
+    rank 0, which holds the run folder. Raises MismatchError, or what `write_file` raises.
     """
     found: dict[str, Any] = {
         **{f"validation set {name}": _content(blend) for name, blend in sources.valid.items()},
@@ -56,7 +56,7 @@ def _read(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_bytes())
         if isinstance(found, dict):
             return found
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     raise MismatchError(
         f"{path} is damaged: it cannot be told whether the held-out data are those of before; delete it if they are, and start again"

@@ -6,7 +6,15 @@ from dataclasses import dataclass
 from urllib.parse import urlsplit
 
 from megatron_ledom.errors import UsageError
-from megatron_ledom.platform.slurm import Step, first_node_address, job_id, read_number, read_step, tasks_of_job
+from megatron_ledom.platform.slurm import (
+    Step,
+    first_node_address,
+    job_id,
+    read_number,
+    read_step,
+    refuse_rank_without_step,
+    tasks_of_job,
+)
 
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BY_TORCHRUN = f"torchrun sets all of {', '.join(TORCHRUN)}: unset RANK for a single process or for srun, or set all of them"
@@ -43,7 +51,7 @@ def read_launch() -> Launch:
     """The place that the launcher gives this process: torchrun's variables first, then those of SLURM's srun, else alone.
 
     MASTER_ADDR and MASTER_PORT, where set, override what follows from the SLURM job. Raises UsageError where a launcher was
-    forgotten (inside a SLURM job of several tasks, but not started by srun) or is not understood.
+    forgotten (inside a SLURM job of several tasks, but not started by srun) or is not understood, or SLURM's variables disagree.
     """
     variables = os.environ
     if "RANK" in variables:
@@ -51,12 +59,13 @@ def read_launch() -> Launch:
     step = read_step(variables)
     if step is not None:
         return _by_srun(step, variables)
-    tasks = tasks_of_job(variables)
+    job, tasks = job_id(variables), tasks_of_job(variables)
     if tasks > 1:
         raise UsageError(
-            f"SLURM job {job_id(variables)} has {tasks} tasks, but this process was not started by srun and would"
+            f"SLURM job {job} has {tasks} tasks, but this process was not started by srun and would"
             " be the only rank; put `srun` before the command, or `srun --ntasks=1` for one rank"
         )
+    refuse_rank_without_step(variables)
     for name in FOREIGN:
         if variables.get(name, "1") != "1":
             raise UsageError(

@@ -60,9 +60,9 @@ BY_ARRAY = "sbatch --array sets it: do not set or empty SLURM's variables by han
 
 def is_step(variables: Variables) -> bool:
     """Whether srun started this process, rather than a batch script or a shell inside an allocation."""
-    if "SLURM_PROCID" not in variables or "SLURM_STEP_ID" not in variables:
+    if "SLURM_STEP_ID" not in variables:
         return False
-    return read_number(variables, "SLURM_STEP_ID", BY_SRUN) < FIRST_SPECIAL_STEP
+    return read_number(variables, "SLURM_STEP_ID", BY_SRUN) < FIRST_SPECIAL_STEP and "SLURM_PROCID" in variables
 
 
 def read_step(variables: Variables) -> Step | None:
@@ -92,8 +92,7 @@ def read_step(variables: Variables) -> Step | None:
         raise UsageError(f"SLURM_NODEID={node}, but {told} is of {len(counts)} nodes; {advice}")
     if local_rank >= counts[node]:
         raise UsageError(f"SLURM_LOCALID={local_rank}, but {told} has {counts[node]} tasks on node {node}; {advice}")
-    both_of_one = size_from.startswith("SLURM_STEP_") == counts_from.startswith("SLURM_STEP_")
-    if both_of_one and sum(counts) != world_size:
+    if sum(counts) != world_size:
         raise UsageError(f"{size_from}={world_size}, but {told} makes {sum(counts)} tasks; {advice}")
     return Step(
         job=read_number(variables, "SLURM_JOB_ID", BY_SRUN),
@@ -109,18 +108,40 @@ def read_step(variables: Variables) -> Step | None:
 def tasks_of_job(variables: Variables) -> int:
     """Tasks of the job of a process that srun has not started; 1 outside of SLURM.
 
-    SLURM_NTASKS is set only where --ntasks or the like was given in a way that SLURM passes on; the tasks of nodes always.
+    SLURM_NTASKS is set only where --ntasks or the like was given in a way that SLURM passes on; the tasks of nodes always. Raises
+    UsageError where one variable says 1 and another says more: a job has a task on each of its nodes at least.
     """
-    for name in ("SLURM_NTASKS", "SLURM_NPROCS"):
-        if name in variables:
-            return read_number(variables, name, BY_SBATCH, least=1)
+    sizes = ("SLURM_NTASKS", "SLURM_NPROCS", "SLURM_JOB_NUM_NODES", "SLURM_NNODES")
+    told = {name: read_number(variables, name, BY_SBATCH, least=1) for name in sizes if name in variables}
+    nodes = max([1] + [told.pop(name) for name in sizes[2:] if name in told])
     if "SLURM_TASKS_PER_NODE" in variables:
-        return sum(read_tasks_of_nodes(variables, "SLURM_TASKS_PER_NODE"))
+        told["SLURM_TASKS_PER_NODE"] = sum(read_tasks_of_nodes(variables, "SLURM_TASKS_PER_NODE"))
     if "SLURM_NTASKS_PER_NODE" in variables:
-        nodes = next((name for name in ("SLURM_JOB_NUM_NODES", "SLURM_NNODES") if name in variables), None)
-        count = 1 if nodes is None else read_number(variables, nodes, BY_SBATCH, least=1)
-        return count * read_number(variables, "SLURM_NTASKS_PER_NODE", BY_SBATCH, least=1)
-    return 1
+        per_node = read_number(variables, "SLURM_NTASKS_PER_NODE", BY_SBATCH, least=1)
+        if not told:  # beside --ntasks it is an upper limit
+            return nodes * per_node
+    told["SLURM_JOB_NUM_NODES"] = nodes
+    first, *others = told.items()
+    larger = [f"{name} makes {number}" for name, number in others if number > first[1] == 1]
+    if larger:
+        raise UsageError(
+            f"{first[0]}={first[1]}, but {', '.join(larger)}: it is not clear whether this process is the only rank; {BY_SBATCH}, or"
+            " start it with srun, one rank with `srun --ntasks=1`"
+        )
+    return first[1]
+
+
+def refuse_rank_without_step(variables: Variables) -> None:
+    """Refuse a process that is one of several by the variables of a task, though no step of srun started it.
+
+    In a batch script and in the shell of salloc these are 0, and the step's tasks 1, where they are set.
+    """
+    highest = {"SLURM_PROCID": 0, "SLURM_LOCALID": 0, "SLURM_NODEID": 0, "SLURM_STEP_NUM_TASKS": 1}
+    for name, allowed in highest.items():
+        if name in variables and read_number(variables, name, BY_SRUN, least=int("NUM" in name)) > allowed:
+            lacks = "SLURM_STEP_ID" if "SLURM_PROCID" in variables else "SLURM_PROCID"
+            found = f"{lacks}={variables[lacks]}" if lacks in variables else f"{lacks} is not set"
+            raise UsageError(f"{name}={variables[name]}, but {found}, so no srun started this process; {BY_SRUN}")
 
 
 def array_task_id(variables: Variables) -> int | None:

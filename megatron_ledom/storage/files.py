@@ -1,5 +1,6 @@
 """Whole files: written under another name, forced to disk, then renamed. JSON is written with NaN and Infinity refused."""
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -44,6 +45,8 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     try:
         write_whole(path, content.encode() if isinstance(content, str) else content)
     except OSError as error:
+        with contextlib.suppress(OSError):  # its bytes may be those that the disk lacks
+            os.unlink(part)
         raise cannot_write(error, str(path)) from error
 
 

@@ -13,6 +13,8 @@ from megatron_ledom.errors import DataError
 from megatron_ledom.storage.files import write_whole
 
 METRICS, STEPS, BAD_STEPS, LAUNCHES = "metrics.jsonl", "steps.jsonl", "bad_steps.jsonl", "launches.jsonl"
+SAVES = "saves.jsonl"
+"""A line for each checkpoint that was saved."""
 BLOCK_BYTES = 4096
 Record = dict[str, Any]
 Result = TypeVar("Result")
@@ -23,9 +25,13 @@ log = logging.getLogger(__name__)
 def read_records(path: str, convert: Callable[[Record], Result] | None = None) -> list[Any]:
     """Return the records of a file, oldest first, each as `convert` makes it; none if there is no file.
 
-    A last line without its end is what a kill left, and is passed over. Raises DataError with file and line of any other damage.
+    A last line without its end is what a kill left, and is passed over. Raises DataError with file and line of any other damage,
+    and where a folder has the file's name.
     """
-    return [record if convert is None else _parsed(path, number, record, convert) for number, record, _ in _lines(path)]
+    try:
+        return [record if convert is None else _parsed(path, number, record, convert) for number, record, _ in _lines(path)]
+    except IsADirectoryError as error:
+        raise DataError(f"{path} is a folder, not a file of records; move it away, and start again") from error
 
 
 def iteration_of(record: Record) -> int:
@@ -140,7 +146,7 @@ def _as_record(line: bytes) -> Record:
 def _parsed(path: str, number: int, value: Any, convert: Callable[[Any], Result]) -> Result:
     try:
         return convert(value)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise DataError(
             f"{path}:{number}: this line is damaged ({reason}); delete it, sed -i {number}d {shlex.quote(path)}, and start again:"

@@ -17,11 +17,12 @@ import torch.distributed as dist
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import DataError
 from megatron_ledom.parallel.agreement import from_first_rank
-from megatron_ledom.storage.files import write_file
+from megatron_ledom.storage.files import write_json
 from megatron_ledom.storage.records import (
     BAD_STEPS,
     LAUNCHES,
     METRICS,
+    SAVES,
     STEPS,
     Record,
     append_record,
@@ -31,6 +32,7 @@ from megatron_ledom.storage.records import (
     read_records,
 )
 from megatron_ledom.training.anomalies import PastStep
+from megatron_ledom.training.launch_record import read_launches
 from megatron_ledom.training.log_guard import GuardedLog, RecordLog
 
 SKIP_PLAN = "skip_iterations.json"
@@ -114,7 +116,7 @@ class RunHistory:
         from_first_rank(self._write_plan)
 
     def _write_plan(self) -> None:
-        write_file(os.path.join(self.run_dir, SKIP_PLAN), json.dumps(asdict(self.plan)))
+        write_json(os.path.join(self.run_dir, SKIP_PLAN), asdict(self.plan), indent=None)
 
     def num_roll_backs(self, checkpoint: int) -> int:
         """How often the run returned to the checkpoint of this iteration."""
@@ -150,6 +152,8 @@ def read_steps(run_dir: str) -> list[PastStep]:
 def _as_step(record: Record) -> PastStep:
     step = PastStep(**{**record, "lm_loss": float(record["lm_loss"]), "grad_norm": float(record["grad_norm"])})
     iteration_of(record)
+    if type(step.skipped) is not bool or type(step.score) not in (int, float, type(None)):
+        raise TypeError(f"its skipped is {step.skipped!r}, its score {step.score!r}")
     return step
 
 
@@ -164,10 +168,12 @@ def load_skip_plan(run_dir: str) -> SkipPlan:
     try:
         with open(path, encoding="utf-8") as file:
             plan = SkipPlan(**json.load(file))
-        return SkipPlan([int(number) for number in plan.iterations], {k: int(v) for k, v in plan.roll_backs.items()})
+        if any(type(number) is not int for number in [*plan.iterations, *plan.roll_backs.values()]):
+            raise TypeError("there is a number that is none")
+        return plan
     except FileNotFoundError:
         return SkipPlan()
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, AttributeError, RecursionError, IsADirectoryError) as error:
         raise DataError(
             f"{path} is damaged ({error}); it lists the iterations that are left out after returns to a checkpoint: restore it,"
             " or delete it and name them in train.skip_iterations"
@@ -180,16 +186,18 @@ def check_history(config: RunConfig, checkpoint: str | None) -> None:
     Raises DataError for a damaged file, and where the run has had checkpoints and `checkpoint` is None.
     """
     run_dir = config.run_dir
-    steps, launches = read_steps(run_dir), read_records(os.path.join(run_dir, LAUNCHES))
+    steps, launches = read_steps(run_dir), read_launches(run_dir)
     metrics = read_records(os.path.join(run_dir, METRICS), iteration_of)
+    saved = read_records(os.path.join(run_dir, SAVES), iteration_of)
     read_bad_steps(run_dir)
     load_skip_plan(run_dir)
     if checkpoint is not None:
         return
-    last = max([step.iteration for step in steps[-1:]] + metrics[-1:], default=0)
+    last = max([step.iteration for step in steps[-1:]] + metrics[-1:] + saved, default=0)
     intervals = [launch.get("config", {}).get("checkpoint", {}).get("save_interval", 0) for launch in launches]
-    had_some = any(launch.get("from_iteration", 0) > 0 for launch in launches)
-    if had_some or last > 2 * max([*intervals, config.checkpoint.save_interval]):  # a second save waits for the first
+    had_some = saved or any(launch.get("from_iteration", 0) > 0 or launch.get("from_checkpoint") for launch in launches)
+    # a run of before `saves.jsonl`: its second save waited for the first
+    if had_some or last > 2 * max([*intervals, config.checkpoint.save_interval]):
         raise DataError(
             f"{run_dir} is the folder of a run that came to iteration {last} and had checkpoints, but {run_dir}/checkpoints has none:"
             " bring them back (is their disk there?), or set another run_dir for a new run"

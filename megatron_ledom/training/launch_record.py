@@ -23,21 +23,39 @@ from megatron_ledom.storage.records import LAUNCHES, Record, append_record, read
 PACKAGES = ("megatron-core", "numpy", "transformers", "transformer-engine")
 
 
-def write_launch(config: RunConfig, launch: Launch, iteration: int) -> None:
-    """Append this launch, which goes on from `iteration`. Call on one rank. Raises what `cannot_write` makes of an error."""
+def write_launch(config: RunConfig, launch: Launch, iteration: int, checkpoint: str | None) -> None:
+    """Append this launch, which goes on from `iteration`, that of the checkpoint. Call on one rank. Raises what `cannot_write` makes
+    of an error."""
     path = os.path.join(config.run_dir, LAUNCHES)
     try:
-        append_record(path, describe_launch(config, launch, iteration))
+        append_record(path, describe_launch(config, launch, iteration, checkpoint))
     except OSError as error:
         raise cannot_write(error, path) from error
 
 
 def read_launches(run_dir: str) -> list[Record]:
-    """Every launch of a run folder, oldest first."""
-    return read_records(os.path.join(run_dir, LAUNCHES))
+    """Every launch of a run folder, oldest first. Raises DataError with file and line of a damaged one."""
+    return read_records(os.path.join(run_dir, LAUNCHES), _as_launch)
 
 
-def describe_launch(config: RunConfig, launch: Launch, iteration: int) -> Record:
+def _as_launch(record: Record) -> Record:
+    """Return the record; raises TypeError where what is read of it is of another type."""
+    settings = record.get("config", {})
+    checkpoint = settings.get("checkpoint", {}) if isinstance(settings, dict) else None
+    if not isinstance(checkpoint, dict):
+        raise TypeError("its config is none of a run")
+    numbers = {
+        "from_iteration": record.get("from_iteration", 0),
+        "world_size": record.get("world_size", 1),
+        "config.checkpoint.save_interval": checkpoint.get("save_interval", 0),
+    }
+    for name, number in numbers.items():
+        if type(number) is not int:
+            raise TypeError(f"its {name} is {number!r}")
+    return record
+
+
+def describe_launch(config: RunConfig, launch: Launch, iteration: int, checkpoint: str | None) -> Record:
     """Time, command, position, machine, versions, the state of the source, and the config, which another start may change."""
     cuda = torch.cuda.is_available()
     return {
@@ -46,6 +64,7 @@ def describe_launch(config: RunConfig, launch: Launch, iteration: int) -> Record
         "folder": os.getcwd(),
         "world_size": launch.world_size,
         "from_iteration": iteration,
+        "from_checkpoint": checkpoint and os.path.basename(checkpoint),
         "host": socket.gethostname(),
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
         "slurm_job_id": job_id(os.environ),

@@ -17,7 +17,7 @@ from megatron_ledom.config.load import save_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.sources import RUN_TOKENIZER
 from megatron_ledom.data.tokenizer import Tokenizer
-from megatron_ledom.errors import FULL, NO_LOCKS, ConfigError, UsageError, cannot_write
+from megatron_ledom.errors import FULL, NO_LOCKS, ConfigError, TransientError, UsageError, cannot_write
 from megatron_ledom.platform.slurm import job_id
 from megatron_ledom.storage.locks import this_process
 
@@ -102,11 +102,13 @@ def _take(descriptor: int) -> bool:
 def check_still_latest(config: RunConfig, checkpoint: str | None) -> None:
     """Refuse to go on from a checkpoint that another launch has gone past before this one had the run folder.
 
-    Raises RuntimeError: another start takes up the newer one.
+    Raises TransientError: another start takes up the newer one.
     """
     latest = latest_checkpoint(checkpoint_folder(config))
     if latest != checkpoint:
-        raise RuntimeError(f"{latest} has been saved since this launch chose to go on from {checkpoint}; start it again")
+        chosen = f"had chosen to go on from {checkpoint}" if checkpoint else "had found no checkpoint to go on from"
+        found = f"another launch saved {latest}" if latest else "that has gone"
+        raise TransientError(f"run_dir={config.run_dir}: this launch {chosen}, but {found} while it waited; start it again")
 
 
 def warn_of_later_checkpoints(config: RunConfig, checkpoint: str | None) -> None:

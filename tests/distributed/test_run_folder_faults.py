@@ -1,6 +1,8 @@
 """A run whose folder is not as a run leaves it: nothing that exists is emptied, and nothing of it is trained away."""
 
+import errno
 import json
+import os
 import resource
 import shutil
 from collections.abc import Callable
@@ -20,7 +22,7 @@ from megatron_ledom.checkpoint.folder import (
 from megatron_ledom.checkpoint.inspection import inspect_checkpoint
 from megatron_ledom.config.load import load_config
 from megatron_ledom.errors import DataError
-from megatron_ledom.pretrain import check_start
+from megatron_ledom.pretrain import check_start, saved_iteration
 from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
 
 COMMAND = ("train.train_iters=6", "checkpoint.save_interval=2")
@@ -54,6 +56,11 @@ def without_manifest(checkpoints: Path) -> None:
     (checkpoints / "iter_0000006/manifest.json").unlink()
 
 
+def a_folder(checkpoints: Path) -> None:
+    (checkpoints / LATEST).unlink()
+    (checkpoints / LATEST).mkdir()
+
+
 def name(text: str | bytes) -> Callable[[Path], object]:
     return lambda checkpoints: (checkpoints / LATEST).write_bytes(text if isinstance(text, bytes) else text.encode())
 
@@ -64,6 +71,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "gone": (name("iter_0000009\n"), "names 'iter_0000009', which is not there", "iter_0000006"),
     "unfinished": (name("iter_0000006.part"), "which is not the name of a checkpoint", "iter_0000006"),
     "the folder itself": (name("."), "which is not the name of a checkpoint", "iter_0000006"),
+    "a folder": (a_folder, "latest is a folder, not a file with the name of a checkpoint: move it away", "iter_0000006"),
     "garbage": (name(b"\xff\x00\xfe"), "which is not the name of a checkpoint", "iter_0000006"),
     "damaged": (damage_newest, "iter_0000006 is damaged", "iter_0000004"),
     "without a manifest": (without_manifest, "it is no finished checkpoint", "iter_0000004"),
@@ -79,11 +87,18 @@ def test_a_latest_that_cannot_be_followed_is_refused_with_the_newest_whole_check
     harm(run_dir / "checkpoints")
     before = content_of(run_dir)
     advice = f"is {newest}: to go on from it, echo {newest} > {run_dir}/checkpoints/{LATEST}"
-    with pytest.raises(DataError) as caught:
-        check_start(load_config(str(data.config), [f"run_dir={run_dir}", *GO_ON]), 1)
-    assert says in str(caught.value)
-    assert str(caught.value).endswith(advice)
+    config = load_config(str(data.config), [f"run_dir={run_dir}", *GO_ON])
+    questions: list[Callable[[], object]] = [lambda: check_start(config, 1)]
+    if fault != "damaged":  # --progress reads the manifest alone
+        questions.append(lambda: saved_iteration(config))
+    for ask in questions:
+        with pytest.raises(DataError) as caught:
+            ask()
+        assert says in str(caught.value)
+        assert str(caught.value).endswith(advice)
     assert content_of(run_dir) == before
+    if fault == "a folder":
+        (run_dir / "checkpoints" / LATEST).rmdir()
     (run_dir / "checkpoints" / LATEST).write_text(newest + "\n")
     assert latest_checkpoint(str(run_dir / "checkpoints")) == str(run_dir / "checkpoints" / newest)
 
@@ -95,6 +110,49 @@ def test_a_start_whose_latest_is_missing_trains_nothing_and_changes_nothing(data
     assert ranks.wait() == [1, 1], ranks.output()
     assert "the newest checkpoint that is whole, by the sizes of its files, is iter_0000006" in ranks.output()
     assert content_of(run_dir) == before
+
+
+def test_checkpoints_without_latest_and_manifests_are_not_trained_anew(data: TinyData, run_dir: Path) -> None:
+    checkpoints = run_dir / "checkpoints"
+    for path in (checkpoints / LATEST, *checkpoints.glob("*/manifest.json"), *run_dir.glob("*.jsonl")):
+        path.unlink()
+    before = content_of(run_dir)
+    ranks = start_ranks(data.config, run_dir, *GO_ON, num_ranks=2)
+    assert ranks.wait() == [1, 1], ranks.output()
+    names = "iter_0000002, iter_0000004, iter_0000006"
+    assert f"is missing, but there are checkpoints, {names} ({names} without a manifest.json);" in ranks.output()
+    assert content_of(run_dir) == before
+
+
+def test_a_run_with_a_single_save_is_not_trained_anew_without_it(data: TinyData, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_on_ranks(data.config, run_dir, *COMMAND, "train.exit_interval=2")
+    assert [json.loads(line)["iteration"] for line in (run_dir / "saves.jsonl").read_text().splitlines()] == [2]
+    shutil.rmtree(run_dir / "checkpoints")
+    with pytest.raises(
+        DataError, match=r"came to iteration 2 and had checkpoints, but .*checkpoints has none: bring them back"
+    ):
+        check_start(load_config(str(data.config), [f"run_dir={run_dir}", *COMMAND]), 1)
+
+
+def test_a_full_disk_at_the_start_is_an_error_with_the_file_and_leaves_no_part(data: TinyData, run_dir: Path) -> None:
+    ranks = start_ranks(data.config, run_dir, *GO_ON, num_ranks=2, hook=partial(fill_disk_for, "held_out.json"))
+    assert ranks.wait() == [1, 1], ranks.output()
+    assert f"error: {run_dir}/held_out.json cannot be written: No space left on device; make room" in ranks.output()
+    assert "Traceback" not in ranks.output()
+    assert list(run_dir.glob("*.part")) == []
+
+
+def fill_disk_for(name: str) -> None:
+    """No byte of this file gets to the disk."""
+    original = os.fsync
+
+    def fsync(descriptor: int) -> None:
+        if os.readlink(f"/proc/self/fd/{descriptor}").endswith(f"{name}.part"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        original(descriptor)
+
+    os.fsync = fsync
 
 
 def test_other_commands_name_the_newest_whole_checkpoint_too(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,32 @@ def test_a_second_launch_of_a_run_is_refused_on_every_rank(data: TinyData, tmp_p
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 
+def save_while_others_wait() -> None:
+    """The launch before saves its first checkpoint and ends after this one has looked for one."""
+    from contextlib import nullcontext
+
+    from megatron_ledom.training import run_folder
+
+    def lock_run(run_dir: str) -> nullcontext[None]:
+        os.makedirs(f"{run_dir}/checkpoints/iter_0000002")
+        with open(f"{run_dir}/checkpoints/latest", "w") as file:
+            file.write("iter_0000002")
+        return nullcontext()
+
+    run_folder.lock_run = lock_run
+
+
+def test_a_launch_that_waited_while_another_saved_ends_with_a_code_that_starts_it_again(data: TinyData, tmp_path: Path) -> None:
+    codes, output = end_of(data, tmp_path / "run", hook=save_while_others_wait)
+    assert codes == [3, 3], output
+    checkpoint = tmp_path / "run/checkpoints/iter_0000002"
+    assert (
+        f"error: run_dir={tmp_path}/run: this launch had found no checkpoint to go on from, but another launch saved" in output
+    )
+    assert f"{checkpoint} while it waited; start it again" in output
+    assert "Traceback" not in output
+
+
 def see_no_checkpoint_on_rank_1() -> None:
     """What a file system that keeps an old state of a folder shows."""
     if os.environ["RANK"] == "1":

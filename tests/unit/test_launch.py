@@ -35,6 +35,20 @@ TORCHRUN = {
     "MASTER_ADDR": "localhost",
     "MASTER_PORT": "29500",
 }
+ONE_TASK = {  # a job of one task, in its batch script or shell; --ntasks-per-node is but a limit there
+    "SLURM_JOB_ID": "5",
+    "SLURM_NTASKS": "1",
+    "SLURM_NPROCS": "1",
+    "SLURM_NTASKS_PER_NODE": "8",
+    "SLURM_TASKS_PER_NODE": "1",
+    "SLURM_JOB_NUM_NODES": "1",
+    "SLURM_NNODES": "1",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+    "SLURM_STEP_NUM_TASKS": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "1",
+}
 INTERACTIVE_STEP = str(0xFFFFFFFA)
 SCONTROL = """#!/bin/bash
 if [[ "$1 $2 $3" == 'show hostnames n[2-3]' ]]; then printf 'n2\\nn3\\n'
@@ -48,7 +62,7 @@ def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder for stand-ins of SLURM's commands, and no variables of a real launcher."""
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
-    for name in (*SRUN, "SLURM_JOB_NUM_NODES", "SLURM_NPROCS", "SLURM_JOB_END_TIME", *FOREIGN):
+    for name in (*SRUN, *ONE_TASK, "SLURM_JOB_END_TIME", *FOREIGN):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     return tmp_path
@@ -107,7 +121,7 @@ def test_forgotten_srun_is_refused(monkeypatch: pytest.MonkeyPatch, step: str | 
         monkeypatch.setenv("SLURM_STEP_ID", step)
     with pytest.raises(UsageError, match="job 123456 has 12 tasks, but this process was not started by srun"):
         read_launch()
-    monkeypatch.setenv("SLURM_NTASKS", "1")
+    set_variables(monkeypatch, ONE_TASK)
     assert read_launch() == ALONE
 
 
@@ -175,6 +189,52 @@ IN_A_JOB = {"SLURM_JOB_ID": "5", "SLURM_JOB_NUM_NODES": "4"}
 def test_forgotten_srun_is_refused_without_ntasks(monkeypatch: pytest.MonkeyPatch, tasks: dict[str, str]) -> None:
     set_variables(monkeypatch, IN_A_JOB, tasks)
     with pytest.raises(UsageError, match="job 5 has 32 tasks, but this process was not started by srun"):
+        read_launch()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "fault"),
+    [
+        ("SLURM_TASKS_PER_NODE", "8(x4)", "SLURM_NTASKS=1, but SLURM_TASKS_PER_NODE makes 32: it is not clear"),
+        ("SLURM_NPROCS", "32", "SLURM_NTASKS=1, but SLURM_NPROCS makes 32"),
+        ("SLURM_JOB_NUM_NODES", "4", "SLURM_NTASKS=1, but SLURM_JOB_NUM_NODES makes 4"),
+        ("SLURM_NNODES", "4", "SLURM_NTASKS=1, but SLURM_JOB_NUM_NODES makes 4"),
+        ("SLURM_NTASKS", "32", "SLURM job 5 has 32 tasks, but this process was not started by srun"),
+        ("SLURM_PROCID", "2", "SLURM_PROCID=2, but SLURM_STEP_ID is not set, so no srun started this process"),
+        ("SLURM_LOCALID", "1", "SLURM_LOCALID=1, but SLURM_STEP_ID is not set"),
+        ("SLURM_NODEID", "3", "SLURM_NODEID=3, but SLURM_STEP_ID is not set"),
+        ("SLURM_STEP_NUM_TASKS", "4", "SLURM_STEP_NUM_TASKS=4, but SLURM_STEP_ID is not set"),
+        *((name, "", f"{name}='' is not a whole number") for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID")),
+    ],
+)
+def test_a_process_without_srun_that_may_be_one_of_several_is_refused(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str
+) -> None:
+    set_variables(monkeypatch, ONE_TASK)
+    assert read_launch() == ALONE
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=f"^{re.escape(fault)}"):
+        read_launch()
+
+
+@pytest.mark.parametrize("name", ["SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_NPROCS"])
+def test_an_empty_variable_is_named_where_no_other_is_set(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setenv(name, "")
+    with pytest.raises(UsageError, match=f"^{name}='' is not a whole number"):
+        read_launch()
+
+
+def test_a_step_of_several_tasks_without_a_rank_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_variables(monkeypatch, ONE_TASK, {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"})
+    monkeypatch.delenv("SLURM_PROCID")
+    with pytest.raises(UsageError, match=r"^SLURM_STEP_NUM_TASKS=4, but SLURM_PROCID is not set"):
+        read_launch()
+
+
+def test_a_step_whose_size_is_another_than_that_of_its_nodes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    set_variables(monkeypatch, SRUN, {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"})
+    monkeypatch.delenv("SLURM_STEP_TASKS_PER_NODE")
+    with pytest.raises(UsageError, match=r"^SLURM_STEP_NUM_TASKS=1, but SLURM_TASKS_PER_NODE=8\(x4\) makes 32 tasks"):
         read_launch()
 
 

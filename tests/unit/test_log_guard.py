@@ -131,11 +131,18 @@ DAMAGES = {
     "no iteration": b'{"lm_loss": 2.0}',
     "an iteration that is no number": b'{"iteration": "2"}',
     "empty": b"",
+    "nested too deeply": 100_000 * b"[",
+    "a number too large": b'{"iteration": 2, "lm_loss": 1' + 400 * b"0" + b"}",
+    "a skip that is no truth value": b'{"iteration": 2, "lm_loss": 2.0, "grad_norm": 1.0, "score": "x", "skipped": "no"}',
 }
+OF_STEPS = ("a number too large", "a skip that is no truth value")
+"""Of the other files the iteration alone is read at a start."""
+LOGS = ("metrics.jsonl", "steps.jsonl", "bad_steps.jsonl")
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "steps.jsonl", "bad_steps.jsonl"])
-@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    ("name", "damage"), [(name, damage) for damage in DAMAGES for name in (["steps.jsonl"] if damage in OF_STEPS else LOGS)]
+)
 def test_a_damaged_line_is_refused_by_file_and_number(config: RunConfig, name: str, damage: str) -> None:
     path = Path(config.run_dir, name)
     good = {"iteration": 1, "lm_loss": 2.0, "grad_norm": 1.0, "score": None, "skipped": False}
@@ -152,7 +159,46 @@ def test_a_damaged_line_is_refused_by_file_and_number(config: RunConfig, name: s
     check_history(config, "a checkpoint")
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"iterations": 3}', '{"iterations": ["x"]}', '{"other": 1}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"config": null, "from_iteration": "x"}',
+        '{"config": null, "from_iteration": 0}',
+        '{"config": {"checkpoint": 3}, "from_iteration": 0}',
+        '{"config": {"checkpoint": {"save_interval": "2"}}, "from_iteration": 0}',
+        '{"from_iteration": "x"}',
+        '{"from_iteration": 0, "world_size": null}',
+    ],
+)
+@pytest.mark.parametrize("checkpoint", [None, "a checkpoint"])
+def test_a_damaged_launch_is_refused_by_file_and_number(config: RunConfig, line: str, checkpoint: str | None) -> None:
+    path = Path(config.run_dir, "launches.jsonl")
+    path.write_text(line + "\n")
+    with pytest.raises(DataError, match=rf"{path}:1: this line is damaged \(its .*\); delete it"):
+        check_history(config, checkpoint)
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "steps.jsonl", "bad_steps.jsonl", "launches.jsonl", "saves.jsonl"])
+def test_a_folder_in_the_place_of_a_log_is_refused_with_its_path(config: RunConfig, name: str) -> None:
+    path = Path(config.run_dir, name)
+    path.mkdir()
+    with pytest.raises(DataError, match=f"{path} is a folder, not a file of records; move it away"):
+        check_history(config, "a checkpoint")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        100_000 * "[",
+        '{"iterations": "12"}',
+        '{"iterations": [1.5]}',
+        "",
+        "[]",
+        '{"iterations": 3}',
+        '{"iterations": ["x"]}',
+        '{"other": 1}',
+    ],
+)
 def test_a_damaged_list_of_iterations_to_leave_out_is_refused(config: RunConfig, content: str) -> None:
     path = Path(config.run_dir, "skip_iterations.json")
     path.write_text(content)
@@ -173,7 +219,7 @@ def test_a_start_from_iteration_0_keeps_the_records_of_the_one_before(tmp_path: 
     assert path.read_text() == ""
 
 
-@pytest.mark.parametrize("evidence", ["records", "a launch"])
+@pytest.mark.parametrize("evidence", ["records", "a launch", "imported weights", "a save"])
 def test_a_run_that_had_checkpoints_does_not_begin_anew_without_them(config: RunConfig, evidence: str) -> None:
     """A save waits for the one before: a record behind the second, or a launch that went on from one, proves a checkpoint."""
     interval = config.checkpoint.save_interval
@@ -182,8 +228,11 @@ def test_a_run_that_had_checkpoints_does_not_begin_anew_without_them(config: Run
     check_history(config, None)
     if evidence == "records":
         append_record(os.path.join(config.run_dir, "metrics.jsonl"), record(2 * interval + 1))
+    elif evidence == "a save":
+        append_record(os.path.join(config.run_dir, "saves.jsonl"), {"iteration": 2})
     else:
-        append_record(os.path.join(config.run_dir, "launches.jsonl"), {"from_iteration": 5})
+        taken_up = {"from_iteration": 5} if evidence == "a launch" else {"from_iteration": 0, "from_checkpoint": "iter_0000000"}
+        append_record(os.path.join(config.run_dir, "launches.jsonl"), taken_up)
     with pytest.raises(DataError, match=r"had checkpoints, but .*checkpoints has none: bring them back"):
         check_history(config, None)
     check_history(config, "a checkpoint")

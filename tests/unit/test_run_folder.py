@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_ledom.config.load import load_config
-from megatron_ledom.errors import ConfigError, DataError, PlanError, UsageError
+from megatron_ledom.errors import ConfigError, DataError, PlanError, TransientError, UsageError
 from megatron_ledom.pretrain import check_start
 from megatron_ledom.training import run_folder
 from megatron_ledom.training.run_folder import check_still_latest, check_writable, lock_run, warn_of_later_checkpoints
@@ -83,8 +83,12 @@ def test_a_checkpoint_that_the_launch_before_went_past_is_not_taken_up(data: Tin
     check_still_latest(config, None)
     (tmp_path / "checkpoints/iter_0000004").mkdir(parents=True)
     (tmp_path / "checkpoints/latest").write_text("iter_0000004\n")
-    with pytest.raises(RuntimeError, match="iter_0000004 has been saved since this launch chose to go on from None"):
+    with pytest.raises(
+        TransientError,
+        match=r"found no checkpoint to go on from, but another launch saved .*iter_0000004 while it waited; start",
+    ) as caught:
         check_still_latest(config, None)
+    assert caught.value.exit_code == 3
 
 
 def test_checkpoints_behind_the_one_that_latest_names_are_warned_of(
