@@ -2,13 +2,16 @@
 
 import json
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_ledom.inference import ForwardLM, ReverseLM
+from megatron_ledom.inference.completions_engine import CompletionsEngine
 
 
 class Server(ThreadingHTTPServer):
@@ -76,6 +79,22 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: Any) -> None:
         """No lines on stderr."""
+
+
+@contextmanager
+def serving(lm: ForwardLM | ReverseLM) -> Iterator[Server]:
+    server = Server(lm)
+    threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def engine_of(served: tuple[Server, Path, Any], **options: Any) -> CompletionsEngine:
+    server, folder, lm = served
+    server.requests.clear()
+    server.change, server.reply = lambda answer: answer, None
+    return CompletionsEngine(server.url, "tiny", folder, lm.direction, batch_size=2, **options)
 
 
 def first_choice(answer: dict[str, Any]) -> dict[str, Any]:

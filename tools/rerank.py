@@ -5,6 +5,15 @@ import argparse
 
 from megatron_ledom.errors import run_command
 
+TRUST = (
+    "accept scores of a server that names neither tokens nor ids of the prompt: their number alone is checked, so a BOS in front"
+    " with a cut end stays unseen (default: refuse such a server)"
+)
+TOO_LONG = (
+    "texts with more tokens than a model has positions: refuse them at the start (default), or skip them without a score; sampled"
+    " answers that come out longer when they are read again are skipped in both cases, and counted in a warning"
+)
+
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -25,15 +34,15 @@ def build_parser() -> argparse.ArgumentParser:
         )
     text = "send OPENAI_API_KEY to a server by plain http, on which others can read it, although it is not on this machine"
     parser.add_argument("--key-over-http", action="store_true", help=text)
+    parser.add_argument("--trust-token-counts", action="store_true", help=TRUST)
     text = "eod of a public reverse checkpoint, whose config.json records no direction; in this process only"
     parser.add_argument("--reverse-eod-id", type=int, metavar="ID", help=text)
     parser.add_argument("--batch-size", type=int, default=16, help="most sequences at once (default %(default)s)")
     parser.add_argument("--token-values", action="store_true", help="write the ids and log-probabilities of single tokens too")
 
-    text = "replace an output that is there and was made from another input or with other options"
+    text = "replace an output, or unfinished work, that is there and was made from another input or with other options"
     parser.add_argument("--overwrite", action="store_true", help=text)
-    text = "texts with more tokens than a model has positions: refuse them at the start (default), or skip them without a score"
-    parser.add_argument("--too-long", choices=("refuse", "skip"), default="refuse", help=text)
+    parser.add_argument("--too-long", choices=("refuse", "skip"), default="refuse", help=TOO_LONG)
 
     reward = parser.add_argument_group("reward")
     reward.add_argument("--weight", type=float, default=0.5, help="lambda, the reverse model's share (default %(default)s)")

@@ -1,19 +1,24 @@
 """Checks of a completions server's answers: an answer that is not exactly that of the prompt is refused, never believed.
 
 A server that puts a BOS in front of the prompt, cuts it, tokenises it anew, ignores `echo` or serves another model gives
-log-probabilities that look right. Counts, the first value and the tokens that the server names tell these apart.
+log-probabilities that look right. Counts, the first value and the tokens that the server names tell these apart. A BOS in front
+with a cut end leaves counts and first value as they are: a server that names no tokens is refused unless its counts are trusted.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from megatron_ledom.errors import DataError
+from megatron_ledom.inference.completions_client import CompletionsClient
 from megatron_ledom.inference.joint import WORD_MARK, JointTokenizer
 
 ROUNDING = 1e-5
 """A log-probability may exceed 0 by this much, which float32 makes of a probability of 1."""
 FAILED = ("abort", "cancelled", "content_filter", "error", "timeout")
 """Reasons for an end that is neither the model's nor the token limit's."""
+STANDS_FOR_MINUS_INFINITY = -9999.0
+"""What the completions API, and vLLM, write for minus infinity, which JSON lacks. No token of a real model is less likely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +31,13 @@ class Completion:
 
 
 class AnswerChecks:
-    """Checks against what was asked; every refusal names the server. `tokenizer` and `stop_ids` are those of the folder here."""
+    """Checks against what was asked; every refusal names the server. `tokenizer` and `stop_ids` are those of the folder here.
 
-    def __init__(self, url: str, model: str, tokenizer: JointTokenizer, stop_ids: list[int]) -> None:
-        self._url, self._model, self._tokenizer = url, model, tokenizer
+    client: knows the server's address, and hides the API key in what the server says.
+    """
+
+    def __init__(self, client: CompletionsClient, model: str, tokenizer: JointTokenizer, stop_ids: list[int]) -> None:
+        self._client, self._model, self._tokenizer = client, model, tokenizer
         self._pieces = {id_: piece for piece, id_ in tokenizer.vocab.items()}
         self._ends = [self._pieces[id_] for id_ in stop_ids if id_ in self._pieces]
 
@@ -38,30 +46,33 @@ class AnswerChecks:
         model = answer.get("model")
         if isinstance(model, str) and model and model != self._model:
             raise self._refusal(
-                f"for the model {model[:200]!r}, asked for was {self._model!r}",
+                f"for the model {self._quoted(model, 200)}, asked for was {self._model!r}",
                 "name it by --forward-served-as or --reverse-served-as, if it is the right one",
             )
         choices, used = answer.get("choices"), answer.get("usage")
         if not choices or not isinstance(choices, list) or not isinstance(used, dict):
-            raise self._refusal(f"without choices and usage ({str(answer)[:200]!r})", "is it /v1/completions?")
+            raise self._refusal(f"without choices and usage ({self._quoted(str(answer), 200)})", "is it /v1/completions?")
         if len(choices) != 1 or not isinstance(choices[0], dict) or choices[0].get("index") not in (None, 0):
             indices = [choice.get("index") if isinstance(choice, dict) else choice for choice in choices]
-            raise self._refusal(f"with the choices {str(indices)[:200]}, asked for was one, of index 0", "use another server")
+            raise self._refusal(
+                f"with the choices {self._shown(indices, 200)}, asked for was one, of index 0", "use another server"
+            )
         num_read, num_written = used.get("prompt_tokens"), used.get("completion_tokens")
         if type(num_read) is not int or num_read != len(prompt):
             raise self._refusal(
-                f"that says usage.prompt_tokens={num_read!r} for a prompt of {len(prompt)} ids",
+                f"that says usage.prompt_tokens={self._shown(num_read)} for a prompt of {len(prompt)} ids",
                 "a server that adds a BOS, cuts prompts or tokenises them anew gives other probabilities: turn that off there",
             )
         if not max_tokens:  # some servers write a token all the same, which is thrown away
             num_written = num_written if type(num_written) is int else 0
         elif type(num_written) is not int or not 0 <= num_written <= max_tokens:
             raise self._refusal(
-                f"that says usage.completion_tokens={num_written!r}, asked for were at most {max_tokens}", "use another server"
+                f"that says usage.completion_tokens={self._shown(num_written)}, asked for were at most {max_tokens}",
+                "use another server",
             )
         ids = choices[0].get("prompt_token_ids")
-        if isinstance(ids, list) and ids and ids != prompt:
-            raise self._refusal(f"for the prompt ids {str(ids)[:80]}, sent were {str(prompt)[:80]}", "use another server")
+        if ids and ids != prompt:
+            raise self._refusal(f"for the prompt ids {self._shown(ids)}, sent were {str(prompt)[:80]}", "use another server")
         return Completion(choices[0], num_read, num_written)
 
     def text(self, completion: Completion, given: str, max_tokens: int) -> str:
@@ -69,14 +80,16 @@ class AnswerChecks:
         choice = completion.choice
         text, reason = choice.get("text"), choice.get("finish_reason")
         if not isinstance(text, str):
-            raise self._refusal(f"with the text {text!r}, expected a text", "is it /v1/completions, not a chat endpoint?")
+            raise self._refusal(
+                f"with the text {self._shown(text)}, expected a text", "is it /v1/completions, not a chat endpoint?"
+            )
         if reason in FAILED or (reason == "length" and completion.completion_tokens < max_tokens):
             raise self._refusal(
-                f"that ended by {reason!r} after {completion.completion_tokens} of {max_tokens} tokens",
+                f"that ended by {self._shown(reason)} after {completion.completion_tokens} of {max_tokens} tokens",
                 "raise the server's own limit, or lower --max-new-tokens",
             )
         if any("\ud800" <= character <= "\udfff" for character in text):
-            raise self._refusal(f"with half of a surrogate pair in the text {text[:80]!r}", "use another server")
+            raise self._refusal(f"with half of a surrogate pair in the text {self._quoted(text)}", "use another server")
         num_shown = len(self._tokenizer.encode(text)) if given and text.startswith(given) else 0
         if num_shown > completion.completion_tokens + 1:
             raise self._refusal("that repeats the prompt in front of what was written", "turn echo off there")
@@ -84,6 +97,8 @@ class AnswerChecks:
             raise self._refusal(
                 f"that writes the token {end!r} as text", "let the server leave special tokens out of its texts"
             )
+        if self._client.mask.is_told_by(text):
+            raise self._refusal("whose text holds the API key", "use another server, and replace the key")
         return text
 
     def prompt_logprobs(self, completion: Completion, prompt: list[int]) -> tuple[list[float], bool]:
@@ -94,48 +109,82 @@ class AnswerChecks:
             raise self._refusal("without logprobs.token_logprobs", "scores need a server that supports echo with logprobs")
         if len(found) != len(prompt) or found[0] is not None:
             raise self._refusal(
-                f"with {len(found)} log-probabilities, the first {found[0]!r}, for a prompt of {len(prompt)} ids; expected"
+                f"with {len(found)} log-probabilities, the first {self._shown(found[0])}, for a prompt of {len(prompt)} ids; expected"
                 f" {len(prompt)}, the first null",
                 "scores need a server that supports echo with logprobs and max_tokens=0, and adds no BOS",
             )
-        for position, value in enumerate(found[1:], 1):
-            if type(value) not in (int, float) or not -1e30 < value <= ROUNDING:
-                raise self._refusal(
-                    f"with the log-probability {str(value)[:40]} for token {position} of the prompt, expected a number up to 0",
-                    "see that the server's weights are whole and that it gives natural logarithms",
-                )
-        is_told = self._check_tokens(bool(completion.choice.get("prompt_token_ids")), logprobs.get("tokens"), prompt)
-        return [min(0.0, float(value)) for value in found[1:]], is_told
+        values = [self._logprob(value, position) for position, value in enumerate(found[1:], 1)]
+        return values, self._tells_tokens(completion.choice.get("prompt_token_ids") == prompt, logprobs.get("tokens"), prompt)
 
-    def _check_tokens(self, has_ids: bool, names: Any, prompt: list[int]) -> bool:
-        """Refuse tokens of the prompt other than those that were sent; returns False where the server tells neither names nor ids.
+    def unnamed(self) -> DataError:
+        """Return the refusal of a server that does not say which tokens it scored."""
+        return self._refusal(
+            "that does not name the tokens of the prompt, so a BOS in front with a cut end would shift every score unseen",
+            "let it give logprobs.tokens or prompt_token_ids, or pass --trust-token-counts if you know that it takes ids as sent",
+        )
 
-        Names count as none where they are all the same while the ids are not, empty, or bytes of a character.
+    def _logprob(self, value: Any, position: int) -> float:
+        """Return a checked log-probability; what stands for minus infinity becomes it, and no other placeholder is a number."""
+        if value == STANDS_FOR_MINUS_INFINITY:
+            return -math.inf
+        if type(value) not in (int, float) or not STANDS_FOR_MINUS_INFINITY < value <= ROUNDING:
+            raise self._refusal(
+                f"with the log-probability {self._client.shown(str(value), 40)} for token {position} of the prompt, expected a number up to 0"
+                f" and above {STANDS_FOR_MINUS_INFINITY:g}, which stands for minus infinity",
+                "see that the server's weights are whole and that it gives natural logarithms",
+            )
+        return min(0.0, float(value))
+
+    def _tells_tokens(self, has_ids: bool, names: Any, prompt: list[int]) -> bool:
+        """Refuse tokens of the prompt other than those that were sent; returns False where the server leaves one untold.
+
+        Names count as none where they are all the same while the ids are not. The name of a special token, of white space and of
+        a part of a character may be empty.
         """
         if not isinstance(names, list) or len({str(name) for name in names}) < min(2, len(set(prompt))):
             return has_ids
         if len(names) != len(prompt):
             raise self._refusal(f"with {len(names)} tokens for a prompt of {len(prompt)} ids", "use another server")
-        told = [position for position, name in enumerate(names) if isinstance(name, str) and _is_whole(name)]
-        for position in told:
-            name, id_ = names[position], prompt[position]
+        num_compared, num_untold = 0, 0
+        for position, (name, id_) in enumerate(zip(names, prompt, strict=True)):
+            if not isinstance(name, str) or not _is_whole(name):
+                num_untold += not isinstance(name, str) or self._has_whole_text(id_)
+                continue
+            num_compared += 1
             if not self._names(name, id_):
                 raise self._refusal(
-                    f"whose token {position} of the prompt is {name[:40]!r}; sent was id {id_}, {self._pieces.get(id_)!r}",
+                    f"whose token {position} of the prompt is {self._quoted(name, 40)}; sent was id {id_}, {self._pieces.get(id_)!r}",
                     "a server that adds tokens in front or has another tokenizer gives other probabilities: turn that off there",
                 )
-        return has_ids or bool(told)
+        return has_ids or (num_compared > 0 and not num_untold)
+
+    def _has_whole_text(self, id_: int) -> bool:
+        """Return True for an id that a server can name by its text: no special token, white space or part of a character."""
+        return id_ not in self._tokenizer.special_ids and _is_whole(self._text_of(id_))
+
+    def _text_of(self, id_: int) -> str:
+        surface = (self._tokenizer.surfaces or {}).get(id_)
+        return self._tokenizer.decode([id_]) if surface is None else surface.decode("utf-8", "replace")
 
     def _names(self, name: str, id_: int) -> bool:
         """Return True if a server may call the id so: by number, as its piece, or as the text of the piece."""
-        surface = (self._tokenizer.surfaces or {}).get(id_)
-        text = self._tokenizer.decode([id_]) if surface is None else surface.decode("utf-8", "replace")
-        if name in (f"token_id:{id_}", str(id_), self._pieces.get(id_), text) or not _is_whole(text):
+        text = self._text_of(id_)
+        if name in (f"token_id:{id_}", str(id_), self._pieces.get(id_), text, repr(text)[1:-1]):
             return True
+        if not _is_whole(text) and not name.isascii():  # bytes of a character, shown as the character that they end
+            return True
+        text = text.replace("\ufffd", "")
         return _bare(name) in (_bare(text), _bare(self._pieces.get(id_, "")))
 
     def _refusal(self, found: str, advice: str) -> DataError:
-        return DataError(f"{self._url} gave an answer {found}; {advice}")
+        return DataError(f"{self._client.url} gave an answer {found}; {advice}")
+
+    def _shown(self, value: Any, most: int = 80) -> str:
+        """Return what the server sent for a message: without the API key, then cut."""
+        return self._quoted(value, most) if isinstance(value, str) else self._client.shown(str(value), most)
+
+    def _quoted(self, text: str, most: int = 80) -> str:
+        return repr(self._client.shown(text, most))
 
 
 def _is_whole(name: str) -> bool:

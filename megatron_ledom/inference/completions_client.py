@@ -9,6 +9,7 @@ from typing import Any
 import httpx
 
 from megatron_ledom.errors import DataError, TransientError, UsageError
+from megatron_ledom.inference.key_mask import KeyMask
 
 ATTEMPTS = 4
 """How often a request is tried while the server is busy or away; pauses of 1, 2 and 4 seconds lie between."""
@@ -27,15 +28,16 @@ class CompletionsClient:
     def __init__(self, url: str, *, timeout: float = 600.0, key_over_http: bool = False) -> None:
         address = _address(url)
         is_local = _is_loopback(address.host)
-        self.url, self._key = str(address), _api_key()
-        if self._key and address.scheme == "http" and not is_local and not key_over_http:
+        self.url, key = str(address), _api_key()
+        self.mask = KeyMask(key)
+        if key and address.scheme == "http" and not is_local and not key_over_http:
             raise UsageError(
                 f"{KEY} is set, and {self.url} is plain http to another machine, where anyone on the way can read it; use an"
                 f" https address, unset {KEY} if the server needs none, or pass --key-over-http in a network that you trust"
             )
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
-        if self._key:
-            headers["Authorization"] = f"Bearer {self._key}"
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
         try:
             self._http = httpx.Client(
                 headers=headers,
@@ -48,7 +50,7 @@ class CompletionsClient:
             raise UsageError(
                 f"the environment's proxy or certificates (HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE) cannot be used for {self.url}:"
                 f" {self.shown(str(error))}; correct or unset them"
-            ) from error
+            ) from None
 
     def ask(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to one request; a busy server and a broken connection are tried again.
@@ -64,7 +66,7 @@ class CompletionsClient:
             except httpx.TransportError as error:
                 reason = self.shown(f"{type(error).__name__}: {error}")
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise DataError(f"{self.url}: {self.shown(str(error))}; see that it is a completions server") from error
+                raise DataError(f"{self.url}: {self.shown(str(error))}; see that it is a completions server") from None
             else:
                 if not _may_pass(response.status_code):
                     return self._content(response)
@@ -75,11 +77,15 @@ class CompletionsClient:
             f"{self.url} did not answer {ATTEMPTS} times ({reason}); see that the server runs, then start again"
         )
 
-    def shown(self, text: str) -> str:
-        """Return what the server said as the part of a message: one line, printable, short, without the key."""
-        text = text.replace(self._key, "[key]") if self._key else text
-        line = "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
-        return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]} ..."
+    def shown(self, text: str, most: int = SHOWN_CHARACTERS) -> str:
+        """Return what the server said as the part of a message: one line, printable, short, without the key.
+
+        Every text of a server that a message quotes passes here. The key is masked before the text is cut: of a key that is cut
+        first, the rest would be shown.
+        """
+        masked = self.mask.masked(text)
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(masked.split()))
+        return line if len(line) <= most else f"{line[:most]} ..."
 
     def _content(self, response: httpx.Response) -> dict[str, Any]:
         if response.has_redirect_location:
@@ -92,10 +98,10 @@ class CompletionsClient:
             raise DataError(f"{self.url} refuses the request: {response.status_code} {said}")
         try:
             answer = json.loads(response.content)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, RecursionError):
             kind = self.shown(response.headers.get("content-type", "no content type"))
             said = self.shown(response.content.decode("utf-8", "replace"))
-            raise DataError(f"{self.url} answered with {kind} that is not JSON: {said!r}; is it /v1/completions?") from error
+            raise DataError(f"{self.url} answered with {kind} that is not JSON: {said!r}; is it /v1/completions?") from None
         if not isinstance(answer, dict):
             raise DataError(
                 f"{self.url} answered with a {type(answer).__name__}, expected an object: {self.shown(str(answer))};"

@@ -33,9 +33,10 @@ class CompletionsEngine(RemoteEngine):
 
     url: up to and without `/completions`, as in `http://localhost:8000/v1`. model: its name on the server. folder: the served
     model's folder, for tokenizer and direction; its weights are not read. The key of the API, if any, is in the environment
-    variable OPENAI_API_KEY; key_over_http allows it on plain http to another machine. An answer that is written in steps differs
-    from one that is written at once with the same seed, because the server begins its random numbers anew with each request;
-    each is repeatable if the server keeps to `seed`.
+    variable OPENAI_API_KEY; key_over_http allows it on plain http to another machine. trust_token_counts accepts scores of a
+    server that does not name the tokens which it scored: only their number can be checked then. An answer that is written in
+    steps differs from one that is written at once with the same seed, because the server begins its random numbers anew with
+    each request; each is repeatable if the server keeps to `seed`.
     """
 
     def __init__(
@@ -48,12 +49,13 @@ class CompletionsEngine(RemoteEngine):
         batch_size: int = 16,
         timeout: float = 600.0,
         key_over_http: bool = False,
+        trust_token_counts: bool = False,
     ) -> None:
         check_batch_size(batch_size)
         self._client = CompletionsClient(url, timeout=timeout, key_over_http=key_over_http)
-        self._model, self._batch_size = model, batch_size
+        self._model, self._batch_size, self._trusts_counts = model, batch_size, trust_token_counts
         super().__init__(RemoteText.from_pretrained(folder, direction))
-        self._checks = AnswerChecks(self._client.url, model, self._text.tokenizer, self._text.stop_ids)
+        self._checks = AnswerChecks(self._client, model, self._text.tokenizer, self._text.stop_ids)
         self._lock, self._takes_ids_field, self._has_warned = Lock(), True, False
 
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:
@@ -86,6 +88,8 @@ class CompletionsEngine(RemoteEngine):
             self._takes_ids_field = False
             answer = self._ask(span.tokens, **asked)
         values, is_told = self._checks.prompt_logprobs(answer, span.tokens)
+        if not is_told and not self._trusts_counts:
+            raise self._checks.unnamed()
         if not is_told:
             self._warn_once()
         return values[span.num_context - 1 :]

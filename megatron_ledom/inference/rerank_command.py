@@ -6,16 +6,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import UsageError
+from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.inference.completions_engine import CompletionsEngine
 from megatron_ledom.inference.engine import Engine, StepDelimiter
 from megatron_ledom.inference.forward_lm import ForwardLM
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.language_model import SAY_REVERSE_EOD
+from megatron_ledom.inference.language_model import SAY_REVERSE_EOD, read_model_config
 from megatron_ledom.inference.model_facts import check_unchanged, folder_facts, surroundings
 from megatron_ledom.inference.rerank_file import rerank_file
 from megatron_ledom.inference.rerank_part import spent_file
-from megatron_ledom.inference.rerank_settings import RerankSettings
+from megatron_ledom.inference.rerank_settings import SKIP, RerankSettings
 from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.reverse_reward import RewardSettings
 from megatron_ledom.inference.scoring import check_batch_size
@@ -37,6 +37,7 @@ def rerank_command(options: Options) -> None:
     settings = settings_from(options)
     check_batch_size(options["batch_size"])
     folders = {side: folder_facts(Path(options[side])) for side in ("forward", "reverse")}
+    _check_not_swapped(options)
 
     def engines() -> tuple[Engine, Engine]:
         """Return both models, loaded from the folders as they were found."""
@@ -61,6 +62,8 @@ def rerank_command(options: Options) -> None:
     paths = (options["input"], options["output"])
     rerank_file(engines, *paths, settings, made_by=made_by, overwrite=options["overwrite"])
     print(told(Path(options["output"])), file=sys.stderr)
+    if warning := skip_warning(Path(options["output"])):
+        print(warning, file=sys.stderr)
 
 
 def told(output: Path) -> str:
@@ -81,6 +84,34 @@ def told(output: Path) -> str:
     )
 
 
+def skip_warning(output: Path) -> str | None:
+    """Return the warning of a complete output whose candidates were skipped in part, with their share; None if none was."""
+    spent = json.loads(output.with_name(f"{output.name}.spent.json").read_text(encoding="utf-8"))
+    num_skipped, num_candidates = spent["num_skipped"], spent["num_candidates"]
+    if not num_skipped:
+        return None
+    settings = spent["made_by"]["settings"]
+    reason = "they are too long for a model"
+    if settings["sampling"] is not None and settings["too_long"] != SKIP:
+        reason = "these answers came out longer when they were read again to be scored, which --too-long refuse cannot foresee"
+    remedy = "shorten them" if settings["sampling"] is None else "lower --max-new-tokens or shorten the prompts"
+    return (
+        f"warning: {num_skipped:,} of {num_candidates:,} candidates ({100 * num_skipped / num_candidates:.1f} %) have no score and"
+        f" rank last: {reason}; {remedy}"
+    )
+
+
+def _check_not_swapped(options: Options) -> None:
+    """Refuse the folder of a reverse model as --forward beside one of a forward model as --reverse."""
+    found = {side: read_model_config(Path(options[side])).get("direction") for side in ("forward", "reverse")}
+    is_forward = found["reverse"] == "forward" or (found["reverse"] is None and options["reverse_eod_id"] is None)
+    if found["forward"] == "reverse" and is_forward:
+        raise MismatchError(
+            f"--forward and --reverse are swapped: {options['forward']} is a reverse model and {options['reverse']} a forward"
+            " one, by their config.json; exchange the two folders"
+        )
+
+
 def _engines(options: Options) -> tuple[Engine, Engine]:
     """The forward and the reverse engine. Servers come first: what is wrong with them costs no loading of a model."""
     order = (Direction.REVERSE, Direction.FORWARD)
@@ -94,7 +125,13 @@ def _engine(options: Options, direction: Direction) -> Engine:
     folder, url, name = (options[f"{direction}{ending}"] for ending in ("", "_server", "_served_as"))
     if url is not None:
         return CompletionsEngine(
-            url, name or folder, folder, direction, batch_size=options["batch_size"], key_over_http=options["key_over_http"]
+            url,
+            name or folder,
+            folder,
+            direction,
+            batch_size=options["batch_size"],
+            key_over_http=options["key_over_http"],
+            trust_token_counts=options["trust_token_counts"],
         )
     with_vllm = [side for side in ("forward", "reverse") if options[f"{side}_engine"] == "vllm"]
     if direction in with_vllm:

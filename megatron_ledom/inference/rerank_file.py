@@ -47,8 +47,8 @@ def rerank_file(
     """Rank the candidates of each line, or write them first; returns the number of lines.
 
     engines: gives the forward and the reverse engine, once the whole input is known to be well formed. made_by: what else the
-    output depends on, such as the models' folders and the batch size; a resumed run must say the same. overwrite: an output that
-    was made otherwise may be replaced; one that is complete is left alone without it.
+    output depends on, such as the models' folders and the batch size; a resumed run must say the same. overwrite: an output or
+    unfinished work that was made otherwise may be replaced; one that is complete is left alone without it.
 
     What is finished is kept in `<output>.part` with `<output>.part.notes`, which holds the settings and what was spent; the
     same call goes on from there. At the end the output gets its name, and `<output>.spent.json` tells the cost. Where the
@@ -80,7 +80,7 @@ def _rerank_into(
         print(f"{output_path} is complete; nothing to do", file=sys.stderr)
         return
     windows = list(_windows(records, settings))
-    num_done = part.resume(windows)
+    num_done = part.resume(windows, overwrite=overwrite)
     forward, reverse = engines()
     skips = SkipLog()
     windows = [*windows[:num_done], *with_faults(windows[num_done:], forward, reverse, settings, skips)]

@@ -16,6 +16,10 @@ log = logging.getLogger(__name__)
 WRITTEN = ("greedy", "scores", "ranking", "best", "search", "num_skipped", "skipped")
 """Fields that ranking writes, over those of an input that was ranked before."""
 
+LEAST_MEAN = -100.0
+"""Log-probability of a token on average below which a large given sum was not made of real ones: samplers write -9999 or -1e29
+for minus infinity."""
+
 
 @dataclass(frozen=True, slots=True)
 class Record:
@@ -91,7 +95,10 @@ def _parse_record(line: bytes, number: int, where: str, sampled: bool) -> Record
     if given == [] and isinstance(skipped, str):
         return Record(number, where, prompt, [], _writable(fields, where), prompt_fault=skipped)
     if not isinstance(given, list) or not given:
-        raise DataError(f'{where}: expected a list of at least one answer under "candidates"; or let the model sample them')
+        raise DataError(
+            f'{where}: expected a list of at least one answer under "candidates"; add one, or pass --sample N to'
+            " let the forward model write N"
+        )
     candidates = [_parse_candidate(item, f"{where}: candidate {i}") for i, item in enumerate(given)]
     return Record(number, where, prompt, candidates, _writable(fields, where))
 
@@ -145,4 +152,10 @@ def _parse_candidate(item: Any, where: str) -> Candidate:
         )
     if num_tokens is not None and (type(num_tokens) is not int or num_tokens < 0):
         raise DataError(f"{where}: forward_tokens={num_tokens!r} is no number of tokens; correct or remove it")
+    most_tokens = len(item["text"].encode("utf-8", "replace")) if num_tokens is None else num_tokens
+    if logprob <= -9999 and logprob < LEAST_MEAN * most_tokens:
+        raise DataError(
+            f"{where}: forward_logprob={repr(logprob)[:40]} for {most_tokens} tokens at most holds a placeholder for minus infinity;"
+            " remove it, and the forward model scores the answer"
+        )
     return Candidate(item["text"], float(logprob), num_tokens)

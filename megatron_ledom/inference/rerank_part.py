@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -49,17 +50,21 @@ class Part:
         self._report = spent_file(output)
         self._made_by = json.loads(json.dumps(made_by, default=sorted, allow_nan=False))
         self._windows: list[dict[str, float]] = []
+        self._is_stale = False
 
     def is_complete(self, records: list[Record], *, overwrite: bool) -> bool:
         """Return True if the output is there already, from the same input and settings; refuse another unless `overwrite`."""
         if not self._output.exists() or overwrite:
             return False
-        made_by = self._recorded()
         advice = "pass --overwrite to replace it, or name another output"
         if self._part.exists():
             raise UsageError(f"{self._output} is there and was being replaced ({self._part}); {advice}")
-        if made_by is None:
+        if not self._report.is_file():
             raise UsageError(f"{self._output} is there already, and no {self._report.name} tells how it was made; {advice}")
+        try:
+            made_by = self._recorded()
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{self._output} is there already, and {self._report} is damaged ({error}); {advice}") from error
         if made_by != self._made_by:
             raise UsageError(f"{self._output} was made otherwise ({difference(made_by, self._made_by)}); {advice}")
         with self._output.open("rb") as lines:
@@ -69,15 +74,31 @@ class Part:
         self._notes.unlink(missing_ok=True)  # of a run that was killed in its very last moment
         return True
 
-    def _recorded(self) -> dict[str, Any] | None:
-        try:
-            made_by = json.loads(self._report.read_bytes())["made_by"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-        return made_by if isinstance(made_by, dict) else None
+    def _recorded(self) -> dict[str, Any]:
+        """Return how a complete output was made. Raises ValueError or TypeError where its report lacks a field that is read."""
+        report = json.loads(self._report.read_bytes())
+        if not isinstance(report, dict) or not isinstance(report.get("made_by"), dict):
+            raise TypeError("it has no made_by")
+        for name in (*SUMS, *COUNTS):
+            if type(report.get(name)) not in (int, float):
+                raise TypeError(f"{name} is {str(report.get(name))[:40]}, expected a number")
+        return dict(report["made_by"])
 
-    def resume(self, windows: list[list[Record]]) -> int:
-        """Cut what an earlier run left to whole windows, check that it belongs to this input; returns how many there are."""
+    def resume(self, windows: list[list[Record]], *, overwrite: bool = False) -> int:
+        """Cut what an earlier run left to whole windows, check that it belongs to this input; returns how many there are.
+
+        overwrite: work that was begun otherwise is replaced as soon as there is something to replace it, in place of an error.
+        """
+        try:
+            return self._resume(windows)
+        except (MismatchError, DataError) as error:
+            if not overwrite:
+                raise type(error)(f"{error}, or pass --overwrite to start again") from error
+            print(f"{error}: --overwrite starts again", file=sys.stderr)
+            self._is_stale = True
+            return 0
+
+    def _resume(self, windows: list[list[Record]]) -> int:
         notes = self._read_notes() if self._part.is_file() else []
         if not notes:  # nothing was begun, or a run ended in its very last moment
             self._part.unlink(missing_ok=True)
@@ -86,8 +107,7 @@ class Part:
         made_by = json.loads(notes[0])["made_by"]
         if made_by != self._made_by:
             raise MismatchError(
-                f"{self._part} was begun otherwise ({difference(made_by, self._made_by)}); say the same to go on, or remove"
-                f" {self._notes}"
+                f"{self._part} was begun otherwise ({difference(made_by, self._made_by)}); give the same options to go on"
             )
         finished = windows[: len(notes) - 1]
         records = list(chain.from_iterable(finished))
@@ -97,7 +117,7 @@ class Part:
                 line = lines.readline()
                 if not is_ranked_line(record, line):
                     raise MismatchError(
-                        f"{self._part} was made from another input than {record.where}; remove it to start again"
+                        f"{self._part} was made from another input than {record.where}; give the same input to go on"
                     )
                 num_bytes += len(line)
         self._windows = [json.loads(line) for line in notes[1 : len(finished) + 1]]
@@ -116,12 +136,16 @@ class Part:
                 missing = {"made_by"} - set(found) if number == 0 else {*SUMS, *COUNTS} - set(found)
                 if missing:
                     raise ValueError(f"line {number + 1} has no {sorted(missing)[0]}")
+                wrong = [name for name, value in found.items() if not isinstance(value, (int, float) if number else dict)]
+                if wrong:
+                    raise ValueError(f"line {number + 1} has {wrong[0]}={str(found[wrong[0]])[:40]}")
         except (ValueError, TypeError) as error:
-            raise DataError(f"{self._notes} is damaged ({error}); remove it to start again") from error
+            raise DataError(f"{self._notes} is damaged ({error}); name another output") from error
         return notes
 
     def append(self, window: Window) -> None:
         """Add a window. The notes count it only when its lines are safe on the disk."""
+        self._remove_stale()
         self._windows.append({**window.counts(), **window.spent})
         note = json_line(dict(self._windows[-1]))
         if not self._notes.exists():
@@ -134,6 +158,7 @@ class Part:
         total: dict[str, Any] = {name: math.fsum(window[name] for window in self._windows) for name in SUMS}
         total |= {name: sum(int(window[name]) for window in self._windows) for name in COUNTS}
         report = {**total, "made_by": self._made_by}
+        self._remove_stale()
         try:
             self._part.touch()
             self._report.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
@@ -141,6 +166,13 @@ class Part:
             self._notes.unlink(missing_ok=True)
         except OSError as error:
             raise cannot_write(error, str(self._output)) from error
+
+    def _remove_stale(self) -> None:
+        """Remove unfinished work that is replaced: not earlier, so that a run which fails at its start loses none."""
+        if self._is_stale:
+            self._notes.unlink(missing_ok=True)
+            self._part.unlink(missing_ok=True)
+            self._is_stale = False
 
 
 def _append(path: Path, content: bytes) -> None:

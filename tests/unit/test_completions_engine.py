@@ -23,10 +23,12 @@ from tests.completions_server import (
     Server,
     broken_chunk,
     cut_body,
+    engine_of,
     first_choice,
     hang_up,
     no_http,
     send,
+    serving,
     with_choice,
     with_logprobs,
     with_usage,
@@ -42,19 +44,8 @@ PAIRS = [(PROMPT, "The cat"), ("The capital of Par", "is"), (PROMPT, "The cat"),
 def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path, Any]]:
     folder = random_model_folder(tmp_path_factory.mktemp("models") / request.param, "byte_level", request.param)
     lm = (ForwardLM if request.param == "forward" else ReverseLM).from_pretrained(folder, device="cpu")
-    server = Server(lm)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server, folder, lm
-    server.shutdown()
-    server.server_close()
-
-
-def engine_of(served: tuple[Server, Path, Any]) -> CompletionsEngine:
-    server, folder, lm = served
-    server.requests.clear()
-    server.change, server.reply = lambda answer: answer, None
-    return CompletionsEngine(server.url, "tiny", folder, lm.direction, batch_size=2)
+    with serving(lm) as server:
+        yield server, folder, lm
 
 
 @pytest.mark.parametrize("include_end", [False, True])
@@ -246,7 +237,10 @@ def test_tokens_named_by_text_are_compared_and_a_server_that_names_none_is_told(
     assert [score.logprob for score in engine.score(PAIRS)] == pytest.approx([score.logprob for score in expected], abs=1e-3)
     assert capsys.readouterr().err == ""
     served[0].change = lambda a: with_logprobs(a, lambda v: ["x"] * len(v), "tokens")
-    engine.score(PAIRS)
+    with pytest.raises(DataError, match=r"does not name the tokens of the prompt, .*--trust-token-counts"):
+        engine.score(PAIRS)
+    trusting = CompletionsEngine(served[0].url, "tiny", served[1], served[2].direction, trust_token_counts=True)
+    trusting.score(PAIRS)
     assert capsys.readouterr().err.count("does not name the tokens of the prompts") == 1
     served[0].names_ids = True
 

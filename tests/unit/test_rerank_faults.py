@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, TransientError, UsageError
+from megatron_ledom.errors import DataError, MismatchError, TransientError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.engine import StepDelimiter, root
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.remote_text import RemoteText
-from megatron_ledom.inference.rerank_command import told
+from megatron_ledom.inference.rerank_command import skip_warning, told
 from megatron_ledom.inference.rerank_file import rerank_file
+from megatron_ledom.inference.rerank_part import COUNTS, SUMS
 from megatron_ledom.inference.rerank_settings import RerankSettings
 from megatron_ledom.inference.reverse_reward import Candidate, RewardSettings, rank, score_questions
 from megatron_ledom.inference.scoring import SpanScore
@@ -154,6 +155,10 @@ def test_an_answer_that_grows_when_it_is_read_again_ends_no_run_that_was_found_t
     rerank_file(lambda: engines_of(models), source, tmp_path / "out.jsonl", RerankSettings(sampling=sampling))
     (line,) = read_lines(tmp_path / "out.jsonl")
     assert line["num_skipped"] > 0
+    warning = skip_warning(tmp_path / "out.jsonl")
+    assert warning is not None
+    assert f"warning: {line['num_skipped']} of 8 candidates ({12.5 * line['num_skipped']:.1f} %) have no score" in warning
+    assert "which --too-long refuse cannot foresee; lower --max-new-tokens" in warning
 
 
 def test_a_batch_is_divided_where_its_rows_fit_one_by_one(models: tuple[ForwardLM, ReverseLM]) -> None:
@@ -266,7 +271,76 @@ def test_half_of_a_surrogate_pair_in_another_field_is_kept(models: tuple[Forward
     assert rerank_file(never, source, output, RerankSettings()) == 2  # and it is found to be the same input
 
 
-@pytest.mark.parametrize("notes", ["{}\n", "[]\n", '{"made_by"\n', '{"made_by": {}}\n{"seconds": 1}\n'])
+def test_a_report_without_a_field_is_named_and_not_taken_for_a_complete_run(
+    models: tuple[ForwardLM, ReverseLM], tmp_path: Path
+) -> None:
+    source, output = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]}), tmp_path / "out.jsonl"
+    rerank_file(lambda: engines_of(models), source, output, RerankSettings())
+    report = tmp_path / "out.jsonl.spent.json"
+    whole = json.loads(report.read_text())
+    for name in (*SUMS, *COUNTS):
+        for broken in ({**whole, name: None}, {key: value for key, value in whole.items() if key != name}, [], {"made_by": 1}):
+            report.write_text(json.dumps(broken))
+            with pytest.raises(UsageError, match=r"spent\.json is damaged .*pass --overwrite"):
+                rerank_file(never, source, output, RerankSettings())
+
+
+def no_model() -> tuple[TransformersEngine, TransformersEngine]:
+    raise UsageError("no model")
+
+
+def test_unfinished_work_of_other_settings_is_replaced_with_overwrite_alone(
+    models: tuple[ForwardLM, ReverseLM], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = {"prompt": "x", "candidates": ["y"]}, {"prompt": "x", "candidates": ["broken"]}
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    other = RerankSettings(window_candidates=1, reward=RewardSettings(weight=1.0))
+
+    class Failing(TransformersEngine):
+        """Fails at one answer."""
+
+        def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
+            if any("broken" in following for _, following in pairs):
+                raise DataError("broken weights")
+            return super().score(pairs, include_end=include_end)
+
+    def begin() -> None:
+        write_lines(source, good, bad)
+        with pytest.raises(DataError, match=r"in\.jsonl:2: broken"):
+            rerank_file(
+                lambda: (TransformersEngine(models[0]), Failing(models[1])), source, output, RerankSettings(window_candidates=1)
+            )
+        write_lines(source, good, good)
+
+    begin()
+    with pytest.raises(MismatchError, match=r"was begun otherwise \(weight was 0\.5, is 1\.0\); .* pass --overwrite") as caught:
+        rerank_file(never, source, output, other)
+    assert "notes" not in str(caught.value)
+    with pytest.raises(UsageError, match="no model"):
+        rerank_file(no_model, source, output, other, overwrite=True)
+    assert len(read_lines(tmp_path / "out.jsonl.part")) == 1  # a run that fails at its start removes nothing
+    assert rerank_file(lambda: engines_of(models), source, output, other, overwrite=True) == 2
+    rerank_file(lambda: engines_of(models), source, tmp_path / "plain.jsonl", other)
+    assert output.read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
+    assert "was begun otherwise" in capsys.readouterr().err
+    output.unlink()
+    begin()
+    write_lines(source, {**good, "prompt": "z"}, good)
+    with pytest.raises(MismatchError, match=r"another input than .*pass --overwrite"):
+        rerank_file(never, source, output, RerankSettings(window_candidates=1))
+    assert rerank_file(lambda: engines_of(models), source, output, RerankSettings(window_candidates=1), overwrite=True) == 2
+    assert sorted(path.name for path in tmp_path.iterdir() if "part" in path.name) == []
+
+
+@pytest.mark.parametrize("given", [-1e29, -9999.0, -10012.5])
+def test_a_given_log_probability_that_holds_a_placeholder_is_refused(given: float, tmp_path: Path) -> None:
+    candidates = [{"text": "two words", "forward_logprob": given, "forward_tokens": 2}]
+    source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": candidates})
+    with pytest.raises(DataError, match=r"in\.jsonl:1: candidate 0: forward_logprob=.* placeholder for minus infinity"):
+        rerank_file(never, source, tmp_path / "out.jsonl", RerankSettings())
+
+
+@pytest.mark.parametrize("notes", ["{}\n", "[]\n", '{"made_by"\n', '{"made_by": {}}\n{"seconds": 1}\n', '{"made_by": 3}\n'])
 def test_damaged_notes_are_named(notes: str, tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})
     (tmp_path / "out.jsonl.part").write_text("")

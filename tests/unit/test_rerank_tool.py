@@ -148,6 +148,7 @@ def test_rerank_samples_and_repeats_with_a_seed(
         ({"--seed": "1"}, 2, "--seed needs --sample"),
         ({"--reverse": "FORWARD"}, 1, "ReverseLM needs a reverse one"),
         ({"--forward": "REVERSE"}, 1, "ForwardLM needs a forward one"),
+        ({"--forward": "REVERSE", "--reverse": "FORWARD"}, 1, "--forward and --reverse are swapped"),
         ({"--forward": "no-folder"}, 2, "no-folder is no model folder"),
         ({"--output": "in.jsonl/out.jsonl"}, 2, "in.jsonl is no folder"),
         ({"--too-long": "cut"}, 2, "invalid choice"),
@@ -170,6 +171,15 @@ def test_bad_input_has_its_message_and_exit_code_and_leaves_nothing(
     assert run_here(monkeypatch, "rerank.py", *arguments) == code
     assert message in capsys.readouterr().err
     assert [path.name for path in source.parent.iterdir()] == ["in.jsonl"]
+
+
+def test_lines_without_candidates_are_told_the_option_that_writes_them(
+    folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"prompt": "The capital of"}\n')
+    paths = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
+    assert run_here(monkeypatch, "rerank.py", "--forward", folders[0], "--reverse", folders[1], *paths) == 1
+    assert "pass --sample N to let the forward model write N" in capsys.readouterr().err
 
 
 def test_generate_refuses_a_forward_model_and_an_empty_text(
