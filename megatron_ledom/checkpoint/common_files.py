@@ -18,4 +18,4 @@ def save_backends(folder: str) -> None:
         "common_backend_version": 1,
     }
     with open(os.path.join(folder, BACKENDS), "w", encoding="utf-8") as file:
-        json.dump(formats, file)
+        json.dump(formats, file, allow_nan=False)

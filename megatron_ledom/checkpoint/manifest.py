@@ -97,7 +97,7 @@ def save_manifest(manifest: CheckpointManifest, folder: str) -> None:
     values = {**asdict(manifest), "provenance": None, **manifest.provenance.to_dict()}
     del values["provenance"]
     with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as file:
-        json.dump({**values, OWN_HASH: _hash(values)}, file, indent=2)
+        json.dump({**values, OWN_HASH: _hash(values)}, file, indent=2, allow_nan=False)
         file.flush()
         os.fsync(file.fileno())
 

@@ -62,7 +62,7 @@ def write_config(folder: str, name: str, hf_config: PreTrainedConfig) -> None:
 
 def write_cards(folder: str, name: str, card: dict[str, Any]) -> None:
     """The verification card: `name` as JSON, VERIFICATION.md for people."""
-    write_synced(os.path.join(folder, name), (json.dumps(card, indent=2) + "\n").encode())
+    write_synced(os.path.join(folder, name), (json.dumps(card, indent=2, allow_nan=False) + "\n").encode())
     write_synced(os.path.join(folder, "VERIFICATION.md"), _as_markdown(card).encode())
 
 

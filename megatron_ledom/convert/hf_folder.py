@@ -59,7 +59,7 @@ class WeightsWriter:
                 files[name] = self._write_file(name, tensors_inside, stream, threads)
             sums = {name: file.sums()["sha256"] for name, file in files.items()}
         if len(self._files) > 1:
-            content = json.dumps(self._index, indent=2).encode()
+            content = json.dumps(self._index, indent=2, allow_nan=False).encode()
             write_synced(os.path.join(self.folder, INDEX), content)
             sums[INDEX] = hashlib.sha256(content).hexdigest()
         return sums

@@ -33,11 +33,16 @@ def write_whole(path: str | Path, data: bytes) -> None:
     """Write a small file so that it is there whole or not at all; a link is followed. Raise OSError, UsageError of `real_path`."""
     real = real_path(path)
     part = f"{real}{PART_SUFFIX}"
-    with open(part, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(part, real)
+    try:
+        with open(part, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(part, real)
+    except OSError:
+        with contextlib.suppress(OSError):  # its bytes may be those that the disk lacks
+            os.unlink(part)
+        raise
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
@@ -45,8 +50,6 @@ def write_file(path: str | Path, content: str | bytes) -> None:
     try:
         write_whole(path, content.encode() if isinstance(content, str) else content)
     except OSError as error:
-        with contextlib.suppress(OSError):  # its bytes may be those that the disk lacks
-            os.unlink(part)
         raise cannot_write(error, str(path)) from error
 
 
