@@ -13,14 +13,13 @@ import orjson
 from megatron_ledom.data import tables, web_archive
 from megatron_ledom.data.bad_records import BadRecordError, too_large
 from megatron_ledom.data.inputs import COMPRESSED_BLOCK, InputPath, Stretch
-from megatron_ledom.data.json_lines import check_is_lines, check_text, loads_leniently
+from megatron_ledom.data.json_lines import BYTE_ORDER_MARK, check_is_lines, check_text, loads_leniently
 from megatron_ledom.data.shard import InputFile
 from megatron_ledom.data.streams import MAX_RECORD_BYTES, LineReader, Progress, decompressed_blocks, plain_blocks, raw_blocks
 from megatron_ledom.data.text_template import TextTemplate
 from megatron_ledom.errors import DataError
 
 BATCH_BYTES = 1 << 20
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_MESSAGES = 10  # bad records of a stretch that are described one by one
 
 OnError = Literal["fail", "skip"]
@@ -101,7 +100,7 @@ class RecordReader:
         for block in reader.blocks():
             batch = TextBatch(position=reader.progress.num_bytes)
             if block.is_first_of_file:
-                check_is_lines(self.stretch.source.path, reader.head)
+                check_is_lines(self.stretch.source.path, reader.head, block.lines)
             if block.too_long is not None:
                 bad_line = too_large(block.too_long, self.settings.max_record_bytes)
                 self._reject(bad_line, block.first)
@@ -168,11 +167,7 @@ class RecordReader:
             yield block
 
     def _texts(self, kind: Literal["parquet", "arrow", "warc"]) -> Iterator[TextBatch]:
-        module = web_archive if kind == "warc" else tables
-        read, template = self.settings, self.settings.template
-        key = read.text_key if template is None or kind == "warc" else template.fields[0]
-        keep_records = read.keep_records or template is not None
-        for rows in module.read_rows(self.stretch, key, keep_records, self._progress, read.max_record_bytes):
+        for rows in self._rows(kind):
             batch = TextBatch(position=rows.position)
             for number, content in enumerate(rows.texts):
                 place = f"{self.stretch.source.path}: {rows.unit} {rows.first + number + 1}"
@@ -183,6 +178,21 @@ class RecordReader:
                     continue
                 self._add(batch, text, record, place)
             yield batch
+
+    def _rows(self, kind: Literal["parquet", "arrow", "warc"]) -> Iterator[tables.Rows]:
+        read, template = self.settings, self.settings.template
+        if kind == "warc":
+            keep_records = read.keep_records or template is not None
+            return web_archive.read_rows(self.stretch, read.text_key, keep_records, self._progress, read.max_record_bytes)
+        request = tables.Request(
+            stretch=self.stretch,
+            keys=(read.text_key,) if template is None else tuple(template.fields),
+            option="--text-key" if template is None else "--text-template",
+            with_records=read.keep_records or template is not None,
+            all_columns=read.keep_records,
+            max_record_bytes=read.max_record_bytes,
+        )
+        return tables.read_rows(request, self._progress)
 
     def _row(
         self, content: bytes | BadRecordError | None, record: Mapping[str, Any] | BadRecordError | None

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -17,6 +17,7 @@ import orjson
 from megatron_ledom.data.bad_records import BadRecordError
 from megatron_ledom.errors import DataError, UsageError
 
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MOST_NESTED = 20_000
 """Brackets within each other that are read; the standard library takes some 150 bytes of the stack for each."""
 MOST_DIGITS = 4_000
@@ -65,18 +66,40 @@ def _check_utf8(line: bytes) -> None:
         raise BadRecordError("invalid_utf8", f"invalid UTF-8 ({error.reason} at byte {error.start})") from None
 
 
-def check_is_lines(path: str, head: bytes) -> None:
-    """Refuse a file that begins as a JSON array or as an object over several lines; head: its first bytes."""
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if ARRAY.match(start):
+def check_is_lines(path: str, head: bytes, lines: Sequence[bytes]) -> None:
+    """Refuse a file that begins as a JSON array or as an object over several lines; head: its first bytes; lines: its first ones."""
+    start = head.removeprefix(BYTE_ORDER_MARK).lstrip()
+    is_over_lines = _is_over_lines(b"\n".join(lines).removeprefix(BYTE_ORDER_MARK).strip())
+    if ARRAY.match(start) or (is_over_lines and start.startswith(b"[")):
         found, program = "JSON arrays", ".[]"
-    elif OBJECT_OVER_LINES.match(start):
+    elif OBJECT_OVER_LINES.match(start) or is_over_lines:
         found, program = "JSON objects over several lines (pretty-printed)", "."
     else:
         return
     raise DataError(
         f"{path} holds {found}, expected one object a line; convert it, for example with: jq -c '{program}' {path} > NEW.jsonl"
     )
+
+
+def _is_over_lines(content: bytes) -> bool:
+    """Return whether the first value of some whole lines ends on a later line than it begins, or goes on behind all of them."""
+    first, newline, _ = content.partition(b"\n")
+    if not newline or not first.startswith((b"{", b"[")):
+        return False
+    try:
+        orjson.loads(first)
+    except orjson.JSONDecodeError:
+        pass
+    else:
+        return False
+    text = content.decode("utf-8", "replace")
+    try:
+        _, end = json.JSONDecoder(parse_int=_integer).raw_decode(text)
+    except json.JSONDecodeError as error:
+        return error.pos >= len(text) - 1
+    except RecursionError:
+        return False
+    return "\n" in text[:end]
 
 
 def refuse_saved_datasets(paths: Iterable[str]) -> None:

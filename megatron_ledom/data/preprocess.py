@@ -45,7 +45,7 @@ from megatron_ledom.data.shard import (
 )
 from megatron_ledom.data.stop_signal import sigterm_as_interrupt
 from megatron_ledom.data.streams import MAX_RECORD_BYTES
-from megatron_ledom.data.text_template import template_of
+from megatron_ledom.data.text_template import option_to_check, template_of
 from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.data.worker_pool import ordered_map
 from megatron_ledom.direction import Direction
@@ -382,7 +382,8 @@ def _make_shard(
         if not writer.num_documents and work.num_tasks == 1:
             store.remove()
             reasons = dict(sorted(sums.skipped.items()))
-            raise DataError(f"no document with a token in {len(work.sources)} input files (skipped: {reasons}); check --input")
+            advice = option_to_check(work.read.template, work.read.text_key, reasons)
+            raise DataError(f"no document with a token in {len(work.sources)} input files (skipped: {reasons}); {advice}")
         counts = Counts(
             text_bytes=sums.text_bytes,
             skipped=dict(sorted(sums.skipped.items())),

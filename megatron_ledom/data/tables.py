@@ -1,17 +1,23 @@
-"""Texts of Parquet files and Arrow files: only the text's column is read, a few rows at a time, in bounded memory."""
+"""Texts of Parquet files and Arrow files: only the columns that are needed are read, a few rows at a time, in bounded memory."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from megatron_ledom.data.bad_records import BadRecordError, too_large
 from megatron_ledom.data.inputs import Stretch, is_remote
 from megatron_ledom.data.streams import Progress, opened, raw_blocks
 from megatron_ledom.data.unfolding import (
+    ALLOWED_BYTES,
     batch_sizes,
+    cuts,
+    is_text,
     is_too_large,
     lengths_of,
     longest_in_dictionaries,
+    row_bytes,
     rows_at_once,
 )
 from megatron_ledom.errors import DataError
@@ -31,20 +37,39 @@ class Rows:
     texts: list[bytes | BadRecordError | None]
     """UTF-8, as stored; None is a missing text."""
     records: list[Mapping[str, Any] | BadRecordError] = field(default_factory=list)
-    """All columns of the rows, if they were asked for."""
+    """The needed columns of the rows, if records were asked for."""
     position: int = 0
     """Bytes of the stretch read up to here, about."""
     unit: str = "row"
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What is read of a stretch."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The columns to read of a stretch, and how."""
 
     stretch: Stretch
-    text_key: str
-    keep_records: bool
+    keys: tuple[str, ...]
+    """Keys of the texts; `a.b` is field b of column a. `Rows.texts` holds those of the first."""
+    option: str = "--text-key"
+    """The option that named the keys, for errors."""
+    with_records: bool = False
+    """Whether `Rows.records` is filled."""
+    all_columns: bool = False
+    """Whether a record has all columns, as for a filter; else those of `keys`."""
     max_record_bytes: int
+
+    def columns(self, names: list[str]) -> list[str]:
+        """Return the columns to read, each once, of those that the table has."""
+        return list(dict.fromkeys(names if self.all_columns else [_top_column(names, key) for key in self.keys]))
+
+    def check_row(self, num_bytes: int) -> BadRecordError | None:
+        """Return the error of a row that becomes far larger in memory than a record may be."""
+        limit = max(ALLOWED_BYTES, self.max_record_bytes)
+        if not self.with_records or num_bytes <= limit:
+            return None
+        return BadRecordError(
+            "too_large", f"its columns become {num_bytes:,} bytes in memory, more than the limit of {limit:,}"
+        )
 
     def refuse_unfolding(self, where: str, stored: int, unfolded: int) -> None:
         """Raise DataError for what is stored in few bytes and would take far more memory than a record may."""
@@ -60,30 +85,30 @@ _Group = tuple[int, float, Any, str]
 """(first row, share of the stretch that is done before it, rows, how rows are named)."""
 
 
-def read_rows(stretch: Stretch, text_key: str, keep_records: bool, progress: Progress, max_record_bytes: int) -> Iterator[Rows]:
+def read_rows(request: Request, progress: Progress) -> Iterator[Rows]:
     """The rows of the row groups (record batches) that begin in the stretch."""
     import pyarrow
 
-    source = stretch.source
+    stretch, source = request.stretch, request.stretch.source
     for block in raw_blocks(source, max(0, source.num_bytes - FOOTER_BYTES), source.num_bytes):
         progress.count(block)
-    request = _Request(stretch, text_key, keep_records, max_record_bytes)
     try:
         with opened(source) as stream:
             file = pyarrow.PythonFile(stream) if is_remote(source.path) else pyarrow.memory_map(source.path)
             for first, done, table, unit in _groups(file, request):
-                yield _rows_of(table, first, request, int(done * stretch.num_bytes), unit)
+                for begin, piece, bad in _pieces(table, request):
+                    yield _rows_of(piece, bad, first + begin, request, int(done * stretch.num_bytes), unit)
     except pyarrow.ArrowException as error:
         raise _damaged(request, error) from error
 
 
-def _damaged(request: _Request, error: Exception) -> DataError:
+def _damaged(request: Request, error: Exception) -> DataError:
     source = request.stretch.source
     name = source.kind.capitalize()
     return DataError(f"{source.path} is damaged or not {name} ({error}); fetch it again, or leave it out")
 
 
-def _groups(file: Any, request: _Request) -> Iterator[_Group]:
+def _groups(file: Any, request: Request) -> Iterator[_Group]:
     try:
         yield from (_parquet_groups if request.stretch.source.kind == "parquet" else _arrow_groups)(file, request)
     except OSError as error:
@@ -92,7 +117,7 @@ def _groups(file: Any, request: _Request) -> Iterator[_Group]:
         raise _damaged(request, error) from error  # pyarrow's own, of a checksum or a decompressor
 
 
-def _parquet_groups(file: Any, request: _Request) -> Iterator[_Group]:
+def _parquet_groups(file: Any, request: Request) -> Iterator[_Group]:
     """The row groups of the stretch, in pieces."""
     from pyarrow import parquet
 
@@ -103,7 +128,7 @@ def _parquet_groups(file: Any, request: _Request) -> Iterator[_Group]:
         )
 
     stretch, table = request.stretch, opened_with([])
-    column = _check_columns(table.schema_arrow, request)
+    columns = _check_columns(table.schema_arrow, request)
     metadata = table.metadata
     first = 0
     for index in range(metadata.num_row_groups):
@@ -112,39 +137,53 @@ def _parquet_groups(file: Any, request: _Request) -> Iterator[_Group]:
         offset = chunk.dictionary_page_offset or chunk.data_page_offset
         if stretch.start <= offset < stretch.end:
             row, done = first, (offset - stretch.start) / max(1, stretch.num_bytes)
-            reading = {"row_groups": [index], "columns": None if request.keep_records else [column], "use_threads": False}
-            size = _parquet_rows(group, index, request, column, opened_with, reading)
-            for rows in table.iter_batches(batch_size=size, **reading):
+            reading = {"row_groups": [index], "columns": columns, "use_threads": False}
+            size, repeated = _parquet_rows(table, index, columns, request, opened_with, reading)
+            for rows in (opened_with(repeated) if repeated else table).iter_batches(batch_size=size, **reading):
                 yield row, done, rows, "row"
                 row += rows.num_rows
         first += group.num_rows
 
 
 def _parquet_rows(
-    group: Any, index: int, request: _Request, column: str, opened_with: Callable[[list[str]], Any], reading: dict[str, Any]
-) -> int:
-    """Return how many rows of a row group are read at once. Raises DataError for a column that is too large in memory."""
-    longest, dictionaries = 1, []
+    table: Any,
+    index: int,
+    columns: list[str],
+    request: Request,
+    opened_with: Callable[[list[str]], Any],
+    reading: dict[str, Any],
+) -> tuple[int, list[str]]:
+    """Return how many rows of a row group are read at once, and the columns of lists to leave as indices into their dictionaries.
+
+    Raises DataError for a column that is too large in memory.
+    """
+    group, schema = table.metadata.row_group(index), table.metadata.schema
+    longest = 1
+    flat: list[str] = []
+    repeated: list[str] = []
     for number in range(group.num_columns):
         chunk = group.column(number)
         path = chunk.path_in_schema
-        if not (request.keep_records or path == column or path.startswith(f"{column}.")):
+        if not any(path == column or path.startswith(f"{column}.") for column in columns):
             continue
+        is_repeated = schema.column(number).max_repetition_level > 0
         unfolded = chunk.total_uncompressed_size
         request.refuse_unfolding(f"column {path!r} of row group {index + 1}", chunk.total_compressed_size, unfolded)
+        if is_repeated:  # a run of equal values takes a few bytes
+            unfolded = max(unfolded, chunk.num_values * 8)
         longest = max(longest, unfolded // max(1, group.num_rows))
         if "DELTA_BYTE_ARRAY" in chunk.encodings:  # each value may begin with the whole one before it
             longest = max(longest, unfolded)
         elif chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page:
-            dictionaries.append(path)
-    if dictionaries:
-        for rows in opened_with(dictionaries).iter_batches(batch_size=1, **reading):
+            (repeated if is_repeated else flat).append(path)
+    if flat:
+        for rows in opened_with(flat + repeated).iter_batches(batch_size=1, **reading):
             longest = max(longest, *map(longest_in_dictionaries, rows.columns))
             break
-    return rows_at_once(longest)
+    return rows_at_once(longest), repeated
 
 
-def _arrow_groups(file: Any, request: _Request) -> Iterator[_Group]:
+def _arrow_groups(file: Any, request: Request) -> Iterator[_Group]:
     """The same for Arrow: the file format by record batch; the stream format whole, by whoever has its start."""
     import pyarrow
 
@@ -160,8 +199,7 @@ def _arrow_groups(file: Any, request: _Request) -> Iterator[_Group]:
         stream = pyarrow.ipc.open_stream(file)
         _check_columns(stream.schema, request)
         for rows in stream:
-            for begin, piece in _pieces(rows, request):
-                yield first + begin, file.tell() / max(1, stretch.num_bytes), piece, "row"
+            yield first, file.tell() / max(1, stretch.num_bytes), rows, "row"
             first += rows.num_rows
         return
     table = pyarrow.ipc.open_file(file)
@@ -170,29 +208,39 @@ def _arrow_groups(file: Any, request: _Request) -> Iterator[_Group]:
     for index in range(count):
         offset = stretch.source.num_bytes * index // count
         if stretch.start <= offset < stretch.end:
-            for begin, piece in _pieces(table.get_batch(index), request):
-                yield begin, (offset - stretch.start) / stretch.num_bytes, piece, f"record batch {index + 1}, row"
+            done = (offset - stretch.start) / stretch.num_bytes
+            yield 0, done, table.get_batch(index), f"record batch {index + 1}, row"
 
 
-def _pieces(rows: Any, request: _Request) -> Iterator[tuple[int, Any]]:
-    """(first row, rows) of a record batch, cut."""
-    name = _top_column(rows.schema, request.text_key)
-    columns = rows.columns if request.keep_records else [rows.column(rows.schema.names.index(name))]
-    mean = sum(column.nbytes for column in columns) // max(1, rows.num_rows)
-    size = rows_at_once(max(mean, *map(longest_in_dictionaries, columns)))
-    for begin in range(0, rows.num_rows, size):
-        yield begin, rows.slice(begin, size)
+def _pieces(rows: Any, request: Request) -> Iterator[tuple[int, Any, BadRecordError | None]]:
+    """(first row, rows, error of the one row if it is too large) of a record batch, cut by what its rows become in memory."""
+    if request.with_records:
+        names = rows.schema.names
+        columns = [row_bytes(rows.column(names.index(name))) for name in request.columns(names)]
+        sizes = sum(columns, np.zeros(rows.num_rows, np.int64))
+    else:
+        sizes = row_bytes(_text_column(rows, request))
+    for begin, end in cuts(sizes):
+        yield begin, rows.slice(begin, end - begin), request.check_row(int(sizes[begin]))
 
 
-def _rows_of(table: Any, first: int, request: _Request, position: int, unit: str) -> Rows:
+def _text_column(rows: Any, request: Request) -> Any:
     from pyarrow import compute
 
-    name = _top_column(table.schema, request.text_key)
-    column = table.column(table.schema.names.index(name))
-    for key in [] if name == request.text_key else request.text_key.split(".")[1:]:
-        column = compute.struct_field(column, key)
-    records = _records(table) if request.keep_records else []
-    return Rows(first, _texts_of(column, request.max_record_bytes), records, position, unit)
+    key = request.keys[0]
+    name = _top_column(rows.schema.names, key)
+    column = rows.column(rows.schema.names.index(name))
+    for inner in [] if name == key else key.split(".")[1:]:
+        column = compute.struct_field(column, inner)
+    return column
+
+
+def _rows_of(table: Any, bad: BadRecordError | None, first: int, request: Request, position: int, unit: str) -> Rows:
+    if bad is not None:
+        return Rows(first, [bad], [], position, unit)
+    texts = _texts_of(_text_column(table, request), request.max_record_bytes)
+    records = _records(table.select(request.columns(table.schema.names))) if request.with_records else []
+    return Rows(first, texts, records, position, unit)
 
 
 def _texts_of(column: Any, max_record_bytes: int) -> list[bytes | BadRecordError | None]:
@@ -233,41 +281,34 @@ def _record(row: Any) -> Mapping[str, Any] | BadRecordError:
     return record
 
 
-def _text_kinds() -> list[Callable[[Any], bool]]:
-    from pyarrow import types
-
-    return [
-        types.is_string,
-        types.is_large_string,
-        types.is_binary,
-        types.is_large_binary,
-        types.is_string_view,
-        types.is_binary_view,
-    ]
+def _top_column(names: list[str], key: str) -> str:
+    return key if key in names else key.split(".")[0]
 
 
-def _top_column(schema: Any, text_key: str) -> str:
-    return text_key if text_key in schema.names else text_key.split(".")[0]
-
-
-def _check_columns(schema: Any, request: _Request) -> str:
-    """Return the column that holds the text. Raises DataError if it is no text, or if columns cannot be told apart."""
-    from pyarrow import types
-
-    path, text_key, names = request.stretch.source.path, request.text_key, schema.names
-    name = _top_column(schema, text_key)
-    if name not in names:
-        raise DataError(f"{path} has no column {text_key!r} but {', '.join(names)}; name one by --text-key")
-    needed = names if request.keep_records else [name]
-    if twice := [column for column in dict.fromkeys(needed) if names.count(column) > 1]:
+def _check_columns(schema: Any, request: Request) -> list[str]:
+    """Return the columns to read. Raises DataError if one is missing or cannot be told apart, or if the first text is none."""
+    path, names = request.stretch.source.path, schema.names
+    kinds = [_kind_at(schema, key, path, request.option) for key in request.keys]
+    needed = request.columns(names)
+    if twice := [column for column in needed if names.count(column) > 1]:
         raise DataError(f"{path} has more than one column {twice[0]!r}: which is meant cannot be told; rename one of them")
-    kind = schema.field(name).type
-    for key in [] if name == text_key else text_key.split(".")[1:]:
+    if not is_text(kinds[0]):
+        raise DataError(f"{path}: column {request.keys[0]!r} holds {kinds[0]}, not text; name another by {request.option}")
+    return needed
+
+
+def _kind_at(schema: Any, key: str, path: str, option: str) -> Any:
+    """Return the type of the column or field at a key."""
+    from pyarrow import types
+
+    name = _top_column(schema.names, key)
+    if name not in schema.names:
+        raise DataError(f"{path} has no column {key!r} but {', '.join(schema.names)}; name one by {option}")
+    kind = schema.types[schema.names.index(name)]
+    for inner_key in [] if name == key else key.split(".")[1:]:
         inner = [kind.field(index).name for index in range(kind.num_fields)] if types.is_struct(kind) else []
-        if inner.count(key) != 1:
+        if inner.count(inner_key) != 1:
             there = f"but {', '.join(inner)}" if inner else f"but holds {kind}"
-            raise DataError(f"{path}: column {name!r} has no field {key!r} {there}; name one by --text-key")
-        kind = kind.field(inner.index(key)).type
-    if not any(is_kind(kind) for is_kind in _text_kinds()):
-        raise DataError(f"{path}: column {text_key!r} holds {kind}, not text; name another by --text-key")
-    return name
+            raise DataError(f"{path}: column {name!r} has no field {inner_key!r} {there}; name one by {option}")
+        kind = kind.field(inner.index(inner_key)).type
+    return kind

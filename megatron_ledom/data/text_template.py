@@ -1,6 +1,6 @@
 """Templates that join fields of a record to one text: `{question}\\n{answer}`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from string import Formatter
 
 from megatron_ledom.errors import UsageError
@@ -48,6 +48,15 @@ def template_of(template: str | None, text_key: str) -> TextTemplate | None:
     if text_key != "text":
         raise UsageError(f"--text-key {text_key} and --text-template both say where the text is; give one of them")
     return parsed
+
+
+def option_to_check(template: TextTemplate | None, text_key: str, reasons: Collection[str]) -> str:
+    """Return what to do where nothing was left of an input; reasons: those of its bad records."""
+    if not {"missing_text_key", "text_is_not_a_string"} & set(reasons):
+        return "check --input"
+    if template is None:
+        return f"check --text-key {text_key}: it names no text of these records"
+    return f"check the keys of --text-template {template.template!r}: these records lack one of them, or it is no text"
 
 
 def _refused(template: str, option: str, reason: str) -> UsageError:

@@ -1,12 +1,15 @@
 """Bounds on what small tables become in memory: stored bytes are few where values repeat, and each reader gives all of them.
 
 A page or record batch is decompressed whole, so one that is far larger than a record may be is refused. A dictionary gives a value
-again for each of its rows, so rows are taken by as few as fit the longest value.
+again for each of its rows and for each entry of a list, so rows are taken by as few as fit what they become.
 """
 
 import struct
 from collections.abc import Iterator
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 ALLOWED_BYTES = 64 << 20
 """What a stored column or record batch may always become."""
@@ -16,6 +19,8 @@ ROWS = 256
 """Rows that are taken apart at a time, at most."""
 ROWS_BYTES = 16 << 20
 """What these become, about; pyarrow holds it several times over."""
+VALUE_BYTES = 8
+"""Of a number, and of a place in a list."""
 RECORD_BATCH, DICTIONARY_BATCH = 3, 2
 """Kinds of Arrow messages (MessageHeader in format/Message.fbs)."""
 
@@ -30,37 +35,80 @@ def rows_at_once(longest_value: int) -> int:
     return max(1, min(ROWS, ROWS_BYTES // max(1, longest_value)))
 
 
+def cuts(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
+    """Yield (begin, end) of consecutive rows to take apart together; sizes: bytes of each row. A row above the bound stands alone."""
+    total = np.concatenate([[0], np.cumsum(sizes)])
+    begin = 0
+    while begin < len(sizes):
+        fitting = int(np.searchsorted(total, total[begin] + ROWS_BYTES, side="right")) - 1
+        end = max(begin + 1, min(fitting, begin + ROWS, len(sizes)))
+        yield begin, end
+        begin = end
+
+
 def longest_in_dictionaries(array: Any) -> int:
-    """Return the bytes of the longest value that an Arrow array can repeat: in dictionaries, runs and views, at any depth."""
-    import pyarrow
+    """Return the bytes of the longest value that an Arrow array, or a struct's fields, can repeat from dictionaries; lists apart."""
     from pyarrow import types
 
-    kind = array.type
-    if types.is_dictionary(kind):
-        return _longest(array.dictionary)
-    if types.is_run_end_encoded(kind):
-        return _longest(array.values)
-    if kind in (pyarrow.string_view(), pyarrow.binary_view()):
-        return _longest(array)
-    if types.is_struct(kind):
-        return sum(longest_in_dictionaries(array.field(index)) for index in range(kind.num_fields))
-    if types.is_map(kind):
-        return max(longest_in_dictionaries(array.keys), longest_in_dictionaries(array.items))
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-        return longest_in_dictionaries(array.values)
+    if types.is_dictionary(array.type):
+        return int(row_bytes(array.dictionary).max(initial=0))
+    if types.is_struct(array.type):
+        return sum(longest_in_dictionaries(array.field(index)) for index in range(array.type.num_fields))
     return 0
 
 
-def _longest(values: Any) -> int:
-    import pyarrow
+def row_bytes(array: Any) -> NDArray[np.int64]:
+    """Return about how many bytes each row of an Arrow array becomes: a value counts wherever it is repeated, at any depth."""
+    from pyarrow import ExtensionType, types
 
-    if values.type in (pyarrow.string_view(), pyarrow.binary_view()):
-        return max((value.as_buffer().size for value in values if value.is_valid), default=0)
-    try:
-        lengths = lengths_of(values)
-    except pyarrow.ArrowException:  # no strings
-        return int(values.nbytes)
-    return max((length for length in lengths.to_pylist() if length is not None), default=0)
+    kind = array.type
+    if isinstance(kind, ExtensionType):
+        return row_bytes(array.storage)
+    if is_text(kind):
+        return np.asarray(lengths_of(array).fill_null(0), dtype=np.int64)
+    if types.is_dictionary(kind):
+        return _taken(row_bytes(array.dictionary), np.asarray(array.indices.fill_null(-1), dtype=np.int64))
+    if types.is_run_end_encoded(kind):
+        rows = array.offset + np.arange(len(array))
+        return _taken(row_bytes(array.values), np.searchsorted(np.asarray(array.run_ends), rows, side="right"))
+    if types.is_struct(kind):
+        fields = [row_bytes(array.field(index)) for index in range(kind.num_fields)]
+        return sum(fields, np.zeros(len(array), np.int64))
+    if types.is_nested(kind) and not types.is_union(kind):
+        return _of_lists(array)
+    return np.full(len(array), VALUE_BYTES, np.int64)
+
+
+def _taken(sizes: NDArray[np.int64], indices: NDArray[Any]) -> NDArray[np.int64]:
+    """The sizes at some indices; -1: null."""
+    with_null: NDArray[np.int64] = np.append(sizes, np.int64(0))
+    return with_null.take(indices)
+
+
+def _of_lists(array: Any) -> NDArray[np.int64]:
+    """Row bytes of lists of any kind and of maps: the sum of those of their values."""
+    from pyarrow import types
+
+    kind = array.type
+    values = row_bytes(array.keys) + row_bytes(array.items) if types.is_map(kind) else row_bytes(array.values)
+    total = np.concatenate([[0], np.cumsum(values + VALUE_BYTES)])
+    if types.is_fixed_size_list(kind):
+        bounds = (array.offset + np.arange(len(array) + 1)) * kind.list_size
+        begin, end = bounds[:-1], bounds[1:]
+    elif types.is_list_view(kind) or types.is_large_list_view(kind):
+        begin = np.asarray(array.offsets)
+        end = begin + np.asarray(array.sizes)
+    else:
+        begin, end = np.asarray(array.offsets)[:-1], np.asarray(array.offsets)[1:]
+    return np.where(np.asarray(array.is_valid()), total[end] - total[begin], 0)
+
+
+def is_text(kind: Any) -> bool:
+    """Return whether an Arrow type is one of strings or of binary values."""
+    from pyarrow import types
+
+    is_plain = types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind)
+    return bool(is_plain or types.is_string_view(kind) or types.is_binary_view(kind))
 
 
 def lengths_of(texts: Any) -> Any:

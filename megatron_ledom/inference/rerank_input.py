@@ -3,7 +3,9 @@
 import json
 import logging
 import math
+import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ WRITTEN = ("greedy", "scores", "ranking", "best", "search", "num_skipped", "skip
 LEAST_MEAN = -100.0
 """Log-probability of a token on average below which a large given sum was not made of real ones: samplers write -9999 or -1e29
 for minus infinity."""
+
+
+MOST_DIGITS = 100_000
+"""Of an integer in a field that ranking does not use; Python stops at 4,300 unless it is told otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +58,9 @@ def read_records(path: Path, *, sampled: bool) -> Iterator[Record]:
     with path.open("rb") as lines:
         numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
         for index, (number, line) in enumerate(numbered):
-            yield _parse_record(line, index, f"{path}:{number}", sampled)
+            with long_integers():
+                record = _parse_record(line, index, f"{path}:{number}", sampled)
+            yield record
 
 
 def json_line(fields: dict[str, Any]) -> bytes:
@@ -60,17 +68,30 @@ def json_line(fields: dict[str, Any]) -> bytes:
 
     Raises ValueError for numbers that JSON has not.
     """
-    text = json.dumps(fields, ensure_ascii=False, allow_nan=False)
+    with long_integers():
+        text = json.dumps(fields, ensure_ascii=False, allow_nan=False)
+        try:
+            return text.encode() + b"\n"
+        except UnicodeEncodeError:
+            return json.dumps(fields, allow_nan=False).encode() + b"\n"
+
+
+@contextmanager
+def long_integers() -> Iterator[None]:
+    """Convert integers of up to MOST_DIGITS digits, which JSON allows, within the block."""
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(MOST_DIGITS)
     try:
-        return text.encode() + b"\n"
-    except UnicodeEncodeError:
-        return json.dumps(fields, allow_nan=False).encode() + b"\n"
+        yield
+    finally:
+        sys.set_int_max_str_digits(limit)
 
 
 def is_ranked_line(record: Record, line: bytes | None) -> bool:
     """Return True if a line that was written belongs to the record: all fields but those that ranking writes are equal."""
     try:
-        found = json.loads(line) if line is not None else None
+        with long_integers():
+            found = json.loads(line) if line is not None else None
     except ValueError:
         return False
     if not isinstance(found, dict) or "ranking" not in found:
@@ -120,14 +141,23 @@ def _writable(fields: dict[str, Any], where: str) -> dict[str, Any]:
     written = {}
     for name, value in fields.items():
         try:
-            json.dumps(value, allow_nan=False)
-            written[name] = value
-        except ValueError:
-            log.warning("%s: the field %a holds NaN or Infinity, which JSON lacks: null is written in its place", where, name)
-            written[name] = _with_nulls(value)
+            written[name] = _as_json(value)
+            if written[name] is not value:
+                log.warning(
+                    "%s: the field %a holds NaN or Infinity, which JSON lacks: null is written in its place", where, name
+                )
         except RecursionError as error:
             raise DataError(f"{where}: the field {name!a} is too deep to be written again ({error}); remove it") from error
     return written
+
+
+def _as_json(value: Any) -> Any:
+    """Return the value itself if JSON can hold it, else a copy with nulls."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except ValueError:
+        return _with_nulls(value)
+    return value
 
 
 def _with_nulls(value: Any) -> Any:
@@ -150,8 +180,8 @@ def _parse_candidate(item: Any, where: str) -> Candidate:
         raise DataError(
             f"{where}: forward_logprob={repr(logprob)[:40]} is no logarithm of a probability (a number up to 0); correct or remove it"
         )
-    if num_tokens is not None and (type(num_tokens) is not int or num_tokens < 0):
-        raise DataError(f"{where}: forward_tokens={num_tokens!r} is no number of tokens; correct or remove it")
+    if num_tokens is not None and (type(num_tokens) is not int or not 0 <= num_tokens < 1 << 53):
+        raise DataError(f"{where}: forward_tokens={repr(num_tokens)[:40]} is no number of tokens; correct or remove it")
     most_tokens = len(item["text"].encode("utf-8", "replace")) if num_tokens is None else num_tokens
     if logprob <= -9999 and logprob < LEAST_MEAN * most_tokens:
         raise DataError(

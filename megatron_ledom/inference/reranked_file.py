@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.inference.rerank_input import long_integers
 from megatron_ledom.inference.reverse_reward import CandidateScore
 
 ADVICE = "give an output of tools/rerank.py"
@@ -45,7 +46,8 @@ def read_reranked(path: str | Path) -> list[dict[str, Any]]:
     with Path(path).open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                record = json.loads(line.decode("utf-8"))
+                with long_integers():
+                    record = json.loads(line.decode("utf-8"))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: not a line of JSON in UTF-8 ({error}); repair or remove the line") from error
             if not isinstance(record, dict) or "scores" not in record:

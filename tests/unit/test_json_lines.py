@@ -86,6 +86,7 @@ RECORDS = [{"text": "one"}, {"text": "two"}]
         ("\ufeff\n " + json.dumps(RECORDS, indent=2), "JSON arrays"),
         (json.dumps(["one", "two"], indent=1), "JSON arrays"),
         (json.dumps([{"text": "x" * 2000}]), "JSON arrays"),
+        ('["one",\n "two"]', "JSON arrays"),
         (json.dumps(RECORDS[0], indent=2), r"JSON objects over several lines \(pretty-printed\)"),
     ],
 )
@@ -99,6 +100,36 @@ def test_json_that_is_no_lines_is_named_with_what_converts_it(
     for batch_bytes in (16, 1 << 20):
         with pytest.raises(DataError, match=rf"{name} holds {found}, expected one object a line; .*jq -c"):
             skim(path, on_error=on_error, batch_bytes=batch_bytes, max_record_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"text":"first",\n "b":2}\n{"text":"sec",\n "b":2}\n',
+        b'\xef\xbb\xbf\n{"text":"first"\r\n,"b":NaN}\r\n',
+        b'{"text":"%b",\n "b":[1,\n 2]}\n' % (b"x" * 600),
+        b'{"text":"1",\n"b":"%b",\n"c":1}\n' % (b"x" * 600),
+        b'["a",\n"b"]\n',
+    ],
+)
+@pytest.mark.parametrize("batch_bytes", [700, 1 << 20])
+def test_json_over_several_lines_is_named_although_its_first_key_stands_on_the_first(
+    tmp_path: Path, content: bytes, batch_bytes: int
+) -> None:
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(DataError, match=r"a\.jsonl holds JSON (objects over several lines|arrays).*jq -c"):
+        skim(tmp_path / "a.jsonl", batch_bytes=batch_bytes)
+
+
+@pytest.mark.parametrize(
+    "first", [b'{"text": "cut', b'{"text": "cut",', b'{"text":', b'{"a": [', b'{"text": "x"}}', DEEP[:5000]]
+)
+def test_a_broken_first_line_is_one_bad_record(tmp_path: Path, first: bytes) -> None:
+    (tmp_path / "a.jsonl").write_bytes(first + b'\n{"text": "one"}\n{"text": "two"}\n')
+    texts, skipped, _ = skim(tmp_path / "a.jsonl", batch_bytes=1 << 20)
+    assert (texts, skipped) == (["one", "two"], {"malformed_json": 1})
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "cut",\n')
+    assert skim(tmp_path / "a.jsonl")[1] == {"malformed_json": 1}
 
 
 def save_to_disk(folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from megatron_ledom.inference.rerank_command import skip_warning, told
 from megatron_ledom.inference.rerank_file import rerank_file
 from megatron_ledom.inference.rerank_part import COUNTS, SUMS
 from megatron_ledom.inference.rerank_settings import RerankSettings
+from megatron_ledom.inference.reranked_file import read_reranked
 from megatron_ledom.inference.reverse_reward import Candidate, RewardSettings, rank, score_questions
 from megatron_ledom.inference.scoring import SpanScore
 from megatron_ledom.inference.search import BeamSettings
@@ -232,6 +234,43 @@ def test_a_number_that_json_lacks_becomes_null_in_a_field_of_no_meaning_here(
     assert read_lines(output)[0][name] == written
     assert f"{source}:1: the field {name!a} holds NaN or Infinity" in caplog.text
     assert rerank_file(never, source, output, RerankSettings()) == 1  # and it is found to be the same input
+
+
+def test_an_integer_of_any_length_in_a_field_of_no_meaning_here_is_written_as_it_was(
+    models: tuple[ForwardLM, ReverseLM], tmp_path: Path
+) -> None:
+    """Python converts 4,300 digits unless it is told otherwise."""
+    digits = "7" * 5000
+    line = '{"prompt": "x y", "candidates": ["y"], "id": ' + digits + ', "more": [-' + digits + ", NaN]}"
+    source, output = write_lines(tmp_path / "in.jsonl", line), tmp_path / "out.jsonl"
+    limit = sys.get_int_max_str_digits()
+    rerank_file(lambda: engines_of(models), source, output, RerankSettings())
+    assert f'"id": {digits}, "more": [-{digits}, null]'.encode() in output.read_bytes()
+    assert rerank_file(never, source, output, RerankSettings()) == 1
+    assert len(read_reranked(output)) == 1
+    assert sys.get_int_max_str_digits() == limit
+
+
+@pytest.mark.parametrize(
+    ("field", "words"),
+    [
+        ('"id": ' + "[" * 500 + "NaN" + "]" * 500, "the field 'id' is too deep to be written again"),
+        ('"id": ' + '{"a": ' * 500 + "NaN" + "}" * 500, "the field 'id' is too deep to be written again"),
+        ('"id": ' + "1" * 100_001, "not a line of JSON in UTF-8 .*100000 digits"),
+        ('"candidates": [{"text": "y", "forward_logprob": 1%s}]' % ("0" * 5000), "forward_logprob=10+ is no logarithm"),
+        (
+            '"candidates": [{"text": "y", "forward_logprob": -1, "forward_tokens": 1%s}]' % ("0" * 5000),
+            "forward_tokens=10+ is no number",
+        ),
+    ],
+)
+def test_a_number_that_cannot_be_kept_is_refused_by_its_line_before_a_model_is_loaded(
+    field: str, words: str, tmp_path: Path
+) -> None:
+    candidates = "" if "candidates" in field else '"candidates": ["y"], '
+    source = write_lines(tmp_path / "in.jsonl", '{"prompt": "x", ' + candidates + field + "}")
+    with pytest.raises(DataError, match=rf"in\.jsonl:1: .*{words}"):
+        rerank_file(never, source, tmp_path / "out.jsonl", RerankSettings())
 
 
 def test_a_killed_ranking_of_a_field_that_is_nan_resumes(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:

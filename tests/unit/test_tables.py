@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pyarrow
 import pytest
-from pyarrow import feather, ipc, parquet
+from pyarrow import compute, feather, ipc, parquet
 
-from megatron_ledom.data.unfolding import batch_sizes
+from megatron_ledom.data.corpus import ReadSettings, RecordReader
+from megatron_ledom.data.unfolding import batch_sizes, row_bytes
 from megatron_ledom.errors import DataError
-from tests.unit.test_corpus import ROOT, skim, warc_of
+from tests.unit.test_corpus import ROOT, skim, warc_of, whole
 
 LARGE = "x" * (8 << 20)
 GOOD = [f"text {number}" for number in range(5)]
@@ -70,6 +71,73 @@ def test_a_few_bytes_of_another_column_do_not_unfold_for_a_filter(tmp_path: Path
     said, peak = read_in_a_process(tmp_path / "a.parquet", tmp_path / "b.arrow", keep_records=True)
     assert said == {"True {}"}
     assert peak < 250, "all rows at once take 800 MiB and more"
+
+
+def references(count: int, of_map: bool = False) -> pyarrow.Array:
+    """Three rows of one text of 10 kB each, but for the second: it holds the text `count` times."""
+    bounds = pyarrow.array([0, 1, 1 + count, 2 + count], pyarrow.int32())
+    indices = pyarrow.array([0] * (count + 2), pyarrow.int32())
+    values = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(["x" * 10_000]))
+    if of_map:
+        return pyarrow.MapArray.from_arrays(bounds, pyarrow.array(["k"] * (count + 2)), values)
+    return pyarrow.ListArray.from_arrays(bounds, values)
+
+
+def test_many_references_in_one_row_to_one_text_are_a_bad_record_and_are_never_unfolded(tmp_path: Path) -> None:
+    texts = {"text": [*GOOD[:1], "row of the list", *GOOD[1:2]]}
+    for name, other in (("a", references(60_000)), ("b", references(60_000, of_map=True))):
+        table = pyarrow.table({**texts, "other": pyarrow.StructArray.from_arrays([other], ["inner"]) if name == "a" else other})
+        if name == "a":
+            write_arrow_file(tmp_path / "a.arrow", table)
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+    paths = sorted(tmp_path.iterdir())
+    assert all(path.stat().st_size < 4000 for path in paths)
+    for path in paths:
+        kept, skipped, messages = skim(path, keep_records=True, max_record_bytes=LIMIT)
+        assert (kept, skipped) == (GOOD[:2], {"too_large": 1})
+        assert "row 2: its columns become 60" in messages[0]
+        assert len(skim(path, max_record_bytes=LIMIT)[0]) == 3, "without a filter nobody reads the list"
+    _, peak = read_in_a_process(*paths, keep_records=True)
+    assert peak < 100, "the row takes 600 MiB and more"
+
+
+def test_a_list_of_many_values_keeps_them_for_a_filter(tmp_path: Path) -> None:
+    tags = [["a", None, "a"], [], None, ["bcd"] * 3]
+    table = pyarrow.table({"text": ["1", "2", "3", "4"], "tags": tags})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    reader = RecordReader(whole(tmp_path / "a.parquet"), ReadSettings(keep_records=True))
+    assert [record["tags"] for batch in reader.batches() for record in batch.records] == tags
+
+
+TEXTS_OF_ROWS = pyarrow.array(["a", "bcd", None, "ef"])
+PAIRS = [["a", "bb"], None, ["ccc"], ["d", None]]
+
+
+@pytest.mark.parametrize(
+    ("array", "expected"),
+    [
+        (TEXTS_OF_ROWS, [1, 3, 0, 2]),
+        (TEXTS_OF_ROWS.cast(pyarrow.string_view()), [1, 3, 0, 2]),
+        (TEXTS_OF_ROWS.cast(pyarrow.large_binary()), [1, 3, 0, 2]),
+        (TEXTS_OF_ROWS.dictionary_encode(), [1, 3, 0, 2]),
+        (compute.run_end_encode(pyarrow.array(["aa", "aa", None, "b"])), [2, 2, 0, 1]),
+        (pyarrow.StructArray.from_arrays([TEXTS_OF_ROWS, TEXTS_OF_ROWS], ["a", "b"]), [2, 6, 0, 4]),
+        (pyarrow.array(PAIRS), [19, 0, 11, 17]),
+        (pyarrow.array(PAIRS, pyarrow.large_list(pyarrow.string())), [19, 0, 11, 17]),
+        (pyarrow.array(PAIRS, pyarrow.list_view(pyarrow.string())), [19, 0, 11, 17]),
+        (pyarrow.array([["a", "bb"], None, ["c", "c"], ["d", None]], pyarrow.list_(pyarrow.string(), 2)), [19, 0, 18, 17]),
+        (
+            pyarrow.array([[("k", "vv")], None, [], [("a", "b")]], pyarrow.map_(pyarrow.string(), pyarrow.string())),
+            [11, 0, 0, 10],
+        ),
+        (pyarrow.array([1, None, 3, 4]), [8, 8, 8, 8]),
+    ],
+)
+def test_bytes_of_rows_count_each_value_wherever_it_stands(array: pyarrow.Array, expected: list[int]) -> None:
+    """Also of a slice, whose inner arrays are not cut."""
+    assert row_bytes(array).tolist() == expected
+    assert row_bytes(array.slice(1, 2)).tolist() == expected[1:3]
+    assert row_bytes(array.slice(0, 0)).tolist() == []
 
 
 def view_table() -> pyarrow.Table:
