@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -52,24 +53,15 @@ def compare(models: dict[str, Path], tmp_path: Path) -> None:
 
 def rerank(models: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"prompt": "one", "candidates": ["two", "three"]}\n')
-    names = (
-        "sample",
-        "beam",
-        "temperature",
-        "top_p",
-        "top_k",
-        "max_new_tokens",
-        "seed",
-        "greedy",
-        "expansions",
-        "step_delimiter",
-    )
-    options: dict[str, Any] = dict.fromkeys((*names, "reverse_eod_id"))
-    for side, path in models.items():
-        options |= {side: str(path), f"{side}_server": None, f"{side}_engine": "transformers", f"{side}_served_as": None}
-    options |= {"weight": 1.0, "forward_normalization": "none", "reverse_normalization": "none", "language_model_weight": 0.0}
-    options |= {"include_ends": False, "reward_temperature": 1.0, "token_values": False, "batch_size": 4}
-    rerank_command.rerank_command({**options, "input": str(tmp_path / "a.jsonl"), "output": str(tmp_path / "found.jsonl")})
+    files = ["--input", str(tmp_path / "a.jsonl"), "--output", str(tmp_path / "found.jsonl")]
+    folders = [word for side, path in models.items() for word in (f"--{side}", str(path))]
+    rerank_command.rerank_command(tool_options("rerank", [*files, *folders, "--weight", "1.0"]))
+
+
+def tool_options(tool: str, arguments: list[str]) -> dict[str, Any]:
+    """What a tool's own parser makes of its arguments."""
+    parser = runpy.run_path(str(Path(__file__).parents[2] / "tools" / f"{tool}.py"))["build_parser"]()
+    return vars(parser.parse_args(arguments))
 
 
 @pytest.mark.parametrize(
