@@ -9,6 +9,15 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.answers import answers_by, read_golds
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
+DASH = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d\u2796]")
+THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
+SIGN = re.compile(r"(?:(?<=[\s(=:,;])|^)-(?=[$€£¥(\s]*\.?\d)")
+POINT = re.compile(r"(?<![\w.])\.(?=\d)")
+BETWEEN = re.compile(rf"(?<=\d)[{re.escape(string.punctuation)}]+(?=[-(]*\d)")
+AFTER = re.compile(r"(?<=\w)[+#]+(?!\w)")
+"""Punctuation that is part of an answer: of a number, or of a name such as C++."""
+KEPT = 0xE000
+"""Where kept punctuation is while the other is removed: in the private characters of Unicode."""
 
 
 class Comparison(Protocol):
@@ -63,9 +72,17 @@ class AliasComparison:
     def is_right(self, accepted: Sequence[str], answer: str) -> bool:
         """See `Comparison.is_right`."""
         found = _plain(answer.strip().partition("\n")[0])
-        return found in {_plain(gold) for gold in accepted}
+        return found != "" and found in {_plain(gold) for gold in accepted}
 
 
 def _plain(text: str) -> str:
-    kept = "".join(character for character in text.lower() if character not in string.punctuation)
-    return " ".join(ARTICLES.sub(" ", kept).split())
+    """Return words without case, punctuation and articles, and numbers with their signs; what is only articles stays as it is."""
+    text = THOUSANDS.sub(lambda found: found[0].replace(",", ""), DASH.sub("-", text.lower()))
+    for pattern in (BETWEEN, SIGN, POINT, AFTER):
+        text = pattern.sub(lambda found: "".join(chr(KEPT + ord(character)) for character in found[0]), text)
+    words = "".join(character for character in text if character not in string.punctuation)
+    words = "".join(chr(ord(one) - KEPT) if KEPT <= ord(one) < KEPT + 128 else one for one in words)
+    words = re.sub(r"(?<!\S)- (?=\.?\d)", "-", " ".join(words.split()))
+    if not any(character.isalnum() for character in words):
+        return ""
+    return " ".join(ARTICLES.sub(" ", words).split()) or words

@@ -4,13 +4,22 @@ This is the one grader: reports on reranking and evaluation tasks read and compa
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any, Protocol
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.number_answers import ANSWER, SENTENCE_END, after_mark, final_number, last_boxed, sole_number
+from megatron_ledom.inference.number_answers import (
+    ANSWER,
+    SENTENCE_END,
+    after_mark,
+    final_number,
+    last_boxed,
+    sign_of_box,
+    sole_number,
+)
+from megatron_ledom.inference.number_text import FUNCTIONS, UNREAD, with_signs
 
 MINUS_DOLLAR = re.compile(r"(?<![\w$])- ?\$ ?(\d[\d,]*(?:\.\d+)?)(?![^\n]*\$)")
 THIN_SPACE = re.compile(r"\\!\s*")
@@ -21,6 +30,12 @@ DELIMITERS = ("$", "\\boxed", "\\(", "\\[")
 """By these math-verify finds the formulas of a text."""
 MIXED = re.compile(r"(?<![\w.,/])(\d+)[ \u00a0]+(\d+)/(\d+)(?![\w/])")
 SCIENTIFIC = re.compile(r"(?<![\w.])\d{1,30}(?:\.\d{1,30})?[eE][-+]?\d{1,2}(?!\w|\.\d)")
+BASE = re.compile(r"(?<![\w.])(\d[0-9A-Z]*) ?\(?(?:in )?base[ -]?(\d+)(?!\w)\)?")
+BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven": "7", "eight": "8", "nine": "9", "ten": "10"}
+NAMED_BASE = re.compile(rf"(?<=\d)_\{{?(?:\\text\{{)? ?({'|'.join(BASES)})(?![a-z]) ?\}}?\}}?")
+BARE_FUNCTION = re.compile(rf"(?<![\\a-zA-Z])({FUNCTIONS})(?=[ (_^\d])")
+PLAIN_NUMBER = re.compile(r"\s*-?[^-+*/^=!|\\{}%]*")
+"""A text without operators: if it is a number, the number grader can read it."""
 SMALL, EXACT, ROUNDED = 1e-3, 1e-9, 1e-2
 """Numbers below SMALL are different ones if they differ by more than this share, exact ones and those with decimals."""
 
@@ -110,39 +125,75 @@ class MathAnswers:
     def read(self, text: str) -> list[Any] | None:
         """See `Answers.read`. A formula that nothing marks is looked for behind "the answer is", else it is the whole of a short text."""
         marked = after_mark(text)
-        shown = _plain(text if marked is None else marked)
+        shown = _signed_box(_plain(text if marked is None else marked))
+        if shown is None:
+            return None
         if any(delimiter in shown for delimiter in DELIMITERS):
-            return self._library.parse(MIXED.sub(_as_fraction, shown)) or None
+            return _certain(self._library.parse(MIXED.sub(_as_fraction, shown)), last_boxed(shown))
         told = [SENTENCE_END.split(shown[found.end() :].lstrip(), maxsplit=1)[0] for found in ANSWER.finditer(shown)]
         lines = [line.strip() for line in shown.splitlines() if line.strip()]
         formula = told[-1] if told else lines[0].removesuffix(".") if len(lines) == 1 else ""
         if formula and ("\\" in formula or not WORD.search(formula)):
             return self._formula(formula)
         found = self._library.parse(shown)
-        if found and _number_of(found) is not None and final_number(shown) is None:
+        if (
+            found
+            and _number_of(found) is not None
+            and (final_number(shown) is None or not _certain(found, shown, final_number))
+        ):
             return None
         return found or (self._formula(formula) if 0 < len(formula) < MOST_NAME else None)
 
     def read_gold(self, text: str) -> list[Any] | None:
         """See `Answers.read_gold`. What has no dollar signs and no box is a formula as a whole."""
         marked = after_mark(text)
-        shown = _plain(text if marked is None else marked).strip()
-        is_marked = "$" in shown or last_boxed(shown) is not None
-        return (self._library.parse(shown) or None) if is_marked else self._formula(shown)
+        shown = (_signed_box(_plain(text if marked is None else marked)) or "").strip()
+        boxed = last_boxed(shown)
+        is_marked = "$" in shown or boxed is not None
+        return _certain(self._library.parse(shown), boxed) if is_marked else self._formula(shown)
 
     def _formula(self, text: str) -> list[Any] | None:
-        return self._library.parse(f"${MIXED.sub(_as_fraction, text)}$") or None if text else None
+        return _certain(self._library.parse(f"${MIXED.sub(_as_fraction, text)}$"), text) if text else None
 
     def is_same(self, gold: list[Any], answer: list[Any]) -> bool:
         """See `Answers.is_same`."""
-        bases = {_base_of(gold), _base_of(answer)} - {None}  # math-verify leaves the base away
-        return len(bases) < 2 and bool(self._library.verify(gold, answer)) and not _differ(gold, answer)
+        has_same_base = _base_of(gold) == _base_of(answer)  # math-verify leaves the base away
+        return has_same_base and bool(self._library.verify(gold, answer)) and not _differ(gold, answer)
 
 
 def _plain(text: str) -> str:
-    """One spelling of the minus, no currency, and `1e5` written out, which math-verify takes for Euler's number."""
-    text = MINUS_DOLLAR.sub(r"-\1", THIN_SPACE.sub("", text.replace("\u2212", "-").replace("\\$", "")))
+    """One spelling of signs, bases and functions, no currency, and `1e5` written out, which math-verify takes for Euler's number."""
+    text = MINUS_DOLLAR.sub(r"-\1", THIN_SPACE.sub("", with_signs(text).replace("\\$", "")))
+    text = BASE.sub(r"\1_{\2}", NAMED_BASE.sub(lambda found: f"_{{{BASES[found[1]]}}}", text))
+    text = BARE_FUNCTION.sub(r"\\\1", text)
     return SCIENTIFIC.sub(lambda found: format(Decimal(found[0]), "f"), text)
+
+
+def _signed_box(text: str) -> str | None:
+    """Return a text with the sign in front of its last box inside of it; None where the box is a part of a larger formula."""
+    boxed = last_boxed(text)
+    if boxed is None:
+        return text
+    sign = sign_of_box(text)
+    if sign == -1 and "=" in boxed:
+        return None
+    if sign is None or sign == 1:
+        return None if sign is None else text
+    return f"\\boxed{{-{boxed}}}" if PLAIN_NUMBER.fullmatch(boxed) else f"\\boxed{{-({boxed})}}"
+
+
+def _certain(
+    read: list[Any], formula: str | None, number_in: Callable[[str], Fraction | None] = sole_number
+) -> list[Any] | None:
+    """Return what math-verify read; None where it read a part of a number: where the number grader reads another value, or none."""
+    number = _number_of(read)
+    if formula is None or number is None or "%" in formula or _base_of(read) is not None:
+        return read or None
+    value = number_in(formula)
+    if value is None:
+        return None if UNREAD in formula or PLAIN_NUMBER.fullmatch(formula) else read
+    is_same = number.is_real is not True or abs(number.evalf(30) - value) <= max(Fraction(1), abs(value)) / 10**9
+    return read if is_same else None
 
 
 def _as_fraction(found: re.Match[str]) -> str:
@@ -162,7 +213,9 @@ def _differ(gold: list[Any], answer: list[Any]) -> bool:
 
 def _base_of(read: list[Any]) -> str | None:
     """The base of a number such as 52_8; None where none is written."""
-    written = re.fullmatch(r"\s*[0-9A-Z\s]+_\{?(\d+)\}?\s*", next((found for found in read if isinstance(found, str)), ""))
+    written = re.fullmatch(
+        r"(?:[^=]*=)?[-\s]*[0-9A-Z\s]+_\{?\s*(\d+)\s*\}?[\s.]*", next((found for found in read if isinstance(found, str)), "")
+    )
     return written[1] if written else None
 
 

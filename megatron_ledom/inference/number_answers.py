@@ -7,14 +7,16 @@ whole and the text around it leaves that value alone, as `7\\pi`, `x^2` or `3:05
 import re
 from fractions import Fraction
 
-from megatron_ledom.inference.number_text import CURRENCY, normalized
+from megatron_ledom.inference.number_text import CURRENCY, UNREAD, normalized
 
 MOST_DIGITS = 300
 CONTEXT = 60
 """Characters around a group that can change its value."""
+BOX = "\ue000"
+"""Stands for a box while the text in front of it is normalized."""
 RAW = r"(?:\.?\d(?:[\d.,'_]*\d)?(?:[eE][-+]?\d+(?!\w|\.\d))?)"
 OPERATOR = (
-    r"(?:[-+*/×÷·^—;]|,(?: ?(?:and|or)(?![a-z]))?|:(?=\d)|(?<= ):|[xX](?= ?[\d(])"
+    r"(?:[-+*/×÷·^—;、]|,(?: ?(?:and|or)(?![a-z]))?|:(?=\d)|(?<= ):|[xX](?= ?[\d(])"
     r"|(?<= )(?:or|and|to|plus|minus|times|over|divided by|&)(?= ))"
 )
 JOIN = rf"(?:[ )]*{OPERATOR}[ (]*[-+]? ?{CURRENCY}? ?[-+]?| |\()"
@@ -29,16 +31,25 @@ FORMS = [
 ]
 """A number; one with a power of ten; a power of ten; a fraction, perhaps behind a whole number."""
 MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-UNCERTAIN = re.compile(r"(?i:dozens?|score|point|half|squared|cubed|factorial|pi|mod|choose|plus|minus)|[^aAIgmshlLtCFKVWJN]")
+MULTIPLIERS |= {f"{name}s": factor for name, factor in MULTIPLIERS.items()} | {"mn": 10**6, "bn": 10**9, "tn": 10**12}
+UNCERTAIN = re.compile(
+    r"(?i:dozens?|score|gross|lakhs?|crores?|grand|quadrillions?|mln|mio|bln|mld|mrd|trn|point|squared|cubed|factorial|pi|mod|choose"
+    r"|plus|minus|negative|base|binary|octal|hexadecimal|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?"
+    r"|(?:hundred|thousand|million)ths?)|[^aAIgmshlLtCFVWJN]"
+)
 """Words that change the value of the number in front of them, and single letters that may be variables."""
 UNITS = re.compile(
     r"st|nd|rd|th|[mcdk]?m|mi|ft|in|yd|[mk]?g|t|lbs?|oz|m[lL]|cl|[lL]|s|secs?|mins?|h|hrs?|ms|[ap]m|[AP]M|mph|kph|kWh|k?W|[VJNc]|Hz"
     r"|[kMGT]B|cents?|dollars|USD|EUR|hours?|minutes?|days?|years?|degrees|percent"
 )
 """Words that may stand at a number without a space and leave its value alone."""
+NUMERALS = "十百千万萬億亿兆点點십백천만억조"
+"""Characters that multiply the number in front of them, or put a decimal point behind it."""
 STYLES = r"text|textbf|textit|textrm|mathrm|mathbf|mbox|quad|qquad|approx|Rightarrow|rightarrow|implies"
 COMMANDS_BEFORE = re.compile(rf"\\(?:{STYLES}|Longrightarrow|longrightarrow|therefore|equiv|sim|simeq|item)$")
-COMMANDS_AFTER = re.compile(rf"\\(?:(?:{STYLES}|end|degree|circ|euro|pounds|blacksquare|square)(?![a-zA-Z])|[^a-zA-Z])")
+COMMANDS_AFTER = re.compile(
+    rf"\\(?:(?:{STYLES}|end|degree|circ|euro|pounds|blacksquare|square|checkmark|qed|qedhere)(?![a-zA-Z])|[^a-zA-Z])"
+)
 GREATER = re.compile(
     r"\d ?(?:years?|months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|miles?|yards?|feet|foot|ft|m|km|kg|pounds?|lbs?|dollars?|euros?)"
     r",?(?: and)? $"
@@ -47,20 +58,37 @@ LESSER = re.compile(
     r" ?(?:months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|seconds?|secs?|s|yards?|feet|inch|inches|in|cm|mm|m|g|grams?|ounces?|oz|cents?)\b"
 )
 """What stands before and behind the second part of a quantity such as `3 hours 20 minutes`."""
-BOUND = re.compile(r"(?:(?:%|percent|\d ?/ ?\d+) of|\d ?(?:,|;|and) ?[a-zA-Z] ?[=:]|\bnot) ?$")
-"""A share of the number, a second variable, a number that is denied."""
+BOUND = re.compile(
+    r"(?:(?:%|percent|\d ?/ ?\d+) of|\d ?(?:,|;|and) ?[a-zA-Z] ?[=:]|\b(?:not|twice|double|triple|half|times|divided by|plus|minus)"
+    r"|\b(?i:half|negative|opposite|reciprocal|inverse|square|cube|root|logarithm|log|factorial|absolute value)(?: of)(?: the)?) ?$"
+)
+"""A share of the number, a second variable, a number that is denied, a function in words."""
+FUNCTION = re.compile(
+    r"(?i:(?<![a-z])(?:log|ln|lg|lb|exp|a(?:rc)?(?:sin|cos|tan|cot|sec|csc)h?|(?:sin|cos|tan|cot|sec|csc)h?|sqrt|cbrt|root|gcd|lcm|hcf"
+    r"|max|min|mod|det|abs|floor|ceil|round|sgn|sign|base|binomial))\}?"
+    r" ?(?:[_^] ?(?:\{[^{}]*\}|-?\w) ?)?(?: base \w+ (?:of )?)?(?:[({\[] ?)*$"
+)
+VARIABLE = re.compile(r"(?:^|[^\w'.])[b-zB-HJ-Zα-ωΑ-Ω] ?$")
+DANGLING = re.compile(
+    r"(?:^|[\s=:({\[$≈,])-(?:[^\s\d\w-]{0,3}[A-Za-z]{0,4}|\\[a-zA-Z]+)[^\s\d\w]{0,3} ?$|(?<![\w)])-[({\[][^(){}\[\]\n]*$|(?:^|[\s=:(])[—―─]$"
+)
+"""A sign that belongs to something that stands between it and the number."""
+OPENED = r"(?:[({\[]|\\[(\[])"
+CLOSED = re.compile(r"(?: ?(?:[)}\]]|\\[)\]]))+")
 ANSWER = re.compile(r"(?i)\banswer\b\s*(?:is\b\s*:?|[:=])")
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
-PREFIX = re.compile(rf"(?:(?P<outer>[-+])(?P<gap> ?))?(?P<currency>{CURRENCY} ?)?(?P<inner>[-+])?$")
+PREFIX = re.compile(
+    rf"(?:(?P<outer>[-+])(?P<gap> ?)(?:(?:{OPENED}|{CURRENCY}) ?)*)?(?P<currency>{CURRENCY} ?)?(?P<inner>[-+])?$"
+)
 
 
 def final_number(text: str) -> Fraction | None:
     """Return the number after the last `####`, in the last `\\boxed`, in the last sentence "the answer is", else the last one."""
     marked, boxed = after_mark(text), last_boxed(text)
     if marked is not None:
-        return _first(normalized(marked))
+        return _first(normalized(marked)) if last_boxed(marked) is None else sole_number(marked)
     if boxed is not None:
-        return sole_number(boxed)
+        return sole_number(text)
     plain = normalized(text)
     for told in [*ANSWER.finditer(plain)][-1:]:
         sentence = SENTENCE_END.split(plain[told.end() :].lstrip(), maxsplit=1)[0]
@@ -71,9 +99,35 @@ def final_number(text: str) -> Fraction | None:
 
 def sole_number(text: str) -> Fraction | None:
     """Return the number of a right answer: after its last `####`, in its last `\\boxed`, or the only one of all of it."""
-    marked, boxed = after_mark(text), last_boxed(text)
-    values = _values(normalized(text if marked is None and boxed is None else marked if marked is not None else boxed or ""))
+    marked = after_mark(text)
+    shown = text if marked is None else marked
+    boxed = last_boxed(shown)
+    if boxed is not None:
+        sign, value = sign_of_box(shown), sole_number(boxed)
+        return None if sign is None or value is None else sign * value
+    values = _values(normalized(shown))
     return values[0] if len(set(values)) == 1 else None
+
+
+def sign_of_box(text: str) -> int | None:
+    """Return 1 or -1 by what stands in front of the last `\\boxed`; None where the box is a part of a larger number or formula."""
+    begin, end = _box(text) or (0, len(text))
+    start = max(text.rfind("\\boxed", 0, begin), text.rfind("\\fbox", 0, begin), 0)
+    before, after = (normalized(part) for part in (f"{text[:start][-4 * CONTEXT :]}{BOX}", text[end + 1 :][: 4 * CONTEXT]))
+    before = before.removesuffix(BOX)
+    after = re.sub(r"^[ }$]*\\pmod.*", "", after, flags=re.DOTALL)
+    prefix = PREFIX.search(before)
+    has_sign = prefix is not None and (prefix["outer"] or prefix["inner"])
+    if re.search(r"(?:[_^√]|\\(?:sqrt|[dtc]?frac)) ?(?:\[[^\[\]]*\])? ?\{?$", before) or FUNCTION.search(before):
+        return None
+    if (
+        before[-1:].isdigit()
+        or before.endswith(UNREAD)
+        or (not has_sign and DANGLING.search(before))
+        or re.match(r" ?\{|\.?\d|_", after)
+    ):
+        return None
+    return None if _factor(after) != 1 else _sign(before) if has_sign else 1
 
 
 def after_mark(text: str) -> str | None:
@@ -84,6 +138,12 @@ def after_mark(text: str) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     """Return what stands in the last `\\boxed{...}`; None where there is none, or it is not closed."""
+    found = _box(text)
+    return text[found[0] : found[1]] if found else None
+
+
+def _box(text: str) -> tuple[int, int] | None:
+    """Where the content of the last box begins and ends."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if start < 0:
         return None
@@ -91,7 +151,7 @@ def last_boxed(text: str) -> str | None:
     for end in range(begin, len(text)):
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         if depth == 0:
-            return text[begin:end]
+            return begin, end
     return None
 
 
@@ -109,6 +169,9 @@ def _values(plain: str) -> list[Fraction | None]:
         value, end = _value(group.group()), group.end()
         before, after = plain[max(0, group.start() - CONTEXT) : group.start()], plain[end : end + CONTEXT]
         sign, factor = _sign(before), _factor(after)
+        closed = CLOSED.match(after)
+        if closed and factor == 1 and not re.match(r" ", after[closed.end() :]):
+            factor = _factor(after[closed.end() :])
         if GREATER.search(before) and LESSER.match(after):
             value = None
         found.append(None if value is None or sign is None or factor is None else value * sign * factor)
@@ -144,7 +207,12 @@ def _sign(before: str) -> int | None:
         return None if _is_bound(rest, has_currency=bool(prefix["currency"])) else 1
     near = rest.rstrip(" ")[-1:]
     is_detached = bool(prefix["gap"]) and rest.strip() != "" and near not in "=:(≈$"
-    if is_detached or rest[-1:].isalnum() or near in (*")]}%+-*/×÷·^_|'\"", *("." if near == rest[-1:] else "")):
+    if (
+        _is_bound(rest, has_currency=False)
+        or is_detached
+        or rest[-1:].isalnum()
+        or near in (*")]}%+-*/×÷·^_|'\"", *("." if near == rest[-1:] else ""))
+    ):
         return None
     return -1 if "-" in (outer, inner) else 1
 
@@ -155,13 +223,17 @@ def _is_bound(rest: str, *, has_currency: bool) -> bool:
     last = rest[-1:]
     if (_is_letter(last) and not has_currency) or last in ("_", "."):
         return True
+    if UNREAD in rest[-2:] or FUNCTION.search(rest) or VARIABLE.search(rest) or DANGLING.search(rest):
+        return True
+    if re.search(r"[)\]}]\($|\d° ?$|\\['_]$", rest):
+        return True
     if BOUND.search(rest) or (last == "'" and rest[-2:-1].isalnum()):
         return True
     if near[-1:] in tuple("^_√±∓≠≤≥+*/×÷·"):
         return True
     if re.search(r"\\[a-zA-Z]+$", near) and not COMMANDS_BEFORE.search(near):
         return True
-    if re.search(r"(?:\\[a-zA-Z]+|[\]}^_]) ?\{$", near) or re.search(r"(?:[a-zA-Z]\(|\\[a-zA-Z]+\[)$", near):
+    if re.search(r"(?:\\[a-zA-Z]+|[\]}^_]|\d) ?\{$", near) or re.search(r"(?:[a-zA-Z]\(|\\[a-zA-Z]+\[)$", near):
         return True
     if re.search(rf"\b(?:{'|'.join(MULTIPLIERS)}),?(?: and)?$", near.lower()):
         return True
@@ -170,14 +242,19 @@ def _is_bound(rest: str, *, has_currency: bool) -> bool:
 
 def _factor(after: str) -> int | None:
     """By what the text behind a group multiplies it (`5 million`); None where it makes the number a part of something else."""
+    if re.match(
+        rf" ?(?:{UNREAD}|[{NUMERALS}]|分之|\\_|‰|-?base|\{{ ?\d)|° ?\d|\.[({{\[\\]+\d| ?\((?:in )?(?:base|{'|'.join(MULTIPLIERS)})",
+        after,
+    ):
+        return None
     attached = re.match(r"[^\W\d_]+", after)
-    if attached and _is_letter(after[0]):
+    if attached and _is_letter(after[0]) and attached.group().lower() not in MULTIPLIERS:
         return 1 if UNITS.fullmatch(attached.group()) else None
-    if re.match(r"(?:!|\(|\.\.| ?['′’] ?\d| ?(?:[√^_±]|[*+×÷·] ?\S|<(?!<)|[≤≥<]|>(?!>)))", after):
+    if re.match(r"(?:!|\(|\.\.| ?['′’\x22″]+ ?\d| ?(?:[√^_±]|[*+×÷·] ?\S|<(?!<)|[≤≥<]|>(?!>)))", after):
         return None
-    if re.match(r" ?[-/] ?(?:[\\(]|[^\W\d_](?![^\W\d_]))", after):
+    if re.match(r" ?[-/] ?(?:[\\({]|[^\W\d_](?![^\W\d_]))", after):
         return None
-    near = after.lstrip(" {}")
+    near = re.sub("^-(?=[a-zA-Z])", "", after).lstrip(" {}")
     if near.startswith("\\"):
         return 1 if COMMANDS_AFTER.match(near) else None
     word = re.match(r"[^\W\d_]+", near)

@@ -167,3 +167,104 @@ def test_right_answers_of_a_task_are_checked_before_a_model_is_asked() -> None:
         comparison_by("math").check([["18"], [""]])
     with pytest.raises(DataError, match="1 items have no accepted answer"):
         comparison_by("alias").check([["Paris"], ["..."]])
+
+
+SIGNED = [
+    "-(5)", "-{5}", "-\\boxed{5}", "\u2212\\(5\\)", "-\\left(5\\right)", "-USD 5", "USD -5", "-US$5", "\u27965", "\u2796\ufe0f5", "minus 5",
+    "negative 5", "Minus $5", "x = -\\boxed{5}", "$-\\boxed{5}$", "The answer is -(5).", "#### -(5)", "So it is minus 5", "-\\text{5}",
+    "{-}5", "-\\,5", "&minus;5", "-$(5)$", "\\boxed{-(5)}", "-\\bigl(5\\bigr)",
+]  # fmt: skip
+LOST_SIGNS = [
+    "10-\\boxed{5}", "x-\\boxed{5}", "twenty minus 5", "plus or minus 5", "-|5|", "-kr 5", "-(-5)", "-(5)^2", "(5)^2", "-(about 5)",
+    "the negative of 5", "f(-5)", "\\sqrt{-5}", "> -5", "log -5",
+]  # fmt: skip
+PARTS = [
+    "101\u2082", "5\u2082", "log\u20825", "5\u2019000", "5\u00b4000", "5\u2018000", "5`000", "0.(3)", "0.3\u0305", "0.\\overline{3}",
+    "0.\\dot{3}", "3\\frac{-1}{2}", "\\frac{1.5}{-2}", "\\frac{-1}{\\pi}", "log 5", "sin 5", "log_2 5", "\\operatorname{lcm} 5", "ln (5)",
+    "\\boxed{5}{6}", "\\boxed{5}^2", "\\boxed{5}.5", "\\sqrt{\\boxed{5}}", "{5}{6}", "(5)(3)", "5\u4e07", "5 lakh", "5\u2460", "\u00bd5",
+    "5\u00b030'", "3 quarters", "5-dozen", "101 base 2", "(-\\infty, 0]", "twice 5",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", SIGNED)
+def test_a_sign_in_front_of_a_bracket_a_box_a_currency_or_in_words_is_part_of_the_number(text: str) -> None:
+    assert answers_by("number").read(text) == answers_by("number").read_gold(text) == -5
+
+
+@pytest.mark.parametrize("text", [*LOST_SIGNS, *PARTS])
+def test_a_number_with_a_part_that_is_not_read_has_no_value(text: str) -> None:
+    assert answers_by("number").read(text) is None
+    assert answers_by("number").read(f"#### {text}") is None
+    assert answers_by("number").read_gold(text) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    {
+        "\\frac{1}{-2}": "-1/2",
+        "\\frac{-1}{-2}": "1/2",
+        "-\\left(\\frac12\\right)": "-1/2",
+        "-(1/2)": "-1/2",
+        "5-million": "5000000",
+        "5 bn": "5000000000",
+        "18\u1d57\u02b0": "18",
+        "\\large\\boxed{5}": "5",
+        "a \\equiv \\boxed{3} \\pmod{7}": "3",
+        "5-year": "5",
+    }.items(),
+)
+def test_signed_fractions_and_joined_multipliers_are_read(text: str, value: str) -> None:
+    assert answers_by("number").read(text) == Fraction(value)
+
+
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        (
+            "18",
+            ["18 dollars", "\\boxed{18}\\text{ cm}", "18%"],
+            ["minus 18", "negative 18", "-\\boxed{18}", "\u279618", "-USD 18"],
+        ),
+        ("18", ["18.0", "+18"], ["\\boxed{18}{6}", "18 million", "18-million", "18\u2019000", "x-\\boxed{18}", "18\u4e07"]),
+        ("-18", ["-\\boxed{18}", "minus 18", "negative 18", "\u279618", "-(18)", "x = -\\boxed{18}"], ["18", "\\boxed{18}"]),
+        ("5", ["5"], ["log 5", "sin 5", "5\u2083", "\\boxed{log 5}", "5 base 3", "\\boxed{5}^2"]),
+        ("52_8", ["\\boxed{52_8}", "52\u2088", "52_{\\text{eight}}", "52 (base 8)"], ["\\boxed{52}", "52", "52_7"]),
+        ("52", ["52"], ["52_8", "5\u2082"]),
+        ("3", ["3"], ["0.(3)", "0.\\overline{3}"]),
+        ("\\log 5", ["log 5"], ["5"]),
+        ("-\\frac12", ["-\\boxed{\\frac12}", "\\frac{1}{-2}"], ["\\boxed{\\frac12}"]),
+    ],
+)
+def test_formulas_have_their_sign_their_function_and_their_base(gold: str, right: list[str], wrong: list[str]) -> None:
+    pytest.importorskip("math_verify")
+    math, fields = answers_by("math"), comparison_by("math")
+    for text in right:
+        assert is_right(math, gold, text), text
+        assert fields.is_right([gold], text), text
+    for text in wrong:
+        assert not is_right(math, gold, text), text
+        assert not fields.is_right([gold], text), text
+
+
+@pytest.mark.parametrize(
+    ("golds", "right", "wrong"),
+    [
+        (["A"], ["A", "a"], ["", "!!!", "the"]),
+        (["The The"], ["the the"], ["", "...", "a"]),
+        (["A", "Paris"], ["paris!"], ["", "-", "the"]),
+        (["1.5"], ["1.5"], ["15", "1,5"]),
+        (["15"], ["15.", "$15"], ["1.5", "1/5", "-15", "1-5"]),
+        (["-5"], ["-5", "\u22125", "-$5", "(-5)"], ["5"]),
+        (["3/4"], ["3/4"], ["34"]),
+        (["1,000"], ["1000"], ["1.000"]),
+        (["C++"], ["c++."], ["C", "C#"]),
+        (["U.S."], ["us"], ["u"]),
+    ],
+)
+def test_no_alias_is_empty_and_numbers_keep_what_is_between_their_digits(
+    golds: list[str], right: list[str], wrong: list[str]
+) -> None:
+    alias = comparison_by("alias")
+    alias.check([golds])
+    assert all(alias.is_right(golds, text) for text in right)
+    assert not any(alias.is_right(golds, text) for text in wrong)
