@@ -142,9 +142,8 @@ def test_links_in_a_circle_and_what_is_no_file_are_refused(tmp_path: Path) -> No
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match="is a link to b, where no file can be made"):
         write_file(tmp_path / "a", "new")
-    for path in (tmp_path / "pipe", "/dev/null"):
-        with pytest.raises(UsageError, match="is no regular file"):
-            write_file(path, "new")
+    with pytest.raises(UsageError, match="is no regular file"):
+        write_file(tmp_path / "pipe", "new")
     assert real_path(tmp_path / "new") == str(tmp_path.resolve() / "new")
 
 
