@@ -69,6 +69,7 @@ def rerank(models: dict[str, Path], tmp_path: Path) -> None:
         options |= {side: str(path), f"{side}_server": None, f"{side}_engine": "transformers", f"{side}_served_as": None}
     options |= {"weight": 1.0, "forward_normalization": "none", "reverse_normalization": "none", "language_model_weight": 0.0}
     options |= {"include_ends": False, "reward_temperature": 1.0, "token_values": False, "batch_size": 4}
+    options |= {"too_long": "refuse", "overwrite": False}
     rerank_command.rerank_command({**options, "input": str(tmp_path / "a.jsonl"), "output": str(tmp_path / "found.jsonl")})
 
 
