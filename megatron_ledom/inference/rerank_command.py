@@ -86,7 +86,7 @@ def told(output: Path) -> str:
 
 def skip_warning(output: Path) -> str | None:
     """Return the warning of a complete output whose candidates were skipped in part, with their share; None if none was."""
-    spent = json.loads(output.with_name(f"{output.name}.spent.json").read_text(encoding="utf-8"))
+    spent = json.loads(spent_file(output).read_text(encoding="utf-8"))
     num_skipped, num_candidates = spent["num_skipped"], spent["num_candidates"]
     if not num_skipped:
         return None
