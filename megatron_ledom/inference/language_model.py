@@ -233,7 +233,10 @@ def load_tokenizer(
     if is_reverse and not trained_here:
         stop_ids = [_eod_of_foreign_folder(folder, tokenizer, stop_ids, eod_id, say)]
     elif eod_id is not None:
-        raise UsageError(f"eod_id={eod_id} was passed, but {folder} says itself what ends a text; leave it out")
+        remedy = "leave it out" if trained_here else f"leave it out, or, if it is a reverse model, say so ({say.reverse})"
+        raise UsageError(
+            f"eod_id={eod_id} was passed, but {folder} is read as a {direction} model and says itself what ends a text; {remedy}"
+        )
     _check_ids(folder, config, tokenizer, stop_ids)
     return tokenizer, stop_ids
 
