@@ -11,6 +11,7 @@ from megatron_ledom.data.inputs import Stretch, is_remote
 from megatron_ledom.data.streams import Progress, opened, raw_blocks
 from megatron_ledom.data.unfolding import (
     ALLOWED_BYTES,
+    VALUE_BYTES,
     batch_sizes,
     cuts,
     is_text,
@@ -167,12 +168,12 @@ def _parquet_rows(
         if not any(path == column or path.startswith(f"{column}.") for column in columns):
             continue
         is_repeated = schema.column(number).max_repetition_level > 0
-        unfolded = chunk.total_uncompressed_size
+        unfolded, is_delta = chunk.total_uncompressed_size, "DELTA_BYTE_ARRAY" in chunk.encodings
+        if is_repeated:  # a run of equal values takes a few bytes; by delta each may begin with the whole one before it
+            unfolded = max(unfolded, chunk.num_values * (unfolded if is_delta else VALUE_BYTES))
         request.refuse_unfolding(f"column {path!r} of row group {index + 1}", chunk.total_compressed_size, unfolded)
-        if is_repeated:  # a run of equal values takes a few bytes
-            unfolded = max(unfolded, chunk.num_values * 8)
         longest = max(longest, unfolded // max(1, group.num_rows))
-        if "DELTA_BYTE_ARRAY" in chunk.encodings:  # each value may begin with the whole one before it
+        if is_delta:
             longest = max(longest, unfolded)
         elif chunk.physical_type == "BYTE_ARRAY" and chunk.has_dictionary_page:
             (repeated if is_repeated else flat).append(path)

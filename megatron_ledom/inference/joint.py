@@ -22,7 +22,7 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.tokenizers.added_tokens import name_of
 from megatron_ledom.tokenizers.end_token import json_with_special
 from megatron_ledom.tokenizers.reader import TokenizerFiles, read_tokenizer
-from megatron_ledom.tokenizers.sentencepiece_bpe import is_dummy_prefix
+from megatron_ledom.tokenizers.sentencepiece_bpe import TEXT_START, is_dummy_prefix
 
 NEIGHBOURS = (" ", "a", "e", "s", "\n")  # samples of what may stand at an open end; ids that all of them leave alone are fixed
 WORD_MARK = "▁"  # SentencePiece's visible space
@@ -56,6 +56,7 @@ class JointTokenizer:
         self.special_ids = {id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special}
         self.vocab = self._whole.get_vocab(with_added_tokens=True)
         self.surfaces = _surfaces(self._whole, self.vocab)
+        self._alone = _without_prefix_alone(json.loads(backend.to_str()))
         self._spells_all_bytes = len({s for s in (self.surfaces or {}).values() if len(s) == 1}) == 256
         self.has_dummy_prefix = self._whole.encode("a").ids != self._middle.encode("a").ids
 
@@ -82,7 +83,7 @@ class JointTokenizer:
     def encode(self, text: str) -> list[int]:
         """The ids of a whole text, text order, as a shard stores them: no BOS, no eod."""
         _check_text(text)
-        return list(self._whole.encode(text, add_special_tokens=False).ids)
+        return self._ids(text, at_start=True)
 
     def split(self, preceding: str, following: str) -> tuple[list[int], int]:
         """Encode `preceding + following` once; returns (text_ids, count of the ids that belong to `preceding`).
@@ -91,6 +92,9 @@ class JointTokenizer:
         `following`. The dummy prefix belongs to the first character; of a character of several ids all are on one side.
         """
         _check_text(preceding + following)
+        if preceding + following in self._alone:
+            text_ids = self._ids(preceding + following, at_start=True)
+            return text_ids, 0 if following else len(text_ids)
         encoding = self._whole.encode(preceding + following, add_special_tokens=False)
         boundary = len(preceding)
         if not boundary:
@@ -136,6 +140,8 @@ class JointTokenizer:
         return str(self._whole.decode(text_ids, skip_special_tokens=True))
 
     def _ids(self, text: str, *, at_start: bool) -> list[int]:
+        if at_start and text in self._alone:
+            return [*self._ids(" ", at_start=False), self.vocab[text]]
         return list((self._whole if at_start else self._middle).encode(text, add_special_tokens=False).ids)
 
 
@@ -179,6 +185,15 @@ def _common_length(readings: list[list[int]]) -> int:
     """How many ids all of the lists begin with."""
     columns = enumerate(zip(*readings, strict=False))
     return next((index for index, column in columns if len(set(column)) > 1), min(map(len, readings)))
+
+
+def _without_prefix_alone(state: dict[str, Any]) -> frozenset[str]:
+    """Return the added tokens that a tokenizer.json converted from SentencePiece leaves without the dummy prefix where one is a
+    whole text; SentencePiece puts it there (`sentencepiece_bpe.prefix_texts_only`)."""
+    patterns = [str((step.get("pattern") or {}).get("Regex", "")) for step in _parts(state["normalizer"])]
+    if not any(pattern.startswith(TEXT_START) and r"\z" in pattern for pattern in patterns):
+        return frozenset()
+    return frozenset(token["content"] for token in state["added_tokens"] if token["normalized"] and not token["special"])
 
 
 def _leading_ids(backend: Tokenizer) -> list[int]:

@@ -148,7 +148,7 @@ def test_a_bos_stands_before_a_text_where_the_folder_says_so(tmp_path: Path, add
     assert LedomLM(folder)._start == 1  # the bos of the .model, as stock transformers names it
 
 
-def test_no_dummy_prefix_follows_a_user_defined_piece() -> None:
+def test_no_dummy_prefix_follows_a_user_defined_piece(tmp_path: Path) -> None:
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(CORPUS * 3),
@@ -168,6 +168,11 @@ def test_no_dummy_prefix_follows_a_user_defined_piece() -> None:
     for _ in range(1000):
         text = rng.choice(["<tool>", "<t", "<to", " "]).join(["", *(random_text(rng) for _ in range(rng.randint(1, 3)))])
         assert converted.encode(text, add_special_tokens=False).ids == pieces.encode(text), text
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}', encoding="utf-8")
+    joint = JointTokenizer.from_pretrained(tmp_path, specials_are_text=True)
+    for text in ("<tool>", "<t", "<tool><t", "a<tool>"):
+        assert joint.encode(text) == joint.split("", text)[0] == pieces.encode(text)
 
 
 def test_words_that_the_model_file_lacks_are_cut_out_by_preprocessing_too(tmp_path: Path) -> None:

@@ -287,3 +287,15 @@ def test_a_column_that_is_no_text_and_has_no_fields_is_named(tmp_path: Path, key
     parquet.write_table(pyarrow.table({"text": [["a"]], "id": moments}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match=r"a\.parquet: column .* holds (list<|timestamp).*name (one|another) by --text-key"):
         skim(tmp_path / "a.parquet", key)
+
+
+@pytest.mark.parametrize("is_delta", [True, False])
+def test_a_list_whose_values_repeat_is_refused_before_it_is_decoded(tmp_path: Path, is_delta: bool) -> None:
+    values = [["y" * 20_000] * 4_000] if is_delta else [[7] * 10_000_000]
+    path, name = tmp_path / "a.parquet", "more.list.element"
+    encoding = {"column_encoding": {name: "DELTA_BYTE_ARRAY"}, "use_dictionary": False} if is_delta else {}
+    parquet.write_table(pyarrow.table({"text": ["short"], "more": values}), path, compression="zstd", **encoding)
+    assert path.stat().st_size < 200_000
+    with pytest.raises(DataError, match=r"column 'more\.list\.element' of row group 1"):
+        skim(path, keep_records=True, max_record_bytes=1_000_000)
+    assert skim(path)[0] == ["short"]
