@@ -15,20 +15,20 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from megatron_ledom.callbacks.chosen_tasks import check_tasks, task_evaluation
+from megatron_ledom.callbacks.held_out import check_held_out
 from megatron_ledom.checkpoint.folder import advising_another, latest_checkpoint, settle_latest
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, StoppedWaiting, UsageError, run_command
-from megatron_ledom.in_loop.chosen_tasks import check_tasks, task_evaluation
-from megatron_ledom.in_loop.held_out_record import check_held_out
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.platform.quiet import quiet_libraries
 from megatron_ledom.training.resilience import StopRequest, find_deadline
 
 if TYPE_CHECKING:
-    from megatron_ledom.data.sources import Sources
+    from megatron_ledom.data.blends.sources import Sources
 
 log = logging.getLogger("megatron_ledom.pretrain")
 
@@ -66,8 +66,8 @@ def main() -> int:
     arguments = parse_arguments()
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
-        from megatron_ledom.training.dry_run import dry_run
-        from megatron_ledom.training.plan_verdicts import refuse
+        from megatron_ledom.planning.dry_run import dry_run
+        from megatron_ledom.planning.run_plan import refuse
 
         described = dry_run(config, planned_world_size(config))
         print(described.text, flush=True)
@@ -104,7 +104,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     """Train one run in this process, as one of the launched ranks."""
     start_logging(launch.rank)
     quiet_libraries()  # what is installed is said in one line below
-    from megatron_ledom.data.sources import describe_blend, load_run_tokenizer, load_sources
+    from megatron_ledom.data.blends.sources import describe_blend, load_run_tokenizer, load_sources
     from megatron_ledom.training.run_folder import check_still_latest, lock_run, warn_of_later_checkpoints, write_start
 
     started, checkpoint = time.monotonic(), latest_checkpoint(checkpoint_folder(config))
@@ -115,17 +115,16 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
     if is_complete(config, sources, checkpoint):
         log.info("run_dir=%s is complete at iteration %d: %s", config.run_dir, config.train.train_iters, COMPLETE)
         return
-    from megatron_ledom.data.dataset import index_cache
-    from megatron_ledom.data.sample_index import prepare_indices
+    from megatron_ledom.data.dataset.dataset import index_cache
+    from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.ops.library import describe as describe_ops
-    from megatron_ledom.parallel.agreement import from_first_rank
+    from megatron_ledom.parallel.collectives import from_first_rank
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed, wait_for_all_ranks
     from megatron_ledom.platform.device import prepare_platform
-    from megatron_ledom.training.history import check_history
-    from megatron_ledom.training.launch_record import write_launch
-    from megatron_ledom.training.loop import train
+    from megatron_ledom.training.history import check_history, write_launch
     from megatron_ledom.training.state import build_state, check_resumable
+    from megatron_ledom.training.trainer import train
     from megatron_ledom.training.watchdog import Watchdog
 
     platform = prepare_platform(config.train.num_threads, launch)
@@ -184,8 +183,8 @@ def check_surroundings(config: RunConfig) -> None:
 def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False) -> str:
     """Refuse what a start on `num_ranks` ranks would refuse, without a GPU, and, unless accepted, a plan whose memory or disk
     does not suffice (PlanError). Returns what the start would do, in one line, and the verdicts."""
-    from megatron_ledom.data.sources import load_run_tokenizer, load_sources
-    from megatron_ledom.training.plan_verdicts import disk_verdict, memory_verdict, planned, refuse
+    from megatron_ledom.data.blends.sources import load_run_tokenizer, load_sources
+    from megatron_ledom.planning.run_plan import disk_verdict, memory_verdict, planned, refuse
 
     check_config(config, num_ranks)
     check_surroundings(config)

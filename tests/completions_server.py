@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megatron_ledom.inference import ForwardLM, ReverseLM
-from megatron_ledom.inference.completions_engine import CompletionsEngine
+from megatron_ledom.inference.engines.completions_engine import CompletionsEngine
 
 
 class Server(ThreadingHTTPServer):

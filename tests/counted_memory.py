@@ -18,7 +18,7 @@ from megatron_ledom.model import builder
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.model.layer_specs import choose_layers
 from megatron_ledom.parallel import groups
-from megatron_ledom.parallel.seeds import seed_iteration
+from megatron_ledom.parallel.groups import seed_iteration
 from megatron_ledom.platform.device import prepare_platform
 
 START = dist.init_process_group

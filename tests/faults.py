@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch.profiler import profile
 
+from megatron_ledom.callbacks.metrics import MetricsWriter
 from megatron_ledom.checkpoint.writing import CheckpointWriter
-from megatron_ledom.training import iteration as iterations
-from megatron_ledom.training import loop, step
-from megatron_ledom.training.metrics import MetricsWriter
+from megatron_ledom.training import trainer as iterations
+from megatron_ledom.training import trainer as loop
+from megatron_ledom.training import trainer as step
 
 
 def inject(fault: str) -> None:

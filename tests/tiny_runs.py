@@ -28,10 +28,10 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from megatron_ledom.checkpoint.folder import latest_checkpoint
-from megatron_ledom.data.packing import pack_documents
-from megatron_ledom.data.shard import Counts, ShardWriter
-from megatron_ledom.data.tokenizer import load_tokenizer
+from megatron_ledom.data.preprocess.encode_parts import pack_documents
+from megatron_ledom.data.shards.shard import Counts, ShardWriter
 from megatron_ledom.direction import Direction
+from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from tests.legible import legible_ids, legible_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -254,7 +254,7 @@ def run_command(*arguments: str, num_ranks: int | None = None) -> subprocess.Com
 def _context() -> Any:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_ledom.pretrain", "megatron_ledom.training.loop"])
+    context.set_forkserver_preload(["megatron_ledom.pretrain", "megatron_ledom.training.trainer"])
     return context
 
 

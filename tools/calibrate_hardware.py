@@ -25,7 +25,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse first, import after: `--help` answers at once."""
     arguments = parse()
-    from megatron_ledom.training.calibration import calibrate
+    from megatron_ledom.planning.calibration import calibrate
 
     print(calibrate(arguments.hardware, arguments.output), end="")
 

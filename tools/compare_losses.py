@@ -34,7 +34,7 @@ def main() -> None:
     """Parse, then compare."""
     args = vars(build_parser().parse_args())
 
-    from megatron_ledom.evaluation.compare_command import compare_command
+    from megatron_ledom.reports.losses import compare_command
 
     compare_command(args)
 

@@ -22,7 +22,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse first, import after: `--help` answers at once."""
     arguments = parse()
-    from megatron_ledom.data.inspection import InspectSettings, inspect_shards
+    from megatron_ledom.data.shards.inspection import InspectSettings, inspect_shards
 
     inspect_shards(InspectSettings(**vars(arguments)))
 

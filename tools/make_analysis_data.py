@@ -4,7 +4,7 @@
 import argparse
 
 from megatron_ledom.errors import run_command
-from megatron_ledom.evaluation.made.generators import GENERATORS, make_analysis_data
+from megatron_ledom.evaluation.synthetic.generators import GENERATORS, make_analysis_data
 
 
 def build_parser() -> argparse.ArgumentParser:

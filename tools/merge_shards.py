@@ -26,7 +26,7 @@ def main() -> None:
     arguments = parse()
     import logging
 
-    from megatron_ledom.data.merge import MergeSettings, merge_shards
+    from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     merge_shards(MergeSettings(**vars(arguments)))

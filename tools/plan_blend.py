@@ -28,7 +28,7 @@ def main() -> None:
     arguments = vars(parse())
     allow_repeats = arguments.pop("allow_repeats")
     del arguments["proportional"]  # what happens anyway
-    from megatron_ledom.data.blend_plan import BlendSettings, check_repeats, describe, plan_blend, to_yaml
+    from megatron_ledom.data.blends.plan import BlendSettings, check_repeats, describe, plan_blend, to_yaml
 
     plan = plan_blend(BlendSettings(**arguments))
     print(describe(plan), flush=True)

@@ -27,7 +27,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse first, import after: `--help` answers at once."""
     arguments = parse()
-    from megatron_ledom.planner.command import plan_and_text
+    from megatron_ledom.reports.plans import plan_and_text
 
     text, plan = plan_and_text(**vars(arguments))
     print(text, end="", flush=True)

@@ -28,7 +28,7 @@ def main() -> None:
     """Parse, then report."""
     args = vars(build_parser().parse_args())
 
-    from megatron_ledom.inference.report_command import report_command
+    from megatron_ledom.reports.rerank import report_command
 
     report_command(args)
 

@@ -28,7 +28,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse first, import after: `--help` answers at once."""
     arguments = parse()
-    from megatron_ledom.training.run_report import report_runs
+    from megatron_ledom.reports.runs import report_runs
 
     report_runs(arguments.runs, arguments.output, arguments.smooth, arguments.plan)
 

@@ -37,7 +37,7 @@ def main() -> None:
     arguments = parse()
     import logging
 
-    from megatron_ledom.data.reverse import ReverseSettings, reverse_shards
+    from megatron_ledom.data.shards.rewriting import ReverseSettings, reverse_shards
     from megatron_ledom.direction import Direction
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")

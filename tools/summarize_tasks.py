@@ -18,7 +18,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse first, import after: `--help` answers at once."""
     arguments = parse()
-    from megatron_ledom.data.task_summary import SummarySettings, summarize_tasks
+    from megatron_ledom.data.preprocess.task_summary import SummarySettings, summarize_tasks
 
     summarize_tasks(SummarySettings(**vars(arguments)))
 

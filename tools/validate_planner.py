@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Fit the planner on published runs and judge it by others: prints the tables of megatron_ledom/planner/VALIDATION.md."""
+"""Fit the planner on published runs and judge it by others: prints the tables of megatron_ledom/planning/validation/VALIDATION.md."""
 
 import argparse
 
@@ -21,9 +21,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Parse first, import after: `--help` answers at once."""
     arguments = parse()
-    from megatron_ledom.planner.examples import worked_examples, write_between
-    from megatron_ledom.planner.hardware import load_hardware
-    from megatron_ledom.planner.validation import PRIORS, fit, validation_page
+    from megatron_ledom.planning.hardware import load_hardware
+    from megatron_ledom.planning.validation.validation import PRIORS, fit, validation_page, worked_examples, write_between
 
     hardware = load_hardware(arguments.hardware)
     if arguments.fit:

@@ -189,8 +189,8 @@ def main() -> None:
         update_readme()
         return
     results = run_phases(SIZES[arguments.size], arguments.keep)
-    from megatron_ledom.training.curves import draw
-    from megatron_ledom.training.run_report import load_runs
+    from megatron_ledom.reports.curves import draw
+    from megatron_ledom.reports.runs import load_runs
 
     report = build_report(results)
     models = report["models"]

@@ -9,8 +9,8 @@ from losses import interval_over_seeds
 from sections import Results, Rows, Section, interval, percent
 from twins import DIRECTIONS
 
-from megatron_ledom import pages
-from megatron_ledom.training.curves import COLOURS
+from megatron_ledom.reports import pages
+from megatron_ledom.reports.curves import COLOURS
 
 TITLE = "Reverse abilities"
 CHANCE = 0.25

@@ -6,10 +6,10 @@ from typing import Any
 from losses import Twins
 from twins import DIRECTIONS
 
-from megatron_ledom import pages
-from megatron_ledom.inference.selection_report import draw_over_lambda, draw_over_n
-from megatron_ledom.training.curves import draw
-from megatron_ledom.training.run_report import load_runs
+from megatron_ledom.reports import pages
+from megatron_ledom.reports.curves import draw
+from megatron_ledom.reports.runs import load_runs
+from megatron_ledom.reports.selection import draw_over_lambda, draw_over_n
 
 SMOOTH = 5
 """Records of the moving average of a loss curve."""

@@ -9,7 +9,7 @@ from problems import Level
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from megatron_ledom.errors import UsageError
-from megatron_ledom.evaluation.made.generators import GENERATORS
+from megatron_ledom.evaluation.synthetic.generators import GENERATORS
 
 HERE = Path(__file__).parent
 CORPORA = ("text", "maths", "gsm", "abilities")

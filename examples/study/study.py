@@ -40,7 +40,7 @@ def main() -> None:
     from study_report import write_study
 
     from megatron_ledom.evaluation.results import check_statistics
-    from megatron_ledom.pages import check_plots
+    from megatron_ledom.reports.pages import check_plots
 
     check_plots()
     check_statistics()

@@ -24,7 +24,7 @@ from settings import Settings
 from steps import write_whole
 from twins import DIRECTIONS
 
-from megatron_ledom import pages
+from megatron_ledom.reports import pages
 
 STYLE = "table { margin-bottom: 1.5rem; }"
 

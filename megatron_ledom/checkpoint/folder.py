@@ -1,17 +1,25 @@
 """The folder of a run's checkpoints: `iter_0001000/` for each, `latest` with the name of the newest whole one.
 
 `iter_0001000.part` is being written, `iter_0001000.0.trash` is being deleted: neither is ever taken for a checkpoint.
+
+Which checkpoints stay: the newest few, those that replays begin from, and for ever those at a multiple of an interval.
+
+The files of a checkpoint that are written once, whatever the number of ranks.
 """
 
+import json
+import logging
 import os
 import re
 import shlex
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
-from megatron_ledom.checkpoint.checksums import size_faults
 from megatron_ledom.checkpoint.manifest import MANIFEST, load_manifest
+from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, UsageError
+from megatron_ledom.storage.hashes import size_faults
 
 LATEST = "latest"
 PART = ".part"
@@ -172,3 +180,73 @@ def fsync_path(path: str) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+log = logging.getLogger(__name__)
+
+LEFT_OVER = re.compile(rf"{NAME.pattern}({re.escape(PART)}|({re.escape(PART)})?\.\d+{re.escape(TRASH)})")
+
+
+def outdated(iterations: list[int], latest: int, settings: CheckpointConfig, replayed: Iterable[int] = ()) -> list[int]:
+    """Those of the `iterations` that may go: not the last one before each of `replayed`.
+
+    Checkpoints behind `latest` belong to a run that was taken back to it: they neither count nor go, the run will replace them.
+    """
+    if settings.keep_last is None:
+        return []
+    past = sorted(iteration for iteration in iterations if iteration <= latest)
+    interval = settings.keep_interval
+    begun_from = {max((iteration for iteration in past if iteration < step), default=None) for step in replayed}
+    return [
+        iteration
+        for iteration in past[: -settings.keep_last]
+        if iteration != latest and iteration not in begun_from and not (interval and iteration % interval == 0)
+    ]
+
+
+def retire(folder: str, settings: CheckpointConfig, replayed: Iterable[int] = ()) -> None:
+    """Move checkpoints to the trash that are `outdated`. What cannot be moved stays, with a warning: a run does not end for that."""
+    latest = latest_name(folder)
+    if latest is None:
+        return
+    names = finished_checkpoints(folder)
+    try:
+        for iteration in outdated(list(names), int(latest.removeprefix("iter_")), settings, replayed):
+            move_to_trash(folder, names[iteration])
+        fsync_path(folder)
+    except (OSError, ValueError) as error:
+        log.warning("outdated checkpoints in %s stay: %s", folder, error)
+
+
+def sweep(folder: str, keep: str | None = None) -> None:
+    """Delete the trash and what killed saves have left, except the folder named `keep`."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for name in sorted(names):
+        path = os.path.join(folder, name)
+        if name in (LATEST + PART, LATEST + NEXT):
+            os.unlink(path)
+        elif LEFT_OVER.fullmatch(name) and name != keep:
+            shutil.rmtree(path, ignore_errors=True)
+            if os.path.exists(path):
+                log.warning("%s cannot be deleted; delete it by hand", path)
+
+
+BACKENDS = "metadata.json"
+"""Names megatron-core's formats: its CheckpointingConfig, spelled out here because importing that takes seconds."""
+COMMON_FILES = ("common.pt", BACKENDS, ".metadata")
+"""Beside the ranks' shares and the manifest."""
+
+
+def save_backends(folder: str) -> None:
+    """Write what megatron-core looks at first when it loads a checkpoint."""
+    formats = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    with open(os.path.join(folder, BACKENDS), "w", encoding="utf-8") as file:
+        json.dump(formats, file, allow_nan=False)

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from megatron_ledom.checkpoint.checksums import content_faults, size_faults
 from megatron_ledom.checkpoint.folder import find_checkpoint, finished_checkpoints, latest_name
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, load_manifest
 from megatron_ledom.checkpoint.stored_tensors import tensors_of
 from megatron_ledom.config.derived import data_parallel_size
 from megatron_ledom.config.schema import ParallelConfig
 from megatron_ledom.errors import DataError, LedomError, VerificationError
+from megatron_ledom.storage.hashes import content_faults, size_faults
 
 
 @dataclass(slots=True)

@@ -9,12 +9,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import megatron_ledom
-from megatron_ledom.checkpoint.checksums import FileSums, refuse_damaged, size_faults
 from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.load import config_from_dict, to_dict
 from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.errors import ConfigError, DataError, MismatchError
 from megatron_ledom.provenance import Provenance
+from megatron_ledom.storage.hashes import FileSums, refuse_damaged, size_faults
 
 log = logging.getLogger(__name__)
 

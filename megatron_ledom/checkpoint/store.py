@@ -17,15 +17,14 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from megatron_ledom.checkpoint import stored_tensors
-from megatron_ledom.checkpoint.checksums import content_faults, refuse_damaged
 from megatron_ledom.checkpoint.folder import LATEST, advising_another, latest_checkpoint
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, check_sizes, load_manifest
 from megatron_ledom.checkpoint.writing import CheckpointWriter
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, TransientError, may_pass
-from megatron_ledom.parallel.agreement import from_first_rank
-from megatron_ledom.parallel.gathering import gathered_weights
-from megatron_ledom.platform.param_groups import use_settings_of
+from megatron_ledom.parallel.collectives import from_first_rank, gathered_weights
+from megatron_ledom.platform.engine_state import use_settings_of
+from megatron_ledom.storage.hashes import content_faults, refuse_damaged
 
 log = logging.getLogger(__name__)
 

@@ -29,12 +29,10 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_ledom.checkpoint.checksums import checksum
-from megatron_ledom.checkpoint.common_files import COMMON_FILES, save_backends
-from megatron_ledom.checkpoint.folder import fsync_path
-from megatron_ledom.checkpoint.hashed_file import HashedFile, read_ahead
+from megatron_ledom.checkpoint.folder import COMMON_FILES, fsync_path, save_backends
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
 from megatron_ledom.errors import first_cause
+from megatron_ledom.storage.hashes import HashedFile, checksum, read_ahead
 
 Thing = TypeVar("Thing")
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}

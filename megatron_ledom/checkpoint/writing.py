@@ -26,9 +26,9 @@ from megatron.core.dist_checkpointing.strategies.filesystem_async import FileSys
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
-from megatron_ledom.checkpoint.checksums import FileSums, checksum
-from megatron_ledom.checkpoint.common_files import BACKENDS, COMMON_FILES, save_backends
 from megatron_ledom.checkpoint.folder import (
+    BACKENDS,
+    COMMON_FILES,
     PART,
     announce_latest,
     checkpoint_name,
@@ -36,13 +36,16 @@ from megatron_ledom.checkpoint.folder import (
     latest_name,
     move_to_trash,
     publish_latest,
+    retire,
+    save_backends,
+    sweep,
 )
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
-from megatron_ledom.checkpoint.retention import retire, sweep
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, TransientError, cannot_write, first_cause
+from megatron_ledom.platform.engine_state import SaveResults
 from megatron_ledom.platform.processes import die_with_the_parent, leave_signals_to_the_parent
-from megatron_ledom.platform.save_results import SaveResults
+from megatron_ledom.storage.hashes import FileSums, checksum
 from megatron_ledom.storage.records import SAVES, append_record
 
 log = logging.getLogger(__name__)

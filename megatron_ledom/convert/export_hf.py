@@ -10,21 +10,19 @@ from typing import Any
 import torch
 
 import megatron_ledom
-from megatron_ledom.checkpoint.checksums import checksum
 from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.manifest import MANIFEST, CheckpointManifest, check_sizes
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
-from megatron_ledom.config.load import config_from_dict
-from megatron_ledom.config.published import published
-from megatron_ledom.convert.companions import CONFIG, run_tokenizer, write_cards, write_companions, write_config
+from megatron_ledom.config.load import config_from_dict, published
 from megatron_ledom.convert.gate import Conversion, Gate, How, pass_gate, verification
 from megatron_ledom.convert.hf_config import build_hf_config
-from megatron_ledom.convert.hf_folder import WeightsWriter
+from megatron_ledom.convert.hf_folder import CONFIG, WeightsWriter, run_tokenizer, write_cards, write_companions, write_config
 from megatron_ledom.convert.model_card import write_model_card
 from megatron_ledom.convert.new_folder import PART, new_folder
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
+from megatron_ledom.storage.hashes import checksum
 
 log = logging.getLogger(__name__)
 

@@ -15,26 +15,34 @@ import torch
 import yaml
 from transformers import PreTrainedConfig
 
-from megatron_ledom.checkpoint.checksums import checksum
 from megatron_ledom.checkpoint.folder import LATEST, checkpoint_name
 from megatron_ledom.checkpoint.manifest import CheckpointManifest
 from megatron_ledom.checkpoint.weights_only import Piece, save_weights
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder
-from megatron_ledom.config.load import config_from_dict
-from megatron_ledom.config.published import published
+from megatron_ledom.config.load import config_from_dict, published
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.convert.companions import CONFIG, TOKENIZER, write_cards
 from megatron_ledom.convert.export_hf import SHARD_BYTES, versions
 from megatron_ledom.convert.gate import Conversion, Gate, How, pass_gate, verification
 from megatron_ledom.convert.hf_config import load_hf_config, read_model
-from megatron_ledom.convert.hf_folder import BLOCK_ELEMENTS, DTYPE_NAMES, EMBEDDING, HEAD, WeightsReader, write_synced
+from megatron_ledom.convert.hf_folder import (
+    BLOCK_ELEMENTS,
+    CONFIG,
+    DTYPE_NAMES,
+    EMBEDDING,
+    HEAD,
+    TOKENIZER,
+    WeightsReader,
+    write_cards,
+    write_synced,
+)
 from megatron_ledom.convert.new_folder import PART, new_folder
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
-from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
+from megatron_ledom.storage.hashes import checksum
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 

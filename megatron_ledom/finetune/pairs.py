@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_ledom.data.text_template import TextTemplate
+from megatron_ledom.data.readers.corpus import TextTemplate
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
 from megatron_ledom.inference.joint import JointTokenizer

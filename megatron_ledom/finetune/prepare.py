@@ -15,14 +15,23 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_ledom.data.shard import SUFFIXES, TARGETS, Counts, InputFile, ShardManifest, ShardWriter, choose_dtype, real_files
-from megatron_ledom.data.targets import END, GIVEN, NOTHING, SCORED
-from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ledom.data.shards.shard import (
+    SUFFIXES,
+    TARGETS,
+    Counts,
+    InputFile,
+    ShardManifest,
+    ShardWriter,
+    choose_dtype,
+    real_files,
+)
+from megatron_ledom.data.shards.targets import END, GIVEN, NOTHING, SCORED
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError, cannot_write
 from megatron_ledom.finetune.packing import Pack, Packer
 from megatron_ledom.finetune.pairs import EncodedPair, Pair, PairReader, encode_pair
 from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 

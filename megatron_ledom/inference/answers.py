@@ -10,16 +10,18 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.number_answers import (
+from megatron_ledom.inference.numbers import (
     ANSWER,
+    FUNCTIONS,
     SENTENCE_END,
+    UNREAD,
     after_mark,
     final_number,
     last_boxed,
     sign_of_box,
     sole_number,
+    with_signs,
 )
-from megatron_ledom.inference.number_text import FUNCTIONS, UNREAD, with_signs
 
 MINUS_DOLLAR = re.compile(r"(?<![\w$])- ?\$ ?(\d[\d,]*(?:\.\d+)?)(?![^\n]*\$)")
 THIN_SPACE = re.compile(r"\\!\s*")

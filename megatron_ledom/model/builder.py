@@ -1,22 +1,132 @@
-"""From RunConfig to megatron-core's GPTModel: the one place where that class and its config are built."""
+"""From RunConfig to megatron-core's GPTModel: the one place where that class and its config are built.
 
+Rotary frequencies (Su et al., arXiv 2104.09864), plain or stretched for longer contexts, in one place for every kind.
+
+megatron-core's own options leave out what public models set (the bounds of llama3, yarn outside multi-latent attention), so
+the model gets the frequencies themselves. What yarn multiplies queries and keys by goes into the scale of the softmax: both
+only meet in their product.
+
+Initial weights that do not depend on the layout.
+
+Each matrix is drawn whole, from a seed made of the run's seed, the weight's global name and its layer, and every rank
+keeps its own part. One process and any tensor, pipeline or data-parallel layout therefore start from the same model.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.module import Float16Module, MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.utils import init_method_normal, scaled_init_method_normal
 
 from megatron_ledom.config.derived import head_dim, padded_vocab_size, query_groups
-from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
-from megatron_ledom.model.initialization import initialize_weights, leave_unset
 from megatron_ledom.model.layer_specs import LayerChoice, build_layer_spec, start_user_buffers
-from megatron_ledom.model.rotary import rotary_frequencies, softmax_scale
 from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.parallel.groups import ParallelGroups
+
+
+def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
+    """Radians a position of each pair of a head [D / 2], fp32."""
+    width = head_dim(model)
+    plain = 1.0 / (model.rotary_base ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
+    if model.rope_scaling is None:
+        return plain
+    stretched = plain / model.rope_scaling_factor
+    if model.rope_scaling == "linear":
+        return stretched
+    kept = _kept_by_llama3(model, plain) if model.rope_scaling == "llama3" else _kept_by_yarn(model, width)
+    return stretched * (1 - kept) + plain * kept
+
+
+def softmax_scale(model: ModelConfig) -> float | None:
+    """What scores are multiplied by; None: 1 / sqrt(D). yarn: section 3.4 of Peng et al., arXiv 2309.00071."""
+    if model.rope_scaling != "yarn":
+        return None
+    factor = model.rope_scaling_attention_factor
+    return (0.1 * math.log(model.rope_scaling_factor) + 1.0 if factor is None else factor) ** 2 / math.sqrt(head_dim(model))
+
+
+def _kept_by_llama3(model: ModelConfig, plain: torch.Tensor) -> torch.Tensor:
+    """Share of each frequency that is not stretched [D / 2] (Llama 3.1): by its turns in the original positions."""
+    turns = model.rope_scaling_original_max_position * plain / (2 * math.pi)
+    low, high = model.rope_scaling_low_freq_factor, model.rope_scaling_high_freq_factor
+    return ((turns - low) / (high - low)).clamp(0, 1)
+
+
+def _kept_by_yarn(model: ModelConfig, width: int) -> torch.Tensor:
+    """As `_kept_by_llama3`, but a ramp over the pairs' numbers, its ends rounded outwards (Peng et al., section 3.2)."""
+
+    def pair_that_turns(times: float) -> float:
+        positions = model.rope_scaling_original_max_position
+        return width * math.log(positions / (times * 2 * math.pi)) / (2 * math.log(model.rotary_base))
+
+    first = max(math.floor(pair_that_turns(model.rope_scaling_beta_fast)), 0)
+    last = min(math.ceil(pair_that_turns(model.rope_scaling_beta_slow)), width - 1)
+    pairs = torch.arange(width // 2, dtype=torch.float32)
+    return 1 - ((pairs - first) / (last - first if last != first else 0.001)).clamp(0, 1)
+
+
+RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
+
+
+def leave_unset(weight: torch.Tensor) -> torch.Tensor:
+    """megatron-core's init method while the model is built: it draws nothing, because `initialize_weights` does.
+
+    `perform_initialization=False` would do that too, but then weights lack their tensor-parallel marks, and the gradient
+    norm counts only the first tensor-parallel rank.
+    """
+    return weight
+
+
+@torch.no_grad()
+def initialize_weights(model: MegatronModule, seed: int, metadata: dict[str, Any]) -> None:
+    """Draw every matrix of one model chunk; vectors (norms) keep their ones.
+
+    Standard deviations: `init_method_std`, and that over sqrt(2 layers) for what is added to the residual stream
+    (Radford et al. 2019, section 2.3), both from the model's megatron-core config.
+    """
+    core_config = model.config
+    plain = init_method_normal(core_config.init_method_std)
+    scaled = scaled_init_method_normal(core_config.init_method_std, core_config.num_layers)
+    drawn = set()
+    for shard in _sharded_matrices(model.sharded_state_dict(metadata=metadata)):
+        layers = shard.prepend_axis_num
+        where = f"{seed}/{shard.key}/{tuple(shard.global_offset[:layers])}"
+        whole = torch.empty(shard.global_shape[layers:], dtype=torch.float32)
+        outer = torch.get_rng_state()
+        torch.manual_seed(int.from_bytes(hashlib.sha256(where.encode()).digest()[:6], "little"))
+        (scaled if shard.key.endswith(RESIDUAL_OUTPUTS) else plain)(whole)
+        torch.set_rng_state(outer)
+        for axis, (start, length) in enumerate(zip(shard.global_offset[layers:], shard.local_shape, strict=True)):
+            whole = whole.narrow(axis, start, length)
+        shard.data.copy_(whole)
+        drawn.add(shard.data.untyped_storage().data_ptr())
+    missed = [n for n, p in model.named_parameters() if p.dim() > 1 and p.untyped_storage().data_ptr() not in drawn]
+    assert not missed, f"no initial values for {missed}"
+
+
+def _sharded_matrices(state: Any) -> Iterator[ShardedTensor]:
+    """Every matrix in a sharded state dict, gate and up projection apart, as views of the parameters."""
+    if isinstance(state, ShardedTensorFactory):
+        yield from _sharded_matrices(state.build())
+    elif isinstance(state, ShardedTensor):
+        if len(state.local_shape) > 1 and state.data is not None:
+            yield state
+    elif isinstance(state, dict):
+        for value in state.values():
+            yield from _sharded_matrices(value)
+    elif isinstance(state, list | tuple):
+        for value in state:
+            yield from _sharded_matrices(value)
 
 
 class LanguageModel(GPTModel):  # type: ignore[misc]

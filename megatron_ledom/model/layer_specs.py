@@ -1,7 +1,11 @@
-"""Which implementation each transformer layer is made of: Transformer Engine's, our fused operators, or plain torch's."""
+"""Which implementation each transformer layer is made of: Transformer Engine's, our fused operators, or plain torch's.
+
+The transformer layer of our fused operators: attention's output is added to the residual stream and normed in one pass.
+"""
 
 import importlib.util
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -10,18 +14,57 @@ import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec, get_gpt_layer_with_transformer_engine_spec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from megatron_ledom.config.derived import head_dim
 from megatron_ledom.config.gpu_checks import FP8_NEEDS
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
-from megatron_ledom.model.fused_layer import FusedTransformerLayer
 from megatron_ledom.ops.core_attention import SDPACoreAttention, UnfusedCoreAttention
 from megatron_ledom.ops.library import DTYPES, backend
 from megatron_ledom.ops.rms_norm import FusedRMSNorm, TorchRMSNorm
 from megatron_ledom.ops.rope import FusedSelfAttention
 from megatron_ledom.ops.swiglu import FusedSwiGLU
+
+BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
+
+
+class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
+    """megatron-core's layer; where nothing stands between the sum and the norm before the MLP, one operator does both.
+
+    Dropout stands between, and so does a norm that is computed again in the backward pass: there the layer is megatron-core's.
+    """
+
+    self_attn_bda: Callable[[bool, bool], BiasDropoutAdd]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_alone = self.self_attn_bda
+        self._normed: torch.Tensor | None = None
+        """Of this forward pass, between the sum and the norm; the sum goes by megatron-core's own path meanwhile."""
+        if not self.recompute_pre_mlp_layernorm and not self.offload_attn_norm and not self.offload_mlp_norm:
+            self.self_attn_bda = self._choose_add
+
+    def _choose_add(self, training: bool, fused: bool) -> BiasDropoutAdd:
+        alone = self._add_alone(training, fused)
+
+        def add(x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
+            """The sum [S, B, hidden]; its norm waits for the next call."""
+            x, bias = x_with_bias
+            if bias is not None or (training and dropout):
+                return alone(x_with_bias, residual, dropout)
+            added: torch.Tensor
+            self._normed, added = self.pre_mlp_layernorm.add(x, residual)
+            return added
+
+        return add
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed, self._normed = self._normed, None
+        if normed is None:
+            normed = super()._forward_pre_mlp_layernorm(hidden_states)
+        return normed
 
 
 @dataclass(frozen=True, slots=True)

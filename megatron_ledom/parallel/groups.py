@@ -1,12 +1,17 @@
-"""Process groups of a run. The one place that knows megatron-core's global group state; others get groups as arguments."""
+"""Process groups of a run. The one place that knows megatron-core's global group state; others get groups as arguments.
+
+Random states. Nothing random depends on history: each is a function of the run's seed and of what it is for.
+"""
 
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_ledom.config.schema import ParallelConfig
 from megatron_ledom.parallel.meeting import Meeting, StopSignal
@@ -99,3 +104,18 @@ def stop_distributed() -> None:
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
+
+
+STEP_STRIDE = 100_000_007
+"""Distance between the seeds of two iterations; larger than any rank's offset, and prime."""
+
+
+def seed_iteration(seed: int, iteration: int, groups: ParallelGroups) -> None:
+    """Set every random state for one iteration, so that dropout after a resume equals the uninterrupted run's.
+
+    Ranks of one pipeline stage and data-parallel replica share a state; megatron-core adds the tensor-parallel rank
+    where it must differ.
+    """
+    base = (seed + iteration * STEP_STRIDE) % 2**31 + 100 * groups.pipeline.rank() + 7919 * groups.data_and_context.rank()
+    torch.manual_seed(base)
+    model_parallel_cuda_manual_seed(base)

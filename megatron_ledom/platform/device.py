@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from megatron_ledom.errors import UsageError
-from megatron_ledom.platform.apex import find_apex
+from megatron_ledom.platform.adam import find_apex
 from megatron_ledom.platform.cpu_engine import install_cpu_engine
 from megatron_ledom.platform.engine_fixes import install_engine_fixes
 from megatron_ledom.platform.launch import Launch, read_launch

@@ -20,10 +20,8 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from megatron_ledom.errors import LedomError, cannot_write
-from megatron_ledom.platform.adam import GroupStepAdam
-from megatron_ledom.platform.apex import find_apex
-from megatron_ledom.platform.restricted_pickle import restricted_module
-from megatron_ledom.platform.save_results import SaveResults
+from megatron_ledom.platform.adam import GroupStepAdam, find_apex
+from megatron_ledom.platform.engine_state import SaveResults, restricted_module
 
 _LOAD_BYTES = DefaultLoadPlanner.load_bytes
 

@@ -7,13 +7,12 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from megatron_ledom.data.sample_origin import sample_origins
+from megatron_ledom.data.dataset.dataset import sample_origins
 from megatron_ledom.errors import StoppedError
 from megatron_ledom.storage.records import BAD_STEPS, plain
-from megatron_ledom.training.anomalies import Action, StepPolicy
 from megatron_ledom.training.history import RunHistory
 from megatron_ledom.training.state import TrainState, load_checkpoint
-from megatron_ledom.training.step import StepResult
+from megatron_ledom.training.step_policy import Action, StepPolicy, StepResult
 from megatron_ledom.training.watchdog import Watchdog
 
 log = logging.getLogger(__name__)

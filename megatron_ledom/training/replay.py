@@ -1,29 +1,36 @@
-"""A step of a run once more, from the last checkpoint before it: the same numbers bit for bit, and what there is to see of it."""
+"""A step of a run once more, from the last checkpoint before it: the same numbers bit for bit, and what there is to see of it.
+
+The gradient norm of each parameter, over whatever layout: which part of the model a bad step comes from.
+"""
 
 import logging
 import math
 import os
+import re
 import socket
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from megatron.core import tensor_parallel
+from megatron.core.transformer.module import param_is_not_shared
 
 from megatron_ledom.checkpoint.folder import finished_checkpoints
 from megatron_ledom.checkpoint.manifest import load_manifest
+from megatron_ledom.checkpoint.store import unwrapped
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import config_from_dict, load_config
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.data.dataset import index_cache
-from megatron_ledom.data.sample_index import index_plan, prepare_indices
-from megatron_ledom.data.sample_origin import sample_origins
-from megatron_ledom.data.sources import RUN_TOKENIZER, Sources, load_sources
-from megatron_ledom.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_ledom.data.blends.sources import RUN_TOKENIZER, Sources, load_sources
+from megatron_ledom.data.dataset.dataset import index_cache, sample_origins
+from megatron_ledom.data.dataset.sample_index import index_plan, prepare_indices
 from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import UsageError
 from megatron_ledom.model.layer_specs import choose_layers
@@ -31,13 +38,63 @@ from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.storage.records import LAUNCHES, Record
-from megatron_ledom.training.anomalies import Action, StepPolicy, Verdict
-from megatron_ledom.training.gradients import squared_norms
-from megatron_ledom.training.history import load_skip_plan, read_bad_steps, read_steps
-from megatron_ledom.training.iteration import compute_step, open_batches, run_iteration
-from megatron_ledom.training.launch_record import read_launches
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
+from megatron_ledom.training.history import load_skip_plan, read_bad_steps, read_launches, read_steps
 from megatron_ledom.training.state import TrainState, build_state, check_resumable
-from megatron_ledom.training.step import StepResult
+from megatron_ledom.training.step_policy import Action, StepPolicy, StepResult, Verdict
+from megatron_ledom.training.trainer import compute_step, open_batches, run_iteration
+
+
+@torch.no_grad()
+def squared_norms(model: list[Any], optimizer: Any) -> dict[str, float]:
+    """Squared gradient norm of each parameter of the whole model, by name; their sum is the square of the gradient norm.
+
+    Call on every rank, after `measure_gradient` and before the next step.
+    """
+    names = {id(param): name for chunk in model for name, param in _named(unwrapped(chunk))}
+    total: dict[str, float] = defaultdict(float)
+    for part in optimizer.chained_optimizers:
+        mine: dict[str, float] = defaultdict(float)
+        for param, main in [] if part.is_stub_optimizer else _pairs(part):
+            duplicate = not tensor_parallel.param_is_not_tensor_parallel_duplicate(main, getattr(part, "tp_group", None))
+            if main.grad is not None and param_is_not_shared(main) and not duplicate:
+                mine[names[id(param)]] += float(main.grad.double().square().sum())
+        group = part.get_grad_stats_parallel_group()
+        everyone: list[Any] = [None] * dist.get_world_size(group)
+        dist.all_gather_object(everyone, dict(mine), group)
+        for name, square in (pair for found in everyone for pair in found.items()):
+            total[name] += square
+    return dict(total)
+
+
+def _pairs(part: Any) -> Iterator[tuple[Any, Any]]:
+    """Each weight of the model with the main weight that carries its gradient: itself, an fp32 copy, or this rank's piece."""
+    if hasattr(part, "model_float16_groups"):  # distributed optimizer
+        both = [
+            (part.model_float16_groups, part.shard_fp32_from_float16_groups),
+            (part.model_fp32_groups, part.shard_fp32_groups),
+        ]
+    elif hasattr(part, "float16_groups"):
+        same = part.fp32_from_fp32_groups
+        both = [(part.float16_groups, part.fp32_from_float16_groups), (same, same)]
+    else:
+        groups = [group["params"] for group in part.param_groups]
+        both = [(groups, groups)]
+    for params, mains in both:
+        for one, other in zip(params, mains, strict=True):
+            yield from zip(one, other, strict=True)
+
+
+def _named(chunk: Any) -> Iterator[tuple[str, Any]]:
+    """Parameters of a model chunk, their layers numbered as in the whole model."""
+    for name, param in chunk.named_parameters():
+        found = re.match(r"decoder\.layers\.(\d+)\.", name)
+        if found is None:
+            yield name, param
+        else:
+            number = chunk.decoder.layers[int(found[1])].layer_number - 1
+            yield f"decoder.layers.{number}.{name[found.end() :]}", param
+
 
 MOST_PARAMETERS = 20
 Numbers = tuple[float, float]

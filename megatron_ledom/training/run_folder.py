@@ -15,11 +15,11 @@ from megatron_ledom.checkpoint.folder import finished_checkpoints, latest_checkp
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import save_config
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.data.sources import RUN_TOKENIZER
-from megatron_ledom.data.tokenizer import Tokenizer
+from megatron_ledom.data.blends.sources import RUN_TOKENIZER
 from megatron_ledom.errors import FULL, NO_LOCKS, ConfigError, TransientError, UsageError, cannot_write
 from megatron_ledom.platform.slurm import job_id
 from megatron_ledom.storage.locks import this_process
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 

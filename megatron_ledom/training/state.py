@@ -18,13 +18,12 @@ from megatron_ledom.checkpoint.manifest import (
 from megatron_ledom.checkpoint.store import CheckpointStore
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.data.dataset import BlendSamples, build_held_out_datasets, build_train_dataset, index_cache
-from megatron_ledom.data.sources import Sources
+from megatron_ledom.data.blends.sources import Sources
+from megatron_ledom.data.dataset.dataset import BlendSamples, build_held_out_datasets, build_train_dataset, index_cache
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
-from megatron_ledom.parallel.agreement import check_same
-from megatron_ledom.parallel.groups import ParallelGroups
-from megatron_ledom.parallel.seeds import seed_iteration
+from megatron_ledom.parallel.collectives import check_same
+from megatron_ledom.parallel.groups import ParallelGroups, seed_iteration
 from megatron_ledom.platform.device import Platform
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.training.optimizer import build_optimizer, build_scheduler

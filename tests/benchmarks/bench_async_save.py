@@ -52,9 +52,9 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.groups import start_distributed
     from megatron_ledom.platform.device import prepare_platform
-    from megatron_ledom.training.anomalies import Action, Verdict
     from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
-    from megatron_ledom.training.step import train_step
+    from megatron_ledom.training.step_policy import Action, Verdict
+    from megatron_ledom.training.trainer import train_step
 
     width = arguments.hidden_size
     shape = {

@@ -41,7 +41,7 @@ def parse() -> argparse.Namespace:
 
 def write_shards(options: argparse.Namespace) -> None:
     """The shards; each has tokens / shards tokens, give or take."""
-    from megatron_ledom.data.shard import Counts, ShardManifest, index_blocks
+    from megatron_ledom.data.shards.shard import Counts, ShardManifest, index_blocks
     from megatron_ledom.direction import Direction
 
     numbers = np.random.default_rng(1)
@@ -87,7 +87,7 @@ def measured(row: Callable[[argparse.Namespace], dict[str, Any]], options: argpa
     import torch  # noqa: F401  imports are not part of it
     from megatron.core.datasets import blended_megatron_dataset_builder, helpers  # noqa: F401
 
-    from megatron_ledom.data import dataset, sample_index, sources  # noqa: F401
+    from megatron_ledom.data.blends import sources  # noqa: F401
 
     gc.collect()
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
@@ -131,9 +131,9 @@ def config_of(options: argparse.Namespace) -> Any:
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """What a rank does before its first batch."""
-    from megatron_ledom.data.dataset import build_train_dataset
-    from megatron_ledom.data.sample_index import prepare_indices
-    from megatron_ledom.data.sources import load_sources
+    from megatron_ledom.data.blends.sources import load_sources
+    from megatron_ledom.data.dataset.dataset import build_train_dataset
+    from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.platform.launch import ALONE
 
     config = config_of(options)
@@ -154,7 +154,7 @@ def stock(options: argparse.Namespace) -> dict[str, Any]:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     from megatron_ledom.config.derived import train_samples
-    from megatron_ledom.data.dataset import ShardVocabulary
+    from megatron_ledom.data.dataset.dataset import ShardVocabulary
 
     config = config_of(options)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_ledom.data.packing import pack_documents
+from megatron_ledom.data.preprocess.encode_parts import pack_documents
 from megatron_ledom.direction import Direction, to_model_order
 
 EOD, VOCAB = 64_002, 64_005

@@ -22,7 +22,7 @@ import numpy as np
 import sentencepiece
 from tokenizers import Tokenizer
 
-from megatron_ledom.data.piece_engine import CachedPieceEngine
+from megatron_ledom.tokenizers.engines import CachedPieceEngine
 from megatron_ledom.tokenizers.sentencepiece_bpe import convert, train
 
 Flat = tuple[np.ndarray, np.ndarray]

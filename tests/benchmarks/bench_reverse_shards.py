@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_ledom.data.shard import Counts, ShardWriter
+from megatron_ledom.data.shards.shard import Counts, ShardWriter
 from megatron_ledom.direction import Direction
 from megatron_ledom.provenance import Provenance
 

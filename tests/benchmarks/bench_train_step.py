@@ -61,9 +61,9 @@ def our_step(config: RunConfig, vocab_size: int, groups: Any) -> Step:
     """One optimizer step of the trainer."""
     from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
     from megatron_ledom.model.layer_specs import choose_layers
-    from megatron_ledom.training.anomalies import Action, Verdict
     from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
-    from megatron_ledom.training.step import train_step
+    from megatron_ledom.training.step_policy import Action, Verdict
+    from megatron_ledom.training.trainer import train_step
 
     model = wrap_for_training(config, build_model_chunks(config, vocab_size, groups, choose_layers(config)))
     optimizer = build_optimizer(config, model, groups)

@@ -30,7 +30,8 @@ def run_child(config: Sequence[str]) -> None:
     """One run of the trainer; prints what was measured as JSON."""
     sys.argv = ["pretrain", *config]
     from megatron_ledom import pretrain
-    from megatron_ledom.training import iteration, timing
+    from megatron_ledom.callbacks import timing
+    from megatron_ledom.training import trainer as iteration
 
     spans: list[tuple[float, float]] = []
     waits: list[float] = []

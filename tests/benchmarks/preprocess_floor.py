@@ -19,10 +19,9 @@ from typing import Any, TypeVar
 
 import orjson
 
-from megatron_ledom.data.byte_engine import CachedByteEngine, why_not_bytes
-from megatron_ledom.data.engines import Engine, FastokensEngine, HubEngine
-from megatron_ledom.data.packing import pack_documents
+from megatron_ledom.data.preprocess.encode_parts import pack_documents
 from megatron_ledom.direction import Direction
+from megatron_ledom.tokenizers.engines import CachedByteEngine, Engine, FastokensEngine, HubEngine, why_not_bytes
 
 BLOCK_BYTES = 4 << 20
 STEPS = ("read", "decompress", "parse", "encode", "pack", "write")

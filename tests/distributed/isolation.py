@@ -47,8 +47,8 @@ def measure_each(config: str, folder: str, layouts: list[list[str]], ports: list
 def _measure(run: Any, groups: Any, isolated: bool) -> Report:
     from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
     from megatron_ledom.model.layer_specs import choose_layers
-    from megatron_ledom.parallel.seeds import seed_iteration
-    from megatron_ledom.training.step import run_schedule
+    from megatron_ledom.parallel.groups import seed_iteration
+    from megatron_ledom.training.trainer import run_schedule
 
     seed_iteration(1, 0, groups)
     chunks = build_model_chunks(run, 1024, groups, choose_layers(run))
@@ -81,7 +81,7 @@ def _measure(run: Any, groups: Any, isolated: bool) -> Report:
 
 def _batches(tokens: torch.Tensor, groups: Any, isolated: bool) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's part of the sample, again and again."""
-    from megatron_ledom.data.batch import context_part, document_numbers
+    from megatron_ledom.data.dataset.batch import context_part, document_numbers
 
     documents = document_numbers(tokens, EOD_ID)
     batch = {
@@ -97,7 +97,7 @@ def _batches(tokens: torch.Tensor, groups: Any, isolated: bool) -> Iterator[dict
 
 def _by_document(values: torch.Tensor, places: torch.Tensor) -> dict[str, float]:
     """The largest of the values at positions of each document."""
-    from megatron_ledom.data.batch import document_numbers
+    from megatron_ledom.data.dataset.batch import document_numbers
 
     of = document_numbers(sample_tokens(), EOD_ID)[0][places]
     return {str(int(document)): float(values[of == document].max()) for document in of.unique()}

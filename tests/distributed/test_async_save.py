@@ -23,18 +23,18 @@ def train_and_save(config_file: str, run_dir: str) -> None:
     from megatron_ledom.checkpoint.store import sharded_weights, unwrapped
     from megatron_ledom.config.derived import train_samples
     from megatron_ledom.config.load import load_config
-    from megatron_ledom.data.batch import batch_iterators
-    from megatron_ledom.data.dataset import index_cache
-    from megatron_ledom.data.sample_index import prepare_indices
-    from megatron_ledom.data.sources import load_sources
+    from megatron_ledom.data.blends.sources import load_sources
+    from megatron_ledom.data.dataset.batch import batch_iterators
+    from megatron_ledom.data.dataset.dataset import index_cache
+    from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
-    from megatron_ledom.parallel.gathering import gathered_weights
+    from megatron_ledom.parallel.collectives import gathered_weights
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.platform.launch import read_launch
-    from megatron_ledom.training.anomalies import Action, Verdict
     from megatron_ledom.training.state import build_state, save_checkpoint
-    from megatron_ledom.training.step import train_step
+    from megatron_ledom.training.step_policy import Action, Verdict
+    from megatron_ledom.training.trainer import train_step
 
     write_now = writing._write_share
 

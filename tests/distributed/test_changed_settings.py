@@ -79,9 +79,9 @@ def measure(config_file: str, common: list[str], keys: list[str], output: str) -
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.platform.launch import read_launch
-    from megatron_ledom.training.anomalies import StepPolicy
-    from megatron_ledom.training.iteration import open_batches, run_iteration
     from megatron_ledom.training.state import save_checkpoint
+    from megatron_ledom.training.step_policy import StepPolicy
+    from megatron_ledom.training.trainer import open_batches, run_iteration
 
     launch = read_launch()
     first = load_config(config_file, common)
@@ -109,9 +109,9 @@ def measure(config_file: str, common: list[str], keys: list[str], output: str) -
 
 
 def build_at_checkpoint(config: RunConfig, checkpoint: str | None, *, launch: Any, **parts: Any) -> Any:
-    from megatron_ledom.data.dataset import index_cache
-    from megatron_ledom.data.sample_index import prepare_indices
-    from megatron_ledom.data.sources import load_sources
+    from megatron_ledom.data.blends.sources import load_sources
+    from megatron_ledom.data.dataset.dataset import index_cache
+    from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.training.state import build_state, check_resumable
 
     sources, _ = check_resumable(config, load_sources(config), checkpoint)
@@ -135,9 +135,9 @@ def compared(build: Any, config: RunConfig, checkpoint: str) -> dict[str, Any]:
 def effective(state: Any) -> dict[str, Any]:
     """What the settings have made of a run: schedule, groups, batches, policies."""
     from megatron_ledom.config.derived import num_microbatches
-    from megatron_ledom.platform.param_groups import settings_of
-    from megatron_ledom.training.anomalies import StepPolicy
+    from megatron_ledom.platform.engine_state import settings_of
     from megatron_ledom.training.history import RunHistory
+    from megatron_ledom.training.step_policy import StepPolicy
 
     optimizer, scheduler, train = state.optimizer, state.scheduler, state.config.train
     groups = [settings_of(group) for group in optimizer.param_groups]
@@ -163,7 +163,7 @@ def total_loss(state: Any) -> float:
     """What the loss function of the next iteration makes of one token of loss 1 and log Z 1."""
     import torch
 
-    from megatron_ledom.training import step as trained_step
+    from megatron_ledom.training import trainer as trained_step
 
     step: Any = trained_step
     taken: list[Any] = []

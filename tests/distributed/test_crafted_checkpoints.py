@@ -14,13 +14,13 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 from torch.distributed.checkpoint.planner_helpers import _create_read_item_for_byteio
 
-from megatron_ledom.checkpoint.checksums import checksum
 from megatron_ledom.checkpoint.inspection import inspect_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest, save_manifest
 from megatron_ledom.checkpoint.stored_tensors import read_metadata
 from megatron_ledom.convert.export_hf import export_hf
 from megatron_ledom.errors import DataError, VerificationError
 from megatron_ledom.platform.engine_fixes import install_engine_fixes
+from megatron_ledom.storage.hashes import checksum
 from tests.tiny_runs import TinyData, run_on_ranks, start_ranks
 
 SHORT = ("train.train_iters=4", "optimizer.lr_warmup_iters=1")

@@ -18,10 +18,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_ledom.checkpoint.checksums import content_faults, size_faults
 from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.platform.processes import JOB_SIGNALS
+from megatron_ledom.storage.hashes import content_faults, size_faults
 from megatron_ledom.training.resilience import STOP_SIGNALS
 from tests.tiny_runs import TinyData, read_tensors, start_ranks
 
@@ -66,7 +66,7 @@ def save(config_file: str, folder: str, iteration: int, *, elements: int = 1000,
     from megatron_ledom.checkpoint.writing import CheckpointWriter
     from megatron_ledom.config.load import load_config
     from megatron_ledom.config.schema import CheckpointConfig, ParallelConfig
-    from megatron_ledom.data.sources import load_sources
+    from megatron_ledom.data.blends.sources import load_sources
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
 

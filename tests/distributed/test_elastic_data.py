@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from megatron_ledom.config.load import load_config
-from megatron_ledom.data.dataset import build_train_dataset
-from megatron_ledom.data.sample_index import prepare_indices
-from megatron_ledom.data.sources import load_sources
+from megatron_ledom.data.blends.sources import load_sources
+from megatron_ledom.data.dataset.dataset import build_train_dataset
+from megatron_ledom.data.dataset.sample_index import prepare_indices
 from megatron_ledom.direction import Direction
 from megatron_ledom.platform.launch import ALONE
 from tests.plain_llama import plain_lr
@@ -24,7 +24,8 @@ BATCH = 8
 
 def note_samples() -> None:
     """Write the tokens of every sample that a model of this rank is given, by step, into the run folder."""
-    from megatron_ledom.training import loop, step
+    from megatron_ledom.training import trainer as loop
+    from megatron_ledom.training import trainer as step
 
     run_dir = next(text.partition("=")[2] for text in sys.argv if text.startswith("run_dir="))
     forward, advance, iteration = step.forward_step, loop.TrainState.advance, [0]

@@ -48,17 +48,17 @@ Visit = tuple[list[str], str, str, int]
 
 def visit(config_file: str, visits: list[Visit]) -> None:
     """One rank's part: be each layout in turn."""
-    from megatron_ledom.data.dataset import index_cache
-    from megatron_ledom.data.sample_index import prepare_indices
-    from megatron_ledom.data.sources import load_sources
+    from megatron_ledom.data.blends.sources import load_sources
+    from megatron_ledom.data.dataset.dataset import index_cache
+    from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.model.builder import checkpoint_metadata
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
     from megatron_ledom.platform.launch import read_launch
-    from megatron_ledom.training.loop import train
     from megatron_ledom.training.resilience import StopRequest
     from megatron_ledom.training.state import build_state, save_checkpoint
+    from megatron_ledom.training.trainer import train
     from megatron_ledom.training.watchdog import Watchdog
 
     for overrides, run_dir, target, port in visits:

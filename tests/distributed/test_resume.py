@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_ledom.checkpoint.checksums import content_faults, size_faults
 from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest
+from megatron_ledom.storage.hashes import content_faults, size_faults
 from tests.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_on_ranks, start_ranks
 
 STEPS = 30

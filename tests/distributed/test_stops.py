@@ -22,8 +22,8 @@ def test_run_leaves_when_its_time_is_over_and_tells_how_far_it_came(data: TinyDa
 
 def close_slowly(folder: Path) -> None:
     """Rank 0 waits for its reports, as for a tracking service; the other one notes whether it was gone before that."""
+    from megatron_ledom.callbacks.metrics import MetricsWriter
     from megatron_ledom.parallel import groups
-    from megatron_ledom.training.metrics import MetricsWriter
 
     close, stop, is_first = MetricsWriter.close, groups.stop_distributed, os.environ["RANK"] == "0"
 

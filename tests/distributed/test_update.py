@@ -15,9 +15,9 @@ from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
 from megatron_ledom.model.layer_specs import choose_layers
 from megatron_ledom.parallel.groups import start_distributed
 from megatron_ledom.platform.device import prepare_platform
-from megatron_ledom.training.gradients import squared_norms
+from megatron_ledom.training.replay import squared_norms
 from megatron_ledom.training.optimizer import build_optimizer
-from megatron_ledom.training.update import apply_gradient, measure_gradient
+from megatron_ledom.training.trainer import apply_gradient, measure_gradient
 
 config = load_config("examples/configs/quickstart_reverse.yaml", ["model.vocab_size=500", *sys.argv[1:]])
 platform = prepare_platform(1)

@@ -22,7 +22,7 @@ _counting = False
 
 def count_traffic() -> None:
     """A hook for ranks: from now on each run leaves traffic-RANK.json in its run folder: bytes a step by kind and operation."""
-    from megatron_ledom.training import iteration
+    from megatron_ledom.training import trainer as iteration
 
     for method, (operation, whole, share) in OPERATIONS.items():
         if not hasattr(dist.ProcessGroup, method):

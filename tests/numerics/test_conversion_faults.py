@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_ledom.checkpoint import hashed_file
 from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
 from megatron_ledom.convert.export_hf import export_hf
@@ -24,6 +23,7 @@ from megatron_ledom.convert.import_hf import import_hf
 from megatron_ledom.convert.new_folder import new_folder
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError
+from megatron_ledom.storage import hashes as hashed_file
 from tests.numerics.test_conversion import check_same_folders, check_same_runs
 from tests.stock_folders import family_folder, stock_config, stock_folder
 from tests.tiny_runs import ROOT

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from megatron_ledom.config.load import load_config
-from megatron_ledom.data.batch import FIELDS, batch_iterators
-from megatron_ledom.data.dataset import build_train_dataset
-from megatron_ledom.data.preprocess import PreprocessSettings, preprocess
-from megatron_ledom.data.sample_index import prepare_indices
-from megatron_ledom.data.shard import ShardReader
-from megatron_ledom.data.sources import load_sources
+from megatron_ledom.data.blends.sources import load_sources
+from megatron_ledom.data.dataset.batch import FIELDS, batch_iterators
+from megatron_ledom.data.dataset.dataset import build_train_dataset
+from megatron_ledom.data.dataset.sample_index import prepare_indices
+from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
+from megatron_ledom.data.shards.shard import ShardReader
 from megatron_ledom.direction import Direction
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform

@@ -14,9 +14,9 @@ from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
-from megatron_ledom.training.anomalies import Action, Verdict
 from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
-from megatron_ledom.training.step import train_step
+from megatron_ledom.training.step_policy import Action, Verdict
+from megatron_ledom.training.trainer import train_step
 from tests.plain_llama import PlainLlama, plain_lr, plain_optimizer, plain_step
 from tests.tiny_runs import TinyData
 

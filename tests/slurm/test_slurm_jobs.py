@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ledom.data.shard import ShardReader
+from megatron_ledom.data.shards.shard import ShardReader
 from tests.evaluation_sets import write_sets
 from tests.legible import legible_ids, legible_tokenizer, write_jsonl
 from tests.slurm.cluster import Cluster

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ledom.data.packing import pack_documents
+from megatron_ledom.data.preprocess.encode_parts import pack_documents
 from megatron_ledom.direction import Direction, pack_documents_reference, to_model_order, to_text_order
 from megatron_ledom.errors import DataError, MismatchError
 from megatron_ledom.provenance import Provenance

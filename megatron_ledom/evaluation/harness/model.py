@@ -25,12 +25,11 @@ from megatron_ledom.evaluation.harness.reverse_choices import (
     split_space,
 )
 from megatron_ledom.evaluation.task_model import LanguageTaskModel, direction_of, load_language_model
-from megatron_ledom.inference.forward_lm import ForwardLM
+from megatron_ledom.inference.directions import ForwardLM, ReverseLM
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.joint import OpenText
 from megatron_ledom.inference.language_model import SAY_MODEL_ARGS, read_model_config
 from megatron_ledom.inference.not_finite import naming_text
-from megatron_ledom.inference.reverse_lm import ReverseLM
 from megatron_ledom.inference.scoring import Span, logprobs_and_likeliest, measure_spans, score_spans
 from megatron_ledom.tokenizers.reader import read_tokenizer
 

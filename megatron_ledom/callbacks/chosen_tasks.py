@@ -1,0 +1,65 @@
+"""The tasks that a run evaluates: named in `train.tasks`, read and checked before anything heavy. torch is not imported."""
+
+from typing import TYPE_CHECKING
+
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from megatron_ledom.evaluation.tasks.tasks import LoadedTask
+    from megatron_ledom.training.state import TrainState
+
+TaskHashes = dict[str, dict[str, str]]
+
+
+def load_tasks(config: RunConfig) -> "list[LoadedTask]":
+    """Items and demonstrations of `train.tasks`. Raises ConfigError for a task that writes, UsageError or DataError for files."""
+    from megatron_ledom.evaluation.tasks.files import load_task, task_named
+    from megatron_ledom.evaluation.tasks.tasks import Kind
+
+    train = config.train
+    for name in train.tasks:
+        if task_named(name).kind is not Kind.CHOICE:
+            raise ConfigError(
+                f"train.tasks names {name}, for which a model writes: each token would cost a pass of the whole pipeline; leave it"
+                " out, and evaluate the exported checkpoint with tools/evaluate.py"
+            )
+    if train.task_data is None:
+        raise ConfigError(
+            "train.task_data=null: train.tasks needs the folder of their files (tools/evaluate.py --list names them)"
+        )
+    return [
+        load_task(name, train.task_data, limit=train.task_limit, num_fewshot=train.task_num_fewshot, seed=train.seed)
+        for name in dict.fromkeys(train.tasks)
+    ]
+
+
+def task_evaluation(state: "TrainState", known: TaskHashes) -> "Callable[[], dict[str, dict[str, float]]] | None":
+    """What evaluates `train.tasks` on the training model; None without tasks, for which nothing is imported.
+
+    known: what `check_tasks` has found at the start. Call on every rank.
+    """
+    if not state.config.train.tasks:
+        return None
+    from megatron_ledom.callbacks.tasks import load_task_set  # transformers takes seconds to import
+
+    return load_task_set(state, known).evaluate
+
+
+def check_tasks(config: RunConfig, has_tokenizer: bool) -> TaskHashes:
+    """Refuse tasks that could not be evaluated; returns the sha256 of each task's files."""
+    if not config.train.tasks:
+        return {}
+    if not has_tokenizer:
+        raise ConfigError("train.tasks needs the tokenizer, which is not here; set data.tokenizer")
+    from megatron_ledom.evaluation.results import check_statistics
+
+    check_statistics()
+    return hashes_of(load_tasks(config))
+
+
+def hashes_of(tasks: "Sequence[LoadedTask]") -> TaskHashes:
+    """Return the sha256 of the files that tasks were read from, by task and file."""
+    return {task.task.name: dict(task.files) for task in tasks}

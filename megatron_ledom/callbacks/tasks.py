@@ -1,0 +1,196 @@
+"""Multiple choice in the loop: the figures of tools/evaluate.py for the model that is being trained.
+
+Log-probabilities of spans by the model that is being trained, on the ranks that hold it; training is not touched.
+
+Shapes: N rows of one call, L positions of a row, b rows and s positions of a micro-batch on this rank.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_ledom.callbacks.chosen_tasks import TaskHashes, hashes_of, load_tasks
+from megatron_ledom.config.derived import next_multiple
+from megatron_ledom.data.blends.sources import RUN_TOKENIZER
+from megatron_ledom.data.dataset.batch import Batch, context_part
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.evaluation.choices import asked_of, distinct_pairs
+from megatron_ledom.evaluation.evaluate import evaluate_task
+from megatron_ledom.evaluation.tasks.tasks import LoadedTask
+from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.language_model import span_score, span_tokens
+from megatron_ledom.inference.scoring import Span, SpanKey, SpanScore, distinct_spans
+from megatron_ledom.parallel.collectives import check_same, gathered_weights
+from megatron_ledom.training.state import TrainState
+
+Report = dict[str, torch.Tensor]
+
+
+class TrainingScorer:
+    """Scores texts as an exported model would: the same ids, boundary and context. Every rank makes the same calls."""
+
+    def __init__(self, state: TrainState, tokenizer: JointTokenizer) -> None:
+        self.state, self.tokenizer = state, tokenizer
+
+    @property
+    def direction(self) -> Direction:
+        """Which way the model reads."""
+        return self.state.config.data.direction
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[SpanScore]:
+        """Of each (preceding, following) the part that the model comes to last, given the other part."""
+        spans = [self.span(pair) for pair in pairs]
+        values = score_spans(self.state, spans)
+        return [span_score(span, row, self.direction, False) for span, row in zip(spans, values, strict=True)]
+
+    def span(self, pair: tuple[str, str]) -> Span:
+        """The ids of a pair. Raises DataError where they are more than a sample of the run."""
+        tokens, num_given = span_tokens(self.tokenizer, self.direction, pair, [], [self.state.provenance.eod_id])
+        limit = self.state.config.data.seq_length
+        if len(tokens) > limit:
+            raise DataError(
+                f"a text of {len(tokens):,} tokens exceeds data.seq_length={limit}: {pair[0][:60]!r}; lower train.task_num_fewshot, or"
+                " leave the task out of train.tasks"
+            )
+        return Span(tokens, num_given)
+
+    def write(self, given: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]) -> NoReturn:
+        """Refused: the training model has no cache of keys and values, and each token would be a pass of the whole pipeline."""
+        raise UsageError(
+            "a task that writes text cannot be evaluated while training, each token would cost a pass of the whole pipeline;"
+            " export the checkpoint and evaluate that"
+        )
+
+
+@torch.no_grad()
+def score_spans(state: TrainState, spans: Sequence[Span]) -> list[list[float]]:
+    """log P(tokens[t] | tokens[:t]) for t >= num_context of each span, model order, natural log, on every rank."""
+    distinct = distinct_spans(list(spans))
+    order = sorted(distinct, key=lambda key: -len(key[0]))
+    at_once = state.config.train.micro_batch_size * state.groups.data.size() * _num_microbatches(state)
+    values: dict[SpanKey, list[float]] = {}
+    modes = [chunk.training for chunk in state.model]
+    for chunk in state.model:
+        chunk.eval()
+    with gathered_weights(state.model):
+        for first in range(0, len(order), at_once):
+            rows = order[first : first + at_once]
+            losses_NL = _losses(state, [list(tokens) for tokens, _ in rows], at_once)
+            for (tokens, context), row in zip(rows, losses_NL.tolist(), strict=False):
+                values[tokens, context] = [-loss for loss in row[context - 1 : len(tokens) - 1]]
+    for chunk, mode in zip(state.model, modes, strict=True):
+        chunk.train(mode)
+    return [list(values[tuple(span.tokens), span.num_context]) for span in spans]
+
+
+def _num_microbatches(state: TrainState) -> int:
+    """Of one call: enough for every stage to have work, and whole rounds for the interleaved schedule."""
+    return 2 * state.groups.pipeline.size()
+
+
+def _losses(state: TrainState, rows: list[list[int]], at_once: int) -> torch.Tensor:
+    """Loss of each next token [at_once, L] on the CPU, the same on every rank; rows that are missing to `at_once` repeat the first."""
+    groups, parallel = state.groups, state.config.parallel
+    length = next_multiple(max(map(len, rows)), 2 * parallel.context_parallel_size * parallel.tensor_model_parallel_size)
+    padded_NL = torch.full((at_once, length), state.provenance.eod_id)
+    for number in range(at_once):
+        row = rows[number] if number < len(rows) else rows[0]
+        padded_NL[number, : len(row)] = torch.tensor(row)
+    schedule = get_forward_backward_func(groups.pipeline.size(), groups.virtual_stages if groups.virtual_stages > 1 else None)
+    iterators = [_batches(state, padded_NL) for _ in state.model]
+    reports: list[Report] = schedule(
+        forward_step_func=partial(_forward_step, bool(state.config.train.z_loss_coeff)),
+        data_iterator=iterators if len(iterators) > 1 else iterators[0],
+        model=state.model if len(state.model) > 1 else state.model[0],
+        num_microbatches=_num_microbatches(state),
+        seq_length=length,
+        micro_batch_size=state.config.train.micro_batch_size,
+        forward_only=True,
+    )
+    losses_NL = torch.zeros(at_once, length, device=state.platform.device)
+    for report in reports:  # empty except on the last pipeline stage
+        losses_NL[report["rows"][:, None], report["places"]] = report["losses"].float()
+    dist.all_reduce(losses_NL, group=groups.data_and_context)  # of each value all ranks but one have 0, so the sum is exact
+    dist.all_reduce(losses_NL, group=groups.pipeline)
+    return losses_NL.cpu()
+
+
+def _batches(state: TrainState, padded_NL: torch.Tensor) -> Iterator[Batch]:
+    """This rank's micro-batches. Without a mask of documents a row is one, whatever the run does with eods."""
+    groups, size = state.groups, state.config.train.micro_batch_size
+    for number in range(_num_microbatches(state)):
+        first = (number * groups.data.size() + groups.data.rank()) * size
+        tokens = padded_NL[first : first + size]
+        places = torch.arange(tokens.shape[1]).expand_as(tokens)
+        batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "position_ids": places}
+        batch = context_part(batch, groups.context.rank(), groups.context.size())
+        batch["rows"] = torch.arange(first, first + size)
+        yield {name: value.contiguous().to(state.platform.device) for name, value in batch.items()}
+
+
+def _forward_step(has_z_loss: bool, batches: Iterator[Batch], model: Any) -> tuple[torch.Tensor, Callable[..., Any]]:
+    batch = next(batches)
+    output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
+
+    def kept(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Report]:
+        """What the schedule hands on of a micro-batch: every loss, and where it belongs."""
+        losses = losses[..., 0] if has_z_loss else losses
+        report = {"losses": losses, "rows": batch["rows"], "places": batch["position_ids"]}
+        return losses.sum(), torch.tensor(losses.numel(), dtype=torch.int, device=losses.device), report
+
+    return output, kept
+
+
+Figures = dict[str, float]
+
+
+class TaskSet:
+    """The tasks of a run, read once."""
+
+    def __init__(self, scorer: TrainingScorer, tasks: Sequence[LoadedTask]) -> None:
+        """Raises DataError for a text longer than a sample: that shall end the run before its first step."""
+        self.scorer, self.tasks = scorer, tasks
+        for task in tasks:
+            asked = [asked_of(task.task, scorer.direction, item, task.demonstrations(item)) for item in task.items]
+            for pair in distinct_pairs(asked):
+                scorer.span(pair)
+
+    def evaluate(self) -> dict[str, Figures]:
+        """By task: `accuracy`, the main figure of the direction, and every other one by its name. The same on every rank."""
+        results = [evaluate_task(self.scorer, task) for task in self.tasks]
+        return {
+            result.task: {
+                "accuracy": result.metrics[result.main].value,
+                **{name: metric.value for name, metric in result.metrics.items()},
+                "num_items": float(len(task.items)),
+            }
+            for task, result in zip(self.tasks, results, strict=True)
+        }
+
+
+def load_task_set(state: TrainState, known: TaskHashes) -> TaskSet:
+    """The tasks of the config, with the tokenizer that the run folder holds. Call on every rank, at the start.
+
+    known: sha256 of the tasks' files as they were checked.
+    """
+    tokenizer = JointTokenizer.from_pretrained(Path(os.path.join(state.config.run_dir, RUN_TOKENIZER)))
+    tasks = load_tasks(state.config)
+    check_files(hashes_of(tasks), known, str(state.config.train.task_data))
+    return TaskSet(TrainingScorer(state, tokenizer), tasks)
+
+
+def check_files(found: TaskHashes, known: TaskHashes, folder: str) -> None:
+    """Raise RuntimeError on every rank where ranks have read other files of tasks, DataError where all have read others than
+    were checked: ranks that score other texts would wait for each other, or give figures of no set at all. Call on every rank.
+    """
+    advice = f"{folder} must hold the same files on all nodes, and nothing may change them: start again"
+    check_same("the sha256 of the files of train.tasks", found, advice)
+    if found != known:
+        raise DataError(f"files of train.tasks in {folder} were replaced while the run started; start it again")

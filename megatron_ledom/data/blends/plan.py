@@ -1,0 +1,263 @@
+"""Blends planned before training: what each source gives, how often it would be read, and the config's lines for it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+
+from megatron_ledom.data.blends.interleave import Interleave
+from megatron_ledom.data.shards.prefixes import TASK, check_tasks_complete, expand_prefixes
+from megatron_ledom.data.shards.shard import check_shard
+from megatron_ledom.errors import UsageError, VerificationError
+
+MOST_ROWS = 40
+"""Of a table; above it, the shards of one array of tasks are one row."""
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+
+
+@dataclass(kw_only=True, slots=True)
+class BlendSettings:
+    """What tools/plan_blend.py was asked."""
+
+    input: list[str]
+    """Prefixes of shards, patterns of them, or NAME=TOKENS."""
+    tokens: str | None = None
+    """Of the whole run; default with `tokens_per_source`: their sum."""
+    weights: list[float] | None = None
+    tokens_per_source: list[str] | None = None
+    """With neither this nor `weights`, every source gives in proportion to its tokens."""
+    seq_length: int | None = None
+    global_batch_size: int | None = None
+    """Both together: the run is of whole iterations."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSource:
+    """One row of the plan."""
+
+    name: str
+    """Prefix of the shard."""
+    tokens: int | None
+    """In the shard, or in those of its documents that may be drawn; None when it is not there yet."""
+    weight: int | float
+    """As given; only the ratio to the others counts."""
+    share: float
+    """Of the run."""
+    drawn: float
+    """Tokens of the run from this source."""
+    samples: int | None = None
+    """The same in samples, when their length is known."""
+    samples_available: int | None = None
+    """Of one pass over the shard."""
+
+    @property
+    def epochs(self) -> float | None:
+        """Passes over the shard."""
+        return self.drawn / self.tokens if self.tokens else None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether something is read more than once; by the rule of a run's start where samples are known."""
+        if self.samples is not None and self.samples_available is not None:
+            return self.samples > self.samples_available
+        return self.epochs is not None and self.epochs > 1 + 1e-12  # the share is a rounded fraction
+
+
+@dataclass(frozen=True, slots=True)
+class BlendPlan:
+    """The whole run."""
+
+    sources: list[PlannedSource]
+    tokens: int
+    """Drawn in all: the budget, or its whole iterations."""
+    seq_length: int | None
+    global_batch_size: int | None
+    train_iters: int | None
+
+
+def samples_available(num_tokens: int, seq_length: int) -> int:
+    """Samples of one pass over a shard: each needs one token more than its positions, shared with the next."""
+    return max(0, num_tokens - 1) // seq_length
+
+
+def parse_tokens(text: str, where: str) -> int:
+    """435.37B, 1e12, 435,373,905,853 and the like, exactly; `where` names the option in the error."""
+    plain = text.strip().replace(",", "").replace("_", "").upper()
+    unit = plain[-1:] if plain[-1:] in UNITS else ""
+    try:
+        number = Decimal(plain.removesuffix(unit)) * UNITS[unit]
+    except InvalidOperation:
+        number = Decimal("NaN")
+    if not number.is_finite() or number < 1 or number != number.to_integral_value():
+        raise UsageError(f"{where} {text} is no number of tokens; write 435.37B, 1e12, 300M or 435,373,905,853")
+    return int(number)
+
+
+def plan_blend(settings: BlendSettings) -> BlendPlan:
+    """Work out the plan. Raises UsageError for options that do not fit; repeats are left to `check_repeats`."""
+    sizes = _source_sizes(settings.input)
+    weights, budget = _weights_and_budget(settings, list(sizes.values()))
+    seq_length, batch, train_iters = settings.seq_length, settings.global_batch_size, None
+    if (seq_length is None) != (batch is None):
+        raise UsageError("--seq-length and --global-batch-size give the iterations together; give both or neither")
+    if seq_length is not None and batch is not None:
+        if seq_length < 1 or batch < 1:
+            raise UsageError(f"--seq-length {seq_length} and --global-batch-size {batch} must be 1 or more")
+        train_iters = budget // (seq_length * batch)
+        if not train_iters:
+            raise UsageError(f"{budget:,} tokens are less than one iteration of {batch:,} x {seq_length:,}; raise --tokens")
+        budget = train_iters * seq_length * batch
+    return BlendPlan(planned_sources(sizes, weights, budget, seq_length), budget, seq_length, batch, train_iters)
+
+
+def planned_sources(
+    sizes: Mapping[str, int | None], weights: Sequence[float], tokens: int, seq_length: int | None
+) -> list[PlannedSource]:
+    """What each source gives to a run of `tokens`; `sizes` are tokens by name. With `seq_length`, to the sample."""
+    shares = [weight / sum(weights) for weight in weights]
+    if seq_length is None:
+        rows = zip(sizes.items(), weights, shares, strict=True)
+        return [PlannedSource(name, size, weight, share, share * tokens) for (name, size), weight, share in rows]
+    counts = Interleave(shares).counts(tokens // seq_length).tolist()
+    return [
+        PlannedSource(
+            name, size, weight, share, samples * seq_length, samples, samples_available(size, seq_length) if size else None
+        )
+        for (name, size), weight, share, samples in zip(sizes.items(), weights, shares, counts, strict=True)
+    ]
+
+
+def _source_sizes(inputs: Sequence[str]) -> dict[str, int]:
+    """Tokens by name, in the order given."""
+    sizes: dict[str, int] = {}
+    first = None
+    for text in inputs:
+        name, is_pair, tokens = text.rpartition("=")
+        if is_pair and name and not Path(f"{text}.json").exists():
+            found = [(name, parse_tokens(tokens, f"--input {name}="))]
+        else:
+            prefixes = expand_prefixes([text])
+            check_tasks_complete(prefixes)
+            found = []
+            for prefix in prefixes:
+                manifest = check_shard(prefix)
+                first = first or (prefix, manifest.provenance)
+                manifest.provenance.check_same(first[1], f"the shard {prefix}", f"the shard {first[0]}")
+                found.append((prefix, manifest.num_tokens))
+        for name, size in found:
+            if name in sizes:
+                raise UsageError(f"{name} is named more than once; name each source once, with the sum of its weights")
+            sizes[name] = size
+    return sizes
+
+
+def _weights_and_budget(settings: BlendSettings, sizes: list[int]) -> tuple[list[float], int]:
+    weights: list[float] = [*sizes]
+    option = ""
+    if settings.weights is not None:
+        option, weights = "--weights", settings.weights
+    elif settings.tokens_per_source is not None:
+        option = "--tokens-per-source"
+        weights = [parse_tokens(text, option) for text in settings.tokens_per_source]
+    if len(weights) != len(sizes):
+        raise UsageError(f"{option} has {len(weights)} numbers for {len(sizes)} sources; give one for each, in their order")
+    if not all(0 < weight < float("inf") for weight in weights):
+        raise UsageError(f"{option} {weights} must all be above 0; leave out a source that gives nothing")
+    if settings.tokens is not None:
+        return weights, parse_tokens(settings.tokens, "--tokens")
+    if settings.tokens_per_source is None:
+        raise UsageError("--tokens is needed: how many tokens the run shall draw, such as 435.37B")
+    return weights, int(sum(weights))
+
+
+def describe(plan: BlendPlan) -> str:
+    """The table."""
+    return describe_sources(plan.sources, plan.tokens)
+
+
+def describe_sources(sources: Sequence[PlannedSource], tokens: int) -> str:
+    """The table of a run of `tokens`; more than MOST_ROWS sources are grouped by the array of tasks that wrote them."""
+    shown = sources if len(sources) <= MOST_ROWS else _grouped(sources)
+    stored = [source.tokens for source in sources if source.tokens is not None]
+    samples = [source.samples for source in sources if source.samples is not None]
+    everything = PlannedSource(
+        "all", sum(stored) if len(stored) == len(sources) else None, 0, 1.0, tokens, sum(samples) if samples else None
+    )
+    heads = ["source", "tokens", "weight", "share", "drawn", "epochs", *(["samples"] if samples else [])]
+    rows = [heads, *[_row(source) for source in shown], _row(everything)]
+    rows[-1][2] = ""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def _row(source: PlannedSource) -> list[str]:
+    whole = float(source.weight).is_integer()
+    stored = "no shard yet" if source.tokens is None else f"{source.tokens:,}"
+    return [
+        source.name,
+        stored,
+        f"{int(source.weight):,}" if whole else f"{source.weight:g}",
+        f"{source.share:.2%}",
+        f"{source.drawn:,.0f}",
+        "" if source.epochs is None else f"{source.epochs:.4f}",
+        *([f"{source.samples:,}"] if source.samples is not None else []),
+    ]
+
+
+def _grouped(sources: Sequence[PlannedSource]) -> list[PlannedSource]:
+    """One row for the tasks of each array, P-*-of-00064, where they stand side by side or not; others as they are."""
+    groups: dict[str, list[PlannedSource]] = {}
+    for source in sources:
+        match = TASK.fullmatch(source.name)
+        groups.setdefault(f"{match['base']}-*-of-{match['count']}" if match else source.name, []).append(source)
+    return [
+        PlannedSource(
+            name if len(group) == 1 else f"{name} ({len(group):,} shards)",
+            None if any(source.tokens is None for source in group) else sum(source.tokens or 0 for source in group),
+            sum(source.weight for source in group),
+            sum(source.share for source in group),
+            sum(source.drawn for source in group),
+            None if group[0].samples is None else sum(source.samples or 0 for source in group),
+        )
+        for name, group in groups.items()
+    ]
+
+
+def check_repeats(plan: BlendPlan) -> None:
+    """Refuse a plan that reads a source more than once."""
+    repeated = [source for source in plan.sources if source.repeats]
+    if not repeated:
+        return
+    worst = max(repeated, key=lambda source: source.epochs or 0.0)
+    most = min(source.tokens / source.share for source in plan.sources if source.tokens is not None)
+    named = ", ".join(f"{source.name} ({source.epochs:.4f} times)" for source in repeated)
+    raise VerificationError(
+        f"read more than once: {named}; these shares give at most {most:,.0f} tokens: lower --tokens or the weight of"
+        f" {worst.name}, add shards, or allow it by --allow-repeats (data.allow_repeats=true in the config)"
+    )
+
+
+def to_yaml(plan: BlendPlan) -> str:
+    """The lines for a run's config."""
+    lines = ["data:"]
+    if plan.seq_length:
+        lines.append(f"  seq_length: {plan.seq_length}")
+    if any(source.repeats for source in plan.sources):
+        lines.append("  allow_repeats: true")
+    lines.append("  train_blend:")
+    lines += [f"    - [{_yaml_number(source.weight)}, {_yaml_text(source.name)}]" for source in plan.sources]
+    if plan.train_iters is not None:
+        lines += ["train:", f"  train_iters: {plan.train_iters}", f"  global_batch_size: {plan.global_batch_size}"]
+    return "\n".join(lines)
+
+
+def _yaml_number(number: int | float) -> str:
+    return str(number) if isinstance(number, int) else format(Decimal(repr(number)), "f")  # 1e-05 would be text in YAML
+
+
+def _yaml_text(text: str) -> str:
+    is_plain = text.replace("/", "").replace("-", "").replace("_", "").replace(".", "").isalnum() and not text[0].isdigit()
+    return text if is_plain and text[0] not in "-." else "'" + text.replace("'", "''") + "'"

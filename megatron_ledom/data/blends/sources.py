@@ -1,0 +1,345 @@
+"""The shards a run reads: checked against each other and against the run before anything heavy.
+
+Held-out text by ratio: which documents of a shard are trained on, validated on and tested on.
+
+What the manifests of a run's shards have to agree on, among each other and with the run; nothing but the manifests is read.
+"""
+
+import logging
+import os
+import struct
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_ledom.config.derived import blend_shares, named_blends, train_samples
+from megatron_ledom.config.schema import BlendEntry, RunConfig
+from megatron_ledom.data.blends.interleave import Interleave
+from megatron_ledom.data.blends.plan import PlannedSource, describe_sources, samples_available
+from megatron_ledom.data.shards.replaced import ShardFiles
+from megatron_ledom.data.shards.shard import DTYPE_CODES, HEADER, ShardManifest, check_shard
+from megatron_ledom.data.shards.targets import counted_bytes_per_token
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import ConfigError, DataError, MismatchError
+from megatron_ledom.provenance import Provenance
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
+
+POINTER = struct.Struct("<q")
+ID_BYTES = {"uint16": 2, "int32": 4}
+assert ID_BYTES.keys() == DTYPE_CODES.keys()
+
+
+@dataclass(frozen=True, slots=True)
+class DocumentRange:
+    """Consecutive documents of a shard."""
+
+    first: int
+    last: int
+    """Behind the last one."""
+    num_tokens: int
+
+
+def whole_shard(manifest: ShardManifest) -> DocumentRange:
+    """All documents."""
+    return DocumentRange(0, manifest.num_documents, manifest.num_tokens)
+
+
+def split_shard(prefix: str, manifest: ShardManifest, ratios: Sequence[float]) -> list[DocumentRange]:
+    """The documents for training, validation and test, in this order in the shard: by number of documents, as megatron-core
+    divides them. Reads a few numbers of `.idx`, none of `.bin`."""
+    total, count = sum(ratios), manifest.num_documents
+    borders = [round(sum(ratios[:number]) / total * count) for number in range(len(ratios))] + [count]
+    tokens = [_tokens_before(prefix, manifest, border) for border in borders]
+    parts = zip(borders[:-1], borders[1:], tokens[:-1], tokens[1:], strict=True)
+    return [DocumentRange(first, last, end - begin) for first, last, begin, end in parts]
+
+
+def _tokens_before(prefix: str, manifest: ShardManifest, document: int) -> int:
+    if document == manifest.num_documents:
+        return manifest.num_tokens
+    with open(f"{prefix}.idx", "rb") as stream:
+        stream.seek(HEADER.size + 4 * manifest.num_documents + POINTER.size * document)
+        content = stream.read(POINTER.size)
+    if len(content) < POINTER.size:
+        raise DataError(f"{prefix}.idx is truncated; copy the shard again")
+    tokens: int = POINTER.unpack(content)[0] // ID_BYTES[manifest.dtype]
+    return tokens
+
+
+def check_manifests(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> Provenance:
+    """The provenance that all shards share, of at least one. Raises a LedomError that names the first that does not fit."""
+    prefix, first = next(iter(manifests.items()))
+    provenance = first.provenance
+    _check_direction(prefix, first, config.data.direction)
+    for other, manifest in manifests.items():
+        manifest.provenance.check_same(provenance, f"the shard {other}", f"the shard {prefix}")
+    check_pairs(config, manifests)
+    stated = config.model.vocab_size
+    if stated is not None and stated != provenance.vocab_size:
+        raise MismatchError(
+            f"model.vocab_size={stated} but the shard {prefix} has ids of {provenance.vocab_size};"
+            " leave model.vocab_size out, or preprocess with the tokenizer that the run is meant for"
+        )
+    return provenance
+
+
+def _check_direction(prefix: str, manifest: ShardManifest, direction: Direction) -> None:
+    found = manifest.provenance.direction
+    if found is not direction:
+        raise MismatchError(
+            f"the shard {prefix} is {found}, the run has data.direction={direction}: a {direction} model fed {found} ids"
+            f" learns nonsense without an error; preprocess with --direction {direction}, or set data.direction={found}"
+        )
+
+
+def check_pairs(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> None:
+    """Refuse a run whose samples would not be the packs, or whose pairs would see each other. Raises ConfigError."""
+    data = config.data
+    for prefix, manifest in manifests.items():
+        if not manifest.pairs:
+            if data.loss_tokens != "all":
+                raise ConfigError(
+                    f"data.loss_tokens={data.loss_tokens} needs shards of pairs, {prefix} is one of text; make it with"
+                    " tools/prepare_pairs.py, or set data.loss_tokens=all"
+                )
+            continue
+        if manifest.pairs["seq_length"] != data.seq_length:
+            raise ConfigError(
+                f"the pairs of {prefix} are packed for data.seq_length={manifest.pairs['seq_length']}, the run has"
+                f" {data.seq_length}; set that, or pack them anew with tools/prepare_pairs.py --seq-length {data.seq_length}"
+            )
+        if not data.reset_attention_mask:
+            raise ConfigError(
+                f"{prefix} holds pairs, which would see the pairs before them in their sample; set data.reset_attention_mask=true"
+            )
+
+
+log = logging.getLogger(__name__)
+
+RUN_TOKENIZER = "tokenizer"
+"""Folder in the run folder that holds the tokenizer for the export."""
+MOST_NAMES = 5
+"""In a line of the log."""
+THREADS = 16
+"""That open shards at the same time: a distributed file system takes milliseconds for each file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One shard of a blend, or those of its documents that the blend may draw from."""
+
+    prefix: str
+    weight: float
+    """Share of the samples, all sources together 1."""
+    manifest: ShardManifest
+    documents: DocumentRange
+    files: ShardFiles
+    """As they were when the manifest was checked."""
+
+    def samples_available(self, seq_length: int) -> int:
+        """Samples of one pass over the documents."""
+        return samples_available(self.documents.num_tokens, seq_length)
+
+    def bytes_per_token(self, loss_tokens: str) -> float:
+        """UTF-8 bytes of text for each id that counts, eods too, over the whole shard: what a part of it has is not recorded."""
+        return counted_bytes_per_token(self.manifest, loss_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Blend:
+    """Sources and the order in which samples are drawn from them."""
+
+    sources: list[Source]
+    interleave: Interleave
+    num_samples: int
+    """That the run draws."""
+
+    @classmethod
+    def of(cls, sources: Sequence[Source], num_samples: int) -> "Blend":
+        """Draw `num_samples` by the sources' weights."""
+        return cls([*sources], Interleave([source.weight for source in sources]), num_samples)
+
+    def bytes_per_token(self, loss_tokens: str) -> float:
+        """Of the samples drawn, each source's own ratio counted by its samples."""
+        counts = self.interleave.counts(self.num_samples).tolist()
+        drawn = zip(self.sources, counts, strict=True)
+        return float(sum(source.bytes_per_token(loss_tokens) * count for source, count in drawn)) / self.num_samples
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Every shard of a run, and what their ids mean."""
+
+    train: Blend
+    valid: dict[str, Blend]
+    """Validation sets by name."""
+    test: dict[str, Blend]
+    """Sets that are evaluated once, at the end."""
+    provenance: Provenance
+
+    def train_shards(self) -> list[list[Any]]:
+        """[share of the samples, sha256 of .bin with that of .targets, sha256 of .idx, first document, behind the last, prefix] of each training
+        shard: what decides, with the seed, which samples come. The prefix decides nothing, it names the shard."""
+        return [
+            [
+                source.weight,
+                source.manifest.content_sha256,
+                source.manifest.idx_sha256,
+                source.documents.first,
+                source.documents.last,
+                source.prefix,
+            ]
+            for source in self.train.sources
+        ]
+
+    def all_blends(self) -> list[Blend]:
+        """The training blend, then every set."""
+        return [self.train, *self.valid.values(), *self.test.values()]
+
+    def of_samples(self, config: RunConfig, num_samples: int) -> "Sources":
+        """The same for a run of `num_samples`: one that goes on with another batch size. Raises ConfigError as at the start."""
+        train = replace(self.train, num_samples=num_samples)
+        _check_repeats(config, train)
+        return replace(self, train=train)
+
+
+def load_sources(config: RunConfig) -> Sources:
+    """Open the manifests of all shards of the run. Raises a LedomError that names the first thing that does not fit."""
+    data = config.data
+    if not data.train_blend:
+        raise ConfigError(
+            "data.train_blend is empty: give it shards as [[weight, prefix], ...], made by tools/preprocess_data.py"
+        )
+    blends = [blend for _, blend in named_blends(data)]
+    manifests, files = _open({prefix: None for blend in blends for _, prefix in blend})
+    provenance = check_manifests(config, manifests)
+    train, valid, test = _divide(config, manifests, files)
+    sources = Sources(train, valid, test, provenance)
+    _check_repeats(config, sources.train)
+    return sources
+
+
+def _open(prefixes: Iterable[str]) -> tuple[dict[str, ShardManifest], dict[str, ShardFiles]]:
+    names = list(prefixes)
+    with ThreadPoolExecutor(THREADS) as threads:
+        manifests = dict(zip(names, threads.map(check_shard, names), strict=True))
+        files = dict(zip(names, threads.map(ShardFiles.of, names, manifests.values()), strict=True))
+    for prefix, manifest in manifests.items():
+        if not manifest.num_documents:
+            raise ConfigError(f"the shard {prefix} has no documents; leave it out of the blend")
+    return manifests, files
+
+
+def _divide(
+    config: RunConfig, manifests: dict[str, ShardManifest], files: dict[str, ShardFiles]
+) -> tuple[Blend, dict[str, Blend], dict[str, Blend]]:
+    """(training blend, validation sets, test sets)."""
+    data, samples = config.data, train_samples(config)
+    if data.split is None:
+        valid = {prefix: [(1.0, prefix)] for _, prefix in data.valid_blend} | data.valid_sets
+        return (
+            Blend.of(_whole_sources(data.train_blend, manifests, files), samples),
+            {name: _held_out(config, name, _whole_sources(blend, manifests, files)) for name, blend in valid.items()},
+            {name: _held_out(config, name, _whole_sources(blend, manifests, files)) for name, blend in data.test_sets.items()},
+        )
+    whole = _whole_sources(data.train_blend, manifests, files)
+    with ThreadPoolExecutor(THREADS) as threads:
+        ratios = data.split
+        ranges = list(threads.map(lambda source: split_shard(source.prefix, source.manifest, ratios), whole))
+    parts = [[replace(source, documents=three[part]) for source, three in zip(whole, ranges, strict=True)] for part in range(3)]
+    sets: list[dict[str, Blend]] = [
+        {name: _held_out(config, name, part)} if ratio else {}
+        for name, part, ratio in zip(("valid", "test"), parts[1:], ratios[1:], strict=True)
+    ]
+    return Blend.of(parts[0], samples), sets[0], sets[1]
+
+
+def _whole_sources(
+    blend: Sequence[BlendEntry], manifests: dict[str, ShardManifest], files: dict[str, ShardFiles]
+) -> list[Source]:
+    entries = zip(blend, blend_shares(blend), strict=True)
+    return [
+        Source(prefix, share, manifests[prefix], whole_shard(manifests[prefix]), files[prefix])
+        for (_, prefix), share in entries
+    ]
+
+
+def _held_out(config: RunConfig, name: str, sources: list[Source]) -> Blend:
+    """A set of whole global batches, no sample twice, of the sources that have a sample. Raises ConfigError for a set smaller than
+    one batch."""
+    seq_length, batch = config.data.seq_length, config.train.global_batch_size
+    available = [source.samples_available(seq_length) for source in sources]
+    sources, left_out = _with_samples(sources, available)
+    if left_out:
+        names = ", ".join(source.prefix for source in left_out[:MOST_NAMES]) + (", ..." if len(left_out) > MOST_NAMES else "")
+        log.info("the held-out set %s goes without %d shards, too short there for one sample: %s", name, len(left_out), names)
+    for source in sources:
+        if not source.manifest.text_bytes:
+            raise ConfigError(
+                f"the validation shard {source.prefix} does not say how many bytes of text it holds, which bits per byte are counted"
+                " against; make it from the text, or with tools/reverse_shards.py --text-bytes"
+            )
+    whole = Blend.of(sources, 0)
+    most = whole.interleave.most_samples([count for count in available if count]) if sources else 0
+    if most < batch:
+        raise ConfigError(
+            f"the held-out set {name} gives {most:,} samples of {seq_length} tokens by its weights, fewer than"
+            f" train.global_batch_size={batch}; give it more text, or lower the batch"
+        )
+    return replace(whole, num_samples=min(most // batch, config.train.eval_iters) * batch)
+
+
+def _with_samples(sources: list[Source], available: list[int]) -> tuple[list[Source], list[Source]]:
+    """The sources that have samples, their weights together 1, and the others: part of a split can round to no document."""
+    counted = list(zip(sources, available, strict=True))
+    kept = [source for source, count in counted if count]
+    if len(kept) == len(sources):
+        return kept, []
+    total = sum(source.weight for source in kept)
+    return [replace(source, weight=source.weight / total) for source in kept], [
+        source for source, count in counted if not count
+    ]
+
+
+def _check_repeats(config: RunConfig, blend: Blend) -> None:
+    """Refuse a source that would repeat without leave, and one that has not even one sample."""
+    seq_length = config.data.seq_length
+    for source, needed in zip(blend.sources, blend.interleave.counts(blend.num_samples).tolist(), strict=True):
+        available = source.samples_available(seq_length)
+        if needed and not available:
+            raise ConfigError(
+                f"{source.prefix} has {source.documents.num_tokens:,} tokens to train on, less than one sample of"
+                f" data.seq_length={seq_length}; leave it out of data.train_blend, or join small shards with tools/merge_shards.py"
+            )
+        if needed > available and not config.data.allow_repeats:
+            raise ConfigError(
+                f"the run draws {needed:,} samples of {seq_length} tokens from {source.prefix}, which has {available:,}:"
+                f" it would be read {needed / available:.2f} times; lower train.train_iters or its weight in"
+                " data.train_blend, add shards, or set data.allow_repeats=true"
+            )
+
+
+def describe_blend(config: RunConfig, sources: Sources) -> str:
+    """The table of the training blend: tokens, weight, share, tokens drawn, epochs and samples of each source."""
+    return describe_sources(list(_planned(config, sources.train)), sources.train.num_samples * config.data.seq_length)
+
+
+def _planned(config: RunConfig, blend: Blend) -> Iterator[PlannedSource]:
+    seq_length = config.data.seq_length
+    counts = blend.interleave.counts(blend.num_samples).tolist()
+    for source, (weight, _), samples in zip(blend.sources, config.data.train_blend, counts, strict=True):
+        tokens, available = source.documents.num_tokens, source.samples_available(seq_length)
+        yield PlannedSource(source.prefix, tokens, weight, source.weight, samples * seq_length, samples, available)
+
+
+def load_run_tokenizer(config: RunConfig, sources: Sources) -> Tokenizer | None:
+    """The tokenizer of the run's data, None if it is not on this machine. Raises MismatchError if it is not the shards' one."""
+    manifest = sources.train.sources[0].manifest
+    path = config.data.tokenizer or manifest.tokenizer_path
+    if config.data.tokenizer is None and not os.path.exists(path):
+        log.warning("no data.tokenizer, and the shards' own (%s) is not here: the run trains, but cannot be exported yet", path)
+        return None
+    tokenizer = load_tokenizer(path, manifest.eod_token or None)
+    tokenizer.provenance(config.data.direction).check_same(sources.provenance, f"the tokenizer {path}", "the data of this run")
+    return tokenizer

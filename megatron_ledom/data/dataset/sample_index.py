@@ -1,0 +1,291 @@
+"""Where every sample of a blend begins: built once, stored in one file a blend, found again by the content it was built from.
+
+A file holds, for each source and each pass over it, the three arrays of megatron-core's GPTDataset: documents in their shuffled
+order, the document and offset at which each sample begins, and the samples' shuffled order. The first pass is the very one
+GPTDataset would make of the source; later passes are shuffled anew and never mixed with it, so a longer run begins as the shorter
+one and no text comes twice before all of its source came once.
+
+Layout, little-endian: 8 bytes magic, 32 bytes key, u64 bytes of the body, u64 XXH3 of it, 8 bytes zero; then for each part
+i32 documents [n], i32 samples [s + 1, 2], u32 order [s].
+"""
+
+import hashlib
+import json
+import logging
+import os
+import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from megatron.core.datasets import helpers
+
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.data.blends.sources import Blend, Source, Sources
+from megatron_ledom.data.shards.shard import HEADER as SHARD_HEADER
+from megatron_ledom.data.shards.shard import hash_file
+from megatron_ledom.errors import DataError
+from megatron_ledom.platform.launch import Launch
+from megatron_ledom.platform.processes import ordered_map
+from megatron_ledom.storage.files import real_path
+from megatron_ledom.storage.locks import Progress, build_once, cannot_build, node
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+MAGIC = b"LEDOMSIX"
+HEADER = struct.Struct("<8s32sQQ8x")
+CHUNK_BYTES = 1 << 24
+DOCUMENTS_A_WORKER = 2_000_000
+"""Fewer are done sooner than a process is started for them."""
+
+Arrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.uint32]]
+"""documents [n], samples [s + 1, 2], order [s]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One pass over one source, and its place in the file."""
+
+    source: Source
+    epoch: int
+    num_samples: int
+    first_byte: int
+
+    @property
+    def num_documents(self) -> int:
+        """Of the source, as far as the blend may draw from it."""
+        return self.source.documents.last - self.source.documents.first
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the three arrays."""
+        return 4 * (self.num_documents + 2 * (self.num_samples + 1) + self.num_samples)
+
+
+class IndexPlan:
+    """What the index of one blend consists of, and the key of its file."""
+
+    def __init__(self, blend: Blend, seq_length: int, seed: int) -> None:
+        self.seq_length, self.seed = seq_length, seed
+        self.parts: dict[tuple[int, int], Part] = {}
+        """By (number of the source, pass)."""
+        first_byte = HEADER.size
+        content = []
+        counts = blend.interleave.counts(blend.num_samples).tolist()
+        for number, (source, drawn) in enumerate(zip(blend.sources, counts, strict=True)):
+            samples = source.samples_available(seq_length)
+            passes = -(-drawn // samples) if drawn else 0
+            for epoch in range(passes):
+                part = self.parts[number, epoch] = Part(source, epoch, samples, first_byte)
+                first_byte += part.num_bytes
+            content.append([*_content(source), passes])
+        self.num_bytes = first_byte
+        described = json.dumps([FORMAT, seq_length, seed, content], separators=(",", ":"))
+        self.key = hashlib.sha256(described.encode()).digest()
+
+    def path(self, cache: str) -> str:
+        """Its file in the folder `cache`."""
+        return os.path.join(cache, f"{self.key.hex()[:32]}.index")
+
+    def is_built(self, cache: str) -> bool:
+        """Whether the file is there, of this key and of the right size; its body is not read."""
+        try:
+            with open(self.path(cache), "rb") as stream:
+                content = stream.read(HEADER.size)
+                size = os.fstat(stream.fileno()).st_size
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        if len(content) < HEADER.size:
+            return False
+        magic, key, body, _ = HEADER.unpack(content)
+        return bool((magic, key, body + HEADER.size, size) == (MAGIC, self.key, self.num_bytes, self.num_bytes))
+
+    def is_sound(self, cache: str) -> bool:
+        """Whether the file `is_built` and its body has the checksum of its header; reads all of it."""
+        if not self.is_built(cache):
+            return False
+        with open(self.path(cache), "rb") as stream:
+            _, _, _, expected = HEADER.unpack(stream.read(HEADER.size))
+            digest = xxhash.xxh3_64()
+            while block := stream.read(CHUNK_BYTES):
+                digest.update(block)
+        return digest.intdigest() == int(expected)
+
+
+def _content(source: Source) -> list[str | int]:
+    """What the samples of a source follow from: its content, not its name or its date."""
+    manifest, documents = source.manifest, source.documents
+    stated: list[str | int] = [manifest.bin_sha256, manifest.idx_sha256, manifest.dtype]
+    return [*stated, manifest.num_documents, manifest.num_tokens, documents.first, documents.last]
+
+
+class SampleIndex:
+    """The file of a plan, mapped."""
+
+    def __init__(self, plan: IndexPlan, cache: str) -> None:
+        path = plan.path(cache)
+        if not plan.is_built(cache):
+            raise DataError(f"node {node()}: the sample index {path} is missing or damaged; delete it and start again")
+        self._plan = plan
+        self._content: npt.NDArray[Any] = np.asarray(np.memmap(path, np.uint8, "r")) if plan.parts else np.zeros(0, np.uint8)
+
+    def part(self, source: int, epoch: int) -> tuple[Part, Arrays]:
+        """One pass over one source."""
+        part = self._plan.parts[source, epoch]
+        words = self._content[part.first_byte : part.first_byte + part.num_bytes].view("<i4")
+        documents, rest = words[: part.num_documents], words[part.num_documents :]
+        samples, order = rest[: 2 * (part.num_samples + 1)], rest[2 * (part.num_samples + 1) :]
+        return part, (documents, samples.reshape(-1, 2), order.view("<u4"))
+
+
+def index_plan(config: RunConfig, blend: Blend) -> IndexPlan:
+    """The index of a blend of the run."""
+    return IndexPlan(blend, config.data.seq_length, config.train.seed)
+
+
+def prepare_indices(config: RunConfig, sources: Sources, cache: str, launch: Launch) -> None:
+    """See that the index of every blend of the run is in the folder `cache`; call on every rank, before any process group is made.
+
+    The first rank of each node, by `launch`, checks the shards' `.idx` against their manifests and builds what is missing, the others wait
+    for the files. Raises DataError for a shard that was changed, and on the waiting ranks when the builder is gone.
+    """
+    plans = [index_plan(config, blend) for blend in sources.all_blends()]
+    may_build = launch.local_rank == 0
+    damaged: list[IndexPlan] = []
+
+    def is_done() -> bool:
+        return not damaged and all(plan.is_built(cache) for plan in plans)
+
+    def build(note: Any) -> None:
+        """Everything that is missing, from shards that are what they were."""
+        check_indexed(sources)
+        for plan in plans:
+            if not (plan.is_sound(cache) if damaged else plan.is_built(cache)):  # another node may have built it meanwhile
+                build_index(plan, cache, note)
+
+    if may_build and is_done():
+        check_indexed(sources)
+        damaged += [plan for plan in plans if not plan.is_sound(cache)]
+        for plan in damaged:  # it stays until the new one takes its place: others may have put that there already
+            log.warning("node %s: the sample index %s is damaged; it is built anew", node(), plan.path(cache))
+    build_once(os.path.join(cache, "lock"), is_done, build, may_build=may_build)
+
+
+def check_indexed(sources: Sources) -> None:
+    """Compare every `.idx` with its manifest's hash: where documents begin must be what it was when the shard was made."""
+    manifests = {source.prefix: source.manifest for blend in sources.all_blends() for source in blend.sources}
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        found = threads.map(lambda prefix: hash_file(f"{prefix}.idx"), manifests)
+        for (prefix, manifest), digest in zip(manifests.items(), found, strict=True):
+            if digest != manifest.idx_sha256:
+                raise DataError(
+                    f"node {node()}: {prefix}.idx has not the sha256 of its manifest: it was replaced or damaged; see what is"
+                    f" wrong with tools/inspect_shard.py {prefix} --verify, and copy the shard again"
+                )
+
+
+def build_index(plan: IndexPlan, cache: str, note: Any = lambda text: None) -> None:
+    """Write the file of a plan into the folder `cache`, with the cores this process may use."""
+    path, started = real_path(plan.path(cache)), time.monotonic()
+    part_path = f"{path}.{node()}.{os.getpid()}.part"  # without locks several processes may be at it
+    parts = sorted(plan.parts.values(), key=lambda part: -part.num_documents)  # the longest first
+    total = sum(part.num_documents for part in parts)
+    progress = Progress("sample index", total, note)
+    workers = min(len(os.sched_getaffinity(0)), total // DOCUMENTS_A_WORKER)
+    write = partial(_write_part, plan.seq_length, plan.seed, part_path)
+    try:
+        os.makedirs(cache, exist_ok=True)
+        _remove_abandoned(path)
+        with open(part_path, "wb") as stream:
+            stream.truncate(plan.num_bytes)
+        written = {}
+        sums = ordered_map(write, parts, workers, _name, progress.advance) if workers > 1 else map(write, parts)
+        for part, checksum in zip(parts, sums, strict=True):
+            written[part.first_byte] = checksum
+            progress.advance(part.num_documents)
+        _seal(plan, part_path, written)
+        os.replace(part_path, path)
+    except OSError as error:
+        raise cannot_build(error, cache) from error
+    finally:
+        with suppress(OSError):  # it is there only after a failure
+            os.unlink(part_path)
+        progress.bar.close()
+    size = plan.num_bytes / 1e6
+    log.info("built the sample index %s: %d parts, %.1f MB, %.1f s", path, len(parts), size, time.monotonic() - started)
+
+
+def _name(part: Part) -> str:
+    return f"the sample index of {part.source.prefix}"
+
+
+def _remove_abandoned(path: str) -> None:
+    """Delete what killed builders of this node have left of the file `path`."""
+    for part in Path(path).parent.glob(f"{Path(path).name}.{node()}.*.part"):
+        if not os.path.exists(f"/proc/{part.name.split('.')[-2]}"):
+            part.unlink(missing_ok=True)
+
+
+def _seal(plan: IndexPlan, path: str, written: dict[int, int]) -> None:
+    """Header and checksum, forced to the disk: a file with a final name is whole.
+
+    written: the checksum of each part, by its first byte, as it was in memory. What is read back must have it: the checksum of the
+    file vouches for the arrays, not for whatever the disk holds. Raises DataError.
+    """
+    digest = xxhash.xxh3_64()
+    with open(path, "r+b") as stream:
+        for part in plan.parts.values():
+            stream.seek(part.first_byte)
+            of_part, left = xxhash.xxh3_64(), part.num_bytes
+            while left and (block := stream.read(min(left, CHUNK_BYTES))):
+                digest.update(block)
+                of_part.update(block)
+                left -= len(block)
+            if of_part.intdigest() != written[part.first_byte]:
+                raise DataError(
+                    f"node {node()}: {path} does not hold what was written to it for {part.source.prefix}; check the disk, or set"
+                    " data.path_to_cache to a folder on another one"
+                )
+        stream.seek(0)
+        stream.write(HEADER.pack(MAGIC, plan.key, plan.num_bytes - HEADER.size, digest.intdigest()))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _write_part(seq_length: int, seed: int, path: str, part: Part) -> int:
+    """Build and write the arrays of a part; their checksum, taken before they are written."""
+    digest = xxhash.xxh3_64()
+    try:
+        with open(path, "r+b") as stream:
+            stream.seek(part.first_byte)
+            for array in build_arrays(part.source, seq_length, seed, part.epoch):
+                digest.update(np.ascontiguousarray(array).data)
+                array.tofile(stream)
+        return digest.intdigest()
+    except OSError as error:
+        raise cannot_build(error, os.path.dirname(path)) from error
+
+
+def build_arrays(source: Source, seq_length: int, seed: int, epoch: int) -> Arrays:
+    """The three arrays of pass `epoch` over a source; of pass 0 those of GPTDataset, with 8 bytes of memory a document."""
+    first, last = source.documents.first, source.documents.last
+    lengths = np.fromfile(f"{source.prefix}.idx", "<i4", last - first, offset=SHARD_HEADER.size + 4 * first)
+    if len(lengths) != last - first or int(lengths.sum(dtype=np.int64)) != source.documents.num_tokens:
+        raise DataError(f"node {node()}: {source.prefix}.idx does not fit its manifest; copy the shard again")
+    random = np.random.RandomState(seed if epoch == 0 else [seed, epoch])
+    documents = np.arange(last - first, dtype=np.int32)
+    random.shuffle(documents)
+    samples = helpers.build_sample_idx(lengths, documents, seq_length, 1, source.documents.num_tokens, True, True)
+    del lengths
+    documents += first
+    order = np.arange(len(samples) - 1, dtype=np.uint32)
+    random.shuffle(order)
+    return documents, samples, order

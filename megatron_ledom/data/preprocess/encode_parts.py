@@ -1,0 +1,242 @@
+"""The work of a preprocessing worker: a part of the corpus to ids as they are stored. Nothing here imports torch.
+
+Encoded documents become the array a shard appends: range-checked, narrowed, in model order.
+"""
+
+import time
+import traceback
+from collections import Counter
+from collections.abc import Iterator, MutableSequence, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ledom.data.preprocess.part_store import PartFile, PartRecord
+from megatron_ledom.data.preprocess.quality import DUPLICATE, FILTERED, TOO_LONG, TOO_SHORT, Filter, Hashes, hashes_of
+from megatron_ledom.data.readers.corpus import MAX_MESSAGES, ReadSettings, RecordReader, TextBatch
+from megatron_ledom.data.readers.inputs import Part
+from megatron_ledom.data.readers.json_lines import BadRecordError
+from megatron_ledom.direction import Direction, pack_into
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
+
+
+class EodInsideError(DataError):
+    """A document holds the eod, which would end it in its middle."""
+
+
+def pack_documents(
+    text_ids: npt.NDArray[np.uint32],
+    offsets: npt.NDArray[np.int64],
+    *,
+    direction: Direction,
+    eod_id: int,
+    vocab_size: int,
+    dtype: npt.DTypeLike,
+    bos_id: int | None = None,
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+    """Many documents from text order into what a shard stores: model order, each closed by eod.
+
+    text_ids [total]: the documents' ids one after the other, text order; offsets [documents + 1]: where each begins.
+    `bos_id`, if given, stands first in model order. Documents without tokens are left out.
+    Every id is checked against `vocab_size` before it is narrowed to `dtype`,
+    because a numpy cast wraps around in silence. Returns the packed ids [total + kept] and the stored lengths [kept],
+    eod included. Raises DataError for an id outside [0, vocab_size) or one that `dtype` cannot hold, EodInsideError for an eod
+    in a document.
+    """
+    dtype = np.dtype(dtype)
+    if vocab_size - 1 > np.iinfo(dtype).max:
+        raise DataError(f"a vocabulary of {vocab_size:,} ids does not fit in {dtype}; use --dtype int32")
+    if not 0 <= eod_id < vocab_size:
+        raise DataError(f"the eod id {eod_id} is outside the vocabulary of {vocab_size:,} ids; name another --eod-token")
+    if bos_id is not None and not 0 <= bos_id < vocab_size:
+        raise DataError(f"the bos id {bos_id} is outside the vocabulary of {vocab_size:,} ids; name another --bos-token")
+    lengths = np.diff(offsets)
+    kept = lengths[lengths > 0]
+    added = 1 if bos_id is None else 2
+    packed = np.empty(int(kept.sum()) + added * len(kept), dtype)
+    bad = pack_into(text_ids, offsets, packed, direction=direction, eod_id=eod_id, vocab_size=vocab_size, bos_id=bos_id)
+    if bad >= 0 and int(text_ids[bad]) == eod_id:
+        document = int(np.searchsorted(offsets, bad, side="right")) - 1
+        raise EodInsideError(f"document {document} holds the eod {eod_id} at its id {bad - int(offsets[document])}")
+    if bad >= 0:
+        raise DataError(
+            f"token id {int(text_ids[bad])} is outside the vocabulary of {vocab_size:,} ids: the tokenizer is damaged, get it anew"
+        )
+    return packed, (kept + added).astype(np.int32)
+
+
+NO_TOKENS = "no_tokens"
+EOD_IN_TEXT = "eod_in_text"
+
+
+@dataclass(slots=True, kw_only=True)
+class PartEncoder:
+    """Encodes parts by number, each into its files; forked into every worker."""
+
+    parts: Sequence[Part]
+    paths: Sequence[str]
+    """Where each part goes, without ending."""
+    read: ReadSettings
+    tokenizer: Tokenizer
+    direction: Direction
+    dtype: np.dtype[Any]
+    bos_id: int | None = None
+    min_tokens: int = 1
+    max_tokens: int | None = None
+    keep: Filter | None = None
+    is_first: Sequence[npt.NDArray[np.bool_]] | None = None
+    """Of each part, which of its documents [documents] are no duplicates."""
+    progress: MutableSequence[int] = field(default_factory=list)
+    """Bytes done of each part, shared with the parent."""
+
+    def __call__(self, number: int) -> PartRecord:
+        """Texts without tokens are counted and left out, never stored: a lone eod would shift every later document."""
+        started = time.monotonic()
+        file = PartFile(self.paths[number])
+        record = PartRecord()
+        skipped: Counter[str] = Counter()
+        seen = 0
+        for batch in gathered(_batches(self, number, record, skipped), self.read.batch_bytes):
+            is_first = None if self.is_first is None else self.is_first[number][seen : seen + len(batch.texts)]
+            seen += len(batch.texts)
+            batch = self._chosen(batch, is_first, skipped)
+            packed, lengths, text_bytes = self._encoded(batch, skipped, record.messages)
+            file.append(packed, lengths)
+            record.text_bytes += text_bytes
+        record.num_documents, record.num_tokens = file.num_documents, file.num_tokens
+        record.skipped = dict(sorted(skipped.items()))
+        record.seconds = round(time.monotonic() - started, 3)
+        return file.finish(record)
+
+    def _chosen(self, batch: TextBatch, is_first: npt.NDArray[np.bool_] | None, skipped: Counter[str]) -> TextBatch:
+        if is_first is not None:
+            skipped[DUPLICATE] += len(batch.texts) - int(is_first.sum())
+            batch = batch.of(np.flatnonzero(is_first).tolist())
+        if self.keep is None:
+            return batch
+        try:
+            pairs = zip(batch.texts, batch.records, strict=True)
+            kept = [index for index, (text, record) in enumerate(pairs) if self.keep(text, record)]
+        except Exception as error:
+            raise UsageError(f"the function of --filter failed; repair it:\n{traceback.format_exc()}") from error
+        skipped[FILTERED] += len(batch.texts) - len(kept)
+        return batch.of(kept)
+
+    def _encoded(
+        self, batch: TextBatch, skipped: Counter[str], messages: list[str]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int]:
+        """(ids as stored, stored lengths, UTF-8 bytes of the stored texts)."""
+        ids, offsets = self.tokenizer.encode_batch(batch.texts)
+        lengths = np.diff(offsets)
+        is_kept = lengths > 0
+        _count(skipped, NO_TOKENS, ~is_kept)
+        if self.min_tokens > 1 or self.max_tokens is not None:
+            too_long = lengths > (self.max_tokens or lengths.max(initial=0))
+            too_short = is_kept & (lengths < self.min_tokens)
+            _count(skipped, TOO_LONG, too_long)
+            _count(skipped, TOO_SHORT, too_short)
+            is_kept &= ~(too_long | too_short)
+        try:
+            packed, stored = self._packed(ids, offsets, is_kept)
+        except EodInsideError:
+            is_kept &= ~self._holding_eod(ids, offsets, is_kept, batch, skipped, messages)
+            packed, stored = self._packed(ids, offsets, is_kept)
+        kept = (
+            batch.texts if is_kept.all() else [text for text, keep in zip(batch.texts, is_kept.tolist(), strict=True) if keep]
+        )
+        return packed, stored, sum(len(text) if text.isascii() else len(text.encode()) for text in kept)
+
+    def _packed(
+        self, ids: npt.NDArray[np.uint32], offsets: npt.NDArray[np.int64], is_kept: npt.NDArray[np.bool_]
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        lengths = np.diff(offsets)
+        if not (is_kept | (lengths == 0)).all():
+            ids = ids[np.repeat(is_kept, lengths)]
+            offsets = np.concatenate([[0], np.cumsum(lengths[is_kept])]).astype(np.int64)
+        return pack_documents(
+            ids,
+            offsets,
+            direction=self.direction,
+            eod_id=self.tokenizer.eod_id,
+            vocab_size=self.tokenizer.vocab_size,
+            dtype=self.dtype,
+            bos_id=self.bos_id,
+        )
+
+    def _holding_eod(
+        self,
+        ids: npt.NDArray[np.uint32],
+        offsets: npt.NDArray[np.int64],
+        is_kept: npt.NDArray[np.bool_],
+        batch: TextBatch,
+        skipped: Counter[str],
+        messages: list[str],
+    ) -> npt.NDArray[np.bool_]:
+        """Which documents hold the eod; each is rejected as a bad record: it would end in its middle."""
+        holding = np.zeros(len(is_kept), np.bool_)
+        holding[np.searchsorted(offsets, np.flatnonzero(ids == self.tokenizer.eod_id), side="right") - 1] = True
+        eod = f"{self.tokenizer.eod_token!r} = {self.tokenizer.eod_id}"
+        message = f"the text holds the eod {eod}, which this tokenizer cannot write as text (--eod-token names another)"
+        bad = BadRecordError(EOD_IN_TEXT, message)
+        for index in np.flatnonzero(holding & is_kept).tolist():
+            reader, place = batch.places[index]
+            reader.reject(bad, place, skipped, messages)
+        return holding
+
+
+def _count(skipped: Counter[str], reason: str, which: npt.NDArray[np.bool_]) -> None:
+    if number := int(which.sum()):
+        skipped[reason] += number
+
+
+def _batches(work: PartEncoder, number: int, record: PartRecord, skipped: Counter[str]) -> Iterator[TextBatch]:
+    """The texts of a part, with what is known of its stretches entered into `record` and `skipped`."""
+    done = 0
+    for stretch in work.parts[number]:
+        reader = RecordReader(stretch, work.read)
+        for batch in reader.batches():
+            yield batch
+            if work.progress:
+                work.progress[number] = done + batch.position
+        done += stretch.num_bytes
+        skipped += reader.skipped
+        record.messages += reader.messages[: MAX_MESSAGES - len(record.messages)]
+        record.input_files.append(reader.record())
+
+
+def gathered(batches: Iterator[TextBatch], batch_bytes: int) -> Iterator[TextBatch]:
+    """The same texts in batches that are worth a call of the tokenizer, however small the files are."""
+    pending, size = TextBatch(), 0
+    for batch in batches:
+        pending.texts += batch.texts
+        pending.records += batch.records
+        pending.places += batch.places
+        size += sum(map(len, batch.texts))
+        if size >= batch_bytes // 2:
+            yield pending
+            pending, size = TextBatch(), 0
+    if pending.texts:
+        yield pending
+
+
+@dataclass(slots=True, kw_only=True)
+class PartHasher:
+    """The hashes of a part's documents, for deduplication."""
+
+    parts: Sequence[Part]
+    read: ReadSettings
+    progress: MutableSequence[int] = field(default_factory=list)
+
+    def __call__(self, number: int) -> Hashes:
+        """[documents, 2], in the order in which PartEncoder reads them."""
+        hashes, done = [np.empty((0, 2), np.uint64)], 0
+        for stretch in self.parts[number]:
+            for batch in RecordReader(stretch, self.read).batches():
+                hashes.append(hashes_of(batch.texts))
+                if self.progress:
+                    self.progress[number] = done + batch.position
+            done += stretch.num_bytes
+        return np.concatenate(hashes)

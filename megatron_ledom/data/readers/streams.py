@@ -1,0 +1,340 @@
+"""Bytes of input files: opened locally or in an object store, decompressed, and cut into blocks of whole lines."""
+
+import bz2
+import contextlib
+import hashlib
+import lzma
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO
+
+from megatron_ledom.data.readers.inputs import COMPRESSED_BLOCK, InputPath, Stretch, is_remote, remote_file_system
+from megatron_ledom.errors import DataError
+
+READ_BYTES = 1 << 20  # larger blocks come from the system anew each time, a page fault for every 4 KB
+REMOTE_READ_BYTES = 8 << 20  # one request to an object store
+MAX_RECORD_BYTES = 256 << 20
+HEAD_BYTES = 256
+"""Of a stretch's start that are kept, to see what a file is."""
+NAMED_LINES_BYTES = 256 << 20
+"""Up to here a line that is skipped is named by its number, which takes reading what is before it."""
+DECOMPRESSED_AT_ONCE = 1 << 10
+"""Compressed bytes a decompressor is given at once: zst makes 32 MB of them at most, gz 1 MB."""
+DECOMPRESSED_AT_MOST = 1 << 22
+"""What is taken at once from a decompressor that can stop: 3 KB of bz2 can become all of it."""
+
+MAGIC = {
+    b"\x1f\x8b": "gz",
+    b"\x28\xb5\x2f\xfd": "zst",
+    b"BZh": "bz2",
+    b"\xfd7zXZ\x00": "xz",
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+}
+
+
+@dataclass(slots=True)
+class LineBlock:
+    """Whole lines that follow each other in a file, or one line that was too long to keep."""
+
+    lines: list[bytes]
+    """Without the line breaks; an empty one stands for what is behind the last of them."""
+    first: int
+    """Number of the first line among those of the stretch, from 0."""
+    is_first_of_file: bool = False
+    too_long: int | None = None
+    """Bytes of the line that is left out; there are no others then."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a stretch's reader knows on the way: bytes read, and the hash of them."""
+
+    num_bytes: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+    def count(self, content: bytes | memoryview) -> None:
+        """Enter bytes of the stretch."""
+        self.num_bytes += len(content)
+        self.digest.update(content)
+
+
+@contextlib.contextmanager
+def opened(source: InputPath, read_bytes: int = REMOTE_READ_BYTES) -> Iterator[BinaryIO]:
+    """The file, open for reading bytes, from an object store `read_bytes` a request.
+
+    An OSError of reading becomes a DataError that names the file, as does a file that is another one than when the run began.
+    """
+    try:
+        if is_remote(source.path):
+            with remote_file_system(source.path).open(
+                source.path, "rb", block_size=min(read_bytes, REMOTE_READ_BYTES)
+            ) as remote:
+                if source.path.startswith("s3://") and remote.details["ETag"] != source.version:
+                    raise _changed(source, "has another ETag than when this run began")
+                yield remote
+        else:
+            with open(source.path, "rb", buffering=0) as local:
+                _check_unchanged(source)
+                yield local
+                _check_unchanged(source)
+    except OSError as error:
+        raise DataError(f"{source.path} cannot be read ({error.strerror or error}); check the disk, or leave it out") from error
+
+
+def _check_unchanged(source: InputPath) -> None:
+    """Refuse a file that was replaced or written to: parts of its old and of its new content would be stored as one corpus."""
+    state = os.stat(source.path)
+    if state.st_size != source.num_bytes:
+        raise _changed(source, f"ends at byte {state.st_size:,}, it had {source.num_bytes:,} when this run began")
+    if str(state.st_mtime_ns) != source.version:
+        raise _changed(source, "was written to since this run began")
+
+
+def _changed(source: InputPath, found: str) -> DataError:
+    return DataError(
+        f"{source.path} {found}: something else changes it; wait until it is complete, then start over with --overwrite"
+    )
+
+
+def raw_blocks(source: InputPath, start: int, end: int, size: int = READ_BYTES) -> Iterator[bytes]:
+    """Bytes [start, end) of a file as it is stored, in blocks that end at multiples of `size` after `start`."""
+    with opened(source, min(size, end - start)) as stream:
+        if start:
+            stream.seek(start)
+        position = start
+        while position < end:
+            block = _read_exactly(stream, min(size, end - position))
+            if not block:
+                raise _changed(source, f"ends at byte {position:,}, it had {source.num_bytes:,} when this run began")
+            yield block
+            position += len(block)
+
+
+def _read_exactly(stream: BinaryIO, size: int) -> bytes:
+    """`size` bytes, fewer at the end of the file only: a pipe or a network gives what it has."""
+    block = stream.read(size)
+    if len(block) == size or not block:
+        return block
+    gathered = bytearray(block)
+    while len(gathered) < size and (block := stream.read(size - len(gathered))):
+        gathered += block
+    return bytes(gathered)
+
+
+def _engine(compression: str) -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
+    """How to start a decompressor, and what it raises on damage."""
+    if compression == "gz":
+        from isal import isal_zlib
+
+        failures: Any = (isal_zlib.error, zlib.error)
+        return lambda: isal_zlib.decompressobj(wbits=31), failures
+    if compression == "bz2":
+        return bz2.BZ2Decompressor, (OSError, ValueError)
+    if compression == "xz":
+        return lzma.LZMADecompressor, (lzma.LZMAError,)
+    import zstandard
+
+    return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), (zstandard.ZstdError,)
+
+
+def _contents(source: InputPath, engine: Any, block: bytes, failures: tuple[type[Exception], ...]) -> Iterator[bytes]:
+    """What a block decompresses to, in pieces where the decompressor can stop."""
+    try:
+        if not hasattr(engine, "needs_input"):
+            yield engine.decompress(block)
+            return
+        yield engine.decompress(block, DECOMPRESSED_AT_MOST)
+        while not (engine.eof or engine.needs_input):
+            yield engine.decompress(b"", DECOMPRESSED_AT_MOST)
+    except failures as error:
+        raise DataError(f"{source.path} is damaged ({error}){_true_kind(source)}; fetch it again, or leave it out") from error
+
+
+def decompressed_blocks(source: InputPath, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
+    """(position of the stored block, what it decompresses to) for a file of one or more members or frames.
+
+    A file that ends too early is an error, not an end.
+    """
+    start, failures = _engine(source.compression)
+    engine = None
+    position = 0
+    for stored in blocks:
+        for begin in range(0, len(stored), DECOMPRESSED_AT_ONCE):
+            block = stored[begin : begin + DECOMPRESSED_AT_ONCE]
+            while block := block if engine else block.lstrip(b"\0"):  # members may be padded with zeros
+                engine = engine or start()
+                yield from ((position, content) for content in _contents(source, engine, block, failures))
+                block = engine.unused_data if engine.eof else b""
+                engine = None if engine.eof else engine
+        position += len(stored)
+    if engine is not None:
+        raise DataError(f"{source.path} is truncated: its compressed data ends too early; fetch it again, or leave it out")
+
+
+def _kind_of(head: bytes) -> str | None:
+    return next((name for magic, name in MAGIC.items() if head.startswith(magic)), None)
+
+
+def _true_kind(source: InputPath) -> str:
+    """What a file's first bytes say it is, if that is not what its ending says."""
+    head = next(raw_blocks(source, 0, min(8, source.num_bytes)), b"")
+    kind = _kind_of(head)
+    if kind == source.compression:
+        return ""
+    return f": it begins like .{kind}" if kind else ": it is not compressed" if head[:1] in (b"{", b"[") else ""
+
+
+def plain_blocks(source: InputPath, start: int, end: int, size: int = READ_BYTES) -> Iterator[bytes]:
+    """The same as `raw_blocks` for a file that is not compressed; one that is, against its ending, is refused."""
+    for number, block in enumerate(raw_blocks(source, start, end, size)):
+        if number == 0 and start == 0 and (kind := _kind_of(block)):
+            raise DataError(f"{source.path} is not what its ending says: it begins like .{kind}; rename it, or leave it out")
+        yield block
+
+
+def marked_blocks(stretch: Stretch, progress: Progress) -> Iterator[tuple[int, bytes]]:
+    """(mark, bytes) of a file from before a stretch to its end: marks are positions in the stored file.
+
+    Blocks with a mark in [start, end) are the stretch's own. One earlier block at least is given, where there is one, so that
+    it can be seen whether the stretch begins with a new line.
+    """
+    source = stretch.source
+    if source.compression:
+        yield from decompressed_blocks(source, _counted(stretch, progress))
+        return
+    position = max(0, stretch.start - 1)
+    if stretch.start:
+        yield position, next(raw_blocks(source, position, stretch.start), b"")
+    position = stretch.start
+    for block in plain_blocks(source, stretch.start, stretch.end):
+        progress.count(block)
+        yield position, block
+        position += len(block)
+    for block in raw_blocks(source, stretch.end, source.num_bytes, COMPRESSED_BLOCK):
+        yield position, block
+        position += len(block)
+
+
+def _counted(stretch: Stretch, progress: Progress) -> Iterator[bytes]:
+    position = 0
+    for block in raw_blocks(stretch.source, 0, stretch.source.num_bytes, COMPRESSED_BLOCK):
+        if stretch.start <= position < stretch.end:
+            progress.count(block)
+        yield block
+        position += len(block)
+
+
+class LineReader:
+    """Cuts the blocks around a stretch into blocks of whole lines, those that begin in the stretch."""
+
+    def __init__(self, stretch: Stretch, batch_bytes: int, max_record_bytes: int = MAX_RECORD_BYTES) -> None:
+        self.stretch = stretch
+        self.progress = Progress()
+        self._batch_bytes = batch_bytes
+        self._max_record_bytes = max_record_bytes
+        self.head = b""
+        """The first bytes of the stretch, also where they are of a line that is too long to keep."""
+        self._pending = bytearray()
+        self._searched = 0
+        self._num_lines = 0
+        self._dropped = 0
+        """Bytes of a line that is too long, so far; 0 outside of one."""
+        self._before: int | None = None
+        """Lines of the file before the stretch, once they were counted."""
+
+    def blocks(self) -> Iterator[LineBlock]:
+        """The lines, about `batch_bytes` at a time, in bounded memory whatever the length of a line."""
+        at_line_start = True
+        for mark, content in marked_blocks(self.stretch, self.progress):
+            if mark < self.stretch.start:
+                at_line_start = content.endswith(b"\n") if content else at_line_start
+                continue
+            block: bytes | memoryview = content
+            if not at_line_start:  # the rest of a line that began before the stretch
+                block = content[content.find(b"\n") + 1 :] if b"\n" in content else b""
+                at_line_start = b"\n" in content
+            if mark >= self.stretch.end:
+                if not self._dropped and (not self._pending or self._pending.endswith(b"\n")):
+                    break
+                cut = content.find(b"\n")
+                yield from self._take(content[: cut + 1] if cut >= 0 else content)
+                if cut >= 0:
+                    break
+            else:
+                yield from self._take(block)
+        yield from self._rest()
+
+    def _take(self, block: bytes | memoryview) -> Iterator[LineBlock]:
+        for begin in range(0, len(block), self._batch_bytes):
+            self._pending += block[begin : begin + self._batch_bytes]
+            if len(self.head) < HEAD_BYTES:
+                self.head += bytes(block[begin : begin + min(self._batch_bytes, HEAD_BYTES)])
+            if self._dropped:
+                yield from self._drop()
+            if len(self._pending) < self._batch_bytes:
+                continue
+            cut = self._pending.rfind(b"\n", self._searched) + 1
+            self._searched = len(self._pending)  # a line longer than a batch is searched once
+            if cut:
+                yield self._cut(cut)
+            elif len(self._pending) > self._max_record_bytes:
+                self._dropped = len(self._pending)
+                self._pending.clear()
+                self._searched = 0
+
+    def _cut(self, cut: int) -> LineBlock:
+        with memoryview(self._pending) as pending:
+            block = self._block(bytes(pending[:cut]))
+        self._num_lines += len(block.lines) - 1
+        del self._pending[:cut]
+        self._searched = 0
+        return block
+
+    def _block(self, content: bytes, too_long: int | None = None) -> LineBlock:
+        is_first = self._num_lines == 0 and self.stretch.start == 0
+        return LineBlock(content.split(b"\n"), self._num_lines, is_first, too_long)
+
+    def _drop(self) -> Iterator[LineBlock]:
+        """Go on with a line that is too long: nothing of it is kept but its length."""
+        end = self._pending.find(b"\n") + 1
+        self._dropped += end or len(self._pending)
+        del self._pending[: end or len(self._pending)]
+        self._searched = 0
+        if end:
+            yield self._block(b"", self._dropped - 1)
+            self._num_lines += 1
+            self._dropped = 0
+
+    def _rest(self) -> Iterator[LineBlock]:
+        if self._dropped:
+            yield self._block(b"", self._dropped)
+        if self._pending:
+            yield self._block(bytes(self._pending))
+
+    def name_line(self, number: int, exactly: bool = True) -> str:
+        """Where line `number` of the stretch (from 0) is, for people: FILE:LINE.
+
+        That takes reading, once, what is before the stretch; unless it is asked for exactly, a line far into a file or in an
+        object store is named by its place in the stretch.
+        """
+        source, start = self.stretch.source, self.stretch.start
+        if not exactly and start and (start > NAMED_LINES_BYTES or is_remote(source.path)):
+            return f"{source.path}: line {number + 1:,} after byte {start:,}"
+        if self._before is None:
+            self._before = self._lines_before()
+        return f"{source.path}:{self._before + number + 1}"
+
+    def _lines_before(self) -> int:
+        """Lines that begin before the stretch: those that end before it, and one that reaches into it."""
+        if not self.stretch.start:
+            return 0
+        before, last = 0, b""
+        for mark, content in marked_blocks(Stretch(self.stretch.source, 0, self.stretch.start), Progress()):
+            if mark >= self.stretch.start:
+                break
+            before += content.count(b"\n")
+            last = content[-1:] or last
+        return before + (last != b"\n")

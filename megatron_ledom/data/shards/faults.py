@@ -1,0 +1,245 @@
+"""Everything that can be wrong with a shard, found by reading all of it once: one sentence a fault, with file and document."""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ledom.data.shards.shard import (
+    CHUNK_DOCUMENTS,
+    DTYPE_CODES,
+    HEADER,
+    MAGIC,
+    TARGETS,
+    ShardManifest,
+    hash_file,
+    load_manifest,
+)
+from megatron_ledom.errors import DataError
+
+BLOCK_BYTES = 1 << 22
+INSIDE = "inside, at its id"
+"""Words of the fault of an eod that is not at a document's end."""
+
+
+def verify_shard(prefix: str) -> list[str]:
+    """What is wrong with the shard; an empty list is a sound one. Raises UsageError when there is no such shard.
+
+    Found from the files alone, so a direction that was changed in the manifest is not: see `direction_check`.
+    """
+    try:
+        manifest = load_manifest(prefix)
+    except DataError as error:
+        return [str(error)]
+    if manifest.dtype not in DTYPE_CODES:
+        return [f"{prefix}.json: dtype {manifest.dtype!r} is not one of {sorted(DTYPE_CODES)}"]
+    missing = [f"{prefix}{suffix} is missing" for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
+    if missing:
+        return missing
+    index = Index(prefix, manifest)
+    if not index.is_readable:
+        is_same = hash_file(f"{prefix}.bin") == manifest.bin_sha256
+        return [*index.faults, *_size_faults(prefix, manifest, is_same), *([] if is_same else [_changed(prefix, ".bin")])]
+    ids = IdScan(prefix, manifest)
+    for stated in index.documents():
+        ids.add(stated)
+    ids.finish()
+    targets = [_changed(prefix, TARGETS)] if manifest.pairs and not _has_its_targets(prefix, manifest) else []
+    return [*index.faults, *_size_faults(prefix, manifest, ids.is_same), *ids.faults, *targets]
+
+
+def _has_its_targets(prefix: str, manifest: ShardManifest) -> bool:
+    return Path(prefix + TARGETS).is_file() and hash_file(prefix + TARGETS) == manifest.targets_sha256
+
+
+def _changed(prefix: str, suffix: str) -> str:
+    return f"{prefix}{suffix} has not the sha256 of its manifest: its content was changed or damaged"
+
+
+def _size_faults(prefix: str, manifest: ShardManifest, is_same: bool) -> list[str]:
+    """`is_same`: .bin has the sha256 of the manifest."""
+    found = Path(f"{prefix}.bin").stat().st_size
+    itemsize = np.dtype(manifest.dtype).itemsize
+    size = manifest.num_tokens * itemsize
+    if found == size:
+        return []
+    if is_same:
+        return [
+            f"{prefix}.json: num_tokens is {manifest.num_tokens:,}, but .bin, whose sha256 is right, holds {found // itemsize:,}:"
+            " the manifest was changed"
+        ]
+    state = "truncated" if found < size else "too long"
+    return [f"{prefix}.bin is {state}: it has {found:,} bytes, its manifest says {size:,}"]
+
+
+class Index:
+    """A shard's .idx, read in blocks and compared with the manifest and the rule of the format."""
+
+    def __init__(self, prefix: str, manifest: ShardManifest) -> None:
+        self.prefix = prefix
+        self.itemsize = np.dtype(manifest.dtype).itemsize
+        self.faults: list[str] = []
+        self.count = 0
+        """Documents, by its own header."""
+        path = f"{prefix}.idx"
+        is_same = hash_file(path) == manifest.idx_sha256
+        self.is_readable = self._read_header(path, manifest, is_same)
+        """Whether documents can be told from each other: header and size fit each other and the manifest's dtype."""
+        if not is_same:
+            self.faults.append(_changed(prefix, ".idx"))
+
+    def _read_header(self, path: str, manifest: ShardManifest, is_same: bool) -> bool:
+        size = Path(path).stat().st_size
+        with open(path, "rb") as stream:
+            content = stream.read(HEADER.size)
+        if len(content) < HEADER.size:
+            self.faults.append(f"{path} is truncated: it has {size} bytes, its header alone needs {HEADER.size}")
+            return False
+        magic, version, code, self.count, marks = HEADER.unpack(content)
+        if (magic, version, code, marks) != (MAGIC, 1, DTYPE_CODES[manifest.dtype], self.count + 1):
+            self.faults.append(
+                f"{path} has the header {(magic, version, code, self.count, marks)}, which is not that of a shard of"
+                f" {manifest.dtype} ids"
+            )
+            return False
+        needed = HEADER.size + 20 * self.count + 8
+        if size != needed:
+            state = "truncated" if size < needed else "too long"
+            self.faults.append(f"{path} is {state}: it has {size:,} bytes, its {self.count:,} documents need {needed:,}")
+            return False
+        if self.count != manifest.num_documents:
+            said = f"{self.prefix}.json: num_documents is {manifest.num_documents:,}, but .idx holds {self.count:,} documents"
+            whose = ", and its sha256 is right: the manifest was changed" if is_same else ": it is the .idx of another shard"
+            self.faults.append(said + whose)
+        return True
+
+    def documents(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Lengths of all documents, in blocks; what is wrong with them is added to `faults` when the last one was given."""
+        index = np.memmap(f"{self.prefix}.idx", mode="r", dtype=np.uint8)
+        parts = [("<i4", 0, 0), ("<i8", 4, 0), ("<i8", 12, 1)]
+        stored = [np.frombuffer(index, kind, self.count + more, HEADER.size + skip * self.count) for kind, skip, more in parts]
+        end, first_wrong = 0, [-1, -1, -1]
+        for first in range(0, self.count, CHUNK_DOCUMENTS):
+            lengths, pointers, marks = (part[first : first + CHUNK_DOCUMENTS] for part in stored)
+            lengths = lengths[: self.count - first].astype(np.int64)
+            marks = marks[: len(lengths)]
+            starts = end + np.cumsum(lengths) - lengths
+            wrong = [lengths < 2, pointers != starts * self.itemsize, marks != np.arange(first, first + len(lengths))]
+            for kind, where in enumerate(wrong):
+                if first_wrong[kind] < 0 and where.any():
+                    first_wrong[kind] = first + int(where.argmax())
+            end += int(lengths.sum())
+            yield lengths
+        if first_wrong[2] < 0 and stored[2][self.count] != self.count:
+            first_wrong[2] = self.count
+        words = [
+            "has length {}: it holds nothing besides its eod",
+            "begins at byte {}, the pointers are not the running sum of the lengths from there on",
+            "has index {}, the document indices are not 0, 1, 2, ... from there on",
+        ]
+        for part, document, text in zip(stored, first_wrong, words, strict=True):
+            if document >= 0:
+                self.faults.append(f"{self.prefix}.idx: document {document} {text.format(f'{int(part[document]):,}')}")
+        size = Path(f"{self.prefix}.bin").stat().st_size
+        if end * self.itemsize != size:
+            self.faults.append(
+                f"{self.prefix}.idx: the lengths do not add up to the ids of .bin: {end * self.itemsize:,} bytes, .bin has"
+                f" {size:,}; from the first wrong length on every document is shifted"
+            )
+
+
+@dataclass(slots=True)
+class Finding:
+    """One kind of fault among the ids: the first place, and how many documents have it."""
+
+    text: str
+    num_documents: int
+    last_document: int
+
+
+class IdScan:
+    """Reads .bin once beside its index: range of ids, one eod and that at the end of each document, and the hash."""
+
+    def __init__(self, prefix: str, manifest: ShardManifest) -> None:
+        self.prefix = prefix
+        self.manifest = manifest
+        self.dtype = np.dtype(manifest.dtype)
+        self.is_same = False
+        """After `finish`: .bin has the sha256 of the manifest."""
+        self._digest = hashlib.sha256()
+        self._stream = io.FileIO(f"{prefix}.bin")
+        self._findings: dict[str, Finding] = {}
+        self._document = 0
+        self._position = 0
+
+    @property
+    def faults(self) -> list[str]:
+        """Found so far."""
+        found = [
+            f"{self.prefix}.bin: {finding.text}"
+            + (f" (and {finding.num_documents - 1:,} more documents)" if finding.num_documents > 1 else "")
+            for finding in self._findings.values()
+        ]
+        if not self.is_same:
+            hint = "" if found else "; every id and eod is possible, so it cannot be said which document's ids changed"
+            found.insert(0, _changed(self.prefix, ".bin") + hint)
+        return found
+
+    def add(self, lengths: npt.NDArray[np.int64]) -> None:
+        """The next documents, of these lengths."""
+        ends = np.cumsum(lengths)
+        most_ids = BLOCK_BYTES // self.dtype.itemsize
+        total = int(ends[-1]) if len(ends) and (lengths >= 0).all() else 0  # with a negative length nothing can be told apart
+        for begin in range(0, total, most_ids):
+            ids = self._read(min(most_ids, total - begin))
+            self._check(ids, ends, begin)
+            self._position += len(ids)
+        self._document += len(lengths)
+
+    def _read(self, count: int) -> npt.NDArray[Any]:
+        content = self._stream.read(count * self.dtype.itemsize) or b""
+        self._digest.update(content)
+        return np.frombuffer(content, self.dtype, len(content) // self.dtype.itemsize)
+
+    def _check(self, ids: npt.NDArray[Any], ends: npt.NDArray[np.int64], begin: int) -> None:
+        """`ids` are those from `begin` on of the documents that end before `ends`."""
+        eod, vocab_size = self.manifest.eod_id, self.manifest.vocab_size
+        last = ends[np.searchsorted(ends, begin, side="right") : np.searchsorted(ends, begin + len(ids), side="right")]
+        last = last - 1 - begin
+        is_outside = ids >= vocab_size if ids.dtype.kind == "u" else (ids < 0) | (ids >= vocab_size)
+        outside = np.flatnonzero(is_outside)
+        if len(outside):
+            where = int(outside[0])
+            text = f"{{}}: id {ids[where]} at {self._position + where} is outside the {vocab_size:,} ids"
+            self._found("range", text, ends, begin + outside)
+        open_ends = last[ids[last] != eod]
+        if len(open_ends):
+            text = f"its last id is {ids[open_ends[0]]}"
+            self._found("open", f"{{}} does not end with eod {eod}: {text}", ends, begin + open_ends)
+        eods = np.flatnonzero(ids == eod)
+        if len(eods) > len(last) - len(open_ends) and not self.manifest.pairs:  # packs of pairs hold an eod for each
+            inside = eods[~np.isin(eods, last, assume_unique=True)]
+            self._found("inside", f"{{}} holds eod {eod} {INSIDE} {{}}", ends, begin + inside)
+
+    def _found(self, kind: str, text: str, ends: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> None:
+        documents = np.unique(np.searchsorted(ends, positions, side="right")) + self._document
+        if found := self._findings.get(kind):
+            found.num_documents += int((documents > found.last_document).sum())  # a block may begin within the last one
+            found.last_document = int(documents[-1])
+            return
+        inside = int(documents[0]) - self._document
+        start = int(ends[inside - 1]) if inside else 0
+        sentence = text.format(f"document {documents[0]}", int(positions[0]) - start)
+        self._findings[kind] = Finding(sentence, len(documents), int(documents[-1]))
+
+    def finish(self) -> None:
+        """Read what no document claims, and compare the hash."""
+        while content := self._stream.read(BLOCK_BYTES):
+            self._digest.update(content)
+        self._stream.close()
+        self.is_same = self._digest.hexdigest() == self.manifest.bin_sha256

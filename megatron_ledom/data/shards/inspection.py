@@ -1,0 +1,320 @@
+"""What shards hold, for people: manifest, statistics, documents as text in reading order, and every fault.
+
+Which way the ids of a shard really stand: decoded in text order and encoded again, only the right order gives them back.
+
+Lengths of documents: counted exactly in memory that does not grow with their number, shown as text or as a picture.
+"""
+
+import io
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ledom.data.shards.faults import INSIDE, verify_shard
+from megatron_ledom.data.shards.prefixes import expand_prefixes
+from megatron_ledom.data.shards.shard import CHUNK_DOCUMENTS, ShardManifest, ShardReader
+from megatron_ledom.direction import Direction, to_text_order
+from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError, visible
+from megatron_ledom.storage.files import write_file
+from megatron_ledom.storage.locks import output_file_lock
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
+
+SAMPLE_DOCUMENTS = 64
+LONGEST_IDS = 20_000  # longer documents are not looked at, so that the check takes seconds
+CLEAR = 3
+"""How many times as many documents must speak for one order as for the other."""
+OTHER = {Direction.REVERSE: Direction.FORWARD, Direction.FORWARD: Direction.REVERSE}
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionCheck:
+    """Of a sample of documents, how many keep their ids in one order only; a document of whole words keeps them in both."""
+
+    stated: Direction
+    sampled: int
+    only_as_stated: int
+    only_as_other: int
+
+    @property
+    def is_wrong(self) -> bool:
+        """The ids clearly stand in the other order."""
+        return self.only_as_other > CLEAR * self.only_as_stated
+
+    @property
+    def is_right(self) -> bool:
+        """The ids clearly stand in the stated order."""
+        return self.only_as_stated > CLEAR * self.only_as_other
+
+    def describe(self) -> str:
+        """One sentence."""
+        found = (
+            f"of {self.sampled} documents decoded and encoded again, {self.only_as_stated} keep their ids only if the shard is"
+            f" {self.stated}, {self.only_as_other} only if it is {OTHER[self.stated]}"
+        )
+        if self.is_wrong:
+            return f"the manifest says {self.stated}, but the ids are {OTHER[self.stated]}: {found}"
+        return f"{self.stated} is right: {found}" if self.is_right else f"cannot be told from the ids: {found}"
+
+
+def check_direction(reader: ShardReader, tokenizer: Tokenizer) -> DirectionCheck:
+    """Look at documents spread evenly over the shard. The index and the range of ids must be sound."""
+    stated = reader.manifest.direction
+    sampled = only_as_stated = only_as_other = 0
+    for index in np.unique(np.linspace(0, len(reader) - 1, min(SAMPLE_DOCUMENTS, len(reader))).astype(np.int64)).tolist():
+        stored = reader.document(index)[:-1]
+        if len(stored) > LONGEST_IDS:
+            continue
+        sampled += 1
+        as_stated = _comes_back(tokenizer, to_text_order(stored, stated).tolist())
+        as_other = _comes_back(tokenizer, to_text_order(stored, OTHER[stated]).tolist())
+        only_as_stated += as_stated and not as_other
+        only_as_other += as_other and not as_stated
+    return DirectionCheck(stated, sampled, only_as_stated, only_as_other)
+
+
+def _comes_back(tokenizer: Tokenizer, text_ids: list[int]) -> bool:
+    return bool(tokenizer.encode_batch([tokenizer.decode(text_ids)])[0].tolist() == text_ids)
+
+
+COUNTED_BELOW = 1 << 17  # lengths below have a counter each; of longer ones there are few, they are counted by value
+LONG_TOKENS = 8192
+BAR_CHARACTERS = 40
+
+
+@dataclass(slots=True)
+class LengthCounts:
+    """How many documents have which length, in tokens with eod."""
+
+    short: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(COUNTED_BELOW, np.int64))
+    long: Counter[int] = field(default_factory=Counter)
+
+    @classmethod
+    def of_shard(cls, reader: ShardReader) -> "LengthCounts":
+        """Read the lengths of a shard once."""
+        counts = cls()
+        for first in range(0, len(reader), CHUNK_DOCUMENTS):
+            counts.add(reader.lengths[first : first + CHUNK_DOCUMENTS])
+        return counts
+
+    def add(self, lengths: npt.NDArray[np.int32]) -> None:
+        """Count more documents of `lengths` [documents]."""
+        possible = lengths[(lengths >= 0) & (lengths < COUNTED_BELOW)]
+        self.short += np.bincount(possible, minlength=COUNTED_BELOW)
+        self.long.update(lengths[lengths >= COUNTED_BELOW].tolist())
+
+    def merge(self, other: "LengthCounts") -> None:
+        """Count the documents of `other`, too."""
+        self.short += other.short
+        self.long.update(other.long)
+
+    def table(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """(lengths that occur, ascending; documents of each)."""
+        short = np.flatnonzero(self.short)
+        long = np.array(sorted(self.long), np.int64)
+        of_long = np.array([self.long[int(length)] for length in long], np.int64)
+        return np.concatenate([short, long]), np.concatenate([self.short[short], of_long])
+
+    def describe(self) -> str:
+        """One line; empty when there are no documents."""
+        lengths, documents = self.table()
+        if not len(lengths):
+            return ""
+        total = int(documents.sum())
+        ends = np.cumsum(documents)
+
+        def percentile(share: float) -> int:
+            """The smallest length that at least `share` of the documents do not exceed."""
+            return int(lengths[np.searchsorted(ends, max(1, int(np.ceil(share * total))))])
+
+        mean = float((lengths * documents).sum()) / total
+        over = int(documents[lengths > LONG_TOKENS].sum())
+        percentiles = ", ".join(f"p{number} {percentile(number / 100):,}" for number in (5, 25, 75, 95, 99))
+        return (
+            f"min {lengths[0]:,}, mean {mean:,.1f}, median {percentile(0.5):,}, max {lengths[-1]:,} tokens a document;"
+            f" {percentiles}; {over / total:.2%} over {LONG_TOKENS:,}"
+        )
+
+    def bins(self) -> tuple[list[int], list[int]]:
+        """(edges, documents in [edge, next edge)), edges doubling from a power of two; both empty without documents."""
+        lengths, documents = self.table()
+        if not len(lengths):
+            return [], []
+        first, last = (max(1, int(length)).bit_length() - 1 for length in (lengths[0], lengths[-1]))
+        edges = [1 << power for power in range(first, last + 2)]
+        which = np.searchsorted(edges, lengths, side="right") - 1
+        return edges, np.bincount(np.maximum(which, 0), weights=documents, minlength=len(edges) - 1).astype(int).tolist()
+
+    def histogram(self) -> str:
+        """A bar of text for each bin."""
+        edges, documents = self.bins()
+        rows = []
+        for begin, end, count in zip(edges, edges[1:], documents, strict=False):
+            bar = "#" * max(round(BAR_CHARACTERS * count / max(documents)), int(count > 0))
+            rows.append(f"{f'{begin:,} to {end - 1:,}':>21}  {count:>15,}  {bar}".rstrip())
+        return "\n".join([f"{'tokens':>21}  {'documents':>15}", *rows])
+
+
+def check_can_draw(path: str) -> None:
+    """Refuse `path` before the work when it cannot be drawn."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UsageError("--histogram needs matplotlib, which is not installed: pip install matplotlib") from error
+    if not path.endswith(".png"):
+        raise UsageError(f"--histogram {path} is not a .png file; give a name that ends with .png")
+    if not Path(path).absolute().parent.is_dir():
+        raise UsageError(f"the folder of --histogram {path} does not exist; make it, or give another name")
+
+
+def draw_histogram(counts: LengthCounts, prefixes: Sequence[str], path: str) -> None:
+    """Write a picture of the bins."""
+    from matplotlib.figure import Figure
+
+    edges, documents = counts.bins()
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.stairs(documents, edges or [1], fill=True)
+    axes.set_xscale("log", base=2)
+    axes.axvline(LONG_TOKENS, color="black", linewidth=0.8, linestyle="dashed", label=f"{LONG_TOKENS:,}")
+    axes.set(xlabel="tokens a document, eod included", ylabel="documents")
+    axes.set_title(prefixes[0] if len(prefixes) == 1 else f"{prefixes[0]} and {len(prefixes) - 1} more")
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    with output_file_lock(path, "--histogram"):
+        write_file(path, picture.getvalue())
+
+
+EOD_INSIDE_ADVICE = (
+    "; a text that spells its eod brought it into a document: this version stores it as text, or names the record as a bad one"
+)
+MOST_INPUTS = 20
+"""Input files that are printed."""
+
+
+@dataclass(kw_only=True, slots=True)
+class InspectSettings:
+    """What tools/inspect_shard.py was asked."""
+
+    prefixes: list[str]
+    """Shards, or patterns of them."""
+    verify: bool = False
+    show: int = 0
+    """Documents of each shard to print as text."""
+    tokenizer: str | None = None
+    """Default: the one the manifest names, if it is still there and the same."""
+    histogram: str | None = None
+    """A .png file for the lengths of all documents of all shards."""
+
+
+def inspect_shards(settings: InspectSettings) -> None:
+    """Print to stdout; faults go to stderr, one a line, and raise VerificationError after the last shard."""
+    prefixes = expand_prefixes(settings.prefixes)
+    if settings.histogram:
+        check_can_draw(settings.histogram)
+    counts = LengthCounts()
+    faulty, has_eod_inside = [], False
+    for number, prefix in enumerate(prefixes):
+        if number:
+            print()
+        faults = _inspect(prefix, settings, counts)
+        has_eod_inside = has_eod_inside or any(INSIDE in fault for fault in faults)
+        for fault in faults:
+            print(f"fault: {visible(fault)}", file=sys.stderr)
+        if faults:
+            faulty.append(f"{prefix} ({len(faults)} fault{'s'[: len(faults) > 1]})")
+    if settings.histogram:
+        draw_histogram(counts, prefixes, settings.histogram)
+    if faulty:
+        raise VerificationError(
+            f"{len(faulty)} of {len(prefixes)} shards faulty: {', '.join(faulty)}; copy them again or make them again with"
+            " tools/preprocess_data.py --overwrite" + (EOD_INSIDE_ADVICE if has_eod_inside else "")
+        )
+
+
+def _inspect(prefix: str, settings: InspectSettings, counts: LengthCounts) -> list[str]:
+    """Print one shard and return its faults."""
+    try:
+        reader = ShardReader(prefix)
+    except DataError as error:
+        return verify_shard(prefix) or [str(error)] if settings.verify else [str(error)]
+    lengths = LengthCounts.of_shard(reader)
+    counts.merge(lengths)
+    print(visible(describe(reader, lengths)))
+    if settings.show:
+        tokenizer = find_tokenizer(reader.manifest, settings.tokenizer)
+        for index in range(min(settings.show, len(reader))):
+            print(f"\n--- document {index}, {reader.lengths[index]:,} tokens ---")
+            print(visible(text_of(reader, index, tokenizer)))
+    return _verify(reader, settings.tokenizer) if settings.verify else []
+
+
+def _verify(reader: ShardReader, tokenizer_path: str | None) -> list[str]:
+    """Everything `verify_shard` finds and, in files without fault, a wrong direction; prints what was right."""
+    faults = verify_shard(reader.prefix)
+    if faults:
+        return faults
+    print(f"verified   all {reader.manifest.num_tokens:,} tokens: hashes, index, range of ids and eods are right")
+    try:
+        tokenizer = find_tokenizer(reader.manifest, tokenizer_path)
+    except (UsageError, MismatchError) as error:
+        if tokenizer_path:
+            raise
+        print(f"direction  not checked: {visible(str(error))}")
+        return []
+    check = check_direction(reader, tokenizer)
+    if check.is_wrong:
+        return [f"{reader.prefix}.json: {check.describe()}; turn it with tools/reverse_shards.py, or put the manifest right"]
+    print(f"direction  {visible(check.describe())}")
+    return []
+
+
+def describe(reader: ShardReader, lengths: LengthCounts) -> str:
+    """The manifest and the statistics as lines of text."""
+    manifest = reader.manifest
+    rows = {
+        "shard": reader.prefix,
+        "direction": str(manifest.direction),
+        "tokenizer": f"{manifest.tokenizer_name}, {manifest.vocab_size:,} ids, sha256 {manifest.tokenizer_sha256}",
+        "eod": f"{manifest.eod_token} = {manifest.eod_id}",
+        "dtype": manifest.dtype,
+        "documents": f"{manifest.num_documents:,}",
+        "tokens": f"{manifest.num_tokens:,} with eods",
+        "text": f"{manifest.text_bytes:,} bytes, {manifest.text_bytes / max(1, manifest.num_tokens):.2f} a token",
+        "skipped": ", ".join(f"{number:,} {reason}" for reason, number in manifest.skipped.items()) or "none",
+        "made": f"{manifest.created_at} by version {manifest.package_version}",
+        "bin sha256": manifest.bin_sha256,
+        "idx sha256": manifest.idx_sha256,
+    }
+    if statistics := lengths.describe():
+        rows["lengths"] = statistics
+    for source in manifest.input_files[:MOST_INPUTS]:
+        rows[f"input {source.path}"] = f"{source.num_bytes:,} bytes from {source.first_byte:,} on, sha256 {source.sha256}"
+    if len(manifest.input_files) > MOST_INPUTS:
+        rows["and"] = f"{len(manifest.input_files) - MOST_INPUTS:,} more stretches of input files, in {reader.prefix}.json"
+    text = "\n".join(f"{name:<10} {value}" for name, value in rows.items())
+    return f"{text}\n\n{lengths.histogram()}" if statistics else text
+
+
+def text_of(reader: ShardReader, index: int, tokenizer: Tokenizer) -> str:
+    """One document as it is read, without its eod."""
+    return tokenizer.decode(to_text_order(reader.document(index)[:-1], reader.manifest.direction))
+
+
+def find_tokenizer(manifest: ShardManifest, path: str | None) -> Tokenizer:
+    """The tokenizer at `path`, else where the manifest says it was; refused unless it is the one the shard was made with."""
+    where = path or manifest.tokenizer_path
+    if not where or not Path(where).exists():
+        raise UsageError(f"the shard's tokenizer is not at {where or 'a recorded path'}; name it by --tokenizer")
+    tokenizer = load_tokenizer(where, manifest.eod_token or None)
+    if tokenizer.sha256 != manifest.tokenizer_sha256:
+        raise MismatchError(
+            f"tokenizer {where} ({tokenizer.sha256[:12]}) is not the one of the shard, {manifest.tokenizer_name}"
+            f" ({manifest.tokenizer_sha256[:12]}); name that one by --tokenizer"
+        )
+    return tokenizer

@@ -1,0 +1,76 @@
+"""Files of a shard that a job opens again later: they must still be those that were checked at its start.
+
+A change of size, time or inode is seen by `stat`, a few microseconds a sample; only then the content is hashed, and what was copied
+anew without a change goes on.
+"""
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from megatron_ledom.data.shards.shard import TARGETS, ShardManifest, hash_file
+from megatron_ledom.errors import DataError, TransientError
+
+log = logging.getLogger(__name__)
+
+
+class FileState(NamedTuple):
+    """By these a file is known again without reading it."""
+
+    num_bytes: int
+    mtime_ns: int
+    inode: int
+
+    @classmethod
+    def of(cls, path: str) -> "FileState":
+        """Return the state of a file now."""
+        found = os.stat(path)
+        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFiles:
+    """The files of one shard as they were when its manifest was checked."""
+
+    prefix: str
+    hashes: dict[str, str]
+    """sha256 by path, as the manifest has it."""
+    states: dict[str, FileState]
+    """By path; replaced where a file was copied anew with the same content."""
+
+    @classmethod
+    def of(cls, prefix: str, manifest: ShardManifest) -> "ShardFiles":
+        """Take the states of the files of a shard."""
+        hashes = {f"{prefix}.bin": manifest.bin_sha256, f"{prefix}.idx": manifest.idx_sha256}
+        if manifest.pairs:
+            hashes[f"{prefix}{TARGETS}"] = manifest.targets_sha256
+        return cls(prefix, hashes, {path: FileState.of(path) for path in hashes})
+
+    def check(self) -> None:
+        """Raise DataError if a file has another content than at the start.
+
+        A file that is gone passes: what is open stays as it was, and opening it again fails by itself.
+        """
+        for path, known in self.states.items():
+            try:
+                found = FileState.of(path)
+            except OSError:
+                continue
+            if found != known:
+                self._check_content(path, known, found)
+                log.warning("%s was written anew during the run, with the same content; the run goes on", path)
+                self.states[path] = found
+
+    def _check_content(self, path: str, known: FileState, found: FileState) -> None:
+        was_sound = f"the shard {self.prefix} was sound when the run started and cannot be opened now"
+        try:
+            is_same = found.num_bytes == known.num_bytes and hash_file(path) == self.hashes[path]
+        except OSError as error:
+            raise TransientError(f"{was_sound} ({error}); look for what changes it, then start again") from error
+        if not is_same:
+            raise DataError(
+                f"{was_sound}: it was replaced during the run ({path} had {known.num_bytes:,} bytes, now it has"
+                f" {found.num_bytes:,} and not the sha256 of its manifest); put the old shard back and start again from the last"
+                " checkpoint, or start another run with the new one"
+            )

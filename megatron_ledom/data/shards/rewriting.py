@@ -1,0 +1,346 @@
+"""Stored shards to shards of the other direction, without the corpus: ours, and plain `.bin` and `.idx` of other Megatron tools.
+
+Only the order of each document's ids changes; eod comes last in the result. Several inputs become one shard.
+
+Several shards joined to one, the very bytes that one task would have written from the same documents in that order.
+"""
+
+import hashlib
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from megatron_ledom.data.readers.folder_walk import printable
+from megatron_ledom.data.shards.prefixes import check_not_an_input, check_same_inputs, check_tasks_complete, expand_prefixes
+from megatron_ledom.data.shards.raw_files import Block, IndexedFiles, shard_blocks
+from megatron_ledom.data.shards.shard import (
+    Counts,
+    InputFile,
+    ShardManifest,
+    ShardWriter,
+    check_may_write,
+    check_shard,
+    choose_dtype,
+)
+from megatron_ledom.direction import Direction, turn_into
+from megatron_ledom.errors import DataError, MismatchError, UsageError
+from megatron_ledom.provenance import Provenance
+from megatron_ledom.storage.signals import sigterm_as_interrupt
+from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True)
+class MergeSettings:
+    """What tools/merge_shards.py was asked."""
+
+    input: list[str]
+    """Prefixes, or patterns of them."""
+    output_prefix: str
+    overwrite: bool = False
+
+
+def merge_shards(settings: MergeSettings) -> ShardManifest:
+    """Write the joined shard and return its manifest. On any failure nothing of it stays behind."""
+    started = time.monotonic()
+    prefixes, manifests = open_alike(settings.input, settings.output_prefix, settings.overwrite)
+    first = manifests[0]
+    total = sum(manifest.num_tokens for manifest in manifests)
+    with (
+        sigterm_as_interrupt(),
+        ShardWriter(settings.output_prefix, first.provenance, first.dtype, overwrite=settings.overwrite) as writer,
+        tqdm(total=total, unit="token", unit_scale=True, desc="merge", disable=None) as bar,
+    ):
+        for prefix, manifest in zip(prefixes, manifests, strict=True):
+            is_closed = True
+            for block in shard_blocks(prefix, manifest):
+                is_closed = is_closed and _has_eods_at_ends(block, manifest.eod_id)
+                writer.append(block.ids, block.lengths.astype(np.int32))
+                bar.update(block.ids.size)
+            if not is_closed:  # and not damaged: earlier versions could write such a shard
+                raise DataError(
+                    f"{prefix}.bin holds eod {manifest.eod_id} elsewhere than at the end of its documents; see which with"
+                    f" tools/inspect_shard.py {prefix} --verify, and make the shard again with tools/preprocess_data.py --overwrite"
+                )
+        merged = writer.finalize(joined_counts(manifests))
+    log_result(settings.output_prefix, merged, len(prefixes), time.monotonic() - started)
+    return merged
+
+
+def _has_eods_at_ends(block: Block, eod_id: int) -> bool:
+    ends = np.cumsum(block.lengths) - 1
+    return np.count_nonzero(block.ids == eod_id) == len(ends) and bool((block.ids[ends] == eod_id).all())
+
+
+def open_alike(patterns: Sequence[str], output_prefix: str, overwrite: bool) -> tuple[list[str], list[ShardManifest]]:
+    """Prefixes and manifests of shards that may be joined, cheaply checked; refused when something is missing or differs."""
+    prefixes = expand_prefixes(patterns)
+    check_tasks_complete(prefixes)
+    check_not_an_input(output_prefix, prefixes)
+    check_may_write(output_prefix, overwrite)
+    manifests = [check_shard(prefix) for prefix in prefixes]
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        if manifest.pairs:
+            raise UsageError(
+                f"{prefix} holds pairs with targets, which this tool does not carry over; make one shard of all files with"
+                " tools/prepare_pairs.py, or name the shards in data.train_blend side by side"
+            )
+        manifest.provenance.check_same(manifests[0].provenance, f"the shard {prefix}", f"the shard {prefixes[0]}")
+        if manifest.bos_token != manifests[0].bos_token:
+            raise MismatchError(
+                f"documents of the shard {prefix} begin with {manifest.bos_token or 'no bos'}, those of {prefixes[0]} with"
+                f" {manifests[0].bos_token or 'no bos'}; preprocess both with the same --bos-token"
+            )
+        if manifest.dtype != manifests[0].dtype:
+            raise MismatchError(
+                f"the shard {prefix} holds {manifest.dtype} ids, the shard {prefixes[0]} {manifests[0].dtype} ids; preprocess"
+                " both with the same --dtype, or name both in data.train_blend instead"
+            )
+    check_same_inputs(prefixes, manifests)
+    return prefixes, manifests
+
+
+def joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
+    """What the manifest of the joined shard says besides the ids: sums, and all input files in order."""
+    skipped: Counter[str] = Counter()
+    for manifest in manifests:
+        skipped.update(manifest.skipped)
+    return Counts(
+        text_bytes=sum(manifest.text_bytes for manifest in manifests),
+        skipped=dict(sorted(skipped.items())),
+        input_files=[file for manifest in manifests for file in manifest.input_files],
+        tokenizer_path=manifests[0].tokenizer_path,
+        eod_token=manifests[0].eod_token,
+        bos_token=manifests[0].bos_token,
+        text_template=" | ".join(dict.fromkeys(manifest.text_template for manifest in manifests if manifest.text_template)),
+        skipped_inputs=_distinct([item for manifest in manifests for item in manifest.skipped_inputs]),
+    )
+
+
+def _distinct(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tasks of an array saw the same inputs: each is listed once."""
+    return list({tuple(sorted(item.items())): item for item in items}.values())
+
+
+def log_result(prefix: str, manifest: ShardManifest, num_inputs: int, seconds: float) -> None:
+    """One line of what was written."""
+    megabytes = manifest.num_tokens * np.dtype(manifest.dtype).itemsize / 1e6
+    logger.info(
+        "%s: from %d shards, %s order, %s documents, %s tokens; %.1f s, %.0f MB/s",
+        *(prefix, num_inputs, manifest.direction),
+        *(f"{manifest.num_documents:,}", f"{manifest.num_tokens:,}", seconds, megabytes / max(seconds, 1e-9)),
+    )
+
+
+Eod = Literal["auto", "keep", "append"]
+OTHER = {Direction.REVERSE: Direction.FORWARD, Direction.FORWARD: Direction.REVERSE}
+SAMPLE_DOCUMENTS = 1000  # looked at to see whether documents end with eod
+NO_TOKENS = "no_tokens"
+
+
+@dataclass(kw_only=True, slots=True)
+class ReverseSettings:
+    """What tools/reverse_shards.py was asked."""
+
+    input: list[str]
+    """Prefixes, or patterns of them."""
+    output_prefix: str
+    tokenizer: str | None = None
+    """Needed for inputs without a manifest; else compared with the manifest's."""
+    eod_token: str | None = None
+    from_direction: Direction | None = None
+    """Of inputs without a manifest; default: forward."""
+    eod: Eod = "auto"
+    """Of inputs without a manifest: `keep` the eod at the end of each document, `append` one, or see what is there."""
+    text_bytes: int = 0
+    """Of inputs without a manifest, if known: bits per byte are counted against it."""
+    overwrite: bool = False
+
+
+def reverse_shards(settings: ReverseSettings) -> ShardManifest:
+    """Write the turned shard and return its manifest. On any failure nothing of it stays behind."""
+    with sigterm_as_interrupt():
+        return _reverse(settings)
+
+
+def _reverse(settings: ReverseSettings) -> ShardManifest:
+    prefixes = expand_prefixes(settings.input)
+    with_manifest = [prefix for prefix in prefixes if Path(f"{prefix}.json").exists()]
+    if with_manifest == prefixes:
+        return _reverse_ours(settings)
+    if with_manifest:
+        other = next(prefix for prefix in prefixes if prefix not in with_manifest)
+        raise UsageError(
+            f"{with_manifest[0]} has a manifest, {other} has none; turn them by two commands, then use"
+            " tools/merge_shards.py if they should be one"
+        )
+    return _reverse_foreign(settings, prefixes)
+
+
+class Turner:
+    """Blocks of stored documents to a shard of the other direction."""
+
+    def __init__(self, provenance: Provenance, dtype: npt.DTypeLike, *, is_closed: bool) -> None:
+        self.provenance = provenance
+        """Of the result."""
+        self.dtype = np.dtype(dtype)
+        self.is_closed = is_closed
+        """Whether documents come with an eod at their end."""
+        self.num_empty = 0
+        """Documents met without ids besides eod; they are left out."""
+        self._buffer = np.empty(0, self.dtype)
+
+    def turn(self, prefix: str, block: Block) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+        """What a shard appends, valid until the next call. Raises DataError, naming the document, for an id or eod where none may be."""
+        kept = block.lengths[block.lengths > int(self.is_closed)]
+        lengths = kept if self.is_closed else kept + 1
+        if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
+            document = block.first + int(block.lengths.argmax())
+            raise DataError(
+                f"{prefix}.bin: document {document} has {int(lengths.max()):,} ids, an index holds lengths of int32"
+            )
+        total = int(lengths.sum())
+        if total > len(self._buffer):
+            self._buffer = np.empty(total, self.dtype)
+        turned = self._buffer[:total]
+        bad = turn_into(
+            block.ids,
+            block.lengths,
+            turned,
+            is_closed=self.is_closed,
+            eod_id=self.provenance.eod_id,
+            vocab_size=self.provenance.vocab_size,
+        )
+        if bad >= 0:
+            raise DataError(self._fault(prefix, block, bad))
+        self.num_empty += len(block.lengths) - len(kept)
+        return turned, lengths.astype(np.int32)
+
+    def _fault(self, prefix: str, block: Block, bad: int) -> str:
+        document, found = block.document_at(bad), int(block.ids[bad])
+        begin = int(block.lengths[: document - block.first].sum())
+        is_last = bad - begin == block.lengths[document - block.first] - 1
+        eod, vocab_size = self.provenance.eod_id, self.provenance.vocab_size
+        where = f"{prefix}.bin: document {document}"
+        if found < 0 or found >= vocab_size:
+            return f"{where} holds id {found}, outside the {vocab_size:,} ids of the tokenizer; it is damaged, or made with another"
+        if found != eod:
+            return f"{where} ends with id {found}, expected is eod {eod} at the end of every document (--eod keep)"
+        if is_last:
+            return f"{where} ends with eod {eod}, expected are documents without (--eod append)"
+        return (
+            f"{where} holds eod {eod} at its id {bad - begin} of {int(block.lengths[document - block.first])}, which ends a"
+            " document; if another id ends documents here, name it by --eod-token"
+        )
+
+
+def _reverse_ours(settings: ReverseSettings) -> ShardManifest:
+    started = time.monotonic()
+    prefixes, manifests = open_alike(settings.input, settings.output_prefix, settings.overwrite)
+    if manifests[0].bos_token:
+        raise UsageError(
+            f"documents of {prefixes[0]} begin with {manifests[0].bos_token!r}, which would come to stand before their eod when they"
+            " are turned; preprocess the text in the other direction instead"
+        )
+    before = manifests[0].provenance
+    if settings.from_direction not in (None, before.direction):
+        raise MismatchError(
+            f"{prefixes[0]} is {before.direction} by its manifest, --from-direction says {settings.from_direction}; leave it out"
+        )
+    if settings.eod == "append" or settings.text_bytes:
+        raise UsageError(f"{prefixes[0]} has a manifest, which decides; leave out --eod append and --text-bytes")
+    if settings.eod_token is not None and settings.tokenizer is None:
+        raise UsageError(
+            f"--eod-token {settings.eod_token!r} is a token of --tokenizer, which is missing; give both, or neither"
+        )
+    if settings.tokenizer is not None:
+        eod_token = (manifests[0].eod_token or None) if settings.eod_token is None else settings.eod_token
+        tokenizer = load_tokenizer(settings.tokenizer, eod_token)
+        tokenizer.provenance(before.direction).check_same(before, f"tokenizer {settings.tokenizer}", f"shard {prefixes[0]}")
+    turner = Turner(replace(before, direction=OTHER[before.direction]), manifests[0].dtype, is_closed=True)
+
+    def blocks() -> Iterator[tuple[str, Block]]:
+        for prefix, manifest in zip(prefixes, manifests, strict=True):
+            yield from ((prefix, block) for block in shard_blocks(prefix, manifest))
+
+    with _writing(settings, turner) as writer:
+        _turn_all(writer, turner, blocks(), sum(manifest.num_tokens for manifest in manifests))
+        turned = writer.finalize(joined_counts(manifests))
+    log_result(settings.output_prefix, turned, len(prefixes), time.monotonic() - started)
+    return turned
+
+
+def _reverse_foreign(settings: ReverseSettings, prefixes: list[str]) -> ShardManifest:
+    started = time.monotonic()
+    if settings.tokenizer is None:
+        raise UsageError(f"{prefixes[0]} has no manifest; name the tokenizer it was made with by --tokenizer")
+    check_tasks_complete(prefixes)
+    check_not_an_input(settings.output_prefix, prefixes)
+    check_may_write(settings.output_prefix, settings.overwrite)
+    tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token)
+    before = settings.from_direction or Direction.FORWARD
+    sources = [IndexedFiles(prefix) for prefix in prefixes]
+    is_closed = ends_with_eod(sources, tokenizer.eod_id) if settings.eod == "auto" else settings.eod == "keep"
+    logger.info(
+        "%s: no manifest; taken as %s ids of %s, documents %s eod %r = %d%s",
+        *(prefixes[0], before, tokenizer.name, "end with" if is_closed else "without", tokenizer.eod_token, tokenizer.eod_id),
+        " (as the first ones are)" if settings.eod == "auto" else " (--eod)",
+    )
+    dtype = choose_dtype("auto", tokenizer.vocab_size)
+    turner = Turner(tokenizer.provenance(OTHER[before]), dtype, is_closed=is_closed)
+    counts = Counts(
+        text_bytes=settings.text_bytes,
+        tokenizer_path=printable(str(Path(settings.tokenizer).resolve())),
+        eod_token=tokenizer.eod_token,
+    )
+    with _writing(settings, turner) as writer:
+        total = sum(source.num_tokens for source in sources)
+        _turn_all(writer, turner, _foreign_blocks(sources, counts), total)
+        if not writer.num_documents:
+            raise DataError(f"{prefixes[0]} holds no document with a token; check --input")
+        counts.skipped = {NO_TOKENS: turner.num_empty} if turner.num_empty else {}
+        turned = writer.finalize(counts)
+    log_result(settings.output_prefix, turned, len(prefixes), time.monotonic() - started)
+    return turned
+
+
+def _foreign_blocks(sources: Sequence[IndexedFiles], counts: Counts) -> Iterator[tuple[str, Block]]:
+    """Blocks of all inputs; each finished .bin is entered into `counts`."""
+    for source in sources:
+        digest = hashlib.sha256()
+        yield from ((source.prefix, block) for block in source.blocks(digest))
+        num_bytes = source.num_tokens * source.dtype.itemsize
+        counts.input_files.append(InputFile(path=f"{source.prefix}.bin", num_bytes=num_bytes, sha256=digest.hexdigest()))
+
+
+def ends_with_eod(sources: Sequence[IndexedFiles], eod_id: int) -> bool:
+    """Whether the first documents end with eod; refused when some do and some do not."""
+    first: tuple[bool, str] | None = None
+    for source in sources:
+        for document, last_id in source.last_ids(SAMPLE_DOCUMENTS):
+            here = (last_id == eod_id, f"document {document} of {source.prefix}.bin")
+            first = first or here
+            if here[0] != first[0]:
+                closed, bare = (here[1], first[1]) if here[0] else (first[1], here[1])
+                raise DataError(f"{closed} ends with eod {eod_id}, {bare} does not; such a mix cannot be turned: make it again")
+    return first is not None and first[0]
+
+
+def _writing(settings: ReverseSettings, turner: Turner) -> ShardWriter:
+    return ShardWriter(settings.output_prefix, turner.provenance, turner.dtype, overwrite=settings.overwrite)
+
+
+def _turn_all(writer: ShardWriter, turner: Turner, blocks: Iterator[tuple[str, Block]], total: int) -> None:
+    with tqdm(total=total, unit="token", unit_scale=True, desc="reverse", disable=None) as bar:
+        for prefix, block in blocks:
+            writer.append(*turner.turn(prefix, block))
+            bar.update(block.ids.size)

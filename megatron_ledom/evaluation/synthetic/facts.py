@@ -1,0 +1,205 @@
+"""Facts told in one order and asked in both: the reversal curse, and relations whose other order has another word.
+
+A fact joins a first and a second name. `first_wordings` put the first one in front, `second_wordings` the second. A fact is trained in
+the wordings of one order, of both, or not at all. Each is asked both ways: for the second name given the first, and for the first given
+the second. What is asked for has to come last in the model's own order, else nothing is asked at all: a forward model is given
+"Mira Tolven wrote" and goes on, a reverse model is given "was written by Mira Tolven." and writes what stands before it.
+
+Groups, seen from the text and so the same for both directions:
+    in_text_order       the given name stood before the asked one in the training text: a forward model read it so
+    against_text_order  it stood behind it: a reverse model read it so
+    both_orders         trained in both orders: that facts of this form can be learnt
+    unseen              never trained: chance
+
+Both questions of a fact, or of a line of people, have one `cluster`: who knows the answer to one is likelier to know the other.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ledom.evaluation.synthetic.sets import NUM_CHOICES, MadeSet, Namer, Row, check_num, choices_around, neighbours
+
+STATED = ("first", "second", "both", "unseen")
+NUM_SHOTS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Relation:
+    """Sentences with {first} and {second}; the first wording of each order begins with one name and ends with the other."""
+
+    name: str
+    first_wordings: tuple[str, ...]
+    second_wordings: tuple[str, ...]
+
+
+REVERSAL = (
+    Relation(
+        "book",
+        ("{first} wrote {second}.", "{first} is the author of {second}.", "Few writers are known as {first} is for {second}."),
+        ("{second} was written by {first}.", "The author of {second} is {first}.", "The book {second} is a work of {first}."),
+    ),
+    Relation(
+        "town",
+        ("{first} founded {second}.", "{first} is the founder of {second}.", "It was {first} who settled at {second}."),
+        ("{second} was founded by {first}.", "The founder of {second} is {first}.", "The town {second} goes back to {first}."),
+    ),
+    Relation(
+        "ship",
+        ("{first} commands {second}.", "{first} is the captain of {second}.", "For ten years {first} has sailed {second}."),
+        ("{second} is commanded by {first}.", "The captain of {second} is {first}.", "The ship {second} obeys {first}."),
+    ),
+    Relation(
+        "tower",
+        ("{first} built {second}.", "{first} is the builder of {second}.", "We owe to {first} the height of {second}."),
+        ("{second} was built by {first}.", "The builder of {second} is {first}.", "The tower {second} was raised by {first}."),
+    ),
+)
+
+INVERSE = (
+    Relation(
+        "parent",
+        ("{first} is the parent of {second}.", "{first} has brought up a child, {second}."),
+        ("{second} is the child of {first}.", "{second} has grown up with a parent, {first}."),
+    ),
+    Relation(
+        "teacher",
+        ("{first} is the teacher of {second}.", "{first} gives lessons to {second}."),
+        ("{second} is the pupil of {first}.", "{second} takes lessons from {first}."),
+    ),
+    Relation(
+        "creditor",
+        ("{first} is the creditor of {second}.", "{first} has lent money to {second}."),
+        ("{second} is the debtor of {first}.", "{second} has borrowed money from {first}."),
+    ),
+    Relation(
+        "employer",
+        ("{first} is the employer of {second}.", "{first} pays the wages of {second}."),
+        ("{second} is the servant of {first}.", "{second} earns a living from {first}."),
+    ),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """A relation between two names, and in which order it is trained, of STATED."""
+
+    relation: Relation
+    first: str
+    second: str
+    stated: str
+
+    def texts(self) -> list[str]:
+        """The sentences that are trained."""
+        names = {"first": self.first, "second": self.second}
+        wordings = {"first": self.relation.first_wordings, "second": self.relation.second_wordings}
+        chosen = wordings.get(self.stated, sum(wordings.values(), ()) if self.stated == "both" else ())
+        return [wording.format(**names) for wording in chosen]
+
+
+def reversal(num: int, seed: int) -> MadeSet:
+    """`num` facts about persons and what they made, in the three trained groups and the unseen one, a quarter each."""
+    cells = len(REVERSAL) * len(STATED)
+    check_num(num, cells * NUM_CHOICES, "facts")
+    rng = random.Random(f"reversal {seed}")
+    namer = Namer(rng)
+    facts = [
+        Fact(REVERSAL[number % len(REVERSAL)], namer.person(), namer.word(), STATED[number // len(REVERSAL) % len(STATED)])
+        for number in range(num)
+    ]
+    shown = [Fact(REVERSAL[number % len(REVERSAL)], namer.person(), namer.word(), "unseen") for number in range(2 * NUM_SHOTS)]
+    rows = _asked_among(facts)
+    rng.shuffle(rows)
+    return MadeSet(
+        texts=_shuffled(rng, [text for fact in facts for text in fact.texts()]),
+        files={"reversal": rows, "reversal_shots": _asked_among(shown)},
+        chance=1 / NUM_CHOICES,
+        counts={f"facts_{stated}": sum(fact.stated == stated for fact in facts) for stated in STATED},
+    )
+
+
+def _asked_among(facts: Sequence[Fact]) -> list[Row]:
+    """Both questions of each fact; wrong answers are names of the same kind that were trained in the same way."""
+    cells: dict[tuple[str, str], list[Fact]] = {}
+    for fact in facts:
+        cells.setdefault((fact.relation.name, fact.stated), []).append(fact)
+    rows: list[Row] = []
+    for cell in cells.values():
+        for asked in ("first", "second"):
+            names = [getattr(fact, asked) for fact in cell]
+            rows += [
+                {**asked_row(fact, asked, neighbours(names, index), len(rows) + index), "cluster": fact.second}
+                for index, fact in enumerate(cell)
+            ]
+    return rows
+
+
+def inverse_relations(num: int, seed: int) -> MadeSet:
+    """`num` lines of three people, A to B to C, such as parent to child: who is B's parent, and who is B's child?
+
+    A wrong answer is always the person on the other side of B, so that knowing who belongs to B is not enough.
+    """
+    cells = len(INVERSE) * len(STATED)
+    check_num(num, 2 * cells, "lines of three people")
+    rng = random.Random(f"inverse_relations {seed}")
+    namer = Namer(rng)
+    lines: dict[tuple[int, str], list[list[str]]] = {}
+    for number in range(num):
+        cell = (number % len(INVERSE), STATED[number // len(INVERSE) % len(STATED)])
+        lines.setdefault(cell, []).append([namer.person() for _ in range(3)])
+    rows: list[Row] = []
+    texts: list[str] = []
+    for (relation, stated), people in lines.items():
+        rows += _asked_of_lines(rng, INVERSE[relation], stated, people, len(rows))
+        for a, b, c in people:
+            texts += [text for pair in ((a, b), (b, c)) for text in Fact(INVERSE[relation], *pair, stated).texts()]
+    rng.shuffle(rows)
+    shown = [[namer.person() for _ in range(3)] for _ in range(NUM_SHOTS)]
+    return MadeSet(
+        texts=_shuffled(rng, texts),
+        files={"inverse_relations": rows, "inverse_relations_shots": _asked_of_lines(rng, INVERSE[0], "unseen", shown, 0)},
+        chance=1 / NUM_CHOICES,
+        counts={
+            f"lines_{stated}": sum(len(people) for cell, people in lines.items() if cell[1] == stated) for stated in STATED
+        },
+    )
+
+
+def _asked_of_lines(rng: random.Random, relation: Relation, stated: str, people: list[list[str]], position: int) -> list[Row]:
+    """Both questions about the middle of each line; the other wrong answers are the ends of the next line."""
+    rows: list[Row] = []
+    for number, (a, b, c) in enumerate(people):
+        next_a, _, next_c = people[(number + 1) % len(people)]
+        for fact, asked, wrong_way in ((Fact(relation, a, b, stated), "first", c), (Fact(relation, b, c, stated), "second", a)):
+            wrong = rng.sample([wrong_way, next_a, next_c], 3)
+            rows.append({**asked_row(fact, asked, wrong, position + len(rows)), "cluster": b})
+    return rows
+
+
+def asked_row(fact: Fact, asked: str, wrong: Sequence[str], position: int) -> Row:
+    """One question: `before` is given to a forward model, `after` to a reverse one; the answer goes between them and nothing."""
+    given, gold = (fact.first, fact.second) if asked == "second" else (fact.second, fact.first)
+    ends_with_asked, begins_with_asked = fact.relation.first_wordings[0], fact.relation.second_wordings[0]
+    if asked == "first":
+        ends_with_asked, begins_with_asked = begins_with_asked, ends_with_asked
+    other = "first" if asked == "second" else "second"
+    return {
+        "before": ends_with_asked.partition(f" {{{asked}}}")[0].format(**{other: given}),
+        "after": begins_with_asked.partition(f"{{{asked}}} ")[2].format(**{other: given}),
+        **choices_around(gold, wrong, position),
+        "group": _group(fact.stated, asked),
+        "relation": fact.relation.name,
+        "stated": fact.stated,
+        "asked": asked,
+    }
+
+
+def _group(stated: str, asked: str) -> str:
+    if stated in ("both", "unseen"):
+        return {"both": "both_orders", "unseen": "unseen"}[stated]
+    return "against_text_order" if stated == asked else "in_text_order"
+
+
+def _shuffled(rng: random.Random, texts: list[str]) -> list[str]:
+    rng.shuffle(texts)
+    return texts

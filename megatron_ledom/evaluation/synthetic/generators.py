@@ -1,0 +1,29 @@
+"""Which sets can be made."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+
+from megatron_ledom.evaluation.synthetic.facts import inverse_relations, reversal
+from megatron_ledom.evaluation.synthetic.problems import question_from_answer
+from megatron_ledom.evaluation.synthetic.sets import MadeSet, write_made_set
+from megatron_ledom.evaluation.synthetic.worlds import abduction, label_backfill
+from megatron_ledom.storage.locks import output_folder_lock
+
+GENERATORS: Mapping[str, Callable[[int, int], MadeSet]] = MappingProxyType(
+    {
+        "reversal": reversal,
+        "question_from_answer": question_from_answer,
+        "abduction": abduction,
+        "label_backfill": label_backfill,
+        "inverse_relations": inverse_relations,
+    }
+)
+"""Name -> function of a number and a seed; what the number counts stands in the function's docstring."""
+
+
+def make_analysis_data(task: str, folder: str, num: int, seed: int) -> None:
+    """Make a set and write it into `folder`."""
+    made = GENERATORS[task](num, seed)
+    with output_folder_lock(folder, "--out"):
+        write_made_set(made, Path(folder), {"task": task, "num": num, "seed": seed})

@@ -1,0 +1,118 @@
+"""The analyses as tasks of tools/evaluate.py. A reverse model's main figure is what it gives to the answer in front of what is given."""
+
+from typing import Any
+
+from megatron_ledom.evaluation.tasks.prompts import Field, Template
+from megatron_ledom.evaluation.tasks.tasks import Item, Kind, Layout, Row, Task
+
+MADE_BY = "tools/make_analysis_data.py --task"
+MADE = {
+    "before": "text",
+    "after": "text",
+    "choices": "list",
+    "gold": "number",
+    "group": "text",
+}
+
+
+def _choice(row: Row) -> Item:
+    choices = tuple(row["choices"])
+    if not 0 <= row["gold"] < len(choices):
+        raise ValueError(f"the right choice is {row['gold']}, none of 0 to {len(choices) - 1}")
+    values = {"before": row["before"], "answer": choices[row["gold"]], "after": row["after"]}
+    kept = {name: row[name] for name in ("group", "cluster") if name in row}
+    return Item(values=values, choices=choices, gold=row["gold"], kept=kept)
+
+
+def _answer(row: Row) -> Item:
+    item = _choice(row)
+    return Item(values=item.values, gold=(item.values["answer"],), kept=item.kept)
+
+
+def _question(row: Row) -> Item:
+    values = {"solution": row["solution"], "question": row["question"]}
+    return Item(values=values, gold=(row["solution"],), kept={"group": row["group"], "gold_answer": row["answer"]})
+
+
+ENDING = Template(fields=(Field("before"), Field("answer", cue=".")), field_separator=" ", is_read_back=False)
+BEGINNING = Template(fields=(Field("after"), Field("answer")), field_separator=" ", is_read_back=False)
+ASKED_IN_OWN_ORDER: dict[str, Any] = {"template": ENDING, "reverse_template": BEGINNING, "main_way": "choice_given_context"}
+"""What is asked for comes last in the order of either model: at the end of a sentence, or at the beginning of its other wording."""
+
+MADE_TASKS: tuple[Task, ...] = (
+    Task(
+        name="reversal",
+        kind=Kind.CHOICE,
+        about="facts trained in one order and asked in both (reversal curse); four names, chance 25 %",
+        layouts=(Layout(MADE, _choice),),
+        file="reversal",
+        demonstrations_file="reversal_shots",
+        download=f"{MADE_BY} reversal",
+        demonstrations_download=f"{MADE_BY} reversal",
+        choice_field="answer",
+        **ASKED_IN_OWN_ORDER,
+    ),
+    Task(
+        name="reversal_written",
+        kind=Kind.ANSWER,
+        about="the same facts, the name is written and compared as a whole",
+        template=ENDING,
+        reverse_template=BEGINNING,
+        layouts=(Layout(MADE, _answer),),
+        file="reversal",
+        demonstrations_file="reversal_shots",
+        download=f"{MADE_BY} reversal",
+        demonstrations_download=f"{MADE_BY} reversal",
+        answers="alias",
+        max_new_tokens=32,
+        stop_strings=(".", "\n"),
+    ),
+    Task(
+        name="question_from_answer",
+        kind=Kind.QUESTION,
+        about="the question of a worked solution is written, and solved: is its solution the given one?",
+        template=Template(fields=(Field("solution", "Solution: "), Field("question", "Question: "))),
+        layouts=(Layout({"question": "text", "solution": "text", "answer": "text", "group": "text"}, _question),),
+        file="question_from_answer",
+        demonstrations_file="question_from_answer_train",
+        download=f"{MADE_BY} question_from_answer",
+        demonstrations_download=f"{MADE_BY} question_from_answer",
+        max_new_tokens=128,
+    ),
+    Task(
+        name="abduction",
+        kind=Kind.CHOICE,
+        about="which cause in a small world had these outcomes; chance 25 %",
+        template=Template(fields=(Field("before"), Field("answer"), Field("after")), field_separator=" ", is_read_back=False),
+        layouts=(Layout(MADE, _choice),),
+        file="abduction",
+        demonstrations_file="abduction_shots",
+        download=f"{MADE_BY} abduction",
+        demonstrations_download=f"{MADE_BY} abduction",
+        choice_field="answer",
+    ),
+    Task(
+        name="label_backfill",
+        kind=Kind.CHOICE,
+        about="which label stood before a text; chance 25 %",
+        template=Template(fields=(Field("answer", "Category: "), Field("after", "Text: ")), is_read_back=False),
+        layouts=(Layout(MADE, _choice),),
+        file="label_backfill",
+        demonstrations_file="label_backfill_shots",
+        download=f"{MADE_BY} label_backfill",
+        demonstrations_download=f"{MADE_BY} label_backfill",
+        choice_field="answer",
+    ),
+    Task(
+        name="inverse_relations",
+        kind=Kind.CHOICE,
+        about="parents trained, children asked, and the like; who belongs to whom does not help; chance 25 %",
+        layouts=(Layout(MADE, _choice),),
+        file="inverse_relations",
+        demonstrations_file="inverse_relations_shots",
+        download=f"{MADE_BY} inverse_relations",
+        demonstrations_download=f"{MADE_BY} inverse_relations",
+        choice_field="answer",
+        **ASKED_IN_OWN_ORDER,
+    ),
+)

@@ -1,0 +1,217 @@
+"""HTTP to one completions server: where the API key may go, what is tried again, and errors that are one line without the key.
+
+Hides an API key in text that a server sent: as it is, cut, encoded as base64, hex or percent, or with JSON escapes.
+"""
+
+import base64
+import html
+import ipaddress
+import json
+import os
+import re
+import time
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+
+from megatron_ledom.errors import DataError, TransientError, UsageError
+
+SHORTEST_PART = 6
+"""Characters in a row of a longer key, or of an encoded form of it, that are hidden too."""
+LONGEST_READ = 20_000
+"""Characters of a text that are searched; the rest is left out, because no message shows it."""
+MASK = "[key]"
+ESCAPE = re.compile(r"\\u00([2-7][0-9a-fA-F])|%([2-7][0-9a-fA-F])")
+
+
+class KeyMask:
+    """Replaces a key in texts. An empty key hides nothing."""
+
+    def __init__(self, key: str | None) -> None:
+        self._key = key or ""
+        self._forms = [form.lower() for form in _forms(self._key)] if self._key else []
+        self._shortest = min(len(self._key), SHORTEST_PART)
+        self._starts = {form[i : i + self._shortest] for form in self._forms for i in range(len(form) - self._shortest + 1)}
+
+    def is_told_by(self, text: str) -> bool:
+        """Return True if a text holds the whole key; a placeholder of less than 8 characters, such as EMPTY, is no secret."""
+        return len(self._key) >= 8 and self._key in text
+
+    def masked(self, text: str) -> str:
+        """Return the text with MASK for each part of the key. Call it before a text is cut."""
+        if not self._key:
+            return text
+        text = ESCAPE.sub(lambda found: chr(int(found[1] or found[2], 16)), text[:LONGEST_READ])
+        lowered = "".join(c.lower() if c.isascii() else c for c in text)
+        parts, position = [], 0
+        while position < len(text):
+            length = self._length_at(lowered, position)
+            parts.append(MASK if length else text[position])
+            position += length or 1
+        return "".join(parts)
+
+    def _length_at(self, text: str, start: int) -> int:
+        """Return how many characters from `start` on are in one of the forms; 0 if they are fewer than the shortest part."""
+        if text[start : start + self._shortest] not in self._starts:
+            return 0
+        longest = 0
+        for form in self._forms:
+            length = self._shortest
+            while text[start : start + length] in form and start + length <= len(text):
+                longest = length
+                length += 1
+        return longest
+
+
+def _forms(key: str) -> list[str]:
+    """Return the key and its encodings; base64 of a longer text that holds the key depends on where the key begins in it."""
+    data = key.encode()
+    forms = [key, data.hex(), quote(key, safe=""), html.escape(key), json.dumps(key)[1:-1], repr(key)[1:-1]]
+    for before in range(3):
+        encoded = base64.b64encode(b"\0" * before + data).rstrip(b"=").decode()
+        whole = encoded[-(-before * 8 // 6) :][: len(data) * 8 // 6]
+        forms += [whole, whole.replace("+", "-").replace("/", "_")]
+    shortest = min(len(key), SHORTEST_PART)
+    return list(dict.fromkeys(form for form in forms if len(form) >= shortest))
+
+
+ATTEMPTS = 4
+"""How often a request is tried while the server is busy or away; pauses of 1, 2 and 4 seconds lie between."""
+CONNECT_SECONDS = 30.0
+SHOWN_CHARACTERS = 300
+KEY = "OPENAI_API_KEY"
+
+
+class CompletionsClient:
+    """Sends JSON to `<url>/completions` and returns the JSON object of the answer. Threads may share it.
+
+    The API key, if the environment has one in OPENAI_API_KEY, goes to the host of `url` alone: redirects are refused, and plain
+    http beyond this machine is refused with a key unless `key_over_http` allows it.
+    """
+
+    def __init__(self, url: str, *, timeout: float = 600.0, key_over_http: bool = False) -> None:
+        address = _address(url)
+        is_local = _is_loopback(address.host)
+        self.url, key = str(address), _api_key()
+        self.mask = KeyMask(key)
+        if key and address.scheme == "http" and not is_local and not key_over_http:
+            raise UsageError(
+                f"{KEY} is set, and {self.url} is plain http to another machine, where anyone on the way can read it; use an"
+                f" https address, unset {KEY} if the server needs none, or pass --key-over-http in a network that you trust"
+            )
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if key:
+            headers["Authorization"] = f"Bearer {key}"
+        try:
+            self._http = httpx.Client(
+                headers=headers,
+                timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS), pool=None),
+                limits=httpx.Limits(max_connections=None),
+                follow_redirects=False,
+                trust_env=not is_local,  # a proxy has no part in what stays on this machine
+            )
+        except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+            raise UsageError(
+                f"the environment's proxy or certificates (HTTPS_PROXY, ALL_PROXY, SSL_CERT_FILE) cannot be used for {self.url}:"
+                f" {self.shown(str(error))}; correct or unset them"
+            ) from None
+
+    def ask(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the answer to one request; a busy server and a broken connection are tried again.
+
+        Raises TransientError after ATTEMPTS, DataError for a refusal and for an answer that is no JSON object, UsageError for a
+        redirect.
+        """
+        body = json.dumps(fields, allow_nan=False).encode()
+        reason = ""
+        for attempt in range(ATTEMPTS):
+            try:
+                response = self._http.post(self.url, content=body)
+            except httpx.TransportError as error:
+                reason = self.shown(f"{type(error).__name__}: {error}")
+            except (httpx.HTTPError, httpx.InvalidURL) as error:
+                raise DataError(f"{self.url}: {self.shown(str(error))}; see that it is a completions server") from None
+            else:
+                if not _may_pass(response.status_code):
+                    return self._content(response)
+                reason = f"{response.status_code} {self.shown(response.content.decode('utf-8', 'replace'))}"
+            if attempt + 1 < ATTEMPTS:
+                time.sleep(2**attempt)
+        raise TransientError(
+            f"{self.url} did not answer {ATTEMPTS} times ({reason}); see that the server runs, then start again"
+        )
+
+    def shown(self, text: str, most: int = SHOWN_CHARACTERS) -> str:
+        """Return what the server said as the part of a message: one line, printable, short, without the key.
+
+        Every text of a server that a message quotes passes here. The key is masked before the text is cut: of a key that is cut
+        first, the rest would be shown.
+        """
+        masked = self.mask.masked(text)
+        line = "".join(c if c.isprintable() else "?" for c in " ".join(masked.split()))
+        return line if len(line) <= most else f"{line[:most]} ..."
+
+    def _content(self, response: httpx.Response) -> dict[str, Any]:
+        if response.has_redirect_location:
+            raise UsageError(
+                f"{self.url} answers with a redirect ({response.status_code}) to {self.shown(response.headers['location'])}; no"
+                " redirect is followed, so that prompts and key go to no other host: give the address of the server itself"
+            )
+        if response.status_code != 200:
+            said = self.shown(response.content.decode("utf-8", "replace"))
+            raise DataError(f"{self.url} refuses the request: {response.status_code} {said}")
+        try:
+            answer = json.loads(response.content)
+        except (ValueError, RecursionError):
+            kind = self.shown(response.headers.get("content-type", "no content type"))
+            said = self.shown(response.content.decode("utf-8", "replace"))
+            raise DataError(f"{self.url} answered with {kind} that is not JSON: {said!r}; is it /v1/completions?") from None
+        if not isinstance(answer, dict):
+            raise DataError(
+                f"{self.url} answered with a {type(answer).__name__}, expected an object: {self.shown(str(answer))};"
+                " is it /v1/completions?"
+            )
+        return answer
+
+
+def _address(url: str) -> httpx.URL:
+    """Return the address of the completions of a server; UsageError for what is none."""
+    wanted = "expected one such as http://localhost:8000/v1"
+    try:
+        parsed = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise UsageError(f"{url!r} is no address of a server ({error}); {wanted}") from error
+    if parsed.userinfo or parsed.query or parsed.fragment:
+        raise UsageError(
+            f"the address of the server at {parsed.host} holds a user, a query or a fragment; {wanted}, and put the key into {KEY}"
+        )
+    is_port = parsed.port is None or 0 < parsed.port < 2**16
+    if parsed.scheme not in ("http", "https") or not parsed.host or "%" in parsed.host or not is_port:
+        raise UsageError(f"{url!r} is no address of a server; {wanted}")
+    path = parsed.path.rstrip("/").removesuffix("/completions").rstrip("/")
+    if path.endswith("/chat"):
+        raise UsageError(f"{url!r} is a chat endpoint, which scores nothing; {wanted}")
+    return parsed.copy_with(path=f"{path}/completions")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _api_key() -> str | None:
+    """Return the key of the environment without white space around it; UsageError, without the key, where no header can carry it."""
+    key = os.environ.get(KEY, "").strip()
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UsageError(
+            f"{KEY} holds a space, a line break or a letter outside ASCII, which no HTTP header carries; set it anew"
+        )
+    return key or None
+
+
+def _may_pass(status: int) -> bool:
+    """Return True for the answer of a server that is busy, starting or failing for a while."""
+    return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))

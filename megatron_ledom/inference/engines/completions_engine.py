@@ -1,0 +1,314 @@
+"""An engine behind an OpenAI-compatible `/v1/completions` endpoint, such as a vLLM server.
+
+The server is sent token ids, never text: tokenisation, order and the boundary rule stay those of the model's folder here, and a
+server can serve a reverse model without knowing it. What is asked of it: prompts as lists of ids, `seed`, and for scores `echo`
+with `logprobs`. Prefixes are reused as far as the server does so by itself.
+
+Checks of a completions server's answers: an answer that is not exactly that of the prompt is refused, never believed.
+
+A server that puts a BOS in front of the prompt, cuts it, tokenises it anew, ignores `echo` or serves another model gives
+log-probabilities that look right. Counts, the first value and the tokens that the server names tell these apart. A BOS in front
+with a cut end leaves counts and first value as they are: a server that names no tokens is refused unless its counts are trusted.
+"""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import DataError
+from megatron_ledom.inference.engines.completions_client import CompletionsClient
+from megatron_ledom.inference.engines.engine import Path as AnswerPath
+from megatron_ledom.inference.engines.remote_text import RemoteEngine, RemoteText, seed_of
+from megatron_ledom.inference.generation import Sampling
+from megatron_ledom.inference.joint import WORD_MARK, JointTokenizer
+from megatron_ledom.inference.scoring import Span, check_batch_size
+
+ROUNDING = 1e-5
+"""A log-probability may exceed 0 by this much, which float32 makes of a probability of 1."""
+FAILED = ("abort", "cancelled", "content_filter", "error", "timeout")
+"""Reasons for an end that is neither the model's nor the token limit's."""
+STANDS_FOR_MINUS_INFINITY = -9999.0
+"""What the completions API, and vLLM, write for minus infinity, which JSON lacks. No token of a real model is less likely."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One checked answer: its only choice, and how many tokens the server says that it read and wrote."""
+
+    choice: dict[str, Any]
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class AnswerChecks:
+    """Checks against what was asked; every refusal names the server. `tokenizer` and `stop_ids` are those of the folder here.
+
+    client: knows the server's address, and hides the API key in what the server says.
+    """
+
+    def __init__(self, client: CompletionsClient, model: str, tokenizer: JointTokenizer, stop_ids: list[int]) -> None:
+        self._client, self._model, self._tokenizer = client, model, tokenizer
+        self._pieces = {id_: piece for piece, id_ in tokenizer.vocab.items()}
+        self._ends = [self._pieces[id_] for id_ in stop_ids if id_ in self._pieces]
+
+    def completion(self, answer: dict[str, Any], prompt: list[int], max_tokens: int) -> Completion:
+        """Return the one choice of an answer to `prompt` (ids); refuse another model, other counts and several choices."""
+        model = answer.get("model")
+        if isinstance(model, str) and model and model != self._model:
+            raise self._refusal(
+                f"for the model {self._quoted(model, 200)}, asked for was {self._model!r}",
+                "name it by --forward-served-as or --reverse-served-as, if it is the right one",
+            )
+        choices, used = answer.get("choices"), answer.get("usage")
+        if not choices or not isinstance(choices, list) or not isinstance(used, dict):
+            raise self._refusal(f"without choices and usage ({self._quoted(str(answer), 200)})", "is it /v1/completions?")
+        if len(choices) != 1 or not isinstance(choices[0], dict) or choices[0].get("index") not in (None, 0):
+            indices = [choice.get("index") if isinstance(choice, dict) else choice for choice in choices]
+            raise self._refusal(
+                f"with the choices {self._shown(indices, 200)}, asked for was one, of index 0", "use another server"
+            )
+        num_read, num_written = used.get("prompt_tokens"), used.get("completion_tokens")
+        if type(num_read) is not int or num_read != len(prompt):
+            raise self._refusal(
+                f"that says usage.prompt_tokens={self._shown(num_read)} for a prompt of {len(prompt)} ids",
+                "a server that adds a BOS, cuts prompts or tokenises them anew gives other probabilities: turn that off there",
+            )
+        if not max_tokens:  # some servers write a token all the same, which is thrown away
+            num_written = num_written if type(num_written) is int else 0
+        elif type(num_written) is not int or not 0 <= num_written <= max_tokens:
+            raise self._refusal(
+                f"that says usage.completion_tokens={self._shown(num_written)}, asked for were at most {max_tokens}",
+                "use another server",
+            )
+        ids = choices[0].get("prompt_token_ids")
+        if ids and ids != prompt:
+            raise self._refusal(f"for the prompt ids {self._shown(ids)}, sent were {str(prompt)[:80]}", "use another server")
+        return Completion(choices[0], num_read, num_written)
+
+    def text(self, completion: Completion, given: str, max_tokens: int) -> str:
+        """Return the text that was written behind `given`; refuse one that is cut, none at all, or begins with what was given."""
+        choice = completion.choice
+        text, reason = choice.get("text"), choice.get("finish_reason")
+        if not isinstance(text, str):
+            raise self._refusal(
+                f"with the text {self._shown(text)}, expected a text", "is it /v1/completions, not a chat endpoint?"
+            )
+        if reason in FAILED or (reason == "length" and completion.completion_tokens < max_tokens):
+            raise self._refusal(
+                f"that ended by {self._shown(reason)} after {completion.completion_tokens} of {max_tokens} tokens",
+                "raise the server's own limit, or lower --max-new-tokens",
+            )
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise self._refusal(f"with half of a surrogate pair in the text {self._quoted(text)}", "use another server")
+        num_shown = len(self._tokenizer.encode(text)) if given and text.startswith(given) else 0
+        if num_shown > completion.completion_tokens + 1:
+            raise self._refusal("that repeats the prompt in front of what was written", "turn echo off there")
+        if end := next((end for end in self._ends if text.endswith(end)), None):
+            raise self._refusal(
+                f"that writes the token {end!r} as text", "let the server leave special tokens out of its texts"
+            )
+        if self._client.mask.is_told_by(text):
+            raise self._refusal("whose text holds the API key", "use another server, and replace the key")
+        return text
+
+    def prompt_logprobs(self, completion: Completion, prompt: list[int]) -> tuple[list[float], bool]:
+        """Return the log-probabilities of the ids after the first, and whether the server named the tokens they belong to."""
+        logprobs = completion.choice.get("logprobs")
+        found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
+        if not isinstance(logprobs, dict) or not isinstance(found, list) or not found:
+            raise self._refusal("without logprobs.token_logprobs", "scores need a server that supports echo with logprobs")
+        if len(found) != len(prompt) or found[0] is not None:
+            raise self._refusal(
+                f"with {len(found)} log-probabilities, the first {self._shown(found[0])}, for a prompt of {len(prompt)} ids; expected"
+                f" {len(prompt)}, the first null",
+                "scores need a server that supports echo with logprobs and max_tokens=0, and adds no BOS",
+            )
+        values = [self._logprob(value, position) for position, value in enumerate(found[1:], 1)]
+        return values, self._tells_tokens(completion.choice.get("prompt_token_ids") == prompt, logprobs.get("tokens"), prompt)
+
+    def unnamed(self) -> DataError:
+        """Return the refusal of a server that does not say which tokens it scored."""
+        return self._refusal(
+            "that does not name the tokens of the prompt, so a BOS in front with a cut end would shift every score unseen",
+            "let it give logprobs.tokens or prompt_token_ids, or pass --trust-token-counts if you know that it takes ids as sent",
+        )
+
+    def _logprob(self, value: Any, position: int) -> float:
+        """Return a checked log-probability; what stands for minus infinity becomes it, and no other placeholder is a number."""
+        if value == STANDS_FOR_MINUS_INFINITY:
+            return -math.inf
+        if type(value) not in (int, float) or not STANDS_FOR_MINUS_INFINITY < value <= ROUNDING:
+            raise self._refusal(
+                f"with the log-probability {self._client.shown(str(value), 40)} for token {position} of the prompt, expected a number up to 0"
+                f" and above {STANDS_FOR_MINUS_INFINITY:g}, which stands for minus infinity",
+                "see that the server's weights are whole and that it gives natural logarithms",
+            )
+        return min(0.0, float(value))
+
+    def _tells_tokens(self, has_ids: bool, names: Any, prompt: list[int]) -> bool:
+        """Refuse tokens of the prompt other than those that were sent; returns False where the server leaves one untold.
+
+        Names count as none where they are all the same while the ids are not. The name of a special token, of white space and of
+        a part of a character may be empty.
+        """
+        if not isinstance(names, list) or len({str(name) for name in names}) < min(2, len(set(prompt))):
+            return has_ids
+        if len(names) != len(prompt):
+            raise self._refusal(f"with {len(names)} tokens for a prompt of {len(prompt)} ids", "use another server")
+        num_compared, num_untold = 0, 0
+        for position, (name, id_) in enumerate(zip(names, prompt, strict=True)):
+            if not isinstance(name, str) or not _is_whole(name):
+                num_untold += not isinstance(name, str) or self._has_whole_text(id_)
+                continue
+            num_compared += 1
+            if not self._names(name, id_):
+                raise self._refusal(
+                    f"whose token {position} of the prompt is {self._quoted(name, 40)}; sent was id {id_}, {self._pieces.get(id_)!r}",
+                    "a server that adds tokens in front or has another tokenizer gives other probabilities: turn that off there",
+                )
+        return has_ids or (num_compared > 0 and not num_untold)
+
+    def _has_whole_text(self, id_: int) -> bool:
+        """Return True for an id that a server can name by its text: no special token, white space or part of a character."""
+        return id_ not in self._tokenizer.special_ids and _is_whole(self._text_of(id_))
+
+    def _text_of(self, id_: int) -> str:
+        surface = (self._tokenizer.surfaces or {}).get(id_)
+        return self._tokenizer.decode([id_]) if surface is None else surface.decode("utf-8", "replace")
+
+    def _names(self, name: str, id_: int) -> bool:
+        """Return True if a server may call the id so: by number, as its piece, or as the text of the piece."""
+        text = self._text_of(id_)
+        if name in (f"token_id:{id_}", str(id_), self._pieces.get(id_), text, repr(text)[1:-1]):
+            return True
+        if not _is_whole(text) and not name.isascii():  # bytes of a character, shown as the character that they end
+            return True
+        text = text.replace("\ufffd", "")
+        return _bare(name) in (_bare(text), _bare(self._pieces.get(id_, "")))
+
+    def _refusal(self, found: str, advice: str) -> DataError:
+        return DataError(f"{self._client.url} gave an answer {found}; {advice}")
+
+    def _shown(self, value: Any, most: int = 80) -> str:
+        """Return what the server sent for a message: without the API key, then cut."""
+        return self._quoted(value, most) if isinstance(value, str) else self._client.shown(str(value), most)
+
+    def _quoted(self, text: str, most: int = 80) -> str:
+        return repr(self._client.shown(text, most))
+
+
+def _is_whole(name: str) -> bool:
+    """Return True for a name that tells more than a space or a part of a character."""
+    return bool(_bare(name)) and "\ufffd" not in name and not name.startswith("bytes:")
+
+
+def _bare(name: str) -> str:
+    return name.replace(WORD_MARK, " ").strip()
+
+
+IDS_AS_TOKENS = "return_tokens_as_token_ids"
+"""vLLM's field to name tokens by their ids; not sent again to a server that refuses it."""
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class CompletionsEngine(RemoteEngine):
+    """Samples, scores and expands through HTTP, with `batch_size` requests under way at once.
+
+    url: up to and without `/completions`, as in `http://localhost:8000/v1`. model: its name on the server. folder: the served
+    model's folder, for tokenizer and direction; its weights are not read. The key of the API, if any, is in the environment
+    variable OPENAI_API_KEY; key_over_http allows it on plain http to another machine. trust_token_counts accepts scores of a
+    server that does not name the tokens which it scored: only their number can be checked then. An answer that is written in
+    steps differs from one that is written at once with the same seed, because the server begins its random numbers anew with
+    each request; each is repeatable if the server keeps to `seed`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        folder: str | Path,
+        direction: Direction,
+        *,
+        batch_size: int = 16,
+        timeout: float = 600.0,
+        key_over_http: bool = False,
+        trust_token_counts: bool = False,
+    ) -> None:
+        check_batch_size(batch_size)
+        self._client = CompletionsClient(url, timeout=timeout, key_over_http=key_over_http)
+        self._model, self._batch_size, self._trusts_counts = model, batch_size, trust_token_counts
+        super().__init__(RemoteText.from_pretrained(folder, direction))
+        self._checks = AnswerChecks(self._client, model, self._text.tokenizer, self._text.stop_ids)
+        self._lock, self._takes_ids_field, self._has_warned = Lock(), True, False
+
+    def _logprobs(self, spans: list[Span]) -> list[list[float]]:
+        return self._at_once(self._logprobs_of, spans)
+
+    def _written(self, paths: list[AnswerPath], sampling: Sampling) -> list[tuple[str, int]]:
+        return self._at_once(lambda path: self._written_behind(path, sampling), paths)
+
+    def _written_behind(self, path: AnswerPath, sampling: Sampling) -> tuple[str, int]:
+        max_tokens = sampling.max_new_tokens - path.num_tokens
+        answer = self._ask(
+            self._text.prompt_ids(path),
+            max_tokens=max_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=seed_of(path),
+            **({"top_k": sampling.top_k} if sampling.top_k else {}),
+        )
+        return self._checks.text(answer, path.prompt + path.text, max_tokens), answer.completion_tokens
+
+    def _logprobs_of(self, span: Span) -> list[float]:
+        if len(span.tokens) == span.num_context:
+            return []
+        asked = {"max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+        try:
+            answer = self._ask(span.tokens, **asked, **({IDS_AS_TOKENS: True} if self._takes_ids_field else {}))
+        except DataError as error:
+            if IDS_AS_TOKENS not in str(error):
+                raise
+            self._takes_ids_field = False
+            answer = self._ask(span.tokens, **asked)
+        values, is_told = self._checks.prompt_logprobs(answer, span.tokens)
+        if not is_told and not self._trusts_counts:
+            raise self._checks.unnamed()
+        if not is_told:
+            self._warn_once()
+        return values[span.num_context - 1 :]
+
+    def _warn_once(self) -> None:
+        with self._lock:
+            if not self._has_warned:
+                print(
+                    f"{self._client.url} does not name the tokens of the prompts: their number was checked, not their ids",
+                    file=sys.stderr,
+                )
+            self._has_warned = True
+
+    def _at_once(self, work: Callable[[Task], Result], tasks: Iterable[Task]) -> list[Result]:
+        start = time.monotonic()
+        with ThreadPoolExecutor(self._batch_size) as pool:
+            try:
+                results = list(pool.map(work, tasks))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)  # the others would fail likewise, after as many pauses
+                raise
+        self.spent.seconds += time.monotonic() - start
+        return results
+
+    def _ask(self, prompt: list[int], *, max_tokens: int, **fields: Any) -> Completion:
+        """One request; the tokens of prompt and completion are added to what was spent."""
+        answer = self._client.ask({"model": self._model, "n": 1, "prompt": prompt, "max_tokens": max_tokens, **fields})
+        completion = self._checks.completion(answer, prompt, max_tokens)
+        with self._lock:
+            self.spent.tokens += completion.prompt_tokens + completion.completion_tokens
+        return completion

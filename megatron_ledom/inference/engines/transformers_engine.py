@@ -1,0 +1,287 @@
+"""The engine that runs a transformers model in this process; answers are written step by step with the stock `generate`.
+
+A path keeps the keys and values of what it has read, so that a prompt is read once for all of its answers and a step continues
+where the last one ended. Shapes: B rows, S positions, V ids, H heads, D width of a head.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.inference.engines.engine import Path, StepDelimiter, check_no_stop_strings
+from megatron_ledom.inference.generation import Sampling, Writer
+from megatron_ledom.inference.joint import OpenText
+from megatron_ledom.inference.language_model import LanguageModel, no_room
+from megatron_ledom.inference.not_finite import naming_text
+from megatron_ledom.inference.scoring import SpanScore, Spent, check_batch_size
+
+Cache = list[tuple[torch.Tensor, torch.Tensor]]
+"""Keys and values of one row, [H, S, D] each, a pair a layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """opened: the prompt. written: ids since then, model order. cache: of all tokens but the last, or None: not computed."""
+
+    opened: OpenText
+    written: tuple[int, ...] = ()
+    cache: Cache | None = None
+
+
+class TransformersEngine:
+    """Samples, scores and expands with a `ForwardLM` or `ReverseLM`; at most `batch_size` sequences at once.
+
+    Only a forward model writes answers. A reverse model's pass keeps nothing for the next step: a step is put at the end of
+    the answer, and that is the beginning of what the reverse model reads, so that all its keys and values change.
+    """
+
+    def __init__(self, language_model: LanguageModel, batch_size: int = 16) -> None:
+        check_batch_size(batch_size)
+        self._lm, self._batch_size = language_model, batch_size
+        self.spent = Spent()
+
+    @property
+    def direction(self) -> Direction:
+        """Which way the model reads."""
+        return self._lm.direction
+
+    def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
+        """See `Engine.score`. Rows of similar length share a batch; equal pairs are computed once."""
+        return self._lm.span_scores(list(pairs), include_end, self._batch_size, spent=self.spent)
+
+    def score_fault(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
+        """See `Engine.score_fault`."""
+        return self._lm.score_fault(pair, include_end)
+
+    def growth_fault(self, text: str, num_new_tokens: int) -> str | None:
+        """See `Engine.growth_fault`."""
+        return self._lm.growth_fault(text, num_new_tokens)
+
+    def sample(self, roots: Sequence[Path], sampling: Sampling) -> list[list[Path]]:
+        """See `Engine.sample`."""
+        return self._grow(roots, sampling.num_return_sequences, None, sampling)
+
+    def expand(self, paths: Sequence[Path], num: int, delimiter: StepDelimiter, sampling: Sampling) -> list[list[Path]]:
+        """See `Engine.expand`. A finished path is its own only continuation."""
+        return self._grow(paths, num, delimiter, sampling)
+
+    @torch.inference_mode()
+    def _grow(self, paths: Sequence[Path], num: int, delimiter: StepDelimiter | None, sampling: Sampling) -> list[list[Path]]:
+        if self.direction is not Direction.FORWARD:
+            raise UsageError("a reverse model writes what precedes a text, not answers; give the forward model to sample from")
+        check_no_stop_strings(sampling)
+        start = time.monotonic()
+        opened = [self._opened(path) for path in paths]
+        rows = [(index, path.child(number)) for index, path in enumerate(opened) if not path.finished for number in range(num)]
+        grown: list[list[Path]] = [[path] if path.finished else [] for path in opened]
+        caches: dict[int, Cache] = {}
+        for begin in range(0, len(rows), self._batch_size):
+            batch = rows[begin : begin + self._batch_size]
+            caches = self._caches({index: opened[index] for index, _ in batch}, caches)
+            written = self._write([path for _, path in batch], [caches[index] for index, _ in batch], delimiter, sampling)
+            for (index, _), path in zip(batch, written, strict=True):
+                grown[index].append(path)
+        self.spent.seconds += time.monotonic() - start
+        return grown
+
+    def _opened(self, path: Path) -> Path:
+        if path.state is not None:
+            return path
+        opened = self._lm.tokenizer.open_text(path.prompt, self.direction)
+        if not self._lm.leading_ids + opened.tokens:
+            raise DataError("a prompt yields no token, so nothing conditions an answer; pass other text")
+        return replace(path, state=_State(opened))
+
+    def _tokens(self, path: Path) -> list[int]:
+        return [*self._lm.leading_ids, *path.state.opened.tokens, *path.state.written]
+
+    def _caches(self, paths: dict[int, Path], known: dict[int, Cache]) -> dict[int, Cache]:
+        """The cache of each path: its own, one of `known`, or computed now; paths of any length in one batch."""
+        caches = {index: path.state.cache or known.get(index) for index, path in paths.items()}
+        missing = [index for index, cache in caches.items() if cache is None]
+        read = [self._tokens(paths[index])[:-1] for index in missing]
+        longest = max(map(len, read), default=0)
+        if not longest:
+            return {index: cache or [] for index, cache in caches.items()}
+        input_ids = torch.zeros(len(read), longest, dtype=torch.long)
+        for row, tokens in enumerate(read):
+            input_ids[row, : len(tokens)] = torch.tensor(tokens)
+        output = self._lm.model(input_ids=input_ids.to(self._lm.model.device), use_cache=True, logits_to_keep=1)
+        self.spent.tokens += sum(map(len, read))
+        for row, index in enumerate(missing):
+            caches[index] = _row_of(output.past_key_values, row, 0, len(read[row]))
+        return {index: cache or [] for index, cache in caches.items()}
+
+    def _write(self, paths: list[Path], caches: list[Cache], delimiter: StepDelimiter | None, sampling: Sampling) -> list[Path]:
+        """One step of each path, or all of it without a delimiter.
+
+        A batch is divided where it has no room although each of its rows has: the longest row and the one that has most to write
+        may be two.
+        """
+        model, writer = self._lm.model, self._lm.writer
+        tokens = [self._tokens(path) for path in paths]
+        longest = max(map(len, tokens))
+        loose = [path.state.opened.loose if not path.state.written else b"" for path in paths]
+        limits = [sampling.max_new_tokens - path.num_tokens for path in paths]
+        num_given = longest + max(map(len, loose))
+        if len(paths) > 1 and no_room(num_given, max(limits), self._lm.num_positions, self.direction):
+            middle = len(paths) // 2
+            return [
+                *self._write(paths[:middle], caches[:middle], delimiter, sampling),
+                *self._write(paths[middle:], caches[middle:], delimiter, sampling),
+            ]
+        writer.check_length(num_given, max(limits))
+        input_ids = torch.full((len(paths), longest), self._lm.stop_ids[0])
+        attention_mask = torch.zeros_like(input_ids)
+        for row, ids in enumerate(tokens):
+            input_ids[row, longest - len(ids) :] = torch.tensor(ids)
+            attention_mask[row, longest - len(ids) :] = 1
+        choice = _Choice(writer, paths, loose, limits, sampling, longest)
+        end = _EndOfStep(choice, delimiter)
+        with naming_text(self._lm.tokenizer, self.direction):
+            output = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=attention_mask.to(model.device),
+                past_key_values=_padded_cache(caches, longest - 1),
+                generation_config=GenerationConfig(
+                    max_new_tokens=max(limits) + max(map(len, loose)),
+                    eos_token_id=self._lm.stop_ids,
+                    pad_token_id=self._lm.stop_ids[0],
+                    do_sample=False,
+                    use_cache=True,
+                    return_dict_in_generate=True,
+                ),
+                logits_processor=LogitsProcessorList([choice]),
+                stopping_criteria=StoppingCriteriaList([end]),
+            )
+        self.spent.tokens += sum(map(len, choice.new_ids))
+        return [self._grown(path, choice, row, longest, delimiter, output.past_key_values) for row, path in enumerate(paths)]
+
+    def _grown(
+        self, path: Path, choice: "_Choice", row: int, longest: int, delimiter: StepDelimiter | None, cache: Any
+    ) -> Path:
+        new_ids = choice.new_ids[row]
+        stopped = bool(new_ids) and new_ids[-1] in self._lm.stop_ids
+        kept_ids = new_ids[:-1] if stopped else new_ids
+        finished = stopped or choice.num_written(row) >= choice.limits[row]
+        written = (*path.state.written, *kept_ids)
+        state = _State(path.state.opened, written)
+        if delimiter is not None and not finished:
+            begin = longest - len(self._tokens(path))
+            state = replace(state, cache=_row_of(cache, row, begin, longest + len(kept_ids) - 1))
+        logprob = sum(choice.logprobs[row]) + (path.forward_logprob or 0.0)
+        num_tokens = path.num_tokens + choice.num_written(row) - stopped
+        text = self._lm.writer.written_text(list(written), path.state.opened, stopped=stopped)
+        return replace(path, text=text, finished=finished, num_tokens=num_tokens, forward_logprob=logprob, state=state)
+
+
+class _Choice(LogitsProcessor):  # type: ignore[misc]
+    """Chooses each row's next token with the row's own random numbers, and leaves the others no chance.
+
+    new_ids: what each row has written in this call, to its stop; logprobs: of those which count as the answer's, without temperature.
+    """
+
+    def __init__(
+        self, writer: Writer, paths: list[Path], loose: list[bytes], limits: list[int], sampling: Sampling, num_given: int
+    ) -> None:
+        self.paths, self.limits, self.writer = paths, limits, writer
+        self.new_ids: list[list[int]] = [[] for _ in paths]
+        self.logprobs: list[list[float]] = [[] for _ in paths]
+        self.is_done = [False] * len(paths)
+        self._spell = writer.spell_processor(loose, num_given)
+        self._loose, self._is_greedy = loose, sampling.temperature == 0
+        self._warpers = LogitsProcessorList()
+        if not self._is_greedy:
+            self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+            self._warpers += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
+            self._warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
+
+    def num_written(self, row: int) -> int:
+        """Tokens of the answer, eod included; those that spell the end of the prompt again do not count."""
+        return len(self.logprobs[row])
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """input_ids [B, S], scores [B, V]; returns 0 for the chosen id of each row, -inf for all others."""
+        logprobs_BV = torch.log_softmax(scores.float(), dim=-1)
+        warped_BV = self._warpers(input_ids, self._spell(input_ids, scores).float())
+        if self._is_greedy:
+            chosen_B = warped_BV.argmax(dim=-1)
+        else:
+            cumulated_BV = torch.softmax(warped_BV, dim=-1).double().cumsum(dim=-1)
+            draws = [path.draw(len(path.state.written) + len(new)) for path, new in zip(self.paths, self.new_ids, strict=True)]
+            threshold_B1 = torch.tensor(draws, dtype=torch.double, device=scores.device)[:, None] * cumulated_BV[:, -1:]
+            chosen_B = torch.searchsorted(cumulated_BV, threshold_B1, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
+        chosen = chosen_B.tolist()
+        values = logprobs_BV.gather(1, chosen_B[:, None])[:, 0].tolist()
+        for row, (token, value) in enumerate(zip(chosen, values, strict=True)):
+            if not self.is_done[row]:
+                self.new_ids[row].append(token)
+                if self.writer.counts_as_new(self.new_ids[row], self._loose[row]):
+                    self.logprobs[row].append(value)
+        return torch.full_like(scores, -torch.inf).scatter(1, chosen_B[:, None], 0.0)
+
+
+class _EndOfStep(StoppingCriteria):  # type: ignore[misc]
+    """Ends a row at its own token limit, at eod, and where its step is complete."""
+
+    def __init__(self, choice: _Choice, delimiter: StepDelimiter | None) -> None:
+        self._choice, self._delimiter = choice, delimiter
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """Which rows [B] are done."""
+        choice = self._choice
+        for row in range(len(choice.paths)):
+            if not choice.is_done[row]:
+                choice.is_done[row] = self._ends(row)
+        return torch.tensor(choice.is_done, device=input_ids.device)
+
+    def _ends(self, row: int) -> bool:
+        choice, path, new_ids = self._choice, self._choice.paths[row], self._choice.new_ids[row]
+        if choice.num_written(row) >= choice.limits[row] or new_ids[-1] in choice.writer.stop_ids:
+            return True
+        if self._delimiter is None or not choice.num_written(row):
+            return False
+        ids = [*path.state.written, *new_ids]
+        step = choice.writer.written_text(ids, path.state.opened, stopped=False)[len(path.text) :]
+        return self._delimiter.end_of_step(step) is not None or bool(step.strip() and new_ids[-1] in self._delimiter.token_ids)
+
+
+def _row_of(cache: Any, row: int, begin: int, end: int) -> Cache:
+    """Positions [begin, end) of one row."""
+    return [(layer.keys[row, :, begin:end], layer.values[row, :, begin:end]) for layer in cache.layers]
+
+
+def _padded_cache(caches: list[Cache], length: int) -> DynamicCache | None:
+    """The rows' caches as one of `length` positions, padded before their begin; None where nothing was read."""
+    if not length:
+        return None
+    cache = DynamicCache()
+    model_layers = max(map(len, caches))
+    example = next(c for c in caches if c)
+    for layer in range(model_layers):
+        pair = []
+        for side in (0, 1):
+            shape = example[layer][side].shape
+            joined = example[layer][side].new_zeros(len(caches), shape[0], length, shape[2])
+            for row, own in enumerate(caches):
+                if own:
+                    joined[row, :, length - own[layer][side].shape[1] :] = own[layer][side]
+            pair.append(joined)
+        cache.update(pair[0], pair[1], layer)
+    return cache

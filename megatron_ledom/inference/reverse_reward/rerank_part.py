@@ -1,0 +1,197 @@
+"""The unfinished output of a reranking, window by window, with the notes from which a killed run goes on."""
+
+import json
+import math
+import os
+import sys
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.errors import DataError, MismatchError, UsageError, cannot_write
+from megatron_ledom.inference.reverse_reward.rerank_input import Record, is_ranked_line, json_line
+
+SUMS = ("forward_tokens", "reverse_tokens", "seconds")
+COUNTS = ("num_lines", "num_candidates", "num_skipped", "num_skipped_prompts")
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The output of consecutive lines, and what they cost: the fields of SUMS."""
+
+    lines: list[dict[str, Any]]
+    spent: dict[str, float]
+
+    def counts(self) -> dict[str, int]:
+        """Return the fields of COUNTS."""
+        return {
+            "num_lines": len(self.lines),
+            "num_candidates": sum(len(line["scores"]) for line in self.lines),
+            "num_skipped": sum(line.get("num_skipped", 0) for line in self.lines),
+            "num_skipped_prompts": sum("skipped" in line for line in self.lines),
+        }
+
+
+def spent_file(output: str | Path) -> Path:
+    """Return the file beside an output, behind its link if it is one, which tells how it was made and what was spent."""
+    return Path(f"{os.path.realpath(output)}.spent.json")
+
+
+class Part:
+    """`<output>.part` holds whole windows only; `<output>.part.notes` the settings, then a line for each window.
+
+    Both grow at their ends alone, so that a window costs what it holds, however many came before it.
+    """
+
+    def __init__(self, output: Path, made_by: dict[str, Any]) -> None:
+        self._output, self._part = output, output.with_name(output.name + ".part")
+        self._notes = output.with_name(output.name + ".part.notes")
+        self._report = spent_file(output)
+        self._made_by = json.loads(json.dumps(made_by, default=sorted, allow_nan=False))
+        self._windows: list[dict[str, float]] = []
+        self._is_stale = False
+
+    def is_complete(self, records: list[Record], *, overwrite: bool) -> bool:
+        """Return True if the output is there already, from the same input and settings; refuse another unless `overwrite`."""
+        if not self._output.exists() or overwrite:
+            return False
+        advice = "pass --overwrite to replace it, or name another output"
+        if self._part.exists():
+            raise UsageError(f"{self._output} is there and was being replaced ({self._part}); {advice}")
+        if not self._report.is_file():
+            raise UsageError(f"{self._output} is there already, and no {self._report.name} tells how it was made; {advice}")
+        try:
+            made_by = self._recorded()
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{self._output} is there already, and {self._report} is damaged ({error}); {advice}") from error
+        if made_by != self._made_by:
+            raise UsageError(f"{self._output} was made otherwise ({difference(made_by, self._made_by)}); {advice}")
+        with self._output.open("rb") as lines:
+            for record, line in zip_longest(records, lines):
+                if record is None or not is_ranked_line(record, line):
+                    raise UsageError(f"{self._output} was made from another input; {advice}")
+        self._notes.unlink(missing_ok=True)  # of a run that was killed in its very last moment
+        return True
+
+    def _recorded(self) -> dict[str, Any]:
+        """Return how a complete output was made. Raises ValueError or TypeError where its report lacks a field that is read."""
+        report = json.loads(self._report.read_bytes())
+        if not isinstance(report, dict) or not isinstance(report.get("made_by"), dict):
+            raise TypeError("it has no made_by")
+        for name in (*SUMS, *COUNTS):
+            if type(report.get(name)) not in (int, float):
+                raise TypeError(f"{name} is {str(report.get(name))[:40]}, expected a number")
+        return dict(report["made_by"])
+
+    def resume(self, windows: list[list[Record]], *, overwrite: bool = False) -> int:
+        """Cut what an earlier run left to whole windows, check that it belongs to this input; returns how many there are.
+
+        overwrite: work that was begun otherwise is replaced as soon as there is something to replace it, in place of an error.
+        """
+        try:
+            return self._resume(windows)
+        except (MismatchError, DataError) as error:
+            if not overwrite:
+                raise type(error)(f"{error}, or pass --overwrite to start again") from error
+            print(f"{error}: --overwrite starts again", file=sys.stderr)
+            self._is_stale = True
+            return 0
+
+    def _resume(self, windows: list[list[Record]]) -> int:
+        notes = self._read_notes() if self._part.is_file() else []
+        if not notes:  # nothing was begun, or a run ended in its very last moment
+            self._part.unlink(missing_ok=True)
+            self._notes.unlink(missing_ok=True)
+            return 0
+        made_by = json.loads(notes[0])["made_by"]
+        if made_by != self._made_by:
+            raise MismatchError(
+                f"{self._part} was begun otherwise ({difference(made_by, self._made_by)}); give the same options to go on"
+            )
+        finished = windows[: len(notes) - 1]
+        records = list(chain.from_iterable(finished))
+        num_bytes = 0
+        with self._part.open("rb") as lines:
+            for record in records:
+                line = lines.readline()
+                if not is_ranked_line(record, line):
+                    raise MismatchError(
+                        f"{self._part} was made from another input than {record.where}; give the same input to go on"
+                    )
+                num_bytes += len(line)
+        self._windows = [json.loads(line) for line in notes[1 : len(finished) + 1]]
+        os.truncate(self._part, num_bytes)
+        os.truncate(self._notes, sum(map(len, notes[: len(finished) + 1])))
+        return len(finished)
+
+    def _read_notes(self) -> list[bytes]:
+        """The whole lines of the notes; a kill may have left half of the last one."""
+        if not self._notes.is_file():
+            return []
+        notes = [line for line in self._notes.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        try:
+            for number, line in enumerate(notes):
+                found = json.loads(line)
+                missing = {"made_by"} - set(found) if number == 0 else {*SUMS, *COUNTS} - set(found)
+                if missing:
+                    raise ValueError(f"line {number + 1} has no {sorted(missing)[0]}")
+                wrong = [name for name, value in found.items() if not isinstance(value, (int, float) if number else dict)]
+                if wrong:
+                    raise ValueError(f"line {number + 1} has {wrong[0]}={str(found[wrong[0]])[:40]}")
+        except (ValueError, TypeError) as error:
+            raise DataError(f"{self._notes} is damaged ({error}); name another output") from error
+        return notes
+
+    def append(self, window: Window) -> None:
+        """Add a window. The notes count it only when its lines are safe on the disk."""
+        self._remove_stale()
+        self._windows.append({**window.counts(), **window.spent})
+        note = json_line(dict(self._windows[-1]))
+        if not self._notes.exists():
+            note = json_line({"made_by": self._made_by}) + note
+        _append(self._part, b"".join(map(json_line, window.lines)))
+        _append(self._notes, note)
+
+    def finish(self) -> None:
+        """Give the output its name. What was spent stands beside it."""
+        total: dict[str, Any] = {name: math.fsum(window[name] for window in self._windows) for name in SUMS}
+        total |= {name: sum(int(window[name]) for window in self._windows) for name in COUNTS}
+        report = {**total, "made_by": self._made_by}
+        self._remove_stale()
+        try:
+            self._part.touch()
+            self._report.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+            self._part.replace(self._output)
+            self._notes.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(error, str(self._output)) from error
+
+    def _remove_stale(self) -> None:
+        """Remove unfinished work that is replaced: not earlier, so that a run which fails at its start loses none."""
+        if self._is_stale:
+            self._notes.unlink(missing_ok=True)
+            self._part.unlink(missing_ok=True)
+            self._is_stale = False
+
+
+def _append(path: Path, content: bytes) -> None:
+    try:
+        with path.open("ab") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise cannot_write(error, str(path)) from error
+
+
+def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
+    """Return what differs between two nested settings, in words."""
+    changed = []
+    for name in sorted({*old, *new}):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, dict) and isinstance(after, dict):
+            changed += [difference(before, after)] if before != after else []
+        elif before != after:
+            changed.append(f"{name} was {before}, is {after}")
+    return "; ".join(changed)

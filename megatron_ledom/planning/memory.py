@@ -1,0 +1,268 @@
+"""Bytes that a rank holds, tensor by tensor. `README.md` beside this file derives the list; a test counts it on the real layers.
+
+Three ways of counting: `published` is Korthikanti et al. 2022 (arXiv 2205.05198, section 4), `cpu` is what torch saves for this
+package's layers on a CPU, `cuda` the same layers with fused norms, as torch and Transformer Engine have them on GPUs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ledom.planning.schedule import most_in_flight
+from megatron_ledom.planning.shapes import Architecture, Layout
+
+Counting = Literal["published", "cpu", "cuda"]
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A tensor kept from the forward to the backward pass of one micro-batch."""
+
+    name: str
+    num_bytes: int
+    module: str = ""
+    """The part of a layer that selective recompute may drop it with: core_attn or mlp."""
+
+
+@dataclass(frozen=True, slots=True)
+class StageMemory:
+    """Bytes of one rank of a pipeline stage at its fullest."""
+
+    stage: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    """Of all micro-batches in flight."""
+    logits: int
+    """Logits, their gradient (in the same memory) and what the loss keeps."""
+    working: int
+    """Computed again or in passing: one recomputed group of layers, gradients of the widest tensors, gathered sequences."""
+    buffers: int
+    """Sends and receives between stages."""
+
+    @property
+    def state(self) -> int:
+        """What does not depend on the batch."""
+        return self.weights + self.gradients + self.optimizer
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of tensors; the allocator, CUDA and NCCL come on top (`hardware.Hardware.allowance`)."""
+        return self.state + self.activations + self.logits + self.working + self.buffers
+
+
+def layer_tensors(model: Architecture, layout: Layout, counting: Counting) -> list[Saved]:
+    """Everything one layer keeps of one micro-batch when nothing is recomputed, in the order of the forward pass."""
+    sharded, tokens = layout.spread_tokens, layout.tokens
+    e, hidden = model.element_bytes, model.hidden_size
+    mask = Saved("dropout mask", (e if counting == "cpu" else 1) * hidden * sharded)
+    found = [*_norm("input norm", model, sharded, counting)]
+    found += [Saved("input of the qkv product", e * hidden * sharded)]
+    found += _attention(model, layout, counting)
+    found += [Saved("input of the output product", e * model.query_width // layout.tensor * tokens)]
+    found += [mask] if model.hidden_dropout else []
+    found += [*_norm("pre-mlp norm", model, sharded, counting)]
+    found += [Saved("input of the first mlp product", e * hidden * sharded, "mlp input")]
+    found += _feed_forward(model, layout)
+    return found + ([mask] if model.hidden_dropout else [])
+
+
+def _norm(name: str, model: Architecture, tokens: int, counting: Counting) -> Iterator[Saved]:
+    """What a norm keeps: on a CPU torch computes it in fp32, with a copy of the input and the normalised values."""
+    e, hidden = model.element_bytes, model.hidden_size
+    if counting == "cpu":
+        yield Saved(f"{name}: input in fp32", 4 * hidden * tokens)
+        yield Saved(f"{name}: 1 / root mean square", 4 * tokens)
+        yield Saved(f"{name}: normalised", 4 * hidden * tokens)
+    else:
+        yield Saved(f"{name}: input", e * hidden * tokens)
+        if counting == "cuda":
+            yield Saved(f"{name}: statistics", 4 * tokens * (2 if model.biased else 1))
+
+
+def _key_heads(model: Architecture, layout: Layout) -> int:
+    """Key-value heads on a rank: at least one, each held by several ranks where there are fewer heads than ranks."""
+    return max(1, model.num_query_groups // layout.tensor)
+
+
+def _attention(model: Architecture, layout: Layout, counting: Counting) -> list[Saved]:
+    e, tokens = model.element_bytes, layout.tokens
+    queries = model.query_width // layout.tensor
+    keys = _key_heads(model, layout) * model.head_dim
+    heads = model.num_attention_heads // layout.tensor
+    found: list[Saved] = []
+    if counting != "published" and model.layers != "fused":
+        angles = layout.seq_length // layout.context * model.head_dim * e
+        found += [Saved("cosines and sines of queries and keys", 4 * angles)]
+    if counting == "cpu" and layout.context > 1:
+        return found + _attention_over_ranks(model, layout)
+    found += [Saved("queries", e * queries * tokens), Saved("keys", e * keys * tokens)]
+    if counting == "published" or model.layers == "fused":
+        found += [Saved("values", e * keys * tokens)]
+    else:  # values are a view of the whole product, which therefore stays
+        width = queries + 2 * keys
+        if model.num_query_groups < layout.tensor:  # megatron-core gathers the product over all ranks, and takes a part of it
+            width = model.query_width + 2 * model.head_dim * model.num_query_groups
+        found += [Saved("values, as a view of queries, keys and values", e * width * tokens)]
+    if model.flash:
+        found += [Saved("log-sum-exp of the scores", 4 * heads * tokens, "core_attn")] if counting != "published" else []
+    else:
+        scores = heads * tokens * layout.seq_length
+        found += [Saved("softmax of the scores", e * scores, "core_attn")]
+        if model.attention_dropout:
+            found += [Saved("mask of dropped scores", scores, "core_attn"), Saved("dropped scores", e * scores, "core_attn")]
+    return found
+
+
+def _attention_over_ranks(model: Architecture, layout: Layout) -> list[Saved]:
+    """This package's own context parallelism: keys and values of the whole sequence, two chunks of queries under masks."""
+    e, tokens = model.element_bytes, layout.tokens
+    queries, keys = model.query_width // layout.tensor, _key_heads(model, layout) * model.head_dim
+    chunk = layout.seq_length // (2 * layout.context)
+    masks = (2 * layout.context + 1) * chunk * chunk
+    return [
+        Saved("queries", e * queries * tokens),
+        Saved("places of the chunks", 16 * layout.context),
+        Saved("keys and values of all ranks", 2 * e * keys * tokens * layout.context),
+        Saved("masks of both chunks", e * masks, "core_attn"),
+        Saved("log-sum-exp of the scores", 4 * (model.num_attention_heads // layout.tensor) * tokens, "core_attn"),
+        Saved("outputs of both chunks", e * queries * tokens, "core_attn"),
+    ]
+
+
+def _feed_forward(model: Architecture, layout: Layout) -> list[Saved]:
+    e, width, tokens = model.element_bytes, model.ffn_hidden_size // layout.tensor, layout.tokens
+    if not model.gated:
+        inner = [Saved("input of GELU", e * width * tokens, "mlp")]
+    else:
+        inner = [
+            Saved("gate and up projection", 2 * e * width * tokens, "mlp"),
+            *(_apart(e * width * tokens) if model.layers == "unfused" else []),
+        ]
+    return [*inner, Saved("input of the second mlp product", e * width * tokens, "mlp")]
+
+
+def _apart(num_bytes: int) -> list[Saved]:
+    """Copies that SwiGLU's single operators keep; one operator computes them again."""
+    return [Saved("silu of the gate", num_bytes, "mlp"), Saved("up projection with its offset", num_bytes, "mlp")]
+
+
+def counting_for(model: Architecture, layout: Layout, is_cpu: bool) -> Counting:
+    """How a device's tensors are counted: our fused layer keeps the same on a CPU as on a GPU, our context parallelism does not."""
+    return "cpu" if is_cpu and (model.layers != "fused" or layout.context > 1) else "cuda"
+
+
+def kept_of_layer(model: Architecture, layout: Layout, counting: Counting) -> int:
+    """Bytes one layer keeps of one micro-batch, after selective recompute; full recompute is `chunk_bytes`."""
+    dropped = set(layout.recompute_modules) if layout.recompute == "selective" else set()
+    kept = sum(tensor.num_bytes for tensor in layer_tensors(model, layout, counting) if tensor.module not in dropped)
+    if layout.recompute == "selective" and counting == "cpu":  # the checkpoint's own argument, the kind of mask
+        kept += 4 * ("core_attn" in dropped)
+    return kept
+
+
+def chunk_bytes(model: Architecture, layout: Layout, counting: Counting, is_first: bool, is_last: bool) -> int:
+    """Bytes a model chunk keeps of one micro-batch, with embedding and final norm where it has them, without logits."""
+    layers = model.num_layers // (layout.pipeline * layout.chunks)
+    kept = kept_of_layer(model, layout, counting)
+    boundary = model.element_bytes * model.hidden_size * layout.spread_tokens
+    if layout.recompute != "full":
+        total = layers * kept
+    elif layout.recompute_method == "block":
+        total = layout.recompute_num_layers * boundary + (layers - layout.recompute_num_layers) * kept
+    else:
+        total = -(-layers // layout.recompute_num_layers) * boundary
+    if counting == "published":
+        return total
+    if layout.recompute == "full":  # the angles that every checkpoint is given, one tensor
+        total += 4 * layout.seq_length // layout.context * model.head_dim
+    if is_first:
+        total += layout.tokens * (9 if layout.tensor > 1 else 8)  # ids, and which of them this slice holds
+        total += (
+            model.hidden_dropout * (model.element_bytes if counting == "cpu" else 1) * model.hidden_size * layout.spread_tokens
+        )
+    elif counting == "cpu" and model.element_bytes == 2 and layout.recompute != "full":
+        total += boundary  # the received tensor, of which the norm has a copy
+    if is_last:
+        total += sum(tensor.num_bytes for tensor in _norm("final norm", model, layout.spread_tokens, counting)) + boundary
+    else:
+        total += boundary  # the result, kept for the backward pass
+    return total
+
+
+def logits_bytes(model: Architecture, layout: Layout) -> int:
+    """Bytes of one micro-batch's logits, and of label, mark and log Z of each token."""
+    return (model.element_bytes * model.padded_vocab_size // layout.tensor + 13) * layout.tokens
+
+
+def activation_bytes(model: Architecture, layout: Layout, stage: int, counting: Counting) -> tuple[int, int]:
+    """Bytes of activations and of logits that a rank of `stage` keeps with its most micro-batches in flight."""
+    flight = most_in_flight(stage, layout.pipeline, layout.chunks, layout.num_microbatches)
+    kept = 0
+    for chunk, count in enumerate(flight):
+        is_first, is_last = stage == chunk == 0, stage == layout.pipeline - 1 and chunk == layout.chunks - 1
+        kept += count * chunk_bytes(model, layout, counting, is_first, is_last)
+    has_logits = stage == layout.pipeline - 1 and counting != "published"
+    return kept, logits_bytes(model, layout) * max(1, flight[-1]) if has_logits else 0
+
+
+def stage_parameters(model: Architecture, layout: Layout, stage: int) -> dict[str, int]:
+    """Weights on each rank of a stage by part of the model; matrices are divided by the tensor-parallel ranks."""
+    is_first, is_last = stage == 0, stage == layout.pipeline - 1
+    layers, hidden, tensor = model.num_layers // layout.pipeline, model.hidden_size, layout.tensor
+    keys = model.head_dim * model.num_query_groups
+    vocabulary = model.padded_vocab_size * hidden // tensor
+    biases = layers * (hidden + (model.query_width + 2 * keys) // tensor) if model.biased else 0
+    mlp_biases = layers * (hidden + (model.gates - 1) * model.ffn_hidden_size // tensor) if model.biased else 0
+    return {
+        "embedding": vocabulary + model.learned_positions * hidden if is_first else 0,
+        "attention": layers * 2 * hidden * (model.query_width + keys) // tensor + biases,
+        "mlp": layers * model.gates * hidden * model.ffn_hidden_size // tensor + mlp_biases,
+        "norms": (2 * layers + is_last) * hidden * (2 if model.biased else 1),
+        "output": vocabulary if is_last and not (model.shared_embeddings and is_first) else 0,
+    }
+
+
+def state_bytes(model: Architecture, layout: Layout, parameters: int) -> tuple[int, int, int]:
+    """Bytes of weights, fp32 gradients and Adam's state; bf16 has fp32 weights in the optimizer besides."""
+    optimizer = 12 if model.element_bytes == 2 else 8
+    copies = layout.data * layout.context if layout.distributed_optimizer else 1
+    return parameters * model.element_bytes, parameters * 4, -(-parameters * optimizer // copies)
+
+
+def working_bytes(model: Architecture, layout: Layout, counting: Counting) -> int:
+    """Bytes in passing in the backward pass: what is computed again, the two widest gradients, a gathered sequence."""
+    tensors = layer_tensors(model, layout, counting)
+    again = 0
+    if layout.recompute == "full":
+        layers = 1 if layout.recompute_method == "block" else layout.recompute_num_layers
+        again = layers * sum(tensor.num_bytes for tensor in tensors)
+    elif layout.recompute == "selective":
+        again = sum(tensor.num_bytes for tensor in tensors if tensor.module in layout.recompute_modules)
+    widest = max(model.gates - 1, 1) * model.ffn_hidden_size // layout.tensor
+    gathered = model.hidden_size if layout.sequence_parallel else 0
+    return again + model.element_bytes * layout.tokens * (2 * widest + gathered)
+
+
+def stage_memory(model: Architecture, layout: Layout, stage: int, counting: Counting = "cuda") -> StageMemory:
+    """Bytes that each rank of a pipeline stage holds at its fullest."""
+    weights, gradients, optimizer = state_bytes(model, layout, sum(stage_parameters(model, layout, stage).values()))
+    activations, logits = activation_bytes(model, layout, stage, counting)
+    boundary = model.element_bytes * model.hidden_size * layout.spread_tokens
+    return StageMemory(
+        stage=stage,
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=activations,
+        logits=logits,
+        working=working_bytes(model, layout, counting),
+        buffers=4 * boundary if layout.pipeline > 1 else 0,
+    )
+
+
+def all_stages(model: Architecture, layout: Layout, counting: Counting = "cuda") -> list[StageMemory]:
+    """The memory of every pipeline stage."""
+    return [stage_memory(model, layout, stage, counting) for stage in range(layout.pipeline)]

@@ -1,0 +1,118 @@
+"""The plan of one run: memory of every stage, seconds of an iteration, and what the whole run takes."""
+
+from dataclasses import dataclass
+
+from megatron_ledom.config.checks import check_config
+from megatron_ledom.config.derived import total_tokens
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.model.arithmetic import count_parameters, flops_per_token, model_flops_utilisation
+from megatron_ledom.planning.hardware import Hardware
+from megatron_ledom.planning.memory import GIB, StageMemory, all_stages, counting_for
+from megatron_ledom.planning.shapes import Architecture, Layout, architecture_of, layout_of
+from megatron_ledom.planning.step_time import Software, StepTime, step_time
+
+CHECKPOINT_BYTES = {2: 14, 4: 12}
+"""Bytes a parameter in a checkpoint by those of an element: weight and Adam's moments, in bf16 also fp32 weights."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run would need and take. Seconds are the middle of an interval of `hardware.uncertainty`."""
+
+    model: Architecture
+    layout: Layout
+    hardware: Hardware
+    stages: list[StageMemory]
+    time: StepTime
+    parameters: int
+    flops_per_token: float
+    train_iters: int
+    tokens: int
+
+    @property
+    def needed_gib(self) -> float:
+        """Memory of a device of the fullest stage, with the allowance for allocator, CUDA and NCCL."""
+        return max(self.stage_gib(stage) for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        """Whether that is there."""
+        return self.needed_gib <= self.hardware.memory_gib
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Seconds of an iteration, at best and at worst."""
+        return self.time.total * (1 - self.hardware.uncertainty), self.time.total * (1 + self.hardware.uncertainty)
+
+    @property
+    def tokens_per_second_per_device(self) -> float:
+        """Throughput of one device."""
+        return self.layout.tokens_per_iteration / self.time.total / self.layout.num_ranks
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOP utilisation, by the formula of every MFU this package reports."""
+        return model_flops_utilisation(self.tokens_per_second_per_device * self.flops_per_token, self.hardware.peak_tflops)
+
+    @property
+    def seconds(self) -> float:
+        """The whole run's iterations; validations and what checkpoints hold up are not counted."""
+        return self.train_iters * self.time.total
+
+    @property
+    def device_hours(self) -> float:
+        """Devices x hours of the run."""
+        return self.layout.num_ranks * self.seconds / 3600
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint."""
+        return self.parameters * CHECKPOINT_BYTES[self.model.element_bytes]
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """Writing one, all nodes at once."""
+        nodes = -(-self.layout.num_ranks // self.hardware.gpus_per_node)
+        return self.checkpoint_bytes / (nodes * self.hardware.storage_gb_per_second * 1e9)
+
+    def stage_gib(self, stage: StageMemory) -> float:
+        """Memory of a device of a stage, with the allowance."""
+        return (stage.allocated + self.hardware.allowance(stage.activations + stage.logits + stage.working)) / GIB
+
+
+def make_plan(config: RunConfig, world_size: int, hardware: Hardware, software: Software | None = None) -> Plan:
+    """The plan of a configured run. Raises ConfigError when the run cannot work on `world_size` ranks."""
+    check_config(config, world_size)
+    model, layout = architecture_of(config.model), layout_of(config, world_size)
+    return Plan(
+        model=model,
+        layout=layout,
+        hardware=hardware,
+        stages=all_stages(model, layout, counting_for(model, layout, hardware.is_cpu)),
+        time=step_time(model, layout, hardware, software),
+        parameters=count_parameters(config.model, model.padded_vocab_size),
+        flops_per_token=flops_per_token(config.model, config.data.seq_length, model.padded_vocab_size),
+        train_iters=config.train.train_iters,
+        tokens=total_tokens(config),
+    )
+
+
+def name_layout(layout: Layout) -> str:
+    """Such as `TP 2+SP, PP 4 x 2, DP 8, micro-batch 1, full recompute`."""
+    parts = [f"TP {layout.tensor}{'+SP' if layout.sequence_parallel else ''}"]
+    if layout.pipeline > 1:
+        parts.append(f"PP {layout.pipeline}{f' x {layout.chunks}' if layout.chunks > 1 else ''}")
+    parts += [f"CP {layout.context}"] if layout.context > 1 else []
+    parts += [f"DP {layout.data}", f"micro-batch {layout.micro_batch_size}", name_recompute(layout)]
+    return ", ".join(parts)
+
+
+def name_recompute(layout: Layout) -> str:
+    """Such as `no recompute`, `recompute mlp`, `full recompute`."""
+    if layout.recompute is None:
+        return "no recompute"
+    if layout.recompute == "selective":
+        return f"recompute {'+'.join(layout.recompute_modules)}"
+    if layout.recompute_method == "block":
+        return f"full recompute of {layout.recompute_num_layers} layers a chunk"
+    return "full recompute"

@@ -1,0 +1,280 @@
+"""Every layout of a number of devices: judged by the config's own rules, then by memory, then by time."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from megatron_ledom.config.checks import RULES, WORLD_RULES, divisors
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.errors import ConfigError
+from megatron_ledom.planning.hardware import Hardware
+from megatron_ledom.planning.memory import GIB, counting_for, stage_memory
+from megatron_ledom.planning.plan import Plan, make_plan, name_layout
+from megatron_ledom.planning.shapes import Architecture, Layout, architecture_of, layout_of
+from megatron_ledom.planning.step_time import Software, data_comm_seconds, optimizer_seconds, pass_times
+
+MICRO_BATCHES = (1, 2, 4, 8)
+RECOMPUTES: tuple[dict[str, Any], ...] = (
+    {"recompute_granularity": None, "recompute_method": None, "recompute_num_layers": None},
+    {
+        "recompute_granularity": "selective",
+        "recompute_modules": ["mlp"],
+        "recompute_method": None,
+        "recompute_num_layers": None,
+    },
+    {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+)
+"""From least to most that is computed again. Core attention alone saves next to nothing with flash attention."""
+SIMULATED = 24
+"""Layouts, the quickest by their bound, whose schedule is simulated."""
+MOST_DEVICES = 16_384
+"""Where the look for a number of devices that would do ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """A layout, or several at once, and why it cannot be."""
+
+    layout: str
+    kind: str
+    """rule, memory or spare."""
+    reason: str
+    needed_gib: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A layout that keeps the rules and fits."""
+
+    config: RunConfig
+    layout: Layout
+    bound: float
+    """Seconds of an iteration by the bubble's formula, without a simulation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a search found."""
+
+    ranked: list[tuple[RunConfig, Plan]]
+    """Quickest first; their schedules are simulated."""
+    slower: list[Candidate]
+    """Those that fit too, behind the ranked ones by their bound."""
+    rejected: list[Rejected]
+
+    @property
+    def num_candidates(self) -> int:
+        """Layouts that were looked at."""
+        return len(self.ranked) + len(self.slower) + len(self.rejected)
+
+
+def search(config: RunConfig, num_devices: int, hardware: Hardware) -> Found:
+    """Rank the layouts of `num_devices`. Raises ConfigError, which says what would do, when there is none."""
+    usable, rejected = gather(config, num_devices, hardware)
+    if not usable:
+        raise ConfigError(nothing_works(config, num_devices, hardware, rejected))
+    usable.sort(key=lambda candidate: candidate.bound)
+    plans = [(one.config, make_plan(one.config, num_devices, hardware)) for one in usable[:SIMULATED]]
+    plans.sort(key=lambda pair: _rank(pair[1]))
+    return Found(plans, usable[SIMULATED:], rejected)
+
+
+def _rank(plan: Plan) -> tuple[float, int, int, int]:
+    """Quickest first; of equals, to half a per cent, the one that is spread in fewer ways."""
+    layout = plan.layout
+    return round(math.log(plan.time.total) / 0.005), layout.context, layout.pipeline * layout.chunks, -layout.sequence_parallel
+
+
+def gather(
+    config: RunConfig, num_devices: int, hardware: Hardware, *, first_only: bool = False
+) -> tuple[list[Candidate], list[Rejected]]:
+    """What of all layouts works, with the least recompute that fits, and what does not; `first_only` stops at one."""
+    model = architecture_of(config.model)
+    usable: list[Candidate] = []
+    rejected: list[Rejected] = []
+    for name, shape in shapes(config, num_devices, hardware):
+        faults = rule_faults(shape, num_devices)
+        if faults and rule_faults(with_batch(shape, 1, 1), num_devices) == faults:  # nothing below can cure it
+            rejected.append(Rejected(name, "rule", faults[0]))
+            continue
+        for variant in variants(shape):
+            found = judge(model, variant, num_devices, hardware, rejected)
+            usable += [found] if found else []
+            if found and first_only:
+                return usable, rejected
+    return usable, rejected
+
+
+def shapes(config: RunConfig, num_devices: int, hardware: Hardware) -> Iterator[tuple[str, RunConfig]]:
+    """Every factoring into tensor x pipeline x context x data, tensor-parallel ranks inside a node."""
+    for tensor in divisors(num_devices):
+        if tensor > hardware.gpus_per_node:
+            break
+        for pipeline in divisors(num_devices // tensor):
+            if pipeline > config.model.num_layers:
+                break
+            for context in divisors(num_devices // (tensor * pipeline)):
+                data = num_devices // (tensor * pipeline * context)
+                spreads = data * context > 1
+                parallel = replace(
+                    config.parallel,
+                    world_size=num_devices,
+                    tensor_model_parallel_size=tensor,
+                    pipeline_model_parallel_size=pipeline,
+                    virtual_pipeline_model_parallel_size=None,
+                    context_parallel_size=context,
+                    sequence_parallel=False,
+                    tp_comm_overlap=False,
+                    use_distributed_optimizer=spreads,
+                    overlap_grad_reduce=spreads,
+                    overlap_param_gather=spreads,
+                    bucket_size=config.parallel.bucket_size if spreads else None,
+                    **RECOMPUTES[0],
+                )
+                name = f"TP {tensor}, PP {pipeline}, CP {context}, DP {data}"
+                yield name, with_batch(replace(config, parallel=parallel), 1, None)
+
+
+def variants(shape: RunConfig) -> Iterator[RunConfig]:
+    """A shape with and without sequence parallelism, with every number of chunks and every micro-batch."""
+    parallel = shape.parallel
+    stages = parallel.pipeline_model_parallel_size
+    layers = shape.model.num_layers // stages
+    chunks = [None, *divisors(layers)[1:]] if stages > 1 else [None]
+    for spread in (True, False) if parallel.tensor_model_parallel_size > 1 else (False,):
+        for count in chunks:
+            changed = replace(parallel, sequence_parallel=spread, virtual_pipeline_model_parallel_size=count)
+            for size in MICRO_BATCHES:
+                yield with_batch(replace(shape, parallel=changed), size, None)
+
+
+def with_batch(config: RunConfig, micro_batch_size: int, global_batch_size: int | None) -> RunConfig:
+    """The run with another micro-batch, and another global batch if one is given."""
+    train = replace(config.train, micro_batch_size=micro_batch_size)
+    return replace(config, train=train if global_batch_size is None else replace(train, global_batch_size=global_batch_size))
+
+
+def rule_faults(config: RunConfig, world_size: int) -> list[str]:
+    """What the rules of `config/checks.py` say against a layout."""
+    faults = [fault for rule in RULES for fault in rule(config)]
+    return faults or [fault for rule in WORLD_RULES for fault in rule(config, world_size)]
+
+
+def judge(
+    model: Architecture, config: RunConfig, num_devices: int, hardware: Hardware, rejected: list[Rejected]
+) -> Candidate | None:
+    """A variant with the least recompute with which it fits; what does not work goes to `rejected`."""
+    faults = rule_faults(config, num_devices)
+    if faults:
+        rejected.append(Rejected(name_config(config, num_devices), "rule", faults[0]))
+        return None
+    for index, recompute in enumerate(RECOMPUTES):
+        tried = replace(config, parallel=replace(config.parallel, **recompute))
+        layout = layout_of(tried, num_devices)
+        needed = needed_gib(model, layout, hardware)
+        if needed <= hardware.memory_gib:
+            more = [replace(config, parallel=replace(config.parallel, **other)) for other in RECOMPUTES[index + 1 :]]
+            reason = f"computes again what fits without: {name_layout(layout)}"
+            rejected += [Rejected(name_layout(layout_of(one, num_devices)), "spare", reason) for one in more]
+            return Candidate(tried, layout, time_bound(model, layout, hardware))
+        reason = f"needs {needed:.1f} GiB of {hardware.memory_gib:g}"
+        rejected.append(Rejected(name_layout(layout), "memory", reason, needed))
+    return None
+
+
+def name_config(config: RunConfig, num_devices: int) -> str:
+    """A layout that breaks rules, so that not all of it can be derived."""
+    parallel = config.parallel
+    copy = parallel.tensor_model_parallel_size * parallel.pipeline_model_parallel_size * parallel.context_parallel_size
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    return (
+        f"TP {parallel.tensor_model_parallel_size}{'+SP' if parallel.sequence_parallel else ''}, PP"
+        f" {parallel.pipeline_model_parallel_size}{f' x {chunks}' if chunks else ''}, CP {parallel.context_parallel_size}, DP"
+        f" {num_devices // copy}, micro-batch {config.train.micro_batch_size}"
+    )
+
+
+def needed_gib(model: Architecture, layout: Layout, hardware: Hardware) -> float:
+    """Memory of the fullest stage: one of the first two or the last one."""
+    most = 0.0
+    for stage in {0, min(1, layout.pipeline - 1), layout.pipeline - 1}:
+        memory = stage_memory(model, layout, stage, counting_for(model, layout, hardware.is_cpu))
+        allowance = hardware.allowance(memory.activations + memory.logits + memory.working)
+        most = max(most, (memory.allocated + allowance) / GIB)
+    return most
+
+
+def time_bound(model: Architecture, layout: Layout, hardware: Hardware) -> float:
+    """Seconds of an iteration whose bubble is (stages - 1) / chunks passes of the slowest stage, without a simulation."""
+    times, _ = pass_times(model, layout, hardware, Software())
+    slowest = max(sum(forward) + sum(backward) for forward, backward in zip(times.forward, times.backward, strict=True))
+    rounds = layout.num_microbatches + (layout.pipeline - 1) / layout.chunks
+    data = data_comm_seconds(model, layout, hardware, times)
+    return rounds * slowest + data + optimizer_seconds(model, layout, hardware) + hardware.iteration_ms * 1e-3
+
+
+def nothing_works(config: RunConfig, num_devices: int, hardware: Hardware, rejected: list[Rejected]) -> str:
+    """Why no layout works, and what would."""
+    too_large = [one for one in rejected if one.kind == "memory"]
+    if not too_large:
+        reason = Counter(one.reason for one in rejected).most_common(1)[0][0]
+        return f"no layout of {num_devices} devices keeps the rules, most often because {reason}; {_other_numbers(config, num_devices, hardware)}"
+    least = min(too_large, key=lambda one: one.needed_gib)
+    return (
+        f"no layout of {num_devices} devices fits {hardware.memory_gib:g} GiB: the least is {least.needed_gib:.1f} GiB with"
+        f" {least.layout}; {_more_devices(config, num_devices, hardware)}, or choose devices with more memory, a shorter"
+        " data.seq_length or a smaller model"
+    )
+
+
+def _more_devices(config: RunConfig, num_devices: int, hardware: Hardware) -> str:
+    count = 2 * num_devices
+    while count <= MOST_DEVICES:
+        usable, _ = gather(config, count, hardware, first_only=True)
+        if usable:
+            return f"it fits on {count} devices ({name_layout(usable[0].layout)})"
+        count *= 2
+    return f"nor does it on up to {MOST_DEVICES:,} devices with this global batch of {config.train.global_batch_size:,}"
+
+
+def _other_numbers(config: RunConfig, num_devices: int, hardware: Hardware) -> str:
+    """The next smaller and larger number of devices that some layout divides."""
+    near = []
+    for numbers in (range(num_devices - 1, 0, -1), range(num_devices + 1, 2 * num_devices + 1)):
+        works = (count for count in numbers if any(not rule_faults(one, count) for _, one in shapes(config, count, hardware)))
+        near += [str(count) for count in (next(works, None),) if count is not None]
+    return f"numbers that work: {' or '.join(near)}" if near else "no number near it works either"
+
+
+def describe_found(found: Found, most: int = 10) -> str:
+    """The ranked layouts, then what was rejected by reason."""
+    rows = [("rank", "s/iteration", "MFU", "GiB", "layout")]
+    for index, (_, plan) in enumerate(found.ranked[:most], 1):
+        rows.append(
+            (str(index), f"{plan.time.total:.2f}", f"{plan.mfu:.1%}", f"{plan.needed_gib:.1f}", name_layout(plan.layout))
+        )
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = ["  ".join([*(cell.rjust(width) for cell, width in zip(row[:4], widths, strict=True)), row[4]]) for row in rows]
+    fitting = len(found.ranked) + len(found.slower)
+    lines += ["", "layouts within half a per cent of each other: simplest first"]
+    lines += [f"{found.num_candidates:,} layouts: {fitting:,} work, {len(found.rejected):,} do not"]
+    words = {"rule": "break a rule", "memory": "do not fit", "spare": "compute again what fits without"}
+    for kind, text in words.items():
+        of_kind = [one for one in found.rejected if one.kind == kind]
+        if of_kind:
+            lines.append(f"  {len(of_kind):,} {text}, such as {of_kind[0].layout}: {of_kind[0].reason}")
+    return "\n".join(lines)
+
+
+def table_of(found: Found) -> str:
+    """Every layout with seconds and GiB, or the reason against it, as tab-separated lines."""
+    lines = ["layout\tverdict\tseconds\tGiB\treason"]
+    for _, plan in found.ranked:
+        lines.append(f"{name_layout(plan.layout)}\tworks\t{plan.time.total:.4f}\t{plan.needed_gib:.2f}\t")
+    lines += [f"{name_layout(one.layout)}\tworks\t{one.bound:.4f}\t\tby the bubble's formula" for one in found.slower]
+    for one in found.rejected:
+        needed = f"{one.needed_gib:.2f}" if one.needed_gib else ""
+        lines.append(f"{one.layout}\t{one.kind}\t\t{needed}\t{one.reason}")
+    return "\n".join(lines) + "\n"

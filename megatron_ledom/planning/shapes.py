@@ -1,0 +1,148 @@
+"""What the planner computes with: the shape of a model and how a run is spread, taken from a RunConfig or written by hand.
+
+The published models it is judged by have no RunConfig (GELU, biases, dropout, 35 stages of 105 layers): hence types of its own.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ledom.config.derived import data_parallel_size, head_dim, num_microbatches, padded_vocab_size, query_groups
+from megatron_ledom.config.schema import ModelConfig, RunConfig
+from megatron_ledom.errors import ConfigError
+
+Granularity = Literal["selective", "full"]
+Layers = Literal["unfused", "fused_activation", "fused"]
+"""megatron-core's layer of single operators; the same with SwiGLU as one, as with Transformer Engine; this package's fused one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A decoder-only transformer."""
+
+    num_layers: int
+    hidden_size: int
+    ffn_hidden_size: int
+    """Inside the feed-forward block, of each of gate and up projection when gated."""
+    num_attention_heads: int
+    num_query_groups: int
+    head_dim: int
+    padded_vocab_size: int
+    gated: bool = True
+    """SwiGLU; otherwise GELU."""
+    biased: bool = False
+    """Biases in every matrix product, LayerNorm instead of RMSNorm: GPT-3's layer."""
+    attention_dropout: bool = False
+    hidden_dropout: bool = False
+    flash: bool = True
+    """Attention without the matrix of scores in memory."""
+    shared_embeddings: bool = False
+    learned_positions: int = 0
+    """Rows of a table of learned positions on the first stage, whole on every tensor-parallel rank; 0 has none (RoPE)."""
+    layers: Layers = "unfused"
+    element_bytes: int = 2
+    """Of weights and activations: 2 in bf16, 4 in fp32."""
+
+    @property
+    def query_width(self) -> int:
+        """Columns of all queries."""
+        return self.num_attention_heads * self.head_dim
+
+    @property
+    def gates(self) -> int:
+        """Matrices of the feed-forward block."""
+        return 3 if self.gated else 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """How a run is spread over ranks and over micro-batches."""
+
+    seq_length: int
+    micro_batch_size: int
+    num_microbatches: int
+    tensor: int = 1
+    pipeline: int = 1
+    chunks: int = 1
+    """Model chunks a stage; 1 is the plain schedule."""
+    context: int = 1
+    data: int = 1
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+    overlap_grad_reduce: bool = False
+    overlap_param_gather: bool = False
+    recompute: Granularity | None = None
+    recompute_modules: tuple[str, ...] = ("core_attn",)
+    recompute_method: str = "uniform"
+    recompute_num_layers: int = 1
+
+    @property
+    def num_ranks(self) -> int:
+        """Ranks of the whole run."""
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def tokens(self) -> int:
+        """Positions of one micro-batch on one rank, before sequence parallelism."""
+        return self.micro_batch_size * self.seq_length // self.context
+
+    @property
+    def spread_tokens(self) -> int:
+        """Positions of one micro-batch where sequence parallelism divides them: norms, residuals, dropout."""
+        return self.tokens // (self.tensor if self.sequence_parallel else 1)
+
+    @property
+    def tokens_per_iteration(self) -> int:
+        """Positions of one optimizer step over all ranks."""
+        return self.seq_length * self.micro_batch_size * self.num_microbatches * self.data
+
+
+def architecture_of(model: ModelConfig) -> Architecture:
+    """The shape of a configured model. Raises ConfigError where the vocabulary is not known."""
+    if model.vocab_size is None:
+        raise ConfigError("model.vocab_size=null: a plan needs the vocabulary; set model.vocab_size to the tokenizer's ids")
+    return Architecture(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=query_groups(model),
+        head_dim=head_dim(model),
+        padded_vocab_size=padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by),
+        attention_dropout=model.attention_dropout > 0,
+        hidden_dropout=model.hidden_dropout > 0,
+        flash=model.attention_backend != "unfused",
+        layers=layers_of(model),
+        shared_embeddings=model.share_embeddings_and_output_weights,
+        element_bytes=2 if model.params_dtype == "bf16" else 4,
+    )
+
+
+def layers_of(model: ModelConfig) -> Layers:
+    """What a configured model is made of on a GPU; `auto` is planned as Transformer Engine, which keeps more than our layer."""
+    if model.transformer_impl == "torch":
+        return "unfused"
+    whole = model.transformer_impl == "fused" and not model.qk_layernorm  # those norms stand before the rotation
+    return "fused" if whole else "fused_activation"
+
+
+def layout_of(config: RunConfig, world_size: int) -> Layout:
+    """How a configured run is spread over `world_size` ranks; the config has been checked."""
+    parallel = config.parallel
+    return Layout(
+        seq_length=config.data.seq_length,
+        micro_batch_size=config.train.micro_batch_size,
+        num_microbatches=num_microbatches(config, world_size),
+        tensor=parallel.tensor_model_parallel_size,
+        pipeline=parallel.pipeline_model_parallel_size,
+        chunks=parallel.virtual_pipeline_model_parallel_size or 1,
+        context=parallel.context_parallel_size,
+        data=data_parallel_size(parallel, world_size),
+        sequence_parallel=parallel.sequence_parallel,
+        distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        recompute=parallel.recompute_granularity,
+        recompute_modules=tuple(parallel.recompute_modules),
+        recompute_method=parallel.recompute_method or "uniform",
+        recompute_num_layers=parallel.recompute_num_layers or 1,
+    )

@@ -1,0 +1,350 @@
+"""Seconds of one iteration: kernels of a layer, collectives beside them, the schedule of the stages, gradients, the optimizer.
+
+Seconds of one kernel or collective on given hardware: a roofline whose height depends on the shape.
+"""
+
+import math
+from dataclasses import dataclass, field
+from functools import cache
+
+from megatron_ledom.planning.hardware import Hardware
+from megatron_ledom.planning.memory import stage_parameters
+from megatron_ledom.planning.schedule import PassTimes, pipeline_seconds
+from megatron_ledom.planning.shapes import Architecture, Layout
+
+TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256))
+"""Rows and columns of the tiles that libraries cut a product into; the smaller ones reuse less of what they load."""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks of one collective: how many, and how many of them share a node."""
+
+    size: int
+    in_node: int
+
+    def bandwidth(self, hardware: Hardware) -> float:
+        """Bytes a second of a ring: inside a node its links; between nodes the cards of all the members there."""
+        inside = hardware.node_gb_per_second
+        between = min(inside, hardware.network_gb_per_second * self.in_node)
+        return (inside if self.size <= self.in_node else between) * hardware.collective_efficiency * 1e9
+
+
+def group(size: int, stride: int, hardware: Hardware) -> Group:
+    """Ranks that are `stride` apart, as megatron-core lays groups out: tensor, then context, data, pipeline."""
+    return Group(size, max(1, min(size, hardware.gpus_per_node // stride)))
+
+
+@cache
+def shape_share(rows: int, columns: int, depth: int, multiprocessors: int, half_depth: float) -> float:
+    """What of the best efficiency a product [rows, depth] x [depth, columns] can have: its tiles fill whole waves of units."""
+    best = 0.0
+    for high, wide in TILES:
+        tiles = math.ceil(rows / high) * math.ceil(columns / wide)
+        filled = (rows * columns) / (high * wide * multiprocessors * math.ceil(tiles / multiprocessors))
+        reuse = (high * wide / (high + wide)) / (256 * 128 / (256 + 128))
+        best = max(best, filled * reuse**0.25)
+    return best * depth / (depth + half_depth)
+
+
+def matmul_seconds(hardware: Hardware, rows: int, columns: int, depth: int, element_bytes: int = 2, added: int = 0) -> float:
+    """A product [rows, depth] x [depth, columns]; `added`: bytes besides, such as a gradient that is read and added to."""
+    share = shape_share(rows, columns, depth, hardware.multiprocessors, hardware.matmul_half_depth)
+    compute = 2 * rows * columns * depth / (hardware.peak_tflops * 1e12 * hardware.matmul_efficiency * share)
+    return max(compute, memory_seconds(hardware, element_bytes * (rows * depth + depth * columns + rows * columns) + added))
+
+
+def memory_seconds(hardware: Hardware, num_bytes: float) -> float:
+    """A kernel that is as fast as its bytes."""
+    return num_bytes / (hardware.memory_gb_per_second * 1e9 * hardware.memory_efficiency)
+
+
+def flash_seconds(hardware: Hardware, forward_flops: float) -> tuple[float, float]:
+    """Flash attention forwards and backwards, by the FLOPs of scores and values that a causal mask leaves."""
+    peak = hardware.peak_tflops * 1e12
+    backward = 2.5 * forward_flops / (peak * hardware.attention_backward_efficiency)
+    return forward_flops / (peak * hardware.attention_efficiency), backward
+
+
+def gather_seconds(hardware: Hardware, ranks: Group, whole_bytes: float) -> float:
+    """All-gather to, or reduce-scatter from, `whole_bytes` on each rank, by a ring."""
+    if ranks.size == 1:
+        return 0.0
+    return (ranks.size - 1) * (whole_bytes / ranks.size / ranks.bandwidth(hardware) + hardware.latency_us * 1e-6)
+
+
+def all_reduce_seconds(hardware: Hardware, ranks: Group, num_bytes: float) -> float:
+    """All-reduce of `num_bytes`: a reduce-scatter, then an all-gather."""
+    return 2 * gather_seconds(hardware, ranks, num_bytes)
+
+
+def exposed(hardware: Hardware, collective: float, beside: float) -> float:
+    """What of a collective is left when `beside` seconds of kernels run meanwhile."""
+    return max(0.0, collective - hardware.overlap_efficiency * beside)
+
+
+@dataclass(frozen=True, slots=True)
+class Software:
+    """What differs between programs on the same hardware."""
+
+    fused: bool = False
+    """Element-wise chains (bias, GELU or SwiGLU, dropout, residual, rotation) are one kernel each; what this package has so is in
+    `Architecture.layers`."""
+    scattered_transfers: bool = False
+    """Stages send each tensor-parallel rank's part only, also without sequence parallelism."""
+    blocking_transfers: bool = False
+    """Stages compute nothing while they send, with the interleaved schedule too."""
+    slowdown: float = 1.0
+    """Every pass takes so much longer: for programs and clusters that the hardware's numbers were not fitted on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds of one pass, by kind."""
+
+    matmul: float = 0.0
+    attention: float = 0.0
+    memory: float = 0.0
+    tensor_comm: float = 0.0
+    context_comm: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """All of it: what is listed does not overlap."""
+        return self.matmul + self.attention + self.memory + self.tensor_comm + self.context_comm
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(getattr(self, name) + getattr(other, name) for name in Cost.__slots__))
+
+    def times(self, factor: float) -> "Cost":
+        """The cost of `factor` such passes."""
+        return Cost(*(getattr(self, name) * factor for name in Cost.__slots__))
+
+
+@dataclass(frozen=True, slots=True)
+class StepTime:
+    """Seconds of one iteration, and where they go on the first stage."""
+
+    total: float
+    pipeline: float
+    """From the first forward to the last backward pass."""
+    bubble: float
+    """Of these, what the first stage waits."""
+    data_comm: float
+    """Gradients and parameters over the data-parallel ranks, as far as nothing hides it."""
+    optimizer: float
+    other: float
+    passes: Cost = field(default_factory=Cost)
+    """All passes of the stage that computes most."""
+    times: PassTimes = field(default_factory=lambda: PassTimes(((0.0,),), ((0.0,),)))
+
+
+def layer_cost(model: Architecture, layout: Layout, hardware: Hardware, software: Software) -> tuple[Cost, Cost, Cost]:
+    """One layer forwards and backwards for one micro-batch, and what recomputing its core attention takes."""
+    products, inputs, weights = _products(model, layout, hardware)
+    attention = _attention(model, layout, hardware)
+    light = _element_wise(model, layout, hardware, software)
+    tensor_forward, tensor_backward = _tensor_comm(model, layout, hardware, inputs, weights)
+    context_forward, context_backward = _context_comm(model, layout, hardware, attention)
+    forward = Cost(products, attention[0], light[0], tensor_forward, context_forward)
+    backward = Cost(inputs + weights, attention[1], light[1], tensor_backward, context_backward)
+    return forward, backward, Cost(attention=attention[0])
+
+
+def _products(model: Architecture, layout: Layout, hardware: Hardware) -> tuple[float, float, float]:
+    """The four products of a layer: forwards, of the gradients of inputs, of weights."""
+    hidden, tokens, tensor, e = model.hidden_size, layout.tokens, layout.tensor, model.element_bytes
+    keys = model.head_dim * model.num_query_groups
+    inner = model.ffn_hidden_size // tensor
+    shapes = [
+        ((model.query_width + 2 * keys) // tensor, hidden),
+        (hidden, model.query_width // tensor),
+        ((model.gates - 1) * inner, hidden),
+        (hidden, inner),
+    ]
+    forward = sum(matmul_seconds(hardware, tokens, columns, depth, e) for columns, depth in shapes)
+    inputs = sum(matmul_seconds(hardware, tokens, depth, columns, e) for columns, depth in shapes)
+    weights = sum(matmul_seconds(hardware, columns, depth, tokens, e, 8 * columns * depth) for columns, depth in shapes)
+    return forward, inputs, weights
+
+
+def _attention(model: Architecture, layout: Layout, hardware: Hardware) -> tuple[float, float]:
+    """Scores, softmax and values, forwards and backwards."""
+    heads, length, tokens = model.num_attention_heads // layout.tensor, layout.seq_length, layout.tokens
+    flops = 4 * tokens * length * heads * model.head_dim
+    if model.flash:
+        return flash_seconds(hardware, flops / 2)
+    e, scores = model.element_bytes, heads * tokens * length
+    batch = heads * layout.micro_batch_size
+    rows = tokens // layout.micro_batch_size
+    by_depth = matmul_seconds(hardware, batch * rows, length, model.head_dim, e)  # all heads in one launch
+    by_length = matmul_seconds(hardware, batch * rows, model.head_dim, length, e)
+    dropout = (2 * e + 1) * model.attention_dropout
+    softmax = memory_seconds(hardware, scores * (2 * e + dropout))
+    softmax_backward = memory_seconds(hardware, scores * (3 * e + dropout))
+    return by_depth + by_length + softmax, 2 * (by_depth + by_length) + softmax_backward
+
+
+def _element_wise(model: Architecture, layout: Layout, hardware: Hardware, software: Software) -> tuple[float, float]:
+    """Norms, residuals, rotation and the activation, by the elements they read and write."""
+    e, hidden = model.element_bytes, model.hidden_size
+    norms, norms_backward = 2 * 2 * hidden, 2 * 3 * hidden
+    residual = 2 * hidden * (3 + (0.5 if model.hidden_dropout else 0.0))
+    residual_backward = 2 * hidden * (2.5 if model.hidden_dropout else 1.0)
+    inner = model.ffn_hidden_size // layout.tensor
+    if model.gated:
+        activation, activation_backward = (3, 5) if software.fused or model.layers != "unfused" else (7, 12)
+    else:
+        activation, activation_backward = (2, 3) if software.fused else (4, 5)
+    rotated = 0 if model.biased else (model.query_width + model.head_dim * model.num_query_groups) // layout.tensor
+    rotation = (2 if software.fused or model.layers == "fused" else 10) * rotated
+    spread, whole = layout.spread_tokens * e, layout.tokens * e
+    forward = spread * (norms + residual) + whole * (activation * inner + rotation)
+    backward = spread * (norms_backward + residual_backward) + whole * (activation_backward * inner + rotation)
+    return memory_seconds(hardware, forward), memory_seconds(hardware, backward)
+
+
+def _tensor_comm(model: Architecture, layout: Layout, hardware: Hardware, inputs: float, weights: float) -> tuple[float, float]:
+    """Collectives of a layer that kernels do not hide: backwards they run beside the products of gradients."""
+    ranks = group(layout.tensor, 1, hardware)
+    whole = model.element_bytes * model.hidden_size * layout.tokens
+    if not layout.sequence_parallel:
+        each = all_reduce_seconds(hardware, ranks, whole)
+        return 2 * each, exposed(hardware, 2 * each, weights / 2)
+    each = gather_seconds(hardware, ranks, whole)
+    hidden = exposed(hardware, 2 * each, inputs / 2) + exposed(hardware, 2 * each, weights / 2)
+    return 4 * each, 2 * each + hidden
+
+
+def _context_comm(
+    model: Architecture, layout: Layout, hardware: Hardware, attention: tuple[float, float]
+) -> tuple[float, float]:
+    """Keys and values go around the context-parallel ranks beside the attention."""
+    if layout.context == 1:
+        return 0.0, 0.0
+    ranks = group(layout.context, layout.tensor, hardware)
+    heads = max(1, model.num_query_groups // layout.tensor)
+    each = gather_seconds(hardware, ranks, 2 * model.element_bytes * heads * model.head_dim * layout.tokens * layout.context)
+    return exposed(hardware, each, attention[0]), exposed(hardware, 2 * each, attention[1])
+
+
+def chunk_cost(
+    model: Architecture, layout: Layout, hardware: Hardware, software: Software, is_first: bool, is_last: bool
+) -> tuple[Cost, Cost]:
+    """One model chunk forwards and backwards for one micro-batch, with what is computed again."""
+    layers = model.num_layers // (layout.pipeline * layout.chunks)
+    forward, backward, core = layer_cost(model, layout, hardware, software)
+    again = Cost()
+    if layout.recompute == "full":
+        count = layout.recompute_num_layers if layout.recompute_method == "block" else layers
+        again = forward.times(count)
+    elif layout.recompute == "selective":
+        again = core.times(layers) if "core_attn" in layout.recompute_modules else again
+        if "mlp" in layout.recompute_modules:
+            again += _mlp_again(forward, model).times(layers)
+    ends = _ends(model, layout, hardware, is_first, is_last)
+    both = forward.times(layers) + ends[0], backward.times(layers) + again + ends[1]
+    return both[0].times(software.slowdown), both[1].times(software.slowdown)
+
+
+def _mlp_again(forward: Cost, model: Architecture) -> Cost:
+    """The feed-forward block's share of a layer's forward pass, by its weights; half of the collectives."""
+    keys = model.head_dim * model.num_query_groups
+    mlp = model.gates * model.hidden_size * model.ffn_hidden_size
+    share = mlp / (mlp + 2 * model.hidden_size * (model.query_width + keys))
+    return Cost(matmul=share * forward.matmul, memory=0.5 * forward.memory, tensor_comm=0.5 * forward.tensor_comm)
+
+
+def _ends(model: Architecture, layout: Layout, hardware: Hardware, is_first: bool, is_last: bool) -> tuple[Cost, Cost]:
+    """Embedding on the first chunk; norm, logits and loss on the last one."""
+    forward, backward = Cost(), Cost()
+    e, hidden, tokens, tensor = model.element_bytes, model.hidden_size, layout.tokens, layout.tensor
+    ranks, rows = group(tensor, 1, hardware), model.padded_vocab_size // tensor
+    reduce = gather_seconds(hardware, ranks, e * hidden * tokens) * (1 if layout.sequence_parallel else 2)
+    if is_first:
+        light = memory_seconds(hardware, 3 * e * hidden * tokens)
+        forward, backward = Cost(memory=light, tensor_comm=reduce), Cost(memory=light)
+    if is_last:
+        logits = matmul_seconds(hardware, tokens, rows, hidden, e)
+        gradients = matmul_seconds(hardware, tokens, hidden, rows, e)
+        gradients += matmul_seconds(hardware, rows, hidden, tokens, e, 8 * rows * hidden)
+        loss = memory_seconds(hardware, rows * tokens * (e + 16))
+        forward += Cost(matmul=logits, memory=loss, tensor_comm=reduce if layout.sequence_parallel else 0.0)
+        backward += Cost(matmul=gradients, memory=loss, tensor_comm=reduce)
+    return forward, backward
+
+
+def pass_times(model: Architecture, layout: Layout, hardware: Hardware, software: Software) -> tuple[PassTimes, Cost]:
+    """What the schedule takes of every chunk, and the cost of all passes of the stage that computes most."""
+    cells: dict[tuple[bool, bool], tuple[Cost, Cost]] = {}
+    stages: list[list[tuple[Cost, Cost]]] = []
+    for stage in range(layout.pipeline):
+        row = []
+        for chunk in range(layout.chunks):
+            ends = (stage == 0 and chunk == 0, stage == layout.pipeline - 1 and chunk == layout.chunks - 1)
+            if ends not in cells:
+                cells[ends] = chunk_cost(model, layout, hardware, software, *ends)
+            row.append(cells[ends])
+        stages.append(row)
+    sums = [sum((forward + backward for forward, backward in row), Cost()) for row in stages]
+    times = PassTimes(
+        forward=tuple(tuple(forward.total for forward, _ in row) for row in stages),
+        backward=tuple(tuple(backward.total for _, backward in row) for row in stages),
+        transfer=transfer_seconds(model, layout, hardware, software),
+        transfer_blocks=layout.chunks == 1 or software.blocking_transfers,
+    )
+    return times, max(sums, key=lambda cost: cost.total).times(layout.num_microbatches)
+
+
+def transfer_seconds(model: Architecture, layout: Layout, hardware: Hardware, software: Software) -> float:
+    """Sending one micro-batch's activations to the next stage."""
+    if layout.pipeline == 1:
+        return 0.0
+    tokens = layout.tokens // layout.tensor if software.scattered_transfers else layout.spread_tokens
+    stride = layout.tensor * layout.context * layout.data
+    speed = hardware.node_gb_per_second if 2 * stride <= hardware.gpus_per_node else hardware.network_gb_per_second
+    return model.element_bytes * model.hidden_size * tokens / (speed * hardware.collective_efficiency * 1e9)
+
+
+def data_comm_seconds(model: Architecture, layout: Layout, hardware: Hardware, times: PassTimes) -> float:
+    """Gradients reduced and parameters gathered, less what the passes of one micro-batch hide when asked to overlap."""
+    copies = layout.data * layout.context
+    if copies == 1:
+        return 0.0
+    ranks = group(copies, layout.tensor, hardware)
+    parameters = max(sum(stage_parameters(model, layout, stage).values()) for stage in {0, layout.pipeline - 1})
+    gradients = gather_seconds(hardware, ranks, 4 * parameters)
+    gathered = gather_seconds(hardware, ranks, (model.element_bytes if layout.distributed_optimizer else 4) * parameters)
+    if layout.overlap_grad_reduce:
+        gradients = exposed(hardware, gradients, max(map(sum, times.backward)))
+    if layout.overlap_param_gather:
+        gathered = exposed(hardware, gathered, max(map(sum, times.forward)))
+    return gradients + gathered
+
+
+def optimizer_seconds(model: Architecture, layout: Layout, hardware: Hardware) -> float:
+    """Gradients zeroed, measured and scaled; weights and moments read and written, spread over ranks if distributed."""
+    parameters = max(sum(stage_parameters(model, layout, stage).values()) for stage in {0, layout.pipeline - 1})
+    copies = layout.data * layout.context if layout.distributed_optimizer else 1
+    return memory_seconds(hardware, parameters * (4 + (4 + 8 + 4 + 24 + model.element_bytes) / copies))
+
+
+def step_time(model: Architecture, layout: Layout, hardware: Hardware, software: Software | None = None) -> StepTime:
+    """One iteration of a run."""
+    software = software or Software()
+    times, passes = pass_times(model, layout, hardware, software)
+    pipeline = pipeline_seconds(times, layout.num_microbatches)
+    computing = layout.num_microbatches * (sum(times.forward[0]) + sum(times.backward[0]))
+    data = data_comm_seconds(model, layout, hardware, times)
+    optimizer = optimizer_seconds(model, layout, hardware)
+    other = hardware.iteration_ms * 1e-3
+    return StepTime(
+        total=pipeline + data + optimizer + other,
+        pipeline=pipeline,
+        bubble=pipeline - computing,
+        data_comm=data,
+        optimizer=optimizer,
+        other=other,
+        passes=passes,
+        times=times,
+    )

@@ -1,0 +1,429 @@
+"""The report of a comparison: JSON, Markdown and one HTML page, with intervals, and with what is significant said in words.
+
+The weight at which files were ranked beside the lambda that a report chose: two rankings, and neither may pass for the other.
+"""
+
+import html
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.inference.answers import answers_by
+from megatron_ledom.inference.intervals import crossed_interval
+from megatron_ledom.inference.reverse_reward.reranked_file import check_distinct
+from megatron_ledom.inference.reverse_reward.reward import RewardSettings
+from megatron_ledom.inference.reverse_reward.selection import (
+    GRID,
+    METHODS,
+    MOST_SUBSETS,
+    WITH_REVERSE,
+    Question,
+    Values,
+    best_weight,
+    chosen_weights,
+    load_seeds,
+)
+from megatron_ledom.reports import pages
+
+MAIN = "Reverse Reward"
+
+
+def weight_note(report: dict[str, Any], ranked_at: Sequence[float | None]) -> str:
+    """Return how often the files' own rankings are right, and at which lambdas the report's figure for Reverse Reward stands.
+
+    ranked_at: the weight of each file, None where it is not recorded; at least one is.
+    """
+    chosen = sorted({value for row in report["held_out"]["lambdas"] for value in row})
+    held_out = f"{', '.join(f'{value:.2f}' for value in chosen)} ({100 * report['methods'][MAIN]['accuracy']:.1f} % right)"
+    weights = sorted({weight for weight in ranked_at if weight is not None})
+    own = ", ".join(_at(weight, report["over_lambda"]) for weight in weights)
+    return (
+        f"Note: The files were ranked at weight {own}; {MAIN} in this report stands at the lambda chosen on held-out questions,"
+        f" {held_out}. To use that one, rank again with --weight."
+    )
+
+
+def _at(weight: float, over_lambda: list[list[float]]) -> str:
+    nearest, accuracy = min(over_lambda, key=lambda point: abs(point[0] - weight))
+    said = "" if abs(nearest - weight) < 1e-9 else f" at {nearest:.2f}, the nearest that was tried"
+    return f"{weight:g} ({100 * accuracy:.1f} % right{said})"
+
+
+LEVEL = 0.95
+Report = dict[str, Any]
+Seeds = Sequence[Sequence[Question]]
+"""The same questions with the candidates of each seed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportSettings:
+    """How a comparison is made. reward: its weight is not used, because lambda is chosen on held-out questions. ranked_at: the
+    weight of each file as it was ranked, None where nothing tells it; said beside the chosen lambda."""
+
+    gold_key: str
+    answers: str = "number"
+    reward: RewardSettings
+    num_folds: int = 5
+    num_resamples: int = 10_000
+    seed: int = 0
+    ranked_at: tuple[float | None, ...] = ()
+
+
+def report_selection(
+    runs: Sequence[str | Path], output: str | Path, settings: ReportSettings, *, beam: str | Path | None = None
+) -> Report:
+    """Compare the methods over reranked files, one for each sampling seed; writes report.json, report.md and report.html.
+
+    The files must hold the same prompts in the same order; so must `beam`, the output of a beam search, if there is one.
+    """
+    answers = answers_by(settings.answers)
+    check_distinct(runs)
+    seeds, skipped = load_seeds(runs, settings.gold_key, answers, settings.reward, beam)
+    report = compare(seeds, settings)
+    report["notes"] = [*skipped, *report["notes"]]
+    if any(weight is not None for weight in settings.ranked_at):
+        report["notes"].insert(0, weight_note(report, settings.ranked_at))
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+    (output / "report.md").write_text(_markdown(report), encoding="utf-8")
+    (output / "report.html").write_text(_html(report), encoding="utf-8")
+    return report
+
+
+def compare(seeds: Seeds, settings: ReportSettings, development: Seeds | None = None) -> Report:
+    """Accuracies, paired differences from Reverse Reward with intervals at equal N and at equal tokens, and the curves.
+
+    development: other questions for each seed, on which its lambda is chosen; without, lambda is cross-fitted.
+    """
+    num = num_candidates(seeds)
+    weights = _weights(seeds, num, settings, development)
+    outcomes = {name: _outcomes(seeds, name, num, weights) for name in METHODS}
+    known = {name: values for name, values in outcomes.items() if values is not None}
+    equal_tokens, at_equal_tokens = _equal_tokens(seeds, num, settings, development)
+    return {
+        "num_questions": len(seeds[0]),
+        "num_candidates": num,
+        "num_seeds": len(seeds),
+        "answers": settings.answers,
+        "notes": _notes(seeds, equal_tokens),
+        "held_out": {
+            "num_folds": None if development is not None else settings.num_folds,
+            "lambdas": [[GRID[w] for w in np.unique(row)] for row in weights],
+        },
+        "methods": {name: _summary(values, settings) for name, values in known.items()},
+        "comparisons": _comparisons(known, settings),
+        "equal_tokens": equal_tokens,
+        "comparisons_at_equal_tokens": _comparisons(at_equal_tokens, settings),
+        "over_n": _over_n(seeds, list(known), num, settings, development),
+        "over_lambda": [
+            [weight, _mean(_outcomes(seeds, MAIN, num, np.full_like(weights, index)))] for index, weight in enumerate(GRID)
+        ],
+    }
+
+
+def _notes(seeds: Seeds, equal_tokens: list[Report]) -> list[str]:
+    """What a reader must know of these files in particular, to take the figures for what they are."""
+    every = [question for questions in seeds for question in questions]
+    sizes = sorted({len(question.is_right) for question in every})
+    notes = [] if len(sizes) == 1 else [_about_uneven(every, sizes)]
+    without = sum(question.greedy is None for question in every)
+    if 0 < without < len(every):
+        notes.append(f"Note: {without} of {len(every)} lines have no greedy answer, so greedy is left out of the comparison.")
+    total = sum(len(question.is_right) for question in every)
+    num_skipped = sum(int(question.is_skipped.sum()) for question in every)
+    if num_skipped:
+        notes.append(
+            f"Note: {num_skipped} of {total} candidates were skipped and have no scores. No score chooses them; greedy answers, majority"
+            " vote, random of N and oracle do not depend on scores."
+        )
+    unjudged = sum(int((np.isneginf(question.reverse) & ~question.is_skipped).sum()) for question in every)
+    if unjudged:
+        notes.append(
+            f"Note: {unjudged} of {total} candidates have no reverse score above -inf; by it they come last, in any order."
+        )
+    by_words = sum(question.num_by_words for question in every)
+    if by_words:
+        notes.append(
+            f"Note: {by_words} of {total} candidates have no forward_tokens. Their words are counted in place of tokens: 'forward"
+            " likelihood, mean' divides by them, and they are the cost of writing at equal tokens."
+        )
+    tokens = {row["method"]: row["tokens"] for row in equal_tokens}
+    if tokens[MAIN] > tokens["majority vote"]:
+        notes.append(
+            f"Note: not even one candidate can be written and judged for the tokens of the others: {MAIN} spends"
+            f" {tokens[MAIN]:.0f} tokens a question at equal tokens, the majority vote {tokens['majority vote']:.0f}."
+        )
+    return notes
+
+
+def _about_uneven(questions: Sequence[Question], sizes: list[int]) -> str:
+    more = sum(len(question.is_right) > sizes[0] for question in questions)
+    return (
+        f"Note: the questions have {sizes[0]} to {sizes[-1]} candidates. N is the smallest number, {sizes[0]}: of the {more} lines with more,"
+        f" every method is given {sizes[0]}, and its figure is the mean over all choices of them."
+    )
+
+
+def outcomes_of(
+    method: str, seeds: Seeds, settings: ReportSettings, development: Seeds | None = None, num: int | None = None
+) -> Values:
+    """How right one of METHODS is, [seeds, questions], with `num` candidates (None: all), for which lambda is chosen.
+
+    DataError where some question does not know, UsageError where some has fewer candidates.
+    """
+    most = num_candidates(seeds)
+    num = most if num is None else num
+    if not 1 <= num <= most:
+        raise UsageError(f"{num} candidates were asked for; the questions have {most}: give from 1 to {most}")
+    outcomes = _outcomes(seeds, method, num, _weights(seeds, num, settings, development))
+    if outcomes is None:
+        raise DataError(f"the files do not hold what {method!r} needs for every question; make them again with it")
+    return outcomes
+
+
+def num_candidates(seeds: Seeds) -> int:
+    """How many candidates every question has at least."""
+    return min(len(question.is_right) for questions in seeds for question in questions)
+
+
+def candidate_tokens(seeds: Seeds) -> tuple[float, float]:
+    """What a candidate costs in the mean, in tokens: to write it, and to judge it by the reverse model."""
+    every = [question for questions in seeds for question in questions]
+    return float(np.mean([q.sample_tokens for q in every])), float(np.mean([q.reverse_tokens for q in every]))
+
+
+def affordable_num(tokens: float, candidate: float, most: int) -> int:
+    """How many candidates of `candidate` tokens each `tokens` buy: at least 1, even if that costs more, and at most `most`."""
+    return max(1, min(most, int(tokens / candidate * (1 + 1e-12))))  # means of whole numbers may end a rounding short
+
+
+def _weights(seeds: Seeds, num: int, settings: ReportSettings, development: Seeds | None = None) -> Any:
+    """[seeds, questions] indices of GRID; without a development part each seed divides the questions anew."""
+    if development is not None:
+        rows = zip(seeds, development, strict=True)
+        return np.array([np.full(len(questions), best_weight(other, num)) for questions, other in rows])
+    return np.array([chosen_weights(qs, num, settings.num_folds, settings.seed + i) for i, qs in enumerate(seeds)])
+
+
+def _outcomes(seeds: Seeds, method: str, num: int, weights: Any) -> Values | None:
+    """[seeds, questions], or None where some question does not know."""
+    rows = [
+        [question.outcome(method, num, int(weight)) for question, weight in zip(questions, own, strict=True)]
+        for questions, own in zip(seeds, weights, strict=True)
+    ]
+    return None if any(value is None for row in rows for value in row) else np.array(rows, dtype=np.float64)
+
+
+def _mean(outcomes: Values | None) -> float:
+    return float("nan") if outcomes is None else float(outcomes.mean())
+
+
+def _summary(outcomes: Values, settings: ReportSettings) -> Report:
+    return {
+        "accuracy": float(outcomes.mean()),
+        "interval": interval_of(outcomes, LEVEL, settings),
+        "by_seed": outcomes.mean(axis=1).tolist(),
+    }
+
+
+def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[Report]:
+    """Reverse Reward minus each other method at one budget, question by question. Significant: 0 lies outside an interval that is
+    widened for the number of these comparisons (Bonferroni): all of them together are wrong
+    in about 5 of 100 cases, and in more where there are two seeds that differ much (`crossed_interval`)."""
+    others = [name for name in outcomes if name not in (MAIN, "oracle")]
+    found = []
+    for name in others:
+        difference = np.round(outcomes[MAIN] - outcomes[name], 12) + 0.0  # rounding of means is no difference
+        low, high = interval_of(difference, 1 - (1 - LEVEL) / len(others), settings)
+        found.append(
+            {
+                "against": name,
+                "difference": float(difference.mean()),
+                "interval": interval_of(difference, LEVEL, settings),
+                "simultaneous_interval": [low, high],
+                "is_significant": bool(low > 0 or high < 0),
+            }
+        )
+    return found
+
+
+def interval_of(outcomes: Values, level: float, settings: ReportSettings) -> list[float]:
+    """Bootstrap interval of the mean of outcomes or differences [seeds, questions], over both; of one seed over questions alone."""
+    return crossed_interval(outcomes, level=level, num_resamples=settings.num_resamples, seed=settings.seed)
+
+
+def _equal_tokens(
+    seeds: Seeds, num: int, settings: ReportSettings, development: Seeds | None
+) -> tuple[list[Report], dict[str, Values]]:
+    """Rows of the accuracy if every method may use the tokens of sampling `num` candidates, and the outcomes behind them.
+
+    Methods with a reverse pass get fewer candidates. A token counts the same whether it is written or read; where reading is
+    cheaper this is to the disadvantage of Reverse Reward.
+    """
+    sample, judge = candidate_tokens(seeds)
+    fewer = affordable_num(num * sample, sample + judge, num)
+    weights = {size: _weights(seeds, size, settings, development) for size in (1, fewer, num)}
+    rows, known = [], {}
+    for name in METHODS:
+        affordable = 1 if name == "greedy" else fewer if name in WITH_REVERSE else num
+        outcomes = _outcomes(seeds, name, affordable, weights[affordable])
+        if outcomes is not None and name != "beam by Reverse Reward":
+            known[name] = outcomes
+            tokens = affordable * (sample + (judge if name in WITH_REVERSE else 0.0))
+            row = {"method": name, "num_candidates": affordable, "tokens": tokens, "accuracy": float(outcomes.mean())}
+            rows.append({**row, "interval": interval_of(outcomes, LEVEL, settings)})
+    return rows, known
+
+
+def _over_n(seeds: Seeds, names: list[str], num: int, settings: ReportSettings, development: Seeds | None) -> Report:
+    sizes = sorted({2**power for power in range(num.bit_length()) if 2**power <= num} | {num})
+    curves: dict[str, list[list[float]]] = {name: [] for name in names}
+    for size in sizes:
+        weights = _weights(seeds, size, settings, development)
+        for name in names:
+            curves[name].append([size, _mean(_outcomes(seeds, name, size, weights))])
+    return curves
+
+
+def verdict(report: Report) -> str:
+    """In one line: how often Reverse Reward is right, and which methods it is significantly above and below."""
+    main = report["methods"][MAIN]["accuracy"]
+    spent = next(row for row in report["equal_tokens"] if row["method"] == MAIN)
+    return (
+        f"{MAIN} is right in {100 * main:.1f} % with {report['num_candidates']} candidate(s): {_sides(report['comparisons'])}."
+        f" At equal tokens, {100 * spent['accuracy']:.1f} % with {spent['num_candidates']}:"
+        f" {_sides(report['comparisons_at_equal_tokens'])}."
+    )
+
+
+def _sides(rows: list[Report]) -> str:
+    found = []
+    for side, sign in (("above", 1), ("below", -1)):
+        names = [row["against"] for row in rows if row["is_significant"] and sign * row["difference"] > 0]
+        found.append(f"{side} {len(names)}" + (f" ({'; '.join(names)})" if names else ""))
+    return f"significantly {' and '.join(found)} of {len(rows)} other methods"
+
+
+def sentences(report: Report) -> list[str]:
+    """What the comparisons at equal N and then those at equal tokens say: a sentence for each significant one, one for the others."""
+    candidates = {row["method"]: f" ({row['num_candidates']})" for row in report["equal_tokens"]}
+    return [
+        *_told("At equal N", report["comparisons"], {}),
+        *_told("At equal tokens", report["comparisons_at_equal_tokens"], candidates),
+    ]
+
+
+def _told(budget: str, rows: list[Report], candidates: dict[str, str]) -> list[str]:
+    """candidates: what to say behind a method's name of how many candidates it has."""
+    start = f"{budget}, {MAIN}{candidates.get(MAIN, '')} is"
+    told, others = [], []
+    for row in rows:
+        low, high = row["simultaneous_interval"]
+        found = (
+            f"{row['against']}{candidates.get(row['against'], '')}: {100 * row['difference']:+.1f} points"
+            f" (simultaneous interval {100 * low:+.1f} to {100 * high:+.1f})"
+        )
+        if row["is_significant"]:
+            told.append(f"{start} significantly {'above' if row['difference'] > 0 else 'below'} {found}.")
+        else:
+            others.append(found)
+    return told + ([f"{start} not significantly different from {'; '.join(others)}."] if others else [])
+
+
+def _tables(report: Report) -> list[tuple[str, list[list[str]]]]:
+    """The methods, and what the same tokens buy: a caption, and rows of texts."""
+    rows = [["method", "how it chooses", "accuracy", "95 % interval", "each seed"]]
+    for name, found in report["methods"].items():
+        low, high = found["interval"]
+        seeds = " ".join(f"{100 * value:.1f}" for value in found["by_seed"])
+        rows.append([name, METHODS[name], f"{100 * found['accuracy']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", seeds])
+    equal = [["method", "candidates", "tokens a question", "accuracy"]]
+    for row in report["equal_tokens"]:
+        equal.append([row["method"], str(row["num_candidates"]), f"{row['tokens']:.0f}", f"{100 * row['accuracy']:.1f}"])
+    return [
+        (f"Right answers in % at equal N: every method has {report['num_candidates']} candidates", rows),
+        (f"Right answers in % at equal tokens: what the tokens of writing {report['num_candidates']} candidates buy", equal),
+    ]
+
+
+def _about(report: Report) -> str:
+    lambdas = "; ".join(", ".join(f"{value:.2f}" for value in row) for row in report["held_out"]["lambdas"])
+    folds = report["held_out"]["num_folds"]
+    where = f"the other of {folds} folds, never on the question it judges" if folds else "a development part of other questions"
+    return (
+        f"{report['num_questions']} questions, {report['num_candidates']} candidates each, {report['num_seeds']} sampling seed(s),"
+        f" answers compared by {report['answers']}. lambda is chosen on {where} (chosen, by seed: {lambdas})."
+        f" Intervals: {_about_intervals(report['num_seeds'])}; simultaneous over the comparisons at equal N, and over those at equal"
+        " tokens."
+        " With fewer candidates than there are, figures are means over all choices of so many (of votes, over at most"
+        f" {MOST_SUBSETS} drawn ones), because candidates may come in any order; ties share."
+        " In sentences on equal tokens the number of candidates stands in brackets."
+    )
+
+
+def _about_intervals(num_seeds: int) -> str:
+    if num_seeds == 1:
+        return "bootstrap over questions, paired (of one seed, so they say nothing about what another seed would give)"
+    few = ", and of so few they hold less of the spread between seeds than there is" if num_seeds < 5 else ""
+    return f"bootstrap over seeds and questions, paired (each resample draws both{few})"
+
+
+def _markdown(report: Report) -> str:
+    parts = ["# Choosing answers by Reverse Reward", f"**{verdict(report)}**", *report["notes"]]
+    for caption, rows in _tables(report):
+        parts += [f"{caption}:", pages.markdown_table(rows)]
+    parts += ["\n".join(f"- {sentence}" for sentence in sentences(report)), _about(report)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _html(report: Report) -> str:
+    told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences(report))
+    tables = [pages.table(rows, caption) for caption, rows in _tables(report)]
+    figures = [
+        pages.figure("accuracy over N", {theme: draw_over_n(report, theme) for theme in pages.THEMES}),
+        pages.figure("accuracy over lambda", {theme: draw_over_lambda(report, theme) for theme in pages.THEMES}),
+    ]
+    first = [
+        f"<p><strong>{html.escape(verdict(report))}</strong></p>",
+        *(f"<p>{html.escape(text)}</p>" for text in report["notes"]),
+    ]
+    body = [*first, *tables, f"<ul>{told}</ul>", *figures, f"<p>{html.escape(_about(report))}</p>"]
+    return pages.page("Choosing answers by Reverse Reward", body)
+
+
+def draw_over_n(report: Report, theme: str) -> bytes:
+    """Accuracy of each method over the number of candidates, as PNG."""
+
+    def _fill(axes: Any) -> None:
+        for (name, points), colour in zip(report["over_n"].items(), pages.COLOURS[theme] * 2, strict=False):
+            axes.plot([n for n, _ in points], [100 * y for _, y in points], label=name, color=colour, marker="o", ms=3, lw=1.4)
+        sizes = [n for n, _ in next(iter(report["over_n"].values()))]
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(sizes, labels=[str(size) for size in sizes])
+        axes.set(
+            xlabel="candidates N", ylabel="right answers (%)", title="Accuracy over N, mean over all choices of N candidates"
+        )
+
+    return pages.draw_png(theme, (8.5, 4.8), _fill)
+
+
+def draw_over_lambda(report: Report, theme: str) -> bytes:
+    """Accuracy of Reverse Reward over lambda, as PNG."""
+
+    def _fill(axes: Any) -> None:
+        points = report["over_lambda"]
+        axes.plot(
+            [x for x, _ in points], [100 * y for _, y in points], color=pages.COLOURS[theme][0], marker="o", ms=3, label=MAIN
+        )
+        majority = 100 * report["methods"]["majority vote"]["accuracy"]
+        axes.axhline(majority, color=pages.COLOURS[theme][1], ls="--", lw=1.2, label="majority vote")
+        title = "Accuracy over lambda, all questions (shown, not used to choose)"
+        axes.set(xlabel="lambda: 0 forward only, 1 reverse only", ylabel="right answers (%)", title=title)
+
+    return pages.draw_png(theme, (8.5, 3.8), _fill)

@@ -1,0 +1,452 @@
+"""What turns texts into ids: several libraries that do the same at very different speeds, and the choice among them.
+
+`Tokenizer.use_fastest_engine` tries them from the fastest on; the first whose ids equal the reference's on real samples of the
+corpus and on texts that tell tokenizers apart is taken. The reference is `tokenizers` for a tokenizer.json and `sentencepiece`
+for a .model.
+
+SentencePiece BPE encoding several times faster than the `sentencepiece` library, with the same ids.
+
+Where no piece of the vocabulary has a character b directly after a character a, no merge can reach over that boundary, so a text
+may be cut there and its units, mostly words, encoded apart and remembered (`csrc/helpers/piece_encoder.h`). This holds for BPE
+models that keep the text as it is; `why_not_cached` says what is wrong with another one, which the library then has to encode.
+
+Byte-level BPE encoding from a `tokenizer.json` in C++, with the ids of the `tokenizers` library.
+
+The splitting patterns of GPT-2, cl100k (Llama-3, Qwen) and o200k are scanners of their own (`csrc/helpers/split_patterns.h`), and
+the words they cut are encoded apart and remembered (`byte_encoder.h`). A tokenizer.json with any part that is not known here to
+the last option is refused by `why_not_bytes`; another engine then has to encode it.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ledom._helpers import ByteEncoder, PieceEncoder, not_nfc
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.tokenizers.sentencepiece_bpe import SPACE, parse_model
+from megatron_ledom.tokenizers.tiktoken_ranks import CL100K_PATTERN, O200K_PATTERN, R50K_PATTERN
+
+FlatIds = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
+"""Ids of all texts one after the other [total] in text order, and where each text begins [texts + 1]."""
+
+
+class Engine(Protocol):
+    """Encodes. No specials are added; a special token spelled out in a text is ordinary text."""
+
+    name: str
+    """Library and version, for the log."""
+
+    def encode(self, texts: Sequence[str]) -> FlatIds:
+        """Ids of the texts; see FlatIds."""
+
+
+class ReferenceEngine(Engine, Protocol):
+    """Knows the vocabulary, too."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids in text order, without specials."""
+
+    def vocab(self) -> dict[str, int]:
+        """The id of every token, added ones included."""
+
+
+def flat(documents: Sequence[Sequence[int]]) -> FlatIds:
+    """Lists of ids as one array with offsets."""
+    offsets = np.zeros(len(documents) + 1, np.int64)
+    np.cumsum([len(document) for document in documents], out=offsets[1:])
+    ids = np.empty(int(offsets[-1]), np.uint32)
+    for index, document in enumerate(documents):
+        ids[offsets[index] : offsets[index + 1]] = document
+    return ids, offsets
+
+
+class HubEngine:
+    """The `tokenizers` library on a tokenizer.json."""
+
+    def __init__(self, tokenizer_json: bytes, where: str, vocab: dict[str, int] | None = None) -> None:
+        import tokenizers
+
+        self.name = f"tokenizers {tokenizers.__version__}"
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_buffer(tokenizer_json)
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"{where} is not a tokenizer.json of the tokenizers library ({error})") from error
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.tokenizer.encode_special_tokens = True
+        self._vocab = vocab
+
+    def encode(self, texts: Sequence[str]) -> FlatIds:
+        """Ids of each text; see Engine."""
+        encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+        return flat([encoding.ids for encoding in encodings])
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; see ReferenceEngine."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def vocab(self) -> dict[str, int]:
+        """The id of every token; see ReferenceEngine."""
+        return dict(self.tokenizer.get_vocab(with_added_tokens=True)) if self._vocab is None else self._vocab
+
+
+class PieceEngine:
+    """The `sentencepiece` library on a .model."""
+
+    def __init__(self, model: bytes) -> None:
+        import sentencepiece
+
+        self.name = f"sentencepiece {sentencepiece.__version__}"
+        self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+
+    def encode(self, texts: Sequence[str]) -> FlatIds:
+        """Ids of each text; see Engine."""
+        return flat(self.processor.encode(list(texts), out_type=int, num_threads=1))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids; see ReferenceEngine."""
+        return str(self.processor.decode(list(ids)))
+
+    def vocab(self) -> dict[str, int]:
+        """The id of every token; see ReferenceEngine."""
+        return {self.processor.id_to_piece(index): index for index in range(self.processor.vocab_size())}
+
+
+class FastokensEngine:
+    """The `fastokens` library on a tokenizer.json."""
+
+    def __init__(self, tokenizer_json: str) -> None:
+        for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):
+            os.environ[name] = "1"  # one thread a worker; and threads do not survive a fork
+        import fastokens
+
+        self.name = f"fastokens {_version('fastokens')}"
+        self.tokenizer = fastokens.Tokenizer.from_json_str(tokenizer_json)
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+
+    def encode(self, texts: Sequence[str]) -> FlatIds:
+        """Ids of each text; see Engine."""
+        ids, offsets = self.tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
+        return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.int64)
+
+
+class GigatokenEngine:
+    """The `gigatoken` library on a tokenizer.json. Its cache of words is not bounded."""
+
+    def __init__(self, tokenizer_json: str) -> None:
+        import gigatoken
+
+        self.name = f"gigatoken {_version('gigatoken')}"
+        self.tokenizer = gigatoken.Tokenizer.from_json(tokenizer_json)
+
+    def encode(self, texts: Sequence[str]) -> FlatIds:
+        """Ids of each text; see Engine."""
+        if not texts:
+            return flat([])
+        layout = self.tokenizer.encode_batch(list(texts), parallel=False).layout
+        return np.asarray(layout.content.data), np.asarray(layout.offsets.data).astype(np.int64)
+
+
+def _version(package: str) -> str:
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def fast_engines(
+    tokenizer_json: bytes, stored: dict[str, Any] | None, model: bytes | None, reference: Engine
+) -> Iterator[tuple[str, Callable[[], Engine]]]:
+    """(name, how to make it) of every engine there is besides the references, the fastest first; making one may raise.
+
+    `stored` is the object of the tokenizer.json, where it was that which was loaded; `model` the SentencePiece form, if any.
+    """
+    if model is not None:
+        yield "cached pieces", lambda: CachedPieceEngine(model)
+    if stored is not None:
+        yield "cached bytes", lambda: CachedByteEngine(stored, reference)
+    yield "fastokens", lambda: FastokensEngine(tokenizer_json.decode())
+    yield "gigatoken", lambda: GigatokenEngine(tokenizer_json.decode())
+
+
+def first_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> str | None:
+    """The first text whose ids differ between two engines, None if none does."""
+    found, expected = engine.encode(texts), reference.encode(texts)
+    if np.array_equal(found[1], expected[1]) and np.array_equal(found[0], expected[0]):
+        return None
+    for text in texts:
+        if not np.array_equal(engine.encode([text])[0], reference.encode([text])[0]):
+            return text
+    return texts[0]  # only together do they differ
+
+
+CACHE_BYTES = 64 << 20
+"""What a process may spend on remembered units; when it is full, all are forgotten and it fills anew."""
+
+MAX_PIECES = 1_000_000
+
+
+class CachedEngine:
+    """What the two encoders of `csrc/helpers` share: `_encoder` is one of them."""
+
+    _encoder: Any
+
+    def encode(self, texts: Sequence[str]) -> FlatIds:
+        """Ids of all texts one after the other [total] in text order, and where each begins [texts + 1].
+
+        Nothing is added, and a special token spelled out in a text is ordinary text.
+        """
+        ids: npt.NDArray[np.uint32]
+        offsets: npt.NDArray[np.int64]
+        ids, offsets = self._encoder.encode(texts)
+        return ids, offsets
+
+    def statistics(self) -> dict[str, int]:
+        """Counts since the start: units, misses (units merged anew), steps this took, clears of the cache; and of now: units in
+        the cache and cache_bytes, the most it can take.
+        """
+        found: dict[str, int] = self._encoder.statistics()
+        return found
+
+
+class CachedPieceEngine(CachedEngine):
+    """Encodes with the SentencePiece `.model` file `model`, one for which `why_not_cached` is None.
+
+    The ids are those of the library; the engine may be used from several threads, which take turns.
+    """
+
+    name = "cached pieces (csrc)"
+
+    def __init__(self, model: bytes, cache_bytes: int = CACHE_BYTES) -> None:
+        reason = why_not_cached(model)
+        if reason is not None:
+            raise UsageError(f"this SentencePiece model {reason}; encode with the sentencepiece library")
+        proto = parse_model(model, "the model")
+        self._encoder = PieceEncoder(
+            pieces=[piece.piece.encode() for piece in proto.pieces],
+            scores=[piece.score for piece in proto.pieces],
+            types=[piece.type for piece in proto.pieces],
+            byte_fallback=proto.trainer_spec.byte_fallback,
+            dummy_prefix=proto.normalizer_spec.add_dummy_prefix,
+            cache_bytes=cache_bytes,
+        )
+
+
+def why_not_cached(model: bytes) -> str | None:
+    """Why a SentencePiece `.model` file cannot be encoded here, as the end of "this model ..."; None if it can."""
+    proto = parse_model(model, "the model")
+    trainer, normalizer, kinds = proto.trainer_spec, proto.normalizer_spec, proto.SentencePiece
+    types = [piece.type for piece in proto.pieces]
+    num_bytes = types.count(kinds.BYTE)
+    found = [
+        (trainer.model_type != trainer.BPE, "is not a BPE model"),
+        (bool(normalizer.precompiled_charsmap), f"normalises text ({normalizer.name})"),
+        (normalizer.remove_extra_whitespaces, "removes extra whitespace"),
+        (not normalizer.escape_whitespaces, f"does not write spaces as {SPACE}"),
+        (trainer.treat_whitespace_as_suffix, "puts the space at the end of a word"),
+        (kinds.USER_DEFINED in types, "has user-defined pieces, which are matched before merging"),
+        (kinds.UNUSED in types, "has unused pieces, which are split in a way that depends on the whole text"),
+        (num_bytes != (256 if trainer.byte_fallback else 0), f"has {num_bytes} byte pieces"),
+        (types.count(kinds.UNKNOWN) != 1, f"has {types.count(kinds.UNKNOWN)} unknown pieces"),
+        (len(types) > MAX_PIECES, f"has more than {MAX_PIECES:,} pieces"),
+    ]
+    return next((reason for is_so, reason in found if is_so), None) or _confusable(proto)
+
+
+def _confusable(proto: Any) -> str | None:
+    """A reserved piece that is spelled like something merging can make gets its id in the library; not here."""
+    normal = {piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.NORMAL}
+    for piece in proto.pieces:
+        if piece.type != proto.SentencePiece.NORMAL and (len(piece.piece) < 2 or piece.piece in normal):
+            return f"has the reserved piece {piece.piece!r}, which text can become"
+    return None
+
+
+GPT2 = "gpt2"
+PATTERNS = {
+    R50K_PATTERN: GPT2,
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": GPT2,
+    CL100K_PATTERN: "cl100k",
+    CL100K_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"): "cl100k_1",  # Qwen: every digit alone
+    O200K_PATTERN: "o200k",
+}
+"""The scanner of each splitting pattern."""
+
+PARTS = {
+    "version",
+    "truncation",
+    "padding",
+    "added_tokens",
+    "normalizer",
+    "pre_tokenizer",
+    "post_processor",
+    "decoder",
+    "model",
+}
+MODEL_OPTIONS = {  # and what they may be; None: anything
+    "type": ("BPE",),
+    "vocab": None,
+    "merges": None,
+    "unk_token": None,  # there is a token for every byte
+    "fuse_unk": None,
+    "ignore_merges": (False, True, None),
+    "dropout": (None,),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "byte_fallback": (False, None),
+}
+TOKEN_OPTIONS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
+
+
+class Reference(Protocol):
+    """An engine that is right on every text."""
+
+    def encode(self, texts: Sequence[str]) -> FlatIds:
+        """Ids of all texts and where each begins."""
+
+
+class CachedByteEngine(CachedEngine):
+    """Encodes with the object of a tokenizer.json, one for which `why_not_bytes` is None.
+
+    Texts that are not in NFC, where the tokenizer asks for that, are normalised by the `tokenizers` library; those of them that
+    spell a token which is not special are encoded by `reference`. The engine may be used from several threads, which take turns.
+    """
+
+    name = "cached bytes (csrc)"
+
+    def __init__(self, stored: dict[str, Any], reference: Reference, cache_bytes: int = CACHE_BYTES) -> None:
+        reason = why_not_bytes(stored)
+        if reason is not None:
+            raise UsageError(f"it {reason}")
+        model = stored["model"]
+        added, self._cut = _added_tokens(stored)
+        self._reference = reference
+        self._is_normalized = stored.get("normalizer") is not None
+        self._encoder = ByteEncoder(
+            vocab=model["vocab"],
+            merges=model["merges"],
+            pattern=_scanner(stored["pre_tokenizer"]),
+            whole_units=bool(model.get("ignore_merges")),
+            added=added,
+            cache_bytes=cache_bytes,
+        )
+
+    def encode(self, texts: Sequence[str]) -> FlatIds:
+        """Ids of all texts one after the other [total] in text order, and where each begins [texts + 1].
+
+        Nothing is added, and a special token spelled out in a text is ordinary text; another added token is itself.
+        """
+        odd = not_nfc(texts) if self._is_normalized else []
+        if not odd:
+            return super().encode(texts)
+        from tokenizers import normalizers
+
+        given, normalize, left = list(texts), normalizers.NFC().normalize_str, []
+        for index in odd:
+            normal = normalize(given[index])
+            if any(token in text for token in self._cut for text in (given[index], normal)):
+                left.append(index)
+            else:
+                given[index] = normal
+        parts, begin = [], 0
+        for index in left:
+            parts += [super().encode(given[begin:index]), self._reference.encode([given[index]])]
+            begin = index + 1
+        return _joined([*parts, super().encode(given[begin:])])
+
+
+def _joined(parts: Sequence[FlatIds]) -> FlatIds:
+    if len(parts) == 1:
+        return parts[0]
+    ends = np.cumsum([0, *(len(ids) for ids, _ in parts)])
+    offsets = [np.zeros(1, np.int64), *(at[1:] + end for (_, at), end in zip(parts, ends[:-1], strict=True))]
+    return np.concatenate([ids for ids, _ in parts]), np.concatenate(offsets)
+
+
+def why_not_bytes(stored: dict[str, Any]) -> str | None:
+    """Why the object of a tokenizer.json cannot be encoded here, as the end of "it ..."; None if it can."""
+    model, normalizer, processor = stored.get("model"), stored.get("normalizer"), stored.get("post_processor")
+    if unknown := sorted(set(stored) - PARTS):
+        return f"has the unknown part {unknown[0]}"
+    if not isinstance(model, dict) or model.get("type") != "BPE":
+        return "is not a BPE model"
+    if not isinstance(model.get("vocab"), dict) or not isinstance(model.get("merges"), list):
+        return "has no vocabulary or no merges"
+    for option, value in model.items():
+        allowed = MODEL_OPTIONS.get(option, ())
+        if allowed is not None and value not in allowed:
+            return f"has the model option {option}={str(value)[:40]}"
+    if normalizer is not None and normalizer != {"type": "NFC"}:
+        return f"has the normaliser {str(normalizer)[:60]}"
+    if _scanner(stored.get("pre_tokenizer")) is None:
+        return "has a pre-tokenizer that is not known here"
+    if not _adds_specials_only(processor):
+        return f"has the post-processor {str(processor)[:60]}"
+    return _why_not_added(stored)
+
+
+def _scanner(pre_tokenizer: Any) -> str | None:
+    """The name of the scanner that splits as a pre-tokenizer does; None if there is none."""
+    if not isinstance(pre_tokenizer, dict):
+        return None
+    if pre_tokenizer.get("type") != "Sequence":
+        return GPT2 if _is_byte_level(pre_tokenizer, use_regex=True) else None
+    steps = pre_tokenizer.get("pretokenizers")
+    if not isinstance(steps, list) or len(steps) != 2 or not _is_byte_level(steps[1], use_regex=False):
+        return None
+    pattern = steps[0].get("pattern")
+    how = {key: value for key, value in steps[0].items() if key != "pattern"}
+    keeps_all = (
+        {"type": "Split", "behavior": "Isolated", "invert": False},
+        {"type": "Split", "behavior": "Removed", "invert": True},
+    )
+    if how not in keeps_all or not isinstance(pattern, dict) or set(pattern) != {"Regex"}:
+        return None
+    return PATTERNS.get(pattern["Regex"])
+
+
+def _is_byte_level(step: dict[str, Any], *, use_regex: bool) -> bool:
+    options = {"use_regex": True, "trim_offsets": True, **step}
+    options["trim_offsets"] = True  # says nothing about ids
+    return options == {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
+
+
+def _adds_specials_only(processor: Any) -> bool:
+    """Whether a post-processor does nothing when no specials are asked for."""
+    if not isinstance(processor, dict):
+        return processor is None
+    if processor.get("type") == "Sequence":
+        return all(_adds_specials_only(step) for step in processor.get("processors") or [None])
+    if processor.get("type") == "TemplateProcessing":
+        return [next(iter(step)) for step in processor["single"]].count("Sequence") == 1
+    return processor.get("type") == "ByteLevel"
+
+
+def _why_not_added(stored: dict[str, Any]) -> str | None:
+    """The same for the added tokens: those that are not special are cut out of texts."""
+    tokens = stored.get("added_tokens") or []
+    cut = [token for token in tokens if not token.get("special")]
+    for token in tokens:
+        if set(token) != TOKEN_OPTIONS:
+            return f"has the added token {token.get('content')!r} with unknown options"
+    for token in cut:
+        if token["single_word"] or token["lstrip"] or token["rstrip"]:
+            return f"has the added token {token['content']!r}, found in some places only"
+        if token["normalized"] and stored.get("normalizer") is not None and not token["content"].isascii():
+            return f"has the added token {token['content']!r}, which is normalised"
+    if len({token["normalized"] for token in cut}) > 1:
+        return "has added tokens of two kinds, found before and after normalising"
+    return None
+
+
+def _added_tokens(stored: dict[str, Any]) -> tuple[list[tuple[str, int, bool]], list[str]]:
+    """(content, id, whether it is left as text) of the tokens that are looked for in texts; and those that are cut out."""
+    tokens = [token for token in stored.get("added_tokens") or [] if token["content"]]
+    cut = [token for token in tokens if not token["special"]]
+    if not cut:
+        return [], []
+    together = [token for token in tokens if token["normalized"] == cut[0]["normalized"]]
+    return [(token["content"], token["id"], token["special"]) for token in together], [token["content"] for token in cut]

@@ -1,0 +1,91 @@
+"""Inputs in an object store: s3:// against a server of the S3 protocol on this machine."""
+
+import gzip
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
+from megatron_ledom.data.readers.inputs import expand_inputs
+from megatron_ledom.errors import UsageError
+from tests.legible import legible_documents, legible_tokenizer, write_jsonl
+
+pytest.importorskip("s3fs", reason="the s3 extra is not installed")
+moto_server = pytest.importorskip("moto.server", reason="moto is not installed")
+
+TEXTS = legible_documents(9, 60) * 40
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[Any]:
+    """An empty bucket; s3fs is told of the server as a user would tell it, by the environment."""
+    import s3fs
+
+    server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        s3fs.S3FileSystem.clear_instance_cache()
+        store = s3fs.S3FileSystem()
+        store.mkdir("corpus")
+        yield store
+        s3fs.S3FileSystem.clear_instance_cache()
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(legible_tokenizer(tmp_path_factory.mktemp("tokenizer") / "legible"))
+
+
+def shard(folder: Path, tokenizer: str, name: str, *inputs: str, **changes: Any) -> bytes:
+    settings = {"input": list(inputs), "tokenizer": tokenizer, "output_prefix": f"{folder}/{name}", "workers": 2}
+    preprocess(PreprocessSettings(**{**settings, **changes}))
+    return Path(f"{folder}/{name}.bin").read_bytes()
+
+
+def test_objects_give_the_bytes_of_the_same_files(tmp_path: Path, tokenizer: str, bucket: Any) -> None:
+    plain = write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(plain.read_bytes()))
+    parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "c.parquet", row_group_size=50)
+    for path in sorted(tmp_path.glob("?.*")):
+        bucket.put(str(path), f"corpus/same/{path.name}")
+    expected = shard(tmp_path, tokenizer, "local", f"{tmp_path}/a.jsonl", f"{tmp_path}/b.jsonl.gz", f"{tmp_path}/c.parquet")
+    for number, pattern in enumerate(("s3://corpus/same/*", "s3://corpus/same")):
+        assert shard(tmp_path, tokenizer, f"remote{number}", pattern, part_bytes=5000) == expected
+    for task in range(3):
+        preprocess(
+            PreprocessSettings(
+                input=["s3://corpus/same/*"],
+                tokenizer=tokenizer,
+                output_prefix=f"{tmp_path}/task",
+                task_id=task,
+                num_tasks=3,
+                workers=1,
+            )
+        )
+    assert b"".join((tmp_path / f"task-{task:05d}-of-00003.bin").read_bytes() for task in range(3)) == expected
+
+
+def test_a_changed_object_has_another_version(bucket: Any) -> None:
+    bucket.pipe("corpus/version/a.jsonl", b'{"text": "1"}\n')
+    (before,) = expand_inputs(["s3://corpus/version/a.jsonl"])
+    bucket.pipe("corpus/version/a.jsonl", b'{"text": "2"}\n')
+    bucket.invalidate_cache()
+    (after,) = expand_inputs(["s3://corpus/version/a.jsonl"])
+    assert before.num_bytes == after.num_bytes
+    assert before.version != after.version
+
+
+@pytest.mark.parametrize("pattern", ["s3://corpus/absent.jsonl", "s3://corpus/absent/*.jsonl", "s3://nowhere/a.jsonl"])
+def test_objects_that_are_not_there_are_refused(bucket: Any, pattern: str) -> None:
+    with pytest.raises(UsageError, match="does not exist or matches no file"):
+        expand_inputs([pattern])

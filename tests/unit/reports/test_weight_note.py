@@ -1,0 +1,49 @@
+"""A report says at once at which weight its files were ranked and which lambda it chose, with how often either is right."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+def question(number: int, forward_of_right: float) -> dict[str, Any]:
+    """The reverse model prefers the right answer; at weight 0.5 it stands first if the forward model does not mind."""
+    scores = [
+        {"forward_logprob": f, "reverse_logprob": r, "forward_tokens": 5, "reverse_tokens": 5, "reward": (f + r) / 2}
+        for f, r in ((forward_of_right, -1.0), (-2.0, -2.0))
+    ]
+    ranking = [0, 1] if scores[0]["reward"] > scores[1]["reward"] else [1, 0]
+    texts = ["It is 7.", "It is 3."]
+    record = {"prompt": f"Question {number}: ", "gold": "7", "candidates": texts, "scores": scores, "ranking": ranking}
+    return {**record, "best": texts[ranking[0]]}
+
+
+def printed_report(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    arguments = ["report_rerank.py", str(folder / "x.jsonl"), "--output", str(folder / "report"), "--gold-key", "gold"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "tools/report_rerank.py"), run_name="__main__")
+    assert not ended.value.code
+    return capsys.readouterr().out
+
+
+def test_the_weight_of_the_file_and_the_chosen_lambda_are_said_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At weight 0.5 the file's ranking is right for 5 of 20; from lambda 0.9 on all are right."""
+    lines = [question(number, -2.0 if number < 5 else -10.0) for number in range(20)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    told = "Reverse Reward in this report stands at the lambda chosen on held-out questions, 0.95 (100.0 % right)."
+    assert "ranked at weight" not in printed_report(tmp_path, monkeypatch, capsys)  # nothing tells it
+    for weight, own in ((0.5, "0.5 (25.0 % right)"), (0.33, "0.33 (25.0 % right at 0.35, the nearest that was tried)")):
+        notes = {"made_by": {"settings": {"reward": {"weight": weight}}}}
+        (tmp_path / "x.jsonl.spent.json").write_text(json.dumps(notes))
+        note = f"Note: The files were ranked at weight {own}; {told}"
+        assert note in printed_report(tmp_path, monkeypatch, capsys)
+        assert note in (tmp_path / "report" / "report.md").read_text(encoding="utf-8")
+        assert note in json.loads((tmp_path / "report" / "report.json").read_text(encoding="utf-8"))["notes"][0]
