@@ -4,6 +4,8 @@ The reference is the referee of a change that must not alter any result. Its com
 `inputs.py`; only command lines are used, none of the project's modules is imported, so that all of them can move. `--checkout` and
 `--python` (for the test: LEDOM_INVENTORY_CHECKOUT and LEDOM_INVENTORY_PYTHON) take the commands of another checkout or interpreter.
 
+`pytest tests/inventory` compares anew, in 80 s on two free cores; `-k NAME` runs the steps of that name and what they need.
+
 What is equal: bytes of shards, indexes and tokenizers by sha256; JSON, text and pages by the sha256 of their text without times,
 folders and speeds (`artifacts.py` lists what is masked) and by their values; tensors by the sha256 of their bytes; of pictures only
 that they are there; of the calibration, which measures time, only its keys; of a dry run its numbers; of every command the exit code.
@@ -11,7 +13,7 @@ that they are there; of the calibration, which measures time, only its keys; of 
 The last bits of what torch computes are those of one kind of machine. The reference holds `machine`: the processor's vendor and
 vector instructions, and the versions of torch and numpy. On the same kind everything must be equal; on another one, floats of steps
 that compute with torch may differ by 1e-4 of their size, hashes of such artifacts do not count, and tensors are compared by their
-norms. A sampled text can still come out differently there: record anew on that machine from a trusted checkout before judging.
+norms. Versions of libraries are compared where a result holds them: use the pinned ones. A sampled text can still come out differently there: record anew on that machine from a trusted checkout before judging.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ import torch
 
 from tests.inventory.artifacts import read_artifact, text_record
 from tests.inventory.commands import STEPS, Step
-from tests.inventory.run import Done, Place, run_all
+from tests.inventory.run import Done, Place, run_all, with_needs
 
 ROOT = Path(__file__).parents[2]
 REFERENCE = Path(__file__).with_name("reference.json")
@@ -59,8 +62,11 @@ def machine() -> Record:
     return {"architecture": platform.machine(), "vendor": fields.get("vendor_id", ""), "flags": flags, **versions}
 
 
-def record_all(checkout: Path, python: Path, hash_seed: str | None = None) -> tuple[Record, dict[str, float]]:
-    """Run everything in a temporary folder; returns the record and the seconds of each step."""
+def record_all(
+    checkout: Path, python: Path, names: Collection[str], hash_seed: str | None = None
+) -> tuple[Record, dict[str, float]]:
+    """Run the named steps and what they need in a temporary folder; returns the record and the seconds of each step."""
+    chosen = with_needs(names)
     with tempfile.TemporaryDirectory() as name:
         place = Place(Path(name).resolve(), checkout.resolve(), python)
         steps: Record = {}
@@ -70,13 +76,13 @@ def record_all(checkout: Path, python: Path, hash_seed: str | None = None) -> tu
             steps[step.name] = step_record(step, done, place)
             seconds[step.name] = done.seconds
 
-        run_all(place, keep, hash_seed)
-    return {"machine": machine(), "steps": {step.name: steps[step.name] for step in STEPS}}, seconds
+        run_all(place, chosen, keep, hash_seed)
+    return {"machine": machine(), "steps": {step.name: steps[step.name] for step in chosen}}, seconds
 
 
 def step_record(step: Step, done: Done, place: Place) -> Record:
     """Exit code and artifacts of one step, as soon as it has ended: a later one may go on in the same folder."""
-    places = [(str(place.folder), "FOLDER"), (str(place.checkout), "CHECKOUT"), (str(place.python), "PYTHON")]
+    places = [(str(place.python), "PYTHON"), (str(place.folder), "FOLDER"), (str(place.checkout), "CHECKOUT")]
     matches = {path for pattern in step.outputs for path in place.folder.glob(pattern)}
     found = sorted(path for path in matches if path.is_file() or (path / ".metadata").exists())
     artifacts = {str(path.relative_to(place.folder)): artifact(path, step, places) for path in found}
@@ -92,8 +98,24 @@ def artifact(path: Path, step: Step, places: list[tuple[str, str]]) -> Record:
         if step.is_measured:
             return text_record(path.read_text("utf-8"), "structure", places)
         return read_artifact(path, places)
-    except Exception as error:  # a broken artifact is a finding about it, not about the inventory
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        RuntimeError,
+    ) as error:  # a broken artifact is a finding about it, not about the inventory
         return {"kind": "unreadable", "error": type(error).__name__}
+
+
+def to_json(made: Record) -> str:
+    """The record as JSON with a line for each artifact, so that a changed one can be seen in a diff."""
+    steps = []
+    for name, step in made["steps"].items():
+        told = {key: value for key, value in step.items() if key != "artifacts"}
+        lines = [f"{json.dumps(file)}: {json.dumps(value, ensure_ascii=False)}" for file, value in step["artifacts"].items()]
+        artifacts = "{\n   " + ",\n   ".join(lines) + "}" if lines else "{}"
+        steps.append(f'{json.dumps(name)}: {json.dumps(told, ensure_ascii=False)[:-1]}, "artifacts": {artifacts}}}')
+    return f'{{"machine": {json.dumps(made["machine"])},\n"steps": {{\n ' + ",\n ".join(steps) + "}}\n"
 
 
 def main() -> None:
@@ -105,7 +127,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", metavar="STEP", help="replace these steps of the file, and keep the others")
     arguments = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    made, seconds = record_all(arguments.checkout, arguments.python, os.environ.get("PYTHONHASHSEED"))
+    names = arguments.only or [step.name for step in STEPS]
+    made, seconds = record_all(arguments.checkout, arguments.python, names, os.environ.get("PYTHONHASHSEED"))
     failed = [f"{name}: exit code {step['code']}\n{step['stderr']}" for name, step in made["steps"].items() if step["code"]]
     if failed:
         sys.exit("nothing is written, for commands failed:\n" + "\n".join(failed))
@@ -113,7 +136,7 @@ def main() -> None:
         kept = json.loads(arguments.output.read_text("utf-8"))
         kept["steps"] |= {name: made["steps"][name] for name in arguments.only}
         made = kept
-    arguments.output.write_text(json.dumps(made, ensure_ascii=False, indent=1) + "\n", "utf-8")
+    arguments.output.write_text(to_json(made), "utf-8")
     slowest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:10]
     print(f"wrote {arguments.output}; slowest: {', '.join(f'{name} {seconds[name]:.1f} s' for name in slowest)}")
 

@@ -4,7 +4,7 @@ import os
 import shlex
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,13 +86,26 @@ def run_step(step: Step, place: Place, environment: Mapping[str, str]) -> Done:
     return Done(code, decoded[0], decoded[1], time.monotonic() - start)
 
 
-def run_all(place: Place, keep: Callable[[Step, Done], None], hash_seed: str | None = None) -> None:
-    """Write the inputs and run every command after those it needs; `keep` is called when one has ended, before any that needs it."""
+def with_needs(names: Collection[str]) -> list[Step]:
+    """The named steps and all that they need, in the order of the table."""
+    needs = {step.name: step.needs for step in STEPS}
+    chosen: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = waiting.pop()
+        if name not in chosen:
+            chosen.add(name)
+            waiting += needs[name]
+    return [step for step in STEPS if step.name in chosen]
+
+
+def run_all(place: Place, steps: Sequence[Step], keep: Callable[[Step, Done], None], hash_seed: str | None = None) -> None:
+    """Write the inputs and run every step after those it needs; `keep` is called when one has ended, before any that needs it."""
     environment = place.environment(hash_seed)
     check_checkout(place, environment)
     write_inputs(place.folder)
     done: set[str] = set()
-    waiting = list(STEPS)
+    waiting = list(steps)
     running: dict[Future[Done], Step] = {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         while waiting or running:

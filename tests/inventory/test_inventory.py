@@ -23,11 +23,14 @@ def reference() -> Record:
 
 
 @pytest.fixture(scope="session")
-def found() -> Record:
-    """What the commands give now; all of them run once, before the first comparison."""
+def found(request: pytest.FixtureRequest) -> Record:
+    """What the commands give now; those of the selected tests run once, with what they need, before the first comparison."""
+    selected = [
+        item.callspec.params["step"].name for item in request.session.items if "found" in getattr(item, "fixturenames", ())
+    ]
     checkout = Path(os.environ.get("LEDOM_INVENTORY_CHECKOUT", ROOT))
     python = Path(os.environ.get("LEDOM_INVENTORY_PYTHON", sys.executable))
-    made, _ = record_all(checkout, python)
+    made, _ = record_all(checkout, python, selected)
     again: Record = json.loads(json.dumps(made))
     return again
 
