@@ -13,7 +13,8 @@ that they are there; of the calibration, which measures time, only its keys; of 
 The last bits of what torch computes are those of one kind of machine. The reference holds `machine`: the processor's vendor and
 vector instructions, and the versions of torch and numpy. On the same kind everything must be equal; on another one, floats of steps
 that compute with torch may differ by 1e-4 of their size, hashes of such artifacts do not count, and tensors are compared by their
-norms. Versions of libraries are compared where a result holds them: use the pinned ones. A sampled text can still come out differently there: record anew on that machine from a trusted checkout before judging.
+norms. Versions of libraries are compared where a result holds them: use the pinned ones. A sampled text can still come out
+differently on another machine: record anew there from a trusted checkout before judging.
 """
 
 import argparse
