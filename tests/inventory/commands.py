@@ -78,7 +78,7 @@ DATA = [
         " --on-error skip --deduplicate --shuffle-seed 5",
     ),
     *(
-        Step(f"hash_{step.name}", f"{step.command} --hash-only", ("shards/unique-*.hashes",) if step.name.endswith("0") else ())
+        Step(f"hash_{step.name}", f"{step.command} --hash-only", (step.outputs[0].replace(".*", ".hashes"),))
         for step in array("unique", 2, f"--input texts.jsonl {IDS} --workers 1 --deduplicate")
     ),
     *array(
