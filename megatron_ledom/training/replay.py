@@ -1,7 +1,4 @@
-"""A step of a run once more, from the last checkpoint before it: the same numbers bit for bit, and what there is to see of it.
-
-The gradient norm of each parameter, over whatever layout: which part of the model a bad step comes from.
-"""
+"""Replay one step of a run from the last checkpoint before it, bit for bit, and show the gradient norm of each parameter."""
 
 import logging
 import math
@@ -43,6 +40,10 @@ from megatron_ledom.training.history import load_skip_plan, read_bad_steps, read
 from megatron_ledom.training.state import TrainState, build_state, check_resumable
 from megatron_ledom.training.step_policy import Action, StepPolicy, StepResult, Verdict
 from megatron_ledom.training.trainer import compute_step, open_batches, run_iteration
+
+MOST_PARAMETERS = 20
+Numbers = tuple[float, float]
+"""Loss and gradient norm."""
 
 
 @torch.no_grad()
@@ -96,18 +97,13 @@ def _named(chunk: Any) -> Iterator[tuple[str, Any]]:
             yield f"decoder.layers.{number}.{name[found.end() :]}", param
 
 
-MOST_PARAMETERS = 20
-Numbers = tuple[float, float]
-"""Loss and gradient norm."""
-
-
 @dataclass(frozen=True, slots=True)
 class Recorded:
     """What a run folder says of one step."""
 
     numbers: Numbers | None
-    left_out: frozenset[int]
-    """Iterations that had been left out when the step was done."""
+    skip_iterations: frozenset[int]
+    """Iterations that were skipped when the step was done."""
     world_size: int | None
     config: RunConfig
     """That of the launch which did the step: config.yaml is that of the last start."""
@@ -152,8 +148,8 @@ def read_recorded(config: RunConfig, iteration: int) -> Recorded:
     before = [launch for launch in launches if launch.get("from_iteration", 0) < iteration]
     launch = before[-1] if before else None
     then = _config_then(config, iteration, launch)
-    left_out = frozenset({*then.train.skip_iterations, *load_skip_plan(config.run_dir).iterations})
-    return Recorded(found[0] if found else None, left_out, launch["world_size"] if launch else None, then)
+    skip_iterations = frozenset({*then.train.skip_iterations, *load_skip_plan(config.run_dir).iterations})
+    return Recorded(found[0] if found else None, skip_iterations, launch["world_size"] if launch else None, then)
 
 
 def _config_then(config: RunConfig, iteration: int, launch: Record | None) -> RunConfig:
@@ -233,14 +229,14 @@ def _go_to(state: TrainState, iteration: int, recorded: Recorded) -> tuple[StepR
     """Repeat the steps before `iteration` and compute that one, without its update; also those that were not as recorded."""
     policy = StepPolicy(state.config.train, state.platform.device)
     past = read_steps(state.config.run_dir)
-    policy.remember(step for step in past if step.iteration <= state.iteration)
+    policy.resume_from(step for step in past if step.iteration <= state.iteration)
     known = {step.iteration: (step.lm_loss, step.grad_norm) for step in past}
     differs = []
     batches = open_batches(state)
     while state.iteration < iteration - 1:
         number = state.iteration + 1
-        result = run_iteration(state, batches, policy, recorded.left_out)
-        if result is not None and not result.verdict.goes_on:
+        result = run_iteration(state, batches, policy, recorded.skip_iterations)
+        if result is not None and not result.verdict.is_accepted:
             raise UsageError(f"iteration {number} on the way is bad itself ({result.verdict.reason}); replay that one")
         if result is not None and number in known and not _same(_numbers(result), known[number]):
             differs.append(number)

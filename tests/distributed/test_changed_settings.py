@@ -154,7 +154,7 @@ def effective(state: Any) -> dict[str, Any]:
         "num_microbatches": num_microbatches(state.config, 1),
         "valid_samples": {name: len(dataset) for name, dataset in state.valid_datasets.items()},
         "policy": [policy.past.maxlen, asdict(policy.settings)],
-        "left_out": sorted(RunHistory(state.config.run_dir, train.skip_iterations).left_out),
+        "left_out": sorted(RunHistory(state.config.run_dir, train.skip_iterations).skip_iterations),
         "train": asdict(train),
     }
 

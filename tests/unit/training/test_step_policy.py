@@ -21,7 +21,7 @@ def policy(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> StepPolicy:
 def filled(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> StepPolicy:
     """After `WINDOW` steps with losses 2.9, 3.1, 2.9, ... and gradient norms of 1."""
     made = policy(monkeypatch, **settings)
-    made.remember(PastStep(number, 3.0 + 0.1 * (-1) ** number, 1.0, None, False) for number in range(1, WINDOW + 1))
+    made.resume_from(PastStep(number, 3.0 + 0.1 * (-1) ** number, 1.0, None, False) for number in range(1, WINDOW + 1))
     return made
 
 
@@ -53,8 +53,8 @@ def test_what_is_not_finite_follows_its_policy(monkeypatch: pytest.MonkeyPatch, 
     for name, action in (("stop", Action.STOP), ("skip", Action.SKIP), ("roll_back", Action.ROLL_BACK)):
         verdict = filled(monkeypatch, on_nonfinite=name, on_spike="warn").judge(17, lm_loss, grad_norm)
         assert verdict.action is action
-        assert not verdict.updates
-        assert verdict.goes_on == (name == "skip")
+        assert not verdict.is_applied
+        assert verdict.is_accepted == (name == "skip")
 
 
 @pytest.mark.parametrize(("lm_loss", "grad_norm"), [(6.0, 1.0), (3.0, 50.0)])
@@ -76,11 +76,11 @@ def test_skips_in_a_row_end_and_others_do_not_count(monkeypatch: pytest.MonkeyPa
     assert actions == [Action.SKIP, Action.UPDATE, Action.SKIP, Action.SKIP, Action.STOP]
 
 
-def test_a_spike_began_with_the_first_of_the_half_spikes_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spike_start_with_the_first_of_the_half_spikes_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made = filled(monkeypatch)
-    made.remember([PastStep(number, 3.0, 1.0, score, False) for number, score in ((7, 5.0), (8, 1.0), (9, 4.5), (10, 6.0))])
-    assert made.spike_began(11) == 9
-    assert made.spike_began(13) == 13  # 12 is not known: it was left out
+    made.resume_from([PastStep(number, 3.0, 1.0, score, False) for number, score in ((7, 5.0), (8, 1.0), (9, 4.5), (10, 6.0))])
+    assert made.spike_start(11) == 9
+    assert made.spike_start(13) == 13  # 12 is not known: it was left out
 
 
 def test_ranks_that_disagree_take_the_strictest(monkeypatch: pytest.MonkeyPatch) -> None:
