@@ -34,7 +34,7 @@ class TrainingRun:
     """`with run.pause("validating"):` around what takes long and is no training: its time is left out of the throughput."""
 
     def is_last_iteration(self) -> bool:
-        """Whether the iteration just done ends the run."""
+        """Return whether the iteration just done ends the run."""
         return self.state.iteration == self.state.config.train.train_iters
 
 

@@ -19,11 +19,11 @@ from megatron_ledom.config.schema import TrainConfig
 NORMAL_DEVIATION = 1.4826
 """Standard deviation of normal noise over its median deviation."""
 SMALLEST_DEVIATION = 1e-3
-"""Of the median: a loss that hardly moves has no spikes of a thousandth."""
+"""Smallest deviation as a share of the median: a loss that hardly moves has no spikes of a thousandth."""
 
 
 class Action(IntEnum):
-    """How a step is treated; where ranks disagree, the strictest action holds for all."""
+    """The treatment of a step; where ranks disagree, the strictest action holds for all."""
 
     UPDATE = 0
     WARN = 1
@@ -42,18 +42,18 @@ class Verdict:
 
     action: Action
     reason: str = ""
-    """What is wrong with the step; empty for an ordinary one."""
+    """The fault of the step; empty for an ordinary one."""
     score: float | None = None
     """The larger of the scores of loss and gradient norm; None while the window is too short, or without finite values."""
 
     @property
     def is_applied(self) -> bool:
-        """Whether the optimizer makes the update."""
+        """Return whether the optimizer makes the update."""
         return self.action <= Action.WARN
 
     @property
     def is_accepted(self) -> bool:
-        """Whether the iteration counts as done, with or without its update."""
+        """Return whether the iteration counts as done, with or without its update."""
         return self.action <= Action.SKIP
 
 
@@ -66,7 +66,7 @@ class StepResult:
     grad_norm: float
     """Global gradient norm before clipping."""
     verdict: Verdict
-    """Whether the update was made, and why not."""
+    """The decision on the update, with its reason."""
 
 
 @dataclass(frozen=True, slots=True)

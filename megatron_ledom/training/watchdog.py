@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
-    """What one rank's main thread is doing."""
+    """The activity and the stack of one rank's main thread."""
 
     rank: int
     host: str
@@ -117,7 +117,7 @@ def _named(reports: list[RankReport]) -> list[str]:
 
 
 def _where(place: str | None) -> str:
-    """Host and pid and, when it is on this machine, the state of the process."""
+    """Return host and pid and, on this machine, the state of the process."""
     if place is None:
         return "place not known"
     host, pid = place.split()
@@ -197,7 +197,7 @@ class Watchdog:
                 self._end_run()
 
     def _listen(self, store: Any) -> None:
-        """Learn that another rank found nothing moving. A store that does not answer blocks this thread alone."""
+        """Wait for the alarm of another rank. A store that does not answer blocks this thread alone."""
         while not self._ended.wait(self.tick):
             try:
                 if store.check(["alarm"]):
@@ -240,7 +240,7 @@ class Watchdog:
         )
 
     def _write_stacks(self, report: RankReport) -> None:
-        """Every thread of this process into `stacks/rank_N.txt`."""
+        """Write the stack of every thread of this process into `stacks/rank_N.txt`."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         parts = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {report.describe()}\n"]
         for ident, frame in sys._current_frames().items():
@@ -252,7 +252,7 @@ class Watchdog:
             log.error("watchdog: the stacks cannot be written to %s: %s", self.folder, error)
 
     def _exchange(self, report: RankReport) -> tuple[dict[int, RankReport], dict[int, str]] | None:
-        """Give the alarm and this rank's report; returns what came from all ranks within the grace, and where they run."""
+        """Raise the alarm and give this rank's report; returns the reports of all ranks within the grace, and their hosts and pids."""
         try:
             store = self._open_store()
             store.set(f"report/{self.rank}", report.to_json())
@@ -270,12 +270,12 @@ class Watchdog:
         return reports, places
 
     def _answers(self, store: Any, kind: str) -> list[tuple[int, bytes]]:
-        """What the ranks have set under a kind of key, with their numbers."""
+        """Return the values that ranks have set under a kind of key, with their numbers."""
         keys = [(rank, f"{kind}/{rank}") for rank in range(self.world_size)]
         return [(rank, store.get(key)) for rank, key in keys if store.check([key])]
 
     def _open_store(self) -> Any:
-        """A connection of its own to the store that the ranks met in: one that a main thread waits on is locked."""
+        """Open a connection of its own to the store of the ranks: one that a main thread waits on is locked."""
         if self._store_of_one is not None:
             return self._store_of_one
         address, port = self._address
@@ -285,14 +285,14 @@ class Watchdog:
 
 
 def _wait_for(store: Any, keys: list[str], seconds: float) -> None:
-    """Until all keys are set, or the time is over."""
+    """Wait until all keys are set, or the time is over."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not store.check(keys):
         time.sleep(0.05)
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """The result of `work`, or None when it takes longer."""
+    """Return the result of `work`, or None when it takes longer."""
     result: list[Any] = []
     thread = threading.Thread(target=lambda: result.append(work()), name="watchdog report", daemon=True)
     thread.start()
