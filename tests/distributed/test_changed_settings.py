@@ -163,9 +163,9 @@ def total_loss(state: Any) -> float:
     """What the loss function of the next iteration makes of one token of loss 1 and log Z 1."""
     import torch
 
-    from megatron_ledom.training import trainer as trained_step
+    from megatron_ledom.training import trainer
 
-    step: Any = trained_step
+    step: Any = trainer
     taken: list[Any] = []
 
     def look(forward_step_func: Any, **_: Any) -> list[Any]:

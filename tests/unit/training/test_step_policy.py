@@ -7,14 +7,14 @@ import pytest
 import torch
 
 from megatron_ledom.config.schema import TrainConfig
-from megatron_ledom.training import recovery as anomalies
+from megatron_ledom.training import step_policy
 from megatron_ledom.training.step_policy import Action, PastStep, StepPolicy, deviations_above
 
 WINDOW = 16
 
 
 def policy(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> StepPolicy:
-    monkeypatch.setattr(anomalies.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(step_policy.dist, "get_world_size", lambda: 1)
     return StepPolicy(TrainConfig(train_iters=100, global_batch_size=8, spike_window=WINDOW, **settings), torch.device("cpu"))
 
 
@@ -85,8 +85,8 @@ def test_a_spike_start_with_the_first_of_the_half_spikes_before_it(monkeypatch: 
 
 def test_ranks_that_disagree_take_the_strictest(monkeypatch: pytest.MonkeyPatch) -> None:
     made = filled(monkeypatch, on_spike="skip")
-    monkeypatch.setattr(anomalies.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(anomalies.dist, "all_reduce", lambda action, op: action.fill_(int(Action.SKIP)))
+    monkeypatch.setattr(step_policy.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(step_policy.dist, "all_reduce", lambda action, op: action.fill_(int(Action.SKIP)))
     verdict = made.judge(17, 3.0, 1.0)
     assert verdict.action is Action.SKIP
     assert made.past[-1].skipped
