@@ -114,6 +114,15 @@ def advising_another(checkpoint: str) -> Iterator[None]:
         raise DataError(f"{error}; {how_to_go_on(folder, besides=name)}") from error
 
 
+def saved_iteration(folder: str) -> int:
+    """Return the iteration of the latest checkpoint in the folder; 0 without one."""
+    latest = latest_checkpoint(folder)
+    if latest is None:
+        return 0
+    with advising_another(latest):
+        return load_manifest(latest).iteration
+
+
 def find_checkpoint(load: str) -> str:
     """The checkpoint that `load` means: itself, or the latest one of a run folder. Raises UsageError."""
     if not os.path.isdir(load):

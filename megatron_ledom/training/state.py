@@ -1,4 +1,4 @@
-"""Everything a running training holds, built once from the config."""
+"""The state of a run: model, optimizer, schedule, data and position, built once from the config."""
 
 import logging
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ OTHER_CHECKPOINT = "run_dir must be one folder on all nodes; if it is, a node sa
 
 @dataclass(slots=True)
 class TrainState:
-    """A run in memory: what it is made of, and how far it has come."""
+    """The parts of a run in memory, and its position."""
 
     config: RunConfig
     platform: Platform
@@ -65,7 +65,7 @@ class TrainState:
 
 
 def check_resumable(config: RunConfig, sources: Sources, checkpoint: str | None) -> tuple[Sources, list[str]]:
-    """Refuse to go on from a checkpoint (None: from scratch) of another run, before anything is changed.
+    """Refuse to resume from a checkpoint of another run (None: from scratch), before anything is changed.
 
     Returns the sources, with the samples that the run will have drawn at its end, and what of the training data has changed
     with leave since the checkpoint.
@@ -87,7 +87,7 @@ def build_state(
     choice: LayerChoice,
     checkpoint: str | None,
 ) -> TrainState:
-    """Build model, optimizer, schedule and data; then take up a checkpoint of this run, or start from scratch with None.
+    """Build model, optimizer, schedule and data; then load a checkpoint of this run, or start from scratch with None.
 
     Call `check_resumable` and `prepare_indices` first. Raises RuntimeError where the ranks have not the same checkpoint.
     """
@@ -118,7 +118,7 @@ def build_state(
 
 
 def load_checkpoint(state: TrainState, checkpoint: str) -> None:
-    """Take up weights, optimizer, schedule and position from a checkpoint of this run. Call on every rank."""
+    """Load weights, optimizer, schedule and position from a checkpoint of this run. Call on every rank."""
     manifest = state.store.load_manifest(checkpoint)
     for change in [] if manifest.weights_only else changes_since(manifest, state.config):
         log.warning("changed since the checkpoint: %s", change)
@@ -132,7 +132,7 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
 
 
 def save_checkpoint(state: TrainState) -> None:
-    """Begin a checkpoint of this iteration; `state.store` finishes it. Call on every rank."""
+    """Start to save a checkpoint of this iteration; `state.store` finishes it. Call on every rank."""
     manifest = CheckpointManifest.describe(
         state.config,
         state.provenance,

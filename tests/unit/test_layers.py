@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -274,6 +274,75 @@ def test_help_answers_at_once(command: str) -> None:
     assert report["code"] == 0
     assert not [name for name in HEAVY if name in report["modules"]]
     assert report["seconds"] < 2  # of processor time, so that a busy machine does not matter
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    """Return whether this is `if TYPE_CHECKING:`, whose imports are not made when the program runs."""
+    return isinstance(node, ast.If) and ast.unparse(node.test).split(".")[-1] == "TYPE_CHECKING"
+
+
+def runtime_imports(node: ast.AST) -> Iterator[str]:
+    """Return the dotted names that are imported when the program runs, late imports included."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            for other in child.orelse:  # type: ignore[attr-defined]
+                yield from runtime_imports(ast.Module([other], []))
+        elif isinstance(child, ast.Import | ast.ImportFrom):
+            yield from (name for _, name in imports(ast.Module([child], [])))
+        else:
+            yield from runtime_imports(child)
+
+
+def imported_files(path: Path, tree: ast.Module, files: Iterable[Path]) -> set[Path]:
+    """Return the files that a file imports: the module, or the `__init__.py` of a package, not those of the packages above."""
+    found = set()
+    for name in runtime_imports(tree):
+        module, package = name.replace(".", "/"), name.rpartition(".")[0].replace(".", "/")
+        candidates = map(Path, (f"{module}.py", f"{module}/__init__.py", f"{package}.py", f"{package}/__init__.py"))
+        found.add(next((file for file in candidates if file in files), path))
+    return found - {path}
+
+
+def circles(files: dict[Path, ast.Module]) -> list[str]:
+    """Return the groups of files that import each other, each as one line: files that all lead back to one another."""
+    edges = {path: imported_files(path, tree, files) for path, tree in files.items()}
+    reached = {path: reachable(path, edges) for path in edges}
+    groups = {frozenset(other for other in reached[path] if path in reached[other]) for path in edges}
+    return sorted(" <-> ".join(sorted(map(str, group))) for group in groups if group)
+
+
+def reachable(start: Path, edges: dict[Path, set[Path]]) -> set[Path]:
+    """Return every file that is imported on some way from a file; the file itself only where it is in a circle."""
+    found: set[Path] = set()
+    waiting = [start]
+    while waiting:
+        new = edges[waiting.pop()] - found
+        found |= new
+        waiting += new
+    return found
+
+
+def test_no_files_import_each_other() -> None:
+    found = circles({path: tree for path, tree in sources() if path.parts[0] == "megatron_ledom"})
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_circle"),
+    [
+        ("from p.b import x", "import p.a", True),
+        ("from p import b", "def late():\n    from p.a import y", True),
+        ("from p.b import x", "from p import *\nimport p.c", False),
+        ("import p.b", "if TYPE_CHECKING:\n    from p.a import y\nelse:\n    y = None", False),
+        ("import p.b", "try:\n    import json\nexcept ImportError:\n    from p.a import y", True),
+    ],
+)
+def test_a_circle_of_imports_is_found(first: str, second: str, is_circle: bool) -> None:
+    files = {"p/a.py": first, "p/b.py": second, "p/c.py": "import p.b", "p/__init__.py": ""}
+    if not is_circle:
+        files["p/c.py"] = ""
+    expected = ["p/a.py <-> p/b.py"] if is_circle else []
+    assert circles({Path(name): ast.parse(source) for name, source in files.items()}) == expected
 
 
 def imported_at_once(path: Path) -> set[str]:
