@@ -67,7 +67,7 @@ def main() -> int:
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from megatron_ledom.planning.dry_run import dry_run
-        from megatron_ledom.planning.run_plan import refuse
+        from megatron_ledom.planning.verdicts import refuse
 
         described = dry_run(config, planned_world_size(config))
         print(described.text, flush=True)
@@ -184,7 +184,7 @@ def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False)
     """Refuse what a start on `num_ranks` ranks would refuse, without a GPU, and, unless accepted, a plan whose memory or disk
     does not suffice (PlanError). Returns what the start would do, in one line, and the verdicts."""
     from megatron_ledom.data.blends.sources import load_run_tokenizer, load_sources
-    from megatron_ledom.planning.run_plan import disk_verdict, memory_verdict, planned, refuse
+    from megatron_ledom.planning.verdicts import disk_verdict, memory_verdict, planned, refuse
 
     check_config(config, num_ranks)
     check_surroundings(config)
