@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
@@ -44,7 +45,7 @@ class Lock:
     def __init__(self, path: str, *, is_inherited: bool = True) -> None:
         self.path = path
         self._lock = fcntl.flock if is_inherited else fcntl.lockf
-        self._descriptor = -1
+        self._file: BinaryIO
 
     def take(self, *, is_shared: bool = False) -> bool:
         """Return True if the lock is ours now, or there are no locks here. Raise OSError where its file cannot be made.
@@ -52,26 +53,25 @@ class Lock:
         is_shared: beside others that share it, which is no more than a look.
         """
         while True:
-            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+            file = open(self.path, "r+b", buffering=0, opener=_open_or_make)  # noqa: SIM115  closed in release()
             try:
-                self._lock(descriptor, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                self._lock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except OSError as error:
-                if error.errno in (errno.EACCES, errno.EAGAIN):
-                    os.close(descriptor)
-                    return False
                 if error.errno not in NO_LOCKS:
-                    os.close(descriptor)
+                    file.close()
+                    if error.errno in (errno.EACCES, errno.EAGAIN):
+                        return False
                     raise
                 _warn_of_no_locks(os.path.dirname(self.path), error.strerror)
-            self._descriptor = descriptor
+            self._file = file
             if self._is_current():
                 return True
-            os.close(descriptor)  # its holder removed it between our opening and locking; try the new one
+            file.close()  # its holder removed it between our opening and locking; try the new one
 
     def note(self, text: str) -> None:
         """Write into the file who holds the lock, or how far that one is. Call while it is held. Raise OSError."""
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{text}\n".encode(), 0)
+        os.ftruncate(self.fileno(), 0)
+        os.pwrite(self.fileno(), f"{text}\n".encode(), 0)
 
     def holder(self) -> str:
         """Return the note of the process that holds the lock, which is another one."""
@@ -82,21 +82,25 @@ class Lock:
 
     def fileno(self) -> int:
         """Return the descriptor that a process started by this one keeps open to hold the lock as well."""
-        return self._descriptor
+        return self._file.fileno()
 
     def release(self, *, keep_file: bool = False) -> None:
         """Give the lock up, and remove its file before: nobody can hold a file that has no name."""
         if not keep_file and self._is_current():
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
-        os.close(self._descriptor)
+        self._file.close()
 
     def _is_current(self) -> bool:
         """Return True if the open file still has its name."""
         try:
-            return os.path.samestat(os.fstat(self._descriptor), os.stat(self.path))
+            return os.path.samestat(os.fstat(self.fileno()), os.stat(self.path))
         except OSError:
             return False
+
+
+def _open_or_make(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
 
 
 @functools.cache
@@ -231,27 +235,18 @@ def build_once(
     """
     lock, folder = Lock(lock_path), os.path.dirname(lock_path)
     last_seen = told = time.monotonic()
-
-    def note(text: str) -> None:
-        """Leave a line in the lock's file."""
-        lock.note(f"{node()}, process {os.getpid()}: {text}")
-
     while not is_done():
         try:
             os.makedirs(folder, exist_ok=True)
             is_free = lock.take(is_shared=not may_build)
         except OSError as error:
             raise cannot_build(error, folder) from error
+        if is_free and may_build:
+            _build(lock, is_done, build)
+            return
         now = time.monotonic()
         if is_free:
-            try:
-                if may_build:
-                    note("has begun")
-                    if not is_done():  # another node may have been at it
-                        build(note)
-                    return
-            finally:
-                lock.release(keep_file=True)
+            lock.release(keep_file=True)
         else:
             last_seen = now
         if now - last_seen > patience_seconds:
@@ -263,6 +258,21 @@ def build_once(
             told = now
             log.warning("node %s waits for the sample index in %s; %s", node(), folder, lock.holder())
         time.sleep(POLL_SECONDS)
+
+
+def _build(lock: Lock, is_done: Callable[[], bool], build: Callable[[Callable[[str], None]], None]) -> None:
+    """Build what is missing while the lock is held, and release it."""
+
+    def note(text: str) -> None:
+        """Leave a line in the lock's file."""
+        lock.note(f"{node()}, process {os.getpid()}: {text}")
+
+    try:
+        note("has begun")
+        if not is_done():  # another node may have been at it
+            build(note)
+    finally:
+        lock.release(keep_file=True)
 
 
 def cannot_build(error: OSError, folder: str) -> UsageError:
