@@ -21,12 +21,12 @@ from mistakes import mistakes
 from rewards import Rewards
 from sections import Section, ablation, claims, loss, not_reproduced, reward
 from settings import Settings
-from steps import write_whole
 from twins import DIRECTIONS
 
 from megatron_ledom.markdown import markdown_table
 from megatron_ledom.reports import pages
 from megatron_ledom.reports.selection import figures_of
+from megatron_ledom.storage.files import write_file
 
 STYLE = "table { margin-bottom: 1.5rem; }"
 
@@ -42,7 +42,7 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     results["mistakes"] = mistakes(rewards, weights)
     results |= {"abilities": Abilities(twins).results(), "backward": backward.results()}
     results |= {"ablations": ablations.results(), "wrong": ablations.wrong_direction()}
-    write_whole(folder / "results.json", json.dumps(results, indent=1))
+    write_file(folder / "results.json", json.dumps(results, indent=1))
     failed = [*not_reproduced(results), *abilities_not_reproduced(results["abilities"])]
     failed = failed or ["Every direction of effect that was looked at is as published."]
     sections = [
@@ -55,10 +55,10 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
         *ablation(results),
     ]
     title = f"The claims of LEDOM in miniature, size {size}"
-    write_whole(folder / "summary.md", _markdown(title, sections))
+    write_file(folder / "summary.md", _markdown(title, sections))
     page = folder / "report.html"
     body = [line for section in sections for line in _as_html(section)]
-    write_whole(page, pages.page(title, [*body, "<h2>Commands and hashes</h2>", *_commands(notes, settings)], STYLE))
+    write_file(page, pages.page(title, [*body, "<h2>Commands and hashes</h2>", *_commands(notes, settings)], STYLE))
     return page
 
 

@@ -19,6 +19,7 @@ from megatron_ledom.errors import UsageError
 from megatron_ledom.model.arithmetic import flops_per_token, model_flops_utilisation
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.platform.device import Platform, peak_flops
+from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.records import METRICS, Record
 from megatron_ledom.training.log_guard import GuardedLog, RecordLog, Sink
 
@@ -169,5 +170,5 @@ def wandb_run_id(run_dir: str) -> str:
     """What Weights & Biases knows the run by: made once and kept in the run folder, whose name may not be the only one of its kind."""
     path = Path(run_dir, WANDB_ID)
     if not path.exists() or not path.read_text().strip():
-        path.write_text(secrets.token_hex(8) + "\n")
+        write_file(path, secrets.token_hex(8) + "\n")
     return path.read_text().strip()

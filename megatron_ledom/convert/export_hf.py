@@ -18,10 +18,11 @@ from megatron_ledom.convert.gate import Conversion, Gate, How, pass_gate, verifi
 from megatron_ledom.convert.hf_config import build_hf_config
 from megatron_ledom.convert.hf_folder import CONFIG, WeightsWriter, run_tokenizer, write_cards, write_companions, write_config
 from megatron_ledom.convert.model_card import write_model_card
-from megatron_ledom.convert.new_folder import PART, new_folder
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
+from megatron_ledom.storage.files import PART_SUFFIX
+from megatron_ledom.storage.folders import new_folder
 from megatron_ledom.storage.hashes import checksum
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,7 @@ def export_hf(
         gate = pass_gate(Conversion(checkpoint, manifest, part, hf_config, PARAMS_DTYPES[config.model.params_dtype]), verify)
         write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=gate is not None)
         write_cards(part, CARD, _card(checkpoint, manifest, files, gate))
-        write_config(part, CONFIG + PART, hf_config)
+        write_config(part, CONFIG + PART_SUFFIX, hf_config)
     log.info("exported %s to %s as %s", checkpoint, save, hf_config.architectures[0])
     return gate
 

@@ -59,7 +59,7 @@ class WeightsWriter:
         }
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-        """Write all tensors, and the index if there are several files; all of it is on disk. Returns sha256 by file name."""
+        """Write all tensors, which are on disk then, and the index if there are several files. Returns sha256 by file name."""
         files = {}
         with ThreadPoolExecutor(4) as threads:
             stream = read_ahead(iter(tensors), threads)
@@ -68,7 +68,7 @@ class WeightsWriter:
             sums = {name: file.sums()["sha256"] for name, file in files.items()}
         if len(self._files) > 1:
             content = json.dumps(self._index, indent=2, allow_nan=False).encode()
-            write_synced(os.path.join(self.folder, INDEX), content)
+            Path(self.folder, INDEX).write_bytes(content)
             sums[INDEX] = hashlib.sha256(content).hexdigest()
         return sums
 
@@ -103,14 +103,6 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise UsageError(f"--max-shard-size {text} is no size; give one such as 5GB or 500MB")
     return size
-
-
-def write_synced(path: str, content: bytes) -> None:
-    """Write a small file; it is on disk after this."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class WeightsReader:
@@ -302,7 +294,7 @@ def write_companions(folder: str, tokenizer: str, provenance: Provenance) -> Non
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     if (config := Path(folder, TOKENIZER_CONFIG)).is_file():  # a run of an earlier release may hold paths in it
         kept = json.dumps(without_local(read_object(str(config))), indent=2, ensure_ascii=False)
-        write_synced(str(config), kept.encode())
+        config.write_text(kept, encoding="utf-8")
     loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if loaded.eos_token_id != provenance.eod_id:
         raise DataError(
@@ -313,13 +305,13 @@ def write_companions(folder: str, tokenizer: str, provenance: Provenance) -> Non
 
 def write_config(folder: str, name: str, hf_config: PreTrainedConfig) -> None:
     """What becomes config.json, without which no folder loads: call it when all else is written and checked."""
-    write_synced(os.path.join(folder, name), hf_config.to_json_string().encode())
+    Path(folder, name).write_text(hf_config.to_json_string(), encoding="utf-8")
 
 
 def write_cards(folder: str, name: str, card: dict[str, Any]) -> None:
     """The verification card: `name` as JSON, VERIFICATION.md for people."""
-    write_synced(os.path.join(folder, name), (json.dumps(card, indent=2, allow_nan=False) + "\n").encode())
-    write_synced(os.path.join(folder, "VERIFICATION.md"), _as_markdown(card).encode())
+    Path(folder, name).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    Path(folder, "VERIFICATION.md").write_text(_as_markdown(card), encoding="utf-8")
 
 
 def _as_markdown(card: dict[str, Any]) -> str:

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,13 +35,13 @@ from megatron_ledom.convert.hf_folder import (
     TOKENIZER,
     WeightsReader,
     write_cards,
-    write_synced,
 )
-from megatron_ledom.convert.new_folder import PART, new_folder
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
+from megatron_ledom.storage.files import PART_SUFFIX
+from megatron_ledom.storage.folders import new_folder
 from megatron_ledom.storage.hashes import checksum
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
@@ -88,10 +89,10 @@ def import_hf(
         manifest = _write_checkpoint(checkpoint, config, loaded, reader, weights, max_shard_size)
         gate = pass_gate(Conversion(checkpoint, manifest, load, hf_config, reader.holding_dtype()), verify)
         loaded.save(os.path.join(part, TOKENIZER))
-        write_synced(os.path.join(part, MODEL_YAML), _model_yaml(config, loaded).encode())
+        Path(part, MODEL_YAML).write_text(_model_yaml(config, loaded), encoding="utf-8")
         sums = {name: found.result()["sha256"] for name, found in sources.items()}
         write_cards(part, CARD, _card(load, hf_config, sums, manifest, gate))
-        write_synced(os.path.join(part, latest + PART), f"{checkpoint_name(0)}\n".encode())
+        Path(part, latest + PART_SUFFIX).write_text(f"{checkpoint_name(0)}\n", encoding="utf-8")
     log.info(
         "imported %s to %s, to be trained in the %s direction: --config %s", load, save, aim, os.path.join(save, MODEL_YAML)
     )

@@ -21,7 +21,7 @@ MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "markdown": {"errors", "storage"},
     "tokenizers": {"direction", "errors", "provenance", "storage"},
     "config": {"direction", "errors", "storage"},
-    "platform": {"config", "direction", "errors"},
+    "platform": {"config", "direction", "errors", "storage"},
     "ops": {"config", "direction", "errors", "platform"},
     "parallel": {"config", "direction", "errors", "platform"},
     "planning": {"config", "direction", "errors", "markdown", "model", "storage"},

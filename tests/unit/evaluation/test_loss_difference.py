@@ -214,7 +214,7 @@ def test_the_tool_writes_a_report_and_a_killed_run_goes_on_with_the_same_bytes(
     assert {name: (output / name).read_bytes() for name in names} == whole
     assert run_here(monkeypatch, *options, "--output", str(output), "--context", "64") == 1
     told = capsys.readouterr()
-    assert "context was 512, is 64" in told.err
+    assert "context was 512 and is 64" in told.err
     report = json.loads(whole["report.json"])
     assert report["all"]["documents"] == 7
     assert report["about"]["forward"]["model"] == folders["forward"]
