@@ -14,12 +14,10 @@ def markdown_table(rows: Sequence[Sequence[str]], align: str = "") -> str:
     align: `l` or `r` for each column; columns beyond it are left as Markdown aligns them.
     """
     ends = [":" if side == "r" else "" for side in align.ljust(len(rows[0]))]
-    lines = ["".join(f"| {cell} " if cell else "| " for cell in map(_escaped, row)) + "|" for row in rows]
-    return "\n".join([lines[0], "|" + "".join(f"---{end}|" for end in ends), *lines[1:]])
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
+    headings, *lines = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    head = "".join(f"| {cell} " if cell else "| " for cell in headings)
+    rule = "".join(f"|---{end}" for end in ends)
+    return "\n".join([f"{head}|", f"{rule}|", *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
 def write_between(file: str, mark: str, text: str) -> None:

@@ -1,10 +1,10 @@
-"""The weights of a Hugging Face folder as a stream: safetensors files of a bounded size, written and read tensor by tensor.
+"""The files of a Hugging Face folder: weights as a stream, and the tokenizer and configs that stand beside them.
+
+Weights are safetensors files of a bounded size, written and read tensor by tensor.
 
 The format is a specification: 8 bytes of length, a JSON header with type, shape and place of every tensor, then their bytes.
 The library that reads it everywhere writes a file from memory only; the writer here holds one tensor,
 and the next, which is read meanwhile.
-
-What stands beside the weights of an exported folder: tokenizer, generation config, the cards, and config.json, the last.
 """
 
 import hashlib
@@ -97,7 +97,7 @@ class WeightsWriter:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB` (powers of ten) or a number. Raises UsageError."""
+    """Return the bytes of `5GB`, `500MB` (powers of ten) or a number. Raises UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
     if size < 1:
@@ -271,7 +271,7 @@ CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 
 def run_tokenizer(checkpoint: str, provenance: Provenance) -> str:
-    """The folder of the run's copy of its tokenizer. Raises DataError without one, MismatchError if it is another one."""
+    """Return the folder of the run's copy of its tokenizer. Raises DataError without one, MismatchError if it is another one."""
     folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(checkpoint))), TOKENIZER)
     if not os.path.isdir(folder):
         raise DataError(
@@ -289,7 +289,7 @@ def run_tokenizer(checkpoint: str, provenance: Provenance) -> str:
 
 
 def write_companions(folder: str, tokenizer: str, provenance: Provenance) -> None:
-    """Everything but weights, cards and config.json. Raises DataError when stock transformers would not stop at the eod."""
+    """Write everything but weights, cards and config.json. Raises DataError when stock transformers would not stop at the eod."""
     build_generation_config(provenance).save_pretrained(folder)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     if (config := Path(folder, TOKENIZER_CONFIG)).is_file():  # a run of an earlier release may hold paths in it
@@ -304,40 +304,5 @@ def write_companions(folder: str, tokenizer: str, provenance: Provenance) -> Non
 
 
 def write_config(folder: str, name: str, hf_config: PreTrainedConfig) -> None:
-    """What becomes config.json, without which no folder loads: call it when all else is written and checked."""
+    """Write what becomes config.json, without which no folder loads: call it when all else is written and checked."""
     Path(folder, name).write_text(hf_config.to_json_string(), encoding="utf-8")
-
-
-def write_cards(folder: str, name: str, card: dict[str, Any]) -> None:
-    """The verification card: `name` as JSON, VERIFICATION.md for people."""
-    Path(folder, name).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    Path(folder, "VERIFICATION.md").write_text(_as_markdown(card), encoding="utf-8")
-
-
-def _as_markdown(card: dict[str, Any]) -> str:
-    gate = card["verification"]
-    lines = ["# How this conversion was verified", ""]
-    if gate is None:
-        lines += [
-            "**It was not**: the logits gate was skipped with `--no-verify`. Nobody has compared what both models compute.",
-            "",
-        ]
-    else:
-        lines += [
-            f"Logits of the megatron-core model and of stock transformers were compared {gate['how'].replace('_', ' ')} at"
-            f" {gate['positions']} positions of fixed and random ids.",
-            "",
-            "| figure | value | limit |",
-            "|---|---|---|",
-            f"| largest difference of a logit, fp32 | {gate['largest_logit_difference']:.3g} |"
-            f" {gate['limits']['largest_logit_difference']:g} |",
-        ]
-        for key, value in (gate["bf16"] or {}).items():
-            lines.append(f"| {key.replace('_', ' ')}, bf16 | {value:.6g} | {gate['limits'].get(key, 'none')} |")
-        lines.append("")
-    lines += ["| | |", "|---|---|"]
-    shown = [(key, value) for key, value in card.items() if isinstance(value, str | int | float | None)]
-    lines += [f"| {key.replace('_', ' ')} | {value} |" for key, value in shown]
-    for title in ("versions", "files"):
-        lines += ["", f"| {title} | |", "|---|---|", *(f"| {key} | {value} |" for key, value in card[title].items())]
-    return "\n".join(lines) + "\n"
