@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -35,14 +36,16 @@ log = logging.getLogger("megatron_ledom.pretrain")
 COMPLETE = "nothing is left to do; a higher train.train_iters trains on"
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; torch is not imported yet."""
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Return the command line; torch is not imported yet."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_ledom.pretrain",
+        prog=prog or "python -m megatron_ledom.pretrain",
         description="Train a reverse (or forward) language model from indexed shards.",
         epilog="Example: torchrun --nproc-per-node 8 -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml train.seed=1",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run; see examples/configs")
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML of the run, or a name that `ledom configs list` shows"
+    )
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the resolved config and every derived number, and stop")
     what.add_argument(
@@ -58,12 +61,12 @@ def parse_arguments() -> argparse.Namespace:
         "--progress", action="store_true", help="print the saved iteration and the last one of the run, `18000 51900`, and stop"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
-    return parser.parse_args()
+    return parser
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Parse, check, then train or describe; the exit code."""
-    arguments = parse_arguments()
+    arguments = build_parser(prog).parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from megatron_ledom.planning.dry_run import dry_run

@@ -33,6 +33,7 @@ MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "training": ENGINE | {"data", "model", "checkpoint", "tokenizers"},
     "callbacks": ENGINE | {"data", "model", "training", "inference", "evaluation"},
     "convert": ENGINE | {"tokenizers", "model", "checkpoint", "inference"},
+    "cli": {*ENGINE, "convert", "data", "evaluation", "finetune", "inference", "planning", "reports", "training", "checkpoint"},
     "finetune": ENGINE | {"data", "inference", "tokenizers"},
     "inference": {"direction", "errors", "provenance", "storage", "tokenizers"},
     "evaluation": {"direction", "errors", "provenance", "inference", "storage", "tokenizers"},
