@@ -1,6 +1,12 @@
 """Stands where the compiled module of this name was not built, and says so; Python finds the compiled one first."""
 
+from typing import TYPE_CHECKING, Any
+
 from megatron_ledom.errors import UsageError
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Any: ...
 
 raise UsageError(
     "megatron_ledom was installed without its C++ helpers (no compiled module megatron_ledom._helpers), which shards and training"

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 from megatron_ledom.callbacks.chosen_tasks import check_tasks, task_evaluation
 from megatron_ledom.callbacks.held_out import check_held_out
 from megatron_ledom.checkpoint.folder import advising_another, latest_checkpoint, settle_latest
+from megatron_ledom.cli.options import add_config
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
 from megatron_ledom.config.load import load_config
@@ -43,9 +44,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         description="Train a reverse (or forward) language model from indexed shards.",
         epilog="Example: torchrun --nproc-per-node 8 -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml train.seed=1",
     )
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="YAML of the run, or a name that `ledom configs list` shows"
-    )
+    add_config(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the resolved config and every derived number, and stop")
     what.add_argument(
@@ -60,7 +59,6 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     what.add_argument(
         "--progress", action="store_true", help="print the saved iteration and the last one of the run, `18000 51900`, and stop"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
     return parser
 
 

@@ -14,7 +14,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--hardware",
         required=True,
         metavar="NAME",
-        help="a name that `ledom configs list` shows: peaks, links and prices are taken from it",
+        help="a name from `ledom configs list`: peaks, links and prices are taken from it",
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="the hardware file to write")
     return parser

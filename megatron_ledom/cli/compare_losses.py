@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_ledom.cli.options import add_batch_size, add_unrecorded_direction
+
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the command line."""
@@ -18,13 +20,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "most tokens fed at once; longer documents are read in windows that overlap by half (default: the models' positions)"
     )
     parser.add_argument("--context", type=int, metavar="N", help=context)
-    parser.add_argument("--batch-size", type=int, default=16, help="most sequences at once (default %(default)s)")
+    add_batch_size(parser)
     parser.add_argument("--seed", type=int, default=0, help="of the intervals (default %(default)s)")
     text = "compare whole documents by bits a byte where the tokenizers are not the same"
     parser.add_argument("--different-tokenizers", action="store_true", help=text)
-    foreign = "of a reverse model whose config.json records no direction"
-    parser.add_argument("--direction", choices=["reverse"], help=foreign)
-    parser.add_argument("--eod-id", type=int, metavar="ID", help=foreign)
+    add_unrecorded_direction(parser)
     return parser
 
 

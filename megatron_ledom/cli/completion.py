@@ -7,6 +7,7 @@ zsh:                      ledom completion zsh > FOLDER/_ledom, where FOLDER is 
 
 import argparse
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 from megatron_ledom.cli.main import GROUPS, load
 
@@ -27,7 +28,7 @@ def whole_parser() -> argparse.ArgumentParser:
     """Return one parser with those of all commands below it."""
     parser = argparse.ArgumentParser(prog="ledom")
     parser.add_argument("--version", action="store_true", help="print the version")
-    commands = parser.add_subparsers(parser_class=_parser_of)
+    commands = parser.add_subparsers(parser_class=cast("type[argparse.ArgumentParser]", _parser_of))
     for group in GROUPS.values():
         for name, text in group.items():
             commands.add_parser(name, help=text, command=name)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_ledom.cli.options import add_overwrite
 from megatron_ledom.platform.quiet import quiet_libraries
 
 GATE = (
@@ -27,7 +28,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--load", required=True, metavar="RUN_OR_ITER", help="run folder (its latest checkpoint) or one checkpoint"
     )
     export.add_argument("--save", required=True, metavar="DIR", help="folder to write; it appears when everything has passed")
-    export.add_argument("--overwrite", action="store_true", help="replace --save if it is an earlier export")
+    add_overwrite(export, "--save if it is an earlier export")
     export.add_argument("--architecture", metavar="NAME", help="such as MistralForCausalLM; default: the first that fits")
     load = commands.add_parser(
         "hf-to-mcore",

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_ledom.cli.options import add_batch_size
+
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the command line."""
@@ -19,7 +21,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--num-fewshot", type=int, default=0, metavar="K", help="demonstrations (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of demonstrations (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="most that is written (default: the task's own)")
-    parser.add_argument("--batch-size", type=int, default=16, help="most sequences at once (default %(default)s)")
+    add_batch_size(parser)
     parser.add_argument("--allow-code-execution", action="store_true", help="run what a model writes for tasks that need it")
     parser.add_argument(
         "--sandbox",

@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from megatron_ledom.cli.options import add_unrecorded_direction
+
 CLEAR = "\x1b[H\x1b[2J"  # the terminal
 
 
@@ -20,8 +22,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="makes samples repeatable")
     parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end where one of these was written")
     parser.add_argument("--stream", action="store_true", help="show the text on the terminal while it grows at its front")
-    parser.add_argument("--direction", choices=["reverse"], help="for a reverse model whose config.json does not say so")
-    parser.add_argument("--eod-id", type=int, metavar="ID", help="for the same: the id that ends a text, if not the eos")
+    add_unrecorded_direction(parser)
     return parser
 
 

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_ledom.cli.options import add_overwrite
+
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the command line."""
@@ -15,7 +17,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="prefixes or patterns of them such as 'data/x-*-of-00064', whose matches are sorted",
     )
     parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the joined shard without ending")
-    parser.add_argument("--overwrite", action="store_true", help="replace a shard that exists")
+    add_overwrite(parser)
     return parser
 
 

@@ -6,23 +6,20 @@ Example: `python tools/plan_run.py --config examples/configs/ledom_7b.yaml --har
 import argparse
 from collections.abc import Sequence
 
+from megatron_ledom.cli.options import add_config
 from megatron_ledom.errors import PlanError
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", required=True, metavar="FILE", help="YAML of the run, or a name that `ledom configs list` shows"
-    )
-    parser.add_argument(
-        "--hardware", required=True, metavar="NAME", help="a name that `ledom configs list` shows, or a YAML file like those"
-    )
+    add_config(parser)
+    hardware = "a name from `ledom configs list`, or a YAML file like those"
+    parser.add_argument("--hardware", required=True, metavar="NAME", help=hardware)
     parser.add_argument("--num-gpus", type=int, metavar="N", help="devices; default: parallel.world_size")
     parser.add_argument("--search", action="store_true", help="try every layout, and plan the best one")
     parser.add_argument("--save-config", metavar="FILE", help="write the planned run as YAML for the trainer")
     parser.add_argument("--output", metavar="DIR", help="write pictures, plan.html and, of a search, layouts.tsv")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
     return parser
 
 

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_ledom.cli.options import add_overwrite
+
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the command line."""
@@ -20,7 +22,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     text = "a pair longer than a sample: refused, left out, or its given part cut at the end far from what is scored (default refuse)"
     parser.add_argument("--too-long", choices=policies, help=text)
     parser.add_argument("--eod-token", metavar="TOKEN", help="closes each pair (default: the tokenizer's eos)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a shard that exists")
+    add_overwrite(parser)
     return parser
 
 

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_ledom.cli.options import add_bad_records, add_overwrite, add_text_template
+
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the command line."""
@@ -25,16 +27,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add("--output-prefix", required=True, metavar="P", help="path of the shard without ending")
     add("--direction", choices=["reverse", "forward"], default="reverse", help="order in which ids are stored")
     add("--text-key", default="text", help="JSON key or column of the text; a.b is key b of the object at key a")
-    add(
-        "--text-template",
-        metavar="T",
-        help=r"joins several keys to one text, such as '{question}\n{answer}'; \n is a line break, a doubled brace a brace",
-    )
+    add_text_template(parser)
     add("--workers", type=int, help="processes; default: the cores this process may use")
     add("--dtype", choices=["auto", "uint16", "int32"], default="auto", help="type of stored ids")
-    add("--on-error", choices=["fail", "skip"], default="fail", help="what to do with a bad record")
-    add("--max-record-bytes", type=int, default=256 << 20, metavar="N", help="a longer record is a bad one")
-    add("--overwrite", action="store_true", help="replace a shard that exists, and unfinished work of another request")
+    add_bad_records(parser)
+    add_overwrite(parser, "a shard that exists, and unfinished work of another request")
 
     ids = parser.add_argument_group("what closes and opens documents")
     ids.add_argument("--eod-token", metavar="T", help="token that closes each document; default: the tokenizer's eos")

@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_ledom.cli.options import add_batch_size, add_overwrite
+
 TRUST = (
     "accept scores of a server that names neither tokens nor ids of the prompt: their number alone is checked, so a BOS in front"
     " with a cut end stays unseen (default: refuse such a server)"
@@ -35,11 +37,10 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--trust-token-counts", action="store_true", help=TRUST)
     text = "eod of a public reverse checkpoint, whose config.json records no direction; in this process only"
     parser.add_argument("--reverse-eod-id", type=int, metavar="ID", help=text)
-    parser.add_argument("--batch-size", type=int, default=16, help="most sequences at once (default %(default)s)")
+    add_batch_size(parser)
     parser.add_argument("--token-values", action="store_true", help="write the ids and log-probabilities of single tokens too")
 
-    text = "replace an output, or unfinished work, that is there and was made from another input or with other options"
-    parser.add_argument("--overwrite", action="store_true", help=text)
+    add_overwrite(parser, "an output, or unfinished work, that is there and was made from another input or with other options")
     parser.add_argument("--too-long", choices=("refuse", "skip"), default="refuse", help=TOO_LONG)
 
     reward = parser.add_argument_group("reward")

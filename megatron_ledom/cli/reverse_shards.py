@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_ledom.cli.options import add_overwrite
+
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the command line."""
@@ -15,7 +17,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="prefixes or patterns of them such as 'data/x-*-of-00064'; several become one shard, in this order",
     )
     parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the turned shard without ending")
-    parser.add_argument("--overwrite", action="store_true", help="replace a shard that exists")
+    add_overwrite(parser)
     foreign = parser.add_argument_group("inputs without a manifest, made by another tool")
     foreign.add_argument("--tokenizer", metavar="PATH", help="the tokenizer they were made with (needed)")
     foreign.add_argument("--eod-token", metavar="T", help="token that closes documents; default: the tokenizer's eos")

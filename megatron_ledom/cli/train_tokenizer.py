@@ -3,6 +3,8 @@
 import argparse
 from collections.abc import Sequence
 
+from megatron_ledom.cli.options import add_bad_records, add_text_template
+
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the command line."""
@@ -11,13 +13,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces; five specials come on top")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to make")
     parser.add_argument("--text-key", default="text", help="JSON key or Parquet column of the text")
-    parser.add_argument(
-        "--text-template",
-        metavar="T",
-        help=r"joins several keys to one text, such as '{question}\n{answer}'; \n is a line break, a doubled brace a brace",
-    )
-    parser.add_argument("--on-error", choices=["fail", "skip"], default="fail", help="what to do with a bad record")
-    parser.add_argument("--max-record-bytes", type=int, default=256 << 20, metavar="N", help="a longer record is a bad one")
+    add_text_template(parser)
+    add_bad_records(parser)
     parser.add_argument("--max-sentences", type=int, metavar="N", help="lines to learn from, drawn evenly; default: all")
     return parser
 
