@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Direction", "LedomError", "__version__"]
 
-_load = lazy_exports(__name__, {"Direction": "direction", "LedomError": "errors"})
+_load = lazy_exports(__name__, {"megatron_ledom.direction": ["Direction"], "megatron_ledom.errors": ["LedomError"]})
 
 
 def __getattr__(name: str) -> Any:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
 
     def __getattr__(name: str) -> Any: ...
 
+
 raise UsageError(
     "megatron_ledom was installed without its C++ helpers (no compiled module megatron_ledom._helpers), which shards and training"
     " need; inference and evaluation do without. Install a C++ compiler and the headers of Python (Debian: apt install g++"

@@ -74,11 +74,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
         "verify": None if arguments.no_verify else arguments.verify,
     }
     if arguments.command == "mcore-to-hf":
-        from megatron_ledom.convert.export_hf import export_hf
+        from megatron_ledom.convert.hf_export import export_hf
 
         export_hf(arguments.load, arguments.save, overwrite=arguments.overwrite, architecture=arguments.architecture, **both)
         return
-    from megatron_ledom.convert.import_hf import import_hf
+    from megatron_ledom.convert.hf_import import import_hf
 
     given = ("direction", "tokenizer", "eod_token", "seq_length", "params_dtype")
     import_hf(arguments.load, arguments.save, **{key: getattr(arguments, key) for key in given}, **both)

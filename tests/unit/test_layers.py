@@ -293,7 +293,7 @@ def imported_at_once(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("file", ["export_hf.py", "import_hf.py"])
+@pytest.mark.parametrize("file", ["hf_export.py", "hf_import.py"])
 def test_a_conversion_without_the_gate_does_not_wait_for_megatron_core(file: str) -> None:
     found = imported_at_once(Path("megatron_ledom/convert", file))
     assert {"torch", "transformers", "safetensors"} <= found

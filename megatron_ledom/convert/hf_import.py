@@ -22,9 +22,9 @@ from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import config_from_dict, published
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.convert.export_hf import SHARD_BYTES, versions
 from megatron_ledom.convert.gate import Conversion, Gate, How, pass_gate, verification
 from megatron_ledom.convert.hf_config import load_hf_config, read_model
+from megatron_ledom.convert.hf_export import SHARD_BYTES, versions
 from megatron_ledom.convert.hf_folder import (
     BLOCK_ELEMENTS,
     CONFIG,
