@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 from megatron_ledom.callbacks.chosen_tasks import check_tasks, task_evaluation
 from megatron_ledom.callbacks.held_out import check_held_out
 from megatron_ledom.checkpoint.folder import advising_another, latest_checkpoint, settle_latest
+from megatron_ledom.cli.options import add_config
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
 from megatron_ledom.config.load import load_config
@@ -35,14 +37,14 @@ log = logging.getLogger("megatron_ledom.pretrain")
 COMPLETE = "nothing is left to do; a higher train.train_iters trains on"
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; torch is not imported yet."""
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Return the command line; torch is not imported yet."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_ledom.pretrain",
+        prog=prog or "python -m megatron_ledom.pretrain",
         description="Train a reverse (or forward) language model from indexed shards.",
         epilog="Example: torchrun --nproc-per-node 8 -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml train.seed=1",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run; see examples/configs")
+    add_config(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the resolved config and every derived number, and stop")
     what.add_argument(
@@ -57,13 +59,12 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument(
         "--progress", action="store_true", help="print the saved iteration and the last one of the run, `18000 51900`, and stop"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
-    return parser.parse_args()
+    return parser
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Parse, check, then train or describe; the exit code."""
-    arguments = parse_arguments()
+    arguments = build_parser(prog).parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from megatron_ledom.planning.dry_run import dry_run

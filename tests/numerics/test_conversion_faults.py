@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
-from megatron_ledom.convert.export_hf import export_hf
+from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.convert.hf_folder import parse_size
-from megatron_ledom.convert.import_hf import import_hf
+from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError
 from megatron_ledom.storage import hashes as hashed_file

@@ -35,7 +35,7 @@ from megatron_ledom.planning.validation.published import (
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import output_file_lock
 
-CONFIG = Path(__file__).parents[2] / "examples/configs/ledom_7b.yaml"
+CONFIG = "ledom_7b"
 HARDWARE = ("a100-80", "h100-sxm")
 
 
@@ -44,7 +44,7 @@ def worked_examples() -> str:
     lines = ["| on 64 | layout | s/iteration | MFU | GiB a device |", "|---|---|---:|---:|---:|"]
     best: list[Plan] = []
     for name in HARDWARE:
-        found = search(load_config(str(CONFIG)), 64, load_hardware(name))
+        found = search(load_config(CONFIG), 64, load_hardware(name))
         best.append(found.ranked[0][1])
         for _, plan in found.ranked[:3]:
             cells = f"{plan.time.total:.1f} | {plan.mfu:.1%} | {plan.needed_gib:.1f}"

@@ -24,8 +24,8 @@ from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import config_from_dict, published
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.convert.cards import write_verification_card
-from megatron_ledom.convert.export_hf import SHARD_BYTES, versions
 from megatron_ledom.convert.hf_config import load_hf_config, read_model
+from megatron_ledom.convert.hf_export import SHARD_BYTES, versions
 from megatron_ledom.convert.hf_folder import (
     BLOCK_ELEMENTS,
     CONFIG,
