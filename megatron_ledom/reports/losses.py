@@ -52,7 +52,7 @@ Options = Mapping[str, Any]
 Rows = list[list[str]]
 
 
-def compare_command(options: Options) -> None:
+def compare_losses(options: Options) -> None:
     """Read both models on every document of a file; the same command goes on where it stopped."""
     check_batch_size(options["batch_size"])
     check_statistics()

@@ -30,7 +30,7 @@ NUMBERED = 200
 """Passes up to which the timeline writes the micro-batch's number into each."""
 
 
-def plan_and_text(
+def plan_run(
     config: str,
     hardware: str,
     num_gpus: int | None = None,

@@ -34,7 +34,7 @@ HTML_STYLE = """
 Options = dict[str, Any]
 
 
-def report_command(options: Options) -> None:
+def report_rerank(options: Options) -> None:
     """Compare the methods over reranked files, or explain one choice; write the page and print the finding."""
     for path in [*options["files"], *([options["beam"]] if options["beam"] else [])]:
         if not os.path.isfile(path):

@@ -6,14 +6,12 @@ The worked examples of the project's README, and how marked parts of documents a
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_ledom.config.load import load_config
-from megatron_ledom.errors import UsageError
 from megatron_ledom.planning.hardware import Hardware, load_hardware
 from megatron_ledom.planning.memory import GIB, activation_bytes, stage_memory, state_bytes
 from megatron_ledom.planning.plan import Plan, name_layout
@@ -32,8 +30,6 @@ from megatron_ledom.planning.validation.published import (
     open_points,
     points,
 )
-from megatron_ledom.storage.files import write_file
-from megatron_ledom.storage.locks import output_file_lock
 
 CONFIG = "ledom_7b"
 HARDWARE = ("a100-80", "h100-sxm")
@@ -64,23 +60,6 @@ def worked_examples() -> str:
     }
     lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
     return "\n".join(lines) + "\n"
-
-
-def write_between(file: str, mark: str, text: str) -> None:
-    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` of a document. Raises UsageError without them."""
-    with output_file_lock(file, "--write"):
-        before, _, after = marked(Path(file).read_text(encoding="utf-8"), mark, file)
-        write_file(file, f"{before}{text}{after}")
-
-
-def marked(document: str, mark: str, name: str) -> tuple[str, str, str]:
-    """A document up to and with a mark, what stands between it and its end, and the rest."""
-    begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
-    if document.count(begin) != 1 or document.count(end) != 1:
-        raise UsageError(f"{name} lacks the lines {begin.strip()} and {end}, between which the text goes")
-    before, rest = document.split(begin)
-    between, after = rest.split(end)
-    return before + begin, between, end + after
 
 
 Numbers = npt.NDArray[np.float64]
