@@ -10,7 +10,6 @@ and the next, which is read meanwhile.
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -40,6 +39,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK_ELEMENTS = 1 << 26
 """Of a matrix over the vocabulary, held at once where it is not held whole."""
 PICKLED = "pytorch_model.bin"
+TOKENIZER = "tokenizer"
+"""Folder in a run folder."""
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 
 class WeightsWriter:
@@ -130,11 +132,6 @@ class WeightsReader:
         for file in sorted(set(self._claimed.values())) or [self._start]:
             also_in |= self._read_header(file)
         self._check_claims(also_in)
-
-    @property
-    def num_elements(self) -> int:
-        """Of all tensors together."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def holding_dtype(self) -> torch.dtype:
         """The narrowest type that holds every tensor exactly: theirs, if they have one type, else fp32."""
@@ -263,11 +260,6 @@ class WeightsReader:
 
     def _named_by(self) -> str:
         return self._start if self._start.endswith(".index.json") else "transformers_weights of config.json"
-
-
-TOKENIZER = "tokenizer"
-"""Folder in a run folder."""
-CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 
 def run_tokenizer(checkpoint: str, provenance: Provenance) -> str:

@@ -20,34 +20,6 @@ from megatron_ledom.planning.validation.published import OpenPoint, Point, publi
 
 CONFIG = "ledom_7b"
 HARDWARE = ("a100-80", "h100-sxm")
-
-
-def worked_examples() -> str:
-    """Return the best layouts of the 7B on 64 devices of each kind, and what the first of them needs and takes."""
-    best: list[Plan] = []
-    layouts = [["on 64", "layout", "s/iteration", "MFU", "GiB a device"]]
-    for name in HARDWARE:
-        ranked = search(load_config(CONFIG), 64, load_hardware(name)).ranked
-        best.append(ranked[0][1])
-        for _, plan in ranked[:3]:
-            cells = [f"{plan.time.total:.1f}", f"{plan.mfu:.1%}", f"{plan.needed_gib:.1f}"]
-            layouts.append([plan.hardware.name, name_layout(plan.layout), *cells])
-    rows = {
-        "s/iteration, interval": [f"{plan.interval[0]:.1f} to {plan.interval[1]:.1f}" for plan in best],
-        "tokens/s a device": [f"{plan.tokens_per_second_per_device:,.0f}" for plan in best],
-        "days for 435.37 B tokens": [f"{plan.seconds / 86400:.1f}" for plan in best],
-        "device-hours": [f"{plan.device_hours:,.0f}" for plan in best],
-        "GiB: weights, gradients, optimizer": [f"{plan.stages[0].state / GIB:.1f}" for plan in best],
-        "GiB: activations and logits": [f"{(plan.stages[0].activations + plan.stages[0].logits) / GIB:.1f}" for plan in best],
-        "matrix products": [f"{plan.time.passes.matmul / plan.time.total:.0%}" for plan in best],
-        "attention": [f"{plan.time.passes.attention / plan.time.total:.0%}" for plan in best],
-        "element-wise kernels": [f"{plan.time.passes.memory / plan.time.total:.0%}" for plan in best],
-        "tensor-parallel traffic": [f"{plan.time.passes.tensor_comm / plan.time.total:.0%}" for plan in best],
-    }
-    figures = [["the best of them", *(plan.hardware.name for plan in best)], *([name, *cells] for name, cells in rows.items())]
-    return f"{markdown_table(layouts, 'llrrr')}\n\n{markdown_table(figures, 'lrr')}\n"
-
-
 Numbers = npt.NDArray[np.float64]
 PRIORS = {
     "matmul_efficiency": (0.78, 0.10),
@@ -226,3 +198,29 @@ def _peak_table() -> str:
         figures = [f"{peak.num_bytes / GIB:.2f}", f"{planned / GIB:.2f}", f"{planned / peak.num_bytes - 1:+.1%}"]
         rows.append([peak.name, peak.gpu, peak.source, *figures])
     return markdown_table(rows, "lllrrr")
+
+
+def worked_examples() -> str:
+    """Return the best layouts of the 7B on 64 devices of each kind, and what the first of them needs and takes."""
+    best: list[Plan] = []
+    layouts = [["on 64", "layout", "s/iteration", "MFU", "GiB a device"]]
+    for name in HARDWARE:
+        ranked = search(load_config(CONFIG), 64, load_hardware(name)).ranked
+        best.append(ranked[0][1])
+        for _, plan in ranked[:3]:
+            cells = [f"{plan.time.total:.1f}", f"{plan.mfu:.1%}", f"{plan.needed_gib:.1f}"]
+            layouts.append([plan.hardware.name, name_layout(plan.layout), *cells])
+    rows = {
+        "s/iteration, interval": [f"{plan.interval[0]:.1f} to {plan.interval[1]:.1f}" for plan in best],
+        "tokens/s a device": [f"{plan.tokens_per_second_per_device:,.0f}" for plan in best],
+        "days for 435.37 B tokens": [f"{plan.seconds / 86400:.1f}" for plan in best],
+        "device-hours": [f"{plan.device_hours:,.0f}" for plan in best],
+        "GiB: weights, gradients, optimizer": [f"{plan.stages[0].state / GIB:.1f}" for plan in best],
+        "GiB: activations and logits": [f"{(plan.stages[0].activations + plan.stages[0].logits) / GIB:.1f}" for plan in best],
+        "matrix products": [f"{plan.time.passes.matmul / plan.time.total:.0%}" for plan in best],
+        "attention": [f"{plan.time.passes.attention / plan.time.total:.0%}" for plan in best],
+        "element-wise kernels": [f"{plan.time.passes.memory / plan.time.total:.0%}" for plan in best],
+        "tensor-parallel traffic": [f"{plan.time.passes.tensor_comm / plan.time.total:.0%}" for plan in best],
+    }
+    figures = [["the best of them", *(plan.hardware.name for plan in best)], *([name, *cells] for name, cells in rows.items())]
+    return f"{markdown_table(layouts, 'llrrr')}\n\n{markdown_table(figures, 'lrr')}\n"
