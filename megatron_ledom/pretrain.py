@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from megatron_ledom.callbacks.chosen_tasks import check_tasks
 from megatron_ledom.callbacks.held_out import check_held_out
 from megatron_ledom.checkpoint.folder import latest_checkpoint, saved_iteration, settle_latest
+from megatron_ledom.cli.options import add_config
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
 from megatron_ledom.config.load import load_config
@@ -35,14 +36,14 @@ log = logging.getLogger("megatron_ledom.pretrain")
 COMPLETE = "nothing is left to do; a higher train.train_iters trains on"
 
 
-def parse_arguments() -> argparse.Namespace:
-    """Return the parsed command line."""
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Return the command line; torch is not imported yet."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_ledom.pretrain",
+        prog=prog or "python -m megatron_ledom.pretrain",
         description="Train a reverse (or forward) language model from indexed shards.",
         epilog="Example: torchrun --nproc-per-node 8 -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml train.seed=1",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run; see examples/configs")
+    add_config(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the resolved config and every derived number, and stop")
     what.add_argument(
@@ -57,20 +58,19 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument(
         "--progress", action="store_true", help="print the saved iteration and the last one of the run, `18000 51900`, and stop"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
-    return parser.parse_args()
+    return parser
 
 
-def main(*, callbacks: "Sequence[Callback]" = ()) -> int:
+def main(argv: Sequence[str] | None = None, prog: str | None = None, *, callbacks: "Sequence[Callback]" = ()) -> int:
     """Train, or describe the run, as the command line asks. Returns the exit code.
 
     callbacks: called after those of the config, at each moment.
     """
-    arguments = parse_arguments()
+    arguments = build_parser(prog).parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from megatron_ledom.planning.dry_run import dry_run
-        from megatron_ledom.planning.run_plan import refuse
+        from megatron_ledom.planning.verdicts import refuse
 
         described = dry_run(config, planned_world_size(config))
         print(described.text, flush=True)
@@ -182,7 +182,7 @@ def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False)
     Raises PlanError, unless accepted, where memory or disk do not suffice.
     """
     from megatron_ledom.data.blends.sources import load_run_tokenizer, load_sources
-    from megatron_ledom.planning.run_plan import disk_verdict, memory_verdict, planned, refuse
+    from megatron_ledom.planning.verdicts import disk_verdict, memory_verdict, planned, refuse
     from megatron_ledom.training.history import check_history
     from megatron_ledom.training.preflight import check_environment, is_complete
 

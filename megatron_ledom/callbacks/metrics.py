@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 from megatron_ledom.config.load import published
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
+from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.records import METRICS, Record
 from megatron_ledom.training.callback import EVALUATIONS, Callback, TrainingRun
 from megatron_ledom.training.log_guard import GuardedLog, RecordLog, Sink
@@ -157,5 +158,5 @@ def wandb_run_id(run_dir: str) -> str:
     """Return the id of the run at Weights & Biases: made once, and kept in the run folder, whose name need not be unique."""
     path = Path(run_dir, WANDB_ID)
     if not path.exists() or not path.read_text().strip():
-        path.write_text(secrets.token_hex(8) + "\n")
+        write_file(path, secrets.token_hex(8) + "\n")
     return path.read_text().strip()

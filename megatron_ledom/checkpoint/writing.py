@@ -27,12 +27,10 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_ledom.checkpoint.folder import (
-    BACKENDS,
     COMMON_FILES,
     PART,
     announce_latest,
     checkpoint_name,
-    fsync_path,
     latest_name,
     move_to_trash,
     publish_latest,
@@ -45,6 +43,7 @@ from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, TransientError, cannot_write, first_cause
 from megatron_ledom.platform.engine_state import SaveResults
 from megatron_ledom.platform.processes import die_with_the_parent, leave_signals_to_the_parent
+from megatron_ledom.storage.files import publish, sync
 from megatron_ledom.storage.hashes import FileSums, checksum
 from megatron_ledom.storage.records import SAVES, append_record
 
@@ -227,8 +226,7 @@ class CheckpointWriter:
         if os.path.exists(final):  # of a run that was taken back to an earlier one
             move_to_trash(self.folder, name)
         announce_latest(self.folder, name)
-        os.rename(part, final)
-        fsync_path(self.folder)
+        publish(part, final)
         publish_latest(self.folder)
 
 
@@ -250,11 +248,10 @@ def _complete(pending: _Pending, shares: list[Share]) -> None:
     part = pending.part
     pending.storage.finish(pending.metadata, [share.results for share in shares])
     save_backends(part)
-    fsync_path(os.path.join(part, BACKENDS))
     files = {name: sums for share in shares for name, sums in share.files.items()}
     files |= {name: checksum(os.path.join(part, name)) for name in COMMON_FILES}
     save_manifest(replace(pending.manifest, files=dict(sorted(files.items()))), part)
-    fsync_path(part)
+    sync(part)
 
 
 def _nothing() -> list[Any]:

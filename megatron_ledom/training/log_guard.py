@@ -57,7 +57,7 @@ class RecordLog(GuardedLog):
 
     def write(self, record: Record) -> None:
         """One line more."""
-        self.attempt(lambda: self._opened().append(record))
+        self.attempt(lambda: self._opened().add(record))
 
     def sync(self) -> None:
         """Bring the lines to disk."""

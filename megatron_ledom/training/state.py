@@ -9,7 +9,6 @@ import torch.distributed as dist
 from megatron_ledom.checkpoint.folder import advising_another
 from megatron_ledom.checkpoint.manifest import (
     CheckpointManifest,
-    changes_since,
     check_fits,
     check_same_samples,
     check_sizes,
@@ -17,6 +16,7 @@ from megatron_ledom.checkpoint.manifest import (
 )
 from megatron_ledom.checkpoint.store import CheckpointStore
 from megatron_ledom.config.derived import checkpoint_folder
+from megatron_ledom.config.load import to_dict
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import Sources
 from megatron_ledom.data.dataset.dataset import BlendSamples, build_held_out_datasets, build_train_dataset, index_cache
@@ -26,6 +26,7 @@ from megatron_ledom.parallel.collectives import check_same
 from megatron_ledom.parallel.groups import ParallelGroups, seed_iteration
 from megatron_ledom.platform.device import Platform
 from megatron_ledom.provenance import Provenance
+from megatron_ledom.storage.jobs import differences
 from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
 
 log = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ def build_state(
 def load_checkpoint(state: TrainState, checkpoint: str) -> None:
     """Load weights, optimizer, schedule and position from a checkpoint of this run. Call on every rank."""
     manifest = state.store.load_manifest(checkpoint)
-    for change in [] if manifest.weights_only else changes_since(manifest, state.config):
+    for change in [] if manifest.weights_only else differences(manifest.config, to_dict(state.config)):
         log.warning("changed since the checkpoint: %s", change)
     state.store.load(checkpoint, state.model, state.optimizer, state.scheduler)
     state.scheduler.num_steps = 0  # its load adds the stored position, which old checkpoints count in samples

@@ -187,7 +187,7 @@ def die_before_latest(kill_at: str) -> None:
 
     from megatron_ledom.checkpoint import writing
 
-    module, function = {"rename": (os, "rename"), "publish": (writing, "publish_latest")}[kill_at]
+    module, function = {"rename": (os, "replace"), "publish": (writing, "publish_latest")}[kill_at]
     original = getattr(module, function)
 
     def die(*arguments: object) -> None:

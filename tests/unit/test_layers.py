@@ -18,25 +18,39 @@ MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "errors": set(),
     "provenance": {"direction", "errors"},
     "storage": {"errors"},
+    "markdown": {"errors", "storage"},
     "tokenizers": {"direction", "errors", "provenance", "storage"},
     "config": {"direction", "errors", "storage"},
-    "platform": {"config", "direction", "errors"},
+    "platform": {"config", "direction", "errors", "storage"},
     "ops": {"config", "direction", "errors", "platform"},
     "parallel": {"config", "direction", "errors", "platform"},
-    "planning": {"config", "direction", "errors", "model", "storage"},
+    "planning": {"config", "direction", "errors", "markdown", "model", "storage"},
     "planning.calibration": ENGINE | {"planning"},
     "planning.dry_run": ENGINE | {"data", "planning", "model"},
-    "planning.run_plan": ENGINE | {"planning", "model", "checkpoint"},
+    "planning.verdicts": ENGINE | {"planning", "model", "checkpoint"},
     "data": ENGINE | {"tokenizers"},
     "model": ENGINE,
     "checkpoint": ENGINE,
     "training": ENGINE | {"data", "model", "checkpoint", "tokenizers"},
     "callbacks": ENGINE | {"data", "model", "training", "inference", "evaluation"},
-    "convert": ENGINE | {"tokenizers", "model", "checkpoint", "inference"},
+    "convert": ENGINE | {"tokenizers", "markdown", "model", "checkpoint", "inference"},
+    "cli": {
+        *ENGINE,
+        "convert",
+        "data",
+        "evaluation",
+        "finetune",
+        "inference",
+        "planning",
+        "reports",
+        "training",
+        "checkpoint",
+        "markdown",
+    },
     "finetune": ENGINE | {"data", "inference", "tokenizers"},
     "inference": {"direction", "errors", "provenance", "storage", "tokenizers"},
     "evaluation": {"direction", "errors", "provenance", "inference", "storage", "tokenizers"},
-    "reports": ENGINE | {"evaluation", "inference", "planning", "tokenizers", "training"},
+    "reports": ENGINE | {"evaluation", "inference", "markdown", "planning", "tokenizers", "training"},
 }
 MEGATRON_FREE = {
     *("config", "direction", "errors", "evaluation", "inference", "planning", "provenance", "reports", "storage"),
@@ -361,7 +375,7 @@ def imported_at_once(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("file", ["export_hf.py", "import_hf.py"])
+@pytest.mark.parametrize("file", ["hf_export.py", "hf_import.py"])
 def test_a_conversion_without_the_gate_does_not_wait_for_megatron_core(file: str) -> None:
     found = imported_at_once(Path("megatron_ledom/convert", file))
     assert {"torch", "transformers", "safetensors"} <= found
