@@ -52,16 +52,12 @@ def lock_run(run_dir: str) -> Iterator[None]:
         "two launches would spoil each other's checkpoints. Stop that one, or set another run_dir; if it is gone with its node,"
         f" delete {path}"
     )
-
-    def not_writable(error: OSError) -> ConfigError:
-        return _not_writable(run_dir, error.strerror)
-
     try:
         os.makedirs(run_dir, exist_ok=True)
     except OSError as error:
-        raise not_writable(error) from error
+        raise _not_writable(run_dir, error.strerror) from error
     lock, job = Lock(path, is_inherited=False), job_id(os.environ)
-    with hold(lock, f"run_dir={run_dir}", advice, not_writable, patience_seconds=PATIENCE_SECONDS, job=job, keep_file=True):
+    with hold(lock, f"run_dir={run_dir}", advice, patience_seconds=PATIENCE_SECONDS, job=job, keep_file=True):
         yield
 
 
