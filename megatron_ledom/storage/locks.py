@@ -109,16 +109,15 @@ def _warn_of_no_locks(folder: str, reason: str) -> None:
     log.warning("%s is on a file system without locks (%s): a second process that writes there is not noticed", folder, reason)
 
 
-def this_process(job: str | None = None) -> str:
-    """Return who this is, for the process that finds the output in use: process, host, SLURM job if given, and since when."""
+def this_process() -> str:
+    """Return who this is, for the process that finds the output in use: process, host, SLURM job if there is one, since when."""
+    job = os.environ.get("SLURM_JOB_ID")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return f"process {os.getpid()} on {socket.gethostname()}{f', SLURM job {job}' if job else ''}, since {now}"
 
 
 @contextmanager
-def hold(
-    lock: Lock, what: str, advice: str, *, patience_seconds: float = 0.0, job: str | None = None, keep_file: bool = False
-) -> Iterator[None]:
+def hold(lock: Lock, what: str, advice: str, *, patience_seconds: float = 0.0, keep_file: bool = False) -> Iterator[None]:
     """Hold a lock until the context ends. Raise UsageError when another process has it for `patience_seconds`, with `advice`.
 
     what: the output, as the user named it. Raise UsageError too where the lock's file cannot be made.
@@ -126,7 +125,7 @@ def hold(
     _wait_for(lock, what, advice, patience_seconds)
     try:
         try:
-            lock.note(this_process(job))
+            lock.note(this_process())
         except OSError as error:
             raise cannot_write(error, lock.path) from error
         yield

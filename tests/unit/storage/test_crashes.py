@@ -28,9 +28,9 @@ from megatron_ledom.inference.reverse_reward.rerank_part import Part, Window
 from megatron_ledom.storage.files import write_file, write_synced
 from megatron_ledom.storage.folders import new_folder
 from megatron_ledom.storage.jobs import WorkFolder, finish_unit
-from megatron_ledom.storage.lines import whole_lines
+from megatron_ledom.storage.lines import LineFile, whole_lines
 from megatron_ledom.storage.locks import LOCK_SUFFIX
-from megatron_ledom.storage.records import RecordFile, append_record, drop_after, read_records
+from megatron_ledom.storage.records import append_record, as_line, drop_after, read_records
 from tests.crashes import start, was_killed
 from tests.legible import legible_documents, legible_tokenizer, write_jsonl
 
@@ -175,9 +175,9 @@ def records_of_a_run(folder: Path, report: Report) -> None:
         append_record(bad, {"iteration": iteration, "reason": "x" * 99})
         report()
     drop_after(steps, 2)
-    file = RecordFile(steps)
+    file = LineFile(steps)
     for iteration in (3, 4):
-        file.add({"iteration": iteration, "lm_loss": 1.5})
+        file.append(as_line({"iteration": iteration, "lm_loss": 1.5}))
     file.sync()
     file.close()
 
@@ -264,7 +264,7 @@ def check_every_crash(job: Job, root: Path, *, tears: bool, changing: tuple[str,
         for name in expected:
             assert found[name] == expected[name] or name.endswith(changing or ("\0",)), (step, name)
         shutil.rmtree(folder)
-    assert step > job.steps
+    assert step > job.steps // (6 if tears else 1)
 
 
 @pytest.mark.parametrize("tears", [False, True], ids=["kill", "power failure"])
