@@ -155,6 +155,15 @@ def publish_latest(folder: str) -> None:
     publish(os.path.join(folder, LATEST + NEXT), os.path.join(folder, LATEST))
 
 
+def put_in_place(folder: str, name: str) -> None:
+    """Give the checkpoint `name`, which is on disk under its temporary name, its own, and let `latest` name it."""
+    if os.path.exists(os.path.join(folder, name)):  # of a run that was taken back to an earlier one
+        move_to_trash(folder, name)
+    announce_latest(folder, name)
+    publish(os.path.join(folder, name + PART), os.path.join(folder, name))
+    publish_latest(folder)
+
+
 def settle_latest(folder: str) -> None:
     """Publish what a kill left announced, see `latest_checkpoint`. Call while no other launch has the run."""
     if latest_name(folder) is None and latest_checkpoint(folder) is not None:

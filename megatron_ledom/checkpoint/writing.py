@@ -29,11 +29,10 @@ from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShard
 from megatron_ledom.checkpoint.folder import (
     COMMON_FILES,
     PART,
-    announce_latest,
     checkpoint_name,
     latest_name,
     move_to_trash,
-    publish_latest,
+    put_in_place,
     retire,
     save_backends,
     sweep,
@@ -43,7 +42,7 @@ from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, TransientError, cannot_write, first_cause
 from megatron_ledom.platform.engine_state import SaveResults
 from megatron_ledom.platform.processes import die_with_the_parent, leave_signals_to_the_parent
-from megatron_ledom.storage.files import publish, sync
+from megatron_ledom.storage.files import sync
 from megatron_ledom.storage.hashes import FileSums, checksum
 from megatron_ledom.storage.records import SAVES, append_record
 
@@ -199,7 +198,7 @@ class CheckpointWriter:
         if not failures:
             try:
                 _complete(pending, shares)
-                self._put_in_place(pending.part, checkpoint_name(pending.manifest.iteration))
+                put_in_place(self.folder, checkpoint_name(pending.manifest.iteration))
             except OSError as error:
                 failures = {"": cannot_write(error, error.filename or pending.part)}
         if failures:
@@ -220,14 +219,6 @@ class CheckpointWriter:
             append_record(path, {"iteration": iteration, "saved_at": datetime.now(UTC).isoformat(timespec="seconds")})
         except OSError as error:
             log.warning("%s cannot be written (%s); the checkpoint is saved all the same", path, error.strerror)
-
-    def _put_in_place(self, part: str, name: str) -> None:
-        final = os.path.join(self.folder, name)
-        if os.path.exists(final):  # of a run that was taken back to an earlier one
-            move_to_trash(self.folder, name)
-        announce_latest(self.folder, name)
-        publish(part, final)
-        publish_latest(self.folder)
 
 
 class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]

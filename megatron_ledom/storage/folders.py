@@ -29,8 +29,9 @@ def new_folder(
     without it, an existing one is refused. option: the user's name for the path.
     Raises UsageError for a target that cannot be used, or that another process is writing now, DataError when the disk is full.
     """
-    path = _followed(path, option).rstrip("/") or "/"
+    path = _followed(path, option)
     _check_name(path, option)
+    path = path.rstrip("/")
     _check_target(path, may_replace, option)
     part, made = path + PART_SUFFIX, _make_parents(path, option)
     try:
@@ -91,7 +92,7 @@ def _followed(path: str, option: str) -> str:
 
 def _check_name(path: str, option: str) -> None:
     """Refuse a folder that cannot be renamed, and beside which nothing can be made."""
-    if os.path.basename(path) in ("", ".", "..") or os.path.ismount(path):
+    if os.path.basename(path.rstrip("/")) in ("", ".", "..") or os.path.ismount(path):
         raise UsageError(
             f"{option} {path} is no folder that can be replaced by a new one (the working folder, one above it, or where a disk is"
             " mounted); name a folder in it, or call it by its own name from another folder"

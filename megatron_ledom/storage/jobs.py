@@ -10,7 +10,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from megatron_ledom.errors import UsageError, cannot_write
 from megatron_ledom.storage.files import PART_SUFFIX, write_whole
@@ -134,7 +134,7 @@ class WorkFolder:
         """Remove all of it: the job is done, or nothing of it is."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def __enter__(self) -> "WorkFolder":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:

@@ -17,14 +17,14 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
 from tqdm import tqdm
 
-from megatron_ledom.errors import NO_LOCKS, DataError, LedomError, UsageError, cannot_write
+from megatron_ledom.errors import NO_LOCKS, DataError, UsageError, cannot_write
 
 log = logging.getLogger(__name__)
 
@@ -109,31 +109,23 @@ def _warn_of_no_locks(folder: str, reason: str) -> None:
     log.warning("%s is on a file system without locks (%s): a second process that writes there is not noticed", folder, reason)
 
 
-def this_process(job: str | None = None) -> str:
-    """Return who this is, for the process that finds the output in use: process, host, SLURM job if given, and since when."""
+def this_process() -> str:
+    """Return who this is, for the process that finds the output in use: process, host, SLURM job if there is one, since when."""
+    job = os.environ.get("SLURM_JOB_ID")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return f"process {os.getpid()} on {socket.gethostname()}{f', SLURM job {job}' if job else ''}, since {now}"
 
 
 @contextmanager
-def hold(
-    lock: Lock,
-    what: str,
-    advice: str,
-    not_writable: Callable[[OSError], LedomError],
-    *,
-    patience_seconds: float = 0.0,
-    job: str | None = None,
-    keep_file: bool = False,
-) -> Iterator[None]:
+def hold(lock: Lock, what: str, advice: str, *, patience_seconds: float = 0.0, keep_file: bool = False) -> Iterator[None]:
     """Hold a lock until the context ends. Raise UsageError when another process has it for `patience_seconds`, with `advice`.
 
-    what: the output, as the user named it. not_writable: makes the error where the lock's file cannot be made.
+    what: the output, as the user named it. Raise UsageError too where the lock's file cannot be made.
     """
-    _wait_for(lock, what, advice, not_writable, patience_seconds)
+    _wait_for(lock, what, advice, patience_seconds)
     try:
         try:
-            lock.note(this_process(job))
+            lock.note(this_process())
         except OSError as error:
             raise cannot_write(error, lock.path) from error
         yield
@@ -141,16 +133,16 @@ def hold(
         lock.release(keep_file=keep_file)
 
 
-def _wait_for(
-    lock: Lock, what: str, advice: str, not_writable: Callable[[OSError], LedomError], patience_seconds: float
-) -> None:
+def _wait_for(lock: Lock, what: str, advice: str, patience_seconds: float) -> None:
     begun = told = time.monotonic()
     while True:
         try:
             if lock.take():
                 return
         except OSError as error:
-            raise not_writable(error) from error
+            raise UsageError(
+                f"{what} cannot be written ({error.strerror}: {lock.path}); name a place that you may write to"
+            ) from error
         holder, now = lock.holder(), time.monotonic()
         if now - begun >= patience_seconds:
             raise UsageError(f"{what} is being written by {holder}; {advice}")
@@ -160,14 +152,12 @@ def _wait_for(
         time.sleep(POLL_SECONDS)
 
 
-@contextmanager
-def output_file_lock(path: str | Path, option: str = "--output") -> Iterator[None]:
+def output_file_lock(path: str | Path, option: str = "--output") -> AbstractContextManager[None]:
     """Hold the output file, or shard prefix, `path` until the context ends. Raise UsageError when another process holds it.
 
     The folder of `path` must exist. Two names of one file, such as a link and its target, share the lock.
     """
-    with _output_lock(os.path.realpath(path) + LOCK_SUFFIX, path, option):
-        yield
+    return _output_lock(os.path.realpath(path) + LOCK_SUFFIX, path, option)
 
 
 @contextmanager
@@ -181,14 +171,8 @@ def output_folder_lock(folder: str | Path, option: str = "--output") -> Iterator
         yield
 
 
-@contextmanager
-def _output_lock(lock: str, output: str | Path, option: str) -> Iterator[None]:
-    def not_writable(error: OSError) -> UsageError:
-        return UsageError(f"{option} {output} cannot be written ({error.strerror}: {lock}); name a place that you may write to")
-
-    advice = f"wait until it ends, stop it, or name another {option}"
-    with hold(Lock(lock), f"{option} {output}", advice, not_writable):
-        yield
+def _output_lock(lock: str, output: str | Path, option: str) -> AbstractContextManager[None]:
+    return hold(Lock(lock), f"{option} {output}", f"wait until it ends, stop it, or name another {option}")
 
 
 def node() -> str:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from megatron_ledom.errors import DataError
 from megatron_ledom.storage.files import publish, write_whole
-from megatron_ledom.storage.lines import LineFile, append_lines
+from megatron_ledom.storage.lines import append_lines
 
 METRICS, STEPS, BAD_STEPS, LAUNCHES = "metrics.jsonl", "steps.jsonl", "bad_steps.jsonl", "launches.jsonl"
 SAVES = "saves.jsonl"
@@ -70,15 +70,7 @@ def append_record(path: str, record: Record) -> None:
 
     Reads the end of the file only. Raises OSError, and then nothing of the line stays.
     """
-    append_lines(path, _as_line(record))
-
-
-class RecordFile(LineFile):
-    """A file of records that grows, kept open."""
-
-    def add(self, record: Record) -> None:
-        """Write one line. Raises OSError, and then nothing of the line stays."""
-        self.append(_as_line(record))
+    append_lines(path, as_line(record))
 
 
 def plain(value: float) -> float | str:
@@ -86,12 +78,12 @@ def plain(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _as_line(record: Record) -> bytes:
+def as_line(record: Record) -> bytes:
+    """Return a record as a line of its file, with null in place of NaN and infinity, which JSON lacks."""
     return json.dumps(_numbers_only(record), allow_nan=False).encode() + b"\n"
 
 
 def _numbers_only(value: Any) -> Any:
-    """The value with null in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -12,7 +12,6 @@ from megatron_ledom.config.load import save_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import RUN_TOKENIZER
 from megatron_ledom.errors import FULL, ConfigError, TransientError, cannot_write
-from megatron_ledom.platform.slurm import job_id
 from megatron_ledom.storage.locks import Lock, hold
 from megatron_ledom.storage.records import append_record
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
@@ -52,16 +51,12 @@ def lock_run(run_dir: str) -> Iterator[None]:
         "two launches would spoil each other's checkpoints. Stop that one, or set another run_dir; if it is gone with its node,"
         f" delete {path}"
     )
-
-    def not_writable(error: OSError) -> ConfigError:
-        return _not_writable(run_dir, error.strerror)
-
     try:
         os.makedirs(run_dir, exist_ok=True)
     except OSError as error:
-        raise not_writable(error) from error
-    lock, job = Lock(path, is_inherited=False), job_id(os.environ)
-    with hold(lock, f"run_dir={run_dir}", advice, not_writable, patience_seconds=PATIENCE_SECONDS, job=job, keep_file=True):
+        raise _not_writable(run_dir, error.strerror) from error
+    lock = Lock(path, is_inherited=False)
+    with hold(lock, f"run_dir={run_dir}", advice, patience_seconds=PATIENCE_SECONDS, keep_file=True):
         yield
 
 

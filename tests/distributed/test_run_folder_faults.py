@@ -185,9 +185,9 @@ def die_before_latest(kill_at: str) -> None:
     """As a kill in the middle of the publishing of the first checkpoint."""
     import os
 
-    from megatron_ledom.checkpoint import writing
+    from megatron_ledom.checkpoint import folder
 
-    module, function = {"rename": (os, "replace"), "publish": (writing, "publish_latest")}[kill_at]
+    module, function = {"rename": (os, "replace"), "publish": (folder, "publish_latest")}[kill_at]
     original = getattr(module, function)
 
     def die(*arguments: object) -> None:

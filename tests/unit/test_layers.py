@@ -193,7 +193,32 @@ def no_code_of_a_folder(path: Path, tree: ast.Module) -> Iterator[Finding]:
                 yield node.lineno, "trust_remote_code=False has to be said"
 
 
-RULES: list[Rule] = [layers, engine_is_met_in_few_places, only_platform_patches, sizes, lines, no_code_of_a_folder]
+PUBLISHES = {"fsync", "fdatasync", "flock", "lockf", "rename", "renames", "move"}
+
+
+def only_storage_publishes(path: Path, tree: ast.Module) -> Iterator[Finding]:
+    """What a kill must not lose is written in one way."""
+    if path.parts[0] == "tests" or part_of(path) == "storage":
+        return
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        owner, name = ast.unparse(node.func.value), node.func.attr
+        is_module = owner in ("os", "fcntl", "shutil") and name in (*PUBLISHES, "replace")
+        is_path = name in ("rename", "replace") and len(node.args) == 1 and not node.keywords  # text.replace has two arguments
+        if is_module or is_path:
+            yield node.lineno, f"{owner}.{name}: only storage/ renames, forces to disk and locks"
+
+
+RULES: list[Rule] = [
+    layers,
+    engine_is_met_in_few_places,
+    only_platform_patches,
+    sizes,
+    lines,
+    no_code_of_a_folder,
+    only_storage_publishes,
+]
 
 
 @cache
@@ -238,6 +263,11 @@ def test_source_keeps_the_rule(rule: Rule) -> None:
         (only_platform_patches, "model/x.py", "import torch\nsetattr(torch.cuda, 'x', 1)"),
         (no_code_of_a_folder, "inference/x.py", "import transformers\ntransformers.AutoTokenizer.from_pretrained('x')"),
         (no_code_of_a_folder, "inference/x.py", "AutoConfig.from_pretrained('x', trust_remote_code=asked)"),
+        (only_storage_publishes, "data/x.py", "os.replace(part, path)"),
+        (only_storage_publishes, "data/x.py", "Path(part).replace(path)"),
+        (only_storage_publishes, "data/x.py", "part.rename(path)"),
+        (only_storage_publishes, "data/x.py", "os.fsync(file.fileno())"),
+        (only_storage_publishes, "data/x.py", "fcntl.flock(file, fcntl.LOCK_EX)"),
     ],
 )
 def test_rule_finds_what_breaks_it(rule: Rule, path: str, source: str) -> None:
@@ -257,6 +287,8 @@ def test_rule_finds_what_breaks_it(rule: Rule, path: str, source: str) -> None:
             "inference/x.py",
             "AutoConfig.from_pretrained('x', trust_remote_code=False)\nLM.from_pretrained('x')",
         ),
+        (only_storage_publishes, "storage/x.py", "os.replace(part, path)"),
+        (only_storage_publishes, "data/x.py", "text.replace('a', 'b')\nreplace(settings, seed=1)\npublish(part, path)"),
         (only_platform_patches, "model/x.py", "from megatron.core import optimizer\nmine = optimizer.clip\nself.x = 1"),
     ],
 )

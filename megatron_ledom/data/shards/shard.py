@@ -312,11 +312,11 @@ class ShardWriter:
         return digest.hexdigest()
 
     def _rename(self) -> None:
+        self._part(".len").unlink()
         self._files[".json"].unlink(missing_ok=True)  # an old manifest must never stand beside new ids
         for suffix in SUFFIXES:
             publish(self._part(suffix), self._files[suffix])
             self._made.append(self._files[suffix])
-        self._part(".len").unlink()
         self._made_folders.clear()
         self._made.clear()  # finished: nothing to remove any more
 
