@@ -8,7 +8,8 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HubTokenizer
 
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.faults import verify_shard
 from megatron_ledom.data.shards.inspection import InspectSettings, inspect_shards
 from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards

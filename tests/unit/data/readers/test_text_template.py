@@ -8,8 +8,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_ledom.data.preprocess.command import Preprocessing, PreprocessSettings
 from megatron_ledom.data.preprocess.part_store import request_difference
+from megatron_ledom.data.preprocess.task import PreprocessSettings, Task
 from megatron_ledom.data.readers.corpus import ReadSettings, TextTemplate, from_command_line, read_texts, template_of
 from megatron_ledom.data.readers.inputs import expand_inputs
 from megatron_ledom.errors import DataError, UsageError
@@ -117,7 +117,7 @@ def test_the_command_joins_records_it_in_the_manifest_and_a_changed_template_is_
         settings = PreprocessSettings(
             input=[str(tmp_path / "a.jsonl")], tokenizer=tokenizer, output_prefix="p", text_template=template
         )
-        return Preprocessing(settings).reading_request()
+        return Task(settings).reading_request()
 
     assert request_difference(request(TEMPLATE), request(TEMPLATE)) is None
     for before, now in ((TEMPLATE, "{question}"), (TEMPLATE, None), (None, TEMPLATE)):

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards import faults as shard_faults
 from megatron_ledom.data.shards.faults import verify_shard
 from megatron_ledom.data.shards.inspection import COUNTED_BELOW, InspectSettings, LengthCounts, inspect_shards
