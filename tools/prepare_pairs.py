@@ -33,7 +33,7 @@ def main() -> None:
     import logging
 
     from megatron_ledom.data.readers.corpus import from_command_line
-    from megatron_ledom.finetune.prepare import PairSettings, prepare_pairs
+    from megatron_ledom.finetune.pairs import PairSettings, prepare_pairs
 
     for name in ("prompt_template", "answer_template"):
         if name in given:

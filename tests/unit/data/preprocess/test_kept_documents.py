@@ -51,7 +51,9 @@ def test_length_limits_count_what_they_leave_out(tmp_path: Path, tokenizer: str)
 def test_a_filter_sees_text_and_record(tmp_path: Path, tokenizer: str) -> None:
     lines = [f'{{"text": "{number}", "number": {number}}}\n' for number in range(10)]
     (tmp_path / "a.jsonl").write_text("".join(lines))
-    manifest = made(tmp_path, tokenizer, filter="tests.unit.data.preprocess.test_kept_documents:keep_even", workers=2, part_bytes=60)
+    manifest = made(
+        tmp_path, tokenizer, filter="tests.unit.data.preprocess.test_kept_documents:keep_even", workers=2, part_bytes=60
+    )
     assert documents(f"{tmp_path}/data") == [[number] for number in range(0, 10, 2)]
     assert manifest.skipped == {"filtered": 5}
 
