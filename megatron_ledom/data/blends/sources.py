@@ -7,27 +7,25 @@ What the manifests of a run's shards have to agree on, among each other and with
 
 import logging
 import os
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from megatron_ledom.config.derived import blend_shares, named_blends, train_samples
 from megatron_ledom.config.schema import BlendEntry, RunConfig
 from megatron_ledom.data.blends.interleave import Interleave
 from megatron_ledom.data.blends.plan import PlannedSource, describe_sources, samples_available
-from megatron_ledom.data.shards.replaced import ShardFiles
-from megatron_ledom.data.shards.shard import DTYPE_CODES, HEADER, ShardManifest, check_shard
+from megatron_ledom.data.shards.index_file import map_index
+from megatron_ledom.data.shards.shard import ShardManifest, check_shard
+from megatron_ledom.data.shards.shard_files import ShardFiles
 from megatron_ledom.data.shards.targets import counted_bytes_per_token
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import ConfigError, DataError, MismatchError
+from megatron_ledom.errors import ConfigError, MismatchError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
-
-POINTER = struct.Struct("<q")
-ID_BYTES = {"uint16": 2, "int32": 4}
-assert ID_BYTES.keys() == DTYPE_CODES.keys()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,13 +56,8 @@ def split_shard(prefix: str, manifest: ShardManifest, ratios: Sequence[float]) -
 def _tokens_before(prefix: str, manifest: ShardManifest, document: int) -> int:
     if document == manifest.num_documents:
         return manifest.num_tokens
-    with open(f"{prefix}.idx", "rb") as stream:
-        stream.seek(HEADER.size + 4 * manifest.num_documents + POINTER.size * document)
-        content = stream.read(POINTER.size)
-    if len(content) < POINTER.size:
-        raise DataError(f"{prefix}.idx is truncated; copy the shard again")
-    tokens: int = POINTER.unpack(content)[0] // ID_BYTES[manifest.dtype]
-    return tokens
+    pointers = map_index(f"{prefix}.idx", manifest.num_documents, manifest.num_documents).pointers
+    return int(pointers[document]) // np.dtype(manifest.dtype).itemsize
 
 
 def check_manifests(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> Provenance:

@@ -20,9 +20,7 @@ import xxhash
 from megatron_ledom.data.preprocess.encode_parts import PartWork
 from megatron_ledom.data.preprocess.part_store import PartRecord
 from megatron_ledom.data.preprocess.task import Task
-from megatron_ledom.data.shards.shard import (
-    check_may_write,
-)
+from megatron_ledom.data.shards.shard import check_may_write
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.files import write_whole
 from megatron_ledom.storage.locks import output_file_lock

@@ -20,13 +20,7 @@ from megatron_ledom.data.readers.corpus import (
     option_to_check,
 )
 from megatron_ledom.data.readers.folder_walk import as_records, printable
-from megatron_ledom.data.shards.shard import (
-    Counts,
-    InputFile,
-    ShardManifest,
-    ShardWriter,
-    existing_files,
-)
+from megatron_ledom.data.shards.shard import Counts, InputFile, ShardManifest, ShardWriter, existing_files
 from megatron_ledom.errors import DataError, visible
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 

@@ -27,12 +27,7 @@ from megatron_ledom.data.readers.corpus import (
     RecordReader,
 )
 from megatron_ledom.data.readers.inputs import log_left_out
-from megatron_ledom.data.shards.shard import (
-    ShardManifest,
-    check_may_write,
-    check_shard,
-    choose_dtype,
-)
+from megatron_ledom.data.shards.shard import ShardManifest, check_may_write, check_shard, choose_dtype
 from megatron_ledom.errors import DataError, LedomError, cannot_write
 from megatron_ledom.storage.signals import sigterm_as_interrupt
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer

@@ -26,10 +26,7 @@ from megatron_ledom.data.readers.corpus import (
 from megatron_ledom.data.readers.inputs import Part, find_inputs, parts_of, stretches_of_task
 from megatron_ledom.data.readers.streams import MAX_RECORD_BYTES
 from megatron_ledom.data.shards.prefixes import TASK, task_prefix
-from megatron_ledom.data.shards.shard import (
-    DtypeName,
-    load_manifest,
-)
+from megatron_ledom.data.shards.shard import DtypeName, load_manifest
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
 from megatron_ledom.platform.processes import ordered_map

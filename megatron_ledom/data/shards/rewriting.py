@@ -19,8 +19,8 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from megatron_ledom.data.readers.folder_walk import printable
+from megatron_ledom.data.shards.indexed_files import Block, IndexedFiles, shard_blocks
 from megatron_ledom.data.shards.prefixes import check_not_an_input, check_same_inputs, check_tasks_complete, expand_prefixes
-from megatron_ledom.data.shards.raw_files import Block, IndexedFiles, shard_blocks
 from megatron_ledom.data.shards.shard import (
     Counts,
     InputFile,
@@ -142,7 +142,6 @@ def log_result(prefix: str, manifest: ShardManifest, num_inputs: int, seconds: f
 
 
 Eod = Literal["auto", "keep", "append"]
-OTHER = {Direction.REVERSE: Direction.FORWARD, Direction.FORWARD: Direction.REVERSE}
 SAMPLE_DOCUMENTS = 1000  # looked at to see whether documents end with eod
 NO_TOKENS = "no_tokens"
 
@@ -266,7 +265,7 @@ def _reverse_ours(settings: ReverseSettings) -> ShardManifest:
         eod_token = (manifests[0].eod_token or None) if settings.eod_token is None else settings.eod_token
         tokenizer = load_tokenizer(settings.tokenizer, eod_token)
         tokenizer.provenance(before.direction).check_same(before, f"tokenizer {settings.tokenizer}", f"shard {prefixes[0]}")
-    turner = Turner(replace(before, direction=OTHER[before.direction]), manifests[0].dtype, is_closed=True)
+    turner = Turner(replace(before, direction=before.direction.other), manifests[0].dtype, is_closed=True)
 
     def blocks() -> Iterator[tuple[str, Block]]:
         for prefix, manifest in zip(prefixes, manifests, strict=True):
@@ -296,7 +295,7 @@ def _reverse_foreign(settings: ReverseSettings, prefixes: list[str]) -> ShardMan
         " (as the first ones are)" if settings.eod == "auto" else " (--eod)",
     )
     dtype = choose_dtype("auto", tokenizer.vocab_size)
-    turner = Turner(tokenizer.provenance(OTHER[before]), dtype, is_closed=is_closed)
+    turner = Turner(tokenizer.provenance(before.other), dtype, is_closed=is_closed)
     counts = Counts(
         text_bytes=settings.text_bytes,
         tokenizer_path=printable(str(Path(settings.tokenizer).resolve())),

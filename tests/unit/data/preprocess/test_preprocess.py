@@ -24,9 +24,9 @@ from megatron_ledom.data.preprocess import pipeline
 from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings, task_of
 from megatron_ledom.data.preprocess.task_summary import collect
-from megatron_ledom.data.shards.faults import verify_shard
 from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
 from megatron_ledom.data.shards.shard import ShardReader, check_shard, load_manifest
+from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from tests.legible import EOD_ID, legible_documents, legible_ids, legible_tokenizer, write_jsonl

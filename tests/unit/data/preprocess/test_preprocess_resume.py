@@ -15,8 +15,8 @@ import pytest
 
 from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
-from megatron_ledom.data.shards.faults import verify_shard
 from megatron_ledom.data.shards.shard import check_shard
+from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.errors import DataError, UsageError
 from tests.legible import legible_documents, legible_tokenizer, write_jsonl
 
