@@ -32,7 +32,7 @@ def main() -> None:
     given = {name: value for name, value in vars(parse()).items() if value is not None}
     import logging
 
-    from megatron_ledom.data.readers.corpus import from_command_line
+    from megatron_ledom.data.readers.text_template import from_command_line
     from megatron_ledom.finetune.pairs import PairSettings, prepare_pairs
 
     for name in ("prompt_template", "answer_template"):

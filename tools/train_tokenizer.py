@@ -30,7 +30,7 @@ def main() -> None:
     import logging
 
     from megatron_ledom.data.preprocess.train_tokenizer import TrainTokenizerSettings, train_tokenizer
-    from megatron_ledom.data.readers.corpus import from_command_line
+    from megatron_ledom.data.readers.text_template import from_command_line
 
     if arguments.text_template is not None:
         arguments.text_template = from_command_line(arguments.text_template)

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_ledom.data.readers.corpus import TextTemplate
+from megatron_ledom.data.readers.text_template import TextTemplate
 from megatron_ledom.data.shards.shard import (
     SUFFIXES,
     TARGETS,

@@ -12,14 +12,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ledom.data.preprocess.part_store import PartFile, PartRecord
-from megatron_ledom.data.readers.corpus import (
-    MAX_MESSAGES,
-    ReadSettings,
-    RecordReader,
-    TextBatch,
-)
-from megatron_ledom.data.readers.inputs import Part
-from megatron_ledom.data.readers.json_lines import BadRecordError
+from megatron_ledom.data.readers.byte_ranges import Part
+from megatron_ledom.data.readers.records import MAX_MESSAGES, ReadSettings, RecordReader, TextBatch
+from megatron_ledom.data.readers.streams import BadRecordError
 from megatron_ledom.direction import Direction, pack_into
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer

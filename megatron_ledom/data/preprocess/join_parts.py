@@ -4,7 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,8 @@ from megatron_ledom.data.preprocess import deduplication
 from megatron_ledom.data.preprocess.encode_parts import PartEncoder
 from megatron_ledom.data.preprocess.part_store import PartRecord, PartStore
 from megatron_ledom.data.preprocess.task import Task
-from megatron_ledom.data.readers.corpus import (
-    MAX_MESSAGES,
-    option_to_check,
-)
-from megatron_ledom.data.readers.folder_walk import as_records, printable
-from megatron_ledom.data.shards.shard import Counts, InputFile, ShardManifest, ShardWriter, existing_files
+from megatron_ledom.data.readers.records import MAX_MESSAGES, option_to_check
+from megatron_ledom.data.shards.shard import Counts, InputFile, ShardManifest, ShardWriter, existing_files, printable
 from megatron_ledom.errors import DataError, visible
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
@@ -70,7 +66,7 @@ def make_shard(
             eod_token=tokenizer.eod_token,
             bos_token=task.settings.bos_token or "",
             text_template=task.settings.text_template or "",
-            skipped_inputs=as_records(task.left_out),
+            skipped_inputs=[asdict(entry) for entry in task.left_out],
             elapsed_seconds=round(time.monotonic() - started + sums.earlier_seconds / task.workers, 3),
             request_sha256=digest,
             inputs_sha256=task.inputs_sha256(),

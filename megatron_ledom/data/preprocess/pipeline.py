@@ -23,10 +23,8 @@ from megatron_ledom.data.preprocess import deduplication
 from megatron_ledom.data.preprocess.join_parts import make_shard
 from megatron_ledom.data.preprocess.part_store import PartStore
 from megatron_ledom.data.preprocess.task import PreprocessSettings, Task
-from megatron_ledom.data.readers.corpus import (
-    RecordReader,
-)
-from megatron_ledom.data.readers.inputs import log_left_out
+from megatron_ledom.data.readers.input_files import log_left_out
+from megatron_ledom.data.readers.records import RecordReader
 from megatron_ledom.data.shards.shard import ShardManifest, check_may_write, check_shard, choose_dtype
 from megatron_ledom.errors import DataError, LedomError, cannot_write
 from megatron_ledom.storage.signals import sigterm_as_interrupt

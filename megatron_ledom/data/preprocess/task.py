@@ -17,14 +17,11 @@ from tqdm import tqdm
 
 from megatron_ledom.data.preprocess.encode_parts import Filter, PartWork
 from megatron_ledom.data.preprocess.part_store import Request
-from megatron_ledom.data.readers.corpus import (
-    BATCH_BYTES,
-    OnError,
-    ReadSettings,
-    template_of,
-)
-from megatron_ledom.data.readers.inputs import Part, find_inputs, parts_of, stretches_of_task
+from megatron_ledom.data.readers.byte_ranges import Part, parts_of, stretches_of_task
+from megatron_ledom.data.readers.input_files import find_inputs
+from megatron_ledom.data.readers.records import BATCH_BYTES, OnError, ReadSettings
 from megatron_ledom.data.readers.streams import MAX_RECORD_BYTES
+from megatron_ledom.data.readers.text_template import template_of
 from megatron_ledom.data.shards.prefixes import TASK, task_prefix
 from megatron_ledom.data.shards.shard import DtypeName, load_manifest
 from megatron_ledom.direction import Direction

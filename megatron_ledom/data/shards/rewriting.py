@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_ledom.data.readers.folder_walk import printable
 from megatron_ledom.data.shards.indexed_files import Block, IndexedFiles, shard_blocks
 from megatron_ledom.data.shards.prefixes import check_not_an_input, check_same_inputs, check_tasks_complete, expand_prefixes
 from megatron_ledom.data.shards.shard import (
@@ -29,6 +28,7 @@ from megatron_ledom.data.shards.shard import (
     check_may_write,
     check_shard,
     choose_dtype,
+    printable,
 )
 from megatron_ledom.direction import Direction, turn_into
 from megatron_ledom.errors import DataError, MismatchError, UsageError

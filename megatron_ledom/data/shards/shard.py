@@ -140,6 +140,11 @@ def choose_dtype(name: DtypeName, vocab_size: int) -> np.dtype[Any]:
     return dtype
 
 
+def printable(path: str) -> str:
+    """Return a path as a manifest can hold it: bytes that are not UTF-8 are escaped."""
+    return path.encode("utf-8", "backslashreplace").decode()
+
+
 def existing_files(prefix: str) -> list[Path]:
     """Which of the three files of a shard are there."""
     return [path for suffix in SUFFIXES if (path := Path(prefix + suffix)).exists()]

@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
-from megatron_ledom.data.readers.inputs import expand_inputs
+from megatron_ledom.data.readers.input_files import expand_inputs
 from megatron_ledom.errors import UsageError
 from tests.legible import legible_documents, legible_tokenizer, write_jsonl
 

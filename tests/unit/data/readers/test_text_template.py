@@ -10,8 +10,9 @@ from pyarrow import parquet
 
 from megatron_ledom.data.preprocess.part_store import request_difference
 from megatron_ledom.data.preprocess.task import PreprocessSettings, Task
-from megatron_ledom.data.readers.corpus import ReadSettings, TextTemplate, from_command_line, read_texts, template_of
-from megatron_ledom.data.readers.inputs import expand_inputs
+from megatron_ledom.data.readers.input_files import expand_inputs
+from megatron_ledom.data.readers.records import ReadSettings, read_texts
+from megatron_ledom.data.readers.text_template import TextTemplate, from_command_line, template_of
 from megatron_ledom.errors import DataError, UsageError
 from tests.legible import legible_tokenizer
 from tests.unit.data.preprocess.test_preprocess import made, run
