@@ -15,6 +15,7 @@ from megatron_ledom.data.preprocess.part_store import PartFile, PartRecord
 from megatron_ledom.data.readers.byte_ranges import Part
 from megatron_ledom.data.readers.records import MAX_MESSAGES, ReadSettings, RecordReader, TextBatch
 from megatron_ledom.data.readers.streams import BadRecordError
+from megatron_ledom.data.shards.shard import NO_TOKENS
 from megatron_ledom.direction import Direction, pack_into
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
@@ -23,7 +24,7 @@ Filter = Callable[[str, Mapping[str, Any]], bool]
 """(text, record) -> whether to keep the document."""
 
 DUPLICATE, FILTERED, TOO_SHORT, TOO_LONG = "duplicate", "filtered", "too_short", "too_long"
-NO_TOKENS, EOD_IN_TEXT = "no_tokens", "eod_in_text"
+EOD_IN_TEXT = "eod_in_text"
 """Why documents are left out, as manifests name it, besides the reasons of bad records."""
 
 

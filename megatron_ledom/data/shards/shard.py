@@ -29,6 +29,8 @@ from megatron_ledom.storage.locks import output_file_lock
 FORMAT_VERSION = 1
 TARGETS = ".targets"
 """Ending of a fourth file, of shards of pairs: see `targets`."""
+NO_TOKENS = "no_tokens"
+"""Reason of documents left out, in `ShardManifest.skipped`."""
 UINT16_BELOW = 65_500  # megatron-core's own choice (DType.optimal_dtype)
 SUFFIXES = (".bin", ".idx", ".json")  # in the order they get their final names
 COPY_BYTES = 1 << 20  # read, hashed and written while it is in cache
