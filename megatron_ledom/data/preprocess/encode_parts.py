@@ -2,6 +2,7 @@
 
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ EOD_IN_TEXT = "eod_in_text"
 
 
 @dataclass(slots=True, kw_only=True)
-class PartWork:
+class PartWork(ABC):
     """Something done with parts by their number, in every worker."""
 
     parts: Sequence[Part]
@@ -53,9 +54,9 @@ class PartWork:
             record.messages += reader.messages[: MAX_MESSAGES - len(record.messages)]
             record.input_files.append(reader.record())
 
+    @abstractmethod
     def __call__(self, number: int) -> Any:
         """Return what becomes of a part."""
-        raise NotImplementedError
 
 
 @dataclass(slots=True, kw_only=True)
