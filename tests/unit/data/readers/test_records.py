@@ -17,9 +17,10 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from megatron_ledom.data.readers import inputs
-from megatron_ledom.data.readers.corpus import ReadSettings, RecordReader, read_texts
-from megatron_ledom.data.readers.inputs import InputPath, Stretch, expand_inputs, parts_of, stretches_of_task
+from megatron_ledom.data.readers import byte_ranges
+from megatron_ledom.data.readers.byte_ranges import InputPath, Stretch, parts_of, stretches_of_task
+from megatron_ledom.data.readers.input_files import expand_inputs
+from megatron_ledom.data.readers.records import ReadSettings, RecordReader, read_texts
 from megatron_ledom.data.readers.streams import LineReader
 from megatron_ledom.errors import DataError
 from tests.legible import legible_documents, write_jsonl
@@ -96,7 +97,7 @@ def test_a_record_belongs_to_the_stretch_in_which_it_begins(tmp_path: Path, batc
 def test_a_large_compressed_file_is_shared_between_its_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
 ) -> None:
-    monkeypatch.setattr(inputs, "COMPRESSED_PART_BYTES", 1 << 16)
+    monkeypatch.setattr(byte_ranges, "COMPRESSED_PART_BYTES", 1 << 16)
     rows = np.random.default_rng(0).integers(0, 1 << 62, (12_000, 2)).tolist()
     texts = [f"{number} {row}" for number, row in enumerate(rows)]
     content = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
@@ -339,7 +340,7 @@ def test_what_a_few_compressed_bytes_become_is_not_held_at_once(tmp_path: Path) 
     path.write_bytes(zstandard.ZstdCompressor(level=1).compress(bomb))
     del bomb
     assert path.stat().st_size < 60_000
-    code = "import resource, sys; from tests.unit.data.readers.test_corpus import skim, Path\n"
+    code = "import resource, sys; from tests.unit.data.readers.test_records import skim, Path\n"
     code += "print(skim(Path(sys.argv[1]), max_record_bytes=1_000_000)[:2], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
     found, _, peak = done.stdout.strip().rpartition(" ")
