@@ -39,7 +39,7 @@ def main() -> None:
     """Parse, then judge."""
     args = vars(build_parser().parse_args())
 
-    from megatron_ledom.evaluation.evaluate_command import evaluate_command
+    from megatron_ledom.evaluation.command import evaluate_command
 
     evaluate_command(args)
 

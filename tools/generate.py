@@ -33,7 +33,7 @@ def main() -> None:
 
     from megatron_ledom.errors import UsageError, visible
     from megatron_ledom.inference import ReverseLM
-    from megatron_ledom.inference.language_model import SAY_EOD_ID
+    from megatron_ledom.inference.model_folder import SAY_EOD_ID
 
     if args.stream and (args.num_samples > 1 or not sys.stderr.isatty()):
         raise UsageError(

@@ -75,7 +75,7 @@ def main() -> None:
     """Parse, then load and rank."""
     args = vars(build_parser().parse_args())
 
-    from megatron_ledom.inference.reverse_reward.rerank import rerank_command
+    from megatron_ledom.inference.reverse_reward.command import rerank_command
 
     rerank_command(args)
 

@@ -8,7 +8,7 @@ from megatron_ledom.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from megatron_ledom.evaluation.tasks.tasks import LoadedTask
+    from megatron_ledom.evaluation.tasks.task import LoadedTask
     from megatron_ledom.training.state import TrainState
 
 TaskHashes = dict[str, dict[str, str]]
@@ -16,8 +16,8 @@ TaskHashes = dict[str, dict[str, str]]
 
 def load_tasks(config: RunConfig) -> "list[LoadedTask]":
     """Items and demonstrations of `train.tasks`. Raises ConfigError for a task that writes, UsageError or DataError for files."""
-    from megatron_ledom.evaluation.tasks.files import load_task, task_named
-    from megatron_ledom.evaluation.tasks.tasks import Kind
+    from megatron_ledom.evaluation.tasks.loading import load_task, task_named
+    from megatron_ledom.evaluation.tasks.task import Kind
 
     train = config.train
     for name in train.tasks:

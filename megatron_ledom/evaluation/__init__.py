@@ -3,7 +3,7 @@
 What a caller with a model of its own needs, such as a trainer:
 
     from megatron_ledom.evaluation.evaluate import evaluate_task
-    from megatron_ledom.evaluation.tasks.files import load_task
+    from megatron_ledom.evaluation.tasks.loading import load_task
 
     task = load_task("svamp", "data", limit=100, num_fewshot=4, seed=0)    # -> LoadedTask; reads and checks the files, no model
     result = evaluate_task(model, task)                                      # -> TaskResult

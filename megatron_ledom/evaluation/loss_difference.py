@@ -28,11 +28,10 @@ import numpy.typing as npt
 
 from megatron_ledom.direction import to_model_order, to_text_order
 from megatron_ledom.errors import UsageError
-from megatron_ledom.inference.intervals import bootstrap_interval
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.evaluation.intervals import bootstrap_interval
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.language_model import LanguageModel
-from megatron_ledom.inference.not_finite import naming_text
-from megatron_ledom.inference.scoring import Span, SpanScore, score_spans
+from megatron_ledom.inference.scoring import Span, SpanScore, naming_text, score_spans
 
 
 def longest_context(model: LanguageModel) -> int | None:

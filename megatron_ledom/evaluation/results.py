@@ -18,9 +18,9 @@ import numpy as np
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError, cannot_write
-from megatron_ledom.evaluation.choices import MAIN_WAY, NORMALIZATIONS, chosen
-from megatron_ledom.evaluation.tasks.tasks import Kind, LoadedTask
-from megatron_ledom.inference.intervals import bootstrap_interval
+from megatron_ledom.evaluation.intervals import bootstrap_interval
+from megatron_ledom.evaluation.multiple_choice import MAIN_WAY, NORMALIZATIONS, chosen
+from megatron_ledom.evaluation.tasks.task import Kind, LoadedTask
 from megatron_ledom.storage.files import json_text, write_file, write_json
 
 NUMBER = "item"

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.inference.directions import ForwardLM, ReverseLM
-from megatron_ledom.inference.language_model import Say, read_model_config
+from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
+from megatron_ledom.inference.model_folder import Say, read_model_config
 from megatron_ledom.inference.scoring import SpanScore, check_batch_size
 
 

@@ -8,8 +8,8 @@ from typing import Any
 from megatron_ledom.data.readers.corpus import TextTemplate
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
-from megatron_ledom.inference.joint import JointTokenizer
-from megatron_ledom.inference.language_model import span_tokens
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
+from megatron_ledom.inference.scoring import span_tokens
 
 
 @dataclass(frozen=True, slots=True)

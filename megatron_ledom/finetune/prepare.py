@@ -30,7 +30,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError, cannot_write
 from megatron_ledom.finetune.packing import Pack, Packer
 from megatron_ledom.finetune.pairs import EncodedPair, Pair, PairReader, encode_pair
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)

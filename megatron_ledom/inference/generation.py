@@ -16,9 +16,8 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from megatron_ledom.direction import Direction, to_text_order
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.joint import JointTokenizer, OpenText, Speller
-from megatron_ledom.inference.not_finite import naming_text, not_finite
-from megatron_ledom.inference.scoring import check_batch_size
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer, OpenText, Speller
+from megatron_ledom.inference.scoring import check_batch_size, naming_text, not_finite
 
 
 @dataclass(frozen=True, slots=True)

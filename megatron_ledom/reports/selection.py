@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.answers import answers_by
-from megatron_ledom.inference.intervals import crossed_interval
-from megatron_ledom.inference.reverse_reward.reranked_file import check_distinct
-from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from megatron_ledom.inference.reverse_reward.selection import (
+from megatron_ledom.evaluation.grading.answers import answers_by
+from megatron_ledom.evaluation.intervals import crossed_interval
+from megatron_ledom.evaluation.selection import (
     GRID,
     METHODS,
     MOST_SUBSETS,
@@ -28,6 +26,8 @@ from megatron_ledom.inference.reverse_reward.selection import (
     chosen_weights,
     load_seeds,
 )
+from megatron_ledom.inference.reverse_reward.ranked_lines import check_distinct
+from megatron_ledom.inference.reverse_reward.reward import RewardSettings
 from megatron_ledom.reports import pages
 
 MAIN = "Reverse Reward"

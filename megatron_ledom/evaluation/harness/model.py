@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.evaluation.choices import Pair
 from megatron_ledom.evaluation.harness import without_the_harness
 from megatron_ledom.evaluation.harness.reverse_choices import (
     WAYS,
@@ -24,13 +23,13 @@ from megatron_ledom.evaluation.harness.reverse_choices import (
     scored_of,
     split_space,
 )
+from megatron_ledom.evaluation.multiple_choice import Pair
 from megatron_ledom.evaluation.task_model import LanguageTaskModel, direction_of, load_language_model
-from megatron_ledom.inference.directions import ForwardLM, ReverseLM
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.joint import OpenText
-from megatron_ledom.inference.language_model import SAY_MODEL_ARGS, read_model_config
-from megatron_ledom.inference.not_finite import naming_text
-from megatron_ledom.inference.scoring import Span, logprobs_and_likeliest, measure_spans, score_spans
+from megatron_ledom.inference.joint_tokenizer import OpenText
+from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
+from megatron_ledom.inference.model_folder import SAY_MODEL_ARGS, read_model_config
+from megatron_ledom.inference.scoring import Span, logprobs_and_likeliest, measure_spans, naming_text, score_spans
 from megatron_ledom.tokenizers.reader import read_tokenizer
 
 try:

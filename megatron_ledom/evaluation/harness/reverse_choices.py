@@ -13,8 +13,8 @@ from functools import partial
 from typing import Any
 
 from megatron_ledom.errors import DataError, NotFiniteError, UsageError
-from megatron_ledom.evaluation.choices import Asked, Pair, less_prior
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.evaluation.multiple_choice import Asked, Pair, less_prior
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.scoring import SpanScore
 
 logger = logging.getLogger(__name__)

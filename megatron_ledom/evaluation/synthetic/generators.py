@@ -4,13 +4,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from megatron_ledom.evaluation.synthetic.causes_and_labels import abduction, label_backfill
 from megatron_ledom.evaluation.synthetic.facts import inverse_relations, reversal
-from megatron_ledom.evaluation.synthetic.problems import question_from_answer
-from megatron_ledom.evaluation.synthetic.sets import MadeSet, write_made_set
-from megatron_ledom.evaluation.synthetic.worlds import abduction, label_backfill
+from megatron_ledom.evaluation.synthetic.sets import SyntheticSet, write_synthetic_set
+from megatron_ledom.evaluation.synthetic.word_problems import question_from_answer
 from megatron_ledom.storage.locks import output_folder_lock
 
-GENERATORS: Mapping[str, Callable[[int, int], MadeSet]] = MappingProxyType(
+GENERATORS: Mapping[str, Callable[[int, int], SyntheticSet]] = MappingProxyType(
     {
         "reversal": reversal,
         "question_from_answer": question_from_answer,
@@ -26,4 +26,4 @@ def make_analysis_data(task: str, folder: str, num: int, seed: int) -> None:
     """Make a set and write it into `folder`."""
     made = GENERATORS[task](num, seed)
     with output_folder_lock(folder, "--out"):
-        write_made_set(made, Path(folder), {"task": task, "num": num, "seed": seed})
+        write_synthetic_set(made, Path(folder), {"task": task, "num": num, "seed": seed})

@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MadeSet:
+class SyntheticSet:
     """texts: to train on, in reading order. files: name without ending -> rows, what tools/evaluate.py reads.
 
     chance: what a scorer that knows nothing gets, a share of the items; of what is written, the most that one answer for all items gets.
@@ -31,7 +31,7 @@ class MadeSet:
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
-def write_made_set(made: MadeSet, folder: Path, about: Mapping[str, Any]) -> None:
+def write_synthetic_set(made: SyntheticSet, folder: Path, about: Mapping[str, Any]) -> None:
     """Write `train.jsonl`, the files of the questions and, last, the manifest into a folder that is there, under its lock.
 
     The same arguments give the same bytes. Raises UsageError where the folder holds another set: two sets in one folder would

@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_ledom.evaluation.tasks.prompts import Field, Template
-from megatron_ledom.evaluation.tasks.tasks import Item, Kind, Layout, Row, Task
+from megatron_ledom.evaluation.tasks.task import Item, Kind, Layout, Row, Task
 
 MADE_BY = "tools/make_analysis_data.py --task"
 MADE = {
@@ -39,7 +39,7 @@ BEGINNING = Template(fields=(Field("after"), Field("answer")), field_separator="
 ASKED_IN_OWN_ORDER: dict[str, Any] = {"template": ENDING, "reverse_template": BEGINNING, "main_way": "choice_given_context"}
 """What is asked for comes last in the order of either model: at the end of a sentence, or at the beginning of its other wording."""
 
-MADE_TASKS: tuple[Task, ...] = (
+SYNTHETIC_TASKS: tuple[Task, ...] = (
     Task(
         name="reversal",
         kind=Kind.CHOICE,

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.errors import UsageError
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 
 Values = Mapping[str, str]
 

@@ -25,9 +25,9 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
 from megatron_ledom.inference.engines.completions_client import CompletionsClient
 from megatron_ledom.inference.engines.engine import Path as AnswerPath
-from megatron_ledom.inference.engines.remote_text import RemoteEngine, RemoteText, seed_of
+from megatron_ledom.inference.engines.remote_engine import RemoteEngine, seed_of
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.joint import WORD_MARK, JointTokenizer
+from megatron_ledom.inference.joint_tokenizer import WORD_MARK, JointTokenizer
 from megatron_ledom.inference.scoring import Span, check_batch_size
 
 ROUNDING = 1e-5
@@ -245,8 +245,8 @@ class CompletionsEngine(RemoteEngine):
         check_batch_size(batch_size)
         self._client = CompletionsClient(url, timeout=timeout, key_over_http=key_over_http)
         self._model, self._batch_size, self._trusts_counts = model, batch_size, trust_token_counts
-        super().__init__(RemoteText.from_pretrained(folder, direction))
-        self._checks = AnswerChecks(self._client, model, self._text.tokenizer, self._text.stop_ids)
+        super().__init__(folder, direction)
+        self._checks = AnswerChecks(self._client, model, self.tokenizer, self.stop_ids)
         self._lock, self._takes_ids_field, self._has_warned = Lock(), True, False
 
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:
@@ -258,7 +258,7 @@ class CompletionsEngine(RemoteEngine):
     def _written_behind(self, path: AnswerPath, sampling: Sampling) -> tuple[str, int]:
         max_tokens = sampling.max_new_tokens - path.num_tokens
         answer = self._ask(
-            self._text.prompt_ids(path),
+            self.prompt_ids(path),
             max_tokens=max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,

@@ -26,10 +26,9 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.engines.engine import Path, StepDelimiter, check_no_stop_strings
 from megatron_ledom.inference.generation import Sampling, Writer
-from megatron_ledom.inference.joint import OpenText
-from megatron_ledom.inference.language_model import LanguageModel, no_room
-from megatron_ledom.inference.not_finite import naming_text
-from megatron_ledom.inference.scoring import SpanScore, Spent, check_batch_size
+from megatron_ledom.inference.joint_tokenizer import OpenText
+from megatron_ledom.inference.language_model import LanguageModel
+from megatron_ledom.inference.scoring import SpanScore, Spent, check_batch_size, naming_text, no_room
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of one row, [H, S, D] each, a pair a layer."""

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, processors
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM
-from megatron_ledom.inference.joint import JointTokenizer, Speller
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer, Speller
 from tests.legible import EOD_ID, VOCAB_SIZE, legible_tokenizer
 from tests.tiny_models import (
     TOKENIZERS,

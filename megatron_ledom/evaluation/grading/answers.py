@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import Any, Protocol
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.numbers import (
+from megatron_ledom.evaluation.grading.numbers import (
     ANSWER,
     FUNCTIONS,
     SENTENCE_END,

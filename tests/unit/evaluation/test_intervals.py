@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_ledom.inference.intervals import bootstrap_interval, crossed_interval
+from megatron_ledom.evaluation.intervals import bootstrap_interval, crossed_interval
 
 Values = npt.NDArray[np.float64]
 

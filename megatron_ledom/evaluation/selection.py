@@ -19,8 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.answers import Answers, classes_of, read_golds
-from megatron_ledom.inference.reverse_reward.reranked_file import (
+from megatron_ledom.evaluation.grading.answers import Answers, classes_of, read_golds
+from megatron_ledom.inference.reverse_reward.ranked_lines import (
     Reranked,
     check_same_questions,
     checked,

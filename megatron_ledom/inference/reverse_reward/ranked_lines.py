@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.reverse_reward.rerank_input import long_integers
+from megatron_ledom.inference.reverse_reward.input_lines import long_integers
 from megatron_ledom.inference.reverse_reward.reward import CandidateScore
 
 ADVICE = "give an output of tools/rerank.py"

@@ -9,22 +9,21 @@ from tqdm import tqdm
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import LedomError, NotFiniteError, UsageError, visible
-from megatron_ledom.evaluation.choices import asked_of
 from megatron_ledom.evaluation.code.execution import check_allowed
 from megatron_ledom.evaluation.code.sandbox import Sandbox, check_sandbox
 from megatron_ledom.evaluation.evaluate import WINDOW_ITEMS, evaluate_task
-from megatron_ledom.evaluation.grading import comparison_by
-from megatron_ledom.evaluation.kept_lines import item_check
+from megatron_ledom.evaluation.grading.comparison import comparison_by
+from megatron_ledom.evaluation.multiple_choice import asked_of
+from megatron_ledom.evaluation.record_checks import item_check
 from megatron_ledom.evaluation.results import ItemFile, TaskResult, check_statistics, summarize, write_summary
 from megatron_ledom.evaluation.task_model import LanguageTaskModel, direction_of, load_language_model
-from megatron_ledom.evaluation.tasks.files import all_tasks, find_file, load_task, task_named
+from megatron_ledom.evaluation.tasks.loading import all_tasks, find_file, load_task, task_named
 from megatron_ledom.evaluation.tasks.prompts import Prompt
-from megatron_ledom.evaluation.tasks.tasks import Item, Kind, LoadedTask
-from megatron_ledom.evaluation.writing import prompt_of
-from megatron_ledom.inference.joint import JointTokenizer
-from megatron_ledom.inference.language_model import SAY_EOD_ID, load_tokenizer
+from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
+from megatron_ledom.evaluation.written_answers import prompt_of
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
+from megatron_ledom.inference.model_folder import SAY_EOD_ID, check_unchanged, folder_facts, load_tokenizer, surroundings
 from megatron_ledom.inference.scoring import check_batch_size
-from megatron_ledom.inference.stock_model import check_unchanged, folder_facts, surroundings
 from megatron_ledom.storage.locks import output_folder_lock
 
 Options = Mapping[str, Any]

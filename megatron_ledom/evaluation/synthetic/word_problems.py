@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ledom.evaluation.synthetic.sets import MadeSet, Row, check_num
+from megatron_ledom.evaluation.synthetic.sets import Row, SyntheticSet, check_num
 
 NAMES = ("Mara", "Joel", "Nina", "Omar", "Tess", "Ivan", "Lena", "Hugo", "Rosa", "Paul", "Edda", "Kian")
 THINGS = ("pears", "hats", "coins", "books", "shells", "stamps", "keys", "nuts", "rings", "cups")
@@ -30,7 +30,7 @@ MOST = 40
 TEST_SHARE = 5
 
 
-def question_from_answer(num: int, seed: int) -> MadeSet:
+def question_from_answer(num: int, seed: int) -> SyntheticSet:
     """`num` problems of one to three steps; a fifth of them, whose solutions stand in no other, is asked and not trained."""
     check_num(num, 4 * TEST_SHARE, "problems")
     rng = random.Random(f"question_from_answer {seed}")
@@ -40,7 +40,7 @@ def question_from_answer(num: int, seed: int) -> MadeSet:
         problems.setdefault(problem["solution"], problem)
     rows = list(problems.values())
     asked, trained = rows[: num // TEST_SHARE], rows[num // TEST_SHARE :]
-    return MadeSet(
+    return SyntheticSet(
         texts=[f"Question: {row['question']}\nSolution: {row['solution']}" for row in trained],
         files={"question_from_answer": asked, "question_from_answer_train": trained},
         chance=1 / len(asked),

@@ -7,19 +7,24 @@ from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError
-from megatron_ledom.inference.directions import ForwardLM, ReverseLM
 from megatron_ledom.inference.engines.completions_engine import CompletionsEngine
 from megatron_ledom.inference.engines.engine import Engine, StepDelimiter
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.engines.vllm_engine import VllmEngine
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.language_model import SAY_REVERSE_EOD, read_model_config
-from megatron_ledom.inference.reverse_reward.rerank_file import SKIP, RerankSettings, rerank_file
+from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
+from megatron_ledom.inference.model_folder import (
+    SAY_REVERSE_EOD,
+    check_unchanged,
+    folder_facts,
+    read_model_config,
+    surroundings,
+)
+from megatron_ledom.inference.reverse_reward.beam_search import BeamSettings
 from megatron_ledom.inference.reverse_reward.rerank_part import spent_file
+from megatron_ledom.inference.reverse_reward.reranking import SKIP, RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from megatron_ledom.inference.reverse_reward.search import BeamSettings
 from megatron_ledom.inference.scoring import check_batch_size
-from megatron_ledom.inference.stock_model import check_unchanged, folder_facts, surroundings
 
 Options = dict[str, Any]
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "greedy")

@@ -3,10 +3,10 @@
 import pytest
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.evaluation.choices import Asked, asked_of, chosen, score_choices
+from megatron_ledom.evaluation.multiple_choice import Asked, asked_of, chosen, score_choices
 from megatron_ledom.evaluation.task_model import LanguageTaskModel
-from megatron_ledom.evaluation.tasks.files import task_named
-from megatron_ledom.evaluation.tasks.tasks import Item, LoadedTask
+from megatron_ledom.evaluation.tasks.loading import task_named
+from megatron_ledom.evaluation.tasks.task import Item, LoadedTask
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from tests.tiny_models import TOKENIZERS, random_model_folder
 

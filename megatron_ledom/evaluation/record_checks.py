@@ -11,10 +11,10 @@ from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
-from megatron_ledom.evaluation.choices import asked_of
 from megatron_ledom.evaluation.loss_difference import NUM_PARTS, SIDES, Document
+from megatron_ledom.evaluation.multiple_choice import asked_of
 from megatron_ledom.evaluation.results import NUMBER, Check
-from megatron_ledom.evaluation.tasks.tasks import Item, Kind, LoadedTask
+from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
 
 Fields = Mapping[str, Any]
 LOSSES = ("loss", "inner", "first", "last", "eod")

@@ -12,8 +12,8 @@ from megatron_ledom.inference.engines.engine import Path as AnswerPath
 from megatron_ledom.inference.engines.engine import StepDelimiter, root
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.generation import Sampling
+from megatron_ledom.inference.reverse_reward.beam_search import BeamSettings, Found, beam_search
 from megatron_ledom.inference.reverse_reward.reward import Candidate, RewardSettings, rank, score_questions
-from megatron_ledom.inference.reverse_reward.search import BeamSettings, Found, beam_search
 from tests.tiny_models import random_model_folder
 
 PROMPT = "The capital of France is Paris."

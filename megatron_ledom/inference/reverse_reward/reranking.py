@@ -23,7 +23,8 @@ from tqdm import tqdm
 from megatron_ledom.errors import DataError, LedomError, TransientError, UsageError
 from megatron_ledom.inference.engines.engine import Engine, root
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.reverse_reward.rerank_input import Record, read_records
+from megatron_ledom.inference.reverse_reward.beam_search import BeamSettings, beam_search
+from megatron_ledom.inference.reverse_reward.input_lines import Record, read_records
 from megatron_ledom.inference.reverse_reward.rerank_part import Part, Window
 from megatron_ledom.inference.reverse_reward.reward import (
     Candidate,
@@ -33,7 +34,6 @@ from megatron_ledom.inference.reverse_reward.reward import (
     rank,
     score_questions,
 )
-from megatron_ledom.inference.reverse_reward.search import BeamSettings, beam_search
 from megatron_ledom.storage.files import real_path
 from megatron_ledom.storage.locks import output_file_lock
 

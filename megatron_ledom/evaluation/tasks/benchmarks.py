@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_ledom.evaluation.code.execution import ProgramTests
 from megatron_ledom.evaluation.tasks.prompts import Field, Template
-from megatron_ledom.evaluation.tasks.tasks import Item, Kind, Layout, Row, Task
+from megatron_ledom.evaluation.tasks.task import Item, Kind, Layout, Row, Task
 
 MATHS = Template(
     fields=(

@@ -33,7 +33,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import NotFiniteError, UsageError
 from megatron_ledom.evaluation.task_model import TaskModel
 from megatron_ledom.evaluation.tasks.prompts import Values
-from megatron_ledom.evaluation.tasks.tasks import Item, LoadedTask, Task
+from megatron_ledom.evaluation.tasks.task import Item, LoadedTask, Task
 from megatron_ledom.inference.scoring import SpanScore
 
 NORMALIZATIONS = ("raw", "token", "byte")

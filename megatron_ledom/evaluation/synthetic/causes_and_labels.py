@@ -18,7 +18,7 @@ the most words in it is the right one. Labels are asked equally often; no asked 
 
 import random
 
-from megatron_ledom.evaluation.synthetic.sets import MadeSet, Namer, Row, check_num, choices_around, neighbours
+from megatron_ledom.evaluation.synthetic.sets import Namer, Row, SyntheticSet, check_num, choices_around, neighbours
 
 CAUSES = (
     *("the lamp went out.", "the gate was left open.", "a stranger came.", "the old oak fell.", "the well ran dry."),
@@ -34,7 +34,7 @@ SEVERAL = 4
 """One world in so many is not trained."""
 
 
-def abduction(num: int, seed: int) -> MadeSet:
+def abduction(num: int, seed: int) -> SyntheticSet:
     """`num` worlds of 16 rules; a fourth of the worlds is not trained."""
     check_num(num, SEVERAL, "worlds")
     rng = random.Random(f"abduction {seed}")
@@ -51,7 +51,7 @@ def abduction(num: int, seed: int) -> MadeSet:
         rows += [row for row, _ in asked]
         texts += [text for _, told in asked for text in told] if is_known else []
     rng.shuffle(texts)
-    return MadeSet(
+    return SyntheticSet(
         texts=texts,
         files={"abduction": rows, "abduction_shots": [row for row, _ in shots]},
         chance=0.25,
@@ -81,7 +81,7 @@ TEST_SHARE = 5
 NUM_SHOTS = 16
 
 
-def label_backfill(num: int, seed: int) -> MadeSet:
+def label_backfill(num: int, seed: int) -> SyntheticSet:
     """About `num` texts, as many of each of eight labels; a fifth of them is asked and not trained."""
     check_num(num, 2 * TEST_SHARE * NUM_LABELS, "texts")
     rng = random.Random(f"label_backfill {seed}")
@@ -99,7 +99,7 @@ def label_backfill(num: int, seed: int) -> MadeSet:
     shots = _label_rows(labels, pairs[-NUM_SHOTS:])
     trained = [f"Category: {label}\nText: {text}" for text, label in pairs[len(asked) : -NUM_SHOTS]]
     rng.shuffle(trained)
-    return MadeSet(
+    return SyntheticSet(
         texts=trained,
         files={"label_backfill": asked, "label_backfill_shots": shots},
         chance=0.25,

@@ -18,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from megatron_ledom.direction import Direction, to_model_order
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import DataError
 from megatron_ledom.tokenizers.added_tokens import name_of
 from megatron_ledom.tokenizers.end_token import json_with_special
 from megatron_ledom.tokenizers.reader import TokenizerFiles, read_tokenizer
@@ -263,9 +263,3 @@ def _byte_alphabet() -> dict[str, int]:
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-def check_texts(texts: list[str], role: str) -> None:
-    """Refuse an empty text where a model needs one to start from; `role` names it in the message."""
-    if not all(texts):
-        raise UsageError(f"an empty {role} gives the model nothing to start from: pass at least one character")

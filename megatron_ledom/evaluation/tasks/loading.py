@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.evaluation.synthetic.tasks import MADE_TASKS
-from megatron_ledom.evaluation.tasks.table import TASKS
-from megatron_ledom.evaluation.tasks.tasks import FIELD_TYPES, Item, Kind, Layout, LoadedTask, Row, Task
+from megatron_ledom.evaluation.synthetic.tasks import SYNTHETIC_TASKS
+from megatron_ledom.evaluation.tasks.benchmarks import TASKS
+from megatron_ledom.evaluation.tasks.task import FIELD_TYPES, Item, Kind, Layout, LoadedTask, Row, Task
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 
 
 def all_tasks() -> dict[str, Task]:
     """Every task by its name."""
-    return {task.name: task for task in (*TASKS, *MADE_TASKS)}
+    return {task.name: task for task in (*TASKS, *SYNTHETIC_TASKS)}
 
 
 def task_named(name: str) -> Task:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.answers import answers_by, read_golds
+from megatron_ledom.evaluation.grading.answers import answers_by, read_golds
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 DASH = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d\u2796]")

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.answers import answers_by
+from megatron_ledom.evaluation.grading.answers import answers_by
+from megatron_ledom.evaluation.selection import load_questions
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from megatron_ledom.inference.reverse_reward.selection import load_questions
 from megatron_ledom.reports.rerank import recorded_reward, recorded_weight
 from megatron_ledom.reports.selection import ReportSettings, report_selection
 

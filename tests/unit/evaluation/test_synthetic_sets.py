@@ -19,9 +19,9 @@ from megatron_ledom.evaluation.evaluate import evaluate_task
 from megatron_ledom.evaluation.results import TaskResult, share
 from megatron_ledom.evaluation.synthetic.facts import INVERSE, REVERSAL
 from megatron_ledom.evaluation.synthetic.generators import GENERATORS, make_analysis_data
-from megatron_ledom.evaluation.synthetic.problems import END, GAINS, LOSSES, START, TIMES, Solved, solve
-from megatron_ledom.evaluation.synthetic.tasks import MADE_TASKS
-from megatron_ledom.evaluation.tasks.files import load_task
+from megatron_ledom.evaluation.synthetic.tasks import SYNTHETIC_TASKS
+from megatron_ledom.evaluation.synthetic.word_problems import END, GAINS, LOSSES, START, TIMES, Solved, solve
+from megatron_ledom.evaluation.tasks.loading import load_task
 from megatron_ledom.inference.scoring import SpanScore
 from tests.tiny_models import random_model_folder
 
@@ -394,7 +394,7 @@ def test_every_analysis_runs_in_both_directions_through_the_tool(
     for name, folder in folders.items():
         for path in folder.glob(f"{name}*.jsonl"):
             shutil.copy(path, data)
-    names = ",".join(task.name for task in MADE_TASKS)
+    names = ",".join(task.name for task in SYNTHETIC_TASKS)
     for direction in ("forward", "reverse"):
         model = random_model_folder(tmp_path / direction, "byte_level", direction)
         options = ["--model", str(model), "--data", str(data), "--tasks", names, "--output", str(tmp_path / f"out_{direction}")]
@@ -404,4 +404,4 @@ def test_every_analysis_runs_in_both_directions_through_the_tool(
             runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
         assert not ended.value.code, capsys.readouterr().err
         tasks = json.loads((tmp_path / f"out_{direction}/summary.json").read_text())["tasks"]
-        assert sorted(tasks) == sorted(task.name for task in MADE_TASKS)
+        assert sorted(tasks) == sorted(task.name for task in SYNTHETIC_TASKS)
