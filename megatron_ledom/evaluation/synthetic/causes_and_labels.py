@@ -1,4 +1,6 @@
-"""Abduction: small worlds in which causes have outcomes, and the cause is to be told from what came of it.
+"""Abduction and label back-fill: what stands first in a text is to be told from what follows it.
+
+Abduction: small worlds in which causes have outcomes.
 
     In Brimil on day 17 the lamp went out. So the river rose and the bells rang.
 
@@ -7,7 +9,7 @@ the same causes and outcomes, otherwise paired, so that a rule of one world is w
 first outcome, the second, and none. Every rule of a known world is trained on several days and asked about another; in an unseen world
 who knows all the others gets chance.
 
-Label back-fill: a label stands before its text, and is to be told from the text that follows.
+Label back-fill: a label stands before its text.
 
     Category: Brimil
     Text: tolva semu drenlo ...
@@ -32,6 +34,10 @@ DAYS_TRAINED = 6
 GROUPS = ("known_world", "unseen_world")
 SEVERAL = 4
 """One world in so many is not trained."""
+NUM_LABELS, OWN_WORDS, COMMON_WORDS = 8, 10, 30
+NUM_OWN, NUM_OTHER, NUM_COMMON = 3, 1, 4
+TEST_SHARE = 5
+NUM_SHOTS = 16
 
 
 def abduction(num: int, seed: int) -> SyntheticSet:
@@ -57,28 +63,6 @@ def abduction(num: int, seed: int) -> SyntheticSet:
         chance=0.25,
         counts={"trained": len(texts), "asked": len(rows), "worlds_trained": len(texts) // (len(CAUSES) * DAYS_TRAINED)},
     )
-
-
-def _rows(rng: random.Random, place: str, causes: list[str], group: str) -> list[tuple[Row, list[str]]]:
-    """The question of each rule of a world, and the texts that would teach the rule. Cause `SIDE * i + j` has FIRST[i] and SECOND[j]."""
-    found: list[tuple[Row, list[str]]] = []
-    for number, cause in enumerate(causes):
-        i, j = divmod(number, SIDE)
-        wrong = [causes[SIDE * i + (j + 1) % SIDE], causes[SIDE * ((i + 1) % SIDE) + j]]
-        wrong.append(causes[SIDE * ((i + 1) % SIDE) + (j + 1) % SIDE])
-        rng.shuffle(wrong)
-        after = f"So {FIRST[i]} and {SECOND[j]}."
-        asked, *told = rng.sample(range(1, 100), DAYS_TRAINED + 1)
-        row = {"before": f"In {place} on day {asked}", "after": after, **choices_around(cause, wrong, number)}
-        row |= {"group": group, "cluster": place}
-        found.append((row, [f"In {place} on day {day} {cause} {after}" for day in told]))
-    return found
-
-
-NUM_LABELS, OWN_WORDS, COMMON_WORDS = 8, 10, 30
-NUM_OWN, NUM_OTHER, NUM_COMMON = 3, 1, 4
-TEST_SHARE = 5
-NUM_SHOTS = 16
 
 
 def label_backfill(num: int, seed: int) -> SyntheticSet:
@@ -107,11 +91,20 @@ def label_backfill(num: int, seed: int) -> SyntheticSet:
     )
 
 
-def _text(rng: random.Random, label: str, own: dict[str, list[str]], common: list[str]) -> str:
-    other = rng.choice([name for name in own if name != label])
-    words = [*rng.sample(own[label], NUM_OWN), *rng.sample(own[other], NUM_OTHER), *rng.sample(common, NUM_COMMON)]
-    rng.shuffle(words)
-    return " ".join(words)
+def _rows(rng: random.Random, place: str, causes: list[str], group: str) -> list[tuple[Row, list[str]]]:
+    """The question of each rule of a world, and the texts that would teach the rule. Cause `SIDE * i + j` has FIRST[i] and SECOND[j]."""
+    found: list[tuple[Row, list[str]]] = []
+    for number, cause in enumerate(causes):
+        i, j = divmod(number, SIDE)
+        wrong = [causes[SIDE * i + (j + 1) % SIDE], causes[SIDE * ((i + 1) % SIDE) + j]]
+        wrong.append(causes[SIDE * ((i + 1) % SIDE) + (j + 1) % SIDE])
+        rng.shuffle(wrong)
+        after = f"So {FIRST[i]} and {SECOND[j]}."
+        asked, *told = rng.sample(range(1, 100), DAYS_TRAINED + 1)
+        row = {"before": f"In {place} on day {asked}", "after": after, **choices_around(cause, wrong, number)}
+        row |= {"group": group, "cluster": place}
+        found.append((row, [f"In {place} on day {day} {cause} {after}" for day in told]))
+    return found
 
 
 def _label_rows(labels: list[str], pairs: list[tuple[str, str]]) -> list[Row]:
@@ -122,3 +115,10 @@ def _label_rows(labels: list[str], pairs: list[tuple[str, str]]) -> list[Row]:
         place = number + number // NUM_LABELS
         rows.append({"before": "", "after": text, **choices_around(label, wrong, place), "group": "all"})
     return rows
+
+
+def _text(rng: random.Random, label: str, own: dict[str, list[str]], common: list[str]) -> str:
+    other = rng.choice([name for name in own if name != label])
+    words = [*rng.sample(own[label], NUM_OWN), *rng.sample(own[other], NUM_OTHER), *rng.sample(common, NUM_COMMON)]
+    rng.shuffle(words)
+    return " ".join(words)

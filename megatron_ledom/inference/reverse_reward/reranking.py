@@ -1,14 +1,11 @@
-"""Reranking files: JSON lines of prompts and candidates in, the same with scores and a ranking out, resumed after a kill.
+"""Rank the candidates of each line of a file: JSON lines in, the same with scores and a ranking out, resumed after a kill.
 
 Lines are scored in windows, so that batches are full although a line has few candidates. Windows are cut by the input and the
 settings alone: a run that was killed repeats its unfinished window from the same first line, and ends with the same bytes.
 
-A candidate that is too long for a model has the reason under "skipped" in its scores, null for every value, and ranks last; the
-line counts them in "num_skipped", and "best" is null where none is left.
-
-How a reranking file is made: the reward, who writes the candidates, and what becomes of texts that are too long.
-
-Texts of a reranking file that are too long for a model: found before anything is computed, then refused or skipped by name.
+Texts that are too long for a model are found before anything is computed, then refused or skipped. A skipped candidate has the
+reason under "skipped" in its scores, null for every value, and ranks last; the line counts them in "num_skipped", and "best" is
+null where none is left.
 """
 
 import sys
@@ -38,6 +35,8 @@ from megatron_ledom.storage.files import real_path
 from megatron_ledom.storage.locks import output_file_lock
 
 REFUSE, SKIP = "refuse", "skip"
+NUM_NAMED = 20
+"""Skipped texts that are named on stderr; further ones are counted alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,8 +64,87 @@ class RerankSettings:
             raise UsageError("a beam search and a greedy answer are written by the forward model: set how to sample as well")
 
 
-NUM_NAMED = 20
-"""Skipped texts that are named on stderr; further ones are counted alone."""
+def rerank_file(
+    engines: Callable[[], tuple[Engine, Engine]],
+    input_path: str | Path,
+    output_path: str | Path,
+    settings: RerankSettings,
+    *,
+    made_by: dict[str, Any] | None = None,
+    overwrite: bool = False,
+) -> int:
+    """Rank the candidates of each line, or write them first; returns the number of lines.
+
+    engines: gives the forward and the reverse engine, once the whole input is known to be well formed. made_by: what else the
+    output depends on, such as the models' folders and the batch size; a resumed run must say the same. overwrite: an output or
+    unfinished work that was made otherwise may be replaced; one that is complete is left alone without it.
+
+    What is finished is kept in `<output>.part` with `<output>.part.notes`, which holds the settings and what was spent; the
+    same call goes on from there. At the end the output gets its name, and `<output>.spent.json` tells the cost. Where the
+    output is a link, all of these lie beside the file behind it. Raises DataError
+    with the line for a bad one, and MismatchError where the part was made from another input or otherwise.
+    """
+    input_path, output_path = Path(input_path), Path(output_path)
+    _check_paths(input_path, output_path)
+    real_path(output_path)  # refuses a link that leads nowhere before models are loaded
+    records = list(read_records(input_path, sampled=settings.sampling is not None))
+    output_path.parent.mkdir(parents=True, exist_ok=True)
+    with output_file_lock(output_path):
+        _rerank_into(Path(real_path(output_path)), engines, records, settings, made_by or {}, overwrite=overwrite)
+    return len(records)
+
+
+def _rerank_into(
+    output_path: Path,
+    engines: Callable[[], tuple[Engine, Engine]],
+    records: list[Record],
+    settings: RerankSettings,
+    made_by: dict[str, Any],
+    *,
+    overwrite: bool,
+) -> None:
+    """Write the output window by window; resumes what is there. Nobody else writes it."""
+    part = Part(output_path, {"settings": asdict(settings), **made_by})
+    if part.is_complete(records, overwrite=overwrite):
+        print(f"{output_path} is complete; nothing to do", file=sys.stderr)
+        return
+    windows = list(_windows(records, settings))
+    num_done = part.resume(windows, overwrite=overwrite)
+    forward, reverse = engines()
+    skips = SkipLog()
+    windows = [*windows[:num_done], *with_faults(windows[num_done:], forward, reverse, settings, skips)]
+    with tqdm(total=len(records), unit=" prompts", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
+        bar.update(sum(map(len, windows[:num_done])))
+        for window in windows[num_done:]:
+            part.append(_measured(forward, reverse, window, settings, skips))
+            bar.update(len(window))
+    part.finish()
+
+
+def _check_paths(input_path: Path, output_path: Path) -> None:
+    """Refuse, before any model is loaded, an input that is no file and an output that cannot be written."""
+    if not input_path.is_file():
+        raise UsageError(f"{input_path} is no file; pass JSON lines with a prompt each")
+    for folder in output_path.parents:
+        if folder.exists() and not folder.is_dir():
+            raise UsageError(f"{folder} is no folder, so the output {output_path} cannot lie in it; name another place")
+    if output_path.is_dir() or output_path.resolve() == input_path.resolve():
+        raise UsageError(f"the output {output_path} is a folder or the input itself; name another file")
+
+
+def _windows(records: list[Record], settings: RerankSettings) -> Iterator[list[Record]]:
+    """Consecutive lines with at least `window_candidates` together; one line where each is a search of its own."""
+    sampled = settings.sampling.num_return_sequences if settings.sampling else 0
+    window: list[Record] = []
+    num_candidates = 0
+    for record in records:
+        window.append(record)
+        num_candidates += len(record.candidates or []) or sampled
+        if settings.beam or num_candidates >= settings.window_candidates:
+            yield window
+            window, num_candidates = [], 0
+    if window:
+        yield window
 
 
 class SkipLog:
@@ -137,63 +215,6 @@ def _prompt_fault(prompt: str, forward: Engine, reverse: Engine, settings: Reran
     return forward.growth_fault(prompt, num_new) or reverse.growth_fault(prompt, num_new)
 
 
-def rerank_file(
-    engines: Callable[[], tuple[Engine, Engine]],
-    input_path: str | Path,
-    output_path: str | Path,
-    settings: RerankSettings,
-    *,
-    made_by: dict[str, Any] | None = None,
-    overwrite: bool = False,
-) -> int:
-    """Rank the candidates of each line, or write them first; returns the number of lines.
-
-    engines: gives the forward and the reverse engine, once the whole input is known to be well formed. made_by: what else the
-    output depends on, such as the models' folders and the batch size; a resumed run must say the same. overwrite: an output or
-    unfinished work that was made otherwise may be replaced; one that is complete is left alone without it.
-
-    What is finished is kept in `<output>.part` with `<output>.part.notes`, which holds the settings and what was spent; the
-    same call goes on from there. At the end the output gets its name, and `<output>.spent.json` tells the cost. Where the
-    output is a link, all of these lie beside the file behind it. Raises DataError
-    with the line for a bad one, and MismatchError where the part was made from another input or otherwise.
-    """
-    input_path, output_path = Path(input_path), Path(output_path)
-    _check_paths(input_path, output_path)
-    real_path(output_path)  # refuses a link that leads nowhere before models are loaded
-    records = list(read_records(input_path, sampled=settings.sampling is not None))
-    output_path.parent.mkdir(parents=True, exist_ok=True)
-    with output_file_lock(output_path):
-        _rerank_into(Path(real_path(output_path)), engines, records, settings, made_by or {}, overwrite=overwrite)
-    return len(records)
-
-
-def _rerank_into(
-    output_path: Path,
-    engines: Callable[[], tuple[Engine, Engine]],
-    records: list[Record],
-    settings: RerankSettings,
-    made_by: dict[str, Any],
-    *,
-    overwrite: bool,
-) -> None:
-    """Write the output window by window; resumes what is there. Nobody else writes it."""
-    part = Part(output_path, {"settings": asdict(settings), **made_by})
-    if part.is_complete(records, overwrite=overwrite):
-        print(f"{output_path} is complete; nothing to do", file=sys.stderr)
-        return
-    windows = list(_windows(records, settings))
-    num_done = part.resume(windows, overwrite=overwrite)
-    forward, reverse = engines()
-    skips = SkipLog()
-    windows = [*windows[:num_done], *with_faults(windows[num_done:], forward, reverse, settings, skips)]
-    with tqdm(total=len(records), unit=" prompts", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-        bar.update(sum(map(len, windows[:num_done])))
-        for window in windows[num_done:]:
-            part.append(_measured(forward, reverse, window, settings, skips))
-            bar.update(len(window))
-    part.finish()
-
-
 def _measured(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings, skips: SkipLog) -> Window:
     """The window's output with what it cost; written answers that are skipped are named."""
     before, start = (forward.spent.tokens, reverse.spent.tokens), time.monotonic()
@@ -207,32 +228,6 @@ def _measured(forward: Engine, reverse: Engine, window: list[Record], settings: 
         for record, line in zip(window, lines, strict=True):
             skips.add(record.where, [score.get("skipped") for score in line["scores"]])
     return Window(lines, spent)
-
-
-def _check_paths(input_path: Path, output_path: Path) -> None:
-    """Refuse, before any model is loaded, an input that is no file and an output that cannot be written."""
-    if not input_path.is_file():
-        raise UsageError(f"{input_path} is no file; pass JSON lines with a prompt each")
-    for folder in output_path.parents:
-        if folder.exists() and not folder.is_dir():
-            raise UsageError(f"{folder} is no folder, so the output {output_path} cannot lie in it; name another place")
-    if output_path.is_dir() or output_path.resolve() == input_path.resolve():
-        raise UsageError(f"the output {output_path} is a folder or the input itself; name another file")
-
-
-def _windows(records: list[Record], settings: RerankSettings) -> Iterator[list[Record]]:
-    """Consecutive lines with at least `window_candidates` together; one line where each is a search of its own."""
-    sampled = settings.sampling.num_return_sequences if settings.sampling else 0
-    window: list[Record] = []
-    num_candidates = 0
-    for record in records:
-        window.append(record)
-        num_candidates += len(record.candidates or []) or sampled
-        if settings.beam or num_candidates >= settings.window_candidates:
-            yield window
-            window, num_candidates = [], 0
-    if window:
-        yield window
 
 
 def _named(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings) -> list[dict[str, Any]]:
@@ -269,6 +264,26 @@ def _unwritten(record: Record) -> dict[str, Any]:
     }
 
 
+def _written(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings) -> list[dict[str, Any]]:
+    """The fields of each line, with what the forward model writes for it."""
+    written = [record.own_fields() for record in window]
+    if settings.sampling is None:
+        return written
+    roots = [root(record.prompt, settings.sampling, record.number) for record in window]
+    if settings.greedy:
+        likeliest = Sampling(max_new_tokens=settings.sampling.max_new_tokens)
+        for fields, (path,) in zip(written, forward.sample(roots, likeliest), strict=True):
+            fields["greedy"] = path.text
+    if settings.beam is None:
+        for fields, paths in zip(written, forward.sample(roots, settings.sampling), strict=True):
+            fields["candidates"] = [path.text for path in paths]
+        return written
+    for fields, start in zip(written, roots, strict=True):
+        found = beam_search(forward, reverse, start, settings.beam, settings.sampling, settings.reward)
+        fields |= found.as_fields(token_values=settings.token_values)
+    return written
+
+
 def _scored(
     forward: Engine, reverse: Engine, records: list[Record], settings: RerankSettings, written: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -293,23 +308,3 @@ def _scored(
         counted = {"num_skipped": num_skipped} if num_skipped else {}
         results.append({**fields, "scores": values, "ranking": ranking, "best": best_text(own, scores, ranking), **counted})
     return results
-
-
-def _written(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings) -> list[dict[str, Any]]:
-    """The fields of each line, with what the forward model writes for it."""
-    written = [record.own_fields() for record in window]
-    if settings.sampling is None:
-        return written
-    roots = [root(record.prompt, settings.sampling, record.number) for record in window]
-    if settings.greedy:
-        likeliest = Sampling(max_new_tokens=settings.sampling.max_new_tokens)
-        for fields, (path,) in zip(written, forward.sample(roots, likeliest), strict=True):
-            fields["greedy"] = path.text
-    if settings.beam is None:
-        for fields, paths in zip(written, forward.sample(roots, settings.sampling), strict=True):
-            fields["candidates"] = [path.text for path in paths]
-        return written
-    for fields, start in zip(written, roots, strict=True):
-        found = beam_search(forward, reverse, start, settings.beam, settings.sampling, settings.reward)
-        fields |= found.as_fields(token_values=settings.token_values)
-    return written
