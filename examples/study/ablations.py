@@ -14,7 +14,8 @@ from rewards import GOLD, PARTS, Rewards
 from steps import Step
 
 from megatron_ledom.evaluation.grading.answers import answers_by
-from megatron_ledom.evaluation.selection import Question, Values, load_questions
+from megatron_ledom.evaluation.intervals import Values
+from megatron_ledom.evaluation.selection import Question, load_questions
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
 from megatron_ledom.reports.selection import LEVEL, MAIN, ReportSettings, interval_of, outcomes_of
 

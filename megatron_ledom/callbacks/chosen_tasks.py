@@ -54,7 +54,7 @@ def check_tasks(config: RunConfig, has_tokenizer: bool) -> TaskHashes:
         return {}
     if not has_tokenizer:
         raise ConfigError("train.tasks needs the tokenizer, which is not here; set data.tokenizer")
-    from megatron_ledom.evaluation.results import check_statistics
+    from megatron_ledom.evaluation.intervals import check_statistics
 
     check_statistics()
     return hashes_of(load_tasks(config))

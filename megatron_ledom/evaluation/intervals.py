@@ -1,5 +1,6 @@
 """Bootstrap intervals of means, also over seeds, and of ratios of sums, for every report that has them."""
 
+import importlib.util
 import warnings
 from typing import Any
 
@@ -9,10 +10,18 @@ import numpy.typing as npt
 from megatron_ledom.errors import UsageError
 
 Values = npt.NDArray[np.float64]
+LEVEL = 0.95
+"""Of every interval that is not said to be another."""
+
+
+def check_statistics() -> None:
+    """Refuse to begin what ends in intervals where scipy is missing. Raises UsageError."""
+    if importlib.util.find_spec("scipy") is None:
+        raise UsageError("intervals need scipy: pip install 'megatron-ledom[evaluation]'")
 
 
 def bootstrap_interval(
-    values: Values, weights: Values | None = None, *, level: float, num_resamples: int, seed: int
+    values: Values, weights: Values | None = None, *, level: float = LEVEL, num_resamples: int, seed: int
 ) -> list[float]:
     """[low, high] of the mean of `values`, or of sum(values) / sum(weights), by the percentile bootstrap over their first axis.
 
@@ -21,10 +30,8 @@ def bootstrap_interval(
     """
     if len(values) == 1 or (weights is None and np.ptp(values) == 0):
         return [float(values[0] if weights is None else values[0] / weights[0])] * 2
-    try:
-        from scipy.stats import bootstrap
-    except ImportError as error:
-        raise UsageError("intervals need scipy: pip install 'megatron-ledom[evaluation]'") from error
+    check_statistics()
+    from scipy.stats import bootstrap
 
     def ratio(above: Values, below: Values, axis: int = -1) -> Any:
         return above.sum(axis=axis) / below.sum(axis=axis)

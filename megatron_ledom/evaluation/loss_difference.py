@@ -22,17 +22,15 @@ import numpy.typing as npt
 
 from megatron_ledom.direction import to_model_order, to_text_order
 from megatron_ledom.errors import UsageError
-from megatron_ledom.evaluation.intervals import bootstrap_interval
+from megatron_ledom.evaluation.intervals import Values, bootstrap_interval
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.language_model import LanguageModel
 from megatron_ledom.inference.scoring import Span, SpanScore, naming_text, score_spans
 
 SIDES = ("forward", "reverse")
 NUM_PARTS = 10
-LEVEL = 0.95
 Record = Mapping[str, Any]
 Summary = dict[str, Any]
-Values = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +88,7 @@ def document_losses(model: LanguageModel, documents: Sequence[list[int]], *, con
 
     context: most tokens that the model is fed at once, at least 2, at most its positions; UsageError otherwise.
     """
-    limit = longest_context(model)
+    limit = model.num_positions
     if context < 2 or (limit is not None and context > limit):
         raise UsageError(f"a context of {context} tokens: it must be at least 2 and at most the model's {limit} positions")
     leading = model.leading_ids or model.stop_ids[:1]
@@ -106,12 +104,6 @@ def document_losses(model: LanguageModel, documents: Sequence[list[int]], *, con
         in_text_order = to_text_order(np.array(logprobs[:-1], np.float64), model.direction).tolist()
         scores.append(SpanScore(list(ids), in_text_order, logprobs[-1]))
     return scores
-
-
-def longest_context(model: LanguageModel) -> int | None:
-    """Positions that the model has, or None where its config does not say."""
-    found = getattr(model.model.config, "max_position_embeddings", None)
-    return int(found) if found else None
 
 
 def windows(tokens: list[int], num_leading: int, context: int) -> list[Span]:
@@ -240,5 +232,5 @@ def _ratio(values: Values, weights: Values, settings: CompareSettings) -> Summar
         return {"difference": None, "interval": None}
     interval = None
     if len(values) > 1:
-        interval = bootstrap_interval(values, weights, level=LEVEL, num_resamples=settings.num_resamples, seed=settings.seed)
+        interval = bootstrap_interval(values, weights, num_resamples=settings.num_resamples, seed=settings.seed)
     return {"difference": float(values.sum() / weights.sum()), "interval": interval}

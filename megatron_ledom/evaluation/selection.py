@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.grading.answers import Answers, classes_of, read_golds
+from megatron_ledom.evaluation.intervals import Values
 from megatron_ledom.inference.reverse_reward.ranked_lines import (
     Reranked,
     check_same_questions,
@@ -26,7 +27,6 @@ from megatron_ledom.inference.reverse_reward.ranked_lines import (
 )
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings, reward_of
 
-Values = npt.NDArray[np.float64]
 Marks = npt.NDArray[np.bool_]
 MOST_SUBSETS = 256
 """Choices of k whose votes are counted; where there are more, as many are drawn."""

@@ -213,11 +213,6 @@ class Writer:
             raise DataError("a text yields no token, so nothing conditions what the model writes; pass other text")
         longest, num_loose = max(map(len, prompts)), max(len(row.loose) for row in opened)
         self.check_length(longest + num_loose, sampling.max_new_tokens)
-        input_ids = torch.full((len(prompts), longest), self.stop_ids[0])
-        attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            attention_mask[row, longest - len(prompt) :] = 1
         chosen: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             # top_k 0 and top_p 1 are written out: transformers would otherwise put its own defaults there
@@ -231,13 +226,22 @@ class Writer:
         hold = self.spell_processor([row.loose for row in opened], longest)
         with naming_text(self._tokenizer, self._direction):
             output = self._model.generate(
-                input_ids=input_ids.to(self._model.device),
-                attention_mask=attention_mask.to(self._model.device),
+                **self.padded(prompts),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([hold]),
                 stopping_criteria=StoppingCriteriaList([_Watch(look, longest)] if look else []),
             )
         return [list(row) for row in output[:, longest:].tolist()]
+
+    def padded(self, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+        """Return `input_ids` and `attention_mask` [B, S] of rows that end together, padded before their begin and masked there."""
+        longest = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), longest), self.stop_ids[0])
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            attention_mask[row, longest - len(prompt) :] = 1
+        return {"input_ids": input_ids.to(self._model.device), "attention_mask": attention_mask.to(self._model.device)}
 
     def spell_processor(self, loose_by_row: list[bytes], num_prompt: int) -> LogitsProcessor:
         """What holds rows whose first `num_prompt` positions are given to the bytes they still have to spell."""

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
+from megatron_ledom.evaluation.intervals import check_statistics
 from megatron_ledom.evaluation.loss_difference import (
     NUM_PARTS,
     CompareSettings,
@@ -24,7 +25,7 @@ from megatron_ledom.evaluation.loss_difference import (
     summarize,
 )
 from megatron_ledom.evaluation.record_checks import document_check
-from megatron_ledom.evaluation.results import ItemFile, check_statistics, numbered
+from megatron_ledom.evaluation.results import ItemFile, numbered
 from megatron_ledom.evaluation.tasks.loading import ENDINGS, file_hash, read_rows
 from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
 from megatron_ledom.inference.model_folder import (

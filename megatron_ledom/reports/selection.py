@@ -14,14 +14,13 @@ import numpy as np
 
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.grading.answers import answers_by
-from megatron_ledom.evaluation.intervals import crossed_interval
+from megatron_ledom.evaluation.intervals import Values, crossed_interval
 from megatron_ledom.evaluation.selection import (
     GRID,
     METHODS,
     MOST_SUBSETS,
     WITH_REVERSE,
     Question,
-    Values,
     best_weight,
     chosen_weights,
     load_seeds,

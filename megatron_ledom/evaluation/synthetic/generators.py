@@ -1,4 +1,4 @@
-"""Which sets can be made."""
+"""The synthetic sets by name, and the command that writes one."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -23,7 +23,7 @@ GENERATORS: Mapping[str, Callable[[int, int], SyntheticSet]] = MappingProxyType(
 
 
 def make_analysis_data(task: str, folder: str, num: int, seed: int) -> None:
-    """Make a set and write it into `folder`."""
-    made = GENERATORS[task](num, seed)
+    """Generate a set and write it into `folder`."""
+    generated = GENERATORS[task](num, seed)
     with output_folder_lock(folder, "--out"):
-        write_synthetic_set(made, Path(folder), {"task": task, "num": num, "seed": seed})
+        write_synthetic_set(generated, Path(folder), {"task": task, "num": num, "seed": seed})

@@ -1,4 +1,4 @@
-"""What a generator makes, and its files: training text, questions, demonstrations, and a manifest with hashes."""
+"""A synthetic set and its files: training text, questions, demonstrations, and a manifest with hashes."""
 
 import hashlib
 import json
@@ -31,7 +31,7 @@ class SyntheticSet:
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
-def write_synthetic_set(made: SyntheticSet, folder: Path, about: Mapping[str, Any]) -> None:
+def write_synthetic_set(generated: SyntheticSet, folder: Path, about: Mapping[str, Any]) -> None:
     """Write `train.jsonl`, the files of the questions and, last, the manifest into a folder that is there, under its lock.
 
     The same arguments give the same bytes. Raises UsageError where the folder holds another set: two sets in one folder would
@@ -43,7 +43,7 @@ def write_synthetic_set(made: SyntheticSet, folder: Path, about: Mapping[str, An
         changed = [f"{name} was {found.get(name)}, is {value}" for name, value in about.items() if found.get(name) != value]
         if changed:
             raise UsageError(f"{folder} holds another set ({'; '.join(changed)}); give it a folder of its own")
-    rows: dict[str, Sequence[Row]] = {"train": [{"text": text} for text in made.texts], **made.files}
+    rows: dict[str, Sequence[Row]] = {"train": [{"text": text} for text in generated.texts], **generated.files}
     hashes = {}
     for name, lines in rows.items():
         path_of_rows = folder / f"{name}.jsonl"
@@ -54,8 +54,8 @@ def write_synthetic_set(made: SyntheticSet, folder: Path, about: Mapping[str, An
         **about,
         "format": FORMAT,
         "package_version": version("megatron-ledom"),
-        "chance": made.chance,
-        "counts": dict(made.counts),
+        "chance": generated.chance,
+        "counts": dict(generated.counts),
         "files": hashes,
     }
     write_json(path, manifest, ensure_ascii=True)

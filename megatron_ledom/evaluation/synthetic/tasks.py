@@ -1,12 +1,12 @@
-"""The analyses as tasks of tools/evaluate.py. A reverse model's main figure is what it gives to the answer in front of what is given."""
+"""The synthetic sets as tasks of tools/evaluate.py. A reverse model's main figure is what it gives to the answer in front of what is given."""
 
 from typing import Any
 
 from megatron_ledom.evaluation.tasks.prompts import Field, Template
 from megatron_ledom.evaluation.tasks.task import Item, Kind, Layout, Row, Task
 
-MADE_BY = "tools/make_analysis_data.py --task"
-MADE = {
+GENERATED_BY = "tools/make_analysis_data.py --task"
+CHOICE_FIELDS = {
     "before": "text",
     "after": "text",
     "choices": "list",
@@ -44,11 +44,11 @@ SYNTHETIC_TASKS: tuple[Task, ...] = (
         name="reversal",
         kind=Kind.CHOICE,
         about="facts trained in one order and asked in both (reversal curse); four names, chance 25 %",
-        layouts=(Layout(MADE, _choice),),
+        layouts=(Layout(CHOICE_FIELDS, _choice),),
         file="reversal",
         demonstrations_file="reversal_shots",
-        download=f"{MADE_BY} reversal",
-        demonstrations_download=f"{MADE_BY} reversal",
+        download=f"{GENERATED_BY} reversal",
+        demonstrations_download=f"{GENERATED_BY} reversal",
         choice_field="answer",
         **ASKED_IN_OWN_ORDER,
     ),
@@ -58,11 +58,11 @@ SYNTHETIC_TASKS: tuple[Task, ...] = (
         about="the same facts, the name is written and compared as a whole",
         template=ENDING,
         reverse_template=BEGINNING,
-        layouts=(Layout(MADE, _answer),),
+        layouts=(Layout(CHOICE_FIELDS, _answer),),
         file="reversal",
         demonstrations_file="reversal_shots",
-        download=f"{MADE_BY} reversal",
-        demonstrations_download=f"{MADE_BY} reversal",
+        download=f"{GENERATED_BY} reversal",
+        demonstrations_download=f"{GENERATED_BY} reversal",
         answers="alias",
         max_new_tokens=32,
         stop_strings=(".", "\n"),
@@ -75,8 +75,8 @@ SYNTHETIC_TASKS: tuple[Task, ...] = (
         layouts=(Layout({"question": "text", "solution": "text", "answer": "text", "group": "text"}, _question),),
         file="question_from_answer",
         demonstrations_file="question_from_answer_train",
-        download=f"{MADE_BY} question_from_answer",
-        demonstrations_download=f"{MADE_BY} question_from_answer",
+        download=f"{GENERATED_BY} question_from_answer",
+        demonstrations_download=f"{GENERATED_BY} question_from_answer",
         max_new_tokens=128,
     ),
     Task(
@@ -84,11 +84,11 @@ SYNTHETIC_TASKS: tuple[Task, ...] = (
         kind=Kind.CHOICE,
         about="which cause in a small world had these outcomes; chance 25 %",
         template=Template(fields=(Field("before"), Field("answer"), Field("after")), field_separator=" ", is_read_back=False),
-        layouts=(Layout(MADE, _choice),),
+        layouts=(Layout(CHOICE_FIELDS, _choice),),
         file="abduction",
         demonstrations_file="abduction_shots",
-        download=f"{MADE_BY} abduction",
-        demonstrations_download=f"{MADE_BY} abduction",
+        download=f"{GENERATED_BY} abduction",
+        demonstrations_download=f"{GENERATED_BY} abduction",
         choice_field="answer",
     ),
     Task(
@@ -96,22 +96,22 @@ SYNTHETIC_TASKS: tuple[Task, ...] = (
         kind=Kind.CHOICE,
         about="which label stood before a text; chance 25 %",
         template=Template(fields=(Field("answer", "Category: "), Field("after", "Text: ")), is_read_back=False),
-        layouts=(Layout(MADE, _choice),),
+        layouts=(Layout(CHOICE_FIELDS, _choice),),
         file="label_backfill",
         demonstrations_file="label_backfill_shots",
-        download=f"{MADE_BY} label_backfill",
-        demonstrations_download=f"{MADE_BY} label_backfill",
+        download=f"{GENERATED_BY} label_backfill",
+        demonstrations_download=f"{GENERATED_BY} label_backfill",
         choice_field="answer",
     ),
     Task(
         name="inverse_relations",
         kind=Kind.CHOICE,
         about="parents trained, children asked, and the like; who belongs to whom does not help; chance 25 %",
-        layouts=(Layout(MADE, _choice),),
+        layouts=(Layout(CHOICE_FIELDS, _choice),),
         file="inverse_relations",
         demonstrations_file="inverse_relations_shots",
-        download=f"{MADE_BY} inverse_relations",
-        demonstrations_download=f"{MADE_BY} inverse_relations",
+        download=f"{GENERATED_BY} inverse_relations",
+        demonstrations_download=f"{GENERATED_BY} inverse_relations",
         choice_field="answer",
         **ASKED_IN_OWN_ORDER,
     ),

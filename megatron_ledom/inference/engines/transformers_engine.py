@@ -146,17 +146,11 @@ class TransformersEngine:
                 *self._write(paths[middle:], caches[middle:], delimiter, sampling),
             ]
         writer.check_length(num_given, max(limits))
-        input_ids = torch.full((len(paths), longest), self._lm.stop_ids[0])
-        attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(tokens):
-            input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-            attention_mask[row, longest - len(ids) :] = 1
         choice = _Choice(writer, paths, loose, limits, sampling, longest)
         end = _EndOfStep(choice, delimiter)
         with naming_text(self._lm.tokenizer, self.direction):
             output = model.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
+                **writer.padded(tokens),
                 past_key_values=_padded_cache(caches, longest - 1),
                 generation_config=GenerationConfig(
                     max_new_tokens=max(limits) + max(map(len, loose)),
