@@ -1,10 +1,7 @@
 """The folder of a run's checkpoints: `iter_0001000/` for each, `latest` with the name of the newest whole one.
 
-`iter_0001000.part` is being written, `iter_0001000.0.trash` is being deleted: neither is ever taken for a checkpoint.
-
-Which checkpoints stay: the newest few, those that replays begin from, and for ever those at a multiple of an interval.
-
-The files of a checkpoint that are written once, whatever the number of ranks.
+`iter_0001000.part` is being written, `iter_0001000.0.trash` is being deleted: neither is ever taken for a checkpoint. `retire` deletes
+checkpoints: the newest few stay, those that replays begin from, and those at a multiple of `checkpoint.keep_interval`.
 """
 
 import json
@@ -27,6 +24,11 @@ NEXT = ".next"
 """`latest.next` names the checkpoint that is about to be put in place."""
 TRASH = ".trash"
 NAME = re.compile(r"iter_(\d{7,})")
+LEFT_OVER = re.compile(rf"{NAME.pattern}({re.escape(PART)}|({re.escape(PART)})?\.\d+{re.escape(TRASH)})")
+BACKENDS = "metadata.json"
+"""Names megatron-core's formats: its CheckpointingConfig, spelled out here because importing that takes seconds."""
+COMMON_FILES = ("common.pt", BACKENDS, ".metadata")
+"""Beside the ranks' shares and the manifest."""
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -184,8 +186,6 @@ def fsync_path(path: str) -> None:
 
 log = logging.getLogger(__name__)
 
-LEFT_OVER = re.compile(rf"{NAME.pattern}({re.escape(PART)}|({re.escape(PART)})?\.\d+{re.escape(TRASH)})")
-
 
 def outdated(iterations: list[int], latest: int, settings: CheckpointConfig, replayed: Iterable[int] = ()) -> list[int]:
     """Those of the `iterations` that may go: not the last one before each of `replayed`.
@@ -232,12 +232,6 @@ def sweep(folder: str, keep: str | None = None) -> None:
             shutil.rmtree(path, ignore_errors=True)
             if os.path.exists(path):
                 log.warning("%s cannot be deleted; delete it by hand", path)
-
-
-BACKENDS = "metadata.json"
-"""Names megatron-core's formats: its CheckpointingConfig, spelled out here because importing that takes seconds."""
-COMMON_FILES = ("common.pt", BACKENDS, ".metadata")
-"""Beside the ranks' shares and the manifest."""
 
 
 def save_backends(folder: str) -> None:

@@ -1,7 +1,6 @@
-// Operators at the two ends of the model, the loss and the ids: torch tensors to the launchers of csrc/.
+// Operators of the loss: torch tensors to the launchers of csrc/.
 #include "bindings/tensors.h"
 #include "cross_entropy/cross_entropy.h"
-#include "segment_reverse/segment_reverse.h"
 
 namespace ledom {
 namespace {
@@ -40,24 +39,10 @@ void cross_entropy_gradient(Tensor logits, const Tensor& labels, const Tensor& l
                "cross_entropy_gradient");
 }
 
-// ids [T] of two or four bytes, bounds int64 [documents + 1].
-Tensor segment_reverse(const Tensor& ids, const Tensor& bounds, bool keep_last) {
-  check_alike({&ids});
-  check_type(bounds, ids, ScalarType::Long, bounds.numel(), "bounds");
-  STD_TORCH_CHECK(ids.dim() == 1 && bounds.numel() > 0, "expected ids [total] and bounds [documents + 1]");
-  Tensor reversed = torch::stable::empty_like(ids);
-  const On on(ids);
-  check_launch(ledom_segment_reverse(ids.const_data_ptr(), bounds.const_data_ptr(), reversed.mutable_data_ptr(), ids.numel(),
-                                     bounds.numel() - 1, keep_last, static_cast<int>(ids.element_size()), on.stream),
-               "segment_reverse");
-  return reversed;
-}
-
 }  // namespace
 }  // namespace ledom
 
 LEDOM_IMPLEMENT(module) {
   module.impl("cross_entropy_terms", TORCH_BOX(&ledom::cross_entropy_terms));
   module.impl("cross_entropy_gradient", TORCH_BOX(&ledom::cross_entropy_gradient));
-  module.impl("segment_reverse", TORCH_BOX(&ledom::segment_reverse));
 }
