@@ -110,7 +110,7 @@ def _load_tasks(options: Options) -> list[LoadedTask]:
 
 
 def _compared(task: LoadedTask) -> str:
-    """Whether the items are those that the table knows."""
+    """Say if the items are those that the table of tasks knows."""
     known = task.task.content_sha256
     if known is None:
         return f"not compared: content {task.content_sha256}"
@@ -191,7 +191,7 @@ def _load(options: Options, folder: Path, direction: Direction, about: dict[str,
 
 
 def _made_by(options: Options, folder: Path, direction: Direction) -> dict[str, Any]:
-    """What the figures depend on, whatever the task."""
+    """Return what the figures depend on, whatever the task."""
     return {
         **folder_facts(folder),
         "direction": str(direction),
@@ -202,7 +202,7 @@ def _made_by(options: Options, folder: Path, direction: Direction) -> dict[str, 
 
 
 def _task_settings(task: LoadedTask, options: Options) -> dict[str, Any]:
-    """What one task's lines depend on besides; not how many items are asked, so that more of them can be added."""
+    """Return what one task's lines depend on besides; not how many items are asked, so that more of them can be added."""
     return {
         "num_fewshot": task.num_fewshot,
         "seed": task.seed,

@@ -55,7 +55,7 @@ class CompareSettings:
 def document_records(
     forward: LanguageModel, reverse: LanguageModel, documents: Sequence[Document], settings: CompareSettings
 ) -> list[dict[str, Any]]:
-    """What is kept of each document. Losses are sums in nats; `inner` leaves out the first and the last token of the text.
+    """Return the record of each document. Losses are sums in nats; `inner` leaves out the first and the last token of the text.
 
     With the same tokenizer the tokens are the same, and `tenths`, `from_start` and `from_end` hold sums of inner tokens by position;
     else whole texts are all that can be compared, and these are missing.
@@ -119,7 +119,7 @@ def windows(tokens: list[int], num_leading: int, context: int) -> list[Span]:
 
 
 def is_same_tokenizer(forward: JointTokenizer, reverse: JointTokenizer) -> bool:
-    """Whether both read the same tokens of a text."""
+    """Return True if both read the same tokens of a text."""
     return forward.content == reverse.content
 
 

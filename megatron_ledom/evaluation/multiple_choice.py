@@ -17,7 +17,7 @@ reverse, which reads the demonstrations first as they stand behind the query
 If the choice is the first field, `context_given_choice` and `prior_removed` say nothing and are left out.
 If the field with the choices is followed by others (WinoGrande's gap), a forward model scores what follows the choice, as is
 usual, and a reverse model what precedes it. Boundaries: the text is tokenised as one; a token that reaches over a cut belongs to
-what follows it (`inference.joint`). So `context_given_choice` gives away a token of the context that the choice merges with,
+what follows it (`inference.joint_tokenizer`). So `context_given_choice` gives away a token of the context that the choice merges with,
 and `prior_removed`, a difference of two whole texts, does not. Without demonstrations a reverse model begins after eod.
 
 Each is taken as it is (raw), by scored token and by scored byte; of a difference, by the tokens and bytes of the choice (forward) or
@@ -51,7 +51,7 @@ class Asked:
 
 
 def score_choices(model: TaskModel, task: LoadedTask, items: Sequence[Item]) -> list[dict[str, Any]]:
-    """What results keep of each item: the gold choice and, for each way, log-likelihood, tokens and bytes of every choice."""
+    """Return the record of each item: the gold choice and, for each way, log-likelihood, tokens and bytes of every choice."""
     asked = [asked_of(task.task, model.direction, item, task.demonstrations(item)) for item in items]
     distinct = distinct_pairs(asked)
     scored = dict(zip(distinct, model.score(distinct), strict=True))
@@ -125,7 +125,7 @@ def _reverse(task: Task, values: Values, shots: Sequence[Values]) -> dict[str, A
 
 
 def _has_context(task: Task) -> bool:
-    """Whether a field stands before the choice. Without one, as of a label that begins a text, nothing is given to the choice."""
+    """Return True if a field stands before the choice. Without one, as of a label that begins a text, nothing is given to the choice."""
     return task.template.fields[0].name != task.choice_field
 
 

@@ -47,7 +47,7 @@ WRITTEN = {
         "is_copy": FLAG,
     },
 }
-"""What `writing.write_answers` keeps of an item besides its accepted answers."""
+"""What `written_answers.write_answers` keeps of an item besides its accepted answers."""
 
 
 def item_check(task: LoadedTask, direction: Direction) -> Check:

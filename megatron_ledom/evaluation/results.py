@@ -234,7 +234,7 @@ def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record])
 
 
 def _clusters(records: Sequence[Record]) -> list[str] | None:
-    """What each item is about; None where each stands for itself."""
+    """Return what each item is about; None where each stands for itself."""
     return [record["cluster"] for record in records] if all("cluster" in record for record in records) else None
 
 

@@ -19,7 +19,7 @@ from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
 
 
 def prompt_of(task: LoadedTask, direction: Direction, item: Item) -> Prompt:
-    """What a model of this direction is given for an item."""
+    """Return the prompt of an item for a model of this direction."""
     return task.task.template_for(direction).render(direction, item.values, task.demonstrations(item))
 
 

@@ -22,7 +22,7 @@ from megatron_ledom.inference.scoring import check_batch_size, naming_text, not_
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What a model wrote, joined to what it was given.
+    """The text that a model wrote, joined to the text that it was given.
 
     preceding + following is `text`; the given part is exactly as it was passed. stopped: the model wrote eod, so that the text
     begins (reverse) or ends (forward) there; otherwise a stop string or the token limit cut it. text_ids: the ids the model
@@ -156,7 +156,7 @@ class Writer:
         return results
 
     def stream(self, text: str, leading_ids: list[int], sampling: Sampling) -> Iterator[Generation]:
-        """What is written so far, after every token that adds to the text, and at last the whole as `write` gives it.
+        """Yield the text so far after every token that adds to it, and at last the whole as `write` gives it.
 
         The model runs in a thread, one token ahead at most of what is shown; it ends when the iterator is closed.
         """
@@ -195,7 +195,7 @@ class Writer:
         yield self._join(text, opened, step[0], sampling)
 
     def _stopper(self, opened: list[OpenText], sampling: Sampling) -> RowsSoFar | None:
-        """What ends rows at stop strings; None if there are none."""
+        """Return the function that ends rows at stop strings; None if there are none."""
         if not sampling.stop_strings:
             return None
 
@@ -244,11 +244,11 @@ class Writer:
         return {"input_ids": input_ids.to(self._model.device), "attention_mask": attention_mask.to(self._model.device)}
 
     def spell_processor(self, loose_by_row: list[bytes], num_prompt: int) -> LogitsProcessor:
-        """What holds rows whose first `num_prompt` positions are given to the bytes they still have to spell."""
+        """Return the processor that holds rows, whose first `num_prompt` positions are given, to the bytes they still have to spell."""
         return _SpellThenWrite(self._model, self._speller, loose_by_row, num_prompt, self._writable_ids)
 
     def counts_as_new(self, tokens: list[int], loose: bytes) -> bool:
-        """Whether the last of `tokens` (model order) is more than a part of `loose`."""
+        """Return True if the last of `tokens` (model order) is more than a part of `loose`."""
         return self._speller.count_inside(tokens, loose) < len(tokens)
 
     def check_length(self, num_prompt: int, max_new_tokens: int) -> None:

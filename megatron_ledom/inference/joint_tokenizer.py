@@ -146,7 +146,7 @@ class JointTokenizer:
 
 
 class Speller:
-    """Which ids may be written next while some bytes of the given text are still to be spelled."""
+    """Tells which ids may be written next while some bytes of the given text are still to be spelled."""
 
     def __init__(self, tokenizer: JointTokenizer, direction: Direction, stop_ids: list[int]) -> None:
         self._reverse = direction is Direction.REVERSE
@@ -161,7 +161,7 @@ class Speller:
         return [i for i, s in self._surfaces.items() if loose.startswith(s) or s.startswith(loose)]
 
     def rest(self, loose: bytes, token: int) -> bytes:
-        """What is left of `loose` after `token` was written next to the fixed ids."""
+        """Return what is left of `loose` after `token` was written next to the fixed ids."""
         length = len(self._surfaces[token])
         return loose[: max(0, len(loose) - length)] if self._reverse else loose[length:]
 

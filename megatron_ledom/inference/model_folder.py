@@ -153,7 +153,7 @@ def check_no_adapter(folder: str | Path) -> None:
 
 
 def folder_facts(folder: Path) -> dict[str, Any]:
-    """Which model a folder holds. The weights are told apart by their files' size and time of change."""
+    """Return which model a folder holds. The weights are told apart by their files' size and time of change."""
     weights = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))}
     beside = {
         name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
@@ -204,7 +204,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _stop_ids(folder: Path, config: dict[str, Any]) -> list[int]:
-    """What the model was trained to stop with: `eod_id` of an export (trap 1), a stock folder's generation eos."""
+    """Return the ids that end a text: `eod_id` of an export (trap 1), a stock folder's generation eos."""
     generation = _read_json(path) if (path := folder / "generation_config.json").is_file() else {}
     found = (
         ("config.json has eod_id", config.get("eod_id")),

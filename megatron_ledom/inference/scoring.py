@@ -35,7 +35,7 @@ class Span:
 
 @dataclass(slots=True)
 class Spent:
-    """What a model was used for so far: tokens of the sequences it was given, padding not counted, and seconds."""
+    """What a model has cost so far: tokens of the sequences it was given, padding not counted, and seconds."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -123,7 +123,7 @@ def logprobs_and_likeliest(logits_KV: torch.Tensor, tokens_K: torch.Tensor) -> l
 
 
 def measure_spans(model: Any, spans: list[Span], batch_size: int, measure: Measure[Measured]) -> list[list[Measured]]:
-    """What `measure` finds of each scored token of each span, model order; computed as `score_spans` does."""
+    """Return what `measure` finds of each scored token of each span, model order; computed as `score_spans` does."""
     check_batch_size(batch_size)
     distinct = distinct_spans(spans)
     pending = sorted((span for span in distinct.values() if len(span.tokens) > span.num_context), key=lambda s: -len(s.tokens))

@@ -115,7 +115,7 @@ class TextAnswers:
 
 
 class MathAnswers:
-    """What math-verify reads and takes to be equal."""
+    """Answers as math-verify reads and compares them."""
 
     def __init__(self) -> None:
         try:
@@ -203,7 +203,7 @@ def _as_fraction(found: re.Match[str]) -> str:
 
 
 def _differ(gold: list[Any], answer: list[Any]) -> bool:
-    """Whether both are small numbers, and not equal: math-verify compares six decimals, to which 1/2004! and 1/2006! are both 0."""
+    """Return True if both are small numbers and not equal: math-verify compares six decimals, to which 1/2004! and 1/2006! are both 0."""
     numbers = [number for number in map(_number_of, (gold, answer)) if number is not None]
     if len(numbers) < 2:
         return False

@@ -27,7 +27,7 @@ class Comparison(Protocol):
         """Refuse accepted answers, in the order of the items, that cannot be compared with. Raises DataError."""
 
     def is_right(self, accepted: Sequence[str], answer: str) -> bool:
-        """Whether `answer`, the whole of a written field, is one of `accepted`."""
+        """Return True if `answer`, the whole of a written field, is one of `accepted`."""
 
 
 def comparison_by(kind: str) -> Comparison:

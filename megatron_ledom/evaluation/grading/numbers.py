@@ -341,7 +341,7 @@ def _sign(before: str) -> int | None:
 
 
 def _is_bound(rest: str, *, has_currency: bool) -> bool:
-    """Whether the text that ends here goes on into the number behind it: a letter, an operator, a function, an inequality."""
+    """Return True if the text that ends here goes on into the number behind it: a letter, an operator, a function, an inequality."""
     near = rest.rstrip(" ")
     last = rest[-1:]
     if (_is_letter(last) and not has_currency) or last in ("_", "."):
@@ -391,10 +391,10 @@ def _factor(after: str) -> int | None:
 
 
 def _more_words(after: str) -> bool:
-    """Whether a second multiplier follows, as in `5 hundred thousand`."""
+    """Return True if a second multiplier follows, as in `5 hundred thousand`."""
     return bool(re.match(rf" (?:and )?(?:\d|{'|'.join(MULTIPLIERS)})", after.lower()))
 
 
 def _is_letter(character: str) -> bool:
-    """Whether a character is of an alphabet that is written with spaces between words, unlike Chinese."""
+    """Return True for a character of an alphabet that is written with spaces between words, unlike Chinese."""
     return character.isalpha() and ord(character) < 0x2E80

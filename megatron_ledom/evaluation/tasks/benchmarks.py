@@ -1,6 +1,6 @@
 """The tasks: how each set is published, put into words and judged. One entry a task; a set that fits an entry needs no code.
 
-A file is FOLDER/NAME with one of `task_files.ENDINGS`; where a set is published under another name, rename the file.
+A file is FOLDER/NAME with one of `loading.ENDINGS`; where a set is published under another name, rename the file.
 """
 
 import re

@@ -178,7 +178,7 @@ def parse_row(task: Task, row: Row, where: str, source: str | None = None) -> It
 
 
 def faults(layout: Layout, row: Row) -> list[str]:
-    """What keeps a row from being of this layout, one sentence a field."""
+    """Return why a row is not of this layout, one sentence a field."""
     found = []
     for name, kind in layout.fields.items():
         value: Any = row

@@ -71,7 +71,7 @@ class Template:
     field_separator: str = "\n"
     block_separator: str = "\n\n"
     is_read_back: bool = True
-    """Whether what a model writes is taken apart by the labels; without, the target is only scored or read whole, and needs none."""
+    """What a model writes is taken apart by the labels; without, the target is only scored or read whole, and needs none."""
 
     def __post_init__(self) -> None:
         """Refuse a template from which nothing could be written or read back."""

@@ -1,4 +1,4 @@
-"""What a task is: where its items come from, how they are put into words, and how an answer is judged.
+"""The parts of a task: where its items come from, how they are put into words, and how an answer is judged.
 
 A task is data. Its `layouts` say which fields a line of its file must have, and turn one into an `Item`; its `template` puts an
 item into words for either direction; its `kind` says what the model does with them.
@@ -19,7 +19,7 @@ Pairs = Sequence[tuple[str, str]]
 
 
 class Kind(StrEnum):
-    """What a model does: weigh given choices, write an answer, a program that is run, or a question that is solved."""
+    """The kind of task: weigh given choices, write an answer, a program that is run, or a question that is solved."""
 
     CHOICE = "choice"
     ANSWER = "answer"
@@ -69,9 +69,9 @@ class Task:
     """A task of one of the kinds. Files are named without their ending.
 
     download, demonstrations_download: where the items, and the items of `demonstrations_file`, come from.
-    content_sha256: of the set's items, whatever kind of file they come in (`task_files.content_hash`), where that is known.
+    content_sha256: of the set's items, whatever kind of file they come in (`loading.content_hash`), where that is known.
     choice_field: the field that the choices are values of; the fields before it are the context. normalization: of a choice task's
-    main figure (raw, token, byte). answers: how answers are compared, a kind of `grading.comparison_by`. reverse_template: for a
+    main figure (raw, token, byte). answers: how answers are compared, a kind of `comparison.comparison_by`. reverse_template: for a
     reverse model, where the mirrored `template` would not do.
     """
 
@@ -92,7 +92,7 @@ class Task:
     stop_strings: tuple[str, ...] = ()
     reverse_template: Template | None = None
     main_way: str = ""
-    """Of the ways of `choices`, the one of the main figure in both directions; empty for `choices.MAIN_WAY`."""
+    """Of the ways of `multiple_choice`, the one of the main figure in both directions; empty for `multiple_choice.MAIN_WAY`."""
 
     def template_for(self, direction: Direction) -> Template:
         """The template that a model of this direction is asked with."""

@@ -1,4 +1,4 @@
-"""What Reverse Reward asks of a model, whoever runs it: sample answers, score spans, expand answers by one step.
+"""The `Engine` protocol: what runs a model for Reverse Reward samples answers, scores spans and expands answers by one step.
 
 `TransformersEngine` runs a model in this process; `completions_engine` and `vllm_engine` speak to other engines.
 """
@@ -77,7 +77,7 @@ class Path:
     state: Any = field(default=None, repr=False, compare=False)
 
     def child(self, number: int) -> "Path":
-        """What this path grows into as its child `number`. The first goes on with the path's own random numbers, so that an
+        """Return this path as its child `number`. The first goes on with the path's own random numbers, so that an
         answer comes out the same whether it is written at once or step by step."""
         if not self.num_tokens:
             return replace(self, key=f"{self.key}/{number}")
@@ -94,7 +94,7 @@ class Engine(Protocol):
 
     @property
     def direction(self) -> Direction:
-        """Which way the model reads."""
+        """The direction in which the model reads."""
 
     @property
     def spent(self) -> Spent:

@@ -42,11 +42,11 @@ class RemoteEngine(ABC):
 
     @abstractmethod
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:
-        """Of the scored ids of each span, model order."""
+        """Return the log-probabilities of the scored ids of each span, model order."""
 
     @abstractmethod
     def _written(self, paths: list[AnswerPath], sampling: Sampling) -> list[tuple[str, int]]:
-        """What is written behind each path, until eod or the token limit: text and number of tokens."""
+        """Write behind each path until eod or the token limit; returns text and number of tokens."""
 
     def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
         """See `Engine.score`. Equal pairs are asked for once."""

@@ -57,7 +57,7 @@ class TransformersEngine:
 
     @property
     def direction(self) -> Direction:
-        """Which way the model reads."""
+        """The direction in which the model reads."""
         return self._lm.direction
 
     def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
@@ -237,7 +237,7 @@ class _EndOfStep(StoppingCriteria):  # type: ignore[misc]
         self._choice, self._delimiter = choice, delimiter
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Which rows [B] are done."""
+        """Return which rows [B] are done."""
         choice = self._choice
         for row in range(len(choice.paths)):
             if not choice.is_done[row]:

@@ -55,7 +55,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a search found: finished answers in the order in which they ended, their scores, the ranking and the rounds."""
+    """The result of a search: finished answers in the order in which they ended, their scores, the ranking and the rounds."""
 
     answers: list[Candidate]
     scores: list[CandidateScore]
@@ -134,7 +134,7 @@ def _scores(
 
 
 class _Meter:
-    """What both models are fed from now on."""
+    """Counts the tokens that both models are fed, and the seconds, from now on."""
 
     def __init__(self, forward: Engine, reverse: Engine) -> None:
         self._forward, self._reverse = forward, reverse

@@ -23,7 +23,7 @@ MOST_TOKENS = 2**53
 
 @dataclass(frozen=True, slots=True)
 class Reranked:
-    """What a line says. where: its file and number; greedy: None where the line has no such field.
+    """One line of a ranked file. where: its file and number; greedy: None where the line has no such field.
 
     skipped: why the prompt has no candidates at all; None where it has some.
     """

@@ -41,15 +41,15 @@ NUM_NAMED = 20
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RerankSettings:
-    """What is done with each line. Without `sampling` the candidates are the line's own; `beam` needs `sampling` as well."""
+    """How each line is ranked. Without `sampling` the candidates are the line's own; `beam` needs `sampling` as well."""
 
     reward: RewardSettings = field(default_factory=RewardSettings)
     sampling: Sampling | None = None
     beam: BeamSettings | None = None
     greedy: bool = False
-    """Whether the forward model also writes its likeliest answer, under "greedy": a baseline, not a candidate."""
+    """The forward model also writes its likeliest answer, under "greedy": a baseline, not a candidate."""
     token_values: bool = False
-    """Whether scores hold the ids and log-probabilities of single tokens."""
+    """Scores hold the ids and log-probabilities of single tokens, too."""
     window_candidates: int = 512
     """A window is closed by the line that brings it to this many candidates: what a kill can lose at most."""
     too_long: str = REFUSE
