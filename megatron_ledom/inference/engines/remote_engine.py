@@ -1,20 +1,19 @@
 """An engine whose weights are elsewhere: it knows the model folder's tokenizer and direction, sends ids and checks what comes back."""
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError
+from megatron_ledom.inference.engines.engine import Engine, StepDelimiter
 from megatron_ledom.inference.engines.engine import Path as AnswerPath
-from megatron_ledom.inference.engines.engine import StepDelimiter, check_no_stop_strings
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.model_folder import load_tokenizer, read_model_config
 from megatron_ledom.inference.scoring import (
     Span,
     SpanScore,
-    Spent,
     distinct_spans,
     no_room,
     span_score,
@@ -23,7 +22,7 @@ from megatron_ledom.inference.scoring import (
 )
 
 
-class RemoteEngine(ABC):
+class RemoteEngine(Engine):
     """An `Engine` of two questions that go to where the weights are.
 
     folder: of the served model; MismatchError where it records another direction. Ids that are sent are in model order.
@@ -35,7 +34,7 @@ class RemoteEngine(ABC):
         recorded = config.get("direction")
         if recorded not in (None, str(direction)) or (recorded is None and direction is Direction.REVERSE):
             raise MismatchError(f"{folder}/config.json records the direction {recorded!r}, asked for was {str(direction)!r}")
-        self.direction, self.spent = direction, Spent()
+        super().__init__(direction)
         self.tokenizer, self.stop_ids = load_tokenizer(folder)
         self._leading_ids = [] if recorded else self.tokenizer.leading_ids
         self._num_positions: int | None = config.get("max_position_embeddings")
@@ -49,7 +48,7 @@ class RemoteEngine(ABC):
         """Write behind each path until eod or the token limit; returns text and number of tokens."""
 
     def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
-        """See `Engine.score`. Equal pairs are asked for once."""
+        """See `Engine.score`."""
         spans = [self._span(pair, include_end) for pair in pairs]
         distinct = distinct_spans(spans)
         values = dict(zip(distinct, self._logprobs(list(distinct.values())), strict=True))
@@ -65,22 +64,16 @@ class RemoteEngine(ABC):
         num_given = len(self._leading_ids) + len(self.tokenizer.encode(text))
         return no_room(num_given, num_new_tokens, self._num_positions, self.direction)
 
-    def sample(self, roots: Sequence[AnswerPath], sampling: Sampling) -> list[list[AnswerPath]]:
-        """See `Engine.sample`."""
-        return self._grow(roots, sampling.num_return_sequences, None, sampling)
-
     def expand(
         self, paths: Sequence[AnswerPath], num: int, delimiter: StepDelimiter, sampling: Sampling
     ) -> list[list[AnswerPath]]:
-        """See `Engine.expand`. The step is cut out here: servers do not tell a stop string from the model's own end."""
+        """See `Engine.expand`."""
         if delimiter.token_ids:
             raise UsageError("this engine answers with text, so a step ends at a pattern; give regex:PATTERN instead of ids")
-        return self._grow(paths, num, delimiter, sampling)
+        return super().expand(paths, num, delimiter, sampling)
 
     def prompt_ids(self, path: AnswerPath) -> list[int]:
         """Return what a forward model goes on from: the ids of the prompt and the answer so far, encoded as one text."""
-        if self.direction is not Direction.FORWARD:
-            raise UsageError("a reverse model writes what precedes a text, not answers; give the forward model to sample from")
         return [*self._leading_ids, *self.tokenizer.encode(path.prompt + path.text)]
 
     def _span(self, pair: tuple[str, str], include_end: bool) -> Span:
@@ -90,7 +83,7 @@ class RemoteEngine(ABC):
     def _grow(
         self, paths: Sequence[AnswerPath], num: int, delimiter: StepDelimiter | None, sampling: Sampling
     ) -> list[list[AnswerPath]]:
-        check_no_stop_strings(sampling)
+        """See `Engine._grow`. The step is cut out here: servers do not tell a stop string from the model's own end."""
         children = [path.child(number) for path in paths if not path.finished for number in range(num)]
         answers = self._written(children, sampling)
         grown = iter(self._grown(path, *answer, delimiter) for path, answer in zip(children, answers, strict=True))
