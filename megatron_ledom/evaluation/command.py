@@ -12,7 +12,7 @@ from megatron_ledom.errors import LedomError, NotFiniteError, UsageError, visibl
 from megatron_ledom.evaluation.code.execution import check_allowed
 from megatron_ledom.evaluation.code.sandbox import Sandbox, check_sandbox
 from megatron_ledom.evaluation.evaluate import WINDOW_ITEMS, evaluate_task
-from megatron_ledom.evaluation.grading.comparison import comparison_by
+from megatron_ledom.evaluation.grading.answers import comparison_by
 from megatron_ledom.evaluation.intervals import check_statistics
 from megatron_ledom.evaluation.multiple_choice import asked_of
 from megatron_ledom.evaluation.record_checks import item_check

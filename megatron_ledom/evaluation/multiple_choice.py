@@ -148,17 +148,14 @@ def _measured(way: Sequence[Asked], scored: Mapping[Pair, SpanScore], direction:
 
 def _one(asked: Asked, scored: Mapping[Pair, SpanScore], direction: Direction) -> dict[str, float]:
     whole = scored[asked.pair]
-    num_bytes = _scored_bytes(asked.pair, direction)
-    if asked.prior is None:
-        return {"logprob": whole.logprob, "tokens": whole.num_tokens, "bytes": num_bytes}
-    prior = scored[asked.prior]
-    if direction is Direction.FORWARD:
-        return {"logprob": less_prior(whole.logprob, prior.logprob), "tokens": whole.num_tokens, "bytes": num_bytes}
-    return {
-        "logprob": less_prior(whole.logprob, prior.logprob),
-        "tokens": whole.num_tokens - prior.num_tokens,
-        "bytes": num_bytes - _scored_bytes(asked.prior, direction),
-    }
+    found = {"logprob": whole.logprob, "tokens": whole.num_tokens, "bytes": _scored_bytes(asked.pair, direction)}
+    if asked.prior is not None:
+        prior = scored[asked.prior]
+        found["logprob"] = less_prior(whole.logprob, prior.logprob)
+        if direction is Direction.REVERSE:
+            found["tokens"] -= prior.num_tokens
+            found["bytes"] -= _scored_bytes(asked.prior, direction)
+    return found
 
 
 def less_prior(whole: float, prior: float) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_ledom.direction import Direction
 from megatron_ledom.evaluation.code.execution import check_allowed, run_program
 from megatron_ledom.evaluation.code.sandbox import Sandbox
-from megatron_ledom.evaluation.grading.comparison import Comparison, comparison_by
+from megatron_ledom.evaluation.grading.answers import Comparison, comparison_by
 from megatron_ledom.evaluation.synthetic.word_problems import solve
 from megatron_ledom.evaluation.task_model import TaskModel
 from megatron_ledom.evaluation.tasks.prompts import Prompt

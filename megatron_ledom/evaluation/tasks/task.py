@@ -71,7 +71,7 @@ class Task:
     download, demonstrations_download: where the items, and the items of `demonstrations_file`, come from.
     content_sha256: of the set's items, whatever kind of file they come in (`loading.content_hash`), where that is known.
     choice_field: the field that the choices are values of; the fields before it are the context. normalization: of a choice task's
-    main figure (raw, token, byte). answers: how answers are compared, a kind of `comparison.comparison_by`. reverse_template: for a
+    main figure (raw, token, byte). answers: how answers are compared, a kind of `grading.answers.comparison_by`. reverse_template: for a
     reverse model, where the mirrored `template` would not do.
     """
 

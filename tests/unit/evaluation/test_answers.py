@@ -5,8 +5,7 @@ from fractions import Fraction
 import pytest
 
 from megatron_ledom.errors import DataError
-from megatron_ledom.evaluation.grading.answers import answers_by, is_right, read_golds
-from megatron_ledom.evaluation.grading.comparison import comparison_by
+from megatron_ledom.evaluation.grading.answers import answers_by, comparison_by, is_right, read_golds
 
 READ = {
     "3/4": "3/4",
