@@ -5,7 +5,6 @@ from typing import Any
 from megatron_ledom.evaluation.tasks.prompts import Field, Template
 from megatron_ledom.evaluation.tasks.task import Item, Kind, Layout, Row, Task
 
-GENERATED_BY = "tools/make_analysis_data.py --task"
 CHOICE_FIELDS = {
     "before": "text",
     "after": "text",
@@ -39,16 +38,21 @@ BEGINNING = Template(fields=(Field("after"), Field("answer")), field_separator="
 ASKED_IN_OWN_ORDER: dict[str, Any] = {"template": ENDING, "reverse_template": BEGINNING, "main_way": "choice_given_context"}
 """What is asked for comes last in the order of either model: at the end of a sentence, or at the beginning of its other wording."""
 
+
+def _files(name: str, demonstrations: str = "shots") -> dict[str, Any]:
+    """Return the files of a set, and the command that writes them."""
+    command = f"tools/make_analysis_data.py --task {name}"
+    files = {"file": name, "demonstrations_file": f"{name}_{demonstrations}"}
+    return {**files, "download": command, "demonstrations_download": command}
+
+
 SYNTHETIC_TASKS: tuple[Task, ...] = (
     Task(
         name="reversal",
         kind=Kind.CHOICE,
         about="facts trained in one order and asked in both (reversal curse); four names, chance 25 %",
         layouts=(Layout(CHOICE_FIELDS, _choice),),
-        file="reversal",
-        demonstrations_file="reversal_shots",
-        download=f"{GENERATED_BY} reversal",
-        demonstrations_download=f"{GENERATED_BY} reversal",
+        **_files("reversal"),
         choice_field="answer",
         **ASKED_IN_OWN_ORDER,
     ),
@@ -59,10 +63,7 @@ SYNTHETIC_TASKS: tuple[Task, ...] = (
         template=ENDING,
         reverse_template=BEGINNING,
         layouts=(Layout(CHOICE_FIELDS, _answer),),
-        file="reversal",
-        demonstrations_file="reversal_shots",
-        download=f"{GENERATED_BY} reversal",
-        demonstrations_download=f"{GENERATED_BY} reversal",
+        **_files("reversal"),
         answers="alias",
         max_new_tokens=32,
         stop_strings=(".", "\n"),
@@ -73,10 +74,7 @@ SYNTHETIC_TASKS: tuple[Task, ...] = (
         about="the question of a worked solution is written, and solved: is its solution the given one?",
         template=Template(fields=(Field("solution", "Solution: "), Field("question", "Question: "))),
         layouts=(Layout({"question": "text", "solution": "text", "answer": "text", "group": "text"}, _question),),
-        file="question_from_answer",
-        demonstrations_file="question_from_answer_train",
-        download=f"{GENERATED_BY} question_from_answer",
-        demonstrations_download=f"{GENERATED_BY} question_from_answer",
+        **_files("question_from_answer", "train"),
         max_new_tokens=128,
     ),
     Task(
@@ -85,10 +83,7 @@ SYNTHETIC_TASKS: tuple[Task, ...] = (
         about="which cause in a small world had these outcomes; chance 25 %",
         template=Template(fields=(Field("before"), Field("answer"), Field("after")), field_separator=" ", is_read_back=False),
         layouts=(Layout(CHOICE_FIELDS, _choice),),
-        file="abduction",
-        demonstrations_file="abduction_shots",
-        download=f"{GENERATED_BY} abduction",
-        demonstrations_download=f"{GENERATED_BY} abduction",
+        **_files("abduction"),
         choice_field="answer",
     ),
     Task(
@@ -97,10 +92,7 @@ SYNTHETIC_TASKS: tuple[Task, ...] = (
         about="which label stood before a text; chance 25 %",
         template=Template(fields=(Field("answer", "Category: "), Field("after", "Text: ")), is_read_back=False),
         layouts=(Layout(CHOICE_FIELDS, _choice),),
-        file="label_backfill",
-        demonstrations_file="label_backfill_shots",
-        download=f"{GENERATED_BY} label_backfill",
-        demonstrations_download=f"{GENERATED_BY} label_backfill",
+        **_files("label_backfill"),
         choice_field="answer",
     ),
     Task(
@@ -108,10 +100,7 @@ SYNTHETIC_TASKS: tuple[Task, ...] = (
         kind=Kind.CHOICE,
         about="parents trained, children asked, and the like; who belongs to whom does not help; chance 25 %",
         layouts=(Layout(CHOICE_FIELDS, _choice),),
-        file="inverse_relations",
-        demonstrations_file="inverse_relations_shots",
-        download=f"{GENERATED_BY} inverse_relations",
-        demonstrations_download=f"{GENERATED_BY} inverse_relations",
+        **_files("inverse_relations"),
         choice_field="answer",
         **ASKED_IN_OWN_ORDER,
     ),

@@ -164,6 +164,17 @@ MATH_TRAIN = (
     " (12,000 problems of MATH, none of them in MATH-500)"
 )
 
+STATEMENTS = "lines with problem and answer; the statements are on https://artofproblemsolving.com/wiki"
+MATH500 = f"test.jsonl of {HUB}/HuggingFaceH4/MATH-500"
+COMPETITIONS = (
+    ("math500", "500 competition problems of the MATH test set", 512, MATH500,
+     "60eca610052c3b191b9a1d1dde977b72f239e7a5f69d4cc18f4d12870638d775"),
+    ("aime24", "the 30 problems of AIME 2024", 1024, f"30 {STATEMENTS}",
+     "44624eaa356c586dc626f12c7f57ee0ced11404677e2e55887a8fae9a0ed2bb4"),
+    ("amc23", "40 problems of AMC 12, 2023", 1024, f"40 {STATEMENTS}",
+     "d91256e2a58aa23b4b159ac4a20cfdd3d2f7951d04c6811443da724ed34a1f85"),
+)  # fmt: skip
+"""Of each: name, what it is, max_new_tokens, download, content_sha256."""
 ARC_CONTENT = {
     "easy": "54d9da5a41a60041b367da1ae54ad44f032c026cec02ab8c055fa56efd0c86ef",
     "challenge": "3a3c06ab9e6b4f86a07e6efca8bd899d8902e29af7268511b5d497c57c51833c",
@@ -180,44 +191,21 @@ TASKS: tuple[Task, ...] = (
         download="test.jsonl and train.jsonl of https://github.com/openai/grade-school-math/tree/master/grade_school_math/data",
         content_sha256="9f282e85e14fa9f24d5716ea31e37136f2fe953b36d5835ee8f5c65893dae24d",
     ),
-    Task(
-        name="math500",
-        kind=Kind.ANSWER,
-        about="500 competition problems of the MATH test set",
-        template=MATHS,
-        layouts=PROBLEM,
-        file="math500",
-        demonstrations_file="math_train",
-        demonstrations_download=MATH_TRAIN,
-        download=f"test.jsonl of {HUB}/HuggingFaceH4/MATH-500",
-        content_sha256="60eca610052c3b191b9a1d1dde977b72f239e7a5f69d4cc18f4d12870638d775",
-        max_new_tokens=512,
-    ),
-    Task(
-        name="aime24",
-        kind=Kind.ANSWER,
-        about="the 30 problems of AIME 2024",
-        template=MATHS,
-        layouts=PROBLEM,
-        file="aime24",
-        demonstrations_file="math_train",
-        demonstrations_download=MATH_TRAIN,
-        download="30 lines with problem and answer; the statements are on https://artofproblemsolving.com/wiki",
-        content_sha256="44624eaa356c586dc626f12c7f57ee0ced11404677e2e55887a8fae9a0ed2bb4",
-        max_new_tokens=1024,
-    ),
-    Task(
-        name="amc23",
-        kind=Kind.ANSWER,
-        about="40 problems of AMC 12, 2023",
-        template=MATHS,
-        layouts=PROBLEM,
-        file="amc23",
-        demonstrations_file="math_train",
-        demonstrations_download=MATH_TRAIN,
-        download="40 lines with problem and answer; the statements are on https://artofproblemsolving.com/wiki",
-        content_sha256="d91256e2a58aa23b4b159ac4a20cfdd3d2f7951d04c6811443da724ed34a1f85",
-        max_new_tokens=1024,
+    *(
+        Task(
+            name=name,
+            kind=Kind.ANSWER,
+            about=about,
+            template=MATHS,
+            layouts=PROBLEM,
+            file=name,
+            demonstrations_file="math_train",
+            demonstrations_download=MATH_TRAIN,
+            download=download,
+            content_sha256=known,
+            max_new_tokens=max_new_tokens,
+        )
+        for name, about, max_new_tokens, download, known in COMPETITIONS
     ),
     Task(
         name="svamp",

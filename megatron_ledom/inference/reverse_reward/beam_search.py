@@ -17,9 +17,9 @@ from megatron_ledom.inference.reverse_reward.reward import (
     Candidate,
     CandidateScore,
     RewardSettings,
-    best_text,
     candidate_faults,
     rank,
+    ranked_fields,
     score_questions,
 )
 
@@ -67,13 +67,9 @@ class Found:
         rounds = [asdict(step) for step in self.steps]
         for step in rounds:
             del step["seconds"]
-        num_skipped = sum(score.skipped is not None for score in self.scores)
         return {
             "candidates": [answer.text for answer in self.answers],
-            "scores": [score.as_fields(token_values=token_values) for score in self.scores],
-            "ranking": self.ranking,
-            "best": best_text(self.answers, self.scores, self.ranking),
-            **({"num_skipped": num_skipped} if num_skipped else {}),
+            **ranked_fields(self.answers, self.scores, token_values=token_values),
             "search": {
                 "steps": rounds,
                 "forward_tokens": sum(step.forward_tokens for step in self.steps),

@@ -26,9 +26,8 @@ from megatron_ledom.inference.reverse_reward.rerank_part import Part, Window
 from megatron_ledom.inference.reverse_reward.reward import (
     Candidate,
     RewardSettings,
-    best_text,
     candidate_faults,
-    rank,
+    ranked_fields,
     score_questions,
 )
 from megatron_ledom.storage.files import real_path
@@ -299,12 +298,8 @@ def _scored(
         for record, own in zip(records, candidates, strict=True)
     ]
     questions = [(record.prompt, own) for record, own in zip(records, candidates, strict=True)]
-    results = []
     scored = score_questions(forward, reverse, questions, settings.reward, faults)
-    for fields, own, scores in zip(written, candidates, scored, strict=True):
-        ranking = rank([score.reward for score in scores])
-        values = [score.as_fields(token_values=settings.token_values) for score in scores]
-        num_skipped = sum(score.skipped is not None for score in scores)
-        counted = {"num_skipped": num_skipped} if num_skipped else {}
-        results.append({**fields, "scores": values, "ranking": ranking, "best": best_text(own, scores, ranking), **counted})
-    return results
+    return [
+        {**fields, **ranked_fields(own, scores, token_values=settings.token_values)}
+        for fields, own, scores in zip(written, candidates, scored, strict=True)
+    ]

@@ -225,9 +225,16 @@ def rank(rewards: list[float | None]) -> list[int]:
     return sorted(range(len(rewards)), key=lambda i: (rewards[i] is None, -(rewards[i] or 0.0)))
 
 
-def best_text(candidates: Sequence[Candidate], scores: Sequence[CandidateScore], ranking: Sequence[int]) -> str | None:
-    """Return the text of the best candidate; None where there is none, or all were skipped."""
-    return candidates[ranking[0]].text if ranking and scores[ranking[0]].skipped is None else None
+def ranked_fields(candidates: Sequence[Candidate], scores: Sequence[CandidateScore], *, token_values: bool) -> dict[str, Any]:
+    """Return what a reranking file says of scored candidates; "best" is None where there is none, or all were skipped."""
+    ranking = rank([score.reward for score in scores])
+    num_skipped = sum(score.skipped is not None for score in scores)
+    return {
+        "scores": [score.as_fields(token_values=token_values) for score in scores],
+        "ranking": ranking,
+        "best": candidates[ranking[0]].text if ranking and scores[ranking[0]].skipped is None else None,
+        **({"num_skipped": num_skipped} if num_skipped else {}),
+    }
 
 
 def _weighted_sum(*terms: tuple[float, float]) -> float:

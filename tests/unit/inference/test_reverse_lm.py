@@ -245,7 +245,7 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, float], revers
 def test_an_empty_text_is_refused(reverse_models: dict[str, ReverseLM], forward_models: dict[str, ForwardLM]) -> None:
     with pytest.raises(UsageError, match="empty following text"):
         reverse_models["byte_level"].generate_preceding("")
-    with pytest.raises(UsageError, match="empty prompt"):
+    with pytest.raises(UsageError, match="empty preceding text"):
         forward_models["byte_level"].generate_following(["a", ""])
 
 
