@@ -13,10 +13,9 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
 from megatron_ledom.evaluation.loss_difference import NUM_PARTS, SIDES, Document
 from megatron_ledom.evaluation.multiple_choice import asked_of
-from megatron_ledom.evaluation.results import NUMBER, Check
+from megatron_ledom.evaluation.results import NUMBER, Check, Record
 from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
 
-Fields = Mapping[str, Any]
 LOSSES = ("loss", "inner", "first", "last", "eod")
 POSITIONS = ("tenths", "from_start", "from_end")
 ROUNDING = 1e-6
@@ -63,7 +62,7 @@ def item_check(task: LoadedTask, direction: Direction) -> Check:
 def document_check(documents: Sequence[Document], *, with_positions: bool) -> Check:
     """Return the check of what `document_records` keeps of a document."""
 
-    def check(number: int, record: Fields) -> None:
+    def check(number: int, record: Record) -> None:
         """Check the record of one document."""
         document = documents[number]
         known = {"where": document.where, "domain": document.domain, "bytes": len(document.text.encode())}
@@ -78,7 +77,7 @@ def document_check(documents: Sequence[Document], *, with_positions: bool) -> Ch
     return check
 
 
-def _check_choice(record: Fields, item: Item, is_difference: Mapping[str, bool]) -> None:
+def _check_choice(record: Record, item: Item, is_difference: Mapping[str, bool]) -> None:
     """Check the scores of each way; is_difference: of each way, if a prior is taken off, so that values may have either sign."""
     _check_keys("the line", record, {NUMBER, *item.kept, "gold", "scores"})
     _check_known(record, {**item.kept, "gold": item.gold})
@@ -91,7 +90,7 @@ def _check_choice(record: Fields, item: Item, is_difference: Mapping[str, bool])
             _check_list(f"{name}.{column}", columns[column], INTEGER if either_sign else COUNT, len(item.choices))
 
 
-def _check_written(record: Fields, item: Item, kind: Kind) -> None:
+def _check_written(record: Record, item: Item, kind: Kind) -> None:
     fields = WRITTEN[kind]
     accepted = item.gold if isinstance(item.gold, tuple) else ()
     known = {**item.kept, **({} if kind is Kind.CODE else {"gold": list(accepted)})}
@@ -115,7 +114,7 @@ def _check_side(side: str, found: Any) -> None:
     _check_sum(f"{side}.loss", found["loss"], found["inner"] + edges)
 
 
-def _check_positions(name: str, found: Any, record: Fields) -> None:
+def _check_positions(name: str, found: Any, record: Record) -> None:
     """Check the sums of the inner tokens by position, whose totals are known of the whole document."""
     num = record[SIDES[0]]["tokens"]
     if record[SIDES[1]]["tokens"] != num:
@@ -138,7 +137,7 @@ def _check_keys(name: str, found: Any, expected: set[str]) -> None:
         raise DataError(f"{name} has the field {unknown[0]!r}, expected only {', '.join(sorted(expected))}")
 
 
-def _check_known(record: Fields, known: Fields) -> None:
+def _check_known(record: Record, known: Record) -> None:
     """Check what follows from the item alone. Compared as JSON, where 1, 1.0 and true differ."""
     for name, expected in known.items():
         if json.dumps(record[name], sort_keys=True) != json.dumps(expected, sort_keys=True):

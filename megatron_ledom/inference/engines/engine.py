@@ -4,6 +4,7 @@
 """
 
 import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -136,6 +137,23 @@ class Engine(ABC):
             raise UsageError(f"engines take no stop_strings ({list(sampling.stop_strings)}); give a StepDelimiter to `expand`")
         if self.direction is not Direction.FORWARD:
             raise UsageError("a reverse model writes what precedes a text, not answers; give the forward model to sample from")
+
+
+class Meter:
+    """Counts what a forward and a reverse engine spend from now on."""
+
+    def __init__(self, forward: Engine, reverse: Engine) -> None:
+        self._forward, self._reverse = forward, reverse
+        self._begin = (forward.spent.tokens, reverse.spent.tokens, time.monotonic())
+
+    def spent(self) -> dict[str, Any]:
+        """Return the tokens of both, and seconds."""
+        forward, reverse, start = self._begin
+        tokens = {
+            "forward_tokens": self._forward.spent.tokens - forward,
+            "reverse_tokens": self._reverse.spent.tokens - reverse,
+        }
+        return {**tokens, "seconds": time.monotonic() - start}
 
 
 def root(prompt: str, sampling: Sampling, salt: int = 0) -> Path:

@@ -6,12 +6,11 @@ what a reverse model reads, so that everything it has computed about the rest be
 the length of the path at every step. The forward model's prefixes are kept: it reads a prompt once, and a path never again.
 """
 
-import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from megatron_ledom.errors import UsageError
-from megatron_ledom.inference.engines.engine import Engine, Path, StepDelimiter
+from megatron_ledom.inference.engines.engine import Engine, Meter, Path, StepDelimiter
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.reverse_reward.reward import (
     Candidate,
@@ -96,18 +95,18 @@ def beam_search(
     live, num = [start], beam.num_beams * beam.num_expansions
     steps: list[Step] = []
     while live:
-        meter = _Meter(forward, reverse)
+        meter = Meter(forward, reverse)
         grown = [path for own in forward.expand(live, num, beam.delimiter, sampling) for path in own]
         finished += [path for path in grown if path.finished]
         unfinished = [path for path in grown if not path.finished]
         width = max(0, beam.num_beams - len(finished))
         live = _best(forward, reverse, unfinished, width, reward)
-        steps.append(meter.read(len(grown), len(live), len(finished)))
+        steps.append(Step(len(grown), len(live), len(finished), **meter.spent()))
         num = beam.num_expansions
-    meter = _Meter(forward, reverse)
+    meter = Meter(forward, reverse)
     answers = [Candidate(path.text) for path in finished]
     scores = _scores(forward, reverse, start.prompt, answers, reward)
-    steps.append(meter.read(len(finished), 0, len(finished)))
+    steps.append(Step(len(finished), 0, len(finished), **meter.spent()))
     return Found(answers, scores, rank([score.reward for score in scores]), steps)
 
 
@@ -127,22 +126,3 @@ def _scores(
     """The scores of what was written; what is too long for a model, as it tokenises it, gets none."""
     faults = candidate_faults(forward, reverse, prompt, candidates, reward, is_written=True)
     return score_questions(forward, reverse, [(prompt, candidates)], reward, [faults])[0]
-
-
-class _Meter:
-    """Counts the tokens that both models are fed, and the seconds, from now on."""
-
-    def __init__(self, forward: Engine, reverse: Engine) -> None:
-        self._forward, self._reverse = forward, reverse
-        self._begin = (forward.spent.tokens, reverse.spent.tokens, time.monotonic())
-
-    def read(self, num_paths: int, num_kept: int, num_finished: int) -> Step:
-        """The round that began when the meter was made."""
-        return Step(
-            num_paths,
-            num_kept,
-            num_finished,
-            self._forward.spent.tokens - self._begin[0],
-            self._reverse.spent.tokens - self._begin[1],
-            time.monotonic() - self._begin[2],
-        )

@@ -9,7 +9,6 @@ null where none is left.
 """
 
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_ledom.errors import DataError, LedomError, TransientError, UsageError
-from megatron_ledom.inference.engines.engine import Engine, root
+from megatron_ledom.inference.engines.engine import Engine, Meter, root
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.reverse_reward.beam_search import BeamSettings, beam_search
 from megatron_ledom.inference.reverse_reward.input_lines import Record, read_records
@@ -216,13 +215,9 @@ def _prompt_fault(prompt: str, forward: Engine, reverse: Engine, settings: Reran
 
 def _measured(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings, skips: SkipLog) -> Window:
     """The window's output with what it cost; written answers that are skipped are named."""
-    before, start = (forward.spent.tokens, reverse.spent.tokens), time.monotonic()
+    meter = Meter(forward, reverse)
     lines = _named(forward, reverse, window, settings)
-    spent = {
-        "forward_tokens": forward.spent.tokens - before[0],
-        "reverse_tokens": reverse.spent.tokens - before[1],
-        "seconds": time.monotonic() - start,
-    }
+    spent = meter.spent()
     if settings.sampling is not None:
         for record, line in zip(window, lines, strict=True):
             skips.add(record.where, [score.get("skipped") for score in line["scores"]])
