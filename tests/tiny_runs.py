@@ -33,8 +33,8 @@ from megatron_ledom.data.shards.shard import Counts, ShardWriter
 from megatron_ledom.direction import Direction
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from tests.legible import legible_ids, legible_tokenizer
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 SECONDS = 120
 """A run that takes longer hangs: its ranks are killed and the test fails with what they logged."""
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.build import ROOT, nvcc, op_names
+from tests.kernels.build import nvcc, op_names
+from tests.paths import ROOT
 
 pytestmark = [
     pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no NVIDIA GPU here: kernels not yet run on hardware"),

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.paths import ROOT
 from tests.study.handmade import write_study
-from tests.tiny_runs import ROOT
 
 PREPARED = """
 import sys

@@ -29,9 +29,9 @@ from megatron_ledom.inference.intervals import bootstrap_interval
 from megatron_ledom.inference.language_model import LanguageModel
 from megatron_ledom.reports import losses as compare_command
 from megatron_ledom.reports.losses import sentence
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder, random_text
 
-ROOT = Path(__file__).parents[3]
 SETTINGS = CompareSettings(context=512, batch_size=4, num_resamples=200)
 
 

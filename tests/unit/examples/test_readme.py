@@ -6,11 +6,11 @@ import shlex
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.paths import ROOT
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN_BY_QUICKSTART = "<!-- run by the quickstart -->"
 """Stands above blocks that tests/quickstart compares with what the quickstart ran."""

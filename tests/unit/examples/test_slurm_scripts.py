@@ -14,9 +14,9 @@ import pytest
 
 from megatron_ledom.data.shards.shard import check_shard
 from tests.legible import legible_documents, legible_tokenizer, write_jsonl
+from tests.paths import ROOT
 from tests.tiny_runs import TinyData
 
-ROOT = Path(__file__).parents[3]
 SCRIPTS = sorted((ROOT / "examples/slurm").glob("*.sbatch"))
 PRETRAIN = ROOT / "examples/slurm/pretrain.sbatch"
 SBATCH_OPTIONS = """

@@ -28,8 +28,8 @@ from megatron_ledom.inference import ReverseLM
 from megatron_ledom.platform.launch import ALONE
 from megatron_ledom.training.trainer import masked_loss
 from tests.legible import EOD_ID, legible_tokenizer
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder, random_text
-from tests.tiny_runs import ROOT
 
 Pair = dict[str, str]
 SHORT: dict[str, Any] = {"prompt_template": "{question}", "seq_length": 16}

@@ -13,8 +13,9 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, MismatchError
 from megatron_ledom.planning.dry_run import describe_run
 from megatron_ledom.planning.run_plan import checkpoints_to_come
+from tests.paths import ROOT
 
-CONFIGS = Path(__file__).parents[3] / "examples/configs"
+CONFIGS = ROOT / "examples/configs"
 
 
 def plan(name: str, world_size: int, *overrides: str) -> str:

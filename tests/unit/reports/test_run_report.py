@@ -25,8 +25,7 @@ from megatron_ledom.reports.runs import (
     training_pairs,
     twin_sentence,
 )
-
-ROOT = Path(__file__).parents[3]
+from tests.paths import ROOT
 
 
 def write_run(folder: Path, direction: str, floor: float, num_records: int = 120) -> str:

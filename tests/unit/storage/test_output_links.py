@@ -14,8 +14,9 @@ from megatron_ledom.storage.locks import output_file_lock
 from megatron_ledom.storage.records import append_record, drop_after, read_records
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from tests.legible import legible_ids, legible_shard
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
-from tests.unit.storage.test_output_locks import FILES, ROOT, made, run_here
+from tests.unit.storage.test_output_locks import FILES, made, run_here
 
 __all__ = ["made"]  # the fixture
 ENDINGS = {

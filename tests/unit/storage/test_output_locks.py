@@ -19,9 +19,9 @@ from megatron_ledom.storage.files import json_text, write_file
 from megatron_ledom.storage.locks import LOCK_SUFFIX, output_file_lock, output_folder_lock
 from tests.evaluation_sets import write_sets
 from tests.legible import file_bytes, legible_ids, legible_shard
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 
-ROOT = Path(__file__).parents[3]
 SHARD = [legible_ids(document, 4) for document in range(5)]
 Arguments = Callable[[Path, dict[str, str]], list[str]]
 

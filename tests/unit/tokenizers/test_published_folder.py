@@ -25,11 +25,11 @@ from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from tests.evaluation_sets import write_sets
 from tests.harness_tasks import write_tasks
+from tests.paths import ROOT
 from tests.published_folder import EOD_ID, published_folder, sentencepiece_model, terminal_that_says_yes, texts
 from tests.tiny_models import random_model_folder
 from tests.unit.storage import test_output_locks
 
-ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "published_model.md").read_text(encoding="utf-8")
 PROMPT, ANSWER = "The capital of France is", " Paris, 漢字."
 LIBRARY = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())

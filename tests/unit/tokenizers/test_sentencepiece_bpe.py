@@ -18,9 +18,9 @@ from megatron_ledom.errors import DataError, UsageError, VerificationError
 from megatron_ledom.tokenizers import sentencepiece_bpe
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, check_conversion, convert, train
 from tests.legible import write_jsonl
+from tests.paths import ROOT
 
 TEXTS = [inspect.getsource(module) for module in (textwrap, statistics, inspect, json)]
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

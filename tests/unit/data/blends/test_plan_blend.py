@@ -12,8 +12,8 @@ from megatron_ledom.data.blends.plan import BlendSettings, check_repeats, descri
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError
 from tests.legible import legible_ids, legible_provenance, legible_shard
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[4]
 ORIGINAL = {  # tokens drawn, share of the file (`paper.md`, the published run)
     "data/dclm_01": (259_833_174_808, 0.9),
     "data/dclm_02": (24_327_029_000, 0.1),

@@ -29,8 +29,8 @@ from megatron_ledom.data.shards.shard import ShardReader, check_shard, load_mani
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from tests.legible import EOD_ID, legible_documents, legible_ids, legible_tokenizer, write_jsonl
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[4]
 TOOL = str(ROOT / "tools/preprocess_data.py")
 SLURM_FREE = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
 

@@ -13,8 +13,7 @@ from megatron_ledom.data.shards.shard import Counts
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError, VerificationError
 from tests.legible import legible_ids, legible_provenance, legible_shard
-
-ROOT = Path(__file__).parents[4]
+from tests.paths import ROOT
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

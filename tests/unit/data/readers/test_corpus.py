@@ -23,8 +23,8 @@ from megatron_ledom.data.readers.inputs import InputPath, Stretch, expand_inputs
 from megatron_ledom.data.readers.streams import LineReader
 from megatron_ledom.errors import DataError
 from tests.legible import legible_documents, write_jsonl
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[4]
 TEXTS = [*legible_documents(9, 30), "", "Grüße,\n\t日本 👍", '"quoted" \\ {}']
 
 

@@ -15,7 +15,8 @@ from pyarrow import compute, feather, ipc, parquet
 from megatron_ledom.data.readers.corpus import ReadSettings, RecordReader
 from megatron_ledom.data.readers.unfolding import batch_sizes, row_bytes
 from megatron_ledom.errors import DataError
-from tests.unit.data.readers.test_corpus import ROOT, skim, warc_of, whole
+from tests.paths import ROOT
+from tests.unit.data.readers.test_corpus import skim, warc_of, whole
 
 LARGE = "x" * (8 << 20)
 GOOD = [f"text {number}" for number in range(5)]

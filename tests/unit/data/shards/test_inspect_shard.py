@@ -23,8 +23,8 @@ from megatron_ledom.data.shards.shard import HEADER, hash_file
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError, VerificationError
 from tests.legible import EOD_TOKEN, legible_documents, legible_ids, legible_shard, legible_tokenizer, write_jsonl
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[4]
 DOCUMENTS = [legible_ids(document, 3 + document) for document in range(5)]
 """Stored lengths 4, 5, 6, 7, 8; document d begins at id 0, 4, 9, 15, 22 of 30."""
 

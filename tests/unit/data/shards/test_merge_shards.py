@@ -16,8 +16,8 @@ from megatron_ledom.data.shards.shard import Counts, InputFile, ShardReader, che
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from tests.legible import file_bytes, legible_ids, legible_provenance, legible_shard
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[4]
 DOCUMENTS = [legible_ids(document, 3 + document) for document in range(7)]
 
 

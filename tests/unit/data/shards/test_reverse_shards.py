@@ -25,8 +25,8 @@ from tests.legible import (
     legible_shard,
     legible_tokenizer,
 )
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[4]
 DOCUMENTS = [legible_ids(document, 3 + document) for document in range(7)]
 FORWARD = legible_provenance(Direction.FORWARD)
 CLOSED = [[[*document, EOD_ID]] for document in DOCUMENTS]
