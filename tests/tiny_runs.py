@@ -264,10 +264,14 @@ def free_port() -> int:
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on now; of those that the system does not give to outgoing connections."""
+    """Different ports that nobody listens on now; of those that the system does not give to outgoing connections.
+
+    Every process of pytest-xdist takes them from a range of its own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
     ports: list[int] = []
     while len(ports) < count:
-        port = random.SystemRandom().randrange(20_000, 32_000)  # not what a test has seeded
+        port = random.SystemRandom().randrange(20_000, 21_500) + 1_500 * worker  # not what a test has seeded
         with socket.socket() as listener, suppress(OSError):
             listener.bind(("127.0.0.1", port))
             ports.append(port)

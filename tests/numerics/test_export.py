@@ -54,6 +54,7 @@ SETTINGS = (  # weights large enough that a wrong one shows
     ),
 )
 Exported = Callable[[str], tuple[Path, Path]]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")
