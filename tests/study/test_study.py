@@ -15,21 +15,7 @@ from PIL import Image
 
 from tests.paths import ROOT
 from tests.study.handmade import write_study
-
-PREPARED = """
-import sys
-sys.path[:0] = [{study!r}, {quickstart!r}]
-"""
-
-
-def run_python(code: str, folder: Path) -> str:
-    """What `code` prints with the study's modules at hand."""
-    paths = {name: str(ROOT / "examples" / name) for name in ("study", "quickstart")}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", PREPARED.format(**paths) + code]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+from tests.study.programs import PREPARED, run_python
 
 
 def test_every_chain_is_what_its_story_says_and_no_question_is_in_two_parts(tmp_path: Path) -> None:
