@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
+from tests.forked import run_forked
 from tests.paths import ROOT
 
 PREPROCESS_DATA = str(ROOT / "tools/preprocess_data.py")
@@ -27,10 +28,8 @@ def preprocess_by_command(
     folder: Path, tokenizer: str, *arguments: str, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """The command in `folder`, which holds the input; output goes to folder/out/data unless `arguments` say otherwise."""
-    command = [sys.executable, PREPROCESS_DATA, "--tokenizer", tokenizer, "--output-prefix", "out/data", "--workers", "2"]
-    return subprocess.run(
-        [*command, *arguments], cwd=folder, env={**SLURM_FREE, **(env or {})}, capture_output=True, text=True, timeout=120
-    )
+    command = [PREPROCESS_DATA, "--tokenizer", tokenizer, "--output-prefix", "out/data", "--workers", "2"]
+    return run_forked([*command, *arguments], folder=folder, environment={**SLURM_FREE, **(env or {})})
 
 
 def preprocessed(folder: Path, tokenizer: str, name: str, **changes: object) -> Path:
@@ -43,5 +42,4 @@ def preprocessed(folder: Path, tokenizer: str, name: str, **changes: object) -> 
 
 def train_by_command(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
     """The command in `folder`."""
-    command = [sys.executable, str(ROOT / "tools/train_tokenizer.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    return run_forked([ROOT / "tools/train_tokenizer.py", *arguments], folder=folder)

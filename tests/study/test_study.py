@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.forked import run_forked
 from tests.paths import ROOT
 from tests.study.handmade import write_study
 from tests.study.programs import PREPARED, run_python
@@ -148,9 +149,7 @@ print("done")
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_made(arguments: list[str], told: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples/study/study.py"), "--size", "tiny", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = run_forked([ROOT / "examples/study/study.py", "--size", "tiny", *arguments], folder=tmp_path)
     assert done.returncode == 2, done.stderr
     assert told in done.stderr
     assert not (tmp_path / "study").exists()

@@ -22,6 +22,7 @@ from megatron_ledom.data.shards.inspection import COUNTED_BELOW, InspectSettings
 from megatron_ledom.data.shards.shard import HEADER, hash_file
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError, VerificationError
+from tests.forked import run_forked
 from tests.legible import EOD_TOKEN, legible_documents, legible_ids, legible_shard, legible_tokenizer, write_jsonl
 from tests.paths import ROOT
 
@@ -73,8 +74,7 @@ def bpe_tokenizer(folder: Path, text: str) -> Path:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/inspect_shard.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_forked([ROOT / "tools/inspect_shard.py", *arguments])
 
 
 def change(path: str, offset: int, values: np.ndarray | bytes) -> None:
