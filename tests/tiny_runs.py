@@ -236,7 +236,7 @@ def run_each_on_ranks(
     log = next(iter(runs)).with_suffix(".log")
     arguments = [["--config", str(config), f"run_dir={run_dir}", *overrides] for run_dir, overrides in runs.items()]
     ranks = start_processes(num_ranks, log, _train_each, arguments, free_ports(len(runs)), hook)
-    codes = ranks.wait(seconds)
+    codes = ranks.wait(min(len(runs), 2) * SECONDS if seconds is None else seconds)
     assert codes == [0] * num_ranks, f"exit codes {codes}:\n{ranks.output()}"
     return {run_dir: read_metrics(run_dir) for run_dir in runs}
 
