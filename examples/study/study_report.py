@@ -25,7 +25,7 @@ from twins import DIRECTIONS
 
 from megatron_ledom.markdown import markdown_table
 from megatron_ledom.reports import pages
-from megatron_ledom.reports.curves import figures_of
+from megatron_ledom.reports.selection import figures_of
 from megatron_ledom.storage.files import write_file
 
 STYLE = "table { margin-bottom: 1.5rem; }"

@@ -27,11 +27,11 @@ from megatron_ledom.reports.selection import (
     outcomes_of,
     report_selection,
     sentences,
+    verdict,
 )
-from megatron_ledom.reports.selection import verdict
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 
-ROOT = Path(__file__).parents[3]
 HALF = GRID.index(0.5)
 
 

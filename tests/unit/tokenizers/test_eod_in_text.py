@@ -21,7 +21,7 @@ from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import _converted, parse_model, train
 from tests.legible import EOD_ID, legible_shard, legible_tokenizer, write_jsonl
-from tests.unit.tokenizers.test_tokenizer import TEXT
+from tests.source_texts import TEXT
 
 EOD = "<|endoftext|>"
 SPELLED = [f"before {EOD} after", EOD, f"{EOD}{EOD}\n", f"a{EOD}b", "none here"]
