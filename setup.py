@@ -185,6 +185,7 @@ setup(
         "megatron_ledom": ["py.typed"],
         "megatron_ledom.configs": ["*.yaml"],
         "megatron_ledom.planning.hardware": ["*.yaml"],
+        "megatron_ledom.planning.validation": ["*.yaml", "*.md"],
     },
     ext_modules=extensions(),
     cmdclass={"build_ext": Build},

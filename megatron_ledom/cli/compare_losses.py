@@ -32,6 +32,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, then compare."""
     args = vars(build_parser(prog).parse_args(argv))
 
-    from megatron_ledom.reports.losses import compare_command
+    from megatron_ledom.reports.losses import compare_losses
 
-    compare_command(args)
+    compare_losses(args)

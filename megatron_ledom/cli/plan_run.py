@@ -26,9 +26,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse first, import after: `--help` answers at once."""
     arguments = build_parser(prog).parse_args(argv)
-    from megatron_ledom.reports.plans import plan_and_text
+    from megatron_ledom.reports.plans import plan_run
 
-    text, plan = plan_and_text(**vars(arguments))
+    text, plan = plan_run(**vars(arguments))
     print(text, end="", flush=True)
     if not plan.fits:
         raise PlanError("the plan does not fit: recompute more, or spread it over more devices (--search finds a layout)")

@@ -26,6 +26,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, then report."""
     args = vars(build_parser(prog).parse_args(argv))
 
-    from megatron_ledom.reports.rerank import report_command
+    from megatron_ledom.reports.rerank import report_rerank
 
-    report_command(args)
+    report_rerank(args)

@@ -19,8 +19,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse first, import after: `--help` answers at once."""
     arguments = build_parser(prog).parse_args(argv)
+    from megatron_ledom.markdown import write_between
     from megatron_ledom.planning.hardware import load_hardware
-    from megatron_ledom.planning.validation.validation import PRIORS, fit, validation_page, worked_examples, write_between
+    from megatron_ledom.planning.validation.validation import PRIORS, fit, validation_page, worked_examples
 
     hardware = load_hardware(arguments.hardware)
     if arguments.fit:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 RUN = """
 import importlib.util, os, runpy, shutil, sys, types
 from setuptools import Extension

@@ -7,6 +7,7 @@ import pytest
 
 from megatron_ledom.config.load import load_config
 from megatron_ledom.errors import ConfigError
+from megatron_ledom.markdown import marked
 from megatron_ledom.model.arithmetic import flops_per_token
 from megatron_ledom.planning.hardware import hardware_files, load_hardware
 from megatron_ledom.planning.plan import make_plan
@@ -18,12 +19,11 @@ from megatron_ledom.planning.validation.validation import (
     exact_memory,
     fit,
     judge,
-    marked,
     validation_page,
     worked_examples,
 )
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 A100 = load_hardware("a100-80")
 IDEAL = replace(
     A100,
