@@ -312,6 +312,8 @@ def _joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
     skipped: Counter[str] = Counter()
     for manifest in manifests:
         skipped.update(manifest.skipped)
+    seen = [item for manifest in manifests for item in manifest.skipped_inputs]  # by every task of an array
+    distinct = {tuple(sorted(item.items())): item for item in seen}
     return Counts(
         text_bytes=sum(manifest.text_bytes for manifest in manifests),
         skipped=dict(sorted(skipped.items())),
@@ -320,13 +322,8 @@ def _joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
         eod_token=manifests[0].eod_token,
         bos_token=manifests[0].bos_token,
         text_template=" | ".join(dict.fromkeys(manifest.text_template for manifest in manifests if manifest.text_template)),
-        skipped_inputs=_distinct([item for manifest in manifests for item in manifest.skipped_inputs]),
+        skipped_inputs=[*distinct.values()],
     )
-
-
-def _distinct(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The tasks of an array saw the same inputs: each is listed once."""
-    return list({tuple(sorted(item.items())): item for item in items}.values())
 
 
 def _log_result(prefix: str, manifest: ShardManifest, num_inputs: int, seconds: float) -> None:
