@@ -1,4 +1,4 @@
-"""The tasks that a run evaluates: named in `train.tasks`, read and checked before anything heavy. torch is not imported."""
+"""The tasks of `train.tasks`: read, and checked at the start of a run. Does not import torch."""
 
 from typing import TYPE_CHECKING
 
@@ -6,18 +6,17 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
-    from megatron_ledom.evaluation.tasks.tasks import LoadedTask
-    from megatron_ledom.training.state import TrainState
+    from megatron_ledom.evaluation.tasks.task import LoadedTask
 
 TaskHashes = dict[str, dict[str, str]]
 
 
 def load_tasks(config: RunConfig) -> "list[LoadedTask]":
-    """Items and demonstrations of `train.tasks`. Raises ConfigError for a task that writes, UsageError or DataError for files."""
-    from megatron_ledom.evaluation.tasks.files import load_task, task_named
-    from megatron_ledom.evaluation.tasks.tasks import Kind
+    """Return items and demonstrations of `train.tasks`. Raises ConfigError for a task that writes, UsageError or DataError for files."""
+    from megatron_ledom.evaluation.tasks.loading import load_task, task_named
+    from megatron_ledom.evaluation.tasks.task import Kind
 
     train = config.train
     for name in train.tasks:
@@ -36,25 +35,13 @@ def load_tasks(config: RunConfig) -> "list[LoadedTask]":
     ]
 
 
-def task_evaluation(state: "TrainState", known: TaskHashes) -> "Callable[[], dict[str, dict[str, float]]] | None":
-    """What evaluates `train.tasks` on the training model; None without tasks, for which nothing is imported.
-
-    known: what `check_tasks` has found at the start. Call on every rank.
-    """
-    if not state.config.train.tasks:
-        return None
-    from megatron_ledom.callbacks.tasks import load_task_set  # transformers takes seconds to import
-
-    return load_task_set(state, known).evaluate
-
-
 def check_tasks(config: RunConfig, has_tokenizer: bool) -> TaskHashes:
     """Refuse tasks that could not be evaluated; returns the sha256 of each task's files."""
     if not config.train.tasks:
         return {}
     if not has_tokenizer:
         raise ConfigError("train.tasks needs the tokenizer, which is not here; set data.tokenizer")
-    from megatron_ledom.evaluation.results import check_statistics
+    from megatron_ledom.evaluation.intervals import check_statistics
 
     check_statistics()
     return hashes_of(load_tasks(config))

@@ -32,7 +32,7 @@ def make_shard(
     """Encode what is not finished yet and join all parts, in order, while later ones are made; or shuffled, at the end."""
     encoder = PartEncoder(
         parts=task.parts,
-        paths=[store.path(number) for number in range(len(task.parts))],
+        paths=[store.part_path(number) for number in range(len(task.parts))],
         read=task.read,
         tokenizer=tokenizer,
         direction=task.settings.direction,

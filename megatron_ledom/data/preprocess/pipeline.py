@@ -110,7 +110,8 @@ def _finished_shard(task: Task, digest: str, store: PartStore | None = None) -> 
             if store is not None:
                 store.remove()
             elif Path(f"{task.prefix}.work").exists():  # a kill may have left it
-                PartStore(task.prefix, {}, start_over=True).remove()
+                with PartStore(task.prefix, {}, start_over=True) as left:
+                    left.remove()
             return manifest
     is_ours = Path(f"{task.prefix}.work/plan.json").exists() and not Path(f"{task.prefix}.json").exists()
     check_may_write(task.prefix, overwrite or is_ours)

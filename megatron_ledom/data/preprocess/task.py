@@ -16,7 +16,6 @@ import orjson
 from tqdm import tqdm
 
 from megatron_ledom.data.preprocess.encode_parts import Filter, PartWork
-from megatron_ledom.data.preprocess.part_store import Request
 from megatron_ledom.data.readers.byte_ranges import Part, parts_of, stretches_of_task
 from megatron_ledom.data.readers.input_files import find_inputs
 from megatron_ledom.data.readers.records import BATCH_BYTES, OnError, ReadSettings
@@ -28,6 +27,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
 from megatron_ledom.platform.processes import ordered_map
 from megatron_ledom.platform.slurm import array_task_id, read_array
+from megatron_ledom.storage.jobs import Request
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.reverse_reward.rerank_file import RerankSettings, rerank_file
+from megatron_ledom.inference.reverse_reward.reranking import RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_reward.reward import (
     Candidate,
     CandidateScore,
@@ -30,9 +30,9 @@ from megatron_ledom.inference.reverse_reward.reward import (
     score_questions,
 )
 from megatron_ledom.inference.scoring import SpanScore
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 
-ROOT = Path(__file__).parents[3]
 PROMPT = "What is the capital of France? "
 ANSWERS = ["Paris.", "The cat sat on the mat", "漢字 🙂", "Paris."]
 
@@ -282,7 +282,7 @@ def test_a_part_of_another_input_or_of_other_settings_is_refused(models: tuple[F
     with pytest.raises(DataError, match=r"in\.jsonl:3: .*broken weights"):
         rerank_file(lambda: failing_engines(models), source, tmp_path / "out.jsonl", RerankSettings(window_candidates=1))
     assert len(read_lines(tmp_path / "out.jsonl.part")) == 2  # what is finished is kept
-    with pytest.raises(MismatchError, match=r"weight was 0\.5, is 0\.25"):
+    with pytest.raises(MismatchError, match=r"weight was 0\.5 and is 0\.25"):
         by_line(models, source, tmp_path / "out.jsonl", weight=0.25)
     write_lines(source, {"prompt": "other", "candidates": ["y"]}, *good)
     with pytest.raises(MismatchError, match=r"another input than .*in\.jsonl:1"):

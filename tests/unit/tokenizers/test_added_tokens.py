@@ -14,13 +14,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from megatron_ledom.convert.export_hf import export_hf
-from megatron_ledom.convert.import_hf import import_hf
+from megatron_ledom.convert.hf_export import export_hf
+from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError
 from megatron_ledom.evaluation.harness.model import LedomLM
 from megatron_ledom.inference import ForwardLM
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import append_specials, convert
 from tests.published_folder import sentencepiece_model

@@ -24,9 +24,10 @@ from megatron_ledom.data.shards.shard import hash_file
 from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError, VerificationError
+from tests.forked import run_forked
 from tests.legible import EOD_TOKEN, legible_documents, legible_ids, legible_shard, legible_tokenizer, write_jsonl
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[4]
 DOCUMENTS = [legible_ids(document, 3 + document) for document in range(5)]
 """Stored lengths 4, 5, 6, 7, 8; document d begins at id 0, 4, 9, 15, 22 of 30."""
 
@@ -75,8 +76,7 @@ def bpe_tokenizer(folder: Path, text: str) -> Path:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/inspect_shard.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_forked([ROOT / "tools/inspect_shard.py", *arguments])
 
 
 def change(path: str, offset: int, values: np.ndarray | bytes) -> None:
