@@ -64,7 +64,7 @@ class InputPath:
 
     @property
     def is_divisible(self) -> bool:
-        """Whether workers can share it: JSON lines at line ends, tables between their row groups."""
+        """Return whether workers can share it: JSON lines at line ends, tables between their row groups."""
         if self.kind == "lines":
             return not self.compression or self.num_bytes >= COMPRESSED_PART_BYTES
         return self.kind in ("parquet", "arrow")
