@@ -1,4 +1,4 @@
-"""One task of preprocessing: what was asked, which byte ranges of the inputs it reads, and the request that decides its bytes."""
+"""One task of preprocessing: what was asked, the byte ranges of the inputs it reads, and the request that decides its bytes."""
 
 import glob
 import hashlib
