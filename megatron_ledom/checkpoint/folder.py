@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from megatron_ledom.checkpoint.manifest import MANIFEST, load_manifest
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, UsageError
+from megatron_ledom.storage.files import publish, write_synced
 from megatron_ledom.storage.hashes import size_faults
 
 LATEST = "latest"
@@ -114,6 +115,15 @@ def advising_another(checkpoint: str) -> Iterator[None]:
         raise DataError(f"{error}; {how_to_go_on(folder, besides=name)}") from error
 
 
+def saved_iteration(folder: str) -> int:
+    """Return the iteration of the latest checkpoint in the folder; 0 without one."""
+    latest = latest_checkpoint(folder)
+    if latest is None:
+        return 0
+    with advising_another(latest):
+        return load_manifest(latest).iteration
+
+
 def find_checkpoint(load: str) -> str:
     """The checkpoint that `load` means: itself, or the latest one of a run folder. Raises UsageError."""
     if not os.path.isdir(load):
@@ -137,16 +147,21 @@ def point_latest(folder: str, name: str) -> None:
 
 def announce_latest(folder: str, name: str) -> None:
     """Write which checkpoint is about to be put in place: the first one of a run counts as soon as it is there."""
-    with open(os.path.join(folder, LATEST + NEXT), "w", encoding="utf-8") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(os.path.join(folder, LATEST + NEXT), f"{name}\n".encode())
 
 
 def publish_latest(folder: str) -> None:
     """Let `latest` name what was announced."""
-    os.rename(os.path.join(folder, LATEST + NEXT), os.path.join(folder, LATEST))
-    fsync_path(folder)
+    publish(os.path.join(folder, LATEST + NEXT), os.path.join(folder, LATEST))
+
+
+def put_in_place(folder: str, name: str) -> None:
+    """Give the checkpoint `name`, which is on disk under its temporary name, its own, and let `latest` name it."""
+    if os.path.exists(os.path.join(folder, name)):  # of a run that was taken back to an earlier one
+        move_to_trash(folder, name)
+    announce_latest(folder, name)
+    publish(os.path.join(folder, name + PART), os.path.join(folder, name))
+    publish_latest(folder)
 
 
 def settle_latest(folder: str) -> None:
@@ -172,16 +187,7 @@ def move_to_trash(folder: str, name: str) -> None:
     number = 0
     while os.path.exists(trash := os.path.join(folder, f"{name}.{number}{TRASH}")):
         number += 1
-    os.rename(os.path.join(folder, name), trash)
-
-
-def fsync_path(path: str) -> None:
-    """What a file, or a folder's list of names, holds is on disk after this."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    publish(os.path.join(folder, name), trash)
 
 
 log = logging.getLogger(__name__)
@@ -213,7 +219,6 @@ def retire(folder: str, settings: CheckpointConfig, replayed: Iterable[int] = ()
     try:
         for iteration in outdated(list(names), int(latest.removeprefix("iter_")), settings, replayed):
             move_to_trash(folder, names[iteration])
-        fsync_path(folder)
     except (OSError, ValueError) as error:
         log.warning("outdated checkpoints in %s stay: %s", folder, error)
 
@@ -242,5 +247,4 @@ def save_backends(folder: str) -> None:
         "common_backend": "torch",
         "common_backend_version": 1,
     }
-    with open(os.path.join(folder, BACKENDS), "w", encoding="utf-8") as file:
-        json.dump(formats, file, allow_nan=False)
+    write_synced(os.path.join(folder, BACKENDS), json.dumps(formats, allow_nan=False).encode())

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from megatron_ledom.config.faults import explain_faults, first_line, refuse_secrets
 from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.config.shipped import config_path, shipped_configs
 from megatron_ledom.errors import ConfigError
 from megatron_ledom.storage.files import write_whole
 
@@ -27,11 +28,12 @@ _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that the YAML file `path` describes, after its `base:` and then `overrides` (`section.key=value`).
+    """The run that the YAML file `path` describes, after its `base:` and then `overrides` (`section.key=value`); `path` can also be
+    the name of a config that comes with the package, such as `ledom_7b`.
 
     Raises ConfigError that names every fault by its dotted key. Relations between sections: `checks.check_config`.
     """
-    layers = [_load_file(Path(path), ()), *[_parse_override(text) for text in overrides]]
+    layers = [_load_file(config_path(path), ()), *[_parse_override(text) for text in overrides]]
     try:
         merged = OmegaConf.merge(*layers)
         refuse_secrets(OmegaConf.to_container(merged, resolve=False), path)
@@ -52,6 +54,11 @@ def config_from_dict(values: dict[str, Any], where: str) -> RunConfig:
         return _ADAPTER.validate_json(json.dumps(_whole_numbers(prepared)), strict=True)
     except ValidationError as error:
         raise ConfigError(explain_faults(error, prepared, where)) from error
+
+
+def merged_yaml(path: str) -> str:
+    """Return a config as YAML with its `base:` merged in, and no other key than the files have."""
+    return str(OmegaConf.to_yaml(_load_file(config_path(path), ())))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -92,7 +99,8 @@ def _read_yaml(path: Path, loaded_by: tuple[Path, ...]) -> DictConfig:
     try:
         content = OmegaConf.load(path)
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}{asked_by} does not exist; give the path of a YAML file") from error
+        names = "" if loaded_by else f", or one of {', '.join(shipped_configs())}"
+        raise ConfigError(f"{path}{asked_by} does not exist; give the path of a YAML file{names}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}{asked_by} cannot be read: {error}") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:

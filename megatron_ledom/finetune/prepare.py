@@ -31,6 +31,7 @@ from megatron_ledom.errors import DataError, UsageError, cannot_write
 from megatron_ledom.finetune.packing import Pack, Packer
 from megatron_ledom.finetune.pairs import EncodedPair, Pair, PairReader, encode_pair
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
+from megatron_ledom.storage.files import close_synced, publish
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -154,15 +155,13 @@ class PairShard:
                 f"{self.counts['num_pairs']} pairs fill {self.writer.num_documents} pack of {self.settings.seq_length} tokens, a run"
                 " needs two; give more pairs, or a smaller --seq-length"
             )
-        self.targets.flush()
-        os.fsync(self.targets.fileno())
-        self.targets.close()
+        close_synced(self.targets)
         names = ("num_pairs", "num_cut", "given_tokens", "scored_tokens", "scored_bytes", "filling_tokens")
         counts.pairs = {"seq_length": self.settings.seq_length, **{name: self.counts[name] for name in names}}
         counts.text_bytes, counts.skipped = self.text_bytes, dict(sorted(self.skipped.items()))
         counts.targets_sha256 = self.digest.hexdigest()
         self.final[".json"].unlink(missing_ok=True)  # an old manifest must never stand beside new targets
-        self.path.replace(self.final[TARGETS])
+        publish(self.path, self.final[TARGETS])
         return self.writer.finalize(counts)
 
     def close(self) -> None:

@@ -14,7 +14,6 @@ Where a tokenizer makes the eod of its spelling all the same, packing finds it a
 import json
 import logging
 import re
-import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ import orjson
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import Provenance
-from megatron_ledom.storage.files import real_path
+from megatron_ledom.storage.files import write_whole
 from megatron_ledom.tokenizers.added_tokens import name_of, vocabulary
 from megatron_ledom.tokenizers.end_token import json_with_special
 from megatron_ledom.tokenizers.engines import Engine, HubEngine, PieceEngine, ReferenceEngine, fast_engines, first_difference
@@ -238,10 +237,7 @@ class Tokenizer:
         for name, content in files.items():
             path = target / name
             path.parent.mkdir(exist_ok=True)
-            real = real_path(path)
-            part = Path(f"{real}.{secrets.token_hex(4)}.part")  # tasks of an array may write the same folder at once
-            part.write_bytes(content)
-            part.replace(real)
+            write_whole(path, content, is_shared=True)  # tasks of an array may write the same folder at once
 
 
 def without_local(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
 from megatron_ledom.convert.core_side import core_side
-from megatron_ledom.convert.export_hf import export_hf
-from megatron_ledom.convert.gate import Gate
-from megatron_ledom.convert.import_hf import import_hf
+from megatron_ledom.convert.hf_export import export_hf
+from megatron_ledom.convert.hf_import import import_hf
+from megatron_ledom.convert.verify import Gate
 from megatron_ledom.direction import Direction
 from tests.legible import VOCAB_SIZE
 from tests.stock_folders import FAMILY, family_folder, stock_config, stock_folder

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from megatron_ledom.data.preprocess import quality
 from megatron_ledom.data.preprocess.encode_parts import PartEncoder, PartHasher
-from megatron_ledom.data.preprocess.part_store import PartRecord, PartStore, Request
+from megatron_ledom.data.preprocess.part_store import PartRecord, PartStore
 from megatron_ledom.data.readers.corpus import (
     BATCH_BYTES,
     MAX_MESSAGES,
@@ -56,6 +56,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError, cannot_write, visible
 from megatron_ledom.platform.processes import ordered_map
 from megatron_ledom.platform.slurm import array_task_id, read_array
+from megatron_ledom.storage.jobs import Request
 from megatron_ledom.storage.locks import output_file_lock
 from megatron_ledom.storage.signals import sigterm_as_interrupt
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
@@ -321,7 +322,8 @@ def _finished_shard(work: Preprocessing, digest: str, store: PartStore | None = 
             if store is not None:
                 store.remove()
             elif Path(f"{work.prefix}.work").exists():  # a kill may have left it
-                PartStore(work.prefix, {}, start_over=True).remove()
+                with PartStore(work.prefix, {}, start_over=True) as left:
+                    left.remove()
             return manifest
     is_ours = Path(f"{work.prefix}.work/plan.json").exists() and not Path(f"{work.prefix}.json").exists()
     check_may_write(work.prefix, overwrite or is_ours)
@@ -364,7 +366,7 @@ def _make_shard(
     """Encode what is not finished yet and join all parts, in order, while later ones are made; or shuffled, at the end."""
     encoder = PartEncoder(
         parts=work.parts,
-        paths=[store.path(number) for number in range(len(work.parts))],
+        paths=[store.part_path(number) for number in range(len(work.parts))],
         read=work.read,
         tokenizer=tokenizer,
         direction=work.settings.direction,

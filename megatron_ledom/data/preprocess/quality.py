@@ -18,9 +18,9 @@ import numpy.typing as npt
 import orjson
 import xxhash
 
-from megatron_ledom.data.preprocess.part_store import Request
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.files import write_whole
+from megatron_ledom.storage.jobs import Request
 
 Filter = Callable[[str, Mapping[str, Any]], bool]
 Hashes = npt.NDArray[np.uint64]

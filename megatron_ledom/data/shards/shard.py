@@ -24,7 +24,7 @@ from megatron_ledom import __version__
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError, cannot_write
 from megatron_ledom.provenance import Provenance
-from megatron_ledom.storage.files import real_path
+from megatron_ledom.storage.files import close_synced, publish, real_path
 from megatron_ledom.storage.locks import output_file_lock
 
 FORMAT_VERSION = 1
@@ -276,7 +276,7 @@ class ShardWriter:
             raise cannot_write(error, self.prefix) from error
 
     def _finalize(self, counts: Counts) -> ShardManifest:
-        _close_synced(self._bin)
+        close_synced(self._bin)
         self._lengths.close()
         lengths = np.memmap(self._part(".len"), np.int32, "r") if self.num_documents else np.zeros(0, np.int32)
         size = self._part(".bin").stat().st_size
@@ -298,7 +298,7 @@ class ShardWriter:
         )
         stream = self._create(".json")
         stream.write(manifest.to_json())
-        _close_synced(stream)
+        close_synced(stream)
         self._rename()
         return manifest
 
@@ -308,22 +308,15 @@ class ShardWriter:
         for block in index_blocks(lengths, self.dtype):
             stream.write(block)
             digest.update(block)
-        _close_synced(stream)
+        close_synced(stream)
         return digest.hexdigest()
 
     def _rename(self) -> None:
+        self._part(".len").unlink()
         self._files[".json"].unlink(missing_ok=True)  # an old manifest must never stand beside new ids
         for suffix in SUFFIXES:
-            final = self._files[suffix]
-            self._part(suffix).replace(final)
-            self._made.append(final)
-        self._part(".len").unlink()
-        for folder in sorted({path.parent for path in self._files.values()}):
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            publish(self._part(suffix), self._files[suffix])
+            self._made.append(self._files[suffix])
         self._made_folders.clear()
         self._made.clear()  # finished: nothing to remove any more
 
@@ -353,12 +346,6 @@ def _prefixes_behind(prefix: str) -> list[str]:
     """Return the prefixes that a writer of `prefix` locks: it, and those whose files are behind links of its names."""
     behind = {str(path).removesuffix(suffix) for suffix, path in real_files(prefix).items()}
     return [prefix, *sorted(behind - {os.path.realpath(prefix)})]
-
-
-def _close_synced(stream: BinaryIO) -> None:
-    stream.flush()
-    os.fsync(stream.fileno())
-    stream.close()
 
 
 def index_blocks(lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> Iterator[bytes]:

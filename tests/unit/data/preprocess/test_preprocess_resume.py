@@ -122,22 +122,6 @@ def test_workers_killed_at_their_renamings_lose_one_part(tmp_path: Path, tokeniz
     assert shard_bytes(settings["output_prefix"]) == shard_bytes(quiet["output_prefix"])
 
 
-def test_killed_between_the_names_of_the_three_files_it_goes_on(tmp_path: Path, tokenizer: str) -> None:
-    write_corpus(tmp_path, 1)
-    settings = settings_in(tmp_path, tokenizer, "a", part_bytes=1 << 20, workers=1)
-    named = []
-    for die_at in (1, 2, 2, 3):  # before the plan, .bin, .idx and .json got their names; the plan is there from the second on
-        process = start(settings, die_at)
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-        with pytest.raises((UsageError, DataError)):
-            check_shard(settings["output_prefix"])
-        named.append([suffix for suffix in (".bin", ".idx", ".json") if Path(settings["output_prefix"] + suffix).exists()])
-    assert named == [[], [], [".bin"], [".bin", ".idx"]]
-    assert start(settings).wait(timeout=60) == 0
-    assert verify_shard(settings["output_prefix"]) == []
-
-
 def interrupted(folder: Path, tokenizer: str, **changes: Any) -> dict[str, Any]:
     """The settings of a run that has finished some parts and then met a bad record."""
     write_corpus(folder, 2)

@@ -1,4 +1,4 @@
-"""What a run reports: hand-counted bits per byte and MFU, each iteration once, the same values everywhere."""
+"""The records of a run: hand-counted bits per byte and MFU, each iteration once, the same values everywhere."""
 
 import gzip
 import json
@@ -6,26 +6,31 @@ import math
 import subprocess
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from megatron_ledom.callbacks import metrics
-from megatron_ledom.callbacks.metrics import MetricsWriter, Record, Throughput, wandb_run_id
-from megatron_ledom.callbacks.reporting import _add_finite, _add_tasks
-from megatron_ledom.callbacks.validation import bits_per_byte
+from megatron_ledom.callbacks import metrics, timing
+from megatron_ledom.callbacks.metrics import MetricsWriter, wandb_run_id
+from megatron_ledom.callbacks.tasks import add_task_results
+from megatron_ledom.callbacks.timing import Throughput
+from megatron_ledom.callbacks.validation import add_results, bits_per_byte
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.shards.shard import load_manifest
 from megatron_ledom.errors import NotFiniteError
 from megatron_ledom.platform.device import Platform
+from megatron_ledom.storage.records import Record
 from megatron_ledom.training.history import append_record, git_state, read_bad_steps, read_launches
+from megatron_ledom.training.step_policy import Action, StepResult, Verdict
 from tests.faults import inject
 from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
 
 CPU = Platform(torch.device("cpu"), "gloo", 1)
+RESULT = StepResult(3.0, 1.0, Verdict(Action.UPDATE))
 
 
 @pytest.fixture
@@ -57,10 +62,10 @@ def test_a_run_reports_the_keys_that_scripts_rely_on(data: TinyData, tmp_path: P
     settings = ("train.train_iters=5", "logging.log_interval=2", "logging.tensorboard=true", *validation)
     records = run_on_ranks(data.config, tmp_path / "run", *settings)
     assert [found["iteration"] for found in records] == [2, 3, 4, 5]  # the interval, validations, the end
-    keys = """iteration lm_loss grad_norm lr consumed_train_samples consumed_train_tokens tokens_per_second mfu elapsed_seconds
-        seconds_per_iteration eta_seconds rank_seconds_min rank_seconds_mean rank_seconds_max slowest_rank data_wait_seconds
-        memory_gib skipped_iterations"""
-    assert all(set(keys.split()) == found.keys() - {"validation"} for found in records)
+    keys = """iteration lm_loss grad_norm lr consumed_train_samples consumed_train_tokens tokens_per_second
+        seconds_per_iteration mfu elapsed_seconds eta_seconds rank_seconds_min rank_seconds_mean rank_seconds_max slowest_rank
+        data_wait_seconds memory_gib skipped_iterations"""
+    assert all(list(found) == [*keys.split(), *(["validation"] if "validation" in found else [])] for found in records)
     assert [found["consumed_train_samples"] for found in records] == [16, 24, 32, 40]
     assert records[-1]["consumed_train_tokens"] == 40 * 32
     assert [found["iteration"] for found in records if "validation" in found] == [3, 5]
@@ -95,13 +100,18 @@ def test_a_split_run_reports_its_held_out_documents_and_tests_them_once_at_the_e
 
 def test_throughput_by_hand(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [100.0]
-    monkeypatch.setattr(metrics.time, "perf_counter", lambda: clock[0])
-    throughput = Throughput(config, 1001, CPU, world_size=2)
-    throughput.count(320)
-    throughput.count(320)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
+    config.train.global_batch_size, config.train.train_iters = 10, 12  # 320 tokens an iteration
+    state: Any = SimpleNamespace(config=config, provenance=SimpleNamespace(vocab_size=1001), platform=CPU, iteration=2)
+    run: Any = SimpleNamespace(state=state)
+    throughput = Throughput()
+    throughput.start(state, world_size=2)
+    throughput.on_step_end(run, RESULT)
+    throughput.on_step_end(run, RESULT)
     clock[0] += 7.0
-    throughput.pause(3.0)  # a save: its time is no training
-    read = throughput.read()
+    throughput.on_pause_end(run, 3.0)  # a save: its time is no training
+    read: Record = {}
+    throughput.on_measure(run, read)
     assert read["tokens_per_second"] == 160.0
     # by hand, for one token: 6 FLOP a weight (two layers, output layer), and attention over all 32 positions
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
@@ -109,11 +119,12 @@ def test_throughput_by_hand(config: RunConfig, monkeypatch: pytest.MonkeyPatch) 
     assert read["mfu"] == pytest.approx(160 * flops / (2 * 2e12))
     assert read["elapsed_seconds"] == 7.0
     assert read["seconds_per_iteration"] == 2.0
-    throughput.count(50)
-    throughput.count(0)  # an iteration that was left out
+    assert read["eta_seconds"] == 20.0
+    throughput.on_step_end(run, RESULT)
+    throughput.on_step_end(run, None)  # a skipped iteration
     clock[0] += 5.0
-    read = throughput.read()
-    assert (read["tokens_per_second"], read["seconds_per_iteration"]) == (10.0, 2.5)
+    throughput.on_measure(run, read)
+    assert (read["tokens_per_second"], read["seconds_per_iteration"]) == (64.0, 2.5)
 
 
 def test_a_straggler_is_told_by_its_number(data: TinyData, tmp_path: Path) -> None:
@@ -236,12 +247,12 @@ def test_runs_of_one_name_are_two_to_weights_and_biases_and_a_resumed_one_is_one
 def test_results_that_are_not_finite_are_named_and_not_recorded(caplog: pytest.LogCaptureFixture) -> None:
     record: Record = {"iteration": 7}
     found = {"a": {"lm_loss": 2.0, "bits_per_byte": 1.0}, "b": {"lm_loss": math.nan, "bits_per_byte": math.nan}}
-    _add_finite(record, "validation", found)
+    add_results(record, "validation", found)
 
     def evaluate_tasks() -> dict[str, dict[str, float]]:
         raise NotFiniteError("token 3 of item 5")
 
-    _add_tasks(record, evaluate_tasks)
+    add_task_results(record, evaluate_tasks)
     assert record == {"iteration": 7, "validation": {"a": found["a"]}, "not_finite": ["validation/b", "tasks"]}
     assert "iteration 7: validation of b is not finite" in caplog.text
     assert "token 3 of item 5" in caplog.text

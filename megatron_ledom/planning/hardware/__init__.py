@@ -1,4 +1,4 @@
-"""What a cluster can do: small YAML files of examples/hardware, or of the user's own calibration."""
+"""What a cluster can do: the small YAML files beside this one, or those of the user's own calibration."""
 
 import difflib
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from megatron_ledom.errors import ConfigError
 
-FOLDER = Path(__file__).parents[2] / "examples/hardware"
+FOLDER = Path(__file__).parent
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(gt=0, le=1)]
 
@@ -76,21 +76,20 @@ class Hardware:
 _ADAPTER: TypeAdapter[Hardware] = TypeAdapter(Hardware)
 
 
-def known_hardware() -> list[str]:
-    """Names of the files in examples/hardware."""
-    return sorted(file.stem for file in FOLDER.glob("*.yaml"))
+def hardware_files() -> dict[str, Path]:
+    """Return the files that come with the package, by name."""
+    return {file.stem: file for file in sorted(FOLDER.glob("*.yaml"))}
 
 
 def load_hardware(name: str) -> Hardware:
     """A known name, or the path of a YAML file. Raises ConfigError that names what is wrong, or the names there are."""
-    path = FOLDER / f"{name}.yaml"
-    if name.endswith((".yaml", ".yml")):
-        path = Path(name)
-    if not path.is_file():
-        close = [known for known in known_hardware() if known.startswith(name.lower())]
-        close = close or difflib.get_close_matches(name.lower(), known_hardware(), 1)
+    known = hardware_files()
+    path = Path(name) if name.endswith((".yaml", ".yml")) else known.get(name)
+    if path is None or not path.is_file():
+        close = [other for other in known if other.startswith(name.lower())]
+        close = close or difflib.get_close_matches(name.lower(), known, 1)
         hint = f"did you mean {' or '.join(close)}?" if close and name else "or give the path of a YAML file"
-        raise ConfigError(f"hardware {name} is not known; it can be {', '.join(known_hardware())}; {hint}")
+        raise ConfigError(f"hardware {name} is not known; it can be {', '.join(known)}; {hint}")
     try:
         return _ADAPTER.validate_python(yaml.safe_load(path.read_text(encoding="utf-8")))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,15 @@ from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.manifest import MANIFEST, CheckpointManifest, check_sizes
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
 from megatron_ledom.config.load import config_from_dict, published
-from megatron_ledom.convert.gate import Conversion, Gate, How, pass_gate, verification
+from megatron_ledom.convert.cards import write_model_card, write_verification_card
 from megatron_ledom.convert.hf_config import build_hf_config
-from megatron_ledom.convert.hf_folder import CONFIG, WeightsWriter, run_tokenizer, write_cards, write_companions, write_config
-from megatron_ledom.convert.model_card import write_model_card
-from megatron_ledom.convert.new_folder import PART, new_folder
+from megatron_ledom.convert.hf_folder import CONFIG, WeightsWriter, run_tokenizer, write_companions, write_config
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
+from megatron_ledom.convert.verify import Conversion, Gate, How, pass_gate
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
+from megatron_ledom.storage.files import PART_SUFFIX
+from megatron_ledom.storage.folders import new_folder
 from megatron_ledom.storage.hashes import checksum
 
 log = logging.getLogger(__name__)
@@ -59,8 +61,8 @@ def export_hf(
         files = write_hf_weights(checkpoint, Sizes(config.model, manifest.provenance.vocab_size), part, max_shard_size)
         gate = pass_gate(Conversion(checkpoint, manifest, part, hf_config, PARAMS_DTYPES[config.model.params_dtype]), verify)
         write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=gate is not None)
-        write_cards(part, CARD, _card(checkpoint, manifest, files, gate))
-        write_config(part, CONFIG + PART, hf_config)
+        write_verification_card(part, CARD, _card(checkpoint, manifest, files, gate))
+        write_config(part, CONFIG + PART_SUFFIX, hf_config)
     log.info("exported %s to %s as %s", checkpoint, save, hf_config.architectures[0])
     return gate
 
@@ -97,12 +99,12 @@ def _check_target(save: str, checkpoint: str, overwrite: bool) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of this package and of those that a conversion depends on."""
+    """Return the versions of this package and of those that a conversion depends on."""
     return {"megatron-ledom": megatron_ledom.__version__, **{name: version(name) for name in PACKAGES}}
 
 
 def _card(checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], gate: Gate | None) -> dict[str, Any]:
-    """What was exported, from where, and what the gate has seen."""
+    """Return what was exported, its source, and the gate's figures."""
     return {
         "checkpoint": os.path.basename(checkpoint),
         "checkpoint_manifest_sha256": checksum(os.path.join(checkpoint, MANIFEST))["sha256"],
@@ -110,7 +112,7 @@ def _card(checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], 
         "consumed_train_tokens": manifest.consumed_train_tokens,
         **manifest.provenance.to_dict(),
         "package_version": manifest.package_version,
-        "verification": verification(gate),
+        "verification": asdict(gate) if gate else None,
         "versions": versions(),
         "files": files,
         "config": published(config_from_dict(manifest.config, "the checkpoint's manifest")),

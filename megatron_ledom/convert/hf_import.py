@@ -3,12 +3,13 @@
 What training goes on from is iteration 0 with these weights and a fresh optimizer, in any layout.
 """
 
-import dataclasses
 import logging
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,9 +23,9 @@ from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import config_from_dict, published
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.convert.export_hf import SHARD_BYTES, versions
-from megatron_ledom.convert.gate import Conversion, Gate, How, pass_gate, verification
+from megatron_ledom.convert.cards import write_verification_card
 from megatron_ledom.convert.hf_config import load_hf_config, read_model
+from megatron_ledom.convert.hf_export import SHARD_BYTES, versions
 from megatron_ledom.convert.hf_folder import (
     BLOCK_ELEMENTS,
     CONFIG,
@@ -33,14 +34,14 @@ from megatron_ledom.convert.hf_folder import (
     HEAD,
     TOKENIZER,
     WeightsReader,
-    write_cards,
-    write_synced,
 )
-from megatron_ledom.convert.new_folder import PART, new_folder
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
+from megatron_ledom.convert.verify import Conversion, Gate, How, pass_gate
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
+from megatron_ledom.storage.files import PART_SUFFIX
+from megatron_ledom.storage.folders import new_folder
 from megatron_ledom.storage.hashes import checksum
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
@@ -88,10 +89,10 @@ def import_hf(
         manifest = _write_checkpoint(checkpoint, config, loaded, reader, weights, max_shard_size)
         gate = pass_gate(Conversion(checkpoint, manifest, load, hf_config, reader.holding_dtype()), verify)
         loaded.save(os.path.join(part, TOKENIZER))
-        write_synced(os.path.join(part, MODEL_YAML), _model_yaml(config, loaded).encode())
+        Path(part, MODEL_YAML).write_text(_model_yaml(config, loaded), encoding="utf-8")
         sums = {name: found.result()["sha256"] for name, found in sources.items()}
-        write_cards(part, CARD, _card(load, hf_config, sums, manifest, gate))
-        write_synced(os.path.join(part, latest + PART), f"{checkpoint_name(0)}\n".encode())
+        write_verification_card(part, CARD, _card(load, hf_config, sums, manifest, gate))
+        Path(part, latest + PART_SUFFIX).write_text(f"{checkpoint_name(0)}\n", encoding="utf-8")
     log.info(
         "imported %s to %s, to be trained in the %s direction: --config %s", load, save, aim, os.path.join(save, MODEL_YAML)
     )
@@ -110,7 +111,7 @@ def _beside() -> Iterator[ThreadPoolExecutor]:
 
 
 def _direction(hf_config: PreTrainedConfig, asked: Direction | None, folder: str) -> Direction:
-    """The direction to train in. Raises UsageError when neither the folder nor the user says it."""
+    """Return the direction to train in. Raises UsageError when neither the folder nor the user says it."""
     recorded = getattr(hf_config, "direction", None)
     if asked is None and recorded is None:
         raise UsageError(
@@ -125,12 +126,12 @@ def _direction(hf_config: PreTrainedConfig, asked: Direction | None, folder: str
 
 
 def _dtype_of(reader: WeightsReader) -> str:
-    """bf16 for a folder of bf16 alone, else fp32, which holds every other type exactly."""
+    """Return bf16 for a folder of bf16 alone, else fp32, which holds every other type exactly."""
     return "bf16" if set(reader.dtypes.values()) == {DTYPE_NAMES[torch.bfloat16]} else "fp32"
 
 
 def _run_config(model: dict[str, Any], positions: int, where: str, save: str, direction: Direction) -> RunConfig:
-    """The config that the checkpoint records: architecture, data direction and length; the rest is for the run to say."""
+    """Return the config that the checkpoint records: architecture, data direction and length; the rest is for the run to say."""
     values = {
         "run_dir": save,
         "model": model,
@@ -144,7 +145,7 @@ def _run_config(model: dict[str, Any], positions: int, where: str, save: str, di
 
 
 def _check_weights(reader: WeightsReader, sizes: Sizes) -> list[Weight]:
-    """The weights to convert, every one there in its shape, and nothing else. Raises MismatchError that says all faults."""
+    """Return the weights to convert, every one there in its shape, and nothing else. Raises MismatchError that says all faults."""
     weights = list(weights_of(sizes))
     expected = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
     tied = sizes.model.share_embeddings_and_output_weights
@@ -173,7 +174,7 @@ def _check_weights(reader: WeightsReader, sizes: Sizes) -> list[Weight]:
 
 
 def _is_embedding(reader: WeightsReader, name: str) -> bool:
-    """Whether a tensor equals the embedding, compared some rows at a time."""
+    """Return True if a tensor equals the embedding, compared some rows at a time."""
     rows = reader.shapes[name][0]
     step = max(1, BLOCK_ELEMENTS // reader.shapes[name][1])
     blocks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -182,7 +183,7 @@ def _is_embedding(reader: WeightsReader, name: str) -> bool:
 
 
 def _rows_fit(name: str, rows: int, expected: int) -> bool:
-    """A vocabulary may be padded: it has at least the tokenizer's ids."""
+    """Return True for the expected rows; a vocabulary may be padded beyond the tokenizer's ids."""
     return rows >= expected if name in (EMBEDDING, HEAD) else rows == expected
 
 
@@ -210,8 +211,8 @@ def _write_checkpoint(
 
 
 def _model_yaml(config: RunConfig, tokenizer: Tokenizer) -> str:
-    """What a training's config has to say so that it fits these weights; the rest is added by its command line or `base:`."""
-    keys = dataclasses.fields(config.model)
+    """Return the keys of a run's config that fit these weights; the rest is added by its command line or `base:`."""
+    keys = fields(config.model)
     model = {key.name: getattr(config.model, key.name) for key in keys if getattr(config.model, key.name) != key.default}
     values: dict[str, Any] = {
         "run_dir": config.run_dir,
@@ -233,13 +234,13 @@ def _model_yaml(config: RunConfig, tokenizer: Tokenizer) -> str:
 def _card(
     load: str, hf_config: PreTrainedConfig, sources: dict[str, str], manifest: CheckpointManifest, gate: Gate | None
 ) -> dict[str, Any]:
-    """What was imported, from where, and what the gate has seen."""
+    """Return what was imported, its source, and the gate's figures."""
     return {
         "imported_from": os.path.basename(os.path.abspath(load)),
         "source_architecture": (hf_config.architectures or ["unknown"])[0],
         "source_direction": getattr(hf_config, "direction", None),
         **manifest.provenance.to_dict(),
-        "verification": verification(gate),
+        "verification": asdict(gate) if gate else None,
         "versions": versions(),
         "source_files": sources,
         "files": {name: sums["sha256"] for name, sums in manifest.files.items()},

@@ -1,6 +1,8 @@
-"""README.md of an exported folder: what the model is, how it was trained, how to use it, written from the run's own files."""
+"""The cards of a converted folder: the model card, written from the run's own files, and the record of how it was verified."""
 
+import json
 import os
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -10,9 +12,11 @@ from megatron_ledom.checkpoint.manifest import CheckpointManifest
 from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.direction import Direction
+from megatron_ledom.markdown import markdown_table
 from megatron_ledom.model.arithmetic import count_parameters
 from megatron_ledom.storage.records import METRICS, has_iteration, read_records
 
+WEIGHTS = {"bf16": "bfloat16, with float32 main weights and gradients", "fp32": "float32"}
 PAPER = "[LEDOM](https://arxiv.org/abs/2507.01335)"
 
 ABOUT = {
@@ -110,8 +114,8 @@ def write_model_card(
     )
 
 
-def _table(rows: dict[str, Any]) -> str:
-    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+def _table(rows: dict[str, Any], title: str = "") -> str:
+    return markdown_table([[title, ""], *([name, f"{value}"] for name, value in rows.items())])
 
 
 def _facts(config: RunConfig, manifest: CheckpointManifest, hf_config: PreTrainedConfig) -> str:
@@ -140,24 +144,19 @@ def _training(config: RunConfig, manifest: CheckpointManifest) -> str:
         "optimizer": f"AdamW, betas {optimizer.adam_beta1} and {optimizer.adam_beta2}, weight decay {optimizer.weight_decay},"
         f" clip {optimizer.clip_grad}",
         "learning rate": f"{optimizer.lr:g} to {optimizer.min_lr:g}, {optimizer.lr_decay_style}",
-        "weights": model_dtype(config),
+        "weights": WEIGHTS[config.model.params_dtype],
         "seed": train.seed,
     }
-    rows = ["| share of the samples | text | sha256 of the ids |", "|---|---|---|"]
+    rows = [["share of the samples", "text", "sha256 of the ids"]]
     rows += [
-        f"| {share:.4g} | {os.path.basename(str(prefix))} | {bin_sha256[:12]} |"
+        [f"{share:.4g}", os.path.basename(str(prefix)), bin_sha256[:12]]
         for share, bin_sha256, *_, prefix in manifest.train_shards
     ]
-    return "\n\n".join(["## Training", _table(recipe), "\n".join(rows)])
-
-
-def model_dtype(config: RunConfig) -> str:
-    """In words."""
-    return {"bf16": "bfloat16, with float32 main weights and gradients", "fp32": "float32"}[config.model.params_dtype]
+    return "\n\n".join(["## Training", _table(recipe), markdown_table(rows)])
 
 
 def _losses(checkpoint: str, iteration: int) -> str:
-    """The last losses that the run recorded up to the checkpoint; empty where there are none."""
+    """Return the last losses that the run recorded up to the checkpoint; empty where there are none."""
     path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(checkpoint))), METRICS)
     rows: dict[str, str] = {}
     for record in read_records(path, has_iteration):
@@ -169,3 +168,29 @@ def _losses(checkpoint: str, iteration: int) -> str:
             if found["lm_loss"] is not None:
                 rows[f"on {name}"] = f"{found['lm_loss']:.4f} nats a token, {found['bits_per_byte']:.4f} bits a byte"
     return f"## Losses\n\n{_table(rows)}" if rows else ""
+
+
+def write_verification_card(folder: str, name: str, card: dict[str, Any]) -> None:
+    """Write how a conversion was verified: `name` as JSON, VERIFICATION.md for people."""
+    Path(folder, name).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    parts = ["# How this conversion was verified", *_verified(card["verification"])]
+    shown = {key: value for key, value in card.items() if isinstance(value, str | int | float | None)}
+    parts.append(_table({key.replace("_", " "): value for key, value in shown.items()}))
+    parts += [_table(card[title], title) for title in ("versions", "files")]
+    Path(folder, "VERIFICATION.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _verified(gate: dict[str, Any] | None) -> list[str]:
+    """Return what the logits gate compared, and a table of its figures."""
+    if gate is None:
+        return ["**It was not**: the logits gate was skipped with `--no-verify`. Nobody has compared what both models compute."]
+    told = (
+        f"Logits of the megatron-core model and of stock transformers were compared {gate['how'].replace('_', ' ')} at"
+        f" {gate['positions']} positions of fixed and random ids."
+    )
+    limits = gate["limits"]
+    largest = [f"{gate['largest_logit_difference']:.3g}", f"{limits['largest_logit_difference']:g}"]
+    rows = [["figure", "value", "limit"], ["largest difference of a logit, fp32", *largest]]
+    for key, value in (gate["bf16"] or {}).items():
+        rows.append([f"{key.replace('_', ' ')}, bf16", f"{value:.6g}", f"{limits.get(key, 'none')}"])
+    return [told, markdown_table(rows)]
