@@ -18,9 +18,8 @@ from megatron_ledom.evaluation.record_checks import item_check
 from megatron_ledom.evaluation.tasks.loading import task_named
 from megatron_ledom.evaluation.tasks.task import Item, LoadedTask
 from tests.evaluation_sets import write_sets
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -28,9 +28,9 @@ from megatron_ledom.evaluation.results import numbered
 from megatron_ledom.inference.language_model import ForwardLM, LanguageModel, ReverseLM
 from megatron_ledom.reports import losses as loss_report
 from megatron_ledom.reports.losses import sentence
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder, random_text
 
-ROOT = Path(__file__).parents[3]
 SETTINGS = CompareSettings(context=512, batch_size=4, num_resamples=200)
 
 

@@ -29,9 +29,9 @@ from megatron_ledom.reports.selection import (
     sentences,
     verdict,
 )
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 
-ROOT = Path(__file__).parents[3]
 HALF = GRID.index(0.5)
 
 

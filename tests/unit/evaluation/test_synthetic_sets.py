@@ -23,9 +23,9 @@ from megatron_ledom.evaluation.synthetic.tasks import SYNTHETIC_TASKS
 from megatron_ledom.evaluation.synthetic.word_problems import END, GAINS, LOSSES, START, TIMES, Solved, solve
 from megatron_ledom.evaluation.tasks.loading import load_task
 from megatron_ledom.inference.scoring import SpanScore
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 
-ROOT = Path(__file__).parents[3]
 NUM = {"reversal": 160, "inverse_relations": 64, "label_backfill": 800, "abduction": 8, "question_from_answer": 200}
 CHOICES = ("reversal", "inverse_relations", "label_backfill", "abduction")
 """Tasks of choices, each with data of its own."""

@@ -34,9 +34,9 @@ from tests.completions_server import (
     with_logprobs,
     with_usage,
 )
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 
-ROOT = Path(__file__).parents[3]
 PROMPT = "The capital of France is Paris. "
 PAIRS = [(PROMPT, "The cat"), ("The capital of Par", "is"), (PROMPT, "The cat"), ("漢字 ", "🙂 x")]
 

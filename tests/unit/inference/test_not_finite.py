@@ -21,9 +21,9 @@ from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
 from megatron_ledom.inference.reverse_reward.reward import reverse_reward
 from megatron_ledom.inference.scoring import SpanScore
 from tests.evaluation_sets import write_sets
+from tests.paths import ROOT
 from tests.tiny_models import byte_level_json, random_model_folder
 
-ROOT = Path(__file__).parents[3]
 Weights = dict[str, torch.Tensor]
 
 

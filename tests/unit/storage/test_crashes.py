@@ -18,9 +18,10 @@ import pytest
 from megatron_ledom.checkpoint.folder import latest_checkpoint, move_to_trash, put_in_place, retire, settle_latest, sweep
 from megatron_ledom.checkpoint.manifest import MANIFEST
 from megatron_ledom.config.schema import CheckpointConfig
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
-from megatron_ledom.data.shards.faults import verify_shard
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.shard import SUFFIXES, check_shard
+from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.errors import LedomError
 from megatron_ledom.evaluation.results import ItemFile, numbered, write_summary
 from megatron_ledom.inference.reverse_reward.input_lines import Record

@@ -1,4 +1,8 @@
-"""Everything that can be wrong with a shard, found by reading all of it once: one sentence a fault, with file and document."""
+"""Everything that can be wrong with a shard, found by reading all of it once: one sentence a fault, with file and document.
+
+A direction that was changed in the manifest shows in no file; it is told from text: decoded in text order and encoded again, only
+the right order gives the ids back.
+"""
 
 import hashlib
 import io
@@ -10,34 +14,32 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ledom.data.shards.shard import (
-    CHUNK_DOCUMENTS,
-    DTYPE_CODES,
-    HEADER,
-    MAGIC,
-    TARGETS,
-    ShardManifest,
-    hash_file,
-    load_manifest,
-)
+from megatron_ledom.data.shards.index_file import CHUNK_DOCUMENTS, HEADER, SHARD_DTYPES, index_bytes, map_index, shard_header
+from megatron_ledom.data.shards.shard import TARGETS, ShardManifest, ShardReader, hash_file, load_manifest
+from megatron_ledom.direction import Direction, to_text_order
 from megatron_ledom.errors import DataError
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
 BLOCK_BYTES = 1 << 22
 INSIDE = "inside, at its id"
 """Words of the fault of an eod that is not at a document's end."""
+SAMPLE_DOCUMENTS = 64
+LONGEST_IDS = 20_000  # longer documents are not looked at, so that the check takes seconds
+CLEAR = 3
+"""How many times as many documents must speak for one order as for the other."""
 
 
 def verify_shard(prefix: str) -> list[str]:
-    """What is wrong with the shard; an empty list is a sound one. Raises UsageError when there is no such shard.
+    """Return what is wrong with the shard; an empty list is a sound one. Raises UsageError when there is no such shard.
 
-    Found from the files alone, so a direction that was changed in the manifest is not: see `direction_check`.
+    Found from the files alone, so a direction that was changed in the manifest is not: see `check_direction`.
     """
     try:
         manifest = load_manifest(prefix)
     except DataError as error:
         return [str(error)]
-    if manifest.dtype not in DTYPE_CODES:
-        return [f"{prefix}.json: dtype {manifest.dtype!r} is not one of {sorted(DTYPE_CODES)}"]
+    if manifest.dtype not in SHARD_DTYPES:
+        return [f"{prefix}.json: dtype {manifest.dtype!r} is not one of {[*SHARD_DTYPES]}"]
     missing = [f"{prefix}{suffix} is missing" for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
     if missing:
         return missing
@@ -100,14 +102,12 @@ class Index:
         if len(content) < HEADER.size:
             self.faults.append(f"{path} is truncated: it has {size} bytes, its header alone needs {HEADER.size}")
             return False
-        magic, version, code, self.count, marks = HEADER.unpack(content)
-        if (magic, version, code, marks) != (MAGIC, 1, DTYPE_CODES[manifest.dtype], self.count + 1):
-            self.faults.append(
-                f"{path} has the header {(magic, version, code, self.count, marks)}, which is not that of a shard of"
-                f" {manifest.dtype} ids"
-            )
+        header = HEADER.unpack(content)
+        self.count = header[3]
+        if header != shard_header(manifest.dtype, self.count):
+            self.faults.append(f"{path} has the header {header}, which is not that of a shard of {manifest.dtype} ids")
             return False
-        needed = HEADER.size + 20 * self.count + 8
+        needed = index_bytes(self.count, self.count)
         if size != needed:
             state = "truncated" if size < needed else "too long"
             self.faults.append(f"{path} is {state}: it has {size:,} bytes, its {self.count:,} documents need {needed:,}")
@@ -120,9 +120,7 @@ class Index:
 
     def documents(self) -> Iterator[npt.NDArray[np.int64]]:
         """Lengths of all documents, in blocks; what is wrong with them is added to `faults` when the last one was given."""
-        index = np.memmap(f"{self.prefix}.idx", mode="r", dtype=np.uint8)
-        parts = [("<i4", 0, 0), ("<i8", 4, 0), ("<i8", 12, 1)]
-        stored = [np.frombuffer(index, kind, self.count + more, HEADER.size + skip * self.count) for kind, skip, more in parts]
+        stored: tuple[npt.NDArray[Any], ...] = map_index(f"{self.prefix}.idx", self.count, self.count)
         end, first_wrong = 0, [-1, -1, -1]
         for first in range(0, self.count, CHUNK_DOCUMENTS):
             lengths, pointers, marks = (part[first : first + CHUNK_DOCUMENTS] for part in stored)
@@ -243,3 +241,53 @@ class IdScan:
             self._digest.update(content)
         self._stream.close()
         self.is_same = self._digest.hexdigest() == self.manifest.bin_sha256
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionCheck:
+    """Of a sample of documents, how many keep their ids in one order only; a document of whole words keeps them in both."""
+
+    stated: Direction
+    sampled: int
+    only_as_stated: int
+    only_as_other: int
+
+    @property
+    def is_wrong(self) -> bool:
+        """The ids clearly stand in the other order."""
+        return self.only_as_other > CLEAR * self.only_as_stated
+
+    @property
+    def is_right(self) -> bool:
+        """The ids clearly stand in the stated order."""
+        return self.only_as_stated > CLEAR * self.only_as_other
+
+    def describe(self) -> str:
+        """One sentence."""
+        found = (
+            f"of {self.sampled} documents decoded and encoded again, {self.only_as_stated} keep their ids only if the shard is"
+            f" {self.stated}, {self.only_as_other} only if it is {self.stated.other}"
+        )
+        if self.is_wrong:
+            return f"the manifest says {self.stated}, but the ids are {self.stated.other}: {found}"
+        return f"{self.stated} is right: {found}" if self.is_right else f"cannot be told from the ids: {found}"
+
+
+def check_direction(reader: ShardReader, tokenizer: Tokenizer) -> DirectionCheck:
+    """Look at documents spread evenly over the shard. The index and the range of ids must be sound."""
+    stated = reader.manifest.direction
+    sampled = only_as_stated = only_as_other = 0
+    for index in np.unique(np.linspace(0, len(reader) - 1, min(SAMPLE_DOCUMENTS, len(reader))).astype(np.int64)).tolist():
+        stored = reader.document(index)[:-1]
+        if len(stored) > LONGEST_IDS:
+            continue
+        sampled += 1
+        as_stated = _comes_back(tokenizer, to_text_order(stored, stated).tolist())
+        as_other = _comes_back(tokenizer, to_text_order(stored, stated.other).tolist())
+        only_as_stated += as_stated and not as_other
+        only_as_other += as_other and not as_stated
+    return DirectionCheck(stated, sampled, only_as_stated, only_as_other)
+
+
+def _comes_back(tokenizer: Tokenizer, text_ids: list[int]) -> bool:
+    return bool(tokenizer.encode_batch([tokenizer.decode(text_ids)])[0].tolist() == text_ids)

@@ -1,7 +1,7 @@
 """`.bin` and `.idx` as any Megatron tool writes them, read once from start to end in blocks of whole documents.
 
-The layout is in `data.shard`. Unlike there, the ids may have another integer type and a document may be several sequences
-one after the other, which are read as one. Memory is that of two blocks, or of the longest document.
+Unlike in a shard of ours, the ids may have another integer type and a document may be several sequences one after the other,
+which are read as one. Memory is that of two blocks, or of the longest document.
 """
 
 import hashlib
@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ledom.data.shards.shard import CHUNK_DOCUMENTS, HEADER, MAGIC, Hash, ShardManifest, hash_file
+from megatron_ledom.data.shards.index_file import CHUNK_DOCUMENTS, DTYPES, MAGIC, index_bytes, map_index, read_header
+from megatron_ledom.data.shards.shard import Hash, ShardManifest, hash_file
 from megatron_ledom.errors import DataError
 
-CODES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 READABLE = ("uint8", "uint16", "int32", "int64")
 BLOCK_BYTES = 1 << 20  # small enough to be read, hashed, turned and written while it is in cache
 
@@ -46,24 +46,23 @@ class IndexedFiles:
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         path = Path(f"{prefix}.idx")
-        magic, version, code, sequences, marks = _header(path)
-        if (magic, version) != (MAGIC, 1) or code not in CODES:
+        if not path.is_file():
+            raise DataError(f"{path} is missing; a shard needs it beside its .bin: copy it again")
+        magic, version, code, sequences, marks = read_header(str(path))
+        if (magic, version) != (MAGIC, 1) or code not in DTYPES:
             raise DataError(f"{path} does not begin as an index of Megatron does ({magic!r}, version {version}, type {code})")
-        if CODES[code] not in READABLE:
-            raise DataError(f"{path} is of {CODES[code]} ids; ids of {', '.join(READABLE)} can be read")
-        self.dtype = np.dtype(CODES[code])
+        if DTYPES[code] not in READABLE:
+            raise DataError(f"{path} is of {DTYPES[code]} ids; ids of {', '.join(READABLE)} can be read")
+        self.dtype = np.dtype(DTYPES[code])
         self.num_documents = marks - 1
         """Documents, those without ids included."""
         self._check_size(path, sequences, marks)
-        index = np.memmap(path, mode="r", dtype=np.uint8)
-        self._lengths: npt.NDArray[np.int32] = np.frombuffer(index, "<i4", sequences, HEADER.size)
-        self._pointers: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", sequences, HEADER.size + 4 * sequences)
-        self._marks: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", marks, HEADER.size + 12 * sequences)
+        self._lengths, self._pointers, self._marks = map_index(str(path), sequences, marks - 1)
         self._check_sequences()
         self._check_documents()
 
     def _check_size(self, path: Path, sequences: int, marks: int) -> None:
-        found, size = path.stat().st_size, HEADER.size + 12 * sequences + 8 * marks
+        found, size = path.stat().st_size, index_bytes(sequences, marks - 1)
         if marks < 1 or found != size:
             what = "truncated" if found < size else "too long (an index with modes of a multimodal data set cannot be read)"
             raise DataError(f"{path} is {what}: it has {found:,} bytes, {sequences:,} sequences need {size:,}; copy it again")
@@ -173,20 +172,6 @@ class IndexedFiles:
         if digest is not None:
             digest.update(content)
         return Block(first, ids, lengths)
-
-
-def _header(path: Path) -> tuple[bytes, int, int, int, int]:
-    """(magic, version, type code, sequences, documents + 1)."""
-    if not path.is_file():
-        raise DataError(f"{path} is missing; a shard needs it beside its .bin: copy it again")
-    with path.open("rb") as stream:
-        content = stream.read(HEADER.size)
-    if len(content) < HEADER.size:
-        raise DataError(
-            f"{path} is truncated: it has {len(content)} bytes, its header alone needs {HEADER.size}; copy it again"
-        )
-    magic, version, code, sequences, marks = HEADER.unpack(content)
-    return magic, version, code, sequences, marks
 
 
 def shard_blocks(prefix: str, manifest: ShardManifest) -> Iterator[Block]:

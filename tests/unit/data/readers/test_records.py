@@ -17,14 +17,16 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from megatron_ledom.data.readers import inputs
-from megatron_ledom.data.readers.corpus import ReadSettings, RecordReader, read_texts
-from megatron_ledom.data.readers.inputs import InputPath, Stretch, expand_inputs, parts_of, stretches_of_task
+from megatron_ledom.data.readers import byte_ranges
+from megatron_ledom.data.readers.byte_ranges import Stretch, parts_of, stretches_of_task
+from megatron_ledom.data.readers.input_files import expand_inputs
+from megatron_ledom.data.readers.records import ReadSettings, RecordReader, read_texts
 from megatron_ledom.data.readers.streams import LineReader
 from megatron_ledom.errors import DataError
+from tests.corpus_reading import skim, source, warc_of, whole
 from tests.legible import legible_documents, write_jsonl
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[4]
 TEXTS = [*legible_documents(9, 30), "", "Grüße,\n\t日本 👍", '"quoted" \\ {}']
 
 
@@ -46,26 +48,9 @@ def write_all_forms(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def source(path: Path) -> InputPath:
-    (found,) = expand_inputs([str(path)])
-    return found
-
-
-def whole(path: Path) -> Stretch:
-    return Stretch(source(path), 0, path.stat().st_size)
-
-
 def texts_in(stretch: Stretch, **settings: object) -> list[str]:
     reader = RecordReader(stretch, ReadSettings(**settings))  # type: ignore[arg-type]
     return [text for batch in reader.batches() for text in batch.texts]
-
-
-def skim(path: Path, key: str = "text", **settings: object) -> tuple[list[str], dict[str, int], list[str]]:
-    """All texts, what was skipped, and the messages."""
-    read = ReadSettings(**{"text_key": key, "on_error": "skip", "batch_bytes": 64, **settings})  # type: ignore[arg-type]
-    reader = RecordReader(whole(path), read)
-    texts = [text for batch in reader.batches() for text in batch.texts]
-    return texts, dict(reader.skipped), reader.messages
 
 
 @pytest.mark.parametrize("batch_bytes", [1, 100, 1 << 20])
@@ -96,7 +81,7 @@ def test_a_record_belongs_to_the_stretch_in_which_it_begins(tmp_path: Path, batc
 def test_a_large_compressed_file_is_shared_between_its_blocks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
 ) -> None:
-    monkeypatch.setattr(inputs, "COMPRESSED_PART_BYTES", 1 << 16)
+    monkeypatch.setattr(byte_ranges, "COMPRESSED_PART_BYTES", 1 << 16)
     rows = np.random.default_rng(0).integers(0, 1 << 62, (12_000, 2)).tolist()
     texts = [f"{number} {row}" for number, row in enumerate(rows)]
     content = write_jsonl(tmp_path / "a.jsonl", texts).read_bytes()
@@ -275,16 +260,6 @@ def test_a_line_far_into_a_file_is_named_by_its_number_in_the_file(tmp_path: Pat
             texts_in(Stretch(source(path), start, path.stat().st_size))
 
 
-def warc_of(*records: tuple[str, bytes]) -> bytes:
-    """A web archive with records of (type, content)."""
-    head = "WARC/1.0\r\nWARC-Type: {}\r\nWARC-Record-ID: <urn:uuid:0-{}>\r\nContent-Length: {}\r\n\r\n"
-    pieces = [
-        head.format(kind, number, len(content)).encode() + content + b"\r\n\r\n"
-        for number, (kind, content) in enumerate(records)
-    ]
-    return b"".join(pieces)
-
-
 def test_the_text_records_of_web_archives_are_documents(tmp_path: Path) -> None:
     pytest.importorskip("fastwarc", reason="the warc extra is not installed")
     archive = warc_of(("warcinfo", b"made by a test"), *(("conversion", text.encode()) for text in TEXTS))
@@ -339,7 +314,7 @@ def test_what_a_few_compressed_bytes_become_is_not_held_at_once(tmp_path: Path) 
     path.write_bytes(zstandard.ZstdCompressor(level=1).compress(bomb))
     del bomb
     assert path.stat().st_size < 60_000
-    code = "import resource, sys; from tests.unit.data.readers.test_corpus import skim, Path\n"
+    code = "import resource, sys; from pathlib import Path; from tests.corpus_reading import skim\n"
     code += "print(skim(Path(sys.argv[1]), max_record_bytes=1_000_000)[:2], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
     found, _, peak = done.stdout.strip().rpartition(" ")

@@ -1,113 +1,32 @@
-"""From stretches of files to texts: JSON lines, tables, web archives and plain text, in bounded memory, every bad record named.
+"""Byte ranges of files to texts: JSON lines, tables, web archives and plain text, in bounded memory, every bad record named.
 
 Text is always text order here. Everything in this file runs inside a worker.
-
-Templates that join fields of a record to one text: `{question}\n{answer}`.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from string import Formatter
 from typing import Any, Literal
 
 import orjson
 
 from megatron_ledom.data.readers import tables, web_archive
-from megatron_ledom.data.readers.inputs import COMPRESSED_BLOCK, InputPath, Stretch
-from megatron_ledom.data.readers.json_lines import (
-    BYTE_ORDER_MARK,
-    BadRecordError,
-    check_is_lines,
-    check_text,
-    loads_leniently,
-    too_large,
-)
+from megatron_ledom.data.readers.byte_ranges import InputPath, Stretch
+from megatron_ledom.data.readers.json_lines import BYTE_ORDER_MARK, check_is_lines, check_text, loads_leniently
 from megatron_ledom.data.readers.streams import (
     MAX_RECORD_BYTES,
+    BadRecordError,
     LineReader,
     Progress,
-    decompressed_blocks,
-    plain_blocks,
-    raw_blocks,
+    too_large,
+    whole_file,
 )
+from megatron_ledom.data.readers.text_template import TextTemplate
 from megatron_ledom.data.shards.shard import InputFile
-from megatron_ledom.errors import DataError, UsageError
-
-ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
-"""What may follow a backslash in a template on the command line; other backslashes stay as they are."""
-
-
-class TextTemplate:
-    """A parsed template: `{key}` stands for the text of that key of a record, a doubled brace for a brace of the text.
-
-    Only names stand between braces: no format, conversion or index, which would render a value in Python's way.
-    """
-
-    def __init__(self, template: str, option: str) -> None:
-        """`option` names the template in errors, such as --text-template."""
-        self.template = template
-        try:
-            parts = list(Formatter().parse(template))
-        except ValueError as error:
-            raise _refused(template, option, str(error)) from error
-        for _, column, layout, conversion in parts:
-            if column is None:
-                continue
-            if not column or layout or conversion:
-                raise _refused(
-                    template, option, f"found {{{column}{'!' + conversion if conversion else ''}{':' * bool(layout)}...}}"
-                )
-        self._parts = [(literal, column) for literal, column, _, _ in parts]
-        self.fields = [column for _, column in self._parts if column is not None]
-        """The keys, in order."""
-
-    def render(self, text_of: Callable[[str], str]) -> str:
-        """Return the text of a record; `text_of` gives the text of a key, or raises."""
-        return "".join(literal if column is None else literal + text_of(column) for literal, column in self._parts)
-
-
-def template_of(template: str | None, text_key: str) -> TextTemplate | None:
-    """Return the parsed --text-template, None without one. Refused beside another --text-key, and without a key in it."""
-    if template is None:
-        return None
-    parsed = TextTemplate(template, "--text-template")
-    if not parsed.fields:
-        raise _refused(template, "--text-template", "it names no key")
-    if text_key != "text":
-        raise UsageError(f"--text-key {text_key} and --text-template both say where the text is; give one of them")
-    return parsed
-
-
-def option_to_check(template: TextTemplate | None, text_key: str, reasons: Collection[str]) -> str:
-    """Return what to do where nothing was left of an input; reasons: those of its bad records."""
-    if not {"missing_text_key", "text_is_not_a_string"} & set(reasons):
-        return "check --input"
-    if template is None:
-        return f"check --text-key {text_key}: it names no text of these records"
-    return f"check the keys of --text-template {template.template!r}: these records lack one of them, or it is no text"
-
-
-def _refused(template: str, option: str, reason: str) -> UsageError:
-    return UsageError(
-        f"{option} {template!r} is no template ({reason}); write keys as {{question}} and a brace of the text twice"
-    )
-
-
-def from_command_line(template: str) -> str:
-    r"""Return a template with the two characters `\n` read as a line break, `\t` as a tab and `\\` as one backslash."""
-    read, position = [], 0
-    while (found := template.find("\\", position)) >= 0:
-        following = template[found + 1 : found + 2]
-        is_escape = following in ESCAPES and following != ""
-        read += [template[position:found], ESCAPES[following] if is_escape else "\\"]
-        position = found + (2 if is_escape else 1)
-    return "".join([*read, template[position:]])
-
+from megatron_ledom.errors import DataError
 
 BATCH_BYTES = 1 << 20
 MAX_MESSAGES = 10  # bad records of a stretch that are described one by one
-
 OnError = Literal["fail", "skip"]
 
 
@@ -149,6 +68,25 @@ class TextBatch:
             places=[self.places[index] for index in indices],
             position=self.position,
         )
+
+
+def read_texts(
+    sources: Iterable[InputPath],
+    text_key: str = "text",
+    *,
+    read: ReadSettings | None = None,
+    skipped: Counter[str] | None = None,
+) -> Iterator[str]:
+    """All texts of some files, one after the other, as `read` says, else those at `text_key`.
+
+    A bad record raises DataError; with `on_error="skip"` it is counted by reason in `skipped`.
+    """
+    for source in sources:
+        reader = RecordReader(Stretch(source, 0, source.num_bytes), read or ReadSettings(text_key=text_key))
+        for batch in reader.batches():
+            yield from batch.texts
+        if skipped is not None:
+            skipped += reader.skipped
 
 
 class RecordReader:
@@ -228,9 +166,8 @@ class RecordReader:
 
     def _whole_file(self) -> Iterator[TextBatch]:
         source = self.stretch.source
-        blocks = self._counted(source)
         content, size = bytearray(), 0
-        for block in (block for _, block in decompressed_blocks(source, blocks)) if source.compression else blocks:
+        for block in whole_file(self.stretch, self._progress, refuse_compressed=True):
             size += len(block)
             if size <= self.settings.max_record_bytes:
                 content += block
@@ -245,12 +182,6 @@ class RecordReader:
         except BadRecordError as bad:
             self._reject(bad, source.path)
         yield batch
-
-    def _counted(self, source: InputPath) -> Iterator[bytes]:
-        read = raw_blocks if source.compression else plain_blocks
-        for block in read(source, 0, source.num_bytes, COMPRESSED_BLOCK):
-            self._progress.count(block)
-            yield block
 
     def _texts(self, kind: Literal["parquet", "arrow", "warc"]) -> Iterator[TextBatch]:
         for rows in self._rows(kind):
@@ -296,6 +227,15 @@ class RecordReader:
             raise too_large(len(content), self.settings.max_record_bytes)
         text = _decoded(content)
         return text, {self.settings.text_key: text} if record is None else record
+
+
+def option_to_check(template: TextTemplate | None, text_key: str, reasons: Collection[str]) -> str:
+    """Return what to do where nothing was left of an input; reasons: those of its bad records."""
+    if not {"missing_text_key", "text_is_not_a_string"} & set(reasons):
+        return "check --input"
+    if template is None:
+        return f"check --text-key {text_key}: it names no text of these records"
+    return f"check the keys of --text-template {template.template!r}: these records lack one of them, or it is no text"
 
 
 def _text_of_line(line: bytes, settings: ReadSettings) -> tuple[str, Mapping[str, Any]]:
@@ -354,22 +294,3 @@ def _decoded(text: bytes | None) -> str:
         return text.decode("utf-8")
     except UnicodeDecodeError as error:
         raise BadRecordError("invalid_utf8", f"invalid UTF-8 ({error.reason} at byte {error.start})") from None
-
-
-def read_texts(
-    sources: Iterable[InputPath],
-    text_key: str = "text",
-    *,
-    read: ReadSettings | None = None,
-    skipped: Counter[str] | None = None,
-) -> Iterator[str]:
-    """All texts of some files, one after the other, as `read` says, else those at `text_key`.
-
-    A bad record raises DataError; with `on_error="skip"` it is counted by reason in `skipped`.
-    """
-    for source in sources:
-        reader = RecordReader(Stretch(source, 0, source.num_bytes), read or ReadSettings(text_key=text_key))
-        for batch in reader.batches():
-            yield from batch.texts
-        if skipped is not None:
-            skipped += reader.skipped

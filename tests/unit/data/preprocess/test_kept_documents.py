@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
-from megatron_ledom.data.preprocess.quality import first_occurrences, hashes_of
+from megatron_ledom.data.preprocess.deduplication import first_occurrences, hashes_of
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.shard import ShardManifest, ShardReader
 from megatron_ledom.errors import LedomError, UsageError
 from tests.legible import EOD_ID, legible_documents, legible_tokenizer, write_jsonl
@@ -50,7 +51,9 @@ def test_length_limits_count_what_they_leave_out(tmp_path: Path, tokenizer: str)
 def test_a_filter_sees_text_and_record(tmp_path: Path, tokenizer: str) -> None:
     lines = [f'{{"text": "{number}", "number": {number}}}\n' for number in range(10)]
     (tmp_path / "a.jsonl").write_text("".join(lines))
-    manifest = made(tmp_path, tokenizer, filter="tests.unit.data.preprocess.test_quality:keep_even", workers=2, part_bytes=60)
+    manifest = made(
+        tmp_path, tokenizer, filter="tests.unit.data.preprocess.test_kept_documents:keep_even", workers=2, part_bytes=60
+    )
     assert documents(f"{tmp_path}/data") == [[number] for number in range(0, 10, 2)]
     assert manifest.skipped == {"filtered": 5}
 
@@ -58,7 +61,7 @@ def test_a_filter_sees_text_and_record(tmp_path: Path, tokenizer: str) -> None:
 def test_a_filter_that_fails_is_an_error_that_shows_where(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["1"])
     with pytest.raises(LedomError, match=r"the function of --filter failed; repair it:[\s\S]*KeyError: 'number'"):
-        made(tmp_path, tokenizer, filter="tests.unit.data.preprocess.test_quality:keep_even")
+        made(tmp_path, tokenizer, filter="tests.unit.data.preprocess.test_kept_documents:keep_even")
 
 
 TEXTS = ["1", "2", "1", "3", "2", "4", "1", "5", "5", "6"]
