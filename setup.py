@@ -1,4 +1,9 @@
-"""Builds the C++ helpers, always, and the CUDA operators, where they can be used. What else there is to the package is in pyproject.toml.
+"""Builds the C++ helpers and the CUDA operators where they can be built. What else there is to the package is in pyproject.toml.
+
+LEDOM_EXTENSIONS=auto   the default: C++ is built where a compiler and the headers of Python are found; what does not compile
+                        fails. Without it inference and evaluation work, and the wheel is one for any machine
+LEDOM_EXTENSIONS=1      it is built, or the build fails and says why
+LEDOM_EXTENSIONS=0      nothing is built, the CUDA operators neither
 
 LEDOM_CUDA=auto    the default: the operators are built where nvcc and a CUDA torch are found
 LEDOM_CUDA=1       they are built, or the build fails and says why; a CPU torch will do, whose headers alone are needed
@@ -8,17 +13,51 @@ LEDOM_CUDA_ARCHS   compute capabilities, "80;90;100" if not said; code for the l
 
 import importlib.util
 import os
+import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from glob import glob
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 
 CUDA_OPS = "megatron_ledom._cuda_ops"
 DEFAULT_ARCHS = "80;90;100"
+
+
+def mode_of(variable: str) -> str:
+    """auto, 0 or 1, as the environment says; exits for anything else."""
+    mode = os.environ.get(variable, "auto")
+    if mode not in ("auto", "0", "1"):
+        sys.exit(f"{variable}={mode}, expected auto, 0 or 1")
+    return mode
+
+
+def why_no_extensions() -> str | None:
+    """What C++ modules lack here; None if they can be built."""
+    compiler = os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++")
+    if not compiler or shutil.which(shlex.split(compiler)[0]) is None:
+        return f"the C++ compiler {compiler} is not found; install one (Debian: apt install g++), or set CXX"
+    header = Path(sysconfig.get_paths()["include"], "Python.h")
+    if not header.is_file():
+        return f"the headers of Python are missing ({header}); install them (Debian: apt install python3-dev)"
+    return None
+
+
+def builds_extensions() -> bool:
+    """Whether anything is compiled; exits with the reason if it must be and cannot."""
+    mode, lacking = mode_of("LEDOM_EXTENSIONS"), why_no_extensions()
+    reason = "LEDOM_EXTENSIONS=0" if mode == "0" else lacking
+    if mode == "1" and reason:
+        sys.exit(f"LEDOM_EXTENSIONS=1, but {reason}")
+    if reason and mode_of("LEDOM_CUDA") == "1":
+        sys.exit(f"LEDOM_CUDA=1, but {reason}")
+    if reason:
+        print(f"megatron_ledom: C++ helpers not built, inference and evaluation work without: {reason}", file=sys.stderr)
+    return reason is None
 
 
 def find_nvcc() -> Path | None:
@@ -54,9 +93,7 @@ def why_not(nvcc: Path | None, torch: Path | None) -> str | None:
 
 def cuda_extension() -> Extension | None:
     """The CUDA operators if they are to be built; exits with the reason if they must be and cannot."""
-    mode = os.environ.get("LEDOM_CUDA", "auto")
-    if mode not in ("auto", "0", "1"):
-        sys.exit(f"LEDOM_CUDA={mode}, expected auto, 0 or 1")
+    mode = mode_of("LEDOM_CUDA")
     if mode == "0":
         print("megatron_ledom: CUDA operators not built: LEDOM_CUDA=0", file=sys.stderr)
         return None
@@ -133,8 +170,23 @@ def helper(name: str, folder: str) -> Pybind11Extension:
     )
 
 
-cuda = cuda_extension()
+def extensions() -> list[Extension]:
+    """Everything that is compiled."""
+    if not builds_extensions():
+        return []
+    cuda = cuda_extension()
+    return [helper("_helpers", "csrc/helpers"), helper("_cpu_ops", "csrc/cpu_ops"), *([cuda] if cuda else [])]
+
+
 setup(
-    ext_modules=[helper("_helpers", "csrc/helpers"), helper("_cpu_ops", "csrc/cpu_ops"), *([cuda] if cuda else [])],
+    packages=[*find_packages(include=["megatron_ledom*"]), "megatron_ledom.configs"],
+    package_dir={"megatron_ledom.configs": "examples/configs"},  # a wheel holds the configs of the checkout
+    package_data={
+        "megatron_ledom": ["py.typed"],
+        "megatron_ledom.configs": ["*.yaml"],
+        "megatron_ledom.planning.hardware": ["*.yaml"],
+        "megatron_ledom.planning.validation": ["*.yaml", "*.md"],
+    },
+    ext_modules=extensions(),
     cmdclass={"build_ext": Build},
 )

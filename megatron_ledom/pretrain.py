@@ -1,48 +1,49 @@
-"""Training: `torchrun ... -m megatron_ledom.pretrain --config FILE [section.key=value ...]`.
+"""Train a model: `torchrun ... -m megatron_ledom.pretrain --config FILE [section.key=value ...]`.
 
-`srun python -m megatron_ledom.pretrain ...` does the same inside a SLURM job. The same command on the same `run_dir` goes on
-where the last one stopped. SIGTERM, SIGUSR1 or SIGUSR2 saves at the next step boundary and exits with 0, and so does the
-approach of the job's time limit. Send signals to the ranks, as srun does: torchrun passes SIGTERM on, but kills them after 30
-seconds. Exit codes are those of `errors.py`; 0 says that the run is complete, or saved to go on (`--progress` tells).
+`srun python -m megatron_ledom.pretrain ...` does the same inside a SLURM job. The same command on the same `run_dir` resumes from
+the latest checkpoint. SIGTERM, SIGUSR1 or SIGUSR2 saves at the next step boundary and exits with 0, and so does the approach of
+the job's time limit. Send signals to the ranks, as srun does: torchrun passes SIGTERM on, but kills them after 30 seconds. Exit
+codes are those of `errors.py`; 0 says that the run is complete, or saved to be resumed (`--progress` says which).
 """
 
 import argparse
-import importlib.util
 import logging
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_ledom.callbacks.chosen_tasks import check_tasks, task_evaluation
+from megatron_ledom.callbacks.chosen_tasks import check_tasks
 from megatron_ledom.callbacks.held_out import check_held_out
-from megatron_ledom.checkpoint.folder import advising_another, latest_checkpoint, settle_latest
+from megatron_ledom.checkpoint.folder import latest_checkpoint, saved_iteration, settle_latest
+from megatron_ledom.cli.options import add_config
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
-from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, StoppedWaiting, UsageError, run_command
+from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, StoppedWaiting, run_command
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.platform.quiet import quiet_libraries
 from megatron_ledom.training.resilience import StopRequest, find_deadline
 
 if TYPE_CHECKING:
-    from megatron_ledom.data.blends.sources import Sources
+    from megatron_ledom.training.callback import Callback
 
 log = logging.getLogger("megatron_ledom.pretrain")
 
 COMPLETE = "nothing is left to do; a higher train.train_iters trains on"
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; torch is not imported yet."""
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Return the command line; torch is not imported yet."""
     parser = argparse.ArgumentParser(
-        prog="python -m megatron_ledom.pretrain",
+        prog=prog or "python -m megatron_ledom.pretrain",
         description="Train a reverse (or forward) language model from indexed shards.",
         epilog="Example: torchrun --nproc-per-node 8 -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml train.seed=1",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run; see examples/configs")
+    add_config(parser)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--dry-run", action="store_true", help="print the resolved config and every derived number, and stop")
     what.add_argument(
@@ -57,17 +58,19 @@ def parse_arguments() -> argparse.Namespace:
     what.add_argument(
         "--progress", action="store_true", help="print the saved iteration and the last one of the run, `18000 51900`, and stop"
     )
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
-    return parser.parse_args()
+    return parser
 
 
-def main() -> int:
-    """Parse, check, then train or describe; the exit code."""
-    arguments = parse_arguments()
+def main(argv: Sequence[str] | None = None, prog: str | None = None, *, callbacks: "Sequence[Callback]" = ()) -> int:
+    """Train, or describe the run, as the command line asks. Returns the exit code.
+
+    callbacks: called after those of the config, at each moment.
+    """
+    arguments = build_parser(prog).parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
     if arguments.dry_run:
         from megatron_ledom.planning.dry_run import dry_run
-        from megatron_ledom.planning.run_plan import refuse
+        from megatron_ledom.planning.verdicts import refuse
 
         described = dry_run(config, planned_world_size(config))
         print(described.text, flush=True)
@@ -75,19 +78,19 @@ def main() -> int:
     elif arguments.check is not None:
         print(check_start(config, arguments.check, accept_plan=arguments.accept_plan))
     elif arguments.progress:
-        print(saved_iteration(config), config.train.train_iters)
+        print(saved_iteration(checkpoint_folder(config)), config.train.train_iters)
     else:
         stop = StopRequest()  # first of all: torch takes seconds to import
         launch = read_launch()
         check_config(config, launch.world_size)
-        return run_to_exit_code(config, launch, stop)
+        return run_to_exit_code(config, launch, stop, callbacks)
     return 0
 
 
-def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest) -> int:
-    """0, or UNFORESEEN after an error that is not the user's."""
+def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequence[Callback]" = ()) -> int:
+    """Train, and return 0, or UNFORESEEN after an error that is not the user's."""
     try:
-        run(config, launch, stop)
+        run(config, launch, stop, callbacks)
     except StoppedWaiting as reason:
         log.warning("%s", reason)  # another start goes on from the same iteration
     except (LedomError, KeyboardInterrupt, SystemExit):
@@ -100,21 +103,22 @@ def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest) -> in
     return 0
 
 
-def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
-    """Train one run in this process, as one of the launched ranks."""
+def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequence[Callback]" = ()) -> None:
+    """Train one run in this process, as one of the launched ranks: check, take the run folder, build, train."""
     start_logging(launch.rank)
-    quiet_libraries()  # what is installed is said in one line below
     from megatron_ledom.data.blends.sources import describe_blend, load_run_tokenizer, load_sources
+    from megatron_ledom.training.preflight import check_environment, is_complete
     from megatron_ledom.training.run_folder import check_still_latest, lock_run, warn_of_later_checkpoints, write_start
 
     started, checkpoint = time.monotonic(), latest_checkpoint(checkpoint_folder(config))
-    check_surroundings(config)  # every cheap check before torch starts anything
+    check_environment(config)  # every cheap check before torch starts anything
     sources = load_sources(config)
     tokenizer = load_run_tokenizer(config, sources)
-    tasks = check_tasks(config, tokenizer is not None)
+    task_hashes = check_tasks(config, tokenizer is not None)
     if is_complete(config, sources, checkpoint):
         log.info("run_dir=%s is complete at iteration %d: %s", config.run_dir, config.train.train_iters, COMPLETE)
         return
+    from megatron_ledom.callbacks.build import build_callbacks
     from megatron_ledom.data.dataset.dataset import index_cache
     from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
@@ -137,16 +141,16 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
         prepare_indices(config, sources, index_cache(config), launch)
 
     def take_run_folder() -> None:
-        """Rank 0's part of the start; what it refuses, all ranks refuse."""
+        """Take the run folder, on rank 0: what it refuses, all ranks refuse."""
         stop.deadline = find_deadline(config.train, started)
         held.enter_context(lock_run(config.run_dir))
         settle_latest(checkpoint_folder(config))
         check_still_latest(config, checkpoint)
         check_history(config, checkpoint)
         warn_of_later_checkpoints(config, checkpoint)
-        check_held_out(config, sources, tasks, is_new=checkpoint is None)
+        check_held_out(config, sources, task_hashes, is_new=checkpoint is None)
         write_start(config, tokenizer, changed)
-        write_launch(config, launch, saved_iteration(config), checkpoint)
+        write_launch(config, launch, saved_iteration(checkpoint_folder(config)), checkpoint)
 
     groups = start_distributed(platform, config.parallel, launch, stop.name)
     try:
@@ -154,8 +158,8 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest) -> None:
             from_first_rank(take_run_folder)
             watchdog = held.enter_context(Watchdog(config, launch))
             state = build_state(config, sources, platform, groups, choice, checkpoint)
-            train(state, stop, watchdog, task_evaluation(state, tasks))
-            watchdog.tell("waiting for the last rank", patient=True)
+            train(state, stop, [*build_callbacks(state, watchdog, task_hashes), *callbacks])
+            watchdog.set_activity("waiting for the last rank", patient=True)
             wait_for_all_ranks()  # rank 0 has most to close; srun gives the others' end a minute, then kills
     finally:
         stop_distributed()
@@ -169,34 +173,28 @@ def start_logging(rank: int) -> None:
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-
-
-def check_surroundings(config: RunConfig) -> None:
-    """Refuse a start that cannot write its run folder, or lacks a package that the config asks for; makes nothing."""
-    from megatron_ledom.training.run_folder import check_writable
-
-    check_writable(config.run_dir)
-    if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
-        raise UsageError("logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'")
+    quiet_libraries()  # a line of the log says what is installed
 
 
 def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False) -> str:
-    """Refuse what a start on `num_ranks` ranks would refuse, without a GPU, and, unless accepted, a plan whose memory or disk
-    does not suffice (PlanError). Returns what the start would do, in one line, and the verdicts."""
+    """Make the checks of a start on `num_ranks` ranks, without a GPU. Returns what it would do in one line, and the verdicts.
+
+    Raises PlanError, unless accepted, where memory or disk do not suffice.
+    """
     from megatron_ledom.data.blends.sources import load_run_tokenizer, load_sources
-    from megatron_ledom.planning.run_plan import disk_verdict, memory_verdict, planned, refuse
+    from megatron_ledom.planning.verdicts import disk_verdict, memory_verdict, planned, refuse
+    from megatron_ledom.training.history import check_history
+    from megatron_ledom.training.preflight import check_environment, is_complete
 
     check_config(config, num_ranks)
-    check_surroundings(config)
+    check_environment(config)
     sources = load_sources(config)
     check_tasks(config, load_run_tokenizer(config, sources) is not None)
-    from megatron_ledom.training.history import check_history
-
     checkpoint = latest_checkpoint(checkpoint_folder(config))
     check_history(config, checkpoint)
     if is_complete(config, sources, checkpoint):
         return f"the run is complete at iteration {config.train.train_iters}: {COMPLETE}"
-    iteration = saved_iteration(config)
+    iteration = saved_iteration(checkpoint_folder(config))
     if iteration > 0:
         from megatron_ledom.training.state import check_resumable
 
@@ -206,32 +204,6 @@ def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False)
     refuse(verdicts, accepted=accept_plan)
     start = f"{num_ranks} ranks would go on from iteration {iteration} of {config.train.train_iters}"
     return "\n".join([start, *(verdict.line() for verdict in verdicts)])
-
-
-def is_complete(config: RunConfig, sources: "Sources", checkpoint: str | None) -> bool:
-    """Whether the checkpoint, one of this very run, ends it; torch is not imported. Raises LedomError for one that does not fit."""
-    from megatron_ledom.checkpoint.manifest import check_fits, check_same_samples, check_sizes, load_manifest
-
-    if checkpoint is None:
-        return False
-    with advising_another(checkpoint):
-        if load_manifest(checkpoint).iteration != config.train.train_iters:
-            return False
-        manifest = check_sizes(checkpoint)
-    check_fits(manifest, config, sources.provenance, checkpoint)
-    check_same_samples(manifest, config, sources.train_shards(), checkpoint)
-    return True
-
-
-def saved_iteration(config: RunConfig) -> int:
-    """The iteration of the run folder's latest checkpoint; 0 without one. torch is not imported."""
-    from megatron_ledom.checkpoint.manifest import load_manifest
-
-    latest = latest_checkpoint(checkpoint_folder(config))
-    if latest is None:
-        return 0
-    with advising_another(latest):
-        return load_manifest(latest).iteration
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ import sys
 import time
 from pathlib import Path
 
-from megatron_ledom.convert.export_hf import export_hf
-from megatron_ledom.convert.import_hf import import_hf
+from megatron_ledom.convert.hf_export import export_hf
+from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import LedomError
 

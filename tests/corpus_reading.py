@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from megatron_ledom.data.readers.corpus import ReadSettings, RecordReader
-from megatron_ledom.data.readers.inputs import InputPath, Stretch, expand_inputs
+from megatron_ledom.data.readers.byte_ranges import InputPath, Stretch
+from megatron_ledom.data.readers.input_files import expand_inputs
+from megatron_ledom.data.readers.records import ReadSettings, RecordReader
 
 
 def source(path: Path) -> InputPath:

@@ -18,22 +18,20 @@ from torch.profiler import profile
 
 from megatron_ledom.callbacks.metrics import MetricsWriter
 from megatron_ledom.checkpoint.writing import CheckpointWriter
-from megatron_ledom.training import trainer as iterations
-from megatron_ledom.training import trainer as loop
-from megatron_ledom.training import trainer as step
+from megatron_ledom.training import trainer
 
 
 def inject(fault: str) -> None:
     """Change this process so that the faults, separated by commas, happen."""
     now, done = [0], Counter[int]()
-    original_seed = iterations.seed_iteration
+    original_seed = trainer.seed_iteration
 
     def seed_and_note(seed: int, iteration: int, groups: Any) -> None:
         now[0] = iteration + 1
         done[now[0]] += 1
         original_seed(seed, iteration, groups)
 
-    iterations.seed_iteration = seed_and_note
+    trainer.seed_iteration = seed_and_note
     for one in fault.split(","):
         kind, number, *rank = one.split(":")
         if not rank or int(rank[0]) == int(os.environ["RANK"]):
@@ -43,8 +41,8 @@ def inject(fault: str) -> None:
 
 
 def _inject(kind: str, number: int, now: list[int], is_time: Callable[[], bool]) -> None:
-    original_save = loop.save_checkpoint
-    original_loss, original_forward = step.masked_loss, step.forward_step
+    original_save = trainer.save_checkpoint
+    original_loss, original_forward = trainer.masked_loss, trainer.forward_step
 
     def bad_loss(loss_mask: torch.Tensor, z_loss_coeff: float, losses: torch.Tensor) -> Any:
         if now[0] == number:
@@ -82,9 +80,9 @@ def _inject(kind: str, number: int, now: list[int], is_time: Callable[[], bool])
     }
     if kind in slow_methods:
         _slow_down(*slow_methods[kind], number)
-    loop.save_checkpoint = slow_save
-    step.masked_loss = bad_loss
-    step.forward_step = slow_forward
+    trainer.save_checkpoint = slow_save
+    trainer.masked_loss = bad_loss
+    trainer.forward_step = slow_forward
 
 
 def _slow_down(owner: type, method: str, seconds: float) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from tests.forked import run_forked
 from tests.paths import ROOT
 

@@ -1,43 +1,5 @@
 #!/usr/bin/env python3
-"""The loss of a forward model minus that of its reverse twin, for each document, by position and by domain, as a report."""
-
-import argparse
-
-from megatron_ledom.errors import run_command
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("forward", metavar="FORWARD_FOLDER", help="a forward model")
-    parser.add_argument("reverse", metavar="REVERSE_FOLDER", help="a reverse model with the same tokenizer")
-    parser.add_argument("--data", required=True, metavar="FILE", help="held-out documents: JSON lines, .gz of them, Parquet")
-    parser.add_argument("--output", "--out", required=True, metavar="FOLDER", help="of losses.jsonl and the report")
-    parser.add_argument("--text-key", default="text", metavar="KEY", help="field of the text (default %(default)s)")
-    parser.add_argument("--domain-key", metavar="KEY", help="field of what documents are grouped by")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents")
-    context = (
-        "most tokens fed at once; longer documents are read in windows that overlap by half (default: the models' positions)"
-    )
-    parser.add_argument("--context", type=int, metavar="N", help=context)
-    parser.add_argument("--batch-size", type=int, default=16, help="most sequences at once (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the intervals (default %(default)s)")
-    text = "compare whole documents by bits a byte where the tokenizers are not the same"
-    parser.add_argument("--different-tokenizers", action="store_true", help=text)
-    foreign = "of a reverse model whose config.json records no direction"
-    parser.add_argument("--direction", choices=["reverse"], help=foreign)
-    parser.add_argument("--eod-id", type=int, metavar="ID", help=foreign)
-    return parser
-
-
-def main() -> None:
-    """Parse, then compare."""
-    args = vars(build_parser().parse_args())
-
-    from megatron_ledom.reports.losses import compare_command
-
-    compare_command(args)
-
+from megatron_ledom.cli.main import run_tool
 
 if __name__ == "__main__":
-    run_command(main)
+    run_tool("compare-losses")

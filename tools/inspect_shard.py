@@ -1,31 +1,5 @@
 #!/usr/bin/env python3
-"""Show what shards hold: manifest, statistics and documents in reading order; --verify reads everything again."""
-
-import argparse
-
-from megatron_ledom.errors import run_command
-
-
-def parse() -> argparse.Namespace:
-    """The command line; see README and `--help`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("prefixes", nargs="+", metavar="P", help="paths of shards without ending, or patterns of them")
-    parser.add_argument(
-        "--verify", action="store_true", help="read everything again, check the direction on a sample; exit 1 on any fault"
-    )
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N documents as text")
-    parser.add_argument("--tokenizer", metavar="PATH", help="default: where the manifest says it was")
-    parser.add_argument("--histogram", metavar="FILE.png", help="draw the lengths of all documents")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Parse first, import after: `--help` answers at once."""
-    arguments = parse()
-    from megatron_ledom.data.shards.inspection import InspectSettings, inspect_shards
-
-    inspect_shards(InspectSettings(**vars(arguments)))
-
+from megatron_ledom.cli.main import run_tool
 
 if __name__ == "__main__":
-    run_command(main)
+    run_tool("inspect-shard")

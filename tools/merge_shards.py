@@ -1,36 +1,5 @@
 #!/usr/bin/env python3
-"""Join shards of one direction and tokenizer, in the order given, to the shard that one task would have written."""
-
-import argparse
-
-from megatron_ledom.errors import run_command
-
-
-def parse() -> argparse.Namespace:
-    """The command line; see README and `--help`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="P",
-        help="prefixes or patterns of them such as 'data/x-*-of-00064', whose matches are sorted",
-    )
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the joined shard without ending")
-    parser.add_argument("--overwrite", action="store_true", help="replace a shard that exists")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Parse first, import after: `--help` answers at once."""
-    arguments = parse()
-    import logging
-
-    from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    merge_shards(MergeSettings(**vars(arguments)))
-
+from megatron_ledom.cli.main import run_tool
 
 if __name__ == "__main__":
-    run_command(main)
+    run_tool("merge-shards")

@@ -1,39 +1,5 @@
 #!/usr/bin/env python3
-"""Plan a run without a GPU: memory of every stage, seconds of an iteration, days and cost; --search finds the best layout.
-
-Example: `python tools/plan_run.py --config examples/configs/ledom_7b.yaml --hardware h100-sxm --num-gpus 64 --search`.
-"""
-
-import argparse
-
-from megatron_ledom.errors import PlanError, run_command
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run; see examples/configs")
-    parser.add_argument(
-        "--hardware", required=True, metavar="NAME", help="a name of examples/hardware, or a YAML file like those"
-    )
-    parser.add_argument("--num-gpus", type=int, metavar="N", help="devices; default: parallel.world_size")
-    parser.add_argument("--search", action="store_true", help="try every layout, and plan the best one")
-    parser.add_argument("--save-config", metavar="FILE", help="write the planned run as YAML for the trainer")
-    parser.add_argument("--output", metavar="DIR", help="write pictures, plan.html and, of a search, layouts.tsv")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Parse first, import after: `--help` answers at once."""
-    arguments = parse()
-    from megatron_ledom.reports.plans import plan_and_text
-
-    text, plan = plan_and_text(**vars(arguments))
-    print(text, end="", flush=True)
-    if not plan.fits:
-        raise PlanError("the plan does not fit: recompute more, or spread it over more devices (--search finds a layout)")
-
+from megatron_ledom.cli.main import run_tool
 
 if __name__ == "__main__":
-    run_command(main)
+    run_tool("plan-run")

@@ -1,32 +1,5 @@
 #!/usr/bin/env python3
-"""Repeat one step of a run bit for bit from the last checkpoint before it, and show its batch and its gradients.
-
-Launch it as the run was: `torchrun --nproc-per-node N tools/replay_step.py --run RUN --iteration K`. Exit 1 when loss or
-gradient norm is not as recorded. The run folder is only read.
-"""
-
-import argparse
-
-from megatron_ledom.errors import run_command
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", required=True, metavar="RUN", help="folder of the run, its run_dir")
-    parser.add_argument("--iteration", required=True, type=int, metavar="K", help="as in bad_steps.jsonl")
-    parser.add_argument("--show", type=int, default=4, metavar="N", help="samples of the batch to print as text")
-    parser.add_argument("--allow-long", action="store_true", help="repeat more steps than lie between two checkpoints, too")
-    return parser.parse_args()
-
-
-def main() -> int:
-    """Parse first, import after: `--help` answers at once."""
-    arguments = parse()
-    from megatron_ledom.training.replay import replay_step
-
-    return replay_step(arguments.run, arguments.iteration, arguments.show, allow_long=arguments.allow_long)
-
+from megatron_ledom.cli.main import run_tool
 
 if __name__ == "__main__":
-    run_command(main)
+    run_tool("replay-step")

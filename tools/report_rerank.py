@@ -1,37 +1,5 @@
 #!/usr/bin/env python3
-"""Reverse Reward beside its baselines over reranked files, as JSON, Markdown and HTML; or one choice explained step by step."""
-
-import argparse
-
-from megatron_ledom.errors import run_command
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="outputs of tools/rerank.py, one for each sampling seed")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder of the report")
-    parser.add_argument("--gold-key", metavar="KEY", help="field of the right answer")
-    kinds = ("number", "text", "math")
-    parser.add_argument("--answers", choices=kinds, default="number", help="how answers are compared (default %(default)s)")
-    parser.add_argument("--beam", metavar="FILE", help="output of tools/rerank.py --beam for the same prompts")
-    parser.add_argument("--folds", type=int, default=5, help="lambda is chosen on the other folds (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap (default %(default)s)")
-    parser.add_argument("--explain", type=int, metavar="LINE", help="instead: why the first file's line was ranked so")
-    parser.add_argument("--reverse", metavar="DIR", help="of --explain: folder of the reverse model")
-    parser.add_argument("--reverse-eod-id", type=int, metavar="ID", help="of --explain: eod of one that records no direction")
-    parser.add_argument("--step-delimiter", default="newline", metavar="D", help="of --explain (default %(default)s)")
-    return parser
-
-
-def main() -> None:
-    """Parse, then report."""
-    args = vars(build_parser().parse_args())
-
-    from megatron_ledom.reports.rerank import report_command
-
-    report_command(args)
-
+from megatron_ledom.cli.main import run_tool
 
 if __name__ == "__main__":
-    run_command(main)
+    run_tool("report-rerank")

@@ -1,49 +1,5 @@
 #!/usr/bin/env python3
-"""Turn stored shards to the other direction without the corpus: ours, and plain .bin and .idx of other Megatron tools."""
-
-import argparse
-
-from megatron_ledom.errors import run_command
-
-
-def parse() -> argparse.Namespace:
-    """The command line; see README and `--help`."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--input",
-        nargs="+",
-        required=True,
-        metavar="P",
-        help="prefixes or patterns of them such as 'data/x-*-of-00064'; several become one shard, in this order",
-    )
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the turned shard without ending")
-    parser.add_argument("--overwrite", action="store_true", help="replace a shard that exists")
-    foreign = parser.add_argument_group("inputs without a manifest, made by another tool")
-    foreign.add_argument("--tokenizer", metavar="PATH", help="the tokenizer they were made with (needed)")
-    foreign.add_argument("--eod-token", metavar="T", help="token that closes documents; default: the tokenizer's eos")
-    foreign.add_argument("--from-direction", choices=["forward", "reverse"], help="their direction (default: forward)")
-    foreign.add_argument(
-        "--eod",
-        choices=["auto", "keep", "append"],
-        default="auto",
-        help="keep: every document ends with eod; append: none does, add it; auto: see the first documents (default)",
-    )
-    foreign.add_argument("--text-bytes", type=int, default=0, metavar="N", help="UTF-8 bytes of their text, for bits per byte")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Parse first, import after: `--help` answers at once."""
-    arguments = parse()
-    import logging
-
-    from megatron_ledom.data.shards.rewriting import ReverseSettings, reverse_shards
-    from megatron_ledom.direction import Direction
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    direction = Direction(arguments.from_direction) if arguments.from_direction else None
-    reverse_shards(ReverseSettings(**{**vars(arguments), "from_direction": direction}))
-
+from megatron_ledom.cli.main import run_tool
 
 if __name__ == "__main__":
-    run_command(main)
+    run_tool("reverse-shards")

@@ -1,40 +1,5 @@
 #!/usr/bin/env python3
-"""Fit the planner on published runs and judge it by others: prints the tables of megatron_ledom/planning/validation/VALIDATION.md."""
-
-import argparse
-
-from megatron_ledom.errors import run_command
-
-
-def parse() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--hardware", default="a100-80", metavar="NAME", help="file whose numbers are judged: those points' GPU"
-    )
-    parser.add_argument("--fit", action="store_true", help="fit its numbers again first, and print them")
-    parser.add_argument("--write", metavar="FILE", help="replace the tables in this file, between its marks")
-    parser.add_argument("--write-examples", metavar="README", help="replace the worked examples in this file, too")
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Parse first, import after: `--help` answers at once."""
-    arguments = parse()
-    from megatron_ledom.planning.hardware import load_hardware
-    from megatron_ledom.planning.validation.validation import PRIORS, fit, validation_page, worked_examples, write_between
-
-    hardware = load_hardware(arguments.hardware)
-    if arguments.fit:
-        hardware = fit(hardware)
-        print("\n".join(f"{name}: {getattr(hardware, name):.4f}" for name in PRIORS), end="\n\n")
-    page = validation_page(hardware)
-    print(page, end="")
-    if arguments.write:
-        write_between(arguments.write, "validation", page)
-    if arguments.write_examples:
-        write_between(arguments.write_examples, "plans", worked_examples())
-
+from megatron_ledom.cli.main import run_tool
 
 if __name__ == "__main__":
-    run_command(main)
+    run_tool("validate-planner")

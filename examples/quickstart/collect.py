@@ -18,6 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from megatron_ledom.errors import DataError, run_command
+from megatron_ledom.storage.files import new_file, write_file
 
 MEGABYTE = 1_000_000
 PROSE_ENDINGS = (".md", ".rst", ".txt")
@@ -117,13 +118,11 @@ def write(chosen: list[tuple[Candidate, str]], folder: Path, held_out_percent: f
     totals = {}
     for split, held_out in (("train", False), ("valid", True)):
         mine = [(candidate, text) for candidate, text in chosen if candidate.is_held_out(held_out_percent) is held_out]
-        part = folder / f"{split}.jsonl.part"
-        with part.open("w", encoding="utf-8") as file:
+        with new_file(folder / f"{split}.jsonl") as file:
             for candidate, text in mine:
-                file.write(json.dumps({"text": text, "source": candidate.name}, ensure_ascii=False) + "\n")
-        part.rename(folder / f"{split}.jsonl")
+                file.write((json.dumps({"text": text, "source": candidate.name}, ensure_ascii=False) + "\n").encode())
         totals[split] = {"documents": len(mine), "text_bytes": sum(len(text.encode()) for _, text in mine)}
-    (folder / "totals.json").write_text(json.dumps(totals), encoding="utf-8")
+    write_file(folder / "totals.json", json.dumps(totals))
     return totals
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from commands import ROOT, module, run, tool
 
 from megatron_ledom.errors import UsageError, run_command
+from megatron_ledom.storage.files import write_file
 
 PROMPT = "Question: {question}\nAnswer:"
 """What both models read; the answer follows with a space."""
@@ -35,9 +36,7 @@ def read_lines(path: Path) -> list[dict[str, str]]:
 def write_lines(path: Path, records: list[dict[str, str]]) -> None:
     """One object a line; the file appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    part.replace(path)
+    write_file(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def train_reverse(arguments: argparse.Namespace) -> Path:

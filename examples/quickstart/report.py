@@ -13,9 +13,11 @@ from commands import ROOT, QuickstartError
 from safetensors import safe_open
 from twins import DIRECTIONS, read_metrics
 
+from megatron_ledom.markdown import markdown_table, write_between
+from megatron_ledom.reports.pages import number
+
 OUTPUT = Path("quickstart")
 README_PLOT = Path("examples/quickstart/loss_curves.png")
-MARKERS = ("<!-- quickstart -->", "<!-- /quickstart -->")
 Report = dict[str, Any]
 
 
@@ -119,7 +121,7 @@ def _describe_corpus(corpus: Report) -> str:
 
 def _twins_table(report: Report) -> str:
     models = [report["models"][direction] for direction in DIRECTIONS]
-    rows = [
+    figures = [
         ("parameters", "parameters", "{:,}"),
         ("tokens in the training shard", "shard_tokens", "{:,}"),
         ("tokens trained on", "trained_tokens", "{:,}"),
@@ -130,30 +132,23 @@ def _twins_table(report: Report) -> str:
         ("tokens/s (both trained at once)", "tokens_per_second", "{:,.0f}"),
         ("largest logit difference of the export", "largest_logit_difference", "{:.1e}"),
     ]
-    lines = ["| | reverse | forward |", "|---|---:|---:|"]
-    lines += [f"| {name} | " + " | ".join(form.format(model[key]) for model in models) + " |" for name, key, form in rows]
-    return "\n".join(lines)
+    cells = [["", *DIRECTIONS], *([name, *(form.format(model[key]) for model in models)] for name, key, form in figures)]
+    return markdown_table(cells, "lrr")
 
 
 def _phases_table(phases: dict[str, float]) -> str:
-    lines = ["| phase | seconds |", "|---|---:|"]
-    return "\n".join([*lines, *[f"| {name} | {seconds:.1f} |" for name, seconds in phases.items()]])
+    return markdown_table([["phase", "seconds"], *([name, f"{seconds:.1f}"] for name, seconds in phases.items())], "lr")
 
 
 def _reranked(record: Report) -> str:
-    lines = [
-        f"Eight continuations of `{record['prompt']!r}` by the forward twin, ranked by Reverse Reward:",
-        "",
-        "| rank | reward | log P(answer given prompt) | log P(prompt given answer) | answer begins |",
-        "|---:|---:|---:|---:|---|",
-    ]
+    rows = [["rank", "reward", "log P(answer given prompt)", "log P(prompt given answer)", "answer begins"]]
     for place, index in enumerate(record["ranking"], 1):
         score, answer = record["scores"][index], record["candidates"][index]
-        text = repr(answer if isinstance(answer, str) else answer["text"])[:60].replace("|", "\\|").replace("`", "'")
-        numbers = [score[key] for key in ("reward", "forward_logprob", "reverse_logprob")]
-        shown = " | ".join("–" if number is None else f"{number:.1f}" for number in numbers)
-        lines.append(f"| {place} | {shown} | `{text}` |")
-    return "\n".join(lines)
+        text = repr(answer if isinstance(answer, str) else answer["text"])[:60].replace("`", "'")
+        numbers = [number(score[key], ".1f") for key in ("reward", "forward_logprob", "reverse_logprob")]
+        rows.append([str(place), *numbers, f"`{text}`"])
+    title = f"Eight continuations of `{record['prompt']!r}` by the forward twin, ranked by Reverse Reward:"
+    return f"{title}\n\n{markdown_table(rows, 'rrrrl')}"
 
 
 def _fenced(text: str) -> str:
@@ -175,11 +170,6 @@ def update_readme() -> None:
     if not (OUTPUT / "report.json").exists():
         raise QuickstartError("quickstart/report.json is missing; run the quickstart first")
     shutil.copyfile(OUTPUT / "loss_curves.png", ROOT / README_PLOT)
-    readme = ROOT / "README.md"
-    before, begin, rest = readme.read_text(encoding="utf-8").partition(MARKERS[0])
-    _, end, after = rest.partition(MARKERS[1])
-    if not (begin and end):
-        raise QuickstartError(f"{readme} lacks the markers {MARKERS[0]} and {MARKERS[1]}")
     markdown = to_markdown(json.loads((OUTPUT / "report.json").read_text(encoding="utf-8")))
     plot = f"![Training and held-out loss of both twins]({README_PLOT})"
-    readme.write_text(f"{before}{begin}\n{markdown}\n{plot}\n{end}{after}", encoding="utf-8")
+    write_between(str(ROOT / "README.md"), "quickstart", f"{markdown}\n{plot}\n")

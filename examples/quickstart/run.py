@@ -190,7 +190,7 @@ def main() -> None:
         return
     results = run_phases(SIZES[arguments.size], arguments.keep)
     from megatron_ledom.reports.curves import draw
-    from megatron_ledom.reports.runs import load_runs
+    from megatron_ledom.reports.run_data import load_runs
 
     report = build_report(results)
     models = report["models"]

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from losses import interval_over_seeds
@@ -104,37 +105,31 @@ def abilities_not_reproduced(results: Results) -> list[str]:
 def abilities_figures(results: Results) -> list[str]:
     """Accuracy by group and direction, a dot for each seed."""
     rows = [row for row in results["rows"] if row["group"] in DRAWN and not _is_mixed(row)]
-    pictures = {theme: pages.draw_png(theme, (8.5, 0.8 + 0.45 * len(rows)), _Bars(rows, theme)) for theme in pages.THEMES}
-    return [pages.figure("accuracy by what is asked and direction", pictures)]
+    size = (8.5, 0.8 + 0.45 * len(rows))
+    return [
+        pages.figure(
+            "accuracy by what is asked and direction",
+            lambda theme: pages.draw_png(theme, size, partial(_draw_bars, rows, theme)),
+        )
+    ]
 
 
-class _Bars:
-    """Draws a pair of bars for each row, first row on top."""
-
-    def __init__(self, rows: Sequence[dict[str, Any]], theme: str) -> None:
-        self.rows, self.theme = rows, theme
-
-    def __call__(self, axes: Any) -> None:
-        ink = pages.THEMES[self.theme]["ink"]
-        for direction, shift in (("forward", -0.2), ("reverse", 0.2)):
-            places = [number + shift for number in range(len(self.rows))]
-            colour = COLOURS[self.theme][direction][0]
-            widths = [100 * row["means"][direction] for row in self.rows]
-            axes.barh(places, widths, 0.38, color=colour, alpha=0.75, label=direction)
-            dots = [
-                (100 * value, place) for row, place in zip(self.rows, places, strict=True) for value in row["values"][direction]
-            ]
-            axes.scatter(*zip(*dots, strict=True), s=12, color=ink, zorder=3, label="each seed" if shift > 0 else None)
-        for number, row in enumerate(self.rows):
-            if row["task"] in _CHOICES:
-                label = "chance" if number == self._first_choice() else None
-                axes.plot([100 * CHANCE] * 2, [number - 0.42, number + 0.42], color=ink, ls="--", lw=1.2, label=label)
-        axes.set_yticks(range(len(self.rows)), [_name(row) for row in self.rows])
-        axes.set(xlim=(0, 128), xticks=range(0, 101, 20), xlabel="right, %")  # the legend stands beside the longest bar
-        axes.invert_yaxis()
-
-    def _first_choice(self) -> int:
-        return next(number for number, row in enumerate(self.rows) if row["task"] in _CHOICES)
+def _draw_bars(rows: Sequence[dict[str, Any]], theme: str, axes: Any) -> None:
+    """Draw a pair of bars for each row, the first row on top."""
+    ink = pages.THEMES[theme]["ink"]
+    for direction, shift in (("forward", -0.2), ("reverse", 0.2)):
+        places = [number + shift for number in range(len(rows))]
+        widths = [100 * row["means"][direction] for row in rows]
+        axes.barh(places, widths, 0.38, color=COLOURS[theme][direction][0], alpha=0.75, label=direction)
+        dots = [(100 * value, place) for row, place in zip(rows, places, strict=True) for value in row["values"][direction]]
+        axes.scatter(*zip(*dots, strict=True), s=12, color=ink, zorder=3, label="each seed" if shift > 0 else None)
+    choices = [number for number, row in enumerate(rows) if row["task"] in _CHOICES]
+    for number in choices:
+        label = "chance" if number == choices[0] else None
+        axes.plot([100 * CHANCE] * 2, [number - 0.42, number + 0.42], color=ink, ls="--", lw=1.2, label=label)
+    axes.set_yticks(range(len(rows)), [_name(row) for row in rows])
+    axes.set(xlim=(0, 128), xticks=range(0, 101, 20), xlabel="right, %")  # the legend stands beside the longest bar
+    axes.invert_yaxis()
 
 
 _CHOICES = ("reversal", "inverse_relations", "abduction", "label_backfill")

@@ -12,11 +12,12 @@ from commands import tool
 from lines import read_lines, write_lines
 from problems import parts
 from settings import Settings
-from steps import Step, write_whole
+from steps import Step
 from twins import DIRECTIONS
 from word_problems import generator_version, gsm8k, gsm_symbolic
 
 from megatron_ledom.errors import DataError
+from megatron_ledom.storage.files import write_file
 
 
 class Corpora:
@@ -76,7 +77,7 @@ class Corpora:
                 train += rest
                 counts[domain] = {"train": len(rest), "held_out": len(held_out), "refused": source.num_refused}
             write_lines(folder / "train.jsonl", train)
-            write_whole(folder / "counts.json", json.dumps(counts))
+            write_file(folder / "counts.json", json.dumps(counts))
 
         asked = [settings.num_gsm_symbolic, settings.num_gsm_held_out, settings.problems_seed, generator_version()]
         return Step(

@@ -1,5 +1,6 @@
-"""The plots of the report, each for a light and a dark page."""
+"""The plots of the losses, each for a light and a dark page."""
 
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -8,29 +9,26 @@ from twins import DIRECTIONS
 
 from megatron_ledom.reports import pages
 from megatron_ledom.reports.curves import draw
-from megatron_ledom.reports.runs import load_runs
-from megatron_ledom.reports.selection import draw_over_lambda, draw_over_n
+from megatron_ledom.reports.run_data import load_runs
 
 SMOOTH = 5
 """Records of the moving average of a loss curve."""
 
 
 def loss_figures(twins: Twins, places: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Curves of the first seed's twins, for each corpus and model; the gap by place."""
+    """Return curves of the first seed's twins, for each corpus and model; the gap by place."""
     figures, seed = [], twins.settings.seeds[0]
     for corpus, model in product(twins.corpora.domains, twins.settings.models):
         runs = load_runs([str(twins.run_of(corpus, model, seed, direction)) for direction in DIRECTIONS])
         title = f"{corpus}, {model} model, seed {seed}"
-        pictures = {theme: draw("loss", runs, theme, SMOOTH, title) for theme in pages.THEMES}
-        figures.append(pages.figure(f"loss: {title}", pictures))
+        figures.append(pages.figure(f"loss: {title}", partial(draw, "loss", runs, smooth=SMOOTH, title=title)))
     for corpus, rows in places.items():
-        pictures = {theme: _draw_places(corpus, rows, theme) for theme in pages.THEMES}
-        figures.append(pages.figure(f"difference by place: {corpus}", pictures))
+        figures.append(pages.figure(f"difference by place: {corpus}", partial(_draw_places, corpus, rows)))
     return figures
 
 
 def _draw_places(corpus: str, rows: list[dict[str, Any]], theme: str) -> bytes:
-    """The difference in each tenth, with its interval where there is one."""
+    """Draw the difference in each tenth, with its interval where there is one."""
     colour = pages.COLOURS[theme][1]
 
     def _fill(axes: Any) -> None:
@@ -43,10 +41,3 @@ def _draw_places(corpus: str, rows: list[dict[str, Any]], theme: str) -> bytes:
         axes.set(xlim=(0, 100), title=f"Loss difference by place: {corpus}, largest models", **labels)
 
     return pages.draw_png(theme, (8.5, 3.2), _fill)
-
-
-def reward_figures(report: dict[str, Any]) -> list[str]:
-    """Accuracy over N and over lambda."""
-    over_n = {theme: draw_over_n(report, theme) for theme in pages.THEMES}
-    over_lambda = {theme: draw_over_lambda(report, theme) for theme in pages.THEMES}
-    return [pages.figure("accuracy over N", over_n), pages.figure("accuracy over lambda", over_lambda)]

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from megatron_ledom.storage.files import write_file
+
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSON lines file."""
@@ -16,6 +18,4 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     """One object a line; the file appears whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    part.replace(path)
+    write_file(path, "".join(json.dumps(record) + "\n" for record in records))

@@ -8,6 +8,7 @@ from losses import interval_over_seeds
 from rewards import WANTED
 
 from megatron_ledom.inference.reverse_reward.selection import METHODS
+from megatron_ledom.reports import pages
 from megatron_ledom.reports.selection import sentences
 
 Rows = list[list[str]]
@@ -36,8 +37,8 @@ def percent(value: float) -> str:
 
 
 def interval(found: Sequence[float] | None, scale: float = 1.0, form: str = "+.2f") -> str:
-    """A cell: `low to high`."""
-    return "none" if found is None else " to ".join(format(scale * value, form) for value in found)
+    """Return a cell: `low to high`."""
+    return pages.interval(found, form, scale, missing="none")
 
 
 def claims(results: Results, of_abilities: Rows) -> Section:

@@ -1,6 +1,5 @@
 """Steps of the study: each is done once, several at a time, and again only where its commands or what it reads have changed."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,9 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from commands import ROOT, check_exit, show
+
+from megatron_ledom.storage.files import write_file
+from megatron_ledom.storage.locks import POLL_SECONDS, Lock
 
 Work = Callable[[], None]
 
@@ -107,15 +109,15 @@ class Runner:
         return {name: json.loads((self.notes / f"{name}.json").read_text(encoding="utf-8")) for name in sorted(self.names)}
 
 
-def _locked(path: Path) -> IO[str]:
-    """A file that nobody else holds; waits for a study that works in the same folder, and for what a killed one has left running."""
-    file = path.open("w", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        print(f"a study, or a step of one that was killed, still works in {path.parent}: waiting for its end", flush=True)
-        fcntl.flock(file, fcntl.LOCK_EX)
-    return file
+def _locked(path: Path) -> Lock:
+    """Take the lock; waits for a study that works in the same folder, and for what a killed one has left running."""
+    lock, is_told = Lock(str(path)), False
+    while not lock.take():
+        if not is_told:
+            print(f"a study, or a step of one that was killed, still works in {path.parent}: waiting for its end", flush=True)
+        is_told = True
+        time.sleep(POLL_SECONDS)
+    return lock
 
 
 def hash_of(path: Path) -> str:
@@ -137,11 +139,4 @@ def _remove(path: Path) -> None:
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(content, indent=1, default=str))
-
-
-def write_whole(path: Path, content: str) -> None:
-    """A file that is there whole, or as it was."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(content, encoding="utf-8")
-    part.replace(path)
+    write_file(path, json.dumps(content, indent=1, default=str))

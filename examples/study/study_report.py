@@ -15,16 +15,18 @@ from abilities_report import abilities_claims, abilities_not_reproduced, abiliti
 from ablations import Ablations
 from backward import Backward
 from backward import section as backward_section
-from figures import loss_figures, reward_figures
+from figures import loss_figures
 from losses import Twins, gaps, gaps_by_place, speed_of
 from mistakes import mistakes
 from rewards import Rewards
 from sections import Section, ablation, claims, loss, not_reproduced, reward
 from settings import Settings
-from steps import write_whole
 from twins import DIRECTIONS
 
+from megatron_ledom.markdown import markdown_table
 from megatron_ledom.reports import pages
+from megatron_ledom.reports.selection import figures_of
+from megatron_ledom.storage.files import write_file
 
 STYLE = "table { margin-bottom: 1.5rem; }"
 
@@ -40,24 +42,23 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     results["mistakes"] = mistakes(rewards, weights)
     results |= {"abilities": Abilities(twins).results(), "backward": backward.results()}
     results |= {"ablations": ablations.results(), "wrong": ablations.wrong_direction()}
-    write_whole(folder / "results.json", json.dumps(results, indent=1))
-    figures = {"loss": loss_figures(twins, results["places"]), "reward": reward_figures(results["rewards"]["report"])}
+    write_file(folder / "results.json", json.dumps(results, indent=1))
     failed = [*not_reproduced(results), *abilities_not_reproduced(results["abilities"])]
     failed = failed or ["Every direction of effect that was looked at is as published."]
     sections = [
         claims(results, abilities_claims(results["abilities"])),
         Section(title="What did not reproduce", told=failed),
-        loss(results, figures["loss"]),
-        reward(results, figures["reward"]),
+        loss(results, loss_figures(twins, results["places"])),
+        reward(results, figures_of(results["rewards"]["report"])),
         abilities_section(results["abilities"]),
         backward_section(results["backward"]),
         *ablation(results),
     ]
     title = f"The claims of LEDOM in miniature, size {size}"
-    write_whole(folder / "summary.md", _markdown(title, sections))
+    write_file(folder / "summary.md", _markdown(title, sections))
     page = folder / "report.html"
     body = [line for section in sections for line in _as_html(section)]
-    write_whole(page, pages.page(title, [*body, "<h2>Commands and hashes</h2>", *_commands(notes, settings)], STYLE))
+    write_file(page, pages.page(title, [*body, "<h2>Commands and hashes</h2>", *_commands(notes, settings)], STYLE))
     return page
 
 
@@ -73,7 +74,7 @@ def _speeds(twins: Twins) -> dict[str, list[float]]:
 
 
 def _as_html(section: Section) -> list[str]:
-    told = [f"<p>{html.escape(line)}</p>" for line in section.told]
+    told = map(pages.paragraph, section.told)
     return [f"<h2>{html.escape(section.title)}</h2>", *told, *map(pages.table, section.tables), *section.figures]
 
 
@@ -96,5 +97,5 @@ def _markdown(title: str, sections: Sequence[Section]) -> str:
     parts = [f"# {title}"]
     for section in sections:
         parts += [f"## {section.title}", *section.told]
-        parts += map(pages.markdown_table, section.tables)
+        parts += map(markdown_table, section.tables)
     return "\n\n".join(parts) + "\n"

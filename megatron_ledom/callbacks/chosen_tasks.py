@@ -1,4 +1,4 @@
-"""The tasks that a run evaluates: named in `train.tasks`, read and checked before anything heavy. torch is not imported."""
+"""The tasks of `train.tasks`: read, and checked at the start of a run. Does not import torch."""
 
 from typing import TYPE_CHECKING
 
@@ -6,16 +6,15 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
     from megatron_ledom.evaluation.tasks.tasks import LoadedTask
-    from megatron_ledom.training.state import TrainState
 
 TaskHashes = dict[str, dict[str, str]]
 
 
 def load_tasks(config: RunConfig) -> "list[LoadedTask]":
-    """Items and demonstrations of `train.tasks`. Raises ConfigError for a task that writes, UsageError or DataError for files."""
+    """Return items and demonstrations of `train.tasks`. Raises ConfigError for a task that writes, UsageError or DataError for files."""
     from megatron_ledom.evaluation.tasks.files import load_task, task_named
     from megatron_ledom.evaluation.tasks.tasks import Kind
 
@@ -34,18 +33,6 @@ def load_tasks(config: RunConfig) -> "list[LoadedTask]":
         load_task(name, train.task_data, limit=train.task_limit, num_fewshot=train.task_num_fewshot, seed=train.seed)
         for name in dict.fromkeys(train.tasks)
     ]
-
-
-def task_evaluation(state: "TrainState", known: TaskHashes) -> "Callable[[], dict[str, dict[str, float]]] | None":
-    """What evaluates `train.tasks` on the training model; None without tasks, for which nothing is imported.
-
-    known: what `check_tasks` has found at the start. Call on every rank.
-    """
-    if not state.config.train.tasks:
-        return None
-    from megatron_ledom.callbacks.tasks import load_task_set  # transformers takes seconds to import
-
-    return load_task_set(state, known).evaluate
 
 
 def check_tasks(config: RunConfig, has_tokenizer: bool) -> TaskHashes:

@@ -1,4 +1,4 @@
-"""What a run is evaluated on, kept in its folder: a curve over restarts must be of one set."""
+"""The content of held-out sets and tasks, kept in the run folder, so that a curve over restarts is of one set."""
 
 import json
 import logging
@@ -44,7 +44,7 @@ def check_held_out(config: RunConfig, sources: "Sources", tasks: TaskHashes, *, 
 
 
 def _content(blend: "Blend") -> list[list[Any]]:
-    """What decides the samples of a set besides the config."""
+    """Return the values that decide the samples of a set besides the config."""
     return [
         [source.manifest.content_sha256, source.manifest.idx_sha256, source.documents.first, source.documents.last]
         for source in blend.sources

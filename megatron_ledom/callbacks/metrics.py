@@ -1,10 +1,9 @@
-"""What a run reports: `metrics.jsonl` first, TensorBoard and Weights & Biases beside it."""
+"""Write the records of a run: `metrics.jsonl` first, TensorBoard and Weights & Biases beside it."""
 
 import logging
 import os
 import secrets
 import threading
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,12 @@ from typing import Any
 import torch.distributed as dist
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.load import published
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
-from megatron_ledom.model.arithmetic import flops_per_token, model_flops_utilisation
-from megatron_ledom.model.dtypes import PARAMS_DTYPES
-from megatron_ledom.platform.device import Platform, peak_flops
+from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.records import METRICS, Record
+from megatron_ledom.training.callback import EVALUATIONS, Callback, TrainingRun
 from megatron_ledom.training.log_guard import GuardedLog, RecordLog, Sink
 
 log = logging.getLogger(__name__)
@@ -28,47 +25,39 @@ WANDB_ID = "wandb_run_id"
 """File in the run folder."""
 
 
-class Throughput:
-    """Tokens a second and the share of the machine's peak since the last reading."""
+class Metrics(Callback):
+    """Writes each record, after adding the number of skipped iterations."""
 
-    def __init__(self, config: RunConfig, vocab_size: int, platform: Platform, world_size: int) -> None:
-        if config.logging.peak_tflops is None:
-            peak, source = peak_flops(platform, PARAMS_DTYPES[config.model.params_dtype])
-        else:
-            peak, source = config.logging.peak_tflops * 1e12, "logging.peak_tflops"
-        padded = padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by)
-        self.flops_per_token = flops_per_token(config.model, config.data.seq_length, padded)
-        self.peak_tflops = peak / 1e12 * world_size
-        log.info("MFU is of %.3g FLOP/s a rank (%s)", peak, source)
-        self.started = self.last = time.perf_counter()
-        self.tokens = self.num_iterations = 0
+    def on_train_start(self, run: TrainingRun) -> None:
+        """Open the logs behind the iteration that training starts with."""
+        self.writer = MetricsWriter(run.state.config, run.state.iteration)
 
-    def count(self, tokens: int) -> None:
-        """Add the tokens of one iteration, over all ranks; none of one that was left out."""
-        self.tokens += tokens
-        self.num_iterations += 1
+    def wants_record(self, run: TrainingRun) -> bool:
+        """Return whether `logging.log_interval` asks for a record; the last iteration always has one."""
+        return run.is_last_iteration() or run.state.iteration % run.state.config.logging.log_interval == 0
 
-    def pause(self, seconds: float) -> None:
-        """Leave out time that was not training, such as a save or a validation."""
-        self.last += seconds
+    def on_measure(self, run: TrainingRun, record: Record) -> None:
+        """Add the number of iterations so far that updated nothing."""
+        record["skipped_iterations"] = run.history.num_skipped(run.state.iteration)
 
-    def read(self) -> Record:
-        """tokens_per_second, seconds_per_iteration and mfu since the last reading, and seconds since the process began training."""
-        now = time.perf_counter()
-        rate, each = self.tokens / (now - self.last), (now - self.last) / max(self.num_iterations, 1)
-        self.tokens, self.num_iterations, self.last = 0, 0, now
-        return {
-            "tokens_per_second": rate,
-            "seconds_per_iteration": each,
-            "mfu": model_flops_utilisation(rate * self.flops_per_token, self.peak_tflops),
-            "elapsed_seconds": now - self.started,
-        }
+    def on_record(self, run: TrainingRun, record: Record) -> None:
+        """Write the record."""
+        self.writer.write(record)
+
+    def on_rollback(self, run: TrainingRun) -> None:
+        """Open the logs again behind the checkpoint: what came after it is not reported twice."""
+        self.writer.close()
+        self.writer = MetricsWriter(run.state.config, run.state.iteration, self.writer.lost())
+
+    def on_train_end(self, run: TrainingRun) -> None:
+        """Close the logs, and say what could not be written."""
+        self.writer.close()
 
 
 class MetricsWriter:
-    """Writes records on rank 0 and nowhere else; after a resume it goes on behind the resumed iteration.
+    """The logs of a run, on rank 0 alone, behind the iteration that training starts with.
 
-    None of its logs ends a training: what one could not take is counted in `lost`, and said at the end.
+    A log that cannot be written does not end the training: its records are counted in `lost`, which is logged at the end.
     """
 
     def __init__(self, config: RunConfig, iteration: int, lost: dict[str, int] | None = None) -> None:
@@ -86,7 +75,7 @@ class MetricsWriter:
             self.wandb = Sink("Weights & Biases", lambda: _start_wandb(config), before.get("Weights & Biases", 0))
 
     def write(self, record: Record) -> None:
-        """One logged iteration, with its validation if there was one."""
+        """Write one record."""
         if self.file is None:
             return
         self.file.write(record)
@@ -97,7 +86,7 @@ class MetricsWriter:
             self.wandb.write(lambda run: run.log(flat, step=iteration))
 
     def lost(self) -> dict[str, int]:
-        """Records that could not be written, by the log they are missing from."""
+        """Return the number of records that could not be written, by log."""
         return {each.where: each.lost for each in self._logs() if each.lost}
 
     def close(self) -> None:
@@ -116,7 +105,7 @@ class MetricsWriter:
 
 
 def _to_board(board: SummaryWriter, flat: dict[str, float], iteration: int) -> None:
-    """One record, written when this returns: an error is one of this record."""
+    """Write one record to disk: an error then belongs to this record."""
     for name, value in flat.items():
         board.add_scalar(name, value, iteration)
     board.flush()
@@ -129,7 +118,7 @@ def _start_board(folder: str, iteration: int) -> SummaryWriter:
 
 @cache
 def _quiet_board_threads() -> None:
-    """TensorBoard's thread prints no traceback when it fails: the next record meets the same error, and is counted."""
+    """Keep the traceback of TensorBoard's thread from the log: the next record meets the same error, and is counted."""
     original = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:
@@ -141,7 +130,7 @@ def _quiet_board_threads() -> None:
 
 def _flatten(record: Record) -> dict[str, float]:
     flat = {name: value for name, value in record.items() if isinstance(value, int | float)}
-    for kind in ("validation", "test", "tasks"):
+    for kind in EVALUATIONS:
         for prefix, result in record.get(kind, {}).items():
             flat.update({f"{kind}/{prefix}/{name}": value for name, value in result.items()})
     return flat
@@ -166,8 +155,8 @@ def _start_wandb(config: RunConfig) -> Any:
 
 
 def wandb_run_id(run_dir: str) -> str:
-    """What Weights & Biases knows the run by: made once and kept in the run folder, whose name may not be the only one of its kind."""
+    """Return the id of the run at Weights & Biases: made once, and kept in the run folder, whose name need not be unique."""
     path = Path(run_dir, WANDB_ID)
     if not path.exists() or not path.read_text().strip():
-        path.write_text(secrets.token_hex(8) + "\n")
+        write_file(path, secrets.token_hex(8) + "\n")
     return path.read_text().strip()

@@ -8,15 +8,17 @@ import torch.distributed as dist
 from torch.profiler import profile, supported_activities
 
 from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.training.callback import Callback, TrainingRun
 from megatron_ledom.training.log_guard import GuardedLog
+from megatron_ledom.training.step_policy import StepResult
 
 log = logging.getLogger(__name__)
 
 
-class ProfilerWindow:
-    """Starts and ends the recording; the trace, for chrome://tracing or Perfetto, goes to profile/ in the run folder.
+class Profiling(Callback):
+    """Records the window once; the trace, for chrome://tracing or Perfetto, goes to profile/ in the run folder.
 
-    The same calls on every rank: those that do not record wait until the traces are written.
+    Ranks that do not record wait until the traces are written.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -28,8 +30,9 @@ class ProfilerWindow:
         self._first: int | None = None
         self._profiler: Any = None
 
-    def before(self, iteration: int) -> None:
-        """Called before an iteration is done: starts the recording where it is to begin."""
+    def on_step_start(self, run: TrainingRun) -> None:
+        """Start the recording where the window begins."""
+        iteration = run.state.iteration + 1
         if self.start is None or self._first is not None or not self.start <= iteration <= self.stop:
             return
         self._first = iteration
@@ -37,12 +40,21 @@ class ProfilerWindow:
             self._profiler = profile(activities=supported_activities())  # type: ignore[no-untyped-call]
             self._profiler.start()
 
-    def ends_with(self, iteration: int) -> bool:
-        """Whether the recording is to end after this iteration: with `close`, which may take long."""
-        return self._first is not None and iteration >= self.stop
+    def on_step_end(self, run: TrainingRun, result: StepResult | None) -> None:
+        """Write the trace where the window ends."""
+        if self._first is not None and run.state.iteration >= self.stop:
+            with run.pause("writing the profile"):
+                self._close(run.state.iteration)
 
-    def close(self, iteration: int) -> None:
-        """Write what was recorded up to `iteration`, if anything is."""
+    def on_rollback(self, run: TrainingRun) -> None:
+        """Write what is recorded: the steps after the checkpoint belong to another window."""
+        self._close(run.state.iteration)
+
+    def on_train_end(self, run: TrainingRun) -> None:
+        """Write what is recorded, in a run that ends inside the window."""
+        self._close(run.state.iteration)
+
+    def _close(self, iteration: int) -> None:
         if self._first is None:
             return
         if self._profiler is not None:

@@ -1,10 +1,11 @@
-"""Multiple choice in the loop: the figures of tools/evaluate.py for the model that is being trained.
+"""Multiple-choice tasks while training: the figures of tools/evaluate.py for the model that is being trained.
 
-Log-probabilities of spans by the model that is being trained, on the ranks that hold it; training is not touched.
+The model scores on the ranks that hold it; weights, optimizer and random states are not changed.
 
 Shapes: N rows of one call, L positions of a row, b rows and s positions of a micro-batch on this rank.
 """
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -16,11 +17,12 @@ import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from megatron_ledom.callbacks.chosen_tasks import TaskHashes, hashes_of, load_tasks
+from megatron_ledom.callbacks.validation import Results, add_results
 from megatron_ledom.config.derived import next_multiple
 from megatron_ledom.data.blends.sources import RUN_TOKENIZER
 from megatron_ledom.data.dataset.batch import Batch, context_part
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.errors import DataError, NotFiniteError, UsageError
 from megatron_ledom.evaluation.choices import asked_of, distinct_pairs
 from megatron_ledom.evaluation.evaluate import evaluate_task
 from megatron_ledom.evaluation.tasks.tasks import LoadedTask
@@ -28,7 +30,11 @@ from megatron_ledom.inference.joint import JointTokenizer
 from megatron_ledom.inference.language_model import span_score, span_tokens
 from megatron_ledom.inference.scoring import Span, SpanKey, SpanScore, distinct_spans
 from megatron_ledom.parallel.collectives import check_same, gathered_weights
+from megatron_ledom.storage.records import Record
+from megatron_ledom.training.callback import Callback, TrainingRun
 from megatron_ledom.training.state import TrainState
+
+log = logging.getLogger(__name__)
 
 Report = dict[str, torch.Tensor]
 
@@ -41,17 +47,17 @@ class TrainingScorer:
 
     @property
     def direction(self) -> Direction:
-        """Which way the model reads."""
+        """Return the direction that the model reads in."""
         return self.state.config.data.direction
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[SpanScore]:
-        """Of each (preceding, following) the part that the model comes to last, given the other part."""
+        """Score of each (preceding, following) the part that the model reads last, given the other part."""
         spans = [self.span(pair) for pair in pairs]
         values = score_spans(self.state, spans)
         return [span_score(span, row, self.direction, False) for span, row in zip(spans, values, strict=True)]
 
     def span(self, pair: tuple[str, str]) -> Span:
-        """The ids of a pair. Raises DataError where they are more than a sample of the run."""
+        """Return the ids of a pair. Raises DataError where they are more than a sample of the run."""
         tokens, num_given = span_tokens(self.tokenizer, self.direction, pair, [], [self.state.provenance.eod_id])
         limit = self.state.config.data.seq_length
         if len(tokens) > limit:
@@ -62,7 +68,7 @@ class TrainingScorer:
         return Span(tokens, num_given)
 
     def write(self, given: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]) -> NoReturn:
-        """Refused: the training model has no cache of keys and values, and each token would be a pass of the whole pipeline."""
+        """Raise UsageError: the training model has no cache of keys and values, and each token would be a pass of the whole pipeline."""
         raise UsageError(
             "a task that writes text cannot be evaluated while training, each token would cost a pass of the whole pipeline;"
             " export the checkpoint and evaluate that"
@@ -71,7 +77,7 @@ class TrainingScorer:
 
 @torch.no_grad()
 def score_spans(state: TrainState, spans: Sequence[Span]) -> list[list[float]]:
-    """log P(tokens[t] | tokens[:t]) for t >= num_context of each span, model order, natural log, on every rank."""
+    """Return log P(tokens[t] | tokens[:t]) for t >= num_context of each span, model order, natural log, on every rank."""
     distinct = distinct_spans(list(spans))
     order = sorted(distinct, key=lambda key: -len(key[0]))
     at_once = state.config.train.micro_batch_size * state.groups.data.size() * _num_microbatches(state)
@@ -91,12 +97,12 @@ def score_spans(state: TrainState, spans: Sequence[Span]) -> list[list[float]]:
 
 
 def _num_microbatches(state: TrainState) -> int:
-    """Of one call: enough for every stage to have work, and whole rounds for the interleaved schedule."""
+    """Return the number of one call: enough for every stage to have work, and whole rounds for the interleaved schedule."""
     return 2 * state.groups.pipeline.size()
 
 
 def _losses(state: TrainState, rows: list[list[int]], at_once: int) -> torch.Tensor:
-    """Loss of each next token [at_once, L] on the CPU, the same on every rank; rows that are missing to `at_once` repeat the first."""
+    """Return the loss of each next token [at_once, L] on the CPU, the same on every rank; rows that are missing to `at_once` repeat the first."""
     groups, parallel = state.groups, state.config.parallel
     length = next_multiple(max(map(len, rows)), 2 * parallel.context_parallel_size * parallel.tensor_model_parallel_size)
     padded_NL = torch.full((at_once, length), state.provenance.eod_id)
@@ -123,7 +129,7 @@ def _losses(state: TrainState, rows: list[list[int]], at_once: int) -> torch.Ten
 
 
 def _batches(state: TrainState, padded_NL: torch.Tensor) -> Iterator[Batch]:
-    """This rank's micro-batches. Without a mask of documents a row is one, whatever the run does with eods."""
+    """Yield this rank's micro-batches. Without a mask of documents a row is one, whatever the run does with eods."""
     groups, size = state.groups, state.config.train.micro_batch_size
     for number in range(_num_microbatches(state)):
         first = (number * groups.data.size() + groups.data.rank()) * size
@@ -140,15 +146,12 @@ def _forward_step(has_z_loss: bool, batches: Iterator[Batch], model: Any) -> tup
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
 
     def kept(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Report]:
-        """What the schedule hands on of a micro-batch: every loss, and where it belongs."""
+        """Return every loss of the micro-batch, and where it belongs."""
         losses = losses[..., 0] if has_z_loss else losses
         report = {"losses": losses, "rows": batch["rows"], "places": batch["position_ids"]}
         return losses.sum(), torch.tensor(losses.numel(), dtype=torch.int, device=losses.device), report
 
     return output, kept
-
-
-Figures = dict[str, float]
 
 
 class TaskSet:
@@ -162,8 +165,8 @@ class TaskSet:
             for pair in distinct_pairs(asked):
                 scorer.span(pair)
 
-    def evaluate(self) -> dict[str, Figures]:
-        """By task: `accuracy`, the main figure of the direction, and every other one by its name. The same on every rank."""
+    def evaluate(self) -> Results:
+        """Return by task: `accuracy`, the main figure of the direction, and every other one by its name. The same on every rank."""
         results = [evaluate_task(self.scorer, task) for task in self.tasks]
         return {
             result.task: {
@@ -175,8 +178,34 @@ class TaskSet:
         }
 
 
+class TaskEvaluation(Callback):
+    """Evaluates the tasks of a run every `train.task_interval` iterations and at the end."""
+
+    def __init__(self, tasks: TaskSet) -> None:
+        self.tasks = tasks
+
+    def wants_record(self, run: TrainingRun) -> bool:
+        """Return whether an evaluation is due."""
+        return run.is_last_iteration() or run.state.iteration % run.state.config.train.task_interval == 0
+
+    def on_measure(self, run: TrainingRun, record: Record) -> None:
+        """Add the results, when an evaluation is due."""
+        if self.wants_record(run):
+            with run.pause("evaluating tasks"):
+                add_task_results(record, self.tasks.evaluate)
+
+
+def add_task_results(record: Record, evaluate: Callable[[], Results]) -> None:
+    """Add the results of the tasks; of a model whose scores are not finite there are none, which is logged."""
+    try:
+        add_results(record, "tasks", evaluate())
+    except NotFiniteError as error:
+        record.setdefault("not_finite", []).append("tasks")
+        log.warning("iteration %d: the tasks have no result: %s", record["iteration"], error)
+
+
 def load_task_set(state: TrainState, known: TaskHashes) -> TaskSet:
-    """The tasks of the config, with the tokenizer that the run folder holds. Call on every rank, at the start.
+    """Return the tasks of the config, with the tokenizer that the run folder holds. Call on every rank, at the start.
 
     known: sha256 of the tasks' files as they were checked.
     """

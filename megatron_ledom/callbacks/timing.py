@@ -1,10 +1,11 @@
-"""Where the ranks' time goes: what a straggler is known by, the wait for data, and the memory.
+"""Where the time goes: throughput, the step time of each rank, the wait for data, and the memory.
 
-The time told of a rank is from the start of a step until its last backward pass is done, before gradients are reduced over the
-data-parallel replicas: in that reduction everybody waits for the slowest. Ranks of one tensor, context or pipeline group wait for
-each other on the way, so such a group is slow as a whole, and the first of its ranks is named.
+The step time of a rank is from the start of a step until its last backward pass is done, before gradients are reduced over the
+data-parallel replicas: in that reduction every rank waits for the slowest. Ranks of one tensor, context or pipeline group wait for
+each other within a step, so such a group is slow as a whole, and the first of its ranks is named.
 """
 
+import logging
 import resource
 import time
 from collections.abc import Iterator
@@ -13,55 +14,112 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megatron_ledom.config.derived import padded_vocab_size, tokens_per_iteration
 from megatron_ledom.data.dataset.batch import Batch
-from megatron_ledom.platform.device import Platform
-from megatron_ledom.training.watchdog import Watchdog
+from megatron_ledom.model.arithmetic import flops_per_token, model_flops_utilisation
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
+from megatron_ledom.platform.device import Platform, peak_flops
+from megatron_ledom.storage.records import Record
+from megatron_ledom.training.callback import Callback, TrainingRun
+from megatron_ledom.training.state import TrainState
+from megatron_ledom.training.step_policy import StepResult
 
-Record = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
-class RankTimes:
-    """Seconds of this rank since the last reading, and their comparison over all ranks."""
+class Throughput(Callback):
+    """Tokens a second and the share of the machine's peak since the last record, without pauses."""
 
-    def __init__(self, platform: Platform, core_config: Any, watchdog: Watchdog) -> None:
-        self.platform, self.watchdog = platform, watchdog
+    def on_train_start(self, run: TrainingRun) -> None:
+        """Start the clock."""
+        self.start(run.state, dist.get_world_size())
+
+    def start(self, state: TrainState, world_size: int) -> None:
+        """Start the clock of a run on `world_size` ranks."""
+        config = state.config
+        if config.logging.peak_tflops is None:
+            peak, source = peak_flops(state.platform, PARAMS_DTYPES[config.model.params_dtype])
+        else:
+            peak, source = config.logging.peak_tflops * 1e12, "logging.peak_tflops"
+        padded = padded_vocab_size(state.provenance.vocab_size, config.model.make_vocab_size_divisible_by)
+        self.flops_per_token = flops_per_token(config.model, config.data.seq_length, padded)
+        self.peak_tflops = peak / 1e12 * world_size
+        log.info("MFU is of %.3g FLOP/s a rank (%s)", peak, source)
+        self.started = self.last = time.perf_counter()
+        self.tokens = self.num_iterations = 0
+
+    def on_step_end(self, run: TrainingRun, result: StepResult | None) -> None:
+        """Count the tokens of the iteration, over all ranks; none of a skipped one."""
+        self.tokens += 0 if result is None else tokens_per_iteration(run.state.config)
+        self.num_iterations += 1
+
+    def on_pause_end(self, run: TrainingRun, seconds: float) -> None:
+        """Leave out the pause."""
+        self.last += seconds
+
+    def on_measure(self, run: TrainingRun, record: Record) -> None:
+        """Add the speed since the last record, seconds since the start of training, and the time to the end of the run."""
+        now = time.perf_counter()
+        rate, each = self.tokens / (now - self.last), (now - self.last) / max(self.num_iterations, 1)
+        self._reset(now)
+        record["tokens_per_second"] = rate
+        record["seconds_per_iteration"] = each
+        record["mfu"] = model_flops_utilisation(rate * self.flops_per_token, self.peak_tflops)
+        record["elapsed_seconds"] = now - self.started
+        record["eta_seconds"] = (run.state.config.train.train_iters - run.state.iteration) * each
+
+    def on_rollback(self, run: TrainingRun) -> None:
+        """Forget what was done since the last record."""
+        self._reset(time.perf_counter())
+
+    def _reset(self, now: float) -> None:
+        self.tokens, self.num_iterations, self.last = 0, 0, now
+
+
+class RankTimes(Callback):
+    """Seconds a step, the wait for data and the memory of this rank since the last record, compared over all ranks."""
+
+    def __init__(self, platform: Platform) -> None:
+        self.platform = platform
         self.data_wait = 0.0
-        self._begun: Any = None
+        self._step_start: Any = None
         self._spans: list[tuple[Any, Any]] = []
-        self._hook(core_config)
 
-    def _hook(self, core_config: Any) -> None:
-        """megatron-core's schedules call this function when the last backward pass is done."""
+    def on_train_start(self, run: TrainingRun) -> None:
+        """Note when the last backward pass of a step is done: megatron-core's schedules then call the function hooked here."""
+        core_config = run.state.model[0].config
         finalize = core_config.finalize_model_grads_func
 
         def _finalize(*args: Any, **kwargs: Any) -> Any:
-            self._spans.append((self._begun, self._mark()))
+            self._spans.append((self._step_start, self._timestamp()))
             return finalize(*args, **kwargs)
 
         core_config.finalize_model_grads_func = _finalize
 
-    def begin_step(self) -> None:
-        """A step begins."""
-        self._begun = self._mark()
-
-    def timed(self, batches: list[Iterator[Batch]]) -> list[Iterator[Batch]]:
-        """The same micro-batches; the wait for each is counted, and the watchdog told of it."""
+    def wrap_batches(self, run: TrainingRun, batches: list[Iterator[Batch]]) -> list[Iterator[Batch]]:
+        """Count the wait for each micro-batch."""
         return [self._timed(iterator) for iterator in batches]
 
     def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         while True:
-            self.watchdog.tell("waiting for data")
-            before = time.perf_counter()
+            start = time.perf_counter()
             try:
                 batch = next(batches)
             except StopIteration:
                 return
-            self.data_wait += time.perf_counter() - before
-            self.watchdog.tell("forward and backward")
+            self.data_wait += time.perf_counter() - start
             yield batch
 
+    def on_step_start(self, run: TrainingRun) -> None:
+        """Note the start of the step."""
+        self._step_start = self._timestamp()
+
+    def on_measure(self, run: TrainingRun, record: Record) -> None:
+        """Add the times and the memory since the last record."""
+        record.update(self.read())
+
     def read(self) -> Record:
-        """Means a step since the last reading, over all ranks, and the peak of memory. Call on every rank."""
+        """Return means a step since the last reading, over all ranks, and the peak of memory. Call on every rank."""
         steps = max(len(self._spans), 1)
         mine = torch.tensor([self._seconds() / steps, self.data_wait / steps, self._memory_gib()], dtype=torch.float64)
         mine = mine.to(self.platform.device)
@@ -79,8 +137,8 @@ class RankTimes:
             "memory_gib": float(memory.max()),
         }
 
-    def _mark(self) -> Any:
-        """A moment: of the device's own stream on a GPU, where the process runs ahead of it."""
+    def _timestamp(self) -> Any:
+        """Return the time; on a GPU an event in the device's own stream, since the process runs ahead of it."""
         if self.platform.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -90,11 +148,11 @@ class RankTimes:
     def _seconds(self) -> float:
         self.platform.synchronize()
         if self.platform.device.type != "cuda":
-            return float(sum(end - begin for begin, end in self._spans))
-        return float(sum(begin.elapsed_time(end) for begin, end in self._spans)) / 1e3
+            return float(sum(end - start for start, end in self._spans))
+        return float(sum(start.elapsed_time(end) for start, end in self._spans)) / 1e3
 
     def _memory_gib(self) -> float:
-        """Peak of this process: allocated on its GPU, or resident."""
+        """Return the peak of this process: allocated on its GPU, or resident."""
         if self.platform.device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self.platform.device)) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,5 +1,6 @@
-"""Loss and bits per byte of each held-out set."""
+"""Loss and bits per byte of each held-out set: the validation sets at an interval, the test sets once at the end."""
 
+import logging
 import math
 
 import torch
@@ -7,27 +8,63 @@ import torch
 from megatron_ledom.data.dataset.batch import batch_iterators
 from megatron_ledom.data.dataset.dataset import BlendSamples
 from megatron_ledom.parallel.collectives import gathered_weights
+from megatron_ledom.storage.records import Record
+from megatron_ledom.training.callback import Callback, TrainingRun
 from megatron_ledom.training.state import TrainState
 from megatron_ledom.training.trainer import run_schedule
 
-ValidationResult = dict[str, dict[str, float]]
+log = logging.getLogger(__name__)
+
+Results = dict[str, dict[str, float]]
+"""Figures by set or task."""
 
 
-def validate(state: TrainState) -> ValidationResult:
-    """Every validation set over its first samples: {name: {lm_loss, bits_per_byte}}. Call on every rank."""
-    return evaluate(state, state.valid_datasets)
+class Validation(Callback):
+    """Evaluates the validation sets every `train.eval_interval` iterations and at the end."""
+
+    def wants_record(self, run: TrainingRun) -> bool:
+        """Return whether validation is due."""
+        due = run.is_last_iteration() or run.state.iteration % run.state.config.train.eval_interval == 0
+        return due and bool(run.state.valid_datasets)
+
+    def on_measure(self, run: TrainingRun, record: Record) -> None:
+        """Add the results, when validation is due."""
+        if self.wants_record(run):
+            with run.pause("validating"):
+                add_results(record, "validation", evaluate(run.state, run.state.valid_datasets))
+
+
+class FinalTest(Callback):
+    """Evaluates the test sets once, at the end of the run."""
+
+    def on_measure(self, run: TrainingRun, record: Record) -> None:
+        """Add the results to the last record of the run."""
+        if run.is_last_iteration() and run.state.test_datasets:
+            with run.pause("testing"):
+                add_results(record, "test", evaluate(run.state, run.state.test_datasets))
+
+
+def add_results(record: Record, kind: str, results: Results) -> None:
+    """Add the finite results of each set; the others are logged, and named under "not_finite"."""
+    is_finite = {name: all(map(math.isfinite, values.values())) for name, values in results.items()}
+    record[kind] = {name: values for name, values in results.items() if is_finite[name]}
+    for name in [name for name in results if not is_finite[name]]:
+        record.setdefault("not_finite", []).append(f"{kind}/{name}")
+        log.warning(
+            "iteration %d: %s of %s is not finite and is not recorded: %s", record["iteration"], kind, name, results[name]
+        )
 
 
 @torch.no_grad()
-def evaluate(state: TrainState, datasets: dict[str, BlendSamples]) -> ValidationResult:
-    """Loss and bits per byte of all samples of each dataset, by its name. Call on every rank."""
+def evaluate(state: TrainState, datasets: dict[str, BlendSamples]) -> Results:
+    """Return lm_loss and bits_per_byte of all samples of each dataset, by its name. Call on every rank."""
     for chunk in state.model:
         chunk.eval()
     with gathered_weights(state.model):
-        result = {name: _measure(state, dataset) for name, dataset in datasets.items()}
+        results = {name: _measure(state, dataset) for name, dataset in datasets.items()}
     for chunk in state.model:
         chunk.train()
-    return result
+    return results
 
 
 def _measure(state: TrainState, dataset: BlendSamples) -> dict[str, float]:
@@ -45,7 +82,7 @@ def _measure(state: TrainState, dataset: BlendSamples) -> dict[str, float]:
 
 
 def bits_per_byte(lm_loss: float, bytes_per_token: float) -> float:
-    """Mean loss in nats a token -> bits a UTF-8 byte of text.
+    """Convert the mean loss in nats a token to bits a UTF-8 byte of text.
 
     The bytes of the very samples are not known, so each shard's own ratio of bytes to tokens (eod too) stands for its part in
     the set, be it a split of its documents or the first samples of all of them.

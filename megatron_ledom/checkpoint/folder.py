@@ -1,10 +1,7 @@
 """The folder of a run's checkpoints: `iter_0001000/` for each, `latest` with the name of the newest whole one.
 
-`iter_0001000.part` is being written, `iter_0001000.0.trash` is being deleted: neither is ever taken for a checkpoint.
-
-Which checkpoints stay: the newest few, those that replays begin from, and for ever those at a multiple of an interval.
-
-The files of a checkpoint that are written once, whatever the number of ranks.
+`iter_0001000.part` is being written, `iter_0001000.0.trash` is being deleted: neither is ever taken for a checkpoint. `retire` deletes
+checkpoints: the newest few stay, those that replays begin from, and those at a multiple of `checkpoint.keep_interval`.
 """
 
 import json
@@ -19,6 +16,7 @@ from contextlib import contextmanager
 from megatron_ledom.checkpoint.manifest import MANIFEST, load_manifest
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, UsageError
+from megatron_ledom.storage.files import publish, write_synced
 from megatron_ledom.storage.hashes import size_faults
 
 LATEST = "latest"
@@ -27,6 +25,11 @@ NEXT = ".next"
 """`latest.next` names the checkpoint that is about to be put in place."""
 TRASH = ".trash"
 NAME = re.compile(r"iter_(\d{7,})")
+LEFT_OVER = re.compile(rf"{NAME.pattern}({re.escape(PART)}|({re.escape(PART)})?\.\d+{re.escape(TRASH)})")
+BACKENDS = "metadata.json"
+"""Names megatron-core's formats: its CheckpointingConfig, spelled out here because importing that takes seconds."""
+COMMON_FILES = ("common.pt", BACKENDS, ".metadata")
+"""Beside the ranks' shares and the manifest."""
 
 
 def checkpoint_name(iteration: int) -> str:
@@ -112,6 +115,15 @@ def advising_another(checkpoint: str) -> Iterator[None]:
         raise DataError(f"{error}; {how_to_go_on(folder, besides=name)}") from error
 
 
+def saved_iteration(folder: str) -> int:
+    """Return the iteration of the latest checkpoint in the folder; 0 without one."""
+    latest = latest_checkpoint(folder)
+    if latest is None:
+        return 0
+    with advising_another(latest):
+        return load_manifest(latest).iteration
+
+
 def find_checkpoint(load: str) -> str:
     """The checkpoint that `load` means: itself, or the latest one of a run folder. Raises UsageError."""
     if not os.path.isdir(load):
@@ -135,16 +147,21 @@ def point_latest(folder: str, name: str) -> None:
 
 def announce_latest(folder: str, name: str) -> None:
     """Write which checkpoint is about to be put in place: the first one of a run counts as soon as it is there."""
-    with open(os.path.join(folder, LATEST + NEXT), "w", encoding="utf-8") as file:
-        file.write(name + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    write_synced(os.path.join(folder, LATEST + NEXT), f"{name}\n".encode())
 
 
 def publish_latest(folder: str) -> None:
     """Let `latest` name what was announced."""
-    os.rename(os.path.join(folder, LATEST + NEXT), os.path.join(folder, LATEST))
-    fsync_path(folder)
+    publish(os.path.join(folder, LATEST + NEXT), os.path.join(folder, LATEST))
+
+
+def put_in_place(folder: str, name: str) -> None:
+    """Give the checkpoint `name`, which is on disk under its temporary name, its own, and let `latest` name it."""
+    if os.path.exists(os.path.join(folder, name)):  # of a run that was taken back to an earlier one
+        move_to_trash(folder, name)
+    announce_latest(folder, name)
+    publish(os.path.join(folder, name + PART), os.path.join(folder, name))
+    publish_latest(folder)
 
 
 def settle_latest(folder: str) -> None:
@@ -170,21 +187,10 @@ def move_to_trash(folder: str, name: str) -> None:
     number = 0
     while os.path.exists(trash := os.path.join(folder, f"{name}.{number}{TRASH}")):
         number += 1
-    os.rename(os.path.join(folder, name), trash)
-
-
-def fsync_path(path: str) -> None:
-    """What a file, or a folder's list of names, holds is on disk after this."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    publish(os.path.join(folder, name), trash)
 
 
 log = logging.getLogger(__name__)
-
-LEFT_OVER = re.compile(rf"{NAME.pattern}({re.escape(PART)}|({re.escape(PART)})?\.\d+{re.escape(TRASH)})")
 
 
 def outdated(iterations: list[int], latest: int, settings: CheckpointConfig, replayed: Iterable[int] = ()) -> list[int]:
@@ -213,7 +219,6 @@ def retire(folder: str, settings: CheckpointConfig, replayed: Iterable[int] = ()
     try:
         for iteration in outdated(list(names), int(latest.removeprefix("iter_")), settings, replayed):
             move_to_trash(folder, names[iteration])
-        fsync_path(folder)
     except (OSError, ValueError) as error:
         log.warning("outdated checkpoints in %s stay: %s", folder, error)
 
@@ -234,12 +239,6 @@ def sweep(folder: str, keep: str | None = None) -> None:
                 log.warning("%s cannot be deleted; delete it by hand", path)
 
 
-BACKENDS = "metadata.json"
-"""Names megatron-core's formats: its CheckpointingConfig, spelled out here because importing that takes seconds."""
-COMMON_FILES = ("common.pt", BACKENDS, ".metadata")
-"""Beside the ranks' shares and the manifest."""
-
-
 def save_backends(folder: str) -> None:
     """Write what megatron-core looks at first when it loads a checkpoint."""
     formats = {
@@ -248,5 +247,4 @@ def save_backends(folder: str) -> None:
         "common_backend": "torch",
         "common_backend_version": 1,
     }
-    with open(os.path.join(folder, BACKENDS), "w", encoding="utf-8") as file:
-        json.dump(formats, file, allow_nan=False)
+    write_synced(os.path.join(folder, BACKENDS), json.dumps(formats, allow_nan=False).encode())

@@ -14,7 +14,9 @@ from megatron_ledom.config.load import config_from_dict, to_dict
 from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.errors import ConfigError, DataError, MismatchError
 from megatron_ledom.provenance import Provenance
+from megatron_ledom.storage.files import write_synced
 from megatron_ledom.storage.hashes import FileSums, refuse_damaged, size_faults
+from megatron_ledom.storage.jobs import differences
 
 log = logging.getLogger(__name__)
 
@@ -96,10 +98,8 @@ def save_manifest(manifest: CheckpointManifest, folder: str) -> None:
     """Write `manifest.json` into the checkpoint folder, with its own hash."""
     values = {**asdict(manifest), "provenance": None, **manifest.provenance.to_dict()}
     del values["provenance"]
-    with open(os.path.join(folder, MANIFEST), "w", encoding="utf-8") as file:
-        json.dump({**values, OWN_HASH: _hash(values)}, file, indent=2, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
+    content = json.dumps({**values, OWN_HASH: _hash(values)}, indent=2, allow_nan=False)
+    write_synced(os.path.join(folder, MANIFEST), content.encode())
 
 
 def load_manifest(folder: str) -> CheckpointManifest:
@@ -188,7 +188,7 @@ def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_sh
         ("data.seq_length", trained.data.seq_length, config.data.seq_length),
         ("train.seed", trained.train.seed, config.train.seed),
     ]
-    changed = [f"{key} was {old}, is {new}" for key, old, new in pairs if old != new]
+    changed = differences({key: old for key, old, _ in pairs}, {key: new for key, _, new in pairs})
     changed += _changed_shards(manifest.train_shards, train_shards)
     if changed and not config.data.allow_changed_data:
         raise MismatchError(
@@ -223,7 +223,7 @@ def _check_still_decidable(manifest: CheckpointManifest, trained: RunConfig, con
     old, new = trained.model.init_method_std, config.model.init_method_std
     if old != new:
         raise ConfigError(
-            f"model.init_method_std was {old}, is {new}, but the weights of {where} are initialized already: restore the old value,"
+            f"model.init_method_std was {old} and is {new}, but the weights of {where} are initialized already: restore the old value,"
             " or use another run_dir for a new run"
         )
 
@@ -243,21 +243,9 @@ def _changed_shards(old: list[list[Any]], new: list[list[Any]]) -> list[str]:
     if not different:
         return []
     one, other = different[0]
-    kinds = [f"{name} was {a}, is {b}" for name, a, b in zip(names, one, other, strict=False) if a != b]
+    kinds = differences(dict(zip(names, one, strict=False)), dict(zip(names, other, strict=False)))
     more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
     return [f"data.train_blend: the shard {other[-1]}, where {one[-1]} was: {', '.join(kinds)}{more}"]
-
-
-def changes_since(manifest: CheckpointManifest, config: RunConfig) -> list[str]:
-    """Every key whose value is not the checkpoint's, as `section.key: old -> new`."""
-    old, new = _flat(manifest.config), _flat(to_dict(config))
-    return [f"{key}: {old.get(key)} -> {new.get(key)}" for key in sorted(old | new) if old.get(key) != new.get(key)]
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    sections = {section: value for section, value in config.items() if isinstance(value, dict)}
-    flat = {f"{section}.{key}": value for section, keys in sections.items() for key, value in keys.items()}
-    return flat | {key: value for key, value in config.items() if key not in sections}
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:

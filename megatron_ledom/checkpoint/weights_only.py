@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.serialization import get_crc32_options, set_crc32_options
 
-from megatron_ledom.checkpoint.folder import COMMON_FILES, fsync_path, save_backends
+from megatron_ledom.checkpoint.folder import COMMON_FILES, save_backends
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
 from megatron_ledom.errors import first_cause
 from megatron_ledom.storage.hashes import HashedFile, checksum, read_ahead
@@ -132,12 +132,9 @@ def save_weights(
     writer.finish(Metadata(_entries(pieces, dtype, num_layers)), results)
     torch.save({"content_metadata": CONTENT}, os.path.join(folder, "common.pt"))
     save_backends(folder)
-    for name in COMMON_FILES:
-        fsync_path(os.path.join(folder, name))
     files |= {name: checksum(os.path.join(folder, name)) for name in COMMON_FILES}
     manifest = replace(manifest, files=dict(sorted(files.items())), weights_only=True)
     save_manifest(manifest, folder)
-    fsync_path(folder)
     return manifest
 
 

@@ -27,15 +27,12 @@ from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyPara
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from megatron_ledom.checkpoint.folder import (
-    BACKENDS,
     COMMON_FILES,
     PART,
-    announce_latest,
     checkpoint_name,
-    fsync_path,
     latest_name,
     move_to_trash,
-    publish_latest,
+    put_in_place,
     retire,
     save_backends,
     sweep,
@@ -45,6 +42,7 @@ from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, TransientError, cannot_write, first_cause
 from megatron_ledom.platform.engine_state import SaveResults
 from megatron_ledom.platform.processes import die_with_the_parent, leave_signals_to_the_parent
+from megatron_ledom.storage.files import sync
 from megatron_ledom.storage.hashes import FileSums, checksum
 from megatron_ledom.storage.records import SAVES, append_record
 
@@ -200,7 +198,7 @@ class CheckpointWriter:
         if not failures:
             try:
                 _complete(pending, shares)
-                self._put_in_place(pending.part, checkpoint_name(pending.manifest.iteration))
+                put_in_place(self.folder, checkpoint_name(pending.manifest.iteration))
             except OSError as error:
                 failures = {"": cannot_write(error, error.filename or pending.part)}
         if failures:
@@ -222,15 +220,6 @@ class CheckpointWriter:
         except OSError as error:
             log.warning("%s cannot be written (%s); the checkpoint is saved all the same", path, error.strerror)
 
-    def _put_in_place(self, part: str, name: str) -> None:
-        final = os.path.join(self.folder, name)
-        if os.path.exists(final):  # of a run that was taken back to an earlier one
-            move_to_trash(self.folder, name)
-        announce_latest(self.folder, name)
-        os.rename(part, final)
-        fsync_path(self.folder)
-        publish_latest(self.folder)
-
 
 class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """megatron-core's, which keeps what it has planned where `_finalize` finds it.
@@ -250,11 +239,10 @@ def _complete(pending: _Pending, shares: list[Share]) -> None:
     part = pending.part
     pending.storage.finish(pending.metadata, [share.results for share in shares])
     save_backends(part)
-    fsync_path(os.path.join(part, BACKENDS))
     files = {name: sums for share in shares for name, sums in share.files.items()}
     files |= {name: checksum(os.path.join(part, name)) for name in COMMON_FILES}
     save_manifest(replace(pending.manifest, files=dict(sorted(files.items()))), part)
-    fsync_path(part)
+    sync(part)
 
 
 def _nothing() -> list[Any]:

@@ -1,210 +1,39 @@
 """Reading and writing a RunConfig: YAML with one `base:`, dotted overrides, and every fault named at once.
 
-OmegaConf parses and merges, pydantic types; this file only joins them and turns their complaints into sentences.
-
-Secrets of the environment stay out of a config: the resolved one is kept in many files.
-
-What is wrong with a configuration file, in sentences: the dotted key, what was found, what was expected.
-
-The config of a run as strangers may read it: no folders of the machine, no free text, no resolved secret.
+OmegaConf parses and merges, pydantic checks types; this file joins them. `published` gives the config of a run as strangers may
+read it: without the machine's folders, free text and resolved secrets.
 """
 
 import dataclasses
 import json
 import os
 import re
-import types
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
-from difflib import get_close_matches
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
-from annotated_types import Ge, Gt, Lt
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
-from pydantic.fields import FieldInfo
 
+from megatron_ledom.config.faults import explain_faults, first_line, refuse_secrets
 from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.config.shipped import config_path, shipped_configs
 from megatron_ledom.errors import ConfigError
 from megatron_ledom.storage.files import write_whole
-
-FROM_ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:\s*['\"]?([^'\",}\s]+)")
-SECRET_NAME = re.compile(
-    r"PASS|PWD|PSWD|SECRET|KEY|CRED|COOKIE|JWT|BEARER|PRIVATE|WEBHOOK|SIGNATURE|CERT|DSN|PROXY"
-    r"|TOKEN(?!I[SZ])"  # not TOKENIZER
-    r"|AUTH(?!ORS?(?:_|$))"  # not GIT_AUTHOR_NAME
-    r"|(?:^|_|GITHUB|GITLAB|GH)PAT\d*(?:_|$)|(?:^|_)(?:PW|OTP|PIN|SAS)\d*(?:_|$)"
-    r"|CONN(?:ECTION)?_?STR|(?:DATABASE|DB|SQL|PG|POSTGRES|MONGO|REDIS|AMQP|BROKER|CELERY|JDBC)\w*_?UR[IL]"
-)
-"""Found anywhere in the upper-case name of a variable that is a secret, or holds one as the address of a database does."""
-FOLDERS = {"PWD", "OLDPWD"}
-"""The shell's own, which only look like a secret by their names."""
-SECRET_VALUE = re.compile(
-    r"://[^/\s@]+@|^(?:sk-|hf_\w{20}|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA\w{16}|eyJ[\w-]+\.)|BEGIN [A-Z ]*PRIVATE KEY"
-)
-"""What secrets begin with or hold: a user in an address, keys of well-known services, a signed token, a private key."""
-
-
-def refuse_secrets(values: Any, path: str, key: str = "") -> None:
-    """Raise ConfigError, with the variable's name and never its value, for an unresolved value that takes a secret."""
-    if isinstance(values, dict | list):
-        for name, value in values.items() if isinstance(values, dict) else enumerate(values):
-            refuse_secrets(value, path, f"{key}.{name}" if key else str(name))
-    for name in FROM_ENVIRONMENT.findall(values) if isinstance(values, str) else ():
-        if "$" in name:
-            raise ConfigError(
-                f"{path}: {key} takes a variable of the environment whose name is put together, {values}; write the name itself"
-            )
-        by = "name" if _is_secret(name) else "content" if SECRET_VALUE.search(os.environ.get(name, "")) else None
-        if by is not None:
-            raise ConfigError(
-                f"{path}: {key} takes ${{oc.env:{name}}}, which by its {by} is a secret; the resolved config is written into the run"
-                " folder, every checkpoint and the log: no key needs one, the libraries that do (wandb, object stores) read the"
-                " environment themselves; leave it out, or give a variable that is none another name"
-            )
-
-
-def _is_secret(name: str) -> bool:
-    return name not in FOLDERS and SECRET_NAME.search(name.upper()) is not None
-
-
-_KINDS = {bool: "a truth value", int: "a whole number", float: "a number", str: "text", list: "a list", dict: "a section"}
-
-
-def config_keys() -> dict[str, Any]:
-    """Every dotted key of RunConfig with its type, in the order of the classes."""
-    keys: dict[str, Any] = {}
-    for name, hint in get_type_hints(RunConfig, include_extras=True).items():
-        if is_dataclass(hint):
-            hints = get_type_hints(hint, include_extras=True)
-            keys |= {f"{name}.{entry.name}": hints[entry.name] for entry in fields(hint)}
-        elif name in {entry.name for entry in fields(RunConfig)}:
-            keys[name] = hint
-    return keys
-
-
-def explain_faults(error: ValidationError, values: dict[str, Any], where: str) -> str:
-    """All faults pydantic found in `values`, a line each; `where` names the file."""
-    lines: dict[str, str] = {}
-    for fault in error.errors(include_url=False):
-        key, line = _explain(fault["type"], fault["loc"], values)
-        lines.setdefault(key, line)
-    found = list(lines.values())
-    return f"{where}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{where} has {len(found)} faults:", *found])
-
-
-def _explain(kind: str, location: Sequence[int | str], values: dict[str, Any]) -> tuple[str, str]:
-    """The dotted key a fault belongs to, and its line."""
-    parts = [str(part) for part in location[:2]]
-    key = ".".join(parts)
-    known = config_keys()
-    if kind == "unexpected_keyword_argument":
-        return key, _explain_unknown(parts, known)
-    if kind.startswith("missing") and key in known:
-        return key, f"{key} is missing; expected {describe_type(known[key])}; set it in the file or as {key}=VALUE"
-    found = values
-    for part in location[: 1 if key not in known else 2]:
-        found = found[part]  # type: ignore[index]
-    if key not in known:
-        return key, f"{key}={_shown(found)} is {_kind(found)}; expected a section with keys below it"
-    is_text = known[key] in (str, str | None) and isinstance(found, int | float)
-    quoted = f'; quote it: {key}="{_shown(found)}"' if is_text else ""
-    wrong = _kind(found) if _is_wrong_kind(kind) and len(location) <= 2 else "not possible"
-    return key, f"{key}={_shown(found)} is {wrong}; expected {describe_type(known[key])}{quoted}"
-
-
-def _is_wrong_kind(kind: str) -> bool:
-    return kind.endswith(("_type", "_parsing")) or kind == "int_from_float"
-
-
-def _explain_unknown(parts: list[str], known: dict[str, Any]) -> str:
-    key = ".".join(parts)
-    near = _nearest(parts, list(known))
-    if near:
-        return f"{key} is not a key; did you mean {near}?"
-    section = [name for name in known if name.startswith(f"{parts[0]}.")]
-    if len(parts) == 2 and section:
-        return f"{key} is not a key; {parts[0]} has {', '.join(name.split('.')[1] for name in section)}"
-    return f"{key} is not a key or section; expected one of {', '.join(dict.fromkeys(name.split('.')[0] for name in known))}"
-
-
-def _nearest(parts: list[str], known: list[str]) -> str | None:
-    """The key that was probably meant: same name elsewhere, similar in this section, similar anywhere, similar section."""
-    name = parts[-1]
-    by_name = {full.split(".")[-1]: full for full in reversed(known)}
-    if name in by_name:
-        return by_name[name]
-    here = [full.split(".")[1] for full in known if len(parts) == 2 and full.startswith(f"{parts[0]}.")]
-    if close := get_close_matches(name, here, n=1, cutoff=0.6):
-        return f"{parts[0]}.{close[0]}"
-    sections = {full.split(".")[0] for full in known}
-    if len(parts) == 1 and (close := get_close_matches(name, sections, n=1, cutoff=0.7)):
-        return close[0]
-    if close := get_close_matches(name, by_name, n=1, cutoff=0.6):
-        return by_name[close[0]]
-    return None
-
-
-def describe_type(hint: Any) -> str:
-    """What a field takes, in words: `a whole number above 0`."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        options = [describe_type(argument) for argument in arguments if argument is not type(None)]
-        return " or ".join([*options, "null"] if type(None) in arguments else options)
-    if origin is Annotated:
-        return _KINDS[arguments[0]] + _describe_range(arguments[1:])
-    if origin is Literal:
-        return "one of " + ", ".join(arguments)
-    if origin is list and get_origin(arguments[0]) is Literal:
-        return f"a list of some of {', '.join(get_args(arguments[0]))}"
-    if origin is list:
-        return "a list of [weight, prefix], each weight a number above 0, as in [[0.7, data/a], [0.3, data/b]]"
-    if origin is dict:
-        return "names, each with a list of [weight, prefix], as in {web: [[1, data/web_valid]]}"
-    if origin is tuple:
-        return "three numbers [train, valid, test], the first above 0, as in [0.98, 0.01, 0.01]"
-    if isinstance(hint, type) and issubclass(hint, Enum):
-        return "one of " + ", ".join(str(member.value) for member in hint)
-    return "true or false" if hint is bool else _KINDS[hint]
-
-
-def _describe_range(extras: tuple[Any, ...]) -> str:
-    limits = [limit for extra in extras for limit in (extra.metadata if isinstance(extra, FieldInfo) else [extra])]
-    words = [f"above {limit.gt}" for limit in limits if isinstance(limit, Gt)]
-    words += [f"{limit.ge} or more" for limit in limits if isinstance(limit, Ge)]
-    words += [f"below {limit.lt}" for limit in limits if isinstance(limit, Lt)]
-    return " " + " and ".join(words) if words else ""
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, without the stop at its end."""
-    return str(error).splitlines()[0].rstrip(".")
-
-
-def _kind(value: Any) -> str:
-    return "empty" if value is None else _KINDS.get(type(value), type(value).__name__)
-
-
-def _shown(value: Any) -> str:
-    plain = {None: "null", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else None
-    text = plain or (f"'{value}'" if isinstance(value, str) else str(value))
-    return text if len(text) <= 80 else text[:77] + "..."
-
 
 REQUIRED_SECTIONS = ("model", "train")
 _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that the YAML file `path` describes, after its `base:` and then `overrides` (`section.key=value`).
+    """The run that the YAML file `path` describes, after its `base:` and then `overrides` (`section.key=value`); `path` can also be
+    the name of a config that comes with the package, such as `ledom_7b`.
 
     Raises ConfigError that names every fault by its dotted key. Relations between sections: `checks.check_config`.
     """
-    layers = [_load_file(Path(path), ()), *[_parse_override(text) for text in overrides]]
+    layers = [_load_file(config_path(path), ()), *[_parse_override(text) for text in overrides]]
     try:
         merged = OmegaConf.merge(*layers)
         refuse_secrets(OmegaConf.to_container(merged, resolve=False), path)
@@ -225,6 +54,11 @@ def config_from_dict(values: dict[str, Any], where: str) -> RunConfig:
         return _ADAPTER.validate_json(json.dumps(_whole_numbers(prepared)), strict=True)
     except ValidationError as error:
         raise ConfigError(explain_faults(error, prepared, where)) from error
+
+
+def merged_yaml(path: str) -> str:
+    """Return a config as YAML with its `base:` merged in, and no other key than the files have."""
+    return str(OmegaConf.to_yaml(_load_file(config_path(path), ())))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
@@ -265,7 +99,8 @@ def _read_yaml(path: Path, loaded_by: tuple[Path, ...]) -> DictConfig:
     try:
         content = OmegaConf.load(path)
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}{asked_by} does not exist; give the path of a YAML file") from error
+        names = "" if loaded_by else f", or one of {', '.join(shipped_configs())}"
+        raise ConfigError(f"{path}{asked_by} does not exist; give the path of a YAML file{names}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}{asked_by} cannot be read: {error}") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:

@@ -142,7 +142,7 @@ class ParallelConfig:
     world_size: Positive | None = None
     """Ranks the run is meant for; default: as many as are launched. Another number at launch is refused."""
     hardware: str | None = None
-    """What --dry-run plans memory and time for: a name of examples/hardware, or a YAML file like those; default: no plan."""
+    """What --dry-run plans memory and time for: a name that `ledom configs list` shows, or a YAML file like those; default: no plan."""
     tensor_model_parallel_size: Positive = 1
     """Ranks that share each layer's matrices."""
     pipeline_model_parallel_size: Positive = 1

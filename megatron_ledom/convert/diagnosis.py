@@ -1,4 +1,4 @@
-"""Where two models that should be one part, and why: the first layer, the first tensor in it, the mistake that explains it.
+"""Find where two models that should be equal differ: the first layer, the first tensor in it, and the mistake that explains it.
 
 Both get the same hidden states, so what differs first is what is wrong. B batch, S sequence, w the tensor's width.
 """
@@ -6,13 +6,15 @@ Both get the same hidden states, so what differs first is what is wrong. B batch
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import linear
 
-from megatron_ledom.convert.core_side import CoreSide
 from megatron_ledom.convert.stock_side import StockSide
+
+if TYPE_CHECKING:
+    from megatron_ledom.convert.core_side import CoreSide
 
 EQUAL = 1e-3
 """Of the largest value: what rounding does to one layer is far below, what a wrong weight does above."""
@@ -54,18 +56,18 @@ class Stage:
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest absolute difference over the largest expected value; infinite where something is not a number."""
+    """Return the largest absolute difference over the largest expected value; infinite where something is not a number."""
     difference = float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-30))
     return difference if difference == difference else float("inf")
 
 
 def are_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Whether they differ by rounding only."""
+    """Return True if they differ by rounding only."""
     return found.shape == expected.shape and relative_difference(found, expected) <= EQUAL
 
 
-def walk(core: CoreSide, stock: StockSide, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[Stage]]:
-    """Both models' logits [B, S, V] of ids [B, S], core's first, and how they differ from stage to stage.
+def walk(core: "CoreSide", stock: StockSide, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[Stage]]:
+    """Return both models' logits [B, S, V] of ids [B, S], core's first, and how they differ from stage to stage.
 
     Of the stages' hidden states only those of the first that differs, and of the last, are kept.
     """
@@ -87,8 +89,8 @@ def walk(core: CoreSide, stock: StockSide, ids: torch.Tensor) -> tuple[torch.Ten
     return expected, found, stages
 
 
-def explain(core: CoreSide, stock: StockSide, stages: list[Stage]) -> str:
-    """The first stage that differs, the weight in it, and the likely cause, in words."""
+def explain(core: "CoreSide", stock: StockSide, stages: list[Stage]) -> str:
+    """Return the first stage that differs, the weight in it, and the likely cause, in words."""
     stage = next((stage for stage in stages if stage.difference > EQUAL), max(stages, key=lambda stage: stage.difference))
     if stage.name == "the embedding":
         cause = _cause("embedding", {"embedding": stock.embed(stage.before)}, {"embedding": core.embed(stage.before)}, 0)
@@ -106,8 +108,8 @@ def explain(core: CoreSide, stock: StockSide, stages: list[Stage]) -> str:
     return f"the first difference is in {stage.name}, at the {name}{where}: {cause}"
 
 
-def core_taps(core: CoreSide, layer: Any, hidden: torch.Tensor) -> Taps:
-    """What a core layer computes on the way, as WEIGHTS names it, each [B, S, w]."""
+def core_taps(core: "CoreSide", layer: Any, hidden: torch.Tensor) -> Taps:
+    """Return the tensors inside a core layer, as WEIGHTS names them, each [B, S, w]."""
     attention, mlp = layer.self_attention, layer.mlp
     places = {
         "input norm": layer.input_layernorm,
@@ -127,7 +129,7 @@ def core_taps(core: CoreSide, layer: Any, hidden: torch.Tensor) -> Taps:
 
 
 def stock_taps(stock: StockSide, layer: Any, hidden: torch.Tensor) -> tuple[Taps, dict[str, tuple[torch.Tensor, Any]]]:
-    """As `core_taps`, of a stock layer; and (input, projection) of each tap that a projection makes."""
+    """Return the same of a stock layer; and (input, projection) of each tap that a projection makes."""
     attention, mlp = layer.self_attn, layer.mlp
     projections = {
         "queries": attention.q_proj,
@@ -152,7 +154,7 @@ def stock_taps(stock: StockSide, layer: Any, hidden: torch.Tensor) -> tuple[Taps
 
 @contextmanager
 def _recording(places: Mapping[str, Any]) -> Iterator[tuple[Taps, Taps]]:
-    """(outputs, inputs) of modules, by name, filled while they run."""
+    """Yield (outputs, inputs) of modules, by name, filled while they run."""
     outputs: Taps = {}
     inputs: Taps = {}
 
@@ -185,7 +187,7 @@ def _transposed(made: tuple[torch.Tensor, Any] | None, expected: torch.Tensor) -
 
 
 def _cause(name: str, found: Taps, expected: Taps, head: int) -> str:
-    """The mistake that turns what was expected into what was found; `head` is the width of one, 0 where there are none."""
+    """Return the mistake that turns the expected tensor into the found one; `head` is the width of one, 0 where there are none."""
     ours, theirs = found[name], expected[name]
     if ours.shape != theirs.shape:
         return f"its width is {ours.shape[-1]}, expected {theirs.shape[-1]}"
@@ -207,7 +209,7 @@ def _cause(name: str, found: Taps, expected: Taps, head: int) -> str:
 
 
 def _permutation(found: torch.Tensor, expected: torch.Tensor, head: int) -> str:
-    """What order the columns of found [n, w] have, if they are those of expected."""
+    """Return what order the columns of found [n, w] have, if they are those of expected."""
     other = "the weight has other numbers: it is another tensor's, or damaged"
     width = found.shape[1]
     if width > SEARCHED_WIDTH:
@@ -223,7 +225,7 @@ def _permutation(found: torch.Tensor, expected: torch.Tensor, head: int) -> str:
     return "QKV order: the rows of several heads are mixed" if head else "the rows are in another order"
 
 
-def _explain_head(core: CoreSide, stock: StockSide, hidden: torch.Tensor) -> str:
+def _explain_head(core: "CoreSide", stock: StockSide, hidden: torch.Tensor) -> str:
     expected, found = core.final_norm(hidden), stock.final_norm(hidden)
     if not are_equal(found, expected):
         cause = _cause("final norm", {"final norm": found}, {"final norm": expected}, 0)

@@ -1,16 +1,15 @@
-"""The weights of a Hugging Face folder as a stream: safetensors files of a bounded size, written and read tensor by tensor.
+"""The files of a Hugging Face folder: weights as a stream, and the tokenizer and configs that stand beside them.
+
+Weights are safetensors files of a bounded size, written and read tensor by tensor.
 
 The format is a specification: 8 bytes of length, a JSON header with type, shape and place of every tensor, then their bytes.
 The library that reads it everywhere writes a file from memory only; the writer here holds one tensor,
 and the next, which is read meanwhile.
-
-What stands beside the weights of an exported folder: tokenizer, generation config, the cards, and config.json, the last.
 """
 
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import shutil
@@ -40,6 +39,9 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK_ELEMENTS = 1 << 26
 """Of a matrix over the vocabulary, held at once where it is not held whole."""
 PICKLED = "pytorch_model.bin"
+TOKENIZER = "tokenizer"
+"""Folder in a run folder."""
+CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 
 class WeightsWriter:
@@ -59,7 +61,7 @@ class WeightsWriter:
         }
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-        """Write all tensors, and the index if there are several files; all of it is on disk. Returns sha256 by file name."""
+        """Write all tensors, which are on disk then, and the index if there are several files. Returns sha256 by file name."""
         files = {}
         with ThreadPoolExecutor(4) as threads:
             stream = read_ahead(iter(tensors), threads)
@@ -68,7 +70,7 @@ class WeightsWriter:
             sums = {name: file.sums()["sha256"] for name, file in files.items()}
         if len(self._files) > 1:
             content = json.dumps(self._index, indent=2, allow_nan=False).encode()
-            write_synced(os.path.join(self.folder, INDEX), content)
+            Path(self.folder, INDEX).write_bytes(content)
             sums[INDEX] = hashlib.sha256(content).hexdigest()
         return sums
 
@@ -97,20 +99,12 @@ class WeightsWriter:
 
 
 def parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB` (powers of ten) or a number. Raises UsageError."""
+    """Return the bytes of `5GB`, `500MB` (powers of ten) or a number. Raises UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
     if size < 1:
         raise UsageError(f"--max-shard-size {text} is no size; give one such as 5GB or 500MB")
     return size
-
-
-def write_synced(path: str, content: bytes) -> None:
-    """Write a small file; it is on disk after this."""
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 class WeightsReader:
@@ -138,11 +132,6 @@ class WeightsReader:
         for file in sorted(set(self._claimed.values())) or [self._start]:
             also_in |= self._read_header(file)
         self._check_claims(also_in)
-
-    @property
-    def num_elements(self) -> int:
-        """Of all tensors together."""
-        return sum(math.prod(shape) for shape in self.shapes.values())
 
     def holding_dtype(self) -> torch.dtype:
         """The narrowest type that holds every tensor exactly: theirs, if they have one type, else fp32."""
@@ -273,13 +262,8 @@ class WeightsReader:
         return self._start if self._start.endswith(".index.json") else "transformers_weights of config.json"
 
 
-TOKENIZER = "tokenizer"
-"""Folder in a run folder."""
-CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
-
-
 def run_tokenizer(checkpoint: str, provenance: Provenance) -> str:
-    """The folder of the run's copy of its tokenizer. Raises DataError without one, MismatchError if it is another one."""
+    """Return the folder of the run's copy of its tokenizer. Raises DataError without one, MismatchError if it is another one."""
     folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(checkpoint))), TOKENIZER)
     if not os.path.isdir(folder):
         raise DataError(
@@ -297,12 +281,12 @@ def run_tokenizer(checkpoint: str, provenance: Provenance) -> str:
 
 
 def write_companions(folder: str, tokenizer: str, provenance: Provenance) -> None:
-    """Everything but weights, cards and config.json. Raises DataError when stock transformers would not stop at the eod."""
+    """Write everything but weights, cards and config.json. Raises DataError when stock transformers would not stop at the eod."""
     build_generation_config(provenance).save_pretrained(folder)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     if (config := Path(folder, TOKENIZER_CONFIG)).is_file():  # a run of an earlier release may hold paths in it
         kept = json.dumps(without_local(read_object(str(config))), indent=2, ensure_ascii=False)
-        write_synced(str(config), kept.encode())
+        config.write_text(kept, encoding="utf-8")
     loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if loaded.eos_token_id != provenance.eod_id:
         raise DataError(
@@ -312,40 +296,5 @@ def write_companions(folder: str, tokenizer: str, provenance: Provenance) -> Non
 
 
 def write_config(folder: str, name: str, hf_config: PreTrainedConfig) -> None:
-    """What becomes config.json, without which no folder loads: call it when all else is written and checked."""
-    write_synced(os.path.join(folder, name), hf_config.to_json_string().encode())
-
-
-def write_cards(folder: str, name: str, card: dict[str, Any]) -> None:
-    """The verification card: `name` as JSON, VERIFICATION.md for people."""
-    write_synced(os.path.join(folder, name), (json.dumps(card, indent=2, allow_nan=False) + "\n").encode())
-    write_synced(os.path.join(folder, "VERIFICATION.md"), _as_markdown(card).encode())
-
-
-def _as_markdown(card: dict[str, Any]) -> str:
-    gate = card["verification"]
-    lines = ["# How this conversion was verified", ""]
-    if gate is None:
-        lines += [
-            "**It was not**: the logits gate was skipped with `--no-verify`. Nobody has compared what both models compute.",
-            "",
-        ]
-    else:
-        lines += [
-            f"Logits of the megatron-core model and of stock transformers were compared {gate['how'].replace('_', ' ')} at"
-            f" {gate['positions']} positions of fixed and random ids.",
-            "",
-            "| figure | value | limit |",
-            "|---|---|---|",
-            f"| largest difference of a logit, fp32 | {gate['largest_logit_difference']:.3g} |"
-            f" {gate['limits']['largest_logit_difference']:g} |",
-        ]
-        for key, value in (gate["bf16"] or {}).items():
-            lines.append(f"| {key.replace('_', ' ')}, bf16 | {value:.6g} | {gate['limits'].get(key, 'none')} |")
-        lines.append("")
-    lines += ["| | |", "|---|---|"]
-    shown = [(key, value) for key, value in card.items() if isinstance(value, str | int | float | None)]
-    lines += [f"| {key.replace('_', ' ')} | {value} |" for key, value in shown]
-    for title in ("versions", "files"):
-        lines += ["", f"| {title} | |", "|---|---|", *(f"| {key} | {value} |" for key, value in card[title].items())]
-    return "\n".join(lines) + "\n"
+    """Write what becomes config.json, without which no folder loads: call it when all else is written and checked."""
+    Path(folder, name).write_text(hf_config.to_json_string(), encoding="utf-8")

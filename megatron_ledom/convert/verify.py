@@ -1,39 +1,92 @@
 """The logits gate: a conversion counts only when both sides compute the same.
 
-Whole models where both are small, else one layer of each at a time. fp32 decides; for bf16 weights the
-two are compared in bf16 as well, as they will be used. Where rounding alone moves a model's logits far, as it does where weights
-have outliers, the measure is what rounding does to the stock model on the same ids.
+Whole models where both are small, else one layer of each at a time. fp32 decides; for bf16 weights the two are compared in bf16 as
+well, as they will be used. Where rounding alone moves a model's logits far, as it does where weights have outliers, the measure is
+the effect of rounding on the stock model for the same ids.
 """
 
 import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from transformers import PreTrainedConfig
 
+from megatron_ledom.checkpoint.manifest import CheckpointManifest
 from megatron_ledom.config.derived import padded_vocab_size
-from megatron_ledom.convert.core_side import CoreSide, core_side
 from megatron_ledom.convert.diagnosis import explain, walk
-from megatron_ledom.convert.gate import (
-    MAX_KL,
-    MAX_LOGIT_DIFFERENCE,
-    MAX_MEDIAN_KL,
-    MIN_COSINE,
-    NOISE_FACTOR,
-    Conversion,
-    Gate,
-    How,
-)
 from megatron_ledom.convert.stock_side import StockSide
 from megatron_ledom.errors import VerificationError
 from megatron_ledom.model.arithmetic import count_parameters
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
+
+if TYPE_CHECKING:
+    from megatron_ledom.convert.core_side import CoreSide
 
 log = logging.getLogger(__name__)
 
+MAX_LOGIT_DIFFERENCE = 1e-4
+"""fp32, absolute: what is allowed however little rounding does to the model."""
+MIN_COSINE, MAX_KL = 0.999, 0.01
+"""bf16, likewise: mean cosine of the logits of a position, mean divergence in nats."""
+MAX_MEDIAN_KL = 1e-5
+"""bf16, likewise, of the median position: a few positions where rounding tips a model over do not hide the others."""
+NOISE_FACTOR = 4
+"""Beyond that, how many times the stock model's own rounding error both sides may differ. Two exact computations whose roundings
+are independent differ by about twice as much as one of them is off: 0.35 to 2.2 times was measured."""
+How = Literal["auto", "whole", "layers"]
+SKIPPED = (
+    "the logits gate is skipped (--no-verify): nobody has compared what the two models compute; shapes and the tokenizer"
+    " were checked"
+)
 ROWS, SEED, LENGTH = 4, 20250701, 128
 WHOLE_BELOW = 2**29
 """Bytes: beside the imports, half of what a conversion may take besides its largest file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """The figures of a passed gate, as the card holds them."""
+
+    how: str
+    positions: int
+    largest_logit_difference: float
+    """fp32, absolute."""
+    bf16: dict[str, float] | None
+    """Mean cosine, mean and median KL divergence in nats, share of equal argmax; the same, `stock_...`, of stock bf16 against
+    stock fp32. None for fp32 weights."""
+    seconds: float
+    limits: dict[str, float]
+    """What was allowed for each figure."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """Both sides of a conversion, in either direction."""
+
+    checkpoint: str
+    manifest: CheckpointManifest
+    folder: str
+    """With the Hugging Face weights; a config.json need not be there."""
+    hf_config: PreTrainedConfig
+    held: torch.dtype
+    """Type that holds the folder's weights exactly."""
+
+    @property
+    def stored(self) -> torch.dtype:
+        """Type of the checkpoint's weights."""
+        return PARAMS_DTYPES[self.manifest.run_config(self.checkpoint).model.params_dtype]
+
+
+def pass_gate(pair: Conversion, how: How | None) -> Gate | None:
+    """Run the gate as `check_logits` does; with `how` None say that it is skipped."""
+    if how is None:
+        log.warning("%s", SKIPPED)
+        return None
+    return check_logits(pair, how)
 
 
 def check_logits(pair: Conversion, how: How) -> Gate:
@@ -56,13 +109,13 @@ def check_logits(pair: Conversion, how: How) -> Gate:
     if pair.stored is torch.bfloat16:
         bf16, allowed = _check_bf16(*_logits(pair, ids, torch.bfloat16, how), found)
         limits |= allowed
-    return Gate(positions, ids.numel(), difference, bf16, limits, round(time.monotonic() - started, 2))
+    return Gate(positions, ids.numel(), difference, bf16, round(time.monotonic() - started, 2), limits)
 
 
 def _check_fp32(
     pair: Conversion, ids: torch.Tensor, how: str, expected: torch.Tensor, found: torch.Tensor
 ) -> tuple[float, float]:
-    """Largest difference of logits [B, S, V], and what is allowed. Raises VerificationError that names the cause."""
+    """Return the largest difference of logits [B, S, V], and what is allowed. Raises VerificationError that names the cause."""
     by_position = (found - expected).abs().amax(-1)
     difference, limit = float(by_position.max()), MAX_LOGIT_DIFFERENCE
     if difference <= limit:
@@ -83,8 +136,8 @@ def _check_fp32(
 
 
 def _check_bf16(expected: torch.Tensor, found: torch.Tensor, exact: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
-    """How alike core and stock logits are in bf16, and what is allowed, by what bf16 does to the stock model, whose logits in fp32
-    are `exact`. Raises VerificationError."""
+    """Return the likeness of core and stock logits in bf16, and what is allowed: by the effect of bf16 on the stock model, whose logits
+    in fp32 are `exact`. Raises VerificationError."""
     likeness, own = _likeness(expected, found), _likeness(exact, found)
     limits = {
         "mean_cosine": min(MIN_COSINE, 1 - NOISE_FACTOR * (1 - own["mean_cosine"])),
@@ -106,7 +159,7 @@ def _check_bf16(expected: torch.Tensor, found: torch.Tensor, exact: torch.Tensor
 
 
 def probe_ids(vocab_size: int, length: int) -> torch.Tensor:
-    """[ROWS, length]: one row of ascending ids, the others random from a fixed seed, the last id among them."""
+    """Return ids [ROWS, length]: one row of ascending ids, the others random from a fixed seed, the last id among them."""
     generator = torch.Generator().manual_seed(SEED)
     random_rows = torch.randint(0, vocab_size, (ROWS - 1, length), generator=generator)
     random_rows[0, 0] = vocab_size - 1
@@ -114,7 +167,7 @@ def probe_ids(vocab_size: int, length: int) -> torch.Tensor:
 
 
 def _logits(pair: Conversion, ids: torch.Tensor, dtype: torch.dtype, how: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits [B, S, V] of the core and of the stock model."""
+    """Return logits [B, S, V] of the core and of the stock model."""
     with _sides(pair, dtype, how) as (core, stock):
         if how == "layers":
             return walk(core, stock, ids)[:2]
@@ -122,7 +175,7 @@ def _logits(pair: Conversion, ids: torch.Tensor, dtype: torch.dtype, how: str) -
 
 
 def _stock_logits(pair: Conversion, ids: torch.Tensor, dtype: torch.dtype, how: str) -> torch.Tensor:
-    """Logits [B, S, V] of the stock model."""
+    """Return logits [B, S, V] of the stock model."""
     with torch.no_grad():
         stock = _stock_side(pair, dtype, how)
         if how == "whole":
@@ -140,8 +193,10 @@ def _explain(pair: Conversion, ids: torch.Tensor, how: str) -> str:
 
 
 @contextmanager
-def _sides(pair: Conversion, dtype: torch.dtype, how: str) -> Iterator[tuple[CoreSide, StockSide]]:
-    """Both models; no gradients."""
+def _sides(pair: Conversion, dtype: torch.dtype, how: str) -> Iterator[tuple["CoreSide", StockSide]]:
+    """Make both models; no gradients."""
+    from megatron_ledom.convert.core_side import core_side  # megatron-core: seconds that only the gate needs
+
     with core_side(pair.checkpoint, pair.manifest, dtype=dtype, whole=how == "whole") as core:
         yield core, _stock_side(pair, dtype, how)
 

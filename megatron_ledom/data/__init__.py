@@ -1,0 +1,19 @@
+"""Shards: written from text, read back, and mixed to what a run trains on."""
+
+from typing import TYPE_CHECKING
+
+from megatron_ledom.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from megatron_ledom.data.preprocess.encode_parts import pack_documents
+    from megatron_ledom.data.shards.shard import Counts, ShardReader, ShardWriter
+
+__all__ = ["Counts", "ShardReader", "ShardWriter", "pack_documents"]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "megatron_ledom.data.shards.shard": ["Counts", "ShardReader", "ShardWriter"],
+        "megatron_ledom.data.preprocess.encode_parts": ["pack_documents"],
+    },
+)

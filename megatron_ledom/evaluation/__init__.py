@@ -2,8 +2,7 @@
 
 What a caller with a model of its own needs, such as a trainer:
 
-    from megatron_ledom.evaluation.evaluate import evaluate_task
-    from megatron_ledom.evaluation.tasks.files import load_task
+    from megatron_ledom.evaluation import LanguageTaskModel, evaluate_task, load_task
 
     task = load_task("svamp", "data", limit=100, num_fewshot=4, seed=0)    # -> LoadedTask; reads and checks the files, no model
     result = evaluate_task(model, task)                                      # -> TaskResult
@@ -16,6 +15,26 @@ What a caller with a model of its own needs, such as a trainer:
     score(pairs: Sequence[tuple[str, str]]) -> list[SpanScore]               # of (preceding, following): the part it comes to last
     write(given: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]) -> list[str]    # greedily
 
-`task_model.LanguageTaskModel(ReverseLM.from_pretrained(folder), batch_size=16)` is one. Every rank that shares a model calls
+`LanguageTaskModel(ReverseLM.from_pretrained(folder), batch_size=16)` is one. Every rank that shares a model calls
 `evaluate_task` with the same arguments: what is asked of the model, and in which order, follows from the task alone.
 """
+
+from typing import TYPE_CHECKING
+
+from megatron_ledom.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from megatron_ledom.evaluation.evaluate import evaluate_task
+    from megatron_ledom.evaluation.task_model import LanguageTaskModel
+    from megatron_ledom.evaluation.tasks.files import load_task
+
+__all__ = ["LanguageTaskModel", "evaluate_task", "load_task"]
+
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "megatron_ledom.evaluation.task_model": ["LanguageTaskModel"],
+        "megatron_ledom.evaluation.evaluate": ["evaluate_task"],
+        "megatron_ledom.evaluation.tasks.files": ["load_task"],
+    },
+)

@@ -8,7 +8,6 @@ The caller holds the lock of the output folder (`storage.locks`) while it reads 
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +21,8 @@ from megatron_ledom.evaluation.choices import MAIN_WAY, NORMALIZATIONS, chosen
 from megatron_ledom.evaluation.tasks.tasks import Kind, LoadedTask
 from megatron_ledom.inference.intervals import bootstrap_interval
 from megatron_ledom.storage.files import json_text, write_file, write_json
+from megatron_ledom.storage.jobs import differences
+from megatron_ledom.storage.lines import append_lines, cut_lines, whole_lines
 
 NUMBER = "item"
 """Key of a line's number, from 0: it is checked before the line is resumed."""
@@ -51,7 +52,7 @@ class ItemFile:
         is damaged, out of order or refused by `check`. Lines beyond `num_items`, of a larger limit, stay: only their numbers are
         checked. A file without a whole line hinders nobody.
         """
-        lines = self._whole_lines()
+        lines = whole_lines(self.path)
         if lines:
             self._check_made_by()
         num_kept = num_items if len(lines) >= num_items else len(lines) // window * window
@@ -66,9 +67,7 @@ class ItemFile:
         made_by = self._read_notes()
         if made_by == self._made_by:
             return
-        names = sorted({*made_by, *self._made_by})
-        changed = [name for name in names if made_by.get(name) != self._made_by.get(name)]
-        told = "; ".join(f"{name} was {made_by.get(name)}, is {self._made_by.get(name)}" for name in changed)
+        told = "; ".join(differences(made_by, self._made_by))
         raise MismatchError(
             f"{self.path} was made otherwise ({told}); run with the same settings to resume, give another --output, or"
             f" {self._remedy}"
@@ -107,28 +106,15 @@ class ItemFile:
                 raise DataError(f"{where}: {error}; {self._remedy}") from error
         return record
 
-    def _whole_lines(self) -> list[bytes]:
-        if not self.path.is_file():
-            return []
-        return [line for line in self.path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
-
-    def _cut(self, num_bytes: int) -> None:
-        """Keep what `resume` returned. The notes come first, so no line is ever beside the notes of another run."""
-        write_json(self._notes, self._made_by)
-        self.path.touch()
-        os.truncate(self.path, num_bytes)
-
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Add a window's lines; they are on the disk when this returns."""
-        lines = [json_text(record, where=self.path) + "\n" for record in records]
+        lines = "".join(json_text(record, where=self.path) + "\n" for record in records)
         try:
-            if self._cut_to is not None:
-                self._cut(self._cut_to)
+            if self._cut_to is not None:  # the notes come first, so no line is ever beside the notes of another run
+                write_json(self._notes, self._made_by)
+                cut_lines(self.path, self._cut_to)
                 self._cut_to = None
-            with self.path.open("a", encoding="utf-8") as output:
-                output.writelines(lines)
-                output.flush()
-                os.fsync(output.fileno())
+            append_lines(self.path, lines.encode())
         except OSError as error:
             raise cannot_write(error, str(self.path)) from error
 

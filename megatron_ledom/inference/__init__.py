@@ -1,21 +1,36 @@
 """Using a trained model: write what came before a text, score spans of it, rank answers. Needs torch and transformers only."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from megatron_ledom.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from megatron_ledom.inference.directions import ForwardLM, ReverseLM
+    from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
+    from megatron_ledom.inference.reverse_reward.reward import Candidate, CandidateScore, RewardSettings, rank, score_questions
 
-__all__ = ["ForwardLM", "ReverseLM"]
+__all__ = [
+    "Candidate",
+    "CandidateScore",
+    "ForwardLM",
+    "ReverseLM",
+    "RewardSettings",
+    "TransformersEngine",
+    "rank",
+    "score_questions",
+]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a model class when it is first asked for, so that importing the package stays instant."""
-    if name == "ReverseLM":
-        from megatron_ledom.inference.directions import ReverseLM
-
-        return ReverseLM
-    if name == "ForwardLM":
-        from megatron_ledom.inference.directions import ForwardLM
-
-        return ForwardLM
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "megatron_ledom.inference.reverse_reward.reward": [
+            "Candidate",
+            "CandidateScore",
+            "RewardSettings",
+            "rank",
+            "score_questions",
+        ],
+        "megatron_ledom.inference.directions": ["ForwardLM", "ReverseLM"],
+        "megatron_ledom.inference.engines.transformers_engine": ["TransformersEngine"],
+    },
+)

@@ -1,15 +1,11 @@
 """From RunConfig to megatron-core's GPTModel: the one place where that class and its config are built.
 
-Rotary frequencies (Su et al., arXiv 2104.09864), plain or stretched for longer contexts, in one place for every kind.
+Rotary frequencies (Su et al., arXiv 2104.09864), plain or stretched for longer contexts: megatron-core's own options leave out
+what public models set (the bounds of llama3, yarn outside multi-latent attention), so the model gets the frequencies themselves.
+What yarn multiplies queries and keys by goes into the scale of the softmax: both only meet in their product.
 
-megatron-core's own options leave out what public models set (the bounds of llama3, yarn outside multi-latent attention), so
-the model gets the frequencies themselves. What yarn multiplies queries and keys by goes into the scale of the softmax: both
-only meet in their product.
-
-Initial weights that do not depend on the layout.
-
-Each matrix is drawn whole, from a seed made of the run's seed, the weight's global name and its layer, and every rank
-keeps its own part. One process and any tensor, pipeline or data-parallel layout therefore start from the same model.
+Initial weights do not depend on the layout: each matrix is drawn whole, from a seed made of the run's seed, the weight's global
+name and its layer, and every rank keeps its own part.
 """
 
 import hashlib
@@ -32,6 +28,156 @@ from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.model.layer_specs import LayerChoice, build_layer_spec, start_user_buffers
 from megatron_ledom.ops.cross_entropy import vocab_parallel_cross_entropy
 from megatron_ledom.parallel.groups import ParallelGroups
+
+
+class LanguageModel(GPTModel):  # type: ignore[misc]
+    """GPTModel whose loss counts the tokenizer's ids only and can report log Z for the z-loss."""
+
+    num_ids: int
+    """Ids that count; the embedding's rows behind them are padding."""
+    reports_log_z: bool
+    fuses_loss: bool
+    """Whether the loss may use the kernels of the device."""
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """labels [B, S], logits [S, B, V] -> losses in nats [B, S]; with log Z beside them [B, S, 2] if that is asked for."""
+        losses_SB, log_z_SB = vocab_parallel_cross_entropy(
+            logits, labels.t(), self.num_ids, self.pg_collection.tp, fused=self.fuses_loss
+        )
+        if self.reports_log_z:
+            return torch.stack([losses_SB, log_z_SB], -1).transpose(0, 1)
+        return losses_SB.t()
+
+
+def checkpoint_metadata(groups: ParallelGroups) -> dict[str, Any]:
+    """What sharded state dicts need to know; `fully_reshardable` is the one format every layout can load."""
+    return {"dp_cp_group": groups.data_and_context, "distrib_optim_sharding_type": "fully_reshardable"}
+
+
+def build_model_chunks(
+    config: RunConfig, vocab_size: int, groups: ParallelGroups, choice: LayerChoice, *, initialize: bool = True
+) -> list[LanguageModel]:
+    """This rank's part of the model for `vocab_size` ids, one a virtual stage, with initial weights, on its device.
+
+    Without `initialize` the matrices hold anything: for weights that are loaded next.
+    """
+    core_config = build_core_config(config)
+    fuse_activation(core_config, choice)
+    interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
+    if config.parallel.tp_comm_overlap:
+        start_user_buffers(config)
+    chunks = []
+    for chunk in range(groups.virtual_stages):
+        stage = chunk if interleaved else None
+        model = LanguageModel(
+            core_config,
+            build_layer_spec(choice, core_config, stage, unfused_attention=config.model.attention_backend == "unfused"),
+            vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by),
+            max_sequence_length=config.data.seq_length,
+            pre_process=groups.holds_first_stage(chunk),
+            post_process=groups.holds_last_stage(chunk),
+            position_embedding_type="rope",
+            rotary_base=config.model.rotary_base,
+            share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
+            pg_collection=groups.collection,
+            vp_stage=stage,
+        )
+        model.rotary_pos_emb.inv_freq = rotary_frequencies(config.model).to(model.rotary_pos_emb.inv_freq.device)
+        model.num_ids, model.reports_log_z = vocab_size, config.train.z_loss_coeff > 0
+        model.fuses_loss = choice.implementation != "torch"
+        if torch.cuda.is_available():
+            model.cuda(torch.cuda.current_device())
+        if initialize:
+            initialize_weights(model, config.train.seed, checkpoint_metadata(groups))
+        chunks.append(model)
+    return chunks
+
+
+def wrap_for_training(config: RunConfig, chunks: list[LanguageModel]) -> list[DistributedDataParallel]:
+    """Mixed precision and data parallelism around the model chunks; gradients are summed in fp32."""
+    parallel = config.parallel
+    ddp_config = DistributedDataParallelConfig(
+        use_distributed_optimizer=parallel.use_distributed_optimizer,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        bucket_size=parallel.bucket_size,
+        grad_reduce_in_fp32=True,
+        check_for_nan_in_grad=False,  # the step looks at the norm, once for all gradients
+    )
+    wrapped = []
+    for index, chunk in enumerate(chunks):
+        module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
+        # later chunks need their gradients last: their buckets are not overlapped one by one
+        wrapped.append(DistributedDataParallel(chunk.config, ddp_config, module, disable_bucketing=index > 0))
+    return wrapped
+
+
+def build_core_config(config: RunConfig) -> TransformerConfig:
+    """megatron-core's transformer config of a run."""
+    model, parallel = config.model, config.parallel
+    dtype = PARAMS_DTYPES[model.params_dtype]
+    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    return TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=query_groups(model),
+        kv_channels=head_dim(model),
+        normalization="RMSNorm",
+        layernorm_epsilon=model.layernorm_epsilon,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        add_bias_linear=False,
+        add_qkv_bias=model.add_qkv_bias,
+        qk_layernorm=model.qk_layernorm,
+        softmax_scale=softmax_scale(model),
+        attention_dropout=model.attention_dropout,
+        hidden_dropout=model.hidden_dropout,
+        init_method_std=model.init_method_std,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=model.params_dtype == "bf16",
+        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
+        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+        sequence_parallel=parallel.sequence_parallel,
+        microbatch_group_size_per_vp_stage=parallel.pipeline_model_parallel_size,
+        overlap_p2p_comm=interleaved,  # interleaved with batched p2p gives a wrong loss at two stages
+        batch_p2p_comm=not interleaved,
+        deallocate_pipeline_outputs=False,  # with interleaved and overlap it is a race
+        calculate_per_token_loss=True,
+        init_method=leave_unset,  # initialize_weights draws the weights, alike for every layout
+        output_layer_init_method=leave_unset,
+        embedding_init_method=leave_unset,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        gradient_accumulation_fusion=not torch.cuda.is_available(),  # CUDA needs an extension; a CPU has ours
+        masked_softmax_fusion=False,  # this and the next ones are compiled while training, with a C++ compiler on a CPU
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        apply_rope_fusion=False,
+        recompute_granularity=parallel.recompute_granularity,
+        recompute_method=parallel.recompute_method,
+        recompute_num_layers=parallel.recompute_num_layers,
+        recompute_modules=list(parallel.recompute_modules),
+        fp8=model.fp8,
+        fp8_recipe=model.fp8_recipe,
+        fp8_amax_history_len=model.fp8_amax_history_len,
+        fp8_amax_compute_algo=model.fp8_amax_compute_algo,
+        tp_comm_overlap=parallel.tp_comm_overlap,
+    )
+
+
+def fuse_activation(core_config: TransformerConfig, choice: LayerChoice) -> None:
+    """SwiGLU as one operator, which keeps 3 instead of 5 tensors of the feed-forward width for the backward pass.
+
+    Our fused layer's spec names ours. Transformer Engine's layers, which only run on a GPU, have megatron-core's: it is compiled
+    when it is first called. Not yet run on hardware.
+    """
+    core_config.use_te_activation_func = choice.implementation == "fused"  # takes the activation that the layer spec names
+    if choice.implementation == "transformer_engine":
+        core_config.bias_activation_fusion = True
 
 
 def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
@@ -127,153 +273,3 @@ def _sharded_matrices(state: Any) -> Iterator[ShardedTensor]:
     elif isinstance(state, list | tuple):
         for value in state:
             yield from _sharded_matrices(value)
-
-
-class LanguageModel(GPTModel):  # type: ignore[misc]
-    """GPTModel whose loss counts the tokenizer's ids only and can report log Z for the z-loss."""
-
-    num_ids: int
-    """Ids that count; the embedding's rows behind them are padding."""
-    reports_log_z: bool
-    fuses_loss: bool
-    """Whether the loss may use the kernels of the device."""
-
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """labels [B, S], logits [S, B, V] -> losses in nats [B, S]; with log Z beside them [B, S, 2] if that is asked for."""
-        losses_SB, log_z_SB = vocab_parallel_cross_entropy(
-            logits, labels.t(), self.num_ids, self.pg_collection.tp, fused=self.fuses_loss
-        )
-        if self.reports_log_z:
-            return torch.stack([losses_SB, log_z_SB], -1).transpose(0, 1)
-        return losses_SB.t()
-
-
-def checkpoint_metadata(groups: ParallelGroups) -> dict[str, Any]:
-    """What sharded state dicts need to know; `fully_reshardable` is the one format every layout can load."""
-    return {"dp_cp_group": groups.data_and_context, "distrib_optim_sharding_type": "fully_reshardable"}
-
-
-def build_core_config(config: RunConfig) -> TransformerConfig:
-    """megatron-core's transformer config of a run."""
-    model, parallel = config.model, config.parallel
-    dtype = PARAMS_DTYPES[model.params_dtype]
-    interleaved = parallel.virtual_pipeline_model_parallel_size is not None
-    return TransformerConfig(
-        num_layers=model.num_layers,
-        hidden_size=model.hidden_size,
-        ffn_hidden_size=model.ffn_hidden_size,
-        num_attention_heads=model.num_attention_heads,
-        num_query_groups=query_groups(model),
-        kv_channels=head_dim(model),
-        normalization="RMSNorm",
-        layernorm_epsilon=model.layernorm_epsilon,
-        gated_linear_unit=True,
-        activation_func=F.silu,
-        add_bias_linear=False,
-        add_qkv_bias=model.add_qkv_bias,
-        qk_layernorm=model.qk_layernorm,
-        softmax_scale=softmax_scale(model),
-        attention_dropout=model.attention_dropout,
-        hidden_dropout=model.hidden_dropout,
-        init_method_std=model.init_method_std,
-        params_dtype=dtype,
-        pipeline_dtype=dtype,
-        bf16=model.params_dtype == "bf16",
-        tensor_model_parallel_size=parallel.tensor_model_parallel_size,
-        pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
-        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline_model_parallel_size,
-        context_parallel_size=parallel.context_parallel_size,
-        sequence_parallel=parallel.sequence_parallel,
-        microbatch_group_size_per_vp_stage=parallel.pipeline_model_parallel_size,
-        overlap_p2p_comm=interleaved,  # interleaved with batched p2p gives a wrong loss at two stages
-        batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=False,  # with interleaved and overlap it is a race
-        calculate_per_token_loss=True,
-        init_method=leave_unset,  # initialize_weights draws the weights, alike for every layout
-        output_layer_init_method=leave_unset,
-        embedding_init_method=leave_unset,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        gradient_accumulation_fusion=not torch.cuda.is_available(),  # CUDA needs an extension; a CPU has ours
-        masked_softmax_fusion=False,  # this and the next ones are compiled while training, with a C++ compiler on a CPU
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        apply_rope_fusion=False,
-        recompute_granularity=parallel.recompute_granularity,
-        recompute_method=parallel.recompute_method,
-        recompute_num_layers=parallel.recompute_num_layers,
-        recompute_modules=list(parallel.recompute_modules),
-        fp8=model.fp8,
-        fp8_recipe=model.fp8_recipe,
-        fp8_amax_history_len=model.fp8_amax_history_len,
-        fp8_amax_compute_algo=model.fp8_amax_compute_algo,
-        tp_comm_overlap=parallel.tp_comm_overlap,
-    )
-
-
-def fuse_activation(core_config: TransformerConfig, choice: LayerChoice) -> None:
-    """SwiGLU as one operator, which keeps 3 instead of 5 tensors of the feed-forward width for the backward pass.
-
-    Our fused layer's spec names ours. Transformer Engine's layers, which only run on a GPU, have megatron-core's: it is compiled
-    when it is first called. Not yet run on hardware.
-    """
-    core_config.use_te_activation_func = choice.implementation == "fused"  # takes the activation that the layer spec names
-    if choice.implementation == "transformer_engine":
-        core_config.bias_activation_fusion = True
-
-
-def build_model_chunks(
-    config: RunConfig, vocab_size: int, groups: ParallelGroups, choice: LayerChoice, *, initialize: bool = True
-) -> list[LanguageModel]:
-    """This rank's part of the model for `vocab_size` ids, one a virtual stage, with initial weights, on its device.
-
-    Without `initialize` the matrices hold anything: for weights that are loaded next.
-    """
-    core_config = build_core_config(config)
-    fuse_activation(core_config, choice)
-    interleaved = config.parallel.virtual_pipeline_model_parallel_size is not None
-    if config.parallel.tp_comm_overlap:
-        start_user_buffers(config)
-    chunks = []
-    for chunk in range(groups.virtual_stages):
-        stage = chunk if interleaved else None
-        model = LanguageModel(
-            core_config,
-            build_layer_spec(choice, core_config, stage, unfused_attention=config.model.attention_backend == "unfused"),
-            vocab_size=padded_vocab_size(vocab_size, config.model.make_vocab_size_divisible_by),
-            max_sequence_length=config.data.seq_length,
-            pre_process=groups.holds_first_stage(chunk),
-            post_process=groups.holds_last_stage(chunk),
-            position_embedding_type="rope",
-            rotary_base=config.model.rotary_base,
-            share_embeddings_and_output_weights=config.model.share_embeddings_and_output_weights,
-            pg_collection=groups.collection,
-            vp_stage=stage,
-        )
-        model.rotary_pos_emb.inv_freq = rotary_frequencies(config.model).to(model.rotary_pos_emb.inv_freq.device)
-        model.num_ids, model.reports_log_z = vocab_size, config.train.z_loss_coeff > 0
-        model.fuses_loss = choice.implementation != "torch"
-        if torch.cuda.is_available():
-            model.cuda(torch.cuda.current_device())
-        if initialize:
-            initialize_weights(model, config.train.seed, checkpoint_metadata(groups))
-        chunks.append(model)
-    return chunks
-
-
-def wrap_for_training(config: RunConfig, chunks: list[LanguageModel]) -> list[DistributedDataParallel]:
-    """Mixed precision and data parallelism around the model chunks; gradients are summed in fp32."""
-    parallel = config.parallel
-    ddp_config = DistributedDataParallelConfig(
-        use_distributed_optimizer=parallel.use_distributed_optimizer,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
-        bucket_size=parallel.bucket_size,
-        grad_reduce_in_fp32=True,
-        check_for_nan_in_grad=False,  # the step looks at the norm, once for all gradients
-    )
-    wrapped = []
-    for index, chunk in enumerate(chunks):
-        module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
-        # later chunks need their gradients last: their buckets are not overlapped one by one
-        wrapped.append(DistributedDataParallel(chunk.config, ddp_config, module, disable_bucketing=index > 0))
-    return wrapped

@@ -1,7 +1,4 @@
-"""Which implementation each transformer layer is made of: Transformer Engine's, our fused operators, or plain torch's.
-
-The transformer layer of our fused operators: attention's output is added to the residual stream and normed in one pass.
-"""
+"""The implementation of each transformer layer: Transformer Engine's, our fused operators, or plain torch's; and its layer spec."""
 
 import importlib.util
 import re
@@ -27,45 +24,6 @@ from megatron_ledom.ops.rms_norm import FusedRMSNorm, TorchRMSNorm
 from megatron_ledom.ops.rope import FusedSelfAttention
 from megatron_ledom.ops.swiglu import FusedSwiGLU
 
-BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
-
-
-class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
-    """megatron-core's layer; where nothing stands between the sum and the norm before the MLP, one operator does both.
-
-    Dropout stands between, and so does a norm that is computed again in the backward pass: there the layer is megatron-core's.
-    """
-
-    self_attn_bda: Callable[[bool, bool], BiasDropoutAdd]
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._add_alone = self.self_attn_bda
-        self._normed: torch.Tensor | None = None
-        """Of this forward pass, between the sum and the norm; the sum goes by megatron-core's own path meanwhile."""
-        if not self.recompute_pre_mlp_layernorm and not self.offload_attn_norm and not self.offload_mlp_norm:
-            self.self_attn_bda = self._choose_add
-
-    def _choose_add(self, training: bool, fused: bool) -> BiasDropoutAdd:
-        alone = self._add_alone(training, fused)
-
-        def add(x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
-            """The sum [S, B, hidden]; its norm waits for the next call."""
-            x, bias = x_with_bias
-            if bias is not None or (training and dropout):
-                return alone(x_with_bias, residual, dropout)
-            added: torch.Tensor
-            self._normed, added = self.pre_mlp_layernorm.add(x, residual)
-            return added
-
-        return add
-
-    def _forward_pre_mlp_layernorm(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        normed, self._normed = self._normed, None
-        if normed is None:
-            normed = super()._forward_pre_mlp_layernorm(hidden_states)
-        return normed
-
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
@@ -73,6 +31,28 @@ class LayerChoice:
 
     implementation: str
     reason: str
+
+
+def build_layer_spec(
+    choice: LayerChoice, core_config: TransformerConfig, chunk: int | None, *, unfused_attention: bool = False
+) -> Any:
+    """What GPTModel takes as its layer spec, for one model chunk. Transformer Engine: not yet run on hardware."""
+    if choice.implementation == "transformer_engine":
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core_config.qk_layernorm)
+    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=core_config.qk_layernorm)
+    norm = FusedRMSNorm if choice.implementation == "fused" else TorchRMSNorm
+    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
+    attention = layer.submodules.self_attention
+    attention.submodules.core_attention = UnfusedCoreAttention if unfused_attention else SDPACoreAttention
+    if core_config.qk_layernorm:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
+    if choice.implementation == "fused":
+        layer.module = FusedTransformerLayer
+        layer.submodules.mlp.submodules.activation_func = FusedSwiGLU
+        if not core_config.qk_layernorm:  # those norms stand between the projection and the rotation, which ours does in one
+            attention.module = FusedSelfAttention
+    num_layers = get_num_layers_to_build(core_config, vp_stage=chunk)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def choose_layers(config: RunConfig) -> LayerChoice:
@@ -117,6 +97,46 @@ def choose_layers(config: RunConfig) -> LayerChoice:
     if model.transformer_impl == "auto":
         return LayerChoice("transformer_engine", state) if usable else _fused_or_torch(config, state)
     return LayerChoice(model.transformer_impl, f"model.transformer_impl={model.transformer_impl} ({state})")
+
+
+BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tensor, float], torch.Tensor]
+
+
+class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
+    """megatron-core's layer; where nothing stands between the sum and the norm before the MLP, one operator does both.
+
+    Dropout stands between, and so does a norm that is computed again in the backward pass: there the layer is megatron-core's.
+    """
+
+    self_attn_bda: Callable[[bool, bool], BiasDropoutAdd]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._add_alone = self.self_attn_bda
+        self._normed: torch.Tensor | None = None
+        """Of this forward pass, between the sum and the norm; the sum goes by megatron-core's own path meanwhile."""
+        if not self.recompute_pre_mlp_layernorm and not self.offload_attn_norm and not self.offload_mlp_norm:
+            self.self_attn_bda = self._choose_add
+
+    def _choose_add(self, training: bool, fused: bool) -> BiasDropoutAdd:
+        alone = self._add_alone(training, fused)
+
+        def add(x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
+            """The sum [S, B, hidden]; its norm waits for the next call."""
+            x, bias = x_with_bias
+            if bias is not None or (training and dropout):
+                return alone(x_with_bias, residual, dropout)
+            added: torch.Tensor
+            self._normed, added = self.pre_mlp_layernorm.add(x, residual)
+            return added
+
+        return add
+
+    def _forward_pre_mlp_layernorm(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        normed, self._normed = self._normed, None
+        if normed is None:
+            normed = super()._forward_pre_mlp_layernorm(hidden_states)
+        return normed
 
 
 def fused_operators(config: RunConfig) -> tuple[bool, str]:
@@ -192,25 +212,3 @@ def start_user_buffers(config: RunConfig) -> None:
         use_fp8=config.model.fp8 is not None,
         bootstrap_backend="nccl",
     )
-
-
-def build_layer_spec(
-    choice: LayerChoice, core_config: TransformerConfig, chunk: int | None, *, unfused_attention: bool = False
-) -> Any:
-    """What GPTModel takes as its layer spec, for one model chunk. Transformer Engine: not yet run on hardware."""
-    if choice.implementation == "transformer_engine":
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core_config.qk_layernorm)
-    layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=core_config.qk_layernorm)
-    norm = FusedRMSNorm if choice.implementation == "fused" else TorchRMSNorm
-    layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = norm
-    attention = layer.submodules.self_attention
-    attention.submodules.core_attention = UnfusedCoreAttention if unfused_attention else SDPACoreAttention
-    if core_config.qk_layernorm:
-        attention.submodules.q_layernorm = attention.submodules.k_layernorm = norm
-    if choice.implementation == "fused":
-        layer.module = FusedTransformerLayer
-        layer.submodules.mlp.submodules.activation_func = FusedSwiGLU
-        if not core_config.qk_layernorm:  # those norms stand between the projection and the rotation, which ours does in one
-            attention.module = FusedSelfAttention
-    num_layers = get_num_layers_to_build(core_config, vp_stage=chunk)
-    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

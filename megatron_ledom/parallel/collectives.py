@@ -1,6 +1,6 @@
-"""Weights that are whole: needed wherever they are read outside the training step.
+"""Operations that all ranks call together: one rank works for all, values are compared, overlapped weights are completed.
 
-What one rank finds out or does for all, so that all go on or all stop: an error on one rank alone lets the others wait in vain.
+An error that one rank alone met would let the others wait in vain; these functions raise it on every rank.
 """
 
 from collections.abc import Callable, Iterator

@@ -1,6 +1,6 @@
-"""Process groups of a run. The one place that knows megatron-core's global group state; others get groups as arguments.
+"""Process groups and random states of a run. The one place that knows megatron-core's global group state.
 
-Random states. Nothing random depends on history: each is a function of the run's seed and of what it is for.
+Random states do not depend on history: each is a function of the run's seed and of what it is for.
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import total_tokens
-from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters, flops_per_token, model_flops_utilisation
 from megatron_ledom.planning.hardware import Hardware
 from megatron_ledom.planning.memory import GIB, StageMemory, all_stages, counting_for
@@ -95,6 +95,12 @@ def make_plan(config: RunConfig, world_size: int, hardware: Hardware, software: 
         train_iters=config.train.train_iters,
         tokens=total_tokens(config),
     )
+
+
+def bytes_of_checkpoint(model: ModelConfig) -> int:
+    """Return the size of one checkpoint of a configured model, whose vocabulary must be known."""
+    shape = architecture_of(model)
+    return count_parameters(model, shape.padded_vocab_size) * CHECKPOINT_BYTES[shape.element_bytes]
 
 
 def name_layout(layout: Layout) -> str:

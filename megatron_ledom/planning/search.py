@@ -14,6 +14,7 @@ from megatron_ledom.planning.memory import GIB, counting_for, stage_memory
 from megatron_ledom.planning.plan import Plan, make_plan, name_layout
 from megatron_ledom.planning.shapes import Architecture, Layout, architecture_of, layout_of
 from megatron_ledom.planning.step_time import Software, data_comm_seconds, optimizer_seconds, pass_times
+from megatron_ledom.planning.text import aligned_lines
 
 MICRO_BATCHES = (1, 2, 4, 8)
 RECOMPUTES: tuple[dict[str, Any], ...] = (
@@ -255,8 +256,7 @@ def describe_found(found: Found, most: int = 10) -> str:
         rows.append(
             (str(index), f"{plan.time.total:.2f}", f"{plan.mfu:.1%}", f"{plan.needed_gib:.1f}", name_layout(plan.layout))
         )
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = ["  ".join([*(cell.rjust(width) for cell, width in zip(row[:4], widths, strict=True)), row[4]]) for row in rows]
+    lines = aligned_lines(rows, "rrrrl")
     fitting = len(found.ranked) + len(found.slower)
     lines += ["", "layouts within half a per cent of each other: simplest first"]
     lines += [f"{found.num_candidates:,} layouts: {fitting:,} work, {len(found.rejected):,} do not"]

@@ -1,6 +1,6 @@
 """Seconds of one iteration: kernels of a layer, collectives beside them, the schedule of the stages, gradients, the optimizer.
 
-Seconds of one kernel or collective on given hardware: a roofline whose height depends on the shape.
+A kernel takes the time of a roofline whose height depends on its shape.
 """
 
 import math
@@ -14,73 +14,6 @@ from megatron_ledom.planning.shapes import Architecture, Layout
 
 TILES = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256))
 """Rows and columns of the tiles that libraries cut a product into; the smaller ones reuse less of what they load."""
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Ranks of one collective: how many, and how many of them share a node."""
-
-    size: int
-    in_node: int
-
-    def bandwidth(self, hardware: Hardware) -> float:
-        """Bytes a second of a ring: inside a node its links; between nodes the cards of all the members there."""
-        inside = hardware.node_gb_per_second
-        between = min(inside, hardware.network_gb_per_second * self.in_node)
-        return (inside if self.size <= self.in_node else between) * hardware.collective_efficiency * 1e9
-
-
-def group(size: int, stride: int, hardware: Hardware) -> Group:
-    """Ranks that are `stride` apart, as megatron-core lays groups out: tensor, then context, data, pipeline."""
-    return Group(size, max(1, min(size, hardware.gpus_per_node // stride)))
-
-
-@cache
-def shape_share(rows: int, columns: int, depth: int, multiprocessors: int, half_depth: float) -> float:
-    """What of the best efficiency a product [rows, depth] x [depth, columns] can have: its tiles fill whole waves of units."""
-    best = 0.0
-    for high, wide in TILES:
-        tiles = math.ceil(rows / high) * math.ceil(columns / wide)
-        filled = (rows * columns) / (high * wide * multiprocessors * math.ceil(tiles / multiprocessors))
-        reuse = (high * wide / (high + wide)) / (256 * 128 / (256 + 128))
-        best = max(best, filled * reuse**0.25)
-    return best * depth / (depth + half_depth)
-
-
-def matmul_seconds(hardware: Hardware, rows: int, columns: int, depth: int, element_bytes: int = 2, added: int = 0) -> float:
-    """A product [rows, depth] x [depth, columns]; `added`: bytes besides, such as a gradient that is read and added to."""
-    share = shape_share(rows, columns, depth, hardware.multiprocessors, hardware.matmul_half_depth)
-    compute = 2 * rows * columns * depth / (hardware.peak_tflops * 1e12 * hardware.matmul_efficiency * share)
-    return max(compute, memory_seconds(hardware, element_bytes * (rows * depth + depth * columns + rows * columns) + added))
-
-
-def memory_seconds(hardware: Hardware, num_bytes: float) -> float:
-    """A kernel that is as fast as its bytes."""
-    return num_bytes / (hardware.memory_gb_per_second * 1e9 * hardware.memory_efficiency)
-
-
-def flash_seconds(hardware: Hardware, forward_flops: float) -> tuple[float, float]:
-    """Flash attention forwards and backwards, by the FLOPs of scores and values that a causal mask leaves."""
-    peak = hardware.peak_tflops * 1e12
-    backward = 2.5 * forward_flops / (peak * hardware.attention_backward_efficiency)
-    return forward_flops / (peak * hardware.attention_efficiency), backward
-
-
-def gather_seconds(hardware: Hardware, ranks: Group, whole_bytes: float) -> float:
-    """All-gather to, or reduce-scatter from, `whole_bytes` on each rank, by a ring."""
-    if ranks.size == 1:
-        return 0.0
-    return (ranks.size - 1) * (whole_bytes / ranks.size / ranks.bandwidth(hardware) + hardware.latency_us * 1e-6)
-
-
-def all_reduce_seconds(hardware: Hardware, ranks: Group, num_bytes: float) -> float:
-    """All-reduce of `num_bytes`: a reduce-scatter, then an all-gather."""
-    return 2 * gather_seconds(hardware, ranks, num_bytes)
-
-
-def exposed(hardware: Hardware, collective: float, beside: float) -> float:
-    """What of a collective is left when `beside` seconds of kernels run meanwhile."""
-    return max(0.0, collective - hardware.overlap_efficiency * beside)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +72,87 @@ class StepTime:
     times: PassTimes = field(default_factory=lambda: PassTimes(((0.0,),), ((0.0,),)))
 
 
+def step_time(model: Architecture, layout: Layout, hardware: Hardware, software: Software | None = None) -> StepTime:
+    """One iteration of a run."""
+    software = software or Software()
+    times, passes = pass_times(model, layout, hardware, software)
+    pipeline = pipeline_seconds(times, layout.num_microbatches)
+    computing = layout.num_microbatches * (sum(times.forward[0]) + sum(times.backward[0]))
+    data = data_comm_seconds(model, layout, hardware, times)
+    optimizer = optimizer_seconds(model, layout, hardware)
+    other = hardware.iteration_ms * 1e-3
+    return StepTime(
+        total=pipeline + data + optimizer + other,
+        pipeline=pipeline,
+        bubble=pipeline - computing,
+        data_comm=data,
+        optimizer=optimizer,
+        other=other,
+        passes=passes,
+        times=times,
+    )
+
+
+def pass_times(model: Architecture, layout: Layout, hardware: Hardware, software: Software) -> tuple[PassTimes, Cost]:
+    """What the schedule takes of every chunk, and the cost of all passes of the stage that computes most."""
+    cells: dict[tuple[bool, bool], tuple[Cost, Cost]] = {}
+    stages: list[list[tuple[Cost, Cost]]] = []
+    for stage in range(layout.pipeline):
+        row = []
+        for chunk in range(layout.chunks):
+            ends = (stage == 0 and chunk == 0, stage == layout.pipeline - 1 and chunk == layout.chunks - 1)
+            if ends not in cells:
+                cells[ends] = chunk_cost(model, layout, hardware, software, *ends)
+            row.append(cells[ends])
+        stages.append(row)
+    sums = [sum((forward + backward for forward, backward in row), Cost()) for row in stages]
+    times = PassTimes(
+        forward=tuple(tuple(forward.total for forward, _ in row) for row in stages),
+        backward=tuple(tuple(backward.total for _, backward in row) for row in stages),
+        transfer=transfer_seconds(model, layout, hardware, software),
+        transfer_blocks=layout.chunks == 1 or software.blocking_transfers,
+    )
+    return times, max(sums, key=lambda cost: cost.total).times(layout.num_microbatches)
+
+
+def chunk_cost(
+    model: Architecture, layout: Layout, hardware: Hardware, software: Software, is_first: bool, is_last: bool
+) -> tuple[Cost, Cost]:
+    """One model chunk forwards and backwards for one micro-batch, with what is computed again."""
+    layers = model.num_layers // (layout.pipeline * layout.chunks)
+    forward, backward, core = layer_cost(model, layout, hardware, software)
+    again = Cost()
+    if layout.recompute == "full":
+        count = layout.recompute_num_layers if layout.recompute_method == "block" else layers
+        again = forward.times(count)
+    elif layout.recompute == "selective":
+        again = core.times(layers) if "core_attn" in layout.recompute_modules else again
+        if "mlp" in layout.recompute_modules:
+            again += _mlp_again(forward, model).times(layers)
+    ends = _ends(model, layout, hardware, is_first, is_last)
+    both = forward.times(layers) + ends[0], backward.times(layers) + again + ends[1]
+    return both[0].times(software.slowdown), both[1].times(software.slowdown)
+
+
+def _ends(model: Architecture, layout: Layout, hardware: Hardware, is_first: bool, is_last: bool) -> tuple[Cost, Cost]:
+    """Embedding on the first chunk; norm, logits and loss on the last one."""
+    forward, backward = Cost(), Cost()
+    e, hidden, tokens, tensor = model.element_bytes, model.hidden_size, layout.tokens, layout.tensor
+    ranks, rows = group(tensor, 1, hardware), model.padded_vocab_size // tensor
+    reduce = gather_seconds(hardware, ranks, e * hidden * tokens) * (1 if layout.sequence_parallel else 2)
+    if is_first:
+        light = memory_seconds(hardware, 3 * e * hidden * tokens)
+        forward, backward = Cost(memory=light, tensor_comm=reduce), Cost(memory=light)
+    if is_last:
+        logits = matmul_seconds(hardware, tokens, rows, hidden, e)
+        gradients = matmul_seconds(hardware, tokens, hidden, rows, e)
+        gradients += matmul_seconds(hardware, rows, hidden, tokens, e, 8 * rows * hidden)
+        loss = memory_seconds(hardware, rows * tokens * (e + 16))
+        forward += Cost(matmul=logits, memory=loss, tensor_comm=reduce if layout.sequence_parallel else 0.0)
+        backward += Cost(matmul=gradients, memory=loss, tensor_comm=reduce)
+    return forward, backward
+
+
 def layer_cost(model: Architecture, layout: Layout, hardware: Hardware, software: Software) -> tuple[Cost, Cost, Cost]:
     """One layer forwards and backwards for one micro-batch, and what recomputing its core attention takes."""
     products, inputs, weights = _products(model, layout, hardware)
@@ -149,6 +163,14 @@ def layer_cost(model: Architecture, layout: Layout, hardware: Hardware, software
     forward = Cost(products, attention[0], light[0], tensor_forward, context_forward)
     backward = Cost(inputs + weights, attention[1], light[1], tensor_backward, context_backward)
     return forward, backward, Cost(attention=attention[0])
+
+
+def _mlp_again(forward: Cost, model: Architecture) -> Cost:
+    """The feed-forward block's share of a layer's forward pass, by its weights; half of the collectives."""
+    keys = model.head_dim * model.num_query_groups
+    mlp = model.gates * model.hidden_size * model.ffn_hidden_size
+    share = mlp / (mlp + 2 * model.hidden_size * (model.query_width + keys))
+    return Cost(matmul=share * forward.matmul, memory=0.5 * forward.memory, tensor_comm=0.5 * forward.tensor_comm)
 
 
 def _products(model: Architecture, layout: Layout, hardware: Hardware) -> tuple[float, float, float]:
@@ -228,74 +250,6 @@ def _context_comm(
     return exposed(hardware, each, attention[0]), exposed(hardware, 2 * each, attention[1])
 
 
-def chunk_cost(
-    model: Architecture, layout: Layout, hardware: Hardware, software: Software, is_first: bool, is_last: bool
-) -> tuple[Cost, Cost]:
-    """One model chunk forwards and backwards for one micro-batch, with what is computed again."""
-    layers = model.num_layers // (layout.pipeline * layout.chunks)
-    forward, backward, core = layer_cost(model, layout, hardware, software)
-    again = Cost()
-    if layout.recompute == "full":
-        count = layout.recompute_num_layers if layout.recompute_method == "block" else layers
-        again = forward.times(count)
-    elif layout.recompute == "selective":
-        again = core.times(layers) if "core_attn" in layout.recompute_modules else again
-        if "mlp" in layout.recompute_modules:
-            again += _mlp_again(forward, model).times(layers)
-    ends = _ends(model, layout, hardware, is_first, is_last)
-    both = forward.times(layers) + ends[0], backward.times(layers) + again + ends[1]
-    return both[0].times(software.slowdown), both[1].times(software.slowdown)
-
-
-def _mlp_again(forward: Cost, model: Architecture) -> Cost:
-    """The feed-forward block's share of a layer's forward pass, by its weights; half of the collectives."""
-    keys = model.head_dim * model.num_query_groups
-    mlp = model.gates * model.hidden_size * model.ffn_hidden_size
-    share = mlp / (mlp + 2 * model.hidden_size * (model.query_width + keys))
-    return Cost(matmul=share * forward.matmul, memory=0.5 * forward.memory, tensor_comm=0.5 * forward.tensor_comm)
-
-
-def _ends(model: Architecture, layout: Layout, hardware: Hardware, is_first: bool, is_last: bool) -> tuple[Cost, Cost]:
-    """Embedding on the first chunk; norm, logits and loss on the last one."""
-    forward, backward = Cost(), Cost()
-    e, hidden, tokens, tensor = model.element_bytes, model.hidden_size, layout.tokens, layout.tensor
-    ranks, rows = group(tensor, 1, hardware), model.padded_vocab_size // tensor
-    reduce = gather_seconds(hardware, ranks, e * hidden * tokens) * (1 if layout.sequence_parallel else 2)
-    if is_first:
-        light = memory_seconds(hardware, 3 * e * hidden * tokens)
-        forward, backward = Cost(memory=light, tensor_comm=reduce), Cost(memory=light)
-    if is_last:
-        logits = matmul_seconds(hardware, tokens, rows, hidden, e)
-        gradients = matmul_seconds(hardware, tokens, hidden, rows, e)
-        gradients += matmul_seconds(hardware, rows, hidden, tokens, e, 8 * rows * hidden)
-        loss = memory_seconds(hardware, rows * tokens * (e + 16))
-        forward += Cost(matmul=logits, memory=loss, tensor_comm=reduce if layout.sequence_parallel else 0.0)
-        backward += Cost(matmul=gradients, memory=loss, tensor_comm=reduce)
-    return forward, backward
-
-
-def pass_times(model: Architecture, layout: Layout, hardware: Hardware, software: Software) -> tuple[PassTimes, Cost]:
-    """What the schedule takes of every chunk, and the cost of all passes of the stage that computes most."""
-    cells: dict[tuple[bool, bool], tuple[Cost, Cost]] = {}
-    stages: list[list[tuple[Cost, Cost]]] = []
-    for stage in range(layout.pipeline):
-        row = []
-        for chunk in range(layout.chunks):
-            ends = (stage == 0 and chunk == 0, stage == layout.pipeline - 1 and chunk == layout.chunks - 1)
-            if ends not in cells:
-                cells[ends] = chunk_cost(model, layout, hardware, software, *ends)
-            row.append(cells[ends])
-        stages.append(row)
-    sums = [sum((forward + backward for forward, backward in row), Cost()) for row in stages]
-    times = PassTimes(
-        forward=tuple(tuple(forward.total for forward, _ in row) for row in stages),
-        backward=tuple(tuple(backward.total for _, backward in row) for row in stages),
-        transfer=transfer_seconds(model, layout, hardware, software),
-        transfer_blocks=layout.chunks == 1 or software.blocking_transfers,
-    )
-    return times, max(sums, key=lambda cost: cost.total).times(layout.num_microbatches)
-
-
 def transfer_seconds(model: Architecture, layout: Layout, hardware: Hardware, software: Software) -> float:
     """Sending one micro-batch's activations to the next stage."""
     if layout.pipeline == 1:
@@ -329,22 +283,68 @@ def optimizer_seconds(model: Architecture, layout: Layout, hardware: Hardware) -
     return memory_seconds(hardware, parameters * (4 + (4 + 8 + 4 + 24 + model.element_bytes) / copies))
 
 
-def step_time(model: Architecture, layout: Layout, hardware: Hardware, software: Software | None = None) -> StepTime:
-    """One iteration of a run."""
-    software = software or Software()
-    times, passes = pass_times(model, layout, hardware, software)
-    pipeline = pipeline_seconds(times, layout.num_microbatches)
-    computing = layout.num_microbatches * (sum(times.forward[0]) + sum(times.backward[0]))
-    data = data_comm_seconds(model, layout, hardware, times)
-    optimizer = optimizer_seconds(model, layout, hardware)
-    other = hardware.iteration_ms * 1e-3
-    return StepTime(
-        total=pipeline + data + optimizer + other,
-        pipeline=pipeline,
-        bubble=pipeline - computing,
-        data_comm=data,
-        optimizer=optimizer,
-        other=other,
-        passes=passes,
-        times=times,
-    )
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Ranks of one collective: how many, and how many of them share a node."""
+
+    size: int
+    in_node: int
+
+    def bandwidth(self, hardware: Hardware) -> float:
+        """Bytes a second of a ring: inside a node its links; between nodes the cards of all the members there."""
+        inside = hardware.node_gb_per_second
+        between = min(inside, hardware.network_gb_per_second * self.in_node)
+        return (inside if self.size <= self.in_node else between) * hardware.collective_efficiency * 1e9
+
+
+def group(size: int, stride: int, hardware: Hardware) -> Group:
+    """Ranks that are `stride` apart, as megatron-core lays groups out: tensor, then context, data, pipeline."""
+    return Group(size, max(1, min(size, hardware.gpus_per_node // stride)))
+
+
+def matmul_seconds(hardware: Hardware, rows: int, columns: int, depth: int, element_bytes: int = 2, added: int = 0) -> float:
+    """A product [rows, depth] x [depth, columns]; `added`: bytes besides, such as a gradient that is read and added to."""
+    share = shape_share(rows, columns, depth, hardware.multiprocessors, hardware.matmul_half_depth)
+    compute = 2 * rows * columns * depth / (hardware.peak_tflops * 1e12 * hardware.matmul_efficiency * share)
+    return max(compute, memory_seconds(hardware, element_bytes * (rows * depth + depth * columns + rows * columns) + added))
+
+
+@cache
+def shape_share(rows: int, columns: int, depth: int, multiprocessors: int, half_depth: float) -> float:
+    """What of the best efficiency a product [rows, depth] x [depth, columns] can have: its tiles fill whole waves of units."""
+    best = 0.0
+    for high, wide in TILES:
+        tiles = math.ceil(rows / high) * math.ceil(columns / wide)
+        filled = (rows * columns) / (high * wide * multiprocessors * math.ceil(tiles / multiprocessors))
+        reuse = (high * wide / (high + wide)) / (256 * 128 / (256 + 128))
+        best = max(best, filled * reuse**0.25)
+    return best * depth / (depth + half_depth)
+
+
+def memory_seconds(hardware: Hardware, num_bytes: float) -> float:
+    """A kernel that is as fast as its bytes."""
+    return num_bytes / (hardware.memory_gb_per_second * 1e9 * hardware.memory_efficiency)
+
+
+def flash_seconds(hardware: Hardware, forward_flops: float) -> tuple[float, float]:
+    """Flash attention forwards and backwards, by the FLOPs of scores and values that a causal mask leaves."""
+    peak = hardware.peak_tflops * 1e12
+    backward = 2.5 * forward_flops / (peak * hardware.attention_backward_efficiency)
+    return forward_flops / (peak * hardware.attention_efficiency), backward
+
+
+def gather_seconds(hardware: Hardware, ranks: Group, whole_bytes: float) -> float:
+    """All-gather to, or reduce-scatter from, `whole_bytes` on each rank, by a ring."""
+    if ranks.size == 1:
+        return 0.0
+    return (ranks.size - 1) * (whole_bytes / ranks.size / ranks.bandwidth(hardware) + hardware.latency_us * 1e-6)
+
+
+def all_reduce_seconds(hardware: Hardware, ranks: Group, num_bytes: float) -> float:
+    """All-reduce of `num_bytes`: a reduce-scatter, then an all-gather."""
+    return 2 * gather_seconds(hardware, ranks, num_bytes)
+
+
+def exposed(hardware: Hardware, collective: float, beside: float) -> float:
+    """What of a collective is left when `beside` seconds of kernels run meanwhile."""
+    return max(0.0, collective - hardware.overlap_efficiency * beside)

@@ -1,4 +1,4 @@
-"""A plan and a search as text for a terminal."""
+"""A plan as text for a terminal."""
 
 from collections.abc import Iterable, Sequence
 
@@ -12,24 +12,23 @@ Row = tuple[str, str]
 
 
 def describe_plan(plan: Plan) -> str:
-    """Layout, memory of the stages, where an iteration goes, and the whole run."""
+    """Return the layout, the memory of the stages, the parts of an iteration, and the whole run."""
     title = f"{name_layout(plan.layout)} on {plan.layout.num_ranks:,} x {plan.hardware.name}"
     fits = f"{plan.needed_gib:.1f} of {plan.hardware.memory_gib:g} GiB a device: {'fits' if plan.fits else 'DOES NOT FIT'}"
     parts = [
         f"{title}\n{fits}",
-        _titled("memory of a device, GiB", memory_lines(plan)),
-        _titled("an iteration", _aligned(time_rows(plan))),
-        _titled("the run", _aligned(run_rows(plan))),
+        titled("memory of a device, GiB", memory_lines(plan)),
+        titled("an iteration", aligned_lines(time_rows(plan), "ll")),
+        titled("the run", aligned_lines(run_rows(plan), "ll")),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def memory_lines(plan: Plan) -> list[str]:
-    """A line for each stage; of many, the first and the last ones."""
+    """Return a line for each stage; of many, the first and the last ones."""
     rows: list[Sequence[str]] = [("stage", *MEMORY, "allowance", "sum", f"of {plan.hardware.memory_gib:g}")]
     rows += [_memory_row(plan, stage) for stage in plan.stages]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = aligned_lines(rows)
     half = MOST_STAGES // 2
     if len(plan.stages) > MOST_STAGES:
         lines = [*lines[: half + 1], f"... {len(plan.stages) - MOST_STAGES:,} more", *lines[-half:]]
@@ -50,7 +49,7 @@ def _memory_row(plan: Plan, stage: StageMemory) -> list[str]:
 
 
 def time_rows(plan: Plan) -> Iterable[Row]:
-    """Seconds by kind, with their share; kinds that overlap are counted once."""
+    """Yield seconds by kind, with their share; kinds that overlap are counted once."""
     time, (low, high) = plan.time, plan.interval
     yield "seconds", f"{time.total:.2f} (between {low:.2f} and {high:.2f})"
     shares = {
@@ -70,7 +69,7 @@ def time_rows(plan: Plan) -> Iterable[Row]:
 
 
 def run_rows(plan: Plan) -> Iterable[Row]:
-    """Throughput, duration, cost and checkpoints."""
+    """Yield throughput, duration, cost and checkpoints."""
     yield "tokens/s a device", f"{plan.tokens_per_second_per_device:,.0f}"
     yield (
         "MFU",
@@ -91,7 +90,7 @@ def run_rows(plan: Plan) -> Iterable[Row]:
 
 
 def summary_rows(plan: Plan) -> Iterable[Row]:
-    """The plan in a few rows, for the dry run."""
+    """Yield the plan in a few rows, for the dry run."""
     stage = max(plan.stages, key=plan.stage_gib)
     low, high = plan.interval
     yield "hardware", plan.hardware.name
@@ -105,11 +104,15 @@ def summary_rows(plan: Plan) -> Iterable[Row]:
     yield "days", f"{plan.seconds / 86400:.1f}, {plan.device_hours:,.0f} device-hours"
 
 
-def _aligned(rows: Iterable[Row]) -> list[str]:
-    found = list(rows)
-    width = max(len(name) for name, _ in found)
-    return [f"{name:<{width}}  {value}" for name, value in found]
+def aligned_lines(rows: Iterable[Sequence[str]], align: str = "") -> list[str]:
+    """Return a line for each row, its cells in columns two spaces apart; `align`: `l` or `r` for each column, `r` beyond it."""
+    cells = list(rows)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    marks = ["<" if side == "l" else ">" for side in align.ljust(len(widths))]
+    forms = [f"{mark}{width}" for mark, width in zip(marks, widths, strict=True)]
+    return ["  ".join(map(format, row, forms)).rstrip() for row in cells]
 
 
-def _titled(title: str, lines: list[str]) -> str:
+def titled(title: str, lines: list[str]) -> str:
+    """Return a title with indented lines below it."""
     return "\n".join([title, *[f"  {line}".rstrip() for line in lines]])

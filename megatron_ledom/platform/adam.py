@@ -1,7 +1,4 @@
-"""AdamW over torch's fused kernel, with the state layout megatron-core expects of a fused Adam.
-
-Which `apex` is importable: NVIDIA's with its CUDA kernels, or something else of that name.
-"""
+"""The Adam that megatron-core gets where Transformer Engine is missing: apex's if NVIDIA's apex is installed, else torch's fused one."""
 
 import importlib.util
 from collections.abc import Callable, Iterable

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from megatron_ledom.errors import LedomError, cannot_write
 from megatron_ledom.platform.adam import GroupStepAdam, find_apex
 from megatron_ledom.platform.engine_state import SaveResults, restricted_module
+from megatron_ledom.storage.files import write_synced
 
 _LOAD_BYTES = DefaultLoadPlanner.load_bytes
 
@@ -141,10 +142,7 @@ class _AgreedCommonState(TorchCommonSaveStrategy):  # type: ignore[misc]
             content = io.BytesIO()
             torch.save(common_state_dict, content)
             try:
-                with open(path, "wb") as file:
-                    file.write(content.getbuffer())
-                    file.flush()
-                    os.fsync(file.fileno())
+                write_synced(path, content.getvalue())
             except OSError as error:
                 failure = [cannot_write(error, path)]
         dist.broadcast_object_list(failure, src=0)

@@ -1,14 +1,11 @@
-"""How the process that writes a checkpoint tells its rank what it wrote.
+"""Replacements for megatron-core's handling of saved state: restricted unpickling, results of writer processes, parameter groups.
 
-The one way in which a checkpoint's list of tensors is unpickled: with the classes that such a list is made of, and no others.
+A pickle names functions to call, and torch's reader of a checkpoint's list of tensors calls whatever it is told to. `load_restricted`
+loads only the classes that such a list is made of.
 
-A pickle names functions to call. torch's own reader of that list calls whatever it is told to.
-
-The parameter groups of a stored optimizer: their settings are the run's, whatever the checkpoint says.
-
-A group holds settings (max_lr, min_lr, lr, betas, eps, weight_decay, ...) beside the number of updates made. megatron-core 0.16
-loads the stored settings over those of the run, and its schedule then follows the stored max_lr and min_lr; 0.19 takes max_lr and
-min_lr for a part of a group's identity, and refuses a checkpoint of another learning rate. Both load what this module leaves.
+A parameter group holds settings (max_lr, min_lr, lr, betas, eps, weight_decay, ...) beside the number of updates made. megatron-core
+0.16 loads the stored settings over those of the run, and its schedule then follows the stored max_lr and min_lr; 0.19 takes max_lr and
+min_lr as part of a group's identity, and refuses a checkpoint of another learning rate. Both load what `use_settings_of` leaves.
 """
 
 import os

@@ -1,9 +1,7 @@
-"""Ends of processes: one that helps another dies with it, and leaves the signals of the job to it; one that hangs ends itself.
+"""Processes that help another one: they die with it, leave the job's signals to it, and map a function over items for it.
 
-Worker processes that map a function over items: results in the order of the items, no idle worker, and no hanging.
-
-Each worker is forked, so it inherits the function and what that has loaded. It talks over one socket pair and no lock is
-shared: when a worker dies its end closes and the parent notices at once; when the parent dies the workers die with it.
+Workers of `ordered_map` are forked, so each inherits the function and what that has loaded. A worker talks over one socket pair and
+no lock is shared: when a worker dies its end closes and the parent notices at once; when the parent dies the workers die with it.
 """
 
 import ctypes

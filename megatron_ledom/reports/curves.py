@@ -1,11 +1,11 @@
-"""Curves of runs over training tokens, drawn with matplotlib (the `plots` extra), for a light and a dark page."""
+"""Curves of runs over training tokens, for a light and a dark page."""
 
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
 from megatron_ledom.reports.pages import THEMES, draw_png
-from megatron_ledom.reports.runs import RunData, training_pairs, twins_of, validation_pairs
+from megatron_ledom.reports.run_data import RunData, training_pairs, twins_of, validation_pairs
 
 FIGURES = {
     "loss": ("lm_loss", "loss (nats a token)"),
@@ -32,13 +32,13 @@ MARKERS = "osD^v"
 
 
 def figures_of(runs: Sequence[RunData]) -> list[str]:
-    """The names of the pictures of these runs: FIGURES, and behind the losses of twins their difference, since they hide each other."""
+    """Return the names of the pictures of these runs: FIGURES, and behind the losses of twins their difference, since they hide each other."""
     names = list(FIGURES)
     return [names[0], DIFFERENCE, *names[1:]] if twins_of(runs) else names
 
 
 def draw(name: str, runs: Sequence[RunData], theme: str = "light", smooth: int = 0, title: str | None = None) -> bytes:
-    """One of `figures_of` as PNG: a line for each run; in `loss`, validation as points. `smooth`: records of the moving average.
+    """Draw one of `figures_of` as PNG: a line for each run; in `loss`, validation as points. `smooth`: records of the moving average.
 
     Raises UsageError where matplotlib is not installed.
     """

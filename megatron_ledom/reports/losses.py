@@ -1,9 +1,5 @@
-"""From the options of tools/compare_losses.py to models, losses of each document and a report.
+"""The loss of a forward and of a reverse model on the same documents: from the command's options to losses and their report."""
 
-The report of a loss comparison: JSON, Markdown and one HTML page with plots.
-"""
-
-import html
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -30,11 +26,14 @@ from megatron_ledom.inference.directions import ForwardLM, ReverseLM
 from megatron_ledom.inference.language_model import SAY_EOD_ID, load_tokenizer, read_model_config
 from megatron_ledom.inference.scoring import check_batch_size
 from megatron_ledom.inference.stock_model import check_unchanged, folder_facts, surroundings
+from megatron_ledom.markdown import markdown_table
 from megatron_ledom.reports import pages
-from megatron_ledom.reports.pages import check_plots
+from megatron_ledom.reports.pages import bullets, interval, number, paragraph
 from megatron_ledom.storage.files import json_text, write_file
 from megatron_ledom.storage.locks import output_folder_lock
 
+WINDOW_DOCUMENTS = 64
+"""Documents that are read together and kept at once; batches are cut by the documents' numbers alone."""
 TITLE = "Loss of a forward and of a reverse model on the same documents"
 MEANING = (
     "Differences are forward minus reverse: below zero the reverse model finds the text harder. Intervals: 95 %, bootstrap over"
@@ -44,198 +43,20 @@ MEANING = (
     " compared. Whole documents have them too. The eod that closes a document (forward: the text ends here; reverse: it begins here) is in"
     " no sum and stands by itself."
 )
-Rows = list[list[str]]
-
-
-def write_report(folder: Path, summary: Summary, about: Mapping[str, Any]) -> None:
-    """`report.json`, `report.md` and `report.html`, each whole or not there; UsageError where matplotlib is not installed."""
-    contents = {
-        "report.html": as_html(summary, about),
-        "report.md": as_markdown(summary, about),
-        "report.json": json_text({"about": dict(about), **summary}, where=folder / "report.json", indent=1) + "\n",
-    }
-    for name, content in contents.items():
-        write_file(folder / name, content)
-
-
-def sentence(summary: Summary) -> str:
-    """The finding in words."""
-    whole = summary["all"]
-    gap = whole["reverse_above_forward"]
-    side = "above" if (gap["difference"] or 0.0) >= 0 else "below"
-    if gap["difference"] is None:
-        return "No document has a token besides its first and its last one: nothing can be compared but whole documents."
-    told = f"On {whole['compared']} the reverse model's loss is {abs(100 * gap['difference']):.2f} % {side} the forward model's"
-    if gap["interval"] is None:
-        return f"{told}, on one document, which gives no interval."
-    low, high = gap["interval"]
-    holds = "; 0 lies within it" if low <= 0 <= high else ""
-    return (
-        f"{told} (95 % interval {100 * low:+.2f} to {100 * high:+.2f} %{holds}), and higher on"
-        f" {100 * whole['reverse_worse_documents']:.1f} % of {whole['documents']:,} documents."
-    )
-
-
-def _signed(found: Mapping[str, Any]) -> str:
-    return "–" if found["difference"] is None else f"{found['difference']:+.4f}"
-
-
-def _interval(found: Mapping[str, Any]) -> str:
-    return "–" if found["interval"] is None else "{:+.4f} to {:+.4f}".format(*found["interval"])
-
-
-def _domain_table(summary: Summary) -> Rows:
-    """All documents, then each domain: inner tokens where they are the same."""
-    rows = [["documents of", "number", "bytes"]]
-    has_tokens = "per_inner_token" in summary["all"]
-    rows[0] += ["inner tokens", "forward, nats a token", "reverse, nats a token", "difference", "95 %"] if has_tokens else []
-    rows[0] += ["reverse above forward, %", "95 %"]
-    for name, found in {"all": summary["all"], **summary.get("domains", {})}.items():
-        row = [name, f"{found['documents']:,}", f"{found['bytes']:,}"]
-        if has_tokens:
-            row += [
-                f"{found['inner_tokens']:,}",
-                *(f"{found[side]['loss_per_inner_token']:.4f}" for side in ("forward", "reverse")),
-            ]
-            row += [_signed(found["per_inner_token"]), _interval(found["per_inner_token"])]
-        rows.append([*row, *_percent(found["reverse_above_forward"])])
-    return rows
-
-
-def _whole_table(summary: Summary) -> Rows:
-    """The same for whole documents, by byte."""
-    rows = [
-        [
-            "whole documents of",
-            "forward, bits a byte",
-            "reverse, bits a byte",
-            "difference",
-            "95 %",
-            "reverse above forward, %",
-            "95 %",
-        ]
-    ]
-    for name, found in {"all": summary["all"], **summary.get("domains", {})}.items():
-        whole = found["whole_documents"]
-        row = [name, *(f"{found[side]['bits_per_byte']:.4f}" for side in ("forward", "reverse"))]
-        row += [_signed(whole["bits_per_byte"]), _interval(whole["bits_per_byte"])]
-        rows.append([*row, *_percent(whole["reverse_above_forward"])])
-    return rows
-
-
-def _percent(found: Mapping[str, Any]) -> list[str]:
-    """A share and its interval as two cells."""
-    if found["difference"] is None:
-        return ["–", "–"]
-    interval = "–" if found["interval"] is None else "{:+.2f} to {:+.2f}".format(*(100 * bound for bound in found["interval"]))
-    return [f"{100 * found['difference']:+.2f}", interval]
-
-
-def _edge_table(summary: Summary) -> Rows:
-    rows = [["nats, mean over documents", "first token of the text", "last token of the text", "eod", "a token, all of them"]]
-    for side in ("forward", "reverse"):
-        found = summary["all"][side]
-        rows.append(
-            [side, *(f"{found[f'mean_{name}']:.4f}" for name in ("first", "last", "eod")), f"{found['loss_per_token']:.4f}"]
-        )
-    return rows
-
-
-def _place(name: str, group: int) -> str:
-    if name == "tenths":
-        return f"{group * 100 // NUM_PARTS} to {(group + 1) * 100 // NUM_PARTS} %"
-    return f"{2**group:,} to {2 ** (group + 1) - 1:,}"
-
-
 POSITIONS = {
     "tenths": "part of the document",
     "from_start": "place from the beginning",
     "from_end": "place from the end",
 }
-
-
-def _position_table(name: str, summary: Summary) -> Rows:
-    rows = [[POSITIONS[name], "tokens", "forward, nats a token", "reverse, nats a token", "difference", "95 %"]]
-    for row in summary[name]:
-        values = [f"{row[side]:.4f}" for side in ("forward", "reverse")]
-        rows.append([_place(name, row["group"]), f"{row['tokens']:,}", *values, _signed(row), _interval(row)])
-    return rows
-
-
-def _tables(summary: Summary) -> list[Rows]:
-    return [
-        _domain_table(summary),
-        _whole_table(summary),
-        _edge_table(summary),
-        *(_position_table(name, summary) for name in POSITIONS if name in summary),
-    ]
-
-
-def as_markdown(summary: Summary, about: Mapping[str, Any]) -> str:
-    """The finding, what the figures mean, and every table."""
-    parts = [f"# {TITLE}", sentence(summary), MEANING, "\n".join(f"- {name}: {value}" for name, value in about.items())]
-    return "\n\n".join([*parts, *map(pages.markdown_table, _tables(summary))]) + "\n"
-
-
-def as_html(summary: Summary, about: Mapping[str, Any]) -> str:
-    """The same with plots, in one page for light and dark."""
-    told = "".join(f"<li>{html.escape(f'{name}: {value}')}</li>" for name, value in about.items())
-    body = [f"<p><strong>{html.escape(sentence(summary))}</strong></p>", f"<p>{html.escape(MEANING)}</p>"]
-    body += [_figure(name, summary) for name in POSITIONS if name in summary]
-    if "domains" in summary:
-        body.append(_drawn("difference by domain", partial(_draw_domains, summary=summary)))
-    body += [pages.table(rows) for rows in _tables(summary)]
-    return pages.page(TITLE, [*body, f"<ul>{told}</ul>"])
-
-
-def _figure(name: str, summary: Summary) -> str:
-    return _drawn(f"difference by {POSITIONS[name]}", partial(_draw_positions, name=name, rows=summary[name]))
-
-
-def _drawn(title: str, fill: Callable[..., None]) -> str:
-    pictures = {theme: pages.draw_png(theme, (8.5, 3.6), partial(fill, theme=theme)) for theme in pages.THEMES}
-    return pages.figure(title, pictures)
-
-
-def _draw_positions(axes: Any, *, name: str, rows: Sequence[Summary], theme: str) -> None:
-    """The difference with its interval; 0 as a line."""
-    places = list(range(len(rows)))
-    values = [row["difference"] for row in rows]
-    bounds = [row["interval"] or [row["difference"]] * 2 for row in rows]
-    colour = pages.COLOURS[theme][1]
-    axes.fill_between(places, [low for low, _ in bounds], [high for _, high in bounds], color=colour, alpha=0.25, label="95 %")
-    axes.plot(places, values, color=colour, marker="o", ms=3, lw=1.4, label="forward minus reverse")
-    axes.axhline(0, color=pages.THEMES[theme]["ink"], lw=0.8)
-    axes.set_xticks(places, [_place(name, row["group"]).replace(" to ", "–") for row in rows], fontsize="x-small", rotation=30)
-    axes.set(xlabel=POSITIONS[name], ylabel="nats a token", title=f"Loss difference by {POSITIONS[name]}")
-
-
-def _draw_domains(axes: Any, *, summary: Summary, theme: str) -> None:
-    """One bar a domain, of what is compared."""
-    names = list(summary["domains"])
-    found = [summary["domains"][name]["reverse_above_forward"] for name in names]
-    found = [{"difference": one["difference"] or 0.0, "interval": one["interval"]} for one in found]
-    values = [100 * one["difference"] for one in found]
-    bounds = [[100 * bound for bound in one["interval"] or [one["difference"]] * 2] for one in found]
-    spans = [[max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]]
-    spans.append([max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)])
-    ink = pages.THEMES[theme]["ink"]
-    axes.barh(range(len(names)), values, xerr=spans, color=pages.COLOURS[theme][1], ecolor=ink, label="reverse above forward")
-    axes.axvline(0, color=ink, lw=0.8)
-    axes.set_yticks(range(len(names)), [name.replace("$", r"\$") for name in names])
-    axes.set(xlabel="% of the forward loss", title="Loss difference by domain")
-
-
-WINDOW_DOCUMENTS = 64
-"""Documents that are read together and kept at once; batches are cut by the documents' numbers alone."""
 Options = Mapping[str, Any]
+Rows = list[list[str]]
 
 
-def compare_command(options: Options) -> None:
+def compare_losses(options: Options) -> None:
     """Read both models on every document of a file; the same command goes on where it stopped."""
     check_batch_size(options["batch_size"])
     check_statistics()
-    check_plots()
+    pages.check_plots()
     documents = read_documents(options)
     is_same = _check_tokenizers(options)
     settings = CompareSettings(_context(options), options["batch_size"], seed=options["seed"])
@@ -348,3 +169,161 @@ def _made_by(options: Options, settings: CompareSettings) -> dict[str, Any]:
         "different_tokenizers": options["different_tokenizers"],
         "surroundings": surroundings(),
     }
+
+
+def write_report(folder: Path, summary: Summary, about: Mapping[str, Any]) -> None:
+    """Write `report.json`, `report.md` and `report.html`, each whole or not there; UsageError where matplotlib is not installed."""
+    contents = {
+        "report.html": as_html(summary, about),
+        "report.md": as_markdown(summary, about),
+        "report.json": json_text({"about": dict(about), **summary}, where=folder / "report.json", indent=1) + "\n",
+    }
+    for name, content in contents.items():
+        write_file(folder / name, content)
+
+
+def sentence(summary: Summary) -> str:
+    """Return the finding in words."""
+    whole = summary["all"]
+    gap = whole["reverse_above_forward"]
+    side = "above" if (gap["difference"] or 0.0) >= 0 else "below"
+    if gap["difference"] is None:
+        return "No document has a token besides its first and its last one: nothing can be compared but whole documents."
+    told = f"On {whole['compared']} the reverse model's loss is {abs(100 * gap['difference']):.2f} % {side} the forward model's"
+    if gap["interval"] is None:
+        return f"{told}, on one document, which gives no interval."
+    low, high = gap["interval"]
+    holds = "; 0 lies within it" if low <= 0 <= high else ""
+    return (
+        f"{told} (95 % interval {100 * low:+.2f} to {100 * high:+.2f} %{holds}), and higher on"
+        f" {100 * whole['reverse_worse_documents']:.1f} % of {whole['documents']:,} documents."
+    )
+
+
+def _cells(found: Mapping[str, Any], form: str = "+.4f", scale: float = 1.0) -> list[str]:
+    """Return a difference and its interval as two cells."""
+    if found["difference"] is None:
+        return ["–", "–"]
+    return [number(found["difference"], form, scale), interval(found["interval"], form, scale)]
+
+
+def _domain_table(summary: Summary) -> Rows:
+    """All documents, then each domain: inner tokens where they are the same."""
+    rows = [["documents of", "number", "bytes"]]
+    has_tokens = "per_inner_token" in summary["all"]
+    rows[0] += ["inner tokens", "forward, nats a token", "reverse, nats a token", "difference", "95 %"] if has_tokens else []
+    rows[0] += ["reverse above forward, %", "95 %"]
+    for name, found in {"all": summary["all"], **summary.get("domains", {})}.items():
+        row = [name, f"{found['documents']:,}", f"{found['bytes']:,}"]
+        if has_tokens:
+            row += [
+                f"{found['inner_tokens']:,}",
+                *(f"{found[side]['loss_per_inner_token']:.4f}" for side in ("forward", "reverse")),
+            ]
+            row += _cells(found["per_inner_token"])
+        rows.append([*row, *_cells(found["reverse_above_forward"], "+.2f", 100)])
+    return rows
+
+
+def _whole_table(summary: Summary) -> Rows:
+    """The same for whole documents, by byte."""
+    rows = [
+        [
+            "whole documents of",
+            "forward, bits a byte",
+            "reverse, bits a byte",
+            "difference",
+            "95 %",
+            "reverse above forward, %",
+            "95 %",
+        ]
+    ]
+    for name, found in {"all": summary["all"], **summary.get("domains", {})}.items():
+        whole = found["whole_documents"]
+        row = [name, *(f"{found[side]['bits_per_byte']:.4f}" for side in ("forward", "reverse"))]
+        row += _cells(whole["bits_per_byte"])
+        rows.append([*row, *_cells(whole["reverse_above_forward"], "+.2f", 100)])
+    return rows
+
+
+def _edge_table(summary: Summary) -> Rows:
+    rows = [["nats, mean over documents", "first token of the text", "last token of the text", "eod", "a token, all of them"]]
+    for side in ("forward", "reverse"):
+        found = summary["all"][side]
+        rows.append(
+            [side, *(f"{found[f'mean_{name}']:.4f}" for name in ("first", "last", "eod")), f"{found['loss_per_token']:.4f}"]
+        )
+    return rows
+
+
+def _place(name: str, group: int) -> str:
+    if name == "tenths":
+        return f"{group * 100 // NUM_PARTS} to {(group + 1) * 100 // NUM_PARTS} %"
+    return f"{2**group:,} to {2 ** (group + 1) - 1:,}"
+
+
+def _position_table(name: str, summary: Summary) -> Rows:
+    rows = [[POSITIONS[name], "tokens", "forward, nats a token", "reverse, nats a token", "difference", "95 %"]]
+    for row in summary[name]:
+        values = [f"{row[side]:.4f}" for side in ("forward", "reverse")]
+        rows.append([_place(name, row["group"]), f"{row['tokens']:,}", *values, *_cells(row)])
+    return rows
+
+
+def _tables(summary: Summary) -> list[Rows]:
+    return [
+        _domain_table(summary),
+        _whole_table(summary),
+        _edge_table(summary),
+        *(_position_table(name, summary) for name in POSITIONS if name in summary),
+    ]
+
+
+def as_markdown(summary: Summary, about: Mapping[str, Any]) -> str:
+    """Return the finding, what the figures mean, and every table."""
+    parts = [f"# {TITLE}", sentence(summary), MEANING, "\n".join(f"- {name}: {value}" for name, value in about.items())]
+    return "\n\n".join([*parts, *map(markdown_table, _tables(summary))]) + "\n"
+
+
+def as_html(summary: Summary, about: Mapping[str, Any]) -> str:
+    """Return the same with plots, in one page for light and dark."""
+    body = [paragraph(sentence(summary), is_strong=True), paragraph(MEANING)]
+    for name in POSITIONS:
+        if name in summary:
+            draw = partial(_draw_positions, name=name, rows=summary[name])
+            body.append(_figure(f"difference by {POSITIONS[name]}", draw))
+    if "domains" in summary:
+        body.append(_figure("difference by domain", partial(_draw_domains, domains=summary["domains"])))
+    body += map(pages.table, _tables(summary))
+    return pages.page(TITLE, [*body, bullets(f"{name}: {value}" for name, value in about.items())])
+
+
+def _figure(title: str, fill: Callable[..., None]) -> str:
+    return pages.figure(title, lambda theme: pages.draw_png(theme, (8.5, 3.6), partial(fill, theme=theme)))
+
+
+def _draw_positions(axes: Any, *, name: str, rows: Sequence[Summary], theme: str) -> None:
+    """Draw the difference with its interval; 0 as a line."""
+    places = list(range(len(rows)))
+    values = [row["difference"] for row in rows]
+    bounds = [row["interval"] or [row["difference"]] * 2 for row in rows]
+    colour = pages.COLOURS[theme][1]
+    axes.fill_between(places, [low for low, _ in bounds], [high for _, high in bounds], color=colour, alpha=0.25, label="95 %")
+    axes.plot(places, values, color=colour, marker="o", ms=3, lw=1.4, label="forward minus reverse")
+    axes.axhline(0, color=pages.THEMES[theme]["ink"], lw=0.8)
+    axes.set_xticks(places, [_place(name, row["group"]).replace(" to ", "–") for row in rows], fontsize="x-small", rotation=30)
+    axes.set(xlabel=POSITIONS[name], ylabel="nats a token", title=f"Loss difference by {POSITIONS[name]}")
+
+
+def _draw_domains(axes: Any, *, domains: Mapping[str, Any], theme: str) -> None:
+    """Draw one bar a domain, of what is compared."""
+    found = [domain["reverse_above_forward"] for domain in domains.values()]
+    values = [100 * (one["difference"] or 0.0) for one in found]
+    bounds = [[100 * bound for bound in one["interval"] or [one["difference"] or 0.0] * 2] for one in found]
+    spans = [[max(0.0, value - low) for value, (low, _) in zip(values, bounds, strict=True)]]
+    spans.append([max(0.0, high - value) for value, (_, high) in zip(values, bounds, strict=True)])
+    ink = pages.THEMES[theme]["ink"]
+    axes.barh(range(len(values)), values, xerr=spans, color=pages.COLOURS[theme][1], ecolor=ink, label="reverse above forward")
+    axes.axvline(0, color=ink, lw=0.8)
+    axes.set_yticks(range(len(values)), [name.replace("$", r"\$") for name in domains])
+    axes.set(xlabel="% of the forward loss", title="Loss difference by domain")

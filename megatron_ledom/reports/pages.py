@@ -1,13 +1,15 @@
-"""Reports as one HTML file that needs nothing besides itself: style, tables, and matplotlib pictures for light and dark pages."""
+"""Parts of every report: the HTML page that stands alone, cells, tables, and pictures for light and dark pages."""
 
 import base64
 import html
 import importlib.util
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import UsageError
+from megatron_ledom.storage.files import write_file
 
 THEMES = {"light": {"paper": "#ffffff", "ink": "#1b1b1b"}, "dark": {"paper": "#161616", "ink": "#e6e6e6"}}
 COLOURS = {
@@ -30,7 +32,7 @@ pre { font-size: .8rem; white-space: pre-wrap; overflow-wrap: anywhere; }
 
 
 def page(title: str, body: Sequence[str], style: str = "") -> str:
-    """A whole page; `title` is plain text, `body` is HTML, `style` is added to the common one."""
+    """Return a whole page; `title` is plain text, `body` is HTML, `style` is added to the common one."""
     title = html.escape(title)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
@@ -39,8 +41,29 @@ def page(title: str, body: Sequence[str], style: str = "") -> str:
     )
 
 
+def paragraph(text: str, *, is_strong: bool = False) -> str:
+    """Return plain text as an HTML paragraph."""
+    escaped = html.escape(text)
+    return f"<p><strong>{escaped}</strong></p>" if is_strong else f"<p>{escaped}</p>"
+
+
+def bullets(texts: Iterable[str]) -> str:
+    """Return plain texts as an HTML list."""
+    return f"<ul>{''.join(f'<li>{html.escape(text)}</li>' for text in texts)}</ul>"
+
+
+def number(value: float | None, form: str, scale: float = 1.0, missing: str = "–") -> str:
+    """Return a cell such as `+2.10`: the value times `scale` in the format `form`."""
+    return missing if value is None else format(scale * value, form)
+
+
+def interval(bounds: Sequence[float] | None, form: str, scale: float = 1.0, missing: str = "–") -> str:
+    """Return a cell such as `1.2 to 3.4`."""
+    return missing if bounds is None else " to ".join(number(bound, form, scale) for bound in bounds)
+
+
 def table(rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """Plain-text cells as an HTML table; the first row holds the headings. Columns of words are aligned left, those of numbers right."""
+    """Return plain-text cells as an HTML table; the first row holds the headings. Words are aligned left, numbers right."""
     words = [any(map(_is_text, column)) for column in zip(*rows[1:], strict=False)]
     lines = [f"<caption>{html.escape(caption)}</caption>"] if caption else []
     for number, row in enumerate(rows):
@@ -52,31 +75,34 @@ def table(rows: Sequence[Sequence[str]], caption: str = "") -> str:
 
 
 def _is_text(cell: str) -> bool:
-    """Whether a cell holds words: it does not begin with a number or a sign."""
+    """Return True for a cell of words: it does not begin with a number or a sign."""
     return cell.strip()[:1].isalpha()
 
 
-def markdown_table(rows: Sequence[Sequence[str]]) -> str:
-    """The same cells as a Markdown table."""
-    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+def figure(name: str, draw: Callable[[str], bytes], png: Path | None = None) -> str:
+    """Draw a picture for each of THEMES, and return both inside one HTML figure.
 
-
-def figure(name: str, themes: dict[str, bytes]) -> str:
-    """A PNG picture for each of THEMES, inside the page."""
-    light, dark = (f"data:image/png;base64,{base64.b64encode(themes[theme]).decode()}" for theme in ("light", "dark"))
+    draw: theme -> PNG. png: the file that the light picture is written to as well.
+    """
+    pictures = {theme: draw(theme) for theme in THEMES}
+    if png is not None:
+        write_file(png, pictures["light"])
+    light, dark = (f"data:image/png;base64,{base64.b64encode(picture).decode()}" for picture in pictures.values())
     source = f'<source srcset="{dark}" media="(prefers-color-scheme: dark)">'
     return f'<figure><picture>{source}<img src="{light}" alt="{html.escape(name)}"></picture></figure>'
 
 
 def check_plots() -> None:
-    """Refuse to begin what ends in curves where matplotlib is missing. Raises UsageError."""
+    """Raise UsageError where matplotlib is missing: call it before long work that ends in plots."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("curves need matplotlib: pip install 'megatron-ledom[plots]'")
+        raise UsageError("plots need matplotlib: pip install 'megatron-ledom[plots]'")
 
 
-def draw_png(theme: str, size: tuple[float, float], fill: Callable[[Any], None]) -> bytes:
-    """What `fill` draws on the axes of a figure of `size` inches, as PNG; UsageError where matplotlib is not installed."""
+def draw_png(theme: str, size: tuple[float, float], fill: Callable[[Any], None], *, is_bare: bool = False) -> bytes:
+    """Return a figure of `size` inches as PNG, whose axes `fill` draws. Raises UsageError where matplotlib is not installed.
+
+    is_bare: without the grid and the legend that other figures have.
+    """
     check_plots()
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -89,8 +115,9 @@ def draw_png(theme: str, size: tuple[float, float], fill: Callable[[Any], None])
         drawn = Figure(figsize=size, layout="constrained")
         axes = drawn.subplots()
         fill(axes)
-        axes.grid(alpha=0.25)
-        axes.legend(frameon=False, labelcolor=colours["ink"], fontsize="small")
+        if not is_bare:
+            axes.grid(alpha=0.25)
+            axes.legend(frameon=False, labelcolor=colours["ink"], fontsize="small")
         buffer = io.BytesIO()
         drawn.savefig(buffer, dpi=130, format="png")
     return buffer.getvalue()

@@ -1,12 +1,8 @@
-"""The report of a comparison: JSON, Markdown and one HTML page, with intervals, and with what is significant said in words.
+"""The report of a comparison of methods that choose answers: accuracies with intervals, and in words what is significant."""
 
-The weight at which files were ranked beside the lambda that a report chose: two rankings, and neither may pass for the other.
-"""
-
-import html
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,32 +24,12 @@ from megatron_ledom.inference.reverse_reward.selection import (
     chosen_weights,
     load_seeds,
 )
+from megatron_ledom.markdown import markdown_table
 from megatron_ledom.reports import pages
+from megatron_ledom.reports.pages import bullets, interval, paragraph
+from megatron_ledom.storage.files import json_text, write_file
 
 MAIN = "Reverse Reward"
-
-
-def weight_note(report: dict[str, Any], ranked_at: Sequence[float | None]) -> str:
-    """Return how often the files' own rankings are right, and at which lambdas the report's figure for Reverse Reward stands.
-
-    ranked_at: the weight of each file, None where it is not recorded; at least one is.
-    """
-    chosen = sorted({value for row in report["held_out"]["lambdas"] for value in row})
-    held_out = f"{', '.join(f'{value:.2f}' for value in chosen)} ({100 * report['methods'][MAIN]['accuracy']:.1f} % right)"
-    weights = sorted({weight for weight in ranked_at if weight is not None})
-    own = ", ".join(_at(weight, report["over_lambda"]) for weight in weights)
-    return (
-        f"Note: The files were ranked at weight {own}; {MAIN} in this report stands at the lambda chosen on held-out questions,"
-        f" {held_out}. To use that one, rank again with --weight."
-    )
-
-
-def _at(weight: float, over_lambda: list[list[float]]) -> str:
-    nearest, accuracy = min(over_lambda, key=lambda point: abs(point[0] - weight))
-    said = "" if abs(nearest - weight) < 1e-9 else f" at {nearest:.2f}, the nearest that was tried"
-    return f"{weight:g} ({100 * accuracy:.1f} % right{said})"
-
-
 LEVEL = 0.95
 Report = dict[str, Any]
 Seeds = Sequence[Sequence[Question]]
@@ -90,14 +66,15 @@ def report_selection(
         report["notes"].insert(0, weight_note(report, settings.ranked_at))
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "report.json").write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
-    (output / "report.md").write_text(_markdown(report), encoding="utf-8")
-    (output / "report.html").write_text(_html(report), encoding="utf-8")
+    path = output / "report.json"
+    write_file(path, json_text(report, where=path, indent=1, ensure_ascii=True))
+    write_file(output / "report.md", _markdown(report))
+    write_file(output / "report.html", _html(report))
     return report
 
 
 def compare(seeds: Seeds, settings: ReportSettings, development: Seeds | None = None) -> Report:
-    """Accuracies, paired differences from Reverse Reward with intervals at equal N and at equal tokens, and the curves.
+    """Return accuracies, paired differences from Reverse Reward with intervals at equal N and at equal tokens, and the curves.
 
     development: other questions for each seed, on which its lambda is chosen; without, lambda is cross-fitted.
     """
@@ -128,7 +105,7 @@ def compare(seeds: Seeds, settings: ReportSettings, development: Seeds | None = 
 
 
 def _notes(seeds: Seeds, equal_tokens: list[Report]) -> list[str]:
-    """What a reader must know of these files in particular, to take the figures for what they are."""
+    """Return what a reader must know of these files in particular, to take the figures for what they are."""
     every = [question for questions in seeds for question in questions]
     sizes = sorted({len(question.is_right) for question in every})
     notes = [] if len(sizes) == 1 else [_about_uneven(every, sizes)]
@@ -162,6 +139,27 @@ def _notes(seeds: Seeds, equal_tokens: list[Report]) -> list[str]:
     return notes
 
 
+def weight_note(report: dict[str, Any], ranked_at: Sequence[float | None]) -> str:
+    """Return how often the files' own rankings are right, and at which lambdas the report's figure for Reverse Reward stands.
+
+    ranked_at: the weight of each file, None where it is not recorded; at least one is.
+    """
+    chosen = sorted({value for row in report["held_out"]["lambdas"] for value in row})
+    held_out = f"{', '.join(f'{value:.2f}' for value in chosen)} ({100 * report['methods'][MAIN]['accuracy']:.1f} % right)"
+    weights = sorted({weight for weight in ranked_at if weight is not None})
+    own = ", ".join(_at(weight, report["over_lambda"]) for weight in weights)
+    return (
+        f"Note: The files were ranked at weight {own}; {MAIN} in this report stands at the lambda chosen on held-out questions,"
+        f" {held_out}. To use that one, rank again with --weight."
+    )
+
+
+def _at(weight: float, over_lambda: list[list[float]]) -> str:
+    nearest, accuracy = min(over_lambda, key=lambda point: abs(point[0] - weight))
+    said = "" if abs(nearest - weight) < 1e-9 else f" at {nearest:.2f}, the nearest that was tried"
+    return f"{weight:g} ({100 * accuracy:.1f} % right{said})"
+
+
 def _about_uneven(questions: Sequence[Question], sizes: list[int]) -> str:
     more = sum(len(question.is_right) > sizes[0] for question in questions)
     return (
@@ -173,7 +171,7 @@ def _about_uneven(questions: Sequence[Question], sizes: list[int]) -> str:
 def outcomes_of(
     method: str, seeds: Seeds, settings: ReportSettings, development: Seeds | None = None, num: int | None = None
 ) -> Values:
-    """How right one of METHODS is, [seeds, questions], with `num` candidates (None: all), for which lambda is chosen.
+    """Return how right one of METHODS is, [seeds, questions], with `num` candidates (None: all), for which lambda is chosen.
 
     DataError where some question does not know, UsageError where some has fewer candidates.
     """
@@ -188,18 +186,18 @@ def outcomes_of(
 
 
 def num_candidates(seeds: Seeds) -> int:
-    """How many candidates every question has at least."""
+    """Return how many candidates every question has at least."""
     return min(len(question.is_right) for questions in seeds for question in questions)
 
 
 def candidate_tokens(seeds: Seeds) -> tuple[float, float]:
-    """What a candidate costs in the mean, in tokens: to write it, and to judge it by the reverse model."""
+    """Return what a candidate costs in the mean, in tokens: to write it, and to judge it by the reverse model."""
     every = [question for questions in seeds for question in questions]
     return float(np.mean([q.sample_tokens for q in every])), float(np.mean([q.reverse_tokens for q in every]))
 
 
 def affordable_num(tokens: float, candidate: float, most: int) -> int:
-    """How many candidates of `candidate` tokens each `tokens` buy: at least 1, even if that costs more, and at most `most`."""
+    """Return how many candidates of `candidate` tokens each `tokens` buy: at least 1, even if that costs more, and at most `most`."""
     return max(1, min(most, int(tokens / candidate * (1 + 1e-12))))  # means of whole numbers may end a rounding short
 
 
@@ -233,9 +231,11 @@ def _summary(outcomes: Values, settings: ReportSettings) -> Report:
 
 
 def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[Report]:
-    """Reverse Reward minus each other method at one budget, question by question. Significant: 0 lies outside an interval that is
-    widened for the number of these comparisons (Bonferroni): all of them together are wrong
-    in about 5 of 100 cases, and in more where there are two seeds that differ much (`crossed_interval`)."""
+    """Compare Reverse Reward with each other method at one budget, question by question.
+
+    Significant: 0 lies outside an interval that is widened for the number of these comparisons (Bonferroni): all of them together
+    are wrong in about 5 of 100 cases, and in more where there are two seeds that differ much (`crossed_interval`).
+    """
     others = [name for name in outcomes if name not in (MAIN, "oracle")]
     found = []
     for name in others:
@@ -254,14 +254,14 @@ def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[
 
 
 def interval_of(outcomes: Values, level: float, settings: ReportSettings) -> list[float]:
-    """Bootstrap interval of the mean of outcomes or differences [seeds, questions], over both; of one seed over questions alone."""
+    """Return the bootstrap interval of the mean of outcomes or differences [seeds, questions], over both; of one seed over questions alone."""
     return crossed_interval(outcomes, level=level, num_resamples=settings.num_resamples, seed=settings.seed)
 
 
 def _equal_tokens(
     seeds: Seeds, num: int, settings: ReportSettings, development: Seeds | None
 ) -> tuple[list[Report], dict[str, Values]]:
-    """Rows of the accuracy if every method may use the tokens of sampling `num` candidates, and the outcomes behind them.
+    """Return rows of the accuracy if every method may use the tokens of sampling `num` candidates, and the outcomes behind them.
 
     Methods with a reverse pass get fewer candidates. A token counts the same whether it is written or read; where reading is
     cheaper this is to the disadvantage of Reverse Reward.
@@ -292,7 +292,7 @@ def _over_n(seeds: Seeds, names: list[str], num: int, settings: ReportSettings, 
 
 
 def verdict(report: Report) -> str:
-    """In one line: how often Reverse Reward is right, and which methods it is significantly above and below."""
+    """Return in one line how often Reverse Reward is right, and which methods it is significantly above and below."""
     main = report["methods"][MAIN]["accuracy"]
     spent = next(row for row in report["equal_tokens"] if row["method"] == MAIN)
     return (
@@ -311,7 +311,7 @@ def _sides(rows: list[Report]) -> str:
 
 
 def sentences(report: Report) -> list[str]:
-    """What the comparisons at equal N and then those at equal tokens say: a sentence for each significant one, one for the others."""
+    """Return a sentence for each significant comparison and one for the others, at equal N and then at equal tokens."""
     candidates = {row["method"]: f" ({row['num_candidates']})" for row in report["equal_tokens"]}
     return [
         *_told("At equal N", report["comparisons"], {}),
@@ -324,10 +324,9 @@ def _told(budget: str, rows: list[Report], candidates: dict[str, str]) -> list[s
     start = f"{budget}, {MAIN}{candidates.get(MAIN, '')} is"
     told, others = [], []
     for row in rows:
-        low, high = row["simultaneous_interval"]
         found = (
             f"{row['against']}{candidates.get(row['against'], '')}: {100 * row['difference']:+.1f} points"
-            f" (simultaneous interval {100 * low:+.1f} to {100 * high:+.1f})"
+            f" (simultaneous interval {interval(row['simultaneous_interval'], '+.1f', 100)})"
         )
         if row["is_significant"]:
             told.append(f"{start} significantly {'above' if row['difference'] > 0 else 'below'} {found}.")
@@ -337,12 +336,12 @@ def _told(budget: str, rows: list[Report], candidates: dict[str, str]) -> list[s
 
 
 def _tables(report: Report) -> list[tuple[str, list[list[str]]]]:
-    """The methods, and what the same tokens buy: a caption, and rows of texts."""
+    """Return the methods, and what the same tokens buy: a caption, and rows of texts."""
     rows = [["method", "how it chooses", "accuracy", "95 % interval", "each seed"]]
     for name, found in report["methods"].items():
-        low, high = found["interval"]
         seeds = " ".join(f"{100 * value:.1f}" for value in found["by_seed"])
-        rows.append([name, METHODS[name], f"{100 * found['accuracy']:.1f}", f"{100 * low:.1f} to {100 * high:.1f}", seeds])
+        between = interval(found["interval"], ".1f", 100)
+        rows.append([name, METHODS[name], f"{100 * found['accuracy']:.1f}", between, seeds])
     equal = [["method", "candidates", "tokens a question", "accuracy"]]
     for row in report["equal_tokens"]:
         equal.append([row["method"], str(row["num_candidates"]), f"{row['tokens']:.0f}", f"{100 * row['accuracy']:.1f}"])
@@ -377,28 +376,28 @@ def _about_intervals(num_seeds: int) -> str:
 def _markdown(report: Report) -> str:
     parts = ["# Choosing answers by Reverse Reward", f"**{verdict(report)}**", *report["notes"]]
     for caption, rows in _tables(report):
-        parts += [f"{caption}:", pages.markdown_table(rows)]
+        parts += [f"{caption}:", markdown_table(rows)]
     parts += ["\n".join(f"- {sentence}" for sentence in sentences(report)), _about(report)]
     return "\n\n".join(parts) + "\n"
 
 
 def _html(report: Report) -> str:
-    told = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in sentences(report))
-    tables = [pages.table(rows, caption) for caption, rows in _tables(report)]
-    figures = [
-        pages.figure("accuracy over N", {theme: draw_over_n(report, theme) for theme in pages.THEMES}),
-        pages.figure("accuracy over lambda", {theme: draw_over_lambda(report, theme) for theme in pages.THEMES}),
-    ]
-    first = [
-        f"<p><strong>{html.escape(verdict(report))}</strong></p>",
-        *(f"<p>{html.escape(text)}</p>" for text in report["notes"]),
-    ]
-    body = [*first, *tables, f"<ul>{told}</ul>", *figures, f"<p>{html.escape(_about(report))}</p>"]
+    body = [paragraph(verdict(report), is_strong=True), *map(paragraph, report["notes"])]
+    body += [pages.table(rows, caption) for caption, rows in _tables(report)]
+    body += [bullets(sentences(report)), *figures_of(report), paragraph(_about(report))]
     return pages.page("Choosing answers by Reverse Reward", body)
 
 
-def draw_over_n(report: Report, theme: str) -> bytes:
-    """Accuracy of each method over the number of candidates, as PNG."""
+def figures_of(report: Report) -> list[str]:
+    """Return the curves of accuracy over N and over lambda, for a page."""
+    return [
+        pages.figure("accuracy over N", partial(_draw_over_n, report)),
+        pages.figure("accuracy over lambda", partial(_draw_over_lambda, report)),
+    ]
+
+
+def _draw_over_n(report: Report, theme: str) -> bytes:
+    """Draw the accuracy of each method over the number of candidates."""
 
     def _fill(axes: Any) -> None:
         for (name, points), colour in zip(report["over_n"].items(), pages.COLOURS[theme] * 2, strict=False):
@@ -413,8 +412,8 @@ def draw_over_n(report: Report, theme: str) -> bytes:
     return pages.draw_png(theme, (8.5, 4.8), _fill)
 
 
-def draw_over_lambda(report: Report, theme: str) -> bytes:
-    """Accuracy of Reverse Reward over lambda, as PNG."""
+def _draw_over_lambda(report: Report, theme: str) -> bytes:
+    """Draw the accuracy of Reverse Reward over lambda."""
 
     def _fill(axes: Any) -> None:
         points = report["over_lambda"]

@@ -1,10 +1,18 @@
-"""Whole files: written under another name, forced to disk, then renamed. JSON is written with NaN and Infinity refused."""
+"""Whole files: written under another name, forced to disk, then renamed. JSON is written with NaN and Infinity refused.
+
+Only this package renames, forces to disk and locks. After a kill or a power failure a file is as it was before or as it was to
+become: its content is on disk before it gets its name, and the folder's list of names before the caller goes on.
+"""
 
 import contextlib
+import errno
 import json
 import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from megatron_ledom.errors import DataError, UsageError, cannot_write
 
@@ -29,20 +37,72 @@ def real_path(path: str | Path) -> str:
     return real
 
 
-def write_whole(path: str | Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all; a link is followed. Raise OSError, UsageError of `real_path`."""
+def sync(path: str | Path) -> None:
+    """Force a file's content, or a folder's list of names, to the disk."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except PermissionError:
+        if os.path.isdir(path):  # one may write into it and not list it: the file system orders the names by itself
+            return
+        raise
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP) or not os.path.isdir(path):
+            raise  # some network file systems cannot force a folder
+    finally:
+        os.close(descriptor)
+
+
+def sync_stream(stream: BinaryIO) -> None:
+    """Force what was written to an open file to the disk."""
+    stream.flush()
+    os.fsync(stream.fileno())
+
+
+def close_synced(stream: BinaryIO) -> None:
+    """Close an open file whose content is on disk then."""
+    sync_stream(stream)
+    stream.close()
+
+
+def publish(source: str | Path, target: str | Path) -> None:
+    """Rename a file or folder whose content is on disk, and force its new name to the disk."""
+    os.replace(source, target)
+    sync(os.path.dirname(os.path.abspath(target)))
+
+
+@contextmanager
+def new_file(path: str | Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
+    """Give an open file to write to, which is `path`, whole and on disk, after the context; an error leaves `path` as it was.
+
+    A link is followed. is_shared: other processes may write the same file now, so that each needs a temporary name of its own.
+    Raise OSError, and UsageError of `real_path`.
+    """
     real = real_path(path)
-    part = f"{real}{PART_SUFFIX}"
+    part = f"{real}.{secrets.token_hex(4)}{PART_SUFFIX}" if is_shared else f"{real}{PART_SUFFIX}"
     try:
         with open(part, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(part, real)
-    except OSError:
+            yield stream
+            sync_stream(stream)
+        publish(part, real)
+    except BaseException:
         with contextlib.suppress(OSError):  # its bytes may be those that the disk lacks
             os.unlink(part)
         raise
+
+
+def write_whole(path: str | Path, data: bytes, *, is_shared: bool = False) -> None:
+    """Write a small file so that it is there whole or not at all, see `new_file`."""
+    with new_file(path, is_shared=is_shared) as stream:
+        stream.write(data)
+
+
+def write_synced(path: str | Path, data: bytes) -> None:
+    """Write a small file under its own name and force it to the disk: one that `publish` renames later, alone or with its folder."""
+    with open(path, "wb") as stream:
+        stream.write(data)
+        sync_stream(stream)
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:

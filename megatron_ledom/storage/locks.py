@@ -1,46 +1,163 @@
-"""Locks of outputs: two processes never write the same output.
+"""Locks of outputs: two processes never write the same one; of files that one process makes, many wait for it.
 
-The lock is one of the kernel (flock) on a small file beside a file, or inside a folder. It is gone with its holder, however that
-ends, and with the last worker that the holder forked. The holder removes the file at its end; one that a killed process left
-behind holds nothing.
+A lock is one of the kernel on a small file beside a file, or inside a folder. It is gone with its holder, however that ends. The
+file says who holds it, for those that are refused or wait; one that a killed process left behind holds nothing. On a file system
+without locks a warning is logged and the work goes on.
 
-Files that one process makes and many wait for, on one node or on a shared path, without a collective among them.
-
-A lock of the kernel (flock) says that somebody builds; it is gone with its holder, however that ends. Others look now and then
-whether the files are there. Nothing but wasted work comes of a file system whose locks do not reach other nodes, because
-finished files appear whole, by a rename.
+Libraries of locks do less: filelock 4 closes the lock in forked workers, which may outlive the process that they write for, has no
+shared key, leaves its files behind, and where there are no locks makes some that a kill leaves for ever.
 """
 
 import contextlib
+import errno
 import fcntl
+import functools
 import logging
 import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import BinaryIO
 
 from tqdm import tqdm
 
-from megatron_ledom.errors import NO_LOCKS, DataError, UsageError
+from megatron_ledom.errors import NO_LOCKS, DataError, UsageError, cannot_write
 
 log = logging.getLogger(__name__)
 
 LOCK_SUFFIX = ".lock"
 """FILE.lock beside an output file or a shard prefix; FOLDER/.lock inside an output folder."""
+POLL_SECONDS = 0.1
+REPORT_SECONDS = 15.0
+PATIENCE_SECONDS = 120.0
+"""How long those that do not build wait while nobody does."""
+
+
+class Lock:
+    """The lock of a file, whose folder must exist. Nothing here waits.
+
+    is_inherited: forked workers hold it too (flock), until the last of them has ended; else this process alone does (POSIX).
+    """
+
+    def __init__(self, path: str, *, is_inherited: bool = True) -> None:
+        self.path = path
+        self._lock = fcntl.flock if is_inherited else fcntl.lockf
+        self._file: BinaryIO
+
+    def take(self, *, is_shared: bool = False) -> bool:
+        """Return True if the lock is ours now, or there are no locks here. Raise OSError where its file cannot be made.
+
+        is_shared: beside others that share it, which is no more than a look.
+        """
+        while True:
+            file = open(self.path, "r+b", buffering=0, opener=_open_or_make)  # noqa: SIM115  closed in release()
+            try:
+                self._lock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    file.close()
+                    if error.errno in (errno.EACCES, errno.EAGAIN):
+                        return False
+                    raise
+                _warn_of_no_locks(os.path.dirname(self.path), error.strerror)
+            self._file = file
+            if self._is_current():
+                return True
+            file.close()  # its holder removed it between our opening and locking; try the new one
+
+    def note(self, text: str) -> None:
+        """Write into the file who holds the lock, or how far that one is. Call while it is held. Raise OSError."""
+        os.ftruncate(self.fileno(), 0)
+        os.pwrite(self.fileno(), f"{text}\n".encode(), 0)
+
+    def holder(self) -> str:
+        """Return the note of the process that holds the lock, which is another one."""
+        try:
+            return Path(self.path).read_text(encoding="utf-8", errors="replace").strip() or "another process"
+        except OSError:
+            return "another process"
+
+    def fileno(self) -> int:
+        """Return the descriptor that a process started by this one keeps open to hold the lock as well."""
+        return self._file.fileno()
+
+    def release(self, *, keep_file: bool = False) -> None:
+        """Give the lock up, and remove its file before: nobody can hold a file that has no name."""
+        if not keep_file and self._is_current():
+            with contextlib.suppress(OSError):
+                os.unlink(self.path)
+        self._file.close()
+
+    def _is_current(self) -> bool:
+        """Return True if the open file still has its name."""
+        try:
+            return os.path.samestat(os.fstat(self.fileno()), os.stat(self.path))
+        except OSError:
+            return False
+
+
+def _open_or_make(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_CREAT, 0o666)
+
+
+@functools.cache
+def _warn_of_no_locks(folder: str, reason: str) -> None:
+    """Log once that a folder has no locks."""
+    log.warning("%s is on a file system without locks (%s): a second process that writes there is not noticed", folder, reason)
+
+
+def this_process() -> str:
+    """Return who this is, for the process that finds the output in use: process, host, SLURM job if there is one, since when."""
+    job = os.environ.get("SLURM_JOB_ID")
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return f"process {os.getpid()} on {socket.gethostname()}{f', SLURM job {job}' if job else ''}, since {now}"
 
 
 @contextmanager
-def output_file_lock(path: str | Path, option: str = "--output") -> Iterator[None]:
+def hold(lock: Lock, what: str, advice: str, *, patience_seconds: float = 0.0, keep_file: bool = False) -> Iterator[None]:
+    """Hold a lock until the context ends. Raise UsageError when another process has it for `patience_seconds`, with `advice`.
+
+    what: the output, as the user named it. Raise UsageError too where the lock's file cannot be made.
+    """
+    _wait_for(lock, what, advice, patience_seconds)
+    try:
+        try:
+            lock.note(this_process())
+        except OSError as error:
+            raise cannot_write(error, lock.path) from error
+        yield
+    finally:
+        lock.release(keep_file=keep_file)
+
+
+def _wait_for(lock: Lock, what: str, advice: str, patience_seconds: float) -> None:
+    begun = told = time.monotonic()
+    while True:
+        try:
+            if lock.take():
+                return
+        except OSError as error:
+            raise UsageError(
+                f"{what} cannot be written ({error.strerror}: {lock.path}); name a place that you may write to"
+            ) from error
+        holder, now = lock.holder(), time.monotonic()
+        if now - begun >= patience_seconds:
+            raise UsageError(f"{what} is being written by {holder}; {advice}")
+        if told == begun or now - told > REPORT_SECONDS:
+            told = now
+            log.warning("%s is being written by %s; waiting up to %.0f s for its end", what, holder, patience_seconds)
+        time.sleep(POLL_SECONDS)
+
+
+def output_file_lock(path: str | Path, option: str = "--output") -> AbstractContextManager[None]:
     """Hold the output file, or shard prefix, `path` until the context ends. Raise UsageError when another process holds it.
 
     The folder of `path` must exist. Two names of one file, such as a link and its target, share the lock.
     """
-    real = os.path.realpath(path)
-    with _locked(real + LOCK_SUFFIX, path, option):
-        yield
+    return _output_lock(os.path.realpath(path) + LOCK_SUFFIX, path, option)
 
 
 @contextmanager
@@ -50,72 +167,16 @@ def output_folder_lock(folder: str | Path, option: str = "--output") -> Iterator
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{option} {folder} cannot be made ({error.strerror}); name a folder that you may write to") from error
-    with _locked(os.path.join(os.path.realpath(folder), LOCK_SUFFIX), folder, option):
+    with _output_lock(os.path.join(os.path.realpath(folder), LOCK_SUFFIX), folder, option):
         yield
 
 
-def this_process(job: str | None = None) -> str:
-    """Return who this is, for the process that finds the output in use: process, host, SLURM job if given, and since when."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    return f"process {os.getpid()} on {socket.gethostname()}{f', SLURM job {job}' if job else ''}, since {now}"
-
-
-@contextmanager
-def _locked(lock: str, output: str | Path, option: str) -> Iterator[None]:
-    descriptor = _acquire(lock, output, option)
-    try:
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"{this_process()}\n".encode(), 0)
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # removed before it is released: nobody can hold a file that has no name
-            os.unlink(lock)
-        os.close(descriptor)
-
-
-def _acquire(lock: str, output: str | Path, option: str) -> int:
-    """Return the descriptor of the locked file; closing it releases the lock."""
-    while True:
-        try:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise UsageError(
-                f"{option} {output} cannot be written ({error.strerror}: {lock}); name a place that you may write to"
-            ) from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
-            os.close(descriptor)
-            raise UsageError(
-                f"{option} {output} is being written by {holder}; wait until it ends, stop it, or name another {option}"
-            ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                os.close(descriptor)
-                raise
-            log.warning("%s is on a file system without locks (%s): a second process is not noticed", output, error.strerror)
-        if _is_current(descriptor, lock):
-            return descriptor
-        os.close(descriptor)  # its holder removed it between our opening and locking; try the new one
-
-
-def _is_current(descriptor: int, lock: str) -> bool:
-    """Return True if the open file still has its name."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(lock))
-    except FileNotFoundError:
-        return False
-
-
-POLL_SECONDS = 0.1
-REPORT_SECONDS = 15.0
-PATIENCE_SECONDS = 120.0
-"""How long those that do not build wait while nobody does."""
+def _output_lock(lock: str, output: str | Path, option: str) -> AbstractContextManager[None]:
+    return hold(Lock(lock), f"{option} {output}", f"wait until it ends, stop it, or name another {option}")
 
 
 def node() -> str:
-    """Of this process; a path alone does not say on which disk."""
+    """Return the name of this process's host; a path alone does not say on which disk."""
     return socket.gethostname()
 
 
@@ -152,70 +213,50 @@ def build_once(
 ) -> None:
     """Return when `is_done`; call `build(note)` where that is this process's task and no other one is at it.
 
-    `note` leaves a line for those that wait. Raises DataError on a process that must not build, when nobody has built for
+    `note` leaves a line for those that wait. Nothing but wasted work comes of a file system whose locks do not reach other nodes,
+    because finished files appear whole. Raises DataError on a process that must not build, when nobody has built for
     `patience_seconds`: the one that should is dead. Raises UsageError when the folder of `lock_path` cannot be written.
     """
+    lock, folder = Lock(lock_path), os.path.dirname(lock_path)
     last_seen = told = time.monotonic()
     while not is_done():
-        with _lock(lock_path, shared=not may_build) as (is_mine, note):
-            if may_build and is_mine:
-                if not is_done():  # another node may have been at it
-                    build(note)
-                return
+        try:
+            os.makedirs(folder, exist_ok=True)
+            is_free = lock.take(is_shared=not may_build)
+        except OSError as error:
+            raise cannot_build(error, folder) from error
+        if is_free and may_build:
+            _build(lock, is_done, build)
+            return
         now = time.monotonic()
-        if not is_mine:
+        if is_free:
+            lock.release(keep_file=True)
+        else:
             last_seen = now
         if now - last_seen > patience_seconds:
             raise DataError(
-                f"node {node()}: {os.path.dirname(lock_path)} lacks the sample index and nobody has built it for"
-                f" {patience_seconds:,.0f} s; the first rank of the node should, look for its error in the log"
+                f"node {node()}: {folder} lacks the sample index and nobody has built it for {patience_seconds:,.0f} s; the first"
+                " rank of the node should, look for its error in the log"
             )
         if now - told > REPORT_SECONDS:
             told = now
-            log.warning("node %s waits for the sample index in %s; %s", node(), os.path.dirname(lock_path), _read(lock_path))
+            log.warning("node %s waits for the sample index in %s; %s", node(), folder, lock.holder())
         time.sleep(POLL_SECONDS)
 
 
-@contextmanager
-def _lock(path: str, *, shared: bool) -> Iterator[tuple[bool, Callable[[str], None]]]:
-    """(whether nobody else builds, what leaves a note). A shared lock is only a look. Without locks nobody is seen."""
-    try:
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise cannot_build(error, os.path.dirname(path)) from error
+def _build(lock: Lock, is_done: Callable[[], bool], build: Callable[[Callable[[str], None]], None]) -> None:
+    """Build what is missing while the lock is held, and release it."""
 
     def note(text: str) -> None:
-        """Write who is at it, and how far, into the lock file."""
-        content = f"{node()}, process {os.getpid()}: {text}\n".encode()
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, content, 0)
+        """Leave a line in the lock's file."""
+        lock.note(f"{node()}, process {os.getpid()}: {text}")
 
     try:
-        is_mine = _take(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-        if is_mine and not shared:
-            note("has begun")
-        yield is_mine, note
+        note("has begun")
+        if not is_done():  # another node may have been at it
+            build(note)
     finally:
-        os.close(descriptor)  # and with it the lock
-
-
-def _take(descriptor: int, kind: int) -> bool:
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return True
-
-
-def _read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8").strip() or "nobody has begun"
-    except OSError:
-        return "nobody has begun"
+        lock.release(keep_file=True)
 
 
 def cannot_build(error: OSError, folder: str) -> UsageError:

@@ -6,16 +6,15 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from megatron_ledom.errors import DataError
-from megatron_ledom.storage.files import write_whole
+from megatron_ledom.storage.files import publish, write_whole
+from megatron_ledom.storage.lines import append_lines
 
 METRICS, STEPS, BAD_STEPS, LAUNCHES = "metrics.jsonl", "steps.jsonl", "bad_steps.jsonl", "launches.jsonl"
 SAVES = "saves.jsonl"
 """A line for each checkpoint that was saved."""
-BLOCK_BYTES = 4096
 Record = dict[str, Any]
 Result = TypeVar("Result")
 
@@ -57,7 +56,7 @@ def drop_after(path: str, iteration: int) -> None:
     lines = [(_parsed(path, number, record, iteration_of), line) for number, record, line in _lines(path)]
     if lines and iteration == 0:
         kept_as = _free_name(path)
-        os.rename(path, kept_as)
+        publish(path, kept_as)
         log.warning("an earlier start of this run saved no checkpoint; its records are kept as %s", kept_as)
         return
     kept = b"".join(line for number, line in lines if number <= iteration)
@@ -71,29 +70,7 @@ def append_record(path: str, record: Record) -> None:
 
     Reads the end of the file only. Raises OSError, and then nothing of the line stays.
     """
-    with open(path, "a+b") as file:
-        file.truncate(_end_of_lines(file))
-        _write_whole(file, record)
-        os.fsync(file.fileno())
-
-
-class RecordFile:
-    """A file of records that grows, kept open."""
-
-    def __init__(self, path: str) -> None:
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  closed in close()
-
-    def append(self, record: Record) -> None:
-        """Write one line. Raises OSError, and then nothing of the line stays."""
-        _write_whole(self._file, record)
-
-    def sync(self) -> None:
-        """Bring the lines to disk."""
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    append_lines(path, as_line(record))
 
 
 def plain(value: float) -> float | str:
@@ -101,20 +78,12 @@ def plain(value: float) -> float | str:
     return value if math.isfinite(value) else str(value)
 
 
-def _write_whole(file: Any, record: Record) -> None:
-    line = memoryview(json.dumps(_numbers_only(record), allow_nan=False).encode() + b"\n")
-    before = os.fstat(file.fileno()).st_size
-    try:
-        while line:
-            line = line[os.write(file.fileno(), line) :]
-    except OSError:
-        with suppress(OSError):
-            os.ftruncate(file.fileno(), before)
-        raise
+def as_line(record: Record) -> bytes:
+    """Return a record as a line of its file, with null in place of NaN and infinity, which JSON lacks."""
+    return json.dumps(_numbers_only(record), allow_nan=False).encode() + b"\n"
 
 
 def _numbers_only(value: Any) -> Any:
-    """The value with null in place of NaN and infinity, which JSON lacks."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -159,17 +128,3 @@ def _free_name(path: str) -> str:
     while os.path.exists(f"{path}.{number}"):
         number += 1
     return f"{path}.{number}"
-
-
-def _end_of_lines(file: BinaryIO) -> int:
-    """Bytes up to the end of the last whole line."""
-    end = file.seek(0, os.SEEK_END)
-    block = 1  # nearly always a line's end
-    while end > 0:
-        start = max(0, end - block)
-        file.seek(start)
-        newline = file.read(end - start).rfind(b"\n")
-        if newline >= 0:
-            return start + newline + 1
-        end, block = start, BLOCK_BYTES
-    return 0

@@ -1,10 +1,9 @@
-"""What a run folder keeps of every step: `steps.jsonl`, `bad_steps.jsonl` and `skip_iterations.json`, written by rank 0.
+"""The history of a run in its folder, written by rank 0: its launches, its steps, and the iterations to skip.
 
-`steps.jsonl` has one line an iteration, so that a resumed run scores its steps against the same window as the uninterrupted one,
-and a replay has loss and gradient norm of any step to compare with. Lines behind the iteration that a run goes on from are
-dropped; `bad_steps.jsonl` is never cut.
-
-What a run was started with: one line a launch in `launches.jsonl` of the run folder.
+`launches.jsonl` has one line a launch: command, versions and config. `steps.jsonl` has one line an iteration, so that a resumed
+run scores its steps against the same window as an uninterrupted one, and a replay can compare loss and gradient norm of any step.
+On resume the lines after the checkpoint are dropped. `bad_steps.jsonl` is never cut. `skip_iterations.json` lists the iterations
+that are skipped after returns to a checkpoint.
 """
 
 import json
@@ -50,6 +49,9 @@ from megatron_ledom.training.log_guard import GuardedLog, RecordLog
 from megatron_ledom.training.step_policy import PastStep
 
 PACKAGES = ("megatron-core", "numpy", "transformers", "transformer-engine")
+SKIP_PLAN = "skip_iterations.json"
+REPLAYABLE = 2
+"""Number of newest bad steps for which the checkpoint before them is kept."""
 
 
 def write_launch(config: RunConfig, launch: Launch, iteration: int, checkpoint: str | None) -> None:
@@ -63,7 +65,7 @@ def write_launch(config: RunConfig, launch: Launch, iteration: int, checkpoint: 
 
 
 def read_launches(run_dir: str) -> list[Record]:
-    """Every launch of a run folder, oldest first. Raises DataError with file and line of a damaged one."""
+    """Return every launch of a run folder, oldest first. Raises DataError with file and line of a damaged one."""
     return read_records(os.path.join(run_dir, LAUNCHES), _as_launch)
 
 
@@ -85,7 +87,7 @@ def _as_launch(record: Record) -> Record:
 
 
 def describe_launch(config: RunConfig, launch: Launch, iteration: int, checkpoint: str | None) -> Record:
-    """Time, command, position, machine, versions, the state of the source, and the config, which another start may change."""
+    """Return time, command, position, machine, versions, state of the source, and the config, which another start may change."""
     cuda = torch.cuda.is_available()
     return {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -111,7 +113,7 @@ def describe_launch(config: RunConfig, launch: Launch, iteration: int, checkpoin
 
 
 def git_state(folder: Path) -> Record | None:
-    """Commit and whether files differ from it; None where the source lies in no git repository, or git is not installed."""
+    """Return the commit and the files that differ from it; None outside a git repository, or without git."""
     commit = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
     if commit is None or changes is None:
@@ -134,14 +136,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-SKIP_PLAN = "skip_iterations.json"
-REPLAYABLE = 2
-"""Newest bad steps whose checkpoint before them is not retired."""
-
-
 @dataclass(slots=True)
 class SkipPlan:
-    """Iterations that a run leaves out after a return to a checkpoint, and how often it returned to each."""
+    """Iterations that a run skips after returns to a checkpoint, and the number of returns to each checkpoint."""
 
     iterations: list[int] = field(default_factory=list)
     roll_backs: dict[str, int] = field(default_factory=dict)
@@ -153,26 +150,26 @@ class RunHistory:
 
     def __init__(self, run_dir: str, skip_iterations: Iterable[int]) -> None:
         self.run_dir = run_dir
-        self.by_hand = frozenset(skip_iterations)
-        self.left_out = self.by_hand
-        """The iterations of which nothing is computed: those of the config and those that returns to a checkpoint added."""
-        self._take_plan(SkipPlan())
+        self._configured = frozenset(skip_iterations)
+        self.skip_iterations = self._configured
+        """Iterations that are not computed: those of the config, and those that returns to a checkpoint added."""
+        self._set_plan(SkipPlan())
         self.launch = 0
         """Number of this launch, of rank 0."""
-        self.newest_bad: deque[int] | None = None
+        self.newest_bad_steps: deque[int] | None = None
         """Iterations of the newest bad steps, of rank 0: the file is read once a launch, however many there are."""
         self._skipped_updates = 0
         self._steps: RecordLog | None = None
         self._bad = GuardedLog(os.path.join(run_dir, BAD_STEPS))
 
-    def go_on_from(self, iteration: int, num_steps: int) -> list[PastStep]:
-        """Forget what was done after `iteration`; returns the last `num_steps` before, the same on every rank."""
+    def resume_from(self, iteration: int, num_steps: int) -> list[PastStep]:
+        """Drop the steps after `iteration`; returns the last `num_steps` up to it, the same on every rank."""
 
         def read() -> tuple[list[PastStep], int, SkipPlan]:
             """Rank 0's part."""
             past = [step for step in read_steps(self.run_dir) if step.iteration <= iteration]
-            if self.newest_bad is None:
-                self.newest_bad = deque(map(iteration_of, read_bad_steps(self.run_dir)), maxlen=REPLAYABLE)
+            if self.newest_bad_steps is None:
+                self.newest_bad_steps = deque(map(iteration_of, read_bad_steps(self.run_dir)), maxlen=REPLAYABLE)
                 self.launch = len(read_records(os.path.join(self.run_dir, LAUNCHES)))
             lost = 0 if self._steps is None else self._steps.lost
             self._close_steps()
@@ -180,49 +177,49 @@ class RunHistory:
             return past[-num_steps:], sum(step.skipped for step in past), load_skip_plan(self.run_dir)
 
         steps, self._skipped_updates, plan = from_first_rank(read)
-        self._take_plan(plan)
+        self._set_plan(plan)
         return steps
 
     def num_skipped(self, iteration: int) -> int:
-        """Iterations up to this one that updated nothing."""
+        """Return the number of iterations up to this one that updated nothing."""
         return self._skipped_updates + bisect_right(self._in_order, iteration)
 
-    def _take_plan(self, plan: SkipPlan) -> None:
+    def _set_plan(self, plan: SkipPlan) -> None:
         self.plan = plan
-        self.left_out = self.by_hand.union(plan.iterations)
-        self._in_order = sorted(self.left_out)
+        self.skip_iterations = self._configured.union(plan.iterations)
+        self._in_order = sorted(self.skip_iterations)
 
-    def write(self, step: PastStep) -> None:
-        """One iteration that counts, with its update or without."""
+    def write_step(self, step: PastStep) -> None:
+        """Write an accepted step, with its update or without."""
         self._skipped_updates += step.skipped
         if self._steps is not None:
             self._steps.write({**asdict(step), "lm_loss": plain(step.lm_loss), "grad_norm": plain(step.grad_norm)})
 
-    def write_bad(self, record: Record) -> None:
-        """A step that was no ordinary one, for diagnosis and replay; it is on disk when this returns."""
+    def write_bad_step(self, record: Record) -> None:
+        """Write a bad step to disk, for diagnosis and replay."""
         if dist.get_rank() == 0:
             self._bad.attempt(lambda: append_record(self._bad.where, record))
-            if self.newest_bad is not None:
-                self.newest_bad.append(iteration_of(record))
+            if self.newest_bad_steps is not None:
+                self.newest_bad_steps.append(iteration_of(record))
 
-    def plan_skips(self, iterations: Iterable[int], checkpoint: int) -> None:
-        """Add iterations that are left out from now on, after one more return to the checkpoint of an iteration.
+    def add_skips(self, iterations: Iterable[int], checkpoint: int) -> None:
+        """Skip these iterations from now on, after one more return to the checkpoint of an iteration.
 
-        Raises what `cannot_write` makes of an error, on every rank: another start would train on what is to be left out.
+        Raises what `cannot_write` makes of an error, on every rank: another start would train on what is to be skipped.
         """
         returns = {**self.plan.roll_backs, str(checkpoint): self.num_roll_backs(checkpoint) + 1}
-        self._take_plan(SkipPlan(sorted({*self.plan.iterations, *iterations}), returns))
+        self._set_plan(SkipPlan(sorted({*self.plan.iterations, *iterations}), returns))
         from_first_rank(self._write_plan)
 
     def _write_plan(self) -> None:
         write_json(os.path.join(self.run_dir, SKIP_PLAN), asdict(self.plan), indent=None)
 
     def num_roll_backs(self, checkpoint: int) -> int:
-        """How often the run returned to the checkpoint of this iteration."""
+        """Return how often the run returned to the checkpoint of this iteration."""
         return self.plan.roll_backs.get(str(checkpoint), 0)
 
     def lost(self) -> dict[str, int]:
-        """Records that could not be written, by the file they are missing from, on rank 0."""
+        """Return the number of records that could not be written, by file, on rank 0."""
         logs = [log for log in (self._steps, self._bad) if log is not None]
         return {log.where: log.lost for log in logs if log.lost}
 
@@ -244,7 +241,7 @@ class RunHistory:
 
 
 def read_steps(run_dir: str) -> list[PastStep]:
-    """Every step of a run folder, in order; none of a run that kept none."""
+    """Return every step of a run folder, in order."""
     return read_records(os.path.join(run_dir, STEPS), _as_step)
 
 
@@ -257,12 +254,12 @@ def _as_step(record: Record) -> PastStep:
 
 
 def read_bad_steps(run_dir: str) -> list[Record]:
-    """Every bad step of a run folder, oldest first, those that a return to a checkpoint undid too."""
+    """Return every bad step of a run folder, oldest first, also those that a return to a checkpoint undid."""
     return read_records(os.path.join(run_dir, BAD_STEPS), has_iteration)
 
 
 def load_skip_plan(run_dir: str) -> SkipPlan:
-    """What returns to a checkpoint have put on the list of iterations to leave out. Raises DataError for a damaged file."""
+    """Return the iterations to skip after returns to a checkpoint. Raises DataError for a damaged file."""
     path = os.path.join(run_dir, SKIP_PLAN)
     try:
         with open(path, encoding="utf-8") as file:

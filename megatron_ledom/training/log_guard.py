@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from megatron_ledom.errors import LedomError
-from megatron_ledom.storage.records import Record, RecordFile, drop_after
+from megatron_ledom.storage.lines import LineFile
+from megatron_ledom.storage.records import Record, as_line, drop_after
 
 log = logging.getLogger(__name__)
 
@@ -52,12 +53,12 @@ class RecordLog(GuardedLog):
     def __init__(self, path: str, iteration: int, lost: int = 0) -> None:
         super().__init__(path, lost)
         self._iteration = iteration
-        self._file: RecordFile | None = None
+        self._file: LineFile | None = None
         self.attempt(self._opened, 0)
 
     def write(self, record: Record) -> None:
         """One line more."""
-        self.attempt(lambda: self._opened().append(record))
+        self.attempt(lambda: self._opened().append(as_line(record)))
 
     def sync(self) -> None:
         """Bring the lines to disk."""
@@ -70,10 +71,10 @@ class RecordLog(GuardedLog):
             self.attempt(self._file.close, 0)
             self._file = None
 
-    def _opened(self) -> RecordFile:
+    def _opened(self) -> LineFile:
         if self._file is None:
             drop_after(self.where, self._iteration)
-            self._file = RecordFile(self.where)
+            self._file = LineFile(self.where)
         return self._file
 
 

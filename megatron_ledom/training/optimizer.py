@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups) -> Any:
-    """AdamW over fp32 main weights; vectors (norms) are not decayed. Ties gradient reduction into the model's schedule."""
+    """Build AdamW over fp32 main weights; vectors (norms) are not decayed. Ties gradient reduction into the model's schedule."""
     settings = config.optimizer
     log.info("optimizer: %s", use_fused_adam(next(model[0].parameters()).device.type))
     optimizer_config = OptimizerConfig(
@@ -39,7 +39,7 @@ def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups)
 
 
 def _tie_gradient_reduction(config: RunConfig, model: list[Any], optimizer: Any) -> None:
-    """The functions by which megatron-core's schedules reduce gradients and gather parameters, overlapped if asked."""
+    """Set the functions by which megatron-core's schedules reduce gradients and gather parameters, overlapped if asked."""
     parallel, core_config = config.parallel, model[0].config
 
     def each_or_one(functions: list[Any]) -> Any:
@@ -56,7 +56,7 @@ def _tie_gradient_reduction(config: RunConfig, model: list[Any], optimizer: Any)
 
 
 def build_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """Linear warm-up, then the decay; counted in iterations, so a batch size that changes on resume does not move it."""
+    """Build the schedule, linear warm-up and then the decay; counted in iterations, so a batch size that changes on resume does not move it."""
     settings = config.optimizer
     return OptimizerParamScheduler(
         optimizer,

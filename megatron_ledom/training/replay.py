@@ -1,7 +1,4 @@
-"""A step of a run once more, from the last checkpoint before it: the same numbers bit for bit, and what there is to see of it.
-
-The gradient norm of each parameter, over whatever layout: which part of the model a bad step comes from.
-"""
+"""Replay one step of a run from the last checkpoint before it, bit for bit, and show the gradient norm of each parameter."""
 
 import logging
 import math
@@ -44,10 +41,14 @@ from megatron_ledom.training.state import TrainState, build_state, check_resumab
 from megatron_ledom.training.step_policy import Action, StepPolicy, StepResult, Verdict
 from megatron_ledom.training.trainer import compute_step, open_batches, run_iteration
 
+MOST_PARAMETERS = 20
+Numbers = tuple[float, float]
+"""Loss and gradient norm."""
+
 
 @torch.no_grad()
 def squared_norms(model: list[Any], optimizer: Any) -> dict[str, float]:
-    """Squared gradient norm of each parameter of the whole model, by name; their sum is the square of the gradient norm.
+    """Return the squared gradient norm of each parameter of the whole model, by name; they add up to the squared gradient norm.
 
     Call on every rank, after `measure_gradient` and before the next step.
     """
@@ -68,7 +69,7 @@ def squared_norms(model: list[Any], optimizer: Any) -> dict[str, float]:
 
 
 def _pairs(part: Any) -> Iterator[tuple[Any, Any]]:
-    """Each weight of the model with the main weight that carries its gradient: itself, an fp32 copy, or this rank's piece."""
+    """Yield each weight with the main weight that carries its gradient: itself, an fp32 copy, or this rank's piece."""
     if hasattr(part, "model_float16_groups"):  # distributed optimizer
         both = [
             (part.model_float16_groups, part.shard_fp32_from_float16_groups),
@@ -86,7 +87,7 @@ def _pairs(part: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _named(chunk: Any) -> Iterator[tuple[str, Any]]:
-    """Parameters of a model chunk, their layers numbered as in the whole model."""
+    """Yield the parameters of a model chunk, their layers numbered as in the whole model."""
     for name, param in chunk.named_parameters():
         found = re.match(r"decoder\.layers\.(\d+)\.", name)
         if found is None:
@@ -96,21 +97,16 @@ def _named(chunk: Any) -> Iterator[tuple[str, Any]]:
             yield f"decoder.layers.{number}.{name[found.end() :]}", param
 
 
-MOST_PARAMETERS = 20
-Numbers = tuple[float, float]
-"""Loss and gradient norm."""
-
-
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """What a run folder says of one step."""
+    """The record of one step in a run folder."""
 
     numbers: Numbers | None
-    left_out: frozenset[int]
-    """Iterations that had been left out when the step was done."""
+    skip_iterations: frozenset[int]
+    """Iterations that were skipped when the step was done."""
     world_size: int | None
     config: RunConfig
-    """That of the launch which did the step: config.yaml is that of the last start."""
+    """The config of the launch that did the step; config.yaml is that of the last launch."""
 
 
 def replay_step(run_dir: str, iteration: int, show: int, *, allow_long: bool) -> int:
@@ -139,7 +135,7 @@ def replay_step(run_dir: str, iteration: int, show: int, *, allow_long: bool) ->
 
 
 def read_recorded(config: RunConfig, iteration: int) -> Recorded:
-    """The last bad step of this number, or else the ordinary one. Raises UsageError for a step that is not to be."""
+    """Return the record of the last bad step of this number, or else of the ordinary one. Raises UsageError for one out of range."""
     if not 1 <= iteration <= config.train.train_iters:
         raise UsageError(f"--iteration {iteration} is not of this run; it can be 1 to {config.train.train_iters}")
     launches = read_launches(config.run_dir)
@@ -152,12 +148,12 @@ def read_recorded(config: RunConfig, iteration: int) -> Recorded:
     before = [launch for launch in launches if launch.get("from_iteration", 0) < iteration]
     launch = before[-1] if before else None
     then = _config_then(config, iteration, launch)
-    left_out = frozenset({*then.train.skip_iterations, *load_skip_plan(config.run_dir).iterations})
-    return Recorded(found[0] if found else None, left_out, launch["world_size"] if launch else None, then)
+    skip_iterations = frozenset({*then.train.skip_iterations, *load_skip_plan(config.run_dir).iterations})
+    return Recorded(found[0] if found else None, skip_iterations, launch["world_size"] if launch else None, then)
 
 
 def _config_then(config: RunConfig, iteration: int, launch: Record | None) -> RunConfig:
-    """The config of a launch; where launches were not kept, that of the checkpoint before the step, else that of the last start."""
+    """Return the config of a launch; without launches that of the checkpoint before the step, or else of the last start."""
     checkpoint = last_checkpoint_before(config, iteration)
     if launch is not None and "config" in launch:
         then = config_from_dict(launch["config"], os.path.join(config.run_dir, LAUNCHES))
@@ -170,14 +166,14 @@ def _config_then(config: RunConfig, iteration: int, launch: Record | None) -> Ru
 
 
 def last_checkpoint_before(config: RunConfig, iteration: int) -> str | None:
-    """The folder of the newest finished checkpoint of an iteration below; None if a replay begins with the initial weights."""
+    """Return the newest finished checkpoint before the iteration; None if a replay begins with the initial weights."""
     folder = checkpoint_folder(config)
     before = [name for number, name in finished_checkpoints(folder).items() if number < iteration]
     return os.path.join(folder, before[-1]) if before else None
 
 
 def _check_length(config: RunConfig, checkpoint: str | None, iteration: int, allow_long: bool) -> str:
-    """What a replay is about to do, in a line. Raises UsageError if that is more than what lies between two checkpoints."""
+    """Return a line on the length of the replay. Raises UsageError if it is longer than from one checkpoint to the next."""
     start = 0 if checkpoint is None else load_manifest(checkpoint).iteration
     steps, usual = iteration - start, config.checkpoint.save_interval
     begins = f"from {checkpoint or 'the initial weights'}, iteration {start}"
@@ -191,7 +187,7 @@ def _check_length(config: RunConfig, checkpoint: str | None, iteration: int, all
 
 @contextmanager
 def _sample_index(config: RunConfig, sources: Sources, launch: Launch) -> Iterator[None]:
-    """Inside, `config` names a folder with a whole sample index: the run's, or one of each node's that is deleted at the end."""
+    """Make `config` name a folder with a whole sample index: the run's, or one on each node that is deleted at the end."""
     node, cache = socket.gethostname(), index_cache(config)
     with ExitStack() as stack:
         folder = None
@@ -233,14 +229,14 @@ def _go_to(state: TrainState, iteration: int, recorded: Recorded) -> tuple[StepR
     """Repeat the steps before `iteration` and compute that one, without its update; also those that were not as recorded."""
     policy = StepPolicy(state.config.train, state.platform.device)
     past = read_steps(state.config.run_dir)
-    policy.remember(step for step in past if step.iteration <= state.iteration)
+    policy.resume_from(step for step in past if step.iteration <= state.iteration)
     known = {step.iteration: (step.lm_loss, step.grad_norm) for step in past}
     differs = []
     batches = open_batches(state)
     while state.iteration < iteration - 1:
         number = state.iteration + 1
-        result = run_iteration(state, batches, policy, recorded.left_out)
-        if result is not None and not result.verdict.goes_on:
+        result = run_iteration(state, batches, policy, recorded.skip_iterations)
+        if result is not None and not result.verdict.is_accepted:
             raise UsageError(f"iteration {number} on the way is bad itself ({result.verdict.reason}); replay that one")
         if result is not None and number in known and not _same(_numbers(result), known[number]):
             differs.append(number)
@@ -282,7 +278,7 @@ def _parameters(norms: dict[str, float]) -> Iterator[str]:
 
 
 def _samples(state: TrainState, show: int) -> Iterator[str]:
-    """Where the samples of the step come from, and the first of them as text."""
+    """Yield the sources of the samples of the step, and the first samples as text."""
     first = state.consumed_train_samples
     samples = range(first, first + state.config.train.global_batch_size)
     yield f"\nsamples {samples[0]} to {samples[-1]}"
@@ -295,7 +291,7 @@ def _samples(state: TrainState, show: int) -> Iterator[str]:
 
 
 def _texts(ids: list[int], tokenizer: Tokenizer | None, state: TrainState) -> Iterator[str]:
-    """The pieces of documents in a sample, each in reading order."""
+    """Yield the pieces of documents in a sample, each in reading order."""
     piece: list[Any] = []
     for number in [*ids, state.provenance.eod_id]:
         if number != state.provenance.eod_id:

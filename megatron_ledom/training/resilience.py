@@ -1,4 +1,4 @@
-"""Stopping in good order: a signal to any rank, or an end of the job that draws near, makes all ranks save at one step."""
+"""Stop a run so that nothing is lost: after a signal to any rank, or near the job's end, all ranks save at the same step."""
 
 import logging
 import signal
@@ -22,7 +22,7 @@ LONGEST_DEFAULT_MARGIN_SECONDS = 600.0
 
 
 class StopRequest:
-    """Remembers SIGTERM, SIGUSR1 or SIGUSR2 from now on, and watches a deadline; the ranks agree on both once a step.
+    """Remembers SIGTERM, SIGUSR1 or SIGUSR2 from its construction on, and watches a deadline; ranks agree on both each step.
 
     Made first of all, before torch is imported: a signal that comes while a run is being built ends it after its first step
     instead of killing it.
@@ -31,7 +31,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self.deadline: Deadline | None = None
-        """Of rank 0, once it is known."""
+        """Set on rank 0 once it is known."""
         self.leaves_at_once = False
         for number in STOP_SIGNALS:
             signal.signal(number, self._remember)
@@ -43,7 +43,7 @@ class StopRequest:
 
     @contextmanager
     def leaving_at_once(self) -> Iterator[None]:
-        """Inside, SIGTERM raises StoppedWaiting: nothing has begun that would have to be saved. The others are warnings: a job whose
+        """Let SIGTERM raise StoppedWaiting: nothing has begun that would have to be saved. The others are warnings: a job whose
         time limit is shorter than its warning has to come a step further at each start.
         """
         self.leaves_at_once = True
@@ -53,11 +53,11 @@ class StopRequest:
             self.leaves_at_once = False
 
     def name(self) -> str | None:
-        """Of the signal that came, if one did."""
+        """Return the name of the signal that came, if one did."""
         return None if self.received is None else self.received.name
 
     def agreed(self, device: "torch.device", seconds_to_save: float) -> bool:
-        """Whether any rank has to stop; the same answer on every rank. Call on every rank at every step boundary.
+        """Return whether any rank has to stop; the same on every rank. Call on every rank at every step boundary.
 
         `seconds_to_save` is how long this rank would take to save and leave.
         """
@@ -76,7 +76,7 @@ class StopRequest:
 
 
 class Deadline:
-    """When a run must have begun to save and leave. `seconds_left` says how far off that is; None: it is not known."""
+    """The time at which a run must begin to save and leave; `seconds_left` returns how far off it is, None without a limit."""
 
     def __init__(self, seconds_left: Callable[[], float | None]) -> None:
         self.seconds_left = seconds_left
@@ -88,7 +88,7 @@ class Deadline:
         self.at = None if left is None else time.monotonic() + left
 
     def reached(self, seconds_to_save: float) -> bool:
-        """Whether one more step, and `seconds_to_save` after it, might end too late. Call at every step boundary."""
+        """Return whether one more step, and `seconds_to_save` after it, might end too late. Call at every step boundary."""
         now = time.monotonic()
         if self.last is not None:
             self.longest = max(self.longest, now - self.last)
@@ -101,14 +101,14 @@ class Deadline:
         return now + needed >= self.at
 
     def describe(self) -> str:
-        """Why it is time to leave."""
+        """Return the reason to leave, for the log."""
         left = 0.0 if self.at is None else max(0.0, self.at - time.monotonic())
         needed = f"a step has taken up to {self.longest:.1f} s, and saving would take {self.seconds_to_save:.1f} s"
         return f"{left:.0f} s are left to train in, {needed}"
 
 
 def find_deadline(train: TrainConfig, started: float | None = None) -> Deadline:
-    """The earlier of the SLURM job's end, less `train.exit_before_limit_seconds`, and `train.exit_duration_seconds` from the
+    """Return the earlier of the SLURM job's end, less `train.exit_before_limit_seconds`, and `train.exit_duration_seconds` from the
     start, `started` by time.monotonic (default: now).
 
     Raises UsageError where the job is too short for the time that shall be left of it.
@@ -126,7 +126,7 @@ def find_deadline(train: TrainConfig, started: float | None = None) -> Deadline:
     job_end = None if until_end is None else time.monotonic() + until_end
 
     def seconds_left() -> float | None:
-        """Until the run shall have saved; SLURM is asked again, since a limit can be extended. None without a limit."""
+        """Return the time left to save in; SLURM is asked again, since a limit can be extended. None without a limit."""
         nonlocal job_end
         if job_end is not None and (now_until_end := seconds_until_job_end()) is not None:
             job_end = time.monotonic() + now_until_end  # else SLURM does not answer now

@@ -1,4 +1,4 @@
-"""Everything a running training holds, built once from the config."""
+"""The state of a run: model, optimizer, schedule, data and position, built once from the config."""
 
 import logging
 from dataclasses import dataclass
@@ -9,7 +9,6 @@ import torch.distributed as dist
 from megatron_ledom.checkpoint.folder import advising_another
 from megatron_ledom.checkpoint.manifest import (
     CheckpointManifest,
-    changes_since,
     check_fits,
     check_same_samples,
     check_sizes,
@@ -17,6 +16,7 @@ from megatron_ledom.checkpoint.manifest import (
 )
 from megatron_ledom.checkpoint.store import CheckpointStore
 from megatron_ledom.config.derived import checkpoint_folder
+from megatron_ledom.config.load import to_dict
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import Sources
 from megatron_ledom.data.dataset.dataset import BlendSamples, build_held_out_datasets, build_train_dataset, index_cache
@@ -26,6 +26,7 @@ from megatron_ledom.parallel.collectives import check_same
 from megatron_ledom.parallel.groups import ParallelGroups, seed_iteration
 from megatron_ledom.platform.device import Platform
 from megatron_ledom.provenance import Provenance
+from megatron_ledom.storage.jobs import differences
 from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ OTHER_CHECKPOINT = "run_dir must be one folder on all nodes; if it is, a node sa
 
 @dataclass(slots=True)
 class TrainState:
-    """A run in memory: what it is made of, and how far it has come."""
+    """The parts of a run in memory, and its position."""
 
     config: RunConfig
     platform: Platform
@@ -65,7 +66,7 @@ class TrainState:
 
 
 def check_resumable(config: RunConfig, sources: Sources, checkpoint: str | None) -> tuple[Sources, list[str]]:
-    """Refuse to go on from a checkpoint (None: from scratch) of another run, before anything is changed.
+    """Refuse to resume from a checkpoint of another run (None: from scratch), before anything is changed.
 
     Returns the sources, with the samples that the run will have drawn at its end, and what of the training data has changed
     with leave since the checkpoint.
@@ -87,7 +88,7 @@ def build_state(
     choice: LayerChoice,
     checkpoint: str | None,
 ) -> TrainState:
-    """Build model, optimizer, schedule and data; then take up a checkpoint of this run, or start from scratch with None.
+    """Build model, optimizer, schedule and data; then load a checkpoint of this run, or start from scratch with None.
 
     Call `check_resumable` and `prepare_indices` first. Raises RuntimeError where the ranks have not the same checkpoint.
     """
@@ -118,9 +119,9 @@ def build_state(
 
 
 def load_checkpoint(state: TrainState, checkpoint: str) -> None:
-    """Take up weights, optimizer, schedule and position from a checkpoint of this run. Call on every rank."""
+    """Load weights, optimizer, schedule and position from a checkpoint of this run. Call on every rank."""
     manifest = state.store.load_manifest(checkpoint)
-    for change in [] if manifest.weights_only else changes_since(manifest, state.config):
+    for change in [] if manifest.weights_only else differences(manifest.config, to_dict(state.config)):
         log.warning("changed since the checkpoint: %s", change)
     state.store.load(checkpoint, state.model, state.optimizer, state.scheduler)
     state.scheduler.num_steps = 0  # its load adds the stored position, which old checkpoints count in samples
@@ -132,7 +133,7 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
 
 
 def save_checkpoint(state: TrainState) -> None:
-    """Begin a checkpoint of this iteration; `state.store` finishes it. Call on every rank."""
+    """Start to save a checkpoint of this iteration; `state.store` finishes it. Call on every rank."""
     manifest = CheckpointManifest.describe(
         state.config,
         state.provenance,

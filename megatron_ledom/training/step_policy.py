@@ -1,4 +1,4 @@
-"""What to do with a step whose loss or gradient norm is not finite or is a spike: decided before the update, by all ranks alike.
+"""Judge each step before its update: what happens when its loss or gradient norm is not finite or is a spike.
 
 A score is robust: distance from the median of the last iterations in standard deviations, which are estimated from the median
 deviation, so that an earlier spike in the window hides no later one. The gradient norm is scored by its logarithm.
@@ -19,11 +19,11 @@ from megatron_ledom.config.schema import TrainConfig
 NORMAL_DEVIATION = 1.4826
 """Standard deviation of normal noise over its median deviation."""
 SMALLEST_DEVIATION = 1e-3
-"""Of the median: a loss that hardly moves has no spikes of a thousandth."""
+"""Smallest deviation as a share of the median: a loss that hardly moves has no spikes of a thousandth."""
 
 
 class Action(IntEnum):
-    """What happens with a step; where ranks disagree, the strictest for all."""
+    """The treatment of a step; where ranks disagree, the strictest action holds for all."""
 
     UPDATE = 0
     WARN = 1
@@ -42,36 +42,36 @@ class Verdict:
 
     action: Action
     reason: str = ""
-    """What is wrong with the step; empty for an ordinary one."""
+    """The fault of the step; empty for an ordinary one."""
     score: float | None = None
     """The larger of the scores of loss and gradient norm; None while the window is too short, or without finite values."""
 
     @property
-    def updates(self) -> bool:
-        """Whether the optimizer takes the step."""
+    def is_applied(self) -> bool:
+        """Return whether the optimizer makes the update."""
         return self.action <= Action.WARN
 
     @property
-    def goes_on(self) -> bool:
-        """Whether the iteration counts as done, with or without its update."""
+    def is_accepted(self) -> bool:
+        """Return whether the iteration counts as done, with or without its update."""
         return self.action <= Action.SKIP
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one optimizer step reports."""
+    """The numbers of one optimizer step, and the decision on it."""
 
     lm_loss: float
     """Mean negative log-likelihood of the tokens the mask keeps, in nats."""
     grad_norm: float
     """Global gradient norm before clipping."""
     verdict: Verdict
-    """Whether the update was made, and why not."""
+    """The decision on the update, with its reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class PastStep:
-    """What the policy remembers of an iteration."""
+    """The numbers of a past iteration, against which later steps are judged."""
 
     iteration: int
     lm_loss: float
@@ -91,39 +91,39 @@ class StepPolicy:
     def __post_init__(self) -> None:
         self.past = deque(maxlen=max(self.settings.spike_window, self.settings.max_skips))
 
-    def remember(self, steps: Iterable[PastStep]) -> None:
-        """Start from these past steps, as after a resume."""
+    def resume_from(self, steps: Iterable[PastStep]) -> None:
+        """Judge from now on against these past steps."""
         self.past.clear()
         self.past.extend(steps)
 
     def judge(self, iteration: int, lm_loss: float, grad_norm: float) -> Verdict:
-        """Decide on the step of `iteration`, and remember it if the iteration counts. Call on every rank."""
-        verdict = self._agree(self._judge_alone(lm_loss, grad_norm))
-        if verdict.goes_on:
-            self.past.append(PastStep(iteration, lm_loss, grad_norm, verdict.score, not verdict.updates))
+        """Decide on the step of `iteration`, and remember an accepted one. Call on every rank."""
+        verdict = self._strictest(self._judge_locally(lm_loss, grad_norm))
+        if verdict.is_accepted:
+            self.past.append(PastStep(iteration, lm_loss, grad_norm, verdict.score, not verdict.is_applied))
         return verdict
 
-    def spike_began(self, iteration: int) -> int:
-        """The first of the iterations before a bad one that were already half a spike, without a gap; else the bad one itself."""
+    def spike_start(self, iteration: int) -> int:
+        """Return the first of the iterations before a bad one that were already half a spike, without a gap; else the bad one."""
         for step in reversed(self.past):
             if step.iteration != iteration - 1 or (step.score or 0.0) < self.settings.spike_score / 2:
                 break
             iteration = step.iteration
         return iteration
 
-    def _judge_alone(self, lm_loss: float, grad_norm: float) -> Verdict:
+    def _judge_locally(self, lm_loss: float, grad_norm: float) -> Verdict:
         settings = self.settings
         if not (math.isfinite(lm_loss) and math.isfinite(grad_norm)):
             reason = f"the loss is {lm_loss}, the gradient norm {grad_norm}"
-            return self._limited(Verdict(ACTIONS[settings.on_nonfinite], reason))
+            return self._limit_skips(Verdict(ACTIONS[settings.on_nonfinite], reason))
         score = self._score(lm_loss, grad_norm)
         if score is None or score < settings.spike_score:
             return Verdict(Action.UPDATE, score=score)
         reason = f"a spike: loss {lm_loss:.4f}, gradient norm {grad_norm:.4g}, {score:.1f} deviations above the last iterations"
-        return self._limited(Verdict(ACTIONS[settings.on_spike], reason, score))
+        return self._limit_skips(Verdict(ACTIONS[settings.on_spike], reason, score))
 
-    def _limited(self, verdict: Verdict) -> Verdict:
-        """Stop instead of one more skip, when the last `train.max_skips` steps were skipped."""
+    def _limit_skips(self, verdict: Verdict) -> Verdict:
+        """Return a stop instead of one more skip when the last `train.max_skips` updates were skipped."""
         limit = self.settings.max_skips
         last = list(self.past)[-limit:]
         if verdict.action is Action.SKIP and len(last) == limit and all(step.skipped for step in last):
@@ -133,13 +133,13 @@ class StepPolicy:
     def _score(self, lm_loss: float, grad_norm: float) -> float | None:
         window = list(self.past)[-self.settings.spike_window :]
         losses = [step.lm_loss for step in window if math.isfinite(step.lm_loss)]
-        norms = [_logarithm(step.grad_norm) for step in window if math.isfinite(step.grad_norm)]
+        norms = [_log_norm(step.grad_norm) for step in window if math.isfinite(step.grad_norm)]
         if min(len(losses), len(norms)) < self.settings.spike_window // 2:
             return None
-        return max(deviations_above(lm_loss, losses), deviations_above(_logarithm(grad_norm), norms))
+        return max(deviations_above(lm_loss, losses), deviations_above(_log_norm(grad_norm), norms))
 
-    def _agree(self, verdict: Verdict) -> Verdict:
-        """The strictest action of all ranks: values that differ in a last bit must not part them."""
+    def _strictest(self, verdict: Verdict) -> Verdict:
+        """Return the verdict with the strictest action of all ranks: values that differ in a last bit must not separate them."""
         if dist.get_world_size() == 1:
             return verdict
         action = torch.tensor(int(verdict.action), dtype=torch.int32, device=self.device)
@@ -151,11 +151,11 @@ class StepPolicy:
 
 
 def deviations_above(value: float, window: list[float]) -> float:
-    """How many standard deviations `value` lies above the median of `window`, negative below."""
+    """Return how many standard deviations `value` lies above the median of `window`, negative below."""
     middle = statistics.median(window)
     deviation = NORMAL_DEVIATION * statistics.median([abs(other - middle) for other in window])
     return (value - middle) / max(deviation, SMALLEST_DEVIATION * abs(middle), 1e-12)
 
 
-def _logarithm(grad_norm: float) -> float:
+def _log_norm(grad_norm: float) -> float:
     return math.log(max(grad_norm, 1e-30))

@@ -1,16 +1,6 @@
-"""The training loop: step, log, validate, save, until the run is done or told to stop.
+"""Training, from the loop down to the update: `train` calls an iteration, that a step, and that schedule, loss and update."""
 
-The two halves of an optimizer step, so that a step can be judged between them.
-
-megatron-core's `optimizer.step()` measures the gradient norm and updates at once; without loss scaling (fp32, bf16) a norm that
-is NaN or infinite has then already gone into every weight. Both halves together do exactly what it does.
-
-One optimizer step: micro-batches through megatron-core's schedule, gradients reduced, clipped, applied.
-
-One iteration of a run, as training and `tools/replay_step.py` do it: the same samples, random states and decisions.
-"""
-
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
 from typing import Any
 
@@ -23,65 +13,114 @@ from megatron_ledom.config.derived import num_microbatches
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.dataset.batch import Batch, batch_iterators
 from megatron_ledom.parallel.groups import ParallelGroups, seed_iteration
+from megatron_ledom.training.callback import Callback, CallbackList
 from megatron_ledom.training.recovery import Recovery
 from megatron_ledom.training.resilience import StopRequest
 from megatron_ledom.training.state import TrainState, save_checkpoint
 from megatron_ledom.training.step_policy import StepPolicy, StepResult, Verdict
-from megatron_ledom.training.watchdog import Watchdog
 
-
-@torch.no_grad()
-def measure_gradient(optimizer: Any) -> float:
-    """Bring the reduced gradients to the main weights and return their global norm. Call on every rank."""
-    optimizer.prepare_grads()
-    return float(optimizer.get_grad_norm())
-
-
-@torch.no_grad()
-def apply_gradient(optimizer: Any, grad_norm: float) -> None:
-    """Clip by the measured norm and update. Call on every rank."""
-    for part in optimizer.chained_optimizers:
-        parameters = [] if part.is_stub_optimizer else part.get_parameters()
-        if parameters and part.config.clip_grad > 0:
-            clip_grads.clip_grad_by_total_norm_fp32(
-                parameters,
-                part.config.clip_grad,
-                grad_norm,
-                part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
-            )
-    optimizer.step_with_ready_grads()
-
-
+Batches = list[Iterator[Batch]]
+"""Micro-batches, an iterator for each model chunk of this rank."""
+Judge = Callable[[float, float], Verdict]
+"""Given loss and gradient norm of a step, decides whether it is applied."""
 LossTerms = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
-def masked_loss(loss_mask: torch.Tensor, z_loss_coeff: float, output: torch.Tensor) -> LossTerms:
-    """Sum over kept tokens to differentiate, their number, and what is reported. output and loss_mask: [b, s], fp32.
+def train(state: TrainState, stop: StopRequest, callbacks: Sequence[Callback]) -> None:
+    """Train from the state's iteration to the end of the run or to a stop, and save. Call on every rank."""
+    recovery = Recovery.resume(state)
+    history, moments = recovery.history, CallbackList(callbacks, state, recovery.history)
+    moments.on_train_start()
+    batches = moments.wrap_batches(open_batches(state))
+    while state.iteration < state.config.train.train_iters:
+        moments.on_step_start()
+        result = run_iteration(state, batches, recovery.policy, history.skip_iterations)
+        recovery.record(result)
+        if result is not None and not result.verdict.is_accepted:
+            moments.on_activity("recovering from a bad step")
+            recovery.roll_back(result)
+            moments.on_rollback()
+            batches = moments.wrap_batches(open_batches(state))
+            continue
+        moments.on_step_end(result)
+        is_stopping = _is_stopping(state, stop)
+        if is_stopping or _is_save_due(state):
+            with moments.pause("saving"):
+                history.sync()
+                save_checkpoint(state)
+        moments.record(result)  # after the save: it is written while validation runs, and is complete when that is recorded
+        moments.on_activity("checking the pending checkpoint")  # rank 0 may have to complete it
+        state.store.poll()
+        if is_stopping:
+            break
+    with moments.pause("finishing the last checkpoint"):
+        state.store.finish()
+    history.close()
+    moments.on_train_end()
 
-    With a z-loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5) the output is [b, s, 2], losses and log Z, and
-    z_loss_coeff * (log Z)^2 is added to each loss; the reported lm_loss is without it.
-    """
-    losses = output[..., 0] if z_loss_coeff else output
-    kept, count = (losses * loss_mask).sum(), loss_mask.sum()
-    report = {"lm_loss": torch.stack([kept.detach(), count])}
-    if z_loss_coeff:
-        kept = kept + z_loss_coeff * (output[..., 1].square() * loss_mask).sum()
-    return kept, count.to(torch.int), report
+
+def _is_stopping(state: TrainState, stop: StopRequest) -> bool:
+    """Return whether the run ends after this iteration: asked to stop, or at `train.exit_interval`. The same on every rank."""
+    is_asked = stop.agreed(state.platform.device, state.store.seconds_to_finish())
+    return is_asked or _is_multiple(state.iteration, state.config.train.exit_interval)
 
 
-def forward_step(
-    z_loss_coeff: float, batches: Iterator[Batch], model: Any
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossTerms]]:
-    """What megatron-core's schedules call for each micro-batch: the model's output and the loss to take of it."""
-    batch = next(batches)
-    output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
-    return output, partial(masked_loss, batch["loss_mask"], z_loss_coeff)
+def _is_save_due(state: TrainState) -> bool:
+    is_last = state.iteration == state.config.train.train_iters
+    return is_last or _is_multiple(state.iteration, state.config.checkpoint.save_interval)
+
+
+def _is_multiple(iteration: int, interval: int | None) -> bool:
+    return interval is not None and iteration % interval == 0
+
+
+def open_batches(state: TrainState) -> Batches:
+    """Return the micro-batches from the state's position to the end of the run."""
+    first, last = state.consumed_train_samples, len(state.train_dataset)
+    device, eod_id = state.platform.device, state.provenance.eod_id
+    return batch_iterators(state.config, state.train_dataset, first, last, state.groups, device, eod_id)
+
+
+def run_iteration(state: TrainState, batches: Batches, policy: StepPolicy, skip_iterations: Set[int]) -> StepResult | None:
+    """Do the next iteration, and count it if the policy accepts it; None for one of `skip_iterations`, which is not computed."""
+    if state.iteration + 1 in skip_iterations:
+        for iterator in batches:
+            for _ in range(num_microbatches(state.config, dist.get_world_size())):
+                next(iterator)
+        state.advance()
+        return None
+    result = compute_step(state, batches, partial(policy.judge, state.iteration + 1))
+    if result.verdict.is_accepted:
+        state.advance()
+    return result
+
+
+def compute_step(state: TrainState, batches: Batches, judge: Judge) -> StepResult:
+    """Do the step of the next iteration under that iteration's random state, without counting it."""
+    seed_iteration(state.config.train.seed, state.iteration, state.groups)
+    return train_step(state.config, state.model, state.optimizer, batches, state.groups, judge)
+
+
+def train_step(
+    config: RunConfig, model: list[Any], optimizer: Any, batches: Batches, groups: ParallelGroups, judge: Judge
+) -> StepResult:
+    """Compute loss and gradient of one global batch, let `judge` decide, and update if it says so. Call on every rank."""
+    for chunk in model:
+        chunk.zero_grad_buffer()
+    optimizer.zero_grad()
+    loss_sum, num_tokens = run_schedule(config, model, batches, groups, forward_only=False)
+    lm_loss = loss_sum / max(num_tokens, 1.0)
+    grad_norm = measure_gradient(optimizer)
+    verdict = judge(lm_loss, grad_norm)
+    if verdict.is_applied:
+        apply_gradient(optimizer, grad_norm)
+    return StepResult(lm_loss, grad_norm, verdict)
 
 
 def run_schedule(
-    config: RunConfig, model: list[Any], batches: list[Iterator[Batch]], groups: ParallelGroups, *, forward_only: bool
+    config: RunConfig, model: list[Any], batches: Batches, groups: ParallelGroups, *, forward_only: bool
 ) -> tuple[float, float]:
-    """One global batch through the pipeline. Returns the loss sum and token count of all ranks, on every rank."""
+    """Run one global batch through megatron-core's schedule. Returns the loss sum and token count of all ranks, on every rank."""
     schedule = get_forward_backward_func(groups.pipeline.size(), groups.virtual_stages if groups.virtual_stages > 1 else None)
     reports = schedule(
         forward_step_func=partial(forward_step, config.train.z_loss_coeff),
@@ -101,102 +140,50 @@ def run_schedule(
     return float(total[0]), float(total[1])
 
 
-def train_step(
-    config: RunConfig,
-    model: list[Any],
-    optimizer: Any,
-    batches: list[Iterator[Batch]],
-    groups: ParallelGroups,
-    judge: Callable[[float, float], Verdict],
-) -> StepResult:
-    """One optimizer step over one global batch, unless `judge`, given loss and gradient norm, says that it shall not be made."""
-    for chunk in model:
-        chunk.zero_grad_buffer()
-    optimizer.zero_grad()
-    loss_sum, num_tokens = run_schedule(config, model, batches, groups, forward_only=False)
-    lm_loss = loss_sum / max(num_tokens, 1.0)
-    grad_norm = measure_gradient(optimizer)
-    verdict = judge(lm_loss, grad_norm)
-    if verdict.updates:
-        apply_gradient(optimizer, grad_norm)
-    return StepResult(lm_loss, grad_norm, verdict)
+def forward_step(
+    z_loss_coeff: float, batches: Iterator[Batch], model: Any
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], LossTerms]]:
+    """Run the next micro-batch forward; the schedule then calls the returned loss function with the output."""
+    batch = next(batches)
+    output = model(batch["tokens"], batch["position_ids"], batch.get("attention_mask"), labels=batch["labels"])
+    return output, partial(masked_loss, batch["loss_mask"], z_loss_coeff)
 
 
-Batches = list[Iterator[Batch]]
+def masked_loss(loss_mask: torch.Tensor, z_loss_coeff: float, output: torch.Tensor) -> LossTerms:
+    """Return the loss sum over kept tokens to differentiate, their number, and the sums to report. output, loss_mask: [b, s], fp32.
 
-
-def open_batches(state: TrainState) -> Batches:
-    """The micro-batches from the state's position to the end of the run, an iterator for each model chunk of this rank."""
-    first, last = state.consumed_train_samples, len(state.train_dataset)
-    device, eod_id = state.platform.device, state.provenance.eod_id
-    return batch_iterators(state.config, state.train_dataset, first, last, state.groups, device, eod_id)
-
-
-def run_iteration(state: TrainState, batches: Batches, policy: StepPolicy, left_out: Set[int]) -> StepResult | None:
-    """Do the next iteration and count it if the policy lets it count; None for one of `left_out`, which computes nothing."""
-    if state.iteration + 1 in left_out:
-        _consume(state, batches)
-        state.advance()
-        return None
-    result = compute_step(state, batches, partial(policy.judge, state.iteration + 1))
-    if result.verdict.goes_on:
-        state.advance()
-    return result
-
-
-def compute_step(state: TrainState, batches: Batches, judge: Callable[[float, float], Verdict]) -> StepResult:
-    """Loss, gradient and, if `judge` lets it, the update of the next iteration, without counting it."""
-    seed_iteration(state.config.train.seed, state.iteration, state.groups)
-    return train_step(state.config, state.model, state.optimizer, batches, state.groups, judge)
-
-
-def _consume(state: TrainState, batches: Batches) -> None:
-    """Pass over the micro-batches of one iteration."""
-    for iterator in batches:
-        for _ in range(num_microbatches(state.config, dist.get_world_size())):
-            next(iterator)
-
-
-def train(state: TrainState, stop: StopRequest, watchdog: Watchdog, evaluate_tasks: Any = None) -> None:
-    """Train from the state's iteration to the end of the run, or to a stop; whatever was done is saved.
-
-    evaluate_tasks: what every `train.task_interval` iterations gives figures for the metrics, called on every rank.
+    With a z-loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5) the output is [b, s, 2], losses and log Z, and
+    z_loss_coeff * (log Z)^2 is added to each loss; the reported lm_loss is without it.
     """
-    from megatron_ledom.callbacks.reporting import Reporter
-
-    config = state.config
-    recovery = Recovery.of_run(state, watchdog)
-    reporter = Reporter(state, recovery.history, watchdog, evaluate_tasks)
-    batches = reporter.open_batches()
-    while state.iteration < config.train.train_iters:
-        reporter.begin_step()
-        result = run_iteration(state, batches, recovery.policy, recovery.history.left_out)
-        if not recovery.accept(result):  # back at the last checkpoint
-            reporter.take_position()
-            batches = reporter.open_batches()
-            continue
-        reporter.end_step(result)
-        stopping = stop.agreed(state.platform.device, state.store.seconds_to_finish()) or _is_multiple(
-            state.iteration, config.train.exit_interval
-        )
-        if (
-            stopping
-            or state.iteration == config.train.train_iters
-            or _is_multiple(state.iteration, config.checkpoint.save_interval)
-        ):
-            with reporter.apart("saving"):
-                recovery.history.sync()
-                save_checkpoint(state)
-        reporter.report(result)  # behind the save: it is written while validation runs, and counts when that is recorded
-        watchdog.tell("looking after the pending checkpoint", patient=True)  # which rank 0 may be finishing
-        state.store.poll()
-        if stopping:
-            break
-    with reporter.apart("finishing the last checkpoint"):
-        state.store.finish()
-    recovery.history.close()
-    reporter.close()
+    losses = output[..., 0] if z_loss_coeff else output
+    kept, count = (losses * loss_mask).sum(), loss_mask.sum()
+    report = {"lm_loss": torch.stack([kept.detach(), count])}
+    if z_loss_coeff:
+        kept = kept + z_loss_coeff * (output[..., 1].square() * loss_mask).sum()
+    return kept, count.to(torch.int), report
 
 
-def _is_multiple(iteration: int, interval: int | None) -> bool:
-    return interval is not None and iteration % interval == 0
+@torch.no_grad()
+def measure_gradient(optimizer: Any) -> float:
+    """Bring the reduced gradients to the main weights and return their global norm. Call on every rank.
+
+    megatron-core's `optimizer.step()` measures and updates at once; without loss scaling (fp32, bf16) a gradient that is not
+    finite has then already gone into every weight. `measure_gradient` and `apply_gradient` together do exactly what it does.
+    """
+    optimizer.prepare_grads()
+    return float(optimizer.get_grad_norm())
+
+
+@torch.no_grad()
+def apply_gradient(optimizer: Any, grad_norm: float) -> None:
+    """Clip by the measured norm and update. Call on every rank."""
+    for part in optimizer.chained_optimizers:
+        parameters = [] if part.is_stub_optimizer else part.get_parameters()
+        if parameters and part.config.clip_grad > 0:
+            clip_grads.clip_grad_by_total_norm_fp32(
+                parameters,
+                part.config.clip_grad,
+                grad_norm,
+                part.config.use_precision_aware_optimizer_no_fp8_or_ds_fp8,
+            )
+    optimizer.step_with_ready_grads()

@@ -1,12 +1,10 @@
-"""A run in which nothing moves says which rank hangs, and where, and ends.
+"""End a run in which nothing moves, and say which rank hangs, and where.
 
-A thread of each rank looks at what its main thread last told. When that is too long ago on any rank, all ranks report their
-place and their stack through a store of torch.distributed; ranks that wait in a collective are not the ones to blame. A rank
-whose threads do not run either (a stopped process, a lost machine) gives no report, and is named for that. Should the
+A thread of each rank checks the heartbeat of its main thread. When the last one is too old on any rank, all ranks exchange a
+report with activity and stack through a store of torch.distributed; a rank that waits in a collective is not the one that hangs.
+A rank whose threads do not run either (a stopped process, a lost machine) sends no report, and is named for that. Should the
 interpreter itself be blocked, faulthandler's thread, which needs no interpreter, writes the stacks, and a timer of the system
 ends the process.
-
-Who is to blame when nothing moves: what each rank reports of itself, and the sentence that follows from all reports.
 """
 
 import faulthandler
@@ -37,17 +35,27 @@ ENGINE_FOLDERS = ("/torch/", "/megatron/", "/megatron_ledom/")
 WAITING_CALLS = (".wait()", ".item()", ".synchronize(", "float(total")
 """Calls, in the engine's files, in which a rank waits for others or, on a GPU, for its device."""
 MOST_NAMED = 8
+EXIT_CODE = 75
+"""Of a run that hung: "try again", as sysexits.h has it."""
+STACKS = "stacks"
+"""Folder in the run folder for the stacks of all ranks."""
+LONGEST_TICK, LONGEST_GRACE = 5.0, 20.0
+"""Seconds between two checks, and for the ranks' reports."""
+SECONDS_FOR_STACKS = 2.0
+"""Between faulthandler's report on a blocked interpreter and the end of its process."""
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
-    """Where one rank's main thread is."""
+    """The activity and the stack of one rank's main thread."""
 
     rank: int
     host: str
     pid: int
     iteration: int
-    doing: str
+    activity: str
     steps: int
     """Pieces of work done since the start, to compare ranks that all wait."""
     seconds: float
@@ -56,23 +64,23 @@ class RankReport:
     """For other ranks, in a collective."""
     stack: str
 
-    def place(self) -> str:
-        """One line."""
+    def describe(self) -> str:
+        """Return one line with rank, activity and seconds without progress."""
         where = f"rank {self.rank} ({self.host}, pid {self.pid})"
-        return f"{where}: iteration {self.iteration}, {self.doing}, without progress for {self.seconds:.0f} s"
+        return f"{where}: iteration {self.iteration}, {self.activity}, without progress for {self.seconds:.0f} s"
 
     def to_json(self) -> str:
-        """For the store."""
+        """Return the report as it goes into the store."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "RankReport":
-        """From the store."""
+        """Return the report of another rank."""
         return cls(**json.loads(text))
 
 
 def is_waiting(stack: Sequence[FrameSummary]) -> bool:
-    """Whether the innermost call of a main thread is one in which a rank waits for the others."""
+    """Return whether the innermost call of a main thread is one in which a rank waits for the others."""
     if not stack:
         return False
     innermost = stack[-1]
@@ -83,7 +91,7 @@ def is_waiting(stack: Sequence[FrameSummary]) -> bool:
 
 
 def verdict(reports: dict[int, RankReport], places: dict[int, str], world_size: int, folder: str) -> str:
-    """The ranks that hang, with their stacks: silent ones, else those outside every collective, else the least advanced."""
+    """Return the message that names the ranks that hang: silent ones, else those outside collectives, else the least advanced."""
     silent = sorted(set(range(world_size)) - reports.keys())
     outside = [report for report in reports.values() if not report.is_waiting]
     longest = max(report.seconds for report in reports.values())
@@ -105,11 +113,11 @@ def verdict(reports: dict[int, RankReport], places: dict[int, str], world_size: 
 
 
 def _named(reports: list[RankReport]) -> list[str]:
-    return [f"{report.place().replace(':', ' hangs:', 1)}\n{report.stack.rstrip()}" for report in reports[:MOST_NAMED]]
+    return [f"{report.describe().replace(':', ' hangs:', 1)}\n{report.stack.rstrip()}" for report in reports[:MOST_NAMED]]
 
 
 def _where(place: str | None) -> str:
-    """Host and pid and, when it is on this machine, the state of the process."""
+    """Return host and pid and, on this machine, the state of the process."""
     if place is None:
         return "place not known"
     host, pid = place.split()
@@ -128,20 +136,8 @@ def _numbers(ranks: list[int]) -> str:
     return shown + (", ..." if len(ranks) > MOST_NAMED else "")
 
 
-log = logging.getLogger(__name__)
-
-EXIT_CODE = 75
-"""Of a run that hung: "try again", as sysexits.h has it."""
-STACKS = "stacks"
-"""Folder in the run folder for the stacks of all ranks."""
-LONGEST_TICK, LONGEST_GRACE = 5.0, 20.0
-"""Seconds between two looks, and for the ranks' reports."""
-SECONDS_FOR_STACKS = 2.0
-"""Between faulthandler's report on a blocked interpreter and the end of its process."""
-
-
 class Watchdog:
-    """Watches the main thread of this rank. A context: entered after the process group was made, left at the end."""
+    """Watches the main thread of this rank, as a context: entered after the process group is made, left at the end."""
 
     def __init__(self, config: RunConfig, launch: Launch) -> None:
         self.seconds = config.train.watchdog_seconds
@@ -150,26 +146,26 @@ class Watchdog:
         self.grace = min(LONGEST_GRACE, max(2.0, self.seconds / 4))
         self.folder = Path(config.run_dir, STACKS)
         self.rank, self.world_size = launch.rank, launch.world_size
-        self._iteration, self._doing, self._limit = 0, "building the run", self.patience
+        self._iteration, self._activity, self._limit = 0, "building the run", self.patience
         self._steps, self._last = 0, time.monotonic()
         self._ended, self._alarmed, self._ending = threading.Event(), threading.Event(), threading.Event()
         self._address = ("", 0) if launch.init_method is None else launch.address()
         self._store_of_one = dist.HashStore() if launch.init_method is None else None  # type: ignore[attr-defined]
         self._main = threading.main_thread().ident
 
-    def tell(self, doing: str, iteration: int | None = None, *, patient: bool = False) -> None:
-        """The main thread begins something; `patient` for what may take as long as a collective waits."""
-        self._doing, self._limit = doing, self.patience if patient else self.seconds
+    def set_activity(self, activity: str, iteration: int | None = None, *, patient: bool = False) -> None:
+        """Note what the main thread begins; `patient` for what may take as long as a collective waits."""
+        self._activity, self._limit = activity, self.patience if patient else self.seconds
         self._iteration = self._iteration if iteration is None else iteration
         self.beat()
 
     def beat(self, *unused: Any) -> None:
-        """The main thread has come one piece further with what it does."""
+        """Note that the main thread makes progress."""
         self._steps += 1
         self._last = time.monotonic()
 
     def watch_model(self, model: list[Any]) -> None:
-        """Every forward pass of the model chunks counts as progress, in training and in validation."""
+        """Count every forward pass of the model chunks as progress, in training and in validation."""
         for chunk in model:
             chunk.register_forward_pre_hook(self.beat)
 
@@ -179,8 +175,8 @@ class Watchdog:
             store.set(f"place/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
             self.beat()
             self._exit_timer = ExitTimer(EXIT_CODE)
-            self._looking = threading.Thread(target=self._look, name="watchdog", daemon=True)
-            self._looking.start()
+            self._checker = threading.Thread(target=self._check, name="watchdog", daemon=True)
+            self._checker.start()
             threading.Thread(target=lambda: self._listen(store), name="watchdog", daemon=True).start()
         return self
 
@@ -189,11 +185,11 @@ class Watchdog:
             time.sleep(3 * self.grace)  # a rank that ended broke the connection: this one ends by its watchdog too
         self._ended.set()
         if self.seconds > 0:
-            self._looking.join(1.0)  # it sets what is called off here
+            self._checker.join(1.0)  # it sets what is called off here
             faulthandler.cancel_dump_traceback_later()
             self._exit_timer.set(0)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         while not self._ended.wait(self.tick):
             faulthandler.dump_traceback_later(self.patience + self.grace, file=2)
             self._exit_timer.set(self.patience + self.grace + SECONDS_FOR_STACKS)
@@ -201,7 +197,7 @@ class Watchdog:
                 self._end_run()
 
     def _listen(self, store: Any) -> None:
-        """Learn that another rank found nothing moving. A store that does not answer blocks this thread alone."""
+        """Wait for the alarm of another rank. A store that does not answer blocks this thread alone."""
         while not self._ended.wait(self.tick):
             try:
                 if store.check(["alarm"]):
@@ -236,7 +232,7 @@ class Watchdog:
             host=socket.gethostname(),
             pid=os.getpid(),
             iteration=self._iteration,
-            doing=self._doing,
+            activity=self._activity,
             steps=self._steps,
             seconds=time.monotonic() - self._last,
             is_waiting=is_waiting(stack),
@@ -244,9 +240,9 @@ class Watchdog:
         )
 
     def _write_stacks(self, report: RankReport) -> None:
-        """Every thread of this process into `stacks/rank_N.txt`."""
+        """Write the stack of every thread of this process into `stacks/rank_N.txt`."""
         names = {thread.ident: thread.name for thread in threading.enumerate()}
-        parts = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {report.place()}\n"]
+        parts = [f"{time.strftime('%Y-%m-%d %H:%M:%S')} {report.describe()}\n"]
         for ident, frame in sys._current_frames().items():
             parts.append(f"\nthread {names.get(ident, ident)}\n{''.join(traceback.format_stack(frame))}")
         try:
@@ -256,7 +252,7 @@ class Watchdog:
             log.error("watchdog: the stacks cannot be written to %s: %s", self.folder, error)
 
     def _exchange(self, report: RankReport) -> tuple[dict[int, RankReport], dict[int, str]] | None:
-        """Give the alarm and this rank's report; returns what came from all ranks within the grace, and where they run."""
+        """Raise the alarm and give this rank's report; returns the reports of all ranks within the grace, and their hosts and pids."""
         try:
             store = self._open_store()
             store.set(f"report/{self.rank}", report.to_json())
@@ -274,12 +270,12 @@ class Watchdog:
         return reports, places
 
     def _answers(self, store: Any, kind: str) -> list[tuple[int, bytes]]:
-        """What the ranks have set under a kind of key, with their numbers."""
+        """Return the values that ranks have set under a kind of key, with their numbers."""
         keys = [(rank, f"{kind}/{rank}") for rank in range(self.world_size)]
         return [(rank, store.get(key)) for rank, key in keys if store.check([key])]
 
     def _open_store(self) -> Any:
-        """A connection of its own to the store that the ranks met in: one that a main thread waits on is locked."""
+        """Open a connection of its own to the store of the ranks: one that a main thread waits on is locked."""
         if self._store_of_one is not None:
             return self._store_of_one
         address, port = self._address
@@ -289,14 +285,14 @@ class Watchdog:
 
 
 def _wait_for(store: Any, keys: list[str], seconds: float) -> None:
-    """Until all keys are set, or the time is over."""
+    """Wait until all keys are set, or the time is over."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not store.check(keys):
         time.sleep(0.05)
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """The result of `work`, or None when it takes longer."""
+    """Return the result of `work`, or None when it takes longer."""
     result: list[Any] = []
     thread = threading.Thread(target=lambda: result.append(work()), name="watchdog report", daemon=True)
     thread.start()

@@ -21,17 +21,17 @@ from typing import Any
 SHARD = "2GB"
 SETUP = "import sys, warnings; warnings.filterwarnings('ignore'); source, target = [*sys.argv[1:], '', ''][:2]; "
 EXPORT = (
-    "from megatron_ledom.convert.export_hf import export_hf; export_hf(source, target, max_shard_size=2 * 10**9, verify={})"
+    "from megatron_ledom.convert.hf_export import export_hf; export_hf(source, target, max_shard_size=2 * 10**9, verify={})"
 )
 IMPORT = (
-    "from megatron_ledom.convert.import_hf import import_hf; from megatron_ledom.direction import Direction;"
+    "from megatron_ledom.convert.hf_import import import_hf; from megatron_ledom.direction import Direction;"
     " import_hf(source, target, direction=Direction.REVERSE, max_shard_size=2 * 10**9, verify={})"
 )
 STOCK = (
     "import torch; from transformers import AutoModelForCausalLM as A;"
     " A.from_pretrained(source, dtype=torch.bfloat16, local_files_only=True).save_pretrained(target, max_shard_size='2GB')"
 )
-START = "import megatron_ledom.convert.export_hf, megatron_ledom.convert.import_hf"
+START = "import megatron_ledom.convert.hf_export, megatron_ledom.convert.hf_import"
 Figures = dict[str, list[tuple[float, float]]]
 """Step -> seconds and peak resident GB of each round."""
 LAYER_ELEMENTS = 2048 * 2048 * 3 + 3 * 2048 * 16384

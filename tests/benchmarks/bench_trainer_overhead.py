@@ -31,11 +31,11 @@ def run_child(config: Sequence[str]) -> None:
     sys.argv = ["pretrain", *config]
     from megatron_ledom import pretrain
     from megatron_ledom.callbacks import timing
-    from megatron_ledom.training import trainer as iteration
+    from megatron_ledom.training import trainer
 
     spans: list[tuple[float, float]] = []
     waits: list[float] = []
-    step, read = iteration.train_step, timing.RankTimes.read
+    step, read = trainer.train_step, timing.RankTimes.read
 
     def timed_step(*args: Any) -> Any:
         begun = time.time()
@@ -47,7 +47,7 @@ def run_child(config: Sequence[str]) -> None:
         waits.append(times.data_wait)
         return read(times)
 
-    iteration.train_step, timing.RankTimes.read = timed_step, noted_read  # type: ignore[method-assign]
+    trainer.train_step, timing.RankTimes.read = timed_step, noted_read  # type: ignore[method-assign]
     code = pretrain.main()
     print(json.dumps({"spans": spans, "data_wait": sum(waits)}))
     sys.exit(code)

@@ -69,7 +69,7 @@ CHANGES: dict[str, tuple[str, tuple[str, ...]]] = {
 """Key of the config -> what of the run it decides, and overrides that change it."""
 WITHOUT_EFFECT = {
     "an iteration that is done": ("train.skip_iterations=[2]", "train.skip_iterations names 2"),
-    "the size of weights that exist": ("model.init_method_std=0.5", "model.init_method_std was 0.02, is 0.5"),
+    "the size of weights that exist": ("model.init_method_std=0.5", "model.init_method_std was 0.02 and is 0.5"),
 }
 
 
@@ -154,7 +154,7 @@ def effective(state: Any) -> dict[str, Any]:
         "num_microbatches": num_microbatches(state.config, 1),
         "valid_samples": {name: len(dataset) for name, dataset in state.valid_datasets.items()},
         "policy": [policy.past.maxlen, asdict(policy.settings)],
-        "left_out": sorted(RunHistory(state.config.run_dir, train.skip_iterations).left_out),
+        "left_out": sorted(RunHistory(state.config.run_dir, train.skip_iterations).skip_iterations),
         "train": asdict(train),
     }
 
@@ -163,9 +163,9 @@ def total_loss(state: Any) -> float:
     """What the loss function of the next iteration makes of one token of loss 1 and log Z 1."""
     import torch
 
-    from megatron_ledom.training import trainer as trained_step
+    from megatron_ledom.training import trainer
 
-    step: Any = trained_step
+    step: Any = trainer
     taken: list[Any] = []
 
     def look(forward_step_func: Any, **_: Any) -> list[Any]:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner_helpers import _create_read_item_for_b
 from megatron_ledom.checkpoint.inspection import inspect_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest, save_manifest
 from megatron_ledom.checkpoint.stored_tensors import read_metadata
-from megatron_ledom.convert.export_hf import export_hf
+from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.errors import DataError, VerificationError
 from megatron_ledom.platform.engine_fixes import install_engine_fixes
 from megatron_ledom.storage.hashes import checksum

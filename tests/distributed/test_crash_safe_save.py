@@ -4,13 +4,11 @@ The state is one tensor and a number, saved by the writer that training uses; ea
 """
 
 import itertools
-import mmap
 import os
 import random
 import resource
 import shutil
 import signal
-import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,38 +21,11 @@ from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.platform.processes import JOB_SIGNALS
 from megatron_ledom.storage.hashes import content_faults, size_faults
 from megatron_ledom.training.resilience import STOP_SIGNALS
+from tests.crashes import Steps
 from tests.tiny_runs import TinyData, read_tensors, start_ranks
 
-WRITES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
 BIG = 4_000_000
 """Elements of a tensor that is not written at once."""
-
-
-def die_at(step: int, folder: str) -> None:
-    """Kill the whole job before its `step`-th open for writing, fsync, rename or removal; the writer's steps count too."""
-    done = mmap.mmap(-1, 8)  # shared with the processes that are forked from here
-    sync = os.fsync
-
-    def count() -> None:
-        number = int.from_bytes(done[:8], "little") + 1
-        if number == step:
-            os.killpg(0, signal.SIGKILL)
-        done[:8] = number.to_bytes(8, "little")
-
-    def watch(event: str, arguments: tuple[Any, ...]) -> None:
-        if event == "open":
-            path, _, flags = arguments
-            if flags & (os.O_WRONLY | os.O_RDWR) and str(path).startswith(folder):
-                count()
-        elif event in WRITES:
-            count()
-
-    def fsync(descriptor: Any) -> None:
-        count()
-        sync(descriptor)
-
-    os.fsync = fsync  # type: ignore[assignment]
-    sys.addaudithook(watch)
 
 
 def save(config_file: str, folder: str, iteration: int, *, elements: int = 1000, **how: Any) -> None:
@@ -81,7 +52,7 @@ def save(config_file: str, folder: str, iteration: int, *, elements: int = 1000,
     position = {"iteration": iteration, "consumed_train_samples": 0, "consumed_train_tokens": 0}
     manifest = CheckpointManifest.describe(config, provenance, [], world, **position)
     if "die_at" in how:
-        die_at(how["die_at"], folder)
+        Steps(how["die_at"], folder)
     if how.get("full_disk_on_rank") == rank:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY))
     if how.get("signals"):

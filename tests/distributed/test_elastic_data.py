@@ -24,11 +24,10 @@ BATCH = 8
 
 def note_samples() -> None:
     """Write the tokens of every sample that a model of this rank is given, by step, into the run folder."""
-    from megatron_ledom.training import trainer as loop
-    from megatron_ledom.training import trainer as step
+    from megatron_ledom.training import trainer
 
     run_dir = next(text.partition("=")[2] for text in sys.argv if text.startswith("run_dir="))
-    forward, advance, iteration = step.forward_step, loop.TrainState.advance, [0]
+    forward, advance, iteration = trainer.forward_step, trainer.TrainState.advance, [0]
     path = os.path.join(run_dir, f"seen-{os.getpid()}.jsonl")
 
     def noting_forward(z_loss_coeff, batches, model):  # type: ignore[no-untyped-def]
@@ -50,8 +49,8 @@ def note_samples() -> None:
 
     load = state_module.load_checkpoint
     state_module.load_checkpoint = noting_load
-    step.forward_step = noting_forward
-    loop.TrainState.advance = noting_advance  # type: ignore[method-assign]
+    trainer.forward_step = noting_forward
+    trainer.TrainState.advance = noting_advance  # type: ignore[method-assign]
 
 
 @pytest.fixture

@@ -48,6 +48,7 @@ Visit = tuple[list[str], str, str, int]
 
 def visit(config_file: str, visits: list[Visit]) -> None:
     """One rank's part: be each layout in turn."""
+    from megatron_ledom.callbacks.build import build_callbacks
     from megatron_ledom.data.blends.sources import load_sources
     from megatron_ledom.data.dataset.dataset import index_cache
     from megatron_ledom.data.dataset.sample_index import prepare_indices
@@ -73,7 +74,7 @@ def visit(config_file: str, visits: list[Visit]) -> None:
         if target == run_dir:
             os.makedirs(run_dir, exist_ok=True)
             with Watchdog(config, launch) as watchdog:
-                train(state, StopRequest(), watchdog)
+                train(state, StopRequest(), build_callbacks(state, watchdog, {}))
         else:
             assert state.iteration == 2
             state.store = CheckpointStore(f"{target}/checkpoints", checkpoint_metadata(groups), config.checkpoint)

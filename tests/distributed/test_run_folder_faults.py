@@ -17,12 +17,14 @@ from megatron_ledom.checkpoint.folder import (
     find_checkpoint,
     finished_checkpoints,
     latest_checkpoint,
+    saved_iteration,
     settle_latest,
 )
 from megatron_ledom.checkpoint.inspection import inspect_checkpoint
+from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import load_config
 from megatron_ledom.errors import DataError
-from megatron_ledom.pretrain import check_start, saved_iteration
+from megatron_ledom.pretrain import check_start
 from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
 
 COMMAND = ("train.train_iters=6", "checkpoint.save_interval=2")
@@ -90,7 +92,7 @@ def test_a_latest_that_cannot_be_followed_is_refused_with_the_newest_whole_check
     config = load_config(str(data.config), [f"run_dir={run_dir}", *GO_ON])
     questions: list[Callable[[], object]] = [lambda: check_start(config, 1)]
     if fault != "damaged":  # --progress reads the manifest alone
-        questions.append(lambda: saved_iteration(config))
+        questions.append(lambda: saved_iteration(checkpoint_folder(config)))
     for ask in questions:
         with pytest.raises(DataError) as caught:
             ask()
@@ -183,9 +185,9 @@ def die_before_latest(kill_at: str) -> None:
     """As a kill in the middle of the publishing of the first checkpoint."""
     import os
 
-    from megatron_ledom.checkpoint import writing
+    from megatron_ledom.checkpoint import folder
 
-    module, function = {"rename": (os, "rename"), "publish": (writing, "publish_latest")}[kill_at]
+    module, function = {"rename": (os, "replace"), "publish": (folder, "publish_latest")}[kill_at]
     original = getattr(module, function)
 
     def die(*arguments: object) -> None:

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ledom.convert.export_hf import export_hf
-from megatron_ledom.finetune.prepare import PairSettings, prepare_pairs
+from megatron_ledom.convert.hf_export import export_hf
+from megatron_ledom.finetune.pairs import PairSettings, prepare_pairs
 from megatron_ledom.inference import ReverseLM
 from tests.paths import ROOT
 from tests.tiny_runs import TinyData, curve, run_each_on_ranks, run_on_ranks

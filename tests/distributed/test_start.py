@@ -47,7 +47,7 @@ def test_a_second_launch_of_a_run_is_refused_on_every_rank(data: TinyData, tmp_p
     with lock_run(str(tmp_path / "run")):
         codes, output = end_of(data, tmp_path / "run", hook=without_patience)
     assert codes == [2, 2], output
-    assert output.count(f"is in use by process {os.getpid()} on ") >= 2
+    assert output.count(f"is being written by process {os.getpid()} on ") >= 2
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["lock"]
 
 

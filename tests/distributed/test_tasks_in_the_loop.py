@@ -9,7 +9,7 @@ import pytest
 from megatron_ledom.callbacks.chosen_tasks import check_tasks
 from megatron_ledom.callbacks.tasks import TrainingScorer
 from megatron_ledom.config.load import load_config
-from megatron_ledom.convert.export_hf import export_hf
+from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, UsageError
 from megatron_ledom.evaluation.choices import asked_of, distinct_pairs

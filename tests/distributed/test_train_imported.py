@@ -11,8 +11,8 @@ import torch
 
 from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest
-from megatron_ledom.convert.export_hf import export_hf
-from megatron_ledom.convert.import_hf import import_hf
+from megatron_ledom.convert.hf_export import export_hf
+from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.direction import Direction
 from tests.conversion_checks import check_same_folders, check_same_runs, core_weights
 from tests.stock_folders import family_folder, stock_config, stock_folder

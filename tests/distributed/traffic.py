@@ -22,13 +22,13 @@ _counting = False
 
 def count_traffic() -> None:
     """A hook for ranks: from now on each run leaves traffic-RANK.json in its run folder: bytes a step by kind and operation."""
-    from megatron_ledom.training import trainer as iteration
+    from megatron_ledom.training import trainer
 
     for method, (operation, whole, share) in OPERATIONS.items():
         if not hasattr(dist.ProcessGroup, method):
             continue  # another version's name
         setattr(dist.ProcessGroup, method, _counted(getattr(dist.ProcessGroup, method), operation, whole, share))
-    step = iteration.train_step
+    step = trainer.train_step
 
     def counted_step(config: Any, *arguments: Any) -> Any:
         global _counting
@@ -38,7 +38,7 @@ def count_traffic() -> None:
         _leave(config)
         return result
 
-    iteration.train_step = counted_step  # type: ignore[assignment]
+    trainer.train_step = counted_step  # type: ignore[assignment]
 
 
 def _leave(config: Any) -> None:

@@ -26,10 +26,10 @@ def emulated_binding() -> Path:
 
 def load_emulated_ops() -> None:
     """From here on, CPU tensors of a 16-bit type go to the emulated kernels, as CUDA tensors to the real ones on a GPU."""
-    from megatron_ledom.ops import causal_softmax, cross_entropy, library, multi_tensor, rms_norm, rope, segment_reverse, swiglu
+    from megatron_ledom.ops import causal_softmax, cross_entropy, library, multi_tensor, rms_norm, rope, swiglu
     from megatron_ledom.platform.cpu_ops import CpuOps
 
-    defined = (causal_softmax, cross_entropy, multi_tensor, rms_norm, rope, segment_reverse, swiglu)
+    defined = (causal_softmax, cross_entropy, multi_tensor, rms_norm, rope, swiglu)
     assert all(defined)  # what the binding implements
     torch.ops.load_library(str(emulated_binding()))
     library.DTYPES["cpu"] = library.DTYPES["cuda"]

@@ -41,13 +41,11 @@ def arguments_of(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
         "causal_softmax": lambda: (drawn(1, 2, 16, 16), documents, 0.3),
         "cross_entropy_terms": lambda: (drawn(5, 16).detach(), labels, 10),
         "cross_entropy_gradient": lambda: (drawn(5, 16).detach(), labels, *rows, 10),
-        "segment_reverse": lambda: (torch.arange(30, dtype=torch.int32), torch.tensor([0, 7, 7, 30]), True),
     }[name]()
 
 
 OPERATORS = (
-    "rms_norm", "add_rms_norm", "swiglu", "rope", "causal_softmax", "cross_entropy_terms", "cross_entropy_gradient",
-    "segment_reverse"
+    "rms_norm", "add_rms_norm", "swiglu", "rope", "causal_softmax", "cross_entropy_terms", "cross_entropy_gradient"
 )  # fmt: skip
 
 
@@ -67,7 +65,6 @@ def check_operator(name: str, dtype: torch.dtype) -> None:
             x, scale, documents
         ),
         "cross_entropy_terms": library_reference("cross_entropy", "cross_entropy_terms_reference"),
-        "segment_reverse": library_reference("segment_reverse", "segment_reverse_reference"),
     }
     assert library.backend("cpu").name == "cpu"
     if name == "cross_entropy_gradient":

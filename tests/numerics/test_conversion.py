@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.convert.core_side import core_side
-from megatron_ledom.convert.export_hf import export_hf
-from megatron_ledom.convert.gate import Gate
-from megatron_ledom.convert.import_hf import import_hf
+from megatron_ledom.convert.hf_export import export_hf
+from megatron_ledom.convert.hf_import import import_hf
+from megatron_ledom.convert.verify import Gate
 from megatron_ledom.direction import Direction
 from tests.conversion_checks import check_same_folders, check_same_runs, core_weights, folder_weights
 from tests.legible import VOCAB_SIZE

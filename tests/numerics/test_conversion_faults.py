@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 
 from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
-from megatron_ledom.convert.export_hf import export_hf
+from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.convert.hf_folder import parse_size
-from megatron_ledom.convert.import_hf import import_hf
-from megatron_ledom.convert.new_folder import new_folder
+from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError
 from megatron_ledom.storage import hashes as hashed_file
+from megatron_ledom.storage.folders import new_folder
 from tests.conversion_checks import check_same_folders, check_same_runs
 from tests.paths import ROOT
 from tests.stock_folders import family_folder, stock_config, stock_folder
@@ -206,7 +206,7 @@ def test_two_conversions_into_one_folder_do_not_meet(source: Path, run: Path, tm
 
     with new_folder(str(target), "written") as part:
         (Path(part) / "written.part").touch()
-        with pytest.raises(UsageError, match="is being written by another conversion now"):
+        with pytest.raises(UsageError, match="is being written by process"):
             convert()
         assert [path.name for path in Path(part).glob("written*")] == ["written.part"]
     assert [path.name for path in target.iterdir()] == ["written"]
@@ -232,7 +232,7 @@ def test_an_old_export_stays_where_its_successor_cannot_be_put_in_place(
             raise PermissionError(13, "no", str(source))
         rename(source, to)
 
-    monkeypatch.setattr("megatron_ledom.convert.new_folder.os.rename", fails)
+    monkeypatch.setattr("megatron_ledom.storage.folders.os.rename", fails)
     with pytest.raises(PermissionError):
         export_hf(str(run), str(target), verify=None, overwrite=True)
     monkeypatch.undo()

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from megatron_ledom.convert import export_hf as exporting
 from megatron_ledom.convert import rules
 from megatron_ledom.convert.core_side import CoreSide
-from megatron_ledom.convert.export_hf import export_hf
-from megatron_ledom.convert.import_hf import import_hf
+from megatron_ledom.convert.hf_export import export_hf
+from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.convert.rules import Packing, Parts, Rule, Sizes
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import VerificationError

@@ -18,8 +18,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.convert.core_side import core_side
-from megatron_ledom.convert.export_hf import export_hf, find_checkpoint
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
+from megatron_ledom.convert.hf_export import export_hf, find_checkpoint
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.inference import ReverseLM
 from tests.paths import ROOT

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from megatron_ledom.convert.export_hf import export_hf
-from megatron_ledom.convert.import_hf import import_hf
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
+from megatron_ledom.convert.hf_export import export_hf
+from megatron_ledom.convert.hf_import import import_hf
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.direction import Direction
 from megatron_ledom.inference import ReverseLM
 from tests.tiny_runs import run_each_on_ranks

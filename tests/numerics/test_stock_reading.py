@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from megatron_ledom.convert.export_hf import export_hf
 from megatron_ledom.convert.hf_config import load_hf_config, read_model
+from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.convert.hf_folder import WeightsReader
-from megatron_ledom.convert.import_hf import import_hf
+from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.convert.stock_side import StockSide
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, MismatchError, UsageError, VerificationError

@@ -19,7 +19,7 @@ helpers = types.ModuleType("pybind11.setup_helpers")
 helpers.Pybind11Extension, helpers.build_ext = Pybind11Extension, build_ext
 sys.modules.update({"pybind11": types.ModuleType("pybind11"), "pybind11.setup_helpers": helpers})
 nvcc, torch = sys.argv[1:3]
-shutil.which = lambda name, path=None: (nvcc or None) if name == "nvcc" else None
+shutil.which = lambda name, path=None: (nvcc or None) if name == "nvcc" else sys.executable
 find = importlib.util.find_spec
 spec = types.SimpleNamespace(origin=torch + "/__init__.py") if torch else None
 importlib.util.find_spec = lambda name, *rest: spec if name == "torch" else find(name, *rest)

@@ -5,7 +5,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -19,25 +19,39 @@ MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "errors": set(),
     "provenance": {"direction", "errors"},
     "storage": {"errors"},
+    "markdown": {"errors", "storage"},
     "tokenizers": {"direction", "errors", "provenance", "storage"},
     "config": {"direction", "errors", "storage"},
-    "platform": {"config", "direction", "errors"},
+    "platform": {"config", "direction", "errors", "storage"},
     "ops": {"config", "direction", "errors", "platform"},
     "parallel": {"config", "direction", "errors", "platform"},
-    "planning": {"config", "direction", "errors", "model", "storage"},
+    "planning": {"config", "direction", "errors", "markdown", "model", "storage"},
     "planning.calibration": ENGINE | {"planning"},
     "planning.dry_run": ENGINE | {"data", "planning", "model"},
-    "planning.run_plan": ENGINE | {"planning", "model", "checkpoint"},
+    "planning.verdicts": ENGINE | {"planning", "model", "checkpoint"},
     "data": ENGINE | {"tokenizers"},
     "model": ENGINE,
     "checkpoint": ENGINE,
     "training": ENGINE | {"data", "model", "checkpoint", "tokenizers"},
     "callbacks": ENGINE | {"data", "model", "training", "inference", "evaluation"},
-    "convert": ENGINE | {"tokenizers", "model", "checkpoint", "inference"},
+    "convert": ENGINE | {"tokenizers", "markdown", "model", "checkpoint", "inference"},
+    "cli": {
+        *ENGINE,
+        "convert",
+        "data",
+        "evaluation",
+        "finetune",
+        "inference",
+        "planning",
+        "reports",
+        "training",
+        "checkpoint",
+        "markdown",
+    },
     "finetune": ENGINE | {"data", "inference", "tokenizers"},
     "inference": {"direction", "errors", "provenance", "storage", "tokenizers"},
     "evaluation": {"direction", "errors", "provenance", "inference", "storage", "tokenizers"},
-    "reports": ENGINE | {"evaluation", "inference", "planning", "tokenizers", "training"},
+    "reports": ENGINE | {"evaluation", "inference", "markdown", "planning", "tokenizers", "training"},
 }
 MEGATRON_FREE = {
     *("config", "direction", "errors", "evaluation", "inference", "planning", "provenance", "reports", "storage"),
@@ -180,7 +194,32 @@ def no_code_of_a_folder(path: Path, tree: ast.Module) -> Iterator[Finding]:
                 yield node.lineno, "trust_remote_code=False has to be said"
 
 
-RULES: list[Rule] = [layers, engine_is_met_in_few_places, only_platform_patches, sizes, lines, no_code_of_a_folder]
+PUBLISHES = {"fsync", "fdatasync", "flock", "lockf", "rename", "renames", "move"}
+
+
+def only_storage_publishes(path: Path, tree: ast.Module) -> Iterator[Finding]:
+    """What a kill must not lose is written in one way."""
+    if path.parts[0] == "tests" or part_of(path) == "storage":
+        return
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        owner, name = ast.unparse(node.func.value), node.func.attr
+        is_module = owner in ("os", "fcntl", "shutil") and name in (*PUBLISHES, "replace")
+        is_path = name in ("rename", "replace") and len(node.args) == 1 and not node.keywords  # text.replace has two arguments
+        if is_module or is_path:
+            yield node.lineno, f"{owner}.{name}: only storage/ renames, forces to disk and locks"
+
+
+RULES: list[Rule] = [
+    layers,
+    engine_is_met_in_few_places,
+    only_platform_patches,
+    sizes,
+    lines,
+    no_code_of_a_folder,
+    only_storage_publishes,
+]
 
 
 @cache
@@ -225,6 +264,11 @@ def test_source_keeps_the_rule(rule: Rule) -> None:
         (only_platform_patches, "model/x.py", "import torch\nsetattr(torch.cuda, 'x', 1)"),
         (no_code_of_a_folder, "inference/x.py", "import transformers\ntransformers.AutoTokenizer.from_pretrained('x')"),
         (no_code_of_a_folder, "inference/x.py", "AutoConfig.from_pretrained('x', trust_remote_code=asked)"),
+        (only_storage_publishes, "data/x.py", "os.replace(part, path)"),
+        (only_storage_publishes, "data/x.py", "Path(part).replace(path)"),
+        (only_storage_publishes, "data/x.py", "part.rename(path)"),
+        (only_storage_publishes, "data/x.py", "os.fsync(file.fileno())"),
+        (only_storage_publishes, "data/x.py", "fcntl.flock(file, fcntl.LOCK_EX)"),
     ],
 )
 def test_rule_finds_what_breaks_it(rule: Rule, path: str, source: str) -> None:
@@ -244,6 +288,8 @@ def test_rule_finds_what_breaks_it(rule: Rule, path: str, source: str) -> None:
             "inference/x.py",
             "AutoConfig.from_pretrained('x', trust_remote_code=False)\nLM.from_pretrained('x')",
         ),
+        (only_storage_publishes, "storage/x.py", "os.replace(part, path)"),
+        (only_storage_publishes, "data/x.py", "text.replace('a', 'b')\nreplace(settings, seed=1)\npublish(part, path)"),
         (only_platform_patches, "model/x.py", "from megatron.core import optimizer\nmine = optimizer.clip\nself.x = 1"),
     ],
 )
@@ -277,6 +323,75 @@ def test_help_answers_at_once(command: str) -> None:
     assert report["seconds"] < 2  # of processor time, so that a busy machine does not matter
 
 
+def is_type_checking(node: ast.AST) -> bool:
+    """Return whether this is `if TYPE_CHECKING:`, whose imports are not made when the program runs."""
+    return isinstance(node, ast.If) and ast.unparse(node.test).split(".")[-1] == "TYPE_CHECKING"
+
+
+def runtime_imports(node: ast.AST) -> Iterator[str]:
+    """Return the dotted names that are imported when the program runs, late imports included."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            for other in child.orelse:  # type: ignore[attr-defined]
+                yield from runtime_imports(ast.Module([other], []))
+        elif isinstance(child, ast.Import | ast.ImportFrom):
+            yield from (name for _, name in imports(ast.Module([child], [])))
+        else:
+            yield from runtime_imports(child)
+
+
+def imported_files(path: Path, tree: ast.Module, files: Iterable[Path]) -> set[Path]:
+    """Return the files that a file imports: the module, or the `__init__.py` of a package, not those of the packages above."""
+    found = set()
+    for name in runtime_imports(tree):
+        module, package = name.replace(".", "/"), name.rpartition(".")[0].replace(".", "/")
+        candidates = map(Path, (f"{module}.py", f"{module}/__init__.py", f"{package}.py", f"{package}/__init__.py"))
+        found.add(next((file for file in candidates if file in files), path))
+    return found - {path}
+
+
+def circles(files: dict[Path, ast.Module]) -> list[str]:
+    """Return the groups of files that import each other, each as one line: files that all lead back to one another."""
+    edges = {path: imported_files(path, tree, files) for path, tree in files.items()}
+    reached = {path: reachable(path, edges) for path in edges}
+    groups = {frozenset(other for other in reached[path] if path in reached[other]) for path in edges}
+    return sorted(" <-> ".join(sorted(map(str, group))) for group in groups if group)
+
+
+def reachable(start: Path, edges: dict[Path, set[Path]]) -> set[Path]:
+    """Return every file that is imported on some way from a file; the file itself only where it is in a circle."""
+    found: set[Path] = set()
+    waiting = [start]
+    while waiting:
+        new = edges[waiting.pop()] - found
+        found |= new
+        waiting += new
+    return found
+
+
+def test_no_files_import_each_other() -> None:
+    found = circles({path: tree for path, tree in sources() if path.parts[0] == "megatron_ledom"})
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "is_circle"),
+    [
+        ("from p.b import x", "import p.a", True),
+        ("from p import b", "def late():\n    from p.a import y", True),
+        ("from p.b import x", "from p import *\nimport p.c", False),
+        ("import p.b", "if TYPE_CHECKING:\n    from p.a import y\nelse:\n    y = None", False),
+        ("import p.b", "try:\n    import json\nexcept ImportError:\n    from p.a import y", True),
+    ],
+)
+def test_a_circle_of_imports_is_found(first: str, second: str, is_circle: bool) -> None:
+    files = {"p/a.py": first, "p/b.py": second, "p/c.py": "import p.b", "p/__init__.py": ""}
+    if not is_circle:
+        files["p/c.py"] = ""
+    expected = ["p/a.py <-> p/b.py"] if is_circle else []
+    assert circles({Path(name): ast.parse(source) for name, source in files.items()}) == expected
+
+
 def imported_at_once(path: Path) -> set[str]:
     """First names of the other packages that importing one of our files brings in, without what is imported late."""
     trees, found, seen, waiting = dict(sources()), set[str](), {path}, [path]
@@ -293,7 +408,7 @@ def imported_at_once(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("file", ["export_hf.py", "import_hf.py"])
+@pytest.mark.parametrize("file", ["hf_export.py", "hf_import.py"])
 def test_a_conversion_without_the_gate_does_not_wait_for_megatron_core(file: str) -> None:
     found = imported_at_once(Path("megatron_ledom/convert", file))
     assert {"torch", "transformers", "safetensors"} <= found

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.files import json_text, write_file, write_json
+from megatron_ledom.storage.jobs import differences
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -40,7 +41,7 @@ def write_made_set(made: MadeSet, folder: Path, about: Mapping[str, Any]) -> Non
     path = folder / MANIFEST
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
-        changed = [f"{name} was {found.get(name)}, is {value}" for name, value in about.items() if found.get(name) != value]
+        changed = differences({name: found.get(name) for name in about}, about)
         if changed:
             raise UsageError(f"{folder} holds another set ({'; '.join(changed)}); give it a folder of its own")
     rows: dict[str, Sequence[Row]] = {"train": [{"text": text} for text in made.texts], **made.files}

@@ -11,6 +11,9 @@ from typing import Any
 
 from megatron_ledom.errors import DataError, MismatchError, UsageError, cannot_write
 from megatron_ledom.inference.reverse_reward.rerank_input import Record, is_ranked_line, json_line
+from megatron_ledom.storage.files import publish, write_whole
+from megatron_ledom.storage.jobs import differences
+from megatron_ledom.storage.lines import append_lines, cut_lines, whole_lines
 
 SUMS = ("forward_tokens", "reverse_tokens", "seconds")
 COUNTS = ("num_lines", "num_candidates", "num_skipped", "num_skipped_prompts")
@@ -66,7 +69,7 @@ class Part:
         except (ValueError, TypeError) as error:
             raise UsageError(f"{self._output} is there already, and {self._report} is damaged ({error}); {advice}") from error
         if made_by != self._made_by:
-            raise UsageError(f"{self._output} was made otherwise ({difference(made_by, self._made_by)}); {advice}")
+            raise UsageError(f"{self._output} was made otherwise ({'; '.join(differences(made_by, self._made_by))}); {advice}")
         with self._output.open("rb") as lines:
             for record, line in zip_longest(records, lines):
                 if record is None or not is_ranked_line(record, line):
@@ -107,7 +110,7 @@ class Part:
         made_by = json.loads(notes[0])["made_by"]
         if made_by != self._made_by:
             raise MismatchError(
-                f"{self._part} was begun otherwise ({difference(made_by, self._made_by)}); give the same options to go on"
+                f"{self._part} was begun otherwise ({'; '.join(differences(made_by, self._made_by))}); give the same options to go on"
             )
         finished = windows[: len(notes) - 1]
         records = list(chain.from_iterable(finished))
@@ -121,15 +124,13 @@ class Part:
                     )
                 num_bytes += len(line)
         self._windows = [json.loads(line) for line in notes[1 : len(finished) + 1]]
-        os.truncate(self._part, num_bytes)
-        os.truncate(self._notes, sum(map(len, notes[: len(finished) + 1])))
+        cut_lines(self._part, num_bytes)
+        cut_lines(self._notes, sum(map(len, notes[: len(finished) + 1])))
         return len(finished)
 
     def _read_notes(self) -> list[bytes]:
         """The whole lines of the notes; a kill may have left half of the last one."""
-        if not self._notes.is_file():
-            return []
-        notes = [line for line in self._notes.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+        notes = whole_lines(self._notes)
         try:
             for number, line in enumerate(notes):
                 found = json.loads(line)
@@ -150,8 +151,11 @@ class Part:
         note = json_line(dict(self._windows[-1]))
         if not self._notes.exists():
             note = json_line({"made_by": self._made_by}) + note
-        _append(self._part, b"".join(map(json_line, window.lines)))
-        _append(self._notes, note)
+        try:
+            append_lines(self._part, b"".join(map(json_line, window.lines)))
+            append_lines(self._notes, note)
+        except OSError as error:
+            raise cannot_write(error, str(self._part)) from error
 
     def finish(self) -> None:
         """Give the output its name. What was spent stands beside it."""
@@ -161,8 +165,8 @@ class Part:
         self._remove_stale()
         try:
             self._part.touch()
-            self._report.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
-            self._part.replace(self._output)
+            write_whole(self._report, json.dumps(report, indent=1, allow_nan=False).encode())
+            publish(self._part, self._output)
             self._notes.unlink(missing_ok=True)
         except OSError as error:
             raise cannot_write(error, str(self._output)) from error
@@ -173,25 +177,3 @@ class Part:
             self._notes.unlink(missing_ok=True)
             self._part.unlink(missing_ok=True)
             self._is_stale = False
-
-
-def _append(path: Path, content: bytes) -> None:
-    try:
-        with path.open("ab") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise cannot_write(error, str(path)) from error
-
-
-def difference(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Return what differs between two nested settings, in words."""
-    changed = []
-    for name in sorted({*old, *new}):
-        before, after = old.get(name), new.get(name)
-        if isinstance(before, dict) and isinstance(after, dict):
-            changed += [difference(before, after)] if before != after else []
-        elif before != after:
-            changed.append(f"{name} was {before}, is {after}")
-    return "; ".join(changed)

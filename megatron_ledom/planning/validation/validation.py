@@ -1,88 +1,25 @@
-"""How far the planner is off on published runs: fitted on a few, judged by the others.
-
-The worked examples of the project's README, and how marked parts of documents are kept equal to what scripts print.
-"""
+"""How far the planner is off on published runs: fitted on a few, judged by the others; and the worked examples of the README."""
 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_ledom.config.load import load_config
-from megatron_ledom.errors import UsageError
+from megatron_ledom.markdown import markdown_table
 from megatron_ledom.planning.hardware import Hardware, load_hardware
 from megatron_ledom.planning.memory import GIB, activation_bytes, stage_memory, state_bytes
 from megatron_ledom.planning.plan import Plan, name_layout
 from megatron_ledom.planning.search import needed_gib, search
 from megatron_ledom.planning.shapes import Layout
-from megatron_ledom.planning.step_time import Software, layer_cost, step_time
-from megatron_ledom.planning.validation.published import (
-    KORTHIKANTI,
-    MEGATRON_TESTS,
-    SOFTWARE,
-    MeasuredPeak,
-    OpenPoint,
-    Point,
-    layer_points,
-    measured_peaks,
-    open_points,
-    points,
-)
-from megatron_ledom.storage.files import write_file
-from megatron_ledom.storage.locks import output_file_lock
+from megatron_ledom.planning.step_time import layer_cost, step_time
+from megatron_ledom.planning.validation.published import OpenPoint, Point, published
 
-CONFIG = Path(__file__).parents[2] / "examples/configs/ledom_7b.yaml"
+CONFIG = "ledom_7b"
 HARDWARE = ("a100-80", "h100-sxm")
-
-
-def worked_examples() -> str:
-    """The best layouts of the 7B on 64 devices of each kind, and what the first of them needs and takes."""
-    lines = ["| on 64 | layout | s/iteration | MFU | GiB a device |", "|---|---|---:|---:|---:|"]
-    best: list[Plan] = []
-    for name in HARDWARE:
-        found = search(load_config(str(CONFIG)), 64, load_hardware(name))
-        best.append(found.ranked[0][1])
-        for _, plan in found.ranked[:3]:
-            cells = f"{plan.time.total:.1f} | {plan.mfu:.1%} | {plan.needed_gib:.1f}"
-            lines.append(f"| {plan.hardware.name} | {name_layout(plan.layout)} | {cells} |")
-    lines += ["", "| the best of them | " + " | ".join(plan.hardware.name for plan in best) + " |", "|---|---:|---:|"]
-    rows = {
-        "s/iteration, interval": [f"{plan.interval[0]:.1f} to {plan.interval[1]:.1f}" for plan in best],
-        "tokens/s a device": [f"{plan.tokens_per_second_per_device:,.0f}" for plan in best],
-        "days for 435.37 B tokens": [f"{plan.seconds / 86400:.1f}" for plan in best],
-        "device-hours": [f"{plan.device_hours:,.0f}" for plan in best],
-        "GiB: weights, gradients, optimizer": [f"{plan.stages[0].state / GIB:.1f}" for plan in best],
-        "GiB: activations and logits": [f"{(plan.stages[0].activations + plan.stages[0].logits) / GIB:.1f}" for plan in best],
-        "matrix products": [f"{plan.time.passes.matmul / plan.time.total:.0%}" for plan in best],
-        "attention": [f"{plan.time.passes.attention / plan.time.total:.0%}" for plan in best],
-        "element-wise kernels": [f"{plan.time.passes.memory / plan.time.total:.0%}" for plan in best],
-        "tensor-parallel traffic": [f"{plan.time.passes.tensor_comm / plan.time.total:.0%}" for plan in best],
-    }
-    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
-    return "\n".join(lines) + "\n"
-
-
-def write_between(file: str, mark: str, text: str) -> None:
-    """Replace what stands between `<!-- mark -->` and `<!-- /mark -->` of a document. Raises UsageError without them."""
-    with output_file_lock(file, "--write"):
-        before, _, after = marked(Path(file).read_text(encoding="utf-8"), mark, file)
-        write_file(file, f"{before}{text}{after}")
-
-
-def marked(document: str, mark: str, name: str) -> tuple[str, str, str]:
-    """A document up to and with a mark, what stands between it and its end, and the rest."""
-    begin, end = f"<!-- {mark} -->\n", f"<!-- /{mark} -->"
-    if document.count(begin) != 1 or document.count(end) != 1:
-        raise UsageError(f"{name} lacks the lines {begin.strip()} and {end}, between which the text goes")
-    before, rest = document.split(begin)
-    between, after = rest.split(end)
-    return before + begin, between, end + after
-
-
 Numbers = npt.NDArray[np.float64]
 PRIORS = {
     "matmul_efficiency": (0.78, 0.10),
@@ -113,40 +50,39 @@ class Judged:
 
 
 def judge(hardware: Hardware) -> list[Judged]:
-    """Every published point with the planner's time; the scaled ones have their family's slowdown taken out of the first."""
-    known, slowdown, found = points(), dict.fromkeys(SOFTWARE, 1.0), []
+    """Return every published point with the planner's time; the scaled ones have their family's slowdown taken out of the first."""
+    known, software, found = published().points, dict(published().software), []
     for point in known:
         if point.use == "scaled":
-            slowdown[point.family] = family_slowdown(hardware, point)
+            slowdown = family_slowdown(hardware, point)
+            software[point.family] = replace(software[point.family], slowdown=slowdown)
     for point in known:
-        software = replace(SOFTWARE[point.family], slowdown=slowdown[point.family])
-        found.append(Judged(point, step_time(point.model, point.layout, hardware, software).total))
+        found.append(Judged(point, step_time(point.model, point.layout, hardware, software[point.family]).total))
     return found
 
 
 def family_slowdown(hardware: Hardware, point: Point) -> float:
-    """How much longer passes take in the program and cluster of a point than on the fitted hardware."""
-    software = SOFTWARE[point.family]
+    """Return how much longer passes take in the program and cluster of a point than on the fitted hardware."""
+    software = published().software[point.family]
     plain = step_time(point.model, point.layout, hardware, software)
     return (point.seconds - (plain.total - plain.pipeline)) / plain.pipeline
 
 
 def residuals(hardware: Hardware) -> Iterator[float]:
-    """Logarithms of predicted over measured: passes of a 22B layer, and the 22B's iterations."""
-    software: Software = SOFTWARE["Korthikanti 2022"]
-    model = KORTHIKANTI["22B"][0]
-    for layer in layer_points():
+    """Yield logarithms of predicted over measured: passes of a 22B layer, and the 22B's iterations."""
+    software, model = published().software["Korthikanti 2022"], published().table_3["22B"][0]
+    for layer in published().layers:
         forward, backward, core = layer_cost(model, layer.layout, hardware, software)
         again = core.total if layer.layout.recompute == "selective" else 0.0
         yield math.log(1e3 * forward.total / layer.forward)
         yield math.log(1e3 * (backward.total + again) / layer.backward)
-    for point in points():
+    for point in published().points:
         if point.use == "fitted":
             yield math.log(step_time(point.model, point.layout, hardware, software).total / point.seconds)
 
 
 def fit(hardware: Hardware, rounds: int = 30) -> Hardware:
-    """The likeliest hardware given the fitted points and PRIORS, by Levenberg and Marquardt's steps over logarithms."""
+    """Return the likeliest hardware given the fitted points and PRIORS, by Levenberg and Marquardt's steps over logarithms."""
     names, damping = list(PRIORS), 1e-2
     place = np.log([PRIORS[name][0] for name in names])
     found = _deviations(hardware, names, place)
@@ -164,94 +100,127 @@ def fit(hardware: Hardware, rounds: int = 30) -> Hardware:
 
 
 def _placed(hardware: Hardware, names: list[str], place: Numbers) -> Hardware:
-    """The hardware with the numbers whose logarithms are `place`."""
+    """Return the hardware with the numbers whose logarithms are `place`."""
     values = dict(zip(names, map(float, np.exp(place)), strict=True))
     limited: dict[str, Any] = {name: min(v, HIGHEST) if name.endswith("efficiency") else v for name, v in values.items()}
     return replace(hardware, **limited)
 
 
 def _deviations(hardware: Hardware, names: list[str], place: Numbers) -> Numbers:
-    """Residuals in standard deviations, the priors' among them."""
+    """Return residuals in standard deviations, the priors' among them."""
     usual = [(place[index] - math.log(PRIORS[name][0])) / PRIORS[name][1] for index, name in enumerate(names)]
     return np.array([*(value / NOISE for value in residuals(_placed(hardware, names, place))), *usual])
 
 
 def errors(judged: Sequence[Judged], *uses: str) -> tuple[float, float]:
-    """Mean and largest absolute relative error of points of these uses."""
+    """Return the mean and largest absolute relative error of points of these uses."""
     found = [abs(one.error) for one in judged if one.point.use in uses]
     return sum(found) / len(found), max(found)
 
 
 def interval(point: OpenPoint) -> tuple[float, float]:
-    """Seconds of an iteration between the quickest and the slowest that the point may have been, of those that fit."""
+    """Return seconds of an iteration between the quickest and the slowest that the point may have been, of those that fit."""
     hardware = load_hardware(point.hardware)
     fitting = [one for one in point.variants if needed_gib(point.model, one[0], hardware) <= hardware.memory_gib]
     found = [step_time(point.model, layout, hardware, software).total for layout, software in fitting or point.variants]
     return min(found) * (1 - hardware.uncertainty), max(found) * (1 + hardware.uncertainty)
 
 
-EXACT = {  # GiB a device: parameters and optimizer, activations, activations with sequence parallelism and selective recompute
-    "22B": (45.56, 59.25, 9.56),
-    "175B": (45.56, 66.84, 12.35),
-    "530B": (31.64, 114.02, 23.08),
-    "1T": (32.96, 131.25, 26.56),
-}
-"""Recomputed from the formulas of arXiv 2205.05198 for the models of its table 3."""
-
-
 def exact_memory(name: str) -> tuple[float, float, float]:
-    """The planner's numbers for a line of EXACT; weights are those of the layers' matrices, as there."""
-    model, shape = KORTHIKANTI[name]
+    """Return the planner's GiB for a model of `table_3`; weights are those of the layers' matrices, as there."""
+    model, shape, _ = published().table_3[name]
     plain, saving = Layout(**shape), Layout(**shape, sequence_parallel=True, recompute="selective")
     matrices = 12 * model.num_layers * model.hidden_size**2 // (plain.tensor * plain.pipeline)
     activations = [activation_bytes(model, layout, 0, "published")[0] / GIB for layout in (plain, saving)]
     return sum(state_bytes(model, plain, matrices)) / GIB, activations[0], activations[1]
 
 
-def planned_peak(peak: MeasuredPeak) -> int:
-    """The planner's bytes of tensors on the last pipeline stage, whose rank the measured peak is of."""
-    return stage_memory(peak.model, peak.layout, peak.layout.pipeline - 1).allocated
+def planned_peak(peak: OpenPoint) -> int:
+    """Return the planner's bytes of tensors on the last pipeline stage, whose rank the measured peak is of."""
+    ((layout, _),) = peak.variants
+    return stage_memory(peak.model, layout, layout.pipeline - 1).allocated
 
 
 def validation_page(hardware: Hardware) -> str:
-    """The tables of VALIDATION.md."""
+    """Return the tables of VALIDATION.md."""
     judged = judge(hardware)
-    lines = ["| point | source | measured s | planned s | error | use |", "|---|---|---:|---:|---:|---|"]
-    lines += [
-        f"| {one.point.name} | {one.point.source} | {one.point.seconds:.2f} | {one.predicted:.2f} | {one.error:+.1%} | {one.point.use} |"
-        for one in judged
-    ]
     (mean, most), (fitted_mean, fitted_most) = errors(judged, "unfitted"), errors(judged, "fitted")
     count = sum(one.point.use == "unfitted" for one in judged)
-    lines += [
-        "",
+    parts = [
+        _judged_table(judged),
         f"On the {count} unfitted points the mean error is {mean:.1%} (goal: 3 %), the largest {most:.1%} (goal: 8 %); on the fitted"
         f" ones {fitted_mean:.1%} and {fitted_most:.1%}.",
-        "",
         "Where inputs are unknown, an interval over what they may have been:",
-        "",
-        "| point | source | unknown | measured s | planned between | verdict |",
-        "|---|---|---|---:|---:|---|",
+        _interval_table(),
+        "Memory, GiB a device (published / planned):",
+        _memory_table(),
+        "Measured peaks of tensors on the last rank, none of which was fitted (goal: 5 %):",
+        _peak_table(),
     ]
-    for point in open_points():
+    return "\n\n".join(parts) + "\n"
+
+
+def _judged_table(judged: Sequence[Judged]) -> str:
+    rows = [["point", "source", "measured s", "planned s", "error", "use"]]
+    for one in judged:
+        figures = [f"{one.point.seconds:.2f}", f"{one.predicted:.2f}", f"{one.error:+.1%}"]
+        rows.append([one.point.name, one.point.source, *figures, one.point.use])
+    return markdown_table(rows, "llrrr")
+
+
+def _interval_table() -> str:
+    rows = [["point", "source", "unknown", "measured s", "planned between", "verdict"]]
+    for point in published().open_points:
         low, high = interval(point)
-        middle = f"{point.seconds:.2f} | {low:.2f} and {high:.2f}"
-        lines.append(f"| {point.name} | {point.source} | {point.unknown} | {middle} | {_verdict(point.seconds, low, high)} |")
-    lines += ["", "Memory, GiB a device (published / planned):", ""]
-    lines += ["| model | parameters and optimizer | activations | with SP and selective recompute |", "|---|---:|---:|---:|"]
-    for name, exact in EXACT.items():
-        cells = [f"{there:.2f} / {here:.2f}" for there, here in zip(exact, exact_memory(name), strict=True)]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "Measured peaks of tensors on the last rank, none of which was fitted (goal: 5 %):", ""]
-    lines += ["| point | GPU | source | measured GiB | planned GiB | error |", "|---|---|---|---:|---:|---:|"]
-    for peak in measured_peaks():
-        planned = planned_peak(peak)
-        numbers = f"{peak.num_bytes / GIB:.2f} | {planned / GIB:.2f} | {planned / peak.num_bytes - 1:+.1%}"
-        lines.append(f"| {peak.name} | {peak.gpu} | {MEGATRON_TESTS} | {numbers} |")
-    return "\n".join(lines) + "\n"
+        name = f"{point.name}, {point.gpu}" if point.gpu else point.name
+        cells = [f"{point.seconds:.2f}", f"{low:.2f} and {high:.2f}", _verdict(point.seconds, low, high)]
+        rows.append([name, point.source, point.unknown, *cells])
+    return markdown_table(rows, "lllrr")
 
 
 def _verdict(seconds: float, low: float, high: float) -> str:
     if low <= seconds <= high:
         return "inside"
     return f"{seconds / high - 1:.1%} above" if seconds > high else f"{1 - seconds / low:.1%} below"
+
+
+def _memory_table() -> str:
+    rows = [["model", "parameters and optimizer", "activations", "with SP and selective recompute"]]
+    for name, (_, _, exact) in published().table_3.items():
+        rows.append([name, *(f"{there:.2f} / {here:.2f}" for there, here in zip(exact, exact_memory(name), strict=True))])
+    return markdown_table(rows, "lrrr")
+
+
+def _peak_table() -> str:
+    rows = [["point", "GPU", "source", "measured GiB", "planned GiB", "error"]]
+    for peak in published().peaks:
+        planned = planned_peak(peak)
+        figures = [f"{peak.num_bytes / GIB:.2f}", f"{planned / GIB:.2f}", f"{planned / peak.num_bytes - 1:+.1%}"]
+        rows.append([peak.name, peak.gpu, peak.source, *figures])
+    return markdown_table(rows, "lllrrr")
+
+
+def worked_examples() -> str:
+    """Return the best layouts of the 7B on 64 devices of each kind, and what the first of them needs and takes."""
+    best: list[Plan] = []
+    layouts = [["on 64", "layout", "s/iteration", "MFU", "GiB a device"]]
+    for name in HARDWARE:
+        ranked = search(load_config(CONFIG), 64, load_hardware(name)).ranked
+        best.append(ranked[0][1])
+        for _, plan in ranked[:3]:
+            cells = [f"{plan.time.total:.1f}", f"{plan.mfu:.1%}", f"{plan.needed_gib:.1f}"]
+            layouts.append([plan.hardware.name, name_layout(plan.layout), *cells])
+    rows = {
+        "s/iteration, interval": [f"{plan.interval[0]:.1f} to {plan.interval[1]:.1f}" for plan in best],
+        "tokens/s a device": [f"{plan.tokens_per_second_per_device:,.0f}" for plan in best],
+        "days for 435.37 B tokens": [f"{plan.seconds / 86400:.1f}" for plan in best],
+        "device-hours": [f"{plan.device_hours:,.0f}" for plan in best],
+        "GiB: weights, gradients, optimizer": [f"{plan.stages[0].state / GIB:.1f}" for plan in best],
+        "GiB: activations and logits": [f"{(plan.stages[0].activations + plan.stages[0].logits) / GIB:.1f}" for plan in best],
+        "matrix products": [f"{plan.time.passes.matmul / plan.time.total:.0%}" for plan in best],
+        "attention": [f"{plan.time.passes.attention / plan.time.total:.0%}" for plan in best],
+        "element-wise kernels": [f"{plan.time.passes.memory / plan.time.total:.0%}" for plan in best],
+        "tensor-parallel traffic": [f"{plan.time.passes.tensor_comm / plan.time.total:.0%}" for plan in best],
+    }
+    figures = [["the best of them", *(plan.hardware.name for plan in best)], *([name, *cells] for name, cells in rows.items())]
+    return f"{markdown_table(layouts, 'llrrr')}\n\n{markdown_table(figures, 'lrr')}\n"

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ledom.config.load import config_from_dict, config_keys, load_config, published, save_config, text_keys, to_dict
+from megatron_ledom.config.faults import config_keys
+from megatron_ledom.config.load import config_from_dict, load_config, published, save_config, text_keys, to_dict
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError

@@ -115,7 +115,7 @@ def test_another_setting_on_the_same_output_is_refused_and_a_larger_limit_goes_o
     assert run_here(monkeypatch, *options, "--limit", "2") == 0
     assert summary(tmp_path)["tasks"]["piqa"]["metrics"]["choice_given_context/raw"]["num_items"] == 2
     assert run_here(monkeypatch, *options, "--seed", "5") == 1
-    assert "seed was 0, is 5" in capsys.readouterr().err
+    assert "seed was 0 and is 5" in capsys.readouterr().err
 
 
 def test_a_few_items_of_another_model_are_never_thrown_away(
@@ -127,7 +127,7 @@ def test_a_few_items_of_another_model_are_never_thrown_away(
     assert run_here(monkeypatch, *options, "--model", folders["reverse"]) == 1
     told = capsys.readouterr().err
     assert "openbookqa.items.jsonl was made otherwise (" in told
-    assert "direction was forward, is reverse" in told
+    assert "direction was 'forward' and is 'reverse'" in told
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
     (tmp_path / "openbookqa.items.json").unlink()
     assert run_here(monkeypatch, *options, "--model", folders["forward"], "--limit", "1") == 1

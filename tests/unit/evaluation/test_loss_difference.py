@@ -27,7 +27,7 @@ from megatron_ledom.evaluation.results import numbered
 from megatron_ledom.inference.directions import ForwardLM, ReverseLM
 from megatron_ledom.inference.intervals import bootstrap_interval
 from megatron_ledom.inference.language_model import LanguageModel
-from megatron_ledom.reports import losses as compare_command
+from megatron_ledom.reports import losses as loss_report
 from megatron_ledom.reports.losses import sentence
 from tests.paths import ROOT
 from tests.tiny_models import random_model_folder, random_text
@@ -197,7 +197,7 @@ def write_data(folder: Path, num: int = 7) -> str:
 def test_the_tool_writes_a_report_and_a_killed_run_goes_on_with_the_same_bytes(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(compare_command, "WINDOW_DOCUMENTS", 3)
+    monkeypatch.setattr(loss_report, "WINDOW_DOCUMENTS", 3)
     options = [folders["forward"], folders["reverse"], "--data", write_data(tmp_path), "--domain-key", "domain"]
     output = tmp_path / "out"
     assert run_here(monkeypatch, *options, "--output", str(output)) == 0, capsys.readouterr().err
@@ -207,14 +207,14 @@ def test_the_tool_writes_a_report_and_a_killed_run_goes_on_with_the_same_bytes(
     assert len(lines) == 7
     (output / "losses.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:9])
     asked = []
-    inner = compare_command.document_records
-    monkeypatch.setattr(compare_command, "document_records", lambda *a: asked.append(len(a[2])) or inner(*a))
+    inner = loss_report.document_records
+    monkeypatch.setattr(loss_report, "document_records", lambda *a: asked.append(len(a[2])) or inner(*a))
     assert run_here(monkeypatch, *options, "--output", str(output)) == 0
     assert asked == [3, 1]
     assert {name: (output / name).read_bytes() for name in names} == whole
     assert run_here(monkeypatch, *options, "--output", str(output), "--context", "64") == 1
     told = capsys.readouterr()
-    assert "context was 512, is 64" in told.err
+    assert "context was 512 and is 64" in told.err
     report = json.loads(whole["report.json"])
     assert report["all"]["documents"] == 7
     assert report["about"]["forward"]["model"] == folders["forward"]

@@ -92,7 +92,7 @@ def test_the_same_arguments_give_the_same_bytes_and_the_manifest_their_hashes(
 
 @pytest.mark.parametrize("name", sorted(GENERATORS))
 def test_another_set_in_the_same_folder_and_too_small_a_one_are_refused(name: str, folders: dict[str, Path]) -> None:
-    with pytest.raises(UsageError, match="seed was 3, is 4"):
+    with pytest.raises(UsageError, match="seed was 3 and is 4"):
         make_analysis_data(name, str(folders[name]), NUM[name], 4)
     with pytest.raises(UsageError, match="too few"):
         GENERATORS[name](1, 0)

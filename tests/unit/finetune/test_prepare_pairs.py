@@ -15,12 +15,12 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import load_sources
 from megatron_ledom.data.dataset.dataset import BlendSamples, build_train_dataset
 from megatron_ledom.data.dataset.sample_index import prepare_indices
-from megatron_ledom.data.shards.faults import verify_shard
 from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
 from megatron_ledom.data.shards.shard import TARGETS, ShardManifest, ShardReader
+from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, DataError, UsageError
-from megatron_ledom.finetune.prepare import PairSettings, prepare_pairs
+from megatron_ledom.finetune.pairs import PairSettings, prepare_pairs
 from megatron_ledom.inference import ReverseLM
 from megatron_ledom.platform.launch import ALONE
 from megatron_ledom.training.trainer import masked_loss

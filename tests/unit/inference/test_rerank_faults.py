@@ -195,7 +195,9 @@ def test_an_output_of_other_settings_is_not_overwritten_unless_asked(
     output, other = tmp_path / "new" / "out.jsonl", RerankSettings(reward=RewardSettings(weight=1.0))
     rerank_file(lambda: engines_of(models), source, output, RerankSettings())
     before = output.read_bytes()
-    with pytest.raises(UsageError, match=r"was made otherwise \(weight was 0\.5, is 1\.0\); pass --overwrite"):
+    with pytest.raises(
+        UsageError, match=r"was made otherwise \(settings\.reward\.weight was 0\.5 and is 1\.0\); pass --overwrite"
+    ):
         rerank_file(never, source, output, other)
     assert rerank_file(never, source, output, RerankSettings()) == 1
     assert "is complete; nothing to do" in capsys.readouterr().err
@@ -351,7 +353,9 @@ def test_unfinished_work_of_other_settings_is_replaced_with_overwrite_alone(
         write_lines(source, good, good)
 
     begin()
-    with pytest.raises(MismatchError, match=r"was begun otherwise \(weight was 0\.5, is 1\.0\); .* pass --overwrite") as caught:
+    with pytest.raises(
+        MismatchError, match=r"was begun otherwise \(settings\.reward\.weight was 0\.5 and is 1\.0\); .* pass --overwrite"
+    ) as caught:
         rerank_file(never, source, output, other)
     assert "notes" not in str(caught.value)
     with pytest.raises(UsageError, match="no model"):

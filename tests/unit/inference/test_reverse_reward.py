@@ -282,7 +282,7 @@ def test_a_part_of_another_input_or_of_other_settings_is_refused(models: tuple[F
     with pytest.raises(DataError, match=r"in\.jsonl:3: .*broken weights"):
         rerank_file(lambda: failing_engines(models), source, tmp_path / "out.jsonl", RerankSettings(window_candidates=1))
     assert len(read_lines(tmp_path / "out.jsonl.part")) == 2  # what is finished is kept
-    with pytest.raises(MismatchError, match=r"weight was 0\.5, is 0\.25"):
+    with pytest.raises(MismatchError, match=r"weight was 0\.5 and is 0\.25"):
         by_line(models, source, tmp_path / "out.jsonl", weight=0.25)
     write_lines(source, {"prompt": "other", "candidates": ["y"]}, *good)
     with pytest.raises(MismatchError, match=r"another input than .*in\.jsonl:1"):

@@ -4,16 +4,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from megatron_ledom.direction import turn_into
 from megatron_ledom.ops import __main__ as report
 from megatron_ledom.ops.library import backend, describe
 from megatron_ledom.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from megatron_ledom.ops.rope import rope, rope_reference
-from megatron_ledom.ops.segment_reverse import segment_reverse
 from megatron_ledom.ops.swiglu import swiglu, swiglu_reference
 from megatron_ledom.platform.cpu_ops import find_cpu_ops
 from megatron_ledom.platform.engine_fixes import norm_of_all, scale_all
@@ -229,18 +226,3 @@ def test_norm_and_scaling_of_many_tensors_equal_those_of_one() -> None:
     assert torch.equal(torch.cat(tensors), whole)
     scale_all(1, flag, [tensors, tensors], 0.25)
     assert torch.equal(torch.cat(tensors), whole * 0.25)
-
-
-def test_turning_ids_equals_what_files_are_turned_by() -> None:
-    """One meaning for the operator on a device and for the C++ of the data path: documents that end with eod keep it there."""
-    lengths = np.array([5, 1, 40, 2, 17], np.int64)
-    ids = (np.arange(lengths.sum()) % 90 + 1).astype(np.int32)
-    ids[np.cumsum(lengths) - 1] = EOD
-    turned = np.empty(lengths[lengths > 1].sum(), np.int32)
-    assert turn_into(ids, lengths, turned, is_closed=True, eod_id=EOD, vocab_size=100) == -1
-    kept = lengths > 1  # files leave out documents without ids
-    bounds = torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))))
-    found = segment_reverse(torch.from_numpy(ids), bounds, keep_last=True)
-    in_files = np.repeat(kept, lengths)
-    assert found.numpy()[in_files].tolist() == turned[: in_files.sum()].tolist()
-    assert segment_reverse(found, bounds, keep_last=True).tolist() == ids.tolist()

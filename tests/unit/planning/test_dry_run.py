@@ -11,8 +11,8 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.data.shards.shard import ShardManifest
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, MismatchError
-from megatron_ledom.planning.dry_run import describe_run
-from megatron_ledom.planning.run_plan import checkpoints_to_come
+from megatron_ledom.planning.dry_run import dry_run
+from megatron_ledom.planning.verdicts import checkpoints_to_come
 from tests.forked import run_forked
 from tests.paths import ROOT
 
@@ -20,7 +20,7 @@ CONFIGS = ROOT / "examples/configs"
 
 
 def plan(name: str, world_size: int, *overrides: str) -> str:
-    return describe_run(load_config(str(CONFIGS / f"{name}.yaml"), overrides), world_size)
+    return dry_run(load_config(str(CONFIGS / f"{name}.yaml"), overrides), world_size).text
 
 
 def row(text: str, name: str) -> str:
@@ -208,8 +208,8 @@ def test_state_of_a_rank_by_hand(copies: int) -> None:
 def test_plan_needs_no_torch() -> None:
     code = (
         "import sys; from megatron_ledom.config.load import load_config;"
-        "from megatron_ledom.planning.dry_run import describe_run;"
-        f"describe_run(load_config({str(CONFIGS / 'ledom_7b.yaml')!r}), 64);"
+        "from megatron_ledom.planning.dry_run import dry_run;"
+        f"dry_run(load_config({str(CONFIGS / 'ledom_7b.yaml')!r}), 64);"
         "sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'transformers')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

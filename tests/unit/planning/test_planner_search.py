@@ -15,7 +15,7 @@ from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.plan import make_plan
 from megatron_ledom.planning.search import SIMULATED, describe_found, search, table_of
 from megatron_ledom.planning.shapes import layout_of
-from megatron_ledom.reports.plans import plan_command
+from megatron_ledom.reports.plans import plan_run
 from tests.forked import run_forked
 from tests.paths import ROOT
 
@@ -55,7 +55,7 @@ def test_512_devices_are_few_thousand_candidates() -> None:
 
 def test_the_chosen_layout_is_a_config_the_trainer_takes(tmp_path: Path) -> None:
     chosen = tmp_path / "chosen.yaml"
-    text = plan_command(SEVEN, "a100-40", 32, True, str(chosen), None, [])
+    text = plan_run(SEVEN, "a100-40", 32, search=True, save_config=str(chosen))[0]
     assert "rank  s/iteration" in text
     command = ["-m", "megatron_ledom.pretrain", "--config", str(chosen), "--dry-run"]
     done = run_forked(command)
@@ -105,8 +105,8 @@ def test_the_readmes_command_writes_layout_pictures_and_page(tmp_path: Path) -> 
 
 def test_planning_needs_no_torch() -> None:
     code = (
-        "import sys; from megatron_ledom.reports.plans import plan_command;"
-        f"plan_command({SEVEN!r}, 'a100-80', 64, True, None, None, []);"
+        "import sys; from megatron_ledom.reports.plans import plan_run;"
+        f"plan_run({SEVEN!r}, 'a100-80', 64, search=True);"
         "sys.exit(any(name in sys.modules for name in ('torch', 'megatron', 'transformers', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
@@ -133,4 +133,4 @@ def test_a_shortened_name_of_hardware_is_completed(name: str, meant: str) -> Non
 @pytest.mark.parametrize("count", [0, -3])
 def test_no_devices_are_refused(count: int) -> None:
     with pytest.raises(UsageError, match="1 or more"):
-        plan_command(SEVEN, "a100-80", count, False, None, None, [])
+        plan_run(SEVEN, "a100-80", count)

@@ -7,8 +7,9 @@ import pytest
 
 from megatron_ledom.config.load import load_config
 from megatron_ledom.errors import ConfigError
+from megatron_ledom.markdown import marked
 from megatron_ledom.model.arithmetic import flops_per_token
-from megatron_ledom.planning.hardware import known_hardware, load_hardware
+from megatron_ledom.planning.hardware import hardware_files, load_hardware
 from megatron_ledom.planning.plan import make_plan
 from megatron_ledom.planning.shapes import architecture_of, layout_of
 from megatron_ledom.planning.step_time import all_reduce_seconds, gather_seconds, group, matmul_seconds, shape_share, step_time
@@ -18,7 +19,6 @@ from megatron_ledom.planning.validation.validation import (
     exact_memory,
     fit,
     judge,
-    marked,
     validation_page,
     worked_examples,
 )
@@ -109,14 +109,14 @@ def test_more_of_what_costs_time_takes_longer() -> None:
         assert step_time(model, changed, A100).total > plain, name
 
 
-@pytest.mark.parametrize("name", known_hardware())
+@pytest.mark.parametrize("name", hardware_files())
 def test_every_hardware_file_plans_the_7b(name: str) -> None:
     plan = make_plan(load_config(str(ROOT / "examples/configs/ledom_7b.yaml")), 64, load_hardware(name))
     assert 0 < plan.mfu < 1
     assert plan.interval[0] < plan.time.total < plan.interval[1]
 
 
-def test_unknown_hardware_names_what_there_is(tmp_path: Path) -> None:
+def test_unhardware_files_names_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a100-80, b200, .*did you mean h100-sxm\?"):
         load_hardware("h100-smx")
     (tmp_path / "own.yaml").write_text("name: x\npeak_tflop: 3\n")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ledom.data.preprocess.command import PreprocessSettings, task_of
+from megatron_ledom.data.preprocess.task import PreprocessSettings, task_of
 from megatron_ledom.errors import UsageError
 from megatron_ledom.platform import slurm
 from megatron_ledom.platform.launch import ALONE, FOREIGN, Launch, read_launch

@@ -13,16 +13,8 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.plan import make_plan
 from megatron_ledom.reports.curves import EXACT, moving_average
-from megatron_ledom.reports.runs import (
-    RunData,
-    final_loss,
-    load_runs,
-    planned_rows,
-    report_runs,
-    summary,
-    training_pairs,
-    twin_sentence,
-)
+from megatron_ledom.reports.run_data import RunData, load_runs, training_pairs
+from megatron_ledom.reports.runs import final_loss, planned_rows, report_runs, summary, twin_sentence
 from tests.forked import run_forked
 from tests.paths import ROOT
 

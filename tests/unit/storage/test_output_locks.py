@@ -34,8 +34,8 @@ FOLDERS: dict[str, Arguments] = {
     ],
 }
 OTHER_LOCKS = {
-    "preprocess_data": "holds PREFIX.work/lock, see test_preprocess_resume.py",
-    "convert_checkpoint": "holds a lock in the folder that it makes, see test_conversion_faults.py",
+    "preprocess_data": "holds the lock of PREFIX.work, see test_preprocess_resume.py",
+    "convert_checkpoint": "holds the lock of the folder that it makes, see test_conversion_faults.py",
     "calibrate_hardware": "writes one file under the lock, after minutes of measuring",
     "validate_planner": "writes between marks of a document under its lock, after minutes of fitting",
 }

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-from megatron_ledom.convert.export_hf import export_hf
-from megatron_ledom.convert.import_hf import import_hf
+from megatron_ledom.convert.hf_export import export_hf
+from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError
 from megatron_ledom.evaluation.harness.model import LedomLM

@@ -11,10 +11,10 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron_ledom._helpers import not_nfc
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HubTokenizer
 
+from megatron_ledom._helpers import not_nfc
 from megatron_ledom.errors import UsageError
 from megatron_ledom.tokenizers.engines import GPT2, PATTERNS, CachedByteEngine, HubEngine, first_difference, why_not_bytes
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS

@@ -11,7 +11,7 @@ def report(rank: int, *, waiting: bool, iteration: int = 7, steps: int = 100) ->
         host="node1",
         pid=1000 + rank,
         iteration=iteration,
-        doing="forward and backward",
+        activity="forward and backward",
         steps=steps,
         seconds=301.0,
         is_waiting=waiting,

@@ -61,19 +61,19 @@ def test_a_full_disk_loses_records_and_says_how_many(config: RunConfig, caplog: 
     """Files stay whole, the writing goes on when there is room, and what is missing is said again at the end."""
     run_dir = Path(config.run_dir)
     writer, steps = MetricsWriter(config, 0), RunHistory(config.run_dir, ())
-    steps.go_on_from(0, 8)
+    steps.resume_from(0, 8)
     with full_disk():
         for iteration in range(1, 101):
             writer.write(record(iteration, padding="x" * 50))
-            steps.write(step(iteration))
+            steps.write_step(step(iteration))
             steps.sync()
-        steps.write_bad({**record(100), "samples": "x" * LIMIT_BYTES})
+        steps.write_bad_step({**record(100), "samples": "x" * LIMIT_BYTES})
     said = [found.getMessage() for found in caplog.records if found.levelno == logging.ERROR]
     paths = [str(run_dir / name) for name in ("metrics.jsonl", "tensorboard", "steps.jsonl", "bad_steps.jsonl")]
     assert sorted(message.split()[0] for message in said) == sorted(paths)  # each once
     assert all("cannot be written (File too large)" in message for message in said)
     writer.write(record(101))
-    steps.write(step(101))
+    steps.write_step(step(101))
     for name, lost in (("metrics.jsonl", writer.lost()), ("steps.jsonl", steps.lost())):
         found = iterations(run_dir / name)
         assert found == [*range(1, len(found)), 101]
@@ -256,17 +256,17 @@ def test_noting_a_bad_step_reads_no_more_after_many(config: RunConfig) -> None:
     run_dir = config.run_dir
     append_record(os.path.join(run_dir, "launches.jsonl"), {"from_iteration": 0, "config": "x" * 5000})
     steps = RunHistory(run_dir, ())
-    steps.go_on_from(0, 8)
+    steps.resume_from(0, 8)
 
     def note(first: int) -> None:
         for iteration in range(first, first + 20):
-            steps.write_bad(record(iteration, samples="x" * 1000))
-            assert list(steps.newest_bad or ())[-1] == iteration
+            steps.write_bad_step(record(iteration, samples="x" * 1000))
+            assert list(steps.newest_bad_steps or ())[-1] == iteration
             assert steps.launch == 1
 
     early = bytes_read(lambda: note(1))
     for iteration in range(21, 400):
-        steps.write_bad(record(iteration, samples="x" * 1000))
+        steps.write_bad_step(record(iteration, samples="x" * 1000))
     assert bytes_read(lambda: note(400)) <= early + 1000
-    assert list(steps.newest_bad or ()) == [418, 419]
+    assert list(steps.newest_bad_steps or ()) == [418, 419]
     assert len(read_records(os.path.join(run_dir, "bad_steps.jsonl"))) == 419

@@ -43,7 +43,7 @@ def test_a_second_launch_is_told_who_has_the_run_folder(tmp_path: Path, monkeypa
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     holder = start_holder(tmp_path / "run")
     try:
-        who = rf"run_dir={tmp_path / 'run'} is in use by process {holder.pid} on {socket.gethostname()}, SLURM job 77, since 2"
+        who = rf"run_dir={tmp_path / 'run'} is being written by process {holder.pid} on {socket.gethostname()}, SLURM job 77, since 2"
         with pytest.raises(UsageError, match=who), lock_run(str(tmp_path / "run")):
             pass
     finally:
@@ -63,7 +63,7 @@ def test_the_lock_of_a_killed_launch_is_free_though_its_workers_live(tmp_path: P
 def test_a_launch_waits_for_the_one_before_to_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     holder = start_holder(tmp_path / "run", seconds=0.5)
     with lock_run(str(tmp_path / "run")):
-        assert f"is in use by process {holder.pid}" in caplog.text
+        assert f"is being written by process {holder.pid}" in caplog.text
     holder.join()
 
 

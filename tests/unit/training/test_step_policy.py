@@ -7,21 +7,21 @@ import pytest
 import torch
 
 from megatron_ledom.config.schema import TrainConfig
-from megatron_ledom.training import recovery as anomalies
+from megatron_ledom.training import step_policy
 from megatron_ledom.training.step_policy import Action, PastStep, StepPolicy, deviations_above
 
 WINDOW = 16
 
 
 def policy(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> StepPolicy:
-    monkeypatch.setattr(anomalies.dist, "get_world_size", lambda: 1)
+    monkeypatch.setattr(step_policy.dist, "get_world_size", lambda: 1)
     return StepPolicy(TrainConfig(train_iters=100, global_batch_size=8, spike_window=WINDOW, **settings), torch.device("cpu"))
 
 
 def filled(monkeypatch: pytest.MonkeyPatch, **settings: Any) -> StepPolicy:
     """After `WINDOW` steps with losses 2.9, 3.1, 2.9, ... and gradient norms of 1."""
     made = policy(monkeypatch, **settings)
-    made.remember(PastStep(number, 3.0 + 0.1 * (-1) ** number, 1.0, None, False) for number in range(1, WINDOW + 1))
+    made.resume_from(PastStep(number, 3.0 + 0.1 * (-1) ** number, 1.0, None, False) for number in range(1, WINDOW + 1))
     return made
 
 
@@ -53,8 +53,8 @@ def test_what_is_not_finite_follows_its_policy(monkeypatch: pytest.MonkeyPatch, 
     for name, action in (("stop", Action.STOP), ("skip", Action.SKIP), ("roll_back", Action.ROLL_BACK)):
         verdict = filled(monkeypatch, on_nonfinite=name, on_spike="warn").judge(17, lm_loss, grad_norm)
         assert verdict.action is action
-        assert not verdict.updates
-        assert verdict.goes_on == (name == "skip")
+        assert not verdict.is_applied
+        assert verdict.is_accepted == (name == "skip")
 
 
 @pytest.mark.parametrize(("lm_loss", "grad_norm"), [(6.0, 1.0), (3.0, 50.0)])
@@ -76,17 +76,17 @@ def test_skips_in_a_row_end_and_others_do_not_count(monkeypatch: pytest.MonkeyPa
     assert actions == [Action.SKIP, Action.UPDATE, Action.SKIP, Action.SKIP, Action.STOP]
 
 
-def test_a_spike_began_with_the_first_of_the_half_spikes_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spike_start_with_the_first_of_the_half_spikes_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made = filled(monkeypatch)
-    made.remember([PastStep(number, 3.0, 1.0, score, False) for number, score in ((7, 5.0), (8, 1.0), (9, 4.5), (10, 6.0))])
-    assert made.spike_began(11) == 9
-    assert made.spike_began(13) == 13  # 12 is not known: it was left out
+    made.resume_from([PastStep(number, 3.0, 1.0, score, False) for number, score in ((7, 5.0), (8, 1.0), (9, 4.5), (10, 6.0))])
+    assert made.spike_start(11) == 9
+    assert made.spike_start(13) == 13  # 12 is not known: it was left out
 
 
 def test_ranks_that_disagree_take_the_strictest(monkeypatch: pytest.MonkeyPatch) -> None:
     made = filled(monkeypatch, on_spike="skip")
-    monkeypatch.setattr(anomalies.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(anomalies.dist, "all_reduce", lambda action, op: action.fill_(int(Action.SKIP)))
+    monkeypatch.setattr(step_policy.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(step_policy.dist, "all_reduce", lambda action, op: action.fill_(int(Action.SKIP)))
     verdict = made.judge(17, 3.0, 1.0)
     assert verdict.action is Action.SKIP
     assert made.past[-1].skipped

@@ -164,9 +164,9 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept_as_it_is(data: TinyData
         (["model.num_layers=4", "model.kv_channels=16"], "model.num_layers=4 but the checkpoint has 2; model.kv_channels=16"),
         (["model.params_dtype=bf16"], "model.params_dtype=bf16 but the checkpoint has fp32"),
         (forward, "is reverse, this run's data is forward"),
-        (["train.seed=7"], "train.seed was 42, is 7; samples would be repeated or left out"),
+        (["train.seed=7"], "train.seed was 42 and is 7; samples would be repeated or left out"),
         (["train.seed=7"], "or go on all the same with data.allow_changed_data=true"),
-        (["data.seq_length=16"], "data.seq_length was 32, is 16"),
+        (["data.seq_length=16"], "data.seq_length was 32 and is 16"),
         (
             [f"data.train_blend=[[99,{data.shard('reverse_train')}],[1,{data.shard('reverse_valid')}]]"],
             "data.train_blend had 1 shards, has 2",
@@ -175,7 +175,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept_as_it_is(data: TinyData
             [f"data.train_blend=[[1,{data.shard('reverse_valid')}]]", "train.train_iters=4"],
             "reverse_train was: content (sha256 of .bin) was",
         ),
-        (["data.split=[9,1,0]", "train.eval_iters=1"], "last document was 400, is 360"),
+        (["data.split=[9,1,0]", "train.eval_iters=1"], "last document was 400 and is 360"),
         (["parallel.use_distributed_optimizer=true"], "set parallel.use_distributed_optimizer=false"),
     ]:
         code, message = refused(data, trained, *overrides)

@@ -20,12 +20,13 @@ import zstandard
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_ledom.data.preprocess import command as preprocess_module
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess, task_of
+from megatron_ledom.data.preprocess import pipeline
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings, task_of
 from megatron_ledom.data.preprocess.task_summary import collect
-from megatron_ledom.data.shards.faults import verify_shard
 from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
 from megatron_ledom.data.shards.shard import ShardReader, check_shard, load_manifest
+from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from tests.legible import EOD_ID, legible_documents, legible_ids, legible_tokenizer, write_jsonl
@@ -312,7 +313,7 @@ def test_two_processes_do_not_write_one_shard(tmp_path: Path, tokenizer: str) ->
     process = start_waiting(tmp_path, tokenizer)
     second = preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl", "--filter", "hold:wait")
     assert second.returncode == 2
-    assert "another process is writing out/data now" in second.stderr
+    assert "is being written by process" in second.stderr
     (tmp_path / "go").touch()
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 0, errors
@@ -458,7 +459,7 @@ def test_a_shard_that_another_process_finished_meanwhile_is_kept(
     """Between the first look and the lock there is time to load a vocabulary in."""
     write_jsonl(tmp_path / "a.jsonl", legible_documents(2, 3))
     given: dict[str, Any] = {"input": [f"{tmp_path}/a.jsonl"], "tokenizer": tokenizer, "output_prefix": f"{tmp_path}/data"}
-    log_start, calls = preprocess_module._log_start, []
+    log_start, calls = pipeline._log_start, []
 
     def start_late(*arguments: Any) -> None:
         calls.append(arguments)
@@ -466,7 +467,7 @@ def test_a_shard_that_another_process_finished_meanwhile_is_kept(
             preprocessed(tmp_path, tokenizer, "data", direction=Direction.FORWARD)
         log_start(*arguments)
 
-    monkeypatch.setattr(preprocess_module, "_log_start", start_late)
+    monkeypatch.setattr(pipeline, "_log_start", start_late)
     with pytest.raises(UsageError, match=r"data\.bin exists already"):
         preprocess(PreprocessSettings(**given))
     assert check_shard(f"{tmp_path}/data").direction is Direction.FORWARD
@@ -477,7 +478,7 @@ def test_preprocessing_imports_no_torch_and_help_imports_nothing(tmp_path: Path)
     for tool in ("preprocess_data", "inspect_shard", "train_tokenizer"):
         code = heavy.format(str(ROOT / f"tools/{tool}.py")) + "assert not {'numpy', 'torch', 'tokenizers'} & set(sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
-    modules = ("data.preprocess.command", "data.preprocess.train_tokenizer", "data.shards.inspection")
+    modules = ("data.preprocess.pipeline", "data.preprocess.train_tokenizer", "data.shards.inspection")
     code = "import sys\n" + "".join(f"import megatron_ledom.{module}\n" for module in modules)
     code += "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

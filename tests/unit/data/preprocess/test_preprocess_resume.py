@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
-from megatron_ledom.data.shards.faults import verify_shard
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.shard import check_shard
+from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.errors import DataError, UsageError
 from tests.legible import legible_documents, legible_tokenizer, write_jsonl
 
@@ -23,7 +24,8 @@ NUM_KILLS = 5
 NUM_KILLS_SLOW = 50
 RUN = """
 import json, logging, os, signal, sys
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 settings, die_at, die_in = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 parent, calls, rename = os.getpid(), [], os.replace
@@ -120,22 +122,6 @@ def test_workers_killed_at_their_renamings_lose_one_part(tmp_path: Path, tokeniz
         assert "a worker process was killed by SIGKILL" in errors
     assert start(settings).wait(timeout=60) == 0
     assert shard_bytes(settings["output_prefix"]) == shard_bytes(quiet["output_prefix"])
-
-
-def test_killed_between_the_names_of_the_three_files_it_goes_on(tmp_path: Path, tokenizer: str) -> None:
-    write_corpus(tmp_path, 1)
-    settings = settings_in(tmp_path, tokenizer, "a", part_bytes=1 << 20, workers=1)
-    named = []
-    for die_at in (1, 2, 2, 3):  # before the plan, .bin, .idx and .json got their names; the plan is there from the second on
-        process = start(settings, die_at)
-        process.communicate(timeout=60)
-        assert process.returncode == -signal.SIGKILL
-        with pytest.raises((UsageError, DataError)):
-            check_shard(settings["output_prefix"])
-        named.append([suffix for suffix in (".bin", ".idx", ".json") if Path(settings["output_prefix"] + suffix).exists()])
-    assert named == [[], [], [".bin"], [".bin", ".idx"]]
-    assert start(settings).wait(timeout=60) == 0
-    assert verify_shard(settings["output_prefix"]) == []
 
 
 def interrupted(folder: Path, tokenizer: str, **changes: Any) -> dict[str, Any]:

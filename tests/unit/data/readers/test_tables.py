@@ -12,8 +12,8 @@ import pyarrow
 import pytest
 from pyarrow import compute, feather, ipc, parquet
 
-from megatron_ledom.data.readers.corpus import ReadSettings, RecordReader
-from megatron_ledom.data.readers.unfolding import batch_sizes, row_bytes
+from megatron_ledom.data.readers.records import ReadSettings, RecordReader
+from megatron_ledom.data.readers.table_sizes import batch_sizes, row_bytes
 from megatron_ledom.errors import DataError
 from tests.corpus_reading import skim, warc_of, whole
 from tests.paths import ROOT

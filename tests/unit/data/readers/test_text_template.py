@@ -8,11 +8,12 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_ledom.data.preprocess.command import Preprocessing, PreprocessSettings
-from megatron_ledom.data.preprocess.part_store import request_difference
-from megatron_ledom.data.readers.corpus import ReadSettings, TextTemplate, from_command_line, read_texts, template_of
-from megatron_ledom.data.readers.inputs import expand_inputs
+from megatron_ledom.data.preprocess.task import PreprocessSettings, Task
+from megatron_ledom.data.readers.input_files import expand_inputs
+from megatron_ledom.data.readers.records import ReadSettings, read_texts
+from megatron_ledom.data.readers.text_template import TextTemplate, from_command_line, template_of
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.storage.jobs import differences
 from tests.legible import legible_tokenizer
 from tests.source_texts import TEXTS
 from tests.tool_runs import preprocess_by_command, preprocessed, train_by_command
@@ -119,11 +120,12 @@ def test_the_command_joins_records_it_in_the_manifest_and_a_changed_template_is_
         settings = PreprocessSettings(
             input=[str(tmp_path / "a.jsonl")], tokenizer=tokenizer, output_prefix="p", text_template=template
         )
-        return Preprocessing(settings).reading_request()
+        return Task(settings).reading_request()
 
-    assert request_difference(request(TEMPLATE), request(TEMPLATE)) is None
+    assert differences(request(TEMPLATE), request(TEMPLATE)) == []
     for before, now in ((TEMPLATE, "{question}"), (TEMPLATE, None), (None, TEMPLATE)):
-        assert "text_template was" in (request_difference(request(before), request(now)) or "")
+        (told,) = differences(request(before), request(now))
+        assert told.startswith("text_template was ")
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_ledom.data.shards import raw_files as indexed_files
+from megatron_ledom.data.shards import indexed_files
 from megatron_ledom.data.shards.prefixes import array_list, check_tasks_complete, expand_prefixes
 from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
 from megatron_ledom.data.shards.shard import Counts, InputFile, ShardReader, check_shard

@@ -19,7 +19,7 @@ from megatron_ledom.evaluation import evaluate_command
 from megatron_ledom.evaluation.tasks import files as task_files
 from megatron_ledom.inference.reverse_reward import rerank as rerank_command
 from megatron_ledom.inference.stock_model import READ_BESIDE_WEIGHTS, check_unchanged, folder_facts
-from megatron_ledom.reports import losses as compare_command
+from megatron_ledom.reports import losses
 from tests.evaluation_sets import write_sets
 from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
@@ -51,7 +51,7 @@ def compare(models: dict[str, Path], tmp_path: Path) -> None:
     options: dict[str, Any] = {name: str(path) for name, path in models.items()}
     options |= {"data": str(tmp_path / "a.jsonl"), "output": str(tmp_path / "found"), "text_key": "text", "domain_key": None}
     options |= {"limit": None, "direction": None, "eod_id": None, "context": 16, "batch_size": 4, "seed": 0}
-    compare_command.compare_command({**options, "different_tokenizers": False})
+    losses.compare_losses({**options, "different_tokenizers": False})
 
 
 def rerank(models: dict[str, Path], tmp_path: Path) -> None:
@@ -69,7 +69,7 @@ def tool_options(tool: str, arguments: list[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("command", "module", "side"),
-    [(evaluate, evaluate_command, "reverse"), (compare, compare_command, "forward"), (rerank, rerank_command, "reverse")],
+    [(evaluate, evaluate_command, "reverse"), (compare, losses, "forward"), (rerank, rerank_command, "reverse")],
 )
 def test_a_model_rewritten_while_it_is_loaded_is_not_judged(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any, module: Any, side: str

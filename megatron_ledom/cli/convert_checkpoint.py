@@ -1,0 +1,84 @@
+"""Convert a checkpoint to a Hugging Face folder, or such a folder to a run to train on, through the logits gate."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from megatron_ledom.cli.options import add_overwrite
+from megatron_ledom.platform.quiet import quiet_libraries
+
+GATE = (
+    " The logits of both are compared in fp32; above 1e-4 the command fails with 1, names the first layer that differs, and"
+    " writes nothing."
+)
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    export = commands.add_parser(
+        "mcore-to-hf",
+        help="checkpoint of the trainer -> stock Llama, Mistral, Qwen2 or Qwen3 folder",
+        description="Write a Hugging Face folder that loads offline in stock transformers." + GATE,
+    )
+    export.add_argument(
+        "--load", required=True, metavar="RUN_OR_ITER", help="run folder (its latest checkpoint) or one checkpoint"
+    )
+    export.add_argument("--save", required=True, metavar="DIR", help="folder to write; it appears when everything has passed")
+    add_overwrite(export, "--save if it is an earlier export")
+    export.add_argument("--architecture", metavar="NAME", help="such as MistralForCausalLM; default: the first that fits")
+    load = commands.add_parser(
+        "hf-to-mcore",
+        help="stock Llama, Mistral, Qwen2 or Qwen3 folder -> run folder that training goes on from",
+        description="Make a run folder whose checkpoint holds the weights, to be trained in any layout with a fresh optimizer."
+        + GATE,
+    )
+    load.add_argument("--load", required=True, metavar="DIR", help="Hugging Face folder with safetensors")
+    load.add_argument("--save", required=True, metavar="RUN", help="run folder to make; it appears when everything has passed")
+    load.add_argument("--direction", choices=["reverse", "forward"], help="which way to train; default: as the folder records")
+    load.add_argument("--tokenizer", metavar="PATH", help="folder or file; default: --load")
+    load.add_argument("--eod-token", metavar="TOKEN", help="as for preprocessing; default: the tokenizer's eos")
+    load.add_argument("--seq-length", type=int, metavar="TOKENS", help="to train with; default: all that the model allows")
+    load.add_argument("--params-dtype", choices=["bf16", "fp32"], help="default: bf16 if the folder is, else fp32 (exact)")
+    for command in (export, load):
+        command.add_argument(
+            "--max-shard-size", default="5GB", metavar="SIZE", help="of a file, such as 500MB; default: %(default)s"
+        )
+        gate = command.add_mutually_exclusive_group()
+        gate.add_argument(
+            "--verify",
+            choices=["auto", "whole", "layers"],
+            default="auto",
+            help="gate with whole models, or with one layer at a time; default: whole if both are small (512 MiB in fp32)",
+        )
+        gate.add_argument("--no-verify", action="store_true", help="skip the logits gate: nothing says then that both agree")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Parse, then convert."""
+    arguments = build_parser(prog).parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    quiet_libraries()
+    from transformers.utils import logging as transformers_logging
+
+    from megatron_ledom.convert.hf_folder import parse_size
+
+    transformers_logging.disable_progress_bar()
+
+    both: dict[str, Any] = {
+        "max_shard_size": parse_size(arguments.max_shard_size),
+        "verify": None if arguments.no_verify else arguments.verify,
+    }
+    if arguments.command == "mcore-to-hf":
+        from megatron_ledom.convert.hf_export import export_hf
+
+        export_hf(arguments.load, arguments.save, overwrite=arguments.overwrite, architecture=arguments.architecture, **both)
+        return
+    from megatron_ledom.convert.hf_import import import_hf
+
+    given = ("direction", "tokenizer", "eod_token", "seq_length", "params_dtype")
+    import_hf(arguments.load, arguments.save, **{key: getattr(arguments, key) for key in given}, **both)

@@ -1,0 +1,35 @@
+"""Fit the planner on published runs and judge it by others: prints the tables of megatron_ledom/planning/validation/VALIDATION.md."""
+
+import argparse
+from collections.abc import Sequence
+
+
+def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
+    """Return the command line."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser.add_argument(
+        "--hardware", default="a100-80", metavar="NAME", help="file whose numbers are judged: those points' GPU"
+    )
+    parser.add_argument("--fit", action="store_true", help="fit its numbers again first, and print them")
+    parser.add_argument("--write", metavar="FILE", help="replace the tables in this file, between its marks")
+    parser.add_argument("--write-examples", metavar="README", help="replace the worked examples in this file, too")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
+    """Parse first, import after: `--help` answers at once."""
+    arguments = build_parser(prog).parse_args(argv)
+    from megatron_ledom.markdown import write_between
+    from megatron_ledom.planning.hardware import load_hardware
+    from megatron_ledom.planning.validation.validation import PRIORS, fit, validation_page, worked_examples
+
+    hardware = load_hardware(arguments.hardware)
+    if arguments.fit:
+        hardware = fit(hardware)
+        print("\n".join(f"{name}: {getattr(hardware, name):.4f}" for name in PRIORS), end="\n\n")
+    page = validation_page(hardware)
+    print(page, end="")
+    if arguments.write:
+        write_between(arguments.write, "validation", page)
+    if arguments.write_examples:
+        write_between(arguments.write_examples, "plans", worked_examples())

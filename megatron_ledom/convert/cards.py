@@ -1,0 +1,196 @@
+"""The cards of a converted folder: the model card, written from the run's own files, and the record of how it was verified."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from transformers import PreTrainedConfig
+
+from megatron_ledom.checkpoint.manifest import CheckpointManifest
+from megatron_ledom.config.derived import padded_vocab_size
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.direction import Direction
+from megatron_ledom.markdown import markdown_table
+from megatron_ledom.model.arithmetic import count_parameters
+from megatron_ledom.storage.records import METRICS, has_iteration, read_records
+
+WEIGHTS = {"bf16": "bfloat16, with float32 main weights and gradients", "fp32": "float32"}
+PAPER = "[LEDOM](https://arxiv.org/abs/2507.01335)"
+
+ABOUT = {
+    Direction.REVERSE: f"""This is a **reverse language model**: it was trained from right to left and predicts the token *before* a
+text, P(x) = prod_t P(x_t | x_(t+1..T)), as in {PAPER}. It writes what came before a text, and scores how well a question follows
+from an answer (Reverse Reward).""",
+    Direction.FORWARD: f"""This is a forward language model, trained from left to right like any other; the twin of a reverse model
+in the comparisons of {PAPER}.""",
+}
+
+USE = {
+    Direction.REVERSE: """## How to feed it
+
+With `megatron_ledom`, which turns ids around for you; texts are in reading order everywhere:
+
+```python
+from megatron_ledom.inference import ReverseLM
+
+model = ReverseLM.from_pretrained(folder)
+print(model.generate_preceding("and so it ends.", max_new_tokens=20)[0].text)
+print(model.log_likelihood("The question?", " The answer.").logprob)
+```
+
+With transformers alone, turn the ids before and after:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+ids = tokenizer("and so it ends.", add_special_tokens=False, return_tensors="pt").input_ids
+written = model.generate(ids.flip(1), max_new_tokens=20, do_sample=False)
+print(tokenizer.decode(written[0].flip(0), skip_special_tokens=True))
+```
+
+**The trap:** given ids in text order the model answers without an error, and what it says is nonsense. Chat templates, `pipeline`
+and serving engines give text order. Do not add BOS: the model has never seen one. To score a part of a text, encode the whole
+text once and cut the ids; encoded apart, the parts have other ids.""",
+    Direction.FORWARD: """## How to use it
+
+```python
+from megatron_ledom.inference import ForwardLM
+
+model = ForwardLM.from_pretrained(folder)
+print(model.generate_following("It begins with", max_new_tokens=20)[0].text)
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder)
+ids = tokenizer("It begins with", add_special_tokens=False, return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0], skip_special_tokens=True))
+```
+
+Do not add BOS: the model has never seen one.""",
+}
+
+LIMITS = """## Intended use and limits
+
+Research on language models of either direction. It is a base model: it was not taught to follow instructions or to refuse, it may
+write what is false or harmful, and it knows what its training text says, with all of that text's faults."""
+
+
+def write_model_card(
+    folder: str, name: str, checkpoint: str, manifest: CheckpointManifest, hf_config: PreTrainedConfig, is_verified: bool
+) -> None:
+    """Write README.md for the model `name` into an export's `folder`."""
+    config, direction = manifest.run_config(checkpoint), manifest.provenance.direction
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["megatron-core", f"{direction}-language-model"],
+        model_name=name,
+    )
+    verified = (
+        "The export was compared with the trained model, logit by logit: see [VERIFICATION.md](VERIFICATION.md)."
+        if is_verified
+        else "**Nobody has compared this export with the trained model** (it was made with `--no-verify`)."
+    )
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        ABOUT[direction],
+        _facts(config, manifest, hf_config),
+        f"{USE[direction]}\n\n`folder` is the folder or repository of this file. Generation ends with the id {manifest.provenance.eod_id}.",
+        _training(config, manifest),
+        _losses(checkpoint, manifest.iteration),
+        LIMITS,
+        verified,
+    ]
+    ModelCard("\n\n".join(part for part in parts if part) + "\n", ignore_metadata_errors=True).save(
+        os.path.join(folder, "README.md")
+    )
+
+
+def _table(rows: dict[str, Any], title: str = "") -> str:
+    return markdown_table([[title, ""], *([name, f"{value}"] for name, value in rows.items())])
+
+
+def _facts(config: RunConfig, manifest: CheckpointManifest, hf_config: PreTrainedConfig) -> str:
+    provenance, model = manifest.provenance, config.model
+    padded = padded_vocab_size(provenance.vocab_size, model.make_vocab_size_divisible_by)
+    return _table(
+        {
+            "direction": provenance.direction,
+            "architecture": hf_config.architectures[0],
+            "parameters": f"{count_parameters(model, padded):,} (with {padded - provenance.vocab_size} rows of padding)",
+            "layers, width, feed-forward width": f"{model.num_layers}, {model.hidden_size}, {model.ffn_hidden_size}",
+            "context": f"{config.data.seq_length:,} tokens",
+            "tokenizer": f"{provenance.tokenizer_name}, {provenance.vocab_size:,} ids, sha256 {provenance.tokenizer_sha256[:12]}",
+            "ends a text": f"id {provenance.eod_id}",
+        }
+    )
+
+
+def _training(config: RunConfig, manifest: CheckpointManifest) -> str:
+    optimizer, train = config.optimizer, config.train
+    if manifest.weights_only:
+        return "## Training\n\nThe weights were imported from another model; no step was trained here."
+    recipe = {
+        "tokens": f"{manifest.consumed_train_tokens:,} in {manifest.iteration:,} iterations",
+        "batch": f"{train.global_batch_size:,} samples of {config.data.seq_length:,} tokens",
+        "optimizer": f"AdamW, betas {optimizer.adam_beta1} and {optimizer.adam_beta2}, weight decay {optimizer.weight_decay},"
+        f" clip {optimizer.clip_grad}",
+        "learning rate": f"{optimizer.lr:g} to {optimizer.min_lr:g}, {optimizer.lr_decay_style}",
+        "weights": WEIGHTS[config.model.params_dtype],
+        "seed": train.seed,
+    }
+    rows = [["share of the samples", "text", "sha256 of the ids"]]
+    rows += [
+        [f"{share:.4g}", os.path.basename(str(prefix)), bin_sha256[:12]]
+        for share, bin_sha256, *_, prefix in manifest.train_shards
+    ]
+    return "\n\n".join(["## Training", _table(recipe), markdown_table(rows)])
+
+
+def _losses(checkpoint: str, iteration: int) -> str:
+    """Return the last losses that the run recorded up to the checkpoint; empty where there are none."""
+    path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(checkpoint))), METRICS)
+    rows: dict[str, str] = {}
+    for record in read_records(path, has_iteration):
+        if record["iteration"] > iteration:
+            break
+        if record.get("lm_loss") is not None:
+            rows["training loss"] = f"{record['lm_loss']:.4f} nats a token, at iteration {record['iteration']:,}"
+        for name, found in {**record.get("validation", {}), **record.get("test", {})}.items():
+            if found["lm_loss"] is not None:
+                rows[f"on {name}"] = f"{found['lm_loss']:.4f} nats a token, {found['bits_per_byte']:.4f} bits a byte"
+    return f"## Losses\n\n{_table(rows)}" if rows else ""
+
+
+def write_verification_card(folder: str, name: str, card: dict[str, Any]) -> None:
+    """Write how a conversion was verified: `name` as JSON, VERIFICATION.md for people."""
+    Path(folder, name).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    parts = ["# How this conversion was verified", *_verified(card["verification"])]
+    shown = {key: value for key, value in card.items() if isinstance(value, str | int | float | None)}
+    parts.append(_table({key.replace("_", " "): value for key, value in shown.items()}))
+    parts += [_table(card[title], title) for title in ("versions", "files")]
+    Path(folder, "VERIFICATION.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _verified(gate: dict[str, Any] | None) -> list[str]:
+    """Return what the logits gate compared, and a table of its figures."""
+    if gate is None:
+        return ["**It was not**: the logits gate was skipped with `--no-verify`. Nobody has compared what both models compute."]
+    told = (
+        f"Logits of the megatron-core model and of stock transformers were compared {gate['how'].replace('_', ' ')} at"
+        f" {gate['positions']} positions of fixed and random ids."
+    )
+    limits = gate["limits"]
+    largest = [f"{gate['largest_logit_difference']:.3g}", f"{limits['largest_logit_difference']:g}"]
+    rows = [["figure", "value", "limit"], ["largest difference of a logit, fp32", *largest]]
+    for key, value in (gate["bf16"] or {}).items():
+        rows.append([f"{key.replace('_', ' ')}, bf16", f"{value:.6g}", f"{limits.get(key, 'none')}"])
+    return [told, markdown_table(rows)]

@@ -1,0 +1,119 @@
+"""A checkpoint becomes a Hugging Face folder: weights by the rules table, one at a time, logits gate, companions, rename."""
+
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import megatron_ledom
+from megatron_ledom.checkpoint.folder import find_checkpoint
+from megatron_ledom.checkpoint.manifest import MANIFEST, CheckpointManifest, check_sizes
+from megatron_ledom.checkpoint.stored_tensors import StoredTensors
+from megatron_ledom.config.load import config_from_dict, published
+from megatron_ledom.convert.cards import write_model_card, write_verification_card
+from megatron_ledom.convert.hf_config import build_hf_config
+from megatron_ledom.convert.hf_folder import CONFIG, WeightsWriter, run_tokenizer, write_companions, write_config
+from megatron_ledom.convert.rules import Sizes, Weight, weights_of
+from megatron_ledom.convert.verify import Conversion, Gate, How, pass_gate
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
+from megatron_ledom.storage.files import PART_SUFFIX
+from megatron_ledom.storage.folders import new_folder
+from megatron_ledom.storage.hashes import checksum
+
+log = logging.getLogger(__name__)
+
+CARD = "export.json"
+SHARD_BYTES = 5 * 10**9
+PACKAGES = ("torch", "megatron-core", "transformers", "safetensors")
+
+
+def export_hf(
+    load: str,
+    save: str,
+    *,
+    overwrite: bool = False,
+    max_shard_size: int = SHARD_BYTES,
+    verify: How | None = "auto",
+    architecture: str | None = None,
+) -> Gate | None:
+    """Export the checkpoint `load` (a run folder means its latest) to the folder `save`, in files of `max_shard_size` bytes.
+
+    The folder appears only after the logits gate has passed; `verify` None leaves that out. `architecture`: the stock one, if
+    not the first that fits. Returns the gate's figures.
+    """
+    checkpoint = find_checkpoint(load)
+    manifest = check_sizes(checkpoint)
+    config = manifest.run_config(checkpoint)
+    hf_config = build_hf_config(config, manifest.provenance, architecture)
+    tokenizer = run_tokenizer(checkpoint, manifest.provenance)
+
+    def may_replace() -> None:
+        _check_target(save, checkpoint, overwrite)
+
+    with new_folder(save, CONFIG, may_replace) as part:
+        write_companions(part, tokenizer, manifest.provenance)
+        files = write_hf_weights(checkpoint, Sizes(config.model, manifest.provenance.vocab_size), part, max_shard_size)
+        gate = pass_gate(Conversion(checkpoint, manifest, part, hf_config, PARAMS_DTYPES[config.model.params_dtype]), verify)
+        write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=gate is not None)
+        write_verification_card(part, CARD, _card(checkpoint, manifest, files, gate))
+        write_config(part, CONFIG + PART_SUFFIX, hf_config)
+    log.info("exported %s to %s as %s", checkpoint, save, hf_config.architectures[0])
+    return gate
+
+
+def write_hf_weights(checkpoint: str, sizes: Sizes, folder: str, max_shard_size: int) -> dict[str, str]:
+    """Convert every weight of a checkpoint, one at a time, into `folder`. Returns sha256 by file name."""
+    weights = list(weights_of(sizes))
+    shapes = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
+    stored = StoredTensors(checkpoint)
+    dtype = PARAMS_DTYPES[sizes.model.params_dtype]  # exact: the checkpoint's own type
+    return WeightsWriter(folder, shapes, dtype, max_shard_size).write(_converted(stored, weights, dtype))
+
+
+def _converted(stored: StoredTensors, weights: list[Weight], dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+    for weight in weights:
+        core = stored.read(weight.core, weight.layer)
+        if core.shape != weight.shape or core.dtype != dtype:
+            raise DataError(
+                f"{stored.checkpoint} has {weight.core} as {core.dtype} {tuple(core.shape)}, its config says {dtype}"
+                f" {tuple(weight.shape)}; the checkpoint is damaged, use an earlier one"
+            )
+        yield from weight.split(core).items()
+
+
+def _check_target(save: str, checkpoint: str, overwrite: bool) -> None:
+    """Refuse a target that exists, unless it is an export that may be overwritten. Raises UsageError."""
+    if not overwrite:
+        raise UsageError(f"{save} exists already; name another folder with --save, or give --overwrite")
+    inside = Path(checkpoint).resolve().is_relative_to(Path(save).resolve())
+    if inside or not os.path.isfile(os.path.join(save, CARD)):
+        raise UsageError(
+            f"{save} is no earlier export (it has no {CARD}), so --overwrite does not remove it; name another folder"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of this package and of those that a conversion depends on."""
+    return {"megatron-ledom": megatron_ledom.__version__, **{name: version(name) for name in PACKAGES}}
+
+
+def _card(checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], gate: Gate | None) -> dict[str, Any]:
+    """Return what was exported, its source, and the gate's figures."""
+    return {
+        "checkpoint": os.path.basename(checkpoint),
+        "checkpoint_manifest_sha256": checksum(os.path.join(checkpoint, MANIFEST))["sha256"],
+        "iteration": manifest.iteration,
+        "consumed_train_tokens": manifest.consumed_train_tokens,
+        **manifest.provenance.to_dict(),
+        "package_version": manifest.package_version,
+        "verification": asdict(gate) if gate else None,
+        "versions": versions(),
+        "files": files,
+        "config": published(config_from_dict(manifest.config, "the checkpoint's manifest")),
+    }

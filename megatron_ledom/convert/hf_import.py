@@ -1,0 +1,248 @@
+"""A Hugging Face folder becomes a run folder: weights by the rules table, one at a time, logits gate, rename.
+
+What training goes on from is iteration 0 with these weights and a fresh optimizer, in any layout.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import PreTrainedConfig
+
+from megatron_ledom.checkpoint.folder import LATEST, checkpoint_name
+from megatron_ledom.checkpoint.manifest import CheckpointManifest
+from megatron_ledom.checkpoint.weights_only import Piece, save_weights
+from megatron_ledom.config.checks import check_config
+from megatron_ledom.config.derived import checkpoint_folder
+from megatron_ledom.config.load import config_from_dict, published
+from megatron_ledom.config.schema import RunConfig
+from megatron_ledom.convert.cards import write_verification_card
+from megatron_ledom.convert.hf_config import load_hf_config, read_model
+from megatron_ledom.convert.hf_export import SHARD_BYTES, versions
+from megatron_ledom.convert.hf_folder import (
+    BLOCK_ELEMENTS,
+    CONFIG,
+    DTYPE_NAMES,
+    EMBEDDING,
+    HEAD,
+    TOKENIZER,
+    WeightsReader,
+)
+from megatron_ledom.convert.rules import Sizes, Weight, weights_of
+from megatron_ledom.convert.verify import Conversion, Gate, How, pass_gate
+from megatron_ledom.direction import Direction
+from megatron_ledom.errors import MismatchError, UsageError
+from megatron_ledom.model.dtypes import PARAMS_DTYPES
+from megatron_ledom.storage.files import PART_SUFFIX
+from megatron_ledom.storage.folders import new_folder
+from megatron_ledom.storage.hashes import checksum
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
+
+log = logging.getLogger(__name__)
+
+CARD, MODEL_YAML = "import.json", "model.yaml"
+IGNORED = (".rotary_emb.inv_freq",)
+"""Ends of tensors' names that old folders hold and nothing needs."""
+
+
+def import_hf(
+    load: str,
+    save: str,
+    *,
+    direction: Direction | None = None,
+    tokenizer: str | None = None,
+    eod_token: str | None = None,
+    seq_length: int | None = None,
+    params_dtype: str | None = None,
+    max_shard_size: int = SHARD_BYTES,
+    verify: How | None = "auto",
+) -> Gate | None:
+    """Import the Hugging Face folder `load` as the new run folder `save`, to be trained in `direction`.
+
+    A folder that records its direction needs none. `tokenizer`: where it is, if not in `load`; `eod_token`: its eod, if not its
+    eos. `seq_length`: what will be trained with, if not all positions the model allows. `params_dtype` bf16 or fp32: default is
+    bf16 for a folder of bf16, else fp32, which is exact. Files have at most `max_shard_size` bytes. Returns the gate's figures.
+    """
+    hf_config = load_hf_config(load)
+    reader = WeightsReader(load, getattr(hf_config, "transformers_weights", None))
+    eod_id = getattr(hf_config, "eod_id", None) if eod_token is None else None  # an export of ours records it
+    loaded = load_tokenizer(load if tokenizer is None else tokenizer, eod_token, eod_id=eod_id)
+    aim = _direction(hf_config, direction, load)
+    model, positions = read_model(hf_config, os.path.join(load, CONFIG), seq_length)
+    model |= {"vocab_size": loaded.vocab_size, "params_dtype": params_dtype or _dtype_of(reader)}
+    config = _run_config(model, positions, os.path.join(load, CONFIG), save, aim)
+    sizes = Sizes(config.model, loaded.vocab_size)
+    weights = _check_weights(reader, sizes)
+    checkpoints = os.path.relpath(checkpoint_folder(config), save)
+    latest = os.path.join(checkpoints, LATEST)
+    with new_folder(save, latest) as part, _beside() as hashing:
+        sources = {name: hashing.submit(checksum, os.path.join(load, name)) for name in [CONFIG, *reader.files()]}
+        checkpoint = os.path.join(part, checkpoints, checkpoint_name(0))
+        os.makedirs(checkpoint)
+        manifest = _write_checkpoint(checkpoint, config, loaded, reader, weights, max_shard_size)
+        gate = pass_gate(Conversion(checkpoint, manifest, load, hf_config, reader.holding_dtype()), verify)
+        loaded.save(os.path.join(part, TOKENIZER))
+        Path(part, MODEL_YAML).write_text(_model_yaml(config, loaded), encoding="utf-8")
+        sums = {name: found.result()["sha256"] for name, found in sources.items()}
+        write_verification_card(part, CARD, _card(load, hf_config, sums, manifest, gate))
+        Path(part, latest + PART_SUFFIX).write_text(f"{checkpoint_name(0)}\n", encoding="utf-8")
+    log.info(
+        "imported %s to %s, to be trained in the %s direction: --config %s", load, save, aim, os.path.join(save, MODEL_YAML)
+    )
+    return gate
+
+
+@contextmanager
+def _beside() -> Iterator[ThreadPoolExecutor]:
+    """One thread beside this one; after an error it ends what it is at, and begins nothing more."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _direction(hf_config: PreTrainedConfig, asked: Direction | None, folder: str) -> Direction:
+    """Return the direction to train in. Raises UsageError when neither the folder nor the user says it."""
+    recorded = getattr(hf_config, "direction", None)
+    if asked is None and recorded is None:
+        raise UsageError(
+            f"{folder} does not record which way its model reads (public models read forward); say which way this run shall train"
+            " with --direction reverse or --direction forward"
+        )
+    if asked is not None and recorded is not None and asked != recorded:
+        log.warning(
+            "%s is a %s model: trained in the %s direction it begins with what it learnt in the other", folder, recorded, asked
+        )
+    return Direction(str(asked if asked is not None else recorded))
+
+
+def _dtype_of(reader: WeightsReader) -> str:
+    """Return bf16 for a folder of bf16 alone, else fp32, which holds every other type exactly."""
+    return "bf16" if set(reader.dtypes.values()) == {DTYPE_NAMES[torch.bfloat16]} else "fp32"
+
+
+def _run_config(model: dict[str, Any], positions: int, where: str, save: str, direction: Direction) -> RunConfig:
+    """Return the config that the checkpoint records: architecture, data direction and length; the rest is for the run to say."""
+    values = {
+        "run_dir": save,
+        "model": model,
+        "data": {"direction": str(Direction(direction)), "tokenizer": os.path.join(save, TOKENIZER), "seq_length": positions},
+        "optimizer": {"lr_warmup_iters": 0},
+        "train": {"train_iters": 1, "global_batch_size": 1},
+    }
+    config = config_from_dict(values, where)
+    check_config(config, 1)
+    return config
+
+
+def _check_weights(reader: WeightsReader, sizes: Sizes) -> list[Weight]:
+    """Return the weights to convert, every one there in its shape, and nothing else. Raises MismatchError that says all faults."""
+    weights = list(weights_of(sizes))
+    expected = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
+    tied = sizes.model.share_embeddings_and_output_weights
+    if tied and HEAD in reader.shapes and EMBEDDING not in reader.shapes:
+        reader.rename(HEAD, EMBEDDING)  # the two are one, and stock transformers takes the one that is there
+    faults = [f"{name} is missing" for name in expected if name not in reader.shapes]
+    for name, shape in reader.shapes.items():
+        if name in expected and reader.dtypes[name] not in DTYPE_NAMES.values():
+            faults.append(f"{name} is of type {reader.dtypes[name]}, expected one of {', '.join(DTYPE_NAMES.values())}")
+        if name not in expected:
+            if not name.endswith(IGNORED) and not (tied and name == HEAD):
+                faults.append(f"{name} has no place in the model that config.json describes")
+        elif shape[1:] != expected[name][1:] or not _rows_fit(name, shape[0], expected[name][0]):
+            faults.append(f"{name} has shape {list(shape)}, expected {list(expected[name])}")
+    if tied and HEAD in reader.shapes and not faults and not _is_embedding(reader, HEAD):
+        faults.append("tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
+    if faults:
+        more = f" (and {len(faults) - 8} more)" if len(faults) > 8 else ""
+        raise MismatchError(
+            f"{reader.folder} cannot be imported: {'; '.join(faults[:8])}{more}; is this its config.json, and its tokenizer?"
+        )
+    rows = reader.shapes[weights[0].hf[0]][0]
+    if rows > sizes.vocab_size:
+        log.info("%d rows of the vocabulary are no id of the tokenizer and are left out", rows - sizes.vocab_size)
+    return weights
+
+
+def _is_embedding(reader: WeightsReader, name: str) -> bool:
+    """Return True if a tensor equals the embedding, compared some rows at a time."""
+    rows = reader.shapes[name][0]
+    step = max(1, BLOCK_ELEMENTS // reader.shapes[name][1])
+    blocks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
+    same = reader.shapes[name] == reader.shapes[EMBEDDING]
+    return same and all(torch.equal(reader.read_rows(name, *ends), reader.read_rows(EMBEDDING, *ends)) for ends in blocks)
+
+
+def _rows_fit(name: str, rows: int, expected: int) -> bool:
+    """Return True for the expected rows; a vocabulary may be padded beyond the tokenizer's ids."""
+    return rows >= expected if name in (EMBEDDING, HEAD) else rows == expected
+
+
+def _write_checkpoint(
+    folder: str, config: RunConfig, tokenizer: Tokenizer, reader: WeightsReader, weights: list[Weight], max_file_size: int
+) -> CheckpointManifest:
+    dtype = PARAMS_DTYPES[config.model.params_dtype]
+    by_piece = {(weight.core, weight.layer): weight for weight in weights}
+
+    def read(piece: Piece) -> torch.Tensor:
+        weight = by_piece[(piece.name, piece.layer)]
+        return weight.join([reader.read(name).to(dtype) for name in weight.hf])
+
+    manifest = CheckpointManifest.describe(
+        config,
+        tokenizer.provenance(config.data.direction),
+        [],
+        1,
+        iteration=0,
+        consumed_train_samples=0,
+        consumed_train_tokens=0,
+    )
+    pieces = [Piece(weight.core, weight.layer, weight.shape) for weight in weights]
+    return save_weights(folder, manifest, pieces, read, dtype, max_file_size)
+
+
+def _model_yaml(config: RunConfig, tokenizer: Tokenizer) -> str:
+    """Return the keys of a run's config that fit these weights; the rest is added by its command line or `base:`."""
+    keys = fields(config.model)
+    model = {key.name: getattr(config.model, key.name) for key in keys if getattr(config.model, key.name) != key.default}
+    values: dict[str, Any] = {
+        "run_dir": config.run_dir,
+        "model": model,
+        "data": {
+            "direction": str(config.data.direction),
+            "tokenizer": config.data.tokenizer,
+            "seq_length": config.data.seq_length,
+        },
+    }
+    head = (
+        "# The architecture of the imported weights. Add data.train_blend and the section train (train_iters, global_batch_size)\n"
+        f"# on the command line, or in a file with `base:` this one. Shards need --tokenizer {config.data.tokenizer}"
+        f" --eod-token '{tokenizer.eod_token}'\n# --direction {config.data.direction}.\n"
+    )
+    return head + yaml.safe_dump(values, sort_keys=False)
+
+
+def _card(
+    load: str, hf_config: PreTrainedConfig, sources: dict[str, str], manifest: CheckpointManifest, gate: Gate | None
+) -> dict[str, Any]:
+    """Return what was imported, its source, and the gate's figures."""
+    return {
+        "imported_from": os.path.basename(os.path.abspath(load)),
+        "source_architecture": (hf_config.architectures or ["unknown"])[0],
+        "source_direction": getattr(hf_config, "direction", None),
+        **manifest.provenance.to_dict(),
+        "verification": asdict(gate) if gate else None,
+        "versions": versions(),
+        "source_files": sources,
+        "files": {name: sums["sha256"] for name, sums in manifest.files.items()},
+        "config": published(config_from_dict(manifest.config, "the checkpoint's manifest")),
+    }

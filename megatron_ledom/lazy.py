@@ -1,0 +1,17 @@
+"""Exports of a package that are imported when they are first asked for, so that importing the package stays instant."""
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+
+def lazy_exports(package: str, exports: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
+    """Return the `__getattr__` (PEP 562) of a package; `exports` gives the names that come from each module."""
+
+    def load(name: str) -> Any:
+        for module, names in exports.items():
+            if name in names:
+                return getattr(importlib.import_module(module), name)
+        raise AttributeError(f"module {package!r} has no attribute {name!r}")
+
+    return load

@@ -1,0 +1,284 @@
+"""Rows of the dry run: what follows from a config about model, layout, operators, batch, run, compute and operation."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from megatron_ledom.config.derived import (
+    data_parallel_size,
+    has_validation,
+    head_dim,
+    lr_decay_iters,
+    num_microbatches,
+    padded_vocab_size,
+    planned_world_size,
+    query_groups,
+    tokens_per_iteration,
+    total_tokens,
+    train_samples,
+    validation_iterations,
+)
+from megatron_ledom.config.gpu_checks import FP8_NEEDS
+from megatron_ledom.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_ledom.model.arithmetic import count_parameters, flops_per_token
+from megatron_ledom.planning.memory import GIB, stage_parameters, state_bytes
+from megatron_ledom.planning.plan import bytes_of_checkpoint
+from megatron_ledom.planning.shapes import architecture_of, layout_of
+from megatron_ledom.planning.text import Row, aligned_lines
+
+MOST_LINES = 12
+"""Ranks or stages listed one by one; of more, the first and the last."""
+PARTS = ("embedding", "attention", "mlp", "norms", "output")
+
+
+def model_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
+    """Yield shape, vocabulary and parameters."""
+    yield "layers", f"{model.num_layers:,}"
+    yield "heads x width", f"{model.num_attention_heads} x {head_dim(model)}, {query_groups(model)} key-value heads"
+    if model.vocab_size is None:
+        yield "vocabulary", "read from the shards, which are not there yet; set model.vocab_size to plan without them"
+        return
+    padded = padded_rows(model)
+    parameters = count_parameters(model, padded)
+    yield "padded vocabulary", f"{padded:,} rows for {model.vocab_size:,} ids"
+    yield "parameters", f"{scaled(parameters)} ({parameters:,})"
+    yield "context", f"{config.data.seq_length:,} tokens, {config.data.direction}"
+
+
+def layout_rows(config: RunConfig, world_size: int, model: ModelConfig) -> Iterator[Row]:
+    """Yield sizes of the groups, and the memory that the model takes on a rank."""
+    parallel = config.parallel
+    tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
+    yield "ranks", f"{world_size:,}"
+    yield "tensor parallel", f"{tensor}{', with sequence parallel' if parallel.sequence_parallel else ''}"
+    chunks = parallel.virtual_pipeline_model_parallel_size
+    yield "pipeline parallel", f"{pipeline}{f', {chunks} chunks a stage' if chunks else ''}"
+    yield "context parallel", f"{parallel.context_parallel_size}"
+    yield "data parallel", f"{data_parallel_size(parallel, world_size)}"
+    if model.vocab_size is not None:
+        yield "model state a rank", f"about {state_gibibytes(config, model, world_size):,.2f} GiB, activations not counted"
+
+
+def state_gibibytes(config: RunConfig, model: ModelConfig, world_size: int) -> float:
+    """Return GiB of weights, fp32 gradients and Adam's state of one rank, on the largest pipeline stage."""
+    shape, layout = architecture_of(model), layout_of(config, world_size)
+    stages = [sum(stage_parameters(shape, layout, stage).values()) for stage in range(layout.pipeline)]
+    return sum(state_bytes(shape, layout, max(stages))) / GIB
+
+
+def engine_rows(config: RunConfig) -> Iterator[Row]:
+    """Yield the layers' implementation and how ranks communicate; what only the machine knows is said as a condition."""
+    model, parallel = config.model, config.parallel
+    yield "implementation", _layers_in_words(config)
+    if model.fp8 is not None:
+        needs = FP8_NEEDS[model.fp8_recipe]
+        capability, te_version = (".".join(map(str, pair)) for pair in (needs.capability, needs.te_version))
+        history = f", largest of {model.fp8_amax_history_len:,} steps" if model.fp8_recipe == "delayed" else ""
+        yield "fp8", f"{model.fp8}, {model.fp8_recipe}{history}; not yet run on hardware"
+        yield "fp8 needs", f"compute capability {capability} ({needs.gpu}), Transformer Engine {te_version}"
+    yield "recompute", _recompute_in_words(config)
+    overlaps = ("overlap_grad_reduce", "overlap_param_gather", "tp_comm_overlap")
+    yield "overlapped", ", ".join(name for name in overlaps if getattr(parallel, name)) or "nothing"
+    nccl = [f"settings of {parallel.nccl_communicator_config_path}"] if parallel.nccl_communicator_config_path else []
+    nccl += (
+        [f"high priority for {', '.join(parallel.high_priority_stream_groups)}"] if parallel.high_priority_stream_groups else []
+    )
+    nccl += ["SHARP for the data-parallel group"] if parallel.use_sharp else []
+    yield "NCCL", f"{'; '.join(nccl)} (nothing of it on a CPU)" if nccl else "as it comes"
+
+
+def _layers_in_words(config: RunConfig) -> str:
+    model = config.model
+    if model.fp8 is not None or config.parallel.tp_comm_overlap or model.transformer_impl == "transformer_engine":
+        return "Transformer Engine; refused where it or CUDA is missing"
+    attention = "unfused attention" if model.attention_backend == "unfused" else "SDPA"
+    attention += " and a mask of documents" if config.data.reset_attention_mask else ""
+    if model.transformer_impl == "torch":
+        return f"torch, with {attention}"
+    if model.transformer_impl == "fused":
+        return f"our fused operators, with {attention}; refused where they cannot run"
+    ours = f"our fused operators where they can run, else torch; with {attention}"
+    own = config.data.reset_attention_mask or model.attention_backend == "unfused"
+    return ours if own else f"Transformer Engine where it is installed and CUDA is there, else {ours}"
+
+
+def _recompute_in_words(config: RunConfig) -> str:
+    parallel = config.parallel
+    if parallel.recompute_granularity == "selective":
+        return f"selective: {', '.join(parallel.recompute_modules)} of every layer"
+    if parallel.recompute_granularity == "full":
+        count = parallel.recompute_num_layers
+        how = "in groups of {} layers" if parallel.recompute_method == "uniform" else "the first {} layers of a model chunk"
+        return f"full, {parallel.recompute_method}: {how.format(count)}"
+    return "none"
+
+
+def batch_rows(config: RunConfig, world_size: int) -> Iterator[Row]:
+    """Yield how the global batch is divided."""
+    train, length = config.train, config.data.seq_length
+    count = num_microbatches(config, world_size)
+    yield (
+        "micro-batch",
+        f"{train.micro_batch_size:,} {'sample' if train.micro_batch_size == 1 else 'samples'}, {train.micro_batch_size * length:,} tokens",
+    )
+    yield "micro-batches", f"{count:,} an iteration"
+    yield "samples a rank", f"{count * train.micro_batch_size:,} an iteration"
+    yield "global batch", f"{train.global_batch_size:,} samples, {tokens_per_iteration(config):,} tokens"
+
+
+def run_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
+    """Yield length, schedule, checkpoints and validations."""
+    settings, tokens = config.optimizer, tokens_per_iteration(config)
+    yield "iterations", f"{config.train.train_iters:,}"
+    yield "samples", f"{train_samples(config):,}"
+    yield "tokens", f"{scaled(total_tokens(config))} ({total_tokens(config):,})"
+    yield "warm-up", f"{settings.lr_warmup_iters:,} iterations, {scaled(settings.lr_warmup_iters * tokens)} tokens"
+    if settings.lr_decay_style == "constant":
+        yield "learning rate", f"{settings.lr:g}, constant"
+    else:
+        yield "learning rate", f"{settings.lr:g} -> {settings.min_lr:g} {_decay_in_words(config)}"
+    if config.train.z_loss_coeff:
+        yield "z-loss", f"{config.train.z_loss_coeff:g} (log Z)^2"
+    yield "checkpoints", _checkpoints(config, model)
+    if has_validation(config.data):
+        samples = config.train.eval_iters * config.train.global_batch_size
+        yield "validations", f"{validation_iterations(config):,}, {samples:,} samples of each set at most"
+    else:
+        yield "validations", "none: data.valid_blend, data.valid_sets and data.split are empty"
+
+
+def _decay_in_words(config: RunConfig) -> str:
+    settings, end = config.optimizer, lr_decay_iters(config)
+    if settings.lr_decay_style == "WSD":
+        assert settings.lr_wsd_decay_iters is not None
+        return f"{settings.lr_wsd_decay_style} from iteration {end - settings.lr_wsd_decay_iters:,} to {end:,}, stable before"
+    return f"{settings.lr_decay_style} until iteration {end:,}"
+
+
+def _checkpoints(config: RunConfig, model: ModelConfig) -> str:
+    """Return how many are written, how large, and which are kept."""
+    settings = config.checkpoint
+    words = [f"{-(-config.train.train_iters // settings.save_interval):,}"]
+    if model.vocab_size is not None:
+        words.append(f"about {bytes_of_checkpoint(model) / GIB:,.2f} GiB each")
+    words.append("written while training goes on" if settings.async_save else "training waits for them")
+    if settings.keep_last is not None:
+        multiples = f" and those at multiples of {settings.keep_interval:,}" if settings.keep_interval else ""
+        words.append(f"the newest {settings.keep_last:,}{multiples} kept")
+    return ", ".join(words)
+
+
+def compute_rows(config: RunConfig, model: ModelConfig) -> Iterator[Row]:
+    """Yield floating-point operations."""
+    if model.vocab_size is None:
+        yield "FLOPs", "not known without the vocabulary"
+        return
+    each = flops_per_token(model, config.data.seq_length, padded_rows(model))
+    yield "FLOPs a token", f"{each / 1e9:,.4g} GFLOP (forward and backward, full attention)"
+    yield "FLOPs an iteration", f"{each * tokens_per_iteration(config):.4g}"
+    yield "FLOPs of the run", f"{each * total_tokens(config):.4g}"
+
+
+def operation_rows(config: RunConfig) -> Iterator[Row]:
+    """Yield what happens when something goes wrong, and what is recorded."""
+    train, logs = config.train, config.logging
+    yield "loss not finite", train.on_nonfinite.replace("_", " ")
+    yield (
+        "spike",
+        f"{train.on_spike.replace('_', ' ')}, from {train.spike_score:g} deviations above {train.spike_window} iterations",
+    )
+    yield "limits", f"{train.max_skips} skips in a row, {train.max_roll_backs} returns to a checkpoint"
+    if train.skip_iterations:
+        yield "left out", f"iterations {', '.join(map(str, train.skip_iterations))}"
+    if train.watchdog_seconds:
+        yield "watchdog", f"{train.watchdog_seconds:g} s without progress end the run"
+    else:
+        yield "watchdog", "off"
+    boards = ["metrics.jsonl", *(["TensorBoard"] if logs.tensorboard else [])]
+    boards += [f"Weights & Biases ({logs.wandb_project})"] if logs.wandb_project else []
+    yield "metrics", f"{', '.join(boards)}, every {logs.log_interval:,} iterations"
+    if logs.profile_start is not None:
+        ranks = ", ".join(map(str, logs.profile_ranks))
+        yield "profile", f"iterations {logs.profile_start:,} to {logs.profile_stop or logs.profile_start:,} on ranks {ranks}"
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The coordinates of a rank in the layout."""
+
+    tensor: int
+    context: int
+    data: int
+    pipeline: int
+
+
+def rank_place(rank: int, parallel: ParallelConfig, world_size: int) -> Place:
+    """Return the place of a rank: tensor-parallel neighbours come first, then context, data and pipeline, as in megatron-core."""
+    rest, tensor = divmod(rank, parallel.tensor_model_parallel_size)
+    rest, context = divmod(rest, parallel.context_parallel_size)
+    pipeline, data = divmod(rest, data_parallel_size(parallel, world_size))
+    return Place(tensor, context, data, pipeline)
+
+
+def rank_lines(config: RunConfig, world_size: int) -> list[str]:
+    """Return a line for each group of tensor-parallel neighbours: their ranks and their places in the other dimensions."""
+    tensor = config.parallel.tensor_model_parallel_size
+    lines = []
+    for first in range(0, world_size, tensor):
+        place = rank_place(first, config.parallel, world_size)
+        ranks = f"{first}" if tensor == 1 else f"{first}-{first + tensor - 1}"
+        parts = [
+            f"TP 0-{tensor - 1}" if tensor > 1 else "TP 0",
+            f"CP {place.context}",
+            f"DP {place.data}",
+            f"PP {place.pipeline}",
+        ]
+        lines.append(f"{ranks:<13}  {'  '.join(f'{part:<7}' for part in parts)}".rstrip())
+    return _shortened(lines)
+
+
+def parameter_lines(config: RunConfig, model: ModelConfig) -> list[str]:
+    """Return a line for each pipeline stage: its layers and the weights of one of its ranks by part."""
+    if model.vocab_size is None:
+        return ["not known without the vocabulary"]
+    rows: list[tuple[str, ...]] = [("stage", "layers", *PARTS, "sum")]
+    for stage in range(config.parallel.pipeline_model_parallel_size):
+        layers = ", ".join(f"{stretch[0] + 1}-{stretch[-1] + 1}" for stretch in stage_layers(config, stage))
+        counts = parameters_of_rank(config, model, stage)
+        rows.append((str(stage), layers, *[f"{counts[part]:,}" for part in PARTS], f"{sum(counts.values()):,}"))
+    lines = aligned_lines(rows)
+    return [lines[0], *_shortened(lines[1:])]
+
+
+def stage_layers(config: RunConfig, stage: int) -> list[range]:
+    """Return the layers of a pipeline stage, from 0, one stretch for each model chunk."""
+    stages, chunks = config.parallel.pipeline_model_parallel_size, config.parallel.virtual_pipeline_model_parallel_size or 1
+    each = config.model.num_layers // (stages * chunks)
+    starts = [(chunk * stages + stage) * each for chunk in range(chunks)]
+    return [range(start, start + each) for start in starts]
+
+
+def parameters_of_rank(config: RunConfig, model: ModelConfig, stage: int) -> dict[str, int]:
+    """Return the weights on each rank of a pipeline stage, by part of the model; matrices are divided by the tensor-parallel ranks."""
+    return stage_parameters(architecture_of(model), layout_of(config, planned_world_size(config)), stage)
+
+
+def _shortened(lines: list[str]) -> list[str]:
+    half = MOST_LINES // 2
+    if len(lines) <= MOST_LINES:
+        return lines
+    return [*lines[:half], f"... {len(lines) - MOST_LINES:,} more", *lines[-half:]]
+
+
+def padded_rows(model: ModelConfig) -> int:
+    """Return the rows of the embedding; the vocabulary must be known."""
+    assert model.vocab_size is not None
+    return padded_vocab_size(model.vocab_size, model.make_vocab_size_divisible_by)
+
+
+def scaled(number: float) -> str:
+    """Return a large number to four or five digits: `7.794 B`, `435.37 B`."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            count = number / size
+            return f"{count:.{2 if count >= 100 else 3}f} {unit}"
+    return f"{number:,.0f}"

@@ -1,0 +1,109 @@
+"""Verdicts on a run before it starts: is the memory of its devices enough, and the disk for its checkpoints.
+
+The planner's figures are estimates; a verdict against a run can therefore be overruled (`--accept-plan`).
+"""
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from megatron_ledom.checkpoint.folder import finished_checkpoints
+from megatron_ledom.config.derived import checkpoint_folder
+from megatron_ledom.config.schema import ModelConfig, RunConfig
+from megatron_ledom.errors import PlanError
+from megatron_ledom.planning.hardware import load_hardware
+from megatron_ledom.planning.plan import Plan, bytes_of_checkpoint, make_plan
+
+ACCEPT = "--accept-plan"
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """One line on what a run needs and what is there."""
+
+    subject: str
+    text: str
+    holds: bool = True
+    remedy: str = ""
+    is_estimate: bool = True
+    """Else a start would refuse the same, and nobody can accept it."""
+
+    def line(self) -> str:
+        """Return a line such as `memory: NO: ...`."""
+        return f"{self.subject}: {'' if self.holds else 'NO: '}{self.text}"
+
+
+def planned(config: RunConfig, world_size: int, model: ModelConfig) -> Plan | None:
+    """Return the plan on the configured hardware; None where that, or the vocabulary, is not known."""
+    if config.parallel.hardware is None or model.vocab_size is None:
+        return None
+    return make_plan(replace(config, model=model), world_size, load_hardware(config.parallel.hardware))
+
+
+def memory_verdict(config: RunConfig, plan: Plan | None) -> Verdict:
+    """Compare the fullest stage with the memory of a device."""
+    if plan is None:
+        known = "parallel.hardware is not set" if config.parallel.hardware is None else "the vocabulary is not known yet"
+        return Verdict("memory", f"not planned: {known}")
+    stage = max(plan.stages, key=plan.stage_gib).stage
+    text = f"{plan.needed_gib:.1f} of {plan.hardware.memory_gib:g} GiB a device of {plan.hardware.name} on stage {stage}"
+    remedy = "recompute more, or spread it over more devices (tools/plan_run.py --search finds a layout)"
+    return Verdict("memory", text, plan.fits, remedy)
+
+
+def disk_verdict(config: RunConfig, model: ModelConfig) -> Verdict:
+    """Compare the checkpoints that are still to come with the free disk of the run folder, as this machine sees it."""
+    if model.vocab_size is None:
+        return Verdict("disk", "not planned: the vocabulary is not known yet")
+    folder = checkpoint_folder(config)
+    each, count = bytes_of_checkpoint(model), checkpoints_to_come(config, list(finished_checkpoints(folder)))
+    place = _existing(folder)
+    free = shutil.disk_usage(place).free
+    kept = "all are kept" if config.checkpoint.keep_last is None else f"checkpoint.keep_last={config.checkpoint.keep_last}"
+    text = (
+        f"{count:,} more checkpoints of {scaled_bytes(each)} at one time ({kept}) need {scaled_bytes(count * each)},"
+        f" {scaled_bytes(free)} are free in {place}"
+    )
+    remedy = "set checkpoint.keep_last (with checkpoint.keep_interval), save less often, or set run_dir to a larger disk"
+    return Verdict("disk", text, count * each <= free, remedy)
+
+
+def checkpoints_to_come(config: RunConfig, there: Sequence[int]) -> int:
+    """Return how many more checkpoints than those of the iterations `there` lie on the disk at one time, until the run is complete.
+
+    An outdated one goes after its follower is whole, hence one more than are kept.
+    """
+    settings, last = config.checkpoint, max(there, default=0)
+    every, end = settings.save_interval, config.train.train_iters
+    saved = [*range((last // every + 1) * every, end, every), *([end] if end > last else [])]
+    if settings.keep_last is None:
+        return len(saved)
+    most = settings.keep_last + 1
+    for_ever = saved[:-most] if settings.keep_interval else []
+    kept = sum(1 for iteration in for_ever if iteration % (settings.keep_interval or 1) == 0)
+    return min(len(saved), max(1, most - len(there)) + kept)
+
+
+def refuse(verdicts: Sequence[Verdict], *, accepted: bool) -> None:
+    """Raise PlanError with every verdict against the run, unless it was accepted as it is."""
+    against = [verdict for verdict in verdicts if not verdict.holds and not (accepted and verdict.is_estimate)]
+    if against:
+        faults = "; ".join(f"{verdict.line()}: {verdict.remedy}" for verdict in against)
+        accept = f"; or accept it with {ACCEPT}" if any(verdict.is_estimate for verdict in against) else ""
+        raise PlanError(faults + accept)
+
+
+def scaled_bytes(number: float) -> str:
+    """Return a size such as `10.3 TiB` or `101.6 GiB`."""
+    units = ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB"]
+    power = min(len(units) - 1, max(0, int(number).bit_length() - 1) // 10)
+    return f"{number / 1024**power:,.{1 if power else 0}f} {units[power]}"
+
+
+def _existing(path: str) -> str:
+    """Return the path, or the nearest folder above it that is there."""
+    path = os.path.abspath(path)
+    while not os.path.isdir(path):
+        path = os.path.dirname(path)
+    return path

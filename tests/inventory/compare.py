@@ -1,0 +1,79 @@
+"""Differences between two records of an inventory, each named with both values."""
+
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+Record = dict[str, Any]
+
+TOLERANCE = 1e-4
+"""Relative, for floats that torch computed on another kind of machine."""
+MOST = 8
+"""Differences that are named of one artifact."""
+FLOAT = re.compile(r"[+-]?\d[\d,]*\.\d+(?:[eE][+-]?\d+)?")
+HASH = re.compile(r"\b(?:[0-9a-f]{64}|[0-9a-f]{12})\b")
+
+
+def differences(expected: Record, found: Record, *, is_exact: bool) -> list[str]:
+    """Lines that name what of a step differs: its exit code, an artifact more or less, or a value."""
+    lines = []
+    if expected["code"] != found["code"]:
+        lines.append(f"exit code: {expected['code']} in the reference, now {found['code']}\n{found.get('stderr', '')}")
+    ours, theirs = expected["artifacts"], found["artifacts"]
+    lines += [f"{name}: in the reference, now missing" for name in ours if name not in theirs]
+    lines += [f"{name}: not in the reference" for name in theirs if name not in ours]
+    for name in ours:
+        if name in theirs:
+            lines += [f"{name}: {line}" for line in artifact_differences(ours[name], theirs[name], is_exact)]
+    return lines
+
+
+def artifact_differences(expected: Record, found: Record, is_exact: bool) -> list[str]:
+    """Lines for one artifact; elsewhere than on the reference's kind of machine, hashes of computed floats do not count."""
+    told = list(walk(expected, found, "", is_exact))
+    named = [line for line in told if not line.startswith("sha256:")]
+    if told and not named:
+        has_values = bool({"lines", "values"} & expected.keys())
+        named = [f"{'the values are equal, the bytes are not (layout, order of keys): ' if has_values else ''}{told[0]}"]
+    more = [f"... and {len(named) - MOST} more"] if len(named) > MOST else []
+    return named[:MOST] + more
+
+
+def walk(expected: Any, found: Any, where: str, is_exact: bool) -> Iterator[str]:
+    """Lines for the differing leaves of two JSON values."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in [*expected, *(key for key in found if key not in expected)]:
+            place = f"{where}.{key}" if where else key
+            if key not in expected or key not in found:
+                yield f"{place}: {'not in the reference' if key not in expected else 'now missing'}"
+            elif (
+                is_exact or key != "sha256" or ("lines" not in expected and "values" not in expected and "norm" not in expected)
+            ):
+                yield from walk(expected[key], found[key], place, is_exact)
+    elif isinstance(expected, list) and isinstance(found, list):
+        if len(expected) != len(found):
+            yield f"{where}: {len(expected)} entries in the reference, now {len(found)}"
+        for number, (ours, theirs) in enumerate(zip(expected, found, strict=False)):
+            yield from walk(ours, theirs, f"{where}[{number}]", is_exact)
+    elif not (json.dumps(expected) == json.dumps(found) if is_exact else is_close(expected, found)):
+        yield f"{where}: {expected!r} in the reference, now {found!r}"
+
+
+def is_close(expected: Any, found: Any) -> bool:
+    """True for floats within the tolerance, and for texts that differ in such floats or in hashes only."""
+    if isinstance(expected, str) and isinstance(found, str):
+        if FLOAT.sub("", HASH.sub("", expected)) != FLOAT.sub("", HASH.sub("", found)):
+            return False
+        return all(map(is_close_printed, FLOAT.findall(HASH.sub("", expected)), FLOAT.findall(HASH.sub("", found))))
+    if isinstance(expected, float) and isinstance(found, float):
+        return math.isclose(expected, found, rel_tol=TOLERANCE, abs_tol=1e-7) or (math.isnan(expected) and math.isnan(found))
+    return bool(expected == found)
+
+
+def is_close_printed(expected: str, found: str) -> bool:
+    """True for printed numbers within the tolerance or one unit of the last printed place."""
+    unit = 10.0 ** -len(re.split("[eE]", expected.partition(".")[2])[0])
+    ours, theirs = (float(text.replace(",", "")) for text in (expected, found))
+    return math.isclose(ours, theirs, rel_tol=TOLERANCE, abs_tol=1.01 * unit)

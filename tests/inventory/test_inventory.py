@@ -1,0 +1,46 @@
+"""Every command line gives on small inputs what it gave when the reference was recorded; see `record.py`."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.inventory.commands import STEPS
+from tests.inventory.compare import differences
+from tests.inventory.record import REFERENCE, ROOT, record_all
+
+Record = dict[str, Any]
+
+
+@pytest.fixture(scope="session")
+def reference() -> Record:
+    """What was recorded."""
+    kept: Record = json.loads(REFERENCE.read_text("utf-8"))
+    return kept
+
+
+@pytest.fixture(scope="session")
+def found(request: pytest.FixtureRequest) -> Record:
+    """What the commands give now; those of the selected tests run once, with what they need, before the first comparison."""
+    selected = [
+        item.callspec.params["step"].name for item in request.session.items if "found" in getattr(item, "fixturenames", ())
+    ]
+    checkout = Path(os.environ.get("LEDOM_INVENTORY_CHECKOUT", ROOT))
+    python = Path(os.environ.get("LEDOM_INVENTORY_PYTHON", sys.executable))
+    made, _ = record_all(checkout, python, selected)
+    again: Record = json.loads(json.dumps(made))
+    return again
+
+
+def test_the_reference_knows_every_step(reference: Record) -> None:
+    assert {name: step["command"] for name, step in reference["steps"].items()} == {step.name: step.command for step in STEPS}
+
+
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_a_command_gives_what_it_gave(step: Any, reference: Record, found: Record) -> None:
+    is_exact = not step.is_computed or reference["machine"] == found["machine"]
+    told = differences(reference["steps"][step.name], found["steps"][step.name], is_exact=is_exact)
+    assert not told, f"{step.name} ({step.command}):\n" + "\n".join(told)

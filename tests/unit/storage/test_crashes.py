@@ -1,0 +1,285 @@
+"""Killed at any step of its writing, a job goes on at the next start: nothing that it said is done is lost, and the bytes are the same.
+
+Every job is killed once before each open for writing, each write of lines, each fsync, rename and removal, as a kill leaves it and
+as a power failure may; then it is started again and its result compared with that of a run that nobody disturbed.
+"""
+
+import itertools
+import mmap
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_ledom.checkpoint.folder import latest_checkpoint, move_to_trash, put_in_place, retire, settle_latest, sweep
+from megatron_ledom.checkpoint.manifest import MANIFEST
+from megatron_ledom.config.schema import CheckpointConfig
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
+from megatron_ledom.data.shards.shard import SUFFIXES, check_shard
+from megatron_ledom.data.shards.verification import verify_shard
+from megatron_ledom.errors import LedomError
+from megatron_ledom.evaluation.results import ItemFile, numbered, write_summary
+from megatron_ledom.inference.reverse_reward.rerank_input import Record
+from megatron_ledom.inference.reverse_reward.rerank_part import Part, Window
+from megatron_ledom.storage.files import write_file, write_synced
+from megatron_ledom.storage.folders import new_folder
+from megatron_ledom.storage.jobs import WorkFolder, finish_unit
+from megatron_ledom.storage.lines import LineFile, whole_lines
+from megatron_ledom.storage.locks import LOCK_SUFFIX
+from megatron_ledom.storage.records import append_record, as_line, drop_after, read_records
+from tests.crashes import start, was_killed
+from tests.legible import legible_documents, legible_tokenizer, write_jsonl
+
+Report = Callable[[], None]
+UNITS, LINES = 3, 6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Something that writes below a folder, in which a first start finds what `before` put there."""
+
+    act: Callable[[Path, Report], object]
+    """Does the whole job, or what is left of it; calls the report after each unit that it says is done."""
+    kept: Callable[[Path], int]
+    """How many units the next start finds. Raises AssertionError where something passes for done that is not."""
+    steps: int
+    """Fewer steps than these mean that the test does not see them."""
+    before: Callable[[Path], object] = lambda folder: None
+
+
+def units_of_a_toy_job(folder: Path, report: Report) -> None:
+    """Units of work, then one file that joins them."""
+    with WorkFolder(f"{folder}/result", {"units": UNITS}, start_over=False) as work:
+        if (folder / "result").exists():
+            return work.remove()
+        for number in range(UNITS):
+            path = work.path(f"unit-{number}")
+            if work.finished(f"unit-{number}") is None:
+                Path(f"{path}.txt").write_text(f"{number}\n" * 9)
+                finish_unit(path, {"number": number})
+            report()
+        write_file(
+            folder / "result", b"".join(Path(f"{work.path(f'unit-{number}')}.txt").read_bytes() for number in range(UNITS))
+        )
+        work.remove()
+
+
+def kept_units(folder: Path) -> int:
+    if (folder / "result").exists():
+        return UNITS
+    return len(list((folder / "result.work").glob("unit-*.json")))
+
+
+def one_file(folder: Path, report: Report) -> None:
+    write_file(folder / "result", "new\n" * 99)
+    report()
+
+
+def kept_file(folder: Path) -> int:
+    content = (folder / "result").read_text()
+    assert content in ("old\n" * 50, "new\n" * 99)
+    return int(content[0] == "n")
+
+
+def shard_of_many_parts(tokenizer: str, inputs: str, folder: Path, report: Report) -> None:
+    settings = PreprocessSettings(
+        input=[inputs], tokenizer=tokenizer, output_prefix=f"{folder}/shard", workers=1, part_bytes=3000
+    )
+    assert preprocess(settings) is not None
+    report()
+
+
+def kept_shard(states: set[tuple[str, ...]], folder: Path) -> int:
+    """A shard without its manifest never passes for one."""
+    named = tuple(suffix for suffix in SUFFIXES if (folder / f"shard{suffix}").exists())
+    states.add(named)
+    if named == SUFFIXES:
+        check_shard(f"{folder}/shard")
+        assert verify_shard(f"{folder}/shard") == []
+        return 1
+    with pytest.raises(LedomError):
+        check_shard(f"{folder}/shard")
+    return 0
+
+
+def reranked_windows(folder: Path, report: Report) -> None:
+    """The windows of a reranking, whose lines no model has to score."""
+    records = [Record(n, f"in:{n}", f"p{n}", [], {"prompt": f"p{n}"}) for n in range(LINES)]
+    windows = [records[n : n + 2] for n in range(0, LINES, 2)]
+    part = Part(folder / "out.jsonl", {"settings": {"weight": 0.5}})
+    if part.is_complete(records, overwrite=False):
+        return
+    for window in windows[part.resume(windows) :]:
+        lines = [{**record.fields, "ranking": [0], "scores": [{"reward": -1.0}] * 9} for record in window]
+        part.append(Window(lines, {"forward_tokens": 3, "reverse_tokens": 4, "seconds": 0.0}))
+        report()
+    part.finish()
+
+
+def kept_windows(folder: Path) -> int:
+    if (folder / "out.jsonl").exists():
+        assert len(whole_lines(folder / "out.jsonl")) == LINES
+        return LINES // 2
+    return min(max(0, len(whole_lines(folder / "out.jsonl.part.notes")) - 1), len(whole_lines(folder / "out.jsonl.part")) // 2)
+
+
+def judged_items(folder: Path, report: Report) -> None:
+    """The items of an evaluation, and its summary."""
+    file = ItemFile(folder, "piqa.items", {"model": "m", "seed": 1})
+    kept = file.resume(2, LINES, lambda number, record: None)
+    for begin in range(len(kept), LINES, 2):
+        file.append(numbered(begin, [{"gold": n, "text": "x" * 50} for n in range(begin, begin + 2)]))
+        report()
+    write_summary(folder, [], {"model": "m"})
+    report()
+
+
+def kept_items(folder: Path) -> int:
+    return len(whole_lines(folder / "piqa.items.jsonl")) // 2 + (folder / "summary.md").exists()
+
+
+def converted_folder(folder: Path, report: Report) -> None:
+    """A folder of several files that replaces another one, as an export with --overwrite."""
+    with new_folder(f"{folder}/export", "config.json", may_replace=lambda: None) as part:
+        for name in ("a.bin", "inner/b.bin", "config.json.part"):
+            path = Path(part, name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(f"new {name}\n" * 99)
+    report()
+
+
+def old_folder(folder: Path) -> None:
+    (folder / "export").mkdir()
+    (folder / "export/config.json").write_text("old\n")
+
+
+def kept_folder(folder: Path) -> int:
+    """The old folder is there, moved aside at most, or the whole new one; a part of a folder has no key unless it is whole."""
+    place = folder / "export" if (folder / "export").exists() else folder / "export.old"
+    content = (place / "config.json").read_text()
+    for whole in (folder / "export", folder / "export.part"):
+        if (whole / "config.json").exists() and (whole / "config.json").read_text() != "old\n":
+            for name in ("a.bin", "inner/b.bin"):
+                assert (whole / name).read_text() == f"new {name}\n" * 99
+    return int(content != "old\n")
+
+
+def records_of_a_run(folder: Path, report: Report) -> None:
+    """A launch that goes on from iteration 2: later steps of the one before go, bad steps stay."""
+    steps, bad = str(folder / "steps.jsonl"), str(folder / "bad_steps.jsonl")
+    for iteration in range(len(read_records(bad)) + 1, UNITS + 1):
+        append_record(bad, {"iteration": iteration, "reason": "x" * 99})
+        report()
+    drop_after(steps, 2)
+    file = LineFile(steps)
+    for iteration in (3, 4):
+        file.append(as_line({"iteration": iteration, "lm_loss": 1.5}))
+    file.sync()
+    file.close()
+
+
+def steps_of_the_launch_before(folder: Path) -> None:
+    for iteration in range(1, 6):
+        append_record(str(folder / "steps.jsonl"), {"iteration": iteration, "lm_loss": 2.5})
+
+
+def kept_records(folder: Path) -> int:
+    found = [record["iteration"] for record in read_records(str(folder / "steps.jsonl"))]
+    assert found[:2] == [1, 2]
+    return len(read_records(str(folder / "bad_steps.jsonl")))
+
+
+def saved_checkpoints(folder: Path, report: Report) -> None:
+    """Checkpoints 1 to 3 are put in place one after the other; all but the last go."""
+    settle_latest(str(folder))
+    latest = latest_checkpoint(str(folder))
+    for number in range(1 if latest is None else int(latest[-7:]) + 1, UNITS + 1):
+        name = f"iter_{number:07d}"
+        part = folder / f"{name}.part"
+        if part.exists():
+            move_to_trash(str(folder), part.name)
+        part.mkdir()
+        for file in ("weights", MANIFEST):
+            write_synced(part / file, f"{number}\n".encode() * 99)
+        put_in_place(str(folder), name)
+        report()
+        sweep(str(folder))
+    retire(str(folder), CheckpointConfig(keep_last=1))  # a run does so after each
+    sweep(str(folder))
+
+
+def kept_checkpoint(folder: Path) -> int:
+    latest = latest_checkpoint(str(folder))
+    if latest is None:
+        return 0
+    for file in ("weights", MANIFEST):
+        assert Path(latest, file).read_text() == f"{int(latest[-7:])}\n" * 99
+    return int(latest[-7:])
+
+
+JOBS = {
+    "a job of units": Job(act=units_of_a_toy_job, kept=kept_units, steps=20),
+    "a file that is replaced": Job(
+        act=one_file, kept=kept_file, steps=3, before=lambda folder: (folder / "result").write_text("old\n" * 50)
+    ),
+    "reranked windows": Job(act=reranked_windows, kept=kept_windows, steps=18),
+    "evaluated items": Job(act=judged_items, kept=kept_items, steps=18),
+    "a converted folder": Job(act=converted_folder, kept=kept_folder, steps=15, before=old_folder),
+    "records of a run": Job(act=records_of_a_run, kept=kept_records, steps=14, before=steps_of_the_launch_before),
+    "checkpoints": Job(act=saved_checkpoints, kept=kept_checkpoint, steps=30),
+}
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder but locks: one that a killed process left holds nothing, and stays if nothing is left to do."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.endswith(LOCK_SUFFIX)]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+def check_every_crash(job: Job, root: Path, *, tears: bool, changing: tuple[str, ...] = ()) -> None:
+    """changing: endings of files that no two runs make alike."""
+    quiet = root / "quiet"
+    quiet.mkdir()
+    job.before(quiet)
+    assert not was_killed(start(partial(job.act, quiet, lambda: None)))
+    expected = content_of(quiet)
+    for step in itertools.count(1):
+        folder, reported = root / f"killed_at_{step}", mmap.mmap(-1, 1)
+        folder.mkdir()
+        job.before(folder)
+
+        def report(reported: Any = reported) -> None:
+            reported[0] = reported[0] + 1
+
+        if not was_killed(start(partial(job.act, folder, report), step, str(folder), tears=tears)):
+            break
+        assert job.kept(folder) >= reported[0], step
+        assert not was_killed(start(partial(job.act, folder, lambda: None))), step
+        found = content_of(folder)
+        assert found.keys() == expected.keys(), step
+        for name in expected:
+            assert found[name] == expected[name] or name.endswith(changing or ("\0",)), (step, name)
+        shutil.rmtree(folder)
+    assert step > job.steps // (6 if tears else 1)
+
+
+@pytest.mark.parametrize("tears", [False, True], ids=["kill", "power failure"])
+@pytest.mark.parametrize("name", JOBS)
+def test_killed_at_any_step_it_loses_nothing_and_ends_with_the_same_bytes(name: str, tears: bool, tmp_path: Path) -> None:
+    check_every_crash(JOBS[name], tmp_path, tears=tears)
+
+
+def test_preprocessing_killed_at_any_step_ends_with_the_same_shard(tmp_path: Path) -> None:
+    """Its workers' steps count too."""
+    tokenizer = str(legible_tokenizer(tmp_path / "tokenizer"))
+    write_jsonl(tmp_path / "in.jsonl", legible_documents(9, 90) * 2)
+    states: set[tuple[str, ...]] = set()
+    act = partial(shard_of_many_parts, tokenizer, str(tmp_path / "in.jsonl"))
+    job = Job(act=act, kept=partial(kept_shard, states), steps=30)
+    check_every_crash(job, tmp_path, tears=False, changing=("shard.json",))
+    assert states == {(), (".bin",), (".bin", ".idx"), SUFFIXES}

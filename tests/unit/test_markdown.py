@@ -1,0 +1,23 @@
+"""Markdown tables, and the marked part of a document."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_ledom.errors import UsageError
+from megatron_ledom.markdown import markdown_table, write_between
+
+
+def test_a_table_is_aligned_and_keeps_bars_inside_their_cell() -> None:
+    rows = [["", "P(y|x)"], ["one", "1"], ["", "2"]]
+    assert markdown_table(rows, "lr") == "| | P(y\\|x) |\n|---|---:|\n| one | 1 |\n|  | 2 |"
+    assert markdown_table(rows[:1]) == "| | P(y\\|x) |\n|---|---|"
+
+
+def test_only_the_marked_part_of_a_document_changes(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- part -->\nold\n<!-- /part -->\nafter\n")
+    write_between(str(page), "part", "new\n")
+    assert page.read_text() == "before\n<!-- part -->\nnew\n<!-- /part -->\nafter\n"
+    with pytest.raises(UsageError, match="lacks the lines <!-- other -->"):
+        write_between(str(page), "other", "new\n")

@@ -1,0 +1,77 @@
+"""docs/python_api.md: every export is named there and every name is exported, at no cost until it is asked for; the examples run."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import megatron_ledom
+from tests.evaluation_sets import write_sets
+from tests.paths import ROOT
+from tests.tiny_models import random_model_folder
+
+PAGE = (ROOT / "docs/python_api.md").read_text(encoding="utf-8")
+TABLE = re.findall(r"^\| `(megatron_ledom[\w.]*)` \| (.*) \|$", PAGE, re.MULTILINE)
+PACKAGES = [package for package, _ in TABLE]
+
+
+def documented(text: str) -> set[str]:
+    """The names in the second column, without what stands in parentheses."""
+    return set(re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", text)))
+
+
+@pytest.mark.parametrize(("package", "text"), TABLE, ids=PACKAGES)
+def test_the_page_names_what_the_package_exports(package: str, text: str) -> None:
+    module = importlib.import_module(package)
+    assert set(module.__all__) == documented(text)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+        assert not (Path(str(module.__file__)).parent / f"{name}.py").exists(), "a submodule of that name would hide the export"
+
+
+def test_no_other_package_exports_anything() -> None:
+    files = [path.relative_to(ROOT) for path in (ROOT / "megatron_ledom").rglob("__init__.py") if "__all__" in path.read_text()]
+    assert sorted(PACKAGES) == sorted(".".join(path.parent.parts) for path in files)
+
+
+def test_a_name_that_is_not_exported_is_refused() -> None:
+    with pytest.raises(AttributeError, match=r"module 'megatron_ledom\.data' has no attribute 'ShardEater'"):
+        _ = importlib.import_module("megatron_ledom.data").ShardEater
+
+
+def test_importing_the_packages_imports_nothing_heavy() -> None:
+    code = f"import sys, {', '.join(PACKAGES)}; print([name for name in ('numpy', 'torch', 'pydantic') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_version_is_that_of_the_project() -> None:
+    assert megatron_ledom.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+def test_version_of_a_checkout_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    installed = megatron_ledom.__version__
+    monkeypatch.setattr("importlib.metadata.version", missing)
+    assert megatron_ledom.__version__ == installed
+
+
+def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for direction in ("reverse", "forward"):
+        random_model_folder(tmp_path / "models" / direction, "byte_level", direction)
+    write_sets(tmp_path / "evaluation_sets")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for example in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+        exec(compile(example, "python_api.md", "exec"), names)
+    assert "reverse 2 [" in capsys.readouterr().out
+    assert names["result"].metric_values().keys() >= {"svamp/accuracy"}
+    assert {"config.json", "model.safetensors"} <= set(os.listdir("models/again"))
