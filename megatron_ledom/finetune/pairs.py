@@ -34,8 +34,8 @@ from megatron_ledom.data.shards.shard import (
 from megatron_ledom.data.shards.targets import END, GIVEN, NOTHING, SCORED
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError, cannot_write
-from megatron_ledom.inference.joint import JointTokenizer
-from megatron_ledom.inference.language_model import span_tokens
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
+from megatron_ledom.inference.scoring import span_tokens
 from megatron_ledom.storage.files import close_synced, publish
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 

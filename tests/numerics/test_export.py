@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.convert.core_side import core_side
-from megatron_ledom.convert.hf_export import export_hf, find_checkpoint
+from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.direction import Direction, to_model_order

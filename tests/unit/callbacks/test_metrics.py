@@ -23,8 +23,8 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.shards.shard import load_manifest
 from megatron_ledom.errors import NotFiniteError
 from megatron_ledom.platform.device import Platform
-from megatron_ledom.storage.records import Record
-from megatron_ledom.training.history import append_record, git_state, read_bad_steps, read_launches
+from megatron_ledom.storage.records import Record, append_record
+from megatron_ledom.training.history import git_state, read_bad_steps, read_launches
 from megatron_ledom.training.step_policy import Action, StepResult, Verdict
 from tests.faults import inject
 from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks

@@ -178,7 +178,7 @@ def test_scores_that_are_not_those_of_the_prompt_are_refused(case: str, served: 
 
 
 def num_ids(engine: CompletionsEngine, pair: tuple[str, str]) -> int:
-    span = engine._text.span(pair, False)
+    span = engine._span(pair, False)
     return len(span.tokens) if span.num_context < len(span.tokens) == len(set(span.tokens)) else 0
 
 

@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from megatron_ledom.errors import NotFiniteError
-from megatron_ledom.evaluation.choices import chosen, less_prior
 from megatron_ledom.evaluation.harness.reverse_choices import among_choices
 from megatron_ledom.evaluation.loss_difference import document_losses
-from megatron_ledom.inference.directions import ForwardLM, ReverseLM
+from megatron_ledom.evaluation.multiple_choice import chosen, less_prior
+from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
 from megatron_ledom.inference.reverse_reward.reward import reverse_reward
 from megatron_ledom.inference.scoring import SpanScore
 from tests.evaluation_sets import write_sets

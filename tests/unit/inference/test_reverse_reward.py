@@ -20,7 +20,7 @@ from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.reverse_reward.rerank_file import RerankSettings, rerank_file
+from megatron_ledom.inference.reverse_reward.reranking import RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_reward.reward import (
     Candidate,
     CandidateScore,

@@ -24,7 +24,7 @@ from megatron_ledom.data.shards.shard import SUFFIXES, check_shard
 from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.errors import LedomError
 from megatron_ledom.evaluation.results import ItemFile, numbered, write_summary
-from megatron_ledom.inference.reverse_reward.rerank_input import Record
+from megatron_ledom.inference.reverse_reward.input_lines import Record
 from megatron_ledom.inference.reverse_reward.rerank_part import Part, Window
 from megatron_ledom.storage.files import write_file, write_synced
 from megatron_ledom.storage.folders import new_folder

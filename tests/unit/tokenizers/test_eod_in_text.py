@@ -17,7 +17,7 @@ from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import DataError, UsageError, VerificationError
 from megatron_ledom.finetune.pairs import PairSettings, prepare_pairs
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import _converted, parse_model, train
 from tests.legible import EOD_ID, legible_shard, legible_tokenizer, write_jsonl

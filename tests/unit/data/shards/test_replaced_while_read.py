@@ -15,10 +15,10 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.data.blends.sources import load_sources
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError
-from megatron_ledom.evaluation import evaluate_command
-from megatron_ledom.evaluation.tasks import files as task_files
-from megatron_ledom.inference.reverse_reward import rerank as rerank_command
-from megatron_ledom.inference.stock_model import READ_BESIDE_WEIGHTS, check_unchanged, folder_facts
+from megatron_ledom.evaluation import command as evaluate_command
+from megatron_ledom.evaluation.tasks import loading as task_files
+from megatron_ledom.inference.model_folder import READ_BESIDE_WEIGHTS, check_unchanged, folder_facts
+from megatron_ledom.inference.reverse_reward import command as rerank_command
 from megatron_ledom.reports import losses
 from tests.evaluation_sets import write_sets
 from tests.paths import ROOT
