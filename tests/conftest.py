@@ -1,6 +1,7 @@
-"""All tests. Folders: `unit` mirrors the package; `distributed` starts ranks of real runs; `numerics` compares with plain torch and
-with Hugging Face; `golden` holds recorded losses; `inventory` compares what every command gives with what it gave; `kernels` runs CUDA
-kernels on an emulator; `packaging`, `slurm`, `quickstart` and `study` run what users run; `benchmarks` measure and are no tests. Modules beside this file hold what tests of several folders share.
+"""All tests. Folders: `unit` mirrors the package; `distributed` starts ranks of real runs; `numerics` compares with plain torch
+and with Hugging Face; `golden` holds recorded losses; `inventory` compares what every command gives with what it gave; `kernels`
+runs CUDA kernels on an emulator; `packaging`, `slurm`, `quickstart` and `study` run what users run; `benchmarks` measure and are
+no tests. Modules beside this file hold what tests of several folders share.
 
     make test-fast                          lint, types and unit tests
     make test                               everything but the slow tests; `make test-slow` runs those
@@ -9,8 +10,8 @@ kernels on an emulator; `packaging`, `slurm`, `quickstart` and `study` run what 
     pytest -m "not distributed and not slurm and not kernels"
     pytest -m "slow or not slow" tests/kernels
 
-A test is slow only where it says so; slow tests run when `-m` speaks of them. The comparisons are between CPU results, so tests hide
-GPUs; those marked `gpu` give them back to a process of their own.
+A test is slow only where it says so; slow tests run when `-m` speaks of them. The comparisons are between CPU results, so tests
+hide GPUs; those marked `gpu` give them back to a process of their own.
 """
 
 import os
