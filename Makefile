@@ -3,10 +3,16 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := $(BIN)/python -m pytest
 
 SIZE ?= full
 
-.PHONY: quickstart study test test-slow check unit clean
+# Tests of one process run on two at once, each file in one of them; tests that start ranks or a cluster need the machine for themselves.
+WORKERS ?= 2
+AT_ONCE := -n $(WORKERS) --dist loadfile
+ALONE := distributed or slurm
+
+.PHONY: quickstart study test test-fast test-slow check unit clean
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
@@ -14,11 +20,21 @@ quickstart: $(STAMP)
 study: $(STAMP)
 	$(BIN)/python examples/study/study.py --size $(SIZE) $(if $(GSM8K),--gsm8k $(GSM8K))
 
+# Everything but the slow tests. The second part runs also where the first has failed; either fails the target.
 test: check
-	$(BIN)/python -m pytest tests --durations=15
+	@first=0; second=0; \
+	echo "=== 1 of 2: tests of one process, $(WORKERS) at once"; \
+	$(PYTEST) tests $(AT_ONCE) -m "not ($(ALONE))" --durations=15 || first=$$?; \
+	echo "=== 2 of 2: tests that start ranks or a cluster, one after the other"; \
+	$(PYTEST) tests -m "$(ALONE)" --durations=15 || second=$$?; \
+	echo "=== exit codes: $$first, $$second"; \
+	exit $$((first > second ? first : second))
+
+# Lint, types and unit tests: what to run before each commit.
+test-fast: check unit
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest tests -m slow --durations=20
+	$(PYTEST) tests -m slow --durations=20
 
 check: $(STAMP)
 	$(BIN)/ruff check .
@@ -26,7 +42,7 @@ check: $(STAMP)
 	$(BIN)/mypy megatron_ledom
 
 unit: $(STAMP)
-	$(BIN)/python -m pytest tests/unit
+	$(PYTEST) tests/unit $(AT_ONCE) -m "not ($(ALONE))" --durations=10
 
 $(STAMP): pyproject.toml setup.py constraints.txt .ci/make_venv $(wildcard csrc/*/*)
 	PYTHON="$(PYTHON)" bash .ci/make_venv "$(VENV)"

@@ -18,6 +18,11 @@ class Direction(StrEnum):
     REVERSE = "reverse"
     FORWARD = "forward"
 
+    @property
+    def other(self) -> "Direction":
+        """The opposite direction."""
+        return Direction.FORWARD if self is Direction.REVERSE else Direction.REVERSE
+
 
 Ids = TypeVar("Ids", list[int], npt.NDArray[Any])
 

@@ -9,6 +9,7 @@ def lazy_exports(package: str, exports: Mapping[str, Sequence[str]]) -> Callable
     """Return the `__getattr__` (PEP 562) of a package; `exports` gives the names that come from each module."""
 
     def load(name: str) -> Any:
+        """Import one export."""
         for module, names in exports.items():
             if name in names:
                 return getattr(importlib.import_module(module), name)

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, models
 
 from megatron_ledom.inference import ForwardLM, ReverseLM
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 
 LETTERS = "abc"
 TEXTS = ["".join(letters) for letters in itertools.product(LETTERS, repeat=4)]

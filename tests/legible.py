@@ -10,7 +10,8 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from megatron_ledom.data.preprocess.encode_parts import pack_documents
-from megatron_ledom.data.shards.shard import HEADER, MAGIC, Counts, ShardWriter
+from megatron_ledom.data.shards.index_file import HEADER, MAGIC
+from megatron_ledom.data.shards.shard import Counts, ShardWriter
 from megatron_ledom.direction import Direction
 from megatron_ledom.provenance import Provenance
 

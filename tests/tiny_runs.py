@@ -5,7 +5,6 @@ Ranks are forked from one process that has imported everything, which spares eac
 """
 
 import json
-import multiprocessing
 import os
 import random
 import runpy
@@ -17,7 +16,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +30,10 @@ from megatron_ledom.data.preprocess.encode_parts import pack_documents
 from megatron_ledom.data.shards.shard import Counts, ShardWriter
 from megatron_ledom.direction import Direction
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
+from tests.forked import become, fork_context
 from tests.legible import legible_ids, legible_tokenizer
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 SECONDS = 120
 """A run that takes longer hangs: its ranks are killed and the test fails with what they logged."""
 
@@ -212,7 +211,7 @@ def start_processes(num_ranks: int, log: Path, body: Callable[..., None], *argum
     """Start ranks that call `body`, a function of a module; return at once."""
     log.write_text("")
     launch = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
-    context = _context()
+    context = fork_context()
     processes = []
     for rank in range(num_ranks):
         environment = {name: str(value) for name, value in {**launch, "RANK": rank, "LOCAL_RANK": rank}.items()}
@@ -237,7 +236,7 @@ def run_each_on_ranks(
     log = next(iter(runs)).with_suffix(".log")
     arguments = [["--config", str(config), f"run_dir={run_dir}", *overrides] for run_dir, overrides in runs.items()]
     ranks = start_processes(num_ranks, log, _train_each, arguments, free_ports(len(runs)), hook)
-    codes = ranks.wait(seconds)
+    codes = ranks.wait(min(len(runs), 2) * SECONDS if seconds is None else seconds)
     assert codes == [0] * num_ranks, f"exit codes {codes}:\n{ranks.output()}"
     return {run_dir: read_metrics(run_dir) for run_dir in runs}
 
@@ -250,24 +249,20 @@ def run_command(*arguments: str, num_ranks: int | None = None) -> subprocess.Com
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS)
 
 
-@cache
-def _context() -> Any:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["megatron_ledom.pretrain", "megatron_ledom.training.trainer"])
-    return context
-
-
 def free_port() -> int:
     """A port that nobody listens on now."""
     return free_ports(1)[0]
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on now; of those that the system does not give to outgoing connections."""
+    """Different ports that nobody listens on now; of those that the system does not give to outgoing connections.
+
+    Every process of pytest-xdist takes them from a range of its own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
     ports: list[int] = []
     while len(ports) < count:
-        port = random.SystemRandom().randrange(20_000, 32_000)  # not what a test has seeded
+        port = random.SystemRandom().randrange(20_000, 21_500) + 1_500 * worker  # not what a test has seeded
         with socket.socket() as listener, suppress(OSError):
             listener.bind(("127.0.0.1", port))
             ports.append(port)
@@ -277,13 +272,7 @@ def free_ports(count: int) -> list[int]:
 
 def _be_rank(environment: dict[str, str], log: str, body: Callable[..., None], arguments: tuple[Any, ...]) -> None:
     """One rank, with its output in `log`."""
-    os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # Linux's own; here it would be that of the preloaded process
-    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
-    os.environ.update(environment)
-    sys.stdin = open(os.devnull)  # noqa: SIM115  for the life of the process
+    become(None, environment, [log, log])
     body(*arguments)
 
 

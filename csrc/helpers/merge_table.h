@@ -24,11 +24,10 @@ class MergeTable {
 
   // Of entries with equal pairs the first is found.
   void assign(const std::vector<uint64_t>& entries) {
-    size_ = entries.size();
-    const int bits = bits_for(2 * size_);
+    const int bits = bits_for(2 * entries.size());
     shift_ = 64 - bits, mask_ = (size_t{1} << bits) - 1;
     slots_.assign(size_t{1} << bits, EMPTY);
-    const int bitmap_bits = bits_for(8 * size_);
+    const int bitmap_bits = bits_for(8 * entries.size());
     bitmap_shift_ = 64 - bitmap_bits;
     bitmap_.assign(size_t{1} << (bitmap_bits - 6), 0);
     for (const uint64_t entry : entries) {
@@ -59,8 +58,6 @@ class MergeTable {
   // Have the memory that `find` reads fetched.
   void prefetch(uint32_t first, uint32_t second) const { __builtin_prefetch(&slots_[hash(pair_of(first, second)) >> shift_]); }
 
-  size_t size() const { return size_; }
-
   static uint64_t hash(uint64_t key) { return (key ^ key >> 32) * 0x9E3779B97F4A7C15ull; }
 
   // Bits of the smallest power of two that is not below a number, at least 10.
@@ -77,7 +74,7 @@ class MergeTable {
 
   std::vector<uint64_t, BigPages<uint64_t>> slots_;
   std::vector<uint64_t> bitmap_;
-  size_t size_ = 0, mask_ = 0;
+  size_t mask_ = 0;
   int shift_ = 0, bitmap_shift_ = 0;
 };
 

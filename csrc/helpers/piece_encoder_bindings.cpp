@@ -1,7 +1,6 @@
 // Python bindings of piece_encoder.h.
 #include "piece_encoder.h"
 #include "encoder_bindings.h"
-#include "piece_encoder_bindings.h"
 
 #include <pybind11/stl.h>
 

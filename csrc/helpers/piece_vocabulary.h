@@ -8,8 +8,8 @@
 //
 // Layout: a character is its code point, but U+2581 (a space inside a piece) is held as U+0020: both spell one thing in a text.
 // A symbol is a number: below num_pieces the id of a piece; from there the characters that are in pieces but are none
-// themselves; UNKNOWN | code point for a character in no piece. Merges: see merge_table.h. Joins: one bit for each ASCII pair; for other pairs one bit at a hash of the pair, in a
-// bitmap with at least 16 bits a pair.
+// themselves; UNKNOWN | code point for a character in no piece. Merges: see merge_table.h. Joins: one bit for each ASCII pair; for
+// other pairs one bit at a hash of the pair, in a bitmap with at least 16 bits a pair.
 // Work: everything is computed once, in one thread; what is read later is constant.
 #pragma once
 
@@ -110,7 +110,6 @@ class PieceVocabulary {
 
   bool byte_fallback() const { return byte_fallback_; }
   uint32_t unknown_id() const { return unknown_id_; }
-  size_t num_merges() const { return merges_.size(); }
 
  private:
   bool joins_other(uint32_t a, uint32_t b) const {

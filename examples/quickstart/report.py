@@ -15,6 +15,7 @@ from twins import DIRECTIONS, read_metrics
 
 from megatron_ledom.markdown import markdown_table, write_between
 from megatron_ledom.reports.pages import number
+from megatron_ledom.storage.files import write_file, write_json
 
 OUTPUT = Path("quickstart")
 README_PLOT = Path("examples/quickstart/loss_curves.png")
@@ -159,9 +160,9 @@ def write_report(report: Report) -> str:
     """Write report.json and report.md; returns the Markdown."""
     markdown = to_markdown(report)
     paths = "\n".join(f"- {name}: `{path}`" for name, path in report["paths"].items())
-    (OUTPUT / "report.json").write_text(json.dumps(report, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(OUTPUT / "report.json", report, indent=2)
     whole = f"# Quickstart\n\n{markdown}\n![loss curves](loss_curves.png)\n\n{paths}\n"
-    (OUTPUT / "report.md").write_text(whole, encoding="utf-8")
+    write_file(OUTPUT / "report.md", whole)
     return f"{markdown}\n{paths}\n"
 
 

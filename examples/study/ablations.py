@@ -13,10 +13,11 @@ from losses import ISOLATED, export_step, train_step
 from rewards import GOLD, PARTS, Rewards
 from steps import Step
 
-from megatron_ledom.inference.answers import answers_by
+from megatron_ledom.evaluation.grading.answers import answers_by
+from megatron_ledom.evaluation.intervals import LEVEL, Values
+from megatron_ledom.evaluation.selection import Question, load_questions
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from megatron_ledom.inference.reverse_reward.selection import Question, Values, load_questions
-from megatron_ledom.reports.selection import LEVEL, MAIN, ReportSettings, interval_of, outcomes_of
+from megatron_ledom.reports.selection import MAIN, ReportSettings, interval_of, outcomes_of
 
 PAIRED = {"scorer of pairs, all tokens": "all", "scorer of pairs, question only": "scored"}
 """Scorers trained on pairs, and data.loss_tokens of each."""

@@ -8,7 +8,7 @@ from lines import read_lines
 from problems import check_chain
 from rewards import GOLD, Rewards
 
-from megatron_ledom.inference.answers import answers_by, is_right
+from megatron_ledom.evaluation.grading.answers import answers_by, is_right
 
 RIGHT, UNFIT, FALSE = "right", "true calculations of another question", "false calculation"
 KINDS = (RIGHT, UNFIT, FALSE)

@@ -7,7 +7,7 @@ from typing import Any
 from losses import interval_over_seeds
 from rewards import WANTED
 
-from megatron_ledom.inference.reverse_reward.selection import METHODS
+from megatron_ledom.evaluation.selection import METHODS
 from megatron_ledom.reports import pages
 from megatron_ledom.reports.selection import sentences
 

@@ -39,7 +39,7 @@ def main() -> None:
     from steps import Runner
     from study_report import write_study
 
-    from megatron_ledom.evaluation.results import check_statistics
+    from megatron_ledom.evaluation.intervals import check_statistics
     from megatron_ledom.reports.pages import check_plots
 
     check_plots()

@@ -14,7 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.evaluation.tasks.files import read_rows
+from megatron_ledom.evaluation.tasks.loading import read_rows
 
 NUMBER = r"\d*\.?\d+"
 EQUATION = re.compile(rf"([\d.+\-*/()% ]*[\d)%]) *= *({NUMBER})(?![\d.]* *[-+*/%=])")

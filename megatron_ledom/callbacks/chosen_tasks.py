@@ -8,15 +8,15 @@ from megatron_ledom.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from megatron_ledom.evaluation.tasks.tasks import LoadedTask
+    from megatron_ledom.evaluation.tasks.task import LoadedTask
 
 TaskHashes = dict[str, dict[str, str]]
 
 
 def load_tasks(config: RunConfig) -> "list[LoadedTask]":
     """Return items and demonstrations of `train.tasks`. Raises ConfigError for a task that writes, UsageError or DataError for files."""
-    from megatron_ledom.evaluation.tasks.files import load_task, task_named
-    from megatron_ledom.evaluation.tasks.tasks import Kind
+    from megatron_ledom.evaluation.tasks.loading import load_task, task_named
+    from megatron_ledom.evaluation.tasks.task import Kind
 
     train = config.train
     for name in train.tasks:
@@ -41,7 +41,7 @@ def check_tasks(config: RunConfig, has_tokenizer: bool) -> TaskHashes:
         return {}
     if not has_tokenizer:
         raise ConfigError("train.tasks needs the tokenizer, which is not here; set data.tokenizer")
-    from megatron_ledom.evaluation.results import check_statistics
+    from megatron_ledom.evaluation.intervals import check_statistics
 
     check_statistics()
     return hashes_of(load_tasks(config))

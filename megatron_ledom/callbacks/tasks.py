@@ -23,12 +23,11 @@ from megatron_ledom.data.blends.sources import RUN_TOKENIZER
 from megatron_ledom.data.dataset.batch import Batch, context_part
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, NotFiniteError, UsageError
-from megatron_ledom.evaluation.choices import asked_of, distinct_pairs
 from megatron_ledom.evaluation.evaluate import evaluate_task
-from megatron_ledom.evaluation.tasks.tasks import LoadedTask
-from megatron_ledom.inference.joint import JointTokenizer
-from megatron_ledom.inference.language_model import span_score, span_tokens
-from megatron_ledom.inference.scoring import Span, SpanKey, SpanScore, distinct_spans
+from megatron_ledom.evaluation.multiple_choice import asked_of, distinct_pairs
+from megatron_ledom.evaluation.tasks.task import LoadedTask
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
+from megatron_ledom.inference.scoring import Span, SpanKey, SpanScore, distinct_spans, span_score, span_tokens
 from megatron_ledom.parallel.collectives import check_same, gathered_weights
 from megatron_ledom.storage.records import Record
 from megatron_ledom.training.callback import Callback, TrainingRun

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
     from megatron_ledom.errors import UsageError, visible
     from megatron_ledom.inference import ReverseLM
-    from megatron_ledom.inference.language_model import SAY_EOD_ID
+    from megatron_ledom.inference.model_folder import SAY_EOD_ID
 
     if args.stream and (args.num_samples > 1 or not sys.stderr.isatty()):
         raise UsageError(

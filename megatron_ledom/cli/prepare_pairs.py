@@ -31,9 +31,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     given = {name: value for name, value in vars(build_parser(prog).parse_args(argv)).items() if value is not None}
     import logging
 
-    from megatron_ledom.data.readers.corpus import from_command_line
+    from megatron_ledom.data.readers.text_template import from_command_line
     from megatron_ledom.direction import Direction
-    from megatron_ledom.finetune.prepare import PairSettings, prepare_pairs
+    from megatron_ledom.finetune.pairs import PairSettings, prepare_pairs
 
     for name in ("prompt_template", "answer_template"):
         if name in given:

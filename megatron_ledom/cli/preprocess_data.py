@@ -70,8 +70,9 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     import os
 
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy starts a thread a core, which spin; nothing here multiplies
-    from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
-    from megatron_ledom.data.readers.corpus import from_command_line
+    from megatron_ledom.data.preprocess.pipeline import preprocess
+    from megatron_ledom.data.preprocess.task import PreprocessSettings
+    from megatron_ledom.data.readers.text_template import from_command_line
     from megatron_ledom.direction import Direction
 
     if arguments.text_template is not None:

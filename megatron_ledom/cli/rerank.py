@@ -74,6 +74,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, then load and rank."""
     args = vars(build_parser(prog).parse_args(argv))
 
-    from megatron_ledom.inference.reverse_reward.rerank import rerank_command
+    from megatron_ledom.inference.reverse_reward.command import rerank_command
 
     rerank_command(args)

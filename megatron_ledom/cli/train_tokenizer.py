@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     import logging
 
     from megatron_ledom.data.preprocess.train_tokenizer import TrainTokenizerSettings, train_tokenizer
-    from megatron_ledom.data.readers.corpus import from_command_line
+    from megatron_ledom.data.readers.text_template import from_command_line
 
     if arguments.text_template is not None:
         arguments.text_template = from_command_line(arguments.text_template)

@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PreTrainedConfig
 from megatron_ledom.checkpoint.weights_only import grouped
 from megatron_ledom.convert.hf_config import build_generation_config, read_object
 from megatron_ledom.errors import DataError, MismatchError, UsageError
-from megatron_ledom.inference.stock_model import check_no_adapter
+from megatron_ledom.inference.model_folder import check_no_adapter
 from megatron_ledom.provenance import Provenance, vocabulary_hash
 from megatron_ledom.storage.hashes import HashedFile, read_ahead
 from megatron_ledom.tokenizers.corpus_tokenizer import without_local

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig
 
 from megatron_ledom.convert.hf_folder import BLOCK_ELEMENTS
 from megatron_ledom.errors import LedomError, VerificationError
-from megatron_ledom.inference.stock_model import load_stock_model
+from megatron_ledom.inference.model_folder import load_stock_model
 
 
 class StockSide:

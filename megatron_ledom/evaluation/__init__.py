@@ -26,7 +26,7 @@ from megatron_ledom.lazy import lazy_exports
 if TYPE_CHECKING:
     from megatron_ledom.evaluation.evaluate import evaluate_task
     from megatron_ledom.evaluation.task_model import LanguageTaskModel
-    from megatron_ledom.evaluation.tasks.files import load_task
+    from megatron_ledom.evaluation.tasks.loading import load_task
 
 __all__ = ["LanguageTaskModel", "evaluate_task", "load_task"]
 

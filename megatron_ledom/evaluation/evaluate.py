@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from megatron_ledom.errors import NotFiniteError
-from megatron_ledom.evaluation.choices import score_choices
 from megatron_ledom.evaluation.code.execution import check_allowed
 from megatron_ledom.evaluation.code.sandbox import Sandbox
+from megatron_ledom.evaluation.multiple_choice import score_choices
 from megatron_ledom.evaluation.results import Record, TaskResult, numbered, summarize
 from megatron_ledom.evaluation.task_model import TaskModel
-from megatron_ledom.evaluation.tasks.tasks import Item, Kind, LoadedTask
-from megatron_ledom.evaluation.writing import write_answers
+from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
+from megatron_ledom.evaluation.written_answers import write_answers
 
 WINDOW_ITEMS = 64
 """Items that are asked together. Rounding depends on what shares a batch, so windows are cut by the items' numbers alone."""

@@ -1,21 +1,15 @@
-"""The loss of a forward and of a reverse model on the same documents: what is kept of each, and what all of them add up to.
+"""The loss of a forward and of a reverse model on the same documents: records of each document, and figures of all of them.
 
-Differences are forward minus reverse, in nats, so that below zero the reverse model finds the text harder. Positions are those of the
-text in reading order for both models: a token's tenth of its document, and its place counted from the beginning and from the end.
+Differences are forward minus reverse, in nats: below zero the reverse model finds the text harder. Positions are those of the
+text in reading order for both models: a token's tenth of its document, and its place from the beginning and from the end.
 
-What is compared is the inner tokens of a document, all but the first and the last of the text: each of these two is the one that one of
-the models has to tell from eod alone, which training leaves out by default, so that its loss there says nothing. Whole documents, these
-two included, are summed beside it; they are all that can be compared where the tokenizers are not the same.
+Compared are the inner tokens of a document, all but the first and the last of the text: each of these two is the one that one of
+the models has to tell from eod alone, which training leaves out of the loss by default (`data.eod_mask_loss`), so that its loss
+there says nothing. Whole documents are summed beside it; they are all that can be compared where the tokenizers differ.
 
-What every token of a document costs a model, whole documents at a time, longer ones in windows.
-
-A document begins, in model order, after eod (after BOS for a stock model whose tokenizer adds one) and ends with eod: "the text ends
-here" for a forward model, "the text begins here" for a reverse one. Its first token in model order, the first of the text or the
-last, is therefore given by eod alone, which training leaves out of the loss by default (`data.eod_mask_loss`).
-
-A document longer than the context is read in windows of that length which overlap by half: the first window scores all of its tokens,
-each later one only those that no window before it has scored, so that a token is scored once, given at least half a context of what
-the model reads before it, and in no window twice. Both directions do the same, each from the end that it begins with.
+A document begins, in model order, after eod (after BOS for a stock model whose tokenizer adds one) and ends with eod. One longer
+than the context is read in windows of that length which overlap by half: the first window scores all of its tokens, each later
+one only those that no window before it has scored, given at least half a context of what the model reads before them.
 """
 
 import math
@@ -28,17 +22,65 @@ import numpy.typing as npt
 
 from megatron_ledom.direction import to_model_order, to_text_order
 from megatron_ledom.errors import UsageError
-from megatron_ledom.inference.intervals import bootstrap_interval
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.evaluation.intervals import Values, bootstrap_interval
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.language_model import LanguageModel
-from megatron_ledom.inference.not_finite import naming_text
-from megatron_ledom.inference.scoring import Span, SpanScore, score_spans
+from megatron_ledom.inference.scoring import Span, SpanScore, naming_text, score_spans
+
+SIDES = ("forward", "reverse")
+NUM_PARTS = 10
+Record = Mapping[str, Any]
+Summary = dict[str, Any]
 
 
-def longest_context(model: LanguageModel) -> int | None:
-    """Positions that the model has, or None where its config does not say."""
-    found = getattr(model.model.config, "max_position_embeddings", None)
-    return int(found) if found else None
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text, the part of the corpus it comes from (empty where none is told), and where it was read."""
+
+    text: str
+    domain: str = ""
+    where: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class CompareSettings:
+    """context: most tokens that a model is fed at once; num_resamples, seed: of the intervals over documents."""
+
+    context: int
+    batch_size: int = 16
+    num_resamples: int = 2000
+    seed: int = 0
+
+
+def document_records(
+    forward: LanguageModel, reverse: LanguageModel, documents: Sequence[Document], settings: CompareSettings
+) -> list[dict[str, Any]]:
+    """Return the record of each document. Losses are sums in nats; `inner` leaves out the first and the last token of the text.
+
+    With the same tokenizer the tokens are the same, and `tenths`, `from_start` and `from_end` hold sums of inner tokens by position;
+    else whole texts are all that can be compared, and these are missing.
+    """
+    is_same = is_same_tokenizer(forward.tokenizer, reverse.tokenizer)
+    ids = [reverse.tokenizer.encode(document.text) for document in documents]
+    forward_ids = ids if is_same else [forward.tokenizer.encode(document.text) for document in documents]
+    scores = [
+        document_losses(model, own, context=settings.context, batch_size=settings.batch_size)
+        for model, own in ((forward, forward_ids), (reverse, ids))
+    ]
+    return [_record(document, *pair, with_positions=is_same) for document, *pair in zip(documents, *scores, strict=True)]
+
+
+def summarize(records: Sequence[Record], settings: CompareSettings) -> Summary:
+    """Figures of all documents with tokens, of each domain, and by position where that is known; intervals by documents."""
+    used = [record for record in records if record["forward"]["tokens"] and record["reverse"]["tokens"]]
+    summary: Summary = {"documents_without_tokens": len(records) - len(used), "all": _figures(used, settings)}
+    domains = sorted({record["domain"] for record in used})
+    if domains != [""]:
+        summary["domains"] = {name: _figures([r for r in used if r["domain"] == name], settings) for name in domains}
+    if used and "tenths" in used[0]:
+        for name in ("tenths", "from_start", "from_end"):
+            summary[name] = _positions([record[name] for record in used], settings)
+    return summary
 
 
 def document_losses(model: LanguageModel, documents: Sequence[list[int]], *, context: int, batch_size: int) -> list[SpanScore]:
@@ -46,7 +88,7 @@ def document_losses(model: LanguageModel, documents: Sequence[list[int]], *, con
 
     context: most tokens that the model is fed at once, at least 2, at most its positions; UsageError otherwise.
     """
-    limit = longest_context(model)
+    limit = model.num_positions
     if context < 2 or (limit is not None and context > limit):
         raise UsageError(f"a context of {context} tokens: it must be at least 2 and at most the model's {limit} positions")
     leading = model.leading_ids or model.stop_ids[:1]
@@ -76,54 +118,9 @@ def windows(tokens: list[int], num_leading: int, context: int) -> list[Span]:
     return spans
 
 
-SIDES = ("forward", "reverse")
-NUM_PARTS = 10
-LEVEL = 0.95
-Record = Mapping[str, Any]
-Summary = dict[str, Any]
-Values = npt.NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Document:
-    """A text, the part of the corpus it comes from (empty where none is told), and where it was read."""
-
-    text: str
-    domain: str = ""
-    where: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class CompareSettings:
-    """context: most tokens that a model is fed at once; num_resamples, seed: of the intervals over documents."""
-
-    context: int
-    batch_size: int = 16
-    num_resamples: int = 2000
-    seed: int = 0
-
-
 def is_same_tokenizer(forward: JointTokenizer, reverse: JointTokenizer) -> bool:
-    """Whether both read the same tokens of a text."""
+    """Return True if both read the same tokens of a text."""
     return forward.content == reverse.content
-
-
-def document_records(
-    forward: LanguageModel, reverse: LanguageModel, documents: Sequence[Document], settings: CompareSettings
-) -> list[dict[str, Any]]:
-    """What is kept of each document. Losses are sums in nats; `inner` leaves out the first and the last token of the text.
-
-    With the same tokenizer the tokens are the same, and `tenths`, `from_start` and `from_end` hold sums of inner tokens by position;
-    else whole texts are all that can be compared, and these are missing.
-    """
-    is_same = is_same_tokenizer(forward.tokenizer, reverse.tokenizer)
-    ids = [reverse.tokenizer.encode(document.text) for document in documents]
-    forward_ids = ids if is_same else [forward.tokenizer.encode(document.text) for document in documents]
-    scores = [
-        document_losses(model, own, context=settings.context, batch_size=settings.batch_size)
-        for model, own in ((forward, forward_ids), (reverse, ids))
-    ]
-    return [_record(document, *pair, with_positions=is_same) for document, *pair in zip(documents, *scores, strict=True)]
 
 
 def _record(document: Document, forward: SpanScore, reverse: SpanScore, *, with_positions: bool) -> dict[str, Any]:
@@ -165,19 +162,6 @@ def _by_position(losses: Mapping[str, Values]) -> dict[str, Any]:
 def _power(place: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     """Index of the largest power of two that is not above each place."""
     return np.frexp(place.astype(np.float64))[1].astype(np.int64) - 1  # exact up to 2**53
-
-
-def summarize(records: Sequence[Record], settings: CompareSettings) -> Summary:
-    """Figures of all documents with tokens, of each domain, and by position where that is known; intervals by documents."""
-    used = [record for record in records if record["forward"]["tokens"] and record["reverse"]["tokens"]]
-    summary: Summary = {"documents_without_tokens": len(records) - len(used), "all": _figures(used, settings)}
-    domains = sorted({record["domain"] for record in used})
-    if domains != [""]:
-        summary["domains"] = {name: _figures([r for r in used if r["domain"] == name], settings) for name in domains}
-    if used and "tenths" in used[0]:
-        for name in ("tenths", "from_start", "from_end"):
-            summary[name] = _positions([record[name] for record in used], settings)
-    return summary
 
 
 def _figures(records: Sequence[Record], settings: CompareSettings) -> Summary:
@@ -248,5 +232,5 @@ def _ratio(values: Values, weights: Values, settings: CompareSettings) -> Summar
         return {"difference": None, "interval": None}
     interval = None
     if len(values) > 1:
-        interval = bootstrap_interval(values, weights, level=LEVEL, num_resamples=settings.num_resamples, seed=settings.seed)
+        interval = bootstrap_interval(values, weights, num_resamples=settings.num_resamples, seed=settings.seed)
     return {"difference": float(values.sum() / weights.sum()), "interval": interval}

@@ -5,7 +5,6 @@ What was found of each item as JSON lines, which a later run of the same command
 The caller holds the lock of the output folder (`storage.locks`) while it reads and appends.
 """
 
-import importlib.util
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, MismatchError, UsageError, cannot_write
-from megatron_ledom.evaluation.choices import MAIN_WAY, NORMALIZATIONS, chosen
-from megatron_ledom.evaluation.tasks.tasks import Kind, LoadedTask
-from megatron_ledom.inference.intervals import bootstrap_interval
+from megatron_ledom.errors import DataError, MismatchError, cannot_write
+from megatron_ledom.evaluation.intervals import LEVEL, bootstrap_interval
+from megatron_ledom.evaluation.multiple_choice import MAIN_WAY, NORMALIZATIONS, chosen
+from megatron_ledom.evaluation.tasks.task import Kind, LoadedTask
 from megatron_ledom.storage.files import json_text, write_file, write_json
 from megatron_ledom.storage.jobs import differences
 from megatron_ledom.storage.lines import append_lines, cut_lines, whole_lines
@@ -137,7 +136,6 @@ def _integer(text: str) -> int:
 
 Record = Mapping[str, Any]
 """What was found of one item."""
-LEVEL = 0.95
 NUM_RESAMPLES = 2000
 
 
@@ -165,12 +163,6 @@ class TaskResult:
     def metric_values(self) -> dict[str, float]:
         """`task/metric` -> value, for a log of figures."""
         return {f"{self.task}/{name}": metric.value for name, metric in self.metrics.items()}
-
-
-def check_statistics() -> None:
-    """Refuse to begin what ends in intervals where scipy is missing. Raises UsageError."""
-    if importlib.util.find_spec("scipy") is None:
-        raise UsageError("intervals need scipy: pip install 'megatron-ledom[evaluation]'")
 
 
 def share(are_right: Sequence[bool], clusters: Sequence[str] | None = None) -> Metric:
@@ -204,7 +196,7 @@ def _spread_of_clusters(values: Sequence[float], clusters: Sequence[str]) -> tup
     stderr = None if num == 1 else math.sqrt(num / (num - 1) * ((sums - mean * sizes) ** 2).sum()) / float(sizes.sum())
     if np.ptp(sums / sizes) == 0:
         return stderr, *_wilson(round(float(mean) * num), num)
-    low, high = bootstrap_interval(sums, sizes, level=LEVEL, num_resamples=NUM_RESAMPLES, seed=0)
+    low, high = bootstrap_interval(sums, sizes, num_resamples=NUM_RESAMPLES, seed=0)
     return stderr, low, high
 
 
@@ -228,7 +220,7 @@ def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record])
 
 
 def _clusters(records: Sequence[Record]) -> list[str] | None:
-    """What each item is about; None where each stands for itself."""
+    """Return what each item is about; None where each stands for itself."""
     return [record["cluster"] for record in records] if all("cluster" in record for record in records) else None
 
 

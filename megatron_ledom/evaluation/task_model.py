@@ -1,4 +1,4 @@
-"""What a task asks of a model, and the model of a Hugging Face folder that answers it."""
+"""The protocol of a model that tasks are run with, and the model of a Hugging Face folder that has it."""
 
 import sys
 from collections.abc import Sequence
@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.inference.directions import ForwardLM, ReverseLM
-from megatron_ledom.inference.language_model import Say, read_model_config
+from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
+from megatron_ledom.inference.model_folder import Say, read_model_config
 from megatron_ledom.inference.scoring import SpanScore, check_batch_size
 
 
@@ -16,7 +16,7 @@ class TaskModel(Protocol):
 
     @property
     def direction(self) -> Direction:
-        """Which way the model reads."""
+        """The direction in which the model reads."""
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[SpanScore]:
         """Of each (preceding, following): log P(following | preceding) of a forward model, log P(preceding | following) of a
@@ -55,7 +55,7 @@ class LanguageTaskModel:
 
 
 def direction_of(folder: Path, asked: str | None, say: Say) -> Direction:
-    """What is asked for, else what the folder records; of a folder that records none, forward, which is said.
+    """Return what is asked for, else what the folder records; of a folder that records none, forward, which is said.
 
     say: how the message names a direction.
     """

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from megatron_ledom.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from megatron_ledom.inference.directions import ForwardLM, ReverseLM
     from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
+    from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
     from megatron_ledom.inference.reverse_reward.reward import Candidate, CandidateScore, RewardSettings, rank, score_questions
 
 __all__ = [

@@ -16,14 +16,13 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from megatron_ledom.direction import Direction, to_text_order
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.joint import JointTokenizer, OpenText, Speller
-from megatron_ledom.inference.not_finite import naming_text, not_finite
-from megatron_ledom.inference.scoring import check_batch_size
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer, OpenText, Speller
+from megatron_ledom.inference.scoring import check_batch_size, naming_text, not_finite
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """What a model wrote, joined to what it was given.
+    """The text that a model wrote, joined to the text that it was given.
 
     preceding + following is `text`; the given part is exactly as it was passed. stopped: the model wrote eod, so that the text
     begins (reverse) or ends (forward) there; otherwise a stop string or the token limit cut it. text_ids: the ids the model
@@ -157,7 +156,7 @@ class Writer:
         return results
 
     def stream(self, text: str, leading_ids: list[int], sampling: Sampling) -> Iterator[Generation]:
-        """What is written so far, after every token that adds to the text, and at last the whole as `write` gives it.
+        """Yield the text so far after every token that adds to it, and at last the whole as `write` gives it.
 
         The model runs in a thread, one token ahead at most of what is shown; it ends when the iterator is closed.
         """
@@ -196,7 +195,7 @@ class Writer:
         yield self._join(text, opened, step[0], sampling)
 
     def _stopper(self, opened: list[OpenText], sampling: Sampling) -> RowsSoFar | None:
-        """What ends rows at stop strings; None if there are none."""
+        """Return the function that ends rows at stop strings; None if there are none."""
         if not sampling.stop_strings:
             return None
 
@@ -214,11 +213,6 @@ class Writer:
             raise DataError("a text yields no token, so nothing conditions what the model writes; pass other text")
         longest, num_loose = max(map(len, prompts)), max(len(row.loose) for row in opened)
         self.check_length(longest + num_loose, sampling.max_new_tokens)
-        input_ids = torch.full((len(prompts), longest), self.stop_ids[0])
-        attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-            attention_mask[row, longest - len(prompt) :] = 1
         chosen: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             # top_k 0 and top_p 1 are written out: transformers would otherwise put its own defaults there
@@ -232,20 +226,29 @@ class Writer:
         hold = self.spell_processor([row.loose for row in opened], longest)
         with naming_text(self._tokenizer, self._direction):
             output = self._model.generate(
-                input_ids=input_ids.to(self._model.device),
-                attention_mask=attention_mask.to(self._model.device),
+                **self.padded(prompts),
                 generation_config=config,
                 logits_processor=LogitsProcessorList([hold]),
                 stopping_criteria=StoppingCriteriaList([_Watch(look, longest)] if look else []),
             )
         return [list(row) for row in output[:, longest:].tolist()]
 
+    def padded(self, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
+        """Return `input_ids` and `attention_mask` [B, S] of rows that end together, padded before their begin and masked there."""
+        longest = max(map(len, prompts))
+        input_ids = torch.full((len(prompts), longest), self.stop_ids[0])
+        attention_mask = torch.zeros_like(input_ids)
+        for row, prompt in enumerate(prompts):
+            input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+            attention_mask[row, longest - len(prompt) :] = 1
+        return {"input_ids": input_ids.to(self._model.device), "attention_mask": attention_mask.to(self._model.device)}
+
     def spell_processor(self, loose_by_row: list[bytes], num_prompt: int) -> LogitsProcessor:
-        """What holds rows whose first `num_prompt` positions are given to the bytes they still have to spell."""
+        """Return the processor that holds rows, whose first `num_prompt` positions are given, to the bytes they still have to spell."""
         return _SpellThenWrite(self._model, self._speller, loose_by_row, num_prompt, self._writable_ids)
 
     def counts_as_new(self, tokens: list[int], loose: bytes) -> bool:
-        """Whether the last of `tokens` (model order) is more than a part of `loose`."""
+        """Return True if the last of `tokens` (model order) is more than a part of `loose`."""
         return self._speller.count_inside(tokens, loose) < len(tokens)
 
     def check_length(self, num_prompt: int, max_new_tokens: int) -> None:

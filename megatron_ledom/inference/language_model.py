@@ -1,44 +1,41 @@
-"""What the reverse and the forward language model share: loading a folder, checking its direction, scoring, writing."""
+"""Language models of both directions: `ReverseLM` (LEDOM, arXiv 2507.01335: P(x) = prod_t P(x_t | x_{t+1..T})) and `ForwardLM`.
 
-import contextlib
-import json
-import logging
-import sys
+Each writes and scores the part of a text that it comes to last, given the other: a reverse model what precedes, a forward model,
+its twin or any stock causal model, what follows.
+"""
+
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, overload
 
-import numpy as np
 import torch
 from transformers import GenerationConfig
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from megatron_ledom.direction import Direction, to_model_order, to_text_order
+from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
-from megatron_ledom.inference.generation import Writer
-from megatron_ledom.inference.joint import JointTokenizer
-from megatron_ledom.inference.not_finite import naming_text
-from megatron_ledom.inference.scoring import Span, SpanScore, Spent, distinct_spans, score_spans
-from megatron_ledom.inference.stock_model import check_model_type, load_stock_model
-from megatron_ledom.tokenizers.reader import TokenizerFiles, other_ends, read_tokenizer
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Say:
-    """How the caller names, in advice, the eod and the direction of a folder that records neither."""
-
-    eod: str
-    reverse: str
-
-
-SAY_PYTHON = Say("eod_id=ID", "direction='reverse'")
-SAY_EOD_ID = Say("--eod-id ID", "--direction reverse")
-SAY_REVERSE_EOD = Say("--reverse-eod-id ID", "--reverse-eod-id ID, which says both")
-SAY_MODEL_ARGS = Say("eod_id=ID in --model_args", "direction=reverse in --model_args")
+from megatron_ledom.inference.generation import Generation, Sampling, Writer
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
+from megatron_ledom.inference.model_folder import (
+    SAY_PYTHON,
+    Say,
+    check_model_type,
+    load_stock_model,
+    load_tokenizer,
+    read_model_config,
+)
+from megatron_ledom.inference.scoring import (
+    Span,
+    SpanScore,
+    Spent,
+    distinct_spans,
+    naming_text,
+    no_room,
+    score_spans,
+    span_score,
+    span_tokens,
+    too_long,
+)
 
 
 class LanguageModel:
@@ -77,9 +74,7 @@ class LanguageModel:
         tokenizer, stop_ids = load_tokenizer(folder, cls.direction, eod_id, say)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = dtype or (torch.float32 if device.type == "cpu" else "auto")
-        with _bar_on_terminals_only():
-            model = load_stock_model(folder, dtype=chosen)
-        model = model.to(device).eval()
+        model = load_stock_model(folder, dtype=chosen).to(device).eval()
         model.generation_config = GenerationConfig()  # the folder's own sampling defaults must not mix with the caller's
         adds_bos = config.get("direction") is None and cls.direction is Direction.FORWARD  # before a text's last word: nonsense
         return cls(model, tokenizer, stop_ids, tokenizer.leading_ids if adds_bos else [])
@@ -145,177 +140,164 @@ class LanguageModel:
             raise DataError(f"{fault}; shorten it")
         return Span(tokens, num_given)
 
+    def _generate(self, given: str | list[str], sampling: Sampling, batch_size: int) -> list[Generation]:
+        texts = [given] if isinstance(given, str) else list(given)
+        self._check_given(texts)
+        return self.writer.write(texts, self.leading_ids, sampling, batch_size)
 
-def too_long(num_tokens: int, num_positions: int | None, direction: Direction) -> str | None:
-    """Return why a text of `num_tokens` cannot be scored, None where it fits."""
-    if not num_positions or num_tokens <= num_positions:
-        return None
-    return f"a text of {num_tokens} tokens exceeds the {num_positions} positions of the {direction} model"
+    def _stream(self, given: str, options: dict[str, Any]) -> Iterator[Generation]:
+        self._check_given([given])
+        return self.writer.stream(given, self.leading_ids, Sampling(**options))
 
+    def _log_likelihood(
+        self, preceding: str | list[str], following: str | list[str], with_eod: bool, batch_size: int
+    ) -> SpanScore | list[SpanScore]:
+        before, after = ([part] if isinstance(part, str) else list(part) for part in (preceding, following))
+        if len(before) != len(after):
+            raise UsageError(f"{len(before)} preceding and {len(after)} following texts do not pair; pass as many of each")
+        self._check_given(after if self.direction is Direction.REVERSE else before)
+        scores = self.span_scores(list(zip(before, after, strict=True)), with_eod, batch_size)
+        return scores[0] if isinstance(preceding, str) else scores
 
-def no_room(num_given: int, num_new: int, num_positions: int | None, direction: Direction) -> str | None:
-    """Return why `num_new` tokens cannot be written beside `num_given`, None where they fit."""
-    if not num_positions or num_given + num_new <= num_positions:
-        return None
-    return (
-        f"{num_given} tokens of text and max_new_tokens={num_new} exceed the {num_positions} positions of the {direction} model"
-    )
-
-
-def span_tokens(
-    tokenizer: JointTokenizer, direction: Direction, pair: tuple[str, str], leading_ids: list[int], stop_ids: list[int]
-) -> tuple[list[int], int]:
-    """(tokens in model order, how many of them are given) of a (preceding, following) of which one part is to be scored.
-
-    Both parts are encoded once as one text; a token that reaches over the boundary belongs to `following`. An empty given
-    part is replaced by what stands before a document. Where the given part has no token of its own, the first token of the
-    scored part counts as given, since nothing conditions it.
-    """
-    text_ids, num_preceding = tokenizer.split(*pair)
-    reverse = direction is Direction.REVERSE
-    num_given = len(text_ids) - num_preceding if reverse else num_preceding
-    given = pair[1] if reverse else pair[0]
-    leading = leading_ids or ([] if given else stop_ids[:1])
-    if reverse and not num_given and not leading:
-        raise DataError("a following text yields no token, so nothing conditions what precedes it; pass other text")
-    return [*leading, *to_model_order(text_ids, direction)], max(1, len(leading) + num_given)
+    def _check_given(self, texts: list[str]) -> None:
+        """Refuse an empty text where the model needs one to start from."""
+        is_reverse = self.direction is Direction.REVERSE
+        if not all(texts) and (is_reverse or not self.leading_ids):
+            part = "following" if is_reverse else "preceding"
+            raise UsageError(f"an empty {part} text gives the model nothing to start from: pass at least one character")
 
 
-def span_score(span: Span, logprobs: list[float], direction: Direction, with_eod: bool) -> SpanScore:
-    """The log-probabilities of a span's scored tokens, model order and eod last if it was scored, as a score in text order."""
-    num_scored = len(logprobs) - 1 if with_eod else len(logprobs)
-    return SpanScore(
-        text_ids=to_text_order(span.tokens[span.num_context :][:num_scored], direction),
-        token_logprobs=to_text_order(np.array(logprobs[:num_scored]), direction).tolist(),
-        eod_logprob=logprobs[-1] if with_eod else None,
-    )
+class ReverseLM(LanguageModel):
+    """Writes what came before a text and scores what came before a text. Load with `ReverseLM.from_pretrained(folder)`."""
 
+    direction = Direction.REVERSE
 
-@contextlib.contextmanager
-def _bar_on_terminals_only() -> Iterator[None]:
-    """Keep the progress bar with which transformers loads weights out of log files."""
-    if sys.stderr.isatty() or not is_progress_bar_enabled():
-        yield
-        return
-    disable_progress_bar()
-    try:
-        yield
-    finally:
-        enable_progress_bar()
+    def generate_preceding(
+        self,
+        following_text: str | list[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        stop_strings: Sequence[str] = (),
+        batch_size: int = 16,
+    ) -> list[Generation]:
+        """Write what came before each text, until the model says that the text begins there (eod) or `max_new_tokens`.
 
-
-def paired(preceding: str | list[str], following: str | list[str]) -> list[tuple[str, str]]:
-    """Two texts, or two lists of the same length, as a list of (preceding, following)."""
-    preceding, following = as_list(preceding), as_list(following)
-    if len(preceding) != len(following):
-        raise UsageError(f"{len(preceding)} preceding and {len(following)} following texts do not pair; pass as many of each")
-    return list(zip(preceding, following, strict=True))
-
-
-def as_list(texts: str | list[str]) -> list[str]:
-    """One text or several, as a list."""
-    return [texts] if isinstance(texts, str) else list(texts)
-
-
-def load_tokenizer(
-    folder: Path, direction: Direction = Direction.FORWARD, eod_id: int | None = None, say: Say = SAY_PYTHON
-) -> tuple[JointTokenizer, list[int]]:
-    """The tokenizer of a model folder and its stop ids, checked against each other and against what the folder records.
-
-    direction: that of the model, for a folder which records none; eod_id, say: see `LanguageModel.from_pretrained`.
-    """
-    config = read_model_config(folder)
-    files = read_tokenizer(str(folder))
-    _check_tokenizer(folder, files, config.get("tokenizer_sha256"))
-    trained_here, is_reverse = config.get("direction") is not None, direction is Direction.REVERSE
-    tokenizer = JointTokenizer.of_files(files, specials_are_text=trained_here or is_reverse)
-    stop_ids = _stop_ids(folder, config)
-    if is_reverse and not trained_here:
-        stop_ids = [_eod_of_foreign_folder(folder, tokenizer, stop_ids, eod_id, say)]
-    elif eod_id is not None:
-        remedy = "leave it out" if trained_here else f"leave it out, or, if it is a reverse model, say so ({say.reverse})"
-        raise UsageError(
-            f"eod_id={eod_id} was passed, but {folder} is read as a {direction} model and says itself what ends a text; {remedy}"
+        Returns `num_return_sequences` results for each text, in the order of the texts; `result.text` ends with the given text
+        exactly. The first tokens of the given text which would be others if it were continued to the front are not fixed:
+        the model spells the same characters again, perhaps as the end of a longer piece; they do not count as new.
+        Temperature 0 takes the likeliest token; top_p 1 and top_k 0 are off; without a seed torch's own generator goes on.
+        Writing ends, too, where one of `stop_strings` stands in front of what was written; it is not part of the result.
+        """
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            num_return_sequences=num_return_sequences,
+            seed=seed,
+            stop_strings=stop_strings,
         )
-    _check_ids(folder, config, tokenizer, stop_ids)
-    return tokenizer, stop_ids
+        return self._generate(following_text, sampling, batch_size)
+
+    def stream_preceding(self, following_text: str, **options: Any) -> Iterator[Generation]:
+        """As `generate_preceding` for one text, shown while it is written: each result is the text so far, which grows at its front.
+
+        options: those of `Sampling`. The last result is what `generate_preceding` returns.
+        """
+        return self._stream(following_text, options)
+
+    @overload
+    def log_likelihood(
+        self, preceding: str, following: str, *, include_beginning: bool = False, batch_size: int = 16
+    ) -> SpanScore: ...
+    @overload
+    def log_likelihood(
+        self, preceding: list[str], following: list[str], *, include_beginning: bool = False, batch_size: int = 16
+    ) -> list[SpanScore]: ...
+    def log_likelihood(
+        self,
+        preceding: str | list[str],
+        following: str | list[str],
+        *,
+        include_beginning: bool = False,
+        batch_size: int = 16,
+    ) -> SpanScore | list[SpanScore]:
+        """log P_R(preceding | following): the sum over the tokens of `preceding`, natural logs; lists give a list.
+
+        Both are encoded once as one text; a token that reaches over the boundary belongs to `following`. An empty `preceding`
+        scores 0; an empty `following` is refused, because the first token would be conditioned on nothing the model was
+        trained on. include_beginning adds log P(eod | the whole text): that the text begins where `preceding` does.
+        """
+        return self._log_likelihood(preceding, following, include_beginning, batch_size)
 
 
-def read_model_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder."""
-    if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"{folder} is no model folder (it has no config.json); pass one that tools/convert_checkpoint.py wrote"
+class ForwardLM(LanguageModel):
+    """Writes what follows a text and scores what follows a text. A folder that records no direction counts as forward."""
+
+    direction = Direction.FORWARD
+
+    def generate_following(
+        self,
+        preceding_text: str | list[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        num_return_sequences: int = 1,
+        seed: int | None = None,
+        stop_strings: Sequence[str] = (),
+        batch_size: int = 16,
+    ) -> list[Generation]:
+        """Write what follows each text, until eod or `max_new_tokens`; the mirror image of `ReverseLM.generate_preceding`.
+
+        Returns `num_return_sequences` results for each text, in the order of the texts; `result.text` begins with the given
+        text exactly. Its last tokens are spelled again where they could continue as a longer piece. Writing ends, too, where one
+        of `stop_strings` was written; it is not part of the result.
+        """
+        sampling = Sampling(
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            num_return_sequences=num_return_sequences,
+            seed=seed,
+            stop_strings=stop_strings,
         )
-    return _read_json(folder / "config.json")
+        return self._generate(preceding_text, sampling, batch_size)
 
+    def stream_following(self, preceding_text: str, **options: Any) -> Iterator[Generation]:
+        """As `generate_following` for one text, shown while it is written: each result is the text so far, which grows at its end.
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} is not JSON ({error}); write the folder again") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds a {type(content).__name__}, expected an object; write the folder again")
-    return content
+        options: those of `Sampling`. The last result is what `generate_following` returns.
+        """
+        return self._stream(preceding_text, options)
 
+    @overload
+    def log_likelihood(
+        self, preceding: str, following: str, *, include_end: bool = False, batch_size: int = 16
+    ) -> SpanScore: ...
+    @overload
+    def log_likelihood(
+        self, preceding: list[str], following: list[str], *, include_end: bool = False, batch_size: int = 16
+    ) -> list[SpanScore]: ...
+    def log_likelihood(
+        self,
+        preceding: str | list[str],
+        following: str | list[str],
+        *,
+        include_end: bool = False,
+        batch_size: int = 16,
+    ) -> SpanScore | list[SpanScore]:
+        """log P_F(following | preceding): the sum over the tokens of `following`, natural logs; lists give a list.
 
-def _stop_ids(folder: Path, config: dict[str, Any]) -> list[int]:
-    """What the model was trained to stop with: `eod_id` of an export (trap 1), a stock folder's generation eos."""
-    generation = _read_json(path) if (path := folder / "generation_config.json").is_file() else {}
-    found = (
-        ("config.json has eod_id", config.get("eod_id")),
-        ("generation_config.json has eos_token_id", generation.get("eos_token_id")),
-        ("config.json has eos_token_id", config.get("eos_token_id")),
-    )
-    where, eos = next(((where, ids) for where, ids in found if ids is not None), ("", None))
-    if eos is None:
-        raise DataError(f"{folder} names no eod_id or eos_token_id, so generation would never stop; add eod_id to config.json")
-    ids = eos if isinstance(eos, list) else [eos]
-    if not ids or not all(type(id_) is int and id_ >= 0 for id_ in ids):
-        raise DataError(f"{folder}/{where} {eos!r}, expected the id of a token or a list of ids; correct it")
-    return list(ids)
-
-
-def _eod_of_foreign_folder(folder: Path, tokenizer: JointTokenizer, stop_ids: list[int], eod_id: int | None, say: Say) -> int:
-    """The eod of a reverse model that others exported: what is passed, or the folder's eos unless there is a doubt.
-
-    The original's export names the tokenizer's eos, 2, and was trained with another token of its own, 64002: it would never stop.
-    """
-    doubtful = other_ends(tokenizer.vocab, stop_ids)
-    if eod_id is None and doubtful:
-        names = ", ".join(f"{token} = {id_}" for token, id_ in doubtful.items())
-        raise MismatchError(
-            f"{folder} names {stop_ids} as its eos, but its tokenizer has {names}, too: with the wrong one, generation never stops;"
-            f" pass the one that documents were closed with in training ({say.eod})"
-        )
-    if eod_id is None:
-        logger.warning(
-            "%s does not say which id its documents were closed with; its eos %d is taken. Name another with %s",
-            *(folder, stop_ids[0], say.eod),
-        )
-    return stop_ids[0] if eod_id is None else eod_id
-
-
-def _check_tokenizer(folder: Path, files: TokenizerFiles, recorded: Any) -> None:
-    """Refuse an export whose tokenizer is not the one it was trained with."""
-    if recorded is not None and not isinstance(recorded, str):
-        raise DataError(f"{folder}/config.json has tokenizer_sha256 {recorded!r}, expected a hash; write the folder again")
-    if recorded is not None and files.sha256 != recorded:
-        raise MismatchError(
-            f"the tokenizer of {folder} has hash {files.sha256[:12]}, the model was trained with {recorded[:12]}: its ids would"
-            " mean other texts; put back the tokenizer files that the export came with"
-        )
-
-
-def _check_ids(folder: Path, config: dict[str, Any], tokenizer: JointTokenizer, stop_ids: list[int]) -> None:
-    """Refuse ids which the embedding does not have."""
-    vocab_size = config.get("vocab_size", 0)
-    if type(vocab_size) is not int:
-        raise DataError(f"{folder}/config.json has vocab_size {vocab_size!r}, expected a number of ids; correct it")
-    largest = max([*tokenizer.vocab.values(), *stop_ids])
-    if largest >= vocab_size:
-        raise MismatchError(
-            f"the tokenizer of {folder} and its eod use ids up to {largest}, the model has {vocab_size}: they do not belong"
-            " together; export again with the tokenizer that the shards were made with"
-        )
+        Both are encoded once as one text; a token that reaches over the boundary belongs to `following`. An empty `preceding`
+        is refused unless the tokenizer puts a BOS there. Where `preceding` has no token of its own, the first token of the
+        text is conditioned on nothing and left out (`num_tokens` tells). include_end adds log P(eod | the whole text).
+        """
+        return self._log_likelihood(preceding, following, include_end, batch_size)

@@ -1,19 +1,24 @@
-"""Log-probabilities of the last tokens of sequences in model order: one implementation for both directions.
+"""Log-probabilities of one part of a text given the other: from two parts to ids in model order, and from these to scores.
 
-Shapes: B rows of a batch, K positions kept, V vocabulary of the logits.
+One implementation for both directions. Shapes: B rows of a batch, K positions kept, V vocabulary of the logits.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
-from megatron_ledom.errors import NotFiniteError, UsageError
-from megatron_ledom.inference.not_finite import not_finite
+from megatron_ledom.direction import Direction, to_model_order, to_text_order
+from megatron_ledom.errors import DataError, NotFiniteError, UsageError
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 
 MAX_KEPT_LOGITS = 2**28  # B * K * V of one batch: 1 GiB in float32
+SHOWN_CHARACTERS = 60
+"""Of the text beside the token that the error for logits which are not finite names."""
 SpanKey = tuple[tuple[int, ...], int]
 Measured = TypeVar("Measured")
 Measure = Callable[[torch.Tensor, torch.Tensor], list[Measured]]
@@ -30,7 +35,7 @@ class Span:
 
 @dataclass(slots=True)
 class Spent:
-    """What a model was used for so far: tokens of the sequences it was given, padding not counted, and seconds."""
+    """What a model has cost so far: tokens of the sequences it was given, padding not counted, and seconds."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -66,6 +71,35 @@ class SpanScore:
         return len(self.token_logprobs)
 
 
+def span_tokens(
+    tokenizer: JointTokenizer, direction: Direction, pair: tuple[str, str], leading_ids: list[int], stop_ids: list[int]
+) -> tuple[list[int], int]:
+    """(tokens in model order, how many of them are given) of a (preceding, following) of which one part is to be scored.
+
+    Both parts are encoded once as one text; a token that reaches over the boundary belongs to `following`. An empty given
+    part is replaced by what stands before a document. Where the given part has no token of its own, the first token of the
+    scored part counts as given, since nothing conditions it.
+    """
+    text_ids, num_preceding = tokenizer.split(*pair)
+    reverse = direction is Direction.REVERSE
+    num_given = len(text_ids) - num_preceding if reverse else num_preceding
+    given = pair[1] if reverse else pair[0]
+    leading = leading_ids or ([] if given else stop_ids[:1])
+    if reverse and not num_given and not leading:
+        raise DataError("a following text yields no token, so nothing conditions what precedes it; pass other text")
+    return [*leading, *to_model_order(text_ids, direction)], max(1, len(leading) + num_given)
+
+
+def span_score(span: Span, logprobs: list[float], direction: Direction, with_eod: bool) -> SpanScore:
+    """The log-probabilities of a span's scored tokens, model order and eod last if it was scored, as a score in text order."""
+    num_scored = len(logprobs) - 1 if with_eod else len(logprobs)
+    return SpanScore(
+        text_ids=to_text_order(span.tokens[span.num_context :][:num_scored], direction),
+        token_logprobs=to_text_order(np.array(logprobs[:num_scored]), direction).tolist(),
+        eod_logprob=logprobs[-1] if with_eod else None,
+    )
+
+
 def score_spans(model: Any, spans: list[Span], batch_size: int) -> list[list[float]]:
     """log P(tokens[t] | tokens[:t]) for t >= num_context of each span, model order, float32 log-softmax.
 
@@ -89,7 +123,7 @@ def logprobs_and_likeliest(logits_KV: torch.Tensor, tokens_K: torch.Tensor) -> l
 
 
 def measure_spans(model: Any, spans: list[Span], batch_size: int, measure: Measure[Measured]) -> list[list[Measured]]:
-    """What `measure` finds of each scored token of each span, model order; computed as `score_spans` does."""
+    """Return what `measure` finds of each scored token of each span, model order; computed as `score_spans` does."""
     check_batch_size(batch_size)
     distinct = distinct_spans(spans)
     pending = sorted((span for span in distinct.values() if len(span.tokens) > span.num_context), key=lambda s: -len(s.tokens))
@@ -166,3 +200,46 @@ def _check_finite(model: Any, spans: list[Span], logits_BKV: torch.Tensor, first
         if len(bad):
             position = span.num_context + int(bad[0])
             raise not_finite(model, span.tokens[:position], span.tokens[position])
+
+
+def too_long(num_tokens: int, num_positions: int | None, direction: Direction) -> str | None:
+    """Return why a text of `num_tokens` cannot be scored, None where it fits."""
+    if not num_positions or num_tokens <= num_positions:
+        return None
+    return f"a text of {num_tokens} tokens exceeds the {num_positions} positions of the {direction} model"
+
+
+def no_room(num_given: int, num_new: int, num_positions: int | None, direction: Direction) -> str | None:
+    """Return why `num_new` tokens cannot be written beside `num_given`, None where they fit."""
+    if not num_positions or num_given + num_new <= num_positions:
+        return None
+    return (
+        f"{num_given} tokens of text and max_new_tokens={num_new} exceed the {num_positions} positions of the {direction} model"
+    )
+
+
+def not_finite(model: Any, read: Sequence[int], next_id: int | None = None) -> NotFiniteError:
+    """Return the error for logits of `model` that are not finite at the position after `read` (ids, model order)."""
+    name = getattr(model.config, "name_or_path", "") or type(model).__name__
+    token = "for the next token" if next_id is None else f"for token id {next_id}"
+    return NotFiniteError(
+        f"the model {name} gives logits that are not finite (NaN or infinity, in {model.dtype}) {token} after {len(read)} tokens:"
+        " its weights are damaged, or its values exceed the range of that type; check the weights, or load it in float32",
+        read,
+        next_id,
+    )
+
+
+@contextmanager
+def naming_text(tokenizer: JointTokenizer, direction: Direction) -> Iterator[None]:
+    """Add the text and the token to a NotFiniteError from inside, whose raiser knows ids only."""
+    try:
+        yield
+    except NotFiniteError as error:
+        if not error.read:
+            raise
+        reverse = direction is Direction.REVERSE
+        read = tokenizer.decode(to_text_order(error.read, direction))
+        shown = read[:SHOWN_CHARACTERS] if reverse else read[-SHOWN_CHARACTERS:]
+        token = "" if error.next_id is None else f" {tokenizer.decode([error.next_id])!r}"
+        raise NotFiniteError(f"{error} (token{token} {'before' if reverse else 'after'} {shown!r})") from error

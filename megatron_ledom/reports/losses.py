@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
-from megatron_ledom.evaluation.kept_lines import document_check
+from megatron_ledom.evaluation.intervals import check_statistics
 from megatron_ledom.evaluation.loss_difference import (
     NUM_PARTS,
     CompareSettings,
@@ -20,12 +20,19 @@ from megatron_ledom.evaluation.loss_difference import (
     is_same_tokenizer,
     summarize,
 )
-from megatron_ledom.evaluation.results import ItemFile, check_statistics, numbered
-from megatron_ledom.evaluation.tasks.files import ENDINGS, file_hash, read_rows
-from megatron_ledom.inference.directions import ForwardLM, ReverseLM
-from megatron_ledom.inference.language_model import SAY_EOD_ID, load_tokenizer, read_model_config
+from megatron_ledom.evaluation.record_checks import document_check
+from megatron_ledom.evaluation.results import ItemFile, numbered
+from megatron_ledom.evaluation.tasks.loading import ENDINGS, file_hash, read_rows
+from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
+from megatron_ledom.inference.model_folder import (
+    SAY_EOD_ID,
+    check_unchanged,
+    folder_facts,
+    load_tokenizer,
+    read_model_config,
+    surroundings,
+)
 from megatron_ledom.inference.scoring import check_batch_size
-from megatron_ledom.inference.stock_model import check_unchanged, folder_facts, surroundings
 from megatron_ledom.markdown import markdown_table
 from megatron_ledom.reports import pages
 from megatron_ledom.reports.pages import bullets, interval, number, paragraph

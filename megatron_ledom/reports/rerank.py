@@ -16,7 +16,7 @@ from typing import Any
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError, visible
 from megatron_ledom.inference.engines.engine import Engine, StepDelimiter
-from megatron_ledom.inference.language_model import SAY_REVERSE_EOD
+from megatron_ledom.inference.model_folder import SAY_REVERSE_EOD
 from megatron_ledom.inference.reverse_reward.rerank_part import spent_file
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
 from megatron_ledom.reports import pages
@@ -65,10 +65,10 @@ def _compare(options: Options) -> None:
 
 
 def _explain(options: Options) -> None:
-    from megatron_ledom.inference.directions import ReverseLM
     from megatron_ledom.inference.engines.engine import StepDelimiter
     from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
-    from megatron_ledom.inference.reverse_reward.reranked_file import ranked_candidates, read_reranked
+    from megatron_ledom.inference.language_model import ReverseLM
+    from megatron_ledom.inference.reverse_reward.ranked_lines import ranked_candidates, read_reranked
 
     if options["reverse"] is None:
         raise UsageError("--explain needs --reverse, the folder of the reverse model")

@@ -9,21 +9,20 @@ from typing import Any
 import numpy as np
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.answers import answers_by
-from megatron_ledom.inference.intervals import crossed_interval
-from megatron_ledom.inference.reverse_reward.reranked_file import check_distinct
-from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from megatron_ledom.inference.reverse_reward.selection import (
+from megatron_ledom.evaluation.grading.answers import answers_by
+from megatron_ledom.evaluation.intervals import Values, crossed_interval
+from megatron_ledom.evaluation.selection import (
     GRID,
     METHODS,
     MOST_SUBSETS,
     WITH_REVERSE,
     Question,
-    Values,
     best_weight,
     chosen_weights,
     load_seeds,
 )
+from megatron_ledom.inference.reverse_reward.ranked_lines import check_distinct
+from megatron_ledom.inference.reverse_reward.reward import RewardSettings
 from megatron_ledom.markdown import markdown_table
 from megatron_ledom.reports import pages
 from megatron_ledom.reports.pages import bullets, interval, paragraph

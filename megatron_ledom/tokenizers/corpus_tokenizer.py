@@ -1,14 +1,11 @@
 """Tokenizers as the data path needs them: flat ids of many texts, no specials added, and a hash that says which ids mean what.
 
+The token that ends documents must come of no text: a document would end in its middle. Spelled out in a text it is text. A
+tokenizer.json does that for special tokens only, so an eod of another kind is made a special token before texts are encoded; hash
+and exported files stay those of the tokenizer as it is. See `end_token`. Where a tokenizer makes the eod of its spelling all the
+same, packing finds it and the record is a bad one.
+
 No torch and no transformers here: preprocessing starts in a second (tiktoken ranks excepted, which transformers converts).
-
-Chat templates that stand beside a tokenizer as files, where stock transformers reads them.
-
-The token that ends documents must come of no text: a document would end in its middle.
-
-Spelled out in a text it is text. A tokenizer.json does that for special tokens only, so an eod of another kind is made a special
-token before texts are encoded; hash and exported files stay those of the tokenizer as it is. See `tokenizers.end_token`.
-Where a tokenizer makes the eod of its spelling all the same, packing finds it and the record is a bad one.
 """
 
 import json
@@ -33,86 +30,12 @@ from megatron_ledom.tokenizers.engines import Engine, HubEngine, PieceEngine, Re
 from megatron_ledom.tokenizers.reader import JSON, MODEL, other_ends, read_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, SPACE, parse_model
 
-DEFAULT, FOLDER = "chat_template.jinja", "additional_chat_templates"
-
-
-def read_chat_templates(tokenizer: str) -> dict[str, bytes]:
-    """Return the content of each template file beside a tokenizer (its folder, or a file in it), by its path in the folder."""
-    folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
-    files = [folder / DEFAULT, *sorted((folder / FOLDER).glob("*.jinja"))]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.is_file()}
-
-
-BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
-
-
-@dataclass(frozen=True, slots=True)
-class Encoders:
-    """What texts are encoded with: the reference engine, and the forms of which faster engines are made."""
-
-    engine: ReferenceEngine
-    tokenizer_json: bytes
-    stored: dict[str, Any] | None
-    """The object of the tokenizer.json, where it was that which was loaded."""
-    model: bytes | None
-    """The SentencePiece form, if any."""
-
-
-def with_eod_as_text(encoders: Encoders, eod: str) -> Encoders:
-    """Return encoders for which a spelled eod is text; the same object where it is so already."""
-    if isinstance(encoders.engine, PieceEngine):
-        return encoders  # the reader of the .model saw to it
-    stored = json_with_special(encoders.stored or orjson.loads(encoders.tokenizer_json), eod)
-    if stored is None:
-        return encoders
-    content = orjson.dumps(stored)
-    engine = HubEngine(content, "the tokenizer with its eod as a special token", encoders.engine.vocab())
-    return Encoders(engine, content, stored if encoders.stored else None, encoders.model)
-
-
-def check_is_reserved(encoders: Encoders, eod: str, eod_id: int, path: str) -> None:
-    """Refuse an eod that is an ordinary piece of the vocabulary: texts become it.
-
-    In a list of whole words, which may hold its specials among them, it is the records that show it.
-    """
-    if isinstance(encoders.engine, PieceEngine):
-        proto = parse_model(encoders.model or b"", path)
-        kinds = proto.SentencePiece
-        is_ordinary = any(entry.piece == eod and entry.type in (kinds.NORMAL, kinds.BYTE) for entry in proto.pieces)
-    else:
-        stored = encoders.stored or orjson.loads(encoders.tokenizer_json)
-        if any(entry.get("content") == eod for entry in stored.get("added_tokens") or []):
-            return
-        is_ordinary = stored["model"].get("type") != "WordLevel" and (
-            _is_merged(stored["model"], eod) or _comes_of_text(encoders.engine, eod, eod_id)
-        )
-    if is_ordinary:
-        raise UsageError(
-            f"tokenizer {path}: {eod!r} = {eod_id} is an ordinary piece, which texts become, so documents would end in their middle;"
-            " name a special token by --eod-token (tools/preprocess_data.py --add-specials adds one)"
-        )
-
-
-def _is_merged(model: dict[str, Any], token: str) -> bool:
-    """Whether BPE makes the token of bytes or characters."""
-    if model.get("type") != "BPE":
-        return False
-    if len(token) == 1 or (model.get("byte_fallback") and BYTE_PIECE.fullmatch(token)):
-        return True
-    merges = model.get("merges") or []
-    return any((merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)) == token for merge in merges)
-
-
-def _comes_of_text(engine: ReferenceEngine, token: str, token_id: int) -> bool:
-    spelled = {token, token.replace(SPACE, " "), engine.decode([token_id])}
-    texts = [before + text + after for text in sorted(spelled) for before in ("", "a", " ") for after in ("", "a", " ")]
-    return bool((engine.encode(texts)[0] == token_id).any())
-
-
 logger = logging.getLogger(__name__)
-
 LOCAL = ("auto_map", "name_or_path", "token", "use_auth_token")
 """Keys that a copied tokenizer_config.json must not carry along, as all that end in `_file`: code, paths and secrets."""
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
+CHAT_TEMPLATE, CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+"""A file and a folder of them, where stock transformers reads them."""
 
 
 class Tokenizer:
@@ -136,7 +59,7 @@ class Tokenizer:
         """For people; two tokenizers with one name can differ, so comparisons use `sha256`."""
         self.path = path
         """Where it was loaded from, as given."""
-        self._files = files | read_chat_templates(path)
+        self._files = files | _read_chat_templates(path)
         self._config = config
         self.sha256 = sha256
         """See `vocabulary_hash`."""
@@ -152,14 +75,14 @@ class Tokenizer:
                 raise UsageError(
                     f"tokenizer {path} has no token with id {eod_id} to end documents with; name one by --eod-token"
                 )
-        self.eod_token: str = eod_token or eos_of(config, path)
+        self.eod_token: str = eod_token or _eos_of(config, path)
         """The token that says "the text begins here" to a reverse model, "the text ends here" to a forward one."""
         if self.eod_token not in vocab:
             raise UsageError(f"tokenizer {path} has no token {self.eod_token!r} to end documents with; name one by --eod-token")
         self.eod_id: int = vocab[self.eod_token]
         given = Encoders(engine, files["tokenizer.json"], stored, model)
-        check_is_reserved(given, self.eod_token, self.eod_id, path)
-        self._encoders = with_eod_as_text(given, self.eod_token)
+        _check_is_reserved(given, self.eod_token, self.eod_id, path)
+        self._encoders = _with_eod_as_text(given, self.eod_token)
         self.is_eod_made_text: bool = self._encoders is not given
         """The tokenizer as it is would read a spelled eod as the eod."""
         self._reference = self._encoders.engine
@@ -240,23 +163,6 @@ class Tokenizer:
             write_whole(path, content, is_shared=True)  # tasks of an array may write the same folder at once
 
 
-def without_local(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer_config.json without what concerns one machine or person only, see LOCAL."""
-    return {key: value for key, value in config.items() if key not in LOCAL and not key.endswith("_file")}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
-
-
-def eos_of(config: dict[str, Any], path: str) -> str:
-    """The eos token a tokenizer_config.json names; refused when it names none."""
-    eos = name_of(config.get("eos_token"))
-    if eos is None:
-        raise UsageError(f"tokenizer {path} names no eos token to end documents with; name one of its tokens by --eod-token")
-    return eos
-
-
 def load_tokenizer(
     path: str, eod_token: str | None = None, *, eod_id: int | None = None, add_specials: bool = False
 ) -> Tokenizer:
@@ -294,3 +200,90 @@ def load_tokenizer(
             *(path, tokenizer.eod_token, tokenizer.eod_id, ", ".join(f"{token} = {id_}" for token, id_ in others.items())),
         )
     return tokenizer
+
+
+def _eos_of(config: dict[str, Any], path: str) -> str:
+    """The eos token a tokenizer_config.json names; refused when it names none."""
+    eos = name_of(config.get("eos_token"))
+    if eos is None:
+        raise UsageError(f"tokenizer {path} names no eos token to end documents with; name one of its tokens by --eod-token")
+    return eos
+
+
+def _read_chat_templates(tokenizer: str) -> dict[str, bytes]:
+    """Return the content of each template file beside a tokenizer (its folder, or a file in it), by its path in the folder."""
+    folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
+    files = [folder / CHAT_TEMPLATE, *sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.is_file()}
+
+
+def without_local(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenizer_config.json without what concerns one machine or person only, see LOCAL."""
+    return {key: value for key, value in config.items() if key not in LOCAL and not key.endswith("_file")}
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+@dataclass(frozen=True, slots=True)
+class Encoders:
+    """What texts are encoded with: the reference engine, and the forms of which faster engines are made."""
+
+    engine: ReferenceEngine
+    tokenizer_json: bytes
+    stored: dict[str, Any] | None
+    """The object of the tokenizer.json, where it was that which was loaded."""
+    model: bytes | None
+    """The SentencePiece form, if any."""
+
+
+def _with_eod_as_text(encoders: Encoders, eod: str) -> Encoders:
+    """Return encoders for which a spelled eod is text; the same object where it is so already."""
+    if isinstance(encoders.engine, PieceEngine):
+        return encoders  # the reader of the .model saw to it
+    stored = json_with_special(encoders.stored or orjson.loads(encoders.tokenizer_json), eod)
+    if stored is None:
+        return encoders
+    content = orjson.dumps(stored)
+    engine = HubEngine(content, "the tokenizer with its eod as a special token", encoders.engine.vocab())
+    return Encoders(engine, content, stored if encoders.stored else None, encoders.model)
+
+
+def _check_is_reserved(encoders: Encoders, eod: str, eod_id: int, path: str) -> None:
+    """Refuse an eod that is an ordinary piece of the vocabulary: texts become it.
+
+    In a list of whole words, which may hold its specials among them, it is the records that show it.
+    """
+    if isinstance(encoders.engine, PieceEngine):
+        proto = parse_model(encoders.model or b"", path)
+        kinds = proto.SentencePiece
+        is_ordinary = any(entry.piece == eod and entry.type in (kinds.NORMAL, kinds.BYTE) for entry in proto.pieces)
+    else:
+        stored = encoders.stored or orjson.loads(encoders.tokenizer_json)
+        if any(entry.get("content") == eod for entry in stored.get("added_tokens") or []):
+            return
+        is_ordinary = stored["model"].get("type") != "WordLevel" and (
+            _is_merged(stored["model"], eod) or _comes_of_text(encoders.engine, eod, eod_id)
+        )
+    if is_ordinary:
+        raise UsageError(
+            f"tokenizer {path}: {eod!r} = {eod_id} is an ordinary piece, which texts become, so documents would end in their middle;"
+            " name a special token by --eod-token (tools/preprocess_data.py --add-specials adds one)"
+        )
+
+
+def _is_merged(model: dict[str, Any], token: str) -> bool:
+    """Whether BPE makes the token of bytes or characters."""
+    if model.get("type") != "BPE":
+        return False
+    if len(token) == 1 or (model.get("byte_fallback") and BYTE_PIECE.fullmatch(token)):
+        return True
+    merges = model.get("merges") or []
+    return any((merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)) == token for merge in merges)
+
+
+def _comes_of_text(engine: ReferenceEngine, token: str, token_id: int) -> bool:
+    spelled = {token, token.replace(SPACE, " "), engine.decode([token_id])}
+    texts = [before + text + after for text in sorted(spelled) for before in ("", "a", " ") for after in ("", "a", " ")]
+    return bool((engine.encode(texts)[0] == token_id).any())

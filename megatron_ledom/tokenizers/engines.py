@@ -1,20 +1,17 @@
-"""What turns texts into ids: several libraries that do the same at very different speeds, and the choice among them.
+"""What turns texts into ids: several engines that do the same at very different speeds, and the choice among them.
 
 `Tokenizer.use_fastest_engine` tries them from the fastest on; the first whose ids equal the reference's on real samples of the
 corpus and on texts that tell tokenizers apart is taken. The reference is `tokenizers` for a tokenizer.json and `sentencepiece`
 for a .model.
 
-SentencePiece BPE encoding several times faster than the `sentencepiece` library, with the same ids.
-
-Where no piece of the vocabulary has a character b directly after a character a, no merge can reach over that boundary, so a text
-may be cut there and its units, mostly words, encoded apart and remembered (`csrc/helpers/piece_encoder.h`). This holds for BPE
-models that keep the text as it is; `why_not_cached` says what is wrong with another one, which the library then has to encode.
-
-Byte-level BPE encoding from a `tokenizer.json` in C++, with the ids of the `tokenizers` library.
-
-The splitting patterns of GPT-2, cl100k (Llama-3, Qwen) and o200k are scanners of their own (`csrc/helpers/split_patterns.h`), and
-the words they cut are encoded apart and remembered (`byte_encoder.h`). A tokenizer.json with any part that is not known here to
-the last option is refused by `why_not_bytes`; another engine then has to encode it.
+The two cached engines are C++ of `csrc/helpers`: they cut a text into units, mostly words, which they encode apart and remember.
+- Cached pieces: SentencePiece BPE (`piece_encoder.h`). Where no piece of the vocabulary has a character b directly after a
+  character a, no merge can reach over that boundary, so a text may be cut there. This holds for BPE models that keep the text as it
+  is.
+- Cached bytes: byte-level BPE of a tokenizer.json (`byte_encoder.h`). The splitting patterns of GPT-2, cl100k (Llama-3, Qwen) and
+  o200k are scanners of their own (`split_patterns.h`).
+`why_not_cached` and `why_not_bytes` say what is wrong with a model that has any part not known here to the last option; another
+engine then has to encode it.
 """
 
 import os
@@ -31,6 +28,42 @@ from megatron_ledom.tokenizers.tiktoken_ranks import CL100K_PATTERN, O200K_PATTE
 
 FlatIds = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
 """Ids of all texts one after the other [total] in text order, and where each text begins [texts + 1]."""
+CACHE_BYTES = 64 << 20
+"""What a process may spend on remembered units; when it is full, all are forgotten and it fills anew."""
+MAX_PIECES = 1_000_000
+GPT2 = "gpt2"
+PATTERNS = {
+    R50K_PATTERN: GPT2,
+    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": GPT2,
+    CL100K_PATTERN: "cl100k",
+    CL100K_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"): "cl100k_1",  # Qwen: every digit alone
+    O200K_PATTERN: "o200k",
+}
+"""The scanner of each splitting pattern."""
+PARTS = {
+    "added_tokens",
+    "decoder",
+    "model",
+    "normalizer",
+    "padding",
+    "post_processor",
+    "pre_tokenizer",
+    "truncation",
+    "version",
+}
+MODEL_OPTIONS = {  # and what they may be; None: anything
+    "type": ("BPE",),
+    "vocab": None,
+    "merges": None,
+    "unk_token": None,  # there is a token for every byte
+    "fuse_unk": None,
+    "ignore_merges": (False, True, None),
+    "dropout": (None,),
+    "continuing_subword_prefix": (None, ""),
+    "end_of_word_suffix": (None, ""),
+    "byte_fallback": (False, None),
+}
+TOKEN_OPTIONS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
 
 
 class Engine(Protocol):
@@ -51,6 +84,32 @@ class ReferenceEngine(Engine, Protocol):
 
     def vocab(self) -> dict[str, int]:
         """The id of every token, added ones included."""
+
+
+def fast_engines(
+    tokenizer_json: bytes, stored: dict[str, Any] | None, model: bytes | None, reference: Engine
+) -> Iterator[tuple[str, Callable[[], Engine]]]:
+    """(name, how to make it) of every engine there is besides the references, the fastest first; making one may raise.
+
+    `stored` is the object of the tokenizer.json, where it was that which was loaded; `model` the SentencePiece form, if any.
+    """
+    if model is not None:
+        yield "cached pieces", lambda: CachedPieceEngine(model)
+    if stored is not None:
+        yield "cached bytes", lambda: CachedByteEngine(stored, reference)
+    yield "fastokens", lambda: FastokensEngine(tokenizer_json.decode())
+    yield "gigatoken", lambda: GigatokenEngine(tokenizer_json.decode())
+
+
+def first_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> str | None:
+    """The first text whose ids differ between two engines, None if none does."""
+    found, expected = engine.encode(texts), reference.encode(texts)
+    if np.array_equal(found[1], expected[1]) and np.array_equal(found[0], expected[0]):
+        return None
+    for text in texts:
+        if not np.array_equal(engine.encode([text])[0], reference.encode([text])[0]):
+            return text
+    return texts[0]  # only together do they differ
 
 
 def flat(documents: Sequence[Sequence[int]]) -> FlatIds:
@@ -157,38 +216,6 @@ def _version(package: str) -> str:
     return version(package)
 
 
-def fast_engines(
-    tokenizer_json: bytes, stored: dict[str, Any] | None, model: bytes | None, reference: Engine
-) -> Iterator[tuple[str, Callable[[], Engine]]]:
-    """(name, how to make it) of every engine there is besides the references, the fastest first; making one may raise.
-
-    `stored` is the object of the tokenizer.json, where it was that which was loaded; `model` the SentencePiece form, if any.
-    """
-    if model is not None:
-        yield "cached pieces", lambda: CachedPieceEngine(model)
-    if stored is not None:
-        yield "cached bytes", lambda: CachedByteEngine(stored, reference)
-    yield "fastokens", lambda: FastokensEngine(tokenizer_json.decode())
-    yield "gigatoken", lambda: GigatokenEngine(tokenizer_json.decode())
-
-
-def first_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> str | None:
-    """The first text whose ids differ between two engines, None if none does."""
-    found, expected = engine.encode(texts), reference.encode(texts)
-    if np.array_equal(found[1], expected[1]) and np.array_equal(found[0], expected[0]):
-        return None
-    for text in texts:
-        if not np.array_equal(engine.encode([text])[0], reference.encode([text])[0]):
-            return text
-    return texts[0]  # only together do they differ
-
-
-CACHE_BYTES = 64 << 20
-"""What a process may spend on remembered units; when it is full, all are forgotten and it fills anew."""
-
-MAX_PIECES = 1_000_000
-
-
 class CachedEngine:
     """What the two encoders of `csrc/helpers` share: `_encoder` is one of them."""
 
@@ -265,49 +292,6 @@ def _confusable(proto: Any) -> str | None:
     return None
 
 
-GPT2 = "gpt2"
-PATTERNS = {
-    R50K_PATTERN: GPT2,
-    r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+": GPT2,
-    CL100K_PATTERN: "cl100k",
-    CL100K_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}"): "cl100k_1",  # Qwen: every digit alone
-    O200K_PATTERN: "o200k",
-}
-"""The scanner of each splitting pattern."""
-
-PARTS = {
-    "version",
-    "truncation",
-    "padding",
-    "added_tokens",
-    "normalizer",
-    "pre_tokenizer",
-    "post_processor",
-    "decoder",
-    "model",
-}
-MODEL_OPTIONS = {  # and what they may be; None: anything
-    "type": ("BPE",),
-    "vocab": None,
-    "merges": None,
-    "unk_token": None,  # there is a token for every byte
-    "fuse_unk": None,
-    "ignore_merges": (False, True, None),
-    "dropout": (None,),
-    "continuing_subword_prefix": (None, ""),
-    "end_of_word_suffix": (None, ""),
-    "byte_fallback": (False, None),
-}
-TOKEN_OPTIONS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
-
-
-class Reference(Protocol):
-    """An engine that is right on every text."""
-
-    def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of all texts and where each begins."""
-
-
 class CachedByteEngine(CachedEngine):
     """Encodes with the object of a tokenizer.json, one for which `why_not_bytes` is None.
 
@@ -317,7 +301,7 @@ class CachedByteEngine(CachedEngine):
 
     name = "cached bytes (csrc)"
 
-    def __init__(self, stored: dict[str, Any], reference: Reference, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, stored: dict[str, Any], reference: Engine, cache_bytes: int = CACHE_BYTES) -> None:
         reason = why_not_bytes(stored)
         if reason is not None:
             raise UsageError(f"it {reason}")

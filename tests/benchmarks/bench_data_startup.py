@@ -41,7 +41,8 @@ def parse() -> argparse.Namespace:
 
 def write_shards(options: argparse.Namespace) -> None:
     """The shards; each has tokens / shards tokens, give or take."""
-    from megatron_ledom.data.shards.shard import Counts, ShardManifest, index_blocks
+    from megatron_ledom.data.shards.index_file import index_blocks
+    from megatron_ledom.data.shards.shard import Counts, ShardManifest
     from megatron_ledom.direction import Direction
 
     numbers = np.random.default_rng(1)

@@ -35,7 +35,7 @@ from preprocess_corpus import build_corpus, compress, cut_corpus, train_byte_lev
 from preprocess_report import Figures, cost_table, floor_table, goal_table, machine, projection_table
 from process_tree import measure
 
-from megatron_ledom.data.shards.shard import HEADER
+from megatron_ledom.data.shards.index_file import HEADER
 from megatron_ledom.direction import Direction, to_model_order
 
 

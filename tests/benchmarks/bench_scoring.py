@@ -20,9 +20,9 @@ from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from megatron_ledom.direction import Direction, to_model_order
-from megatron_ledom.inference.directions import ReverseLM
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
+from megatron_ledom.inference.language_model import ReverseLM
 from megatron_ledom.inference.scoring import Span, distinct_spans
 from tests.tiny_models import byte_level_json
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ledom.platform.cpu_ops import find_cpu_ops
-from tests.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_on_ranks
+from tests.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_each_on_ranks
 
 pytestmark = pytest.mark.skipif(find_cpu_ops().module is None, reason=find_cpu_ops().state)
 STEPS, HALF = 20, 8
@@ -36,27 +36,27 @@ def check_alike(found: Path, wanted: Path, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_fused_layers_train_as_torch_and_read_its_checkpoints(data: TinyData, tmp_path: Path, dtype: str) -> None:
     settings = (f"model.params_dtype={dtype}", Z_LOSS)
-    run_on_ranks(data.config, tmp_path / "torch", *settings, layers("torch"))
-    run_on_ranks(data.config, tmp_path / "fused", *settings, layers("fused"))
-    check_alike(tmp_path / "fused", tmp_path / "torch", dtype)
-    for first, then in (("torch", "fused"), ("fused", "torch")):
-        mixed = tmp_path / f"{first}_{then}"
-        run_on_ranks(data.config, mixed, *settings, layers(first), f"train.exit_interval={HALF}")
-        run_on_ranks(data.config, mixed, *settings, layers(then))
-        check_alike(mixed, tmp_path / "torch", dtype)
+    whole, other = tmp_path / "torch", tmp_path / "fused"
+    mixed = {tmp_path / f"{first}_{then}": (first, then) for first, then in (("torch", "fused"), ("fused", "torch"))}
+    runs = {whole: [*settings, layers("torch")], other: [*settings, layers("fused")]}
+    runs |= {run: [*settings, layers(first), f"train.exit_interval={HALF}"] for run, (first, _) in mixed.items()}
+    run_each_on_ranks(data.config, runs, num_ranks=1)
+    run_each_on_ranks(data.config, {run: [*settings, layers(then)] for run, (_, then) in mixed.items()}, num_ranks=1)
+    for found in (other, *mixed):
+        check_alike(found, whole, dtype)
 
 
 def test_ranks_that_share_a_group_of_keys_take_their_own_queries(data: TinyData, tmp_path: Path) -> None:
     """Two ranks, one group: each rank's queries are a part of what the projection gives."""
     shared = ("model.num_query_groups=1", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
-    for name in ("torch", "fused"):
-        run_on_ranks(data.config, tmp_path / name, *shared, layers(name), num_ranks=2)
+    runs = {tmp_path / name: [*shared, layers(name)] for name in ("torch", "fused")}
+    run_each_on_ranks(data.config, runs, num_ranks=2)
     check_alike(tmp_path / "fused", tmp_path / "torch", "fp32")
 
 
 def test_dropout_between_the_sum_and_the_norm_is_that_of_torch_layers(data: TinyData, tmp_path: Path) -> None:
-    for name in ("torch", "fused"):
-        run_on_ranks(data.config, tmp_path / name, "model.hidden_dropout=0.1", layers(name))
+    runs = {tmp_path / name: ["model.hidden_dropout=0.1", layers(name)] for name in ("torch", "fused")}
+    run_each_on_ranks(data.config, runs, num_ranks=1)
     check_alike(tmp_path / "fused", tmp_path / "torch", "fp32")
 
 
@@ -68,6 +68,6 @@ def test_unfused_attention_trains_as_sdpa_does_over_ranks_and_documents(data: Ti
         "data.reset_attention_mask=true",
         "data.reset_position_ids=true",
     )
-    for backend in ("auto", "unfused"):
-        run_on_ranks(data.config, tmp_path / backend, *settings, f"model.attention_backend={backend}", num_ranks=2)
+    runs = {tmp_path / name: [*settings, f"model.attention_backend={name}"] for name in ("auto", "unfused")}
+    run_each_on_ranks(data.config, runs, num_ranks=2)
     check_alike(tmp_path / "unfused", tmp_path / "auto", "fp32")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_runs import Record, TinyData, curve, read_metrics, run_command, run_on_ranks
+from tests.tiny_runs import Record, TinyData, curve, read_metrics, run_command, run_each_on_ranks, run_on_ranks
 
 STEPS = 20
 FIRST_STEP, ANY_STEP = 1e-6, 1e-5
@@ -45,6 +45,20 @@ def one_process(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> lis
     return run_on_ranks(data.config, tmp_path_factory.mktemp("one") / "run", *validated(data))
 
 
+@pytest.fixture(scope="module")
+def trained(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
+    """The records of each layout; one launch for all of as many ranks."""
+    folder, found = tmp_path_factory.mktemp("layouts"), {}
+    for num_ranks in sorted({count for count, _ in LAYOUTS.values()}):
+        runs = {
+            folder / name.replace(" ", "_"): [*validated(data), *(f"parallel.{setting}" for setting in layout)]
+            for name, (count, layout) in LAYOUTS.items()
+            if count == num_ranks
+        }
+        found |= run_each_on_ranks(data.config, runs, num_ranks=num_ranks)
+    return {name: found[folder / name.replace(" ", "_")] for name in LAYOUTS}
+
+
 def differences(found: list[Record], expected: list[Record]) -> list[float]:
     """The larger relative difference of loss and gradient norm, for each step."""
     pairs = zip(curve(found), curve(expected), strict=True)
@@ -64,10 +78,8 @@ def check_equal(found: list[Record], expected: list[Record]) -> None:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_layout_trains_as_one_process(data: TinyData, tmp_path: Path, one_process: list[Record], name: str) -> None:
-    num_ranks, layout = LAYOUTS[name]
-    overrides = [f"parallel.{setting}" for setting in layout]
-    check_equal(run_on_ranks(data.config, tmp_path / "run", *validated(data), *overrides, num_ranks=num_ranks), one_process)
+def test_layout_trains_as_one_process(trained: dict[str, list[Record]], one_process: list[Record], name: str) -> None:
+    check_equal(trained[name], one_process)
 
 
 def test_the_command_under_torchrun_trains_as_one_process(data: TinyData, tmp_path: Path, one_process: list[Record]) -> None:

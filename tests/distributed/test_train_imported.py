@@ -14,7 +14,7 @@ from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.direction import Direction
-from tests.numerics.test_conversion import check_same_folders, check_same_runs, core_weights
+from tests.conversion_checks import check_same_folders, check_same_runs, core_weights
 from tests.stock_folders import family_folder, stock_config, stock_folder
 from tests.tiny_runs import TinyData, curve, free_ports, run_each_on_ranks, run_on_ranks, start_ranks
 

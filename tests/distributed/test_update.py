@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 PROGRAM = """
 import sys, torch
 from megatron.core.optimizer import ChainedOptimizer

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 CSRC = ROOT / "csrc"
 EMULATED_FLAGS = (
     "-std=c++17",

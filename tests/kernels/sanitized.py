@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from tests.kernels.build import CSRC, EMULATED_FLAGS, ROOT, cache_folder, compiled
+from tests.kernels.build import CSRC, EMULATED_FLAGS, cache_folder, compiled
 from tests.kernels.cases import Case, c_arguments, pointers
 from tests.kernels.interface import functions
+from tests.paths import ROOT
 
 SANITIZERS = {"address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}
 OPTIONS = {

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.kernels.build import ROOT, nvcc, op_names
+from tests.kernels.build import nvcc, op_names
+from tests.paths import ROOT
 
 pytestmark = [
+    pytest.mark.gpu,
     pytest.mark.skipif(not Path("/dev/nvidiactl").exists(), reason="no NVIDIA GPU here: kernels not yet run on hardware"),
     pytest.mark.skipif(nvcc() is None, reason="no nvcc: install a CUDA toolkit, or set CUDA_HOME"),
 ]

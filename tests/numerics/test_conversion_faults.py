@@ -24,9 +24,9 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError
 from megatron_ledom.storage import hashes as hashed_file
 from megatron_ledom.storage.folders import new_folder
-from tests.numerics.test_conversion import check_same_folders, check_same_runs
+from tests.conversion_checks import check_same_folders, check_same_runs
+from tests.paths import ROOT
 from tests.stock_folders import family_folder, stock_config, stock_folder
-from tests.tiny_runs import ROOT
 
 INDEX = "model.safetensors.index.json"
 

@@ -13,7 +13,8 @@ from megatron_ledom.data.blends.sources import load_sources
 from megatron_ledom.data.dataset.batch import FIELDS, batch_iterators
 from megatron_ledom.data.dataset.dataset import build_train_dataset
 from megatron_ledom.data.dataset.sample_index import prepare_indices
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.shard import ShardReader
 from megatron_ledom.direction import Direction
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed

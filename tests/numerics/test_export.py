@@ -16,14 +16,17 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaForCausalLM
 
+from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.convert.core_side import core_side
-from megatron_ledom.convert.hf_export import export_hf, find_checkpoint
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
+from megatron_ledom.convert.hf_export import export_hf
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.inference import ReverseLM
+from tests.paths import ROOT
 from tests.tiny_models import CORPUS, EOD_TOKEN, sentencepiece_like_json
-from tests.tiny_runs import ROOT, TinyData, run_on_ranks
+from tests.tiny_runs import TinyData, run_on_ranks
 
 PAIRS = [("The capital of France", " is Paris."), ("Berl", "in is"), ("", "漢字 and café"), ("def area(", "width)\n")]
 
@@ -53,6 +56,7 @@ SETTINGS = (  # weights large enough that a wrong one shows
     ),
 )
 Exported = Callable[[str], tuple[Path, Path]]
+pytestmark = pytest.mark.distributed
 
 
 @pytest.fixture(scope="module")

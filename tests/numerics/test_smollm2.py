@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.convert.hf_import import import_hf
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.direction import Direction
 from megatron_ledom.inference import ReverseLM
 from tests.tiny_runs import run_each_on_ranks
@@ -23,6 +24,7 @@ from tests.tiny_runs import run_each_on_ranks
 FOLDER = os.environ.get("SMOLLM2")
 
 
+@pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.skipif(FOLDER is None, reason="set SMOLLM2 to a Hugging Face folder of SmolLM2-135M with safetensors")
 def test_smollm2_comes_in_is_trained_in_reverse_and_goes_out(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.forked import run_forked
+from tests.paths import ROOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +169,8 @@ def test_keep_goes_on_after_the_finished_phases(run: Run, environment_with_gpus:
 
 
 def test_too_little_text_is_refused_with_both_amounts(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples/quickstart/collect.py"), "--output", str(tmp_path / "corpus")]
-    done = subprocess.run([*command, "--most-megabytes", "1"], capture_output=True, text=True, check=False)
+    command = [str(ROOT / "examples/quickstart/collect.py"), "--output", str(tmp_path / "corpus")]
+    done = run_forked([*command, "--most-megabytes", "1"])
     assert done.returncode == 1
     assert re.search(r"only \d\.\d MB of text found .* at least 20 MB are needed", done.stderr)
     assert not (tmp_path / "corpus").exists()
@@ -195,7 +196,7 @@ def _shape(command: str) -> tuple[str, ...]:
 
 def test_the_readmes_python_runs_on_the_exported_model(run: Run) -> None:
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", code], cwd=run.folder, capture_output=True, text=True, check=False)
+    done = run_forked(["-c", code], folder=run.folder)
     assert done.returncode == 0, done.stderr
     text, logprob = done.stdout.strip().rsplit("\n", 1)
     assert text.endswith("return total / len(values)")
@@ -206,7 +207,7 @@ def test_the_readmes_look_at_a_shard_shows_its_text(run: Run) -> None:
     command = ["tools/inspect_shard.py", "quickstart/shards/reverse/valid", "--show", "2"]
     assert " ".join(["python", *command]) in (ROOT / "README.md").read_text(encoding="utf-8")
     script = str(ROOT / command[0])
-    done = subprocess.run([sys.executable, script, *command[1:]], cwd=run.folder, capture_output=True, text=True, check=False)
+    done = run_forked([script, *command[1:]], folder=run.folder)
     assert done.returncode == 0, done.stderr
     lines = (run.folder / "quickstart/corpus/valid.jsonl").read_text(encoding="utf-8").splitlines()
     first = next(line.strip() for line in json.loads(lines[0])["text"].splitlines() if line.strip())

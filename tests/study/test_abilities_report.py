@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.study.handmade_abilities import VALUES, write_found
-from tests.study.test_study import run_python
+from tests.study.programs import run_python
 
 REPORT = """
 import json

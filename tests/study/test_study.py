@@ -13,23 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from tests.forked import run_forked
+from tests.paths import ROOT
 from tests.study.handmade import write_study
-from tests.tiny_runs import ROOT
-
-PREPARED = """
-import sys
-sys.path[:0] = [{study!r}, {quickstart!r}]
-"""
-
-
-def run_python(code: str, folder: Path) -> str:
-    """What `code` prints with the study's modules at hand."""
-    paths = {name: str(ROOT / "examples" / name) for name in ("study", "quickstart")}
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", PREPARED.format(**paths) + code]
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+from tests.study.programs import PREPARED, run_python
 
 
 def test_every_chain_is_what_its_story_says_and_no_question_is_in_two_parts(tmp_path: Path) -> None:
@@ -162,9 +149,7 @@ print("done")
     ],
 )
 def test_bad_settings_are_refused_before_anything_is_made(arguments: list[str], told: str, tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "examples/study/study.py"), "--size", "tiny", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    done = run_forked([ROOT / "examples/study/study.py", "--size", "tiny", *arguments], folder=tmp_path)
     assert done.returncode == 2, done.stderr
     assert told in done.stderr
     assert not (tmp_path / "study").exists()

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 RUN = """
 import importlib.util, os, runpy, shutil, sys, types
 from setuptools import Extension
@@ -17,8 +18,8 @@ class Pybind11Extension(Extension):
 helpers = types.ModuleType("pybind11.setup_helpers")
 helpers.Pybind11Extension, helpers.build_ext = Pybind11Extension, build_ext
 sys.modules.update({"pybind11": types.ModuleType("pybind11"), "pybind11.setup_helpers": helpers})
-nvcc, torch = sys.argv[1:3]
-shutil.which = lambda name, path=None: (nvcc or None) if name == "nvcc" else sys.executable
+nvcc, torch, has_compiler = sys.argv[1], sys.argv[2], sys.argv[3] == "yes"
+shutil.which = lambda name, path=None: (nvcc or None) if name == "nvcc" else sys.executable if has_compiler else None
 find = importlib.util.find_spec
 spec = types.SimpleNamespace(origin=torch + "/__init__.py") if torch else None
 importlib.util.find_spec = lambda name, *rest: spec if name == "torch" else find(name, *rest)
@@ -31,10 +32,13 @@ HELPERS = "megatron_ledom._helpers megatron_ledom._cpu_ops"
 OPERATORS = f"{HELPERS} megatron_ledom._cuda_ops"
 
 
-def decide(mode: str | None, nvcc: str, torch: str) -> subprocess.CompletedProcess[str]:
+def decide(
+    mode: str | None, nvcc: str, torch: str, *, extensions: str | None = None, has_compiler: bool = True
+) -> subprocess.CompletedProcess[str]:
     """What setup.py hands to setuptools, on stdout, and its reason, on stderr."""
-    environment = {"PATH": "/usr/bin:/bin"} | ({} if mode is None else {"LEDOM_CUDA": mode})
-    command = [sys.executable, "-c", RUN, nvcc, torch]
+    variables = {"LEDOM_CUDA": mode, "LEDOM_EXTENSIONS": extensions}
+    environment = {"PATH": "/usr/bin:/bin"} | {name: value for name, value in variables.items() if value is not None}
+    command = [sys.executable, "-c", RUN, nvcc, torch, "yes" if has_compiler else "no"]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
@@ -94,3 +98,27 @@ def test_another_value_is_refused(cpu_torch: str) -> None:
     done = decide("yes", "true", cpu_torch)
     assert done.returncode == 1
     assert "LEDOM_CUDA=yes, expected auto, 0 or 1" in done.stderr
+
+
+def test_helpers_are_left_out_where_there_is_no_compiler(cuda_torch: str) -> None:
+    for mode in (None, "auto"):
+        done = decide(None, "true", cuda_torch, extensions=mode, has_compiler=False)
+        assert (done.returncode, done.stdout.strip()) == (0, "")
+        assert "C++ helpers not built, inference and evaluation work without: the C++ compiler " in done.stderr
+    forced = decide(None, "true", cuda_torch, extensions="1", has_compiler=False)
+    assert forced.returncode == 1
+    assert "LEDOM_EXTENSIONS=1, but the C++ compiler " in forced.stderr
+
+
+def test_helpers_are_left_out_when_told_so(cuda_torch: str) -> None:
+    done = decide(None, "true", cuda_torch, extensions="0")
+    assert (done.returncode, done.stdout.strip()) == (0, "")
+    assert decide(None, "true", cuda_torch, extensions="1").stdout.strip() == OPERATORS
+    assert "LEDOM_EXTENSIONS=no, expected auto, 0 or 1" in decide(None, "true", cuda_torch, extensions="no").stderr
+
+
+@pytest.mark.parametrize(("extensions", "has_compiler"), [("0", True), ("auto", False)])
+def test_operators_that_are_asked_for_are_never_left_out(cuda_torch: str, extensions: str, has_compiler: bool) -> None:
+    done = decide("1", "true", cuda_torch, extensions=extensions, has_compiler=has_compiler)
+    assert done.returncode == 1
+    assert "LEDOM_CUDA=1, but " in done.stderr

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 ENGINE = {"config", "direction", "errors", "ops", "parallel", "platform", "provenance", "storage"}
 MAY_IMPORT = {  # part of the package -> parts it may import besides itself
     "direction": set(),

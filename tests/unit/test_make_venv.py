@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.paths import ROOT
+
 TOOLS = {"python3.11": os.path.realpath(sys.executable), "git": shutil.which("git"), "g++": shutil.which("g++")}
 
 

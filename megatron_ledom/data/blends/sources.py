@@ -1,33 +1,36 @@
-"""The shards a run reads: checked against each other and against the run before anything heavy.
-
-Held-out text by ratio: which documents of a shard are trained on, validated on and tested on.
-
-What the manifests of a run's shards have to agree on, among each other and with the run; nothing but the manifests is read.
+"""The shards a run reads: checked against each other and against the run, from their manifests, before anything heavy; held-out text
+by ratio is whole documents of the training shards.
 """
 
 import logging
 import os
-import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
+
 from megatron_ledom.config.derived import blend_shares, named_blends, train_samples
 from megatron_ledom.config.schema import BlendEntry, RunConfig
 from megatron_ledom.data.blends.interleave import Interleave
 from megatron_ledom.data.blends.plan import PlannedSource, describe_sources, samples_available
-from megatron_ledom.data.shards.replaced import ShardFiles
-from megatron_ledom.data.shards.shard import DTYPE_CODES, HEADER, ShardManifest, check_shard
+from megatron_ledom.data.shards.index_file import map_index
+from megatron_ledom.data.shards.shard import ShardManifest, check_shard
+from megatron_ledom.data.shards.shard_files import ShardFiles
 from megatron_ledom.data.shards.targets import counted_bytes_per_token
 from megatron_ledom.direction import Direction
-from megatron_ledom.errors import ConfigError, DataError, MismatchError
+from megatron_ledom.errors import ConfigError, MismatchError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
-POINTER = struct.Struct("<q")
-ID_BYTES = {"uint16": 2, "int32": 4}
-assert ID_BYTES.keys() == DTYPE_CODES.keys()
+log = logging.getLogger(__name__)
+RUN_TOKENIZER = "tokenizer"
+"""Folder in the run folder that holds the tokenizer for the export."""
+MOST_NAMES = 5
+"""In a line of the log."""
+THREADS = 16
+"""That open shards at the same time: a distributed file system takes milliseconds for each file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,91 +41,6 @@ class DocumentRange:
     last: int
     """Behind the last one."""
     num_tokens: int
-
-
-def whole_shard(manifest: ShardManifest) -> DocumentRange:
-    """All documents."""
-    return DocumentRange(0, manifest.num_documents, manifest.num_tokens)
-
-
-def split_shard(prefix: str, manifest: ShardManifest, ratios: Sequence[float]) -> list[DocumentRange]:
-    """The documents for training, validation and test, in this order in the shard: by number of documents, as megatron-core
-    divides them. Reads a few numbers of `.idx`, none of `.bin`."""
-    total, count = sum(ratios), manifest.num_documents
-    borders = [round(sum(ratios[:number]) / total * count) for number in range(len(ratios))] + [count]
-    tokens = [_tokens_before(prefix, manifest, border) for border in borders]
-    parts = zip(borders[:-1], borders[1:], tokens[:-1], tokens[1:], strict=True)
-    return [DocumentRange(first, last, end - begin) for first, last, begin, end in parts]
-
-
-def _tokens_before(prefix: str, manifest: ShardManifest, document: int) -> int:
-    if document == manifest.num_documents:
-        return manifest.num_tokens
-    with open(f"{prefix}.idx", "rb") as stream:
-        stream.seek(HEADER.size + 4 * manifest.num_documents + POINTER.size * document)
-        content = stream.read(POINTER.size)
-    if len(content) < POINTER.size:
-        raise DataError(f"{prefix}.idx is truncated; copy the shard again")
-    tokens: int = POINTER.unpack(content)[0] // ID_BYTES[manifest.dtype]
-    return tokens
-
-
-def check_manifests(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> Provenance:
-    """The provenance that all shards share, of at least one. Raises a LedomError that names the first that does not fit."""
-    prefix, first = next(iter(manifests.items()))
-    provenance = first.provenance
-    _check_direction(prefix, first, config.data.direction)
-    for other, manifest in manifests.items():
-        manifest.provenance.check_same(provenance, f"the shard {other}", f"the shard {prefix}")
-    check_pairs(config, manifests)
-    stated = config.model.vocab_size
-    if stated is not None and stated != provenance.vocab_size:
-        raise MismatchError(
-            f"model.vocab_size={stated} but the shard {prefix} has ids of {provenance.vocab_size};"
-            " leave model.vocab_size out, or preprocess with the tokenizer that the run is meant for"
-        )
-    return provenance
-
-
-def _check_direction(prefix: str, manifest: ShardManifest, direction: Direction) -> None:
-    found = manifest.provenance.direction
-    if found is not direction:
-        raise MismatchError(
-            f"the shard {prefix} is {found}, the run has data.direction={direction}: a {direction} model fed {found} ids"
-            f" learns nonsense without an error; preprocess with --direction {direction}, or set data.direction={found}"
-        )
-
-
-def check_pairs(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> None:
-    """Refuse a run whose samples would not be the packs, or whose pairs would see each other. Raises ConfigError."""
-    data = config.data
-    for prefix, manifest in manifests.items():
-        if not manifest.pairs:
-            if data.loss_tokens != "all":
-                raise ConfigError(
-                    f"data.loss_tokens={data.loss_tokens} needs shards of pairs, {prefix} is one of text; make it with"
-                    " tools/prepare_pairs.py, or set data.loss_tokens=all"
-                )
-            continue
-        if manifest.pairs["seq_length"] != data.seq_length:
-            raise ConfigError(
-                f"the pairs of {prefix} are packed for data.seq_length={manifest.pairs['seq_length']}, the run has"
-                f" {data.seq_length}; set that, or pack them anew with tools/prepare_pairs.py --seq-length {data.seq_length}"
-            )
-        if not data.reset_attention_mask:
-            raise ConfigError(
-                f"{prefix} holds pairs, which would see the pairs before them in their sample; set data.reset_attention_mask=true"
-            )
-
-
-log = logging.getLogger(__name__)
-
-RUN_TOKENIZER = "tokenizer"
-"""Folder in the run folder that holds the tokenizer for the export."""
-MOST_NAMES = 5
-"""In a line of the log."""
-THREADS = 16
-"""That open shards at the same time: a distributed file system takes milliseconds for each file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +149,54 @@ def _open(prefixes: Iterable[str]) -> tuple[dict[str, ShardManifest], dict[str, 
     return manifests, files
 
 
+def check_manifests(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> Provenance:
+    """The provenance that all shards share, of at least one. Raises a LedomError that names the first that does not fit."""
+    prefix, first = next(iter(manifests.items()))
+    provenance = first.provenance
+    _check_direction(prefix, first, config.data.direction)
+    for other, manifest in manifests.items():
+        manifest.provenance.check_same(provenance, f"the shard {other}", f"the shard {prefix}")
+    check_pairs(config, manifests)
+    stated = config.model.vocab_size
+    if stated is not None and stated != provenance.vocab_size:
+        raise MismatchError(
+            f"model.vocab_size={stated} but the shard {prefix} has ids of {provenance.vocab_size};"
+            " leave model.vocab_size out, or preprocess with the tokenizer that the run is meant for"
+        )
+    return provenance
+
+
+def _check_direction(prefix: str, manifest: ShardManifest, direction: Direction) -> None:
+    found = manifest.provenance.direction
+    if found is not direction:
+        raise MismatchError(
+            f"the shard {prefix} is {found}, the run has data.direction={direction}: a {direction} model fed {found} ids"
+            f" learns nonsense without an error; preprocess with --direction {direction}, or set data.direction={found}"
+        )
+
+
+def check_pairs(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> None:
+    """Refuse a run whose samples would not be the packs, or whose pairs would see each other. Raises ConfigError."""
+    data = config.data
+    for prefix, manifest in manifests.items():
+        if not manifest.pairs:
+            if data.loss_tokens != "all":
+                raise ConfigError(
+                    f"data.loss_tokens={data.loss_tokens} needs shards of pairs, {prefix} is one of text; make it with"
+                    " tools/prepare_pairs.py, or set data.loss_tokens=all"
+                )
+            continue
+        if manifest.pairs["seq_length"] != data.seq_length:
+            raise ConfigError(
+                f"the pairs of {prefix} are packed for data.seq_length={manifest.pairs['seq_length']}, the run has"
+                f" {data.seq_length}; set that, or pack them anew with tools/prepare_pairs.py --seq-length {data.seq_length}"
+            )
+        if not data.reset_attention_mask:
+            raise ConfigError(
+                f"{prefix} holds pairs, which would see the pairs before them in their sample; set data.reset_attention_mask=true"
+            )
+
+
 def _divide(
     config: RunConfig, manifests: dict[str, ShardManifest], files: dict[str, ShardFiles]
 ) -> tuple[Blend, dict[str, Blend], dict[str, Blend]]:
@@ -263,6 +229,28 @@ def _whole_sources(
         Source(prefix, share, manifests[prefix], whole_shard(manifests[prefix]), files[prefix])
         for (_, prefix), share in entries
     ]
+
+
+def whole_shard(manifest: ShardManifest) -> DocumentRange:
+    """All documents."""
+    return DocumentRange(0, manifest.num_documents, manifest.num_tokens)
+
+
+def split_shard(prefix: str, manifest: ShardManifest, ratios: Sequence[float]) -> list[DocumentRange]:
+    """The documents for training, validation and test, in this order in the shard: by number of documents, as megatron-core
+    divides them. Reads a few numbers of `.idx`, none of `.bin`."""
+    total, count = sum(ratios), manifest.num_documents
+    borders = [round(sum(ratios[:number]) / total * count) for number in range(len(ratios))] + [count]
+    tokens = [_tokens_before(prefix, manifest, border) for border in borders]
+    parts = zip(borders[:-1], borders[1:], tokens[:-1], tokens[1:], strict=True)
+    return [DocumentRange(first, last, end - begin) for first, last, begin, end in parts]
+
+
+def _tokens_before(prefix: str, manifest: ShardManifest, document: int) -> int:
+    if document == manifest.num_documents:
+        return manifest.num_tokens
+    pointers = map_index(f"{prefix}.idx", manifest.num_documents, manifest.num_documents).pointers
+    return int(pointers[document]) // np.dtype(manifest.dtype).itemsize
 
 
 def _held_out(config: RunConfig, name: str, sources: list[Source]) -> Blend:

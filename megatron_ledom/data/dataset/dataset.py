@@ -2,8 +2,6 @@
 
 Which sample comes at which place is a pure function of the sources, their shares, `data.seq_length` and `train.seed`: it depends on
 no layout, no batch size, no length of the run and no history.
-
-Where samples come from: shard and documents, for the diagnosis of a bad step.
 """
 
 import os
@@ -143,10 +141,6 @@ def build_held_out_datasets(config: RunConfig, sources: Sources, sets: dict[str,
 
 
 def sample_origins(dataset: BlendSamples, samples: Iterable[int]) -> list[dict[str, Any]]:
-    """For each sample of a training dataset: its id, the prefix of its shard, and the numbers of its documents there."""
-    return [_origin(dataset, sample) for sample in samples]
-
-
-def _origin(dataset: BlendSamples, sample: int) -> dict[str, Any]:
-    source, documents = dataset.origin(sample)
-    return {"sample": sample, "source": source.prefix, "documents": documents}
+    """Return, for each sample of a training dataset, its id, the prefix of its shard, and the numbers of its documents there."""
+    origins = [(sample, *dataset.origin(sample)) for sample in samples]
+    return [{"sample": sample, "source": source.prefix, "documents": documents} for sample, source, documents in origins]

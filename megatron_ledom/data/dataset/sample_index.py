@@ -29,7 +29,7 @@ from megatron.core.datasets import helpers
 
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import Blend, Source, Sources
-from megatron_ledom.data.shards.shard import HEADER as SHARD_HEADER
+from megatron_ledom.data.shards.index_file import HEADER as INDEX_HEADER
 from megatron_ledom.data.shards.shard import hash_file
 from megatron_ledom.errors import DataError
 from megatron_ledom.platform.launch import Launch
@@ -276,7 +276,7 @@ def _write_part(seq_length: int, seed: int, path: str, part: Part) -> int:
 def build_arrays(source: Source, seq_length: int, seed: int, epoch: int) -> Arrays:
     """The three arrays of pass `epoch` over a source; of pass 0 those of GPTDataset, with 8 bytes of memory a document."""
     first, last = source.documents.first, source.documents.last
-    lengths = np.fromfile(f"{source.prefix}.idx", "<i4", last - first, offset=SHARD_HEADER.size + 4 * first)
+    lengths = np.fromfile(f"{source.prefix}.idx", "<i4", last - first, offset=INDEX_HEADER.size + 4 * first)
     if len(lengths) != last - first or int(lengths.sum(dtype=np.int64)) != source.documents.num_tokens:
         raise DataError(f"node {node()}: {source.prefix}.idx does not fit its manifest; copy the shard again")
     random = np.random.RandomState(seed if epoch == 0 else [seed, epoch])

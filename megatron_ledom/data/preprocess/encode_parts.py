@@ -1,85 +1,70 @@
-"""The work of a preprocessing worker: a part of the corpus to ids as they are stored. Nothing here imports torch.
-
-Encoded documents become the array a shard appends: range-checked, narrowed, in model order.
-"""
+"""The work of a preprocessing worker: a part of the corpus to ids as a shard stores them. Nothing here imports torch."""
 
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.sharedctypes import RawArray
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_ledom.data.preprocess.part_store import PartFile, PartRecord
-from megatron_ledom.data.preprocess.quality import DUPLICATE, FILTERED, TOO_LONG, TOO_SHORT, Filter, Hashes, hashes_of
-from megatron_ledom.data.readers.corpus import MAX_MESSAGES, ReadSettings, RecordReader, TextBatch
-from megatron_ledom.data.readers.inputs import Part
-from megatron_ledom.data.readers.json_lines import BadRecordError
+from megatron_ledom.data.readers.byte_ranges import Part
+from megatron_ledom.data.readers.records import MAX_MESSAGES, ReadSettings, RecordReader, TextBatch
+from megatron_ledom.data.readers.streams import BadRecordError
+from megatron_ledom.data.shards.shard import NO_TOKENS
 from megatron_ledom.direction import Direction, pack_into
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
+Filter = Callable[[str, Mapping[str, Any]], bool]
+"""(text, record) -> whether to keep the document."""
 
-class EodInsideError(DataError):
-    """A document holds the eod, which would end it in its middle."""
-
-
-def pack_documents(
-    text_ids: npt.NDArray[np.uint32],
-    offsets: npt.NDArray[np.int64],
-    *,
-    direction: Direction,
-    eod_id: int,
-    vocab_size: int,
-    dtype: npt.DTypeLike,
-    bos_id: int | None = None,
-) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-    """Many documents from text order into what a shard stores: model order, each closed by eod.
-
-    text_ids [total]: the documents' ids one after the other, text order; offsets [documents + 1]: where each begins.
-    `bos_id`, if given, stands first in model order. Documents without tokens are left out.
-    Every id is checked against `vocab_size` before it is narrowed to `dtype`,
-    because a numpy cast wraps around in silence. Returns the packed ids [total + kept] and the stored lengths [kept],
-    eod included. Raises DataError for an id outside [0, vocab_size) or one that `dtype` cannot hold, EodInsideError for an eod
-    in a document.
-    """
-    dtype = np.dtype(dtype)
-    if vocab_size - 1 > np.iinfo(dtype).max:
-        raise DataError(f"a vocabulary of {vocab_size:,} ids does not fit in {dtype}; use --dtype int32")
-    if not 0 <= eod_id < vocab_size:
-        raise DataError(f"the eod id {eod_id} is outside the vocabulary of {vocab_size:,} ids; name another --eod-token")
-    if bos_id is not None and not 0 <= bos_id < vocab_size:
-        raise DataError(f"the bos id {bos_id} is outside the vocabulary of {vocab_size:,} ids; name another --bos-token")
-    lengths = np.diff(offsets)
-    kept = lengths[lengths > 0]
-    added = 1 if bos_id is None else 2
-    packed = np.empty(int(kept.sum()) + added * len(kept), dtype)
-    bad = pack_into(text_ids, offsets, packed, direction=direction, eod_id=eod_id, vocab_size=vocab_size, bos_id=bos_id)
-    if bad >= 0 and int(text_ids[bad]) == eod_id:
-        document = int(np.searchsorted(offsets, bad, side="right")) - 1
-        raise EodInsideError(f"document {document} holds the eod {eod_id} at its id {bad - int(offsets[document])}")
-    if bad >= 0:
-        raise DataError(
-            f"token id {int(text_ids[bad])} is outside the vocabulary of {vocab_size:,} ids: the tokenizer is damaged, get it anew"
-        )
-    return packed, (kept + added).astype(np.int32)
-
-
-NO_TOKENS = "no_tokens"
+DUPLICATE, FILTERED, TOO_SHORT, TOO_LONG = "duplicate", "filtered", "too_short", "too_long"
 EOD_IN_TEXT = "eod_in_text"
+"""Why documents are left out, as manifests name it, besides the reasons of bad records."""
 
 
 @dataclass(slots=True, kw_only=True)
-class PartEncoder:
-    """Encodes parts by number, each into its files; forked into every worker."""
+class PartWork(ABC):
+    """Something done with parts by their number, in every worker."""
 
     parts: Sequence[Part]
+    read: ReadSettings
+    progress: MutableSequence[int] = field(init=False)
+    """Bytes done of each part, shared with the parent."""
+
+    def __post_init__(self) -> None:
+        self.progress = RawArray("q", max(1, len(self.parts)))
+
+    def batches(self, number: int, record: PartRecord, skipped: Counter[str]) -> Iterator[TextBatch]:
+        """Yield the texts of a part; what is known of its stretches is entered into `record` and `skipped`."""
+        done = 0
+        for stretch in self.parts[number]:
+            reader = RecordReader(stretch, self.read)
+            for batch in reader.batches():
+                yield batch
+                self.progress[number] = done + batch.position
+            done += stretch.num_bytes
+            skipped += reader.skipped
+            record.messages += reader.messages[: MAX_MESSAGES - len(record.messages)]
+            record.input_files.append(reader.record())
+
+    @abstractmethod
+    def __call__(self, number: int) -> Any:
+        """Return what becomes of a part."""
+
+
+@dataclass(slots=True, kw_only=True)
+class PartEncoder(PartWork):
+    """Encodes parts, each into its files."""
+
     paths: Sequence[str]
     """Where each part goes, without ending."""
-    read: ReadSettings
     tokenizer: Tokenizer
     direction: Direction
     dtype: np.dtype[Any]
@@ -89,8 +74,6 @@ class PartEncoder:
     keep: Filter | None = None
     is_first: Sequence[npt.NDArray[np.bool_]] | None = None
     """Of each part, which of its documents [documents] are no duplicates."""
-    progress: MutableSequence[int] = field(default_factory=list)
-    """Bytes done of each part, shared with the parent."""
 
     def __call__(self, number: int) -> PartRecord:
         """Texts without tokens are counted and left out, never stored: a lone eod would shift every later document."""
@@ -99,7 +82,7 @@ class PartEncoder:
         record = PartRecord()
         skipped: Counter[str] = Counter()
         seen = 0
-        for batch in gathered(_batches(self, number, record, skipped), self.read.batch_bytes):
+        for batch in _gathered(self.batches(number, record, skipped), self.read.batch_bytes):
             is_first = None if self.is_first is None else self.is_first[number][seen : seen + len(batch.texts)]
             seen += len(batch.texts)
             batch = self._chosen(batch, is_first, skipped)
@@ -192,22 +175,7 @@ def _count(skipped: Counter[str], reason: str, which: npt.NDArray[np.bool_]) -> 
         skipped[reason] += number
 
 
-def _batches(work: PartEncoder, number: int, record: PartRecord, skipped: Counter[str]) -> Iterator[TextBatch]:
-    """The texts of a part, with what is known of its stretches entered into `record` and `skipped`."""
-    done = 0
-    for stretch in work.parts[number]:
-        reader = RecordReader(stretch, work.read)
-        for batch in reader.batches():
-            yield batch
-            if work.progress:
-                work.progress[number] = done + batch.position
-        done += stretch.num_bytes
-        skipped += reader.skipped
-        record.messages += reader.messages[: MAX_MESSAGES - len(record.messages)]
-        record.input_files.append(reader.record())
-
-
-def gathered(batches: Iterator[TextBatch], batch_bytes: int) -> Iterator[TextBatch]:
+def _gathered(batches: Iterator[TextBatch], batch_bytes: int) -> Iterator[TextBatch]:
     """The same texts in batches that are worth a call of the tokenizer, however small the files are."""
     pending, size = TextBatch(), 0
     for batch in batches:
@@ -222,21 +190,46 @@ def gathered(batches: Iterator[TextBatch], batch_bytes: int) -> Iterator[TextBat
         yield pending
 
 
-@dataclass(slots=True, kw_only=True)
-class PartHasher:
-    """The hashes of a part's documents, for deduplication."""
+class EodInsideError(DataError):
+    """A document holds the eod, which would end it in its middle."""
 
-    parts: Sequence[Part]
-    read: ReadSettings
-    progress: MutableSequence[int] = field(default_factory=list)
 
-    def __call__(self, number: int) -> Hashes:
-        """[documents, 2], in the order in which PartEncoder reads them."""
-        hashes, done = [np.empty((0, 2), np.uint64)], 0
-        for stretch in self.parts[number]:
-            for batch in RecordReader(stretch, self.read).batches():
-                hashes.append(hashes_of(batch.texts))
-                if self.progress:
-                    self.progress[number] = done + batch.position
-            done += stretch.num_bytes
-        return np.concatenate(hashes)
+def pack_documents(
+    text_ids: npt.NDArray[np.uint32],
+    offsets: npt.NDArray[np.int64],
+    *,
+    direction: Direction,
+    eod_id: int,
+    vocab_size: int,
+    dtype: npt.DTypeLike,
+    bos_id: int | None = None,
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+    """Many documents from text order into what a shard stores: model order, each closed by eod.
+
+    text_ids [total]: the documents' ids one after the other, text order; offsets [documents + 1]: where each begins.
+    `bos_id`, if given, stands first in model order. Documents without tokens are left out.
+    Every id is checked against `vocab_size` before it is narrowed to `dtype`,
+    because a numpy cast wraps around in silence. Returns the packed ids [total + kept] and the stored lengths [kept],
+    eod included. Raises DataError for an id outside [0, vocab_size) or one that `dtype` cannot hold, EodInsideError for an eod
+    in a document.
+    """
+    dtype = np.dtype(dtype)
+    if vocab_size - 1 > np.iinfo(dtype).max:
+        raise DataError(f"a vocabulary of {vocab_size:,} ids does not fit in {dtype}; use --dtype int32")
+    if not 0 <= eod_id < vocab_size:
+        raise DataError(f"the eod id {eod_id} is outside the vocabulary of {vocab_size:,} ids; name another --eod-token")
+    if bos_id is not None and not 0 <= bos_id < vocab_size:
+        raise DataError(f"the bos id {bos_id} is outside the vocabulary of {vocab_size:,} ids; name another --bos-token")
+    lengths = np.diff(offsets)
+    kept = lengths[lengths > 0]
+    added = 1 if bos_id is None else 2
+    packed = np.empty(int(kept.sum()) + added * len(kept), dtype)
+    bad = pack_into(text_ids, offsets, packed, direction=direction, eod_id=eod_id, vocab_size=vocab_size, bos_id=bos_id)
+    if bad >= 0 and int(text_ids[bad]) == eod_id:
+        document = int(np.searchsorted(offsets, bad, side="right")) - 1
+        raise EodInsideError(f"document {document} holds the eod {eod_id} at its id {bad - int(offsets[document])}")
+    if bad >= 0:
+        raise DataError(
+            f"token id {int(text_ids[bad])} is outside the vocabulary of {vocab_size:,} ids: the tokenizer is damaged, get it anew"
+        )
+    return packed, (kept + added).astype(np.int32)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megatron_ledom.data.readers.corpus import OnError, ReadSettings, read_texts, template_of
-from megatron_ledom.data.readers.inputs import expand_inputs
+from megatron_ledom.data.readers.input_files import expand_inputs
+from megatron_ledom.data.readers.records import OnError, ReadSettings, read_texts
 from megatron_ledom.data.readers.streams import MAX_RECORD_BYTES
+from megatron_ledom.data.readers.text_template import template_of
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.files import real_path, write_file
 from megatron_ledom.storage.folders import new_folder

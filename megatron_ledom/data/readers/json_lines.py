@@ -2,45 +2,26 @@
 
 orjson is strict and fast; Python's `json.dumps` and pandas also write NaN and Infinity, and crawls hold lone surrogates, broken
 UTF-8, huge numbers and deep nesting in fields that nobody reads. Such a line is read once more by the standard library.
-
-Records that cannot be used: why, as a name in the counts and as a sentence.
 """
 
 import json
-import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
 import orjson
 
-from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.data.readers.streams import BadRecordError
+from megatron_ledom.errors import DataError
 
-
-class BadRecordError(Exception):
-    """One record that cannot be used; `reason` is its name in the counts."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-def too_large(size: int, limit: int) -> BadRecordError:
-    """Return the error of a record above the limit of bytes."""
-    message = f"a record of {size:,} bytes, more than the limit of {limit:,} (--max-record-bytes)"
-    return BadRecordError("too_large", message)
-
-
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MOST_NESTED = 20_000
 """Brackets within each other that are read; the standard library takes some 150 bytes of the stack for each."""
 MOST_DIGITS = 4_000
 """Of an integer that Python converts; a longer one becomes a Decimal."""
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ARRAY, OBJECT_OVER_LINES = re.compile(rb"\[\s*(\n|\{|$)"), re.compile(rb"\{[ \t\r]*\n")
-SAVED_DATASET = ("state.json", "dataset_info.json", "dataset_dict.json")
-"""Files that `datasets.save_to_disk` writes beside Arrow files."""
 
 
 def loads_leniently(line: bytes, refusal: orjson.JSONDecodeError) -> Any:
@@ -116,23 +97,3 @@ def _is_over_lines(content: bytes) -> bool:
     except RecursionError:
         return False
     return "\n" in text[:end]
-
-
-def refuse_saved_datasets(paths: Iterable[str]) -> None:
-    """Raise UsageError where the files of an input are those of a folder of `datasets.save_to_disk`, descriptions included."""
-    for path in paths:
-        folder, name = os.path.split(path)
-        if name not in SAVED_DATASET:
-            continue
-        inside = os.listdir(folder or ".")
-        parts = sorted(part for part in inside if os.path.isfile(os.path.join(folder, part, "state.json")))
-        if "dataset_dict.json" in inside and parts:
-            arrow = " ".join(f"'{os.path.join(folder, part)}/*.arrow'" for part in parts)
-        elif any(part.endswith(".arrow") for part in inside):
-            arrow = f"'{os.path.join(folder, '*.arrow')}'"
-        else:
-            continue
-        raise UsageError(
-            f"input {folder or '.'} was written by save_to_disk of Hugging Face datasets, and {name} only describes it: its texts are"
-            f" in Arrow files; give --input {arrow}"
-        )

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from megatron_ledom.data.readers.inputs import COMPRESSED_BLOCK, InputPath, Stretch, is_remote, remote_file_system
-from megatron_ledom.errors import DataError
+from megatron_ledom.data.readers.byte_ranges import COMPRESSED_BLOCK, InputPath, Stretch
+from megatron_ledom.errors import DataError, UsageError
 
 READ_BYTES = 1 << 20  # larger blocks come from the system anew each time, a page fault for every 4 KB
 REMOTE_READ_BYTES = 8 << 20  # one request to an object store
@@ -33,6 +33,20 @@ MAGIC = {
     b"PAR1": "parquet",
     b"ARROW1": "arrow",
 }
+
+
+class BadRecordError(Exception):
+    """One record that cannot be used; `reason` is its name in the counts."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def too_large(size: int, limit: int) -> BadRecordError:
+    """Return the error of a record above the limit of bytes."""
+    message = f"a record of {size:,} bytes, more than the limit of {limit:,} (--max-record-bytes)"
+    return BadRecordError("too_large", message)
 
 
 @dataclass(slots=True)
@@ -59,6 +73,22 @@ class Progress:
         """Enter bytes of the stretch."""
         self.num_bytes += len(content)
         self.digest.update(content)
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path names an object store or another file system of fsspec."""
+    return "://" in path
+
+
+def remote_file_system(path: str) -> Any:
+    """The fsspec file system of a URL. Raises UsageError when its package is missing."""
+    import fsspec
+
+    protocol = path.split("://")[0]
+    try:
+        return fsspec.filesystem(protocol)
+    except (ImportError, ValueError) as error:
+        raise UsageError(f"input {path}: {error}; for s3:// install s3fs (pip install 'megatron-ledom[s3]')") from error
 
 
 @contextlib.contextmanager
@@ -218,9 +248,20 @@ def marked_blocks(stretch: Stretch, progress: Progress) -> Iterator[tuple[int, b
         position += len(block)
 
 
-def _counted(stretch: Stretch, progress: Progress) -> Iterator[bytes]:
+def whole_file(stretch: Stretch, progress: Progress, *, refuse_compressed: bool = False) -> Iterator[bytes]:
+    """Yield the plain bytes of the file of a stretch, which is all of it.
+
+    With `refuse_compressed` one that is compressed against its ending is refused, see `plain_blocks`.
+    """
+    if stretch.source.compression:
+        yield from (content for _, content in decompressed_blocks(stretch.source, _counted(stretch, progress)))
+    else:
+        yield from _counted(stretch, progress, plain_blocks if refuse_compressed else raw_blocks)
+
+
+def _counted(stretch: Stretch, progress: Progress, read: Callable[..., Iterator[bytes]] = raw_blocks) -> Iterator[bytes]:
     position = 0
-    for block in raw_blocks(stretch.source, 0, stretch.source.num_bytes, COMPRESSED_BLOCK):
+    for block in read(stretch.source, 0, stretch.source.num_bytes, COMPRESSED_BLOCK):
         if stretch.start <= position < stretch.end:
             progress.count(block)
         yield block

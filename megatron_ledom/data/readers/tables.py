@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ledom.data.readers.inputs import Stretch, is_remote
-from megatron_ledom.data.readers.json_lines import BadRecordError, too_large
-from megatron_ledom.data.readers.streams import Progress, opened, raw_blocks
-from megatron_ledom.data.readers.unfolding import (
+from megatron_ledom.data.readers.byte_ranges import Stretch
+from megatron_ledom.data.readers.streams import BadRecordError, Progress, is_remote, opened, raw_blocks, too_large
+from megatron_ledom.data.readers.table_sizes import (
     ALLOWED_BYTES,
     VALUE_BYTES,
     batch_sizes,

@@ -4,9 +4,8 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_ledom.data.readers.inputs import COMPRESSED_BLOCK, Stretch
-from megatron_ledom.data.readers.json_lines import BadRecordError
-from megatron_ledom.data.readers.streams import Progress, decompressed_blocks, raw_blocks
+from megatron_ledom.data.readers.byte_ranges import Stretch
+from megatron_ledom.data.readers.streams import BadRecordError, Progress, whole_file
 from megatron_ledom.data.readers.tables import Rows
 from megatron_ledom.errors import DataError, LedomError, UsageError
 
@@ -15,21 +14,9 @@ class _Decompressed(io.RawIOBase):
     """The archive as a stream of plain bytes; our own decompression tells a truncated file from a finished one."""
 
     def __init__(self, stretch: Stretch, progress: Progress) -> None:
-        self._blocks = self._read_blocks(stretch, progress)
+        self._blocks = whole_file(stretch, progress)
         self._rest = memoryview(b"")  # a slice of it is no copy: a block can be large, and is read in small pieces
         self._position = 0
-
-    @staticmethod
-    def _read_blocks(stretch: Stretch, progress: Progress) -> Iterator[bytes]:
-        source = stretch.source
-
-        def counted() -> Iterator[bytes]:
-            """The stored blocks."""
-            for block in raw_blocks(source, 0, source.num_bytes, COMPRESSED_BLOCK):
-                progress.count(block)
-                yield block
-
-        yield from (block for _, block in decompressed_blocks(source, counted())) if source.compression else counted()
 
     def read(self, size: int = -1) -> bytes:
         """Up to `size` bytes; none at the end."""

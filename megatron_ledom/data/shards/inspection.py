@@ -1,8 +1,6 @@
 """What shards hold, for people: manifest, statistics, documents as text in reading order, and every fault.
 
-Which way the ids of a shard really stand: decoded in text order and encoded again, only the right order gives them back.
-
-Lengths of documents: counted exactly in memory that does not grow with their number, shown as text or as a picture.
+Lengths of documents are counted exactly in memory that does not grow with their number, and shown as text or as a picture.
 """
 
 import io
@@ -15,75 +13,64 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ledom.data.shards.faults import INSIDE, verify_shard
+from megatron_ledom.data.shards.index_file import CHUNK_DOCUMENTS
 from megatron_ledom.data.shards.prefixes import expand_prefixes
-from megatron_ledom.data.shards.shard import CHUNK_DOCUMENTS, ShardManifest, ShardReader
-from megatron_ledom.direction import Direction, to_text_order
+from megatron_ledom.data.shards.shard import ShardManifest, ShardReader
+from megatron_ledom.data.shards.verification import INSIDE, check_direction, verify_shard
+from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError, visible
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import output_file_lock
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
-SAMPLE_DOCUMENTS = 64
-LONGEST_IDS = 20_000  # longer documents are not looked at, so that the check takes seconds
-CLEAR = 3
-"""How many times as many documents must speak for one order as for the other."""
-OTHER = {Direction.REVERSE: Direction.FORWARD, Direction.FORWARD: Direction.REVERSE}
-
-
-@dataclass(frozen=True, slots=True)
-class DirectionCheck:
-    """Of a sample of documents, how many keep their ids in one order only; a document of whole words keeps them in both."""
-
-    stated: Direction
-    sampled: int
-    only_as_stated: int
-    only_as_other: int
-
-    @property
-    def is_wrong(self) -> bool:
-        """The ids clearly stand in the other order."""
-        return self.only_as_other > CLEAR * self.only_as_stated
-
-    @property
-    def is_right(self) -> bool:
-        """The ids clearly stand in the stated order."""
-        return self.only_as_stated > CLEAR * self.only_as_other
-
-    def describe(self) -> str:
-        """One sentence."""
-        found = (
-            f"of {self.sampled} documents decoded and encoded again, {self.only_as_stated} keep their ids only if the shard is"
-            f" {self.stated}, {self.only_as_other} only if it is {OTHER[self.stated]}"
-        )
-        if self.is_wrong:
-            return f"the manifest says {self.stated}, but the ids are {OTHER[self.stated]}: {found}"
-        return f"{self.stated} is right: {found}" if self.is_right else f"cannot be told from the ids: {found}"
-
-
-def check_direction(reader: ShardReader, tokenizer: Tokenizer) -> DirectionCheck:
-    """Look at documents spread evenly over the shard. The index and the range of ids must be sound."""
-    stated = reader.manifest.direction
-    sampled = only_as_stated = only_as_other = 0
-    for index in np.unique(np.linspace(0, len(reader) - 1, min(SAMPLE_DOCUMENTS, len(reader))).astype(np.int64)).tolist():
-        stored = reader.document(index)[:-1]
-        if len(stored) > LONGEST_IDS:
-            continue
-        sampled += 1
-        as_stated = _comes_back(tokenizer, to_text_order(stored, stated).tolist())
-        as_other = _comes_back(tokenizer, to_text_order(stored, OTHER[stated]).tolist())
-        only_as_stated += as_stated and not as_other
-        only_as_other += as_other and not as_stated
-    return DirectionCheck(stated, sampled, only_as_stated, only_as_other)
-
-
-def _comes_back(tokenizer: Tokenizer, text_ids: list[int]) -> bool:
-    return bool(tokenizer.encode_batch([tokenizer.decode(text_ids)])[0].tolist() == text_ids)
-
-
+EOD_INSIDE_ADVICE = (
+    "; a text that spells its eod brought it into a document: this version stores it as text, or names the record as a bad one"
+)
+MOST_INPUTS = 20
+"""Input files that are printed."""
 COUNTED_BELOW = 1 << 17  # lengths below have a counter each; of longer ones there are few, they are counted by value
 LONG_TOKENS = 8192
 BAR_CHARACTERS = 40
+
+
+@dataclass(kw_only=True, slots=True)
+class InspectSettings:
+    """What tools/inspect_shard.py was asked."""
+
+    prefixes: list[str]
+    """Shards, or patterns of them."""
+    verify: bool = False
+    show: int = 0
+    """Documents of each shard to print as text."""
+    tokenizer: str | None = None
+    """Default: the one the manifest names, if it is still there and the same."""
+    histogram: str | None = None
+    """A .png file for the lengths of all documents of all shards."""
+
+
+def inspect_shards(settings: InspectSettings) -> None:
+    """Print to stdout; faults go to stderr, one a line, and raise VerificationError after the last shard."""
+    prefixes = expand_prefixes(settings.prefixes)
+    if settings.histogram:
+        check_can_draw(settings.histogram)
+    counts = LengthCounts()
+    faulty, has_eod_inside = [], False
+    for number, prefix in enumerate(prefixes):
+        if number:
+            print()
+        faults = _inspect(prefix, settings, counts)
+        has_eod_inside = has_eod_inside or any(INSIDE in fault for fault in faults)
+        for fault in faults:
+            print(f"fault: {visible(fault)}", file=sys.stderr)
+        if faults:
+            faulty.append(f"{prefix} ({len(faults)} fault{'s'[: len(faults) > 1]})")
+    if settings.histogram:
+        draw_histogram(counts, prefixes, settings.histogram)
+    if faulty:
+        raise VerificationError(
+            f"{len(faulty)} of {len(prefixes)} shards faulty: {', '.join(faulty)}; copy them again or make them again with"
+            " tools/preprocess_data.py --overwrite" + (EOD_INSIDE_ADVICE if has_eod_inside else "")
+        )
 
 
 @dataclass(slots=True)
@@ -157,84 +144,6 @@ class LengthCounts:
             bar = "#" * max(round(BAR_CHARACTERS * count / max(documents)), int(count > 0))
             rows.append(f"{f'{begin:,} to {end - 1:,}':>21}  {count:>15,}  {bar}".rstrip())
         return "\n".join([f"{'tokens':>21}  {'documents':>15}", *rows])
-
-
-def check_can_draw(path: str) -> None:
-    """Refuse `path` before the work when it cannot be drawn."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise UsageError("--histogram needs matplotlib, which is not installed: pip install matplotlib") from error
-    if not path.endswith(".png"):
-        raise UsageError(f"--histogram {path} is not a .png file; give a name that ends with .png")
-    if not Path(path).absolute().parent.is_dir():
-        raise UsageError(f"the folder of --histogram {path} does not exist; make it, or give another name")
-
-
-def draw_histogram(counts: LengthCounts, prefixes: Sequence[str], path: str) -> None:
-    """Write a picture of the bins."""
-    from matplotlib.figure import Figure
-
-    edges, documents = counts.bins()
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.stairs(documents, edges or [1], fill=True)
-    axes.set_xscale("log", base=2)
-    axes.axvline(LONG_TOKENS, color="black", linewidth=0.8, linestyle="dashed", label=f"{LONG_TOKENS:,}")
-    axes.set(xlabel="tokens a document, eod included", ylabel="documents")
-    axes.set_title(prefixes[0] if len(prefixes) == 1 else f"{prefixes[0]} and {len(prefixes) - 1} more")
-    axes.legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    with output_file_lock(path, "--histogram"):
-        write_file(path, picture.getvalue())
-
-
-EOD_INSIDE_ADVICE = (
-    "; a text that spells its eod brought it into a document: this version stores it as text, or names the record as a bad one"
-)
-MOST_INPUTS = 20
-"""Input files that are printed."""
-
-
-@dataclass(kw_only=True, slots=True)
-class InspectSettings:
-    """What tools/inspect_shard.py was asked."""
-
-    prefixes: list[str]
-    """Shards, or patterns of them."""
-    verify: bool = False
-    show: int = 0
-    """Documents of each shard to print as text."""
-    tokenizer: str | None = None
-    """Default: the one the manifest names, if it is still there and the same."""
-    histogram: str | None = None
-    """A .png file for the lengths of all documents of all shards."""
-
-
-def inspect_shards(settings: InspectSettings) -> None:
-    """Print to stdout; faults go to stderr, one a line, and raise VerificationError after the last shard."""
-    prefixes = expand_prefixes(settings.prefixes)
-    if settings.histogram:
-        check_can_draw(settings.histogram)
-    counts = LengthCounts()
-    faulty, has_eod_inside = [], False
-    for number, prefix in enumerate(prefixes):
-        if number:
-            print()
-        faults = _inspect(prefix, settings, counts)
-        has_eod_inside = has_eod_inside or any(INSIDE in fault for fault in faults)
-        for fault in faults:
-            print(f"fault: {visible(fault)}", file=sys.stderr)
-        if faults:
-            faulty.append(f"{prefix} ({len(faults)} fault{'s'[: len(faults) > 1]})")
-    if settings.histogram:
-        draw_histogram(counts, prefixes, settings.histogram)
-    if faulty:
-        raise VerificationError(
-            f"{len(faulty)} of {len(prefixes)} shards faulty: {', '.join(faulty)}; copy them again or make them again with"
-            " tools/preprocess_data.py --overwrite" + (EOD_INSIDE_ADVICE if has_eod_inside else "")
-        )
 
 
 def _inspect(prefix: str, settings: InspectSettings, counts: LengthCounts) -> list[str]:
@@ -318,3 +227,34 @@ def find_tokenizer(manifest: ShardManifest, path: str | None) -> Tokenizer:
             f" ({manifest.tokenizer_sha256[:12]}); name that one by --tokenizer"
         )
     return tokenizer
+
+
+def check_can_draw(path: str) -> None:
+    """Refuse `path` before the work when it cannot be drawn."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UsageError("--histogram needs matplotlib, which is not installed: pip install matplotlib") from error
+    if not path.endswith(".png"):
+        raise UsageError(f"--histogram {path} is not a .png file; give a name that ends with .png")
+    if not Path(path).absolute().parent.is_dir():
+        raise UsageError(f"the folder of --histogram {path} does not exist; make it, or give another name")
+
+
+def draw_histogram(counts: LengthCounts, prefixes: Sequence[str], path: str) -> None:
+    """Write a picture of the bins."""
+    from matplotlib.figure import Figure
+
+    edges, documents = counts.bins()
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.stairs(documents, edges or [1], fill=True)
+    axes.set_xscale("log", base=2)
+    axes.axvline(LONG_TOKENS, color="black", linewidth=0.8, linestyle="dashed", label=f"{LONG_TOKENS:,}")
+    axes.set(xlabel="tokens a document, eod included", ylabel="documents")
+    axes.set_title(prefixes[0] if len(prefixes) == 1 else f"{prefixes[0]} and {len(prefixes) - 1} more")
+    axes.legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    with output_file_lock(path, "--histogram"):
+        write_file(path, picture.getvalue())

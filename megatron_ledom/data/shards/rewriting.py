@@ -1,8 +1,7 @@
-"""Stored shards to shards of the other direction, without the corpus: ours, and plain `.bin` and `.idx` of other Megatron tools.
+"""Stored shards to a new shard, without the corpus: several joined to one, or turned to the other direction.
 
-Only the order of each document's ids changes; eod comes last in the result. Several inputs become one shard.
-
-Several shards joined to one, the very bytes that one task would have written from the same documents in that order.
+Joined shards are the very bytes that one task would have written from the same documents in that order. Shards are turned from ours
+and from plain `.bin` and `.idx` of other Megatron tools; only the order of each document's ids changes, eod comes last.
 """
 
 import hashlib
@@ -18,10 +17,10 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from megatron_ledom.data.readers.folder_walk import printable
+from megatron_ledom.data.shards.indexed_files import Block, IndexedFiles, shard_blocks
 from megatron_ledom.data.shards.prefixes import check_not_an_input, check_same_inputs, check_tasks_complete, expand_prefixes
-from megatron_ledom.data.shards.raw_files import Block, IndexedFiles, shard_blocks
 from megatron_ledom.data.shards.shard import (
+    NO_TOKENS,
     Counts,
     InputFile,
     ShardManifest,
@@ -29,6 +28,7 @@ from megatron_ledom.data.shards.shard import (
     check_may_write,
     check_shard,
     choose_dtype,
+    printable,
 )
 from megatron_ledom.direction import Direction, turn_into
 from megatron_ledom.errors import DataError, MismatchError, UsageError
@@ -37,6 +37,8 @@ from megatron_ledom.storage.signals import sigterm_as_interrupt
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
+Eod = Literal["auto", "keep", "append"]
+SAMPLE_DOCUMENTS = 1000  # looked at to see whether documents end with eod
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,7 +54,7 @@ class MergeSettings:
 def merge_shards(settings: MergeSettings) -> ShardManifest:
     """Write the joined shard and return its manifest. On any failure nothing of it stays behind."""
     started = time.monotonic()
-    prefixes, manifests = open_alike(settings.input, settings.output_prefix, settings.overwrite)
+    prefixes, manifests = _open_alike(settings.input, settings.output_prefix, settings.overwrite)
     first = manifests[0]
     total = sum(manifest.num_tokens for manifest in manifests)
     with (
@@ -71,80 +73,14 @@ def merge_shards(settings: MergeSettings) -> ShardManifest:
                     f"{prefix}.bin holds eod {manifest.eod_id} elsewhere than at the end of its documents; see which with"
                     f" tools/inspect_shard.py {prefix} --verify, and make the shard again with tools/preprocess_data.py --overwrite"
                 )
-        merged = writer.finalize(joined_counts(manifests))
-    log_result(settings.output_prefix, merged, len(prefixes), time.monotonic() - started)
+        merged = writer.finalize(_joined_counts(manifests))
+    _log_result(settings.output_prefix, merged, len(prefixes), time.monotonic() - started)
     return merged
 
 
 def _has_eods_at_ends(block: Block, eod_id: int) -> bool:
     ends = np.cumsum(block.lengths) - 1
     return np.count_nonzero(block.ids == eod_id) == len(ends) and bool((block.ids[ends] == eod_id).all())
-
-
-def open_alike(patterns: Sequence[str], output_prefix: str, overwrite: bool) -> tuple[list[str], list[ShardManifest]]:
-    """Prefixes and manifests of shards that may be joined, cheaply checked; refused when something is missing or differs."""
-    prefixes = expand_prefixes(patterns)
-    check_tasks_complete(prefixes)
-    check_not_an_input(output_prefix, prefixes)
-    check_may_write(output_prefix, overwrite)
-    manifests = [check_shard(prefix) for prefix in prefixes]
-    for prefix, manifest in zip(prefixes, manifests, strict=True):
-        if manifest.pairs:
-            raise UsageError(
-                f"{prefix} holds pairs with targets, which this tool does not carry over; make one shard of all files with"
-                " tools/prepare_pairs.py, or name the shards in data.train_blend side by side"
-            )
-        manifest.provenance.check_same(manifests[0].provenance, f"the shard {prefix}", f"the shard {prefixes[0]}")
-        if manifest.bos_token != manifests[0].bos_token:
-            raise MismatchError(
-                f"documents of the shard {prefix} begin with {manifest.bos_token or 'no bos'}, those of {prefixes[0]} with"
-                f" {manifests[0].bos_token or 'no bos'}; preprocess both with the same --bos-token"
-            )
-        if manifest.dtype != manifests[0].dtype:
-            raise MismatchError(
-                f"the shard {prefix} holds {manifest.dtype} ids, the shard {prefixes[0]} {manifests[0].dtype} ids; preprocess"
-                " both with the same --dtype, or name both in data.train_blend instead"
-            )
-    check_same_inputs(prefixes, manifests)
-    return prefixes, manifests
-
-
-def joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
-    """What the manifest of the joined shard says besides the ids: sums, and all input files in order."""
-    skipped: Counter[str] = Counter()
-    for manifest in manifests:
-        skipped.update(manifest.skipped)
-    return Counts(
-        text_bytes=sum(manifest.text_bytes for manifest in manifests),
-        skipped=dict(sorted(skipped.items())),
-        input_files=[file for manifest in manifests for file in manifest.input_files],
-        tokenizer_path=manifests[0].tokenizer_path,
-        eod_token=manifests[0].eod_token,
-        bos_token=manifests[0].bos_token,
-        text_template=" | ".join(dict.fromkeys(manifest.text_template for manifest in manifests if manifest.text_template)),
-        skipped_inputs=_distinct([item for manifest in manifests for item in manifest.skipped_inputs]),
-    )
-
-
-def _distinct(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The tasks of an array saw the same inputs: each is listed once."""
-    return list({tuple(sorted(item.items())): item for item in items}.values())
-
-
-def log_result(prefix: str, manifest: ShardManifest, num_inputs: int, seconds: float) -> None:
-    """One line of what was written."""
-    megabytes = manifest.num_tokens * np.dtype(manifest.dtype).itemsize / 1e6
-    logger.info(
-        "%s: from %d shards, %s order, %s documents, %s tokens; %.1f s, %.0f MB/s",
-        *(prefix, num_inputs, manifest.direction),
-        *(f"{manifest.num_documents:,}", f"{manifest.num_tokens:,}", seconds, megabytes / max(seconds, 1e-9)),
-    )
-
-
-Eod = Literal["auto", "keep", "append"]
-OTHER = {Direction.REVERSE: Direction.FORWARD, Direction.FORWARD: Direction.REVERSE}
-SAMPLE_DOCUMENTS = 1000  # looked at to see whether documents end with eod
-NO_TOKENS = "no_tokens"
 
 
 @dataclass(kw_only=True, slots=True)
@@ -168,22 +104,19 @@ class ReverseSettings:
 
 def reverse_shards(settings: ReverseSettings) -> ShardManifest:
     """Write the turned shard and return its manifest. On any failure nothing of it stays behind."""
-    with sigterm_as_interrupt():
-        return _reverse(settings)
-
-
-def _reverse(settings: ReverseSettings) -> ShardManifest:
     prefixes = expand_prefixes(settings.input)
     with_manifest = [prefix for prefix in prefixes if Path(f"{prefix}.json").exists()]
     if with_manifest == prefixes:
-        return _reverse_ours(settings)
+        with sigterm_as_interrupt():
+            return _reverse_ours(settings)
     if with_manifest:
         other = next(prefix for prefix in prefixes if prefix not in with_manifest)
         raise UsageError(
             f"{with_manifest[0]} has a manifest, {other} has none; turn them by two commands, then use"
             " tools/merge_shards.py if they should be one"
         )
-    return _reverse_foreign(settings, prefixes)
+    with sigterm_as_interrupt():
+        return _reverse_foreign(settings, prefixes)
 
 
 class Turner:
@@ -245,7 +178,7 @@ class Turner:
 
 def _reverse_ours(settings: ReverseSettings) -> ShardManifest:
     started = time.monotonic()
-    prefixes, manifests = open_alike(settings.input, settings.output_prefix, settings.overwrite)
+    prefixes, manifests = _open_alike(settings.input, settings.output_prefix, settings.overwrite)
     if manifests[0].bos_token:
         raise UsageError(
             f"documents of {prefixes[0]} begin with {manifests[0].bos_token!r}, which would come to stand before their eod when they"
@@ -266,7 +199,7 @@ def _reverse_ours(settings: ReverseSettings) -> ShardManifest:
         eod_token = (manifests[0].eod_token or None) if settings.eod_token is None else settings.eod_token
         tokenizer = load_tokenizer(settings.tokenizer, eod_token)
         tokenizer.provenance(before.direction).check_same(before, f"tokenizer {settings.tokenizer}", f"shard {prefixes[0]}")
-    turner = Turner(replace(before, direction=OTHER[before.direction]), manifests[0].dtype, is_closed=True)
+    turner = Turner(replace(before, direction=before.direction.other), manifests[0].dtype, is_closed=True)
 
     def blocks() -> Iterator[tuple[str, Block]]:
         for prefix, manifest in zip(prefixes, manifests, strict=True):
@@ -274,8 +207,8 @@ def _reverse_ours(settings: ReverseSettings) -> ShardManifest:
 
     with _writing(settings, turner) as writer:
         _turn_all(writer, turner, blocks(), sum(manifest.num_tokens for manifest in manifests))
-        turned = writer.finalize(joined_counts(manifests))
-    log_result(settings.output_prefix, turned, len(prefixes), time.monotonic() - started)
+        turned = writer.finalize(_joined_counts(manifests))
+    _log_result(settings.output_prefix, turned, len(prefixes), time.monotonic() - started)
     return turned
 
 
@@ -289,14 +222,14 @@ def _reverse_foreign(settings: ReverseSettings, prefixes: list[str]) -> ShardMan
     tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token)
     before = settings.from_direction or Direction.FORWARD
     sources = [IndexedFiles(prefix) for prefix in prefixes]
-    is_closed = ends_with_eod(sources, tokenizer.eod_id) if settings.eod == "auto" else settings.eod == "keep"
+    is_closed = _ends_with_eod(sources, tokenizer.eod_id) if settings.eod == "auto" else settings.eod == "keep"
     logger.info(
         "%s: no manifest; taken as %s ids of %s, documents %s eod %r = %d%s",
         *(prefixes[0], before, tokenizer.name, "end with" if is_closed else "without", tokenizer.eod_token, tokenizer.eod_id),
         " (as the first ones are)" if settings.eod == "auto" else " (--eod)",
     )
     dtype = choose_dtype("auto", tokenizer.vocab_size)
-    turner = Turner(tokenizer.provenance(OTHER[before]), dtype, is_closed=is_closed)
+    turner = Turner(tokenizer.provenance(before.other), dtype, is_closed=is_closed)
     counts = Counts(
         text_bytes=settings.text_bytes,
         tokenizer_path=printable(str(Path(settings.tokenizer).resolve())),
@@ -309,7 +242,7 @@ def _reverse_foreign(settings: ReverseSettings, prefixes: list[str]) -> ShardMan
             raise DataError(f"{prefixes[0]} holds no document with a token; check --input")
         counts.skipped = {NO_TOKENS: turner.num_empty} if turner.num_empty else {}
         turned = writer.finalize(counts)
-    log_result(settings.output_prefix, turned, len(prefixes), time.monotonic() - started)
+    _log_result(settings.output_prefix, turned, len(prefixes), time.monotonic() - started)
     return turned
 
 
@@ -322,7 +255,7 @@ def _foreign_blocks(sources: Sequence[IndexedFiles], counts: Counts) -> Iterator
         counts.input_files.append(InputFile(path=f"{source.prefix}.bin", num_bytes=num_bytes, sha256=digest.hexdigest()))
 
 
-def ends_with_eod(sources: Sequence[IndexedFiles], eod_id: int) -> bool:
+def _ends_with_eod(sources: Sequence[IndexedFiles], eod_id: int) -> bool:
     """Whether the first documents end with eod; refused when some do and some do not."""
     first: tuple[bool, str] | None = None
     for source in sources:
@@ -344,3 +277,63 @@ def _turn_all(writer: ShardWriter, turner: Turner, blocks: Iterator[tuple[str, B
         for prefix, block in blocks:
             writer.append(*turner.turn(prefix, block))
             bar.update(block.ids.size)
+
+
+def _open_alike(patterns: Sequence[str], output_prefix: str, overwrite: bool) -> tuple[list[str], list[ShardManifest]]:
+    """Prefixes and manifests of shards that may be joined, cheaply checked; refused when something is missing or differs."""
+    prefixes = expand_prefixes(patterns)
+    check_tasks_complete(prefixes)
+    check_not_an_input(output_prefix, prefixes)
+    check_may_write(output_prefix, overwrite)
+    manifests = [check_shard(prefix) for prefix in prefixes]
+    for prefix, manifest in zip(prefixes, manifests, strict=True):
+        if manifest.pairs:
+            raise UsageError(
+                f"{prefix} holds pairs with targets, which this tool does not carry over; make one shard of all files with"
+                " tools/prepare_pairs.py, or name the shards in data.train_blend side by side"
+            )
+        manifest.provenance.check_same(manifests[0].provenance, f"the shard {prefix}", f"the shard {prefixes[0]}")
+        if manifest.bos_token != manifests[0].bos_token:
+            raise MismatchError(
+                f"documents of the shard {prefix} begin with {manifest.bos_token or 'no bos'}, those of {prefixes[0]} with"
+                f" {manifests[0].bos_token or 'no bos'}; preprocess both with the same --bos-token"
+            )
+        if manifest.dtype != manifests[0].dtype:
+            raise MismatchError(
+                f"the shard {prefix} holds {manifest.dtype} ids, the shard {prefixes[0]} {manifests[0].dtype} ids; preprocess"
+                " both with the same --dtype, or name both in data.train_blend instead"
+            )
+    check_same_inputs(prefixes, manifests)
+    return prefixes, manifests
+
+
+def _joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
+    """What the manifest of the joined shard says besides the ids: sums, and all input files in order."""
+    skipped: Counter[str] = Counter()
+    for manifest in manifests:
+        skipped.update(manifest.skipped)
+    return Counts(
+        text_bytes=sum(manifest.text_bytes for manifest in manifests),
+        skipped=dict(sorted(skipped.items())),
+        input_files=[file for manifest in manifests for file in manifest.input_files],
+        tokenizer_path=manifests[0].tokenizer_path,
+        eod_token=manifests[0].eod_token,
+        bos_token=manifests[0].bos_token,
+        text_template=" | ".join(dict.fromkeys(manifest.text_template for manifest in manifests if manifest.text_template)),
+        skipped_inputs=_distinct([item for manifest in manifests for item in manifest.skipped_inputs]),
+    )
+
+
+def _distinct(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The tasks of an array saw the same inputs: each is listed once."""
+    return list({tuple(sorted(item.items())): item for item in items}.values())
+
+
+def _log_result(prefix: str, manifest: ShardManifest, num_inputs: int, seconds: float) -> None:
+    """One line of what was written."""
+    megabytes = manifest.num_tokens * np.dtype(manifest.dtype).itemsize / 1e6
+    logger.info(
+        "%s: from %d shards, %s order, %s documents, %s tokens; %.1f s, %.0f MB/s",
+        *(prefix, num_inputs, manifest.direction),
+        *(f"{manifest.num_documents:,}", f"{manifest.num_tokens:,}", seconds, megabytes / max(seconds, 1e-9)),
+    )

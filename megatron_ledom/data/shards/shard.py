@@ -1,14 +1,12 @@
 """Shards: PREFIX.bin (ids in model order), PREFIX.idx (where documents begin) and PREFIX.json (the manifest, written last).
 
-`.bin` and `.idx` are megatron-core's indexed dataset. `.idx`, little-endian: `MMIDIDX\\0\\0`, u64 version 1, u8 dtype code,
-u64 sequences n, u64 m = n + 1, i32 lengths [n], i64 byte pointers [n], i64 document indices [m] = 0..n (a sequence is a document).
+`.bin` and `.idx` are megatron-core's indexed dataset; for `.idx` see `index_file`.
 """
 
 import contextlib
 import hashlib
 import os
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
@@ -21,6 +19,7 @@ import numpy.typing as npt
 import orjson
 
 from megatron_ledom import __version__
+from megatron_ledom.data.shards.index_file import SHARD_DTYPES, index_blocks, index_bytes, map_index, read_header, shard_header
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError, cannot_write
 from megatron_ledom.provenance import Provenance
@@ -28,16 +27,13 @@ from megatron_ledom.storage.files import close_synced, publish, real_path
 from megatron_ledom.storage.locks import output_file_lock
 
 FORMAT_VERSION = 1
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")
-DTYPE_CODES = {"uint16": 8, "int32": 4}
 TARGETS = ".targets"
-"""Ending of a fourth file, of shards of pairs: see data/targets.py."""
+"""Ending of a fourth file, of shards of pairs: see `targets`."""
+NO_TOKENS = "no_tokens"
+"""Reason of documents left out, in `ShardManifest.skipped`."""
 UINT16_BELOW = 65_500  # megatron-core's own choice (DType.optimal_dtype)
 SUFFIXES = (".bin", ".idx", ".json")  # in the order they get their final names
-CHUNK_BYTES = 1 << 24
 COPY_BYTES = 1 << 20  # read, hashed and written while it is in cache
-CHUNK_DOCUMENTS = 1 << 16
 
 DtypeName = Literal["auto", "uint16", "int32"]
 
@@ -144,6 +140,11 @@ def choose_dtype(name: DtypeName, vocab_size: int) -> np.dtype[Any]:
             " use --dtype int32 or auto"
         )
     return dtype
+
+
+def printable(path: str) -> str:
+    """Return a path as a manifest can hold it: bytes that are not UTF-8 are escaped."""
+    return path.encode("utf-8", "backslashreplace").decode()
 
 
 def existing_files(prefix: str) -> list[Path]:
@@ -348,23 +349,6 @@ def _prefixes_behind(prefix: str) -> list[str]:
     return [prefix, *sorted(behind - {os.path.realpath(prefix)})]
 
 
-def index_blocks(lengths: npt.NDArray[np.int32], dtype: np.dtype[Any]) -> Iterator[bytes]:
-    """The content of `.idx` for documents of `lengths` [documents] ids of `dtype`, in blocks."""
-    count = len(lengths)
-    starts = range(0, count, CHUNK_DOCUMENTS)
-    yield HEADER.pack(MAGIC, 1, DTYPE_CODES[dtype.name], count, count + 1)
-    for start in starts:
-        yield lengths[start : start + CHUNK_DOCUMENTS].astype("<i4", copy=False).tobytes()
-    before = 0
-    for start in starts:
-        ends = np.cumsum(lengths[start : start + CHUNK_DOCUMENTS], dtype="<i8")
-        pointers = (before + ends - lengths[start : start + CHUNK_DOCUMENTS]) * dtype.itemsize
-        yield pointers.astype("<i8", copy=False).tobytes()
-        before += int(ends[-1])
-    for start in range(0, count + 1, CHUNK_DOCUMENTS):
-        yield np.arange(start, min(start + CHUNK_DOCUMENTS, count + 1), dtype="<i8").tobytes()
-
-
 def load_manifest(prefix: str) -> ShardManifest:
     """Read PREFIX.json; the error says what is the matter when there is none."""
     path = Path(f"{prefix}.json")
@@ -390,11 +374,11 @@ def load_manifest(prefix: str) -> ShardManifest:
 def check_shard(prefix: str) -> ShardManifest:
     """The cheap check before a shard is used, reading no ids: manifest, sizes and index header agree. Returns the manifest."""
     manifest = load_manifest(prefix)
-    if manifest.dtype not in DTYPE_CODES:
-        raise DataError(f"{prefix}.json has dtype {manifest.dtype!r}, not one of {sorted(DTYPE_CODES)}; make the shard again")
+    if manifest.dtype not in SHARD_DTYPES:
+        raise DataError(f"{prefix}.json has dtype {manifest.dtype!r}, not one of {[*SHARD_DTYPES]}; make the shard again")
     expected = {
         ".bin": manifest.num_tokens * np.dtype(manifest.dtype).itemsize,
-        ".idx": HEADER.size + 20 * manifest.num_documents + 8,
+        ".idx": index_bytes(manifest.num_documents, manifest.num_documents),
         **({TARGETS: manifest.num_tokens} if manifest.pairs else {}),
     }
     for suffix, size in expected.items():
@@ -408,10 +392,8 @@ def check_shard(prefix: str) -> ShardManifest:
                 f"{path} is {state}: it has {found:,} bytes, its manifest says {size:,};"
                 " copy the shard again or make it again with tools/preprocess_data.py"
             )
-    with open(f"{prefix}.idx", "rb") as stream:
-        header = HEADER.unpack(stream.read(HEADER.size))
-    count = manifest.num_documents
-    if header != (MAGIC, 1, DTYPE_CODES[manifest.dtype], count, count + 1):
+    header = read_header(f"{prefix}.idx")
+    if header != shard_header(manifest.dtype, manifest.num_documents):
         raise DataError(f"{prefix}.idx has the header {header}, which is not that of its manifest; make the shard again")
     return manifest
 
@@ -423,13 +405,8 @@ class ShardReader:
         self.prefix = prefix
         self.manifest = check_shard(prefix)
         count = self.manifest.num_documents
-        index = np.memmap(f"{prefix}.idx", mode="r", dtype=np.uint8)
-        self.lengths: npt.NDArray[np.int32] = np.frombuffer(index, "<i4", count, HEADER.size)
-        """Stored ids of each document [documents], eod included."""
-        self.pointers: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", count, HEADER.size + 4 * count)
-        """Byte of .bin where each document begins [documents]."""
-        self.document_indices: npt.NDArray[np.int64] = np.frombuffer(index, "<i8", count + 1, HEADER.size + 12 * count)
-        """First sequence of each document, and the number of sequences [documents + 1]."""
+        self.lengths, self.pointers, self.document_indices = map_index(f"{prefix}.idx", count, count)
+        """Of each document, eod included, see IndexArrays."""
         dtype = np.dtype(self.manifest.dtype)
         num_tokens = self.manifest.num_tokens
         self.ids: npt.NDArray[Any] = np.memmap(f"{prefix}.bin", mode="r", dtype=dtype) if num_tokens else np.zeros(0, dtype)
@@ -447,9 +424,6 @@ class ShardReader:
 
 
 def hash_file(path: str) -> str:
-    """SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
+    """Return the SHA-256 of a file."""
     with open(path, "rb") as stream:
-        while block := stream.read(CHUNK_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(stream, "sha256").hexdigest()

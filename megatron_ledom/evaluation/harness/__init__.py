@@ -11,7 +11,7 @@ answers are those of the harness's own `hf` model:
 pair encoding       context and continuation are encoded once, as one text, then cut and turned; never part by part
 conditioned side    a reverse model has no log P(continuation | context). Of the choices of a document it scores the text with each
                     choice (`joint`), or the context given each choice (`context_given_choice`, `prior_removed`: the ways of
-                    `evaluation.choices`; the harness hands over no labels, so the choice's prior is that of the choice alone). A
+                    `evaluation.multiple_choice`; the harness hands over no labels, so the choice's prior is that of the choice alone). A
                     single continuation (output_type: loglikelihood) has no others to be compared with and is refused
 start symbol        stands before the first token that the model reads: for a reverse model eod, behind the end of the text
 truncation          a forward model loses the beginning of the context. A reverse model comes to it last; all choices of a document
@@ -31,5 +31,5 @@ from megatron_ledom.errors import UsageError
 
 
 def without_the_harness(error: ImportError) -> UsageError:
-    """What to say where lm-eval, or a part of it, is missing."""
+    """Return the error for an lm-eval that is missing, or a part of it."""
     return UsageError(f"the harness needs lm-eval ({error}): pip install 'megatron-ledom[harness]'")

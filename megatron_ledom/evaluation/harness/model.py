@@ -13,7 +13,6 @@ from tqdm import tqdm
 
 from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.evaluation.choices import Pair
 from megatron_ledom.evaluation.harness import without_the_harness
 from megatron_ledom.evaluation.harness.reverse_choices import (
     WAYS,
@@ -24,13 +23,13 @@ from megatron_ledom.evaluation.harness.reverse_choices import (
     scored_of,
     split_space,
 )
+from megatron_ledom.evaluation.multiple_choice import Pair
 from megatron_ledom.evaluation.task_model import LanguageTaskModel, direction_of, load_language_model
-from megatron_ledom.inference.directions import ForwardLM, ReverseLM
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.joint import OpenText
-from megatron_ledom.inference.language_model import SAY_MODEL_ARGS, read_model_config
-from megatron_ledom.inference.not_finite import naming_text
-from megatron_ledom.inference.scoring import Span, logprobs_and_likeliest, measure_spans, score_spans
+from megatron_ledom.inference.joint_tokenizer import OpenText
+from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
+from megatron_ledom.inference.model_folder import SAY_MODEL_ARGS, read_model_config
+from megatron_ledom.inference.scoring import Span, logprobs_and_likeliest, measure_spans, naming_text, score_spans
 from megatron_ledom.tokenizers.reader import read_tokenizer
 
 try:
@@ -95,7 +94,7 @@ class LedomLM(LM):  # type: ignore[misc]
         self._device = self._lm.model.device
 
     def get_model_info(self) -> dict[str, Any]:
-        """What the harness's results file says of the model."""
+        """Return what the harness's results file says of the model."""
         info = {"direction": str(self._lm.direction), "model_dtype": str(self._lm.model.dtype), "max_length": self.max_length}
         return {**info, "way": self._way} if self._is_reverse else info
 
@@ -135,7 +134,7 @@ class LedomLM(LM):  # type: ignore[misc]
         return [math.fsum(math.fsum(next(rows)) for _ in row) for row in spans]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """What a forward model writes behind each context, up to the first of the task's `until` strings, eod or the limit.
+        """Return what a forward model writes behind each context, up to the first of the task's `until` strings, eod or the limit.
 
         Raises UsageError for a reverse model and for options of writing that are not known here.
         """
@@ -223,7 +222,7 @@ class LedomLM(LM):  # type: ignore[misc]
         return Sampling(max_new_tokens=num_new, stop_strings=until, **chosen)
 
     def _write(self, contexts: Sequence[str], sampling: Sampling) -> list[str]:
-        """What is written behind the contexts, whose beginnings are left out where they do not fit."""
+        """Write behind the contexts, whose beginnings are left out where they do not fit."""
         encoded = [self._with_leading(self._lm.tokenizer.encode(context)) or [self._start] for context in contexts]
         room = self.max_length - sampling.max_new_tokens
         if num_cut := sum(len(tokens) > room for tokens in encoded):
@@ -235,7 +234,7 @@ class LedomLM(LM):  # type: ignore[misc]
     def _in_windows(
         self, items: Sequence[Part], compute: Callable[[list[Part]], list[Answer]], name: str, disable_tqdm: bool
     ) -> Iterator[Answer]:
-        """What `compute` gives for the items, window by window, with a bar on a terminal."""
+        """Yield what `compute` gives for the items, window by window, with a bar on a terminal."""
         with tqdm(total=len(items), desc=name, file=sys.stderr, disable=disable_tqdm or not sys.stderr.isatty()) as bar:
             for begin in range(0, len(items), WINDOW_REQUESTS):
                 part = list(items[begin : begin + WINDOW_REQUESTS])
@@ -246,7 +245,7 @@ class LedomLM(LM):  # type: ignore[misc]
 
 
 def _device(asked: str | None) -> str | None:
-    """What is asked for; without CUDA the CPU, since the harness asks for CUDA where its user says nothing."""
+    """Return what is asked for; without CUDA the CPU, since the harness asks for CUDA where its user says nothing."""
     if asked is not None and asked.startswith("cuda") and not torch.cuda.is_available():
         logger.warning("no CUDA here: the model runs on the CPU, not on %s", asked)
         return "cpu"
@@ -262,7 +261,7 @@ def _dtype(asked: str | None) -> torch.dtype | None:
 
 
 def _start_id(folder: Path, language_model: ForwardLM | ReverseLM) -> int:
-    """What stands before the first token: eod for a model of this package, as in training; the tokenizer's BOS or eos for another."""
+    """Return the id before the first token: eod for a model of this package, as in training; the tokenizer's BOS or eos for another."""
     if read_model_config(folder).get("direction") is None and language_model.direction is Direction.FORWARD:
         files = read_tokenizer(str(folder))
         found = files.special_id("eos") if files.special_id("bos") is None else files.special_id("bos")

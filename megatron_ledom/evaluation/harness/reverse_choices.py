@@ -1,4 +1,4 @@
-"""What a reverse model is asked of a document's choices, which the harness hands over as (context, continuation).
+"""Scores of a document's choices by a reverse model, of the (context, continuation) pairs that the harness asks for.
 
 The harness's requests name their task and document, so its choices are found again among the requests of all tasks.
 """
@@ -13,13 +13,13 @@ from functools import partial
 from typing import Any
 
 from megatron_ledom.errors import DataError, NotFiniteError, UsageError
-from megatron_ledom.evaluation.choices import Asked, Pair, less_prior
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.evaluation.multiple_choice import Asked, Pair, less_prior
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.scoring import SpanScore
 
 logger = logging.getLogger(__name__)
 WAYS = ("joint", "context_given_choice", "prior_removed")
-"""Names and meanings of `evaluation.choices`."""
+"""Names and meanings of `evaluation.multiple_choice`."""
 WORD_BEGINS = re.compile(r"\s+(?=\S)")
 Document = tuple[str, int, bool]
 """Task, number of the document in it, whether its choices have a context."""
@@ -58,7 +58,7 @@ def choices_of_documents(requests: Sequence[Any]) -> dict[Document, list[Pair]]:
 def asked_of_choices(
     choices: Sequence[Pair], way: str, tokenizer: JointTokenizer, room: int, document: Document
 ) -> list[Asked]:
-    """What is scored of each choice. room: the most tokens a whole text may have."""
+    """Return what is scored of each choice. room: the most tokens a whole text may have."""
     if way != "joint" and not document[2]:
         raise UsageError(
             f"{document[0]}: way={way} asks how a context follows from a choice, and these choices have no context; use way=joint"

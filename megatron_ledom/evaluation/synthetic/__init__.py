@@ -1,4 +1,4 @@
-"""Sets made by a script for what a reading direction decides: training text in reading order, and questions about it.
+"""Synthetic sets for what a reading direction decides: training text in reading order, and questions about it.
 
 Each generator is a function of a number and a seed; `tools/make_analysis_data.py` writes what it returns. Everything named in the
 texts is invented, so that no model knows it from elsewhere. Every question has one right answer; wrong ones are of the same kind, known

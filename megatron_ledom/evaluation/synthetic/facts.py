@@ -18,7 +18,15 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_ledom.evaluation.synthetic.sets import NUM_CHOICES, MadeSet, Namer, Row, check_num, choices_around, neighbours
+from megatron_ledom.evaluation.synthetic.sets import (
+    NUM_CHOICES,
+    Namer,
+    Row,
+    SyntheticSet,
+    check_num,
+    choices_around,
+    neighbours,
+)
 
 STATED = ("first", "second", "both", "unseen")
 NUM_SHOTS = 8
@@ -97,7 +105,7 @@ class Fact:
         return [wording.format(**names) for wording in chosen]
 
 
-def reversal(num: int, seed: int) -> MadeSet:
+def reversal(num: int, seed: int) -> SyntheticSet:
     """`num` facts about persons and what they made, in the three trained groups and the unseen one, a quarter each."""
     cells = len(REVERSAL) * len(STATED)
     check_num(num, cells * NUM_CHOICES, "facts")
@@ -110,7 +118,7 @@ def reversal(num: int, seed: int) -> MadeSet:
     shown = [Fact(REVERSAL[number % len(REVERSAL)], namer.person(), namer.word(), "unseen") for number in range(2 * NUM_SHOTS)]
     rows = _asked_among(facts)
     rng.shuffle(rows)
-    return MadeSet(
+    return SyntheticSet(
         texts=_shuffled(rng, [text for fact in facts for text in fact.texts()]),
         files={"reversal": rows, "reversal_shots": _asked_among(shown)},
         chance=1 / NUM_CHOICES,
@@ -134,7 +142,7 @@ def _asked_among(facts: Sequence[Fact]) -> list[Row]:
     return rows
 
 
-def inverse_relations(num: int, seed: int) -> MadeSet:
+def inverse_relations(num: int, seed: int) -> SyntheticSet:
     """`num` lines of three people, A to B to C, such as parent to child: who is B's parent, and who is B's child?
 
     A wrong answer is always the person on the other side of B, so that knowing who belongs to B is not enough.
@@ -155,7 +163,7 @@ def inverse_relations(num: int, seed: int) -> MadeSet:
             texts += [text for pair in ((a, b), (b, c)) for text in Fact(INVERSE[relation], *pair, stated).texts()]
     rng.shuffle(rows)
     shown = [[namer.person() for _ in range(3)] for _ in range(NUM_SHOTS)]
-    return MadeSet(
+    return SyntheticSet(
         texts=_shuffled(rng, texts),
         files={"inverse_relations": rows, "inverse_relations_shots": _asked_of_lines(rng, INVERSE[0], "unseen", shown, 0)},
         chance=1 / NUM_CHOICES,

@@ -1,16 +1,16 @@
-"""Which sets can be made."""
+"""The synthetic sets by name, and the command that writes one."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from megatron_ledom.evaluation.synthetic.causes_and_labels import abduction, label_backfill
 from megatron_ledom.evaluation.synthetic.facts import inverse_relations, reversal
-from megatron_ledom.evaluation.synthetic.problems import question_from_answer
-from megatron_ledom.evaluation.synthetic.sets import MadeSet, write_made_set
-from megatron_ledom.evaluation.synthetic.worlds import abduction, label_backfill
+from megatron_ledom.evaluation.synthetic.sets import SyntheticSet, write_synthetic_set
+from megatron_ledom.evaluation.synthetic.word_problems import question_from_answer
 from megatron_ledom.storage.locks import output_folder_lock
 
-GENERATORS: Mapping[str, Callable[[int, int], MadeSet]] = MappingProxyType(
+GENERATORS: Mapping[str, Callable[[int, int], SyntheticSet]] = MappingProxyType(
     {
         "reversal": reversal,
         "question_from_answer": question_from_answer,
@@ -23,7 +23,7 @@ GENERATORS: Mapping[str, Callable[[int, int], MadeSet]] = MappingProxyType(
 
 
 def make_analysis_data(task: str, folder: str, num: int, seed: int) -> None:
-    """Make a set and write it into `folder`."""
-    made = GENERATORS[task](num, seed)
+    """Generate a set and write it into `folder`."""
+    generated = GENERATORS[task](num, seed)
     with output_folder_lock(folder, "--out"):
-        write_made_set(made, Path(folder), {"task": task, "num": num, "seed": seed})
+        write_synthetic_set(generated, Path(folder), {"task": task, "num": num, "seed": seed})

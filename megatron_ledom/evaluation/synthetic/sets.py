@@ -1,4 +1,4 @@
-"""What a generator makes, and its files: training text, questions, demonstrations, and a manifest with hashes."""
+"""A synthetic set and its files: training text, questions, demonstrations, and a manifest with hashes."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MadeSet:
+class SyntheticSet:
     """texts: to train on, in reading order. files: name without ending -> rows, what tools/evaluate.py reads.
 
     chance: what a scorer that knows nothing gets, a share of the items; of what is written, the most that one answer for all items gets.
@@ -32,7 +32,7 @@ class MadeSet:
     counts: Mapping[str, int] = field(default_factory=dict)
 
 
-def write_made_set(made: MadeSet, folder: Path, about: Mapping[str, Any]) -> None:
+def write_synthetic_set(generated: SyntheticSet, folder: Path, about: Mapping[str, Any]) -> None:
     """Write `train.jsonl`, the files of the questions and, last, the manifest into a folder that is there, under its lock.
 
     The same arguments give the same bytes. Raises UsageError where the folder holds another set: two sets in one folder would
@@ -44,7 +44,7 @@ def write_made_set(made: MadeSet, folder: Path, about: Mapping[str, Any]) -> Non
         changed = differences({name: found.get(name) for name in about}, about)
         if changed:
             raise UsageError(f"{folder} holds another set ({'; '.join(changed)}); give it a folder of its own")
-    rows: dict[str, Sequence[Row]] = {"train": [{"text": text} for text in made.texts], **made.files}
+    rows: dict[str, Sequence[Row]] = {"train": [{"text": text} for text in generated.texts], **generated.files}
     hashes = {}
     for name, lines in rows.items():
         path_of_rows = folder / f"{name}.jsonl"
@@ -55,8 +55,8 @@ def write_made_set(made: MadeSet, folder: Path, about: Mapping[str, Any]) -> Non
         **about,
         "format": FORMAT,
         "package_version": version("megatron-ledom"),
-        "chance": made.chance,
-        "counts": dict(made.counts),
+        "chance": generated.chance,
+        "counts": dict(generated.counts),
         "files": hashes,
     }
     write_json(path, manifest, ensure_ascii=True)

@@ -1,12 +1,11 @@
-"""The analyses as tasks of tools/evaluate.py. A reverse model's main figure is what it gives to the answer in front of what is given."""
+"""The synthetic sets as tasks of tools/evaluate.py. A reverse model's main figure is what it gives to the answer in front of what is given."""
 
 from typing import Any
 
 from megatron_ledom.evaluation.tasks.prompts import Field, Template
-from megatron_ledom.evaluation.tasks.tasks import Item, Kind, Layout, Row, Task
+from megatron_ledom.evaluation.tasks.task import Item, Kind, Layout, Row, Task
 
-MADE_BY = "tools/make_analysis_data.py --task"
-MADE = {
+CHOICE_FIELDS = {
     "before": "text",
     "after": "text",
     "choices": "list",
@@ -39,16 +38,21 @@ BEGINNING = Template(fields=(Field("after"), Field("answer")), field_separator="
 ASKED_IN_OWN_ORDER: dict[str, Any] = {"template": ENDING, "reverse_template": BEGINNING, "main_way": "choice_given_context"}
 """What is asked for comes last in the order of either model: at the end of a sentence, or at the beginning of its other wording."""
 
-MADE_TASKS: tuple[Task, ...] = (
+
+def _files(name: str, demonstrations: str = "shots") -> dict[str, Any]:
+    """Return the files of a set, and the command that writes them."""
+    command = f"tools/make_analysis_data.py --task {name}"
+    files = {"file": name, "demonstrations_file": f"{name}_{demonstrations}"}
+    return {**files, "download": command, "demonstrations_download": command}
+
+
+SYNTHETIC_TASKS: tuple[Task, ...] = (
     Task(
         name="reversal",
         kind=Kind.CHOICE,
         about="facts trained in one order and asked in both (reversal curse); four names, chance 25 %",
-        layouts=(Layout(MADE, _choice),),
-        file="reversal",
-        demonstrations_file="reversal_shots",
-        download=f"{MADE_BY} reversal",
-        demonstrations_download=f"{MADE_BY} reversal",
+        layouts=(Layout(CHOICE_FIELDS, _choice),),
+        **_files("reversal"),
         choice_field="answer",
         **ASKED_IN_OWN_ORDER,
     ),
@@ -58,11 +62,8 @@ MADE_TASKS: tuple[Task, ...] = (
         about="the same facts, the name is written and compared as a whole",
         template=ENDING,
         reverse_template=BEGINNING,
-        layouts=(Layout(MADE, _answer),),
-        file="reversal",
-        demonstrations_file="reversal_shots",
-        download=f"{MADE_BY} reversal",
-        demonstrations_download=f"{MADE_BY} reversal",
+        layouts=(Layout(CHOICE_FIELDS, _answer),),
+        **_files("reversal"),
         answers="alias",
         max_new_tokens=32,
         stop_strings=(".", "\n"),
@@ -73,10 +74,7 @@ MADE_TASKS: tuple[Task, ...] = (
         about="the question of a worked solution is written, and solved: is its solution the given one?",
         template=Template(fields=(Field("solution", "Solution: "), Field("question", "Question: "))),
         layouts=(Layout({"question": "text", "solution": "text", "answer": "text", "group": "text"}, _question),),
-        file="question_from_answer",
-        demonstrations_file="question_from_answer_train",
-        download=f"{MADE_BY} question_from_answer",
-        demonstrations_download=f"{MADE_BY} question_from_answer",
+        **_files("question_from_answer", "train"),
         max_new_tokens=128,
     ),
     Task(
@@ -84,11 +82,8 @@ MADE_TASKS: tuple[Task, ...] = (
         kind=Kind.CHOICE,
         about="which cause in a small world had these outcomes; chance 25 %",
         template=Template(fields=(Field("before"), Field("answer"), Field("after")), field_separator=" ", is_read_back=False),
-        layouts=(Layout(MADE, _choice),),
-        file="abduction",
-        demonstrations_file="abduction_shots",
-        download=f"{MADE_BY} abduction",
-        demonstrations_download=f"{MADE_BY} abduction",
+        layouts=(Layout(CHOICE_FIELDS, _choice),),
+        **_files("abduction"),
         choice_field="answer",
     ),
     Task(
@@ -96,22 +91,16 @@ MADE_TASKS: tuple[Task, ...] = (
         kind=Kind.CHOICE,
         about="which label stood before a text; chance 25 %",
         template=Template(fields=(Field("answer", "Category: "), Field("after", "Text: ")), is_read_back=False),
-        layouts=(Layout(MADE, _choice),),
-        file="label_backfill",
-        demonstrations_file="label_backfill_shots",
-        download=f"{MADE_BY} label_backfill",
-        demonstrations_download=f"{MADE_BY} label_backfill",
+        layouts=(Layout(CHOICE_FIELDS, _choice),),
+        **_files("label_backfill"),
         choice_field="answer",
     ),
     Task(
         name="inverse_relations",
         kind=Kind.CHOICE,
         about="parents trained, children asked, and the like; who belongs to whom does not help; chance 25 %",
-        layouts=(Layout(MADE, _choice),),
-        file="inverse_relations",
-        demonstrations_file="inverse_relations_shots",
-        download=f"{MADE_BY} inverse_relations",
-        demonstrations_download=f"{MADE_BY} inverse_relations",
+        layouts=(Layout(CHOICE_FIELDS, _choice),),
+        **_files("inverse_relations"),
         choice_field="answer",
         **ASKED_IN_OWN_ORDER,
     ),

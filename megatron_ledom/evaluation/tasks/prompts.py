@@ -21,7 +21,7 @@ from dataclasses import dataclass
 
 from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.errors import UsageError
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 
 Values = Mapping[str, str]
 
@@ -71,7 +71,7 @@ class Template:
     field_separator: str = "\n"
     block_separator: str = "\n\n"
     is_read_back: bool = True
-    """Whether what a model writes is taken apart by the labels; without, the target is only scored or read whole, and needs none."""
+    """What a model writes is taken apart by the labels; without, the target is only scored or read whole, and needs none."""
 
     def __post_init__(self) -> None:
         """Refuse a template from which nothing could be written or read back."""
@@ -86,7 +86,7 @@ class Template:
 
     def render(self, direction: Direction, query: Values, demonstrations: Sequence[Values] = ()) -> Prompt:
         """The prompt for one query. Fields of the query that are to be written may be missing: the target is then empty."""
-        blocks = [self._block(direction, values) for values in demonstrations]
+        blocks = [self.block(values, direction) for values in demonstrations]
         given_fields, written_fields = self.fields[: -self.num_targets], self.fields[-self.num_targets :]
         given = self.field_separator.join(self._ordered(direction, [f.text(_value(query, f)) for f in given_fields]))
         is_known = all(field.name in query for field in written_fields)
@@ -148,11 +148,8 @@ class Template:
             before.append(field.text(_value(values, field)))
         raise UsageError(f"no field {name!r} in this template; it has {', '.join(f.name for f in self.fields)}")
 
-    def block(self, values: Values) -> str:
-        """One whole block, its fields in their order, as a forward model reads it."""
-        return self._block(Direction.FORWARD, values)
-
-    def _block(self, direction: Direction, values: Values) -> str:
+    def block(self, values: Values, direction: Direction = Direction.FORWARD) -> str:
+        """Return one whole block as it is read, its fields in the order of the direction."""
         return self.field_separator.join(self._ordered(direction, [field.text(_value(values, field)) for field in self.fields]))
 
     def _ordered(self, direction: Direction, texts: list[str]) -> list[str]:

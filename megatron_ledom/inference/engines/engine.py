@@ -1,13 +1,15 @@
-"""What Reverse Reward asks of a model, whoever runs it: sample answers, score spans, expand answers by one step.
+"""An `Engine` runs a model for Reverse Reward: it samples answers, scores spans and expands answers by one step.
 
 `TransformersEngine` runs a model in this process; `completions_engine` and `vllm_engine` speak to other engines.
 """
 
 import re
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
@@ -77,7 +79,7 @@ class Path:
     state: Any = field(default=None, repr=False, compare=False)
 
     def child(self, number: int) -> "Path":
-        """What this path grows into as its child `number`. The first goes on with the path's own random numbers, so that an
+        """Return this path as its child `number`. The first goes on with the path's own random numbers, so that an
         answer comes out the same whether it is written at once or step by step."""
         if not self.num_tokens:
             return replace(self, key=f"{self.key}/{number}")
@@ -89,42 +91,71 @@ class Path:
         return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-class Engine(Protocol):
-    """A language model of one direction. Texts are text order everywhere; `spent` grows with every call."""
+class Engine(ABC):
+    """A language model of one direction. Texts are text order everywhere.
 
-    @property
-    def direction(self) -> Direction:
-        """Which way the model reads."""
+    spent: tokens that the model was fed, and seconds, since the engine was made; it grows with every call.
+    """
 
-    @property
-    def spent(self) -> Spent:
-        """Tokens the model was fed and seconds, since the engine was made."""
+    def __init__(self, direction: Direction) -> None:
+        self.direction, self.spent = direction, Spent()
 
-    def sample(self, roots: Sequence[Path], sampling: Sampling) -> list[list[Path]]:
-        """`sampling.num_return_sequences` whole answers for each root (a Path without text)."""
-
+    @abstractmethod
     def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
-        """Of each (preceding, following): log P(following | preceding) of a forward model, log P(preceding | following) of
-        a reverse one. Both parts are tokenised as one text; a token that reaches over the boundary belongs to `following`.
-        An empty given part stands for the start of a document. include_end adds log P(eod) at the scored part's far end."""
+        """Return, of each (preceding, following), log P(following | preceding) of a forward model, log P(preceding | following)
+        of a reverse one. Both parts are tokenised as one text; a token that reaches over the boundary belongs to `following`.
+        An empty given part stands for the start of a document. include_end adds log P(eod) at the scored part's far end.
+        Equal pairs are computed once."""
 
+    @abstractmethod
     def score_fault(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
         """Return why `score` would refuse a pair as too long for the model, None where it fits. Costs no pass."""
 
+    @abstractmethod
     def growth_fault(self, text: str, num_new_tokens: int) -> str | None:
         """Return why the model has no room for a text and `num_new_tokens` beside it, None where it has. Costs no pass."""
 
+    @abstractmethod
+    def _grow(self, paths: Sequence[Path], num: int, delimiter: StepDelimiter | None, sampling: Sampling) -> list[list[Path]]:
+        """Return `num` continuations of each path, by one step or, without a delimiter, to its end; a finished path is its own only
+        one."""
+
+    def sample(self, roots: Sequence[Path], sampling: Sampling) -> list[list[Path]]:
+        """Return `sampling.num_return_sequences` whole answers for each root (a Path without text)."""
+        self._check_writes(sampling)
+        return self._grow(roots, sampling.num_return_sequences, None, sampling)
+
     def expand(self, paths: Sequence[Path], num: int, delimiter: StepDelimiter, sampling: Sampling) -> list[list[Path]]:
-        """`num` continuations of each path by one step, which ends at the delimiter, at eod or at `max_new_tokens` of the
+        """Return `num` continuations of each path by one step, which ends at the delimiter, at eod or at `max_new_tokens` of the
         whole answer."""
+        self._check_writes(sampling)
+        return self._grow(paths, num, delimiter, sampling)
+
+    def _check_writes(self, sampling: Sampling) -> None:
+        """Refuse stop strings, since steps end at a StepDelimiter, and a reverse model."""
+        if sampling.stop_strings:
+            raise UsageError(f"engines take no stop_strings ({list(sampling.stop_strings)}); give a StepDelimiter to `expand`")
+        if self.direction is not Direction.FORWARD:
+            raise UsageError("a reverse model writes what precedes a text, not answers; give the forward model to sample from")
+
+
+class Meter:
+    """Counts what a forward and a reverse engine spend from now on."""
+
+    def __init__(self, forward: Engine, reverse: Engine) -> None:
+        self._forward, self._reverse = forward, reverse
+        self._begin = (forward.spent.tokens, reverse.spent.tokens, time.monotonic())
+
+    def spent(self) -> dict[str, Any]:
+        """Return the tokens of both, and seconds."""
+        forward, reverse, start = self._begin
+        tokens = {
+            "forward_tokens": self._forward.spent.tokens - forward,
+            "reverse_tokens": self._reverse.spent.tokens - reverse,
+        }
+        return {**tokens, "seconds": time.monotonic() - start}
 
 
 def root(prompt: str, sampling: Sampling, salt: int = 0) -> Path:
     """The Path from which answers to `prompt` grow; `salt` (a record's number) sets equal prompts apart."""
     return Path(prompt, f"{sampling.seed or 0}/{salt}")
-
-
-def check_no_stop_strings(sampling: Sampling) -> None:
-    """Refuse what engines do not do: steps end at a StepDelimiter."""
-    if sampling.stop_strings:
-        raise UsageError(f"engines take no stop_strings ({list(sampling.stop_strings)}); give a StepDelimiter to `expand`")

@@ -22,14 +22,12 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from megatron_ledom.direction import Direction
-from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.engines.engine import Path, StepDelimiter, check_no_stop_strings
+from megatron_ledom.errors import DataError
+from megatron_ledom.inference.engines.engine import Engine, Path, StepDelimiter
 from megatron_ledom.inference.generation import Sampling, Writer
-from megatron_ledom.inference.joint import OpenText
-from megatron_ledom.inference.language_model import LanguageModel, no_room
-from megatron_ledom.inference.not_finite import naming_text
-from megatron_ledom.inference.scoring import SpanScore, Spent, check_batch_size
+from megatron_ledom.inference.joint_tokenizer import OpenText
+from megatron_ledom.inference.language_model import LanguageModel
+from megatron_ledom.inference.scoring import SpanScore, check_batch_size, naming_text, no_room
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
 """Keys and values of one row, [H, S, D] each, a pair a layer."""
@@ -44,7 +42,7 @@ class _State:
     cache: Cache | None = None
 
 
-class TransformersEngine:
+class TransformersEngine(Engine):
     """Samples, scores and expands with a `ForwardLM` or `ReverseLM`; at most `batch_size` sequences at once.
 
     Only a forward model writes answers. A reverse model's pass keeps nothing for the next step: a step is put at the end of
@@ -53,16 +51,11 @@ class TransformersEngine:
 
     def __init__(self, language_model: LanguageModel, batch_size: int = 16) -> None:
         check_batch_size(batch_size)
+        super().__init__(language_model.direction)
         self._lm, self._batch_size = language_model, batch_size
-        self.spent = Spent()
-
-    @property
-    def direction(self) -> Direction:
-        """Which way the model reads."""
-        return self._lm.direction
 
     def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
-        """See `Engine.score`. Rows of similar length share a batch; equal pairs are computed once."""
+        """See `Engine.score`. Rows of similar length share a batch."""
         return self._lm.span_scores(list(pairs), include_end, self._batch_size, spent=self.spent)
 
     def score_fault(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
@@ -73,19 +66,8 @@ class TransformersEngine:
         """See `Engine.growth_fault`."""
         return self._lm.growth_fault(text, num_new_tokens)
 
-    def sample(self, roots: Sequence[Path], sampling: Sampling) -> list[list[Path]]:
-        """See `Engine.sample`."""
-        return self._grow(roots, sampling.num_return_sequences, None, sampling)
-
-    def expand(self, paths: Sequence[Path], num: int, delimiter: StepDelimiter, sampling: Sampling) -> list[list[Path]]:
-        """See `Engine.expand`. A finished path is its own only continuation."""
-        return self._grow(paths, num, delimiter, sampling)
-
     @torch.inference_mode()
     def _grow(self, paths: Sequence[Path], num: int, delimiter: StepDelimiter | None, sampling: Sampling) -> list[list[Path]]:
-        if self.direction is not Direction.FORWARD:
-            raise UsageError("a reverse model writes what precedes a text, not answers; give the forward model to sample from")
-        check_no_stop_strings(sampling)
         start = time.monotonic()
         opened = [self._opened(path) for path in paths]
         rows = [(index, path.child(number)) for index, path in enumerate(opened) if not path.finished for number in range(num)]
@@ -147,17 +129,11 @@ class TransformersEngine:
                 *self._write(paths[middle:], caches[middle:], delimiter, sampling),
             ]
         writer.check_length(num_given, max(limits))
-        input_ids = torch.full((len(paths), longest), self._lm.stop_ids[0])
-        attention_mask = torch.zeros_like(input_ids)
-        for row, ids in enumerate(tokens):
-            input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-            attention_mask[row, longest - len(ids) :] = 1
         choice = _Choice(writer, paths, loose, limits, sampling, longest)
         end = _EndOfStep(choice, delimiter)
         with naming_text(self._lm.tokenizer, self.direction):
             output = model.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=attention_mask.to(model.device),
+                **writer.padded(tokens),
                 past_key_values=_padded_cache(caches, longest - 1),
                 generation_config=GenerationConfig(
                     max_new_tokens=max(limits) + max(map(len, loose)),
@@ -244,7 +220,7 @@ class _EndOfStep(StoppingCriteria):  # type: ignore[misc]
         self._choice, self._delimiter = choice, delimiter
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Which rows [B] are done."""
+        """Return which rows [B] are done."""
         choice = self._choice
         for row in range(len(choice.paths)):
             if not choice.is_done[row]:

@@ -11,7 +11,7 @@ from typing import Any
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
 from megatron_ledom.inference.engines.engine import Path as AnswerPath
-from megatron_ledom.inference.engines.remote_text import RemoteEngine, RemoteText, seed_of
+from megatron_ledom.inference.engines.remote_engine import RemoteEngine, seed_of
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.scoring import Span
 
@@ -25,7 +25,7 @@ class VllmEngine(RemoteEngine):
         except ImportError as error:
             raise UsageError("this engine needs vLLM: pip install vllm, in an environment that fits your GPUs") from error
         self._vllm = vllm
-        super().__init__(RemoteText.from_pretrained(folder, direction))
+        super().__init__(folder, direction)
         self._llm = vllm.LLM(model=str(folder), skip_tokenizer_init=False, trust_remote_code=False, **options)
 
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:
@@ -46,11 +46,11 @@ class VllmEngine(RemoteEngine):
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
                 seed=seed_of(path),
-                stop_token_ids=self._text.stop_ids,
+                stop_token_ids=self.stop_ids,
             )
             for path in paths
         ]
-        outputs = self._generate([self._text.prompt_ids(path) for path in paths], params)
+        outputs = self._generate([self.prompt_ids(path) for path in paths], params)
         return [(output.outputs[0].text, len(output.outputs[0].token_ids)) for output in outputs]
 
     def _generate(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import DataError, MismatchError, UsageError, cannot_write
-from megatron_ledom.inference.reverse_reward.rerank_input import Record, is_ranked_line, json_line
+from megatron_ledom.inference.reverse_reward.input_lines import Record, is_ranked_line, json_line
 from megatron_ledom.storage.files import publish, write_whole
 from megatron_ledom.storage.jobs import differences
 from megatron_ledom.storage.lines import append_lines, cut_lines, whole_lines

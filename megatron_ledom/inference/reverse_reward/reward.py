@@ -35,16 +35,16 @@ class RewardSettings:
     weight: float = 0.5
     """lambda, the reverse model's share, in [0, 1]."""
     forward_normalization: str = "none"
-    """What log P_F(y|x) is divided by: none, token or byte."""
+    """The divisor of log P_F(y|x): none, token or byte."""
     reverse_normalization: str = "none"
-    """What log P_R(x|y) is divided by. The same prompt has nearly the same length for all of its candidates: it is the
+    """The divisor of log P_R(x|y). The same prompt has nearly the same length for all of its candidates: it is the
     scale of lambda that changes, question by question."""
     language_model_weight: float = 0.0
     """mu of log P_R(y); negative values hold generic answers back. Not 0, it costs a reverse pass a distinct answer."""
     temperature: float = 1.0
     """T, positive."""
     include_ends: bool = False
-    """Whether eod counts, on both sides."""
+    """Eod counts, on both sides."""
 
     def __post_init__(self) -> None:
         """Refuse values that mean nothing."""
@@ -91,7 +91,7 @@ class CandidateScore:
     reverse_score: SpanScore | None = field(default=None, repr=False)
 
     def as_fields(self, *, token_values: bool = False) -> dict[str, Any]:
-        """What a reranking file says of a candidate; token_values adds the ids and log-probabilities of each token.
+        """Return the fields of a candidate in a reranking file; token_values adds the ids and log-probabilities of each token.
 
         JSON has no -inf: such a value is written as null, and its name stands under "minus_infinity".
         """
@@ -225,9 +225,16 @@ def rank(rewards: list[float | None]) -> list[int]:
     return sorted(range(len(rewards)), key=lambda i: (rewards[i] is None, -(rewards[i] or 0.0)))
 
 
-def best_text(candidates: Sequence[Candidate], scores: Sequence[CandidateScore], ranking: Sequence[int]) -> str | None:
-    """Return the text of the best candidate; None where there is none, or all were skipped."""
-    return candidates[ranking[0]].text if ranking and scores[ranking[0]].skipped is None else None
+def ranked_fields(candidates: Sequence[Candidate], scores: Sequence[CandidateScore], *, token_values: bool) -> dict[str, Any]:
+    """Return what a reranking file says of scored candidates; "best" is None where there is none, or all were skipped."""
+    ranking = rank([score.reward for score in scores])
+    num_skipped = sum(score.skipped is not None for score in scores)
+    return {
+        "scores": [score.as_fields(token_values=token_values) for score in scores],
+        "ranking": ranking,
+        "best": candidates[ranking[0]].text if ranking and scores[ranking[0]].skipped is None else None,
+        **({"num_skipped": num_skipped} if num_skipped else {}),
+    }
 
 
 def _weighted_sum(*terms: tuple[float, float]) -> float:
@@ -239,7 +246,7 @@ def _weighted_sum(*terms: tuple[float, float]) -> float:
 
 
 def _length(normalization: str, num_tokens: int, text: str) -> int:
-    """What a side is divided by; a side without tokens sums to 0, whatever divides it."""
+    """Return the divisor of a side; a side without tokens sums to 0, whatever divides it."""
     if normalization == "byte":
         return max(1, len(text.encode("utf-8", "surrogatepass")))  # half of a surrogate pair counts 3 bytes
     return max(1, num_tokens) if normalization == "token" else 1

@@ -23,8 +23,8 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.shards.shard import load_manifest
 from megatron_ledom.errors import NotFiniteError
 from megatron_ledom.platform.device import Platform
-from megatron_ledom.storage.records import Record
-from megatron_ledom.training.history import append_record, git_state, read_bad_steps, read_launches
+from megatron_ledom.storage.records import Record, append_record
+from megatron_ledom.training.history import git_state, read_bad_steps, read_launches
 from megatron_ledom.training.step_policy import Action, StepResult, Verdict
 from tests.faults import inject
 from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
@@ -127,6 +127,7 @@ def test_throughput_by_hand(config: RunConfig, monkeypatch: pytest.MonkeyPatch) 
     assert (read["tokens_per_second"], read["seconds_per_iteration"]) == (64.0, 2.5)
 
 
+@pytest.mark.distributed
 def test_a_straggler_is_told_by_its_number(data: TinyData, tmp_path: Path) -> None:
     """Every forward pass of rank 1 sleeps 0.05 s, four a step; rank 0 waits for it in the gradient reduction only."""
     settings = ("train.train_iters=4", "logging.log_interval=2")
@@ -139,6 +140,7 @@ def test_a_straggler_is_told_by_its_number(data: TinyData, tmp_path: Path) -> No
     assert "rank 1 slower by" in ranks.log.read_text()
 
 
+@pytest.mark.distributed
 def test_a_profile_of_the_asked_iterations_and_ranks_is_written(data: TinyData, tmp_path: Path) -> None:
     window = ("logging.profile_start=2", "logging.profile_stop=3", "logging.profile_ranks=[1]")
     run_on_ranks(data.config, tmp_path / "run", "train.train_iters=4", *window, num_ranks=2)

@@ -3,8 +3,6 @@
 import json
 import shlex
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +10,8 @@ import pytest
 from megatron_ledom.checkpoint.inspection import inspect_checkpoint
 from megatron_ledom.checkpoint.manifest import OWN_HASH, load_manifest
 from megatron_ledom.errors import DataError, UsageError, VerificationError
-from tests.tiny_runs import ROOT, TinyData, run_on_ranks, start_ranks
+from tests.forked import run_forked
+from tests.tiny_runs import TinyData, run_on_ranks, start_ranks
 
 README_COMMAND = "python tools/inspect_checkpoint.py runs/reverse --verify"
 
@@ -33,7 +32,7 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
 
 def test_the_command_lists_the_run_and_verifies_its_latest_checkpoint(trained: Path) -> None:
     words = shlex.split(README_COMMAND.replace("runs/reverse", str(trained)))[1:]
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_forked(words)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["iter_0000002", "iter_0000003"]

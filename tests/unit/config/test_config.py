@@ -12,8 +12,8 @@ from megatron_ledom.config.load import config_from_dict, load_config, published,
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 MINIMAL = """
 run_dir: runs/tiny
 model: {num_layers: 2, hidden_size: 32, ffn_hidden_size: 64, num_attention_heads: 4}

@@ -16,8 +16,8 @@ from megatron_ledom.errors import UsageError
 from megatron_ledom.evaluation.code.execution import Limits, Outcome, ProgramTests, run_program
 from megatron_ledom.evaluation.code.isolated import decode, encode
 from megatron_ledom.evaluation.code.sandbox import Sandbox, check_sandbox
-from megatron_ledom.evaluation.tasks.files import load_task
-from megatron_ledom.evaluation.writing import write_answers
+from megatron_ledom.evaluation.tasks.loading import load_task
+from megatron_ledom.evaluation.written_answers import write_answers
 from tests.evaluation_sets import HUMANEVAL, write_sets
 from tests.scripted_model import Scripted
 

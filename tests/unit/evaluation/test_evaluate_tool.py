@@ -14,13 +14,12 @@ import pytest
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
-from megatron_ledom.evaluation.kept_lines import item_check
-from megatron_ledom.evaluation.tasks.files import task_named
-from megatron_ledom.evaluation.tasks.tasks import Item, LoadedTask
+from megatron_ledom.evaluation.record_checks import item_check
+from megatron_ledom.evaluation.tasks.loading import task_named
+from megatron_ledom.evaluation.tasks.task import Item, LoadedTask
 from tests.evaluation_sets import write_sets
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +64,7 @@ def test_a_tiny_model_runs_through_the_tool_as_a_user_starts_it(folders: dict[st
 def test_every_task_runs_in_both_directions(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from megatron_ledom.evaluation.tasks.table import TASKS
+    from megatron_ledom.evaluation.tasks.benchmarks import TASKS
 
     for direction in ("forward", "reverse"):
         options = ["--model", folders[direction], "--data", folders["data"], "--output", str(tmp_path / direction)]
@@ -80,9 +79,9 @@ def test_every_task_runs_in_both_directions(
 def test_a_killed_evaluation_goes_on_with_the_same_lines(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_ledom.evaluation import evaluate, evaluate_command
+    from megatron_ledom.evaluation import command, evaluate
 
-    for module in (evaluate, evaluate_command):
+    for module in (evaluate, command):
         monkeypatch.setattr(module, "WINDOW_ITEMS", 2)
     options = ["--model", folders["reverse"], "--data", folders["data"], "--tasks", "svamp,openbookqa"]
     options += ["--max-new-tokens", "4"]

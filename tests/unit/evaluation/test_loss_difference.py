@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_ledom.errors import UsageError
-from megatron_ledom.evaluation.kept_lines import document_check
+from megatron_ledom.evaluation.intervals import bootstrap_interval
 from megatron_ledom.evaluation.loss_difference import (
     CompareSettings,
     Document,
@@ -23,15 +23,14 @@ from megatron_ledom.evaluation.loss_difference import (
     summarize,
     windows,
 )
+from megatron_ledom.evaluation.record_checks import document_check
 from megatron_ledom.evaluation.results import numbered
-from megatron_ledom.inference.directions import ForwardLM, ReverseLM
-from megatron_ledom.inference.intervals import bootstrap_interval
-from megatron_ledom.inference.language_model import LanguageModel
+from megatron_ledom.inference.language_model import ForwardLM, LanguageModel, ReverseLM
 from megatron_ledom.reports import losses as loss_report
 from megatron_ledom.reports.losses import sentence
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder, random_text
 
-ROOT = Path(__file__).parents[3]
 SETTINGS = CompareSettings(context=512, batch_size=4, num_resamples=200)
 
 

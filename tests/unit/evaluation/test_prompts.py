@@ -8,7 +8,7 @@ from tokenizers import Tokenizer
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
 from megatron_ledom.evaluation.tasks.prompts import Field, Template
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from tests.tiny_models import byte_level_json
 
 MATHS = Template(

@@ -3,14 +3,13 @@
 import os
 import re
 import shlex
-import subprocess
-import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.forked import run_forked
+from tests.paths import ROOT
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN_BY_QUICKSTART = "<!-- run by the quickstart -->"
 """Stands above blocks that tests/quickstart compares with what the quickstart ran."""
@@ -18,6 +17,9 @@ RUN_BY_TESTS = {
     "make quickstart": "Makefile: the quickstart itself",
     "make study SIZE=small": "tests/study/test_study.py, its tiny size",
     "make test": "Makefile: what runs this test",
+    "pip install .": "tests/packaging/test_wheel.py",
+    "ledom --help": "tests/unit/cli/test_ledom.py",
+    "eval $(ledom completion bash)": "tests/unit/cli/test_ledom.py",
     "python -m megatron_ledom.pretrain --config examples/configs/ledom_7b.yaml --dry-run": "here",
     "python -m megatron_ledom.ops": "tests/unit/ops/test_ops.py",
     "python tools/inspect_shard.py quickstart/shards/reverse/valid --show 2": "tests/quickstart/test_quickstart.py",
@@ -94,7 +96,8 @@ def without_variables(command: str) -> str:
 
 @cache
 def help_of(*words: str) -> str:
-    done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_forked([*words, "--help"])
+    assert done.returncode == 0, done.stderr
     return done.stdout
 
 
@@ -123,7 +126,8 @@ def test_make_targets_exist() -> None:
 
 def test_dry_run_of_the_7b_prints_the_numbers_of_the_readme() -> None:
     command = next(line for line in commands() if line.endswith("--dry-run"))
-    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = run_forked(shlex.split(command)[1:])
+    assert done.returncode == 0, done.stderr
     for number in ("7.794 B", "435.37 B", "51,900", "32 an iteration"):
         assert number in done.stdout
 

@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.data.shards.shard import check_shard
+from tests.forked import run_forked
 from tests.legible import legible_documents, legible_tokenizer, write_jsonl
+from tests.paths import ROOT
 from tests.tiny_runs import TinyData
 
-ROOT = Path(__file__).parents[3]
 SCRIPTS = sorted((ROOT / "examples/slurm").glob("*.sbatch"))
 PRETRAIN = ROOT / "examples/slurm/pretrain.sbatch"
 SBATCH_OPTIONS = """
@@ -117,7 +118,7 @@ def test_directives_are_known_and_come_first(script: Path) -> None:
 def test_command_of_the_script_exists_with_its_flags(script: Path) -> None:
     words = python_command(script)
     asked = words[:2] if words[0] == "-m" else [word for word in words[:2] if not word.startswith("-")]
-    answer = subprocess.run([sys.executable, *asked, "--help"], cwd=ROOT, capture_output=True, text=True, check=False)
+    answer = run_forked([*asked, "--help"])
     assert answer.returncode == 0, answer.stderr
     flags = [word for word in words if word.startswith("--")]
     assert flags

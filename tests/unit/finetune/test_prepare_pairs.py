@@ -1,10 +1,7 @@
 """Pairs become packs: the ids a scorer sees, no pair cut, and a loss mask that counts exactly what was asked for."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,18 +15,19 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import load_sources
 from megatron_ledom.data.dataset.dataset import BlendSamples, build_train_dataset
 from megatron_ledom.data.dataset.sample_index import prepare_indices
-from megatron_ledom.data.shards.faults import verify_shard
 from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
 from megatron_ledom.data.shards.shard import TARGETS, ShardManifest, ShardReader
+from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, DataError, UsageError
-from megatron_ledom.finetune.prepare import PairSettings, prepare_pairs
+from megatron_ledom.finetune.pairs import PairSettings, prepare_pairs
 from megatron_ledom.inference import ReverseLM
 from megatron_ledom.platform.launch import ALONE
 from megatron_ledom.training.trainer import masked_loss
+from tests.forked import run_forked
 from tests.legible import EOD_ID, legible_tokenizer
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder, random_text
-from tests.tiny_runs import ROOT
 
 Pair = dict[str, str]
 SHORT: dict[str, Any] = {"prompt_template": "{question}", "seq_length": 16}
@@ -273,10 +271,7 @@ def test_the_tool_writes_the_shard_and_says_what_it_left_out(tmp_path: Path) -> 
         "--seq-length",
         "16",
     ]
-    command = [sys.executable, str(ROOT / "tools/prepare_pairs.py"), *names, *templates]
-    made = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
-    )
+    made = run_forked([ROOT / "tools/prepare_pairs.py", *names, *templates])
     assert made.returncode == 0, made.stderr
     assert "10 pairs" in made.stderr
     assert "left out: 1 too long" in made.stderr

@@ -34,9 +34,9 @@ from tests.completions_server import (
     with_logprobs,
     with_usage,
 )
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 
-ROOT = Path(__file__).parents[3]
 PROMPT = "The capital of France is Paris. "
 PAIRS = [(PROMPT, "The cat"), ("The capital of Par", "is"), (PROMPT, "The cat"), ("漢字 ", "🙂 x")]
 
@@ -178,7 +178,7 @@ def test_scores_that_are_not_those_of_the_prompt_are_refused(case: str, served: 
 
 
 def num_ids(engine: CompletionsEngine, pair: tuple[str, str]) -> int:
-    span = engine._text.span(pair, False)
+    span = engine._span(pair, False)
     return len(span.tokens) if span.num_context < len(span.tokens) == len(set(span.tokens)) else 0
 
 

@@ -58,7 +58,7 @@ def test_a_server_that_shifts_the_prompt_and_names_no_tokens_is_refused(
 
 def test_ids_of_the_prompt_stand_for_names_only_where_they_are_equal(served: tuple[Server, Path, ForwardLM]) -> None:
     engine = engine_of(served)
-    prompt = engine._text.span(PAIRS[0], False).tokens
+    prompt = engine._span(PAIRS[0], False).tokens
 
     def unnamed(answer: dict[str, Any], ids: Any) -> dict[str, Any]:
         return with_choice(with_logprobs(answer, lambda v: [None] * len(v), "tokens"), prompt_token_ids=ids)

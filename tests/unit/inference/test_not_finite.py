@@ -14,16 +14,16 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from megatron_ledom.errors import NotFiniteError
-from megatron_ledom.evaluation.choices import chosen, less_prior
 from megatron_ledom.evaluation.harness.reverse_choices import among_choices
 from megatron_ledom.evaluation.loss_difference import document_losses
-from megatron_ledom.inference.directions import ForwardLM, ReverseLM
+from megatron_ledom.evaluation.multiple_choice import chosen, less_prior
+from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
 from megatron_ledom.inference.reverse_reward.reward import reverse_reward
 from megatron_ledom.inference.scoring import SpanScore
 from tests.evaluation_sets import write_sets
+from tests.paths import ROOT
 from tests.tiny_models import byte_level_json, random_model_folder
 
-ROOT = Path(__file__).parents[3]
 Weights = dict[str, torch.Tensor]
 
 

@@ -12,16 +12,16 @@ import pytest
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, TransientError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM
+from megatron_ledom.inference.engines.completions_engine import CompletionsEngine
 from megatron_ledom.inference.engines.engine import StepDelimiter, root
-from megatron_ledom.inference.engines.remote_text import RemoteText
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.reverse_reward.rerank import skip_warning, told
-from megatron_ledom.inference.reverse_reward.rerank_file import RerankSettings, rerank_file
+from megatron_ledom.inference.reverse_reward.beam_search import BeamSettings
+from megatron_ledom.inference.reverse_reward.command import skip_warning, told
+from megatron_ledom.inference.reverse_reward.ranked_lines import read_reranked
 from megatron_ledom.inference.reverse_reward.rerank_part import COUNTS, SUMS
-from megatron_ledom.inference.reverse_reward.reranked_file import read_reranked
+from megatron_ledom.inference.reverse_reward.reranking import RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_reward.reward import Candidate, RewardSettings, rank, score_questions
-from megatron_ledom.inference.reverse_reward.search import BeamSettings
 from megatron_ledom.inference.scoring import SpanScore
 from tests.tiny_models import random_model_folder
 
@@ -182,10 +182,11 @@ def test_a_batch_is_divided_where_its_rows_fit_one_by_one(models: tuple[ForwardL
 
 def test_engines_elsewhere_know_the_same_lengths(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "reverse", "reverse", 64)
-    text, engine = RemoteText.from_pretrained(folder, Direction.REVERSE), engines_of(models)[1]
+    remote = CompletionsEngine("http://localhost:1/v1", "reverse", folder, Direction.REVERSE)
+    engine = engines_of(models)[1]
     for answer in ("Paris", "the " * 25, LONG):
-        assert text.score_fault((PROMPT, answer), True) == engine.score_fault((PROMPT, answer), include_end=True)
-        assert (text.growth_fault(answer, 30) is None) == (engine.growth_fault(answer, 30) is None)
+        assert remote.score_fault((PROMPT, answer), include_end=True) == engine.score_fault((PROMPT, answer), include_end=True)
+        assert (remote.growth_fault(answer, 30) is None) == (engine.growth_fault(answer, 30) is None)
 
 
 def test_an_output_of_other_settings_is_not_overwritten_unless_asked(

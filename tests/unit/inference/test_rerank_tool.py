@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
-
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, processors
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM
-from megatron_ledom.inference.joint import JointTokenizer, Speller
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer, Speller
 from tests.legible import EOD_ID, VOCAB_SIZE, legible_tokenizer
 from tests.tiny_models import (
     TOKENIZERS,
@@ -245,7 +245,7 @@ def test_options_that_mean_nothing_are_refused(options: dict[str, float], revers
 def test_an_empty_text_is_refused(reverse_models: dict[str, ReverseLM], forward_models: dict[str, ForwardLM]) -> None:
     with pytest.raises(UsageError, match="empty following text"):
         reverse_models["byte_level"].generate_preceding("")
-    with pytest.raises(UsageError, match="empty prompt"):
+    with pytest.raises(UsageError, match="empty preceding text"):
         forward_models["byte_level"].generate_following(["a", ""])
 
 

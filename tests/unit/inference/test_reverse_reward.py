@@ -20,7 +20,7 @@ from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.reverse_reward.rerank_file import RerankSettings, rerank_file
+from megatron_ledom.inference.reverse_reward.reranking import RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_reward.reward import (
     Candidate,
     CandidateScore,
@@ -30,9 +30,9 @@ from megatron_ledom.inference.reverse_reward.reward import (
     score_questions,
 )
 from megatron_ledom.inference.scoring import SpanScore
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 
-ROOT = Path(__file__).parents[3]
 PROMPT = "What is the capital of France? "
 ANSWERS = ["Paris.", "The cat sat on the mat", "漢字 🙂", "Paris."]
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM, scoring
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.scoring import Span, score_spans
 from tests.tiny_models import TOKENIZERS, random_model_folder, random_text
 

@@ -1,15 +1,14 @@
 """Parameters and FLOPs against hand counts, the published models, Hugging Face, and the speed of the original 7B run."""
 
-from pathlib import Path
-
 import pytest
 
 from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import ModelConfig
 from megatron_ledom.model.arithmetic import Attention, count_parameters, flops_per_token, model_flops_utilisation
+from tests.paths import ROOT
 
-CONFIGS = Path(__file__).parents[3] / "examples/configs"
+CONFIGS = ROOT / "examples/configs"
 PADDED = 64256
 TINY = ModelConfig(num_layers=2, hidden_size=8, ffn_hidden_size=20, num_attention_heads=4, num_query_groups=2)
 WIDE = ModelConfig(num_layers=3, hidden_size=8, ffn_hidden_size=20, num_attention_heads=4, num_query_groups=1, kv_channels=6)

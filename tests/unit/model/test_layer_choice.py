@@ -3,7 +3,6 @@
 import importlib.util
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +15,9 @@ from megatron_ledom.model.layer_specs import check_fp8_hardware, choose_layers
 from megatron_ledom.ops.library import Backend
 from megatron_ledom.parallel.groups import nccl_options
 from megatron_ledom.platform.adam import find_apex
+from tests.paths import ROOT
 
-CONFIG = Path(__file__).parents[3] / "examples/configs/ledom_7b.yaml"
+CONFIG = ROOT / "examples/configs/ledom_7b.yaml"
 Machine = Callable[..., None]
 
 

@@ -13,8 +13,10 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, MismatchError
 from megatron_ledom.planning.dry_run import dry_run
 from megatron_ledom.planning.verdicts import checkpoints_to_come
+from tests.forked import run_forked
+from tests.paths import ROOT
 
-CONFIGS = Path(__file__).parents[3] / "examples/configs"
+CONFIGS = ROOT / "examples/configs"
 
 
 def plan(name: str, world_size: int, *overrides: str) -> str:
@@ -143,13 +145,13 @@ def test_verdicts_stand_at_the_top() -> None:
 
 def test_a_dry_run_whose_plan_does_not_fit_ends_with_1() -> None:
     options = ["--config", str(CONFIGS / "ledom_7b.yaml"), "--dry-run", "parallel.hardware=a100-40"]
-    command = [sys.executable, "-m", "megatron_ledom.pretrain", *options]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = ["-m", "megatron_ledom.pretrain", *options]
+    done = run_forked(command)
     assert done.returncode == 1
     assert "error: memory: NO: " in done.stderr
     assert "or accept it with --accept-plan" in done.stderr
     assert "\nmodel\n" in done.stdout  # all of it is told first
-    assert subprocess.run([*command, "--accept-plan"], capture_output=True, check=False).returncode == 0
+    assert run_forked([*command, "--accept-plan"]).returncode == 0
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from megatron.core.parallel_state import RankGenerator
@@ -11,8 +10,8 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import ParallelConfig, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters
 from megatron_ledom.planning.dry_run_rows import parameters_of_rank, rank_lines, rank_place, stage_layers
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 QUICKSTART = str(ROOT / "examples/configs/quickstart_reverse.yaml")
 
 

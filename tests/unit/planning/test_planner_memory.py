@@ -25,8 +25,8 @@ from megatron_ledom.planning.memory import (
 from megatron_ledom.planning.shapes import Layout, architecture_of, layout_of
 from megatron_ledom.planning.validation.published import OpenPoint, published
 from megatron_ledom.planning.validation.validation import planned_peak
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 TABLE = {  # GiB of parameters and optimizer; of activations without recompute; with sequence parallelism and selective recompute
     "22B": (45.56, 59.25, 9.56),
     "175B": (45.56, 66.84, 12.35),

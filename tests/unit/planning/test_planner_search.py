@@ -16,8 +16,9 @@ from megatron_ledom.planning.plan import make_plan
 from megatron_ledom.planning.search import SIMULATED, describe_found, search, table_of
 from megatron_ledom.planning.shapes import layout_of
 from megatron_ledom.reports.plans import plan_run
+from tests.forked import run_forked
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 SEVEN = str(ROOT / "examples/configs/ledom_7b.yaml")
 A100 = load_hardware("a100-80")
 
@@ -56,8 +57,8 @@ def test_the_chosen_layout_is_a_config_the_trainer_takes(tmp_path: Path) -> None
     chosen = tmp_path / "chosen.yaml"
     text = plan_run(SEVEN, "a100-40", 32, search=True, save_config=str(chosen))[0]
     assert "rank  s/iteration" in text
-    command = [sys.executable, "-m", "megatron_ledom.pretrain", "--config", str(chosen), "--dry-run"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["-m", "megatron_ledom.pretrain", "--config", str(chosen), "--dry-run"]
+    done = run_forked(command)
     assert done.returncode == 0, done.stderr
     plan = make_plan(load_config(str(chosen)), 32, load_hardware("a100-40"))
     assert plan.fits
@@ -89,8 +90,8 @@ def test_memory_decides_the_recompute() -> None:
 def test_the_readmes_command_writes_layout_pictures_and_page(tmp_path: Path) -> None:
     options = ["--hardware", "h100-sxm", "--num-gpus", "64", "--search"]
     files = ["--save-config", str(tmp_path / "chosen.yaml"), "--output", str(tmp_path / "plan")]
-    command = [sys.executable, "tools/plan_run.py", "--config", SEVEN, *options, *files]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["tools/plan_run.py", "--config", SEVEN, *options, *files]
+    done = run_forked(command)
     assert done.returncode == 0, done.stderr
     assert {path.name for path in (tmp_path / "plan").iterdir()} == {"memory.png", "timeline.png", "plan.html", "layouts.tsv"}
     page = (tmp_path / "plan/plan.html").read_text(encoding="utf-8")
@@ -112,10 +113,10 @@ def test_planning_needs_no_torch() -> None:
 
 
 def test_the_tool_says_first_whether_a_plan_fits_and_ends_with_1_if_not() -> None:
-    command = [sys.executable, "tools/plan_run.py", "--config", SEVEN, "--num-gpus", "64", "--hardware"]
+    command = ["tools/plan_run.py", "--config", SEVEN, "--num-gpus", "64", "--hardware"]
     ends = {}
     for hardware in ("a100-40", "b200"):
-        done = subprocess.run([*command, hardware], cwd=ROOT, capture_output=True, text=True, check=False)
+        done = run_forked([*command, hardware])
         ends[hardware] = (done.returncode, done.stdout.splitlines()[1].rpartition(": ")[2])
     assert ends == {"a100-40": (1, "DOES NOT FIT"), "b200": (0, "fits")}
 

@@ -22,8 +22,8 @@ from megatron_ledom.planning.validation.validation import (
     validation_page,
     worked_examples,
 )
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 A100 = load_hardware("a100-80")
 IDEAL = replace(
     A100,

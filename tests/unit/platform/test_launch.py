@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ledom.data.preprocess.command import PreprocessSettings, task_of
+from megatron_ledom.data.preprocess.task import PreprocessSettings, task_of
 from megatron_ledom.errors import UsageError
 from megatron_ledom.platform import slurm
 from megatron_ledom.platform.launch import ALONE, FOREIGN, Launch, read_launch
 from megatron_ledom.platform.slurm import seconds_until_job_end, tasks_of_nodes
+from tests.paths import ROOT
 
 SRUN = {  # rank 9 of 8 + 4: a step on three of the job's nodes, the ranks unevenly spread
     "SLURM_JOB_ID": "123456",
@@ -170,7 +171,7 @@ def test_launch_is_read_and_signals_are_remembered_before_torch_is_imported() ->
         "import sys; from megatron_ledom.pretrain import StopRequest, read_launch",
         "StopRequest(); read_launch(); assert 'torch' not in sys.modules",
     )
-    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False, cwd=Path(__file__).parents[3])
+    done = subprocess.run([sys.executable, "-c", "\n".join(lines)], check=False, cwd=ROOT)
     assert done.returncode == 0
 
 
@@ -337,7 +338,7 @@ def test_an_end_of_the_job_that_cannot_be_read_is_named(commands: Path, monkeypa
 def test_the_environment_is_read_in_few_places() -> None:
     """What a launcher sets is parsed, and faults are named, in these files alone."""
     launcher = re.compile(r"""environ(?:\.get\(|\[)\s*["'](?:SLURM_|RANK|WORLD_SIZE|LOCAL_|MASTER_|OMPI_|PMI_)""")
-    sources = sorted((Path(__file__).parents[3] / "megatron_ledom").rglob("*.py"))
+    sources = sorted((ROOT / "megatron_ledom").rglob("*.py"))
     assert [path.name for path in sources if launcher.search(path.read_text(encoding="utf-8"))] == []
 
 

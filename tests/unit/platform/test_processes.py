@@ -2,9 +2,10 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+
+from tests.paths import ROOT
 
 SLEEPS = "ctypes.PyDLL(None).usleep(300_000)"  # a PyDLL keeps the interpreter's lock
 
@@ -21,5 +22,5 @@ SLEEPS = "ctypes.PyDLL(None).usleep(300_000)"  # a PyDLL keeps the interpreter's
 )
 def test_a_blocked_process_ends_with_its_code(line: str, code: int) -> None:
     program = f"import ctypes, os, time; from megatron_ledom.platform.processes import ExitTimer; timer = ExitTimer(75); {line}"
-    done = subprocess.run([sys.executable, "-c", program], check=False, cwd=Path(__file__).parents[3], timeout=60)
+    done = subprocess.run([sys.executable, "-c", program], check=False, cwd=ROOT, timeout=60)
     assert done.returncode == code

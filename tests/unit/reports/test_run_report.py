@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +15,8 @@ from megatron_ledom.planning.plan import make_plan
 from megatron_ledom.reports.curves import EXACT, moving_average
 from megatron_ledom.reports.run_data import RunData, load_runs, training_pairs
 from megatron_ledom.reports.runs import final_loss, planned_rows, report_runs, summary, twin_sentence
-
-ROOT = Path(__file__).parents[3]
+from tests.forked import run_forked
+from tests.paths import ROOT
 
 
 def write_run(folder: Path, direction: str, floor: float, num_records: int = 120) -> str:
@@ -49,8 +47,8 @@ def twins(tmp_path: Path) -> list[str]:
 
 def test_the_tool_draws_both_directions_and_one_page_that_stands_alone(twins: list[str], tmp_path: Path) -> None:
     output = tmp_path / "report"
-    command = [sys.executable, "tools/report_run.py", *twins, "--output", str(output), "--smooth", "5"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["tools/report_run.py", *twins, "--output", str(output), "--smooth", "5"]
+    done = run_forked(command)
     assert done.returncode == 0, done.stderr
     pictures = {path.name for path in output.glob("*.png")}
     assert pictures == {"loss.png", "loss_difference.png", "grad_norm.png", "tokens_per_second.png", "lr.png"}
@@ -233,8 +231,8 @@ def test_a_run_is_compared_with_its_plan(twins: list[str], tmp_path: Path) -> No
     for folder in twins:
         config = load_config(str(Path(folder, "config.yaml")), sizes)
         save_config(config, str(Path(folder, "config.yaml")))
-    command = [sys.executable, "tools/report_run.py", *twins, "--output", str(tmp_path / "report"), "--plan"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = ["tools/report_run.py", *twins, "--output", str(tmp_path / "report"), "--plan"]
+    done = run_forked(command)
     assert done.returncode == 0, done.stderr
     config = load_config(str(Path(twins[0], "config.yaml")))
     planned = make_plan(config, 1, load_hardware("a100-80")).time.total

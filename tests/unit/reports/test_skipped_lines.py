@@ -9,16 +9,16 @@ from typing import Any
 import pytest
 
 from megatron_ledom.errors import DataError
+from megatron_ledom.evaluation.grading.answers import answers_by
+from megatron_ledom.evaluation.selection import load_questions
 from megatron_ledom.inference import ForwardLM, ReverseLM
-from megatron_ledom.inference.answers import answers_by
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.reverse_reward.rerank_file import RerankSettings, rerank_file
+from megatron_ledom.inference.reverse_reward.reranking import RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from megatron_ledom.inference.reverse_reward.selection import load_questions
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 
-ROOT = Path(__file__).parents[3]
 SCORE = {"forward_logprob": -1.0, "reverse_logprob": -2.0, "forward_tokens": 3, "reverse_tokens": 4, "reward": -1.5}
 NO_ROOM = "90 tokens and 40 new ones exceed the 100 positions of the forward model"
 SKIPPED_SCORE = {**dict.fromkeys(SCORE), "skipped": "a text of 120 tokens exceeds the 64 positions of the reverse model"}

@@ -21,12 +21,13 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.data.blends.sources import load_sources
 from megatron_ledom.data.dataset.sample_index import index_plan, prepare_indices
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
-from megatron_ledom.data.shards.faults import verify_shard
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.shard import SUFFIXES, check_shard
+from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.errors import LedomError
 from megatron_ledom.evaluation.results import ItemFile, numbered, write_summary
-from megatron_ledom.inference.reverse_reward.rerank_input import Record
+from megatron_ledom.inference.reverse_reward.input_lines import Record
 from megatron_ledom.inference.reverse_reward.rerank_part import Part, Window
 from megatron_ledom.platform.launch import ALONE
 from megatron_ledom.storage.files import write_file, write_synced

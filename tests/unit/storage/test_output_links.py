@@ -14,10 +14,11 @@ from megatron_ledom.storage.locks import output_file_lock
 from megatron_ledom.storage.records import append_record, drop_after, read_records
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from tests.legible import legible_ids, legible_shard
+from tests.output_commands import FILES
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
-from tests.unit.storage.test_output_locks import FILES, ROOT, made, run_here
+from tests.tool_runs import run_tool
 
-__all__ = ["made"]  # the fixture
 ENDINGS = {
     "merge_shards": (".bin", ".idx", ".json"),
     "reverse_shards": (".bin", ".idx", ".json"),
@@ -74,7 +75,7 @@ def test_a_link_to_a_file_that_is_not_there_yet_is_followed(
 ) -> None:
     name, command = command_of(tool, tmp_path / "here", made)
     links = linked(tmp_path / "here", tmp_path / "disk", [name + ending for ending in ENDINGS.get(tool, ("",))], None)
-    assert run_here(monkeypatch, tool, *command) == 0, capsys.readouterr().err
+    assert run_tool(monkeypatch, tool, *command) == 0, capsys.readouterr().err
     check_links(links, None)
     if tool in ENDINGS:
         check_shard(f"{tmp_path}/here/out")
@@ -87,10 +88,10 @@ def test_overwriting_a_link_writes_the_file_behind_it(
     name, command = command_of(tool, tmp_path / "here", made)
     links = linked(tmp_path / "here", tmp_path / "disk", [name + ending for ending in ENDINGS.get(tool, ("",))], "old")
     if tool != "summarize_tasks":
-        assert run_here(monkeypatch, tool, *command) != 0
+        assert run_tool(monkeypatch, tool, *command) != 0
         assert {target.read_text(encoding="utf-8") for target in links.values()} == {"old"}
         command.append("--overwrite")
-    assert run_here(monkeypatch, tool, *command) == 0, capsys.readouterr().err
+    assert run_tool(monkeypatch, tool, *command) == 0, capsys.readouterr().err
     check_links(links, "old")
 
 
@@ -99,12 +100,12 @@ def test_a_reranking_is_complete_by_both_names_of_its_output(
 ) -> None:
     name, command = command_of("rerank", tmp_path / "here", made)
     ((link, target),) = linked(tmp_path / "here", tmp_path / "disk", [name], None).items()
-    assert run_here(monkeypatch, "rerank", *command) == 0
+    assert run_tool(monkeypatch, "rerank", *command) == 0
     for output in (link, target):
-        assert run_here(monkeypatch, "rerank", *command[:-1], str(output)) == 0
+        assert run_tool(monkeypatch, "rerank", *command[:-1], str(output)) == 0
         assert "is complete; nothing to do" in capsys.readouterr().err
-    assert run_here(monkeypatch, "rerank", *command[:-1], str(target), "--weight", "0.9", "--overwrite") == 0
-    assert run_here(monkeypatch, "rerank", *command) == 2  # the notes are those of the newest content
+    assert run_tool(monkeypatch, "rerank", *command[:-1], str(target), "--weight", "0.9", "--overwrite") == 0
+    assert run_tool(monkeypatch, "rerank", *command) == 2  # the notes are those of the newest content
     assert "was made otherwise" in capsys.readouterr().err
 
 
@@ -115,7 +116,7 @@ def test_a_link_into_a_folder_that_is_not_there_is_refused(
     name, command = command_of(tool, tmp_path, made)
     link = tmp_path / (name + ENDINGS.get(tool, ("",))[0])
     link.symlink_to("unmounted/file")
-    assert run_here(monkeypatch, tool, *command) == 2
+    assert run_tool(monkeypatch, tool, *command) == 2
     assert f"{link} is a link to unmounted/file, where no file can be made" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == [link.name]
 
@@ -154,15 +155,15 @@ def test_a_shard_is_not_written_over_its_input_or_by_two_through_links(
     before = Path(f"{shard}.bin").read_bytes()
     (tmp_path / "out.bin").symlink_to("x.bin")
     merge = ["--output-prefix", f"{tmp_path}/out", "--overwrite", "--input"]
-    assert run_here(monkeypatch, "merge_shards", *merge, shard) == 2
+    assert run_tool(monkeypatch, "merge_shards", *merge, shard) == 2
     assert "is one of the inputs" in capsys.readouterr().err
     assert Path(f"{shard}.bin").read_bytes() == before
     other = legible_shard(tmp_path / "y", [legible_ids(document, 4) for document in range(5)])
     with output_file_lock(shard):
-        assert run_here(monkeypatch, "merge_shards", *merge, other) == 2
+        assert run_tool(monkeypatch, "merge_shards", *merge, other) == 2
         assert "is being written by process" in capsys.readouterr().err
     (tmp_path / "out.idx").symlink_to("x.bin")
-    assert run_here(monkeypatch, "merge_shards", *merge, other) == 2
+    assert run_tool(monkeypatch, "merge_shards", *merge, other) == 2
     assert "are links to one file" in capsys.readouterr().err
     assert Path(f"{shard}.bin").read_bytes() == before
     assert json.loads(Path(f"{shard}.json").read_bytes())["num_documents"] == 5

@@ -2,51 +2,23 @@
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from megatron_ledom.config.load import load_config, save_config
 from megatron_ledom.data.shards.shard import check_shard
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.files import json_text, write_file
 from megatron_ledom.storage.locks import LOCK_SUFFIX, output_file_lock, output_folder_lock
-from tests.evaluation_sets import write_sets
 from tests.legible import file_bytes, legible_ids, legible_shard
-from tests.tiny_models import random_model_folder
+from tests.output_commands import FILES, Arguments
+from tests.paths import ROOT
+from tests.tool_runs import run_tool
 
-ROOT = Path(__file__).parents[3]
-SHARD = [legible_ids(document, 4) for document in range(5)]
-Arguments = Callable[[Path, dict[str, str]], list[str]]
-
-FILES: dict[str, tuple[str, Arguments]] = {
-    "merge_shards": ("out", lambda at, made: ["--input", made["shard"], "--output-prefix", f"{at}/out"]),
-    "reverse_shards": ("out", lambda at, made: ["--input", made["shard"], "--output-prefix", f"{at}/out"]),
-    "prepare_pairs": (
-        "out",
-        lambda at, made: [
-            *("--input", made["pairs"], "--output-prefix", f"{at}/out", "--tokenizer", made["reverse"], "--seq-length", "64"),
-            *("--prompt-template", "{question}", "--answer-template", "{answer}"),
-        ],
-    ),
-    "rerank": (
-        "out.jsonl",
-        lambda at, made: [
-            *("--forward", made["forward"], "--reverse", made["reverse"], "--input", made["candidates"]),
-            *("--output", f"{at}/out.jsonl"),
-        ],
-    ),
-    "train_tokenizer": ("out", lambda at, made: ["--input", made["text"], "--vocab-size", "300", "--output", f"{at}/out"]),
-    "summarize_tasks": ("out", lambda at, made: [made["shard"], "--num-tasks", "1", "--json", f"{at}/out"]),
-    "inspect_shard": ("out.png", lambda at, made: [made["shard"], "--histogram", f"{at}/out.png"]),
-}
-"""Tool -> the output whose lock it takes, and a command line; `made` are inputs."""
 FOLDERS: dict[str, Arguments] = {
     "evaluate": lambda at, made: [
         *("--model", made["forward"], "--data", made["sets"], "--tasks", "piqa", "--output", str(at)),
@@ -70,77 +42,6 @@ OTHER_LOCKS = {
 WRITES_NOTHING = {"generate", "inspect_checkpoint", "plan_blend", "replay_step"}
 
 
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Small inputs of every command."""
-    root = tmp_path_factory.mktemp("inputs")
-    lines = {
-        "pairs": [{"question": f"What is {n}?", "answer": f" It is {n}."} for n in range(40)],
-        "candidates": [{"prompt": f"The capital of {n}", "candidates": [" Paris", " 42"]} for n in range(4)],
-        "text": [{"text": f"The cat sat on {n} mats, and the dog ran after the cat number {n}."} for n in range(200)],
-        "ranked": [
-            {
-                "prompt": "p",
-                "candidates": ["1", "2"],
-                "gold": "1",
-                "ranking": [0, 1],
-                "best": "1",
-                "scores": [
-                    {
-                        "forward_logprob": -1.0,
-                        "reverse_logprob": -1.0,
-                        "forward_tokens": 1,
-                        "reverse_tokens": 1,
-                        "reward": -1.0,
-                    },
-                    {
-                        "forward_logprob": -2.0,
-                        "reverse_logprob": -2.0,
-                        "forward_tokens": 1,
-                        "reverse_tokens": 1,
-                        "reward": -2.0,
-                    },
-                ],
-            }
-        ]
-        * 6,
-    }
-    found = {}
-    for name, rows in lines.items():
-        path = root / f"{name}.jsonl"
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        found[name] = str(path)
-    for direction in ("forward", "reverse"):
-        found[direction] = str(random_model_folder(root / direction, "byte_level", direction))
-    run = root / "run"
-    run.mkdir()
-    config = load_config(str(ROOT / "examples/configs/quickstart_reverse.yaml"), [f"run_dir={run}"])
-    save_config(config, str(run / "config.yaml"))
-    record = {
-        "iteration": 1,
-        "lm_loss": 2.0,
-        "grad_norm": 1.0,
-        "lr": 0.1,
-        "tokens_per_second": 9.0,
-        "consumed_train_tokens": 64,
-    }
-    (run / "metrics.jsonl").write_text(json.dumps({**record, "mfu": 0.1, "elapsed_seconds": 1.0}) + "\n", encoding="utf-8")
-    return {
-        **found,
-        "run": str(run),
-        "shard": legible_shard(root / "x-00000-of-00001", SHARD),
-        "sets": str(write_sets(root / "sets")),
-    }
-
-
-def run_here(monkeypatch: pytest.MonkeyPatch, tool: str, *arguments: str) -> int:
-    """The tool in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
-    return int(ended.value.code or 0)
-
-
 def test_every_tool_is_listed() -> None:
     tools = {path.stem for path in (ROOT / "tools").glob("*.py")}
     assert {*FILES, *FOLDERS, *OTHER_LOCKS, *WRITES_NOTHING} == tools
@@ -155,10 +56,10 @@ def test_a_command_that_writes_a_file_refuses_one_that_another_process_writes(
     if tool == "summarize_tasks":
         command[0] = made["shard"].removesuffix("-00000-of-00001")
     with output_file_lock(tmp_path / name):
-        assert run_here(monkeypatch, tool, *command) == 2
+        assert run_tool(monkeypatch, tool, *command) == 2
         assert [path.name for path in tmp_path.iterdir()] == [name + LOCK_SUFFIX]
     assert f"is being written by process {os.getpid()}" in capsys.readouterr().err
-    assert run_here(monkeypatch, tool, *command) == 0, capsys.readouterr().err
+    assert run_tool(monkeypatch, tool, *command) == 0, capsys.readouterr().err
     assert not list(tmp_path.glob(f"*{LOCK_SUFFIX}"))
 
 
@@ -168,7 +69,7 @@ def test_a_command_that_writes_a_folder_refuses_one_that_another_process_writes(
 ) -> None:
     command = FOLDERS[tool](tmp_path, made)
     with output_folder_lock(tmp_path):
-        assert run_here(monkeypatch, tool, *command) == 2
+        assert run_tool(monkeypatch, tool, *command) == 2
         assert [path.name for path in tmp_path.iterdir()] == [LOCK_SUFFIX]
     assert f"is being written by process {os.getpid()}" in capsys.readouterr().err
 

@@ -20,7 +20,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError
 from megatron_ledom.evaluation.harness.model import LedomLM
 from megatron_ledom.inference import ForwardLM
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import append_specials, convert
 from tests.published_folder import sentencepiece_model

@@ -4,7 +4,6 @@ import importlib.util
 import random
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +18,10 @@ from megatron_ledom._helpers import not_nfc
 from megatron_ledom.errors import UsageError
 from megatron_ledom.tokenizers.engines import GPT2, PATTERNS, CachedByteEngine, HubEngine, first_difference, why_not_bytes
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS
-from tests.unit.tokenizers.test_piece_engine import FILES, MULTILINGUAL
+from tests.paths import ROOT
+from tests.source_texts import FILES, MULTILINGUAL
 
-HELPERS = Path(__file__).parents[3] / "csrc" / "helpers"
+HELPERS = ROOT / "csrc" / "helpers"
 CODES = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]
 NASTY = [
     " ",

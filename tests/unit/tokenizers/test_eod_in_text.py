@@ -8,19 +8,20 @@ import pytest
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HubTokenizer
 
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
-from megatron_ledom.data.shards.faults import verify_shard
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.inspection import InspectSettings, inspect_shards
 from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
 from megatron_ledom.data.shards.shard import ShardReader, hash_file, load_manifest
+from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import DataError, UsageError, VerificationError
-from megatron_ledom.finetune.prepare import PairSettings, prepare_pairs
-from megatron_ledom.inference.joint import JointTokenizer
+from megatron_ledom.finetune.pairs import PairSettings, prepare_pairs
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import _converted, parse_model, train
 from tests.legible import EOD_ID, legible_shard, legible_tokenizer, write_jsonl
-from tests.unit.tokenizers.test_tokenizer import TEXT
+from tests.source_texts import TEXT
 
 EOD = "<|endoftext|>"
 SPELLED = [f"before {EOD} after", EOD, f"{EOD}{EOD}\n", f"a{EOD}b", "none here"]

@@ -1,10 +1,8 @@
 """The cached encoder gives the ids of the sentencepiece library: on trained and on random vocabularies, on any text."""
 
 import random
-import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,21 +14,10 @@ from hypothesis import strategies as st
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.tokenizers.engines import CachedPieceEngine, why_not_cached
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, SPACE, parse_model, train
+from tests.source_texts import FILES, MULTILINGUAL
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 LINES = "def f(x):\n        return self.value  # été 日本語\n\n\tfor i in range(100): print(i, 'ß', \"==\" * 3)\n"
-
-
-def library_files(num_files: int) -> list[str]:
-    """Sources of the Python library, always the same ones."""
-    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-    texts = [path.read_text(encoding="utf-8") for path in paths[:: max(1, len(paths) // num_files)]]
-    assert len(texts) >= num_files
-    return texts
-
-
-FILES = library_files(40)
-MULTILINGUAL = [text for text in ODD_TEXTS if not text.isascii()] * 20
 
 
 class Both:

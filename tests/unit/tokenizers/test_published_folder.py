@@ -25,11 +25,11 @@ from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from tests.evaluation_sets import write_sets
 from tests.harness_tasks import write_tasks
+from tests.paths import ROOT
 from tests.published_folder import EOD_ID, published_folder, sentencepiece_model, terminal_that_says_yes, texts
 from tests.tiny_models import random_model_folder
-from tests.unit.storage import test_output_locks
+from tests.tool_runs import run_tool
 
-ROOT = Path(__file__).parents[3]
 PAGE = (ROOT / "docs" / "published_model.md").read_text(encoding="utf-8")
 PROMPT, ANSWER = "The capital of France is", " Paris, 漢字."
 LIBRARY = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
@@ -170,8 +170,8 @@ def test_advice_names_only_options_that_the_command_has(
     for tool, arguments in commands.items():
         if tool != "rerank":  # which has one option for both
             arguments += ["--direction", "reverse"]
-        assert test_output_locks.run_here(monkeypatch, tool, *arguments) != 0
-        test_output_locks.run_here(monkeypatch, tool, "--help")
+        assert run_tool(monkeypatch, tool, *arguments) != 0
+        run_tool(monkeypatch, tool, "--help")
         shown, told = capsys.readouterr()
         named = set(re.findall(r"--[a-z_]+(?:-[a-z]+)*", told))
         assert ("--reverse-eod-id" if tool == "rerank" else "--eod-id") in named, told

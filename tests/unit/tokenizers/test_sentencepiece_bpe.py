@@ -1,11 +1,7 @@
 """A real SentencePiece BPE, trained on the standard library's sources, and its exact conversion."""
 
-import inspect
 import json
 import statistics
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -18,9 +14,8 @@ from megatron_ledom.errors import DataError, UsageError, VerificationError
 from megatron_ledom.tokenizers import sentencepiece_bpe
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, check_conversion, convert, train
 from tests.legible import write_jsonl
-
-TEXTS = [inspect.getsource(module) for module in (textwrap, statistics, inspect, json)]
-ROOT = Path(__file__).parents[3]
+from tests.source_texts import TEXTS
+from tests.tool_runs import train_by_command
 
 
 @pytest.fixture(scope="module")
@@ -136,11 +131,6 @@ def test_the_sentences_drawn_are_even_and_bounded() -> None:
     assert len(drawn) == 500
     assert drawn == sorted(drawn, key=int)
     assert abs(statistics.mean(map(int, drawn)) - 5000) < 500
-
-
-def train_by_command(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/train_tokenizer.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
 
 
 def test_the_command_writes_a_folder_that_both_libraries_read_alike(tmp_path: Path) -> None:

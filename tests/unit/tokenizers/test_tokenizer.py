@@ -1,12 +1,10 @@
 """One interface over tokenizer.json, folders and SentencePiece models: the same ids, one hash, an eod or a clear refusal."""
 
 import hashlib
-import inspect
 import json
 import shutil
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +18,7 @@ from megatron_ledom.provenance import vocabulary_hash
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, convert, tokenizer_config, train
 from tests.legible import EOD_ID, VOCAB_SIZE, legible_documents, legible_ids, legible_tokenizer
-
-TEXT = inspect.getsource(textwrap)
+from tests.source_texts import TEXT
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """tools/plan_blend.py: the table and the config's lines of a blend; nothing repeats without leave."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,10 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.data.blends.plan import BlendSettings, check_repeats, describe, parse_tokens, plan_blend, to_yaml
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError
+from tests.forked import run_forked
 from tests.legible import legible_ids, legible_provenance, legible_shard
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[4]
 ORIGINAL = {  # tokens drawn, share of the file (`paper.md`, the published run)
     "data/dclm_01": (259_833_174_808, 0.9),
     "data/dclm_02": (24_327_029_000, 0.1),
@@ -28,8 +28,7 @@ DRAWN = [str(drawn) for drawn, _ in ORIGINAL.values()]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/plan_blend.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_forked([ROOT / "tools/plan_blend.py", *arguments])
 
 
 def plan(*inputs: str, **settings: object) -> list[tuple[str, float, float]]:

@@ -20,30 +20,23 @@ import zstandard
 from pyarrow import parquet
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from megatron_ledom.data.preprocess import command as preprocess_module
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess, task_of
+from megatron_ledom.data.preprocess import pipeline
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings, task_of
 from megatron_ledom.data.preprocess.task_summary import collect
-from megatron_ledom.data.shards.faults import verify_shard
 from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
 from megatron_ledom.data.shards.shard import ShardReader, check_shard, load_manifest
+from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from tests.legible import EOD_ID, legible_documents, legible_ids, legible_tokenizer, write_jsonl
-
-ROOT = Path(__file__).parents[4]
-TOOL = str(ROOT / "tools/preprocess_data.py")
-SLURM_FREE = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
+from tests.paths import ROOT
+from tests.tool_runs import PREPROCESS_DATA, SLURM_FREE, preprocess_by_command, preprocessed
 
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(legible_tokenizer(tmp_path_factory.mktemp("tokenizer") / "legible"))
-
-
-def run(folder: Path, tokenizer: str, *arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """The command in `folder`, which holds the input; output goes to folder/out/data unless `arguments` say otherwise."""
-    command = [sys.executable, TOOL, "--tokenizer", tokenizer, "--output-prefix", "out/data", "--workers", "2", *arguments]
-    return subprocess.run(command, cwd=folder, env={**SLURM_FREE, **(env or {})}, capture_output=True, text=True, timeout=120)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -56,17 +49,9 @@ def shard_bytes(prefix: Path) -> tuple[bytes, bytes]:
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
 
 
-def made(folder: Path, tokenizer: str, name: str, **changes: object) -> Path:
-    """A shard made in this process from folder/*.jsonl, unless `changes` say otherwise."""
-    prefix = folder / name
-    settings = {"input": [str(folder / "*.jsonl")], "tokenizer": tokenizer, "output_prefix": str(prefix), "workers": 1}
-    preprocess(PreprocessSettings(**{**settings, **changes}))  # type: ignore[arg-type]
-    return prefix
-
-
 def test_documents_are_stored_reversed_with_eod_last(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", legible_documents(4, 6))
-    done = run(tmp_path, tokenizer, "--input", "*.jsonl")
+    done = preprocess_by_command(tmp_path, tokenizer, "--input", "*.jsonl")
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert "4 documents, 28 tokens" in done.stderr
@@ -85,7 +70,7 @@ def test_documents_are_stored_reversed_with_eod_last(tmp_path: Path, tokenizer: 
 
 def test_forward_documents_are_stored_as_read(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", legible_documents(2, 3))
-    reader = ShardReader(str(made(tmp_path, tokenizer, "data", direction=Direction.FORWARD)))
+    reader = ShardReader(str(preprocessed(tmp_path, tokenizer, "data", direction=Direction.FORWARD)))
     assert reader.ids.tolist() == [0, 1, 2, EOD_ID, 100, 101, 102, EOD_ID]
     assert reader.manifest.direction is Direction.FORWARD
 
@@ -94,20 +79,22 @@ def test_forward_on_turned_texts_is_reverse_on_the_texts(tmp_path: Path, tokeniz
     texts = legible_documents(5, 7)
     write_jsonl(tmp_path / "a.jsonl", texts)
     write_jsonl(tmp_path / "turned.ndjson", [" ".join(text.split()[::-1]) for text in texts])
-    reverse = made(tmp_path, tokenizer, "reverse")
-    forward = made(tmp_path, tokenizer, "forward", input=[str(tmp_path / "*.ndjson")], direction=Direction.FORWARD)
+    reverse = preprocessed(tmp_path, tokenizer, "reverse")
+    forward = preprocessed(tmp_path, tokenizer, "forward", input=[str(tmp_path / "*.ndjson")], direction=Direction.FORWARD)
     assert shard_bytes(reverse) == shard_bytes(forward)
 
 
 def test_the_bytes_do_not_depend_on_workers_or_batches(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 90) * 8)
     write_jsonl(tmp_path / "b.jsonl", [*legible_documents(7, 5), "", "12"])
-    one = shard_bytes(made(tmp_path, tokenizer, "one"))
+    one = shard_bytes(preprocessed(tmp_path, tokenizer, "one"))
     for workers, batch_bytes, part_bytes in [(1, 300, 500), (2, 1000, 999), (3, 300, 70), (3, 1 << 20, 5000), (2, 7, 333)]:
         sizes = {"workers": workers, "batch_bytes": batch_bytes, "part_bytes": part_bytes}
-        assert shard_bytes(made(tmp_path, tokenizer, f"{workers}_{part_bytes}", **sizes)) == one
+        assert shard_bytes(preprocessed(tmp_path, tokenizer, f"{workers}_{part_bytes}", **sizes)) == one
     for workers in (1, 2, 3):
-        done = run(tmp_path, tokenizer, "--input", "a.jsonl", "b.jsonl", "--workers", str(workers), "--overwrite")
+        done = preprocess_by_command(
+            tmp_path, tokenizer, "--input", "a.jsonl", "b.jsonl", "--workers", str(workers), "--overwrite"
+        )
         assert done.returncode == 0, done.stderr
         assert shard_bytes(tmp_path / "out/data") == one
 
@@ -122,9 +109,9 @@ def test_every_form_of_input_gives_the_same_bytes(tmp_path: Path, tokenizer: str
     parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "a.parquet", row_group_size=2)
     for number, text in enumerate(texts):
         (tmp_path / f"{number}.txt").write_text(text)
-    expected = shard_bytes(made(tmp_path, tokenizer, "plain"))
+    expected = shard_bytes(preprocessed(tmp_path, tokenizer, "plain"))
     for pattern in ("*.gz", "*.zst", "*.bz2", "*.xz", "*.parquet", "*.txt"):
-        assert shard_bytes(made(tmp_path, tokenizer, f"from{pattern[1:]}", input=[str(tmp_path / pattern)])) == expected
+        assert shard_bytes(preprocessed(tmp_path, tokenizer, f"from{pattern[1:]}", input=[str(tmp_path / pattern)])) == expected
 
 
 def test_a_document_without_tokens_is_counted_and_shifts_nothing(tmp_path: Path, tokenizer: str) -> None:
@@ -133,7 +120,7 @@ def test_a_document_without_tokens_is_counted_and_shifts_nothing(tmp_path: Path,
 
     full = legible_documents(4, 5)
     write_jsonl(tmp_path / "a.jsonl", ["", full[0], "   ", full[1], full[2], "\n", full[3], ""])
-    prefix = made(tmp_path, tokenizer, "data")
+    prefix = preprocessed(tmp_path, tokenizer, "data")
     stock = IndexedDataset(str(prefix))
     assert [stock[index].tolist() for index in range(len(stock))] == [[*legible_ids(k, 5)[::-1], EOD_ID] for k in range(4)]
     assert int(stock.sequence_lengths.sum()) * 2 == Path(f"{prefix}.bin").stat().st_size
@@ -154,13 +141,13 @@ def test_a_bad_line_fails_or_is_skipped_and_counted(tmp_path: Path, tokenizer: s
     line, message, reason = BAD_LINES[name]
     (tmp_path / "bad.jsonl").write_bytes(b'{"text": "1 2"}\n' + line + b'\n{"text": "3"}\n')
     before = tree(tmp_path)
-    failed = run(tmp_path, tokenizer, "--input", "bad.jsonl")
+    failed = preprocess_by_command(tmp_path, tokenizer, "--input", "bad.jsonl")
     assert failed.returncode == 1
     assert failed.stderr.splitlines()[-1].startswith(f"error: {message}")
     assert "Traceback" not in failed.stderr
     assert tree(tmp_path) == before
 
-    skipped = run(tmp_path, tokenizer, "--input", "bad.jsonl", "--on-error", "skip")
+    skipped = preprocess_by_command(tmp_path, tokenizer, "--input", "bad.jsonl", "--on-error", "skip")
     assert skipped.returncode == 0, skipped.stderr
     assert f"skipped {message}" in skipped.stderr
     assert f"skipped: 1 {reason}" in skipped.stderr
@@ -224,7 +211,7 @@ def test_bad_input_is_refused_and_leaves_nothing_behind(
         large_vocabulary(tmp_path / "large")
     before = tree(tmp_path)
     inputs = [] if "--input" in arguments else ["--input", "a.jsonl"]
-    done = run(tmp_path, tokenizer, *inputs, *arguments)
+    done = preprocess_by_command(tmp_path, tokenizer, *inputs, *arguments)
     assert done.returncode == code, done.stderr
     assert message in done.stderr
     assert "Traceback" not in done.stderr
@@ -233,30 +220,30 @@ def test_bad_input_is_refused_and_leaves_nothing_behind(
 
 def test_a_large_vocabulary_is_stored_in_int32(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["69999 65536", "7"])
-    reader = ShardReader(str(made(tmp_path, large_vocabulary(tmp_path / "large"), "data", eod_token="<eod>")))
+    reader = ShardReader(str(preprocessed(tmp_path, large_vocabulary(tmp_path / "large"), "data", eod_token="<eod>")))
     assert reader.manifest.dtype == "int32"
     assert reader.ids.tolist() == [65536, 69999, 70000, 7, 70000]
 
 
 def test_an_existing_output_is_kept_unless_overwritten(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", legible_documents(2, 3))
-    assert run(tmp_path, tokenizer, "--input", "a.jsonl").returncode == 0
+    assert preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl").returncode == 0
     before = tree(tmp_path)
-    again = run(tmp_path, tokenizer, "--input", "a.jsonl")
+    again = preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl")
     assert again.returncode == 0
     assert "finished before by the same request; nothing to do" in again.stderr
-    refused = run(tmp_path, tokenizer, "--input", "a.jsonl", "--direction", "forward")
+    refused = preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl", "--direction", "forward")
     assert refused.returncode == 2
     assert "out/data.bin exists already; choose another --output-prefix, or replace it with --overwrite" in refused.stderr
     assert tree(tmp_path) == before
     write_jsonl(tmp_path / "a.jsonl", legible_documents(3, 3))
-    assert run(tmp_path, tokenizer, "--input", "a.jsonl", "--overwrite").returncode == 0
+    assert preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl", "--overwrite").returncode == 0
     assert check_shard(str(tmp_path / "out/data")).num_documents == 3
 
 
 def test_a_truncated_bin_is_refused_before_use(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", legible_documents(2, 3))
-    prefix = made(tmp_path, tokenizer, "data")
+    prefix = preprocessed(tmp_path, tokenizer, "data")
     os.truncate(f"{prefix}.bin", 10)
     with pytest.raises(DataError, match=r"data.bin is truncated: it has 10 bytes, its manifest says 16"):
         check_shard(str(prefix))
@@ -276,7 +263,7 @@ def start_waiting(folder: Path, tokenizer: str) -> subprocess.Popen[str]:
     """The command, with a worker in the middle of a part that goes on when there is a file `go`."""
     (folder / "hold.py").write_text(HOLD)
     write_jsonl(folder / "a.jsonl", legible_documents(2, 3))
-    command = [sys.executable, TOOL, "--tokenizer", tokenizer, "--input", "a.jsonl", "--output-prefix", "out/data"]
+    command = [sys.executable, PREPROCESS_DATA, "--tokenizer", tokenizer, "--input", "a.jsonl", "--output-prefix", "out/data"]
     command += ["--filter", "hold:wait", "--workers", "2"]
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children inherit a deaf ear for it
     try:
@@ -324,7 +311,7 @@ def test_a_killed_worker_ends_the_run_with_a_clear_error(tmp_path: Path, tokeniz
 
 def test_two_processes_do_not_write_one_shard(tmp_path: Path, tokenizer: str) -> None:
     process = start_waiting(tmp_path, tokenizer)
-    second = run(tmp_path, tokenizer, "--input", "a.jsonl", "--filter", "hold:wait")
+    second = preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl", "--filter", "hold:wait")
     assert second.returncode == 2
     assert "is being written by process" in second.stderr
     (tmp_path / "go").touch()
@@ -336,14 +323,16 @@ def test_two_processes_do_not_write_one_shard(tmp_path: Path, tokenizer: str) ->
 def test_a_full_disk_is_named_and_the_same_command_goes_on(tmp_path: Path, tokenizer: str) -> None:
     """A limit on the size of files is met as a full disk is: by an error of write."""
     write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 90) * 200)
-    command = f"ulimit -f 100; exec {shlex.join([sys.executable, TOOL, '--tokenizer', tokenizer, '--input', 'a.jsonl'])}"
+    command = (
+        f"ulimit -f 100; exec {shlex.join([sys.executable, PREPROCESS_DATA, '--tokenizer', tokenizer, '--input', 'a.jsonl'])}"
+    )
     command += " --output-prefix out/data --workers 1"
     full = subprocess.run(["bash", "-c", command], cwd=tmp_path, env=SLURM_FREE, capture_output=True, text=True, timeout=60)
     assert full.returncode == 1
     assert re.search(r"out/data.work/part-000000.bin cannot be written: File too large; make room, then run", full.stderr)
     assert "Traceback" not in full.stderr
     assert sorted(tree(tmp_path)) == ["a.jsonl"]
-    assert run(tmp_path, tokenizer, "--input", "a.jsonl").returncode == 0
+    assert preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl").returncode == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
@@ -354,14 +343,14 @@ def test_a_disk_that_fills_up_while_parts_are_joined_is_named(tmp_path: Path, to
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=500k", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        full = run(tmp_path, tokenizer, "--input", "a.jsonl", "--output-prefix", "disk/data")
+        full = preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl", "--output-prefix", "disk/data")
         assert full.returncode == 1
         assert "No space left on device; make room, then run the same command again" in full.stderr
         assert "Traceback" not in full.stderr
         assert not list(disk.glob("data.*.part"))
         assert not (disk / "data.json").exists()
         subprocess.run(["mount", "-o", "remount,size=5m", str(disk)], check=True)
-        again = run(tmp_path, tokenizer, "--input", "a.jsonl", "--output-prefix", "disk/data")
+        again = preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl", "--output-prefix", "disk/data")
         assert again.returncode == 0, again.stderr
         assert "1 of 1 parts were finished before" in again.stderr
         assert verify_shard(str(disk / "data")) == []
@@ -377,7 +366,7 @@ def test_a_read_only_disk_is_refused_before_work(tmp_path: Path, tokenizer: str)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "none", str(disk)], capture_output=True).returncode:
         pytest.skip("mounting is not allowed here")
     try:
-        refused = run(tmp_path, tokenizer, "--input", "a.jsonl", "--output-prefix", "disk/data")
+        refused = preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl", "--output-prefix", "disk/data")
         assert refused.returncode == 2
         assert "disk is not a folder that can be written to" in refused.stderr
     finally:
@@ -390,7 +379,7 @@ def test_the_manifest_lists_what_was_found_and_not_read(tmp_path: Path, tokenize
     write_jsonl(tmp_path / "in/.ipynb_checkpoints/a-checkpoint.jsonl", ["1 2"])
     (tmp_path / "in/twice.jsonl").symlink_to("a.jsonl")
     (tmp_path / "in/README.md").write_text("notes")
-    done = run(tmp_path, tokenizer, "--input", "in", "--workers", "1")
+    done = preprocess_by_command(tmp_path, tokenizer, "--input", "in", "--workers", "1")
     assert done.returncode == 0, done.stderr
     assert "not read: in/.ipynb_checkpoints (hidden)" in done.stderr
     manifest = load_manifest(f"{tmp_path}/out/data")
@@ -407,11 +396,11 @@ def test_the_manifest_lists_what_was_found_and_not_read(tmp_path: Path, tokenize
 def test_tasks_of_an_array_write_numbered_shards_that_add_up(tmp_path: Path, tokenizer: str) -> None:
     for number in range(5):
         write_jsonl(tmp_path / f"{number}.jsonl", legible_documents(9, 3)[number : number + 2])
-    whole = made(tmp_path, tokenizer, "whole")
+    whole = preprocessed(tmp_path, tokenizer, "whole")
     parts = b""
     for task in range(3):
         array = {"SLURM_ARRAY_TASK_ID": str(task + 1), "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_ARRAY_TASK_MIN": "1"}
-        done = run(tmp_path, tokenizer, "--input", "*.jsonl", env=array)
+        done = preprocess_by_command(tmp_path, tokenizer, "--input", "*.jsonl", env=array)
         assert done.returncode == 0, done.stderr
         parts += (tmp_path / f"out/data-{task:05d}-of-00003.bin").read_bytes()
     assert parts == Path(f"{whole}.bin").read_bytes()
@@ -420,17 +409,17 @@ def test_tasks_of_an_array_write_numbered_shards_that_add_up(tmp_path: Path, tok
 def test_a_task_beside_tasks_of_other_inputs_is_refused(tmp_path: Path, tokenizer: str) -> None:
     """Tasks share the bytes of all inputs: when a file changes between them, the borders between them are others."""
     path = write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 9))
-    made(tmp_path, tokenizer, "data", task_id=0, num_tasks=3)
+    preprocessed(tmp_path, tokenizer, "data", task_id=0, num_tasks=3)
     write_jsonl(path, legible_documents(9, 12))
     with pytest.raises(UsageError, match=r"data-00000-of-00003 was made when the inputs were not the same as now"):
-        made(tmp_path, tokenizer, "data", task_id=1, num_tasks=3)
+        preprocessed(tmp_path, tokenizer, "data", task_id=1, num_tasks=3)
     for task in (1, 2):
-        made(tmp_path, tokenizer, "data", task_id=task, num_tasks=3, overwrite=True)
+        preprocessed(tmp_path, tokenizer, "data", task_id=task, num_tasks=3, overwrite=True)
     with pytest.raises(MismatchError, match=r"records between them may be lost or doubled"):
         merge_shards(MergeSettings(input=[f"{tmp_path}/data-*"], output_prefix=f"{tmp_path}/all"))
     summary = collect(f"{tmp_path}/data")
     assert list(summary.faulty) == [1, 2]
-    made(tmp_path, tokenizer, "data", task_id=0, num_tasks=3, overwrite=True)
+    preprocessed(tmp_path, tokenizer, "data", task_id=0, num_tasks=3, overwrite=True)
     assert merge_shards(MergeSettings(input=[f"{tmp_path}/data-*"], output_prefix=f"{tmp_path}/all")).num_documents == 9
 
 
@@ -459,9 +448,9 @@ def test_the_task_is_asked_for_or_slurms() -> None:
 def test_some_tasks_of_an_array_run_again_are_not_taken_for_all_of_another(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 9))
     for task in range(3):
-        made(tmp_path, tokenizer, "data", task_id=task, num_tasks=3)
+        preprocessed(tmp_path, tokenizer, "data", task_id=task, num_tasks=3)
     with pytest.raises(UsageError, match=r"has shards of 3 tasks, this would be one of 2; .* give its --num-tasks"):
-        made(tmp_path, tokenizer, "data", task_id=0, num_tasks=2)
+        preprocessed(tmp_path, tokenizer, "data", task_id=0, num_tasks=2)
 
 
 def test_a_shard_that_another_process_finished_meanwhile_is_kept(
@@ -470,15 +459,15 @@ def test_a_shard_that_another_process_finished_meanwhile_is_kept(
     """Between the first look and the lock there is time to load a vocabulary in."""
     write_jsonl(tmp_path / "a.jsonl", legible_documents(2, 3))
     given: dict[str, Any] = {"input": [f"{tmp_path}/a.jsonl"], "tokenizer": tokenizer, "output_prefix": f"{tmp_path}/data"}
-    log_start, calls = preprocess_module._log_start, []
+    log_start, calls = pipeline._log_start, []
 
     def start_late(*arguments: Any) -> None:
         calls.append(arguments)
         if len(calls) == 1:
-            made(tmp_path, tokenizer, "data", direction=Direction.FORWARD)
+            preprocessed(tmp_path, tokenizer, "data", direction=Direction.FORWARD)
         log_start(*arguments)
 
-    monkeypatch.setattr(preprocess_module, "_log_start", start_late)
+    monkeypatch.setattr(pipeline, "_log_start", start_late)
     with pytest.raises(UsageError, match=r"data\.bin exists already"):
         preprocess(PreprocessSettings(**given))
     assert check_shard(f"{tmp_path}/data").direction is Direction.FORWARD
@@ -489,7 +478,7 @@ def test_preprocessing_imports_no_torch_and_help_imports_nothing(tmp_path: Path)
     for tool in ("preprocess_data", "inspect_shard", "train_tokenizer"):
         code = heavy.format(str(ROOT / f"tools/{tool}.py")) + "assert not {'numpy', 'torch', 'tokenizers'} & set(sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
-    modules = ("data.preprocess.command", "data.preprocess.train_tokenizer", "data.shards.inspection")
+    modules = ("data.preprocess.pipeline", "data.preprocess.train_tokenizer", "data.shards.inspection")
     code = "import sys\n" + "".join(f"import megatron_ledom.{module}\n" for module in modules)
     code += "assert not {'torch', 'megatron', 'transformers'} & set(sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
-from megatron_ledom.data.shards.faults import verify_shard
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.shard import check_shard
+from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.errors import DataError, UsageError
 from tests.legible import legible_documents, legible_tokenizer, write_jsonl
 
@@ -23,7 +24,8 @@ NUM_KILLS = 5
 NUM_KILLS_SLOW = 50
 RUN = """
 import json, logging, os, signal, sys
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 settings, die_at, die_in = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 parent, calls, rename = os.getpid(), [], os.replace

@@ -3,7 +3,6 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,13 @@ from megatron_ledom.data.preprocess.task_summary import SummarySettings, collect
 from megatron_ledom.data.shards.shard import Counts
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError, VerificationError
+from tests.forked import run_forked
 from tests.legible import legible_ids, legible_provenance, legible_shard
-
-ROOT = Path(__file__).parents[4]
+from tests.paths import ROOT
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/summarize_tasks.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_forked([ROOT / "tools/summarize_tasks.py", *arguments])
 
 
 @pytest.fixture

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ledom.data.readers import inputs
-from megatron_ledom.data.readers.inputs import InputPath, expand_inputs, find_inputs, parts_of, stretches_of_task
+from megatron_ledom.data.readers import byte_ranges
+from megatron_ledom.data.readers.byte_ranges import InputPath, parts_of, stretches_of_task
+from megatron_ledom.data.readers.input_files import expand_inputs, find_inputs
 from megatron_ledom.errors import UsageError
 
 
@@ -197,7 +198,7 @@ FILES = st.lists(st.tuples(ENDINGS, st.integers(0, 1 << 20)), min_size=1, max_si
 def test_every_byte_is_some_tasks_once_and_in_order(files: list[tuple[str, int]], num_tasks: int, part_bytes: int) -> None:
     sources = [InputPath(f"{number:02}.{ending}", size, "") for number, (ending, size) in enumerate(files)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs, "COMPRESSED_PART_BYTES", 1 << 17)
+        patch.setattr(byte_ranges, "COMPRESSED_PART_BYTES", 1 << 17)
         shares = [parts_of(stretches_of_task(sources, task, num_tasks), part_bytes) for task in range(num_tasks)]
     stretches = [stretch for share in shares for part in share for stretch in part]
     for source in sources:
@@ -217,7 +218,7 @@ def test_one_large_file_and_many_small_ones_divide_alike() -> None:
             stretches = stretches_of_task(sources, task, tasks)
             assert sum(stretch.num_bytes for stretch in stretches) == pytest.approx(total / tasks, rel=1e-3)
             sizes = [sum(stretch.num_bytes for stretch in part) for part in parts_of(stretches)]
-            aim = min(inputs.PART_BYTES, total // tasks // inputs.PARTS_OF_A_TASK)
+            aim = min(byte_ranges.PART_BYTES, total // tasks // byte_ranges.PARTS_OF_A_TASK)
             assert max(sizes) <= 1.01 * aim
             assert sum(sizes) / len(sizes) > 0.9 * aim
 
@@ -227,7 +228,7 @@ def test_a_huge_compressed_file_is_not_decompressed_too_often() -> None:
     source = InputPath("a.jsonl.gz", 500 * 10**9, "")
     pieces = [stretch for part in parts_of(stretches_of_task([source], 0, 1)) for stretch in part]
     assert len(pieces) == 64
-    assert all(piece.start % inputs.COMPRESSED_BLOCK == 0 for piece in pieces)
+    assert all(piece.start % byte_ranges.COMPRESSED_BLOCK == 0 for piece in pieces)
     assert sum(piece.end for piece in pieces) < 33 * source.num_bytes
 
 

@@ -10,11 +10,11 @@ import pyarrow
 import pytest
 from pyarrow import ipc
 
-from megatron_ledom.data.readers.corpus import ReadSettings, RecordReader
-from megatron_ledom.data.readers.inputs import expand_inputs
+from megatron_ledom.data.readers.input_files import expand_inputs
 from megatron_ledom.data.readers.json_lines import MOST_NESTED
+from megatron_ledom.data.readers.records import ReadSettings, RecordReader
 from megatron_ledom.errors import DataError, UsageError
-from tests.unit.data.readers.test_corpus import skim, whole
+from tests.corpus_reading import skim, whole
 
 DEEP = b"[" * 5000 + b"]" * 5000
 ODD = [

@@ -9,8 +9,9 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
-from megatron_ledom.data.readers.inputs import expand_inputs
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
+from megatron_ledom.data.readers.input_files import expand_inputs
 from megatron_ledom.errors import UsageError
 from tests.legible import legible_documents, legible_tokenizer, write_jsonl
 

@@ -8,14 +8,15 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_ledom.data.preprocess.command import Preprocessing, PreprocessSettings
-from megatron_ledom.data.readers.corpus import ReadSettings, TextTemplate, from_command_line, read_texts, template_of
-from megatron_ledom.data.readers.inputs import expand_inputs
+from megatron_ledom.data.preprocess.task import PreprocessSettings, Task
+from megatron_ledom.data.readers.input_files import expand_inputs
+from megatron_ledom.data.readers.records import ReadSettings, read_texts
+from megatron_ledom.data.readers.text_template import TextTemplate, from_command_line, template_of
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.storage.jobs import differences
 from tests.legible import legible_tokenizer
-from tests.unit.data.preprocess.test_preprocess import made, run
-from tests.unit.tokenizers.test_sentencepiece_bpe import TEXTS, train_by_command
+from tests.source_texts import TEXTS
+from tests.tool_runs import preprocess_by_command, preprocessed, train_by_command
 
 RECORDS = [{"question": "101 102", "meta": {"answer": "103"}}, {"question": "201", "meta": {"answer": "202 203"}}]
 TEMPLATE = "{question}\n{meta.answer}"
@@ -107,17 +108,19 @@ def test_backslashes_of_the_shell() -> None:
 def test_the_command_joins_records_it_in_the_manifest_and_a_changed_template_is_another_request(tmp_path: Path) -> None:
     tokenizer = str(legible_tokenizer(tmp_path / "tokenizer"))
     write_records(tmp_path / "a.jsonl")
-    done = run(tmp_path, tokenizer, "--input", "a.jsonl", "--text-template", r"{question}\n{meta.answer}", "--workers", "1")
+    done = preprocess_by_command(
+        tmp_path, tokenizer, "--input", "a.jsonl", "--text-template", r"{question}\n{meta.answer}", "--workers", "1"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "out/data.json").read_bytes())["text_template"] == TEMPLATE
     with pytest.raises(UsageError, match="exists already"):
-        made(tmp_path, tokenizer, "out/data", text_template="{question} {meta.answer}")
+        preprocessed(tmp_path, tokenizer, "out/data", text_template="{question} {meta.answer}")
 
     def request(template: str | None) -> dict[str, object]:
         settings = PreprocessSettings(
             input=[str(tmp_path / "a.jsonl")], tokenizer=tokenizer, output_prefix="p", text_template=template
         )
-        return Preprocessing(settings).reading_request()
+        return Task(settings).reading_request()
 
     assert differences(request(TEMPLATE), request(TEMPLATE)) == []
     for before, now in ((TEMPLATE, "{question}"), (TEMPLATE, None), (None, TEMPLATE)):
@@ -140,7 +143,7 @@ def test_an_input_of_bad_records_alone_names_the_option_to_check(
     tokenizer = str(legible_tokenizer(tmp_path / "tokenizer"))
     (tmp_path / "a.jsonl").write_text('{"text": "101", "id": 1}\n' * 3)
     with pytest.raises(DataError, match=re.escape(advice)):
-        made(tmp_path, tokenizer, "out/data", on_error="skip", **changes)
+        preprocessed(tmp_path, tokenizer, "out/data", on_error="skip", **changes)
 
 
 def test_a_tokenizer_learns_from_joined_fields_and_skips_bad_records_by_the_option_that_the_message_names(

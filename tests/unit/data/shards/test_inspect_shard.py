@@ -15,16 +15,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from megatron_ledom.data.preprocess.command import PreprocessSettings, preprocess
-from megatron_ledom.data.shards import faults as shard_faults
-from megatron_ledom.data.shards.faults import verify_shard
+from megatron_ledom.data.preprocess.pipeline import preprocess
+from megatron_ledom.data.preprocess.task import PreprocessSettings
+from megatron_ledom.data.shards import verification
+from megatron_ledom.data.shards.index_file import HEADER
 from megatron_ledom.data.shards.inspection import COUNTED_BELOW, InspectSettings, LengthCounts, inspect_shards
-from megatron_ledom.data.shards.shard import HEADER, hash_file
+from megatron_ledom.data.shards.shard import hash_file
+from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError, VerificationError
+from tests.forked import run_forked
 from tests.legible import EOD_TOKEN, legible_documents, legible_ids, legible_shard, legible_tokenizer, write_jsonl
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[4]
 DOCUMENTS = [legible_ids(document, 3 + document) for document in range(5)]
 """Stored lengths 4, 5, 6, 7, 8; document d begins at id 0, 4, 9, 15, 22 of 30."""
 
@@ -73,8 +76,7 @@ def bpe_tokenizer(folder: Path, text: str) -> Path:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/inspect_shard.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_forked([ROOT / "tools/inspect_shard.py", *arguments])
 
 
 def change(path: str, offset: int, values: np.ndarray | bytes) -> None:
@@ -283,7 +285,7 @@ FAULTS: dict[str, tuple[Callable[[str], None], list[str]]] = {
 def test_every_planted_fault_is_found_and_named(
     plain: str, name: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(shard_faults, "BLOCK_BYTES", block_bytes)
+    monkeypatch.setattr(verification, "BLOCK_BYTES", block_bytes)
     damage, expected = FAULTS[name]
     assert verify_shard(plain) == []
     damage(plain)

@@ -2,28 +2,27 @@
 
 import os
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from megatron_ledom.data.shards import raw_files as indexed_files
+from megatron_ledom.data.shards import indexed_files
 from megatron_ledom.data.shards.prefixes import array_list, check_tasks_complete, expand_prefixes
 from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
 from megatron_ledom.data.shards.shard import Counts, InputFile, ShardReader, check_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
+from tests.forked import run_forked
 from tests.legible import file_bytes, legible_ids, legible_provenance, legible_shard
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[4]
 DOCUMENTS = [legible_ids(document, 3 + document) for document in range(7)]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/merge_shards.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_forked([ROOT / "tools/merge_shards.py", *arguments])
 
 
 def merge(*prefixes: str, output: Path, overwrite: bool = False) -> str:

@@ -15,12 +15,13 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.data.blends.sources import load_sources
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError
-from megatron_ledom.evaluation import evaluate_command
-from megatron_ledom.evaluation.tasks import files as task_files
-from megatron_ledom.inference.reverse_reward import rerank as rerank_command
-from megatron_ledom.inference.stock_model import READ_BESIDE_WEIGHTS, check_unchanged, folder_facts
+from megatron_ledom.evaluation import command as evaluate_command
+from megatron_ledom.evaluation.tasks import loading as task_files
+from megatron_ledom.inference.model_folder import READ_BESIDE_WEIGHTS, check_unchanged, folder_facts
+from megatron_ledom.inference.reverse_reward import command as rerank_command
 from megatron_ledom.reports import losses
 from tests.evaluation_sets import write_sets
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 from tests.tiny_runs import TinyData, documents, write_shard, write_tiny_data
 
@@ -62,7 +63,7 @@ def rerank(models: dict[str, Path], tmp_path: Path) -> None:
 
 def tool_options(tool: str, arguments: list[str]) -> dict[str, Any]:
     """What a tool's own parser makes of its arguments."""
-    parser = runpy.run_path(str(Path(__file__).parents[4] / "tools" / f"{tool}.py"))["build_parser"]()
+    parser = runpy.run_path(str(ROOT / "tools" / f"{tool}.py"))["build_parser"]()
     return vars(parser.parse_args(arguments))
 
 

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from megatron_ledom.data.shards.rewriting import ReverseSettings, reverse_shards
 from megatron_ledom.data.shards.shard import Counts, InputFile, ShardReader, check_shard, hash_file
 from megatron_ledom.direction import Direction, turn_documents_reference, turn_into
 from megatron_ledom.errors import DataError, MismatchError, UsageError
+from tests.forked import run_forked
 from tests.legible import (
     EOD_ID,
     VOCAB_SIZE,
@@ -25,8 +25,8 @@ from tests.legible import (
     legible_shard,
     legible_tokenizer,
 )
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[4]
 DOCUMENTS = [legible_ids(document, 3 + document) for document in range(7)]
 FORWARD = legible_provenance(Direction.FORWARD)
 CLOSED = [[[*document, EOD_ID]] for document in DOCUMENTS]
@@ -34,8 +34,7 @@ BARE = [[document] for document in DOCUMENTS]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "tools/reverse_shards.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True)
+    return run_forked([ROOT / "tools/reverse_shards.py", *arguments])
 
 
 def turn(*prefixes: str, output: Path, **settings: object) -> str:

@@ -9,9 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ledom.data.preprocess.encode_parts import pack_documents
-from megatron_ledom.data.shards.faults import verify_shard
+from megatron_ledom.data.shards.index_file import HEADER
 from megatron_ledom.data.shards.shard import (
-    HEADER,
     Counts,
     InputFile,
     ShardManifest,
@@ -21,6 +20,7 @@ from megatron_ledom.data.shards.shard import (
     choose_dtype,
     load_manifest,
 )
+from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import Provenance

@@ -11,8 +11,8 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.data.blends.sources import load_sources
 from megatron_ledom.data.dataset.dataset import BlendSamples, build_held_out_datasets, build_train_dataset
 from megatron_ledom.data.dataset.sample_index import prepare_indices
-from megatron_ledom.data.shards.replaced import ShardFiles
 from megatron_ledom.data.shards.shard import load_manifest
+from megatron_ledom.data.shards.shard_files import ShardFiles
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
 from megatron_ledom.platform.launch import ALONE

@@ -1,0 +1,127 @@
+"""Exact deduplication across tasks: of documents with the same text the first one is kept, in the order of tasks and files.
+
+Texts are compared by a 128-bit hash (XXH3). Tasks do not wait for each other: a first pass of the array writes the hashes of each
+task's documents, and the second one reads those of the tasks before it. Duplicates are told before the filter is asked: of equal
+texts the first record counts.
+"""
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+import xxhash
+
+from megatron_ledom.data.preprocess.encode_parts import PartWork
+from megatron_ledom.data.preprocess.part_store import PartRecord
+from megatron_ledom.data.preprocess.task import Task
+from megatron_ledom.data.shards.shard import check_may_write
+from megatron_ledom.errors import UsageError
+from megatron_ledom.storage.files import write_whole
+from megatron_ledom.storage.locks import output_file_lock
+
+logger = logging.getLogger(__name__)
+Hashes = npt.NDArray[np.uint64]
+"""128-bit hashes [documents, 2]."""
+HASHES_SUFFIX = ".hashes"
+DIGEST_BYTES = 32
+
+
+def write_hashes(task: Task) -> None:
+    """Write the hashes of a task's documents, in order: the first pass, for the second one of the tasks behind it."""
+    check_may_write(task.prefix, overwrite=True)
+    Path(task.prefix).parent.mkdir(parents=True, exist_ok=True)
+    with output_file_lock(task.prefix, "--output-prefix"):
+        hashes = _hashes_of_parts(task)
+        content = b"".join(np.ascontiguousarray(part).tobytes() for part in hashes)
+        write_whole(task.prefix + HASHES_SUFFIX, _digest(task) + content)
+    logger.info("%s: hashes of %s documents", task.prefix, f"{sum(map(len, hashes)):,}")
+
+
+def check_hashes(task: Task) -> None:
+    """Refuse to begin where the first pass of an earlier task has not been, or was about other inputs."""
+    for number in range(task.task_id):
+        _check_hashes(task, number)
+
+
+def documents_to_keep(task: Task) -> list[npt.NDArray[np.bool_]]:
+    """Return, for each part, which documents [documents] are the first with their text in all tasks up to this one."""
+    own = _hashes_of_parts(task)
+    earlier = (_read_hashes(task, number) for number in range(task.task_id))
+    is_first = first_occurrences(np.concatenate([np.empty((0, 2), np.uint64), *own]), earlier)
+    return np.split(is_first, np.cumsum([len(part) for part in own])[:-1]) if own else []
+
+
+def _hashes_of_parts(task: Task) -> list[Hashes]:
+    return list(task.map_parts(PartHasher(parts=task.parts, read=task.read), range(len(task.parts)), "hash"))
+
+
+@dataclass(slots=True, kw_only=True)
+class PartHasher(PartWork):
+    """Hashes the documents of parts."""
+
+    def __call__(self, number: int) -> Hashes:
+        """Return the hashes [documents, 2] of a part, in the order in which PartEncoder reads the documents."""
+        hashes = [hashes_of(batch.texts) for batch in self.batches(number, PartRecord(), Counter())]
+        return np.concatenate([np.empty((0, 2), np.uint64), *hashes])
+
+
+def hashes_of(texts: Sequence[str]) -> Hashes:
+    """Return the hash of each text's UTF-8 bytes."""
+    digests = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in texts)
+    return np.frombuffer(digests, np.uint64).reshape(-1, 2)
+
+
+def _check_hashes(task: Task, number: int) -> str:
+    path = Path(task.prefix_of(number) + HASHES_SUFFIX)
+    if not path.is_file():
+        raise UsageError(f"{path} does not exist: run all tasks with --hash-only first, then all again without it")
+    with path.open("rb") as stream:
+        if stream.read(DIGEST_BYTES) != _digest(task):
+            raise UsageError(f"{path} is of other inputs or options; run all tasks with --hash-only again")
+    return str(path)
+
+
+def _read_hashes(task: Task, number: int) -> Hashes:
+    return np.fromfile(_check_hashes(task, number), np.uint64, offset=DIGEST_BYTES).reshape(-1, 2)
+
+
+def _digest(task: Task) -> bytes:
+    return hashlib.sha256(orjson.dumps(task.reading_request())).digest()
+
+
+def first_occurrences(own: Hashes, earlier: Iterator[Hashes]) -> npt.NDArray[np.bool_]:
+    """Return which documents [documents] of a task have a text that stands neither before them nor in an earlier task."""
+    is_first = np.zeros(len(own), np.bool_)
+    if not len(own):
+        return is_first
+    order = np.lexsort((np.arange(len(own)), own[:, 1], own[:, 0]))
+    ranked = own[order]
+    is_new = np.ones(len(own), np.bool_)
+    is_new[1:] = (ranked[1:] != ranked[:-1]).any(axis=1)
+    distinct = ranked[is_new]
+    seen = np.zeros(len(distinct), np.bool_)
+    for others in earlier:
+        seen |= _is_among(distinct, others)
+    is_first[order[is_new]] = ~seen
+    return is_first
+
+
+def _is_among(distinct: Hashes, others: Hashes) -> npt.NDArray[np.bool_]:
+    """Return which rows of `distinct` (sorted, each once) are rows of `others`."""
+    found = np.zeros(len(distinct), np.bool_)
+    places = np.searchsorted(distinct[:, 0], others[:, 0])
+    while len(others):  # as often as 64-bit halves coincide: once, almost surely
+        inside = places < len(distinct)
+        places, others = places[inside], others[inside]
+        same_half = distinct[places, 0] == others[:, 0]
+        places, others = places[same_half], others[same_half]
+        same = distinct[places, 1] == others[:, 1]
+        found[places[same]] = True
+        places, others = places[~same] + 1, others[~same]
+    return found

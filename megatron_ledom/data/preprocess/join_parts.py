@@ -1,0 +1,135 @@
+"""Finished parts joined to a shard, in order while later ones are made, or shuffled at the end."""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ledom.data.preprocess import deduplication
+from megatron_ledom.data.preprocess.encode_parts import PartEncoder
+from megatron_ledom.data.preprocess.part_store import PartRecord, PartStore
+from megatron_ledom.data.preprocess.task import Task
+from megatron_ledom.data.readers.records import MAX_MESSAGES, option_to_check
+from megatron_ledom.data.shards.shard import Counts, InputFile, ShardManifest, ShardWriter, existing_files, printable
+from megatron_ledom.errors import DataError, visible
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+GATHERED_TOKENS = 1 << 22
+"""Of shuffled documents that are written at once, at most, if it is more than one."""
+GATHERED_DOCUMENTS = 1 << 16
+
+
+def make_shard(
+    task: Task, store: PartStore, tokenizer: Tokenizer, dtype: np.dtype[Any], digest: str, started: float
+) -> ShardManifest:
+    """Encode what is not finished yet and join all parts, in order, while later ones are made; or shuffled, at the end."""
+    encoder = PartEncoder(
+        parts=task.parts,
+        paths=[store.part_path(number) for number in range(len(task.parts))],
+        read=task.read,
+        tokenizer=tokenizer,
+        direction=task.settings.direction,
+        dtype=dtype,
+        bos_id=tokenizer.token_id(task.settings.bos_token) if task.settings.bos_token else None,
+        min_tokens=task.settings.min_tokens,
+        max_tokens=task.settings.max_tokens,
+        keep=task.keep,
+        is_first=deduplication.documents_to_keep(task) if task.settings.deduplicate else None,
+    )
+    seed, sums, provenance = task.settings.shuffle_seed, Sums(), tokenizer.provenance(task.settings.direction)
+    with ShardWriter(task.prefix, provenance, dtype, overwrite=bool(existing_files(task.prefix))) as writer:
+        for number, record in enumerate(_records(encoder, task, store)):
+            sums.add(record)
+            if seed is None:
+                store.append_to(writer, number, record)
+        if seed is not None:
+            for packed, lengths in _shuffled_documents(encoder.paths, dtype, seed + task.task_id):
+                writer.append(packed, lengths)
+        _log_skipped(task, sums)
+        if not writer.num_documents and task.num_tasks == 1:
+            store.remove()
+            reasons = dict(sorted(sums.skipped.items()))
+            advice = option_to_check(task.read.template, task.read.text_key, reasons)
+            raise DataError(f"no document with a token in {len(task.sources)} input files (skipped: {reasons}); {advice}")
+        counts = Counts(
+            text_bytes=sums.text_bytes,
+            skipped=dict(sorted(sums.skipped.items())),
+            input_files=sums.input_files,
+            tokenizer_path=printable(str(Path(tokenizer.path).resolve())),
+            eod_token=tokenizer.eod_token,
+            bos_token=task.settings.bos_token or "",
+            text_template=task.settings.text_template or "",
+            skipped_inputs=[asdict(entry) for entry in task.left_out],
+            elapsed_seconds=round(time.monotonic() - started + sums.earlier_seconds / task.workers, 3),
+            request_sha256=digest,
+            inputs_sha256=task.inputs_sha256(),
+        )
+        return writer.finalize(counts)
+
+
+@dataclass(slots=True)
+class Sums:
+    """Over the parts so far."""
+
+    earlier_seconds: float = 0.0
+    """Worker time of parts that an earlier run made."""
+    text_bytes: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    messages: list[str] = field(default_factory=list)
+    input_files: list[InputFile] = field(default_factory=list)
+
+    def add(self, record: PartRecord) -> None:
+        """Enter the next part."""
+        self.earlier_seconds += record.seconds
+        self.text_bytes += record.text_bytes
+        self.skipped += Counter(record.skipped)
+        self.messages += record.messages[: MAX_MESSAGES - len(self.messages)]
+        self.input_files += record.input_files
+
+
+def _records(encoder: PartEncoder, task: Task, store: PartStore) -> Iterator[PartRecord]:
+    """Yield the records of all parts in order; what is not finished is made."""
+    finished = {number: record for number in range(len(task.parts)) if (record := store.intact(number)) is not None}
+    if finished:
+        logger.info("%s: %d of %d parts were finished before", task.prefix, len(finished), len(task.parts))
+    made = task.map_parts(encoder, [number for number in range(len(task.parts)) if number not in finished], "preprocess")
+    for number in range(len(task.parts)):
+        yield finished[number] if number in finished else replace(next(made), seconds=0.0)
+    for _ in made:  # ends the workers and the bar
+        pass
+
+
+def _shuffled_documents(
+    paths: Sequence[str], dtype: np.dtype[Any], seed: int
+) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.int32]]]:
+    """Yield all documents of some parts (paths without ending) in random order, in arrays of bounded size, with their lengths.
+
+    The order is a function of the number of documents and the seed alone. Memory: 28 bytes a document.
+    """
+    parts = [np.fromfile(f"{path}.len", np.int32) for path in paths]
+    ids = [np.memmap(f"{path}.bin", dtype, "r") if len(part) else None for path, part in zip(paths, parts, strict=True)]
+    lengths = np.concatenate([np.empty(0, np.int32), *parts])
+    part_of = np.repeat(np.arange(len(parts), dtype=np.int32), [len(part) for part in parts])
+    starts = np.concatenate([np.empty(0, np.int64), *(np.cumsum(part, dtype=np.int64) - part for part in parts)])
+    order = np.random.default_rng(seed).permutation(len(lengths))
+    begin = 0
+    while begin < len(order):
+        ends = np.cumsum(lengths[order[begin : begin + GATHERED_DOCUMENTS]], dtype=np.int64)
+        chosen = order[begin : begin + max(1, int(np.searchsorted(ends, GATHERED_TOKENS, "right")))]
+        yield np.concatenate([ids[part_of[k]][starts[k] : starts[k] + lengths[k]] for k in chosen.tolist()]), lengths[chosen]
+        begin += len(chosen)
+
+
+def _log_skipped(task: Task, sums: Sums) -> None:
+    for message in sums.messages:
+        logger.warning("skipped %s", visible(message))
+    empty = [source.path for source in task.sources if not source.num_bytes]
+    if empty:
+        logger.warning("%d input files are empty, for example %s", len(empty), empty[0])

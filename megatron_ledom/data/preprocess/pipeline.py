@@ -1,0 +1,158 @@
+"""From raw text to a shard: read, encode, turn to model order, close with eod, write; the same bytes whatever the workers.
+
+`task` divides the inputs into parts; workers read and encode one part each into files of its own (`encode_parts`, on
+`data.readers`), which are finished or do not exist (`part_store`); this process joins finished parts in order while the next ones
+are made (`join_parts`). Killed at any moment and started again, it goes on from the finished parts. Nothing here imports torch.
+"""
+
+import contextlib
+import gc
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orjson
+
+from megatron_ledom.data.preprocess import deduplication
+from megatron_ledom.data.preprocess.join_parts import make_shard
+from megatron_ledom.data.preprocess.part_store import PartStore
+from megatron_ledom.data.preprocess.task import PreprocessSettings, Task
+from megatron_ledom.data.readers.input_files import log_left_out
+from megatron_ledom.data.readers.records import RecordReader
+from megatron_ledom.data.shards.shard import ShardManifest, check_may_write, check_shard, choose_dtype
+from megatron_ledom.errors import DataError, LedomError, cannot_write
+from megatron_ledom.storage.signals import sigterm_as_interrupt
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
+
+logger = logging.getLogger(__name__)
+SAMPLE_STRETCHES = 8
+SAMPLE_CHARACTERS = 12_000  # of each sampled stretch
+SAMPLE_TEXT_CHARACTERS = 5_000
+
+
+def preprocess(settings: PreprocessSettings) -> ShardManifest | None:
+    """Write this task's shard and return its manifest; None after `hash_only`. What is unfinished stays for the next start."""
+    started = time.monotonic()
+    task = Task(settings)
+    if settings.hash_only:
+        deduplication.write_hashes(task)
+        return None
+    if settings.deduplicate:
+        deduplication.check_hashes(task)
+    log_left_out(task.left_out)
+    task.check_siblings()
+    with _garbage_collector_off():
+        tokenizer = _load_tokenizer(settings)
+    dtype = choose_dtype(settings.dtype, tokenizer.vocab_size)
+    request = task.request(tokenizer, dtype)
+    digest = hashlib.sha256(orjson.dumps(request)).hexdigest()
+    if (manifest := _finished_shard(task, digest)) is not None:
+        return manifest
+    _log_start(task, tokenizer, dtype)
+    with sigterm_as_interrupt(), PartStore(task.prefix, request, start_over=settings.overwrite) as store:
+        if (manifest := _finished_shard(task, digest, store)) is not None:
+            return manifest  # by another process, until it gave up the lock
+        try:
+            manifest = make_shard(task, store, tokenizer, dtype, digest, started)
+        except (LedomError, KeyboardInterrupt):
+            if finished := store.num_finished():
+                logger.info("%d of %d parts are kept in %s: the same command goes on", finished, len(task.parts), store.folder)
+            raise
+        except OSError as error:
+            raise cannot_write(error, str(error.filename or task.prefix)) from error
+        store.remove()
+    _log_summary(task.prefix, manifest)
+    return manifest
+
+
+def _load_tokenizer(settings: PreprocessSettings) -> Tokenizer:
+    tokenizer = load_tokenizer(
+        settings.tokenizer, settings.eod_token, eod_id=settings.eod_id, add_specials=settings.add_specials
+    )
+    if settings.add_specials:
+        tokenizer.path = f"{settings.output_prefix}.tokenizer"
+        check_may_write(settings.output_prefix, overwrite=True)
+        tokenizer.save(tokenizer.path)
+        logger.info("the tokenizer with the five specials is in %s; train with that", tokenizer.path)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _garbage_collector_off() -> Iterator[None]:
+    """Loading a vocabulary makes a million small objects that all stay; looking among them for garbage took 0.2 s.
+
+    They are then kept from being looked at again, also by the workers, to which looking would mean copying.
+    """
+    gc.disable()
+    try:
+        yield
+        gc.freeze()
+    finally:
+        gc.enable()
+
+
+def _finished_shard(task: Task, digest: str, store: PartStore | None = None) -> ShardManifest | None:
+    """The shard if this very request made it. Raises UsageError when another one's files are in the way.
+
+    Called before anything is loaded, and again with the `store`, whose lock keeps other processes from finishing it meanwhile.
+    """
+    overwrite = task.settings.overwrite
+    if not overwrite and Path(f"{task.prefix}.json").exists():
+        manifest = check_shard(task.prefix)
+        if manifest.request_sha256 == digest:
+            logger.info("%s: finished before by the same request; nothing to do", task.prefix)
+            if store is not None:
+                store.remove()
+            elif Path(f"{task.prefix}.work").exists():  # a kill may have left it
+                with PartStore(task.prefix, {}, start_over=True) as left:
+                    left.remove()
+            return manifest
+    is_ours = Path(f"{task.prefix}.work/plan.json").exists() and not Path(f"{task.prefix}.json").exists()
+    check_may_write(task.prefix, overwrite or is_ours)
+    return None
+
+
+def _log_start(task: Task, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker; and threads do not survive a fork
+    engine = tokenizer.use_fastest_engine(_samples(task))
+    logger.info(
+        "%s: %d files, %d parts, %s order, tokenizer %s (%d ids, eod %r = %d), %s, %d workers; engine: %s",
+        *(task.prefix, len({stretch.source.path for part in task.parts for stretch in part}), len(task.parts)),
+        *(task.settings.direction, tokenizer.name, tokenizer.vocab_size, tokenizer.eod_token, tokenizer.eod_id),
+        *(dtype, min(task.workers, max(1, len(task.parts))), engine),
+    )
+
+
+def _samples(task: Task) -> list[str]:
+    """Real texts from all over the task's stretch, for the check of the tokenizer's engine; bad records are met later."""
+    cheap = [stretch for part in task.parts for stretch in part if not stretch.source.compression or not stretch.start]
+    chosen = [
+        cheap[index] for index in sorted({len(cheap) * k // SAMPLE_STRETCHES for k in range(SAMPLE_STRETCHES)} if cheap else ())
+    ]
+    read = replace(task.read, on_error="skip", batch_bytes=1 << 16, keep_records=False)
+    samples: list[str] = []
+    for stretch in chosen:
+        size = 0
+        with contextlib.suppress(DataError):
+            for text in (text for batch in RecordReader(stretch, read).batches() for text in batch.texts):
+                samples.append(text[:SAMPLE_TEXT_CHARACTERS])
+                size += len(samples[-1])
+                if size >= SAMPLE_CHARACTERS:
+                    break
+    return samples
+
+
+def _log_summary(prefix: str, manifest: ShardManifest) -> None:
+    skipped = ", ".join(f"{number:,} {reason}" for reason, number in manifest.skipped.items()) or "none"
+    seconds = manifest.elapsed_seconds
+    logger.info(
+        "%s: %s documents, %s tokens, %s bytes of text, skipped: %s; %.1f s, %.2f MB/s, %s tokens/s",
+        *(prefix, f"{manifest.num_documents:,}", f"{manifest.num_tokens:,}", f"{manifest.text_bytes:,}", skipped),
+        *(seconds, manifest.text_bytes / 1e6 / seconds, f"{manifest.num_tokens / seconds:,.0f}"),
+    )

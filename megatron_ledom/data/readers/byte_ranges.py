@@ -1,0 +1,172 @@
+"""The byte ranges of input files that a task reads, cut into parts: the units in which work is done, kept and resumed.
+
+Work is divided by bytes. The files, sorted by path, lie one after the other on one axis of bytes; a task owns an equal
+stretch of it, and a record belongs to the stretch in which it begins. One file of 500 GB and 500,000 small ones divide alike.
+"""
+
+import os
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_ledom.errors import UsageError
+
+Kind = Literal["lines", "parquet", "arrow", "text", "warc"]
+Compression = Literal["", "gz", "zst", "bz2", "xz"]
+ENDINGS: dict[str, Kind] = {
+    ".jsonl": "lines",
+    ".ndjson": "lines",
+    ".json": "lines",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".txt": "text",
+    ".warc": "warc",
+    ".wet": "warc",
+}
+COMPRESSIONS: tuple[Compression, ...] = ("gz", "zst", "bz2", "xz")
+COMPRESSED_BLOCK = 1 << 16
+"""Compressed input is read in blocks of this size; a stretch of a compressed file begins and ends with one."""
+PART_BYTES = 32 << 20
+"""What one part of the work reads at most, about: what a kill can cost a worker."""
+SMALL_PART_BYTES = 4 << 20
+"""What a part reads at least if a task has little to read, so that many workers share it to the end."""
+PARTS_OF_A_TASK = 128
+"""So many parts are aimed at between these two sizes."""
+COMPRESSED_PART_BYTES = 256 << 20
+"""The same for compressed files, which have to be decompressed from their start: smaller parts would repeat that more often."""
+MOST_COMPRESSED_PARTS = 64
+"""Parts of one compressed file, for the same reason: 500 GB are decompressed 32 times over, by 64 workers at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class InputPath:
+    """One input file, local or in an object store."""
+
+    path: str
+    """As it was named; with a protocol such as s3:// for an object store."""
+    num_bytes: int
+    version: str
+    """Time of modification or the store's checksum: with another one, work that was done is not this file's."""
+
+    @property
+    def compression(self) -> Compression:
+        """By the ending; empty for none."""
+        return next((name for name in COMPRESSIONS if self.path.endswith(f".{name}")), "")
+
+    @property
+    def kind(self) -> Kind:
+        """By the ending."""
+        kind = kind_of(self.path)
+        assert kind is not None, self.path
+        return kind
+
+    @property
+    def is_divisible(self) -> bool:
+        """Whether workers can share it: JSON lines at line ends, tables between their row groups."""
+        if self.kind == "lines":
+            return not self.compression or self.num_bytes >= COMPRESSED_PART_BYTES
+        return self.kind in ("parquet", "arrow")
+
+
+def kind_of(path: str) -> Kind | None:
+    """Return how a file is read, by its ending; None for one that is not known."""
+    for name in COMPRESSIONS:
+        inner = path.removesuffix(f".{name}")
+        if inner != path:
+            kind = ENDINGS.get(os.path.splitext(inner)[1])
+            return None if kind in ("parquet", "arrow") else kind
+    return ENDINGS.get(os.path.splitext(path)[1])
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Bytes [start, end) of a file: the records that begin there. A compressed file is measured as it is stored."""
+
+    source: InputPath
+    start: int
+    end: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the file."""
+        return self.end - self.start
+
+
+Part = tuple[Stretch, ...]
+"""What a worker does in one go: consecutive stretches."""
+
+
+def stretches_of_task(sources: Sequence[InputPath], task_id: int, num_tasks: int) -> list[Stretch]:
+    """A task's equal stretch of the axis of all bytes, as stretches of files, in order.
+
+    A file that cannot be divided belongs to the task in whose stretch it begins. Empty files yield an empty stretch.
+    """
+    if num_tasks < 1:
+        raise UsageError(f"--num-tasks {num_tasks} is not possible; use 1 or more")
+    if not 0 <= task_id < num_tasks:
+        raise UsageError(f"--task-id {task_id} is not in 0..{num_tasks - 1} (--num-tasks {num_tasks})")
+    begins = [0]
+    for source in sources:
+        begins.append(begins[-1] + source.num_bytes)
+    total = begins[-1]
+    low, high = total * task_id // num_tasks, total * (task_id + 1) // num_tasks
+    owned = []
+    for index in range(max(0, bisect_left(begins, low) - 1), len(sources)):
+        source, begin = sources[index], begins[index]
+        if begin >= high and (source.num_bytes or task_id + 1 < num_tasks):
+            break
+        if source.is_divisible and source.num_bytes:
+            start, end = _aligned(source, low - begin), _aligned(source, high - begin)
+            if start < end:
+                owned.append(Stretch(source, start, end))
+        elif low <= begin:
+            owned.append(Stretch(source, 0, source.num_bytes))
+    return owned
+
+
+def _aligned(source: InputPath, position: int) -> int:
+    """A cut of the axis as a cut of the file: within it, and between blocks if it is compressed."""
+    inside = min(max(position, 0), source.num_bytes)
+    if not source.compression or inside in (0, source.num_bytes):
+        return inside
+    return inside // COMPRESSED_BLOCK * COMPRESSED_BLOCK
+
+
+def parts_of(stretches: Sequence[Stretch], part_bytes: int | None = None) -> list[Part]:
+    """Stretches cut and gathered to parts of about `part_bytes`: the units in which work is done, kept and resumed.
+
+    Without it the size follows from the bytes of all stretches, so a task is always cut in the same way.
+    """
+    if part_bytes is None:
+        in_all = sum(stretch.num_bytes for stretch in stretches)
+        part_bytes = min(PART_BYTES, max(SMALL_PART_BYTES, in_all // PARTS_OF_A_TASK))
+    parts: list[Part] = []
+    gathered: list[Stretch] = []
+    size = 0
+    for piece in _pieces(stretches, part_bytes):
+        if gathered and size + piece.num_bytes > part_bytes:
+            parts.append(tuple(gathered))
+            gathered, size = [], 0
+        gathered.append(piece)
+        size += piece.num_bytes
+    if gathered:
+        parts.append(tuple(gathered))
+    return parts
+
+
+def _pieces(stretches: Sequence[Stretch], part_bytes: int) -> Iterator[Stretch]:
+    for stretch in stretches:
+        source = stretch.source
+        if not source.is_divisible or not stretch.num_bytes:
+            yield stretch
+            continue
+        step = _compressed_step(source) if source.compression else part_bytes
+        for start in range(stretch.start, stretch.end, step):
+            yield Stretch(source, start, min(start + step, stretch.end))
+
+
+def _compressed_step(source: InputPath) -> int:
+    blocks = -(-source.num_bytes // (MOST_COMPRESSED_PARTS * COMPRESSED_BLOCK))
+    return max(COMPRESSED_PART_BYTES, blocks * COMPRESSED_BLOCK)

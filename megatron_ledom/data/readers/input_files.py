@@ -1,0 +1,319 @@
+"""The files that a corpus is of: paths, globs, folders, lists and object stores.
+
+Links are followed once, what cannot be read is refused, what is left out is said.
+"""
+
+import fnmatch
+import glob
+import logging
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.data.readers.byte_ranges import InputPath, kind_of
+from megatron_ledom.data.readers.streams import is_remote, remote_file_system
+from megatron_ledom.data.shards.shard import printable
+from megatron_ledom.errors import UsageError, visible
+
+logger = logging.getLogger(__name__)
+SUPPORTED = (
+    "*.jsonl, *.ndjson, *.json, *.txt, *.warc or *.wet (each also .gz, .zst, .bz2 or .xz), *.parquet, *.arrow, *.feather"
+)
+SAVED_DATASET = ("state.json", "dataset_info.json", "dataset_dict.json")
+"""Files that `datasets.save_to_disk` writes beside Arrow files."""
+HIDDEN = "hidden"
+MOST_LOGGED = 10
+"""Things left out that are logged one by one."""
+MOST_LISTED = 1000
+"""Things left out that are listed one by one."""
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Something that was found at the inputs and is not read."""
+
+    path: str
+    reason: str
+    num_files: int = 1
+
+
+def expand_inputs(patterns: Sequence[str]) -> list[InputPath]:
+    """The files that are named, see `find_inputs`; what is left out is logged."""
+    sources, left_out = find_inputs(patterns)
+    log_left_out(left_out)
+    return sources
+
+
+def find_inputs(patterns: Sequence[str]) -> tuple[list[InputPath], list[LeftOut]]:
+    """(the files that are named, each once however often and by whatever path it is named, sorted by path; what is left out).
+
+    A pattern is a path, a glob, a folder (all files of known endings below it), `@LIST` (a file with one pattern a line), or any
+    of the first three in an object store. Links are followed. Refused: no match, an unknown ending, no access, a link that
+    leads nowhere or in a loop. Left out: hidden files and folders that no pattern names, and the second path to one file.
+    """
+    found: dict[str | tuple[int, int], InputPath] = {}
+    walk = Walk(lambda path: kind_of(path) is not None)
+    for pattern in _listed(patterns):
+        for source in _expand_remote(pattern, walk) if is_remote(pattern) else _expand_local(pattern, walk):
+            first = found.setdefault(_identity(source.path), source)
+            if os.path.normpath(first.path) != os.path.normpath(source.path):
+                walk.leave_out(source.path, f"the same file as {first.path}")
+    _refuse_saved_datasets(source.path for source in found.values() if not is_remote(source.path))
+    return sorted(found.values(), key=lambda source: source.path), walk.all_left_out()
+
+
+def log_left_out(left_out: Sequence[LeftOut]) -> None:
+    """Say what is not read, and why."""
+    for entry in left_out[:MOST_LOGGED]:
+        logger.warning(
+            "not read: %s (%s%s)", visible(entry.path), f"{entry.num_files:,} files, " * (entry.num_files > 1), entry.reason
+        )
+    if len(left_out) > MOST_LOGGED:
+        logger.warning("not read: %d more like these", len(left_out) - MOST_LOGGED)
+
+
+@dataclass(slots=True)
+class Walk:
+    """What was met on the way to the inputs."""
+
+    is_wanted: Callable[[str], bool]
+    """Of a path: whether its ending is known."""
+    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    """By path."""
+    others: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Files of unknown endings, by folder that was named and ending."""
+    _folders: dict[str, str] = field(default_factory=dict)
+    """Path of each folder that was read, by its real path."""
+
+    def leave_out(self, path: str, reason: str) -> None:
+        """Enter something that is not read; a name that is not UTF-8 is escaped."""
+        path = printable(path)
+        self.left_out.setdefault(path, LeftOut(path, reason))
+
+    def all_left_out(self) -> list[LeftOut]:
+        """What is not read, the last entry for all beyond MOST_LISTED."""
+        entries = list(self.left_out.values())
+        rest = len(entries) - MOST_LISTED
+        more = [LeftOut("...", "more of these kinds", rest)] if rest > 0 else []
+        others = [LeftOut(f"{root}/**/*{ending}", "unknown ending", count) for (root, ending), count in self.others.items()]
+        return [*entries[:MOST_LISTED], *more, *others]
+
+    def files(self, folder: str) -> Iterator[str]:
+        """The files of known endings below a folder that was named, in order."""
+        yield from self._files(folder, {os.path.realpath(folder)}, folder)
+
+    def was_read_before(self, folder: str) -> bool:
+        """Whether a folder was read by another path."""
+        before = self._folders.get(os.path.realpath(folder), folder)
+        return os.path.normpath(before) != os.path.normpath(folder)
+
+    def _files(self, folder: str, above: set[str], root: str) -> Iterator[str]:
+        real = os.path.realpath(folder)
+        if self.was_read_before(folder):
+            self.leave_out(folder, f"the same folder as {printable(self._folders[real])}")
+            return
+        is_new = real not in self._folders
+        self._folders.setdefault(real, folder)
+        try:
+            entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+            kinds = [(entry, entry.is_dir()) for entry in entries]
+        except OSError as error:
+            raise UsageError(
+                f"input {error.filename or folder} cannot be read ({error.strerror}); change its permissions or leave it out"
+            ) from error
+        for entry, is_folder in kinds:
+            if entry.name.startswith("."):
+                if is_folder or self.is_wanted(entry.name):
+                    self.leave_out(entry.path, HIDDEN)
+            elif is_folder:
+                yield from self._files(entry.path, above | {_below(entry, above)}, root)
+            elif self.is_wanted(entry.name):
+                yield entry.path
+            else:
+                _check_is_there(entry.path)
+                self.others[printable(root), printable(os.path.splitext(entry.name)[1])] += is_new
+
+    def matches(self, pattern: str) -> list[str]:
+        """The files and folders of a glob, sorted; hidden ones are left out, as a shell does."""
+        if "**" in pattern:  # glob itself would follow loops, and pass over what it cannot read
+            base = os.path.dirname(pattern[: pattern.index("**")])
+            self._look_through(base or ".", os.path.basename(pattern))
+        for folder in glob.glob(os.path.dirname(pattern), recursive=True):
+            _check_is_there(folder)
+            if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+                raise UsageError(f"input {folder} cannot be read; change its permissions or leave it out of --input")
+        found = glob.glob(pattern, recursive=True)
+        if "**" not in pattern:
+            for path in set(glob.glob(pattern, include_hidden=True)) - set(found):
+                if os.path.isdir(path) or self.is_wanted(path):
+                    self.leave_out(path, HIDDEN)
+        return sorted(found)
+
+    def _look_through(self, base: str, name: str) -> None:
+        look = Walk(self.is_wanted)
+        for folder in glob.glob(base):
+            for _ in look.files(folder) if os.path.isdir(folder) else ():
+                pass
+        hidden = [entry.path for entry in look.left_out.values() if entry.reason == HIDDEN]
+        for path in hidden:
+            if os.path.isdir(path) or fnmatch.fnmatch(os.path.basename(path), name):
+                self.leave_out(path, HIDDEN)
+
+
+def _below(entry: "os.DirEntry[str]", above: set[str]) -> str:
+    """The real path of a folder; refused when it is one of those `above` it."""
+    real = os.path.realpath(entry.path)
+    if real in above:
+        raise UsageError(
+            f"input {entry.path} is a link to a folder above it, {real}: a loop; remove the link, or name the files"
+        )
+    return real
+
+
+def _check_is_there(path: str) -> None:
+    """Refuse a link that leads nowhere: what it led to, a folder of texts perhaps, would be left out."""
+    if os.path.islink(path) and not os.path.exists(path):
+        target = printable(os.readlink(path))
+        raise UsageError(f"input {printable(path)} is a link to {target}, which does not exist; fetch that, or remove the link")
+
+
+def _listed(patterns: Sequence[str]) -> Iterator[str]:
+    for pattern in patterns:
+        if not pattern.startswith("@") or os.path.lexists(pattern):
+            yield _plain(pattern)
+            continue
+        try:
+            lines = Path(pattern[1:]).read_text(encoding="utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"input list {pattern[1:]} cannot be read ({error}); give @FILE with one path a line") from error
+        named = [line.strip() for line in lines if line.strip()]
+        if not named:
+            raise UsageError(f"input list {pattern[1:]} names nothing; give @FILE with one path a line")
+        yield from map(_plain, named)
+
+
+def _plain(pattern: str) -> str:
+    """A pattern of the local disk without its protocol."""
+    if pattern.split("://")[0] in ("file", "local") and is_remote(pattern):
+        return str(remote_file_system(pattern)._strip_protocol(pattern))
+    return pattern
+
+
+def _identity(path: str) -> str | tuple[int, int]:
+    """Equal for two paths of one file."""
+    if is_remote(path):
+        return path
+    state = os.stat(path)
+    return (state.st_dev, state.st_ino) if state.st_nlink > 1 and state.st_ino else os.path.realpath(path)
+
+
+def _expand_local(pattern: str, walk: Walk) -> Iterator[InputPath]:
+    matches = [pattern] if os.path.lexists(pattern) else walk.matches(pattern)
+    if not matches:
+        hidden = "; hidden files are read only where their path is given" if walk.left_out else ""
+        raise UsageError(f"input {pattern} does not exist or matches no file; check --input{hidden}")
+    for match in matches:
+        if os.path.isdir(match):
+            inside = False
+            for path in walk.files(match):
+                inside = True
+                yield _local(path)
+            if not inside and not walk.was_read_before(match):
+                raise UsageError(f"input {match} is a folder without a file of a known ending; expected {SUPPORTED}")
+        else:
+            yield _local(match)
+
+
+def _local(path: str) -> InputPath:
+    _check_name(path)
+    _check_ending(path)
+    try:
+        state = os.stat(path)
+    except OSError as error:
+        raise UsageError(f"input {path} cannot be read ({error.strerror}); repair it or leave it out of --input") from error
+    if not stat.S_ISREG(state.st_mode):
+        raise UsageError(f"input {path} is no regular file: its size decides who reads what; write it to a file first")
+    if not os.access(path, os.R_OK):
+        raise UsageError(f"input {path} cannot be read; change its permissions or leave it out of --input")
+    return InputPath(path, state.st_size, str(state.st_mtime_ns))
+
+
+def _check_name(path: str) -> None:
+    """Refuse a name that is not UTF-8: no manifest could hold it."""
+    try:
+        path.encode()
+    except UnicodeEncodeError:
+        name = os.fsencode(path)
+        raise UsageError(f"input {name!r} has a name that is not UTF-8, which no manifest can hold; rename it") from None
+
+
+def _check_ending(path: str) -> None:
+    if kind_of(path) is None:
+        raise UsageError(f"input {path} has an ending that is not known; expected {SUPPORTED}")
+
+
+def _expand_remote(pattern: str, walk: Walk) -> Iterator[InputPath]:
+    system = remote_file_system(pattern)
+    try:
+        if glob.has_magic(pattern):
+            entries = system.glob(pattern, detail=True)
+        elif system.isdir(pattern):
+            entries = _known(system.find(pattern, detail=True), pattern, walk)
+        else:
+            entries = {str(system._strip_protocol(pattern)): system.info(pattern)}
+    except FileNotFoundError:
+        entries = {}
+    except Exception as error:  # each store has errors of its own: no credentials, no such bucket, no route
+        raise UsageError(f"input {pattern} cannot be listed ({error}); check the address and the credentials") from error
+    plain = str(system._strip_protocol(pattern))
+    for name in [name for name in entries if _is_hidden(name, plain)]:
+        walk.leave_out(system.unstrip_protocol(name), HIDDEN)
+        del entries[name]
+    if not entries:
+        raise UsageError(f"input {pattern} does not exist or matches no file; check --input")
+    for name, entry in entries.items():
+        path = system.unstrip_protocol(name)
+        _check_ending(path)
+        if entry.get("size") is None:
+            raise UsageError(f"input {path} has no size, which decides who reads what; download it first")
+        version = entry.get("ETag") or entry.get("etag") or entry.get("mtime") or entry.get("LastModified") or ""
+        yield InputPath(path, int(entry["size"]), str(version))
+
+
+def _known(entries: dict[str, Any], folder: str, walk: Walk) -> dict[str, Any]:
+    """Those with a known ending; the others are counted."""
+    for name in entries:
+        if kind_of(name) is None and not name.endswith("/"):
+            walk.others[folder, os.path.splitext(name)[1]] += 1
+    return {name: entry for name, entry in entries.items() if kind_of(name)}
+
+
+def _is_hidden(path: str, pattern: str) -> bool:
+    """Whether an object is hidden, or in a hidden folder, which the pattern does not name."""
+    named = pattern if not glob.has_magic(pattern) else re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
+    return "/." in path.removeprefix(named) and "/." not in pattern.removeprefix(named)
+
+
+def _refuse_saved_datasets(paths: Iterable[str]) -> None:
+    """Raise UsageError where the files of an input are those of a folder of `datasets.save_to_disk`, descriptions included."""
+    for path in paths:
+        folder, name = os.path.split(path)
+        if name not in SAVED_DATASET:
+            continue
+        inside = os.listdir(folder or ".")
+        parts = sorted(part for part in inside if os.path.isfile(os.path.join(folder, part, "state.json")))
+        if "dataset_dict.json" in inside and parts:
+            arrow = " ".join(f"'{os.path.join(folder, part)}/*.arrow'" for part in parts)
+        elif any(part.endswith(".arrow") for part in inside):
+            arrow = f"'{os.path.join(folder, '*.arrow')}'"
+        else:
+            continue
+        raise UsageError(
+            f"input {folder or '.'} was written by save_to_disk of Hugging Face datasets, and {name} only describes it: its texts are"
+            f" in Arrow files; give --input {arrow}"
+        )

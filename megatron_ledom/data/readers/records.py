@@ -1,0 +1,296 @@
+"""Byte ranges of files to texts: JSON lines, tables, web archives and plain text, in bounded memory, every bad record named.
+
+Text is always text order here. Everything in this file runs inside a worker.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import orjson
+
+from megatron_ledom.data.readers import tables, web_archive
+from megatron_ledom.data.readers.byte_ranges import InputPath, Stretch
+from megatron_ledom.data.readers.json_lines import BYTE_ORDER_MARK, check_is_lines, check_text, loads_leniently
+from megatron_ledom.data.readers.streams import (
+    MAX_RECORD_BYTES,
+    BadRecordError,
+    LineReader,
+    Progress,
+    too_large,
+    whole_file,
+)
+from megatron_ledom.data.readers.text_template import TextTemplate
+from megatron_ledom.data.shards.shard import InputFile
+from megatron_ledom.errors import DataError
+
+BATCH_BYTES = 1 << 20
+MAX_MESSAGES = 10  # bad records of a stretch that are described one by one
+OnError = Literal["fail", "skip"]
+
+
+@dataclass(slots=True, kw_only=True)
+class ReadSettings:
+    """How records are read."""
+
+    text_key: str = "text"
+    """JSON key or column of the text; `a.b` is key b of the object at key a, unless there is a key with that name."""
+    template: TextTemplate | None = None
+    """Joins the texts of several keys, in place of the text at `text_key`."""
+    on_error: OnError = "fail"
+    batch_bytes: int = BATCH_BYTES
+    max_record_bytes: int = MAX_RECORD_BYTES
+    """A longer record is a bad one; it is never held in memory."""
+    keep_records: bool = False
+    """Whether a batch has the records beside the texts, for a filter."""
+
+
+@dataclass(slots=True)
+class TextBatch:
+    """Texts that follow each other in a file."""
+
+    texts: list[str] = field(default_factory=list)
+    records: list[Mapping[str, Any]] = field(default_factory=list)
+    """The texts' whole records, if they are kept; {text_key: text} where there is nothing else."""
+    places: list[tuple["RecordReader", int | str]] = field(default_factory=list)
+    """Where each text was read, see `RecordReader.name`: a record may be found to be a bad one after it was read."""
+    position: int = 0
+    """Bytes of the stretch read up to here."""
+
+    def of(self, indices: Sequence[int]) -> "TextBatch":
+        """Return the batch of some of its texts."""
+        if len(indices) == len(self.texts):
+            return self
+        return TextBatch(
+            texts=[self.texts[index] for index in indices],
+            records=[self.records[index] for index in indices] if self.records else [],
+            places=[self.places[index] for index in indices],
+            position=self.position,
+        )
+
+
+def read_texts(
+    sources: Iterable[InputPath],
+    text_key: str = "text",
+    *,
+    read: ReadSettings | None = None,
+    skipped: Counter[str] | None = None,
+) -> Iterator[str]:
+    """All texts of some files, one after the other, as `read` says, else those at `text_key`.
+
+    A bad record raises DataError; with `on_error="skip"` it is counted by reason in `skipped`.
+    """
+    for source in sources:
+        reader = RecordReader(Stretch(source, 0, source.num_bytes), read or ReadSettings(text_key=text_key))
+        for batch in reader.batches():
+            yield from batch.texts
+        if skipped is not None:
+            skipped += reader.skipped
+
+
+class RecordReader:
+    """Reads one stretch; what was skipped and the stretch's hash are known afterwards."""
+
+    def __init__(self, stretch: Stretch, settings: ReadSettings) -> None:
+        self.stretch = stretch
+        self.settings = settings
+        self.skipped: Counter[str] = Counter()
+        """Bad records, by reason."""
+        self.messages: list[str] = []
+        self._progress = Progress()
+        self._line_reader: LineReader | None = None
+
+    def batches(self) -> Iterator[TextBatch]:
+        """The texts of the stretch in order. A bad record raises DataError, or is counted and left out."""
+        kind = self.stretch.source.kind
+        if kind == "lines":
+            yield from self._lines()
+        elif kind == "text":
+            yield from self._whole_file()
+        else:
+            yield from self._texts(kind)
+
+    def record(self) -> InputFile:
+        """What the manifest says of the stretch; call it after the last batch."""
+        stretch, progress = self.stretch, self._progress
+        return InputFile(
+            path=stretch.source.path, num_bytes=stretch.num_bytes, sha256=progress.digest.hexdigest(), first_byte=stretch.start
+        )
+
+    def _lines(self) -> Iterator[TextBatch]:
+        reader = self._line_reader = LineReader(self.stretch, self.settings.batch_bytes, self.settings.max_record_bytes)
+        self._progress = reader.progress
+        for block in reader.blocks():
+            batch = TextBatch(position=reader.progress.num_bytes)
+            if block.is_first_of_file:
+                check_is_lines(self.stretch.source.path, reader.head, block.lines)
+            if block.too_long is not None:
+                bad_line = too_large(block.too_long, self.settings.max_record_bytes)
+                self._reject(bad_line, block.first)
+            for number, line in enumerate(block.lines, block.first):
+                if number == 0 and block.is_first_of_file:
+                    line = line.removeprefix(BYTE_ORDER_MARK)
+                if not line or line.isspace():
+                    continue
+                try:
+                    if len(line) > self.settings.max_record_bytes:
+                        raise too_large(len(line), self.settings.max_record_bytes)
+                    self._add(batch, *_text_of_line(line, self.settings), number)
+                except BadRecordError as bad:
+                    self._reject(bad, number)
+            yield batch
+
+    def name(self, place: int | str) -> str:
+        """Return where a record is, for people. A line's number becomes FILE:LINE, exactly if a bad record ends the run."""
+        if isinstance(place, str) or self._line_reader is None:
+            return str(place)
+        return self._line_reader.name_line(place, exactly=self.settings.on_error == "fail")
+
+    def _add(self, batch: TextBatch, text: str, record: Mapping[str, Any], place: int | str) -> None:
+        batch.texts.append(text)
+        batch.places.append((self, place))
+        if self.settings.keep_records:
+            batch.records.append(record)
+
+    def _reject(self, bad: BadRecordError, place: int | str) -> None:
+        self.reject(bad, place, self.skipped, self.messages)
+
+    def reject(self, bad: BadRecordError, place: int | str, skipped: Counter[str], messages: list[str]) -> None:
+        """Raise DataError for a bad record; or enter it into the counts, and the first ones into the messages."""
+        if self.settings.on_error == "fail":
+            raise DataError(f"{self.name(place)}: {bad}; repair it, or leave such records out with --on-error skip") from bad
+        skipped[bad.reason] += 1
+        if len(messages) < MAX_MESSAGES:
+            messages.append(f"{self.name(place)}: {bad}")
+
+    def _whole_file(self) -> Iterator[TextBatch]:
+        source = self.stretch.source
+        content, size = bytearray(), 0
+        for block in whole_file(self.stretch, self._progress, refuse_compressed=True):
+            size += len(block)
+            if size <= self.settings.max_record_bytes:
+                content += block
+        batch = TextBatch(position=self.stretch.num_bytes)
+        try:
+            if size > self.settings.max_record_bytes:
+                raise too_large(size, self.settings.max_record_bytes)
+            text = _decoded(bytes(content.removeprefix(BYTE_ORDER_MARK)))
+            record = {self.settings.text_key: text}
+            text = text if self.settings.template is None else _text_of(record, self.settings)
+            self._add(batch, text, record, source.path)
+        except BadRecordError as bad:
+            self._reject(bad, source.path)
+        yield batch
+
+    def _texts(self, kind: Literal["parquet", "arrow", "warc"]) -> Iterator[TextBatch]:
+        for rows in self._rows(kind):
+            batch = TextBatch(position=rows.position)
+            for number, content in enumerate(rows.texts):
+                place = f"{self.stretch.source.path}: {rows.unit} {rows.first + number + 1}"
+                try:
+                    text, record = self._row(content, rows.records[number] if rows.records else None)
+                except BadRecordError as bad:
+                    self._reject(bad, place)
+                    continue
+                self._add(batch, text, record, place)
+            yield batch
+
+    def _rows(self, kind: Literal["parquet", "arrow", "warc"]) -> Iterator[tables.Rows]:
+        read, template = self.settings, self.settings.template
+        if kind == "warc":
+            keep_records = read.keep_records or template is not None
+            return web_archive.read_rows(self.stretch, read.text_key, keep_records, self._progress, read.max_record_bytes)
+        request = tables.Request(
+            stretch=self.stretch,
+            keys=(read.text_key,) if template is None else tuple(template.fields),
+            option="--text-key" if template is None else "--text-template",
+            with_records=read.keep_records or template is not None,
+            all_columns=read.keep_records,
+            max_record_bytes=read.max_record_bytes,
+        )
+        return tables.read_rows(request, self._progress)
+
+    def _row(
+        self, content: bytes | BadRecordError | None, record: Mapping[str, Any] | BadRecordError | None
+    ) -> tuple[str, Mapping[str, Any]]:
+        """Return text and record of a row of a table; content: of the text key, or of the template's first one."""
+        for part in (content, record):
+            if isinstance(part, BadRecordError):  # raised anew: its traceback would keep it, and the row, alive
+                raise BadRecordError(part.reason, str(part))
+        assert not isinstance(content, BadRecordError)
+        assert not isinstance(record, BadRecordError)
+        if self.settings.template is not None:
+            assert record is not None
+            return _text_of(record, self.settings), record
+        if content is not None and len(content) > self.settings.max_record_bytes:
+            raise too_large(len(content), self.settings.max_record_bytes)
+        text = _decoded(content)
+        return text, {self.settings.text_key: text} if record is None else record
+
+
+def option_to_check(template: TextTemplate | None, text_key: str, reasons: Collection[str]) -> str:
+    """Return what to do where nothing was left of an input; reasons: those of its bad records."""
+    if not {"missing_text_key", "text_is_not_a_string"} & set(reasons):
+        return "check --input"
+    if template is None:
+        return f"check --text-key {text_key}: it names no text of these records"
+    return f"check the keys of --text-template {template.template!r}: these records lack one of them, or it is no text"
+
+
+def _text_of_line(line: bytes, settings: ReadSettings) -> tuple[str, Mapping[str, Any]]:
+    is_strict = True
+    try:
+        record = orjson.loads(line)
+    except orjson.JSONDecodeError as error:  # perhaps for another key
+        is_strict, record = False, loads_leniently(line, error)
+    if not isinstance(record, dict):
+        keys = settings.text_key if settings.template is None else ", ".join(settings.template.fields)
+        raise BadRecordError(
+            "not_an_object", f"a JSON {type(record).__name__} where an object with the key {keys!r} was expected"
+        )
+    text = _text_of(record, settings)
+    if not is_strict:
+        check_text(text, line)
+    return text, record
+
+
+def _text_of(record: Mapping[str, Any], settings: ReadSettings) -> str:
+    """The text of a record: that of its text key, or its template filled in."""
+    if settings.template is None:
+        return _string_at(record, settings.text_key, "--text-key")
+    text = settings.template.render(lambda key: _string_at(record, key, "--text-template"))
+    limit = settings.max_record_bytes
+    if 4 * len(text) > limit and (size := len(text.encode("utf-8", "surrogatepass"))) > limit:
+        raise too_large(size, limit)
+    return text
+
+
+def _string_at(record: Mapping[str, Any], key: str, option: str) -> str:
+    text = record.get(key, record)
+    if text is record:
+        text = _nested(record, key, option)
+    if isinstance(text, bytes):  # a binary column of a table
+        return _decoded(text)
+    if not isinstance(text, str):
+        raise BadRecordError("text_is_not_a_string", f"key {key!r} holds {type(text).__name__}, not a string")
+    return text
+
+
+def _nested(record: Mapping[str, Any], text_key: str, option: str) -> Any:
+    found: Any = record
+    for name in text_key.split("."):
+        if not isinstance(found, dict) or name not in found:
+            keys = ", ".join(list(found)[:8]) or "no keys" if isinstance(found, dict) else f"a {type(found).__name__}"
+            raise BadRecordError("missing_text_key", f"no key {text_key!r} among {keys} (name it by {option})")
+        found = found[name]
+    return found
+
+
+def _decoded(text: bytes | None) -> str:
+    if text is None:
+        raise BadRecordError("text_is_not_a_string", "the text is null")
+    try:
+        return text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRecordError("invalid_utf8", f"invalid UTF-8 ({error.reason} at byte {error.start})") from None

@@ -1,0 +1,293 @@
+"""Everything that can be wrong with a shard, found by reading all of it once: one sentence a fault, with file and document.
+
+A direction that was changed in the manifest shows in no file; it is told from text: decoded in text order and encoded again, only
+the right order gives the ids back.
+"""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ledom.data.shards.index_file import CHUNK_DOCUMENTS, HEADER, SHARD_DTYPES, index_bytes, map_index, shard_header
+from megatron_ledom.data.shards.shard import TARGETS, ShardManifest, ShardReader, hash_file, load_manifest
+from megatron_ledom.direction import Direction, to_text_order
+from megatron_ledom.errors import DataError
+from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
+
+BLOCK_BYTES = 1 << 22
+INSIDE = "inside, at its id"
+"""Words of the fault of an eod that is not at a document's end."""
+SAMPLE_DOCUMENTS = 64
+LONGEST_IDS = 20_000  # longer documents are not looked at, so that the check takes seconds
+CLEAR = 3
+"""How many times as many documents must speak for one order as for the other."""
+
+
+def verify_shard(prefix: str) -> list[str]:
+    """Return what is wrong with the shard; an empty list is a sound one. Raises UsageError when there is no such shard.
+
+    Found from the files alone, so a direction that was changed in the manifest is not: see `check_direction`.
+    """
+    try:
+        manifest = load_manifest(prefix)
+    except DataError as error:
+        return [str(error)]
+    if manifest.dtype not in SHARD_DTYPES:
+        return [f"{prefix}.json: dtype {manifest.dtype!r} is not one of {[*SHARD_DTYPES]}"]
+    missing = [f"{prefix}{suffix} is missing" for suffix in (".bin", ".idx") if not Path(prefix + suffix).is_file()]
+    if missing:
+        return missing
+    index = Index(prefix, manifest)
+    if not index.is_readable:
+        is_same = hash_file(f"{prefix}.bin") == manifest.bin_sha256
+        return [*index.faults, *_size_faults(prefix, manifest, is_same), *([] if is_same else [_changed(prefix, ".bin")])]
+    ids = IdScan(prefix, manifest)
+    for stated in index.documents():
+        ids.add(stated)
+    ids.finish()
+    targets = [_changed(prefix, TARGETS)] if manifest.pairs and not _has_its_targets(prefix, manifest) else []
+    return [*index.faults, *_size_faults(prefix, manifest, ids.is_same), *ids.faults, *targets]
+
+
+def _has_its_targets(prefix: str, manifest: ShardManifest) -> bool:
+    return Path(prefix + TARGETS).is_file() and hash_file(prefix + TARGETS) == manifest.targets_sha256
+
+
+def _changed(prefix: str, suffix: str) -> str:
+    return f"{prefix}{suffix} has not the sha256 of its manifest: its content was changed or damaged"
+
+
+def _size_faults(prefix: str, manifest: ShardManifest, is_same: bool) -> list[str]:
+    """`is_same`: .bin has the sha256 of the manifest."""
+    found = Path(f"{prefix}.bin").stat().st_size
+    itemsize = np.dtype(manifest.dtype).itemsize
+    size = manifest.num_tokens * itemsize
+    if found == size:
+        return []
+    if is_same:
+        return [
+            f"{prefix}.json: num_tokens is {manifest.num_tokens:,}, but .bin, whose sha256 is right, holds {found // itemsize:,}:"
+            " the manifest was changed"
+        ]
+    state = "truncated" if found < size else "too long"
+    return [f"{prefix}.bin is {state}: it has {found:,} bytes, its manifest says {size:,}"]
+
+
+class Index:
+    """A shard's .idx, read in blocks and compared with the manifest and the rule of the format."""
+
+    def __init__(self, prefix: str, manifest: ShardManifest) -> None:
+        self.prefix = prefix
+        self.itemsize = np.dtype(manifest.dtype).itemsize
+        self.faults: list[str] = []
+        self.count = 0
+        """Documents, by its own header."""
+        path = f"{prefix}.idx"
+        is_same = hash_file(path) == manifest.idx_sha256
+        self.is_readable = self._read_header(path, manifest, is_same)
+        """Whether documents can be told from each other: header and size fit each other and the manifest's dtype."""
+        if not is_same:
+            self.faults.append(_changed(prefix, ".idx"))
+
+    def _read_header(self, path: str, manifest: ShardManifest, is_same: bool) -> bool:
+        size = Path(path).stat().st_size
+        with open(path, "rb") as stream:
+            content = stream.read(HEADER.size)
+        if len(content) < HEADER.size:
+            self.faults.append(f"{path} is truncated: it has {size} bytes, its header alone needs {HEADER.size}")
+            return False
+        header = HEADER.unpack(content)
+        self.count = header[3]
+        if header != shard_header(manifest.dtype, self.count):
+            self.faults.append(f"{path} has the header {header}, which is not that of a shard of {manifest.dtype} ids")
+            return False
+        needed = index_bytes(self.count, self.count)
+        if size != needed:
+            state = "truncated" if size < needed else "too long"
+            self.faults.append(f"{path} is {state}: it has {size:,} bytes, its {self.count:,} documents need {needed:,}")
+            return False
+        if self.count != manifest.num_documents:
+            said = f"{self.prefix}.json: num_documents is {manifest.num_documents:,}, but .idx holds {self.count:,} documents"
+            whose = ", and its sha256 is right: the manifest was changed" if is_same else ": it is the .idx of another shard"
+            self.faults.append(said + whose)
+        return True
+
+    def documents(self) -> Iterator[npt.NDArray[np.int64]]:
+        """Lengths of all documents, in blocks; what is wrong with them is added to `faults` when the last one was given."""
+        stored: tuple[npt.NDArray[Any], ...] = map_index(f"{self.prefix}.idx", self.count, self.count)
+        end, first_wrong = 0, [-1, -1, -1]
+        for first in range(0, self.count, CHUNK_DOCUMENTS):
+            lengths, pointers, marks = (part[first : first + CHUNK_DOCUMENTS] for part in stored)
+            lengths = lengths[: self.count - first].astype(np.int64)
+            marks = marks[: len(lengths)]
+            starts = end + np.cumsum(lengths) - lengths
+            wrong = [lengths < 2, pointers != starts * self.itemsize, marks != np.arange(first, first + len(lengths))]
+            for kind, where in enumerate(wrong):
+                if first_wrong[kind] < 0 and where.any():
+                    first_wrong[kind] = first + int(where.argmax())
+            end += int(lengths.sum())
+            yield lengths
+        if first_wrong[2] < 0 and stored[2][self.count] != self.count:
+            first_wrong[2] = self.count
+        words = [
+            "has length {}: it holds nothing besides its eod",
+            "begins at byte {}, the pointers are not the running sum of the lengths from there on",
+            "has index {}, the document indices are not 0, 1, 2, ... from there on",
+        ]
+        for part, document, text in zip(stored, first_wrong, words, strict=True):
+            if document >= 0:
+                self.faults.append(f"{self.prefix}.idx: document {document} {text.format(f'{int(part[document]):,}')}")
+        size = Path(f"{self.prefix}.bin").stat().st_size
+        if end * self.itemsize != size:
+            self.faults.append(
+                f"{self.prefix}.idx: the lengths do not add up to the ids of .bin: {end * self.itemsize:,} bytes, .bin has"
+                f" {size:,}; from the first wrong length on every document is shifted"
+            )
+
+
+@dataclass(slots=True)
+class Finding:
+    """One kind of fault among the ids: the first place, and how many documents have it."""
+
+    text: str
+    num_documents: int
+    last_document: int
+
+
+class IdScan:
+    """Reads .bin once beside its index: range of ids, one eod and that at the end of each document, and the hash."""
+
+    def __init__(self, prefix: str, manifest: ShardManifest) -> None:
+        self.prefix = prefix
+        self.manifest = manifest
+        self.dtype = np.dtype(manifest.dtype)
+        self.is_same = False
+        """After `finish`: .bin has the sha256 of the manifest."""
+        self._digest = hashlib.sha256()
+        self._stream = io.FileIO(f"{prefix}.bin")
+        self._findings: dict[str, Finding] = {}
+        self._document = 0
+        self._position = 0
+
+    @property
+    def faults(self) -> list[str]:
+        """Found so far."""
+        found = [
+            f"{self.prefix}.bin: {finding.text}"
+            + (f" (and {finding.num_documents - 1:,} more documents)" if finding.num_documents > 1 else "")
+            for finding in self._findings.values()
+        ]
+        if not self.is_same:
+            hint = "" if found else "; every id and eod is possible, so it cannot be said which document's ids changed"
+            found.insert(0, _changed(self.prefix, ".bin") + hint)
+        return found
+
+    def add(self, lengths: npt.NDArray[np.int64]) -> None:
+        """The next documents, of these lengths."""
+        ends = np.cumsum(lengths)
+        most_ids = BLOCK_BYTES // self.dtype.itemsize
+        total = int(ends[-1]) if len(ends) and (lengths >= 0).all() else 0  # with a negative length nothing can be told apart
+        for begin in range(0, total, most_ids):
+            ids = self._read(min(most_ids, total - begin))
+            self._check(ids, ends, begin)
+            self._position += len(ids)
+        self._document += len(lengths)
+
+    def _read(self, count: int) -> npt.NDArray[Any]:
+        content = self._stream.read(count * self.dtype.itemsize) or b""
+        self._digest.update(content)
+        return np.frombuffer(content, self.dtype, len(content) // self.dtype.itemsize)
+
+    def _check(self, ids: npt.NDArray[Any], ends: npt.NDArray[np.int64], begin: int) -> None:
+        """`ids` are those from `begin` on of the documents that end before `ends`."""
+        eod, vocab_size = self.manifest.eod_id, self.manifest.vocab_size
+        last = ends[np.searchsorted(ends, begin, side="right") : np.searchsorted(ends, begin + len(ids), side="right")]
+        last = last - 1 - begin
+        is_outside = ids >= vocab_size if ids.dtype.kind == "u" else (ids < 0) | (ids >= vocab_size)
+        outside = np.flatnonzero(is_outside)
+        if len(outside):
+            where = int(outside[0])
+            text = f"{{}}: id {ids[where]} at {self._position + where} is outside the {vocab_size:,} ids"
+            self._found("range", text, ends, begin + outside)
+        open_ends = last[ids[last] != eod]
+        if len(open_ends):
+            text = f"its last id is {ids[open_ends[0]]}"
+            self._found("open", f"{{}} does not end with eod {eod}: {text}", ends, begin + open_ends)
+        eods = np.flatnonzero(ids == eod)
+        if len(eods) > len(last) - len(open_ends) and not self.manifest.pairs:  # packs of pairs hold an eod for each
+            inside = eods[~np.isin(eods, last, assume_unique=True)]
+            self._found("inside", f"{{}} holds eod {eod} {INSIDE} {{}}", ends, begin + inside)
+
+    def _found(self, kind: str, text: str, ends: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> None:
+        documents = np.unique(np.searchsorted(ends, positions, side="right")) + self._document
+        if found := self._findings.get(kind):
+            found.num_documents += int((documents > found.last_document).sum())  # a block may begin within the last one
+            found.last_document = int(documents[-1])
+            return
+        inside = int(documents[0]) - self._document
+        start = int(ends[inside - 1]) if inside else 0
+        sentence = text.format(f"document {documents[0]}", int(positions[0]) - start)
+        self._findings[kind] = Finding(sentence, len(documents), int(documents[-1]))
+
+    def finish(self) -> None:
+        """Read what no document claims, and compare the hash."""
+        while content := self._stream.read(BLOCK_BYTES):
+            self._digest.update(content)
+        self._stream.close()
+        self.is_same = self._digest.hexdigest() == self.manifest.bin_sha256
+
+
+@dataclass(frozen=True, slots=True)
+class DirectionCheck:
+    """Of a sample of documents, how many keep their ids in one order only; a document of whole words keeps them in both."""
+
+    stated: Direction
+    sampled: int
+    only_as_stated: int
+    only_as_other: int
+
+    @property
+    def is_wrong(self) -> bool:
+        """The ids clearly stand in the other order."""
+        return self.only_as_other > CLEAR * self.only_as_stated
+
+    @property
+    def is_right(self) -> bool:
+        """The ids clearly stand in the stated order."""
+        return self.only_as_stated > CLEAR * self.only_as_other
+
+    def describe(self) -> str:
+        """One sentence."""
+        found = (
+            f"of {self.sampled} documents decoded and encoded again, {self.only_as_stated} keep their ids only if the shard is"
+            f" {self.stated}, {self.only_as_other} only if it is {self.stated.other}"
+        )
+        if self.is_wrong:
+            return f"the manifest says {self.stated}, but the ids are {self.stated.other}: {found}"
+        return f"{self.stated} is right: {found}" if self.is_right else f"cannot be told from the ids: {found}"
+
+
+def check_direction(reader: ShardReader, tokenizer: Tokenizer) -> DirectionCheck:
+    """Look at documents spread evenly over the shard. The index and the range of ids must be sound."""
+    stated = reader.manifest.direction
+    sampled = only_as_stated = only_as_other = 0
+    for index in np.unique(np.linspace(0, len(reader) - 1, min(SAMPLE_DOCUMENTS, len(reader))).astype(np.int64)).tolist():
+        stored = reader.document(index)[:-1]
+        if len(stored) > LONGEST_IDS:
+            continue
+        sampled += 1
+        as_stated = _comes_back(tokenizer, to_text_order(stored, stated).tolist())
+        as_other = _comes_back(tokenizer, to_text_order(stored, stated.other).tolist())
+        only_as_stated += as_stated and not as_other
+        only_as_other += as_other and not as_stated
+    return DirectionCheck(stated, sampled, only_as_stated, only_as_other)
+
+
+def _comes_back(tokenizer: Tokenizer, text_ids: list[int]) -> bool:
+    return bool(tokenizer.encode_batch([tokenizer.decode(text_ids)])[0].tolist() == text_ids)

@@ -1,0 +1,84 @@
+"""Bootstrap intervals of means, also over seeds, and of ratios of sums, for every report that has them."""
+
+import importlib.util
+import warnings
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_ledom.errors import UsageError
+
+Values = npt.NDArray[np.float64]
+LEVEL = 0.95
+"""Of every interval that is not said to be another."""
+
+
+def check_statistics() -> None:
+    """Refuse to begin what ends in intervals where scipy is missing. Raises UsageError."""
+    if importlib.util.find_spec("scipy") is None:
+        raise UsageError("intervals need scipy: pip install 'megatron-ledom[evaluation]'")
+
+
+def bootstrap_interval(
+    values: Values, weights: Values | None = None, *, level: float = LEVEL, num_resamples: int, seed: int
+) -> list[float]:
+    """[low, high] of the mean of `values`, or of sum(values) / sum(weights), by the percentile bootstrap over their first axis.
+
+    values, weights [units]: a unit, such as a question or a document, is drawn as a whole. Equal values without weights, and a single
+    unit, give an interval without width. UsageError where scipy is not installed.
+    """
+    if len(values) == 1 or (weights is None and np.ptp(values) == 0):
+        return [float(values[0] if weights is None else values[0] / weights[0])] * 2
+    check_statistics()
+    from scipy.stats import bootstrap
+
+    def ratio(above: Values, below: Values, axis: int = -1) -> Any:
+        return above.sum(axis=axis) / below.sum(axis=axis)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = bootstrap(
+            (values,) if weights is None else (values, weights),
+            np.mean if weights is None else ratio,
+            paired=weights is not None,
+            vectorized=True,
+            confidence_level=level,
+            n_resamples=num_resamples,
+            batch=max(1, 2**22 // len(values)),
+            method="percentile",
+            rng=np.random.default_rng(seed),
+        )
+    return [float(found.confidence_interval.low), float(found.confidence_interval.high)]
+
+
+def crossed_interval(values: Values, *, level: float, num_resamples: int, seed: int) -> list[float]:
+    """[low, high] of the mean of `values` [seeds, questions] by a percentile bootstrap that draws both with replacement.
+
+    A resample has the same drawn questions for each drawn seed (the pigeonhole bootstrap: Owen 2007, doi 10.1214/07-AOAS122). What
+    a question has in common over seeds stays together, and so do the two sides of a paired difference. A single seed leaves the
+    questions to be drawn, as `bootstrap_interval` does it: that says nothing about other seeds.
+
+    Known weakness: drawing S seeds gives the part of the spread that is between seeds (S - 1) / S of its variance, and no interval
+    made of resamples reaches far beyond the S seeds that were seen: where they are all that varies, [lowest, highest] of three holds
+    the truth in 75 of 100 cases. The part that is neither the seed's nor the question's counts up to three times, which widens.
+    """
+    num_seeds, num_questions = values.shape
+    if num_seeds == 1:
+        return bootstrap_interval(values[0], level=level, num_resamples=num_resamples, seed=seed)
+    if np.ptp(values) == 0:
+        return [float(values[0, 0])] * 2
+    rng = np.random.default_rng(seed)
+    step = max(1, 2**20 // num_questions)
+    parts = [_crossed_means(values, min(step, num_resamples - start), rng) for start in range(0, num_resamples, step)]
+    low, high = np.quantile(np.concatenate(parts), [(1 - level) / 2, (1 + level) / 2])
+    return [float(low), float(high)]
+
+
+def _crossed_means(values: Values, num: int, rng: np.random.Generator) -> Values:
+    """[num] means of resamples: how often each seed was drawn weighs its row, then the same questions are drawn of all rows."""
+    num_seeds, num_questions = values.shape
+    counts = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=num)
+    drawn = rng.integers(num_questions, size=(num, num_questions))
+    means: Values = np.take_along_axis(counts @ values / num_seeds, drawn, axis=1).mean(axis=1)
+    return means

@@ -1,0 +1,213 @@
+"""Items from local files: found by name, hashed, and each line checked against the layouts in which its set is published."""
+
+import difflib
+import gzip
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.evaluation.synthetic.tasks import SYNTHETIC_TASKS
+from megatron_ledom.evaluation.tasks.benchmarks import TASKS
+from megatron_ledom.evaluation.tasks.task import FIELD_TYPES, Item, Kind, Layout, LoadedTask, Row, Task
+
+ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
+
+
+def all_tasks() -> dict[str, Task]:
+    """Every task by its name."""
+    return {task.name: task for task in (*TASKS, *SYNTHETIC_TASKS)}
+
+
+def task_named(name: str) -> Task:
+    """The task of this name; UsageError with what was perhaps meant."""
+    known = all_tasks()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"no task {name!r}{hint} There are: {', '.join(known)}")
+    return known[name]
+
+
+def load_task(
+    name: str,
+    folder: str | Path,
+    *,
+    limit: int | None = None,
+    num_fewshot: int = 0,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+) -> LoadedTask:
+    """The first `limit` items of a task's file in `folder`, and `num_fewshot` demonstrations drawn with `seed` from the
+    task's file of demonstrations. Every line that is used is checked; UsageError or DataError says what to do."""
+    task, folder = task_named(name), Path(folder)
+    if limit is not None and limit < 1:
+        raise UsageError(f"limit={limit} judges nothing; it must be at least 1")
+    if num_fewshot < 0:
+        raise UsageError(f"num_fewshot={num_fewshot} must be 0 or more")
+    path = find_file(task, folder, task.file)
+    files = {path.name: file_hash(path)}
+    items = tuple(_items(task, path))
+    shots: tuple[Item, ...] = ()
+    known: frozenset[str] = frozenset()
+    if task.kind is Kind.QUESTION:
+        known_path = find_file(task, folder, task.demonstrations_file)
+        files[known_path.name] = file_hash(known_path)
+        known = frozenset(item.values["question"] for item in _items(task, known_path))
+    if num_fewshot:
+        shots_path = find_file(task, folder, task.demonstrations_file)
+        files[shots_path.name] = file_hash(shots_path)
+        shots = _shots(task, shots_path, num_fewshot, seed)
+    for file, known_hash in files.items():
+        if file_hash(folder / file) != known_hash:
+            raise DataError(f"{folder / file} was replaced while it was read; wait until it is complete, then start again")
+    return LoadedTask(
+        task=task,
+        items=items[:limit],
+        shots=shots,
+        known=known,
+        num_fewshot=num_fewshot,
+        seed=seed,
+        max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
+        files=files,
+        content_sha256=content_hash(items),
+    )
+
+
+def find_file(task: Task, folder: Path, stem: str) -> Path:
+    """FOLDER/STEM with one of the known endings."""
+    for ending in ENDINGS:
+        path = folder / f"{stem}{ending}"
+        if path.is_file():
+            return path
+        if path.is_symlink():
+            raise UsageError(f"{path} is a link to {path.readlink()}, which is no file; fetch that again, or remove the link")
+    there = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    found = f"it holds {', '.join(there[:8])}{' ...' if len(there) > 8 else ''}" if there else "it is empty or no folder"
+    if stem == task.file:
+        needed = "its items"
+    else:
+        needed = "the questions that were trained" if task.kind is Kind.QUESTION else "its demonstrations (--num-fewshot)"
+    raise UsageError(
+        f"{task.name} needs {needed} in {folder}/{stem} with one of the endings {' '.join(ENDINGS)}; {found}. Get it from:"
+        f" {_source(task, stem)}"
+    )
+
+
+def _source(task: Task, name: str) -> str:
+    """Where a file of a task comes from; name: the file's, with or without its ending."""
+    return task.download if name.partition(".")[0] == task.file else task.demonstrations_download
+
+
+def content_hash(items: Iterable[Item]) -> str:
+    """sha256 over what is asked and judged of the items, in their order, hex: the same for JSON lines, Parquet and Arrow.
+
+    The worked solution (`chain`) is left out: it is never judged, and not every copy of a set has it.
+    """
+    digest = hashlib.sha256()
+    for item in items:
+        values = sorted((name, value) for name, value in item.values.items() if name != "chain")
+        judged = [values, item.choices, item.gold, item.tests.code if item.tests else ""]
+        digest.update(json.dumps(judged, ensure_ascii=False).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file, hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_rows(path: Path) -> Iterator[tuple[str, Row]]:
+    """(where, row) of each line of JSON, or of each row of a Parquet or Arrow file."""
+    if path.suffix in (".parquet", ".arrow"):
+        yield from ((f"{path}: row {number}", row) for number, row in enumerate(_table_rows(path), 1))
+        return
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line.decode("utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: not a line of JSON in UTF-8 ({error}); download the file again") from error
+            if not isinstance(row, dict):
+                raise DataError(f"{path}:{number}: a {type(row).__name__}, expected an object; use the set's JSON lines")
+            yield f"{path}:{number}", row
+
+
+def _table_rows(path: Path) -> list[dict[str, Any]]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise UsageError(f"{path} needs pyarrow: pip install pyarrow, or give the set as JSON lines") from error
+    try:
+        if path.suffix == ".parquet":
+            return list(pq.read_table(path, page_checksum_verification=True).to_pylist())
+        with pa.memory_map(str(path)) as source:
+            return list(pa.ipc.open_stream(source).read_all().to_pylist())
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; download the file again") from error
+
+
+def parse_row(task: Task, row: Row, where: str, source: str | None = None) -> Item:
+    """The item of one row, by the layout that fits; DataError says which fields were found, which are expected, and whence to get
+    the file: from `source`, by default the task's `download`."""
+    source = source or task.download
+    problems = [(layout, faults(layout, row)) for layout in task.layouts]
+    layout, wrong = min(problems, key=lambda found: len(found[1]))
+    if wrong:
+        expected = " or ".join(
+            "{" + ", ".join(f"{n}: {kind}" for n, kind in found.fields.items()) + "}" for found in task.layouts
+        )
+        raise DataError(
+            f"{where}: no item of {task.name}: {'; '.join(wrong)}; found the fields {', '.join(row) or 'none'}, expected"
+            f" {expected}. Get it from: {source}"
+        )
+    try:
+        return layout.read(row)
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+        raise DataError(
+            f"{where}: no item of {task.name}: {error}; correct the line, or get the file from: {source}"
+        ) from error
+
+
+def faults(layout: Layout, row: Row) -> list[str]:
+    """Return why a row is not of this layout, one sentence a field."""
+    found = []
+    for name, kind in layout.fields.items():
+        value: Any = row
+        for part in name.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        is_fitting = isinstance(value, FIELD_TYPES[kind]) and not (isinstance(value, bool) and kind != "yes or no")
+        if value is None:
+            found.append(f"{name} is missing")
+        elif not is_fitting:
+            found.append(f"{name} is {value!r:.60}, which is no {kind}")
+    return found
+
+
+def _items(task: Task, path: Path) -> list[Item]:
+    source = _source(task, path.name)
+    items = [parse_row(task, row, where, source) for where, row in read_rows(path)]
+    if not items:
+        raise DataError(f"{path} holds no items; get it from: {source}")
+    return items
+
+
+def _shots(task: Task, path: Path, num_fewshot: int, seed: int) -> tuple[Item, ...]:
+    """One more than asked for, in case one is the very item that is judged."""
+    items = _items(task, path)
+    needed = [field.name for field in task.template.fields]
+    usable = [item for item in items if all(name in item.values for name in needed)]
+    if len(usable) <= num_fewshot:
+        raise UsageError(
+            f"{path} has {len(usable)} items that tell {', '.join(needed)}, {num_fewshot} demonstrations need {num_fewshot + 1};"
+            " ask for fewer, or give a larger file"
+        )
+    return tuple(random.Random(seed).sample(usable, num_fewshot + 1))

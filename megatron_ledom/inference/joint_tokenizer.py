@@ -1,0 +1,265 @@
+"""Text and ids of a text in two parts, preceding and following: encoded once, cut at the boundary, joined without damage.
+
+Three facts of real tokenizers make this a subject of its own:
+- `encode(a) + encode(b) != encode(a + b)`: SentencePiece puts a dummy space before a text, and merges reach over any cut
+  (trap 4 of LEDOM, arXiv 2507.01335). A span is therefore scored on the ids of the whole text.
+- One character may be several tokens (byte fallback, byte-level BPE), so generated ids are joined as bytes, not as strings.
+- The ids nearest to the open end of a given text depend on what will stand there. They are not fixed but left to the model,
+  which must first spell the same bytes: "Paris" may become the end of the piece " Paris".
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from megatron_ledom.direction import Direction, to_model_order
+from megatron_ledom.errors import DataError
+from megatron_ledom.tokenizers.added_tokens import name_of
+from megatron_ledom.tokenizers.end_token import json_with_special
+from megatron_ledom.tokenizers.reader import TokenizerFiles, read_tokenizer
+from megatron_ledom.tokenizers.sentencepiece_bpe import TEXT_START, is_dummy_prefix
+
+NEIGHBOURS = (" ", "a", "e", "s", "\n")  # samples of what may stand at an open end; ids that all of them leave alone are fixed
+WORD_MARK = "▁"  # SentencePiece's visible space
+
+
+@dataclass(frozen=True, slots=True)
+class OpenText:
+    """A text with one open end, as a model takes it up.
+
+    tokens: the fixed ids, model order. loose: the bytes between them and the open end, which the model has to spell before
+    it writes anything of its own. bridge: a space that was put at the open end of a text too short to fix anything else.
+    """
+
+    tokens: list[int]
+    loose: bytes
+    bridge: bytes = b""
+
+
+class JointTokenizer:
+    """The tokenizer of a model folder, without the special ids that its template would add.
+
+    specials_are_text: a special token spelled out in a text is ordinary text, as in the shards of this package, so that no
+    prompt can smuggle in an eod; a stock model's prompt may need them as they are.
+    """
+
+    def __init__(self, backend: Tokenizer, *, specials_are_text: bool = True) -> None:
+        self.leading_ids = _leading_ids(backend)
+        self._whole = _plain_copy(json.loads(backend.to_str()))
+        self._middle = _plain_copy(_without_dummy_prefix(json.loads(backend.to_str())))
+        self._whole.encode_special_tokens = self._middle.encode_special_tokens = specials_are_text
+        self.special_ids = {id_ for id_, token in backend.get_added_tokens_decoder().items() if token.special}
+        self.vocab = self._whole.get_vocab(with_added_tokens=True)
+        self.surfaces = _surfaces(self._whole, self.vocab)
+        self._alone = _without_prefix_alone(json.loads(backend.to_str()))
+        self._spells_all_bytes = len({s for s in (self.surfaces or {}).values() if len(s) == 1}) == 256
+        self.has_dummy_prefix = self._whole.encode("a").ids != self._middle.encode("a").ids
+
+    @classmethod
+    def from_pretrained(cls, folder: Path, *, specials_are_text: bool = True) -> "JointTokenizer":
+        """Load the tokenizer of a folder as every command does; see `tokenizers.reader`."""
+        return cls.of_files(read_tokenizer(str(folder)), specials_are_text=specials_are_text)
+
+    @classmethod
+    def of_files(cls, files: TokenizerFiles, *, specials_are_text: bool = True) -> "JointTokenizer":
+        """Take a tokenizer that was read already."""
+        stored = _with_eos_as_text(files) if specials_are_text else files.as_stock_reads()
+        try:
+            backend = Tokenizer.from_str(json.dumps(stored))
+        except Exception as error:  # the library raises plain Exception
+            raise DataError(f"{files.path} is not a tokenizer of the tokenizers library ({error})") from error
+        return cls(backend, specials_are_text=specials_are_text)
+
+    @property
+    def content(self) -> str:
+        """All that decides the ids of a text, as JSON: equal for two tokenizers that give the same ones."""
+        return str(self._whole.to_str())
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of a whole text, text order, as a shard stores them: no BOS, no eod."""
+        _check_text(text)
+        return self._ids(text, at_start=True)
+
+    def split(self, preceding: str, following: str) -> tuple[list[int], int]:
+        """Encode `preceding + following` once; returns (text_ids, count of the ids that belong to `preceding`).
+
+        An id belongs to `preceding` if its last character does, so an id that reaches over the boundary belongs to
+        `following`. The dummy prefix belongs to the first character; of a character of several ids all are on one side.
+        """
+        _check_text(preceding + following)
+        if preceding + following in self._alone:
+            text_ids = self._ids(preceding + following, at_start=True)
+            return text_ids, 0 if following else len(text_ids)
+        encoding = self._whole.encode(preceding + following, add_special_tokens=False)
+        boundary = len(preceding)
+        if not boundary:
+            return list(encoding.ids), 0
+        beyond = (index for index, (_, end) in enumerate(encoding.offsets) if end > boundary)
+        return list(encoding.ids), next(beyond, len(encoding.ids))
+
+    def open_text(self, text: str, direction: Direction) -> OpenText:
+        """The ids of `text` which stay the same whatever is written at its open end, and the rest as bytes to spell.
+
+        The open end is the beginning of the text for a reverse model, its end for a forward one. Where nothing would be
+        fixed, a reverse model's text that begins with a letter or digit is taken to begin a word. A tokenizer that does
+        not cover every byte leaves nothing loose: the ids are then those of the text alone.
+        """
+        _check_text(text)
+        reverse = direction is Direction.REVERSE
+        text_ids = self._ids(text, at_start=not reverse)
+        spelled = self.spell(text_ids)
+        expected = (b" " if self.has_dummy_prefix and not reverse else b"") + text.encode()
+        if not self._spells_all_bytes or spelled != expected:
+            return OpenText(to_model_order(text_ids, direction), b"")
+        readings = [text_ids]
+        for neighbour in NEIGHBOURS:
+            extended = neighbour + text if reverse else text + neighbour
+            readings.append(self._ids(extended, at_start=not reverse))
+        fixed = _common_length([to_model_order(reading, direction) for reading in readings])
+        tokens = to_model_order(text_ids, direction)
+        if fixed:
+            loose = self.spell(text_ids[: len(text_ids) - fixed] if reverse else text_ids[fixed:])
+            return OpenText(tokens[:fixed], loose)
+        if reverse and text[:1].isalnum():
+            word_ids = self._ids(" " + text, at_start=False)
+            return OpenText(to_model_order(word_ids, direction), b"", bridge=b" ")
+        return OpenText(tokens, b"")
+
+    def spell(self, text_ids: list[int]) -> bytes:
+        """The bytes that ids in text order stand for; the dummy prefix shows as a space. Needs `surfaces`."""
+        surfaces = self.surfaces or {}
+        return b"".join(surfaces.get(id_, b"") for id_ in text_ids)
+
+    def decode(self, text_ids: list[int]) -> str:
+        """The tokenizer's own reading of ids in text order, special ids left out."""
+        return str(self._whole.decode(text_ids, skip_special_tokens=True))
+
+    def _ids(self, text: str, *, at_start: bool) -> list[int]:
+        if at_start and text in self._alone:
+            return [*self._ids(" ", at_start=False), self.vocab[text]]
+        return list((self._whole if at_start else self._middle).encode(text, add_special_tokens=False).ids)
+
+
+class Speller:
+    """Tells which ids may be written next while some bytes of the given text are still to be spelled."""
+
+    def __init__(self, tokenizer: JointTokenizer, direction: Direction, stop_ids: list[int]) -> None:
+        self._reverse = direction is Direction.REVERSE
+        banned = tokenizer.special_ids | set(stop_ids)
+        self._surfaces = {id_: s for id_, s in (tokenizer.surfaces or {}).items() if s and id_ not in banned}
+        self.allowed = lru_cache(maxsize=1024)(self._allowed)
+
+    def _allowed(self, loose: bytes) -> list[int]:
+        """Ids that spell a part of `loose` at the side where the fixed ids are, or all of it and more."""
+        if self._reverse:
+            return [i for i, s in self._surfaces.items() if loose.endswith(s) or s.endswith(loose)]
+        return [i for i, s in self._surfaces.items() if loose.startswith(s) or s.startswith(loose)]
+
+    def rest(self, loose: bytes, token: int) -> bytes:
+        """Return what is left of `loose` after `token` was written next to the fixed ids."""
+        length = len(self._surfaces[token])
+        return loose[: max(0, len(loose) - length)] if self._reverse else loose[length:]
+
+    def count_inside(self, tokens: list[int], loose: bytes) -> int:
+        """How many of the first `tokens` (model order) spell nothing but `loose`."""
+        count = 0
+        while loose and count < len(tokens) and len(self._surfaces[tokens[count]]) <= len(loose):
+            loose = self.rest(loose, tokens[count])
+            count += 1
+        return count
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"half of a surrogate pair ({error.object[error.start]!r}) in a text: only whole characters") from error
+
+
+def _common_length(readings: list[list[int]]) -> int:
+    """How many ids all of the lists begin with."""
+    columns = enumerate(zip(*readings, strict=False))
+    return next((index for index, column in columns if len(set(column)) > 1), min(map(len, readings)))
+
+
+def _without_prefix_alone(state: dict[str, Any]) -> frozenset[str]:
+    """Return the added tokens that a tokenizer.json converted from SentencePiece leaves without the dummy prefix where one is a
+    whole text; SentencePiece puts it there (`sentencepiece_bpe.prefix_texts_only`)."""
+    patterns = [str((step.get("pattern") or {}).get("Regex", "")) for step in _parts(state["normalizer"])]
+    if not any(pattern.startswith(TEXT_START) and r"\z" in pattern for pattern in patterns):
+        return frozenset()
+    return frozenset(token["content"] for token in state["added_tokens"] if token["normalized"] and not token["special"])
+
+
+def _leading_ids(backend: Tokenizer) -> list[int]:
+    """The special ids which the tokenizer's own template puts before a text, such as BOS."""
+    with_template, without = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
+    starts = (i for i in range(len(with_template)) if with_template[i : i + len(without)] == without)
+    return list(with_template[: next(starts, 0)])
+
+
+def _with_eos_as_text(files: TokenizerFiles) -> dict[str, Any]:
+    eos = name_of(files.config.get("eos_token"))
+    return (eos and json_with_special(files.stored, eos)) or files.stored
+
+
+def _plain_copy(state: dict[str, Any]) -> Tokenizer:
+    """A tokenizer without template, padding, truncation and trimmed offsets."""
+    return Tokenizer.from_str(json.dumps({**state, "post_processor": None, "padding": None, "truncation": None}))
+
+
+def _parts(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
+    """The single steps of a normalizer, pre-tokenizer or decoder, nested sequences opened."""
+    if step is None:
+        return
+    if step["type"] != "Sequence":
+        yield step
+        return
+    for inner in next(value for value in step.values() if isinstance(value, list)):
+        yield from _parts(inner)
+
+
+def _without_dummy_prefix(state: dict[str, Any]) -> dict[str, Any]:
+    """The same tokenizer for the middle of a text: nothing is put before what is encoded."""
+    normalizers = [step for step in _parts(state["normalizer"]) if not is_dummy_prefix(step)]
+    for step in _parts(state["pre_tokenizer"]):
+        if step["type"] == "Metaspace":
+            step["prepend_scheme"] = "never"
+            step.pop("add_prefix_space", None)
+        elif step["type"] == "ByteLevel":
+            step["add_prefix_space"] = False
+    return {**state, "normalizer": {"type": "Sequence", "normalizers": normalizers} if normalizers else None}
+
+
+def _surfaces(backend: Tokenizer, vocab: dict[str, int]) -> dict[int, bytes] | None:
+    """The bytes of each id for byte-level and SentencePiece-like tokenizers; None for others (they only `decode`)."""
+    steps = list(_parts(json.loads(backend.to_str())["decoder"]))
+    kinds = {step["type"] for step in steps}
+    added = {id_: token.content for id_, token in backend.get_added_tokens_decoder().items()}
+    if "ByteLevel" in kinds:
+        alphabet = _byte_alphabet()
+        read = {id_: bytes(alphabet.get(c, 0x3F) for c in piece) for piece, id_ in vocab.items()}
+    elif "Metaspace" in kinds or any(s["type"] == "Replace" and s["pattern"] == {"String": WORD_MARK} for s in steps):
+        has_bytes = "ByteFallback" in kinds
+        read = {id_: _piece_bytes(piece, has_bytes) for piece, id_ in vocab.items()}
+    else:
+        return None
+    return read | {id_: content.encode() for id_, content in added.items()}
+
+
+def _piece_bytes(piece: str, has_bytes: bool) -> bytes:
+    if has_bytes and len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+        return bytes([int(piece[3:5], 16)])
+    return piece.replace(WORD_MARK, " ").encode()
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The visible characters that byte-level BPE writes for the 256 bytes (GPT-2's table)."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(others)}

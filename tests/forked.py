@@ -1,0 +1,83 @@
+"""Processes forked from one that has imported torch and the libraries: a command of Python starts in a tenth of a second, not in five.
+
+For tests of what a command does; what a process itself is (its imports, its environment, its threads) is tested by starting one.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tests.paths import ROOT
+
+IMPORTED = [
+    "megatron_ledom.pretrain",
+    "megatron_ledom.training.trainer",
+    "megatron_ledom.inference",
+    "transformers.models.llama.modeling_llama",
+]
+
+
+@cache
+def fork_context() -> Any:
+    """Where ranks and commands are forked from; one thread each."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED)
+    return context
+
+
+def run_forked(
+    words: Sequence[object], *, folder: Path = ROOT, environment: Mapping[str, str] | None = None, seconds: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """Run `python WORDS` (a script, `-m module` or `-c code`) in `folder` to its end; its exit code and what it wrote."""
+    command = [str(word) for word in words]
+    with tempfile.TemporaryDirectory() as scratch:
+        streams = [f"{scratch}/stdout", f"{scratch}/stderr"]
+        variables = dict(os.environ if environment is None else environment)
+        process = fork_context().Process(target=_be_command, args=(command, str(folder), variables, streams))
+        process.start()
+        process.join(seconds)
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+            raise subprocess.TimeoutExpired(command, seconds)
+        written = [Path(stream).read_text(encoding="utf-8", errors="replace") for stream in streams]
+    return subprocess.CompletedProcess(command, process.exitcode, *written)
+
+
+def become(folder: str | None, environment: Mapping[str, str], streams: Sequence[str]) -> None:
+    """Make this forked process one of its own: session, folder, environment, and files for its output."""
+    os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # Linux's own; here it would be that of the preloaded process
+    for number, stream in enumerate(streams, 1):
+        descriptor = os.open(stream, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(descriptor, number)
+        os.close(descriptor)
+    os.environ.update(environment)
+    sys.stdin = open(os.devnull)  # noqa: SIM115  for the life of the process
+    if folder is not None:
+        os.chdir(folder)
+
+
+def _be_command(words: list[str], folder: str, environment: dict[str, str], streams: list[str]) -> None:
+    for name in set(os.environ) - set(environment):
+        del os.environ[name]
+    become(folder, environment, streams)
+    kind = words[0] if words[0] in ("-m", "-c") else ""
+    sys.argv = words[1:] if kind else words
+    sys.path[0:0] = [os.path.dirname(os.path.abspath(words[0])) if not kind else folder]
+    if kind == "-m":
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.argv[0] = "-c"
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        runpy.run_path(words[0], run_name="__main__")

@@ -1,0 +1,156 @@
+"""The wheel, in an environment of its own and outside the checkout: `ledom` alone goes from text to an evaluated model.
+
+The environment is made fresh and gets the wheel by pip; what the wheel depends on is read from the environment that runs the
+tests, by a path file, because torch and megatron-core take minutes to install. So this says nothing of the versions that pip
+would choose, and nothing of a dependency that pyproject.toml forgets to name.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.evaluation_sets import write_sets
+from tests.tiny_models import random_model_folder
+
+ROOT = Path(__file__).parents[2]
+NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "tests", "quickstart", "study", "__pycache__", "*.so", "*.egg-info")
+WITHOUT = {"PYTHONPATH", "CXX", "CC", "LEDOM_CUDA", "LEDOM_EXTENSIONS"}
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in WITHOUT} | {"LEDOM_CUDA": "0"}
+TEXTS = [f"Line {number} says: the cat number {number * 7} sat on mat {number % 5}." for number in range(400)]
+TINY = [
+    *["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_attention_heads=4"],
+    *["model.params_dtype=fp32", "data.seq_length=32", "data.valid_blend=[]", "train.train_iters=3", "train.num_threads=1"],
+]
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout, so that nothing is built inside it."""
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("sources") / "megatron_ledom", ignore=NOT_COPIED))
+
+
+def build(sources: Path, target: Path, *options: str, **variables: str) -> str:
+    """Build without the network; returns what was printed."""
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target), *options, str(sources)]
+    done = subprocess.run(command, env=ENVIRONMENT | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@dataclass(frozen=True)
+class Installed:
+    """An environment with nothing but the wheel and what it depends on; commands run in `folder`."""
+
+    environment: Path
+    folder: Path
+
+    def ledom(self, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
+        """Run `ledom`, and check its exit code."""
+        command = [str(self.environment / "bin/ledom"), *map(str, arguments)]
+        done = subprocess.run(command, cwd=self.folder, env=ENVIRONMENT, capture_output=True, text=True)
+        assert done.returncode == code, done.stdout + done.stderr
+        return done
+
+
+def install(wheel: Path, folder: Path) -> Installed:
+    """A fresh environment; the dependencies are let in when pip is through, which would take ours for installed already."""
+    venv.create(folder / "environment", with_pip=False)
+    python = str(folder / "environment/bin/python")
+    pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(pip, cwd=folder, env=ENVIRONMENT, check=True)
+    site = next((folder / "environment/lib").glob("python*/site-packages"))
+    (site / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")) + "\n")
+    (folder / "elsewhere").mkdir()
+    return Installed(folder / "environment", folder / "elsewhere")
+
+
+@pytest.fixture(scope="module")
+def built(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the source distribution and of the wheel that is built from it."""
+    target = tmp_path_factory.mktemp("dist")
+    build(sources, target, LEDOM_EXTENSIONS="1")
+    return target
+
+
+@pytest.fixture(scope="module")
+def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    return install(next(built.glob("*.whl")), tmp_path_factory.mktemp("installed"))
+
+
+def test_source_distribution_holds_what_the_wheel_is_built_from(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    here = [
+        path.relative_to(ROOT).as_posix() for top in ("csrc", "examples/configs", "tools") for path in (ROOT / top).rglob("*.*")
+    ]
+    assert names >= {
+        "LICENSE",
+        "README.md",
+        "setup.py",
+        "constraints.txt",
+        *(name for name in here if "__pycache__" not in name),
+    }
+
+
+def test_wheel_holds_the_package_and_its_data(built: Path) -> None:
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        names = set(wheel.namelist())
+        metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ledom").rglob("*.py")}
+    data = {f"megatron_ledom/configs/{path.name}" for path in (ROOT / "examples/configs").glob("*.yaml")}
+    data |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ledom").rglob("*.yaml")}
+    assert names >= sources | data | {"megatron_ledom/py.typed"}
+    assert {name.partition("/")[0] for name in names} == {
+        "megatron_ledom",
+        next(n for n in names if ".dist-info/" in n).partition("/")[0],
+    }
+    assert re.search(r"^License-Expression: Apache-2.0$", metadata, re.MULTILINE)
+
+
+def test_ledom_alone_goes_from_text_to_an_evaluated_model(installed: Installed) -> None:
+    ledom = installed.ledom
+    (installed.folder / "corpus.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    assert "ledom_7b" in ledom("configs", "list").stdout
+    assert "ffn_hidden_size: 24576" in ledom("configs", "show", "ledom_7b").stdout
+    ledom("train-tokenizer", "--input", "corpus.jsonl", "--vocab-size", 300, "--output", "tokenizer")
+    names = ["--input", "corpus.jsonl", "--tokenizer", "tokenizer", "--output-prefix", "shards/train"]
+    ledom("preprocess-data", *names, "--workers", 1)
+    assert "reverse" in ledom("inspect-shard", "shards/train", "--verify").stdout
+    data = ["data.tokenizer=tokenizer", "data.train_blend=[[1.0, shards/train]]", "run_dir=run"]
+    assert "memory" in ledom("plan-run", "--config", "quickstart_reverse", "--hardware", "cpu", "--num-gpus", 1, *TINY).stdout
+    ledom("train", "--config", "quickstart_reverse", *TINY, *data)
+    assert "3" in ledom("inspect-checkpoint", "run").stdout
+    ledom("convert-checkpoint", "mcore-to-hf", "--load", "run", "--save", "model")
+    written = ledom("generate", "--model", "model", "--following", " sat on mat 3.", "--max-new-tokens", 4).stdout
+    assert written.endswith(" sat on mat 3.\n")
+    ledom("make-analysis-data", "--task", "reversal", "--out", "made", "--num", 8)
+    ledom("evaluate", "--model", "model", "--tasks", "reversal", "--data", "made", "--limit", 2, "--output", "evaluated")
+    assert (installed.folder / "evaluated/summary.json").is_file()
+
+
+def test_without_a_compiler_inference_and_evaluation_are_installed(sources: Path, tmp_path: Path) -> None:
+    printed = build(sources, tmp_path, "--wheel", CXX="/nowhere/c++", CC="/nowhere/cc")
+    assert "C++ helpers not built, inference and evaluation work without: the C++ compiler /nowhere/c++ is not found" in printed
+    wheel = next(tmp_path.glob("*.whl"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    installed = install(wheel, tmp_path)
+    random_model_folder(installed.folder / "model", "byte_level", "reverse")
+    write_sets(installed.folder / "sets")
+    model = ["--model", "model"]
+    assert installed.ledom("generate", *model, "--following", "The end.", "--max-new-tokens", 2).stdout.endswith("The end.\n")
+    sizes = ["--limit", 1, "--max-new-tokens", 2]
+    installed.ledom("evaluate", *model, "--tasks", "svamp,boolq", "--data", "sets", *sizes, "--output", "evaluated")
+    names = ["--input", "x.jsonl", "--tokenizer", "model", "--output-prefix", "shard"]
+    refused = installed.ledom("preprocess-data", *names, code=2).stderr
+    assert "megatron_ledom was installed without its C++ helpers" in refused
+    assert "LEDOM_EXTENSIONS=1 pip install" in refused

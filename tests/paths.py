@@ -1,0 +1,6 @@
+"""Folders of the checkout that tests read from."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+"""The root of the checkout."""

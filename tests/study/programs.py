@@ -1,0 +1,19 @@
+"""Short programs with the study's modules at hand."""
+
+from pathlib import Path
+
+from tests.forked import run_forked
+from tests.paths import ROOT
+
+PREPARED = """
+import sys
+sys.path[:0] = [{study!r}, {quickstart!r}]
+"""
+
+
+def run_python(code: str, folder: Path) -> str:
+    """What `code` prints with the study's modules at hand."""
+    paths = {name: str(ROOT / "examples" / name) for name in ("study", "quickstart")}
+    done = run_forked(["-c", PREPARED.format(**paths) + code], folder=folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

@@ -1,0 +1,86 @@
+"""Multiple choice in both directions: what is scored, that it adds up, and which choice is taken."""
+
+import pytest
+
+from megatron_ledom.direction import Direction
+from megatron_ledom.evaluation.multiple_choice import Asked, asked_of, chosen, score_choices
+from megatron_ledom.evaluation.task_model import LanguageTaskModel
+from megatron_ledom.evaluation.tasks.loading import task_named
+from megatron_ledom.evaluation.tasks.task import Item, LoadedTask
+from megatron_ledom.inference import ForwardLM, ReverseLM
+from tests.tiny_models import TOKENIZERS, random_model_folder
+
+ARC = Item(values={"question": "What burns?", "answer": "fire"}, choices=("ice", "fire"), gold=1)
+SHOT = {"question": "What is cold?", "answer": "ice"}
+GAP = Item(values={"before": "The cup fits, for the ", "option": "cup", "after": " is small."}, choices=("cup", "box"), gold=0)
+RUNNING = Item(values={"context": "Water freezes to", "ending": "ice"}, choices=("ice", "fire"), gold=0)
+
+
+def of_first(task: str, direction: Direction, item: Item, *shots: dict[str, str]) -> dict[str, Asked]:
+    return {way: asked[0] for way, asked in asked_of(task_named(task), direction, item, shots).items()}
+
+
+def test_what_a_forward_model_scores() -> None:
+    given = "Question: What is cold?\nAnswer: ice\n\nQuestion: What burns?\nAnswer:"
+    prior = ("Question: What is cold?\nAnswer: ice\n\nAnswer:", " ice")
+    assert of_first("arc_easy", Direction.FORWARD, ARC, SHOT) == {
+        "choice_given_context": Asked((given, " ice")),
+        "prior_removed": Asked((given, " ice"), prior),
+    }
+    assert of_first("openbookqa", Direction.FORWARD, RUNNING)["prior_removed"] == Asked(
+        ("Water freezes to", " ice"), ("", "ice")
+    )
+
+
+def test_what_a_reverse_model_scores() -> None:
+    shot = "Question: What is cold?\nAnswer: ice"
+    query = "Question: What burns?\nAnswer:"
+    assert of_first("arc_easy", Direction.REVERSE, ARC, SHOT) == {
+        "joint": Asked((f"{query} ice\n\n", shot)),
+        "context_given_choice": Asked((query, f" ice\n\n{shot}")),
+        "prior_removed": Asked((f"{query} ice\n\n", shot), ("Answer: ice\n\n", shot)),
+        "choice_given_context": Asked(("Answer: ice\n", "Question: What burns?\n\nAnswer: ice\nQuestion: What is cold?")),
+    }
+    assert "choice_given_context" not in of_first("openbookqa", Direction.REVERSE, RUNNING)
+
+
+def test_a_gap_is_judged_by_what_the_model_reads_after_the_option() -> None:
+    forward = of_first("winogrande", Direction.FORWARD, GAP)["choice_given_context"]
+    assert forward.pair == ("The cup fits, for the cup", " is small.")
+    reverse = of_first("winogrande", Direction.REVERSE, GAP)["context_given_choice"]
+    assert reverse.pair == ("The cup fits, for the", " cup is small.")
+
+
+@pytest.mark.parametrize("tokenizer", sorted(TOKENIZERS))
+def test_scores_are_those_of_the_model_and_add_up(tokenizer: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """joint = P(c) P(q | c) and prior_removed = joint - prior, with the same ids on both sides of the equation."""
+    reverse = ReverseLM.from_pretrained(random_model_folder(tmp_path_factory.mktemp("r") / "m", tokenizer, "reverse"))
+    task = LoadedTask(task=task_named("arc_easy"), items=(ARC,))
+    scores = score_choices(LanguageTaskModel(reverse, 3), task, [ARC])[0]["scores"]
+    context, rest = "Question: What burns?\nAnswer:", " fire"
+    text_ids, num_context = reverse.tokenizer.split(context, rest)
+    whole = reverse.span_scores([(context + rest, "")], False, 1)[0]
+    assert whole.text_ids == text_ids
+    assert scores["joint"]["logprob"][1] == pytest.approx(sum(whole.token_logprobs), abs=1e-4)
+    alone = reverse.log_likelihood(context, rest)
+    assert alone.num_tokens == num_context == scores["context_given_choice"]["tokens"][1]
+    assert scores["context_given_choice"]["logprob"][1] == pytest.approx(alone.logprob, abs=1e-4)
+    prior = reverse.span_scores([("Answer: fire", "")], False, 1)[0].logprob
+    assert scores["prior_removed"]["logprob"][1] == pytest.approx(whole.logprob - prior, abs=1e-4)
+    assert scores["prior_removed"]["bytes"][1] == len("Question: What burns?\nAnswer: fire") - len("Answer: fire")
+
+
+def test_a_forward_models_scores_are_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    forward = ForwardLM.from_pretrained(random_model_folder(tmp_path_factory.mktemp("f") / "m", "byte_level", "forward"))
+    task = LoadedTask(task=task_named("arc_easy"), items=(ARC,))
+    record = score_choices(LanguageTaskModel(forward, 2), task, [ARC])[0]
+    expected = [forward.log_likelihood("Question: What burns?\nAnswer:", f" {choice}").logprob for choice in ARC.choices]
+    assert record["scores"]["choice_given_context"]["logprob"] == pytest.approx(expected, abs=1e-4)
+    assert record["scores"]["choice_given_context"]["bytes"] == [3, 4]
+    assert record["gold"] == 1
+
+
+def test_normalisation_changes_which_choice_is_taken() -> None:
+    scores = {"logprob": [-3.0, -4.0, -10.0], "tokens": [1, 2, 4], "bytes": [2, 4, 20]}
+    assert [chosen(scores, normalization) for normalization in ("raw", "token", "byte")] == [0, 1, 2]
+    assert chosen({"logprob": [-1.0, -1.0], "tokens": [1, 1], "bytes": [1, 1]}, "raw") == 0

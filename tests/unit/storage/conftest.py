@@ -1,0 +1,11 @@
+"""Inputs of every command, written once."""
+
+import pytest
+
+from tests.output_commands import write_inputs
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Small inputs of every command; nobody changes them."""
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
