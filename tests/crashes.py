@@ -1,9 +1,11 @@
 """Processes that are killed at a chosen step of what they write: an open for writing, a write of lines, an fsync, a rename or a removal."""
 
+import contextlib
 import mmap
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -88,7 +90,12 @@ def start(act: Callable[[], object], kill_at: int = 0, folder: str = "", *, tear
 
 
 def was_killed(pid: int) -> bool:
-    """Wait for the child; it was killed, or it ended well."""
+    """Wait for the child and those that it forked, which hold its locks; it was killed, or it ended well."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    end = time.monotonic() + 10
+    with contextlib.suppress(ProcessLookupError):
+        while time.monotonic() < end:
+            os.killpg(pid, 0)
+            time.sleep(0.01)
     assert code in (0, -signal.SIGKILL), code
     return code != 0
