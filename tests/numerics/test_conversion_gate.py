@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_ledom.convert import export_hf as exporting
+from megatron_ledom.convert import hf_export as exporting
 from megatron_ledom.convert import rules
 from megatron_ledom.convert.core_side import CoreSide
 from megatron_ledom.convert.hf_export import export_hf

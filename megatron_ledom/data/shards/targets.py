@@ -4,10 +4,14 @@ Shards of pairs (tools/prepare_pairs.py) hold packs: documents of exactly `manif
 closed by eod and filled up with eods. A sample of that length is therefore one pack, and no pair is cut.
 """
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 
 from megatron_ledom.data.shards.shard import TARGETS, ShardManifest
+
+if TYPE_CHECKING:
+    import torch
 
 NOTHING, GIVEN, SCORED, END = range(4)
 """The first id of a pair, which nothing conditions, and filling; the given part; the part that a scorer scores; the pair's eod."""
@@ -23,8 +27,10 @@ class TargetMasks:
         self._targets = np.memmap(prefix + TARGETS, np.uint8, "r", shape=shape)
         self._counted = COUNTED[loss_tokens]
 
-    def loss_mask(self, pack: int) -> torch.Tensor:
+    def loss_mask(self, pack: int) -> "torch.Tensor":
         """1 where the label counts, [seq_length]; the label of the last position is of another pack and never does."""
+        import torch  # seconds that a dry run, which reads manifests only, does not wait for
+
         counts = np.isin(self._targets[pack], self._counted)
         mask = torch.zeros(len(counts))
         mask[:-1] = torch.from_numpy(counts[1:].astype(np.float32))
