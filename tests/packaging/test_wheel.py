@@ -29,7 +29,8 @@ ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in 
 TEXTS = [f"Line {number} says: the cat number {number * 7} sat on mat {number % 5}." for number in range(400)]
 TINY = [
     *["model.num_layers=2", "model.hidden_size=32", "model.ffn_hidden_size=64", "model.num_attention_heads=4"],
-    *["model.params_dtype=fp32", "data.seq_length=32", "data.valid_blend=[]", "train.train_iters=3", "train.num_threads=1"],
+    *["model.params_dtype=fp32", "data.valid_blend=[]", "train.train_iters=3", "train.num_threads=1"],
+    *["model.vocab_size=305", "optimizer.lr_warmup_iters=1"],
 ]
 
 
@@ -133,7 +134,7 @@ def test_ledom_alone_goes_from_text_to_an_evaluated_model(installed: Installed) 
     ledom("convert-checkpoint", "mcore-to-hf", "--load", "run", "--save", "model")
     written = ledom("generate", "--model", "model", "--following", " sat on mat 3.", "--max-new-tokens", 4).stdout
     assert written.endswith(" sat on mat 3.\n")
-    ledom("make-analysis-data", "--task", "reversal", "--out", "made", "--num", 8)
+    ledom("make-analysis-data", "--task", "reversal", "--out", "made", "--num", 64)
     ledom("evaluate", "--model", "model", "--tasks", "reversal", "--data", "made", "--limit", 2, "--output", "evaluated")
     assert (installed.folder / "evaluated/summary.json").is_file()
 
