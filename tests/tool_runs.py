@@ -17,9 +17,9 @@ PREPROCESS_DATA = str(ROOT / "tools/preprocess_data.py")
 SLURM_FREE = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}
 
 
-def run_tool(monkeypatch: pytest.MonkeyPatch, tool: str, *arguments: str) -> int:
+def run_tool(monkeypatch: pytest.MonkeyPatch, tool: str, *arguments: object) -> int:
     """The tool in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *arguments])
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
     return int(ended.value.code or 0)

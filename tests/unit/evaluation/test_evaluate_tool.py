@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from megatron_ledom.evaluation.tasks.task import Item, LoadedTask
 from tests.evaluation_sets import write_sets
 from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
+from tests.tool_runs import run_tool
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +28,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     names = ("forward", "reverse")
     made = {name: str(random_model_folder(root / name, "byte_level", name)) for name in names}
     return {**made, "data": str(write_sets(root / "data"))}
-
-
-def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The tool in this process, which has torch loaded; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
-    return int(ended.value.code or 0)
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -69,10 +61,12 @@ def test_every_task_runs_in_both_directions(
     for direction in ("forward", "reverse"):
         options = ["--model", folders[direction], "--data", folders["data"], "--output", str(tmp_path / direction)]
         options += ["--tasks", ",".join(task.name for task in TASKS), "--limit", "1", "--max-new-tokens", "4"]
-        assert run_here(monkeypatch, *options, "--allow-code-execution") == 0, capsys.readouterr().err
+        assert run_tool(monkeypatch, "evaluate", *options, "--allow-code-execution") == 0, capsys.readouterr().err
         found = summary(tmp_path / direction)
         assert len(found["tasks"]) == len(TASKS)
-        assert run_here(monkeypatch, *options, "--allow-code-execution") == 0, capsys.readouterr().err  # all lines are resumed
+        assert run_tool(monkeypatch, "evaluate", *options, "--allow-code-execution") == 0, (
+            capsys.readouterr().err
+        )  # all lines are resumed
         assert summary(tmp_path / direction) == found
 
 
@@ -85,14 +79,14 @@ def test_a_killed_evaluation_goes_on_with_the_same_lines(
         monkeypatch.setattr(module, "WINDOW_ITEMS", 2)
     options = ["--model", folders["reverse"], "--data", folders["data"], "--tasks", "svamp,openbookqa"]
     options += ["--max-new-tokens", "4"]
-    assert run_here(monkeypatch, *options, "--output", str(tmp_path / "whole")) == 0
+    assert run_tool(monkeypatch, "evaluate", *options, "--output", str(tmp_path / "whole")) == 0
     whole = (tmp_path / "whole" / "svamp.items.jsonl").read_bytes()
-    assert run_here(monkeypatch, *options, "--output", str(tmp_path / "killed")) == 0
+    assert run_tool(monkeypatch, "evaluate", *options, "--output", str(tmp_path / "killed")) == 0
     cut = whole.splitlines(keepends=True)
     assert len(cut) == 3
     changed = {**json.loads(cut[0]), "written": "kept"}  # what is kept is not asked again
     (tmp_path / "killed" / "svamp.items.jsonl").write_bytes(json.dumps(changed).encode() + b"\n" + cut[1] + cut[2][:20])
-    assert run_here(monkeypatch, *options, "--output", str(tmp_path / "killed")) == 0
+    assert run_tool(monkeypatch, "evaluate", *options, "--output", str(tmp_path / "killed")) == 0
     found = (tmp_path / "killed" / "svamp.items.jsonl").read_bytes().splitlines(keepends=True)
     assert found[1:] == cut[1:]
     assert json.loads(found[0])["written"] == "kept"
@@ -102,8 +96,8 @@ def test_a_run_that_ended_before_it_kept_anything_hinders_nobody(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--model", folders["reverse"], "--data", folders["data"], "--tasks", "svamp", "--output", str(tmp_path)]
-    assert run_here(monkeypatch, *options, "--max-new-tokens", "600") == 2
-    assert run_here(monkeypatch, *options, "--max-new-tokens", "4") == 0
+    assert run_tool(monkeypatch, "evaluate", *options, "--max-new-tokens", "600") == 2
+    assert run_tool(monkeypatch, "evaluate", *options, "--max-new-tokens", "4") == 0
     assert len((tmp_path / "svamp.items.jsonl").read_text().splitlines()) == 3
 
 
@@ -111,10 +105,10 @@ def test_another_setting_on_the_same_output_is_refused_and_a_larger_limit_goes_o
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", folders["forward"], "--data", folders["data"], "--tasks", "piqa", "--output", str(tmp_path)]
-    assert run_here(monkeypatch, *options, "--limit", "1") == 0
-    assert run_here(monkeypatch, *options, "--limit", "2") == 0
+    assert run_tool(monkeypatch, "evaluate", *options, "--limit", "1") == 0
+    assert run_tool(monkeypatch, "evaluate", *options, "--limit", "2") == 0
     assert summary(tmp_path)["tasks"]["piqa"]["metrics"]["choice_given_context/raw"]["num_items"] == 2
-    assert run_here(monkeypatch, *options, "--seed", "5") == 1
+    assert run_tool(monkeypatch, "evaluate", *options, "--seed", "5") == 1
     assert "seed was 0 and is 5" in capsys.readouterr().err
 
 
@@ -122,15 +116,15 @@ def test_a_few_items_of_another_model_are_never_thrown_away(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--data", folders["data"], "--tasks", "openbookqa", "--output", str(tmp_path)]
-    assert run_here(monkeypatch, *options, "--model", folders["forward"], "--limit", "1") == 0
+    assert run_tool(monkeypatch, "evaluate", *options, "--model", folders["forward"], "--limit", "1") == 0
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    assert run_here(monkeypatch, *options, "--model", folders["reverse"]) == 1
+    assert run_tool(monkeypatch, "evaluate", *options, "--model", folders["reverse"]) == 1
     told = capsys.readouterr().err
     assert "openbookqa.items.jsonl was made otherwise (" in told
     assert "direction was 'forward' and is 'reverse'" in told
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
     (tmp_path / "openbookqa.items.json").unlink()
-    assert run_here(monkeypatch, *options, "--model", folders["forward"], "--limit", "1") == 1
+    assert run_tool(monkeypatch, "evaluate", *options, "--model", folders["forward"], "--limit", "1") == 1
     assert "openbookqa.items.json is missing, so nobody knows what made openbookqa.items.jsonl" in capsys.readouterr().err
 
 
@@ -138,13 +132,15 @@ def test_a_refused_task_leaves_the_items_of_the_others_as_they_are(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--model", folders["forward"], "--data", folders["data"], "--output", str(tmp_path)]
-    assert run_here(monkeypatch, *options, "--tasks", "openbookqa,piqa", "--limit", "1") == 0
+    assert run_tool(monkeypatch, "evaluate", *options, "--tasks", "openbookqa,piqa", "--limit", "1") == 0
     kept = (tmp_path / "openbookqa.items.jsonl").read_bytes()
     (tmp_path / "piqa.items.jsonl").write_text("{}\n")
-    assert run_here(monkeypatch, *options, "--tasks", "openbookqa,piqa", "--limit", "2") == 0  # the first window is asked again
+    assert (
+        run_tool(monkeypatch, "evaluate", *options, "--tasks", "openbookqa,piqa", "--limit", "2") == 0
+    )  # the first window is asked again
     (tmp_path / "openbookqa.items.jsonl").write_bytes(kept)
     (tmp_path / "piqa.items.jsonl").write_text("{}\n{}\n")
-    assert run_here(monkeypatch, *options, "--tasks", "openbookqa,piqa", "--limit", "2") == 1
+    assert run_tool(monkeypatch, "evaluate", *options, "--tasks", "openbookqa,piqa", "--limit", "2") == 1
     assert (tmp_path / "openbookqa.items.jsonl").read_bytes() == kept
 
 
@@ -156,7 +152,7 @@ def judged(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) ->
     """A finished evaluation of a task of each kind."""
     output = tmp_path_factory.mktemp("judged")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        assert run_here(monkeypatch, *judge_options(folders, output, ",".join((CHOICE, WRITTEN, PROGRAM)))) == 0
+        assert run_tool(monkeypatch, "evaluate", *judge_options(folders, output, ",".join((CHOICE, WRITTEN, PROGRAM)))) == 0
     return output
 
 
@@ -223,7 +219,7 @@ def test_a_line_that_the_command_cannot_have_written_is_not_resumed(
     lines = path.read_text(encoding="utf-8").splitlines()
     lines[1] = changed_line(lines[1], change)
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    assert run_here(monkeypatch, *judge_options(folders, output, task)) == 1
+    assert run_tool(monkeypatch, "evaluate", *judge_options(folders, output, task)) == 1
     told = capsys.readouterr().err
     assert f"{path}:2" in told
     assert message in told
@@ -253,19 +249,21 @@ def test_show_prints_both_orders_without_weights(
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         (bare / name).write_bytes((Path(folders["reverse"]) / name).read_bytes())
     options = ["--model", str(bare), "--data", folders["data"], "--tasks", "svamp,boolq", "--show", "1"]
-    assert run_here(monkeypatch, *options, "--num-fewshot", "1") == 0
+    assert run_tool(monkeypatch, "evaluate", *options, "--num-fewshot", "1") == 0
     shown = capsys.readouterr().out
     assert "⟦Answer: 5\nReasoning: ( 2 + 3 )\n⟧That is how the answer is found.\nQuestion: Ann has 2 pears." in shown
     as_seen = shown.split("--- as the model takes it in")[1]
     assert as_seen.index("7") < as_seen.index("2")  # the demonstration's question comes before the query's
     assert "context_given_choice" in shown
-    assert run_here(monkeypatch, *options[:-2], "--output", str(tmp_path / "out")) == 1  # to judge, weights are needed
+    assert (
+        run_tool(monkeypatch, "evaluate", *options[:-2], "--output", str(tmp_path / "out")) == 1
+    )  # to judge, weights are needed
 
 
 def test_list_compares_hashes(
     folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_here(monkeypatch, "--list", "--data", folders["data"]) == 0
+    assert run_tool(monkeypatch, "evaluate", "--list", "--data", folders["data"]) == 0
     told = capsys.readouterr().out
     assert "https://github.com/openai/grade-school-math" in told
     assert "found     gsm8k_test.jsonl, 2 items, others than the known ones: content " in told
@@ -297,5 +295,5 @@ def test_bad_input_has_its_message_and_exit_code(
 ) -> None:
     options = {"--model": folders["forward"], "--data": folders["data"], "--tasks": "svamp", "--output": str(tmp_path / "out")}
     arguments = [word for pair in {**options, **changed}.items() for word in pair]
-    assert run_here(monkeypatch, *arguments) == code
+    assert run_tool(monkeypatch, "evaluate", *arguments) == code
     assert message in capsys.readouterr().err

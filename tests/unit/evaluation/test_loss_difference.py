@@ -4,9 +4,7 @@ import json
 import math
 import random
 import re
-import runpy
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +26,8 @@ from megatron_ledom.evaluation.results import numbered
 from megatron_ledom.inference.language_model import ForwardLM, LanguageModel, ReverseLM
 from megatron_ledom.reports import losses as loss_report
 from megatron_ledom.reports.losses import sentence
-from tests.paths import ROOT
 from tests.tiny_models import random_model_folder, random_text
+from tests.tool_runs import run_tool
 
 SETTINGS = CompareSettings(context=512, batch_size=4, num_resamples=200)
 
@@ -178,14 +176,6 @@ def test_the_interval_of_a_ratio_draws_whole_documents() -> None:
     assert bootstrap_interval(values[9:], weights[9:], level=0.95, num_resamples=10, seed=1) == [10.0, 10.0]
 
 
-def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """The tool in this process; its exit code."""
-    monkeypatch.setattr(sys, "argv", ["compare_losses.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "tools" / "compare_losses.py"), run_name="__main__")
-    return int(ended.value.code or 0)
-
-
 def write_data(folder: Path, num: int = 7) -> str:
     path = folder / "held_out.jsonl"
     rows = [{"text": document.text, "domain": document.domain} for document in documents(num)]
@@ -199,7 +189,7 @@ def test_the_tool_writes_a_report_and_a_killed_run_goes_on_with_the_same_bytes(
     monkeypatch.setattr(loss_report, "WINDOW_DOCUMENTS", 3)
     options = [folders["forward"], folders["reverse"], "--data", write_data(tmp_path), "--domain-key", "domain"]
     output = tmp_path / "out"
-    assert run_here(monkeypatch, *options, "--output", str(output)) == 0, capsys.readouterr().err
+    assert run_tool(monkeypatch, "compare_losses", *options, "--output", str(output)) == 0, capsys.readouterr().err
     names = ("losses.jsonl", "report.json", "report.md", "report.html")
     whole = {name: (output / name).read_bytes() for name in names}
     lines = whole["losses.jsonl"].splitlines(keepends=True)
@@ -208,10 +198,10 @@ def test_the_tool_writes_a_report_and_a_killed_run_goes_on_with_the_same_bytes(
     asked = []
     inner = loss_report.document_records
     monkeypatch.setattr(loss_report, "document_records", lambda *a: asked.append(len(a[2])) or inner(*a))
-    assert run_here(monkeypatch, *options, "--output", str(output)) == 0
+    assert run_tool(monkeypatch, "compare_losses", *options, "--output", str(output)) == 0
     assert asked == [3, 1]
     assert {name: (output / name).read_bytes() for name in names} == whole
-    assert run_here(monkeypatch, *options, "--output", str(output), "--context", "64") == 1
+    assert run_tool(monkeypatch, "compare_losses", *options, "--output", str(output), "--context", "64") == 1
     told = capsys.readouterr()
     assert "context was 512 and is 64" in told.err
     report = json.loads(whole["report.json"])
@@ -236,7 +226,7 @@ def compared(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) 
     root = tmp_path_factory.mktemp("finished")
     write_data(root)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        assert run_here(monkeypatch, *compare_options(folders, root)) == 0
+        assert run_tool(monkeypatch, "compare_losses", *compare_options(folders, root)) == 0
     return root
 
 
@@ -253,7 +243,7 @@ def refused(
     path = root / "out/losses.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], line, *lines[2:], ""]))
-    assert run_here(monkeypatch, *compare_options(folders, root), *options) == 1
+    assert run_tool(monkeypatch, "compare_losses", *compare_options(folders, root), *options) == 1
     return path
 
 
@@ -321,7 +311,7 @@ def test_a_smaller_limit_reads_the_first_lines_and_refuses_later_ones_out_of_ord
 ) -> None:
     lines = (compared / "out/losses.jsonl").read_text().splitlines()
     root = shutil.copytree(compared, tmp_path / "smaller")
-    assert run_here(monkeypatch, *compare_options(folders, root), "--limit", "3") == 0
+    assert run_tool(monkeypatch, "compare_losses", *compare_options(folders, root), "--limit", "3") == 0
     assert (root / "out/losses.jsonl").read_text().splitlines() == lines
     assert json.loads((root / "out/report.json").read_text())["all"]["documents"] == 3
     path = refused(lines[0], compared, folders, tmp_path, monkeypatch, "--limit", "1")
@@ -332,11 +322,11 @@ def test_different_tokenizers_are_refused_and_then_compared_by_byte_only(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = [folders["forward"], folders["other"], "--data", write_data(tmp_path), "--output", str(tmp_path / "out")]
-    assert run_here(monkeypatch, *options) == 1
+    assert run_tool(monkeypatch, "compare_losses", *options) == 1
     assert "have different tokenizers" in capsys.readouterr().err
-    assert run_here(monkeypatch, *options, "--different-tokenizers") == 0
+    assert run_tool(monkeypatch, "compare_losses", *options, "--different-tokenizers") == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
-    assert run_here(monkeypatch, *options, "--different-tokenizers") == 0  # all lines are resumed
+    assert run_tool(monkeypatch, "compare_losses", *options, "--different-tokenizers") == 0  # all lines are resumed
     assert json.loads((tmp_path / "out/report.json").read_text()) == report
     assert "tenths" not in report
     assert "per_inner_token" not in report["all"]
@@ -369,7 +359,7 @@ def test_bad_input_has_its_message_and_exit_code(
 ) -> None:
     options: dict[str, Any] = {"--data": write_data(tmp_path), "--output": str(tmp_path / "out"), **changed}
     arguments = [word for pair in options.items() for word in pair]
-    assert run_here(monkeypatch, folders["forward"], folders["reverse"], *arguments) == code
+    assert run_tool(monkeypatch, "compare_losses", folders["forward"], folders["reverse"], *arguments) == code
     assert message in capsys.readouterr().err
 
 
@@ -377,5 +367,5 @@ def test_swapped_folders_are_refused(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--data", write_data(tmp_path), "--output", str(tmp_path / "out")]
-    assert run_here(monkeypatch, folders["reverse"], folders["forward"], *options) == 1
+    assert run_tool(monkeypatch, "compare_losses", folders["reverse"], folders["forward"], *options) == 1
     assert "says that this model reads reverse" in capsys.readouterr().err

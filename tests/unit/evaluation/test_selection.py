@@ -3,8 +3,6 @@
 import html
 import json
 import random
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +27,8 @@ from megatron_ledom.reports.selection import (
     sentences,
     verdict,
 )
-from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
+from tests.tool_runs import run_tool
 
 HALF = GRID.index(0.5)
 
@@ -206,7 +204,7 @@ def test_a_report_notes_words_that_are_counted_as_tokens(
     for record in lines[:3]:
         record["scores"][0]["forward_tokens"] = None
     source, output = write(tmp_path / "x.jsonl", lines), tmp_path / "report"
-    assert run_tool(monkeypatch, str(source), "--output", str(output), "--gold-key", "gold") == 0
+    assert run_tool(monkeypatch, "report_rerank", str(source), "--output", str(output), "--gold-key", "gold") == 0
     (note,) = json.loads((output / "report.json").read_text())["notes"]
     assert "3 of 80 candidates have no forward_tokens" in note
     assert note in (output / "report.md").read_text()
@@ -305,13 +303,6 @@ def test_math_answers_are_those_of_math_verify() -> None:
     assert not answers.is_same(half, other)
 
 
-def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["report_rerank.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "tools/report_rerank.py"), run_name="__main__")
-    return int(ended.value.code or 0)
-
-
 def test_the_tool_writes_three_reports_that_agree(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -320,7 +311,7 @@ def test_the_tool_writes_three_reports_that_agree(
     beam = write(tmp_path / "beam.jsonl", random_lines(30, 5, reverse_knows=True))
     output = tmp_path / "report"
     options = ["--output", str(output), "--gold-key", "gold", "--beam", str(beam)]
-    assert run_tool(monkeypatch, *files, *options) == 0
+    assert run_tool(monkeypatch, "report_rerank", *files, *options) == 0
     report = json.loads((output / "report.json").read_text())
     markdown, page = ((output / name).read_text() for name in ("report.md", "report.html"))
     assert "beam by Reverse Reward" in report["methods"]
@@ -360,14 +351,14 @@ def test_what_cannot_be_reported_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     source = write(tmp_path / "x.jsonl", random_lines(4, 1, reverse_knows=True))
-    assert run_tool(monkeypatch, str(source), "--output", str(tmp_path / "report"), *options) == code
+    assert run_tool(monkeypatch, "report_rerank", str(source), "--output", str(tmp_path / "report"), *options) == code
     assert message in capsys.readouterr().err
 
 
 def test_runs_of_different_prompts_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = random_lines(4, 1, reverse_knows=True)
     files = [str(write(tmp_path / "a.jsonl", lines)), str(write(tmp_path / "b.jsonl", list(reversed(lines))))]
-    assert run_tool(monkeypatch, *files, "--output", str(tmp_path / "r"), "--gold-key", "gold") == 1
+    assert run_tool(monkeypatch, "report_rerank", *files, "--output", str(tmp_path / "r"), "--gold-key", "gold") == 1
     with pytest.raises(DataError, match="at least 2"):
         questions_of(tmp_path, lines[:1])
 
@@ -400,7 +391,7 @@ def test_a_choice_with_unicode_line_breaks_is_explained(
     source = tmp_path / "x.jsonl"
     source.write_bytes("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode())
     arguments = [str(source), "--output", str(tmp_path / "why"), "--explain", "2", "--reverse", str(folder)]
-    assert run_tool(monkeypatch, *arguments) == 0
+    assert run_tool(monkeypatch, "report_rerank", *arguments) == 0
     assert "d2" in capsys.readouterr().out
 
 
@@ -410,7 +401,7 @@ def test_a_line_that_is_cut_is_named(
 ) -> None:
     source = write(tmp_path / "x.jsonl", random_lines(2, 1, reverse_knows=True))
     source.write_bytes(source.read_bytes()[:-9])
-    assert run_tool(monkeypatch, str(source), "--output", str(tmp_path / "report"), *options) == 1
+    assert run_tool(monkeypatch, "report_rerank", str(source), "--output", str(tmp_path / "report"), *options) == 1
     assert "x.jsonl:2: not a line of JSON" in capsys.readouterr().err
 
 
@@ -433,6 +424,6 @@ def test_a_choice_is_explained_by_the_likelihood_of_the_question_after_each_step
     record = {"prompt": "Who? ", "candidates": answers[:1], "scores": [{"reward": -2.0}], "ranking": [0]}
     source = write(tmp_path / "x.jsonl", [record])
     arguments = [str(source), "--output", str(tmp_path / "why"), "--explain", "1", "--reverse", str(folder)]
-    assert run_tool(monkeypatch, *arguments) == 0
+    assert run_tool(monkeypatch, "report_rerank", *arguments) == 0
     assert f"{values[1]:.2f}" in capsys.readouterr().out
     assert f"{values[1]:.2f}" in (tmp_path / "why/explain_1.html").read_text()

@@ -3,9 +3,7 @@
 import hashlib
 import json
 import re
-import runpy
 import shutil
-import sys
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -23,8 +21,8 @@ from megatron_ledom.evaluation.synthetic.tasks import SYNTHETIC_TASKS
 from megatron_ledom.evaluation.synthetic.word_problems import END, GAINS, LOSSES, START, TIMES, Solved, solve
 from megatron_ledom.evaluation.tasks.loading import load_task
 from megatron_ledom.inference.scoring import SpanScore
-from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
+from tests.tool_runs import run_tool
 
 NUM = {"reversal": 160, "inverse_relations": 64, "label_backfill": 800, "abduction": 8, "question_from_answer": 200}
 CHOICES = ("reversal", "inverse_relations", "label_backfill", "abduction")
@@ -75,10 +73,7 @@ def test_the_same_arguments_give_the_same_bytes_and_the_manifest_their_hashes(
     name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["--task", name, "--out", str(tmp_path / "again"), "--num", str(NUM[name]), "--seed", "3"]
-    monkeypatch.setattr(sys, "argv", ["make_analysis_data.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "tools/make_analysis_data.py"), run_name="__main__")
-    assert not ended.value.code
+    assert run_tool(monkeypatch, "make_analysis_data", *arguments) == 0
     contents = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
     assert contents == {path.name: path.read_bytes() for path in folders[name].iterdir()}
     manifest = json.loads(contents.pop("manifest.json"))
@@ -399,9 +394,6 @@ def test_every_analysis_runs_in_both_directions_through_the_tool(
         model = random_model_folder(tmp_path / direction, "byte_level", direction)
         options = ["--model", str(model), "--data", str(data), "--tasks", names, "--output", str(tmp_path / f"out_{direction}")]
         options += ["--limit", "1", "--num-fewshot", "1", "--max-new-tokens", "4"]
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *options])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "tools" / "evaluate.py"), run_name="__main__")
-        assert not ended.value.code, capsys.readouterr().err
+        assert run_tool(monkeypatch, "evaluate", *options) == 0, capsys.readouterr().err
         tasks = json.loads((tmp_path / f"out_{direction}/summary.json").read_text())["tasks"]
         assert sorted(tasks) == sorted(task.name for task in SYNTHETIC_TASKS)

@@ -2,8 +2,6 @@
 
 import json
 import os
-import runpy
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
@@ -34,8 +32,8 @@ from tests.completions_server import (
     with_logprobs,
     with_usage,
 )
-from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
+from tests.tool_runs import run_tool
 
 PROMPT = "The capital of France is Paris. "
 PAIRS = [(PROMPT, "The cat"), ("The capital of Par", "is"), (PROMPT, "The cat"), ("漢字 ", "🙂 x")]
@@ -404,10 +402,7 @@ def test_the_tool_ranks_with_a_served_model(
         ("here", []),
         ("there", [f"--{lm.direction}-server", server.url, f"--{lm.direction}-served-as", "tiny"]),
     ):
-        monkeypatch.setattr(sys, "argv", ["rerank.py", *common, "--output", str(tmp_path / name), *more])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "tools/rerank.py"), run_name="__main__")
-        assert not ended.value.code
+        assert run_tool(monkeypatch, "rerank", *common, "--output", tmp_path / name, *more) == 0
         scores.append(json.loads((tmp_path / name).read_text(encoding="utf-8"))["scores"])
     for ours, theirs in zip(*scores, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-3)

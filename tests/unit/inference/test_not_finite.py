@@ -2,9 +2,7 @@
 
 import json
 import math
-import runpy
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,8 +19,8 @@ from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
 from megatron_ledom.inference.reverse_reward.reward import reverse_reward
 from megatron_ledom.inference.scoring import SpanScore
 from tests.evaluation_sets import write_sets
-from tests.paths import ROOT
 from tests.tiny_models import byte_level_json, random_model_folder
+from tests.tool_runs import run_tool
 
 Weights = dict[str, torch.Tensor]
 
@@ -59,14 +57,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run_tool(
+def told_by_tool(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tool: str, *arguments: str | Path
 ) -> tuple[int, str]:
     """(exit code, messages) of a tool in this process."""
-    monkeypatch.setattr(sys, "argv", [tool, *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
-    return int(ended.value.code or 0), capsys.readouterr().err
+    code = run_tool(monkeypatch, tool.removesuffix(".py"), *arguments)
+    return code, capsys.readouterr().err
 
 
 @pytest.mark.parametrize("broken", ["one_nan", "infinite_logit"])
@@ -107,7 +103,7 @@ def test_every_command_ends_with_1_and_names_the_item(
     ]
     source = tmp_path / "in.jsonl"
     source.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    run: Callable[..., tuple[int, str]] = lambda *arguments: run_tool(monkeypatch, capsys, *arguments)  # noqa: E731
+    run: Callable[..., tuple[int, str]] = lambda *arguments: told_by_tool(monkeypatch, capsys, *arguments)  # noqa: E731
     rerank = ["rerank.py", "--input", source, "--output", tmp_path / "out.jsonl"]
     code, told = run(*rerank, "--forward", folders / "forward", "--reverse", folders / "reverse_nan_of_one_token")
     assert (code, "in.jsonl:2: the model" in told, (tmp_path / "out.jsonl").exists()) == (1, True, False), told

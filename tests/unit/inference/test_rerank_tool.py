@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import subprocess
 import sys
 import time
@@ -12,6 +11,7 @@ import pytest
 
 from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
+from tests.tool_runs import run_tool
 
 
 @pytest.fixture(scope="module")
@@ -34,14 +34,6 @@ def run_process(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tools" / tool), *arguments]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=120, check=False)
-
-
-def run_here(monkeypatch: pytest.MonkeyPatch, tool: str, *arguments: str) -> int:
-    """The tool in this process, which has torch loaded; its exit code."""
-    monkeypatch.setattr(sys, "argv", [tool, *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "tools" / tool), run_name="__main__")
-    return int(ended.value.code or 0)
 
 
 @pytest.mark.parametrize("tool", ["rerank.py", "generate.py"])
@@ -75,14 +67,14 @@ def test_rerank_replaces_an_output_of_another_weight_only_with_overwrite(
 ) -> None:
     output = tmp_path / "out.jsonl"
     command = ["--forward", folders[0], "--reverse", folders[1], "--input", str(source), "--output", str(output)]
-    assert run_here(monkeypatch, "rerank.py", *command) == 0
+    assert run_tool(monkeypatch, "rerank", *command) == 0
     before = output.read_bytes()
-    assert run_here(monkeypatch, "rerank.py", *command, "--weight", "1") == 2
+    assert run_tool(monkeypatch, "rerank", *command, "--weight", "1") == 2
     assert "was made otherwise (settings.reward.weight was 0.5 and is 1.0); pass --overwrite" in capsys.readouterr().err
     assert output.read_bytes() == before
-    assert run_here(monkeypatch, "rerank.py", *command) == 0
+    assert run_tool(monkeypatch, "rerank", *command) == 0
     assert "is complete; nothing to do" in capsys.readouterr().err
-    assert run_here(monkeypatch, "rerank.py", *command, "--weight", "1", "--overwrite") == 0
+    assert run_tool(monkeypatch, "rerank", *command, "--weight", "1", "--overwrite") == 0
     assert "ranked at weight 1 (" in capsys.readouterr().err
     assert output.read_bytes() != before
 
@@ -91,7 +83,7 @@ def test_generate_prints_a_text_that_ends_with_the_given_one(
     folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--following", "é 漢 of Paris 🙂", "--max-new-tokens", "5"]
-    assert run_here(monkeypatch, "generate.py", "--model", folders[1], *options) == 0
+    assert run_tool(monkeypatch, "generate", "--model", folders[1], *options) == 0
     printed = capsys.readouterr()
     assert printed.out.endswith("é 漢 of Paris 🙂\n")
     assert printed.err == ""
@@ -116,7 +108,7 @@ def test_generate_prints_each_sample(
     ]
     printed = []
     for _ in range(2):
-        assert run_here(monkeypatch, "generate.py", "--model", folders[1], "--following", "The end.", *options) == 0
+        assert run_tool(monkeypatch, "generate", "--model", folders[1], "--following", "The end.", *options) == 0
         printed.append(capsys.readouterr().out)
     assert printed[0] == printed[1]
     assert printed[0].count("The end.\n") == 2
@@ -130,7 +122,7 @@ def test_rerank_samples_and_repeats_with_a_seed(
     common = ["--forward", folders[0], "--reverse", folders[1], "--input", str(tmp_path / "in.jsonl")]
     sampling = ["--sample", "3", "--max-new-tokens", "4", "--seed", "5", "--top-p", "0.9", "--temperature", "0.8"]
     for name in ("a", "b"):
-        assert run_here(monkeypatch, "rerank.py", *common, "--output", str(tmp_path / name), *sampling) == 0
+        assert run_tool(monkeypatch, "rerank", *common, "--output", str(tmp_path / name), *sampling) == 0
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert len(json.loads((tmp_path / "a").read_text(encoding="utf-8"))["candidates"]) == 3
 
@@ -167,7 +159,7 @@ def test_bad_input_has_its_message_and_exit_code_and_leaves_nothing(
     options = {"--forward": "FORWARD", "--reverse": "REVERSE", "--input": str(source), "--output": "out.jsonl", **changed}
     named = {"FORWARD": folders[0], "REVERSE": folders[1]}
     arguments = [word for pair in options.items() for word in (pair[0], named.get(pair[1], pair[1]))]
-    assert run_here(monkeypatch, "rerank.py", *arguments) == code
+    assert run_tool(monkeypatch, "rerank", *arguments) == code
     assert message in capsys.readouterr().err
     assert [path.name for path in source.parent.iterdir()] == ["in.jsonl"]
 
@@ -177,14 +169,14 @@ def test_lines_without_candidates_are_told_the_option_that_writes_them(
 ) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "The capital of"}\n')
     paths = ["--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out.jsonl")]
-    assert run_here(monkeypatch, "rerank.py", "--forward", folders[0], "--reverse", folders[1], *paths) == 1
+    assert run_tool(monkeypatch, "rerank", "--forward", folders[0], "--reverse", folders[1], *paths) == 1
     assert "pass --sample N to let the forward model write N" in capsys.readouterr().err
 
 
 def test_generate_refuses_a_forward_model_and_an_empty_text(
     folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run_here(monkeypatch, "generate.py", "--model", folders[0], "--following", "x") == 1
+    assert run_tool(monkeypatch, "generate", "--model", folders[0], "--following", "x") == 1
     assert "reads forward" in capsys.readouterr().err
-    assert run_here(monkeypatch, "generate.py", "--model", folders[1], "--following", "") == 2
+    assert run_tool(monkeypatch, "generate", "--model", folders[1], "--following", "") == 2
     assert "empty following text" in capsys.readouterr().err

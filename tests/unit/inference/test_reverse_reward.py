@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import runpy
 import shutil
 import signal
 import subprocess
@@ -32,6 +31,7 @@ from megatron_ledom.inference.reverse_reward.reward import (
 from megatron_ledom.inference.scoring import SpanScore
 from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
+from tests.tool_runs import run_tool
 
 PROMPT = "What is the capital of France? "
 ANSWERS = ["Paris.", "The cat sat on the mat", "漢字 🙂", "Paris."]
@@ -256,10 +256,7 @@ def test_a_killed_rerank_resumes_to_the_identical_file(
     command = [tool, "--forward", str(folders[0]), "--reverse", str(folders[1]), *options, "--output"]
 
     def finish(name: str) -> None:
-        monkeypatch.setattr(sys, "argv", [*command, str(tmp_path / name)])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(tool, run_name="__main__")
-        assert not ended.value.code
+        assert run_tool(monkeypatch, "rerank", *command[1:], tmp_path / name) == 0
 
     environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), "PYTHONPATH": str(ROOT)}
     killed = [sys.executable, "-c", KILLED_RUN, *command, str(tmp_path / "killed")]
@@ -328,11 +325,9 @@ def test_a_public_reverse_checkpoint_ranks_as_the_same_model_that_records_its_di
 
     def ranked(folder: Path, *more: str) -> list[dict[str, Any]]:
         output = tmp_path / f"{folder.name}.jsonl"
-        command = [str(ROOT / "tools/rerank.py"), "--forward", str(folders[0]), "--reverse", str(folder)]
-        monkeypatch.setattr(sys, "argv", [*command, "--input", str(source), "--output", str(output), *more])
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(command[0], run_name="__main__")
-        return [] if ended.value.code else read_lines(output)
+        models = ["--forward", folders[0], "--reverse", folder]
+        code = run_tool(monkeypatch, "rerank", *models, "--input", source, "--output", output, *more)
+        return [] if code else read_lines(output)
 
     assert ranked(public) == []
     assert ranked(public, "--reverse-eod-id", str(eod_id)) == ranked(folders[1]) != []

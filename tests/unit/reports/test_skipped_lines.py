@@ -1,8 +1,6 @@
 """Prompts and candidates that a reranking skipped: left out of comparisons with a note, of explanations too, and skipped again."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +14,8 @@ from megatron_ledom.inference.engines.transformers_engine import TransformersEng
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.reverse_reward.reranking import RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
+from tests.tool_runs import run_tool
 
 SCORE = {"forward_logprob": -1.0, "reverse_logprob": -2.0, "forward_tokens": 3, "reverse_tokens": 4, "reward": -1.5}
 NO_ROOM = "90 tokens and 40 new ones exceed the 100 positions of the forward model"
@@ -47,13 +45,6 @@ def write(path: Path, lines: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def run_tool(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    monkeypatch.setattr(sys, "argv", ["report_rerank.py", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "tools/report_rerank.py"), run_name="__main__")
-    return int(ended.value.code or 0)
-
-
 def test_questions_that_any_seed_skipped_are_left_out_of_all_files_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -65,7 +56,7 @@ def test_questions_that_any_seed_skipped_are_left_out_of_all_files_and_counted(
     beam = write(tmp_path / "beam.jsonl", [unanswered(0), answered(1), answered(2), answered(3, **no_best), unanswered(4)])
     output = tmp_path / "report"
     options = ["--output", str(output), "--gold-key", "gold", "--beam", beam, "--folds", "2"]
-    assert run_tool(monkeypatch, first, second, *options) == 0
+    assert run_tool(monkeypatch, "report_rerank", first, second, *options) == 0
     report = json.loads((output / "report.json").read_text())
     assert report["num_questions"] == 3
     assert report["methods"]["greedy"]["accuracy"] == 0.5  # a skipped line has no greedy answer, and hides no others
@@ -140,7 +131,7 @@ def test_an_explanation_leaves_skipped_candidates_out_and_says_so(
         tmp_path / "x.jsonl", [line, unanswered(2), answered(3, ranking=["0", "1"]), answered(4, candidates=["18", long])]
     )
     options = ["--output", str(tmp_path / "why"), "--reverse", str(models[1])]
-    assert run_tool(monkeypatch, source, "--explain", "1", *options) == 0
+    assert run_tool(monkeypatch, "report_rerank", source, "--explain", "1", *options) == 0
     told = f"2. candidate 1, reward none; skipped when it was ranked, and not scored here: {SKIPPED_SCORE['skipped']}"
     printed = capsys.readouterr().out
     assert told in printed
@@ -151,7 +142,7 @@ def test_an_explanation_leaves_skipped_candidates_out_and_says_so(
         ("3", 'the ranking ["0", "1"]'),
         ("4", "x.jsonl:4: a text of"),
     ):
-        assert run_tool(monkeypatch, source, "--explain", number, *options) == 1
+        assert run_tool(monkeypatch, "report_rerank", source, "--explain", number, *options) == 1
         assert message in capsys.readouterr().err
 
 

@@ -1,14 +1,12 @@
 """A report says at once at which weight its files were ranked and which lambda it chose, with how often either is right."""
 
 import json
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.paths import ROOT
+from tests.tool_runs import run_tool
 
 
 def question(number: int, forward_of_right: float) -> dict[str, Any]:
@@ -24,11 +22,8 @@ def question(number: int, forward_of_right: float) -> dict[str, Any]:
 
 
 def printed_report(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
-    arguments = ["report_rerank.py", str(folder / "x.jsonl"), "--output", str(folder / "report"), "--gold-key", "gold"]
-    monkeypatch.setattr(sys, "argv", arguments)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "tools/report_rerank.py"), run_name="__main__")
-    assert not ended.value.code
+    arguments = [folder / "x.jsonl", "--output", folder / "report", "--gold-key", "gold"]
+    assert run_tool(monkeypatch, "report_rerank", *arguments) == 0
     return capsys.readouterr().out
 
 
