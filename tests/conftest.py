@@ -1,6 +1,7 @@
-"""All tests. Folders: `unit` mirrors the package; `distributed` starts ranks of real runs; `numerics` compares with plain torch and
-with Hugging Face; `golden` holds recorded losses; `kernels` runs CUDA kernels on an emulator; `slurm`, `quickstart` and `study` run
-what users run; `benchmarks` measure and are no tests. Modules beside this file hold what tests of several folders share.
+"""All tests. Folders: `unit` mirrors the package; `distributed` starts ranks of real runs; `numerics` compares with plain torch
+and with Hugging Face; `golden` holds recorded losses; `kernels` runs CUDA kernels on an emulator; `slurm`, `quickstart` and
+`study` run what users run; `packaging` builds and installs the wheel; `benchmarks` measure and are no tests. Modules beside
+this file hold what tests of several folders share.
 
     make test-fast                          lint, types and unit tests
     make test                               everything but the slow tests; `make test-slow` runs those

@@ -35,6 +35,6 @@ __getattr__ = lazy_exports(
     {
         "megatron_ledom.evaluation.task_model": ["LanguageTaskModel"],
         "megatron_ledom.evaluation.evaluate": ["evaluate_task"],
-        "megatron_ledom.evaluation.tasks.files": ["load_task"],
+        "megatron_ledom.evaluation.tasks.loading": ["load_task"],
     },
 )

@@ -30,7 +30,7 @@ __getattr__ = lazy_exports(
             "rank",
             "score_questions",
         ],
-        "megatron_ledom.inference.directions": ["ForwardLM", "ReverseLM"],
+        "megatron_ledom.inference.language_model": ["ForwardLM", "ReverseLM"],
         "megatron_ledom.inference.engines.transformers_engine": ["TransformersEngine"],
     },
 )

@@ -13,9 +13,9 @@ import pytest
 
 import megatron_ledom
 from tests.evaluation_sets import write_sets
+from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 
-ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/python_api.md").read_text(encoding="utf-8")
 TABLE = re.findall(r"^\| `(megatron_ledom[\w.]*)` \| (.*) \|$", PAGE, re.MULTILINE)
 PACKAGES = [package for package, _ in TABLE]

@@ -15,8 +15,8 @@ import pytest
 from megatron_ledom.cli.completion import FILES, FOLDERS, actions, whole_parser
 from megatron_ledom.cli.main import COMMANDS, GROUPS, load, run
 from megatron_ledom.errors import UsageError
+from tests.paths import ROOT
 
-ROOT = Path(__file__).parents[3]
 TOOLS = sorted(file.stem for file in (ROOT / "tools").glob("*.py"))
 WITHOUT_SCRIPT = {
     "train": "python -m megatron_ledom.pretrain",
