@@ -1,7 +1,7 @@
 """All tests. Folders: `unit` mirrors the package; `distributed` starts ranks of real runs; `numerics` compares with plain torch
-and with Hugging Face; `golden` holds recorded losses; `kernels` runs CUDA kernels on an emulator; `slurm`, `quickstart` and
-`study` run what users run; `packaging` builds and installs the wheel; `benchmarks` measure and are no tests. Modules beside
-this file hold what tests of several folders share.
+and with Hugging Face; `golden` holds recorded losses; `inventory` compares what every command gives with what it gave; `kernels`
+runs CUDA kernels on an emulator; `packaging`, `slurm`, `quickstart` and `study` run what users run; `benchmarks` measure and are
+no tests. Modules beside this file hold what tests of several folders share.
 
     make test-fast                          lint, types and unit tests
     make test                               everything but the slow tests; `make test-slow` runs those
@@ -10,8 +10,8 @@ this file hold what tests of several folders share.
     pytest -m "not distributed and not slurm and not kernels"
     pytest -m "slow or not slow" tests/kernels
 
-A test is slow only where it says so; slow tests run when `-m` speaks of them. The comparisons are between CPU results, so tests hide
-GPUs; those marked `gpu` give them back to a process of their own.
+A test is slow only where it says so; slow tests run when `-m` speaks of them. The comparisons are between CPU results, so tests
+hide GPUs; those marked `gpu` give them back to a process of their own.
 """
 
 import os
@@ -29,17 +29,19 @@ from tests.paths import ROOT  # noqa: E402
 from tests.tiny_runs import TinyData, write_tiny_data  # noqa: E402
 
 MARKER_OF_FOLDER = {"distributed": "distributed", "golden": "distributed", "kernels": "kernels", "slurm": "slurm"}
+SECONDS_OF_FOLDER = {"inventory": 1800, "packaging": 900, "quickstart": 900, "study": 900}
+"""Time limits where the first test waits for a pipeline that all share; that of the other folders is in pyproject.toml."""
 SLOW_SECONDS = 1800
-"""Default time limit of a slow test; that of the others is in pyproject.toml."""
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark a test by its folder before `-m` chooses, and give a slow one more time."""
+    """Mark a test by its folder before `-m` chooses, and give it the time it needs."""
     folder = item.path.relative_to(ROOT / "tests").parts[0]
     if folder in MARKER_OF_FOLDER:
         item.add_marker(MARKER_OF_FOLDER[folder])
-    if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
-        item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+    seconds = SLOW_SECONDS if item.get_closest_marker("slow") else SECONDS_OF_FOLDER.get(folder)
+    if seconds is not None and not item.get_closest_marker("timeout"):
+        item.add_marker(pytest.mark.timeout(seconds))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

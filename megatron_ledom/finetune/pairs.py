@@ -48,7 +48,7 @@ MOST_OPEN = 64
 
 @dataclass(kw_only=True, slots=True)
 class PairSettings:
-    """What tools/prepare_pairs.py was asked."""
+    """Options of tools/prepare_pairs.py."""
 
     input: list[str]
     """Files of JSON lines."""

@@ -129,7 +129,7 @@ class Tokenizer:
         return self._reference.decode(ids.tolist() if isinstance(ids, np.ndarray) else ids)
 
     def provenance(self, direction: Direction) -> Provenance:
-        """What a shard, checkpoint or export made with this tokenizer records."""
+        """Return what a shard, checkpoint or export made with this tokenizer records."""
         return Provenance(
             direction=direction,
             tokenizer_name=self.name,
@@ -228,7 +228,7 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Encoders:
-    """What texts are encoded with: the reference engine, and the forms of which faster engines are made."""
+    """The reference engine that texts are encoded with, and the forms of which faster engines are made."""
 
     engine: ReferenceEngine
     tokenizer_json: bytes
@@ -274,7 +274,7 @@ def _check_is_reserved(encoders: Encoders, eod: str, eod_id: int, path: str) -> 
 
 
 def _is_merged(model: dict[str, Any], token: str) -> bool:
-    """Whether BPE makes the token of bytes or characters."""
+    """Return whether BPE makes the token of bytes or characters."""
     if model.get("type") != "BPE":
         return False
     if len(token) == 1 or (model.get("byte_fallback") and BYTE_PIECE.fullmatch(token)):

@@ -217,7 +217,7 @@ def _version(package: str) -> str:
 
 
 class CachedEngine:
-    """What the two encoders of `csrc/helpers` share: `_encoder` is one of them."""
+    """The shared part of the two encoders of `csrc/helpers`: `_encoder` is one of them."""
 
     _encoder: Any
 
@@ -399,7 +399,7 @@ def _is_byte_level(step: dict[str, Any], *, use_regex: bool) -> bool:
 
 
 def _adds_specials_only(processor: Any) -> bool:
-    """Whether a post-processor does nothing when no specials are asked for."""
+    """Return whether a post-processor does nothing when no specials are asked for."""
     if not isinstance(processor, dict):
         return processor is None
     if processor.get("type") == "Sequence":

@@ -34,7 +34,7 @@ OTHER_FORMATS = ("vocab.json", "vocab.txt")
 
 @dataclass(kw_only=True, slots=True)
 class TokenizerFiles:
-    """What a tokenizer's files say."""
+    """The content of a tokenizer's files."""
 
     name: str
     """For people: the folder's or the file's."""

@@ -25,7 +25,7 @@ R50K_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?
 
 @dataclass(frozen=True, slots=True)
 class Encoding:
-    """What a rank file lacks."""
+    """The parts of a tokenizer that a rank file lacks."""
 
     pattern: str
     special_tokens: dict[str, int]

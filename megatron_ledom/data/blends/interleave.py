@@ -19,7 +19,7 @@ Counts = npt.NDArray[np.int64]
 
 
 class Interleave:
-    """Which sample of which source is sample i of a blend whose sources have these shares, which add up to 1."""
+    """Sample i of a blend: its source and its number there, for sources that have these shares, which add up to 1."""
 
     def __init__(self, shares: Sequence[float]) -> None:
         self._shares = np.array(shares, np.float64)

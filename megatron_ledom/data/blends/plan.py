@@ -17,7 +17,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 @dataclass(kw_only=True, slots=True)
 class BlendSettings:
-    """What tools/plan_blend.py was asked."""
+    """Options of tools/plan_blend.py."""
 
     input: list[str]
     """Prefixes of shards, patterns of them, or NAME=TOKENS."""
@@ -57,7 +57,7 @@ class PlannedSource:
 
     @property
     def repeats(self) -> bool:
-        """Whether something is read more than once; by the rule of a run's start where samples are known."""
+        """Return whether something is read more than once; by the rule of a run's start where samples are known."""
         if self.samples is not None and self.samples_available is not None:
             return self.samples > self.samples_available
         return self.epochs is not None and self.epochs > 1 + 1e-12  # the share is a rounded fraction
@@ -113,7 +113,7 @@ def plan_blend(settings: BlendSettings) -> BlendPlan:
 def planned_sources(
     sizes: Mapping[str, int | None], weights: Sequence[float], tokens: int, seq_length: int | None
 ) -> list[PlannedSource]:
-    """What each source gives to a run of `tokens`; `sizes` are tokens by name. With `seq_length`, to the sample."""
+    """Return what each source gives to a run of `tokens`; `sizes` are tokens by name. With `seq_length`, to the sample."""
     shares = [weight / sum(weights) for weight in weights]
     if seq_length is None:
         rows = zip(sizes.items(), weights, shares, strict=True)

@@ -4,7 +4,7 @@ by ratio is whole documents of the training shards.
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 from megatron_ledom.config.derived import blend_shares, named_blends, train_samples
 from megatron_ledom.config.schema import BlendEntry, RunConfig
 from megatron_ledom.data.blends.interleave import Interleave
-from megatron_ledom.data.blends.plan import PlannedSource, describe_sources, samples_available
+from megatron_ledom.data.blends.plan import describe_sources, planned_sources, samples_available
 from megatron_ledom.data.shards.index_file import map_index
 from megatron_ledom.data.shards.shard import ShardManifest, check_shard
 from megatron_ledom.data.shards.shard_files import ShardFiles
@@ -309,16 +309,11 @@ def _check_repeats(config: RunConfig, blend: Blend) -> None:
 
 
 def describe_blend(config: RunConfig, sources: Sources) -> str:
-    """The table of the training blend: tokens, weight, share, tokens drawn, epochs and samples of each source."""
-    return describe_sources(list(_planned(config, sources.train)), sources.train.num_samples * config.data.seq_length)
-
-
-def _planned(config: RunConfig, blend: Blend) -> Iterator[PlannedSource]:
-    seq_length = config.data.seq_length
-    counts = blend.interleave.counts(blend.num_samples).tolist()
-    for source, (weight, _), samples in zip(blend.sources, config.data.train_blend, counts, strict=True):
-        tokens, available = source.documents.num_tokens, source.samples_available(seq_length)
-        yield PlannedSource(source.prefix, tokens, weight, source.weight, samples * seq_length, samples, available)
+    """Return the table of the training blend: tokens, weight, share, tokens drawn, epochs and samples of each source."""
+    sizes = {source.prefix: source.documents.num_tokens for source in sources.train.sources}
+    weights = [weight for weight, _ in config.data.train_blend]
+    tokens = sources.train.num_samples * config.data.seq_length
+    return describe_sources(planned_sources(sizes, weights, tokens, config.data.seq_length), tokens)
 
 
 def load_run_tokenizer(config: RunConfig, sources: Sources) -> Tokenizer | None:

@@ -77,7 +77,7 @@ def _outlive_sigterm(worker: int) -> None:
 
 
 def document_numbers(tokens: torch.Tensor, eod_id: int) -> torch.Tensor:
-    """Which document of its sample each position is of, [b, s] from 0 on; eod is the last position of its document."""
+    """Return which document of its sample each position is of, [b, s] from 0 on; eod is the last position of its document."""
     ends = (tokens == eod_id).to(torch.int32)
     return ends.cumsum(1, dtype=torch.int32) - ends
 

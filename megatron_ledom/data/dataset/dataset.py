@@ -27,7 +27,7 @@ FILES_A_SHARD = 3
 
 
 class ShardVocabulary:
-    """What GPTDataset asks of a tokenizer: the eod id."""
+    """The eod id, as GPTDataset asks it of a tokenizer."""
 
     vocab_size = None
 

@@ -71,7 +71,7 @@ class Part:
 
 
 class IndexPlan:
-    """What the index of one blend consists of, and the key of its file."""
+    """The parts of the index of one blend, and the key of its file."""
 
     def __init__(self, blend: Blend, seq_length: int, seed: int) -> None:
         self.seq_length, self.seed = seq_length, seed
@@ -96,7 +96,7 @@ class IndexPlan:
         return os.path.join(cache, f"{self.key.hex()[:32]}.index")
 
     def is_built(self, cache: str) -> bool:
-        """Whether the file is there, of this key and of the right size; its body is not read."""
+        """Return whether the file is there, of this key and of the right size; its body is not read."""
         try:
             with open(self.path(cache), "rb") as stream:
                 content = stream.read(HEADER.size)
@@ -109,7 +109,7 @@ class IndexPlan:
         return bool((magic, key, body + HEADER.size, size) == (MAGIC, self.key, self.num_bytes, self.num_bytes))
 
     def is_sound(self, cache: str) -> bool:
-        """Whether the file `is_built` and its body has the checksum of its header; reads all of it."""
+        """Return whether the file `is_built` and its body has the checksum of its header; reads all of it."""
         if not self.is_built(cache):
             return False
         with open(self.path(cache), "rb") as stream:
@@ -121,7 +121,7 @@ class IndexPlan:
 
 
 def _content(source: Source) -> list[str | int]:
-    """What the samples of a source follow from: its content, not its name or its date."""
+    """Return what the samples of a source follow from: its content, not its name or its date."""
     manifest, documents = source.manifest, source.documents
     stated: list[str | int] = [manifest.bin_sha256, manifest.idx_sha256, manifest.dtype]
     return [*stated, manifest.num_documents, manifest.num_tokens, documents.first, documents.last]

@@ -158,7 +158,7 @@ class PartEncoder(PartWork):
         skipped: Counter[str],
         messages: list[str],
     ) -> npt.NDArray[np.bool_]:
-        """Which documents hold the eod; each is rejected as a bad record: it would end in its middle."""
+        """Return which documents hold the eod; each is rejected as a bad record: it would end in its middle."""
         holding = np.zeros(len(is_kept), np.bool_)
         holding[np.searchsorted(offsets, np.flatnonzero(ids == self.tokenizer.eod_id), side="right") - 1] = True
         eod = f"{self.tokenizer.eod_token!r} = {self.tokenizer.eod_id}"

@@ -4,7 +4,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_ledom.data.preprocess.encode_parts import PartEncoder
 from megatron_ledom.data.preprocess.part_store import PartRecord, PartStore
 from megatron_ledom.data.preprocess.task import Task
 from megatron_ledom.data.readers.records import MAX_MESSAGES, option_to_check
-from megatron_ledom.data.shards.shard import Counts, InputFile, ShardManifest, ShardWriter, existing_files, printable
+from megatron_ledom.data.shards.shard import Counts, ShardManifest, ShardWriter, existing_files, printable
 from megatron_ledom.errors import DataError, visible
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
@@ -43,55 +43,45 @@ def make_shard(
         keep=task.keep,
         is_first=deduplication.documents_to_keep(task) if task.settings.deduplicate else None,
     )
-    seed, sums, provenance = task.settings.shuffle_seed, Sums(), tokenizer.provenance(task.settings.direction)
+    counts = Counts(
+        tokenizer_path=printable(str(Path(tokenizer.path).resolve())),
+        eod_token=tokenizer.eod_token,
+        bos_token=task.settings.bos_token or "",
+        text_template=task.settings.text_template or "",
+        skipped_inputs=[asdict(entry) for entry in task.left_out],
+        request_sha256=digest,
+        inputs_sha256=task.inputs_sha256(),
+    )
+    seed, provenance = task.settings.shuffle_seed, tokenizer.provenance(task.settings.direction)
+    messages: list[str] = []
+    earlier_seconds = 0.0  # worker time of parts that an earlier run made
     with ShardWriter(task.prefix, provenance, dtype, overwrite=bool(existing_files(task.prefix))) as writer:
         for number, record in enumerate(_records(encoder, task, store)):
-            sums.add(record)
+            _add(record, counts, messages)
+            earlier_seconds += record.seconds
             if seed is None:
                 store.append_to(writer, number, record)
         if seed is not None:
             for packed, lengths in _shuffled_documents(encoder.paths, dtype, seed + task.task_id):
                 writer.append(packed, lengths)
-        _log_skipped(task, sums)
+        _log_skipped(task, messages)
+        counts.skipped = dict(sorted(counts.skipped.items()))
         if not writer.num_documents and task.num_tasks == 1:
             store.remove()
-            reasons = dict(sorted(sums.skipped.items()))
-            advice = option_to_check(task.read.template, task.read.text_key, reasons)
-            raise DataError(f"no document with a token in {len(task.sources)} input files (skipped: {reasons}); {advice}")
-        counts = Counts(
-            text_bytes=sums.text_bytes,
-            skipped=dict(sorted(sums.skipped.items())),
-            input_files=sums.input_files,
-            tokenizer_path=printable(str(Path(tokenizer.path).resolve())),
-            eod_token=tokenizer.eod_token,
-            bos_token=task.settings.bos_token or "",
-            text_template=task.settings.text_template or "",
-            skipped_inputs=[asdict(entry) for entry in task.left_out],
-            elapsed_seconds=round(time.monotonic() - started + sums.earlier_seconds / task.workers, 3),
-            request_sha256=digest,
-            inputs_sha256=task.inputs_sha256(),
-        )
+            advice = option_to_check(task.read.template, task.read.text_key, counts.skipped)
+            raise DataError(
+                f"no document with a token in {len(task.sources)} input files (skipped: {counts.skipped}); {advice}"
+            )
+        counts.elapsed_seconds = round(time.monotonic() - started + earlier_seconds / task.workers, 3)
         return writer.finalize(counts)
 
 
-@dataclass(slots=True)
-class Sums:
-    """Over the parts so far."""
-
-    earlier_seconds: float = 0.0
-    """Worker time of parts that an earlier run made."""
-    text_bytes: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    messages: list[str] = field(default_factory=list)
-    input_files: list[InputFile] = field(default_factory=list)
-
-    def add(self, record: PartRecord) -> None:
-        """Enter the next part."""
-        self.earlier_seconds += record.seconds
-        self.text_bytes += record.text_bytes
-        self.skipped += Counter(record.skipped)
-        self.messages += record.messages[: MAX_MESSAGES - len(self.messages)]
-        self.input_files += record.input_files
+def _add(record: PartRecord, counts: Counts, messages: list[str]) -> None:
+    """Enter the next part."""
+    counts.text_bytes += record.text_bytes
+    counts.skipped = Counter(counts.skipped) + Counter(record.skipped)
+    counts.input_files += record.input_files
+    messages += record.messages[: MAX_MESSAGES - len(messages)]
 
 
 def _records(encoder: PartEncoder, task: Task, store: PartStore) -> Iterator[PartRecord]:
@@ -127,8 +117,8 @@ def _shuffled_documents(
         begin += len(chosen)
 
 
-def _log_skipped(task: Task, sums: Sums) -> None:
-    for message in sums.messages:
+def _log_skipped(task: Task, messages: list[str]) -> None:
+    for message in messages:
         logger.warning("skipped %s", visible(message))
     empty = [source.path for source in task.sources if not source.num_bytes]
     if empty:

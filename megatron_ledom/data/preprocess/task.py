@@ -1,4 +1,4 @@
-"""One task of preprocessing: what was asked, which byte ranges of the inputs it reads, and the request that decides its bytes."""
+"""One task of preprocessing: what was asked, the byte ranges of the inputs it reads, and the request that decides its bytes."""
 
 import glob
 import hashlib
@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, slots=True)
 class PreprocessSettings:
-    """What tools/preprocess_data.py was asked."""
+    """Options of tools/preprocess_data.py."""
 
     input: list[str]
     tokenizer: str
@@ -43,7 +43,7 @@ class PreprocessSettings:
     direction: Direction = Direction.REVERSE
     text_key: str = "text"
     text_template: str | None = None
-    """`{key}` for the text of each key that is joined, in place of `text_key`; see `text_template`."""
+    """`{key}` for the text of each key that is joined, in place of `text_key`; see `TextTemplate`."""
     workers: int | None = None
     """Processes; default: the cores this process may use."""
     eod_token: str | None = None
@@ -145,7 +145,7 @@ class Task:
             return  # one stands for all; tools/summarize_tasks.py compares them all
 
     def reading_request(self) -> Request:
-        """What decides which documents there are, for all tasks alike."""
+        """Return what decides which documents there are, for all tasks alike."""
         settings = self.settings
         request: Request = {
             "input": [(source.path, source.num_bytes, source.version) for source in self.sources],
@@ -157,7 +157,7 @@ class Task:
         return request if settings.text_template is None else {**request, "text_template": settings.text_template}
 
     def request(self, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Request:
-        """What decides the content of the shard."""
+        """Return what decides the content of the shard."""
         settings = self.settings
         chosen = ("bos_token", "min_tokens", "max_tokens", "filter", "deduplicate", "shuffle_seed", "part_bytes")
         request = {

@@ -16,7 +16,7 @@ from megatron_ledom.storage.locks import output_file_lock
 
 @dataclass(kw_only=True, slots=True)
 class SummarySettings:
-    """What tools/summarize_tasks.py was asked."""
+    """Options of tools/summarize_tasks.py."""
 
     prefix: str
     """--output-prefix of the tasks."""

@@ -26,7 +26,7 @@ SAMPLE_CHARACTERS = 5000
 
 @dataclass(kw_only=True, slots=True)
 class TrainTokenizerSettings:
-    """What tools/train_tokenizer.py was asked."""
+    """Options of tools/train_tokenizer.py."""
 
     input: list[str]
     vocab_size: int

@@ -64,7 +64,7 @@ class InputPath:
 
     @property
     def is_divisible(self) -> bool:
-        """Whether workers can share it: JSON lines at line ends, tables between their row groups."""
+        """Return whether workers can share it: JSON lines at line ends, tables between their row groups."""
         if self.kind == "lines":
             return not self.compression or self.num_bytes >= COMPRESSED_PART_BYTES
         return self.kind in ("parquet", "arrow")
@@ -162,11 +162,7 @@ def _pieces(stretches: Sequence[Stretch], part_bytes: int) -> Iterator[Stretch]:
         if not source.is_divisible or not stretch.num_bytes:
             yield stretch
             continue
-        step = _compressed_step(source) if source.compression else part_bytes
+        blocks = -(-source.num_bytes // (MOST_COMPRESSED_PARTS * COMPRESSED_BLOCK))
+        step = max(COMPRESSED_PART_BYTES, blocks * COMPRESSED_BLOCK) if source.compression else part_bytes
         for start in range(stretch.start, stretch.end, step):
             yield Stretch(source, start, min(start + step, stretch.end))
-
-
-def _compressed_step(source: InputPath) -> int:
-    blocks = -(-source.num_bytes // (MOST_COMPRESSED_PARTS * COMPRESSED_BLOCK))
-    return max(COMPRESSED_PART_BYTES, blocks * COMPRESSED_BLOCK)

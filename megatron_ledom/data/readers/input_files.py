@@ -79,7 +79,7 @@ def log_left_out(left_out: Sequence[LeftOut]) -> None:
 
 @dataclass(slots=True)
 class Walk:
-    """What was met on the way to the inputs."""
+    """A walk to the inputs, and what was met on the way."""
 
     is_wanted: Callable[[str], bool]
     """Of a path: whether its ending is known."""
@@ -96,7 +96,7 @@ class Walk:
         self.left_out.setdefault(path, LeftOut(path, reason))
 
     def all_left_out(self) -> list[LeftOut]:
-        """What is not read, the last entry for all beyond MOST_LISTED."""
+        """Return what is not read, the last entry for all beyond MOST_LISTED."""
         entries = list(self.left_out.values())
         rest = len(entries) - MOST_LISTED
         more = [LeftOut("...", "more of these kinds", rest)] if rest > 0 else []
@@ -108,7 +108,7 @@ class Walk:
         yield from self._files(folder, {os.path.realpath(folder)}, folder)
 
     def was_read_before(self, folder: str) -> bool:
-        """Whether a folder was read by another path."""
+        """Return whether a folder was read by another path."""
         before = self._folders.get(os.path.realpath(folder), folder)
         return os.path.normpath(before) != os.path.normpath(folder)
 
@@ -294,7 +294,7 @@ def _known(entries: dict[str, Any], folder: str, walk: Walk) -> dict[str, Any]:
 
 
 def _is_hidden(path: str, pattern: str) -> bool:
-    """Whether an object is hidden, or in a hidden folder, which the pattern does not name."""
+    """Return whether an object is hidden, or in a hidden folder, which the pattern does not name."""
     named = pattern if not glob.has_magic(pattern) else re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
     return "/." in path.removeprefix(named) and "/." not in pattern.removeprefix(named)
 

@@ -112,7 +112,7 @@ class RecordReader:
             yield from self._texts(kind)
 
     def record(self) -> InputFile:
-        """What the manifest says of the stretch; call it after the last batch."""
+        """Return what the manifest says of the stretch; call it after the last batch."""
         stretch, progress = self.stretch, self._progress
         return InputFile(
             path=stretch.source.path, num_bytes=stretch.num_bytes, sha256=progress.digest.hexdigest(), first_byte=stretch.start

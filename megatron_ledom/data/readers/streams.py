@@ -64,7 +64,7 @@ class LineBlock:
 
 @dataclass(slots=True)
 class Progress:
-    """What a stretch's reader knows on the way: bytes read, and the hash of them."""
+    """State of a stretch's reader on the way: bytes read, and the hash of them."""
 
     num_bytes: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
@@ -76,7 +76,7 @@ class Progress:
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path names an object store or another file system of fsspec."""
+    """Return whether a path names an object store or another file system of fsspec."""
     return "://" in path
 
 
@@ -171,7 +171,7 @@ def _engine(compression: str) -> tuple[Callable[[], Any], tuple[type[Exception],
 
 
 def _contents(source: InputPath, engine: Any, block: bytes, failures: tuple[type[Exception], ...]) -> Iterator[bytes]:
-    """What a block decompresses to, in pieces where the decompressor can stop."""
+    """Yield what a block decompresses to, in pieces where the decompressor can stop."""
     try:
         if not hasattr(engine, "needs_input"):
             yield engine.decompress(block)
@@ -209,7 +209,7 @@ def _kind_of(head: bytes) -> str | None:
 
 
 def _true_kind(source: InputPath) -> str:
-    """What a file's first bytes say it is, if that is not what its ending says."""
+    """Return what a file's first bytes say it is, if that is not what its ending says."""
     head = next(raw_blocks(source, 0, min(8, source.num_bytes)), b"")
     kind = _kind_of(head)
     if kind == source.compression:

@@ -35,7 +35,7 @@ BAR_CHARACTERS = 40
 
 @dataclass(kw_only=True, slots=True)
 class InspectSettings:
-    """What tools/inspect_shard.py was asked."""
+    """Options of tools/inspect_shard.py."""
 
     prefixes: list[str]
     """Shards, or patterns of them."""

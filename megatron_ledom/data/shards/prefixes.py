@@ -14,7 +14,7 @@ TASK = re.compile(r"(?P<base>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})")
 
 
 def task_prefix(base: str, number: int, count: int) -> str:
-    """What task `number` of `count` calls its shard."""
+    """Return the prefix of the shard of task `number` of `count`."""
     return f"{base}-{number:05d}-of-{count:05d}"
 
 

@@ -43,7 +43,7 @@ SAMPLE_DOCUMENTS = 1000  # looked at to see whether documents end with eod
 
 @dataclass(kw_only=True, slots=True)
 class MergeSettings:
-    """What tools/merge_shards.py was asked."""
+    """Options of tools/merge_shards.py."""
 
     input: list[str]
     """Prefixes, or patterns of them."""
@@ -85,7 +85,7 @@ def _has_eods_at_ends(block: Block, eod_id: int) -> bool:
 
 @dataclass(kw_only=True, slots=True)
 class ReverseSettings:
-    """What tools/reverse_shards.py was asked."""
+    """Options of tools/reverse_shards.py."""
 
     input: list[str]
     """Prefixes, or patterns of them."""
@@ -133,7 +133,7 @@ class Turner:
         self._buffer = np.empty(0, self.dtype)
 
     def turn(self, prefix: str, block: Block) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        """What a shard appends, valid until the next call. Raises DataError, naming the document, for an id or eod where none may be."""
+        """Return what a shard appends, valid until the next call. Raises DataError that names the document of a misplaced id or eod."""
         kept = block.lengths[block.lengths > int(self.is_closed)]
         lengths = kept if self.is_closed else kept + 1
         if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
@@ -256,7 +256,7 @@ def _foreign_blocks(sources: Sequence[IndexedFiles], counts: Counts) -> Iterator
 
 
 def _ends_with_eod(sources: Sequence[IndexedFiles], eod_id: int) -> bool:
-    """Whether the first documents end with eod; refused when some do and some do not."""
+    """Return whether the first documents end with eod; refused when some do and some do not."""
     first: tuple[bool, str] | None = None
     for source in sources:
         for document, last_id in source.last_ids(SAMPLE_DOCUMENTS):
@@ -308,10 +308,12 @@ def _open_alike(patterns: Sequence[str], output_prefix: str, overwrite: bool) ->
 
 
 def _joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
-    """What the manifest of the joined shard says besides the ids: sums, and all input files in order."""
+    """Return what the manifest of the joined shard says besides the ids: sums, and all input files in order."""
     skipped: Counter[str] = Counter()
     for manifest in manifests:
         skipped.update(manifest.skipped)
+    seen = [item for manifest in manifests for item in manifest.skipped_inputs]  # by every task of an array
+    distinct = {tuple(sorted(item.items())): item for item in seen}
     return Counts(
         text_bytes=sum(manifest.text_bytes for manifest in manifests),
         skipped=dict(sorted(skipped.items())),
@@ -320,13 +322,8 @@ def _joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
         eod_token=manifests[0].eod_token,
         bos_token=manifests[0].bos_token,
         text_template=" | ".join(dict.fromkeys(manifest.text_template for manifest in manifests if manifest.text_template)),
-        skipped_inputs=_distinct([item for manifest in manifests for item in manifest.skipped_inputs]),
+        skipped_inputs=[*distinct.values()],
     )
-
-
-def _distinct(items: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The tasks of an array saw the same inputs: each is listed once."""
-    return list({tuple(sorted(item.items())): item for item in items}.values())
 
 
 def _log_result(prefix: str, manifest: ShardManifest, num_inputs: int, seconds: float) -> None:

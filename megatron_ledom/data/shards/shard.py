@@ -53,7 +53,7 @@ class InputFile:
 
 @dataclass(kw_only=True, slots=True)
 class ShardManifest:
-    """What PREFIX.json says. The first five fields are a `Provenance`."""
+    """The content of PREFIX.json. The first five fields are a `Provenance`."""
 
     direction: Direction
     tokenizer_name: str
@@ -148,7 +148,7 @@ def printable(path: str) -> str:
 
 
 def existing_files(prefix: str) -> list[Path]:
-    """Which of the three files of a shard are there."""
+    """Return those of the three files of a shard that are there."""
     return [path for suffix in SUFFIXES if (path := Path(prefix + suffix)).exists()]
 
 
@@ -174,7 +174,7 @@ def real_files(prefix: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Pat
 
 @dataclass(slots=True)
 class Counts:
-    """What a shard's maker knows besides the ids."""
+    """The part of a manifest that the shard's maker knows, besides the ids."""
 
     text_bytes: int = 0
     skipped: dict[str, int] = field(default_factory=dict)

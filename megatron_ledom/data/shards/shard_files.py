@@ -7,7 +7,6 @@ anew without a change goes on.
 import logging
 import os
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from megatron_ledom.data.shards.shard import TARGETS, ShardManifest, hash_file
 from megatron_ledom.errors import DataError, TransientError
@@ -15,18 +14,13 @@ from megatron_ledom.errors import DataError, TransientError
 log = logging.getLogger(__name__)
 
 
-class FileState(NamedTuple):
-    """By these a file is known again without reading it."""
+FileState = tuple[int, int, int]
+"""Size, time of modification and inode: by these a file is known again without reading it."""
 
-    num_bytes: int
-    mtime_ns: int
-    inode: int
 
-    @classmethod
-    def of(cls, path: str) -> "FileState":
-        """Return the state of a file now."""
-        found = os.stat(path)
-        return cls(found.st_size, found.st_mtime_ns, found.st_ino)
+def _state_of(path: str) -> FileState:
+    found = os.stat(path)
+    return found.st_size, found.st_mtime_ns, found.st_ino
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +39,7 @@ class ShardFiles:
         hashes = {f"{prefix}.bin": manifest.bin_sha256, f"{prefix}.idx": manifest.idx_sha256}
         if manifest.pairs:
             hashes[f"{prefix}{TARGETS}"] = manifest.targets_sha256
-        return cls(prefix, hashes, {path: FileState.of(path) for path in hashes})
+        return cls(prefix, hashes, {path: _state_of(path) for path in hashes})
 
     def check(self) -> None:
         """Raise DataError if a file has another content than at the start.
@@ -54,7 +48,7 @@ class ShardFiles:
         """
         for path, known in self.states.items():
             try:
-                found = FileState.of(path)
+                found = _state_of(path)
             except OSError:
                 continue
             if found != known:
@@ -65,12 +59,12 @@ class ShardFiles:
     def _check_content(self, path: str, known: FileState, found: FileState) -> None:
         was_sound = f"the shard {self.prefix} was sound when the run started and cannot be opened now"
         try:
-            is_same = found.num_bytes == known.num_bytes and hash_file(path) == self.hashes[path]
+            is_same = found[0] == known[0] and hash_file(path) == self.hashes[path]
         except OSError as error:
             raise TransientError(f"{was_sound} ({error}); look for what changes it, then start again") from error
         if not is_same:
             raise DataError(
-                f"{was_sound}: it was replaced during the run ({path} had {known.num_bytes:,} bytes, now it has"
-                f" {found.num_bytes:,} and not the sha256 of its manifest); put the old shard back and start again from the last"
+                f"{was_sound}: it was replaced during the run ({path} had {known[0]:,} bytes, now it has"
+                f" {found[0]:,} and not the sha256 of its manifest); put the old shard back and start again from the last"
                 " checkpoint, or start another run with the new one"
             )

@@ -17,7 +17,10 @@ import pytest
 
 from megatron_ledom.checkpoint.folder import latest_checkpoint, move_to_trash, put_in_place, retire, settle_latest, sweep
 from megatron_ledom.checkpoint.manifest import MANIFEST
+from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import CheckpointConfig
+from megatron_ledom.data.blends.sources import load_sources
+from megatron_ledom.data.dataset.sample_index import index_plan, prepare_indices
 from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.shard import SUFFIXES, check_shard
@@ -26,6 +29,7 @@ from megatron_ledom.errors import LedomError
 from megatron_ledom.evaluation.results import ItemFile, numbered, write_summary
 from megatron_ledom.inference.reverse_reward.input_lines import Record
 from megatron_ledom.inference.reverse_reward.rerank_part import Part, Window
+from megatron_ledom.platform.launch import ALONE
 from megatron_ledom.storage.files import write_file, write_synced
 from megatron_ledom.storage.folders import new_folder
 from megatron_ledom.storage.jobs import WorkFolder, finish_unit
@@ -34,6 +38,7 @@ from megatron_ledom.storage.locks import LOCK_SUFFIX
 from megatron_ledom.storage.records import append_record, as_line, drop_after, read_records
 from tests.crashes import start, was_killed
 from tests.legible import legible_documents, legible_tokenizer, write_jsonl
+from tests.tiny_runs import TinyData
 
 Report = Callable[[], None]
 UNITS, LINES = 3, 6
@@ -274,12 +279,32 @@ def test_killed_at_any_step_it_loses_nothing_and_ends_with_the_same_bytes(name: 
     check_every_crash(JOBS[name], tmp_path, tears=tears)
 
 
-def test_preprocessing_killed_at_any_step_ends_with_the_same_shard(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tears", [False, True], ids=["kill", "power failure"])
+def test_the_building_of_a_sample_index_killed_at_any_step_leaves_none_or_a_sound_one(
+    data: TinyData, tears: bool, tmp_path: Path
+) -> None:
+    config = load_config(str(data.config))
+    sources = load_sources(config)
+    plans = [index_plan(config, blend) for blend in sources.all_blends()]
+
+    def build(folder: Path, report: Report) -> None:
+        prepare_indices(config, sources, str(folder / "cache"), ALONE)
+        for _ in plans:
+            report()
+
+    def kept(folder: Path) -> int:
+        return sum(plan.is_sound(str(folder / "cache")) for plan in plans if plan.is_built(str(folder / "cache")))
+
+    check_every_crash(Job(act=build, kept=kept, steps=8), tmp_path, tears=tears, changing=("lock",))
+
+
+@pytest.mark.parametrize("tears", [False, True], ids=["kill", "power failure"])
+def test_preprocessing_killed_at_any_step_ends_with_the_same_shard(tears: bool, tmp_path: Path) -> None:
     """Its workers' steps count too."""
     tokenizer = str(legible_tokenizer(tmp_path / "tokenizer"))
     write_jsonl(tmp_path / "in.jsonl", legible_documents(9, 90) * 2)
     states: set[tuple[str, ...]] = set()
     act = partial(shard_of_many_parts, tokenizer, str(tmp_path / "in.jsonl"))
     job = Job(act=act, kept=partial(kept_shard, states), steps=30)
-    check_every_crash(job, tmp_path, tears=False, changing=("shard.json",))
+    check_every_crash(job, tmp_path, tears=tears, changing=("shard.json",))
     assert states == {(), (".bin",), (".bin", ".idx"), SUFFIXES}
