@@ -23,6 +23,7 @@ from tests.evaluation_sets import write_sets
 from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 
+pytestmark = pytest.mark.timeout(1200)  # C++ is compiled and each command imports torch
 NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "tests", "quickstart", "study", "__pycache__", "*.so", "*.egg-info")
 WITHOUT = {"PYTHONPATH", "CXX", "CC", "LEDOM_CUDA", "LEDOM_EXTENSIONS"}
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in WITHOUT} | {"LEDOM_CUDA": "0"}
