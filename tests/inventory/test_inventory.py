@@ -25,9 +25,8 @@ def reference() -> Record:
 @pytest.fixture(scope="session")
 def found(request: pytest.FixtureRequest) -> Record:
     """What the commands give now; those of the selected tests run once, with what they need, before the first comparison."""
-    selected = [
-        item.callspec.params["step"].name for item in request.session.items if "found" in getattr(item, "fixturenames", ())
-    ]
+    here = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
+    selected = [item.callspec.params["step"].name for item in here]
     checkout = Path(os.environ.get("LEDOM_INVENTORY_CHECKOUT", ROOT))
     python = Path(os.environ.get("LEDOM_INVENTORY_PYTHON", sys.executable))
     made, _ = record_all(checkout, python, selected)

@@ -1,8 +1,8 @@
 """Models and items that are replaced during a job, or between two starts of it: never judged as if they were one."""
 
+import importlib
 import json
 import os
-import runpy
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,6 @@ from megatron_ledom.inference.model_folder import READ_BESIDE_WEIGHTS, check_unc
 from megatron_ledom.inference.reverse_reward import command as rerank_command
 from megatron_ledom.reports import losses
 from tests.evaluation_sets import write_sets
-from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 from tests.tiny_runs import TinyData, documents, write_shard, write_tiny_data
 
@@ -62,9 +61,9 @@ def rerank(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def tool_options(tool: str, arguments: list[str]) -> dict[str, Any]:
-    """What a tool's own parser makes of its arguments."""
-    parser = runpy.run_path(str(ROOT / "tools" / f"{tool}.py"))["build_parser"]()
-    return vars(parser.parse_args(arguments))
+    """Return what the command's own parser makes of its arguments."""
+    command = importlib.import_module(f"megatron_ledom.cli.{tool}")
+    return vars(command.build_parser().parse_args(arguments))
 
 
 @pytest.mark.parametrize(
