@@ -1,13 +1,19 @@
-"""Processes that are killed at a chosen step of what they write: an open for writing, a write of lines, an fsync, a rename or a removal."""
+"""Processes that are killed at a chosen step of what they write, and what a power failure at that step leaves of it.
+
+A step is an open for writing, a write of lines, an fsync, a rename, a removal, or the end. A disk keeps what was forced to it:
+`lose_power` takes the rest away, once the processes are dead.
+"""
 
 import contextlib
+import json
 import mmap
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 NAMES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
@@ -17,59 +23,135 @@ NAMES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 class Steps:
     """Counts steps in this process and those that it forks from now on; kills the whole process group before one of them.
 
-    With `tears` steps are writes and fsyncs only, and half of what was to be written, or forced to the disk, is there afterwards, as
-    after a power failure.
+    Of a write at that step half is done. A journal beside the folder holds what was forced to the disk, for `lose_power`.
     """
 
-    def __init__(self, kill_at: int, folder: str, *, tears: bool = False) -> None:
-        self._kill_at, self._folder, self._tears = kill_at, folder, tears
-        self._safe: dict[str, int] = {}
-        """Bytes of each file that are on disk."""
+    def __init__(self, kill_at: int, folder: str) -> None:
+        self._kill_at, self._folder = kill_at, folder
         self._done = mmap.mmap(-1, 8)  # shared with the processes that are forked from here
         self._fsync, self._write = os.fsync, os.write
+        self._attic = _attic(folder)
+        self._attic.mkdir(exist_ok=True)
+        self._journal = os.open(self._attic / "journal", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        for file in _files(folder):
+            self._note("forced", file.stat().st_ino, file.stat().st_size)
         os.fsync, os.write = self._synced, self._written  # type: ignore[assignment]
         sys.addaudithook(self._heard)
 
-    def _count(self, tear: Callable[[], object] | None = None) -> None:
-        if self._tears and tear is None:
-            return
+    def count(self, tear: Callable[[], object] = lambda: None) -> None:
+        """Begin a step; at the chosen one, tear what is being written and die."""
         number = int.from_bytes(self._done[:8], "little") + 1
         if number == self._kill_at:
-            if self._tears and tear is not None:
-                tear()
+            self._kill_at = 0  # what tears is no step
+            tear()
             os.killpg(0, signal.SIGKILL)
         self._done[:8] = number.to_bytes(8, "little")
+
+    def _note(self, event: str, *what: Any) -> None:
+        self._write(self._journal, json.dumps([event, *what]).encode() + b"\n")
 
     def _heard(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = arguments
             if flags & (os.O_WRONLY | os.O_RDWR) and str(path).startswith(self._folder):
-                self._count()
-                self._safe[str(path)] = 0 if flags & os.O_TRUNC or not os.path.exists(path) else os.path.getsize(path)
+                self.count()
+                if not os.path.exists(path):
+                    self._note("named", None, "", *_place(path))
+                elif flags & os.O_TRUNC:
+                    self._note("forced", os.stat(path).st_ino, 0)
         elif event in NAMES:
-            self._count()
+            self.count()
+            if event == "os.rename":
+                source, target = (_absolute(path, folder) for path, folder in zip(arguments[:2], arguments[2:], strict=True))
+                self._note("named", *_place(source), *_place(target), self._kept(target))
+            elif event == "os.remove":
+                self._kept(_absolute(*arguments))
+
+    def _kept(self, path: str) -> int | None:
+        """Keep a file that is about to lose its name, so that its inode is not used again; returns that."""
+        if not os.path.isfile(path) or not path.startswith(self._folder):
+            return None
+        inode = os.stat(path).st_ino
+        with contextlib.suppress(FileExistsError):
+            os.link(path, self._attic / str(inode))
+        return inode
 
     def _synced(self, descriptor: Any) -> None:
         number = descriptor if isinstance(descriptor, int) else descriptor.fileno()
-        path = os.readlink(f"/proc/self/fd/{number}")
-
-        def tear() -> None:
-            self._kill_at = 0  # what follows is no step
-            if path in self._safe:
-                os.truncate(path, (self._safe[path] + os.path.getsize(path)) // 2)
-
-        self._count(tear)
+        found = os.fstat(number)
+        self.count(lambda: self._note("torn", found.st_ino))
         self._fsync(descriptor)
-        if path in self._safe:
-            self._safe[path] = os.path.getsize(path)
+        self._note("forced", found.st_ino, os.fstat(number).st_size)
 
     def _written(self, descriptor: int, content: Any) -> int:
+        def tear() -> None:
+            self._note("torn", os.fstat(descriptor).st_ino)
+            self._write(descriptor, content[: len(content) // 2])
+
         if os.readlink(f"/proc/self/fd/{descriptor}").startswith(self._folder):
-            self._count(lambda: self._write(descriptor, content[: len(content) // 2]))
+            self.count(tear)
         return self._write(descriptor, content)
 
 
-def start(act: Callable[[], object], kill_at: int = 0, folder: str = "", *, tears: bool = False) -> int:
+def _attic(folder: str) -> Path:
+    return Path(folder).with_name(f"lost-{Path(folder).name}")
+
+
+def _files(folder: str) -> Iterator[Path]:
+    return (path for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
+
+
+def _absolute(path: Any, folder: int) -> str:
+    return os.path.join(os.getcwd() if folder == -1 else os.readlink(f"/proc/self/fd/{folder}"), os.fspath(path))
+
+
+def _place(path: str) -> tuple[int, str]:
+    """Return the inode of the folder of a path, and its name in that."""
+    return os.stat(os.path.dirname(path)).st_ino, os.path.basename(path)
+
+
+def lose_power(folder: str, *, loses_names: bool) -> None:
+    """Leave of the folder what was forced to the disk; of the file that was being written or forced also half of the rest.
+
+    loses_names: files that were made or renamed since their folder was forced to the disk lose the new names; else all names are
+    kept, as by a disk that writes names before content.
+    """
+    forced: dict[int, int] = {}
+    torn: set[int] = set()
+    named: list[list[Any]] = []
+    for line in (_attic(folder) / "journal").read_text().splitlines():
+        event, *what = json.loads(line)
+        if event == "named":
+            named.append(what)
+        elif event == "torn":
+            torn.add(what[0])
+        else:
+            forced[what[0]] = what[1]
+            named = [name for name in named if name[2] != what[0]]
+    for name in reversed(named if loses_names else []):
+        _undo(folder, *name)
+    for file in _files(folder):
+        found = file.stat()
+        kept = min(forced.get(found.st_ino, 0), found.st_size)
+        os.truncate(file, (kept + found.st_size) // 2 if found.st_ino in torn else kept)
+
+
+def _undo(
+    folder: str, source: int | None, source_name: str, target: int, target_name: str, replaced: int | None = None
+) -> None:
+    """Take a name away, and give back those that it took the place of: the file's own before, and the file of that name before."""
+    places = {path.stat().st_ino: path for path in (Path(folder), *Path(folder).rglob("*")) if path.is_dir()}
+    if target not in places or not (places[target] / target_name).exists():
+        return  # removed since, or the kill came before it was there
+    if source is None:
+        (places[target] / target_name).unlink()
+    elif source in places:
+        (places[target] / target_name).rename(places[source] / source_name)
+    if replaced is not None:
+        os.link(_attic(folder) / str(replaced), places[target] / target_name)
+
+
+def start(act: Callable[[], object], kill_at: int = 0, folder: str = "") -> int:
     """Return the process id of a child, in a process group of its own, that acts and is killed at a step (0: at none)."""
     pid = os.fork()
     if pid:
@@ -77,9 +159,10 @@ def start(act: Callable[[], object], kill_at: int = 0, folder: str = "", *, tear
     code = 1
     try:
         os.setsid()
-        if kill_at:
-            Steps(kill_at, folder, tears=tears)
+        steps = Steps(kill_at, folder) if kill_at else None
         act()
+        if steps is not None:
+            steps.count()
         code = 0
     except BaseException:
         traceback.print_exc()

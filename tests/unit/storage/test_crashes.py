@@ -1,7 +1,8 @@
 """Killed at any step of its writing, a job goes on at the next start: nothing that it said is done is lost, and the bytes are the same.
 
-Every job is killed once before each open for writing, each write of lines, each fsync, rename and removal, as a kill leaves it and
-as a power failure may; then it is started again and its result compared with that of a run that nobody disturbed.
+Every job is killed once before each open for writing, each fsync, rename and removal, in each write of lines, and at its end. What is
+there then, or what a power failure leaves of it, is looked at; then the job is started again and its result compared with that of a run
+that nobody disturbed. A job that does not force to the disk what it should must fail this.
 """
 
 import itertools
@@ -11,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
@@ -30,13 +31,13 @@ from megatron_ledom.evaluation.results import ItemFile, numbered, write_summary
 from megatron_ledom.inference.reverse_reward.input_lines import Record
 from megatron_ledom.inference.reverse_reward.rerank_part import Part, Window
 from megatron_ledom.platform.launch import ALONE
-from megatron_ledom.storage.files import write_file, write_synced
+from megatron_ledom.storage.files import sync, write_file, write_synced
 from megatron_ledom.storage.folders import new_folder
 from megatron_ledom.storage.jobs import WorkFolder, finish_unit
 from megatron_ledom.storage.lines import LineFile, whole_lines
 from megatron_ledom.storage.locks import LOCK_SUFFIX
 from megatron_ledom.storage.records import append_record, as_line, drop_after, read_records
-from tests.crashes import start, was_killed
+from tests.crashes import lose_power, start, was_killed
 from tests.legible import legible_documents, legible_tokenizer, write_jsonl
 from tests.tiny_runs import TinyData
 
@@ -55,6 +56,8 @@ class Job:
     steps: int
     """Fewer steps than these mean that the test does not see them."""
     before: Callable[[Path], object] = lambda folder: None
+    is_forced: bool = True
+    """A power failure, too, leaves what the job says is done; else the job finds out what is gone."""
 
 
 def units_of_a_toy_job(folder: Path, report: Report) -> None:
@@ -64,8 +67,9 @@ def units_of_a_toy_job(folder: Path, report: Report) -> None:
             return work.remove()
         for number in range(UNITS):
             path = work.path(f"unit-{number}")
-            if work.finished(f"unit-{number}") is None:
-                Path(f"{path}.txt").write_text(f"{number}\n" * 9)
+            content = f"{number}\n" * 9
+            if work.finished(f"unit-{number}") is None or Path(f"{path}.txt").read_text() != content:
+                Path(f"{path}.txt").write_text(content)
                 finish_unit(path, {"number": number})
             report()
         write_file(
@@ -211,6 +215,7 @@ def saved_checkpoints(folder: Path, report: Report) -> None:
         part.mkdir()
         for file in ("weights", MANIFEST):
             write_synced(part / file, f"{number}\n".encode() * 99)
+        sync(part)
         put_in_place(str(folder), name)
         report()
         sweep(str(folder))
@@ -228,7 +233,7 @@ def kept_checkpoint(folder: Path) -> int:
 
 
 JOBS = {
-    "a job of units": Job(act=units_of_a_toy_job, kept=kept_units, steps=20),
+    "a job of units": Job(act=units_of_a_toy_job, kept=kept_units, steps=20, is_forced=False),
     "a file that is replaced": Job(
         act=one_file, kept=kept_file, steps=3, before=lambda folder: (folder / "result").write_text("old\n" * 50)
     ),
@@ -246,12 +251,24 @@ def content_of(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
-def check_every_crash(job: Job, root: Path, *, tears: bool, changing: tuple[str, ...] = ()) -> None:
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What is lost at the step beside the processes."""
+
+    is_of_power: bool
+    loses_names: bool = False
+
+
+LOSSES = {"kill": Loss(False), "power failure": Loss(True), "power failure, new names lost": Loss(True, True)}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def check_every_crash(job: Job, root: Path, loss: Loss, *, changing: tuple[str, ...] = ()) -> None:
     """changing: endings of files that no two runs make alike."""
     quiet = root / "quiet"
     quiet.mkdir()
     job.before(quiet)
-    assert not was_killed(start(partial(job.act, quiet, lambda: None)))
+    job.act(quiet, lambda: None)
     expected = content_of(quiet)
     for step in itertools.count(1):
         folder, reported = root / f"killed_at_{step}", mmap.mmap(-1, 1)
@@ -261,27 +278,63 @@ def check_every_crash(job: Job, root: Path, *, tears: bool, changing: tuple[str,
         def report(reported: Any = reported) -> None:
             reported[0] = reported[0] + 1
 
-        if not was_killed(start(partial(job.act, folder, report), step, str(folder), tears=tears)):
+        if not was_killed(start(partial(job.act, folder, report), step, str(folder))):
             break
-        assert job.kept(folder) >= reported[0], step
-        assert not was_killed(start(partial(job.act, folder, lambda: None))), step
+        if loss.is_of_power:
+            lose_power(str(folder), loses_names=loss.loses_names)
+        promised = reported[0] if job.is_forced or not loss.is_of_power else 0
+        assert job.kept(folder) >= promised, step
+        job.act(folder, lambda: None)
         found = content_of(folder)
         assert found.keys() == expected.keys(), step
         for name in expected:
             assert found[name] == expected[name] or name.endswith(changing or ("\0",)), (step, name)
         shutil.rmtree(folder)
-    assert step > job.steps // (6 if tears else 1)
+    assert step > job.steps
 
 
-@pytest.mark.parametrize("tears", [False, True], ids=["kill", "power failure"])
+@every_loss
 @pytest.mark.parametrize("name", JOBS)
-def test_killed_at_any_step_it_loses_nothing_and_ends_with_the_same_bytes(name: str, tears: bool, tmp_path: Path) -> None:
-    check_every_crash(JOBS[name], tmp_path, tears=tears)
+def test_killed_at_any_step_it_loses_nothing_and_ends_with_the_same_bytes(name: str, loss: Loss, tmp_path: Path) -> None:
+    check_every_crash(JOBS[name], tmp_path, loss)
 
 
-@pytest.mark.parametrize("tears", [False, True], ids=["kill", "power failure"])
+def only_flush(stream: BinaryIO) -> None:
+    stream.flush()
+
+
+def nothing(*_: Any) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    ("name", "forces", "instead"),
+    [
+        ("a file that is replaced", "files.sync_stream", only_flush),
+        ("a file that is replaced", "files.sync", nothing),
+        ("reranked windows", "lines.LineFile.sync", nothing),
+        ("evaluated items", "lines.LineFile.sync", nothing),
+        ("evaluated items", "files.sync", nothing),
+        ("a converted folder", "folders.sync_tree", nothing),
+        ("a converted folder", "folders.sync", nothing),
+        ("records of a run", "lines.LineFile.sync", nothing),
+        ("records of a run", "lines.sync", nothing),
+        ("records of a run", "files.sync_stream", only_flush),
+        ("checkpoints", "files.sync_stream", only_flush),
+        ("checkpoints", "files.sync", nothing),
+    ],
+)
+def test_a_job_that_does_not_force_its_content_to_the_disk_loses_it(
+    name: str, forces: str, instead: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(f"megatron_ledom.storage.{forces}", instead)
+    with pytest.raises((AssertionError, LedomError, FileNotFoundError)):
+        check_every_crash(JOBS[name], tmp_path, Loss(True, True))
+
+
+@every_loss
 def test_the_building_of_a_sample_index_killed_at_any_step_leaves_none_or_a_sound_one(
-    data: TinyData, tears: bool, tmp_path: Path
+    data: TinyData, loss: Loss, tmp_path: Path
 ) -> None:
     config = load_config(str(data.config))
     sources = load_sources(config)
@@ -295,16 +348,16 @@ def test_the_building_of_a_sample_index_killed_at_any_step_leaves_none_or_a_soun
     def kept(folder: Path) -> int:
         return sum(plan.is_sound(str(folder / "cache")) for plan in plans if plan.is_built(str(folder / "cache")))
 
-    check_every_crash(Job(act=build, kept=kept, steps=8), tmp_path, tears=tears, changing=("lock",))
+    check_every_crash(Job(act=build, kept=kept, steps=8), tmp_path, loss, changing=("lock",))
 
 
-@pytest.mark.parametrize("tears", [False, True], ids=["kill", "power failure"])
-def test_preprocessing_killed_at_any_step_ends_with_the_same_shard(tears: bool, tmp_path: Path) -> None:
+@every_loss
+def test_preprocessing_killed_at_any_step_ends_with_the_same_shard(loss: Loss, tmp_path: Path) -> None:
     """Its workers' steps count too."""
     tokenizer = str(legible_tokenizer(tmp_path / "tokenizer"))
     write_jsonl(tmp_path / "in.jsonl", legible_documents(9, 90) * 2)
     states: set[tuple[str, ...]] = set()
     act = partial(shard_of_many_parts, tokenizer, str(tmp_path / "in.jsonl"))
     job = Job(act=act, kept=partial(kept_shard, states), steps=30)
-    check_every_crash(job, tmp_path, tears=tears, changing=("shard.json",))
+    check_every_crash(job, tmp_path, loss, changing=("shard.json",))
     assert states == {(), (".bin",), (".bin", ".idx"), SUFFIXES}
