@@ -16,6 +16,7 @@ from typing import Any
 from commands import ROOT, check_exit, show
 
 from megatron_ledom.storage.files import write_file
+from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.storage.locks import POLL_SECONDS, Lock
 
 Work = Callable[[], None]
@@ -122,14 +123,13 @@ def _locked(path: Path) -> Lock:
 
 def hash_of(path: Path) -> str:
     """sha256 of a file, or of the names and hashes of all files in a folder."""
+    if not path.is_dir():
+        return sha256_of(path)
     digest = hashlib.sha256()
-    if path.is_dir():
-        for file in sorted(path.rglob("*")):
-            if file.is_file():
-                digest.update(f"{file.relative_to(path)} {hash_of(file)}\n".encode())
-        return digest.hexdigest()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            digest.update(f"{file.relative_to(path)} {sha256_of(file)}\n".encode())
+    return digest.hexdigest()
 
 
 def _remove(path: Path) -> None:

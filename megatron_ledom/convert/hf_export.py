@@ -24,7 +24,7 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.storage.files import PART_SUFFIX
 from megatron_ledom.storage.folders import new_folder
-from megatron_ledom.storage.hashes import checksum
+from megatron_ledom.storage.hashes import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +107,7 @@ def _card(checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], 
     """Return what was exported, its source, and the gate's figures."""
     return {
         "checkpoint": os.path.basename(checkpoint),
-        "checkpoint_manifest_sha256": checksum(os.path.join(checkpoint, MANIFEST))["sha256"],
+        "checkpoint_manifest_sha256": sha256_of(os.path.join(checkpoint, MANIFEST)),
         "iteration": manifest.iteration,
         "consumed_train_tokens": manifest.consumed_train_tokens,
         **manifest.provenance.to_dict(),

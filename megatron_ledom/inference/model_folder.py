@@ -5,7 +5,6 @@ model depend on besides settings: a run that resumes must find the same.
 """
 
 import contextlib
-import hashlib
 import json
 import logging
 import sys
@@ -25,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar, enable_progress_bar
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
+from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.tokenizers.reader import TokenizerFiles, other_ends, read_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -155,11 +155,7 @@ def check_no_adapter(folder: str | Path) -> None:
 def folder_facts(folder: Path) -> dict[str, Any]:
     """Return which model a folder holds. The weights are told apart by their files' size and time of change."""
     weights = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))}
-    beside = {
-        name: hashlib.sha256((folder / name).read_bytes()).hexdigest()
-        for name in READ_BESIDE_WEIGHTS
-        if (folder / name).is_file()
-    }
+    beside = {name: sha256_of(folder / name) for name in READ_BESIDE_WEIGHTS if (folder / name).is_file()}
     found = beside.pop("config.json", None)
     return {"model": str(folder.resolve()), "weights": weights, "config_sha256": found, "files": beside}
 

@@ -22,7 +22,7 @@ from megatron_ledom.evaluation.loss_difference import (
 )
 from megatron_ledom.evaluation.record_checks import document_check
 from megatron_ledom.evaluation.results import ItemFile, numbered
-from megatron_ledom.evaluation.tasks.loading import ENDINGS, file_hash, read_rows
+from megatron_ledom.evaluation.tasks.loading import ENDINGS, read_rows
 from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
 from megatron_ledom.inference.model_folder import (
     SAY_EOD_ID,
@@ -37,6 +37,7 @@ from megatron_ledom.markdown import markdown_table
 from megatron_ledom.reports import pages
 from megatron_ledom.reports.pages import bullets, interval, number, paragraph
 from megatron_ledom.storage.files import json_text, write_file
+from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.storage.locks import output_folder_lock
 
 WINDOW_DOCUMENTS = 64
@@ -166,7 +167,7 @@ def _made_by(options: Options, settings: CompareSettings) -> dict[str, Any]:
     """What the losses depend on; not how many documents are read, so that more of them can be added."""
     return {
         **{side: folder_facts(Path(options[side])) for side in ("forward", "reverse")},
-        "data_sha256": file_hash(Path(options["data"])),
+        "data_sha256": sha256_of(options["data"]),
         "text_key": options["text_key"],
         "domain_key": options["domain_key"],
         "direction": options["direction"],

@@ -8,7 +8,7 @@ import contextlib
 import errno
 import json
 import os
-import secrets
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,11 +76,14 @@ def publish(source: str | Path, target: str | Path) -> None:
 def new_file(path: str | Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
     """Give an open file to write to, which is `path`, whole and on disk, after the context; an error leaves `path` as it was.
 
-    A link is followed. is_shared: other processes may write the same file now, so that each needs a temporary name of its own.
-    Raise OSError, and UsageError of `real_path`.
+    A link is followed. is_shared: other processes may write the same file now: each has a temporary name of its own, and those that
+    killed processes of this host left are removed. Raise OSError, and UsageError of `real_path`.
     """
     real = real_path(path)
-    part = f"{real}.{secrets.token_hex(4)}{PART_SUFFIX}" if is_shared else f"{real}{PART_SUFFIX}"
+    part = f"{real}{PART_SUFFIX}"
+    if is_shared:
+        part = f"{real}.{socket.gethostname()}.{os.getpid()}{PART_SUFFIX}"
+        _remove_abandoned(Path(real))
     try:
         with open(part, "wb") as stream:
             yield stream
@@ -90,6 +93,13 @@ def new_file(path: str | Path, *, is_shared: bool = False) -> Iterator[BinaryIO]
         with contextlib.suppress(OSError):  # its bytes may be those that the disk lacks
             os.unlink(part)
         raise
+
+
+def _remove_abandoned(file: Path) -> None:
+    """Delete what killed processes of this host have left of a shared file."""
+    for part in file.parent.glob(f"{file.name}.{socket.gethostname()}.*{PART_SUFFIX}"):
+        if not os.path.exists(f"/proc/{part.name.split('.')[-2]}"):
+            part.unlink(missing_ok=True)
 
 
 def write_whole(path: str | Path, data: bytes, *, is_shared: bool = False) -> None:

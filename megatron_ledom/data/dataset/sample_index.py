@@ -16,10 +16,8 @@ import os
 import struct
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,11 +28,11 @@ from megatron.core.datasets import helpers
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import Blend, Source, Sources
 from megatron_ledom.data.shards.index_file import HEADER as INDEX_HEADER
-from megatron_ledom.data.shards.shard import hash_file
 from megatron_ledom.errors import DataError
 from megatron_ledom.platform.launch import Launch
 from megatron_ledom.platform.processes import ordered_map
-from megatron_ledom.storage.files import publish, real_path, sync_stream
+from megatron_ledom.storage.files import new_file
+from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.storage.locks import Progress, build_once, cannot_build, node
 
 log = logging.getLogger(__name__)
@@ -183,7 +181,7 @@ def check_indexed(sources: Sources) -> None:
     """Compare every `.idx` with its manifest's hash: where documents begin must be what it was when the shard was made."""
     manifests = {source.prefix: source.manifest for blend in sources.all_blends() for source in blend.sources}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        found = threads.map(lambda prefix: hash_file(f"{prefix}.idx"), manifests)
+        found = threads.map(lambda prefix: sha256_of(f"{prefix}.idx"), manifests)
         for (prefix, manifest), digest in zip(manifests.items(), found, strict=True):
             if digest != manifest.idx_sha256:
                 raise DataError(
@@ -194,30 +192,25 @@ def check_indexed(sources: Sources) -> None:
 
 def build_index(plan: IndexPlan, cache: str, note: Any = lambda text: None) -> None:
     """Write the file of a plan into the folder `cache`, with the cores this process may use."""
-    path, started = real_path(plan.path(cache)), time.monotonic()
-    part_path = f"{path}.{node()}.{os.getpid()}.part"  # without locks several processes may be at it
+    path, started = plan.path(cache), time.monotonic()
     parts = sorted(plan.parts.values(), key=lambda part: -part.num_documents)  # the longest first
     total = sum(part.num_documents for part in parts)
     progress = Progress("sample index", total, note)
     workers = min(len(os.sched_getaffinity(0)), total // DOCUMENTS_A_WORKER)
-    write = partial(_write_part, plan.seq_length, plan.seed, part_path)
     try:
         os.makedirs(cache, exist_ok=True)
-        _remove_abandoned(path)
-        with open(part_path, "wb") as stream:
+        with new_file(path, is_shared=True) as stream:  # without locks several processes may be at it
             stream.truncate(plan.num_bytes)
-        written = {}
-        sums = ordered_map(write, parts, workers, _name, progress.advance) if workers > 1 else map(write, parts)
-        for part, checksum in zip(parts, sums, strict=True):
-            written[part.first_byte] = checksum
-            progress.advance(part.num_documents)
-        _seal(plan, part_path, written)
-        publish(part_path, path)
+            write = partial(_write_part, plan.seq_length, plan.seed, stream.name)
+            written = {}
+            sums = ordered_map(write, parts, workers, _name, progress.advance) if workers > 1 else map(write, parts)
+            for part, checksum in zip(parts, sums, strict=True):
+                written[part.first_byte] = checksum
+                progress.advance(part.num_documents)
+            _seal(plan, stream.name, written)
     except OSError as error:
         raise cannot_build(error, cache) from error
     finally:
-        with suppress(OSError):  # it is there only after a failure
-            os.unlink(part_path)
         progress.bar.close()
     size = plan.num_bytes / 1e6
     log.info("built the sample index %s: %d parts, %.1f MB, %.1f s", path, len(parts), size, time.monotonic() - started)
@@ -227,15 +220,8 @@ def _name(part: Part) -> str:
     return f"the sample index of {part.source.prefix}"
 
 
-def _remove_abandoned(path: str) -> None:
-    """Delete what killed builders of this node have left of the file `path`."""
-    for part in Path(path).parent.glob(f"{Path(path).name}.{node()}.*.part"):
-        if not os.path.exists(f"/proc/{part.name.split('.')[-2]}"):
-            part.unlink(missing_ok=True)
-
-
 def _seal(plan: IndexPlan, path: str, written: dict[int, int]) -> None:
-    """Header and checksum, forced to the disk: a file with a final name is whole.
+    """Write header and checksum.
 
     written: the checksum of each part, by its first byte, as it was in memory. What is read back must have it: the checksum of the
     file vouches for the arrays, not for whatever the disk holds. Raises DataError.
@@ -256,7 +242,6 @@ def _seal(plan: IndexPlan, path: str, written: dict[int, int]) -> None:
                 )
         stream.seek(0)
         stream.write(HEADER.pack(MAGIC, plan.key, plan.num_bytes - HEADER.size, digest.intdigest()))
-        sync_stream(stream)
 
 
 def _write_part(seq_length: int, seed: int, path: str, part: Part) -> int:

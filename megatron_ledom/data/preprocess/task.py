@@ -27,6 +27,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
 from megatron_ledom.platform.processes import ordered_map
 from megatron_ledom.platform.slurm import array_task_id, read_array
+from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.storage.jobs import Request
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
@@ -243,7 +244,7 @@ def load_filter(name: str) -> Filter:
 def source_hash(keep: Filter) -> str:
     """SHA-256 of the file a filter is in: what an edited filter left out is not what the new one would."""
     file = getattr(sys.modules.get(keep.__module__), "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file and Path(file).is_file() else "unknown"
+    return sha256_of(file) if file and Path(file).is_file() else "unknown"
 
 
 def _named(part: Part) -> str:

@@ -17,8 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ledom.data.shards.index_file import CHUNK_DOCUMENTS, DTYPES, MAGIC, index_bytes, map_index, read_header
-from megatron_ledom.data.shards.shard import Hash, ShardManifest, hash_file
+from megatron_ledom.data.shards.shard import Hash, ShardManifest
 from megatron_ledom.errors import DataError
+from megatron_ledom.storage.hashes import sha256_of
 
 READABLE = ("uint8", "uint16", "int32", "int64")
 BLOCK_BYTES = 1 << 20  # small enough to be read, hashed, turned and written while it is in cache
@@ -180,7 +181,7 @@ def shard_blocks(prefix: str, manifest: ShardManifest) -> Iterator[Block]:
     What is made of a damaged shard would look sound, so the caller gives its result a name only after the last block.
     """
     files = IndexedFiles(prefix)
-    _check_unchanged(f"{prefix}.idx", manifest.idx_sha256, hash_file(f"{prefix}.idx"))
+    _check_unchanged(f"{prefix}.idx", manifest.idx_sha256, sha256_of(f"{prefix}.idx"))
     digest = hashlib.sha256()
     yield from files.blocks(digest)
     _check_unchanged(f"{prefix}.bin", manifest.bin_sha256, digest.hexdigest())

@@ -421,9 +421,3 @@ class ShardReader:
             raise IndexError(f"document {index} of {len(self)}")
         begin = int(self.pointers[index]) // self.ids.itemsize
         return self.ids[begin : begin + int(self.lengths[index])]
-
-
-def hash_file(path: str) -> str:
-    """Return the SHA-256 of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

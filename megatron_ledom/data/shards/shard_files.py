@@ -8,8 +8,9 @@ import logging
 import os
 from dataclasses import dataclass
 
-from megatron_ledom.data.shards.shard import TARGETS, ShardManifest, hash_file
+from megatron_ledom.data.shards.shard import TARGETS, ShardManifest
 from megatron_ledom.errors import DataError, TransientError
+from megatron_ledom.storage.hashes import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class ShardFiles:
     def _check_content(self, path: str, known: FileState, found: FileState) -> None:
         was_sound = f"the shard {self.prefix} was sound when the run started and cannot be opened now"
         try:
-            is_same = found[0] == known[0] and hash_file(path) == self.hashes[path]
+            is_same = found[0] == known[0] and sha256_of(path) == self.hashes[path]
         except OSError as error:
             raise TransientError(f"{was_sound} ({error}); look for what changes it, then start again") from error
         if not is_same:

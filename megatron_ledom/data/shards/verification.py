@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ledom.data.shards.index_file import CHUNK_DOCUMENTS, HEADER, SHARD_DTYPES, index_bytes, map_index, shard_header
-from megatron_ledom.data.shards.shard import TARGETS, ShardManifest, ShardReader, hash_file, load_manifest
+from megatron_ledom.data.shards.shard import TARGETS, ShardManifest, ShardReader, load_manifest
 from megatron_ledom.direction import Direction, to_text_order
 from megatron_ledom.errors import DataError
+from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
 BLOCK_BYTES = 1 << 22
@@ -45,7 +46,7 @@ def verify_shard(prefix: str) -> list[str]:
         return missing
     index = Index(prefix, manifest)
     if not index.is_readable:
-        is_same = hash_file(f"{prefix}.bin") == manifest.bin_sha256
+        is_same = sha256_of(f"{prefix}.bin") == manifest.bin_sha256
         return [*index.faults, *_size_faults(prefix, manifest, is_same), *([] if is_same else [_changed(prefix, ".bin")])]
     ids = IdScan(prefix, manifest)
     for stated in index.documents():
@@ -56,7 +57,7 @@ def verify_shard(prefix: str) -> list[str]:
 
 
 def _has_its_targets(prefix: str, manifest: ShardManifest) -> bool:
-    return Path(prefix + TARGETS).is_file() and hash_file(prefix + TARGETS) == manifest.targets_sha256
+    return Path(prefix + TARGETS).is_file() and sha256_of(prefix + TARGETS) == manifest.targets_sha256
 
 
 def _changed(prefix: str, suffix: str) -> str:
@@ -89,7 +90,7 @@ class Index:
         self.count = 0
         """Documents, by its own header."""
         path = f"{prefix}.idx"
-        is_same = hash_file(path) == manifest.idx_sha256
+        is_same = sha256_of(path) == manifest.idx_sha256
         self.is_readable = self._read_header(path, manifest, is_same)
         """Whether documents can be told from each other: header and size fit each other and the manifest's dtype."""
         if not is_same:

@@ -13,6 +13,7 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.synthetic.tasks import SYNTHETIC_TASKS
 from megatron_ledom.evaluation.tasks.benchmarks import TASKS
 from megatron_ledom.evaluation.tasks.task import FIELD_TYPES, Item, Kind, Layout, LoadedTask, Row, Task
+from megatron_ledom.storage.hashes import sha256_of
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
 
@@ -49,20 +50,20 @@ def load_task(
     if num_fewshot < 0:
         raise UsageError(f"num_fewshot={num_fewshot} must be 0 or more")
     path = find_file(task, folder, task.file)
-    files = {path.name: file_hash(path)}
+    files = {path.name: sha256_of(path)}
     items = tuple(_items(task, path))
     shots: tuple[Item, ...] = ()
     known: frozenset[str] = frozenset()
     if task.kind is Kind.QUESTION:
         known_path = find_file(task, folder, task.demonstrations_file)
-        files[known_path.name] = file_hash(known_path)
+        files[known_path.name] = sha256_of(known_path)
         known = frozenset(item.values["question"] for item in _items(task, known_path))
     if num_fewshot:
         shots_path = find_file(task, folder, task.demonstrations_file)
-        files[shots_path.name] = file_hash(shots_path)
+        files[shots_path.name] = sha256_of(shots_path)
         shots = _shots(task, shots_path, num_fewshot, seed)
     for file, known_hash in files.items():
-        if file_hash(folder / file) != known_hash:
+        if sha256_of(folder / file) != known_hash:
             raise DataError(f"{folder / file} was replaced while it was read; wait until it is complete, then start again")
     return LoadedTask(
         task=task,
@@ -113,12 +114,6 @@ def content_hash(items: Iterable[Item]) -> str:
         judged = [values, item.choices, item.gold, item.tests.code if item.tests else ""]
         digest.update(json.dumps(judged, ensure_ascii=False).encode() + b"\n")
     return digest.hexdigest()
-
-
-def file_hash(path: Path) -> str:
-    """sha256 of a file, hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Row]]:

@@ -1,6 +1,5 @@
 """Lines of a reranked file, each field checked: what is missing or of another kind is named by its line and field."""
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from typing import Any
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.reverse_reward.input_lines import long_integers
 from megatron_ledom.inference.reverse_reward.reward import CandidateScore
+from megatron_ledom.storage.hashes import sha256_of
 
 ADVICE = "give an output of tools/rerank.py"
 LOGPROBS = ("forward_logprob", "reverse_logprob", "reward", "language_model_logprob")
@@ -130,8 +130,7 @@ def check_distinct(runs: Sequence[str | Path]) -> None:
     """Refuse a file that is given twice: it would count as two sampling seeds that agree. Raises UsageError."""
     known: dict[str, str | Path] = {}
     for path in runs:
-        with Path(path).open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        digest = sha256_of(path)
         if digest in known:
             raise UsageError(f"{path} holds the same as {known[digest]}; name each sampling seed's file once")
         known[digest] = path

@@ -12,12 +12,13 @@ from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.inspection import InspectSettings, inspect_shards
 from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
-from megatron_ledom.data.shards.shard import ShardReader, hash_file, load_manifest
+from megatron_ledom.data.shards.shard import ShardReader, load_manifest
 from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import DataError, UsageError, VerificationError
 from megatron_ledom.finetune.pairs import PairSettings, prepare_pairs
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
+from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import _converted, parse_model, train
 from tests.legible import EOD_ID, legible_shard, legible_tokenizer, write_jsonl
@@ -187,7 +188,7 @@ def test_a_shard_of_an_earlier_version_with_eod_inside_is_not_merged_and_the_adv
     content[2:4] = EOD_ID.to_bytes(2, "little")  # as it was written before packing looked for it
     Path(f"{shard}.bin").write_bytes(content)
     manifest = json.loads(Path(f"{shard}.json").read_bytes())
-    Path(f"{shard}.json").write_text(json.dumps({**manifest, "bin_sha256": hash_file(f"{shard}.bin")}))
+    Path(f"{shard}.json").write_text(json.dumps({**manifest, "bin_sha256": sha256_of(f"{shard}.bin")}))
     with pytest.raises(DataError, match=r"shard\.bin holds eod 1000 elsewhere than at the end"):
         merge_shards(MergeSettings(input=[shard], output_prefix=str(tmp_path / "merged")))
     assert not (tmp_path / "merged.bin").exists()

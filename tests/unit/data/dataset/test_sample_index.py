@@ -22,10 +22,10 @@ from megatron_ledom.data.dataset import dataset as dataset_module
 from megatron_ledom.data.dataset import sample_index
 from megatron_ledom.data.dataset.dataset import ShardVocabulary, build_train_dataset
 from megatron_ledom.data.dataset.sample_index import SampleIndex, build_arrays, index_plan, prepare_indices
-from megatron_ledom.data.shards.shard import hash_file
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, TransientError, UsageError
 from megatron_ledom.platform.launch import ALONE, Launch
+from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.storage.locks import build_once, node
 from tests.tiny_runs import TinyData, documents, write_shard, write_tiny_data
 
@@ -327,4 +327,4 @@ def test_an_idx_of_other_lengths_than_its_manifest_is_refused_while_building(own
     path.write_bytes(content)
     with pytest.raises(LedomError, match="does not fit its manifest"):
         build_arrays(source, 32, 42, 0)
-    assert hash_file(str(path)) != source.manifest.idx_sha256
+    assert sha256_of(str(path)) != source.manifest.idx_sha256

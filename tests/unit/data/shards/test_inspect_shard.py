@@ -20,10 +20,10 @@ from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards import verification
 from megatron_ledom.data.shards.index_file import HEADER
 from megatron_ledom.data.shards.inspection import COUNTED_BELOW, InspectSettings, LengthCounts, inspect_shards
-from megatron_ledom.data.shards.shard import hash_file
 from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError, VerificationError
+from megatron_ledom.storage.hashes import sha256_of
 from tests.forked import run_forked
 from tests.legible import EOD_TOKEN, legible_documents, legible_ids, legible_shard, legible_tokenizer, write_jsonl
 from tests.paths import ROOT
@@ -92,7 +92,7 @@ def change_manifest(prefix: str, **values: Any) -> None:
 
 def rehash(prefix: str) -> None:
     """Let the manifest fit the damaged files, as when they were damaged before they were hashed."""
-    change_manifest(prefix, bin_sha256=hash_file(f"{prefix}.bin"), idx_sha256=hash_file(f"{prefix}.idx"))
+    change_manifest(prefix, bin_sha256=sha256_of(f"{prefix}.bin"), idx_sha256=sha256_of(f"{prefix}.idx"))
 
 
 def test_the_command_shows_manifest_statistics_and_text_in_reading_order(shard: str) -> None:

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ledom.data.shards.rewriting import ReverseSettings, reverse_shards
-from megatron_ledom.data.shards.shard import Counts, InputFile, ShardReader, check_shard, hash_file
+from megatron_ledom.data.shards.shard import Counts, InputFile, ShardReader, check_shard
 from megatron_ledom.direction import Direction, turn_documents_reference, turn_into
 from megatron_ledom.errors import DataError, MismatchError, UsageError
+from megatron_ledom.storage.hashes import sha256_of
 from tests.forked import run_forked
 from tests.legible import (
     EOD_ID,
@@ -123,7 +124,7 @@ def test_a_foreign_shard_is_turned_whatever_its_type_and_eods(
     assert file_bytes(turned) == file_bytes(legible_shard(tmp_path / "reverse", DOCUMENTS))
     manifest = check_shard(turned)
     assert (manifest.direction, manifest.eod_token, manifest.text_bytes) == (Direction.REVERSE, "<eod>", 0)
-    assert [(file.path, file.sha256) for file in manifest.input_files] == [(f"{foreign}.bin", hash_file(f"{foreign}.bin"))]
+    assert [(file.path, file.sha256) for file in manifest.input_files] == [(f"{foreign}.bin", sha256_of(f"{foreign}.bin"))]
     assert f"taken as forward ids of tokenizer, {words} '<eod>' = 1000 (as the first ones are)" in caplog.text
 
 

@@ -208,10 +208,10 @@ def change(path: str, offset: int, values: np.ndarray) -> None:
 
 def rehash(shard: str) -> None:
     """Make the manifest fit the damaged files, so that the deeper checks are reached."""
-    from megatron_ledom.data.shards.shard import hash_file
+    from megatron_ledom.storage.hashes import sha256_of
 
     stored = json.loads(Path(f"{shard}.json").read_text())
-    stored |= {"bin_sha256": hash_file(f"{shard}.bin"), "idx_sha256": hash_file(f"{shard}.idx")}
+    stored |= {"bin_sha256": sha256_of(f"{shard}.bin"), "idx_sha256": sha256_of(f"{shard}.idx")}
     Path(f"{shard}.json").write_text(json.dumps(stored))
 
 
