@@ -139,12 +139,6 @@ def find_checkpoint(load: str) -> str:
     return latest
 
 
-def point_latest(folder: str, name: str) -> None:
-    """Let `latest` name a checkpoint; at any moment it names the old one or the new one."""
-    announce_latest(folder, name)
-    publish_latest(folder)
-
-
 def announce_latest(folder: str, name: str) -> None:
     """Write which checkpoint is about to be put in place: the first one of a run counts as soon as it is there."""
     write_synced(os.path.join(folder, LATEST + NEXT), f"{name}\n".encode())

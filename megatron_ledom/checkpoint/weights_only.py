@@ -32,7 +32,8 @@ from torch.serialization import get_crc32_options, set_crc32_options
 from megatron_ledom.checkpoint.folder import COMMON_FILES, save_backends
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
 from megatron_ledom.errors import first_cause
-from megatron_ledom.storage.hashes import HashedFile, checksum, read_ahead
+from megatron_ledom.storage.hashed_file import HashedFile, read_ahead
+from megatron_ledom.storage.hashes import checksum
 
 Thing = TypeVar("Thing")
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}

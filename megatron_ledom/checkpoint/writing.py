@@ -150,16 +150,6 @@ class CheckpointWriter:
         whole = max(self._longest_save, pending)
         return whole + (whole - pending if self._calls.async_calls else 0.0)
 
-    def is_writing(self) -> bool:
-        """Whether this rank's writer still runs."""
-        calls = self._calls.async_calls
-        return bool(calls) and calls[0].async_caller.process.is_alive()
-
-    def writer_pid(self) -> int | None:
-        """The process id of this rank's writer, None when no save is pending."""
-        calls = self._calls.async_calls
-        return calls[0].async_caller.process.pid if calls else None
-
     def _begin(self, name: str, part: str) -> bool:
         """An empty folder to write into; False when this very checkpoint is finished already."""
         answer: list[Any] = [None, True]

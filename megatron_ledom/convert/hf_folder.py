@@ -28,7 +28,7 @@ from megatron_ledom.convert.hf_config import build_generation_config, read_objec
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference.model_folder import check_no_adapter
 from megatron_ledom.provenance import Provenance, vocabulary_hash
-from megatron_ledom.storage.hashes import HashedFile, read_ahead
+from megatron_ledom.storage.hashed_file import HashedFile, read_ahead
 from megatron_ledom.tokenizers.corpus_tokenizer import without_local
 
 log = logging.getLogger(__name__)

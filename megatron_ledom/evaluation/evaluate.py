@@ -6,8 +6,9 @@ from typing import Any
 from megatron_ledom.errors import NotFiniteError
 from megatron_ledom.evaluation.code.execution import check_allowed
 from megatron_ledom.evaluation.code.sandbox import Sandbox
+from megatron_ledom.evaluation.item_file import numbered
 from megatron_ledom.evaluation.multiple_choice import score_choices
-from megatron_ledom.evaluation.results import Record, TaskResult, numbered, summarize
+from megatron_ledom.evaluation.results import Record, TaskResult, summarize
 from megatron_ledom.evaluation.task_model import TaskModel
 from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
 from megatron_ledom.evaluation.written_answers import write_answers

@@ -11,9 +11,10 @@ from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
+from megatron_ledom.evaluation.item_file import NUMBER, Check
 from megatron_ledom.evaluation.loss_difference import NUM_PARTS, SIDES, Document
 from megatron_ledom.evaluation.multiple_choice import asked_of
-from megatron_ledom.evaluation.results import NUMBER, Check, Record
+from megatron_ledom.evaluation.results import Record
 from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
 
 LOSSES = ("loss", "inner", "first", "last", "eod")

@@ -11,6 +11,7 @@ from tqdm import tqdm
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.evaluation.intervals import check_statistics
+from megatron_ledom.evaluation.item_file import ItemFile, numbered
 from megatron_ledom.evaluation.loss_difference import (
     NUM_PARTS,
     CompareSettings,
@@ -21,7 +22,6 @@ from megatron_ledom.evaluation.loss_difference import (
     summarize,
 )
 from megatron_ledom.evaluation.record_checks import document_check
-from megatron_ledom.evaluation.results import ItemFile, numbered
 from megatron_ledom.evaluation.tasks.loading import ENDINGS, read_rows
 from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
 from megatron_ledom.inference.model_folder import (

@@ -7,6 +7,7 @@ while the background save writes. The time a background save holds training is t
 """
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -114,8 +115,7 @@ def compare(step: Callable[[], None], save: Callable[[str, int], None], store: A
         begun = time.perf_counter()
         call = seconds(lambda: save("async", number))  # noqa: B023  called at once
         beside, steps = seconds(step), 1
-        writer = store.writer
-        while writer.is_writing():
+        while multiprocessing.active_children():
             beside += seconds(step)
             steps += 1
         written = time.perf_counter() - begun

@@ -4,6 +4,7 @@ The state is one tensor and a number, saved by the writer that training uses; ea
 """
 
 import itertools
+import multiprocessing
 import os
 import random
 import resource
@@ -64,9 +65,8 @@ def save(config_file: str, folder: str, iteration: int, *, elements: int = 1000,
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             os.killpg(0, number)
     if how.get("kill_writer_of_rank") == rank:
-        pid = writer.writer_pid()
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        (process,) = multiprocessing.active_children()
+        process.kill()
     writer.poll()
     writer.finish()
     stop_distributed()

@@ -100,7 +100,7 @@ def test_a_signal_is_heard_while_a_rank_is_missing(data: TinyData, tmp_path: Pat
 
 
 def tell_who_builds() -> None:
-    from megatron_ledom.storage import locks as build_once
+    from megatron_ledom.data.dataset import build_once
 
     build_once.REPORT_SECONDS = 0.1
 

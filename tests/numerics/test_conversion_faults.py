@@ -22,7 +22,7 @@ from megatron_ledom.convert.hf_folder import parse_size
 from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError
-from megatron_ledom.storage import hashes as hashed_file
+from megatron_ledom.storage import hashed_file
 from megatron_ledom.storage.folders import new_folder
 from tests.conversion_checks import check_same_folders, check_same_runs
 from tests.paths import ROOT

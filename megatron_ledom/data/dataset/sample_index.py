@@ -27,13 +27,13 @@ from megatron.core.datasets import helpers
 
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import Blend, Source, Sources
+from megatron_ledom.data.dataset.build_once import Progress, build_once, cannot_build, node
 from megatron_ledom.data.shards.index_file import HEADER as INDEX_HEADER
 from megatron_ledom.errors import DataError
 from megatron_ledom.platform.launch import Launch
 from megatron_ledom.platform.processes import ordered_map
 from megatron_ledom.storage.files import new_file
 from megatron_ledom.storage.hashes import sha256_of
-from megatron_ledom.storage.locks import Progress, build_once, cannot_build, node
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ledom.checkpoint.folder import finished_checkpoints, latest_checkpoint, outdated, point_latest, retire, sweep
+from megatron_ledom.checkpoint.folder import finished_checkpoints, latest_checkpoint, outdated, put_in_place, retire, sweep
 from megatron_ledom.config.schema import CheckpointConfig
 
 
@@ -37,10 +37,10 @@ def test_the_checkpoint_before_a_bad_step_stays(replayed: list[int], gone: list[
 
 def make(folder: Path, *iterations: int) -> None:
     for iteration in iterations:
-        checkpoint = folder / f"iter_{iteration:07d}"
-        checkpoint.mkdir(parents=True)
-        (checkpoint / "manifest.json").write_text("{}")
-    point_latest(str(folder), f"iter_{iterations[-1]:07d}")
+        name = f"iter_{iteration:07d}"
+        (folder / f"{name}.part").mkdir(parents=True)
+        (folder / f"{name}.part/manifest.json").write_text("{}")
+        put_in_place(str(folder), name)
 
 
 def test_outdated_checkpoints_leave_in_one_step_and_are_swept_later(tmp_path: Path) -> None:

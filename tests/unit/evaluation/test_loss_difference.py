@@ -13,6 +13,7 @@ import torch
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.evaluation.intervals import bootstrap_interval
+from megatron_ledom.evaluation.item_file import numbered
 from megatron_ledom.evaluation.loss_difference import (
     CompareSettings,
     Document,
@@ -22,7 +23,6 @@ from megatron_ledom.evaluation.loss_difference import (
     windows,
 )
 from megatron_ledom.evaluation.record_checks import document_check
-from megatron_ledom.evaluation.results import numbered
 from megatron_ledom.inference.language_model import ForwardLM, LanguageModel, ReverseLM
 from megatron_ledom.reports import losses as loss_report
 from megatron_ledom.reports.losses import sentence

@@ -27,7 +27,8 @@ from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.shard import SUFFIXES, check_shard
 from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.errors import LedomError
-from megatron_ledom.evaluation.results import ItemFile, numbered, write_summary
+from megatron_ledom.evaluation.item_file import ItemFile, numbered
+from megatron_ledom.evaluation.results import write_summary
 from megatron_ledom.inference.reverse_reward.input_lines import Record
 from megatron_ledom.inference.reverse_reward.rerank_part import Part, Window
 from megatron_ledom.platform.launch import ALONE

@@ -20,13 +20,13 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import Sources, load_sources
 from megatron_ledom.data.dataset import dataset as dataset_module
 from megatron_ledom.data.dataset import sample_index
+from megatron_ledom.data.dataset.build_once import build_once, node
 from megatron_ledom.data.dataset.dataset import ShardVocabulary, build_train_dataset
 from megatron_ledom.data.dataset.sample_index import SampleIndex, build_arrays, index_plan, prepare_indices
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, TransientError, UsageError
 from megatron_ledom.platform.launch import ALONE, Launch
 from megatron_ledom.storage.hashes import sha256_of
-from megatron_ledom.storage.locks import build_once, node
 from tests.tiny_runs import TinyData, documents, write_shard, write_tiny_data
 
 
