@@ -1,4 +1,4 @@
-"""How one checkpoint gets to disk while training goes on.
+"""Write one checkpoint to the disk while training goes on.
 
 Each rank forks a process that holds the state as it was at that moment and writes this rank's share of it; megatron-core
 plans the shares and waits for the processes. When all ranks' have ended well, the first rank writes what names the parts,
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Share:
-    """What one rank has written: megatron-core's record of it, and the sums of its files."""
+    """The files of one rank: megatron-core's record of what it wrote, and their sums."""
 
     results: list[Any]
     files: FileSums
@@ -145,7 +145,7 @@ class CheckpointWriter:
             sweep(self.folder)
 
     def seconds_to_finish(self) -> float:
-        """What `save` and `finish` would take now: the rest of the pending save and a whole one, as long as the longest so far."""
+        """Return the seconds that `save` and `finish` would take now: the rest of the pending save and a whole one, as long as the longest so far."""
         pending = time.monotonic() - self._begun if self._calls.async_calls else 0.0
         whole = max(self._longest_save, pending)
         return whole + (whole - pending if self._calls.async_calls else 0.0)
@@ -225,7 +225,7 @@ class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
 
 def _complete(pending: _Pending, shares: list[Share]) -> None:
-    """What says which tensor is where, and the manifest; all of it on disk."""
+    """Write the list of all tensors and the manifest; both are on disk then."""
     part = pending.part
     pending.storage.finish(pending.metadata, [share.results for share in shares])
     save_backends(part)

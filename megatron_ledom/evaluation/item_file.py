@@ -1,4 +1,4 @@
-"""What was found of each item as JSON lines, which a later run of the same command resumes.
+"""The file of an evaluation's items: a JSON line for each, which a later run of the same command resumes.
 
 The caller holds the lock of the output folder (`storage.locks`) while it reads and appends.
 """

@@ -17,7 +17,7 @@ from megatron_ledom.storage.files import PART_SUFFIX, write_whole
 from megatron_ledom.storage.locks import LOCK_SUFFIX, output_folder_lock
 
 Request = Mapping[str, Any]
-"""What decides the content of a result, as JSON holds it: options, tokenizer, input files with size and version."""
+"""Everything that decides the content of a result, as JSON holds it: options, tokenizer, input files with size and version."""
 INPUT, PLAN = "input", "plan.json"
 LONGEST = 60
 """Characters of a value that a difference shows."""

@@ -14,7 +14,7 @@ from megatron_ledom.storage.locks import POLL_SECONDS, REPORT_SECONDS, Lock
 log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 120.0
-"""How long those that do not build wait while nobody does."""
+"""Those that do not build wait so long while nobody does."""
 
 
 def node() -> str:
