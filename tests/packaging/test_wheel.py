@@ -2,7 +2,7 @@
 
 The environment is made fresh and gets the wheel by pip; what the wheel depends on is read from the environment that runs the
 tests, by a path file, because torch and megatron-core take minutes to install. So this says nothing of the versions that pip
-would choose, and nothing of a dependency that pyproject.toml forgets to name.
+would choose; that pyproject.toml names each of them is for tests/unit/test_repository.py.
 """
 
 import json
@@ -24,7 +24,8 @@ from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 
 pytestmark = pytest.mark.timeout(1200)  # C++ is compiled and each command imports torch
-NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "tests", "quickstart", "study", "__pycache__", "*.so", "*.egg-info")
+NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "tests", "__pycache__", "*.so", "*.egg-info")
+RESULTS = {"quickstart", "study"}  # folders at the top of a checkout
 WITHOUT = {"PYTHONPATH", "CXX", "CC", "LEDOM_CUDA", "LEDOM_EXTENSIONS"}
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in WITHOUT} | {"LEDOM_CUDA": "0"}
 TEXTS = [f"Line {number} says: the cat number {number * 7} sat on mat {number % 5}." for number in range(400)]
@@ -38,7 +39,11 @@ TINY = [
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout, so that nothing is built inside it."""
-    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("sources") / "megatron_ledom", ignore=NOT_COPIED))
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return NOT_COPIED(folder, names) | (RESULTS if Path(folder) == ROOT else set())
+
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("sources") / "megatron_ledom", ignore=ignored))
 
 
 def build(sources: Path, target: Path, *options: str, **variables: str) -> str:
@@ -93,13 +98,16 @@ def test_source_distribution_holds_what_the_wheel_is_built_from(built: Path) -> 
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     here = [
-        path.relative_to(ROOT).as_posix() for top in ("csrc", "examples/configs", "tools") for path in (ROOT / top).rglob("*.*")
+        path.relative_to(ROOT).as_posix()
+        for top in ("csrc", "docs", "examples/configs", "tools")
+        for path in (ROOT / top).rglob("*.*")
     ]
     assert names >= {
         "LICENSE",
         "README.md",
         "setup.py",
         "constraints.txt",
+        "examples/quickstart/loss_curves.png",
         *(name for name in here if "__pycache__" not in name),
     }
 
@@ -108,6 +116,7 @@ def test_wheel_holds_the_package_and_its_data(built: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
         metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    assert "Project-URL: Paper, https://arxiv.org/abs/2507.01335" in metadata.splitlines()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ledom").rglob("*.py")}
     data = {f"megatron_ledom/configs/{path.name}" for path in (ROOT / "examples/configs").glob("*.yaml")}
     data |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ledom").rglob("*.yaml")}
