@@ -211,6 +211,19 @@ def only_storage_publishes(path: Path, tree: ast.Module) -> Iterator[Finding]:
             yield node.lineno, f"{owner}.{name}: only storage/ renames, forces to disk and locks"
 
 
+NAMES_FILES_OF_A_CHECKOUT = {"cli/__init__.py", "cli/main.py", "config/shipped.py"}
+
+
+def no_file_of_a_checkout(path: Path, tree: ast.Module) -> Iterator[Finding]:
+    """A wheel has no tools/ and no examples/: a message names the command `ledom COMMAND`, or a config that comes with the package."""
+    if not part_of(path) or path.relative_to("megatron_ledom").as_posix() in NAMES_FILES_OF_A_CHECKOUT:
+        return
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and re.search(r"\b(tools|examples)/", node.value) and "# house:" not in source_line(path, node.lineno):
+            yield node.lineno, "names a file that a wheel does not have; write `ledom COMMAND`"
+
+
 RULES: list[Rule] = [
     layers,
     engine_is_met_in_few_places,
@@ -219,12 +232,18 @@ RULES: list[Rule] = [
     lines,
     no_code_of_a_folder,
     only_storage_publishes,
+    no_file_of_a_checkout,
 ]
 
 
 @cache
 def source_lines(path: Path) -> list[str]:
     return (ROOT / path).read_text(encoding="utf-8").splitlines() or [""]
+
+
+def source_line(path: Path, number: int) -> str:
+    """Return one line of a file of the checkout; nothing for source that a test made up."""
+    return source_lines(path)[number - 1] if (ROOT / path).is_file() else ""
 
 
 @cache
@@ -269,6 +288,9 @@ def test_source_keeps_the_rule(rule: Rule) -> None:
         (only_storage_publishes, "data/x.py", "part.rename(path)"),
         (only_storage_publishes, "data/x.py", "os.fsync(file.fileno())"),
         (only_storage_publishes, "data/x.py", "fcntl.flock(file, fcntl.LOCK_EX)"),
+        (no_file_of_a_checkout, "data/x.py", "raise DataError(f'{path}: see tools/inspect_shard.py {path}')"),
+        (no_file_of_a_checkout, "data/x.py", '"""Options of tools/inspect_shard.py."""'),
+        (no_file_of_a_checkout, "data/x.py", "text = 'pass examples/configs/ledom_7b.yaml'"),
     ],
 )
 def test_rule_finds_what_breaks_it(rule: Rule, path: str, source: str) -> None:
@@ -289,6 +311,7 @@ def test_rule_finds_what_breaks_it(rule: Rule, path: str, source: str) -> None:
             "AutoConfig.from_pretrained('x', trust_remote_code=False)\nLM.from_pretrained('x')",
         ),
         (only_storage_publishes, "storage/x.py", "os.replace(part, path)"),
+        (no_file_of_a_checkout, "data/x.py", "text = 'ledom inspect-shard'; other = 'my_tools/x'"),
         (only_storage_publishes, "data/x.py", "text.replace('a', 'b')\nreplace(settings, seed=1)\npublish(part, path)"),
         (only_platform_patches, "model/x.py", "from megatron.core import optimizer\nmine = optimizer.clip\nself.x = 1"),
     ],
