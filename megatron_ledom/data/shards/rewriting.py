@@ -30,7 +30,7 @@ from megatron_ledom.data.shards.shard import (
     choose_dtype,
     printable,
 )
-from megatron_ledom.direction import Direction, turn_into
+from megatron_ledom.direction import Direction, check_helpers, turn_into
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.storage.signals import sigterm_as_interrupt
@@ -104,6 +104,7 @@ class ReverseSettings:
 
 def reverse_shards(settings: ReverseSettings) -> ShardManifest:
     """Write the turned shard and return its manifest. On any failure nothing of it stays behind."""
+    check_helpers()
     prefixes = expand_prefixes(settings.input)
     with_manifest = [prefix for prefix in prefixes if Path(f"{prefix}.json").exists()]
     if with_manifest == prefixes:
