@@ -1,7 +1,7 @@
 """Builds the C++ helpers and the CUDA operators where they can be built. What else there is to the package is in pyproject.toml.
 
 LEDOM_EXTENSIONS=auto   the default: C++ is built where a compiler and the headers of Python are found; what does not compile
-                        fails. Without it inference and evaluation work, and the wheel is one for any machine
+                        fails. Without it all but preprocessing and turning shards works, and the wheel is one for any machine
 LEDOM_EXTENSIONS=1      it is built, or the build fails and says why
 LEDOM_EXTENSIONS=0      nothing is built, the CUDA operators neither
 
@@ -56,7 +56,10 @@ def builds_extensions() -> bool:
     if reason and mode_of("LEDOM_CUDA") == "1":
         sys.exit(f"LEDOM_CUDA=1, but {reason}")
     if reason:
-        print(f"megatron_ledom: C++ helpers not built, inference and evaluation work without: {reason}", file=sys.stderr)
+        print(
+            f"megatron_ledom: C++ helpers not built, all but preprocessing and turning shards works without: {reason}",
+            file=sys.stderr,
+        )
     return reason is None
 
 

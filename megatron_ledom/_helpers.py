@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 raise UsageError(
-    "megatron_ledom was installed without its C++ helpers (no compiled module megatron_ledom._helpers), which shards and training"
-    " need; inference and evaluation do without. Install a C++ compiler and the headers of Python (Debian: apt install g++"
+    "megatron_ledom was installed without its C++ helpers (no compiled module megatron_ledom._helpers), which preprocessing text"
+    " and turning shards need; everything else does without. Install a C++ compiler and the headers of Python (Debian: apt install g++"
     " python3-dev), then build: LEDOM_EXTENSIONS=1 pip install --force-reinstall --no-deps --no-cache-dir megatron-ledom, or . in a"
     " checkout"
 )

@@ -43,6 +43,11 @@ def _turned(ids: Ids) -> Ids:
     return np.ascontiguousarray(ids[::-1]) if isinstance(ids, np.ndarray) else ids[::-1]
 
 
+def check_helpers() -> None:
+    """Raise UsageError where the C++ helpers, which `pack_into` and `turn_into` call, are not built."""
+    import megatron_ledom._helpers  # noqa: F401
+
+
 def pack_into(
     text_ids: npt.NDArray[np.uint32],
     offsets: npt.NDArray[np.int64],
@@ -60,7 +65,7 @@ def pack_into(
     first in model order, one more id a document. Returns -1, or the position in `text_ids` of the first id that is at or above
     `vocab_size` or is the eod; `packed` is then incomplete.
     """
-    import megatron_ledom._helpers as helpers  # compiled at install; imported late so that inference does without it
+    import megatron_ledom._helpers as helpers  # compiled at install; imported late: all but this does without it
 
     is_reverse = direction is Direction.REVERSE
     return int(
@@ -84,7 +89,7 @@ def turn_into(
     without ids besides eod leaves nothing. Returns -1, or the position in `stored_ids` of the first id that is outside
     [0, vocab_size), is an eod inside a document, or closes a document without being eod; `turned` is then incomplete.
     """
-    import megatron_ledom._helpers as helpers  # compiled at install; imported late so that inference does without it
+    import megatron_ledom._helpers as helpers  # compiled at install; imported late: all but this does without it
 
     return int(helpers.turn_documents(stored_ids, lengths, turned, is_closed, eod_id, vocab_size))
 

@@ -1,6 +1,6 @@
 // The pointwise operators of a training step on a CPU, each over rows [begin, end) of its arrays, fp32 inside.
 //
-// A file an instruction set includes this (scalar.cpp, avx2.cpp, avx512.cpp); table.h says what each operator is and how its
+// A file an instruction set includes this (baseline.cpp, avx2.cpp, avx512.cpp); table.h says what each operator is and how its
 // arrays lie. Rows are independent, so threads may share them in any way without a change of the result; what is summed over
 // rows is summed in blocks of a size that does not depend on the number of threads.
 #pragma once

@@ -22,11 +22,11 @@ def load_tasks(config: RunConfig) -> "list[LoadedTask]":
         if task_named(name).kind is not Kind.CHOICE:
             raise ConfigError(
                 f"train.tasks names {name}, for which a model writes: each token would cost a pass of the whole pipeline; leave it"
-                " out, and evaluate the exported checkpoint with tools/evaluate.py"
+                " out, and evaluate the exported checkpoint with ledom evaluate"
             )
     if train.task_data is None:
         raise ConfigError(
-            "train.task_data=null: train.tasks needs the folder of their files (tools/evaluate.py --list names them)"
+            "train.task_data=null: train.tasks needs the folder of their files (ledom evaluate --list names them)"
         )
     return [
         load_task(name, train.task_data, limit=train.task_limit, num_fewshot=train.task_num_fewshot, seed=train.seed)

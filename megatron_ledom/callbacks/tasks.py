@@ -1,4 +1,4 @@
-"""Multiple-choice tasks while training: the figures of tools/evaluate.py for the model that is being trained.
+"""Multiple-choice tasks while training: the figures of `ledom evaluate` for the model that is being trained.
 
 The model scores on the ranks that hold it; weights, optimizer and random states are not changed.
 

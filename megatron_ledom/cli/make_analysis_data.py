@@ -1,4 +1,4 @@
-"""Make the data of an analysis: training text in reading order, questions for tools/evaluate.py, and a manifest with hashes."""
+"""Make the data of an analysis: training text in reading order, questions for `ledom evaluate`, and a manifest with hashes."""
 
 import argparse
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
 """Plan a run without a GPU: memory of every stage, seconds of an iteration, days and cost; --search finds the best layout.
 
-Example: `python tools/plan_run.py --config examples/configs/ledom_7b.yaml --hardware h100-sxm --num-gpus 64 --search`.
+Example: `ledom plan-run --config ledom_7b --hardware h100-sxm --num-gpus 64 --search`.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Repeat one step of a run bit for bit from the last checkpoint before it, and show its batch and its gradients.
 
-Launch it as the run was: `torchrun --nproc-per-node N tools/replay_step.py --run RUN --iteration K`. Exit 1 when loss or
+Launch it as the run was: `torchrun --nproc-per-node N --no-python ledom replay-step --run RUN --iteration K`. Exit 1 when loss or
 gradient norm is not as recorded. The run folder is only read.
 """
 

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the command line."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="outputs of tools/rerank.py, one for each sampling seed")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="outputs of ledom rerank, one for each sampling seed")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the report")
     parser.add_argument("--gold-key", metavar="KEY", help="field of the right answer")
     kinds = ("number", "text", "math")
     parser.add_argument("--answers", choices=kinds, default="number", help="how answers are compared (default %(default)s)")
-    parser.add_argument("--beam", metavar="FILE", help="output of tools/rerank.py --beam for the same prompts")
+    parser.add_argument("--beam", metavar="FILE", help="output of ledom rerank --beam for the same prompts")
     parser.add_argument("--folds", type=int, default=5, help="lambda is chosen on the other folds (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of folds and bootstrap (default %(default)s)")
     parser.add_argument("--explain", type=int, metavar="LINE", help="instead: why the first file's line was ranked so")

@@ -1,6 +1,6 @@
 """Draw loss, gradient norm, throughput and learning rate of runs to PNG, and one HTML page with their final figures.
 
-Runs of both directions come into one picture: `python tools/report_run.py RUN_REVERSE RUN_FORWARD --output report`.
+Runs of both directions come into one picture: `ledom report-run RUN_REVERSE RUN_FORWARD --output report`.
 """
 
 import argparse

@@ -117,7 +117,7 @@ class DataConfig:
     eod_mask_loss: bool = True
     """No loss where the input token is eod: to predict the end is trained, to predict from it is not."""
     loss_tokens: Literal["all", "scored", "scored_and_eod"] = "all"
-    """What of a pair (tools/prepare_pairs.py) the loss counts: everything, or only what a scorer scores, of a reverse model the
+    """What of a pair (`ledom prepare-pairs`) the loss counts: everything, or only what a scorer scores, of a reverse model the
     prompt given the answer; without or with the eod that says where it begins. Of text it is everything."""
     reset_attention_mask: bool = False
     """Documents in one sample do not see each other."""
@@ -232,10 +232,10 @@ class TrainConfig:
     eval_iters: Positive = 10
     """Global batches of each validation set."""
     tasks: list[str] = field(default_factory=list)
-    """Multiple-choice tasks of tools/evaluate.py evaluated while training, by name, with the figures that an export would have;
+    """Multiple-choice tasks of `ledom evaluate` evaluated while training, by name, with the figures that an export would have;
     tasks that write text are for the exported model."""
     task_data: str | None = None
-    """Folder of their files (tools/evaluate.py --list names them)."""
+    """Folder of their files (`ledom evaluate --list` names them)."""
     task_interval: Positive = 1000
     """Iterations between evaluations of the tasks; there is always one at the end."""
     task_limit: Positive | None = None

@@ -1,4 +1,4 @@
-"""From the options of tools/evaluate.py to tasks, a model and files."""
+"""From the options of `ledom evaluate` to tasks, a model and files."""
 
 import sys
 from collections.abc import Mapping, Sequence

@@ -48,7 +48,7 @@ MOST_OPEN = 64
 
 @dataclass(kw_only=True, slots=True)
 class PairSettings:
-    """Options of tools/prepare_pairs.py."""
+    """Options of `ledom prepare-pairs`."""
 
     input: list[str]
     """Files of JSON lines."""

@@ -89,7 +89,7 @@ class LanguageModel:
         if recorded is None and passed is None and cls.direction is Direction.REVERSE:
             raise MismatchError(
                 f"{folder}/config.json records no direction, and a stock model reads forward; expected 'reverse': pass a folder"
-                f" that tools/convert_checkpoint.py wrote, or say {say.reverse} if you know that it is one"
+                f" that ledom convert-checkpoint wrote, or say {say.reverse} if you know that it is one"
             )
         if recorded is not None and recorded != mine:
             raise MismatchError(

@@ -67,9 +67,7 @@ SAY_MODEL_ARGS = Say("eod_id=ID in --model_args", "direction=reverse in --model_
 def read_model_config(folder: Path) -> dict[str, Any]:
     """The config.json of a model folder."""
     if not (folder / "config.json").is_file():
-        raise UsageError(
-            f"{folder} is no model folder (it has no config.json); pass one that tools/convert_checkpoint.py wrote"
-        )
+        raise UsageError(f"{folder} is no model folder (it has no config.json); pass one that ledom convert-checkpoint wrote")
     return _read_json(folder / "config.json")
 
 

@@ -200,10 +200,12 @@ def describe(hardware: Hardware, measured: list[Measured], output: str) -> str:
     for words, is_fitted in (("fitted", True), ("not fitted", False)):
         found = [abs(one.error(hardware)) for one in measured if one.is_fitted == is_fitted]
         lines.append(f"{words}: {statistics.mean(found):.1%} off on average, {max(found):.1%} at most")
-    return "\n".join([*lines, f"{output}: tools/plan_run.py --hardware {output}"]) + "\n"
+    return "\n".join([*lines, f"{output}: ledom plan-run --hardware {output}"]) + "\n"
 
 
 def _yaml(hardware: Hardware) -> str:
     values = {key: float(f"{value:.4g}") if isinstance(value, float) else value for key, value in asdict(hardware).items()}
-    values["source"] = f"measured by tools/calibrate_hardware.py; what it cannot measure is that of {hardware.name}"
+    values["source"] = (
+        f"measured by tools/calibrate_hardware.py; what it cannot measure is that of {hardware.name}"  # house: a result
+    )
     return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=1000)

@@ -68,7 +68,7 @@ def _tables(config: RunConfig, world_size: int, model: ModelConfig, plan: Plan |
 def _plan_rows(config: RunConfig, plan: Plan | None) -> Iterator[Row]:
     """Yield the planner's figures for the configured hardware."""
     if config.parallel.hardware is None:
-        yield "hardware", "not named: parallel.hardware, or tools/plan_run.py --hardware, plans memory and time"
+        yield "hardware", "not named: parallel.hardware, or ledom plan-run --hardware, plans memory and time"
     elif plan is None:
         yield "hardware", f"{load_hardware(config.parallel.hardware).name}; no plan without the vocabulary"
     else:

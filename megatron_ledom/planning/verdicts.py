@@ -48,7 +48,7 @@ def memory_verdict(config: RunConfig, plan: Plan | None) -> Verdict:
         return Verdict("memory", f"not planned: {known}")
     stage = max(plan.stages, key=plan.stage_gib).stage
     text = f"{plan.needed_gib:.1f} of {plan.hardware.memory_gib:g} GiB a device of {plan.hardware.name} on stage {stage}"
-    remedy = "recompute more, or spread it over more devices (tools/plan_run.py --search finds a layout)"
+    remedy = "recompute more, or spread it over more devices (ledom plan-run --search finds a layout)"
     return Verdict("memory", text, plan.fits, remedy)
 
 

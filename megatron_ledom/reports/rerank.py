@@ -38,7 +38,7 @@ def report_rerank(options: Options) -> None:
     """Compare the methods over reranked files, or explain one choice; write the page and print the finding."""
     for path in [*options["files"], *([options["beam"]] if options["beam"] else [])]:
         if not os.path.isfile(path):
-            raise UsageError(f"{path} is no file; pass outputs of tools/rerank.py")
+            raise UsageError(f"{path} is no file; pass outputs of ledom rerank")
     with output_folder_lock(options["output"]):
         if options["explain"] is None:
             _compare(options)

@@ -126,7 +126,7 @@ def _by_validation(sets: dict[str, dict[float, tuple[float, float]]]) -> str:
         f" {forward:.4f}"
     )
     if len(last) < FEWEST_VALIDATIONS:
-        return f"{start}; {len(last)} common validation(s) give no interval, so neither is called lower (tools/compare_losses.py gives one)."
+        return f"{start}; {len(last)} common validation(s) give no interval, so neither is called lower (ledom compare-losses gives one)."
     over = f"{100 * min(means):+.2f} % to {100 * max(means):+.2f} % over the last {len(last)} validations"
     if min(map(min, every)) <= 0 <= max(map(max, every)):
         return f"{start}; the difference changes its sign between sets or validations ({over}), so neither is called lower."

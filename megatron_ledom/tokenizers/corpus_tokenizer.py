@@ -269,7 +269,7 @@ def _check_is_reserved(encoders: Encoders, eod: str, eod_id: int, path: str) -> 
     if is_ordinary:
         raise UsageError(
             f"tokenizer {path}: {eod!r} = {eod_id} is an ordinary piece, which texts become, so documents would end in their middle;"
-            " name a special token by --eod-token (tools/preprocess_data.py --add-specials adds one)"
+            " name a special token by --eod-token (ledom preprocess-data --add-specials adds one)"
         )
 
 

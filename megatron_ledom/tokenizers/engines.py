@@ -21,7 +21,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from megatron_ledom._helpers import ByteEncoder, PieceEncoder, not_nfc
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.tokenizers.sentencepiece_bpe import SPACE, parse_model
 from megatron_ledom.tokenizers.tiktoken_ranks import CL100K_PATTERN, O200K_PATTERN, R50K_PATTERN
@@ -251,6 +250,8 @@ class CachedPieceEngine(CachedEngine):
         reason = why_not_cached(model)
         if reason is not None:
             raise UsageError(f"this SentencePiece model {reason}; encode with the sentencepiece library")
+        from megatron_ledom._helpers import PieceEncoder
+
         proto = parse_model(model, "the model")
         self._encoder = PieceEncoder(
             pieces=[piece.piece.encode() for piece in proto.pieces],
@@ -305,10 +306,12 @@ class CachedByteEngine(CachedEngine):
         reason = why_not_bytes(stored)
         if reason is not None:
             raise UsageError(f"it {reason}")
+        from megatron_ledom._helpers import ByteEncoder, not_nfc
+
         model = stored["model"]
         added, self._cut = _added_tokens(stored)
         self._reference = reference
-        self._is_normalized = stored.get("normalizer") is not None
+        self._find_odd = not_nfc if stored.get("normalizer") is not None else None
         self._encoder = ByteEncoder(
             vocab=model["vocab"],
             merges=model["merges"],
@@ -323,7 +326,7 @@ class CachedByteEngine(CachedEngine):
 
         Nothing is added, and a special token spelled out in a text is ordinary text; another added token is itself.
         """
-        odd = not_nfc(texts) if self._is_normalized else []
+        odd = self._find_odd(texts) if self._find_odd is not None else []
         if not odd:
             return super().encode(texts)
         from tokenizers import normalizers

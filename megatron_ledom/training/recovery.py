@@ -113,7 +113,7 @@ class Recovery:
         run_dir = self.state.config.run_dir
         raise StoppedError(
             f"iteration {iteration}: {reason}. Nothing was updated or saved; its samples are listed in"
-            f" {os.path.join(run_dir, BAD_STEPS)}. Look at it with tools/replay_step.py --run {run_dir} --iteration {iteration};"
+            f" {os.path.join(run_dir, BAD_STEPS)}. Look at it with ledom replay-step --run {run_dir} --iteration {iteration};"
             f" then lower optimizer.lr, or leave it out with train.skip_iterations=[{iteration}]: the same command goes on from the"
             " last checkpoint"
         )

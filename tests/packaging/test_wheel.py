@@ -2,7 +2,7 @@
 
 The environment is made fresh and gets the wheel by pip; what the wheel depends on is read from the environment that runs the
 tests, by a path file, because torch and megatron-core take minutes to install. So this says nothing of the versions that pip
-would choose, and nothing of a dependency that pyproject.toml forgets to name.
+would choose; that pyproject.toml names each of them is for tests/unit/test_repository.py.
 """
 
 import json
@@ -24,7 +24,8 @@ from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
 
 pytestmark = pytest.mark.timeout(1200)  # C++ is compiled and each command imports torch
-NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "tests", "quickstart", "study", "__pycache__", "*.so", "*.egg-info")
+NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "tests", "__pycache__", "*.so", "*.egg-info")
+RESULTS = {"quickstart", "study"}  # folders at the top of a checkout
 WITHOUT = {"PYTHONPATH", "CXX", "CC", "LEDOM_CUDA", "LEDOM_EXTENSIONS"}
 ENVIRONMENT = {name: value for name, value in os.environ.items() if name not in WITHOUT} | {"LEDOM_CUDA": "0"}
 TEXTS = [f"Line {number} says: the cat number {number * 7} sat on mat {number % 5}." for number in range(400)]
@@ -38,7 +39,11 @@ TINY = [
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the checkout, so that nothing is built inside it."""
-    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("sources") / "megatron_ledom", ignore=NOT_COPIED))
+
+    def ignored(folder: str, names: list[str]) -> set[str]:
+        return NOT_COPIED(folder, names) | (RESULTS if Path(folder) == ROOT else set())
+
+    return Path(shutil.copytree(ROOT, tmp_path_factory.mktemp("sources") / "megatron_ledom", ignore=ignored))
 
 
 def build(sources: Path, target: Path, *options: str, **variables: str) -> str:
@@ -93,13 +98,16 @@ def test_source_distribution_holds_what_the_wheel_is_built_from(built: Path) -> 
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     here = [
-        path.relative_to(ROOT).as_posix() for top in ("csrc", "examples/configs", "tools") for path in (ROOT / top).rglob("*.*")
+        path.relative_to(ROOT).as_posix()
+        for top in ("csrc", "docs", "examples/configs", "tools")
+        for path in (ROOT / top).rglob("*.*")
     ]
     assert names >= {
         "LICENSE",
         "README.md",
         "setup.py",
         "constraints.txt",
+        "examples/quickstart/loss_curves.png",
         *(name for name in here if "__pycache__" not in name),
     }
 
@@ -108,6 +116,7 @@ def test_wheel_holds_the_package_and_its_data(built: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
         metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
+    assert "Project-URL: Paper, https://arxiv.org/abs/2507.01335" in metadata.splitlines()
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ledom").rglob("*.py")}
     data = {f"megatron_ledom/configs/{path.name}" for path in (ROOT / "examples/configs").glob("*.yaml")}
     data |= {path.relative_to(ROOT).as_posix() for path in (ROOT / "megatron_ledom").rglob("*.yaml")}
@@ -140,19 +149,57 @@ def test_ledom_alone_goes_from_text_to_an_evaluated_model(installed: Installed) 
     assert (installed.folder / "evaluated/summary.json").is_file()
 
 
-def test_without_a_compiler_inference_and_evaluation_are_installed(sources: Path, tmp_path: Path) -> None:
-    printed = build(sources, tmp_path, "--wheel", CXX="/nowhere/c++", CC="/nowhere/cc")
-    assert "C++ helpers not built, inference and evaluation work without: the C++ compiler /nowhere/c++ is not found" in printed
-    wheel = next(tmp_path.glob("*.whl"))
+@pytest.fixture(scope="module")
+def without_a_compiler(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
+    """The wheel of a machine without a compiler, installed, with a model, questions and a shard of pairs beside it."""
+    target = tmp_path_factory.mktemp("without_a_compiler")
+    printed = build(sources, target, "--wheel", CXX="/nowhere/c++", CC="/nowhere/cc")
+    assert (
+        "not built, all but preprocessing and turning shards works without: the C++ compiler /nowhere/c++ is not found"
+        in printed
+    )
+    wheel = next(target.glob("*.whl"))
     assert wheel.name.endswith("-py3-none-any.whl")
-    installed = install(wheel, tmp_path)
+    installed = install(wheel, target)
     random_model_folder(installed.folder / "model", "byte_level", "reverse")
     write_sets(installed.folder / "sets")
-    model = ["--model", "model"]
-    assert installed.ledom("generate", *model, "--following", "The end.", "--max-new-tokens", 2).stdout.endswith("The end.\n")
+    pairs = [{"question": f"What is {number}?", "answer": f"It is {number * 7}."} for number in range(100)]
+    (installed.folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    names = ["--input", "pairs.jsonl", "--tokenizer", "model", "--eod-token", "<EOD>", "--output-prefix", "pairs"]
+    installed.ledom("prepare-pairs", *names, "--seq-length", 64)
+    return installed
+
+
+def test_without_a_compiler_models_are_used(without_a_compiler: Installed) -> None:
+    ledom, model = without_a_compiler.ledom, ["--model", "model"]
+    assert ledom("generate", *model, "--following", "The end.", "--max-new-tokens", 2).stdout.endswith("The end.\n")
     sizes = ["--limit", 1, "--max-new-tokens", 2]
-    installed.ledom("evaluate", *model, "--tasks", "svamp,boolq", "--data", "sets", *sizes, "--output", "evaluated")
-    names = ["--input", "x.jsonl", "--tokenizer", "model", "--output-prefix", "shard"]
-    refused = installed.ledom("preprocess-data", *names, code=2).stderr
-    assert "megatron_ledom was installed without its C++ helpers" in refused
-    assert "LEDOM_EXTENSIONS=1 pip install" in refused
+    ledom("evaluate", *model, "--tasks", "svamp,boolq", "--data", "sets", *sizes, "--output", "evaluated")
+
+
+def test_without_a_compiler_stored_shards_are_read_and_trained_on(without_a_compiler: Installed) -> None:
+    ledom = without_a_compiler.ledom
+    assert "verified" in ledom("inspect-shard", "pairs", "--verify").stdout
+    assert "usage: ledom convert-checkpoint" in ledom("convert-checkpoint", "--help").stdout
+    data = ["data.tokenizer=model", "data.train_blend=[[1.0, pairs]]", "data.seq_length=64", "data.reset_attention_mask=true"]
+    train = [
+        "train",
+        "--config",
+        "quickstart_reverse",
+        *TINY,
+        *data,
+        "model.vocab_size=400",
+        "train.global_batch_size=4",
+        "run_dir=run",
+    ]
+    assert "pairs" in ledom(*train, "--dry-run").stdout
+    ledom(*train)
+    ledom("convert-checkpoint", "mcore-to-hf", "--load", "run", "--save", "exported")
+
+
+def test_without_a_compiler_preprocessing_and_turning_shards_are_refused(without_a_compiler: Installed) -> None:
+    preprocess = ["preprocess-data", "--input", "x.jsonl", "--tokenizer", "model", "--output-prefix", "shard"]
+    for command in (preprocess, ["reverse-shards", "--input", "pairs", "--output-prefix", "shard"]):
+        refused = without_a_compiler.ledom(*command, code=2).stderr
+        assert "megatron_ledom was installed without its C++ helpers" in refused
+        assert "LEDOM_EXTENSIONS=1 pip install" in refused

@@ -13,46 +13,40 @@ import pytest
 
 from tests.paths import ROOT
 
-ENGINE = {"config", "direction", "errors", "ops", "parallel", "platform", "provenance", "storage"}
-MAY_IMPORT = {  # part of the package -> parts it may import besides itself
-    "direction": set(),
-    "errors": set(),
-    "provenance": {"direction", "errors"},
-    "storage": {"errors"},
-    "markdown": {"errors", "storage"},
-    "tokenizers": {"direction", "errors", "provenance", "storage"},
-    "config": {"direction", "errors", "storage"},
-    "platform": {"config", "direction", "errors", "storage"},
-    "ops": {"config", "direction", "errors", "platform"},
-    "parallel": {"config", "direction", "errors", "platform"},
-    "planning": {"config", "direction", "errors", "markdown", "model", "storage"},
-    "planning.calibration": ENGINE | {"planning"},
-    "planning.dry_run": ENGINE | {"data", "planning", "model"},
-    "planning.verdicts": ENGINE | {"planning", "model", "checkpoint"},
-    "data": ENGINE | {"tokenizers"},
-    "model": ENGINE,
-    "checkpoint": ENGINE,
-    "training": ENGINE | {"data", "model", "checkpoint", "tokenizers"},
-    "callbacks": ENGINE | {"data", "model", "training", "inference", "evaluation"},
-    "convert": ENGINE | {"tokenizers", "markdown", "model", "checkpoint", "inference"},
-    "cli": {
-        *ENGINE,
-        "convert",
-        "data",
-        "evaluation",
-        "finetune",
-        "inference",
-        "planning",
-        "reports",
-        "training",
-        "checkpoint",
-        "markdown",
-    },
-    "finetune": ENGINE | {"data", "inference", "tokenizers"},
-    "inference": {"direction", "errors", "provenance", "storage", "tokenizers"},
-    "evaluation": {"direction", "errors", "provenance", "inference", "storage", "tokenizers"},
-    "reports": ENGINE | {"evaluation", "inference", "markdown", "planning", "tokenizers", "training"},
-}
+LAYERS = """
+__init__: direction errors lazy
+_helpers: errors
+direction: _helpers
+errors:
+lazy:
+provenance: direction errors
+storage: errors
+markdown: errors storage
+tokenizers: _helpers direction errors lazy provenance storage
+config: direction errors storage
+platform: errors storage
+ops: platform
+parallel: config errors platform
+model: config errors ops parallel
+planning: config errors markdown model
+planning.calibration: config parallel platform storage
+planning.dry_run: config data
+planning.verdicts: checkpoint config errors
+data: config direction errors lazy parallel platform provenance storage tokenizers
+checkpoint: config errors parallel platform provenance storage
+training: checkpoint config data direction errors model ops parallel platform provenance storage tokenizers
+callbacks: config data direction errors evaluation inference model parallel platform storage training
+pretrain: callbacks checkpoint cli config data errors model ops parallel planning platform training
+inference: direction errors lazy storage tokenizers
+convert: checkpoint config direction errors inference lazy markdown model parallel platform provenance storage tokenizers
+finetune: data direction errors inference storage tokenizers
+evaluation: direction errors inference lazy storage tokenizers
+reports: config direction errors evaluation inference markdown planning storage training
+cli: checkpoint config convert data direction errors evaluation finetune inference markdown ops planning\
+ platform reports training
+"""
+MAY_IMPORT = {room: set(names.split()) for room, _, names in (line.partition(":") for line in LAYERS.split("\n") if line)}
+"""Part of the package -> parts it may import besides itself; none that no file of it imports."""
 MEGATRON_FREE = {
     *("config", "direction", "errors", "evaluation", "inference", "planning", "provenance", "reports", "storage"),
     "tokenizers",
@@ -211,6 +205,19 @@ def only_storage_publishes(path: Path, tree: ast.Module) -> Iterator[Finding]:
             yield node.lineno, f"{owner}.{name}: only storage/ renames, forces to disk and locks"
 
 
+NAMES_FILES_OF_A_CHECKOUT = {"cli/__init__.py", "cli/main.py", "config/shipped.py"}
+
+
+def no_file_of_a_checkout(path: Path, tree: ast.Module) -> Iterator[Finding]:
+    """A wheel has no tools/ and no examples/: a message names `ledom COMMAND`, or a config that comes with the package."""
+    if not part_of(path) or path.relative_to("megatron_ledom").as_posix() in NAMES_FILES_OF_A_CHECKOUT:
+        return
+    for node in ast.walk(tree):
+        is_text = isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if is_text and re.search(r"\b(tools|examples)/", node.value) and "# house:" not in source_line(path, node.lineno):
+            yield node.lineno, "names a file that a wheel does not have; write `ledom COMMAND`"
+
+
 RULES: list[Rule] = [
     layers,
     engine_is_met_in_few_places,
@@ -219,12 +226,18 @@ RULES: list[Rule] = [
     lines,
     no_code_of_a_folder,
     only_storage_publishes,
+    no_file_of_a_checkout,
 ]
 
 
 @cache
 def source_lines(path: Path) -> list[str]:
     return (ROOT / path).read_text(encoding="utf-8").splitlines() or [""]
+
+
+def source_line(path: Path, number: int) -> str:
+    """Return one line of a file of the checkout; nothing for source that a test made up."""
+    return source_lines(path)[number - 1] if (ROOT / path).is_file() else ""
 
 
 @cache
@@ -243,12 +256,24 @@ def test_source_keeps_the_rule(rule: Rule) -> None:
     assert not findings, "\n".join(findings)
 
 
+def test_every_part_of_the_package_has_an_entry_and_uses_all_of_it() -> None:
+    unused = {room: set(allowed) for room, allowed in MAY_IMPORT.items()}
+    for path, tree in sources():
+        if not part_of(path):
+            continue
+        assert part_of(path) in MAY_IMPORT, f"{path} is in no part that MAY_IMPORT names"
+        unused[room_of(path)] -= {name.split(".")[1] for _, name in imports(tree) if name.startswith("megatron_ledom.")}
+    assert not {room: names for room, names in unused.items() if names}
+
+
 @pytest.mark.parametrize(
     ("rule", "path", "source"),
     [
         (layers, "data/x.py", "from megatron_ledom.model.builder import build_model"),
         (layers, "data/x.py", "def late():\n    from megatron_ledom import training"),
         (layers, "checkpoint/x.py", "import megatron_ledom.training.trainer"),
+        (layers, "training/x.py", "from megatron_ledom.pretrain import run"),
+        (layers, "lazy.py", "from megatron_ledom.errors import UsageError"),
         (layers, "config/x.py", "import torch.nn"),
         (layers, "planning/x.py", "import torch"),
         (layers, "planning/x.py", "from megatron_ledom.training.trainer import train"),
@@ -269,6 +294,9 @@ def test_source_keeps_the_rule(rule: Rule) -> None:
         (only_storage_publishes, "data/x.py", "part.rename(path)"),
         (only_storage_publishes, "data/x.py", "os.fsync(file.fileno())"),
         (only_storage_publishes, "data/x.py", "fcntl.flock(file, fcntl.LOCK_EX)"),
+        (no_file_of_a_checkout, "data/x.py", "raise DataError(f'{path}: see tools/inspect_shard.py {path}')"),
+        (no_file_of_a_checkout, "data/x.py", '"""Options of tools/inspect_shard.py."""'),
+        (no_file_of_a_checkout, "data/x.py", "text = 'pass examples/configs/ledom_7b.yaml'"),
     ],
 )
 def test_rule_finds_what_breaks_it(rule: Rule, path: str, source: str) -> None:
@@ -289,6 +317,7 @@ def test_rule_finds_what_breaks_it(rule: Rule, path: str, source: str) -> None:
             "AutoConfig.from_pretrained('x', trust_remote_code=False)\nLM.from_pretrained('x')",
         ),
         (only_storage_publishes, "storage/x.py", "os.replace(part, path)"),
+        (no_file_of_a_checkout, "data/x.py", "text = 'ledom inspect-shard'; other = 'my_tools/x'"),
         (only_storage_publishes, "data/x.py", "text.replace('a', 'b')\nreplace(settings, seed=1)\npublish(part, path)"),
         (only_platform_patches, "model/x.py", "from megatron.core import optimizer\nmine = optimizer.clip\nself.x = 1"),
     ],

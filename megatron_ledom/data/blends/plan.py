@@ -17,7 +17,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 @dataclass(kw_only=True, slots=True)
 class BlendSettings:
-    """Options of tools/plan_blend.py."""
+    """Options of `ledom plan-blend`."""
 
     input: list[str]
     """Prefixes of shards, patterns of them, or NAME=TOKENS."""

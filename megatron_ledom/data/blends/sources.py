@@ -126,9 +126,7 @@ def load_sources(config: RunConfig) -> Sources:
     """Open the manifests of all shards of the run. Raises a LedomError that names the first thing that does not fit."""
     data = config.data
     if not data.train_blend:
-        raise ConfigError(
-            "data.train_blend is empty: give it shards as [[weight, prefix], ...], made by tools/preprocess_data.py"
-        )
+        raise ConfigError("data.train_blend is empty: give it shards as [[weight, prefix], ...], made by ledom preprocess-data")
     blends = [blend for _, blend in named_blends(data)]
     manifests, files = _open({prefix: None for blend in blends for _, prefix in blend})
     provenance = check_manifests(config, manifests)
@@ -183,13 +181,13 @@ def check_pairs(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> No
             if data.loss_tokens != "all":
                 raise ConfigError(
                     f"data.loss_tokens={data.loss_tokens} needs shards of pairs, {prefix} is one of text; make it with"
-                    " tools/prepare_pairs.py, or set data.loss_tokens=all"
+                    " ledom prepare-pairs, or set data.loss_tokens=all"
                 )
             continue
         if manifest.pairs["seq_length"] != data.seq_length:
             raise ConfigError(
                 f"the pairs of {prefix} are packed for data.seq_length={manifest.pairs['seq_length']}, the run has"
-                f" {data.seq_length}; set that, or pack them anew with tools/prepare_pairs.py --seq-length {data.seq_length}"
+                f" {data.seq_length}; set that, or pack them anew with ledom prepare-pairs --seq-length {data.seq_length}"
             )
         if not data.reset_attention_mask:
             raise ConfigError(
@@ -266,7 +264,7 @@ def _held_out(config: RunConfig, name: str, sources: list[Source]) -> Blend:
         if not source.manifest.text_bytes:
             raise ConfigError(
                 f"the validation shard {source.prefix} does not say how many bytes of text it holds, which bits per byte are counted"
-                " against; make it from the text, or with tools/reverse_shards.py --text-bytes"
+                " against; make it from the text, or with ledom reverse-shards --text-bytes"
             )
     whole = Blend.of(sources, 0)
     most = whole.interleave.most_samples([count for count in available if count]) if sources else 0
@@ -298,7 +296,7 @@ def _check_repeats(config: RunConfig, blend: Blend) -> None:
         if needed and not available:
             raise ConfigError(
                 f"{source.prefix} has {source.documents.num_tokens:,} tokens to train on, less than one sample of"
-                f" data.seq_length={seq_length}; leave it out of data.train_blend, or join small shards with tools/merge_shards.py"
+                f" data.seq_length={seq_length}; leave it out of data.train_blend, or join small shards with ledom merge-shards"
             )
         if needed > available and not config.data.allow_repeats:
             raise ConfigError(

@@ -188,7 +188,7 @@ def check_indexed(sources: Sources) -> None:
             if digest != manifest.idx_sha256:
                 raise DataError(
                     f"node {node()}: {prefix}.idx has not the sha256 of its manifest: it was replaced or damaged; see what is"
-                    f" wrong with tools/inspect_shard.py {prefix} --verify, and copy the shard again"
+                    f" wrong with ledom inspect-shard {prefix} --verify, and copy the shard again"
                 )
 
 

@@ -26,6 +26,7 @@ from megatron_ledom.data.preprocess.task import PreprocessSettings, Task
 from megatron_ledom.data.readers.input_files import log_left_out
 from megatron_ledom.data.readers.records import RecordReader
 from megatron_ledom.data.shards.shard import ShardManifest, check_may_write, check_shard, choose_dtype
+from megatron_ledom.direction import check_helpers
 from megatron_ledom.errors import DataError, LedomError, cannot_write
 from megatron_ledom.storage.signals import sigterm_as_interrupt
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
@@ -39,6 +40,7 @@ SAMPLE_TEXT_CHARACTERS = 5_000
 def preprocess(settings: PreprocessSettings) -> ShardManifest | None:
     """Write this task's shard and return its manifest; None after `hash_only`. What is unfinished stays for the next start."""
     started = time.monotonic()
+    check_helpers()
     task = Task(settings)
     if settings.hash_only:
         deduplication.write_hashes(task)

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(kw_only=True, slots=True)
 class PreprocessSettings:
-    """Options of tools/preprocess_data.py."""
+    """Options of `ledom preprocess-data`."""
 
     input: list[str]
     tokenizer: str
@@ -142,7 +142,7 @@ class Task:
                     f"{prefix} was made when the inputs were not the same as now, and tasks share the inputs' bytes: run all"
                     " tasks again with --overwrite, or choose another --output-prefix"
                 )
-            return  # one stands for all; tools/summarize_tasks.py compares them all
+            return  # one stands for all; ledom summarize-tasks compares them all
 
     def reading_request(self) -> Request:
         """Return what decides which documents there are, for all tasks alike."""

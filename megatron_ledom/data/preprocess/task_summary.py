@@ -16,7 +16,7 @@ from megatron_ledom.storage.locks import output_file_lock
 
 @dataclass(kw_only=True, slots=True)
 class SummarySettings:
-    """Options of tools/summarize_tasks.py."""
+    """Options of `ledom summarize-tasks`."""
 
     prefix: str
     """--output-prefix of the tasks."""

@@ -26,7 +26,7 @@ SAMPLE_CHARACTERS = 5000
 
 @dataclass(kw_only=True, slots=True)
 class TrainTokenizerSettings:
-    """Options of tools/train_tokenizer.py."""
+    """Options of `ledom train-tokenizer`."""
 
     input: list[str]
     vocab_size: int

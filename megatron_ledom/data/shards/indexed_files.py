@@ -190,5 +190,5 @@ def _check_unchanged(path: str, expected: str, found: str) -> None:
     if found != expected:
         raise DataError(
             f"{path} has not the sha256 of its manifest: its content was changed or damaged; see what is wrong with"
-            f" tools/inspect_shard.py {path[:-4]} --verify, and copy it again"
+            f" ledom inspect-shard {path[:-4]} --verify, and copy it again"
         )

@@ -35,7 +35,7 @@ BAR_CHARACTERS = 40
 
 @dataclass(kw_only=True, slots=True)
 class InspectSettings:
-    """Options of tools/inspect_shard.py."""
+    """Options of `ledom inspect-shard`."""
 
     prefixes: list[str]
     """Shards, or patterns of them."""
@@ -69,7 +69,7 @@ def inspect_shards(settings: InspectSettings) -> None:
     if faulty:
         raise VerificationError(
             f"{len(faulty)} of {len(prefixes)} shards faulty: {', '.join(faulty)}; copy them again or make them again with"
-            " tools/preprocess_data.py --overwrite" + (EOD_INSIDE_ADVICE if has_eod_inside else "")
+            " ledom preprocess-data --overwrite" + (EOD_INSIDE_ADVICE if has_eod_inside else "")
         )
 
 
@@ -178,7 +178,7 @@ def _verify(reader: ShardReader, tokenizer_path: str | None) -> list[str]:
         return []
     check = check_direction(reader, tokenizer)
     if check.is_wrong:
-        return [f"{reader.prefix}.json: {check.describe()}; turn it with tools/reverse_shards.py, or put the manifest right"]
+        return [f"{reader.prefix}.json: {check.describe()}; turn it with ledom reverse-shards, or put the manifest right"]
     print(f"direction  {visible(check.describe())}")
     return []
 

@@ -30,7 +30,7 @@ from megatron_ledom.data.shards.shard import (
     choose_dtype,
     printable,
 )
-from megatron_ledom.direction import Direction, turn_into
+from megatron_ledom.direction import Direction, check_helpers, turn_into
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.storage.signals import sigterm_as_interrupt
@@ -43,7 +43,7 @@ SAMPLE_DOCUMENTS = 1000  # looked at to see whether documents end with eod
 
 @dataclass(kw_only=True, slots=True)
 class MergeSettings:
-    """Options of tools/merge_shards.py."""
+    """Options of `ledom merge-shards`."""
 
     input: list[str]
     """Prefixes, or patterns of them."""
@@ -71,7 +71,7 @@ def merge_shards(settings: MergeSettings) -> ShardManifest:
             if not is_closed:  # and not damaged: earlier versions could write such a shard
                 raise DataError(
                     f"{prefix}.bin holds eod {manifest.eod_id} elsewhere than at the end of its documents; see which with"
-                    f" tools/inspect_shard.py {prefix} --verify, and make the shard again with tools/preprocess_data.py --overwrite"
+                    f" ledom inspect-shard {prefix} --verify, and make the shard again with ledom preprocess-data --overwrite"
                 )
         merged = writer.finalize(_joined_counts(manifests))
     _log_result(settings.output_prefix, merged, len(prefixes), time.monotonic() - started)
@@ -85,7 +85,7 @@ def _has_eods_at_ends(block: Block, eod_id: int) -> bool:
 
 @dataclass(kw_only=True, slots=True)
 class ReverseSettings:
-    """Options of tools/reverse_shards.py."""
+    """Options of `ledom reverse-shards`."""
 
     input: list[str]
     """Prefixes, or patterns of them."""
@@ -104,6 +104,7 @@ class ReverseSettings:
 
 def reverse_shards(settings: ReverseSettings) -> ShardManifest:
     """Write the turned shard and return its manifest. On any failure nothing of it stays behind."""
+    check_helpers()
     prefixes = expand_prefixes(settings.input)
     with_manifest = [prefix for prefix in prefixes if Path(f"{prefix}.json").exists()]
     if with_manifest == prefixes:
@@ -113,7 +114,7 @@ def reverse_shards(settings: ReverseSettings) -> ShardManifest:
         other = next(prefix for prefix in prefixes if prefix not in with_manifest)
         raise UsageError(
             f"{with_manifest[0]} has a manifest, {other} has none; turn them by two commands, then use"
-            " tools/merge_shards.py if they should be one"
+            " ledom merge-shards if they should be one"
         )
     with sigterm_as_interrupt():
         return _reverse_foreign(settings, prefixes)
@@ -290,7 +291,7 @@ def _open_alike(patterns: Sequence[str], output_prefix: str, overwrite: bool) ->
         if manifest.pairs:
             raise UsageError(
                 f"{prefix} holds pairs with targets, which this tool does not carry over; make one shard of all files with"
-                " tools/prepare_pairs.py, or name the shards in data.train_blend side by side"
+                " ledom prepare-pairs, or name the shards in data.train_blend side by side"
             )
         manifest.provenance.check_same(manifests[0].provenance, f"the shard {prefix}", f"the shard {prefixes[0]}")
         if manifest.bos_token != manifests[0].bos_token:

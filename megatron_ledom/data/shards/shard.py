@@ -117,7 +117,7 @@ class ShardManifest:
         if stored.get("format_version") != FORMAT_VERSION:
             raise DataError(
                 f"{where} has format version {stored.get('format_version')}, this package reads {FORMAT_VERSION};"
-                " make the shard again with tools/preprocess_data.py"
+                " make the shard again with ledom preprocess-data"
             )
         provenance = Provenance.from_dict(stored, where)
         names = {item.name for item in fields(cls)}
@@ -359,7 +359,7 @@ def load_manifest(prefix: str) -> ShardManifest:
         if existing_files(prefix):
             raise DataError(
                 f"{prefix}.bin or .idx is there, but the manifest {path} is not: the shard was not finished, or another tool"
-                " wrote it; make it again with tools/preprocess_data.py"
+                " wrote it; make it again with ledom preprocess-data"
             )
         raise UsageError(f"there is no shard {prefix} ({path} does not exist); give the prefix of its .bin, .idx and .json")
     try:
@@ -385,12 +385,12 @@ def check_shard(prefix: str) -> ShardManifest:
         path = Path(prefix + suffix)
         found = path.stat().st_size if path.is_file() else None
         if found is None:
-            raise DataError(f"{path} is missing; copy the shard again or make it again with tools/preprocess_data.py")
+            raise DataError(f"{path} is missing; copy the shard again or make it again with ledom preprocess-data")
         if found != size:
             state = "truncated" if found < size else "too long"
             raise DataError(
                 f"{path} is {state}: it has {found:,} bytes, its manifest says {size:,};"
-                " copy the shard again or make it again with tools/preprocess_data.py"
+                " copy the shard again or make it again with ledom preprocess-data"
             )
     header = read_header(f"{prefix}.idx")
     if header != shard_header(manifest.dtype, manifest.num_documents):

@@ -1,6 +1,6 @@
 """PREFIX.targets: what each id of a shard of pairs is to its pair, one byte an id, so that a run can choose what its loss counts.
 
-Shards of pairs (tools/prepare_pairs.py) hold packs: documents of exactly `manifest.pairs["seq_length"]` ids, each of whole pairs
+Shards of pairs (`ledom prepare-pairs`) hold packs: documents of exactly `manifest.pairs["seq_length"]` ids, each of whole pairs
 closed by eod and filled up with eods. A sample of that length is therefore one pack, and no pair is cut.
 """
 

@@ -19,11 +19,11 @@ truncation          a forward model loses the beginning of the context. A revers
 exemplars           stay in front of the query. P(exemplars, query, choice) ranks choices as P(choice | exemplars, query) does,
                     whichever end a model reads from, so the text in reading order is the same for both
 `until`             is looked for in what was written as people read it. A reverse model cannot write behind a prompt: refused, with
-                    tools/evaluate.py, which has prompts for both directions
+                    `ledom evaluate`, which has prompts for both directions
 rolling windows     go from the text's end to its beginning for a reverse model; each token is predicted once
 length of acc_norm  the harness divides by the length of the choice. A reverse model's scores are of longer texts, so they become
                     log-probabilities of the choices first: log P(choice | context, one of these choices). That moves no `acc`,
-                    and leaves acc_norm close to it; figures per token and per byte of what was scored: tools/evaluate.py
+                    and leaves acc_norm close to it; figures per token and per byte of what was scored: `ledom evaluate`
 delimiter's space   white space before a choice belongs to the choice, and is no part of a text that begins with the choice
 """
 

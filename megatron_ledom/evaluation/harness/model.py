@@ -142,7 +142,7 @@ class LedomLM(LM):  # type: ignore[misc]
             tasks = ", ".join(sorted({str(request.task_name) for request in requests}))
             raise UsageError(
                 f"{tasks}: the harness's prompts end where the answer is to begin, and a reverse model writes only in front of a text;"
-                " tools/evaluate.py has prompts with the answer in front"
+                " ledom evaluate has prompts with the answer in front"
             )
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):

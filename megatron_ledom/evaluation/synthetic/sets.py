@@ -21,7 +21,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyntheticSet:
-    """texts: to train on, in reading order. files: name without ending -> rows, what tools/evaluate.py reads.
+    """texts: to train on, in reading order. files: name without ending -> rows, what `ledom evaluate` reads.
 
     chance: what a scorer that knows nothing gets, a share of the items; of what is written, the most that one answer for all items gets.
     """

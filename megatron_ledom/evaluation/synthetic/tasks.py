@@ -1,4 +1,4 @@
-"""The synthetic sets as tasks of tools/evaluate.py. A reverse model's main figure is what it gives to the answer in front of what is given."""
+"""The synthetic sets as tasks of `ledom evaluate`. A reverse model's main figure is what it gives to the answer in front of what is given."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ ASKED_IN_OWN_ORDER: dict[str, Any] = {"template": ENDING, "reverse_template": BE
 
 def _files(name: str, demonstrations: str = "shots") -> dict[str, Any]:
     """Return the files of a set, and the command that writes them."""
-    command = f"tools/make_analysis_data.py --task {name}"
+    command = f"tools/make_analysis_data.py --task {name}"  # house: a result of `evaluate --list`
     files = {"file": name, "demonstrations_file": f"{name}_{demonstrations}"}
     return {**files, "download": command, "demonstrations_download": command}
 

@@ -1,4 +1,4 @@
-"""From the options of tools/rerank.py to settings, models and files."""
+"""From the options of `ledom rerank` to settings, models and files."""
 
 import json
 import sys

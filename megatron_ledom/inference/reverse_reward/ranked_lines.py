@@ -12,7 +12,7 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference.reverse_reward.input_lines import long_integers
 from megatron_ledom.inference.reverse_reward.reward import CandidateScore
 
-ADVICE = "give an output of tools/rerank.py"
+ADVICE = "give an output of ledom rerank"
 LOGPROBS = ("forward_logprob", "reverse_logprob", "reward", "language_model_logprob")
 COUNTS = ("forward_tokens", "reverse_tokens")
 MAY_BE_NULL = ("reverse_logprob", "reward", "language_model_logprob", "forward_tokens")
@@ -90,7 +90,7 @@ def chosen_text(record: dict[str, Any], where: str) -> str:
     any_skipped = any(isinstance(score, dict) and isinstance(score.get("skipped"), str) for score in scores)
     if "best" in record and best is None and (any_skipped or skipped_prompt(record) is not None):
         return ""
-    raise DataError(f"{where}: best is no text; give an output of tools/rerank.py --beam")
+    raise DataError(f"{where}: best is no text; give an output of ledom rerank --beam")
 
 
 def candidate_texts(record: dict[str, Any], where: str) -> list[str]:

@@ -299,7 +299,7 @@ def test_until_is_matched_in_the_text_as_written_and_refused_in_reverse(
         options = {"until": until, "max_gen_toks": len(pieces), "do_sample": False}
         (written,) = LedomLM(folder).generate_until(requests([("a", options)], kind="generate_until"))
         assert written == (expected or "the cat of Paris")
-    with pytest.raises(UsageError, match=r"tiny_answers: .*writes only in front of a text; tools/evaluate.py"):
+    with pytest.raises(UsageError, match=r"tiny_answers: .*writes only in front of a text; ledom evaluate"):
         simple_evaluate(model=LedomLM(folders["reverse"]), tasks=["tiny_answers"], task_manager=tasks)
 
 

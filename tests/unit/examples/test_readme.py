@@ -57,14 +57,14 @@ RUN_BY_TESTS = {
         "tests/unit/reports/test_run_report.py"
     ),
     "python tools/report_rerank.py answers.jsonl answers_seed1.jsonl --output report --gold-key answer": (
-        "tests/unit/inference/test_selection.py"
+        "tests/unit/evaluation/test_selection.py"
     ),
     "python tools/report_rerank.py answers.jsonl --output report --explain 3 --reverse quickstart/models/reverse": (
-        "tests/unit/inference/test_selection.py"
+        "tests/unit/evaluation/test_selection.py"
     ),
-    "python tools/make_analysis_data.py --task reversal --out made/reversal --num 64 --seed 0": "tests/unit/evaluation/test_made_sets.py",
+    "python tools/make_analysis_data.py --task reversal --out made/reversal --num 64 --seed 0": "tests/unit/evaluation/test_synthetic_sets.py",
     "python tools/evaluate.py --model models/reverse --tasks reversal,reversal_written --data made/reversal --output evaluated": (
-        "tests/unit/evaluation/test_made_sets.py, tests/quickstart/test_reversal_curse.py"
+        "tests/unit/evaluation/test_synthetic_sets.py, tests/quickstart/test_reversal_curse.py"
     ),
     "python tools/compare_losses.py models/forward models/reverse --data held_out.jsonl --domain-key source --output compared": (
         "tests/unit/evaluation/test_loss_difference.py"
@@ -116,6 +116,12 @@ def test_script_exists_and_knows_the_flags(command: str) -> None:
 def test_every_command_is_run_by_the_quickstart_or_a_test() -> None:
     left = {without_variables(line) for line in commands()} - {without_variables(c) for c in commands(RUN_BY_QUICKSTART)}
     assert left == set(RUN_BY_TESTS)
+
+
+def test_each_test_that_is_named_exists() -> None:
+    named = {path for text in RUN_BY_TESTS.values() for path in re.findall(r"tests/[\w./]+", text)}
+    assert len(named) > 20
+    assert not sorted(path for path in named if not (ROOT / path).is_file())
 
 
 def test_make_targets_exist() -> None:

@@ -55,4 +55,4 @@ def test_this_machine_is_measured_into_a_file_that_plans(tmp_path: Path, monkeyp
     assert 0.001 < hardware.peak_tflops < 20
     assert hardware.matmul_efficiency > 0.001
     assert "not fitted: " in text
-    assert text.rstrip().endswith(f"tools/plan_run.py --hardware {own}")
+    assert text.rstrip().endswith(f"ledom plan-run --hardware {own}")

@@ -116,7 +116,7 @@ def test_every_hardware_file_plans_the_7b(name: str) -> None:
     assert plan.interval[0] < plan.time.total < plan.interval[1]
 
 
-def test_unhardware_files_names_what_there_is(tmp_path: Path) -> None:
+def test_unknown_hardware_names_what_there_is(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a100-80, b200, .*did you mean h100-sxm\?"):
         load_hardware("h100-smx")
     (tmp_path / "own.yaml").write_text("name: x\npeak_tflop: 3\n")

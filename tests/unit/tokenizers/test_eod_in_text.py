@@ -191,6 +191,6 @@ def test_a_shard_of_an_earlier_version_with_eod_inside_is_not_merged_and_the_adv
     with pytest.raises(DataError, match=r"shard\.bin holds eod 1000 elsewhere than at the end"):
         merge_shards(MergeSettings(input=[shard], output_prefix=str(tmp_path / "merged")))
     assert not (tmp_path / "merged.bin").exists()
-    with pytest.raises(VerificationError, match=r"preprocess_data\.py --overwrite; a text that spells its eod"):
+    with pytest.raises(VerificationError, match=r"ledom preprocess-data --overwrite; a text that spells its eod"):
         inspect_shards(InspectSettings(prefixes=[shard], verify=True))
     assert "document 0 holds eod 1000 inside" in capsys.readouterr().err

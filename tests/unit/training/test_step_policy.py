@@ -76,7 +76,7 @@ def test_skips_in_a_row_end_and_others_do_not_count(monkeypatch: pytest.MonkeyPa
     assert actions == [Action.SKIP, Action.UPDATE, Action.SKIP, Action.SKIP, Action.STOP]
 
 
-def test_a_spike_start_with_the_first_of_the_half_spikes_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spike_began_with_the_first_of_the_half_spikes_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made = filled(monkeypatch)
     made.resume_from([PastStep(number, 3.0, 1.0, score, False) for number, score in ((7, 5.0), (8, 1.0), (9, 4.5), (10, 6.0))])
     assert made.spike_start(11) == 9

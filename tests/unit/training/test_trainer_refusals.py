@@ -98,7 +98,7 @@ CASES: dict[str, tuple[Prepare, int, list[str]]] = {
     "two tokenizers": (other_tokenizer, 1, ["was made with tokenizer other", "use the same tokenizer for both"]),
     "another tokenizer": (tokenizer_of_another_run, 1, ["use the same tokenizer for both"]),
     "missing tokenizer": (lambda data: ["data.tokenizer=nowhere"], 2, ["tokenizer nowhere does not exist"]),
-    "no shards": (lambda data: ["data.train_blend=[]"], 2, ["data.train_blend is empty", "tools/preprocess_data.py"]),
+    "no shards": (lambda data: ["data.train_blend=[]"], 2, ["data.train_blend is empty", "ledom preprocess-data"]),
     "another vocabulary": (lambda data: ["model.vocab_size=999"], 1, ["has ids of 1001", "leave model.vocab_size out"]),
     "repeats": (lambda data: ["train.train_iters=9999"], 2, ["it would be read", "set data.allow_repeats=true"]),
     "small validation set": (
