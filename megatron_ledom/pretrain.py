@@ -15,8 +15,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from megatron_ledom.callbacks.chosen_tasks import check_tasks
-from megatron_ledom.callbacks.held_out import check_held_out
+from megatron_ledom.callbacks.task_files import check_tasks
 from megatron_ledom.checkpoint.folder import latest_checkpoint, saved_iteration, settle_latest
 from megatron_ledom.cli.options import add_config
 from megatron_ledom.config.checks import check_config
@@ -26,6 +25,7 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, StoppedWaiting, run_command
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.platform.quiet import quiet_libraries
+from megatron_ledom.training.held_out import check_held_out
 from megatron_ledom.training.resilience import StopRequest, find_deadline
 
 if TYPE_CHECKING:

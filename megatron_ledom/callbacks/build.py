@@ -1,6 +1,5 @@
 """The callbacks of a run, composed from its config."""
 
-from megatron_ledom.callbacks.chosen_tasks import TaskHashes
 from megatron_ledom.callbacks.console import Console
 from megatron_ledom.callbacks.heartbeat import Heartbeat
 from megatron_ledom.callbacks.metrics import Metrics
@@ -8,6 +7,7 @@ from megatron_ledom.callbacks.profiling import Profiling
 from megatron_ledom.callbacks.timing import RankTimes, Throughput
 from megatron_ledom.callbacks.validation import FinalTest, Validation
 from megatron_ledom.training.callback import Callback
+from megatron_ledom.training.held_out import TaskHashes
 from megatron_ledom.training.state import TrainState
 from megatron_ledom.training.watchdog import Watchdog
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +18,8 @@ log = logging.getLogger(__name__)
 
 STRAGGLES = 1.1
 """A rank is named in the log when its step takes that many times the mean."""
+FORMATS = {"lm_loss": "loss {:.4f}", "bits_per_byte": "{:.3f} bits/byte", "accuracy": "accuracy {:.1%}"}
+"""Figures of an evaluation that stand for it in the log; one that has none of them is logged whole."""
 
 
 class Console(Callback):
@@ -67,10 +70,19 @@ def describe(record: Record, train_iters: int, lost: dict[str, int]) -> str:
     if record["skipped_iterations"]:
         parts.append(f"skipped {record['skipped_iterations']}")
     parts.append(f"ETA {timedelta(seconds=round(record['eta_seconds']))}")
-    parts += [
-        f"{name}: loss {found['lm_loss']:.4f}, {found['bits_per_byte']:.3f} bits/byte"
-        for name, found in {**record.get("validation", {}), **record.get("test", {})}.items()
-    ]
-    parts += [f"{name}: accuracy {100 * found['accuracy']:.1f}%" for name, found in record.get("tasks", {}).items()]
+    for kind, found in record.items():
+        parts += _evaluations(kind, found) if isinstance(found, dict) else []
     parts += [f"not written: {number} records of {os.path.basename(where)}" for where, number in lost.items()]
     return "  ".join(parts)
+
+
+def _evaluations(name: str, found: Record) -> Iterator[str]:
+    """Return a part of the line for each dict of numbers, at any depth, named by its key."""
+    for inner, value in found.items():
+        if isinstance(value, dict):
+            yield from _evaluations(inner, value)
+    numbers = {key: value for key, value in found.items() if isinstance(value, int | float)}
+    figures = [form.format(numbers[key]) for key, form in FORMATS.items() if key in numbers]
+    figures = figures or [f"{key} {value:.4g}" for key, value in numbers.items()]
+    if figures:
+        yield f"{name}: {', '.join(figures)}"

@@ -1,8 +1,5 @@
-"""Tell the watchdog of each rank what its main thread does."""
+"""Tell the watchdog of each rank the activity of its main thread."""
 
-from collections.abc import Iterator
-
-from megatron_ledom.data.dataset.batch import Batch
 from megatron_ledom.training.callback import Callback, TrainingRun
 from megatron_ledom.training.watchdog import Watchdog
 
@@ -17,25 +14,19 @@ class Heartbeat(Callback):
         """Count every forward pass as progress."""
         self.watchdog.watch_model(run.state.model)
 
-    def wrap_batches(self, run: TrainingRun, batches: list[Iterator[Batch]]) -> list[Iterator[Batch]]:
-        """Report the wait for each micro-batch."""
-        return [self._reported(iterator) for iterator in batches]
-
-    def _reported(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            self.watchdog.set_activity("waiting for data")
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.watchdog.set_activity("forward and backward")
-            yield batch
-
     def on_step_start(self, run: TrainingRun) -> None:
         """Report a step."""
         self.watchdog.set_activity("a step", run.state.iteration + 1)
 
-    def on_activity(self, run: TrainingRun, activity: str) -> None:
+    def on_batch_wait(self, run: TrainingRun) -> None:
+        """Report the wait for a micro-batch."""
+        self.watchdog.set_activity("waiting for data")
+
+    def on_batch(self, run: TrainingRun, seconds: float) -> None:
+        """Report that the micro-batch is computed."""
+        self.watchdog.set_activity("forward and backward")
+
+    def on_pause_start(self, run: TrainingRun, activity: str) -> None:
         """Report the activity, and be patient."""
         self.watchdog.set_activity(activity, run.state.iteration, patient=True)
 
@@ -45,8 +36,8 @@ class Heartbeat(Callback):
 
     def on_rollback(self, run: TrainingRun) -> None:
         """Be patient while the other callbacks close their files."""
-        self.on_activity(run, "closing the reports")
+        self.on_pause_start(run, "closing the reports")
 
     def on_train_end(self, run: TrainingRun) -> None:
         """Be patient while the other callbacks close: a trace, what Weights & Biases has still to send."""
-        self.on_activity(run, "closing the reports")
+        self.on_pause_start(run, "closing the reports")

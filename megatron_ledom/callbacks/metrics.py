@@ -16,7 +16,7 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.records import METRICS, Record
-from megatron_ledom.training.callback import EVALUATIONS, Callback, TrainingRun
+from megatron_ledom.training.callback import Callback, TrainingRun
 from megatron_ledom.training.log_guard import GuardedLog, RecordLog, Sink
 
 log = logging.getLogger(__name__)
@@ -33,8 +33,9 @@ class Metrics(Callback):
         self.writer = MetricsWriter(run.state.config, run.state.iteration)
 
     def wants_record(self, run: TrainingRun) -> bool:
-        """Return whether `logging.log_interval` asks for a record; the last iteration always has one."""
-        return run.is_last_iteration() or run.state.iteration % run.state.config.logging.log_interval == 0
+        """Return whether `logging.log_interval` asks for a record; the last iteration always has one, a skipped one has none."""
+        is_due = run.is_last_iteration() or run.state.iteration % run.state.config.logging.log_interval == 0
+        return is_due and not run.is_skipped_iteration()
 
     def on_measure(self, run: TrainingRun, record: Record) -> None:
         """Add the number of iterations so far that updated nothing."""
@@ -129,10 +130,13 @@ def _quiet_board_threads() -> None:
 
 
 def _flatten(record: Record) -> dict[str, float]:
-    flat = {name: value for name, value in record.items() if isinstance(value, int | float)}
-    for kind in EVALUATIONS:
-        for prefix, result in record.get(kind, {}).items():
-            flat.update({f"{kind}/{prefix}/{name}": value for name, value in result.items()})
+    """Return the numbers of a record, those inside dicts too, by their names joined with slashes."""
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, dict):
+            flat |= {f"{name}/{inner}": number for inner, number in _flatten(value).items()}
+        elif isinstance(value, int | float):
+            flat[name] = value
     return flat
 
 

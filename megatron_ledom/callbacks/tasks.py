@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from megatron_ledom.callbacks.chosen_tasks import TaskHashes, hashes_of, load_tasks
+from megatron_ledom.callbacks.task_files import hashes_of, load_tasks
 from megatron_ledom.callbacks.validation import Results, add_results
 from megatron_ledom.config.derived import next_multiple
 from megatron_ledom.data.blends.sources import RUN_TOKENIZER
@@ -31,6 +31,7 @@ from megatron_ledom.inference.scoring import Span, SpanKey, SpanScore, distinct_
 from megatron_ledom.parallel.collectives import check_same, gathered_weights
 from megatron_ledom.storage.records import Record
 from megatron_ledom.training.callback import Callback, TrainingRun
+from megatron_ledom.training.held_out import TaskHashes
 from megatron_ledom.training.state import TrainState
 
 log = logging.getLogger(__name__)

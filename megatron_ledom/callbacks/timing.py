@@ -1,4 +1,4 @@
-"""Where the time goes: throughput, the step time of each rank, the wait for data, and the memory.
+"""Measure throughput, the step time of each rank, the wait for data, and the memory.
 
 The step time of a rank is from the start of a step until its last backward pass is done, before gradients are reduced over the
 data-parallel replicas: in that reduction every rank waits for the slowest. Ranks of one tensor, context or pipeline group wait for
@@ -8,14 +8,12 @@ each other within a step, so such a group is slow as a whole, and the first of i
 import logging
 import resource
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from megatron_ledom.config.derived import padded_vocab_size, tokens_per_iteration
-from megatron_ledom.data.dataset.batch import Batch
 from megatron_ledom.model.arithmetic import flops_per_token, model_flops_utilisation
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.platform.device import Platform, peak_flops
@@ -96,23 +94,13 @@ class RankTimes(Callback):
 
         core_config.finalize_model_grads_func = _finalize
 
-    def wrap_batches(self, run: TrainingRun, batches: list[Iterator[Batch]]) -> list[Iterator[Batch]]:
-        """Count the wait for each micro-batch."""
-        return [self._timed(iterator) for iterator in batches]
-
-    def _timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        while True:
-            start = time.perf_counter()
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            self.data_wait += time.perf_counter() - start
-            yield batch
-
     def on_step_start(self, run: TrainingRun) -> None:
         """Note the start of the step."""
         self._step_start = self._timestamp()
+
+    def on_batch(self, run: TrainingRun, seconds: float) -> None:
+        """Count the wait for the micro-batch."""
+        self.data_wait += seconds
 
     def on_measure(self, run: TrainingRun, record: Record) -> None:
         """Add the times and the memory since the last record."""

@@ -37,9 +37,13 @@ class Validation(Callback):
 class FinalTest(Callback):
     """Evaluates the test sets once, at the end of the run."""
 
+    def wants_record(self, run: TrainingRun) -> bool:
+        """Return whether the run ends and has test sets."""
+        return run.is_last_iteration() and bool(run.state.test_datasets)
+
     def on_measure(self, run: TrainingRun, record: Record) -> None:
         """Add the results to the last record of the run."""
-        if run.is_last_iteration() and run.state.test_datasets:
+        if self.wants_record(run):
             with run.pause("testing"):
                 add_results(record, "test", evaluate(run.state, run.state.test_datasets))
 

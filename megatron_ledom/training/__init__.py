@@ -1,0 +1,12 @@
+"""Training: the loop, its recovery and its state. docs/python_api.md says how to add a callback to it."""
+
+from typing import TYPE_CHECKING
+
+from megatron_ledom.lazy import lazy_exports
+
+if TYPE_CHECKING:
+    from megatron_ledom.training.callback import Callback, TrainingRun
+
+__all__ = ["Callback", "TrainingRun"]
+
+__getattr__ = lazy_exports(__name__, {"megatron_ledom.training.callback": ["Callback", "TrainingRun"]})

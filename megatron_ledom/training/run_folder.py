@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 LOCK = "lock"
 PATIENCE_SECONDS = 120.0
-"""How long a launch waits for the one before: that may be saving still, or its node has died and the file server does not know
+"""Time that a launch waits for the one before: that may be saving still, or its node has died and the file server does not know
 yet."""
 
 

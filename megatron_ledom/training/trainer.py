@@ -1,4 +1,4 @@
-"""Training, from the loop down to the update: `train` calls an iteration, that a step, and that schedule, loss and update."""
+"""The training loop, and below it what it calls: the iteration, the step, its schedule, loss and update."""
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
@@ -26,40 +26,40 @@ Judge = Callable[[float, float], Verdict]
 LossTerms = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
-def train(state: TrainState, stop: StopRequest, callbacks: Sequence[Callback]) -> None:
+def train(state: TrainState, stop: StopRequest, chosen_callbacks: Sequence[Callback]) -> None:
     """Train from the state's iteration to the end of the run or to a stop, and save. Call on every rank."""
     recovery = Recovery.resume(state)
-    history, moments = recovery.history, CallbackList(callbacks, state, recovery.history)
-    moments.on_train_start()
-    batches = moments.wrap_batches(open_batches(state))
+    history, callbacks = recovery.history, CallbackList(chosen_callbacks, state, recovery.history)
+    callbacks.call(Callback.on_train_start)
+    batches = callbacks.observe(open_batches(state))
     while state.iteration < state.config.train.train_iters:
-        moments.on_step_start()
+        callbacks.call(Callback.on_step_start)
         result = run_iteration(state, batches, recovery.policy, history.skip_iterations)
         recovery.record(result)
         if result is not None and not result.verdict.is_accepted:
-            moments.on_activity("recovering from a bad step")
-            recovery.roll_back(result)
-            moments.on_rollback()
-            batches = moments.wrap_batches(open_batches(state))
+            with callbacks.pause("recovering from a bad step"):
+                recovery.roll_back(result)
+            callbacks.call(Callback.on_rollback)
+            batches = callbacks.observe(open_batches(state))
             continue
-        moments.on_step_end(result)
-        is_stopping = _is_stopping(state, stop)
+        callbacks.call(Callback.on_step_end, result)
+        is_stopping = _agree_to_stop(state, stop)
         if is_stopping or _is_save_due(state):
-            with moments.pause("saving"):
+            with callbacks.pause("saving"):
                 history.sync()
                 save_checkpoint(state)
-        moments.record(result)  # after the save: it is written while validation runs, and is complete when that is recorded
-        moments.on_activity("checking the pending checkpoint")  # rank 0 may have to complete it
-        state.store.poll()
+        callbacks.record(result)  # after the save: an asynchronous one is written while validation runs
+        with callbacks.pause("checking the pending checkpoint"):  # rank 0 may have to complete it
+            state.store.poll()
         if is_stopping:
             break
-    with moments.pause("finishing the last checkpoint"):
+    with callbacks.pause("finishing the last checkpoint"):
         state.store.finish()
     history.close()
-    moments.on_train_end()
+    callbacks.call(Callback.on_train_end)
 
 
-def _is_stopping(state: TrainState, stop: StopRequest) -> bool:
+def _agree_to_stop(state: TrainState, stop: StopRequest) -> bool:
     """Return whether the run ends after this iteration: asked to stop, or at `train.exit_interval`. The same on every rank."""
     is_asked = stop.agreed(state.platform.device, state.store.seconds_to_finish())
     return is_asked or _is_multiple(state.iteration, state.config.train.exit_interval)

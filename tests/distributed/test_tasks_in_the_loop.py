@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from megatron_ledom.callbacks.chosen_tasks import check_tasks
+from megatron_ledom.callbacks.task_files import check_tasks
 from megatron_ledom.callbacks.tasks import TrainingScorer
 from megatron_ledom.config.load import load_config
 from megatron_ledom.convert.hf_export import export_hf

@@ -34,7 +34,7 @@ planning.dry_run: config data
 planning.verdicts: checkpoint config errors
 data: config direction errors lazy parallel platform provenance storage tokenizers
 checkpoint: config errors parallel platform provenance storage
-training: checkpoint config data direction errors model ops parallel platform provenance storage tokenizers
+training: checkpoint config data direction errors lazy model ops parallel platform provenance storage tokenizers
 callbacks: config data direction errors evaluation inference model parallel platform storage training
 pretrain: callbacks checkpoint cli config data errors model ops parallel planning platform training
 inference: direction errors lazy storage tokenizers

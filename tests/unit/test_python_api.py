@@ -15,10 +15,12 @@ import megatron_ledom
 from tests.evaluation_sets import write_sets
 from tests.paths import ROOT
 from tests.tiny_models import random_model_folder
+from tests.tiny_runs import TinyData, read_metrics
 
 PAGE = (ROOT / "docs/python_api.md").read_text(encoding="utf-8")
 TABLE = re.findall(r"^\| `(megatron_ledom[\w.]*)` \| (.*) \|$", PAGE, re.MULTILINE)
 PACKAGES = [package for package, _ in TABLE]
+EXAMPLES: list[str] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 def documented(text: str) -> set[str]:
@@ -70,8 +72,21 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     write_sets(tmp_path / "evaluation_sets")
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}
-    for example in re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL):
+    for example in [example for example in EXAMPLES if "sys.exit" not in example]:
         exec(compile(example, "python_api.md", "exec"), names)
     assert "reverse 2 [" in capsys.readouterr().out
     assert names["result"].metric_values().keys() >= {"svamp/accuracy"}
     assert {"config.json", "model.safetensors"} <= set(os.listdir("models/again"))
+
+
+def test_the_example_of_a_callback_trains_and_its_numbers_are_in_every_record(data: TinyData, tmp_path: Path) -> None:
+    """A script of its own: it ends the process."""
+    (script,) = [example for example in EXAMPLES if "sys.exit" in example]
+    (tmp_path / "train_with_progress.py").write_text(script)
+    command = [sys.executable, "train_with_progress.py", "--config", str(data.config), "run_dir=run", "train.train_iters=3"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = [record["update"] for record in read_metrics(tmp_path / "run")]
+    assert [round(record["epochs"] / found[0]["epochs"]) for record in found] == [1, 2, 3]
+    assert all(record["mean_lr"] > 0 for record in found)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from megatron_ledom.errors import UNFORESEEN
 from megatron_ledom.training.callback import Callback, TrainingRun
@@ -28,28 +29,31 @@ class Diary(Callback):
     def on_train_start(self, run: TrainingRun) -> None:
         self.note("on_train_start", run)
 
-    def wrap_batches(self, run: TrainingRun, batches: Any) -> Any:
-        self.note("wrap_batches", run)
-        return batches
-
     def on_step_start(self, run: TrainingRun) -> None:
         self.note("on_step_start", run)
+
+    def on_batch_wait(self, run: TrainingRun) -> None:
+        self.note("on_batch_wait", run)
+
+    def on_batch(self, run: TrainingRun, seconds: float) -> None:
+        assert seconds > 0
+        self.note("on_batch", run)
 
     def on_step_end(self, run: TrainingRun, result: Any) -> None:
         self.note("on_step_end", run, None if result is None else result.lm_loss)
 
-    def on_activity(self, run: TrainingRun, activity: str) -> None:
-        self.note("on_activity", run, activity)
+    def on_pause_start(self, run: TrainingRun, activity: str) -> None:
+        self.note("on_pause_start", run, activity)
 
     def on_pause_end(self, run: TrainingRun, seconds: float) -> None:
         assert seconds > 0
         self.note("on_pause_end", run)
 
     def wants_record(self, run: TrainingRun) -> bool:
-        return run.state.iteration == 3
+        return run.state.iteration in (2, 3)
 
     def on_measure(self, run: TrainingRun, record: dict[str, Any]) -> None:
-        record["diary"] = 100 + run.state.iteration
+        record["diary"] = {"deep": {"number": 100 + run.state.iteration}}
         self.note("on_measure", run)
 
     def on_record(self, run: TrainingRun, record: dict[str, Any]) -> None:
@@ -60,6 +64,15 @@ class Diary(Callback):
 
     def on_train_end(self, run: TrainingRun) -> None:
         self.note("on_train_end", run)
+
+
+def test_a_misspelled_moment_is_refused_where_the_class_is_defined() -> None:
+    with pytest.raises(TypeError, match=r"Misspelled\.on_step_ends is no moment of training.*did you mean on_step_end\?"):
+        type("Misspelled", (Callback,), {"on_step_ends": lambda self, run, result: None})
+    with pytest.raises(TypeError, match=r"want_record is no moment.*did you mean wants_record\?"):
+        type("Misspelled", (Diary,), {"want_record": lambda self, run: True})
+    with pytest.raises(TypeError, match=r"on_xyz is no moment.*the moments are on_train_start, .*, on_train_end"):
+        type("Misspelled", (Callback,), {"on_xyz": None})
 
 
 def train(config: str, folder: Path, settings: list[str], breaks_at: str, fault: str) -> int:
@@ -84,21 +97,29 @@ def diary(data: TinyData, folder: Path, *settings: str, breaks_at: str = "", fau
 
 def test_a_callback_sees_every_moment_in_order(data: TinyData, tmp_path: Path) -> None:
     settings = ("train.train_iters=4", "train.skip_iterations=[2]", "logging.log_interval=10", "checkpoint.save_interval=3")
+    settings += ("train.global_batch_size=2", "logging.tensorboard=true")
     found, code, output = diary(data, tmp_path, *settings)
     assert code == 0, output
     records = {record["iteration"]: record for record in read_metrics(tmp_path / "run")}
-    assert list(records) == [3, 4]  # what the callback wants, and the end
-    assert [records[3]["diary"], records[4]["diary"]] == [103, 104]
+    assert list(records) == [2, 3, 4]  # what the callback wants, a skipped iteration too, and the end
+    assert [record["diary"] for record in records.values()] == [{"deep": {"number": 100 + each}} for each in (2, 3, 4)]
+    board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
+    assert [(event.step, event.value) for event in board.Scalars("diary/deep/number")] == [(2, 102.0), (3, 103.0), (4, 104.0)]
+    assert "deep: number 103" in output
     losses = [value for moment, _, value in found if moment == "on_step_end"]
     assert losses[1] is None  # a skipped iteration
-    save, poll = [["on_activity", "saving"], ["on_pause_end", None]], [["on_activity", "checking the pending checkpoint"]]
-    expected: list[tuple[int, str, Any]] = [(0, "on_train_start", None), (0, "wrap_batches", None)]
+    batches: list[tuple[str, Any]] = 2 * [("on_batch_wait", None), ("on_batch", None)]
+
+    def pause(activity: str) -> list[tuple[str, Any]]:
+        return [("on_pause_start", activity), ("on_pause_end", None)]
+
+    expected: list[tuple[int, str, Any]] = [(0, "on_train_start", None)]
     for iteration, loss in enumerate(losses, 1):
-        expected += [(iteration - 1, "on_step_start", None), (iteration, "on_step_end", loss)]
-        expected += [(iteration, moment, value) for moment, value in (save if iteration >= 3 else [])]
-        expected += [(iteration, "on_measure", None), (iteration, "on_record", loss)] if iteration >= 3 else []
-        expected += [(iteration, moment, value) for moment, value in poll]
-    expected += [(4, "on_activity", "finishing the last checkpoint"), (4, "on_pause_end", None), (4, "on_train_end", None)]
+        expected += [(iteration - 1, moment, value) for moment, value in [("on_step_start", None), *batches]]
+        after = [("on_step_end", loss), *(pause("saving") if iteration >= 3 else [])]
+        after += [("on_measure", None), ("on_record", loss)] if iteration >= 2 else []
+        expected += [(iteration, moment, value) for moment, value in after + pause("checking the pending checkpoint")]
+    expected += [(4, moment, value) for moment, value in [*pause("finishing the last checkpoint"), ("on_train_end", None)]]
     assert [(iteration, moment, value) for moment, iteration, value in found] == expected
     assert records[3]["lm_loss"] == losses[2]
 
@@ -109,14 +130,16 @@ def test_a_callback_sees_a_return_to_a_checkpoint(data: TinyData, tmp_path: Path
     assert code == 0, output
     moments = [(moment, iteration) for moment, iteration, _ in found]
     start = moments.index(("on_rollback", 2))
-    assert moments[start - 2 : start] == [("on_step_start", 3), ("on_activity", 3)]
-    assert found[start - 1][2] == "recovering from a bad step"
-    assert moments[start + 1 : start + 3] == [("wrap_batches", 2), ("on_step_start", 2)]
+    assert moments[start - 3 : start] == [("on_batch", 3), ("on_pause_start", 3), ("on_pause_end", 2)]
+    assert found[start - 2][2] == "recovering from a bad step"
+    assert moments[start + 1] == ("on_step_start", 2)
+    assert moments.count(("on_step_start", 3)) == 2
+    assert moments.count(("on_step_end", 4)) == 1
     assert moments[-1] == ("on_train_end", 4)
     assert [record["iteration"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize("moment", ["on_train_start", "wrap_batches", "on_step_end", "on_measure", "on_train_end"])
+@pytest.mark.parametrize("moment", ["on_train_start", "on_batch", "on_step_end", "on_measure", "on_train_end"])
 def test_a_callback_that_raises_ends_the_run_and_is_named(data: TinyData, tmp_path: Path, moment: str) -> None:
     found, code, output = diary(data, tmp_path, "train.train_iters=3", breaks_at=moment)
     assert code == UNFORESEEN

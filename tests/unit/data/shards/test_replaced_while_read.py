@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 
-from megatron_ledom.callbacks.held_out import check_held_out
 from megatron_ledom.callbacks.tasks import check_files
 from megatron_ledom.config.load import load_config
 from megatron_ledom.data.blends.sources import load_sources
@@ -20,6 +19,7 @@ from megatron_ledom.evaluation.tasks import loading as task_files
 from megatron_ledom.inference.model_folder import READ_BESIDE_WEIGHTS, check_unchanged, folder_facts
 from megatron_ledom.inference.reverse_reward import command as rerank_command
 from megatron_ledom.reports import losses
+from megatron_ledom.training.held_out import check_held_out
 from tests.evaluation_sets import write_sets
 from tests.tiny_models import random_model_folder
 from tests.tiny_runs import TinyData, documents, write_shard, write_tiny_data

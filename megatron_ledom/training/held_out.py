@@ -5,7 +5,6 @@ import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_ledom.callbacks.chosen_tasks import TaskHashes
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import MismatchError
 from megatron_ledom.storage.files import write_json
@@ -16,6 +15,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 FILE = "held_out.json"
+
+TaskHashes = dict[str, dict[str, str]]
+"""The sha256 of each file of a task, by task and file."""
 
 
 def check_held_out(config: RunConfig, sources: "Sources", tasks: TaskHashes, *, is_new: bool) -> None:

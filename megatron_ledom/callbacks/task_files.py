@@ -1,16 +1,15 @@
-"""The tasks of `train.tasks`: read, and checked at the start of a run. Does not import torch."""
+"""The files of `train.tasks`: read, and checked at the start of a run. Does not import torch."""
 
 from typing import TYPE_CHECKING
 
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
+from megatron_ledom.training.held_out import TaskHashes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from megatron_ledom.evaluation.tasks.task import LoadedTask
-
-TaskHashes = dict[str, dict[str, str]]
 
 
 def load_tasks(config: RunConfig) -> "list[LoadedTask]":
