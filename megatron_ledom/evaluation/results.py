@@ -22,6 +22,7 @@ from megatron_ledom.evaluation.tasks.task import Kind, LoadedTask
 from megatron_ledom.storage.files import json_text, write_file, write_json
 from megatron_ledom.storage.jobs import differences
 from megatron_ledom.storage.lines import append_lines, cut_lines, whole_lines
+from megatron_ledom.tables import markdown_table
 
 NUMBER = "item"
 """Key of a line's number, from 0: it is checked before the line is resumed."""
@@ -277,9 +278,9 @@ def as_markdown(results: Sequence[TaskResult], about: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[tuple[str, str, Metric]]) -> str:
-    lines = ["| task | figure | % | standard error | 95 % interval | items |", "|---|---|---:|---:|---:|---:|"]
+    cells = [["task", "figure", "%", "standard error", "95 % interval", "items"]]
     for task, name, metric in rows:
         stderr = "" if metric.stderr is None else f"{100 * metric.stderr:.2f}"
         interval = f"{100 * metric.low:.1f} to {100 * metric.high:.1f}"
-        lines.append(f"| {task} | {name} | {100 * metric.value:.1f} | {stderr} | {interval} | {metric.num_items} |")
-    return "\n".join(lines)
+        cells.append([task, name, f"{100 * metric.value:.1f}", stderr, interval, str(metric.num_items)])
+    return markdown_table(cells, "llrrrr")

@@ -15,11 +15,11 @@ from megatron_ledom.evaluation.loss_comparison import (
 )
 from megatron_ledom.evaluation.loss_difference import NUM_PARTS, CompareSettings, Summary, summarize
 from megatron_ledom.inference.scoring import check_batch_size
-from megatron_ledom.markdown import markdown_table
 from megatron_ledom.reports import pages
 from megatron_ledom.reports.pages import bullets, interval, number, paragraph
 from megatron_ledom.storage.files import json_text, write_file
 from megatron_ledom.storage.locks import output_folder_lock
+from megatron_ledom.tables import markdown_table
 
 TITLE = "Loss of a forward and of a reverse model on the same documents"
 MEANING = (

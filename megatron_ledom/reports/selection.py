@@ -23,10 +23,10 @@ from megatron_ledom.evaluation.selection import (
 )
 from megatron_ledom.inference.reverse_reward.ranked_lines import check_distinct
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from megatron_ledom.markdown import markdown_table
 from megatron_ledom.reports import pages
 from megatron_ledom.reports.pages import bullets, interval, paragraph
 from megatron_ledom.storage.files import json_text, write_file
+from megatron_ledom.tables import markdown_table
 
 MAIN = "Reverse Reward"
 LEVEL = 0.95
