@@ -37,7 +37,7 @@ Seeds = Sequence[Sequence[Question]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportSettings:
-    """How a comparison is made. reward: its weight is not used, because lambda is chosen on held-out questions. ranked_at: the
+    """Settings of a comparison. reward: its weight is not used, because lambda is chosen on held-out questions. ranked_at: the
     weight of each file as it was ranked, None where nothing tells it; said beside the chosen lambda."""
 
     gold_key: str
