@@ -72,7 +72,7 @@ def groups_of(result: TaskResult) -> dict[str, float]:
 def test_the_same_arguments_give_the_same_bytes_and_the_manifest_their_hashes(
     name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["--task", name, "--out", str(tmp_path / "again"), "--num", str(NUM[name]), "--seed", "3"]
+    arguments = ["--task", name, "--output", str(tmp_path / "again"), "--num", str(NUM[name]), "--seed", "3"]
     assert run_tool(monkeypatch, "make_analysis_data", *arguments) == 0
     contents = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
     assert contents == {path.name: path.read_bytes() for path in folders[name].iterdir()}
