@@ -13,12 +13,12 @@ import pytest
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
-from megatron_ledom.evaluation.evaluate import evaluate_task
 from megatron_ledom.evaluation.results import TaskResult, share
 from megatron_ledom.evaluation.synthetic.facts import INVERSE, REVERSAL
 from megatron_ledom.evaluation.synthetic.generators import GENERATORS, make_analysis_data
 from megatron_ledom.evaluation.synthetic.tasks import SYNTHETIC_TASKS
 from megatron_ledom.evaluation.synthetic.word_problems import END, GAINS, LOSSES, START, TIMES, Solved, solve
+from megatron_ledom.evaluation.task_evaluation import evaluate_task
 from megatron_ledom.evaluation.tasks.loading import load_task
 from megatron_ledom.inference.scoring import SpanScore
 from tests.tiny_models import random_model_folder

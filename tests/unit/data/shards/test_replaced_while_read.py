@@ -15,8 +15,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.data.blends.sources import load_sources
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError
-from megatron_ledom.evaluation import command as evaluate_command
-from megatron_ledom.evaluation import loss_comparison
+from megatron_ledom.evaluation import evaluate_command, loss_comparison
 from megatron_ledom.evaluation.tasks import loading as task_files
 from megatron_ledom.inference.model_folder import READ_BESIDE_WEIGHTS, check_unchanged, folder_facts
 from megatron_ledom.inference.reverse_reward import command as rerank_command

@@ -1,4 +1,4 @@
-"""How far the planner is off on published runs: fitted on a few, judged by the others; and the worked examples of the README."""
+"""The error of the planner on published runs: fitted on a few, judged by the others; and the worked examples of the README."""
 
 import math
 from collections.abc import Iterator, Sequence

@@ -11,7 +11,7 @@ import numpy as np
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.grading.answers import answers_by
 from megatron_ledom.evaluation.intervals import Values, crossed_interval
-from megatron_ledom.evaluation.selection import (
+from megatron_ledom.evaluation.selection_methods import (
     GRID,
     METHODS,
     MOST_SUBSETS,
