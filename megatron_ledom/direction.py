@@ -94,12 +94,6 @@ def turn_into(
     return int(helpers.turn_documents(stored_ids, lengths, turned, is_closed, eod_id, vocab_size))
 
 
-def turn_documents_reference(documents: Sequence[Sequence[int]], is_closed: bool, eod_id: int) -> list[int]:
-    """What `turn_into` computes, in plain Python: the text of the rule, and the yardstick of its tests."""
-    contents = [document[:-1] if is_closed else document for document in documents]
-    return pack_documents_reference(contents, Direction.REVERSE, eod_id)
-
-
 def pack_documents_reference(
     documents: Sequence[Sequence[int]], direction: Direction, eod_id: int, bos_id: int | None = None
 ) -> list[int]:

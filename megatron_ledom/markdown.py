@@ -1,23 +1,10 @@
-"""Markdown: tables, and documents with a marked part that a script writes."""
+"""Markdown documents with a marked part that a script writes."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import output_file_lock
-
-
-def markdown_table(rows: Sequence[Sequence[str]], align: str = "") -> str:
-    """Return plain-text cells as a table; the first row holds the headings.
-
-    align: `l` or `r` for each column; columns beyond it are left as Markdown aligns them.
-    """
-    ends = [":" if side == "r" else "" for side in align.ljust(len(rows[0]))]
-    headings, *lines = [[cell.replace("|", "\\|") for cell in row] for row in rows]
-    head = "".join(f"| {cell} " if cell else "| " for cell in headings)
-    rule = "".join(f"|---{end}" for end in ends)
-    return "\n".join([f"{head}|", f"{rule}|", *(f"| {' | '.join(cells)} |" for cells in lines)])
 
 
 def write_between(file: str, mark: str, text: str) -> None:

@@ -13,9 +13,10 @@ from commands import ROOT, QuickstartError
 from safetensors import safe_open
 from twins import DIRECTIONS, read_metrics
 
-from megatron_ledom.markdown import markdown_table, write_between
+from megatron_ledom.markdown import write_between
 from megatron_ledom.reports.pages import number
 from megatron_ledom.storage.files import write_file, write_json
+from megatron_ledom.tables import markdown_table
 
 OUTPUT = Path("quickstart")
 README_PLOT = Path("examples/quickstart/loss_curves.png")

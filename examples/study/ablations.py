@@ -15,9 +15,9 @@ from steps import Step
 
 from megatron_ledom.evaluation.grading.answers import answers_by
 from megatron_ledom.evaluation.intervals import LEVEL, Values
-from megatron_ledom.evaluation.selection import Question, load_questions
+from megatron_ledom.evaluation.selection_methods import Question, load_questions
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from megatron_ledom.reports.selection import MAIN, ReportSettings, interval_of, outcomes_of
+from megatron_ledom.reports.method_comparison import MAIN, ReportSettings, interval_of, outcomes_of
 
 PAIRED = {"scorer of pairs, all tokens": "all", "scorer of pairs, question only": "scored"}
 """Scorers trained on pairs, and data.loss_tokens of each."""

@@ -14,6 +14,8 @@ from settings import Settings
 from steps import Step
 from twins import DIRECTIONS, read_metrics
 
+from megatron_ledom.evaluation.intervals import t_interval
+
 ISOLATED = ("data.reset_attention_mask=true", "data.reset_position_ids=true")
 """Problems are asked alone, so they are learnt alone."""
 
@@ -129,8 +131,5 @@ def interval_over_seeds(values: Sequence[float], least: float = -math.inf, most:
     """95 % interval of the mean by Student's t, cut to what can be; None for a single seed, which has none."""
     if len(values) < 2:
         return None
-    from scipy.stats import t
-
-    mean = statistics.mean(values)
-    half = float(t.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return [max(least, mean - half), min(most, mean + half)]
+    low, high = t_interval(values)
+    return [max(least, low), min(most, high)]

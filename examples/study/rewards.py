@@ -13,9 +13,9 @@ from steps import Step
 
 from megatron_ledom.evaluation.grading.answers import answers_by, is_right
 from megatron_ledom.evaluation.intervals import LEVEL
-from megatron_ledom.evaluation.selection import Question, load_questions
+from megatron_ledom.evaluation.selection_methods import Question, load_questions
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from megatron_ledom.reports.selection import MAIN, ReportSettings, compare, interval_of, num_candidates, outcomes_of
+from megatron_ledom.reports.method_comparison import MAIN, ReportSettings, compare, interval_of, num_candidates, outcomes_of
 
 GOLD = "answer"
 WANTED = (0.2, 0.6)

@@ -7,9 +7,9 @@ from typing import Any
 from losses import interval_over_seeds
 from rewards import WANTED
 
-from megatron_ledom.evaluation.selection import METHODS
+from megatron_ledom.evaluation.selection_methods import METHODS
 from megatron_ledom.reports import pages
-from megatron_ledom.reports.selection import sentences
+from megatron_ledom.reports.method_comparison import sentences
 
 Rows = list[list[str]]
 Results = dict[str, Any]

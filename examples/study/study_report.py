@@ -23,10 +23,10 @@ from sections import Section, ablation, claims, loss, not_reproduced, reward
 from settings import Settings
 from twins import DIRECTIONS
 
-from megatron_ledom.markdown import markdown_table
 from megatron_ledom.reports import pages
-from megatron_ledom.reports.selection import figures_of
+from megatron_ledom.reports.method_comparison import figures_of
 from megatron_ledom.storage.files import write_file
+from megatron_ledom.tables import markdown_table
 
 STYLE = "table { margin-bottom: 1.5rem; }"
 

@@ -23,8 +23,8 @@ from megatron_ledom.data.blends.sources import RUN_TOKENIZER
 from megatron_ledom.data.dataset.batch import Batch, context_part
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, NotFiniteError, UsageError
-from megatron_ledom.evaluation.evaluate import evaluate_task
 from megatron_ledom.evaluation.multiple_choice import asked_of, distinct_pairs
+from megatron_ledom.evaluation.task_evaluation import evaluate_task
 from megatron_ledom.evaluation.tasks.task import LoadedTask
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.scoring import Span, SpanKey, SpanScore, distinct_spans, span_score, span_tokens

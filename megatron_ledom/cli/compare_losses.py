@@ -12,7 +12,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("forward", metavar="FORWARD_FOLDER", help="a forward model")
     parser.add_argument("reverse", metavar="REVERSE_FOLDER", help="a reverse model with the same tokenizer")
     parser.add_argument("--data", required=True, metavar="FILE", help="held-out documents: JSON lines, .gz of them, Parquet")
-    parser.add_argument("--output", "--out", required=True, metavar="FOLDER", help="of losses.jsonl and the report")
+    parser.add_argument("--output", required=True, metavar="FOLDER", help="of losses.jsonl and the report")
     parser.add_argument("--text-key", default="text", metavar="KEY", help="field of the text (default %(default)s)")
     parser.add_argument("--domain-key", metavar="KEY", help="field of what documents are grouped by")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N documents")

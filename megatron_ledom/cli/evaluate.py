@@ -39,6 +39,6 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     """Parse, then judge."""
     args = vars(build_parser(prog).parse_args(argv))
 
-    from megatron_ledom.evaluation.command import evaluate_command
+    from megatron_ledom.evaluation.evaluate_command import evaluate_command
 
     evaluate_command(args)

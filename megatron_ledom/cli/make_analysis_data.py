@@ -10,7 +10,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--task", required=True, choices=sorted(GENERATORS), help="what to make")
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="a folder of its own for each set")
+    parser.add_argument("--output", "--out", required=True, metavar="FOLDER", help="a folder of its own for each set")
     parser.add_argument("--num", type=int, required=True, metavar="N", help="facts, problems, texts or worlds, by the task")
     parser.add_argument("--seed", type=int, default=0, help="the same one gives the same bytes (default %(default)s)")
     return parser
@@ -21,4 +21,4 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     args = build_parser(prog).parse_args(argv)
     from megatron_ledom.evaluation.synthetic.generators import make_analysis_data
 
-    make_analysis_data(args.task, args.out, args.num, args.seed)
+    make_analysis_data(args.task, args.output, args.num, args.seed)

@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
     arguments = build_parser(prog).parse_args(argv)
     from megatron_ledom.markdown import write_between
     from megatron_ledom.planning.hardware import load_hardware
-    from megatron_ledom.planning.validation.validation import PRIORS, fit, validation_page, worked_examples
+    from megatron_ledom.planning.validation.accuracy import PRIORS, fit, validation_page, worked_examples
 
     hardware = load_hardware(arguments.hardware)
     if arguments.fit:

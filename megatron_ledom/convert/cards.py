@@ -12,9 +12,9 @@ from megatron_ledom.checkpoint.manifest import CheckpointManifest
 from megatron_ledom.config.derived import padded_vocab_size
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.direction import Direction
-from megatron_ledom.markdown import markdown_table
 from megatron_ledom.model.arithmetic import count_parameters
 from megatron_ledom.storage.records import METRICS, has_iteration, read_records
+from megatron_ledom.tables import markdown_table
 
 WEIGHTS = {"bf16": "bfloat16, with float32 main weights and gradients", "fp32": "float32"}
 PAPER = "[LEDOM](https://arxiv.org/abs/2507.01335)"

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from megatron_ledom.lazy import lazy_exports
 
 if TYPE_CHECKING:
-    from megatron_ledom.evaluation.evaluate import evaluate_task
+    from megatron_ledom.evaluation.task_evaluation import evaluate_task
     from megatron_ledom.evaluation.task_model import LanguageTaskModel
     from megatron_ledom.evaluation.tasks.loading import load_task
 
@@ -34,7 +34,7 @@ __getattr__ = lazy_exports(
     __name__,
     {
         "megatron_ledom.evaluation.task_model": ["LanguageTaskModel"],
-        "megatron_ledom.evaluation.evaluate": ["evaluate_task"],
+        "megatron_ledom.evaluation.task_evaluation": ["evaluate_task"],
         "megatron_ledom.evaluation.tasks.loading": ["load_task"],
     },
 )

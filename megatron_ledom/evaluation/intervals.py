@@ -1,7 +1,9 @@
-"""Bootstrap intervals of means, also over seeds, and of ratios of sums, for every report that has them."""
+"""Intervals of means and of ratios of sums, for every report that has them: by the bootstrap, also over seeds, and by Student's t."""
 
 import importlib.util
+import statistics
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,16 @@ def check_statistics() -> None:
     """Refuse to begin what ends in intervals where scipy is missing. Raises UsageError."""
     if importlib.util.find_spec("scipy") is None:
         raise UsageError("intervals need scipy: pip install 'megatron-ledom[evaluation]'")
+
+
+def t_interval(values: Sequence[float], *, level: float = LEVEL) -> list[float]:
+    """Return [low, high] of the mean of two or more independent values by Student's t. UsageError where scipy is not installed."""
+    check_statistics()
+    from scipy.stats import t
+
+    mean = statistics.mean(values)
+    half = float(t.ppf((1 + level) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return [mean - half, mean + half]
 
 
 def bootstrap_interval(

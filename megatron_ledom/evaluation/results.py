@@ -13,6 +13,7 @@ from megatron_ledom.evaluation.intervals import LEVEL, bootstrap_interval
 from megatron_ledom.evaluation.multiple_choice import MAIN_WAY, NORMALIZATIONS, chosen
 from megatron_ledom.evaluation.tasks.task import Kind, LoadedTask
 from megatron_ledom.storage.files import write_file, write_json
+from megatron_ledom.tables import markdown_table
 
 Record = Mapping[str, Any]
 """What was found of one item."""
@@ -157,9 +158,9 @@ def as_markdown(results: Sequence[TaskResult], about: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[tuple[str, str, Metric]]) -> str:
-    lines = ["| task | figure | % | standard error | 95 % interval | items |", "|---|---|---:|---:|---:|---:|"]
+    cells = [["task", "figure", "%", "standard error", "95 % interval", "items"]]
     for task, name, metric in rows:
         stderr = "" if metric.stderr is None else f"{100 * metric.stderr:.2f}"
         interval = f"{100 * metric.low:.1f} to {100 * metric.high:.1f}"
-        lines.append(f"| {task} | {name} | {100 * metric.value:.1f} | {stderr} | {interval} | {metric.num_items} |")
-    return "\n".join(lines)
+        cells.append([task, name, f"{100 * metric.value:.1f}", stderr, interval, str(metric.num_items)])
+    return markdown_table(cells, "llrrrr")

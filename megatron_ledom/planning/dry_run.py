@@ -14,7 +14,7 @@ from megatron_ledom.data.shards.shard import ShardManifest, load_manifest
 from megatron_ledom.planning import dry_run_rows as rows
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.plan import Plan
-from megatron_ledom.planning.text import Row, summary_rows, titled
+from megatron_ledom.planning.plan_text import Row, summary_rows, titled
 from megatron_ledom.planning.verdicts import Verdict, disk_verdict, memory_verdict, planned
 
 

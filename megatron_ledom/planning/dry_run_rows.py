@@ -22,8 +22,9 @@ from megatron_ledom.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters, flops_per_token
 from megatron_ledom.planning.memory import GIB, stage_parameters, state_bytes
 from megatron_ledom.planning.plan import bytes_of_checkpoint
+from megatron_ledom.planning.plan_text import Row
 from megatron_ledom.planning.shapes import architecture_of, layout_of
-from megatron_ledom.planning.text import Row, aligned_lines
+from megatron_ledom.tables import aligned_lines
 
 MOST_LINES = 12
 """Ranks or stages listed one by one; of more, the first and the last."""

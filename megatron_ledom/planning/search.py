@@ -14,7 +14,7 @@ from megatron_ledom.planning.memory import GIB, counting_for, stage_memory
 from megatron_ledom.planning.plan import Plan, make_plan, name_layout
 from megatron_ledom.planning.shapes import Architecture, Layout, architecture_of, layout_of
 from megatron_ledom.planning.step_time import Software, data_comm_seconds, optimizer_seconds, pass_times
-from megatron_ledom.planning.text import aligned_lines
+from megatron_ledom.tables import aligned_lines
 
 MICRO_BATCHES = (1, 2, 4, 8)
 RECOMPUTES: tuple[dict[str, Any], ...] = (

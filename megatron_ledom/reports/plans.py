@@ -14,8 +14,8 @@ from megatron_ledom.planning import search as layouts
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.memory import GIB
 from megatron_ledom.planning.plan import Plan, make_plan, name_layout
+from megatron_ledom.planning.plan_text import MEMORY, describe_plan
 from megatron_ledom.planning.schedule import simulate
-from megatron_ledom.planning.text import MEMORY, describe_plan
 from megatron_ledom.reports.pages import THEMES, draw_png, figure, page
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import output_folder_lock

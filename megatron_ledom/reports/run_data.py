@@ -23,7 +23,7 @@ Series = tuple[list[float], list[float]]
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """What a report reads of a run."""
+    """The config and the records of one run."""
 
     name: str
     """Its folder's name, with as many parents as tell it from the others."""

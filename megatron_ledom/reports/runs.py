@@ -10,6 +10,7 @@ from pathlib import Path
 
 from megatron_ledom.config.derived import planned_world_size, tokens_per_iteration
 from megatron_ledom.errors import DataError, UsageError
+from megatron_ledom.evaluation.intervals import t_interval
 from megatron_ledom.planning.dry_run import known_model, stored_manifests
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.plan import make_plan
@@ -27,8 +28,6 @@ FEWEST = 20
 """Training records at the same tokens from which on their difference has an interval."""
 BLOCKS = 10
 """Parts of the last records whose means are taken to be independent, unlike the records themselves."""
-T_95 = 2.262
-"""Student's t for 95 % of BLOCKS - 1 degrees of freedom."""
 LAST_VALIDATIONS = 5
 FEWEST_VALIDATIONS = 3
 NO_BASE = (
@@ -148,10 +147,11 @@ def _by_training(reverse: RunData, forward: RunData) -> str:
     base = statistics.mean(other for _, other in last) / 100
     if base <= 0:
         return NO_BASE
-    middle, half = statistics.mean(blocks) / base, T_95 * statistics.stdev(blocks) / math.sqrt(BLOCKS) / base
-    told = f"{middle:+.2f} %, 95 % interval {middle - half:+.2f} to {middle + half:+.2f} %"
+    middle = statistics.mean(blocks) / base
+    low, high = (bound / base for bound in t_interval(blocks))
+    told = f"{middle:+.2f} %, 95 % interval {low:+.2f} to {high:+.2f} %"
     start = f"No common validation. Over the last {len(last)} training records at the same tokens the reverse run is"
-    if abs(middle) <= half:
+    if low <= 0 <= high:
         return f"{start} not surely different from the forward run ({told}), so neither is called lower."
     return f"{start} {'above' if middle > 0 else 'below'} the forward run ({told}; training loss, one run of each)."
 

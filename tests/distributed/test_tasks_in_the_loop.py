@@ -12,8 +12,8 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, UsageError
-from megatron_ledom.evaluation.evaluate import evaluate_task
 from megatron_ledom.evaluation.multiple_choice import asked_of, distinct_pairs
+from megatron_ledom.evaluation.task_evaluation import evaluate_task
 from megatron_ledom.evaluation.task_model import LanguageTaskModel
 from megatron_ledom.evaluation.tasks.loading import load_task
 from megatron_ledom.inference import ReverseLM

@@ -144,7 +144,7 @@ def test_ledom_alone_goes_from_text_to_an_evaluated_model(installed: Installed) 
     ledom("convert-checkpoint", "mcore-to-hf", "--load", "run", "--save", "model")
     written = ledom("generate", "--model", "model", "--following", " sat on mat 3.", "--max-new-tokens", 4).stdout
     assert written.endswith(" sat on mat 3.\n")
-    ledom("make-analysis-data", "--task", "reversal", "--out", "made", "--num", 64)
+    ledom("make-analysis-data", "--task", "reversal", "--output", "made", "--num", 64)
     ledom("evaluate", "--model", "model", "--tasks", "reversal", "--data", "made", "--limit", 2, "--output", "evaluated")
     assert (installed.folder / "evaluated/summary.json").is_file()
 

@@ -33,7 +33,7 @@ def call(folder: Path, *arguments: object) -> None:
 @pytest.mark.slow
 def test_a_forward_model_knows_facts_in_text_order_and_a_reverse_model_against_it(tmp_path: Path) -> None:
     tools = ROOT / "tools"
-    call(tmp_path, tools / "make_analysis_data.py", "--task", "reversal", "--out", "made", "--num", 64)
+    call(tmp_path, tools / "make_analysis_data.py", "--task", "reversal", "--output", "made", "--num", 64)
     call(tmp_path, tools / "train_tokenizer.py", "--input", "made/train.jsonl", "--output", "tokenizer", "--vocab-size", 400)
     found = {}
     for direction in ("forward", "reverse"):

@@ -22,26 +22,27 @@ lazy:
 provenance: direction errors
 storage: errors
 markdown: errors storage
+tables:
 tokenizers: _helpers direction errors lazy provenance storage
 config: direction errors storage
 platform: errors storage
 ops: platform
 parallel: config errors platform
 model: config errors ops parallel
-planning: config errors markdown model
+planning: config errors tables model
 planning.calibration: config parallel platform storage
 planning.dry_run: config data
 planning.verdicts: checkpoint config errors
-data: config direction errors lazy parallel platform provenance storage tokenizers
+data: config direction errors lazy parallel platform provenance storage tables tokenizers
 checkpoint: config errors parallel platform provenance storage
 training: checkpoint config data direction errors lazy model ops parallel platform provenance storage tokenizers
 callbacks: config data direction errors evaluation inference model parallel platform storage training
 pretrain: callbacks checkpoint cli config data errors model ops parallel planning platform training
 inference: direction errors lazy storage tokenizers
-convert: checkpoint config direction errors inference lazy markdown model parallel platform provenance storage tokenizers
+convert: checkpoint config direction errors inference lazy tables model parallel platform provenance storage tokenizers
 finetune: data direction errors inference storage tokenizers
-evaluation: direction errors inference lazy storage tokenizers
-reports: config direction errors evaluation inference markdown planning storage training
+evaluation: direction errors inference lazy storage tables tokenizers
+reports: config direction errors evaluation inference tables planning storage training
 cli: checkpoint config convert data direction errors evaluation finetune inference markdown ops planning\
  platform reports training
 """

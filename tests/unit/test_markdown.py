@@ -1,17 +1,11 @@
-"""Markdown tables, and the marked part of a document."""
+"""The marked part of a Markdown document."""
 
 from pathlib import Path
 
 import pytest
 
 from megatron_ledom.errors import UsageError
-from megatron_ledom.markdown import markdown_table, write_between
-
-
-def test_a_table_is_aligned_and_keeps_bars_inside_their_cell() -> None:
-    rows = [["", "P(y|x)"], ["one", "1"], ["", "2"]]
-    assert markdown_table(rows, "lr") == "| | P(y\\|x) |\n|---|---:|\n| one | 1 |\n|  | 2 |"
-    assert markdown_table(rows[:1]) == "| | P(y\\|x) |\n|---|---|"
+from megatron_ledom.markdown import write_between
 
 
 def test_only_the_marked_part_of_a_document_changes(tmp_path: Path) -> None:

@@ -89,3 +89,11 @@ def test_spelling() -> None:
     there = [name for name in files if (ROOT / name).is_file()]
     done = subprocess.run([sys.executable, "-m", "codespell_lib", *there], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_folder_of_unit_tests_is_one_of_the_package() -> None:
+    unit, beside = ROOT / "tests/unit", {ROOT / "tests/unit", ROOT / "tests/unit/examples"}
+    folders = {path.parent for path in unit.rglob("test_*.py")} - beside
+    strangers = [folder for folder in folders if not (ROOT / "megatron_ledom" / folder.relative_to(unit)).is_dir()]
+    assert folders
+    assert not strangers

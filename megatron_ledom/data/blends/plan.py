@@ -9,6 +9,7 @@ from megatron_ledom.data.blends.interleave import Interleave
 from megatron_ledom.data.shards.prefixes import TASK, check_tasks_complete, expand_prefixes
 from megatron_ledom.data.shards.shard import check_shard
 from megatron_ledom.errors import UsageError, VerificationError
+from megatron_ledom.tables import aligned_lines
 
 MOST_ROWS = 40
 """Of a table; above it, the shards of one array of tasks are one row."""
@@ -186,11 +187,7 @@ def describe_sources(sources: Sequence[PlannedSource], tokens: int) -> str:
     heads = ["source", "tokens", "weight", "share", "drawn", "epochs", *(["samples"] if samples else [])]
     rows = [heads, *[_row(source) for source in shown], _row(everything)]
     rows[-1][2] = ""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(heads))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    )
+    return "\n".join(aligned_lines(rows, "l"))
 
 
 def _row(source: PlannedSource) -> list[str]:

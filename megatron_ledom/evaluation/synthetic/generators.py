@@ -25,5 +25,5 @@ GENERATORS: Mapping[str, Callable[[int, int], SyntheticSet]] = MappingProxyType(
 def make_analysis_data(task: str, folder: str, num: int, seed: int) -> None:
     """Generate a set and write it into `folder`."""
     generated = GENERATORS[task](num, seed)
-    with output_folder_lock(folder, "--out"):
+    with output_folder_lock(folder):
         write_synthetic_set(generated, Path(folder), {"task": task, "num": num, "seed": seed})

@@ -4,7 +4,7 @@ A task is data. Its `layouts` say which fields a line of its file must have, and
 item into words for either direction; its `kind` says what the model does with them.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -15,7 +15,6 @@ from megatron_ledom.evaluation.tasks.prompts import Template
 
 Row = Mapping[str, Any]
 """One line of a file as it was read."""
-Pairs = Sequence[tuple[str, str]]
 
 
 class Kind(StrEnum):

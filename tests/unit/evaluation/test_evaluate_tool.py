@@ -73,9 +73,9 @@ def test_every_task_runs_in_both_directions(
 def test_a_killed_evaluation_goes_on_with_the_same_lines(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from megatron_ledom.evaluation import command, evaluate
+    from megatron_ledom.evaluation import evaluate_command, task_evaluation
 
-    for module in (evaluate, command):
+    for module in (task_evaluation, evaluate_command):
         monkeypatch.setattr(module, "WINDOW_ITEMS", 2)
     options = ["--model", folders["reverse"], "--data", folders["data"], "--tasks", "svamp,openbookqa"]
     options += ["--max-new-tokens", "4"]

@@ -6,13 +6,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from megatron_ledom.evaluation.intervals import bootstrap_interval, crossed_interval
+from megatron_ledom.evaluation.intervals import bootstrap_interval, crossed_interval, t_interval
 
 Values = npt.NDArray[np.float64]
 
 
 def interval(values: Values, num_resamples: int = 2000) -> list[float]:
     return crossed_interval(values, level=0.95, num_resamples=num_resamples, seed=3)
+
+
+def test_a_t_interval_is_as_wide_as_the_table_says() -> None:
+    pytest.importorskip("scipy")
+    assert t_interval([1.0, 2.0, 3.0]) == pytest.approx([2 - 4.303 / 3**0.5, 2 + 4.303 / 3**0.5], abs=1e-3)
+    assert t_interval([2.0, 2.0]) == [2.0, 2.0]
 
 
 def test_spread_between_seeds_alone_has_a_width() -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from megatron_ledom.errors import UsageError
+from megatron_ledom.evaluation import loss_comparison
 from megatron_ledom.evaluation.intervals import bootstrap_interval
 from megatron_ledom.evaluation.item_file import numbered
 from megatron_ledom.evaluation.loss_difference import (
@@ -24,7 +25,6 @@ from megatron_ledom.evaluation.loss_difference import (
 )
 from megatron_ledom.evaluation.record_checks import document_check
 from megatron_ledom.inference.language_model import ForwardLM, LanguageModel, ReverseLM
-from megatron_ledom.reports import losses as loss_report
 from megatron_ledom.reports.losses import sentence
 from tests.tiny_models import random_model_folder, random_text
 from tests.tool_runs import run_tool
@@ -186,7 +186,7 @@ def write_data(folder: Path, num: int = 7) -> str:
 def test_the_tool_writes_a_report_and_a_killed_run_goes_on_with_the_same_bytes(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(loss_report, "WINDOW_DOCUMENTS", 3)
+    monkeypatch.setattr(loss_comparison, "WINDOW_DOCUMENTS", 3)
     options = [folders["forward"], folders["reverse"], "--data", write_data(tmp_path), "--domain-key", "domain"]
     output = tmp_path / "out"
     assert run_tool(monkeypatch, "compare_losses", *options, "--output", str(output)) == 0, capsys.readouterr().err
@@ -196,8 +196,8 @@ def test_the_tool_writes_a_report_and_a_killed_run_goes_on_with_the_same_bytes(
     assert len(lines) == 7
     (output / "losses.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:9])
     asked = []
-    inner = loss_report.document_records
-    monkeypatch.setattr(loss_report, "document_records", lambda *a: asked.append(len(a[2])) or inner(*a))
+    inner = loss_comparison.document_records
+    monkeypatch.setattr(loss_comparison, "document_records", lambda *a: asked.append(len(a[2])) or inner(*a))
     assert run_tool(monkeypatch, "compare_losses", *options, "--output", str(output)) == 0
     assert asked == [3, 1]
     assert {name: (output / name).read_bytes() for name in names} == whole

@@ -11,13 +11,13 @@ import pytest
 
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.grading.answers import answers_by, classes_of
-from megatron_ledom.evaluation.selection import GRID, Question, chosen_weights, load_questions
+from megatron_ledom.evaluation.selection_methods import GRID, Question, chosen_weights, load_questions
 from megatron_ledom.inference.engines.engine import StepDelimiter
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.language_model import ReverseLM
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from megatron_ledom.reports.rerank import as_html, as_terminal, explain, steps_of
-from megatron_ledom.reports.selection import (
+from megatron_ledom.reports.explanation import as_html, as_terminal, explain, steps_of
+from megatron_ledom.reports.method_comparison import (
     MAIN,
     ReportSettings,
     affordable_num,

@@ -7,8 +7,8 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from megatron_ledom.evaluation import selection as subsets
-from megatron_ledom.evaluation.selection import share_by_score, share_by_vote, share_with_any
+from megatron_ledom.evaluation import selection_methods as subsets
+from megatron_ledom.evaluation.selection_methods import share_by_score, share_by_vote, share_with_any
 
 
 def counted(total: int, num: int, value: Callable[[list[int]], float]) -> float:

@@ -13,12 +13,12 @@ import pytest
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
-from megatron_ledom.evaluation.evaluate import evaluate_task
 from megatron_ledom.evaluation.results import TaskResult, share
 from megatron_ledom.evaluation.synthetic.facts import INVERSE, REVERSAL
 from megatron_ledom.evaluation.synthetic.generators import GENERATORS, make_analysis_data
 from megatron_ledom.evaluation.synthetic.tasks import SYNTHETIC_TASKS
 from megatron_ledom.evaluation.synthetic.word_problems import END, GAINS, LOSSES, START, TIMES, Solved, solve
+from megatron_ledom.evaluation.task_evaluation import evaluate_task
 from megatron_ledom.evaluation.tasks.loading import load_task
 from megatron_ledom.inference.scoring import SpanScore
 from tests.tiny_models import random_model_folder
@@ -72,7 +72,7 @@ def groups_of(result: TaskResult) -> dict[str, float]:
 def test_the_same_arguments_give_the_same_bytes_and_the_manifest_their_hashes(
     name: str, folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["--task", name, "--out", str(tmp_path / "again"), "--num", str(NUM[name]), "--seed", "3"]
+    arguments = ["--task", name, "--output", str(tmp_path / "again"), "--num", str(NUM[name]), "--seed", "3"]
     assert run_tool(monkeypatch, "make_analysis_data", *arguments) == 0
     contents = {path.name: path.read_bytes() for path in (tmp_path / "again").iterdir()}
     assert contents == {path.name: path.read_bytes() for path in folders[name].iterdir()}

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.evaluation.command import list_tasks
+from megatron_ledom.evaluation.evaluate_command import list_tasks
 from megatron_ledom.evaluation.grading.answers import comparison_by
 from megatron_ledom.evaluation.results import share
 from megatron_ledom.evaluation.tasks.loading import all_tasks, content_hash, load_task, parse_row, task_named

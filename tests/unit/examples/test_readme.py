@@ -62,7 +62,7 @@ RUN_BY_TESTS = {
     "python tools/report_rerank.py answers.jsonl --output report --explain 3 --reverse quickstart/models/reverse": (
         "tests/unit/evaluation/test_selection.py"
     ),
-    "python tools/make_analysis_data.py --task reversal --out made/reversal --num 64 --seed 0": "tests/unit/evaluation/test_synthetic_sets.py",
+    "python tools/make_analysis_data.py --task reversal --output made/reversal --num 64 --seed 0": "tests/unit/evaluation/test_synthetic_sets.py",
     "python tools/evaluate.py --model models/reverse --tasks reversal,reversal_written --data made/reversal --output evaluated": (
         "tests/unit/evaluation/test_synthetic_sets.py, tests/quickstart/test_reversal_curse.py"
     ),

@@ -8,10 +8,10 @@ import pytest
 
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.grading.answers import answers_by
-from megatron_ledom.evaluation.selection import load_questions
+from megatron_ledom.evaluation.selection_methods import load_questions
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
+from megatron_ledom.reports.method_comparison import ReportSettings, report_selection
 from megatron_ledom.reports.rerank import recorded_reward, recorded_weight
-from megatron_ledom.reports.selection import ReportSettings, report_selection
 
 SCORE = {"forward_logprob": -1.0, "reverse_logprob": -2.0, "forward_tokens": 3, "reverse_tokens": 4, "reward": -1.5}
 LINE: dict[str, Any] = {"prompt": "q", "candidates": ["18", "17"], "scores": [SCORE, SCORE], "gold": "#### 18"}

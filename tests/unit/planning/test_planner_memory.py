@@ -23,8 +23,8 @@ from megatron_ledom.planning.memory import (
     state_bytes,
 )
 from megatron_ledom.planning.shapes import Layout, architecture_of, layout_of
+from megatron_ledom.planning.validation.accuracy import planned_peak
 from megatron_ledom.planning.validation.published import OpenPoint, published
-from megatron_ledom.planning.validation.validation import planned_peak
 from tests.paths import ROOT
 
 TABLE = {  # GiB of parameters and optimizer; of activations without recompute; with sequence parallelism and selective recompute

@@ -13,7 +13,7 @@ from megatron_ledom.planning.hardware import hardware_files, load_hardware
 from megatron_ledom.planning.plan import make_plan
 from megatron_ledom.planning.shapes import architecture_of, layout_of
 from megatron_ledom.planning.step_time import all_reduce_seconds, gather_seconds, group, matmul_seconds, shape_share, step_time
-from megatron_ledom.planning.validation.validation import (
+from megatron_ledom.planning.validation.accuracy import (
     PRIORS,
     errors,
     exact_memory,

@@ -8,7 +8,7 @@ import pytest
 
 from megatron_ledom.errors import DataError
 from megatron_ledom.evaluation.grading.answers import answers_by
-from megatron_ledom.evaluation.selection import load_questions
+from megatron_ledom.evaluation.selection_methods import load_questions
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.generation import Sampling

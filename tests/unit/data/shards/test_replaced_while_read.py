@@ -14,11 +14,11 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.data.blends.sources import load_sources
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError
-from megatron_ledom.evaluation import command as evaluate_command
+from megatron_ledom.evaluation import evaluate_command, loss_comparison
 from megatron_ledom.evaluation.tasks import loading as task_files
 from megatron_ledom.inference.model_folder import READ_BESIDE_WEIGHTS, check_unchanged, folder_facts
 from megatron_ledom.inference.reverse_reward import command as rerank_command
-from megatron_ledom.reports import losses
+from megatron_ledom.reports.losses import compare_losses
 from megatron_ledom.training.held_out import check_held_out
 from tests.evaluation_sets import write_sets
 from tests.tiny_models import random_model_folder
@@ -50,7 +50,7 @@ def compare(models: dict[str, Path], tmp_path: Path) -> None:
     options: dict[str, Any] = {name: str(path) for name, path in models.items()}
     options |= {"data": str(tmp_path / "a.jsonl"), "output": str(tmp_path / "found"), "text_key": "text", "domain_key": None}
     options |= {"limit": None, "direction": None, "eod_id": None, "context": 16, "batch_size": 4, "seed": 0}
-    losses.compare_losses({**options, "different_tokenizers": False})
+    compare_losses({**options, "different_tokenizers": False})
 
 
 def rerank(models: dict[str, Path], tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ def tool_options(tool: str, arguments: list[str]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("command", "module", "side"),
-    [(evaluate, evaluate_command, "reverse"), (compare, losses, "forward"), (rerank, rerank_command, "reverse")],
+    [(evaluate, evaluate_command, "reverse"), (compare, loss_comparison, "forward"), (rerank, rerank_command, "reverse")],
 )
 def test_a_model_rewritten_while_it_is_loaded_is_not_judged(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any, module: Any, side: str

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_ledom.data.shards.rewriting import ReverseSettings, reverse_shards
 from megatron_ledom.data.shards.shard import Counts, InputFile, ShardReader, check_shard
-from megatron_ledom.direction import Direction, turn_documents_reference, turn_into
+from megatron_ledom.direction import Direction, pack_documents_reference, turn_into
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.storage.hashes import sha256_of
 from tests.forked import run_forked
@@ -58,7 +58,8 @@ def test_turned_documents_are_what_the_reference_says(
     documents: list[list[int]], is_closed: bool, stored: str, dtype: str
 ) -> None:
     documents = [[*document, EOD_ID] for document in documents] if is_closed else documents
-    expected = turn_documents_reference(documents, is_closed, EOD_ID)
+    contents = [document[:-1] if is_closed else document for document in documents]
+    expected = pack_documents_reference(contents, Direction.REVERSE, EOD_ID)
     ids = np.array([number for document in documents for number in document], stored)
     lengths = np.array([len(document) for document in documents], np.int64)
     turned = np.empty(len(expected), dtype)

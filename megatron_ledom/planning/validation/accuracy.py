@@ -1,4 +1,4 @@
-"""How far the planner is off on published runs: fitted on a few, judged by the others; and the worked examples of the README."""
+"""The error of the planner on published runs: fitted on a few, judged by the others; and the worked examples of the README."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -9,7 +9,6 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_ledom.config.load import load_config
-from megatron_ledom.markdown import markdown_table
 from megatron_ledom.planning.hardware import Hardware, load_hardware
 from megatron_ledom.planning.memory import GIB, activation_bytes, stage_memory, state_bytes
 from megatron_ledom.planning.plan import Plan, name_layout
@@ -17,6 +16,7 @@ from megatron_ledom.planning.search import needed_gib, search
 from megatron_ledom.planning.shapes import Layout
 from megatron_ledom.planning.step_time import layer_cost, step_time
 from megatron_ledom.planning.validation.published import OpenPoint, Point, published
+from megatron_ledom.tables import markdown_table
 
 CONFIG = "ledom_7b"
 HARDWARE = ("a100-80", "h100-sxm")

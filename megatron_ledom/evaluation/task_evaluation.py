@@ -1,4 +1,4 @@
-"""A task over a model: items in windows, what was found of each kept at once, figures at the end."""
+"""One task over one model: items in windows, the records of each window kept at once, figures at the end."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from megatron_ledom.planning.memory import GIB, StageMemory
 from megatron_ledom.planning.plan import Plan, name_layout
+from megatron_ledom.tables import aligned_lines
 
 MEMORY = ("weights", "gradients", "optimizer", "activations", "logits", "working", "buffers")
 """Parts of a stage's memory, in the order of the tables and bars."""
@@ -102,15 +103,6 @@ def summary_rows(plan: Plan) -> Iterable[Row]:
     yield "seconds an iteration", f"{plan.time.total:.2f} (between {low:.2f} and {high:.2f})"
     yield "tokens/s a device", f"{plan.tokens_per_second_per_device:,.0f}, MFU {plan.mfu:.1%}"
     yield "days", f"{plan.seconds / 86400:.1f}, {plan.device_hours:,.0f} device-hours"
-
-
-def aligned_lines(rows: Iterable[Sequence[str]], align: str = "") -> list[str]:
-    """Return a line for each row, its cells in columns two spaces apart; `align`: `l` or `r` for each column, `r` beyond it."""
-    cells = list(rows)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    marks = ["<" if side == "l" else ">" for side in align.ljust(len(widths))]
-    forms = [f"{mark}{width}" for mark, width in zip(marks, widths, strict=True)]
-    return ["  ".join(map(format, row, forms)).rstrip() for row in cells]
 
 
 def titled(title: str, lines: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""From the options of `ledom evaluate` to tasks, a model and files."""
+"""The command `evaluate`: from its options to tasks, a model, and files of results."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -11,13 +11,13 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import LedomError, NotFiniteError, UsageError, visible
 from megatron_ledom.evaluation.code.execution import check_allowed
 from megatron_ledom.evaluation.code.sandbox import Sandbox, check_sandbox
-from megatron_ledom.evaluation.evaluate import WINDOW_ITEMS, evaluate_task
 from megatron_ledom.evaluation.grading.answers import comparison_by
 from megatron_ledom.evaluation.intervals import check_statistics
 from megatron_ledom.evaluation.item_file import ItemFile
 from megatron_ledom.evaluation.multiple_choice import asked_of
 from megatron_ledom.evaluation.record_checks import item_check
 from megatron_ledom.evaluation.results import TaskResult, summarize, write_summary
+from megatron_ledom.evaluation.task_evaluation import WINDOW_ITEMS, evaluate_task
 from megatron_ledom.evaluation.task_model import LanguageTaskModel, direction_of, load_language_model
 from megatron_ledom.evaluation.tasks.loading import all_tasks, find_file, load_task, task_named
 from megatron_ledom.evaluation.tasks.prompts import Prompt

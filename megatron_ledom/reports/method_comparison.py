@@ -11,7 +11,7 @@ import numpy as np
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.grading.answers import answers_by
 from megatron_ledom.evaluation.intervals import Values, crossed_interval
-from megatron_ledom.evaluation.selection import (
+from megatron_ledom.evaluation.selection_methods import (
     GRID,
     METHODS,
     MOST_SUBSETS,
@@ -23,10 +23,10 @@ from megatron_ledom.evaluation.selection import (
 )
 from megatron_ledom.inference.reverse_reward.ranked_lines import check_distinct
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from megatron_ledom.markdown import markdown_table
 from megatron_ledom.reports import pages
 from megatron_ledom.reports.pages import bullets, interval, paragraph
 from megatron_ledom.storage.files import json_text, write_file
+from megatron_ledom.tables import markdown_table
 
 MAIN = "Reverse Reward"
 LEVEL = 0.95
@@ -37,7 +37,7 @@ Seeds = Sequence[Sequence[Question]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportSettings:
-    """How a comparison is made. reward: its weight is not used, because lambda is chosen on held-out questions. ranked_at: the
+    """Settings of a comparison. reward: its weight is not used, because lambda is chosen on held-out questions. ranked_at: the
     weight of each file as it was ranked, None where nothing tells it; said beside the chosen lambda."""
 
     gold_key: str

@@ -1,0 +1,136 @@
+"""One question's ranked candidates explained step by step, for a terminal and as a page.
+
+A candidate is shaded step by step, by how well the question follows from what is written so far: log P_R(x | y up to and
+with the step). It is a likelihood of the same question tokens everywhere, so steps and candidates can be compared with each other,
+unlike sums over the answer, which fall with its length (LEDOM, arXiv 2507.01335, shows its examples this way).
+"""
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_ledom.errors import visible
+from megatron_ledom.inference.engines.engine import Engine, StepDelimiter
+from megatron_ledom.reports import pages
+from megatron_ledom.reports.pages import number, paragraph
+
+LIGHT, DARK = (222, 236, 250), (255, 170, 90)
+"""Colours of the lowest and of the highest value, red, green, blue; both carry dark text."""
+HTML_STYLE = """
+.step { color: #1b1b1b; padding: 0 .15rem; border-radius: .2rem; white-space: pre-wrap; } h2 { font-size: 1.05rem; }
+.value { font-size: .75rem; opacity: .75; }
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class ExplainedStep:
+    """A step's text, and log P_R of the question given the answer up to its end."""
+
+    text: str
+    reverse_logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """The candidates of one question, best first: each one's place in the input, its reward and its steps.
+
+    skipped: why a candidate was skipped when it was ranked; it has no steps here. None for every other one.
+    """
+
+    prompt: str
+    places: list[int]
+    rewards: list[float | None]
+    candidates: list[list[ExplainedStep]]
+    skipped: list[str | None]
+
+    def shade(self, value: float) -> tuple[int, int, int]:
+        """Return the colour of a value among those of all steps."""
+        values = [step.reverse_logprob for steps in self.candidates for step in steps]
+        low, high = min(values), max(values)
+        share = (value - low) / (high - low) if high > low else 1.0
+        red, green, blue = (round(a + share * (b - a)) for a, b in zip(LIGHT, DARK, strict=True))
+        return red, green, blue
+
+
+def steps_of(answer: str, delimiter: StepDelimiter) -> list[str]:
+    """Return the answer cut after each delimiter; together the steps are the answer. White space at the end joins the last step."""
+    steps: list[str] = []
+    rest = answer
+    while rest:
+        end = delimiter.end_of_step(rest)
+        if end is None:
+            if rest.strip() or not steps:
+                return [*steps, rest]
+            return [*steps[:-1], steps[-1] + rest]
+        steps.append(rest[:end])
+        rest = rest[end:]
+    return steps
+
+
+def explain(
+    reverse: Engine,
+    prompt: str,
+    answers: Sequence[str],
+    rewards: Sequence[float | None],
+    ranking: Sequence[int],
+    delimiter: StepDelimiter,
+    skipped: Sequence[str | None] | None = None,
+) -> Explanation:
+    """Score each answer after each of its steps; all of them in one call, so that they share batches. Empty answers have no steps.
+
+    skipped: of each answer, why the ranking skipped it, or None; a skipped one is not scored here either.
+    """
+    reasons = [None] * len(answers) if skipped is None else skipped
+    cut = [steps_of(answers[place], delimiter) if reasons[place] is None else [] for place in ranking]
+    begun = ["".join(steps[: end + 1]) for steps in cut for end in range(len(steps))]
+    scores = iter(reverse.score([(prompt, text) for text in begun]))
+    explained = [[ExplainedStep(step, next(scores).logprob) for step in steps] for steps in cut]
+    ranked = [rewards[place] for place in ranking]
+    return Explanation(prompt, list(ranking), ranked, explained, [reasons[place] for place in ranking])
+
+
+def as_terminal(explanation: Explanation) -> str:
+    """Return the explanation with 24-bit colours for a terminal."""
+    lines = [visible(explanation.prompt), ""]
+    for heading, steps in zip(_headings(explanation), explanation.candidates, strict=True):
+        lines.append(heading)
+        for step in steps:
+            red, green, blue = explanation.shade(step.reverse_logprob)
+            shaded = f"\x1b[48;2;{red};{green};{blue}m\x1b[38;2;27;27;27m{_visible(step.text)}\x1b[0m"
+            lines.append(f"{step.reverse_logprob:10.2f}  {shaded}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def as_html(explanation: Explanation) -> str:
+    """Return one page that needs nothing besides itself; every text of a model is escaped."""
+    body = [
+        paragraph(explanation.prompt),
+        "<p>A step is shaded by log P<sub>R</sub>(question | answer up to its end); the warmer, the better the question follows.</p>",
+    ]
+    for heading, steps in zip(_headings(explanation), explanation.candidates, strict=True):
+        body.append(f"<h2>{html.escape(heading)}</h2>")
+        for step in steps:
+            colour = "rgb({},{},{})".format(*explanation.shade(step.reverse_logprob))
+            value = f"{step.reverse_logprob:.2f}"
+            text = html.escape(step.text.rstrip("\n"))
+            body.append(
+                f'<div><span class="step" style="background:{colour}" title="{value}">{text}</span>'
+                f' <span class="value">{value}</span></div>'
+            )
+    return pages.page("Why this answer", body, HTML_STYLE)
+
+
+def _headings(explanation: Explanation) -> list[str]:
+    """Return the rank, place and reward of each candidate, and why it was skipped when it was ranked."""
+    lines = []
+    rows = zip(explanation.places, explanation.rewards, explanation.skipped, strict=True)
+    for rank, (place, reward, reason) in enumerate(rows, 1):
+        skipped = "" if reason is None else f"; skipped when it was ranked, and not scored here: {_visible(reason)}"
+        lines.append(f"{rank}. candidate {place}, reward {number(reward, '.3f', missing='none')}{skipped}")
+    return lines
+
+
+def _visible(text: str) -> str:
+    """Return a text without the line break at its end, and without control characters that would steer the terminal."""
+    return "".join(c if c.isprintable() else " " if c in "\n\t" else "\ufffd" for c in text.rstrip("\n"))
