@@ -1,7 +1,7 @@
 """All tests. Folders: `unit` mirrors the package; `distributed` starts ranks of real runs; `numerics` compares with plain torch
 and with Hugging Face; `golden` holds recorded losses; `inventory` compares what every command gives with what it gave; `kernels`
 runs CUDA kernels on an emulator; `packaging`, `slurm`, `quickstart` and `study` run what users run; `benchmarks` measure and are
-no tests. Modules beside this file hold what tests of several folders share.
+no tests; `support` holds what tests of several folders share.
 
     make test-fast                          lint, types and unit tests
     make test                               everything but the slow tests; `make test-slow` runs those
@@ -25,8 +25,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before libr
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: as many busy threads as processes
 
-from tests.paths import ROOT  # noqa: E402
-from tests.tiny_runs import TinyData, write_tiny_data  # noqa: E402
+from tests.support.paths import ROOT  # noqa: E402
+from tests.support.tiny_runs import TinyData, write_tiny_data  # noqa: E402
 
 MARKER_OF_FOLDER = {"distributed": "distributed", "golden": "distributed", "kernels": "kernels", "slurm": "slurm"}
 SECONDS_OF_FOLDER = {"inventory": 1800, "packaging": 900, "quickstart": 900, "study": 900}

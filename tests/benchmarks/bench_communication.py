@@ -22,8 +22,8 @@ from megatron_ledom.model.arithmetic import count_parameters
 from tests.distributed.layout_runs import prepare_ranks, settings
 from tests.distributed.layouts import Layout
 from tests.distributed.traffic import read_traffic
-from tests.legible import VOCAB_SIZE
-from tests.tiny_runs import TinyData, run_each_on_ranks, write_tiny_data
+from tests.support.legible import VOCAB_SIZE
+from tests.support.tiny_runs import TinyData, run_each_on_ranks, write_tiny_data
 
 CASES = {
     "tensor parallel": ("TP", Layout(tp=4), "2r ((4L + 2) A + 12 T)"),

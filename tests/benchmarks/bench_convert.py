@@ -45,7 +45,7 @@ def write_model(folder: Path, gigabytes: float) -> None:
     from megatron_ledom.config.schema import ModelConfig
     from megatron_ledom.convert.hf_folder import WeightsWriter
     from megatron_ledom.convert.rules import Sizes, weights_of
-    from tests.legible import EOD_ID, VOCAB_SIZE, legible_tokenizer
+    from tests.support.legible import EOD_ID, VOCAB_SIZE, legible_tokenizer
 
     layers = int(gigabytes * 1e9 / 2 / LAYER_ELEMENTS) + 1
     model = ModelConfig(num_layers=layers, hidden_size=2048, ffn_hidden_size=16384, num_attention_heads=16, num_query_groups=8)

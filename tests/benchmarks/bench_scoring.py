@@ -24,7 +24,7 @@ from megatron_ledom.inference.engines.transformers_engine import TransformersEng
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.language_model import ReverseLM
 from megatron_ledom.inference.scoring import Span, distinct_spans
-from tests.tiny_models import byte_level_json
+from tests.support.tiny_models import byte_level_json
 
 SHAPES = {
     "tiny": {

@@ -3,7 +3,7 @@
     python -m tests.benchmarks.bench_train_step [--size 32m 125m] [--dtype bf16 fp32] [--seq-length 512 2048] [--rounds 5]
 
 Ours: the trainer's step, megatron-core's schedule and optimizer, fp32 main weights and gradients. Hugging Face: transformers
-with SDPA. Plain: the hand-written model of tests/plain_llama.py. Both of these: a plain loop, torch's fused AdamW on
+with SDPA. Plain: the hand-written model of tests/support/plain_llama.py. Both of these: a plain loop, torch's fused AdamW on
 weights of the same type, no fp32 copy. All take the same random ids, 2,048 tokens a step in micro-batches of one sample;
 they take turns in one run, and so does the matrix product whose best speed is the peak; ratios are medians over the turns.
 """
@@ -27,7 +27,7 @@ from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.parallel.groups import start_distributed
 from megatron_ledom.platform.device import peak_flops, prepare_platform
 from megatron_ledom.provenance import Provenance
-from tests.plain_llama import PlainLlama, plain_optimizer, plain_step
+from tests.support.plain_llama import PlainLlama, plain_optimizer, plain_step
 
 SHAPES = {
     "32m": ("num_layers=8", "hidden_size=512", "ffn_hidden_size=1408", "num_attention_heads=8", "num_query_groups=4"),

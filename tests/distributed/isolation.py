@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tests.legible import EOD_ID, legible_ids
+from tests.support.legible import EOD_ID, legible_ids
 
 LENGTHS = (9, 13, 7)
 """Tokens of documents 0, 1 and 2 of the sample, each with an eod behind it: 32 positions in all."""

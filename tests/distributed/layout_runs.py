@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.distributed.layouts import GLOBAL_BATCH, Layout
 from tests.distributed.traffic import count_traffic, read_traffic
-from tests.tiny_runs import Record, TinyData, curve, run_each_on_ranks
+from tests.support.tiny_runs import Record, TinyData, curve, run_each_on_ranks
 
 STEPS = {"fp32": 20, "bf16": 8}
 FIRST_STEP = {"fp32": 1e-6, "bf16": 5e-4}

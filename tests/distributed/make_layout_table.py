@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tests.distributed.layout_runs import ANY_STEP, FIRST_STEP, STEPS, Outcome, compare, run_layouts, run_references
 from tests.distributed.layouts import Layout, measured
-from tests.tiny_runs import TinyData, read_metrics, write_tiny_data
+from tests.support.tiny_runs import TinyData, read_metrics, write_tiny_data
 
 TABLE = Path(__file__).with_name("layouts.md")
 RANKS = (2, 4, 8)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.faults import inject
-from tests.tiny_runs import Record, TinyData, curve, read_metrics, read_tensors, run_on_ranks, start_ranks, start_tool
+from tests.support.faults import inject
+from tests.support.tiny_runs import Record, TinyData, curve, read_metrics, read_tensors, run_on_ranks, start_ranks, start_tool
 
 STEPS = 20
 BASE = (f"train.train_iters={STEPS}", "checkpoint.save_interval=5", "train.spike_window=8")

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from tests.tiny_runs import TinyData, read_tensors, start_ranks
+from tests.support.tiny_runs import TinyData, read_tensors, start_ranks
 
 OVERLAPPED = (
     "parallel.use_distributed_optimizer=true",

@@ -15,7 +15,7 @@ import pytest
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import OptimizerSettings, RunConfig, TrainConfig
 from megatron_ledom.errors import LedomError
-from tests.tiny_runs import TinyData, curve, run_on_ranks, start_ranks
+from tests.support.tiny_runs import TinyData, curve, run_on_ranks, start_ranks
 
 DONE = 3
 """Iterations before the checkpoint."""

@@ -21,7 +21,7 @@ from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.errors import DataError, VerificationError
 from megatron_ledom.platform.engine_fixes import install_engine_fixes
 from megatron_ledom.storage.hashes import checksum
-from tests.tiny_runs import TinyData, run_on_ranks, start_ranks
+from tests.support.tiny_runs import TinyData, run_on_ranks, start_ranks
 
 SHORT = ("train.train_iters=4", "optimizer.lr_warmup_iters=1")
 

@@ -22,8 +22,8 @@ from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.platform.processes import JOB_SIGNALS
 from megatron_ledom.storage.hashes import content_faults, size_faults
 from megatron_ledom.training.resilience import STOP_SIGNALS
-from tests.crashes import Steps
-from tests.tiny_runs import TinyData, read_tensors, start_ranks
+from tests.support.crashes import Steps
+from tests.support.tiny_runs import TinyData, read_tensors, start_ranks
 
 BIG = 4_000_000
 """Elements of a tensor that is not written at once."""

@@ -16,8 +16,8 @@ from megatron_ledom.data.dataset.dataset import build_train_dataset
 from megatron_ledom.data.dataset.sample_index import prepare_indices
 from megatron_ledom.direction import Direction
 from megatron_ledom.platform.launch import ALONE
-from tests.plain_llama import plain_lr
-from tests.tiny_runs import TinyData, read_metrics, start_ranks, write_shard
+from tests.support.plain_llama import plain_lr
+from tests.support.tiny_runs import TinyData, read_metrics, start_ranks, write_shard
 
 BATCH = 8
 

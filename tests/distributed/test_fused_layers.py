@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_ledom.platform.cpu_ops import find_cpu_ops
-from tests.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_each_on_ranks
+from tests.support.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_each_on_ranks
 
 pytestmark = pytest.mark.skipif(find_cpu_ops().module is None, reason=find_cpu_ops().state)
 STEPS, HALF = 20, 8

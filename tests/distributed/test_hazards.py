@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from tests.distributed import hazards
-from tests.paths import ROOT
-from tests.tiny_runs import Hook, Record, TinyData, curve, read_metrics, read_tensors, run_on_ranks, start_ranks
+from tests.support.paths import ROOT
+from tests.support.tiny_runs import Hook, Record, TinyData, curve, read_metrics, read_tensors, run_on_ranks, start_ranks
 
 STEPS = 6
 BASE = (f"train.train_iters={STEPS}", "model.num_layers=4", f"train.eval_interval={STEPS}", "train.eval_iters=1")

@@ -7,7 +7,7 @@ import pytest
 
 from tests.distributed.isolation import measure_each
 from tests.distributed.layouts import RECOMPUTE, Layout
-from tests.tiny_runs import TinyData, free_ports, start_processes
+from tests.support.tiny_runs import TinyData, free_ports, start_processes
 
 LAYOUTS = {
     1: [Layout(recompute=recompute) for recompute in RECOMPUTE],

@@ -12,7 +12,7 @@ import pytest
 from tests.distributed.layout_runs import ANY_STEP, FIRST_STEP, STEPS, compare, faults, run_layouts, run_references
 from tests.distributed.layouts import Layout, all_layouts, every_combination, measured, shapes, value_pairs
 from tests.distributed.make_layout_table import AT_ONCE, RANKS, TABLE
-from tests.tiny_runs import Record, TinyData
+from tests.support.tiny_runs import Record, TinyData
 
 SOME = [
     Layout(tp=4, optimizer="distributed", recompute="block"),

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny_runs import Record, TinyData, curve, read_metrics, run_command, run_each_on_ranks, run_on_ranks
+from tests.support.tiny_runs import Record, TinyData, curve, read_metrics, run_command, run_each_on_ranks, run_on_ranks
 
 STEPS = 20
 FIRST_STEP, ANY_STEP = 1e-6, 1e-5

@@ -14,7 +14,7 @@ import pytest
 from megatron_ledom.errors import StoppedWaiting, TransientError
 from megatron_ledom.parallel.meeting import Meeting, StopSignal
 from megatron_ledom.platform.launch import Launch
-from tests.tiny_runs import TinyData, free_port, start_ranks
+from tests.support.tiny_runs import TinyData, free_port, start_ranks
 
 
 def meet(rank: int, world_size: int, port: int, seconds: float, stop: StopSignal = lambda: None) -> object:

@@ -17,7 +17,7 @@ import torch
 from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.checkpoint.store import CheckpointStore
 from megatron_ledom.config.load import load_config
-from tests.tiny_runs import TinyData, free_ports, read_tensors, start_ranks
+from tests.support.tiny_runs import TinyData, free_ports, read_tensors, start_ranks
 
 TP, PP, CP = "tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"
 CHUNKS, SEQUENCE = "virtual_pipeline_model_parallel_size=2", "sequence_parallel=true"

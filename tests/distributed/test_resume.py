@@ -13,7 +13,7 @@ import torch
 from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.storage.hashes import content_faults, size_faults
-from tests.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_on_ranks, start_ranks
+from tests.support.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_on_ranks, start_ranks
 
 STEPS = 30
 BASE = (f"train.train_iters={STEPS}", "train.eval_interval=7", "train.eval_iters=2")

@@ -25,7 +25,7 @@ from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import load_config
 from megatron_ledom.errors import DataError
 from megatron_ledom.pretrain import check_start
-from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
+from tests.support.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
 
 COMMAND = ("train.train_iters=6", "checkpoint.save_interval=2")
 GO_ON = ("train.train_iters=8",)

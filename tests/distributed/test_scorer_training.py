@@ -8,8 +8,8 @@ import pytest
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.finetune.pairs import PairSettings, prepare_pairs
 from megatron_ledom.inference import ReverseLM
-from tests.paths import ROOT
-from tests.tiny_runs import TinyData, curve, run_each_on_ranks, run_on_ranks
+from tests.support.paths import ROOT
+from tests.support.tiny_runs import TinyData, curve, run_each_on_ranks, run_on_ranks
 
 PAIRS = [(f"{100 * k} {100 * k + 1} ", f"{100 * k + 7} {100 * k + 8} {100 * k + 9}") for k in range(4)]
 """Each of six tokens with its eod: five to a pack of 32 would fit, so packs differ; a question follows from its answer."""

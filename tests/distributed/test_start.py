@@ -5,7 +5,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tests.tiny_runs import Hook, TinyData, run_on_ranks, start_ranks
+from tests.support.tiny_runs import Hook, TinyData, run_on_ranks, start_ranks
 
 SHORT = ("train.train_iters=2", "optimizer.lr_warmup_iters=1", "checkpoint.save_interval=1")
 

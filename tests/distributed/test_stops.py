@@ -6,7 +6,7 @@ import time
 from functools import partial
 from pathlib import Path
 
-from tests.tiny_runs import TinyData, read_metrics, run_command, run_on_ranks, start_ranks
+from tests.support.tiny_runs import TinyData, read_metrics, run_command, run_on_ranks, start_ranks
 
 LONG = ("train.train_iters=100000", "data.allow_repeats=true", "checkpoint.save_interval=100000")
 

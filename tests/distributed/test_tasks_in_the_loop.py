@@ -17,7 +17,7 @@ from megatron_ledom.evaluation.task_evaluation import evaluate_task
 from megatron_ledom.evaluation.task_model import LanguageTaskModel
 from megatron_ledom.evaluation.tasks.loading import load_task
 from megatron_ledom.inference import ReverseLM
-from tests.tiny_runs import TinyData, curve, run_each_on_ranks, run_on_ranks, start_ranks
+from tests.support.tiny_runs import TinyData, curve, run_each_on_ranks, run_on_ranks, start_ranks
 
 CHOICES = [
     [" ".join(str(100 * ((k + j) % 10) + 4 + i) for i in range(1 + (k + j) % 3)) for j in range(3)] for k in range(1, 10)

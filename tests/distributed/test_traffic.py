@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.bench_communication import TOLERANCE, measure
-from tests.tiny_runs import TinyData
+from tests.support.tiny_runs import TinyData
 
 
 @pytest.mark.slow

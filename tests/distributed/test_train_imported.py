@@ -14,9 +14,9 @@ from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.direction import Direction
-from tests.conversion_checks import check_same_folders, check_same_runs, core_weights
-from tests.stock_folders import family_folder, stock_config, stock_folder
-from tests.tiny_runs import TinyData, curve, free_ports, run_each_on_ranks, run_on_ranks, start_ranks
+from tests.support.conversion_checks import check_same_folders, check_same_runs, core_weights
+from tests.support.stock_folders import family_folder, stock_config, stock_folder
+from tests.support.tiny_runs import TinyData, curve, free_ports, run_each_on_ranks, run_on_ranks, start_ranks
 
 STEPS = [
     "train.train_iters=5",
@@ -79,7 +79,7 @@ def test_a_run_starts_from_the_very_weights_and_goes_on_after_a_stop(data: TinyD
 
 
 def test_imported_weights_are_no_optimizer_state_to_return_to(data: TinyData, tmp_path: Path) -> None:
-    from tests.faults import inject
+    from tests.support.faults import inject
 
     (run,) = imported(tmp_path, "Llama", "run")
     overrides = [*STEPS, *QUIET, "train.on_nonfinite=roll_back", f"data.train_blend=[[1.0,{data.shard('reverse_train')}]]"]

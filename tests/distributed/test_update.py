@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 PROGRAM = """
 import sys, torch

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.training.watchdog import EXIT_CODE
-from tests.faults import inject
-from tests.tiny_runs import TinyData, as_srun_starts_it, read_metrics, run_on_ranks, start_ranks
+from tests.support.faults import inject
+from tests.support.tiny_runs import TinyData, as_srun_starts_it, read_metrics, run_on_ranks, start_ranks
 
 SECONDS = 4
 LONG = ("train.train_iters=2000", "data.allow_repeats=true", f"train.watchdog_seconds={SECONDS}")

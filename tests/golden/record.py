@@ -5,7 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from tests.tiny_runs import Record, TinyData, run_on_ranks, write_tiny_data
+from tests.support.tiny_runs import Record, TinyData, run_on_ranks, write_tiny_data
 
 FOLDER = Path(__file__).parent
 CONFIG, LOSSES = FOLDER / "tiny_reverse.yaml", FOLDER / "losses_cpu.json"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.golden.record import LOSSES, golden_run
-from tests.tiny_runs import TinyData
+from tests.support.tiny_runs import TinyData
 
 TOLERANCE = 1e-5
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 CSRC = ROOT / "csrc"
 EMULATED_FLAGS = (

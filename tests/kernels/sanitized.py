@@ -13,7 +13,7 @@ import torch
 from tests.kernels.build import CSRC, EMULATED_FLAGS, cache_folder, compiled
 from tests.kernels.cases import Case, c_arguments, pointers
 from tests.kernels.interface import functions
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 SANITIZERS = {"address": "-fsanitize=address,undefined", "thread": "-fsanitize=thread"}
 OPTIONS = {

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from tests.kernels.bindings import emulated_binding, load_emulated_ops
-from tests.paths import ROOT
-from tests.tiny_runs import TinyData, curve, read_tensors, run_on_ranks
+from tests.support.paths import ROOT
+from tests.support.tiny_runs import TinyData, curve, read_tensors, run_on_ranks
 
 ULPS = 2.0
 FUSED = ("model.transformer_impl=fused",)

@@ -11,8 +11,8 @@ from megatron_ledom.ops.fused_adam import FusedAdam, use_fused_adam
 from megatron_ledom.ops.multi_tensor import CHUNK, ChunkTables, chunk_table
 from megatron_ledom.platform.adam import GroupStepAdam
 from tests.kernels.bindings import emulated_binding, load_emulated_ops, train_on_emulated_optimizer
-from tests.paths import ROOT
-from tests.tiny_runs import TinyData, curve, read_tensors, run_on_ranks
+from tests.support.paths import ROOT
+from tests.support.tiny_runs import TinyData, curve, read_tensors, run_on_ranks
 
 SIZES = (0, 3, 8, CHUNK + 17, 40)
 SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.kernels.build import nvcc, op_names
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 pytestmark = [
     pytest.mark.gpu,

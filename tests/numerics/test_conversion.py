@@ -17,9 +17,9 @@ from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.convert.verify import Gate
 from megatron_ledom.direction import Direction
-from tests.conversion_checks import check_same_folders, check_same_runs, core_weights, folder_weights
-from tests.legible import VOCAB_SIZE
-from tests.stock_folders import FAMILY, family_folder, stock_config, stock_folder
+from tests.support.conversion_checks import check_same_folders, check_same_runs, core_weights, folder_weights
+from tests.support.legible import VOCAB_SIZE
+from tests.support.stock_folders import FAMILY, family_folder, stock_config, stock_folder
 
 REVERSE = Direction.REVERSE
 

@@ -24,9 +24,9 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError
 from megatron_ledom.storage import hashed_file
 from megatron_ledom.storage.folders import new_folder
-from tests.conversion_checks import check_same_folders, check_same_runs
-from tests.paths import ROOT
-from tests.stock_folders import family_folder, stock_config, stock_folder
+from tests.support.conversion_checks import check_same_folders, check_same_runs
+from tests.support.paths import ROOT
+from tests.support.stock_folders import family_folder, stock_config, stock_folder
 
 INDEX = "model.safetensors.index.json"
 
@@ -258,8 +258,8 @@ def test_other_sizes_are_refused(text: str) -> None:
 
 
 def children(*arguments: Any) -> tuple[list[dict[str, Any]], str]:
-    """What tests.conversion_child prints, and what it complains of."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.conversion_child", *map(str, arguments)]
+    """What tests.support.conversion_child prints, and what it complains of."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.conversion_child", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()], done.stderr

@@ -18,7 +18,7 @@ from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.convert.rules import Packing, Parts, Rule, Sizes
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import VerificationError
-from tests.stock_folders import stock_config, stock_folder
+from tests.support.stock_folders import stock_config, stock_folder
 
 HEAD = 8
 Break = Callable[[Parts], Sequence[torch.Tensor]]

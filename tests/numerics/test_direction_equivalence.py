@@ -20,8 +20,8 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.parallel.groups import start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.platform.launch import ALONE
-from tests.legible import EOD_ID, legible_documents, legible_ids, legible_tokenizer, write_jsonl
-from tests.tiny_runs import TinyData, curve, documents, read_tensors, run_on_ranks, start_ranks
+from tests.support.legible import EOD_ID, legible_documents, legible_ids, legible_tokenizer, write_jsonl
+from tests.support.tiny_runs import TinyData, curve, documents, read_tensors, run_on_ranks, start_ranks
 
 NUM_DOCUMENTS, LENGTH, SEQ_LENGTH = 10, 37, 16
 

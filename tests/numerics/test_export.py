@@ -24,9 +24,9 @@ from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.inference import ReverseLM
-from tests.paths import ROOT
-from tests.tiny_models import CORPUS, EOD_TOKEN, sentencepiece_like_json
-from tests.tiny_runs import TinyData, run_on_ranks
+from tests.support.paths import ROOT
+from tests.support.tiny_models import CORPUS, EOD_TOKEN, sentencepiece_like_json
+from tests.support.tiny_runs import TinyData, run_on_ranks
 
 PAIRS = [("The capital of France", " is Paris."), ("Berl", "in is"), ("", "漢字 and café"), ("def area(", "width)\n")]
 

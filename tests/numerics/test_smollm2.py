@@ -19,7 +19,7 @@ from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.direction import Direction
 from megatron_ledom.inference import ReverseLM
-from tests.tiny_runs import run_each_on_ranks
+from tests.support.tiny_runs import run_each_on_ranks
 
 FOLDER = os.environ.get("SMOLLM2")
 

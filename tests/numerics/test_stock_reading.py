@@ -21,8 +21,8 @@ from megatron_ledom.convert.hf_import import import_hf
 from megatron_ledom.convert.stock_side import StockSide
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, MismatchError, UsageError, VerificationError
-from tests.legible import VOCAB_SIZE
-from tests.stock_folders import stock_config, stock_folder
+from tests.support.legible import VOCAB_SIZE
+from tests.support.stock_folders import stock_config, stock_folder
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -17,8 +17,8 @@ from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
 from megatron_ledom.training.step_policy import Action, Verdict
 from megatron_ledom.training.trainer import train_step
-from tests.plain_llama import PlainLlama, plain_lr, plain_optimizer, plain_step
-from tests.tiny_runs import TinyData
+from tests.support.plain_llama import PlainLlama, plain_lr, plain_optimizer, plain_step
+from tests.support.tiny_runs import TinyData
 
 STEPS, VOCAB, ROWS, LENGTH = 12, 1005, 4, 32
 BASE = (

@@ -19,9 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluation_sets import write_sets
-from tests.paths import ROOT
-from tests.tiny_models import random_model_folder
+from tests.support.evaluation_sets import write_sets
+from tests.support.paths import ROOT
+from tests.support.tiny_models import random_model_folder
 
 pytestmark = pytest.mark.timeout(1200)  # C++ is compiled and each command imports torch
 NOT_COPIED = shutil.ignore_patterns(".*", "build", "dist", "tests", "__pycache__", "*.so", "*.egg-info")

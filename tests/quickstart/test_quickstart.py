@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.forked import run_forked
-from tests.paths import ROOT
+from tests.support.forked import run_forked
+from tests.support.paths import ROOT
 
 
 @dataclass(frozen=True, slots=True)

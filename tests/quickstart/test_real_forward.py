@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.paths import ROOT
-from tests.tiny_models import random_model_folder
+from tests.support.paths import ROOT
+from tests.support.tiny_models import random_model_folder
 
 SMALL = ["num_layers=2", "hidden_size=32", "ffn_hidden_size=64", "num_attention_heads=4", "num_query_groups=2"]
 RUN = ["train.train_iters=4", "train.eval_iters=1", "train.num_threads=1", "data.seq_length=32", "optimizer.lr_warmup_iters=1"]

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.data.shards.shard import ShardReader
-from tests.evaluation_sets import write_sets
-from tests.legible import legible_ids, legible_tokenizer, write_jsonl
-from tests.paths import ROOT
 from tests.slurm.cluster import Cluster
-from tests.tiny_models import random_model_folder
-from tests.tiny_runs import TinyData, run_on_ranks
+from tests.support.evaluation_sets import write_sets
+from tests.support.legible import legible_ids, legible_tokenizer, write_jsonl
+from tests.support.paths import ROOT
+from tests.support.tiny_models import random_model_folder
+from tests.support.tiny_runs import TinyData, run_on_ranks
 
 SCRIPTS = sorted((ROOT / "examples/slurm").glob("*.sbatch"))
 VARIABLES = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from megatron_ledom.checkpoint.folder import latest_checkpoint
-from tests import tiny_runs
-from tests.paths import ROOT
 from tests.slurm.cluster import Cluster
-from tests.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_on_ranks
+from tests.support import tiny_runs
+from tests.support.paths import ROOT
+from tests.support.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_on_ranks
 
 PRETRAIN = ROOT / "examples/slurm/pretrain.sbatch"
 TWO_NODES = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=4000M"]

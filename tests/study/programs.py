@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tests.forked import run_forked
-from tests.paths import ROOT
+from tests.support.forked import run_forked
+from tests.support.paths import ROOT
 
 PREPARED = """
 import sys

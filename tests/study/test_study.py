@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.forked import run_forked
-from tests.paths import ROOT
 from tests.study.handmade import write_study
 from tests.study.programs import PREPARED, run_python
+from tests.support.forked import run_forked
+from tests.support.paths import ROOT
 
 
 def test_every_chain_is_what_its_story_says_and_no_question_is_in_two_parts(tmp_path: Path) -> None:

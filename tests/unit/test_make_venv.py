@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 TOOLS = {"python3.11": os.path.realpath(sys.executable), "git": shutil.which("git"), "g++": shutil.which("g++")}
 

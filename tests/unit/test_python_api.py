@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 import megatron_ledom
-from tests.evaluation_sets import write_sets
-from tests.paths import ROOT
-from tests.tiny_models import random_model_folder
-from tests.tiny_runs import TinyData, read_metrics
+from tests.support.evaluation_sets import write_sets
+from tests.support.paths import ROOT
+from tests.support.tiny_models import random_model_folder
+from tests.support.tiny_runs import TinyData, read_metrics
 
 PAGE = (ROOT / "docs/python_api.md").read_text(encoding="utf-8")
 TABLE = re.findall(r"^\| `(megatron_ledom[\w.]*)` \| (.*) \|$", PAGE, re.MULTILINE)

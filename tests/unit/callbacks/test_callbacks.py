@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_ledom.errors import UNFORESEEN
 from megatron_ledom.training.callback import Callback, TrainingRun
-from tests.tiny_runs import TinyData, read_metrics, start_ranks
+from tests.support.tiny_runs import TinyData, read_metrics, start_ranks
 
 
 class Diary(Callback):
@@ -80,7 +80,7 @@ def train(config: str, folder: Path, settings: list[str], breaks_at: str, fault:
     from megatron_ledom import pretrain
 
     if fault:
-        from tests.faults import inject
+        from tests.support.faults import inject
 
         inject(fault)
     sys.argv = ["pretrain", "--config", config, f"run_dir={folder / 'run'}", *settings]

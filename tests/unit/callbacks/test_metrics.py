@@ -26,8 +26,8 @@ from megatron_ledom.platform.device import Platform
 from megatron_ledom.storage.records import Record, append_record
 from megatron_ledom.training.history import git_state, read_bad_steps, read_launches
 from megatron_ledom.training.step_policy import Action, StepResult, Verdict
-from tests.faults import inject
-from tests.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
+from tests.support.faults import inject
+from tests.support.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
 
 CPU = Platform(torch.device("cpu"), "gloo", 1)
 RESULT = StepResult(3.0, 1.0, Verdict(Action.UPDATE))

@@ -10,8 +10,8 @@ import pytest
 from megatron_ledom.checkpoint.inspection import inspect_checkpoint
 from megatron_ledom.checkpoint.manifest import OWN_HASH, load_manifest
 from megatron_ledom.errors import DataError, UsageError, VerificationError
-from tests.forked import run_forked
-from tests.tiny_runs import TinyData, run_on_ranks, start_ranks
+from tests.support.forked import run_forked
+from tests.support.tiny_runs import TinyData, run_on_ranks, start_ranks
 
 README_COMMAND = "python tools/inspect_checkpoint.py runs/reverse --verify"
 

@@ -14,7 +14,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.errors import UNFORESEEN, DataError, TransientError, cannot_write, run_command
 from megatron_ledom.platform.launch import read_launch
 from megatron_ledom.training.resilience import StopRequest
-from tests.tiny_runs import TinyData
+from tests.support.tiny_runs import TinyData
 
 LASTING = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM)
 PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOENT)

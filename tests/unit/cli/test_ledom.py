@@ -15,7 +15,7 @@ import pytest
 from megatron_ledom.cli.completion import FILES, FOLDERS, actions, whole_parser
 from megatron_ledom.cli.main import COMMANDS, GROUPS, load, run
 from megatron_ledom.errors import UsageError
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 TOOLS = sorted(file.stem for file in (ROOT / "tools").glob("*.py"))
 WITHOUT_SCRIPT = {

@@ -12,7 +12,7 @@ from megatron_ledom.config.load import config_from_dict, load_config, published,
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 MINIMAL = """
 run_dir: runs/tiny

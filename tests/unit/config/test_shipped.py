@@ -9,7 +9,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.shipped import shipped_configs
 from megatron_ledom.errors import ConfigError
 from megatron_ledom.planning.hardware import hardware_files
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 RUNS = sorted(set(shipped_configs()) - {"ledom_base"})
 

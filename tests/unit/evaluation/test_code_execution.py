@@ -18,8 +18,8 @@ from megatron_ledom.evaluation.code.isolated import decode, encode
 from megatron_ledom.evaluation.code.sandbox import Sandbox, check_sandbox
 from megatron_ledom.evaluation.tasks.loading import load_task
 from megatron_ledom.evaluation.written_answers import write_answers
-from tests.evaluation_sets import HUMANEVAL, write_sets
-from tests.scripted_model import Scripted
+from tests.support.evaluation_sets import HUMANEVAL, write_sets
+from tests.support.scripted_model import Scripted
 
 has_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="bubblewrap is not installed")
 BOTH = [pytest.param(Sandbox.BWRAP, marks=has_bubblewrap), Sandbox.NONE]

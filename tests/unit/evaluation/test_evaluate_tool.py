@@ -16,10 +16,10 @@ from megatron_ledom.errors import DataError
 from megatron_ledom.evaluation.record_checks import item_check
 from megatron_ledom.evaluation.tasks.loading import task_named
 from megatron_ledom.evaluation.tasks.task import Item, LoadedTask
-from tests.evaluation_sets import write_sets
-from tests.paths import ROOT
-from tests.tiny_models import random_model_folder
-from tests.tool_runs import run_tool
+from tests.support.evaluation_sets import write_sets
+from tests.support.paths import ROOT
+from tests.support.tiny_models import random_model_folder
+from tests.support.tool_runs import run_tool
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,9 @@ from megatron_ledom.evaluation.harness.model import LedomLM
 from megatron_ledom.evaluation.harness.reverse_choices import WAYS, asked_of_choices
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.scoring import Span, measure_spans
-from tests.exact_models import LETTERS, TEXTS, letters_lm, random_joint
-from tests.harness_tasks import QUESTIONS, TASKS, write_tasks
-from tests.tiny_models import EOD_TOKEN, chain_model, random_model_folder, save_model_folder, sentencepiece_like_json
+from tests.support.exact_models import LETTERS, TEXTS, letters_lm, random_joint
+from tests.support.harness_tasks import QUESTIONS, TASKS, write_tasks
+from tests.support.tiny_models import EOD_TOKEN, chain_model, random_model_folder, save_model_folder, sentencepiece_like_json
 
 Pair = tuple[str, str]
 EXEMPLAR = "Question: Where was the cat?\nAnswer: on the mat\n\n"

@@ -26,8 +26,8 @@ from megatron_ledom.evaluation.loss_difference import (
 from megatron_ledom.evaluation.record_checks import document_check
 from megatron_ledom.inference.language_model import ForwardLM, LanguageModel, ReverseLM
 from megatron_ledom.reports.losses import sentence
-from tests.tiny_models import random_model_folder, random_text
-from tests.tool_runs import run_tool
+from tests.support.tiny_models import random_model_folder, random_text
+from tests.support.tool_runs import run_tool
 
 SETTINGS = CompareSettings(context=512, batch_size=4, num_resamples=200)
 

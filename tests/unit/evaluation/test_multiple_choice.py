@@ -8,7 +8,7 @@ from megatron_ledom.evaluation.task_model import LanguageTaskModel
 from megatron_ledom.evaluation.tasks.loading import task_named
 from megatron_ledom.evaluation.tasks.task import Item, LoadedTask
 from megatron_ledom.inference import ForwardLM, ReverseLM
-from tests.tiny_models import TOKENIZERS, random_model_folder
+from tests.support.tiny_models import TOKENIZERS, random_model_folder
 
 ARC = Item(values={"question": "What burns?", "answer": "fire"}, choices=("ice", "fire"), gold=1)
 SHOT = {"question": "What is cold?", "answer": "ice"}

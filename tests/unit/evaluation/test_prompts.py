@@ -9,7 +9,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
 from megatron_ledom.evaluation.tasks.prompts import Field, Template
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
-from tests.tiny_models import byte_level_json
+from tests.support.tiny_models import byte_level_json
 
 MATHS = Template(
     fields=(

@@ -27,8 +27,8 @@ from megatron_ledom.reports.method_comparison import (
     sentences,
     verdict,
 )
-from tests.tiny_models import random_model_folder
-from tests.tool_runs import run_tool
+from tests.support.tiny_models import random_model_folder
+from tests.support.tool_runs import run_tool
 
 HALF = GRID.index(0.5)
 

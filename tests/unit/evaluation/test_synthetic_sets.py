@@ -21,8 +21,8 @@ from megatron_ledom.evaluation.synthetic.word_problems import END, GAINS, LOSSES
 from megatron_ledom.evaluation.task_evaluation import evaluate_task
 from megatron_ledom.evaluation.tasks.loading import load_task
 from megatron_ledom.inference.scoring import SpanScore
-from tests.tiny_models import random_model_folder
-from tests.tool_runs import run_tool
+from tests.support.tiny_models import random_model_folder
+from tests.support.tool_runs import run_tool
 
 NUM = {"reversal": 160, "inverse_relations": 64, "label_backfill": 800, "abduction": 8, "question_from_answer": 200}
 CHOICES = ("reversal", "inverse_relations", "label_backfill", "abduction")

@@ -16,8 +16,8 @@ from megatron_ledom.evaluation.grading.answers import comparison_by
 from megatron_ledom.evaluation.results import share
 from megatron_ledom.evaluation.tasks.loading import all_tasks, content_hash, load_task, parse_row, task_named
 from megatron_ledom.evaluation.written_answers import prompt_of, write_answers
-from tests.evaluation_sets import SETS, write_sets
-from tests.scripted_model import Scripted
+from tests.support.evaluation_sets import SETS, write_sets
+from tests.support.scripted_model import Scripted
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 
-from tests.forked import run_forked
-from tests.paths import ROOT
+from tests.support.forked import run_forked
+from tests.support.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RUN_BY_QUICKSTART = "<!-- run by the quickstart -->"

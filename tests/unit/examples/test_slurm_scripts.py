@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.data.shards.shard import check_shard
-from tests.forked import run_forked
-from tests.legible import legible_documents, legible_tokenizer, write_jsonl
-from tests.paths import ROOT
-from tests.tiny_runs import TinyData
+from tests.support.forked import run_forked
+from tests.support.legible import legible_documents, legible_tokenizer, write_jsonl
+from tests.support.paths import ROOT
+from tests.support.tiny_runs import TinyData
 
 SCRIPTS = sorted((ROOT / "examples/slurm").glob("*.sbatch"))
 PRETRAIN = ROOT / "examples/slurm/pretrain.sbatch"

@@ -24,10 +24,10 @@ from megatron_ledom.finetune.pairs import PairSettings, prepare_pairs
 from megatron_ledom.inference import ReverseLM
 from megatron_ledom.platform.launch import ALONE
 from megatron_ledom.training.trainer import masked_loss
-from tests.forked import run_forked
-from tests.legible import EOD_ID, legible_tokenizer
-from tests.paths import ROOT
-from tests.tiny_models import random_model_folder, random_text
+from tests.support.forked import run_forked
+from tests.support.legible import EOD_ID, legible_tokenizer
+from tests.support.paths import ROOT
+from tests.support.tiny_models import random_model_folder, random_text
 
 Pair = dict[str, str]
 SHORT: dict[str, Any] = {"prompt_template": "{question}", "seq_length": 16}

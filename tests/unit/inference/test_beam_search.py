@@ -14,7 +14,7 @@ from megatron_ledom.inference.engines.transformers_engine import TransformersEng
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.reverse_reward.beam_search import BeamSettings, Found, beam_search
 from megatron_ledom.inference.reverse_reward.reward import Candidate, RewardSettings, rank, score_questions
-from tests.tiny_models import random_model_folder
+from tests.support.tiny_models import random_model_folder
 
 PROMPT = "The capital of France is Paris."
 DELIMITER = StepDelimiter("[ae]")  # letters that an untrained model writes often

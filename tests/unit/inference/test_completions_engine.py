@@ -18,7 +18,7 @@ from megatron_ledom.inference.engines.completions_engine import CompletionsEngin
 from megatron_ledom.inference.engines.engine import StepDelimiter, root
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.generation import Sampling
-from tests.completions_server import (
+from tests.support.completions_server import (
     Server,
     broken_chunk,
     cut_body,
@@ -32,8 +32,8 @@ from tests.completions_server import (
     with_logprobs,
     with_usage,
 )
-from tests.tiny_models import random_model_folder
-from tests.tool_runs import run_tool
+from tests.support.tiny_models import random_model_folder
+from tests.support.tool_runs import run_tool
 
 PROMPT = "The capital of France is Paris. "
 PAIRS = [(PROMPT, "The cat"), ("The capital of Par", "is"), (PROMPT, "The cat"), ("漢字 ", "🙂 x")]

@@ -11,8 +11,8 @@ from megatron_ledom.errors import DataError
 from megatron_ledom.inference import ForwardLM
 from megatron_ledom.inference.engines.engine import root
 from megatron_ledom.inference.generation import Sampling
-from tests.completions_server import Server, engine_of, serving, with_choice, with_logprobs
-from tests.tiny_models import random_model_folder
+from tests.support.completions_server import Server, engine_of, serving, with_choice, with_logprobs
+from tests.support.tiny_models import random_model_folder
 
 PROMPT = "The capital of France is Paris. "
 PAIRS = [(PROMPT, "The cat")]

@@ -14,7 +14,7 @@ from transformers import BertConfig, BertLMHeadModel, GPTNeoXConfig, GPTNeoXForC
 from megatron_ledom.errors import DataError, LedomError, MismatchError
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.model_folder import load_stock_model
-from tests.tiny_models import byte_level_json, random_model_folder, save_model_folder, tiny_config
+from tests.support.tiny_models import byte_level_json, random_model_folder, save_model_folder, tiny_config
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 Damage = Callable[[Path], None]

@@ -18,9 +18,9 @@ from megatron_ledom.evaluation.multiple_choice import chosen, less_prior
 from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
 from megatron_ledom.inference.reverse_reward.reward import reverse_reward
 from megatron_ledom.inference.scoring import SpanScore
-from tests.evaluation_sets import write_sets
-from tests.tiny_models import byte_level_json, random_model_folder
-from tests.tool_runs import run_tool
+from tests.support.evaluation_sets import write_sets
+from tests.support.tiny_models import byte_level_json, random_model_folder
+from tests.support.tool_runs import run_tool
 
 Weights = dict[str, torch.Tensor]
 

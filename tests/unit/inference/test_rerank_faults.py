@@ -23,7 +23,7 @@ from megatron_ledom.inference.reverse_reward.rerank_part import COUNTS, SUMS
 from megatron_ledom.inference.reverse_reward.reranking import RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_reward.reward import Candidate, RewardSettings, rank, score_questions
 from megatron_ledom.inference.scoring import SpanScore
-from tests.tiny_models import random_model_folder
+from tests.support.tiny_models import random_model_folder
 
 PROMPT = "The capital of France is "
 NULLS = {"forward_logprob": None, "reverse_logprob": None, "forward_tokens": None, "reverse_tokens": None, "reward": None}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.paths import ROOT
-from tests.tiny_models import random_model_folder
-from tests.tool_runs import run_tool
+from tests.support.paths import ROOT
+from tests.support.tiny_models import random_model_folder
+from tests.support.tool_runs import run_tool
 
 
 @pytest.fixture(scope="module")

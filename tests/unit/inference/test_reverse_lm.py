@@ -15,8 +15,8 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer, Speller
-from tests.legible import EOD_ID, VOCAB_SIZE, legible_tokenizer
-from tests.tiny_models import (
+from tests.support.legible import EOD_ID, VOCAB_SIZE, legible_tokenizer
+from tests.support.tiny_models import (
     TOKENIZERS,
     chain_model,
     random_model_folder,

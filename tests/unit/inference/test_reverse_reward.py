@@ -29,9 +29,9 @@ from megatron_ledom.inference.reverse_reward.reward import (
     score_questions,
 )
 from megatron_ledom.inference.scoring import SpanScore
-from tests.paths import ROOT
-from tests.tiny_models import random_model_folder
-from tests.tool_runs import run_tool
+from tests.support.paths import ROOT
+from tests.support.tiny_models import random_model_folder
+from tests.support.tool_runs import run_tool
 
 PROMPT = "What is the capital of France? "
 ANSWERS = ["Paris.", "The cat sat on the mat", "漢字 🙂", "Paris."]

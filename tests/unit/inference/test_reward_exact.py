@@ -24,8 +24,8 @@ from megatron_ledom.inference.reverse_reward.reward import (
     reward_of,
     score_questions,
 )
-from tests.exact_models import LETTERS, letters_lm, random_joint
-from tests.tiny_models import TOKENIZERS, random_model_folder, random_text
+from tests.support.exact_models import LETTERS, letters_lm, random_joint
+from tests.support.tiny_models import TOKENIZERS, random_model_folder, random_text
 
 NAMES = list(TOKENIZERS)
 

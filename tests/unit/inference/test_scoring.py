@@ -13,7 +13,7 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM, scoring
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.scoring import Span, score_spans
-from tests.tiny_models import TOKENIZERS, random_model_folder, random_text
+from tests.support.tiny_models import TOKENIZERS, random_model_folder, random_text
 
 NAMES = list(TOKENIZERS)
 PAIRS = [

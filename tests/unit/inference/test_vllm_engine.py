@@ -13,7 +13,7 @@ from megatron_ledom.inference.engines.engine import StepDelimiter, root
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.engines.vllm_engine import VllmEngine
 from megatron_ledom.inference.generation import Sampling
-from tests.tiny_models import TOKENIZERS, save_model_folder, tiny_config
+from tests.support.tiny_models import TOKENIZERS, save_model_folder, tiny_config
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
 PROMPT = "The capital of France is Paris. "

@@ -6,7 +6,7 @@ from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import ModelConfig
 from megatron_ledom.model.arithmetic import Attention, count_parameters, flops_per_token, model_flops_utilisation
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 CONFIGS = ROOT / "examples/configs"
 PADDED = 64256

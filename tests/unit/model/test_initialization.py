@@ -12,7 +12,7 @@ from megatron_ledom.model.builder import build_model_chunks
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.parallel.groups import seed_iteration, start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
-from tests.tiny_runs import TinyData
+from tests.support.tiny_runs import TinyData
 
 STD, LAYERS = 0.05, 4
 Build = Any

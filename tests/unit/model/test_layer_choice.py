@@ -15,7 +15,7 @@ from megatron_ledom.model.layer_specs import check_fp8_hardware, choose_layers
 from megatron_ledom.ops.library import Backend
 from megatron_ledom.parallel.groups import nccl_options
 from megatron_ledom.platform.adam import find_apex
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 CONFIG = ROOT / "examples/configs/ledom_7b.yaml"
 Machine = Callable[..., None]

@@ -23,8 +23,8 @@ from megatron_ledom.ops.core_attention import CausalCoreAttention, SDPACoreAtten
 from megatron_ledom.parallel.groups import seed_iteration, start_distributed, stop_distributed
 from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.platform.launch import ALONE
-from tests.legible import EOD_ID
-from tests.tiny_runs import TinyData
+from tests.support.legible import EOD_ID
+from tests.support.tiny_runs import TinyData
 
 S, B, H, D = 13, 2, 4, 8
 FP32_SOFTMAX = 1e-6

@@ -13,8 +13,8 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, MismatchError
 from megatron_ledom.planning.dry_run import dry_run
 from megatron_ledom.planning.verdicts import checkpoints_to_come
-from tests.forked import run_forked
-from tests.paths import ROOT
+from tests.support.forked import run_forked
+from tests.support.paths import ROOT
 
 CONFIGS = ROOT / "examples/configs"
 

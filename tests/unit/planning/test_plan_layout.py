@@ -10,7 +10,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import ParallelConfig, RunConfig
 from megatron_ledom.model.arithmetic import count_parameters
 from megatron_ledom.planning.dry_run_rows import parameters_of_rank, rank_lines, rank_place, stage_layers
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 QUICKSTART = str(ROOT / "examples/configs/quickstart_reverse.yaml")
 

@@ -25,7 +25,7 @@ from megatron_ledom.planning.memory import (
 from megatron_ledom.planning.shapes import Layout, architecture_of, layout_of
 from megatron_ledom.planning.validation.accuracy import planned_peak
 from megatron_ledom.planning.validation.published import OpenPoint, published
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 TABLE = {  # GiB of parameters and optimizer; of activations without recompute; with sequence parallelism and selective recompute
     "22B": (45.56, 59.25, 9.56),
@@ -139,7 +139,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any
     file = tmp_path_factory.mktemp("counted") / "tiny.yaml"
     file.write_text(yaml.safe_dump(TINY))
     cases = [{"rank": rank, "world_size": ranks, "overrides": overrides} for rank, ranks, overrides in CASES.values()]
-    command = [sys.executable, "-W", "ignore", "-m", "tests.counted_memory", str(file)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.counted_memory", str(file)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         command, cwd=ROOT, input=json.dumps(cases), env=environment, capture_output=True, text=True, check=False

@@ -16,8 +16,8 @@ from megatron_ledom.planning.plan import make_plan
 from megatron_ledom.planning.search import SIMULATED, describe_found, search, table_of
 from megatron_ledom.planning.shapes import layout_of
 from megatron_ledom.reports.plans import plan_run
-from tests.forked import run_forked
-from tests.paths import ROOT
+from tests.support.forked import run_forked
+from tests.support.paths import ROOT
 
 SEVEN = str(ROOT / "examples/configs/ledom_7b.yaml")
 A100 = load_hardware("a100-80")

@@ -22,7 +22,7 @@ from megatron_ledom.planning.validation.accuracy import (
     validation_page,
     worked_examples,
 )
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 A100 = load_hardware("a100-80")
 IDEAL = replace(

@@ -12,7 +12,7 @@ from megatron_ledom.errors import UsageError
 from megatron_ledom.platform import slurm
 from megatron_ledom.platform.launch import ALONE, FOREIGN, Launch, read_launch
 from megatron_ledom.platform.slurm import seconds_until_job_end, tasks_of_nodes
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 SRUN = {  # rank 9 of 8 + 4: a step on three of the job's nodes, the ranks unevenly spread
     "SLURM_JOB_ID": "123456",

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 SLEEPS = "ctypes.PyDLL(None).usleep(300_000)"  # a PyDLL keeps the interpreter's lock
 

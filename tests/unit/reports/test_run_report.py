@@ -15,8 +15,8 @@ from megatron_ledom.planning.plan import make_plan
 from megatron_ledom.reports.curves import EXACT, moving_average
 from megatron_ledom.reports.run_data import RunData, load_runs, training_pairs
 from megatron_ledom.reports.runs import final_loss, planned_rows, report_runs, summary, twin_sentence
-from tests.forked import run_forked
-from tests.paths import ROOT
+from tests.support.forked import run_forked
+from tests.support.paths import ROOT
 
 
 def write_run(folder: Path, direction: str, floor: float, num_records: int = 120) -> str:

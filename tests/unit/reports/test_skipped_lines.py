@@ -14,8 +14,8 @@ from megatron_ledom.inference.engines.transformers_engine import TransformersEng
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.reverse_reward.reranking import RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
-from tests.tiny_models import random_model_folder
-from tests.tool_runs import run_tool
+from tests.support.tiny_models import random_model_folder
+from tests.support.tool_runs import run_tool
 
 SCORE = {"forward_logprob": -1.0, "reverse_logprob": -2.0, "forward_tokens": 3, "reverse_tokens": 4, "reward": -1.5}
 NO_ROOM = "90 tokens and 40 new ones exceed the 100 positions of the forward model"

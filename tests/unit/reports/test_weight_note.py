@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from tests.tool_runs import run_tool
+from tests.support.tool_runs import run_tool
 
 
 def question(number: int, forward_of_right: float) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.output_commands import write_inputs
+from tests.support.output_commands import write_inputs
 
 
 @pytest.fixture(scope="session")

@@ -38,9 +38,9 @@ from megatron_ledom.storage.jobs import WorkFolder, finish_unit
 from megatron_ledom.storage.lines import LineFile, whole_lines
 from megatron_ledom.storage.locks import LOCK_SUFFIX
 from megatron_ledom.storage.records import append_record, as_line, drop_after, read_records
-from tests.crashes import lose_power, start, was_killed
-from tests.legible import legible_documents, legible_tokenizer, write_jsonl
-from tests.tiny_runs import TinyData
+from tests.support.crashes import lose_power, start, was_killed
+from tests.support.legible import legible_documents, legible_tokenizer, write_jsonl
+from tests.support.tiny_runs import TinyData
 
 Report = Callable[[], None]
 UNITS, LINES = 3, 6

@@ -13,11 +13,11 @@ from megatron_ledom.storage.files import real_path, write_file
 from megatron_ledom.storage.locks import output_file_lock
 from megatron_ledom.storage.records import append_record, drop_after, read_records
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
-from tests.legible import legible_ids, legible_shard
-from tests.output_commands import FILES
-from tests.paths import ROOT
-from tests.tiny_models import random_model_folder
-from tests.tool_runs import run_tool
+from tests.support.legible import legible_ids, legible_shard
+from tests.support.output_commands import FILES
+from tests.support.paths import ROOT
+from tests.support.tiny_models import random_model_folder
+from tests.support.tool_runs import run_tool
 
 ENDINGS = {
     "merge_shards": (".bin", ".idx", ".json"),

@@ -14,10 +14,10 @@ from megatron_ledom.data.shards.shard import check_shard
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.files import json_text, write_file
 from megatron_ledom.storage.locks import LOCK_SUFFIX, output_file_lock, output_folder_lock
-from tests.legible import file_bytes, legible_ids, legible_shard
-from tests.output_commands import FILES, Arguments
-from tests.paths import ROOT
-from tests.tool_runs import run_tool
+from tests.support.legible import file_bytes, legible_ids, legible_shard
+from tests.support.output_commands import FILES, Arguments
+from tests.support.paths import ROOT
+from tests.support.tool_runs import run_tool
 
 FOLDERS: dict[str, Arguments] = {
     "evaluate": lambda at, made: [

@@ -23,8 +23,8 @@ from megatron_ledom.inference import ForwardLM
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import append_specials, convert
-from tests.published_folder import sentencepiece_model
-from tests.tiny_models import CORPUS, byte_level_json, random_text, tiny_config
+from tests.support.published_folder import sentencepiece_model
+from tests.support.tiny_models import CORPUS, byte_level_json, random_text, tiny_config
 
 SIZES = {"model": 425, "json": 400}
 """Ids of the vocabulary file alone."""

@@ -18,8 +18,8 @@ from megatron_ledom._helpers import not_nfc
 from megatron_ledom.errors import UsageError
 from megatron_ledom.tokenizers.engines import GPT2, PATTERNS, CachedByteEngine, HubEngine, first_difference, why_not_bytes
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS
-from tests.paths import ROOT
-from tests.source_texts import FILES, MULTILINGUAL
+from tests.support.paths import ROOT
+from tests.support.source_texts import FILES, MULTILINGUAL
 
 HELPERS = ROOT / "csrc" / "helpers"
 CODES = [chr(code) for code in range(0x110000) if not 0xD800 <= code < 0xE000]

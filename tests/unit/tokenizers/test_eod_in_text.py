@@ -21,8 +21,8 @@ from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.storage.hashes import sha256_of
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import _converted, parse_model, train
-from tests.legible import EOD_ID, legible_shard, legible_tokenizer, write_jsonl
-from tests.source_texts import TEXT
+from tests.support.legible import EOD_ID, legible_shard, legible_tokenizer, write_jsonl
+from tests.support.source_texts import TEXT
 
 EOD = "<|endoftext|>"
 SPELLED = [f"before {EOD} after", EOD, f"{EOD}{EOD}\n", f"a{EOD}b", "none here"]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.tokenizers.engines import CachedPieceEngine, why_not_cached
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, SPACE, parse_model, train
-from tests.source_texts import FILES, MULTILINGUAL
+from tests.support.source_texts import FILES, MULTILINGUAL
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 LINES = "def f(x):\n        return self.value  # été 日本語\n\n\tfor i in range(100): print(i, 'ß', \"==\" * 3)\n"

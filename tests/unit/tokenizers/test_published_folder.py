@@ -23,12 +23,12 @@ from megatron_ledom.errors import MismatchError
 from megatron_ledom.evaluation.harness.model import LedomLM
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
-from tests.evaluation_sets import write_sets
-from tests.harness_tasks import write_tasks
-from tests.paths import ROOT
-from tests.published_folder import EOD_ID, published_folder, sentencepiece_model, terminal_that_says_yes, texts
-from tests.tiny_models import random_model_folder
-from tests.tool_runs import run_tool
+from tests.support.evaluation_sets import write_sets
+from tests.support.harness_tasks import write_tasks
+from tests.support.paths import ROOT
+from tests.support.published_folder import EOD_ID, published_folder, sentencepiece_model, terminal_that_says_yes, texts
+from tests.support.tiny_models import random_model_folder
+from tests.support.tool_runs import run_tool
 
 PAGE = (ROOT / "docs" / "published_model.md").read_text(encoding="utf-8")
 PROMPT, ANSWER = "The capital of France is", " Paris, 漢字."

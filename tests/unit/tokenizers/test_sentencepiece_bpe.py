@@ -13,9 +13,9 @@ from tokenizers import Tokenizer
 from megatron_ledom.errors import DataError, UsageError, VerificationError
 from megatron_ledom.tokenizers import sentencepiece_bpe
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, check_conversion, convert, train
-from tests.legible import write_jsonl
-from tests.source_texts import TEXTS
-from tests.tool_runs import train_by_command
+from tests.support.legible import write_jsonl
+from tests.support.source_texts import TEXTS
+from tests.support.tool_runs import train_by_command
 
 
 @pytest.fixture(scope="module")

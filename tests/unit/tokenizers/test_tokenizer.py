@@ -17,8 +17,8 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import vocabulary_hash
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, convert, tokenizer_config, train
-from tests.legible import EOD_ID, VOCAB_SIZE, legible_documents, legible_ids, legible_tokenizer
-from tests.source_texts import TEXT
+from tests.support.legible import EOD_ID, VOCAB_SIZE, legible_documents, legible_ids, legible_tokenizer
+from tests.support.source_texts import TEXT
 
 
 @pytest.fixture(scope="module")

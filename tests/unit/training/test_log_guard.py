@@ -20,7 +20,7 @@ from megatron_ledom.storage.records import append_record, drop_after, read_recor
 from megatron_ledom.training import history
 from megatron_ledom.training.history import RunHistory, check_history
 from megatron_ledom.training.step_policy import PastStep
-from tests.tiny_runs import TinyData
+from tests.support.tiny_runs import TinyData
 
 LIMIT_BYTES = 4000
 

@@ -17,7 +17,7 @@ from megatron_ledom.errors import ConfigError, DataError, PlanError, TransientEr
 from megatron_ledom.pretrain import check_start
 from megatron_ledom.training import run_folder
 from megatron_ledom.training.run_folder import check_still_latest, check_writable, lock_run, warn_of_later_checkpoints
-from tests.tiny_runs import TinyData
+from tests.support.tiny_runs import TinyData
 
 FORK = multiprocessing.get_context("fork")
 

@@ -8,8 +8,8 @@ import pytest
 
 from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.direction import Direction
-from tests.legible import legible_ids, legible_tokenizer
-from tests.tiny_runs import TinyData, run_command, run_on_ranks, start_ranks, write_shard, write_tiny_data
+from tests.support.legible import legible_ids, legible_tokenizer
+from tests.support.tiny_runs import TinyData, run_command, run_on_ranks, start_ranks, write_shard, write_tiny_data
 
 Prepare = Callable[[TinyData], list[str]]
 

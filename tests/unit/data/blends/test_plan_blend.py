@@ -10,9 +10,9 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.data.blends.plan import BlendSettings, check_repeats, describe, parse_tokens, plan_blend, to_yaml
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError, VerificationError
-from tests.forked import run_forked
-from tests.legible import legible_ids, legible_provenance, legible_shard
-from tests.paths import ROOT
+from tests.support.forked import run_forked
+from tests.support.legible import legible_ids, legible_provenance, legible_shard
+from tests.support.paths import ROOT
 
 ORIGINAL = {  # tokens drawn, share of the file (`paper.md`, the published run)
     "data/dclm_01": (259_833_174_808, 0.9),

@@ -12,7 +12,7 @@ from megatron_ledom.data.blends.sources import Sources, describe_blend, load_sou
 from megatron_ledom.data.shards.shard import ShardReader, load_manifest
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError
-from tests.tiny_runs import TinyData, documents, write_shard
+from tests.support.tiny_runs import TinyData, documents, write_shard
 
 
 def opened(data: TinyData, *overrides: str) -> tuple[RunConfig, Sources]:

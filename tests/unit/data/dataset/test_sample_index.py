@@ -27,7 +27,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, TransientError, UsageError
 from megatron_ledom.platform.launch import ALONE, Launch
 from megatron_ledom.storage.hashes import sha256_of
-from tests.tiny_runs import TinyData, documents, write_shard, write_tiny_data
+from tests.support.tiny_runs import TinyData, documents, write_shard, write_tiny_data
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from megatron_ledom.config.load import load_config
 from megatron_ledom.data.dataset.batch import MicroBatchSampler, batch_iterators
-from tests.legible import EOD_ID
-from tests.tiny_runs import TinyData
+from tests.support.legible import EOD_ID
+from tests.support.tiny_runs import TinyData
 
 SIZES = st.sampled_from([1, 2, 3, 4])
 

@@ -14,7 +14,7 @@ from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.shard import ShardManifest, ShardReader
 from megatron_ledom.errors import LedomError, UsageError
-from tests.legible import EOD_ID, legible_documents, legible_tokenizer, write_jsonl
+from tests.support.legible import EOD_ID, legible_documents, legible_tokenizer, write_jsonl
 
 
 @pytest.fixture(scope="module")

@@ -29,9 +29,9 @@ from megatron_ledom.data.shards.shard import ShardReader, check_shard, load_mani
 from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
-from tests.legible import EOD_ID, legible_documents, legible_ids, legible_tokenizer, write_jsonl
-from tests.paths import ROOT
-from tests.tool_runs import PREPROCESS_DATA, SLURM_FREE, preprocess_by_command, preprocessed
+from tests.support.legible import EOD_ID, legible_documents, legible_ids, legible_tokenizer, write_jsonl
+from tests.support.paths import ROOT
+from tests.support.tool_runs import PREPROCESS_DATA, SLURM_FREE, preprocess_by_command, preprocessed
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.shards.shard import check_shard
 from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.errors import DataError, UsageError
-from tests.legible import legible_documents, legible_tokenizer, write_jsonl
+from tests.support.legible import legible_documents, legible_tokenizer, write_jsonl
 
 NUM_KILLS = 5
 NUM_KILLS_SLOW = 50

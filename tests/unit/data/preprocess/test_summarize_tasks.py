@@ -11,9 +11,9 @@ from megatron_ledom.data.preprocess.task_summary import SummarySettings, collect
 from megatron_ledom.data.shards.shard import Counts
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError, VerificationError
-from tests.forked import run_forked
-from tests.legible import legible_ids, legible_provenance, legible_shard
-from tests.paths import ROOT
+from tests.support.forked import run_forked
+from tests.support.legible import legible_ids, legible_provenance, legible_shard
+from tests.support.paths import ROOT
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -14,7 +14,7 @@ from megatron_ledom.data.readers.input_files import expand_inputs
 from megatron_ledom.data.readers.json_lines import MOST_NESTED
 from megatron_ledom.data.readers.records import ReadSettings, RecordReader
 from megatron_ledom.errors import DataError, UsageError
-from tests.corpus_reading import skim, whole
+from tests.support.corpus_reading import skim, whole
 
 DEEP = b"[" * 5000 + b"]" * 5000
 ODD = [

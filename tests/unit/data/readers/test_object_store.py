@@ -13,7 +13,7 @@ from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
 from megatron_ledom.data.readers.input_files import expand_inputs
 from megatron_ledom.errors import UsageError
-from tests.legible import legible_documents, legible_tokenizer, write_jsonl
+from tests.support.legible import legible_documents, legible_tokenizer, write_jsonl
 
 pytest.importorskip("s3fs", reason="the s3 extra is not installed")
 moto_server = pytest.importorskip("moto.server", reason="moto is not installed")

@@ -23,9 +23,9 @@ from megatron_ledom.data.readers.input_files import expand_inputs
 from megatron_ledom.data.readers.records import ReadSettings, RecordReader, read_texts
 from megatron_ledom.data.readers.streams import LineReader
 from megatron_ledom.errors import DataError
-from tests.corpus_reading import skim, source, warc_of, whole
-from tests.legible import legible_documents, write_jsonl
-from tests.paths import ROOT
+from tests.support.corpus_reading import skim, source, warc_of, whole
+from tests.support.legible import legible_documents, write_jsonl
+from tests.support.paths import ROOT
 
 TEXTS = [*legible_documents(9, 30), "", "Grüße,\n\t日本 👍", '"quoted" \\ {}']
 
@@ -314,7 +314,7 @@ def test_what_a_few_compressed_bytes_become_is_not_held_at_once(tmp_path: Path) 
     path.write_bytes(zstandard.ZstdCompressor(level=1).compress(bomb))
     del bomb
     assert path.stat().st_size < 60_000
-    code = "import resource, sys; from pathlib import Path; from tests.corpus_reading import skim\n"
+    code = "import resource, sys; from pathlib import Path; from tests.support.corpus_reading import skim\n"
     code += "print(skim(Path(sys.argv[1]), max_record_bytes=1_000_000)[:2], resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     done = subprocess.run([sys.executable, "-c", code, str(path)], cwd=ROOT, capture_output=True, text=True, check=True)
     found, _, peak = done.stdout.strip().rpartition(" ")

@@ -15,8 +15,8 @@ from pyarrow import compute, feather, ipc, parquet
 from megatron_ledom.data.readers.records import ReadSettings, RecordReader
 from megatron_ledom.data.readers.table_sizes import batch_sizes, row_bytes
 from megatron_ledom.errors import DataError
-from tests.corpus_reading import skim, warc_of, whole
-from tests.paths import ROOT
+from tests.support.corpus_reading import skim, warc_of, whole
+from tests.support.paths import ROOT
 
 LARGE = "x" * (8 << 20)
 GOOD = [f"text {number}" for number in range(5)]
@@ -29,7 +29,7 @@ import sys
 from pathlib import Path
 import pyarrow.parquet, pyarrow.compute
 from megatron_ledom.errors import DataError
-from tests.corpus_reading import skim
+from tests.support.corpus_reading import skim
 def memory(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew

@@ -14,9 +14,9 @@ from megatron_ledom.data.readers.records import ReadSettings, read_texts
 from megatron_ledom.data.readers.text_template import TextTemplate, from_command_line, template_of
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.storage.jobs import differences
-from tests.legible import legible_tokenizer
-from tests.source_texts import TEXTS
-from tests.tool_runs import preprocess_by_command, preprocessed, train_by_command
+from tests.support.legible import legible_tokenizer
+from tests.support.source_texts import TEXTS
+from tests.support.tool_runs import preprocess_by_command, preprocessed, train_by_command
 
 RECORDS = [{"question": "101 102", "meta": {"answer": "103"}}, {"question": "201", "meta": {"answer": "202 203"}}]
 TEMPLATE = "{question}\n{meta.answer}"

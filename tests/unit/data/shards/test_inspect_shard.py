@@ -24,9 +24,9 @@ from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError, VerificationError
 from megatron_ledom.storage.hashes import sha256_of
-from tests.forked import run_forked
-from tests.legible import EOD_TOKEN, legible_documents, legible_ids, legible_shard, legible_tokenizer, write_jsonl
-from tests.paths import ROOT
+from tests.support.forked import run_forked
+from tests.support.legible import EOD_TOKEN, legible_documents, legible_ids, legible_shard, legible_tokenizer, write_jsonl
+from tests.support.paths import ROOT
 
 DOCUMENTS = [legible_ids(document, 3 + document) for document in range(5)]
 """Stored lengths 4, 5, 6, 7, 8; document d begins at id 0, 4, 9, 15, 22 of 30."""

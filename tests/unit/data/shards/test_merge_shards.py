@@ -14,9 +14,9 @@ from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
 from megatron_ledom.data.shards.shard import Counts, InputFile, ShardReader, check_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
-from tests.forked import run_forked
-from tests.legible import file_bytes, legible_ids, legible_provenance, legible_shard
-from tests.paths import ROOT
+from tests.support.forked import run_forked
+from tests.support.legible import file_bytes, legible_ids, legible_provenance, legible_shard
+from tests.support.paths import ROOT
 
 DOCUMENTS = [legible_ids(document, 3 + document) for document in range(7)]
 

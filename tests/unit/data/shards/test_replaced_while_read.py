@@ -20,9 +20,9 @@ from megatron_ledom.inference.model_folder import READ_BESIDE_WEIGHTS, check_unc
 from megatron_ledom.inference.reverse_reward import command as rerank_command
 from megatron_ledom.reports.losses import compare_losses
 from megatron_ledom.training.held_out import check_held_out
-from tests.evaluation_sets import write_sets
-from tests.tiny_models import random_model_folder
-from tests.tiny_runs import TinyData, documents, write_shard, write_tiny_data
+from tests.support.evaluation_sets import write_sets
+from tests.support.tiny_models import random_model_folder
+from tests.support.tiny_runs import TinyData, documents, write_shard, write_tiny_data
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from megatron_ledom.data.shards.shard import Counts, InputFile, ShardReader, che
 from megatron_ledom.direction import Direction, pack_documents_reference, turn_into
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.storage.hashes import sha256_of
-from tests.forked import run_forked
-from tests.legible import (
+from tests.support.forked import run_forked
+from tests.support.legible import (
     EOD_ID,
     VOCAB_SIZE,
     file_bytes,
@@ -26,7 +26,7 @@ from tests.legible import (
     legible_shard,
     legible_tokenizer,
 )
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 DOCUMENTS = [legible_ids(document, 3 + document) for document in range(7)]
 FORWARD = legible_provenance(Direction.FORWARD)

@@ -24,7 +24,7 @@ from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import Provenance
-from tests.legible import EOD_ID, VOCAB_SIZE, legible_ids
+from tests.support.legible import EOD_ID, VOCAB_SIZE, legible_ids
 
 PROVENANCE = Provenance(
     direction=Direction.REVERSE, tokenizer_name="legible", tokenizer_sha256="a" * 64, vocab_size=VOCAB_SIZE, eod_id=EOD_ID

@@ -16,8 +16,8 @@ from megatron_ledom.data.shards.shard_files import ShardFiles
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
 from megatron_ledom.platform.launch import ALONE
-from tests.legible import legible_shard
-from tests.tiny_runs import TinyData, documents, write_shard, write_tiny_data
+from tests.support.legible import legible_shard
+from tests.support.tiny_runs import TinyData, documents, write_shard, write_tiny_data
 
 SAMPLES_A_PASS = 640
 """More than one pass over the training shard: the second pass opens it anew."""

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tests.paths import ROOT
+from tests.support.paths import ROOT
 
 IMPORTED = [
     "megatron_ledom.pretrain",

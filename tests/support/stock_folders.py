@@ -7,7 +7,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
-from tests.legible import EOD_ID, VOCAB_SIZE, legible_tokenizer
+from tests.support.legible import EOD_ID, VOCAB_SIZE, legible_tokenizer
 
 LLAMA3 = {
     "rope_type": "llama3",

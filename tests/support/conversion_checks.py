@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 
 from megatron_ledom.checkpoint.folder import find_checkpoint
 from megatron_ledom.checkpoint.stored_tensors import StoredTensors
-from tests.legible import VOCAB_SIZE
+from tests.support.legible import VOCAB_SIZE
 
 
 def folder_weights(folder: Path) -> dict[str, torch.Tensor]:

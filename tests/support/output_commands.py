@@ -5,10 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_ledom.config.load import load_config, save_config
-from tests.evaluation_sets import write_sets
-from tests.legible import legible_ids, legible_shard
-from tests.paths import ROOT
-from tests.tiny_models import random_model_folder
+from tests.support.evaluation_sets import write_sets
+from tests.support.legible import legible_ids, legible_shard
+from tests.support.paths import ROOT
+from tests.support.tiny_models import random_model_folder
 
 SHARD = [legible_ids(document, 4) for document in range(5)]
 

@@ -10,8 +10,8 @@ import pytest
 
 from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings
-from tests.forked import run_forked
-from tests.paths import ROOT
+from tests.support.forked import run_forked
+from tests.support.paths import ROOT
 
 PREPROCESS_DATA = str(ROOT / "tools/preprocess_data.py")
 SLURM_FREE = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_")}

@@ -30,9 +30,9 @@ from megatron_ledom.data.preprocess.encode_parts import pack_documents
 from megatron_ledom.data.shards.shard import Counts, ShardWriter
 from megatron_ledom.direction import Direction
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
-from tests.forked import become, fork_context
-from tests.legible import legible_ids, legible_tokenizer
-from tests.paths import ROOT
+from tests.support.forked import become, fork_context
+from tests.support.legible import legible_ids, legible_tokenizer
+from tests.support.paths import ROOT
 
 SECONDS = 120
 """A run that takes longer hangs: its ranks are killed and the test fails with what they logged."""

@@ -1,4 +1,4 @@
-"""Counts what autograd keeps for the real model of one rank: `python -m tests.counted_memory FILE < cases`, cases and answers in JSON.
+"""Counts what autograd keeps for the real model of one rank: `python -m tests.support.counted_memory FILE < cases`, cases and answers in JSON.
 
 The rank is built alone, with process groups that reach nobody, so that any place of any layout can be counted in one process.
 """

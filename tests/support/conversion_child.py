@@ -1,6 +1,6 @@
 """Conversions in forked children of one process that has imported everything: killed at random moments, or out of disk.
 
-`python -m tests.conversion_child KIND SOURCE TARGET TIMES` prints one JSON object a line: what each kill left behind.
+`python -m tests.support.conversion_child KIND SOURCE TARGET TIMES` prints one JSON object a line: what each kill left behind.
 """
 
 import contextlib

@@ -14,7 +14,7 @@ import torch
 from transformers import LlamaForCausalLM
 
 from megatron_ledom.tokenizers.sentencepiece_bpe import EOD_TOKEN, ODD_TEXTS, SPECIALS, train
-from tests.tiny_models import CORPUS, FRAGMENTS, random_text, tiny_config
+from tests.support.tiny_models import CORPUS, FRAGMENTS, random_text, tiny_config
 
 NUM_PIECES = 420
 EOD_ID = NUM_PIECES + SPECIALS.index(EOD_TOKEN)
