@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_ledom.errors import DataError, MismatchError, cannot_write
+from megatron_ledom.errors import DataError, cannot_write
 from megatron_ledom.storage.files import json_text, write_json
-from megatron_ledom.storage.jobs import differences
+from megatron_ledom.storage.jobs import check_same_request
 from megatron_ledom.storage.lines import append_lines, cut_lines, whole_lines
 
 NUMBER = "item"
@@ -54,14 +54,8 @@ class ItemFile:
 
     def _check_made_by(self) -> None:
         """Refuse lines that were made otherwise, or nobody knows how."""
-        made_by = self._read_notes()
-        if made_by == self._made_by:
-            return
-        told = "; ".join(differences(made_by, self._made_by))
-        raise MismatchError(
-            f"{self.path} was made otherwise ({told}); run with the same settings to resume, give another --output, or"
-            f" {self._remedy}"
-        )
+        advice = f"give the same options to resume, name another --output, or {self._remedy}"
+        check_same_request(self.path, self._read_notes(), self._made_by, advice)
 
     def _read_notes(self) -> dict[str, Any]:
         unknown = f"so nobody knows what made {self.path.name}; remove both to start again"

@@ -1,6 +1,7 @@
 """Jobs that go on after a kill: what was asked is kept beside what is finished, and only the same request goes on from there.
 
-A `WorkFolder` holds finished units as files; lines that grow are in `storage.lines`. Both compare requests by `differences`.
+A `WorkFolder` holds finished units as files; lines that grow are in `storage.lines`. Every request is compared by
+`differences`, and refused by `check_same_request`.
 """
 
 import contextlib
@@ -12,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Self
 
-from megatron_ledom.errors import UsageError, cannot_write
+from megatron_ledom.errors import LedomError, MismatchError, UsageError, cannot_write
 from megatron_ledom.storage.files import PART_SUFFIX, write_whole
 from megatron_ledom.storage.locks import LOCK_SUFFIX, output_folder_lock
 
@@ -40,6 +41,14 @@ def differences(before: Request, now: Request, prefix: str = "") -> list[str]:
         else:
             found.append(f"{prefix}{name} was {_short(old)} and is {_short(new)}")
     return found
+
+
+def check_same_request(
+    what: object, before: Request, now: Request, advice: str, error: type[LedomError] = MismatchError
+) -> None:
+    """Raise `error` where `what`, a result or unfinished work, was made by another request than `now`."""
+    if changed := differences(before, now):
+        raise error(f"{what} was made otherwise ({'; '.join(changed)}); {advice}")
 
 
 def _input_difference(before: Sequence[Sequence[Any]], now: Sequence[Sequence[Any]]) -> str:
@@ -96,16 +105,14 @@ class WorkFolder:
     def _take_up(self, start_over: bool, serves: Callable[[Request, Request], Request]) -> None:
         plan = self.folder / PLAN
         planned = json.loads(plan.read_bytes()) if plan.exists() else {}
-        changed = differences(serves(planned, self.request), self.request) if planned else []
-        if planned and not changed:
+        served = serves(planned, self.request) if planned else {}
+        if planned and not start_over:
+            advice = "give the same options to resume, or start again with --overwrite"
+            check_same_request(f"the unfinished work in {self.folder}", served, self.request, advice, UsageError)
+        if planned and not differences(served, self.request):
             if planned != self.request:  # from now on units may be what the earlier request did not allow
                 write_whole(plan, json.dumps(self.request).encode())
             return
-        if planned and not start_over:
-            raise UsageError(
-                f"{self.folder} has unfinished work of another request: {'; '.join(changed)}; ask the same as before to go on, or"
-                " start over with --overwrite"
-            )
         for path in self.folder.iterdir():
             if path.name != LOCK_SUFFIX:
                 path.unlink()

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.files import json_text, write_file, write_json
-from megatron_ledom.storage.jobs import differences
+from megatron_ledom.storage.jobs import check_same_request
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -41,9 +41,8 @@ def write_synthetic_set(generated: SyntheticSet, folder: Path, about: Mapping[st
     path = folder / MANIFEST
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
-        changed = differences({name: found.get(name) for name in about}, about)
-        if changed:
-            raise UsageError(f"{folder} holds another set ({'; '.join(changed)}); give it a folder of its own")
+        before = {name: found.get(name) for name in about}
+        check_same_request(f"the set in {folder}", before, about, "give this one a folder of its own", UsageError)
     rows: dict[str, Sequence[Row]] = {"train": [{"text": text} for text in generated.texts], **generated.files}
     hashes = {}
     for name, lines in rows.items():

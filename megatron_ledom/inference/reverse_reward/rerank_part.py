@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ledom.errors import DataError, MismatchError, UsageError, cannot_write
 from megatron_ledom.inference.reverse_reward.input_lines import Record, is_ranked_line, json_line
 from megatron_ledom.storage.files import publish, write_whole
-from megatron_ledom.storage.jobs import differences
+from megatron_ledom.storage.jobs import check_same_request
 from megatron_ledom.storage.lines import append_lines, cut_lines, whole_lines
 
 SUMS = ("forward_tokens", "reverse_tokens", "seconds")
@@ -68,8 +68,7 @@ class Part:
             made_by = self._recorded()
         except (ValueError, TypeError) as error:
             raise UsageError(f"{self._output} is there already, and {self._report} is damaged ({error}); {advice}") from error
-        if made_by != self._made_by:
-            raise UsageError(f"{self._output} was made otherwise ({'; '.join(differences(made_by, self._made_by))}); {advice}")
+        check_same_request(self._output, made_by, self._made_by, advice, UsageError)
         with self._output.open("rb") as lines:
             for record, line in zip_longest(records, lines):
                 if record is None or not is_ranked_line(record, line):
@@ -90,7 +89,7 @@ class Part:
     def resume(self, windows: list[list[Record]], *, overwrite: bool = False) -> int:
         """Cut what an earlier run left to whole windows, check that it belongs to this input; returns how many there are.
 
-        overwrite: work that was begun otherwise is replaced as soon as there is something to replace it, in place of an error.
+        overwrite: work that was made otherwise is replaced as soon as there is something to replace it, in place of an error.
         """
         try:
             return self._resume(windows)
@@ -107,11 +106,7 @@ class Part:
             self._part.unlink(missing_ok=True)
             self._notes.unlink(missing_ok=True)
             return 0
-        made_by = json.loads(notes[0])["made_by"]
-        if made_by != self._made_by:
-            raise MismatchError(
-                f"{self._part} was begun otherwise ({'; '.join(differences(made_by, self._made_by))}); give the same options to go on"
-            )
+        check_same_request(self._part, json.loads(notes[0])["made_by"], self._made_by, "give the same options to resume")
         finished = windows[: len(notes) - 1]
         records = list(chain.from_iterable(finished))
         num_bytes = 0
@@ -120,7 +115,7 @@ class Part:
                 line = lines.readline()
                 if not is_ranked_line(record, line):
                     raise MismatchError(
-                        f"{self._part} was made from another input than {record.where}; give the same input to go on"
+                        f"{self._part} was made from another input than {record.where}; give the same input to resume"
                     )
                 num_bytes += len(line)
         self._windows = [json.loads(line) for line in notes[1 : len(finished) + 1]]
