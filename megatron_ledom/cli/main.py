@@ -61,7 +61,8 @@ EXAMPLE = """\
   ledom train-tokenizer --input corpus.jsonl --vocab-size 8000 --output tokenizer
   ledom preprocess-data --input corpus.jsonl --tokenizer tokenizer --output-prefix shards/train
   ledom configs show quickstart_reverse > run.yaml
-  ledom train --config run.yaml 'data.train_blend=[[1.0, shards/train]]' data.tokenizer=tokenizer run_dir=run
+  ledom train --config run.yaml run_dir=run data.tokenizer=tokenizer \\
+      'data.train_blend=[[1.0, shards/train]]' 'data.valid_blend=[]' data.allow_repeats=true
   ledom convert-checkpoint mcore-to-hf --load run --save model
   ledom generate --model model --following "and they lived happily ever after."
 """

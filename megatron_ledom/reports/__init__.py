@@ -1,0 +1,1 @@
+"""Every page, table and plot."""

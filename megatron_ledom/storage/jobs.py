@@ -104,7 +104,7 @@ class WorkFolder:
 
     def _take_up(self, start_over: bool, serves: Callable[[Request, Request], Request]) -> None:
         plan = self.folder / PLAN
-        planned = json.loads(plan.read_bytes()) if plan.exists() else {}
+        planned = self._read_plan(plan, start_over)
         served = serves(planned, self.request) if planned else {}
         if planned and not start_over:
             advice = "give the same options to resume, or start again with --overwrite"
@@ -117,6 +117,22 @@ class WorkFolder:
             if path.name != LOCK_SUFFIX:
                 path.unlink()
         write_whole(plan, json.dumps(self.request).encode())
+
+    def _read_plan(self, plan: Path, start_over: bool) -> Request:
+        """Return the request of the work that is there; an empty one without any, or where it is damaged and to be replaced."""
+        try:
+            planned = json.loads(plan.read_bytes())
+            if not isinstance(planned, dict):
+                raise ValueError(f"it holds a {type(planned).__name__}")
+        except FileNotFoundError:
+            return {}
+        except ValueError as error:
+            if start_over:
+                return {}
+            raise UsageError(
+                f"{plan} is damaged ({error}), so nobody knows what made the work beside it; start again with --overwrite"
+            ) from error
+        return planned
 
     def path(self, unit: str) -> str:
         """Return where the files of a unit are, without ending."""

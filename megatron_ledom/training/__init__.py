@@ -6,7 +6,14 @@ from megatron_ledom.lazy import lazy_exports
 
 if TYPE_CHECKING:
     from megatron_ledom.training.callback import Callback, TrainingRun
+    from megatron_ledom.training.step_policy import StepResult
 
-__all__ = ["Callback", "TrainingRun"]
+__all__ = ["Callback", "StepResult", "TrainingRun"]
 
-__getattr__ = lazy_exports(__name__, {"megatron_ledom.training.callback": ["Callback", "TrainingRun"]})
+__getattr__ = lazy_exports(
+    __name__,
+    {
+        "megatron_ledom.training.callback": ["Callback", "TrainingRun"],
+        "megatron_ledom.training.step_policy": ["StepResult"],
+    },
+)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from megatron_ledom.storage.records import Record
@@ -52,7 +53,7 @@ class Callback:
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Refuse a method that is named like a moment and is none: it would never be called."""
+        """Refuse a method that is named like a moment and is none, or takes other arguments: it would not be called."""
         super().__init_subclass__(**options)
         moments = [name for name in vars(Callback) if not name.startswith("_")]
         for name in vars(cls):
@@ -62,6 +63,8 @@ class Callback:
                     f"{cls.__name__}.{name} is no moment of training, so it would never be called; "
                     + (f"did you mean {near[0]}?" if near else f"the moments are {', '.join(moments)}")
                 )
+            if name in moments:
+                _check_arguments(f"{cls.__name__}.{name}", getattr(cls, name), getattr(Callback, name))
 
     def on_train_start(self, run: TrainingRun) -> None:
         """Training begins; `run.state.iteration` iterations are done."""
@@ -99,6 +102,15 @@ class Callback:
 
     def on_train_end(self, run: TrainingRun) -> None:
         """Training is over, everything is saved: close what is open. Not called when an error ends the run."""
+
+
+def _check_arguments(name: str, method: Callable[..., Any], moment: Callable[..., Any]) -> None:
+    """Raise TypeError where `method` cannot be called with the arguments of `moment`."""
+    expected = signature(moment)
+    try:
+        signature(method).bind(*expected.parameters)
+    except TypeError as error:
+        raise TypeError(f"{name} is called with ({', '.join(expected.parameters)}): {error}") from error
 
 
 class CallbackList:

@@ -1,0 +1,1 @@
+"""Blends of shards: which shards are read, how often, and in which order."""

@@ -1,0 +1,1 @@
+"""Samples of a blend, and batches of a rank."""

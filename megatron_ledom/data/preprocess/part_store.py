@@ -123,4 +123,4 @@ def _unit(number: int) -> str:
 
 def _served(before: Request, now: Request) -> Request:
     """Return the request as parts of `before` serve it: those that met no bad record under `--on-error fail` serve `skip` too."""
-    return {**before, "on_error": now.get("on_error")} if before["on_error"] == "fail" else before
+    return {**before, "on_error": now.get("on_error")} if before.get("on_error") == "fail" else before

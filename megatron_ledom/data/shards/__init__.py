@@ -1,0 +1,1 @@
+"""The files of a shard: writing, reading, checking, joining and turning them."""

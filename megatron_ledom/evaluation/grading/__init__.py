@@ -1,0 +1,1 @@
+"""Reading an answer out of a text, and deciding if it is right."""

@@ -146,3 +146,13 @@ def test_a_callback_that_raises_ends_the_run_and_is_named(data: TinyData, tmp_pa
     assert found[-1][0] == moment
     assert "ValueError: a callback of the test is broken" in output
     assert f"raised in Diary.{moment}, a callback of the training loop" in output
+
+
+def test_a_moment_with_other_arguments_is_refused_where_it_is_defined() -> None:
+    with pytest.raises(
+        TypeError, match=r"Careless\.on_measure is called with \(self, run, record\): too many positional arguments"
+    ):
+
+        class Careless(Callback):
+            def on_measure(self, record: dict[str, Any]) -> None:  # type: ignore[override]
+                """It lacks the run."""

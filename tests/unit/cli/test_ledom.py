@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.cli.completion import FILES, FOLDERS, actions, whole_parser
-from megatron_ledom.cli.main import COMMANDS, GROUPS, load, run
+from megatron_ledom.cli.main import COMMANDS, EXAMPLE, GROUPS, load, run
 from megatron_ledom.errors import UsageError
 from tests.support.paths import ROOT
 
@@ -173,3 +173,16 @@ def test_bash_completes(script: Path, tmp_path: Path, words: list[str], expected
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])
 def test_other_shells_get_a_script(shell: str) -> None:
     assert "preprocess-data" in ledom("completion", shell).stdout
+
+
+def test_the_recipe_of_the_help_leads_to_a_run_that_would_start(tmp_path: Path) -> None:
+    """Its first four commands as they are printed, by a shell, with a look (`--check`) in place of minutes of training."""
+    texts = [json.dumps({"text": path.read_text("utf-8")}) for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:80]]
+    (tmp_path / "corpus.jsonl").write_text("\n".join(texts) + "\n")
+    commands = EXAMPLE.split("\n\n")[1].replace("\\\n", "").strip().split("\n")[:4]
+    assert [command.split()[1] for command in commands] == ["train-tokenizer", "preprocess-data", "configs", "train"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    script = " && ".join(commands) + " --check 1"
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "would go on from iteration 0" in done.stdout

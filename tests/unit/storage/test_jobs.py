@@ -1,0 +1,23 @@
+"""Work folders: whose unfinished work is resumed, refused and replaced. test_crashes.py kills such jobs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_ledom.errors import UsageError
+from megatron_ledom.storage.jobs import WorkFolder
+
+
+@pytest.mark.parametrize(
+    ("plan", "told"), [("", "is damaged"), ("[1]", "it holds a list"), ('{"inputs": ["x"]}', "inputs was .*'x'.* and is .*'y'")]
+)
+def test_a_plan_of_another_request_or_none_is_refused_and_replaced_when_asked(tmp_path: Path, plan: str, told: str) -> None:
+    output = str(tmp_path / "out")
+    (tmp_path / "out.work").mkdir()
+    (tmp_path / "out.work" / "plan.json").write_text(plan)
+    with pytest.raises(UsageError, match=rf"{told}.*start again with --overwrite"):
+        WorkFolder(output, {"inputs": ["y"]}, start_over=False)
+    assert (tmp_path / "out.work" / "plan.json").read_text() == plan
+    with WorkFolder(output, {"inputs": ["y"]}, start_over=True) as work:
+        assert json.loads((work.folder / "plan.json").read_text()) == {"inputs": ["y"]}
