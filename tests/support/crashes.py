@@ -5,17 +5,26 @@ A step is an open for writing, a write of lines, an fsync, a rename, a removal, 
 """
 
 import contextlib
+import itertools
 import json
 import mmap
 import os
+import shutil
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from megatron_ledom.storage.locks import LOCK_SUFFIX
+
+Report = Callable[[], None]
 NAMES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
 """Events that change a folder, or cut a file."""
 
@@ -190,3 +199,66 @@ def _is_running(group: int) -> bool:
             if int(found) == group and state not in "ZX":
                 return True
     return False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Something that writes below a folder, in which a first start finds what `before` put there."""
+
+    act: Callable[[Path, Report], object]
+    """Does the whole job, or what is left of it; calls the report after each unit that it says is done."""
+    kept: Callable[[Path], int]
+    """How many units the next start finds. Raises AssertionError where something passes for done that is not."""
+    steps: int
+    """Fewer steps than these mean that the test does not see them."""
+    before: Callable[[Path], object] = lambda folder: None
+    is_forced: bool = True
+    """A power failure, too, leaves what the job says is done; else the job finds out what is gone."""
+
+
+def content_of(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder but locks: one that a killed process left holds nothing, and stays if nothing is left to do."""
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.endswith(LOCK_SUFFIX)]
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """What is lost at the step beside the processes."""
+
+    is_of_power: bool
+    loses_names: bool = False
+
+
+LOSSES = {"kill": Loss(False), "power failure": Loss(True), "power failure, new names lost": Loss(True, True)}
+every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def check_every_crash(job: Job, root: Path, loss: Loss, *, changing: tuple[str, ...] = ()) -> None:
+    """Kill the job once at each step and start it again. changing: endings of files that no two runs make alike."""
+    quiet = root / "quiet"
+    quiet.mkdir()
+    job.before(quiet)
+    job.act(quiet, lambda: None)
+    expected = content_of(quiet)
+    for step in itertools.count(1):
+        folder, reported = root / f"killed_at_{step}", mmap.mmap(-1, 1)
+        folder.mkdir()
+        job.before(folder)
+
+        def report(reported: Any = reported) -> None:
+            reported[0] = reported[0] + 1
+
+        if not was_killed(start(partial(job.act, folder, report), step, str(folder))):
+            break
+        if loss.is_of_power:
+            lose_power(str(folder), loses_names=loss.loses_names)
+        promised = reported[0] if job.is_forced or not loss.is_of_power else 0
+        assert job.kept(folder) >= promised, step
+        job.act(folder, lambda: None)
+        found = content_of(folder)
+        assert found.keys() == expected.keys(), step
+        for name in expected:
+            assert found[name] == expected[name] or name.endswith(changing or ("\0",)), (step, name)
+        shutil.rmtree(folder)
+    assert step > job.steps
