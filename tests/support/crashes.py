@@ -74,7 +74,9 @@ class Steps:
                 source, target = (_absolute(path, folder) for path, folder in zip(arguments[:2], arguments[2:], strict=True))
                 self._note("named", *_place(source), *_place(target), self._kept(target))
             elif event == "os.remove":
-                self._kept(_absolute(*arguments))
+                path = _absolute(*arguments)
+                if (inode := self._kept(path)) is not None:
+                    self._note("removed", inode, *_place(path))
 
     def _kept(self, path: str) -> int | None:
         """Keep a file that is about to lose its name, so that its inode is not used again; returns that."""
@@ -119,26 +121,32 @@ def _place(path: str) -> tuple[int, str]:
     return os.stat(os.path.dirname(path)).st_ino, os.path.basename(path)
 
 
-def lose_power(folder: str, *, loses_names: bool) -> None:
+def lose_power(folder: str, *, loses_names: bool, loses_removals: bool = False) -> None:
     """Leave of the folder what was forced to the disk; of the file that was being written or forced also half of the rest.
 
     loses_names: files that were made or renamed since their folder was forced to the disk lose the new names; else all names are
-    kept, as by a disk that writes names before content.
+    kept, as by a disk that writes names before content. loses_removals: files that were removed since then are there again.
     """
     forced: dict[int, int] = {}
     torn: set[int] = set()
     named: list[list[Any]] = []
+    removed: list[list[Any]] = []
     for line in (_attic(folder) / "journal").read_text().splitlines():
         event, *what = json.loads(line)
         if event == "named":
             named.append(what)
+        elif event == "removed":
+            removed.append(what)
         elif event == "torn":
             torn.add(what[0])
         else:
             forced[what[0]] = what[1]
             named = [name for name in named if name[2] != what[0]]
+            removed = [name for name in removed if name[1] != what[0]]
     for name in reversed(named if loses_names else []):
         _undo(folder, *name)
+    for name in reversed(removed if loses_removals else []):
+        _bring_back(folder, *name)
     for file in _files(folder):
         found = file.stat()
         kept = min(forced.get(found.st_ino, 0), found.st_size)
@@ -149,7 +157,7 @@ def _undo(
     folder: str, source: int | None, source_name: str, target: int, target_name: str, replaced: int | None = None
 ) -> None:
     """Take a name away, and give back those that it took the place of: the file's own before, and the file of that name before."""
-    places = {path.stat().st_ino: path for path in (Path(folder), *Path(folder).rglob("*")) if path.is_dir()}
+    places = _folders(folder)
     if target not in places or not (places[target] / target_name).exists():
         return  # removed since, or the kill came before it was there
     if source is None:
@@ -158,6 +166,18 @@ def _undo(
         (places[target] / target_name).rename(places[source] / source_name)
     if replaced is not None:
         os.link(_attic(folder) / str(replaced), places[target] / target_name)
+
+
+def _folders(folder: str) -> dict[int, Path]:
+    """Return the folders there are, by inode."""
+    return {path.stat().st_ino: path for path in (Path(folder), *Path(folder).rglob("*")) if path.is_dir()}
+
+
+def _bring_back(folder: str, inode: int, place: int, name: str) -> None:
+    """Give a removed file its name again, unless the folder is gone, or the name is another file's now."""
+    path = _folders(folder).get(place, _attic(folder)) / name
+    if path.parent != _attic(folder) and not path.exists():
+        os.link(_attic(folder) / str(inode), path)
 
 
 def start(act: Callable[[], object], kill_at: int = 0, folder: str = "") -> int:
@@ -228,9 +248,15 @@ class Loss:
 
     is_of_power: bool
     loses_names: bool = False
+    loses_removals: bool = False
 
 
-LOSSES = {"kill": Loss(False), "power failure": Loss(True), "power failure, new names lost": Loss(True, True)}
+LOSSES = {
+    "kill": Loss(False),
+    "power failure": Loss(True),
+    "power failure, new names lost": Loss(True, loses_names=True),
+    "power failure, removals lost": Loss(True, loses_removals=True),
+}
 every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
@@ -252,7 +278,7 @@ def check_every_crash(job: Job, root: Path, loss: Loss, *, changing: tuple[str, 
         if not was_killed(start(partial(job.act, folder, report), step, str(folder))):
             break
         if loss.is_of_power:
-            lose_power(str(folder), loses_names=loss.loses_names)
+            lose_power(str(folder), loses_names=loss.loses_names, loses_removals=loss.loses_removals)
         promised = reported[0] if job.is_forced or not loss.is_of_power else 0
         assert job.kept(folder) >= promised, step
         job.act(folder, lambda: None)

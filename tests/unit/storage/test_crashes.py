@@ -233,7 +233,7 @@ def test_a_job_that_does_not_force_its_content_to_the_disk_loses_it(
 ) -> None:
     monkeypatch.setattr(f"megatron_ledom.storage.{forces}", instead)
     with pytest.raises((AssertionError, LedomError, FileNotFoundError)):
-        check_every_crash(JOBS[name], tmp_path, Loss(True, True))
+        check_every_crash(JOBS[name], tmp_path, Loss(True, loses_names=True))
 
 
 @every_loss

@@ -147,7 +147,7 @@ def test_a_shard_that_is_not_forced_to_the_disk_is_lost(
 ) -> None:
     monkeypatch.setattr(f"megatron_ledom.{forces}", instead)
     with pytest.raises((AssertionError, LedomError, FileNotFoundError)):
-        check_every_crash(replaced_shard(name, tmp_path, set()), tmp_path, Loss(True, True), changing=("shard.json",))
+        check_every_crash(replaced_shard(name, tmp_path, set()), tmp_path, Loss(True, loses_names=True), changing=("shard.json",))
 
 
 @every_loss
