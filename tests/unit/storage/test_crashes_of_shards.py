@@ -133,21 +133,30 @@ def only_rename(source: Path, target: Path) -> None:
     source.replace(target)
 
 
+def only_remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+NAMES_LOST, REMOVALS_LOST = Loss(True, loses_names=True), Loss(True, loses_removals=True)
+
+
 @pytest.mark.parametrize(
-    ("name", "forces", "instead"),
+    ("name", "forces", "instead", "loss"),
     [
-        ("merged", "data.shards.shard.close_synced", only_close),
-        ("turned", "data.shards.shard.publish", only_rename),
-        ("pairs", "finetune.pairs.close_synced", only_close),
+        ("merged", "data.shards.shard.close_synced", only_close, NAMES_LOST),
+        ("turned", "data.shards.shard.publish", only_rename, NAMES_LOST),
+        ("pairs", "finetune.pairs.close_synced", only_close, NAMES_LOST),
+        ("merged", "data.shards.shard.withdraw", only_remove, REMOVALS_LOST),
+        ("pairs", "finetune.pairs.withdraw", only_remove, REMOVALS_LOST),
     ],
 )
 @pytest.mark.usefixtures("_temporary_files")
 def test_a_shard_that_is_not_forced_to_the_disk_is_lost(
-    name: str, forces: str, instead: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, forces: str, instead: Any, loss: Loss, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(f"megatron_ledom.{forces}", instead)
     with pytest.raises((AssertionError, LedomError, FileNotFoundError)):
-        check_every_crash(replaced_shard(name, tmp_path, set()), tmp_path, Loss(True, loses_names=True), changing=("shard.json",))
+        check_every_crash(replaced_shard(name, tmp_path, set()), tmp_path, loss, changing=("shard.json",))
 
 
 @every_loss
