@@ -36,7 +36,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError, cannot_write
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.scoring import span_tokens
-from megatron_ledom.storage.files import close_synced, publish
+from megatron_ledom.storage.files import close_synced, publish, withdraw
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -310,7 +310,7 @@ class PairShard:
         counts.pairs = {"seq_length": self.settings.seq_length, **{name: self.counts[name] for name in names}}
         counts.text_bytes, counts.skipped = self.text_bytes, dict(sorted(self.skipped.items()))
         counts.targets_sha256 = self.digest.hexdigest()
-        self.final[".json"].unlink(missing_ok=True)  # an old manifest must never stand beside new targets
+        withdraw(self.final[".json"])  # an old manifest must never stand beside new targets
         publish(self.path, self.final[TARGETS])
         return self.writer.finalize(counts)
 

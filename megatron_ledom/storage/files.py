@@ -72,6 +72,13 @@ def publish(source: str | Path, target: str | Path) -> None:
     sync(os.path.dirname(os.path.abspath(target)))
 
 
+def withdraw(path: str | Path) -> None:
+    """Remove a file if it is there, and force that to the disk: what it vouches for may change from then on."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    sync(os.path.dirname(os.path.abspath(path)))  # also when it is gone: a process that was killed may have removed it
+
+
 @contextmanager
 def new_file(path: str | Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
     """Give an open file to write to, which is `path`, whole and on disk, after the context; an error leaves `path` as it was.

@@ -23,7 +23,7 @@ from megatron_ledom.data.shards.index_file import SHARD_DTYPES, index_blocks, in
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, UsageError, cannot_write
 from megatron_ledom.provenance import Provenance
-from megatron_ledom.storage.files import close_synced, publish, real_path
+from megatron_ledom.storage.files import close_synced, publish, real_path, withdraw
 from megatron_ledom.storage.locks import output_file_lock
 
 FORMAT_VERSION = 1
@@ -314,7 +314,7 @@ class ShardWriter:
 
     def _rename(self) -> None:
         self._part(".len").unlink()
-        self._files[".json"].unlink(missing_ok=True)  # an old manifest must never stand beside new ids
+        withdraw(self._files[".json"])  # an old manifest must never stand beside new ids
         for suffix in SUFFIXES:
             publish(self._part(suffix), self._files[suffix])
             self._made.append(self._files[suffix])

@@ -5,12 +5,6 @@ there then, or what a power failure leaves of it, is looked at; then the job is 
 that nobody disturbed. A job that does not force to the disk what it should must fail this.
 """
 
-import itertools
-import mmap
-import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,10 +16,6 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.data.blends.sources import load_sources
 from megatron_ledom.data.dataset.sample_index import index_plan, prepare_indices
-from megatron_ledom.data.preprocess.pipeline import preprocess
-from megatron_ledom.data.preprocess.task import PreprocessSettings
-from megatron_ledom.data.shards.shard import SUFFIXES, check_shard
-from megatron_ledom.data.shards.verification import verify_shard
 from megatron_ledom.errors import LedomError
 from megatron_ledom.evaluation.item_file import ItemFile, numbered
 from megatron_ledom.evaluation.results import write_summary
@@ -36,29 +26,11 @@ from megatron_ledom.storage.files import sync, write_file, write_synced
 from megatron_ledom.storage.folders import new_folder
 from megatron_ledom.storage.jobs import WorkFolder, finish_unit
 from megatron_ledom.storage.lines import LineFile, whole_lines
-from megatron_ledom.storage.locks import LOCK_SUFFIX
 from megatron_ledom.storage.records import append_record, as_line, drop_after, read_records
-from tests.support.crashes import lose_power, start, was_killed
-from tests.support.legible import legible_documents, legible_tokenizer, write_jsonl
+from tests.support.crashes import Job, Loss, Report, check_every_crash, every_loss
 from tests.support.tiny_runs import TinyData
 
-Report = Callable[[], None]
 UNITS, LINES = 3, 6
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """Something that writes below a folder, in which a first start finds what `before` put there."""
-
-    act: Callable[[Path, Report], object]
-    """Does the whole job, or what is left of it; calls the report after each unit that it says is done."""
-    kept: Callable[[Path], int]
-    """How many units the next start finds. Raises AssertionError where something passes for done that is not."""
-    steps: int
-    """Fewer steps than these mean that the test does not see them."""
-    before: Callable[[Path], object] = lambda folder: None
-    is_forced: bool = True
-    """A power failure, too, leaves what the job says is done; else the job finds out what is gone."""
 
 
 def units_of_a_toy_job(folder: Path, report: Report) -> None:
@@ -94,27 +66,6 @@ def kept_file(folder: Path) -> int:
     content = (folder / "result").read_text()
     assert content in ("old\n" * 50, "new\n" * 99)
     return int(content[0] == "n")
-
-
-def shard_of_many_parts(tokenizer: str, inputs: str, folder: Path, report: Report) -> None:
-    settings = PreprocessSettings(
-        input=[inputs], tokenizer=tokenizer, output_prefix=f"{folder}/shard", workers=1, part_bytes=3000
-    )
-    assert preprocess(settings) is not None
-    report()
-
-
-def kept_shard(states: set[tuple[str, ...]], folder: Path) -> int:
-    """A shard without its manifest never passes for one."""
-    named = tuple(suffix for suffix in SUFFIXES if (folder / f"shard{suffix}").exists())
-    states.add(named)
-    if named == SUFFIXES:
-        check_shard(f"{folder}/shard")
-        assert verify_shard(f"{folder}/shard") == []
-        return 1
-    with pytest.raises(LedomError):
-        check_shard(f"{folder}/shard")
-    return 0
 
 
 def reranked_windows(folder: Path, report: Report) -> None:
@@ -246,54 +197,6 @@ JOBS = {
 }
 
 
-def content_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but locks: one that a killed process left holds nothing, and stays if nothing is left to do."""
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.endswith(LOCK_SUFFIX)]
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
-
-
-@dataclass(frozen=True, slots=True)
-class Loss:
-    """What is lost at the step beside the processes."""
-
-    is_of_power: bool
-    loses_names: bool = False
-
-
-LOSSES = {"kill": Loss(False), "power failure": Loss(True), "power failure, new names lost": Loss(True, True)}
-every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
-
-
-def check_every_crash(job: Job, root: Path, loss: Loss, *, changing: tuple[str, ...] = ()) -> None:
-    """changing: endings of files that no two runs make alike."""
-    quiet = root / "quiet"
-    quiet.mkdir()
-    job.before(quiet)
-    job.act(quiet, lambda: None)
-    expected = content_of(quiet)
-    for step in itertools.count(1):
-        folder, reported = root / f"killed_at_{step}", mmap.mmap(-1, 1)
-        folder.mkdir()
-        job.before(folder)
-
-        def report(reported: Any = reported) -> None:
-            reported[0] = reported[0] + 1
-
-        if not was_killed(start(partial(job.act, folder, report), step, str(folder))):
-            break
-        if loss.is_of_power:
-            lose_power(str(folder), loses_names=loss.loses_names)
-        promised = reported[0] if job.is_forced or not loss.is_of_power else 0
-        assert job.kept(folder) >= promised, step
-        job.act(folder, lambda: None)
-        found = content_of(folder)
-        assert found.keys() == expected.keys(), step
-        for name in expected:
-            assert found[name] == expected[name] or name.endswith(changing or ("\0",)), (step, name)
-        shutil.rmtree(folder)
-    assert step > job.steps
-
-
 @every_loss
 @pytest.mark.parametrize("name", JOBS)
 def test_killed_at_any_step_it_loses_nothing_and_ends_with_the_same_bytes(name: str, loss: Loss, tmp_path: Path) -> None:
@@ -330,7 +233,7 @@ def test_a_job_that_does_not_force_its_content_to_the_disk_loses_it(
 ) -> None:
     monkeypatch.setattr(f"megatron_ledom.storage.{forces}", instead)
     with pytest.raises((AssertionError, LedomError, FileNotFoundError)):
-        check_every_crash(JOBS[name], tmp_path, Loss(True, True))
+        check_every_crash(JOBS[name], tmp_path, Loss(True, loses_names=True))
 
 
 @every_loss
@@ -350,15 +253,3 @@ def test_the_building_of_a_sample_index_killed_at_any_step_leaves_none_or_a_soun
         return sum(plan.is_sound(str(folder / "cache")) for plan in plans if plan.is_built(str(folder / "cache")))
 
     check_every_crash(Job(act=build, kept=kept, steps=8), tmp_path, loss, changing=("lock",))
-
-
-@every_loss
-def test_preprocessing_killed_at_any_step_ends_with_the_same_shard(loss: Loss, tmp_path: Path) -> None:
-    """Its workers' steps count too."""
-    tokenizer = str(legible_tokenizer(tmp_path / "tokenizer"))
-    write_jsonl(tmp_path / "in.jsonl", legible_documents(9, 90) * 2)
-    states: set[tuple[str, ...]] = set()
-    act = partial(shard_of_many_parts, tokenizer, str(tmp_path / "in.jsonl"))
-    job = Job(act=act, kept=partial(kept_shard, states), steps=30)
-    check_every_crash(job, tmp_path, loss, changing=("shard.json",))
-    assert states == {(), (".bin",), (".bin", ".idx"), SUFFIXES}
