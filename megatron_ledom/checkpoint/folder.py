@@ -17,7 +17,7 @@ from megatron_ledom.checkpoint.manifest import MANIFEST, load_manifest
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, UsageError
 from megatron_ledom.storage.files import publish, write_synced
-from megatron_ledom.storage.hashes import size_faults
+from megatron_ledom.storage.hashes import size_problems
 
 LATEST = "latest"
 PART = ".part"
@@ -92,7 +92,7 @@ def how_to_go_on(folder: str, besides: str | None = None) -> str:
     for name in reversed(finished_checkpoints(folder).values()):
         checkpoint = os.path.join(folder, name)
         try:
-            faults = size_faults(checkpoint, load_manifest(checkpoint).files)
+            faults = size_problems(checkpoint, load_manifest(checkpoint).files)
         except LedomError:
             continue
         if not faults and name != besides:

@@ -30,7 +30,7 @@ from megatron_ledom.data.shards.shard import (
     choose_dtype,
     printable,
 )
-from megatron_ledom.direction import Direction, check_helpers, turn_into
+from megatron_ledom.direction import Direction, check_helpers, reverse_into
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.storage.signals import sigterm_as_interrupt
@@ -146,7 +146,7 @@ class Turner:
         if total > len(self._buffer):
             self._buffer = np.empty(total, self.dtype)
         turned = self._buffer[:total]
-        bad = turn_into(
+        bad = reverse_into(
             block.ids,
             block.lengths,
             turned,

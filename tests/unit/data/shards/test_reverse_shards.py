@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_ledom.data.shards.rewriting import ReverseSettings, reverse_shards
 from megatron_ledom.data.shards.shard import Counts, InputFile, ShardReader, check_shard
-from megatron_ledom.direction import Direction, pack_documents_reference, turn_into
+from megatron_ledom.direction import Direction, concatenate_documents_reference, reverse_into
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.storage.hashes import sha256_of
 from tests.support.forked import run_forked
@@ -59,12 +59,12 @@ def test_turned_documents_are_what_the_reference_says(
 ) -> None:
     documents = [[*document, EOD_ID] for document in documents] if is_closed else documents
     contents = [document[:-1] if is_closed else document for document in documents]
-    expected = pack_documents_reference(contents, Direction.REVERSE, EOD_ID)
+    expected = concatenate_documents_reference(contents, Direction.REVERSE, EOD_ID)
     ids = np.array([number for document in documents for number in document], stored)
     lengths = np.array([len(document) for document in documents], np.int64)
     turned = np.empty(len(expected), dtype)
     options = {"is_closed": is_closed, "eod_id": EOD_ID, "vocab_size": VOCAB_SIZE}
-    assert turn_into(ids, lengths, turned, **options) == -1
+    assert reverse_into(ids, lengths, turned, **options) == -1
     assert turned.tolist() == expected
     wrong_end = EOD_ID - 1 if is_closed else EOD_ID
     negative = VOCAB_SIZE if stored == "uint16" else -1
@@ -72,7 +72,7 @@ def test_turned_documents_are_what_the_reference_says(
         if len(ids):
             damaged = ids.copy()
             damaged[position] = wrong
-            assert turn_into(damaged, lengths, turned, **options) == position
+            assert reverse_into(damaged, lengths, turned, **options) == position
 
 
 def test_arrays_that_do_not_fit_are_refused() -> None:
@@ -80,13 +80,13 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     ids, out = np.array([1, 9, 2, 9], np.int32), np.empty(4, np.int32)
     for lengths in ([2, 1], [2, 3], [5, -1]):
         with pytest.raises(ValueError, match="add up"):
-            turn_into(ids, np.array(lengths, np.int64), out, **options)
+            reverse_into(ids, np.array(lengths, np.int64), out, **options)
     with pytest.raises(ValueError, match="wrong size"):
-        turn_into(ids, np.array([2, 2], np.int64), np.empty(5, np.int32), **options)
+        reverse_into(ids, np.array([2, 2], np.int64), np.empty(5, np.int32), **options)
     with pytest.raises(TypeError):
-        turn_into(ids[::2], np.array([2], np.int64), np.empty(2, np.int32), **options)
+        reverse_into(ids[::2], np.array([2], np.int64), np.empty(2, np.int32), **options)
     with pytest.raises(TypeError):
-        turn_into(ids.astype(np.int16), np.array([2, 2], np.int64), out, **options)
+        reverse_into(ids.astype(np.int16), np.array([2, 2], np.int64), out, **options)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])
@@ -218,7 +218,9 @@ def test_a_damaged_shard_of_ours_is_not_given_a_new_hash(tmp_path: Path) -> None
 
 def test_a_stop_signal_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD)
-    monkeypatch.setattr("megatron_ledom.data.shards.rewriting.turn_into", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        "megatron_ledom.data.shards.rewriting.reverse_into", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    )
     with pytest.raises(KeyboardInterrupt):
         turn(forward, output=tmp_path / "turned")
     assert not list(tmp_path.glob("turned*"))
