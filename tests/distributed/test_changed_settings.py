@@ -110,7 +110,7 @@ def measure(config_file: str, common: list[str], keys: list[str], output: str) -
 
 def build_at_checkpoint(config: RunConfig, checkpoint: str | None, *, launch: Any, **parts: Any) -> Any:
     from megatron_ledom.data.blends.sources import load_sources
-    from megatron_ledom.data.dataset.dataset import index_cache
+    from megatron_ledom.data.dataset.blend_samples import index_cache
     from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.training.state import build_state, check_resumable
 

@@ -42,14 +42,14 @@ class PartWork(ABC):
         self.progress = RawArray("q", max(1, len(self.parts)))
 
     def batches(self, number: int, record: PartRecord, skipped: Counter[str]) -> Iterator[TextBatch]:
-        """Yield the texts of a part; what is known of its stretches is entered into `record` and `skipped`."""
+        """Yield the texts of a part; what is known of its byte ranges is entered into `record` and `skipped`."""
         done = 0
-        for stretch in self.parts[number]:
-            reader = RecordReader(stretch, self.read)
+        for byte_range in self.parts[number]:
+            reader = RecordReader(byte_range, self.read)
             for batch in reader.batches():
                 yield batch
                 self.progress[number] = done + batch.position
-            done += stretch.num_bytes
+            done += byte_range.num_bytes
             skipped += reader.skipped
             record.messages += reader.messages[: MAX_MESSAGES - len(record.messages)]
             record.input_files.append(reader.record())

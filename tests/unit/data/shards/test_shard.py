@@ -232,8 +232,8 @@ def test_another_header_is_refused(shard: str) -> None:
         (".bin", 2 * 5, np.array([1001], "<u2"), "id 1001 at 5 is outside the 1,001 ids"),
     ],
 )
-def test_verify_names_each_fault(shard: str, suffix: str, offset: int, values: np.ndarray, words: str) -> None:
+def test_verify_names_each_problem(shard: str, suffix: str, offset: int, values: np.ndarray, words: str) -> None:
     change(shard + suffix, offset, values)
     assert "sha256" in verify_shard(shard)[0]
     rehash(shard)
-    assert any(words in fault for fault in verify_shard(shard))
+    assert any(words in problem for problem in verify_shard(shard))
