@@ -5,13 +5,12 @@ added_tokens.json. It adds the tokens that the tokenizer lacks in the order of t
 not taken from the file: it is the next free one. A file whose ids are not those is refused here.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import DataError
-from megatron_ledom.provenance import json_library
+from megatron_ledom.tokenizers.json_objects import read_object
 
 logger = logging.getLogger(__name__)
 ADDED, CONFIG, SPECIALS_MAP = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -207,25 +206,3 @@ def _leave_out(config: dict[str, Any], name: str, content: str, folder: Path) ->
             config[EXTRA] = [value for value in used if name_of(value) != content]
     elif name != "eos_token":  # a missing eod has its own error, or another one is named
         config.pop(name)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds."""
-    return parse_object(path.read_bytes(), str(path))
-
-
-def parse_object(content: bytes, where: str) -> dict[str, Any]:
-    """Return the object of a JSON text; DataError names `where` it stands."""
-    try:
-        found = json_library().loads(content)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}); repair it or fetch it again") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{where} holds no JSON object; repair it or fetch it again")
-    return found
-
-
-def as_bytes(value: dict[str, Any]) -> bytes:
-    """Return the object as JSON in UTF-8."""
-    library = json_library()
-    return json.dumps(value, ensure_ascii=False).encode() if library is json else bytes(library.dumps(value))

@@ -25,8 +25,15 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.storage.files import write_whole
 from megatron_ledom.tokenizers.added_tokens import name_of, vocabulary
+from megatron_ledom.tokenizers.encoders import (
+    Encoder,
+    HubEncoder,
+    ReferenceEncoder,
+    SentencePieceEncoder,
+    fast_encoders,
+    first_difference,
+)
 from megatron_ledom.tokenizers.end_token import json_with_special
-from megatron_ledom.tokenizers.engines import Engine, HubEngine, PieceEngine, ReferenceEngine, fast_engines, first_difference
 from megatron_ledom.tokenizers.reader import JSON, MODEL, other_ends, read_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, SPACE, parse_model
 
@@ -48,7 +55,7 @@ class Tokenizer:
         path: str,
         files: dict[str, bytes],
         config: dict[str, Any],
-        engine: ReferenceEngine,
+        encoder: ReferenceEncoder,
         eod_token: str | None,
         eod_id: int | None,
         model: bytes | None,
@@ -63,7 +70,7 @@ class Tokenizer:
         self._config = config
         self.sha256 = sha256
         """See `vocabulary_hash`."""
-        vocab = engine.vocab()
+        vocab = encoder.vocab()
         if not vocab:
             raise DataError(f"tokenizer {path} has no tokens; give another one with --tokenizer")
         self.vocab_size: int = max(vocab.values()) + 1
@@ -80,13 +87,13 @@ class Tokenizer:
         if self.eod_token not in vocab:
             raise UsageError(f"tokenizer {path} has no token {self.eod_token!r} to end documents with; name one by --eod-token")
         self.eod_id: int = vocab[self.eod_token]
-        given = Encoders(engine, files["tokenizer.json"], stored, model)
+        given = EncoderSources(encoder, files["tokenizer.json"], stored, model)
         _check_is_reserved(given, self.eod_token, self.eod_id, path)
-        self._encoders = _with_eod_as_text(given, self.eod_token)
-        self.is_eod_made_text: bool = self._encoders is not given
+        self._sources = _with_eod_as_text(given, self.eod_token)
+        self.is_eod_made_text: bool = self._sources is not given
         """The tokenizer as it is would read a spelled eod as the eod."""
-        self._reference = self._encoders.engine
-        self._engine: Engine = self._reference
+        self._reference = self._sources.reference
+        self._encoder: Encoder = self._reference
 
     def token_id(self, token: str) -> int:
         """The id of a token. Raises UsageError if there is none."""
@@ -100,17 +107,17 @@ class Tokenizer:
         Nothing is added (no BOS, no EOS), and a special token spelled out in a text is encoded as ordinary text. So is the eod,
         unless the model itself has a piece with its spelling: then packing refuses it.
         """
-        return self._engine.encode(texts)
+        return self._encoder.encode(texts)
 
-    def use_fastest_engine(self, samples: Sequence[str]) -> str:
-        """Encode with the fastest engine whose ids equal the reference's on `samples` and on odd texts; what was chosen and why."""
+    def use_fastest_encoder(self, samples: Sequence[str]) -> str:
+        """Encode with the fastest encoder whose ids equal the reference's on `samples` and on odd texts; what was chosen and why."""
         texts = [*ODD_TEXTS, f"a{self.eod_token} {self.eod_token}\n", *samples]
-        forms, self._encoders = self._encoders, replace(self._encoders, stored=None)  # large, and of no more use
+        forms, self._sources = self._sources, replace(self._sources, stored=None)  # large, and of no more use
         passed_over = []
-        for name, make in fast_engines(forms.tokenizer_json, forms.stored, forms.model, self._reference):
+        for name, make in fast_encoders(forms.tokenizer_json, forms.stored, forms.model, self._reference):
             try:
-                engine = make()
-                text = first_difference(engine, self._reference, texts)
+                encoder = make()
+                text = first_difference(encoder, self._reference, texts)
             except ImportError:
                 passed_over.append(f"{name} is not installed")
                 continue
@@ -118,11 +125,11 @@ class Tokenizer:
                 passed_over.append(f"{name} cannot be used ({_first_line(error)})")
                 continue
             if text is None:
-                self._engine = engine
+                self._encoder = encoder
                 break
             passed_over.append(f"{name} gives other ids on {text[:40]!r}")
-        checked = "" if self._engine is self._reference else f", equal to {self._reference.name} on {len(texts)} texts"
-        return "; ".join([f"{self._engine.name}{checked}", *passed_over])
+        checked = "" if self._encoder is self._reference else f", equal to {self._reference.name} on {len(texts)} texts"
+        return "; ".join([f"{self._encoder.name}{checked}", *passed_over])
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
         """The text of ids [length] in text order; specials are left out."""
@@ -175,18 +182,18 @@ def load_tokenizer(
         raise UsageError("--eod-token is empty; name a token of the tokenizer, or leave it out for the tokenizer's eos")
     read = read_tokenizer(path, add_specials=add_specials, eod=eod_token if eod_id is None else eod_id)
     files = {JSON: read.content}
-    engine: ReferenceEngine
+    encoder: ReferenceEncoder
     if read.is_converted and not read.is_extended and read.model is not None:
         files[MODEL] = read.model
-        engine = PieceEngine(read.model)
+        encoder = SentencePieceEncoder(read.model)
     else:
-        engine = HubEngine(read.content, path, vocabulary(read.stored))
+        encoder = HubEncoder(read.content, path, vocabulary(read.stored))
     tokenizer = Tokenizer(
         name=read.name,
         path=path,
         files=files,
         config=read.config,
-        engine=engine,
+        encoder=encoder,
         eod_token=eod_token,
         eod_id=eod_id,
         model=read.model,
@@ -227,10 +234,10 @@ def _first_line(error: Exception) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoders:
-    """The reference engine that texts are encoded with, and the forms of which faster engines are made."""
+class EncoderSources:
+    """The reference encoder that texts are encoded with, and the forms of which faster encoders are made."""
 
-    engine: ReferenceEngine
+    reference: ReferenceEncoder
     tokenizer_json: bytes
     stored: dict[str, Any] | None
     """The object of the tokenizer.json, where it was that which was loaded."""
@@ -238,33 +245,33 @@ class Encoders:
     """The SentencePiece form, if any."""
 
 
-def _with_eod_as_text(encoders: Encoders, eod: str) -> Encoders:
+def _with_eod_as_text(sources: EncoderSources, eod: str) -> EncoderSources:
     """Return encoders for which a spelled eod is text; the same object where it is so already."""
-    if isinstance(encoders.engine, PieceEngine):
-        return encoders  # the reader of the .model saw to it
-    stored = json_with_special(encoders.stored or orjson.loads(encoders.tokenizer_json), eod)
+    if isinstance(sources.reference, SentencePieceEncoder):
+        return sources  # the reader of the .model saw to it
+    stored = json_with_special(sources.stored or orjson.loads(sources.tokenizer_json), eod)
     if stored is None:
-        return encoders
+        return sources
     content = orjson.dumps(stored)
-    engine = HubEngine(content, "the tokenizer with its eod as a special token", encoders.engine.vocab())
-    return Encoders(engine, content, stored if encoders.stored else None, encoders.model)
+    encoder = HubEncoder(content, "the tokenizer with its eod as a special token", sources.reference.vocab())
+    return EncoderSources(encoder, content, stored if sources.stored else None, sources.model)
 
 
-def _check_is_reserved(encoders: Encoders, eod: str, eod_id: int, path: str) -> None:
+def _check_is_reserved(sources: EncoderSources, eod: str, eod_id: int, path: str) -> None:
     """Refuse an eod that is an ordinary piece of the vocabulary: texts become it.
 
     In a list of whole words, which may hold its specials among them, it is the records that show it.
     """
-    if isinstance(encoders.engine, PieceEngine):
-        proto = parse_model(encoders.model or b"", path)
+    if isinstance(sources.reference, SentencePieceEncoder):
+        proto = parse_model(sources.model or b"", path)
         kinds = proto.SentencePiece
         is_ordinary = any(entry.piece == eod and entry.type in (kinds.NORMAL, kinds.BYTE) for entry in proto.pieces)
     else:
-        stored = encoders.stored or orjson.loads(encoders.tokenizer_json)
+        stored = sources.stored or orjson.loads(sources.tokenizer_json)
         if any(entry.get("content") == eod for entry in stored.get("added_tokens") or []):
             return
         is_ordinary = stored["model"].get("type") != "WordLevel" and (
-            _is_merged(stored["model"], eod) or _comes_of_text(encoders.engine, eod, eod_id)
+            _is_merged(stored["model"], eod) or _comes_of_text(sources.reference, eod, eod_id)
         )
     if is_ordinary:
         raise UsageError(
@@ -283,7 +290,7 @@ def _is_merged(model: dict[str, Any], token: str) -> bool:
     return any((merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)) == token for merge in merges)
 
 
-def _comes_of_text(engine: ReferenceEngine, token: str, token_id: int) -> bool:
-    spelled = {token, token.replace(SPACE, " "), engine.decode([token_id])}
+def _comes_of_text(encoder: ReferenceEncoder, token: str, token_id: int) -> bool:
+    spelled = {token, token.replace(SPACE, " "), encoder.decode([token_id])}
     texts = [before + text + after for text in sorted(spelled) for before in ("", "a", " ") for after in ("", "a", " ")]
-    return bool((engine.encode(texts)[0] == token_id).any())
+    return bool((encoder.encode(texts)[0] == token_id).any())

@@ -17,14 +17,13 @@ from megatron_ledom.tokenizers.added_tokens import (
     CONFIG,
     SPECIALS_MAP,
     add_tokens,
-    as_bytes,
     name_of,
-    parse_object,
     read_config,
     unknown_roles,
     vocabulary,
 )
 from megatron_ledom.tokenizers.end_token import model_with_control
+from megatron_ledom.tokenizers.json_objects import as_bytes, parse_object
 
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
 END_NAMES = ("eod", "endoftext")

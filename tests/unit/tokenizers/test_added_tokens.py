@@ -176,14 +176,14 @@ def test_no_dummy_prefix_follows_a_user_defined_piece(tmp_path: Path) -> None:
 
 
 def test_words_that_the_model_file_lacks_are_cut_out_by_preprocessing_too(tmp_path: Path) -> None:
-    """The cached SentencePiece encoder is passed over: a rare token need not stand in the texts on which engines are compared."""
+    """The cached SentencePiece encoder is passed over: a rare token need not stand in the texts on which encoders are compared."""
     folder = folder_of(tmp_path / "stock", "model", 440, added_tokens={"<|a|>": 425})
     saved = load_tokenizer(str(folder))
     saved.save(tmp_path / "saved")
     (tmp_path / "saved/tokenizer.model").write_bytes(sentencepiece_model())
     for path in (folder, tmp_path / "saved"):
         tokenizer = load_tokenizer(str(path))
-        chosen = tokenizer.use_fastest_engine(["the cat"])
+        chosen = tokenizer.use_fastest_encoder(["the cat"])
         ids, _ = tokenizer.encode_batch(["the <|a|> cat"])
         assert 425 in ids.tolist(), chosen
         assert ids.tolist() == JointTokenizer.from_pretrained(path).encode("the <|a|> cat")

@@ -1,4 +1,4 @@
-"""No document ends in its middle: a spelled eod becomes text, or its record is a bad one, whatever the tokenizer and the engine."""
+"""No document ends in its middle: a spelled eod becomes text, or its record is a bad one, whatever the tokenizer and the encoder."""
 
 import json
 from collections.abc import Callable

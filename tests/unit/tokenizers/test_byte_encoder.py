@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as HubTokenizer
 
 from megatron_ledom._helpers import not_nfc
 from megatron_ledom.errors import UsageError
-from megatron_ledom.tokenizers.engines import GPT2, PATTERNS, CachedByteEngine, HubEngine, first_difference, why_not_bytes
+from megatron_ledom.tokenizers.encoders import GPT2, PATTERNS, CachedByteEncoder, HubEncoder, first_difference, why_not_bytes
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS
 from tests.support.paths import ROOT
 from tests.support.source_texts import FILES, MULTILINGUAL
@@ -96,13 +96,13 @@ class Both:
     """The library and ours on one tokenizer.json."""
 
     def __init__(self, stored: dict[str, Any], **options: int) -> None:
-        self.library = HubEngine(orjson.dumps(stored), "the tokenizer")
-        self.engine = CachedByteEngine(stored, self.library, **options)
+        self.library = HubEncoder(orjson.dumps(stored), "the tokenizer")
+        self.encoder = CachedByteEncoder(stored, self.library, **options)
 
 
 def check_equal_ids(both: "Both", texts: Sequence[str]) -> None:
     """Fail at the first text whose ids differ."""
-    assert first_difference(both.engine, both.library, texts) is None
+    assert first_difference(both.encoder, both.library, texts) is None
 
 
 @pytest.fixture(scope="module", params=[*PATTERNS, "byte level", "whole"])
@@ -121,7 +121,7 @@ def test_odd_and_real_texts_have_equal_ids(both: Both) -> None:
     check_equal_ids(both, [])
     check_equal_ids(both, [*ODD_TEXTS, *NASTY, *(first + second for first in NASTY for second in NASTY)])
     check_equal_ids(both, FILES)
-    assert both.engine.statistics()["misses"] < both.engine.statistics()["units"] / 10
+    assert both.encoder.statistics()["misses"] < both.encoder.statistics()["units"] / 10
 
 
 def test_the_classes_of_all_code_points_are_those_of_the_library() -> None:
@@ -181,9 +181,9 @@ def test_a_long_word_costs_no_more_a_byte_than_a_short_one() -> None:
     both = Both(trained(split_by(next(iter(PATTERNS)))))
 
     def steps(times: int) -> int:
-        before = both.engine.statistics()["steps"]
+        before = both.encoder.statistics()["steps"]
         check_equal_ids(both, ["the" * times])
-        return both.engine.statistics()["steps"] - before
+        return both.encoder.statistics()["steps"] - before
 
     assert steps(40_000) < 10.1 * steps(4_000)
 
@@ -192,8 +192,8 @@ def test_a_tiny_cache_overflows_and_ids_stay_equal() -> None:
     both = Both(trained(pre_tokenizers.ByteLevel(add_prefix_space=False)), cache_bytes=4096)
     for _ in range(2):
         check_equal_ids(both, [*FILES[:10], *ODD_TEXTS])
-    assert both.engine.statistics()["clears"] > 50
-    assert both.engine.statistics()["cache_bytes"] <= 4096
+    assert both.encoder.statistics()["clears"] > 50
+    assert both.encoder.statistics()["cache_bytes"] <= 4096
 
 
 def test_added_tokens_are_cut_out_and_special_ones_are_text() -> None:
@@ -211,7 +211,7 @@ def test_added_tokens_are_cut_out_and_special_ones_are_text() -> None:
     ]
     check_equal_ids(both, texts)
     ids = {token["content"]: token["id"] for token in stored["added_tokens"]}
-    found = [both.engine.encode([text])[0].tolist() for text in texts]
+    found = [both.encoder.encode([text])[0].tolist() for text in texts]
     assert [ids["<think>"] in each for each in found] == [True, True, False, True, False, True, True, False]
     assert not any(ids["<|end|>"] in each for each in found)
     check_equal_ids(both, texts)  # all in one call, some of them by the reference
@@ -260,7 +260,7 @@ def test_other_tokenizers_are_refused(stored: dict[str, Any], path: str, value: 
     other = changed(stored, path, value)
     assert why_not_bytes(other) == reason
     with pytest.raises(UsageError, match=r"^it (has|is) "):
-        CachedByteEngine(other, HubEngine(orjson.dumps(stored), "the tokenizer"))
+        CachedByteEncoder(other, HubEncoder(orjson.dumps(stored), "the tokenizer"))
 
 
 def test_vocabularies_that_do_not_fit_together_are_refused(stored: dict[str, Any]) -> None:
@@ -279,19 +279,19 @@ def test_vocabularies_that_do_not_fit_together_are_refused(stored: dict[str, Any
     ]
     for path, value, reason in cases:
         with pytest.raises(ValueError, match=reason):
-            CachedByteEngine(changed(stored, path, value), HubEngine(orjson.dumps(stored), "the tokenizer"))
+            CachedByteEncoder(changed(stored, path, value), HubEncoder(orjson.dumps(stored), "the tokenizer"))
 
 
 def test_merges_may_be_pairs_or_strings(stored: dict[str, Any]) -> None:
     pairs = stored["model"]["merges"]
     assert isinstance(pairs[0], list)
     strings = changed(stored, "model.merges", [" ".join(pair) for pair in pairs])
-    assert np.array_equal(Both(strings).engine.encode(FILES)[0], Both(stored).engine.encode(FILES)[0])
+    assert np.array_equal(Both(strings).encoder.encode(FILES)[0], Both(stored).encoder.encode(FILES)[0])
 
 
 def test_texts_that_are_no_text_are_refused(stored: dict[str, Any]) -> None:
-    engine = Both(stored).engine
+    encoder = Both(stored).encoder
     with pytest.raises(UnicodeEncodeError):
-        engine.encode(["a", "\ud800"])
+        encoder.encode(["a", "\ud800"])
     with pytest.raises(TypeError, match="text 1 is not a str"):
-        engine.encode(["a", b"a"])  # type: ignore[list-item]
+        encoder.encode(["a", b"a"])  # type: ignore[list-item]

@@ -1,17 +1,17 @@
-"""What turns texts into ids: several engines that do the same at very different speeds, and the choice among them.
+"""What turns texts into ids: several encoders that do the same at very different speeds, and the choice among them.
 
-`Tokenizer.use_fastest_engine` tries them from the fastest on; the first whose ids equal the reference's on real samples of the
+`Tokenizer.use_fastest_encoder` tries them from the fastest on; the first whose ids equal the reference's on real samples of the
 corpus and on texts that tell tokenizers apart is taken. The reference is `tokenizers` for a tokenizer.json and `sentencepiece`
 for a .model.
 
-The two cached engines are C++ of `csrc/helpers`: they cut a text into units, mostly words, which they encode apart and remember.
+The two cached encoders are C++ of `csrc/helpers`: they cut a text into units, mostly words, which they encode apart and remember.
 - Cached pieces: SentencePiece BPE (`piece_encoder.h`). Where no piece of the vocabulary has a character b directly after a
   character a, no merge can reach over that boundary, so a text may be cut there. This holds for BPE models that keep the text as it
   is.
 - Cached bytes: byte-level BPE of a tokenizer.json (`byte_encoder.h`). The splitting patterns of GPT-2, cl100k (Llama-3, Qwen) and
   o200k are scanners of their own (`split_patterns.h`).
 `why_not_cached` and `why_not_bytes` say what is wrong with a model that has any part not known here to the last option; another
-engine then has to encode it.
+encoder then has to encode it.
 """
 
 import os
@@ -65,7 +65,7 @@ MODEL_OPTIONS = {  # and what they may be; None: anything
 TOKEN_OPTIONS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
 
 
-class Engine(Protocol):
+class Encoder(Protocol):
     """Encodes. No specials are added; a special token spelled out in a text is ordinary text."""
 
     name: str
@@ -75,7 +75,7 @@ class Engine(Protocol):
         """Ids of the texts; see FlatIds."""
 
 
-class ReferenceEngine(Engine, Protocol):
+class ReferenceEncoder(Encoder, Protocol):
     """Knows the vocabulary, too."""
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -85,28 +85,28 @@ class ReferenceEngine(Engine, Protocol):
         """The id of every token, added ones included."""
 
 
-def fast_engines(
-    tokenizer_json: bytes, stored: dict[str, Any] | None, model: bytes | None, reference: Engine
-) -> Iterator[tuple[str, Callable[[], Engine]]]:
-    """(name, how to make it) of every engine there is besides the references, the fastest first; making one may raise.
+def fast_encoders(
+    tokenizer_json: bytes, stored: dict[str, Any] | None, model: bytes | None, reference: Encoder
+) -> Iterator[tuple[str, Callable[[], Encoder]]]:
+    """(name, how to make it) of every encoder there is besides the references, the fastest first; making one may raise.
 
     `stored` is the object of the tokenizer.json, where it was that which was loaded; `model` the SentencePiece form, if any.
     """
     if model is not None:
-        yield "cached pieces", lambda: CachedPieceEngine(model)
+        yield "cached pieces", lambda: CachedPieceEncoder(model)
     if stored is not None:
-        yield "cached bytes", lambda: CachedByteEngine(stored, reference)
-    yield "fastokens", lambda: FastokensEngine(tokenizer_json.decode())
-    yield "gigatoken", lambda: GigatokenEngine(tokenizer_json.decode())
+        yield "cached bytes", lambda: CachedByteEncoder(stored, reference)
+    yield "fastokens", lambda: FastokensEncoder(tokenizer_json.decode())
+    yield "gigatoken", lambda: GigatokenEncoder(tokenizer_json.decode())
 
 
-def first_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> str | None:
-    """The first text whose ids differ between two engines, None if none does."""
-    found, expected = engine.encode(texts), reference.encode(texts)
+def first_difference(encoder: Encoder, reference: Encoder, texts: Sequence[str]) -> str | None:
+    """The first text whose ids differ between two encoders, None if none does."""
+    found, expected = encoder.encode(texts), reference.encode(texts)
     if np.array_equal(found[1], expected[1]) and np.array_equal(found[0], expected[0]):
         return None
     for text in texts:
-        if not np.array_equal(engine.encode([text])[0], reference.encode([text])[0]):
+        if not np.array_equal(encoder.encode([text])[0], reference.encode([text])[0]):
             return text
     return texts[0]  # only together do they differ
 
@@ -121,7 +121,7 @@ def flat(documents: Sequence[Sequence[int]]) -> FlatIds:
     return ids, offsets
 
 
-class HubEngine:
+class HubEncoder:
     """The `tokenizers` library on a tokenizer.json."""
 
     def __init__(self, tokenizer_json: bytes, where: str, vocab: dict[str, int] | None = None) -> None:
@@ -138,20 +138,20 @@ class HubEngine:
         self._vocab = vocab
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of each text; see Engine."""
+        """Ids of each text; see Encoder."""
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return flat([encoding.ids for encoding in encodings])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; see ReferenceEngine."""
+        """The text of ids; see ReferenceEncoder."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def vocab(self) -> dict[str, int]:
-        """The id of every token; see ReferenceEngine."""
+        """The id of every token; see ReferenceEncoder."""
         return dict(self.tokenizer.get_vocab(with_added_tokens=True)) if self._vocab is None else self._vocab
 
 
-class PieceEngine:
+class SentencePieceEncoder:
     """The `sentencepiece` library on a .model."""
 
     def __init__(self, model: bytes) -> None:
@@ -161,19 +161,19 @@ class PieceEngine:
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of each text; see Engine."""
+        """Ids of each text; see Encoder."""
         return flat(self.processor.encode(list(texts), out_type=int, num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; see ReferenceEngine."""
+        """The text of ids; see ReferenceEncoder."""
         return str(self.processor.decode(list(ids)))
 
     def vocab(self) -> dict[str, int]:
-        """The id of every token; see ReferenceEngine."""
+        """The id of every token; see ReferenceEncoder."""
         return {self.processor.id_to_piece(index): index for index in range(self.processor.vocab_size())}
 
 
-class FastokensEngine:
+class FastokensEncoder:
     """The `fastokens` library on a tokenizer.json."""
 
     def __init__(self, tokenizer_json: str) -> None:
@@ -187,12 +187,12 @@ class FastokensEngine:
         self.tokenizer.no_padding()
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of each text; see Engine."""
+        """Ids of each text; see Encoder."""
         ids, offsets = self.tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
         return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.int64)
 
 
-class GigatokenEngine:
+class GigatokenEncoder:
     """The `gigatoken` library on a tokenizer.json. Its cache of words is not bounded."""
 
     def __init__(self, tokenizer_json: str) -> None:
@@ -202,7 +202,7 @@ class GigatokenEngine:
         self.tokenizer = gigatoken.Tokenizer.from_json(tokenizer_json)
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of each text; see Engine."""
+        """Ids of each text; see Encoder."""
         if not texts:
             return flat([])
         layout = self.tokenizer.encode_batch(list(texts), parallel=False).layout
@@ -215,7 +215,7 @@ def _version(package: str) -> str:
     return version(package)
 
 
-class CachedEngine:
+class CachedEncoder:
     """The shared part of the two encoders of `csrc/helpers`: `_encoder` is one of them."""
 
     _encoder: Any
@@ -238,10 +238,10 @@ class CachedEngine:
         return found
 
 
-class CachedPieceEngine(CachedEngine):
+class CachedPieceEncoder(CachedEncoder):
     """Encodes with the SentencePiece `.model` file `model`, one for which `why_not_cached` is None.
 
-    The ids are those of the library; the engine may be used from several threads, which take turns.
+    The ids are those of the library; the encoder may be used from several threads, which take turns.
     """
 
     name = "cached pieces (csrc)"
@@ -293,16 +293,16 @@ def _confusable(proto: Any) -> str | None:
     return None
 
 
-class CachedByteEngine(CachedEngine):
+class CachedByteEncoder(CachedEncoder):
     """Encodes with the object of a tokenizer.json, one for which `why_not_bytes` is None.
 
     Texts that are not in NFC, where the tokenizer asks for that, are normalised by the `tokenizers` library; those of them that
-    spell a token which is not special are encoded by `reference`. The engine may be used from several threads, which take turns.
+    spell a token which is not special are encoded by `reference`. The encoder may be used from several threads, which take turns.
     """
 
     name = "cached bytes (csrc)"
 
-    def __init__(self, stored: dict[str, Any], reference: Engine, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, stored: dict[str, Any], reference: Encoder, cache_bytes: int = CACHE_BYTES) -> None:
         reason = why_not_bytes(stored)
         if reason is not None:
             raise UsageError(f"it {reason}")
