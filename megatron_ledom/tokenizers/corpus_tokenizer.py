@@ -1,11 +1,12 @@
-"""Tokenizers as the data path needs them: flat ids of many texts, no specials added, and a hash that says which ids mean what.
+"""Tokenizers for preprocessing and training: ids of many texts in one array, no specials added, and a hash of the vocabulary.
 
-The token that ends documents must come of no text: a document would end in its middle. Spelled out in a text it is text. A
-tokenizer.json does that for special tokens only, so an eod of another kind is made a special token before texts are encoded; hash
-and exported files stay those of the tokenizer as it is. See `end_token`. Where a tokenizer makes the eod of its spelling all the
-same, packing finds it and the record is a bad one.
+No text may encode to the eod, because a document would end in its middle. If a text contains the spelling of the eod, the
+spelling is encoded as ordinary text. A tokenizer.json does so for special tokens only, so an eod that is not special is made
+special before texts are encoded; the hash and the exported files do not change. See `end_token`. If a tokenizer still produces
+the eod from a text, the check of the ids finds it and counts the record as bad.
 
-No torch and no transformers here: preprocessing starts in a second (tiktoken ranks excepted, which transformers converts).
+This module imports neither torch nor transformers, so preprocessing starts within a second. Only tiktoken ranks need
+transformers.
 """
 
 import json
@@ -39,14 +40,14 @@ from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, SPACE, parse_
 
 logger = logging.getLogger(__name__)
 LOCAL = ("auto_map", "name_or_path", "token", "use_auth_token")
-"""Keys that a copied tokenizer_config.json must not carry along, as all that end in `_file`: code, paths and secrets."""
+"""Keys (code, paths, secrets) that are removed from a copied tokenizer_config.json, like all that end in `_file`."""
 BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 CHAT_TEMPLATE, CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
-"""A file and a folder of them, where stock transformers reads them."""
+"""The file and the folder of chat templates that stock transformers reads."""
 
 
 class Tokenizer:
-    """A loaded tokenizer; made by `load_tokenizer`."""
+    """A loaded tokenizer. Use `load_tokenizer` to get one."""
 
     def __init__(
         self,
@@ -63,9 +64,9 @@ class Tokenizer:
         sha256: str,
     ) -> None:
         self.name = name
-        """For people; two tokenizers with one name can differ, so comparisons use `sha256`."""
+        """A name for people. Two tokenizers can share a name, so comparisons use `sha256`."""
         self.path = path
-        """Where it was loaded from, as given."""
+        """The path from which it was loaded, as given."""
         self._files = files | _read_chat_templates(path)
         self._config = config
         self.sha256 = sha256
@@ -74,45 +75,50 @@ class Tokenizer:
         if not vocab:
             raise DataError(f"tokenizer {path} has no tokens; give another one with --tokenizer")
         self.vocab_size: int = max(vocab.values()) + 1
-        """Highest id + 1, added tokens included; ids below it may be unused."""
+        """Highest id + 1, with added tokens. Ids below it may be unused."""
         self._vocab = vocab
         if eod_id is not None:
             eod_token = next((token for token, index in vocab.items() if index == eod_id), None)
             if eod_token is None:
                 raise UsageError(
-                    f"tokenizer {path} has no token with id {eod_id} to end documents with; name one by --eod-token"
+                    f"tokenizer {path} has no token with id {eod_id} to end documents with; choose one with --eod-token"
                 )
         self.eod_token: str = eod_token or _eos_of(config, path)
-        """The token that says "the text begins here" to a reverse model, "the text ends here" to a forward one."""
+        """The token that means "the text begins here" to a reverse model and "the text ends here" to a forward model."""
         if self.eod_token not in vocab:
-            raise UsageError(f"tokenizer {path} has no token {self.eod_token!r} to end documents with; name one by --eod-token")
+            raise UsageError(
+                f"tokenizer {path} has no token {self.eod_token!r} to end documents with; choose one with --eod-token"
+            )
         self.eod_id: int = vocab[self.eod_token]
         given = EncoderSources(encoder, files["tokenizer.json"], stored, model)
         _check_is_reserved(given, self.eod_token, self.eod_id, path)
         self._sources = _with_eod_as_text(given, self.eod_token)
-        self.is_eod_made_text: bool = self._sources is not given
-        """The tokenizer as it is would read a spelled eod as the eod."""
+        self.is_eod_forced_to_text: bool = self._sources is not given
+        """True if the tokenizer was changed to encode the spelling of the eod as text."""
         self._reference = self._sources.reference
         self._encoder: Encoder = self._reference
 
     def token_id(self, token: str) -> int:
-        """The id of a token. Raises UsageError if there is none."""
+        """Return the id of a token. Raises UsageError if it has none."""
         if token not in self._vocab:
             raise UsageError(f"tokenizer {self.path} has no token {token!r}; name one of its tokens")
         return self._vocab[token]
 
     def encode_batch(self, texts: Sequence[str]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
-        """Ids of all texts one after the other [total] in text order, and where each begins [texts + 1].
+        """Return the ids of all texts in one array [total] in text order, and the offset of each text [texts + 1].
 
-        Nothing is added (no BOS, no EOS), and a special token spelled out in a text is encoded as ordinary text. So is the eod,
-        unless the model itself has a piece with its spelling: then packing refuses it.
+        Adds no BOS or EOS. A special token spelled out in a text is encoded as ordinary text. So is the eod, unless the model
+        itself has a piece with its spelling; preprocessing refuses such a text.
         """
         return self._encoder.encode(texts)
 
     def use_fastest_encoder(self, samples: Sequence[str]) -> str:
-        """Encode with the fastest encoder whose ids equal the reference's on `samples` and on odd texts; what was chosen and why."""
+        """Choose the fastest encoder whose ids equal the reference's on `samples` and on unusual texts.
+
+        Returns a line for the log: the chosen encoder, and why each faster one was not chosen.
+        """
         texts = [*ODD_TEXTS, f"a{self.eod_token} {self.eod_token}\n", *samples]
-        forms, self._sources = self._sources, replace(self._sources, stored=None)  # large, and of no more use
+        forms, self._sources = self._sources, replace(self._sources, stored=None)  # large, and no longer needed
         passed_over = []
         for name, make in fast_encoders(forms.tokenizer_json, forms.stored, forms.model, self._reference):
             try:
@@ -121,7 +127,7 @@ class Tokenizer:
             except ImportError:
                 passed_over.append(f"{name} is not installed")
                 continue
-            except Exception as error:  # a library that cannot load this tokenizer; each has errors of its own
+            except Exception as error:  # the library cannot load this tokenizer; each raises its own errors
                 passed_over.append(f"{name} cannot be used ({_first_line(error)})")
                 continue
             if text is None:
@@ -132,11 +138,11 @@ class Tokenizer:
         return "; ".join([f"{self._encoder.name}{checked}", *passed_over])
 
     def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
-        """The text of ids [length] in text order; specials are left out."""
+        """Return the text of ids [length] in text order, without specials."""
         return self._reference.decode(ids.tolist() if isinstance(ids, np.ndarray) else ids)
 
     def provenance(self, direction: Direction) -> Provenance:
-        """Return what a shard, checkpoint or export made with this tokenizer records."""
+        """Return the provenance that shards, checkpoints and exports of this tokenizer record."""
         return Provenance(
             direction=direction,
             tokenizer_name=self.name,
@@ -148,7 +154,7 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write a folder that stock transformers loads offline, with the same `sha256` and with eod as its eos.
 
-        The post-processor is left out: training adds no BOS or EOS, so the exported tokenizer must not either.
+        The post-processor is removed: training adds no BOS or EOS, so the exported tokenizer must not add them either.
         """
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
@@ -167,19 +173,19 @@ class Tokenizer:
         for name, content in files.items():
             path = target / name
             path.parent.mkdir(exist_ok=True)
-            write_whole(path, content, is_shared=True)  # tasks of an array may write the same folder at once
+            write_whole(path, content, is_shared=True)  # array tasks may write the same folder at the same time
 
 
 def load_tokenizer(
     path: str, eod_token: str | None = None, *, eod_id: int | None = None, add_specials: bool = False
 ) -> Tokenizer:
-    """Load a tokenizer; for `path` and `add_specials` see `tokenizers.reader.read_tokenizer`, which every command shares.
+    """Load a tokenizer. For `path` and `add_specials` see `tokenizers.reader.read_tokenizer`.
 
-    The eod is `eod_token` or the token `eod_id`, else the eos that the folder names, else the eos of a .model. With
-    `add_specials` the eod, if not named, is <EOD>.
+    The eod is `eod_token` or the token `eod_id`. Without either it is the eos that the folder names, else the eos of a .model;
+    with `add_specials` it is <EOD>.
     """
     if eod_token == "":
-        raise UsageError("--eod-token is empty; name a token of the tokenizer, or leave it out for the tokenizer's eos")
+        raise UsageError("--eod-token is empty; name a token of the tokenizer, or omit the option to use the tokenizer's eos")
     read = read_tokenizer(path, add_specials=add_specials, eod=eod_token if eod_id is None else eod_id)
     files = {JSON: read.content}
     encoder: ReferenceEncoder
@@ -203,29 +209,31 @@ def load_tokenizer(
     others = other_ends(vocabulary(read.stored), [tokenizer.eod_id])
     if others and eod_token is None and eod_id is None:
         logger.warning(
-            "tokenizer %s: documents end with its eos %r (id %d), and it has %s, too; name the one to use with --eod-token",
+            "tokenizer %s: documents end with its eos %r (id %d), but it also has %s; choose one with --eod-token",
             *(path, tokenizer.eod_token, tokenizer.eod_id, ", ".join(f"{token} = {id_}" for token, id_ in others.items())),
         )
     return tokenizer
 
 
 def _eos_of(config: dict[str, Any], path: str) -> str:
-    """The eos token a tokenizer_config.json names; refused when it names none."""
+    """Return the eos token of a tokenizer_config.json. Raises UsageError if it names none."""
     eos = name_of(config.get("eos_token"))
     if eos is None:
-        raise UsageError(f"tokenizer {path} names no eos token to end documents with; name one of its tokens by --eod-token")
+        raise UsageError(
+            f"tokenizer {path} names no eos token to end documents with; choose one of its tokens with --eod-token"
+        )
     return eos
 
 
 def _read_chat_templates(tokenizer: str) -> dict[str, bytes]:
-    """Return the content of each template file beside a tokenizer (its folder, or a file in it), by its path in the folder."""
+    """Return the chat template files in the folder of a tokenizer: path in the folder -> content."""
     folder = Path(tokenizer) if Path(tokenizer).is_dir() else Path(tokenizer).parent
     files = [folder / CHAT_TEMPLATE, *sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.is_file()}
 
 
 def without_local(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a tokenizer_config.json without what concerns one machine or person only, see LOCAL."""
+    """Return a tokenizer_config.json without the keys of LOCAL, which concern one machine or person only."""
     return {key: value for key, value in config.items() if key not in LOCAL and not key.endswith("_file")}
 
 
@@ -235,20 +243,20 @@ def _first_line(error: Exception) -> str:
 
 @dataclass(frozen=True, slots=True)
 class EncoderSources:
-    """The reference encoder that texts are encoded with, and the forms of which faster encoders are made."""
+    """The reference encoder, and the forms of the tokenizer from which faster encoders are built."""
 
     reference: ReferenceEncoder
     tokenizer_json: bytes
     stored: dict[str, Any] | None
-    """The object of the tokenizer.json, where it was that which was loaded."""
+    """The object of the tokenizer.json, if a tokenizer.json was loaded."""
     model: bytes | None
     """The SentencePiece form, if any."""
 
 
 def _with_eod_as_text(sources: EncoderSources, eod: str) -> EncoderSources:
-    """Return encoders for which a spelled eod is text; the same object where it is so already."""
+    """Return sources that encode the spelling of the eod as text; the same object if they do so already."""
     if isinstance(sources.reference, SentencePieceEncoder):
-        return sources  # the reader of the .model saw to it
+        return sources  # the reader of the .model has made the eod a control piece
     stored = json_with_special(sources.stored or orjson.loads(sources.tokenizer_json), eod)
     if stored is None:
         return sources
@@ -258,9 +266,9 @@ def _with_eod_as_text(sources: EncoderSources, eod: str) -> EncoderSources:
 
 
 def _check_is_reserved(sources: EncoderSources, eod: str, eod_id: int, path: str) -> None:
-    """Refuse an eod that is an ordinary piece of the vocabulary: texts become it.
+    """Raise UsageError if the eod is an ordinary piece of the vocabulary, because texts would encode to it.
 
-    In a list of whole words, which may hold its specials among them, it is the records that show it.
+    A WordLevel vocabulary may contain its specials as words, so only the records show whether texts encode to it.
     """
     if isinstance(sources.reference, SentencePieceEncoder):
         proto = parse_model(sources.model or b"", path)
@@ -275,13 +283,13 @@ def _check_is_reserved(sources: EncoderSources, eod: str, eod_id: int, path: str
         )
     if is_ordinary:
         raise UsageError(
-            f"tokenizer {path}: {eod!r} = {eod_id} is an ordinary piece, which texts become, so documents would end in their middle;"
-            " name a special token by --eod-token (ledom preprocess-data --add-specials adds one)"
+            f"tokenizer {path}: {eod!r} = {eod_id} is an ordinary piece: texts encode to it, so documents would end in their middle;"
+            " choose a special token with --eod-token (ledom preprocess-data --add-specials adds one)"
         )
 
 
 def _is_merged(model: dict[str, Any], token: str) -> bool:
-    """Return whether BPE makes the token of bytes or characters."""
+    """Return True if BPE can produce the token from bytes or characters."""
     if model.get("type") != "BPE":
         return False
     if len(token) == 1 or (model.get("byte_fallback") and BYTE_PIECE.fullmatch(token)):

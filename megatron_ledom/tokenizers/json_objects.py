@@ -1,4 +1,4 @@
-"""JSON objects of model and tokenizer folders."""
+"""Read the JSON objects of model and tokenizer folders."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,8 @@ from megatron_ledom.provenance import json_library
 def read_object(path: str | Path, library: Any = None) -> dict[str, Any]:
     """Return the object of a JSON file. Raises DataError if it cannot be read or is something else.
 
-    `library` parses it, by default `json_library()`. `json` keeps integers of more than 64 bits, which orjson makes floats.
+    `library` parses it, by default `json_library()`. `json` keeps integers of more than 64 bits, which orjson turns into
+    floats.
     """
     try:
         content = Path(path).read_bytes()

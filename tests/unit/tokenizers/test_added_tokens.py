@@ -108,8 +108,11 @@ def test_trained_rows_of_added_tokens_survive_the_way_there_and_back(tmp_path: P
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"added_tokens": {"<|a|>": 403}}, r"added_tokens.json gives '<\|a\|>' the id 403, stock transformers reads it as 400"),
-        ({"added_tokens": {"</s>": 400}}, "'</s>' the id 400, stock transformers reads it as 2"),
+        (
+            {"added_tokens": {"<|a|>": 403}},
+            r"added_tokens.json gives '<\|a\|>' the id 403, but stock transformers gives it 400",
+        ),
+        ({"added_tokens": {"</s>": 400}}, "'</s>' the id 400, but stock transformers gives it 2"),
         ({"added_tokens": {"<|a|>": "400"}}, "expected a number"),
         ({"tokenizer_config": {"added_tokens_decoder": {"402": entry("<|a|>")}}}, "the id 402"),
         ({"tokenizer_config": {"added_tokens_decoder": {"400": "<|a|>"}}}, "expected an id and an object"),
@@ -133,7 +136,7 @@ def test_an_added_token_without_a_row_is_refused_and_a_mere_name_left_out(
     folder = folder_of(tmp_path / "name", "json", 400, tokenizer_config=named)
     with caplog.at_level(logging.WARNING):
         tokenizer = load_tokenizer(str(folder))
-    assert "pad_token '<|a|>' is no token of the tokenizer" in caplog.text
+    assert "skipped pad_token '<|a|>': it is not a token of the tokenizer" in caplog.text
     tokenizer.save(tmp_path / "saved")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "saved")) == tokenizer.vocab_size == 400
 
@@ -211,7 +214,7 @@ def test_a_doubt_about_the_tokenizer_is_no_guess(tmp_path: Path, caplog: pytest.
     (folder / "tokenizer_config.json").unlink()
     with caplog.at_level(logging.WARNING):
         assert load_tokenizer(str(folder)).eod_id == 2
-    assert "its eos '</s>' (id 2), and it has <EOD> = 422, too" in caplog.text
+    assert "its eos '</s>' (id 2), but it also has <EOD> = 422" in caplog.text
     (folder / "tokenizer.json").symlink_to(tmp_path / "not fetched")
     with pytest.raises(DataError, match=r"tokenizer.json is a link to a file that is not there"):
         ForwardLM.from_pretrained(folder)
@@ -234,7 +237,7 @@ def test_a_secret_in_a_tokenizers_config_is_no_token_and_goes_nowhere(
     with caplog.at_level(logging.DEBUG):
         tokenizer = load_tokenizer(str(folder), "</s>")
         vocab = ForwardLM.from_pretrained(folder, device="cpu").tokenizer.vocab
-    assert "hf_token is no known role of a special token" in caplog.text
+    assert "skipped hf_token: it is not a known role of a special token" in caplog.text
     assert "frobnicate" not in caplog.text
     assert secret not in caplog.text
     assert secret not in vocab
@@ -246,5 +249,5 @@ def test_a_secret_in_a_tokenizers_config_is_no_token_and_goes_nowhere(
 @pytest.mark.parametrize("value", [5, "abc", True])
 def test_special_tokens_that_are_no_list_are_refused_by_key(tmp_path: Path, key: str, value: Any) -> None:
     folder = folder_of(tmp_path / "stock", "json", 410, tokenizer_config={key: value})
-    with pytest.raises(DataError, match=f"tokenizer_config.json: {key} holds a {type(value).__name__}, expected a list"):
+    with pytest.raises(DataError, match=f"tokenizer_config.json: {key} is a {type(value).__name__}, expected a list"):
         load_tokenizer(str(folder), "</s>")

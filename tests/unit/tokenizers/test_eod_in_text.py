@@ -97,7 +97,7 @@ def test_hash_and_saved_folder_stay_those_of_the_tokenizer_as_it_is(tmp_path: Pa
     tokenizer = make(tmp_path / "tokenizer")
     loaded = load_tokenizer(tokenizer, EOD)
     if make is not piece_model:  # which has no hash of its own: it is that of its conversion
-        assert loaded.is_eod_made_text
+        assert loaded.is_eod_forced_to_text
         assert loaded.sha256 == load_tokenizer(tokenizer, "<tool>" if make is byte_level else "<s>").sha256
     loaded.save(tmp_path / "saved")
     assert load_tokenizer(str(tmp_path / "saved")).sha256 == loaded.sha256

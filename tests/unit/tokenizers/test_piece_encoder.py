@@ -225,8 +225,8 @@ def add_piece(piece: str, kind: int) -> Callable[[Any], None]:
         (add_piece("xy", UNUSED), "has unused pieces, which are split in a way that depends on the whole text"),
         (set_trainer("byte_fallback", False), "has 256 byte pieces"),
         (add_piece("<unk2>", UNKNOWN), "has 2 unknown pieces"),
-        (add_piece("日", CONTROL), "has the reserved piece '日', which text can become"),
-        (add_piece("re", CONTROL), "has the reserved piece 're', which text can become"),
+        (add_piece("日", CONTROL), "has the reserved piece '日', which a text can become"),
+        (add_piece("re", CONTROL), "has the reserved piece 're', which a text can become"),
     ],
 )
 def test_other_models_are_refused(model: bytes, change: Callable[[Any], None], reason: str) -> None:

@@ -175,7 +175,7 @@ def test_paths_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
         ("", UsageError, "neither tokenizer.json nor tokenizer.model"),
         ("merges.txt", UsageError, "neither a folder"),
         ("broken.json", DataError, "is not JSON"),
-        ("other.json", DataError, "holds no model"),
+        ("other.json", DataError, "has no model"),
         ("odd.json", DataError, "not a tokenizer.json"),
         ("broken.model", DataError, "not a SentencePiece model"),
     ]:
