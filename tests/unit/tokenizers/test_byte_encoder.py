@@ -1,4 +1,4 @@
-"""The byte-level encoder gives the ids of the tokenizers library: every pattern, every class of characters, any text."""
+"""The byte-level encoder gives the ids of the tokenizers library for every pattern, every class of characters and any text."""
 
 import importlib.util
 import random
@@ -71,7 +71,7 @@ NASTY += ["<think>", "</think>", "<|end|>", "<|e", "<", ">", "<thin\u212a>", "AB
 
 
 def trained(pre_tokenizer: Any, normalizer: Any = None, *, ignore_merges: bool = False) -> dict[str, Any]:
-    """The object of a byte-level tokenizer.json of 2,000 tokens with a special and two other added ones."""
+    """Return the object of a byte-level tokenizer.json of 2,000 tokens, with one special and two other added tokens."""
     tokenizer = HubTokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
     if normalizer is not None:
@@ -87,13 +87,13 @@ def trained(pre_tokenizer: Any, normalizer: Any = None, *, ignore_merges: bool =
 
 
 def split_by(pattern: str) -> Any:
-    """Split by a regular expression, then spell bytes."""
+    """Return a pre-tokenizer that splits by a regular expression, then encodes bytes."""
     cut = pre_tokenizers.Split(Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 class Both:
-    """The library and ours on one tokenizer.json."""
+    """The encoder of the library and ours for one tokenizer.json."""
 
     def __init__(self, stored: dict[str, Any], **options: int) -> None:
         self.library = HubEncoder(orjson.dumps(stored), "the tokenizer")
@@ -101,18 +101,18 @@ class Both:
 
 
 def check_equal_ids(both: "Both", texts: Sequence[str]) -> None:
-    """Fail at the first text whose ids differ."""
+    """Fail with the first text whose ids differ."""
     assert first_difference(both.encoder, both.library, texts) is None
 
 
 @pytest.fixture(scope="module", params=[*PATTERNS, "byte level", "whole"])
 def both(request: pytest.FixtureRequest) -> Both:
-    """Every pattern; every second one normalises."""
+    """Return encoders with each pattern; every second one normalises."""
     if request.param == "byte level":
         return Both(trained(pre_tokenizers.ByteLevel(add_prefix_space=False)))
     if request.param == "whole":
         stored = trained(split_by(list(PATTERNS)[2]), ignore_merges=True)
-        stored["model"]["merges"] = stored["model"]["merges"][:-200]  # some tokens are no result of merging
+        stored["model"]["merges"] = stored["model"]["merges"][:-200]  # no merge produces some tokens
         return Both(stored)
     return Both(trained(split_by(request.param), normalizers.NFC() if PATTERNS[request.param] != GPT2 else None))
 
@@ -134,12 +134,12 @@ def test_the_classes_of_all_code_points_are_those_of_the_library() -> None:
 
 
 def stored_runs() -> list[int]:
-    """The entries of unicode_classes.h: first code point << 8 | class."""
+    """Return the entries of unicode_classes.h: first code point << 8 | class."""
     return [int(entry, 16) for entry in re.findall(r"0x[0-9A-F]+(?=,)", (HELPERS / "unicode_classes.h").read_text())]
 
 
 def test_code_points_of_every_class_have_equal_ids(both: Both) -> None:
-    """Those around every change of class, behind and before characters of other classes, where a wrong class would cut elsewhere."""
+    """Code points at every change of class, next to characters of other classes, where a wrong class changes the cut."""
     borders = {code + step for run in stored_runs() for code in (run >> 8,) for step in (-1, 0)} | set(range(0x500))
     codes = [chr(code) for code in sorted(borders) if code >= 0 and not 0xD800 <= code < 0xE000]
     for frame in ("a{0}b1{0}2", " {0}{0} '{0}s!{0}\n{0}", "A{0}B'l{0}"):
@@ -160,12 +160,12 @@ def test_any_text_has_equal_ids(both: Both, texts: list[str]) -> None:
 
 
 def test_runs_of_every_length_have_equal_ids(both: Both) -> None:
-    """Lengths around the bounds: 8 bytes looked at together, 15 of a short key, 64 symbols, 255 bytes remembered."""
+    """Lengths around the limits: 8 bytes read at once, 15 of a short key, 64 symbols, 255 cached bytes."""
     check_equal_ids(both, [unit * times for unit in ("a", "é", " ", "日", "1", "!", "aB", "\n ") for times in range(280)])
 
 
 def test_not_nfc_finds_every_text_that_nfc_changes() -> None:
-    """Every code point alone and behind others, and random strings of what combines."""
+    """Every code point alone and after others, and random strings of combining characters."""
     normalize = normalizers.NFC().normalize_str
     framed = [f"{before}{code}{after}" for before, after in (("", ""), ("e", "\u0323")) for code in CODES]
     combining = [code for code in CODES if normalize(f"a\u0315{code}\u0301") != f"a\u0315{code}\u0301"]
@@ -177,7 +177,7 @@ def test_not_nfc_finds_every_text_that_nfc_changes() -> None:
     assert not_nfc(["abc", "é", "日本語 텍스트 नमस्ते", "e\u0301"]) == [3]
 
 
-def test_a_long_word_costs_no_more_a_byte_than_a_short_one() -> None:
+def test_a_long_word_costs_no_more_per_byte_than_a_short_one() -> None:
     both = Both(trained(split_by(next(iter(PATTERNS)))))
 
     def steps(times: int) -> int:
@@ -223,7 +223,7 @@ def stored() -> dict[str, Any]:
 
 
 def changed(stored: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy with one value set, by a dotted path."""
+    """Return a copy with one value, at a dotted path, replaced."""
     copy = orjson.loads(orjson.dumps(stored))
     *parents, last = path.split(".")
     place = copy

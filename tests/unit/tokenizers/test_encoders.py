@@ -1,4 +1,4 @@
-"""The choice of the encoder that encodes: the fastest whose ids are the reference's; a single other id and it is passed over."""
+"""The fastest encoder whose ids equal those of the reference is chosen; one with a single other id is not."""
 
 import base64
 import inspect
@@ -24,7 +24,7 @@ SAMPLES = [TEXT, *TEXT.splitlines()[:50]]
 
 
 def byte_level(path: Path, normalizer: normalizers.Normalizer | None = None) -> str:
-    """A byte-level BPE tokenizer.json of 500 tokens with an <eos>."""
+    """Write a byte-level BPE tokenizer.json of 500 tokens with an <eos>."""
     tokenizer = HubTokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     if normalizer is not None:
@@ -49,7 +49,7 @@ def test_a_byte_level_vocabulary_is_encoded_by_units(tmp_path: Path) -> None:
     assert same_ids(tokenizer, load_tokenizer(path, "<eos>"))
 
 
-def test_a_vocabulary_that_is_not_known_here_is_encoded_by_fastokens(tmp_path: Path) -> None:
+def test_an_unsupported_vocabulary_is_encoded_by_fastokens(tmp_path: Path) -> None:
     pytest.importorskip("fastokens", reason="the fast extra is not installed")
     path = byte_level(tmp_path / "bytes", normalizers.Replace("a", "b"))
     tokenizer = load_tokenizer(path, "<eos>")
@@ -70,7 +70,7 @@ def test_a_sentencepiece_vocabulary_is_encoded_by_units(tmp_path: Path, form: st
     assert same_ids(tokenizer, load_tokenizer(str(tmp_path / "tokenizer.json")))
 
 
-def test_a_model_that_is_not_the_tokenizer_json_beside_it_is_passed_over(tmp_path: Path) -> None:
+def test_a_model_with_other_ids_than_the_tokenizer_json_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(train([TEXT], 450))
     (tmp_path / "tokenizer.json").write_text(convert(train([TEXT], 400), "sp"))
     (tmp_path / "tokenizer_config.json").write_text(tokenizer_config())
@@ -81,7 +81,7 @@ def test_a_model_that_is_not_the_tokenizer_json_beside_it_is_passed_over(tmp_pat
 
 
 class WrongOnce:
-    """Right but for one id of one sample."""
+    """An encoder with one wrong id in one sample."""
 
     name = "wrong once"
 
@@ -95,7 +95,9 @@ class WrongOnce:
         return ids, offsets
 
 
-def test_an_encoder_with_one_wrong_id_is_passed_over_and_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_with_one_wrong_id_is_not_used_and_the_reason_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = byte_level(tmp_path / "bytes")
     monkeypatch.setattr(
         "megatron_ledom.tokenizers.corpus_tokenizer.fast_encoders", lambda *_: [("wrong once", lambda: WrongOnce(path))]
@@ -107,7 +109,7 @@ def test_an_encoder_with_one_wrong_id_is_passed_over_and_said_to_be(tmp_path: Pa
     assert same_ids(tokenizer, load_tokenizer(path, "<eos>"))
 
 
-def test_an_encoder_that_cannot_load_the_tokenizer_or_is_missing_is_said_to_be(
+def test_an_encoder_that_is_missing_or_cannot_load_the_tokenizer_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def absent() -> encoders.Encoder:
@@ -122,7 +124,7 @@ def test_an_encoder_that_cannot_load_the_tokenizer_or_is_missing_is_said_to_be(
     assert said.endswith("; a is not installed; b cannot be used (unsupported normalizer)")
 
 
-def test_normalisation_is_left_as_the_tokenizer_has_it(tmp_path: Path) -> None:
+def test_normalisation_is_that_of_the_tokenizer(tmp_path: Path) -> None:
     path = byte_level(tmp_path / "bytes", normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]))
     tokenizer = load_tokenizer(path, "<eos>")
     tokenizer.use_fastest_encoder(SAMPLES)
@@ -131,7 +133,7 @@ def test_normalisation_is_left_as_the_tokenizer_has_it(tmp_path: Path) -> None:
 
 
 def ranks_file(path: Path) -> dict[bytes, int]:
-    """tiktoken ranks: the 256 bytes and merges learnt from TEXT, in the order they were learnt."""
+    """Return tiktoken ranks: the 256 bytes and the merges learnt from TEXT, in their order."""
     ranks = {bytes([value]): value for value in range(256)}
     pieces = [[bytes([value]) for value in word.encode()] for word in TEXT.replace("\n", " \n").split(" ")]
     while len(ranks) < 400:

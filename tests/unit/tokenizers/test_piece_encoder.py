@@ -1,4 +1,4 @@
-"""The cached encoder gives the ids of the sentencepiece library: on trained and on random vocabularies, on any text."""
+"""The cached encoder gives the ids of the sentencepiece library for trained and random vocabularies and any text."""
 
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +21,7 @@ LINES = "def f(x):\n        return self.value  # été 日本語\n\n\tfor i in r
 
 
 class Both:
-    """The library and the cached encoder on one model."""
+    """The encoder of the library and the cached encoder for one model."""
 
     def __init__(self, model: bytes, **options: int) -> None:
         self.model = model
@@ -30,7 +30,7 @@ class Both:
 
 
 def check_equal_ids(both: "Both", texts: Sequence[str]) -> None:
-    """Fail at the first text whose ids differ."""
+    """Fail with the first text whose ids differ."""
     ids, offsets = both.encoder.encode(texts)
     assert (ids.dtype, offsets.dtype, len(offsets)) == (np.uint32, np.int64, len(texts) + 1)
     assert offsets[0] == 0
@@ -51,7 +51,7 @@ def model() -> bytes:
 
 
 def changed(model: bytes, change: Callable[[Any], None]) -> bytes:
-    """The model with a change made to its ModelProto."""
+    """Return the model with a changed ModelProto."""
     proto = parse_model(model, "the model")
     change(proto)
     return bytes(proto.SerializeToString())
@@ -60,7 +60,7 @@ def changed(model: bytes, change: Callable[[Any], None]) -> bytes:
 def with_pieces(
     model: bytes, pieces: Iterable[tuple[str, float]], *, byte_fallback: bool = True, dummy_prefix: bool = True
 ) -> bytes:
-    """A model of the same kind whose normal pieces are these, with these scores."""
+    """Return a model of the same kind with these normal pieces and scores."""
 
     def change(proto: Any) -> None:
         kept = [piece for piece in proto.pieces if piece.type != NORMAL and (byte_fallback or piece.type != BYTE)]
@@ -116,7 +116,7 @@ def test_any_text_has_equal_ids(both: Both, texts: list[str]) -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_vocabularies_have_equal_ids(model: bytes, seed: int) -> None:
-    """Scores with many ties, characters that are pieces only inside longer ones, pieces over spaces; all four kinds of flags."""
+    """Many equal scores, characters that occur in longer pieces only, pieces across spaces; all four settings of the flags."""
     draw = random.Random(seed)
     alphabet = "aab 1\u00e9日𝔘"[: draw.choice([3, 5, 8])]
     pieces = {"".join(draw.choices(alphabet, k=draw.choice([1, 2, 2, 3, 4, 6]))) for _ in range(draw.choice([5, 40, 200]))}
@@ -128,7 +128,7 @@ def test_random_vocabularies_have_equal_ids(model: bytes, seed: int) -> None:
 
 
 def test_runs_of_every_length_have_equal_ids(model: bytes) -> None:
-    """Lengths around every bound of the encoder: 8 and 15 bytes of a short key, 64 characters, 255 bytes."""
+    """Lengths around the limits of the encoder: 8 and 15 bytes of a short key, 64 characters, 255 bytes."""
     runs = [("aa", -1.0), ("aaaa", -2.0), ("éé", -3.0), ("ab", -4.0), ("abab", -4.0), ("a", -9.0), (f"{SPACE}a", -5.0)]
     both = Both(with_pieces(model, [*runs, (SPACE * 2, -6.0), (SPACE, -10.0)]))
     texts = [unit * times for unit in ("a", "ab", "é", " ", "日") for times in range(300)]
@@ -137,7 +137,7 @@ def test_runs_of_every_length_have_equal_ids(model: bytes) -> None:
 
 
 @pytest.mark.parametrize("unit", ["a", "ab", " "])
-def test_a_long_run_costs_no_more_a_character_than_a_short_one(model: bytes, unit: str) -> None:
+def test_a_long_run_costs_no_more_per_character_than_a_short_one(model: bytes, unit: str) -> None:
     runs = [("aa", -1.0), ("aaaa", -2.0), ("ab", -4.0), ("bab", -5.0), (SPACE * 2, -6.0), (SPACE * 4, -7.0)]
     both = Both(with_pieces(model, runs))
 
@@ -149,7 +149,7 @@ def test_a_long_run_costs_no_more_a_character_than_a_short_one(model: bytes, uni
     assert steps(100_000) < 10.1 * steps(10_000)
 
 
-def test_a_piece_over_two_words_is_found(model: bytes) -> None:
+def test_a_piece_across_two_words_is_found(model: bytes) -> None:
     joined = changed(model, lambda proto: proto.pieces.add(piece=f"a{SPACE}b", score=1.0, type=NORMAL))
     both = Both(joined)
     index = both.library.piece_to_id(f"a{SPACE}b")
@@ -193,7 +193,7 @@ def test_texts_that_are_no_text_are_refused(model: bytes) -> None:
     assert len(encoder.encode(("a", "b"))[1]) == 3
 
 
-def test_threads_take_turns() -> None:
+def test_threads_can_share_an_encoder() -> None:
     both = Both(train(FILES, 1000, max_sentences=5_000), cache_bytes=65536)
     expected = both.encoder.encode(FILES)[0]
     with ThreadPoolExecutor(4) as pool:
