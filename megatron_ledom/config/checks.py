@@ -1,6 +1,6 @@
 """Relations between the keys of a RunConfig, checked before anything heavy; a range of one key is checked in its class.
 
-Every rule yields one sentence for each fault: found, expected, what to do. `check_config` gathers them all.
+Every rule yields one sentence for each problem: found, expected, what to do. `check_config` gathers them all.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from megatron_ledom.config.gpu_checks import GPU_RULES
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import ConfigError
 
-Faults = Iterator[str]
+Problems = Iterator[str]
 SHARD_SUFFIXES = (".bin", ".idx", ".json")
 ROTARY_SCALING_KEYS = {
     "rope_scaling_factor": ("linear", "llama3", "yarn"),
@@ -38,13 +38,13 @@ ROTARY_SCALING_KEYS = {
 
 
 def check_config(config: RunConfig, world_size: int) -> None:
-    """Refuse a run that cannot work on `world_size` ranks; ConfigError lists every fault, a line each."""
-    faults = [fault for rule in RULES for fault in rule(config)]
-    faults += [fault for rule in WORLD_RULES for fault in rule(config, world_size)]
-    if len(faults) == 1:
-        raise ConfigError(faults[0])
-    if faults:
-        raise ConfigError("\n  ".join([f"the configuration has {len(faults)} faults:", *faults]))
+    """Refuse a run that cannot work on `world_size` ranks; ConfigError lists every problem, one per line."""
+    problems = [problem for rule in RULES for problem in rule(config)]
+    problems += [problem for rule in WORLD_RULES for problem in rule(config, world_size)]
+    if len(problems) == 1:
+        raise ConfigError(problems[0])
+    if problems:
+        raise ConfigError("\n  ".join([f"the configuration has {len(problems)} problems:", *problems]))
 
 
 def divisors(number: int) -> list[int]:
@@ -52,7 +52,7 @@ def divisors(number: int) -> list[int]:
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
 
 
-def heads(config: RunConfig) -> Faults:
+def heads(config: RunConfig) -> Problems:
     """Query heads, key-value heads and the width of a head fit each other."""
     model = config.model
     if model.kv_channels is None and model.hidden_size % model.num_attention_heads:
@@ -71,7 +71,7 @@ def heads(config: RunConfig) -> Faults:
         )
 
 
-def rotary_scaling(config: RunConfig) -> Faults:
+def rotary_scaling(config: RunConfig) -> Problems:
     """What belongs to a kind of rotary scaling is set with that kind only, and its bounds are in order."""
     model = config.model
     for key in dataclasses.fields(model):
@@ -87,7 +87,7 @@ def rotary_scaling(config: RunConfig) -> Faults:
             yield f"model.{low}={getattr(model, low)} is not below model.{high}={getattr(model, high)}; lower it, or raise that"
 
 
-def tensor_parallel(config: RunConfig) -> Faults:
+def tensor_parallel(config: RunConfig) -> Problems:
     """Every matrix can be cut into equal parts."""
     model, tensor = config.model, config.parallel.tensor_model_parallel_size
     key, groups = "parallel.tensor_model_parallel_size", query_groups(model)
@@ -112,7 +112,7 @@ def tensor_parallel(config: RunConfig) -> Faults:
         )
 
 
-def sequence_parallel(config: RunConfig) -> Faults:
+def sequence_parallel(config: RunConfig) -> Problems:
     """Sequences can be cut into equal parts."""
     parallel, length = config.parallel, config.data.seq_length
     tensor, context = parallel.tensor_model_parallel_size, parallel.context_parallel_size
@@ -135,7 +135,7 @@ def sequence_parallel(config: RunConfig) -> Faults:
         )
 
 
-def pipeline(config: RunConfig) -> Faults:
+def pipeline(config: RunConfig) -> Problems:
     """Every stage gets the same number of layers."""
     parallel, layers = config.parallel, config.model.num_layers
     stages, chunks = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
@@ -156,7 +156,7 @@ def pipeline(config: RunConfig) -> Faults:
         )
 
 
-def optimizer_overlap(config: RunConfig) -> Faults:
+def optimizer_overlap(config: RunConfig) -> Problems:
     """Parameters are gathered late only where the optimizer is spread and gradients are reduced early."""
     parallel = config.parallel
     for needed in ("use_distributed_optimizer", "overlap_grad_reduce"):
@@ -172,7 +172,7 @@ def optimizer_overlap(config: RunConfig) -> Faults:
         )
 
 
-def schedule(config: RunConfig) -> Faults:
+def schedule(config: RunConfig) -> Problems:
     """The learning rate rises first and falls afterwards."""
     settings = config.optimizer
     if settings.min_lr > settings.lr:
@@ -186,7 +186,7 @@ def schedule(config: RunConfig) -> Faults:
         )
 
 
-def wsd_schedule(config: RunConfig) -> Faults:
+def wsd_schedule(config: RunConfig) -> Problems:
     """WSD has a decay, which begins after the warm-up; other schedules have none."""
     settings, key = config.optimizer, "optimizer.lr_wsd_decay_iters"
     if settings.lr_decay_style != "WSD":
@@ -204,7 +204,7 @@ def wsd_schedule(config: RunConfig) -> Faults:
         )
 
 
-def masks(config: RunConfig) -> Faults:
+def masks(config: RunConfig) -> Problems:
     """A document mask reaches the attention, and reset positions mean something."""
     data = config.data
     if data.reset_position_ids and not data.reset_attention_mask:
@@ -219,7 +219,7 @@ def masks(config: RunConfig) -> Faults:
         )
 
 
-def watchdog(config: RunConfig) -> Faults:
+def watchdog(config: RunConfig) -> Problems:
     """The watchdog speaks before collectives time out, which name nobody."""
     seconds, limit = config.train.watchdog_seconds, 60 * config.parallel.distributed_timeout_minutes
     if seconds > 0.9 * limit:
@@ -230,7 +230,7 @@ def watchdog(config: RunConfig) -> Faults:
         )
 
 
-def profile(config: RunConfig) -> Faults:
+def profile(config: RunConfig) -> Problems:
     """The profiled iterations are some."""
     start, stop = config.logging.profile_start, config.logging.profile_stop
     if stop is not None and (start is None or stop < start):
@@ -245,7 +245,7 @@ def profile(config: RunConfig) -> Faults:
         )
 
 
-def blends(config: RunConfig) -> Faults:
+def blends(config: RunConfig) -> Problems:
     """Each source is named once in its blend, without a suffix."""
     for key, blend in named_blends(config.data):
         prefixes = [prefix for _, prefix in blend]
@@ -258,7 +258,7 @@ def blends(config: RunConfig) -> Faults:
                 yield f"{key} has an entry with an empty prefix; expected [weight, prefix]"
 
 
-def held_out_sets(config: RunConfig) -> Faults:
+def held_out_sets(config: RunConfig) -> Problems:
     """What is held out is said in one way, and every set has a name of its own and something in it."""
     data = config.data
     given = [key for key in ("valid_blend", "valid_sets", "test_sets") if getattr(data, key)]
@@ -275,7 +275,7 @@ def held_out_sets(config: RunConfig) -> Faults:
         yield f"{name} names a shard of data.valid_blend and a set of data.valid_sets; choose another name for the set"
 
 
-def tokens_to_draw(config: RunConfig) -> Faults:
+def tokens_to_draw(config: RunConfig) -> Problems:
     """A blend in tokens says how long the run is."""
     data, each = config.data, tokens_per_iteration(config)
     asked, iterations = sum(tokens for tokens, _ in data.train_blend), config.train.train_iters
@@ -286,7 +286,7 @@ def tokens_to_draw(config: RunConfig) -> Faults:
         )
 
 
-def retention(config: RunConfig) -> Faults:
+def retention(config: RunConfig) -> Problems:
     """Checkpoints are kept for ever only among those that are written, and where others go."""
     settings = config.checkpoint
     keep, every, save = "checkpoint.keep_interval", settings.keep_interval, settings.save_interval
@@ -299,7 +299,7 @@ def retention(config: RunConfig) -> Faults:
         )
 
 
-def world(config: RunConfig, world_size: int) -> Faults:
+def world(config: RunConfig, world_size: int) -> Problems:
     """As many ranks as planned, and whole copies of the model on them."""
     parallel, copy = config.parallel, model_parallel_size(config.parallel)
     if parallel.world_size and parallel.world_size != world_size:
@@ -316,7 +316,7 @@ def world(config: RunConfig, world_size: int) -> Faults:
         )
 
 
-def batch(config: RunConfig, world_size: int) -> Faults:
+def batch(config: RunConfig, world_size: int) -> Problems:
     """Every rank gets the same number of micro-batches, and the interleaved schedule gets whole rounds of them."""
     train, parallel = config.train, config.parallel
     data_parallel = data_parallel_size(parallel, world_size)
@@ -339,14 +339,14 @@ def batch(config: RunConfig, world_size: int) -> Faults:
         )
 
 
-def profiled_ranks(config: RunConfig, world_size: int) -> Faults:
+def profiled_ranks(config: RunConfig, world_size: int) -> Problems:
     """The ranks that profile are there."""
     missing = [rank for rank in config.logging.profile_ranks if rank >= world_size]
     if config.logging.profile_start is not None and missing:
         yield f"logging.profile_ranks has {missing}, but {world_size} ranks are launched; it can hold 0 to {world_size - 1}"
 
 
-RULES: tuple[Callable[[RunConfig], Faults], ...] = (
+RULES: tuple[Callable[[RunConfig], Problems], ...] = (
     heads,
     rotary_scaling,
     tensor_parallel,
@@ -364,7 +364,7 @@ RULES: tuple[Callable[[RunConfig], Faults], ...] = (
     tokens_to_draw,
     *GPU_RULES,
 )
-WORLD_RULES: tuple[Callable[[RunConfig, int], Faults], ...] = (world, batch, profiled_ranks)
+WORLD_RULES: tuple[Callable[[RunConfig, int], Problems], ...] = (world, batch, profiled_ranks)
 
 
 def _does_not_divide(key: str, value: int, whole_key: str, whole: int) -> str:

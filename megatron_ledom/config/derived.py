@@ -37,7 +37,7 @@ def model_parallel_size(parallel: ParallelConfig) -> int:
     return tensor * pipeline * parallel.context_parallel_size
 
 
-def planned_world_size(config: RunConfig) -> int:
+def expected_world_size(config: RunConfig) -> int:
     """Ranks to plan for when none are launched: `parallel.world_size`, or one copy of the model."""
     return config.parallel.world_size or model_parallel_size(config.parallel)
 

@@ -13,7 +13,7 @@ import yaml
 from megatron_ledom.config.derived import head_dim, next_multiple, query_groups
 from megatron_ledom.config.schema import RunConfig
 
-Faults = Iterator[str]
+Problems = Iterator[str]
 OWN_LAYERS = ("torch", "fused")
 """Values of model.transformer_impl that never take Transformer Engine."""
 NCCL_GROUPS = ("tp", "cp", "dp", "dp_cp", "pp", "mp", "embd", "tp_dp", "tp_cp", "tp_dp_cp")
@@ -41,7 +41,7 @@ FP8_NEEDS = {
 }
 
 
-def recompute(config: RunConfig) -> Faults:
+def recompute(config: RunConfig) -> Problems:
     """Full recompute says how and how much, selective recompute says which parts, and neither says more."""
     parallel, model = config.parallel, config.model
     granularity, modules = parallel.recompute_granularity, parallel.recompute_modules
@@ -67,7 +67,7 @@ def recompute(config: RunConfig) -> Faults:
         yield f"parallel.recompute_modules={modules} with selective recompute; name one part or more, each once"
 
 
-def fp8(config: RunConfig) -> Faults:
+def fp8(config: RunConfig) -> Problems:
     """fp8 is Transformer Engine's, from bf16 weights, and every matrix can be cut into the recipe's blocks."""
     model, parallel = config.model, config.parallel
     if model.fp8 is None:
@@ -100,7 +100,7 @@ def fp8(config: RunConfig) -> Faults:
             )
 
 
-def unfused_attention(config: RunConfig) -> Faults:
+def unfused_attention(config: RunConfig) -> Problems:
     """Scores in memory are a matter of our own layers."""
     model = config.model
     wanted = {
@@ -116,7 +116,7 @@ def unfused_attention(config: RunConfig) -> Faults:
             )
 
 
-def overlapped_tensor_parallel(config: RunConfig) -> Faults:
+def overlapped_tensor_parallel(config: RunConfig) -> Problems:
     """User buffers are Transformer Engine's, and overlap the collectives of sequence parallelism."""
     parallel = config.parallel
     if not parallel.tp_comm_overlap:
@@ -136,7 +136,7 @@ def overlapped_tensor_parallel(config: RunConfig) -> Faults:
         )
 
 
-def nccl(config: RunConfig) -> Faults:
+def nccl(config: RunConfig) -> Problems:
     """The file of NCCL settings is there and names groups and settings that exist."""
     groups = config.parallel.high_priority_stream_groups
     if len(set(groups)) < len(groups):

@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_ledom.config.faults import explain_faults, first_line, refuse_secrets
+from megatron_ledom.config.problems import describe_problems, first_line, refuse_secrets
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.config.shipped import config_path, shipped_configs
 from megatron_ledom.errors import ConfigError
@@ -53,7 +53,7 @@ def config_from_dict(values: dict[str, Any], where: str) -> RunConfig:
     try:
         return _ADAPTER.validate_json(json.dumps(_whole_numbers(prepared)), strict=True)
     except ValidationError as error:
-        raise ConfigError(explain_faults(error, prepared, where)) from error
+        raise ConfigError(describe_problems(error, prepared, where)) from error
 
 
 def merged_yaml(path: str) -> str:

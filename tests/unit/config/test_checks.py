@@ -10,11 +10,11 @@ from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import (
     blend_shares,
     data_parallel_size,
+    expected_world_size,
     head_dim,
     lr_decay_iters,
     num_microbatches,
     padded_vocab_size,
-    planned_world_size,
     query_groups,
     total_tokens,
     train_samples,
@@ -281,13 +281,13 @@ def test_all_faults_are_gathered() -> None:
     config = build(f"{TP}=4", f"{PP}=3", "optimizer.min_lr=1.0", "data.reset_position_ids=True", "parallel.world_size=12")
     with pytest.raises(ConfigError) as caught:
         check_config(config, 24)
-    assert str(caught.value).splitlines()[0] == "the configuration has 5 faults:"
+    assert str(caught.value).splitlines()[0] == "the configuration has 5 problems:"
     assert len(str(caught.value).splitlines()) == 6
 
 
 def test_derived_numbers_by_hand() -> None:
     config = build(f"{TP}=2", f"{PP}=2", "train.micro_batch_size=2", "model.num_query_groups=9", "train.eval_interval=30")
-    assert (data_parallel_size(config.parallel, 8), num_microbatches(config, 8), planned_world_size(config)) == (2, 6, 4)
+    assert (data_parallel_size(config.parallel, 8), num_microbatches(config, 8), expected_world_size(config)) == (2, 6, 4)
     assert (head_dim(config.model), query_groups(config.model)) == (4, 9)
     assert (train_samples(config), total_tokens(config)) == (2400, 38400)
     assert (lr_decay_iters(config), validation_iterations(config)) == (100, 4)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ledom.config.faults import config_keys
 from megatron_ledom.config.load import config_from_dict, load_config, published, save_config, text_keys, to_dict
+from megatron_ledom.config.problems import config_keys
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError
@@ -125,7 +125,7 @@ def test_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path, override: 
 
 def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
     message = complaint(tmp_path, "model.num_layers=x", "train.seed=-1", "seq_len=3", "run_dir=7")
-    assert "has 4 faults" in message
+    assert "has 4 problems" in message
     assert all(key in message for key in ("model.num_layers", "train.seed", "data.seq_length", "run_dir"))
 
 

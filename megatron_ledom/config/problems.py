@@ -34,18 +34,18 @@ def config_keys() -> dict[str, Any]:
     return keys
 
 
-def explain_faults(error: ValidationError, values: dict[str, Any], where: str) -> str:
-    """All faults pydantic found in `values`, a line each; `where` names the file."""
+def describe_problems(error: ValidationError, values: dict[str, Any], where: str) -> str:
+    """Return all problems that pydantic found in `values`, one per line; `where` names the file."""
     lines: dict[str, str] = {}
-    for fault in error.errors(include_url=False):
-        key, line = _explain(fault["type"], fault["loc"], values)
+    for problem in error.errors(include_url=False):
+        key, line = _explain(problem["type"], problem["loc"], values)
         lines.setdefault(key, line)
     found = list(lines.values())
-    return f"{where}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{where} has {len(found)} faults:", *found])
+    return f"{where}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{where} has {len(found)} problems:", *found])
 
 
 def _explain(kind: str, location: Sequence[int | str], values: dict[str, Any]) -> tuple[str, str]:
-    """The dotted key a fault belongs to, and its line."""
+    """Return the dotted key of a problem and its line of the message."""
     parts = [str(part) for part in location[:2]]
     key = ".".join(parts)
     known = config_keys()
