@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_ledom.config.derived import planned_world_size, tokens_per_iteration
+from megatron_ledom.config.derived import expected_world_size, tokens_per_iteration
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.intervals import t_interval
 from megatron_ledom.planning.dry_run import known_model, stored_manifests
@@ -190,7 +190,7 @@ def ranks_of(run: RunData) -> int:
     """Return the ranks of the last launch; of a run without a record of it, those the config names."""
     launches = read_launches(run.config.run_dir)
     if not launches:
-        return planned_world_size(run.config)
+        return expected_world_size(run.config)
     num = launches[-1].get("world_size")
     if type(num) is not int or num < 1:
         path = os.path.join(run.config.run_dir, LAUNCHES)
