@@ -14,14 +14,14 @@ from megatron_ledom.evaluation.code.sandbox import Sandbox, check_sandbox
 from megatron_ledom.evaluation.grading.answers import comparison_by
 from megatron_ledom.evaluation.intervals import check_statistics
 from megatron_ledom.evaluation.item_file import ItemFile
-from megatron_ledom.evaluation.multiple_choice import asked_of
+from megatron_ledom.evaluation.multiple_choice import score_requests
 from megatron_ledom.evaluation.record_checks import item_check
 from megatron_ledom.evaluation.results import TaskResult, summarize, write_summary
 from megatron_ledom.evaluation.task_evaluation import WINDOW_ITEMS, evaluate_task
 from megatron_ledom.evaluation.task_model import LanguageTaskModel, direction_of, load_language_model
 from megatron_ledom.evaluation.tasks.loading import all_tasks, find_file, load_task, task_named
 from megatron_ledom.evaluation.tasks.prompts import Prompt
-from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
+from megatron_ledom.evaluation.tasks.task import Item, LoadedTask, TaskKind
 from megatron_ledom.evaluation.written_answers import prompt_of
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.model_folder import SAY_EOD_ID, check_unchanged, folder_facts, load_tokenizer, surroundings
@@ -53,9 +53,9 @@ def evaluate_command(options: Options) -> None:
 def list_tasks(data: str | None) -> None:
     """Each task with its file, where to get it and the hash of its items; with a folder, whether those there are the same."""
     for task in all_tasks().values():
-        print(f"{task.name} ({task.kind}): {task.about}\n  file      {task.file}, --num-fewshot: {task.demonstrations_file}")
+        print(f"{task.name} ({task.kind}): {task.about}\n  file      {task.file}, --num-fewshot: {task.exemplars_file}")
         print(
-            f"  from      {task.download}\n  few-shot  {task.demonstrations_download}\n  content   {task.content_sha256 or 'not known'}"
+            f"  from      {task.download}\n  few-shot  {task.exemplars_download}\n  content   {task.content_sha256 or 'not known'}"
         )
         if data is None:
             continue
@@ -74,19 +74,19 @@ def show(task: LoadedTask, direction: Direction, tokenizer: JointTokenizer, num:
     for number, item in enumerate(task.items[:num]):
         for title, prompt in _prompts(task, direction, item):
             print(f"=== {task.task.name}, item {number}, {title}")
-            print(f"--- in reading order, the {'scored' if task.task.kind is Kind.CHOICE else 'written'} part in ⟦⟧")
+            print(f"--- in reading order, the {'scored' if task.task.kind is TaskKind.CHOICE else 'written'} part in ⟦⟧")
             print(visible(prompt.shown()))
             print("--- as the model takes it in, token by token")
             print(visible(prompt.as_seen(tokenizer)))
 
 
 def _prompts(task: LoadedTask, direction: Direction, item: Item) -> list[tuple[str, Prompt]]:
-    if task.task.kind is not Kind.CHOICE:
+    if task.task.kind is not TaskKind.CHOICE:
         return [("with the known answer", prompt_of(task, direction, item))]
     assert isinstance(item.gold, int)
     shown = []
-    for way, asked in asked_of(task.task, direction, item, task.demonstrations(item)).items():
-        one = asked[item.gold]
+    for way, requests in score_requests(task.task, direction, item, task.exemplars_for(item)).items():
+        one = requests[item.gold]
         for title, pair in ((way, one.pair), (f"{way}, what is taken off", one.prior)):
             if pair is not None:
                 given, target = (pair[1], pair[0]) if direction is Direction.REVERSE else pair
@@ -99,7 +99,7 @@ def _load_tasks(options: Options) -> list[LoadedTask]:
     if not names:
         raise UsageError("--tasks names no task; see --list")
     for name in names:
-        if task_named(name).kind is Kind.CODE and not options["show"]:
+        if task_named(name).kind is TaskKind.CODE and not options["show"]:
             check_allowed(name, _code_sandbox(options))
             check_sandbox(Sandbox(options["sandbox"]))
     chosen = {name: options[name] for name in ("limit", "num_fewshot", "seed", "max_new_tokens")}
@@ -122,7 +122,7 @@ def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: D
     check_batch_size(options["batch_size"])
     check_statistics()
     for task in tasks:
-        if task.task.kind is Kind.ANSWER:
+        if task.task.kind is TaskKind.ANSWER:
             comparison = comparison_by(task.task.answers)  # what it needs is missed before weights are loaded
             comparison.check([item.gold if isinstance(item.gold, tuple) else () for item in task.items])
     if options["output"] is None:
@@ -209,5 +209,5 @@ def _task_settings(task: LoadedTask, options: Options) -> dict[str, Any]:
         "seed": task.seed,
         "max_new_tokens": task.max_new_tokens,
         "files": dict(task.files),
-        **({"sandbox": options["sandbox"]} if task.task.kind is Kind.CODE else {}),
+        **({"sandbox": options["sandbox"]} if task.task.kind is TaskKind.CODE else {}),
     }

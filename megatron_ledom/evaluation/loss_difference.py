@@ -73,10 +73,10 @@ def document_records(
 def summarize(records: Sequence[Record], settings: CompareSettings) -> Summary:
     """Figures of all documents with tokens, of each domain, and by position where that is known; intervals by documents."""
     used = [record for record in records if record["forward"]["tokens"] and record["reverse"]["tokens"]]
-    summary: Summary = {"documents_without_tokens": len(records) - len(used), "all": _figures(used, settings)}
+    summary: Summary = {"documents_without_tokens": len(records) - len(used), "all": _metrics(used, settings)}
     domains = sorted({record["domain"] for record in used})
     if domains != [""]:
-        summary["domains"] = {name: _figures([r for r in used if r["domain"] == name], settings) for name in domains}
+        summary["domains"] = {name: _metrics([r for r in used if r["domain"] == name], settings) for name in domains}
     if used and "tenths" in used[0]:
         for name in ("tenths", "from_start", "from_end"):
             summary[name] = _positions([record[name] for record in used], settings)
@@ -164,7 +164,7 @@ def _power(place: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
     return np.frexp(place.astype(np.float64))[1].astype(np.int64) - 1  # exact up to 2**53
 
 
-def _figures(records: Sequence[Record], settings: CompareSettings) -> Summary:
+def _metrics(records: Sequence[Record], settings: CompareSettings) -> Summary:
     """Totals and means; differences a token only where the tokens are the same."""
     column = {
         (side, name): np.array([record[side][name] for record in records], np.float64)

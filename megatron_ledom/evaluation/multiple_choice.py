@@ -43,7 +43,7 @@ Pair = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class ScoreRequest:
     """One score: log P of the scored part of `pair`, minus that of `prior` where there is one; texts in text order."""
 
     pair: Pair
@@ -52,31 +52,31 @@ class Asked:
 
 def score_choices(model: TaskModel, task: LoadedTask, items: Sequence[Item]) -> list[dict[str, Any]]:
     """Return the record of each item: the gold choice and, for each way, log-likelihood, tokens and bytes of every choice."""
-    asked = [asked_of(task.task, model.direction, item, task.demonstrations(item)) for item in items]
-    distinct = distinct_pairs(asked)
+    requests = [score_requests(task.task, model.direction, item, task.exemplars_for(item)) for item in items]
+    distinct = distinct_pairs(requests)
     scored = dict(zip(distinct, model.score(distinct), strict=True))
     records = []
-    for item, ways in zip(items, asked, strict=True):
+    for item, ways in zip(items, requests, strict=True):
         scores = {name: _measured(way, scored, model.direction) for name, way in ways.items()}
         records.append({**item.kept, "gold": item.gold, "scores": scores})
     return records
 
 
-def asked_of(task: Task, direction: Direction, item: Item, shots: Sequence[Values]) -> dict[str, list[Asked]]:
+def score_requests(task: Task, direction: Direction, item: Item, exemplars: Sequence[Values]) -> dict[str, list[ScoreRequest]]:
     """For each way, what is scored of each choice."""
-    ways: dict[str, list[Asked]] = {}
+    ways: dict[str, list[ScoreRequest]] = {}
     for choice in item.choices:
         values = {**item.values, task.choice_field: choice}
-        found = _forward(task, values, shots) if direction is Direction.FORWARD else _reverse(task, values, shots)
-        for name, asked in found.items():
-            ways.setdefault(name, []).append(asked)
+        found = _forward(task, values, exemplars) if direction is Direction.FORWARD else _reverse(task, values, exemplars)
+        for name, request in found.items():
+            ways.setdefault(name, []).append(request)
     return ways
 
 
-def distinct_pairs(asked: Sequence[Mapping[str, Sequence[Asked]]]) -> list[Pair]:
+def distinct_pairs(requests: Sequence[Mapping[str, Sequence[ScoreRequest]]]) -> list[Pair]:
     """Every text that is scored for some items, once."""
     pairs = (
-        pair for ways in asked for way in ways.values() for one in way for pair in (one.pair, one.prior) if pair is not None
+        pair for ways in requests for way in ways.values() for one in way for pair in (one.pair, one.prior) if pair is not None
     )
     return list(dict.fromkeys(pairs))
 
@@ -95,32 +95,32 @@ def _divisor(num_tokens: float, num_bytes: float, normalization: str) -> float:
     return {"raw": 1.0, "token": max(1.0, num_tokens), "byte": max(1.0, num_bytes)}[normalization]
 
 
-def _forward(task: Task, values: Values, shots: Sequence[Values]) -> dict[str, Asked]:
+def _forward(task: Task, values: Values, exemplars: Sequence[Values]) -> dict[str, ScoreRequest]:
     template = task.template
-    prompt = template.render(Direction.FORWARD, values, shots)
-    ways = {"choice_given_context": Asked(prompt.parts())}
+    prompt = template.render(Direction.FORWARD, values, exemplars)
+    ways = {"choice_given_context": ScoreRequest(prompt.parts())}
     if _has_context(task):
-        blocks = "".join(template.block(shot) + template.block_separator for shot in shots)
+        blocks = "".join(template.block(exemplar) + template.block_separator for exemplar in exemplars)
         whole = blocks + _with_premise(task, values)
         opened = whole[: len(whole) - len(prompt.target.lstrip())].rstrip()
-        ways["prior_removed"] = Asked(prompt.parts(), (opened, whole[len(opened) :]))
+        ways["prior_removed"] = ScoreRequest(prompt.parts(), (opened, whole[len(opened) :]))
     return ways
 
 
-def _reverse(task: Task, values: Values, shots: Sequence[Values]) -> dict[str, Asked]:
+def _reverse(task: Task, values: Values, exemplars: Sequence[Values]) -> dict[str, ScoreRequest]:
     template = task.template
     context, rest = template.split_before(task.choice_field, values)
-    blocks = [template.block(shot) for shot in reversed(shots)]
+    blocks = [template.block(exemplar) for exemplar in reversed(exemplars)]
     edge = template.block_separator if blocks else ""
     after = template.block_separator.join(blocks)
     joint = (context + rest + edge, after)
-    ways = {"joint": Asked(joint)}
+    ways = {"joint": ScoreRequest(joint)}
     if _has_context(task):
-        ways["context_given_choice"] = Asked((context, rest + edge + after))
-        ways["prior_removed"] = Asked(joint, (_with_premise(task, values) + edge, after))
+        ways["context_given_choice"] = ScoreRequest((context, rest + edge + after))
+        ways["prior_removed"] = ScoreRequest(joint, (_with_premise(task, values) + edge, after))
     mirrored = task.template_for(Direction.REVERSE)
     if mirrored.is_read_back or mirrored is not template:
-        ways["choice_given_context"] = Asked(mirrored.render(Direction.REVERSE, values, shots).parts())
+        ways["choice_given_context"] = ScoreRequest(mirrored.render(Direction.REVERSE, values, exemplars).parts())
     return ways
 
 
@@ -138,23 +138,23 @@ def _with_premise(task: Task, values: Values) -> str:
     return task.template.field_separator.join(field.text(values[field.name]) for field in kept)
 
 
-def _measured(way: Sequence[Asked], scored: Mapping[Pair, SpanScore], direction: Direction) -> dict[str, list[Any]]:
+def _measured(way: Sequence[ScoreRequest], scored: Mapping[Pair, SpanScore], direction: Direction) -> dict[str, list[Any]]:
     """Return log-likelihood (None: -inf), tokens and bytes of each choice."""
-    rows = [_one(asked, scored, direction) for asked in way]
+    rows = [_one(request, scored, direction) for request in way]
     measured: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in ("logprob", "tokens", "bytes")}
     measured["logprob"] = [None if value == -math.inf else value for value in measured["logprob"]]
     return measured
 
 
-def _one(asked: Asked, scored: Mapping[Pair, SpanScore], direction: Direction) -> dict[str, float]:
-    whole = scored[asked.pair]
-    found = {"logprob": whole.logprob, "tokens": whole.num_tokens, "bytes": _scored_bytes(asked.pair, direction)}
-    if asked.prior is not None:
-        prior = scored[asked.prior]
+def _one(request: ScoreRequest, scored: Mapping[Pair, SpanScore], direction: Direction) -> dict[str, float]:
+    whole = scored[request.pair]
+    found = {"logprob": whole.logprob, "tokens": whole.num_tokens, "bytes": _scored_bytes(request.pair, direction)}
+    if request.prior is not None:
+        prior = scored[request.prior]
         found["logprob"] = less_prior(whole.logprob, prior.logprob)
         if direction is Direction.REVERSE:
             found["tokens"] -= prior.num_tokens
-            found["bytes"] -= _scored_bytes(asked.prior, direction)
+            found["bytes"] -= _scored_bytes(request.prior, direction)
     return found
 
 

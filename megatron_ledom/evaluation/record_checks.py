@@ -13,9 +13,9 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
 from megatron_ledom.evaluation.item_file import NUMBER, Check
 from megatron_ledom.evaluation.loss_difference import NUM_PARTS, SIDES, Document
-from megatron_ledom.evaluation.multiple_choice import asked_of
+from megatron_ledom.evaluation.multiple_choice import score_requests
 from megatron_ledom.evaluation.results import Record
-from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
+from megatron_ledom.evaluation.tasks.task import Item, LoadedTask, TaskKind
 
 LOSSES = ("loss", "inner", "first", "last", "eod")
 POSITIONS = ("tenths", "from_start", "from_end")
@@ -36,9 +36,9 @@ TESTS: dict[str, Callable[[Any], bool]] = {
     DIFFERENCE: lambda value: value is None or type(value) in (int, float),
 }
 WRITTEN = {
-    Kind.ANSWER: {"written": TEXT, "answer": TEXT_OR_NULL, "is_right": FLAG},
-    Kind.CODE: {"written": TEXT, "answer": TEXT_OR_NULL, "reason": TEXT, "is_right": FLAG},
-    Kind.QUESTION: {
+    TaskKind.ANSWER: {"written": TEXT, "answer": TEXT_OR_NULL, "is_right": FLAG},
+    TaskKind.CODE: {"written": TEXT, "answer": TEXT_OR_NULL, "reason": TEXT, "is_right": FLAG},
+    TaskKind.QUESTION: {
         "written": TEXT,
         "answer": TEXT_OR_NULL,
         "solved": TEXT_OR_NULL,
@@ -52,11 +52,11 @@ WRITTEN = {
 
 def item_check(task: LoadedTask, direction: Direction) -> Check:
     """Return the check of what `evaluate_task` keeps of an item."""
-    if task.task.kind is not Kind.CHOICE:
+    if task.task.kind is not TaskKind.CHOICE:
         return lambda number, record: _check_written(record, task.items[number], task.task.kind)
     first = task.items[0]
-    asked = asked_of(task.task, direction, first, task.demonstrations(first))
-    is_difference = {way: choices[0].prior is not None for way, choices in asked.items()}
+    requests = score_requests(task.task, direction, first, task.exemplars_for(first))
+    is_difference = {way: choices[0].prior is not None for way, choices in requests.items()}
     return lambda number, record: _check_choice(record, task.items[number], is_difference)
 
 
@@ -91,17 +91,17 @@ def _check_choice(record: Record, item: Item, is_difference: Mapping[str, bool])
             _check_list(f"{name}.{column}", columns[column], INTEGER if either_sign else COUNT, len(item.choices))
 
 
-def _check_written(record: Record, item: Item, kind: Kind) -> None:
+def _check_written(record: Record, item: Item, kind: TaskKind) -> None:
     fields = WRITTEN[kind]
     accepted = item.gold if isinstance(item.gold, tuple) else ()
-    known = {**item.kept, **({} if kind is Kind.CODE else {"gold": list(accepted)})}
+    known = {**item.kept, **({} if kind is TaskKind.CODE else {"gold": list(accepted)})}
     _check_keys("the line", record, {NUMBER, *known, *fields})
     _check_known(record, known)
     for name, expected in fields.items():
         _check_value(name, record[name], expected)
     if record["is_right"] and record["answer"] is None:
         raise DataError("is_right is true and answer is null, expected an answer")
-    if kind is Kind.QUESTION and record["is_right"] != (record["solved"] in accepted):
+    if kind is TaskKind.QUESTION and record["is_right"] != (record["solved"] in accepted):
         raise DataError(f"is_right is {_shown(record['is_right'])}, expected the opposite of the solution in solved")
 
 

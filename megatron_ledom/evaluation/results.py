@@ -11,7 +11,7 @@ import numpy as np
 from megatron_ledom.direction import Direction
 from megatron_ledom.evaluation.intervals import LEVEL, bootstrap_interval
 from megatron_ledom.evaluation.multiple_choice import MAIN_WAY, NORMALIZATIONS, chosen
-from megatron_ledom.evaluation.tasks.task import Kind, LoadedTask
+from megatron_ledom.evaluation.tasks.task import LoadedTask, TaskKind
 from megatron_ledom.storage.files import write_file, write_json
 from megatron_ledom.tables import markdown_table
 
@@ -83,7 +83,7 @@ def _spread_of_clusters(values: Sequence[float], clusters: Sequence[str]) -> tup
 
 def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record]) -> TaskResult:
     """The figures of a task from what was found of its items, all of them; the main one for each group of items, too."""
-    is_choice = task.task.kind is Kind.CHOICE
+    is_choice = task.task.kind is TaskKind.CHOICE
     main = f"{task.task.main_way or MAIN_WAY[direction]}/{task.task.normalization}" if is_choice else "accuracy"
     find = _choice_metrics if is_choice else _written_metrics
     metrics = find(records)

@@ -10,7 +10,7 @@ from megatron_ledom.evaluation.item_file import numbered
 from megatron_ledom.evaluation.multiple_choice import score_choices
 from megatron_ledom.evaluation.results import Record, TaskResult, summarize
 from megatron_ledom.evaluation.task_model import TaskModel
-from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
+from megatron_ledom.evaluation.tasks.task import Item, LoadedTask, TaskKind
 from megatron_ledom.evaluation.written_answers import write_answers
 
 WINDOW_ITEMS = 64
@@ -30,7 +30,7 @@ def evaluate_task(
     kept: what an earlier call found of the first items, whole windows of them; keep: is given what is found of each window. Raises
     UsageError for a task that runs programs without `code_sandbox`, and whatever the model raises for a text it cannot take.
     """
-    if task.task.kind is Kind.CODE:
+    if task.task.kind is TaskKind.CODE:
         check_allowed(task.task.name, code_sandbox)
     records: list[Record] = list(kept)
     for begin in range(len(records), len(task.items), WINDOW_ITEMS):
@@ -46,7 +46,7 @@ def _ask(model: TaskModel, task: LoadedTask, begin: int, code_sandbox: Sandbox |
 
     def ask(items: Sequence[Item]) -> list[dict[str, Any]]:
         """Return what is found of some items."""
-        if task.task.kind is Kind.CHOICE:
+        if task.task.kind is TaskKind.CHOICE:
             return score_choices(model, task, items)
         return write_answers(model, task, items, code_sandbox=code_sandbox)
 

@@ -15,12 +15,12 @@ from megatron_ledom.evaluation.grading.answers import Comparison, comparison_by
 from megatron_ledom.evaluation.synthetic.word_problems import solve
 from megatron_ledom.evaluation.task_model import TaskModel
 from megatron_ledom.evaluation.tasks.prompts import Prompt
-from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
+from megatron_ledom.evaluation.tasks.task import Item, LoadedTask, TaskKind
 
 
 def prompt_of(task: LoadedTask, direction: Direction, item: Item) -> Prompt:
     """Return the prompt of an item for a model of this direction."""
-    return task.task.template_for(direction).render(direction, item.values, task.demonstrations(item))
+    return task.task.template_for(direction).render(direction, item.values, task.exemplars_for(item))
 
 
 def write_answers(
@@ -42,10 +42,10 @@ def write_answers(
 
 def _judge_of(task: LoadedTask, code_sandbox: Sandbox | None) -> Callable[[LoadedTask, Direction, Item, str], dict[str, Any]]:
     """Return what judges a written text of the task."""
-    if task.task.kind is Kind.CODE:
+    if task.task.kind is TaskKind.CODE:
         sandbox = check_allowed(task.task.name, code_sandbox)
         return partial(_judge_code, sandbox=sandbox)
-    if task.task.kind is Kind.QUESTION:
+    if task.task.kind is TaskKind.QUESTION:
         return _judge_question
     return partial(_judge_answer, comparison=comparison_by(task.task.answers))
 

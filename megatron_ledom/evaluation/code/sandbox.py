@@ -50,14 +50,14 @@ def check_sandbox(sandbox: Sandbox) -> None:
             sys.executable,
             sandbox,
         )
-    if sandbox is Sandbox.BWRAP and (told := _fault(sandbox, unprivileged_user(sandbox))):
+    if sandbox is Sandbox.BWRAP and (told := _problem(sandbox, unprivileged_user(sandbox))):
         raise UsageError(f"bubblewrap does not work on this machine ({told}): allow it user namespaces, or {remedy}")
 
 
 @cache
 def unprivileged_user(sandbox: Sandbox) -> int | None:
     """Return the user and group id that programs run as if this process is root; None for its own, as where Python is root's alone."""
-    return NOBODY if os.geteuid() == 0 and not _fault(sandbox, NOBODY) else None
+    return NOBODY if os.geteuid() == 0 and not _problem(sandbox, NOBODY) else None
 
 
 def as_user(user: int | None) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def as_user(user: int | None) -> dict[str, Any]:
     return {} if user is None else {"user": user, "group": user, "extra_groups": []}
 
 
-def _fault(sandbox: Sandbox, user: int | None) -> str:
+def _problem(sandbox: Sandbox, user: int | None) -> str:
     """Return why Python does not start in the sandbox as this user; empty if it does."""
     command = sandboxed(sandbox, [sys.executable, "-I", "-c", ""])
     try:

@@ -17,10 +17,10 @@ from megatron_ledom.evaluation.harness import without_the_harness
 from megatron_ledom.evaluation.harness.reverse_choices import (
     WAYS,
     among_choices,
-    asked_of_choices,
+    choice_requests,
     choices_of_documents,
     document_of,
-    scored_of,
+    requested_score,
     split_space,
 )
 from megatron_ledom.evaluation.multiple_choice import Pair
@@ -161,15 +161,17 @@ class LedomLM(LM):  # type: ignore[misc]
     def _choice_likelihoods(self, requests: Sequence[Any], disable_tqdm: bool) -> list[tuple[float, bool]]:
         documents, tokenizer = choices_of_documents(requests), self._lm.tokenizer
         room = self.max_length - 1  # of which eod takes one
-        asked = {
-            document: asked_of_choices(found, self._way, tokenizer, room, document) for document, found in documents.items()
+        score_requests = {
+            document: choice_requests(found, self._way, tokenizer, room, document) for document, found in documents.items()
         }
-        pairs = list(dict.fromkeys(pair for row in asked.values() for one in row for pair in (one.pair, one.prior) if pair))
+        pairs = list(
+            dict.fromkeys(pair for row in score_requests.values() for one in row for pair in (one.pair, one.prior) if pair)
+        )
         scores = self._in_windows(pairs, self._scorer.score, "loglikelihood", disable_tqdm)
         scored = dict(zip(pairs, scores, strict=True))
         likelihoods: dict[tuple[Any, Pair], float] = {}
         for document, choices in documents.items():
-            values = among_choices([scored_of(one, scored) for one in asked[document]])
+            values = among_choices([requested_score(one, scored) for one in score_requests[document]])
             likelihoods |= {(document, choice): value for choice, value in zip(choices, values, strict=True)}
         return [(likelihoods[document_of(request), request.args], False) for request in requests]
 
@@ -244,19 +246,19 @@ class LedomLM(LM):  # type: ignore[misc]
                 bar.update(len(part))
 
 
-def _device(asked: str | None) -> str | None:
-    """Return what is asked for; without CUDA the CPU, since the harness asks for CUDA where its user says nothing."""
-    if asked is not None and asked.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("no CUDA here: the model runs on the CPU, not on %s", asked)
+def _device(name: str | None) -> str | None:
+    """Return the device to use. Without CUDA it is the CPU, because the harness requests CUDA by default."""
+    if name is not None and name.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("no CUDA here: the model runs on the CPU, not on %s", name)
         return "cpu"
-    return asked
+    return name
 
 
-def _dtype(asked: str | None) -> torch.dtype | None:
+def _dtype(name: str | None) -> torch.dtype | None:
     """Of torch, by its name; None lets the loader choose."""
-    chosen = None if asked in (None, "auto") else getattr(torch, str(asked), asked)
+    chosen = None if name in (None, "auto") else getattr(torch, str(name), name)
     if chosen is not None and not isinstance(chosen, torch.dtype):
-        raise UsageError(f"dtype={asked!r} is none of torch; it can be auto, float32, bfloat16 or float16")
+        raise UsageError(f"dtype={name!r} is none of torch; it can be auto, float32, bfloat16 or float16")
     return chosen
 
 

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from megatron_ledom.errors import DataError, NotFiniteError, UsageError
-from megatron_ledom.evaluation.multiple_choice import Asked, Pair, less_prior
+from megatron_ledom.evaluation.multiple_choice import Pair, ScoreRequest, less_prior
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.scoring import SpanScore
 
@@ -55,24 +55,24 @@ def choices_of_documents(requests: Sequence[Any]) -> dict[Document, list[Pair]]:
     return {document: list(dict.fromkeys(choices)) for document, choices in found.items()}
 
 
-def asked_of_choices(
+def choice_requests(
     choices: Sequence[Pair], way: str, tokenizer: JointTokenizer, room: int, document: Document
-) -> list[Asked]:
+) -> list[ScoreRequest]:
     """Return what is scored of each choice. room: the most tokens a whole text may have."""
     if way != "joint" and not document[2]:
         raise UsageError(
             f"{document[0]}: way={way} asks how a context follows from a choice, and these choices have no context; use way=joint"
         )
-    return [_asked(context, continuation, way) for context, continuation in fitting(choices, tokenizer, room, document)]
+    return [_request(context, continuation, way) for context, continuation in fitting(choices, tokenizer, room, document)]
 
 
-def _asked(context: str, continuation: str, way: str) -> Asked:
+def _request(context: str, continuation: str, way: str) -> ScoreRequest:
     whole = context + continuation if context else continuation.lstrip()
     if way == "joint":
-        return Asked((whole, ""))
+        return ScoreRequest((whole, ""))
     if way == "context_given_choice":
-        return Asked((context, continuation))
-    return Asked((whole, ""), (continuation.lstrip(), ""))
+        return ScoreRequest((context, continuation))
+    return ScoreRequest((whole, ""), (continuation.lstrip(), ""))
 
 
 def fitting(choices: Sequence[Pair], tokenizer: JointTokenizer, room: int, document: Document) -> list[Pair]:
@@ -114,10 +114,10 @@ def _num_ids_before(tokenizer: JointTokenizer, text: str, cut: int) -> int:
     return tokenizer.split(text[:cut], text[cut:])[1]
 
 
-def scored_of(asked: Asked, scored: Mapping[Pair, SpanScore]) -> float:
+def requested_score(request: ScoreRequest, scored: Mapping[Pair, SpanScore]) -> float:
     """The log-likelihood, less that of the prior where there is one."""
-    whole = scored[asked.pair].logprob
-    return less_prior(whole, scored[asked.prior].logprob) if asked.prior else whole
+    whole = scored[request.pair].logprob
+    return less_prior(whole, scored[request.prior].logprob) if request.prior else whole
 
 
 def among_choices(values: Sequence[float]) -> list[float]:

@@ -50,16 +50,16 @@ def abduction(num: int, seed: int) -> SyntheticSet:
     for number in range(num + 1):
         place, causes = namer.word(), rng.sample(CAUSES, len(CAUSES))
         is_shown, is_known = number == num, number % SEVERAL != SEVERAL - 1
-        asked = _rows(rng, place, causes, GROUPS[0 if is_known else 1])
+        questions = _rows(rng, place, causes, GROUPS[0 if is_known else 1])
         if is_shown:
-            shots = asked
+            exemplars = questions
             continue
-        rows += [row for row, _ in asked]
-        texts += [text for _, told in asked for text in told] if is_known else []
+        rows += [row for row, _ in questions]
+        texts += [text for _, told in questions for text in told] if is_known else []
     rng.shuffle(texts)
     return SyntheticSet(
         texts=texts,
-        files={"abduction": rows, "abduction_shots": [row for row, _ in shots]},
+        files={"abduction": rows, "abduction_shots": [row for row, _ in exemplars]},
         chance=0.25,
         counts={"trained": len(texts), "asked": len(rows), "worlds_trained": len(texts) // (len(CAUSES) * DAYS_TRAINED)},
     )
@@ -79,15 +79,15 @@ def label_backfill(num: int, seed: int) -> SyntheticSet:
         label = labels[len(texts) % NUM_LABELS]
         texts.setdefault(_text(rng, label, own, common), label)
     pairs = list(texts.items())
-    asked = _label_rows(labels, pairs[: num_each // TEST_SHARE * NUM_LABELS])
-    shots = _label_rows(labels, pairs[-NUM_SHOTS:])
-    trained = [f"Category: {label}\nText: {text}" for text, label in pairs[len(asked) : -NUM_SHOTS]]
+    questions = _label_rows(labels, pairs[: num_each // TEST_SHARE * NUM_LABELS])
+    exemplars = _label_rows(labels, pairs[-NUM_SHOTS:])
+    trained = [f"Category: {label}\nText: {text}" for text, label in pairs[len(questions) : -NUM_SHOTS]]
     rng.shuffle(trained)
     return SyntheticSet(
         texts=trained,
-        files={"label_backfill": asked, "label_backfill_shots": shots},
+        files={"label_backfill": questions, "label_backfill_shots": exemplars},
         chance=0.25,
-        counts={"trained": len(trained), "asked": len(asked), "labels": NUM_LABELS},
+        counts={"trained": len(trained), "asked": len(questions), "labels": NUM_LABELS},
     )
 
 

@@ -116,27 +116,27 @@ def reversal(num: int, seed: int) -> SyntheticSet:
         for number in range(num)
     ]
     shown = [Fact(REVERSAL[number % len(REVERSAL)], namer.person(), namer.word(), "unseen") for number in range(2 * NUM_SHOTS)]
-    rows = _asked_among(facts)
+    rows = _questions_among(facts)
     rng.shuffle(rows)
     return SyntheticSet(
         texts=_shuffled(rng, [text for fact in facts for text in fact.texts()]),
-        files={"reversal": rows, "reversal_shots": _asked_among(shown)},
+        files={"reversal": rows, "reversal_shots": _questions_among(shown)},
         chance=1 / NUM_CHOICES,
         counts={f"facts_{stated}": sum(fact.stated == stated for fact in facts) for stated in STATED},
     )
 
 
-def _asked_among(facts: Sequence[Fact]) -> list[Row]:
+def _questions_among(facts: Sequence[Fact]) -> list[Row]:
     """Both questions of each fact; wrong answers are names of the same kind that were trained in the same way."""
     cells: dict[tuple[str, str], list[Fact]] = {}
     for fact in facts:
         cells.setdefault((fact.relation.name, fact.stated), []).append(fact)
     rows: list[Row] = []
     for cell in cells.values():
-        for asked in ("first", "second"):
-            names = [getattr(fact, asked) for fact in cell]
+        for queried in ("first", "second"):
+            names = [getattr(fact, queried) for fact in cell]
             rows += [
-                {**asked_row(fact, asked, neighbours(names, index), len(rows) + index), "cluster": fact.second}
+                {**question_row(fact, queried, neighbours(names, index), len(rows) + index), "cluster": fact.second}
                 for index, fact in enumerate(cell)
             ]
     return rows
@@ -158,14 +158,17 @@ def inverse_relations(num: int, seed: int) -> SyntheticSet:
     rows: list[Row] = []
     texts: list[str] = []
     for (relation, stated), people in lines.items():
-        rows += _asked_of_lines(rng, INVERSE[relation], stated, people, len(rows))
+        rows += _questions_about_lines(rng, INVERSE[relation], stated, people, len(rows))
         for a, b, c in people:
             texts += [text for pair in ((a, b), (b, c)) for text in Fact(INVERSE[relation], *pair, stated).texts()]
     rng.shuffle(rows)
     shown = [[namer.person() for _ in range(3)] for _ in range(NUM_SHOTS)]
     return SyntheticSet(
         texts=_shuffled(rng, texts),
-        files={"inverse_relations": rows, "inverse_relations_shots": _asked_of_lines(rng, INVERSE[0], "unseen", shown, 0)},
+        files={
+            "inverse_relations": rows,
+            "inverse_relations_shots": _questions_about_lines(rng, INVERSE[0], "unseen", shown, 0),
+        },
         chance=1 / NUM_CHOICES,
         counts={
             f"lines_{stated}": sum(len(people) for cell, people in lines.items() if cell[1] == stated) for stated in STATED
@@ -173,39 +176,44 @@ def inverse_relations(num: int, seed: int) -> SyntheticSet:
     )
 
 
-def _asked_of_lines(rng: random.Random, relation: Relation, stated: str, people: list[list[str]], position: int) -> list[Row]:
+def _questions_about_lines(
+    rng: random.Random, relation: Relation, stated: str, people: list[list[str]], position: int
+) -> list[Row]:
     """Both questions about the middle of each line; the other wrong answers are the ends of the next line."""
     rows: list[Row] = []
     for number, (a, b, c) in enumerate(people):
         next_a, _, next_c = people[(number + 1) % len(people)]
-        for fact, asked, wrong_way in ((Fact(relation, a, b, stated), "first", c), (Fact(relation, b, c, stated), "second", a)):
+        for fact, queried, wrong_way in (
+            (Fact(relation, a, b, stated), "first", c),
+            (Fact(relation, b, c, stated), "second", a),
+        ):
             wrong = rng.sample([wrong_way, next_a, next_c], 3)
-            rows.append({**asked_row(fact, asked, wrong, position + len(rows)), "cluster": b})
+            rows.append({**question_row(fact, queried, wrong, position + len(rows)), "cluster": b})
     return rows
 
 
-def asked_row(fact: Fact, asked: str, wrong: Sequence[str], position: int) -> Row:
+def question_row(fact: Fact, queried: str, wrong: Sequence[str], position: int) -> Row:
     """One question: `before` is given to a forward model, `after` to a reverse one; the answer goes between them and nothing."""
-    given, gold = (fact.first, fact.second) if asked == "second" else (fact.second, fact.first)
-    ends_with_asked, begins_with_asked = fact.relation.first_wordings[0], fact.relation.second_wordings[0]
-    if asked == "first":
-        ends_with_asked, begins_with_asked = begins_with_asked, ends_with_asked
-    other = "first" if asked == "second" else "second"
+    given, gold = (fact.first, fact.second) if queried == "second" else (fact.second, fact.first)
+    ends_with_queried, begins_with_queried = fact.relation.first_wordings[0], fact.relation.second_wordings[0]
+    if queried == "first":
+        ends_with_queried, begins_with_queried = begins_with_queried, ends_with_queried
+    other = "first" if queried == "second" else "second"
     return {
-        "before": ends_with_asked.partition(f" {{{asked}}}")[0].format(**{other: given}),
-        "after": begins_with_asked.partition(f"{{{asked}}} ")[2].format(**{other: given}),
+        "before": ends_with_queried.partition(f" {{{queried}}}")[0].format(**{other: given}),
+        "after": begins_with_queried.partition(f"{{{queried}}} ")[2].format(**{other: given}),
         **choices_around(gold, wrong, position),
-        "group": _group(fact.stated, asked),
+        "group": _group(fact.stated, queried),
         "relation": fact.relation.name,
         "stated": fact.stated,
-        "asked": asked,
+        "asked": queried,
     }
 
 
-def _group(stated: str, asked: str) -> str:
+def _group(stated: str, queried: str) -> str:
     if stated in ("both", "unseen"):
         return {"both": "both_orders", "unseen": "unseen"}[stated]
-    return "against_text_order" if stated == asked else "in_text_order"
+    return "against_text_order" if stated == queried else "in_text_order"
 
 
 def _shuffled(rng: random.Random, texts: list[str]) -> list[str]:

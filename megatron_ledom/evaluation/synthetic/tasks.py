@@ -3,7 +3,7 @@
 from typing import Any
 
 from megatron_ledom.evaluation.tasks.prompts import Field, Template
-from megatron_ledom.evaluation.tasks.task import Item, Kind, Layout, Row, Task
+from megatron_ledom.evaluation.tasks.task import Item, Row, RowFormat, Task, TaskKind
 
 CHOICE_FIELDS = {
     "before": "text",
@@ -42,27 +42,27 @@ ASKED_IN_OWN_ORDER: dict[str, Any] = {"template": ENDING, "reverse_template": BE
 def _files(name: str, demonstrations: str = "shots") -> dict[str, Any]:
     """Return the files of a set, and the command that writes them."""
     command = f"tools/make_analysis_data.py --task {name}"  # house: a result of `evaluate --list`
-    files = {"file": name, "demonstrations_file": f"{name}_{demonstrations}"}
-    return {**files, "download": command, "demonstrations_download": command}
+    files = {"file": name, "exemplars_file": f"{name}_{demonstrations}"}
+    return {**files, "download": command, "exemplars_download": command}
 
 
 SYNTHETIC_TASKS: tuple[Task, ...] = (
     Task(
         name="reversal",
-        kind=Kind.CHOICE,
+        kind=TaskKind.CHOICE,
         about="facts trained in one order and asked in both (reversal curse); four names, chance 25 %",
-        layouts=(Layout(CHOICE_FIELDS, _choice),),
+        row_formats=(RowFormat(CHOICE_FIELDS, _choice),),
         **_files("reversal"),
         choice_field="answer",
         **ASKED_IN_OWN_ORDER,
     ),
     Task(
         name="reversal_written",
-        kind=Kind.ANSWER,
+        kind=TaskKind.ANSWER,
         about="the same facts, the name is written and compared as a whole",
         template=ENDING,
         reverse_template=BEGINNING,
-        layouts=(Layout(CHOICE_FIELDS, _answer),),
+        row_formats=(RowFormat(CHOICE_FIELDS, _answer),),
         **_files("reversal"),
         answers="alias",
         max_new_tokens=32,
@@ -70,36 +70,36 @@ SYNTHETIC_TASKS: tuple[Task, ...] = (
     ),
     Task(
         name="question_from_answer",
-        kind=Kind.QUESTION,
+        kind=TaskKind.QUESTION,
         about="the question of a worked solution is written, and solved: is its solution the given one?",
         template=Template(fields=(Field("solution", "Solution: "), Field("question", "Question: "))),
-        layouts=(Layout({"question": "text", "solution": "text", "answer": "text", "group": "text"}, _question),),
+        row_formats=(RowFormat({"question": "text", "solution": "text", "answer": "text", "group": "text"}, _question),),
         **_files("question_from_answer", "train"),
         max_new_tokens=128,
     ),
     Task(
         name="abduction",
-        kind=Kind.CHOICE,
+        kind=TaskKind.CHOICE,
         about="which cause in a small world had these outcomes; chance 25 %",
         template=Template(fields=(Field("before"), Field("answer"), Field("after")), field_separator=" ", is_read_back=False),
-        layouts=(Layout(CHOICE_FIELDS, _choice),),
+        row_formats=(RowFormat(CHOICE_FIELDS, _choice),),
         **_files("abduction"),
         choice_field="answer",
     ),
     Task(
         name="label_backfill",
-        kind=Kind.CHOICE,
+        kind=TaskKind.CHOICE,
         about="which label stood before a text; chance 25 %",
         template=Template(fields=(Field("answer", "Category: "), Field("after", "Text: ")), is_read_back=False),
-        layouts=(Layout(CHOICE_FIELDS, _choice),),
+        row_formats=(RowFormat(CHOICE_FIELDS, _choice),),
         **_files("label_backfill"),
         choice_field="answer",
     ),
     Task(
         name="inverse_relations",
-        kind=Kind.CHOICE,
+        kind=TaskKind.CHOICE,
         about="parents trained, children asked, and the like; who belongs to whom does not help; chance 25 %",
-        layouts=(Layout(CHOICE_FIELDS, _choice),),
+        row_formats=(RowFormat(CHOICE_FIELDS, _choice),),
         **_files("inverse_relations"),
         choice_field="answer",
         **ASKED_IN_OWN_ORDER,

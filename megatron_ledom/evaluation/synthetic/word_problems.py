@@ -39,12 +39,12 @@ def question_from_answer(num: int, seed: int) -> SyntheticSet:
         problem = _problem(rng, rng.randint(1, 3))
         problems.setdefault(problem["solution"], problem)
     rows = list(problems.values())
-    asked, trained = rows[: num // TEST_SHARE], rows[num // TEST_SHARE :]
+    questions, trained = rows[: num // TEST_SHARE], rows[num // TEST_SHARE :]
     return SyntheticSet(
         texts=[f"Question: {row['question']}\nSolution: {row['solution']}" for row in trained],
-        files={"question_from_answer": asked, "question_from_answer_train": trained},
-        chance=1 / len(asked),
-        counts={"trained": len(trained), "asked": len(asked)},
+        files={"question_from_answer": questions, "question_from_answer_train": trained},
+        chance=1 / len(questions),
+        counts={"trained": len(trained), "asked": len(questions)},
     )
 
 
@@ -81,14 +81,14 @@ def _equation(value: int, kind: str, number: int) -> tuple[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class Solved:
+class Solution:
     """A question's worked solution, in the words of the training text, and its answer."""
 
     solution: str
     answer: int
 
 
-def solve(question: str) -> Solved | None:
+def solve(question: str) -> Solution | None:
     """The solution of a question of this grammar about one person and one kind of thing; None for any other text.
 
     No number of things may fall below zero on the way.
@@ -109,7 +109,7 @@ def solve(question: str) -> Solved | None:
         if value < 0:
             return None
         equations.append(equation)
-    return Solved(" ".join([*equations, f"The answer is {value}."]), value)
+    return Solution(" ".join([*equations, f"The answer is {value}."]), value)
 
 
 def _step(sentence: str, name: str, things: str) -> tuple[str, int] | None:

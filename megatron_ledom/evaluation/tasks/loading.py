@@ -1,4 +1,4 @@
-"""Items from local files: found by name, hashed, and each line checked against the layouts in which its set is published."""
+"""Items from local files: found by name, hashed, and each line checked against the row formats in which its set is published."""
 
 import difflib
 import gzip
@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.synthetic.tasks import SYNTHETIC_TASKS
 from megatron_ledom.evaluation.tasks.benchmarks import TASKS
-from megatron_ledom.evaluation.tasks.task import FIELD_TYPES, Item, Kind, Layout, LoadedTask, Row, Task
+from megatron_ledom.evaluation.tasks.task import FIELD_TYPES, Item, LoadedTask, Row, RowFormat, Task, TaskKind
 from megatron_ledom.storage.hashes import sha256_of
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".parquet", ".arrow")
@@ -52,23 +52,23 @@ def load_task(
     path = find_file(task, folder, task.file)
     files = {path.name: sha256_of(path)}
     items = tuple(_items(task, path))
-    shots: tuple[Item, ...] = ()
+    exemplars: tuple[Item, ...] = ()
     known: frozenset[str] = frozenset()
-    if task.kind is Kind.QUESTION:
-        known_path = find_file(task, folder, task.demonstrations_file)
+    if task.kind is TaskKind.QUESTION:
+        known_path = find_file(task, folder, task.exemplars_file)
         files[known_path.name] = sha256_of(known_path)
         known = frozenset(item.values["question"] for item in _items(task, known_path))
     if num_fewshot:
-        shots_path = find_file(task, folder, task.demonstrations_file)
-        files[shots_path.name] = sha256_of(shots_path)
-        shots = _shots(task, shots_path, num_fewshot, seed)
+        exemplars_path = find_file(task, folder, task.exemplars_file)
+        files[exemplars_path.name] = sha256_of(exemplars_path)
+        exemplars = _exemplars(task, exemplars_path, num_fewshot, seed)
     for file, known_hash in files.items():
         if sha256_of(folder / file) != known_hash:
             raise DataError(f"{folder / file} was replaced while it was read; wait until it is complete, then start again")
     return LoadedTask(
         task=task,
         items=items[:limit],
-        shots=shots,
+        exemplars=exemplars,
         known=known,
         num_fewshot=num_fewshot,
         seed=seed,
@@ -91,7 +91,7 @@ def find_file(task: Task, folder: Path, stem: str) -> Path:
     if stem == task.file:
         needed = "its items"
     else:
-        needed = "the questions that were trained" if task.kind is Kind.QUESTION else "its demonstrations (--num-fewshot)"
+        needed = "the questions that were trained" if task.kind is TaskKind.QUESTION else "its demonstrations (--num-fewshot)"
     raise UsageError(
         f"{task.name} needs {needed} in {folder}/{stem} with one of the endings {' '.join(ENDINGS)}; {found}. Get it from:"
         f" {_source(task, stem)}"
@@ -100,7 +100,7 @@ def find_file(task: Task, folder: Path, stem: str) -> Path:
 
 def _source(task: Task, name: str) -> str:
     """Where a file of a task comes from; name: the file's, with or without its ending."""
-    return task.download if name.partition(".")[0] == task.file else task.demonstrations_download
+    return task.download if name.partition(".")[0] == task.file else task.exemplars_download
 
 
 def content_hash(items: Iterable[Item]) -> str:
@@ -154,11 +154,11 @@ def parse_row(task: Task, row: Row, where: str, source: str | None = None) -> It
     """The item of one row, by the layout that fits; DataError says which fields were found, which are expected, and whence to get
     the file: from `source`, by default the task's `download`."""
     source = source or task.download
-    problems = [(layout, faults(layout, row)) for layout in task.layouts]
+    problems = [(layout, row_problems(layout, row)) for layout in task.row_formats]
     layout, wrong = min(problems, key=lambda found: len(found[1]))
     if wrong:
         expected = " or ".join(
-            "{" + ", ".join(f"{n}: {kind}" for n, kind in found.fields.items()) + "}" for found in task.layouts
+            "{" + ", ".join(f"{n}: {kind}" for n, kind in found.fields.items()) + "}" for found in task.row_formats
         )
         raise DataError(
             f"{where}: no item of {task.name}: {'; '.join(wrong)}; found the fields {', '.join(row) or 'none'}, expected"
@@ -172,7 +172,7 @@ def parse_row(task: Task, row: Row, where: str, source: str | None = None) -> It
         ) from error
 
 
-def faults(layout: Layout, row: Row) -> list[str]:
+def row_problems(layout: RowFormat, row: Row) -> list[str]:
     """Return why a row is not of this layout, one sentence a field."""
     found = []
     for name, kind in layout.fields.items():
@@ -195,7 +195,7 @@ def _items(task: Task, path: Path) -> list[Item]:
     return items
 
 
-def _shots(task: Task, path: Path, num_fewshot: int, seed: int) -> tuple[Item, ...]:
+def _exemplars(task: Task, path: Path, num_fewshot: int, seed: int) -> tuple[Item, ...]:
     """One more than asked for, in case one is the very item that is judged."""
     items = _items(task, path)
     needed = [field.name for field in task.template.fields]

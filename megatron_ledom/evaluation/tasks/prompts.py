@@ -1,7 +1,7 @@
 """Prompts written once, in fields, and rendered for a forward and for a reverse model.
 
 A forward model reads the demonstrations, then the question, and writes on from the end. A reverse model reads from the end of the
-text, so everything is mirrored in reading order (LEDOM, arXiv 2507.01335, few-shot template): what is to be written stands at the
+text, so everything is mirrored in reading order (LEDOM, arXiv 2507.01335, few-exemplar template): what is to be written stands at the
 front, then the rest of the question, and only then the demonstrations, each with its fields in the opposite order. Both models
 therefore take in the same parts in the same order. Inside a field nothing is turned: its label precedes it, its cue follows it.
 
@@ -84,9 +84,9 @@ class Template:
         if unnamed and self.is_read_back:
             raise UsageError(f"the written field {unnamed[0]!r} has no label, so it could not be found in what a model writes")
 
-    def render(self, direction: Direction, query: Values, demonstrations: Sequence[Values] = ()) -> Prompt:
+    def render(self, direction: Direction, query: Values, exemplars: Sequence[Values] = ()) -> Prompt:
         """The prompt for one query. Fields of the query that are to be written may be missing: the target is then empty."""
-        blocks = [self.block(values, direction) for values in demonstrations]
+        blocks = [self.block(values, direction) for values in exemplars]
         given_fields, written_fields = self.fields[: -self.num_targets], self.fields[-self.num_targets :]
         given = self.field_separator.join(self._ordered(direction, [f.text(_value(query, f)) for f in given_fields]))
         is_known = all(field.name in query for field in written_fields)

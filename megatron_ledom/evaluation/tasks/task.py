@@ -1,6 +1,6 @@
 """The parts of a task: where its items come from, how they are put into words, and how an answer is judged.
 
-A task is data. Its `layouts` say which fields a line of its file must have, and turn one into an `Item`; its `template` puts an
+A task is data. Its `row_formats` say which fields a line of its file must have, and turn one into an `Item`; its `template` puts an
 item into words for either direction; its `kind` says what the model does with them.
 """
 
@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 """One line of a file as it was read."""
 
 
-class Kind(StrEnum):
+class TaskKind(StrEnum):
     """The kind of task: weigh given choices, write an answer, a program that is run, or a question that is solved."""
 
     CHOICE = "choice"
@@ -31,7 +31,7 @@ class Item:
     """One question, text order.
 
     values: the template's fields, the written ones as far as the set tells them. choices: the values that one field can have.
-    gold: the right choice's number, or every accepted answer. tests: of `Kind.CODE`, what calls the written function.
+    gold: the right choice's number, or every accepted answer. tests: of `TaskKind.CODE`, what calls the written function.
     kept: what results repeat of an item besides, such as the group that it belongs to.
     """
 
@@ -43,7 +43,7 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class RowFormat:
     """One way in which a set is published. fields: dotted name -> what its value must be, of `FIELD_TYPES`; read: a row's Item.
 
     `read` raises ValueError where a value is of the right type and makes no sense, such as a gold choice that does not exist.
@@ -67,7 +67,7 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
 class Task:
     """A task of one of the kinds. Files are named without their ending.
 
-    download, demonstrations_download: where the items, and the items of `demonstrations_file`, come from.
+    download, exemplars_download: where the items, and the items of `exemplars_file`, come from.
     content_sha256: of the set's items, whatever kind of file they come in (`loading.content_hash`), where that is known.
     choice_field: the field that the choices are values of; the fields before it are the context. normalization: of a choice task's
     main figure (raw, token, byte). answers: how answers are compared, a kind of `grading.answers.comparison_by`. reverse_template: for a
@@ -75,14 +75,14 @@ class Task:
     """
 
     name: str
-    kind: Kind
+    kind: TaskKind
     about: str
     template: Template
-    layouts: tuple[Layout, ...]
+    row_formats: tuple[RowFormat, ...]
     file: str
-    demonstrations_file: str
+    exemplars_file: str
     download: str
-    demonstrations_download: str = "the training part of the same set, in the same layout"
+    exemplars_download: str = "the training part of the same set, in the same layout"
     content_sha256: str | None = None
     choice_field: str = ""
     normalization: str = "raw"
@@ -102,12 +102,12 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedTask:
-    """A task with its items. shots: demonstrations in the order in which they are taken; files: name -> sha256 of what was read;
+    """A task with its items. exemplars: demonstrations in the order in which they are taken; files: name -> sha256 of what was read;
     content_sha256: of all items of the file, to compare with the task's."""
 
     task: Task
     items: tuple[Item, ...]
-    shots: tuple[Item, ...] = ()
+    exemplars: tuple[Item, ...] = ()
     num_fewshot: int = 0
     seed: int = 0
     max_new_tokens: int = 256
@@ -115,9 +115,9 @@ class LoadedTask:
     content_sha256: str = ""
 
     known: frozenset[str] = frozenset()
-    """Of `Kind.QUESTION`: the questions of the file of demonstrations, which was trained on, to tell copies."""
+    """Of `TaskKind.QUESTION`: the questions of the file of demonstrations, which was trained on, to tell copies."""
 
-    def demonstrations(self, item: Item) -> list[Mapping[str, str]]:
-        """The values of the first `num_fewshot` shots, the item itself left out."""
-        others = [shot.values for shot in self.shots[: self.num_fewshot + 1] if shot.values != item.values]
+    def exemplars_for(self, item: Item) -> list[Mapping[str, str]]:
+        """The values of the first `num_fewshot` exemplars, the item itself left out."""
+        others = [exemplar.values for exemplar in self.exemplars[: self.num_fewshot + 1] if exemplar.values != item.values]
         return others[: self.num_fewshot]
