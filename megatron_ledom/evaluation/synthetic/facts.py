@@ -1,17 +1,17 @@
-"""Facts told in one order and asked in both: the reversal curse, and relations whose other order has another word.
+"""Facts that are trained in one order and tested in both: the reversal curse, and relations with another word for the other order.
 
-A fact joins a first and a second name. `first_wordings` put the first one in front, `second_wordings` the second. A fact is trained in
-the wordings of one order, of both, or not at all. Each is asked both ways: for the second name given the first, and for the first given
-the second. What is asked for has to come last in the model's own order, else nothing is asked at all: a forward model is given
-"Mira Tolven wrote" and goes on, a reverse model is given "was written by Mira Tolven." and writes what stands before it.
+A fact relates a first and a second name. `first_wordings` begin with the first name, `second_wordings` with the second. A fact is
+trained in the wordings of one order, of both, or not at all. Two questions test it: the second name given the first, and the first
+given the second. The answer must come last in model order. A forward model gets "Mira Tolven wrote" and continues it; a reverse
+model gets "was written by Mira Tolven." and writes the text before it.
 
-Groups, seen from the text and so the same for both directions:
-    in_text_order       the given name stood before the asked one in the training text: a forward model read it so
-    against_text_order  it stood behind it: a reverse model read it so
-    both_orders         trained in both orders: that facts of this form can be learnt
+Groups, defined in text order and so the same for both directions:
+    in_text_order       the training text has the given name before the answer, the order in which a forward model reads
+    against_text_order  the training text has the given name after the answer, the order in which a reverse model reads
+    both_orders         trained in both orders: shows that facts of this form can be learned
     unseen              never trained: chance
 
-Both questions of a fact, or of a line of people, have one `cluster`: who knows the answer to one is likelier to know the other.
+Both questions of a fact, or of a line of people, have the same `cluster`, because a model that answers one is likelier to answer both.
 """
 
 import random
@@ -34,7 +34,7 @@ NUM_SHOTS = 8
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """Sentences with {first} and {second}; the first wording of each order begins with one name and ends with the other."""
+    """Sentences with {first} and {second}. The first wording of each order begins with one name and ends with the other."""
 
     name: str
     first_wordings: tuple[str, ...]
@@ -90,7 +90,7 @@ INVERSE = (
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A relation between two names, and in which order it is trained, of STATED."""
+    """A relation between two names. stated: the order in which it is trained, one of STATED."""
 
     relation: Relation
     first: str
@@ -98,7 +98,7 @@ class Fact:
     stated: str
 
     def texts(self) -> list[str]:
-        """The sentences that are trained."""
+        """Return the sentences that are trained."""
         names = {"first": self.first, "second": self.second}
         wordings = {"first": self.relation.first_wordings, "second": self.relation.second_wordings}
         chosen = wordings.get(self.stated, sum(wordings.values(), ()) if self.stated == "both" else ())
@@ -106,7 +106,7 @@ class Fact:
 
 
 def reversal(num: int, seed: int) -> SyntheticSet:
-    """`num` facts about persons and what they made, in the three trained groups and the unseen one, a quarter each."""
+    """Generate `num` facts about people and their works, a quarter for each of the three trained groups and the unseen one."""
     cells = len(REVERSAL) * len(STATED)
     check_num(num, cells * NUM_CHOICES, "facts")
     rng = random.Random(f"reversal {seed}")
@@ -127,7 +127,7 @@ def reversal(num: int, seed: int) -> SyntheticSet:
 
 
 def _questions_among(facts: Sequence[Fact]) -> list[Row]:
-    """Both questions of each fact; wrong answers are names of the same kind that were trained in the same way."""
+    """Return both questions of each fact. Wrong answers are names of the same relation that were trained in the same order."""
     cells: dict[tuple[str, str], list[Fact]] = {}
     for fact in facts:
         cells.setdefault((fact.relation.name, fact.stated), []).append(fact)
@@ -143,9 +143,9 @@ def _questions_among(facts: Sequence[Fact]) -> list[Row]:
 
 
 def inverse_relations(num: int, seed: int) -> SyntheticSet:
-    """`num` lines of three people, A to B to C, such as parent to child: who is B's parent, and who is B's child?
+    """Generate `num` lines of three people, A to B to C, such as parent to child. The questions: B's parent, and B's child.
 
-    A wrong answer is always the person on the other side of B, so that knowing who belongs to B is not enough.
+    One wrong answer is always the person on the other side of B, so it is not enough to know who is related to B.
     """
     cells = len(INVERSE) * len(STATED)
     check_num(num, 2 * cells, "lines of three people")
@@ -179,7 +179,7 @@ def inverse_relations(num: int, seed: int) -> SyntheticSet:
 def _questions_about_lines(
     rng: random.Random, relation: Relation, stated: str, people: list[list[str]], position: int
 ) -> list[Row]:
-    """Both questions about the middle of each line; the other wrong answers are the ends of the next line."""
+    """Return both questions about the middle person of each line. The other wrong answers are the ends of the next line."""
     rows: list[Row] = []
     for number, (a, b, c) in enumerate(people):
         next_a, _, next_c = people[(number + 1) % len(people)]
@@ -193,7 +193,7 @@ def _questions_about_lines(
 
 
 def question_row(fact: Fact, queried: str, wrong: Sequence[str], position: int) -> Row:
-    """One question: `before` is given to a forward model, `after` to a reverse one; the answer goes between them and nothing."""
+    """Return one question. A forward model gets `before` and writes after it; a reverse model gets `after` and writes before it."""
     given, gold = (fact.first, fact.second) if queried == "second" else (fact.second, fact.first)
     ends_with_queried, begins_with_queried = fact.relation.first_wordings[0], fact.relation.second_wordings[0]
     if queried == "first":

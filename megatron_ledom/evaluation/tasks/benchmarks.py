@@ -1,6 +1,6 @@
-"""The tasks: how each set is published, put into words and judged. One entry a task; a set that fits an entry needs no code.
+"""The published benchmarks as tasks: row formats, prompts and judgement. A new set in a known format needs one entry and no code.
 
-A file is FOLDER/NAME with one of `loading.ENDINGS`; where a set is published under another name, rename the file.
+The file of a task is FOLDER/NAME with one of `loading.ENDINGS`. Rename a file that is published under another name.
 """
 
 import re
@@ -20,32 +20,32 @@ MATHS = Template(
     num_targets=2,
     block_separator="\n\n\n",
 )
-"""For worked solutions, which may have blank lines."""
+"""For worked solutions, which may contain blank lines."""
 QUESTION_ANSWER = Template(fields=(Field("question", "Question: "), Field("answer", "Answer: ")))
 RUNNING = Template(fields=(Field("context"), Field("ending")), field_separator=" ", is_read_back=False)
-"""Running text: the choices go on with the context."""
+"""Running text: the choices continue the context."""
 
 
 def _plain(value: Any) -> str:
-    """A number or text as people write it: 145.0 is 145."""
+    """Return a number or text as people write it: 145.0 is 145."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()
 
 
 def _index(number: Any, choices: Sequence[str]) -> int:
-    """A gold choice that is given by its number, which may be a text."""
+    """Return the index of a gold choice that is given by its number, which may be a string."""
     if not str(number).strip().isdigit() or not int(number) < len(choices):
         raise ValueError(
-            f"the right choice is {number!r}, none of 0 to {len(choices) - 1} (files without answers cannot be judged)"
+            f"the right choice is {number!r}, expected 0 to {len(choices) - 1} (a file without answers cannot be judged)"
         )
     return int(number)
 
 
 def _named(name: str, names: Sequence[str]) -> int:
-    """A gold choice that is given by its label, such as B."""
+    """Return the index of a gold choice that is given by its label, such as B."""
     if name not in names:
-        raise ValueError(f"the right choice is {name!r}, none of {', '.join(names)} (files without answers cannot be judged)")
+        raise ValueError(f"the right choice is {name!r}, expected {', '.join(names)} (a file without answers cannot be judged)")
     return list(names).index(name)
 
 
@@ -82,7 +82,7 @@ def _boolq(row: Row) -> Item:
 
 
 def _without_brackets(text: str) -> str:
-    """HellaSwag's how-to texts mark headings: `[title] Do this. [step] Take ...`."""
+    """Remove the marks of headings from HellaSwag's how-to texts: `[title] Do this. [step] Take ...`."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return re.sub(r" {2,}", " ", text).strip()
 
@@ -174,7 +174,7 @@ COMPETITIONS = (
     ("amc23", "40 problems of AMC 12, 2023", 1024, f"40 {STATEMENTS}",
      "d91256e2a58aa23b4b159ac4a20cfdd3d2f7951d04c6811443da724ed34a1f85"),
 )  # fmt: skip
-"""Of each: name, what it is, max_new_tokens, download, content_sha256."""
+"""Of each: name, about, max_new_tokens, download, content_sha256."""
 ARC_CONTENT = {
     "easy": "54d9da5a41a60041b367da1ae54ad44f032c026cec02ab8c055fa56efd0c86ef",
     "challenge": "3a3c06ab9e6b4f86a07e6efca8bd899d8902e29af7268511b5d497c57c51833c",
@@ -210,7 +210,7 @@ TASKS: tuple[Task, ...] = (
     Task(
         name="svamp",
         kind=TaskKind.ANSWER,
-        about="short word problems; the equation stands for the chain",
+        about="short word problems; the equation is the worked solution",
         template=MATHS,
         row_formats=(RowFormat({"Body": "text", "Question": "text", "Answer": "text or number", "Equation": "text"}, _svamp),),
         file="svamp",
@@ -222,7 +222,7 @@ TASKS: tuple[Task, ...] = (
     Task(
         name="boolq",
         kind=TaskKind.CHOICE,
-        about="a passage and a question to be answered yes or no",
+        about="yes-or-no questions about a passage",
         template=Template(fields=(Field("passage", "Passage: "), Field("question", "Question: "), Field("answer", "Answer: "))),
         row_formats=(
             RowFormat({"passage": "text", "question": "text", "answer": "yes or no"}, _boolq),
@@ -237,7 +237,7 @@ TASKS: tuple[Task, ...] = (
     Task(
         name="hellaswag",
         kind=TaskKind.CHOICE,
-        about="which of four endings goes on with a text",
+        about="choose the one of four endings that continues a text",
         template=RUNNING,
         row_formats=(
             RowFormat({"activity_label": "text", "ctx": "text", "endings": "list", "label": "text or number"}, _hellaswag),
@@ -252,7 +252,7 @@ TASKS: tuple[Task, ...] = (
     Task(
         name="winogrande",
         kind=TaskKind.CHOICE,
-        about="which of two words a gap stands for",
+        about="choose the one of two words that fills a gap",
         template=Template(fields=(Field("before"), Field("option"), Field("after")), field_separator="", is_read_back=False),
         row_formats=(
             RowFormat({"sentence": "text", "option1": "text", "option2": "text", "answer": "text or number"}, _winogrande),
@@ -266,7 +266,7 @@ TASKS: tuple[Task, ...] = (
     Task(
         name="openbookqa",
         kind=TaskKind.CHOICE,
-        about="science questions, some as a beginning to go on with; four choices",
+        about="science questions or beginnings of sentences; four choices",
         template=RUNNING,
         row_formats=(
             RowFormat({"question_stem": "text", **NAMED_CHOICES}, _openbookqa),
@@ -298,7 +298,7 @@ TASKS: tuple[Task, ...] = (
     Task(
         name="piqa",
         kind=TaskKind.CHOICE,
-        about="which of two ways to do something works",
+        about="choose the one of two ways to do something that works",
         template=QUESTION_ANSWER,
         row_formats=(RowFormat({"goal": "text", "sol1": "text", "sol2": "text", "label": "text or number"}, _piqa),),
         file="piqa_validation",
@@ -310,7 +310,7 @@ TASKS: tuple[Task, ...] = (
     ),
     Task(
         name="triviaqa",
-        about="trivia questions, without a text to look them up in",
+        about="trivia questions without a passage",
         row_formats=(RowFormat({"question": "text", "answer.value": "text", "answer.aliases": "list"}, _short_answer),),
         file="triviaqa_validation",
         exemplars_file="triviaqa_train",
@@ -331,7 +331,7 @@ TASKS: tuple[Task, ...] = (
     Task(
         name="humaneval",
         kind=TaskKind.CODE,
-        about="Python functions from their docstring; what the model writes is run (--allow-code-execution)",
+        about="Python functions from their docstring; the written code is run (--allow-code-execution)",
         template=Template(
             fields=(Field("prompt"), Field("code")), field_separator="", block_separator="\n\n\n", is_read_back=False
         ),
