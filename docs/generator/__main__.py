@@ -1,6 +1,6 @@
 """Write the generated pages of the documentation; a test compares them with the files in the repository.
 
-    python -m docs.generator            writes docs/reference/cli.md, docs/reference/config.md and docs/import_picture.svg
+python -m docs.generator            writes docs/reference/cli.md, docs/reference/config.md and docs/import_picture.svg
 """
 
 from collections.abc import Callable

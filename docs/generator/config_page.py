@@ -93,7 +93,11 @@ def default_of(node: ast.expr | None) -> str:
     if isinstance(node, ast.Call):
         [factory] = [word.value for word in node.keywords if word.arg == "default_factory"]
         empty = {"list": "[]", "dict": "{}"}
-        return ast.unparse(factory.body).replace("'", "") if isinstance(factory, ast.Lambda) else empty.get(ast.unparse(factory), "")
+        return (
+            ast.unparse(factory.body).replace("'", "")
+            if isinstance(factory, ast.Lambda)
+            else empty.get(ast.unparse(factory), "")
+        )
     if isinstance(node, ast.Attribute):
         return node.attr.lower()
     value = ast.literal_eval(node)

@@ -5,6 +5,8 @@ reduction). What nearly every room imports is one box at the bottom, without arr
 """
 
 import ast
+from collections.abc import Iterator
+from itertools import pairwise
 
 from docs.generator.paths import ROOT
 
@@ -12,28 +14,28 @@ SOURCE = ROOT / "tests/unit/test_layers.py"
 FOUNDATION = ("direction", "errors", "lazy", "markdown", "provenance", "storage", "tables")
 """Small rooms at the bottom, which any other may import."""
 HIDDEN = ("__init__", "_helpers")
-WIDTH, HEIGHT, GAP, STEP, MARGIN = 108, 34, 26, 84, 24
+WIDTH, HEIGHT, GAP, STEP, MARGIN = 108, 34, 34, 88, 24
 """Size of a box, distance between boxes of a row, from row to row, and to the edge, in pixels."""
-SWEEPS = 12
+PASSAGE = 10
+"""Width that an arrow takes in a row that it passes through."""
+SWEEPS = 24
 Edges = dict[str, set[str]]
+Point = tuple[float, float]
 
 
 def import_picture() -> str:
     """Return the picture as SVG."""
     edges = reduced(rooms())
-    rows = ordered(edges)
-    width = 2 * MARGIN + max(len(row) * (WIDTH + GAP) - GAP for row in rows)
-    places = {
-        name: (width / 2 + (column - (len(row) - 1) / 2) * (WIDTH + GAP), MARGIN + HEIGHT / 2 + STEP * number)
-        for number, row in enumerate(rows)
-        for column, name in enumerate(row)
-    }
+    depth = depths(edges)
+    ways = {(start, end): passages(start, end, depth) for start in edges for end in sorted(edges[start])}
+    rows = ordered(depth, list(ways.values()))
+    width = 2 * MARGIN + max(_width(row) for row in rows)
+    places = {name: point for number, row in enumerate(rows) for name, point in _placed(row, width, number)}
     bottom = MARGIN + STEP * len(rows) - (STEP - HEIGHT) / 2
-    height = bottom + HEIGHT + MARGIN
-    arrows = [_arrow(places[start], places[end]) for start in sorted(edges) for end in sorted(edges[start])]
-    boxes = [_box(x, y, WIDTH, name) for name, (x, y) in sorted(places.items())]
-    base = _box(width / 2, bottom + HEIGHT / 2, width - 2 * MARGIN, "every room may import: " + ", ".join(FOUNDATION))
-    return "\n".join([_head(width, height), *arrows, *boxes, base, "</svg>", ""])
+    arrows = [_arrow([places[name] for name in ways[way]]) for way in sorted(ways)]
+    boxes = [_box(*places[name], WIDTH, name) for name in sorted(edges)]
+    base = _box(width / 2, bottom + HEIGHT / 2, width - 2 * MARGIN, f"any room may import: {', '.join(FOUNDATION)}")
+    return "\n".join([_head(width, bottom + HEIGHT + MARGIN), *arrows, *boxes, base, "</svg>", ""])
 
 
 def rooms() -> Edges:
@@ -50,7 +52,7 @@ def rooms() -> Edges:
         room = name.partition(".")[0]
         edges.setdefault(room, set()).update(set(names.split()) - {room})
     left = {name for name in edges if name not in (*FOUNDATION, *HIDDEN)}
-    return {name: edges[name] & left for name in left}
+    return {name: edges[name] & left for name in sorted(left)}
 
 
 def reachable(start: str, edges: Edges) -> set[str]:
@@ -72,25 +74,66 @@ def reduced(edges: Edges) -> Edges:
     }
 
 
-def ordered(edges: Edges) -> list[list[str]]:
-    """Return the rows, the highest first: a room stands one row above the highest that it imports; neighbours are near each other."""
+def depths(edges: Edges) -> dict[str, int]:
+    """Return the row of each room, counted from the bottom: one above the highest room that it imports."""
     depth: dict[str, int] = {}
     while len(depth) < len(edges):
-        depth |= {name: 1 + max((depth[end] for end in ends), default=-1) for name, ends in edges.items() if ends <= depth.keys()}
-    rows = [sorted(name for name in edges if depth[name] == level) for level in range(max(depth.values()), -1, -1)]
-    near = {name: edges[name] | {other for other in edges if name in edges[other]} for name in edges}
+        depth |= {
+            name: 1 + max((depth[end] for end in ends), default=-1) for name, ends in edges.items() if ends <= depth.keys()
+        }
+    return depth
+
+
+def passages(start: str, end: str, depth: dict[str, int]) -> list[str]:
+    """Return what an arrow passes, from its start to its end: in each row between them a place of its own, `start>end>row`."""
+    return [start, *(f"{start}>{end}>{row}" for row in range(depth[start] - 1, depth[end], -1)), end]
+
+
+def ordered(depth: dict[str, int], ways: list[list[str]]) -> list[list[str]]:
+    """Return the rooms and passages of each row, the highest row first, so that what is connected is near each other."""
+    rows: list[list[str]] = [sorted(name for name in depth if depth[name] == row) for row in range(max(depth.values()), -1, -1)]
+    for way in ways:
+        for name in way[1:-1]:
+            rows[max(depth.values()) - int(name.rpartition(">")[2])].append(name)
+    near: dict[str, list[str]] = {name: [] for row in rows for name in row}
+    for way in ways:
+        for one, other in pairwise(way):
+            near[one].append(other)
+            near[other].append(one)
     for _ in range(SWEEPS):
-        place = {name: (column + 0.5) / len(row) for row in rows for column, name in enumerate(row)}
-        for row in rows:
+        for row in [*rows, *reversed(rows)]:
+            place = {name: (column + 0.5) / len(line) for line in rows for column, name in enumerate(line)}
             row.sort(key=lambda name: (sum(place[other] for other in near[name]) / max(1, len(near[name])), name))
     return rows
 
 
-def _arrow(start: tuple[float, float], end: tuple[float, float]) -> str:
-    (x, y), (to_x, to_y) = start, end
-    y, to_y = y + HEIGHT / 2, to_y - HEIGHT / 2 - 5
-    bend = (to_y - y) / 2
-    path = f"M{x:.0f},{y:.0f} C{x:.0f},{y + bend:.0f} {to_x:.0f},{to_y - bend:.0f} {to_x:.0f},{to_y:.0f}"
+def _size(name: str) -> int:
+    return PASSAGE if ">" in name else WIDTH
+
+
+def _width(row: list[str]) -> int:
+    return sum(map(_size, row)) + GAP * (len(row) - 1)
+
+
+def _placed(row: list[str], width: float, number: int) -> Iterator[tuple[str, Point]]:
+    """Yield the middle of each room and passage of a row."""
+    left = (width - _width(row)) / 2
+    for name in row:
+        yield name, (left + _size(name) / 2, MARGIN + HEIGHT / 2 + STEP * number)
+        left += _size(name) + GAP
+
+
+def _arrow(points: list[Point]) -> str:
+    """Return a smooth line from the lower edge of a box through its passages to the upper edge of another."""
+    (x, y), *between, (to_x, to_y) = points
+    stops = [(x, y + HEIGHT / 2)]
+    for way_x, way_y in between:
+        stops += [(way_x, way_y - HEIGHT / 2), (way_x, way_y + HEIGHT / 2)]
+    stops.append((to_x, to_y - HEIGHT / 2 - 5))
+    path = f"M{x:.0f},{stops[0][1]:.0f}"
+    for (from_x, from_y), (next_x, next_y) in pairwise(stops):
+        bend = (next_y - from_y) / 2
+        path += f" C{from_x:.0f},{from_y + bend:.0f} {next_x:.0f},{next_y - bend:.0f} {next_x:.0f},{next_y:.0f}"
     return f'<path class="arrow" d="{path}" marker-end="url(#tip)"/>'
 
 
