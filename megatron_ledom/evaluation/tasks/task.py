@@ -18,7 +18,7 @@ Row = Mapping[str, Any]
 
 
 class TaskKind(StrEnum):
-"""What the model does: score given choices, or write an answer, a program that is run, or a question that is solved."""
+    """What the model does: score given choices, or write an answer, a program that is run, or a question that is solved."""
 
     CHOICE = "choice"
     ANSWER = "answer"
