@@ -57,7 +57,7 @@ def builds_extensions() -> bool:
         sys.exit(f"LEDOM_CUDA=1, but {reason}")
     if reason:
         print(
-            f"megatron_ledom: C++ helpers not built, all but preprocessing and turning shards works without: {reason}",
+            f"megatron_ledom: C++ helpers not built, all but preprocessing and reversing shards works without: {reason}",
             file=sys.stderr,
         )
     return reason is None

@@ -188,7 +188,7 @@ def test_a_folder_that_cannot_be_renamed_is_refused_before_any_work(
     (inside / "export.json").write_text("{}")
     monkeypatch.chdir(inside)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UsageError, match=f"--save {re.escape(name)} is no folder that can be replaced"):
+    with pytest.raises(UsageError, match=f"--save {re.escape(name)} cannot be replaced by a new folder"):
         export_hf(str(run), name, verify=None, overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
 

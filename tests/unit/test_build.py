@@ -104,7 +104,9 @@ def test_helpers_are_left_out_where_there_is_no_compiler(cuda_torch: str) -> Non
     for mode in (None, "auto"):
         done = decide(None, "true", cuda_torch, extensions=mode, has_compiler=False)
         assert (done.returncode, done.stdout.strip()) == (0, "")
-        assert "C++ helpers not built, all but preprocessing and turning shards works without: the C++ compiler " in done.stderr
+        assert (
+            "C++ helpers not built, all but preprocessing and reversing shards works without: the C++ compiler " in done.stderr
+        )
     forced = decide(None, "true", cuda_torch, extensions="1", has_compiler=False)
     assert forced.returncode == 1
     assert "LEDOM_EXTENSIONS=1, but the C++ compiler " in forced.stderr

@@ -196,7 +196,7 @@ def test_forgotten_srun_is_refused_without_ntasks(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     ("name", "value", "fault"),
     [
-        ("SLURM_TASKS_PER_NODE", "8(x4)", "SLURM_NTASKS=1, but SLURM_TASKS_PER_NODE makes 32: it is not clear"),
+        ("SLURM_TASKS_PER_NODE", "8(x4)", "SLURM_NTASKS=1, but SLURM_TASKS_PER_NODE makes 32: it is unclear"),
         ("SLURM_NPROCS", "32", "SLURM_NTASKS=1, but SLURM_NPROCS makes 32"),
         ("SLURM_JOB_NUM_NODES", "4", "SLURM_NTASKS=1, but SLURM_JOB_NUM_NODES makes 4"),
         ("SLURM_NNODES", "4", "SLURM_NTASKS=1, but SLURM_JOB_NUM_NODES makes 4"),
@@ -281,13 +281,13 @@ def test_a_variable_of_a_step_that_is_missing_is_named(monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("name", "value", "fault"),
     [
-        ("SLURM_NODEID", "2", "SLURM_NODEID=2, but SLURM_STEP_TASKS_PER_NODE=8,4 is of 2 nodes"),
+        ("SLURM_NODEID", "2", "SLURM_NODEID=2, but SLURM_STEP_TASKS_PER_NODE=8,4 has 2 nodes"),
         ("SLURM_LOCALID", "4", "SLURM_LOCALID=4, but SLURM_STEP_TASKS_PER_NODE=8,4 has 4 tasks on node 1"),
         ("SLURM_PROCID", "12", "SLURM_PROCID=12 is not below SLURM_STEP_NUM_TASKS=12"),
         ("SLURM_STEP_NUM_TASKS", "13", "SLURM_STEP_NUM_TASKS=13, but SLURM_STEP_TASKS_PER_NODE=8,4 makes 12 tasks"),
-        ("SLURM_STEP_NUM_TASKS", "0", "SLURM_STEP_NUM_TASKS='0' is not a whole number from 1 on"),
+        ("SLURM_STEP_NUM_TASKS", "0", "SLURM_STEP_NUM_TASKS='0' is not a whole number of at least 1"),
         ("SLURM_STEP_NODELIST", "", "SLURM_STEP_NODELIST is empty or not set"),
-        ("MASTER_ADDR", "", "MASTER_ADDR='' is no host"),
+        ("MASTER_ADDR", "", "MASTER_ADDR='' is not a host name"),
         ("MASTER_PORT", "70000", "MASTER_PORT=70000 is above 65535"),
     ],
 )
@@ -307,8 +307,8 @@ def test_variables_of_a_step_that_contradict_each_other_are_named(
         ("RANK", "4", "RANK=4 is not below WORLD_SIZE=4"),
         ("LOCAL_RANK", "2", "LOCAL_RANK=2 is not below LOCAL_WORLD_SIZE=2"),
         ("LOCAL_WORLD_SIZE", "5", "LOCAL_WORLD_SIZE=5 is not at most WORLD_SIZE=4"),
-        ("MASTER_ADDR", "", "MASTER_ADDR='' is no host"),
-        ("MASTER_ADDR", "tcp://n1", "MASTER_ADDR='tcp://n1' is no host"),
+        ("MASTER_ADDR", "", "MASTER_ADDR='' is not a host name"),
+        ("MASTER_ADDR", "tcp://n1", "MASTER_ADDR='tcp://n1' is not a host name"),
         ("MASTER_PORT", "", "MASTER_PORT='' is not a whole number"),
         ("MASTER_PORT", "29500x", "MASTER_PORT='29500x' is not a whole number"),
         ("MASTER_PORT", "65536", "MASTER_PORT=65536 is above 65535"),

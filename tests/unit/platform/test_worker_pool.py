@@ -75,7 +75,7 @@ def test_a_dead_worker_is_an_error_not_a_hang(how: str) -> None:
         return item
 
     words = "was killed by SIGKILL" if how == "killed" else "ended with code 3"
-    with pytest.raises(LedomError, match=f"{words} at item 5; often memory ran out"):
+    with pytest.raises(LedomError, match=f"{words} at item 5; the usual cause is too little memory"):
         list(mapped(die_at_five, range(20), 2))
 
 

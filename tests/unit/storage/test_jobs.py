@@ -10,7 +10,8 @@ from megatron_ledom.storage.jobs import WorkFolder
 
 
 @pytest.mark.parametrize(
-    ("plan", "told"), [("", "is damaged"), ("[1]", "it holds a list"), ('{"inputs": ["x"]}', "inputs was .*'x'.* and is .*'y'")]
+    ("plan", "told"),
+    [("", "is damaged"), ("[1]", "it contains a list"), ('{"inputs": ["x"]}', "inputs was .*'x'.* and is .*'y'")],
 )
 def test_a_plan_of_another_request_or_none_is_refused_and_replaced_when_asked(tmp_path: Path, plan: str, told: str) -> None:
     output = str(tmp_path / "out")
