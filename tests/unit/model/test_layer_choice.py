@@ -79,7 +79,7 @@ def test_without_transformer_engine_our_operators_are_taken_where_they_can_run(
     odd = (
         ("model.params_dtype=fp32", "for fp32 on cuda"),
         ("model.kv_channels=24", "heads of width 24, not a multiple of 16"),
-        ("model.ffn_hidden_size=44", "a share of model.ffn_hidden_size of 22"),
+        ("model.ffn_hidden_size=44", "a rank's part of model.ffn_hidden_size of 22"),
         ("model.make_vocab_size_divisible_by=4", "make_vocab_size_divisible_by=4"),
     )
     for setting, reason in odd:
