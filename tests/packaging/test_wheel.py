@@ -155,7 +155,7 @@ def without_a_compiler(sources: Path, tmp_path_factory: pytest.TempPathFactory) 
     target = tmp_path_factory.mktemp("without_a_compiler")
     printed = build(sources, target, "--wheel", CXX="/nowhere/c++", CC="/nowhere/cc")
     assert (
-        "not built, all but preprocessing and reversing shards works without: the C++ compiler /nowhere/c++ is not found"
+        "not built, so preprocessing and reversing shards do not work: the C++ compiler /nowhere/c++ is not found"
         in printed
     )
     wheel = next(target.glob("*.whl"))

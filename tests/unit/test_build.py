@@ -105,7 +105,7 @@ def test_helpers_are_left_out_where_there_is_no_compiler(cuda_torch: str) -> Non
         done = decide(None, "true", cuda_torch, extensions=mode, has_compiler=False)
         assert (done.returncode, done.stdout.strip()) == (0, "")
         assert (
-            "C++ helpers not built, all but preprocessing and reversing shards works without: the C++ compiler " in done.stderr
+            "C++ helpers not built, so preprocessing and reversing shards do not work: the C++ compiler " in done.stderr
         )
     forced = decide(None, "true", cuda_torch, extensions="1", has_compiler=False)
     assert forced.returncode == 1
