@@ -268,7 +268,7 @@ def test_a_finished_run_says_that_it_is_complete_before_anything_heavy(data: Tin
     assert check_start(load_config(str(data.config), [f"run_dir={run_dir}", *COMMAND]), 2).startswith("the run is complete at")
     ranks = start_ranks(data.config, run_dir, *COMMAND, num_ranks=2, hook=forbid_the_heavy_start)
     assert ranks.wait() == [0, 0], ranks.output()
-    assert "is complete at iteration 6: nothing is left to do; a higher train.train_iters trains on" in ranks.output()
+    assert "is complete at iteration 6: nothing is left to do; raise train.train_iters to train longer" in ranks.output()
     assert content_of(run_dir) == before
 
 

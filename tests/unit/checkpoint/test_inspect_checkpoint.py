@@ -88,7 +88,7 @@ def test_a_list_of_tensors_that_would_run_code_is_refused(
     harmful.write_bytes(b"\x80\x04" + strings[0] + strings[1] + b"\x93.")  # protocol 4, in which a name may have dots
     with pytest.raises(VerificationError):
         inspect_checkpoint(str(run_dir))
-    assert f"it asks for {module}.{name}" in capsys.readouterr().err
+    assert f"it names {module}.{name}" in capsys.readouterr().err
 
 
 def test_a_checkpoint_from_before_checksums_loads_and_says_so(

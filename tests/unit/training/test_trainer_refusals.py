@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_is_named(data: TinyData, trained: Path) -> None:
             code, message = refused(data, trained, "train.train_iters=5")
             assert code == 1
             assert f"{checkpoint} is damaged: {largest} {fault}" in message
-            assert "let the file `latest` beside it name that one" in message
+            assert "write its name into the file `latest` in the same folder" in message
     finally:
         largest.write_bytes(whole)
     (trained / "checkpoints/latest").write_text("iter_0000009\n")
