@@ -114,7 +114,7 @@ class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
             # megatron-core asserts that they are there
             is_away = not all(os.path.exists(part.source.prefix + ending) for ending in (".bin", ".idx"))
             raise (TransientError if is_away or may_pass(error) else DataError)(
-                f"the shard {part.source.prefix} was sound when the run started and cannot be opened now ({error}); look for what"
+                f"the shard {part.source.prefix} was intact when the run started and cannot be opened now ({error}); look for what"
                 " changes it, then start again: the run goes on from its last checkpoint"
             ) from error
 

@@ -189,9 +189,9 @@ def test_a_shard_of_an_earlier_version_with_eod_inside_is_not_merged_and_the_adv
     Path(f"{shard}.bin").write_bytes(content)
     manifest = json.loads(Path(f"{shard}.json").read_bytes())
     Path(f"{shard}.json").write_text(json.dumps({**manifest, "bin_sha256": sha256_of(f"{shard}.bin")}))
-    with pytest.raises(DataError, match=r"shard\.bin holds eod 1000 elsewhere than at the end"):
+    with pytest.raises(DataError, match=r"shard\.bin has eod 1000 not only at the end"):
         merge_shards(MergeSettings(input=[shard], output_prefix=str(tmp_path / "merged")))
     assert not (tmp_path / "merged.bin").exists()
     with pytest.raises(VerificationError, match=r"ledom preprocess-data --overwrite; a text that spells its eod"):
         inspect_shards(InspectSettings(prefixes=[shard], verify=True))
-    assert "document 0 holds eod 1000 inside" in capsys.readouterr().err
+    assert "document 0 has eod 1000 inside" in capsys.readouterr().err

@@ -196,7 +196,7 @@ def test_a_replaced_idx_is_refused_by_every_rank_before_any_group_is_made(own: T
     path.write_bytes(content[:34] + content[38:42] + content[34:38] + content[42:])  # two lengths change places
     ranks = start_ranks(own.config, tmp_path / "run", num_ranks=1)
     assert ranks.wait() == [1]
-    assert "reverse_train.idx has not the sha256 of its manifest: it was replaced or damaged" in ranks.output()
+    assert "reverse_train.idx does not have the sha256 of its manifest: it was replaced or damaged" in ranks.output()
 
 
 def test_a_run_goes_on_with_other_data_only_with_leave_and_keeps_a_note_of_it(own: TinyData, tmp_path: Path) -> None:

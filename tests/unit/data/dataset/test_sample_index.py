@@ -150,7 +150,7 @@ def test_a_replaced_idx_is_refused_whether_the_index_is_there_or_not(own: TinyDa
     content = bytearray(path.read_bytes())
     content[34:38], content[38:42] = content[38:42], content[34:38]  # the first two documents' lengths change places
     path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"node {node()}: .*reverse_train.idx has not the sha256 of its manifest"):
+    with pytest.raises(DataError, match=rf"node {node()}: .*reverse_train.idx does not have the sha256 of its manifest"):
         opened(own, tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("*.index*"))) == int(is_built)
 
@@ -259,7 +259,7 @@ def test_a_shard_that_cannot_be_opened_while_training(own: TinyData, tmp_path: P
         index.unlink()
     else:
         index.write_bytes(b"nothing" * 100)
-    with pytest.raises(LedomError, match="was sound when the run started and cannot be opened now") as raised:
+    with pytest.raises(LedomError, match="was intact when the run started and cannot be opened now") as raised:
         samples[0]
     assert type(raised.value) is error
 

@@ -174,7 +174,7 @@ def large_vocabulary(folder: Path) -> str:
         (["--tokenizer", "absent"], 2, "tokenizer absent does not exist"),
         (["--tokenizer", "no_eos"], 2, "tokenizer no_eos names no eos token"),
         (["--eod-token", "<end>"], 2, "has no token '<end>'"),
-        (["--tokenizer", "large", "--eod-token", "<eod>", "--dtype", "uint16"], 2, "--dtype uint16 holds ids up to 65,535"),
+        (["--tokenizer", "large", "--eod-token", "<eod>", "--dtype", "uint16"], 2, "--dtype uint16 stores ids up to 65,535"),
         (["--input", "empty.jsonl"], 1, "no document with a token"),
         (["--input", "cut.jsonl.gz"], 1, "cut.jsonl.gz is truncated"),
         (["--task-id", "2", "--num-tasks", "2"], 2, "--task-id 2 is not in 0..1"),
@@ -193,7 +193,7 @@ def large_vocabulary(folder: Path) -> str:
         (["--deduplicate", "--task-id", "1", "--num-tasks", "2"], 2, "run all tasks with --hash-only first"),
         (["--num-tasks", "2"], 2, "give --task-id"),
         (["--workers", "0"], 2, "--workers 0 is not possible"),
-        (["--output-prefix", "a.jsonl/data"], 2, "a.jsonl is not a folder that can be written to"),
+        (["--output-prefix", "a.jsonl/data"], 2, "a.jsonl is not a folder with write permission"),
         (["--output-prefix", "out/"], 2, "out/ is a folder"),
         (["--direction", "sideways"], 2, "invalid choice"),
     ],
@@ -368,7 +368,7 @@ def test_a_read_only_disk_is_refused_before_work(tmp_path: Path, tokenizer: str)
     try:
         refused = preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl", "--output-prefix", "disk/data")
         assert refused.returncode == 2
-        assert "disk is not a folder that can be written to" in refused.stderr
+        assert "disk is not a folder with write permission" in refused.stderr
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
@@ -381,7 +381,7 @@ def test_the_manifest_lists_what_was_found_and_not_read(tmp_path: Path, tokenize
     (tmp_path / "in/README.md").write_text("notes")
     done = preprocess_by_command(tmp_path, tokenizer, "--input", "in", "--workers", "1")
     assert done.returncode == 0, done.stderr
-    assert "not read: in/.ipynb_checkpoints (hidden)" in done.stderr
+    assert "skipped: in/.ipynb_checkpoints (hidden)" in done.stderr
     manifest = load_manifest(f"{tmp_path}/out/data")
     assert (manifest.num_documents, {entry["path"]: entry["reason"] for entry in manifest.skipped_inputs}) == (
         1,
@@ -411,7 +411,7 @@ def test_a_task_beside_tasks_of_other_inputs_is_refused(tmp_path: Path, tokenize
     path = write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 9))
     preprocessed(tmp_path, tokenizer, "data", task_id=0, num_tasks=3)
     write_jsonl(path, legible_documents(9, 12))
-    with pytest.raises(UsageError, match=r"data-00000-of-00003 was made when the inputs were not the same as now"):
+    with pytest.raises(UsageError, match=r"data-00000-of-00003 was made from other inputs"):
         preprocessed(tmp_path, tokenizer, "data", task_id=1, num_tasks=3)
     for task in (1, 2):
         preprocessed(tmp_path, tokenizer, "data", task_id=task, num_tasks=3, overwrite=True)

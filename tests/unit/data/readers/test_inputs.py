@@ -46,12 +46,12 @@ def test_a_folder_is_every_file_of_a_known_ending_below_it_and_a_list_names_more
     ("pattern", "words"),
     [
         ("n*.jsonl", "matches no file"),
-        ("a.csv", "ending that is not known"),
-        ("a.parquet.gz", "ending that is not known"),
-        ("notes", "a folder without a file of a known ending"),
+        ("a.csv", "an unknown ending"),
+        ("a.parquet.gz", "an unknown ending"),
+        ("notes", "a folder without a file of a known format"),
         (".", "gone.jsonl cannot be read .No such file"),
         ("@absent", "input list .*absent cannot be read"),
-        ("pipe.jsonl", "no regular file"),
+        ("pipe.jsonl", "not a regular file"),
         ("gone.jsonl", "cannot be read .No such file"),
         ("nosuch://x/a.jsonl", "Protocol not known"),
     ],
@@ -105,7 +105,7 @@ def test_a_folder_reached_twice_is_read_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("link", "target", "words"),
     [
-        ("in/deep/up", "..", "a link to a folder above it"),
+        ("in/deep/up", "..", "is a link to .*, a folder above it"),
         ("in/gone.jsonl", "nowhere", "cannot be read .No such file|which does not exist"),
         ("in/gone", "nowhere", "a link to nowhere, which does not exist"),
         ("in/README.md", "nowhere", "a link to nowhere, which does not exist"),
@@ -163,7 +163,7 @@ def test_a_list_may_begin_with_a_byte_order_mark_and_must_name_something(tmp_pat
     (tmp_path / "list").write_text(f"{tmp_path}/a.jsonl\r\n", encoding="utf-8-sig")
     assert names([f"@{tmp_path}/list"]) == ["a.jsonl"]
     (tmp_path / "list").write_text("\n \n")
-    with pytest.raises(UsageError, match="names nothing"):
+    with pytest.raises(UsageError, match="is empty"):
         expand_inputs([f"@{tmp_path}/list"])
 
 

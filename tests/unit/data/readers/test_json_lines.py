@@ -59,7 +59,7 @@ def test_an_integer_of_any_length_keeps_its_value_for_a_filter(tmp_path: Path) -
     [
         (b'{"text": "\\ud800", "k": NaN}', "malformed_json", "lone surrogate '\\ud800' at character 0"),
         (b'{"text": "ab\xff", "k": NaN}', "invalid_utf8", "invalid UTF-8"),
-        (b'{"text": NaN}', "text_is_not_a_string", "holds float"),
+        (b'{"text": NaN}', "text_is_not_a_string", "has type float"),
         (b'{"text": "one", "k": nan}', "malformed_json", "malformed JSON"),
         (b'{"text": "one", "k": NaN', "malformed_json", "malformed JSON"),
         (b'{"text": "one", "k": ' + b"[" * 5000, "malformed_json", "malformed JSON"),
@@ -98,7 +98,7 @@ def test_json_that_is_no_lines_is_named_with_what_converts_it(
     path = tmp_path / name
     path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
     for batch_bytes in (16, 1 << 20):
-        with pytest.raises(DataError, match=rf"{name} holds {found}, expected one object a line; .*jq -c"):
+        with pytest.raises(DataError, match=rf"{name} contains {found}, expected one object per line; .*jq -c"):
             skim(path, on_error=on_error, batch_bytes=batch_bytes, max_record_bytes=1000)
 
 
@@ -117,7 +117,7 @@ def test_json_over_several_lines_is_named_although_its_first_key_stands_on_the_f
     tmp_path: Path, content: bytes, batch_bytes: int
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.jsonl holds JSON (objects over several lines|arrays).*jq -c"):
+    with pytest.raises(DataError, match=r"a\.jsonl contains JSON (objects over several lines|arrays).*jq -c"):
         skim(tmp_path / "a.jsonl", batch_bytes=batch_bytes)
 
 

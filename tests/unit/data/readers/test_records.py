@@ -144,7 +144,7 @@ def test_blank_lines_a_missing_last_newline_crlf_and_a_byte_order_mark_are_no_tr
         (b'{"text": "\xff"}', "invalid_utf8", "invalid UTF-8"),
         (b'{"body": "x", "id": 1}', "missing_text_key", "no key 'text' among body, id"),
         (b"{}", "missing_text_key", "among no keys"),
-        (b'{"text": null}', "text_is_not_a_string", "holds NoneType"),
+        (b'{"text": null}', "text_is_not_a_string", "has type NoneType"),
         (b'["text"]', "not_an_object", "a JSON list"),
     ],
 )
@@ -165,7 +165,7 @@ def test_bad_texts_in_parquet_and_text_files_are_named(tmp_path: Path) -> None:
     assert skim(path)[:2] == (["1"], {"text_is_not_a_string": 1, "invalid_utf8": 1})
     with pytest.raises(DataError, match=r"a\.parquet: row 2: the text is null"):
         list(read_texts([source(path)], "text"))
-    with pytest.raises(DataError, match=r"no column 'body' but text; name one by --text-key"):
+    with pytest.raises(DataError, match=r"no column 'body', only text; name one by --text-key"):
         list(read_texts([source(path)], "body"))
     (tmp_path / "a.txt").write_bytes(b"abc\xff")
     with pytest.raises(DataError, match=r"a\.txt: invalid UTF-8 \(invalid start byte at byte 3\)"):
@@ -174,7 +174,7 @@ def test_bad_texts_in_parquet_and_text_files_are_named(tmp_path: Path) -> None:
 
 def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="holds int64, not text"):
+    with pytest.raises(DataError, match="has type int64, expected text"):
         list(read_texts([source(tmp_path / "a.parquet")], "text"))
 
 
@@ -207,7 +207,7 @@ def test_a_nested_text_key_names_a_field_of_a_field(tmp_path: Path) -> None:
     assert (texts, skipped) == ([], {"missing_text_key": 2})
     assert "no key 'a.b' among c" in messages[0]
     assert "no key 'a.b' among a int" in messages[1]
-    with pytest.raises(DataError, match=r"column 'a' has no field 'x' but b, c"):
+    with pytest.raises(DataError, match=r"column 'a' has no field 'x', only b, c"):
         list(read_texts([source(tmp_path / "a.parquet")], "a.x"))
 
 
@@ -271,7 +271,7 @@ def test_the_text_records_of_web_archives_are_documents(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is truncated"):
         texts_in(whole(tmp_path / "a.warc.wet.gz"))
     (tmp_path / "pages.warc").write_bytes(warc_of(("response", b"HTTP/1.1 200 OK\r\n\r\n<html>")))
-    with pytest.raises(DataError, match="holds 1 web pages and no text"):
+    with pytest.raises(DataError, match="contains 1 web pages but no text"):
         texts_in(whole(tmp_path / "pages.warc"))
 
 
@@ -341,7 +341,7 @@ def test_damaged_web_archives_are_named(tmp_path: Path) -> None:
 
 def test_a_column_of_lists_is_refused_as_no_text(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": [["a"], ["b"]]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"holds list<.*>, not text"):
+    with pytest.raises(DataError, match=r"has type list<.*>, expected text"):
         list(read_texts([source(tmp_path / "a.parquet")], "text"))
 
 

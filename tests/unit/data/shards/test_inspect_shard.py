@@ -1,4 +1,4 @@
-"""tools/inspect_shard.py: what a shard holds, in reading order, and every fault that can be planted in it."""
+"""tools/inspect_shard.py: what a shard holds, in reading order, and every problem that can be planted in it."""
 
 import json
 import os
@@ -102,9 +102,9 @@ def test_the_command_shows_manifest_statistics_and_text_in_reading_order(shard: 
         "direction  reverse",
         "documents  3",
         "tokens     15",
-        "min 3, mean 5.0, median 4, max 8 tokens a document; p5 3, p25 3, p75 8, p95 8, p99 8; 0.00% over 8,192",
+        "min 3, mean 5.0, median 4, max 8 tokens per document; p5 3, p25 3, p75 8, p95 8, p99 8; 0.00% over 8,192",
         "verified   all 15 tokens",
-        "direction  cannot be told from the ids: of 3 documents",  # every word of the legible tokenizer is a token
+        "direction  cannot be determined from the ids: of 3 documents",  # every word of the legible tokenizer is a token
     ):
         assert words in done.stdout
     shown = done.stdout.split("--- document ")
@@ -225,11 +225,11 @@ def truncate(suffix: str, size: int) -> Callable[[str], None]:
     return lambda prefix: os.truncate(f"{prefix}{suffix}", size)
 
 
-FAULTS: dict[str, tuple[Callable[[str], None], list[str]]] = {
-    "flipped_byte": (flip_byte, ["plain.bin has not the sha256", "cannot be said which document's ids changed"]),
+PROBLEMS: dict[str, tuple[Callable[[str], None], list[str]]] = {
+    "flipped_byte": (flip_byte, ["plain.bin does not have the sha256", "the changed document cannot be located"]),
     "flipped_byte_out_of_range": (
         lambda prefix: change(f"{prefix}.bin", 2 * 10 + 1, b"\x80"),
-        ["plain.bin has not the sha256", "plain.bin: document 2: id 32971 at 10 is outside the 1,001 ids"],
+        ["plain.bin does not have the sha256", "plain.bin: document 2: id 32971 at 10 is outside the 1,001 ids"],
     ),
     "truncated_bin": (truncate(".bin", 41), ["plain.bin is truncated: it has 41 bytes, its manifest says 60", "sha256"]),
     "lengthened_bin": (
@@ -240,31 +240,31 @@ FAULTS: dict[str, tuple[Callable[[str], None], list[str]]] = {
     "truncated_idx_header": (truncate(".idx", 20), ["plain.idx is truncated: it has 20 bytes, its header alone needs 34"]),
     "idx_of_another_shard": (
         swap_index,
-        ["num_documents is 5, but .idx holds 4 documents: it is the .idx of another shard", "plain.idx has not the sha256"],
+        ["num_documents is 5, but .idx has 4 documents: it is the .idx of another shard", "plain.idx does not have the sha256"],
     ),
     "idx_of_a_shard_with_as_many_documents": (
         swap_index_of_equal_count,
-        ["plain.idx has not the sha256", "plain.bin: document 2 does not end with eod 1000: its last id is 304"],
+        ["plain.idx does not have the sha256", "plain.bin: document 2 does not end with eod 1000: its last id is 304"],
     ),
     "idx_of_another_dtype": (
         lambda prefix: change(f"{prefix}.idx", 17, b"\4"),
-        ["plain.idx has the header", "not that of a shard of uint16 ids"],
+        ["plain.idx has the header", "does not fit a shard of uint16 ids"],
     ),
     "manifest_counts_documents_wrongly": (
         lambda prefix: change_manifest(prefix, num_documents=6),
-        ["plain.json: num_documents is 6, but .idx holds 5 documents, and its sha256 is right: the manifest was changed"],
+        ["plain.json: num_documents is 6, but .idx has 5 documents, and its sha256 is right: the manifest was changed"],
     ),
     "manifest_counts_tokens_wrongly": (
         lambda prefix: change_manifest(prefix, num_tokens=31),
-        ["plain.json: num_tokens is 31, but .bin, whose sha256 is right, holds 30: the manifest was changed"],
+        ["plain.json: num_tokens is 31, but .bin, whose sha256 is right, has 30: the manifest was changed"],
     ),
     "wrong_lengths": (
         wrong_lengths,
-        ["document 1 does not end with eod 1000", "plain.bin: document 1 holds eod 1000 inside, at its id 4"],
+        ["document 1 does not end with eod 1000", "plain.bin: document 1 has eod 1000 inside, at its id 4"],
     ),
     "wrong_lengths_alone": (
         only_lengths,
-        ["plain.idx: document 2 begins at byte 18, the pointers are not the running sum of the lengths from there on"],
+        ["plain.idx: document 2 begins at byte 18; from there on the pointers are not the running sum of the lengths"],
     ),
     "id_out_of_range": (id_out_of_range, ["sha256", "plain.bin: document 2: id 1001 at 10 is outside the 1,001 ids"]),
     "id_out_of_range_from_the_start": (id_out_of_range_hashed, ["plain.bin: document 2: id 1001 at 10 is outside"]),
@@ -272,7 +272,7 @@ FAULTS: dict[str, tuple[Callable[[str], None], list[str]]] = {
         missing_eods,
         ["plain.bin: document 2 does not end with eod 1000: its last id is 7 (and 1 more documents)", "sha256"],
     ),
-    "eod_inside": (eod_inside, ["plain.bin: document 3 holds eod 1000 inside, at its id 1"]),
+    "eod_inside": (eod_inside, ["plain.bin: document 3 has eod 1000 inside, at its id 1"]),
     "manifest_missing": (remove(".json"), ["the manifest", "plain.json is not: the shard was not finished"]),
     "bin_missing": (remove(".bin"), ["plain.bin is missing"]),
     "idx_missing": (remove(".idx"), ["plain.idx is missing"]),
@@ -281,20 +281,20 @@ FAULTS: dict[str, tuple[Callable[[str], None], list[str]]] = {
 
 
 @pytest.mark.parametrize("block_bytes", [2, 1 << 20])
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", PROBLEMS)
 def test_every_planted_problem_is_found_and_named(
     plain: str, name: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(verification, "BLOCK_BYTES", block_bytes)
-    damage, expected = FAULTS[name]
+    damage, expected = PROBLEMS[name]
     assert verify_shard(plain) == []
     damage(plain)
-    with pytest.raises(VerificationError, match=r"1 of 1 shards faulty: .*plain \("):
+    with pytest.raises(VerificationError, match=r"1 of 1 shards damaged: .*plain \("):
         inspect_shards(InspectSettings(prefixes=[plain], verify=True))
     said = capsys.readouterr().err
     for words in expected:
         assert words in said
-    assert all(line.startswith("fault: ") for line in said.splitlines())
+    assert all(line.startswith("problem: ") for line in said.splitlines())
 
 
 def test_a_wrong_direction_is_found_by_encoding_again(tmp_path: Path) -> None:
@@ -308,7 +308,7 @@ def test_a_wrong_direction_is_found_by_encoding_again(tmp_path: Path) -> None:
         change_manifest(prefix, direction=other)
         done = run(prefix, "--verify")
         assert done.returncode == 1
-        assert f"fault: {prefix}.json: the manifest says {other}, but the ids are {direction}: of 4" in done.stderr
+        assert f"problem: {prefix}.json: the manifest says {other}, but the ids are {direction}: of 4" in done.stderr
         assert f"0 keep their ids only if the shard is {other}, 4 only if it is {direction}" in done.stderr
 
 
@@ -331,7 +331,7 @@ def test_the_other_shards_are_still_looked_at_after_a_damaged_one(tmp_path: Path
     assert "verified   all 30 tokens" in done.stdout
     assert "a.bin is truncated" in done.stderr
     assert "b.json is not" in done.stderr
-    assert "error: 2 of 3 shards faulty" in done.stderr
+    assert "error: 2 of 3 shards damaged" in done.stderr
     done = run(str(tmp_path / "a"))  # what needs no reading is found without --verify
     assert done.returncode == 1
     assert "a.bin is truncated" in done.stderr
@@ -351,7 +351,7 @@ def test_another_tokenizer_is_refused_and_a_moved_one_is_asked_for(shard: str, t
     other = legible_tokenizer(tmp_path / "other")
     stored = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(stored.replace('"5": 5', '"5": 6').replace('"6": 6', '"6": 5'))
-    with pytest.raises(MismatchError, match="is not the one of the shard"):
+    with pytest.raises(MismatchError, match="is not that of the shard"):
         inspect_shards(InspectSettings(prefixes=[shard], show=1, tokenizer=str(other)))
     (tmp_path / "tokenizer").rename(tmp_path / "moved")
     with pytest.raises(UsageError, match="name it by --tokenizer"):

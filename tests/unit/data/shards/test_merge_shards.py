@@ -120,7 +120,7 @@ def test_differences_are_refused_by_name(tmp_path: Path) -> None:
         "other is forward, the shard .*first is reverse": (legible_provenance(Direction.FORWARD), "uint16"),
         "other was made with tokenizer legible": (legible_provenance(sha256="b" * 64), "uint16"),
         "other has eod 999": (replace(legible_provenance(), eod_id=999), "uint16"),
-        "other holds int32 ids, the shard .*first uint16": (legible_provenance(), "int32"),
+        "other has int32 ids, the shard .*first uint16": (legible_provenance(), "int32"),
     }
     for number, (words, (provenance, dtype)) in enumerate(others.items()):
         other = legible_shard(tmp_path / f"{number}other", DOCUMENTS[2:], provenance, dtype)

@@ -155,7 +155,7 @@ def test_the_type_of_ids_is_megatron_cores_choice() -> None:
     for vocab_size in (1001, 65_499, 65_500, 65_536, 151_936):
         assert choose_dtype("auto", vocab_size) == DType.optimal_dtype(vocab_size)
     assert choose_dtype("uint16", 65_536) == np.uint16
-    with pytest.raises(UsageError, match=r"uint16 holds ids up to 65,535, the tokenizer has ids up to 65,536"):
+    with pytest.raises(UsageError, match=r"uint16 stores ids up to 65,535, the tokenizer has ids up to 65,536"):
         choose_dtype("uint16", 65_537)
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_manifest_is_named(shard: str) -> None:
     stored = json.loads(path.read_text())
     for content, words in [
         ("{", "is not JSON"),
-        ("[]", "no JSON object"),
+        ("[]", "does not contain a JSON object"),
         (json.dumps({**stored, "format_version": 9}), "format version 9"),
         (json.dumps({key: value for key, value in stored.items() if key != "eod_id"}), "lacks eod_id"),
         (json.dumps({key: value for key, value in stored.items() if key != "num_tokens"}), "not a complete manifest"),
@@ -225,8 +225,8 @@ def test_another_header_is_refused(shard: str) -> None:
     ("suffix", "offset", "values", "words"),
     [
         (".idx", HEADER.size, np.array([5, 4], "<i4"), "the pointers are not the running sum"),
-        (".idx", HEADER.size, np.array([5], "<i4"), "the lengths do not add up"),
-        (".idx", HEADER.size, np.array([1, 8], "<i4"), "nothing besides its eod"),
+        (".idx", HEADER.size, np.array([5], "<i4"), "the lengths add up to"),
+        (".idx", HEADER.size, np.array([1, 8], "<i4"), "no token before its eod"),
         (".idx", HEADER.size + 5 * 12, np.array([1], "<i8"), "the document indices"),
         (".bin", 2 * 3, np.array([7], "<u2"), "document 0 does not end with eod 1000"),
         (".bin", 2 * 5, np.array([1001], "<u2"), "id 1001 at 5 is outside the 1,001 ids"),

@@ -90,7 +90,7 @@ def test_a_shard_copied_anew_without_a_change_goes_on(own: TinyData, caplog: pyt
     path.with_suffix(".copy").replace(path)
     assert samples[0]["tokens"].tolist() == before
     assert len(samples[len(samples) - 1]["tokens"]) == 32
-    assert caplog.text.count("written anew during the run, with the same content") == 1
+    assert caplog.text.count("written again during the run, with the same content") == 1
 
 
 def test_targets_of_pairs_are_watched_as_well(tmp_path: Path) -> None:
