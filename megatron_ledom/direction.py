@@ -44,11 +44,11 @@ def _reversed(ids: Ids) -> Ids:
 
 
 def check_helpers() -> None:
-    """Raise UsageError where the C++ helpers, which `pack_into` and `reverse_into` call, are not built."""
+    """Raise UsageError where the C++ helpers, which `concatenate_into` and `reverse_into` call, are not built."""
     import megatron_ledom._helpers  # noqa: F401
 
 
-def pack_into(
+def concatenate_into(
     text_ids: npt.NDArray[np.uint32],
     offsets: npt.NDArray[np.int64],
     packed: npt.NDArray[Any],
@@ -94,10 +94,10 @@ def reverse_into(
     return int(helpers.turn_documents(stored_ids, lengths, reversed_ids, is_closed, eod_id, vocab_size))
 
 
-def pack_documents_reference(
+def concatenate_documents_reference(
     documents: Sequence[Sequence[int]], direction: Direction, eod_id: int, bos_id: int | None = None
 ) -> list[int]:
-    """What `pack_into` computes, in plain Python: the text of the rule, and the yardstick of its tests."""
+    """What `concatenate_into` computes, in plain Python: the text of the rule, and the yardstick of its tests."""
     packed: list[int] = []
     for document in documents:
         if document:

@@ -24,7 +24,7 @@ from settings import Settings
 from twins import DIRECTIONS
 
 from megatron_ledom.reports import pages
-from megatron_ledom.reports.method_comparison import figures_of
+from megatron_ledom.reports.method_comparison import plots_of
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.tables import markdown_table
 
@@ -49,7 +49,7 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
         claims(results, abilities_claims(results["abilities"])),
         Section(title="What did not reproduce", told=failed),
         loss(results, loss_figures(twins, results["places"])),
-        reward(results, figures_of(results["rewards"]["report"])),
+        reward(results, plots_of(results["rewards"]["report"])),
         abilities_section(results["abilities"]),
         backward_section(results["backward"]),
         *ablation(results),

@@ -24,7 +24,7 @@ from megatron_ledom.evaluation.tasks.prompts import Prompt
 from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
 from megatron_ledom.evaluation.written_answers import prompt_of
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
-from megatron_ledom.inference.model_folder import SAY_EOD_ID, check_unchanged, folder_facts, load_tokenizer, surroundings
+from megatron_ledom.inference.model_folder import COMMAND_OPTIONS, check_unchanged, folder_facts, load_tokenizer, surroundings
 from megatron_ledom.inference.scoring import check_batch_size
 from megatron_ledom.storage.locks import output_folder_lock
 
@@ -41,9 +41,9 @@ def evaluate_command(options: Options) -> None:
             raise UsageError(f"--{name} is missing; see --help, or --list for the tasks")
     tasks = _load_tasks(options)
     folder = Path(options["model"])
-    direction = direction_of(folder, options["direction"], SAY_EOD_ID)
+    direction = direction_of(folder, options["direction"], COMMAND_OPTIONS)
     if options["show"]:
-        tokenizer, _ = load_tokenizer(folder, direction, options["eod_id"], SAY_EOD_ID)
+        tokenizer, _ = load_tokenizer(folder, direction, options["eod_id"], COMMAND_OPTIONS)
         for task in tasks:
             show(task, direction, tokenizer, options["show"])
         return
@@ -186,7 +186,9 @@ def _code_sandbox(options: Options) -> Sandbox | None:
 
 
 def _load(options: Options, folder: Path, direction: Direction, about: dict[str, Any]) -> LanguageTaskModel:
-    language_model = load_language_model(folder, direction, options["direction"], eod_id=options["eod_id"], say=SAY_EOD_ID)
+    language_model = load_language_model(
+        folder, direction, options["direction"], eod_id=options["eod_id"], option_names=COMMAND_OPTIONS
+    )
     check_unchanged(folder, about)
     return LanguageTaskModel(language_model, options["batch_size"])
 

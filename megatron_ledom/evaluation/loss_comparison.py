@@ -18,7 +18,7 @@ from megatron_ledom.evaluation.record_checks import document_check
 from megatron_ledom.evaluation.tasks.loading import ENDINGS, read_rows
 from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
 from megatron_ledom.inference.model_folder import (
-    SAY_EOD_ID,
+    COMMAND_OPTIONS,
     check_unchanged,
     folder_facts,
     load_tokenizer,
@@ -56,7 +56,7 @@ def read_documents(options: Options) -> list[Document]:
 def check_tokenizers(options: Options) -> bool:
     """Return True if both are the same. Raise MismatchError for different ones, unless these are asked for; reads no weights."""
     forward, _ = load_tokenizer(Path(options["forward"]))
-    reverse, _ = load_tokenizer(Path(options["reverse"]), Direction.REVERSE, options["eod_id"], SAY_EOD_ID)
+    reverse, _ = load_tokenizer(Path(options["reverse"]), Direction.REVERSE, options["eod_id"], COMMAND_OPTIONS)
     is_same = is_same_tokenizer(forward, reverse)
     if not is_same and not options["different_tokenizers"]:
         raise MismatchError(
@@ -130,7 +130,7 @@ def _read(
     """Return the records of the documents after the first `num_kept`; each window is written as soon as it is scored."""
     forward = ForwardLM.from_pretrained(options["forward"])
     asked = {"direction": options["direction"], "eod_id": options["eod_id"]}
-    reverse = ReverseLM.from_pretrained(options["reverse"], **asked, say=SAY_EOD_ID)
+    reverse = ReverseLM.from_pretrained(options["reverse"], **asked, option_names=COMMAND_OPTIONS)
     for side in ("forward", "reverse"):
         check_unchanged(Path(options[side]), about[side])
     records: list[dict[str, Any]] = []

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
-from megatron_ledom.inference.model_folder import Say, read_model_config
+from megatron_ledom.inference.model_folder import OptionNames, read_model_config
 from megatron_ledom.inference.scoring import SpanScore, check_batch_size
 
 
@@ -54,15 +54,15 @@ class LanguageTaskModel:
         return [written.following for written in self._lm.generate_following(list(given), **options)]
 
 
-def direction_of(folder: Path, asked: str | None, say: Say) -> Direction:
+def direction_of(folder: Path, asked: str | None, option_names: OptionNames) -> Direction:
     """Return what is asked for, else what the folder records; of a folder that records none, forward, which is said.
 
-    say: how the message names a direction.
+    option_names: how the message names a direction.
     """
     recorded = read_model_config(folder).get("direction")
     if asked is None and recorded is None:
         print(
-            f"{folder} records no direction and is judged as a forward model; for a reverse one give {say.reverse}",
+            f"{folder} records no direction and is judged as a forward model; for a reverse one give {option_names.reverse}",
             file=sys.stderr,
         )
     return Direction(asked or recorded or Direction.FORWARD)

@@ -135,7 +135,7 @@ def compared(build: Any, config: RunConfig, checkpoint: str) -> dict[str, Any]:
 def effective(state: Any) -> dict[str, Any]:
     """What the settings have made of a run: schedule, groups, batches, policies."""
     from megatron_ledom.config.derived import num_microbatches
-    from megatron_ledom.platform.engine_state import settings_of
+    from megatron_ledom.platform.core_state import settings_of
     from megatron_ledom.training.history import RunHistory
     from megatron_ledom.training.step_policy import StepPolicy
 

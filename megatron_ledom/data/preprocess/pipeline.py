@@ -122,17 +122,17 @@ def _finished_shard(task: PreprocessTask, digest: str, store: PartStore | None =
 
 def _log_start(task: PreprocessTask, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker; and threads do not survive a fork
-    engine = tokenizer.use_fastest_engine(_samples(task))
+    encoder = tokenizer.use_fastest_encoder(_samples(task))
     logger.info(
-        "%s: %d files, %d parts, %s order, tokenizer %s (%d ids, eod %r = %d), %s, %d workers; engine: %s",
+        "%s: %d files, %d parts, %s order, tokenizer %s (%d ids, eod %r = %d), %s, %d workers; encoder: %s",
         *(task.prefix, len({byte_range.source.path for part in task.parts for byte_range in part}), len(task.parts)),
         *(task.settings.direction, tokenizer.name, tokenizer.vocab_size, tokenizer.eod_token, tokenizer.eod_id),
-        *(dtype, min(task.workers, max(1, len(task.parts))), engine),
+        *(dtype, min(task.workers, max(1, len(task.parts))), encoder),
     )
 
 
 def _samples(task: PreprocessTask) -> list[str]:
-    """Real texts from all over the task's byte range, for the check of the tokenizer's engine; bad records are met later."""
+    """Real texts from all over the task's byte range, for the check of the tokenizer's encoder; bad records are met later."""
     cheap = [
         byte_range for part in task.parts for byte_range in part if not byte_range.source.compression or not byte_range.start
     ]

@@ -171,7 +171,7 @@ class PreprocessTask:
             "eod_token": tokenizer.eod_token,
             "dtype": dtype.name,
         }
-        if tokenizer.is_eod_made_text:  # earlier versions let it end documents in their middle: their work is not this one
+        if tokenizer.is_eod_forced_to_text:  # earlier versions let it end documents in their middle: their work is not this one
             request["is_eod_made_text"] = True
         return dict(orjson.loads(orjson.dumps(request)))
 

@@ -26,9 +26,9 @@ from megatron_ledom.evaluation.harness.reverse_choices import (
 from megatron_ledom.evaluation.multiple_choice import Pair
 from megatron_ledom.evaluation.task_model import LanguageTaskModel, direction_of, load_language_model
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.joint_tokenizer import OpenText
+from megatron_ledom.inference.joint_tokenizer import HealedPrompt
 from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
-from megatron_ledom.inference.model_folder import SAY_MODEL_ARGS, read_model_config
+from megatron_ledom.inference.model_folder import HARNESS_OPTIONS, read_model_config
 from megatron_ledom.inference.scoring import Span, logprobs_and_likeliest, measure_spans, naming_text, score_spans
 from megatron_ledom.tokenizers.reader import read_tokenizer
 
@@ -77,8 +77,8 @@ class LedomLM(LM):  # type: ignore[misc]
             raise UsageError(f"way={way!r} is unknown; it can be one of {', '.join(WAYS)}")
         if isinstance(pretrained, str | Path):
             folder = Path(pretrained)
-            found = direction_of(folder, direction, SAY_MODEL_ARGS)
-            loading = {"eod_id": eod_id, "device": _device(device), "dtype": _dtype(dtype), "say": SAY_MODEL_ARGS}
+            found = direction_of(folder, direction, HARNESS_OPTIONS)
+            loading = {"eod_id": eod_id, "device": _device(device), "dtype": _dtype(dtype), "option_names": HARNESS_OPTIONS}
             self._lm = load_language_model(folder, found, direction, **loading)
             self._start = _start_id(folder, self._lm)
         else:
@@ -227,8 +227,8 @@ class LedomLM(LM):  # type: ignore[misc]
         room = self.max_length - sampling.max_new_tokens
         if num_cut := sum(len(tokens) > room for tokens in encoded):
             logger.warning("the beginnings of %d prompts are left out: %d tokens fit beside those to write", num_cut, room)
-        opened = [(context, OpenText(tokens[-room:], b"")) for context, tokens in zip(contexts, encoded, strict=True)]
-        written = self._lm.writer.write_opened(opened, [], sampling, self.batch_size)
+        opened = [(context, HealedPrompt(tokens[-room:], b"")) for context, tokens in zip(contexts, encoded, strict=True)]
+        written = self._lm.writer.write_healed(opened, [], sampling, self.batch_size)
         return [_before_any(sampling.stop_strings, self._lm.tokenizer.decode(one.text_ids)) for one in written]
 
     def _in_windows(

@@ -20,7 +20,7 @@ from megatron_ledom.errors import LedomError
 from megatron_ledom.evaluation.item_file import ItemFile, numbered
 from megatron_ledom.evaluation.results import write_summary
 from megatron_ledom.inference.reverse_reward.input_lines import Record
-from megatron_ledom.inference.reverse_reward.rerank_part import Part, Window
+from megatron_ledom.inference.reverse_reward.rerank_part import UnfinishedOutput, Window
 from megatron_ledom.platform.launch import ALONE
 from megatron_ledom.storage.files import sync, write_file, write_synced
 from megatron_ledom.storage.folders import new_folder
@@ -72,7 +72,7 @@ def reranked_windows(folder: Path, report: Report) -> None:
     """The windows of a reranking, whose lines no model has to score."""
     records = [Record(n, f"in:{n}", f"p{n}", [], {"prompt": f"p{n}"}) for n in range(LINES)]
     windows = [records[n : n + 2] for n in range(0, LINES, 2)]
-    part = Part(folder / "out.jsonl", {"settings": {"weight": 0.5}})
+    part = UnfinishedOutput(folder / "out.jsonl", {"settings": {"weight": 0.5}})
     if part.is_complete(records, overwrite=False):
         return
     for window in windows[part.resume(windows) :]:

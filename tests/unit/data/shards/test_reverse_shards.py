@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_ledom.data.shards.rewriting import ReverseSettings, reverse_shards
 from megatron_ledom.data.shards.shard import Counts, InputFile, ShardReader, check_shard
-from megatron_ledom.direction import Direction, pack_documents_reference, reverse_into
+from megatron_ledom.direction import Direction, concatenate_documents_reference, reverse_into
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.storage.hashes import sha256_of
 from tests.support.forked import run_forked
@@ -59,7 +59,7 @@ def test_reversed_documents_are_what_the_reference_says(
 ) -> None:
     documents = [[*document, EOD_ID] for document in documents] if is_closed else documents
     contents = [document[:-1] if is_closed else document for document in documents]
-    expected = pack_documents_reference(contents, Direction.REVERSE, EOD_ID)
+    expected = concatenate_documents_reference(contents, Direction.REVERSE, EOD_ID)
     ids = np.array([number for document in documents for number in document], stored)
     lengths = np.array([len(document) for document in documents], np.int64)
     reversed_ids = np.empty(len(expected), dtype)
