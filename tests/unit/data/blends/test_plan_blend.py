@@ -60,7 +60,7 @@ def test_a_source_that_would_repeat_is_refused_with_the_most_that_is_possible() 
     done = run("--input", "web=900B", "math=10B", "--weights", "0.9", "0.1", "--tokens", "200B")
     assert done.returncode == 1
     assert done.stdout.splitlines()[2].split() == ["math", "10,000,000,000", "0.1", "10.00%", "20,000,000,000", "2.0000"]
-    assert "read more than once: math (2.0000 times); these shares give at most 100,000,000,000 tokens" in done.stderr
+    assert "read more than once: math (2.0000 times); these weights allow at most 100,000,000,000 tokens" in done.stderr
     assert "train_blend" not in done.stdout
     done = run("--input", "web=900B", "math=10B", "--weights", "0.9", "0.1", "--tokens", "200B", "--allow-repeats")
     assert done.returncode == 0
@@ -127,7 +127,7 @@ def test_the_lines_are_yaml_with_any_weight_and_prefix() -> None:
 def test_wrong_usage_is_refused() -> None:
     done = run("--input", "a=100")
     assert done.returncode == 2
-    assert "--tokens is needed" in done.stderr
+    assert "--tokens is missing" in done.stderr
     for words, settings in {
         "has 1 numbers for 2 sources": {"weights": [1.0]},
         "must all be above 0": {"weights": [1.0, 0.0]},

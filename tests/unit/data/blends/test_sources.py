@@ -124,7 +124,7 @@ def test_a_shard_whose_held_out_part_rounds_to_nothing_does_not_empty_the_set(
     assert len(sources.train.sources) == 2
     assert [(source.prefix, source.weight) for source in sources.valid["valid"].sources] == [(data.shard("reverse_train"), 1.0)]
     assert sources.valid["valid"].num_samples == 16
-    assert f"the held-out set valid goes without 1 shards, too short there for one sample: {few}" in caplog.text
+    assert f"the held-out set valid skips 1 shards that are too short for one sample: {few}" in caplog.text
     with pytest.raises(ConfigError, match="the held-out set valid gives 0 samples of 32 tokens"):
         opened(data, f"data.train_blend=[[1,{few}]]", "data.split=[9,1,0]", "data.allow_repeats=true")
     with pytest.raises(ConfigError, match="few has 0 tokens to train on, less than one sample"):  # nor is it less than none

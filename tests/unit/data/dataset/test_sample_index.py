@@ -166,7 +166,7 @@ def test_a_damaged_index_is_built_anew(
     opened(data, tmp_path / "cache")
     assert path.read_bytes() == whole
     if len(damage(whole)) == len(whole):
-        assert "is damaged; it is built anew" in caplog.text
+        assert "is damaged and will be rebuilt" in caplog.text
 
 
 def test_a_damaged_index_is_replaced_not_taken_away_from_under_another_builder(
@@ -324,6 +324,6 @@ def test_an_idx_of_other_lengths_than_its_manifest_is_refused_while_building(own
     content = bytearray(path.read_bytes())
     content[34] += 1
     path.write_bytes(content)
-    with pytest.raises(LedomError, match="does not fit its manifest"):
+    with pytest.raises(LedomError, match="does not match its manifest"):
         build_arrays(source, 32, 42, 0)
     assert sha256_of(str(path)) != source.manifest.idx_sha256

@@ -181,7 +181,7 @@ def large_vocabulary(folder: Path) -> str:
         (["--eod-token", ""], 2, "--eod-token is empty"),
         (["--bos-token", ""], 2, "--bos-token is empty"),
         (["--eod-id", "5000"], 2, "has no token with id 5000"),
-        (["--eod-id", "1", "--eod-token", "1"], 2, "name the same thing"),
+        (["--eod-id", "1", "--eod-token", "1"], 2, "both name the eod"),
         (["--bos-token", "<bos>"], 2, "has no token '<bos>'"),
         (["--filter", "nothing"], 2, "is not of the form module:function"),
         (["--filter", "nowhere:f"], 2, "--filter nowhere:f cannot be loaded"),
@@ -231,7 +231,7 @@ def test_an_existing_output_is_kept_unless_overwritten(tmp_path: Path, tokenizer
     before = tree(tmp_path)
     again = preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl")
     assert again.returncode == 0
-    assert "finished before by the same request; nothing to do" in again.stderr
+    assert "the same request has finished it before; nothing to do" in again.stderr
     refused = preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl", "--direction", "forward")
     assert refused.returncode == 2
     assert "out/data.bin exists already; choose another --output-prefix, or replace it with --overwrite" in refused.stderr
@@ -415,7 +415,7 @@ def test_a_task_beside_tasks_of_other_inputs_is_refused(tmp_path: Path, tokenize
         preprocessed(tmp_path, tokenizer, "data", task_id=1, num_tasks=3)
     for task in (1, 2):
         preprocessed(tmp_path, tokenizer, "data", task_id=task, num_tasks=3, overwrite=True)
-    with pytest.raises(MismatchError, match=r"records between them may be lost or doubled"):
+    with pytest.raises(MismatchError, match=r"records between them may be lost or duplicated"):
         merge_shards(MergeSettings(input=[f"{tmp_path}/data-*"], output_prefix=f"{tmp_path}/all"))
     summary = collect(f"{tmp_path}/data")
     assert list(summary.faulty) == [1, 2]
@@ -437,7 +437,9 @@ def test_the_task_is_asked_for_or_slurms() -> None:
         asked(ID=17, COUNT=2, MIN=3)
     with pytest.raises(UsageError, match="the array has gaps"):
         asked(ID=0, COUNT=2, MIN=0, MAX=3)  # --array=0,3: without MAX, 0 would look like the first of two
-    with pytest.raises(UsageError, match="one task 3, which may be all of an array or one of it run again; give --num-tasks"):
+    with pytest.raises(
+        UsageError, match="only task 3, which may be the whole array or a repeated task of a larger one; give --num-tasks"
+    ):
         asked(ID=3, COUNT=1, MIN=3, MAX=3)
     with pytest.raises(UsageError, match="without --num-tasks"):
         asked(3)
@@ -449,7 +451,7 @@ def test_some_tasks_of_an_array_run_again_are_not_taken_for_all_of_another(tmp_p
     write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 9))
     for task in range(3):
         preprocessed(tmp_path, tokenizer, "data", task_id=task, num_tasks=3)
-    with pytest.raises(UsageError, match=r"has shards of 3 tasks, this would be one of 2; .* give its --num-tasks"):
+    with pytest.raises(UsageError, match=r"has shards of an array of 3 tasks, this is one of 2; .* give its --num-tasks"):
         preprocessed(tmp_path, tokenizer, "data", task_id=0, num_tasks=2)
 
 

@@ -234,7 +234,10 @@ PROBLEMS: dict[str, tuple[Callable[[str], None], list[str]]] = {
     "truncated_bin": (truncate(".bin", 41), ["plain.bin is truncated: it has 41 bytes, its manifest says 60", "sha256"]),
     "lengthened_bin": (
         lambda prefix: change(f"{prefix}.bin", 60, b"\1\1"),
-        ["plain.bin is too long: it has 62 bytes, its manifest says 60", "60 bytes, .bin has 62; from the first wrong length"],
+        [
+            "plain.bin is too long: it has 62 bytes, its manifest says 60",
+            "60 bytes, .bin has 62; every document after the first wrong length",
+        ],
     ),
     "truncated_idx": (truncate(".idx", 100), ["plain.idx is truncated: it has 100 bytes, its 5 documents need 142"]),
     "truncated_idx_header": (truncate(".idx", 20), ["plain.idx is truncated: it has 20 bytes, its header alone needs 34"]),
@@ -304,7 +307,7 @@ def test_a_wrong_direction_is_found_by_encoding_again(tmp_path: Path) -> None:
         prefix = make(tmp_path, direction, texts, tokenizer)
         done = run(prefix, "--verify")
         assert done.returncode == 0, done.stderr
-        assert f"{direction} is right: of 4 documents decoded and encoded again, 4 keep their ids only" in done.stdout
+        assert f"{direction} is right: of 4 documents that were decoded and encoded again, 4 keep their ids only" in done.stdout
         change_manifest(prefix, direction=other)
         done = run(prefix, "--verify")
         assert done.returncode == 1

@@ -71,7 +71,7 @@ def test_a_shard_replaced_during_a_run_ends_it_by_name(own: TinyData, change: Ca
     assert len(samples[0]["tokens"]) == 32
     change(prefix)
     for number in (0, len(samples) - 1):
-        with pytest.raises(DataError, match=rf"the shard {prefix} .* it was replaced during the run .*put the old shard back"):
+        with pytest.raises(DataError, match=rf"the shard {prefix} .* it was replaced during the run .*restore the old shard"):
             samples[number]
 
 
