@@ -1,4 +1,4 @@
-"""tools/inspect_shard.py: what a shard holds, in reading order, and every problem that can be planted in it."""
+"""ledom inspect-shard: the content of a shard in text order, and every problem that a test can plant."""
 
 import json
 import os
@@ -34,14 +34,14 @@ DOCUMENTS = [legible_ids(document, 3 + document) for document in range(5)]
 
 @pytest.fixture
 def shard(tmp_path: Path) -> str:
-    """Documents of 2, 3 and 7 words, eods not counted."""
+    """A shard of documents with 2, 3 and 7 words, without eods."""
     texts = [legible_documents(3, length)[index] for index, length in enumerate((2, 3, 7))]
     return make(tmp_path, Direction.REVERSE, texts, legible_tokenizer(tmp_path / "tokenizer"))
 
 
 @pytest.fixture
 def plain(tmp_path: Path) -> str:
-    """`DOCUMENTS`, its tokenizer nowhere on disk."""
+    """A shard of `DOCUMENTS`, with no tokenizer on the disk."""
     return legible_shard(tmp_path / "plain", DOCUMENTS)
 
 
@@ -58,7 +58,7 @@ def make(folder: Path, direction: Direction, texts: list[str], tokenizer: Path) 
 
 
 def bpe_tokenizer(folder: Path, text: str) -> Path:
-    """A byte-level BPE, whose pieces of a text depend on the order of its characters."""
+    """A byte-level BPE, whose tokens of a text depend on the order of its characters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -91,11 +91,11 @@ def change_manifest(prefix: str, **values: Any) -> None:
 
 
 def rehash(prefix: str) -> None:
-    """Let the manifest fit the damaged files, as when they were damaged before they were hashed."""
+    """Make the manifest fit the damaged files, as if they were damaged before they were hashed."""
     change_manifest(prefix, bin_sha256=sha256_of(f"{prefix}.bin"), idx_sha256=sha256_of(f"{prefix}.idx"))
 
 
-def test_the_command_shows_manifest_statistics_and_text_in_reading_order(shard: str) -> None:
+def test_the_command_shows_manifest_statistics_and_text_in_text_order(shard: str) -> None:
     done = run(shard, "--show", "2", "--verify")
     assert done.returncode == 0, done.stderr
     for words in (
@@ -154,7 +154,7 @@ def test_statistics_are_those_of_numpy_over_all_lengths(lengths: list[int], cut:
     assert sum(documents) == len(lengths)
 
 
-def test_a_picture_of_the_lengths_is_written(shard: str, plain: str, tmp_path: Path) -> None:
+def test_a_plot_of_the_lengths_is_written(shard: str, plain: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     inspect_shards(InspectSettings(prefixes=[shard, plain], histogram=str(tmp_path / "lengths.png")))
     assert (tmp_path / "lengths.png").read_bytes()[1:4] == b"PNG"
@@ -164,7 +164,7 @@ def test_a_picture_of_the_lengths_is_written(shard: str, plain: str, tmp_path: P
         inspect_shards(InspectSettings(prefixes=[shard], histogram=str(tmp_path / "no/lengths.png")))
 
 
-def test_matplotlib_is_asked_for_by_name(shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_matplotlib_is_named(shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -187,7 +187,7 @@ def swap_index_of_equal_count(prefix: str) -> None:
 
 
 def wrong_lengths(prefix: str) -> None:
-    """Document 1 one longer, document 2 one shorter, pointers to match, hashes renewed."""
+    """Make document 1 one id longer and document 2 one shorter, with matching pointers and hashes."""
     change(f"{prefix}.idx", HEADER.size + 4, np.array([6, 5], "<i4").tobytes())
     change(f"{prefix}.idx", HEADER.size + 5 * 4 + 2 * 8, np.array([2 * 10], "<i8").tobytes())
     rehash(prefix)
@@ -315,7 +315,7 @@ def test_a_wrong_direction_is_found_by_encoding_again(tmp_path: Path) -> None:
         assert f"0 keep their ids only if the shard is {other}, 4 only if it is {direction}" in done.stderr
 
 
-def test_without_the_tokenizer_the_direction_is_not_checked_and_that_is_said(
+def test_without_the_tokenizer_the_direction_is_reported_as_not_checked(
     plain: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inspect_shards(InspectSettings(prefixes=[plain], verify=True))
@@ -324,7 +324,7 @@ def test_without_the_tokenizer_the_direction_is_not_checked_and_that_is_said(
         inspect_shards(InspectSettings(prefixes=[plain], verify=True, tokenizer="no such"))
 
 
-def test_the_other_shards_are_still_looked_at_after_a_damaged_one(tmp_path: Path) -> None:
+def test_the_other_shards_are_inspected_after_a_damaged_one(tmp_path: Path) -> None:
     for name in "abc":
         legible_shard(tmp_path / name, DOCUMENTS)
     os.truncate(tmp_path / "a.bin", 4)
@@ -335,7 +335,7 @@ def test_the_other_shards_are_still_looked_at_after_a_damaged_one(tmp_path: Path
     assert "a.bin is truncated" in done.stderr
     assert "b.json is not" in done.stderr
     assert "error: 2 of 3 shards damaged" in done.stderr
-    done = run(str(tmp_path / "a"))  # what needs no reading is found without --verify
+    done = run(str(tmp_path / "a"))  # problems that need no reading are found without --verify
     assert done.returncode == 1
     assert "a.bin is truncated" in done.stderr
     assert run(str(tmp_path / "c"), str(tmp_path / "d")).returncode == 2
@@ -350,7 +350,7 @@ def test_verify_prints_the_report_before_the_problem(shard: str, capsys: pytest.
     assert ".idx" in said.err
 
 
-def test_another_tokenizer_is_refused_and_a_moved_one_is_asked_for(shard: str, tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused_and_a_moved_one_must_be_named(shard: str, tmp_path: Path) -> None:
     other = legible_tokenizer(tmp_path / "other")
     stored = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(stored.replace('"5": 5', '"5": 6').replace('"6": 6', '"6": 5'))

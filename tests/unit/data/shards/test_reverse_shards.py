@@ -1,4 +1,4 @@
-"""tools/reverse_shards.py: a forward shard becomes the reverse one that preprocessing would have written, and back."""
+"""ledom reverse-shards: a forward shard becomes the reverse one that preprocessing would have written, and back."""
 
 import os
 import signal
@@ -54,9 +54,7 @@ def tokenizer(tmp_path: Path) -> str:
     stored=st.sampled_from(["uint16", "int32", "int64"]),
     dtype=st.sampled_from(["uint16", "int32"]),
 )
-def test_reversed_documents_are_what_the_reference_says(
-    documents: list[list[int]], is_closed: bool, stored: str, dtype: str
-) -> None:
+def test_reversed_documents_equal_the_reference(documents: list[list[int]], is_closed: bool, stored: str, dtype: str) -> None:
     documents = [[*document, EOD_ID] for document in documents] if is_closed else documents
     contents = [document[:-1] if is_closed else document for document in documents]
     expected = concatenate_documents_reference(contents, Direction.REVERSE, EOD_ID)
@@ -108,7 +106,7 @@ def test_a_reversed_shard_is_the_one_preprocessing_writes_and_reversing_twice_is
         assert found == expected
 
 
-def test_several_inputs_become_one_shard_in_the_order_given(tmp_path: Path) -> None:
+def test_several_inputs_become_one_shard_in_the_given_order(tmp_path: Path) -> None:
     parts = [legible_shard(tmp_path / f"x-0000{i}-of-00002", DOCUMENTS[3 * i : 3 * i + 3], FORWARD) for i in range(2)]
     reversed_shard = write_reversed(str(tmp_path / "x-*-of-00002"), output=tmp_path / "reversed")
     assert file_bytes(reversed_shard) == file_bytes(legible_shard(tmp_path / "whole", DOCUMENTS[:6]))
@@ -131,7 +129,7 @@ def test_a_foreign_shard_is_reversed_whatever_its_type_and_eods(
     assert f"read as forward ids of tokenizer, {words} '<eod>' = 1000 (like the first documents)" in caplog.text
 
 
-def test_what_stock_megatron_wrote_is_reversed(tmp_path: Path, tokenizer: str) -> None:
+def test_a_shard_of_stock_megatron_is_reversed(tmp_path: Path, tokenizer: str) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(tmp_path / "stock.bin"), dtype=np.int32)
@@ -177,7 +175,7 @@ def test_narrow_ids_of_one_byte_are_read(tmp_path: Path, tokenizer: str) -> None
         ([[[EOD_ID]], []], "auto", "has no document with a token"),
     ],
 )
-def test_what_cannot_be_reversed_is_refused_by_document_number(
+def test_an_invalid_document_is_refused_with_its_number(
     tmp_path: Path, tokenizer: str, documents: list[list[list[int]]], eod: str, words: str
 ) -> None:
     foreign = foreign_shard(tmp_path / "foreign", documents, "int64")
@@ -213,7 +211,7 @@ def test_a_damaged_foreign_shard_is_refused(
         write_reversed(foreign, output=tmp_path / "reversed", tokenizer=tokenizer)
 
 
-def test_a_damaged_shard_of_ours_is_not_given_a_new_hash(tmp_path: Path) -> None:
+def test_a_damaged_shard_of_ours_gets_no_new_hash(tmp_path: Path) -> None:
     forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD)
     with open(f"{forward}.bin", "r+b") as stream:
         stream.write(np.array([5], np.uint16).tobytes())
@@ -222,7 +220,7 @@ def test_a_damaged_shard_of_ours_is_not_given_a_new_hash(tmp_path: Path) -> None
     assert not list(tmp_path.glob("reversed*"))
 
 
-def test_a_stop_signal_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_signal_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD)
     monkeypatch.setattr(
         "megatron_ledom.data.shards.rewriting.reverse_into", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
@@ -256,7 +254,7 @@ def test_wrong_usage_is_refused(tmp_path: Path, tokenizer: str) -> None:
 
 
 def test_documents_that_begin_with_bos_are_not_reversed(tmp_path: Path) -> None:
-    """Simply reversed, a document's BOS would come just before its eod."""
+    """Reversing would move the BOS of a document to just before its eod."""
     forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD, counts=Counts(text_bytes=1, bos_token="999"))
     with pytest.raises(
         UsageError, match=r"begin with '999', which reversing would move to just before their eod.*preprocess the text"

@@ -1,4 +1,4 @@
-"""Shards: what is written, what stock megatron-core reads of it, and every way one can be damaged."""
+"""Shards: their files, how stock megatron-core reads them, and every kind of damage."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def packed(documents: list[list[int]], dtype: str) -> tuple[np.ndarray, np.ndarr
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: str = "uint16", *, overwrite: bool = False) -> str:
-    """A shard of some documents, appended in two pieces."""
+    """A shard of several documents, appended in two pieces."""
     with ShardWriter(str(prefix), PROVENANCE, dtype, overwrite=overwrite) as writer:
         writer.append(*packed(documents[:2], dtype))
         writer.append(*packed(documents[2:], dtype))
@@ -99,7 +99,7 @@ def test_any_documents_are_read_back_in_model_order(
     assert verify_shard(reader.prefix) == []
 
 
-def test_the_manifest_says_what_was_written(shard: str) -> None:
+def test_the_manifest_describes_the_shard(shard: str) -> None:
     manifest = check_shard(shard)
     assert manifest.provenance == PROVENANCE
     assert Provenance.from_dict(json.loads(Path(f"{shard}.json").read_text()), "manifest") == PROVENANCE
@@ -114,7 +114,7 @@ def test_an_index_outside_the_shard_is_refused(shard: str) -> None:
             ShardReader(shard).document(index)
 
 
-def test_an_unfinished_writer_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_unfinished_writer_leaves_no_files(tmp_path: Path) -> None:
     with ShardWriter(str(tmp_path / "new/data"), PROVENANCE, "uint16") as writer:
         writer.append(*packed(legible(2), "uint16"))
         assert (tmp_path / "new/data.bin.part").exists()
@@ -122,7 +122,7 @@ def test_an_unfinished_writer_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_bytes_that_do_not_fit_the_lengths_make_no_shard(tmp_path: Path) -> None:
-    """Trap 3: ids in .bin that no length counts shift every later document."""
+    """Ids in .bin that no length counts shift every later document."""
     with ShardWriter(str(tmp_path / "data"), PROVENANCE, "uint16") as writer:
         writer.append(*packed(legible(2), "uint16"))
         writer._bin.write(np.array([EOD_ID], np.uint16).tobytes())
