@@ -58,7 +58,7 @@ class PlannedSource:
 
     @property
     def repeats(self) -> bool:
-        """True if the run reads something more than once, by the rule that `ledom train` applies if samples are known."""
+        """True if the run reads some text of the shard more than once: by samples, as in training, if they are known."""
         if self.samples is not None and self.samples_available is not None:
             return self.samples > self.samples_available
         return self.epochs is not None and self.epochs > 1 + 1e-12  # the share is a rounded fraction

@@ -271,7 +271,7 @@ def _held_out(config: RunConfig, name: str, sources: list[Source]) -> Blend:
     for source in sources:
         if not source.manifest.text_bytes:
             raise ConfigError(
-                f"the manifest of the validation shard {source.prefix} has no number of text bytes, which bits per byte need;"
+                f"the manifest of the validation shard {source.prefix} lacks the number of text bytes, which bits per byte need;"
                 " make the shard from the text, or with ledom reverse-shards --text-bytes"
             )
     whole = Blend.of(sources, 0)

@@ -60,7 +60,7 @@ def build_once(
     `patience_seconds` without a builder, and UsageError if the folder of `lock_path` cannot be written.
     """
     lock, folder = Lock(lock_path), os.path.dirname(lock_path)
-    last_seen = told = time.monotonic()
+    last_seen = reported = time.monotonic()
     while not is_done():
         try:
             os.makedirs(folder, exist_ok=True)
@@ -80,8 +80,8 @@ def build_once(
                 f"node {node()}: {folder} lacks the sample index and no process has built it for {patience_seconds:,.0f} s; the"
                 " first rank of the node should do that: look for its error in the log"
             )
-        if now - told > REPORT_SECONDS:
-            told = now
+        if now - reported > REPORT_SECONDS:
+            reported = now
             log.warning("node %s waits for the sample index in %s; %s", node(), folder, lock.holder())
         time.sleep(POLL_SECONDS)
 

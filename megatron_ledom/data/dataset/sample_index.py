@@ -105,7 +105,7 @@ class IndexSpec:
         magic, key, body, _ = HEADER.unpack(content)
         return bool((magic, key, body + HEADER.size, size) == (MAGIC, self.key, self.num_bytes, self.num_bytes))
 
-    def is_sound(self, cache: str) -> bool:
+    def is_intact(self, cache: str) -> bool:
         """Return True if the file `is_built` and its body has the checksum in its header. Reads the whole file."""
         if not self.is_built(cache):
             return False
@@ -165,12 +165,12 @@ def prepare_indices(config: RunConfig, sources: Sources, cache: str, launch: Lau
         """Check the shards, and build the missing files."""
         check_indexed(sources)
         for spec in specs:
-            if not (spec.is_sound(cache) if damaged else spec.is_built(cache)):  # another node may have built it meanwhile
+            if not (spec.is_intact(cache) if damaged else spec.is_built(cache)):  # another node may have built it meanwhile
                 build_index(spec, cache, note)
 
     if may_build and is_done():
         check_indexed(sources)
-        damaged += [spec for spec in specs if not spec.is_sound(cache)]
+        damaged += [spec for spec in specs if not spec.is_intact(cache)]
         for spec in damaged:  # do not delete the file: another node may have replaced it already
             log.warning("node %s: the sample index %s is damaged and will be rebuilt", node(), spec.path(cache))
     build_once(os.path.join(cache, "lock"), is_done, build, may_build=may_build)

@@ -165,8 +165,8 @@ class PartEncoder(PartWork):
         message = f"the text contains the eod {eod}, which this tokenizer cannot write as text (--eod-token names another)"
         bad = BadRecordError(EOD_IN_TEXT, message)
         for index in np.flatnonzero(containing & is_kept).tolist():
-            reader, place = batch.places[index]
-            reader.reject(bad, place, skipped, messages)
+            reader, origin = batch.origins[index]
+            reader.reject(bad, origin, skipped, messages)
         return containing
 
 
@@ -181,7 +181,7 @@ def _gathered(batches: Iterator[TextBatch], batch_bytes: int) -> Iterator[TextBa
     for batch in batches:
         pending.texts += batch.texts
         pending.records += batch.records
-        pending.places += batch.places
+        pending.origins += batch.origins
         size += sum(map(len, batch.texts))
         if size >= batch_bytes // 2:
             yield pending

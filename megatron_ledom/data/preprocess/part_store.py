@@ -51,7 +51,7 @@ class PartFile:
         self.num_tokens = 0
 
     def append(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
-        """Add what `concatenate_documents` returned."""
+        """Add documents, as for `ShardWriter.append`."""
         _write_all(self._ids, ids, f"{self.path}.bin", self._ids_hash)
         _write_all(self._lengths, lengths, f"{self.path}.len", self._lengths_hash)
         self.num_documents += len(lengths)

@@ -53,7 +53,7 @@ class TextBatch:
     texts: list[str] = field(default_factory=list)
     records: list[Mapping[str, Any]] = field(default_factory=list)
     """The whole record of each text, if `keep_records` is set; {text_key: text} in formats without other fields."""
-    places: list[tuple["RecordReader", int | str]] = field(default_factory=list)
+    origins: list[tuple["RecordReader", int | str]] = field(default_factory=list)
     """Position of each text, see `RecordReader.name`. A later step may find that the record is bad, and then reports it."""
     position: int = 0
     """Bytes of the byte range read so far."""
@@ -65,7 +65,7 @@ class TextBatch:
         return TextBatch(
             texts=[self.texts[index] for index in indices],
             records=[self.records[index] for index in indices] if self.records else [],
-            places=[self.places[index] for index in indices],
+            origins=[self.origins[index] for index in indices],
             position=self.position,
         )
 
@@ -144,28 +144,28 @@ class RecordReader:
                     self._reject(bad, number)
             yield batch
 
-    def name(self, place: int | str) -> str:
+    def name(self, origin: int | str) -> str:
         """Return the position of a record for messages: FILE:LINE for a line. It is exact if a bad record ends the run."""
-        if isinstance(place, str) or self._line_reader is None:
-            return str(place)
-        return self._line_reader.name_line(place, exactly=self.settings.on_error == "fail")
+        if isinstance(origin, str) or self._line_reader is None:
+            return str(origin)
+        return self._line_reader.name_line(origin, exactly=self.settings.on_error == "fail")
 
-    def _add(self, batch: TextBatch, text: str, record: Mapping[str, Any], place: int | str) -> None:
+    def _add(self, batch: TextBatch, text: str, record: Mapping[str, Any], origin: int | str) -> None:
         batch.texts.append(text)
-        batch.places.append((self, place))
+        batch.origins.append((self, origin))
         if self.settings.keep_records:
             batch.records.append(record)
 
-    def _reject(self, bad: BadRecordError, place: int | str) -> None:
-        self.reject(bad, place, self.skipped, self.messages)
+    def _reject(self, bad: BadRecordError, origin: int | str) -> None:
+        self.reject(bad, origin, self.skipped, self.messages)
 
-    def reject(self, bad: BadRecordError, place: int | str, skipped: Counter[str], messages: list[str]) -> None:
+    def reject(self, bad: BadRecordError, origin: int | str, skipped: Counter[str], messages: list[str]) -> None:
         """Raise DataError for a bad record. With --on-error skip count it, and describe the first ones in `messages`."""
         if self.settings.on_error == "fail":
-            raise DataError(f"{self.name(place)}: {bad}; repair it, or skip such records with --on-error skip") from bad
+            raise DataError(f"{self.name(origin)}: {bad}; repair it, or skip such records with --on-error skip") from bad
         skipped[bad.reason] += 1
         if len(messages) < MAX_MESSAGES:
-            messages.append(f"{self.name(place)}: {bad}")
+            messages.append(f"{self.name(origin)}: {bad}")
 
     def _whole_file(self) -> Iterator[TextBatch]:
         source = self.byte_range.source
@@ -190,13 +190,13 @@ class RecordReader:
         for rows in self._rows(kind):
             batch = TextBatch(position=rows.position)
             for number, content in enumerate(rows.texts):
-                place = f"{self.byte_range.source.path}: {rows.unit} {rows.first + number + 1}"
+                origin = f"{self.byte_range.source.path}: {rows.unit} {rows.first + number + 1}"
                 try:
                     text, record = self._row(content, rows.records[number] if rows.records else None)
                 except BadRecordError as bad:
-                    self._reject(bad, place)
+                    self._reject(bad, origin)
                     continue
-                self._add(batch, text, record, place)
+                self._add(batch, text, record, origin)
             yield batch
 
     def _rows(self, kind: Literal["parquet", "arrow", "warc"]) -> Iterator[tables.Rows]:

@@ -68,7 +68,7 @@ def merge_shards(settings: MergeSettings) -> ShardManifest:
                 is_closed = is_closed and _has_eods_at_ends(block, manifest.eod_id)
                 writer.append(block.ids, block.lengths.astype(np.int32))
                 bar.update(block.ids.size)
-            if not is_closed:  # and not damaged: earlier versions could write such a shard
+            if not is_closed:  # possible in an intact shard of an earlier version
                 raise DataError(
                     f"{prefix}.bin has eod {manifest.eod_id} not only at the end of its documents; see which with"
                     f" ledom inspect-shard {prefix} --verify, and make the shard again with ledom preprocess-data --overwrite"

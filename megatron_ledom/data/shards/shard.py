@@ -314,7 +314,7 @@ class ShardWriter:
 
     def _rename(self) -> None:
         self._part(".len").unlink()
-        withdraw(self._files[".json"])  # an old manifest must never stand beside new ids
+        withdraw(self._files[".json"])  # an old manifest must never exist next to new ids
         for suffix in SUFFIXES:
             publish(self._part(suffix), self._files[suffix])
             self._made.append(self._files[suffix])

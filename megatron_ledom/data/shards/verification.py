@@ -114,9 +114,9 @@ class Index:
             self.problems.append(f"{path} is {state}: it has {size:,} bytes, its {self.count:,} documents need {needed:,}")
             return False
         if self.count != manifest.num_documents:
-            said = f"{self.prefix}.json: num_documents is {manifest.num_documents:,}, but .idx has {self.count:,} documents"
-            whose = ", and its sha256 is right: the manifest was changed" if is_same else ": it is the .idx of another shard"
-            self.problems.append(said + whose)
+            found = f"{self.prefix}.json: num_documents is {manifest.num_documents:,}, but .idx has {self.count:,} documents"
+            cause = ", and its sha256 is right: the manifest was changed" if is_same else ": it is the .idx of another shard"
+            self.problems.append(found + cause)
         return True
 
     def documents(self) -> Iterator[npt.NDArray[np.int64]]:
@@ -221,7 +221,7 @@ class IdScan:
             text = f"its last id is {ids[open_ends[0]]}"
             self._found("open", f"{{}} does not end with eod {eod}: {text}", ends, begin + open_ends)
         eods = np.flatnonzero(ids == eod)
-        if len(eods) > len(last) - len(open_ends) and not self.manifest.pairs:  # packs of pairs hold an eod for each
+        if len(eods) > len(last) - len(open_ends) and not self.manifest.pairs:  # a pack contains an eod for each pair
             inside = eods[~np.isin(eods, last, assume_unique=True)]
             self._found("inside", f"{{}} has eod {eod} {INSIDE} {{}}", ends, begin + inside)
 
