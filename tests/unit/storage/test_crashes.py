@@ -250,6 +250,6 @@ def test_the_building_of_a_sample_index_killed_at_any_step_leaves_none_or_a_soun
             report()
 
     def kept(folder: Path) -> int:
-        return sum(spec.is_sound(str(folder / "cache")) for spec in specs if spec.is_built(str(folder / "cache")))
+        return sum(spec.is_intact(str(folder / "cache")) for spec in specs if spec.is_built(str(folder / "cache")))
 
     check_every_crash(Job(act=build, kept=kept, steps=8), tmp_path, loss, changing=("lock",))

@@ -93,13 +93,13 @@ CASES: dict[str, tuple[Prepare, int, list[str]]] = {
     "truncated .bin": (truncated_bin, 1, ["reverse_train.bin is truncated", "copy the shard again"]),
     "forward shard": (forward_shard, 1, ["is forward, the run has data.direction=reverse", "set data.direction=forward"]),
     "forward validation": (forward_validation, 1, ["forward_valid is forward", "use a reverse one"]),
-    "validation without bytes": (validation_without_bytes, 2, ["does not say how many bytes of text", "--text-bytes"]),
-    "empty shard": (empty_shard, 2, ["empty has no documents", "leave it out of the blend"]),
+    "validation without bytes": (validation_without_bytes, 2, ["lacks the number of text bytes", "--text-bytes"]),
+    "empty shard": (empty_shard, 2, ["empty has no documents", "remove it from the blend"]),
     "two tokenizers": (other_tokenizer, 1, ["was made with tokenizer other", "use the same tokenizer for both"]),
     "another tokenizer": (tokenizer_of_another_run, 1, ["use the same tokenizer for both"]),
     "missing tokenizer": (lambda data: ["data.tokenizer=nowhere"], 2, ["tokenizer nowhere does not exist"]),
     "no shards": (lambda data: ["data.train_blend=[]"], 2, ["data.train_blend is empty", "ledom preprocess-data"]),
-    "another vocabulary": (lambda data: ["model.vocab_size=999"], 1, ["has ids of 1001", "leave model.vocab_size out"]),
+    "another vocabulary": (lambda data: ["model.vocab_size=999"], 1, ["has a vocabulary of 1001", "omit model.vocab_size"]),
     "repeats": (lambda data: ["train.train_iters=9999"], 2, ["it would be read", "set data.allow_repeats=true"]),
     "small validation set": (
         lambda data: [
@@ -196,7 +196,7 @@ def test_a_replaced_idx_is_refused_by_every_rank_before_any_group_is_made(own: T
     path.write_bytes(content[:34] + content[38:42] + content[34:38] + content[42:])  # two lengths change places
     ranks = start_ranks(own.config, tmp_path / "run", num_ranks=1)
     assert ranks.wait() == [1]
-    assert "reverse_train.idx has not the sha256 of its manifest: it was replaced or damaged" in ranks.output()
+    assert "reverse_train.idx does not have the sha256 of its manifest: it was replaced or damaged" in ranks.output()
 
 
 def test_a_run_goes_on_with_other_data_only_with_leave_and_keeps_a_note_of_it(own: TinyData, tmp_path: Path) -> None:
