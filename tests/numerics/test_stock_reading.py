@@ -244,7 +244,7 @@ def test_no_code_of_a_folder_runs_and_nothing_is_asked(
         import_hf(str(folder), str(tmp_path / "run"), direction=Direction.FORWARD)
     else:
         with pytest.raises(
-            MismatchError, match=r"is none of llama.*asks for code of the folder \(auto_map\), which is never run"
+            MismatchError, match=r"is not one of llama.*needs code of the folder \(auto_map\), which is never run"
         ):
             import_hf(str(folder), str(tmp_path / "run"), direction=Direction.FORWARD)
     assert not (tmp_path / "mark").exists()
