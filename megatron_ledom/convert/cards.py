@@ -187,7 +187,7 @@ def _verified(check: dict[str, Any] | None) -> list[str]:
             "**It was not verified**: `--no-verify` skipped the parity check. The logits of the two models were not compared."
         ]
     summary = (
-        f"The logits of the megatron-core model and of stock transformers were compared, {check['how'].replace('_', ' ')}, at"
+        f"The logits of the megatron-core model and of stock transformers were compared ({check['how'].replace('_', ' ')}) at"
         f" {check['positions']} positions of fixed and random ids."
     )
     limits = check["limits"]

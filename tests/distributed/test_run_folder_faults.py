@@ -76,7 +76,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "a folder": (a_folder, "latest is a folder, not a file with the name of a checkpoint: move it away", "iter_0000006"),
     "garbage": (name(b"\xff\x00\xfe"), "which is not the name of a checkpoint", "iter_0000006"),
     "damaged": (damage_newest, "iter_0000006 is damaged", "iter_0000004"),
-    "without a manifest": (without_manifest, "it is no finished checkpoint", "iter_0000004"),
+    "without a manifest": (without_manifest, "it is not a finished checkpoint", "iter_0000004"),
 }
 
 

@@ -103,7 +103,7 @@ def test_a_checkpoint_from_before_checksums_loads_and_says_so(
     assert "nothing to verify: written before checksums" in capsys.readouterr().out
     ranks = start_ranks(data.config, run_dir, "train.train_iters=4")
     assert ranks.wait() == [0], ranks.output()
-    assert "was written before checkpoints had checksums: its files cannot be checked" in ranks.output()
+    assert "was written by a version without checksums: its files cannot be checked" in ranks.output()
     assert len(load_manifest(str(run_dir / "checkpoints/iter_0000004")).files) == 4
 
 
