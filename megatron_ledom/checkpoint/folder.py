@@ -19,7 +19,7 @@ from megatron_ledom.checkpoint.manifest import MANIFEST, load_manifest
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, UsageError
 from megatron_ledom.storage.files import publish, write_synced
-from megatron_ledom.storage.hashes import size_faults
+from megatron_ledom.storage.hashes import size_problems
 
 LATEST = "latest"
 PART = ".part"
@@ -94,7 +94,7 @@ def how_to_resume(folder: str, other_than: str | None = None) -> str:
     for name in reversed(finished_checkpoints(folder).values()):
         checkpoint = os.path.join(folder, name)
         try:
-            problems = size_faults(checkpoint, load_manifest(checkpoint).files)
+            problems = size_problems(checkpoint, load_manifest(checkpoint).files)
         except LedomError:
             continue
         if not problems and name != other_than:

@@ -13,7 +13,7 @@ from megatron_ledom.checkpoint.stored_tensors import tensors_of
 from megatron_ledom.config.derived import data_parallel_size
 from megatron_ledom.config.schema import ParallelConfig
 from megatron_ledom.errors import DataError, LedomError, VerificationError
-from megatron_ledom.storage.hashes import content_faults, size_faults
+from megatron_ledom.storage.hashes import content_problems, size_problems
 
 
 @dataclass(slots=True)
@@ -37,9 +37,9 @@ def inspect_checkpoint(where: str, *, verify: bool = False) -> None:
     manifest = load_manifest(checkpoint)
     for name, value in _rows(checkpoint, manifest):
         print(f"{name:<12}  {value}")
-    problems = size_faults(checkpoint, manifest.files)
+    problems = size_problems(checkpoint, manifest.files)
     if verify:
-        problems = problems or content_faults(checkpoint, manifest.files)
+        problems = problems or content_problems(checkpoint, manifest.files)
     try:
         _print_groups(tensors_of(checkpoint))
     except DataError as error:

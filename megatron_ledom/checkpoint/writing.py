@@ -40,7 +40,7 @@ from megatron_ledom.checkpoint.folder import (
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, TransientError, cannot_write, first_cause
-from megatron_ledom.platform.engine_state import SaveResults
+from megatron_ledom.platform.core_state import SaveResults
 from megatron_ledom.platform.processes import die_with_the_parent, leave_signals_to_the_parent
 from megatron_ledom.storage.files import sync
 from megatron_ledom.storage.hashes import FileSums, checksum

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from megatron_ledom.data.preprocess.encode_parts import pack_documents
+from megatron_ledom.data.preprocess.encode_parts import concatenate_documents
 from megatron_ledom.direction import Direction
 from megatron_ledom.tokenizers.encoders import CachedByteEncoder, Encoder, FastokensEncoder, HubEncoder, why_not_bytes
 
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> StepClock:
     }
 
     def pack() -> list[Any]:
-        return [pack_documents(ids, at, **options)[0] for ids, at in flat]
+        return [concatenate_documents(ids, at, **options)[0] for ids, at in flat]
 
     arrays = clock.time("pack", pack)
     clock.time("write", lambda: write_arrays(Path(arguments.output), arrays))

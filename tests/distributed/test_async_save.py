@@ -26,7 +26,7 @@ def train_and_save(config_file: str, run_dir: str) -> None:
     from megatron_ledom.config.load import load_config
     from megatron_ledom.data.blends.sources import load_sources
     from megatron_ledom.data.dataset.batch import batch_iterators
-    from megatron_ledom.data.dataset.dataset import index_cache
+    from megatron_ledom.data.dataset.blend_samples import index_cache
     from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.collectives import gathered_weights
