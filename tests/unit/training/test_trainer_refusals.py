@@ -242,7 +242,7 @@ def test_a_damaged_checkpoint_is_named(data: TinyData, trained: Path) -> None:
     finally:
         (trained / "checkpoints/latest").write_text("iter_0000003\n")
     assert code == 1
-    assert "names 'iter_0000009', which is not there" in message
+    assert "names 'iter_0000009', which does not exist" in message
 
 
 def test_an_exploding_run_stops_before_it_saves(data: TinyData, tmp_path: Path) -> None:
