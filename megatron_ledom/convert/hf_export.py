@@ -19,7 +19,7 @@ from megatron_ledom.convert.cards import write_model_card, write_verification_ca
 from megatron_ledom.convert.hf_config import build_hf_config
 from megatron_ledom.convert.hf_folder import CONFIG, WeightsWriter, run_tokenizer, write_companions, write_config
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
-from megatron_ledom.convert.verify import Conversion, How, ParityCheck, run_parity_check
+from megatron_ledom.convert.verify import Conversion, ParityCheck, VerifyMode, run_parity_check
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.storage.files import PART_SUFFIX
@@ -39,7 +39,7 @@ def export_hf(
     *,
     overwrite: bool = False,
     max_shard_size: int = SHARD_BYTES,
-    verify: How | None = "auto",
+    verify: VerifyMode | None = "auto",
     architecture: str | None = None,
 ) -> ParityCheck | None:
     """Export the checkpoint `load`, or the latest of the run folder `load`, to the folder `save`.

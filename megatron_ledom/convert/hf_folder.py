@@ -133,7 +133,7 @@ class WeightsReader:
             also_in |= self._read_header(file)
         self._check_claims(also_in)
 
-    def holding_dtype(self) -> torch.dtype:
+    def exact_dtype(self) -> torch.dtype:
         """Return the smallest type that represents every tensor exactly: their common type, else fp32."""
         types = {dtype for dtype, name in DTYPE_NAMES.items() if name in set(self.dtypes.values())}
         return types.pop() if len(types) == 1 else torch.float32

@@ -36,7 +36,7 @@ from megatron_ledom.convert.hf_folder import (
     WeightsReader,
 )
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
-from megatron_ledom.convert.verify import Conversion, How, ParityCheck, run_parity_check
+from megatron_ledom.convert.verify import Conversion, ParityCheck, VerifyMode, run_parity_check
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
@@ -62,7 +62,7 @@ def import_hf(
     seq_length: int | None = None,
     params_dtype: str | None = None,
     max_shard_size: int = SHARD_BYTES,
-    verify: How | None = "auto",
+    verify: VerifyMode | None = "auto",
 ) -> ParityCheck | None:
     """Import the Hugging Face folder `load` as the new run folder `save`, to be trained in `direction`.
 
@@ -88,7 +88,7 @@ def import_hf(
         checkpoint = os.path.join(part, checkpoints, checkpoint_name(0))
         os.makedirs(checkpoint)
         manifest = _write_checkpoint(checkpoint, config, loaded, reader, weights, max_shard_size)
-        check = run_parity_check(Conversion(checkpoint, manifest, load, hf_config, reader.holding_dtype()), verify)
+        check = run_parity_check(Conversion(checkpoint, manifest, load, hf_config, reader.exact_dtype()), verify)
         loaded.save(os.path.join(part, TOKENIZER))
         Path(part, MODEL_YAML).write_text(_model_yaml(config, loaded), encoding="utf-8")
         sums = {name: found.result()["sha256"] for name, found in sources.items()}

@@ -27,17 +27,17 @@ class StockSide:
         config: PreTrainedConfig,
         vocab_size: int,
         *,
-        held: torch.dtype,
+        folder_dtype: torch.dtype,
         dtype: torch.dtype = torch.float32,
-        stored: torch.dtype | None = None,
+        checkpoint_dtype: torch.dtype | None = None,
         whole: bool = True,
     ) -> None:
-        """`held`: type in which the folder's weights are loaded; weights of this type are memory-mapped, not copied. `stored`:
-        type of the weights in the checkpoint, to which they are rounded first; None: no rounding. `dtype`: type of the
-        computation."""
-        self.vocab_size, self.whole, self.dtype, self._stored = vocab_size, whole, dtype, stored
+        """`folder_dtype`: type in which the folder's weights are loaded; weights of this type are memory-mapped, not copied.
+        `checkpoint_dtype`: type of the weights in the checkpoint, to which they are rounded first; None: no rounding. `dtype`:
+        type of the computation."""
+        self.vocab_size, self.whole, self.dtype, self._checkpoint_dtype = vocab_size, whole, dtype, checkpoint_dtype
         self.config = copy.deepcopy(config)
-        self.model = _load(folder, self.config, held).eval()
+        self.model = _load(folder, self.config, folder_dtype).eval()
         if whole:
             for weight in self.model.parameters():  # not the buffers: transformers keeps rotary frequencies in fp32
                 weight.data = self._rounded(weight.data)
@@ -87,17 +87,17 @@ class StockSide:
     @contextmanager
     def _computing(self, module: Any) -> Iterator[Any]:
         """Yield a module whose weights have the type of the computation inside the context."""
-        held = {name: weight.data for name, weight in module.named_parameters()}
+        original = {name: weight.data for name, weight in module.named_parameters()}
         try:
             for weight in module.parameters():
                 weight.data = self._rounded(weight.data)
             yield module
         finally:
             for name, weight in module.named_parameters():
-                weight.data = held[name]
+                weight.data = original[name]
 
     def _rounded(self, weight: torch.Tensor) -> torch.Tensor:
-        return (weight if self._stored is None else weight.to(self._stored)).to(self.dtype)
+        return (weight if self._checkpoint_dtype is None else weight.to(self._checkpoint_dtype)).to(self.dtype)
 
 
 def _load(folder: str, config: PreTrainedConfig, dtype: torch.dtype) -> Any:

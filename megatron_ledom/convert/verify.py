@@ -37,7 +37,7 @@ MAX_MEDIAN_KL = 1e-5
 NOISE_FACTOR = 4
 """If rounding has a large effect, the models may differ by this multiple of the stock model's own rounding error. Two correct
 computations with independent rounding differ by about twice the error of one; 0.35 to 2.2 times was measured."""
-How = Literal["auto", "whole", "layers"]
+VerifyMode = Literal["auto", "whole", "layers"]
 SKIPPED = (
     "the parity check is skipped (--no-verify): the logits of the two models were not compared; only shapes and the tokenizer"
     " were checked"
@@ -73,16 +73,16 @@ class Conversion:
     folder: str
     """Folder with the Hugging Face weights. It needs no config.json."""
     hf_config: PreTrainedConfig
-    held: torch.dtype
+    folder_dtype: torch.dtype
     """Type that represents the weights of the folder exactly."""
 
     @property
-    def stored(self) -> torch.dtype:
+    def checkpoint_dtype(self) -> torch.dtype:
         """Type of the weights in the checkpoint."""
         return PARAMS_DTYPES[self.manifest.run_config(self.checkpoint).model.params_dtype]
 
 
-def run_parity_check(pair: Conversion, how: How | None) -> ParityCheck | None:
+def run_parity_check(pair: Conversion, how: VerifyMode | None) -> ParityCheck | None:
     """Run `check_logits`; with `how` None, log that the check is skipped and return None."""
     if how is None:
         log.warning("%s", SKIPPED)
@@ -90,7 +90,7 @@ def run_parity_check(pair: Conversion, how: How | None) -> ParityCheck | None:
     return check_logits(pair, how)
 
 
-def check_logits(pair: Conversion, how: How) -> ParityCheck:
+def check_logits(pair: Conversion, how: VerifyMode) -> ParityCheck:
     """Compare the stock model of a folder with the megatron-core model of a checkpoint on fixed and random ids.
 
     `auto` compares whole models if both together have at most WHOLE_BELOW bytes in fp32. Raises VerificationError with the
@@ -107,7 +107,7 @@ def check_logits(pair: Conversion, how: How) -> ParityCheck:
     positions = {"whole": "whole models", "layers": "layer by layer"}[how]
     log.info("parity check passed: largest difference %.3g in fp32 over %d positions, %s", difference, ids.numel(), positions)
     bf16, limits = None, {"largest_logit_difference": limit}
-    if pair.stored is torch.bfloat16:
+    if pair.checkpoint_dtype is torch.bfloat16:
         bf16, allowed = _check_bf16(*_logits(pair, ids, torch.bfloat16, how), found)
         limits |= allowed
     return ParityCheck(positions, ids.numel(), difference, bf16, round(time.monotonic() - started, 2), limits)
@@ -209,7 +209,11 @@ def _sides(pair: Conversion, dtype: torch.dtype, how: str) -> Iterator[tuple["Co
 def _stock_side(pair: Conversion, dtype: torch.dtype, how: str) -> StockSide:
     vocab_size = pair.manifest.provenance.vocab_size
     return StockSide(
-        *(pair.folder, pair.hf_config, vocab_size), held=pair.held, dtype=dtype, stored=pair.stored, whole=how == "whole"
+        *(pair.folder, pair.hf_config, vocab_size),
+        folder_dtype=pair.folder_dtype,
+        dtype=dtype,
+        checkpoint_dtype=pair.checkpoint_dtype,
+        whole=how == "whole",
     )
 
 

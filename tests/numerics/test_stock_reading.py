@@ -189,7 +189,7 @@ def test_stock_bf16_is_that_of_stock_transformers(tmp_path: Path) -> None:
         folder, dtype=torch.bfloat16, local_files_only=True, attn_implementation="sdpa"
     )
     sides = {
-        whole: StockSide(str(folder), stock.config, VOCAB_SIZE, held=torch.bfloat16, dtype=torch.bfloat16, whole=whole)
+        whole: StockSide(str(folder), stock.config, VOCAB_SIZE, folder_dtype=torch.bfloat16, dtype=torch.bfloat16, whole=whole)
         for whole in (True, False)
     }
     with torch.no_grad():
