@@ -1,5 +1,4 @@
-"""The folder of a run's checkpoints: one folder `iter_0001000/` per checkpoint, and the file `latest` with the name of the
-newest.
+"""The folder of a run's checkpoints: a folder `iter_0001000/` for each, and the file `latest` with the name of the newest.
 
 `iter_0001000.part` is being written and `iter_0001000.0.trash` is being deleted; neither counts as a checkpoint. `retire`
 deletes checkpoints. It keeps the newest few, those from which replays start, and those at multiples of

@@ -1,5 +1,4 @@
-"""The manifest of a checkpoint, `manifest.json`, which is written last. Its checks decide which runs may load the
-checkpoint."""
+"""The manifest of a checkpoint, `manifest.json`, which is written last, and the checks before a run loads it."""
 
 import hashlib
 import json
@@ -62,8 +61,7 @@ class CheckpointManifest:
     provenance: Provenance
     config: dict[str, Any]
     train_shards: list[list[Any]]
-    """[fraction of the samples, sha256 of .bin, sha256 of .idx, first document, last document + 1, prefix] per training
-    shard."""
+    """[fraction of the samples, sha256 of .bin, sha256 of .idx, first document, last document + 1, prefix] per shard."""
     world_size: int | None
     """Number of ranks that wrote the checkpoint; None in the previous format."""
     package_version: str

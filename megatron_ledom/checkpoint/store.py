@@ -31,8 +31,7 @@ log = logging.getLogger(__name__)
 EXTRA_STATE = "_extra_state"
 """State of a layer that is not a weight: fp8 scales, or nothing."""
 UNREADABLE = (*stored_tensors.UNREADABLE, CheckpointingException, CheckpointException)
-"""Exceptions for a damaged checkpoint. CheckpointException of torch, which collects the errors of ranks, is not an
-Exception."""
+"""Exceptions for a damaged checkpoint. torch's CheckpointException, with the errors of all ranks, is not an Exception."""
 
 
 class CheckpointStore:
@@ -75,13 +74,14 @@ class CheckpointStore:
         self.writer.finish()
 
     def keep_for_replay(self, iterations: list[int]) -> None:
-        """Keep the checkpoint before each of these iterations, even if `checkpoint.keep_last` would delete it. Replaces
-        earlier calls."""
+        """Keep the checkpoint before each of these iterations, even if `checkpoint.keep_last` would delete it.
+
+        Replaces the iterations of an earlier call.
+        """
         self.writer.replayed = iterations
 
     def seconds_to_finish(self) -> float:
-        """Return the estimated seconds to write the checkpoints if the run stops now, from earlier saves; 0 before the
-        first."""
+        """Return the estimated seconds to write the checkpoints if the run stops now; 0 before the first save."""
         return self.writer.seconds_to_finish()
 
     def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:

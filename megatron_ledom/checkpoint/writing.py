@@ -185,8 +185,7 @@ class CheckpointWriter:
         log.info("saved %s", os.path.join(self.folder, checkpoint_name(pending.manifest.iteration)))
 
     def _publish(self, pending: _Pending, outcomes: list[RankFiles | LedomError]) -> LedomError | None:
-        """Do the first rank's part of `_finalize`. After an error, delete the written files to free space and return the
-        error."""
+        """Do the first rank's part of `_finalize`. After an error, delete the written files and return the error."""
         failures = {f"rank {rank}: ": what for rank, what in enumerate(outcomes) if isinstance(what, LedomError)}
         written = [outcome for outcome in outcomes if isinstance(outcome, RankFiles)]
         if not failures:
@@ -207,8 +206,7 @@ class CheckpointWriter:
         return None
 
     def _record(self, iteration: int) -> None:
-        """Record in the run folder that a checkpoint was saved: if all checkpoints are lost, the run must not start again at
-        0."""
+        """Record in the run folder that a checkpoint exists. If all are lost later, the run must not start again at 0."""
         path = os.path.join(os.path.dirname(os.path.abspath(self.folder)), SAVES)
         try:
             append_record(path, {"iteration": iteration, "saved_at": datetime.now(UTC).isoformat(timespec="seconds")})

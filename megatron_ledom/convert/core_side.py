@@ -116,8 +116,7 @@ class CoreSide:
 def core_side(
     checkpoint: str, manifest: CheckpointManifest, *, dtype: torch.dtype = FP32, whole: bool = True
 ) -> Iterator[CoreSide]:
-    """Yield the model of a checkpoint of any layout in this process, without gradients. Its process group ends with the
-    context."""
+    """Yield the model of a checkpoint of any layout, without gradients. Its process group ends with the context."""
     trained = manifest.run_config(checkpoint)
     config = replace(
         trained,

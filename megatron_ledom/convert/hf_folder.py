@@ -44,8 +44,7 @@ CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 
 class WeightsWriter:
-    """Writes tensors of one type in a fixed order into files of at most `max_shard_size` bytes each (one tensor may be
-    larger)."""
+    """Writes tensors of one type into files of at most `max_shard_size` bytes. A larger tensor gets a file of its own."""
 
     def __init__(self, folder: str, shapes: Mapping[str, torch.Size], dtype: torch.dtype, max_shard_size: int) -> None:
         """`shapes`: all tensors, in the order in which they will be written."""

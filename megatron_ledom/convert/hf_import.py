@@ -146,8 +146,7 @@ def _run_config(model: dict[str, Any], positions: int, where: str, save: str, di
 
 
 def _check_weights(reader: WeightsReader, sizes: Sizes) -> list[Weight]:
-    """Return the weights to convert. Raises MismatchError with all problems if a tensor is missing, unknown or has a wrong
-    shape."""
+    """Return the weights to convert. Raises MismatchError with all missing, unknown and misshapen tensors."""
     weights = list(weights_of(sizes))
     expected = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
     tied = sizes.model.share_embeddings_and_output_weights

@@ -92,8 +92,7 @@ GATE_OVER_UP = Fusion(lambda tensor, sizes: tensor.chunk(2), lambda parts, sizes
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """A core weight, its axes, its Hugging Face weights (`{i}`: the layer), the way between them, and the models that have
-    it."""
+    """A core weight, its axes, its Hugging Face weights (`{i}`: the layer), the way between them, and its models."""
 
     core: str
     axes: str

@@ -78,8 +78,7 @@ class StockSide:
         return self._over_vocabulary(normed, self.model.model.embed_tokens.weight)
 
     def _over_vocabulary(self, normed: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """Return the logits [B, S, V] with the rows of a matrix, which are converted to the type of the computation in
-        blocks."""
+        """Return the logits [B, S, V] with the rows of a matrix, converted block by block to the type of the computation."""
         step = self.vocab_size if self.whole else max(1, BLOCK_ELEMENTS // normed.shape[-1])
         blocks = torch.split(weight[: self.vocab_size], step)
         return torch.cat([torch.nn.functional.linear(normed, self._rounded(block)).float() for block in blocks], -1)

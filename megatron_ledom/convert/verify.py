@@ -35,8 +35,8 @@ MIN_COSINE, MAX_KL = 0.999, 0.01
 MAX_MEDIAN_KL = 1e-5
 """The same for the median position in bf16. A few positions on which rounding has a large effect cannot hide the others."""
 NOISE_FACTOR = 4
-"""If rounding has a large effect, the models may differ by this multiple of the stock model's own rounding error. Two correct
-computations with independent rounding differ by about twice the error of one; 0.35 to 2.2 times was measured."""
+"""Allowed difference of the models as a multiple of the rounding error of the stock model, where that is above the limits.
+Two correct computations with independent rounding differ by about twice the error of one; 0.35 to 2.2 times was measured."""
 VerifyMode = Literal["auto", "whole", "layers"]
 SKIPPED = (
     "the parity check is skipped (--no-verify): the logits of the two models were not compared; only shapes and the tokenizer"
@@ -44,7 +44,7 @@ SKIPPED = (
 )
 ROWS, SEED, LENGTH = 4, 20250701, 128
 WHOLE_BELOW = 2**29
-"""Bytes of both models in fp32 up to which they are compared whole: half of the memory that a conversion
+"""Largest size of both models in fp32, in bytes, at which they are compared whole. It is half of the memory that a conversion
 may use in addition to its imports and its largest file."""
 
 
@@ -57,8 +57,8 @@ class ParityCheck:
     largest_logit_difference: float
     """Absolute difference in fp32."""
     bf16: dict[str, float] | None
-    """Mean cosine, mean and median KL divergence in nats, fraction of positions with equal argmax; as `stock_...` the same of
-    the stock model in bf16 and in fp32. None for fp32 weights."""
+    """Mean cosine, mean and median KL divergence in nats, fraction of positions with equal argmax. None for fp32 weights.
+    `stock_...`: the same values for the stock model in bf16, compared with fp32."""
     seconds: float
     limits: dict[str, float]
     """Limit of each value."""

@@ -92,8 +92,10 @@ class PlainLlama(nn.Module):
 
 
 def rotary_angles(length: int, width: int, base: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return cos and sin [S, D] of position * base ** (-2i / D), equal for both halves of a head (Su et al., arXiv
-    2104.09864)."""
+    """Return cos and sin [S, D] of position * base ** (-2i / D), equal for both halves of a head.
+
+    Su et al. 2021, arXiv 2104.09864.
+    """
     frequencies = base ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies).repeat(1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)

@@ -1,5 +1,7 @@
-"""Folders with the layout of the published reverse model: every command gets the ids of SentencePiece, the commands of
-docs/published_model.md run, and no code of a folder runs, although the user at the terminal allows it.
+"""Folders like that of the published reverse model.
+
+Every command gets the ids of SentencePiece, the commands of docs/published_model.md run, and no code of a folder runs, although
+the user at the terminal allows it.
 """
 
 import json
