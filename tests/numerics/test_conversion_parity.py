@@ -290,4 +290,4 @@ def test_without_the_gate_a_broken_rule_goes_through_and_the_card_says_so(
     monkeypatch.setattr(rules, "RULES", broken(QKV, exchange(1, 2)))
     export_hf(str(runs["Llama"]), str(tmp_path / "hf"), verify=None)
     assert "the logits of the two models were not compared" in caplog.text
-    assert "**It was not**" in (tmp_path / "hf/VERIFICATION.md").read_text()
+    assert "**It was not verified**" in (tmp_path / "hf/VERIFICATION.md").read_text()
