@@ -92,24 +92,24 @@ def remove(name: str) -> Callable[[Path], None]:
 
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 DAMAGE: list[tuple[Callable[[Path], None], int, str]] = [
-    (truncate, 1, "no whole safetensors file"),
-    (flip_header, 1, "no whole safetensors file"),
-    (lambda folder: second_file(folder).unlink(), 1, "is missing, though"),
+    (truncate, 1, "not a complete safetensors file"),
+    (flip_header, 1, "not a complete safetensors file"),
+    (lambda folder: second_file(folder).unlink(), 1, "is missing, but"),
     (remove(INDEX), 2, "has neither model.safetensors nor"),
-    (edit(INDEX, weight_map={"a": "../b"}), 1, "is no index of safetensors files"),
-    (edit(INDEX, weight_map=3), 1, "is no index of safetensors files"),
-    (drop_tensor, 1, "which does not hold it"),
-    (add_tensor, 1, "q_proj.bias has no place in the model"),
+    (edit(INDEX, weight_map={"a": "../b"}), 1, "is not an index of safetensors files"),
+    (edit(INDEX, weight_map=3), 1, "is not an index of safetensors files"),
+    (drop_tensor, 1, "nor any other file of the index contains it"),
+    (add_tensor, 1, "q_proj.bias is not a weight of the model"),
     (remove("config.json"), 2, "has no config.json"),
     (lambda folder: (folder / "generation_config.json").write_text("[]"), 1, "generation_config.json cannot be read"),
     (lambda folder: (folder / "config.json").write_text("{"), 1, "config.json cannot be read"),
     (config(num_hidden_layers=3), 1, "model.layers.2.input_layernorm.weight is missing"),
-    (config(num_hidden_layers=1), 1, "model.layers.1.input_layernorm.weight has no place"),
+    (config(num_hidden_layers=1), 1, "model.layers.1.input_layernorm.weight is not a weight of the model"),
     (config(num_key_value_heads=4), 1, "k_proj.weight has shape [16, 32], expected [32, 32]"),
     (config(intermediate_size=40), 1, "gate_proj.weight has shape [48, 32], expected [40, 32]"),
     (config(tie_word_embeddings=True), 1, "lm_head.weight is not model.embed_tokens.weight"),
     (config(hidden_act="gelu"), 1, "hidden_act is 'gelu'"),
-    (config(attention_bias=True), 1, "attention_bias puts a bias on the output projection"),
+    (config(attention_bias=True), 1, "attention_bias adds a bias to the output projection"),
     (config(mlp_bias=True), 1, "mlp_bias"),
     (config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5}), 1, "partial_rotary_factor"),
     (config(rope_parameters={**ROPE, "rope_type": "dynamic", "factor": 2.0}), 1, "rope_type dynamic changes the frequencies"),
@@ -135,14 +135,14 @@ def test_a_folder_that_cannot_be_imported_is_refused_with_the_reason(source: Pat
 def test_pickled_weights_are_not_read(source: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(source, tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors", INDEX))
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UsageError, match="can run code when loaded and are not read"):
+    with pytest.raises(UsageError, match="are not read because they can run code"):
         import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE)
 
 
 def test_the_direction_must_be_given_or_recorded(
     source: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(UsageError, match="does not record which way its model reads"):
+    with pytest.raises(UsageError, match="does not record the direction of its model"):
         import_hf(str(source), str(tmp_path / "run"))
     export_hf(str(run), str(tmp_path / "out"), verify=None)
     import_hf(str(tmp_path / "out"), str(tmp_path / "same"), verify=None)
@@ -154,7 +154,7 @@ def test_the_direction_must_be_given_or_recorded(
 
 def test_a_sliding_window_is_refused_where_it_would_matter(tmp_path: Path) -> None:
     folder = stock_folder(tmp_path / "hf", stock_config("Mistral", sliding_window=32))
-    with pytest.raises(LedomError, match="with --seq-length 32 or less it makes no difference"):
+    with pytest.raises(LedomError, match="set --seq-length to 32 or less"):
         import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE)
     import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE, seq_length=32)
     export_hf(str(tmp_path / "run"), str(tmp_path / "out"), architecture="MistralForCausalLM")
@@ -253,7 +253,7 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 bananas"])
 def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no size"):
+    with pytest.raises(UsageError, match="is not a size"):
         parse_size(text)
 
 

@@ -212,7 +212,7 @@ def test_overwrite_removes_nothing_but_an_export(exported: Exported, capsys: pyt
     run_dir, _ = exported("1 key-value head")
     for save in (run_dir, run_dir / "checkpoints"):
         assert convert("mcore-to-hf", "--load", str(run_dir), "--save", str(save), "--overwrite") == 2
-        assert "is no earlier export" in capsys.readouterr().err
+        assert "is not an earlier export" in capsys.readouterr().err
     assert (run_dir / "checkpoints/latest").exists()
 
 
@@ -271,14 +271,14 @@ def test_the_model_card_describes_the_run_and_its_examples_work(
     for told in (
         "# tiny-model\n",
         f"{manifest.consumed_train_tokens:,} in 4 iterations",
-        f"{last['lm_loss']:.4f} nats a token, at iteration 4",
+        f"{last['lm_loss']:.4f} nats per token, at iteration 4",
         manifest.provenance.tokenizer_sha256[:12],
-        f"ends with the id {manifest.provenance.eod_id}",
-        "Nobody has compared this export",
+        f"ends at the id {manifest.provenance.eod_id}",
+        "This export was not compared",
         f"- {direction}-language-model\n",
     ):
         assert told in card
-    assert ("**The trap:**" in card) == (direction == "reverse")
+    assert ("**Warning:**" in card) == (direction == "reverse")
     assert str(tmp_path) not in card
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     examples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)

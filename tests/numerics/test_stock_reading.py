@@ -189,7 +189,7 @@ def test_stock_bf16_is_that_of_stock_transformers(tmp_path: Path) -> None:
         folder, dtype=torch.bfloat16, local_files_only=True, attn_implementation="sdpa"
     )
     sides = {
-        whole: StockSide(str(folder), stock.config, VOCAB_SIZE, held=torch.bfloat16, dtype=torch.bfloat16, whole=whole)
+        whole: StockSide(str(folder), stock.config, VOCAB_SIZE, folder_dtype=torch.bfloat16, dtype=torch.bfloat16, whole=whole)
         for whole in (True, False)
     }
     with torch.no_grad():
@@ -244,7 +244,7 @@ def test_no_code_of_a_folder_runs_and_there_is_no_prompt(
         import_hf(str(folder), str(tmp_path / "run"), direction=Direction.FORWARD)
     else:
         with pytest.raises(
-            MismatchError, match=r"is none of llama.*asks for code of the folder \(auto_map\), which is never run"
+            MismatchError, match=r"is not one of llama.*needs code of the folder \(auto_map\), which is never run"
         ):
             import_hf(str(folder), str(tmp_path / "run"), direction=Direction.FORWARD)
     assert not (tmp_path / "mark").exists()
