@@ -100,9 +100,7 @@ def how_to_resume(folder: str, except_for: str | None = None) -> str:
                 f"the newest{' other' if except_for else ''} checkpoint that is whole, by the sizes of its files, is {name}: to go on"
                 f" from it, echo {name} > {shlex.quote(os.path.join(folder, LATEST))}"
             )
-    return (
-        f"{folder} has no {'other ' if except_for else ''}whole checkpoint: bring one back, or set another run_dir for a new run"
-    )
+    return f"{folder} has no {'other ' if except_for else ''}whole checkpoint: bring one back, or set another run_dir for a new run"
 
 
 @contextmanager

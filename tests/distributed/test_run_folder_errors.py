@@ -131,9 +131,7 @@ def test_a_run_with_a_single_save_is_not_trained_anew_without_it(data: TinyData,
     run_on_ranks(data.config, run_dir, *COMMAND, "train.exit_interval=2")
     assert [json.loads(line)["iteration"] for line in (run_dir / "saves.jsonl").read_text().splitlines()] == [2]
     shutil.rmtree(run_dir / "checkpoints")
-    with pytest.raises(
-        DataError, match=r"came to iteration 2 and had checkpoints, but .*checkpoints has none: bring them back"
-    ):
+    with pytest.raises(DataError, match=r"reached iteration 2 and had checkpoints, but .*checkpoints has none: restore them"):
         check_start(load_config(str(data.config), [f"run_dir={run_dir}", *COMMAND]), 1)
 
 
@@ -176,7 +174,7 @@ def test_checkpoints_that_are_gone_altogether_are_not_trained_anew(data: TinyDat
     before = content_of(run_dir)
     ranks = start_ranks(data.config, run_dir, *COMMAND, num_ranks=2)
     assert ranks.wait() == [1, 1], ranks.output()
-    assert "came to iteration 6 and had checkpoints, but" in ranks.output()
+    assert "reached iteration 6 and had checkpoints, but" in ranks.output()
     after = content_of(run_dir)
     assert {path: after[path] for path in before if path != "lock"} == {p: c for p, c in before.items() if p != "lock"}
 

@@ -70,9 +70,7 @@ def test_a_launch_that_waited_while_another_saved_ends_with_a_code_that_starts_i
     codes, output = end_of(data, tmp_path / "run", hook=save_while_others_wait)
     assert codes == [3, 3], output
     checkpoint = tmp_path / "run/checkpoints/iter_0000002"
-    assert (
-        f"error: run_dir={tmp_path}/run: this launch had found no checkpoint to go on from, but another launch saved" in output
-    )
+    assert f"error: run_dir={tmp_path}/run: this launch found no checkpoint to resume from, but another launch saved" in output
     assert f"{checkpoint} while it waited; start it again" in output
     assert "Traceback" not in output
 
@@ -89,7 +87,7 @@ def test_ranks_that_see_different_checkpoints_do_not_start(data: TinyData, tmp_p
     run_on_ranks(data.config, tmp_path / "run", *SHORT, "train.exit_interval=1", num_ranks=2)
     codes, output = end_of(data, tmp_path / "run", hook=see_no_checkpoint_on_rank_1)
     assert codes == [3, 3], output
-    assert "the checkpoint to go on from is " in output
+    assert "the checkpoint to resume from is " in output
     assert "iter_0000001 on rank 0, but None on rank 1" in output
 
 

@@ -115,7 +115,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_heavy(
         check_tasks(config(), False)
     with pytest.raises(ConfigError, match=r"train.task_data=null"):
         check_tasks(config("train.task_data=null"), True)
-    with pytest.raises(ConfigError, match=r"names gsm8k, for which a model writes"):
+    with pytest.raises(ConfigError, match=r"names gsm8k, in which the model writes text"):
         check_tasks(config("train.tasks=[gsm8k]"), True)
     with pytest.raises(UsageError, match=r"no task 'openbook'; did you mean openbookqa"):
         check_tasks(config("train.tasks=[openbook]"), True)

@@ -74,7 +74,7 @@ def test_a_stopped_process_is_named(data: TinyData, tmp_path: Path, guilty: int)
         assert "hangs: it does not answer" in ranks.output()
         assert "state T (stopped)" in ranks.output()
     else:
-        assert "the process that holds it is stopped or gone" in ranks.output()
+        assert "the process that runs it is stopped or gone" in ranks.output()
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_trainer_leaves_by_itself_before_the_time_limit(training: Training, unin
     """SLURM sends no signal: rank 0 knows the job's end."""
     training.submit("train.exit_before_limit_seconds=50", options=("--time=1", NO_SIGNAL))
     training.wait_for_line("saved; queued again at iteration")
-    assert "s are left to train in" in training.logged()
+    assert "s are left for training" in training.logged()
     assert "got SIG" not in training.logged()
     assert 0 < training.start_again() < ITERATIONS
     training.check_ends_as(uninterrupted, restarts=1)
