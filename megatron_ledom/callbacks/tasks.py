@@ -125,7 +125,7 @@ def _losses(state: TrainState, rows: list[list[int]], at_once: int) -> torch.Ten
     )
     losses_NL = torch.zeros(at_once, length, device=state.platform.device)
     for report in reports:  # empty except on the last pipeline stage
-        losses_NL[report["rows"][:, None], report["places"]] = report["losses"].float()
+        losses_NL[report["rows"][:, None], report["positions"]] = report["losses"].float()
     dist.all_reduce(losses_NL, group=groups.data_and_context)  # for each value all ranks but one have 0, so the sum is exact
     dist.all_reduce(losses_NL, group=groups.pipeline)
     return losses_NL.cpu()
@@ -137,8 +137,8 @@ def _batches(state: TrainState, padded_NL: torch.Tensor) -> Iterator[Batch]:
     for number in range(_num_microbatches(state)):
         first = (number * groups.data.size() + groups.data.rank()) * size
         tokens = padded_NL[first : first + size]
-        places = torch.arange(tokens.shape[1]).expand_as(tokens)
-        batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "position_ids": places}
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "position_ids": positions}
         batch = context_part(batch, groups.context.rank(), groups.context.size())
         batch["rows"] = torch.arange(first, first + size)
         yield {name: value.contiguous().to(state.platform.device) for name, value in batch.items()}
@@ -151,7 +151,7 @@ def _forward_step(has_z_loss: bool, batches: Iterator[Batch], model: Any) -> tup
     def kept(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Report]:
         """Return every loss of the micro-batch with its row and position."""
         losses = losses[..., 0] if has_z_loss else losses
-        report = {"losses": losses, "rows": batch["rows"], "places": batch["position_ids"]}
+        report = {"losses": losses, "rows": batch["rows"], "positions": batch["position_ids"]}
         return losses.sum(), torch.tensor(losses.numel(), dtype=torch.int, device=losses.device), report
 
     return output, kept
@@ -164,8 +164,8 @@ class TaskSet:
         """Raises DataError for a text longer than a sample, so that the run ends before its first step."""
         self.scorer, self.tasks = scorer, tasks
         for task in tasks:
-            asked = [asked_of(task.task, scorer.direction, item, task.demonstrations(item)) for item in task.items]
-            for pair in distinct_pairs(asked):
+            prompts = [asked_of(task.task, scorer.direction, item, task.demonstrations(item)) for item in task.items]
+            for pair in distinct_pairs(prompts):
                 scorer.span(pair)
 
     def evaluate(self) -> Results:

@@ -234,7 +234,7 @@ def _compute_recorded_step(state: TrainState, iteration: int, recorded: Recorded
     policy = StepPolicy(state.config.train, state.platform.device)
     past = read_steps(state.config.run_dir)
     policy.resume_from(step for step in past if step.iteration <= state.iteration)
-    known = {step.iteration: (step.lm_loss, step.grad_norm) for step in past}
+    recorded_numbers = {step.iteration: (step.lm_loss, step.grad_norm) for step in past}
     differs = []
     batches = open_batches(state)
     while state.iteration < iteration - 1:
@@ -244,7 +244,7 @@ def _compute_recorded_step(state: TrainState, iteration: int, recorded: Recorded
             raise UsageError(
                 f"iteration {number}, which must be repeated first, is a bad step ({result.verdict.reason}); replay that one"
             )
-        if result is not None and number in known and not _same(_numbers(result), known[number]):
+        if result is not None and number in recorded_numbers and not _same(_numbers(result), recorded_numbers[number]):
             differs.append(number)
     no_update = Verdict(Action.STOP, "replayed")
     return compute_step(state, batches, lambda *_: no_update), differs
@@ -298,11 +298,11 @@ def _sample_lines(state: TrainState, show: int) -> Iterator[str]:
 
 def _texts(ids: list[int], tokenizer: Tokenizer | None, state: TrainState) -> Iterator[str]:
     """Yield the parts of documents in a sample, each in text order."""
-    piece: list[Any] = []
+    part_ids: list[Any] = []
     for number in [*ids, state.provenance.eod_id]:
         if number != state.provenance.eod_id:
-            piece.append(number)
-        elif piece:
-            text_ids = to_text_order(piece, state.config.data.direction)
+            part_ids.append(number)
+        elif part_ids:
+            text_ids = to_text_order(part_ids, state.config.data.direction)
             yield repr(tokenizer.decode(text_ids)) if tokenizer is not None else str(text_ids)
-            piece = []
+            part_ids = []

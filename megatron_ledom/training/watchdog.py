@@ -174,7 +174,7 @@ class Watchdog:
     def __enter__(self) -> "Watchdog":
         if self.seconds > 0:
             store = self._open_store()
-            store.set(f"place/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
+            store.set(f"process/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
             self.note_progress()
             self._exit_timer = ExitTimer(EXIT_CODE)
             self._checker = threading.Thread(target=self._check, name="watchdog", daemon=True)
@@ -264,7 +264,7 @@ class Watchdog:
             store.set("alarm", str(self.rank))
             _wait_for(store, [f"report/{rank}" for rank in range(self.world_size)], 0.6 * self.grace)
             reports = {rank: RankReport.from_json(text) for rank, text in self._answers(store, "report")}
-            processes = {rank: text.decode() for rank, text in self._answers(store, "place")}
+            processes = {rank: text.decode() for rank, text in self._answers(store, "process")}
         except RuntimeError:
             return None
         with suppress(RuntimeError):  # the rank that runs the store ends once the others have read, which breaks their waits
