@@ -119,7 +119,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
         log.info("run_dir=%s is complete at iteration %d: %s", config.run_dir, config.train.train_iters, COMPLETE)
         return
     from megatron_ledom.callbacks.build import build_callbacks
-    from megatron_ledom.data.dataset.dataset import index_cache
+    from megatron_ledom.data.dataset.blend_samples import index_cache
     from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.ops.library import describe as describe_ops

@@ -18,11 +18,11 @@ def load_tasks(config: RunConfig) -> "list[LoadedTask]":
     Raises ConfigError for a task in which the model writes text, UsageError or DataError for files that cannot be read.
     """
     from megatron_ledom.evaluation.tasks.loading import load_task, task_named
-    from megatron_ledom.evaluation.tasks.task import Kind
+    from megatron_ledom.evaluation.tasks.task import TaskKind
 
     train = config.train
     for name in train.tasks:
-        if task_named(name).kind is not Kind.CHOICE:
+        if task_named(name).kind is not TaskKind.CHOICE:
             raise ConfigError(
                 f"train.tasks names {name}, in which the model writes text: each token would cost a pass of the whole pipeline."
                 " Remove it, and evaluate the exported checkpoint with ledom evaluate"

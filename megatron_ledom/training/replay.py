@@ -26,8 +26,8 @@ from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import config_from_dict, load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import RUN_TOKENIZER, Sources, load_sources
-from megatron_ledom.data.dataset.dataset import index_cache, sample_origins
-from megatron_ledom.data.dataset.sample_index import index_plan, prepare_indices
+from megatron_ledom.data.dataset.blend_samples import index_cache, sample_origins
+from megatron_ledom.data.dataset.sample_index import index_spec, prepare_indices
 from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import UsageError
 from megatron_ledom.model.layer_specs import choose_layers
@@ -193,7 +193,7 @@ def _sample_index(config: RunConfig, sources: Sources, launch: Launch) -> Iterat
     with ExitStack() as stack:
         folder = None
         if launch.local_rank == 0:
-            is_whole = all(index_plan(config, blend).is_sound(cache) for blend in sources.all_blends())
+            is_whole = all(index_spec(config, blend).is_sound(cache) for blend in sources.all_blends())
             folder = cache if is_whole else stack.enter_context(tempfile.TemporaryDirectory(prefix="sample_index_"))
         folders: list[Any] = [None] * launch.world_size
         dist.all_gather_object(folders, (node, folder))
