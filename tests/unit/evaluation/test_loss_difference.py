@@ -368,4 +368,4 @@ def test_swapped_folders_are_refused(
 ) -> None:
     options = ["--data", write_data(tmp_path), "--output", str(tmp_path / "out")]
     assert run_tool(monkeypatch, "compare_losses", folders["reverse"], folders["forward"], *options) == 1
-    assert "says that this model reads reverse" in capsys.readouterr().err
+    assert "records the direction reverse" in capsys.readouterr().err

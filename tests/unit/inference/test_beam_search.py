@@ -162,7 +162,7 @@ def test_token_ids_end_a_step(models: tuple[ForwardLM, ReverseLM]) -> None:
 
 
 def test_what_a_search_cannot_do_is_refused(models: tuple[ForwardLM, ReverseLM]) -> None:
-    with pytest.raises(UsageError, match="engines take no stop_strings"):
+    with pytest.raises(UsageError, match="engines accept no stop_strings"):
         TransformersEngine(models[0]).sample([], Sampling(stop_strings=["the"]))
     with pytest.raises(UsageError, match="writes nothing"):
         BeamSettings(num_beams=0)

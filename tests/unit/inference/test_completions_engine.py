@@ -64,7 +64,7 @@ def test_samples_and_steps(served: tuple[Server, Path, Any], monkeypatch: pytest
     engine, lm = engine_of(served), served[2]
     sampling = Sampling(num_return_sequences=4, temperature=1.0, max_new_tokens=20, seed=3)
     if lm.direction is Direction.REVERSE:
-        with pytest.raises(UsageError, match="give the forward model"):
+        with pytest.raises(UsageError, match="sample from the forward model"):
             engine.sample([empty_answer(PROMPT, sampling)], sampling)
         return
     (first,), (again,) = (engine.sample([empty_answer(PROMPT, sampling)], sampling) for _ in range(2))
@@ -118,7 +118,7 @@ def test_what_cannot_work_is_refused_before_a_request(served: tuple[Server, Path
         CompletionsEngine("localhost:8000", "tiny", folder, lm.direction)
     with pytest.raises(UsageError, match="ends at a pattern"):
         engine_of(served).expand([], 1, StepDelimiter(None, frozenset({3})), Sampling())
-    with pytest.raises(UsageError, match="engines take no stop_strings"):
+    with pytest.raises(UsageError, match="engines accept no stop_strings"):
         engine_of(served).sample([], Sampling(stop_strings=["the"]))
 
 
@@ -146,7 +146,7 @@ WRONG_SCORES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "probabilities": (lambda a: with_logprobs(a, lambda v: [None, 0.5, 0.5, 0.5]), "log-probability 0.5"),
     "no logprobs": (lambda a: with_choice(a, logprobs=None), "supports echo with logprobs"),
     "logprobs of chat": (lambda a: with_choice(a, logprobs={"content": []}), "supports echo with logprobs"),
-    "another model": (lambda a: {**a, "model": "large"}, "for the model 'large', asked for was 'tiny'"),
+    "another model": (lambda a: {**a, "model": "large"}, "for the model 'large', expected 'tiny'"),
     "second choice only": (lambda a: with_choice(a, index=1), "index 0"),
     "two choices": (lambda a: {**a, "choices": a["choices"] * 2}, "choices [0, 0]"),
     "choices of texts": (lambda a: {**a, "choices": ["x"]}, "choices ['x']"),
@@ -190,10 +190,10 @@ def test_a_server_that_puts_bos_in_front_is_refused_although_its_answer_is_consi
 
     served[0].complete = with_bos  # type: ignore[method-assign]
     try:
-        with pytest.raises(DataError, match=r"usage\.prompt_tokens=\d+ for a prompt of \d+ ids; a server that adds a BOS"):
+        with pytest.raises(DataError, match=r"usage\.prompt_tokens=\d+ for a prompt of \d+ ids; the server adds a BOS"):
             engine.score(PAIRS[:1])
         if served[2].direction is Direction.FORWARD:
-            with pytest.raises(DataError, match="a server that adds a BOS"):
+            with pytest.raises(DataError, match="the server adds a BOS"):
                 engine.sample([empty_answer(PROMPT, Sampling())], Sampling())
     finally:
         del served[0].complete
@@ -316,7 +316,7 @@ def test_a_key_that_no_header_carries_is_refused_and_not_shown(
         monkeypatch.setattr(os, "environ", {**os.environ, "OPENAI_API_KEY": key})
     else:
         monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(UsageError, match="OPENAI_API_KEY holds") as caught:
+    with pytest.raises(UsageError, match="OPENAI_API_KEY contains") as caught:
         engine_of(served)
     assert "cret" not in str(caught.value)
 

@@ -48,7 +48,7 @@ ROPE = {"rope_type": "zork", "rope_theta": 10_000.0}
 NOT_WHOLE: dict[str, tuple[Damage, str]] = {
     "renamed": (
         weights(renamed),
-        r"random numbers would stand there: \S*0.self_attn.q_proj.weight.*no place.*0.self_attn.query",
+        r"so they would be random numbers: \S*0.self_attn.q_proj.weight.*not in the model.*0.self_attn.query",
     ),
     "one is missing": (
         weights(lambda found: {name: found[name] for name in found if name != f"{LAYER}.mlp.up_proj.weight"}),

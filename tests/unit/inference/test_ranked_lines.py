@@ -135,7 +135,7 @@ def test_greedy_answers_of_some_lines_and_candidates_without_a_reverse_score_are
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"1.jsonl holds the same as .*0.jsonl"):
+    with pytest.raises(UsageError, match=r"1.jsonl is identical to .*0.jsonl"):
         reported(tmp_path, [LINE, LINE], [LINE, LINE])
     with pytest.raises(DataError, match=r"1.jsonl:2: has another right answer than .*0.jsonl"):
         reported(tmp_path, [LINE, LINE], [LINE, {**LINE, "gold": "17"}])

@@ -80,7 +80,7 @@ def test_texts_too_long_for_either_model_are_refused_before_anything_is_scored(
         ({"text": LONG, "forward_logprob": -1.0}, 64, "reverse"),
     ):
         write_lines(source, good, {"prompt": PROMPT, "candidates": ["Nice", candidate, candidate]})
-        message = rf"a text of \d+ tokens exceeds the {num_positions} positions of the {model} model \(1 more like it\); "
+        message = rf"a text of \d+ tokens exceeds the {num_positions} positions of the {model} model \(and 1 more\); "
         with pytest.raises(DataError, match=rf"in\.jsonl:2: candidate 1: {message}.*--too-long skip"):
             rerank_file(lambda: engines, source, output, RerankSettings(window_candidates=1))
     assert [engine.usage.tokens for engine in engines] == [0, 0]
@@ -215,7 +215,7 @@ def test_an_output_of_other_settings_is_not_overwritten_unless_asked(
     rerank_file(lambda: engines_of(models), source, output, other, overwrite=True)
     assert len(read_lines(output)) == 2
     (output.parent / "out.jsonl.spent.json").unlink()
-    with pytest.raises(UsageError, match=r"no out\.jsonl\.spent\.json tells how it was made; pass --overwrite"):
+    with pytest.raises(UsageError, match=r"no out\.jsonl\.spent\.json records how it was made; pass --overwrite"):
         rerank_file(never, source, output, other)
 
 
@@ -236,7 +236,7 @@ def test_a_number_that_json_lacks_becomes_null_in_a_field_of_no_meaning_here(
     output = tmp_path / "out.jsonl"
     rerank_file(lambda: engines_of(models), source, output, RerankSettings())
     assert read_lines(output)[0][name] == written
-    assert f"{source}:1: the field {name!a} holds NaN or Infinity" in caplog.text
+    assert f"{source}:1: the field {name!a} contains NaN or Infinity" in caplog.text
     assert rerank_file(never, source, output, RerankSettings()) == 1  # and it is found to be the same input
 
 
@@ -258,8 +258,8 @@ def test_an_integer_of_any_length_in_a_field_of_no_meaning_here_is_written_as_it
 @pytest.mark.parametrize(
     ("field", "words"),
     [
-        ('"id": ' + "[" * 500 + "NaN" + "]" * 500, "the field 'id' is too deep to be written again"),
-        ('"id": ' + '{"a": ' * 500 + "NaN" + "}" * 500, "the field 'id' is too deep to be written again"),
+        ('"id": ' + "[" * 500 + "NaN" + "]" * 500, "the field 'id' is nested too deep"),
+        ('"id": ' + '{"a": ' * 500 + "NaN" + "}" * 500, "the field 'id' is nested too deep"),
         ('"id": ' + "1" * 100_001, "not a line of JSON in UTF-8 .*100000 digits"),
         ('"candidates": [{"text": "y", "forward_logprob": 1%s}]' % ("0" * 5000), "forward_logprob=10+ is no logarithm"),
         (
@@ -293,7 +293,7 @@ def test_a_killed_ranking_of_a_field_that_is_nan_resumes(models: tuple[ForwardLM
 
 def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", '{"prompt": "x", "candidates": ["y"], "prompt": "z"}')
-    with pytest.raises(DataError, match=r"in\.jsonl:1: .*the key 'prompt' stands twice"):
+    with pytest.raises(DataError, match=r"in\.jsonl:1: .*the key 'prompt' is twice"):
         rerank_file(never, source, tmp_path / "out.jsonl", RerankSettings())
 
 

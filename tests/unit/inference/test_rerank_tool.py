@@ -177,6 +177,6 @@ def test_generate_refuses_a_forward_model_and_an_empty_text(
     folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_tool(monkeypatch, "generate", "--model", folders[0], "--following", "x") == 1
-    assert "reads forward" in capsys.readouterr().err
+    assert "records the direction forward" in capsys.readouterr().err
     assert run_tool(monkeypatch, "generate", "--model", folders[1], "--following", "") == 2
     assert "empty following text" in capsys.readouterr().err
