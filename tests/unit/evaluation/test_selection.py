@@ -274,7 +274,7 @@ def test_lambda_is_chosen_for_the_number_of_candidates_that_is_asked_for(tmp_pat
     for num, expected in ((1, 0.4), (2, 0.5), (5, 1.0), (None, 1.0)):
         assert np.allclose(outcomes_of(MAIN, [questions], settings(), [questions], num), expected)
     for num in (0, 6):
-        with pytest.raises(UsageError, match=f"{num} candidates were asked for; the questions have 5: give from 1 to 5"):
+        with pytest.raises(UsageError, match=f"{num} candidates requested, but the questions have 5; give 1 to 5"):
             outcomes_of(MAIN, [questions], settings(), [questions], num)
 
 

@@ -168,7 +168,7 @@ def test_what_a_search_cannot_do_is_refused(models: tuple[ForwardLM, ReverseLM])
         BeamSettings(num_beams=0)
     with pytest.raises(UsageError, match="temperature 0"):
         beam_search(*engines(models), empty_answer(PROMPT, Sampling()), BeamSettings(), Sampling(), REWARD)
-    with pytest.raises(UsageError, match="give the forward model"):
+    with pytest.raises(UsageError, match="sample from the forward model"):
         engines(models)[1].sample([empty_answer(PROMPT, SAMPLING)], SAMPLING)
 
 

@@ -240,7 +240,7 @@ def test_a_run_is_compared_with_its_plan(twins: list[str], tmp_path: Path) -> No
     assert re.search(rf"s/iteration, planned +{planned:.3f} +{planned:.3f}", done.stdout)
     assert re.search(rf"s/iteration, measured +{measured:.3f}", done.stdout)
     assert f"{planned / measured - 1:+.1%}" in (tmp_path / "report/report.html").read_text()
-    with pytest.raises(UsageError, match="names no parallel"):
+    with pytest.raises(UsageError, match="sets no parallel"):
         planned_rows(
             replace(load_runs(twins[:1])[0], config=load_config(str(ROOT / "examples/configs/quickstart_reverse.yaml"))), None
         )

@@ -132,7 +132,7 @@ def test_an_explanation_leaves_skipped_candidates_out_and_says_so(
     )
     options = ["--output", str(tmp_path / "why"), "--reverse", str(models[1])]
     assert run_tool(monkeypatch, "report_rerank", source, "--explain", "1", *options) == 0
-    told = f"2. candidate 1, reward none; skipped when it was ranked, and not scored here: {SKIPPED_SCORE['skipped']}"
+    told = f"2. candidate 1, reward none; skipped by the ranking and not scored here: {SKIPPED_SCORE['skipped']}"
     printed = capsys.readouterr().out
     assert told in printed
     assert "very long" not in printed

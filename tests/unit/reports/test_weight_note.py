@@ -33,7 +33,7 @@ def test_the_weight_of_the_file_and_the_chosen_lambda_are_said_at_once(
     """At weight 0.5 the file's ranking is right for 5 of 20; from lambda 0.9 on all are right."""
     lines = [question(number, -2.0 if number < 5 else -10.0) for number in range(20)]
     (tmp_path / "x.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    told = "Reverse Reward in this report stands at the lambda chosen on held-out questions, 0.95 (100.0 % right)."
+    told = "Reverse Reward in this report uses the lambda chosen on held-out questions, 0.95 (100.0 % right)."
     assert "ranked at weight" not in printed_report(tmp_path, monkeypatch, capsys)  # nothing tells it
     for weight, own in ((0.5, "0.5 (25.0 % right)"), (0.33, "0.33 (25.0 % right at 0.35, the nearest that was tried)")):
         notes = {"made_by": {"settings": {"reward": {"weight": weight}}}}
