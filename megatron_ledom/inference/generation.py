@@ -178,7 +178,7 @@ class Writer:
             try:
                 with _seeded(sampling.seed, self._model.device):
                     steps.put((self._write_batch([healed], leading_ids, sampling, _show)[0],))
-            except BaseException as error:  # raised where the caller is
+            except BaseException as error:  # raised again in the caller's thread
                 steps.put(error)
 
         thread, shown = Thread(target=_run, daemon=True), ""
@@ -274,12 +274,12 @@ class Writer:
         stops = [index for index, token in enumerate(tokens) if token in self.stop_ids]
         text_ids = to_text_order(tokens[: stops[0]] if stops else tokens, self._direction)
         written = self.written_text(text_ids, healed, stopped=bool(stops))
-        found = [self._beside_the_given(written, string) for string in sampling.stop_strings if string in written]
+        found = [self._up_to_stop(written, string) for string in sampling.stop_strings if string in written]
         if found:  # the shortest text: its stop string was written first
             return text_ids, *min(found, key=lambda kept: len(kept[0])), False
         return text_ids, written, None, bool(stops)
 
-    def _beside_the_given(self, written: str, string: str) -> tuple[str, str]:
+    def _up_to_stop(self, written: str, string: str) -> tuple[str, str]:
         """Return the text between the given text and the nearest `string`, and the string."""
         if self._direction is Direction.REVERSE:
             return written.rpartition(string)[2], string

@@ -36,7 +36,7 @@ KINDS = {
 }
 MAX_NAMED = 4
 """Number of names of one kind that an error lists."""
-READ_BESIDE_WEIGHTS = (
+SMALL_FILES = (
     "config.json",
     "model.safetensors.index.json",
     "tokenizer.json",
@@ -140,7 +140,7 @@ def check_model_type(folder: Path, config: dict[str, Any]) -> None:
         raise MismatchError(f"{where}, which is no causal language model; give the folder of one, such as a llama")
     code = "; the folder's own code is never run" if config.get("auto_map") else ""
     raise MismatchError(
-        f"{where}, which stock transformers {transformers.__version__} does not know{code}: give a folder of a stock architecture"
+        f"{where}, which stock transformers {transformers.__version__} does not support{code}; give a folder of a stock architecture"
     )
 
 
@@ -156,9 +156,9 @@ def check_no_adapter(folder: str | Path) -> None:
 def folder_facts(folder: Path) -> dict[str, Any]:
     """Return what identifies the model of a folder: size and time of change of the weights, hashes of the small files."""
     weights = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))}
-    beside = {name: sha256_of(folder / name) for name in READ_BESIDE_WEIGHTS if (folder / name).is_file()}
-    found = beside.pop("config.json", None)
-    return {"model": str(folder.resolve()), "weights": weights, "config_sha256": found, "files": beside}
+    hashes = {name: sha256_of(folder / name) for name in SMALL_FILES if (folder / name).is_file()}
+    found = hashes.pop("config.json", None)
+    return {"model": str(folder.resolve()), "weights": weights, "config_sha256": found, "files": hashes}
 
 
 def check_unchanged(folder: Path, known: dict[str, Any]) -> None:
@@ -196,7 +196,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); write the folder again") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds a {type(content).__name__}, expected an object; write the folder again")
+        raise DataError(f"{path} is a {type(content).__name__}, expected an object; write the folder again")
     return content
 
 

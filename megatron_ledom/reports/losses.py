@@ -73,13 +73,15 @@ def sentence(summary: Summary) -> str:
     side = "above" if (gap["difference"] or 0.0) >= 0 else "below"
     if gap["difference"] is None:
         return "No document has more than a first and a last token, so nothing can be compared except whole documents."
-    told = f"On {whole['compared']} the reverse model's loss is {abs(100 * gap['difference']):.2f} % {side} the forward model's"
+    start = (
+        f"On {whole['compared']} the reverse model's loss is {abs(100 * gap['difference']):.2f} % {side} the forward model's"
+    )
     if gap["interval"] is None:
-        return f"{told}, on one document, so there is no interval."
+        return f"{start}, on one document, so there is no interval."
     low, high = gap["interval"]
     contains_zero = "; it contains 0" if low <= 0 <= high else ""
     return (
-        f"{told} (95 % interval {100 * low:+.2f} to {100 * high:+.2f} %{contains_zero}), and higher on"
+        f"{start} (95 % interval {100 * low:+.2f} to {100 * high:+.2f} %{contains_zero}), and higher on"
         f" {100 * whole['reverse_worse_documents']:.1f} % of {whole['documents']:,} documents."
     )
 

@@ -316,25 +316,25 @@ def sentences(report: Report) -> list[str]:
     """Return a sentence for each significant comparison and one for the others, at equal N and then at equal tokens."""
     candidates = {row["method"]: f" ({row['num_candidates']})" for row in report["equal_tokens"]}
     return [
-        *_told("At equal N", report["comparisons"], {}),
-        *_told("At equal tokens", report["comparisons_at_equal_tokens"], candidates),
+        *_budget_sentences("At equal N", report["comparisons"], {}),
+        *_budget_sentences("At equal tokens", report["comparisons_at_equal_tokens"], candidates),
     ]
 
 
-def _told(budget: str, rows: list[Report], candidates: dict[str, str]) -> list[str]:
+def _budget_sentences(budget: str, rows: list[Report], candidates: dict[str, str]) -> list[str]:
     """Return the sentences for one budget; candidates: for each method the number of candidates, as text to follow its name."""
     start = f"{budget}, {MAIN}{candidates.get(MAIN, '')} is"
-    told, others = [], []
+    significant, others = [], []
     for row in rows:
         found = (
             f"{row['against']}{candidates.get(row['against'], '')}: {100 * row['difference']:+.1f} points"
             f" (simultaneous interval {interval(row['simultaneous_interval'], '+.1f', 100)})"
         )
         if row["is_significant"]:
-            told.append(f"{start} significantly {'above' if row['difference'] > 0 else 'below'} {found}.")
+            significant.append(f"{start} significantly {'above' if row['difference'] > 0 else 'below'} {found}.")
         else:
             others.append(found)
-    return told + ([f"{start} not significantly different from {'; '.join(others)}."] if others else [])
+    return significant + ([f"{start} not significantly different from {'; '.join(others)}."] if others else [])
 
 
 def _tables(report: Report) -> list[tuple[str, list[list[str]]]]:

@@ -149,11 +149,11 @@ def _by_training(reverse: RunData, forward: RunData) -> str:
         return NO_BASE
     middle = statistics.mean(blocks) / base
     low, high = (bound / base for bound in t_interval(blocks))
-    told = f"{middle:+.2f} %, 95 % interval {low:+.2f} to {high:+.2f} %"
+    difference = f"{middle:+.2f} %, 95 % interval {low:+.2f} to {high:+.2f} %"
     start = f"No common validation. Over the last {len(last)} training records at the same tokens the reverse run is"
     if low <= 0 <= high:
-        return f"{start} not significantly different from the forward run ({told}), so neither is called lower."
-    return f"{start} {'above' if middle > 0 else 'below'} the forward run ({told}; training loss, one run of each)."
+        return f"{start} not significantly different from the forward run ({difference}), so neither is called lower."
+    return f"{start} {'above' if middle > 0 else 'below'} the forward run ({difference}; training loss, one run of each)."
 
 
 def planned_rows(run: RunData, hardware: str | None) -> dict[str, str]:

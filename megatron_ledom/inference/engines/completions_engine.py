@@ -101,14 +101,14 @@ class CompletionsEngine(RemoteEngine):
     def _logprobs_of(self, span: Span) -> list[float]:
         if len(span.tokens) == span.num_context:
             return []
-        asked = {"max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+        fields = {"max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
         try:
-            completion = self._request(span.tokens, **asked, **({IDS_AS_TOKENS: True} if self._takes_ids_field else {}))
+            completion = self._request(span.tokens, **fields, **({IDS_AS_TOKENS: True} if self._takes_ids_field else {}))
         except DataError as error:
             if IDS_AS_TOKENS not in str(error):
                 raise
             self._takes_ids_field = False
-            completion = self._request(span.tokens, **asked)
+            completion = self._request(span.tokens, **fields)
         values, is_named = self._checks.prompt_logprobs(completion, span.tokens)
         if not is_named and not self._trusts_counts:
             raise self._checks.unnamed()

@@ -144,8 +144,8 @@ def _engine(options: Options, direction: Direction) -> Engine:
     if direction is Direction.FORWARD:
         return TransformersEngine(ForwardLM.from_pretrained(folder), options["batch_size"])
     eod_id = options["reverse_eod_id"]  # a folder that needs this option records no direction
-    asked = None if eod_id is None else str(direction)
-    reverse = ReverseLM.from_pretrained(folder, direction=asked, eod_id=eod_id, option_names=RERANK_OPTIONS)
+    assumed = None if eod_id is None else str(direction)
+    reverse = ReverseLM.from_pretrained(folder, direction=assumed, eod_id=eod_id, option_names=RERANK_OPTIONS)
     return TransformersEngine(reverse, options["batch_size"])
 
 

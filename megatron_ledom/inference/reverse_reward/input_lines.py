@@ -148,7 +148,7 @@ def _writable(fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
-    """Return the value itself if JSON can hold it, else a copy with nulls."""
+    """Return the value itself if JSON can represent it, else a copy with nulls."""
     try:
         json.dumps(value, allow_nan=False)
     except ValueError:

@@ -197,17 +197,17 @@ def score_questions(
 
     problems: for each candidate the reason to skip it, or None (see `candidate_problems`). A skipped candidate is not scored.
     """
-    asked = [(prompt, candidate) for prompt, candidates in questions for candidate in candidates]
-    skipped = [problem for row in problems for problem in row] if problems is not None else [None] * len(asked)
-    wanted = [pair for pair, problem in zip(asked, skipped, strict=True) if problem is None]
-    unscored = [(prompt, c.text) for prompt, c in wanted if c.forward_logprob is None]
-    answered = [(prompt, c.text) for prompt, c in wanted if c.text]
+    pairs = [(prompt, candidate) for prompt, candidates in questions for candidate in candidates]
+    skipped = [problem for row in problems for problem in row] if problems is not None else [None] * len(pairs)
+    kept = [pair for pair, problem in zip(pairs, skipped, strict=True) if problem is None]
+    unscored = [(prompt, c.text) for prompt, c in kept if c.forward_logprob is None]
+    answered = [(prompt, c.text) for prompt, c in kept if c.text]
     forward_scores = iter(forward.score(unscored, include_end=settings.include_ends))
     reverse_scores = iter(reverse.score(answered, include_end=settings.include_ends))
     alone = [(text, "") for _, text in answered] if settings.language_model_weight else []
     language_model_scores = iter(reverse.score(alone))
     scores = []
-    for (prompt, candidate), problem in zip(asked, skipped, strict=True):
+    for (prompt, candidate), problem in zip(pairs, skipped, strict=True):
         if problem is not None:
             scores.append(CandidateScore(None, None, None, None, None, skipped=problem))
             continue
