@@ -279,7 +279,7 @@ def test_list_compares_hashes(
         ({"--num-fewshot": "9"}, 2, "9 demonstrations need 10"),
         ({"--data": "nowhere"}, 2, "svamp needs its items in nowhere/svamp"),
         ({"--direction": "reverse"}, 1, "records the direction forward"),
-        ({"--eod-id": "3"}, 2, "leave it out"),
+        ({"--eod-id": "3"}, 2, "remove it"),
         ({"--batch-size": "0"}, 2, "batch_size=0"),
         ({"--max-new-tokens": "600"}, 2, "svamp: "),
     ],

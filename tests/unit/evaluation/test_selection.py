@@ -255,7 +255,7 @@ def test_what_all_questions_of_a_seed_share_is_in_the_intervals(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("num_seeds", "told"), [(1, "nothing about what another seed"), (2, "bootstrap over seeds and questions")]
+    ("num_seeds", "told"), [(1, "do not include the spread between seeds"), (2, "bootstrap over seeds and questions")]
 )
 def test_a_report_says_what_its_intervals_are_over(num_seeds: int, told: str, tmp_path: Path) -> None:
     pytest.importorskip("scipy")
