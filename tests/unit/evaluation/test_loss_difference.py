@@ -345,7 +345,7 @@ def test_different_tokenizers_are_refused_and_then_compared_by_byte_only(
         ({"--limit": "0"}, 2, "compares nothing"),
         ({"--context": "600"}, 2, "at most the model's 512 positions"),
         ({"--batch-size": "0"}, 2, "batch_size=0"),
-        ({"--eod-id": "3"}, 2, "leave it out"),
+        ({"--eod-id": "3"}, 2, "remove it"),
     ],
 )
 def test_bad_input_has_its_message_and_exit_code(
@@ -368,4 +368,4 @@ def test_swapped_folders_are_refused(
 ) -> None:
     options = ["--data", write_data(tmp_path), "--output", str(tmp_path / "out")]
     assert run_tool(monkeypatch, "compare_losses", folders["reverse"], folders["forward"], *options) == 1
-    assert "says that this model reads reverse" in capsys.readouterr().err
+    assert "records the direction reverse" in capsys.readouterr().err

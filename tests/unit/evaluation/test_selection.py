@@ -255,7 +255,7 @@ def test_what_all_questions_of_a_seed_share_is_in_the_intervals(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("num_seeds", "told"), [(1, "nothing about what another seed"), (2, "bootstrap over seeds and questions")]
+    ("num_seeds", "told"), [(1, "do not include the spread between seeds"), (2, "bootstrap over seeds and questions")]
 )
 def test_a_report_says_what_its_intervals_are_over(num_seeds: int, told: str, tmp_path: Path) -> None:
     pytest.importorskip("scipy")
@@ -274,7 +274,7 @@ def test_lambda_is_chosen_for_the_number_of_candidates_that_is_asked_for(tmp_pat
     for num, expected in ((1, 0.4), (2, 0.5), (5, 1.0), (None, 1.0)):
         assert np.allclose(outcomes_of(MAIN, [questions], settings(), [questions], num), expected)
     for num in (0, 6):
-        with pytest.raises(UsageError, match=f"{num} candidates were asked for; the questions have 5: give from 1 to 5"):
+        with pytest.raises(UsageError, match=f"{num} candidates requested, but the questions have 5; give 1 to 5"):
             outcomes_of(MAIN, [questions], settings(), [questions], num)
 
 
