@@ -54,7 +54,10 @@ def read_documents(options: Options) -> list[Document]:
 
 
 def check_tokenizers(options: Options) -> bool:
-    """Return True if both tokenizers are the same. Raises MismatchError otherwise, unless the options allow it. Loads no weights."""
+    """Return True if both tokenizers are the same.
+
+    Raises MismatchError otherwise, unless the options allow it. Loads no weights.
+    """
     forward, _ = load_tokenizer(Path(options["forward"]))
     reverse, _ = load_tokenizer(Path(options["reverse"]), Direction.REVERSE, options["eod_id"], SAY_EOD_ID)
     is_same = is_same_tokenizer(forward, reverse)
@@ -105,7 +108,8 @@ def score_documents(
     *,
     with_positions: bool,
 ) -> list[dict[str, Any]]:
-    """Return one record per document, and write each to `output/losses.jsonl`. Records of an earlier run are not computed again.
+    """Return one record per document, and write each to `output/losses.jsonl`. Records of an earlier run are not
+    computed again.
 
     The caller holds the lock of the folder. Raises DataError if no document has a token.
     """

@@ -14,7 +14,10 @@ from megatron_ledom.evaluation.tasks.task import Item, LoadedTask, TaskKind
 from megatron_ledom.evaluation.written_answers import write_answers
 
 WINDOW_ITEMS = 64
-"""Items that are evaluated together. Rounding depends on the other texts of a batch, so windows depend on the items' numbers alone."""
+"""Items that are evaluated together.
+
+Rounding depends on the other texts of a batch, so windows depend on the items' numbers alone.
+"""
 
 
 def evaluate_task(
@@ -27,9 +30,9 @@ def evaluate_task(
 ) -> TaskResult:
     """Evaluate the model on every item, and return the metrics.
 
-    kept: records of the first items from an earlier call, in whole windows. keep: called with the records of each window. Raises
-    UsageError for a task that runs programs without `code_sandbox`; errors of the model, such as for a text that is too long, pass
-    through.
+    kept: records of the first items from an earlier call, in whole windows. keep: called with the records of each
+    window. Raises UsageError for a task that runs programs without `code_sandbox`; errors of the model, such as for a
+    text that is too long, pass through.
     """
     if task.task.kind is TaskKind.CODE:
         check_allowed(task.task.name, code_sandbox)

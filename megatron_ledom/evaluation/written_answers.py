@@ -1,7 +1,7 @@
 """Tasks for which a model writes text: an answer that is compared, a program that is run, or a question that is solved.
 
-The prompt is the task's template for the direction. A forward model's answer is read from the end of what it writes, a reverse
-model's from the front (`Template.read`).
+The prompt is the task's template for the direction. A forward model's answer is read from the end of what it writes, a
+reverse model's from the front (`Template.read`).
 """
 
 from collections.abc import Callable, Sequence
@@ -84,7 +84,8 @@ def _judge_question(task: LoadedTask, direction: Direction, item: Item, written:
 
 
 def _judge_code(task: LoadedTask, direction: Direction, item: Item, written: str, *, sandbox: Sandbox) -> dict[str, Any]:
-    """Run the program: a forward model continues the function's head, a reverse model writes the whole function before it."""
+    """Run the program: a forward model continues the function's head, a reverse model writes the whole function before
+    it."""
     template = task.task.template_for(direction)
     if template.is_read_back:
         code = template.read(direction, written)[template.fields[-1].name]

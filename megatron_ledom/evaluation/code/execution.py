@@ -1,7 +1,7 @@
 """Run a model-written program and its tests, in a sandbox and with limits (`sandbox`, `isolated`).
 
-The verdict comes from a process that the program cannot reach (see `isolated`). Limits apply to processor time, memory, file size,
-open files, child processes and elapsed time. The program has no environment and no standard input.
+The verdict comes from a process that the program cannot reach (see `isolated`). Limits apply to processor time, memory,
+file size, open files, child processes and elapsed time. The program has no environment and no standard input.
 """
 
 import contextlib
@@ -43,8 +43,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramTests:
-    """The tests of a program. code: calls the program's functions and asserts. entry_point: the function under test. prelude: trusted
-    code before the program, whose helper functions the tests may use."""
+    """The tests of a program. code: calls the program's functions and asserts.
+
+    entry_point: the function under test. prelude: trusted code before the program, whose helper functions the tests may use.
+    """
 
     code: str
     entry_point: str = ""
@@ -53,7 +55,8 @@ class ProgramTests:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The outcome of the tests. passed: True if all passed; reason: the failure and the last lines of the program's output."""
+    """The outcome of the tests. passed: True if all passed; reason: the failure and the last lines of the program's
+    output."""
 
     passed: bool
     reason: str = ""
@@ -118,7 +121,10 @@ def _start(
     sandbox: Sandbox,
     folder: str,
 ) -> "subprocess.Popen[bytes]":
-    """Start one of the two processes of `isolated`. passed_on: file descriptors to inherit, apart from the standard three."""
+    """Start one of the two processes of `isolated`.
+
+    passed_on: file descriptors to inherit, apart from the standard three.
+    """
     words = [role, str(limits.cpu_seconds), str(limits.memory_bytes), *map(str, passed_on)]
     command = sandboxed(sandbox, [sys.executable, "-I", "-c", _isolated_source(), *words])
     user = unprivileged_user(sandbox)

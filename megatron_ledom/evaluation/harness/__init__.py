@@ -5,8 +5,8 @@
 
     simple_evaluate(model=LedomLM("models/reverse"), tasks=["hellaswag"])
 
-The harness assumes that a model reads from left to right. A forward model gives the answers of the harness's own `hf` model. This
-package treats each assumption as follows:
+The harness assumes that a model reads from left to right. A forward model gives the answers of the harness's own `hf`
+model. This package treats each assumption as follows:
 
 pair encoding       Context and continuation are encoded once, as one text, then cut and reversed; never separately.
 conditioned side    A reverse model cannot compute log P(continuation | context). It scores the text with each choice of a document

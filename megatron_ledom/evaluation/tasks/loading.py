@@ -80,7 +80,10 @@ def load_task(
 
 
 def find_file(task: Task, folder: Path, stem: str) -> Path:
-    """Return FOLDER/STEM with one of the known endings. Raises UsageError with the source of the file if there is none."""
+    """Return FOLDER/STEM with one of the known endings.
+
+    Raises UsageError with the source of the file if there is none.
+    """
     for ending in ENDINGS:
         path = folder / f"{stem}{ending}"
         if path.is_file():
@@ -156,7 +159,9 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
 def parse_row(task: Task, row: Row, where: str, source: str | None = None) -> Item:
     """Return the item of one row, read with the row format that fits it.
 
-    Raises DataError with the found and the expected fields and the `source` of the file, by default the task's `download`."""
+    Raises DataError with the found and the expected fields and the `source` of the file, by default the task's
+    `download`.
+    """
     source = source or task.download
     problems = [(row_format, row_problems(row_format, row)) for row_format in task.row_formats]
     row_format, wrong = min(problems, key=lambda found: len(found[1]))
