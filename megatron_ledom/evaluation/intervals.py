@@ -68,8 +68,7 @@ def bootstrap_interval(
 
 
 def crossed_interval(values: Values, *, level: float, num_resamples: int, seed: int) -> list[float]:
-    """Return [low, high] of the mean of `values` [seeds, questions], by a percentile bootstrap that draws both with
-    replacement.
+    """Return [low, high] of the mean of `values` [seeds, questions], by a percentile bootstrap over both.
 
     A resample has the same drawn questions for each drawn seed (the pigeonhole bootstrap: Owen 2007, doi
     10.1214/07-AOAS122). This keeps a question's results under all seeds together, and the two sides of a paired

@@ -108,10 +108,10 @@ def score_documents(
     *,
     with_positions: bool,
 ) -> list[dict[str, Any]]:
-    """Return one record per document, and write each to `output/losses.jsonl`. Records of an earlier run are not
-    computed again.
+    """Return one record per document, and write each to `output/losses.jsonl`.
 
-    The caller holds the lock of the folder. Raises DataError if no document has a token.
+    Records of an earlier run are not computed again. The caller holds the lock of the folder. Raises DataError if no
+    document has a token.
     """
     file = ItemFile(output, "losses", about)
     records = file.resume(WINDOW_DOCUMENTS, len(documents), document_check(documents, with_positions=with_positions))

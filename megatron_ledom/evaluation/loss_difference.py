@@ -1,5 +1,4 @@
-"""The losses of a forward and of a reverse model on the same documents: a record of each document, and the metrics of
-all.
+"""The losses of a forward and of a reverse model on the same documents: records and metrics.
 
 Differences are forward minus reverse, in nats: below zero the loss of the reverse model is higher. Positions are in
 text order for both models: the tenth of the document in which a token is, and its number from the beginning and from
@@ -58,11 +57,10 @@ class CompareSettings:
 def document_records(
     forward: LanguageModel, reverse: LanguageModel, documents: Sequence[Document], settings: CompareSettings
 ) -> list[dict[str, Any]]:
-    """Return the record of each document. Losses are sums in nats; `inner` excludes the first and the last token of the
-    text.
+    """Return the record of each document.
 
-    If both models have the same tokenizer, `tenths`, `from_start` and `from_end` contain the sums of the inner tokens
-    by position.
+    Losses are sums in nats; `inner` excludes the first and the last token of the text. If both models have the same
+    tokenizer, `tenths`, `from_start` and `from_end` contain the sums of the inner tokens by position.
     """
     is_same = is_same_tokenizer(forward.tokenizer, reverse.tokenizer)
     ids = [reverse.tokenizer.encode(document.text) for document in documents]

@@ -178,11 +178,10 @@ def share_with_any(is_right: Marks, num: int) -> float:
 
 
 def share_by_score(scores: Values, is_right: Marks, num: int) -> float:
-    """Return the fraction of subsets of `num` whose best candidate by score is right. Equal scores are equally likely
-    to be chosen.
+    """Return the fraction of subsets of `num` whose best candidate by score is right.
 
-    With b candidates below a score and m at it, the best has this score in (C(b + m, num) - C(b, num)) / C(all, num) of
-    the subsets.
+    Equal scores are equally likely to be chosen. With b candidates below a score and m at it, the best has this score
+    in (C(b + m, num) - C(b, num)) / C(all, num) of the subsets.
     """
     _, groups, sizes = np.unique(scores, return_inverse=True, return_counts=True)
     right = np.bincount(groups.reshape(-1), weights=is_right) / sizes

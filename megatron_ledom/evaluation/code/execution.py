@@ -45,7 +45,8 @@ class Limits:
 class ProgramTests:
     """The tests of a program. code: calls the program's functions and asserts.
 
-    entry_point: the function under test. prelude: trusted code before the program, whose helper functions the tests may use.
+    entry_point: the function under test. prelude: trusted code before the program, whose helper functions the tests may
+    use.
     """
 
     code: str
@@ -55,8 +56,10 @@ class ProgramTests:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The outcome of the tests. passed: True if all passed; reason: the failure and the last lines of the program's
-    output."""
+    """The outcome of the tests.
+
+    passed: True if all passed; reason: the failure and the last lines of the program's output.
+    """
 
     passed: bool
     reason: str = ""

@@ -175,12 +175,12 @@ class Program:
 
 
 def run_tests(given: int, verdict: int) -> None:
-    """Run the test process: read [source, prelude, tests, entry point] from the file descriptor `given`, and write the
-    verdict.
+    """Run the test process: read the task, run the tests, and write the verdict.
 
-    The verdict, {"passed", "reason"}, goes to the file descriptor `verdict`. Only the entry point is taken from the
-    program; helpers come from the prelude. Without an entry point all functions of the program are taken, except those
-    that would replace a builtin or a name of the tests.
+    The file descriptor `given` supplies [source, prelude, tests, entry point]. The verdict, {"passed", "reason"}, goes
+    to the file descriptor `verdict`. Only the entry point is taken from the program; helpers come from the prelude.
+    Without an entry point all functions of the program are taken, except those that would replace a builtin or a name
+    of the tests.
     """
     hide()
     with os.fdopen(given) as pipe:

@@ -156,8 +156,10 @@ class MathAnswers:
         self._library = math_verify
 
     def read(self, text: str) -> list[Any] | None:
-        """See `Answers.read`. A formula without marks is read after "the answer is", else it is the whole of a short
-        text."""
+        """See `Answers.read`.
+
+        A formula without marks is read after "the answer is", else it is the whole of a short text.
+        """
         marked = after_mark(text)
         shown = _signed_box(_plain(text if marked is None else marked))
         if shown is None:

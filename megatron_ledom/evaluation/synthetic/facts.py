@@ -1,5 +1,4 @@
-"""Facts that are trained in one order and tested in both: the reversal curse, and relations with another word for the
-other order.
+"""Facts that are trained in one order and tested in both: the reversal curse, and inverse relations.
 
 A fact relates a first and a second name. `first_wordings` begin with the first name, `second_wordings` with the second.
 A fact is trained in the wordings of one order, of both, or not at all. Two questions test it: the second name given the
@@ -149,10 +148,10 @@ def _questions_among(facts: Sequence[Fact]) -> list[Row]:
 
 
 def inverse_relations(num: int, seed: int) -> SyntheticSet:
-    """Generate `num` lines of three people, A to B to C, such as parent to child. The questions: B's parent, and B's
-    child.
+    """Generate `num` lines of three people, A to B to C, such as parent to child.
 
-    One wrong answer is always the person on the other side of B, so it is not enough to know who is related to B.
+    The questions: B's parent, and B's child. One wrong answer is always the person on the other side of B, so it is not
+    enough to know who is related to B.
     """
     cells = len(INVERSE) * len(STATED)
     check_num(num, 2 * cells, "lines of three people")
@@ -203,8 +202,10 @@ def _questions_about_lines(
 
 
 def question_row(fact: Fact, queried: str, wrong: Sequence[str], position: int) -> Row:
-    """Return one question. A forward model gets `before` and writes after it; a reverse model gets `after` and writes
-    before it."""
+    """Return one question.
+
+    A forward model gets `before` and writes after it; a reverse model gets `after` and writes before it.
+    """
     given, gold = (fact.first, fact.second) if queried == "second" else (fact.second, fact.first)
     ends_with_queried, begins_with_queried = fact.relation.first_wordings[0], fact.relation.second_wordings[0]
     if queried == "first":

@@ -46,10 +46,10 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """One format in which a set is published. fields: dotted name -> type of its value, a key of `FIELD_TYPES`. read:
-    row -> Item.
+    """One format in which a set is published.
 
-    `read` raises ValueError if a value has the right type and makes no sense, such as a gold choice that does not exist.
+    fields: dotted name -> type of its value, a key of `FIELD_TYPES`. read: row -> Item. `read` raises ValueError if a
+    value has the right type and makes no sense, such as a gold choice that does not exist.
     """
 
     fields: Mapping[str, str]
@@ -107,7 +107,8 @@ class Task:
 class LoadedTask:
     """A task with its items. exemplars: few-shot examples, in the order of use.
 
-    files: name -> sha256 of each file that was read. content_sha256: of all items of the file, to compare with the task's.
+    files: name -> sha256 of each file that was read. content_sha256: of all items of the file, to compare with the
+    task's.
     """
 
     task: Task
