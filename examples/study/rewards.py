@@ -51,8 +51,7 @@ class Rewards:
         self.folder.mkdir(parents=True, exist_ok=True)
         calibration = self.twins.folder / "maths/calibration.jsonl"
         seeds = self.settings.seeds
-        options = ["--sample", 1, "--greedy"]
-        yield [self.rerank_step(calibration, self.ranked("calibration", seed), seed, options) for seed in seeds]
+        yield [self.rerank_step(calibration, self.ranked("calibration", s), s, ["--sample", 1, "--greedy"]) for s in seeds]
         inputs = [self.ranked("calibration", seed) for seed in seeds]
         inputs += [self.twins.folder / "maths" / f"{part}.jsonl" for part in PARTS]
         outputs = [self.folder / name for name in ("level.json", *(f"{part}.jsonl" for part in PARTS))]

@@ -72,26 +72,28 @@ class Runner:
     def _run(self, step: Step) -> None:
         note = self.notes / f"{step.name}.json"
         inputs = {str(path): hash_of(path) for path in step.inputs}
-        asked = {"commands": step.commands, "settings": step.settings, "inputs": inputs}
-        is_of_here = step.work is not None or any(Path(part).name in self.code for command in step.commands for part in command)
-        asked |= {"package": self.package, "code": self.code if is_of_here else None}
-        key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+        request = {"commands": step.commands, "settings": step.settings, "inputs": inputs}
+        runs_study_code = step.work is not None or any(
+            Path(part).name in self.code for command in step.commands for part in command
+        )
+        request |= {"package": self.package, "code": self.code if runs_study_code else None}
+        key = hashlib.sha256(json.dumps(request, sort_keys=True, default=str).encode()).hexdigest()
         found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
         if found.get("key") == key and found.get("is_done") and all(path.exists() for path in step.outputs):
             return
-        if found.get("key") != key or not step.resumes:  # a tool that resumes must not meet what another request left
+        if found.get("key") != key or not step.resumes:  # a tool that resumes must not find the outputs of another request
             for path in step.outputs:
                 _remove(path)
         seconds = found.get("seconds", 0.0) if found.get("key") == key else 0.0
-        _write(note, {"key": key, "is_done": False, "seconds": seconds, **asked})
+        _write(note, {"key": key, "is_done": False, "seconds": seconds, **request})
         print(f"--- {step.name}", flush=True)
         started = time.perf_counter()
         try:
             self._work(step)
         finally:
             seconds += time.perf_counter() - started
-            _write(note, {"key": key, "is_done": False, "seconds": seconds, **asked})
-        _write(note, {"key": key, "is_done": True, "seconds": seconds, **asked})
+            _write(note, {"key": key, "is_done": False, "seconds": seconds, **request})
+        _write(note, {"key": key, "is_done": True, "seconds": seconds, **request})
 
     def _work(self, step: Step) -> None:
         if step.work is not None:
