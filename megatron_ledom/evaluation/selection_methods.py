@@ -154,7 +154,7 @@ def chosen_weights(questions: Sequence[Question], num: int, num_folds: int, seed
     Of equally good ones the middle is taken. No lambda is chosen on the questions that it is evaluated on.
     """
     if not 2 <= num_folds <= len(questions):
-        raise UsageError(f"num_folds={num_folds} must be 2 to {len(questions)}, the number of questions")
+        raise UsageError(f"--folds {num_folds} must be 2 to {len(questions)}, the number of questions")
     right = np.array([[question.outcome("Reverse Reward", num, w) for w in range(len(GRID))] for question in questions])
     folds = np.random.default_rng(seed).permutation(len(questions)) % num_folds
     chosen = np.zeros(len(questions), np.int64)
