@@ -113,8 +113,10 @@ class Abilities:
         return Step(name=f"evaluate_{found.name}", inputs=[questions, model], outputs=[found], commands=[command], resumes=True)
 
     def results(self) -> dict[str, Any]:
-        """Return for each task and group the metrics of both directions by seed, and reverse minus forward, paired by
-        seed."""
+        """Return the metrics of both directions by task, group and seed, and reverse minus forward.
+
+        Differences are paired by seed.
+        """
         summaries = {direction: [self._summary(seed, direction) for seed in self.settings.seeds] for direction in DIRECTIONS}
         rows = [
             row for task in self.tasks for row in _rows(task, {d: [s[task] for s in found] for d, found in summaries.items()})
@@ -129,8 +131,10 @@ class Abilities:
 
 
 def _rows(task: str, found: Mapping[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """Yield rows for all questions, for each group and for the metrics WRITTEN. found: direction -> results of the task
-    by seed."""
+    """Yield rows for all questions, for each group and for the metrics WRITTEN.
+
+    found: direction -> results of the task by seed.
+    """
     first = found[DIRECTIONS[0]][0]
     groups = [name.rpartition("/")[2] for name in first["metrics"] if name.startswith(f"{first['main']}/")]
     kinds = [OVERALL, *(name for name in groups if name != OVERALL), *(name for name in WRITTEN if name in first["metrics"])]

@@ -92,8 +92,7 @@ def abilities_claims(results: Results) -> Rows:
 
 
 def abilities_not_reproduced(results: Results) -> list[str]:
-    """Return a sentence for each expected effect that is not found, and for results above chance on facts that were
-    never trained."""
+    """Return a sentence for each expected effect that is not found, and for untrained facts above chance."""
     failed = [failure for claim in _claims(results) if (failure := claim.failure()) is not None]
     for row in results["rows"]:
         if row["group"] not in ("unseen", "unseen_world") or row["task"] == "reversal_written":

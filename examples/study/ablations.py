@@ -77,8 +77,10 @@ class Ablations:
         outputs = [self.folder / f"{kind}_{part}_{seed}.jsonl" for kind in ("candidates", "texts")]
 
         def _write() -> None:
-            """Write the candidates with their forward values, and as texts alone for models that read in the wrong
-            direction."""
+            """Write the candidates with their forward values, and as texts alone.
+
+            Models that read in the wrong direction get the texts alone.
+            """
             with_values, bare = [], []
             for record in read_lines(ranked):
                 kept = {name: record[name] for name in ("prompt", GOLD, "greedy")}
@@ -138,11 +140,10 @@ class Ablations:
         return rows
 
     def wrong_direction(self) -> list[dict[str, Any]]:
-        """Return the accuracy of models that read in the wrong direction, compared with chance, the mean over all
-        candidates.
+        """Return the accuracy of models that read in the wrong direction, compared with chance.
 
-        `right_way`: the same comparison for the model in its own direction. If it is not above chance, the control
-        shows nothing.
+        Chance is the mean over all candidates of the same questions. `right_way`: the same comparison for the model in
+        its own direction. If it is not above chance, the control shows nothing.
         """
         settings = ReportSettings(gold_key=GOLD, reward=RewardSettings())
         wrong = self._questions("test", WRONG)

@@ -36,8 +36,7 @@ class Backward:
         return Step(name=f"backward_{seed}", inputs=[model], outputs=[output], commands=[command])
 
     def results(self) -> dict[str, Any]:
-        """Return the fractions of the written problems by seed, and the fraction for a random problem of the training
-        part."""
+        """Return the fractions of the written problems by seed, and the chance of a random training problem."""
         train = list(read_lines(self.rewards.twins.folder / "maths/train.jsonl"))
         known = {record["question"] for record in train}
         by_seed = [_shares(list(read_lines(self.written(seed))), known) for seed in self.settings.seeds]

@@ -55,8 +55,7 @@ class Corpora:
         return Step(name="problems", outputs=outputs, work=_write, settings=shape)
 
     def _word_problems(self) -> Step:
-        """Return the step that holds out `num_gsm_held_out` problems of each source, drawn by the seed, and trains on
-        the rest."""
+        """Return the step that holds out `num_gsm_held_out` random problems of each source and trains on the rest."""
         settings, folder = self.settings, self.folder / "gsm"
         inputs = [] if settings.gsm8k is None else [Path(settings.gsm8k)]
         outputs = [folder / "train.jsonl", *(self.held_out_file("gsm", domain) for domain in self.domains["gsm"])]
@@ -104,7 +103,7 @@ class Corpora:
             write_lines(text / f"{domain}.jsonl", records)
 
     def _some_of_each(self, path: Path, most_bytes: int) -> dict[str, list[dict[str, str]]]:
-        """The first records of each domain, up to `most_bytes` of text and at least one."""
+        """Return the first records of each domain: up to `most_bytes` of text, and at least one record."""
         chosen: dict[str, list[dict[str, str]]] = {domain: [] for domain in self.domains["text"]}
         left = dict.fromkeys(chosen, most_bytes)
         for record in read_lines(path):

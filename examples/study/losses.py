@@ -100,8 +100,7 @@ def speed_of(run: Path) -> tuple[float, float]:
 
 
 def gaps(twins: Twins) -> list[dict[str, Any]]:
-    """Return for each corpus, model and domain the losses of both directions by seed, and the gap in percent with its
-    interval."""
+    """Return the losses of both directions by corpus, model, domain and seed, and the gap in percent with its interval."""
     rows = []
     for corpus, model in product(twins.corpora.domains, twins.settings.models):
         found = {d: [final_losses(twins.run_of(corpus, model, seed, d)) for seed in twins.settings.seeds] for d in DIRECTIONS}
@@ -114,8 +113,10 @@ def gaps(twins: Twins) -> list[dict[str, Any]]:
 
 
 def gaps_by_place(twins: Twins) -> dict[str, list[dict[str, Any]]]:
-    """Return by corpus, for each tenth of a document in text order, reverse minus forward of the largest twins, in nats
-    per inner token."""
+    """Return by corpus and tenth of a document reverse minus forward of the largest twins, in nats per inner token.
+
+    Tenths are in text order.
+    """
     found = {}
     for corpus in twins.corpora.domains:
         paths = [twins.compared(corpus, seed) / "report.json" for seed in twins.settings.seeds]

@@ -83,8 +83,10 @@ def draw(level: int, levels: list[Level], random_: random.Random) -> Problem:
 
 
 def check_chain(answer: str) -> bool:
-    """Return True if every line is a correct calculation that begins with the result of the line before, and the end is
-    the result."""
+    """Return True if a chain is correct.
+
+    Every line is a correct calculation that begins with the result of the line before, and the last line is the result.
+    """
     *chain, last = answer.split("\n")
     value: int | None = None
     for line in chain:

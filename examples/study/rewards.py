@@ -1,5 +1,4 @@
-"""Part 2: the forward model answers and Reverse Reward chooses, compared with baselines and beam search, over N and
-lambda."""
+"""Part 2: the forward model answers and Reverse Reward chooses, compared with baselines and beam search."""
 
 import json
 import statistics
@@ -46,8 +45,7 @@ class Rewards:
         return self.folder / f"beam_{seed}.jsonl"
 
     def stages(self) -> Iterator[list[Step]]:
-        """Yield the steps: greedy answers to the calibration part, the choice of the level, then sampling and search at
-        that level."""
+        """Yield the steps: greedy answers to the calibration part, the level, sampling and search at that level."""
         self.folder.mkdir(parents=True, exist_ok=True)
         calibration = self.twins.folder / "maths/calibration.jsonl"
         seeds = self.settings.seeds
@@ -73,8 +71,7 @@ class Rewards:
         )
 
     def _choose_level(self) -> None:
-        """Choose the first level whose greedy accuracy, the mean of all seeds, is in WANTED; else the nearest to its
-        middle."""
+        """Choose the first level whose mean greedy accuracy is in WANTED, else the nearest to its middle."""
         answers = answers_by("number")
         right: dict[int, list[bool]] = {}
         for seed in self.settings.seeds:
@@ -96,8 +93,10 @@ class Rewards:
         return [load_questions(path, GOLD, answers_by("number"), reward or RewardSettings(), beam) for path, beam in paths]
 
     def results(self) -> dict[str, Any]:
-        """Return the level, the comparison with lambda of the development part, and beam search against best-of-N at
-        equal tokens."""
+        """Return the level, the comparison of the methods, and beam search against best-of-N at equal tokens.
+
+        Lambda is chosen on the development part.
+        """
         development, test = (self.questions(part) for part in PARTS)
         settings = ReportSettings(gold_key=GOLD, reward=RewardSettings())
         report = compare(test, settings, development)
@@ -107,8 +106,7 @@ class Rewards:
     def _beam_at_equal_tokens(
         self, test: list[list[Question]], development: list[list[Question]], settings: ReportSettings
     ) -> dict[str, Any]:
-        """Return the accuracy of the search, of best-of-N by Reverse Reward with equal token usage, and the paired
-        difference.
+        """Return the accuracies of the search and of best-of-N with equal token usage, and the paired difference.
 
         is_affordable: False if the tokens are too few for a single candidate; N is 1 then.
         """

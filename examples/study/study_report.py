@@ -63,8 +63,7 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
 
 
 def _speeds(twins: Twins) -> dict[str, list[float]]:
-    """Return by corpus and model the mean over runs of their median tokens/s, and its fraction of the highest measured
-    matmul peak."""
+    """Return by corpus and model the mean tokens/s of a run, and its fraction of the highest measured matmul peak."""
     found = {}
     for corpus, model in product(twins.corpora.domains, twins.settings.models):
         runs = [twins.run_of(corpus, model, s, d) for s, d in product(twins.settings.seeds, DIRECTIONS)]
@@ -80,8 +79,7 @@ def _as_html(section: Section) -> list[str]:
 
 
 def _commands(notes: dict[str, dict[str, Any]], settings: Settings) -> list[str]:
-    """Return as HTML the study's command and settings, and each step's commands, seconds and sha256 of its inputs and
-    code."""
+    """Return as HTML the study's command and settings, and the commands, seconds and hashes of each step."""
     parts = [f"<pre>{html.escape(shlex.join(sys.argv))}\n{html.escape(json.dumps(asdict(settings)))}</pre>"]
     parts += [
         f"<p>{len(notes)} steps, {sum(note['seconds'] for note in notes.values()):,.0f} s in total, on one core each.</p>"

@@ -1,5 +1,4 @@
-"""Word problems written by people: GSM8K's training part from a file, and reasoning-gym's variations of a hundred such
-problems.
+"""Word problems written by people: GSM8K's training part, and reasoning-gym's variations of a hundred problems.
 
 Both have worked solutions that end in `#### N`. A calculator checks every solution. A solution with a wrong equation,
 or without one that it can read, is skipped and counted. GSM8K's test part is not read. But the problems that

@@ -75,8 +75,10 @@ def list_tasks(data: str | None) -> None:
 
 
 def show(task: LoadedTask, direction: Direction, tokenizer: JointTokenizer, num: int) -> None:
-    """Print the prompts of the first `num` items: in text order, the written or scored part marked, and as tokens in
-    model order."""
+    """Print the prompts of the first `num` items.
+
+    First in text order, with the written or scored part marked, then as tokens in model order.
+    """
     for number, item in enumerate(task.items[:num]):
         for title, prompt in _prompts(task, direction, item):
             print(f"=== {task.task.name}, item {number}, {title}")

@@ -46,7 +46,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class CompareSettings:
-    """Settings of a comparison. context: maximum tokens per window; num_resamples, seed: of the intervals over documents."""
+    """Settings of a comparison.
+
+    context: maximum tokens per window; num_resamples, seed: of the intervals over documents.
+    """
 
     context: int
     batch_size: int = 16
@@ -73,8 +76,10 @@ def document_records(
 
 
 def summarize(records: Sequence[Record], settings: CompareSettings) -> Summary:
-    """Return the metrics of all documents with tokens, of each domain, and by position if known, with intervals over
-    documents."""
+    """Return the metrics of all documents with tokens, of each domain, and by position if known.
+
+    Intervals are over documents.
+    """
     used = [record for record in records if record["forward"]["tokens"] and record["reverse"]["tokens"]]
     summary: Summary = {"documents_without_tokens": len(records) - len(used), "all": _metrics(used, settings)}
     domains = sorted({record["domain"] for record in used})
@@ -87,8 +92,7 @@ def summarize(records: Sequence[Record], settings: CompareSettings) -> Summary:
 
 
 def document_losses(model: LanguageModel, documents: Sequence[list[int]], *, context: int, batch_size: int) -> list[SpanScore]:
-    """Return log P of every token of each document (ids, text order) and of the eod that closes it, as natural logs in
-    text order.
+    """Return log P of every token of each document (ids, text order) and of its eod, in nats and text order.
 
     context: maximum tokens per window. Raises UsageError unless it is at least 2 and at most the model's positions.
     """
@@ -229,8 +233,10 @@ def _positions(groups: Sequence[Record], settings: CompareSettings) -> list[Summ
 
 
 def _ratio(values: Values, weights: Values, settings: CompareSettings) -> Summary:
-    """Return sum(values) / sum(weights) over the documents with a weight (None without any) and its interval (None for
-    one document)."""
+    """Return sum(values) / sum(weights) over the documents with a weight, and its interval.
+
+    The ratio is None without such documents, the interval None for a single one.
+    """
     has_weight = weights > 0
     values, weights = values[has_weight], weights[has_weight]
     if not len(values):

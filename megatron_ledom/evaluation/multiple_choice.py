@@ -58,8 +58,7 @@ class ScoreRequest:
 
 
 def score_choices(model: TaskModel, task: LoadedTask, items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Return the record of each item: the gold choice and, for each way, the log-likelihood, tokens and bytes of every
-    choice."""
+    """Return the record of each item: the gold choice, and log-likelihood, tokens and bytes of every choice by way."""
     requests = [score_requests(task.task, model.direction, item, task.exemplars_for(item)) for item in items]
     distinct = distinct_pairs(requests)
     scored = dict(zip(distinct, model.score(distinct), strict=True))

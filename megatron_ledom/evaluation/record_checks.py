@@ -22,8 +22,7 @@ POSITIONS = ("tenths", "from_start", "from_end")
 ROUNDING = 1e-6
 """Tolerance between a sum and the sum of its parts: relative above 1, else absolute."""
 BEYOND_ZERO = 1e-3
-"""Rounding of a log-softmax, summed over a text: a log-likelihood may exceed 0 by this much, a loss may be this much
-below 0."""
+"""Rounding of a log-softmax, summed over a text: a log-likelihood may exceed 0 by this much."""
 TEXT, TEXT_OR_NULL, FLAG, COUNT = "a text", "a text or null", "true or false", "a count"
 LOSS, LOGPROB, DIFFERENCE, INTEGER = "a loss", "a log-likelihood or null", "a number or null", "an integer"
 TESTS: dict[str, Callable[[Any], bool]] = {

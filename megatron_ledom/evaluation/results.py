@@ -71,8 +71,7 @@ def _wilson(num_right: int, num: int) -> tuple[float, float]:
 
 
 def _spread_of_clusters(values: Sequence[float], clusters: Sequence[str]) -> tuple[float | None, float, float]:
-    """Return standard error, low and high if clusters are drawn: the error of a ratio of sums, and the bootstrap's
-    interval.
+    """Return the standard error of a ratio of sums over clusters, and low and high of its bootstrap interval.
 
     If all clusters have the same mean, the bootstrap's interval has width 0. Wilson's is used then, with one item per
     cluster.

@@ -76,8 +76,7 @@ class Question:
     is_skipped: npt.NDArray[np.bool_]
 
     def outcome(self, method: str, num: int, weight: int) -> float | None:
-        """Return the accuracy (0 to 1) of a method with `num` of the candidates, as the mean over all subsets of that
-        size.
+        """Return the accuracy (0 to 1) of a method with `num` candidates, the mean over all subsets of that size.
 
         Answers of equal score are equally likely to be chosen. weight: an index of GRID. None: the file has no such
         answer.
@@ -119,13 +118,12 @@ def load_questions(
 def load_seeds(
     paths: Sequence[str | Path], gold_key: str, answers: Answers, settings: RewardSettings, beam: str | Path | None = None
 ) -> tuple[list[list[Question]], list[str]]:
-    """Return the questions of reranked files of the same input, one file per sampling seed, and notes on skipped
-    questions.
+    """Return the questions of reranked files, one file per sampling seed, and notes on skipped questions.
 
-    A question that was skipped in one file is omitted from all of them. beam: a file of searches for the same prompts,
-    to compare their best answers; a search without an answer is wrong. The rewards of every lambda are computed from
-    the scores. Raises DataError with the line and the field that is missing, or with all right answers that cannot be
-    read.
+    All files are of the same input. A question that was skipped in one file is omitted from all of them. beam: a file
+    of searches for the same prompts, to compare their best answers; a search without an answer is wrong. The rewards of
+    every lambda are computed from the scores. Raises DataError with the line and the field that is missing, or with all
+    right answers that cannot be read.
     """
     seeds = [
         [checked(record, f"{path}:{number}", gold_key) for number, record in enumerate(read_reranked(path), 1)]
@@ -164,8 +162,7 @@ def chosen_weights(questions: Sequence[Question], num: int, num_folds: int, seed
 
 
 def best_weight(questions: Sequence[Question], num: int) -> int:
-    """Return the index of GRID with the highest accuracy on these questions with `num` of their candidates; of equal
-    ones the middle."""
+    """Return the index of GRID with the highest accuracy with `num` candidates; of equal ones the middle."""
     return _best_of(
         np.array([[question.outcome("Reverse Reward", num, w) for w in range(len(GRID))] for question in questions])
     )

@@ -19,15 +19,16 @@ class TaskModel(Protocol):
         """The direction in which the model reads."""
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[SpanScore]:
-        """Return log P(following | preceding) of each pair for a forward model, log P(preceding | following) for a
-        reverse model.
+        """Return log P(following | preceding) of each pair; a reverse model returns log P(preceding | following).
 
         As in `Engine.score`, both parts are tokenized as one text. An empty given part means the edge of the document.
         """
 
     def write(self, given: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]) -> list[str]:
-        """Return the greedily decoded text after (forward) or before (reverse) each given one, up to eod, a stop string
-        or the limit."""
+        """Return the greedily decoded text after (forward) or before (reverse) each given text.
+
+        It ends at eod, a stop string or the limit.
+        """
 
 
 class LanguageTaskModel:

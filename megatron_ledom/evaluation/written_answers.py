@@ -84,8 +84,10 @@ def _judge_question(task: LoadedTask, direction: Direction, item: Item, written:
 
 
 def _judge_code(task: LoadedTask, direction: Direction, item: Item, written: str, *, sandbox: Sandbox) -> dict[str, Any]:
-    """Run the program: a forward model continues the function's head, a reverse model writes the whole function before
-    it."""
+    """Run the program that a model wrote.
+
+    A forward model continues the function's head, a reverse model writes the whole function before it.
+    """
     template = task.task.template_for(direction)
     if template.is_read_back:
         code = template.read(direction, written)[template.fields[-1].name]

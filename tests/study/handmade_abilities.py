@@ -1,5 +1,4 @@
-"""Results of tools/evaluate.py for part 3, written by hand: models that know exactly the facts that their reading order
-shows."""
+"""Results of tools/evaluate.py for part 3, written by hand: each model knows exactly the facts that it read in its order."""
 
 import json
 from collections.abc import Mapping

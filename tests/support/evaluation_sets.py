@@ -71,10 +71,10 @@ HUMANEVAL = [
 
 
 def write_sets(folder: Path) -> Path:
-    """Write one file per task: JSON lines, except HumanEval compressed, PIQA as Parquet, WinoGrande as an Arrow stream
-    of `datasets`.
+    """Write one file per task.
 
-    ARC's easy part has the original format.
+    Most are JSON lines; HumanEval is compressed, PIQA is Parquet, WinoGrande an Arrow stream of `datasets`. ARC's easy
+    part has the original format.
     """
     folder.mkdir()
     for name, rows in SETS.items():

@@ -1,5 +1,4 @@
-"""Read and compare answers: the final answer of a text (`Answers`), and a written field with its accepted answers
-(`Comparison`).
+"""Read and compare answers: the final answer of a text (`Answers`), or a written field (`Comparison`).
 
 Answers are compared by number, by text, or by math-verify (an extra); written fields by math-verify, or by spelling.
 """
@@ -69,7 +68,10 @@ class Answers(Protocol):
 
 
 def answers_by(kind: str) -> Answers:
-    """Return `number` (the last number of a text), `text` (the whole text) or `math` (math-verify, for any formula)."""
+    """Return the answers of a name: `number`, `text` or `math`.
+
+    `number` is the last number of a text, `text` the whole text, `math` any formula (math-verify).
+    """
     kinds: dict[str, type[Answers]] = {"number": NumberAnswers, "text": TextAnswers, "math": MathAnswers}
     if kind not in kinds:
         raise UsageError(f"answers cannot be compared by {kind!r}; it can be one of {', '.join(kinds)}")
@@ -113,8 +115,10 @@ def classes_of(texts: Sequence[str], answers: Answers) -> list[int | None]:
 
 
 class NumberAnswers:
-    """The number after the last `####` of a text, in its last `\\boxed`, else its last number. 3, 3.0 and 6/2 are the
-    same."""
+    """The number after the last `####` of a text, in its last `\\boxed`, else its last number.
+
+    3, 3.0 and 6/2 are the same.
+    """
 
     def read(self, text: str) -> Fraction | None:
         """See `Answers.read`."""
@@ -208,8 +212,10 @@ class Comparison(Protocol):
 
 
 def comparison_by(kind: str) -> Comparison:
-    """Return `math` (math-verify, for numbers and formulas) or `alias` (equal except case, punctuation, articles and
-    white space)."""
+    """Return the comparison of a name: `math` or `alias`.
+
+    `math` is math-verify, for numbers and formulas. `alias` ignores case, punctuation, articles and white space.
+    """
     if kind == "math":
         return MathComparison()
     if kind == "alias":
@@ -256,8 +262,10 @@ class AliasComparison:
 
 
 def _plain(text: str) -> str:
-    """Unify the spelling of signs, bases and functions, remove currency, and expand `1e5`, whose e math-verify reads as
-    Euler's number."""
+    """Unify the spelling of signs, bases and functions, remove currency, and expand `1e5`.
+
+    math-verify reads the e of `1e5` as Euler's number.
+    """
     text = MINUS_DOLLAR.sub(r"-\1", THIN_SPACE.sub("", with_signs(text).replace("\\$", "")))
     text = BASE.sub(r"\1_{\2}", NAMED_BASE.sub(lambda found: f"_{{{BASES[found[1]]}}}", text))
     text = BARE_FUNCTION.sub(r"\\\1", text)
@@ -280,8 +288,10 @@ def _signed_box(text: str) -> str | None:
 def _certain(
     read: list[Any], formula: str | None, number_in: Callable[[str], Fraction | None] = sole_number
 ) -> list[Any] | None:
-    """Return the result of math-verify, or None if it read a part of a number, so that the number grader reads another
-    value or none."""
+    """Return the result of math-verify, or None if it read only a part of a number.
+
+    Then the number grader reads another value or none.
+    """
     number = _number_of(read)
     if formula is None or number is None or "%" in formula or _base_of(read) is not None:
         return read or None

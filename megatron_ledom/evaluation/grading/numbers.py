@@ -97,8 +97,7 @@ def with_signs(text: str) -> str:
 
 
 def _unmerged(text: str) -> str:
-    """Return the text in a form in which NFKC does not turn an index, exponent or mark into a digit of the adjacent
-    number."""
+    """Return the text such that NFKC turns no index, exponent or mark into a digit of the adjacent number."""
     text = ENTITY.sub(lambda found: html.unescape(found.group()), text).translate(CHARACTERS)
     text = re.sub(r"(?<=\d)[’‘‛´ʼʹ`′＇](?=\d)", "'", text)
     if text.isascii():
@@ -211,8 +210,7 @@ PREFIX = re.compile(
 
 
 def final_number(text: str) -> Fraction | None:
-    """Return the number after the last `####`, in the last `\\boxed`, after the last "the answer is", else the last
-    number."""
+    """Return the number after the last `####`, in the last `\\boxed`, after "the answer is", else the last number."""
     marked, boxed = after_mark(text), last_boxed(text)
     if marked is not None:
         return _first(normalized(marked)) if last_boxed(marked) is None else sole_number(marked)

@@ -107,8 +107,7 @@ class Fact:
 
 
 def reversal(num: int, seed: int) -> SyntheticSet:
-    """Generate `num` facts about people and their works, a quarter for each of the three trained groups and the unseen
-    one."""
+    """Generate `num` facts about people and their works, a quarter for each of STATED."""
     cells = len(REVERSAL) * len(STATED)
     check_num(num, cells * NUM_CHOICES, "facts")
     rng = random.Random(f"reversal {seed}")

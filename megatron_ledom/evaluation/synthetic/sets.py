@@ -34,11 +34,10 @@ class SyntheticSet:
 
 
 def write_synthetic_set(generated: SyntheticSet, folder: Path, about: Mapping[str, Any]) -> None:
-    """Write `train.jsonl`, the question files and, last, the manifest into an existing folder whose lock the caller
-    holds.
+    """Write `train.jsonl`, the question files and, last, the manifest.
 
-    The same arguments give the same bytes. Raises UsageError if the folder contains another set, whose training text
-    would be lost.
+    The folder exists, and the caller holds its lock. The same arguments give the same bytes. Raises UsageError if the
+    folder contains another set, whose training text would be lost.
     """
     path = folder / MANIFEST
     if path.is_file():

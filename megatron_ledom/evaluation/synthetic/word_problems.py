@@ -94,10 +94,9 @@ class Solution:
 
 
 def solve(question: str) -> Solution | None:
-    """Return the solution of a question of this grammar about one person and one kind of thing, or None for any other
-    text.
+    """Return the solution of a question of this grammar, or None for any other text.
 
-    The number of things must never fall below zero.
+    The question is about one person and one kind of thing. The number of things must never fall below zero.
     """
     sentences = re.findall(r"[^.?]+[.?]", question.strip())
     if len(sentences) < 2 or "".join(sentences) != question.strip():

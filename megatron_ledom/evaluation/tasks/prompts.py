@@ -87,8 +87,7 @@ class Template:
     """
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a template with nothing to give or to write, or without a label to find a written field
-        by."""
+        """Raise UsageError for a template with nothing to give or to write, or with a written field without a label."""
         names = [field.name for field in self.fields]
         if len(set(names)) != len(names):
             raise UsageError(f"the fields {', '.join(names)} must have different names; rename one")
@@ -149,8 +148,7 @@ class Template:
         return found
 
     def split_before(self, name: str, values: Values) -> tuple[str, str]:
-        """Return one block, its fields in forward order, cut before the value of the field `name`: (up to its label,
-        the rest).
+        """Return one block in forward order, cut before the value of the field `name`: (up to its label, the rest).
 
         White space at the cut belongs to the rest, as it does in a prompt.
         """

@@ -18,8 +18,10 @@ Row = Mapping[str, Any]
 
 
 class TaskKind(StrEnum):
-    """The kind of task: the model scores given choices, or writes an answer, a program that is run, or a question that
-    is solved."""
+    """The kind of task.
+
+    The model scores given choices, or writes an answer, a program that is run, or a question that is solved.
+    """
 
     CHOICE = "choice"
     ANSWER = "answer"

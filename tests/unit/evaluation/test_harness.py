@@ -1,5 +1,4 @@
-"""lm-evaluation-harness: a forward model answers as the harness's `hf` model, and each left-to-right assumption is
-handled.
+"""lm-evaluation-harness: a forward model answers as the `hf` model, and each left-to-right assumption is handled.
 
 The slow references are one pass of the stock model over one sequence.
 """
@@ -136,8 +135,7 @@ def test_forward_answers_and_metrics_are_those_of_hf(folders: dict[str, Path], t
 def test_forward_requests_of_all_shapes_get_the_answers_of_hf(
     kind: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Boundaries, spaces, merges across the cut, BOS, no context, texts longer than the model, greedy continuations,
-    windows."""
+    """Boundaries, spaces, merges across the cut, BOS, no context, long texts, greedy continuations, windows."""
     ours = LedomLM(folders[kind], max_length=24, batch_size=2)
     hf = HFLM(str(folders[kind]), max_length=24, device="cpu", dtype="float32", batch_size=3)
     prompts = [("The cat sat", 8), ("漢字 and", 8), (EXEMPLAR + QUERY, 16), ("The dog ran after ", 5)]
@@ -182,8 +180,7 @@ def test_a_token_across_the_cut_is_scored_when_hf_has_nothing_to_score(folders: 
 
 
 def test_a_pair_is_encoded_once_as_a_whole_and_reversed_after_eod(folders: dict[str, Path]) -> None:
-    """Encoding the parts separately gives other ids, because of the dummy prefix and the space that joins the choice's
-    first word."""
+    """Encoding the parts separately gives other ids (dummy prefix, space before the choice's first word)."""
     folder = folders["reverse"]
     tokenizer = stock(folder)[1]
     assert all(tokenizer.encode(QUERY).ids + tokenizer.encode(c).ids != tokenizer.encode(QUERY + c).ids for c in CHOICES)
@@ -338,8 +335,7 @@ def test_rolling_windows_run_from_the_end_of_the_text_to_its_beginning(folders: 
 
 
 def test_acc_norm_divides_a_log_probability_of_the_choice(folders: dict[str, Path], tasks: TaskManager) -> None:
-    """The likelihood of the whole text, divided by the choice's length, would favour the longest choice of every
-    document."""
+    """The likelihood of the whole text, divided by the choice's length, would favour the longest choice."""
     found = simple_evaluate(model=LedomLM(folders["reverse"]), tasks=["tiny_choices"], task_manager=tasks)
     for row, sample in zip(QUESTIONS, found["samples"]["tiny_choices"], strict=True):
         values = [value for ((value, _),) in sample["resps"]]
@@ -413,8 +409,7 @@ def test_without_cuda_the_harness_uses_the_cpu_with_a_warning(
 def test_the_harness_caches_answers_of_a_forward_model(
     folders: dict[str, Path], tasks: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Answers of finished windows are cached even if the run is killed: of 24 requests the first ten are not computed
-    again."""
+    """Answers of finished windows survive a kill: of 24 requests the first ten are not computed again."""
     sizes: list[int] = []
 
     def measure(*model: Any, spans: list[Span], **options: Any) -> Any:

@@ -67,8 +67,7 @@ def test_many_resamples_of_many_questions_take_little_memory() -> None:
 
 
 def test_intervals_of_three_seeds_contain_the_truth_when_those_over_questions_do_not() -> None:
-    """Paired differences of 100 questions are randomly +1, 0 or -1, with and without an effect of the seed (deviation
-    0.08)."""
+    """Paired differences of 100 questions are randomly +1, 0 or -1, with and without a seed effect (deviation 0.08)."""
     pytest.importorskip("scipy")
     rng = np.random.default_rng(1)
     for deviation, least, most_of_old in ((0.0, 0.95, 1.0), (0.08, 0.9, 0.8)):

@@ -1,5 +1,4 @@
-"""Loss difference of a forward and a reverse model: a slow reference, positions, domains, windows, resuming and the
-report."""
+"""Loss difference of a forward and a reverse model: slow reference, positions, windows, resuming, report."""
 
 import json
 import math

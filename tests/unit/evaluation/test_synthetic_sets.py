@@ -1,5 +1,4 @@
-"""Synthetic sets: reproducible bytes, one right answer, no leak, an oracle scores 100 % and a model without knowledge
-chance."""
+"""Synthetic sets: reproducible bytes, one right answer, no leak; an oracle scores 100 %, ignorance scores chance."""
 
 import hashlib
 import json
