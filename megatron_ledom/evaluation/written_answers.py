@@ -95,7 +95,7 @@ def _judge_code(task: LoadedTask, direction: Direction, item: Item, written: str
         given = "".join(field.text(item.values[field.name]) for field in template.fields[:-1])
         code = given.rstrip() + written
     if code is None:
-        return {"answer": None, "reason": "no program was found in the written text", "is_right": False}
+        return {"answer": None, "reason": "no program was found in what was written", "is_right": False}
     assert item.tests is not None
     outcome = run_program(code, item.tests, sandbox=sandbox)
     return {"answer": code, "reason": outcome.reason, "is_right": outcome.passed}

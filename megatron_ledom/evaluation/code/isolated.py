@@ -149,7 +149,7 @@ class Program:
     def _receive(self) -> dict[str, Any]:
         line = self._answers.readline(MOST_MESSAGE_CHARACTERS)
         if not line.endswith("\n"):
-            raise RuntimeError("the program ended before its tests, or sent too long an answer")
+            raise RuntimeError("the program ended before its tests, or answered too much")
         answer = json.loads(line)
         if not isinstance(answer, dict):
             raise RuntimeError("the program wrote into the pipe of its answers")
