@@ -65,7 +65,7 @@ def load_task(
         exemplars = _exemplars(task, exemplars_path, num_fewshot, seed)
     for file, known_hash in files.items():
         if sha256_of(folder / file) != known_hash:
-            raise DataError(f"{folder / file} changed while it was read; start again when it is complete")
+            raise DataError(f"{folder / file} was replaced while it was read; start again when it is complete")
     return LoadedTask(
         task=task,
         items=items[:limit],
