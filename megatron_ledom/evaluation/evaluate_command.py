@@ -83,9 +83,9 @@ def show(task: LoadedTask, direction: Direction, tokenizer: JointTokenizer, num:
         for title, prompt in _prompts(task, direction, item):
             print(f"=== {task.task.name}, item {number}, {title}")
             print(f"--- in text order, the {'scored' if task.task.kind is TaskKind.CHOICE else 'written'} part in ⟦⟧")
-            print(visible(prompt.shown()))
+            print(visible(prompt.in_text_order()))
             print("--- in model order, token by token")
-            print(visible(prompt.as_seen(tokenizer)))
+            print(visible(prompt.in_model_order(tokenizer)))
 
 
 def _prompts(task: LoadedTask, direction: Direction, item: Item) -> list[tuple[str, Prompt]]:

@@ -5,7 +5,7 @@ Abduction: small worlds in which causes have outcomes.
     In Brimil on day 17 the lamp went out. So the river rose and the bells rang.
 
 In every world each of 16 causes has two outcomes. Four causes share each outcome, so one outcome does not determine the
-cause, and both together do. All worlds have the same causes and outcomes in other pairs, so a rule of one world is
+cause, but both together do. All worlds have the same causes and outcomes in other pairs, so a rule of one world is
 wrong in another. The three wrong answers share the first outcome, the second, and none. The rules of a known world are
 trained for several days; the question is about another day. In an unseen world the rules of all other worlds give
 chance.
@@ -39,7 +39,7 @@ SEVERAL = 4
 NUM_LABELS, OWN_WORDS, COMMON_WORDS = 8, 10, 30
 NUM_OWN, NUM_OTHER, NUM_COMMON = 3, 1, 4
 TEST_SHARE = 5
-NUM_SHOTS = 16
+NUM_EXEMPLARS = 16
 
 
 def abduction(num: int, seed: int) -> SyntheticSet:
@@ -80,13 +80,13 @@ def label_backfill(num: int, seed: int) -> SyntheticSet:
     common = [namer.word().lower() for _ in range(COMMON_WORDS)]
     texts: dict[str, str] = {}
     num_each = num // NUM_LABELS
-    while len(texts) < NUM_LABELS * num_each + NUM_SHOTS:
+    while len(texts) < NUM_LABELS * num_each + NUM_EXEMPLARS:
         label = labels[len(texts) % NUM_LABELS]
         texts.setdefault(_text(rng, label, own, common), label)
     pairs = list(texts.items())
     questions = _label_rows(labels, pairs[: num_each // TEST_SHARE * NUM_LABELS])
-    exemplars = _label_rows(labels, pairs[-NUM_SHOTS:])
-    trained = [f"Category: {label}\nText: {text}" for text, label in pairs[len(questions) : -NUM_SHOTS]]
+    exemplars = _label_rows(labels, pairs[-NUM_EXEMPLARS:])
+    trained = [f"Category: {label}\nText: {text}" for text, label in pairs[len(questions) : -NUM_EXEMPLARS]]
     rng.shuffle(trained)
     return SyntheticSet(
         texts=trained,

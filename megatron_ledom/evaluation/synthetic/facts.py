@@ -1,9 +1,9 @@
 """Facts that are trained in one order and tested in both: the reversal curse, and inverse relations.
 
-A fact relates a first and a second name. `first_wordings` begin with the first name, `second_wordings` with the second.
-A fact is trained in the wordings of one order, of both, or not at all. Two questions test it: the second name given the
-first, and the first given the second. The answer must come last in model order. A forward model gets "Mira Tolven
-wrote" and continues it; a reverse model gets "was written by Mira Tolven." and writes the text before it.
+A fact relates a first and a second name. In `first_wordings` the first name comes first, in `second_wordings` the
+second. A fact is trained in the wordings of one order, of both, or not at all. Two questions test it: the second name
+given the first, and the first given the second. The answer must come last in model order. A forward model gets "Mira
+Tolven wrote" and continues it; a reverse model gets "was written by Mira Tolven." and writes the text before it.
 
 Groups, defined in text order and so the same for both directions:
     in_text_order       the training text has the given name before the answer, the order in which a forward model reads
@@ -30,7 +30,7 @@ from megatron_ledom.evaluation.synthetic.sets import (
 )
 
 STATED = ("first", "second", "both", "unseen")
-NUM_SHOTS = 8
+NUM_EXEMPLARS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +116,9 @@ def reversal(num: int, seed: int) -> SyntheticSet:
         Fact(REVERSAL[number % len(REVERSAL)], namer.person(), namer.word(), STATED[number // len(REVERSAL) % len(STATED)])
         for number in range(num)
     ]
-    shown = [Fact(REVERSAL[number % len(REVERSAL)], namer.person(), namer.word(), "unseen") for number in range(2 * NUM_SHOTS)]
+    shown = [
+        Fact(REVERSAL[number % len(REVERSAL)], namer.person(), namer.word(), "unseen") for number in range(2 * NUM_EXEMPLARS)
+    ]
     rows = _questions_among(facts)
     rng.shuffle(rows)
     return SyntheticSet(
@@ -167,7 +169,7 @@ def inverse_relations(num: int, seed: int) -> SyntheticSet:
         for a, b, c in people:
             texts += [text for pair in ((a, b), (b, c)) for text in Fact(INVERSE[relation], *pair, stated).texts()]
     rng.shuffle(rows)
-    shown = [[namer.person() for _ in range(3)] for _ in range(NUM_SHOTS)]
+    shown = [[namer.person() for _ in range(3)] for _ in range(NUM_EXEMPLARS)]
     return SyntheticSet(
         texts=_shuffled(rng, texts),
         files={

@@ -58,12 +58,12 @@ class Prompt:
         """Return (preceding, following) of the whole text, the arguments of `log_likelihood` and `Engine.score`."""
         return (self.target, self.given) if self.direction is Direction.REVERSE else (self.given, self.target)
 
-    def shown(self) -> str:
+    def in_text_order(self) -> str:
         """Return the whole text in text order, with the target between marks."""
         marked = f"⟦{self.target}⟧"
         return marked + self.given if self.direction is Direction.REVERSE else self.given + marked
 
-    def as_seen(self, tokenizer: JointTokenizer) -> str:
+    def in_model_order(self, tokenizer: JointTokenizer) -> str:
         """Return the tokens of the whole text in the order in which the model reads them."""
         ids = to_model_order(tokenizer.encode("".join(self.parts())), self.direction)
         return "|".join(tokenizer.spell([id_]).decode("utf-8", "replace") for id_ in ids)

@@ -42,7 +42,7 @@ def test_a_reverse_prompt_has_the_target_first_and_the_few_shot_examples_after_t
     )
     assert prompt.target == "Answer: 6\nReasoning: 3 and 3 make 6. "
     assert prompt.parts() == (prompt.target, prompt.given)
-    assert prompt.shown().startswith("⟦Answer: 6\nReasoning: 3 and 3 make 6. ⟧So much")
+    assert prompt.in_text_order().startswith("⟦Answer: 6\nReasoning: 3 and 3 make 6. ⟧So much")
 
 
 def test_both_models_read_the_same_parts_in_the_same_order() -> None:
@@ -53,7 +53,7 @@ def test_both_models_read_the_same_parts_in_the_same_order() -> None:
     reverse = template.render(Direction.REVERSE, values[2], values[:2])
     assert "".join(forward.parts()) == "Q1 A2/Q3 A4/Q5 A6"
     assert "".join(reverse.parts()) == "A6 Q5/A4 Q3/A2 Q1"
-    assert reverse.as_seen(JointTokenizer(Tokenizer.from_str(byte_level_json()))) == "1|Q| |2|A|/|3|Q| |4|A|/|5|Q| |6|A"
+    assert reverse.in_model_order(JointTokenizer(Tokenizer.from_str(byte_level_json()))) == "1|Q| |2|A|/|3|Q| |4|A|/|5|Q| |6|A"
 
 
 @pytest.mark.parametrize("direction", list(Direction))
