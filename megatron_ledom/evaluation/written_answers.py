@@ -79,7 +79,7 @@ def _judge_question(task: LoadedTask, direction: Direction, item: Item, written:
         "solved": None if solved is None else solved.solution,
         "has_answer": solved is not None and str(solved.answer) == item.kept["gold_answer"],
         "is_right": solved is not None and solved.solution in item.gold,
-        "is_copy": question in task.known,
+        "is_copy": question in task.trained_questions,
     }
 
 

@@ -54,11 +54,11 @@ def load_task(
     files = {path.name: sha256_of(path)}
     items = tuple(_items(task, path))
     exemplars: tuple[Item, ...] = ()
-    known: frozenset[str] = frozenset()
+    trained_questions: frozenset[str] = frozenset()
     if task.kind is TaskKind.QUESTION:
         known_path = find_file(task, folder, task.exemplars_file)
         files[known_path.name] = sha256_of(known_path)
-        known = frozenset(item.values["question"] for item in _items(task, known_path))
+        trained_questions = frozenset(item.values["question"] for item in _items(task, known_path))
     if num_fewshot:
         exemplars_path = find_file(task, folder, task.exemplars_file)
         files[exemplars_path.name] = sha256_of(exemplars_path)
@@ -70,7 +70,7 @@ def load_task(
         task=task,
         items=items[:limit],
         exemplars=exemplars,
-        known=known,
+        trained_questions=trained_questions,
         num_fewshot=num_fewshot,
         seed=seed,
         max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,

@@ -122,7 +122,7 @@ class LoadedTask:
     files: Mapping[str, str] = field(default_factory=dict)
     content_sha256: str = ""
 
-    known: frozenset[str] = frozenset()
+    trained_questions: frozenset[str] = frozenset()
     """Of `TaskKind.QUESTION`: the questions that were trained, so that a copy of one is recognized."""
 
     def exemplars_for(self, item: Item) -> list[Mapping[str, str]]:

@@ -365,7 +365,7 @@ def test_a_question_is_right_by_its_steps_and_a_copy_or_a_constant_one_is_not(
     """
     folder = folders["question_from_answer"]
     task = load_task("question_from_answer", folder)
-    trained = sorted(task.known)
+    trained = sorted(task.trained_questions)
 
     class Writer(Judge):
         def write(self, given: list[str], *, max_new_tokens: int, stop_strings: list[str]) -> list[str]:
