@@ -120,8 +120,8 @@ def _overdone(results: Results) -> list[str]:
     return [
         f"The reverse model alone chooses worse than chance ({percent(only)} % right, {percent(drawn)} % for a random candidate). It"
         f" chooses the candidate that makes the question likeliest. That candidate has a calculation error in {percent(chosen)} % of"
-        f" the cases, a random candidate in {percent(all_)} %. A score that does not depend on correct calculation cannot reject a"
-        " candidate that fits the question better because of a calculation error, and the best of many candidates is often such a one."
+        f" the cases, a random candidate in {percent(all_)} %. The score takes no account of calculation errors. Some candidates fit the"
+        " question better only because of such an error, and among many candidates the best score often belongs to one of them."
     ]
 
 
