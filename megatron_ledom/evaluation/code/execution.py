@@ -169,7 +169,7 @@ def _verdict(
 
 
 def _ending(status: int) -> str:
-    """Return the end of a process in words, from its status. A sandbox reports a signal as 128 plus its number."""
+    """Return how a process ended, from its status. A sandbox reports a signal as 128 plus its number."""
     number = -status if status < 0 else status - 128
     if number in {known.value for known in signal.Signals}:
         return f"ended by {signal.Signals(number).name}"
@@ -185,9 +185,10 @@ def _kill_group(process: "subprocess.Popen[bytes]") -> None:
 
 @contextmanager
 def _ending_orphans(sandbox: Sandbox) -> Iterator[None]:
-    """Without a sandbox: kill all processes that the program started at the end, even those in other sessions.
+    """Without a sandbox, kill on exit all processes that the program has started, even in other sessions.
 
-    Also hide the memory and environment of this process from other processes of its user (root still sees them)."""
+    Until then, hide the memory and environment of this process from other processes of its user (root still sees them).
+    """
     if sandbox is not Sandbox.NONE or sys.platform != "linux":
         yield
         return

@@ -68,7 +68,7 @@ class Answers(Protocol):
 
 
 def answers_by(kind: str) -> Answers:
-    """Return the answers of a name: `number`, `text` or `math`.
+    """Return the answers of this kind: `number`, `text` or `math`.
 
     `number` is the last number of a text, `text` the whole text, `math` any formula (math-verify).
     """
@@ -212,7 +212,7 @@ class Comparison(Protocol):
 
 
 def comparison_by(kind: str) -> Comparison:
-    """Return the comparison of a name: `math` or `alias`.
+    """Return the comparison of this kind: `math` or `alias`.
 
     `math` is math-verify, for numbers and formulas. `alias` ignores case, punctuation, articles and white space.
     """
