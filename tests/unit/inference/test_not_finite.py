@@ -155,7 +155,7 @@ def test_an_impossible_token_has_a_value_and_nan_is_refused() -> None:
         SpanScore([1], [-1.0], math.nan)
     assert chosen({"logprob": [None, -90.0], "tokens": [1, 1], "bytes": [1, 1]}, "token") == 1
     assert less_prior(-math.inf, -math.inf) == -math.inf
-    with pytest.raises(NotFiniteError, match="no score"):
+    with pytest.raises(NotFiniteError, match="so their difference is not a score"):
         less_prior(-3.0, -math.inf)
     assert among_choices([-math.inf, -5.0]) == [-math.inf, 0.0]
     with pytest.raises(NotFiniteError, match="all choices"):
