@@ -12,13 +12,18 @@ WORKERS ?= 2
 AT_ONCE := -n $(WORKERS) --dist loadfile
 ALONE := distributed or slurm
 
-.PHONY: quickstart study test test-fast test-slow check unit clean
+.PHONY: quickstart study docs test test-fast test-slow check unit clean
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
 
 study: $(STAMP)
 	$(BIN)/python examples/study/study.py --size $(SIZE) $(if $(GSM8K),--gsm8k $(GSM8K))
+
+# The documentation as a site in build/site; a broken link fails. `$(BIN)/python -m docs.generator` writes its generated pages first.
+docs: $(STAMP)
+	$(BIN)/python -m docs.generator
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # Everything but the slow tests. The second part runs also where the first has failed; either fails the target.
 test: check

@@ -1,4 +1,4 @@
-"""docs/python_api.md: every export is named there and every name is exported, at no cost until it is asked for; the examples run."""
+"""docs/reference/python_api.md: every export is named there and every name is exported, at no cost until it is asked for; the examples run."""
 
 import importlib
 import os
@@ -17,7 +17,7 @@ from tests.support.paths import ROOT
 from tests.support.tiny_models import random_model_folder
 from tests.support.tiny_runs import TinyData, read_metrics
 
-PAGE = (ROOT / "docs/python_api.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/reference/python_api.md").read_text(encoding="utf-8")
 TABLE = re.findall(r"^\| `(megatron_ledom[\w.]*)` \| (.*) \|$", PAGE, re.MULTILINE)
 PACKAGES = [package for package, _ in TABLE]
 EXAMPLES: list[str] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
