@@ -69,8 +69,8 @@ def test_the_site_shows_what_the_package_exports(site: Path) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_generated_page_is_current(name: str) -> None:
-    stored = (DOCS / name).read_text(encoding="utf-8")
-    assert stored == PAGES[name](), f"docs/{name} is stale; write it with: python -m docs.generator"
+    stored = (ROOT / name).read_text(encoding="utf-8")
+    assert stored == PAGES[name](), f"{name} is stale; write it with: python -m docs.generator"
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
@@ -105,7 +105,7 @@ def test_the_configuration_page_has_every_key_and_its_docstring() -> None:
     assert named == set((ROOT / "tests/assets/config_keys.txt").read_text(encoding="utf-8").split())
 
 
-def test_the_import_picture_leaves_out_only_what_a_longer_way_replaces() -> None:
+def test_the_import_picture_omits_only_arrows_that_a_longer_way_replaces() -> None:
     edges = import_picture.rooms()
     drawn = import_picture.reduced(edges)
     for name in edges:
