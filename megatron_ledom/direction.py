@@ -30,7 +30,7 @@ Ids = TypeVar("Ids", list[int], npt.NDArray[Any])
 def to_model_order(text_ids: Ids, direction: Direction) -> Ids:
     """One document's ids [length] from text order to model order; always a fresh, contiguous copy."""
     if direction is Direction.REVERSE:
-        return _turned(text_ids)
+        return _reversed(text_ids)
     return text_ids.copy()
 
 
@@ -39,16 +39,16 @@ def to_text_order(model_ids: Ids, direction: Direction) -> Ids:
     return to_model_order(model_ids, direction)  # turning twice is the identity
 
 
-def _turned(ids: Ids) -> Ids:
+def _reversed(ids: Ids) -> Ids:
     return np.ascontiguousarray(ids[::-1]) if isinstance(ids, np.ndarray) else ids[::-1]
 
 
 def check_helpers() -> None:
-    """Raise UsageError where the C++ helpers, which `pack_into` and `turn_into` call, are not built."""
+    """Raise UsageError where the C++ helpers, which `concatenate_into` and `reverse_into` call, are not built."""
     import megatron_ledom._helpers  # noqa: F401
 
 
-def pack_into(
+def concatenate_into(
     text_ids: npt.NDArray[np.uint32],
     offsets: npt.NDArray[np.int64],
     packed: npt.NDArray[Any],
@@ -73,31 +73,31 @@ def pack_into(
     )
 
 
-def turn_into(
+def reverse_into(
     stored_ids: npt.NDArray[Any],
     lengths: npt.NDArray[np.int64],
-    turned: npt.NDArray[Any],
+    reversed_ids: npt.NDArray[Any],
     *,
     is_closed: bool,
     eod_id: int,
     vocab_size: int,
 ) -> int:
-    """Fill `turned` with many stored documents in the other direction, each closed by eod: what the other shard stores.
+    """Fill `reversed_ids` with many stored documents in the other direction, each closed by eod: what the other shard stores.
 
     stored_ids [sum(lengths)], uint8, uint16, int32 or int64: the documents one after the other; lengths [documents]; turned,
     uint16 or int32. With `is_closed` each document ends with eod, which stays last, else none does and one is added; one
     without ids besides eod leaves nothing. Returns -1, or the position in `stored_ids` of the first id that is outside
-    [0, vocab_size), is an eod inside a document, or closes a document without being eod; `turned` is then incomplete.
+    [0, vocab_size), is an eod inside a document, or closes a document without being eod; `reversed_ids` is then incomplete.
     """
     import megatron_ledom._helpers as helpers  # compiled at install; imported late: all but this does without it
 
-    return int(helpers.turn_documents(stored_ids, lengths, turned, is_closed, eod_id, vocab_size))
+    return int(helpers.turn_documents(stored_ids, lengths, reversed_ids, is_closed, eod_id, vocab_size))
 
 
-def pack_documents_reference(
+def concatenate_documents_reference(
     documents: Sequence[Sequence[int]], direction: Direction, eod_id: int, bos_id: int | None = None
 ) -> list[int]:
-    """What `pack_into` computes, in plain Python: the text of the rule, and the yardstick of its tests."""
+    """What `concatenate_into` computes, in plain Python: the text of the rule, and the yardstick of its tests."""
     packed: list[int] = []
     for document in documents:
         if document:

@@ -19,7 +19,7 @@ from megatron_ledom.callbacks.task_files import check_tasks
 from megatron_ledom.checkpoint.folder import latest_checkpoint, saved_iteration, settle_latest
 from megatron_ledom.cli.options import add_config
 from megatron_ledom.config.checks import check_config
-from megatron_ledom.config.derived import checkpoint_folder, planned_world_size
+from megatron_ledom.config.derived import checkpoint_folder, expected_world_size
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.errors import LASTING, UNFORESEEN, LedomError, StoppedWaiting, run_command
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, *, callback
         from megatron_ledom.planning.dry_run import dry_run
         from megatron_ledom.planning.verdicts import refuse
 
-        described = dry_run(config, planned_world_size(config))
+        described = dry_run(config, expected_world_size(config))
         print(described.text, flush=True)
         refuse(described.verdicts, accepted=arguments.accept_plan)
     elif arguments.check is not None:
@@ -119,7 +119,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
         log.info("run_dir=%s is complete at iteration %d: %s", config.run_dir, config.train.train_iters, COMPLETE)
         return
     from megatron_ledom.callbacks.build import build_callbacks
-    from megatron_ledom.data.dataset.dataset import index_cache
+    from megatron_ledom.data.dataset.blend_samples import index_cache
     from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.ops.library import describe as describe_ops

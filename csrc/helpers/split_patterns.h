@@ -1,6 +1,6 @@
 // The splitting patterns of byte-level BPE vocabularies, as scanners: where the unit that begins at p ends.
 //
-// Each gives the leftmost match of its regular expression (tokenizers/engines.py has them), alternatives in their order, with the
+// Each gives the leftmost match of its regular expression (tokenizers/encoders.py has them), alternatives in their order, with the
 // classes of code points of the `tokenizers` library. All of them match something at every character, so a text is its units.
 //
 // Text is valid UTF-8, at least READ_BEYOND zero bytes behind its end. Zero is no letter, digit or space, so only what runs over

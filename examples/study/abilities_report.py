@@ -73,11 +73,11 @@ def abilities_section(results: Results) -> Section:
     """Sentences, tables and the picture of part 3."""
     tables = [table for part in PARTS if len(table := _table(results, part)) > 1]
     told = [_about(results), *_told(results)]
-    return Section(title=TITLE, told=told, tables=tables, figures=abilities_figures(results))
+    return Section(title=TITLE, told=told, tables=tables, plots=abilities_plots(results))
 
 
 def abilities_claims(results: Results) -> Rows:
-    """A row of the table of claims for each expected direction of effect; the paper shows these by examples, without figures."""
+    """A row of the table of claims for each expected direction of effect; the paper shows these by examples, without plots."""
     rows = []
     for claim in _claims(results):
         between = interval(interval_over_seeds(claim.by_seed, -1.0, 1.0), 100, "+.1f")
@@ -102,7 +102,7 @@ def abilities_not_reproduced(results: Results) -> list[str]:
     return told
 
 
-def abilities_figures(results: Results) -> list[str]:
+def abilities_plots(results: Results) -> list[str]:
     """Accuracy by group and direction, a dot for each seed."""
     rows = [row for row in results["rows"] if row["group"] in DRAWN and not _is_mixed(row)]
     size = (8.5, 0.8 + 0.45 * len(rows))

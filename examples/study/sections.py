@@ -23,12 +23,12 @@ BASELINES = ("random of N", "greedy", "majority vote", "forward likelihood, sum"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A heading with what stands below it; figures are HTML, and only in the page."""
+    """A heading with what stands below it; plots are HTML, and only in the page."""
 
     title: str
     told: Sequence[str] = ()
     tables: Sequence[Rows] = ()
-    figures: Sequence[str] = ()
+    plots: Sequence[str] = ()
 
 
 def percent(value: float) -> str:
@@ -143,7 +143,7 @@ def _side(found: list[float] | None) -> str:
     return ", surely below" if found[1] < 0 else ", the interval holds 0"
 
 
-def loss(results: Results, figures: Sequence[str]) -> Section:
+def loss(results: Results, plots: Sequence[str]) -> Section:
     """Part 1."""
     num = results["num_seeds"]
     about = (
@@ -162,7 +162,7 @@ def loss(results: Results, figures: Sequence[str]) -> Section:
     )
     told = [about, f"Word problems written by people: {problems}. {_HELD_OUT}", _SPEED, place]
     tables = [_gap_rows(results["gaps"]), _place_rows(results["places"]), _speed_rows(results["speed"])]
-    return Section(title="Loss", told=told, tables=tables, figures=figures)
+    return Section(title="Loss", told=told, tables=tables, plots=plots)
 
 
 _HELD_OUT = (
@@ -202,7 +202,7 @@ def _speed_rows(speeds: dict[str, list[float]]) -> Rows:
     return rows + [[name, f"{speed:,.0f}", f"{100 * share:.0f} %"] for name, (speed, share) in speeds.items()]
 
 
-def reward(results: Results, figures: Sequence[str]) -> Section:
+def reward(results: Results, plots: Sequence[str]) -> Section:
     """Part 2."""
     report, level, beam = (results["rewards"][name] for name in ("report", "level", "beam"))
     about = f"{results['num_seeds']} seeds of both models, every one reported; lambda by seed, chosen on the development part alone: "
@@ -216,7 +216,7 @@ def reward(results: Results, figures: Sequence[str]) -> Section:
         _about_beam(beam),
         f"{_MISTAKES} {_reason(results['mistakes'])}",
     ]
-    return Section(title="Reverse Reward", told=told, tables=tables, figures=figures)
+    return Section(title="Reverse Reward", told=told, tables=tables, plots=plots)
 
 
 _MISTAKES = (

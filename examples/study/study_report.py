@@ -15,16 +15,16 @@ from abilities_report import abilities_claims, abilities_not_reproduced, abiliti
 from ablations import Ablations
 from backward import Backward
 from backward import section as backward_section
-from figures import loss_figures
 from losses import Twins, gaps, gaps_by_place, speed_of
 from mistakes import mistakes
+from plots import loss_plots
 from rewards import Rewards
 from sections import Section, ablation, claims, loss, not_reproduced, reward
 from settings import Settings
 from twins import DIRECTIONS
 
 from megatron_ledom.reports import pages
-from megatron_ledom.reports.method_comparison import figures_of
+from megatron_ledom.reports.method_comparison import plots_of
 from megatron_ledom.storage.files import write_file
 from megatron_ledom.tables import markdown_table
 
@@ -48,8 +48,8 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     sections = [
         claims(results, abilities_claims(results["abilities"])),
         Section(title="What did not reproduce", told=failed),
-        loss(results, loss_figures(twins, results["places"])),
-        reward(results, figures_of(results["rewards"]["report"])),
+        loss(results, loss_plots(twins, results["places"])),
+        reward(results, plots_of(results["rewards"]["report"])),
         abilities_section(results["abilities"]),
         backward_section(results["backward"]),
         *ablation(results),
@@ -75,7 +75,7 @@ def _speeds(twins: Twins) -> dict[str, list[float]]:
 
 def _as_html(section: Section) -> list[str]:
     told = map(pages.paragraph, section.told)
-    return [f"<h2>{html.escape(section.title)}</h2>", *told, *map(pages.table, section.tables), *section.figures]
+    return [f"<h2>{html.escape(section.title)}</h2>", *told, *map(pages.table, section.tables), *section.plots]
 
 
 def _commands(notes: dict[str, dict[str, Any]], settings: Settings) -> list[str]:

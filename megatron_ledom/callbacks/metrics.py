@@ -99,7 +99,7 @@ class MetricsWriter:
         if self.wandb is not None:
             self.wandb.close(lambda run: run.finish())
         for each in self._logs():
-            each.say_lost()
+            each.report_lost()
 
     def _logs(self) -> list[GuardedLog]:
         return [each for each in (self.file, self.board, self.wandb) if each is not None]

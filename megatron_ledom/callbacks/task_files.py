@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 def load_tasks(config: RunConfig) -> "list[LoadedTask]":
     """Return items and demonstrations of `train.tasks`. Raises ConfigError for a task that writes, UsageError or DataError for files."""
     from megatron_ledom.evaluation.tasks.loading import load_task, task_named
-    from megatron_ledom.evaluation.tasks.task import Kind
+    from megatron_ledom.evaluation.tasks.task import TaskKind
 
     train = config.train
     for name in train.tasks:
-        if task_named(name).kind is not Kind.CHOICE:
+        if task_named(name).kind is not TaskKind.CHOICE:
             raise ConfigError(
                 f"train.tasks names {name}, for which a model writes: each token would cost a pass of the whole pipeline; leave it"
                 " out, and evaluate the exported checkpoint with ledom evaluate"

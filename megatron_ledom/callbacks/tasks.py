@@ -23,7 +23,7 @@ from megatron_ledom.data.blends.sources import RUN_TOKENIZER
 from megatron_ledom.data.dataset.batch import Batch, context_part
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, NotFiniteError, UsageError
-from megatron_ledom.evaluation.multiple_choice import asked_of, distinct_pairs
+from megatron_ledom.evaluation.multiple_choice import distinct_pairs, score_requests
 from megatron_ledom.evaluation.task_evaluation import evaluate_task
 from megatron_ledom.evaluation.tasks.task import LoadedTask
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
@@ -161,8 +161,8 @@ class TaskSet:
         """Raises DataError for a text longer than a sample: that shall end the run before its first step."""
         self.scorer, self.tasks = scorer, tasks
         for task in tasks:
-            asked = [asked_of(task.task, scorer.direction, item, task.demonstrations(item)) for item in task.items]
-            for pair in distinct_pairs(asked):
+            requests = [score_requests(task.task, scorer.direction, item, task.exemplars_for(item)) for item in task.items]
+            for pair in distinct_pairs(requests):
                 scorer.span(pair)
 
     def evaluate(self) -> Results:

@@ -6,7 +6,7 @@ import math
 import torch
 
 from megatron_ledom.data.dataset.batch import batch_iterators
-from megatron_ledom.data.dataset.dataset import BlendSamples
+from megatron_ledom.data.dataset.blend_samples import BlendSamples
 from megatron_ledom.parallel.collectives import gathered_weights
 from megatron_ledom.storage.records import Record
 from megatron_ledom.training.callback import Callback, TrainingRun

@@ -17,7 +17,7 @@ from megatron_ledom.checkpoint.manifest import MANIFEST, load_manifest
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, UsageError
 from megatron_ledom.storage.files import publish, write_synced
-from megatron_ledom.storage.hashes import size_faults
+from megatron_ledom.storage.hashes import size_problems
 
 LATEST = "latest"
 PART = ".part"
@@ -84,25 +84,23 @@ def latest_checkpoint(folder: str) -> str | None:
         fault = f"names {name!r}, which is not there"
     else:
         return os.path.join(folder, name)
-    raise DataError(f"{folder}/{LATEST} {fault}; {how_to_go_on(folder)}")
+    raise DataError(f"{folder}/{LATEST} {fault}; {how_to_resume(folder)}")
 
 
-def how_to_go_on(folder: str, besides: str | None = None) -> str:
-    """Say how to go on where `latest` cannot be followed: from the newest whole checkpoint but the one called `besides`."""
+def how_to_resume(folder: str, other_than: str | None = None) -> str:
+    """Say how to go on where `latest` cannot be followed: from the newest whole checkpoint but the one called `other_than`."""
     for name in reversed(finished_checkpoints(folder).values()):
         checkpoint = os.path.join(folder, name)
         try:
-            faults = size_faults(checkpoint, load_manifest(checkpoint).files)
+            faults = size_problems(checkpoint, load_manifest(checkpoint).files)
         except LedomError:
             continue
-        if not faults and name != besides:
+        if not faults and name != other_than:
             return (
-                f"the newest{' other' if besides else ''} checkpoint that is whole, by the sizes of its files, is {name}: to go on"
+                f"the newest{' other' if other_than else ''} checkpoint that is whole, by the sizes of its files, is {name}: to go on"
                 f" from it, echo {name} > {shlex.quote(os.path.join(folder, LATEST))}"
             )
-    return (
-        f"{folder} has no {'other ' if besides else ''}whole checkpoint: bring one back, or set another run_dir for a new run"
-    )
+    return f"{folder} has no {'other ' if other_than else ''}whole checkpoint: bring one back, or set another run_dir for a new run"
 
 
 @contextmanager
@@ -112,7 +110,7 @@ def advising_another(checkpoint: str) -> Iterator[None]:
         yield
     except DataError as error:
         folder, name = os.path.split(os.path.abspath(checkpoint))
-        raise DataError(f"{error}; {how_to_go_on(folder, besides=name)}") from error
+        raise DataError(f"{error}; {how_to_resume(folder, other_than=name)}") from error
 
 
 def saved_iteration(folder: str) -> int:
@@ -172,7 +170,7 @@ def _content_of(path: str) -> str | None:
         return None
     except IsADirectoryError as error:
         raise DataError(
-            f"{path} is a folder, not a file with the name of a checkpoint: move it away; then {how_to_go_on(os.path.dirname(path))}"
+            f"{path} is a folder, not a file with the name of a checkpoint: move it away; then {how_to_resume(os.path.dirname(path))}"
         ) from error
 
 

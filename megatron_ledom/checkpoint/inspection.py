@@ -1,4 +1,4 @@
-"""What a checkpoint holds, for people: position, layout, tensors by part, files, and every fault."""
+"""What a checkpoint holds, for people: position, layout, tensors by group, files, and every fault."""
 
 import os
 import sys
@@ -13,11 +13,11 @@ from megatron_ledom.checkpoint.stored_tensors import tensors_of
 from megatron_ledom.config.derived import data_parallel_size
 from megatron_ledom.config.schema import ParallelConfig
 from megatron_ledom.errors import DataError, LedomError, VerificationError
-from megatron_ledom.storage.hashes import content_faults, size_faults
+from megatron_ledom.storage.hashes import content_problems, size_problems
 
 
 @dataclass(slots=True)
-class Part:
+class TensorGroup:
     """Tensors that are printed as one line."""
 
     tensors: int = 0
@@ -37,11 +37,11 @@ def inspect_checkpoint(where: str, *, verify: bool = False) -> None:
     manifest = load_manifest(checkpoint)
     for name, value in _rows(checkpoint, manifest):
         print(f"{name:<12}  {value}")
-    faults = size_faults(checkpoint, manifest.files)
+    faults = size_problems(checkpoint, manifest.files)
     if verify:
-        faults = faults or content_faults(checkpoint, manifest.files)
+        faults = faults or content_problems(checkpoint, manifest.files)
     try:
-        _print_parts(tensors_of(checkpoint))
+        _print_groups(tensors_of(checkpoint))
     except DataError as error:
         faults.append(str(error))
     for fault in faults:
@@ -55,7 +55,7 @@ def inspect_checkpoint(where: str, *, verify: bool = False) -> None:
         print(f"verified: {len(manifest.files)} files" if manifest.files else "nothing to verify: written before checksums")
 
 
-def part_of(name: str) -> str:
+def group_of(name: str) -> str:
     """The line a tensor belongs to: `weights: decoder`, `optimizer: exp_avg`."""
     words = name.split(".")
     return f"optimizer: {words[2]}" if words[:2] == ["optimizer", "state"] else f"weights: {words[0]}"
@@ -90,16 +90,16 @@ def _rows(checkpoint: str, manifest: CheckpointManifest) -> Iterator[tuple[str, 
     )
 
 
-def _print_parts(tensors: dict[str, TensorStorageMetadata]) -> None:
-    parts: dict[str, Part] = {}
+def _print_groups(tensors: dict[str, TensorStorageMetadata]) -> None:
+    groups: dict[str, TensorGroup] = {}
     for name, tensor in tensors.items():
-        part = parts.setdefault(part_of(name), Part())
-        part.tensors += 1
-        part.elements += tensor.size.numel()
-        part.num_bytes += tensor.size.numel() * tensor.properties.dtype.itemsize
+        group = groups.setdefault(group_of(name), TensorGroup())
+        group.tensors += 1
+        group.elements += tensor.size.numel()
+        group.num_bytes += tensor.size.numel() * tensor.properties.dtype.itemsize
     print(f"\n{'tensors':<32}  {'number':>8}  {'elements':>18}  {'GiB':>10}")
-    for name, part in sorted(parts.items(), reverse=True):
-        print(f"{name:<32}  {part.tensors:>8,}  {part.elements:>18,}  {part.num_bytes / 2**30:>10,.3f}")
+    for name, group in sorted(groups.items(), reverse=True):
+        print(f"{name:<32}  {group.tensors:>8,}  {group.elements:>18,}  {group.num_bytes / 2**30:>10,.3f}")
 
 
 def _print_all(folder: str) -> None:

@@ -15,7 +15,7 @@ from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.errors import ConfigError, DataError, MismatchError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.storage.files import write_synced
-from megatron_ledom.storage.hashes import FileSums, refuse_damaged, size_faults
+from megatron_ledom.storage.hashes import FileSums, refuse_damaged, size_problems
 from megatron_ledom.storage.jobs import differences
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def check_sizes(checkpoint: str) -> CheckpointManifest:
     manifest = load_manifest(checkpoint)
     if not manifest.files:
         log.warning("%s was written before checkpoints had checksums: its files cannot be checked", checkpoint)
-    refuse_damaged(checkpoint, size_faults(checkpoint, manifest.files))
+    refuse_damaged(checkpoint, size_problems(checkpoint, manifest.files))
     return manifest
 
 

@@ -23,8 +23,8 @@ from megatron_ledom.checkpoint.writing import CheckpointWriter
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, TransientError, may_pass
 from megatron_ledom.parallel.collectives import from_first_rank, gathered_weights
-from megatron_ledom.platform.engine_state import use_settings_of
-from megatron_ledom.storage.hashes import content_faults, refuse_damaged
+from megatron_ledom.platform.core_state import use_settings_of
+from megatron_ledom.storage.hashes import content_problems, refuse_damaged
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class CheckpointStore:
         """Read every file once, each rank its share; a fault that one finds stops all."""
         found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         files = load_manifest(checkpoint).files
-        dist.all_gather_object(found, content_faults(checkpoint, files, dist.get_rank(), dist.get_world_size()))
+        dist.all_gather_object(found, content_problems(checkpoint, files, dist.get_rank(), dist.get_world_size()))
         refuse_damaged(checkpoint, [fault for faults in found for fault in faults])
 
     def _sharded(self, model: list[Any], optimizer: Any, scheduler: Any, *, loading: bool) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from torch.distributed.checkpoint.utils import _create_file_view
 
 from megatron_ledom.errors import DataError
-from megatron_ledom.platform.engine_state import load_restricted
+from megatron_ledom.platform.core_state import load_restricted
 
 METADATA = ".metadata"
 UNREADABLE = (

@@ -40,7 +40,7 @@ from megatron_ledom.checkpoint.folder import (
 from megatron_ledom.checkpoint.manifest import CheckpointManifest, save_manifest
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.errors import DataError, LedomError, TransientError, cannot_write, first_cause
-from megatron_ledom.platform.engine_state import SaveResults
+from megatron_ledom.platform.core_state import SaveResults
 from megatron_ledom.platform.processes import die_with_the_parent, leave_signals_to_the_parent
 from megatron_ledom.storage.files import sync
 from megatron_ledom.storage.hashes import FileSums, checksum
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
+class RankFiles:
     """The files of one rank: megatron-core's record of what it wrote, and their sums."""
 
     results: list[Any]
@@ -70,10 +70,10 @@ class _Pending:
     process: Any = None
     """The writer process; None when written in this one."""
 
-    def outcome(self) -> Share | LedomError:
+    def outcome(self) -> RankFiles | LedomError:
         """This rank's share, or what went wrong with it, once its writer has ended."""
         try:
-            outcome: Share | LedomError = self.results.get_nowait()
+            outcome: RankFiles | LedomError = self.results.get_nowait()
         except queue.Empty:
             code = None if self.process is None else self.process.exitcode
             how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
@@ -113,7 +113,7 @@ class CheckpointWriter:
         buckets, results = request.async_fn_args[1:] if request.async_fn_args else ([], SaveResults())
         pending = _Pending(manifest, part, storage, metadata, results)
         write = partial(
-            _write_share,
+            _write_files,
             transforms=[storage.transforms],
             part=part,
             parent=os.getpid() if self.settings.async_save else None,
@@ -181,13 +181,13 @@ class CheckpointWriter:
         self._longest_save = max(self._longest_save, time.monotonic() - self._begun)
         log.info("saved %s", os.path.join(self.folder, checkpoint_name(pending.manifest.iteration)))
 
-    def _publish(self, pending: _Pending, outcomes: list[Share | LedomError]) -> LedomError | None:
+    def _publish(self, pending: _Pending, outcomes: list[RankFiles | LedomError]) -> LedomError | None:
         """The first rank's part of `_finalize`. Returns what went wrong; then what was written is deleted, to give room."""
         failures = {f"rank {rank}: ": what for rank, what in enumerate(outcomes) if isinstance(what, LedomError)}
-        shares = [outcome for outcome in outcomes if isinstance(outcome, Share)]
+        written = [outcome for outcome in outcomes if isinstance(outcome, RankFiles)]
         if not failures:
             try:
-                _complete(pending, shares)
+                _complete(pending, written)
                 put_in_place(self.folder, checkpoint_name(pending.manifest.iteration))
             except OSError as error:
                 failures = {"": cannot_write(error, error.filename or pending.part)}
@@ -224,12 +224,12 @@ class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
         return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
 
 
-def _complete(pending: _Pending, shares: list[Share]) -> None:
+def _complete(pending: _Pending, written: list[RankFiles]) -> None:
     """Write the list of all tensors and the manifest; both are on disk then."""
     part = pending.part
-    pending.storage.finish(pending.metadata, [share.results for share in shares])
+    pending.storage.finish(pending.metadata, [one.results for one in written])
     save_backends(part)
-    files = {name: sums for share in shares for name, sums in share.files.items()}
+    files = {name: sums for one in written for name, sums in one.files.items()}
     files |= {name: checksum(os.path.join(part, name)) for name in COMMON_FILES}
     save_manifest(replace(pending.manifest, files=dict(sorted(files.items()))), part)
     sync(part)
@@ -240,10 +240,10 @@ def _nothing() -> list[Any]:
     return []
 
 
-def _write_share(
+def _write_files(
     rank: int, buckets: list[Any], results: SaveResults, *, transforms: list[Any], part: str, parent: int | None
 ) -> None:
-    """Write one rank's files and leave its Share, or the reason why not, in `results`. In a forked process if `parent` is set.
+    """Write one rank's files and leave its RankFiles, or the reason why not, in `results`. In a forked process if `parent` is set.
 
     The first rank's process deletes the trash before: what is written next needs the room, and nobody waits for it.
     """
@@ -255,12 +255,12 @@ def _write_share(
     try:
         if rank == 0:
             sweep(os.path.dirname(part), keep=os.path.basename(part))
-        share = Share([], {})
+        written = RankFiles([], {})
         for bucket in buckets:
             path = str(bucket[0])
-            share.results.extend(_write_file(bucket, transforms))
-            share.files[os.path.basename(path)] = checksum(path)
-        results.put(share)
+            written.results.extend(_write_file(bucket, transforms))
+            written.files[os.path.basename(path)] = checksum(path)
+        results.put(written)
     except OSError as error:
         results.put(cannot_write(error, path))
     except Exception:

@@ -32,13 +32,13 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
     from megatron_ledom.errors import UsageError, visible
     from megatron_ledom.inference import ReverseLM
-    from megatron_ledom.inference.model_folder import SAY_EOD_ID
+    from megatron_ledom.inference.model_folder import COMMAND_OPTIONS
 
     if args.stream and (args.num_samples > 1 or not sys.stderr.isatty()):
         raise UsageError(
             "--stream shows one sample on a terminal (stderr is none here, or --num-samples is above 1); leave it out"
         )
-    model = ReverseLM.from_pretrained(args.model, direction=args.direction, eod_id=args.eod_id, say=SAY_EOD_ID)
+    model = ReverseLM.from_pretrained(args.model, direction=args.direction, eod_id=args.eod_id, option_names=COMMAND_OPTIONS)
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}
     options["stop_strings"] = args.stop
     if args.stream:

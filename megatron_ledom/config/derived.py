@@ -1,4 +1,4 @@
-"""Numbers, and one path, that follow from a RunConfig: each is computed here and nowhere else."""
+"""Numbers, and one path, that follow from a RunConfig; each is computed only here."""
 
 import os
 from collections.abc import Sequence
@@ -7,89 +7,89 @@ from megatron_ledom.config.schema import BlendEntry, DataConfig, ModelConfig, Pa
 
 
 def checkpoint_folder(config: RunConfig) -> str:
-    """Where the checkpoints of a run are."""
+    """Return the folder of a run's checkpoints."""
     return os.path.join(config.run_dir, "checkpoints")
 
 
 def next_multiple(number: int, of: int) -> int:
-    """The smallest multiple of `of` that is not below `number`."""
+    """Return the smallest multiple of `of` that is not below `number`."""
     return -(-number // of) * of
 
 
 def padded_vocab_size(vocab_size: int, divisible_by: int) -> int:
-    """Rows of the embedding: `vocab_size` up to the next multiple, whatever the layout, so checkpoints fit any."""
+    """Return the rows of the embedding: `vocab_size` rounded up. They do not depend on the layout, so checkpoints fit any."""
     return next_multiple(vocab_size, divisible_by)
 
 
 def head_dim(model: ModelConfig) -> int:
-    """Width of one attention head."""
+    """Return the width of one attention head."""
     return model.kv_channels or model.hidden_size // model.num_attention_heads
 
 
 def query_groups(model: ModelConfig) -> int:
-    """Key-value heads."""
+    """Return the number of key-value heads."""
     return model.num_query_groups or model.num_attention_heads
 
 
 def model_parallel_size(parallel: ParallelConfig) -> int:
-    """Ranks that hold one copy of the model and one copy of each sample: tensor x pipeline x context."""
+    """Return the number of ranks that share one copy of the model: tensor x pipeline x context."""
     tensor, pipeline = parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size
     return tensor * pipeline * parallel.context_parallel_size
 
 
-def planned_world_size(config: RunConfig) -> int:
-    """Ranks to plan for when none are launched: `parallel.world_size`, or one copy of the model."""
+def expected_world_size(config: RunConfig) -> int:
+    """Return the ranks to plan for when none are launched: `parallel.world_size`, or those of one copy of the model."""
     return config.parallel.world_size or model_parallel_size(config.parallel)
 
 
 def data_parallel_size(parallel: ParallelConfig, world_size: int) -> int:
-    """Copies of the model on `world_size` ranks."""
+    """Return the number of copies of the model on `world_size` ranks."""
     return world_size // model_parallel_size(parallel)
 
 
 def num_microbatches(config: RunConfig, world_size: int) -> int:
-    """Forward passes of one rank in one optimizer step."""
+    """Return the number of micro-batches of one rank in one iteration."""
     samples_at_once = config.train.micro_batch_size * data_parallel_size(config.parallel, world_size)
     return config.train.global_batch_size // samples_at_once
 
 
 def tokens_per_iteration(config: RunConfig) -> int:
-    """Positions trained on in one optimizer step, over all ranks."""
+    """Return the number of positions of one iteration, over all ranks."""
     return config.train.global_batch_size * config.data.seq_length
 
 
 def train_samples(config: RunConfig) -> int:
-    """Samples of the whole run."""
+    """Return the number of samples of the whole run."""
     return config.train.train_iters * config.train.global_batch_size
 
 
 def total_tokens(config: RunConfig) -> int:
-    """Positions of the whole run."""
+    """Return the number of positions of the whole run."""
     return config.train.train_iters * tokens_per_iteration(config)
 
 
 def lr_decay_iters(config: RunConfig) -> int:
-    """Iterations until the learning rate is at its minimum."""
+    """Return the iteration at which the learning rate reaches its minimum."""
     return config.optimizer.lr_decay_iters or config.train.train_iters
 
 
 def validation_iterations(config: RunConfig) -> int:
-    """How often the run validates: every `train.eval_interval` iterations and at the end."""
+    """Return the number of validations of the run: one every `train.eval_interval` iterations and one at the end."""
     return -(-config.train.train_iters // config.train.eval_interval)
 
 
 def blend_shares(blend: Sequence[BlendEntry]) -> list[float]:
-    """Share of the samples that each source gives; the shares add up to 1."""
+    """Return the fraction of the samples that each source contributes; the fractions add up to 1."""
     total = sum(weight for weight, _ in blend)
     return [weight / total for weight, _ in blend]
 
 
 def named_blends(data: DataConfig) -> list[tuple[str, list[BlendEntry]]]:
-    """Every blend of the run with its dotted key."""
+    """Return every blend of the run with its dotted key."""
     sets = [(f"data.{key}.{name}", blend) for key in ("valid_sets", "test_sets") for name, blend in getattr(data, key).items()]
     return [("data.train_blend", data.train_blend), ("data.valid_blend", data.valid_blend), *sets]
 
 
 def has_validation(data: DataConfig) -> bool:
-    """Whether the run validates."""
+    """Return True if the run validates."""
     return bool(data.valid_blend or data.valid_sets or (data.split and data.split[1]))

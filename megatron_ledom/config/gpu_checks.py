@@ -1,7 +1,7 @@
-"""Relations between the keys that only a GPU run has (fp8, overlapped tensor parallelism, NCCL), and of recompute.
+"""Check the keys of GPU runs (fp8, overlapped tensor parallelism, NCCL) and of recompute.
 
-Rules as in `checks.py`, which runs them: one sentence a fault. What follows from the machine itself is checked when the
-layers are chosen (`model/layer_specs.py`).
+The rules are as in `checks.py`, which runs them: one sentence per problem. Requirements on the machine itself are checked when
+the layers are chosen (`model/layer_specs.py`).
 """
 
 from collections.abc import Iterator
@@ -13,20 +13,20 @@ import yaml
 from megatron_ledom.config.derived import head_dim, next_multiple, query_groups
 from megatron_ledom.config.schema import RunConfig
 
-Faults = Iterator[str]
+Problems = Iterator[str]
 OWN_LAYERS = ("torch", "fused")
-"""Values of model.transformer_impl that never take Transformer Engine."""
+"""Values of model.transformer_impl that never use Transformer Engine."""
 NCCL_GROUPS = ("tp", "cp", "dp", "dp_cp", "pp", "mp", "embd", "tp_dp", "tp_cp", "tp_dp_cp")
-"""Process groups of this package's layouts by the names that megatron-core gives them."""
+"""Process groups of this package's layouts, by their names in megatron-core."""
 NCCL_SETTINGS = ("cga_cluster_size", "min_ctas", "max_ctas", "net_name", "is_high_priority_stream")
 
 
 @dataclass(frozen=True, slots=True)
 class Fp8Needs:
-    """What a recipe asks of shapes, of the GPU and of Transformer Engine."""
+    """Requirements of an fp8 recipe on shapes, GPU and Transformer Engine."""
 
     multiple: int
-    """Both sides of every matrix are multiples of this."""
+    """Both sides of every matrix must be multiples of this."""
     capability: tuple[int, int]
     """Lowest CUDA compute capability."""
     gpu: str
@@ -41,8 +41,8 @@ FP8_NEEDS = {
 }
 
 
-def recompute(config: RunConfig) -> Faults:
-    """Full recompute says how and how much, selective recompute says which parts, and neither says more."""
+def recompute(config: RunConfig) -> Problems:
+    """Check that full recompute has a method and a number of layers, selective recompute its parts, and neither more."""
     parallel, model = config.parallel, config.model
     granularity, modules = parallel.recompute_granularity, parallel.recompute_modules
     method, count = parallel.recompute_method, parallel.recompute_num_layers
@@ -60,15 +60,15 @@ def recompute(config: RunConfig) -> Faults:
         for key, value in (("recompute_method", method), ("recompute_num_layers", count)):
             if value is not None:
                 yield (
-                    f"parallel.{key}={value} is for parallel.recompute_granularity=full, found"
-                    f" {granularity or 'null'}; set that, or leave {key} out"
+                    f"parallel.{key}={value} needs parallel.recompute_granularity=full, found"
+                    f" {granularity or 'null'}; set that, or remove parallel.{key}"
                 )
     if granularity == "selective" and (not modules or len(set(modules)) < len(modules)):
-        yield f"parallel.recompute_modules={modules} with selective recompute; name one part or more, each once"
+        yield f"parallel.recompute_modules={modules} with selective recompute; expected one part or more, each once"
 
 
-def fp8(config: RunConfig) -> Faults:
-    """fp8 is Transformer Engine's, from bf16 weights, and every matrix can be cut into the recipe's blocks."""
+def fp8(config: RunConfig) -> Problems:
+    """Check that fp8 has Transformer Engine and bf16 weights, and that every matrix can be cut into the recipe's blocks."""
     model, parallel = config.model, config.parallel
     if model.fp8 is None:
         return
@@ -77,11 +77,11 @@ def fp8(config: RunConfig) -> Faults:
         yield f"model.fp8={model.fp8} needs Transformer Engine, found {found}; set transformer_engine"
     if config.data.reset_attention_mask:
         yield (
-            f"model.fp8={model.fp8} needs Transformer Engine, whose attention ignores the mask of documents:"
-            " data.reset_attention_mask=true cannot be used with it; set one of them back"
+            f"model.fp8={model.fp8} needs Transformer Engine, whose attention ignores the document mask, found"
+            " data.reset_attention_mask=true; remove one of them"
         )
     if model.params_dtype != "bf16":
-        yield f"model.fp8={model.fp8} needs model.params_dtype=bf16, found {model.params_dtype}"
+        yield f"model.fp8={model.fp8} needs model.params_dtype=bf16, found {model.params_dtype}; set bf16, or remove model.fp8"
     tensor, multiple = parallel.tensor_model_parallel_size, FP8_NEEDS[model.fp8_recipe].multiple
     rows = config.train.micro_batch_size * config.data.seq_length // parallel.context_parallel_size
     width = head_dim(model) * (model.num_attention_heads + 2 * query_groups(model))
@@ -100,8 +100,8 @@ def fp8(config: RunConfig) -> Faults:
             )
 
 
-def unfused_attention(config: RunConfig) -> Faults:
-    """Scores in memory are a matter of our own layers."""
+def unfused_attention(config: RunConfig) -> Problems:
+    """Check that unfused attention is used only with this package's own layers."""
     model = config.model
     wanted = {
         "model.transformer_impl=transformer_engine": model.transformer_impl == "transformer_engine",
@@ -111,33 +111,33 @@ def unfused_attention(config: RunConfig) -> Faults:
     if model.attention_backend == "unfused":
         for name in (name for name, is_set in wanted.items() if is_set):
             yield (
-                f"model.attention_backend=unfused is for layers without Transformer Engine, found {name}; set"
-                " model.attention_backend=auto, or leave that out"
+                f"model.attention_backend=unfused needs layers without Transformer Engine, found {name}; set"
+                " model.attention_backend=auto, or remove the other key"
             )
 
 
-def overlapped_tensor_parallel(config: RunConfig) -> Faults:
-    """User buffers are Transformer Engine's, and overlap the collectives of sequence parallelism."""
+def overlapped_tensor_parallel(config: RunConfig) -> Problems:
+    """Check that overlapped tensor parallelism has Transformer Engine and sequence parallelism."""
     parallel = config.parallel
     if not parallel.tp_comm_overlap:
         return
     if not parallel.sequence_parallel:
         yield (
             "parallel.tp_comm_overlap=true needs parallel.sequence_parallel=true (and a tensor-parallel size above 1), found"
-            " false; switch that on, or parallel.tp_comm_overlap off"
+            " false; set that to true, or parallel.tp_comm_overlap=false"
         )
     if config.model.transformer_impl in OWN_LAYERS:
         found = f"model.transformer_impl={config.model.transformer_impl}"
         yield f"parallel.tp_comm_overlap=true needs Transformer Engine, found {found}; set transformer_engine"
     if config.data.reset_attention_mask:
         yield (
-            "parallel.tp_comm_overlap=true needs Transformer Engine, whose attention ignores the mask of documents:"
-            " data.reset_attention_mask=true cannot be used with it; set one of them back"
+            "parallel.tp_comm_overlap=true needs Transformer Engine, whose attention ignores the document mask, found"
+            " data.reset_attention_mask=true; remove one of them"
         )
 
 
-def nccl(config: RunConfig) -> Faults:
-    """The file of NCCL settings is there and names groups and settings that exist."""
+def nccl(config: RunConfig) -> Problems:
+    """Check that the file of NCCL settings exists and names known groups and settings."""
     groups = config.parallel.high_priority_stream_groups
     if len(set(groups)) < len(groups):
         yield f"parallel.high_priority_stream_groups={groups} names a group twice; name each once"
@@ -151,7 +151,7 @@ def nccl(config: RunConfig) -> Faults:
         yield f"{key} cannot be read ({' '.join(str(error).split())}); expected YAML such as `dp_cp: {{max_ctas: 16}}`"
         return
     if not isinstance(content, dict) or not all(isinstance(value, dict) for value in content.values()):
-        yield f"{key} holds no settings by process group; expected YAML such as `dp_cp: {{max_ctas: 16}}`"
+        yield f"{key} has no settings by process group; expected YAML such as `dp_cp: {{max_ctas: 16}}`"
         return
     for group, settings in content.items():
         if group not in NCCL_GROUPS:

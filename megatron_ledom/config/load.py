@@ -1,7 +1,7 @@
-"""Reading and writing a RunConfig: YAML with one `base:`, dotted overrides, and every fault named at once.
+"""Read and write a RunConfig: YAML with one `base:`, dotted overrides, and one error that lists all problems.
 
-OmegaConf parses and merges, pydantic checks types; this file joins them. `published` gives the config of a run as strangers may
-read it: without the machine's folders, free text and resolved secrets.
+OmegaConf parses and merges, pydantic checks types; this file combines them. `published` returns the config of a run for
+publication: without folders of the machine, free text and resolved secrets.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 
-from megatron_ledom.config.faults import explain_faults, first_line, refuse_secrets
+from megatron_ledom.config.problems import describe_problems, first_line, refuse_secrets
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.config.shipped import config_path, shipped_configs
 from megatron_ledom.errors import ConfigError
@@ -28,10 +28,10 @@ _ADAPTER: TypeAdapter[RunConfig] = TypeAdapter(RunConfig)
 
 
 def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """The run that the YAML file `path` describes, after its `base:` and then `overrides` (`section.key=value`); `path` can also be
-    the name of a config that comes with the package, such as `ledom_7b`.
+    """Return the config of a YAML file, merged over its `base:`, with `overrides` (`section.key=value`) applied last.
 
-    Raises ConfigError that names every fault by its dotted key. Relations between sections: `checks.check_config`.
+    `path` can also be the name of a config that comes with the package, such as `ledom_7b`. Raises ConfigError, which lists
+    every problem by its dotted key. Relations between sections are checked by `checks.check_config`.
     """
     layers = [_load_file(config_path(path), ()), *[_parse_override(text) for text in overrides]]
     try:
@@ -39,13 +39,13 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> RunConfig:
         refuse_secrets(OmegaConf.to_container(merged, resolve=False), path)
         values = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{path}: {first_line(error)}; give the value itself") from error
+        raise ConfigError(f"{path}: {first_line(error)}; write the value itself") from error
     assert isinstance(values, dict)
     return config_from_dict(values, f"{path} with its overrides" if overrides else path)
 
 
 def config_from_dict(values: dict[str, Any], where: str) -> RunConfig:
-    """The run that plain `values` describe, as `to_dict` makes them; `where` names their source in errors."""
+    """Return the config of plain `values`, as `to_dict` returns them; `where` names their source in errors."""
     sections = {str(key): value for key, value in values.items()}
     for section in REQUIRED_SECTIONS:
         sections.setdefault(section, {})
@@ -53,33 +53,33 @@ def config_from_dict(values: dict[str, Any], where: str) -> RunConfig:
     try:
         return _ADAPTER.validate_json(json.dumps(_whole_numbers(prepared)), strict=True)
     except ValidationError as error:
-        raise ConfigError(explain_faults(error, prepared, where)) from error
+        raise ConfigError(describe_problems(error, prepared, where)) from error
 
 
 def merged_yaml(path: str) -> str:
-    """Return a config as YAML with its `base:` merged in, and no other key than the files have."""
+    """Return a config as YAML, merged over its `base:`, with only the keys that the files set."""
     return str(OmegaConf.to_yaml(_load_file(config_path(path), ())))
 
 
 def to_dict(config: RunConfig) -> dict[str, Any]:
-    """Every key of the run with its value, as plain numbers, texts, lists and dicts."""
+    """Return every key of the config with its value, as plain numbers, texts, lists and dicts."""
     plain: dict[str, Any] = _ADAPTER.dump_python(config, mode="json")
     return plain
 
 
 def to_yaml(config: RunConfig) -> str:
-    """The resolved run as YAML that `load_config` reads back to an equal one."""
+    """Return the resolved config as YAML, which `load_config` reads back to an equal config."""
     return str(OmegaConf.to_yaml(OmegaConf.create(to_dict(config))))
 
 
 def save_config(config: RunConfig, path: str) -> None:
-    """Write the resolved run as YAML; the file appears whole or not at all."""
+    """Write the resolved config as YAML; the file appears whole or not at all."""
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     write_whole(path, to_yaml(config).encode())
 
 
 def _load_file(path: Path, loaded_by: tuple[Path, ...]) -> DictConfig:
-    """A file merged over its base; `loaded_by` are the files that led here, to refuse a cycle."""
+    """Return a file merged over its base. `loaded_by` lists the files that led here, to refuse a cycle."""
     if path.resolve() in loaded_by:
         chain = " -> ".join(str(file) for file in (*loaded_by, path.resolve()))
         raise ConfigError(f"base: the files are based on each other ({chain}); remove one `base:`")
@@ -95,18 +95,18 @@ def _load_file(path: Path, loaded_by: tuple[Path, ...]) -> DictConfig:
 
 
 def _read_yaml(path: Path, loaded_by: tuple[Path, ...]) -> DictConfig:
-    asked_by = f" (the base of {loaded_by[-1]})" if loaded_by else ""
+    as_base = f" (the base of {loaded_by[-1]})" if loaded_by else ""
     try:
         content = OmegaConf.load(path)
     except FileNotFoundError as error:
         names = "" if loaded_by else f", or one of {', '.join(shipped_configs())}"
-        raise ConfigError(f"{path}{asked_by} does not exist; give the path of a YAML file{names}") from error
+        raise ConfigError(f"{path}{as_base} does not exist; give the path of a YAML file{names}") from error
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}{asked_by} cannot be read: {error}") from error
+        raise ConfigError(f"{path}{as_base} cannot be read: {error}") from error
     except (yaml.YAMLError, OmegaConfBaseException) as error:
-        raise ConfigError(f"{path}{asked_by} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"{path}{as_base} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, DictConfig):
-        raise ConfigError(f"{path}{asked_by} holds a list or a text; expected sections such as `model:` with keys below")
+        raise ConfigError(f"{path}{as_base} contains a list or a text; expected sections such as `model:` with keys below")
     return content
 
 
@@ -117,7 +117,7 @@ def _parse_override(text: str) -> DictConfig:
     if key == "base":
         raise ConfigError(f"override {text!r}: base can only be set in a file; pass another --config instead")
     if key.startswith("-"):
-        raise ConfigError(f"override {text!r} is not of the form section.key=value; leave out the leading dashes")
+        raise ConfigError(f"override {text!r} is not of the form section.key=value; remove the leading dashes")
     try:
         return OmegaConf.from_dotlist([text])
     except (yaml.YAMLError, OmegaConfBaseException) as error:
@@ -125,7 +125,7 @@ def _parse_override(text: str) -> DictConfig:
 
 
 def _whole_numbers(value: Any) -> Any:
-    """`2e3` is a float to YAML: a float without a fraction becomes an int, which float fields accept as well."""
+    """Turn floats without a fraction into ints: YAML reads `2e3` as a float. Float fields accept ints as well."""
     if isinstance(value, dict):
         return {str(key): _whole_numbers(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -136,11 +136,11 @@ def _whole_numbers(value: Any) -> Any:
 
 
 NAMED = ("run_dir", "data.tokenizer", "data.train_blend", "data.valid_blend", "data.valid_sets", "data.test_sets")
-"""Keys that hold paths whose last part says something about the model."""
+"""Keys with paths whose last part describes the model."""
 
 
 def published(config: RunConfig) -> dict[str, Any]:
-    """Return every key of the run with its value; of the paths in NAMED the last part, and no other text that a user may choose."""
+    """Return every key of the config with its value, but without the user's texts: of the paths in NAMED only the last part."""
     values = to_dict(config)
     for key in text_keys():
         section, _, name = key.rpartition(".")
@@ -150,19 +150,19 @@ def published(config: RunConfig) -> dict[str, Any]:
 
 
 def text_keys() -> Iterator[str]:
-    """Every key that can hold a text of the user's, as `section.key`."""
+    """Yield every key whose value can be a text of the user, as `section.key`."""
     for section, kind in get_type_hints(RunConfig).items():
         if kind is str:
             yield section
         elif dataclasses.is_dataclass(kind):
             hints = get_type_hints(kind)
             names = [field.name for field in dataclasses.fields(kind)]
-            yield from (f"{section}.{name}" for name in names if _holds_text(hints[name]))
+            yield from (f"{section}.{name}" for name in names if _accepts_text(hints[name]))
 
 
-def _holds_text(hint: Any) -> bool:
-    """True for a type that has str in it; a Literal has values, not types."""
-    return hint is str or any(_holds_text(inner) for inner in get_args(hint) if not isinstance(inner, str))
+def _accepts_text(hint: Any) -> bool:
+    """Return True for a type that contains str; a Literal has values, not types."""
+    return hint is str or any(_accepts_text(inner) for inner in get_args(hint) if not isinstance(inner, str))
 
 
 def _last_parts(value: Any) -> Any:

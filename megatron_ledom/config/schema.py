@@ -1,4 +1,4 @@
-"""RunConfig: everything that decides a run. Names are megatron-core's; ranges are checked here, relations in checks.py."""
+"""RunConfig: every setting of a run, named as in megatron-core. Types and ranges are here, relations in checks.py."""
 
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
@@ -20,301 +20,335 @@ SplitRatios = tuple[PositiveFloat, NotNegativeFloat, NotNegativeFloat]
 
 @dataclass(kw_only=True, slots=True)
 class ModelConfig:
-    """The architecture: a GPT with RMSNorm before each block, SwiGLU, rotary positions and no biases but those of QKV."""
+    """The architecture: a GPT with RMSNorm before each block, SwiGLU, rotary positions, and no biases except, optionally,
+    on queries, keys and values."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     num_layers: Positive
-    """Transformer layers."""
+    """Number of transformer layers."""
     hidden_size: Positive
     """Width of the residual stream."""
     ffn_hidden_size: Positive
-    """Width inside the feed-forward block, of each of the gate and the up projection."""
+    """Inner width of the feed-forward block: the output size of its gate projection, and of its up projection."""
     num_attention_heads: Positive
-    """Query heads."""
+    """Number of query heads."""
     num_query_groups: Positive | None = None
-    """Key-value heads; default: one a query head. 1 is multi-query attention."""
+    """Number of key-value heads. Default: as many as query heads; 1 is multi-query attention."""
     kv_channels: Positive | None = None
-    """Width of one head; default: hidden_size / num_attention_heads."""
+    """Width of one attention head; must be even. Default: hidden_size / num_attention_heads."""
     vocab_size: Positive | None = None
-    """Ids of the tokenizer; default: read from the shards. Set it to plan a run without data."""
+    """Number of token ids of the tokenizer. Default: read from the shards; set it to plan a run without data."""
     make_vocab_size_divisible_by: Positive = 128
-    """The embedding is padded to a multiple of this, whatever the layout, so that checkpoints do not depend on it."""
+    """The number of embedding rows is rounded up to a multiple of this. It does not depend on the layout, so every layout
+    can load the same checkpoint."""
     rotary_base: PositiveFloat = 10_000.0
-    """Theta of the rotary position embedding, over the whole head."""
+    """Base (theta) of the rotary position embedding, which covers the whole head."""
     rope_scaling: Literal["linear", "llama3", "yarn"] | None = None
-    """How rotary frequencies are stretched for positions beyond those a model was first trained on; default: they are not."""
+    """Method that rescales rotary frequencies for positions beyond the length of the first training: linear, llama3 or
+    yarn. Default: no scaling."""
     rope_scaling_factor: Annotated[float, Field(ge=1)] = 8.0
-    """By how much; counts with rope_scaling only, as the keys that follow."""
+    """Ratio of the new context length to the original one, 1 or more. Like the rope_scaling_ keys below, it counts only
+    with rope_scaling."""
     rope_scaling_original_max_position: Positive = 8192
-    """Positions that the model was first trained on, in tokens; of llama3 and yarn."""
+    """Context length of the first training, in tokens. For llama3 and yarn."""
     rope_scaling_low_freq_factor: PositiveFloat = 1.0
-    """llama3: frequencies that turn less often than this in those positions are stretched in full."""
+    """llama3: frequencies with fewer rotations than this over the original context are rescaled in full."""
     rope_scaling_high_freq_factor: PositiveFloat = 4.0
-    """llama3: frequencies that turn more often than this are left alone."""
+    """llama3: frequencies with more rotations than this over the original context are not rescaled. Must be above
+    rope_scaling_low_freq_factor."""
     rope_scaling_beta_fast: PositiveFloat = 32.0
-    """yarn: as rope_scaling_high_freq_factor."""
+    """yarn: frequencies with more rotations than this over the original context are not rescaled. Must be above
+    rope_scaling_beta_slow."""
     rope_scaling_beta_slow: PositiveFloat = 1.0
-    """yarn: as rope_scaling_low_freq_factor."""
+    """yarn: frequencies with fewer rotations than this over the original context are rescaled in full."""
     rope_scaling_attention_factor: PositiveFloat | None = None
-    """yarn: what queries and keys are multiplied by; default: 0.1 ln(rope_scaling_factor) + 1."""
+    """yarn: factor on queries and keys. Default: 0.1 ln(rope_scaling_factor) + 1."""
     layernorm_epsilon: PositiveFloat = 1e-5
-    """Epsilon of RMSNorm."""
+    """Epsilon of RMSNorm, added to the mean square."""
     init_method_std: PositiveFloat = 0.02
-    """Standard deviation of the initial weights; output projections get it divided by sqrt(2 num_layers)."""
+    """Standard deviation of the initial weights. The output projections of each block use it divided by sqrt(2
+    num_layers)."""
     attention_dropout: Fraction = 0.0
-    """Dropout probability on attention weights."""
+    """Dropout probability of the attention weights, 0 or more and below 1."""
     hidden_dropout: Fraction = 0.0
-    """Dropout probability on block outputs."""
+    """Dropout probability of the output of each block, 0 or more and below 1."""
     share_embeddings_and_output_weights: bool = False
-    """Tie the embedding and the output layer."""
+    """Use one matrix for the input embedding and the output layer."""
     add_qkv_bias: bool = False
-    """A bias on queries, keys and values, as Qwen2 has."""
+    """Add a bias to queries, keys and values, as in Qwen2."""
     qk_layernorm: bool = False
-    """RMSNorm over each head of queries and keys, before the rotary embedding, as Qwen3 has."""
+    """Apply RMSNorm to each head of queries and keys before the rotary embedding, as in Qwen3."""
     params_dtype: Literal["bf16", "fp32"] = "bf16"
-    """Type of weights and activations; gradients are summed and the optimizer runs in fp32."""
+    """Data type of weights and activations: bf16 or fp32. Gradient sums and the optimizer always use fp32."""
     transformer_impl: Literal["auto", "transformer_engine", "fused", "torch"] = "auto"
-    """Layer implementation; auto takes Transformer Engine where it is installed and CUDA is there, else our fused operators where
-    they are built and can run, else plain torch."""
+    """Implementation of the layers. auto takes Transformer Engine if it is installed and there is a CUDA device; else the
+    fused operators of this package if they are built and can run; else torch."""
     attention_backend: Literal["auto", "unfused"] = "auto"
-    """auto: Transformer Engine's choice, or torch's scaled_dot_product_attention; unfused: matrix products around our causal
-    softmax, which keep every head's matrix of scores, for where no flash kernel is. Not with Transformer Engine."""
+    """auto: the choice of Transformer Engine, or torch's scaled_dot_product_attention. unfused: plain matrix products and
+    softmax, which store all attention scores; for devices without a flash kernel, not with Transformer Engine."""
     fp8: Literal["hybrid", "e4m3"] | None = None
-    """Matrix products in fp8, by Transformer Engine: hybrid takes e5m2 for gradients; default: none."""
+    """Format of matrix products in fp8, which need Transformer Engine: e4m3, or hybrid (e4m3 forward, e5m2 for
+    gradients). Default: no fp8."""
     fp8_recipe: Literal["tensorwise", "delayed", "blockwise", "mxfp8"] = "tensorwise"
-    """How fp8 scales are found: from the tensor, from earlier steps, or in blocks; counts with model.fp8 only."""
+    """Source of the fp8 scales: the current tensor (tensorwise), earlier steps (delayed), or blocks of the tensor
+    (blockwise, mxfp8). Counts only with fp8."""
     fp8_amax_history_len: Positive = 1024
-    """Steps that the delayed recipe looks back on for the largest value."""
+    """Number of earlier steps that the delayed recipe takes its scale from."""
     fp8_amax_compute_algo: Literal["max", "most_recent"] = "max"
-    """Which of those steps decides the delayed recipe's scale."""
+    """Rule by which the delayed recipe reduces those steps: max (the largest value) or most_recent."""
 
 
 @dataclass(kw_only=True, slots=True)
 class DataConfig:
-    """What is read, and how samples are cut and masked."""
+    """Training and held-out data, and how samples are cut and masked."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     direction: Direction = Direction.REVERSE
-    """Which way the model reads; shards written in the other direction are refused."""
+    """Reading direction of the model: reverse or forward. Shards of the other direction are refused."""
     tokenizer: str | None = None
-    """Tokenizer folder or file; its copy goes into the run folder for the export. Its hash must be that of the shards."""
+    """Folder or file of the tokenizer, whose hash must equal that of the shards. The run folder keeps a copy for the
+    export. Default: the path in the shards' manifest."""
     train_blend: list[BlendEntry] = field(default_factory=list)
-    """Training shards as [weight, prefix]; see blend_unit."""
+    """Training shards, a list of [weight, prefix]; blend_unit says what the weights mean."""
     blend_unit: Literal["weight", "tokens"] = "weight"
-    """What the numbers of train_blend are: relative shares of the samples, or tokens to draw, whose sum is the run."""
+    """Meaning of the weights in train_blend. weight: relative parts of the samples. tokens: tokens to draw, whose sum
+    must be that of the run."""
     valid_blend: list[BlendEntry] = field(default_factory=list)
-    """Validation shards as [weight, prefix]; each is a set of its own, named by its prefix."""
+    """Validation shards, a list of [weight, prefix]. Each shard is evaluated as a set of its own, named by its prefix;
+    its weight does not matter."""
     valid_sets: dict[str, list[BlendEntry]] = field(default_factory=dict)
-    """Further validation sets by name, each a blend of [weight, prefix]."""
+    """Further validation sets, by name; each is a blend, a list of [weight, prefix]."""
     test_sets: dict[str, list[BlendEntry]] = field(default_factory=dict)
-    """As valid_sets, but evaluated once, at the end of the run."""
+    """Test sets, written as valid_sets. They are evaluated once, at the end of the run."""
     split: SplitRatios | None = None
-    """Ratios [train, valid, test] by which each shard of train_blend is divided, by documents, instead of separate sets."""
+    """Ratios [train, valid, test] by which the documents of each shard in train_blend are divided. Use it instead of
+    valid_blend, valid_sets and test_sets. Default: no division."""
     seq_length: Positive = 8192
-    """Positions of a sample, in tokens."""
+    """Length of one sample, in tokens."""
     eod_mask_loss: bool = True
-    """No loss where the input token is eod: to predict the end is trained, to predict from it is not."""
+    """Exclude from the loss the positions whose input token is eod. The model then learns to predict eod, but not to
+    predict the next document from it."""
     loss_tokens: Literal["all", "scored", "scored_and_eod"] = "all"
-    """What of a pair (`ledom prepare-pairs`) the loss counts: everything, or only what a scorer scores, of a reverse model the
-    prompt given the answer; without or with the eod that says where it begins. Of text it is everything."""
+    """Positions that count in the loss, for pairs from `ledom prepare-pairs`. all: every position. scored: only the
+    tokens that a scorer scores, for a reverse model the prompt given the answer. scored_and_eod: those and the eod after
+    them. Plain text always counts in full."""
     reset_attention_mask: bool = False
-    """Documents in one sample do not see each other."""
+    """Prevent attention between the documents of one sample. Not with Transformer Engine."""
     reset_position_ids: bool = False
-    """Positions begin again after each eod."""
+    """Restart positions at 0 after each eod. Needs reset_attention_mask."""
     path_to_cache: str | None = None
-    """Folder of the sample index; default: index_cache in the run folder. It may be shared by runs and by nodes."""
+    """Folder of the sample index, which several runs and nodes may share. Default: index_cache in the run folder."""
     num_workers: NotNegative = 0
-    """Processes that read samples ahead, for each rank; 0 reads in the training process."""
+    """Number of processes per rank that read samples ahead. 0: the training process reads."""
     allow_repeats: bool = False
-    """Let a blend draw more samples from a source than it has; otherwise such a run is refused."""
+    """Allow a blend to draw more samples from a shard than the shard has. By default such a run is refused."""
     allow_changed_data: bool = False
-    """Let a run go on with other training data than its checkpoint's; samples may come twice or never. Noted in the run folder."""
+    """Allow a run to resume with other training or held-out data than before; samples may then repeat or be missing.
+    data_changes.jsonl in the run folder lists changed training data. By default such a run is refused."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ParallelConfig:
-    """How the model and the batch are spread over ranks."""
+    """Distribution of the model and the batch over ranks."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     world_size: Positive | None = None
-    """Ranks the run is meant for; default: as many as are launched. Another number at launch is refused."""
+    """Number of ranks the run is meant for; a launch with another number is refused. Default: as many as are launched."""
     hardware: str | None = None
-    """What --dry-run plans memory and time for: a name that `ledom configs list` shows, or a YAML file like those; default: no plan."""
+    """Hardware for which --dry-run plans memory and time: a name from `ledom configs list`, or the path of a YAML file of
+    the same form. Default: no plan."""
     tensor_model_parallel_size: Positive = 1
-    """Ranks that share each layer's matrices."""
+    """Number of ranks over which the matrices of each layer are split."""
     pipeline_model_parallel_size: Positive = 1
-    """Stages of consecutive layers."""
+    """Number of pipeline stages, each a group of consecutive layers. Must divide model.num_layers."""
     virtual_pipeline_model_parallel_size: Positive | None = None
-    """Model chunks a pipeline stage, for the interleaved schedule."""
+    """Number of model chunks per pipeline stage, 2 or more, for the interleaved schedule. Default: one chunk, without
+    interleaving."""
     context_parallel_size: Positive = 1
-    """Ranks that share each sequence."""
+    """Number of ranks over which each sequence is split."""
     sequence_parallel: bool = False
-    """Spread norms and dropout over the tensor-parallel ranks along the sequence."""
+    """Split norms and dropout along the sequence over the tensor-parallel ranks. Needs tensor_model_parallel_size above 1."""
     use_distributed_optimizer: bool = False
-    """Spread the optimizer's state over the data-parallel ranks."""
+    """Split the optimizer state over the data-parallel ranks, instead of a full copy on each."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while the backward pass still runs."""
+    """Reduce gradients over the data-parallel ranks while the backward pass is still running."""
     overlap_param_gather: bool = False
-    """Gather updated parameters while the next forward pass runs; needs the distributed optimizer."""
+    """Gather updated parameters during the next forward pass. Needs use_distributed_optimizer and overlap_grad_reduce."""
     bucket_size: Positive | None = None
-    """Parameters whose gradients are reduced at once when overlapped; default: max(40e6, 1e6 x data-parallel ranks)."""
+    """Number of parameters whose gradients are reduced together; counts only with overlap_grad_reduce. Default: the
+    larger of 40e6 and 1e6 x data-parallel ranks."""
     recompute_granularity: Literal["selective", "full"] | None = None
-    """Activations computed again in the backward pass: parts of a layer, or whole layers; default: none."""
+    """Activations to recompute in the backward pass, which saves memory. selective: the parts in recompute_modules; full:
+    whole layers. Default: none."""
     recompute_modules: list[Literal["core_attn", "mlp"]] = field(default_factory=lambda: ["core_attn"])
-    """The parts of a layer that selective recompute computes again."""
+    """Parts of a layer that selective recompute recomputes: core_attn (attention scores and weights), mlp (the
+    feed-forward block)."""
     recompute_method: Literal["uniform", "block"] | None = None
-    """Full recompute: of every group of layers, or of the first layers of a model chunk only."""
+    """Layers that full recompute covers. uniform: all, in groups of recompute_num_layers; block: only the first
+    recompute_num_layers of each model chunk. Full recompute needs it, selective refuses it."""
     recompute_num_layers: Positive | None = None
-    """Full recompute: layers of a group (uniform), or layers of a model chunk that are computed again (block)."""
+    """Full recompute: number of layers per group (uniform) or per model chunk (block). Full recompute needs it, selective
+    refuses it."""
     tp_comm_overlap: bool = False
-    """Overlap tensor-parallel collectives with the matrix products, by Transformer Engine's user buffers."""
+    """Overlap tensor-parallel communication with matrix products, in Transformer Engine's user buffers. Needs
+    sequence_parallel."""
     nccl_communicator_config_path: str | None = None
-    """YAML of NCCL settings a process group: cga_cluster_size, min_ctas, max_ctas, net_name, is_high_priority_stream."""
+    """YAML file with NCCL settings by process group: cga_cluster_size, min_ctas, max_ctas, net_name,
+    is_high_priority_stream. Default: NCCL's own settings."""
     high_priority_stream_groups: list[Literal["tp", "cp", "dp", "dp_cp", "pp"]] = field(default_factory=list)
-    """Process groups whose NCCL kernels go before others on the GPU."""
+    """Process groups whose NCCL kernels run in high-priority streams: some of tp, cp, dp, dp_cp, pp."""
     use_sharp: bool = False
-    """Let the network's switches reduce the gradients of the data-parallel group (SHARP)."""
+    """Let the network switches reduce the gradients of the data-parallel group (SHARP)."""
     distributed_timeout_minutes: Positive = 10
-    """How long a collective waits for a missing rank."""
+    """Minutes that a collective waits for a missing rank before the run fails."""
 
 
 @dataclass(kw_only=True, slots=True)
 class OptimizerSettings:
-    """AdamW and its learning-rate schedule; norms and biases are not decayed."""
+    """AdamW and its learning-rate schedule. Norms and biases have no weight decay."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     lr: PositiveFloat = 2e-4
-    """Peak learning rate."""
+    """Peak learning rate, reached at the end of the warm-up."""
     min_lr: NotNegativeFloat = 2e-5
-    """Learning rate at the end of the decay."""
+    """Learning rate at the end of the decay; at most lr."""
     lr_decay_style: Literal["cosine", "linear", "constant", "WSD"] = "cosine"
-    """Shape of the decay after the warm-up. WSD: warm-up, stable, decay over the last lr_wsd_decay_iters."""
+    """Shape of the schedule after the warm-up. cosine, linear: from lr to min_lr; constant: no decay; WSD: constant, then
+    a decay over the last lr_wsd_decay_iters iterations."""
     lr_warmup_iters: NotNegative = 2000
-    """Iterations of linear warm-up from zero."""
+    """Number of iterations of linear warm-up from 0 to lr."""
     lr_decay_iters: Positive | None = None
-    """Iterations until min_lr is reached; default: train.train_iters."""
+    """Iteration at which the learning rate reaches min_lr. Default: train.train_iters."""
     lr_wsd_decay_iters: Positive | None = None
-    """Iterations of the decay at the end of WSD; needed by it, and by nothing else."""
+    """Number of iterations of the final decay of WSD. WSD needs it, other styles refuse it."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
-    """Shape of that decay."""
+    """Shape of the final decay of WSD."""
     weight_decay: NotNegativeFloat = 0.1
-    """Decoupled weight decay of matrices."""
+    """Decoupled weight decay of the matrices."""
     adam_beta1: Fraction = 0.9
-    """Decay of the gradient's running mean."""
+    """Decay rate of the running mean of the gradient, 0 or more and below 1."""
     adam_beta2: Fraction = 0.95
-    """Decay of the squared gradient's running mean."""
+    """Decay rate of the running mean of the squared gradient, 0 or more and below 1."""
     adam_eps: PositiveFloat = 1e-8
-    """Added to the root of the second moment."""
+    """Added to the root of the second moment, against division by zero."""
     clip_grad: NotNegativeFloat = 1.0
-    """Largest global gradient norm; 0 does not clip."""
+    """Largest global gradient norm; a larger gradient is scaled down to it. 0 does not clip."""
 
 
 @dataclass(kw_only=True, slots=True)
 class TrainConfig:
-    """Length, batch and rhythm of the run."""
+    """Length of the run, batch size, evaluations, stops and error handling."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     train_iters: Positive
-    """Optimizer steps of the whole run."""
+    """Number of iterations of the whole run, each with one global batch."""
     micro_batch_size: Positive = 1
-    """Samples of one forward pass on one data-parallel rank."""
+    """Number of samples in one forward pass of one data-parallel rank."""
     global_batch_size: Positive
-    """Samples of one optimizer step over all ranks."""
+    """Number of samples of one iteration, over all ranks. Must be a multiple of micro_batch_size x data-parallel size."""
     seed: NotNegative = 42
-    """Seed of initial weights, dropout and sample order."""
+    """Seed of the initial weights, dropout and sample order."""
     eval_interval: Positive = 1000
-    """Iterations between validations; there is always one at the end."""
+    """Iterations between two validations. The run also validates after its last iteration."""
     eval_iters: Positive = 10
-    """Global batches of each validation set."""
+    """Number of global batches evaluated from each validation or test set, or fewer if the set is smaller."""
     tasks: list[str] = field(default_factory=list)
-    """Multiple-choice tasks of `ledom evaluate` evaluated while training, by name, with the figures that an export would have;
-    tasks that write text are for the exported model."""
+    """Multiple-choice tasks of `ledom evaluate` to evaluate during training, by name. The metrics equal those of the
+    exported model. Tasks that write text need the exported model."""
     task_data: str | None = None
-    """Folder of their files (`ledom evaluate --list` names them)."""
+    """Folder of the task files; `ledom evaluate --list` names them. Needed with tasks."""
     task_interval: Positive = 1000
-    """Iterations between evaluations of the tasks; there is always one at the end."""
+    """Iterations between two evaluations of the tasks. The run also evaluates them after its last iteration."""
     task_limit: Positive | None = None
-    """Only the first items of each task; default: all."""
+    """Evaluate only this many items of each task, from its beginning. Default: all items."""
     task_num_fewshot: NotNegative = 0
-    """Demonstrations before each item."""
+    """Number of demonstrations before each item."""
     z_loss_coeff: NotNegativeFloat = 0.0
-    """Weight of (log Z)^2 a token, which keeps logits from drifting; 0 leaves it out. PaLM had 1e-4."""
+    """Weight of (log Z)^2 in the loss of each token, which keeps logits from drifting. 0 switches it off; PaLM used 1e-4."""
     exit_interval: Positive | None = None
-    """Save and exit after the first iteration that is a multiple of this; the same command goes on from there."""
+    """Save and exit after each iteration that is a multiple of this; the same command resumes the run. Default: no such
+    exit."""
     exit_before_limit_seconds: NotNegative | None = None
-    """Save and exit so long before SLURM's time limit; default: a tenth of the time that is left at the start, at most 600.
-    It leaves earlier by one step and by the saves it would wait for (one being written, and its last), each as long as the longest
-    so far. 0: the limit is not looked at."""
+    """Save and exit this many seconds before SLURM's time limit, and earlier by the longest step and save so far.
+    Default: a tenth of the time left at the start, at most 600 s. 0 ignores the limit."""
     exit_duration_seconds: Positive | None = None
-    """Save and exit so that this much time has passed since the start of the process, under any launcher; earlier as above."""
+    """Save and exit before this many seconds have passed since the process started, with any launcher; earlier by the
+    longest step and save so far. Default: no limit."""
     num_threads: Positive | None = None
-    """CPU threads of a rank; default: the machine's cores over the ranks on it."""
+    """Number of CPU threads per rank. Default: the CPU cores of the machine divided by its ranks."""
     on_nonfinite: Literal["stop", "skip", "roll_back"] = "stop"
-    """When the loss or the gradient norm is NaN or infinite: stop, leave the update out, or return to the last checkpoint and
-    leave the iteration out."""
+    """Reaction to a loss or gradient norm that is NaN or infinite. stop: end the run; skip: make no update; roll_back:
+    return to the last checkpoint and skip the iteration."""
     on_spike: Literal["warn", "stop", "skip", "roll_back"] = "warn"
-    """When the loss or the gradient norm is a spike: update and warn, or as on_nonfinite."""
+    """Reaction to a spike of the loss or gradient norm. warn: make the update and log a warning; stop, skip, roll_back:
+    as in on_nonfinite."""
     spike_score: PositiveFloat = 8.0
-    """A spike is that many standard deviations (by the median deviation) above the median of the last iterations."""
+    """A value is a spike if it lies this many robust standard deviations above the median of the last spike_window
+    iterations."""
     spike_window: Annotated[int, Field(ge=8)] = 128
-    """Iterations a score is taken against; there is none before half of them are done."""
+    """Number of past iterations that a value is compared with, 8 or more. No spike is reported before half of them are
+    done."""
     max_skips: Positive = 10
-    """Updates left out in a row; one more bad iteration stops the run."""
+    """Number of updates in a row that may be skipped; one more bad iteration stops the run."""
     max_roll_backs: Positive = 3
-    """Returns to one checkpoint; one more bad iteration stops the run."""
+    """Number of returns to the same checkpoint; one more bad iteration stops the run."""
     skip_iterations: list[Positive] = field(default_factory=list)
-    """Iterations to leave out: their samples are consumed, nothing is computed or updated. For a return by hand."""
+    """Iterations to skip: their samples are consumed, but nothing is computed or updated. For skipping a bad step by hand."""
     watchdog_seconds: NotNegativeFloat = 300.0
-    """Without any progress for so long, a run says which rank hangs and where, and ends; 0 switches this off. Building,
-    saving and loading may take as long as parallel.distributed_timeout_minutes allows."""
+    """Seconds without progress after which the run names the rank that hangs, and where, and ends. 0 switches this off.
+    Building, saving and loading may take as long as parallel.distributed_timeout_minutes allows."""
 
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """When the state is saved; where is always checkpoints/ in the run folder."""
+    """Rhythm and retention of checkpoints, which are always in checkpoints/ in the run folder."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     save_interval: Positive = 1000
-    """Iterations between checkpoints; there is always one at the end and after SIGTERM."""
+    """Iterations between two checkpoints. The run also saves after its last iteration and when it is stopped by a signal."""
     async_save: bool = True
-    """Write in a process beside the training, which goes on meanwhile; the host holds a copy of the state until it is done."""
+    """Write checkpoints in a separate process while training continues. The host keeps a copy of the state in memory
+    until the write is done."""
     keep_last: Positive | None = None
-    """Newest checkpoints that are kept; default: all. With 1, a damaged one has no predecessor. The one before each of the two
-    newest bad steps is kept too."""
+    """Number of newest checkpoints to keep. Default: all. The checkpoint before each of the two newest bad steps is kept
+    as well. With 1, there is no other checkpoint if that one is damaged."""
     keep_interval: Positive | None = None
-    """With keep_last: checkpoints at its multiples are kept for ever."""
+    """Also keep every checkpoint at a multiple of this many iterations, a multiple of save_interval. Needs keep_last.
+    Default: none."""
     verify_on_load: bool = True
-    """Compare every file's sha256 before a resume, each rank its share of the files; sizes are always compared."""
+    """Compare the sha256 of every file before a run resumes; the ranks share the files. File sizes are always compared."""
 
 
 @dataclass(kw_only=True, slots=True)
 class LoggingConfig:
-    """What is reported, and where to."""
+    """Metrics, their destinations, and the profiler."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     log_interval: Positive = 10
-    """Iterations between lines of metrics.jsonl."""
+    """Iterations between two records in metrics.jsonl and in the log."""
     tensorboard: bool = True
     """Write TensorBoard events into tensorboard/ in the run folder."""
     wandb_project: str | None = None
-    """Weights & Biases project; default: none is used."""
+    """Weights & Biases project to log to. Default: Weights & Biases is not used."""
     wandb_mode: Literal["online", "offline"] | None = None
-    """Offline: kept in wandb/ in the run folder for `wandb sync`; default: what wandb's own environment says."""
+    """online: send records at once; offline: keep them in wandb/ in the run folder for `wandb sync`. Default: as wandb's
+    environment variables say."""
     profile_start: Positive | None = None
-    """First iteration that torch's profiler records, for profile/ in the run folder; default: none."""
+    """First iteration that torch's profiler records, into profile/ in the run folder. Default: no profile."""
     profile_stop: Positive | None = None
-    """Last iteration that is recorded; default: profile_start."""
+    """Last iteration that the profiler records. Default: profile_start."""
     profile_ranks: list[NotNegative] = field(default_factory=lambda: [0])
-    """Ranks that record."""
+    """Ranks that record a profile."""
     peak_tflops: PositiveFloat | None = None
-    """Peak of one device in 1e12 FLOP/s, for the MFU; default: known by the GPU's name, measured on a CPU."""
+    """Peak of one device in 1e12 FLOP/s, for the MFU (model FLOP/s utilization). Default: a known value for the GPU;
+    measured on a CPU or an unknown GPU."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -324,7 +358,8 @@ class RunConfig:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 
     run_dir: str
-    """Folder of the run: config.yaml, metrics.jsonl, tensorboard/, checkpoints/. An existing one is resumed."""
+    """Folder of the run, with config.yaml, metrics.jsonl, tensorboard/ and checkpoints/. If it contains a run, that run
+    resumes."""
     model: ModelConfig
     data: DataConfig = field(default_factory=DataConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

@@ -1,10 +1,10 @@
-"""The configs that come with the package, by name: the files of examples/configs in a checkout, which a wheel holds as well."""
+"""Find the configs that come with the package: the files of examples/configs in a checkout, or their copies in a wheel."""
 
 from pathlib import Path
 
 CHECKOUT = Path(__file__).parents[2] / "examples/configs"
 INSTALLED = Path(__file__).parents[1] / "configs"
-"""Where setup.py lets a wheel keep them."""
+"""Folder of the copies in an installed wheel, written by setup.py."""
 
 
 def shipped_configs() -> dict[str, Path]:
@@ -14,6 +14,6 @@ def shipped_configs() -> dict[str, Path]:
 
 
 def config_path(given: str) -> Path:
-    """Return the file that `--config` means: a path, or else the name of a config that comes with the package."""
+    """Return the file for a value of `--config`: a path, or else the name of a config that comes with the package."""
     path = Path(given)
     return path if path.is_file() else shipped_configs().get(given, path)

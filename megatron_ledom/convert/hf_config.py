@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from transformers import (
@@ -22,6 +21,7 @@ from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.schema import ModelConfig, RunConfig
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.provenance import Provenance
+from megatron_ledom.tokenizers.json_objects import read_object
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,11 +159,11 @@ def load_hf_config(folder: str) -> PreTrainedConfig:
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
         raise UsageError(f"{folder} is no Hugging Face model folder: it has no config.json; give one that has")
-    stored = read_object(path)
+    stored = read_object(path, json)
     generation = os.path.join(folder, "generation_config.json")
     if os.path.isfile(generation):
-        read_object(generation)  # stock transformers, which reads it with the weights, expects an object
-    if fault := _type_fault(stored.get("model_type"), stored):
+        read_object(generation, json)  # stock transformers, which reads it with the weights, expects an object
+    if fault := _type_problem(stored.get("model_type"), stored):
         raise MismatchError(f"{path} cannot be imported: {fault}")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
@@ -175,21 +175,7 @@ def load_hf_config(folder: str) -> PreTrainedConfig:
     return config
 
 
-def read_object(path: str) -> dict[str, Any]:
-    """Return the object of a JSON file of the folder. Raises DataError."""
-    try:
-        stored = json.loads(Path(path).read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path} cannot be read ({type(error).__name__}: {_first_line(error)}): it is no whole JSON file; repair it, or copy it"
-            " once more"
-        ) from error
-    if not isinstance(stored, dict):
-        raise DataError(f"{path} cannot be read: it holds no JSON object; give the one that save_pretrained wrote")
-    return stored
-
-
-def _type_fault(model_type: Any, about: dict[str, Any]) -> str | None:
+def _type_problem(model_type: Any, about: dict[str, Any]) -> str | None:
     """The reason why a model of this type is not imported; None for one that is. `about`: the keys of its config."""
     if model_type in list(KNOWN_TYPES):  # what a file says may not be hashable
         return None
@@ -208,7 +194,7 @@ def read_model(hf: PreTrainedConfig, where: str, seq_length: int | None) -> tupl
     `seq_length`: what the run will train with, if not all of the positions that the config allows. Raises MismatchError that
     says everything the trainer's model does not have.
     """
-    if fault := _type_fault(hf.model_type, hf.to_dict()):
+    if fault := _type_problem(hf.model_type, hf.to_dict()):
         raise MismatchError(f"{where} cannot be imported: {fault}")
     if faults := list(_wrong_values(hf)):
         raise DataError(f"{where} has {'; '.join(faults)}; correct it")

@@ -19,7 +19,7 @@ from megatron_ledom.convert.cards import write_model_card, write_verification_ca
 from megatron_ledom.convert.hf_config import build_hf_config
 from megatron_ledom.convert.hf_folder import CONFIG, WeightsWriter, run_tokenizer, write_companions, write_config
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
-from megatron_ledom.convert.verify import Conversion, Gate, How, pass_gate
+from megatron_ledom.convert.verify import Conversion, How, ParityCheck, run_parity_check
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.storage.files import PART_SUFFIX
@@ -41,7 +41,7 @@ def export_hf(
     max_shard_size: int = SHARD_BYTES,
     verify: How | None = "auto",
     architecture: str | None = None,
-) -> Gate | None:
+) -> ParityCheck | None:
     """Export the checkpoint `load` (a run folder means its latest) to the folder `save`, in files of `max_shard_size` bytes.
 
     The folder appears only after the logits gate has passed; `verify` None leaves that out. `architecture`: the stock one, if
@@ -59,7 +59,9 @@ def export_hf(
     with new_folder(save, CONFIG, may_replace) as part:
         write_companions(part, tokenizer, manifest.provenance)
         files = write_hf_weights(checkpoint, Sizes(config.model, manifest.provenance.vocab_size), part, max_shard_size)
-        gate = pass_gate(Conversion(checkpoint, manifest, part, hf_config, PARAMS_DTYPES[config.model.params_dtype]), verify)
+        gate = run_parity_check(
+            Conversion(checkpoint, manifest, part, hf_config, PARAMS_DTYPES[config.model.params_dtype]), verify
+        )
         write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=gate is not None)
         write_verification_card(part, CARD, _card(checkpoint, manifest, files, gate))
         write_config(part, CONFIG + PART_SUFFIX, hf_config)
@@ -103,7 +105,7 @@ def versions() -> dict[str, str]:
     return {"megatron-ledom": megatron_ledom.__version__, **{name: version(name) for name in PACKAGES}}
 
 
-def _card(checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], gate: Gate | None) -> dict[str, Any]:
+def _card(checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], gate: ParityCheck | None) -> dict[str, Any]:
     """Return what was exported, its source, and the gate's figures."""
     return {
         "checkpoint": os.path.basename(checkpoint),

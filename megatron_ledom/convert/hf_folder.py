@@ -24,12 +24,13 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoTokenizer, PreTrainedConfig
 
 from megatron_ledom.checkpoint.weights_only import grouped
-from megatron_ledom.convert.hf_config import build_generation_config, read_object
+from megatron_ledom.convert.hf_config import build_generation_config
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference.model_folder import check_no_adapter
 from megatron_ledom.provenance import Provenance, vocabulary_hash
 from megatron_ledom.storage.hashed_file import HashedFile, read_ahead
 from megatron_ledom.tokenizers.corpus_tokenizer import without_local
+from megatron_ledom.tokenizers.json_objects import read_object
 
 log = logging.getLogger(__name__)
 
@@ -285,7 +286,7 @@ def write_companions(folder: str, tokenizer: str, provenance: Provenance) -> Non
     build_generation_config(provenance).save_pretrained(folder)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
     if (config := Path(folder, TOKENIZER_CONFIG)).is_file():  # a run of an earlier release may hold paths in it
-        kept = json.dumps(without_local(read_object(str(config))), indent=2, ensure_ascii=False)
+        kept = json.dumps(without_local(read_object(config, json)), indent=2, ensure_ascii=False)
         config.write_text(kept, encoding="utf-8")
     loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if loaded.eos_token_id != provenance.eod_id:

@@ -36,7 +36,7 @@ from megatron_ledom.convert.hf_folder import (
     WeightsReader,
 )
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
-from megatron_ledom.convert.verify import Conversion, Gate, How, pass_gate
+from megatron_ledom.convert.verify import Conversion, How, ParityCheck, run_parity_check
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
@@ -63,7 +63,7 @@ def import_hf(
     params_dtype: str | None = None,
     max_shard_size: int = SHARD_BYTES,
     verify: How | None = "auto",
-) -> Gate | None:
+) -> ParityCheck | None:
     """Import the Hugging Face folder `load` as the new run folder `save`, to be trained in `direction`.
 
     A folder that records its direction needs none. `tokenizer`: where it is, if not in `load`; `eod_token`: its eod, if not its
@@ -87,7 +87,7 @@ def import_hf(
         checkpoint = os.path.join(part, checkpoints, checkpoint_name(0))
         os.makedirs(checkpoint)
         manifest = _write_checkpoint(checkpoint, config, loaded, reader, weights, max_shard_size)
-        gate = pass_gate(Conversion(checkpoint, manifest, load, hf_config, reader.holding_dtype()), verify)
+        gate = run_parity_check(Conversion(checkpoint, manifest, load, hf_config, reader.holding_dtype()), verify)
         loaded.save(os.path.join(part, TOKENIZER))
         Path(part, MODEL_YAML).write_text(_model_yaml(config, loaded), encoding="utf-8")
         sums = {name: found.result()["sha256"] for name, found in sources.items()}
@@ -232,7 +232,7 @@ def _model_yaml(config: RunConfig, tokenizer: Tokenizer) -> str:
 
 
 def _card(
-    load: str, hf_config: PreTrainedConfig, sources: dict[str, str], manifest: CheckpointManifest, gate: Gate | None
+    load: str, hf_config: PreTrainedConfig, sources: dict[str, str], manifest: CheckpointManifest, gate: ParityCheck | None
 ) -> dict[str, Any]:
     """Return what was imported, its source, and the gate's figures."""
     return {

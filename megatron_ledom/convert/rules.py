@@ -57,16 +57,16 @@ Parts = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Packing:
+class Fusion:
     """How one core tensor becomes Hugging Face tensors, and they it."""
 
     split: Callable[[torch.Tensor, Sizes], Parts]
     join: Callable[[Sequence[torch.Tensor], Sizes], torch.Tensor]
 
 
-def _split_heads(packed: torch.Tensor, sizes: Sizes) -> Parts:
+def _split_heads(fused: torch.Tensor, sizes: Sizes) -> Parts:
     """linear_qkv [Q, ...] into q [H * D, ...], k [G * D, ...], v [G * D, ...]."""
-    grouped = packed.view(sizes.groups, sizes.queries + 2, -1, *packed.shape[1:])
+    grouped = fused.view(sizes.groups, sizes.queries + 2, -1, *fused.shape[1:])
     return tuple(part.flatten(0, 2) for part in torch.split(grouped, [sizes.queries, 1, 1], dim=1))
 
 
@@ -84,10 +84,10 @@ def _add_padding(parts: Sequence[torch.Tensor], sizes: Sizes) -> torch.Tensor:
     return padded
 
 
-WHOLE = Packing(lambda tensor, sizes: (tensor,), lambda parts, sizes: parts[0])
-VOCABULARY = Packing(lambda tensor, sizes: (tensor[: sizes.vocab_size],), _add_padding)
-HEADS_BY_GROUP = Packing(_split_heads, _join_heads)
-GATE_OVER_UP = Packing(lambda tensor, sizes: tensor.chunk(2), lambda parts, sizes: torch.cat(list(parts)))
+ONE_TO_ONE = Fusion(lambda tensor, sizes: (tensor,), lambda parts, sizes: parts[0])
+VOCABULARY = Fusion(lambda tensor, sizes: (tensor[: sizes.vocab_size],), _add_padding)
+HEADS_BY_GROUP = Fusion(_split_heads, _join_heads)
+GATE_OVER_UP = Fusion(lambda tensor, sizes: tensor.chunk(2), lambda parts, sizes: torch.cat(list(parts)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +97,7 @@ class Rule:
     core: str
     axes: str
     hf: tuple[str, ...]
-    packing: Packing
+    fusion: Fusion
     is_present: Callable[[ModelConfig], bool] = lambda model: True
 
 
@@ -106,7 +106,7 @@ QKV = (HF + "self_attn.q_proj.", HF + "self_attn.k_proj.", HF + "self_attn.v_pro
 
 RULES = (
     Rule("embedding.word_embeddings.weight", "Vh", ("model.embed_tokens.weight",), VOCABULARY),
-    Rule(CORE + "self_attention.linear_qkv.layer_norm_weight", "h", (HF + "input_layernorm.weight",), WHOLE),
+    Rule(CORE + "self_attention.linear_qkv.layer_norm_weight", "h", (HF + "input_layernorm.weight",), ONE_TO_ONE),
     Rule(CORE + "self_attention.linear_qkv.weight", "Qh", tuple(name + "weight" for name in QKV), HEADS_BY_GROUP),
     Rule(
         CORE + "self_attention.linear_qkv.bias",
@@ -119,21 +119,21 @@ RULES = (
         CORE + "self_attention.q_layernorm.weight",
         "D",
         (HF + "self_attn.q_norm.weight",),
-        WHOLE,
+        ONE_TO_ONE,
         lambda model: model.qk_layernorm,
     ),
     Rule(
         CORE + "self_attention.k_layernorm.weight",
         "D",
         (HF + "self_attn.k_norm.weight",),
-        WHOLE,
+        ONE_TO_ONE,
         lambda model: model.qk_layernorm,
     ),
-    Rule(CORE + "self_attention.linear_proj.weight", "hA", (HF + "self_attn.o_proj.weight",), WHOLE),
-    Rule(CORE + "mlp.linear_fc1.layer_norm_weight", "h", (HF + "post_attention_layernorm.weight",), WHOLE),
+    Rule(CORE + "self_attention.linear_proj.weight", "hA", (HF + "self_attn.o_proj.weight",), ONE_TO_ONE),
+    Rule(CORE + "mlp.linear_fc1.layer_norm_weight", "h", (HF + "post_attention_layernorm.weight",), ONE_TO_ONE),
     Rule(CORE + "mlp.linear_fc1.weight", "Fh", (HF + "mlp.gate_proj.weight", HF + "mlp.up_proj.weight"), GATE_OVER_UP),
-    Rule(CORE + "mlp.linear_fc2.weight", "hf", (HF + "mlp.down_proj.weight",), WHOLE),
-    Rule("decoder.final_layernorm.weight", "h", ("model.norm.weight",), WHOLE),
+    Rule(CORE + "mlp.linear_fc2.weight", "hf", (HF + "mlp.down_proj.weight",), ONE_TO_ONE),
+    Rule("decoder.final_layernorm.weight", "h", ("model.norm.weight",), ONE_TO_ONE),
     Rule(
         "output_layer.weight",
         "Vh",
@@ -154,16 +154,16 @@ class Weight:
     shape: torch.Size
     """Of the core tensor, without the layer axis."""
     hf: tuple[str, ...]
-    packing: Packing
+    fusion: Fusion
     sizes: Sizes
 
     def split(self, core: torch.Tensor) -> dict[str, torch.Tensor]:
         """The Hugging Face tensors of the core tensor, by name; some are views of it."""
-        return dict(zip(self.hf, self.packing.split(core, self.sizes), strict=True))
+        return dict(zip(self.hf, self.fusion.split(core, self.sizes), strict=True))
 
     def join(self, hf: Sequence[torch.Tensor]) -> torch.Tensor:
         """The core tensor of the Hugging Face tensors, which come in the order of `hf`."""
-        return self.packing.join(hf, self.sizes)
+        return self.fusion.join(hf, self.sizes)
 
     def hf_shapes(self) -> dict[str, torch.Size]:
         """Shape of each Hugging Face tensor, by name."""
@@ -184,4 +184,4 @@ def weights_of(sizes: Sizes) -> Iterator[Weight]:
 
 def _weight(rule: Rule, layer: int | None, sizes: Sizes) -> Weight:
     names = tuple(name.format(i=layer) for name in rule.hf)
-    return Weight(rule.core, layer, sizes.of(rule.axes), names, rule.packing, sizes)
+    return Weight(rule.core, layer, sizes.of(rule.axes), names, rule.fusion, sizes)

@@ -48,7 +48,7 @@ WHOLE_BELOW = 2**29
 
 
 @dataclass(frozen=True, slots=True)
-class Gate:
+class ParityCheck:
     """The figures of a passed gate, as the card holds them."""
 
     how: str
@@ -81,7 +81,7 @@ class Conversion:
         return PARAMS_DTYPES[self.manifest.run_config(self.checkpoint).model.params_dtype]
 
 
-def pass_gate(pair: Conversion, how: How | None) -> Gate | None:
+def run_parity_check(pair: Conversion, how: How | None) -> ParityCheck | None:
     """Run the gate as `check_logits` does; with `how` None say that it is skipped."""
     if how is None:
         log.warning("%s", SKIPPED)
@@ -89,7 +89,7 @@ def pass_gate(pair: Conversion, how: How | None) -> Gate | None:
     return check_logits(pair, how)
 
 
-def check_logits(pair: Conversion, how: How) -> Gate:
+def check_logits(pair: Conversion, how: How) -> ParityCheck:
     """Compare the stock model of a folder with the megatron-core model of a checkpoint on fixed and random ids.
 
     `auto` takes whole models when both in fp32 have at most WHOLE_BELOW bytes together. Raises VerificationError that names
@@ -109,7 +109,7 @@ def check_logits(pair: Conversion, how: How) -> Gate:
     if pair.stored is torch.bfloat16:
         bf16, allowed = _check_bf16(*_logits(pair, ids, torch.bfloat16, how), found)
         limits |= allowed
-    return Gate(positions, ids.numel(), difference, bf16, round(time.monotonic() - started, 2), limits)
+    return ParityCheck(positions, ids.numel(), difference, bf16, round(time.monotonic() - started, 2), limits)
 
 
 def _check_fp32(

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from megatron_ledom.direction import Direction, to_text_order
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.inference.joint_tokenizer import JointTokenizer, OpenText, Speller
+from megatron_ledom.inference.joint_tokenizer import HealedPrompt, JointTokenizer, TokenHealer
 from megatron_ledom.inference.scoring import check_batch_size, naming_text, not_finite
 
 
@@ -79,13 +79,13 @@ class Sampling:
             )
 
 
-class _SpellThenWrite(LogitsProcessor):  # type: ignore[misc]
+class _HealThenWrite(LogitsProcessor):  # type: ignore[misc]
     """Holds each row to the bytes it still has to spell, and all rows to ids that the tokenizer knows."""
 
     def __init__(
-        self, model: Any, speller: Speller, loose_by_row: list[bytes], num_prompt: int, writable_ids: torch.Tensor
+        self, model: Any, healer: TokenHealer, trimmed_by_row: list[bytes], num_prompt: int, writable_ids: torch.Tensor
     ) -> None:
-        self._speller, self._loose, self._num_prompt = speller, list(loose_by_row), num_prompt
+        self._healer, self._trimmed, self._num_prompt = healer, list(trimmed_by_row), num_prompt
         self._model, self._writable_ids = model, writable_ids
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
@@ -99,13 +99,13 @@ class _SpellThenWrite(LogitsProcessor):  # type: ignore[misc]
             raise not_finite(self._model, input_ids[row].tolist())
         masked = torch.full_like(scores, -torch.inf)
         masked[:, self._writable_ids] = scores[:, self._writable_ids]
-        for row, loose in enumerate(self._loose):
-            if not loose:
+        for row, trimmed in enumerate(self._trimmed):
+            if not trimmed:
                 continue
             if input_ids.shape[1] > self._num_prompt:
-                loose = self._loose[row] = self._speller.rest(loose, int(input_ids[row, -1]))
-            if loose:
-                allowed = torch.tensor(self._speller.allowed(loose), device=scores.device)
+                trimmed = self._trimmed[row] = self._healer.rest(trimmed, int(input_ids[row, -1]))
+            if trimmed:
+                allowed = torch.tensor(self._healer.allowed(trimmed), device=scores.device)
                 masked[row] = -torch.inf
                 masked[row, allowed] = scores[row, allowed]
         return masked
@@ -131,17 +131,17 @@ class Writer:
 
     def __init__(self, model: Any, tokenizer: JointTokenizer, direction: Direction, stop_ids: list[int]) -> None:
         self._model, self._tokenizer, self._direction, self.stop_ids = model, tokenizer, direction, stop_ids
-        self._speller = Speller(tokenizer, direction, stop_ids)
+        self._healer = TokenHealer(tokenizer, direction, stop_ids)
         writable = sorted({*tokenizer.vocab.values(), *stop_ids})
         self._writable_ids = torch.tensor([id_ for id_ in writable if id_ < model.config.vocab_size], device=model.device)
 
     def write(self, texts: list[str], leading_ids: list[int], sampling: Sampling, batch_size: int) -> list[Generation]:
         """`num_return_sequences` results a text, one text after the other; batches of at most `batch_size` rows."""
-        opened = {text: self._tokenizer.open_text(text, self._direction) for text in texts}
-        return self.write_opened([(text, opened[text]) for text in texts], leading_ids, sampling, batch_size)
+        healed = {text: self._tokenizer.heal_prompt(text, self._direction) for text in texts}
+        return self.write_healed([(text, healed[text]) for text in texts], leading_ids, sampling, batch_size)
 
-    def write_opened(
-        self, texts: list[tuple[str, OpenText]], leading_ids: list[int], sampling: Sampling, batch_size: int
+    def write_healed(
+        self, texts: list[tuple[str, HealedPrompt]], leading_ids: list[int], sampling: Sampling, batch_size: int
     ) -> list[Generation]:
         """As `write`, of texts whose fixed ids the caller chose."""
         check_batch_size(batch_size)
@@ -150,8 +150,8 @@ class Writer:
         with _seeded(sampling.seed, self._model.device):
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
-                opened = [row for _, row in batch]
-                tokens = self._write_batch(opened, leading_ids, sampling, self._stopper(opened, sampling))
+                healed = [row for _, row in batch]
+                tokens = self._write_batch(healed, leading_ids, sampling, self._stopper(healed, sampling))
                 results += [self._join(*text, row, sampling) for text, row in zip(batch, tokens, strict=True)]
         return results
 
@@ -165,8 +165,8 @@ class Writer:
         return self._streamed(text, leading_ids, sampling)
 
     def _streamed(self, text: str, leading_ids: list[int], sampling: Sampling) -> Iterator[Generation]:
-        opened = self._tokenizer.open_text(text, self._direction)
-        stop, steps, is_closed = self._stopper([opened], sampling), SimpleQueue[Any](), False
+        healed = self._tokenizer.heal_prompt(text, self._direction)
+        stop, steps, is_closed = self._stopper([healed], sampling), SimpleQueue[Any](), False
 
         def _show(rows: list[list[int]]) -> list[bool]:
             steps.put(rows[0])
@@ -175,7 +175,7 @@ class Writer:
         def _run() -> None:
             try:
                 with _seeded(sampling.seed, self._model.device):
-                    steps.put((self._write_batch([opened], leading_ids, sampling, _show)[0],))
+                    steps.put((self._write_batch([healed], leading_ids, sampling, _show)[0],))
             except BaseException as error:  # raised where the caller is
                 steps.put(error)
 
@@ -183,7 +183,7 @@ class Writer:
         thread.start()
         try:
             while isinstance(step := steps.get(), list):
-                now = self._join(text, opened, step, sampling)
+                now = self._join(text, healed, step, sampling)
                 if len(now.text) > len(shown) and not now.stopped and now.stop_string is None:
                     shown = now.text
                     yield now
@@ -192,38 +192,38 @@ class Writer:
             thread.join()
         if isinstance(step, BaseException):
             raise step
-        yield self._join(text, opened, step[0], sampling)
+        yield self._join(text, healed, step[0], sampling)
 
-    def _stopper(self, opened: list[OpenText], sampling: Sampling) -> RowsSoFar | None:
+    def _stopper(self, healed: list[HealedPrompt], sampling: Sampling) -> RowsSoFar | None:
         """Return the function that ends rows at stop strings; None if there are none."""
         if not sampling.stop_strings:
             return None
 
         def look(rows: list[list[int]]) -> list[bool]:
-            return [self._cut(row, text, sampling)[2] is not None for row, text in zip(rows, opened, strict=True)]
+            return [self._cut(row, text, sampling)[2] is not None for row, text in zip(rows, healed, strict=True)]
 
         return look
 
     def _write_batch(
-        self, opened: list[OpenText], leading_ids: list[int], sampling: Sampling, look: RowsSoFar | None
+        self, healed: list[HealedPrompt], leading_ids: list[int], sampling: Sampling, look: RowsSoFar | None
     ) -> list[list[int]]:
         """New tokens of each row, model order. Prompts are padded before their begin and masked there."""
-        prompts = [leading_ids + row.tokens for row in opened]
+        prompts = [leading_ids + row.tokens for row in healed]
         if not all(prompts):
             raise DataError("a text yields no token, so nothing conditions what the model writes; pass other text")
-        longest, num_loose = max(map(len, prompts)), max(len(row.loose) for row in opened)
-        self.check_length(longest + num_loose, sampling.max_new_tokens)
+        longest, num_trimmed = max(map(len, prompts)), max(len(row.trimmed) for row in healed)
+        self.check_length(longest + num_trimmed, sampling.max_new_tokens)
         chosen: dict[str, Any] = {"do_sample": False}
         if sampling.temperature > 0:
             # top_k 0 and top_p 1 are written out: transformers would otherwise put its own defaults there
             chosen = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k}
         config = GenerationConfig(
-            max_new_tokens=sampling.max_new_tokens + num_loose,  # a token spells at least one byte
+            max_new_tokens=sampling.max_new_tokens + num_trimmed,  # a token spells at least one byte
             eos_token_id=self.stop_ids,
             pad_token_id=self.stop_ids[0],
             **chosen,
         )
-        hold = self.spell_processor([row.loose for row in opened], longest)
+        hold = self.healing_processor([row.trimmed for row in healed], longest)
         with naming_text(self._tokenizer, self._direction):
             output = self._model.generate(
                 **self.padded(prompts),
@@ -243,13 +243,13 @@ class Writer:
             attention_mask[row, longest - len(prompt) :] = 1
         return {"input_ids": input_ids.to(self._model.device), "attention_mask": attention_mask.to(self._model.device)}
 
-    def spell_processor(self, loose_by_row: list[bytes], num_prompt: int) -> LogitsProcessor:
+    def healing_processor(self, trimmed_by_row: list[bytes], num_prompt: int) -> LogitsProcessor:
         """Return the processor that holds rows, whose first `num_prompt` positions are given, to the bytes they still have to spell."""
-        return _SpellThenWrite(self._model, self._speller, loose_by_row, num_prompt, self._writable_ids)
+        return _HealThenWrite(self._model, self._healer, trimmed_by_row, num_prompt, self._writable_ids)
 
-    def counts_as_new(self, tokens: list[int], loose: bytes) -> bool:
-        """Return True if the last of `tokens` (model order) is more than a part of `loose`."""
-        return self._speller.count_inside(tokens, loose) < len(tokens)
+    def counts_as_new(self, tokens: list[int], trimmed: bytes) -> bool:
+        """Return True if the last of `tokens` (model order) is more than a part of `trimmed`."""
+        return self._healer.count_healing(tokens, trimmed) < len(tokens)
 
     def check_length(self, num_prompt: int, max_new_tokens: int) -> None:
         """Refuse a text that does not fit with what is to be written."""
@@ -260,18 +260,18 @@ class Writer:
                 f" shorten the text or write at most {max(0, limit - num_prompt)} tokens"
             )
 
-    def _join(self, text: str, opened: OpenText, tokens: list[int], sampling: Sampling) -> Generation:
+    def _join(self, text: str, healed: HealedPrompt, tokens: list[int], sampling: Sampling) -> Generation:
         """Cut a row where it ends, and put its text next to `text`."""
-        tokens = tokens[: self._speller.count_inside(tokens, opened.loose) + sampling.max_new_tokens]
-        text_ids, written, stop_string, stopped = self._cut(tokens, opened, sampling)
+        tokens = tokens[: self._healer.count_healing(tokens, healed.trimmed) + sampling.max_new_tokens]
+        text_ids, written, stop_string, stopped = self._cut(tokens, healed, sampling)
         pair = (written, text) if self._direction is Direction.REVERSE else (text, written)
         return Generation(*pair, stopped=stopped, text_ids=text_ids, stop_string=stop_string)
 
-    def _cut(self, tokens: list[int], opened: OpenText, sampling: Sampling) -> tuple[list[int], str, str | None, bool]:
+    def _cut(self, tokens: list[int], healed: HealedPrompt, sampling: Sampling) -> tuple[list[int], str, str | None, bool]:
         """(ids before eod in text order, their text up to a stop string, that string, whether the text ends by eod)."""
         stops = [index for index, token in enumerate(tokens) if token in self.stop_ids]
         text_ids = to_text_order(tokens[: stops[0]] if stops else tokens, self._direction)
-        written = self.written_text(text_ids, opened, stopped=bool(stops))
+        written = self.written_text(text_ids, healed, stopped=bool(stops))
         found = [self._beside_the_given(written, string) for string in sampling.stop_strings if string in written]
         if found:  # the one that leaves least: it came first
             return text_ids, *min(found, key=lambda kept: len(kept[0])), False
@@ -283,29 +283,29 @@ class Writer:
             return written.rpartition(string)[2], string
         return written.partition(string)[0], string
 
-    def written_text(self, text_ids: list[int], opened: OpenText, *, stopped: bool) -> str:
+    def written_text(self, text_ids: list[int], healed: HealedPrompt, *, stopped: bool) -> str:
         """The characters of `text_ids` that are not of the given text.
 
         A character that the token limit cut at the far end is left out. A dummy prefix at the beginning of a text that a
         reverse model finished is no part of it. Bytes that are no UTF-8 anywhere else are the model's own and show as U+FFFD.
         """
         if self._tokenizer.surfaces is None:
-            return self._decoded_text(text_ids, opened)
+            return self._decoded_text(text_ids, healed)
         kept_ids = [id_ for id_ in text_ids if id_ not in self._tokenizer.special_ids]
         written = self._tokenizer.spell(kept_ids)
         if self._direction is Direction.FORWARD:
-            written = written[len(opened.loose) :]
+            written = written[len(healed.trimmed) :]
             return codecs.getincrementaldecoder("utf-8")("replace").decode(written, final=stopped)
-        written = written[: max(0, len(written) - len(opened.loose))] + opened.bridge
+        written = written[: max(0, len(written) - len(healed.trimmed))] + healed.bridge
         if stopped and self._tokenizer.has_dummy_prefix:
             written = written.removeprefix(b" ")
         while not stopped and written and written[0] & 0xC0 == 0x80:
             written = written[1:]
         return written.decode("utf-8", "replace")
 
-    def _decoded_text(self, text_ids: list[int], opened: OpenText) -> str:
+    def _decoded_text(self, text_ids: list[int], healed: HealedPrompt) -> str:
         """For a tokenizer whose pieces are not simply joined: decode with the given ids, and take away what they decode to."""
-        given_ids = to_text_order(opened.tokens, self._direction)
+        given_ids = to_text_order(healed.tokens, self._direction)
         given = self._tokenizer.decode(given_ids)
         if self._direction is Direction.REVERSE:
             whole = self._tokenizer.decode(text_ids + given_ids)

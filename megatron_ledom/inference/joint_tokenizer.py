@@ -29,15 +29,15 @@ WORD_MARK = "▁"  # SentencePiece's visible space
 
 
 @dataclass(frozen=True, slots=True)
-class OpenText:
+class HealedPrompt:
     """A text with one open end, as a model takes it up.
 
-    tokens: the fixed ids, model order. loose: the bytes between them and the open end, which the model has to spell before
+    tokens: the fixed ids, model order. trimmed: the bytes between them and the open end, which the model has to spell before
     it writes anything of its own. bridge: a space that was put at the open end of a text too short to fix anything else.
     """
 
     tokens: list[int]
-    loose: bytes
+    trimmed: bytes
     bridge: bytes = b""
 
 
@@ -102,12 +102,12 @@ class JointTokenizer:
         beyond = (index for index, (_, end) in enumerate(encoding.offsets) if end > boundary)
         return list(encoding.ids), next(beyond, len(encoding.ids))
 
-    def open_text(self, text: str, direction: Direction) -> OpenText:
+    def heal_prompt(self, text: str, direction: Direction) -> HealedPrompt:
         """The ids of `text` which stay the same whatever is written at its open end, and the rest as bytes to spell.
 
         The open end is the beginning of the text for a reverse model, its end for a forward one. Where nothing would be
         fixed, a reverse model's text that begins with a letter or digit is taken to begin a word. A tokenizer that does
-        not cover every byte leaves nothing loose: the ids are then those of the text alone.
+        not cover every byte leaves nothing trimmed: the ids are then those of the text alone.
         """
         _check_text(text)
         reverse = direction is Direction.REVERSE
@@ -115,7 +115,7 @@ class JointTokenizer:
         spelled = self.spell(text_ids)
         expected = (b" " if self.has_dummy_prefix and not reverse else b"") + text.encode()
         if not self._spells_all_bytes or spelled != expected:
-            return OpenText(to_model_order(text_ids, direction), b"")
+            return HealedPrompt(to_model_order(text_ids, direction), b"")
         readings = [text_ids]
         for neighbour in NEIGHBOURS:
             extended = neighbour + text if reverse else text + neighbour
@@ -123,12 +123,12 @@ class JointTokenizer:
         fixed = _common_length([to_model_order(reading, direction) for reading in readings])
         tokens = to_model_order(text_ids, direction)
         if fixed:
-            loose = self.spell(text_ids[: len(text_ids) - fixed] if reverse else text_ids[fixed:])
-            return OpenText(tokens[:fixed], loose)
+            trimmed = self.spell(text_ids[: len(text_ids) - fixed] if reverse else text_ids[fixed:])
+            return HealedPrompt(tokens[:fixed], trimmed)
         if reverse and text[:1].isalnum():
             word_ids = self._ids(" " + text, at_start=False)
-            return OpenText(to_model_order(word_ids, direction), b"", bridge=b" ")
-        return OpenText(tokens, b"")
+            return HealedPrompt(to_model_order(word_ids, direction), b"", bridge=b" ")
+        return HealedPrompt(tokens, b"")
 
     def spell(self, text_ids: list[int]) -> bytes:
         """The bytes that ids in text order stand for; the dummy prefix shows as a space. Needs `surfaces`."""
@@ -145,7 +145,7 @@ class JointTokenizer:
         return list((self._whole if at_start else self._middle).encode(text, add_special_tokens=False).ids)
 
 
-class Speller:
+class TokenHealer:
     """Tells which ids may be written next while some bytes of the given text are still to be spelled."""
 
     def __init__(self, tokenizer: JointTokenizer, direction: Direction, stop_ids: list[int]) -> None:
@@ -154,22 +154,22 @@ class Speller:
         self._surfaces = {id_: s for id_, s in (tokenizer.surfaces or {}).items() if s and id_ not in banned}
         self.allowed = lru_cache(maxsize=1024)(self._allowed)
 
-    def _allowed(self, loose: bytes) -> list[int]:
-        """Ids that spell a part of `loose` at the side where the fixed ids are, or all of it and more."""
+    def _allowed(self, trimmed: bytes) -> list[int]:
+        """Ids that spell a part of `trimmed` at the side where the fixed ids are, or all of it and more."""
         if self._reverse:
-            return [i for i, s in self._surfaces.items() if loose.endswith(s) or s.endswith(loose)]
-        return [i for i, s in self._surfaces.items() if loose.startswith(s) or s.startswith(loose)]
+            return [i for i, s in self._surfaces.items() if trimmed.endswith(s) or s.endswith(trimmed)]
+        return [i for i, s in self._surfaces.items() if trimmed.startswith(s) or s.startswith(trimmed)]
 
-    def rest(self, loose: bytes, token: int) -> bytes:
-        """Return what is left of `loose` after `token` was written next to the fixed ids."""
+    def rest(self, trimmed: bytes, token: int) -> bytes:
+        """Return what is left of `trimmed` after `token` was written next to the fixed ids."""
         length = len(self._surfaces[token])
-        return loose[: max(0, len(loose) - length)] if self._reverse else loose[length:]
+        return trimmed[: max(0, len(trimmed) - length)] if self._reverse else trimmed[length:]
 
-    def count_inside(self, tokens: list[int], loose: bytes) -> int:
-        """How many of the first `tokens` (model order) spell nothing but `loose`."""
+    def count_healing(self, tokens: list[int], trimmed: bytes) -> int:
+        """How many of the first `tokens` (model order) spell nothing but `trimmed`."""
         count = 0
-        while loose and count < len(tokens) and len(self._surfaces[tokens[count]]) <= len(loose):
-            loose = self.rest(loose, tokens[count])
+        while trimmed and count < len(tokens) and len(self._surfaces[tokens[count]]) <= len(trimmed):
+            trimmed = self.rest(trimmed, tokens[count])
             count += 1
         return count
 
@@ -214,7 +214,7 @@ def _plain_copy(state: dict[str, Any]) -> Tokenizer:
 
 
 def _parts(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """The single steps of a normalizer, pre-tokenizer or decoder, nested sequences opened."""
+    """The single steps of a normalizer, pre-tokenizer or decoder, nested sequences healed."""
     if step is None:
         return
     if step["type"] != "Sequence":

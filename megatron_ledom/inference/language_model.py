@@ -17,8 +17,8 @@ from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference.generation import Generation, Sampling, Writer
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.model_folder import (
-    SAY_PYTHON,
-    Say,
+    PYTHON_OPTIONS,
+    OptionNames,
     check_model_type,
     load_stock_model,
     load_tokenizer,
@@ -27,7 +27,7 @@ from megatron_ledom.inference.model_folder import (
 from megatron_ledom.inference.scoring import (
     Span,
     SpanScore,
-    Spent,
+    TokenUsage,
     distinct_spans,
     naming_text,
     no_room,
@@ -59,19 +59,19 @@ class LanguageModel:
         dtype: torch.dtype | None = None,
         direction: str | None = None,
         eod_id: int | None = None,
-        say: Say = SAY_PYTHON,
+        option_names: OptionNames = PYTHON_OPTIONS,
     ) -> Self:
         """Load an exported or stock folder of safetensors, offline.
 
         device: CUDA where there is one, else the CPU. dtype: the stored one on CUDA, float32 on a CPU. direction and eod_id, the
         id that the model was trained to end a text with: only for a reverse model whose config.json records no direction.
-        say: how error messages name these two.
+        option_names: how error messages name these two.
         """
         folder = Path(folder)
         config = read_model_config(folder)
         check_model_type(folder, config)
-        cls._check_direction(folder, config.get("direction"), direction, say)
-        tokenizer, stop_ids = load_tokenizer(folder, cls.direction, eod_id, say)
+        cls._check_direction(folder, config.get("direction"), direction, option_names)
+        tokenizer, stop_ids = load_tokenizer(folder, cls.direction, eod_id, option_names)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         chosen = dtype or (torch.float32 if device.type == "cpu" else "auto")
         model = load_stock_model(folder, dtype=chosen).to(device).eval()
@@ -80,7 +80,7 @@ class LanguageModel:
         return cls(model, tokenizer, stop_ids, tokenizer.leading_ids if adds_bos else [])
 
     @classmethod
-    def _check_direction(cls, folder: Path, recorded: str | None, passed: str | None, say: Say) -> None:
+    def _check_direction(cls, folder: Path, recorded: str | None, passed: str | None, option_names: OptionNames) -> None:
         """Refuse a folder that reads the other way; without a record only what is passed, or stock HF, counts."""
         mine = str(cls.direction)
         other = "ForwardLM" if cls.direction is Direction.REVERSE else "ReverseLM"
@@ -89,7 +89,7 @@ class LanguageModel:
         if recorded is None and passed is None and cls.direction is Direction.REVERSE:
             raise MismatchError(
                 f"{folder}/config.json records no direction, and a stock model reads forward; expected 'reverse': pass a folder"
-                f" that ledom convert-checkpoint wrote, or say {say.reverse} if you know that it is one"
+                f" that ledom convert-checkpoint wrote, or say {option_names.reverse} if you know that it is one"
             )
         if recorded is not None and recorded != mine:
             raise MismatchError(
@@ -98,31 +98,31 @@ class LanguageModel:
             )
 
     def span_scores(
-        self, pairs: list[tuple[str, str]], with_eod: bool, batch_size: int, *, spent: Spent | None = None
+        self, pairs: list[tuple[str, str]], with_eod: bool, batch_size: int, *, usage: TokenUsage | None = None
     ) -> list[SpanScore]:
         """Score, of each (preceding, following), the part that this model comes to last, given the other part.
 
         Where the given part is empty, the text is scored by itself after what stands before a document: BOS for a stock model
-        whose tokenizer adds one, else eod. spent: takes up the tokens that the model was fed, and the time.
+        whose tokenizer adds one, else eod. usage: takes up the tokens that the model was fed, and the time.
         """
         start = time.monotonic()
         spans = [self._span(pair, with_eod) for pair in pairs]
         with naming_text(self.tokenizer, self.direction):
             values = score_spans(self.model, spans, batch_size)
         scores = [span_score(span, row, self.direction, with_eod) for span, row in zip(spans, values, strict=True)]
-        if spent is not None:
-            spent.tokens += sum(len(s.tokens) for s in distinct_spans(spans).values() if len(s.tokens) > s.num_context)
-            spent.seconds += time.monotonic() - start
+        if usage is not None:
+            usage.tokens += sum(len(s.tokens) for s in distinct_spans(spans).values() if len(s.tokens) > s.num_context)
+            usage.seconds += time.monotonic() - start
         return scores
 
-    def score_fault(self, pair: tuple[str, str], with_eod: bool) -> str | None:
+    def score_problem(self, pair: tuple[str, str], with_eod: bool) -> str | None:
         """Return why `span_scores` would refuse a pair as too long, None where it fits."""
         return too_long(len(self._tokens(pair, with_eod)[0]), self.num_positions, self.direction)
 
-    def growth_fault(self, text: str, num_new_tokens: int) -> str | None:
+    def growth_problem(self, text: str, num_new_tokens: int) -> str | None:
         """Return why the model has no room for a text and `num_new_tokens` beside it, None where it has."""
-        opened = self.tokenizer.open_text(text, self.direction)
-        num_given = len(self.leading_ids) + len(opened.tokens) + len(opened.loose)
+        healed = self.tokenizer.heal_prompt(text, self.direction)
+        num_given = len(self.leading_ids) + len(healed.tokens) + len(healed.trimmed)
         return no_room(num_given, num_new_tokens, self.num_positions, self.direction)
 
     @property

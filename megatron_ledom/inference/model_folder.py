@@ -51,17 +51,17 @@ READ_BESIDE_WEIGHTS = (
 
 
 @dataclass(frozen=True, slots=True)
-class Say:
+class OptionNames:
     """How the caller names, in advice, the eod and the direction of a folder that records neither."""
 
     eod: str
     reverse: str
 
 
-SAY_PYTHON = Say("eod_id=ID", "direction='reverse'")
-SAY_EOD_ID = Say("--eod-id ID", "--direction reverse")
-SAY_REVERSE_EOD = Say("--reverse-eod-id ID", "--reverse-eod-id ID, which says both")
-SAY_MODEL_ARGS = Say("eod_id=ID in --model_args", "direction=reverse in --model_args")
+PYTHON_OPTIONS = OptionNames("eod_id=ID", "direction='reverse'")
+COMMAND_OPTIONS = OptionNames("--eod-id ID", "--direction reverse")
+RERANK_OPTIONS = OptionNames("--reverse-eod-id ID", "--reverse-eod-id ID, which says both")
+HARNESS_OPTIONS = OptionNames("eod_id=ID in --model_args", "direction=reverse in --model_args")
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
@@ -72,11 +72,14 @@ def read_model_config(folder: Path) -> dict[str, Any]:
 
 
 def load_tokenizer(
-    folder: Path, direction: Direction = Direction.FORWARD, eod_id: int | None = None, say: Say = SAY_PYTHON
+    folder: Path,
+    direction: Direction = Direction.FORWARD,
+    eod_id: int | None = None,
+    option_names: OptionNames = PYTHON_OPTIONS,
 ) -> tuple[JointTokenizer, list[int]]:
     """The tokenizer of a model folder and its stop ids, checked against each other and against what the folder records.
 
-    direction: that of the model, for a folder which records none; eod_id, say: see `LanguageModel.from_pretrained`.
+    direction: that of the model, for a folder which records none; eod_id, option_names: see `LanguageModel.from_pretrained`.
     """
     config = read_model_config(folder)
     files = read_tokenizer(str(folder))
@@ -85,9 +88,11 @@ def load_tokenizer(
     tokenizer = JointTokenizer.of_files(files, specials_are_text=trained_here or is_reverse)
     stop_ids = _stop_ids(folder, config)
     if is_reverse and not trained_here:
-        stop_ids = [_eod_of_foreign_folder(folder, tokenizer, stop_ids, eod_id, say)]
+        stop_ids = [_eod_of_foreign_folder(folder, tokenizer, stop_ids, eod_id, option_names)]
     elif eod_id is not None:
-        remedy = "leave it out" if trained_here else f"leave it out, or, if it is a reverse model, say so ({say.reverse})"
+        remedy = (
+            "leave it out" if trained_here else f"leave it out, or, if it is a reverse model, say so ({option_names.reverse})"
+        )
         raise UsageError(
             f"eod_id={eod_id} was passed, but {folder} is read as a {direction} model and says itself what ends a text; {remedy}"
         )
@@ -114,9 +119,9 @@ def load_stock_model(folder: str | Path, **options: Any) -> Any:
             )
     except Exception as error:  # transformers raises many kinds
         raise DataError(f"{folder} does not load as a model of safetensors files: {first_words(error)}") from error
-    if faults := [*_loading_faults(report), *_tie_faults(model), *_order_faults(model)]:
+    if problems := [*_loading_problems(report), *_tie_problems(model), *_order_problems(model)]:
         raise MismatchError(
-            f"{folder} does not load whole in stock transformers: {'; '.join(faults)}: its config.json and its weights do not belong"
+            f"{folder} does not load whole in stock transformers: {'; '.join(problems)}: its config.json and its weights do not belong"
             " together, or files were changed; copy or save the folder again"
         )
     return model
@@ -214,7 +219,9 @@ def _stop_ids(folder: Path, config: dict[str, Any]) -> list[int]:
     return list(ids)
 
 
-def _eod_of_foreign_folder(folder: Path, tokenizer: JointTokenizer, stop_ids: list[int], eod_id: int | None, say: Say) -> int:
+def _eod_of_foreign_folder(
+    folder: Path, tokenizer: JointTokenizer, stop_ids: list[int], eod_id: int | None, option_names: OptionNames
+) -> int:
     """The eod of a reverse model that others exported: what is passed, or the folder's eos unless there is a doubt.
 
     The original's export names the tokenizer's eos, 2, and was trained with another token of its own, 64002: it would never stop.
@@ -224,12 +231,12 @@ def _eod_of_foreign_folder(folder: Path, tokenizer: JointTokenizer, stop_ids: li
         names = ", ".join(f"{token} = {id_}" for token, id_ in doubtful.items())
         raise MismatchError(
             f"{folder} names {stop_ids} as its eos, but its tokenizer has {names}, too: with the wrong one, generation never stops;"
-            f" pass the one that documents were closed with in training ({say.eod})"
+            f" pass the one that documents were closed with in training ({option_names.eod})"
         )
     if eod_id is None:
         logger.warning(
             "%s does not say which id its documents were closed with; its eos %d is taken. Name another with %s",
-            *(folder, stop_ids[0], say.eod),
+            *(folder, stop_ids[0], option_names.eod),
         )
     return stop_ids[0] if eod_id is None else eod_id
 
@@ -271,8 +278,8 @@ def _bar_on_terminals_only() -> Iterator[None]:
         enable_progress_bar()
 
 
-def _loading_faults(report: dict[str, Any]) -> Iterator[str]:
-    """Kinds of faults in transformers' report, which leaves out what each architecture declares harmless."""
+def _loading_problems(report: dict[str, Any]) -> Iterator[str]:
+    """Kinds of problems in transformers' report, which leaves out what each architecture declares harmless."""
     for kind, found in report.items():
         names = sorted(_named(key) for key in found)
         if names:
@@ -288,7 +295,7 @@ def _named(key: Any) -> str:
     return f"{name} {list(stored)}, expected {list(expected)}"
 
 
-def _tie_faults(model: Any) -> Iterator[str]:
+def _tie_problems(model: Any) -> Iterator[str]:
     """The head that a config says is the embedding, and that is not."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     is_tied = model.config.get_text_config().tie_word_embeddings and getattr(model, "_tied_weights_keys", None)
@@ -299,7 +306,7 @@ def _tie_faults(model: Any) -> Iterator[str]:
         )
 
 
-def _order_faults(model: Any) -> Iterator[str]:
+def _order_problems(model: Any) -> Iterator[str]:
     """An encoder such as BERT, whose every position reads what comes later."""
     reads_all = any(getattr(module, "is_causal", None) is False for module in model.modules())
     if getattr(model.config, "is_decoder", None) is False and reads_all:

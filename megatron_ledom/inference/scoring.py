@@ -34,7 +34,7 @@ class Span:
 
 
 @dataclass(slots=True)
-class Spent:
+class TokenUsage:
     """What a model has cost so far: tokens of the sequences it was given, padding not counted, and seconds."""
 
     tokens: int = 0

@@ -8,7 +8,7 @@ import torch
 from megatron_ledom.ops.library import backend
 from megatron_ledom.ops.multi_tensor import ChunkTables, Tensors, are_alike
 from megatron_ledom.platform.adam import GroupStepAdam
-from megatron_ledom.platform.engine_fixes import norm_of_all, scale_all, use_optimizer_kernels
+from megatron_ledom.platform.core_fixes import norm_of_all, scale_all, use_optimizer_kernels
 
 
 def _not_empty(tensors: Tensors) -> list[torch.Tensor]:

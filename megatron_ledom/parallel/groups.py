@@ -14,7 +14,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
 from megatron_ledom.config.schema import ParallelConfig
-from megatron_ledom.parallel.meeting import Meeting, StopSignal
+from megatron_ledom.parallel.rendezvous import Rendezvous, StopSignal
 from megatron_ledom.platform.device import Platform
 from megatron_ledom.platform.launch import Launch, read_launch
 
@@ -32,11 +32,11 @@ class ParallelGroups:
     virtual_stages: int
     """Model chunks of this rank; 1 without the interleaved schedule."""
 
-    def holds_first_stage(self, chunk: int) -> bool:
+    def has_first_stage(self, chunk: int) -> bool:
         """Whether this rank's model chunk has the embedding."""
         return self.pipeline.rank() == 0 and chunk == 0
 
-    def holds_last_stage(self, chunk: int) -> bool:
+    def has_last_stage(self, chunk: int) -> bool:
         """Whether this rank's model chunk has the output layer and the loss."""
         return self.pipeline.rank() == self.pipeline.size() - 1 and chunk == self.virtual_stages - 1
 
@@ -77,7 +77,7 @@ def _join(platform: Platform, launch: Launch, timeout: timedelta, stop: StopSign
     alone = launch.init_method is None
     dist.init_process_group(
         platform.backend,
-        store=dist.HashStore() if alone else Meeting(launch, timeout, stop).store(),  # type: ignore[attr-defined]
+        store=dist.HashStore() if alone else Rendezvous(launch, timeout, stop).store(),  # type: ignore[attr-defined]
         rank=launch.rank,
         world_size=launch.world_size,
         timeout=timeout,

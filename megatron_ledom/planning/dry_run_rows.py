@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 from megatron_ledom.config.derived import (
     data_parallel_size,
+    expected_world_size,
     has_validation,
     head_dim,
     lr_decay_iters,
     num_microbatches,
     padded_vocab_size,
-    planned_world_size,
     query_groups,
     tokens_per_iteration,
     total_tokens,
@@ -260,7 +260,7 @@ def stage_layers(config: RunConfig, stage: int) -> list[range]:
 
 def parameters_of_rank(config: RunConfig, model: ModelConfig, stage: int) -> dict[str, int]:
     """Return the weights on each rank of a pipeline stage, by part of the model; matrices are divided by the tensor-parallel ranks."""
-    return stage_parameters(architecture_of(model), layout_of(config, planned_world_size(config)), stage)
+    return stage_parameters(architecture_of(model), layout_of(config, expected_world_size(config)), stage)
 
 
 def _shortened(lines: list[str]) -> list[str]:

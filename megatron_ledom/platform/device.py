@@ -8,8 +8,8 @@ import torch
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.platform.adam import find_apex
-from megatron_ledom.platform.cpu_engine import install_cpu_engine
-from megatron_ledom.platform.engine_fixes import install_engine_fixes
+from megatron_ledom.platform.core_fixes import install_core_fixes
+from megatron_ledom.platform.core_on_cpu import install_core_on_cpu
 from megatron_ledom.platform.launch import Launch, read_launch
 
 DENSE_BF16_TFLOPS = {
@@ -53,7 +53,7 @@ def prepare_platform(num_threads: int | None, launch: Launch | None = None) -> P
 
     launch: this rank's place; default: what the launcher's variables say.
     """
-    install_engine_fixes()
+    install_core_fixes()
     launch = launch or read_launch()
     threads = num_threads or max(1, len(os.sched_getaffinity(0)) // launch.local_world_size)
     torch.set_num_threads(threads)
@@ -67,7 +67,7 @@ def prepare_platform(num_threads: int | None, launch: Launch | None = None) -> P
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         return Platform(device, "nccl", threads)
-    install_cpu_engine()
+    install_core_on_cpu()
     return Platform(torch.device("cpu"), "gloo", threads)
 
 

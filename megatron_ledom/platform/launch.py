@@ -7,7 +7,7 @@ from urllib.parse import urlsplit
 
 from megatron_ledom.errors import UsageError
 from megatron_ledom.platform.slurm import (
-    Step,
+    SlurmStep,
     first_node_address,
     job_id,
     read_number,
@@ -39,7 +39,7 @@ class Launch:
     def address(self) -> tuple[str, int]:
         """Host and port of the store that rank 0, or torchrun, holds for the ranks."""
         if self.init_method == "env://":
-            return _meeting_place(os.environ)
+            return _rendezvous_address(os.environ)
         parts = urlsplit(self.init_method or "")
         return str(parts.hostname), int(parts.port or 0)
 
@@ -91,11 +91,11 @@ def _by_torchrun(variables: Mapping[str, str]) -> Launch:
         if numbers[low] + least > numbers[high]:
             relation = "below" if least else "at most"
             raise UsageError(f"{low}={numbers[low]} is not {relation} {high}={numbers[high]}; {BY_TORCHRUN}")
-    _meeting_place(variables)
+    _rendezvous_address(variables)
     return Launch(**{name.lower(): number for name, number in numbers.items()}, init_method="env://")
 
 
-def _meeting_place(variables: Mapping[str, str]) -> tuple[str, int]:
+def _rendezvous_address(variables: Mapping[str, str]) -> tuple[str, int]:
     """Host and port by MASTER_ADDR and MASTER_PORT."""
     return _address_given(variables), _port_given(variables)
 
@@ -114,21 +114,21 @@ def _port_given(variables: Mapping[str, str]) -> int:
     return port
 
 
-def _by_srun(step: Step, variables: Mapping[str, str]) -> Launch:
-    meeting = None
+def _by_srun(step: SlurmStep, variables: Mapping[str, str]) -> Launch:
+    init_method = None
     if step.world_size > 1:
         address = _address_given(variables) if "MASTER_ADDR" in variables else first_node_address(step.nodes)
         port = _port_given(variables) if "MASTER_PORT" in variables else _port(step)
-        meeting = f"tcp://{f'[{address}]' if ':' in address else address}:{port}"
+        init_method = f"tcp://{f'[{address}]' if ':' in address else address}:{port}"
     return Launch(
         rank=step.rank,
         world_size=step.world_size,
         local_rank=step.local_rank,
         local_world_size=step.local_world_size,
-        init_method=meeting,
+        init_method=init_method,
     )
 
 
-def _port(step: Step) -> int:
+def _port(step: SlurmStep) -> int:
     """20000 to 29999, below the ports that systems give out; steps of one job and jobs that follow each other differ."""
     return 20000 + (10 * step.job + step.step % 10) % 10000

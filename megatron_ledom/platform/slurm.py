@@ -19,7 +19,7 @@ Variables = Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
+class SlurmStep:
     """This process's place among the tasks that one srun has started."""
 
     job: int
@@ -65,7 +65,7 @@ def is_step(variables: Variables) -> bool:
     return read_number(variables, "SLURM_STEP_ID", BY_SRUN) < FIRST_SPECIAL_STEP and "SLURM_PROCID" in variables
 
 
-def read_step(variables: Variables) -> Step | None:
+def read_step(variables: Variables) -> SlurmStep | None:
     """The place that srun gives this process; None when it was not started by srun."""
     if not is_step(variables):
         return None
@@ -94,7 +94,7 @@ def read_step(variables: Variables) -> Step | None:
         raise UsageError(f"SLURM_LOCALID={local_rank}, but {told} has {counts[node]} tasks on node {node}; {advice}")
     if sum(counts) != world_size:
         raise UsageError(f"{size_from}={world_size}, but {told} makes {sum(counts)} tasks; {advice}")
-    return Step(
+    return SlurmStep(
         job=read_number(variables, "SLURM_JOB_ID", BY_SRUN),
         step=read_number(variables, "SLURM_STEP_ID", BY_SRUN),
         rank=rank,

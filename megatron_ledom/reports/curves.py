@@ -7,7 +7,7 @@ from typing import Any
 from megatron_ledom.reports.pages import THEMES, draw_png
 from megatron_ledom.reports.run_data import RunData, training_pairs, twins_of, validation_pairs
 
-FIGURES = {
+PLOTS = {
     "loss": ("lm_loss", "loss (nats a token)"),
     "grad_norm": ("grad_norm", "gradient norm before clipping"),
     "tokens_per_second": ("tokens_per_second", "tokens a second"),
@@ -31,21 +31,21 @@ ENOUGH = 50
 MARKERS = "osD^v"
 
 
-def figures_of(runs: Sequence[RunData]) -> list[str]:
-    """Return the names of the pictures of these runs: FIGURES, and behind the losses of twins their difference, since they hide each other."""
-    names = list(FIGURES)
+def plot_names(runs: Sequence[RunData]) -> list[str]:
+    """Return the names of the pictures of these runs: PLOTS, and behind the losses of twins their difference, since they hide each other."""
+    names = list(PLOTS)
     return [names[0], DIFFERENCE, *names[1:]] if twins_of(runs) else names
 
 
 def draw(name: str, runs: Sequence[RunData], theme: str = "light", smooth: int = 0, title: str | None = None) -> bytes:
-    """Draw one of `figures_of` as PNG: a line for each run; in `loss`, validation as points. `smooth`: records of the moving average.
+    """Draw one of `plot_names` as PNG: a line for each run; in `loss`, validation as points. `smooth`: records of the moving average.
 
     Raises UsageError where matplotlib is not installed.
     """
     unit, word = _token_unit(runs)
     if name == DIFFERENCE:
         return _draw_difference(runs, theme, smooth)
-    key, label = FIGURES[name]
+    key, label = PLOTS[name]
 
     def _fill(axes: Any) -> None:
         for run, colour in zip(runs, _colours(runs, theme), strict=True):

@@ -32,13 +32,13 @@ class ExplainedStep:
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """The candidates of one question, best first: each one's place in the input, its reward and its steps.
+    """The candidates of one question, best first: each one's position in the input, its reward and its steps.
 
     skipped: why a candidate was skipped when it was ranked; it has no steps here. None for every other one.
     """
 
     prompt: str
-    places: list[int]
+    positions: list[int]
     rewards: list[float | None]
     candidates: list[list[ExplainedStep]]
     skipped: list[str | None]
@@ -81,12 +81,12 @@ def explain(
     skipped: of each answer, why the ranking skipped it, or None; a skipped one is not scored here either.
     """
     reasons = [None] * len(answers) if skipped is None else skipped
-    cut = [steps_of(answers[place], delimiter) if reasons[place] is None else [] for place in ranking]
+    cut = [steps_of(answers[position], delimiter) if reasons[position] is None else [] for position in ranking]
     begun = ["".join(steps[: end + 1]) for steps in cut for end in range(len(steps))]
     scores = iter(reverse.score([(prompt, text) for text in begun]))
     explained = [[ExplainedStep(step, next(scores).logprob) for step in steps] for steps in cut]
-    ranked = [rewards[place] for place in ranking]
-    return Explanation(prompt, list(ranking), ranked, explained, [reasons[place] for place in ranking])
+    ranked = [rewards[position] for position in ranking]
+    return Explanation(prompt, list(ranking), ranked, explained, [reasons[position] for position in ranking])
 
 
 def as_terminal(explanation: Explanation) -> str:
@@ -122,12 +122,12 @@ def as_html(explanation: Explanation) -> str:
 
 
 def _headings(explanation: Explanation) -> list[str]:
-    """Return the rank, place and reward of each candidate, and why it was skipped when it was ranked."""
+    """Return the rank, position and reward of each candidate, and why it was skipped when it was ranked."""
     lines = []
-    rows = zip(explanation.places, explanation.rewards, explanation.skipped, strict=True)
-    for rank, (place, reward, reason) in enumerate(rows, 1):
+    rows = zip(explanation.positions, explanation.rewards, explanation.skipped, strict=True)
+    for rank, (position, reward, reason) in enumerate(rows, 1):
         skipped = "" if reason is None else f"; skipped when it was ranked, and not scored here: {_visible(reason)}"
-        lines.append(f"{rank}. candidate {place}, reward {number(reward, '.3f', missing='none')}{skipped}")
+        lines.append(f"{rank}. candidate {position}, reward {number(reward, '.3f', missing='none')}{skipped}")
     return lines
 
 

@@ -383,11 +383,11 @@ def _markdown(report: Report) -> str:
 def _html(report: Report) -> str:
     body = [paragraph(verdict(report), is_strong=True), *map(paragraph, report["notes"])]
     body += [pages.table(rows, caption) for caption, rows in _tables(report)]
-    body += [bullets(sentences(report)), *figures_of(report), paragraph(_about(report))]
+    body += [bullets(sentences(report)), *plots_of(report), paragraph(_about(report))]
     return pages.page("Choosing answers by Reverse Reward", body)
 
 
-def figures_of(report: Report) -> list[str]:
+def plots_of(report: Report) -> list[str]:
     """Return the curves of accuracy over N and over lambda, for a page."""
     return [
         pages.figure("accuracy over N", partial(_draw_over_n, report)),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_ledom.config import load
-from megatron_ledom.config.derived import planned_world_size
+from megatron_ledom.config.derived import expected_world_size
 from megatron_ledom.errors import UsageError
 from megatron_ledom.planning import search as layouts
 from megatron_ledom.planning.hardware import load_hardware
@@ -45,7 +45,7 @@ def plan_run(
     ConfigError, which says what would do, when nothing works.
     """
     machine, run = load_hardware(hardware), load.load_config(config, overrides)
-    count = planned_world_size(run) if num_gpus is None else num_gpus
+    count = expected_world_size(run) if num_gpus is None else num_gpus
     if count < 1:
         raise UsageError(f"--num-gpus {count}: give the number of devices, 1 or more")
     run = replace(run, parallel=replace(run.parallel, world_size=count, hardware=hardware))

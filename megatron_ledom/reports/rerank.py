@@ -8,8 +8,8 @@ from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, UsageError
-from megatron_ledom.inference.model_folder import SAY_REVERSE_EOD
-from megatron_ledom.inference.reverse_reward.rerank_part import spent_file
+from megatron_ledom.inference.model_folder import RERANK_OPTIONS
+from megatron_ledom.inference.reverse_reward.rerank_part import usage_file
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
 from megatron_ledom.reports.explanation import as_html, as_terminal, explain
 from megatron_ledom.reports.method_comparison import ReportSettings, report_selection, sentences, verdict
@@ -65,7 +65,7 @@ def _explain(options: Options) -> None:
     texts, rewards, skipped = ranked_candidates(record, where)
     eod_id = options["reverse_eod_id"]  # a folder for which it is given records no direction either
     direction = None if eod_id is None else str(Direction.REVERSE)
-    reverse = ReverseLM.from_pretrained(options["reverse"], direction=direction, eod_id=eod_id, say=SAY_REVERSE_EOD)
+    reverse = ReverseLM.from_pretrained(options["reverse"], direction=direction, eod_id=eod_id, option_names=RERANK_OPTIONS)
     engine = TransformersEngine(reverse)
     delimiter = StepDelimiter.parse(options["step_delimiter"])
     try:
@@ -82,7 +82,7 @@ def recorded_reward(files: list[str]) -> RewardSettings:
     """Return the reward's settings that stand beside the files; the defaults where none are. UsageError where they differ."""
     found = []
     for path in files:
-        beside = spent_file(path)
+        beside = usage_file(path)
         if beside.is_file():
             found.append(_reward_beside(beside))
     for settings in found[1:]:
@@ -113,5 +113,5 @@ def _reward_beside(path: Path) -> RewardSettings:
 
 def recorded_weight(file: str) -> float | None:
     """Return the weight at which a file was ranked, None where no notes beside it tell."""
-    beside = spent_file(file)
+    beside = usage_file(file)
     return _reward_beside(beside).weight if beside.is_file() else None

@@ -8,13 +8,13 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from megatron_ledom.config.derived import planned_world_size, tokens_per_iteration
+from megatron_ledom.config.derived import expected_world_size, tokens_per_iteration
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.intervals import t_interval
 from megatron_ledom.planning.dry_run import known_model, stored_manifests
 from megatron_ledom.planning.hardware import load_hardware
 from megatron_ledom.planning.plan import make_plan
-from megatron_ledom.reports.curves import draw, figures_of
+from megatron_ledom.reports.curves import draw, plot_names
 from megatron_ledom.reports.pages import figure, number, page, paragraph, table
 from megatron_ledom.reports.run_data import RunData, load_runs, training_pairs, twins_of, validation_pairs
 from megatron_ledom.storage.files import write_file
@@ -43,7 +43,7 @@ def report_runs(folders: list[str], output: str, smooth: int, plan: str | None =
     runs = load_runs(folders)
     with output_folder_lock(output):
         figures = [
-            figure(name, partial(draw, name, runs, smooth=smooth), Path(output, f"{name}.png")) for name in figures_of(runs)
+            figure(name, partial(draw, name, runs, smooth=smooth), Path(output, f"{name}.png")) for name in plot_names(runs)
         ]
         rows = [summary(run) if plan is None else summary(run) | planned_rows(run, plan or None) for run in runs]
         cells = [[name, *(row[name] for row in rows)] for name in rows[0]]
@@ -190,7 +190,7 @@ def ranks_of(run: RunData) -> int:
     """Return the ranks of the last launch; of a run without a record of it, those the config names."""
     launches = read_launches(run.config.run_dir)
     if not launches:
-        return planned_world_size(run.config)
+        return expected_world_size(run.config)
     num = launches[-1].get("world_size")
     if type(num) is not int or num < 1:
         path = os.path.join(run.config.run_dir, LAUNCHES)

@@ -28,7 +28,7 @@ def checksum(path: str) -> dict[str, Any]:
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
-def size_faults(folder: str, files: FileSums) -> list[str]:
+def size_problems(folder: str, files: FileSums) -> list[str]:
     """A sentence for each file that is missing or of another size; reads nothing."""
     faults = []
     for name, expected in files.items():
@@ -43,7 +43,7 @@ def size_faults(folder: str, files: FileSums) -> list[str]:
     return faults
 
 
-def content_faults(folder: str, files: FileSums, share: int = 0, num_shares: int = 1) -> list[str]:
+def content_problems(folder: str, files: FileSums, share: int = 0, num_shares: int = 1) -> list[str]:
     """A sentence for each file whose sha256 is not the manifest's; reads every `num_shares`-th file, from `share` on."""
     faults = []
     for name in sorted(files)[share::num_shares]:

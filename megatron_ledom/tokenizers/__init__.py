@@ -1,4 +1,4 @@
-"""Tokenizer files: one reader for every command, and exact conversions to the tokenizer.json of the `tokenizers` library."""
+"""Tokenizers: one reader of their files for all commands, exact conversions to tokenizer.json, and encoders."""
 
 from typing import TYPE_CHECKING
 

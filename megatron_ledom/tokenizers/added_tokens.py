@@ -1,17 +1,16 @@
-"""Tokens that stand beside a tokenizer's vocabulary: which ones stock transformers adds to a folder's tokenizer, and their ids.
+"""Tokens that a folder declares outside the vocabulary of its tokenizer, and the ids that stock transformers gives them.
 
-Stock transformers (5.x) reads `added_tokens_decoder` of tokenizer_config.json; without that key, special_tokens_map.json and
-added_tokens.json. It adds the tokens that the tokenizer lacks in the order of their ids, then the named special tokens. An id is
-not taken from the file: it is the next free one. A file whose ids are not those is refused here.
+Stock transformers (5.x) reads `added_tokens_decoder` of tokenizer_config.json. Without that key it reads
+special_tokens_map.json and added_tokens.json. It adds the tokens that the tokenizer lacks in the order of their ids, then the
+named special tokens. Each gets the next free id; the ids in the file are ignored. This module refuses a file with other ids.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
 from megatron_ledom.errors import DataError
-from megatron_ledom.provenance import json_library
+from megatron_ledom.tokenizers.json_objects import read_object
 
 logger = logging.getLogger(__name__)
 ADDED, CONFIG, SPECIALS_MAP = "added_tokens.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -23,30 +22,31 @@ OTHER_ROLES = (
     *("vision_start", "vision_end", "video_start", "video_end", "begin_image", "end_image"),
     *("eod", "eot", "eom", "sot", "bot", "prefix", "middle", "suffix", "fill", "end_of_word", "think", "tool_call"),
 )
-"""Roles beside ROLES that published tokenizers name as `<role>_token`."""
+"""Other roles that published tokenizers name as `<role>_token`."""
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 Token = dict[str, Any]
-"""An entry of `added_tokens` in a tokenizer.json, its id apart."""
+"""An entry of `added_tokens` in a tokenizer.json, without its id."""
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return tokenizer_config.json, with what stock transformers takes from special_tokens_map.json; {} where neither exists."""
+    """Return tokenizer_config.json with the keys that stock transformers reads from special_tokens_map.json; {} without
+    both."""
     config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if DECODER not in config and (folder / SPECIALS_MAP).is_file():
         named = read_object(folder / SPECIALS_MAP)
         config |= {
             key: value for key, value in named.items() if key != ADDITIONAL
-        }  # which stock transformers takes from config only
+        }  # stock transformers reads ADDITIONAL from tokenizer_config.json only
     return config
 
 
 def add_tokens(stored: dict[str, Any], config: dict[str, Any], folder: Path) -> tuple[dict[str, Any], list[Token]]:
-    """Add to a tokenizer.json `stored` the tokens that its folder declares elsewhere.
+    """Add to a tokenizer.json `stored` the tokens that other files of its folder declare.
 
-    Returns the tokenizer.json, a new one if there was anything to add, and the tokens that stock transformers cuts out of a text
-    although they have their id from the vocabulary itself. A special token without any id is added only where the model beside
-    has an embedding row for the id that it would get; else its name is taken out of `config`. Raises DataError for an id that
-    stock transformers would not give.
+    Returns the tokenizer.json (a new object if a token was added), and the tokens that have an id in the vocabulary itself but
+    that stock transformers cuts out of a text. A special token without an id is added only if the model in the folder has an
+    embedding row for its new id; otherwise it is removed from `config`. Raises DataError if the folder gives a token another id
+    than stock transformers.
     """
     added = list(stored.get("added_tokens") or [])
     vocab = vocabulary(stored)
@@ -59,8 +59,8 @@ def add_tokens(stored: dict[str, Any], config: dict[str, Any], folder: Path) -> 
         expected = vocab.get(content, _next_id(added, num_model))
         if index != expected:
             raise DataError(
-                f"{file} gives {content!r} the id {index}, stock transformers reads it as {expected}: the trained rows would be"
-                " taken for other tokens; correct the id there, or put a whole tokenizer.json into the folder"
+                f"{file} gives {content!r} the id {index}, but stock transformers gives it {expected}, so the model would use the wrong"
+                " embedding rows; correct the id there, or put a complete tokenizer.json into the folder"
             )
         if content not in vocab:
             added.append({"id": index, **token})
@@ -81,12 +81,12 @@ def add_tokens(stored: dict[str, Any], config: dict[str, Any], folder: Path) -> 
         elif rows is not None and index < rows:
             added.append({"id": index, **token})
         else:
-            _leave_out(config, name, content, folder)
+            _skip_token(config, name, content, folder)
     return (stored if len(added) == num_before else {**stored, "added_tokens": added}), inside
 
 
 def vocabulary(stored: dict[str, Any]) -> dict[str, int]:
-    """The id of every token of a tokenizer.json, added ones included: what the tokenizers library would say, much sooner."""
+    """Return the id of every token of a tokenizer.json, with added tokens: as the tokenizers library does, but much faster."""
     vocab = _model_vocabulary(stored)
     found = dict(vocab) if isinstance(vocab, dict) else {piece: index for index, (piece, _) in enumerate(vocab)}
     return found | {token["content"]: token["id"] for token in stored.get("added_tokens") or ()}
@@ -97,20 +97,20 @@ def _model_vocabulary(stored: dict[str, Any]) -> Any:
 
 
 def name_of(value: Any) -> str | None:
-    """The text of a special token, which a config holds as a text or as an object with `content`; None if it is neither."""
+    """Return the text of a special token, which a config stores as a text or as an object with `content`; None otherwise."""
     found = value.get("content") if isinstance(value, dict) else value
     return found if isinstance(found, str) and found else None
 
 
 def _declared(config: dict[str, Any], folder: Path) -> list[tuple[int, Token, Path]]:
-    """(id, token, file) of the tokens whose ids the folder says, in the order of the ids."""
+    """Return (id, token, file) of the tokens whose ids the folder declares, in the order of the ids."""
     found: list[tuple[int, Token, Path]] = []
     if DECODER in config:
         file = folder / CONFIG
         entries = config[DECODER]
         roles = {token["content"] for key, token in _named(config) if key != EXTRA}
         if not isinstance(entries, dict):
-            raise DataError(f"{file}: {DECODER} holds a {type(entries).__name__}, expected an object of id: token; correct it")
+            raise DataError(f"{file}: {DECODER} is a {type(entries).__name__}, expected an object of id: token; correct it")
         for index, entry in entries.items():
             content = entry.get("content") if isinstance(entry, dict) else None
             if not str(index).isdecimal() or not isinstance(content, str) or not content:
@@ -122,13 +122,13 @@ def _declared(config: dict[str, Any], folder: Path) -> list[tuple[int, Token, Pa
         specials = {token["content"] for _, token in _named(config)}
         for content, index in read_object(file).items():
             if type(index) is not int or index < 0 or not content:
-                raise DataError(f"{file} gives {content!r} the id {index!r}, expected a number from 0 on; correct it")
+                raise DataError(f"{file} gives {content!r} the id {index!r}, expected a whole number of at least 0; correct it")
             found.append((index, _token(content, {}, special=content in specials), file))
     return sorted(found, key=lambda item: item[0])
 
 
 def _named(config: dict[str, Any]) -> list[tuple[str, Token]]:
-    """(key of the config, token) of the special tokens that it names, in the order in which stock transformers adds them."""
+    """Return (key, token) of the special tokens that a config names, in the order in which stock transformers adds them."""
     others = _other_roles(config)
     extra = config.get(EXTRA) or config.get(ADDITIONAL) or []
     values = [(key, config.get(key)) for key in (*ROLES, *others)]
@@ -142,21 +142,21 @@ def _named(config: dict[str, Any]) -> list[tuple[str, Token]]:
 
 
 def _other_roles(config: dict[str, Any]) -> list[str]:
-    """Keys beside ROLES that stock transformers takes for the role of a special token, whatever they are called."""
+    """Return the keys, apart from ROLES, that stock transformers reads as roles of special tokens."""
     return [key for key in config if key.endswith("_token") and key not in ROLES and isinstance(config[key], str)]
 
 
 def unknown_roles(config: dict[str, Any]) -> list[str]:
-    """Return the keys, such as hf_token, that end like the role of a special token and are none that is known."""
+    """Return the keys that end like the role of a special token but are not a known role, such as hf_token."""
     return [key for key in _other_roles(config) if key.removesuffix("_token") not in OTHER_ROLES]
 
 
 def _drop_unknown_roles(config: dict[str, Any], vocab: dict[str, int], folder: Path) -> None:
-    """Take a key such as hf_token out of `config`: its value may be a secret, which no text, message or export should hold."""
+    """Remove keys such as hf_token from `config`. Their values may be secrets, which no message or export may contain."""
     for key in unknown_roles(config):
         if config[key] not in vocab:
             logger.warning(
-                "%s: %s is no known role of a special token, and its value is no token of the tokenizer; it is left out",
+                "%s: skipped %s: it is not a known role of a special token, and its value is not a token of the tokenizer",
                 folder,
                 key,
             )
@@ -168,13 +168,14 @@ def _check_extra(config: dict[str, Any], folder: Path) -> None:
         value = config.get(key)
         if value is not None and not isinstance(value, list | dict):
             raise DataError(
-                f"{folder / CONFIG}: {key} holds a {type(value).__name__}, expected a list of tokens or an object of role: token; correct"
-                " it"
+                f"{folder / CONFIG}: {key} is a {type(value).__name__}, expected a list of tokens or an object of role: token;"
+                " correct it"
             )
 
 
 def _token(content: str, flags: dict[str, Any], *, special: bool) -> Token:
-    """An entry as the tokenizers library fills it in: a token that is not special is looked for in the normalised text."""
+    """Return an entry with the defaults of the tokenizers library: a token that is not special is found in the normalised
+    text."""
     special = special or bool(flags.get("special", False))
     default = {"normalized": not special, "special": special}
     return {"content": content, **{name: bool({**default, **flags, "special": special}.get(name, False)) for name in FLAGS}}
@@ -185,7 +186,7 @@ def _next_id(added: list[Token], num_model: int) -> int:
 
 
 def _rows(folder: Path) -> int | None:
-    """Rows of the embedding of the model beside; None where there is no model."""
+    """Return the number of embedding rows of the model in the folder; None without a model."""
     if not (folder / "config.json").is_file():
         return None
     config = read_object(folder / "config.json")
@@ -194,38 +195,19 @@ def _rows(folder: Path) -> int | None:
     return found if type(found) is int else None
 
 
-def _leave_out(config: dict[str, Any], name: str, content: str, folder: Path) -> None:
+def _skip_token(config: dict[str, Any], name: str, content: str, folder: Path) -> None:
     logger.warning(
-        "%s: %s %r is no token of the tokenizer and has no row in a model beside it; it is left out", folder, name, content
+        "%s: skipped %s %r: it is not a token of the tokenizer, and the folder has no model with a row for it",
+        folder,
+        name,
+        content,
     )
     if name == EXTRA:
         used = config.get(EXTRA) or config.pop(ADDITIONAL)
-        config.pop(ADDITIONAL, None)  # not read where the other key is, which may become empty here
+        config.pop(ADDITIONAL, None)  # not read if the other key exists, which may become empty here
         if isinstance(used, dict):
             config[EXTRA] = {role: value for role, value in used.items() if name_of(value) != content}
         else:
             config[EXTRA] = [value for value in used if name_of(value) != content]
-    elif name != "eos_token":  # a missing eod has its own error, or another one is named
+    elif name != "eos_token":  # a missing eod has its own error, or another eod was chosen
         config.pop(name)
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """Return the object that a JSON file holds."""
-    return parse_object(path.read_bytes(), str(path))
-
-
-def parse_object(content: bytes, where: str) -> dict[str, Any]:
-    """Return the object of a JSON text; DataError names `where` it stands."""
-    try:
-        found = json_library().loads(content)
-    except ValueError as error:
-        raise DataError(f"{where} is not JSON ({error}); repair it or fetch it again") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{where} holds no JSON object; repair it or fetch it again")
-    return found
-
-
-def as_bytes(value: dict[str, Any]) -> bytes:
-    """Return the object as JSON in UTF-8."""
-    library = json_library()
-    return json.dumps(value, ensure_ascii=False).encode() if library is json else bytes(library.dumps(value))

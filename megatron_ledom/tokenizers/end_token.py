@@ -1,7 +1,7 @@
-"""The token that ends documents, spelled out in a text, has to be text.
+"""Ensure that the spelling of the eod in a text is encoded as ordinary text.
 
-A tokenizer.json leaves special tokens in a text as text, and SentencePiece control pieces; it cuts out other added tokens and
-user-defined pieces. One of these that ends documents is therefore given the kind that stays text.
+Special tokens and SentencePiece control pieces are not recognised in a text. Other added tokens and user-defined pieces are:
+the tokenizer cuts them out. An eod of the second kind is therefore changed to the first kind.
 """
 
 from typing import Any
@@ -10,7 +10,7 @@ from megatron_ledom.tokenizers.sentencepiece_bpe import parse_model, without_wor
 
 
 def json_with_special(stored: dict[str, Any], token: str) -> dict[str, Any] | None:
-    """Return the object of a tokenizer.json with an added token made a special one; None where it needs no change."""
+    """Return the object of a tokenizer.json with an added token made special; None if no change is needed."""
     added = stored.get("added_tokens") or []
     if not any(entry.get("content") == token and not entry.get("special") for entry in added):
         return None
@@ -19,9 +19,9 @@ def json_with_special(stored: dict[str, Any], token: str) -> dict[str, Any] | No
 
 
 def model_with_control(model: bytes, where: str, eod: str | int | None) -> bytes:
-    """Return a SentencePiece model in which the piece `eod`, by name or id, is a control piece if it was a user-defined one.
+    """Return a SentencePiece model in which the piece `eod` is a control piece if it was user-defined.
 
-    Without a name it is the model's own eos.
+    `eod` is a piece or its id; by default the eos of the model.
     """
     proto = parse_model(model, where)
     eod = proto.trainer_spec.eos_id if eod is None else eod

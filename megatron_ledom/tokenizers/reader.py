@@ -1,7 +1,8 @@
-"""The one reader of tokenizers: preprocessing, training, conversion, inference and evaluation all take their ids from here.
+"""The reader of tokenizer files that all commands share, so that all of them get the same ids.
 
-A folder's tokenizer.json goes before its tokenizer.model, which is converted exactly; tokens that other files of the folder declare
-are added as stock transformers adds them. No code of a folder is ever run, and no question about it is asked.
+If a folder has both a tokenizer.json and a tokenizer.model, the tokenizer.json is read. A .model is converted exactly. Tokens
+that other files of the folder declare are added as stock transformers adds them. The code of a folder is never run, and the
+user is never prompted to allow it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,19 +18,18 @@ from megatron_ledom.tokenizers.added_tokens import (
     CONFIG,
     SPECIALS_MAP,
     add_tokens,
-    as_bytes,
     name_of,
-    parse_object,
     read_config,
     unknown_roles,
     vocabulary,
 )
 from megatron_ledom.tokenizers.end_token import model_with_control
+from megatron_ledom.tokenizers.json_objects import as_bytes, parse_object
 
 JSON, MODEL = "tokenizer.json", "tokenizer.model"
 END_NAMES = ("eod", "endoftext")
 OTHER_FORMATS = ("vocab.json", "vocab.txt")
-"""Files of stock tokenizer classes that transformers reads without code of the folder."""
+"""Files of stock tokenizer classes, which transformers reads without code of the folder."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -37,40 +37,41 @@ class TokenizerFiles:
     """The content of a tokenizer's files."""
 
     name: str
-    """For people: the folder's or the file's."""
+    """A name for people: that of the folder or the file."""
     path: str
-    """As it was given."""
+    """The path as given."""
     content: bytes
-    """The tokenizer.json, with the tokens that other files declare."""
+    """The tokenizer.json, including the tokens that other files declare."""
     stored: dict[str, Any]
     """The object of `content`."""
     config: dict[str, Any]
-    """tokenizer_config.json, with what special_tokens_map.json adds to it; its bos and eos are those of a .model if it has none."""
+    """tokenizer_config.json with the additions of special_tokens_map.json. If it names no bos or eos, those of a .model."""
     inside: list[dict[str, Any]]
-    """Added tokens, as in a tokenizer.json, that have their id from the vocabulary; stock transformers cuts them out of a text."""
+    """Added tokens whose ids are in the vocabulary itself, as in a tokenizer.json. Stock transformers cuts them out of a
+    text."""
     model: bytes | None
-    """The SentencePiece form; None where added tokens that are not special give other ids than it does."""
+    """The SentencePiece form; None if added tokens that are not special change the ids."""
     is_converted: bool
-    """A .model was read, and `content` is its conversion."""
+    """True if a .model was read; `content` is its conversion."""
     is_extended: bool
-    """`content` has tokens that other files of the folder declare."""
+    """True if other files of the folder declare tokens of `content`."""
     sha256: str
     """See `vocabulary_hash`."""
 
     def special_id(self, role: str) -> int | None:
-        """Return the id of the special token that the config names for `role`, such as bos; None if there is none."""
+        """Return the id of the special token that the config names for a role such as bos; None without one."""
         name = name_of(self.config.get(f"{role}_token"))
         return None if name is None else vocabulary(self.stored).get(name)
 
     def as_stock_reads(self) -> dict[str, Any]:
-        """Return the tokenizer.json in which all tokens that stock transformers cuts out of a text are added tokens."""
+        """Return the tokenizer.json with every token that stock transformers cuts out of a text as an added token."""
         added = [*(self.stored.get("added_tokens") or ()), *self.inside]
         whole = [token["content"] for token in added] if self.is_converted else []
         return sentencepiece_bpe.prefix_texts_only({**self.stored, "added_tokens": added}, whole)
 
 
 def other_ends(vocab: Mapping[str, int], ids: Iterable[int]) -> dict[str, int]:
-    """Return the tokens that are named like the end of a document, with their ids, if one of them is none of `ids`."""
+    """Return the tokens named like an end of a document, with their ids, if any of these ids is not in `ids`."""
     named = {token: id_ for token, id_ in sorted(vocab.items()) if token.strip("<|>").lower() in END_NAMES}
     return named if set(named.values()) - set(ids) else {}
 
@@ -78,10 +79,9 @@ def other_ends(vocab: Mapping[str, int], ids: Iterable[int]) -> dict[str, int]:
 def read_tokenizer(path: str, *, add_specials: bool = False, eod: str | int | None = None) -> TokenizerFiles:
     """Read a Hugging Face folder, a `tokenizer.json`, a SentencePiece `.model` or tiktoken ranks (`.tiktoken`).
 
-    With `add_specials` the five specials of the original are appended behind the vocabulary and <EOD> becomes the eos.
-    `eod`, a token or its id, is the one that ends documents, by default the eos: of a .model it becomes a control piece, so that
-    its spelling is text.
-    Raises DataError or UsageError for what cannot be read exactly.
+    `add_specials` appends the five specials of LEDOM to the vocabulary and makes <EOD> the eos. `eod`, a token or its id, ends
+    documents; by default it is the eos. In a .model it becomes a control piece, so that its spelling in a text is text.
+    Raises DataError or UsageError if the tokenizer cannot be read exactly.
     """
     file = _vocabulary_file(path)
     config = read_config(file.parent)
@@ -111,7 +111,7 @@ def read_tokenizer(path: str, *, add_specials: bool = False, eod: str | int | No
 
 
 def _original(file: Path, config: dict[str, Any], *, add_specials: bool, eod: str | int | None) -> tuple[bytes, bytes | None]:
-    """The tokenizer.json of the vocabulary alone, and the SentencePiece form if there is one; may complete `config`."""
+    """Return the tokenizer.json of the vocabulary alone, and the SentencePiece form or None. May add entries to `config`."""
     if file.suffix == ".model":
         model = file.read_bytes()
         model = sentencepiece_bpe.append_specials(model) if add_specials else model
@@ -121,8 +121,8 @@ def _original(file: Path, config: dict[str, Any], *, add_specials: bool, eod: st
         return _from_stock_class(file.parent, config), None
     if file.suffix == ".tiktoken":
         return _ranks_as_json(file, config), None
-    beside = file.with_name(MODEL)
-    return file.read_bytes(), beside.read_bytes() if file.name == JSON and beside.is_file() else None
+    model_file = file.with_name(MODEL)
+    return file.read_bytes(), model_file.read_bytes() if file.name == JSON and model_file.is_file() else None
 
 
 def _vocabulary_file(path: str) -> Path:
@@ -135,12 +135,12 @@ def _vocabulary_file(path: str) -> Path:
         for name in (JSON, MODEL, ADDED, CONFIG, SPECIALS_MAP, *OTHER_FORMATS):
             if (given / name).is_symlink() and not (given / name).exists():
                 raise DataError(
-                    f"{given / name} is a link to a file that is not there; fetch the folder again, it is not whole"
+                    f"{given / name} is a link to a file that does not exist; the folder is incomplete, download it again"
                 )
         for name in (JSON, MODEL, *OTHER_FORMATS):
             if (given / name).is_file():
                 return given / name
-        raise UsageError(f"folder {path} holds neither {JSON} nor {MODEL}; give a folder or file with one")
+        raise UsageError(f"folder {path} contains neither {JSON} nor {MODEL}; give a folder that has one of them, or the file")
     if given.suffix not in (".json", ".model", ".tiktoken"):
         raise UsageError(
             f"tokenizer {path} is neither a folder, a tokenizer.json, a SentencePiece .model nor a .tiktoken; give one of these"
@@ -152,19 +152,19 @@ def _parsed(content: bytes, where: str) -> dict[str, Any]:
     stored = parse_object(content, where)
     if not isinstance(stored.get("model"), dict):
         raise DataError(
-            f"{where} is not a tokenizer.json of the tokenizers library: it holds no model; give the file the tokenizers library writes"
+            f"{where} is not a tokenizer.json of the tokenizers library: it has no model; give a file that the tokenizers library wrote"
         )
     return stored
 
 
 def _from_model(content: bytes, where: str, config: dict[str, Any]) -> bytes:
-    """The exact conversion of a .model; its bos and eos become those of a config that names none."""
+    """Return the exact conversion of a .model. A config without bos or eos gets those of the .model."""
     converted = sentencepiece_bpe.convert(content, where)
     proto = sentencepiece_bpe.parse_model(content, where)
     if proto.normalizer_spec.add_dummy_prefix and config.get("add_prefix_space") is False:
         raise DataError(
-            f"{where} puts a space in front of every text, the tokenizer_config.json beside it says add_prefix_space=false: it is not"
-            f" clear which ids were trained; put the {JSON} of the model there"
+            f"{where} puts a space before every text, but the tokenizer_config.json next to it has add_prefix_space=false, so it is"
+            f" unclear which ids were trained; put the {JSON} of the model there"
         )
     for role, index in (("bos", proto.trainer_spec.bos_id), ("eos", proto.trainer_spec.eos_id)):
         if 0 <= index < len(proto.pieces):
@@ -173,7 +173,7 @@ def _from_model(content: bytes, where: str, config: dict[str, Any]) -> bytes:
 
 
 def _with_bos(stored: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
-    """A template that puts the bos in front, where the config says so: stock transformers makes one for a .model."""
+    """Return a tokenizer.json that adds the bos if the config requires it, as stock transformers does for a .model."""
     bos = name_of(config.get("bos_token"))
     if not config.get("add_bos_token") or bos is None:
         return stored
@@ -192,7 +192,7 @@ def _ranks_as_json(file: Path, config: dict[str, Any]) -> bytes:
 
 
 def _from_stock_class(folder: Path, config: dict[str, Any]) -> bytes:
-    """The tokenizer.json of a folder whose vocabulary is in a stock class's own files, as transformers converts it."""
+    """Return the tokenizer.json of a folder with the files of a stock tokenizer class, as transformers converts it."""
     from transformers import AutoTokenizer
 
     try:
@@ -201,17 +201,17 @@ def _from_stock_class(folder: Path, config: dict[str, Any]) -> bytes:
         content = loaded.backend_tokenizer.to_str() if getattr(loaded, "is_fast", False) else None
     except Exception as error:  # transformers raises many kinds
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{folder} has no tokenizer that can be read: {first[:200]}; put its {JSON} there") from error
+        raise DataError(f"{folder} has no readable tokenizer: {first[:200]}; put its {JSON} there") from error
     if content is None:
-        raise DataError(f"the tokenizer of {folder} has no form of the tokenizers library; put a {JSON} there")
+        raise DataError(f"the tokenizer of {folder} cannot be converted to the tokenizers library; put a {JSON} there")
     return str(content).encode()
 
 
 def _with_specials(stored: dict[str, Any], where: str) -> dict[str, Any]:
-    """The five specials behind everything a tokenizer.json has."""
+    """Return a tokenizer.json with the five specials after its last id."""
     vocab = vocabulary(stored)
     if there := sorted(set(vocab) & set(sentencepiece_bpe.SPECIALS)):
-        raise UsageError(f"tokenizer {where} has {', '.join(there)} already; leave --add-specials out")
+        raise UsageError(f"tokenizer {where} already has {', '.join(there)}; omit --add-specials")
     first = max(vocab.values(), default=-1) + 1
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     new = [{"id": first + k, "content": token, **flags} for k, token in enumerate(sentencepiece_bpe.SPECIALS)]

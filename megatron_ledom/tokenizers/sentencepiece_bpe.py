@@ -1,8 +1,8 @@
-"""SentencePiece BPE as LEDOM uses it (arXiv 2507.01335): training, and an exact conversion to a `tokenizers` tokenizer.json.
+"""SentencePiece BPE as in LEDOM (arXiv 2507.01335): training, and an exact conversion to a tokenizer.json.
 
-The pieces: <unk> 0, <s> 1, </s> 2, 256 bytes, then merges and characters; whatever is not in a piece falls back to bytes.
-Digits stay single, text is not normalised, whitespace is kept, a space is put in front of every text (the dummy prefix).
-Five specials follow the pieces, so their ids do not depend on what was trained: with 64,000 pieces <EOD> is 64002.
+The pieces are <unk> 0, <s> 1, </s> 2, 256 bytes, then merges and characters. Characters without a piece are encoded as bytes.
+Each digit is its own piece, text is not normalised, whitespace is kept, and every text gets a space in front (the dummy
+prefix). Five specials follow the pieces, so their ids depend on the number of pieces only: with 64,000 pieces <EOD> is 64002.
 """
 
 import io
@@ -18,13 +18,11 @@ SPECIALS = ("<CLS>", "<SEP>", "<EOD>", "<MASK>", "<PAD>")
 EOD_TOKEN = "<EOD>"
 SPACE = "\u2581"  # how SentencePiece writes a space inside a piece
 
-MAX_SENTENCE_CHARACTERS = (
-    1000  # SentencePiece skips lines above 4,192 bytes in silence; longer ones are cut before it sees them
-)
+MAX_SENTENCE_CHARACTERS = 1000  # SentencePiece silently skips lines above 4,192 bytes, so longer lines are cut
 
 TEXT_START = r"\A"
 MAX_PROBED = 500
-"""User-defined pieces around which a conversion is tried."""
+"""Largest number of user-defined pieces with which a conversion is tested."""
 
 ODD_TEXTS = (
     "",
@@ -48,14 +46,15 @@ ODD_TEXTS = (
     "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa abababababababababa",
     "==== ---- //// #### **** ....",
 )
-"""Texts that tell tokenizers apart; every conversion is tried on them."""
+"""Texts on which tokenizers often differ. Every conversion is tested on them."""
 
 
 def train(texts: Iterable[str], vocab_size: int, max_sentences: int | None = None) -> bytes:
     """Train on `texts` and return the `.model` file: `vocab_size` pieces, then the five specials.
 
-    SentencePiece learns from lines. With `max_sentences` it sees that many, drawn evenly from all with a fixed seed, so
-    memory stays bounded; the result depends on the texts and the arguments alone.
+    SentencePiece learns from lines. `max_sentences` limits their number, and so the memory: it draws a uniform sample with a
+    fixed seed. The result depends on the texts and the arguments only. Raises UsageError if SentencePiece cannot learn from
+    the texts.
     """
     import sentencepiece
 
@@ -96,7 +95,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
 
 
 def _drawn(lines: Iterable[str], number: int) -> list[str]:
-    """Reservoir sampling, in the order of the input."""
+    """Return a uniform sample of the lines in their order, by reservoir sampling."""
     generator = random.Random(0)
     kept: list[tuple[int, str]] = []
     for index, line in enumerate(lines):
@@ -108,7 +107,7 @@ def _drawn(lines: Iterable[str], number: int) -> list[str]:
 
 
 def append_specials(model: bytes) -> bytes:
-    """Add the five specials behind the pieces of a `.model` file, as control pieces: no text ever becomes one."""
+    """Append the five specials to a `.model` file, as control pieces: no text encodes to a control piece."""
     proto = parse_model(model, "the trained model")
     for special in SPECIALS:
         proto.pieces.add(piece=special, score=0.0, type=proto.SentencePiece.CONTROL)
@@ -118,7 +117,7 @@ def append_specials(model: bytes) -> bytes:
 
 
 def parse_model(model: bytes, where: str) -> Any:
-    """The ModelProto of a `.model` file; `where` names it in errors."""
+    """Return the ModelProto of a `.model` file. `where` names the file in errors. Raises DataError."""
     from google.protobuf.message import DecodeError
     from sentencepiece import sentencepiece_model_pb2
 
@@ -126,17 +125,17 @@ def parse_model(model: bytes, where: str) -> Any:
     try:
         proto.ParseFromString(model)
     except DecodeError as error:
-        raise DataError(f"{where} is not a SentencePiece model ({error})") from error
+        raise DataError(f"{where} is not a SentencePiece model ({error}); download it again") from error
     if not proto.pieces:
-        raise DataError(f"{where} is not a SentencePiece model: it has no pieces")
+        raise DataError(f"{where} is not a SentencePiece model: it has no pieces; download it again")
     return proto
 
 
 def convert(model: bytes, where: str, samples: Sequence[str] = ()) -> str:
-    """The `tokenizer.json` (its text) with the ids of a SentencePiece BPE `.model`; `where` names the model in errors.
+    """Return the text of a tokenizer.json with the ids of a SentencePiece BPE `.model`. `where` names the model in errors.
 
-    Tried on ODD_TEXTS and on `samples` before it is returned: VerificationError names a text whose ids differ. One text is not
-    exact: a user-defined piece alone, which SentencePiece puts behind a dummy prefix.
+    The conversion is tested on ODD_TEXTS and `samples`. Raises VerificationError with the text if its ids differ. One kind of
+    text is not exact: a user-defined piece alone, before which SentencePiece puts a dummy prefix.
     """
     proto = parse_model(model, where)
     _check_convertible(proto, where)
@@ -150,17 +149,17 @@ def convert(model: bytes, where: str, samples: Sequence[str] = ()) -> str:
 
 
 def is_dummy_prefix(step: dict[str, Any]) -> bool:
-    """Return true for the step of a normalizer that puts the dummy prefix in front."""
+    """Return True if a step of a normalizer adds the dummy prefix."""
     pattern = step.get("pattern")
     at_start = isinstance(pattern, dict) and str(pattern.get("Regex", "")).startswith(TEXT_START)
     return step["type"] == "Prepend" or (step["type"] == "Replace" and at_start)
 
 
 def prefix_texts_only(stored: dict[str, Any], whole: Sequence[str], *, alone: bool = False) -> dict[str, Any]:
-    """Return a converted tokenizer.json that cuts the added tokens `whole` out of a text without a dummy prefix behind each.
+    """Return a converted tokenizer.json that adds the dummy prefix to whole texts only, not after each added token of `whole`.
 
-    The library would put the prefix in front of every part. Nothing is put in front of a text that begins with such a token, as
-    stock transformers (5.x) has it; with `alone` of a text that is nothing else, as SentencePiece nearly has it.
+    The library would add the prefix to every part between added tokens. As in stock transformers (5.x), a text that begins with
+    such a token gets no prefix. With `alone`, only a text that consists of such a token gets none, nearly as in SentencePiece.
     """
     steps = list((stored.get("normalizer") or {}).get("normalizers") or ())
     if not whole or not any(map(is_dummy_prefix, steps)):
@@ -173,7 +172,7 @@ def prefix_texts_only(stored: dict[str, Any], whole: Sequence[str], *, alone: bo
 
 
 def without_word(stored: dict[str, Any], word: str) -> dict[str, Any]:
-    """Return a tokenizer.json of `prefix_texts_only` that no longer treats `word` apart at the start of a text."""
+    """Return a tokenizer.json of `prefix_texts_only` in which `word` at the start of a text is no exception any more."""
     steps = list((stored.get("normalizer") or {}).get("normalizers") or ())
     patterns = [str((step.get("pattern") or {}).get("Regex", "")) for step in steps]
     if not any(pattern.startswith(TEXT_START) for pattern in patterns):
@@ -194,10 +193,10 @@ def _check_convertible(proto: Any, where: str) -> None:
         (normalizer.remove_extra_whitespaces, "removes extra whitespace"),
         (not normalizer.escape_whitespaces or trainer.treat_whitespace_as_suffix, "treats spaces in an unusual way"),
     ]
-    reasons = [reason for is_so, reason in found if is_so]
+    reasons = [reason for applies, reason in found if applies]
     if reasons:
         raise DataError(
-            f"{where} {', '.join(reasons)}: only BPE models that keep the text as it is can be used as a .model;"
+            f"{where} {', '.join(reasons)}: only BPE models that do not change the text can be used as a .model;"
             " convert it with the transformers library and pass the folder with its tokenizer.json"
         )
 
@@ -228,7 +227,7 @@ def _converted(proto: Any) -> str:
 
 
 def _merges(proto: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
-    """Every way a piece is two pieces, best score first: SentencePiece merges the pair whose result has the best score."""
+    """Return every split of a piece into two pieces, best score first: SentencePiece merges the pair with the best result."""
     normal = {piece.piece: piece.score for piece in proto.pieces if piece.type == proto.SentencePiece.NORMAL}
     ranked = []
     for piece, score in normal.items():
@@ -240,7 +239,7 @@ def _merges(proto: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def check_conversion(model: bytes, tokenizer_json: str, texts: Sequence[str], where: str) -> None:
-    """Compare the ids of both forms on `texts`; raise VerificationError naming the first text that differs."""
+    """Compare the ids of both forms on `texts`. Raises VerificationError with the first text that differs."""
     import sentencepiece
     from tokenizers import Tokenizer
 
@@ -248,20 +247,22 @@ def check_conversion(model: bytes, tokenizer_json: str, texts: Sequence[str], wh
         pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     except RuntimeError as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise DataError(f"{where} is not a SentencePiece model that the library loads ({first}); fetch it again") from error
+        raise DataError(
+            f"{where} is not a SentencePiece model that the library can load ({first}); download it again"
+        ) from error
     converted = Tokenizer.from_str(tokenizer_json)
-    converted.encode_special_tokens = True  # "<EOD>" in a text is text, as SentencePiece has it
+    converted.encode_special_tokens = True  # as in SentencePiece, "<EOD>" in a text is ordinary text
     for text in texts:
         expected, found = pieces.encode(text), converted.encode(text, add_special_tokens=False).ids
         if expected != found:
             raise VerificationError(
-                f"{where} cannot be converted exactly: {text[:80]!r} becomes ids {found[:12]} instead of {expected[:12]};"
+                f"{where} cannot be converted exactly: {text[:80]!r} gets the ids {found[:12]} instead of {expected[:12]};"
                 " convert it with the transformers library and pass the folder with its tokenizer.json"
             )
 
 
 def tokenizer_config() -> str:
-    """The `tokenizer_config.json` of a tokenizer trained here; its eos is <EOD>, so that generation stops where training did."""
+    """Return the `tokenizer_config.json` of a tokenizer trained here. Its eos is <EOD>, at which generation stops."""
     names = {"bos": "<s>", "eos": EOD_TOKEN, "unk": "<unk>", "pad": "<PAD>", "cls": "<CLS>", "sep": "<SEP>", "mask": "<MASK>"}
     config: dict[str, Any] = {f"{role}_token": token for role, token in names.items()}
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}

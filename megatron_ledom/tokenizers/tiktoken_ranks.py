@@ -1,4 +1,7 @@
-"""tiktoken rank files as tokenizer.json: the file holds ranks only, so the splitting pattern and specials come from elsewhere."""
+"""Conversion of tiktoken rank files to tokenizer.json.
+
+A rank file has no splitting pattern and no specials, so these come from elsewhere.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,28 +39,28 @@ PUBLISHED = {
     "cl100k_base": Encoding(CL100K_PATTERN, {"<|endoftext|>": 100257}),
     "o200k_base": Encoding(O200K_PATTERN, {"<|endoftext|>": 199999}),
 }
-"""By the name of the file."""
+"""Name of the file -> the parts that it lacks."""
 
 
 def encoding_of(file: Path, config: dict[str, Any]) -> Encoding:
-    """The pattern and specials of a rank file: from tokenizer_config.json beside it, else by its name."""
+    """Return the pattern and specials of a rank file: those of its tokenizer_config.json, else those known for its name."""
     if "pattern" in config:
         specials = config.get("special_tokens")
         if not isinstance(specials, dict) or not all(isinstance(value, int) for value in specials.values()):
             raise DataError(
-                f'tokenizer_config.json beside {file} has a "pattern" but no "special_tokens" with an id each; add them'
+                f'the tokenizer_config.json of {file} has a "pattern" but no "special_tokens" with their ids; add them'
             )
         return Encoding(str(config["pattern"]), {str(token): int(index) for token, index in specials.items()})
     if file.stem in PUBLISHED:
         return PUBLISHED[file.stem]
     raise UsageError(
-        f"tokenizer {file} holds tiktoken ranks without their splitting pattern; put a tokenizer_config.json beside it with"
-        f' "pattern" and "special_tokens" ({{token: id}}), or name the file {", ".join(PUBLISHED)}.tiktoken if it is one of these'
+        f"tokenizer {file} contains tiktoken ranks without their splitting pattern; add a tokenizer_config.json to its folder"
+        f' with "pattern" and "special_tokens" ({{token: id}}), or name the file {", ".join(PUBLISHED)}.tiktoken if it is one of these'
     )
 
 
 def convert(file: Path, encoding: Encoding) -> str:
-    """The text of a tokenizer.json with the same ids (by the transformers library, which takes a moment to import)."""
+    """Return the text of a tokenizer.json with the same ids, as the transformers library converts it."""
     try:
         from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -66,7 +69,7 @@ def convert(file: Path, encoding: Encoding) -> str:
     except ImportError as error:
         raise UsageError(f"tokenizer {file}: tiktoken ranks need tiktoken; install it (pip install tiktoken)") from error
     except (ValueError, OSError, KeyError) as error:
-        raise DataError(f"{file} is not a file of tiktoken ranks ({error}); fetch it again") from error
+        raise DataError(f"{file} is not a file of tiktoken ranks ({error}); download it again") from error
     from tokenizers import AddedToken
 
     tokenizer.post_processor = None
@@ -74,7 +77,7 @@ def convert(file: Path, encoding: Encoding) -> str:
         tokenizer.add_special_tokens([AddedToken(token, normalized=False)])
         if tokenizer.token_to_id(token) != index:
             raise DataError(
-                f"{file}: the special token {token!r} would get id {tokenizer.token_to_id(token)} instead of {index}: there are"
-                " gaps between the ranks and it; use the model's tokenizer.json"
+                f"{file}: the special token {token!r} would get id {tokenizer.token_to_id(token)} instead of {index}: ids"
+                " between the ranks and it are missing; use the tokenizer.json of the model"
             )
     return str(tokenizer.to_str())

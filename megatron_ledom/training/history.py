@@ -49,7 +49,7 @@ from megatron_ledom.training.log_guard import GuardedLog, RecordLog
 from megatron_ledom.training.step_policy import PastStep
 
 PACKAGES = ("megatron-core", "numpy", "transformers", "transformer-engine")
-SKIP_PLAN = "skip_iterations.json"
+SKIPPED_FILE = "skip_iterations.json"
 REPLAYABLE = 2
 """Number of newest bad steps for which the checkpoint before them is kept."""
 
@@ -137,7 +137,7 @@ def _version(name: str) -> str | None:
 
 
 @dataclass(slots=True)
-class SkipPlan:
+class SkippedIterations:
     """Iterations that a run skips after returns to a checkpoint, and the number of returns to each checkpoint."""
 
     iterations: list[int] = field(default_factory=list)
@@ -153,7 +153,7 @@ class RunHistory:
         self._configured = frozenset(skip_iterations)
         self.skip_iterations = self._configured
         """Iterations that are not computed: those of the config, and those that returns to a checkpoint added."""
-        self._set_plan(SkipPlan())
+        self._set_skipped(SkippedIterations())
         self.launch = 0
         """Number of this launch, of rank 0."""
         self.newest_bad_steps: deque[int] | None = None
@@ -165,7 +165,7 @@ class RunHistory:
     def resume_from(self, iteration: int, num_steps: int) -> list[PastStep]:
         """Drop the steps after `iteration`; returns the last `num_steps` up to it, the same on every rank."""
 
-        def read() -> tuple[list[PastStep], int, SkipPlan]:
+        def read() -> tuple[list[PastStep], int, SkippedIterations]:
             """Rank 0's part."""
             past = [step for step in read_steps(self.run_dir) if step.iteration <= iteration]
             if self.newest_bad_steps is None:
@@ -174,19 +174,19 @@ class RunHistory:
             lost = 0 if self._steps is None else self._steps.lost
             self._close_steps()
             self._steps = RecordLog(os.path.join(self.run_dir, STEPS), iteration, lost)
-            return past[-num_steps:], sum(step.skipped for step in past), load_skip_plan(self.run_dir)
+            return past[-num_steps:], sum(step.skipped for step in past), load_skipped_iterations(self.run_dir)
 
-        steps, self._skipped_updates, plan = from_first_rank(read)
-        self._set_plan(plan)
+        steps, self._skipped_updates, skipped = from_first_rank(read)
+        self._set_skipped(skipped)
         return steps
 
     def num_skipped(self, iteration: int) -> int:
         """Return the number of iterations up to this one that updated nothing."""
         return self._skipped_updates + bisect_right(self._in_order, iteration)
 
-    def _set_plan(self, plan: SkipPlan) -> None:
-        self.plan = plan
-        self.skip_iterations = self._configured.union(plan.iterations)
+    def _set_skipped(self, skipped: SkippedIterations) -> None:
+        self.skipped = skipped
+        self.skip_iterations = self._configured.union(skipped.iterations)
         self._in_order = sorted(self.skip_iterations)
 
     def write_step(self, step: PastStep) -> None:
@@ -207,16 +207,16 @@ class RunHistory:
 
         Raises what `cannot_write` makes of an error, on every rank: another start would train on what is to be skipped.
         """
-        returns = {**self.plan.roll_backs, str(checkpoint): self.num_roll_backs(checkpoint) + 1}
-        self._set_plan(SkipPlan(sorted({*self.plan.iterations, *iterations}), returns))
-        from_first_rank(self._write_plan)
+        returns = {**self.skipped.roll_backs, str(checkpoint): self.num_roll_backs(checkpoint) + 1}
+        self._set_skipped(SkippedIterations(sorted({*self.skipped.iterations, *iterations}), returns))
+        from_first_rank(self._write_skipped)
 
-    def _write_plan(self) -> None:
-        write_json(os.path.join(self.run_dir, SKIP_PLAN), asdict(self.plan), indent=None)
+    def _write_skipped(self) -> None:
+        write_json(os.path.join(self.run_dir, SKIPPED_FILE), asdict(self.skipped), indent=None)
 
     def num_roll_backs(self, checkpoint: int) -> int:
         """Return how often the run returned to the checkpoint of this iteration."""
-        return self.plan.roll_backs.get(str(checkpoint), 0)
+        return self.skipped.roll_backs.get(str(checkpoint), 0)
 
     def lost(self) -> dict[str, int]:
         """Return the number of records that could not be written, by file, on rank 0."""
@@ -233,7 +233,7 @@ class RunHistory:
         self._close_steps()
         for log in (self._steps, self._bad):
             if log is not None:
-                log.say_lost()
+                log.report_lost()
 
     def _close_steps(self) -> None:
         if self._steps is not None:
@@ -258,17 +258,17 @@ def read_bad_steps(run_dir: str) -> list[Record]:
     return read_records(os.path.join(run_dir, BAD_STEPS), has_iteration)
 
 
-def load_skip_plan(run_dir: str) -> SkipPlan:
+def load_skipped_iterations(run_dir: str) -> SkippedIterations:
     """Return the iterations to skip after returns to a checkpoint. Raises DataError for a damaged file."""
-    path = os.path.join(run_dir, SKIP_PLAN)
+    path = os.path.join(run_dir, SKIPPED_FILE)
     try:
         with open(path, encoding="utf-8") as file:
-            plan = SkipPlan(**json.load(file))
-        if any(type(number) is not int for number in [*plan.iterations, *plan.roll_backs.values()]):
+            skipped = SkippedIterations(**json.load(file))
+        if any(type(number) is not int for number in [*skipped.iterations, *skipped.roll_backs.values()]):
             raise TypeError("there is a number that is none")
-        return plan
+        return skipped
     except FileNotFoundError:
-        return SkipPlan()
+        return SkippedIterations()
     except (TypeError, ValueError, AttributeError, RecursionError, IsADirectoryError) as error:
         raise DataError(
             f"{path} is damaged ({error}); it lists the iterations that are left out after returns to a checkpoint: restore it,"
@@ -286,7 +286,7 @@ def check_history(config: RunConfig, checkpoint: str | None) -> None:
     metrics = read_records(os.path.join(run_dir, METRICS), iteration_of)
     saved = read_records(os.path.join(run_dir, SAVES), iteration_of)
     read_bad_steps(run_dir)
-    load_skip_plan(run_dir)
+    load_skipped_iterations(run_dir)
     if checkpoint is not None:
         return
     last = max([step.iteration for step in steps[-1:]] + metrics[-1:] + saved, default=0)

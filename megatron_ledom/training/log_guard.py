@@ -30,7 +30,7 @@ class GuardedLog:
             self.lost += num_records
             if not self._said:
                 self._said = True
-                atexit.register(self.say_lost)  # also where an error ends the run
+                atexit.register(self.report_lost)  # also where an error ends the run
                 log.error(
                     "%s cannot be written (%s): training goes on without it and counts the records that are lost; make room, or"
                     " look after the disk",
@@ -40,7 +40,7 @@ class GuardedLog:
             return False
         return True
 
-    def say_lost(self) -> None:
+    def report_lost(self) -> None:
         """Log how many records are not in it, if any are not. At the end; once."""
         lost, self._told = self.lost - self._told, self.lost
         if lost:

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 import torch.distributed as dist
 
-from megatron_ledom.data.dataset.dataset import sample_origins
+from megatron_ledom.data.dataset.blend_samples import sample_origins
 from megatron_ledom.errors import StoppedError
 from megatron_ledom.storage.records import BAD_STEPS, plain
 from megatron_ledom.training.history import RunHistory

@@ -26,8 +26,8 @@ from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import config_from_dict, load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import RUN_TOKENIZER, Sources, load_sources
-from megatron_ledom.data.dataset.dataset import index_cache, sample_origins
-from megatron_ledom.data.dataset.sample_index import index_plan, prepare_indices
+from megatron_ledom.data.dataset.blend_samples import index_cache, sample_origins
+from megatron_ledom.data.dataset.sample_index import index_spec, prepare_indices
 from megatron_ledom.direction import to_text_order
 from megatron_ledom.errors import UsageError
 from megatron_ledom.model.layer_specs import choose_layers
@@ -36,7 +36,7 @@ from megatron_ledom.platform.device import prepare_platform
 from megatron_ledom.platform.launch import Launch, read_launch
 from megatron_ledom.storage.records import LAUNCHES, Record
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
-from megatron_ledom.training.history import load_skip_plan, read_bad_steps, read_launches, read_steps
+from megatron_ledom.training.history import load_skipped_iterations, read_bad_steps, read_launches, read_steps
 from megatron_ledom.training.state import TrainState, build_state, check_resumable
 from megatron_ledom.training.step_policy import Action, StepPolicy, StepResult, Verdict
 from megatron_ledom.training.trainer import compute_step, open_batches, run_iteration
@@ -98,7 +98,7 @@ def _named(chunk: Any) -> Iterator[tuple[str, Any]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
+class RecordedStep:
     """The record of one step in a run folder."""
 
     numbers: Numbers | None
@@ -119,7 +119,7 @@ def replay_step(run_dir: str, iteration: int, show: int, *, allow_long: bool) ->
     config_file = os.path.join(run_dir, "config.yaml")
     if not os.path.exists(config_file):
         raise UsageError(f"--run {run_dir} has no config.yaml; give the folder of a run, its run_dir")
-    recorded = read_recorded(load_config(config_file, [f"run_dir={run_dir}"]), iteration)
+    recorded = read_recorded_step(load_config(config_file, [f"run_dir={run_dir}"]), iteration)
     config = recorded.config
     if recorded.world_size not in (None, launch.world_size):
         raise UsageError(
@@ -134,7 +134,7 @@ def replay_step(run_dir: str, iteration: int, show: int, *, allow_long: bool) ->
     return _replay(launch, recorded, checkpoint, iteration, show)
 
 
-def read_recorded(config: RunConfig, iteration: int) -> Recorded:
+def read_recorded_step(config: RunConfig, iteration: int) -> RecordedStep:
     """Return the record of the last bad step of this number, or else of the ordinary one. Raises UsageError for one out of range."""
     if not 1 <= iteration <= config.train.train_iters:
         raise UsageError(f"--iteration {iteration} is not of this run; it can be 1 to {config.train.train_iters}")
@@ -143,13 +143,13 @@ def read_recorded(config: RunConfig, iteration: int) -> Recorded:
         if bad["iteration"] == iteration:
             numbers = (float(bad["lm_loss"]), float(bad["grad_norm"]))
             then = _config_then(config, iteration, launches[bad["launch"] - 1] if "launch" in bad else None)
-            return Recorded(numbers, frozenset(bad["left_out"]), bad["world_size"], then)
+            return RecordedStep(numbers, frozenset(bad["left_out"]), bad["world_size"], then)
     found = [(step.lm_loss, step.grad_norm) for step in read_steps(config.run_dir) if step.iteration == iteration]
     before = [launch for launch in launches if launch.get("from_iteration", 0) < iteration]
     launch = before[-1] if before else None
     then = _config_then(config, iteration, launch)
-    skip_iterations = frozenset({*then.train.skip_iterations, *load_skip_plan(config.run_dir).iterations})
-    return Recorded(found[0] if found else None, skip_iterations, launch["world_size"] if launch else None, then)
+    skip_iterations = frozenset({*then.train.skip_iterations, *load_skipped_iterations(config.run_dir).iterations})
+    return RecordedStep(found[0] if found else None, skip_iterations, launch["world_size"] if launch else None, then)
 
 
 def _config_then(config: RunConfig, iteration: int, launch: Record | None) -> RunConfig:
@@ -192,7 +192,7 @@ def _sample_index(config: RunConfig, sources: Sources, launch: Launch) -> Iterat
     with ExitStack() as stack:
         folder = None
         if launch.local_rank == 0:
-            is_whole = all(index_plan(config, blend).is_sound(cache) for blend in sources.all_blends())
+            is_whole = all(index_spec(config, blend).is_sound(cache) for blend in sources.all_blends())
             folder = cache if is_whole else stack.enter_context(tempfile.TemporaryDirectory(prefix="sample_index_"))
         folders: list[Any] = [None] * launch.world_size
         dist.all_gather_object(folders, (node, folder))
@@ -201,7 +201,7 @@ def _sample_index(config: RunConfig, sources: Sources, launch: Launch) -> Iterat
         yield
 
 
-def _replay(launch: Launch, recorded: Recorded, checkpoint: str | None, iteration: int, show: int) -> int:
+def _replay(launch: Launch, recorded: RecordedStep, checkpoint: str | None, iteration: int, show: int) -> int:
     config = recorded.config
     platform = prepare_platform(config.train.num_threads, launch)
     sources, _ = check_resumable(config, load_sources(config), checkpoint)
@@ -214,7 +214,7 @@ def _replay(launch: Launch, recorded: Recorded, checkpoint: str | None, iteratio
         stop_distributed()
 
 
-def _compare(state: TrainState, recorded: Recorded, iteration: int, show: int) -> int:
+def _compare(state: TrainState, recorded: RecordedStep, iteration: int, show: int) -> int:
     """Go to the step, do it and print it; 1 if it is not as recorded."""
     result, differs = _go_to(state, iteration, recorded)
     norms = squared_norms(state.model, state.optimizer)
@@ -225,7 +225,7 @@ def _compare(state: TrainState, recorded: Recorded, iteration: int, show: int) -
     return int(bool(differs) or (recorded.numbers is not None and not _same(_numbers(result), recorded.numbers)))
 
 
-def _go_to(state: TrainState, iteration: int, recorded: Recorded) -> tuple[StepResult, list[int]]:
+def _go_to(state: TrainState, iteration: int, recorded: RecordedStep) -> tuple[StepResult, list[int]]:
     """Repeat the steps before `iteration` and compute that one, without its update; also those that were not as recorded."""
     policy = StepPolicy(state.config.train, state.platform.device)
     past = read_steps(state.config.run_dir)
@@ -253,7 +253,7 @@ def _same(one: Numbers, other: Numbers) -> bool:
     return all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(one, other, strict=True))
 
 
-def _compared(result: StepResult, recorded: Recorded, differs: list[int]) -> Iterator[str]:
+def _compared(result: StepResult, recorded: RecordedStep, differs: list[int]) -> Iterator[str]:
     yield f"{'':10}  {'loss':>22}  {'gradient norm':>22}"
     if recorded.numbers is not None:
         yield f"{'recorded':10}  {recorded.numbers[0]!r:>22}  {recorded.numbers[1]!r:>22}"

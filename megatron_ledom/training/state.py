@@ -19,7 +19,7 @@ from megatron_ledom.config.derived import checkpoint_folder
 from megatron_ledom.config.load import to_dict
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import Sources
-from megatron_ledom.data.dataset.dataset import BlendSamples, build_held_out_datasets, build_train_dataset, index_cache
+from megatron_ledom.data.dataset.blend_samples import BlendSamples, build_held_out_datasets, build_train_dataset, index_cache
 from megatron_ledom.model.builder import build_model_chunks, checkpoint_metadata, wrap_for_training
 from megatron_ledom.model.layer_specs import LayerChoice
 from megatron_ledom.parallel.collectives import check_same

@@ -31,7 +31,7 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.platform.launch import Launch
 from megatron_ledom.platform.processes import ExitTimer
 
-ENGINE_FOLDERS = ("/torch/", "/megatron/", "/megatron_ledom/")
+LIBRARY_FOLDERS = ("/torch/", "/megatron/", "/megatron_ledom/")
 WAITING_CALLS = (".wait()", ".item()", ".synchronize(", "float(total")
 """Calls, in the engine's files, in which a rank waits for others or, on a GPU, for its device."""
 MOST_NAMED = 8
@@ -86,8 +86,8 @@ def is_waiting(stack: Sequence[FrameSummary]) -> bool:
     innermost = stack[-1]
     if "/torch/distributed/" in innermost.filename:
         return True
-    in_engine = any(folder in innermost.filename for folder in ENGINE_FOLDERS)
-    return in_engine and any(call in (innermost.line or "") for call in WAITING_CALLS)
+    in_library = any(folder in innermost.filename for folder in LIBRARY_FOLDERS)
+    return in_library and any(call in (innermost.line or "") for call in WAITING_CALLS)
 
 
 def verdict(reports: dict[int, RankReport], places: dict[int, str], world_size: int, folder: str) -> str:

@@ -133,7 +133,7 @@ def config_of(options: argparse.Namespace) -> Any:
 def ours(options: argparse.Namespace) -> dict[str, Any]:
     """What a rank does before its first batch."""
     from megatron_ledom.data.blends.sources import load_sources
-    from megatron_ledom.data.dataset.dataset import build_train_dataset
+    from megatron_ledom.data.dataset.blend_samples import build_train_dataset
     from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.platform.launch import ALONE
 
@@ -155,7 +155,7 @@ def stock(options: argparse.Namespace) -> dict[str, Any]:
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 
     from megatron_ledom.config.derived import train_samples
-    from megatron_ledom.data.dataset.dataset import ShardVocabulary
+    from megatron_ledom.data.dataset.blend_samples import ShardVocabulary
 
     config = config_of(options)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

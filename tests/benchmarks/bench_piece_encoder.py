@@ -22,7 +22,7 @@ import numpy as np
 import sentencepiece
 from tokenizers import Tokenizer
 
-from megatron_ledom.tokenizers.engines import CachedPieceEngine
+from megatron_ledom.tokenizers.encoders import CachedPieceEncoder
 from megatron_ledom.tokenizers.sentencepiece_bpe import convert, train
 
 Flat = tuple[np.ndarray, np.ndarray]
@@ -79,23 +79,23 @@ def flat(documents: list[list[int]]) -> Flat:
 
 
 def measure(texts: list[str], model: bytes, rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every round of every variant; ours with a cold cache is a new engine in every round."""
+    """CPU seconds of every round of every variant; ours with a cold cache is a new encoder in every round."""
     library = sentencepiece.SentencePieceProcessor(model_proto=model)
     hub = Tokenizer.from_str(convert(model, "the model"))
     hub.encode_special_tokens = True
-    engines = [CachedPieceEngine(model)]
+    encoders = [CachedPieceEncoder(model)]
     variants: dict[str, Callable[[list[str]], Flat | list[list[int]]]] = {
         "sentencepiece library": lambda given: library.encode(given, out_type=int, num_threads=1),
         "tokenizers library": lambda given: [
             encoding.ids for text in given for encoding in hub.encode_batch_fast([text], add_special_tokens=False)
         ],
-        "ours, cold cache": lambda given: engines[-1].encode(given),
-        "ours, warm cache": lambda given: engines[-1].encode(given),
+        "ours, cold cache": lambda given: encoders[-1].encode(given),
+        "ours, warm cache": lambda given: encoders[-1].encode(given),
     }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     expected: Flat | None = None
     for _ in range(rounds):
-        engines[:] = [CachedPieceEngine(model)]
+        encoders[:] = [CachedPieceEncoder(model)]
         for name, variant in variants.items():
             given = [text.encode().decode() for text in texts]  # strings that do not hold their UTF-8 yet
             start = time.process_time()
@@ -105,7 +105,7 @@ def measure(texts: list[str], model: bytes, rounds: int) -> dict[str, list[float
             expected = expected or (ids, offsets)
             if not (np.array_equal(ids, expected[0]) and np.array_equal(offsets, expected[1])):
                 raise SystemExit(f"{name} gives other ids than the sentencepiece library")
-    print(f"{len(expected[0]) if expected else 0:,} ids, equal in all; cache {engines[-1].statistics()}\n")
+    print(f"{len(expected[0]) if expected else 0:,} ids, equal in all; cache {encoders[-1].statistics()}\n")
     return seconds
 
 
@@ -132,7 +132,7 @@ def main() -> None:
     print(f"{processor()}; {megabytes:.1f} MB in {len(texts):,} texts")
     seconds = measure(texts, model, arguments.rounds)
     slowest = min(seconds["sentencepiece library"])
-    print("| engine, one thread | CPU s | MB/s a core | times the library |\n|---|---|---|---|")
+    print("| encoder, one thread | CPU s | MB/s a core | times the library |\n|---|---|---|---|")
     for name, values in seconds.items():
         best = min(values)
         print(f"| {name} | {best:.2f} | {megabytes / best:.1f} | {slowest / best:.1f} |")

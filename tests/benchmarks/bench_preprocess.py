@@ -109,14 +109,14 @@ def prepare_suites(bench: Bench, arguments: argparse.Namespace) -> None:
         forward = Path(f"{suite.expected}.forward")
         measure(our_command(bench.plain, suite.tokenizer, forward, "forward", 1), environment_of(COMPETITORS[0]))
         suite.manifest = json.loads(Path(f"{forward}.json").read_bytes())
-        apart = Process(target=turn_shard, args=(forward, Path(f"{suite.expected}.reverse")))
+        apart = Process(target=reverse_shard, args=(forward, Path(f"{suite.expected}.reverse")))
         apart.start()  # what this process once held counts as the peak of every command it starts
         apart.join()
         assert apart.exitcode == 0
         bench.suites[name] = suite
 
 
-def turn_shard(forward: Path, target: Path) -> None:
+def reverse_shard(forward: Path, target: Path) -> None:
     """Write target.bin: each document of a forward shard turned but for its eod, which stays last."""
     manifest = json.loads(Path(f"{forward}.json").read_bytes())
     ids = np.fromfile(f"{forward}.bin", manifest["dtype"])

@@ -3,7 +3,7 @@
     python tests/benchmarks/preprocess_floor.py --input F.jsonl[.gz|.zst] --tokenizer tokenizer.json --output FILE --result R.json \\
         --eod-id 151645 --vocab-size 151669 --dtype int32
 
-Writes CPU and wall seconds of: load (the vocabulary), read, decompress, parse (orjson), encode (the fastest exact engine), pack (the project's
+Writes CPU and wall seconds of: load (the vocabulary), read, decompress, parse (orjson), encode (the fastest exact encoder), pack (the project's
 C++ helper), write (with fsync). The output equals a reversed .bin of tools/preprocess_data.py. Memory grows with the input.
 """
 
@@ -19,9 +19,9 @@ from typing import Any, TypeVar
 
 import orjson
 
-from megatron_ledom.data.preprocess.encode_parts import pack_documents
+from megatron_ledom.data.preprocess.encode_parts import concatenate_documents
 from megatron_ledom.direction import Direction
-from megatron_ledom.tokenizers.engines import CachedByteEngine, Engine, FastokensEngine, HubEngine, why_not_bytes
+from megatron_ledom.tokenizers.encoders import CachedByteEncoder, Encoder, FastokensEncoder, HubEncoder, why_not_bytes
 
 BLOCK_BYTES = 4 << 20
 STEPS = ("read", "decompress", "parse", "encode", "pack", "write")
@@ -87,18 +87,18 @@ def write_arrays(path: Path, arrays: list[Any]) -> None:
         os.fsync(file.fileno())
 
 
-def fastest_engine(path: str) -> Engine:
+def fastest_encoder(path: str) -> Encoder:
     """The project's own encoder where the tokenizer is of its kind, else fastokens."""
     stored = orjson.loads(Path(path).read_bytes())
     if why_not_bytes(stored) is None:
-        return CachedByteEngine(stored, HubEngine(Path(path).read_bytes(), path))
-    return FastokensEngine(Path(path).read_text(encoding="utf-8"))
+        return CachedByteEncoder(stored, HubEncoder(Path(path).read_bytes(), path))
+    return FastokensEncoder(Path(path).read_text(encoding="utf-8"))
 
 
 def run(arguments: argparse.Namespace) -> StepClock:
     """All steps, one after the other."""
     clock, source = StepClock(), Path(arguments.input)
-    tokenizer = clock.time("load", lambda: fastest_engine(arguments.tokenizer))
+    tokenizer = clock.time("load", lambda: fastest_encoder(arguments.tokenizer))
     blocks = clock.time("read", lambda: read_blocks(source))
     if source.suffix in (".gz", ".zst"):
         packed_blocks = blocks
@@ -113,7 +113,7 @@ def run(arguments: argparse.Namespace) -> StepClock:
     }
 
     def pack() -> list[Any]:
-        return [pack_documents(ids, at, **options)[0] for ids, at in flat]
+        return [concatenate_documents(ids, at, **options)[0] for ids, at in flat]
 
     arrays = clock.time("pack", pack)
     clock.time("write", lambda: write_arrays(Path(arguments.output), arrays))

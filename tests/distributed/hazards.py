@@ -41,9 +41,9 @@ def stale_weights() -> None:
 
 def padded_buckets() -> None:
     """Saved optimizer state as megatron-core makes it."""
-    from megatron_ledom.platform import engine_fixes
+    from megatron_ledom.platform import core_fixes
 
-    engine_fixes._fix_padded_buckets = lambda: None  # type: ignore[assignment]
+    core_fixes._fix_padded_buckets = lambda: None  # type: ignore[assignment]
 
 
 def _sharding(kind: str | None) -> None:

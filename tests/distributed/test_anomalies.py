@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.support.faults import inject
+from tests.support.injected_errors import inject
 from tests.support.tiny_runs import Record, TinyData, curve, read_metrics, read_tensors, run_on_ranks, start_ranks, start_tool
 
 STEPS = 20

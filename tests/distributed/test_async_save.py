@@ -26,7 +26,7 @@ def train_and_save(config_file: str, run_dir: str) -> None:
     from megatron_ledom.config.load import load_config
     from megatron_ledom.data.blends.sources import load_sources
     from megatron_ledom.data.dataset.batch import batch_iterators
-    from megatron_ledom.data.dataset.dataset import index_cache
+    from megatron_ledom.data.dataset.blend_samples import index_cache
     from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.collectives import gathered_weights
@@ -37,14 +37,14 @@ def train_and_save(config_file: str, run_dir: str) -> None:
     from megatron_ledom.training.step_policy import Action, Verdict
     from megatron_ledom.training.trainer import train_step
 
-    write_now = writing._write_share
+    write_now = writing._write_files
 
     def held(*arguments: Any, part: str, **how: Any) -> None:
         while not os.path.exists(f"{run_dir}/write{int(part.removesuffix('.part')[-7:])}"):
             time.sleep(0.01)
         write_now(*arguments, part=part, **how)
 
-    writing._write_share = held
+    writing._write_files = held
     config = load_config(config_file, [f"run_dir={run_dir}", *OVERLAPPED])
     platform, sources, launch = prepare_platform(1), load_sources(config), read_launch()
     prepare_indices(config, sources, index_cache(config), launch)

@@ -110,7 +110,7 @@ def measure(config_file: str, common: list[str], keys: list[str], output: str) -
 
 def build_at_checkpoint(config: RunConfig, checkpoint: str | None, *, launch: Any, **parts: Any) -> Any:
     from megatron_ledom.data.blends.sources import load_sources
-    from megatron_ledom.data.dataset.dataset import index_cache
+    from megatron_ledom.data.dataset.blend_samples import index_cache
     from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.training.state import build_state, check_resumable
 
@@ -135,7 +135,7 @@ def compared(build: Any, config: RunConfig, checkpoint: str) -> dict[str, Any]:
 def effective(state: Any) -> dict[str, Any]:
     """What the settings have made of a run: schedule, groups, batches, policies."""
     from megatron_ledom.config.derived import num_microbatches
-    from megatron_ledom.platform.engine_state import settings_of
+    from megatron_ledom.platform.core_state import settings_of
     from megatron_ledom.training.history import RunHistory
     from megatron_ledom.training.step_policy import StepPolicy
 

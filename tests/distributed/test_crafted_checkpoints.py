@@ -19,7 +19,7 @@ from megatron_ledom.checkpoint.manifest import load_manifest, save_manifest
 from megatron_ledom.checkpoint.stored_tensors import read_metadata
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.errors import DataError, VerificationError
-from megatron_ledom.platform.engine_fixes import install_engine_fixes
+from megatron_ledom.platform.core_fixes import install_core_fixes
 from megatron_ledom.storage.hashes import checksum
 from tests.support.tiny_runs import TinyData, run_on_ranks, start_ranks
 
@@ -104,7 +104,7 @@ def test_export_and_inspection_run_no_code_of_a_checkpoint(crafted: Path, tmp_pa
 
 def test_objects_as_transformer_engines_layers_keep_them_are_read() -> None:
     """State of fp8 in a BytesIO, in the list that megatron-core makes of a rank's objects."""
-    install_engine_fixes()
+    install_core_fixes()
     stored = io.BytesIO()
     torch.save([io.BytesIO(b"state")], stored)
     stored.seek(0)

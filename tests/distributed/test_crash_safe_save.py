@@ -20,7 +20,7 @@ import torch
 from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.platform.processes import JOB_SIGNALS
-from megatron_ledom.storage.hashes import content_faults, size_faults
+from megatron_ledom.storage.hashes import content_problems, size_problems
 from megatron_ledom.training.resilience import STOP_SIGNALS
 from tests.support.crashes import Steps
 from tests.support.tiny_runs import TinyData, read_tensors, start_ranks
@@ -84,7 +84,7 @@ def check_whole(run: Path, num_ranks: int = 1) -> int:
     checkpoint = latest_checkpoint(str(run / "checkpoints"))
     assert checkpoint is not None
     manifest = load_manifest(checkpoint)
-    assert size_faults(checkpoint, manifest.files) == content_faults(checkpoint, manifest.files) == []
+    assert size_problems(checkpoint, manifest.files) == content_problems(checkpoint, manifest.files) == []
     assert {name for name in os.listdir(checkpoint) if name != "manifest.json"} == set(manifest.files)
     weights = read_tensors(run)["weights"]
     assert torch.equal(weights, torch.full((weights.numel(),), float(manifest.iteration)))

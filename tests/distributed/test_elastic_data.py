@@ -12,7 +12,7 @@ import pytest
 
 from megatron_ledom.config.load import load_config
 from megatron_ledom.data.blends.sources import load_sources
-from megatron_ledom.data.dataset.dataset import build_train_dataset
+from megatron_ledom.data.dataset.blend_samples import build_train_dataset
 from megatron_ledom.data.dataset.sample_index import prepare_indices
 from megatron_ledom.direction import Direction
 from megatron_ledom.platform.launch import ALONE

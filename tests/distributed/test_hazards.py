@@ -131,8 +131,8 @@ FusedSGD = torch.optim.SGD
 UNGUARDED = """
 import sys
 from megatron_ledom import pretrain
-from megatron_ledom.platform import engine_fixes
-engine_fixes._fix_torch_adam = lambda: None
+from megatron_ledom.platform import core_fixes
+core_fixes._fix_torch_adam = lambda: None
 pretrain.main()
 """
 

@@ -50,7 +50,7 @@ def visit(config_file: str, visits: list[Visit]) -> None:
     """One rank's part: be each layout in turn."""
     from megatron_ledom.callbacks.build import build_callbacks
     from megatron_ledom.data.blends.sources import load_sources
-    from megatron_ledom.data.dataset.dataset import index_cache
+    from megatron_ledom.data.dataset.blend_samples import index_cache
     from megatron_ledom.data.dataset.sample_index import prepare_indices
     from megatron_ledom.model.builder import checkpoint_metadata
     from megatron_ledom.model.layer_specs import choose_layers

@@ -12,7 +12,7 @@ import torch
 
 from megatron_ledom.checkpoint.folder import latest_checkpoint
 from megatron_ledom.checkpoint.manifest import load_manifest
-from megatron_ledom.storage.hashes import content_faults, size_faults
+from megatron_ledom.storage.hashes import content_problems, size_problems
 from tests.support.tiny_runs import TinyData, curve, read_metrics, read_tensors, run_on_ranks, start_ranks
 
 STEPS = 30
@@ -165,7 +165,7 @@ def check_latest_is_whole(checkpoints: Path) -> None:
     latest = latest_checkpoint(str(checkpoints))
     if latest is not None:
         files = load_manifest(latest).files
-        assert size_faults(latest, files) == content_faults(latest, files) == []
+        assert size_problems(latest, files) == content_problems(latest, files) == []
 
 
 def test_a_full_disk_ends_the_run_with_an_error_and_it_goes_on_when_there_is_room(

@@ -12,7 +12,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, UsageError
-from megatron_ledom.evaluation.multiple_choice import asked_of, distinct_pairs
+from megatron_ledom.evaluation.multiple_choice import distinct_pairs, score_requests
 from megatron_ledom.evaluation.task_evaluation import evaluate_task
 from megatron_ledom.evaluation.task_model import LanguageTaskModel
 from megatron_ledom.evaluation.tasks.loading import load_task
@@ -92,7 +92,7 @@ def test_every_layout_gives_the_exports_values_on_every_rank(data: TinyData, tas
     runs = {tmp_path / name: [*common, *layout] for name, layout in layouts.items()}
     run_each_on_ranks(data.config, runs, num_ranks=2, hook=record_scores)
     task = load_task("openbookqa", tmp_path)
-    pairs = distinct_pairs([asked_of(task.task, Direction.REVERSE, item, []) for item in task.items])
+    pairs = distinct_pairs([score_requests(task.task, Direction.REVERSE, item, []) for item in task.items])
     assert {bool(following) for _, following in pairs} == {True, False}  # the edge of a document is asked for, too
     for name in layouts:
         found = [json.loads((tmp_path / name / f"scores_{rank}.json").read_text()) for rank in range(2)]

@@ -79,7 +79,7 @@ def test_a_run_starts_from_the_very_weights_and_goes_on_after_a_stop(data: TinyD
 
 
 def test_imported_weights_are_no_optimizer_state_to_return_to(data: TinyData, tmp_path: Path) -> None:
-    from tests.support.faults import inject
+    from tests.support.injected_errors import inject
 
     (run,) = imported(tmp_path, "Llama", "run")
     overrides = [*STEPS, *QUIET, "train.on_nonfinite=roll_back", f"data.train_blend=[[1.0,{data.shard('reverse_train')}]]"]

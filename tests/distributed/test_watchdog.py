@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.training.watchdog import EXIT_CODE
-from tests.support.faults import inject
+from tests.support.injected_errors import inject
 from tests.support.tiny_runs import TinyData, as_srun_starts_it, read_metrics, run_on_ranks, start_ranks
 
 SECONDS = 4

@@ -40,9 +40,9 @@ def load_emulated_ops() -> None:
 def train_on_emulated_optimizer() -> None:
     """The kernels of AdamW, norm and clipping on CPU tensors, given to megatron-core as on a GPU."""
     from megatron_ledom.ops.fused_adam import FusedAdam, MultiTensorKernels
-    from megatron_ledom.platform.engine_fixes import install_engine_fixes, use_optimizer_kernels
+    from megatron_ledom.platform.core_fixes import install_core_fixes, use_optimizer_kernels
 
     load_emulated_ops()
-    install_engine_fixes()
+    install_core_fixes()
     kernels = MultiTensorKernels()
     assert use_optimizer_kernels(FusedAdam, kernels.norm, kernels.scale) == "adamw=cuda norm=cuda scale=cuda"

@@ -107,14 +107,14 @@ def emulated_library(op: str, csrc: Path = CSRC, options: Sequence[str] = ("-O2"
 
 
 def standin_library(op: str, csrc: Path = CSRC) -> Path:
-    """The op as nvcc builds it for sm_90, host code included, linked with a CUDA runtime that has no GPU (standin_runtime.cpp)."""
+    """The op as nvcc builds it for sm_90, host code included, linked with a CUDA runtime that has no GPU (runtime_without_gpu.cpp)."""
     host = compiled(
         f"{op}.o",
         [gpu_compiler(), *GPU_FLAGS, "-arch=sm_90", "-Xcompiler=-fPIC,-fvisibility=hidden", "-c"],
         [csrc / op / f"{op}.cu"],
         csrc,
     )
-    runtime = ROOT / "tests" / "kernels" / "standin_runtime.cpp"
+    runtime = ROOT / "tests" / "kernels" / "runtime_without_gpu.cpp"
     name = f"{op}-{host.stem.rpartition('-')[2]}-standin.so"
     return compiled(name, ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-Bsymbolic"], [runtime, host], csrc)
 

@@ -153,9 +153,9 @@ def test_lists_of_different_sizes_are_refused() -> None:
 
 
 def test_without_cuda_kernels_megatron_core_keeps_torch() -> None:
-    from megatron_ledom.platform.engine_fixes import install_engine_fixes
+    from megatron_ledom.platform.core_fixes import install_core_fixes
 
-    install_engine_fixes()
+    install_core_fixes()
     assert use_fused_adam("cpu") == "adamw=torch norm=torch scale=torch"
 
 

@@ -15,7 +15,7 @@ from megatron_ledom.checkpoint.manifest import load_manifest
 from megatron_ledom.convert.core_side import core_side
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.convert.hf_import import import_hf
-from megatron_ledom.convert.verify import Gate
+from megatron_ledom.convert.verify import ParityCheck
 from megatron_ledom.direction import Direction
 from tests.support.conversion_checks import check_same_folders, check_same_runs, core_weights, folder_weights
 from tests.support.legible import VOCAB_SIZE
@@ -29,7 +29,7 @@ REVERSE = Direction.REVERSE
 def test_the_core_model_computes_the_logits_of_stock_transformers(tmp_path: Path, case: str, how: Any) -> None:
     source = family_folder(tmp_path / "stock", case)
     gate = import_hf(str(source), str(tmp_path / "run"), direction=REVERSE, verify=how)
-    assert isinstance(gate, Gate)
+    assert isinstance(gate, ParityCheck)
     assert gate.largest_logit_difference < 2e-5
     checkpoint = find_checkpoint(str(tmp_path / "run"))
     ids = torch.randint(0, VOCAB_SIZE, (2, 64), generator=torch.Generator().manual_seed(5))

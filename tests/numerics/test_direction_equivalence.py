@@ -11,7 +11,7 @@ import torch
 from megatron_ledom.config.load import load_config
 from megatron_ledom.data.blends.sources import load_sources
 from megatron_ledom.data.dataset.batch import FIELDS, batch_iterators
-from megatron_ledom.data.dataset.dataset import build_train_dataset
+from megatron_ledom.data.dataset.blend_samples import build_train_dataset
 from megatron_ledom.data.dataset.sample_index import prepare_indices
 from megatron_ledom.data.preprocess.pipeline import preprocess
 from megatron_ledom.data.preprocess.task import PreprocessSettings

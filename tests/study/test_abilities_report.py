@@ -19,7 +19,7 @@ from settings import load_settings
 settings = load_settings("tiny", ["abilities.seeds=[1,2]"])
 results = Abilities(Twins(Path("study"), settings)).results()
 told = {"sections": [[s.title, s.told, s.tables] for s in [abilities_section(results)]], "failed": abilities_not_reproduced(results)}
-print(json.dumps({**told, "rows": results["rows"], "num_figures": len(abilities_section(results).figures)}))
+print(json.dumps({**told, "rows": results["rows"], "num_plots": len(abilities_section(results).plots)}))
 """
 
 
@@ -59,7 +59,7 @@ def test_figures_are_those_of_each_directions_main_way_and_differences_are_paire
     assert tables[2][-1][:5] == cells
     assert tables[2][-1][6:] == ["+13.0", "-25.1 to +51.1"]
     assert told["failed"] == []
-    assert told["num_figures"] == 1
+    assert told["num_plots"] == 1
 
 
 def test_what_is_not_as_expected_is_said(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from megatron_ledom.data.readers.byte_ranges import InputPath, Stretch
+from megatron_ledom.data.readers.byte_ranges import ByteRange, InputPath
 from megatron_ledom.data.readers.input_files import expand_inputs
 from megatron_ledom.data.readers.records import ReadSettings, RecordReader
 
@@ -12,8 +12,8 @@ def source(path: Path) -> InputPath:
     return found
 
 
-def whole(path: Path) -> Stretch:
-    return Stretch(source(path), 0, path.stat().st_size)
+def whole(path: Path) -> ByteRange:
+    return ByteRange(source(path), 0, path.stat().st_size)
 
 
 def skim(path: Path, key: str = "text", **settings: object) -> tuple[list[str], dict[str, int], list[str]]:

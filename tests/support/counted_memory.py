@@ -71,7 +71,7 @@ def count_chunk(config: RunConfig, found: Any, index: int, wrapped: list[Any], w
     batch, length = config.train.micro_batch_size, config.data.seq_length // parallel.context_parallel_size
     tokens, positions = torch.zeros(batch, length, dtype=torch.long), torch.arange(length).expand(batch, length).contiguous()
     counter = Counter(weights)
-    if not found.holds_first_stage(index):
+    if not found.has_first_stage(index):
         rows = length // (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
         received = torch.zeros(rows, batch, model.hidden_size, dtype=PARAMS_DTYPES[model.params_dtype], requires_grad=True)
         module = wrapped[index].module
@@ -79,7 +79,7 @@ def count_chunk(config: RunConfig, found: Any, index: int, wrapped: list[Any], w
         counter.keep(received)
     with torch.autograd.graph.saved_tensors_hooks(counter.keep, lambda tensor: tensor):
         result = wrapped[index](tokens, positions, None, labels=tokens)
-    if not found.holds_last_stage(index):
+    if not found.has_last_stage(index):
         counter.keep(result)
     return counter.total
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
-from megatron_ledom.data.preprocess.encode_parts import pack_documents
+from megatron_ledom.data.preprocess.encode_parts import concatenate_documents
 from megatron_ledom.data.shards.index_file import HEADER, MAGIC
 from megatron_ledom.data.shards.shard import Counts, ShardWriter
 from megatron_ledom.direction import Direction
@@ -67,7 +67,7 @@ def legible_shard(
     """A shard of documents given as ids in text order; returns its prefix."""
     provenance = provenance or legible_provenance()
     ids = np.array([number for document in documents for number in document], np.uint32)
-    packed = pack_documents(
+    packed = concatenate_documents(
         ids,
         np.cumsum([0, *map(len, documents)]),
         direction=provenance.direction,

@@ -26,7 +26,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from megatron_ledom.checkpoint.folder import latest_checkpoint
-from megatron_ledom.data.preprocess.encode_parts import pack_documents
+from megatron_ledom.data.preprocess.encode_parts import concatenate_documents
 from megatron_ledom.data.shards.shard import Counts, ShardWriter
 from megatron_ledom.direction import Direction
 from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
@@ -50,7 +50,7 @@ def documents(num_documents: int, seed: int) -> list[list[int]]:
 def write_shard(prefix: Path, texts: list[list[int]], direction: Direction, tokenizer: Path) -> str:
     """A shard of documents given by their text-order ids."""
     loaded = load_tokenizer(str(tokenizer))
-    packed, lengths = pack_documents(
+    packed, lengths = concatenate_documents(
         np.array([number for text in texts for number in text], np.uint32),
         np.cumsum([0, *map(len, texts)]),
         direction=direction,

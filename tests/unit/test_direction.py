@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_ledom.data.preprocess.encode_parts import pack_documents
-from megatron_ledom.direction import Direction, pack_documents_reference, to_model_order, to_text_order
+from megatron_ledom.data.preprocess.encode_parts import concatenate_documents
+from megatron_ledom.direction import Direction, concatenate_documents_reference, to_model_order, to_text_order
 from megatron_ledom.errors import DataError, MismatchError
 from megatron_ledom.provenance import Provenance
 
@@ -44,15 +44,17 @@ def test_turned_arrays_are_contiguous_copies() -> None:
 @given(documents=DOCUMENTS, direction=DIRECTIONS, dtype=st.sampled_from(["uint16", "int32"]))
 def test_packed_documents_are_what_the_reference_says(documents: list[list[int]], direction: Direction, dtype: str) -> None:
     ids, offsets = flat(documents)
-    packed, lengths = pack_documents(ids, offsets, direction=direction, eod_id=999, vocab_size=1000, dtype=dtype)
+    packed, lengths = concatenate_documents(ids, offsets, direction=direction, eod_id=999, vocab_size=1000, dtype=dtype)
     assert packed.dtype == dtype
-    assert packed.tolist() == pack_documents_reference(documents, direction, 999)
+    assert packed.tolist() == concatenate_documents_reference(documents, direction, 999)
     assert lengths.tolist() == [len(document) + 1 for document in documents if document]
 
 
 def test_a_document_without_tokens_leaves_no_eod() -> None:
     ids, offsets = flat([[100], [], [300, 301]])
-    packed, lengths = pack_documents(ids, offsets, direction=Direction.REVERSE, eod_id=999, vocab_size=1000, dtype="int32")
+    packed, lengths = concatenate_documents(
+        ids, offsets, direction=Direction.REVERSE, eod_id=999, vocab_size=1000, dtype="int32"
+    )
     assert packed.tolist() == [100, 999, 301, 300, 999]
     assert lengths.tolist() == [2, 3]
 
@@ -62,28 +64,30 @@ def test_an_id_outside_the_vocabulary_is_refused_where_numpy_would_wrap(directio
     ids, offsets = flat([[100, 101], [102, 65_536 + 7]])
     assert ids.astype(np.uint16).tolist() == [100, 101, 102, 7]  # the silent fault this guards against
     with pytest.raises(DataError, match=r"token id 65543 is outside the vocabulary of 1,000"):
-        pack_documents(ids, offsets, direction=direction, eod_id=999, vocab_size=1000, dtype="uint16")
+        concatenate_documents(ids, offsets, direction=direction, eod_id=999, vocab_size=1000, dtype="uint16")
 
 
 def test_a_vocabulary_that_does_not_fit_the_dtype_is_refused() -> None:
     ids, offsets = flat([[1]])
     with pytest.raises(DataError, match="65,537 ids does not fit in uint16"):
-        pack_documents(ids, offsets, direction=Direction.REVERSE, eod_id=0, vocab_size=65_537, dtype="uint16")
-    packed, _ = pack_documents(ids, offsets, direction=Direction.REVERSE, eod_id=65_535, vocab_size=65_536, dtype="uint16")
+        concatenate_documents(ids, offsets, direction=Direction.REVERSE, eod_id=0, vocab_size=65_537, dtype="uint16")
+    packed, _ = concatenate_documents(
+        ids, offsets, direction=Direction.REVERSE, eod_id=65_535, vocab_size=65_536, dtype="uint16"
+    )
     assert packed.tolist() == [1, 65_535]
 
 
 def test_an_eod_outside_the_vocabulary_is_refused() -> None:
     ids, offsets = flat([[1]])
     with pytest.raises(DataError, match="eod id 1000 is outside"):
-        pack_documents(ids, offsets, direction=Direction.REVERSE, eod_id=1000, vocab_size=1000, dtype="int32")
+        concatenate_documents(ids, offsets, direction=Direction.REVERSE, eod_id=1000, vocab_size=1000, dtype="int32")
 
 
 def test_offsets_that_do_not_fit_the_ids_are_refused() -> None:
     ids, _ = flat([[1, 2, 3]])
     for offsets in ([0, 2], [1, 3], [0, 4, 3]):
         with pytest.raises(ValueError, match="offsets"):
-            pack_documents(
+            concatenate_documents(
                 ids, np.array(offsets, np.int64), direction=Direction.REVERSE, eod_id=9, vocab_size=10, dtype="int32"
             )
 

@@ -126,7 +126,12 @@ def test_no_word_that_is_out_comes_back(folder: str) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ['"""Whether it fits."""\n', "x = 1  # what is left out\n", 'raise ValueError(f"{x} faults")\n', "def go_on() -> None: ...\n"],
+    [
+        '"""Whether it fits."""\n',
+        "x = 1  # what is left out\n",
+        'raise ValueError(f"{x} faults")\n',
+        "def go_on() -> None: ...\n",
+    ],
 )
 def test_words_that_are_out_are_found(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file.py").write_text(text)

@@ -256,10 +256,10 @@ def _held_out(config: RunConfig, name: str, sources: list[Source]) -> Blend:
     one batch."""
     seq_length, batch = config.data.seq_length, config.train.global_batch_size
     available = [source.samples_available(seq_length) for source in sources]
-    sources, left_out = _with_samples(sources, available)
-    if left_out:
-        names = ", ".join(source.prefix for source in left_out[:MOST_NAMES]) + (", ..." if len(left_out) > MOST_NAMES else "")
-        log.info("the held-out set %s goes without %d shards, too short there for one sample: %s", name, len(left_out), names)
+    sources, too_short = _with_samples(sources, available)
+    if too_short:
+        names = ", ".join(source.prefix for source in too_short[:MOST_NAMES]) + (", ..." if len(too_short) > MOST_NAMES else "")
+        log.info("the held-out set %s goes without %d shards, too short there for one sample: %s", name, len(too_short), names)
     for source in sources:
         if not source.manifest.text_bytes:
             raise ConfigError(

@@ -68,7 +68,7 @@ class Part:
         return 4 * (self.num_documents + 2 * (self.num_samples + 1) + self.num_samples)
 
 
-class IndexPlan:
+class IndexSpec:
     """The parts of the index of one blend, and the key of its file."""
 
     def __init__(self, blend: Blend, seq_length: int, seed: int) -> None:
@@ -126,27 +126,27 @@ def _content(source: Source) -> list[str | int]:
 
 
 class SampleIndex:
-    """The file of a plan, mapped."""
+    """The file of a spec, mapped."""
 
-    def __init__(self, plan: IndexPlan, cache: str) -> None:
-        path = plan.path(cache)
-        if not plan.is_built(cache):
+    def __init__(self, spec: IndexSpec, cache: str) -> None:
+        path = spec.path(cache)
+        if not spec.is_built(cache):
             raise DataError(f"node {node()}: the sample index {path} is missing or damaged; delete it and start again")
-        self._plan = plan
-        self._content: npt.NDArray[Any] = np.asarray(np.memmap(path, np.uint8, "r")) if plan.parts else np.zeros(0, np.uint8)
+        self._spec = spec
+        self._content: npt.NDArray[Any] = np.asarray(np.memmap(path, np.uint8, "r")) if spec.parts else np.zeros(0, np.uint8)
 
     def part(self, source: int, epoch: int) -> tuple[Part, Arrays]:
         """One pass over one source."""
-        part = self._plan.parts[source, epoch]
+        part = self._spec.parts[source, epoch]
         words = self._content[part.first_byte : part.first_byte + part.num_bytes].view("<i4")
         documents, rest = words[: part.num_documents], words[part.num_documents :]
         samples, order = rest[: 2 * (part.num_samples + 1)], rest[2 * (part.num_samples + 1) :]
         return part, (documents, samples.reshape(-1, 2), order.view("<u4"))
 
 
-def index_plan(config: RunConfig, blend: Blend) -> IndexPlan:
+def index_spec(config: RunConfig, blend: Blend) -> IndexSpec:
     """The index of a blend of the run."""
-    return IndexPlan(blend, config.data.seq_length, config.train.seed)
+    return IndexSpec(blend, config.data.seq_length, config.train.seed)
 
 
 def prepare_indices(config: RunConfig, sources: Sources, cache: str, launch: Launch) -> None:
@@ -155,25 +155,25 @@ def prepare_indices(config: RunConfig, sources: Sources, cache: str, launch: Lau
     The first rank of each node, by `launch`, checks the shards' `.idx` against their manifests and builds what is missing, the others wait
     for the files. Raises DataError for a shard that was changed, and on the waiting ranks when the builder is gone.
     """
-    plans = [index_plan(config, blend) for blend in sources.all_blends()]
+    specs = [index_spec(config, blend) for blend in sources.all_blends()]
     may_build = launch.local_rank == 0
-    damaged: list[IndexPlan] = []
+    damaged: list[IndexSpec] = []
 
     def is_done() -> bool:
-        return not damaged and all(plan.is_built(cache) for plan in plans)
+        return not damaged and all(spec.is_built(cache) for spec in specs)
 
     def build(note: Any) -> None:
         """Everything that is missing, from shards that are what they were."""
         check_indexed(sources)
-        for plan in plans:
-            if not (plan.is_sound(cache) if damaged else plan.is_built(cache)):  # another node may have built it meanwhile
-                build_index(plan, cache, note)
+        for spec in specs:
+            if not (spec.is_sound(cache) if damaged else spec.is_built(cache)):  # another node may have built it meanwhile
+                build_index(spec, cache, note)
 
     if may_build and is_done():
         check_indexed(sources)
-        damaged += [plan for plan in plans if not plan.is_sound(cache)]
-        for plan in damaged:  # it stays until the new one takes its place: others may have put that there already
-            log.warning("node %s: the sample index %s is damaged; it is built anew", node(), plan.path(cache))
+        damaged += [spec for spec in specs if not spec.is_sound(cache)]
+        for spec in damaged:  # it stays until the new one takes its place: others may have put that there already
+            log.warning("node %s: the sample index %s is damaged; it is built anew", node(), spec.path(cache))
     build_once(os.path.join(cache, "lock"), is_done, build, may_build=may_build)
 
 
@@ -190,29 +190,29 @@ def check_indexed(sources: Sources) -> None:
                 )
 
 
-def build_index(plan: IndexPlan, cache: str, note: Any = lambda text: None) -> None:
-    """Write the file of a plan into the folder `cache`, with the cores this process may use."""
-    path, started = plan.path(cache), time.monotonic()
-    parts = sorted(plan.parts.values(), key=lambda part: -part.num_documents)  # the longest first
+def build_index(spec: IndexSpec, cache: str, note: Any = lambda text: None) -> None:
+    """Write the file of a spec into the folder `cache`, with the cores this process may use."""
+    path, started = spec.path(cache), time.monotonic()
+    parts = sorted(spec.parts.values(), key=lambda part: -part.num_documents)  # the longest first
     total = sum(part.num_documents for part in parts)
     progress = Progress("sample index", total, note)
     workers = min(len(os.sched_getaffinity(0)), total // DOCUMENTS_A_WORKER)
     try:
         os.makedirs(cache, exist_ok=True)
         with new_file(path, is_shared=True) as stream:  # without locks several processes may be at it
-            stream.truncate(plan.num_bytes)
-            write = partial(_write_part, plan.seq_length, plan.seed, stream.name)
+            stream.truncate(spec.num_bytes)
+            write = partial(_write_part, spec.seq_length, spec.seed, stream.name)
             written = {}
             sums = ordered_map(write, parts, workers, _name, progress.advance) if workers > 1 else map(write, parts)
             for part, checksum in zip(parts, sums, strict=True):
                 written[part.first_byte] = checksum
                 progress.advance(part.num_documents)
-            _seal(plan, stream.name, written)
+            _seal(spec, stream.name, written)
     except OSError as error:
         raise cannot_build(error, cache) from error
     finally:
         progress.bar.close()
-    size = plan.num_bytes / 1e6
+    size = spec.num_bytes / 1e6
     log.info("built the sample index %s: %d parts, %.1f MB, %.1f s", path, len(parts), size, time.monotonic() - started)
 
 
@@ -220,7 +220,7 @@ def _name(part: Part) -> str:
     return f"the sample index of {part.source.prefix}"
 
 
-def _seal(plan: IndexPlan, path: str, written: dict[int, int]) -> None:
+def _seal(spec: IndexSpec, path: str, written: dict[int, int]) -> None:
     """Write header and checksum.
 
     written: the checksum of each part, by its first byte, as it was in memory. What is read back must have it: the checksum of the
@@ -228,7 +228,7 @@ def _seal(plan: IndexPlan, path: str, written: dict[int, int]) -> None:
     """
     digest = xxhash.xxh3_64()
     with open(path, "r+b") as stream:
-        for part in plan.parts.values():
+        for part in spec.parts.values():
             stream.seek(part.first_byte)
             of_part, left = xxhash.xxh3_64(), part.num_bytes
             while left and (block := stream.read(min(left, CHUNK_BYTES))):
@@ -241,7 +241,7 @@ def _seal(plan: IndexPlan, path: str, written: dict[int, int]) -> None:
                     " data.path_to_cache to a folder on another one"
                 )
         stream.seek(0)
-        stream.write(HEADER.pack(MAGIC, plan.key, plan.num_bytes - HEADER.size, digest.intdigest()))
+        stream.write(HEADER.pack(MAGIC, spec.key, spec.num_bytes - HEADER.size, digest.intdigest()))
 
 
 def _write_part(seq_length: int, seed: int, path: str, part: Part) -> int:

@@ -19,7 +19,7 @@ import xxhash
 
 from megatron_ledom.data.preprocess.encode_parts import PartWork
 from megatron_ledom.data.preprocess.part_store import PartRecord
-from megatron_ledom.data.preprocess.task import Task
+from megatron_ledom.data.preprocess.task import PreprocessTask
 from megatron_ledom.data.shards.shard import check_may_write
 from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.files import write_whole
@@ -32,7 +32,7 @@ HASHES_SUFFIX = ".hashes"
 DIGEST_BYTES = 32
 
 
-def write_hashes(task: Task) -> None:
+def write_hashes(task: PreprocessTask) -> None:
     """Write the hashes of a task's documents, in order: the first pass, for the second one of the tasks behind it."""
     check_may_write(task.prefix, overwrite=True)
     Path(task.prefix).parent.mkdir(parents=True, exist_ok=True)
@@ -43,13 +43,13 @@ def write_hashes(task: Task) -> None:
     logger.info("%s: hashes of %s documents", task.prefix, f"{sum(map(len, hashes)):,}")
 
 
-def check_hashes(task: Task) -> None:
+def check_hashes(task: PreprocessTask) -> None:
     """Refuse to begin where the first pass of an earlier task has not been, or was about other inputs."""
     for number in range(task.task_id):
         _check_hashes(task, number)
 
 
-def documents_to_keep(task: Task) -> list[npt.NDArray[np.bool_]]:
+def documents_to_keep(task: PreprocessTask) -> list[npt.NDArray[np.bool_]]:
     """Return, for each part, which documents [documents] are the first with their text in all tasks up to this one."""
     own = _hashes_of_parts(task)
     earlier = (_read_hashes(task, number) for number in range(task.task_id))
@@ -57,7 +57,7 @@ def documents_to_keep(task: Task) -> list[npt.NDArray[np.bool_]]:
     return np.split(is_first, np.cumsum([len(part) for part in own])[:-1]) if own else []
 
 
-def _hashes_of_parts(task: Task) -> list[Hashes]:
+def _hashes_of_parts(task: PreprocessTask) -> list[Hashes]:
     return list(task.map_parts(PartHasher(parts=task.parts, read=task.read), range(len(task.parts)), "hash"))
 
 
@@ -77,7 +77,7 @@ def hashes_of(texts: Sequence[str]) -> Hashes:
     return np.frombuffer(digests, np.uint64).reshape(-1, 2)
 
 
-def _check_hashes(task: Task, number: int) -> str:
+def _check_hashes(task: PreprocessTask, number: int) -> str:
     path = Path(task.prefix_of(number) + HASHES_SUFFIX)
     if not path.is_file():
         raise UsageError(f"{path} does not exist: run all tasks with --hash-only first, then all again without it")
@@ -87,11 +87,11 @@ def _check_hashes(task: Task, number: int) -> str:
     return str(path)
 
 
-def _read_hashes(task: Task, number: int) -> Hashes:
+def _read_hashes(task: PreprocessTask, number: int) -> Hashes:
     return np.fromfile(_check_hashes(task, number), np.uint64, offset=DIGEST_BYTES).reshape(-1, 2)
 
 
-def _digest(task: Task) -> bytes:
+def _digest(task: PreprocessTask) -> bytes:
     return hashlib.sha256(orjson.dumps(task.reading_request())).digest()
 
 

@@ -17,7 +17,7 @@ from megatron_ledom.data.readers.byte_ranges import Part
 from megatron_ledom.data.readers.records import MAX_MESSAGES, ReadSettings, RecordReader, TextBatch
 from megatron_ledom.data.readers.streams import BadRecordError
 from megatron_ledom.data.shards.shard import NO_TOKENS
-from megatron_ledom.direction import Direction, pack_into
+from megatron_ledom.direction import Direction, concatenate_into
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
@@ -42,14 +42,14 @@ class PartWork(ABC):
         self.progress = RawArray("q", max(1, len(self.parts)))
 
     def batches(self, number: int, record: PartRecord, skipped: Counter[str]) -> Iterator[TextBatch]:
-        """Yield the texts of a part; what is known of its stretches is entered into `record` and `skipped`."""
+        """Yield the texts of a part; what is known of its byte ranges is entered into `record` and `skipped`."""
         done = 0
-        for stretch in self.parts[number]:
-            reader = RecordReader(stretch, self.read)
+        for byte_range in self.parts[number]:
+            reader = RecordReader(byte_range, self.read)
             for batch in reader.batches():
                 yield batch
                 self.progress[number] = done + batch.position
-            done += stretch.num_bytes
+            done += byte_range.num_bytes
             skipped += reader.skipped
             record.messages += reader.messages[: MAX_MESSAGES - len(record.messages)]
             record.input_files.append(reader.record())
@@ -139,7 +139,7 @@ class PartEncoder(PartWork):
         if not (is_kept | (lengths == 0)).all():
             ids = ids[np.repeat(is_kept, lengths)]
             offsets = np.concatenate([[0], np.cumsum(lengths[is_kept])]).astype(np.int64)
-        return pack_documents(
+        return concatenate_documents(
             ids,
             offsets,
             direction=self.direction,
@@ -194,7 +194,7 @@ class EodInsideError(DataError):
     """A document holds the eod, which would end it in its middle."""
 
 
-def pack_documents(
+def concatenate_documents(
     text_ids: npt.NDArray[np.uint32],
     offsets: npt.NDArray[np.int64],
     *,
@@ -224,7 +224,7 @@ def pack_documents(
     kept = lengths[lengths > 0]
     added = 1 if bos_id is None else 2
     packed = np.empty(int(kept.sum()) + added * len(kept), dtype)
-    bad = pack_into(text_ids, offsets, packed, direction=direction, eod_id=eod_id, vocab_size=vocab_size, bos_id=bos_id)
+    bad = concatenate_into(text_ids, offsets, packed, direction=direction, eod_id=eod_id, vocab_size=vocab_size, bos_id=bos_id)
     if bad >= 0 and int(text_ids[bad]) == eod_id:
         document = int(np.searchsorted(offsets, bad, side="right")) - 1
         raise EodInsideError(f"document {document} holds the eod {eod_id} at its id {bad - int(offsets[document])}")
@@ -233,3 +233,7 @@ def pack_documents(
             f"token id {int(text_ids[bad])} is outside the vocabulary of {vocab_size:,} ids: the tokenizer is damaged, get it anew"
         )
     return packed, (kept + added).astype(np.int32)
+
+
+pack_documents = concatenate_documents
+"""The earlier name, kept for callers from outside."""

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from megatron_ledom.data.preprocess import deduplication
 from megatron_ledom.data.preprocess.encode_parts import PartEncoder
 from megatron_ledom.data.preprocess.part_store import PartRecord, PartStore
-from megatron_ledom.data.preprocess.task import Task
+from megatron_ledom.data.preprocess.task import PreprocessTask
 from megatron_ledom.data.readers.records import MAX_MESSAGES, option_to_check
 from megatron_ledom.data.shards.shard import Counts, ShardManifest, ShardWriter, existing_files, printable
 from megatron_ledom.errors import DataError, visible
@@ -27,7 +27,7 @@ GATHERED_DOCUMENTS = 1 << 16
 
 
 def make_shard(
-    task: Task, store: PartStore, tokenizer: Tokenizer, dtype: np.dtype[Any], digest: str, started: float
+    task: PreprocessTask, store: PartStore, tokenizer: Tokenizer, dtype: np.dtype[Any], digest: str, started: float
 ) -> ShardManifest:
     """Encode what is not finished yet and join all parts, in order, while later ones are made; or shuffled, at the end."""
     encoder = PartEncoder(
@@ -48,7 +48,7 @@ def make_shard(
         eod_token=tokenizer.eod_token,
         bos_token=task.settings.bos_token or "",
         text_template=task.settings.text_template or "",
-        skipped_inputs=[asdict(entry) for entry in task.left_out],
+        skipped_inputs=[asdict(entry) for entry in task.skipped],
         request_sha256=digest,
         inputs_sha256=task.inputs_sha256(),
     )
@@ -84,7 +84,7 @@ def _add(record: PartRecord, counts: Counts, messages: list[str]) -> None:
     messages += record.messages[: MAX_MESSAGES - len(messages)]
 
 
-def _records(encoder: PartEncoder, task: Task, store: PartStore) -> Iterator[PartRecord]:
+def _records(encoder: PartEncoder, task: PreprocessTask, store: PartStore) -> Iterator[PartRecord]:
     """Yield the records of all parts in order; what is not finished is made."""
     finished = {number: record for number in range(len(task.parts)) if (record := store.intact(number)) is not None}
     if finished:
@@ -117,7 +117,7 @@ def _shuffled_documents(
         begin += len(chosen)
 
 
-def _log_skipped(task: Task, messages: list[str]) -> None:
+def _log_skipped(task: PreprocessTask, messages: list[str]) -> None:
     for message in messages:
         logger.warning("skipped %s", visible(message))
     empty = [source.path for source in task.sources if not source.num_bytes]

@@ -51,7 +51,7 @@ class PartFile:
         self.num_tokens = 0
 
     def append(self, packed: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
-        """Add what `pack_documents` returned."""
+        """Add what `concatenate_documents` returned."""
         _write_all(self._ids, packed, f"{self.path}.bin", self._ids_hash)
         _write_all(self._lengths, lengths, f"{self.path}.len", self._lengths_hash)
         self.num_documents += len(lengths)

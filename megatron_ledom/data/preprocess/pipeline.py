@@ -22,8 +22,8 @@ import orjson
 from megatron_ledom.data.preprocess import deduplication
 from megatron_ledom.data.preprocess.join_parts import make_shard
 from megatron_ledom.data.preprocess.part_store import PartStore
-from megatron_ledom.data.preprocess.task import PreprocessSettings, Task
-from megatron_ledom.data.readers.input_files import log_left_out
+from megatron_ledom.data.preprocess.task import PreprocessSettings, PreprocessTask
+from megatron_ledom.data.readers.input_files import log_skipped_inputs
 from megatron_ledom.data.readers.records import RecordReader
 from megatron_ledom.data.shards.shard import ShardManifest, check_may_write, check_shard, choose_dtype
 from megatron_ledom.direction import check_helpers
@@ -33,7 +33,7 @@ from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
 SAMPLE_STRETCHES = 8
-SAMPLE_CHARACTERS = 12_000  # of each sampled stretch
+SAMPLE_CHARACTERS = 12_000  # of each sampled byte range
 SAMPLE_TEXT_CHARACTERS = 5_000
 
 
@@ -41,13 +41,13 @@ def preprocess(settings: PreprocessSettings) -> ShardManifest | None:
     """Write this task's shard and return its manifest; None after `hash_only`. What is unfinished stays for the next start."""
     started = time.monotonic()
     check_helpers()
-    task = Task(settings)
+    task = PreprocessTask(settings)
     if settings.hash_only:
         deduplication.write_hashes(task)
         return None
     if settings.deduplicate:
         deduplication.check_hashes(task)
-    log_left_out(task.left_out)
+    log_skipped_inputs(task.skipped)
     task.check_siblings()
     with _garbage_collector_off():
         tokenizer = _load_tokenizer(settings)
@@ -99,7 +99,7 @@ def _garbage_collector_off() -> Iterator[None]:
         gc.enable()
 
 
-def _finished_shard(task: Task, digest: str, store: PartStore | None = None) -> ShardManifest | None:
+def _finished_shard(task: PreprocessTask, digest: str, store: PartStore | None = None) -> ShardManifest | None:
     """The shard if this very request made it. Raises UsageError when another one's files are in the way.
 
     Called before anything is loaded, and again with the `store`, whose lock keeps other processes from finishing it meanwhile.
@@ -120,29 +120,31 @@ def _finished_shard(task: Task, digest: str, store: PartStore | None = None) -> 
     return None
 
 
-def _log_start(task: Task, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
+def _log_start(task: PreprocessTask, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker; and threads do not survive a fork
-    engine = tokenizer.use_fastest_engine(_samples(task))
+    encoder = tokenizer.use_fastest_encoder(_samples(task))
     logger.info(
-        "%s: %d files, %d parts, %s order, tokenizer %s (%d ids, eod %r = %d), %s, %d workers; engine: %s",
-        *(task.prefix, len({stretch.source.path for part in task.parts for stretch in part}), len(task.parts)),
+        "%s: %d files, %d parts, %s order, tokenizer %s (%d ids, eod %r = %d), %s, %d workers; encoder: %s",
+        *(task.prefix, len({byte_range.source.path for part in task.parts for byte_range in part}), len(task.parts)),
         *(task.settings.direction, tokenizer.name, tokenizer.vocab_size, tokenizer.eod_token, tokenizer.eod_id),
-        *(dtype, min(task.workers, max(1, len(task.parts))), engine),
+        *(dtype, min(task.workers, max(1, len(task.parts))), encoder),
     )
 
 
-def _samples(task: Task) -> list[str]:
-    """Real texts from all over the task's stretch, for the check of the tokenizer's engine; bad records are met later."""
-    cheap = [stretch for part in task.parts for stretch in part if not stretch.source.compression or not stretch.start]
+def _samples(task: PreprocessTask) -> list[str]:
+    """Real texts from all over the task's byte range, for the check of the tokenizer's encoder; bad records are met later."""
+    cheap = [
+        byte_range for part in task.parts for byte_range in part if not byte_range.source.compression or not byte_range.start
+    ]
     chosen = [
         cheap[index] for index in sorted({len(cheap) * k // SAMPLE_STRETCHES for k in range(SAMPLE_STRETCHES)} if cheap else ())
     ]
     read = replace(task.read, on_error="skip", batch_bytes=1 << 16, keep_records=False)
     samples: list[str] = []
-    for stretch in chosen:
+    for byte_range in chosen:
         size = 0
         with contextlib.suppress(DataError):
-            for text in (text for batch in RecordReader(stretch, read).batches() for text in batch.texts):
+            for text in (text for batch in RecordReader(byte_range, read).batches() for text in batch.texts):
                 samples.append(text[:SAMPLE_TEXT_CHARACTERS])
                 size += len(samples[-1])
                 if size >= SAMPLE_CHARACTERS:

@@ -16,7 +16,7 @@ import orjson
 from tqdm import tqdm
 
 from megatron_ledom.data.preprocess.encode_parts import Filter, PartWork
-from megatron_ledom.data.readers.byte_ranges import Part, parts_of, stretches_of_task
+from megatron_ledom.data.readers.byte_ranges import Part, byte_ranges_of_task, parts_of
 from megatron_ledom.data.readers.input_files import find_inputs
 from megatron_ledom.data.readers.records import BATCH_BYTES, OnError, ReadSettings
 from megatron_ledom.data.readers.streams import MAX_RECORD_BYTES
@@ -74,16 +74,16 @@ class PreprocessSettings:
     """Input a worker gets at a time; it changes no result. None: by the size of the input."""
 
 
-class Task:
+class PreprocessTask:
     """One task: everything that follows from the settings before anything is written."""
 
     def __init__(self, settings: PreprocessSettings) -> None:
         _check_numbers(settings)
         self.settings = settings
-        self.sources, self.left_out = find_inputs(settings.input)
+        self.sources, self.skipped = find_inputs(settings.input)
         self.task_id, self.num_tasks = task_of(settings, os.environ)
-        stretches = stretches_of_task(self.sources, self.task_id, self.num_tasks)
-        self.parts = parts_of(stretches, settings.part_bytes)
+        byte_ranges = byte_ranges_of_task(self.sources, self.task_id, self.num_tasks)
+        self.parts = parts_of(byte_ranges, settings.part_bytes)
         self.prefix = self.prefix_of(self.task_id)
         self.workers = settings.workers or (
             len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -105,7 +105,7 @@ class Task:
 
     def map_parts(self, function: PartWork, numbers: Sequence[int], name: str) -> Iterator[Any]:
         """Yield what the function returns for some parts, in order, from the workers, with a bar of the bytes read."""
-        sizes = [sum(stretch.num_bytes for stretch in part) for part in self.parts]
+        sizes = [sum(byte_range.num_bytes for byte_range in part) for part in self.parts]
         total = sum(sizes)
         before = total - sum(sizes[number] for number in numbers)
         with tqdm(total=total, initial=before, unit="B", unit_scale=True, unit_divisor=1000, desc=name, disable=None) as bar:
@@ -171,7 +171,7 @@ class Task:
             "eod_token": tokenizer.eod_token,
             "dtype": dtype.name,
         }
-        if tokenizer.is_eod_made_text:  # earlier versions let it end documents in their middle: their work is not this one
+        if tokenizer.is_eod_forced_to_text:  # earlier versions let it end documents in their middle: their work is not this one
             request["is_eod_made_text"] = True
         return dict(orjson.loads(orjson.dumps(request)))
 

@@ -168,7 +168,7 @@ def describe(summary: TaskSummary) -> str:
     if summary.unfinished:
         rows["unfinished"] = array_list(summary.unfinished)
     lines = [f"{name:<10} {value}" for name, value in rows.items()]
-    lines += [f"faulty     {number}: {fault}" for number, fault in summary.faulty.items()]
+    lines += [f"faulty     {number}: {problem}" for number, problem in summary.faulty.items()]
     if summary.to_run_again:
         lines.append(f"run again  --array={array_list(summary.to_run_again)}")
     return "\n".join(lines)

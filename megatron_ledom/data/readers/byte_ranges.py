@@ -1,7 +1,7 @@
 """The byte ranges of input files that a task reads, cut into parts: the units in which work is done, kept and resumed.
 
 Work is divided by bytes. The files, sorted by path, lie one after the other on one axis of bytes; a task owns an equal
-stretch of it, and a record belongs to the stretch in which it begins. One file of 500 GB and 500,000 small ones divide alike.
+byte range of it, and a record belongs to the byte range in which it begins. One file of 500 GB and 500,000 small ones divide alike.
 """
 
 import os
@@ -27,7 +27,7 @@ ENDINGS: dict[str, Kind] = {
 }
 COMPRESSIONS: tuple[Compression, ...] = ("gz", "zst", "bz2", "xz")
 COMPRESSED_BLOCK = 1 << 16
-"""Compressed input is read in blocks of this size; a stretch of a compressed file begins and ends with one."""
+"""Compressed input is read in blocks of this size; a byte range of a compressed file begins and ends with one."""
 PART_BYTES = 32 << 20
 """What one part of the work reads at most, about: what a kill can cost a worker."""
 SMALL_PART_BYTES = 4 << 20
@@ -81,7 +81,7 @@ def kind_of(path: str) -> Kind | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class ByteRange:
     """Bytes [start, end) of a file: the records that begin there. A compressed file is measured as it is stored."""
 
     source: InputPath
@@ -94,14 +94,14 @@ class Stretch:
         return self.end - self.start
 
 
-Part = tuple[Stretch, ...]
-"""What a worker does in one go: consecutive stretches."""
+Part = tuple[ByteRange, ...]
+"""What a worker does in one go: consecutive byte ranges."""
 
 
-def stretches_of_task(sources: Sequence[InputPath], task_id: int, num_tasks: int) -> list[Stretch]:
-    """A task's equal stretch of the axis of all bytes, as stretches of files, in order.
+def byte_ranges_of_task(sources: Sequence[InputPath], task_id: int, num_tasks: int) -> list[ByteRange]:
+    """A task's equal byte range of the axis of all bytes, as byte ranges of files, in order.
 
-    A file that cannot be divided belongs to the task in whose stretch it begins. Empty files yield an empty stretch.
+    A file that cannot be divided belongs to the task in whose byte range it begins. Empty files yield an empty byte range.
     """
     if num_tasks < 1:
         raise UsageError(f"--num-tasks {num_tasks} is not possible; use 1 or more")
@@ -120,9 +120,9 @@ def stretches_of_task(sources: Sequence[InputPath], task_id: int, num_tasks: int
         if source.is_divisible and source.num_bytes:
             start, end = _aligned(source, low - begin), _aligned(source, high - begin)
             if start < end:
-                owned.append(Stretch(source, start, end))
+                owned.append(ByteRange(source, start, end))
         elif low <= begin:
-            owned.append(Stretch(source, 0, source.num_bytes))
+            owned.append(ByteRange(source, 0, source.num_bytes))
     return owned
 
 
@@ -134,18 +134,18 @@ def _aligned(source: InputPath, position: int) -> int:
     return inside // COMPRESSED_BLOCK * COMPRESSED_BLOCK
 
 
-def parts_of(stretches: Sequence[Stretch], part_bytes: int | None = None) -> list[Part]:
-    """Stretches cut and gathered to parts of about `part_bytes`: the units in which work is done, kept and resumed.
+def parts_of(byte_ranges: Sequence[ByteRange], part_bytes: int | None = None) -> list[Part]:
+    """Byte ranges cut and gathered to parts of about `part_bytes`: the units in which work is done, kept and resumed.
 
-    Without it the size follows from the bytes of all stretches, so a task is always cut in the same way.
+    Without it the size follows from the bytes of all byte ranges, so a task is always cut in the same way.
     """
     if part_bytes is None:
-        in_all = sum(stretch.num_bytes for stretch in stretches)
+        in_all = sum(byte_range.num_bytes for byte_range in byte_ranges)
         part_bytes = min(PART_BYTES, max(SMALL_PART_BYTES, in_all // PARTS_OF_A_TASK))
     parts: list[Part] = []
-    gathered: list[Stretch] = []
+    gathered: list[ByteRange] = []
     size = 0
-    for piece in _pieces(stretches, part_bytes):
+    for piece in _pieces(byte_ranges, part_bytes):
         if gathered and size + piece.num_bytes > part_bytes:
             parts.append(tuple(gathered))
             gathered, size = [], 0
@@ -156,13 +156,13 @@ def parts_of(stretches: Sequence[Stretch], part_bytes: int | None = None) -> lis
     return parts
 
 
-def _pieces(stretches: Sequence[Stretch], part_bytes: int) -> Iterator[Stretch]:
-    for stretch in stretches:
-        source = stretch.source
-        if not source.is_divisible or not stretch.num_bytes:
-            yield stretch
+def _pieces(byte_ranges: Sequence[ByteRange], part_bytes: int) -> Iterator[ByteRange]:
+    for byte_range in byte_ranges:
+        source = byte_range.source
+        if not source.is_divisible or not byte_range.num_bytes:
+            yield byte_range
             continue
         blocks = -(-source.num_bytes // (MOST_COMPRESSED_PARTS * COMPRESSED_BLOCK))
         step = max(COMPRESSED_PART_BYTES, blocks * COMPRESSED_BLOCK) if source.compression else part_bytes
-        for start in range(stretch.start, stretch.end, step):
-            yield Stretch(source, start, min(start + step, stretch.end))
+        for start in range(byte_range.start, byte_range.end, step):
+            yield ByteRange(source, start, min(start + step, byte_range.end))

@@ -34,7 +34,7 @@ MOST_LISTED = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class LeftOut:
+class SkippedInput:
     """Something that was found at the inputs and is not read."""
 
     path: str
@@ -44,12 +44,12 @@ class LeftOut:
 
 def expand_inputs(patterns: Sequence[str]) -> list[InputPath]:
     """The files that are named, see `find_inputs`; what is left out is logged."""
-    sources, left_out = find_inputs(patterns)
-    log_left_out(left_out)
+    sources, skipped = find_inputs(patterns)
+    log_skipped_inputs(skipped)
     return sources
 
 
-def find_inputs(patterns: Sequence[str]) -> tuple[list[InputPath], list[LeftOut]]:
+def find_inputs(patterns: Sequence[str]) -> tuple[list[InputPath], list[SkippedInput]]:
     """(the files that are named, each once however often and by whatever path it is named, sorted by path; what is left out).
 
     A pattern is a path, a glob, a folder (all files of known endings below it), `@LIST` (a file with one pattern a line), or any
@@ -57,50 +57,52 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[InputPath], list[LeftOut]
     leads nowhere or in a loop. Left out: hidden files and folders that no pattern names, and the second path to one file.
     """
     found: dict[str | tuple[int, int], InputPath] = {}
-    walk = Walk(lambda path: kind_of(path) is not None)
+    search = InputSearch(lambda path: kind_of(path) is not None)
     for pattern in _listed(patterns):
-        for source in _expand_remote(pattern, walk) if is_remote(pattern) else _expand_local(pattern, walk):
+        for source in _expand_remote(pattern, search) if is_remote(pattern) else _expand_local(pattern, search):
             first = found.setdefault(_identity(source.path), source)
             if os.path.normpath(first.path) != os.path.normpath(source.path):
-                walk.leave_out(source.path, f"the same file as {first.path}")
+                search.skip(source.path, f"the same file as {first.path}")
     _refuse_saved_datasets(source.path for source in found.values() if not is_remote(source.path))
-    return sorted(found.values(), key=lambda source: source.path), walk.all_left_out()
+    return sorted(found.values(), key=lambda source: source.path), search.all_skipped()
 
 
-def log_left_out(left_out: Sequence[LeftOut]) -> None:
+def log_skipped_inputs(skipped: Sequence[SkippedInput]) -> None:
     """Say what is not read, and why."""
-    for entry in left_out[:MOST_LOGGED]:
+    for entry in skipped[:MOST_LOGGED]:
         logger.warning(
             "not read: %s (%s%s)", visible(entry.path), f"{entry.num_files:,} files, " * (entry.num_files > 1), entry.reason
         )
-    if len(left_out) > MOST_LOGGED:
-        logger.warning("not read: %d more like these", len(left_out) - MOST_LOGGED)
+    if len(skipped) > MOST_LOGGED:
+        logger.warning("not read: %d more like these", len(skipped) - MOST_LOGGED)
 
 
 @dataclass(slots=True)
-class Walk:
+class InputSearch:
     """A walk to the inputs, and what was met on the way."""
 
     is_wanted: Callable[[str], bool]
     """Of a path: whether its ending is known."""
-    left_out: dict[str, LeftOut] = field(default_factory=dict)
+    skipped: dict[str, SkippedInput] = field(default_factory=dict)
     """By path."""
     others: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Files of unknown endings, by folder that was named and ending."""
     _folders: dict[str, str] = field(default_factory=dict)
     """Path of each folder that was read, by its real path."""
 
-    def leave_out(self, path: str, reason: str) -> None:
+    def skip(self, path: str, reason: str) -> None:
         """Enter something that is not read; a name that is not UTF-8 is escaped."""
         path = printable(path)
-        self.left_out.setdefault(path, LeftOut(path, reason))
+        self.skipped.setdefault(path, SkippedInput(path, reason))
 
-    def all_left_out(self) -> list[LeftOut]:
+    def all_skipped(self) -> list[SkippedInput]:
         """Return what is not read, the last entry for all beyond MOST_LISTED."""
-        entries = list(self.left_out.values())
+        entries = list(self.skipped.values())
         rest = len(entries) - MOST_LISTED
-        more = [LeftOut("...", "more of these kinds", rest)] if rest > 0 else []
-        others = [LeftOut(f"{root}/**/*{ending}", "unknown ending", count) for (root, ending), count in self.others.items()]
+        more = [SkippedInput("...", "more of these kinds", rest)] if rest > 0 else []
+        others = [
+            SkippedInput(f"{root}/**/*{ending}", "unknown ending", count) for (root, ending), count in self.others.items()
+        ]
         return [*entries[:MOST_LISTED], *more, *others]
 
     def files(self, folder: str) -> Iterator[str]:
@@ -115,7 +117,7 @@ class Walk:
     def _files(self, folder: str, above: set[str], root: str) -> Iterator[str]:
         real = os.path.realpath(folder)
         if self.was_read_before(folder):
-            self.leave_out(folder, f"the same folder as {printable(self._folders[real])}")
+            self.skip(folder, f"the same folder as {printable(self._folders[real])}")
             return
         is_new = real not in self._folders
         self._folders.setdefault(real, folder)
@@ -129,7 +131,7 @@ class Walk:
         for entry, is_folder in kinds:
             if entry.name.startswith("."):
                 if is_folder or self.is_wanted(entry.name):
-                    self.leave_out(entry.path, HIDDEN)
+                    self.skip(entry.path, HIDDEN)
             elif is_folder:
                 yield from self._files(entry.path, above | {_below(entry, above)}, root)
             elif self.is_wanted(entry.name):
@@ -151,18 +153,18 @@ class Walk:
         if "**" not in pattern:
             for path in set(glob.glob(pattern, include_hidden=True)) - set(found):
                 if os.path.isdir(path) or self.is_wanted(path):
-                    self.leave_out(path, HIDDEN)
+                    self.skip(path, HIDDEN)
         return sorted(found)
 
     def _look_through(self, base: str, name: str) -> None:
-        look = Walk(self.is_wanted)
+        inner = InputSearch(self.is_wanted)
         for folder in glob.glob(base):
-            for _ in look.files(folder) if os.path.isdir(folder) else ():
+            for _ in inner.files(folder) if os.path.isdir(folder) else ():
                 pass
-        hidden = [entry.path for entry in look.left_out.values() if entry.reason == HIDDEN]
+        hidden = [entry.path for entry in inner.skipped.values() if entry.reason == HIDDEN]
         for path in hidden:
             if os.path.isdir(path) or fnmatch.fnmatch(os.path.basename(path), name):
-                self.leave_out(path, HIDDEN)
+                self.skip(path, HIDDEN)
 
 
 def _below(entry: "os.DirEntry[str]", above: set[str]) -> str:
@@ -212,18 +214,18 @@ def _identity(path: str) -> str | tuple[int, int]:
     return (state.st_dev, state.st_ino) if state.st_nlink > 1 and state.st_ino else os.path.realpath(path)
 
 
-def _expand_local(pattern: str, walk: Walk) -> Iterator[InputPath]:
-    matches = [pattern] if os.path.lexists(pattern) else walk.matches(pattern)
+def _expand_local(pattern: str, search: InputSearch) -> Iterator[InputPath]:
+    matches = [pattern] if os.path.lexists(pattern) else search.matches(pattern)
     if not matches:
-        hidden = "; hidden files are read only where their path is given" if walk.left_out else ""
+        hidden = "; hidden files are read only where their path is given" if search.skipped else ""
         raise UsageError(f"input {pattern} does not exist or matches no file; check --input{hidden}")
     for match in matches:
         if os.path.isdir(match):
             inside = False
-            for path in walk.files(match):
+            for path in search.files(match):
                 inside = True
                 yield _local(path)
-            if not inside and not walk.was_read_before(match):
+            if not inside and not search.was_read_before(match):
                 raise UsageError(f"input {match} is a folder without a file of a known ending; expected {SUPPORTED}")
         else:
             yield _local(match)
@@ -257,13 +259,13 @@ def _check_ending(path: str) -> None:
         raise UsageError(f"input {path} has an ending that is not known; expected {SUPPORTED}")
 
 
-def _expand_remote(pattern: str, walk: Walk) -> Iterator[InputPath]:
+def _expand_remote(pattern: str, search: InputSearch) -> Iterator[InputPath]:
     system = remote_file_system(pattern)
     try:
         if glob.has_magic(pattern):
             entries = system.glob(pattern, detail=True)
         elif system.isdir(pattern):
-            entries = _known(system.find(pattern, detail=True), pattern, walk)
+            entries = _known(system.find(pattern, detail=True), pattern, search)
         else:
             entries = {str(system._strip_protocol(pattern)): system.info(pattern)}
     except FileNotFoundError:
@@ -272,7 +274,7 @@ def _expand_remote(pattern: str, walk: Walk) -> Iterator[InputPath]:
         raise UsageError(f"input {pattern} cannot be listed ({error}); check the address and the credentials") from error
     plain = str(system._strip_protocol(pattern))
     for name in [name for name in entries if _is_hidden(name, plain)]:
-        walk.leave_out(system.unstrip_protocol(name), HIDDEN)
+        search.skip(system.unstrip_protocol(name), HIDDEN)
         del entries[name]
     if not entries:
         raise UsageError(f"input {pattern} does not exist or matches no file; check --input")
@@ -285,11 +287,11 @@ def _expand_remote(pattern: str, walk: Walk) -> Iterator[InputPath]:
         yield InputPath(path, int(entry["size"]), str(version))
 
 
-def _known(entries: dict[str, Any], folder: str, walk: Walk) -> dict[str, Any]:
+def _known(entries: dict[str, Any], folder: str, search: InputSearch) -> dict[str, Any]:
     """Those with a known ending; the others are counted."""
     for name in entries:
         if kind_of(name) is None and not name.endswith("/"):
-            walk.others[folder, os.path.splitext(name)[1]] += 1
+            search.others[folder, os.path.splitext(name)[1]] += 1
     return {name: entry for name, entry in entries.items() if kind_of(name)}
 
 

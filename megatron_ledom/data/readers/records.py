@@ -11,7 +11,7 @@ from typing import Any, Literal
 import orjson
 
 from megatron_ledom.data.readers import tables, web_archive
-from megatron_ledom.data.readers.byte_ranges import InputPath, Stretch
+from megatron_ledom.data.readers.byte_ranges import ByteRange, InputPath
 from megatron_ledom.data.readers.json_lines import BYTE_ORDER_MARK, check_is_lines, check_text, loads_leniently
 from megatron_ledom.data.readers.streams import (
     MAX_RECORD_BYTES,
@@ -26,7 +26,7 @@ from megatron_ledom.data.shards.shard import InputFile
 from megatron_ledom.errors import DataError
 
 BATCH_BYTES = 1 << 20
-MAX_MESSAGES = 10  # bad records of a stretch that are described one by one
+MAX_MESSAGES = 10  # bad records of a byte range that are described one by one
 OnError = Literal["fail", "skip"]
 
 
@@ -56,7 +56,7 @@ class TextBatch:
     places: list[tuple["RecordReader", int | str]] = field(default_factory=list)
     """Where each text was read, see `RecordReader.name`: a record may be found to be a bad one after it was read."""
     position: int = 0
-    """Bytes of the stretch read up to here."""
+    """Bytes of the byte range read up to here."""
 
     def of(self, indices: Sequence[int]) -> "TextBatch":
         """Return the batch of some of its texts."""
@@ -82,7 +82,7 @@ def read_texts(
     A bad record raises DataError; with `on_error="skip"` it is counted by reason in `skipped`.
     """
     for source in sources:
-        reader = RecordReader(Stretch(source, 0, source.num_bytes), read or ReadSettings(text_key=text_key))
+        reader = RecordReader(ByteRange(source, 0, source.num_bytes), read or ReadSettings(text_key=text_key))
         for batch in reader.batches():
             yield from batch.texts
         if skipped is not None:
@@ -90,10 +90,10 @@ def read_texts(
 
 
 class RecordReader:
-    """Reads one stretch; what was skipped and the stretch's hash are known afterwards."""
+    """Reads one byte range; what was skipped and the byte range's hash are known afterwards."""
 
-    def __init__(self, stretch: Stretch, settings: ReadSettings) -> None:
-        self.stretch = stretch
+    def __init__(self, byte_range: ByteRange, settings: ReadSettings) -> None:
+        self.byte_range = byte_range
         self.settings = settings
         self.skipped: Counter[str] = Counter()
         """Bad records, by reason."""
@@ -102,8 +102,8 @@ class RecordReader:
         self._line_reader: LineReader | None = None
 
     def batches(self) -> Iterator[TextBatch]:
-        """The texts of the stretch in order. A bad record raises DataError, or is counted and left out."""
-        kind = self.stretch.source.kind
+        """The texts of the byte range in order. A bad record raises DataError, or is counted and left out."""
+        kind = self.byte_range.source.kind
         if kind == "lines":
             yield from self._lines()
         elif kind == "text":
@@ -112,19 +112,22 @@ class RecordReader:
             yield from self._texts(kind)
 
     def record(self) -> InputFile:
-        """Return what the manifest says of the stretch; call it after the last batch."""
-        stretch, progress = self.stretch, self._progress
+        """Return what the manifest says of the byte range; call it after the last batch."""
+        byte_range, progress = self.byte_range, self._progress
         return InputFile(
-            path=stretch.source.path, num_bytes=stretch.num_bytes, sha256=progress.digest.hexdigest(), first_byte=stretch.start
+            path=byte_range.source.path,
+            num_bytes=byte_range.num_bytes,
+            sha256=progress.digest.hexdigest(),
+            first_byte=byte_range.start,
         )
 
     def _lines(self) -> Iterator[TextBatch]:
-        reader = self._line_reader = LineReader(self.stretch, self.settings.batch_bytes, self.settings.max_record_bytes)
+        reader = self._line_reader = LineReader(self.byte_range, self.settings.batch_bytes, self.settings.max_record_bytes)
         self._progress = reader.progress
         for block in reader.blocks():
             batch = TextBatch(position=reader.progress.num_bytes)
             if block.is_first_of_file:
-                check_is_lines(self.stretch.source.path, reader.head, block.lines)
+                check_is_lines(self.byte_range.source.path, reader.head, block.lines)
             if block.too_long is not None:
                 bad_line = too_large(block.too_long, self.settings.max_record_bytes)
                 self._reject(bad_line, block.first)
@@ -165,13 +168,13 @@ class RecordReader:
             messages.append(f"{self.name(place)}: {bad}")
 
     def _whole_file(self) -> Iterator[TextBatch]:
-        source = self.stretch.source
+        source = self.byte_range.source
         content, size = bytearray(), 0
-        for block in whole_file(self.stretch, self._progress, refuse_compressed=True):
+        for block in whole_file(self.byte_range, self._progress, refuse_compressed=True):
             size += len(block)
             if size <= self.settings.max_record_bytes:
                 content += block
-        batch = TextBatch(position=self.stretch.num_bytes)
+        batch = TextBatch(position=self.byte_range.num_bytes)
         try:
             if size > self.settings.max_record_bytes:
                 raise too_large(size, self.settings.max_record_bytes)
@@ -187,7 +190,7 @@ class RecordReader:
         for rows in self._rows(kind):
             batch = TextBatch(position=rows.position)
             for number, content in enumerate(rows.texts):
-                place = f"{self.stretch.source.path}: {rows.unit} {rows.first + number + 1}"
+                place = f"{self.byte_range.source.path}: {rows.unit} {rows.first + number + 1}"
                 try:
                     text, record = self._row(content, rows.records[number] if rows.records else None)
                 except BadRecordError as bad:
@@ -200,9 +203,9 @@ class RecordReader:
         read, template = self.settings, self.settings.template
         if kind == "warc":
             keep_records = read.keep_records or template is not None
-            return web_archive.read_rows(self.stretch, read.text_key, keep_records, self._progress, read.max_record_bytes)
+            return web_archive.read_rows(self.byte_range, read.text_key, keep_records, self._progress, read.max_record_bytes)
         request = tables.Request(
-            stretch=self.stretch,
+            byte_range=self.byte_range,
             keys=(read.text_key,) if template is None else tuple(template.fields),
             option="--text-key" if template is None else "--text-template",
             with_records=read.keep_records or template is not None,

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
-from megatron_ledom.data.readers.byte_ranges import COMPRESSED_BLOCK, InputPath, Stretch
+from megatron_ledom.data.readers.byte_ranges import COMPRESSED_BLOCK, ByteRange, InputPath
 from megatron_ledom.errors import DataError, UsageError
 
 READ_BYTES = 1 << 20  # larger blocks come from the system anew each time, a page fault for every 4 KB
 REMOTE_READ_BYTES = 8 << 20  # one request to an object store
 MAX_RECORD_BYTES = 256 << 20
 HEAD_BYTES = 256
-"""Of a stretch's start that are kept, to see what a file is."""
+"""Of a byte range's start that are kept, to see what a file is."""
 NAMED_LINES_BYTES = 256 << 20
 """Up to here a line that is skipped is named by its number, which takes reading what is before it."""
 DECOMPRESSED_AT_ONCE = 1 << 10
@@ -56,7 +56,7 @@ class LineBlock:
     lines: list[bytes]
     """Without the line breaks; an empty one stands for what is behind the last of them."""
     first: int
-    """Number of the first line among those of the stretch, from 0."""
+    """Number of the first line among those of the byte range, from 0."""
     is_first_of_file: bool = False
     too_long: int | None = None
     """Bytes of the line that is left out; there are no others then."""
@@ -64,13 +64,13 @@ class LineBlock:
 
 @dataclass(slots=True)
 class Progress:
-    """State of a stretch's reader on the way: bytes read, and the hash of them."""
+    """State of a byte range's reader on the way: bytes read, and the hash of them."""
 
     num_bytes: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
 
     def count(self, content: bytes | memoryview) -> None:
-        """Enter bytes of the stretch."""
+        """Enter bytes of the byte range."""
         self.num_bytes += len(content)
         self.digest.update(content)
 
@@ -154,7 +154,7 @@ def _read_exactly(stream: BinaryIO, size: int) -> bytes:
     return bytes(gathered)
 
 
-def _engine(compression: str) -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
+def _decompressor(compression: str) -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
     """How to start a decompressor, and what it raises on damage."""
     if compression == "gz":
         from isal import isal_zlib
@@ -170,15 +170,15 @@ def _engine(compression: str) -> tuple[Callable[[], Any], tuple[type[Exception],
     return lambda: zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj(), (zstandard.ZstdError,)
 
 
-def _contents(source: InputPath, engine: Any, block: bytes, failures: tuple[type[Exception], ...]) -> Iterator[bytes]:
+def _contents(source: InputPath, decompressor: Any, block: bytes, failures: tuple[type[Exception], ...]) -> Iterator[bytes]:
     """Yield what a block decompresses to, in pieces where the decompressor can stop."""
     try:
-        if not hasattr(engine, "needs_input"):
-            yield engine.decompress(block)
+        if not hasattr(decompressor, "needs_input"):
+            yield decompressor.decompress(block)
             return
-        yield engine.decompress(block, DECOMPRESSED_AT_MOST)
-        while not (engine.eof or engine.needs_input):
-            yield engine.decompress(b"", DECOMPRESSED_AT_MOST)
+        yield decompressor.decompress(block, DECOMPRESSED_AT_MOST)
+        while not (decompressor.eof or decompressor.needs_input):
+            yield decompressor.decompress(b"", DECOMPRESSED_AT_MOST)
     except failures as error:
         raise DataError(f"{source.path} is damaged ({error}){_true_kind(source)}; fetch it again, or leave it out") from error
 
@@ -188,19 +188,19 @@ def decompressed_blocks(source: InputPath, blocks: Iterator[bytes]) -> Iterator[
 
     A file that ends too early is an error, not an end.
     """
-    start, failures = _engine(source.compression)
-    engine = None
+    start, failures = _decompressor(source.compression)
+    decompressor = None
     position = 0
     for stored in blocks:
         for begin in range(0, len(stored), DECOMPRESSED_AT_ONCE):
             block = stored[begin : begin + DECOMPRESSED_AT_ONCE]
-            while block := block if engine else block.lstrip(b"\0"):  # members may be padded with zeros
-                engine = engine or start()
-                yield from ((position, content) for content in _contents(source, engine, block, failures))
-                block = engine.unused_data if engine.eof else b""
-                engine = None if engine.eof else engine
+            while block := block if decompressor else block.lstrip(b"\0"):  # members may be padded with zeros
+                decompressor = decompressor or start()
+                yield from ((position, content) for content in _contents(source, decompressor, block, failures))
+                block = decompressor.unused_data if decompressor.eof else b""
+                decompressor = None if decompressor.eof else decompressor
         position += len(stored)
-    if engine is not None:
+    if decompressor is not None:
         raise DataError(f"{source.path} is truncated: its compressed data ends too early; fetch it again, or leave it out")
 
 
@@ -225,79 +225,79 @@ def plain_blocks(source: InputPath, start: int, end: int, size: int = READ_BYTES
         yield block
 
 
-def marked_blocks(stretch: Stretch, progress: Progress) -> Iterator[tuple[int, bytes]]:
-    """(mark, bytes) of a file from before a stretch to its end: marks are positions in the stored file.
+def marked_blocks(byte_range: ByteRange, progress: Progress) -> Iterator[tuple[int, bytes]]:
+    """(mark, bytes) of a file from before a byte range to its end: marks are positions in the stored file.
 
-    Blocks with a mark in [start, end) are the stretch's own. One earlier block at least is given, where there is one, so that
-    it can be seen whether the stretch begins with a new line.
+    Blocks with a mark in [start, end) are the byte range's own. One earlier block at least is given, where there is one, so that
+    it can be seen whether the byte range begins with a new line.
     """
-    source = stretch.source
+    source = byte_range.source
     if source.compression:
-        yield from decompressed_blocks(source, _counted(stretch, progress))
+        yield from decompressed_blocks(source, _counted(byte_range, progress))
         return
-    position = max(0, stretch.start - 1)
-    if stretch.start:
-        yield position, next(raw_blocks(source, position, stretch.start), b"")
-    position = stretch.start
-    for block in plain_blocks(source, stretch.start, stretch.end):
+    position = max(0, byte_range.start - 1)
+    if byte_range.start:
+        yield position, next(raw_blocks(source, position, byte_range.start), b"")
+    position = byte_range.start
+    for block in plain_blocks(source, byte_range.start, byte_range.end):
         progress.count(block)
         yield position, block
         position += len(block)
-    for block in raw_blocks(source, stretch.end, source.num_bytes, COMPRESSED_BLOCK):
+    for block in raw_blocks(source, byte_range.end, source.num_bytes, COMPRESSED_BLOCK):
         yield position, block
         position += len(block)
 
 
-def whole_file(stretch: Stretch, progress: Progress, *, refuse_compressed: bool = False) -> Iterator[bytes]:
-    """Yield the plain bytes of the file of a stretch, which is all of it.
+def whole_file(byte_range: ByteRange, progress: Progress, *, refuse_compressed: bool = False) -> Iterator[bytes]:
+    """Yield the plain bytes of the file of a byte range, which is all of it.
 
     With `refuse_compressed` one that is compressed against its ending is refused, see `plain_blocks`.
     """
-    if stretch.source.compression:
-        yield from (content for _, content in decompressed_blocks(stretch.source, _counted(stretch, progress)))
+    if byte_range.source.compression:
+        yield from (content for _, content in decompressed_blocks(byte_range.source, _counted(byte_range, progress)))
     else:
-        yield from _counted(stretch, progress, plain_blocks if refuse_compressed else raw_blocks)
+        yield from _counted(byte_range, progress, plain_blocks if refuse_compressed else raw_blocks)
 
 
-def _counted(stretch: Stretch, progress: Progress, read: Callable[..., Iterator[bytes]] = raw_blocks) -> Iterator[bytes]:
+def _counted(byte_range: ByteRange, progress: Progress, read: Callable[..., Iterator[bytes]] = raw_blocks) -> Iterator[bytes]:
     position = 0
-    for block in read(stretch.source, 0, stretch.source.num_bytes, COMPRESSED_BLOCK):
-        if stretch.start <= position < stretch.end:
+    for block in read(byte_range.source, 0, byte_range.source.num_bytes, COMPRESSED_BLOCK):
+        if byte_range.start <= position < byte_range.end:
             progress.count(block)
         yield block
         position += len(block)
 
 
 class LineReader:
-    """Cuts the blocks around a stretch into blocks of whole lines, those that begin in the stretch."""
+    """Cuts the blocks around a byte range into blocks of whole lines, those that begin in the byte range."""
 
-    def __init__(self, stretch: Stretch, batch_bytes: int, max_record_bytes: int = MAX_RECORD_BYTES) -> None:
-        self.stretch = stretch
+    def __init__(self, byte_range: ByteRange, batch_bytes: int, max_record_bytes: int = MAX_RECORD_BYTES) -> None:
+        self.byte_range = byte_range
         self.progress = Progress()
         self._batch_bytes = batch_bytes
         self._max_record_bytes = max_record_bytes
         self.head = b""
-        """The first bytes of the stretch, also where they are of a line that is too long to keep."""
+        """The first bytes of the byte range, also where they are of a line that is too long to keep."""
         self._pending = bytearray()
         self._searched = 0
         self._num_lines = 0
         self._dropped = 0
         """Bytes of a line that is too long, so far; 0 outside of one."""
         self._before: int | None = None
-        """Lines of the file before the stretch, once they were counted."""
+        """Lines of the file before the byte range, once they were counted."""
 
     def blocks(self) -> Iterator[LineBlock]:
         """The lines, about `batch_bytes` at a time, in bounded memory whatever the length of a line."""
         at_line_start = True
-        for mark, content in marked_blocks(self.stretch, self.progress):
-            if mark < self.stretch.start:
+        for mark, content in marked_blocks(self.byte_range, self.progress):
+            if mark < self.byte_range.start:
                 at_line_start = content.endswith(b"\n") if content else at_line_start
                 continue
             block: bytes | memoryview = content
-            if not at_line_start:  # the rest of a line that began before the stretch
+            if not at_line_start:  # the rest of a line that began before the byte range
                 block = content[content.find(b"\n") + 1 :] if b"\n" in content else b""
                 at_line_start = b"\n" in content
-            if mark >= self.stretch.end:
+            if mark >= self.byte_range.end:
                 if not self._dropped and (not self._pending or self._pending.endswith(b"\n")):
                     break
                 cut = content.find(b"\n")
@@ -335,7 +335,7 @@ class LineReader:
         return block
 
     def _block(self, content: bytes, too_long: int | None = None) -> LineBlock:
-        is_first = self._num_lines == 0 and self.stretch.start == 0
+        is_first = self._num_lines == 0 and self.byte_range.start == 0
         return LineBlock(content.split(b"\n"), self._num_lines, is_first, too_long)
 
     def _drop(self) -> Iterator[LineBlock]:
@@ -356,12 +356,12 @@ class LineReader:
             yield self._block(bytes(self._pending))
 
     def name_line(self, number: int, exactly: bool = True) -> str:
-        """Where line `number` of the stretch (from 0) is, for people: FILE:LINE.
+        """Where line `number` of the byte range (from 0) is, for people: FILE:LINE.
 
-        That takes reading, once, what is before the stretch; unless it is asked for exactly, a line far into a file or in an
-        object store is named by its place in the stretch.
+        That takes reading, once, what is before the byte range; unless it is asked for exactly, a line far into a file or in an
+        object store is named by its place in the byte range.
         """
-        source, start = self.stretch.source, self.stretch.start
+        source, start = self.byte_range.source, self.byte_range.start
         if not exactly and start and (start > NAMED_LINES_BYTES or is_remote(source.path)):
             return f"{source.path}: line {number + 1:,} after byte {start:,}"
         if self._before is None:
@@ -369,12 +369,12 @@ class LineReader:
         return f"{source.path}:{self._before + number + 1}"
 
     def _lines_before(self) -> int:
-        """Lines that begin before the stretch: those that end before it, and one that reaches into it."""
-        if not self.stretch.start:
+        """Lines that begin before the byte range: those that end before it, and one that reaches into it."""
+        if not self.byte_range.start:
             return 0
         before, last = 0, b""
-        for mark, content in marked_blocks(Stretch(self.stretch.source, 0, self.stretch.start), Progress()):
-            if mark >= self.stretch.start:
+        for mark, content in marked_blocks(ByteRange(self.byte_range.source, 0, self.byte_range.start), Progress()):
+            if mark >= self.byte_range.start:
                 break
             before += content.count(b"\n")
             last = content[-1:] or last

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_ledom.data.readers.byte_ranges import Stretch
+from megatron_ledom.data.readers.byte_ranges import ByteRange
 from megatron_ledom.data.readers.streams import BadRecordError, Progress, is_remote, opened, raw_blocks, too_large
 from megatron_ledom.data.readers.table_sizes import (
     ALLOWED_BYTES,
@@ -39,15 +39,15 @@ class Rows:
     records: list[Mapping[str, Any] | BadRecordError] = field(default_factory=list)
     """The needed columns of the rows, if records were asked for."""
     position: int = 0
-    """Bytes of the stretch read up to here, about."""
+    """Bytes of the byte range read up to here, about."""
     unit: str = "row"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """The columns to read of a stretch, and how."""
+    """The columns to read of a byte range, and how."""
 
-    stretch: Stretch
+    byte_range: ByteRange
     keys: tuple[str, ...]
     """Keys of the texts; `a.b` is field b of column a. `Rows.texts` holds those of the first."""
     option: str = "--text-key"
@@ -75,21 +75,21 @@ class Request:
         """Raise DataError for what is stored in few bytes and would take far more memory than a record may."""
         if is_too_large(stored, unfolded, self.max_record_bytes):
             raise DataError(
-                f"{self.stretch.source.path}: {where} of {stored:,} stored bytes becomes {unfolded:,} bytes in memory, far more"
+                f"{self.byte_range.source.path}: {where} of {stored:,} stored bytes becomes {unfolded:,} bytes in memory, far more"
                 f" than a record of {self.max_record_bytes:,} (--max-record-bytes); write it anew with fewer rows in a row group"
                 " or record batch, or leave it out"
             )
 
 
 _Group = tuple[int, float, Any, str]
-"""(first row, share of the stretch that is done before it, rows, how rows are named)."""
+"""(first row, share of the byte range that is done before it, rows, how rows are named)."""
 
 
 def read_rows(request: Request, progress: Progress) -> Iterator[Rows]:
-    """The rows of the row groups (record batches) that begin in the stretch."""
+    """The rows of the row groups (record batches) that begin in the byte range."""
     import pyarrow
 
-    stretch, source = request.stretch, request.stretch.source
+    byte_range, source = request.byte_range, request.byte_range.source
     for block in raw_blocks(source, max(0, source.num_bytes - FOOTER_BYTES), source.num_bytes):
         progress.count(block)
     try:
@@ -97,20 +97,20 @@ def read_rows(request: Request, progress: Progress) -> Iterator[Rows]:
             file = pyarrow.PythonFile(stream) if is_remote(source.path) else pyarrow.memory_map(source.path)
             for first, done, table, unit in _groups(file, request):
                 for begin, piece, bad in _pieces(table, request):
-                    yield _rows_of(piece, bad, first + begin, request, int(done * stretch.num_bytes), unit)
+                    yield _rows_of(piece, bad, first + begin, request, int(done * byte_range.num_bytes), unit)
     except pyarrow.ArrowException as error:
         raise _damaged(request, error) from error
 
 
 def _damaged(request: Request, error: Exception) -> DataError:
-    source = request.stretch.source
+    source = request.byte_range.source
     name = source.kind.capitalize()
     return DataError(f"{source.path} is damaged or not {name} ({error}); fetch it again, or leave it out")
 
 
 def _groups(file: Any, request: Request) -> Iterator[_Group]:
     try:
-        yield from (_parquet_groups if request.stretch.source.kind == "parquet" else _arrow_groups)(file, request)
+        yield from (_parquet_groups if request.byte_range.source.kind == "parquet" else _arrow_groups)(file, request)
     except OSError as error:
         if error.errno is not None:
             raise
@@ -118,7 +118,7 @@ def _groups(file: Any, request: Request) -> Iterator[_Group]:
 
 
 def _parquet_groups(file: Any, request: Request) -> Iterator[_Group]:
-    """The row groups of the stretch, in pieces."""
+    """The row groups of the byte range, in pieces."""
     from pyarrow import parquet
 
     def opened_with(dictionaries: list[str]) -> Any:
@@ -127,7 +127,7 @@ def _parquet_groups(file: Any, request: Request) -> Iterator[_Group]:
             file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True, read_dictionary=dictionaries
         )
 
-    stretch, table = request.stretch, opened_with([])
+    byte_range, table = request.byte_range, opened_with([])
     columns = _check_columns(table.schema_arrow, request)
     metadata = table.metadata
     first = 0
@@ -135,8 +135,8 @@ def _parquet_groups(file: Any, request: Request) -> Iterator[_Group]:
         group = metadata.row_group(index)
         chunk = group.column(0)
         offset = chunk.dictionary_page_offset or chunk.data_page_offset
-        if stretch.start <= offset < stretch.end:
-            row, done = first, (offset - stretch.start) / max(1, stretch.num_bytes)
+        if byte_range.start <= offset < byte_range.end:
+            row, done = first, (offset - byte_range.start) / max(1, byte_range.num_bytes)
             reading = {"row_groups": [index], "columns": columns, "use_threads": False}
             size, repeated = _parquet_rows(table, index, columns, request, opened_with, reading)
             for rows in (opened_with(repeated) if repeated else table).iter_batches(batch_size=size, **reading):
@@ -187,9 +187,9 @@ def _arrow_groups(file: Any, request: Request) -> Iterator[_Group]:
     """The same for Arrow: the file format by record batch; the stream format whole, by whoever has its start."""
     import pyarrow
 
-    stretch, first = request.stretch, 0
+    byte_range, first = request.byte_range, 0
     is_file = file.read(6) == b"ARROW1"
-    if not is_file and stretch.start:
+    if not is_file and byte_range.start:
         return
     file.seek(MAGIC_BYTES if is_file else 0)
     for number, (stored, unfolded) in enumerate(batch_sizes(file), 1):
@@ -199,16 +199,16 @@ def _arrow_groups(file: Any, request: Request) -> Iterator[_Group]:
         stream = pyarrow.ipc.open_stream(file)
         _check_columns(stream.schema, request)
         for rows in stream:
-            yield first, file.tell() / max(1, stretch.num_bytes), rows, "row"
+            yield first, file.tell() / max(1, byte_range.num_bytes), rows, "row"
             first += rows.num_rows
         return
     table = pyarrow.ipc.open_file(file)
     _check_columns(table.schema, request)
     count = table.num_record_batches
     for index in range(count):
-        offset = stretch.source.num_bytes * index // count
-        if stretch.start <= offset < stretch.end:
-            done = (offset - stretch.start) / stretch.num_bytes
+        offset = byte_range.source.num_bytes * index // count
+        if byte_range.start <= offset < byte_range.end:
+            done = (offset - byte_range.start) / byte_range.num_bytes
             yield 0, done, table.get_batch(index), f"record batch {index + 1}, row"
 
 
@@ -287,7 +287,7 @@ def _top_column(names: list[str], key: str) -> str:
 
 def _check_columns(schema: Any, request: Request) -> list[str]:
     """Return the columns to read. Raises DataError if one is missing or cannot be told apart, or if the first text is none."""
-    path, names = request.stretch.source.path, schema.names
+    path, names = request.byte_range.source.path, schema.names
     kinds = [_kind_at(schema, key, path, request.option) for key in request.keys]
     needed = request.columns(names)
     if twice := [column for column in needed if names.count(column) > 1]:

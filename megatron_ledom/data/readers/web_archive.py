@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from megatron_ledom.data.readers.byte_ranges import Stretch
+from megatron_ledom.data.readers.byte_ranges import ByteRange
 from megatron_ledom.data.readers.streams import BadRecordError, Progress, whole_file
 from megatron_ledom.data.readers.tables import Rows
 from megatron_ledom.errors import DataError, LedomError, UsageError
@@ -13,8 +13,8 @@ from megatron_ledom.errors import DataError, LedomError, UsageError
 class _Decompressed(io.RawIOBase):
     """The archive as a stream of plain bytes; our own decompression tells a truncated file from a finished one."""
 
-    def __init__(self, stretch: Stretch, progress: Progress) -> None:
-        self._blocks = whole_file(stretch, progress)
+    def __init__(self, byte_range: ByteRange, progress: Progress) -> None:
+        self._blocks = whole_file(byte_range, progress)
         self._rest = memoryview(b"")  # a slice of it is no copy: a block can be large, and is read in small pieces
         self._position = 0
 
@@ -39,7 +39,9 @@ class _Decompressed(io.RawIOBase):
         return True
 
 
-def read_rows(stretch: Stretch, text_key: str, keep_records: bool, progress: Progress, max_record_bytes: int) -> Iterator[Rows]:
+def read_rows(
+    byte_range: ByteRange, text_key: str, keep_records: bool, progress: Progress, max_record_bytes: int
+) -> Iterator[Rows]:
     """The text records of the archive, one at a time; a record's headers are its fields besides the text.
 
     Of a record longer than `max_record_bytes` one byte more than that is given, so that it is seen to be too long.
@@ -48,10 +50,10 @@ def read_rows(stretch: Stretch, text_key: str, keep_records: bool, progress: Pro
         from fastwarc.warc import ArchiveIterator, WarcRecordType
     except ImportError as error:
         raise UsageError(
-            f"{stretch.source.path}: web archives need fastwarc; install it (pip install 'megatron-ledom[warc]')"
+            f"{byte_range.source.path}: web archives need fastwarc; install it (pip install 'megatron-ledom[warc]')"
         ) from error
-    path, number, others = stretch.source.path, 0, 0
-    stream: Any = _Decompressed(stretch, progress)
+    path, number, others = byte_range.source.path, 0, 0
+    stream: Any = _Decompressed(byte_range, progress)
     try:
         for record in ArchiveIterator(stream, parse_http=False):
             if record.record_type != WarcRecordType.conversion:

@@ -54,21 +54,21 @@ def inspect_shards(settings: InspectSettings) -> None:
     if settings.histogram:
         check_can_draw(settings.histogram)
     counts = LengthCounts()
-    faulty, has_eod_inside = [], False
+    damaged, has_eod_inside = [], False
     for number, prefix in enumerate(prefixes):
         if number:
             print()
-        faults = _inspect(prefix, settings, counts)
-        has_eod_inside = has_eod_inside or any(INSIDE in fault for fault in faults)
-        for fault in faults:
-            print(f"fault: {visible(fault)}", file=sys.stderr)
-        if faults:
-            faulty.append(f"{prefix} ({len(faults)} fault{'s'[: len(faults) > 1]})")
+        problems = _inspect(prefix, settings, counts)
+        has_eod_inside = has_eod_inside or any(INSIDE in problem for problem in problems)
+        for problem in problems:
+            print(f"fault: {visible(problem)}", file=sys.stderr)
+        if problems:
+            damaged.append(f"{prefix} ({len(problems)} fault{'s'[: len(problems) > 1]})")
     if settings.histogram:
         draw_histogram(counts, prefixes, settings.histogram)
-    if faulty:
+    if damaged:
         raise VerificationError(
-            f"{len(faulty)} of {len(prefixes)} shards faulty: {', '.join(faulty)}; copy them again or make them again with"
+            f"{len(damaged)} of {len(prefixes)} shards faulty: {', '.join(damaged)}; copy them again or make them again with"
             " ledom preprocess-data --overwrite" + (EOD_INSIDE_ADVICE if has_eod_inside else "")
         )
 
@@ -165,9 +165,9 @@ def _inspect(prefix: str, settings: InspectSettings, counts: LengthCounts) -> li
 
 def _verify(reader: ShardReader, tokenizer_path: str | None) -> list[str]:
     """Everything `verify_shard` finds and, in files without fault, a wrong direction; prints what was right."""
-    faults = verify_shard(reader.prefix)
-    if faults:
-        return faults
+    problems = verify_shard(reader.prefix)
+    if problems:
+        return problems
     print(f"verified   all {reader.manifest.num_tokens:,} tokens: hashes, index, range of ids and eods are right")
     try:
         tokenizer = find_tokenizer(reader.manifest, tokenizer_path)
@@ -205,7 +205,7 @@ def describe(reader: ShardReader, lengths: LengthCounts) -> str:
     for source in manifest.input_files[:MOST_INPUTS]:
         rows[f"input {source.path}"] = f"{source.num_bytes:,} bytes from {source.first_byte:,} on, sha256 {source.sha256}"
     if len(manifest.input_files) > MOST_INPUTS:
-        rows["and"] = f"{len(manifest.input_files) - MOST_INPUTS:,} more stretches of input files, in {reader.prefix}.json"
+        rows["and"] = f"{len(manifest.input_files) - MOST_INPUTS:,} more byte ranges of input files, in {reader.prefix}.json"
     text = "\n".join(f"{name:<10} {value}" for name, value in rows.items())
     return f"{text}\n\n{lengths.histogram()}" if statistics else text
 

@@ -30,7 +30,7 @@ from megatron_ledom.data.shards.shard import (
     choose_dtype,
     printable,
 )
-from megatron_ledom.direction import Direction, check_helpers, turn_into
+from megatron_ledom.direction import Direction, check_helpers, reverse_into
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.provenance import Provenance
 from megatron_ledom.storage.signals import sigterm_as_interrupt
@@ -120,7 +120,7 @@ def reverse_shards(settings: ReverseSettings) -> ShardManifest:
         return _reverse_foreign(settings, prefixes)
 
 
-class Turner:
+class ShardReverser:
     """Blocks of stored documents to a shard of the other direction."""
 
     def __init__(self, provenance: Provenance, dtype: npt.DTypeLike, *, is_closed: bool) -> None:
@@ -133,7 +133,7 @@ class Turner:
         """Documents met without ids besides eod; they are left out."""
         self._buffer = np.empty(0, self.dtype)
 
-    def turn(self, prefix: str, block: Block) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
+    def reverse(self, prefix: str, block: Block) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
         """Return what a shard appends, valid until the next call. Raises DataError that names the document of a misplaced id or eod."""
         kept = block.lengths[block.lengths > int(self.is_closed)]
         lengths = kept if self.is_closed else kept + 1
@@ -145,21 +145,21 @@ class Turner:
         total = int(lengths.sum())
         if total > len(self._buffer):
             self._buffer = np.empty(total, self.dtype)
-        turned = self._buffer[:total]
-        bad = turn_into(
+        reversed_ids = self._buffer[:total]
+        bad = reverse_into(
             block.ids,
             block.lengths,
-            turned,
+            reversed_ids,
             is_closed=self.is_closed,
             eod_id=self.provenance.eod_id,
             vocab_size=self.provenance.vocab_size,
         )
         if bad >= 0:
-            raise DataError(self._fault(prefix, block, bad))
+            raise DataError(self._problem(prefix, block, bad))
         self.num_empty += len(block.lengths) - len(kept)
-        return turned, lengths.astype(np.int32)
+        return reversed_ids, lengths.astype(np.int32)
 
-    def _fault(self, prefix: str, block: Block, bad: int) -> str:
+    def _problem(self, prefix: str, block: Block, bad: int) -> str:
         document, found = block.document_at(bad), int(block.ids[bad])
         begin = int(block.lengths[: document - block.first].sum())
         is_last = bad - begin == block.lengths[document - block.first] - 1
@@ -200,17 +200,17 @@ def _reverse_ours(settings: ReverseSettings) -> ShardManifest:
         eod_token = (manifests[0].eod_token or None) if settings.eod_token is None else settings.eod_token
         tokenizer = load_tokenizer(settings.tokenizer, eod_token)
         tokenizer.provenance(before.direction).check_same(before, f"tokenizer {settings.tokenizer}", f"shard {prefixes[0]}")
-    turner = Turner(replace(before, direction=before.direction.other), manifests[0].dtype, is_closed=True)
+    reverser = ShardReverser(replace(before, direction=before.direction.other), manifests[0].dtype, is_closed=True)
 
     def blocks() -> Iterator[tuple[str, Block]]:
         for prefix, manifest in zip(prefixes, manifests, strict=True):
             yield from ((prefix, block) for block in shard_blocks(prefix, manifest))
 
-    with _writing(settings, turner) as writer:
-        _turn_all(writer, turner, blocks(), sum(manifest.num_tokens for manifest in manifests))
-        turned = writer.finalize(_joined_counts(manifests))
-    _log_result(settings.output_prefix, turned, len(prefixes), time.monotonic() - started)
-    return turned
+    with _writing(settings, reverser) as writer:
+        _reverse_all(writer, reverser, blocks(), sum(manifest.num_tokens for manifest in manifests))
+        result = writer.finalize(_joined_counts(manifests))
+    _log_result(settings.output_prefix, result, len(prefixes), time.monotonic() - started)
+    return result
 
 
 def _reverse_foreign(settings: ReverseSettings, prefixes: list[str]) -> ShardManifest:
@@ -230,21 +230,21 @@ def _reverse_foreign(settings: ReverseSettings, prefixes: list[str]) -> ShardMan
         " (as the first ones are)" if settings.eod == "auto" else " (--eod)",
     )
     dtype = choose_dtype("auto", tokenizer.vocab_size)
-    turner = Turner(tokenizer.provenance(before.other), dtype, is_closed=is_closed)
+    reverser = ShardReverser(tokenizer.provenance(before.other), dtype, is_closed=is_closed)
     counts = Counts(
         text_bytes=settings.text_bytes,
         tokenizer_path=printable(str(Path(settings.tokenizer).resolve())),
         eod_token=tokenizer.eod_token,
     )
-    with _writing(settings, turner) as writer:
+    with _writing(settings, reverser) as writer:
         total = sum(source.num_tokens for source in sources)
-        _turn_all(writer, turner, _foreign_blocks(sources, counts), total)
+        _reverse_all(writer, reverser, _foreign_blocks(sources, counts), total)
         if not writer.num_documents:
             raise DataError(f"{prefixes[0]} holds no document with a token; check --input")
-        counts.skipped = {NO_TOKENS: turner.num_empty} if turner.num_empty else {}
-        turned = writer.finalize(counts)
-    _log_result(settings.output_prefix, turned, len(prefixes), time.monotonic() - started)
-    return turned
+        counts.skipped = {NO_TOKENS: reverser.num_empty} if reverser.num_empty else {}
+        result = writer.finalize(counts)
+    _log_result(settings.output_prefix, result, len(prefixes), time.monotonic() - started)
+    return result
 
 
 def _foreign_blocks(sources: Sequence[IndexedFiles], counts: Counts) -> Iterator[tuple[str, Block]]:
@@ -269,14 +269,14 @@ def _ends_with_eod(sources: Sequence[IndexedFiles], eod_id: int) -> bool:
     return first is not None and first[0]
 
 
-def _writing(settings: ReverseSettings, turner: Turner) -> ShardWriter:
-    return ShardWriter(settings.output_prefix, turner.provenance, turner.dtype, overwrite=settings.overwrite)
+def _writing(settings: ReverseSettings, reverser: ShardReverser) -> ShardWriter:
+    return ShardWriter(settings.output_prefix, reverser.provenance, reverser.dtype, overwrite=settings.overwrite)
 
 
-def _turn_all(writer: ShardWriter, turner: Turner, blocks: Iterator[tuple[str, Block]], total: int) -> None:
+def _reverse_all(writer: ShardWriter, reverser: ShardReverser, blocks: Iterator[tuple[str, Block]], total: int) -> None:
     with tqdm(total=total, unit="token", unit_scale=True, desc="reverse", disable=None) as bar:
         for prefix, block in blocks:
-            writer.append(*turner.turn(prefix, block))
+            writer.append(*reverser.reverse(prefix, block))
             bar.update(block.ids.size)
 
 

@@ -241,7 +241,7 @@ class ShardWriter:
         return Path(f"{self._files[suffix]}.part")
 
     def append(self, packed: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
-        """Add what `direction.pack_documents` returned: ids [sum(lengths)] in model order and lengths [documents], eod included."""
+        """Add what `concatenate_documents` returned: ids [sum(lengths)] in model order and lengths [documents], eod included."""
         if packed.dtype != self.dtype:  # a cast would wrap around in silence
             raise TypeError(f"ids of type {packed.dtype} for a shard of {self.dtype}")
         if int(lengths.sum(dtype=np.int64)) != packed.size:

@@ -47,13 +47,13 @@ def verify_shard(prefix: str) -> list[str]:
     index = Index(prefix, manifest)
     if not index.is_readable:
         is_same = sha256_of(f"{prefix}.bin") == manifest.bin_sha256
-        return [*index.faults, *_size_faults(prefix, manifest, is_same), *([] if is_same else [_changed(prefix, ".bin")])]
+        return [*index.problems, *_size_problems(prefix, manifest, is_same), *([] if is_same else [_changed(prefix, ".bin")])]
     ids = IdScan(prefix, manifest)
     for stated in index.documents():
         ids.add(stated)
     ids.finish()
     targets = [_changed(prefix, TARGETS)] if manifest.pairs and not _has_its_targets(prefix, manifest) else []
-    return [*index.faults, *_size_faults(prefix, manifest, ids.is_same), *ids.faults, *targets]
+    return [*index.problems, *_size_problems(prefix, manifest, ids.is_same), *ids.problems, *targets]
 
 
 def _has_its_targets(prefix: str, manifest: ShardManifest) -> bool:
@@ -64,7 +64,7 @@ def _changed(prefix: str, suffix: str) -> str:
     return f"{prefix}{suffix} has not the sha256 of its manifest: its content was changed or damaged"
 
 
-def _size_faults(prefix: str, manifest: ShardManifest, is_same: bool) -> list[str]:
+def _size_problems(prefix: str, manifest: ShardManifest, is_same: bool) -> list[str]:
     """`is_same`: .bin has the sha256 of the manifest."""
     found = Path(f"{prefix}.bin").stat().st_size
     itemsize = np.dtype(manifest.dtype).itemsize
@@ -86,7 +86,7 @@ class Index:
     def __init__(self, prefix: str, manifest: ShardManifest) -> None:
         self.prefix = prefix
         self.itemsize = np.dtype(manifest.dtype).itemsize
-        self.faults: list[str] = []
+        self.problems: list[str] = []
         self.count = 0
         """Documents, by its own header."""
         path = f"{prefix}.idx"
@@ -94,33 +94,33 @@ class Index:
         self.is_readable = self._read_header(path, manifest, is_same)
         """Whether documents can be told from each other: header and size fit each other and the manifest's dtype."""
         if not is_same:
-            self.faults.append(_changed(prefix, ".idx"))
+            self.problems.append(_changed(prefix, ".idx"))
 
     def _read_header(self, path: str, manifest: ShardManifest, is_same: bool) -> bool:
         size = Path(path).stat().st_size
         with open(path, "rb") as stream:
             content = stream.read(HEADER.size)
         if len(content) < HEADER.size:
-            self.faults.append(f"{path} is truncated: it has {size} bytes, its header alone needs {HEADER.size}")
+            self.problems.append(f"{path} is truncated: it has {size} bytes, its header alone needs {HEADER.size}")
             return False
         header = HEADER.unpack(content)
         self.count = header[3]
         if header != shard_header(manifest.dtype, self.count):
-            self.faults.append(f"{path} has the header {header}, which is not that of a shard of {manifest.dtype} ids")
+            self.problems.append(f"{path} has the header {header}, which is not that of a shard of {manifest.dtype} ids")
             return False
         needed = index_bytes(self.count, self.count)
         if size != needed:
             state = "truncated" if size < needed else "too long"
-            self.faults.append(f"{path} is {state}: it has {size:,} bytes, its {self.count:,} documents need {needed:,}")
+            self.problems.append(f"{path} is {state}: it has {size:,} bytes, its {self.count:,} documents need {needed:,}")
             return False
         if self.count != manifest.num_documents:
             said = f"{self.prefix}.json: num_documents is {manifest.num_documents:,}, but .idx holds {self.count:,} documents"
             whose = ", and its sha256 is right: the manifest was changed" if is_same else ": it is the .idx of another shard"
-            self.faults.append(said + whose)
+            self.problems.append(said + whose)
         return True
 
     def documents(self) -> Iterator[npt.NDArray[np.int64]]:
-        """Lengths of all documents, in blocks; what is wrong with them is added to `faults` when the last one was given."""
+        """Lengths of all documents, in blocks; what is wrong with them is added to `problems` when the last one was given."""
         stored: tuple[npt.NDArray[Any], ...] = map_index(f"{self.prefix}.idx", self.count, self.count)
         end, first_wrong = 0, [-1, -1, -1]
         for first in range(0, self.count, CHUNK_DOCUMENTS):
@@ -143,10 +143,10 @@ class Index:
         ]
         for part, document, text in zip(stored, first_wrong, words, strict=True):
             if document >= 0:
-                self.faults.append(f"{self.prefix}.idx: document {document} {text.format(f'{int(part[document]):,}')}")
+                self.problems.append(f"{self.prefix}.idx: document {document} {text.format(f'{int(part[document]):,}')}")
         size = Path(f"{self.prefix}.bin").stat().st_size
         if end * self.itemsize != size:
-            self.faults.append(
+            self.problems.append(
                 f"{self.prefix}.idx: the lengths do not add up to the ids of .bin: {end * self.itemsize:,} bytes, .bin has"
                 f" {size:,}; from the first wrong length on every document is shifted"
             )
@@ -177,7 +177,7 @@ class IdScan:
         self._position = 0
 
     @property
-    def faults(self) -> list[str]:
+    def problems(self) -> list[str]:
         """Found so far."""
         found = [
             f"{self.prefix}.bin: {finding.text}"

@@ -61,7 +61,7 @@ class CompletionsClient:
                 f" {self.shown(str(error))}; correct or unset them"
             ) from None
 
-    def ask(self, fields: dict[str, Any]) -> dict[str, Any]:
+    def request(self, fields: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to one request; a busy server and a broken connection are tried again.
 
         Raises TransientError after ATTEMPTS, DataError for a refusal and for an answer that is no JSON object, UsageError for a
@@ -77,7 +77,7 @@ class CompletionsClient:
             except (httpx.HTTPError, httpx.InvalidURL) as error:
                 raise DataError(f"{self.url}: {self.shown(str(error))}; see that it is a completions server") from None
             else:
-                if not _may_pass(response.status_code):
+                if not _is_transient(response.status_code):
                     return self._content(response)
                 reason = f"{response.status_code} {self.shown(response.content.decode('utf-8', 'replace'))}"
             if attempt + 1 < ATTEMPTS:
@@ -128,7 +128,7 @@ class KeyMask:
         self._shortest = min(len(self._key), SHORTEST_PART)
         self._starts = {form[i : i + self._shortest] for form in self._forms for i in range(len(form) - self._shortest + 1)}
 
-    def is_told_by(self, text: str) -> bool:
+    def is_contained_in(self, text: str) -> bool:
         """Return True if a text holds the whole key; a placeholder of less than 8 characters, such as EMPTY, is no secret."""
         return len(self._key) >= 8 and self._key in text
 
@@ -207,6 +207,6 @@ def _api_key() -> str | None:
     return key or None
 
 
-def _may_pass(status: int) -> bool:
+def _is_transient(status: int) -> bool:
     """Return True for the answer of a server that is busy, starting or failing for a while."""
     return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))

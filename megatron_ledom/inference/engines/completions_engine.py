@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
 from megatron_ledom.inference.engines.completions_client import CompletionsClient
-from megatron_ledom.inference.engines.engine import Path as AnswerPath
+from megatron_ledom.inference.engines.engine import PartialAnswer
 from megatron_ledom.inference.engines.remote_engine import RemoteEngine, seed_of
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.joint_tokenizer import WORD_MARK, JointTokenizer
@@ -77,42 +77,42 @@ class CompletionsEngine(RemoteEngine):
         self._client = CompletionsClient(url, timeout=timeout, key_over_http=key_over_http)
         self._model, self._batch_size, self._trusts_counts = model, batch_size, trust_token_counts
         super().__init__(folder, direction)
-        self._checks = AnswerChecks(self._client, model, self.tokenizer, self.stop_ids)
+        self._checks = CompletionChecks(self._client, model, self.tokenizer, self.stop_ids)
         self._lock, self._takes_ids_field, self._has_warned = Lock(), True, False
 
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:
         return self._at_once(self._logprobs_of, spans)
 
-    def _written(self, paths: list[AnswerPath], sampling: Sampling) -> list[tuple[str, int]]:
-        return self._at_once(lambda path: self._written_behind(path, sampling), paths)
+    def _written(self, answers: list[PartialAnswer], sampling: Sampling) -> list[tuple[str, int]]:
+        return self._at_once(lambda answer: self._written_after(answer, sampling), answers)
 
-    def _written_behind(self, path: AnswerPath, sampling: Sampling) -> tuple[str, int]:
-        max_tokens = sampling.max_new_tokens - path.num_tokens
-        answer = self._ask(
-            self.prompt_ids(path),
+    def _written_after(self, answer: PartialAnswer, sampling: Sampling) -> tuple[str, int]:
+        max_tokens = sampling.max_new_tokens - answer.num_tokens
+        completion = self._request(
+            self.prompt_ids(answer),
             max_tokens=max_tokens,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            seed=seed_of(path),
+            seed=seed_of(answer),
             **({"top_k": sampling.top_k} if sampling.top_k else {}),
         )
-        return self._checks.text(answer, path.prompt + path.text, max_tokens), answer.completion_tokens
+        return self._checks.text(completion, answer.prompt + answer.text, max_tokens), completion.completion_tokens
 
     def _logprobs_of(self, span: Span) -> list[float]:
         if len(span.tokens) == span.num_context:
             return []
         asked = {"max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
         try:
-            answer = self._ask(span.tokens, **asked, **({IDS_AS_TOKENS: True} if self._takes_ids_field else {}))
+            completion = self._request(span.tokens, **asked, **({IDS_AS_TOKENS: True} if self._takes_ids_field else {}))
         except DataError as error:
             if IDS_AS_TOKENS not in str(error):
                 raise
             self._takes_ids_field = False
-            answer = self._ask(span.tokens, **asked)
-        values, is_told = self._checks.prompt_logprobs(answer, span.tokens)
-        if not is_told and not self._trusts_counts:
+            completion = self._request(span.tokens, **asked)
+        values, is_named = self._checks.prompt_logprobs(completion, span.tokens)
+        if not is_named and not self._trusts_counts:
             raise self._checks.unnamed()
-        if not is_told:
+        if not is_named:
             self._warn_once()
         return values[span.num_context - 1 :]
 
@@ -133,19 +133,19 @@ class CompletionsEngine(RemoteEngine):
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)  # the others would fail likewise, after as many pauses
                 raise
-        self.spent.seconds += time.monotonic() - start
+        self.usage.seconds += time.monotonic() - start
         return results
 
-    def _ask(self, prompt: list[int], *, max_tokens: int, **fields: Any) -> Completion:
+    def _request(self, prompt: list[int], *, max_tokens: int, **fields: Any) -> Completion:
         """One request; the tokens of prompt and completion are added to what was spent."""
-        answer = self._client.ask({"model": self._model, "n": 1, "prompt": prompt, "max_tokens": max_tokens, **fields})
-        completion = self._checks.completion(answer, prompt, max_tokens)
+        response = self._client.request({"model": self._model, "n": 1, "prompt": prompt, "max_tokens": max_tokens, **fields})
+        completion = self._checks.completion(response, prompt, max_tokens)
         with self._lock:
-            self.spent.tokens += completion.prompt_tokens + completion.completion_tokens
+            self.usage.tokens += completion.prompt_tokens + completion.completion_tokens
         return completion
 
 
-class AnswerChecks:
+class CompletionChecks:
     """Checks against what was asked; every refusal names the server. `tokenizer` and `stop_ids` are those of the folder here.
 
     client: knows the server's address, and hides the API key in what the server says.
@@ -156,17 +156,17 @@ class AnswerChecks:
         self._pieces = {id_: piece for piece, id_ in tokenizer.vocab.items()}
         self._ends = [self._pieces[id_] for id_ in stop_ids if id_ in self._pieces]
 
-    def completion(self, answer: dict[str, Any], prompt: list[int], max_tokens: int) -> Completion:
+    def completion(self, response: dict[str, Any], prompt: list[int], max_tokens: int) -> Completion:
         """Return the one choice of an answer to `prompt` (ids); refuse another model, other counts and several choices."""
-        model = answer.get("model")
+        model = response.get("model")
         if isinstance(model, str) and model and model != self._model:
             raise self._refusal(
                 f"for the model {self._quoted(model, 200)}, asked for was {self._model!r}",
                 "name it by --forward-served-as or --reverse-served-as, if it is the right one",
             )
-        choices, used = answer.get("choices"), answer.get("usage")
+        choices, used = response.get("choices"), response.get("usage")
         if not choices or not isinstance(choices, list) or not isinstance(used, dict):
-            raise self._refusal(f"without choices and usage ({self._quoted(str(answer), 200)})", "is it /v1/completions?")
+            raise self._refusal(f"without choices and usage ({self._quoted(str(response), 200)})", "is it /v1/completions?")
         if len(choices) != 1 or not isinstance(choices[0], dict) or choices[0].get("index") not in (None, 0):
             indices = [choice.get("index") if isinstance(choice, dict) else choice for choice in choices]
             raise self._refusal(
@@ -212,7 +212,7 @@ class AnswerChecks:
             raise self._refusal(
                 f"that writes the token {end!r} as text", "let the server leave special tokens out of its texts"
             )
-        if self._client.mask.is_told_by(text):
+        if self._client.mask.is_contained_in(text):
             raise self._refusal("whose text holds the API key", "use another server, and replace the key")
         return text
 
@@ -229,7 +229,9 @@ class AnswerChecks:
                 "scores need a server that supports echo with logprobs and max_tokens=0, and adds no BOS",
             )
         values = [self._logprob(value, position) for position, value in enumerate(found[1:], 1)]
-        return values, self._tells_tokens(completion.choice.get("prompt_token_ids") == prompt, logprobs.get("tokens"), prompt)
+        return values, self._names_all_tokens(
+            completion.choice.get("prompt_token_ids") == prompt, logprobs.get("tokens"), prompt
+        )
 
     def unnamed(self) -> DataError:
         """Return the refusal of a server that does not say which tokens it scored."""
@@ -250,7 +252,7 @@ class AnswerChecks:
             )
         return min(0.0, float(value))
 
-    def _tells_tokens(self, has_ids: bool, names: Any, prompt: list[int]) -> bool:
+    def _names_all_tokens(self, has_ids: bool, names: Any, prompt: list[int]) -> bool:
         """Refuse tokens of the prompt other than those that were sent; returns False where the server leaves one untold.
 
         Names count as none where they are all the same while the ids are not. The name of a special token, of white space and of
@@ -260,10 +262,10 @@ class AnswerChecks:
             return has_ids
         if len(names) != len(prompt):
             raise self._refusal(f"with {len(names)} tokens for a prompt of {len(prompt)} ids", "use another server")
-        num_compared, num_untold = 0, 0
+        num_compared, num_unnamed = 0, 0
         for position, (name, id_) in enumerate(zip(names, prompt, strict=True)):
             if not isinstance(name, str) or not _is_whole(name):
-                num_untold += not isinstance(name, str) or self._has_whole_text(id_)
+                num_unnamed += not isinstance(name, str) or self._has_whole_text(id_)
                 continue
             num_compared += 1
             if not self._names(name, id_):
@@ -271,7 +273,7 @@ class AnswerChecks:
                     f"whose token {position} of the prompt is {self._quoted(name, 40)}; sent was id {id_}, {self._pieces.get(id_)!r}",
                     "a server that adds tokens in front or has another tokenizer gives other probabilities: turn that off there",
                 )
-        return has_ids or (num_compared > 0 and not num_untold)
+        return has_ids or (num_compared > 0 and not num_unnamed)
 
     def _has_whole_text(self, id_: int) -> bool:
         """Return True for an id that a server can name by its text: no special token, white space or part of a character."""

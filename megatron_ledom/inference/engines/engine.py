@@ -14,7 +14,7 @@ from typing import Any
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
 from megatron_ledom.inference.generation import Sampling
-from megatron_ledom.inference.scoring import SpanScore, Spent
+from megatron_ledom.inference.scoring import SpanScore, TokenUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +62,11 @@ class StepDelimiter:
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
+class PartialAnswer:
     """An answer to a prompt as far as it is written.
 
     finished: the model ended it or the token limit cut it. num_tokens: written by the model. forward_logprob: the sum of
-    log P_F of these tokens as they were sampled, without temperature; None where the engine does not tell. key: names the path's
+    log P_F of these tokens as they were sampled, without temperature; None where the engine does not tell. key: names the answer's
     own random numbers, which depend on nothing else in the batch. state: the engine's own.
     """
 
@@ -78,8 +78,8 @@ class Path:
     forward_logprob: float | None = 0.0
     state: Any = field(default=None, repr=False, compare=False)
 
-    def child(self, number: int) -> "Path":
-        """Return this path as its child `number`. The first goes on with the path's own random numbers, so that an
+    def child(self, number: int) -> "PartialAnswer":
+        """Return this answer as its child `number`. The first goes on with the answer's own random numbers, so that an
         answer comes out the same whether it is written at once or step by step."""
         if not self.num_tokens:
             return replace(self, key=f"{self.key}/{number}")
@@ -98,7 +98,7 @@ class Engine(ABC):
     """
 
     def __init__(self, direction: Direction) -> None:
-        self.direction, self.spent = direction, Spent()
+        self.direction, self.usage = direction, TokenUsage()
 
     @abstractmethod
     def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
@@ -108,28 +108,32 @@ class Engine(ABC):
         Equal pairs are computed once."""
 
     @abstractmethod
-    def score_fault(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
+    def score_problem(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
         """Return why `score` would refuse a pair as too long for the model, None where it fits. Costs no pass."""
 
     @abstractmethod
-    def growth_fault(self, text: str, num_new_tokens: int) -> str | None:
+    def growth_problem(self, text: str, num_new_tokens: int) -> str | None:
         """Return why the model has no room for a text and `num_new_tokens` beside it, None where it has. Costs no pass."""
 
     @abstractmethod
-    def _grow(self, paths: Sequence[Path], num: int, delimiter: StepDelimiter | None, sampling: Sampling) -> list[list[Path]]:
-        """Return `num` continuations of each path, by one step or, without a delimiter, to its end; a finished path is its own only
+    def _grow(
+        self, answers: Sequence[PartialAnswer], num: int, delimiter: StepDelimiter | None, sampling: Sampling
+    ) -> list[list[PartialAnswer]]:
+        """Return `num` continuations of each answer, by one step or, without a delimiter, to its end; a finished answer is its own only
         one."""
 
-    def sample(self, roots: Sequence[Path], sampling: Sampling) -> list[list[Path]]:
-        """Return `sampling.num_return_sequences` whole answers for each root (a Path without text)."""
+    def sample(self, starts: Sequence[PartialAnswer], sampling: Sampling) -> list[list[PartialAnswer]]:
+        """Return `sampling.num_return_sequences` whole answers for each of `starts` (a PartialAnswer without text)."""
         self._check_writes(sampling)
-        return self._grow(roots, sampling.num_return_sequences, None, sampling)
+        return self._grow(starts, sampling.num_return_sequences, None, sampling)
 
-    def expand(self, paths: Sequence[Path], num: int, delimiter: StepDelimiter, sampling: Sampling) -> list[list[Path]]:
-        """Return `num` continuations of each path by one step, which ends at the delimiter, at eod or at `max_new_tokens` of the
+    def expand(
+        self, answers: Sequence[PartialAnswer], num: int, delimiter: StepDelimiter, sampling: Sampling
+    ) -> list[list[PartialAnswer]]:
+        """Return `num` continuations of each answer by one step, which ends at the delimiter, at eod or at `max_new_tokens` of the
         whole answer."""
         self._check_writes(sampling)
-        return self._grow(paths, num, delimiter, sampling)
+        return self._grow(answers, num, delimiter, sampling)
 
     def _check_writes(self, sampling: Sampling) -> None:
         """Refuse stop strings, since steps end at a StepDelimiter, and a reverse model."""
@@ -139,23 +143,23 @@ class Engine(ABC):
             raise UsageError("a reverse model writes what precedes a text, not answers; give the forward model to sample from")
 
 
-class Meter:
+class UsageMeter:
     """Counts what a forward and a reverse engine spend from now on."""
 
     def __init__(self, forward: Engine, reverse: Engine) -> None:
         self._forward, self._reverse = forward, reverse
-        self._begin = (forward.spent.tokens, reverse.spent.tokens, time.monotonic())
+        self._begin = (forward.usage.tokens, reverse.usage.tokens, time.monotonic())
 
-    def spent(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, Any]:
         """Return the tokens of both, and seconds."""
         forward, reverse, start = self._begin
         tokens = {
-            "forward_tokens": self._forward.spent.tokens - forward,
-            "reverse_tokens": self._reverse.spent.tokens - reverse,
+            "forward_tokens": self._forward.usage.tokens - forward,
+            "reverse_tokens": self._reverse.usage.tokens - reverse,
         }
         return {**tokens, "seconds": time.monotonic() - start}
 
 
-def root(prompt: str, sampling: Sampling, salt: int = 0) -> Path:
-    """The Path from which answers to `prompt` grow; `salt` (a record's number) sets equal prompts apart."""
-    return Path(prompt, f"{sampling.seed or 0}/{salt}")
+def empty_answer(prompt: str, sampling: Sampling, salt: int = 0) -> PartialAnswer:
+    """The PartialAnswer from which answers to `prompt` grow; `salt` (a record's number) sets equal prompts apart."""
+    return PartialAnswer(prompt, f"{sampling.seed or 0}/{salt}")

@@ -1,6 +1,6 @@
 """The engine that runs a transformers model in this process; answers are written step by step with the stock `generate`.
 
-A path keeps the keys and values of what it has read, so that a prompt is read once for all of its answers and a step continues
+An answer keeps the keys and values of what it has read, so that a prompt is read once for all of its answers and a step continues
 where the last one ended. Shapes: B rows, S positions, V ids, H heads, D width of a head.
 """
 
@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from megatron_ledom.errors import DataError
-from megatron_ledom.inference.engines.engine import Engine, Path, StepDelimiter
+from megatron_ledom.inference.engines.engine import Engine, PartialAnswer, StepDelimiter
 from megatron_ledom.inference.generation import Sampling, Writer
-from megatron_ledom.inference.joint_tokenizer import OpenText
+from megatron_ledom.inference.joint_tokenizer import HealedPrompt
 from megatron_ledom.inference.language_model import LanguageModel
 from megatron_ledom.inference.scoring import SpanScore, check_batch_size, naming_text, no_room
 
@@ -35,9 +35,9 @@ Cache = list[tuple[torch.Tensor, torch.Tensor]]
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """opened: the prompt. written: ids since then, model order. cache: of all tokens but the last, or None: not computed."""
+    """healed: the prompt. written: ids since then, model order. cache: of all tokens but the last, or None: not computed."""
 
-    opened: OpenText
+    healed: HealedPrompt
     written: tuple[int, ...] = ()
     cache: Cache | None = None
 
@@ -56,48 +56,55 @@ class TransformersEngine(Engine):
 
     def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
         """See `Engine.score`. Rows of similar length share a batch."""
-        return self._lm.span_scores(list(pairs), include_end, self._batch_size, spent=self.spent)
+        return self._lm.span_scores(list(pairs), include_end, self._batch_size, usage=self.usage)
 
-    def score_fault(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
-        """See `Engine.score_fault`."""
-        return self._lm.score_fault(pair, include_end)
+    def score_problem(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
+        """See `Engine.score_problem`."""
+        return self._lm.score_problem(pair, include_end)
 
-    def growth_fault(self, text: str, num_new_tokens: int) -> str | None:
-        """See `Engine.growth_fault`."""
-        return self._lm.growth_fault(text, num_new_tokens)
+    def growth_problem(self, text: str, num_new_tokens: int) -> str | None:
+        """See `Engine.growth_problem`."""
+        return self._lm.growth_problem(text, num_new_tokens)
 
     @torch.inference_mode()
-    def _grow(self, paths: Sequence[Path], num: int, delimiter: StepDelimiter | None, sampling: Sampling) -> list[list[Path]]:
+    def _grow(
+        self, answers: Sequence[PartialAnswer], num: int, delimiter: StepDelimiter | None, sampling: Sampling
+    ) -> list[list[PartialAnswer]]:
         start = time.monotonic()
-        opened = [self._opened(path) for path in paths]
-        rows = [(index, path.child(number)) for index, path in enumerate(opened) if not path.finished for number in range(num)]
-        grown: list[list[Path]] = [[path] if path.finished else [] for path in opened]
+        started = [self._started(answer) for answer in answers]
+        rows = [
+            (index, answer.child(number))
+            for index, answer in enumerate(started)
+            if not answer.finished
+            for number in range(num)
+        ]
+        grown: list[list[PartialAnswer]] = [[answer] if answer.finished else [] for answer in started]
         caches: dict[int, Cache] = {}
         for begin in range(0, len(rows), self._batch_size):
             batch = rows[begin : begin + self._batch_size]
-            caches = self._caches({index: opened[index] for index, _ in batch}, caches)
-            written = self._write([path for _, path in batch], [caches[index] for index, _ in batch], delimiter, sampling)
-            for (index, _), path in zip(batch, written, strict=True):
-                grown[index].append(path)
-        self.spent.seconds += time.monotonic() - start
+            caches = self._caches({index: started[index] for index, _ in batch}, caches)
+            written = self._write([answer for _, answer in batch], [caches[index] for index, _ in batch], delimiter, sampling)
+            for (index, _), answer in zip(batch, written, strict=True):
+                grown[index].append(answer)
+        self.usage.seconds += time.monotonic() - start
         return grown
 
-    def _opened(self, path: Path) -> Path:
-        if path.state is not None:
-            return path
-        opened = self._lm.tokenizer.open_text(path.prompt, self.direction)
-        if not self._lm.leading_ids + opened.tokens:
+    def _started(self, answer: PartialAnswer) -> PartialAnswer:
+        if answer.state is not None:
+            return answer
+        healed = self._lm.tokenizer.heal_prompt(answer.prompt, self.direction)
+        if not self._lm.leading_ids + healed.tokens:
             raise DataError("a prompt yields no token, so nothing conditions an answer; pass other text")
-        return replace(path, state=_State(opened))
+        return replace(answer, state=_State(healed))
 
-    def _tokens(self, path: Path) -> list[int]:
-        return [*self._lm.leading_ids, *path.state.opened.tokens, *path.state.written]
+    def _tokens(self, answer: PartialAnswer) -> list[int]:
+        return [*self._lm.leading_ids, *answer.state.healed.tokens, *answer.state.written]
 
-    def _caches(self, paths: dict[int, Path], known: dict[int, Cache]) -> dict[int, Cache]:
-        """The cache of each path: its own, one of `known`, or computed now; paths of any length in one batch."""
-        caches = {index: path.state.cache or known.get(index) for index, path in paths.items()}
+    def _caches(self, answers: dict[int, PartialAnswer], known: dict[int, Cache]) -> dict[int, Cache]:
+        """The cache of each answer: its own, one of `known`, or computed now; answers of any length in one batch."""
+        caches = {index: answer.state.cache or known.get(index) for index, answer in answers.items()}
         missing = [index for index, cache in caches.items() if cache is None]
-        read = [self._tokens(paths[index])[:-1] for index in missing]
+        read = [self._tokens(answers[index])[:-1] for index in missing]
         longest = max(map(len, read), default=0)
         if not longest:
             return {index: cache or [] for index, cache in caches.items()}
@@ -105,38 +112,40 @@ class TransformersEngine(Engine):
         for row, tokens in enumerate(read):
             input_ids[row, : len(tokens)] = torch.tensor(tokens)
         output = self._lm.model(input_ids=input_ids.to(self._lm.model.device), use_cache=True, logits_to_keep=1)
-        self.spent.tokens += sum(map(len, read))
+        self.usage.tokens += sum(map(len, read))
         for row, index in enumerate(missing):
             caches[index] = _row_of(output.past_key_values, row, 0, len(read[row]))
         return {index: cache or [] for index, cache in caches.items()}
 
-    def _write(self, paths: list[Path], caches: list[Cache], delimiter: StepDelimiter | None, sampling: Sampling) -> list[Path]:
-        """One step of each path, or all of it without a delimiter.
+    def _write(
+        self, answers: list[PartialAnswer], caches: list[Cache], delimiter: StepDelimiter | None, sampling: Sampling
+    ) -> list[PartialAnswer]:
+        """One step of each answer, or all of it without a delimiter.
 
         A batch is divided where it has no room although each of its rows has: the longest row and the one that has most to write
         may be two.
         """
         model, writer = self._lm.model, self._lm.writer
-        tokens = [self._tokens(path) for path in paths]
+        tokens = [self._tokens(answer) for answer in answers]
         longest = max(map(len, tokens))
-        loose = [path.state.opened.loose if not path.state.written else b"" for path in paths]
-        limits = [sampling.max_new_tokens - path.num_tokens for path in paths]
-        num_given = longest + max(map(len, loose))
-        if len(paths) > 1 and no_room(num_given, max(limits), self._lm.num_positions, self.direction):
-            middle = len(paths) // 2
+        trimmed = [answer.state.healed.trimmed if not answer.state.written else b"" for answer in answers]
+        limits = [sampling.max_new_tokens - answer.num_tokens for answer in answers]
+        num_given = longest + max(map(len, trimmed))
+        if len(answers) > 1 and no_room(num_given, max(limits), self._lm.num_positions, self.direction):
+            middle = len(answers) // 2
             return [
-                *self._write(paths[:middle], caches[:middle], delimiter, sampling),
-                *self._write(paths[middle:], caches[middle:], delimiter, sampling),
+                *self._write(answers[:middle], caches[:middle], delimiter, sampling),
+                *self._write(answers[middle:], caches[middle:], delimiter, sampling),
             ]
         writer.check_length(num_given, max(limits))
-        choice = _Choice(writer, paths, loose, limits, sampling, longest)
+        choice = _Choice(writer, answers, trimmed, limits, sampling, longest)
         end = _EndOfStep(choice, delimiter)
         with naming_text(self._lm.tokenizer, self.direction):
             output = model.generate(
                 **writer.padded(tokens),
                 past_key_values=_padded_cache(caches, longest - 1),
                 generation_config=GenerationConfig(
-                    max_new_tokens=max(limits) + max(map(len, loose)),
+                    max_new_tokens=max(limits) + max(map(len, trimmed)),
                     eos_token_id=self._lm.stop_ids,
                     pad_token_id=self._lm.stop_ids[0],
                     do_sample=False,
@@ -146,25 +155,27 @@ class TransformersEngine(Engine):
                 logits_processor=LogitsProcessorList([choice]),
                 stopping_criteria=StoppingCriteriaList([end]),
             )
-        self.spent.tokens += sum(map(len, choice.new_ids))
-        return [self._grown(path, choice, row, longest, delimiter, output.past_key_values) for row, path in enumerate(paths)]
+        self.usage.tokens += sum(map(len, choice.new_ids))
+        return [
+            self._grown(answer, choice, row, longest, delimiter, output.past_key_values) for row, answer in enumerate(answers)
+        ]
 
     def _grown(
-        self, path: Path, choice: "_Choice", row: int, longest: int, delimiter: StepDelimiter | None, cache: Any
-    ) -> Path:
+        self, answer: PartialAnswer, choice: "_Choice", row: int, longest: int, delimiter: StepDelimiter | None, cache: Any
+    ) -> PartialAnswer:
         new_ids = choice.new_ids[row]
         stopped = bool(new_ids) and new_ids[-1] in self._lm.stop_ids
         kept_ids = new_ids[:-1] if stopped else new_ids
         finished = stopped or choice.num_written(row) >= choice.limits[row]
-        written = (*path.state.written, *kept_ids)
-        state = _State(path.state.opened, written)
+        written = (*answer.state.written, *kept_ids)
+        state = _State(answer.state.healed, written)
         if delimiter is not None and not finished:
-            begin = longest - len(self._tokens(path))
+            begin = longest - len(self._tokens(answer))
             state = replace(state, cache=_row_of(cache, row, begin, longest + len(kept_ids) - 1))
-        logprob = sum(choice.logprobs[row]) + (path.forward_logprob or 0.0)
-        num_tokens = path.num_tokens + choice.num_written(row) - stopped
-        text = self._lm.writer.written_text(list(written), path.state.opened, stopped=stopped)
-        return replace(path, text=text, finished=finished, num_tokens=num_tokens, forward_logprob=logprob, state=state)
+        logprob = sum(choice.logprobs[row]) + (answer.forward_logprob or 0.0)
+        num_tokens = answer.num_tokens + choice.num_written(row) - stopped
+        text = self._lm.writer.written_text(list(written), answer.state.healed, stopped=stopped)
+        return replace(answer, text=text, finished=finished, num_tokens=num_tokens, forward_logprob=logprob, state=state)
 
 
 class _Choice(LogitsProcessor):  # type: ignore[misc]
@@ -174,14 +185,20 @@ class _Choice(LogitsProcessor):  # type: ignore[misc]
     """
 
     def __init__(
-        self, writer: Writer, paths: list[Path], loose: list[bytes], limits: list[int], sampling: Sampling, num_given: int
+        self,
+        writer: Writer,
+        answers: list[PartialAnswer],
+        trimmed: list[bytes],
+        limits: list[int],
+        sampling: Sampling,
+        num_given: int,
     ) -> None:
-        self.paths, self.limits, self.writer = paths, limits, writer
-        self.new_ids: list[list[int]] = [[] for _ in paths]
-        self.logprobs: list[list[float]] = [[] for _ in paths]
-        self.is_done = [False] * len(paths)
-        self._spell = writer.spell_processor(loose, num_given)
-        self._loose, self._is_greedy = loose, sampling.temperature == 0
+        self.answers, self.limits, self.writer = answers, limits, writer
+        self.new_ids: list[list[int]] = [[] for _ in answers]
+        self.logprobs: list[list[float]] = [[] for _ in answers]
+        self.is_done = [False] * len(answers)
+        self._healing = writer.healing_processor(trimmed, num_given)
+        self._trimmed, self._is_greedy = trimmed, sampling.temperature == 0
         self._warpers = LogitsProcessorList()
         if not self._is_greedy:
             self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
@@ -195,12 +212,15 @@ class _Choice(LogitsProcessor):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """input_ids [B, S], scores [B, V]; returns 0 for the chosen id of each row, -inf for all others."""
         logprobs_BV = torch.log_softmax(scores.float(), dim=-1)
-        warped_BV = self._warpers(input_ids, self._spell(input_ids, scores).float())
+        warped_BV = self._warpers(input_ids, self._healing(input_ids, scores).float())
         if self._is_greedy:
             chosen_B = warped_BV.argmax(dim=-1)
         else:
             cumulated_BV = torch.softmax(warped_BV, dim=-1).double().cumsum(dim=-1)
-            draws = [path.draw(len(path.state.written) + len(new)) for path, new in zip(self.paths, self.new_ids, strict=True)]
+            draws = [
+                answer.draw(len(answer.state.written) + len(new))
+                for answer, new in zip(self.answers, self.new_ids, strict=True)
+            ]
             threshold_B1 = torch.tensor(draws, dtype=torch.double, device=scores.device)[:, None] * cumulated_BV[:, -1:]
             chosen_B = torch.searchsorted(cumulated_BV, threshold_B1, right=True)[:, 0].clamp(max=scores.shape[1] - 1)
         chosen = chosen_B.tolist()
@@ -208,7 +228,7 @@ class _Choice(LogitsProcessor):  # type: ignore[misc]
         for row, (token, value) in enumerate(zip(chosen, values, strict=True)):
             if not self.is_done[row]:
                 self.new_ids[row].append(token)
-                if self.writer.counts_as_new(self.new_ids[row], self._loose[row]):
+                if self.writer.counts_as_new(self.new_ids[row], self._trimmed[row]):
                     self.logprobs[row].append(value)
         return torch.full_like(scores, -torch.inf).scatter(1, chosen_B[:, None], 0.0)
 
@@ -222,19 +242,19 @@ class _EndOfStep(StoppingCriteria):  # type: ignore[misc]
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
         """Return which rows [B] are done."""
         choice = self._choice
-        for row in range(len(choice.paths)):
+        for row in range(len(choice.answers)):
             if not choice.is_done[row]:
                 choice.is_done[row] = self._ends(row)
         return torch.tensor(choice.is_done, device=input_ids.device)
 
     def _ends(self, row: int) -> bool:
-        choice, path, new_ids = self._choice, self._choice.paths[row], self._choice.new_ids[row]
+        choice, answer, new_ids = self._choice, self._choice.answers[row], self._choice.new_ids[row]
         if choice.num_written(row) >= choice.limits[row] or new_ids[-1] in choice.writer.stop_ids:
             return True
         if self._delimiter is None or not choice.num_written(row):
             return False
-        ids = [*path.state.written, *new_ids]
-        step = choice.writer.written_text(ids, path.state.opened, stopped=False)[len(path.text) :]
+        ids = [*answer.state.written, *new_ids]
+        step = choice.writer.written_text(ids, answer.state.healed, stopped=False)[len(answer.text) :]
         return self._delimiter.end_of_step(step) is not None or bool(step.strip() and new_ids[-1] in self._delimiter.token_ids)
 
 

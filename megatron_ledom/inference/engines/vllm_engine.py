@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import UsageError
-from megatron_ledom.inference.engines.engine import Path as AnswerPath
+from megatron_ledom.inference.engines.engine import PartialAnswer
 from megatron_ledom.inference.engines.remote_engine import RemoteEngine, seed_of
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.scoring import Span
@@ -38,24 +38,24 @@ class VllmEngine(RemoteEngine):
         ]
         return [[float(by_id[token].logprob) for token, by_id in found] for found in scored]
 
-    def _written(self, paths: list[AnswerPath], sampling: Sampling) -> list[tuple[str, int]]:
+    def _written(self, answers: list[PartialAnswer], sampling: Sampling) -> list[tuple[str, int]]:
         params = [
             self._vllm.SamplingParams(
-                max_tokens=sampling.max_new_tokens - path.num_tokens,
+                max_tokens=sampling.max_new_tokens - answer.num_tokens,
                 temperature=sampling.temperature,
                 top_p=sampling.top_p,
                 top_k=sampling.top_k,
-                seed=seed_of(path),
+                seed=seed_of(answer),
                 stop_token_ids=self.stop_ids,
             )
-            for path in paths
+            for answer in answers
         ]
-        outputs = self._generate([self.prompt_ids(path) for path in paths], params)
+        outputs = self._generate([self.prompt_ids(answer) for answer in answers], params)
         return [(output.outputs[0].text, len(output.outputs[0].token_ids)) for output in outputs]
 
     def _generate(self, prompts: list[list[int]], params: list[Any]) -> list[Any]:
         start = time.monotonic()
         outputs = self._llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False) if prompts else []
-        self.spent.tokens += sum(len(o.prompt_token_ids) + len(o.outputs[0].token_ids) for o in outputs)
-        self.spent.seconds += time.monotonic() - start
+        self.usage.tokens += sum(len(o.prompt_token_ids) + len(o.outputs[0].token_ids) for o in outputs)
+        self.usage.seconds += time.monotonic() - start
         return list(outputs)

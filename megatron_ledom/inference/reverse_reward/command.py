@@ -14,14 +14,14 @@ from megatron_ledom.inference.engines.vllm_engine import VllmEngine
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.language_model import ForwardLM, ReverseLM
 from megatron_ledom.inference.model_folder import (
-    SAY_REVERSE_EOD,
+    RERANK_OPTIONS,
     check_unchanged,
     folder_facts,
     read_model_config,
     surroundings,
 )
 from megatron_ledom.inference.reverse_reward.beam_search import BeamSettings
-from megatron_ledom.inference.reverse_reward.rerank_part import spent_file
+from megatron_ledom.inference.reverse_reward.rerank_part import usage_file
 from megatron_ledom.inference.reverse_reward.reranking import SKIP, RerankSettings, rerank_file
 from megatron_ledom.inference.reverse_reward.reward import RewardSettings
 from megatron_ledom.inference.scoring import check_batch_size
@@ -64,14 +64,14 @@ def rerank_command(options: Options) -> None:
     }
     paths = (options["input"], options["output"])
     rerank_file(engines, *paths, settings, made_by=made_by, overwrite=options["overwrite"])
-    print(told(Path(options["output"])), file=sys.stderr)
+    print(summary_of(Path(options["output"])), file=sys.stderr)
     if warning := skip_warning(Path(options["output"])):
         print(warning, file=sys.stderr)
 
 
-def told(output: Path) -> str:
+def summary_of(output: Path) -> str:
     """Return what was done for a complete output, in one sentence, from the notes beside it."""
-    notes = spent_file(output)
+    notes = usage_file(output)
     spent = json.loads(notes.read_text(encoding="utf-8"))
     settings = spent["made_by"]["settings"]
     skipped = [
@@ -89,7 +89,7 @@ def told(output: Path) -> str:
 
 def skip_warning(output: Path) -> str | None:
     """Return the warning of a complete output whose candidates were skipped in part, with their share; None if none was."""
-    spent = json.loads(spent_file(output).read_text(encoding="utf-8"))
+    spent = json.loads(usage_file(output).read_text(encoding="utf-8"))
     num_skipped, num_candidates = spent["num_skipped"], spent["num_candidates"]
     if not num_skipped:
         return None
@@ -143,7 +143,7 @@ def _engine(options: Options, direction: Direction) -> Engine:
         return TransformersEngine(ForwardLM.from_pretrained(folder), options["batch_size"])
     eod_id = options["reverse_eod_id"]  # a folder for which it is given records no direction either
     asked = None if eod_id is None else str(direction)
-    reverse = ReverseLM.from_pretrained(folder, direction=asked, eod_id=eod_id, say=SAY_REVERSE_EOD)
+    reverse = ReverseLM.from_pretrained(folder, direction=asked, eod_id=eod_id, option_names=RERANK_OPTIONS)
     return TransformersEngine(reverse, options["batch_size"])
 
 

@@ -31,7 +31,7 @@ MOST_DIGITS = 100_000
 class Record:
     """One line of a reranking file; `fields` are all its fields as read.
 
-    faults: of each given candidate, why it gets no score, or None. prompt_fault: why nothing can be written for the prompt. A line
+    problems: of each given candidate, why it gets no score, or None. prompt_problem: why nothing can be written for the prompt. A line
     whose prompt an earlier reranking skipped has no candidates and stays skipped, with the same reason.
     """
 
@@ -40,8 +40,8 @@ class Record:
     prompt: str
     candidates: list[Candidate] | None
     fields: dict[str, Any]
-    faults: tuple[str | None, ...] = ()
-    prompt_fault: str | None = None
+    problems: tuple[str | None, ...] = ()
+    prompt_problem: str | None = None
 
     @property
     def was_skipped(self) -> bool:
@@ -114,7 +114,7 @@ def _parse_record(line: bytes, number: int, where: str, sampled: bool) -> Record
         return Record(number, where, prompt, None, _writable(fields, where))
     skipped = fields.get("skipped")
     if given == [] and isinstance(skipped, str):
-        return Record(number, where, prompt, [], _writable(fields, where), prompt_fault=skipped)
+        return Record(number, where, prompt, [], _writable(fields, where), prompt_problem=skipped)
     if not isinstance(given, list) or not given:
         raise DataError(
             f'{where}: expected a list of at least one answer under "candidates"; add one, or pass --sample N to'

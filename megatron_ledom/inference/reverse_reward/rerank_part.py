@@ -24,7 +24,7 @@ class Window:
     """The output of consecutive lines, and what they cost: the fields of SUMS."""
 
     lines: list[dict[str, Any]]
-    spent: dict[str, float]
+    usage: dict[str, float]
 
     def counts(self) -> dict[str, int]:
         """Return the fields of COUNTS."""
@@ -36,12 +36,12 @@ class Window:
         }
 
 
-def spent_file(output: str | Path) -> Path:
+def usage_file(output: str | Path) -> Path:
     """Return the file beside an output, behind its link if it is one, which tells how it was made and what was spent."""
     return Path(f"{os.path.realpath(output)}.spent.json")
 
 
-class Part:
+class UnfinishedOutput:
     """`<output>.part` holds whole windows only; `<output>.part.notes` the settings, then a line for each window.
 
     Both grow at their ends alone, so that a window costs what it holds, however many came before it.
@@ -50,7 +50,7 @@ class Part:
     def __init__(self, output: Path, made_by: dict[str, Any]) -> None:
         self._output, self._part = output, output.with_name(output.name + ".part")
         self._notes = output.with_name(output.name + ".part.notes")
-        self._report = spent_file(output)
+        self._report = usage_file(output)
         self._made_by = json.loads(json.dumps(made_by, default=sorted, allow_nan=False))
         self._windows: list[dict[str, float]] = []
         self._is_stale = False
@@ -142,7 +142,7 @@ class Part:
     def append(self, window: Window) -> None:
         """Add a window. The notes count it only when its lines are safe on the disk."""
         self._remove_stale()
-        self._windows.append({**window.counts(), **window.spent})
+        self._windows.append({**window.counts(), **window.usage})
         note = json_line(dict(self._windows[-1]))
         if not self._notes.exists():
             note = json_line({"made_by": self._made_by}) + note

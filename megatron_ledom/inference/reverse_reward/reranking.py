@@ -17,15 +17,15 @@ from typing import Any
 from tqdm import tqdm
 
 from megatron_ledom.errors import DataError, LedomError, TransientError, UsageError
-from megatron_ledom.inference.engines.engine import Engine, Meter, root
+from megatron_ledom.inference.engines.engine import Engine, UsageMeter, empty_answer
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.reverse_reward.beam_search import BeamSettings, beam_search
 from megatron_ledom.inference.reverse_reward.input_lines import Record, read_records
-from megatron_ledom.inference.reverse_reward.rerank_part import Part, Window
+from megatron_ledom.inference.reverse_reward.rerank_part import UnfinishedOutput, Window
 from megatron_ledom.inference.reverse_reward.reward import (
     Candidate,
     RewardSettings,
-    candidate_faults,
+    candidate_problems,
     ranked_fields,
     score_questions,
 )
@@ -102,7 +102,7 @@ def _rerank_into(
     overwrite: bool,
 ) -> None:
     """Write the output window by window; resumes what is there. Nobody else writes it."""
-    part = Part(output_path, {"settings": asdict(settings), **made_by})
+    part = UnfinishedOutput(output_path, {"settings": asdict(settings), **made_by})
     if part.is_complete(records, overwrite=overwrite):
         print(f"{output_path} is complete; nothing to do", file=sys.stderr)
         return
@@ -110,11 +110,11 @@ def _rerank_into(
     num_done = part.resume(windows, overwrite=overwrite)
     forward, reverse = engines()
     skips = SkipLog()
-    windows = [*windows[:num_done], *with_faults(windows[num_done:], forward, reverse, settings, skips)]
+    windows = [*windows[:num_done], *with_problems(windows[num_done:], forward, reverse, settings, skips)]
     with tqdm(total=len(records), unit=" prompts", file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         bar.update(sum(map(len, windows[:num_done])))
         for window in windows[num_done:]:
-            part.append(_measured(forward, reverse, window, settings, skips))
+            part.append(_rank_and_measure(forward, reverse, window, settings, skips))
             bar.update(len(window))
     part.finish()
 
@@ -151,20 +151,20 @@ class SkipLog:
     def __init__(self) -> None:
         self._num = 0
 
-    def add(self, where: str, faults: Sequence[str | None], item: str = "candidate") -> None:
-        """Name those of a line's candidates, or its prompt, that have a fault."""
-        for index, fault in enumerate(faults):
-            if fault is None:
+    def add(self, where: str, problems: Sequence[str | None], item: str = "candidate") -> None:
+        """Name those of a line's candidates, or its prompt, that have a problem."""
+        for index, problem in enumerate(problems):
+            if problem is None:
                 continue
             self._num += 1
-            name = f"{where}: {item} {index}" if len(faults) > 1 or item == "candidate" else f"{where}: {item}"
+            name = f"{where}: {item} {index}" if len(problems) > 1 or item == "candidate" else f"{where}: {item}"
             if self._num <= NUM_NAMED:
-                tqdm.write(f"skipped: {name}: {fault}", file=sys.stderr)
+                tqdm.write(f"skipped: {name}: {problem}", file=sys.stderr)
             elif self._num == NUM_NAMED + 1:
                 tqdm.write('further skipped texts are counted only; the output has "skipped" where they are', file=sys.stderr)
 
 
-def with_faults(
+def with_problems(
     windows: list[list[Record]], forward: Engine, reverse: Engine, settings: RerankSettings, skips: SkipLog
 ) -> list[list[Record]]:
     """Return the records, each with what of it is too long for a model; refuse or name these, as the settings say.
@@ -177,11 +177,11 @@ def with_faults(
         checked = [_checked(record, forward, reverse, settings) for record in window]
         for record in checked:
             if settings.too_long == SKIP or record.was_skipped:
-                skips.add(record.where, record.faults)
-                skips.add(record.where, [record.prompt_fault], "prompt")
+                skips.add(record.where, record.problems)
+                skips.add(record.where, [record.prompt_problem], "prompt")
                 continue
-            refused += [f"{record.where}: candidate {i}: {fault}" for i, fault in enumerate(record.faults) if fault]
-            refused += [f"{record.where}: {record.prompt_fault}"] if record.prompt_fault else []
+            refused += [f"{record.where}: candidate {i}: {problem}" for i, problem in enumerate(record.problems) if problem]
+            refused += [f"{record.where}: {record.prompt_problem}"] if record.prompt_problem else []
         found.append(checked)
     if refused:
         remedy = "shorten it" if settings.sampling is None else "shorten the prompt, lower --max-new-tokens"
@@ -195,58 +195,62 @@ def _checked(record: Record, forward: Engine, reverse: Engine, settings: RerankS
         if record.was_skipped:
             return record
         if record.candidates is not None:
-            faults = candidate_faults(forward, reverse, record.prompt, record.candidates, settings.reward)
-            return replace(record, faults=tuple(faults))
-        return replace(record, prompt_fault=_prompt_fault(record.prompt, forward, reverse, settings))
+            problems = candidate_problems(forward, reverse, record.prompt, record.candidates, settings.reward)
+            return replace(record, problems=tuple(problems))
+        return replace(record, prompt_problem=_prompt_problem(record.prompt, forward, reverse, settings))
     except LedomError as error:
         raise type(error)(f"{record.where}: {error}") from error
 
 
-def _prompt_fault(prompt: str, forward: Engine, reverse: Engine, settings: RerankSettings) -> str | None:
+def _prompt_problem(prompt: str, forward: Engine, reverse: Engine, settings: RerankSettings) -> str | None:
     """Return why no answer can be written, or where such are refused, why one of `max_new_tokens` could not be scored."""
     if settings.sampling is None:
         return None
     num_new = settings.sampling.max_new_tokens
     if settings.too_long == SKIP:
-        return forward.growth_fault(prompt, num_new)
+        return forward.growth_problem(prompt, num_new)
     num_new += settings.reward.include_ends
-    return forward.growth_fault(prompt, num_new) or reverse.growth_fault(prompt, num_new)
+    return forward.growth_problem(prompt, num_new) or reverse.growth_problem(prompt, num_new)
 
 
-def _measured(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings, skips: SkipLog) -> Window:
+def _rank_and_measure(
+    forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings, skips: SkipLog
+) -> Window:
     """The window's output with what it cost; written answers that are skipped are named."""
-    meter = Meter(forward, reverse)
-    lines = _named(forward, reverse, window, settings)
-    spent = meter.spent()
+    meter = UsageMeter(forward, reverse)
+    lines = _rank_naming_lines(forward, reverse, window, settings)
+    usage = meter.usage()
     if settings.sampling is not None:
         for record, line in zip(window, lines, strict=True):
             skips.add(record.where, [score.get("skipped") for score in line["scores"]])
-    return Window(lines, spent)
+    return Window(lines, usage)
 
 
-def _named(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings) -> list[dict[str, Any]]:
+def _rank_naming_lines(
+    forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings
+) -> list[dict[str, Any]]:
     """The window's output; an error names the line that causes it, which is found by trying each line alone."""
     try:
-        return _ranked(forward, reverse, window, settings)
-    except TransientError:  # no line's fault
+        return _rank_window(forward, reverse, window, settings)
+    except TransientError:  # not caused by a line
         raise
     except LedomError as whole:
         for record in window:
             try:
-                _ranked(forward, reverse, [record], settings)
+                _rank_window(forward, reverse, [record], settings)
             except LedomError as error:
                 raise type(error)(f"{record.where}: {error}") from error
         raise whole
 
 
-def _ranked(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings) -> list[dict[str, Any]]:
+def _rank_window(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings) -> list[dict[str, Any]]:
     """The output object of each line."""
-    kept = [record for record in window if record.prompt_fault is None]
-    made = iter(_scored(forward, reverse, kept, settings, _written(forward, reverse, kept, settings)))
-    return [next(made) if record.prompt_fault is None else _unwritten(record) for record in window]
+    kept = [record for record in window if record.prompt_problem is None]
+    made = iter(_score_answers(forward, reverse, kept, settings, _write_answers(forward, reverse, kept, settings)))
+    return [next(made) if record.prompt_problem is None else _skipped_output(record) for record in window]
 
 
-def _unwritten(record: Record) -> dict[str, Any]:
+def _skipped_output(record: Record) -> dict[str, Any]:
     """The output of a prompt that leaves no room for an answer."""
     return {
         **record.own_fields(),
@@ -254,31 +258,31 @@ def _unwritten(record: Record) -> dict[str, Any]:
         "scores": [],
         "ranking": [],
         "best": None,
-        "skipped": record.prompt_fault,
+        "skipped": record.prompt_problem,
     }
 
 
-def _written(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings) -> list[dict[str, Any]]:
+def _write_answers(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings) -> list[dict[str, Any]]:
     """The fields of each line, with what the forward model writes for it."""
     written = [record.own_fields() for record in window]
     if settings.sampling is None:
         return written
-    roots = [root(record.prompt, settings.sampling, record.number) for record in window]
+    starts = [empty_answer(record.prompt, settings.sampling, record.number) for record in window]
     if settings.greedy:
         likeliest = Sampling(max_new_tokens=settings.sampling.max_new_tokens)
-        for fields, (path,) in zip(written, forward.sample(roots, likeliest), strict=True):
-            fields["greedy"] = path.text
+        for fields, (answer,) in zip(written, forward.sample(starts, likeliest), strict=True):
+            fields["greedy"] = answer.text
     if settings.beam is None:
-        for fields, paths in zip(written, forward.sample(roots, settings.sampling), strict=True):
-            fields["candidates"] = [path.text for path in paths]
+        for fields, answers in zip(written, forward.sample(starts, settings.sampling), strict=True):
+            fields["candidates"] = [answer.text for answer in answers]
         return written
-    for fields, start in zip(written, roots, strict=True):
+    for fields, start in zip(written, starts, strict=True):
         found = beam_search(forward, reverse, start, settings.beam, settings.sampling, settings.reward)
         fields |= found.as_fields(token_values=settings.token_values)
     return written
 
 
-def _scored(
+def _score_answers(
     forward: Engine, reverse: Engine, records: list[Record], settings: RerankSettings, written: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
     """The fields of each line with scores and ranking; those of a search have them already."""
@@ -288,12 +292,12 @@ def _scored(
         record.candidates or [Candidate(text) for text in fields["candidates"]]
         for record, fields in zip(records, written, strict=True)
     ]
-    faults = [
-        record.faults or candidate_faults(forward, reverse, record.prompt, own, settings.reward, is_written=True)
+    problems = [
+        record.problems or candidate_problems(forward, reverse, record.prompt, own, settings.reward, is_written=True)
         for record, own in zip(records, candidates, strict=True)
     ]
     questions = [(record.prompt, own) for record, own in zip(records, candidates, strict=True)]
-    scored = score_questions(forward, reverse, questions, settings.reward, faults)
+    scored = score_questions(forward, reverse, questions, settings.reward, problems)
     return [
         {**fields, **ranked_fields(own, scores, token_values=settings.token_values)}
         for fields, own, scores in zip(written, candidates, scored, strict=True)

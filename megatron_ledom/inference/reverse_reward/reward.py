@@ -145,7 +145,7 @@ def reward_of(score: CandidateScore, prompt: str, answer: str, settings: RewardS
     return total / settings.temperature
 
 
-def candidate_faults(
+def candidate_problems(
     forward: Engine,
     reverse: Engine,
     prompt: str,
@@ -156,26 +156,26 @@ def candidate_faults(
 ) -> list[str | None]:
     """Return, of each candidate, why it is too long for a model that has to score it; None where it fits both.
 
-    is_written: by the forward model, so that nobody can correct it: an answer that no model can take in has a fault, too, where
+    is_written: by the forward model, so that nobody can correct it: an answer that no model can take in has a problem, too, where
     a given one raises DataError.
     """
 
-    def _fault(candidate: Candidate) -> str | None:
+    def _problem(candidate: Candidate) -> str | None:
         pair, include_end = (prompt, candidate.text), settings.include_ends
-        found = forward.score_fault(pair, include_end=include_end) if candidate.forward_logprob is None else None
+        found = forward.score_problem(pair, include_end=include_end) if candidate.forward_logprob is None else None
         if found is None and candidate.text:
-            found = reverse.score_fault(pair, include_end=include_end)
+            found = reverse.score_problem(pair, include_end=include_end)
         if found is None and candidate.text and settings.language_model_weight:
-            found = reverse.score_fault((candidate.text, ""))
+            found = reverse.score_problem((candidate.text, ""))
         return found
 
-    def _fault_of_written(candidate: Candidate) -> str | None:
+    def _problem_of_written(candidate: Candidate) -> str | None:
         try:
-            return _fault(candidate)
+            return _problem(candidate)
         except DataError as error:
             return str(error)
 
-    return [_fault_of_written(candidate) if is_written else _fault(candidate) for candidate in candidates]
+    return [_problem_of_written(candidate) if is_written else _problem(candidate) for candidate in candidates]
 
 
 def score_questions(
@@ -183,15 +183,15 @@ def score_questions(
     reverse: Engine,
     questions: Sequence[tuple[str, Sequence[Candidate]]],
     settings: RewardSettings,
-    faults: Sequence[Sequence[str | None]] | None = None,
+    problems: Sequence[Sequence[str | None]] | None = None,
 ) -> list[list[CandidateScore]]:
     """Score the candidates of several (prompt, candidates) together, in input order: the more at once, the fuller the batches.
 
-    faults: of each candidate, why it is skipped, or None (`candidate_faults`); nothing is computed of a skipped one.
+    problems: of each candidate, why it is skipped, or None (`candidate_problems`); nothing is computed of a skipped one.
     """
     asked = [(prompt, candidate) for prompt, candidates in questions for candidate in candidates]
-    skipped = [fault for row in faults for fault in row] if faults is not None else [None] * len(asked)
-    wanted = [pair for pair, fault in zip(asked, skipped, strict=True) if fault is None]
+    skipped = [problem for row in problems for problem in row] if problems is not None else [None] * len(asked)
+    wanted = [pair for pair, problem in zip(asked, skipped, strict=True) if problem is None]
     unscored = [(prompt, c.text) for prompt, c in wanted if c.forward_logprob is None]
     answered = [(prompt, c.text) for prompt, c in wanted if c.text]
     forward_scores = iter(forward.score(unscored, include_end=settings.include_ends))
@@ -199,9 +199,9 @@ def score_questions(
     alone = [(text, "") for _, text in answered] if settings.language_model_weight else []
     language_model_scores = iter(reverse.score(alone))
     scores = []
-    for (prompt, candidate), fault in zip(asked, skipped, strict=True):
-        if fault is not None:
-            scores.append(CandidateScore(None, None, None, None, None, skipped=fault))
+    for (prompt, candidate), problem in zip(asked, skipped, strict=True):
+        if problem is not None:
+            scores.append(CandidateScore(None, None, None, None, None, skipped=problem))
             continue
         forward_score = next(forward_scores) if candidate.forward_logprob is None else None
         reverse_score = next(reverse_scores) if candidate.text else None

@@ -80,7 +80,7 @@ def train(config: str, folder: Path, settings: list[str], breaks_at: str, fault:
     from megatron_ledom import pretrain
 
     if fault:
-        from tests.support.faults import inject
+        from tests.support.injected_errors import inject
 
         inject(fault)
     sys.argv = ["pretrain", "--config", config, f"run_dir={folder / 'run'}", *settings]

@@ -26,7 +26,7 @@ from megatron_ledom.platform.device import Platform
 from megatron_ledom.storage.records import Record, append_record
 from megatron_ledom.training.history import git_state, read_bad_steps, read_launches
 from megatron_ledom.training.step_policy import Action, StepResult, Verdict
-from tests.support.faults import inject
+from tests.support.injected_errors import inject
 from tests.support.tiny_runs import TinyData, read_metrics, run_on_ranks, start_ranks
 
 CPU = Platform(torch.device("cpu"), "gloo", 1)

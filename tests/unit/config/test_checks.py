@@ -1,4 +1,4 @@
-"""Each relation between keys: one run it refuses, with the sentence, and one it lets through."""
+"""Each relation between keys: a run that it refuses, with the message, and a run that it accepts."""
 
 import re
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from megatron_ledom.config.checks import check_config
 from megatron_ledom.config.derived import (
     blend_shares,
     data_parallel_size,
+    expected_world_size,
     head_dim,
     lr_decay_iters,
     num_microbatches,
     padded_vocab_size,
-    planned_world_size,
     query_groups,
     total_tokens,
     train_samples,
@@ -26,7 +26,7 @@ from megatron_ledom.errors import ConfigError
 
 
 def build(*settings: str) -> RunConfig:
-    """A run that works on one rank, with `section.key=value` set where value is Python."""
+    """Return a run that works on one rank, with each `section.key=value` set; the value is a Python expression."""
     values: dict[str, dict[str, object]] = {
         "model": {"num_layers": 8, "hidden_size": 72, "ffn_hidden_size": 96, "num_attention_heads": 18},
         "data": {"seq_length": 16, "train_blend": [[1.0, "data/a"]]},
@@ -50,17 +50,17 @@ FP8_MODEL = ["model.fp8='hybrid'", "model.hidden_size=128", "model.num_attention
 GATHER = "parallel.overlap_param_gather=True"
 
 REFUSED: list[tuple[list[str], int, str]] = [
-    (["checkpoint.keep_interval=2000"], 1, "checkpoint.keep_interval=2000 without checkpoint.keep_last changes nothing"),
+    (["checkpoint.keep_interval=2000"], 1, "checkpoint.keep_interval=2000 without checkpoint.keep_last has no effect"),
     (
         ["checkpoint.keep_last=2", "checkpoint.keep_interval=1500"],
         1,
-        "checkpoint.keep_interval=1500 is not a multiple of checkpoint.save_interval=1000, so few or none would be written at"
-        " its multiples; the next one is 2000",
+        "checkpoint.keep_interval=1500 is not a multiple of checkpoint.save_interval=1000, so few or no checkpoints"
+        " would be written at its multiples; the next possible value is 2000",
     ),
     (["train.watchdog_seconds=600"], 1, "is above 0.9 x parallel.distributed_timeout_minutes=10"),
-    (["logging.profile_stop=5"], 1, "needs a logging.profile_start of at most 5, found None"),
+    (["logging.profile_stop=5"], 1, "needs a logging.profile_start of at most 5, found null"),
     (["logging.profile_start=6", "logging.profile_stop=5"], 1, "needs a logging.profile_start of at most 5, found 6"),
-    (["logging.profile_start=101"], 1, "is behind the last iteration, train.train_iters=100"),
+    (["logging.profile_start=101"], 1, "is after the last iteration, train.train_iters=100"),
     (["logging.profile_start=1", "logging.profile_ranks=[0, 2]"], 2, "logging.profile_ranks has [2], but 2 ranks are launched"),
     (
         [f"{TP}=4", "model.vocab_size=256"],
@@ -69,17 +69,17 @@ REFUSED: list[tuple[list[str], int, str]] = [
         " it can be one of [1, 2, 3, 6, 9, 18]",
     ),
     (["model.hidden_size=70"], 1, "model.num_attention_heads=18 does not divide model.hidden_size=70"),
-    (["model.hidden_size=54"], 1, "the width of a head is 3; rotary positions turn pairs"),
+    (["model.hidden_size=54"], 1, "the width of a head is 3; rotary positions rotate pairs"),
     (["model.kv_channels=5"], 1, "the width of a head is 5"),
     (
         ["model.rope_scaling_factor=4"],
         1,
-        "model.rope_scaling_factor=4.0 counts with model.rope_scaling=linear or llama3 or yarn only",
+        "model.rope_scaling_factor=4.0 needs model.rope_scaling=linear or llama3 or yarn, found null",
     ),
     (
         ["model.rope_scaling='linear'", "model.rope_scaling_beta_slow=2"],
         1,
-        "model.rope_scaling_beta_slow=2.0 counts with model.rope_scaling=yarn only, found linear",
+        "model.rope_scaling_beta_slow=2.0 needs model.rope_scaling=yarn, found linear",
     ),
     (
         ["model.rope_scaling='llama3'", "model.rope_scaling_low_freq_factor=5"],
@@ -90,7 +90,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (
         ["model.num_query_groups=2", f"{TP}=9"],
         9,
-        "neither divides model.num_query_groups=2 nor is a multiple of it, so key-value heads cannot be shared out;"
+        "neither divides model.num_query_groups=2 nor is a multiple of it, so the key-value heads cannot be distributed evenly;"
         " it can be one of [1, 2, 6, 18]",
     ),
     (
@@ -110,7 +110,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
         1,
         "parallel.sequence_parallel=true needs parallel.tensor_model_parallel_size above 1",
     ),
-    ([f"{TP}=2", "parallel.sequence_parallel=True", "data.seq_length=15"], 2, "the next length that can is 16"),
+    ([f"{TP}=2", "parallel.sequence_parallel=True", "data.seq_length=15"], 2, "the next possible length is 16"),
     ([f"{CP}=2", "data.seq_length=18"], 2, "data.seq_length=18 is not a multiple of 2 x parallel.context_parallel_size = 4"),
     (
         [f"{PP}=3"],
@@ -118,23 +118,23 @@ REFUSED: list[tuple[list[str], int, str]] = [
         "parallel.pipeline_model_parallel_size=3 does not divide model.num_layers=8; it can be one of [1, 2, 4, 8]",
     ),
     ([f"{VPP}=2"], 1, "needs parallel.pipeline_model_parallel_size above 1"),
-    ([f"{PP}=2", f"{VPP}=1"], 2, "virtual_pipeline_model_parallel_size=1 interleaves nothing"),
+    ([f"{PP}=2", f"{VPP}=1"], 2, "virtual_pipeline_model_parallel_size=1 has no effect"),
     ([f"{PP}=2", f"{VPP}=3"], 2, "does not divide the 4 layers of a stage"),
     ([f"{PP}=2", f"{VPP}=2", "train.global_batch_size=3"], 2, "3 micro-batches are not a multiple of parallel.pipeline"),
     ([GATHER, "parallel.overlap_grad_reduce=True"], 1, "needs parallel.use_distributed_optimizer=true"),
     ([GATHER, "parallel.use_distributed_optimizer=True"], 1, "needs parallel.overlap_grad_reduce=true"),
     (["optimizer.min_lr=0.1"], 1, "optimizer.min_lr=0.1 is above optimizer.lr=0.0002"),
-    (["optimizer.lr_warmup_iters=100"], 1, "optimizer.lr_warmup_iters=100 leaves nothing of train.train_iters=100 to decay in"),
-    (["optimizer.lr_decay_iters=10"], 1, "leaves nothing of optimizer.lr_decay_iters=10 to decay in"),
+    (["optimizer.lr_warmup_iters=100"], 1, "optimizer.lr_warmup_iters=100 leaves no iterations of train.train_iters=100"),
+    (["optimizer.lr_decay_iters=10"], 1, "leaves no iterations of optimizer.lr_decay_iters=10 for the decay"),
     (["optimizer.lr_decay_style='WSD'"], 1, "optimizer.lr_decay_style=WSD needs optimizer.lr_wsd_decay_iters"),
     (
         ["optimizer.lr_decay_style='WSD'", "optimizer.lr_wsd_decay_iters=91"],
         1,
-        "optimizer.lr_wsd_decay_iters=91 is more than the 90 iterations between the end of the warm-up",
+        "optimizer.lr_wsd_decay_iters=91 is more than the 90 iterations from the end of the warm-up",
     ),
-    (["optimizer.lr_wsd_decay_iters=9"], 1, "belongs to optimizer.lr_decay_style=WSD, found cosine"),
+    (["optimizer.lr_wsd_decay_iters=9"], 1, "needs optimizer.lr_decay_style=WSD, found cosine"),
     (["data.reset_position_ids=True"], 1, "data.reset_position_ids=true without data.reset_attention_mask=true"),
-    (["parallel.bucket_size=1000"], 1, "parallel.bucket_size=1000 counts with parallel.overlap_grad_reduce=true only"),
+    (["parallel.bucket_size=1000"], 1, "parallel.bucket_size=1000 needs parallel.overlap_grad_reduce=true"),
     ([f"{RECOMPUTE}granularity='full'"], 1, "needs parallel.recompute_method, found null; set uniform or block"),
     (
         [f"{RECOMPUTE}granularity='full'", f"{RECOMPUTE}method='block'", f"{RECOMPUTE}num_layers=3", f"{PP}=2", f"{VPP}=2"],
@@ -144,10 +144,10 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (
         [f"{RECOMPUTE}method='block'"],
         1,
-        "parallel.recompute_method=block is for parallel.recompute_granularity=full, found null",
+        "parallel.recompute_method=block needs parallel.recompute_granularity=full, found null",
     ),
-    ([f"{RECOMPUTE}granularity='selective'", f"{RECOMPUTE}num_layers=1"], 1, "=full, found selective; set that, or leave"),
-    ([f"{RECOMPUTE}granularity='selective'", f"{RECOMPUTE}modules=[]"], 1, "name one part or more, each once"),
+    ([f"{RECOMPUTE}granularity='selective'", f"{RECOMPUTE}num_layers=1"], 1, "=full, found selective; set that, or remove"),
+    ([f"{RECOMPUTE}granularity='selective'", f"{RECOMPUTE}modules=[]"], 1, "expected one part or more, each once"),
     (["model.fp8='hybrid'", "model.transformer_impl='torch'"], 1, "model.fp8=hybrid needs Transformer Engine"),
     (["model.fp8='hybrid'", "data.reset_attention_mask=True"], 1, "model.fp8=hybrid needs Transformer Engine, whose attention"),
     (["model.fp8='hybrid'", "model.params_dtype='fp32'"], 1, "model.fp8=hybrid needs model.params_dtype=bf16, found fp32"),
@@ -171,7 +171,7 @@ REFUSED: list[tuple[list[str], int, str]] = [
     (["parallel.high_priority_stream_groups=['dp', 'dp']"], 1, "names a group twice; name each once"),
     (["parallel.nccl_communicator_config_path='no/such.yaml'"], 1, "no/such.yaml cannot be read"),
     (["data.reset_attention_mask=True", "model.transformer_impl='transformer_engine'"], 1, "set model.transformer_impl=torch"),
-    (["model.attention_backend='unfused'", "model.transformer_impl='transformer_engine'"], 1, "unfused is for layers without"),
+    (["model.attention_backend='unfused'", "model.transformer_impl='transformer_engine'"], 1, "unfused needs layers without"),
     (
         ["model.attention_backend='unfused'", "model.fp8='hybrid'"],
         1,
@@ -194,15 +194,15 @@ REFUSED: list[tuple[list[str], int, str]] = [
         1,
         "data.split=[9.0, 1.0, 0.0] and data.test_sets are both set",
     ),
-    (["data.blend_unit='tokens'", "data.train_blend=[[99e3, 'a']]"], 1, "data.train_blend asks for 99,000 tokens"),
+    (["data.blend_unit='tokens'", "data.train_blend=[[99e3, 'a']]"], 1, "data.train_blend add up to 99,000 tokens"),
     (["parallel.world_size=4"], 2, "parallel.world_size=4, but 2 ranks are launched"),
-    ([f"{TP}=2", f"{PP}=2"], 6, "6 ranks are not a multiple of the 4 that one copy of the model needs"),
+    ([f"{TP}=2", f"{PP}=2"], 6, "6 ranks are not a multiple of the 4 ranks that one copy of the model needs"),
     ([f"{TP}=2"], 1, "1 ranks are not a multiple of the 2"),
     (
         [],
         5,
         "train.global_batch_size=24 is not a multiple of train.micro_batch_size=1 x data-parallel size 5 = 5;"
-        " the next one is 25",
+        " the next multiple is 25",
     ),
 ]
 
@@ -259,8 +259,8 @@ def test_run_that_works_passes(settings: Sequence[str], world_size: int) -> None
     ("content", "sentence"),
     [
         ("dp_cp: {max_ctas: 16, net_name: IB}\ntp: {cga_cluster_size: 2}", None),
-        ("- dp", "holds no settings by process group"),
-        ("dp_cp: 16", "holds no settings by process group"),
+        ("- dp", "has no settings by process group"),
+        ("dp_cp: 16", "has no settings by process group"),
         ("expert: {max_ctas: 16}", "names the process group expert; expected one of tp, cp, dp, dp_cp"),
         ("dp: {maxctas: 16}", "sets dp.maxctas; expected one of cga_cluster_size, min_ctas"),
         ("dp: [", "cannot be read"),
@@ -277,17 +277,17 @@ def test_the_file_of_nccl_settings_is_read(tmp_path: Path, content: str, sentenc
             check_config(config, 1)
 
 
-def test_all_faults_are_gathered() -> None:
+def test_all_problems_are_collected() -> None:
     config = build(f"{TP}=4", f"{PP}=3", "optimizer.min_lr=1.0", "data.reset_position_ids=True", "parallel.world_size=12")
     with pytest.raises(ConfigError) as caught:
         check_config(config, 24)
-    assert str(caught.value).splitlines()[0] == "the configuration has 5 faults:"
+    assert str(caught.value).splitlines()[0] == "the configuration has 5 problems:"
     assert len(str(caught.value).splitlines()) == 6
 
 
 def test_derived_numbers_by_hand() -> None:
     config = build(f"{TP}=2", f"{PP}=2", "train.micro_batch_size=2", "model.num_query_groups=9", "train.eval_interval=30")
-    assert (data_parallel_size(config.parallel, 8), num_microbatches(config, 8), planned_world_size(config)) == (2, 6, 4)
+    assert (data_parallel_size(config.parallel, 8), num_microbatches(config, 8), expected_world_size(config)) == (2, 6, 4)
     assert (head_dim(config.model), query_groups(config.model)) == (4, 9)
     assert (train_samples(config), total_tokens(config)) == (2400, 38400)
     assert (lr_decay_iters(config), validation_iterations(config)) == (100, 4)

@@ -1,4 +1,4 @@
-"""Reading a configuration: typing, bases, overrides, and a sentence for every mistake."""
+"""Reading a configuration: typing, bases, overrides, and a message for every mistake."""
 
 import json
 import subprocess
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_ledom.config.faults import config_keys
 from megatron_ledom.config.load import config_from_dict, load_config, published, save_config, text_keys, to_dict
+from megatron_ledom.config.problems import config_keys
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError
@@ -52,7 +52,7 @@ def test_keys_are_those_of_a_loaded_run(tmp_path: Path) -> None:
     assert dotted == set(config_keys())
 
 
-def test_defaults_fill_what_the_file_leaves_out(tmp_path: Path) -> None:
+def test_keys_that_the_file_omits_get_their_defaults(tmp_path: Path) -> None:
     config = load(tmp_path)
     assert config.data.seq_length == 8192
     assert config.data.direction is Direction.REVERSE
@@ -123,9 +123,9 @@ def test_unknown_key_is_refused_with_the_nearest_name(tmp_path: Path, override: 
     assert sentence in complaint(tmp_path, override)
 
 
-def test_all_faults_are_named_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     message = complaint(tmp_path, "model.num_layers=x", "train.seed=-1", "seq_len=3", "run_dir=7")
-    assert "has 4 faults" in message
+    assert "has 4 problems" in message
     assert all(key in message for key in ("model.num_layers", "train.seed", "data.seq_length", "run_dir"))
 
 
@@ -141,10 +141,10 @@ def test_missing_required_keys_are_all_named(tmp_path: Path) -> None:
     [
         ("train.seed", "is not of the form section.key=value"),
         ("=3", "is not of the form section.key=value"),
-        ("--train.seed=3", "leave out the leading dashes"),
+        ("--train.seed=3", "remove the leading dashes"),
         ("base=other.yaml", "base can only be set in a file"),
         ("train.seed=[1,", "the value is not valid YAML"),
-        ("run_dir=${nowhere}", "give the value itself"),
+        ("run_dir=${nowhere}", "write the value itself"),
     ],
 )
 def test_malformed_override_is_refused(tmp_path: Path, override: str, sentence: str) -> None:
@@ -182,7 +182,7 @@ def test_base_is_relative_to_its_file_and_overridden_key_by_key(tmp_path: Path) 
     assert (config.data.seq_length, config.data.train_blend) == (32, [(3.0, "c")])
 
 
-def test_bases_in_a_circle_are_refused(tmp_path: Path) -> None:
+def test_circular_bases_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "base: b.yaml", "a.yaml")
     write(tmp_path, "base: a.yaml", "b.yaml")
     with pytest.raises(ConfigError, match="based on each other"):
@@ -226,8 +226,10 @@ def test_configuration_is_read_without_torch_or_megatron() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_what_is_published_has_no_path_of_the_machine_and_no_free_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every key that can hold a text gets one, so that a new key is looked at too."""
+def test_a_published_config_has_no_path_of_the_machine_and_no_free_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every key that can have a text gets one, so a new key is tested too."""
     monkeypatch.setenv("DATA_ROOT", "/scratch/somebody/corpora")
     overrides = [
         "run_dir=/scratch/somebody/runs/tiny",
@@ -260,27 +262,27 @@ SECRETS = (
 
 
 @pytest.mark.parametrize("name", SECRETS.split())
-def test_a_secret_of_the_environment_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_secret_environment_variable_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "hidden")
     for override in (f"logging.wandb_project=${{oc.env:{name}}}", f"data.train_blend=[[1.0,'s3://${{oc.env:{name}}}@host/x']]"):
         words = complaint(tmp_path, override)
-        assert f"takes ${{oc.env:{name}}}, which by its name is a secret" in words
+        assert f"uses ${{oc.env:{name}}}, which looks like a secret by its name" in words
         assert override.partition("=")[0] in words
         assert "hidden" not in words
 
 
 @pytest.mark.parametrize("value", ["https://somebody:hidden@host/x", "ghp_hidden0123456789", "hf_hidden0123456789abcdefg"])
-def test_a_secret_is_known_by_its_content_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+def test_a_secret_is_also_recognized_by_its_content(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
     monkeypatch.setenv("PLACE", value)
     words = complaint(tmp_path, "logging.wandb_project=x/${oc.env:PLACE}")
-    assert "takes ${oc.env:PLACE}, which by its content is a secret" in words
+    assert "uses ${oc.env:PLACE}, which looks like a secret by its content" in words
     assert "hidden" not in words
 
 
-def test_the_name_of_a_secret_cannot_be_put_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_of_a_secret_cannot_be_composed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_PASSWORD", "hidden")
     words = complaint(tmp_path, "run_dir=PASSWORD", "logging.wandb_project=${oc.env:MY_${run_dir}}")
-    assert "write the name itself" in words
+    assert "write the whole name" in words
     assert "hidden" not in words
 
 
@@ -290,6 +292,6 @@ ORDINARY = (
 
 
 @pytest.mark.parametrize("name", ORDINARY.split())
-def test_other_variables_of_the_environment_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_other_environment_variables_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "/words")
     assert load(tmp_path, f"data.tokenizer=${{oc.env:{name}}}").data.tokenizer == "/words"

@@ -1,4 +1,4 @@
-"""Configs and hardware that come with the package: found by name, shown as YAML that is a config of its own."""
+"""Configs and hardware that come with the package are found by name and shown as complete YAML."""
 
 from pathlib import Path
 
@@ -19,12 +19,12 @@ def test_configs_are_those_of_examples() -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_name_means_the_file(name: str) -> None:
+def test_a_name_loads_the_file(name: str) -> None:
     assert load_config(name, ["train.seed=3"]) == load_config(f"{ROOT}/examples/configs/{name}.yaml", ["train.seed=3"])
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_what_is_shown_is_the_same_run_without_a_base(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_shown_yaml_is_the_same_run_without_a_base(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(["configs", "show", name])
     shown = capsys.readouterr().out
     assert shown.startswith(shipped_configs()[name].read_text().splitlines()[0])
@@ -32,7 +32,7 @@ def test_what_is_shown_is_the_same_run_without_a_base(name: str, tmp_path: Path,
     assert load_config(str(tmp_path / "own.yaml")) == load_config(name)
 
 
-def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_file_of_that_name_takes_precedence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "ledom_7b").write_text(
         shipped_configs()["ledom_2b"].read_text().replace("base: ", f"base: {ROOT}/examples/configs/")
     )
@@ -40,7 +40,7 @@ def test_a_file_of_that_name_comes_first(tmp_path: Path, monkeypatch: pytest.Mon
     assert load_config("ledom_7b").model == load_config("ledom_2b").model
 
 
-def test_a_wrong_name_lists_the_right_ones() -> None:
+def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(
         ConfigError, match="ledom_8b does not exist; give the path of a YAML file, or one of ledom_2b, ledom_7b, "
     ):

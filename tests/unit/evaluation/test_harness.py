@@ -26,7 +26,7 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.harness import __main__ as command
 from megatron_ledom.evaluation.harness import model as harness_model
 from megatron_ledom.evaluation.harness.model import LedomLM
-from megatron_ledom.evaluation.harness.reverse_choices import WAYS, asked_of_choices
+from megatron_ledom.evaluation.harness.reverse_choices import WAYS, choice_requests
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.scoring import Span, measure_spans
 from tests.support.exact_models import LETTERS, TEXTS, letters_lm, random_joint
@@ -138,9 +138,9 @@ def test_forward_requests_of_all_shapes_are_answered_as_by_hf(
     """Boundaries, spaces, merges over the cut, BOS, no context, texts longer than the model, greedy continuations, windows."""
     ours = LedomLM(folders[kind], max_length=24, batch_size=2)
     hf = HFLM(str(folders[kind]), max_length=24, device="cpu", dtype="float32", batch_size=3)
-    asked = [("The cat sat", 8), ("漢字 and", 8), (EXEMPLAR + QUERY, 16), ("The dog ran after ", 5)]
+    prompts = [("The cat sat", 8), ("漢字 and", 8), (EXEMPLAR + QUERY, 16), ("The dog ran after ", 5)]
     writing = requests(
-        [(text, {"until": ["e", "\n"], "max_gen_toks": limit, "do_sample": False}) for text, limit in asked],
+        [(text, {"until": ["e", "\n"], "max_gen_toks": limit, "do_sample": False}) for text, limit in prompts],
         kind="generate_until",
     )
     written = ours.generate_until(writing)
@@ -235,8 +235,8 @@ def test_truncation_drops_the_same_beginning_of_all_choices(
     """What is left has the log-likelihood that it has at the end of the whole text, which a longer model gives."""
     folder, context = folders["reverse"], 2 * EXEMPLAR + QUERY
     tokenizer, choices = stock(folder)[1], [(context, choice) for choice in CHOICES]
-    asked = asked_of_choices(choices, way, reverse_lm(folder).tokenizer, 59, ("tiny", 0, True))
-    texts = ["".join(one.pair) for one in asked]
+    requests = choice_requests(choices, way, reverse_lm(folder).tokenizer, 59, ("tiny", 0, True))
+    texts = ["".join(one.pair) for one in requests]
     begins = {text.removesuffix(choice) for text, choice in zip(texts, CHOICES, strict=True)}
     assert len(begins) == 1
     kept = begins.pop()
@@ -408,11 +408,11 @@ def test_answers_of_a_forward_model_are_kept_by_the_harness(
     folders: dict[str, Path], tasks: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those of finished windows also when it is killed; 24 requests, of which the first ten are not asked again."""
-    asked: list[int] = []
+    sizes: list[int] = []
 
     def measure(*model: Any, spans: list[Span], **options: Any) -> Any:
-        asked.append(len(spans))
-        if len(asked) == 2:
+        sizes.append(len(spans))
+        if len(sizes) == 2:
             raise KeyboardInterrupt
         return measure_spans(*model, spans=spans, **options)
 
@@ -422,7 +422,7 @@ def test_answers_of_a_forward_model_are_kept_by_the_harness(
     with pytest.raises(KeyboardInterrupt):
         simple_evaluate(model=LedomLM(folders["byte_level"]), bootstrap_iters=0, **arguments)
     first = simple_evaluate(model=LedomLM(folders["byte_level"]), bootstrap_iters=0, **arguments)
-    assert asked == [10, 10, 10, 4]
+    assert sizes == [10, 10, 10, 4]
     model = LedomLM(folders["byte_level"])
     for name in ("loglikelihood", "generate_until"):
         monkeypatch.setattr(model, name, None)

@@ -17,7 +17,7 @@ from megatron_ledom.evaluation.results import TaskResult, share
 from megatron_ledom.evaluation.synthetic.facts import INVERSE, REVERSAL
 from megatron_ledom.evaluation.synthetic.generators import GENERATORS, make_analysis_data
 from megatron_ledom.evaluation.synthetic.tasks import SYNTHETIC_TASKS
-from megatron_ledom.evaluation.synthetic.word_problems import END, GAINS, LOSSES, START, TIMES, Solved, solve
+from megatron_ledom.evaluation.synthetic.word_problems import END, GAINS, LOSSES, START, TIMES, Solution, solve
 from megatron_ledom.evaluation.task_evaluation import evaluate_task
 from megatron_ledom.evaluation.tasks.loading import load_task
 from megatron_ledom.inference.scoring import SpanScore
@@ -308,7 +308,7 @@ def test_problems_have_the_answer_of_their_solution_and_no_solution_is_trained_a
             a, sign, b = left.split()
             assert {"+": int(a) + int(b), "-": int(a) - int(b), "x": int(a) * int(b)}[sign] == int(right)
         assert equations[-1].endswith(f"= {row['answer']}")
-        assert solve(row["question"]) == Solved(row["solution"], int(row["answer"]))
+        assert solve(row["question"]) == Solution(row["solution"], int(row["answer"]))
     assert not {row["solution"] for row in asked} & {row["solution"] for row in trained}
     assert train_texts(folder) == [f"Question: {row['question']}\nSolution: {row['solution']}" for row in trained]
 

@@ -106,7 +106,7 @@ def test_demonstrations_are_drawn_by_seed_and_never_the_item_itself(folder: Path
     (tmp_path / "svamp_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SETS["svamp"]))
     for seed in range(6):
         task = load_task("svamp", tmp_path, num_fewshot=2, seed=seed)
-        shown = task.demonstrations(task.items[0])
+        shown = task.exemplars_for(task.items[0])
         assert len(shown) == 2
         assert task.items[0].values not in shown
     assert len(task.files) == 2
@@ -134,7 +134,7 @@ def test_missing_and_wrong_demonstrations_are_told_where_they_come_from(
     (tmp_path / "reversal.jsonl").write_text(json.dumps(row) + "\n")
     with pytest.raises(UsageError, match=r"its demonstrations \(--num-fewshot\) in ") as missing:
         load_task(name, tmp_path, num_fewshot=1)
-    (tmp_path / f"{task.demonstrations_file}.jsonl").write_text('{"other": 1}\n')
+    (tmp_path / f"{task.exemplars_file}.jsonl").write_text('{"other": 1}\n')
     with pytest.raises(DataError, match="other, expected") as wrong:
         load_task(name, tmp_path, num_fewshot=1)
     for error in (missing, wrong):

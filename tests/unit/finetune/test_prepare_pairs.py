@@ -13,7 +13,7 @@ import torch
 from megatron_ledom.config.load import config_from_dict
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import load_sources
-from megatron_ledom.data.dataset.dataset import BlendSamples, build_train_dataset
+from megatron_ledom.data.dataset.blend_samples import BlendSamples, build_train_dataset
 from megatron_ledom.data.dataset.sample_index import prepare_indices
 from megatron_ledom.data.shards.rewriting import MergeSettings, merge_shards
 from megatron_ledom.data.shards.shard import TARGETS, ShardManifest, ShardReader

@@ -15,7 +15,7 @@ from megatron_ledom.errors import DataError, MismatchError, TransientError, Usag
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.engines import completions_engine
 from megatron_ledom.inference.engines.completions_engine import CompletionsEngine
-from megatron_ledom.inference.engines.engine import StepDelimiter, root
+from megatron_ledom.inference.engines.engine import StepDelimiter, empty_answer
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.generation import Sampling
 from tests.support.completions_server import (
@@ -56,7 +56,7 @@ def test_scores_equal_those_of_the_model_in_this_process(include_end: bool, serv
         assert ours.token_logprobs == pytest.approx(theirs.token_logprobs, abs=1e-4)
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
     assert len(served[0].requests) == 3  # equal pairs are asked for once
-    assert engine.spent.tokens == sum(len(asked["prompt"]) for _, _, asked in served[0].requests)
+    assert engine.usage.tokens == sum(len(asked["prompt"]) for _, _, asked in served[0].requests)
 
 
 def test_samples_and_steps(served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -65,16 +65,16 @@ def test_samples_and_steps(served: tuple[Server, Path, Any], monkeypatch: pytest
     sampling = Sampling(num_return_sequences=4, temperature=1.0, max_new_tokens=20, seed=3)
     if lm.direction is Direction.REVERSE:
         with pytest.raises(UsageError, match="give the forward model"):
-            engine.sample([root(PROMPT, sampling)], sampling)
+            engine.sample([empty_answer(PROMPT, sampling)], sampling)
         return
-    (first,), (again,) = (engine.sample([root(PROMPT, sampling)], sampling) for _ in range(2))
+    (first,), (again,) = (engine.sample([empty_answer(PROMPT, sampling)], sampling) for _ in range(2))
     assert [path.text for path in first] == [path.text for path in again]
     assert len({path.text for path in first}) == 4
     assert all(path.finished and path.forward_logprob is None for path in first)
     assert {path for path, _, _ in served[0].requests} == {"/v1/completions"}
     assert {key for _, key, _ in served[0].requests} == {"Bearer secret"}
     delimiter = StepDelimiter("[aeo]")
-    (steps,) = engine.expand([root(PROMPT, sampling)], 4, delimiter, sampling)
+    (steps,) = engine.expand([empty_answer(PROMPT, sampling)], 4, delimiter, sampling)
     for step, whole in zip(steps, first, strict=True):
         assert step.text == whole.text[: delimiter.end_of_step(whole.text)]
         assert step.finished == (step.text == whole.text)
@@ -194,7 +194,7 @@ def test_a_server_that_puts_bos_in_front_is_refused_although_its_answer_is_consi
             engine.score(PAIRS[:1])
         if served[2].direction is Direction.FORWARD:
             with pytest.raises(DataError, match="a server that adds a BOS"):
-                engine.sample([root(PROMPT, Sampling())], Sampling())
+                engine.sample([empty_answer(PROMPT, Sampling())], Sampling())
     finally:
         del served[0].complete
 
@@ -221,10 +221,10 @@ def test_samples_that_are_no_answers_are_refused(case: str, served: tuple[Server
         return
     engine, sampling = engine_of(served), Sampling(temperature=1.0, max_new_tokens=20, seed=3)
     prompt = PROMPT * 4
-    assert engine.sample([root(prompt, sampling)], sampling)[0][0].finished
+    assert engine.sample([empty_answer(prompt, sampling)], sampling)[0][0].finished
     served[0].change, message = WRONG_TEXTS[case]
     with pytest.raises(DataError) as caught:
-        engine.sample([root(prompt, sampling)], sampling)
+        engine.sample([empty_answer(prompt, sampling)], sampling)
     assert message in str(caught.value)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ledom.errors import DataError
 from megatron_ledom.inference import ForwardLM
-from megatron_ledom.inference.engines.engine import root
+from megatron_ledom.inference.engines.engine import empty_answer
 from megatron_ledom.inference.generation import Sampling
 from tests.support.completions_server import Server, engine_of, serving, with_choice, with_logprobs
 from tests.support.tiny_models import random_model_folder
@@ -147,5 +147,5 @@ def test_an_answer_text_that_holds_the_key_is_not_written(
     ):
         served[0].change = lambda a, fields=fields: with_choice(a, **fields)  # type: ignore[misc]
         with pytest.raises(DataError) as caught:
-            engine.sample([root(PROMPT, sampling)], sampling)
+            engine.sample([empty_answer(PROMPT, sampling)], sampling)
         assert "secret" not in str(caught.value)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, processors
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM
-from megatron_ledom.inference.joint_tokenizer import JointTokenizer, Speller
+from megatron_ledom.inference.joint_tokenizer import JointTokenizer, TokenHealer
 from tests.support.legible import EOD_ID, VOCAB_SIZE, legible_tokenizer
 from tests.support.tiny_models import (
     TOKENIZERS,
@@ -95,10 +95,10 @@ def test_the_text_ends_with_the_given_text_and_characters_are_whole(name: str, r
     for text, result in zip(texts, results, strict=True):
         assert result.following == text
         assert result.text == result.preceding + text
-        opened = reverse.tokenizer.open_text(text, Direction.REVERSE)
+        healed = reverse.tokenizer.heal_prompt(text, Direction.REVERSE)
         written = reverse.tokenizer.spell([i for i in result.text_ids if i not in reverse.tokenizer.special_ids])
-        assert written.endswith(opened.loose)
-        own = written[: len(written) - len(opened.loose)] + opened.bridge
+        assert written.endswith(healed.trimmed)
+        own = written[: len(written) - len(healed.trimmed)] + healed.bridge
         if not result.stopped:
             own = own.lstrip(bytes(range(0x80, 0xC0)))
         elif reverse.tokenizer.has_dummy_prefix:
@@ -122,9 +122,9 @@ def joint(name: str) -> JointTokenizer:
 
 def fixed_and_loose(name: str, text: str, direction: Direction) -> tuple[bytes, bytes, bytes]:
     tokenizer = joint(name)
-    opened = tokenizer.open_text(text, direction)
-    order = opened.tokens[::-1] if direction is Direction.REVERSE else opened.tokens
-    return tokenizer.spell(order), opened.loose, opened.bridge
+    healed = tokenizer.heal_prompt(text, direction)
+    order = healed.tokens[::-1] if direction is Direction.REVERSE else healed.tokens
+    return tokenizer.spell(order), healed.trimmed, healed.bridge
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -133,27 +133,27 @@ def test_fixed_and_loose_bytes_make_up_the_given_text(name: str) -> None:
     for _ in range(300):
         text = random_text(rng)
         shown = text if name == "byte_level" else text.replace("▁", " ")
-        fixed, loose, bridge = fixed_and_loose(name, text, Direction.REVERSE)
-        assert loose + fixed == bridge + shown.encode()
-        fixed, loose, _ = fixed_and_loose(name, text, Direction.FORWARD)
-        assert fixed + loose in (shown.encode(), b" " + shown.encode())
+        fixed, trimmed, bridge = fixed_and_loose(name, text, Direction.REVERSE)
+        assert trimmed + fixed == bridge + shown.encode()
+        fixed, trimmed, _ = fixed_and_loose(name, text, Direction.FORWARD)
+        assert fixed + trimmed in (shown.encode(), b" " + shown.encode())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_dummy_space_is_forced_before_the_following_text(name: str) -> None:
     for text in (", said the cat", "\n\nThe end.", "🙂 of", "is the capital", " of Paris"):
-        fixed, loose, bridge = fixed_and_loose(name, text, Direction.REVERSE)
-        assert (loose + fixed, bridge) == (text.encode(), b"")
+        fixed, trimmed, bridge = fixed_and_loose(name, text, Direction.REVERSE)
+        assert (trimmed + fixed, bridge) == (text.encode(), b"")
     assert fixed_and_loose(name, "the", Direction.REVERSE)[2] == b" "
 
 
 def test_the_first_word_may_become_the_end_of_a_longer_piece(tmp_path: Path) -> None:
     """Given "capital of", the model is free to read "capital" as the one piece " capital"; the space is its own."""
     tokenizer = JointTokenizer(Tokenizer.from_str(sentencepiece_like_json()))
-    opened = tokenizer.open_text("capital of", Direction.REVERSE)
-    speller = Speller(tokenizer, Direction.REVERSE, [])
-    assert opened.loose.startswith(b"capital")
-    allowed = {tokenizer.spell([id_]) for id_ in speller.allowed(b"capital")}
+    healed = tokenizer.heal_prompt("capital of", Direction.REVERSE)
+    healer = TokenHealer(tokenizer, Direction.REVERSE, [])
+    assert healed.trimmed.startswith(b"capital")
+    allowed = {tokenizer.spell([id_]) for id_ in healer.allowed(b"capital")}
     assert {b" capital", b"l"} <= allowed
     assert b"the" not in allowed
     folder = piece_chain_folder(tmp_path, ["▁of", "▁capital", "▁The", "<EOD>"], "reverse")

@@ -231,8 +231,8 @@ def test_paths_that_cannot_work_are_refused_before_a_model_is_loaded(tmp_path: P
 
 KILLED_RUN = """
 import os, runpy, sys
-from megatron_ledom.inference.reverse_reward.rerank_part import Part
-plain, calls = Part.append, []
+from megatron_ledom.inference.reverse_reward.rerank_part import UnfinishedOutput
+plain, calls = UnfinishedOutput.append, []
 def append(self, window):
     if len(calls) == 2:  # half a line of the third window reaches the disk, then the machine is gone
         with self._part.open("a", encoding="utf-8") as output:
@@ -240,7 +240,7 @@ def append(self, window):
         os.kill(os.getpid(), 9)
     calls.append(1)
     plain(self, window)
-Part.append = append
+UnfinishedOutput.append = append
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

@@ -161,7 +161,7 @@ def test_equal_spans_are_computed_once(twins: dict[tuple[str, str], Twin], monke
     assert sum(rows) == 2
     assert scores[0] == scores[2] == scores[3] != scores[1]
     lengths = [len(twins["byte_level", "reverse"].ours.tokenizer.encode(text)) for text in ("The cat sat", "The dog ran after")]
-    assert engine.spent.tokens == sum(lengths)
+    assert engine.usage.tokens == sum(lengths)
 
 
 @pytest.mark.parametrize(

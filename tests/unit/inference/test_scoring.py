@@ -189,4 +189,4 @@ def test_half_a_surrogate_pair_is_refused(folders: dict[tuple[str, str], Path]) 
 def test_special_tokens_spelled_out_are_text_as_in_the_shards(folders: dict[tuple[str, str], Path]) -> None:
     reverse = ReverseLM.from_pretrained(folders["sentencepiece", "reverse"], device="cpu")
     assert reverse.stop_ids[0] not in reverse.tokenizer.encode("a <EOD> b")
-    assert reverse.tokenizer.open_text("a <EOD> b", Direction.REVERSE).tokens
+    assert reverse.tokenizer.heal_prompt("a <EOD> b", Direction.REVERSE).tokens

@@ -9,7 +9,7 @@ from transformers import LlamaForCausalLM
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.inference import ForwardLM, ReverseLM
-from megatron_ledom.inference.engines.engine import StepDelimiter, root
+from megatron_ledom.inference.engines.engine import StepDelimiter, empty_answer
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.engines.vllm_engine import VllmEngine
 from megatron_ledom.inference.generation import Sampling
@@ -45,19 +45,19 @@ def test_scores_equal_those_of_transformers(folders: dict[Direction, Path], dire
             assert found.text_ids == expected.text_ids
             assert found.token_logprobs == pytest.approx(expected.token_logprobs, abs=1e-3)
             assert found.logprob == pytest.approx(expected.logprob, abs=5e-3)
-    assert engine.spent.tokens > 0
+    assert engine.usage.tokens > 0
 
 
 def test_answers_equal_those_of_transformers_where_nothing_is_drawn(folders: dict[Direction, Path]) -> None:
     stock = TransformersEngine(ForwardLM.from_pretrained(folders[Direction.FORWARD], device="cpu"), 4)
     engine = VllmEngine(folders[Direction.FORWARD], Direction.FORWARD, **OPTIONS)
     greedy = Sampling(max_new_tokens=8)
-    roots = [root(PROMPT, greedy, 0), root("The cat", greedy, 1)]
-    expected, found = stock.sample(roots, greedy), engine.sample(roots, greedy)
+    starts = [empty_answer(PROMPT, greedy, 0), empty_answer("The cat", greedy, 1)]
+    expected, found = stock.sample(starts, greedy), engine.sample(starts, greedy)
     assert [path.text for (path,) in found] == [path.text for (path,) in expected]
     several = Sampling(temperature=1.0, max_new_tokens=8, num_return_sequences=3, seed=5)
-    once, again = (engine.sample([root(PROMPT, several)], several) for _ in range(2))
+    once, again = (engine.sample([empty_answer(PROMPT, several)], several) for _ in range(2))
     assert once == again
     assert len({path.text for path in once[0]}) > 1
-    steps = engine.expand(roots, 2, StepDelimiter(pattern="[aeiou]"), Sampling(temperature=1.0, max_new_tokens=8))
+    steps = engine.expand(starts, 2, StepDelimiter(pattern="[aeiou]"), Sampling(temperature=1.0, max_new_tokens=8))
     assert [len(own) for own in steps] == [2, 2]

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from megatron_ledom.config.load import load_config
 from megatron_ledom.data.blends.sources import load_sources
 from megatron_ledom.data.dataset.batch import document_numbers
-from megatron_ledom.data.dataset.dataset import build_train_dataset
+from megatron_ledom.data.dataset.blend_samples import build_train_dataset
 from megatron_ledom.data.dataset.sample_index import prepare_indices
 from megatron_ledom.model.builder import build_model_chunks
 from megatron_ledom.model.layer_specs import choose_layers

@@ -12,8 +12,8 @@ from megatron_ledom.ops.library import backend, describe
 from megatron_ledom.ops.rms_norm import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
 from megatron_ledom.ops.rope import rope, rope_reference
 from megatron_ledom.ops.swiglu import swiglu, swiglu_reference
+from megatron_ledom.platform.core_fixes import norm_of_all, scale_all
 from megatron_ledom.platform.cpu_ops import find_cpu_ops
-from megatron_ledom.platform.engine_fixes import norm_of_all, scale_all
 
 EOD = 0
 DTYPES = (torch.float32, torch.bfloat16)
@@ -214,7 +214,7 @@ def test_architectures_are_read_from_the_file(tmp_path: Path, monkeypatch: pytes
 
 
 def test_norm_and_scaling_of_many_tensors_equal_those_of_one() -> None:
-    """What engine_fixes puts in place of megatron-core's loops, with apex's arguments."""
+    """What core_fixes puts in place of megatron-core's loops, with apex's arguments."""
     tensors, flag = [drawn(3 * i + 1, dtype=torch.float32, seed=i) for i in range(5)], torch.zeros(1)
     whole = torch.cat(tensors)
     norm, none = norm_of_all(1, flag, [tensors], False)

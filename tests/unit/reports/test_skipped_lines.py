@@ -85,7 +85,7 @@ def test_empty_candidates_without_a_reason_are_refused_and_too_few_questions_tel
         with pytest.raises(DataError, match=r"x.jsonl:2: candidates is empty; remove the line"):
             load_questions(source, "gold", answers_by("number"), RewardSettings())
     source = write(tmp_path / "x.jsonl", [answered(1), unanswered(2)])
-    with pytest.raises(DataError, match=r"holds 1 questions besides 1 skipped ones; a comparison needs at least 2"):
+    with pytest.raises(DataError, match=r"has 1 questions \(and 1 skipped\); a comparison needs at least 2"):
         load_questions(source, "gold", answers_by("number"), RewardSettings())
 
 

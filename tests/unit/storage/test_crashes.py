@@ -15,12 +15,12 @@ from megatron_ledom.checkpoint.manifest import MANIFEST
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import CheckpointConfig
 from megatron_ledom.data.blends.sources import load_sources
-from megatron_ledom.data.dataset.sample_index import index_plan, prepare_indices
+from megatron_ledom.data.dataset.sample_index import index_spec, prepare_indices
 from megatron_ledom.errors import LedomError
 from megatron_ledom.evaluation.item_file import ItemFile, numbered
 from megatron_ledom.evaluation.results import write_summary
 from megatron_ledom.inference.reverse_reward.input_lines import Record
-from megatron_ledom.inference.reverse_reward.rerank_part import Part, Window
+from megatron_ledom.inference.reverse_reward.rerank_part import UnfinishedOutput, Window
 from megatron_ledom.platform.launch import ALONE
 from megatron_ledom.storage.files import sync, write_file, write_synced
 from megatron_ledom.storage.folders import new_folder
@@ -72,7 +72,7 @@ def reranked_windows(folder: Path, report: Report) -> None:
     """The windows of a reranking, whose lines no model has to score."""
     records = [Record(n, f"in:{n}", f"p{n}", [], {"prompt": f"p{n}"}) for n in range(LINES)]
     windows = [records[n : n + 2] for n in range(0, LINES, 2)]
-    part = Part(folder / "out.jsonl", {"settings": {"weight": 0.5}})
+    part = UnfinishedOutput(folder / "out.jsonl", {"settings": {"weight": 0.5}})
     if part.is_complete(records, overwrite=False):
         return
     for window in windows[part.resume(windows) :]:
@@ -242,14 +242,14 @@ def test_the_building_of_a_sample_index_killed_at_any_step_leaves_none_or_a_soun
 ) -> None:
     config = load_config(str(data.config))
     sources = load_sources(config)
-    plans = [index_plan(config, blend) for blend in sources.all_blends()]
+    specs = [index_spec(config, blend) for blend in sources.all_blends()]
 
     def build(folder: Path, report: Report) -> None:
         prepare_indices(config, sources, str(folder / "cache"), ALONE)
-        for _ in plans:
+        for _ in specs:
             report()
 
     def kept(folder: Path) -> int:
-        return sum(plan.is_sound(str(folder / "cache")) for plan in plans if plan.is_built(str(folder / "cache")))
+        return sum(spec.is_sound(str(folder / "cache")) for spec in specs if spec.is_built(str(folder / "cache")))
 
     check_every_crash(Job(act=build, kept=kept, steps=8), tmp_path, loss, changing=("lock",))

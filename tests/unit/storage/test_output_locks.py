@@ -35,7 +35,7 @@ FOLDERS: dict[str, Arguments] = {
 }
 OTHER_LOCKS = {
     "preprocess_data": "holds the lock of PREFIX.work, see test_preprocess_resume.py",
-    "convert_checkpoint": "holds the lock of the folder that it makes, see test_conversion_faults.py",
+    "convert_checkpoint": "holds the lock of the folder that it makes, see test_conversion_errors.py",
     "calibrate_hardware": "writes one file under the lock, after minutes of measuring",
     "validate_planner": "writes between marks of a document under its lock, after minutes of fitting",
 }

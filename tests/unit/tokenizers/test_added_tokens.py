@@ -1,4 +1,4 @@
-"""Tokens that stand beside the vocabulary file are read as stock transformers reads them, by every reader, and keep their rows."""
+"""Tokens declared outside the vocabulary file get the ids of stock transformers in every reader, and keep their rows."""
 
 import io
 import json
@@ -27,8 +27,8 @@ from tests.support.published_folder import sentencepiece_model
 from tests.support.tiny_models import CORPUS, byte_level_json, random_text, tiny_config
 
 SIZES = {"model": 425, "json": 400}
-"""Ids of the vocabulary file alone."""
-# Without a space in front of a text: there stock transformers 5 loses SentencePiece's dummy prefix, which is kept here.
+"""Number of ids of the vocabulary file alone."""
+# No text begins with a space: stock transformers 5 drops SentencePiece's dummy prefix there, this package keeps it.
 TEXTS = ["the <|a|> cat<|b|>x", "<|a|>the<|b|>", "x  <|b|>\n<|a|> ", "a</s> x", "the<p> cat", "漢<|a|>字", ""]
 
 
@@ -41,7 +41,7 @@ def entry(content: str, *, special: bool = True) -> dict[str, Any]:
 
 
 def folder_of(folder: Path, kind: str, rows: int, **files: dict[str, Any]) -> Path:
-    """A stock model folder with a vocabulary file of `kind` and other files, by their names without .json."""
+    """Return a stock model folder with a vocabulary file of `kind` and other files: name without .json -> content."""
     torch.manual_seed(7)
     LlamaForCausalLM(tiny_config(rows, eos_token_id=2)).save_pretrained(folder)
     if kind == "model":
@@ -56,7 +56,7 @@ def folder_of(folder: Path, kind: str, rows: int, **files: dict[str, Any]) -> Pa
 
 
 def added(first: int) -> dict[str, dict[str, Any]]:
-    """Layout -> files that declare <|a|> and <|b|> behind `first` ids."""
+    """Return layout -> files that declare <|a|> and <|b|> after `first` ids."""
     entries = {str(first): entry("<|b|>"), str(first + 1): entry("<|a|>", special=False)}
     return {
         "added_tokens.json": {"added_tokens": {"<|b|>": first + 1, "<|a|>": first}},
@@ -80,7 +80,7 @@ def added(first: int) -> dict[str, dict[str, Any]]:
 
 @pytest.mark.parametrize("kind", SIZES)
 @pytest.mark.parametrize("layout", added(0))
-def test_tokens_beside_the_vocabulary_are_those_of_stock_transformers(tmp_path: Path, kind: str, layout: str) -> None:
+def test_tokens_outside_the_vocabulary_file_are_those_of_stock_transformers(tmp_path: Path, kind: str, layout: str) -> None:
     folder = folder_of(tmp_path / "stock", kind, SIZES[kind] + 10, **added(SIZES[kind])[layout])
     stock = AutoTokenizer.from_pretrained(folder)
     model = ForwardLM.from_pretrained(folder)
@@ -91,7 +91,7 @@ def test_tokens_beside_the_vocabulary_are_those_of_stock_transformers(tmp_path: 
 
 
 @pytest.mark.parametrize("kind", SIZES)
-def test_trained_rows_of_added_tokens_survive_the_way_there_and_back(tmp_path: Path, kind: str) -> None:
+def test_trained_rows_of_added_tokens_survive_import_and_export(tmp_path: Path, kind: str) -> None:
     first = SIZES[kind]
     folder = folder_of(tmp_path / "stock", kind, first + 10, **added(first)["added_tokens.json"])
     import_hf(str(folder), str(tmp_path / "run"), direction=Direction.FORWARD)
@@ -108,8 +108,11 @@ def test_trained_rows_of_added_tokens_survive_the_way_there_and_back(tmp_path: P
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"added_tokens": {"<|a|>": 403}}, r"added_tokens.json gives '<\|a\|>' the id 403, stock transformers reads it as 400"),
-        ({"added_tokens": {"</s>": 400}}, "'</s>' the id 400, stock transformers reads it as 2"),
+        (
+            {"added_tokens": {"<|a|>": 403}},
+            r"added_tokens.json gives '<\|a\|>' the id 403, but stock transformers gives it 400",
+        ),
+        ({"added_tokens": {"</s>": 400}}, "'</s>' the id 400, but stock transformers gives it 2"),
         ({"added_tokens": {"<|a|>": "400"}}, "expected a number"),
         ({"tokenizer_config": {"added_tokens_decoder": {"402": entry("<|a|>")}}}, "the id 402"),
         ({"tokenizer_config": {"added_tokens_decoder": {"400": "<|a|>"}}}, "expected an id and an object"),
@@ -124,7 +127,7 @@ def test_an_id_that_stock_transformers_would_not_give_is_refused(tmp_path: Path,
         load_tokenizer(str(folder), "</s>")
 
 
-def test_an_added_token_without_a_row_is_refused_and_a_mere_name_left_out(
+def test_an_added_token_without_a_row_is_refused_and_a_mere_name_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(MismatchError, match="use ids up to 401, the model has 400"):
@@ -133,13 +136,13 @@ def test_an_added_token_without_a_row_is_refused_and_a_mere_name_left_out(
     folder = folder_of(tmp_path / "name", "json", 400, tokenizer_config=named)
     with caplog.at_level(logging.WARNING):
         tokenizer = load_tokenizer(str(folder))
-    assert "pad_token '<|a|>' is no token of the tokenizer" in caplog.text
+    assert "skipped pad_token '<|a|>': it is not a token of the tokenizer" in caplog.text
     tokenizer.save(tmp_path / "saved")
     assert len(AutoTokenizer.from_pretrained(tmp_path / "saved")) == tokenizer.vocab_size == 400
 
 
 @pytest.mark.parametrize("adds_bos", [True, False])
-def test_a_bos_stands_before_a_text_where_the_folder_says_so(tmp_path: Path, adds_bos: bool) -> None:
+def test_a_text_begins_with_bos_if_the_folder_requires_it(tmp_path: Path, adds_bos: bool) -> None:
     folder = folder_of(tmp_path / "stock", "model", 440, tokenizer_config={"add_bos_token": adds_bos})
     ids = AutoTokenizer.from_pretrained(folder)("the cat").input_ids
     model = ForwardLM.from_pretrained(folder)
@@ -176,14 +179,14 @@ def test_no_dummy_prefix_follows_a_user_defined_piece(tmp_path: Path) -> None:
 
 
 def test_words_that_the_model_file_lacks_are_cut_out_by_preprocessing_too(tmp_path: Path) -> None:
-    """The cached SentencePiece encoder is passed over: a rare token need not stand in the texts on which engines are compared."""
+    """The cached SentencePiece encoder is not used: the texts that compare encoders may lack a rare token."""
     folder = folder_of(tmp_path / "stock", "model", 440, added_tokens={"<|a|>": 425})
     saved = load_tokenizer(str(folder))
     saved.save(tmp_path / "saved")
     (tmp_path / "saved/tokenizer.model").write_bytes(sentencepiece_model())
     for path in (folder, tmp_path / "saved"):
         tokenizer = load_tokenizer(str(path))
-        chosen = tokenizer.use_fastest_engine(["the cat"])
+        chosen = tokenizer.use_fastest_encoder(["the cat"])
         ids, _ = tokenizer.encode_batch(["the <|a|> cat"])
         assert 425 in ids.tolist(), chosen
         assert ids.tolist() == JointTokenizer.from_pretrained(path).encode("the <|a|> cat")
@@ -204,21 +207,21 @@ def test_a_vocabulary_in_files_of_a_stock_class_has_the_ids_of_stock_transformer
         assert "</s>" in text or load_tokenizer(str(folder)).encode_batch([text])[0].tolist() == ids
 
 
-def test_a_doubt_about_the_tokenizer_is_no_guess(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_ambiguous_tokenizer_is_refused_or_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = folder_of(tmp_path / "stock", "model", 440, tokenizer_config={"add_prefix_space": False})
     with pytest.raises(DataError, match="add_prefix_space=false"):
         load_tokenizer(str(folder))
     (folder / "tokenizer_config.json").unlink()
     with caplog.at_level(logging.WARNING):
         assert load_tokenizer(str(folder)).eod_id == 2
-    assert "its eos '</s>' (id 2), and it has <EOD> = 422, too" in caplog.text
+    assert "its eos '</s>' (id 2), but it also has <EOD> = 422" in caplog.text
     (folder / "tokenizer.json").symlink_to(tmp_path / "not fetched")
-    with pytest.raises(DataError, match=r"tokenizer.json is a link to a file that is not there"):
+    with pytest.raises(DataError, match=r"tokenizer.json is a link to a file that does not exist"):
         ForwardLM.from_pretrained(folder)
 
 
 @pytest.mark.parametrize("kind", [*SIZES, "stock class"])
-def test_a_secret_in_a_tokenizers_config_is_no_token_and_goes_nowhere(
+def test_a_secret_in_a_tokenizers_config_is_no_token_and_is_written_nowhere(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: str
 ) -> None:
     secret = "hf_notasecretatall"
@@ -234,7 +237,7 @@ def test_a_secret_in_a_tokenizers_config_is_no_token_and_goes_nowhere(
     with caplog.at_level(logging.DEBUG):
         tokenizer = load_tokenizer(str(folder), "</s>")
         vocab = ForwardLM.from_pretrained(folder, device="cpu").tokenizer.vocab
-    assert "hf_token is no known role of a special token" in caplog.text
+    assert "skipped hf_token: it is not a known role of a special token" in caplog.text
     assert "frobnicate" not in caplog.text
     assert secret not in caplog.text
     assert secret not in vocab
@@ -246,5 +249,5 @@ def test_a_secret_in_a_tokenizers_config_is_no_token_and_goes_nowhere(
 @pytest.mark.parametrize("value", [5, "abc", True])
 def test_special_tokens_that_are_no_list_are_refused_by_key(tmp_path: Path, key: str, value: Any) -> None:
     folder = folder_of(tmp_path / "stock", "json", 410, tokenizer_config={key: value})
-    with pytest.raises(DataError, match=f"tokenizer_config.json: {key} holds a {type(value).__name__}, expected a list"):
+    with pytest.raises(DataError, match=f"tokenizer_config.json: {key} is a {type(value).__name__}, expected a list"):
         load_tokenizer(str(folder), "</s>")

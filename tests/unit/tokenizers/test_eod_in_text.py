@@ -1,4 +1,4 @@
-"""No document ends in its middle: a spelled eod becomes text, or its record is a bad one, whatever the tokenizer and the engine."""
+"""No document ends in its middle: the spelling of the eod is encoded as text, or its record is bad, with every tokenizer."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ SPELLED = [f"before {EOD} after", EOD, f"{EOD}{EOD}\n", f"a{EOD}b", "none here"]
 
 
 def byte_level(folder: Path, normalizer: normalizers.Normalizer | None = None) -> str:
-    """Byte-level BPE whose eod is an added token that is not special."""
+    """Return byte-level BPE whose eod is an added token that is not special."""
     tokenizer = HubTokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     if normalizer is not None:
@@ -43,33 +43,33 @@ def byte_level(folder: Path, normalizer: normalizers.Normalizer | None = None) -
 
 
 def replacing(folder: Path) -> str:
-    """The same, with a normaliser that csrc does not know: fastokens or the tokenizers library encodes."""
+    """Return the same with a normaliser that csrc does not implement: fastokens or the tokenizers library encodes."""
     return byte_level(folder, normalizers.Replace("z", "y"))
 
 
 def user_defined_model() -> bytes:
-    """A SentencePiece model whose eod is a user-defined symbol."""
+    """Return a SentencePiece model whose eod is a user-defined symbol."""
     proto = parse_model(train([TEXT], 400), "made here")
     proto.pieces.add(piece=EOD, score=0.0, type=proto.SentencePiece.USER_DEFINED)
     return bytes(proto.SerializeToString())
 
 
 def piece_model(folder: Path) -> str:
-    """The .model alone."""
+    """Return the .model alone."""
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(user_defined_model())
     return str(folder / "tokenizer.model")
 
 
 def plain_model(folder: Path) -> str:
-    """A model without user-defined pieces."""
+    """Return a model without user-defined pieces."""
     folder.mkdir()
     (folder / "tokenizer.model").write_bytes(train([TEXT], 400))
     return str(folder / "tokenizer.model")
 
 
 def both_forms(folder: Path) -> str:
-    """A folder with both forms."""
+    """Return a folder with both forms."""
     path = Path(piece_model(folder))
     (folder / "tokenizer.json").write_text(_converted(parse_model(path.read_bytes(), "made here")))
     return str(folder)
@@ -93,11 +93,11 @@ def test_a_spelled_eod_is_stored_as_text(tmp_path: Path, make: Callable[[Path], 
 
 
 @pytest.mark.parametrize("make", [byte_level, piece_model, both_forms])
-def test_hash_and_saved_folder_stay_those_of_the_tokenizer_as_it_is(tmp_path: Path, make: Callable[[Path], str]) -> None:
+def test_hash_and_saved_folder_are_those_of_the_unchanged_tokenizer(tmp_path: Path, make: Callable[[Path], str]) -> None:
     tokenizer = make(tmp_path / "tokenizer")
     loaded = load_tokenizer(tokenizer, EOD)
-    if make is not piece_model:  # which has no hash of its own: it is that of its conversion
-        assert loaded.is_eod_made_text
+    if make is not piece_model:  # its hash is that of its conversion
+        assert loaded.is_eod_forced_to_text
         assert loaded.sha256 == load_tokenizer(tokenizer, "<tool>" if make is byte_level else "<s>").sha256
     loaded.save(tmp_path / "saved")
     assert load_tokenizer(str(tmp_path / "saved")).sha256 == loaded.sha256
@@ -121,7 +121,7 @@ def test_the_scorer_and_its_training_pairs_read_a_spelled_eod_as_text(tmp_path: 
 
 
 def unigram(folder: Path) -> str:
-    """As in T5: </s> is special, and a piece of the model too, which finds it in texts."""
+    """Return a tokenizer like T5's: </s> is special and also a piece of the model, so texts encode to it."""
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((character, -1.0) for character in "▁abcdefghijklmnopqrstuvwxyz</>")]
     tokenizer = HubTokenizer(models.Unigram(pieces, unk_id=0))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
@@ -133,7 +133,7 @@ def unigram(folder: Path) -> str:
 
 
 @pytest.mark.parametrize(("deduplicate", "min_tokens"), [(False, 1), (True, 3)])
-def test_where_the_eod_cannot_be_text_the_record_is_a_bad_one(tmp_path: Path, deduplicate: bool, min_tokens: int) -> None:
+def test_a_record_is_bad_if_the_eod_cannot_be_text(tmp_path: Path, deduplicate: bool, min_tokens: int) -> None:
     tokenizer = unigram(tmp_path / "tokenizer")
     (tmp_path / "b.txt").write_text("x</s>")
     texts = ["one two", "one two", "a", "bad </s> one", "three"]
@@ -158,19 +158,19 @@ def test_where_the_eod_cannot_be_text_the_record_is_a_bad_one(tmp_path: Path, de
 
 
 @pytest.mark.parametrize("eod", ["Ġthe", "e", "Ã"])
-def test_a_piece_of_bytes_is_no_eod(tmp_path: Path, eod: str) -> None:
+def test_a_piece_of_bytes_is_refused_as_eod(tmp_path: Path, eod: str) -> None:
     with pytest.raises(UsageError, match=r"ordinary piece.*--eod-token"):
         load_tokenizer(byte_level(tmp_path / "tokenizer"), eod)
 
 
 @pytest.mark.parametrize("eod", ["▁the", "e", "<0x0A>"])
 @pytest.mark.parametrize("make", [plain_model, both_forms])
-def test_a_piece_of_a_sentencepiece_model_is_no_eod(tmp_path: Path, make: Callable[[Path], str], eod: str) -> None:
+def test_a_piece_of_a_sentencepiece_model_is_refused_as_eod(tmp_path: Path, make: Callable[[Path], str], eod: str) -> None:
     with pytest.raises(UsageError, match="ordinary piece"):
         load_tokenizer(make(tmp_path / "tokenizer"), eod)
 
 
-def test_a_word_as_eod_is_refused_where_a_record_holds_it(tmp_path: Path) -> None:
+def test_a_word_as_eod_is_refused_if_a_record_contains_it(tmp_path: Path) -> None:
     tokenizer = str(legible_tokenizer(tmp_path / "legible"))
     source = str(write_jsonl(tmp_path / "a.jsonl", ["1 2", "306 307 308"]))
     settings = PreprocessSettings(
@@ -180,12 +180,12 @@ def test_a_word_as_eod_is_refused_where_a_record_holds_it(tmp_path: Path) -> Non
         preprocess(settings)
 
 
-def test_a_shard_of_an_earlier_version_with_eod_inside_is_not_merged_and_the_advice_ends(
+def test_a_shard_of_an_earlier_version_with_eod_inside_is_not_merged_and_the_advice_helps(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shard = legible_shard(tmp_path / "shard", [[1, 2], [3, 4, 5]])
     content = bytearray(Path(f"{shard}.bin").read_bytes())
-    content[2:4] = EOD_ID.to_bytes(2, "little")  # as it was written before packing looked for it
+    content[2:4] = EOD_ID.to_bytes(2, "little")  # as earlier versions wrote it
     Path(f"{shard}.bin").write_bytes(content)
     manifest = json.loads(Path(f"{shard}.json").read_bytes())
     Path(f"{shard}.json").write_text(json.dumps({**manifest, "bin_sha256": sha256_of(f"{shard}.bin")}))

@@ -1,5 +1,5 @@
-"""The published reverse model's layout: every command reads SentencePiece's ids, the commands of docs/published_model.md run on
-it, and no code of a folder runs, although somebody at the terminal says yes.
+"""Folders with the layout of the published reverse model: every command gets the ids of SentencePiece, the commands of
+docs/published_model.md run, and no code of a folder runs, although the user at the terminal allows it.
 """
 
 import json
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def terminal(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
-    """Every test has somebody at its terminal who lets all code run; none may have run at its end."""
+    """Give every test a terminal at which a user allows all code to run; check at the end that none ran."""
     with terminal_that_says_yes() as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         yield
@@ -58,7 +58,7 @@ def test_every_reader_gives_the_ids_of_sentencepiece_on_a_thousand_texts(tmp_pat
     assert [ids[begin:end].tolist() for begin, end in pairwise(offsets)] == expected
     model = ReverseLM.from_pretrained(folder, direction="reverse", eod_id=EOD_ID)
     assert [model.tokenizer.encode(text) for text in asked] == expected
-    forward = ForwardLM.from_pretrained(folder)  # which, as stock transformers, cuts special tokens out of a text
+    forward = ForwardLM.from_pretrained(folder)  # like stock transformers, it cuts special tokens out of a text
     plain = [(text, known) for text, known in zip(asked, expected, strict=True) if "<" not in text]
     assert [forward.tokenizer.encode(text) for text, _ in plain] == [known for _, known in plain]
     assert len(plain) > 500
@@ -69,7 +69,7 @@ def blocks(language: str) -> list[str]:
 
 
 def run_here(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
-    """A command of the page, in this process and with the tiny folder's eod; it has to end well."""
+    """Run a command of the page in this process, with the eod of the tiny folder; it must succeed."""
     words = shlex.split(command.replace("64002", str(EOD_ID)))
     assert words[0] == "python"
     if words[1] == "-m":
@@ -83,7 +83,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
 
 
 def run_harness(words: list[str]) -> None:
-    """Its own command reads thousands of task files first."""
+    """Run the harness without its command, which first reads thousands of task files."""
     options = dict(zip(words[3::2], words[4::2], strict=True))
     model: dict[str, Any] = dict(pair.split("=") for pair in options["--model_args"].split(","))
     lm = LedomLM(**{**model, "eod_id": int(model["eod_id"])})
@@ -95,7 +95,7 @@ def run_harness(words: list[str]) -> None:
 
 @pytest.fixture
 def place(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with everything that the page's commands read."""
+    """Return a working folder with all files that the commands of the page read."""
     (tmp_path / "models").mkdir()
     (tmp_path / "models/reverse_7b").symlink_to(folder)
     random_model_folder(tmp_path / "models/forward", "byte_level", None)
@@ -139,11 +139,11 @@ def test_the_python_of_the_page_scores_without_a_forward_model(
     assert all(score < 0 for score in scores)
 
 
-def test_the_readme_has_the_page() -> None:
+def test_the_readme_links_to_the_page() -> None:
     assert "docs/published_model.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_a_model_type_that_only_the_folders_code_knows_is_refused_unasked(tmp_path: Path) -> None:
+def test_a_model_type_that_needs_code_of_the_folder_is_refused_without_a_prompt(tmp_path: Path) -> None:
     folder = published_folder(tmp_path / "reverse_7b", model_type="own_model", architectures=["OwnModel"])
     with pytest.raises(MismatchError, match=r"model_type 'own_model'.* own code is never run"):
         ReverseLM.from_pretrained(folder, direction="reverse", eod_id=EOD_ID)
@@ -153,7 +153,7 @@ def test_a_model_type_that_only_the_folders_code_knows_is_refused_unasked(tmp_pa
 def test_advice_names_only_options_that_the_command_has(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The folder's eos is in doubt; each command says how to name another one, the adapters how to pass it."""
+    """The eos of the folder is ambiguous: each command names the option to choose one, each adapter the argument."""
     text = tmp_path / "text.jsonl"
     text.write_text('{"text": "x", "prompt": "p", "candidates": ["x", "y"]}\n', encoding="utf-8")
     forward = random_model_folder(tmp_path / "forward", "byte_level", "forward")
@@ -168,7 +168,7 @@ def test_advice_names_only_options_that_the_command_has(
         ],
     }
     for tool, arguments in commands.items():
-        if tool != "rerank":  # which has one option for both
+        if tool != "rerank":  # it has one option for both
             arguments += ["--direction", "reverse"]
         assert run_tool(monkeypatch, tool, *arguments) != 0
         run_tool(monkeypatch, tool, "--help")

@@ -50,13 +50,13 @@ def test_training_is_deterministic(model: bytes) -> None:
     assert train(TEXTS, 400, max_sentences=900) == train(TEXTS, 400, max_sentences=900)
 
 
-def test_digits_stay_single(pieces: sentencepiece.SentencePieceProcessor) -> None:
+def test_every_digit_is_a_piece_of_its_own(pieces: sentencepiece.SentencePieceProcessor) -> None:
     assert pieces.encode("2024", out_type=str) == ["▁", "2", "0", "2", "4"]
     assert not [piece for piece in map(pieces.id_to_piece, range(259, 600)) if any(map(str.isdigit, piece)) and len(piece) > 1]
 
 
 def test_dummy_prefix_makes_joint_encoding_differ_from_joined_encodings(pieces: sentencepiece.SentencePieceProcessor) -> None:
-    """Trap 4: spans must be scored on the jointly tokenised string."""
+    """Spans must be scored on the ids of the whole text: encoded on its own, a span has other ids."""
     assert pieces.encode("def") + pieces.encode("ault") != pieces.encode("default")
     assert pieces.decode(pieces.encode("def") + pieces.encode("ault")) == "def ault"
 
@@ -97,7 +97,7 @@ def test_every_kind_of_code_point_has_equal_ids(pieces: sentencepiece.SentencePi
 def test_a_conversion_that_differs_names_the_text(model: bytes, converted: Tokenizer) -> None:
     stored = json.loads(converted.to_str())
     stored["model"]["merges"] = stored["model"]["merges"][:100]
-    with pytest.raises(VerificationError, match=r"cannot be converted exactly: 'the default value' becomes ids"):
+    with pytest.raises(VerificationError, match=r"cannot be converted exactly: 'the default value' gets the ids"):
         check_conversion(model, json.dumps(stored), ["a", "the default value"], "the model")
 
 
@@ -114,10 +114,10 @@ def test_models_of_another_kind_are_refused() -> None:
         convert(b"{}", "this.model")
 
 
-def test_a_model_that_its_own_library_does_not_load_is_refused_by_name(model: bytes) -> None:
+def test_a_model_that_its_library_cannot_load_is_refused(model: bytes) -> None:
     proto = sentencepiece_bpe.parse_model(model, "the model")
-    proto.trainer_spec.byte_fallback = False  # and byte pieces are there
-    with pytest.raises(DataError, match=r"spm\.model is not a SentencePiece model that the library loads \(.*byte"):
+    proto.trainer_spec.byte_fallback = False  # but it has byte pieces
+    with pytest.raises(DataError, match=r"spm\.model is not a SentencePiece model that the library can load \(.*byte"):
         convert(proto.SerializeToString(), "spm.model")
 
 
@@ -126,7 +126,7 @@ def test_more_pieces_than_the_text_has_is_refused() -> None:
         train(["too little text"], 90_000)
 
 
-def test_the_sentences_drawn_are_even_and_bounded() -> None:
+def test_the_sample_of_sentences_is_uniform_and_limited() -> None:
     drawn = sentencepiece_bpe._drawn((str(number) for number in range(10_000)), 500)
     assert len(drawn) == 500
     assert drawn == sorted(drawn, key=int)
@@ -147,7 +147,7 @@ def test_the_command_writes_a_folder_that_both_libraries_read_alike(tmp_path: Pa
     assert "exists already" in again.stderr
 
 
-def test_a_failed_training_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_failed_training_leaves_no_files(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text('{"text": "a"}\n{"text": \n')
     done = train_by_command(tmp_path, "--input", "corpus.jsonl", "--vocab-size", 500, "--output", "made")
     assert done.returncode == 1

@@ -1,4 +1,4 @@
-"""One interface over tokenizer.json, folders and SentencePiece models: the same ids, one hash, an eod or a clear refusal."""
+"""tokenizer.json, folders and SentencePiece models give the same ids and one hash, and have an eod or are refused."""
 
 import hashlib
 import json
@@ -23,7 +23,7 @@ from tests.support.source_texts import TEXT
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tokenizers: legible, sp (SentencePiece, both forms), bytes (GPT-2 style with a BOS template)."""
+    """Return a folder of tokenizers: legible, sp (SentencePiece, both forms), bytes (GPT-2 style with a BOS template)."""
     root = tmp_path_factory.mktemp("tokenizers")
     legible_tokenizer(root / "legible")
     (root / "sp").mkdir()
@@ -65,7 +65,7 @@ def test_legible_ids_come_flat_with_offsets(folders: Path) -> None:
     assert tokenizer.decode([*legible_ids(3, 2), EOD_ID]) == "300 301"
 
 
-def test_no_texts_are_no_ids(folders: Path) -> None:
+def test_no_texts_give_no_ids(folders: Path) -> None:
     for name in ("legible", "sp/tokenizer.model"):
         ids, offsets = load_tokenizer(str(folders / name)).encode_batch([])
         assert (ids.tolist(), offsets.tolist()) == ([], [0])
@@ -97,7 +97,7 @@ def test_a_model_alone_ends_documents_with_its_own_eos(folders: Path, tmp_path: 
     assert load_tokenizer(str(tmp_path / "mine.model"), "<EOD>").eod_id == 402
 
 
-def test_the_hash_ignores_what_decides_no_id_and_sees_what_does(folders: Path) -> None:
+def test_the_hash_depends_on_everything_that_decides_ids_and_on_nothing_else(folders: Path) -> None:
     stored = json.loads((folders / "bytes/tokenizer.json").read_text())
     before = vocabulary_hash(json.dumps(stored).encode())
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in stored["model"]["merges"]]
@@ -108,7 +108,7 @@ def test_the_hash_ignores_what_decides_no_id_and_sees_what_does(folders: Path) -
 
 
 def test_the_hash_rule_does_not_change_between_versions() -> None:
-    """Shards written by an older version must still be accepted."""
+    """Shards of older versions must stay valid."""
     stored = b'{"version": "1.0", "padding": {}, "model": {"type": "BPE", "vocab": {"b": 1, "a": 0}, "merges": ["a b"]}}'
     assert (
         vocabulary_hash(stored)
@@ -122,7 +122,7 @@ def test_a_saved_folder_is_the_same_tokenizer_here_and_in_transformers(folders: 
 
     tokenizer = load_tokenizer(str(folders / name))
     tokenizer.save(tmp_path / "saved")
-    (tmp_path / "saved/config.json").write_text('{"model_type": "llama"}')  # an export stands beside it
+    (tmp_path / "saved/config.json").write_text('{"model_type": "llama"}')  # as in an export
     again = load_tokenizer(str(tmp_path / "saved"))
     stock = AutoTokenizer.from_pretrained(tmp_path / "saved", local_files_only=True)
     assert again.sha256 == tokenizer.sha256
@@ -135,7 +135,7 @@ def test_a_saved_folder_is_the_same_tokenizer_here_and_in_transformers(folders: 
 
 
 def test_a_saved_tokenizer_stops_where_training_did(folders: Path, tmp_path: Path) -> None:
-    """Trap 1: the exported eos is the eod the shards were made with, whatever the source's eos was."""
+    """The exported eos is the eod of the shards, even if the source has another eos."""
     load_tokenizer(str(folders / "bytes"), "<bos>").save(tmp_path)
     assert load_tokenizer(str(tmp_path)).eod_token == "<bos>"
     assert "auto_map" not in json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -175,7 +175,7 @@ def test_paths_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
         ("", UsageError, "neither tokenizer.json nor tokenizer.model"),
         ("merges.txt", UsageError, "neither a folder"),
         ("broken.json", DataError, "is not JSON"),
-        ("other.json", DataError, "holds no model"),
+        ("other.json", DataError, "has no model"),
         ("odd.json", DataError, "not a tokenizer.json"),
         ("broken.model", DataError, "not a SentencePiece model"),
     ]:
@@ -184,7 +184,7 @@ def test_paths_that_are_no_tokenizer_are_refused(tmp_path: Path) -> None:
 
 
 def test_several_processes_save_one_folder_at_once(folders: Path, tmp_path: Path) -> None:
-    """As the tasks of an array do."""
+    """Array tasks do so."""
     code = "import sys; from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer\n"
     code += "for _ in range(30): load_tokenizer(sys.argv[1]).save(sys.argv[2])"
     command = [sys.executable, "-c", code, str(folders / "legible"), str(tmp_path / "saved")]

@@ -18,11 +18,10 @@ from megatron.core.datasets.utils import Split
 from megatron_ledom.config.load import load_config
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import Sources, load_sources
-from megatron_ledom.data.dataset import dataset as dataset_module
-from megatron_ledom.data.dataset import sample_index
+from megatron_ledom.data.dataset import blend_samples, sample_index
+from megatron_ledom.data.dataset.blend_samples import ShardVocabulary, build_train_dataset
 from megatron_ledom.data.dataset.build_once import build_once, node
-from megatron_ledom.data.dataset.dataset import ShardVocabulary, build_train_dataset
-from megatron_ledom.data.dataset.sample_index import SampleIndex, build_arrays, index_plan, prepare_indices
+from megatron_ledom.data.dataset.sample_index import SampleIndex, build_arrays, index_spec, prepare_indices
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, LedomError, TransientError, UsageError
 from megatron_ledom.platform.launch import ALONE, Launch
@@ -69,7 +68,7 @@ def test_the_first_pass_is_what_megatron_core_makes(data: TinyData, tmp_path: Pa
     config, sources = opened(data, tmp_path / "cache", f"data.split={split}", "train.eval_iters=1")
     source = sources.train.sources[0]
     assert source.documents.last == (400 if split == "null" else 320)
-    _, arrays = SampleIndex(index_plan(config, sources.train), str(tmp_path / "cache")).part(0, 0)
+    _, arrays = SampleIndex(index_spec(config, sources.train), str(tmp_path / "cache")).part(0, 0)
     chosen = range(source.documents.first, source.documents.last)
     expected = stock(source.prefix, 32, 42, chosen, tmp_path / "stock")
     for found, wanted in zip(arrays, (expected.document_index, expected.sample_index, expected.shuffle_index), strict=True):
@@ -81,7 +80,7 @@ def test_the_first_pass_is_what_megatron_core_makes(data: TinyData, tmp_path: Pa
 
 def test_later_passes_are_whole_shuffled_anew_and_come_after_the_first(data: TinyData, tmp_path: Path) -> None:
     config, sources = opened(data, tmp_path / "cache", "train.train_iters=200", "data.allow_repeats=true")
-    index = SampleIndex(index_plan(config, sources.train), str(tmp_path / "cache"))
+    index = SampleIndex(index_spec(config, sources.train), str(tmp_path / "cache"))
     (part, first), (_, second) = index.part(0, 0), index.part(0, 1)
     assert part.num_samples < sources.train.num_samples
     assert sorted(first[0]) == sorted(second[0]) == list(range(400))
@@ -114,7 +113,7 @@ def test_workers_write_the_same_file(data: TinyData, tmp_path: Path, monkeypatch
     used = []
     monkeypatch.setattr(sample_index, "ordered_map", lambda *given: used.append(given[2]) or original(*given))
     opened(data, tmp_path / "together", two_sources(data))
-    name = Path(index_plan(config, sources.train).path("")).name
+    name = Path(index_spec(config, sources.train).path("")).name
     assert used == [3]
     assert (tmp_path / "alone" / name).read_bytes() == (tmp_path / "together" / name).read_bytes()
 
@@ -161,7 +160,7 @@ def test_a_damaged_index_is_built_anew(
     data: TinyData, tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     config, sources = opened(data, tmp_path / "cache")
-    path = Path(index_plan(config, sources.train).path(str(tmp_path / "cache")))
+    path = Path(index_spec(config, sources.train).path(str(tmp_path / "cache")))
     whole = path.read_bytes()
     path.write_bytes(damage(whole))
     opened(data, tmp_path / "cache")
@@ -175,7 +174,7 @@ def test_a_damaged_index_is_replaced_not_taken_away_from_under_another_builder(
 ) -> None:
     """Two nodes find the damage; the second gets the lock when the first has put a sound file there."""
     config, sources = opened(data, tmp_path / "cache")
-    path = Path(index_plan(config, sources.train).path(str(tmp_path / "cache")))
+    path = Path(index_spec(config, sources.train).path(str(tmp_path / "cache")))
     whole = path.read_bytes()
     path.write_bytes(whole[:-1] + b"\xff")
     rebuilt = []
@@ -222,7 +221,7 @@ def test_only_the_first_rank_of_a_node_builds_whatever_started_it(
 
 def test_what_a_killed_builder_left_is_removed_and_a_living_ones_is_not(data: TinyData, tmp_path: Path) -> None:
     config = load_config(str(data.config))
-    path = index_plan(config, load_sources(config).train).path(str(tmp_path / "cache"))
+    path = index_spec(config, load_sources(config).train).path(str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
     gone, other_node, living = (Path(f"{path}.{who}.part") for who in (f"{node()}.99999999", "n7.99999999", f"{node()}.1"))
     for part in (gone, other_node, living):
@@ -241,14 +240,14 @@ def test_no_more_files_are_open_than_allowed(data: TinyData, tmp_path: Path, mon
     """With one shard open at a time the samples are the same."""
     config, sources = opened(data, tmp_path / "cache", two_sources(data))
     every = build_train_dataset(config, sources, str(tmp_path / "cache"))
-    monkeypatch.setattr(dataset_module, "most_open_shards", lambda: 1)
+    monkeypatch.setattr(blend_samples, "most_open_shards", lambda: 1)
     one = build_train_dataset(config, sources, str(tmp_path / "cache"))
     before = len(os.listdir("/proc/self/fd"))
     for number in range(40):
         assert (every[number]["tokens"] == one[number]["tokens"]).all()
     every._source.cache_clear()
     kept = 1  # megatron-core's cache of its last look-ups keeps the other shard's .idx mapped
-    assert len(os.listdir("/proc/self/fd")) - before <= dataset_module.FILES_A_SHARD + kept
+    assert len(os.listdir("/proc/self/fd")) - before <= blend_samples.FILES_A_SHARD + kept
 
 
 @pytest.mark.parametrize(("happens", "error"), [("gone", TransientError), ("another file", DataError)])

@@ -40,7 +40,7 @@ def keep_even(text: str, record: Mapping[str, Any]) -> bool:
     return bool(record["number"] % 2 == 0)
 
 
-def test_length_limits_count_what_they_leave_out(tmp_path: Path, tokenizer: str) -> None:
+def test_length_limits_count_the_skipped_documents(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["1", "1 2", "1 2 3", "", "1 2 3 4", "5 6 7"])
     manifest = made(tmp_path, tokenizer, min_tokens=2, max_tokens=3)
     assert manifest.skipped == {"no_tokens": 1, "too_long": 1, "too_short": 1}

@@ -75,7 +75,7 @@ def test_forward_documents_are_stored_as_read(tmp_path: Path, tokenizer: str) ->
     assert reader.manifest.direction is Direction.FORWARD
 
 
-def test_forward_on_turned_texts_is_reverse_on_the_texts(tmp_path: Path, tokenizer: str) -> None:
+def test_forward_on_reversed_texts_is_reverse_on_the_texts(tmp_path: Path, tokenizer: str) -> None:
     texts = legible_documents(5, 7)
     write_jsonl(tmp_path / "a.jsonl", texts)
     write_jsonl(tmp_path / "turned.ndjson", [" ".join(text.split()[::-1]) for text in texts])

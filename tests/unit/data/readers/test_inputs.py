@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_ledom.data.readers import byte_ranges
-from megatron_ledom.data.readers.byte_ranges import InputPath, parts_of, stretches_of_task
+from megatron_ledom.data.readers.byte_ranges import InputPath, byte_ranges_of_task, parts_of
 from megatron_ledom.data.readers.input_files import expand_inputs, find_inputs
 from megatron_ledom.errors import UsageError
 
@@ -129,7 +129,7 @@ def test_a_loop_over_two_folders_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "left_out"),
+    ("pattern", "skipped"),
     [
         ("in", {"in/.ipynb_checkpoints": "hidden", "in/.a.jsonl": "hidden", "in/**/*.md": "unknown ending"}),
         ("in/*.jsonl", {"in/.a.jsonl": "hidden"}),
@@ -137,18 +137,18 @@ def test_a_loop_over_two_folders_is_refused(tmp_path: Path) -> None:
         ("in/*/*.jsonl", {"in/.ipynb_checkpoints/c.jsonl": "hidden"}),
     ],
 )
-def test_hidden_files_are_left_out_and_listed(tmp_path: Path, pattern: str, left_out: dict[str, str]) -> None:
+def test_hidden_files_are_skipped_and_listed(tmp_path: Path, pattern: str, skipped: dict[str, str]) -> None:
     touched(tmp_path, "in/.ipynb_checkpoints/c.jsonl", "in/.a.jsonl", "in/.gitattributes", "in/README.md", "in/s/a.jsonl")
     touched(tmp_path, "in/b.jsonl")
     assert all(not name.startswith((".", "c")) for name in names([str(tmp_path / pattern)]))
-    assert reasons([str(tmp_path / pattern)], tmp_path) == left_out
+    assert reasons([str(tmp_path / pattern)], tmp_path) == skipped
     assert names([str(tmp_path / "in/.ipynb_checkpoints")]) == ["c.jsonl"]
 
 
 def test_only_so_much_is_listed_one_by_one(tmp_path: Path) -> None:
     touched(tmp_path, "a.jsonl", *(f".{number:04}.jsonl" for number in range(1003)))
-    left_out = find_inputs([str(tmp_path)])[1]
-    assert (len(left_out), left_out[-1].num_files) == (1001, 3)
+    skipped = find_inputs([str(tmp_path)])[1]
+    assert (len(skipped), skipped[-1].num_files) == (1001, 3)
 
 
 def test_a_name_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
@@ -199,14 +199,14 @@ def test_every_byte_is_some_tasks_once_and_in_order(files: list[tuple[str, int]]
     sources = [InputPath(f"{number:02}.{ending}", size, "") for number, (ending, size) in enumerate(files)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(byte_ranges, "COMPRESSED_PART_BYTES", 1 << 17)
-        shares = [parts_of(stretches_of_task(sources, task, num_tasks), part_bytes) for task in range(num_tasks)]
-    stretches = [stretch for share in shares for part in share for stretch in part]
+        tasks = [parts_of(byte_ranges_of_task(sources, task, num_tasks), part_bytes) for task in range(num_tasks)]
+    owned = [piece for parts in tasks for part in parts for piece in part]
     for source in sources:
-        own = [(stretch.start, stretch.end) for stretch in stretches if stretch.source == source]
+        own = [(piece.start, piece.end) for piece in owned if piece.source == source]
         assert own[0][0] == 0
         assert own[-1][1] == source.num_bytes
         assert all(before[1] == after[0] for before, after in pairwise(own))
-    assert [stretch.source.path for stretch in stretches] == sorted(stretch.source.path for stretch in stretches)
+    assert [piece.source.path for piece in owned] == sorted(piece.source.path for piece in owned)
 
 
 def test_one_large_file_and_many_small_ones_divide_alike() -> None:
@@ -215,9 +215,9 @@ def test_one_large_file_and_many_small_ones_divide_alike() -> None:
     small = [InputPath(f"{number:06}.jsonl", 10**6, "") for number in range(50_000)]
     for sources, total in ((large, 500 * 10**9), (small, 50_000 * 10**6)):
         for task in (0, 31, 63):
-            stretches = stretches_of_task(sources, task, tasks)
-            assert sum(stretch.num_bytes for stretch in stretches) == pytest.approx(total / tasks, rel=1e-3)
-            sizes = [sum(stretch.num_bytes for stretch in part) for part in parts_of(stretches)]
+            owned = byte_ranges_of_task(sources, task, tasks)
+            assert sum(piece.num_bytes for piece in owned) == pytest.approx(total / tasks, rel=1e-3)
+            sizes = [sum(piece.num_bytes for piece in part) for part in parts_of(owned)]
             aim = min(byte_ranges.PART_BYTES, total // tasks // byte_ranges.PARTS_OF_A_TASK)
             assert max(sizes) <= 1.01 * aim
             assert sum(sizes) / len(sizes) > 0.9 * aim
@@ -226,7 +226,7 @@ def test_one_large_file_and_many_small_ones_divide_alike() -> None:
 def test_a_huge_compressed_file_is_not_decompressed_too_often() -> None:
     """Every part decompresses what is before it: 64 parts of 500 GB cost 32 times the file, 2,000 would cost 1,000 times."""
     source = InputPath("a.jsonl.gz", 500 * 10**9, "")
-    pieces = [stretch for part in parts_of(stretches_of_task([source], 0, 1)) for stretch in part]
+    pieces = [piece for part in parts_of(byte_ranges_of_task([source], 0, 1)) for piece in part]
     assert len(pieces) == 64
     assert all(piece.start % byte_ranges.COMPRESSED_BLOCK == 0 for piece in pieces)
     assert sum(piece.end for piece in pieces) < 33 * source.num_bytes
@@ -235,10 +235,10 @@ def test_a_huge_compressed_file_is_not_decompressed_too_often() -> None:
 @pytest.mark.parametrize(("task_id", "num_tasks"), [(3, 3), (-1, 3), (0, 0)])
 def test_a_task_that_does_not_exist_is_refused(task_id: int, num_tasks: int) -> None:
     with pytest.raises(UsageError, match=r"--task-id|--num-tasks"):
-        stretches_of_task([InputPath("a.jsonl", 1, "")], task_id, num_tasks)
+        byte_ranges_of_task([InputPath("a.jsonl", 1, "")], task_id, num_tasks)
 
 
 def test_little_input_is_cut_into_many_parts_for_many_workers() -> None:
     for total, num_parts in ((100 * 10**6, 24), (10 * 10**6, 3), (10**6, 1)):
-        [*parts] = parts_of(stretches_of_task([InputPath("a.jsonl", total, "")], 0, 1))
+        [*parts] = parts_of(byte_ranges_of_task([InputPath("a.jsonl", total, "")], 0, 1))
         assert len(parts) == num_parts

@@ -18,7 +18,7 @@ import zstandard
 from pyarrow import parquet
 
 from megatron_ledom.data.readers import byte_ranges
-from megatron_ledom.data.readers.byte_ranges import Stretch, parts_of, stretches_of_task
+from megatron_ledom.data.readers.byte_ranges import ByteRange, byte_ranges_of_task, parts_of
 from megatron_ledom.data.readers.input_files import expand_inputs
 from megatron_ledom.data.readers.records import ReadSettings, RecordReader, read_texts
 from megatron_ledom.data.readers.streams import LineReader
@@ -48,8 +48,8 @@ def write_all_forms(folder: Path) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def texts_in(stretch: Stretch, **settings: object) -> list[str]:
-    reader = RecordReader(stretch, ReadSettings(**settings))  # type: ignore[arg-type]
+def texts_in(byte_range: ByteRange, **settings: object) -> list[str]:
+    reader = RecordReader(byte_range, ReadSettings(**settings))  # type: ignore[arg-type]
     return [text for batch in reader.batches() for text in batch.texts]
 
 
@@ -65,7 +65,7 @@ def test_every_form_gives_the_same_texts(tmp_path: Path, batch_bytes: int) -> No
 
 
 @pytest.mark.parametrize("batch_bytes", [7, 1 << 20])
-def test_a_record_belongs_to_the_stretch_in_which_it_begins(tmp_path: Path, batch_bytes: int) -> None:
+def test_a_record_belongs_to_the_byte_range_in_which_it_begins(tmp_path: Path, batch_bytes: int) -> None:
     """Wherever a file is cut, each record is read once, in order; also cuts at a newline and just after it."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "1"}\n\n{"text": "22"}\n{"text": "333"}\r\n{"text": "4"}')
@@ -73,7 +73,7 @@ def test_a_record_belongs_to_the_stretch_in_which_it_begins(tmp_path: Path, batc
     for first in range(size + 1):
         for second in range(first, size + 1):
             cuts = [(0, first), (first, second), (second, size)]
-            found = [texts_in(Stretch(source(path), *cut), batch_bytes=batch_bytes) for cut in cuts if cut[0] < cut[1]]
+            found = [texts_in(ByteRange(source(path), *cut), batch_bytes=batch_bytes) for cut in cuts if cut[0] < cut[1]]
             assert list(chain(*found)) == ["1", "22", "333", "4"], cuts
 
 
@@ -90,17 +90,17 @@ def test_a_large_compressed_file_is_shared_between_its_blocks(
     path.write_bytes(compress[compression](content))
     found = []
     for task in range(3):
-        parts = parts_of(stretches_of_task([source(path)], task, 3))
+        parts = parts_of(byte_ranges_of_task([source(path)], task, 3))
         assert parts
-        found += [text for part in parts for stretch in part for text in texts_in(stretch)]
+        found += [text for part in parts for byte_range in part for text in texts_in(byte_range)]
     assert found == texts
 
 
-def test_stretches_of_a_table_share_its_groups(tmp_path: Path) -> None:
+def test_byte_ranges_of_a_table_share_its_groups(tmp_path: Path) -> None:
     for path in write_all_forms(tmp_path):
         if path.suffix in (".parquet", ".arrow"):
             found = [
-                [text for stretch in stretches_of_task([source(path)], task, 3) for text in texts_in(stretch)]
+                [text for byte_range in byte_ranges_of_task([source(path)], task, 3) for text in texts_in(byte_range)]
                 for task in range(3)
             ]
             assert list(chain(*found)) == TEXTS
@@ -257,7 +257,7 @@ def test_a_line_far_into_a_file_is_named_by_its_number_in_the_file(tmp_path: Pat
     path.write_bytes(b"\n".join(lines))
     for start in range(0, 500, 7):
         with pytest.raises(DataError, match=r"a\.jsonl:41: malformed"):
-            texts_in(Stretch(source(path), start, path.stat().st_size))
+            texts_in(ByteRange(source(path), start, path.stat().st_size))
 
 
 def test_the_text_records_of_web_archives_are_documents(tmp_path: Path) -> None:
@@ -288,24 +288,24 @@ def test_the_record_limit_does_not_depend_on_batches(tmp_path: Path) -> None:
 def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path, name: str) -> None:
     path = tmp_path / name
     path.write_bytes(b'{"text": "1"}\n' * 10)
-    stretch = whole(path)
+    byte_range = whole(path)
     path.write_bytes(b'{"text": "1"}\n' * 5)
     with pytest.raises(DataError, match=r"ends at byte 70, it had 140 when this run began|is damaged"):
-        texts_in(stretch)
+        texts_in(byte_range)
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow"])
 def test_a_file_replaced_while_it_is_read_is_an_error(tmp_path: Path, name: str) -> None:
     """Also one of the same size: parts of the old and of the new one would be stored as one corpus."""
     write_all_forms(tmp_path)
-    stretch = whole(tmp_path / name)
-    batches = RecordReader(stretch, ReadSettings(batch_bytes=1)).batches()
+    byte_range = whole(tmp_path / name)
+    batches = RecordReader(byte_range, ReadSettings(batch_bytes=1)).batches()
     next(batches)
-    os.utime(stretch.source.path, ns=(1, 1))
+    os.utime(byte_range.source.path, ns=(1, 1))
     with pytest.raises(DataError, match=rf"{name} was written to since this run began: .*wait until it is complete"):
         list(batches)
     with pytest.raises(DataError, match=rf"{name} was written to since this run began"):
-        texts_in(stretch)
+        texts_in(byte_range)
 
 
 def test_what_a_few_compressed_bytes_become_is_not_held_at_once(tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_many_bad_lines_far_into_a_file_do_not_read_it_again_and_again(tmp_path:
     path.write_bytes(b'{"text": "1"}\n' * 1000 + b"{\n" * 50)
     reads: list[int] = []
     monkeypatch.setattr(LineReader, "_lines_before", lambda self: reads.append(1) or 1000)
-    reader = RecordReader(Stretch(source(path), 14_000, path.stat().st_size), ReadSettings(on_error="skip"))
+    reader = RecordReader(ByteRange(source(path), 14_000, path.stat().st_size), ReadSettings(on_error="skip"))
     assert [text for batch in reader.batches() for text in batch.texts] == []
     assert (len(reads), reader.messages[9]) == (
         1,

@@ -8,7 +8,7 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
-from megatron_ledom.data.preprocess.task import PreprocessSettings, Task
+from megatron_ledom.data.preprocess.task import PreprocessSettings, PreprocessTask
 from megatron_ledom.data.readers.input_files import expand_inputs
 from megatron_ledom.data.readers.records import ReadSettings, read_texts
 from megatron_ledom.data.readers.text_template import TextTemplate, from_command_line, template_of
@@ -120,7 +120,7 @@ def test_the_command_joins_records_it_in_the_manifest_and_a_changed_template_is_
         settings = PreprocessSettings(
             input=[str(tmp_path / "a.jsonl")], tokenizer=tokenizer, output_prefix="p", text_template=template
         )
-        return Task(settings).reading_request()
+        return PreprocessTask(settings).reading_request()
 
     assert differences(request(TEMPLATE), request(TEMPLATE)) == []
     for before, now in ((TEMPLATE, "{question}"), (TEMPLATE, None), (None, TEMPLATE)):

@@ -282,7 +282,7 @@ FAULTS: dict[str, tuple[Callable[[str], None], list[str]]] = {
 
 @pytest.mark.parametrize("block_bytes", [2, 1 << 20])
 @pytest.mark.parametrize("name", FAULTS)
-def test_every_planted_fault_is_found_and_named(
+def test_every_planted_problem_is_found_and_named(
     plain: str, name: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(verification, "BLOCK_BYTES", block_bytes)
@@ -321,7 +321,7 @@ def test_without_the_tokenizer_the_direction_is_not_checked_and_that_is_said(
         inspect_shards(InspectSettings(prefixes=[plain], verify=True, tokenizer="no such"))
 
 
-def test_the_other_shards_are_still_looked_at_after_a_faulty_one(tmp_path: Path) -> None:
+def test_the_other_shards_are_still_looked_at_after_a_damaged_one(tmp_path: Path) -> None:
     for name in "abc":
         legible_shard(tmp_path / name, DOCUMENTS)
     os.truncate(tmp_path / "a.bin", 4)
@@ -338,7 +338,7 @@ def test_the_other_shards_are_still_looked_at_after_a_faulty_one(tmp_path: Path)
     assert run(str(tmp_path / "c"), str(tmp_path / "d")).returncode == 2
 
 
-def test_verify_prints_the_report_before_the_fault(shard: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_prints_the_report_before_the_problem(shard: str, capsys: pytest.CaptureFixture[str]) -> None:
     change(f"{shard}.idx", 50, b"\7\0")
     with pytest.raises(VerificationError):
         inspect_shards(InspectSettings(prefixes=[shard], verify=True))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from megatron_ledom.data.shards.rewriting import ReverseSettings, reverse_shards
 from megatron_ledom.data.shards.shard import Counts, InputFile, ShardReader, check_shard
-from megatron_ledom.direction import Direction, pack_documents_reference, turn_into
+from megatron_ledom.direction import Direction, concatenate_documents_reference, reverse_into
 from megatron_ledom.errors import DataError, MismatchError, UsageError
 from megatron_ledom.storage.hashes import sha256_of
 from tests.support.forked import run_forked
@@ -38,7 +38,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return run_forked([ROOT / "tools/reverse_shards.py", *arguments])
 
 
-def turn(*prefixes: str, output: Path, **settings: object) -> str:
+def write_reversed(*prefixes: str, output: Path, **settings: object) -> str:
     reverse_shards(ReverseSettings(input=list(prefixes), output_prefix=str(output), **settings))  # type: ignore[arg-type]
     return str(output)
 
@@ -54,25 +54,25 @@ def tokenizer(tmp_path: Path) -> str:
     stored=st.sampled_from(["uint16", "int32", "int64"]),
     dtype=st.sampled_from(["uint16", "int32"]),
 )
-def test_turned_documents_are_what_the_reference_says(
+def test_reversed_documents_are_what_the_reference_says(
     documents: list[list[int]], is_closed: bool, stored: str, dtype: str
 ) -> None:
     documents = [[*document, EOD_ID] for document in documents] if is_closed else documents
     contents = [document[:-1] if is_closed else document for document in documents]
-    expected = pack_documents_reference(contents, Direction.REVERSE, EOD_ID)
+    expected = concatenate_documents_reference(contents, Direction.REVERSE, EOD_ID)
     ids = np.array([number for document in documents for number in document], stored)
     lengths = np.array([len(document) for document in documents], np.int64)
-    turned = np.empty(len(expected), dtype)
+    reversed_ids = np.empty(len(expected), dtype)
     options = {"is_closed": is_closed, "eod_id": EOD_ID, "vocab_size": VOCAB_SIZE}
-    assert turn_into(ids, lengths, turned, **options) == -1
-    assert turned.tolist() == expected
+    assert reverse_into(ids, lengths, reversed_ids, **options) == -1
+    assert reversed_ids.tolist() == expected
     wrong_end = EOD_ID - 1 if is_closed else EOD_ID
     negative = VOCAB_SIZE if stored == "uint16" else -1
     for position, wrong in ((0, VOCAB_SIZE), (len(ids) // 2, negative), (len(ids) - 1, wrong_end)):
         if len(ids):
             damaged = ids.copy()
             damaged[position] = wrong
-            assert turn_into(damaged, lengths, turned, **options) == position
+            assert reverse_into(damaged, lengths, reversed_ids, **options) == position
 
 
 def test_arrays_that_do_not_fit_are_refused() -> None:
@@ -80,27 +80,29 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
     ids, out = np.array([1, 9, 2, 9], np.int32), np.empty(4, np.int32)
     for lengths in ([2, 1], [2, 3], [5, -1]):
         with pytest.raises(ValueError, match="add up"):
-            turn_into(ids, np.array(lengths, np.int64), out, **options)
+            reverse_into(ids, np.array(lengths, np.int64), out, **options)
     with pytest.raises(ValueError, match="wrong size"):
-        turn_into(ids, np.array([2, 2], np.int64), np.empty(5, np.int32), **options)
+        reverse_into(ids, np.array([2, 2], np.int64), np.empty(5, np.int32), **options)
     with pytest.raises(TypeError):
-        turn_into(ids[::2], np.array([2], np.int64), np.empty(2, np.int32), **options)
+        reverse_into(ids[::2], np.array([2], np.int64), np.empty(2, np.int32), **options)
     with pytest.raises(TypeError):
-        turn_into(ids.astype(np.int16), np.array([2, 2], np.int64), out, **options)
+        reverse_into(ids.astype(np.int16), np.array([2, 2], np.int64), out, **options)
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32"])
-def test_a_turned_shard_is_the_one_preprocessing_writes_and_turning_twice_is_the_identity(tmp_path: Path, dtype: str) -> None:
+def test_a_reversed_shard_is_the_one_preprocessing_writes_and_reversing_twice_is_the_identity(
+    tmp_path: Path, dtype: str
+) -> None:
     source = InputFile(path="x.jsonl", num_bytes=9, sha256="b" * 64)
     counts = Counts(text_bytes=77, skipped={"no_tokens": 2}, input_files=[source], tokenizer_path="t", eod_token="<eod>")
     forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD, dtype, counts)
     reverse = legible_shard(tmp_path / "reverse", DOCUMENTS, legible_provenance(), dtype, counts)
-    done = run("--input", forward, "--output-prefix", str(tmp_path / "turned"))
+    done = run("--input", forward, "--output-prefix", str(tmp_path / "reversed"))
     assert done.returncode == 0, done.stderr
-    assert file_bytes(str(tmp_path / "turned")) == file_bytes(reverse)
-    again = turn(str(tmp_path / "turned"), output=tmp_path / "again")
+    assert file_bytes(str(tmp_path / "reversed")) == file_bytes(reverse)
+    again = write_reversed(str(tmp_path / "reversed"), output=tmp_path / "again")
     assert file_bytes(again) == file_bytes(forward)
-    for prefix, twin in ((str(tmp_path / "turned"), reverse), (again, forward)):
+    for prefix, twin in ((str(tmp_path / "reversed"), reverse), (again, forward)):
         found, expected = check_shard(prefix), check_shard(twin)
         found.created_at = expected.created_at
         assert found == expected
@@ -108,28 +110,28 @@ def test_a_turned_shard_is_the_one_preprocessing_writes_and_turning_twice_is_the
 
 def test_several_inputs_become_one_shard_in_the_order_given(tmp_path: Path) -> None:
     parts = [legible_shard(tmp_path / f"x-0000{i}-of-00002", DOCUMENTS[3 * i : 3 * i + 3], FORWARD) for i in range(2)]
-    turned = turn(str(tmp_path / "x-*-of-00002"), output=tmp_path / "turned")
-    assert file_bytes(turned) == file_bytes(legible_shard(tmp_path / "whole", DOCUMENTS[:6]))
+    reversed_shard = write_reversed(str(tmp_path / "x-*-of-00002"), output=tmp_path / "reversed")
+    assert file_bytes(reversed_shard) == file_bytes(legible_shard(tmp_path / "whole", DOCUMENTS[:6]))
     with pytest.raises(DataError, match="missing: 1"):
-        turn(parts[0], output=tmp_path / "other")
+        write_reversed(parts[0], output=tmp_path / "other")
 
 
 @pytest.mark.parametrize("dtype", ["uint16", "int32", "int64"])
 @pytest.mark.parametrize(("documents", "words"), [(CLOSED, "documents end with eod"), (BARE, "documents without eod")])
-def test_a_foreign_shard_is_turned_whatever_its_type_and_eods(
+def test_a_foreign_shard_is_reversed_whatever_its_type_and_eods(
     tmp_path: Path, tokenizer: str, dtype: str, documents: list[list[list[int]]], words: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     foreign = foreign_shard(tmp_path / "foreign", documents, dtype)
-    turned = turn(foreign, output=tmp_path / "turned", tokenizer=tokenizer)
-    assert file_bytes(turned) == file_bytes(legible_shard(tmp_path / "reverse", DOCUMENTS))
-    manifest = check_shard(turned)
+    reversed_shard = write_reversed(foreign, output=tmp_path / "reversed", tokenizer=tokenizer)
+    assert file_bytes(reversed_shard) == file_bytes(legible_shard(tmp_path / "reverse", DOCUMENTS))
+    manifest = check_shard(reversed_shard)
     assert (manifest.direction, manifest.eod_token, manifest.text_bytes) == (Direction.REVERSE, "<eod>", 0)
     assert [(file.path, file.sha256) for file in manifest.input_files] == [(f"{foreign}.bin", sha256_of(f"{foreign}.bin"))]
     assert f"taken as forward ids of tokenizer, {words} '<eod>' = 1000 (as the first ones are)" in caplog.text
 
 
-def test_what_stock_megatron_wrote_is_turned(tmp_path: Path, tokenizer: str) -> None:
+def test_what_stock_megatron_wrote_is_reversed(tmp_path: Path, tokenizer: str) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(tmp_path / "stock.bin"), dtype=np.int32)
@@ -138,24 +140,28 @@ def test_what_stock_megatron_wrote_is_turned(tmp_path: Path, tokenizer: str) -> 
     builder.add_document([*DOCUMENTS[3], *DOCUMENTS[4], EOD_ID], [len(DOCUMENTS[3]), len(DOCUMENTS[4]) + 1])
     builder.end_document()  # a document without sequences, which older tools write for an empty text
     builder.finalize(str(tmp_path / "stock.idx"))
-    command = ["--input", str(tmp_path / "stock"), "--output-prefix", str(tmp_path / "turned"), "--tokenizer", tokenizer]
+    command = ["--input", str(tmp_path / "stock"), "--output-prefix", str(tmp_path / "reversed"), "--tokenizer", tokenizer]
     done = run(*command, "--text-bytes", "99")
     assert done.returncode == 0, done.stderr
     whole = legible_shard(tmp_path / "whole", [*DOCUMENTS[:3], DOCUMENTS[3] + DOCUMENTS[4]])
-    assert file_bytes(str(tmp_path / "turned")) == file_bytes(whole)
-    manifest = check_shard(str(tmp_path / "turned"))
+    assert file_bytes(str(tmp_path / "reversed")) == file_bytes(whole)
+    manifest = check_shard(str(tmp_path / "reversed"))
     assert (manifest.skipped, manifest.text_bytes) == ({"no_tokens": 1}, 99)
 
 
 def test_a_foreign_reverse_shard_becomes_forward(tmp_path: Path, tokenizer: str) -> None:
     foreign = foreign_shard(tmp_path / "foreign", [[[*document[::-1], EOD_ID]] for document in DOCUMENTS])
-    turned = turn(foreign, output=tmp_path / "turned", tokenizer=tokenizer, from_direction=Direction.REVERSE)
-    assert file_bytes(turned) == file_bytes(legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD))
+    reversed_shard = write_reversed(
+        foreign, output=tmp_path / "reversed", tokenizer=tokenizer, from_direction=Direction.REVERSE
+    )
+    assert file_bytes(reversed_shard) == file_bytes(legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD))
 
 
 def test_narrow_ids_of_one_byte_are_read(tmp_path: Path, tokenizer: str) -> None:
-    turned = turn(foreign_shard(tmp_path / "bytes", [[[1, 2, 3]], [[7]]], "uint8"), output=tmp_path / "t", tokenizer=tokenizer)
-    assert ShardReader(turned).ids.tolist() == [3, 2, 1, EOD_ID, 7, EOD_ID]
+    reversed_shard = write_reversed(
+        foreign_shard(tmp_path / "bytes", [[[1, 2, 3]], [[7]]], "uint8"), output=tmp_path / "t", tokenizer=tokenizer
+    )
+    assert ShardReader(reversed_shard).ids.tolist() == [3, 2, 1, EOD_ID, 7, EOD_ID]
 
 
 @pytest.mark.parametrize(
@@ -171,13 +177,13 @@ def test_narrow_ids_of_one_byte_are_read(tmp_path: Path, tokenizer: str) -> None
         ([[[EOD_ID]], []], "auto", "holds no document with a token"),
     ],
 )
-def test_what_cannot_be_turned_is_refused_by_document_number(
+def test_what_cannot_be_reversed_is_refused_by_document_number(
     tmp_path: Path, tokenizer: str, documents: list[list[list[int]]], eod: str, words: str
 ) -> None:
     foreign = foreign_shard(tmp_path / "foreign", documents, "int64")
     with pytest.raises(DataError, match=words):
-        turn(foreign, output=tmp_path / "turned", tokenizer=tokenizer, eod=eod)
-    assert not list(tmp_path.glob("turned*"))
+        write_reversed(foreign, output=tmp_path / "reversed", tokenizer=tokenizer, eod=eod)
+    assert not list(tmp_path.glob("reversed*"))
 
 
 @pytest.mark.parametrize(
@@ -204,7 +210,7 @@ def test_a_damaged_foreign_shard_is_refused(
         if content is None:
             stream.truncate()
     with pytest.raises(DataError, match=words):
-        turn(foreign, output=tmp_path / "turned", tokenizer=tokenizer)
+        write_reversed(foreign, output=tmp_path / "reversed", tokenizer=tokenizer)
 
 
 def test_a_damaged_shard_of_ours_is_not_given_a_new_hash(tmp_path: Path) -> None:
@@ -212,44 +218,46 @@ def test_a_damaged_shard_of_ours_is_not_given_a_new_hash(tmp_path: Path) -> None
     with open(f"{forward}.bin", "r+b") as stream:
         stream.write(np.array([5], np.uint16).tobytes())
     with pytest.raises(DataError, match=r"forward.bin has not the sha256"):
-        turn(forward, output=tmp_path / "turned")
-    assert not list(tmp_path.glob("turned*"))
+        write_reversed(forward, output=tmp_path / "reversed")
+    assert not list(tmp_path.glob("reversed*"))
 
 
 def test_a_stop_signal_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD)
-    monkeypatch.setattr("megatron_ledom.data.shards.rewriting.turn_into", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    monkeypatch.setattr(
+        "megatron_ledom.data.shards.rewriting.reverse_into", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
+    )
     with pytest.raises(KeyboardInterrupt):
-        turn(forward, output=tmp_path / "turned")
-    assert not list(tmp_path.glob("turned*"))
+        write_reversed(forward, output=tmp_path / "reversed")
+    assert not list(tmp_path.glob("reversed*"))
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_wrong_usage_is_refused(tmp_path: Path, tokenizer: str) -> None:
     forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD)
     foreign = foreign_shard(tmp_path / "foreign", BARE)
-    done = run("--input", foreign, "--output-prefix", str(tmp_path / "turned"))
+    done = run("--input", foreign, "--output-prefix", str(tmp_path / "reversed"))
     assert done.returncode == 2
     assert "has no manifest; name the tokenizer it was made with by --tokenizer" in done.stderr
     with pytest.raises(UsageError, match="has none; turn them by two commands"):
-        turn(forward, foreign, output=tmp_path / "turned", tokenizer=tokenizer)
+        write_reversed(forward, foreign, output=tmp_path / "reversed", tokenizer=tokenizer)
     with pytest.raises(MismatchError, match="is forward by its manifest"):
-        turn(forward, output=tmp_path / "turned", from_direction=Direction.REVERSE)
+        write_reversed(forward, output=tmp_path / "reversed", from_direction=Direction.REVERSE)
     with pytest.raises(MismatchError, match="use the same tokenizer"):
-        turn(forward, output=tmp_path / "turned", tokenizer=tokenizer)
+        write_reversed(forward, output=tmp_path / "reversed", tokenizer=tokenizer)
     with pytest.raises(UsageError, match="--eod-token is empty"):
-        turn(forward, output=tmp_path / "turned", tokenizer=tokenizer, eod_token="")
+        write_reversed(forward, output=tmp_path / "reversed", tokenizer=tokenizer, eod_token="")
     with pytest.raises(UsageError, match="is a token of --tokenizer, which is missing"):
-        turn(forward, output=tmp_path / "turned", eod_token="<eod>")
+        write_reversed(forward, output=tmp_path / "reversed", eod_token="<eod>")
     with pytest.raises(UsageError, match="leave out --eod append"):
-        turn(forward, output=tmp_path / "turned", eod="append")
+        write_reversed(forward, output=tmp_path / "reversed", eod="append")
     with pytest.raises(UsageError, match="is one of the inputs"):
-        turn(forward, output=tmp_path / "forward", overwrite=True)
+        write_reversed(forward, output=tmp_path / "forward", overwrite=True)
 
 
-def test_documents_that_begin_with_bos_are_not_turned(tmp_path: Path) -> None:
+def test_documents_that_begin_with_bos_are_not_reversed(tmp_path: Path) -> None:
     """Turned as it stands, a document's BOS would come just before its eod."""
     forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD, counts=Counts(text_bytes=1, bos_token="999"))
     with pytest.raises(UsageError, match=r"begin with '999', which would come to stand before their eod.*preprocess the text"):
-        reverse_shards(ReverseSettings(input=[forward], output_prefix=str(tmp_path / "turned")))
-    assert not list(tmp_path.glob("turned*"))
+        reverse_shards(ReverseSettings(input=[forward], output_prefix=str(tmp_path / "reversed")))
+    assert not list(tmp_path.glob("reversed*"))

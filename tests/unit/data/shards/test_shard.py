@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_ledom.data.preprocess.encode_parts import pack_documents
+from megatron_ledom.data.preprocess.encode_parts import concatenate_documents
 from megatron_ledom.data.shards.index_file import HEADER
 from megatron_ledom.data.shards.shard import (
     Counts,
@@ -35,7 +35,7 @@ COUNTS = Counts(text_bytes=123, skipped={"no_tokens": 2}, input_files=[InputFile
 def packed(documents: list[list[int]], dtype: str) -> tuple[np.ndarray, np.ndarray]:
     ids = np.array([number for document in documents for number in document], np.uint32)
     offsets = np.cumsum([0, *map(len, documents)])
-    return pack_documents(ids, offsets, direction=Direction.REVERSE, eod_id=EOD_ID, vocab_size=VOCAB_SIZE, dtype=dtype)
+    return concatenate_documents(ids, offsets, direction=Direction.REVERSE, eod_id=EOD_ID, vocab_size=VOCAB_SIZE, dtype=dtype)
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: str = "uint16", *, overwrite: bool = False) -> str:
@@ -232,8 +232,8 @@ def test_another_header_is_refused(shard: str) -> None:
         (".bin", 2 * 5, np.array([1001], "<u2"), "id 1001 at 5 is outside the 1,001 ids"),
     ],
 )
-def test_verify_names_each_fault(shard: str, suffix: str, offset: int, values: np.ndarray, words: str) -> None:
+def test_verify_names_each_problem(shard: str, suffix: str, offset: int, values: np.ndarray, words: str) -> None:
     change(shard + suffix, offset, values)
     assert "sha256" in verify_shard(shard)[0]
     rehash(shard)
-    assert any(words in fault for fault in verify_shard(shard))
+    assert any(words in problem for problem in verify_shard(shard))

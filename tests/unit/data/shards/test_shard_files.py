@@ -9,7 +9,7 @@ import pytest
 
 from megatron_ledom.config.load import load_config
 from megatron_ledom.data.blends.sources import load_sources
-from megatron_ledom.data.dataset.dataset import BlendSamples, build_held_out_datasets, build_train_dataset
+from megatron_ledom.data.dataset.blend_samples import BlendSamples, build_held_out_datasets, build_train_dataset
 from megatron_ledom.data.dataset.sample_index import prepare_indices
 from megatron_ledom.data.shards.shard import load_manifest
 from megatron_ledom.data.shards.shard_files import ShardFiles

@@ -1,4 +1,4 @@
-"""The byte-level encoder gives the ids of the tokenizers library: every pattern, every class of characters, any text."""
+"""The byte-level encoder gives the ids of the tokenizers library for every pattern, every class of characters and any text."""
 
 import importlib.util
 import random
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer as HubTokenizer
 
 from megatron_ledom._helpers import not_nfc
 from megatron_ledom.errors import UsageError
-from megatron_ledom.tokenizers.engines import GPT2, PATTERNS, CachedByteEngine, HubEngine, first_difference, why_not_bytes
+from megatron_ledom.tokenizers.encoders import GPT2, PATTERNS, CachedByteEncoder, HubEncoder, first_difference, why_not_bytes
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS
 from tests.support.paths import ROOT
 from tests.support.source_texts import FILES, MULTILINGUAL
@@ -71,7 +71,7 @@ NASTY += ["<think>", "</think>", "<|end|>", "<|e", "<", ">", "<thin\u212a>", "AB
 
 
 def trained(pre_tokenizer: Any, normalizer: Any = None, *, ignore_merges: bool = False) -> dict[str, Any]:
-    """The object of a byte-level tokenizer.json of 2,000 tokens with a special and two other added ones."""
+    """Return the object of a byte-level tokenizer.json of 2,000 tokens, with one special and two other added tokens."""
     tokenizer = HubTokenizer(models.BPE(ignore_merges=ignore_merges))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoders.ByteLevel()
     if normalizer is not None:
@@ -87,32 +87,32 @@ def trained(pre_tokenizer: Any, normalizer: Any = None, *, ignore_merges: bool =
 
 
 def split_by(pattern: str) -> Any:
-    """Split by a regular expression, then spell bytes."""
+    """Return a pre-tokenizer that splits by a regular expression, then encodes bytes."""
     cut = pre_tokenizers.Split(Regex(pattern), "isolated")
     return pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 class Both:
-    """The library and ours on one tokenizer.json."""
+    """The encoder of the library and ours for one tokenizer.json."""
 
     def __init__(self, stored: dict[str, Any], **options: int) -> None:
-        self.library = HubEngine(orjson.dumps(stored), "the tokenizer")
-        self.engine = CachedByteEngine(stored, self.library, **options)
+        self.library = HubEncoder(orjson.dumps(stored), "the tokenizer")
+        self.encoder = CachedByteEncoder(stored, self.library, **options)
 
 
 def check_equal_ids(both: "Both", texts: Sequence[str]) -> None:
-    """Fail at the first text whose ids differ."""
-    assert first_difference(both.engine, both.library, texts) is None
+    """Fail with the first text whose ids differ."""
+    assert first_difference(both.encoder, both.library, texts) is None
 
 
 @pytest.fixture(scope="module", params=[*PATTERNS, "byte level", "whole"])
 def both(request: pytest.FixtureRequest) -> Both:
-    """Every pattern; every second one normalises."""
+    """Return encoders with each pattern; every second one normalises."""
     if request.param == "byte level":
         return Both(trained(pre_tokenizers.ByteLevel(add_prefix_space=False)))
     if request.param == "whole":
         stored = trained(split_by(list(PATTERNS)[2]), ignore_merges=True)
-        stored["model"]["merges"] = stored["model"]["merges"][:-200]  # some tokens are no result of merging
+        stored["model"]["merges"] = stored["model"]["merges"][:-200]  # no merge produces some tokens
         return Both(stored)
     return Both(trained(split_by(request.param), normalizers.NFC() if PATTERNS[request.param] != GPT2 else None))
 
@@ -121,7 +121,7 @@ def test_odd_and_real_texts_have_equal_ids(both: Both) -> None:
     check_equal_ids(both, [])
     check_equal_ids(both, [*ODD_TEXTS, *NASTY, *(first + second for first in NASTY for second in NASTY)])
     check_equal_ids(both, FILES)
-    assert both.engine.statistics()["misses"] < both.engine.statistics()["units"] / 10
+    assert both.encoder.statistics()["misses"] < both.encoder.statistics()["units"] / 10
 
 
 def test_the_classes_of_all_code_points_are_those_of_the_library() -> None:
@@ -134,12 +134,12 @@ def test_the_classes_of_all_code_points_are_those_of_the_library() -> None:
 
 
 def stored_runs() -> list[int]:
-    """The entries of unicode_classes.h: first code point << 8 | class."""
+    """Return the entries of unicode_classes.h: first code point << 8 | class."""
     return [int(entry, 16) for entry in re.findall(r"0x[0-9A-F]+(?=,)", (HELPERS / "unicode_classes.h").read_text())]
 
 
 def test_code_points_of_every_class_have_equal_ids(both: Both) -> None:
-    """Those around every change of class, behind and before characters of other classes, where a wrong class would cut elsewhere."""
+    """Code points at every change of class, next to characters of other classes, where a wrong class changes the cut."""
     borders = {code + step for run in stored_runs() for code in (run >> 8,) for step in (-1, 0)} | set(range(0x500))
     codes = [chr(code) for code in sorted(borders) if code >= 0 and not 0xD800 <= code < 0xE000]
     for frame in ("a{0}b1{0}2", " {0}{0} '{0}s!{0}\n{0}", "A{0}B'l{0}"):
@@ -160,12 +160,12 @@ def test_any_text_has_equal_ids(both: Both, texts: list[str]) -> None:
 
 
 def test_runs_of_every_length_have_equal_ids(both: Both) -> None:
-    """Lengths around the bounds: 8 bytes looked at together, 15 of a short key, 64 symbols, 255 bytes remembered."""
+    """Lengths around the limits: 8 bytes read at once, 15 of a short key, 64 symbols, 255 cached bytes."""
     check_equal_ids(both, [unit * times for unit in ("a", "é", " ", "日", "1", "!", "aB", "\n ") for times in range(280)])
 
 
 def test_not_nfc_finds_every_text_that_nfc_changes() -> None:
-    """Every code point alone and behind others, and random strings of what combines."""
+    """Every code point alone and after others, and random strings of combining characters."""
     normalize = normalizers.NFC().normalize_str
     framed = [f"{before}{code}{after}" for before, after in (("", ""), ("e", "\u0323")) for code in CODES]
     combining = [code for code in CODES if normalize(f"a\u0315{code}\u0301") != f"a\u0315{code}\u0301"]
@@ -177,13 +177,13 @@ def test_not_nfc_finds_every_text_that_nfc_changes() -> None:
     assert not_nfc(["abc", "é", "日本語 텍스트 नमस्ते", "e\u0301"]) == [3]
 
 
-def test_a_long_word_costs_no_more_a_byte_than_a_short_one() -> None:
+def test_a_long_word_costs_no_more_per_byte_than_a_short_one() -> None:
     both = Both(trained(split_by(next(iter(PATTERNS)))))
 
     def steps(times: int) -> int:
-        before = both.engine.statistics()["steps"]
+        before = both.encoder.statistics()["steps"]
         check_equal_ids(both, ["the" * times])
-        return both.engine.statistics()["steps"] - before
+        return both.encoder.statistics()["steps"] - before
 
     assert steps(40_000) < 10.1 * steps(4_000)
 
@@ -192,8 +192,8 @@ def test_a_tiny_cache_overflows_and_ids_stay_equal() -> None:
     both = Both(trained(pre_tokenizers.ByteLevel(add_prefix_space=False)), cache_bytes=4096)
     for _ in range(2):
         check_equal_ids(both, [*FILES[:10], *ODD_TEXTS])
-    assert both.engine.statistics()["clears"] > 50
-    assert both.engine.statistics()["cache_bytes"] <= 4096
+    assert both.encoder.statistics()["clears"] > 50
+    assert both.encoder.statistics()["cache_bytes"] <= 4096
 
 
 def test_added_tokens_are_cut_out_and_special_ones_are_text() -> None:
@@ -211,7 +211,7 @@ def test_added_tokens_are_cut_out_and_special_ones_are_text() -> None:
     ]
     check_equal_ids(both, texts)
     ids = {token["content"]: token["id"] for token in stored["added_tokens"]}
-    found = [both.engine.encode([text])[0].tolist() for text in texts]
+    found = [both.encoder.encode([text])[0].tolist() for text in texts]
     assert [ids["<think>"] in each for each in found] == [True, True, False, True, False, True, True, False]
     assert not any(ids["<|end|>"] in each for each in found)
     check_equal_ids(both, texts)  # all in one call, some of them by the reference
@@ -223,7 +223,7 @@ def stored() -> dict[str, Any]:
 
 
 def changed(stored: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
-    """A copy with one value set, by a dotted path."""
+    """Return a copy with one value, at a dotted path, replaced."""
     copy = orjson.loads(orjson.dumps(stored))
     *parents, last = path.split(".")
     place = copy
@@ -245,13 +245,13 @@ def changed(stored: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("model.end_of_word_suffix", "</w>", "has the model option end_of_word_suffix=</w>"),
         ("model.new", 1, "has the model option new=1"),
         ("normalizer.type", "NFKC", "has the normaliser {'type': 'NFKC'}"),
-        ("pre_tokenizer.pretokenizers.0.pattern.Regex", r"\s+", "has a pre-tokenizer that is not known here"),
-        ("pre_tokenizer.pretokenizers.0.behavior", "Removed", "has a pre-tokenizer that is not known here"),
-        ("pre_tokenizer.pretokenizers.1.add_prefix_space", True, "has a pre-tokenizer that is not known here"),
-        ("pre_tokenizer.pretokenizers.1.use_regex", True, "has a pre-tokenizer that is not known here"),
-        ("pre_tokenizer", None, "has a pre-tokenizer that is not known here"),
+        ("pre_tokenizer.pretokenizers.0.pattern.Regex", r"\s+", "has an unknown pre-tokenizer"),
+        ("pre_tokenizer.pretokenizers.0.behavior", "Removed", "has an unknown pre-tokenizer"),
+        ("pre_tokenizer.pretokenizers.1.add_prefix_space", True, "has an unknown pre-tokenizer"),
+        ("pre_tokenizer.pretokenizers.1.use_regex", True, "has an unknown pre-tokenizer"),
+        ("pre_tokenizer", None, "has an unknown pre-tokenizer"),
         ("post_processor", {"type": "BertProcessing"}, "has the post-processor {'type': 'BertProcessing'}"),
-        ("added_tokens.1.lstrip", True, "has the added token '<think>', found in some places only"),
+        ("added_tokens.1.lstrip", True, "has the added token '<think>', found in some positions only"),
         ("added_tokens.1.normalized", True, "has added tokens of two kinds, found before and after normalising"),
     ],
 )
@@ -260,7 +260,7 @@ def test_other_tokenizers_are_refused(stored: dict[str, Any], path: str, value: 
     other = changed(stored, path, value)
     assert why_not_bytes(other) == reason
     with pytest.raises(UsageError, match=r"^it (has|is) "):
-        CachedByteEngine(other, HubEngine(orjson.dumps(stored), "the tokenizer"))
+        CachedByteEncoder(other, HubEncoder(orjson.dumps(stored), "the tokenizer"))
 
 
 def test_vocabularies_that_do_not_fit_together_are_refused(stored: dict[str, Any]) -> None:
@@ -279,19 +279,19 @@ def test_vocabularies_that_do_not_fit_together_are_refused(stored: dict[str, Any
     ]
     for path, value, reason in cases:
         with pytest.raises(ValueError, match=reason):
-            CachedByteEngine(changed(stored, path, value), HubEngine(orjson.dumps(stored), "the tokenizer"))
+            CachedByteEncoder(changed(stored, path, value), HubEncoder(orjson.dumps(stored), "the tokenizer"))
 
 
 def test_merges_may_be_pairs_or_strings(stored: dict[str, Any]) -> None:
     pairs = stored["model"]["merges"]
     assert isinstance(pairs[0], list)
     strings = changed(stored, "model.merges", [" ".join(pair) for pair in pairs])
-    assert np.array_equal(Both(strings).engine.encode(FILES)[0], Both(stored).engine.encode(FILES)[0])
+    assert np.array_equal(Both(strings).encoder.encode(FILES)[0], Both(stored).encoder.encode(FILES)[0])
 
 
 def test_texts_that_are_no_text_are_refused(stored: dict[str, Any]) -> None:
-    engine = Both(stored).engine
+    encoder = Both(stored).encoder
     with pytest.raises(UnicodeEncodeError):
-        engine.encode(["a", "\ud800"])
+        encoder.encode(["a", "\ud800"])
     with pytest.raises(TypeError, match="text 1 is not a str"):
-        engine.encode(["a", b"a"])  # type: ignore[list-item]
+        encoder.encode(["a", b"a"])  # type: ignore[list-item]

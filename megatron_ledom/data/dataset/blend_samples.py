@@ -18,7 +18,7 @@ from megatron.core.datasets.utils import Split
 
 from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.data.blends.sources import Blend, Source, Sources
-from megatron_ledom.data.dataset.sample_index import Arrays, SampleIndex, index_plan
+from megatron_ledom.data.dataset.sample_index import Arrays, SampleIndex, index_spec
 from megatron_ledom.data.shards.targets import TargetMasks
 from megatron_ledom.errors import DataError, TransientError, may_pass
 
@@ -65,7 +65,7 @@ class BlendSamples(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     def __init__(self, config: RunConfig, blend: Blend, eod_id: int, cache: str) -> None:
         self.blend = blend
         self._seq_length, self._loss_tokens = config.data.seq_length, config.data.loss_tokens
-        self._index = SampleIndex(index_plan(config, blend), cache)
+        self._index = SampleIndex(index_spec(config, blend), cache)
         self._config = GPTDatasetConfig(
             random_seed=config.train.seed,
             sequence_length=config.data.seq_length,

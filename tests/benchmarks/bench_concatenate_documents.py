@@ -1,6 +1,6 @@
 """What packing a document costs beside the floor: a copy of the same bytes, and numpy document by document.
 
-    python tests/benchmarks/bench_pack_documents.py [--tokens 20000000] [--rounds 7]
+    python tests/benchmarks/bench_concatenate_documents.py [--tokens 20000000] [--rounds 7]
 
 Prints the median of each and the ratios, all from one run; the variants take turns, so that a drifting machine hits all.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from megatron_ledom.data.preprocess.encode_parts import pack_documents
+from megatron_ledom.data.preprocess.encode_parts import concatenate_documents
 from megatron_ledom.direction import Direction, to_model_order
 
 EOD, VOCAB = 64_002, 64_005
@@ -48,11 +48,11 @@ def main() -> None:
 
     def packed() -> np.ndarray:
         options = {"direction": Direction.REVERSE, "eod_id": EOD, "vocab_size": VOCAB, "dtype": np.uint16}
-        return pack_documents(ids, offsets, **options)[0]
+        return concatenate_documents(ids, offsets, **options)[0]
 
     assert np.array_equal(packed(), numpy_loop(ids, offsets))
     variants: dict[str, Callable[[], object]] = {
-        "pack_documents (C++)": packed,
+        "concatenate_documents (C++)": packed,
         "numpy, document by document": lambda: numpy_loop(ids, offsets),
         "floor: narrow and copy": lambda: np.copyto(out, ids, casting="unsafe"),
         "floor: copy of the result": lambda: np.copyto(out, narrow),
@@ -63,7 +63,7 @@ def main() -> None:
             start = time.perf_counter()
             variant()
             seconds[name].append(time.perf_counter() - start)
-    ours = statistics.median(seconds["pack_documents (C++)"])
+    ours = statistics.median(seconds["concatenate_documents (C++)"])
     for name, values in seconds.items():
         median = statistics.median(values)
         print(f"{name:30s} {len(ids) / median / 1e6:8.0f} M tokens/s   time / ours {median / ours:6.2f}")

@@ -15,16 +15,16 @@ SMOOTH = 5
 """Records of the moving average of a loss curve."""
 
 
-def loss_figures(twins: Twins, places: dict[str, list[dict[str, Any]]]) -> list[str]:
+def loss_plots(twins: Twins, places: dict[str, list[dict[str, Any]]]) -> list[str]:
     """Return curves of the first seed's twins, for each corpus and model; the gap by place."""
-    figures, seed = [], twins.settings.seeds[0]
+    plots, seed = [], twins.settings.seeds[0]
     for corpus, model in product(twins.corpora.domains, twins.settings.models):
         runs = load_runs([str(twins.run_of(corpus, model, seed, direction)) for direction in DIRECTIONS])
         title = f"{corpus}, {model} model, seed {seed}"
-        figures.append(pages.figure(f"loss: {title}", partial(draw, "loss", runs, smooth=SMOOTH, title=title)))
+        plots.append(pages.figure(f"loss: {title}", partial(draw, "loss", runs, smooth=SMOOTH, title=title)))
     for corpus, rows in places.items():
-        figures.append(pages.figure(f"difference by place: {corpus}", partial(_draw_places, corpus, rows)))
-    return figures
+        plots.append(pages.figure(f"difference by place: {corpus}", partial(_draw_places, corpus, rows)))
+    return plots
 
 
 def _draw_places(corpus: str, rows: list[dict[str, Any]], theme: str) -> bytes:

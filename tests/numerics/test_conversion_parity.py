@@ -15,7 +15,7 @@ from megatron_ledom.convert import rules
 from megatron_ledom.convert.core_side import CoreSide
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.convert.hf_import import import_hf
-from megatron_ledom.convert.rules import Packing, Parts, Rule, Sizes
+from megatron_ledom.convert.rules import Fusion, Parts, Rule, Sizes
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import VerificationError
 from tests.support.stock_folders import stock_config, stock_folder
@@ -111,10 +111,10 @@ def broken(core: str, change: Break) -> tuple[Rule, ...]:
 
     def one(rule: Rule) -> Rule:
         def split(tensor: torch.Tensor, sizes: Sizes) -> Parts:
-            parts = rule.packing.split(tensor, sizes)
+            parts = rule.fusion.split(tensor, sizes)
             return tuple(part.contiguous() for part in (change(parts) if tensor.device.type != "meta" else parts))
 
-        return replace(rule, packing=Packing(split, rule.packing.join))
+        return replace(rule, fusion=Fusion(split, rule.fusion.join))
 
     table = tuple(one(rule) if rule.core.endswith(core) else rule for rule in rules.RULES)
     assert table != rules.RULES

@@ -1,17 +1,18 @@
-"""What turns texts into ids: several engines that do the same at very different speeds, and the choice among them.
+"""Encoders turn texts into ids. They give the same ids at very different speeds.
 
-`Tokenizer.use_fastest_engine` tries them from the fastest on; the first whose ids equal the reference's on real samples of the
-corpus and on texts that tell tokenizers apart is taken. The reference is `tokenizers` for a tokenizer.json and `sentencepiece`
+`Tokenizer.use_fastest_encoder` tries the encoders, fastest first. It takes the first one whose ids equal those of the
+reference on samples of the corpus and on unusual texts. The reference is `tokenizers` for a tokenizer.json and `sentencepiece`
 for a .model.
 
-The two cached engines are C++ of `csrc/helpers`: they cut a text into units, mostly words, which they encode apart and remember.
-- Cached pieces: SentencePiece BPE (`piece_encoder.h`). Where no piece of the vocabulary has a character b directly after a
-  character a, no merge can reach over that boundary, so a text may be cut there. This holds for BPE models that keep the text as it
-  is.
-- Cached bytes: byte-level BPE of a tokenizer.json (`byte_encoder.h`). The splitting patterns of GPT-2, cl100k (Llama-3, Qwen) and
-  o200k are scanners of their own (`split_patterns.h`).
-`why_not_cached` and `why_not_bytes` say what is wrong with a model that has any part not known here to the last option; another
-engine then has to encode it.
+The two cached encoders are the C++ of `csrc/helpers`. They cut a text into units, mostly words, encode each unit on its own and
+cache the result.
+- Cached pieces: SentencePiece BPE (`piece_encoder.h`). If no piece of the vocabulary contains character b directly after
+  character a, no merge crosses that boundary, so a text may be cut there. This holds for BPE models that do not change the
+  text.
+- Cached bytes: byte-level BPE of a tokenizer.json (`byte_encoder.h`). The splitting patterns of GPT-2, cl100k (Llama-3, Qwen)
+  and o200k have their own scanners (`split_patterns.h`).
+`why_not_cached` and `why_not_bytes` return the reason if a model has any option that these encoders do not implement. Another
+encoder is then used.
 """
 
 import os
@@ -28,7 +29,7 @@ from megatron_ledom.tokenizers.tiktoken_ranks import CL100K_PATTERN, O200K_PATTE
 FlatIds = tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]
 """Ids of all texts one after the other [total] in text order, and where each text begins [texts + 1]."""
 CACHE_BYTES = 64 << 20
-"""What a process may spend on remembered units; when it is full, all are forgotten and it fills anew."""
+"""Memory of a process's cache of units. A full cache is emptied."""
 MAX_PIECES = 1_000_000
 GPT2 = "gpt2"
 PATTERNS = {
@@ -50,7 +51,7 @@ PARTS = {
     "truncation",
     "version",
 }
-MODEL_OPTIONS = {  # and what they may be; None: anything
+MODEL_OPTIONS = {  # and their permitted values; None: any
     "type": ("BPE",),
     "vocab": None,
     "merges": None,
@@ -65,54 +66,54 @@ MODEL_OPTIONS = {  # and what they may be; None: anything
 TOKEN_OPTIONS = {"id", "content", "single_word", "lstrip", "rstrip", "normalized", "special"}
 
 
-class Engine(Protocol):
-    """Encodes. No specials are added; a special token spelled out in a text is ordinary text."""
+class Encoder(Protocol):
+    """Encodes texts as ids. Adds no specials, and encodes a special token spelled out in a text as ordinary text."""
 
     name: str
     """Library and version, for the log."""
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of the texts; see FlatIds."""
+        """Return the ids of the texts; see FlatIds."""
 
 
-class ReferenceEngine(Engine, Protocol):
-    """Knows the vocabulary, too."""
+class ReferenceEncoder(Encoder, Protocol):
+    """An encoder that also decodes and has the vocabulary."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids in text order, without specials."""
+        """Return the text of ids in text order, without specials."""
 
     def vocab(self) -> dict[str, int]:
-        """The id of every token, added ones included."""
+        """Return the id of every token, added ones included."""
 
 
-def fast_engines(
-    tokenizer_json: bytes, stored: dict[str, Any] | None, model: bytes | None, reference: Engine
-) -> Iterator[tuple[str, Callable[[], Engine]]]:
-    """(name, how to make it) of every engine there is besides the references, the fastest first; making one may raise.
+def fast_encoders(
+    tokenizer_json: bytes, stored: dict[str, Any] | None, model: bytes | None, reference: Encoder
+) -> Iterator[tuple[str, Callable[[], Encoder]]]:
+    """Yield (name, constructor) of every encoder except the references, fastest first. A constructor may raise.
 
-    `stored` is the object of the tokenizer.json, where it was that which was loaded; `model` the SentencePiece form, if any.
+    `stored` is the object of the tokenizer.json, if a tokenizer.json was loaded. `model` is the SentencePiece form, if any.
     """
     if model is not None:
-        yield "cached pieces", lambda: CachedPieceEngine(model)
+        yield "cached pieces", lambda: CachedPieceEncoder(model)
     if stored is not None:
-        yield "cached bytes", lambda: CachedByteEngine(stored, reference)
-    yield "fastokens", lambda: FastokensEngine(tokenizer_json.decode())
-    yield "gigatoken", lambda: GigatokenEngine(tokenizer_json.decode())
+        yield "cached bytes", lambda: CachedByteEncoder(stored, reference)
+    yield "fastokens", lambda: FastokensEncoder(tokenizer_json.decode())
+    yield "gigatoken", lambda: GigatokenEncoder(tokenizer_json.decode())
 
 
-def first_difference(engine: Engine, reference: Engine, texts: Sequence[str]) -> str | None:
-    """The first text whose ids differ between two engines, None if none does."""
-    found, expected = engine.encode(texts), reference.encode(texts)
+def first_difference(encoder: Encoder, reference: Encoder, texts: Sequence[str]) -> str | None:
+    """Return the first text whose ids differ between two encoders; None if no text differs."""
+    found, expected = encoder.encode(texts), reference.encode(texts)
     if np.array_equal(found[1], expected[1]) and np.array_equal(found[0], expected[0]):
         return None
     for text in texts:
-        if not np.array_equal(engine.encode([text])[0], reference.encode([text])[0]):
+        if not np.array_equal(encoder.encode([text])[0], reference.encode([text])[0]):
             return text
-    return texts[0]  # only together do they differ
+    return texts[0]  # they differ only in one batch
 
 
 def flat(documents: Sequence[Sequence[int]]) -> FlatIds:
-    """Lists of ids as one array with offsets."""
+    """Return lists of ids as one array with offsets."""
     offsets = np.zeros(len(documents) + 1, np.int64)
     np.cumsum([len(document) for document in documents], out=offsets[1:])
     ids = np.empty(int(offsets[-1]), np.uint32)
@@ -121,7 +122,7 @@ def flat(documents: Sequence[Sequence[int]]) -> FlatIds:
     return ids, offsets
 
 
-class HubEngine:
+class HubEncoder:
     """The `tokenizers` library on a tokenizer.json."""
 
     def __init__(self, tokenizer_json: bytes, where: str, vocab: dict[str, int] | None = None) -> None:
@@ -138,20 +139,20 @@ class HubEngine:
         self._vocab = vocab
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of each text; see Engine."""
+        """Return the ids of each text; see Encoder."""
         encodings = self.tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return flat([encoding.ids for encoding in encodings])
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; see ReferenceEngine."""
+        """Return the text of ids; see ReferenceEncoder."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def vocab(self) -> dict[str, int]:
-        """The id of every token; see ReferenceEngine."""
+        """Return the id of every token; see ReferenceEncoder."""
         return dict(self.tokenizer.get_vocab(with_added_tokens=True)) if self._vocab is None else self._vocab
 
 
-class PieceEngine:
+class SentencePieceEncoder:
     """The `sentencepiece` library on a .model."""
 
     def __init__(self, model: bytes) -> None:
@@ -161,24 +162,24 @@ class PieceEngine:
         self.processor = sentencepiece.SentencePieceProcessor(model_proto=model)
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of each text; see Engine."""
+        """Return the ids of each text; see Encoder."""
         return flat(self.processor.encode(list(texts), out_type=int, num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids; see ReferenceEngine."""
+        """Return the text of ids; see ReferenceEncoder."""
         return str(self.processor.decode(list(ids)))
 
     def vocab(self) -> dict[str, int]:
-        """The id of every token; see ReferenceEngine."""
+        """Return the id of every token; see ReferenceEncoder."""
         return {self.processor.id_to_piece(index): index for index in range(self.processor.vocab_size())}
 
 
-class FastokensEngine:
+class FastokensEncoder:
     """The `fastokens` library on a tokenizer.json."""
 
     def __init__(self, tokenizer_json: str) -> None:
         for name in ("RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"):
-            os.environ[name] = "1"  # one thread a worker; and threads do not survive a fork
+            os.environ[name] = "1"  # one thread per worker; threads do not survive a fork
         import fastokens
 
         self.name = f"fastokens {_version('fastokens')}"
@@ -187,13 +188,13 @@ class FastokensEngine:
         self.tokenizer.no_padding()
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of each text; see Engine."""
+        """Return the ids of each text; see Encoder."""
         ids, offsets = self.tokenizer.encode_batch_flat(list(texts), split_special_tokens=True)
         return np.frombuffer(ids, np.uint32), np.frombuffer(offsets, np.int64)
 
 
-class GigatokenEngine:
-    """The `gigatoken` library on a tokenizer.json. Its cache of words is not bounded."""
+class GigatokenEncoder:
+    """The `gigatoken` library on a tokenizer.json. Its cache of words has no limit."""
 
     def __init__(self, tokenizer_json: str) -> None:
         import gigatoken
@@ -202,7 +203,7 @@ class GigatokenEngine:
         self.tokenizer = gigatoken.Tokenizer.from_json(tokenizer_json)
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of each text; see Engine."""
+        """Return the ids of each text; see Encoder."""
         if not texts:
             return flat([])
         layout = self.tokenizer.encode_batch(list(texts), parallel=False).layout
@@ -215,33 +216,30 @@ def _version(package: str) -> str:
     return version(package)
 
 
-class CachedEngine:
-    """The shared part of the two encoders of `csrc/helpers`: `_encoder` is one of them."""
+class CachedEncoder:
+    """Base of the two encoders of `csrc/helpers`. `_encoder` is the C++ object."""
 
     _encoder: Any
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of all texts one after the other [total] in text order, and where each begins [texts + 1].
-
-        Nothing is added, and a special token spelled out in a text is ordinary text.
-        """
+        """Return the ids of the texts; see Encoder."""
         ids: npt.NDArray[np.uint32]
         offsets: npt.NDArray[np.int64]
         ids, offsets = self._encoder.encode(texts)
         return ids, offsets
 
     def statistics(self) -> dict[str, int]:
-        """Counts since the start: units, misses (units merged anew), steps this took, clears of the cache; and of now: units in
-        the cache and cache_bytes, the most it can take.
+        """Return counts since the start (units, misses: units not in the cache, steps of merging, clears of the cache) and the
+        current units in the cache, with cache_bytes, the most memory that it can take.
         """
         found: dict[str, int] = self._encoder.statistics()
         return found
 
 
-class CachedPieceEngine(CachedEngine):
-    """Encodes with the SentencePiece `.model` file `model`, one for which `why_not_cached` is None.
+class CachedPieceEncoder(CachedEncoder):
+    """A cached encoder of the SentencePiece `.model` file `model`, for which `why_not_cached` must return None.
 
-    The ids are those of the library; the engine may be used from several threads, which take turns.
+    The ids equal those of the library. Several threads may share the encoder; they wait for one another.
     """
 
     name = "cached pieces (csrc)"
@@ -264,7 +262,7 @@ class CachedPieceEngine(CachedEngine):
 
 
 def why_not_cached(model: bytes) -> str | None:
-    """Why a SentencePiece `.model` file cannot be encoded here, as the end of "this model ..."; None if it can."""
+    """Return why CachedPieceEncoder cannot use a `.model` file, as the end of "this model ..."; None if it can."""
     proto = parse_model(model, "the model")
     trainer, normalizer, kinds = proto.trainer_spec, proto.normalizer_spec, proto.SentencePiece
     types = [piece.type for piece in proto.pieces]
@@ -281,28 +279,30 @@ def why_not_cached(model: bytes) -> str | None:
         (types.count(kinds.UNKNOWN) != 1, f"has {types.count(kinds.UNKNOWN)} unknown pieces"),
         (len(types) > MAX_PIECES, f"has more than {MAX_PIECES:,} pieces"),
     ]
-    return next((reason for is_so, reason in found if is_so), None) or _confusable(proto)
+    return next((reason for applies, reason in found if applies), None) or _confusable(proto)
 
 
 def _confusable(proto: Any) -> str | None:
-    """A reserved piece that is spelled like something merging can make gets its id in the library; not here."""
+    """Return the reason if merging can produce the spelling of a reserved piece: the library gives it the reserved id, we do
+    not."""
     normal = {piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.NORMAL}
     for piece in proto.pieces:
         if piece.type != proto.SentencePiece.NORMAL and (len(piece.piece) < 2 or piece.piece in normal):
-            return f"has the reserved piece {piece.piece!r}, which text can become"
+            return f"has the reserved piece {piece.piece!r}, which a text can become"
     return None
 
 
-class CachedByteEngine(CachedEngine):
-    """Encodes with the object of a tokenizer.json, one for which `why_not_bytes` is None.
+class CachedByteEncoder(CachedEncoder):
+    """A cached encoder of the object of a tokenizer.json, for which `why_not_bytes` must return None.
 
-    Texts that are not in NFC, where the tokenizer asks for that, are normalised by the `tokenizers` library; those of them that
-    spell a token which is not special are encoded by `reference`. The engine may be used from several threads, which take turns.
+    If the tokenizer requires NFC, the `tokenizers` library normalises the texts that are not in NFC. Those among them that
+    contain an added token which is not special are encoded by `reference`. Several threads may share the encoder; they wait for
+    one another.
     """
 
     name = "cached bytes (csrc)"
 
-    def __init__(self, stored: dict[str, Any], reference: Engine, cache_bytes: int = CACHE_BYTES) -> None:
+    def __init__(self, stored: dict[str, Any], reference: Encoder, cache_bytes: int = CACHE_BYTES) -> None:
         reason = why_not_bytes(stored)
         if reason is not None:
             raise UsageError(f"it {reason}")
@@ -322,10 +322,7 @@ class CachedByteEngine(CachedEngine):
         )
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
-        """Ids of all texts one after the other [total] in text order, and where each begins [texts + 1].
-
-        Nothing is added, and a special token spelled out in a text is ordinary text; another added token is itself.
-        """
+        """Return the ids of the texts; see Encoder. An added token that is not special gets its own id."""
         odd = self._find_odd(texts) if self._find_odd is not None else []
         if not odd:
             return super().encode(texts)
@@ -354,7 +351,7 @@ def _joined(parts: Sequence[FlatIds]) -> FlatIds:
 
 
 def why_not_bytes(stored: dict[str, Any]) -> str | None:
-    """Why the object of a tokenizer.json cannot be encoded here, as the end of "it ..."; None if it can."""
+    """Return why CachedByteEncoder cannot use the object of a tokenizer.json, as the end of "it ..."; None if it can."""
     model, normalizer, processor = stored.get("model"), stored.get("normalizer"), stored.get("post_processor")
     if unknown := sorted(set(stored) - PARTS):
         return f"has the unknown part {unknown[0]}"
@@ -369,14 +366,14 @@ def why_not_bytes(stored: dict[str, Any]) -> str | None:
     if normalizer is not None and normalizer != {"type": "NFC"}:
         return f"has the normaliser {str(normalizer)[:60]}"
     if _scanner(stored.get("pre_tokenizer")) is None:
-        return "has a pre-tokenizer that is not known here"
+        return "has an unknown pre-tokenizer"
     if not _adds_specials_only(processor):
         return f"has the post-processor {str(processor)[:60]}"
     return _why_not_added(stored)
 
 
 def _scanner(pre_tokenizer: Any) -> str | None:
-    """The name of the scanner that splits as a pre-tokenizer does; None if there is none."""
+    """Return the name of the scanner that splits like a pre-tokenizer; None if there is none."""
     if not isinstance(pre_tokenizer, dict):
         return None
     if pre_tokenizer.get("type") != "Sequence":
@@ -397,12 +394,12 @@ def _scanner(pre_tokenizer: Any) -> str | None:
 
 def _is_byte_level(step: dict[str, Any], *, use_regex: bool) -> bool:
     options = {"use_regex": True, "trim_offsets": True, **step}
-    options["trim_offsets"] = True  # says nothing about ids
+    options["trim_offsets"] = True  # does not change ids
     return options == {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": use_regex}
 
 
 def _adds_specials_only(processor: Any) -> bool:
-    """Return whether a post-processor does nothing when no specials are asked for."""
+    """Return True if a post-processor does nothing but add specials."""
     if not isinstance(processor, dict):
         return processor is None
     if processor.get("type") == "Sequence":
@@ -413,7 +410,7 @@ def _adds_specials_only(processor: Any) -> bool:
 
 
 def _why_not_added(stored: dict[str, Any]) -> str | None:
-    """The same for the added tokens: those that are not special are cut out of texts."""
+    """Return why the added tokens cannot be used, as the end of "it ..."; those that are not special are cut out of texts."""
     tokens = stored.get("added_tokens") or []
     cut = [token for token in tokens if not token.get("special")]
     for token in tokens:
@@ -421,7 +418,7 @@ def _why_not_added(stored: dict[str, Any]) -> str | None:
             return f"has the added token {token.get('content')!r} with unknown options"
     for token in cut:
         if token["single_word"] or token["lstrip"] or token["rstrip"]:
-            return f"has the added token {token['content']!r}, found in some places only"
+            return f"has the added token {token['content']!r}, found in some positions only"
         if token["normalized"] and stored.get("normalizer") is not None and not token["content"].isascii():
             return f"has the added token {token['content']!r}, which is normalised"
     if len({token["normalized"] for token in cut}) > 1:
@@ -430,7 +427,7 @@ def _why_not_added(stored: dict[str, Any]) -> str | None:
 
 
 def _added_tokens(stored: dict[str, Any]) -> tuple[list[tuple[str, int, bool]], list[str]]:
-    """(content, id, whether it is left as text) of the tokens that are looked for in texts; and those that are cut out."""
+    """Return (content, id, True if it stays text) of the tokens to find in texts, and the contents of those to cut out."""
     tokens = [token for token in stored.get("added_tokens") or [] if token["content"]]
     cut = [token for token in tokens if not token["special"]]
     if not cut:

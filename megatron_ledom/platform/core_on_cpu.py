@@ -34,7 +34,7 @@ class _NoStream:
 
 
 @functools.cache
-def install_cpu_engine() -> None:
+def install_core_on_cpu() -> None:
     """Give every CUDA call of megatron-core's training path its CPU equivalent. Called once a process."""
     _replace_cuda_calls()
     _replace_cuda_devices()

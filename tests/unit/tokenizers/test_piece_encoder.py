@@ -1,4 +1,4 @@
-"""The cached encoder gives the ids of the sentencepiece library: on trained and on random vocabularies, on any text."""
+"""The cached encoder gives the ids of the sentencepiece library for trained and random vocabularies and any text."""
 
 import random
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.tokenizers.engines import CachedPieceEngine, why_not_cached
+from megatron_ledom.tokenizers.encoders import CachedPieceEncoder, why_not_cached
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, SPACE, parse_model, train
 from tests.support.source_texts import FILES, MULTILINGUAL
 
@@ -21,17 +21,17 @@ LINES = "def f(x):\n        return self.value  # été 日本語\n\n\tfor i in r
 
 
 class Both:
-    """The library and the cached engine on one model."""
+    """The encoder of the library and the cached encoder for one model."""
 
     def __init__(self, model: bytes, **options: int) -> None:
         self.model = model
         self.library = sentencepiece.SentencePieceProcessor(model_proto=model)
-        self.engine = CachedPieceEngine(model, **options)
+        self.encoder = CachedPieceEncoder(model, **options)
 
 
 def check_equal_ids(both: "Both", texts: Sequence[str]) -> None:
-    """Fail at the first text whose ids differ."""
-    ids, offsets = both.engine.encode(texts)
+    """Fail with the first text whose ids differ."""
+    ids, offsets = both.encoder.encode(texts)
     assert (ids.dtype, offsets.dtype, len(offsets)) == (np.uint32, np.int64, len(texts) + 1)
     assert offsets[0] == 0
     assert offsets[-1] == len(ids)
@@ -51,7 +51,7 @@ def model() -> bytes:
 
 
 def changed(model: bytes, change: Callable[[Any], None]) -> bytes:
-    """The model with a change made to its ModelProto."""
+    """Return the model with a changed ModelProto."""
     proto = parse_model(model, "the model")
     change(proto)
     return bytes(proto.SerializeToString())
@@ -60,7 +60,7 @@ def changed(model: bytes, change: Callable[[Any], None]) -> bytes:
 def with_pieces(
     model: bytes, pieces: Iterable[tuple[str, float]], *, byte_fallback: bool = True, dummy_prefix: bool = True
 ) -> bytes:
-    """A model of the same kind whose normal pieces are these, with these scores."""
+    """Return a model of the same kind with these normal pieces and scores."""
 
     def change(proto: Any) -> None:
         kept = [piece for piece in proto.pieces if piece.type != NORMAL and (byte_fallback or piece.type != BYTE)]
@@ -86,7 +86,7 @@ def test_real_files_have_equal_ids(both: Both) -> None:
     assert len(lines) > 10_000
     check_equal_ids(both, FILES)
     check_equal_ids(both, lines[:10_000])
-    statistics = both.engine.statistics()
+    statistics = both.encoder.statistics()
     assert statistics["misses"] < statistics["units"] / 10
     assert statistics["clears"] == 0
 
@@ -116,7 +116,7 @@ def test_any_text_has_equal_ids(both: Both, texts: list[str]) -> None:
 
 @pytest.mark.parametrize("seed", range(60))
 def test_random_vocabularies_have_equal_ids(model: bytes, seed: int) -> None:
-    """Scores with many ties, characters that are pieces only inside longer ones, pieces over spaces; all four kinds of flags."""
+    """Many equal scores, characters that occur in longer pieces only, pieces across spaces; all four settings of the flags."""
     draw = random.Random(seed)
     alphabet = "aab 1\u00e9日𝔘"[: draw.choice([3, 5, 8])]
     pieces = {"".join(draw.choices(alphabet, k=draw.choice([1, 2, 2, 3, 4, 6]))) for _ in range(draw.choice([5, 40, 200]))}
@@ -128,7 +128,7 @@ def test_random_vocabularies_have_equal_ids(model: bytes, seed: int) -> None:
 
 
 def test_runs_of_every_length_have_equal_ids(model: bytes) -> None:
-    """Lengths around every bound of the encoder: 8 and 15 bytes of a short key, 64 characters, 255 bytes."""
+    """Lengths around the limits of the encoder: 8 and 15 bytes of a short key, 64 characters, 255 bytes."""
     runs = [("aa", -1.0), ("aaaa", -2.0), ("éé", -3.0), ("ab", -4.0), ("abab", -4.0), ("a", -9.0), (f"{SPACE}a", -5.0)]
     both = Both(with_pieces(model, [*runs, (SPACE * 2, -6.0), (SPACE, -10.0)]))
     texts = [unit * times for unit in ("a", "ab", "é", " ", "日") for times in range(300)]
@@ -137,25 +137,25 @@ def test_runs_of_every_length_have_equal_ids(model: bytes) -> None:
 
 
 @pytest.mark.parametrize("unit", ["a", "ab", " "])
-def test_a_long_run_costs_no_more_a_character_than_a_short_one(model: bytes, unit: str) -> None:
+def test_a_long_run_costs_no_more_per_character_than_a_short_one(model: bytes, unit: str) -> None:
     runs = [("aa", -1.0), ("aaaa", -2.0), ("ab", -4.0), ("bab", -5.0), (SPACE * 2, -6.0), (SPACE * 4, -7.0)]
     both = Both(with_pieces(model, runs))
 
     def steps(times: int) -> int:
-        before = both.engine.statistics()["steps"]
+        before = both.encoder.statistics()["steps"]
         check_equal_ids(both, [unit * times])
-        return both.engine.statistics()["steps"] - before
+        return both.encoder.statistics()["steps"] - before
 
     assert steps(100_000) < 10.1 * steps(10_000)
 
 
-def test_a_piece_over_two_words_is_found(model: bytes) -> None:
+def test_a_piece_across_two_words_is_found(model: bytes) -> None:
     joined = changed(model, lambda proto: proto.pieces.add(piece=f"a{SPACE}b", score=1.0, type=NORMAL))
     both = Both(joined)
     index = both.library.piece_to_id(f"a{SPACE}b")
     texts = ["=a b", "=a b=a b=", f"=a{SPACE}b=", "=a  b", "=a\nb", "=ab"]
     check_equal_ids(both, [*texts, *FILES[:3]])
-    counts = [int(np.sum(both.engine.encode([text])[0] == index)) for text in texts]
+    counts = [int(np.sum(both.encoder.encode([text])[0] == index)) for text in texts]
     assert counts == [1, 2, 1, 0, 0, 0]
 
 
@@ -170,34 +170,34 @@ def test_a_tiny_cache_overflows_and_ids_stay_equal() -> None:
     both = Both(model, cache_bytes=4096)
     for _ in range(2):
         check_equal_ids(both, [*FILES[:10], *ODD_TEXTS])
-    statistics = both.engine.statistics()
+    statistics = both.encoder.statistics()
     assert statistics["clears"] > 50
     assert statistics["cache_bytes"] <= 4096
 
 
 def test_the_cache_is_bounded() -> None:
     model = train(FILES, 500, max_sentences=5_000)
-    engine = CachedPieceEngine(model, cache_bytes=100_000)
-    engine.encode([" ".join(str(number) + "abcdefghij" * (number % 4) for number in range(30_000))])
-    assert engine.statistics()["cache_bytes"] <= 100_000
+    encoder = CachedPieceEncoder(model, cache_bytes=100_000)
+    encoder.encode([" ".join(str(number) + "abcdefghij" * (number % 4) for number in range(30_000))])
+    assert encoder.statistics()["cache_bytes"] <= 100_000
     with pytest.raises(ValueError, match="a cache must have 4096 bytes to 4 GB"):
-        CachedPieceEngine(model, cache_bytes=4095)
+        CachedPieceEncoder(model, cache_bytes=4095)
 
 
 def test_texts_that_are_no_text_are_refused(model: bytes) -> None:
-    engine = CachedPieceEngine(model)
+    encoder = CachedPieceEncoder(model)
     with pytest.raises(UnicodeEncodeError):
-        engine.encode(["a", "\ud800"])
+        encoder.encode(["a", "\ud800"])
     with pytest.raises(TypeError, match="text 1 is not a str"):
-        engine.encode(["a", b"a"])  # type: ignore[list-item]
-    assert len(engine.encode(("a", "b"))[1]) == 3
+        encoder.encode(["a", b"a"])  # type: ignore[list-item]
+    assert len(encoder.encode(("a", "b"))[1]) == 3
 
 
-def test_threads_take_turns() -> None:
+def test_threads_can_share_an_encoder() -> None:
     both = Both(train(FILES, 1000, max_sentences=5_000), cache_bytes=65536)
-    expected = both.engine.encode(FILES)[0]
+    expected = both.encoder.encode(FILES)[0]
     with ThreadPoolExecutor(4) as pool:
-        for ids, _ in pool.map(both.engine.encode, [FILES] * 12):
+        for ids, _ in pool.map(both.encoder.encode, [FILES] * 12):
             assert np.array_equal(ids, expected)
 
 
@@ -225,19 +225,19 @@ def add_piece(piece: str, kind: int) -> Callable[[Any], None]:
         (add_piece("xy", UNUSED), "has unused pieces, which are split in a way that depends on the whole text"),
         (set_trainer("byte_fallback", False), "has 256 byte pieces"),
         (add_piece("<unk2>", UNKNOWN), "has 2 unknown pieces"),
-        (add_piece("日", CONTROL), "has the reserved piece '日', which text can become"),
-        (add_piece("re", CONTROL), "has the reserved piece 're', which text can become"),
+        (add_piece("日", CONTROL), "has the reserved piece '日', which a text can become"),
+        (add_piece("re", CONTROL), "has the reserved piece 're', which a text can become"),
     ],
 )
 def test_other_models_are_refused(model: bytes, change: Callable[[Any], None], reason: str) -> None:
     assert why_not_cached(model) is None
     assert why_not_cached(changed(model, change)) == reason
     with pytest.raises(UsageError, match="encode with the sentencepiece library"):
-        CachedPieceEngine(changed(model, change))
+        CachedPieceEncoder(changed(model, change))
 
 
 def test_too_many_pieces_and_no_model_are_refused(model: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_ledom.tokenizers.engines.MAX_PIECES", 1000)
+    monkeypatch.setattr("megatron_ledom.tokenizers.encoders.MAX_PIECES", 1000)
     assert why_not_cached(model) == "has more than 1,000 pieces"
     with pytest.raises(DataError, match="is not a SentencePiece model"):
         why_not_cached(b"{}")

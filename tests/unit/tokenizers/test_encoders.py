@@ -1,4 +1,4 @@
-"""The choice of the engine that encodes: the fastest whose ids are the reference's; a single other id and it is passed over."""
+"""The fastest encoder whose ids equal those of the reference is chosen; one with a single other id is not."""
 
 import base64
 import inspect
@@ -14,9 +14,9 @@ from tokenizers import Tokenizer as HubTokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from megatron_ledom.errors import DataError, UsageError
-from megatron_ledom.tokenizers import engines
+from megatron_ledom.tokenizers import encoders
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
-from megatron_ledom.tokenizers.engines import FlatIds, HubEngine, flat
+from megatron_ledom.tokenizers.encoders import FlatIds, HubEncoder, flat
 from megatron_ledom.tokenizers.sentencepiece_bpe import ODD_TEXTS, convert, tokenizer_config, train
 
 TEXT = inspect.getsource(textwrap)
@@ -24,7 +24,7 @@ SAMPLES = [TEXT, *TEXT.splitlines()[:50]]
 
 
 def byte_level(path: Path, normalizer: normalizers.Normalizer | None = None) -> str:
-    """A byte-level BPE tokenizer.json of 500 tokens with an <eos>."""
+    """Write a byte-level BPE tokenizer.json of 500 tokens with an <eos>."""
     tokenizer = HubTokenizer(models.BPE())
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     if normalizer is not None:
@@ -45,15 +45,15 @@ def same_ids(tokenizer: Tokenizer, reference: Tokenizer) -> bool:
 def test_a_byte_level_vocabulary_is_encoded_by_units(tmp_path: Path) -> None:
     path = byte_level(tmp_path / "bytes")
     tokenizer = load_tokenizer(path, "<eos>")
-    assert tokenizer.use_fastest_engine(SAMPLES).startswith("cached bytes (csrc), equal to tokenizers")
+    assert tokenizer.use_fastest_encoder(SAMPLES).startswith("cached bytes (csrc), equal to tokenizers")
     assert same_ids(tokenizer, load_tokenizer(path, "<eos>"))
 
 
-def test_a_vocabulary_that_is_not_known_here_is_encoded_by_fastokens(tmp_path: Path) -> None:
+def test_an_unsupported_vocabulary_is_encoded_by_fastokens(tmp_path: Path) -> None:
     pytest.importorskip("fastokens", reason="the fast extra is not installed")
     path = byte_level(tmp_path / "bytes", normalizers.Replace("a", "b"))
     tokenizer = load_tokenizer(path, "<eos>")
-    said = tokenizer.use_fastest_engine(SAMPLES)
+    said = tokenizer.use_fastest_encoder(SAMPLES)
     assert said.startswith("fastokens ")
     assert "cached bytes cannot be used (it has the normaliser " in said
     assert same_ids(tokenizer, load_tokenizer(path, "<eos>"))
@@ -66,27 +66,27 @@ def test_a_sentencepiece_vocabulary_is_encoded_by_units(tmp_path: Path, form: st
     (tmp_path / "tokenizer.json").write_text(convert(model, "sp"))
     (tmp_path / "tokenizer_config.json").write_text(tokenizer_config())
     tokenizer = load_tokenizer(str(tmp_path / form))
-    assert tokenizer.use_fastest_engine(SAMPLES).startswith("cached pieces (csrc), equal to ")
+    assert tokenizer.use_fastest_encoder(SAMPLES).startswith("cached pieces (csrc), equal to ")
     assert same_ids(tokenizer, load_tokenizer(str(tmp_path / "tokenizer.json")))
 
 
-def test_a_model_that_is_not_the_tokenizer_json_beside_it_is_passed_over(tmp_path: Path) -> None:
+def test_a_model_with_other_ids_than_the_tokenizer_json_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(train([TEXT], 450))
     (tmp_path / "tokenizer.json").write_text(convert(train([TEXT], 400), "sp"))
     (tmp_path / "tokenizer_config.json").write_text(tokenizer_config())
     tokenizer = load_tokenizer(str(tmp_path))
-    said = tokenizer.use_fastest_engine(SAMPLES)
+    said = tokenizer.use_fastest_encoder(SAMPLES)
     assert "cached pieces gives other ids on" in said
     assert same_ids(tokenizer, load_tokenizer(str(tmp_path / "tokenizer.json")))
 
 
 class WrongOnce:
-    """Right but for one id of one sample."""
+    """An encoder with one wrong id in one sample."""
 
     name = "wrong once"
 
     def __init__(self, path: str) -> None:
-        self.right = HubEngine(Path(path).read_bytes(), path)
+        self.right = HubEncoder(Path(path).read_bytes(), path)
 
     def encode(self, texts: Sequence[str]) -> FlatIds:
         ids, offsets = self.right.encode(texts)
@@ -95,43 +95,45 @@ class WrongOnce:
         return ids, offsets
 
 
-def test_an_engine_with_one_wrong_id_is_passed_over_and_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_encoder_with_one_wrong_id_is_not_used_and_the_reason_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = byte_level(tmp_path / "bytes")
     monkeypatch.setattr(
-        "megatron_ledom.tokenizers.corpus_tokenizer.fast_engines", lambda *_: [("wrong once", lambda: WrongOnce(path))]
+        "megatron_ledom.tokenizers.corpus_tokenizer.fast_encoders", lambda *_: [("wrong once", lambda: WrongOnce(path))]
     )
     assert SAMPLES[1].strip()
     tokenizer = load_tokenizer(path, "<eos>")
-    said = tokenizer.use_fastest_engine(SAMPLES)
-    assert said == f"{HubEngine(Path(path).read_bytes(), path).name}; wrong once gives other ids on {SAMPLES[1][:40]!r}"
+    said = tokenizer.use_fastest_encoder(SAMPLES)
+    assert said == f"{HubEncoder(Path(path).read_bytes(), path).name}; wrong once gives other ids on {SAMPLES[1][:40]!r}"
     assert same_ids(tokenizer, load_tokenizer(path, "<eos>"))
 
 
-def test_an_engine_that_cannot_load_the_tokenizer_or_is_missing_is_said_to_be(
+def test_an_encoder_that_is_missing_or_cannot_load_the_tokenizer_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent() -> engines.Engine:
+    def absent() -> encoders.Encoder:
         raise ImportError("no module")
 
-    def unable() -> engines.Engine:
+    def unable() -> encoders.Encoder:
         raise ValueError("unsupported normalizer\nmore")
 
     path = byte_level(tmp_path / "bytes")
-    monkeypatch.setattr("megatron_ledom.tokenizers.corpus_tokenizer.fast_engines", lambda *_: [("a", absent), ("b", unable)])
-    said = load_tokenizer(path, "<eos>").use_fastest_engine(SAMPLES)
+    monkeypatch.setattr("megatron_ledom.tokenizers.corpus_tokenizer.fast_encoders", lambda *_: [("a", absent), ("b", unable)])
+    said = load_tokenizer(path, "<eos>").use_fastest_encoder(SAMPLES)
     assert said.endswith("; a is not installed; b cannot be used (unsupported normalizer)")
 
 
-def test_normalisation_is_left_as_the_tokenizer_has_it(tmp_path: Path) -> None:
+def test_normalisation_is_that_of_the_tokenizer(tmp_path: Path) -> None:
     path = byte_level(tmp_path / "bytes", normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()]))
     tokenizer = load_tokenizer(path, "<eos>")
-    tokenizer.use_fastest_engine(SAMPLES)
+    tokenizer.use_fastest_encoder(SAMPLES)
     assert same_ids(tokenizer, load_tokenizer(path, "<eos>"))
     assert tokenizer.encode_batch(["ＡＢＣ"])[0].tolist() == tokenizer.encode_batch(["abc"])[0].tolist()
 
 
 def ranks_file(path: Path) -> dict[bytes, int]:
-    """tiktoken ranks: the 256 bytes and merges learnt from TEXT, in the order they were learnt."""
+    """Return tiktoken ranks: the 256 bytes and the merges learnt from TEXT, in their order."""
     ranks = {bytes([value]): value for value in range(256)}
     pieces = [[bytes([value]) for value in word.encode()] for word in TEXT.replace("\n", " \n").split(" ")]
     while len(ranks) < 400:
@@ -165,7 +167,7 @@ def test_tiktoken_ranks_give_the_ids_of_tiktoken(tmp_path: Path) -> None:
     config = {"pattern": pattern, "special_tokens": {"<|end|>": 400}}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(str(tmp_path / "mine.tiktoken"))
-    tokenizer.use_fastest_engine(SAMPLES)
+    tokenizer.use_fastest_encoder(SAMPLES)
     assert (tokenizer.eod_token, tokenizer.eod_id, tokenizer.vocab_size) == ("<|end|>", 400, 401)
     theirs = tiktoken.Encoding("mine", pat_str=pattern, mergeable_ranks=ranks, special_tokens=config["special_tokens"])
     texts = [*ODD_TEXTS, "a<|end|>", *SAMPLES]

@@ -13,11 +13,11 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError, TransientError, UsageError
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.engines.completions_engine import CompletionsEngine
-from megatron_ledom.inference.engines.engine import StepDelimiter, root
+from megatron_ledom.inference.engines.engine import StepDelimiter, empty_answer
 from megatron_ledom.inference.engines.transformers_engine import TransformersEngine
 from megatron_ledom.inference.generation import Sampling
 from megatron_ledom.inference.reverse_reward.beam_search import BeamSettings
-from megatron_ledom.inference.reverse_reward.command import skip_warning, told
+from megatron_ledom.inference.reverse_reward.command import skip_warning, summary_of
 from megatron_ledom.inference.reverse_reward.ranked_lines import read_reranked
 from megatron_ledom.inference.reverse_reward.rerank_part import COUNTS, SUMS
 from megatron_ledom.inference.reverse_reward.reranking import RerankSettings, rerank_file
@@ -83,7 +83,7 @@ def test_texts_too_long_for_either_model_are_refused_before_anything_is_scored(
         message = rf"a text of \d+ tokens exceeds the {num_positions} positions of the {model} model \(1 more like it\); "
         with pytest.raises(DataError, match=rf"in\.jsonl:2: candidate 1: {message}.*--too-long skip"):
             rerank_file(lambda: engines, source, output, RerankSettings(window_candidates=1))
-    assert [engine.spent.tokens for engine in engines] == [0, 0]
+    assert [engine.usage.tokens for engine in engines] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
 
 
@@ -108,7 +108,7 @@ def test_skipped_candidates_are_named_counted_and_last(
     errors = capsys.readouterr().err
     assert f"skipped: {source}:1: candidate 0: a text of" in errors
     assert f"skipped: {source}:3: candidate 0: a text of" in errors
-    sentence = told(tmp_path / "out.jsonl")
+    sentence = summary_of(tmp_path / "out.jsonl")
     assert (
         "weight 0.5 (0 forward only, 1 reverse only); lines: 3, candidates: 7, skipped as too long: 2 candidates, " in sentence
     )
@@ -124,7 +124,7 @@ def test_sampling_is_refused_at_the_start_where_its_answers_may_not_fit_the_reve
     write_lines(source, {"prompt": LONG * 4})
     with pytest.raises(DataError, match=r"in\.jsonl:1: .* exceed the 160 positions of the forward model"):
         rerank_file(lambda: engines, source, tmp_path / "out.jsonl", RerankSettings(sampling=SAMPLING))
-    assert [engine.spent.tokens for engine in engines] == [0, 0]
+    assert [engine.usage.tokens for engine in engines] == [0, 0]
 
 
 @pytest.mark.parametrize("beam", [None, BeamSettings(num_beams=3, num_expansions=2, delimiter=StepDelimiter("[aeiou]"))])
@@ -168,14 +168,14 @@ def test_a_batch_is_divided_where_its_rows_fit_one_by_one(models: tuple[ForwardL
     prompt = "the " * 20
     num_new = 160 - len(models[0].tokenizer.encode(prompt))
     sampling = Sampling(temperature=1.0, max_new_tokens=num_new, seed=2)
-    assert forward.growth_fault(prompt, num_new) is None
+    assert forward.growth_problem(prompt, num_new) is None
     delimiter = StepDelimiter("[a-z]")
-    (paths,) = forward.expand([root(prompt, sampling)], 1, delimiter, sampling)
+    (paths,) = forward.expand([empty_answer(prompt, sampling)], 1, delimiter, sampling)
     long = paths[0]
     while not long.finished and long.num_tokens < num_new // 2:
         ((long,),) = forward.expand([long], 1, delimiter, sampling)
-    grown = forward.expand([root(prompt, sampling, 1), long], 1, delimiter, sampling)
-    alone = [forward.expand([path], 1, delimiter, sampling)[0][0].text for path in (root(prompt, sampling, 1), long)]
+    grown = forward.expand([empty_answer(prompt, sampling, 1), long], 1, delimiter, sampling)
+    alone = [forward.expand([path], 1, delimiter, sampling)[0][0].text for path in (empty_answer(prompt, sampling, 1), long)]
     assert not long.finished
     assert [row[0].text for row in grown] == alone
 
@@ -185,8 +185,10 @@ def test_engines_elsewhere_know_the_same_lengths(models: tuple[ForwardLM, Revers
     remote = CompletionsEngine("http://localhost:1/v1", "reverse", folder, Direction.REVERSE)
     engine = engines_of(models)[1]
     for answer in ("Paris", "the " * 25, LONG):
-        assert remote.score_fault((PROMPT, answer), include_end=True) == engine.score_fault((PROMPT, answer), include_end=True)
-        assert (remote.growth_fault(answer, 30) is None) == (engine.growth_fault(answer, 30) is None)
+        assert remote.score_problem((PROMPT, answer), include_end=True) == engine.score_problem(
+            (PROMPT, answer), include_end=True
+        )
+        assert (remote.growth_problem(answer, 30) is None) == (engine.growth_problem(answer, 30) is None)
 
 
 def test_an_output_of_other_settings_is_not_overwritten_unless_asked(
@@ -241,7 +243,7 @@ def test_a_number_that_json_lacks_becomes_null_in_a_field_of_no_meaning_here(
 def test_an_integer_of_any_length_in_a_field_of_no_meaning_here_is_written_as_it_was(
     models: tuple[ForwardLM, ReverseLM], tmp_path: Path
 ) -> None:
-    """Python converts 4,300 digits unless it is told otherwise."""
+    """Python converts 4,300 digits unless it is summary_of otherwise."""
     digits = "7" * 5000
     line = '{"prompt": "x y", "candidates": ["y"], "id": ' + digits + ', "more": [-' + digits + ", NaN]}"
     source, output = write_lines(tmp_path / "in.jsonl", line), tmp_path / "out.jsonl"
@@ -392,7 +394,7 @@ def test_damaged_notes_are_named(notes: str, tmp_path: Path) -> None:
         rerank_file(never, source, tmp_path / "out.jsonl", RerankSettings())
 
 
-def test_a_server_that_is_away_is_no_lines_fault(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+def test_a_server_that_is_away_is_not_blamed_on_a_line(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
     calls = []
 
     class Away(TransformersEngine):

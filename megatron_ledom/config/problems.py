@@ -1,6 +1,6 @@
-"""Faults of a configuration file in sentences: the dotted key, what was found, what was expected.
+"""Describe the problems of a configuration file: the dotted key, what was found, what was expected.
 
-A secret of the environment is one of them: the resolved config is kept in many files.
+Secrets from environment variables are refused as well, because the resolved config is written to many files.
 """
 
 import os
@@ -23,7 +23,7 @@ _KINDS = {bool: "a truth value", int: "a whole number", float: "a number", str: 
 
 
 def config_keys() -> dict[str, Any]:
-    """Every dotted key of RunConfig with its type, in the order of the classes."""
+    """Return every dotted key of RunConfig with its type, in the order of the classes."""
     keys: dict[str, Any] = {}
     for name, hint in get_type_hints(RunConfig, include_extras=True).items():
         if is_dataclass(hint):
@@ -34,18 +34,18 @@ def config_keys() -> dict[str, Any]:
     return keys
 
 
-def explain_faults(error: ValidationError, values: dict[str, Any], where: str) -> str:
-    """All faults pydantic found in `values`, a line each; `where` names the file."""
+def describe_problems(error: ValidationError, values: dict[str, Any], where: str) -> str:
+    """Return all problems that pydantic found in `values`, one per line; `where` names the file."""
     lines: dict[str, str] = {}
-    for fault in error.errors(include_url=False):
-        key, line = _explain(fault["type"], fault["loc"], values)
+    for problem in error.errors(include_url=False):
+        key, line = _explain(problem["type"], problem["loc"], values)
         lines.setdefault(key, line)
     found = list(lines.values())
-    return f"{where}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{where} has {len(found)} faults:", *found])
+    return f"{where}: {found[0]}" if len(found) == 1 else "\n  ".join([f"{where} has {len(found)} problems:", *found])
 
 
 def _explain(kind: str, location: Sequence[int | str], values: dict[str, Any]) -> tuple[str, str]:
-    """The dotted key a fault belongs to, and its line."""
+    """Return the dotted key of a problem and its line of the message."""
     parts = [str(part) for part in location[:2]]
     key = ".".join(parts)
     known = config_keys()
@@ -80,7 +80,7 @@ def _explain_unknown(parts: list[str], known: dict[str, Any]) -> str:
 
 
 def _nearest(parts: list[str], known: list[str]) -> str | None:
-    """The key that was probably meant: same name elsewhere, similar in this section, similar anywhere, similar section."""
+    """Return the key that was probably meant: same name elsewhere, similar in this section, similar section, similar anywhere."""
     name = parts[-1]
     by_name = {full.split(".")[-1]: full for full in reversed(known)}
     if name in by_name:
@@ -97,7 +97,7 @@ def _nearest(parts: list[str], known: list[str]) -> str | None:
 
 
 def describe_type(hint: Any) -> str:
-    """What a field takes, in words: `a whole number above 0`."""
+    """Return the type of a field in words, such as `a whole number above 0`."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         options = [describe_type(argument) for argument in arguments if argument is not type(None)]
@@ -128,7 +128,7 @@ def _describe_range(extras: tuple[Any, ...]) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of a library's message, without the stop at its end."""
+    """Return the first line of a library's message, without a final full stop."""
     return str(error).splitlines()[0].rstrip(".")
 
 
@@ -150,31 +150,31 @@ SECRET_NAME = re.compile(
     r"|(?:^|_|GITHUB|GITLAB|GH)PAT\d*(?:_|$)|(?:^|_)(?:PW|OTP|PIN|SAS)\d*(?:_|$)"
     r"|CONN(?:ECTION)?_?STR|(?:DATABASE|DB|SQL|PG|POSTGRES|MONGO|REDIS|AMQP|BROKER|CELERY|JDBC)\w*_?UR[IL]"
 )
-"""Found anywhere in the upper-case name of a variable that is a secret, or holds one as the address of a database does."""
+"""Matches the upper-case name of a variable that is a secret or contains one, as the address of a database does."""
 FOLDERS = {"PWD", "OLDPWD"}
-"""The shell's own, which only look like a secret by their names."""
+"""Variables of the shell whose names only look like secrets."""
 SECRET_VALUE = re.compile(
     r"://[^/\s@]+@|^(?:sk-|hf_\w{20}|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA\w{16}|eyJ[\w-]+\.)|BEGIN [A-Z ]*PRIVATE KEY"
 )
-"""What secrets begin with or hold: a user in an address, keys of well-known services, a signed token, a private key."""
+"""Matches the value of a secret: a user in an address, keys of well-known services, a signed token, a private key."""
 
 
 def refuse_secrets(values: Any, path: str, key: str = "") -> None:
-    """Raise ConfigError, with the variable's name and never its value, for an unresolved value that takes a secret."""
+    """Raise ConfigError if an unresolved value refers to a variable with a secret; the message has its name, not its value."""
     if isinstance(values, dict | list):
         for name, value in values.items() if isinstance(values, dict) else enumerate(values):
             refuse_secrets(value, path, f"{key}.{name}" if key else str(name))
     for name in FROM_ENVIRONMENT.findall(values) if isinstance(values, str) else ():
         if "$" in name:
             raise ConfigError(
-                f"{path}: {key} takes a variable of the environment whose name is put together, {values}; write the name itself"
+                f"{path}: {key} uses an environment variable whose name is composed of parts, {values}; write the whole name"
             )
         by = "name" if _is_secret(name) else "content" if SECRET_VALUE.search(os.environ.get(name, "")) else None
         if by is not None:
             raise ConfigError(
-                f"{path}: {key} takes ${{oc.env:{name}}}, which by its {by} is a secret; the resolved config is written into the run"
-                " folder, every checkpoint and the log: no key needs one, the libraries that do (wandb, object stores) read the"
-                " environment themselves; leave it out, or give a variable that is none another name"
+                f"{path}: {key} uses ${{oc.env:{name}}}, which looks like a secret by its {by}. The resolved config is written into"
+                " the run folder, every checkpoint and the log. No key needs a secret: libraries that do (wandb, object stores)"
+                " read the environment themselves. Remove it, or rename the variable if it is not a secret"
             )
 
 

@@ -21,14 +21,14 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from megatron_ledom.errors import LedomError, cannot_write
 from megatron_ledom.platform.adam import GroupStepAdam, find_apex
-from megatron_ledom.platform.engine_state import SaveResults, restricted_module
+from megatron_ledom.platform.core_state import SaveResults, restricted_module
 from megatron_ledom.storage.files import write_synced
 
 _LOAD_BYTES = DefaultLoadPlanner.load_bytes
 
 
 @functools.cache
-def install_engine_fixes() -> None:
+def install_core_fixes() -> None:
     """Apply every correction once a process."""
     _fix_padded_buckets()
     _fix_torch_adam()

@@ -1,9 +1,9 @@
-"""Faults that a test puts into a rank of a real run: a loss that is not finite, a spike, a gradient, a rank that hangs.
+"""Errors that a test injects into a rank of a real run: a loss that is not finite, a spike, a gradient, a rank that hangs.
 
-A fault is written as KIND:ITERATION[:RANK[:TIME]] and happens in every micro-batch of that iteration; `exit` when it is done
-for the TIME-th time. `slow:1` makes every forward pass slow, `slow_save:N` every save by N seconds; so do `slow_publish:N` with
-what completes a checkpoint, `slow_trace:N` with the writing of a profile and `slow_close:N` with the end of the metrics.
-`spoil:N` makes a weight not a number before the save of iteration N.
+An error is written as KIND:ITERATION[:RANK[:TIME]] and happens in every micro-batch of that iteration; `exit` happens only the
+TIME-th time that the iteration is computed. `slow:1` slows every forward pass. `slow_save:N` delays every save by N seconds,
+`slow_publish:N` the completion of a checkpoint, `slow_trace:N` the writing of a profile, `slow_close:N` the end of the metrics.
+`spoil:N` sets a weight to NaN before the save of iteration N.
 """
 
 import ctypes
@@ -21,8 +21,8 @@ from megatron_ledom.checkpoint.writing import CheckpointWriter
 from megatron_ledom.training import trainer
 
 
-def inject(fault: str) -> None:
-    """Change this process so that the faults, separated by commas, happen."""
+def inject(errors: str) -> None:
+    """Change this process so that the errors, separated by commas, happen."""
     now, done = [0], Counter[int]()
     original_seed = trainer.seed_iteration
 
@@ -32,7 +32,7 @@ def inject(fault: str) -> None:
         original_seed(seed, iteration, groups)
 
     trainer.seed_iteration = seed_and_note
-    for one in fault.split(","):
+    for one in errors.split(","):
         kind, number, *rank = one.split(":")
         if not rank or int(rank[0]) == int(os.environ["RANK"]):
             _inject(

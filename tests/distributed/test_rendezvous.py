@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from megatron_ledom.errors import StoppedWaiting, TransientError
-from megatron_ledom.parallel.meeting import Meeting, StopSignal
+from megatron_ledom.parallel.rendezvous import Rendezvous, StopSignal
 from megatron_ledom.platform.launch import Launch
 from tests.support.tiny_runs import TinyData, free_port, start_ranks
 
@@ -22,7 +22,7 @@ def meet(rank: int, world_size: int, port: int, seconds: float, stop: StopSignal
     place = f"tcp://127.0.0.1:{port}"
     launch = Launch(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size, init_method=place)
     try:
-        return Meeting(launch, timedelta(seconds=seconds), stop).store()
+        return Rendezvous(launch, timedelta(seconds=seconds), stop).store()
     except (StoppedWaiting, TransientError) as reason:
         return f"{type(reason).__name__}: {reason}"
 
@@ -79,9 +79,9 @@ def test_a_port_of_another_program_is_named() -> None:
 
 def hang_rank_1() -> None:
     """The other tells at once whom it waits for."""
-    from megatron_ledom.parallel import meeting
+    from megatron_ledom.parallel import rendezvous
 
-    meeting.REPORT_SECONDS = 0.1
+    rendezvous.REPORT_SECONDS = 0.1
     if os.environ["RANK"] == "1":
         time.sleep(60)
 

@@ -37,7 +37,7 @@ StopSignal = Callable[[], str | None]
 """Name of the signal that asks this rank to stop, if one came."""
 
 
-class Meeting:
+class Rendezvous:
     """One rank's wait for all others."""
 
     def __init__(self, launch: Launch, timeout: timedelta, stop: StopSignal) -> None:
