@@ -107,7 +107,7 @@ def test_source_distribution_holds_what_the_wheel_is_built_from(built: Path) -> 
         "README.md",
         "setup.py",
         "constraints.txt",
-        "examples/quickstart/loss_curves.png",
+        "docs/images/loss_curves.png",
         *(name for name in here if "__pycache__" not in name),
     }
 
