@@ -123,14 +123,18 @@ def test_the_task_in_contributing_is_one() -> None:
     code = "\n".join(line[3:] for line in example.splitlines()).replace("\nTask(", "\ntask = Task(")
     names = dict(vars(benchmarks))
     exec(compile(code, "CONTRIBUTING.md", "exec"), names)
-    item = names["task"].layouts[0].read({"question": "What burns?", "options": ["ice", "fire"], "answer": 1})
+    item = names["task"].row_formats[0].read({"question": "What burns?", "options": ["ice", "fire"], "answer": 1})
     assert (item.choices, item.gold, item.values["answer"]) == (("ice", "fire"), 1, "fire")
 
 
 def test_paths_that_the_pages_name_exist() -> None:
     top = ("megatron_ledom", "tests", "docs", "csrc", "examples", "tools")
     rooms = [path.name for path in (ROOT / "megatron_ledom").iterdir() if path.is_dir()]
-    pages = [ROOT / "CONTRIBUTING.md", *(DOCS / f"{name}.md" for name in ("architecture", "benchmarks", "planner", "study"))]
+    pages = [
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "DECISIONS.md",
+        *(DOCS / f"{name}.md" for name in ("architecture", "benchmarks", "planner", "study")),
+    ]
     missing = []
     for page in pages:
         for path in re.findall(rf"`((?:{'|'.join([*top, *rooms])})/[\w./]*)`", page.read_text(encoding="utf-8")):
@@ -138,3 +142,15 @@ def test_paths_that_the_pages_name_exist() -> None:
             if not is_pattern and not (ROOT / path).exists() and not (ROOT / "megatron_ledom" / path).exists():
                 missing.append(f"{page.name}: {path}")
     assert not missing
+
+
+def test_names_that_contributing_names_exist() -> None:
+    """Classes, constants and functions; file names are for the test above."""
+    text = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("megatron_ledom", "tests", "csrc")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    named = set(re.findall(r"`(?:\w+\.)?(\w*[A-Z_]\w*)(?:\(.*?\))?`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    assert {"TASKS", "FAMILY", "ARCHITECTURES", "build_callbacks"} <= named
+    assert not sorted(name for name in named - {"text_ids"} if not re.search(rf"\b{name}\b", text))
