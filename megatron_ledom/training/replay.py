@@ -192,7 +192,7 @@ def _sample_index(config: RunConfig, sources: Sources, launch: Launch) -> Iterat
     with ExitStack() as stack:
         folder = None
         if launch.local_rank == 0:
-            is_whole = all(index_spec(config, blend).is_sound(cache) for blend in sources.all_blends())
+            is_whole = all(index_spec(config, blend).is_intact(cache) for blend in sources.all_blends())
             folder = cache if is_whole else stack.enter_context(tempfile.TemporaryDirectory(prefix="sample_index_"))
         folders: list[Any] = [None] * launch.world_size
         dist.all_gather_object(folders, (node, folder))

@@ -12,7 +12,7 @@ from megatron_ledom.checkpoint.manifest import (
     check_fits,
     check_same_samples,
     check_sizes,
-    planned_samples,
+    samples_at_end,
 )
 from megatron_ledom.checkpoint.store import CheckpointStore
 from megatron_ledom.config.derived import checkpoint_folder
@@ -77,7 +77,7 @@ def check_resumable(config: RunConfig, sources: Sources, checkpoint: str | None)
         manifest = check_sizes(checkpoint)
     check_fits(manifest, config, sources.provenance, checkpoint)
     changed = check_same_samples(manifest, config, sources.train_shards(), checkpoint)
-    return sources.of_samples(config, planned_samples(manifest, config)), changed
+    return sources.of_samples(config, samples_at_end(manifest, config)), changed
 
 
 def build_state(

@@ -40,7 +40,7 @@ def test_weights_that_are_not_finite_are_not_saved(data: TinyData, tmp_path: Pat
     run_dir = tmp_path / "run"
     ranks = start_ranks(data.config, run_dir, *BASE, hook=partial(inject, "spoil:10"), num_ranks=2)
     assert ranks.wait() == [1, 1], ranks.output()
-    assert "iteration 10 is not saved" in ranks.output()
+    assert "iteration 10 was not saved" in ranks.output()
     assert (run_dir / "checkpoints/latest").read_text() == "iter_0000005\n"
     assert bad_steps(run_dir)[0]["iteration"] == 11
 

@@ -90,7 +90,7 @@ def test_resume_runs_no_code_of_a_checkpoint(data: TinyData, crafted: Path) -> N
     assert ranks.wait() == [1], ranks.output()
     assert not (crafted.parent / "mark").exists()
     assert "Traceback" not in ranks.output()
-    assert "has a file that asks for posix.mkdir, which no saved run does and which could run code" in ranks.output()
+    assert "has a file that needs posix.mkdir. No run writes such a file, and it could run code" in ranks.output()
 
 
 def test_export_and_inspection_run_no_code_of_a_checkpoint(crafted: Path, tmp_path: Path) -> None:

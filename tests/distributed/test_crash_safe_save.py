@@ -134,7 +134,7 @@ def test_a_full_disk_on_one_rank_is_a_clear_error_on_all_and_leaves_the_checkpoi
     assert saved(data, tmp_path, 1, num_ranks=2)[0] == [0, 0]
     codes, output = saved(data, tmp_path, 2, num_ranks=2, full_disk_on_rank=1, async_save=async_save)
     assert codes == [1, 1], output
-    assert output.count("error: checkpoint 2 was not saved, those before it are untouched: rank 1:") == 2
+    assert output.count("error: checkpoint 2 was not saved; the earlier ones are unchanged: rank 1:") == 2
     assert "__1_0.distcp cannot be written: File too large; make room, then run the same command again" in output
     assert check_whole(tmp_path) == 1
     assert names(tmp_path) == ["iter_0000001", "latest"]
@@ -146,7 +146,7 @@ def test_a_writer_that_is_killed_is_an_error_with_its_cause(data: TinyData, tmp_
     assert saved(data, tmp_path, 1, num_ranks=2)[0] == [0, 0]
     codes, output = saved(data, tmp_path, 2, num_ranks=2, kill_writer_of_rank=1, elements=BIG)
     assert codes == [3, 3], output
-    assert "rank 1: the process that wrote its share of" in output
+    assert "rank 1: the process that wrote this rank's part of" in output
     assert "was killed by SIGKILL; often memory ran out" in output
     assert check_whole(tmp_path) == 1
 

@@ -70,13 +70,13 @@ def name(text: str | bytes) -> Callable[[Path], object]:
 FAULTS: dict[str, tuple[Callable[[Path], object], str, str]] = {
     "missing": (lambda checkpoints: (checkpoints / LATEST).unlink(), "is missing, but there are checkpoints", "iter_0000006"),
     "empty": (name(""), "latest is empty", "iter_0000006"),
-    "gone": (name("iter_0000009\n"), "names 'iter_0000009', which is not there", "iter_0000006"),
+    "gone": (name("iter_0000009\n"), "names 'iter_0000009', which does not exist", "iter_0000006"),
     "unfinished": (name("iter_0000006.part"), "which is not the name of a checkpoint", "iter_0000006"),
     "the folder itself": (name("."), "which is not the name of a checkpoint", "iter_0000006"),
     "a folder": (a_folder, "latest is a folder, not a file with the name of a checkpoint: move it away", "iter_0000006"),
     "garbage": (name(b"\xff\x00\xfe"), "which is not the name of a checkpoint", "iter_0000006"),
     "damaged": (damage_newest, "iter_0000006 is damaged", "iter_0000004"),
-    "without a manifest": (without_manifest, "it is no finished checkpoint", "iter_0000004"),
+    "without a manifest": (without_manifest, "it is not a finished checkpoint", "iter_0000004"),
 }
 
 
@@ -88,7 +88,7 @@ def test_a_latest_that_cannot_be_followed_is_refused_with_the_newest_whole_check
     harm, says, newest = FAULTS[fault]
     harm(run_dir / "checkpoints")
     before = content_of(run_dir)
-    advice = f"is {newest}: to go on from it, echo {newest} > {run_dir}/checkpoints/{LATEST}"
+    advice = f"is {newest}: to resume from it, run: echo {newest} > {run_dir}/checkpoints/{LATEST}"
     config = load_config(str(data.config), [f"run_dir={run_dir}", *GO_ON])
     questions: list[Callable[[], object]] = [lambda: check_start(config, 1)]
     if fault != "damaged":  # --progress reads the manifest alone
@@ -110,7 +110,7 @@ def test_a_start_whose_latest_is_missing_trains_nothing_and_changes_nothing(data
     before = content_of(run_dir)
     ranks = start_ranks(data.config, run_dir, *GO_ON, num_ranks=2)
     assert ranks.wait() == [1, 1], ranks.output()
-    assert "the newest checkpoint that is whole, by the sizes of its files, is iter_0000006" in ranks.output()
+    assert "the newest complete checkpoint, by the sizes of its files, is iter_0000006" in ranks.output()
     assert content_of(run_dir) == before
 
 
@@ -268,7 +268,7 @@ def test_a_finished_run_says_that_it_is_complete_before_anything_heavy(data: Tin
     assert check_start(load_config(str(data.config), [f"run_dir={run_dir}", *COMMAND]), 2).startswith("the run is complete at")
     ranks = start_ranks(data.config, run_dir, *COMMAND, num_ranks=2, hook=forbid_the_heavy_start)
     assert ranks.wait() == [0, 0], ranks.output()
-    assert "is complete at iteration 6: nothing is left to do; a higher train.train_iters trains on" in ranks.output()
+    assert "is complete at iteration 6: nothing is left to do; raise train.train_iters to train longer" in ranks.output()
     assert content_of(run_dir) == before
 
 

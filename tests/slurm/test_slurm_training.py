@@ -64,7 +64,7 @@ class Training:
         command = ["bash", str(PRETRAIN), f"run_dir={self.run_dir}", *settings(iterations), *overrides]
         variables = {**VARIABLES, "PYTHON": python, "SBATCH_OPTIONS": asked, "CONFIG": str(self.config)}
         printed = self.cluster.run(*command, cwd=ROOT, **variables)
-        assert f"{2 * ranks_a_node} ranks would go on from iteration 0 of {iterations}" in printed
+        assert f"{2 * ranks_a_node} ranks would start from iteration 0 of {iterations}" in printed
         self.job = printed.split()[-1]
 
     def logged(self) -> str:

@@ -120,7 +120,7 @@ def test_a_few_items_of_another_model_are_never_thrown_away(
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert run_tool(monkeypatch, "evaluate", *options, "--model", folders["reverse"]) == 1
     told = capsys.readouterr().err
-    assert "openbookqa.items.jsonl was made otherwise (" in told
+    assert "openbookqa.items.jsonl was made with different settings (" in told
     assert "direction was 'forward' and is 'reverse'" in told
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
     (tmp_path / "openbookqa.items.json").unlink()

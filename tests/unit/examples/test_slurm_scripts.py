@@ -296,7 +296,7 @@ def test_pretrain_by_hand_checks_the_ranks_it_would_ask_for(cluster: Cluster, da
     arguments = ("parallel.world_size=2", f"run_dir={tmp_path}/run")
     done = cluster.submit("pretrain.sbatch", *arguments, SBATCH_OPTIONS=options, **config)
     assert done.returncode == 0, done.stderr
-    assert "2 ranks would go on from iteration 0 of 20" in done.stdout
+    assert "2 ranks would start from iteration 0 of 20" in done.stdout
     assert cluster.recorded("submitted").split("\n") == [*options.split(), "examples/slurm/pretrain.sbatch", *arguments]
 
 

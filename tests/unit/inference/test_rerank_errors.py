@@ -199,7 +199,8 @@ def test_an_output_of_other_settings_is_not_overwritten_unless_asked(
     rerank_file(lambda: engines_of(models), source, output, RerankSettings())
     before = output.read_bytes()
     with pytest.raises(
-        UsageError, match=r"was made otherwise \(settings\.reward\.weight was 0\.5 and is 1\.0\); pass --overwrite"
+        UsageError,
+        match=r"was made with different settings \(settings\.reward\.weight was 0\.5 and is 1\.0\); pass --overwrite",
     ):
         rerank_file(never, source, output, other)
     assert rerank_file(never, source, output, RerankSettings()) == 1
@@ -357,7 +358,8 @@ def test_unfinished_work_of_other_settings_is_replaced_with_overwrite_alone(
 
     begin()
     with pytest.raises(
-        MismatchError, match=r"was made otherwise \(settings\.reward\.weight was 0\.5 and is 1\.0\); .* pass --overwrite"
+        MismatchError,
+        match=r"was made with different settings \(settings\.reward\.weight was 0\.5 and is 1\.0\); .* pass --overwrite",
     ) as caught:
         rerank_file(never, source, output, other)
     assert "notes" not in str(caught.value)
@@ -367,7 +369,7 @@ def test_unfinished_work_of_other_settings_is_replaced_with_overwrite_alone(
     assert rerank_file(lambda: engines_of(models), source, output, other, overwrite=True) == 2
     rerank_file(lambda: engines_of(models), source, tmp_path / "plain.jsonl", other)
     assert output.read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
-    assert "was made otherwise" in capsys.readouterr().err
+    assert "was made with different settings" in capsys.readouterr().err
     output.unlink()
     begin()
     write_lines(source, {**good, "prompt": "z"}, good)

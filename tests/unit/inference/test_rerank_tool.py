@@ -70,7 +70,10 @@ def test_rerank_replaces_an_output_of_another_weight_only_with_overwrite(
     assert run_tool(monkeypatch, "rerank", *command) == 0
     before = output.read_bytes()
     assert run_tool(monkeypatch, "rerank", *command, "--weight", "1") == 2
-    assert "was made otherwise (settings.reward.weight was 0.5 and is 1.0); pass --overwrite" in capsys.readouterr().err
+    assert (
+        "was made with different settings (settings.reward.weight was 0.5 and is 1.0); pass --overwrite"
+        in capsys.readouterr().err
+    )
     assert output.read_bytes() == before
     assert run_tool(monkeypatch, "rerank", *command) == 0
     assert "is complete; nothing to do" in capsys.readouterr().err

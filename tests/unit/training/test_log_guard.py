@@ -151,7 +151,7 @@ def test_a_damaged_line_is_refused_by_file_and_number(config: RunConfig, name: s
     path.write_bytes(b"\n".join([whole, DAMAGES[damage], whole, b""]))
     before = path.read_bytes()
     with pytest.raises(
-        DataError, match=rf"{path}:2: this line is damaged \(.+\); delete it, sed -i 2d {path}, and start"
+        DataError, match=rf"{path}:2: this line is damaged \(.+\); delete it with `sed -i 2d {path}` and start"
     ) as caught:
         check_history(config, "a checkpoint")
     assert caught.value.exit_code == 1

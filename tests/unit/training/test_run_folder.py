@@ -155,5 +155,5 @@ def test_a_check_refuses_a_plan_that_does_not_fit_unless_it_is_accepted(data: Ti
     assert refused.value.exit_code == 1
     assert "memory: NO: " in check_start(large, 1, accept_plan=True)
     told = check_start(load_config(str(data.config), settings), 1).splitlines()
-    assert told[0] == "1 ranks would go on from iteration 0 of 20"
+    assert told[0] == "1 ranks would start from iteration 0 of 20"
     assert "NO: " not in "".join(told)
