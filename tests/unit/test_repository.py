@@ -92,7 +92,8 @@ def test_spelling() -> None:
 
 
 def test_every_folder_of_unit_tests_is_one_of_the_package() -> None:
-    unit, beside = ROOT / "tests/unit", {ROOT / "tests/unit", ROOT / "tests/unit/examples"}
+    unit = ROOT / "tests/unit"
+    beside = {unit, unit / "examples", unit / "docs"}
     folders = {path.parent for path in unit.rglob("test_*.py")} - beside
     strangers = [folder for folder in folders if not (ROOT / "megatron_ledom" / folder.relative_to(unit)).is_dir()]
     assert folders
