@@ -1,28 +1,27 @@
-"""Write the generated pages of the documentation; a test compares them with the files in the repository.
-
-python -m docs.generator            writes docs/reference/cli.md, docs/reference/config.md and docs/import_picture.svg
-"""
+"""Write the generated parts of the documentation: `python -m docs.generator`. A test compares them with the files in the repository."""
 
 from collections.abc import Callable
 
 from docs.generator.cli_page import cli_page
 from docs.generator.config_page import config_page
+from docs.generator.decisions_index import decisions
 from docs.generator.import_picture import import_picture
-from docs.generator.paths import DOCS
+from docs.generator.paths import ROOT
 
 PAGES: dict[str, Callable[[], str]] = {
-    "reference/cli.md": cli_page,
-    "reference/config.md": config_page,
-    "import_picture.svg": import_picture,
+    "docs/reference/cli.md": cli_page,
+    "docs/reference/config.md": config_page,
+    "docs/import_picture.svg": import_picture,
+    "DECISIONS.md": decisions,
 }
-"""File below docs/ -> the function that returns its text."""
+"""File -> the function that returns its text."""
 
 
 def main() -> None:
     """Write every page."""
     for name, page in PAGES.items():
-        (DOCS / name).write_text(page(), encoding="utf-8")
-        print(f"wrote docs/{name}")
+        (ROOT / name).write_text(page(), encoding="utf-8")
+        print(f"wrote {name}")
 
 
 if __name__ == "__main__":

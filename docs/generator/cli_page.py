@@ -2,6 +2,7 @@
 
 import argparse
 import inspect
+import re
 from collections.abc import Iterator
 
 from docs.generator.paths import GENERATED
@@ -21,6 +22,8 @@ SUBJECTS = {
     "Other": ("completion",),
 }
 """Heading of the page -> its commands, by what a user does."""
+UNNAMED = ("positional arguments", "options")
+"""Titles of argparse's own groups."""
 INTRODUCTION = """
 # Command line
 
@@ -57,10 +60,15 @@ def _command(name: str) -> str:
 def _body(parser: argparse.ArgumentParser, about: str) -> str:
     below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
     parts = [about, "" if below else f"```text\n{synopsis(parser)}\n```\n\n"]
+    unnamed = [group for group in parser._action_groups if group.title in UNNAMED]
+    parts.append(_options(parser, [action for group in unnamed for action in _shown(group)]))
     for group in parser._action_groups:
-        parts.append(_options(parser, group))
+        if group not in unnamed and (rows := _options(parser, list(_shown(group)))):
+            parts.append(
+                f"**{prose(str(group.title).capitalize())}.** {prose(group.description or '')}".strip() + f"\n\n{rows}"
+            )
     if parser.epilog:
-        parts.append(f"{prose(parser.epilog)}\n")
+        parts.append(f"{prose(parser.epilog)}\n\n")
     for action in below:
         for name, sub in action.choices.items():
             parts.append(f"#### {parser.prog} {name}\n\n" + _body(sub, description(sub)))
@@ -83,7 +91,7 @@ def synopsis(parser: argparse.ArgumentParser) -> str:
     """Return the command with its required options and its positional arguments."""
     words = [parser.prog]
     flags = [action for action in parser._actions if action.option_strings and action.help != argparse.SUPPRESS]
-    words += [f"{action.option_strings[-1]} {arguments(action)}".strip() for action in flags if action.required]
+    words += [f"{action.option_strings[0]} {arguments(action)}".strip() for action in flags if action.required]
     if any(not action.required for action in flags):
         words.append("[OPTION ...]")
     words += [arguments(action) for action in parser._actions if not action.option_strings]
@@ -102,14 +110,10 @@ def arguments(action: argparse.Action) -> str:
     return shapes.get(str(action.nargs), name)
 
 
-def _options(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -> str:
-    rows = [_row(parser, action) for action in _shown(group)]
-    if not rows:
+def _options(parser: argparse.ArgumentParser, actions: list[argparse.Action]) -> str:
+    if not actions:
         return ""
-    is_named = group.title not in ("positional arguments", "options", "optional arguments")
-    title = f"{group.title}".capitalize() + (f": {group.description}" if group.description else "")
-    head = f"**{prose(title).rstrip('.')}**\n\n" if is_named else ""
-    return f"{head}| argument | default | meaning |\n|---|---|---|\n{''.join(rows)}\n"
+    return "".join(["| argument | default | meaning |\n|---|---|---|\n", *(_row(parser, action) for action in actions), "\n"])
 
 
 def _shown(group: argparse._ArgumentGroup) -> Iterator[argparse.Action]:
@@ -120,12 +124,15 @@ def _shown(group: argparse._ArgumentGroup) -> Iterator[argparse.Action]:
 
 
 def _row(parser: argparse.ArgumentParser, action: argparse.Action) -> str:
-    name = f"{', '.join(action.option_strings)} {arguments(action)}".strip()
-    values = {**vars(action), "prog": parser.prog}
-    meaning = (action.help or "") % values if action.help else ""
-    is_told = action.default in (None, False, argparse.SUPPRESS) or action.default == [] or action.nargs == 0
-    default = "required" if action.required and action.option_strings else "" if is_told else f"`{action.default}`"
-    return f"| `{name.replace('|', chr(92) + '|')}` | {text_cell(default)} | {text_cell(meaning)} |\n"
+    name = f"{', '.join(action.option_strings)} {arguments(action)}".strip().replace("|", r"\|")
+    meaning = (action.help or "") % {**vars(action), "prog": parser.prog}
+    is_shown = not (action.nargs == 0 or action.default is None or action.default in (argparse.SUPPRESS, []))
+    default = f"`{action.default}`" if is_shown else "required" if action.required and action.option_strings else ""
+    if is_shown:  # the column says it
+        meaning = re.sub(
+            rf" ?\(default {re.escape(str(action.default))}\)|[;:]? ?default: {re.escape(str(action.default))}$", "", meaning
+        )
+    return f"| `{name}` | {text_cell(default)} | {text_cell(meaning)} |\n"
 
 
 def prose(text: str) -> str:

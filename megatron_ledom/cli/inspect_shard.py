@@ -9,7 +9,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("prefixes", nargs="+", metavar="P", help="paths of shards without ending, or patterns of them")
     parser.add_argument(
-        "--verify", action="store_true", help="read everything again, check the direction on a sample; exit 1 on any fault"
+        "--verify",
+        action="store_true",
+        help="read everything again, check the direction on a sample; exit 1 if there is any problem",
     )
     parser.add_argument("--show", type=int, default=0, metavar="N", help="print the first N documents as text")
     parser.add_argument("--tokenizer", metavar="PATH", help="default: where the manifest says it was")

@@ -1,4 +1,4 @@
-"""Shards: written from text, read back, and mixed to what a run trains on."""
+"""Training data: text to shards, and a blend of shards to training samples."""
 
 from typing import TYPE_CHECKING
 

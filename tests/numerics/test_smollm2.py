@@ -1,6 +1,6 @@
-"""A real public model through the whole way: in, its logits reproduced, trained in reverse, out, loaded again.
+"""A real public model is imported, compared by its logits, trained in reverse, exported and loaded again.
 
-SmolLM2-135M has 9 heads, so tensor parallel 3 is the smallest that can cut it.
+SmolLM2-135M has 9 heads, so 3 is the smallest tensor-parallel size above 1.
 """
 
 import json
@@ -27,7 +27,7 @@ FOLDER = os.environ.get("SMOLLM2")
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.skipif(FOLDER is None, reason="set SMOLLM2 to a Hugging Face folder of SmolLM2-135M with safetensors")
-def test_smollm2_comes_in_is_trained_in_reverse_and_goes_out(tmp_path: Path) -> None:
+def test_smollm2_is_imported_trained_in_reverse_and_exported(tmp_path: Path) -> None:
     run = tmp_path / "run"
     gate = import_hf(str(FOLDER), str(run), direction=Direction.REVERSE, seq_length=64)
     assert gate is not None
@@ -65,7 +65,7 @@ def test_smollm2_comes_in_is_trained_in_reverse_and_goes_out(tmp_path: Path) -> 
 @pytest.mark.skipif(FOLDER is None, reason="set SMOLLM2 to a Hugging Face folder of SmolLM2-135M with safetensors")
 @pytest.mark.parametrize("how", ["whole", "layers"])
 def test_smollm2_in_bf16_converts_exactly_and_passes(tmp_path: Path, how: Any) -> None:
-    """Its outliers make stock bf16 differ from stock fp32 by 0.05 nats on these ids: a fixed limit of 0.01 refused it."""
+    """Its outliers make stock bf16 differ from stock fp32 by 0.05 nats on these ids: a fixed limit of 0.01 would refuse it."""
     source = tmp_path / "hf"
     model = AutoModelForCausalLM.from_pretrained(str(FOLDER), dtype=torch.bfloat16, local_files_only=True)
     model.save_pretrained(source)

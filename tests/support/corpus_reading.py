@@ -1,4 +1,4 @@
-"""Reading of one input file for tests of the readers, and what they read: web archives."""
+"""Helpers for tests of the readers: read one input file, and make a web archive."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ def whole(path: Path) -> ByteRange:
 
 
 def skim(path: Path, key: str = "text", **settings: object) -> tuple[list[str], dict[str, int], list[str]]:
-    """All texts, what was skipped, and the messages."""
+    """Return (all texts, skipped records by reason, messages)."""
     read = ReadSettings(**{"text_key": key, "on_error": "skip", "batch_bytes": 64, **settings})  # type: ignore[arg-type]
     reader = RecordReader(whole(path), read)
     texts = [text for batch in reader.batches() for text in batch.texts]
@@ -25,7 +25,7 @@ def skim(path: Path, key: str = "text", **settings: object) -> tuple[list[str], 
 
 
 def warc_of(*records: tuple[str, bytes]) -> bytes:
-    """A web archive with records of (type, content)."""
+    """Return a web archive with records of (type, content)."""
     head = "WARC/1.0\r\nWARC-Type: {}\r\nWARC-Record-ID: <urn:uuid:0-{}>\r\nContent-Length: {}\r\n\r\n"
     pieces = [
         head.format(kind, number, len(content)).encode() + content + b"\r\n\r\n"

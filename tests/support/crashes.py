@@ -1,7 +1,7 @@
-"""Processes that are killed at a chosen step of what they write, and what a power failure at that step leaves of it.
+"""Kill processes at a chosen step of their writing, and simulate a power failure at that step.
 
-A step is an open for writing, a write of lines, an fsync, a rename, a removal, or the end. A disk keeps what was forced to it:
-`lose_power` takes the rest away, once the processes are dead.
+A step is an open for writing, a write of lines, an fsync, a rename, a removal, or the end. After the processes have died,
+`lose_power` removes everything that was not forced to the disk.
 """
 
 import contextlib
@@ -26,18 +26,18 @@ from megatron_ledom.storage.locks import LOCK_SUFFIX
 
 Report = Callable[[], None]
 NAMES = ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate")
-"""Events that change a folder, or cut a file."""
+"""Audit events that change a folder or truncate a file."""
 
 
 class Steps:
-    """Counts steps in this process and those that it forks from now on; kills the whole process group before one of them.
+    """Counter of the steps of this process and of its later children, which kills the whole process group before one of them.
 
-    Of a write at that step half is done. A journal beside the folder holds what was forced to the disk, for `lose_power`.
+    If that step is a write, half of it is done. A journal next to the folder records what was forced to the disk.
     """
 
     def __init__(self, kill_at: int, folder: str) -> None:
         self._kill_at, self._folder = kill_at, folder
-        self._done = mmap.mmap(-1, 8)  # shared with the processes that are forked from here
+        self._done = mmap.mmap(-1, 8)  # shared with processes that this one forks
         self._fsync, self._write = os.fsync, os.write
         self._attic = _attic(folder)
         self._attic.mkdir(exist_ok=True)
@@ -48,10 +48,10 @@ class Steps:
         sys.addaudithook(self._heard)
 
     def count(self, tear: Callable[[], object] = lambda: None) -> None:
-        """Begin a step; at the chosen one, tear what is being written and die."""
+        """Begin a step. At the chosen one, leave the current write half done and die."""
         number = int.from_bytes(self._done[:8], "little") + 1
         if number == self._kill_at:
-            self._kill_at = 0  # what tears is no step
+            self._kill_at = 0  # the half write itself is not a step
             tear()
             os.killpg(0, signal.SIGKILL)
         self._done[:8] = number.to_bytes(8, "little")
@@ -79,7 +79,7 @@ class Steps:
                     self._note("removed", inode, *_place(path))
 
     def _kept(self, path: str) -> int | None:
-        """Keep a file that is about to lose its name, so that its inode is not used again; returns that."""
+        """Keep a file that is about to lose its name, so that its inode is not reused. Returns the inode."""
         if not os.path.isfile(path) or not path.startswith(self._folder):
             return None
         inode = os.stat(path).st_ino
@@ -117,15 +117,15 @@ def _absolute(path: Any, folder: int) -> str:
 
 
 def _place(path: str) -> tuple[int, str]:
-    """Return the inode of the folder of a path, and its name in that."""
+    """Return (inode of the folder of a path, name in the folder)."""
     return os.stat(os.path.dirname(path)).st_ino, os.path.basename(path)
 
 
 def lose_power(folder: str, *, loses_names: bool, loses_removals: bool = False) -> None:
-    """Leave of the folder what was forced to the disk; of the file that was being written or forced also half of the rest.
+    """Remove everything below the folder that was not forced to the disk, except half of the write or fsync in progress.
 
-    loses_names: files that were made or renamed since their folder was forced to the disk lose the new names; else all names are
-    kept, as by a disk that writes names before content. loses_removals: files that were removed since then are there again.
+    loses_names: files that were made or renamed since their folder was forced to the disk lose their new names. Without it all
+    names are kept, as on a disk that writes names before content. loses_removals: files that were removed since then reappear.
     """
     forced: dict[int, int] = {}
     torn: set[int] = set()
@@ -156,10 +156,10 @@ def lose_power(folder: str, *, loses_names: bool, loses_removals: bool = False) 
 def _undo(
     folder: str, source: int | None, source_name: str, target: int, target_name: str, replaced: int | None = None
 ) -> None:
-    """Take a name away, and give back those that it took the place of: the file's own before, and the file of that name before."""
+    """Undo a new name: restore the previous name of the file, and the file that had the new name before."""
     places = _folders(folder)
     if target not in places or not (places[target] / target_name).exists():
-        return  # removed since, or the kill came before it was there
+        return  # removed since then, or the kill came first
     if source is None:
         (places[target] / target_name).unlink()
     elif source in places:
@@ -169,19 +169,19 @@ def _undo(
 
 
 def _folders(folder: str) -> dict[int, Path]:
-    """Return the folders there are, by inode."""
+    """Return the existing folders by inode."""
     return {path.stat().st_ino: path for path in (Path(folder), *Path(folder).rglob("*")) if path.is_dir()}
 
 
 def _bring_back(folder: str, inode: int, place: int, name: str) -> None:
-    """Give a removed file its name again, unless the folder is gone, or the name is another file's now."""
+    """Restore a removed file, unless its folder is gone or another file has its name."""
     path = _folders(folder).get(place, _attic(folder)) / name
     if path.parent != _attic(folder) and not path.exists():
         os.link(_attic(folder) / str(inode), path)
 
 
 def start(act: Callable[[], object], kill_at: int = 0, folder: str = "") -> int:
-    """Return the process id of a child, in a process group of its own, that acts and is killed at a step (0: at none)."""
+    """Start a child in its own process group that calls `act` and is killed at a step (0: never). Returns its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -202,7 +202,7 @@ def start(act: Callable[[], object], kill_at: int = 0, folder: str = "") -> int:
 
 
 def was_killed(pid: int) -> bool:
-    """Wait for the child and those that it forked, which hold its locks; it was killed, or it ended well."""
+    """Wait for the child and its children, which may hold its locks. Returns True if it was killed, False if it succeeded."""
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     end = time.monotonic() + 10
     while _is_running(pid) and time.monotonic() < end:
@@ -212,9 +212,9 @@ def was_killed(pid: int) -> bool:
 
 
 def _is_running(group: int) -> bool:
-    """Return True if a process of the group runs; one that has ended holds no lock, however late the system buries it."""
+    """Return True if a process of the group runs. A zombie does not count, because it holds no lock."""
     for file in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # gone meanwhile
+        with contextlib.suppress(OSError):  # the process ended meanwhile
             state, _, found = file.read_text().rpartition(")")[2].split()[:3]
             if int(found) == group and state not in "ZX":
                 return True
@@ -223,28 +223,29 @@ def _is_running(group: int) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """Something that writes below a folder, in which a first start finds what `before` put there."""
+    """A job that writes below a folder."""
 
     act: Callable[[Path, Report], object]
-    """Does the whole job, or what is left of it; calls the report after each unit that it says is done."""
+    """Does the whole job, or the rest of it. Calls the report after each unit that it reports as done."""
     kept: Callable[[Path], int]
-    """How many units the next start finds. Raises AssertionError where something passes for done that is not."""
+    """Returns the number of units that the next start finds. Raises AssertionError if an unfinished unit counts as done."""
     steps: int
-    """Fewer steps than these mean that the test does not see them."""
+    """Minimum number of steps. With fewer, the test did not observe the writing."""
     before: Callable[[Path], object] = lambda folder: None
+    """Prepares the folder for the first start."""
     is_forced: bool = True
-    """A power failure, too, leaves what the job says is done; else the job finds out what is gone."""
+    """If true, reported units survive a power failure; else the job itself finds out which ones are lost."""
 
 
 def content_of(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder but locks: one that a killed process left holds nothing, and stays if nothing is left to do."""
+    """Return the content of every file below a folder, by path, without locks: a kill may leave an empty lock file."""
     files = [file for file in sorted(folder.rglob("*")) if file.is_file() and not file.name.endswith(LOCK_SUFFIX)]
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """What is lost at the step beside the processes."""
+    """Losses at the step, apart from the processes."""
 
     is_of_power: bool
     loses_names: bool = False
@@ -261,7 +262,7 @@ every_loss = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
 def check_every_crash(job: Job, root: Path, loss: Loss, *, changing: tuple[str, ...] = ()) -> None:
-    """Kill the job once at each step and start it again. changing: endings of files that no two runs make alike."""
+    """Kill the job once at each step and start it again. changing: endings of files that differ between any two runs."""
     quiet = root / "quiet"
     quiet.mkdir()
     job.before(quiet)

@@ -1,4 +1,4 @@
-"""Test data one can read: in document k, position i is the word str(100*k + i), whose token id is that very number."""
+"""Readable test data: the word at position i of document k is str(100*k + i), and its token id is the same number."""
 
 import json
 from collections.abc import Sequence
@@ -40,18 +40,18 @@ def legible_ids(document: int, length: int) -> list[int]:
 
 
 def legible_documents(num_documents: int, length: int) -> list[str]:
-    """Texts; `num_documents` up to 10 and `length` up to 100 keep every id below 1000 and different."""
+    """Return texts. With `num_documents` up to 10 and `length` up to 100 all ids are different and below 1000."""
     return [" ".join(map(str, legible_ids(document, length))) for document in range(num_documents)]
 
 
 def write_jsonl(path: Path, texts: list[str], key: str = "text") -> Path:
-    """Write one JSON object a line."""
+    """Write one JSON object per line."""
     path.write_text("".join(json.dumps({key: text}) + "\n" for text in texts), encoding="utf-8")
     return path
 
 
 def legible_provenance(direction: Direction = Direction.REVERSE, sha256: str = "a" * 64) -> Provenance:
-    """Of shards that need no tokenizer on disk."""
+    """Return a provenance for shards that need no tokenizer on disk."""
     return Provenance(
         direction=direction, tokenizer_name="legible", tokenizer_sha256=sha256, vocab_size=VOCAB_SIZE, eod_id=EOD_ID
     )
@@ -64,10 +64,10 @@ def legible_shard(
     dtype: str = "uint16",
     counts: Counts | None = None,
 ) -> str:
-    """A shard of documents given as ids in text order; returns its prefix."""
+    """Write a shard of documents, given as ids in text order, and return its prefix."""
     provenance = provenance or legible_provenance()
     ids = np.array([number for document in documents for number in document], np.uint32)
-    packed = concatenate_documents(
+    stored = concatenate_documents(
         ids,
         np.cumsum([0, *map(len, documents)]),
         direction=provenance.direction,
@@ -76,13 +76,13 @@ def legible_shard(
         dtype=dtype,
     )
     with ShardWriter(str(prefix), provenance, dtype) as writer:
-        writer.append(*packed)
+        writer.append(*stored)
         writer.finalize(counts or Counts(text_bytes=4 * len(ids), eod_token=EOD_TOKEN))
     return str(prefix)
 
 
 def foreign_shard(prefix: Path, documents: Sequence[Sequence[list[int]]], dtype: str = "int32") -> str:
-    """`.bin` and `.idx` as other Megatron tools write them, no manifest; a document is a list of sequences of ids."""
+    """Write `.bin` and `.idx` like other Megatron tools, without a manifest. A document is a list of sequences of ids."""
     sequences = [sequence for document in documents for sequence in document]
     code = {"uint8": 1, "int16": 3, "int32": 4, "int64": 5, "float32": 7, "uint16": 8}[dtype]
     lengths = np.array([len(sequence) for sequence in sequences], "<i4")
@@ -95,5 +95,5 @@ def foreign_shard(prefix: Path, documents: Sequence[Sequence[list[int]]], dtype:
 
 
 def file_bytes(prefix: str) -> tuple[bytes, bytes]:
-    """The content of `.bin` and `.idx`."""
+    """Return the content of `.bin` and `.idx`."""
     return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()

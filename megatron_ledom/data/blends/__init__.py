@@ -1,1 +1,1 @@
-"""Blends of shards: which shards are read, how often, and in which order."""
+"""Blends of shards: the shards that a run reads, how often, and in which order."""

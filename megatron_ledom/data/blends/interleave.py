@@ -1,8 +1,8 @@
-"""The order in which a blend draws from its sources: a formula, so nothing is built, stored or read over to seek.
+"""The order in which a blend draws from its sources. It is a formula, so any position is found at once, without a stored index.
 
-Sample j of source d is due at time (j + phase_d) / share_d; the blend is all samples sorted by that time. Phases are multiples of
-the golden ratio, modulo 1, so that neighbouring sources (the shards of one corpus) are spread evenly over each batch. No
-source is ever ahead of or behind its share by more than about a sample, and a longer run begins as the shorter one does.
+Sample j of source d is due at time (j + phase_d) / fraction_d, and the blend is all samples sorted by that time. Phases are
+multiples of the golden ratio, modulo 1, so that neighbouring sources (the shards of one corpus) are spread evenly over each batch.
+The number of samples drawn from a source differs from its fraction by at most about one. A longer run begins like a shorter one.
 """
 
 from collections.abc import Sequence
@@ -12,36 +12,36 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 1 << 14
-"""Samples that are ordered at once, about; a millisecond."""
+"""Approximate number of samples that are sorted at a time, which takes a millisecond."""
 GOLDEN = (5**0.5 - 1) / 2
 
 Counts = npt.NDArray[np.int64]
 
 
 class Interleave:
-    """Sample i of a blend: its source and its number there, for sources that have these shares, which add up to 1."""
+    """Order of the samples of a blend. The fractions of the sources add up to 1."""
 
-    def __init__(self, shares: Sequence[float]) -> None:
-        self._shares = np.array(shares, np.float64)
-        self._phases = np.arange(1, len(shares) + 1) * GOLDEN % 1.0
-        self._block = lru_cache(maxsize=4)(self._order_block)  # one reader goes forward; a validation starts another
+    def __init__(self, fractions: Sequence[float]) -> None:
+        self._fractions = np.array(fractions, np.float64)
+        self._phases = np.arange(1, len(fractions) + 1) * GOLDEN % 1.0
+        self._block = lru_cache(maxsize=4)(self._order_block)  # training reads one block after the other, validation its own
 
     def locate(self, sample: int) -> tuple[int, int]:
-        """(source, number of the sample within the source) of sample `sample` of the blend."""
+        """Return (source, number of the sample within the source) of sample `sample` of the blend."""
         first, sources, numbers = self._block_of(sample)
         return int(sources[sample - first]), int(numbers[sample - first])
 
     def counts(self, num_samples: int) -> Counts:
-        """How many of the first `num_samples` samples each source gives [sources]."""
+        """Return the number of samples from each source [sources] among the first `num_samples`."""
         if num_samples <= 0:
-            return np.zeros(len(self._shares), np.int64)
+            return np.zeros(len(self._fractions), np.int64)
         first, sources, _ = self._block_of(num_samples - 1)
         counts = self._before(self._block_number(num_samples - 1))
         drawn = sources[: num_samples - first]
         return counts + np.bincount(drawn, minlength=len(counts))
 
     def most_samples(self, available: Sequence[int]) -> int:
-        """The longest run that takes no more than `available` [sources] samples from each source."""
+        """Return the number of samples of the longest run that takes at most `available` [sources] samples from each source."""
         limit = np.array(available, np.int64)
         low, high = 0, int(limit.sum()) + 1  # `low` fits, `high` does not
         while high - low > 1:
@@ -50,13 +50,13 @@ class Interleave:
         return low
 
     def _due(self, numbers: Counts, sources: npt.NDArray[np.intp] | slice) -> npt.NDArray[np.float64]:
-        times: npt.NDArray[np.float64] = (numbers + self._phases[sources]) / self._shares[sources]
+        times: npt.NDArray[np.float64] = (numbers + self._phases[sources]) / self._fractions[sources]
         return times
 
     def _before(self, block: int) -> Counts:
-        """Samples of each source [sources] that are due before the block; rounding cannot put one into two blocks or none."""
+        """Return the number of samples of each source [sources] that are due before the block. Exact despite rounding."""
         time, every = float(block * BLOCK), slice(None)
-        counts = np.maximum(np.ceil(time * self._shares - self._phases), 0).astype(np.int64)
+        counts = np.maximum(np.ceil(time * self._fractions - self._phases), 0).astype(np.int64)
         counts -= (counts > 0) & (self._due(counts - 1, every) >= time)
         counts += self._due(counts, every) < time
         return counts
@@ -77,7 +77,7 @@ class Interleave:
         return first, sources, numbers
 
     def _order_block(self, block: int) -> tuple[int, npt.NDArray[np.intp], Counts]:
-        """(first sample, sources, their samples' numbers) of a block."""
+        """Return (first sample, source of each sample, its number within the source) of a block."""
         begin, end = self._before(block), self._before(block + 1)
         lengths = end - begin
         sources = np.repeat(np.arange(len(lengths)), lengths)

@@ -1,4 +1,4 @@
-"""Blends planned before training: what each source gives, how often it would be read, and the config's lines for it."""
+"""Plan a blend before training: the tokens from each source, how often it is read, and the lines for the config."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from megatron_ledom.errors import UsageError, VerificationError
 from megatron_ledom.tables import aligned_lines
 
 MOST_ROWS = 40
-"""Of a table; above it, the shards of one array of tasks are one row."""
+"""Limit on the rows of a table. With more sources, all shards of one array are one row."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 
 
@@ -23,42 +23,42 @@ class BlendSettings:
     input: list[str]
     """Prefixes of shards, patterns of them, or NAME=TOKENS."""
     tokens: str | None = None
-    """Of the whole run; default with `tokens_per_source`: their sum."""
+    """Tokens of the whole run; default with `tokens_per_source`: their sum."""
     weights: list[float] | None = None
     tokens_per_source: list[str] | None = None
-    """With neither this nor `weights`, every source gives in proportion to its tokens."""
+    """With neither this nor `weights`, the weight of a source is its number of tokens."""
     seq_length: int | None = None
     global_batch_size: int | None = None
-    """Both together: the run is of whole iterations."""
+    """With both `seq_length` and `global_batch_size` the run consists of whole iterations."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedSource:
-    """One row of the plan."""
+    """One source of the plan, and one row of its table."""
 
     name: str
     """Prefix of the shard."""
     tokens: int | None
-    """In the shard, or in those of its documents that may be drawn; None when it is not there yet."""
+    """Tokens of the shard, or of its documents that may be drawn; None if the shard does not exist yet."""
     weight: int | float
-    """As given; only the ratio to the others counts."""
+    """As given; only its ratio to the other weights counts."""
     share: float
-    """Of the run."""
+    """Fraction of the run."""
     drawn: float
     """Tokens of the run from this source."""
     samples: int | None = None
-    """The same in samples, when their length is known."""
+    """Samples of the run from this source; None if their length is unknown."""
     samples_available: int | None = None
-    """Of one pass over the shard."""
+    """Samples of one pass over the shard."""
 
     @property
     def epochs(self) -> float | None:
-        """Passes over the shard."""
+        """Number of passes over the shard."""
         return self.drawn / self.tokens if self.tokens else None
 
     @property
     def repeats(self) -> bool:
-        """Return whether something is read more than once; by the rule of a run's start where samples are known."""
+        """True if the run reads some text of the shard more than once: by samples, as in training, if they are known."""
         if self.samples is not None and self.samples_available is not None:
             return self.samples > self.samples_available
         return self.epochs is not None and self.epochs > 1 + 1e-12  # the share is a rounded fraction
@@ -66,23 +66,23 @@ class PlannedSource:
 
 @dataclass(frozen=True, slots=True)
 class BlendPlan:
-    """The whole run."""
+    """Plan of the blend of a whole run."""
 
     sources: list[PlannedSource]
     tokens: int
-    """Drawn in all: the budget, or its whole iterations."""
+    """Tokens of the run: the budget, or its whole iterations."""
     seq_length: int | None
     global_batch_size: int | None
     train_iters: int | None
 
 
 def samples_available(num_tokens: int, seq_length: int) -> int:
-    """Samples of one pass over a shard: each needs one token more than its positions, shared with the next."""
+    """Return the samples of one pass over a shard. A sample needs one token more than its positions, shared with the next."""
     return max(0, num_tokens - 1) // seq_length
 
 
 def parse_tokens(text: str, where: str) -> int:
-    """435.37B, 1e12, 435,373,905,853 and the like, exactly; `where` names the option in the error."""
+    """Return the exact number of tokens that 435.37B, 1e12, 435,373,905,853 or the like mean. where: option, for the error."""
     plain = text.strip().replace(",", "").replace("_", "").upper()
     unit = plain[-1:] if plain[-1:] in UNITS else ""
     try:
@@ -90,17 +90,17 @@ def parse_tokens(text: str, where: str) -> int:
     except InvalidOperation:
         number = Decimal("NaN")
     if not number.is_finite() or number < 1 or number != number.to_integral_value():
-        raise UsageError(f"{where} {text} is no number of tokens; write 435.37B, 1e12, 300M or 435,373,905,853")
+        raise UsageError(f"{where} {text} is not a number of tokens; write 435.37B, 1e12, 300M or 435,373,905,853")
     return int(number)
 
 
 def plan_blend(settings: BlendSettings) -> BlendPlan:
-    """Work out the plan. Raises UsageError for options that do not fit; repeats are left to `check_repeats`."""
+    """Return the plan. Raises UsageError for options that do not fit together. Repeats are refused by `check_repeats`."""
     sizes = _source_sizes(settings.input)
     weights, budget = _weights_and_budget(settings, list(sizes.values()))
     seq_length, batch, train_iters = settings.seq_length, settings.global_batch_size, None
     if (seq_length is None) != (batch is None):
-        raise UsageError("--seq-length and --global-batch-size give the iterations together; give both or neither")
+        raise UsageError("--seq-length and --global-batch-size determine the iterations together; give both or neither")
     if seq_length is not None and batch is not None:
         if seq_length < 1 or batch < 1:
             raise UsageError(f"--seq-length {seq_length} and --global-batch-size {batch} must be 1 or more")
@@ -114,7 +114,7 @@ def plan_blend(settings: BlendSettings) -> BlendPlan:
 def planned_sources(
     sizes: Mapping[str, int | None], weights: Sequence[float], tokens: int, seq_length: int | None
 ) -> list[PlannedSource]:
-    """Return what each source gives to a run of `tokens`; `sizes` are tokens by name. With `seq_length`, to the sample."""
+    """Return the plan of each source for a run of `tokens`. sizes: tokens by name. Exact to the sample with `seq_length`."""
     shares = [weight / sum(weights) for weight in weights]
     if seq_length is None:
         rows = zip(sizes.items(), weights, shares, strict=True)
@@ -129,7 +129,7 @@ def planned_sources(
 
 
 def _source_sizes(inputs: Sequence[str]) -> dict[str, int]:
-    """Tokens by name, in the order given."""
+    """Return the tokens of each source by name, in the given order."""
     sizes: dict[str, int] = {}
     first = None
     for text in inputs:
@@ -147,7 +147,7 @@ def _source_sizes(inputs: Sequence[str]) -> dict[str, int]:
                 found.append((prefix, manifest.num_tokens))
         for name, size in found:
             if name in sizes:
-                raise UsageError(f"{name} is named more than once; name each source once, with the sum of its weights")
+                raise UsageError(f"{name} is listed more than once; list each source once, with the sum of its weights")
             sizes[name] = size
     return sizes
 
@@ -163,21 +163,21 @@ def _weights_and_budget(settings: BlendSettings, sizes: list[int]) -> tuple[list
     if len(weights) != len(sizes):
         raise UsageError(f"{option} has {len(weights)} numbers for {len(sizes)} sources; give one for each, in their order")
     if not all(0 < weight < float("inf") for weight in weights):
-        raise UsageError(f"{option} {weights} must all be above 0; leave out a source that gives nothing")
+        raise UsageError(f"{option} {weights} must all be above 0; omit the sources with weight 0")
     if settings.tokens is not None:
         return weights, parse_tokens(settings.tokens, "--tokens")
     if settings.tokens_per_source is None:
-        raise UsageError("--tokens is needed: how many tokens the run shall draw, such as 435.37B")
+        raise UsageError("--tokens is missing; give the number of tokens of the run, such as 435.37B")
     return weights, int(sum(weights))
 
 
 def describe(plan: BlendPlan) -> str:
-    """The table."""
+    """Return the table of a plan."""
     return describe_sources(plan.sources, plan.tokens)
 
 
 def describe_sources(sources: Sequence[PlannedSource], tokens: int) -> str:
-    """The table of a run of `tokens`; more than MOST_ROWS sources are grouped by the array of tasks that wrote them."""
+    """Return the table of a run of `tokens`. More than MOST_ROWS sources are grouped by the array that wrote them."""
     shown = sources if len(sources) <= MOST_ROWS else _grouped(sources)
     stored = [source.tokens for source in sources if source.tokens is not None]
     samples = [source.samples for source in sources if source.samples is not None]
@@ -205,7 +205,7 @@ def _row(source: PlannedSource) -> list[str]:
 
 
 def _grouped(sources: Sequence[PlannedSource]) -> list[PlannedSource]:
-    """One row for the tasks of each array, P-*-of-00064, where they stand side by side or not; others as they are."""
+    """Merge the shards of each array, P-*-of-00064, into one row, even if they are not adjacent. Keep the others."""
     groups: dict[str, list[PlannedSource]] = {}
     for source in sources:
         match = TASK.fullmatch(source.name)
@@ -224,7 +224,7 @@ def _grouped(sources: Sequence[PlannedSource]) -> list[PlannedSource]:
 
 
 def check_repeats(plan: BlendPlan) -> None:
-    """Refuse a plan that reads a source more than once."""
+    """Raise VerificationError if a plan reads a source more than once."""
     repeated = [source for source in plan.sources if source.repeats]
     if not repeated:
         return
@@ -232,13 +232,13 @@ def check_repeats(plan: BlendPlan) -> None:
     most = min(source.tokens / source.share for source in plan.sources if source.tokens is not None)
     named = ", ".join(f"{source.name} ({source.epochs:.4f} times)" for source in repeated)
     raise VerificationError(
-        f"read more than once: {named}; these shares give at most {most:,.0f} tokens: lower --tokens or the weight of"
-        f" {worst.name}, add shards, or allow it by --allow-repeats (data.allow_repeats=true in the config)"
+        f"read more than once: {named}; these weights allow at most {most:,.0f} tokens: lower --tokens or the weight of"
+        f" {worst.name}, add shards, or allow repeats with --allow-repeats (data.allow_repeats=true in the config)"
     )
 
 
 def to_yaml(plan: BlendPlan) -> str:
-    """The lines for a run's config."""
+    """Return the lines for the config of the run."""
     lines = ["data:"]
     if plan.seq_length:
         lines.append(f"  seq_length: {plan.seq_length}")

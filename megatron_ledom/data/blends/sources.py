@@ -1,5 +1,6 @@
-"""The shards a run reads: checked against each other and against the run, from their manifests, before anything heavy; held-out text
-by ratio is whole documents of the training shards.
+"""Load the shards of a run: check their manifests against each other and against the run, before anything slow.
+
+If held-out text is split off by a ratio, it consists of whole documents of the training shards.
 """
 
 import logging
@@ -26,11 +27,11 @@ from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 RUN_TOKENIZER = "tokenizer"
-"""Folder in the run folder that holds the tokenizer for the export."""
+"""Folder in the run folder that contains the tokenizer for the export."""
 MOST_NAMES = 5
-"""In a line of the log."""
+"""Limit on the names in a log line."""
 THREADS = 16
-"""That open shards at the same time: a distributed file system takes milliseconds for each file."""
+"""Number of threads that open shards. A distributed file system takes milliseconds per file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,47 +40,47 @@ class DocumentRange:
 
     first: int
     last: int
-    """Behind the last one."""
+    """Number of the last document, plus 1."""
     num_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One shard of a blend, or those of its documents that the blend may draw from."""
+    """One shard of a blend, or the part of its documents from which the blend draws."""
 
     prefix: str
     weight: float
-    """Share of the samples, all sources together 1."""
+    """Fraction of the samples. The weights of all sources add up to 1."""
     manifest: ShardManifest
     documents: DocumentRange
     files: ShardFiles
-    """As they were when the manifest was checked."""
+    """State of the files when the manifest was checked."""
 
     def samples_available(self, seq_length: int) -> int:
-        """Samples of one pass over the documents."""
+        """Return the samples of one pass over the documents."""
         return samples_available(self.documents.num_tokens, seq_length)
 
     def bytes_per_token(self, loss_tokens: str) -> float:
-        """UTF-8 bytes of text for each id that counts, eods too, over the whole shard: what a part of it has is not recorded."""
+        """Return the UTF-8 bytes of text per id that counts, with eods. An average over the whole shard, also for a part of it."""
         return counted_bytes_per_token(self.manifest, loss_tokens)
 
 
 @dataclass(frozen=True, slots=True)
 class Blend:
-    """Sources and the order in which samples are drawn from them."""
+    """Sources, and the order in which samples are drawn from them."""
 
     sources: list[Source]
     interleave: Interleave
     num_samples: int
-    """That the run draws."""
+    """Samples that the run draws."""
 
     @classmethod
     def of(cls, sources: Sequence[Source], num_samples: int) -> "Blend":
-        """Draw `num_samples` by the sources' weights."""
+        """Make a blend that draws `num_samples` by the weights of the sources."""
         return cls([*sources], Interleave([source.weight for source in sources]), num_samples)
 
     def bytes_per_token(self, loss_tokens: str) -> float:
-        """Of the samples drawn, each source's own ratio counted by its samples."""
+        """Return the UTF-8 bytes of text per id that counts: the mean over the sources, weighted by their drawn samples."""
         counts = self.interleave.counts(self.num_samples).tolist()
         drawn = zip(self.sources, counts, strict=True)
         return float(sum(source.bytes_per_token(loss_tokens) * count for source, count in drawn)) / self.num_samples
@@ -87,7 +88,7 @@ class Blend:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Every shard of a run, and what their ids mean."""
+    """All shards of a run, with their direction and tokenizer."""
 
     train: Blend
     valid: dict[str, Blend]
@@ -97,8 +98,11 @@ class Sources:
     provenance: Provenance
 
     def train_shards(self) -> list[list[Any]]:
-        """[share of the samples, sha256 of .bin with that of .targets, sha256 of .idx, first document, behind the last, prefix] of each training
-        shard: what decides, with the seed, which samples come. The prefix decides nothing, it names the shard."""
+        """Return one list for each training shard, from which with the seed all samples follow:
+
+        [fraction of the samples, sha256 of .bin (and .targets), sha256 of .idx, first document, last document + 1, prefix].
+        The prefix is only a name.
+        """
         return [
             [
                 source.weight,
@@ -112,18 +116,18 @@ class Sources:
         ]
 
     def all_blends(self) -> list[Blend]:
-        """The training blend, then every set."""
+        """Return the training blend, then those of all held-out sets."""
         return [self.train, *self.valid.values(), *self.test.values()]
 
     def of_samples(self, config: RunConfig, num_samples: int) -> "Sources":
-        """The same for a run of `num_samples`: one that goes on with another batch size. Raises ConfigError as at the start."""
+        """Return the sources for a run of `num_samples`, for resuming with another batch size. Raises ConfigError for repeats."""
         train = replace(self.train, num_samples=num_samples)
         _check_repeats(config, train)
         return replace(self, train=train)
 
 
 def load_sources(config: RunConfig) -> Sources:
-    """Open the manifests of all shards of the run. Raises a LedomError that names the first thing that does not fit."""
+    """Read the manifests of all shards of the run. Raises a LedomError for the first mismatch."""
     data = config.data
     if not data.train_blend:
         raise ConfigError("data.train_blend is empty: give it shards as [[weight, prefix], ...], made by ledom preprocess-data")
@@ -143,12 +147,12 @@ def _open(prefixes: Iterable[str]) -> tuple[dict[str, ShardManifest], dict[str, 
         files = dict(zip(names, threads.map(ShardFiles.of, names, manifests.values()), strict=True))
     for prefix, manifest in manifests.items():
         if not manifest.num_documents:
-            raise ConfigError(f"the shard {prefix} has no documents; leave it out of the blend")
+            raise ConfigError(f"the shard {prefix} has no documents; remove it from the blend")
     return manifests, files
 
 
 def check_manifests(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> Provenance:
-    """The provenance that all shards share, of at least one. Raises a LedomError that names the first that does not fit."""
+    """Return the common provenance of one or more shards. Raises a LedomError that names the first shard that does not fit."""
     prefix, first = next(iter(manifests.items()))
     provenance = first.provenance
     _check_direction(prefix, first, config.data.direction)
@@ -158,8 +162,8 @@ def check_manifests(config: RunConfig, manifests: Mapping[str, ShardManifest]) -
     stated = config.model.vocab_size
     if stated is not None and stated != provenance.vocab_size:
         raise MismatchError(
-            f"model.vocab_size={stated} but the shard {prefix} has ids of {provenance.vocab_size};"
-            " leave model.vocab_size out, or preprocess with the tokenizer that the run is meant for"
+            f"model.vocab_size={stated}, but the shard {prefix} has a vocabulary of {provenance.vocab_size};"
+            " omit model.vocab_size, or preprocess with the intended tokenizer"
         )
     return provenance
 
@@ -168,37 +172,37 @@ def _check_direction(prefix: str, manifest: ShardManifest, direction: Direction)
     found = manifest.provenance.direction
     if found is not direction:
         raise MismatchError(
-            f"the shard {prefix} is {found}, the run has data.direction={direction}: a {direction} model fed {found} ids"
+            f"the shard {prefix} is {found}, the run has data.direction={direction}: a {direction} model that gets {found} ids"
             f" learns nonsense without an error; preprocess with --direction {direction}, or set data.direction={found}"
         )
 
 
 def check_pairs(config: RunConfig, manifests: Mapping[str, ShardManifest]) -> None:
-    """Refuse a run whose samples would not be the packs, or whose pairs would see each other. Raises ConfigError."""
+    """Raise ConfigError if the samples of the run would not be the packs, or if pairs would attend to each other."""
     data = config.data
     for prefix, manifest in manifests.items():
         if not manifest.pairs:
             if data.loss_tokens != "all":
                 raise ConfigError(
-                    f"data.loss_tokens={data.loss_tokens} needs shards of pairs, {prefix} is one of text; make it with"
+                    f"data.loss_tokens={data.loss_tokens} needs shards of pairs, but {prefix} contains text; make it with"
                     " ledom prepare-pairs, or set data.loss_tokens=all"
                 )
             continue
         if manifest.pairs["seq_length"] != data.seq_length:
             raise ConfigError(
                 f"the pairs of {prefix} are packed for data.seq_length={manifest.pairs['seq_length']}, the run has"
-                f" {data.seq_length}; set that, or pack them anew with ledom prepare-pairs --seq-length {data.seq_length}"
+                f" {data.seq_length}; set the former, or pack them again with ledom prepare-pairs --seq-length {data.seq_length}"
             )
         if not data.reset_attention_mask:
             raise ConfigError(
-                f"{prefix} holds pairs, which would see the pairs before them in their sample; set data.reset_attention_mask=true"
+                f"{prefix} contains pairs, which would attend to other pairs in their sample; set data.reset_attention_mask=true"
             )
 
 
 def _divide(
     config: RunConfig, manifests: dict[str, ShardManifest], files: dict[str, ShardFiles]
 ) -> tuple[Blend, dict[str, Blend], dict[str, Blend]]:
-    """(training blend, validation sets, test sets)."""
+    """Return (training blend, validation sets, test sets)."""
     data, samples = config.data, train_samples(config)
     if data.split is None:
         valid = {prefix: [(1.0, prefix)] for _, prefix in data.valid_blend} | data.valid_sets
@@ -224,19 +228,21 @@ def _whole_sources(
 ) -> list[Source]:
     entries = zip(blend, blend_shares(blend), strict=True)
     return [
-        Source(prefix, share, manifests[prefix], whole_shard(manifests[prefix]), files[prefix])
-        for (_, prefix), share in entries
+        Source(prefix, fraction, manifests[prefix], whole_shard(manifests[prefix]), files[prefix])
+        for (_, prefix), fraction in entries
     ]
 
 
 def whole_shard(manifest: ShardManifest) -> DocumentRange:
-    """All documents."""
+    """Return the range of all documents of a shard."""
     return DocumentRange(0, manifest.num_documents, manifest.num_tokens)
 
 
 def split_shard(prefix: str, manifest: ShardManifest, ratios: Sequence[float]) -> list[DocumentRange]:
-    """The documents for training, validation and test, in this order in the shard: by number of documents, as megatron-core
-    divides them. Reads a few numbers of `.idx`, none of `.bin`."""
+    """Return the documents for training, validation and test, in this order in the shard.
+
+    Divides by the number of documents, as megatron-core does. Reads a few numbers of `.idx` and nothing of `.bin`.
+    """
     total, count = sum(ratios), manifest.num_documents
     borders = [round(sum(ratios[:number]) / total * count) for number in range(len(ratios))] + [count]
     tokens = [_tokens_before(prefix, manifest, border) for border in borders]
@@ -252,32 +258,34 @@ def _tokens_before(prefix: str, manifest: ShardManifest, document: int) -> int:
 
 
 def _held_out(config: RunConfig, name: str, sources: list[Source]) -> Blend:
-    """A set of whole global batches, no sample twice, of the sources that have a sample. Raises ConfigError for a set smaller than
-    one batch."""
+    """Return the blend of a held-out set: whole global batches, no sample twice, only sources with a sample.
+
+    Raises ConfigError for a set smaller than one batch.
+    """
     seq_length, batch = config.data.seq_length, config.train.global_batch_size
     available = [source.samples_available(seq_length) for source in sources]
     sources, too_short = _with_samples(sources, available)
     if too_short:
         names = ", ".join(source.prefix for source in too_short[:MOST_NAMES]) + (", ..." if len(too_short) > MOST_NAMES else "")
-        log.info("the held-out set %s goes without %d shards, too short there for one sample: %s", name, len(too_short), names)
+        log.info("the held-out set %s skips %d shards that are too short for one sample: %s", name, len(too_short), names)
     for source in sources:
         if not source.manifest.text_bytes:
             raise ConfigError(
-                f"the validation shard {source.prefix} does not say how many bytes of text it holds, which bits per byte are counted"
-                " against; make it from the text, or with ledom reverse-shards --text-bytes"
+                f"the manifest of the validation shard {source.prefix} lacks the number of text bytes, which bits per byte need;"
+                " make the shard from the text, or with ledom reverse-shards --text-bytes"
             )
     whole = Blend.of(sources, 0)
     most = whole.interleave.most_samples([count for count in available if count]) if sources else 0
     if most < batch:
         raise ConfigError(
-            f"the held-out set {name} gives {most:,} samples of {seq_length} tokens by its weights, fewer than"
-            f" train.global_batch_size={batch}; give it more text, or lower the batch"
+            f"the held-out set {name} has {most:,} samples of {seq_length} tokens by its weights, fewer than"
+            f" train.global_batch_size={batch}; give it more text, or lower the batch size"
         )
     return replace(whole, num_samples=min(most // batch, config.train.eval_iters) * batch)
 
 
 def _with_samples(sources: list[Source], available: list[int]) -> tuple[list[Source], list[Source]]:
-    """The sources that have samples, their weights together 1, and the others: part of a split can round to no document."""
+    """Return (sources with samples, with weights that add up to 1; the others). Part of a split can round to no document."""
     counted = list(zip(sources, available, strict=True))
     kept = [source for source, count in counted if count]
     if len(kept) == len(sources):
@@ -289,25 +297,25 @@ def _with_samples(sources: list[Source], available: list[int]) -> tuple[list[Sou
 
 
 def _check_repeats(config: RunConfig, blend: Blend) -> None:
-    """Refuse a source that would repeat without leave, and one that has not even one sample."""
+    """Raise ConfigError for a source that would repeat although repeats are not allowed, and for one without a sample."""
     seq_length = config.data.seq_length
     for source, needed in zip(blend.sources, blend.interleave.counts(blend.num_samples).tolist(), strict=True):
         available = source.samples_available(seq_length)
         if needed and not available:
             raise ConfigError(
                 f"{source.prefix} has {source.documents.num_tokens:,} tokens to train on, less than one sample of"
-                f" data.seq_length={seq_length}; leave it out of data.train_blend, or join small shards with ledom merge-shards"
+                f" data.seq_length={seq_length}; remove it from data.train_blend, or merge small shards with ledom merge-shards"
             )
         if needed > available and not config.data.allow_repeats:
             raise ConfigError(
-                f"the run draws {needed:,} samples of {seq_length} tokens from {source.prefix}, which has {available:,}:"
-                f" it would be read {needed / available:.2f} times; lower train.train_iters or its weight in"
-                " data.train_blend, add shards, or set data.allow_repeats=true"
+                f"the run draws {needed:,} samples of {seq_length} tokens from {source.prefix}, which has {available:,}, so it"
+                f" would be read {needed / available:.2f} times; lower train.train_iters or its weight in data.train_blend,"
+                " add shards, or set data.allow_repeats=true"
             )
 
 
 def describe_blend(config: RunConfig, sources: Sources) -> str:
-    """Return the table of the training blend: tokens, weight, share, tokens drawn, epochs and samples of each source."""
+    """Return the table of the training blend: tokens, weight, share, drawn tokens, epochs and samples of each source."""
     sizes = {source.prefix: source.documents.num_tokens for source in sources.train.sources}
     weights = [weight for weight, _ in config.data.train_blend]
     tokens = sources.train.num_samples * config.data.seq_length
@@ -315,11 +323,15 @@ def describe_blend(config: RunConfig, sources: Sources) -> str:
 
 
 def load_run_tokenizer(config: RunConfig, sources: Sources) -> Tokenizer | None:
-    """The tokenizer of the run's data, None if it is not on this machine. Raises MismatchError if it is not the shards' one."""
+    """Return the tokenizer of the data, or None if it is not on this machine. Raises MismatchError if the shards have another."""
     manifest = sources.train.sources[0].manifest
     path = config.data.tokenizer or manifest.tokenizer_path
     if config.data.tokenizer is None and not os.path.exists(path):
-        log.warning("no data.tokenizer, and the shards' own (%s) is not here: the run trains, but cannot be exported yet", path)
+        log.warning(
+            "data.tokenizer is not set, and the tokenizer of the shards (%s) is not on this machine: the run trains, but cannot be"
+            " exported yet",
+            path,
+        )
         return None
     tokenizer = load_tokenizer(path, manifest.eod_token or None)
     tokenizer.provenance(config.data.direction).check_same(sources.provenance, f"the tokenizer {path}", "the data of this run")

@@ -1,1 +1,1 @@
-"""Samples of a blend, and batches of a rank."""
+"""The samples of a blend, and the batches of a rank."""

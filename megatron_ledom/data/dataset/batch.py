@@ -1,6 +1,6 @@
-"""Batches of one data-parallel rank. Which samples make a step depends only on the step, never on the layout.
+"""Batches of one data-parallel rank. The samples of a step depend only on the step, never on the layout.
 
-Shape letters: b micro-batch, s positions of a sample on this rank, T all of them.
+Shape letters: b micro-batch, s positions of a sample on this rank, T all positions of a sample.
 """
 
 import signal
@@ -14,16 +14,16 @@ from megatron_ledom.config.schema import RunConfig
 from megatron_ledom.parallel.groups import ParallelGroups
 
 Batch = dict[str, torch.Tensor]
-"""tokens, labels, loss_mask, position_ids [b, s]; with isolated documents attention_mask, each position's document [b, T]."""
+"""tokens, labels, loss_mask, position_ids [b, s]. With isolated documents also attention_mask: the document of each position [b, T]."""
 
 FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
 class MicroBatchSampler:
-    """Sample ids of each micro-batch of one data-parallel rank, from any consumed sample on, without looking back.
+    """Sample ids of each micro-batch of one data-parallel rank, from any sample, without any history.
 
-    Global batch k is the samples k * global_batch_size and following; micro-batch m of rank r takes from it the
-    micro_batch_size samples at (m * data_parallel_size + r) * micro_batch_size.
+    Global batch k begins at sample k * global_batch_size. Within it, micro-batch m of rank r is the micro_batch_size samples from
+    position (m * data_parallel_size + r) * micro_batch_size.
     """
 
     def __init__(self, first: int, last: int, micro_batch_size: int, rank: int, num_ranks: int) -> None:
@@ -43,7 +43,7 @@ class MicroBatchSampler:
 def batch_iterators(
     config: RunConfig, dataset: Any, first: int, last: int, groups: ParallelGroups, device: torch.device, eod_id: int
 ) -> list[Iterator[Batch]]:
-    """One iterator of micro-batches a model chunk of this rank, over the samples [first, last) of all ranks."""
+    """Return an iterator of micro-batches for each model chunk of this rank, over the samples [first, last) of all ranks."""
     return [_batches(config, dataset, first, last, groups, device, eod_id) for _ in range(groups.virtual_stages)]
 
 
@@ -60,30 +60,30 @@ def _batches(
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_outlive_sigterm,
-        generator=torch.Generator(),  # a loader draws a seed when it starts: not from the state that dropout draws from
+        generator=torch.Generator(),  # the loader draws a seed when it starts, which must not change the state of dropout
     )
     for sample in loader:
         batch = {name: sample[name] for name in FIELDS}
         documents = document_numbers(batch["tokens"], eod_id) if config.data.reset_attention_mask else None
         batch = context_part(batch, groups.context.rank(), groups.context.size())
         if documents is not None:
-            batch["attention_mask"] = documents  # of all ranks' positions: attention spans the whole sequence
+            batch["attention_mask"] = documents  # for the positions of all ranks, because attention spans the whole sequence
         yield {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 def _outlive_sigterm(worker: int) -> None:
-    """A batch system ends a job by a signal to every process; the reader must serve its rank until that has saved."""
+    """Ignore SIGTERM. A batch system sends it to every process, but the reader must work until its rank has saved."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def document_numbers(tokens: torch.Tensor, eod_id: int) -> torch.Tensor:
-    """Return which document of its sample each position is of, [b, s] from 0 on; eod is the last position of its document."""
+    """Return the document of each position within its sample [b, s], from 0. An eod is the last position of its document."""
     ends = (tokens == eod_id).to(torch.int32)
     return ends.cumsum(1, dtype=torch.int32) - ends
 
 
 def context_part(batch: Batch, rank: int, num_ranks: int) -> Batch:
-    """This context-parallel rank's positions: chunks `rank` and `2 num_ranks - 1 - rank` of 2 num_ranks, to balance the work."""
+    """Return the positions of a context-parallel rank: chunks `rank` and `2 num_ranks - 1 - rank` of 2 num_ranks, for balance."""
     if num_ranks == 1:
         return batch
     parts = {name: value.chunk(2 * num_ranks, 1) for name, value in batch.items()}

@@ -1,4 +1,4 @@
-"""The sample index is built by one process, while those that need it wait and read how far it is."""
+"""Let one process build the sample index, while the others wait and see its progress."""
 
 import logging
 import os
@@ -14,16 +14,16 @@ from megatron_ledom.storage.locks import POLL_SECONDS, REPORT_SECONDS, Lock
 log = logging.getLogger(__name__)
 
 PATIENCE_SECONDS = 120.0
-"""Those that do not build wait so long while nobody does."""
+"""Time that the other processes wait while nobody builds."""
 
 
 def node() -> str:
-    """Return the name of this process's host; a path alone does not say on which disk."""
+    """Return the name of the host, for messages, because a path alone does not identify a disk."""
     return socket.gethostname()
 
 
 class Progress:
-    """Show how much has been built: a bar on a terminal, a line with the time left otherwise, and a note for those that wait."""
+    """Progress of building: a bar on a terminal or log lines with the remaining time, and a note for the waiting processes."""
 
     def __init__(self, what: str, total: int, note: Callable[[str], None]) -> None:
         self.what, self.total, self.note = what, total, note
@@ -32,7 +32,7 @@ class Progress:
         self.bar = tqdm(total=total, desc=what, unit="document", unit_scale=True, disable=None)
 
     def advance(self, amount: int = 0) -> None:
-        """Add what was just built; call it with nothing now and then to keep the others informed."""
+        """Add `amount` finished documents. Call without arguments now and then to keep the waiting processes informed."""
         self.done += amount
         self.bar.update(amount)
         now = time.monotonic()
@@ -53,14 +53,14 @@ def build_once(
     may_build: bool,
     patience_seconds: float = PATIENCE_SECONDS,
 ) -> None:
-    """Return when `is_done`; call `build(note)` where that is this process's task and no other one is at it.
+    """Return when `is_done()` is true. Call `build(note)` if this process may build and no other one does.
 
-    `note` leaves a line for those that wait. Nothing but wasted work comes of a file system whose locks do not reach other nodes,
-    because finished files appear whole. Raises DataError on a process that must not build, when nobody has built for
-    `patience_seconds`: the one that should is dead. Raises UsageError when the folder of `lock_path` cannot be written.
+    `note` leaves a line for the waiting processes. If the locks of the file system do not reach other nodes, several nodes build,
+    which only wastes work, because finished files appear as a whole. Raises DataError on a process that must not build after
+    `patience_seconds` without a builder, and UsageError if the folder of `lock_path` cannot be written.
     """
     lock, folder = Lock(lock_path), os.path.dirname(lock_path)
-    last_seen = told = time.monotonic()
+    last_seen = reported = time.monotonic()
     while not is_done():
         try:
             os.makedirs(folder, exist_ok=True)
@@ -77,33 +77,33 @@ def build_once(
             last_seen = now
         if now - last_seen > patience_seconds:
             raise DataError(
-                f"node {node()}: {folder} lacks the sample index and nobody has built it for {patience_seconds:,.0f} s; the first"
-                " rank of the node should, look for its error in the log"
+                f"node {node()}: {folder} lacks the sample index and no process has built it for {patience_seconds:,.0f} s; the"
+                " first rank of the node should do that: look for its error in the log"
             )
-        if now - told > REPORT_SECONDS:
-            told = now
+        if now - reported > REPORT_SECONDS:
+            reported = now
             log.warning("node %s waits for the sample index in %s; %s", node(), folder, lock.holder())
         time.sleep(POLL_SECONDS)
 
 
 def _build(lock: Lock, is_done: Callable[[], bool], build: Callable[[Callable[[str], None]], None]) -> None:
-    """Build what is missing while the lock is held, and release it."""
+    """Build, and release the lock."""
 
     def note(text: str) -> None:
-        """Leave a line in the lock's file."""
+        """Write a line to the file of the lock."""
         lock.note(f"{node()}, process {os.getpid()}: {text}")
 
     try:
         note("has begun")
-        if not is_done():  # another node may have been at it
+        if not is_done():  # another node may have built it meanwhile
             build(note)
     finally:
         lock.release(keep_file=True)
 
 
 def cannot_build(error: OSError, folder: str) -> UsageError:
-    """Return the error to raise when the folder of the index cannot be written."""
+    """Return the error for an index folder that cannot be written."""
     return UsageError(
         f"node {node()}: the sample index cannot be written to {folder} ({error.strerror}); set data.path_to_cache to a"
-        " writable folder with room"
+        " folder with write permission and free space"
     )

@@ -1,11 +1,10 @@
-"""Where every sample of a blend begins: built once, stored in one file a blend, found again by the content it was built from.
+"""The sample index: where every sample of a blend begins. It is built once per blend, in a file named by a hash of its content.
 
-A file holds, for each source and each pass over it, the three arrays of megatron-core's GPTDataset: documents in their shuffled
-order, the document and offset at which each sample begins, and the samples' shuffled order. The first pass is the very one
-GPTDataset would make of the source; later passes are shuffled anew and never mixed with it, so a longer run begins as the shorter
-one and no text comes twice before all of its source came once.
+A file contains, for each source and each pass over it, the three arrays of megatron-core's GPTDataset: the shuffled documents, the
+document and offset at which each sample begins, and the shuffled samples. The first pass equals that of GPTDataset. Each later pass
+is shuffled separately, so a longer run begins like a shorter one, and no text is read twice before its whole source was read once.
 
-Layout, little-endian: 8 bytes magic, 32 bytes key, u64 bytes of the body, u64 XXH3 of it, 8 bytes zero; then for each part
+Layout, little-endian: 8 bytes magic, 32 bytes key, u64 bytes of the body, u64 XXH3 of the body, 8 bytes zero; then for each part
 i32 documents [n], i32 samples [s + 1, 2], u32 order [s].
 """
 
@@ -42,7 +41,7 @@ MAGIC = b"LEDOMSIX"
 HEADER = struct.Struct("<8s32sQQ8x")
 CHUNK_BYTES = 1 << 24
 DOCUMENTS_A_WORKER = 2_000_000
-"""Fewer are done sooner than a process is started for them."""
+"""Documents for which starting another process is worthwhile."""
 
 Arrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.uint32]]
 """documents [n], samples [s + 1, 2], order [s]."""
@@ -50,7 +49,7 @@ Arrays = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.uint
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One pass over one source, and its place in the file."""
+    """One pass over one source, and its position in the file."""
 
     source: Source
     epoch: int
@@ -59,22 +58,22 @@ class Part:
 
     @property
     def num_documents(self) -> int:
-        """Of the source, as far as the blend may draw from it."""
+        """Number of documents of the source from which the blend draws."""
         return self.source.documents.last - self.source.documents.first
 
     @property
     def num_bytes(self) -> int:
-        """Of the three arrays."""
+        """Size of the three arrays in bytes."""
         return 4 * (self.num_documents + 2 * (self.num_samples + 1) + self.num_samples)
 
 
 class IndexSpec:
-    """The parts of the index of one blend, and the key of its file."""
+    """Specification of the index of one blend: its parts, and the key of its file."""
 
     def __init__(self, blend: Blend, seq_length: int, seed: int) -> None:
         self.seq_length, self.seed = seq_length, seed
         self.parts: dict[tuple[int, int], Part] = {}
-        """By (number of the source, pass)."""
+        """Parts by (number of the source, pass)."""
         first_byte = HEADER.size
         content = []
         counts = blend.interleave.counts(blend.num_samples).tolist()
@@ -90,11 +89,11 @@ class IndexSpec:
         self.key = hashlib.sha256(described.encode()).digest()
 
     def path(self, cache: str) -> str:
-        """Its file in the folder `cache`."""
+        """Return the path of the index in the folder `cache`."""
         return os.path.join(cache, f"{self.key.hex()[:32]}.index")
 
     def is_built(self, cache: str) -> bool:
-        """Return whether the file is there, of this key and of the right size; its body is not read."""
+        """Return True if the file exists and has the right key and size. Does not read its body."""
         try:
             with open(self.path(cache), "rb") as stream:
                 content = stream.read(HEADER.size)
@@ -106,8 +105,8 @@ class IndexSpec:
         magic, key, body, _ = HEADER.unpack(content)
         return bool((magic, key, body + HEADER.size, size) == (MAGIC, self.key, self.num_bytes, self.num_bytes))
 
-    def is_sound(self, cache: str) -> bool:
-        """Return whether the file `is_built` and its body has the checksum of its header; reads all of it."""
+    def is_intact(self, cache: str) -> bool:
+        """Return True if the file `is_built` and its body has the checksum in its header. Reads the whole file."""
         if not self.is_built(cache):
             return False
         with open(self.path(cache), "rb") as stream:
@@ -119,14 +118,14 @@ class IndexSpec:
 
 
 def _content(source: Source) -> list[str | int]:
-    """Return what the samples of a source follow from: its content, not its name or its date."""
+    """Return the values that determine the samples of a source: its content, not its name or date."""
     manifest, documents = source.manifest, source.documents
     stated: list[str | int] = [manifest.bin_sha256, manifest.idx_sha256, manifest.dtype]
     return [*stated, manifest.num_documents, manifest.num_tokens, documents.first, documents.last]
 
 
 class SampleIndex:
-    """The file of a spec, mapped."""
+    """The memory-mapped index file of a spec."""
 
     def __init__(self, spec: IndexSpec, cache: str) -> None:
         path = spec.path(cache)
@@ -136,7 +135,7 @@ class SampleIndex:
         self._content: npt.NDArray[Any] = np.asarray(np.memmap(path, np.uint8, "r")) if spec.parts else np.zeros(0, np.uint8)
 
     def part(self, source: int, epoch: int) -> tuple[Part, Arrays]:
-        """One pass over one source."""
+        """Return the part and the arrays of one pass over one source."""
         part = self._spec.parts[source, epoch]
         words = self._content[part.first_byte : part.first_byte + part.num_bytes].view("<i4")
         documents, rest = words[: part.num_documents], words[part.num_documents :]
@@ -145,15 +144,15 @@ class SampleIndex:
 
 
 def index_spec(config: RunConfig, blend: Blend) -> IndexSpec:
-    """The index of a blend of the run."""
+    """Return the specification of the index of a blend of the run."""
     return IndexSpec(blend, config.data.seq_length, config.train.seed)
 
 
 def prepare_indices(config: RunConfig, sources: Sources, cache: str, launch: Launch) -> None:
-    """See that the index of every blend of the run is in the folder `cache`; call on every rank, before any process group is made.
+    """Make sure that the folder `cache` has the index of every blend of the run. Call on every rank, before making process groups.
 
-    The first rank of each node, by `launch`, checks the shards' `.idx` against their manifests and builds what is missing, the others wait
-    for the files. Raises DataError for a shard that was changed, and on the waiting ranks when the builder is gone.
+    The first rank of each node, by `launch`, checks the `.idx` of the shards against their manifests and builds missing files. The
+    other ranks wait for the files. Raises DataError for a changed shard, and on a waiting rank if its builder is gone.
     """
     specs = [index_spec(config, blend) for blend in sources.all_blends()]
     may_build = launch.local_rank == 0
@@ -163,35 +162,35 @@ def prepare_indices(config: RunConfig, sources: Sources, cache: str, launch: Lau
         return not damaged and all(spec.is_built(cache) for spec in specs)
 
     def build(note: Any) -> None:
-        """Everything that is missing, from shards that are what they were."""
+        """Check the shards, and build the missing files."""
         check_indexed(sources)
         for spec in specs:
-            if not (spec.is_sound(cache) if damaged else spec.is_built(cache)):  # another node may have built it meanwhile
+            if not (spec.is_intact(cache) if damaged else spec.is_built(cache)):  # another node may have built it meanwhile
                 build_index(spec, cache, note)
 
     if may_build and is_done():
         check_indexed(sources)
-        damaged += [spec for spec in specs if not spec.is_sound(cache)]
-        for spec in damaged:  # it stays until the new one takes its place: others may have put that there already
-            log.warning("node %s: the sample index %s is damaged; it is built anew", node(), spec.path(cache))
+        damaged += [spec for spec in specs if not spec.is_intact(cache)]
+        for spec in damaged:  # do not delete the file: another node may have replaced it already
+            log.warning("node %s: the sample index %s is damaged and will be rebuilt", node(), spec.path(cache))
     build_once(os.path.join(cache, "lock"), is_done, build, may_build=may_build)
 
 
 def check_indexed(sources: Sources) -> None:
-    """Compare every `.idx` with its manifest's hash: where documents begin must be what it was when the shard was made."""
+    """Raise DataError if a `.idx` does not have the hash of its manifest."""
     manifests = {source.prefix: source.manifest for blend in sources.all_blends() for source in blend.sources}
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
         found = threads.map(lambda prefix: sha256_of(f"{prefix}.idx"), manifests)
         for (prefix, manifest), digest in zip(manifests.items(), found, strict=True):
             if digest != manifest.idx_sha256:
                 raise DataError(
-                    f"node {node()}: {prefix}.idx has not the sha256 of its manifest: it was replaced or damaged; see what is"
-                    f" wrong with ledom inspect-shard {prefix} --verify, and copy the shard again"
+                    f"node {node()}: {prefix}.idx does not have the sha256 of its manifest: it was replaced or damaged; run"
+                    f" ledom inspect-shard {prefix} --verify to see the problem, and copy the shard again"
                 )
 
 
 def build_index(spec: IndexSpec, cache: str, note: Any = lambda text: None) -> None:
-    """Write the file of a spec into the folder `cache`, with the cores this process may use."""
+    """Build the index file of a spec in the folder `cache`, with all cores that this process may use."""
     path, started = spec.path(cache), time.monotonic()
     parts = sorted(spec.parts.values(), key=lambda part: -part.num_documents)  # the longest first
     total = sum(part.num_documents for part in parts)
@@ -199,7 +198,7 @@ def build_index(spec: IndexSpec, cache: str, note: Any = lambda text: None) -> N
     workers = min(len(os.sched_getaffinity(0)), total // DOCUMENTS_A_WORKER)
     try:
         os.makedirs(cache, exist_ok=True)
-        with new_file(path, is_shared=True) as stream:  # without locks several processes may be at it
+        with new_file(path, is_shared=True) as stream:  # without working locks several processes may write it
             stream.truncate(spec.num_bytes)
             write = partial(_write_part, spec.seq_length, spec.seed, stream.name)
             written = {}
@@ -221,10 +220,9 @@ def _name(part: Part) -> str:
 
 
 def _seal(spec: IndexSpec, path: str, written: dict[int, int]) -> None:
-    """Write header and checksum.
+    """Write header and checksum of the file. Raises DataError if a part on the disk differs from the part in memory.
 
-    written: the checksum of each part, by its first byte, as it was in memory. What is read back must have it: the checksum of the
-    file vouches for the arrays, not for whatever the disk holds. Raises DataError.
+    written: checksum of each part in memory, by its first byte. So the checksum of the file confirms the arrays themselves.
     """
     digest = xxhash.xxh3_64()
     with open(path, "r+b") as stream:
@@ -237,15 +235,15 @@ def _seal(spec: IndexSpec, path: str, written: dict[int, int]) -> None:
                 left -= len(block)
             if of_part.intdigest() != written[part.first_byte]:
                 raise DataError(
-                    f"node {node()}: {path} does not hold what was written to it for {part.source.prefix}; check the disk, or set"
-                    " data.path_to_cache to a folder on another one"
+                    f"node {node()}: {path} has changed since the part for {part.source.prefix} was written; check the disk, or set"
+                    " data.path_to_cache to a folder on another disk"
                 )
         stream.seek(0)
         stream.write(HEADER.pack(MAGIC, spec.key, spec.num_bytes - HEADER.size, digest.intdigest()))
 
 
 def _write_part(seq_length: int, seed: int, path: str, part: Part) -> int:
-    """Build and write the arrays of a part; their checksum, taken before they are written."""
+    """Build and write the arrays of a part. Returns their checksum, computed before writing."""
     digest = xxhash.xxh3_64()
     try:
         with open(path, "r+b") as stream:
@@ -259,11 +257,11 @@ def _write_part(seq_length: int, seed: int, path: str, part: Part) -> int:
 
 
 def build_arrays(source: Source, seq_length: int, seed: int, epoch: int) -> Arrays:
-    """The three arrays of pass `epoch` over a source; of pass 0 those of GPTDataset, with 8 bytes of memory a document."""
+    """Return the three arrays of pass `epoch` over a source. Pass 0 equals GPTDataset. Takes 8 bytes of memory per document."""
     first, last = source.documents.first, source.documents.last
     lengths = np.fromfile(f"{source.prefix}.idx", "<i4", last - first, offset=INDEX_HEADER.size + 4 * first)
     if len(lengths) != last - first or int(lengths.sum(dtype=np.int64)) != source.documents.num_tokens:
-        raise DataError(f"node {node()}: {source.prefix}.idx does not fit its manifest; copy the shard again")
+        raise DataError(f"node {node()}: {source.prefix}.idx does not match its manifest; copy the shard again")
     random = np.random.RandomState(seed if epoch == 0 else [seed, epoch])
     documents = np.arange(last - first, dtype=np.int32)
     random.shuffle(documents)

@@ -1,1 +1,1 @@
-"""Texts to a shard, in parts that a killed run does not lose."""
+"""Preprocessing: texts to a shard, in parts that survive a kill."""

@@ -1,8 +1,8 @@
-"""Exact deduplication across tasks: of documents with the same text the first one is kept, in the order of tasks and files.
+"""Exact deduplication across tasks: of equal texts only the first document is kept, in the order of tasks and files.
 
-Texts are compared by a 128-bit hash (XXH3). Tasks do not wait for each other: a first pass of the array writes the hashes of each
-task's documents, and the second one reads those of the tasks before it. Duplicates are told before the filter is asked: of equal
-texts the first record counts.
+Texts are compared by a 128-bit hash (XXH3). Tasks do not wait for each other: the first pass of the array writes the hashes of
+all documents of each task, and in the second pass each task reads the hashes of the tasks before it. Duplicates are removed before
+the filter runs, so of equal texts the first record counts.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ DIGEST_BYTES = 32
 
 
 def write_hashes(task: PreprocessTask) -> None:
-    """Write the hashes of a task's documents, in order: the first pass, for the second one of the tasks behind it."""
+    """Write the hashes of the documents of a task, in order: the first pass, for the later tasks in the second pass."""
     check_may_write(task.prefix, overwrite=True)
     Path(task.prefix).parent.mkdir(parents=True, exist_ok=True)
     with output_file_lock(task.prefix, "--output-prefix"):
@@ -44,13 +44,13 @@ def write_hashes(task: PreprocessTask) -> None:
 
 
 def check_hashes(task: PreprocessTask) -> None:
-    """Refuse to begin where the first pass of an earlier task has not been, or was about other inputs."""
+    """Raise UsageError if an earlier task has no hashes, or hashes of other inputs or options."""
     for number in range(task.task_id):
         _check_hashes(task, number)
 
 
 def documents_to_keep(task: PreprocessTask) -> list[npt.NDArray[np.bool_]]:
-    """Return, for each part, which documents [documents] are the first with their text in all tasks up to this one."""
+    """Return a mask [documents] for each part: True for the first document with its text, in all tasks up to this one."""
     own = _hashes_of_parts(task)
     earlier = (_read_hashes(task, number) for number in range(task.task_id))
     is_first = first_occurrences(np.concatenate([np.empty((0, 2), np.uint64), *own]), earlier)
@@ -63,16 +63,16 @@ def _hashes_of_parts(task: PreprocessTask) -> list[Hashes]:
 
 @dataclass(slots=True, kw_only=True)
 class PartHasher(PartWork):
-    """Hashes the documents of parts."""
+    """Work that hashes the documents of a part."""
 
     def __call__(self, number: int) -> Hashes:
-        """Return the hashes [documents, 2] of a part, in the order in which PartEncoder reads the documents."""
+        """Return the hashes [documents, 2] of a part, in the reading order of PartEncoder."""
         hashes = [hashes_of(batch.texts) for batch in self.batches(number, PartRecord(), Counter())]
         return np.concatenate([np.empty((0, 2), np.uint64), *hashes])
 
 
 def hashes_of(texts: Sequence[str]) -> Hashes:
-    """Return the hash of each text's UTF-8 bytes."""
+    """Return the hash of the UTF-8 bytes of each text."""
     digests = b"".join(xxhash.xxh3_128_digest(text.encode()) for text in texts)
     return np.frombuffer(digests, np.uint64).reshape(-1, 2)
 
@@ -80,10 +80,10 @@ def hashes_of(texts: Sequence[str]) -> Hashes:
 def _check_hashes(task: PreprocessTask, number: int) -> str:
     path = Path(task.prefix_of(number) + HASHES_SUFFIX)
     if not path.is_file():
-        raise UsageError(f"{path} does not exist: run all tasks with --hash-only first, then all again without it")
+        raise UsageError(f"{path} does not exist: run all tasks with --hash-only first, then again without it")
     with path.open("rb") as stream:
         if stream.read(DIGEST_BYTES) != _digest(task):
-            raise UsageError(f"{path} is of other inputs or options; run all tasks with --hash-only again")
+            raise UsageError(f"{path} was made from other inputs or options; run all tasks with --hash-only again")
     return str(path)
 
 
@@ -96,7 +96,7 @@ def _digest(task: PreprocessTask) -> bytes:
 
 
 def first_occurrences(own: Hashes, earlier: Iterator[Hashes]) -> npt.NDArray[np.bool_]:
-    """Return which documents [documents] of a task have a text that stands neither before them nor in an earlier task."""
+    """Return a mask [documents]: True if the text occurs neither before the document nor in an earlier task."""
     is_first = np.zeros(len(own), np.bool_)
     if not len(own):
         return is_first
@@ -113,15 +113,15 @@ def first_occurrences(own: Hashes, earlier: Iterator[Hashes]) -> npt.NDArray[np.
 
 
 def _is_among(distinct: Hashes, others: Hashes) -> npt.NDArray[np.bool_]:
-    """Return which rows of `distinct` (sorted, each once) are rows of `others`."""
+    """Return a mask of the rows of `distinct` (sorted, without repetition) that are rows of `others`."""
     found = np.zeros(len(distinct), np.bool_)
-    places = np.searchsorted(distinct[:, 0], others[:, 0])
-    while len(others):  # as often as 64-bit halves coincide: once, almost surely
-        inside = places < len(distinct)
-        places, others = places[inside], others[inside]
-        same_half = distinct[places, 0] == others[:, 0]
-        places, others = places[same_half], others[same_half]
-        same = distinct[places, 1] == others[:, 1]
-        found[places[same]] = True
-        places, others = places[~same] + 1, others[~same]
+    positions = np.searchsorted(distinct[:, 0], others[:, 0])
+    while len(others):  # once, unless the first 64-bit halves of two hashes coincide
+        inside = positions < len(distinct)
+        positions, others = positions[inside], others[inside]
+        same_half = distinct[positions, 0] == others[:, 0]
+        positions, others = positions[same_half], others[same_half]
+        same = distinct[positions, 1] == others[:, 1]
+        found[positions[same]] = True
+        positions, others = positions[~same] + 1, others[~same]
     return found

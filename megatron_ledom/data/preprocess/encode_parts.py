@@ -1,4 +1,4 @@
-"""The work of a preprocessing worker: a part of the corpus to ids as a shard stores them. Nothing here imports torch."""
+"""The work of a preprocessing worker: encode a part of the corpus to the ids of a shard. Nothing here imports torch."""
 
 import time
 import traceback
@@ -22,27 +22,27 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
 Filter = Callable[[str, Mapping[str, Any]], bool]
-"""(text, record) -> whether to keep the document."""
+"""(text, record) -> True to keep the document."""
 
 DUPLICATE, FILTERED, TOO_SHORT, TOO_LONG = "duplicate", "filtered", "too_short", "too_long"
 EOD_IN_TEXT = "eod_in_text"
-"""Why documents are left out, as manifests name it, besides the reasons of bad records."""
+"""Reasons for skipped documents in manifests, in addition to those of bad records."""
 
 
 @dataclass(slots=True, kw_only=True)
 class PartWork(ABC):
-    """Something done with parts by their number, in every worker."""
+    """A function of part numbers that runs in every worker."""
 
     parts: Sequence[Part]
     read: ReadSettings
     progress: MutableSequence[int] = field(init=False)
-    """Bytes done of each part, shared with the parent."""
+    """Bytes done of each part, in memory shared with the parent process."""
 
     def __post_init__(self) -> None:
         self.progress = RawArray("q", max(1, len(self.parts)))
 
     def batches(self, number: int, record: PartRecord, skipped: Counter[str]) -> Iterator[TextBatch]:
-        """Yield the texts of a part; what is known of its byte ranges is entered into `record` and `skipped`."""
+        """Yield the texts of a part. Adds the messages and input files of its byte ranges to `record`, the counts to `skipped`."""
         done = 0
         for byte_range in self.parts[number]:
             reader = RecordReader(byte_range, self.read)
@@ -56,15 +56,15 @@ class PartWork(ABC):
 
     @abstractmethod
     def __call__(self, number: int) -> Any:
-        """Return what becomes of a part."""
+        """Process a part and return the result."""
 
 
 @dataclass(slots=True, kw_only=True)
 class PartEncoder(PartWork):
-    """Encodes parts, each into its files."""
+    """Work that encodes each part into files."""
 
     paths: Sequence[str]
-    """Where each part goes, without ending."""
+    """Path of the files of each part, without ending."""
     tokenizer: Tokenizer
     direction: Direction
     dtype: np.dtype[Any]
@@ -73,10 +73,10 @@ class PartEncoder(PartWork):
     max_tokens: int | None = None
     keep: Filter | None = None
     is_first: Sequence[npt.NDArray[np.bool_]] | None = None
-    """Of each part, which of its documents [documents] are no duplicates."""
+    """Mask [documents] for each part: True for documents that are not duplicates."""
 
     def __call__(self, number: int) -> PartRecord:
-        """Texts without tokens are counted and left out, never stored: a lone eod would shift every later document."""
+        """Encode a part and return its record. A text without tokens is skipped: a lone eod would shift every later document."""
         started = time.monotonic()
         file = PartFile(self.paths[number])
         record = PartRecord()
@@ -86,8 +86,8 @@ class PartEncoder(PartWork):
             is_first = None if self.is_first is None else self.is_first[number][seen : seen + len(batch.texts)]
             seen += len(batch.texts)
             batch = self._chosen(batch, is_first, skipped)
-            packed, lengths, text_bytes = self._encoded(batch, skipped, record.messages)
-            file.append(packed, lengths)
+            stored_ids, lengths, text_bytes = self._encoded(batch, skipped, record.messages)
+            file.append(stored_ids, lengths)
             record.text_bytes += text_bytes
         record.num_documents, record.num_tokens = file.num_documents, file.num_tokens
         record.skipped = dict(sorted(skipped.items()))
@@ -111,7 +111,7 @@ class PartEncoder(PartWork):
     def _encoded(
         self, batch: TextBatch, skipped: Counter[str], messages: list[str]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32], int]:
-        """(ids as stored, stored lengths, UTF-8 bytes of the stored texts)."""
+        """Return (ids as stored, stored lengths, UTF-8 bytes of the stored texts)."""
         ids, offsets = self.tokenizer.encode_batch(batch.texts)
         lengths = np.diff(offsets)
         is_kept = lengths > 0
@@ -123,16 +123,16 @@ class PartEncoder(PartWork):
             _count(skipped, TOO_SHORT, too_short)
             is_kept &= ~(too_long | too_short)
         try:
-            packed, stored = self._packed(ids, offsets, is_kept)
+            stored_ids, stored_lengths = self._concatenated(ids, offsets, is_kept)
         except EodInsideError:
-            is_kept &= ~self._holding_eod(ids, offsets, is_kept, batch, skipped, messages)
-            packed, stored = self._packed(ids, offsets, is_kept)
+            is_kept &= ~self._containing_eod(ids, offsets, is_kept, batch, skipped, messages)
+            stored_ids, stored_lengths = self._concatenated(ids, offsets, is_kept)
         kept = (
             batch.texts if is_kept.all() else [text for text, keep in zip(batch.texts, is_kept.tolist(), strict=True) if keep]
         )
-        return packed, stored, sum(len(text) if text.isascii() else len(text.encode()) for text in kept)
+        return stored_ids, stored_lengths, sum(len(text) if text.isascii() else len(text.encode()) for text in kept)
 
-    def _packed(
+    def _concatenated(
         self, ids: npt.NDArray[np.uint32], offsets: npt.NDArray[np.int64], is_kept: npt.NDArray[np.bool_]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
         lengths = np.diff(offsets)
@@ -149,7 +149,7 @@ class PartEncoder(PartWork):
             bos_id=self.bos_id,
         )
 
-    def _holding_eod(
+    def _containing_eod(
         self,
         ids: npt.NDArray[np.uint32],
         offsets: npt.NDArray[np.int64],
@@ -158,16 +158,16 @@ class PartEncoder(PartWork):
         skipped: Counter[str],
         messages: list[str],
     ) -> npt.NDArray[np.bool_]:
-        """Return which documents hold the eod; each is rejected as a bad record: it would end in its middle."""
-        holding = np.zeros(len(is_kept), np.bool_)
-        holding[np.searchsorted(offsets, np.flatnonzero(ids == self.tokenizer.eod_id), side="right") - 1] = True
+        """Return a mask of the documents that contain the eod, and reject them as bad records: they would end too early."""
+        containing = np.zeros(len(is_kept), np.bool_)
+        containing[np.searchsorted(offsets, np.flatnonzero(ids == self.tokenizer.eod_id), side="right") - 1] = True
         eod = f"{self.tokenizer.eod_token!r} = {self.tokenizer.eod_id}"
-        message = f"the text holds the eod {eod}, which this tokenizer cannot write as text (--eod-token names another)"
+        message = f"the text contains the eod {eod}, which this tokenizer cannot write as text (--eod-token names another)"
         bad = BadRecordError(EOD_IN_TEXT, message)
-        for index in np.flatnonzero(holding & is_kept).tolist():
-            reader, place = batch.places[index]
-            reader.reject(bad, place, skipped, messages)
-        return holding
+        for index in np.flatnonzero(containing & is_kept).tolist():
+            reader, origin = batch.origins[index]
+            reader.reject(bad, origin, skipped, messages)
+        return containing
 
 
 def _count(skipped: Counter[str], reason: str, which: npt.NDArray[np.bool_]) -> None:
@@ -176,12 +176,12 @@ def _count(skipped: Counter[str], reason: str, which: npt.NDArray[np.bool_]) -> 
 
 
 def _gathered(batches: Iterator[TextBatch], batch_bytes: int) -> Iterator[TextBatch]:
-    """The same texts in batches that are worth a call of the tokenizer, however small the files are."""
+    """Merge small batches, so that each call of the tokenizer gets enough text even if the files are small."""
     pending, size = TextBatch(), 0
     for batch in batches:
         pending.texts += batch.texts
         pending.records += batch.records
-        pending.places += batch.places
+        pending.origins += batch.origins
         size += sum(map(len, batch.texts))
         if size >= batch_bytes // 2:
             yield pending
@@ -191,7 +191,7 @@ def _gathered(batches: Iterator[TextBatch], batch_bytes: int) -> Iterator[TextBa
 
 
 class EodInsideError(DataError):
-    """A document holds the eod, which would end it in its middle."""
+    """A document contains the eod, which would end it too early."""
 
 
 def concatenate_documents(
@@ -204,14 +204,12 @@ def concatenate_documents(
     dtype: npt.DTypeLike,
     bos_id: int | None = None,
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-    """Many documents from text order into what a shard stores: model order, each closed by eod.
+    """Return (ids, lengths) of documents as a shard stores them: in model order, each closed by an eod.
 
-    text_ids [total]: the documents' ids one after the other, text order; offsets [documents + 1]: where each begins.
-    `bos_id`, if given, stands first in model order. Documents without tokens are left out.
-    Every id is checked against `vocab_size` before it is narrowed to `dtype`,
-    because a numpy cast wraps around in silence. Returns the packed ids [total + kept] and the stored lengths [kept],
-    eod included. Raises DataError for an id outside [0, vocab_size) or one that `dtype` cannot hold, EodInsideError for an eod
-    in a document.
+    text_ids [total]: ids of all documents in text order; offsets [documents + 1]: where each document begins. `bos_id`, if given,
+    is first in model order. Documents without tokens are skipped. Returns the ids [total + kept] and the lengths with eod [kept].
+    Raises DataError for an id outside [0, vocab_size) or too large for `dtype`, because a numpy cast wraps around silently, and
+    EodInsideError for an eod inside a document.
     """
     dtype = np.dtype(dtype)
     if vocab_size - 1 > np.iinfo(dtype).max:
@@ -223,16 +221,19 @@ def concatenate_documents(
     lengths = np.diff(offsets)
     kept = lengths[lengths > 0]
     added = 1 if bos_id is None else 2
-    packed = np.empty(int(kept.sum()) + added * len(kept), dtype)
-    bad = concatenate_into(text_ids, offsets, packed, direction=direction, eod_id=eod_id, vocab_size=vocab_size, bos_id=bos_id)
+    stored_ids = np.empty(int(kept.sum()) + added * len(kept), dtype)
+    bad = concatenate_into(
+        text_ids, offsets, stored_ids, direction=direction, eod_id=eod_id, vocab_size=vocab_size, bos_id=bos_id
+    )
     if bad >= 0 and int(text_ids[bad]) == eod_id:
         document = int(np.searchsorted(offsets, bad, side="right")) - 1
-        raise EodInsideError(f"document {document} holds the eod {eod_id} at its id {bad - int(offsets[document])}")
+        raise EodInsideError(f"document {document} contains the eod {eod_id} at its id {bad - int(offsets[document])}")
     if bad >= 0:
         raise DataError(
-            f"token id {int(text_ids[bad])} is outside the vocabulary of {vocab_size:,} ids: the tokenizer is damaged, get it anew"
+            f"token id {int(text_ids[bad])} is outside the vocabulary of {vocab_size:,} ids: the tokenizer is damaged;"
+            " download it again"
         )
-    return packed, (kept + added).astype(np.int32)
+    return stored_ids, (kept + added).astype(np.int32)
 
 
 pack_documents = concatenate_documents

@@ -1,4 +1,4 @@
-"""Finished parts joined to a shard, in order while later ones are made, or shuffled at the end."""
+"""Join the finished parts to a shard: in order while later ones are made, or shuffled at the end."""
 
 import logging
 import time
@@ -22,14 +22,14 @@ from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 GATHERED_TOKENS = 1 << 22
-"""Of shuffled documents that are written at once, at most, if it is more than one."""
+"""Limit on the tokens of shuffled documents that are written at a time. A longer document is written alone."""
 GATHERED_DOCUMENTS = 1 << 16
 
 
 def make_shard(
     task: PreprocessTask, store: PartStore, tokenizer: Tokenizer, dtype: np.dtype[Any], digest: str, started: float
 ) -> ShardManifest:
-    """Encode what is not finished yet and join all parts, in order, while later ones are made; or shuffled, at the end."""
+    """Encode the unfinished parts and join all parts to the shard. Returns its manifest."""
     encoder = PartEncoder(
         parts=task.parts,
         paths=[store.part_path(number) for number in range(len(task.parts))],
@@ -54,7 +54,7 @@ def make_shard(
     )
     seed, provenance = task.settings.shuffle_seed, tokenizer.provenance(task.settings.direction)
     messages: list[str] = []
-    earlier_seconds = 0.0  # worker time of parts that an earlier run made
+    earlier_seconds = 0.0  # worker time of the parts from an earlier run
     with ShardWriter(task.prefix, provenance, dtype, overwrite=bool(existing_files(task.prefix))) as writer:
         for number, record in enumerate(_records(encoder, task, store)):
             _add(record, counts, messages)
@@ -62,22 +62,22 @@ def make_shard(
             if seed is None:
                 store.append_to(writer, number, record)
         if seed is not None:
-            for packed, lengths in _shuffled_documents(encoder.paths, dtype, seed + task.task_id):
-                writer.append(packed, lengths)
+            for ids, lengths in _shuffled_documents(encoder.paths, dtype, seed + task.task_id):
+                writer.append(ids, lengths)
         _log_skipped(task, messages)
         counts.skipped = dict(sorted(counts.skipped.items()))
         if not writer.num_documents and task.num_tasks == 1:
             store.remove()
             advice = option_to_check(task.read.template, task.read.text_key, counts.skipped)
             raise DataError(
-                f"no document with a token in {len(task.sources)} input files (skipped: {counts.skipped}); {advice}"
+                f"found no document with a token in {len(task.sources)} input files (skipped: {counts.skipped}); {advice}"
             )
         counts.elapsed_seconds = round(time.monotonic() - started + earlier_seconds / task.workers, 3)
         return writer.finalize(counts)
 
 
 def _add(record: PartRecord, counts: Counts, messages: list[str]) -> None:
-    """Enter the next part."""
+    """Add the record of the next part to the counts and messages."""
     counts.text_bytes += record.text_bytes
     counts.skipped = Counter(counts.skipped) + Counter(record.skipped)
     counts.input_files += record.input_files
@@ -85,23 +85,23 @@ def _add(record: PartRecord, counts: Counts, messages: list[str]) -> None:
 
 
 def _records(encoder: PartEncoder, task: PreprocessTask, store: PartStore) -> Iterator[PartRecord]:
-    """Yield the records of all parts in order; what is not finished is made."""
+    """Yield the records of all parts in order, and make the unfinished ones."""
     finished = {number: record for number in range(len(task.parts)) if (record := store.intact(number)) is not None}
     if finished:
         logger.info("%s: %d of %d parts were finished before", task.prefix, len(finished), len(task.parts))
     made = task.map_parts(encoder, [number for number in range(len(task.parts)) if number not in finished], "preprocess")
     for number in range(len(task.parts)):
         yield finished[number] if number in finished else replace(next(made), seconds=0.0)
-    for _ in made:  # ends the workers and the bar
+    for _ in made:  # finishes the workers and the progress bar
         pass
 
 
 def _shuffled_documents(
     paths: Sequence[str], dtype: np.dtype[Any], seed: int
 ) -> Iterator[tuple[npt.NDArray[Any], npt.NDArray[np.int32]]]:
-    """Yield all documents of some parts (paths without ending) in random order, in arrays of bounded size, with their lengths.
+    """Yield (ids, lengths) of all documents of the parts in random order, in arrays of bounded size. paths: without ending.
 
-    The order is a function of the number of documents and the seed alone. Memory: 28 bytes a document.
+    The order depends only on the number of documents and the seed. Memory: 28 bytes per document.
     """
     parts = [np.fromfile(f"{path}.len", np.int32) for path in paths]
     ids = [np.memmap(f"{path}.bin", dtype, "r") if len(part) else None for path, part in zip(paths, parts, strict=True)]

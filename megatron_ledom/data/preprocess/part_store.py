@@ -1,6 +1,6 @@
-"""Finished parts of a shard in the making, in the work folder PREFIX.work, see `storage.jobs`.
+"""Store the finished parts of an unfinished shard in the work folder PREFIX.work, see `storage.jobs`.
 
-A part is its ids (.bin), its documents' lengths (.len) and its record (.json).
+A part consists of its ids (.bin), the lengths of its documents (.len) and its record (.json).
 """
 
 import contextlib
@@ -20,7 +20,7 @@ HASH_BYTES = 1 << 22
 
 @dataclass(slots=True, kw_only=True)
 class PartRecord:
-    """What is known of a finished part."""
+    """Numbers, messages and hash of a finished part."""
 
     num_documents: int = 0
     num_tokens: int = 0
@@ -30,14 +30,14 @@ class PartRecord:
     """Descriptions of the first bad records."""
     input_files: list[InputFile] = field(default_factory=list)
     xxh3: str = ""
-    """Of the ids and then the lengths. Parts and records are not forced to the disk, which would write every shard twice: a part
-    that a power failure took is found by this when the work is taken up, and made again."""
+    """Hash of the ids, then of the lengths. Parts are not forced to the disk, because that would write every shard twice. When the
+    work resumes, this hash shows a part that a power failure destroyed, and the part is made again."""
     seconds: float = 0.0
-    """Wall-clock time the worker took."""
+    """Wall-clock time of the worker."""
 
 
 class PartFile:
-    """A part in the making."""
+    """The files of an unfinished part."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -50,15 +50,15 @@ class PartFile:
         self.num_documents = 0
         self.num_tokens = 0
 
-    def append(self, packed: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
-        """Add what `concatenate_documents` returned."""
-        _write_all(self._ids, packed, f"{self.path}.bin", self._ids_hash)
+    def append(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
+        """Add documents, as for `ShardWriter.append`."""
+        _write_all(self._ids, ids, f"{self.path}.bin", self._ids_hash)
         _write_all(self._lengths, lengths, f"{self.path}.len", self._lengths_hash)
         self.num_documents += len(lengths)
-        self.num_tokens += len(packed)
+        self.num_tokens += len(ids)
 
     def finish(self, record: PartRecord) -> PartRecord:
-        """Make the part exist."""
+        """Close the files and write the record, which makes the part finished."""
         record.xxh3 = self._ids_hash.hexdigest() + self._lengths_hash.hexdigest()
         try:
             for stream in (self._ids, self._lengths):
@@ -94,11 +94,11 @@ class PartStore(WorkFolder):
         super().__init__(prefix, request, start_over=start_over, serves=_served)
 
     def part_path(self, number: int) -> str:
-        """Return where a part is, without ending."""
+        """Return the path of a part, without ending."""
         return self.path(_unit(number))
 
     def intact(self, number: int) -> PartRecord | None:
-        """Return the record of a finished part whose files are what was written; of another one the record is removed."""
+        """Return the record of a finished part whose files match its hash. Otherwise remove the record and return None."""
         stored, path = self.finished(_unit(number)), self.part_path(number)
         if stored is None:
             return None
@@ -110,11 +110,11 @@ class PartStore(WorkFolder):
         return None
 
     def append_to(self, writer: ShardWriter, number: int, record: PartRecord) -> None:
-        """Add a finished part to the shard. Raises DataError when its files are not what was written a moment ago."""
+        """Add a finished part to the shard. Raises DataError if its files do not match its hash."""
         path, hashes = self.part_path(number), (xxhash.xxh3_64(), xxhash.xxh3_64())
         writer.append_files(f"{path}.bin", f"{path}.len", hashes)
         if "".join(digest.hexdigest() for digest in hashes) != record.xxh3:
-            raise DataError(f"{path}.bin is not what was written: check the disk, then run the same command again")
+            raise DataError(f"{path}.bin has changed since it was written: check the disk, then run the same command again")
 
 
 def _unit(number: int) -> str:
@@ -122,5 +122,5 @@ def _unit(number: int) -> str:
 
 
 def _served(before: Request, now: Request) -> Request:
-    """Return the request as parts of `before` serve it: those that met no bad record under `--on-error fail` serve `skip` too."""
+    """Return the request that the parts of `before` satisfy. Parts made with `--on-error fail` also satisfy `skip`."""
     return {**before, "on_error": now.get("on_error")} if before.get("on_error") == "fail" else before

@@ -1,8 +1,8 @@
-"""From raw text to a shard: read, encode, turn to model order, close with eod, write; the same bytes whatever the workers.
+"""Preprocess raw text to a shard: read, encode, change to model order, close with eod, write. The bytes do not depend on the workers.
 
-`task` divides the inputs into parts; workers read and encode one part each into files of its own (`encode_parts`, on
-`data.readers`), which are finished or do not exist (`part_store`); this process joins finished parts in order while the next ones
-are made (`join_parts`). Killed at any moment and started again, it goes on from the finished parts. Nothing here imports torch.
+`task` divides the inputs into parts. Each worker reads and encodes one part at a time into files of its own (`encode_parts`, with
+`data.readers`). A part is finished or does not exist (`part_store`). This process joins finished parts in order while the workers
+make the next ones (`join_parts`). After a kill the same command resumes from the finished parts. Nothing here imports torch.
 """
 
 import contextlib
@@ -32,13 +32,13 @@ from megatron_ledom.storage.signals import sigterm_as_interrupt
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
 logger = logging.getLogger(__name__)
-SAMPLE_STRETCHES = 8
-SAMPLE_CHARACTERS = 12_000  # of each sampled byte range
+SAMPLE_RANGES = 8
+SAMPLE_CHARACTERS = 12_000  # per sampled byte range
 SAMPLE_TEXT_CHARACTERS = 5_000
 
 
 def preprocess(settings: PreprocessSettings) -> ShardManifest | None:
-    """Write this task's shard and return its manifest; None after `hash_only`. What is unfinished stays for the next start."""
+    """Write the shard of this task and return its manifest; None with `hash_only`. A failure keeps the finished parts."""
     started = time.monotonic()
     check_helpers()
     task = PreprocessTask(settings)
@@ -59,12 +59,12 @@ def preprocess(settings: PreprocessSettings) -> ShardManifest | None:
     _log_start(task, tokenizer, dtype)
     with sigterm_as_interrupt(), PartStore(task.prefix, request, start_over=settings.overwrite) as store:
         if (manifest := _finished_shard(task, digest, store)) is not None:
-            return manifest  # by another process, until it gave up the lock
+            return manifest  # another process finished it while we waited for the lock
         try:
             manifest = make_shard(task, store, tokenizer, dtype, digest, started)
         except (LedomError, KeyboardInterrupt):
             if finished := store.num_finished():
-                logger.info("%d of %d parts are kept in %s: the same command goes on", finished, len(task.parts), store.folder)
+                logger.info("%d of %d parts are kept in %s: the same command resumes", finished, len(task.parts), store.folder)
             raise
         except OSError as error:
             raise cannot_write(error, str(error.filename or task.prefix)) from error
@@ -81,15 +81,15 @@ def _load_tokenizer(settings: PreprocessSettings) -> Tokenizer:
         tokenizer.path = f"{settings.output_prefix}.tokenizer"
         check_may_write(settings.output_prefix, overwrite=True)
         tokenizer.save(tokenizer.path)
-        logger.info("the tokenizer with the five specials is in %s; train with that", tokenizer.path)
+        logger.info("the tokenizer with the five specials is in %s; train with that one", tokenizer.path)
     return tokenizer
 
 
 @contextlib.contextmanager
 def _garbage_collector_off() -> Iterator[None]:
-    """Loading a vocabulary makes a million small objects that all stay; looking among them for garbage took 0.2 s.
+    """Disable garbage collection while the vocabulary is loaded, then exempt its objects from collection.
 
-    They are then kept from being looked at again, also by the workers, to which looking would mean copying.
+    Loading makes a million small objects that all stay, and scanning them took 0.2 s. In a worker a scan would also copy them.
     """
     gc.disable()
     try:
@@ -100,18 +100,18 @@ def _garbage_collector_off() -> Iterator[None]:
 
 
 def _finished_shard(task: PreprocessTask, digest: str, store: PartStore | None = None) -> ShardManifest | None:
-    """The shard if this very request made it. Raises UsageError when another one's files are in the way.
+    """Return the manifest if the same request has finished the shard, else None. Raises UsageError for files of another request.
 
-    Called before anything is loaded, and again with the `store`, whose lock keeps other processes from finishing it meanwhile.
+    Called before anything is loaded, and again with the `store`, when its lock excludes other processes.
     """
     overwrite = task.settings.overwrite
     if not overwrite and Path(f"{task.prefix}.json").exists():
         manifest = check_shard(task.prefix)
         if manifest.request_sha256 == digest:
-            logger.info("%s: finished before by the same request; nothing to do", task.prefix)
+            logger.info("%s: the same request has finished it before; nothing to do", task.prefix)
             if store is not None:
                 store.remove()
-            elif Path(f"{task.prefix}.work").exists():  # a kill may have left it
+            elif Path(f"{task.prefix}.work").exists():  # left by a kill
                 with PartStore(task.prefix, {}, start_over=True) as left:
                     left.remove()
             return manifest
@@ -121,7 +121,7 @@ def _finished_shard(task: PreprocessTask, digest: str, store: PartStore | None =
 
 
 def _log_start(task: PreprocessTask, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread a worker; and threads do not survive a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread per worker; and threads do not survive a fork
     encoder = tokenizer.use_fastest_encoder(_samples(task))
     logger.info(
         "%s: %d files, %d parts, %s order, tokenizer %s (%d ids, eod %r = %d), %s, %d workers; encoder: %s",
@@ -132,12 +132,12 @@ def _log_start(task: PreprocessTask, tokenizer: Tokenizer, dtype: np.dtype[Any])
 
 
 def _samples(task: PreprocessTask) -> list[str]:
-    """Real texts from all over the task's byte range, for the check of the tokenizer's encoder; bad records are met later."""
+    """Return texts from all parts of the input, for the check of the tokenizer's encoder. Bad records are reported later."""
     cheap = [
         byte_range for part in task.parts for byte_range in part if not byte_range.source.compression or not byte_range.start
     ]
     chosen = [
-        cheap[index] for index in sorted({len(cheap) * k // SAMPLE_STRETCHES for k in range(SAMPLE_STRETCHES)} if cheap else ())
+        cheap[index] for index in sorted({len(cheap) * k // SAMPLE_RANGES for k in range(SAMPLE_RANGES)} if cheap else ())
     ]
     read = replace(task.read, on_error="skip", batch_bytes=1 << 16, keep_records=False)
     samples: list[str] = []

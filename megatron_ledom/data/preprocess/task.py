@@ -1,4 +1,4 @@
-"""One task of preprocessing: what was asked, the byte ranges of the inputs it reads, and the request that decides its bytes."""
+"""One task of preprocessing: its options, the byte ranges that it reads, and the request that determines its result."""
 
 import glob
 import hashlib
@@ -44,38 +44,38 @@ class PreprocessSettings:
     direction: Direction = Direction.REVERSE
     text_key: str = "text"
     text_template: str | None = None
-    """`{key}` for the text of each key that is joined, in place of `text_key`; see `TextTemplate`."""
+    """Template that joins the texts of several keys, in place of `text_key`; see `TextTemplate`."""
     workers: int | None = None
-    """Processes; default: the cores this process may use."""
+    """Number of processes; default: the cores that this process may use."""
     eod_token: str | None = None
     eod_id: int | None = None
     bos_token: str | None = None
     add_specials: bool = False
-    """Give the tokenizer the five specials of the original first; its eod then is <EOD>."""
+    """Add the five specials of the original LEDOM to the tokenizer first. Its eod is then <EOD>."""
     dtype: DtypeName = "auto"
     on_error: OnError = "fail"
     max_record_bytes: int = MAX_RECORD_BYTES
     min_tokens: int = 1
     max_tokens: int | None = None
-    """Documents with fewer or more tokens, without eod, are left out."""
+    """Documents with fewer than `min_tokens` or more than `max_tokens`, without eod, are skipped."""
     filter: str | None = None
-    """`module:function` that is asked (text, record) whether to keep a document."""
+    """`module:function` that gets (text, record) and returns True to keep the document."""
     deduplicate: bool = False
     hash_only: bool = False
-    """Only write the hashes that `deduplicate` of the tasks of an array needs."""
+    """Only write the hashes that `deduplicate` needs in an array of tasks."""
     shuffle_seed: int | None = None
     task_id: int | None = None
     num_tasks: int | None = None
-    """Default of both: the SLURM array's."""
+    """Default of `task_id` and `num_tasks`: those of the SLURM array."""
     overwrite: bool = False
     batch_bytes: int = BATCH_BYTES
-    """Text a tokenizer gets at a time; it changes no result."""
+    """Size of the text that the tokenizer gets at a time. It does not change the result."""
     part_bytes: int | None = None
-    """Input a worker gets at a time; it changes no result. None: by the size of the input."""
+    """Size of the input that a worker gets at a time; default: by the size of all input. It does not change the result."""
 
 
 class PreprocessTask:
-    """One task: everything that follows from the settings before anything is written."""
+    """One task of preprocessing, of an array or alone: everything that follows from the settings before anything is written."""
 
     def __init__(self, settings: PreprocessSettings) -> None:
         _check_numbers(settings)
@@ -99,12 +99,12 @@ class PreprocessTask:
         )
 
     def prefix_of(self, task_id: int) -> str:
-        """Where a task's shard goes."""
+        """Return the prefix of the shard of a task."""
         base = self.settings.output_prefix
         return task_prefix(base, task_id, self.num_tasks) if self.num_tasks > 1 else base
 
     def map_parts(self, function: PartWork, numbers: Sequence[int], name: str) -> Iterator[Any]:
-        """Yield what the function returns for some parts, in order, from the workers, with a bar of the bytes read."""
+        """Call the function on the parts `numbers` in worker processes, and yield the results in order. Shows a progress bar."""
         sizes = [sum(byte_range.num_bytes for byte_range in part) for part in self.parts]
         total = sum(sizes)
         before = total - sum(sizes[number] for number in numbers)
@@ -117,12 +117,12 @@ class PreprocessTask:
             bar.update(total - bar.n)
 
     def inputs_sha256(self) -> str:
-        """Of what the tasks divide among them."""
+        """Return the hash of the inputs that the tasks divide among them."""
         inputs = [(source.path, source.num_bytes, source.version) for source in self.sources]
         return hashlib.sha256(orjson.dumps([inputs, self.num_tasks])).hexdigest()
 
     def check_siblings(self) -> None:
-        """Refuse to run beside tasks that divided other inputs: the borders between tasks would not be theirs."""
+        """Raise UsageError if other tasks of the array divided other inputs, because the borders between tasks would differ."""
         base = self.settings.output_prefix
         others = {
             int(match["count"])
@@ -131,8 +131,8 @@ class PreprocessTask:
         }
         if self.num_tasks > 1 and others - {self.num_tasks} and not self.settings.overwrite:
             raise UsageError(
-                f"{base} has shards of {max(others - {self.num_tasks})} tasks, this would be one of {self.num_tasks}; to run tasks of"
-                " that array again give its --num-tasks, else choose another --output-prefix"
+                f"{base} has shards of an array of {max(others - {self.num_tasks})} tasks, this is one of {self.num_tasks}; to run"
+                " tasks of that array again give its --num-tasks, else choose another --output-prefix"
             )
         for task_id in range(self.num_tasks if self.num_tasks > 1 else 0):
             prefix = self.prefix_of(task_id)
@@ -140,13 +140,13 @@ class PreprocessTask:
                 continue
             if load_manifest(prefix).inputs_sha256 != self.inputs_sha256() and not self.settings.overwrite:
                 raise UsageError(
-                    f"{prefix} was made when the inputs were not the same as now, and tasks share the inputs' bytes: run all"
-                    " tasks again with --overwrite, or choose another --output-prefix"
+                    f"{prefix} was made from other inputs, and all tasks must divide the same inputs: run all tasks again with"
+                    " --overwrite, or choose another --output-prefix"
                 )
-            return  # one stands for all; ledom summarize-tasks compares them all
+            return  # one is enough here; ledom summarize-tasks compares all of them
 
     def reading_request(self) -> Request:
-        """Return what decides which documents there are, for all tasks alike."""
+        """Return the options and inputs that determine the documents, equal for all tasks."""
         settings = self.settings
         request: Request = {
             "input": [(source.path, source.num_bytes, source.version) for source in self.sources],
@@ -158,7 +158,7 @@ class PreprocessTask:
         return request if settings.text_template is None else {**request, "text_template": settings.text_template}
 
     def request(self, tokenizer: Tokenizer, dtype: np.dtype[Any]) -> Request:
-        """Return what decides the content of the shard."""
+        """Return the options and inputs that determine the content of the shard."""
         settings = self.settings
         chosen = ("bos_token", "min_tokens", "max_tokens", "filter", "deduplicate", "shuffle_seed", "part_bytes")
         request = {
@@ -171,23 +171,23 @@ class PreprocessTask:
             "eod_token": tokenizer.eod_token,
             "dtype": dtype.name,
         }
-        if tokenizer.is_eod_forced_to_text:  # earlier versions let it end documents in their middle: their work is not this one
+        if tokenizer.is_eod_forced_to_text:  # earlier versions ended documents at such an eod: their work cannot be resumed
             request["is_eod_made_text"] = True
         return dict(orjson.loads(orjson.dumps(request)))
 
 
 def task_of(settings: PreprocessSettings, environment: Mapping[str, str]) -> tuple[int, int]:
-    """(task id, number of tasks): what was asked, else the SLURM array's.
+    """Return (task id, number of tasks) from the options, else from the SLURM array.
 
-    With --num-tasks alone the id is SLURM_ARRAY_TASK_ID as it is, so that single elements of an array can be run again;
-    with neither, ids count from SLURM_ARRAY_TASK_MIN.
+    With only --num-tasks the id is SLURM_ARRAY_TASK_ID itself, so that single tasks of an array can run again. With neither
+    option ids count from SLURM_ARRAY_TASK_MIN.
     """
     if settings.num_tasks is not None:
         if settings.task_id is not None:
             return settings.task_id, settings.num_tasks
         slurm_id = array_task_id(environment)
         if slurm_id is None and settings.num_tasks > 1:
-            raise UsageError(f"--num-tasks {settings.num_tasks} without --task-id, and this is no SLURM array; give --task-id")
+            raise UsageError(f"--num-tasks {settings.num_tasks} without --task-id, and not in a SLURM array; give --task-id")
         return slurm_id or 0, settings.num_tasks
     if settings.task_id is not None:
         raise UsageError(f"--task-id {settings.task_id} without --num-tasks; give both")
@@ -196,14 +196,14 @@ def task_of(settings: PreprocessSettings, environment: Mapping[str, str]) -> tup
         return 0, 1
     if array.count == 1:
         raise UsageError(
-            f"this SLURM array has the one task {array.task_id}, which may be all of an array or one of it run again; give"
+            f"this SLURM array has only task {array.task_id}, which may be the whole array or a repeated task of a larger one; give"
             " --num-tasks"
         )
     task_id, rest = divmod(array.task_id - array.first, array.step)
     has_gaps = rest or array.last != array.first + (array.count - 1) * array.step
     if has_gaps or not 0 <= task_id < array.count:
         raise UsageError(
-            f"SLURM_ARRAY_TASK_ID {array.task_id} of {array.count} tasks from {array.first} on: the array has gaps; give"
+            f"SLURM_ARRAY_TASK_ID {array.task_id} of {array.count} tasks from {array.first}: the array has gaps; give"
             " --num-tasks, and ids in 0..num-tasks - 1"
         )
     return task_id, array.count
@@ -219,9 +219,9 @@ def _check_numbers(settings: PreprocessSettings) -> None:
             f"--max-tokens {settings.max_tokens} is below --min-tokens {settings.min_tokens}; nothing would be left"
         )
     if settings.bos_token == "":
-        raise UsageError("--bos-token is empty; name a token of the tokenizer, or leave it out for none")
+        raise UsageError("--bos-token is empty; name a token of the tokenizer, or omit the option for none")
     if settings.eod_token is not None and settings.eod_id is not None:
-        raise UsageError("--eod-token and --eod-id name the same thing; give one of them")
+        raise UsageError("--eod-token and --eod-id both name the eod; give one of them")
 
 
 def load_filter(name: str) -> Filter:
@@ -230,19 +230,19 @@ def load_filter(name: str) -> Filter:
     if not module_name or not function_name:
         raise UsageError(f"--filter {name} is not of the form module:function")
     if "" not in sys.path:
-        sys.path.insert(0, "")  # as `python -m` does: the folder the command is started in
+        sys.path.insert(0, "")  # the current folder, as with `python -m`
     try:
         found = getattr(importlib.import_module(module_name), function_name)
-    except Exception as error:  # it is the user's code
+    except Exception as error:  # code of the user
         kind = type(error).__name__
         raise UsageError(f"--filter {name} cannot be loaded ({kind}: {error}); check the name, and PYTHONPATH") from error
     if not callable(found):
-        raise UsageError(f"--filter {name} is no function; name one that takes (text, record) and returns whether to keep it")
+        raise UsageError(f"--filter {name} is not a function; name one that gets (text, record) and returns True to keep it")
     return found  # type: ignore[no-any-return]
 
 
 def source_hash(keep: Filter) -> str:
-    """SHA-256 of the file a filter is in: what an edited filter left out is not what the new one would."""
+    """Return the SHA-256 of the file of a filter, so that work from before an edit of the filter is not resumed."""
     file = getattr(sys.modules.get(keep.__module__), "__file__", None)
     return sha256_of(file) if file and Path(file).is_file() else "unknown"
 

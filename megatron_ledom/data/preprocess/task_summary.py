@@ -1,4 +1,4 @@
-"""What the tasks of a preprocessing array have written: totals, speed, and which tasks must run again."""
+"""Summarize the tasks of a preprocessing array: totals, speed, and the tasks that must run again."""
 
 import glob
 from collections import Counter
@@ -21,7 +21,7 @@ class SummarySettings:
     prefix: str
     """--output-prefix of the tasks."""
     num_tasks: int | None = None
-    """Default: what the names of the files say."""
+    """Default: the number in the names of the files."""
     json: str | None = None
     """File to write the summary to."""
 
@@ -36,33 +36,33 @@ class TaskSummary:
     num_tokens: int = 0
     text_bytes: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
-    """Documents left out, by reason."""
+    """Number of skipped documents, by reason."""
     finished: list[int] = field(default_factory=list)
-    """Tasks with a shard, by number; so below."""
+    """Numbers of the tasks with a usable shard."""
     unfinished: list[int] = field(default_factory=list)
-    """Begun: files are there, the manifest is not."""
+    """Numbers of the tasks with files but no manifest."""
     missing: list[int] = field(default_factory=list)
-    """Nothing is there."""
+    """Numbers of the tasks without any file."""
     faulty: dict[int, str] = field(default_factory=dict)
-    """Shards that cannot be used, and why."""
+    """Number of each task with an unusable shard, and its problem. (The name is a key of the JSON.)"""
     elapsed_seconds: float | None = None
-    """All finished tasks together; None when not every manifest says it."""
+    """Sum over all finished tasks; None if a manifest does not contain its time."""
     slowest_task: int | None = None
     slowest_seconds: float | None = None
 
     @property
     def to_run_again(self) -> list[int]:
-        """Numbers of the tasks without a usable shard."""
+        """Numbers of all tasks without a usable shard."""
         return sorted([*self.unfinished, *self.missing, *self.faulty])
 
     def to_json(self) -> bytes:
-        """The summary as one object."""
+        """Return the summary as one JSON object."""
         stored = {**asdict(self), "to_run_again": self.to_run_again, "array": array_list(self.to_run_again)}
         return orjson.dumps(stored, option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE | orjson.OPT_NON_STR_KEYS)
 
 
 def summarize_tasks(settings: SummarySettings) -> TaskSummary:
-    """Print the summary, write it if asked, and raise VerificationError when a task must run again."""
+    """Print the summary, write it if `json` is set, and raise VerificationError if a task must run again."""
     if settings.json and not Path(settings.json).absolute().parent.is_dir():
         raise UsageError(f"the folder of --json {settings.json} does not exist; make it, or give another name")
     summary = collect(settings.prefix, settings.num_tasks)
@@ -71,7 +71,7 @@ def summarize_tasks(settings: SummarySettings) -> TaskSummary:
         with output_file_lock(settings.json, "--json"):
             write_file(settings.json, summary.to_json())
     if again := summary.to_run_again:
-        remove = "; remove the faulty shards first" if summary.faulty else ""
+        remove = "; remove the unusable shards first" if summary.faulty else ""
         raise VerificationError(
             f"{len(again)} of {summary.num_tasks} tasks have no usable shard; run them again with"
             f" sbatch --array={array_list(again)}{remove}"
@@ -80,14 +80,14 @@ def summarize_tasks(settings: SummarySettings) -> TaskSummary:
 
 
 def collect(prefix: str, num_tasks: int | None = None) -> TaskSummary:
-    """Look at the files of every task, reading manifests and sizes only."""
+    """Return the summary, from the manifests and file sizes of all tasks."""
     begun = _files_by_task(prefix)
     counts = sorted({count for count, _ in begun})
     if num_tasks is None:
         if not counts:
-            raise UsageError(f"there are no files {prefix}-00000-of-000NN.*; give the --output-prefix of the tasks")
+            raise UsageError(f"found no files {prefix}-00000-of-000NN.*; give the --output-prefix of the tasks")
         if len(counts) > 1:
-            raise UsageError(f"{prefix} has tasks of {' and of '.join(map(str, counts))}; choose by --num-tasks")
+            raise UsageError(f"{prefix} has tasks of {' and of '.join(map(str, counts))}; choose an array with --num-tasks")
         num_tasks = counts[0]
     if num_tasks < 1:
         raise UsageError(f"--num-tasks {num_tasks} is not possible; use 1 or more")
@@ -111,7 +111,7 @@ def collect(prefix: str, num_tasks: int | None = None) -> TaskSummary:
 
 
 def _files_by_task(prefix: str) -> set[tuple[int, int]]:
-    """(number of tasks, task) of which any file is there, unfinished ones included."""
+    """Return (number of tasks, task) of every task with at least one file, unfinished ones too."""
     found = set()
     for file in glob.glob(f"{glob.escape(prefix)}-*-of-*"):
         match = TASK.match(file)
@@ -149,18 +149,18 @@ def _add_speed(summary: TaskSummary, seconds: dict[int, float | None]) -> None:
 
 
 def describe(summary: TaskSummary) -> str:
-    """Lines for people."""
+    """Return the summary as text for the terminal."""
     rows = {
         "tasks": f"{len(summary.finished):,} of {summary.num_tasks:,} finished",
         "documents": f"{summary.num_documents:,}",
         "tokens": f"{summary.num_tokens:,} with eods",
-        "text": f"{summary.text_bytes:,} bytes, {summary.text_bytes / max(1, summary.num_tokens):.2f} a token",
+        "text": f"{summary.text_bytes:,} bytes, {summary.text_bytes / max(1, summary.num_tokens):.2f} per token",
         "skipped": ", ".join(f"{number:,} {reason}" for reason, number in summary.skipped.items()) or "none",
     }
     if summary.elapsed_seconds is not None:
         speed = summary.num_tokens / summary.elapsed_seconds
         rows["speed"] = (
-            f"{speed:,.0f} tokens/s a task, {summary.elapsed_seconds:,.0f} s in all; slowest: task {summary.slowest_task}"
+            f"{speed:,.0f} tokens/s per task, {summary.elapsed_seconds:,.0f} s in total; slowest: task {summary.slowest_task}"
             f" with {summary.slowest_seconds:,.0f} s"
         )
     if summary.missing:
@@ -168,7 +168,7 @@ def describe(summary: TaskSummary) -> str:
     if summary.unfinished:
         rows["unfinished"] = array_list(summary.unfinished)
     lines = [f"{name:<10} {value}" for name, value in rows.items()]
-    lines += [f"faulty     {number}: {problem}" for number, problem in summary.faulty.items()]
+    lines += [f"unusable   {number}: {problem}" for number, problem in summary.faulty.items()]
     if summary.to_run_again:
         lines.append(f"run again  --array={array_list(summary.to_run_again)}")
     return "\n".join(lines)

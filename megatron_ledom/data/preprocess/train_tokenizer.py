@@ -1,4 +1,4 @@
-"""Train a SentencePiece BPE on a corpus and write it as a folder: tokenizer.model, tokenizer.json, tokenizer_config.json."""
+"""Train a SentencePiece BPE on a corpus. The output folder contains tokenizer.model, tokenizer.json and tokenizer_config.json."""
 
 import logging
 import time
@@ -20,7 +20,7 @@ from megatron_ledom.tokenizers import sentencepiece_bpe
 
 logger = logging.getLogger(__name__)
 
-NUM_SAMPLES = 200  # texts of the corpus the conversion is tried on
+NUM_SAMPLES = 200  # texts of the corpus on which the conversion is tested
 SAMPLE_CHARACTERS = 5000
 
 
@@ -30,20 +30,20 @@ class TrainTokenizerSettings:
 
     input: list[str]
     vocab_size: int
-    """Pieces, without the five specials behind them."""
+    """Number of pieces, without the five specials that follow them."""
     output: str
     text_key: str = "text"
     text_template: str | None = None
-    """Joins several keys to one text, in place of `text_key`; the same as preprocessing will be given."""
+    """Joins several keys to one text, in place of `text_key`. Use the template of preprocessing."""
     on_error: OnError = "fail"
     max_record_bytes: int = MAX_RECORD_BYTES
     max_sentences: int | None = None
-    """Lines to learn from, drawn evenly; default: all."""
+    """Number of lines to learn from, sampled evenly; default: all."""
 
 
 def train_tokenizer(settings: TrainTokenizerSettings) -> Path:
-    """Write the folder, at once and complete, and return its path."""
-    folder = real_path(settings.output)  # a link to a folder that is not there yet: that one is made
+    """Train, write the folder in one step when it is complete, and return its path."""
+    folder = real_path(settings.output)  # if this is a link to a missing folder, make that folder
     with new_folder(folder, option="--output") as part:
         started = time.monotonic()
         for name, content in _trained_files(settings).items():

@@ -1,1 +1,1 @@
-"""Files of a corpus to texts: which files, who reads which bytes of them, and a reader for each format."""
+"""Reading a corpus: the input files, their division into byte ranges, and a reader for each format."""

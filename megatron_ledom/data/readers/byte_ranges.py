@@ -1,7 +1,7 @@
-"""The byte ranges of input files that a task reads, cut into parts: the units in which work is done, kept and resumed.
+"""The byte ranges of input files that a task reads, cut into parts, the units in which work is done and resumed.
 
-Work is divided by bytes. The files, sorted by path, lie one after the other on one axis of bytes; a task owns an equal
-byte range of it, and a record belongs to the byte range in which it begins. One file of 500 GB and 500,000 small ones divide alike.
+Work is divided by bytes. The files are sorted by path and counted as one long sequence of bytes, of which every task owns
+an equal range. A record belongs to the range in which it begins. So one file of 500 GB divides as well as 500,000 small ones.
 """
 
 import os
@@ -29,15 +29,15 @@ COMPRESSIONS: tuple[Compression, ...] = ("gz", "zst", "bz2", "xz")
 COMPRESSED_BLOCK = 1 << 16
 """Compressed input is read in blocks of this size; a byte range of a compressed file begins and ends with one."""
 PART_BYTES = 32 << 20
-"""What one part of the work reads at most, about: what a kill can cost a worker."""
+"""Approximate upper limit of the input of one part, and so of the work that a worker loses when it is killed."""
 SMALL_PART_BYTES = 4 << 20
-"""What a part reads at least if a task has little to read, so that many workers share it to the end."""
+"""Size of the parts of a small task, so that all workers are busy until its end."""
 PARTS_OF_A_TASK = 128
-"""So many parts are aimed at between these two sizes."""
+"""Intended number of parts, while their size stays between these two limits."""
 COMPRESSED_PART_BYTES = 256 << 20
-"""The same for compressed files, which have to be decompressed from their start: smaller parts would repeat that more often."""
+"""Size of a part of a compressed file. Each part decompresses the file from its start, so smaller parts repeat more work."""
 MOST_COMPRESSED_PARTS = 64
-"""Parts of one compressed file, for the same reason: 500 GB are decompressed 32 times over, by 64 workers at once."""
+"""Limit on the parts of one compressed file, for the same reason. With 64 parts a file is decompressed 32 times over in total."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,33 +45,33 @@ class InputPath:
     """One input file, local or in an object store."""
 
     path: str
-    """As it was named; with a protocol such as s3:// for an object store."""
+    """As the user wrote it; with a protocol such as s3:// for an object store."""
     num_bytes: int
     version: str
-    """Time of modification or the store's checksum: with another one, work that was done is not this file's."""
+    """Time of modification, or the checksum of the object store. If it differs, finished work belongs to another file."""
 
     @property
     def compression(self) -> Compression:
-        """By the ending; empty for none."""
+        """The compression, by the ending; empty for none."""
         return next((name for name in COMPRESSIONS if self.path.endswith(f".{name}")), "")
 
     @property
     def kind(self) -> Kind:
-        """By the ending."""
+        """The format, by the ending."""
         kind = kind_of(self.path)
         assert kind is not None, self.path
         return kind
 
     @property
     def is_divisible(self) -> bool:
-        """Return whether workers can share it: JSON lines at line ends, tables between their row groups."""
+        """Return True if several workers can share the file: JSON lines divide at line ends, tables between row groups."""
         if self.kind == "lines":
             return not self.compression or self.num_bytes >= COMPRESSED_PART_BYTES
         return self.kind in ("parquet", "arrow")
 
 
 def kind_of(path: str) -> Kind | None:
-    """Return how a file is read, by its ending; None for one that is not known."""
+    """Return the format of a file by its ending, or None if the ending is unknown."""
     for name in COMPRESSIONS:
         inner = path.removesuffix(f".{name}")
         if inner != path:
@@ -82,7 +82,7 @@ def kind_of(path: str) -> Kind | None:
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """Bytes [start, end) of a file: the records that begin there. A compressed file is measured as it is stored."""
+    """Bytes [start, end) of a file, and the records that begin there. In a compressed file these are compressed bytes."""
 
     source: InputPath
     start: int
@@ -90,18 +90,18 @@ class ByteRange:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the file."""
+        """Length in bytes."""
         return self.end - self.start
 
 
 Part = tuple[ByteRange, ...]
-"""What a worker does in one go: consecutive byte ranges."""
+"""Consecutive byte ranges, which one worker processes at a time."""
 
 
 def byte_ranges_of_task(sources: Sequence[InputPath], task_id: int, num_tasks: int) -> list[ByteRange]:
-    """A task's equal byte range of the axis of all bytes, as byte ranges of files, in order.
+    """Return the byte ranges of a task, in order. All tasks together cover every byte once, in equal amounts.
 
-    A file that cannot be divided belongs to the task in whose byte range it begins. Empty files yield an empty byte range.
+    A file that cannot be divided belongs to the task whose range contains its first byte. An empty file gives an empty range.
     """
     if num_tasks < 1:
         raise UsageError(f"--num-tasks {num_tasks} is not possible; use 1 or more")
@@ -127,7 +127,7 @@ def byte_ranges_of_task(sources: Sequence[InputPath], task_id: int, num_tasks: i
 
 
 def _aligned(source: InputPath, position: int) -> int:
-    """A cut of the axis as a cut of the file: within it, and between blocks if it is compressed."""
+    """Return the cut of the file nearest to a position: within the file, and between blocks if it is compressed."""
     inside = min(max(position, 0), source.num_bytes)
     if not source.compression or inside in (0, source.num_bytes):
         return inside
@@ -135,9 +135,9 @@ def _aligned(source: InputPath, position: int) -> int:
 
 
 def parts_of(byte_ranges: Sequence[ByteRange], part_bytes: int | None = None) -> list[Part]:
-    """Byte ranges cut and gathered to parts of about `part_bytes`: the units in which work is done, kept and resumed.
+    """Cut and group byte ranges into parts of about `part_bytes`.
 
-    Without it the size follows from the bytes of all byte ranges, so a task is always cut in the same way.
+    By default the size follows from the total of all byte ranges, so a task is always cut in the same way.
     """
     if part_bytes is None:
         in_all = sum(byte_range.num_bytes for byte_range in byte_ranges)

@@ -1,6 +1,6 @@
-"""The files that a corpus is of: paths, globs, folders, lists and object stores.
+"""Find the files of a corpus, given as paths, globs, folders, lists or addresses in object stores.
 
-Links are followed once, what cannot be read is refused, what is left out is said.
+Links are followed once. A file that cannot be read is refused. Skipped files are logged and listed in the manifest.
 """
 
 import fnmatch
@@ -25,17 +25,17 @@ SUPPORTED = (
     "*.jsonl, *.ndjson, *.json, *.txt, *.warc or *.wet (each also .gz, .zst, .bz2 or .xz), *.parquet, *.arrow, *.feather"
 )
 SAVED_DATASET = ("state.json", "dataset_info.json", "dataset_dict.json")
-"""Files that `datasets.save_to_disk` writes beside Arrow files."""
+"""Files that `datasets.save_to_disk` writes next to Arrow files."""
 HIDDEN = "hidden"
 MOST_LOGGED = 10
-"""Things left out that are logged one by one."""
+"""Limit on the skipped inputs that are logged one by one."""
 MOST_LISTED = 1000
-"""Things left out that are listed one by one."""
+"""Limit on the skipped inputs that are listed one by one."""
 
 
 @dataclass(frozen=True, slots=True)
 class SkippedInput:
-    """Something that was found at the inputs and is not read."""
+    """A file or folder that was found among the inputs and is not read, with the reason."""
 
     path: str
     reason: str
@@ -43,18 +43,19 @@ class SkippedInput:
 
 
 def expand_inputs(patterns: Sequence[str]) -> list[InputPath]:
-    """The files that are named, see `find_inputs`; what is left out is logged."""
+    """Return the input files, see `find_inputs`, and log the skipped ones."""
     sources, skipped = find_inputs(patterns)
     log_skipped_inputs(skipped)
     return sources
 
 
 def find_inputs(patterns: Sequence[str]) -> tuple[list[InputPath], list[SkippedInput]]:
-    """(the files that are named, each once however often and by whatever path it is named, sorted by path; what is left out).
+    """Return (input files sorted by path, skipped inputs). Every file occurs once, even if several paths lead to it.
 
-    A pattern is a path, a glob, a folder (all files of known endings below it), `@LIST` (a file with one pattern a line), or any
-    of the first three in an object store. Links are followed. Refused: no match, an unknown ending, no access, a link that
-    leads nowhere or in a loop. Left out: hidden files and folders that no pattern names, and the second path to one file.
+    A pattern is a path, a glob, a folder (all files below it with a known ending), `@LIST` (a file with one pattern per
+    line), or one of the first three in an object store. Links are followed. Raises UsageError for a pattern without a match,
+    an unknown ending, a file that cannot be read, a dangling link or a loop of links. Skips hidden files and folders that no
+    pattern names, and the second path to a file.
     """
     found: dict[str | tuple[int, int], InputPath] = {}
     search = InputSearch(lambda path: kind_of(path) is not None)
@@ -68,35 +69,35 @@ def find_inputs(patterns: Sequence[str]) -> tuple[list[InputPath], list[SkippedI
 
 
 def log_skipped_inputs(skipped: Sequence[SkippedInput]) -> None:
-    """Say what is not read, and why."""
+    """Log the skipped inputs with their reasons."""
     for entry in skipped[:MOST_LOGGED]:
         logger.warning(
-            "not read: %s (%s%s)", visible(entry.path), f"{entry.num_files:,} files, " * (entry.num_files > 1), entry.reason
+            "skipped: %s (%s%s)", visible(entry.path), f"{entry.num_files:,} files, " * (entry.num_files > 1), entry.reason
         )
     if len(skipped) > MOST_LOGGED:
-        logger.warning("not read: %d more like these", len(skipped) - MOST_LOGGED)
+        logger.warning("skipped: %d more", len(skipped) - MOST_LOGGED)
 
 
 @dataclass(slots=True)
 class InputSearch:
-    """A walk to the inputs, and what was met on the way."""
+    """A search for input files, and the inputs that it skips."""
 
     is_wanted: Callable[[str], bool]
-    """Of a path: whether its ending is known."""
+    """Returns True if the ending of a path is known."""
     skipped: dict[str, SkippedInput] = field(default_factory=dict)
     """By path."""
     others: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Files of unknown endings, by folder that was named and ending."""
+    """Number of files with an unknown ending, by input folder and ending."""
     _folders: dict[str, str] = field(default_factory=dict)
-    """Path of each folder that was read, by its real path."""
+    """Path under which each folder was read, by its real path."""
 
     def skip(self, path: str, reason: str) -> None:
-        """Enter something that is not read; a name that is not UTF-8 is escaped."""
+        """Record a skipped input. A name that is not UTF-8 is escaped."""
         path = printable(path)
         self.skipped.setdefault(path, SkippedInput(path, reason))
 
     def all_skipped(self) -> list[SkippedInput]:
-        """Return what is not read, the last entry for all beyond MOST_LISTED."""
+        """Return the skipped inputs: at most MOST_LISTED one by one, the rest in one entry, then the unknown endings."""
         entries = list(self.skipped.values())
         rest = len(entries) - MOST_LISTED
         more = [SkippedInput("...", "more of these kinds", rest)] if rest > 0 else []
@@ -106,11 +107,11 @@ class InputSearch:
         return [*entries[:MOST_LISTED], *more, *others]
 
     def files(self, folder: str) -> Iterator[str]:
-        """The files of known endings below a folder that was named, in order."""
+        """Yield the files with a known ending below an input folder, in order."""
         yield from self._files(folder, {os.path.realpath(folder)}, folder)
 
     def was_read_before(self, folder: str) -> bool:
-        """Return whether a folder was read by another path."""
+        """Return True if the folder was read under another path."""
         before = self._folders.get(os.path.realpath(folder), folder)
         return os.path.normpath(before) != os.path.normpath(folder)
 
@@ -126,7 +127,7 @@ class InputSearch:
             kinds = [(entry, entry.is_dir()) for entry in entries]
         except OSError as error:
             raise UsageError(
-                f"input {error.filename or folder} cannot be read ({error.strerror}); change its permissions or leave it out"
+                f"input {error.filename or folder} cannot be read ({error.strerror}); change its permissions or omit it"
             ) from error
         for entry, is_folder in kinds:
             if entry.name.startswith("."):
@@ -141,14 +142,14 @@ class InputSearch:
                 self.others[printable(root), printable(os.path.splitext(entry.name)[1])] += is_new
 
     def matches(self, pattern: str) -> list[str]:
-        """The files and folders of a glob, sorted; hidden ones are left out, as a shell does."""
-        if "**" in pattern:  # glob itself would follow loops, and pass over what it cannot read
+        """Return the files and folders of a glob, sorted, without hidden ones, as a shell does."""
+        if "**" in pattern:  # glob itself follows loops, and ignores folders that it cannot read
             base = os.path.dirname(pattern[: pattern.index("**")])
             self._look_through(base or ".", os.path.basename(pattern))
         for folder in glob.glob(os.path.dirname(pattern), recursive=True):
             _check_is_there(folder)
             if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
-                raise UsageError(f"input {folder} cannot be read; change its permissions or leave it out of --input")
+                raise UsageError(f"input {folder} cannot be read; change its permissions or remove it from --input")
         found = glob.glob(pattern, recursive=True)
         if "**" not in pattern:
             for path in set(glob.glob(pattern, include_hidden=True)) - set(found):
@@ -168,20 +169,22 @@ class InputSearch:
 
 
 def _below(entry: "os.DirEntry[str]", above: set[str]) -> str:
-    """The real path of a folder; refused when it is one of those `above` it."""
+    """Return the real path of a folder. Raises UsageError if it is one of the folders `above` the entry."""
     real = os.path.realpath(entry.path)
     if real in above:
         raise UsageError(
-            f"input {entry.path} is a link to a folder above it, {real}: a loop; remove the link, or name the files"
+            f"input {entry.path} is a link to {real}, a folder above it: a loop; remove the link, or name the files"
         )
     return real
 
 
 def _check_is_there(path: str) -> None:
-    """Refuse a link that leads nowhere: what it led to, a folder of texts perhaps, would be left out."""
+    """Refuse a dangling link: its target, perhaps a folder of texts, would be missing without a word."""
     if os.path.islink(path) and not os.path.exists(path):
         target = printable(os.readlink(path))
-        raise UsageError(f"input {printable(path)} is a link to {target}, which does not exist; fetch that, or remove the link")
+        raise UsageError(
+            f"input {printable(path)} is a link to {target}, which does not exist; restore the target, or remove the link"
+        )
 
 
 def _listed(patterns: Sequence[str]) -> Iterator[str]:
@@ -192,22 +195,22 @@ def _listed(patterns: Sequence[str]) -> Iterator[str]:
         try:
             lines = Path(pattern[1:]).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"input list {pattern[1:]} cannot be read ({error}); give @FILE with one path a line") from error
+            raise UsageError(f"input list {pattern[1:]} cannot be read ({error}); give @FILE with one path per line") from error
         named = [line.strip() for line in lines if line.strip()]
         if not named:
-            raise UsageError(f"input list {pattern[1:]} names nothing; give @FILE with one path a line")
+            raise UsageError(f"input list {pattern[1:]} is empty; give @FILE with one path per line")
         yield from map(_plain, named)
 
 
 def _plain(pattern: str) -> str:
-    """A pattern of the local disk without its protocol."""
+    """Return a pattern of the local disk without its protocol, any other pattern unchanged."""
     if pattern.split("://")[0] in ("file", "local") and is_remote(pattern):
         return str(remote_file_system(pattern)._strip_protocol(pattern))
     return pattern
 
 
 def _identity(path: str) -> str | tuple[int, int]:
-    """Equal for two paths of one file."""
+    """Return a key that is equal for all paths of one file."""
     if is_remote(path):
         return path
     state = os.stat(path)
@@ -217,7 +220,7 @@ def _identity(path: str) -> str | tuple[int, int]:
 def _expand_local(pattern: str, search: InputSearch) -> Iterator[InputPath]:
     matches = [pattern] if os.path.lexists(pattern) else search.matches(pattern)
     if not matches:
-        hidden = "; hidden files are read only where their path is given" if search.skipped else ""
+        hidden = "; hidden files are read only if their path is given" if search.skipped else ""
         raise UsageError(f"input {pattern} does not exist or matches no file; check --input{hidden}")
     for match in matches:
         if os.path.isdir(match):
@@ -226,7 +229,7 @@ def _expand_local(pattern: str, search: InputSearch) -> Iterator[InputPath]:
                 inside = True
                 yield _local(path)
             if not inside and not search.was_read_before(match):
-                raise UsageError(f"input {match} is a folder without a file of a known ending; expected {SUPPORTED}")
+                raise UsageError(f"input {match} is a folder without a file of a known format; expected {SUPPORTED}")
         else:
             yield _local(match)
 
@@ -237,26 +240,28 @@ def _local(path: str) -> InputPath:
     try:
         state = os.stat(path)
     except OSError as error:
-        raise UsageError(f"input {path} cannot be read ({error.strerror}); repair it or leave it out of --input") from error
+        raise UsageError(f"input {path} cannot be read ({error.strerror}); repair it or remove it from --input") from error
     if not stat.S_ISREG(state.st_mode):
-        raise UsageError(f"input {path} is no regular file: its size decides who reads what; write it to a file first")
+        raise UsageError(
+            f"input {path} is not a regular file, and work is divided by file size; write its content to a file first"
+        )
     if not os.access(path, os.R_OK):
-        raise UsageError(f"input {path} cannot be read; change its permissions or leave it out of --input")
+        raise UsageError(f"input {path} cannot be read; change its permissions or remove it from --input")
     return InputPath(path, state.st_size, str(state.st_mtime_ns))
 
 
 def _check_name(path: str) -> None:
-    """Refuse a name that is not UTF-8: no manifest could hold it."""
+    """Refuse a name that is not UTF-8, because no manifest could contain it."""
     try:
         path.encode()
     except UnicodeEncodeError:
         name = os.fsencode(path)
-        raise UsageError(f"input {name!r} has a name that is not UTF-8, which no manifest can hold; rename it") from None
+        raise UsageError(f"input {name!r} has a name that is not UTF-8, so no manifest can list it; rename it") from None
 
 
 def _check_ending(path: str) -> None:
     if kind_of(path) is None:
-        raise UsageError(f"input {path} has an ending that is not known; expected {SUPPORTED}")
+        raise UsageError(f"input {path} has an unknown ending; expected {SUPPORTED}")
 
 
 def _expand_remote(pattern: str, search: InputSearch) -> Iterator[InputPath]:
@@ -270,7 +275,7 @@ def _expand_remote(pattern: str, search: InputSearch) -> Iterator[InputPath]:
             entries = {str(system._strip_protocol(pattern)): system.info(pattern)}
     except FileNotFoundError:
         entries = {}
-    except Exception as error:  # each store has errors of its own: no credentials, no such bucket, no route
+    except Exception as error:  # each object store raises errors of its own: no credentials, no such bucket, no route
         raise UsageError(f"input {pattern} cannot be listed ({error}); check the address and the credentials") from error
     plain = str(system._strip_protocol(pattern))
     for name in [name for name in entries if _is_hidden(name, plain)]:
@@ -282,13 +287,13 @@ def _expand_remote(pattern: str, search: InputSearch) -> Iterator[InputPath]:
         path = system.unstrip_protocol(name)
         _check_ending(path)
         if entry.get("size") is None:
-            raise UsageError(f"input {path} has no size, which decides who reads what; download it first")
+            raise UsageError(f"input {path} has no size, and work is divided by file size; download it first")
         version = entry.get("ETag") or entry.get("etag") or entry.get("mtime") or entry.get("LastModified") or ""
         yield InputPath(path, int(entry["size"]), str(version))
 
 
 def _known(entries: dict[str, Any], folder: str, search: InputSearch) -> dict[str, Any]:
-    """Those with a known ending; the others are counted."""
+    """Return the entries with a known ending, and count the others."""
     for name in entries:
         if kind_of(name) is None and not name.endswith("/"):
             search.others[folder, os.path.splitext(name)[1]] += 1
@@ -296,13 +301,13 @@ def _known(entries: dict[str, Any], folder: str, search: InputSearch) -> dict[st
 
 
 def _is_hidden(path: str, pattern: str) -> bool:
-    """Return whether an object is hidden, or in a hidden folder, which the pattern does not name."""
+    """Return True if an object or a folder above it is hidden and the pattern does not name it."""
     named = pattern if not glob.has_magic(pattern) else re.split(r"[*?\[]", pattern)[0].rpartition("/")[0]
     return "/." in path.removeprefix(named) and "/." not in pattern.removeprefix(named)
 
 
 def _refuse_saved_datasets(paths: Iterable[str]) -> None:
-    """Raise UsageError where the files of an input are those of a folder of `datasets.save_to_disk`, descriptions included."""
+    """Raise UsageError if an input is a description file in a folder of `datasets.save_to_disk`."""
     for path in paths:
         folder, name = os.path.split(path)
         if name not in SAVED_DATASET:
@@ -316,6 +321,6 @@ def _refuse_saved_datasets(paths: Iterable[str]) -> None:
         else:
             continue
         raise UsageError(
-            f"input {folder or '.'} was written by save_to_disk of Hugging Face datasets, and {name} only describes it: its texts are"
-            f" in Arrow files; give --input {arrow}"
+            f"input {folder or '.'} was written by save_to_disk of Hugging Face datasets: its texts are in Arrow files, and {name}"
+            f" only describes them; give --input {arrow}"
         )

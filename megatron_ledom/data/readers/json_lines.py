@@ -1,7 +1,7 @@
-"""Lines of JSON that orjson refuses although their text is sound, and files of JSON that are not made of lines.
+"""Read JSON lines that orjson refuses although their text is valid, and recognize JSON files that are not lines.
 
-orjson is strict and fast; Python's `json.dumps` and pandas also write NaN and Infinity, and crawls hold lone surrogates, broken
-UTF-8, huge numbers and deep nesting in fields that nobody reads. Such a line is read once more by the standard library.
+orjson is fast and strict. Python's `json.dumps` and pandas also write NaN and Infinity, and crawls contain lone surrogates,
+invalid UTF-8, huge numbers and deep nesting in fields that nobody reads. The standard library parses such a line again.
 """
 
 import json
@@ -17,17 +17,17 @@ from megatron_ledom.data.readers.streams import BadRecordError
 from megatron_ledom.errors import DataError
 
 MOST_NESTED = 20_000
-"""Brackets within each other that are read; the standard library takes some 150 bytes of the stack for each."""
+"""Limit on nested brackets. The standard library takes about 150 bytes of the stack for each."""
 MOST_DIGITS = 4_000
-"""Of an integer that Python converts; a longer one becomes a Decimal."""
+"""Limit on the digits of an integer that Python converts; a longer one becomes a Decimal."""
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 ARRAY, OBJECT_OVER_LINES = re.compile(rb"\[\s*(\n|\{|$)"), re.compile(rb"\{[ \t\r]*\n")
 
 
 def loads_leniently(line: bytes, refusal: orjson.JSONDecodeError) -> Any:
-    """Return what the standard library makes of a line that orjson refused. Raises BadRecordError where it refuses it, too.
+    """Parse a line that orjson refused with the standard library. Raises BadRecordError if that fails, too.
 
-    A byte that is not UTF-8 becomes a lone surrogate: call `check_text` with the text.
+    A byte that is not UTF-8 becomes a lone surrogate, so call `check_text` with the text.
     """
     limit = sys.getrecursionlimit()
     sys.setrecursionlimit(MOST_NESTED)
@@ -47,12 +47,12 @@ def _integer(digits: str) -> int | Decimal:
 
 
 def check_text(text: str, line: bytes) -> None:
-    """Raise BadRecordError for a text of `loads_leniently` that is not Unicode."""
+    """Raise BadRecordError if a text from `loads_leniently` is not valid Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         _check_utf8(line)
-        surrogate = f"the text holds the lone surrogate {text[error.start]!r} at character {error.start}"
+        surrogate = f"the text contains the lone surrogate {text[error.start]!r} at character {error.start}"
         raise BadRecordError("malformed_json", f"malformed JSON ({surrogate})") from None
 
 
@@ -64,7 +64,7 @@ def _check_utf8(line: bytes) -> None:
 
 
 def check_is_lines(path: str, head: bytes, lines: Sequence[bytes]) -> None:
-    """Refuse a file that begins as a JSON array or as an object over several lines; head: its first bytes; lines: its first ones."""
+    """Raise DataError if a file begins with a JSON array or an object over several lines. head, lines: its beginning."""
     start = head.removeprefix(BYTE_ORDER_MARK).lstrip()
     is_over_lines = _is_over_lines(b"\n".join(lines).removeprefix(BYTE_ORDER_MARK).strip())
     if ARRAY.match(start) or (is_over_lines and start.startswith(b"[")):
@@ -74,12 +74,12 @@ def check_is_lines(path: str, head: bytes, lines: Sequence[bytes]) -> None:
     else:
         return
     raise DataError(
-        f"{path} holds {found}, expected one object a line; convert it, for example with: jq -c '{program}' {path} > NEW.jsonl"
+        f"{path} contains {found}, expected one object per line; convert it, for example with: jq -c '{program}' {path} > NEW.jsonl"
     )
 
 
 def _is_over_lines(content: bytes) -> bool:
-    """Return whether the first value of some whole lines ends on a later line than it begins, or goes on behind all of them."""
+    """Return True if the first JSON value of some whole lines does not end on its first line."""
     first, newline, _ = content.partition(b"\n")
     if not newline or not first.startswith((b"{", b"[")):
         return False

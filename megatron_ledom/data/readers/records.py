@@ -1,6 +1,6 @@
-"""Byte ranges of files to texts: JSON lines, tables, web archives and plain text, in bounded memory, every bad record named.
+"""Read the texts of byte ranges of files: JSON lines, tables, web archives and plain text, in bounded memory.
 
-Text is always text order here. Everything in this file runs inside a worker.
+Every bad record is named. Texts are in text order. All of this runs inside a worker.
 """
 
 from collections import Counter
@@ -26,46 +26,46 @@ from megatron_ledom.data.shards.shard import InputFile
 from megatron_ledom.errors import DataError
 
 BATCH_BYTES = 1 << 20
-MAX_MESSAGES = 10  # bad records of a byte range that are described one by one
+MAX_MESSAGES = 10  # limit on the bad records of a byte range that are described one by one
 OnError = Literal["fail", "skip"]
 
 
 @dataclass(slots=True, kw_only=True)
 class ReadSettings:
-    """How records are read."""
+    """Settings of reading records."""
 
     text_key: str = "text"
-    """JSON key or column of the text; `a.b` is key b of the object at key a, unless there is a key with that name."""
+    """JSON key or column of the text. `a.b` is key b of the object at key a, unless a key is named `a.b`."""
     template: TextTemplate | None = None
-    """Joins the texts of several keys, in place of the text at `text_key`."""
+    """Joins the texts of several keys. Replaces `text_key`."""
     on_error: OnError = "fail"
     batch_bytes: int = BATCH_BYTES
     max_record_bytes: int = MAX_RECORD_BYTES
-    """A longer record is a bad one; it is never held in memory."""
+    """A longer record counts as bad, and is never in memory as a whole."""
     keep_records: bool = False
-    """Whether a batch has the records beside the texts, for a filter."""
+    """If true, batches contain the whole records too, for a filter."""
 
 
 @dataclass(slots=True)
 class TextBatch:
-    """Texts that follow each other in a file."""
+    """Consecutive texts of a file."""
 
     texts: list[str] = field(default_factory=list)
     records: list[Mapping[str, Any]] = field(default_factory=list)
-    """The texts' whole records, if they are kept; {text_key: text} where there is nothing else."""
-    places: list[tuple["RecordReader", int | str]] = field(default_factory=list)
-    """Where each text was read, see `RecordReader.name`: a record may be found to be a bad one after it was read."""
+    """The whole record of each text, if `keep_records` is set; {text_key: text} in formats without other fields."""
+    origins: list[tuple["RecordReader", int | str]] = field(default_factory=list)
+    """Position of each text, see `RecordReader.name`. A later step may find that the record is bad, and then reports it."""
     position: int = 0
-    """Bytes of the byte range read up to here."""
+    """Bytes of the byte range read so far."""
 
     def of(self, indices: Sequence[int]) -> "TextBatch":
-        """Return the batch of some of its texts."""
+        """Return a batch of the texts at `indices`."""
         if len(indices) == len(self.texts):
             return self
         return TextBatch(
             texts=[self.texts[index] for index in indices],
             records=[self.records[index] for index in indices] if self.records else [],
-            places=[self.places[index] for index in indices],
+            origins=[self.origins[index] for index in indices],
             position=self.position,
         )
 
@@ -77,9 +77,9 @@ def read_texts(
     read: ReadSettings | None = None,
     skipped: Counter[str] | None = None,
 ) -> Iterator[str]:
-    """All texts of some files, one after the other, as `read` says, else those at `text_key`.
+    """Yield all texts of some files in order, read with the settings `read`, or else from `text_key`.
 
-    A bad record raises DataError; with `on_error="skip"` it is counted by reason in `skipped`.
+    Raises DataError for a bad record. With `on_error="skip"` it is counted in `skipped` by its reason instead.
     """
     for source in sources:
         reader = RecordReader(ByteRange(source, 0, source.num_bytes), read or ReadSettings(text_key=text_key))
@@ -90,7 +90,7 @@ def read_texts(
 
 
 class RecordReader:
-    """Reads one byte range; what was skipped and the byte range's hash are known afterwards."""
+    """Reader of one byte range. After the last batch it also has the skipped records and the hash of the bytes."""
 
     def __init__(self, byte_range: ByteRange, settings: ReadSettings) -> None:
         self.byte_range = byte_range
@@ -102,7 +102,7 @@ class RecordReader:
         self._line_reader: LineReader | None = None
 
     def batches(self) -> Iterator[TextBatch]:
-        """The texts of the byte range in order. A bad record raises DataError, or is counted and left out."""
+        """Yield the texts of the byte range in order. A bad record raises DataError, or is counted and skipped."""
         kind = self.byte_range.source.kind
         if kind == "lines":
             yield from self._lines()
@@ -112,7 +112,7 @@ class RecordReader:
             yield from self._texts(kind)
 
     def record(self) -> InputFile:
-        """Return what the manifest says of the byte range; call it after the last batch."""
+        """Return the entry of the byte range in the manifest. Call after the last batch."""
         byte_range, progress = self.byte_range, self._progress
         return InputFile(
             path=byte_range.source.path,
@@ -144,28 +144,28 @@ class RecordReader:
                     self._reject(bad, number)
             yield batch
 
-    def name(self, place: int | str) -> str:
-        """Return where a record is, for people. A line's number becomes FILE:LINE, exactly if a bad record ends the run."""
-        if isinstance(place, str) or self._line_reader is None:
-            return str(place)
-        return self._line_reader.name_line(place, exactly=self.settings.on_error == "fail")
+    def name(self, origin: int | str) -> str:
+        """Return the position of a record for messages: FILE:LINE for a line. It is exact if a bad record ends the run."""
+        if isinstance(origin, str) or self._line_reader is None:
+            return str(origin)
+        return self._line_reader.name_line(origin, exactly=self.settings.on_error == "fail")
 
-    def _add(self, batch: TextBatch, text: str, record: Mapping[str, Any], place: int | str) -> None:
+    def _add(self, batch: TextBatch, text: str, record: Mapping[str, Any], origin: int | str) -> None:
         batch.texts.append(text)
-        batch.places.append((self, place))
+        batch.origins.append((self, origin))
         if self.settings.keep_records:
             batch.records.append(record)
 
-    def _reject(self, bad: BadRecordError, place: int | str) -> None:
-        self.reject(bad, place, self.skipped, self.messages)
+    def _reject(self, bad: BadRecordError, origin: int | str) -> None:
+        self.reject(bad, origin, self.skipped, self.messages)
 
-    def reject(self, bad: BadRecordError, place: int | str, skipped: Counter[str], messages: list[str]) -> None:
-        """Raise DataError for a bad record; or enter it into the counts, and the first ones into the messages."""
+    def reject(self, bad: BadRecordError, origin: int | str, skipped: Counter[str], messages: list[str]) -> None:
+        """Raise DataError for a bad record. With --on-error skip count it, and describe the first ones in `messages`."""
         if self.settings.on_error == "fail":
-            raise DataError(f"{self.name(place)}: {bad}; repair it, or leave such records out with --on-error skip") from bad
+            raise DataError(f"{self.name(origin)}: {bad}; repair it, or skip such records with --on-error skip") from bad
         skipped[bad.reason] += 1
         if len(messages) < MAX_MESSAGES:
-            messages.append(f"{self.name(place)}: {bad}")
+            messages.append(f"{self.name(origin)}: {bad}")
 
     def _whole_file(self) -> Iterator[TextBatch]:
         source = self.byte_range.source
@@ -190,13 +190,13 @@ class RecordReader:
         for rows in self._rows(kind):
             batch = TextBatch(position=rows.position)
             for number, content in enumerate(rows.texts):
-                place = f"{self.byte_range.source.path}: {rows.unit} {rows.first + number + 1}"
+                origin = f"{self.byte_range.source.path}: {rows.unit} {rows.first + number + 1}"
                 try:
                     text, record = self._row(content, rows.records[number] if rows.records else None)
                 except BadRecordError as bad:
-                    self._reject(bad, place)
+                    self._reject(bad, origin)
                     continue
-                self._add(batch, text, record, place)
+                self._add(batch, text, record, origin)
             yield batch
 
     def _rows(self, kind: Literal["parquet", "arrow", "warc"]) -> Iterator[tables.Rows]:
@@ -217,9 +217,9 @@ class RecordReader:
     def _row(
         self, content: bytes | BadRecordError | None, record: Mapping[str, Any] | BadRecordError | None
     ) -> tuple[str, Mapping[str, Any]]:
-        """Return text and record of a row of a table; content: of the text key, or of the template's first one."""
+        """Return (text, record) of a table row. content: the value at the text key, or at the first key of the template."""
         for part in (content, record):
-            if isinstance(part, BadRecordError):  # raised anew: its traceback would keep it, and the row, alive
+            if isinstance(part, BadRecordError):  # a new error: the traceback of the old one would keep the row in memory
                 raise BadRecordError(part.reason, str(part))
         assert not isinstance(content, BadRecordError)
         assert not isinstance(record, BadRecordError)
@@ -233,25 +233,23 @@ class RecordReader:
 
 
 def option_to_check(template: TextTemplate | None, text_key: str, reasons: Collection[str]) -> str:
-    """Return what to do where nothing was left of an input; reasons: those of its bad records."""
+    """Return advice for an input without a single good text. reasons: those of its bad records."""
     if not {"missing_text_key", "text_is_not_a_string"} & set(reasons):
         return "check --input"
     if template is None:
-        return f"check --text-key {text_key}: it names no text of these records"
-    return f"check the keys of --text-template {template.template!r}: these records lack one of them, or it is no text"
+        return f"check --text-key {text_key}: these records have no text at that key"
+    return f"check the keys of --text-template {template.template!r}: these records lack one of them, or it is not a text"
 
 
 def _text_of_line(line: bytes, settings: ReadSettings) -> tuple[str, Mapping[str, Any]]:
     is_strict = True
     try:
         record = orjson.loads(line)
-    except orjson.JSONDecodeError as error:  # perhaps for another key
+    except orjson.JSONDecodeError as error:  # the mistake may be at another key
         is_strict, record = False, loads_leniently(line, error)
     if not isinstance(record, dict):
         keys = settings.text_key if settings.template is None else ", ".join(settings.template.fields)
-        raise BadRecordError(
-            "not_an_object", f"a JSON {type(record).__name__} where an object with the key {keys!r} was expected"
-        )
+        raise BadRecordError("not_an_object", f"found a JSON {type(record).__name__}, expected an object with the key {keys!r}")
     text = _text_of(record, settings)
     if not is_strict:
         check_text(text, line)
@@ -259,7 +257,7 @@ def _text_of_line(line: bytes, settings: ReadSettings) -> tuple[str, Mapping[str
 
 
 def _text_of(record: Mapping[str, Any], settings: ReadSettings) -> str:
-    """The text of a record: that of its text key, or its template filled in."""
+    """Return the text of a record: the value at its text key, or the filled-in template."""
     if settings.template is None:
         return _string_at(record, settings.text_key, "--text-key")
     text = settings.template.render(lambda key: _string_at(record, key, "--text-template"))
@@ -276,7 +274,7 @@ def _string_at(record: Mapping[str, Any], key: str, option: str) -> str:
     if isinstance(text, bytes):  # a binary column of a table
         return _decoded(text)
     if not isinstance(text, str):
-        raise BadRecordError("text_is_not_a_string", f"key {key!r} holds {type(text).__name__}, not a string")
+        raise BadRecordError("text_is_not_a_string", f"key {key!r} has type {type(text).__name__}, expected a string")
     return text
 
 

@@ -1,4 +1,4 @@
-"""Bytes of input files: opened locally or in an object store, decompressed, and cut into blocks of whole lines."""
+"""Read bytes of input files, from the disk or an object store: decompress them and cut them into blocks of whole lines."""
 
 import bz2
 import contextlib
@@ -13,17 +13,17 @@ from typing import Any, BinaryIO
 from megatron_ledom.data.readers.byte_ranges import COMPRESSED_BLOCK, ByteRange, InputPath
 from megatron_ledom.errors import DataError, UsageError
 
-READ_BYTES = 1 << 20  # larger blocks come from the system anew each time, a page fault for every 4 KB
+READ_BYTES = 1 << 20  # for larger blocks the system allocates new pages every time, 4 KB by 4 KB
 REMOTE_READ_BYTES = 8 << 20  # one request to an object store
 MAX_RECORD_BYTES = 256 << 20
 HEAD_BYTES = 256
-"""Of a byte range's start that are kept, to see what a file is."""
+"""Bytes at the start of a byte range that are kept, to recognize the format of the file."""
 NAMED_LINES_BYTES = 256 << 20
-"""Up to here a line that is skipped is named by its number, which takes reading what is before it."""
+"""Up to this position a skipped line is named by its number, which requires reading the file up to the line."""
 DECOMPRESSED_AT_ONCE = 1 << 10
-"""Compressed bytes a decompressor is given at once: zst makes 32 MB of them at most, gz 1 MB."""
+"""Compressed bytes that a decompressor gets at a time. They become at most 32 MB with zst, and 1 MB with gz."""
 DECOMPRESSED_AT_MOST = 1 << 22
-"""What is taken at once from a decompressor that can stop: 3 KB of bz2 can become all of it."""
+"""Limit on the bytes taken at a time from a decompressor that can stop. 3 KB of bz2 can become that much."""
 
 MAGIC = {
     b"\x1f\x8b": "gz",
@@ -36,7 +36,7 @@ MAGIC = {
 
 
 class BadRecordError(Exception):
-    """One record that cannot be used; `reason` is its name in the counts."""
+    """A record that cannot be used. `reason` is its key in the counts."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -44,44 +44,44 @@ class BadRecordError(Exception):
 
 
 def too_large(size: int, limit: int) -> BadRecordError:
-    """Return the error of a record above the limit of bytes."""
+    """Return the error for a record of more than `limit` bytes."""
     message = f"a record of {size:,} bytes, more than the limit of {limit:,} (--max-record-bytes)"
     return BadRecordError("too_large", message)
 
 
 @dataclass(slots=True)
 class LineBlock:
-    """Whole lines that follow each other in a file, or one line that was too long to keep."""
+    """Consecutive whole lines of a file, or one line that was too long to keep."""
 
     lines: list[bytes]
-    """Without the line breaks; an empty one stands for what is behind the last of them."""
+    """Without line breaks. The last one is empty if the block ends with a line break."""
     first: int
-    """Number of the first line among those of the byte range, from 0."""
+    """Number of the first line within the byte range, from 0."""
     is_first_of_file: bool = False
     too_long: int | None = None
-    """Bytes of the line that is left out; there are no others then."""
+    """Length in bytes of the one skipped line; the block then contains no other line."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """State of a byte range's reader on the way: bytes read, and the hash of them."""
+    """Number and hash of the bytes of a byte range that were read so far."""
 
     num_bytes: int = 0
     digest: Any = field(default_factory=hashlib.sha256)
 
     def count(self, content: bytes | memoryview) -> None:
-        """Enter bytes of the byte range."""
+        """Add bytes of the byte range."""
         self.num_bytes += len(content)
         self.digest.update(content)
 
 
 def is_remote(path: str) -> bool:
-    """Return whether a path names an object store or another file system of fsspec."""
+    """Return True if a path is in an object store or another file system of fsspec."""
     return "://" in path
 
 
 def remote_file_system(path: str) -> Any:
-    """The fsspec file system of a URL. Raises UsageError when its package is missing."""
+    """Return the fsspec file system of a URL. Raises UsageError if its package is missing."""
     import fsspec
 
     protocol = path.split("://")[0]
@@ -93,9 +93,9 @@ def remote_file_system(path: str) -> Any:
 
 @contextlib.contextmanager
 def opened(source: InputPath, read_bytes: int = REMOTE_READ_BYTES) -> Iterator[BinaryIO]:
-    """The file, open for reading bytes, from an object store `read_bytes` a request.
+    """Open a file for reading bytes. `read_bytes` is the size of one request to an object store.
 
-    An OSError of reading becomes a DataError that names the file, as does a file that is another one than when the run began.
+    Raises DataError with the name of the file if it cannot be read or has changed since the run began.
     """
     try:
         if is_remote(source.path):
@@ -111,11 +111,13 @@ def opened(source: InputPath, read_bytes: int = REMOTE_READ_BYTES) -> Iterator[B
                 yield local
                 _check_unchanged(source)
     except OSError as error:
-        raise DataError(f"{source.path} cannot be read ({error.strerror or error}); check the disk, or leave it out") from error
+        raise DataError(
+            f"{source.path} cannot be read ({error.strerror or error}); check the disk, or omit the file"
+        ) from error
 
 
 def _check_unchanged(source: InputPath) -> None:
-    """Refuse a file that was replaced or written to: parts of its old and of its new content would be stored as one corpus."""
+    """Refuse a file that was replaced or written to, because the corpus would mix its old and its new content."""
     state = os.stat(source.path)
     if state.st_size != source.num_bytes:
         raise _changed(source, f"ends at byte {state.st_size:,}, it had {source.num_bytes:,} when this run began")
@@ -125,12 +127,12 @@ def _check_unchanged(source: InputPath) -> None:
 
 def _changed(source: InputPath, found: str) -> DataError:
     return DataError(
-        f"{source.path} {found}: something else changes it; wait until it is complete, then start over with --overwrite"
+        f"{source.path} {found}: another program changes it; wait until it is complete, then start over with --overwrite"
     )
 
 
 def raw_blocks(source: InputPath, start: int, end: int, size: int = READ_BYTES) -> Iterator[bytes]:
-    """Bytes [start, end) of a file as it is stored, in blocks that end at multiples of `size` after `start`."""
+    """Yield bytes [start, end) of a file as it is stored, in blocks that end at multiples of `size` after `start`."""
     with opened(source, min(size, end - start)) as stream:
         if start:
             stream.seek(start)
@@ -144,7 +146,7 @@ def raw_blocks(source: InputPath, start: int, end: int, size: int = READ_BYTES) 
 
 
 def _read_exactly(stream: BinaryIO, size: int) -> bytes:
-    """`size` bytes, fewer at the end of the file only: a pipe or a network gives what it has."""
+    """Return `size` bytes, fewer only at the end of the file. One read of a pipe or a network may return less."""
     block = stream.read(size)
     if len(block) == size or not block:
         return block
@@ -155,7 +157,7 @@ def _read_exactly(stream: BinaryIO, size: int) -> bytes:
 
 
 def _decompressor(compression: str) -> tuple[Callable[[], Any], tuple[type[Exception], ...]]:
-    """How to start a decompressor, and what it raises on damage."""
+    """Return (function that makes a decompressor, errors that it raises for damaged data)."""
     if compression == "gz":
         from isal import isal_zlib
 
@@ -171,7 +173,7 @@ def _decompressor(compression: str) -> tuple[Callable[[], Any], tuple[type[Excep
 
 
 def _contents(source: InputPath, decompressor: Any, block: bytes, failures: tuple[type[Exception], ...]) -> Iterator[bytes]:
-    """Yield what a block decompresses to, in pieces where the decompressor can stop."""
+    """Yield the decompressed content of a block, in pieces if the decompressor can stop."""
     try:
         if not hasattr(decompressor, "needs_input"):
             yield decompressor.decompress(block)
@@ -180,13 +182,13 @@ def _contents(source: InputPath, decompressor: Any, block: bytes, failures: tupl
         while not (decompressor.eof or decompressor.needs_input):
             yield decompressor.decompress(b"", DECOMPRESSED_AT_MOST)
     except failures as error:
-        raise DataError(f"{source.path} is damaged ({error}){_true_kind(source)}; fetch it again, or leave it out") from error
+        raise DataError(f"{source.path} is damaged ({error}){_true_kind(source)}; download it again, or omit it") from error
 
 
 def decompressed_blocks(source: InputPath, blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
-    """(position of the stored block, what it decompresses to) for a file of one or more members or frames.
+    """Yield (position of the stored block, decompressed content) for a file of one or more members or frames.
 
-    A file that ends too early is an error, not an end.
+    Raises DataError if the compressed data is truncated.
     """
     start, failures = _decompressor(source.compression)
     decompressor = None
@@ -201,7 +203,7 @@ def decompressed_blocks(source: InputPath, blocks: Iterator[bytes]) -> Iterator[
                 decompressor = None if decompressor.eof else decompressor
         position += len(stored)
     if decompressor is not None:
-        raise DataError(f"{source.path} is truncated: its compressed data ends too early; fetch it again, or leave it out")
+        raise DataError(f"{source.path} is truncated: its compressed data ends too early; download it again, or omit it")
 
 
 def _kind_of(head: bytes) -> str | None:
@@ -209,7 +211,7 @@ def _kind_of(head: bytes) -> str | None:
 
 
 def _true_kind(source: InputPath) -> str:
-    """Return what a file's first bytes say it is, if that is not what its ending says."""
+    """Return a remark on the true format of a file, by its first bytes; empty if that is the format of its ending."""
     head = next(raw_blocks(source, 0, min(8, source.num_bytes)), b"")
     kind = _kind_of(head)
     if kind == source.compression:
@@ -218,18 +220,18 @@ def _true_kind(source: InputPath) -> str:
 
 
 def plain_blocks(source: InputPath, start: int, end: int, size: int = READ_BYTES) -> Iterator[bytes]:
-    """The same as `raw_blocks` for a file that is not compressed; one that is, against its ending, is refused."""
+    """Yield the blocks of `raw_blocks`. Raises DataError if the file is compressed although its ending is not."""
     for number, block in enumerate(raw_blocks(source, start, end, size)):
         if number == 0 and start == 0 and (kind := _kind_of(block)):
-            raise DataError(f"{source.path} is not what its ending says: it begins like .{kind}; rename it, or leave it out")
+            raise DataError(f"{source.path} does not match its ending: it begins like .{kind}; rename it, or omit it")
         yield block
 
 
 def marked_blocks(byte_range: ByteRange, progress: Progress) -> Iterator[tuple[int, bytes]]:
-    """(mark, bytes) of a file from before a byte range to its end: marks are positions in the stored file.
+    """Yield (mark, bytes) of a file from before a byte range to the end of the file. Marks are positions in the stored file.
 
-    Blocks with a mark in [start, end) are the byte range's own. One earlier block at least is given, where there is one, so that
-    it can be seen whether the byte range begins with a new line.
+    Blocks with a mark in [start, end) belong to the byte range. The generator begins at least one block earlier, if there is
+    one, so that the caller sees if the byte range begins with a new line.
     """
     source = byte_range.source
     if source.compression:
@@ -249,9 +251,9 @@ def marked_blocks(byte_range: ByteRange, progress: Progress) -> Iterator[tuple[i
 
 
 def whole_file(byte_range: ByteRange, progress: Progress, *, refuse_compressed: bool = False) -> Iterator[bytes]:
-    """Yield the plain bytes of the file of a byte range, which is all of it.
+    """Yield the decompressed bytes of a byte range that is a whole file.
 
-    With `refuse_compressed` one that is compressed against its ending is refused, see `plain_blocks`.
+    With `refuse_compressed` a file that is compressed although its ending is not raises DataError, see `plain_blocks`.
     """
     if byte_range.source.compression:
         yield from (content for _, content in decompressed_blocks(byte_range.source, _counted(byte_range, progress)))
@@ -269,7 +271,7 @@ def _counted(byte_range: ByteRange, progress: Progress, read: Callable[..., Iter
 
 
 class LineReader:
-    """Cuts the blocks around a byte range into blocks of whole lines, those that begin in the byte range."""
+    """Reader of the lines that begin in a byte range, as blocks of whole lines."""
 
     def __init__(self, byte_range: ByteRange, batch_bytes: int, max_record_bytes: int = MAX_RECORD_BYTES) -> None:
         self.byte_range = byte_range
@@ -277,17 +279,17 @@ class LineReader:
         self._batch_bytes = batch_bytes
         self._max_record_bytes = max_record_bytes
         self.head = b""
-        """The first bytes of the byte range, also where they are of a line that is too long to keep."""
+        """The first bytes of the byte range, even of a line that is too long to keep."""
         self._pending = bytearray()
         self._searched = 0
         self._num_lines = 0
         self._dropped = 0
-        """Bytes of a line that is too long, so far; 0 outside of one."""
+        """Bytes read so far of a line that is too long; 0 outside of such a line."""
         self._before: int | None = None
-        """Lines of the file before the byte range, once they were counted."""
+        """Number of lines before the byte range; None until they are counted."""
 
     def blocks(self) -> Iterator[LineBlock]:
-        """The lines, about `batch_bytes` at a time, in bounded memory whatever the length of a line."""
+        """Yield the lines, about `batch_bytes` at a time. Memory is bounded even for very long lines."""
         at_line_start = True
         for mark, content in marked_blocks(self.byte_range, self.progress):
             if mark < self.byte_range.start:
@@ -318,7 +320,7 @@ class LineReader:
             if len(self._pending) < self._batch_bytes:
                 continue
             cut = self._pending.rfind(b"\n", self._searched) + 1
-            self._searched = len(self._pending)  # a line longer than a batch is searched once
+            self._searched = len(self._pending)  # so that a line longer than a batch is searched only once
             if cut:
                 yield self._cut(cut)
             elif len(self._pending) > self._max_record_bytes:
@@ -339,7 +341,7 @@ class LineReader:
         return LineBlock(content.split(b"\n"), self._num_lines, is_first, too_long)
 
     def _drop(self) -> Iterator[LineBlock]:
-        """Go on with a line that is too long: nothing of it is kept but its length."""
+        """Skip the next bytes of a line that is too long, and count them."""
         end = self._pending.find(b"\n") + 1
         self._dropped += end or len(self._pending)
         del self._pending[: end or len(self._pending)]
@@ -356,10 +358,10 @@ class LineReader:
             yield self._block(bytes(self._pending))
 
     def name_line(self, number: int, exactly: bool = True) -> str:
-        """Where line `number` of the byte range (from 0) is, for people: FILE:LINE.
+        """Return FILE:LINE for line `number` (from 0) of the byte range, for messages.
 
-        That takes reading, once, what is before the byte range; unless it is asked for exactly, a line far into a file or in an
-        object store is named by its place in the byte range.
+        This reads the file before the byte range, once. If not `exactly`, a line far into a file or in an object store is
+        named by its position in the byte range instead.
         """
         source, start = self.byte_range.source, self.byte_range.start
         if not exactly and start and (start > NAMED_LINES_BYTES or is_remote(source.path)):
@@ -369,7 +371,7 @@ class LineReader:
         return f"{source.path}:{self._before + number + 1}"
 
     def _lines_before(self) -> int:
-        """Lines that begin before the byte range: those that end before it, and one that reaches into it."""
+        """Return the number of lines that begin before the byte range, with one that continues into it."""
         if not self.byte_range.start:
             return 0
         before, last = 0, b""

@@ -1,7 +1,7 @@
-"""Bounds on what small tables become in memory: stored bytes are few where values repeat, and each reader gives all of them.
+"""Limit the memory that tables take. A table with repeated values is small on disk and can be very large in memory.
 
-A page or record batch is decompressed whole, so one that is far larger than a record may be is refused. A dictionary gives a value
-again for each of its rows and for each entry of a list, so rows are taken by as few as fit what they become.
+A page or record batch is decompressed as a whole, so one that becomes far larger than a record may be is refused. A dictionary
+repeats a value for each row and for each entry of a list, so only as many rows are read at a time as fit into memory.
 """
 
 import struct
@@ -12,31 +12,31 @@ import numpy as np
 from numpy.typing import NDArray
 
 ALLOWED_BYTES = 64 << 20
-"""What a stored column or record batch may always become."""
+"""Size in memory that is always allowed for a stored column or record batch."""
 ALLOWED_RATIO = 100
-"""More than text compresses to: what unfolds further is no text, or repeats."""
+"""Allowed ratio of the sizes in memory and on disk. Text compresses less than that, unless it repeats itself."""
 ROWS = 256
-"""Rows that are taken apart at a time, at most."""
+"""Limit on the rows that are converted at a time."""
 ROWS_BYTES = 16 << 20
-"""What these become, about; pyarrow holds it several times over."""
+"""Approximate limit on the memory of these rows. pyarrow keeps several copies of them."""
 VALUE_BYTES = 8
-"""Of a number, and of a place in a list."""
+"""Size of a number, and of a position in a list."""
 RECORD_BATCH, DICTIONARY_BATCH = 3, 2
 """Kinds of Arrow messages (MessageHeader in format/Message.fbs)."""
 
 
 def is_too_large(stored_bytes: int, unfolded_bytes: int, max_record_bytes: int) -> bool:
-    """Return whether something stored is refused for what it becomes in memory."""
+    """Return True if a stored column or batch would take too much memory."""
     return unfolded_bytes > max(ALLOWED_BYTES, max_record_bytes) + ALLOWED_RATIO * stored_bytes
 
 
 def rows_at_once(longest_value: int) -> int:
-    """Return how many rows are taken apart together when a value has up to `longest_value` bytes."""
+    """Return the number of rows to convert at a time if a value has up to `longest_value` bytes."""
     return max(1, min(ROWS, ROWS_BYTES // max(1, longest_value)))
 
 
 def cuts(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
-    """Yield (begin, end) of consecutive rows to take apart together; sizes: bytes of each row. A row above the bound stands alone."""
+    """Yield (begin, end) of consecutive rows to convert together. sizes: bytes of each row. A row above the limit is alone."""
     total = np.concatenate([[0], np.cumsum(sizes)])
     begin = 0
     while begin < len(sizes):
@@ -47,7 +47,7 @@ def cuts(sizes: NDArray[np.int64]) -> Iterator[tuple[int, int]]:
 
 
 def longest_in_dictionaries(array: Any) -> int:
-    """Return the bytes of the longest value that an Arrow array, or a struct's fields, can repeat from dictionaries; lists apart."""
+    """Return the bytes of the longest value that an Arrow array or the fields of a struct repeat from dictionaries; 0 for lists."""
     from pyarrow import types
 
     if types.is_dictionary(array.type):
@@ -58,7 +58,7 @@ def longest_in_dictionaries(array: Any) -> int:
 
 
 def row_bytes(array: Any) -> NDArray[np.int64]:
-    """Return about how many bytes each row of an Arrow array becomes: a value counts wherever it is repeated, at any depth."""
+    """Return the approximate bytes in memory of each row of an Arrow array. A repeated value counts every time, at any depth."""
     from pyarrow import ExtensionType, types
 
     kind = array.type
@@ -80,13 +80,13 @@ def row_bytes(array: Any) -> NDArray[np.int64]:
 
 
 def _taken(sizes: NDArray[np.int64], indices: NDArray[Any]) -> NDArray[np.int64]:
-    """The sizes at some indices; -1: null."""
+    """Return the sizes at some indices; index -1 is a null and has size 0."""
     with_null: NDArray[np.int64] = np.append(sizes, np.int64(0))
     return with_null.take(indices)
 
 
 def _of_lists(array: Any) -> NDArray[np.int64]:
-    """Row bytes of lists of any kind and of maps: the sum of those of their values."""
+    """Return the row bytes of lists of any kind and of maps: the sum over their values."""
     from pyarrow import types
 
     kind = array.type
@@ -104,7 +104,7 @@ def _of_lists(array: Any) -> NDArray[np.int64]:
 
 
 def is_text(kind: Any) -> bool:
-    """Return whether an Arrow type is one of strings or of binary values."""
+    """Return True if an Arrow type is one of strings or binary values."""
     from pyarrow import types
 
     is_plain = types.is_string(kind) or types.is_large_string(kind) or types.is_binary(kind) or types.is_large_binary(kind)
@@ -112,7 +112,7 @@ def is_text(kind: Any) -> bool:
 
 
 def lengths_of(texts: Any) -> Any:
-    """Return the bytes of each text of an array of strings or of binary values, null for null."""
+    """Return the bytes of each text in an array of strings or binary values; null for a null."""
     import pyarrow
     from pyarrow import compute
 
@@ -122,7 +122,7 @@ def lengths_of(texts: Any) -> Any:
 
 
 def batch_sizes(source: Any) -> Iterator[tuple[int, int]]:
-    """Yield (stored bytes, bytes in memory) of each record batch or dictionary of an open Arrow stream; none if not compressed."""
+    """Yield (stored bytes, bytes in memory) of each compressed record batch or dictionary of an open Arrow stream."""
     from pyarrow import ipc
 
     for message in ipc.MessageReader.open_stream(source):
@@ -135,12 +135,12 @@ def batch_sizes(source: Any) -> Iterator[tuple[int, int]]:
         for offset, length in buffers:
             if length >= 8:
                 (size,) = struct.unpack_from("<q", message.body, offset)
-                unfolded += length if size < 0 else size  # -1: this one is stored as it is
+                unfolded += length if size < 0 else size  # -1: this buffer is not compressed
         yield message.body.size, unfolded
 
 
 def _compressed_buffers(metadata: bytes) -> list[tuple[int, int]] | None:
-    """(offset, length) of the buffers of a message's body, from its flatbuffer; None if they are not compressed."""
+    """Return (offset, length) of each buffer in the body of a message, from its flatbuffer; None if they are not compressed."""
     message = _Table(metadata, struct.unpack_from("<I", metadata)[0])
     kind = metadata[message.field(1)] if message.field(1) else 0
     if kind not in (RECORD_BATCH, DICTIONARY_BATCH):
@@ -156,23 +156,23 @@ def _compressed_buffers(metadata: bytes) -> list[tuple[int, int]] | None:
 
 
 class _Table:
-    """A table of a flatbuffer: fields by their number, 0 where a field is not there."""
+    """A table of a flatbuffer, with numbered fields."""
 
-    def __init__(self, content: bytes, place: int) -> None:
-        self._content, self._place = content, place
-        self._fields = place - struct.unpack_from("<i", content, place)[0]
+    def __init__(self, content: bytes, position: int) -> None:
+        self._content, self._position = content, position
+        self._fields = position - struct.unpack_from("<i", content, position)[0]
 
     def field(self, number: int) -> int:
-        """Return the place of a field, 0 if it has its default."""
+        """Return the position of a field, or 0 if it is absent and so has its default value."""
         (size,) = struct.unpack_from("<H", self._content, self._fields)
         entry = 4 + 2 * number
         offset = struct.unpack_from("<H", self._content, self._fields + entry)[0] if entry < size else 0
-        return self._place + offset if offset else 0
+        return self._position + offset if offset else 0
 
     def target(self, number: int) -> int:
-        """Return the place that a field points to."""
-        place = self.field(number)
-        return place + int(struct.unpack_from("<I", self._content, place)[0])
+        """Return the position that a field points to."""
+        position = self.field(number)
+        return position + int(struct.unpack_from("<I", self._content, position)[0])
 
     def table(self, number: int) -> "_Table":
         """Return the table that a field points to."""

@@ -1,4 +1,4 @@
-"""Texts of Parquet files and Arrow files: only the columns that are needed are read, a few rows at a time, in bounded memory."""
+"""Read the texts of Parquet and Arrow files: only the needed columns, a few rows at a time, in bounded memory."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,70 +23,68 @@ from megatron_ledom.data.readers.table_sizes import (
 from megatron_ledom.errors import DataError
 
 FOOTER_BYTES = 1 << 16
-"""The end of a table is what its hash is of: tables are not read from start to end."""
+"""Bytes at the end of a table that its hash covers, because tables are not read from start to end."""
 MAGIC_BYTES = 8
-"""What stands before the stream in an Arrow file, padded."""
+"""Bytes before the stream in an Arrow file, with padding."""
 
 
 @dataclass(slots=True)
 class Rows:
-    """Consecutive rows."""
+    """Consecutive rows of a table."""
 
     first: int
-    """Number of the first one in the file, from 0."""
+    """Number of the first row in the file, from 0."""
     texts: list[bytes | BadRecordError | None]
-    """UTF-8, as stored; None is a missing text."""
+    """UTF-8 as stored; None for a missing text."""
     records: list[Mapping[str, Any] | BadRecordError] = field(default_factory=list)
-    """The needed columns of the rows, if records were asked for."""
+    """The needed columns of each row, if `Request.with_records` is set."""
     position: int = 0
-    """Bytes of the byte range read up to here, about."""
+    """Approximate number of bytes of the byte range read so far."""
     unit: str = "row"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """The columns to read of a byte range, and how."""
+    """A byte range of a table, with the columns to read from it."""
 
     byte_range: ByteRange
     keys: tuple[str, ...]
-    """Keys of the texts; `a.b` is field b of column a. `Rows.texts` holds those of the first."""
+    """Keys of the texts; `a.b` is field b of column a. `Rows.texts` contains the texts of the first key."""
     option: str = "--text-key"
-    """The option that named the keys, for errors."""
+    """The option that gives the keys, for error messages."""
     with_records: bool = False
-    """Whether `Rows.records` is filled."""
+    """If true, fill `Rows.records`."""
     all_columns: bool = False
-    """Whether a record has all columns, as for a filter; else those of `keys`."""
+    """If true, a record has all columns, for a filter; else only those of `keys`."""
     max_record_bytes: int
 
     def columns(self, names: list[str]) -> list[str]:
-        """Return the columns to read, each once, of those that the table has."""
+        """Return the columns to read, each once. names: all columns of the table."""
         return list(dict.fromkeys(names if self.all_columns else [_top_column(names, key) for key in self.keys]))
 
     def check_row(self, num_bytes: int) -> BadRecordError | None:
-        """Return the error of a row that becomes far larger in memory than a record may be."""
+        """Return the error for a row that takes far more memory than a record may have, else None."""
         limit = max(ALLOWED_BYTES, self.max_record_bytes)
         if not self.with_records or num_bytes <= limit:
             return None
-        return BadRecordError(
-            "too_large", f"its columns become {num_bytes:,} bytes in memory, more than the limit of {limit:,}"
-        )
+        return BadRecordError("too_large", f"its columns take {num_bytes:,} bytes in memory, more than the limit of {limit:,}")
 
     def refuse_unfolding(self, where: str, stored: int, unfolded: int) -> None:
-        """Raise DataError for what is stored in few bytes and would take far more memory than a record may."""
+        """Raise DataError for a column or batch that is small on disk and would take far more memory than a record may."""
         if is_too_large(stored, unfolded, self.max_record_bytes):
             raise DataError(
-                f"{self.byte_range.source.path}: {where} of {stored:,} stored bytes becomes {unfolded:,} bytes in memory, far more"
-                f" than a record of {self.max_record_bytes:,} (--max-record-bytes); write it anew with fewer rows in a row group"
-                " or record batch, or leave it out"
+                f"{self.byte_range.source.path}: {where} of {stored:,} stored bytes takes {unfolded:,} bytes in memory, far more"
+                f" than a record of {self.max_record_bytes:,} (--max-record-bytes); write the file again with fewer rows per row"
+                " group or record batch, or omit it"
             )
 
 
 _Group = tuple[int, float, Any, str]
-"""(first row, share of the byte range that is done before it, rows, how rows are named)."""
+"""(first row, fraction of the byte range before it, rows, word for a row in messages)."""
 
 
 def read_rows(request: Request, progress: Progress) -> Iterator[Rows]:
-    """The rows of the row groups (record batches) that begin in the byte range."""
+    """Yield the rows of the row groups (record batches) that begin in the byte range."""
     import pyarrow
 
     byte_range, source = request.byte_range, request.byte_range.source
@@ -105,7 +103,7 @@ def read_rows(request: Request, progress: Progress) -> Iterator[Rows]:
 def _damaged(request: Request, error: Exception) -> DataError:
     source = request.byte_range.source
     name = source.kind.capitalize()
-    return DataError(f"{source.path} is damaged or not {name} ({error}); fetch it again, or leave it out")
+    return DataError(f"{source.path} is damaged or not {name} ({error}); download it again, or omit it")
 
 
 def _groups(file: Any, request: Request) -> Iterator[_Group]:
@@ -114,15 +112,15 @@ def _groups(file: Any, request: Request) -> Iterator[_Group]:
     except OSError as error:
         if error.errno is not None:
             raise
-        raise _damaged(request, error) from error  # pyarrow's own, of a checksum or a decompressor
+        raise _damaged(request, error) from error  # without errno: from pyarrow's checksum or decompressor
 
 
 def _parquet_groups(file: Any, request: Request) -> Iterator[_Group]:
-    """The row groups of the byte range, in pieces."""
+    """Yield the row groups that begin in the byte range, in pieces."""
     from pyarrow import parquet
 
     def opened_with(dictionaries: list[str]) -> Any:
-        """The file, with these columns left as indices into their dictionaries."""
+        """Open the file, with these columns as indices into their dictionaries."""
         return parquet.ParquetFile(
             file, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True, read_dictionary=dictionaries
         )
@@ -153,9 +151,9 @@ def _parquet_rows(
     opened_with: Callable[[list[str]], Any],
     reading: dict[str, Any],
 ) -> tuple[int, list[str]]:
-    """Return how many rows of a row group are read at once, and the columns of lists to leave as indices into their dictionaries.
+    """Return (rows of a row group to read at a time, columns of lists to keep as indices into their dictionaries).
 
-    Raises DataError for a column that is too large in memory.
+    Raises DataError for a column that would take too much memory.
     """
     group, schema = table.metadata.row_group(index), table.metadata.schema
     longest = 1
@@ -168,7 +166,7 @@ def _parquet_rows(
             continue
         is_repeated = schema.column(number).max_repetition_level > 0
         unfolded, is_delta = chunk.total_uncompressed_size, "DELTA_BYTE_ARRAY" in chunk.encodings
-        if is_repeated:  # a run of equal values takes a few bytes; by delta each may begin with the whole one before it
+        if is_repeated:  # a run of equal values takes a few bytes; with delta encoding each value may contain the one before
             unfolded = max(unfolded, chunk.num_values * (unfolded if is_delta else VALUE_BYTES))
         request.refuse_unfolding(f"column {path!r} of row group {index + 1}", chunk.total_compressed_size, unfolded)
         longest = max(longest, unfolded // max(1, group.num_rows))
@@ -184,7 +182,7 @@ def _parquet_rows(
 
 
 def _arrow_groups(file: Any, request: Request) -> Iterator[_Group]:
-    """The same for Arrow: the file format by record batch; the stream format whole, by whoever has its start."""
+    """Yield the record batches of an Arrow file that begin in the byte range; of the stream format all, if it has its start."""
     import pyarrow
 
     byte_range, first = request.byte_range, 0
@@ -213,7 +211,7 @@ def _arrow_groups(file: Any, request: Request) -> Iterator[_Group]:
 
 
 def _pieces(rows: Any, request: Request) -> Iterator[tuple[int, Any, BadRecordError | None]]:
-    """(first row, rows, error of the one row if it is too large) of a record batch, cut by what its rows become in memory."""
+    """Yield (first row, rows, error if the only row is too large) of a record batch, cut by the memory that its rows take."""
     if request.with_records:
         names = rows.schema.names
         columns = [row_bytes(rows.column(names.index(name))) for name in request.columns(names)]
@@ -244,7 +242,7 @@ def _rows_of(table: Any, bad: BadRecordError | None, first: int, request: Reques
 
 
 def _texts_of(column: Any, max_record_bytes: int) -> list[bytes | BadRecordError | None]:
-    """The texts of a column; one that is too long is never copied."""
+    """Return the texts of a column. A text that is too long is never copied."""
     import pyarrow
     from pyarrow import compute
 
@@ -263,10 +261,10 @@ def _texts_of(column: Any, max_record_bytes: int) -> list[bytes | BadRecordError
 
 
 def _records(table: Any) -> list[Mapping[str, Any] | BadRecordError]:
-    """The rows with all their columns; a row with a value that Python cannot hold is a bad one, the others are not."""
+    """Return the rows with all their columns. A row with a value that Python cannot represent becomes a bad record."""
     try:
         records: list[Mapping[str, Any] | BadRecordError] = table.to_pylist()
-    except Exception:  # pyarrow raises what decoding, dates and time zones raise
+    except Exception:  # pyarrow passes on the errors of decoding, dates and time zones
         return [_record(table.slice(index, 1)) for index in range(table.num_rows)]
     return records
 
@@ -286,14 +284,16 @@ def _top_column(names: list[str], key: str) -> str:
 
 
 def _check_columns(schema: Any, request: Request) -> list[str]:
-    """Return the columns to read. Raises DataError if one is missing or cannot be told apart, or if the first text is none."""
+    """Return the columns to read. Raises DataError if one is missing or ambiguous, or if the first key is not a text."""
     path, names = request.byte_range.source.path, schema.names
     kinds = [_kind_at(schema, key, path, request.option) for key in request.keys]
     needed = request.columns(names)
     if twice := [column for column in needed if names.count(column) > 1]:
-        raise DataError(f"{path} has more than one column {twice[0]!r}: which is meant cannot be told; rename one of them")
+        raise DataError(f"{path} has more than one column {twice[0]!r}, so the name is ambiguous; rename one of them")
     if not is_text(kinds[0]):
-        raise DataError(f"{path}: column {request.keys[0]!r} holds {kinds[0]}, not text; name another by {request.option}")
+        raise DataError(
+            f"{path}: column {request.keys[0]!r} has type {kinds[0]}, expected text; name another one by {request.option}"
+        )
     return needed
 
 
@@ -303,12 +303,12 @@ def _kind_at(schema: Any, key: str, path: str, option: str) -> Any:
 
     name = _top_column(schema.names, key)
     if name not in schema.names:
-        raise DataError(f"{path} has no column {key!r} but {', '.join(schema.names)}; name one by {option}")
+        raise DataError(f"{path} has no column {key!r}, only {', '.join(schema.names)}; name one by {option}")
     kind = schema.types[schema.names.index(name)]
     for inner_key in [] if name == key else key.split(".")[1:]:
         inner = [kind.field(index).name for index in range(kind.num_fields)] if types.is_struct(kind) else []
         if inner.count(inner_key) != 1:
-            there = f"but {', '.join(inner)}" if inner else f"but holds {kind}"
-            raise DataError(f"{path}: column {name!r} has no field {inner_key!r} {there}; name one by {option}")
+            there = f"only {', '.join(inner)}" if inner else f"it has type {kind}"
+            raise DataError(f"{path}: column {name!r} has no field {inner_key!r}, {there}; name one by {option}")
         kind = kind.field(inner.index(inner_key)).type
     return kind

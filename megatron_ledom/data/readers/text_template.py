@@ -1,4 +1,4 @@
-"""Templates that join the texts of several keys of a record to one, such as `{question}: {answer}`."""
+"""Templates that join the texts of several keys of a record, such as `{question}: {answer}`."""
 
 from collections.abc import Callable
 from string import Formatter
@@ -6,17 +6,17 @@ from string import Formatter
 from megatron_ledom.errors import UsageError
 
 ESCAPES = {"n": "\n", "t": "\t", "\\": "\\"}
-"""What may follow a backslash in a template on the command line; other backslashes stay as they are."""
+"""Characters that may follow a backslash in a template on the command line. Other backslashes stay unchanged."""
 
 
 class TextTemplate:
-    """A parsed template: `{key}` stands for the text of that key of a record, a doubled brace for a brace of the text.
+    """A parsed template. `{key}` stands for the text at that key of a record, a doubled brace for one brace.
 
-    Only names stand between braces: no format, conversion or index, which would render a value in Python's way.
+    Formats, conversions and indices are refused, because they would print a value as Python does.
     """
 
     def __init__(self, template: str, option: str) -> None:
-        """`option` names the template in errors, such as --text-template."""
+        """option: the option that gives the template, for error messages, such as --text-template."""
         self.template = template
         try:
             parts = list(Formatter().parse(template))
@@ -31,27 +31,27 @@ class TextTemplate:
                 )
         self._parts = [(literal, column) for literal, column, _, _ in parts]
         self.fields = [column for _, column in self._parts if column is not None]
-        """The keys, in order."""
+        """Keys in the order of the template."""
 
     def render(self, text_of: Callable[[str], str]) -> str:
-        """Return the text of a record; `text_of` gives the text of a key, or raises."""
+        """Return the text of a record. text_of: returns the text at a key, or raises."""
         return "".join(literal if column is None else literal + text_of(column) for literal, column in self._parts)
 
 
 def template_of(template: str | None, text_key: str) -> TextTemplate | None:
-    """Return the parsed --text-template, None without one. Refused beside another --text-key, and without a key in it."""
+    """Return the parsed --text-template, or None. Raises UsageError if it has no key or --text-key is given as well."""
     if template is None:
         return None
     parsed = TextTemplate(template, "--text-template")
     if not parsed.fields:
         raise _refused(template, "--text-template", "it names no key")
     if text_key != "text":
-        raise UsageError(f"--text-key {text_key} and --text-template both say where the text is; give one of them")
+        raise UsageError(f"--text-key {text_key} and --text-template both select the text; give one of them")
     return parsed
 
 
 def from_command_line(template: str) -> str:
-    r"""Return a template with the two characters `\n` read as a line break, `\t` as a tab and `\\` as one backslash."""
+    r"""Return a template in which the two characters `\n` are a line break, `\t` a tab and `\\` one backslash."""
     read, position = [], 0
     while (found := template.find("\\", position)) >= 0:
         following = template[found + 1 : found + 2]
@@ -63,5 +63,5 @@ def from_command_line(template: str) -> str:
 
 def _refused(template: str, option: str, reason: str) -> UsageError:
     return UsageError(
-        f"{option} {template!r} is no template ({reason}); write keys as {{question}} and a brace of the text twice"
+        f"{option} {template!r} is not a template ({reason}); write keys as {{question}}, and double a brace of the text"
     )

@@ -1,4 +1,4 @@
-"""Texts of web archives: the `conversion` records of WET files, which hold the plain text of a page each."""
+"""Read the texts of web archives: the `conversion` records of WET files, each the plain text of one page."""
 
 import io
 from collections.abc import Iterator, Mapping
@@ -11,15 +11,15 @@ from megatron_ledom.errors import DataError, LedomError, UsageError
 
 
 class _Decompressed(io.RawIOBase):
-    """The archive as a stream of plain bytes; our own decompression tells a truncated file from a finished one."""
+    """The archive as a stream of decompressed bytes. Unlike fastwarc's own decompression it recognizes a truncated file."""
 
     def __init__(self, byte_range: ByteRange, progress: Progress) -> None:
         self._blocks = whole_file(byte_range, progress)
-        self._rest = memoryview(b"")  # a slice of it is no copy: a block can be large, and is read in small pieces
+        self._rest = memoryview(b"")  # slices without copying: a block can be large, and is read in small pieces
         self._position = 0
 
     def read(self, size: int = -1) -> bytes:
-        """Up to `size` bytes; none at the end."""
+        """Return up to `size` bytes; none at the end."""
         while not self._rest:
             block = next(self._blocks, None)
             if block is None:
@@ -31,20 +31,20 @@ class _Decompressed(io.RawIOBase):
         return taken
 
     def tell(self) -> int:
-        """Plain bytes given so far."""
+        """Return the number of decompressed bytes read so far."""
         return self._position
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
 
 def read_rows(
     byte_range: ByteRange, text_key: str, keep_records: bool, progress: Progress, max_record_bytes: int
 ) -> Iterator[Rows]:
-    """The text records of the archive, one at a time; a record's headers are its fields besides the text.
+    """Yield the text records of the archive, one at a time. The fields of a record are its text and its headers.
 
-    Of a record longer than `max_record_bytes` one byte more than that is given, so that it is seen to be too long.
+    A record longer than `max_record_bytes` is cut to one byte more, so that the caller recognizes it as too long.
     """
     try:
         from fastwarc.warc import ArchiveIterator, WarcRecordType
@@ -62,7 +62,7 @@ def read_rows(
             content = record.reader.read(max_record_bytes + 1)
             if len(content) < min(record.content_length, max_record_bytes + 1):
                 raise DataError(
-                    f"{path} is truncated: its text record {number + 1} ends too early; fetch it again, or leave it out"
+                    f"{path} is truncated: its text record {number + 1} ends too early; download it again, or omit it"
                 )
             records: list[Mapping[str, Any] | BadRecordError] = []
             if keep_records:
@@ -72,11 +72,11 @@ def read_rows(
     except (OSError, ValueError, RuntimeError) as error:
         if isinstance(error, LedomError):
             raise
-        raise DataError(f"{path} is damaged or no web archive ({error}); fetch it again, or leave it out") from error
-    while stream.read(1 << 20):  # what is left decides whether the file is whole
+        raise DataError(f"{path} is damaged or not a web archive ({error}); download it again, or omit it") from error
+    while stream.read(1 << 20):  # raises if the rest of the file is truncated
         pass
     if others and not number:
         raise DataError(
-            f"{path} holds {others:,} web pages and no text (no `conversion` record); extract their text first, or give the"
-            " archive's WET file"
+            f"{path} contains {others:,} web pages but no text (no `conversion` record); extract their text first, or give"
+            " the WET file of the archive"
         )

@@ -1,1 +1,1 @@
-"""The files of a shard: writing, reading, checking, joining and turning them."""
+"""Write, read, check, join and reverse the files of shards."""

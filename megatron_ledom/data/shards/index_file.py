@@ -1,8 +1,8 @@
-"""PREFIX.idx, megatron-core's index of documents: how many sequences of ids .bin holds, and where each begins.
+"""PREFIX.idx, megatron-core's index of documents: the number of sequences of ids in .bin, and where each begins.
 
 Little-endian: `MMIDIDX\\0\\0`, u64 version 1, u8 dtype code, u64 sequences n, u64 m, i32 lengths [n], i64 byte pointers [n], i64
-document indices [m]: the first sequence of each document, and n. In a shard of ours every document is one sequence, so m is n + 1
-and the document indices are 0..n.
+document indices [m]: the first sequence of each document, and n. In our shards every document is one sequence, so m is n + 1 and
+the document indices are 0..n.
 """
 
 import struct
@@ -19,16 +19,16 @@ HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 6: "float64", 7: "float32", 8: "uint16"}
 """numpy names by megatron-core's codes."""
 SHARD_DTYPES = ("int32", "uint16")
-"""Those of shards of ours."""
+"""Types of the ids in our shards."""
 CHUNK_DOCUMENTS = 1 << 16
-"""What is computed at once."""
+"""Documents that are processed at a time."""
 
 
 class IndexArrays(NamedTuple):
-    """The arrays of an index, mapped."""
+    """The memory-mapped arrays of an index."""
 
     lengths: npt.NDArray[np.int32]
-    """Ids of each sequence [sequences]."""
+    """Number of ids of each sequence [sequences]."""
     pointers: npt.NDArray[np.int64]
     """Byte of .bin where each sequence begins [sequences]."""
     document_indices: npt.NDArray[np.int64]
@@ -36,18 +36,18 @@ class IndexArrays(NamedTuple):
 
 
 def index_bytes(num_sequences: int, num_documents: int) -> int:
-    """Return the size of an index."""
+    """Return the size of an index in bytes."""
     return HEADER.size + 12 * num_sequences + 8 * (num_documents + 1)
 
 
 def shard_header(dtype: str, num_documents: int) -> tuple[bytes, int, int, int, int]:
-    """Return the header of a shard of ours."""
+    """Return the header of one of our shards."""
     code = next(code for code, name in DTYPES.items() if name == dtype)
     return MAGIC, 1, code, num_documents, num_documents + 1
 
 
 def read_header(path: str) -> tuple[bytes, int, int, int, int]:
-    """Return (magic, version, dtype code, sequences, documents + 1). Raise DataError for a file that is shorter."""
+    """Return (magic, version, dtype code, sequences, documents + 1). Raises DataError if the file is shorter than that."""
     with open(path, "rb") as stream:
         content = stream.read(HEADER.size)
     if len(content) < HEADER.size:
@@ -59,7 +59,7 @@ def read_header(path: str) -> tuple[bytes, int, int, int, int]:
 
 
 def map_index(path: str, num_sequences: int, num_documents: int) -> IndexArrays:
-    """Return the arrays of an index of these numbers. Raise DataError if it is shorter than they need."""
+    """Return the arrays of an index with these numbers. Raises DataError if the file is too short for them."""
     index = np.memmap(path, mode="r", dtype=np.uint8)
     if index.size < index_bytes(num_sequences, num_documents):
         raise DataError(f"{path} is truncated; copy the shard again")

@@ -1,7 +1,7 @@
-"""`.bin` and `.idx` as any Megatron tool writes them, read once from start to end in blocks of whole documents.
+"""Read `.bin` and `.idx` of any Megatron tool once from start to end, in blocks of whole documents.
 
-Unlike in a shard of ours, the ids may have another integer type and a document may be several sequences one after the other,
-which are read as one. Memory is that of two blocks, or of the longest document.
+Unlike in our shards, the ids may have another integer type, and a document may consist of several consecutive sequences. The
+memory used is that of two blocks, or of the longest document.
 """
 
 import hashlib
@@ -22,41 +22,41 @@ from megatron_ledom.errors import DataError
 from megatron_ledom.storage.hashes import sha256_of
 
 READABLE = ("uint8", "uint16", "int32", "int64")
-BLOCK_BYTES = 1 << 20  # small enough to be read, hashed, turned and written while it is in cache
+BLOCK_BYTES = 1 << 20  # small enough to stay in cache while it is read, hashed, reversed and written
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """Some whole documents."""
+    """Consecutive whole documents."""
 
     first: int
     """Number of the first document."""
     ids: npt.NDArray[Any]
-    """[sum(lengths)], as stored."""
+    """Ids as stored [sum(lengths)]."""
     lengths: npt.NDArray[np.int64]
-    """Stored ids of each document [documents]."""
+    """Number of stored ids of each document [documents]."""
 
     def document_at(self, position: int) -> int:
-        """Number of the document that holds the id at `position` of `ids`."""
+        """Return the number of the document that contains the id at `position` of `ids`."""
         return self.first + int(np.searchsorted(np.cumsum(self.lengths), position, side="right"))
 
 
 class IndexedFiles:
-    """A checked .idx, mapped, and the documents of its .bin."""
+    """A checked and memory-mapped .idx, and the documents of its .bin."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         path = Path(f"{prefix}.idx")
         if not path.is_file():
-            raise DataError(f"{path} is missing; a shard needs it beside its .bin: copy it again")
+            raise DataError(f"{path} is missing; a shard needs it next to its .bin: copy it again")
         magic, version, code, sequences, marks = read_header(str(path))
         if (magic, version) != (MAGIC, 1) or code not in DTYPES:
-            raise DataError(f"{path} does not begin as an index of Megatron does ({magic!r}, version {version}, type {code})")
+            raise DataError(f"{path} does not begin like a Megatron index ({magic!r}, version {version}, type {code})")
         if DTYPES[code] not in READABLE:
-            raise DataError(f"{path} is of {DTYPES[code]} ids; ids of {', '.join(READABLE)} can be read")
+            raise DataError(f"{path} is for ids of type {DTYPES[code]}, expected one of {', '.join(READABLE)}")
         self.dtype = np.dtype(DTYPES[code])
         self.num_documents = marks - 1
-        """Documents, those without ids included."""
+        """Number of documents, with those that have no ids."""
         self._check_size(path, sequences, marks)
         self._lengths, self._pointers, self._marks = map_index(str(path), sequences, marks - 1)
         self._check_sequences()
@@ -65,11 +65,11 @@ class IndexedFiles:
     def _check_size(self, path: Path, sequences: int, marks: int) -> None:
         found, size = path.stat().st_size, index_bytes(sequences, marks - 1)
         if marks < 1 or found != size:
-            what = "truncated" if found < size else "too long (an index with modes of a multimodal data set cannot be read)"
+            what = "truncated" if found < size else "too long (an index with modes, of a multimodal data set, is not supported)"
             raise DataError(f"{path} is {what}: it has {found:,} bytes, {sequences:,} sequences need {size:,}; copy it again")
 
     def _check_sequences(self) -> None:
-        """Every length is possible, every pointer is the running sum, and .bin ends where the last sequence does."""
+        """Raise DataError for a negative length, for a pointer that is not the sum of the lengths, and for a .bin of another size."""
         num_bytes = 0
         for first in range(0, len(self._lengths), CHUNK_DOCUMENTS):
             lengths = self._lengths[first : first + CHUNK_DOCUMENTS].astype(np.int64)
@@ -80,18 +80,18 @@ class IndexedFiles:
             if wrong.any():
                 raise DataError(
                     f"{self.prefix}.idx: sequence {first + int(wrong.argmax())} does not begin where the one before it ends;"
-                    " the index is damaged or of another .bin: copy it again"
+                    " the index is damaged or belongs to another .bin: copy it again"
                 )
             num_bytes += int(lengths.sum()) * self.dtype.itemsize
         self.num_tokens = num_bytes // self.dtype.itemsize
-        """Ids stored."""
+        """Number of stored ids."""
         path = Path(f"{self.prefix}.bin")
         found = path.stat().st_size if path.is_file() else None
         if found != num_bytes:
             has = "is missing" if found is None else f"has {found:,} bytes"
             raise DataError(
-                f"{path} {has}, its index needs {num_bytes:,}; copy both again, or make them again: with a byte too many or"
-                " too few every later document is shifted"
+                f"{path} {has}, its index needs {num_bytes:,}, so every later document is shifted; copy both files again, or make"
+                " them again"
             )
 
     def _check_documents(self) -> None:
@@ -102,13 +102,13 @@ class IndexedFiles:
             wrong = np.diff(marks, prepend=before) < 0
             if (first == 0 and marks[0] != 0) or wrong.any():
                 document = first + int(wrong.argmax())
-                raise DataError(f"{self.prefix}.idx: document {document} begins before the one in front of it; copy it again")
+                raise DataError(f"{self.prefix}.idx: document {document} begins before the previous one; copy it again")
             before = int(marks[-1])
         if before != count:
             raise DataError(f"{self.prefix}.idx: its documents end at sequence {before:,} of {count:,}; copy it again")
 
     def document_lengths(self, first: int, last: int) -> npt.NDArray[np.int64]:
-        """Ids of the documents from `first` up to `last` [last - first], all their sequences together."""
+        """Return the number of ids of documents `first` to `last` - 1 [last - first], summed over their sequences."""
         marks = self._marks[first : last + 1]
         ends = np.zeros(int(marks[-1] - marks[0]) + 1, np.int64)
         np.cumsum(self._lengths[marks[0] : marks[-1]], out=ends[1:])
@@ -116,7 +116,7 @@ class IndexedFiles:
         return lengths
 
     def last_ids(self, most_documents: int) -> Iterator[tuple[int, int]]:
-        """(number, last id) of the documents with ids among the first `most_documents`."""
+        """Yield (number, last id) of the first `most_documents` documents, except those without ids."""
         ids = np.memmap(f"{self.prefix}.bin", mode="r", dtype=self.dtype) if self.num_tokens else None
         lengths = self.document_lengths(0, min(most_documents, self.num_documents))
         for document, (length, end) in enumerate(zip(lengths.tolist(), np.cumsum(lengths).tolist(), strict=True)):
@@ -124,10 +124,9 @@ class IndexedFiles:
                 yield document, int(ids[end - 1])
 
     def blocks(self, digest: Hash | None = None, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-        """Every document once, in order; `digest`, if given, is fed all of .bin. The next block is read meanwhile.
+        """Yield every document once, in order, and update `digest` with all of .bin. A thread reads the next block meanwhile.
 
-        The ids of a block are overwritten when the next but one is asked for: fresh memory for each would cost more than the
-        reading.
+        The ids of a block are valid until the next block but one: new memory for each block would cost more than reading it.
         """
         most_ids = max(1, block_bytes // self.dtype.itemsize)
         parts = self._parts(most_ids)
@@ -143,7 +142,7 @@ class IndexedFiles:
                 yield coming.result()
 
     def _parts(self, most_ids: int) -> Iterator[tuple[int, npt.NDArray[np.int64]]]:
-        """(number of the first document, lengths) of blocks of at most `most_ids` ids, or of one document."""
+        """Yield (number of the first document, lengths) of blocks of at most `most_ids` ids, or of one longer document."""
         for start in range(0, self.num_documents, CHUNK_DOCUMENTS):
             lengths = self.document_lengths(start, min(start + CHUNK_DOCUMENTS, self.num_documents))
             ends = np.cumsum(lengths)
@@ -168,7 +167,9 @@ class IndexedFiles:
         while filled < len(content):
             read = stream.readinto(content[filled:])
             if not read:
-                raise DataError(f"{self.prefix}.bin ends while it is read; something else changes it: copy it again")
+                raise DataError(
+                    f"{self.prefix}.bin became shorter while it was read: another program changes it; copy it again"
+                )
             filled += read
         if digest is not None:
             digest.update(content)
@@ -176,9 +177,9 @@ class IndexedFiles:
 
 
 def shard_blocks(prefix: str, manifest: ShardManifest) -> Iterator[Block]:
-    """Every document of a shard of ours once, in order; after the last one .bin is compared with its sha256.
+    """Yield every document of one of our shards once, in order, then compare .bin with its sha256.
 
-    What is made of a damaged shard would look sound, so the caller gives its result a name only after the last block.
+    The copy of a damaged shard would look intact, so the caller must not publish its result before the last block.
     """
     files = IndexedFiles(prefix)
     _check_unchanged(f"{prefix}.idx", manifest.idx_sha256, sha256_of(f"{prefix}.idx"))
@@ -190,6 +191,6 @@ def shard_blocks(prefix: str, manifest: ShardManifest) -> Iterator[Block]:
 def _check_unchanged(path: str, expected: str, found: str) -> None:
     if found != expected:
         raise DataError(
-            f"{path} has not the sha256 of its manifest: its content was changed or damaged; see what is wrong with"
-            f" ledom inspect-shard {path[:-4]} --verify, and copy it again"
+            f"{path} does not have the sha256 of its manifest: its content was changed or damaged; run"
+            f" ledom inspect-shard {path[:-4]} --verify to see the problem, and copy the shard again"
         )

@@ -1,6 +1,6 @@
-"""What shards hold, for people: manifest, statistics, documents as text in reading order, and every fault.
+"""Show the content of shards: manifest, statistics, documents in text order, and every problem.
 
-Lengths of documents are counted exactly in memory that does not grow with their number, and shown as text or as a picture.
+The lengths of documents are counted exactly, in memory that does not grow with their number, and shown as text or as a plot.
 """
 
 import io
@@ -24,11 +24,11 @@ from megatron_ledom.storage.locks import output_file_lock
 from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
 EOD_INSIDE_ADVICE = (
-    "; a text that spells its eod brought it into a document: this version stores it as text, or names the record as a bad one"
+    "; the eod came from a text that spells it: this version stores it as text, or reports the record as a bad one"
 )
 MOST_INPUTS = 20
-"""Input files that are printed."""
-COUNTED_BELOW = 1 << 17  # lengths below have a counter each; of longer ones there are few, they are counted by value
+"""Limit on the input files that are printed."""
+COUNTED_BELOW = 1 << 17  # shorter lengths have a counter each; the few longer ones are counted in a dictionary
 LONG_TOKENS = 8192
 BAR_CHARACTERS = 40
 
@@ -41,15 +41,15 @@ class InspectSettings:
     """Shards, or patterns of them."""
     verify: bool = False
     show: int = 0
-    """Documents of each shard to print as text."""
+    """Number of documents of each shard to print as text."""
     tokenizer: str | None = None
-    """Default: the one the manifest names, if it is still there and the same."""
+    """Default: the tokenizer at the path in the manifest, if it still exists and is the same."""
     histogram: str | None = None
-    """A .png file for the lengths of all documents of all shards."""
+    """A .png file, for a histogram of the lengths of all documents of all shards."""
 
 
 def inspect_shards(settings: InspectSettings) -> None:
-    """Print to stdout; faults go to stderr, one a line, and raise VerificationError after the last shard."""
+    """Print the shards to stdout and their problems to stderr, one per line. Raises VerificationError at the end if there are any."""
     prefixes = expand_prefixes(settings.prefixes)
     if settings.histogram:
         check_can_draw(settings.histogram)
@@ -61,73 +61,73 @@ def inspect_shards(settings: InspectSettings) -> None:
         problems = _inspect(prefix, settings, counts)
         has_eod_inside = has_eod_inside or any(INSIDE in problem for problem in problems)
         for problem in problems:
-            print(f"fault: {visible(problem)}", file=sys.stderr)
+            print(f"problem: {visible(problem)}", file=sys.stderr)
         if problems:
-            damaged.append(f"{prefix} ({len(problems)} fault{'s'[: len(problems) > 1]})")
+            damaged.append(f"{prefix} ({len(problems)} problem{'s'[: len(problems) > 1]})")
     if settings.histogram:
         draw_histogram(counts, prefixes, settings.histogram)
     if damaged:
         raise VerificationError(
-            f"{len(damaged)} of {len(prefixes)} shards faulty: {', '.join(damaged)}; copy them again or make them again with"
+            f"{len(damaged)} of {len(prefixes)} shards damaged: {', '.join(damaged)}; copy them again or make them again with"
             " ledom preprocess-data --overwrite" + (EOD_INSIDE_ADVICE if has_eod_inside else "")
         )
 
 
 @dataclass(slots=True)
 class LengthCounts:
-    """How many documents have which length, in tokens with eod."""
+    """Number of documents of each length, in tokens with eod."""
 
     short: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(COUNTED_BELOW, np.int64))
     long: Counter[int] = field(default_factory=Counter)
 
     @classmethod
     def of_shard(cls, reader: ShardReader) -> "LengthCounts":
-        """Read the lengths of a shard once."""
+        """Count the documents of a shard."""
         counts = cls()
         for first in range(0, len(reader), CHUNK_DOCUMENTS):
             counts.add(reader.lengths[first : first + CHUNK_DOCUMENTS])
         return counts
 
     def add(self, lengths: npt.NDArray[np.int32]) -> None:
-        """Count more documents of `lengths` [documents]."""
+        """Add documents with these lengths [documents]."""
         possible = lengths[(lengths >= 0) & (lengths < COUNTED_BELOW)]
         self.short += np.bincount(possible, minlength=COUNTED_BELOW)
         self.long.update(lengths[lengths >= COUNTED_BELOW].tolist())
 
     def merge(self, other: "LengthCounts") -> None:
-        """Count the documents of `other`, too."""
+        """Add the documents of `other`."""
         self.short += other.short
         self.long.update(other.long)
 
     def table(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """(lengths that occur, ascending; documents of each)."""
+        """Return (lengths that occur, ascending; number of documents of each)."""
         short = np.flatnonzero(self.short)
         long = np.array(sorted(self.long), np.int64)
         of_long = np.array([self.long[int(length)] for length in long], np.int64)
         return np.concatenate([short, long]), np.concatenate([self.short[short], of_long])
 
     def describe(self) -> str:
-        """One line; empty when there are no documents."""
+        """Return the statistics as one line; empty without documents."""
         lengths, documents = self.table()
         if not len(lengths):
             return ""
         total = int(documents.sum())
         ends = np.cumsum(documents)
 
-        def percentile(share: float) -> int:
-            """The smallest length that at least `share` of the documents do not exceed."""
-            return int(lengths[np.searchsorted(ends, max(1, int(np.ceil(share * total))))])
+        def percentile(fraction: float) -> int:
+            """Return the smallest length that at least `fraction` of the documents do not exceed."""
+            return int(lengths[np.searchsorted(ends, max(1, int(np.ceil(fraction * total))))])
 
         mean = float((lengths * documents).sum()) / total
         over = int(documents[lengths > LONG_TOKENS].sum())
         percentiles = ", ".join(f"p{number} {percentile(number / 100):,}" for number in (5, 25, 75, 95, 99))
         return (
-            f"min {lengths[0]:,}, mean {mean:,.1f}, median {percentile(0.5):,}, max {lengths[-1]:,} tokens a document;"
+            f"min {lengths[0]:,}, mean {mean:,.1f}, median {percentile(0.5):,}, max {lengths[-1]:,} tokens per document;"
             f" {percentiles}; {over / total:.2%} over {LONG_TOKENS:,}"
         )
 
     def bins(self) -> tuple[list[int], list[int]]:
-        """(edges, documents in [edge, next edge)), edges doubling from a power of two; both empty without documents."""
+        """Return (edges, number of documents in [edge, next edge)). Edges are powers of two. Both are empty without documents."""
         lengths, documents = self.table()
         if not len(lengths):
             return [], []
@@ -137,7 +137,7 @@ class LengthCounts:
         return edges, np.bincount(np.maximum(which, 0), weights=documents, minlength=len(edges) - 1).astype(int).tolist()
 
     def histogram(self) -> str:
-        """A bar of text for each bin."""
+        """Return a histogram as text, one line per bin."""
         edges, documents = self.bins()
         rows = []
         for begin, end, count in zip(edges, edges[1:], documents, strict=False):
@@ -147,7 +147,7 @@ class LengthCounts:
 
 
 def _inspect(prefix: str, settings: InspectSettings, counts: LengthCounts) -> list[str]:
-    """Print one shard and return its faults."""
+    """Print one shard and return its problems."""
     try:
         reader = ShardReader(prefix)
     except DataError as error:
@@ -164,11 +164,11 @@ def _inspect(prefix: str, settings: InspectSettings, counts: LengthCounts) -> li
 
 
 def _verify(reader: ShardReader, tokenizer_path: str | None) -> list[str]:
-    """Everything `verify_shard` finds and, in files without fault, a wrong direction; prints what was right."""
+    """Return the problems that `verify_shard` finds, or else a wrong direction. Prints the checks that passed."""
     problems = verify_shard(reader.prefix)
     if problems:
         return problems
-    print(f"verified   all {reader.manifest.num_tokens:,} tokens: hashes, index, range of ids and eods are right")
+    print(f"verified   all {reader.manifest.num_tokens:,} tokens: hashes, index, range of ids, and eods are right")
     try:
         tokenizer = find_tokenizer(reader.manifest, tokenizer_path)
     except (UsageError, MismatchError) as error:
@@ -178,13 +178,13 @@ def _verify(reader: ShardReader, tokenizer_path: str | None) -> list[str]:
         return []
     check = check_direction(reader, tokenizer)
     if check.is_wrong:
-        return [f"{reader.prefix}.json: {check.describe()}; turn it with ledom reverse-shards, or put the manifest right"]
+        return [f"{reader.prefix}.json: {check.describe()}; reverse it with ledom reverse-shards, or correct the manifest"]
     print(f"direction  {visible(check.describe())}")
     return []
 
 
 def describe(reader: ShardReader, lengths: LengthCounts) -> str:
-    """The manifest and the statistics as lines of text."""
+    """Return the manifest and the statistics as lines of text."""
     manifest = reader.manifest
     rows = {
         "shard": reader.prefix,
@@ -194,7 +194,7 @@ def describe(reader: ShardReader, lengths: LengthCounts) -> str:
         "dtype": manifest.dtype,
         "documents": f"{manifest.num_documents:,}",
         "tokens": f"{manifest.num_tokens:,} with eods",
-        "text": f"{manifest.text_bytes:,} bytes, {manifest.text_bytes / max(1, manifest.num_tokens):.2f} a token",
+        "text": f"{manifest.text_bytes:,} bytes, {manifest.text_bytes / max(1, manifest.num_tokens):.2f} per token",
         "skipped": ", ".join(f"{number:,} {reason}" for reason, number in manifest.skipped.items()) or "none",
         "made": f"{manifest.created_at} by version {manifest.package_version}",
         "bin sha256": manifest.bin_sha256,
@@ -203,7 +203,7 @@ def describe(reader: ShardReader, lengths: LengthCounts) -> str:
     if statistics := lengths.describe():
         rows["lengths"] = statistics
     for source in manifest.input_files[:MOST_INPUTS]:
-        rows[f"input {source.path}"] = f"{source.num_bytes:,} bytes from {source.first_byte:,} on, sha256 {source.sha256}"
+        rows[f"input {source.path}"] = f"{source.num_bytes:,} bytes from byte {source.first_byte:,}, sha256 {source.sha256}"
     if len(manifest.input_files) > MOST_INPUTS:
         rows["and"] = f"{len(manifest.input_files) - MOST_INPUTS:,} more byte ranges of input files, in {reader.prefix}.json"
     text = "\n".join(f"{name:<10} {value}" for name, value in rows.items())
@@ -211,26 +211,26 @@ def describe(reader: ShardReader, lengths: LengthCounts) -> str:
 
 
 def text_of(reader: ShardReader, index: int, tokenizer: Tokenizer) -> str:
-    """One document as it is read, without its eod."""
+    """Return a document as text, without its eod."""
     return tokenizer.decode(to_text_order(reader.document(index)[:-1], reader.manifest.direction))
 
 
 def find_tokenizer(manifest: ShardManifest, path: str | None) -> Tokenizer:
-    """The tokenizer at `path`, else where the manifest says it was; refused unless it is the one the shard was made with."""
+    """Return the tokenizer at `path`, or else at the path in the manifest. Raises MismatchError if the shard was made with another."""
     where = path or manifest.tokenizer_path
     if not where or not Path(where).exists():
         raise UsageError(f"the shard's tokenizer is not at {where or 'a recorded path'}; name it by --tokenizer")
     tokenizer = load_tokenizer(where, manifest.eod_token or None)
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise MismatchError(
-            f"tokenizer {where} ({tokenizer.sha256[:12]}) is not the one of the shard, {manifest.tokenizer_name}"
+            f"tokenizer {where} ({tokenizer.sha256[:12]}) is not that of the shard, {manifest.tokenizer_name}"
             f" ({manifest.tokenizer_sha256[:12]}); name that one by --tokenizer"
         )
     return tokenizer
 
 
 def check_can_draw(path: str) -> None:
-    """Refuse `path` before the work when it cannot be drawn."""
+    """Raise UsageError if no plot can be written to `path`. Call before the long work."""
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError as error:
@@ -242,7 +242,7 @@ def check_can_draw(path: str) -> None:
 
 
 def draw_histogram(counts: LengthCounts, prefixes: Sequence[str], path: str) -> None:
-    """Write a picture of the bins."""
+    """Write a plot of the histogram."""
     from matplotlib.figure import Figure
 
     edges, documents = counts.bins()
@@ -251,7 +251,7 @@ def draw_histogram(counts: LengthCounts, prefixes: Sequence[str], path: str) -> 
     axes.stairs(documents, edges or [1], fill=True)
     axes.set_xscale("log", base=2)
     axes.axvline(LONG_TOKENS, color="black", linewidth=0.8, linestyle="dashed", label=f"{LONG_TOKENS:,}")
-    axes.set(xlabel="tokens a document, eod included", ylabel="documents")
+    axes.set(xlabel="tokens per document, with eod", ylabel="documents")
     axes.set_title(prefixes[0] if len(prefixes) == 1 else f"{prefixes[0]} and {len(prefixes) - 1} more")
     axes.legend()
     picture = io.BytesIO()

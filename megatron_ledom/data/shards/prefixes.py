@@ -1,4 +1,4 @@
-"""Names of shards: patterns become prefixes, and what the tasks of one array wrote is complete or its gaps are named."""
+"""Names of shards: expand patterns to prefixes, and check that the shards of an array are complete."""
 
 import glob
 import os
@@ -19,7 +19,7 @@ def task_prefix(base: str, number: int, count: int) -> str:
 
 
 def array_list(numbers: Iterable[int]) -> str:
-    """Numbers as SLURM's --array takes them: 3,7-9."""
+    """Return numbers in the syntax of SLURM's --array: 3,7-9."""
     runs: list[list[int]] = []
     for number in sorted(set(numbers)):
         if runs and runs[-1][-1] == number - 1:
@@ -30,9 +30,10 @@ def array_list(numbers: Iterable[int]) -> str:
 
 
 def expand_prefixes(patterns: Sequence[str]) -> list[str]:
-    """Prefixes in the order given, those of a pattern sorted; refused: what matches nothing, and a shard named twice.
+    """Return the prefixes in the given order, those of a pattern sorted.
 
-    A prefix counts when any of its files is there, so that a shard without manifest is met, and refused, where it is opened.
+    Raises UsageError for a pattern without a match and for a shard that occurs twice. A prefix matches if any of its files
+    exists, so that opening a shard without a manifest reports the missing manifest.
     """
     prefixes: list[str] = []
     for pattern in patterns:
@@ -60,7 +61,7 @@ def _matches(pattern: str) -> list[str]:
 
 
 def check_tasks_complete(prefixes: Sequence[str]) -> None:
-    """Refuse shards of an array, P-00003-of-00064, when tasks of the array are missing among them, or of two arrays of one P."""
+    """Refuse an incomplete set of shards of an array, such as P-00003-of-00064, and shards of two arrays with the same P."""
     numbers: dict[str, dict[int, set[int]]] = defaultdict(lambda: defaultdict(set))
     for prefix in prefixes:
         if match := TASK.fullmatch(prefix):
@@ -68,19 +69,19 @@ def check_tasks_complete(prefixes: Sequence[str]) -> None:
     for base, counts in numbers.items():
         if len(counts) > 1:
             raise UsageError(
-                f"{base} was written by arrays of {' and of '.join(map(str, sorted(counts)))} tasks, which hold the same text;"
+                f"{base} was written by arrays of {' and of '.join(map(str, sorted(counts)))} tasks, which contain the same text;"
                 " name the shards of one array"
             )
         count, found = next(iter(counts.items()))
         if missing := array_list(set(range(count)) - found):
             raise DataError(
                 f"of the {count} tasks of {base} these are missing: {missing}; run them again"
-                f" (sbatch --array={missing}), or name their shards, too"
+                f" (sbatch --array={missing}), or add their shards"
             )
 
 
 def check_same_inputs(prefixes: Sequence[str], manifests: Sequence[ShardManifest]) -> None:
-    """Refuse tasks of one array that divided different inputs: records at their borders would be lost or doubled in silence."""
+    """Refuse tasks of one array that divided different inputs, because records at their borders may be lost or duplicated."""
     seen: dict[str, tuple[str, str]] = {}
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         match = TASK.fullmatch(prefix)
@@ -89,13 +90,13 @@ def check_same_inputs(prefixes: Sequence[str], manifests: Sequence[ShardManifest
         first, digest = seen.setdefault(match["base"], (prefix, manifest.inputs_sha256))
         if digest != manifest.inputs_sha256:
             raise MismatchError(
-                f"{prefix} and {first} were made when the inputs were not the same, so records between them may be lost or"
-                " doubled; run all tasks again with --overwrite"
+                f"{prefix} and {first} were made from different inputs, so records between them may be lost or duplicated;"
+                " run all tasks again with --overwrite"
             )
 
 
 def check_not_an_input(output_prefix: str, inputs: Sequence[str]) -> None:
-    """Refuse to write over what is read, through links as well."""
+    """Refuse to overwrite one of the inputs, also through links."""
     outputs = set(real_files(output_prefix).values())
     for prefix in inputs:
         if any(Path(os.path.realpath(prefix + suffix)) in outputs for suffix in SUFFIXES):

@@ -1,7 +1,7 @@
-"""Stored shards to a new shard, without the corpus: several joined to one, or turned to the other direction.
+"""Make a new shard from stored ones, without the corpus: merge several, or reverse them to the other direction.
 
-Joined shards are the very bytes that one task would have written from the same documents in that order. Shards are turned from ours
-and from plain `.bin` and `.idx` of other Megatron tools; only the order of each document's ids changes, eod comes last.
+A merged shard has the same bytes as one task would have written from the same documents in that order. Reversing accepts our
+shards and plain `.bin` and `.idx` of other Megatron tools. Only the order of the ids of each document changes; eod stays last.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 Eod = Literal["auto", "keep", "append"]
-SAMPLE_DOCUMENTS = 1000  # looked at to see whether documents end with eod
+SAMPLE_DOCUMENTS = 1000  # read to find out if documents end with eod
 
 
 @dataclass(kw_only=True, slots=True)
@@ -52,7 +52,7 @@ class MergeSettings:
 
 
 def merge_shards(settings: MergeSettings) -> ShardManifest:
-    """Write the joined shard and return its manifest. On any failure nothing of it stays behind."""
+    """Write the merged shard and return its manifest. Any failure removes the unfinished shard."""
     started = time.monotonic()
     prefixes, manifests = _open_alike(settings.input, settings.output_prefix, settings.overwrite)
     first = manifests[0]
@@ -68,9 +68,9 @@ def merge_shards(settings: MergeSettings) -> ShardManifest:
                 is_closed = is_closed and _has_eods_at_ends(block, manifest.eod_id)
                 writer.append(block.ids, block.lengths.astype(np.int32))
                 bar.update(block.ids.size)
-            if not is_closed:  # and not damaged: earlier versions could write such a shard
+            if not is_closed:  # possible in an intact shard of an earlier version
                 raise DataError(
-                    f"{prefix}.bin holds eod {manifest.eod_id} elsewhere than at the end of its documents; see which with"
+                    f"{prefix}.bin has eod {manifest.eod_id} not only at the end of its documents; see which with"
                     f" ledom inspect-shard {prefix} --verify, and make the shard again with ledom preprocess-data --overwrite"
                 )
         merged = writer.finalize(_joined_counts(manifests))
@@ -91,19 +91,19 @@ class ReverseSettings:
     """Prefixes, or patterns of them."""
     output_prefix: str
     tokenizer: str | None = None
-    """Needed for inputs without a manifest; else compared with the manifest's."""
+    """Required for inputs without a manifest; else compared with that of the manifest."""
     eod_token: str | None = None
     from_direction: Direction | None = None
-    """Of inputs without a manifest; default: forward."""
+    """Direction of inputs without a manifest; default: forward."""
     eod: Eod = "auto"
-    """Of inputs without a manifest: `keep` the eod at the end of each document, `append` one, or see what is there."""
+    """For inputs without a manifest: `keep` the eod at the end of each document, `append` one, or `auto`: look at the ids."""
     text_bytes: int = 0
-    """Of inputs without a manifest, if known: bits per byte are counted against it."""
+    """Bytes of text of inputs without a manifest, if known, for bits per byte."""
     overwrite: bool = False
 
 
 def reverse_shards(settings: ReverseSettings) -> ShardManifest:
-    """Write the turned shard and return its manifest. On any failure nothing of it stays behind."""
+    """Write the reversed shard and return its manifest. Any failure removes the unfinished shard."""
     check_helpers()
     prefixes = expand_prefixes(settings.input)
     with_manifest = [prefix for prefix in prefixes if Path(f"{prefix}.json").exists()]
@@ -113,34 +113,34 @@ def reverse_shards(settings: ReverseSettings) -> ShardManifest:
     if with_manifest:
         other = next(prefix for prefix in prefixes if prefix not in with_manifest)
         raise UsageError(
-            f"{with_manifest[0]} has a manifest, {other} has none; turn them by two commands, then use"
-            " ledom merge-shards if they should be one"
+            f"{with_manifest[0]} has a manifest, {other} has none; reverse them with two commands, then merge them with"
+            " ledom merge-shards"
         )
     with sigterm_as_interrupt():
         return _reverse_foreign(settings, prefixes)
 
 
 class ShardReverser:
-    """Blocks of stored documents to a shard of the other direction."""
+    """Converter of blocks of stored documents to the other direction."""
 
     def __init__(self, provenance: Provenance, dtype: npt.DTypeLike, *, is_closed: bool) -> None:
         self.provenance = provenance
-        """Of the result."""
+        """Provenance of the result."""
         self.dtype = np.dtype(dtype)
         self.is_closed = is_closed
-        """Whether documents come with an eod at their end."""
+        """True if the input documents end with an eod."""
         self.num_empty = 0
-        """Documents met without ids besides eod; they are left out."""
+        """Number of documents skipped for having no ids except eod."""
         self._buffer = np.empty(0, self.dtype)
 
     def reverse(self, prefix: str, block: Block) -> tuple[npt.NDArray[Any], npt.NDArray[np.int32]]:
-        """Return what a shard appends, valid until the next call. Raises DataError that names the document of a misplaced id or eod."""
+        """Return (ids, lengths) for `ShardWriter.append`, valid until the next call. Raises DataError for an invalid id or eod."""
         kept = block.lengths[block.lengths > int(self.is_closed)]
         lengths = kept if self.is_closed else kept + 1
         if lengths.size and int(lengths.max()) > np.iinfo(np.int32).max:
             document = block.first + int(block.lengths.argmax())
             raise DataError(
-                f"{prefix}.bin: document {document} has {int(lengths.max()):,} ids, an index holds lengths of int32"
+                f"{prefix}.bin: document {document} has {int(lengths.max()):,} ids, too many for the int32 lengths of an index"
             )
         total = int(lengths.sum())
         if total > len(self._buffer):
@@ -166,14 +166,17 @@ class ShardReverser:
         eod, vocab_size = self.provenance.eod_id, self.provenance.vocab_size
         where = f"{prefix}.bin: document {document}"
         if found < 0 or found >= vocab_size:
-            return f"{where} holds id {found}, outside the {vocab_size:,} ids of the tokenizer; it is damaged, or made with another"
+            return (
+                f"{where} has id {found}, outside the {vocab_size:,} ids of the tokenizer; the shard is damaged or was made with"
+                " another tokenizer"
+            )
         if found != eod:
-            return f"{where} ends with id {found}, expected is eod {eod} at the end of every document (--eod keep)"
+            return f"{where} ends with id {found}, expected eod {eod} at the end of every document (--eod keep)"
         if is_last:
-            return f"{where} ends with eod {eod}, expected are documents without (--eod append)"
+            return f"{where} ends with eod {eod}, expected documents without eod (--eod append)"
         return (
-            f"{where} holds eod {eod} at its id {bad - begin} of {int(block.lengths[document - block.first])}, which ends a"
-            " document; if another id ends documents here, name it by --eod-token"
+            f"{where} has eod {eod} at its id {bad - begin} of {int(block.lengths[document - block.first])}, but eod must be last;"
+            " if another id ends documents here, name it by --eod-token"
         )
 
 
@@ -182,20 +185,18 @@ def _reverse_ours(settings: ReverseSettings) -> ShardManifest:
     prefixes, manifests = _open_alike(settings.input, settings.output_prefix, settings.overwrite)
     if manifests[0].bos_token:
         raise UsageError(
-            f"documents of {prefixes[0]} begin with {manifests[0].bos_token!r}, which would come to stand before their eod when they"
-            " are turned; preprocess the text in the other direction instead"
+            f"documents of {prefixes[0]} begin with {manifests[0].bos_token!r}, which reversing would move to just before their eod;"
+            " preprocess the text in the other direction instead"
         )
     before = manifests[0].provenance
     if settings.from_direction not in (None, before.direction):
         raise MismatchError(
-            f"{prefixes[0]} is {before.direction} by its manifest, --from-direction says {settings.from_direction}; leave it out"
+            f"{prefixes[0]} is {before.direction} by its manifest, found --from-direction {settings.from_direction}; omit that option"
         )
     if settings.eod == "append" or settings.text_bytes:
-        raise UsageError(f"{prefixes[0]} has a manifest, which decides; leave out --eod append and --text-bytes")
+        raise UsageError(f"{prefixes[0]} has a manifest, which decides; omit --eod append and --text-bytes")
     if settings.eod_token is not None and settings.tokenizer is None:
-        raise UsageError(
-            f"--eod-token {settings.eod_token!r} is a token of --tokenizer, which is missing; give both, or neither"
-        )
+        raise UsageError(f"--eod-token {settings.eod_token!r} needs --tokenizer; give both, or neither")
     if settings.tokenizer is not None:
         eod_token = (manifests[0].eod_token or None) if settings.eod_token is None else settings.eod_token
         tokenizer = load_tokenizer(settings.tokenizer, eod_token)
@@ -216,7 +217,7 @@ def _reverse_ours(settings: ReverseSettings) -> ShardManifest:
 def _reverse_foreign(settings: ReverseSettings, prefixes: list[str]) -> ShardManifest:
     started = time.monotonic()
     if settings.tokenizer is None:
-        raise UsageError(f"{prefixes[0]} has no manifest; name the tokenizer it was made with by --tokenizer")
+        raise UsageError(f"{prefixes[0]} has no manifest; name the tokenizer of its ids by --tokenizer")
     check_tasks_complete(prefixes)
     check_not_an_input(settings.output_prefix, prefixes)
     check_may_write(settings.output_prefix, settings.overwrite)
@@ -225,9 +226,9 @@ def _reverse_foreign(settings: ReverseSettings, prefixes: list[str]) -> ShardMan
     sources = [IndexedFiles(prefix) for prefix in prefixes]
     is_closed = _ends_with_eod(sources, tokenizer.eod_id) if settings.eod == "auto" else settings.eod == "keep"
     logger.info(
-        "%s: no manifest; taken as %s ids of %s, documents %s eod %r = %d%s",
+        "%s: no manifest; read as %s ids of %s, documents %s eod %r = %d%s",
         *(prefixes[0], before, tokenizer.name, "end with" if is_closed else "without", tokenizer.eod_token, tokenizer.eod_id),
-        " (as the first ones are)" if settings.eod == "auto" else " (--eod)",
+        " (like the first documents)" if settings.eod == "auto" else " (--eod)",
     )
     dtype = choose_dtype("auto", tokenizer.vocab_size)
     reverser = ShardReverser(tokenizer.provenance(before.other), dtype, is_closed=is_closed)
@@ -240,7 +241,7 @@ def _reverse_foreign(settings: ReverseSettings, prefixes: list[str]) -> ShardMan
         total = sum(source.num_tokens for source in sources)
         _reverse_all(writer, reverser, _foreign_blocks(sources, counts), total)
         if not writer.num_documents:
-            raise DataError(f"{prefixes[0]} holds no document with a token; check --input")
+            raise DataError(f"{prefixes[0]} has no document with a token; check --input")
         counts.skipped = {NO_TOKENS: reverser.num_empty} if reverser.num_empty else {}
         result = writer.finalize(counts)
     _log_result(settings.output_prefix, result, len(prefixes), time.monotonic() - started)
@@ -248,7 +249,7 @@ def _reverse_foreign(settings: ReverseSettings, prefixes: list[str]) -> ShardMan
 
 
 def _foreign_blocks(sources: Sequence[IndexedFiles], counts: Counts) -> Iterator[tuple[str, Block]]:
-    """Blocks of all inputs; each finished .bin is entered into `counts`."""
+    """Yield the blocks of all inputs, and add each finished .bin to `counts.input_files`."""
     for source in sources:
         digest = hashlib.sha256()
         yield from ((source.prefix, block) for block in source.blocks(digest))
@@ -257,7 +258,7 @@ def _foreign_blocks(sources: Sequence[IndexedFiles], counts: Counts) -> Iterator
 
 
 def _ends_with_eod(sources: Sequence[IndexedFiles], eod_id: int) -> bool:
-    """Return whether the first documents end with eod; refused when some do and some do not."""
+    """Return True if the first documents end with eod. Raises DataError if only some of them do."""
     first: tuple[bool, str] | None = None
     for source in sources:
         for document, last_id in source.last_ids(SAMPLE_DOCUMENTS):
@@ -265,7 +266,9 @@ def _ends_with_eod(sources: Sequence[IndexedFiles], eod_id: int) -> bool:
             first = first or here
             if here[0] != first[0]:
                 closed, bare = (here[1], first[1]) if here[0] else (first[1], here[1])
-                raise DataError(f"{closed} ends with eod {eod_id}, {bare} does not; such a mix cannot be turned: make it again")
+                raise DataError(
+                    f"{closed} ends with eod {eod_id}, {bare} does not; such a mix cannot be reversed: make the shard again"
+                )
     return first is not None and first[0]
 
 
@@ -281,7 +284,7 @@ def _reverse_all(writer: ShardWriter, reverser: ShardReverser, blocks: Iterator[
 
 
 def _open_alike(patterns: Sequence[str], output_prefix: str, overwrite: bool) -> tuple[list[str], list[ShardManifest]]:
-    """Prefixes and manifests of shards that may be joined, cheaply checked; refused when something is missing or differs."""
+    """Return prefixes and manifests of shards that fit together. Raises a LedomError if one is missing or differs."""
     prefixes = expand_prefixes(patterns)
     check_tasks_complete(prefixes)
     check_not_an_input(output_prefix, prefixes)
@@ -290,8 +293,8 @@ def _open_alike(patterns: Sequence[str], output_prefix: str, overwrite: bool) ->
     for prefix, manifest in zip(prefixes, manifests, strict=True):
         if manifest.pairs:
             raise UsageError(
-                f"{prefix} holds pairs with targets, which this tool does not carry over; make one shard of all files with"
-                " ledom prepare-pairs, or name the shards in data.train_blend side by side"
+                f"{prefix} contains pairs with targets, which this command does not copy; make one shard of all files with"
+                " ledom prepare-pairs, or list the shards separately in data.train_blend"
             )
         manifest.provenance.check_same(manifests[0].provenance, f"the shard {prefix}", f"the shard {prefixes[0]}")
         if manifest.bos_token != manifests[0].bos_token:
@@ -301,19 +304,19 @@ def _open_alike(patterns: Sequence[str], output_prefix: str, overwrite: bool) ->
             )
         if manifest.dtype != manifests[0].dtype:
             raise MismatchError(
-                f"the shard {prefix} holds {manifest.dtype} ids, the shard {prefixes[0]} {manifests[0].dtype} ids; preprocess"
-                " both with the same --dtype, or name both in data.train_blend instead"
+                f"the shard {prefix} has {manifest.dtype} ids, the shard {prefixes[0]} {manifests[0].dtype} ids; preprocess"
+                " both with the same --dtype, or list both in data.train_blend instead"
             )
     check_same_inputs(prefixes, manifests)
     return prefixes, manifests
 
 
 def _joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
-    """Return what the manifest of the joined shard says besides the ids: sums, and all input files in order."""
+    """Return the counts for the manifest of the merged shard: sums, and all input files in order."""
     skipped: Counter[str] = Counter()
     for manifest in manifests:
         skipped.update(manifest.skipped)
-    seen = [item for manifest in manifests for item in manifest.skipped_inputs]  # by every task of an array
+    seen = [item for manifest in manifests for item in manifest.skipped_inputs]  # every task of an array lists all of them
     distinct = {tuple(sorted(item.items())): item for item in seen}
     return Counts(
         text_bytes=sum(manifest.text_bytes for manifest in manifests),
@@ -328,7 +331,7 @@ def _joined_counts(manifests: Sequence[ShardManifest]) -> Counts:
 
 
 def _log_result(prefix: str, manifest: ShardManifest, num_inputs: int, seconds: float) -> None:
-    """One line of what was written."""
+    """Log one line about the written shard."""
     megabytes = manifest.num_tokens * np.dtype(manifest.dtype).itemsize / 1e6
     logger.info(
         "%s: from %d shards, %s order, %s documents, %s tokens; %.1f s, %.0f MB/s",

@@ -1,6 +1,6 @@
 """Shards: PREFIX.bin (ids in model order), PREFIX.idx (where documents begin) and PREFIX.json (the manifest, written last).
 
-`.bin` and `.idx` are megatron-core's indexed dataset; for `.idx` see `index_file`.
+`.bin` and `.idx` have the format of megatron-core's indexed dataset. For `.idx` see `index_file`.
 """
 
 import contextlib
@@ -28,32 +28,32 @@ from megatron_ledom.storage.locks import output_file_lock
 
 FORMAT_VERSION = 1
 TARGETS = ".targets"
-"""Ending of a fourth file, of shards of pairs: see `targets`."""
+"""Ending of the fourth file of a shard of pairs, see `targets`."""
 NO_TOKENS = "no_tokens"
-"""Reason of documents left out, in `ShardManifest.skipped`."""
+"""Reason of documents skipped for having no tokens, in `ShardManifest.skipped`."""
 UINT16_BELOW = 65_500  # megatron-core's own choice (DType.optimal_dtype)
-SUFFIXES = (".bin", ".idx", ".json")  # in the order they get their final names
-COPY_BYTES = 1 << 20  # read, hashed and written while it is in cache
+SUFFIXES = (".bin", ".idx", ".json")  # in the order in which they get their final names
+COPY_BYTES = 1 << 20  # small enough to stay in cache while it is read, hashed and written
 
 DtypeName = Literal["auto", "uint16", "int32"]
 
 
 @dataclass(kw_only=True, slots=True)
 class InputFile:
-    """One file a shard was made from."""
+    """A file, or byte range of a file, from which a shard was made."""
 
     path: str
     num_bytes: int
-    """Of the file as it is stored, from `first_byte` on."""
+    """Number of stored bytes that were read, from `first_byte`."""
     sha256: str
-    """Of these bytes; of a table (Parquet, Arrow), which is not read whole, of the file's end, its table of contents."""
+    """Hash of these bytes. For a table (Parquet, Arrow), which is not read as a whole, hash of the end of the file, its index."""
     first_byte: int = 0
-    """Not 0 where several workers or tasks share a file."""
+    """Not 0 if several workers or tasks share a file."""
 
 
 @dataclass(kw_only=True, slots=True)
 class ShardManifest:
-    """The content of PREFIX.json. The first five fields are a `Provenance`."""
+    """Content of PREFIX.json. The first five fields are a `Provenance`."""
 
     direction: Direction
     tokenizer_name: str
@@ -61,37 +61,37 @@ class ShardManifest:
     vocab_size: int
     eod_id: int
     dtype: str
-    """numpy name of the type of ids in .bin."""
+    """numpy name of the type of the ids in .bin."""
     num_documents: int
-    """Documents stored, each with at least one token besides eod."""
+    """Stored documents, each with at least one token before its eod."""
     num_tokens: int
-    """Ids stored, eods included."""
+    """Stored ids, with eods."""
     text_bytes: int
-    """UTF-8 bytes of the stored documents' texts; bits per byte are counted against it."""
+    """UTF-8 bytes of the texts of the stored documents, the unit of bits per byte."""
     skipped: dict[str, int]
-    """Documents left out, by reason."""
+    """Number of skipped documents, by reason."""
     input_files: list[InputFile]
     bin_sha256: str
     idx_sha256: str
     tokenizer_path: str = ""
-    """Where the tokenizer was; a hint for tools that show text, the hash decides."""
+    """Former path of the tokenizer, as a hint for tools that show text. `tokenizer_sha256` decides if it is the right one."""
     eod_token: str = ""
     bos_token: str = ""
-    """What stands first in model order, before each document; empty for nothing."""
+    """Token at the start of each document in model order; empty for none."""
     text_template: str = ""
-    """Joined the fields of each record to its text; empty where the text is one field."""
+    """Template that joined the fields of each record to its text; empty if the text was one field."""
     skipped_inputs: list[dict[str, Any]] = field(default_factory=list)
-    """What was found at the inputs and not read: path, reason and num_files."""
+    """Input files that were not read: path, reason and num_files."""
     elapsed_seconds: float = 0.0
     """Wall-clock time of the run that finished the shard."""
     request_sha256: str = ""
-    """Of everything that was asked of preprocessing, inputs included; the same request again has nothing left to do."""
+    """Hash of all options and inputs of preprocessing. A command with the same hash finds the shard finished."""
     inputs_sha256: str = ""
-    """Of the list of all tasks' inputs with sizes and versions: tasks that divided other lists do not fit together."""
+    """Hash of the input files of all tasks, with sizes and versions. Shards of one array must agree in it."""
     pairs: dict[str, int] = field(default_factory=dict)
-    """Of a shard of packed pairs: seq_length of its packs, and numbers of pairs and of their tokens; else empty."""
+    """For a shard of packed pairs: seq_length of the packs, number of pairs, and numbers of their tokens; else empty."""
     targets_sha256: str = ""
-    """Of PREFIX.targets, which a shard of pairs has."""
+    """Hash of PREFIX.targets of a shard of pairs."""
     package_version: str = __version__
     created_at: str = ""
     """UTC, ISO 8601."""
@@ -99,21 +99,21 @@ class ShardManifest:
 
     @property
     def provenance(self) -> Provenance:
-        """Direction and tokenizer, to be compared with those of a run."""
+        """Direction and tokenizer, for comparison with those of a run."""
         return Provenance.from_dict(asdict(self), "manifest")
 
     @property
     def content_sha256(self) -> str:
-        """Of what is learnt: the ids, and which of them are targets."""
+        """Hash of the training data: of the ids, and of the targets if there are any."""
         return hashlib.sha256(f"{self.bin_sha256}{self.targets_sha256}".encode()).hexdigest() if self.pairs else self.bin_sha256
 
     def to_json(self) -> bytes:
-        """The manifest file's content."""
+        """Return the content of the manifest file."""
         return orjson.dumps(asdict(self), option=orjson.OPT_INDENT_2 | orjson.OPT_APPEND_NEWLINE)
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any], where: str) -> "ShardManifest":
-        """Read a manifest's object; `where` names the file in errors."""
+        """Make a manifest from its JSON object. where: name of the file, for error messages."""
         if stored.get("format_version") != FORMAT_VERSION:
             raise DataError(
                 f"{where} has format version {stored.get('format_version')}, this package reads {FORMAT_VERSION};"
@@ -130,42 +130,42 @@ class ShardManifest:
 
 
 def choose_dtype(name: DtypeName, vocab_size: int) -> np.dtype[Any]:
-    """The type of stored ids; `auto` is megatron-core's rule: uint16 below a vocabulary of 65,500, else int32."""
+    """Return the type of stored ids. `auto` is megatron-core's rule: uint16 for a vocabulary below 65,500, else int32."""
     if name == "auto":
         name = "uint16" if vocab_size < UINT16_BELOW else "int32"
     dtype = np.dtype(name)
     if vocab_size - 1 > np.iinfo(dtype).max:
         raise UsageError(
-            f"--dtype {name} holds ids up to {np.iinfo(dtype).max:,}, the tokenizer has ids up to {vocab_size - 1:,};"
+            f"--dtype {name} stores ids up to {np.iinfo(dtype).max:,}, the tokenizer has ids up to {vocab_size - 1:,};"
             " use --dtype int32 or auto"
         )
     return dtype
 
 
 def printable(path: str) -> str:
-    """Return a path as a manifest can hold it: bytes that are not UTF-8 are escaped."""
+    """Return a path with bytes that are not UTF-8 escaped, for manifests and messages."""
     return path.encode("utf-8", "backslashreplace").decode()
 
 
 def existing_files(prefix: str) -> list[Path]:
-    """Return those of the three files of a shard that are there."""
+    """Return the files of a shard that exist, of .bin, .idx and .json."""
     return [path for suffix in SUFFIXES if (path := Path(prefix + suffix)).exists()]
 
 
 def check_may_write(prefix: str, overwrite: bool) -> None:
-    """Refuse a prefix whose files exist, unless `overwrite`, and a folder that cannot be written; writes nothing itself."""
+    """Refuse a prefix whose files exist, unless `overwrite`, and a folder without write permission. Writes nothing itself."""
     if prefix.endswith("/"):
-        raise UsageError(f"--output-prefix {prefix} is a folder; add the first part of the files' names, such as {prefix}train")
+        raise UsageError(f"--output-prefix {prefix} is a folder; add the beginning of the file names, such as {prefix}train")
     if (found := existing_files(prefix)) and not overwrite:
         raise UsageError(f"{found[0]} exists already; choose another --output-prefix, or replace it with --overwrite")
     for folder in sorted({Path(prefix).parent, *(path.parent for path in real_files(prefix).values())}):
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if not existing.is_dir() or not os.access(existing, os.W_OK):
-            raise UsageError(f"{existing} is not a folder that can be written to; choose another --output-prefix")
+            raise UsageError(f"{existing} is not a folder with write permission; choose another --output-prefix")
 
 
 def real_files(prefix: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Path]:
-    """Return the file behind each of a shard's names. Raise UsageError for two names of one file, and as `real_path` does."""
+    """Return the file to which each name of a shard leads through links. Raises UsageError if two names lead to one file."""
     files = {suffix: Path(real_path(prefix + suffix)) for suffix in suffixes}
     if len(set(files.values())) < len(files):
         raise UsageError(f"two of {', '.join(prefix + suffix for suffix in suffixes)} are links to one file; remove the links")
@@ -174,7 +174,7 @@ def real_files(prefix: str, suffixes: Sequence[str] = SUFFIXES) -> dict[str, Pat
 
 @dataclass(slots=True)
 class Counts:
-    """The part of a manifest that the shard's maker knows, besides the ids."""
+    """Fields of a manifest that do not follow from the ids."""
 
     text_bytes: int = 0
     skipped: dict[str, int] = field(default_factory=dict)
@@ -192,17 +192,17 @@ class Counts:
 
 
 class Hash(Protocol):
-    """Something that is fed bytes."""
+    """A hash that is computed step by step."""
 
     def update(self, content: memoryview, /) -> None:
-        """More bytes."""
+        """Add bytes."""
 
 
 class ShardWriter:
-    """Streams packed documents to PREFIX.bin.part; `finalize` makes them a shard, anything else leaves nothing behind.
+    """Writer of a shard. Documents go to PREFIX.bin.part, and `finalize` makes the finished shard of them.
 
-    Use as a context manager: leaving it without `finalize`, by an exception or not, removes the partial files. A lock on the
-    prefix is held from the first line to the last: a second writer of the same shard is refused with a UsageError.
+    Use as a context manager: leaving it without `finalize`, with or without an exception, removes the partial files. The
+    writer locks the prefix, so a second writer of the same shard raises UsageError.
     """
 
     def __init__(self, prefix: str, provenance: Provenance, dtype: npt.DTypeLike, *, overwrite: bool = False) -> None:
@@ -212,7 +212,7 @@ class ShardWriter:
         self.dtype = np.dtype(dtype)
         self._num_bytes = 0
         self.num_documents = 0
-        """Documents appended so far."""
+        """Number of documents appended so far."""
         self._hash = hashlib.sha256()
         self._buffer = bytearray(COPY_BYTES)
         folder = Path(prefix).parent
@@ -221,12 +221,12 @@ class ShardWriter:
         self._made: list[Path] = []
         self._lock = ExitStack()
         try:
-            for locked in _prefixes_behind(prefix):
+            for locked in _prefixes_to_lock(prefix):
                 self._lock.enter_context(output_file_lock(locked, "--output-prefix"))
-            check_may_write(prefix, overwrite)  # again: another writer may have finished before the lock was ours
+            check_may_write(prefix, overwrite)  # again: another writer may have finished before we got the lock
             self._files = real_files(prefix, (*SUFFIXES, ".len"))
             self._bin = self._create(".bin")
-            self._lengths = self._create(".len")  # not in memory: there are hundreds of millions
+            self._lengths = self._create(".len")  # a file, because there can be hundreds of millions
         except BaseException:
             self._lock.close()
             raise
@@ -237,19 +237,19 @@ class ShardWriter:
         return path.open("wb")
 
     def _part(self, suffix: str) -> Path:
-        """Where the file of an ending grows: beside the one that it will replace, where links lead elsewhere."""
+        """Return the path of an unfinished file: next to the file that it will replace, which may be elsewhere through a link."""
         return Path(f"{self._files[suffix]}.part")
 
-    def append(self, packed: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
-        """Add what `concatenate_documents` returned: ids [sum(lengths)] in model order and lengths [documents], eod included."""
-        if packed.dtype != self.dtype:  # a cast would wrap around in silence
-            raise TypeError(f"ids of type {packed.dtype} for a shard of {self.dtype}")
-        if int(lengths.sum(dtype=np.int64)) != packed.size:
-            raise ValueError(f"{packed.size} ids for documents of {int(lengths.sum(dtype=np.int64))}")
-        self._append(np.ascontiguousarray(packed).view(np.uint8).data, lengths)
+    def append(self, ids: npt.NDArray[Any], lengths: npt.NDArray[np.int32]) -> None:
+        """Add documents: ids [sum(lengths)] in model order, each document closed by eod, and their lengths [documents] with eod."""
+        if ids.dtype != self.dtype:  # a cast would wrap around silently
+            raise TypeError(f"ids of type {ids.dtype} for a shard of {self.dtype}")
+        if int(lengths.sum(dtype=np.int64)) != ids.size:
+            raise ValueError(f"{ids.size} ids for documents of {int(lengths.sum(dtype=np.int64))} ids")
+        self._append(np.ascontiguousarray(ids).view(np.uint8).data, lengths)
 
     def append_files(self, ids_path: str, lengths_path: str, hashes: tuple[Hash, Hash]) -> None:
-        """Add the ids in one file and the int32 lengths in another, both as `append` takes them; `hashes` are fed with them."""
+        """Add documents from a file of ids and a file of int32 lengths, as for `append`. Updates the hash of each file."""
         lengths = np.fromfile(lengths_path, np.int32)
         hashes[1].update(lengths.data)
         with open(ids_path, "rb", buffering=0) as stream:
@@ -270,7 +270,7 @@ class ShardWriter:
         self.num_documents += len(lengths)
 
     def finalize(self, counts: Counts) -> ShardManifest:
-        """Write index and manifest, check the invariant, and give all three files their names, the manifest last."""
+        """Write index and manifest, check the sizes, and give all three files their names, the manifest last."""
         try:
             return self._finalize(counts)
         except OSError as error:
@@ -285,7 +285,7 @@ class ShardWriter:
         if num_tokens * self.dtype.itemsize != size or size != self._num_bytes:
             raise DataError(
                 f"{self.prefix}.bin has {size:,} bytes, its {len(lengths):,} documents need"
-                f" {num_tokens * self.dtype.itemsize:,}; the disk may be full or the file was changed: run again"
+                f" {num_tokens * self.dtype.itemsize:,}; the disk may be full, or another program changed the file: run again"
             )
         manifest = ShardManifest(
             **{item.name: getattr(self.provenance, item.name) for item in fields(Provenance)},
@@ -314,24 +314,24 @@ class ShardWriter:
 
     def _rename(self) -> None:
         self._part(".len").unlink()
-        withdraw(self._files[".json"])  # an old manifest must never stand beside new ids
+        withdraw(self._files[".json"])  # an old manifest must never exist next to new ids
         for suffix in SUFFIXES:
             publish(self._part(suffix), self._files[suffix])
             self._made.append(self._files[suffix])
         self._made_folders.clear()
-        self._made.clear()  # finished: nothing to remove any more
+        self._made.clear()  # finished: `abort` must remove nothing
 
     def abort(self) -> None:
-        """Remove what was written so far."""
-        with contextlib.suppress(OSError):  # a full disk: what is still buffered is not wanted
+        """Remove everything written so far."""
+        with contextlib.suppress(OSError):  # flushing the buffer fails on a full disk, and its content is not needed
             self._bin.close()
         with contextlib.suppress(OSError):
             self._lengths.close()
         for path in self._made:
             path.unlink(missing_ok=True)
-        self._lock.close()  # before the folders go, in which its file is
+        self._lock.close()  # before the folders are removed, which contain its file
         for folder in self._made_folders:
-            with contextlib.suppress(OSError):  # another task's files may be in it
+            with contextlib.suppress(OSError):  # it may contain files of another task
                 folder.rmdir()
         self._made.clear()
         self._made_folders.clear()
@@ -343,14 +343,14 @@ class ShardWriter:
         self.abort()
 
 
-def _prefixes_behind(prefix: str) -> list[str]:
-    """Return the prefixes that a writer of `prefix` locks: it, and those whose files are behind links of its names."""
-    behind = {str(path).removesuffix(suffix) for suffix, path in real_files(prefix).items()}
-    return [prefix, *sorted(behind - {os.path.realpath(prefix)})]
+def _prefixes_to_lock(prefix: str) -> list[str]:
+    """Return the prefixes that a writer locks: its own, and those to which links of its file names lead."""
+    linked = {str(path).removesuffix(suffix) for suffix, path in real_files(prefix).items()}
+    return [prefix, *sorted(linked - {os.path.realpath(prefix)})]
 
 
 def load_manifest(prefix: str) -> ShardManifest:
-    """Read PREFIX.json; the error says what is the matter when there is none."""
+    """Read PREFIX.json. If there is none, the error explains the likely reason."""
     path = Path(f"{prefix}.json")
     if not path.is_file():
         for suffix in SUFFIXES:
@@ -358,7 +358,7 @@ def load_manifest(prefix: str) -> ShardManifest:
                 raise UsageError(f"{prefix} is one file of a shard; give the prefix {prefix.removesuffix(suffix)}")
         if existing_files(prefix):
             raise DataError(
-                f"{prefix}.bin or .idx is there, but the manifest {path} is not: the shard was not finished, or another tool"
+                f"{prefix}.bin or .idx exists, but not the manifest {path}: the shard was not finished, or another tool"
                 " wrote it; make it again with ledom preprocess-data"
             )
         raise UsageError(f"there is no shard {prefix} ({path} does not exist); give the prefix of its .bin, .idx and .json")
@@ -367,15 +367,15 @@ def load_manifest(prefix: str) -> ShardManifest:
     except orjson.JSONDecodeError as error:
         raise DataError(f"{path} is not JSON ({error}); make the shard again") from error
     if not isinstance(stored, dict):
-        raise DataError(f"{path} holds no JSON object; make the shard again")
+        raise DataError(f"{path} does not contain a JSON object; make the shard again")
     return ShardManifest.from_dict(stored, str(path))
 
 
 def check_shard(prefix: str) -> ShardManifest:
-    """The cheap check before a shard is used, reading no ids: manifest, sizes and index header agree. Returns the manifest."""
+    """Check that manifest, file sizes and index header agree, without reading ids, and return the manifest. Raises DataError."""
     manifest = load_manifest(prefix)
     if manifest.dtype not in SHARD_DTYPES:
-        raise DataError(f"{prefix}.json has dtype {manifest.dtype!r}, not one of {[*SHARD_DTYPES]}; make the shard again")
+        raise DataError(f"{prefix}.json has dtype {manifest.dtype!r}, expected one of {[*SHARD_DTYPES]}; make the shard again")
     expected = {
         ".bin": manifest.num_tokens * np.dtype(manifest.dtype).itemsize,
         ".idx": index_bytes(manifest.num_documents, manifest.num_documents),
@@ -394,19 +394,19 @@ def check_shard(prefix: str) -> ShardManifest:
             )
     header = read_header(f"{prefix}.idx")
     if header != shard_header(manifest.dtype, manifest.num_documents):
-        raise DataError(f"{prefix}.idx has the header {header}, which is not that of its manifest; make the shard again")
+        raise DataError(f"{prefix}.idx has the header {header}, which does not match its manifest; make the shard again")
     return manifest
 
 
 class ShardReader:
-    """A checked shard, memory-mapped."""
+    """A checked and memory-mapped shard."""
 
     def __init__(self, prefix: str) -> None:
         self.prefix = prefix
         self.manifest = check_shard(prefix)
         count = self.manifest.num_documents
         self.lengths, self.pointers, self.document_indices = map_index(f"{prefix}.idx", count, count)
-        """Of each document, eod included, see IndexArrays."""
+        """Arrays of the index, one entry per document; lengths count the eod. See IndexArrays."""
         dtype = np.dtype(self.manifest.dtype)
         num_tokens = self.manifest.num_tokens
         self.ids: npt.NDArray[Any] = np.memmap(f"{prefix}.bin", mode="r", dtype=dtype) if num_tokens else np.zeros(0, dtype)
@@ -416,7 +416,7 @@ class ShardReader:
         return self.manifest.num_documents
 
     def document(self, index: int) -> npt.NDArray[Any]:
-        """Ids of one document in model order [length], its eod included."""
+        """Return the ids of a document in model order [length], with its eod."""
         if not 0 <= index < len(self):
             raise IndexError(f"document {index} of {len(self)}")
         begin = int(self.pointers[index]) // self.ids.itemsize

@@ -1,7 +1,7 @@
-"""Files of a shard that a job opens again later: they must still be those that were checked at its start.
+"""Check during a job that the files of a shard are still those that were checked at its start.
 
-A change of size, time or inode is seen by `stat`, a few microseconds a sample; only then the content is hashed, and what was copied
-anew without a change goes on.
+`stat` shows a change of size, time or inode, in a few microseconds per sample. Only then the content is hashed. A file that was
+copied again with the same content is accepted.
 """
 
 import logging
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 FileState = tuple[int, int, int]
-"""Size, time of modification and inode: by these a file is known again without reading it."""
+"""Size, time of modification and inode, which identify a file without reading it."""
 
 
 def _state_of(path: str) -> FileState:
@@ -30,22 +30,22 @@ class ShardFiles:
 
     prefix: str
     hashes: dict[str, str]
-    """sha256 by path, as the manifest has it."""
+    """sha256 in the manifest, by path."""
     states: dict[str, FileState]
-    """By path; replaced where a file was copied anew with the same content."""
+    """Last accepted state, by path."""
 
     @classmethod
     def of(cls, prefix: str, manifest: ShardManifest) -> "ShardFiles":
-        """Take the states of the files of a shard."""
+        """Record the states of the files of a shard."""
         hashes = {f"{prefix}.bin": manifest.bin_sha256, f"{prefix}.idx": manifest.idx_sha256}
         if manifest.pairs:
             hashes[f"{prefix}{TARGETS}"] = manifest.targets_sha256
         return cls(prefix, hashes, {path: _state_of(path) for path in hashes})
 
     def check(self) -> None:
-        """Raise DataError if a file has another content than at the start.
+        """Raise DataError if the content of a file has changed since the start.
 
-        A file that is gone passes: what is open stays as it was, and opening it again fails by itself.
+        A deleted file passes: if it is open it stays readable, and opening it again fails by itself.
         """
         for path, known in self.states.items():
             try:
@@ -54,18 +54,18 @@ class ShardFiles:
                 continue
             if found != known:
                 self._check_content(path, known, found)
-                log.warning("%s was written anew during the run, with the same content; the run goes on", path)
+                log.warning("%s was written again during the run, with the same content; the run continues", path)
                 self.states[path] = found
 
     def _check_content(self, path: str, known: FileState, found: FileState) -> None:
-        was_sound = f"the shard {self.prefix} was sound when the run started and cannot be opened now"
+        was_sound = f"the shard {self.prefix} was intact when the run started and cannot be opened now"
         try:
             is_same = found[0] == known[0] and sha256_of(path) == self.hashes[path]
         except OSError as error:
-            raise TransientError(f"{was_sound} ({error}); look for what changes it, then start again") from error
+            raise TransientError(f"{was_sound} ({error}); find out what changes it, then start again") from error
         if not is_same:
             raise DataError(
                 f"{was_sound}: it was replaced during the run ({path} had {known[0]:,} bytes, now it has"
-                f" {found[0]:,} and not the sha256 of its manifest); put the old shard back and start again from the last"
-                " checkpoint, or start another run with the new one"
+                f" {found[0]:,} and not the sha256 of its manifest); restore the old shard and resume from the last"
+                " checkpoint, or start another run with the new shard"
             )

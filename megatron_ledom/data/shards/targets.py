@@ -1,7 +1,7 @@
-"""PREFIX.targets: what each id of a shard of pairs is to its pair, one byte an id, so that a run can choose what its loss counts.
+"""PREFIX.targets: the role of each id of a shard of pairs, one byte per id, from which a run chooses the ids that its loss counts.
 
-Shards of pairs (`ledom prepare-pairs`) hold packs: documents of exactly `manifest.pairs["seq_length"]` ids, each of whole pairs
-closed by eod and filled up with eods. A sample of that length is therefore one pack, and no pair is cut.
+A shard of pairs (`ledom prepare-pairs`) contains packs. A pack is a document of exactly `manifest.pairs["seq_length"]` ids: whole
+pairs, each closed by an eod, then eods as padding. So a sample of that length is one pack, and no pair is cut.
 """
 
 from typing import TYPE_CHECKING
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     import torch
 
 NOTHING, GIVEN, SCORED, END = range(4)
-"""The first id of a pair, which nothing conditions, and filling; the given part; the part that a scorer scores; the pair's eod."""
+"""NOTHING: padding, and the first id of a pair, which has no context. GIVEN: the given part. SCORED: the scored part. END: eod."""
 COUNTED = {"all": (GIVEN, SCORED, END), "scored": (SCORED,), "scored_and_eod": (SCORED, END)}
-"""By `data.loss_tokens`."""
+"""Roles that the loss counts, by `data.loss_tokens`."""
 
 
 class TargetMasks:
@@ -28,8 +28,8 @@ class TargetMasks:
         self._counted = COUNTED[loss_tokens]
 
     def loss_mask(self, pack: int) -> "torch.Tensor":
-        """1 where the label counts, [seq_length]; the label of the last position is of another pack and never does."""
-        import torch  # seconds that a dry run, which reads manifests only, does not wait for
+        """Return the mask [seq_length]: 1 for labels that count. The last label belongs to another pack and never counts."""
+        import torch  # late: it takes seconds, and a dry run reads only manifests
 
         counts = np.isin(self._targets[pack], self._counted)
         mask = torch.zeros(len(counts))
@@ -38,7 +38,7 @@ class TargetMasks:
 
 
 def counted_bytes_per_token(manifest: ShardManifest, loss_tokens: str) -> float:
-    """UTF-8 bytes of text for each id that the loss counts; of an ordinary shard for each id."""
+    """Return the UTF-8 bytes of text per id that the loss counts. In an ordinary shard every id counts."""
     pairs = manifest.pairs
     if not pairs:
         return manifest.text_bytes / manifest.num_tokens

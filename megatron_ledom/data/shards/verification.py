@@ -1,7 +1,7 @@
-"""Everything that can be wrong with a shard, found by reading all of it once: one sentence a fault, with file and document.
+"""Verify a shard by reading all of it once. Every problem is one sentence that names the file and the document.
 
-A direction that was changed in the manifest shows in no file; it is told from text: decoded in text order and encoded again, only
-the right order gives the ids back.
+A changed direction in the manifest cannot be recognized from the files. It is checked by decoding documents to text and encoding
+that again: only the right order returns the same ids.
 """
 
 import hashlib
@@ -23,17 +23,17 @@ from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer
 
 BLOCK_BYTES = 1 << 22
 INSIDE = "inside, at its id"
-"""Words of the fault of an eod that is not at a document's end."""
+"""Words in the description of an eod that is not at the end of a document."""
 SAMPLE_DOCUMENTS = 64
-LONGEST_IDS = 20_000  # longer documents are not looked at, so that the check takes seconds
+LONGEST_IDS = 20_000  # longer documents are not checked, so that the check takes seconds
 CLEAR = 3
-"""How many times as many documents must speak for one order as for the other."""
+"""One order is clear if it has more than this factor as many documents as the other one."""
 
 
 def verify_shard(prefix: str) -> list[str]:
-    """Return what is wrong with the shard; an empty list is a sound one. Raises UsageError when there is no such shard.
+    """Return the problems of a shard; an empty list means it is intact. Raises UsageError if there is no such shard.
 
-    Found from the files alone, so a direction that was changed in the manifest is not: see `check_direction`.
+    This uses only the files, so it cannot recognize a changed direction in the manifest: see `check_direction`.
     """
     try:
         manifest = load_manifest(prefix)
@@ -61,11 +61,11 @@ def _has_its_targets(prefix: str, manifest: ShardManifest) -> bool:
 
 
 def _changed(prefix: str, suffix: str) -> str:
-    return f"{prefix}{suffix} has not the sha256 of its manifest: its content was changed or damaged"
+    return f"{prefix}{suffix} does not have the sha256 of its manifest: its content was changed or damaged"
 
 
 def _size_problems(prefix: str, manifest: ShardManifest, is_same: bool) -> list[str]:
-    """`is_same`: .bin has the sha256 of the manifest."""
+    """Return the problem of the size of .bin, if any. is_same: .bin has the sha256 of the manifest."""
     found = Path(f"{prefix}.bin").stat().st_size
     itemsize = np.dtype(manifest.dtype).itemsize
     size = manifest.num_tokens * itemsize
@@ -73,7 +73,7 @@ def _size_problems(prefix: str, manifest: ShardManifest, is_same: bool) -> list[
         return []
     if is_same:
         return [
-            f"{prefix}.json: num_tokens is {manifest.num_tokens:,}, but .bin, whose sha256 is right, holds {found // itemsize:,}:"
+            f"{prefix}.json: num_tokens is {manifest.num_tokens:,}, but .bin, whose sha256 is right, has {found // itemsize:,}:"
             " the manifest was changed"
         ]
     state = "truncated" if found < size else "too long"
@@ -81,18 +81,18 @@ def _size_problems(prefix: str, manifest: ShardManifest, is_same: bool) -> list[
 
 
 class Index:
-    """A shard's .idx, read in blocks and compared with the manifest and the rule of the format."""
+    """The .idx of a shard, read in blocks and compared with the manifest and the rules of the format."""
 
     def __init__(self, prefix: str, manifest: ShardManifest) -> None:
         self.prefix = prefix
         self.itemsize = np.dtype(manifest.dtype).itemsize
         self.problems: list[str] = []
         self.count = 0
-        """Documents, by its own header."""
+        """Number of documents in its own header."""
         path = f"{prefix}.idx"
         is_same = sha256_of(path) == manifest.idx_sha256
         self.is_readable = self._read_header(path, manifest, is_same)
-        """Whether documents can be told from each other: header and size fit each other and the manifest's dtype."""
+        """True if the documents can be separated: header and size agree with each other and with the dtype of the manifest."""
         if not is_same:
             self.problems.append(_changed(prefix, ".idx"))
 
@@ -106,7 +106,7 @@ class Index:
         header = HEADER.unpack(content)
         self.count = header[3]
         if header != shard_header(manifest.dtype, self.count):
-            self.problems.append(f"{path} has the header {header}, which is not that of a shard of {manifest.dtype} ids")
+            self.problems.append(f"{path} has the header {header}, which does not fit a shard of {manifest.dtype} ids")
             return False
         needed = index_bytes(self.count, self.count)
         if size != needed:
@@ -114,13 +114,13 @@ class Index:
             self.problems.append(f"{path} is {state}: it has {size:,} bytes, its {self.count:,} documents need {needed:,}")
             return False
         if self.count != manifest.num_documents:
-            said = f"{self.prefix}.json: num_documents is {manifest.num_documents:,}, but .idx holds {self.count:,} documents"
-            whose = ", and its sha256 is right: the manifest was changed" if is_same else ": it is the .idx of another shard"
-            self.problems.append(said + whose)
+            found = f"{self.prefix}.json: num_documents is {manifest.num_documents:,}, but .idx has {self.count:,} documents"
+            cause = ", and its sha256 is right: the manifest was changed" if is_same else ": it is the .idx of another shard"
+            self.problems.append(found + cause)
         return True
 
     def documents(self) -> Iterator[npt.NDArray[np.int64]]:
-        """Lengths of all documents, in blocks; what is wrong with them is added to `problems` when the last one was given."""
+        """Yield the lengths of all documents, in blocks. After the last block their problems are added to `problems`."""
         stored: tuple[npt.NDArray[Any], ...] = map_index(f"{self.prefix}.idx", self.count, self.count)
         end, first_wrong = 0, [-1, -1, -1]
         for first in range(0, self.count, CHUNK_DOCUMENTS):
@@ -137,9 +137,9 @@ class Index:
         if first_wrong[2] < 0 and stored[2][self.count] != self.count:
             first_wrong[2] = self.count
         words = [
-            "has length {}: it holds nothing besides its eod",
-            "begins at byte {}, the pointers are not the running sum of the lengths from there on",
-            "has index {}, the document indices are not 0, 1, 2, ... from there on",
+            "has length {}, so it has no token before its eod",
+            "begins at byte {}; from there on the pointers are not the running sum of the lengths",
+            "has index {}; from there on the document indices are not 0, 1, 2, ...",
         ]
         for part, document, text in zip(stored, first_wrong, words, strict=True):
             if document >= 0:
@@ -147,14 +147,14 @@ class Index:
         size = Path(f"{self.prefix}.bin").stat().st_size
         if end * self.itemsize != size:
             self.problems.append(
-                f"{self.prefix}.idx: the lengths do not add up to the ids of .bin: {end * self.itemsize:,} bytes, .bin has"
-                f" {size:,}; from the first wrong length on every document is shifted"
+                f"{self.prefix}.idx: the lengths add up to {end * self.itemsize:,} bytes, .bin has {size:,}; every document after"
+                " the first wrong length is shifted"
             )
 
 
 @dataclass(slots=True)
 class Finding:
-    """One kind of fault among the ids: the first place, and how many documents have it."""
+    """One kind of problem of the ids, with its first position and the number of documents that have it."""
 
     text: str
     num_documents: int
@@ -162,14 +162,14 @@ class Finding:
 
 
 class IdScan:
-    """Reads .bin once beside its index: range of ids, one eod and that at the end of each document, and the hash."""
+    """Scan of .bin along its index: checks the range of ids, the one eod at the end of each document, and the hash."""
 
     def __init__(self, prefix: str, manifest: ShardManifest) -> None:
         self.prefix = prefix
         self.manifest = manifest
         self.dtype = np.dtype(manifest.dtype)
         self.is_same = False
-        """After `finish`: .bin has the sha256 of the manifest."""
+        """True after `finish` if .bin has the sha256 of the manifest."""
         self._digest = hashlib.sha256()
         self._stream = io.FileIO(f"{prefix}.bin")
         self._findings: dict[str, Finding] = {}
@@ -178,22 +178,22 @@ class IdScan:
 
     @property
     def problems(self) -> list[str]:
-        """Found so far."""
+        """Problems found so far."""
         found = [
             f"{self.prefix}.bin: {finding.text}"
             + (f" (and {finding.num_documents - 1:,} more documents)" if finding.num_documents > 1 else "")
             for finding in self._findings.values()
         ]
         if not self.is_same:
-            hint = "" if found else "; every id and eod is possible, so it cannot be said which document's ids changed"
+            hint = "" if found else "; all ids and eods are valid, so the changed document cannot be located"
             found.insert(0, _changed(self.prefix, ".bin") + hint)
         return found
 
     def add(self, lengths: npt.NDArray[np.int64]) -> None:
-        """The next documents, of these lengths."""
+        """Check the next documents, which have these lengths."""
         ends = np.cumsum(lengths)
         most_ids = BLOCK_BYTES // self.dtype.itemsize
-        total = int(ends[-1]) if len(ends) and (lengths >= 0).all() else 0  # with a negative length nothing can be told apart
+        total = int(ends[-1]) if len(ends) and (lengths >= 0).all() else 0  # a negative length makes documents inseparable
         for begin in range(0, total, most_ids):
             ids = self._read(min(most_ids, total - begin))
             self._check(ids, ends, begin)
@@ -206,7 +206,7 @@ class IdScan:
         return np.frombuffer(content, self.dtype, len(content) // self.dtype.itemsize)
 
     def _check(self, ids: npt.NDArray[Any], ends: npt.NDArray[np.int64], begin: int) -> None:
-        """`ids` are those from `begin` on of the documents that end before `ends`."""
+        """Check `ids`, which begin at position `begin` of the documents that end at `ends`."""
         eod, vocab_size = self.manifest.eod_id, self.manifest.vocab_size
         last = ends[np.searchsorted(ends, begin, side="right") : np.searchsorted(ends, begin + len(ids), side="right")]
         last = last - 1 - begin
@@ -221,9 +221,9 @@ class IdScan:
             text = f"its last id is {ids[open_ends[0]]}"
             self._found("open", f"{{}} does not end with eod {eod}: {text}", ends, begin + open_ends)
         eods = np.flatnonzero(ids == eod)
-        if len(eods) > len(last) - len(open_ends) and not self.manifest.pairs:  # packs of pairs hold an eod for each
+        if len(eods) > len(last) - len(open_ends) and not self.manifest.pairs:  # a pack contains an eod for each pair
             inside = eods[~np.isin(eods, last, assume_unique=True)]
-            self._found("inside", f"{{}} holds eod {eod} {INSIDE} {{}}", ends, begin + inside)
+            self._found("inside", f"{{}} has eod {eod} {INSIDE} {{}}", ends, begin + inside)
 
     def _found(self, kind: str, text: str, ends: npt.NDArray[np.int64], positions: npt.NDArray[np.int64]) -> None:
         documents = np.unique(np.searchsorted(ends, positions, side="right")) + self._document
@@ -237,7 +237,7 @@ class IdScan:
         self._findings[kind] = Finding(sentence, len(documents), int(documents[-1]))
 
     def finish(self) -> None:
-        """Read what no document claims, and compare the hash."""
+        """Read the rest of .bin, and compare the hash."""
         while content := self._stream.read(BLOCK_BYTES):
             self._digest.update(content)
         self._stream.close()
@@ -246,7 +246,7 @@ class IdScan:
 
 @dataclass(frozen=True, slots=True)
 class DirectionCheck:
-    """Of a sample of documents, how many keep their ids in one order only; a document of whole words keeps them in both."""
+    """Numbers of sampled documents that keep their ids in one order only. A document of whole words keeps them in both."""
 
     stated: Direction
     sampled: int
@@ -255,27 +255,27 @@ class DirectionCheck:
 
     @property
     def is_wrong(self) -> bool:
-        """The ids clearly stand in the other order."""
+        """True if the ids are clearly in the other order."""
         return self.only_as_other > CLEAR * self.only_as_stated
 
     @property
     def is_right(self) -> bool:
-        """The ids clearly stand in the stated order."""
+        """True if the ids are clearly in the stated order."""
         return self.only_as_stated > CLEAR * self.only_as_other
 
     def describe(self) -> str:
-        """One sentence."""
+        """Return the result as one sentence."""
         found = (
-            f"of {self.sampled} documents decoded and encoded again, {self.only_as_stated} keep their ids only if the shard is"
-            f" {self.stated}, {self.only_as_other} only if it is {self.stated.other}"
+            f"of {self.sampled} documents that were decoded and encoded again, {self.only_as_stated} keep their ids only if the"
+            f" shard is {self.stated}, {self.only_as_other} only if it is {self.stated.other}"
         )
         if self.is_wrong:
             return f"the manifest says {self.stated}, but the ids are {self.stated.other}: {found}"
-        return f"{self.stated} is right: {found}" if self.is_right else f"cannot be told from the ids: {found}"
+        return f"{self.stated} is right: {found}" if self.is_right else f"cannot be determined from the ids: {found}"
 
 
 def check_direction(reader: ShardReader, tokenizer: Tokenizer) -> DirectionCheck:
-    """Look at documents spread evenly over the shard. The index and the range of ids must be sound."""
+    """Check documents at equal distances over the shard. Its index and the range of its ids must be intact."""
     stated = reader.manifest.direction
     sampled = only_as_stated = only_as_other = 0
     for index in np.unique(np.linspace(0, len(reader) - 1, min(SAMPLE_DOCUMENTS, len(reader))).astype(np.int64)).tolist():
@@ -283,12 +283,12 @@ def check_direction(reader: ShardReader, tokenizer: Tokenizer) -> DirectionCheck
         if len(stored) > LONGEST_IDS:
             continue
         sampled += 1
-        as_stated = _comes_back(tokenizer, to_text_order(stored, stated).tolist())
-        as_other = _comes_back(tokenizer, to_text_order(stored, stated.other).tolist())
+        as_stated = _keeps_ids(tokenizer, to_text_order(stored, stated).tolist())
+        as_other = _keeps_ids(tokenizer, to_text_order(stored, stated.other).tolist())
         only_as_stated += as_stated and not as_other
         only_as_other += as_other and not as_stated
     return DirectionCheck(stated, sampled, only_as_stated, only_as_other)
 
 
-def _comes_back(tokenizer: Tokenizer, text_ids: list[int]) -> bool:
+def _keeps_ids(tokenizer: Tokenizer, text_ids: list[int]) -> bool:
     return bool(tokenizer.encode_batch([tokenizer.decode(text_ids)])[0].tolist() == text_ids)

@@ -69,8 +69,8 @@ def test_the_site_shows_what_the_package_exports(site: Path) -> None:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_a_generated_page_is_current(name: str) -> None:
-    stored = (DOCS / name).read_text(encoding="utf-8")
-    assert stored == PAGES[name](), f"docs/{name} is stale; write it with: python -m docs.generator"
+    stored = (ROOT / name).read_text(encoding="utf-8")
+    assert stored == PAGES[name](), f"{name} is stale; write it with: python -m docs.generator"
 
 
 def test_every_page_is_in_the_navigation_once() -> None:
@@ -105,7 +105,7 @@ def test_the_configuration_page_has_every_key_and_its_docstring() -> None:
     assert named == set((ROOT / "tests/assets/config_keys.txt").read_text(encoding="utf-8").split())
 
 
-def test_the_import_picture_leaves_out_only_what_a_longer_way_replaces() -> None:
+def test_the_import_picture_omits_only_arrows_that_a_longer_way_replaces() -> None:
     edges = import_picture.rooms()
     drawn = import_picture.reduced(edges)
     for name in edges:
@@ -123,14 +123,18 @@ def test_the_task_in_contributing_is_one() -> None:
     code = "\n".join(line[3:] for line in example.splitlines()).replace("\nTask(", "\ntask = Task(")
     names = dict(vars(benchmarks))
     exec(compile(code, "CONTRIBUTING.md", "exec"), names)
-    item = names["task"].layouts[0].read({"question": "What burns?", "options": ["ice", "fire"], "answer": 1})
+    item = names["task"].row_formats[0].read({"question": "What burns?", "options": ["ice", "fire"], "answer": 1})
     assert (item.choices, item.gold, item.values["answer"]) == (("ice", "fire"), 1, "fire")
 
 
 def test_paths_that_the_pages_name_exist() -> None:
     top = ("megatron_ledom", "tests", "docs", "csrc", "examples", "tools")
     rooms = [path.name for path in (ROOT / "megatron_ledom").iterdir() if path.is_dir()]
-    pages = [ROOT / "CONTRIBUTING.md", *(DOCS / f"{name}.md" for name in ("architecture", "benchmarks", "planner", "study"))]
+    pages = [
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "DECISIONS.md",
+        *(DOCS / f"{name}.md" for name in ("architecture", "benchmarks", "planner", "study")),
+    ]
     missing = []
     for page in pages:
         for path in re.findall(rf"`((?:{'|'.join([*top, *rooms])})/[\w./]*)`", page.read_text(encoding="utf-8")):
@@ -138,3 +142,15 @@ def test_paths_that_the_pages_name_exist() -> None:
             if not is_pattern and not (ROOT / path).exists() and not (ROOT / "megatron_ledom" / path).exists():
                 missing.append(f"{page.name}: {path}")
     assert not missing
+
+
+def test_names_that_contributing_names_exist() -> None:
+    """Classes, constants and functions; file names are for the test above."""
+    text = "".join(
+        path.read_text(encoding="utf-8")
+        for folder in ("megatron_ledom", "tests", "csrc")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+    named = set(re.findall(r"`(?:\w+\.)?(\w*[A-Z_]\w*)(?:\(.*?\))?`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")))
+    assert {"TASKS", "FAMILY", "ARCHITECTURES", "build_callbacks"} <= named
+    assert not sorted(name for name in named - {"text_ids"} if not re.search(rf"\b{name}\b", text))

@@ -171,7 +171,7 @@ def test_a_dry_run_refuses_shards_of_the_other_direction(tmp_path: Path, monkeyp
 def test_a_dry_run_refuses_shards_of_another_vocabulary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_manifest(tmp_path / "a", 614_400)
-    with pytest.raises(MismatchError, match=r"model.vocab_size=300 but the shard a has ids of 500"):
+    with pytest.raises(MismatchError, match=r"model.vocab_size=300, but the shard a has a vocabulary of 500"):
         plan("quickstart_reverse", 1, "data.train_blend=[[1,a]]", "data.valid_blend=[]", "model.vocab_size=300")
 
 

@@ -146,7 +146,7 @@ def test_a_record_is_bad_if_the_eod_cannot_be_text(tmp_path: Path, deduplicate: 
         deduplicate=deduplicate,
         min_tokens=min_tokens,
     )
-    with pytest.raises(DataError, match=r"a\.jsonl:4: the text holds the eod '</s>' = 1, .*--on-error skip"):
+    with pytest.raises(DataError, match=r"a\.jsonl:4: the text contains the eod '</s>' = 1, .*--on-error skip"):
         preprocess(settings)
     settings.on_error = "skip"
     preprocess(settings)
@@ -176,7 +176,7 @@ def test_a_word_as_eod_is_refused_if_a_record_contains_it(tmp_path: Path) -> Non
     settings = PreprocessSettings(
         input=[source], tokenizer=tokenizer, output_prefix=str(tmp_path / "shard"), workers=1, eod_id=307
     )
-    with pytest.raises(DataError, match=r"a\.jsonl:2: the text holds the eod '307' = 307"):
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the text contains the eod '307' = 307"):
         preprocess(settings)
 
 
@@ -189,9 +189,9 @@ def test_a_shard_of_an_earlier_version_with_eod_inside_is_not_merged_and_the_adv
     Path(f"{shard}.bin").write_bytes(content)
     manifest = json.loads(Path(f"{shard}.json").read_bytes())
     Path(f"{shard}.json").write_text(json.dumps({**manifest, "bin_sha256": sha256_of(f"{shard}.bin")}))
-    with pytest.raises(DataError, match=r"shard\.bin holds eod 1000 elsewhere than at the end"):
+    with pytest.raises(DataError, match=r"shard\.bin has eod 1000 not only at the end"):
         merge_shards(MergeSettings(input=[shard], output_prefix=str(tmp_path / "merged")))
     assert not (tmp_path / "merged.bin").exists()
-    with pytest.raises(VerificationError, match=r"ledom preprocess-data --overwrite; a text that spells its eod"):
+    with pytest.raises(VerificationError, match=r"ledom preprocess-data --overwrite; the eod came from a text that spells it"):
         inspect_shards(InspectSettings(prefixes=[shard], verify=True))
-    assert "document 0 holds eod 1000 inside" in capsys.readouterr().err
+    assert "document 0 has eod 1000 inside" in capsys.readouterr().err

@@ -1,5 +1,7 @@
-"""Folders with the layout of the published reverse model: every command gets the ids of SentencePiece, the commands of
-docs/tutorials/published_model.md run, and no code of a folder runs, although the user at the terminal allows it.
+"""Folders like that of the published reverse model.
+
+Every command gets the ids of SentencePiece, the commands of docs/tutorials/published_model.md run, and no code of a folder runs,
+although the user at the terminal allows it.
 """
 
 import json
@@ -26,7 +28,7 @@ from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from tests.support.evaluation_sets import write_sets
 from tests.support.harness_tasks import write_tasks
 from tests.support.paths import ROOT
-from tests.support.published_folder import EOD_ID, published_folder, sentencepiece_model, terminal_that_says_yes, texts
+from tests.support.published_folder import EOD_ID, published_folder, sentencepiece_model, terminal_that_answers_yes, texts
 from tests.support.tiny_models import random_model_folder
 from tests.support.tool_runs import run_tool
 
@@ -43,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def terminal(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
     """Give every test a terminal at which a user allows all code to run; check at the end that none ran."""
-    with terminal_that_says_yes() as stdin:
+    with terminal_that_answers_yes() as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         yield
     assert not (folder / "ran").exists()

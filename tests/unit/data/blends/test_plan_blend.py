@@ -1,4 +1,4 @@
-"""tools/plan_blend.py: the table and the config's lines of a blend; nothing repeats without leave."""
+"""ledom plan-blend: the table of a blend and its config lines; repeats must be allowed."""
 
 import subprocess
 from pathlib import Path
@@ -14,7 +14,7 @@ from tests.support.forked import run_forked
 from tests.support.legible import legible_ids, legible_provenance, legible_shard
 from tests.support.paths import ROOT
 
-ORIGINAL = {  # tokens drawn, share of the file (`paper.md`, the published run)
+ORIGINAL = {  # tokens drawn, fraction of the file (the published run)
     "data/dclm_01": (259_833_174_808, 0.9),
     "data/dclm_02": (24_327_029_000, 0.1),
     "data/math_exam": (51_337_646_588, 1.0),
@@ -32,7 +32,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def plan(*inputs: str, **settings: object) -> list[tuple[str, float, float]]:
-    """(name, tokens drawn, epochs) of each source."""
+    """Return (name, tokens drawn, epochs) of each source."""
     made = plan_blend(BlendSettings(input=list(inputs), **settings))  # type: ignore[arg-type]
     check_repeats(made)
     return [(source.name, round(source.drawn), round(source.epochs, 4)) for source in made.sources]
@@ -56,11 +56,11 @@ def test_the_blend_of_the_original_run_is_reproduced() -> None:
     assert [prefix for _, prefix in config["data"]["train_blend"]] == list(ORIGINAL)
 
 
-def test_a_source_that_would_repeat_is_refused_with_the_most_that_is_possible() -> None:
+def test_a_source_that_would_repeat_is_refused_with_the_largest_possible_run() -> None:
     done = run("--input", "web=900B", "math=10B", "--weights", "0.9", "0.1", "--tokens", "200B")
     assert done.returncode == 1
     assert done.stdout.splitlines()[2].split() == ["math", "10,000,000,000", "0.1", "10.00%", "20,000,000,000", "2.0000"]
-    assert "read more than once: math (2.0000 times); these shares give at most 100,000,000,000 tokens" in done.stderr
+    assert "read more than once: math (2.0000 times); these weights allow at most 100,000,000,000 tokens" in done.stderr
     assert "train_blend" not in done.stdout
     done = run("--input", "web=900B", "math=10B", "--weights", "0.9", "0.1", "--tokens", "200B", "--allow-repeats")
     assert done.returncode == 0
@@ -75,8 +75,8 @@ def test_weights_shares_and_whole_sources() -> None:
     assert plan("a=3", "b=7", "c=11", tokens="21")[0] == ("a", 3, 1.0)
 
 
-def test_samples_decide_where_they_are_known() -> None:
-    """As at a run's start: 100 tokens give 12 samples of 8, since each needs the token after it."""
+def test_samples_decide_if_they_are_known() -> None:
+    """As at the start of a run: 100 tokens give 12 samples of 8, because each needs the token after it."""
     assert plan("a=100", tokens="96", seq_length=8, global_batch_size=4) == [("a", 96, 0.96)]
     with pytest.raises(VerificationError, match=r"a \(1.0000 times\)"):
         plan("a=96", tokens="96", seq_length=8, global_batch_size=4)
@@ -112,7 +112,7 @@ def test_budgets_are_read_exactly(text: str, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "B", "-3", "0", "1.5", "many", "nan", "inf", "3Q"])
-def test_what_is_no_number_of_tokens_is_refused(text: str) -> None:
+def test_a_text_that_is_not_a_number_of_tokens_is_refused(text: str) -> None:
     with pytest.raises(UsageError, match=r"is no number of tokens; write 435.37B"):
         parse_tokens(text, "--tokens")
 
@@ -127,7 +127,7 @@ def test_the_lines_are_yaml_with_any_weight_and_prefix() -> None:
 def test_wrong_usage_is_refused() -> None:
     done = run("--input", "a=100")
     assert done.returncode == 2
-    assert "--tokens is needed" in done.stderr
+    assert "--tokens is missing" in done.stderr
     for words, settings in {
         "has 1 numbers for 2 sources": {"weights": [1.0]},
         "must all be above 0": {"weights": [1.0, 0.0]},

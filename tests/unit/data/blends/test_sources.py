@@ -1,4 +1,4 @@
-"""Blends, splits and held-out sets: who gives what, and bits per byte that fit the text they are of."""
+"""Blends, splits and held-out sets: the samples of each source, and bits per byte of the right text."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ def test_named_sets_are_blends_and_each_shard_of_valid_blend_is_its_own_set(data
 
 
 def test_bytes_of_a_blend_are_those_of_the_samples_it_draws(data: TinyData, tmp_path: Path) -> None:
-    """One source of 4 bytes an id and one of 1: three samples of four from the first give (3 * 4 + 1) / 4 bytes an id."""
+    """One source with 4 bytes per id and one with 1: three samples of four from the first give (3 * 4 + 1) / 4 bytes per id."""
     shards = []
     for name, ratio in (("wide", 4), ("narrow", 1)):
         prefix = write_shard(tmp_path / name, documents(100, 1), Direction.REVERSE, data.folder / "legible")
@@ -76,7 +76,7 @@ def test_bytes_of_a_blend_are_those_of_the_samples_it_draws(data: TinyData, tmp_
     assert blend.bytes_per_token("all") == pytest.approx((3 * 4 + 1) / 4)
 
 
-def test_the_table_before_training_says_what_each_source_gives(data: TinyData) -> None:
+def test_the_table_before_training_lists_the_samples_of_each_source(data: TinyData) -> None:
     config, sources = opened(data, f"data.train_blend={both(data, 3, 1)}")
     table = [line.split() for line in describe_blend(config, sources).splitlines()]
     assert table[0] == ["source", "tokens", "weight", "share", "drawn", "epochs", "samples"]
@@ -96,7 +96,7 @@ def test_a_table_of_many_shards_has_a_row_for_each_array() -> None:
 
 
 def test_a_run_that_draws_one_sample_too_many_is_refused(data: TinyData) -> None:
-    """The count is exact: the last iteration that fits is taken, the next is not."""
+    """The count is exact: the last iteration that fits is accepted, the next one is refused."""
     available = (load_manifest(data.shard("reverse_train")).num_tokens - 1) // 32
     opened(data, f"train.train_iters={available // 8}")
     with pytest.raises(ConfigError, match=rf"has {available:,}: it would be read"):
@@ -105,7 +105,7 @@ def test_a_run_that_draws_one_sample_too_many_is_refused(data: TinyData) -> None
     assert sources.train.num_samples > available
 
 
-def test_what_cannot_give_a_sample_is_named(data: TinyData, tmp_path: Path) -> None:
+def test_a_source_without_a_sample_is_named(data: TinyData, tmp_path: Path) -> None:
     tiny = write_shard(tmp_path / "tiny", [[1, 2, 3]], Direction.REVERSE, data.folder / "legible")
     blend = f"data.train_blend=[[1,{data.shard('reverse_train')}],[1,{tiny}]]"
     with pytest.raises(ConfigError, match=r"tiny has 4 tokens to train on, less than one sample of data.seq_length=32"):
@@ -124,14 +124,16 @@ def test_a_shard_whose_held_out_part_rounds_to_nothing_does_not_empty_the_set(
     assert len(sources.train.sources) == 2
     assert [(source.prefix, source.weight) for source in sources.valid["valid"].sources] == [(data.shard("reverse_train"), 1.0)]
     assert sources.valid["valid"].num_samples == 16
-    assert f"the held-out set valid goes without 1 shards, too short there for one sample: {few}" in caplog.text
+    assert f"the held-out set valid skips 1 shards that are too short for one sample: {few}" in caplog.text
     with pytest.raises(ConfigError, match="the held-out set valid gives 0 samples of 32 tokens"):
         opened(data, f"data.train_blend=[[1,{few}]]", "data.split=[9,1,0]", "data.allow_repeats=true")
-    with pytest.raises(ConfigError, match="few has 0 tokens to train on, less than one sample"):  # nor is it less than none
+    with pytest.raises(
+        ConfigError, match="few has 0 tokens to train on, less than one sample"
+    ):  # data.seq_length tokens are needed, 0 are not enough
         opened(data, blend, "data.split=[1,9,0]", "data.allow_repeats=true", "train.eval_iters=1")
 
 
-def test_a_run_whose_batch_changed_is_checked_for_what_it_will_draw(data: TinyData) -> None:
+def test_a_run_with_a_changed_batch_size_is_checked_for_its_further_samples(data: TinyData) -> None:
     config, sources = opened(data)
     assert sources.of_samples(config, 161).train.num_samples == 161
     with pytest.raises(ConfigError, match="it would be read"):

@@ -1,4 +1,4 @@
-"""The sample index: megatron-core's own arrays, found by content, built once, and never trusted when it is damaged."""
+"""The sample index: megatron-core's own arrays, named by content, built once, and rebuilt if damaged."""
 
 import multiprocessing
 import os
@@ -47,7 +47,7 @@ def two_sources(data: TinyData) -> str:
 
 
 def stock(prefix: str, seq_length: int, seed: int, chosen: range, cache: Path) -> GPTDataset:
-    """What megatron-core makes of a shard by itself."""
+    """Return the dataset that megatron-core itself builds from a shard."""
     config = GPTDatasetConfig(
         random_seed=seed,
         sequence_length=seq_length,
@@ -78,7 +78,7 @@ def test_the_first_pass_is_what_megatron_core_makes(data: TinyData, tmp_path: Pa
         assert all((found_samples[number][key] == value).all() for key, value in expected[number].items())
 
 
-def test_later_passes_are_whole_shuffled_anew_and_come_after_the_first(data: TinyData, tmp_path: Path) -> None:
+def test_later_passes_are_complete_shuffled_separately_and_come_after_the_first(data: TinyData, tmp_path: Path) -> None:
     config, sources = opened(data, tmp_path / "cache", "train.train_iters=200", "data.allow_repeats=true")
     index = SampleIndex(index_spec(config, sources.train), str(tmp_path / "cache"))
     (part, first), (_, second) = index.part(0, 0), index.part(0, 1)
@@ -122,7 +122,7 @@ original = sample_index.ordered_map
 
 
 def rewrite(data: TinyData) -> None:
-    """The shard is made again with other documents of the same lengths: equal sizes, equal .idx, other .bin."""
+    """Make the shard again with other documents of the same lengths: equal sizes, equal .idx, other .bin."""
     prefix = Path(data.shard("reverse_train"))
     texts = [[number ^ 1 for number in text] for text in documents(400, 1)]
     for suffix in (".bin", ".idx", ".json"):
@@ -130,12 +130,12 @@ def rewrite(data: TinyData) -> None:
     write_shard(prefix, texts, Direction.REVERSE, data.folder / "legible")
 
 
-def test_a_rewritten_shard_never_meets_the_old_index(own: TinyData, tmp_path: Path) -> None:
+def test_a_rewritten_shard_never_gets_the_old_index(own: TinyData, tmp_path: Path) -> None:
     shard = own.shard("reverse_train")
     times = {suffix: os.stat(shard + suffix) for suffix in (".bin", ".idx", ".json")}
     opened(own, tmp_path / "cache")
     rewrite(own)
-    for suffix, before in times.items():  # its dates and sizes say nothing
+    for suffix, before in times.items():  # dates and sizes are the same as before
         os.utime(shard + suffix, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert os.stat(shard + ".bin").st_size == times[".bin"].st_size
     opened(own, tmp_path / "cache")
@@ -143,20 +143,20 @@ def test_a_rewritten_shard_never_meets_the_old_index(own: TinyData, tmp_path: Pa
 
 
 @pytest.mark.parametrize("is_built", [False, True])
-def test_a_replaced_idx_is_refused_whether_the_index_is_there_or_not(own: TinyData, tmp_path: Path, is_built: bool) -> None:
+def test_a_replaced_idx_is_refused_with_and_without_an_existing_index(own: TinyData, tmp_path: Path, is_built: bool) -> None:
     if is_built:
         opened(own, tmp_path / "cache")
     path = Path(own.shard("reverse_train") + ".idx")
     content = bytearray(path.read_bytes())
-    content[34:38], content[38:42] = content[38:42], content[34:38]  # the first two documents' lengths change places
+    content[34:38], content[38:42] = content[38:42], content[34:38]  # swap the lengths of the first two documents
     path.write_bytes(content)
-    with pytest.raises(DataError, match=rf"node {node()}: .*reverse_train.idx has not the sha256 of its manifest"):
+    with pytest.raises(DataError, match=rf"node {node()}: .*reverse_train.idx does not have the sha256 of its manifest"):
         opened(own, tmp_path / "cache")
     assert len(list((tmp_path / "cache").glob("*.index*"))) == int(is_built)
 
 
 @pytest.mark.parametrize("damage", [lambda content: content[:-4], lambda content: content[:-1] + b"\xff", lambda content: b""])
-def test_a_damaged_index_is_built_anew(
+def test_a_damaged_index_is_rebuilt(
     data: TinyData, tmp_path: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     config, sources = opened(data, tmp_path / "cache")
@@ -166,13 +166,13 @@ def test_a_damaged_index_is_built_anew(
     opened(data, tmp_path / "cache")
     assert path.read_bytes() == whole
     if len(damage(whole)) == len(whole):
-        assert "is damaged; it is built anew" in caplog.text
+        assert "is damaged and will be rebuilt" in caplog.text
 
 
-def test_a_damaged_index_is_replaced_not_taken_away_from_under_another_builder(
+def test_a_damaged_index_is_replaced_and_never_deleted_while_another_node_builds(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two nodes find the damage; the second gets the lock when the first has put a sound file there."""
+    """Two nodes find the damage. The second gets the lock when the first has already replaced the file."""
     config, sources = opened(data, tmp_path / "cache")
     path = Path(index_spec(config, sources.train).path(str(tmp_path / "cache")))
     whole = path.read_bytes()
@@ -190,7 +190,7 @@ def test_a_damaged_index_is_replaced_not_taken_away_from_under_another_builder(
     assert [os.stat(path).st_ino] == rebuilt
 
 
-def test_bytes_that_another_process_spoilt_are_never_sealed(
+def test_bytes_that_another_process_changed_never_get_a_checksum(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seal = sample_index._seal
@@ -206,7 +206,7 @@ def test_bytes_that_another_process_spoilt_are_never_sealed(
     assert not list((tmp_path / "cache").glob("*.index*"))
 
 
-def test_only_the_first_rank_of_a_node_builds_whatever_started_it(
+def test_only_the_first_rank_of_a_node_builds_with_any_launcher(
     data: TinyData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """srun sets no LOCAL_RANK."""
@@ -219,7 +219,7 @@ def test_only_the_first_rank_of_a_node_builds_whatever_started_it(
     assert not list((tmp_path / "cache").glob("*.index"))
 
 
-def test_what_a_killed_builder_left_is_removed_and_a_living_ones_is_not(data: TinyData, tmp_path: Path) -> None:
+def test_files_of_a_killed_builder_are_removed_and_those_of_a_living_one_are_not(data: TinyData, tmp_path: Path) -> None:
     config = load_config(str(data.config))
     path = index_spec(config, load_sources(config).train).path(str(tmp_path / "cache"))
     (tmp_path / "cache").mkdir()
@@ -252,14 +252,14 @@ def test_no_more_files_are_open_than_allowed(data: TinyData, tmp_path: Path, mon
 
 @pytest.mark.parametrize(("happens", "error"), [("gone", TransientError), ("another file", DataError)])
 def test_a_shard_that_cannot_be_opened_while_training(own: TinyData, tmp_path: Path, happens: str, error: type) -> None:
-    """A file server that is away for a while is worth a new start; a file that is another one is not."""
+    """A file server that is away for a while justifies a new start; a replaced file does not."""
     samples = build_train_dataset(*opened(own, tmp_path / "cache"), str(tmp_path / "cache"))
     index = Path(own.shard("reverse_train") + ".idx")
     if happens == "gone":
         index.unlink()
     else:
         index.write_bytes(b"nothing" * 100)
-    with pytest.raises(LedomError, match="was sound when the run started and cannot be opened now") as raised:
+    with pytest.raises(LedomError, match="was intact when the run started and cannot be opened now") as raised:
         samples[0]
     assert type(raised.value) is error
 
@@ -295,15 +295,15 @@ def test_when_the_builder_is_killed_another_one_takes_over(tmp_path: Path, caplo
         builder.kill()
         builder.join()
     assert done.exists()
-    assert len(looks) > 5  # it waited while the other one lived
+    assert len(looks) > 5  # it waited while the other one was alive
 
 
-def test_those_that_wait_say_so_when_nobody_builds(tmp_path: Path) -> None:
+def test_waiting_processes_fail_if_nobody_builds(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"node {node()}: .*cache lacks the sample index and nobody has built it for 0 s"):
         build_once(str(tmp_path / "cache/lock"), lambda: False, lambda note: None, may_build=False, patience_seconds=0.3)
 
 
-def test_those_that_wait_do_not_lose_patience_while_somebody_builds(tmp_path: Path) -> None:
+def test_waiting_processes_wait_as_long_as_somebody_builds(tmp_path: Path) -> None:
     context = multiprocessing.get_context("fork")
     begun, lock = context.Event(), str(tmp_path / "cache/lock")
     builder = context.Process(target=_build_forever, args=(lock, begun))
@@ -324,6 +324,6 @@ def test_an_idx_of_other_lengths_than_its_manifest_is_refused_while_building(own
     content = bytearray(path.read_bytes())
     content[34] += 1
     path.write_bytes(content)
-    with pytest.raises(LedomError, match="does not fit its manifest"):
+    with pytest.raises(LedomError, match="does not match its manifest"):
         build_arrays(source, 32, 42, 0)
     assert sha256_of(str(path)) != source.manifest.idx_sha256

@@ -1,4 +1,4 @@
-"""Which samples make a step: the same for any layout, found at once from any position."""
+"""The samples of a step: the same for any layout, and found at once from any position."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +18,7 @@ SIZES = st.sampled_from([1, 2, 3, 4])
 
 
 def steps(first: int, last: int, micro_batch_size: int, ranks: int, accumulation: int) -> list[list[int]]:
-    """Sample ids of each step, those of all ranks and micro-batches together."""
+    """Return the sample ids of each step, of all ranks and micro-batches together."""
     samplers = [list(MicroBatchSampler(first, last, micro_batch_size, rank, ranks)) for rank in range(ranks)]
     assert {len(one) for one in samplers} == {len(MicroBatchSampler(first, last, micro_batch_size, 0, ranks))}
     micro_batches = list(zip(*samplers, strict=True))
@@ -31,7 +31,7 @@ def steps(first: int, last: int, micro_batch_size: int, ranks: int, accumulation
 def test_a_step_is_the_next_samples_in_order_for_any_layout(
     micro_batch_size: int, ranks: int, accumulation: int, before: int, num_steps: int
 ) -> None:
-    """Whatever was consumed before, with whichever layout: also where that is no multiple of this batch."""
+    """After any number of consumed samples, even if it is not a multiple of this batch size."""
     batch = micro_batch_size * ranks * accumulation
     found = steps(before, before + num_steps * batch, micro_batch_size, ranks, accumulation)
     assert found == [list(range(before + step * batch, before + (step + 1) * batch)) for step in range(num_steps)]
@@ -39,7 +39,7 @@ def test_a_step_is_the_next_samples_in_order_for_any_layout(
 
 @settings(deadline=None)
 @given(layouts=st.lists(st.tuples(SIZES, SIZES, SIZES, st.integers(1, 3)), min_size=1, max_size=5))
-def test_a_run_that_changes_its_layout_misses_nothing_and_repeats_nothing(layouts: list[tuple[int, ...]]) -> None:
+def test_a_run_that_changes_its_layout_skips_nothing_and_repeats_nothing(layouts: list[tuple[int, ...]]) -> None:
     consumed, seen = 0, []
     for micro_batch_size, ranks, accumulation, num_steps in layouts:
         last = consumed + num_steps * micro_batch_size * ranks * accumulation
@@ -49,7 +49,7 @@ def test_a_run_that_changes_its_layout_misses_nothing_and_repeats_nothing(layout
 
 
 class Ids(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    """Sample k is the number k; what was asked for is noted."""
+    """Dataset whose sample k is the number k. It records the requested samples."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []

@@ -1,4 +1,4 @@
-"""Optional steps of preprocessing: limits, filters, exact deduplication over tasks, shuffles; each counted, none dependent on workers."""
+"""Optional steps of preprocessing: limits, filters, exact deduplication across tasks, shuffling. None depends on the workers."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -30,13 +30,13 @@ def made(folder: Path, tokenizer: str, name: str = "data", **changes: Any) -> Sh
 
 
 def documents(prefix: str) -> list[list[int]]:
-    """Model order, without eod."""
+    """Return the documents in model order, without eod."""
     reader = ShardReader(prefix)
     return [reader.document(index).tolist()[:-1] for index in range(len(reader))]
 
 
 def keep_even(text: str, record: Mapping[str, Any]) -> bool:
-    """A filter for the tests, by a field beside the text."""
+    """Filter by a field other than the text."""
     return bool(record["number"] % 2 == 0)
 
 
@@ -58,7 +58,7 @@ def test_a_filter_sees_text_and_record(tmp_path: Path, tokenizer: str) -> None:
     assert manifest.skipped == {"filtered": 5}
 
 
-def test_a_filter_that_fails_is_an_error_that_shows_where(tmp_path: Path, tokenizer: str) -> None:
+def test_a_filter_that_fails_is_an_error_with_the_line_of_code(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["1"])
     with pytest.raises(LedomError, match=r"the function of --filter failed; repair it:[\s\S]*KeyError: 'number'"):
         made(tmp_path, tokenizer, filter="tests.unit.data.preprocess.test_kept_documents:keep_even")
@@ -107,7 +107,7 @@ def test_first_occurrences_are_those_of_a_set(tasks: list[list[str]]) -> None:
         assert first_occurrences(hashes_of(texts), earlier).tolist() == expected
 
 
-def test_hashes_that_agree_in_one_half_are_told_apart() -> None:
+def test_hashes_that_agree_in_one_half_are_distinguished() -> None:
     own = np.array([[1, 1], [1, 2], [1, 3], [2, 1], [1, 2]], np.uint64)
     others = np.array([[1, 3], [1, 0], [1, 4], [3, 1], [2, 1]], np.uint64)
     assert first_occurrences(own, iter([others])).tolist() == [True, True, False, False, False]
@@ -127,7 +127,7 @@ def test_a_shuffle_depends_on_its_seed_alone(tmp_path: Path, tokenizer: str) -> 
     assert len({str(order) for order in (plain, orders["a"], orders["c"])}) == 3
 
 
-def test_bos_stands_first_in_model_order(tmp_path: Path, tokenizer: str) -> None:
+def test_bos_is_first_in_model_order(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", ["1 2", "", "3"])
     manifest = made(tmp_path, tokenizer, bos_token="999")
     reader = ShardReader(f"{tmp_path}/data")

@@ -1,4 +1,4 @@
-"""tools/preprocess_data.py: from every kind of file to a shard, the same bytes always, and every bad input refused cleanly."""
+"""ledom preprocess-data: every input format gives the same bytes, and every bad input is refused cleanly."""
 
 import bz2
 import contextlib
@@ -40,7 +40,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder and its content, and folders."""
+    """Return the files below a folder with their content, and the folders."""
     paths = sorted(folder.rglob("*"))
     return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in paths}
 
@@ -78,7 +78,7 @@ def test_forward_documents_are_stored_as_read(tmp_path: Path, tokenizer: str) ->
 def test_forward_on_reversed_texts_is_reverse_on_the_texts(tmp_path: Path, tokenizer: str) -> None:
     texts = legible_documents(5, 7)
     write_jsonl(tmp_path / "a.jsonl", texts)
-    write_jsonl(tmp_path / "turned.ndjson", [" ".join(text.split()[::-1]) for text in texts])
+    write_jsonl(tmp_path / "reversed.ndjson", [" ".join(text.split()[::-1]) for text in texts])
     reverse = preprocessed(tmp_path, tokenizer, "reverse")
     forward = preprocessed(tmp_path, tokenizer, "forward", input=[str(tmp_path / "*.ndjson")], direction=Direction.FORWARD)
     assert shard_bytes(reverse) == shard_bytes(forward)
@@ -99,7 +99,7 @@ def test_the_bytes_do_not_depend_on_workers_or_batches(tmp_path: Path, tokenizer
         assert shard_bytes(tmp_path / "out/data") == one
 
 
-def test_every_form_of_input_gives_the_same_bytes(tmp_path: Path, tokenizer: str) -> None:
+def test_every_input_format_gives_the_same_bytes(tmp_path: Path, tokenizer: str) -> None:
     texts = legible_documents(9, 40)
     plain = write_jsonl(tmp_path / "plain.jsonl", texts).read_bytes()
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(plain))
@@ -115,7 +115,7 @@ def test_every_form_of_input_gives_the_same_bytes(tmp_path: Path, tokenizer: str
 
 
 def test_a_document_without_tokens_is_counted_and_shifts_nothing(tmp_path: Path, tokenizer: str) -> None:
-    """Trap 3: such a record once left an eod in .bin and no length in .idx, so every later document was one token off."""
+    """Such a record once wrote an eod to .bin and no length to .idx, which shifted every later document by one token."""
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
     full = legible_documents(4, 5)
@@ -157,7 +157,7 @@ def test_a_bad_line_fails_or_is_skipped_and_counted(tmp_path: Path, tokenizer: s
 
 
 def large_vocabulary(folder: Path) -> str:
-    """A tokenizer of 70,001 ids."""
+    """A tokenizer with 70,001 ids."""
     tokenizer = Tokenizer(models.WordLevel({str(number): number for number in range(70_000)}, unk_token="0"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.add_special_tokens(["<eod>"])
@@ -174,14 +174,14 @@ def large_vocabulary(folder: Path) -> str:
         (["--tokenizer", "absent"], 2, "tokenizer absent does not exist"),
         (["--tokenizer", "no_eos"], 2, "tokenizer no_eos names no eos token"),
         (["--eod-token", "<end>"], 2, "has no token '<end>'"),
-        (["--tokenizer", "large", "--eod-token", "<eod>", "--dtype", "uint16"], 2, "--dtype uint16 holds ids up to 65,535"),
+        (["--tokenizer", "large", "--eod-token", "<eod>", "--dtype", "uint16"], 2, "--dtype uint16 stores ids up to 65,535"),
         (["--input", "empty.jsonl"], 1, "no document with a token"),
         (["--input", "cut.jsonl.gz"], 1, "cut.jsonl.gz is truncated"),
         (["--task-id", "2", "--num-tasks", "2"], 2, "--task-id 2 is not in 0..1"),
         (["--eod-token", ""], 2, "--eod-token is empty"),
         (["--bos-token", ""], 2, "--bos-token is empty"),
         (["--eod-id", "5000"], 2, "has no token with id 5000"),
-        (["--eod-id", "1", "--eod-token", "1"], 2, "name the same thing"),
+        (["--eod-id", "1", "--eod-token", "1"], 2, "both name the eod"),
         (["--bos-token", "<bos>"], 2, "has no token '<bos>'"),
         (["--filter", "nothing"], 2, "is not of the form module:function"),
         (["--filter", "nowhere:f"], 2, "--filter nowhere:f cannot be loaded"),
@@ -193,12 +193,12 @@ def large_vocabulary(folder: Path) -> str:
         (["--deduplicate", "--task-id", "1", "--num-tasks", "2"], 2, "run all tasks with --hash-only first"),
         (["--num-tasks", "2"], 2, "give --task-id"),
         (["--workers", "0"], 2, "--workers 0 is not possible"),
-        (["--output-prefix", "a.jsonl/data"], 2, "a.jsonl is not a folder that can be written to"),
+        (["--output-prefix", "a.jsonl/data"], 2, "a.jsonl is not a folder with write permission"),
         (["--output-prefix", "out/"], 2, "out/ is a folder"),
         (["--direction", "sideways"], 2, "invalid choice"),
     ],
 )
-def test_bad_input_is_refused_and_leaves_nothing_behind(
+def test_bad_input_is_refused_and_leaves_no_files(
     tmp_path: Path, tokenizer: str, arguments: list[str], code: int, message: str
 ) -> None:
     write_jsonl(tmp_path / "a.jsonl", legible_documents(2, 3))
@@ -231,7 +231,7 @@ def test_an_existing_output_is_kept_unless_overwritten(tmp_path: Path, tokenizer
     before = tree(tmp_path)
     again = preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl")
     assert again.returncode == 0
-    assert "finished before by the same request; nothing to do" in again.stderr
+    assert "the same request has finished it before; nothing to do" in again.stderr
     refused = preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl", "--direction", "forward")
     assert refused.returncode == 2
     assert "out/data.bin exists already; choose another --output-prefix, or replace it with --overwrite" in refused.stderr
@@ -260,12 +260,12 @@ def wait(text, record):
 
 
 def start_waiting(folder: Path, tokenizer: str) -> subprocess.Popen[str]:
-    """The command, with a worker in the middle of a part that goes on when there is a file `go`."""
+    """Start the command with a worker that waits in the middle of a part until there is a file `go`."""
     (folder / "hold.py").write_text(HOLD)
     write_jsonl(folder / "a.jsonl", legible_documents(2, 3))
     command = [sys.executable, PREPROCESS_DATA, "--tokenizer", tokenizer, "--input", "a.jsonl", "--output-prefix", "out/data"]
     command += ["--filter", "hold:wait", "--workers", "2"]
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's children inherit a deaf ear for it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # children of a background job ignore it otherwise
     try:
         process = subprocess.Popen(command, cwd=folder, env=SLURM_FREE, stderr=subprocess.PIPE, text=True)
     finally:
@@ -278,7 +278,7 @@ def start_waiting(folder: Path, tokenizer: str) -> subprocess.Popen[str]:
 
 
 def left_over(folder: Path) -> list[str]:
-    """What a run left besides the test's own files."""
+    """Return the files of a run, without the test's own files."""
     own = ("hold.py", "a.jsonl", "__pycache__", "holding", "go")
     return [name for name in sorted(tree(folder)) if not name.startswith(own)]
 
@@ -290,7 +290,7 @@ def children(pid: int) -> list[int]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path, tokenizer: str, number: signal.Signals) -> None:
+def test_an_interrupted_run_leaves_no_unfinished_shard(tmp_path: Path, tokenizer: str, number: signal.Signals) -> None:
     process = start_waiting(tmp_path, tokenizer)
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
@@ -305,7 +305,9 @@ def test_a_killed_worker_ends_the_run_with_a_clear_error(tmp_path: Path, tokeniz
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 1
     size = (tmp_path / "a.jsonl").stat().st_size
-    assert f"a worker process was killed by SIGKILL at a.jsonl, bytes 0 to {size}; often memory ran out" in errors
+    assert (
+        f"a worker process was killed by SIGKILL at a.jsonl, bytes 0 to {size}; the usual cause is too little memory" in errors
+    )
     assert left_over(tmp_path) == []
 
 
@@ -320,8 +322,8 @@ def test_two_processes_do_not_write_one_shard(tmp_path: Path, tokenizer: str) ->
     assert check_shard(str(tmp_path / "out/data")).num_documents == 2
 
 
-def test_a_full_disk_is_named_and_the_same_command_goes_on(tmp_path: Path, tokenizer: str) -> None:
-    """A limit on the size of files is met as a full disk is: by an error of write."""
+def test_a_full_disk_is_named_and_the_same_command_resumes(tmp_path: Path, tokenizer: str) -> None:
+    """A limit on the size of files has the same effect as a full disk: an error of write."""
     write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 90) * 200)
     command = (
         f"ulimit -f 100; exec {shlex.join([sys.executable, PREPROCESS_DATA, '--tokenizer', tokenizer, '--input', 'a.jsonl'])}"
@@ -368,12 +370,12 @@ def test_a_read_only_disk_is_refused_before_work(tmp_path: Path, tokenizer: str)
     try:
         refused = preprocess_by_command(tmp_path, tokenizer, "--input", "a.jsonl", "--output-prefix", "disk/data")
         assert refused.returncode == 2
-        assert "disk is not a folder that can be written to" in refused.stderr
+        assert "disk is not a folder with write permission" in refused.stderr
     finally:
         subprocess.run(["umount", str(disk)], check=True)
 
 
-def test_the_manifest_lists_what_was_found_and_not_read(tmp_path: Path, tokenizer: str) -> None:
+def test_the_manifest_lists_the_skipped_inputs(tmp_path: Path, tokenizer: str) -> None:
     (tmp_path / "in/.ipynb_checkpoints").mkdir(parents=True)
     write_jsonl(tmp_path / "in/a.jsonl", ["1 2"])
     write_jsonl(tmp_path / "in/.ipynb_checkpoints/a-checkpoint.jsonl", ["1 2"])
@@ -381,7 +383,7 @@ def test_the_manifest_lists_what_was_found_and_not_read(tmp_path: Path, tokenize
     (tmp_path / "in/README.md").write_text("notes")
     done = preprocess_by_command(tmp_path, tokenizer, "--input", "in", "--workers", "1")
     assert done.returncode == 0, done.stderr
-    assert "not read: in/.ipynb_checkpoints (hidden)" in done.stderr
+    assert "skipped: in/.ipynb_checkpoints (hidden)" in done.stderr
     manifest = load_manifest(f"{tmp_path}/out/data")
     assert (manifest.num_documents, {entry["path"]: entry["reason"] for entry in manifest.skipped_inputs}) == (
         1,
@@ -406,16 +408,16 @@ def test_tasks_of_an_array_write_numbered_shards_that_add_up(tmp_path: Path, tok
     assert parts == Path(f"{whole}.bin").read_bytes()
 
 
-def test_a_task_beside_tasks_of_other_inputs_is_refused(tmp_path: Path, tokenizer: str) -> None:
-    """Tasks share the bytes of all inputs: when a file changes between them, the borders between them are others."""
+def test_a_task_with_other_inputs_than_its_array_is_refused(tmp_path: Path, tokenizer: str) -> None:
+    """Tasks divide the bytes of all inputs: if a file changes between two tasks, the borders between tasks move."""
     path = write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 9))
     preprocessed(tmp_path, tokenizer, "data", task_id=0, num_tasks=3)
     write_jsonl(path, legible_documents(9, 12))
-    with pytest.raises(UsageError, match=r"data-00000-of-00003 was made when the inputs were not the same as now"):
+    with pytest.raises(UsageError, match=r"data-00000-of-00003 was made from other inputs"):
         preprocessed(tmp_path, tokenizer, "data", task_id=1, num_tasks=3)
     for task in (1, 2):
         preprocessed(tmp_path, tokenizer, "data", task_id=task, num_tasks=3, overwrite=True)
-    with pytest.raises(MismatchError, match=r"records between them may be lost or doubled"):
+    with pytest.raises(MismatchError, match=r"records between them may be lost or duplicated"):
         merge_shards(MergeSettings(input=[f"{tmp_path}/data-*"], output_prefix=f"{tmp_path}/all"))
     summary = collect(f"{tmp_path}/data")
     assert list(summary.faulty) == [1, 2]
@@ -423,7 +425,7 @@ def test_a_task_beside_tasks_of_other_inputs_is_refused(tmp_path: Path, tokenize
     assert merge_shards(MergeSettings(input=[f"{tmp_path}/data-*"], output_prefix=f"{tmp_path}/all")).num_documents == 9
 
 
-def test_the_task_is_asked_for_or_slurms() -> None:
+def test_the_task_comes_from_the_options_or_from_slurm() -> None:
     def asked(task_id: int | None = None, num_tasks: int | None = None, **slurm: int) -> tuple[int, int]:
         settings = PreprocessSettings(input=[], tokenizer="", output_prefix="", task_id=task_id, num_tasks=num_tasks)
         return task_of(settings, {f"SLURM_ARRAY_TASK_{name}": str(value) for name, value in slurm.items()})
@@ -432,12 +434,14 @@ def test_the_task_is_asked_for_or_slurms() -> None:
     assert asked(3, 8, ID=5, COUNT=9, MIN=1) == (3, 8)
     assert asked(ID=5, COUNT=9, MIN=1) == (4, 9)
     assert asked(ID=6, COUNT=4, MIN=2, STEP=2) == (2, 4)
-    assert asked(None, 64, ID=17, COUNT=2, MIN=3) == (17, 64)  # one element of an array again
+    assert asked(None, 64, ID=17, COUNT=2, MIN=3) == (17, 64)  # one task of an array runs again
     with pytest.raises(UsageError, match="the array has gaps"):
         asked(ID=17, COUNT=2, MIN=3)
     with pytest.raises(UsageError, match="the array has gaps"):
         asked(ID=0, COUNT=2, MIN=0, MAX=3)  # --array=0,3: without MAX, 0 would look like the first of two
-    with pytest.raises(UsageError, match="one task 3, which may be all of an array or one of it run again; give --num-tasks"):
+    with pytest.raises(
+        UsageError, match="only task 3, which may be the whole array or a repeated task of a larger one; give --num-tasks"
+    ):
         asked(ID=3, COUNT=1, MIN=3, MAX=3)
     with pytest.raises(UsageError, match="without --num-tasks"):
         asked(3)
@@ -445,18 +449,18 @@ def test_the_task_is_asked_for_or_slurms() -> None:
         asked(ID=0, COUNT=3, MIN=5)
 
 
-def test_some_tasks_of_an_array_run_again_are_not_taken_for_all_of_another(tmp_path: Path, tokenizer: str) -> None:
+def test_some_tasks_of_an_array_that_run_again_do_not_become_a_new_array(tmp_path: Path, tokenizer: str) -> None:
     write_jsonl(tmp_path / "a.jsonl", legible_documents(9, 9))
     for task in range(3):
         preprocessed(tmp_path, tokenizer, "data", task_id=task, num_tasks=3)
-    with pytest.raises(UsageError, match=r"has shards of 3 tasks, this would be one of 2; .* give its --num-tasks"):
+    with pytest.raises(UsageError, match=r"has shards of an array of 3 tasks, this is one of 2; .* give its --num-tasks"):
         preprocessed(tmp_path, tokenizer, "data", task_id=0, num_tasks=2)
 
 
 def test_a_shard_that_another_process_finished_meanwhile_is_kept(
     tmp_path: Path, tokenizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between the first look and the lock there is time to load a vocabulary in."""
+    """Between the first check and the lock the vocabulary is loaded, which takes time."""
     write_jsonl(tmp_path / "a.jsonl", legible_documents(2, 3))
     given: dict[str, Any] = {"input": [f"{tmp_path}/a.jsonl"], "tokenizer": tokenizer, "output_prefix": f"{tmp_path}/data"}
     log_start, calls = pipeline._log_start, []

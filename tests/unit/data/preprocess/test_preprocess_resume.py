@@ -1,4 +1,4 @@
-"""Preprocessing that is killed: whatever was finished is kept, the same command goes on, and the bytes are those of one quiet run."""
+"""Killed preprocessing: finished parts are kept, the same command resumes, and the bytes equal those of an undisturbed run."""
 
 import json
 import os
@@ -45,13 +45,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def settings_in(folder: Path, tokenizer: str, name: str, **changes: Any) -> dict[str, Any]:
-    """Of a run over folder/*.jsonl in many parts."""
+    """Return the settings of a run over folder/*.jsonl in many parts."""
     given = {"input": [f"{folder}/*.jsonl"], "tokenizer": tokenizer, "output_prefix": f"{folder}/out/{name}"}
     return {**given, "workers": 2, "part_bytes": 20_000, **changes}
 
 
 def start(settings: dict[str, Any], die_at: int = 0, die_in: str = "parent") -> subprocess.Popen[str]:
-    """The run in a process of its own; it or a worker can be made to die before its nth renaming of a file."""
+    """Start the run in its own process. The process or a worker can be made to die before its nth renaming of a file."""
     command = [sys.executable, "-c", RUN, json.dumps(settings), str(die_at), die_in]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
@@ -61,7 +61,7 @@ def shard_bytes(prefix: str) -> tuple[bytes, bytes]:
 
 
 def check_killed_at_random(folder: Path, tokenizer: str, num_kills: int, **changes: Any) -> None:
-    """Kill the run until it has been killed so often, then let it finish; compare with a run that nobody disturbed."""
+    """Kill the run a number of times, let it finish, and compare with an undisturbed run."""
     before = time.monotonic()
     quiet = start(settings_in(folder, tokenizer, "quiet", **changes))
     assert quiet.wait(timeout=120) == 0
@@ -70,16 +70,16 @@ def check_killed_at_random(folder: Path, tokenizer: str, num_kills: int, **chang
     seed = random.randrange(1 << 32)
     print(f"kills by random.Random({seed})")
     moments = random.Random(seed)
-    killed = went_on = round_number = 0
+    killed = num_resumed = round_number = 0
     while killed < num_kills:
         settings, was_killed = settings_in(folder, tokenizer, f"killed{round_number}", **changes), True
         while was_killed:
             process = start(settings)
             time.sleep(moments.uniform(0.2, 1.1) * duration)
             if killed < num_kills:
-                process.kill()  # unless it has just ended
+                process.kill()  # it may have just ended
             _, errors = process.communicate(timeout=120)
-            went_on += "parts were finished before" in errors
+            num_resumed += "parts were finished before" in errors
             assert process.returncode in (0, -signal.SIGKILL), errors
             was_killed = process.returncode != 0
             killed += was_killed
@@ -90,7 +90,7 @@ def check_killed_at_random(folder: Path, tokenizer: str, num_kills: int, **chang
             f"killed{round_number}{suffix}" for suffix in (".bin", ".idx", ".json")
         ]
         round_number += 1
-    assert went_on, "no kill left finished parts behind: the test kills too early"
+    assert num_resumed, "no kill left finished parts: the test kills too early"
 
 
 def write_corpus(folder: Path, copies: int) -> None:
@@ -115,7 +115,7 @@ def test_workers_killed_at_their_renamings_lose_one_part(tmp_path: Path, tokeniz
     quiet = settings_in(tmp_path, tokenizer, "quiet", part_bytes=4000)
     assert start(quiet).wait(timeout=60) == 0
     settings = settings_in(tmp_path, tokenizer, "killed", part_bytes=4000, workers=1)
-    for die_at in (2, 3, 2):  # the first that a worker counts is the plan's, where there is none yet
+    for die_at in (2, 3, 2):  # the first renaming that is counted is that of plan.json, if there is none yet
         process = start(settings, die_at, "worker")
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 1
@@ -125,7 +125,7 @@ def test_workers_killed_at_their_renamings_lose_one_part(tmp_path: Path, tokeniz
 
 
 def interrupted(folder: Path, tokenizer: str, **changes: Any) -> dict[str, Any]:
-    """The settings of a run that has finished some parts and then met a bad record."""
+    """Return the settings of a run that has finished some parts and then found a bad record."""
     write_corpus(folder, 2)
     with (folder / "2.jsonl").open("a") as file:
         file.write("{\n")
@@ -157,7 +157,7 @@ def test_finished_parts_serve_a_run_that_skips_what_failed(tmp_path: Path, token
         ({"shuffle_seed": 1}, "shuffle_seed was None and is 1"),
     ],
 )
-def test_another_request_than_the_unfinished_one_is_refused_by_name(
+def test_another_request_than_the_unfinished_one_is_refused_with_the_differences(
     tmp_path: Path, tokenizer: str, change: dict[str, Any], words: str
 ) -> None:
     settings = interrupted(tmp_path, tokenizer)
@@ -165,11 +165,11 @@ def test_another_request_than_the_unfinished_one_is_refused_by_name(
         preprocess(PreprocessSettings(**{**settings, **change}))
 
 
-def test_overwriting_goes_on_from_its_own_parts_and_throws_away_those_of_others(tmp_path: Path, tokenizer: str) -> None:
-    """A batch system starts a job with --overwrite again and again; it has to get to the end."""
+def test_overwriting_resumes_from_its_own_parts_and_discards_those_of_another_request(tmp_path: Path, tokenizer: str) -> None:
+    """A batch system may start a job with --overwrite again and again, and the job must finish."""
     settings = {**interrupted(tmp_path, tokenizer), "on_error": "skip", "overwrite": True}
     parts = {path.name: path.stat().st_ino for path in (tmp_path / "out/a.work").glob("part-*.bin")}
-    process = start(settings, die_at=2)  # after the plan, before .bin gets its name
+    process = start(settings, die_at=2)  # after plan.json, before .bin gets its name
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     after = {path.name: path.stat().st_ino for path in (tmp_path / "out/a.work").glob("part-*.bin")}
@@ -197,9 +197,7 @@ def test_an_edited_filter_is_another_request(tmp_path: Path, tokenizer: str, mon
 
 
 @pytest.mark.parametrize("shuffle_seed", [None, 3])
-def test_a_part_that_a_power_failure_took_is_found_and_made_again(
-    tmp_path: Path, tokenizer: str, shuffle_seed: int | None
-) -> None:
+def test_a_part_that_a_power_failure_destroyed_is_made_again(tmp_path: Path, tokenizer: str, shuffle_seed: int | None) -> None:
     settings = {**interrupted(tmp_path, tokenizer, shuffle_seed=shuffle_seed), "on_error": "skip"}
     part = tmp_path / "out/a.work/part-000000.bin"
     size = part.stat().st_size
@@ -214,7 +212,7 @@ def test_a_part_that_a_power_failure_took_is_found_and_made_again(
 
 def test_parts_that_skipped_bad_records_do_not_serve_a_run_that_must_not(tmp_path: Path, tokenizer: str) -> None:
     settings = interrupted(tmp_path, tokenizer)
-    process = start({**settings, "on_error": "skip"}, die_at=2)  # 1 is the plan's
+    process = start({**settings, "on_error": "skip"}, die_at=2)  # the first renaming is that of plan.json
     process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL
     with pytest.raises(UsageError, match="on_error was 'skip' and is 'fail'"):
@@ -226,7 +224,7 @@ def test_a_changed_input_or_tokenizer_is_refused_by_name(tmp_path: Path, tokeniz
     first = tmp_path / "0.jsonl"
     state = first.stat()
     os.utime(first, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
-    with pytest.raises(UsageError, match=r"0\.jsonl has changed since .same size, written anew"):
+    with pytest.raises(UsageError, match=r"0\.jsonl has changed since .same size, written again"):
         preprocess(PreprocessSettings(**settings))
     os.utime(first, ns=(state.st_atime_ns, state.st_mtime_ns))
     with first.open("a") as file:
@@ -248,6 +246,6 @@ def test_a_changed_input_or_tokenizer_is_refused_by_name(tmp_path: Path, tokeniz
     with pytest.raises(UsageError, match=r"tokenizer was '[0-9a-f]{40}"):
         preprocess(PreprocessSettings(**{**settings, "tokenizer": str(other)}))
     (tmp_path / "2.jsonl").unlink()
-    with pytest.raises(UsageError, match=r"2\.jsonl is not among the inputs any more"):
+    with pytest.raises(UsageError, match=r"2\.jsonl is no longer among the inputs"):
         preprocess(PreprocessSettings(**settings))
     assert preprocess(PreprocessSettings(**{**settings, "overwrite": True})) is not None

@@ -1,4 +1,4 @@
-"""Which files and which bytes of them a task reads."""
+"""The files that a task reads, and its byte ranges of them."""
 
 import os
 from itertools import pairwise
@@ -19,21 +19,21 @@ def names(patterns: list[str]) -> list[str]:
     return [os.path.basename(source.path) for source in expand_inputs(patterns)]
 
 
-def test_inputs_are_sorted_and_taken_once(tmp_path: Path) -> None:
+def test_inputs_are_sorted_and_read_once(tmp_path: Path) -> None:
     for name in ("b.jsonl", "a.jsonl", "c.txt", "[x].jsonl"):
         (tmp_path / name).touch()
     found = names([str(tmp_path / "*.jsonl"), str(tmp_path / "a.jsonl"), str(tmp_path / "[x].jsonl")])
     assert found == ["[x].jsonl", "a.jsonl", "b.jsonl"]
 
 
-def test_a_file_named_by_several_paths_is_taken_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_with_several_paths_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     Path("a.jsonl").touch()
     Path("b.jsonl").symlink_to("a.jsonl")
     assert len(expand_inputs(["a.jsonl", "./a.jsonl", str(tmp_path / "a.jsonl"), "b.jsonl"])) == 1
 
 
-def test_a_folder_is_every_file_of_a_known_ending_below_it_and_a_list_names_more(tmp_path: Path) -> None:
+def test_a_folder_stands_for_all_its_files_of_known_formats_and_a_list_for_its_lines(tmp_path: Path) -> None:
     (tmp_path / "deep/er").mkdir(parents=True)
     for name in ("deep/a.jsonl.zst", "deep/er/b.parquet", "deep/README.md", "c.wet.gz"):
         (tmp_path / name).touch()
@@ -46,12 +46,12 @@ def test_a_folder_is_every_file_of_a_known_ending_below_it_and_a_list_names_more
     ("pattern", "words"),
     [
         ("n*.jsonl", "matches no file"),
-        ("a.csv", "ending that is not known"),
-        ("a.parquet.gz", "ending that is not known"),
-        ("notes", "a folder without a file of a known ending"),
+        ("a.csv", "an unknown ending"),
+        ("a.parquet.gz", "an unknown ending"),
+        ("notes", "a folder without a file of a known format"),
         (".", "gone.jsonl cannot be read .No such file"),
         ("@absent", "input list .*absent cannot be read"),
-        ("pipe.jsonl", "no regular file"),
+        ("pipe.jsonl", "not a regular file"),
         ("gone.jsonl", "cannot be read .No such file"),
         ("nosuch://x/a.jsonl", "Protocol not known"),
     ],
@@ -68,7 +68,7 @@ def test_inputs_that_cannot_be_used_are_refused(tmp_path: Path, pattern: str, wo
 
 
 def reasons(patterns: list[str], root: Path) -> dict[str, str]:
-    """Why each path below `root` was left out."""
+    """Return the reason of each skipped path below `root`."""
     return {entry.path.replace(f"{root}/", ""): entry.reason.replace(f"{root}/", "") for entry in find_inputs(patterns)[1]}
 
 
@@ -105,14 +105,14 @@ def test_a_folder_reached_twice_is_read_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("link", "target", "words"),
     [
-        ("in/deep/up", "..", "a link to a folder above it"),
+        ("in/deep/up", "..", "is a link to .*, a folder above it"),
         ("in/gone.jsonl", "nowhere", "cannot be read .No such file|which does not exist"),
         ("in/gone", "nowhere", "a link to nowhere, which does not exist"),
         ("in/README.md", "nowhere", "a link to nowhere, which does not exist"),
         ("in/self", "self", "Too many levels of symbolic links|does not exist"),
     ],
 )
-def test_a_loop_and_a_link_to_nothing_are_refused(tmp_path: Path, pattern: str, link: str, target: str, words: str) -> None:
+def test_a_loop_and_a_dangling_link_are_refused(tmp_path: Path, pattern: str, link: str, target: str, words: str) -> None:
     touched(tmp_path, "in/a.jsonl", "in/deep/b.jsonl")
     (tmp_path / link).symlink_to(target)
     with pytest.raises(UsageError, match=words):
@@ -145,7 +145,7 @@ def test_hidden_files_are_skipped_and_listed(tmp_path: Path, pattern: str, skipp
     assert names([str(tmp_path / "in/.ipynb_checkpoints")]) == ["c.jsonl"]
 
 
-def test_only_so_much_is_listed_one_by_one(tmp_path: Path) -> None:
+def test_at_most_1000_skipped_inputs_are_listed_one_by_one(tmp_path: Path) -> None:
     touched(tmp_path, "a.jsonl", *(f".{number:04}.jsonl" for number in range(1003)))
     skipped = find_inputs([str(tmp_path)])[1]
     assert (len(skipped), skipped[-1].num_files) == (1001, 3)
@@ -158,16 +158,16 @@ def test_a_name_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
             expand_inputs([pattern])
 
 
-def test_a_list_may_begin_with_a_byte_order_mark_and_must_name_something(tmp_path: Path) -> None:
+def test_a_list_may_begin_with_a_byte_order_mark_and_must_not_be_empty(tmp_path: Path) -> None:
     touched(tmp_path, "a.jsonl")
     (tmp_path / "list").write_text(f"{tmp_path}/a.jsonl\r\n", encoding="utf-8-sig")
     assert names([f"@{tmp_path}/list"]) == ["a.jsonl"]
     (tmp_path / "list").write_text("\n \n")
-    with pytest.raises(UsageError, match="names nothing"):
+    with pytest.raises(UsageError, match="is empty"):
         expand_inputs([f"@{tmp_path}/list"])
 
 
-def test_a_store_is_read_as_a_folder_is() -> None:
+def test_an_object_store_is_read_like_a_folder() -> None:
     memory = fsspec.filesystem("memory")
     for name in ("a.jsonl", ".hidden.jsonl", ".ipynb_checkpoints/a.jsonl", "deep/b.jsonl", "README.md"):
         memory.pipe(f"/corpus/{name}", b"{}")
@@ -195,7 +195,7 @@ FILES = st.lists(st.tuples(ENDINGS, st.integers(0, 1 << 20)), min_size=1, max_si
 
 
 @given(files=FILES, num_tasks=st.integers(1, 9), part_bytes=st.integers(1 << 14, 1 << 20))
-def test_every_byte_is_some_tasks_once_and_in_order(files: list[tuple[str, int]], num_tasks: int, part_bytes: int) -> None:
+def test_every_byte_belongs_to_one_task_and_in_order(files: list[tuple[str, int]], num_tasks: int, part_bytes: int) -> None:
     sources = [InputPath(f"{number:02}.{ending}", size, "") for number, (ending, size) in enumerate(files)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(byte_ranges, "COMPRESSED_PART_BYTES", 1 << 17)
@@ -224,7 +224,7 @@ def test_one_large_file_and_many_small_ones_divide_alike() -> None:
 
 
 def test_a_huge_compressed_file_is_not_decompressed_too_often() -> None:
-    """Every part decompresses what is before it: 64 parts of 500 GB cost 32 times the file, 2,000 would cost 1,000 times."""
+    """Every part decompresses the file from its start: 64 parts of 500 GB cost 32 times the file, 2,000 would cost 1,000 times."""
     source = InputPath("a.jsonl.gz", 500 * 10**9, "")
     pieces = [piece for part in parts_of(byte_ranges_of_task([source], 0, 1)) for piece in part]
     assert len(pieces) == 64

@@ -1,4 +1,4 @@
-"""Lines of JSON whose text is sound although another key is not, and files of JSON that are not made of lines."""
+"""JSON lines whose text is valid although another key is not, and JSON files that are not lines."""
 
 import gzip
 import json
@@ -31,8 +31,8 @@ ODD = [
 ]
 
 
-def test_a_text_is_read_whatever_another_key_holds(tmp_path: Path) -> None:
-    """Before or behind the text, at the top or within."""
+def test_a_text_is_read_whatever_another_key_contains(tmp_path: Path) -> None:
+    """The other key may come before or after the text, at the top level or nested."""
     path = tmp_path / "a.jsonl"
     lines = [b'{"text": "one", "k": %b}\n{"k": [0, {"z": %b}], "text": "t\\u00e9xt"}\n' % (odd, odd) for odd in ODD]
     path.write_bytes(b"".join(lines))
@@ -42,7 +42,7 @@ def test_a_text_is_read_whatever_another_key_holds(tmp_path: Path) -> None:
     assert sys.getrecursionlimit() == limit
 
 
-def test_a_nested_text_beside_an_odd_value_is_read(tmp_path: Path) -> None:
+def test_a_nested_text_next_to_an_odd_value_is_read(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"a": {"b": "one", "score": NaN}}\n')
     assert skim(tmp_path / "a.jsonl", "a.b")[0] == ["one"]
 
@@ -59,7 +59,7 @@ def test_an_integer_of_any_length_keeps_its_value_for_a_filter(tmp_path: Path) -
     [
         (b'{"text": "\\ud800", "k": NaN}', "malformed_json", "lone surrogate '\\ud800' at character 0"),
         (b'{"text": "ab\xff", "k": NaN}', "invalid_utf8", "invalid UTF-8"),
-        (b'{"text": NaN}', "text_is_not_a_string", "holds float"),
+        (b'{"text": NaN}', "text_is_not_a_string", "has type float"),
         (b'{"text": "one", "k": nan}', "malformed_json", "malformed JSON"),
         (b'{"text": "one", "k": NaN', "malformed_json", "malformed JSON"),
         (b'{"text": "one", "k": ' + b"[" * 5000, "malformed_json", "malformed JSON"),
@@ -91,14 +91,14 @@ RECORDS = [{"text": "one"}, {"text": "two"}]
     ],
 )
 @pytest.mark.parametrize("on_error", ["skip", "fail"])
-def test_json_that_is_no_lines_is_named_with_what_converts_it(
+def test_json_that_is_not_lines_is_refused_with_a_command_to_convert_it(
     tmp_path: Path, name: str, content: str, found: str, on_error: str
 ) -> None:
-    """Also with --on-error skip, which left out all of it; also where the one line is longer than a record may be."""
+    """Also with --on-error skip, which skipped the whole file; also if its one line is longer than a record may be."""
     path = tmp_path / name
     path.write_bytes(gzip.compress(content.encode()) if name.endswith(".gz") else content.encode())
     for batch_bytes in (16, 1 << 20):
-        with pytest.raises(DataError, match=rf"{name} holds {found}, expected one object a line; .*jq -c"):
+        with pytest.raises(DataError, match=rf"{name} contains {found}, expected one object per line; .*jq -c"):
             skim(path, on_error=on_error, batch_bytes=batch_bytes, max_record_bytes=1000)
 
 
@@ -113,11 +113,11 @@ def test_json_that_is_no_lines_is_named_with_what_converts_it(
     ],
 )
 @pytest.mark.parametrize("batch_bytes", [700, 1 << 20])
-def test_json_over_several_lines_is_named_although_its_first_key_stands_on_the_first(
+def test_json_over_several_lines_is_refused_although_its_first_key_is_on_the_first_line(
     tmp_path: Path, content: bytes, batch_bytes: int
 ) -> None:
     (tmp_path / "a.jsonl").write_bytes(content)
-    with pytest.raises(DataError, match=r"a\.jsonl holds JSON (objects over several lines|arrays).*jq -c"):
+    with pytest.raises(DataError, match=r"a\.jsonl contains JSON (objects over several lines|arrays).*jq -c"):
         skim(tmp_path / "a.jsonl", batch_bytes=batch_bytes)
 
 
@@ -133,7 +133,7 @@ def test_a_broken_first_line_is_one_bad_record(tmp_path: Path, first: bytes) -> 
 
 
 def save_to_disk(folder: Path) -> None:
-    """The files that `datasets.Dataset.save_to_disk` leaves."""
+    """Write the files that `datasets.Dataset.save_to_disk` writes."""
     folder.mkdir(parents=True)
     table = pyarrow.table({"text": ["one", "two"]})
     with ipc.new_stream(folder / "data-00000-of-00001.arrow", table.schema) as stream:
@@ -142,7 +142,7 @@ def save_to_disk(folder: Path) -> None:
     (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}, indent=2))
 
 
-def test_a_folder_of_save_to_disk_is_named_with_the_files_to_give(tmp_path: Path) -> None:
+def test_a_folder_of_save_to_disk_is_refused_with_the_files_to_give(tmp_path: Path) -> None:
     save_to_disk(tmp_path / "one")
     with pytest.raises(UsageError, match=r"input .*one was written by save_to_disk .*give --input '.*one/\*\.arrow'"):
         expand_inputs([str(tmp_path / "one")])

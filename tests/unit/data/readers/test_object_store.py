@@ -23,7 +23,7 @@ TEXTS = legible_documents(9, 60) * 40
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[Any]:
-    """An empty bucket; s3fs is told of the server as a user would tell it, by the environment."""
+    """An empty bucket. s3fs gets the address of the server from the environment, as for a user."""
     import s3fs
 
     server = moto_server.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
@@ -87,6 +87,6 @@ def test_a_changed_object_has_another_version(bucket: Any) -> None:
 
 
 @pytest.mark.parametrize("pattern", ["s3://corpus/absent.jsonl", "s3://corpus/absent/*.jsonl", "s3://nowhere/a.jsonl"])
-def test_objects_that_are_not_there_are_refused(bucket: Any, pattern: str) -> None:
+def test_missing_objects_are_refused(bucket: Any, pattern: str) -> None:
     with pytest.raises(UsageError, match="does not exist or matches no file"):
         expand_inputs([pattern])

@@ -1,4 +1,4 @@
-"""Reading: the same texts from every form, bounded batches, and each bad record named."""
+"""Reading records: the same texts from every format, bounded batches, and a message for each bad record."""
 
 import bz2
 import gzip
@@ -31,7 +31,7 @@ TEXTS = [*legible_documents(9, 30), "", "Grüße,\n\t日本 👍", '"quoted" \\ 
 
 
 def write_all_forms(folder: Path) -> list[Path]:
-    """The same documents as JSON lines in every compression (several members or frames), Parquet and both forms of Arrow."""
+    """Write the same documents as JSON lines in every compression (several members or frames), Parquet and both Arrow formats."""
     plain = write_jsonl(folder / "a.jsonl", TEXTS)
     content = plain.read_bytes()
     (folder / "a.jsonl.gz").write_bytes(gzip.compress(content[:700]) + gzip.compress(content[700:]) + b"\0" * 9)
@@ -54,7 +54,7 @@ def texts_in(byte_range: ByteRange, **settings: object) -> list[str]:
 
 
 @pytest.mark.parametrize("batch_bytes", [1, 100, 1 << 20])
-def test_every_form_gives_the_same_texts(tmp_path: Path, batch_bytes: int) -> None:
+def test_every_format_gives_the_same_texts(tmp_path: Path, batch_bytes: int) -> None:
     for path in write_all_forms(tmp_path):
         reader = RecordReader(whole(path), ReadSettings(batch_bytes=batch_bytes))
         assert [text for batch in reader.batches() for text in batch.texts] == TEXTS, path
@@ -66,7 +66,7 @@ def test_every_form_gives_the_same_texts(tmp_path: Path, batch_bytes: int) -> No
 
 @pytest.mark.parametrize("batch_bytes", [7, 1 << 20])
 def test_a_record_belongs_to_the_byte_range_in_which_it_begins(tmp_path: Path, batch_bytes: int) -> None:
-    """Wherever a file is cut, each record is read once, in order; also cuts at a newline and just after it."""
+    """Wherever a file is cut, each record is read once, in order. Includes cuts at a newline and just after it."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "1"}\n\n{"text": "22"}\n{"text": "333"}\r\n{"text": "4"}')
     size = path.stat().st_size
@@ -114,7 +114,7 @@ def test_a_text_file_is_one_document(tmp_path: Path) -> None:
     assert list(read_texts(expand_inputs([str(tmp_path / "*.txt")]), "text")) == ["first\n\nstill first\n", "second\n", ""]
 
 
-def test_the_byte_order_mark_of_a_text_file_is_no_text(tmp_path: Path) -> None:
+def test_the_byte_order_mark_of_a_text_file_is_not_text(tmp_path: Path) -> None:
     content = b"\xef\xbb\xbfmarked \xef\xbb\xbf inside"
     (tmp_path / "a.txt").write_bytes(content)
     (tmp_path / "b.txt.gz").write_bytes(gzip.compress(content))
@@ -130,7 +130,7 @@ def test_a_batch_is_bounded_and_ends_with_a_line(tmp_path: Path) -> None:
     assert max(sum(map(len, block.lines)) for block in blocks) < 20_000
 
 
-def test_blank_lines_a_missing_last_newline_crlf_and_a_byte_order_mark_are_no_trouble(tmp_path: Path) -> None:
+def test_blank_lines_a_missing_last_newline_crlf_and_a_byte_order_mark_are_accepted(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "1"}\r\n\r\n  \n{"text": "2"}')
     assert skim(path) == (["1", "2"], {}, [])
@@ -144,7 +144,7 @@ def test_blank_lines_a_missing_last_newline_crlf_and_a_byte_order_mark_are_no_tr
         (b'{"text": "\xff"}', "invalid_utf8", "invalid UTF-8"),
         (b'{"body": "x", "id": 1}', "missing_text_key", "no key 'text' among body, id"),
         (b"{}", "missing_text_key", "among no keys"),
-        (b'{"text": null}', "text_is_not_a_string", "holds NoneType"),
+        (b'{"text": null}', "text_is_not_a_string", "has type NoneType"),
         (b'["text"]', "not_an_object", "a JSON list"),
     ],
 )
@@ -165,7 +165,7 @@ def test_bad_texts_in_parquet_and_text_files_are_named(tmp_path: Path) -> None:
     assert skim(path)[:2] == (["1"], {"text_is_not_a_string": 1, "invalid_utf8": 1})
     with pytest.raises(DataError, match=r"a\.parquet: row 2: the text is null"):
         list(read_texts([source(path)], "text"))
-    with pytest.raises(DataError, match=r"no column 'body' but text; name one by --text-key"):
+    with pytest.raises(DataError, match=r"no column 'body', only text; name one by --text-key"):
         list(read_texts([source(path)], "body"))
     (tmp_path / "a.txt").write_bytes(b"abc\xff")
     with pytest.raises(DataError, match=r"a\.txt: invalid UTF-8 \(invalid start byte at byte 3\)"):
@@ -174,7 +174,7 @@ def test_bad_texts_in_parquet_and_text_files_are_named(tmp_path: Path) -> None:
 
 def test_a_parquet_column_of_numbers_is_refused(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="holds int64, not text"):
+    with pytest.raises(DataError, match="has type int64, expected text"):
         list(read_texts([source(tmp_path / "a.parquet")], "text"))
 
 
@@ -207,11 +207,11 @@ def test_a_nested_text_key_names_a_field_of_a_field(tmp_path: Path) -> None:
     assert (texts, skipped) == ([], {"missing_text_key": 2})
     assert "no key 'a.b' among c" in messages[0]
     assert "no key 'a.b' among a int" in messages[1]
-    with pytest.raises(DataError, match=r"column 'a' has no field 'x' but b, c"):
+    with pytest.raises(DataError, match=r"column 'a' has no field 'x', only b, c"):
         list(read_texts([source(tmp_path / "a.parquet")], "a.x"))
 
 
-def test_a_wrong_ending_is_told_by_the_first_bytes(tmp_path: Path) -> None:
+def test_a_wrong_ending_is_recognized_by_the_first_bytes(tmp_path: Path) -> None:
     plain = write_jsonl(tmp_path / "a.jsonl", TEXTS).read_bytes()
     parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "g.parquet")
     for name, content, words in [
@@ -227,14 +227,14 @@ def test_a_wrong_ending_is_told_by_the_first_bytes(tmp_path: Path) -> None:
             list(read_texts([source(tmp_path / name)], "text"))
 
 
-def test_a_nul_byte_is_text_where_json_allows_it_and_named_where_not(tmp_path: Path) -> None:
+def test_a_nul_byte_is_text_if_json_allows_it_and_a_bad_record_if_not(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a\\u0000b"}\n{"text": "a\x00b"}\n')
     texts, skipped, messages = skim(tmp_path / "a.jsonl")
     assert (texts, skipped) == (["a\0b"], {"malformed_json": 1})
     assert ":2: malformed JSON" in messages[0]
 
 
-def test_a_record_above_the_limit_is_named_and_never_held(tmp_path: Path) -> None:
+def test_a_record_above_the_limit_is_named_and_never_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "1"}\n' + b'{"text": "' + b"x" * 5_000_000 + b'"}\n{"text": "3"}\n' + b"y" * 70_000)
     limits = {"max_record_bytes": 60_000}
@@ -271,7 +271,7 @@ def test_the_text_records_of_web_archives_are_documents(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is truncated"):
         texts_in(whole(tmp_path / "a.warc.wet.gz"))
     (tmp_path / "pages.warc").write_bytes(warc_of(("response", b"HTTP/1.1 200 OK\r\n\r\n<html>")))
-    with pytest.raises(DataError, match="holds 1 web pages and no text"):
+    with pytest.raises(DataError, match="contains 1 web pages but no text"):
         texts_in(whole(tmp_path / "pages.warc"))
 
 
@@ -296,7 +296,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(tmp_path: Path, name: 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.parquet", "a.arrow"])
 def test_a_file_replaced_while_it_is_read_is_an_error(tmp_path: Path, name: str) -> None:
-    """Also one of the same size: parts of the old and of the new one would be stored as one corpus."""
+    """Also if the size is the same: the corpus would mix the old and the new content."""
     write_all_forms(tmp_path)
     byte_range = whole(tmp_path / name)
     batches = RecordReader(byte_range, ReadSettings(batch_bytes=1)).batches()
@@ -308,7 +308,7 @@ def test_a_file_replaced_while_it_is_read_is_an_error(tmp_path: Path, name: str)
         texts_in(byte_range)
 
 
-def test_what_a_few_compressed_bytes_become_is_not_held_at_once(tmp_path: Path) -> None:
+def test_a_few_compressed_bytes_are_not_decompressed_at_once(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.zst"
     bomb = b'{"text": "' + b"x" * 400_000_000 + b'"}\n{"text": "2"}\n'
     path.write_bytes(zstandard.ZstdCompressor(level=1).compress(bomb))
@@ -326,7 +326,7 @@ def test_what_a_few_compressed_bytes_become_is_not_held_at_once(tmp_path: Path) 
         text=True,
         check=True,
     )
-    assert int(peak) - int(base.stdout.split()[-1]) < 200_000  # KB; whole it would be 400,000 and more
+    assert int(peak) - int(base.stdout.split()[-1]) < 200_000  # KB; decompressed at once it would be above 400,000
 
 
 def test_damaged_web_archives_are_named(tmp_path: Path) -> None:
@@ -339,9 +339,9 @@ def test_damaged_web_archives_are_named(tmp_path: Path) -> None:
     assert skim(tmp_path / "b.wet", max_record_bytes=8)[:2] == (["one two"], {"too_large": 1})
 
 
-def test_a_column_of_lists_is_refused_as_no_text(tmp_path: Path) -> None:
+def test_a_column_of_lists_is_refused(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": [["a"], ["b"]]}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"holds list<.*>, not text"):
+    with pytest.raises(DataError, match=r"has type list<.*>, expected text"):
         list(read_texts([source(tmp_path / "a.parquet")], "text"))
 
 

@@ -1,4 +1,4 @@
-"""Tables that others wrote: small ones that unfold, broken values beside good texts, flipped bits, columns that cannot be told apart."""
+"""Tables of other programs: small files that are large in memory, invalid values, flipped bits, ambiguous columns."""
 
 import bz2
 import datetime
@@ -21,7 +21,7 @@ from tests.support.paths import ROOT
 LARGE = "x" * (8 << 20)
 GOOD = [f"text {number}" for number in range(5)]
 TABLE = {"text": [*GOOD, *[LARGE] * 12]}
-"""96 MiB in memory, 12 of its records above every limit here."""
+"""96 MiB in memory. 12 of its records are above every limit in these tests."""
 LIMIT = 100_000
 
 PEAK = """
@@ -32,7 +32,7 @@ from megatron_ledom.errors import DataError
 from tests.support.corpus_reading import skim
 def memory(name):
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) / 1024
-open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
+open("/proc/self/clear_refs", "w").write("5")  # reset the peak
 before = memory("VmRSS")
 for path in sys.argv[3:]:
     texts, skipped, _ = skim(Path(path), sys.argv[1], max_record_bytes=100_000, keep_records=sys.argv[2] == "1", batch_bytes=1 << 20)
@@ -42,7 +42,7 @@ print(memory("VmHWM") - before)
 
 
 def read_in_a_process(*paths: Path, key: str = "text", keep_records: bool = False) -> tuple[set[str], float]:
-    """What was said of the files, each in turn, and the MiB that reading all of them took at most."""
+    """Return the messages about the files, and the peak memory of reading them, in MiB."""
     arguments = [key, str(int(keep_records)), *map(str, paths)]
     done = subprocess.run([sys.executable, "-c", PEAK, *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
     *said, peak = done.stdout.splitlines()
@@ -51,7 +51,7 @@ def read_in_a_process(*paths: Path, key: str = "text", keep_records: bool = Fals
 
 @pytest.mark.parametrize("keep_records", [False, True])
 def test_a_few_bytes_of_parquet_do_not_unfold_in_memory(tmp_path: Path, keep_records: bool) -> None:
-    """A dictionary holds a text once for all its rows, a delta encoding what differs from the text before; a struct's as well."""
+    """A dictionary stores a text once for all its rows, a delta encoding only the difference from the previous text."""
     table = pyarrow.table({"text": [*GOOD, *[LARGE] * 50]})
     parquet.write_table(table, tmp_path / "a.parquet", compression="zstd")
     encoding = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
@@ -75,7 +75,7 @@ def test_a_few_bytes_of_another_column_do_not_unfold_for_a_filter(tmp_path: Path
 
 
 def references(count: int, of_map: bool = False) -> pyarrow.Array:
-    """Three rows of one text of 10 kB each, but for the second: it holds the text `count` times."""
+    """Return three rows with a text of 10 kB: once, `count` times, once."""
     bounds = pyarrow.array([0, 1, 1 + count, 2 + count], pyarrow.int32())
     indices = pyarrow.array([0] * (count + 2), pyarrow.int32())
     values = pyarrow.DictionaryArray.from_arrays(indices, pyarrow.array(["x" * 10_000]))
@@ -96,7 +96,7 @@ def test_many_references_in_one_row_to_one_text_are_a_bad_record_and_are_never_u
     for path in paths:
         kept, skipped, messages = skim(path, keep_records=True, max_record_bytes=LIMIT)
         assert (kept, skipped) == (GOOD[:2], {"too_large": 1})
-        assert "row 2: its columns become 60" in messages[0]
+        assert "row 2: its columns take 60" in messages[0]
         assert len(skim(path, max_record_bytes=LIMIT)[0]) == 3, "without a filter nobody reads the list"
     _, peak = read_in_a_process(*paths, keep_records=True)
     assert peak < 100, "the row takes 600 MiB and more"
@@ -134,15 +134,15 @@ PAIRS = [["a", "bb"], None, ["ccc"], ["d", None]]
         (pyarrow.array([1, None, 3, 4]), [8, 8, 8, 8]),
     ],
 )
-def test_bytes_of_rows_count_each_value_wherever_it_stands(array: pyarrow.Array, expected: list[int]) -> None:
-    """Also of a slice, whose inner arrays are not cut."""
+def test_bytes_of_rows_count_each_value_at_any_depth(array: pyarrow.Array, expected: list[int]) -> None:
+    """Also for a slice, whose inner arrays are not cut."""
     assert row_bytes(array).tolist() == expected
     assert row_bytes(array.slice(1, 2)).tolist() == expected[1:3]
     assert row_bytes(array.slice(0, 0)).tolist() == []
 
 
 def view_table() -> pyarrow.Table:
-    """A column of views, of which twelve show one large text."""
+    """Return a column of string views, twelve of them of one large text."""
     buffers = pyarrow.array([*GOOD, LARGE]).cast(pyarrow.string_view()).buffers()
     views = bytes(buffers[1])[:96]
     shown = pyarrow.py_buffer(views[:80] + views[80:96] * 12)
@@ -191,12 +191,12 @@ def write_dictionaries(path: Path, table: pyarrow.Table) -> None:
         (write_dictionaries, "a.arrow", "message 1"),
     ],
 )
-def test_what_is_decompressed_whole_and_far_too_large_is_refused(
+def test_a_page_or_batch_that_is_far_too_large_decompressed_is_refused(
     tmp_path: Path, write: Callable[[Path, pyarrow.Table], None], name: str, part: str
 ) -> None:
     path = tmp_path / name
     write(path, pyarrow.table(TABLE))
-    with pytest.raises(DataError, match=rf"{name}: {part} of [\d,]+ stored bytes becomes 100,\d+,\d+ bytes in memory"):
+    with pytest.raises(DataError, match=rf"{name}: {part} of [\d,]+ stored bytes takes 100,\d+,\d+ bytes in memory"):
         skim(path, max_record_bytes=LIMIT)
 
 
@@ -256,7 +256,7 @@ def broken_text() -> pyarrow.Array:
 def test_a_value_of_another_column_that_cannot_be_read_costs_its_own_row_only(
     tmp_path: Path, other: pyarrow.Array, bad: list[int], words: str, form: str
 ) -> None:
-    """And no row without a filter, which alone sees it."""
+    """Without a filter, which alone reads that column, no row is lost."""
     path, table = tmp_path / f"a.{form}", pyarrow.table({"text": ["1", "2", "3"], "other": other})
     if form == "parquet":
         parquet.write_table(table, path)
@@ -283,10 +283,12 @@ def test_columns_of_one_name_are_refused_where_they_are_read(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("key", ["text", "text.item", "text.element", "text.0", "id.x"])
-def test_a_column_that_is_no_text_and_has_no_fields_is_named(tmp_path: Path, key: str) -> None:
+def test_a_column_that_is_not_text_and_has_no_fields_is_named(tmp_path: Path, key: str) -> None:
     moments = [datetime.datetime(2020, 1, 1, tzinfo=datetime.UTC)]
     parquet.write_table(pyarrow.table({"text": [["a"]], "id": moments}), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet: column .* holds (list<|timestamp).*name (one|another) by --text-key"):
+    with pytest.raises(
+        DataError, match=r"a\.parquet: column .* has type (list<|timestamp).*name (one|another one) by --text-key"
+    ):
         skim(tmp_path / "a.parquet", key)
 
 

@@ -1,4 +1,4 @@
-"""Several fields of a record as one text: the template, its errors, and that resuming and the manifest know of it."""
+"""Several fields of a record as one text: the template, its errors, its part in resuming and in the manifest."""
 
 import json
 import re
@@ -43,7 +43,7 @@ def test_a_record_without_a_field_is_a_bad_one_named_by_line_and_key(tmp_path: P
     path = write_records(tmp_path / "a.jsonl")
     with pytest.raises(DataError, match=r"a\.jsonl:1: no key 'title' among question, meta .*--text-template"):
         texts(path, "{title}\n{question}")
-    with pytest.raises(DataError, match="key 'meta' holds dict, not a string"):
+    with pytest.raises(DataError, match="key 'meta' has type dict, expected a string"):
         texts(path, "{meta}")
     (tmp_path / "b.txt").write_text("plain")
     with pytest.raises(DataError, match="no key 'question' among text"):
@@ -51,8 +51,8 @@ def test_a_record_without_a_field_is_a_bad_one_named_by_line_and_key(tmp_path: P
 
 
 @pytest.mark.parametrize("form", ["parquet", "arrow"])
-def test_a_column_that_no_field_names_costs_no_record(tmp_path: Path, form: str) -> None:
-    """A byte that is no UTF-8, or two columns of one name, where only a filter looks."""
+def test_a_column_that_the_template_does_not_use_costs_no_record(tmp_path: Path, form: str) -> None:
+    """A byte that is not UTF-8, or two columns with one name, which only a filter reads."""
     broken = pyarrow.array([b"a", b"\xff"]).view(pyarrow.string())
     meta = pyarrow.array([record["meta"] for record in RECORDS])
     columns = {"question": ["101 102", "201"], "meta": meta, "url": broken}
@@ -75,11 +75,11 @@ def test_a_column_that_no_field_names_costs_no_record(tmp_path: Path, form: str)
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("{title}\n{question}", "no column 'title' but question, meta"),
-        ("{question}\n{title}", "no column 'title' but question, meta"),
-        ("{meta.a}", "column 'meta' has no field 'a' but answer"),
-        ("{question}{meta.a}", "column 'meta' has no field 'a' but answer"),
-        ("{meta}", "column 'meta' holds struct"),
+        ("{title}\n{question}", "no column 'title', only question, meta"),
+        ("{question}\n{title}", "no column 'title', only question, meta"),
+        ("{meta.a}", "column 'meta' has no field 'a', only answer"),
+        ("{question}{meta.a}", "column 'meta' has no field 'a', only answer"),
+        ("{meta}", "column 'meta' has type struct"),
     ],
 )
 def test_a_field_that_a_table_lacks_is_named_with_the_option_that_asked_for_it(
@@ -91,12 +91,12 @@ def test_a_field_that_a_table_lacks_is_named_with_the_option_that_asked_for_it(
 
 
 @pytest.mark.parametrize("template", ["{question", "}", "{}", "{question!r}", "{question:>9}", "no key at all"])
-def test_what_is_no_template_is_refused(template: str) -> None:
-    with pytest.raises(UsageError, match=r"--text-template .* is no template"):
+def test_an_invalid_template_is_refused(template: str) -> None:
+    with pytest.raises(UsageError, match=r"--text-template .* is not a template"):
         template_of(template, "text")
 
 
-def test_a_template_beside_a_text_key_is_refused() -> None:
+def test_a_template_with_a_text_key_is_refused() -> None:
     with pytest.raises(UsageError, match="--text-key body and --text-template"):
         template_of(TEMPLATE, "body")
 

@@ -1,4 +1,4 @@
-"""tools/inspect_shard.py: what a shard holds, in reading order, and every fault that can be planted in it."""
+"""ledom inspect-shard: the content of a shard in text order, and every problem that a test can plant."""
 
 import json
 import os
@@ -34,14 +34,14 @@ DOCUMENTS = [legible_ids(document, 3 + document) for document in range(5)]
 
 @pytest.fixture
 def shard(tmp_path: Path) -> str:
-    """Documents of 2, 3 and 7 words, eods not counted."""
+    """A shard of documents with 2, 3 and 7 words, without eods."""
     texts = [legible_documents(3, length)[index] for index, length in enumerate((2, 3, 7))]
     return make(tmp_path, Direction.REVERSE, texts, legible_tokenizer(tmp_path / "tokenizer"))
 
 
 @pytest.fixture
 def plain(tmp_path: Path) -> str:
-    """`DOCUMENTS`, its tokenizer nowhere on disk."""
+    """A shard of `DOCUMENTS`, with no tokenizer on the disk."""
     return legible_shard(tmp_path / "plain", DOCUMENTS)
 
 
@@ -58,7 +58,7 @@ def make(folder: Path, direction: Direction, texts: list[str], tokenizer: Path) 
 
 
 def bpe_tokenizer(folder: Path, text: str) -> Path:
-    """A byte-level BPE, whose pieces of a text depend on the order of its characters."""
+    """A byte-level BPE, whose tokens of a text depend on the order of its characters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -91,20 +91,20 @@ def change_manifest(prefix: str, **values: Any) -> None:
 
 
 def rehash(prefix: str) -> None:
-    """Let the manifest fit the damaged files, as when they were damaged before they were hashed."""
+    """Make the manifest fit the damaged files, as if they were damaged before they were hashed."""
     change_manifest(prefix, bin_sha256=sha256_of(f"{prefix}.bin"), idx_sha256=sha256_of(f"{prefix}.idx"))
 
 
-def test_the_command_shows_manifest_statistics_and_text_in_reading_order(shard: str) -> None:
+def test_the_command_shows_manifest_statistics_and_text_in_text_order(shard: str) -> None:
     done = run(shard, "--show", "2", "--verify")
     assert done.returncode == 0, done.stderr
     for words in (
         "direction  reverse",
         "documents  3",
         "tokens     15",
-        "min 3, mean 5.0, median 4, max 8 tokens a document; p5 3, p25 3, p75 8, p95 8, p99 8; 0.00% over 8,192",
+        "min 3, mean 5.0, median 4, max 8 tokens per document; p5 3, p25 3, p75 8, p95 8, p99 8; 0.00% over 8,192",
         "verified   all 15 tokens",
-        "direction  cannot be told from the ids: of 3 documents",  # every word of the legible tokenizer is a token
+        "direction  cannot be determined from the ids: of 3 documents",  # every word of the legible tokenizer is a token
     ):
         assert words in done.stdout
     shown = done.stdout.split("--- document ")
@@ -154,7 +154,7 @@ def test_statistics_are_those_of_numpy_over_all_lengths(lengths: list[int], cut:
     assert sum(documents) == len(lengths)
 
 
-def test_a_picture_of_the_lengths_is_written(shard: str, plain: str, tmp_path: Path) -> None:
+def test_a_plot_of_the_lengths_is_written(shard: str, plain: str, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     inspect_shards(InspectSettings(prefixes=[shard, plain], histogram=str(tmp_path / "lengths.png")))
     assert (tmp_path / "lengths.png").read_bytes()[1:4] == b"PNG"
@@ -164,7 +164,7 @@ def test_a_picture_of_the_lengths_is_written(shard: str, plain: str, tmp_path: P
         inspect_shards(InspectSettings(prefixes=[shard], histogram=str(tmp_path / "no/lengths.png")))
 
 
-def test_matplotlib_is_asked_for_by_name(shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_matplotlib_is_named(shard: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -187,7 +187,7 @@ def swap_index_of_equal_count(prefix: str) -> None:
 
 
 def wrong_lengths(prefix: str) -> None:
-    """Document 1 one longer, document 2 one shorter, pointers to match, hashes renewed."""
+    """Make document 1 one id longer and document 2 one shorter, with matching pointers and hashes."""
     change(f"{prefix}.idx", HEADER.size + 4, np.array([6, 5], "<i4").tobytes())
     change(f"{prefix}.idx", HEADER.size + 5 * 4 + 2 * 8, np.array([2 * 10], "<i8").tobytes())
     rehash(prefix)
@@ -225,46 +225,49 @@ def truncate(suffix: str, size: int) -> Callable[[str], None]:
     return lambda prefix: os.truncate(f"{prefix}{suffix}", size)
 
 
-FAULTS: dict[str, tuple[Callable[[str], None], list[str]]] = {
-    "flipped_byte": (flip_byte, ["plain.bin has not the sha256", "cannot be said which document's ids changed"]),
+PROBLEMS: dict[str, tuple[Callable[[str], None], list[str]]] = {
+    "flipped_byte": (flip_byte, ["plain.bin does not have the sha256", "the changed document cannot be located"]),
     "flipped_byte_out_of_range": (
         lambda prefix: change(f"{prefix}.bin", 2 * 10 + 1, b"\x80"),
-        ["plain.bin has not the sha256", "plain.bin: document 2: id 32971 at 10 is outside the 1,001 ids"],
+        ["plain.bin does not have the sha256", "plain.bin: document 2: id 32971 at 10 is outside the 1,001 ids"],
     ),
     "truncated_bin": (truncate(".bin", 41), ["plain.bin is truncated: it has 41 bytes, its manifest says 60", "sha256"]),
     "lengthened_bin": (
         lambda prefix: change(f"{prefix}.bin", 60, b"\1\1"),
-        ["plain.bin is too long: it has 62 bytes, its manifest says 60", "60 bytes, .bin has 62; from the first wrong length"],
+        [
+            "plain.bin is too long: it has 62 bytes, its manifest says 60",
+            "60 bytes, .bin has 62; every document after the first wrong length",
+        ],
     ),
     "truncated_idx": (truncate(".idx", 100), ["plain.idx is truncated: it has 100 bytes, its 5 documents need 142"]),
     "truncated_idx_header": (truncate(".idx", 20), ["plain.idx is truncated: it has 20 bytes, its header alone needs 34"]),
     "idx_of_another_shard": (
         swap_index,
-        ["num_documents is 5, but .idx holds 4 documents: it is the .idx of another shard", "plain.idx has not the sha256"],
+        ["num_documents is 5, but .idx has 4 documents: it is the .idx of another shard", "plain.idx does not have the sha256"],
     ),
     "idx_of_a_shard_with_as_many_documents": (
         swap_index_of_equal_count,
-        ["plain.idx has not the sha256", "plain.bin: document 2 does not end with eod 1000: its last id is 304"],
+        ["plain.idx does not have the sha256", "plain.bin: document 2 does not end with eod 1000: its last id is 304"],
     ),
     "idx_of_another_dtype": (
         lambda prefix: change(f"{prefix}.idx", 17, b"\4"),
-        ["plain.idx has the header", "not that of a shard of uint16 ids"],
+        ["plain.idx has the header", "does not fit a shard of uint16 ids"],
     ),
     "manifest_counts_documents_wrongly": (
         lambda prefix: change_manifest(prefix, num_documents=6),
-        ["plain.json: num_documents is 6, but .idx holds 5 documents, and its sha256 is right: the manifest was changed"],
+        ["plain.json: num_documents is 6, but .idx has 5 documents, and its sha256 is right: the manifest was changed"],
     ),
     "manifest_counts_tokens_wrongly": (
         lambda prefix: change_manifest(prefix, num_tokens=31),
-        ["plain.json: num_tokens is 31, but .bin, whose sha256 is right, holds 30: the manifest was changed"],
+        ["plain.json: num_tokens is 31, but .bin, whose sha256 is right, has 30: the manifest was changed"],
     ),
     "wrong_lengths": (
         wrong_lengths,
-        ["document 1 does not end with eod 1000", "plain.bin: document 1 holds eod 1000 inside, at its id 4"],
+        ["document 1 does not end with eod 1000", "plain.bin: document 1 has eod 1000 inside, at its id 4"],
     ),
     "wrong_lengths_alone": (
         only_lengths,
-        ["plain.idx: document 2 begins at byte 18, the pointers are not the running sum of the lengths from there on"],
+        ["plain.idx: document 2 begins at byte 18; from there on the pointers are not the running sum of the lengths"],
     ),
     "id_out_of_range": (id_out_of_range, ["sha256", "plain.bin: document 2: id 1001 at 10 is outside the 1,001 ids"]),
     "id_out_of_range_from_the_start": (id_out_of_range_hashed, ["plain.bin: document 2: id 1001 at 10 is outside"]),
@@ -272,7 +275,7 @@ FAULTS: dict[str, tuple[Callable[[str], None], list[str]]] = {
         missing_eods,
         ["plain.bin: document 2 does not end with eod 1000: its last id is 7 (and 1 more documents)", "sha256"],
     ),
-    "eod_inside": (eod_inside, ["plain.bin: document 3 holds eod 1000 inside, at its id 1"]),
+    "eod_inside": (eod_inside, ["plain.bin: document 3 has eod 1000 inside, at its id 1"]),
     "manifest_missing": (remove(".json"), ["the manifest", "plain.json is not: the shard was not finished"]),
     "bin_missing": (remove(".bin"), ["plain.bin is missing"]),
     "idx_missing": (remove(".idx"), ["plain.idx is missing"]),
@@ -281,20 +284,20 @@ FAULTS: dict[str, tuple[Callable[[str], None], list[str]]] = {
 
 
 @pytest.mark.parametrize("block_bytes", [2, 1 << 20])
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", PROBLEMS)
 def test_every_planted_problem_is_found_and_named(
     plain: str, name: str, block_bytes: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(verification, "BLOCK_BYTES", block_bytes)
-    damage, expected = FAULTS[name]
+    damage, expected = PROBLEMS[name]
     assert verify_shard(plain) == []
     damage(plain)
-    with pytest.raises(VerificationError, match=r"1 of 1 shards faulty: .*plain \("):
+    with pytest.raises(VerificationError, match=r"1 of 1 shards damaged: .*plain \("):
         inspect_shards(InspectSettings(prefixes=[plain], verify=True))
     said = capsys.readouterr().err
     for words in expected:
         assert words in said
-    assert all(line.startswith("fault: ") for line in said.splitlines())
+    assert all(line.startswith("problem: ") for line in said.splitlines())
 
 
 def test_a_wrong_direction_is_found_by_encoding_again(tmp_path: Path) -> None:
@@ -304,15 +307,15 @@ def test_a_wrong_direction_is_found_by_encoding_again(tmp_path: Path) -> None:
         prefix = make(tmp_path, direction, texts, tokenizer)
         done = run(prefix, "--verify")
         assert done.returncode == 0, done.stderr
-        assert f"{direction} is right: of 4 documents decoded and encoded again, 4 keep their ids only" in done.stdout
+        assert f"{direction} is right: of 4 documents that were decoded and encoded again, 4 keep their ids only" in done.stdout
         change_manifest(prefix, direction=other)
         done = run(prefix, "--verify")
         assert done.returncode == 1
-        assert f"fault: {prefix}.json: the manifest says {other}, but the ids are {direction}: of 4" in done.stderr
+        assert f"problem: {prefix}.json: the manifest says {other}, but the ids are {direction}: of 4" in done.stderr
         assert f"0 keep their ids only if the shard is {other}, 4 only if it is {direction}" in done.stderr
 
 
-def test_without_the_tokenizer_the_direction_is_not_checked_and_that_is_said(
+def test_without_the_tokenizer_the_direction_is_reported_as_not_checked(
     plain: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     inspect_shards(InspectSettings(prefixes=[plain], verify=True))
@@ -321,7 +324,7 @@ def test_without_the_tokenizer_the_direction_is_not_checked_and_that_is_said(
         inspect_shards(InspectSettings(prefixes=[plain], verify=True, tokenizer="no such"))
 
 
-def test_the_other_shards_are_still_looked_at_after_a_damaged_one(tmp_path: Path) -> None:
+def test_the_other_shards_are_inspected_after_a_damaged_one(tmp_path: Path) -> None:
     for name in "abc":
         legible_shard(tmp_path / name, DOCUMENTS)
     os.truncate(tmp_path / "a.bin", 4)
@@ -331,8 +334,8 @@ def test_the_other_shards_are_still_looked_at_after_a_damaged_one(tmp_path: Path
     assert "verified   all 30 tokens" in done.stdout
     assert "a.bin is truncated" in done.stderr
     assert "b.json is not" in done.stderr
-    assert "error: 2 of 3 shards faulty" in done.stderr
-    done = run(str(tmp_path / "a"))  # what needs no reading is found without --verify
+    assert "error: 2 of 3 shards damaged" in done.stderr
+    done = run(str(tmp_path / "a"))  # problems that need no reading are found without --verify
     assert done.returncode == 1
     assert "a.bin is truncated" in done.stderr
     assert run(str(tmp_path / "c"), str(tmp_path / "d")).returncode == 2
@@ -347,11 +350,11 @@ def test_verify_prints_the_report_before_the_problem(shard: str, capsys: pytest.
     assert ".idx" in said.err
 
 
-def test_another_tokenizer_is_refused_and_a_moved_one_is_asked_for(shard: str, tmp_path: Path) -> None:
+def test_another_tokenizer_is_refused_and_a_moved_one_must_be_named(shard: str, tmp_path: Path) -> None:
     other = legible_tokenizer(tmp_path / "other")
     stored = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(stored.replace('"5": 5', '"5": 6').replace('"6": 6', '"6": 5'))
-    with pytest.raises(MismatchError, match="is not the one of the shard"):
+    with pytest.raises(MismatchError, match="is not that of the shard"):
         inspect_shards(InspectSettings(prefixes=[shard], show=1, tokenizer=str(other)))
     (tmp_path / "tokenizer").rename(tmp_path / "moved")
     with pytest.raises(UsageError, match="name it by --tokenizer"):

@@ -1,4 +1,4 @@
-"""tools/merge_shards.py: several shards become the one a single task would have written; what does not fit is refused."""
+"""ledom merge-shards: several shards become the one that a single task would have written; mismatches are refused."""
 
 import os
 import subprocess
@@ -31,7 +31,7 @@ def merge(*prefixes: str, output: Path, overwrite: bool = False) -> str:
 
 
 def array(folder: Path, tasks: int = 3) -> list[str]:
-    """The shards of an array: tasks of 3, 3 and 1 documents."""
+    """The shards of an array whose tasks have 3, 3 and 1 documents."""
     counts = [
         Counts(
             text_bytes=100 + task,
@@ -74,18 +74,18 @@ def test_any_block_size_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("block_bytes", [1, 8, 30, 10_000])
-def test_blocks_hold_every_document_once_in_order(tmp_path: Path, block_bytes: int) -> None:
+def test_blocks_contain_every_document_once_in_order(tmp_path: Path, block_bytes: int) -> None:
     prefix = legible_shard(tmp_path / "a", DOCUMENTS)
     blocks, ids = [], []
     for block in indexed_files.IndexedFiles(prefix).blocks(block_bytes=block_bytes):
         blocks.append(block)
-        ids.append(block.ids.copy())  # its memory is used again
+        ids.append(block.ids.copy())  # its memory is reused
     assert np.concatenate(ids).tolist() == ShardReader(prefix).ids.tolist()
     assert [block.first for block in blocks] == np.cumsum([0, *(len(block.lengths) for block in blocks)])[:-1].tolist()
     assert all(block.ids.nbytes <= block_bytes or len(block.lengths) == 1 for block in blocks)
 
 
-def test_shards_are_joined_in_the_order_given(tmp_path: Path) -> None:
+def test_shards_are_merged_in_the_given_order(tmp_path: Path) -> None:
     a, b = legible_shard(tmp_path / "a", DOCUMENTS[:2]), legible_shard(tmp_path / "b", DOCUMENTS[2:])
     reader = ShardReader(merge(b, a, output=tmp_path / "ba"))
     assert reader.document(0).tolist()[0] == DOCUMENTS[2][-1]
@@ -106,7 +106,7 @@ def test_a_missing_task_is_refused_by_number(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("all*"))
 
 
-def test_numbers_are_listed_as_slurm_takes_them() -> None:
+def test_numbers_are_listed_in_the_syntax_of_slurm() -> None:
     assert array_list([7, 3, 8, 9, 63]) == "3,7-9,63"
     with pytest.raises(DataError, match="missing: 0-2,4-62;"):
         check_tasks_complete(["x-00003-of-00064", "x-00063-of-00064"])
@@ -120,7 +120,7 @@ def test_differences_are_refused_by_name(tmp_path: Path) -> None:
         "other is forward, the shard .*first is reverse": (legible_provenance(Direction.FORWARD), "uint16"),
         "other was made with tokenizer legible": (legible_provenance(sha256="b" * 64), "uint16"),
         "other has eod 999": (replace(legible_provenance(), eod_id=999), "uint16"),
-        "other holds int32 ids, the shard .*first uint16": (legible_provenance(), "int32"),
+        "other has int32 ids, the shard .*first uint16": (legible_provenance(), "int32"),
     }
     for number, (words, (provenance, dtype)) in enumerate(others.items()):
         other = legible_shard(tmp_path / f"{number}other", DOCUMENTS[2:], provenance, dtype)
@@ -129,7 +129,7 @@ def test_differences_are_refused_by_name(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("all*"))
 
 
-def test_a_shard_named_by_two_paths_is_not_joined_to_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_with_two_paths_is_not_merged_with_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shard = legible_shard(tmp_path / "a", DOCUMENTS)
     for suffix in (".bin", ".idx", ".json"):
         (tmp_path / f"link{suffix}").symlink_to(f"a{suffix}")
@@ -140,7 +140,7 @@ def test_a_shard_named_by_two_paths_is_not_joined_to_itself(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".idx"])
-def test_a_damaged_input_makes_no_sound_looking_shard(tmp_path: Path, suffix: str) -> None:
+def test_a_damaged_input_makes_no_shard_that_looks_intact(tmp_path: Path, suffix: str) -> None:
     a, b = legible_shard(tmp_path / "a", DOCUMENTS[:2]), legible_shard(tmp_path / "b", DOCUMENTS[2:])
     with open(f"{b}{suffix}", "r+b") as stream:
         stream.seek(-1, os.SEEK_END)
@@ -165,7 +165,7 @@ def test_wrong_usage_is_refused(tmp_path: Path) -> None:
     assert len(ShardReader(merge(a, b, output=tmp_path / "all", overwrite=True))) == 7
 
 
-def test_documents_with_and_without_bos_are_not_joined(tmp_path: Path) -> None:
+def test_documents_with_and_without_bos_are_not_merged(tmp_path: Path) -> None:
     with_bos = legible_shard(tmp_path / "a", DOCUMENTS, counts=Counts(text_bytes=1, bos_token="999"))
     without = legible_shard(tmp_path / "b", DOCUMENTS)
     with pytest.raises(MismatchError, match=r"begin with no bos, those of .*a with 999; preprocess both"):

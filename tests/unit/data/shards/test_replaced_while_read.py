@@ -1,4 +1,4 @@
-"""Models and items that are replaced during a job, or between two starts of it: never judged as if they were one."""
+"""Models and items that are replaced during a job, or between two starts of it, never count as the same."""
 
 import importlib
 import json
@@ -32,7 +32,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def rewrite(folder: Path) -> None:
-    """The weights are written anew, as a conversion into the same folder does."""
+    """Write the weights again, as a conversion into the same folder does."""
     path = folder / "model.safetensors"
     state = path.stat()
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
@@ -61,7 +61,7 @@ def rerank(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 def tool_options(tool: str, arguments: list[str]) -> dict[str, Any]:
-    """Return what the command's own parser makes of its arguments."""
+    """Return the arguments as the parser of the command returns them."""
     command = importlib.import_module(f"megatron_ledom.cli.{tool}")
     return vars(command.build_parser().parse_args(arguments))
 
@@ -73,7 +73,7 @@ def tool_options(tool: str, arguments: list[str]) -> dict[str, Any]:
 def test_a_model_rewritten_while_it_is_loaded_is_not_judged(
     models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Any, module: Any, side: str
 ) -> None:
-    """What is noted of the folder is of before the loading; the change comes after that."""
+    """The state of the folder is recorded before loading, and the change comes after that."""
     facts = module.folder_facts
 
     def noted(folder: Path) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def test_a_model_rewritten_while_it_is_loaded_is_not_judged(
 
 
 @pytest.mark.parametrize("name", [name for name in READ_BESIDE_WEIGHTS if name != "model.safetensors.index.json"])
-def test_whatever_decides_the_figures_is_noted_of_a_model(tmp_path: Path, name: str) -> None:
+def test_every_file_that_determines_the_metrics_of_a_model_is_recorded(tmp_path: Path, name: str) -> None:
     for file in (*READ_BESIDE_WEIGHTS, "model.safetensors"):
         (tmp_path / file).write_text("{}")
     known = folder_facts(tmp_path)
@@ -96,7 +96,7 @@ def test_whatever_decides_the_figures_is_noted_of_a_model(tmp_path: Path, name: 
     (tmp_path / name).write_text("{ }")
     with pytest.raises(DataError, match=rf"changed while it was read \({name}\)"):
         check_unchanged(tmp_path, known)
-    assert folder_facts(tmp_path) != known, "a later start would go on with figures of another model"
+    assert folder_facts(tmp_path) != known, "a later start would resume with metrics of another model"
 
 
 def test_items_replaced_while_they_are_read_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,10 +124,8 @@ def test_tasks_replaced_while_a_run_starts_end_it() -> None:
         dist.destroy_process_group()
 
 
-def test_a_run_goes_on_only_with_the_held_out_data_it_was_evaluated_on(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Over restarts; a new name joins, a run from scratch begins anew, and a change is let through by name."""
+def test_a_run_resumes_only_with_the_held_out_data_of_its_evaluations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Across restarts. A new set may be added, a new run starts fresh, and a change can be allowed by name."""
     data: TinyData = write_tiny_data(tmp_path / "own")
     prefix, run_dir = data.shard("reverse_valid"), tmp_path / "run"
     run_dir.mkdir()
@@ -139,7 +137,7 @@ def test_a_run_goes_on_only_with_the_held_out_data_it_was_evaluated_on(
     start(tasks={"boolq": {"boolq.jsonl": "a"}})
     start()
     start(tasks={"boolq": {"boolq.jsonl": "a"}, "svamp": {"svamp.jsonl": "b"}})
-    with pytest.raises(MismatchError, match=r"task boolq: the content is not what this run was evaluated on before"):
+    with pytest.raises(MismatchError, match=r"task boolq: the content has changed since this run last used it"):
         start(tasks={"boolq": {"boolq.jsonl": "c"}})
     for path in data.folder.glob("reverse_valid.*"):
         path.unlink()
@@ -147,7 +145,7 @@ def test_a_run_goes_on_only_with_the_held_out_data_it_was_evaluated_on(
     with pytest.raises(MismatchError, match=rf"validation set {prefix}: the content is not .*data\.allow_changed_data=true"):
         start()
     start("data.allow_changed_data=true")
-    assert f"OTHER HELD-OUT DATA than before, by data.allow_changed_data=true: validation set {prefix}" in caplog.text
+    assert f"OTHER HELD-OUT DATA than before, allowed by data.allow_changed_data=true: validation set {prefix}" in caplog.text
     start()
     start(tasks={"boolq": {"boolq.jsonl": "c"}}, is_new=True)
     (run_dir / "held_out.json").write_text("{")

@@ -1,4 +1,4 @@
-"""tools/reverse_shards.py: a forward shard becomes the reverse one that preprocessing would have written, and back."""
+"""ledom reverse-shards: a forward shard becomes the reverse one that preprocessing would have written, and back."""
 
 import os
 import signal
@@ -54,9 +54,7 @@ def tokenizer(tmp_path: Path) -> str:
     stored=st.sampled_from(["uint16", "int32", "int64"]),
     dtype=st.sampled_from(["uint16", "int32"]),
 )
-def test_reversed_documents_are_what_the_reference_says(
-    documents: list[list[int]], is_closed: bool, stored: str, dtype: str
-) -> None:
+def test_reversed_documents_equal_the_reference(documents: list[list[int]], is_closed: bool, stored: str, dtype: str) -> None:
     documents = [[*document, EOD_ID] for document in documents] if is_closed else documents
     contents = [document[:-1] if is_closed else document for document in documents]
     expected = concatenate_documents_reference(contents, Direction.REVERSE, EOD_ID)
@@ -108,7 +106,7 @@ def test_a_reversed_shard_is_the_one_preprocessing_writes_and_reversing_twice_is
         assert found == expected
 
 
-def test_several_inputs_become_one_shard_in_the_order_given(tmp_path: Path) -> None:
+def test_several_inputs_become_one_shard_in_the_given_order(tmp_path: Path) -> None:
     parts = [legible_shard(tmp_path / f"x-0000{i}-of-00002", DOCUMENTS[3 * i : 3 * i + 3], FORWARD) for i in range(2)]
     reversed_shard = write_reversed(str(tmp_path / "x-*-of-00002"), output=tmp_path / "reversed")
     assert file_bytes(reversed_shard) == file_bytes(legible_shard(tmp_path / "whole", DOCUMENTS[:6]))
@@ -128,10 +126,10 @@ def test_a_foreign_shard_is_reversed_whatever_its_type_and_eods(
     manifest = check_shard(reversed_shard)
     assert (manifest.direction, manifest.eod_token, manifest.text_bytes) == (Direction.REVERSE, "<eod>", 0)
     assert [(file.path, file.sha256) for file in manifest.input_files] == [(f"{foreign}.bin", sha256_of(f"{foreign}.bin"))]
-    assert f"taken as forward ids of tokenizer, {words} '<eod>' = 1000 (as the first ones are)" in caplog.text
+    assert f"read as forward ids of tokenizer, {words} '<eod>' = 1000 (like the first documents)" in caplog.text
 
 
-def test_what_stock_megatron_wrote_is_reversed(tmp_path: Path, tokenizer: str) -> None:
+def test_a_shard_of_stock_megatron_is_reversed(tmp_path: Path, tokenizer: str) -> None:
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(tmp_path / "stock.bin"), dtype=np.int32)
@@ -168,16 +166,16 @@ def test_narrow_ids_of_one_byte_are_read(tmp_path: Path, tokenizer: str) -> None
     ("documents", "eod", "words"),
     [
         ([*CLOSED[:2], *BARE[2:]], "auto", "document 0 of .*foreign.bin ends with eod 1000, document 2 of .* does not"),
-        ([*CLOSED[:2], *BARE[2:]], "keep", "document 2 ends with id 204, expected is eod 1000"),
-        ([*BARE[:5], *CLOSED[5:]], "append", "document 5 ends with eod 1000, expected are documents without"),
-        ([*CLOSED[:3], [[300, EOD_ID, 302, EOD_ID]]], "auto", "document 3 holds eod 1000 at its id 1 of 4"),
-        ([*BARE[:3], [[300, 1001]]], "auto", "document 3 holds id 1001, outside the 1,001 ids"),
-        ([*BARE[:3], [[-1, 301]]], "auto", "document 3 holds id -1, outside"),
-        ([[[70_000 + 65_536]]], "auto", "document 0 holds id 135536, outside"),
-        ([[[EOD_ID]], []], "auto", "holds no document with a token"),
+        ([*CLOSED[:2], *BARE[2:]], "keep", "document 2 ends with id 204, expected eod 1000"),
+        ([*BARE[:5], *CLOSED[5:]], "append", "document 5 ends with eod 1000, expected documents without eod"),
+        ([*CLOSED[:3], [[300, EOD_ID, 302, EOD_ID]]], "auto", "document 3 has eod 1000 at its id 1 of 4"),
+        ([*BARE[:3], [[300, 1001]]], "auto", "document 3 has id 1001, outside the 1,001 ids"),
+        ([*BARE[:3], [[-1, 301]]], "auto", "document 3 has id -1, outside"),
+        ([[[70_000 + 65_536]]], "auto", "document 0 has id 135536, outside"),
+        ([[[EOD_ID]], []], "auto", "has no document with a token"),
     ],
 )
-def test_what_cannot_be_reversed_is_refused_by_document_number(
+def test_an_invalid_document_is_refused_with_its_number(
     tmp_path: Path, tokenizer: str, documents: list[list[list[int]]], eod: str, words: str
 ) -> None:
     foreign = foreign_shard(tmp_path / "foreign", documents, "int64")
@@ -189,14 +187,14 @@ def test_what_cannot_be_reversed_is_refused_by_document_number(
 @pytest.mark.parametrize(
     ("suffix", "offset", "content", "words"),
     [
-        (".bin", 8, None, "has 8 bytes, its index needs 168; .* every later document is shifted"),
+        (".bin", 8, None, "has 8 bytes, its index needs 168, so every later document is shifted"),
         (".idx", 20, None, "truncated: it has 20 bytes"),
         (".idx", 100, None, "truncated: it has 100 bytes, 7 sequences need 182"),
-        (".idx", 0, b"X", "does not begin as an index"),
-        (".idx", 17, b"\7", "is of float32 ids"),
+        (".idx", 0, b"X", "does not begin like a Megatron index"),
+        (".idx", 17, b"\7", "is for ids of type float32"),
         (".idx", 34, b"\4", "sequence 1 does not begin where the one before it ends"),
         (".idx", 34 + 3, b"\xff", "sequence 0 has a negative length"),
-        (".idx", 34 + 12 * 7 + 16, b"\7", "document 3 begins before"),
+        (".idx", 34 + 12 * 7 + 16, b"\7", "document 3 begins before the previous one"),
         (".idx", 34 + 12 * 7 + 56, b"\6", "end at sequence 6 of 7"),
     ],
 )
@@ -213,16 +211,16 @@ def test_a_damaged_foreign_shard_is_refused(
         write_reversed(foreign, output=tmp_path / "reversed", tokenizer=tokenizer)
 
 
-def test_a_damaged_shard_of_ours_is_not_given_a_new_hash(tmp_path: Path) -> None:
+def test_a_damaged_shard_of_ours_gets_no_new_hash(tmp_path: Path) -> None:
     forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD)
     with open(f"{forward}.bin", "r+b") as stream:
         stream.write(np.array([5], np.uint16).tobytes())
-    with pytest.raises(DataError, match=r"forward.bin has not the sha256"):
+    with pytest.raises(DataError, match=r"forward.bin does not have the sha256"):
         write_reversed(forward, output=tmp_path / "reversed")
     assert not list(tmp_path.glob("reversed*"))
 
 
-def test_a_stop_signal_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_signal_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD)
     monkeypatch.setattr(
         "megatron_ledom.data.shards.rewriting.reverse_into", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM)
@@ -238,8 +236,8 @@ def test_wrong_usage_is_refused(tmp_path: Path, tokenizer: str) -> None:
     foreign = foreign_shard(tmp_path / "foreign", BARE)
     done = run("--input", foreign, "--output-prefix", str(tmp_path / "reversed"))
     assert done.returncode == 2
-    assert "has no manifest; name the tokenizer it was made with by --tokenizer" in done.stderr
-    with pytest.raises(UsageError, match="has none; turn them by two commands"):
+    assert "has no manifest; name the tokenizer of its ids by --tokenizer" in done.stderr
+    with pytest.raises(UsageError, match="has none; reverse them with two commands"):
         write_reversed(forward, foreign, output=tmp_path / "reversed", tokenizer=tokenizer)
     with pytest.raises(MismatchError, match="is forward by its manifest"):
         write_reversed(forward, output=tmp_path / "reversed", from_direction=Direction.REVERSE)
@@ -247,17 +245,19 @@ def test_wrong_usage_is_refused(tmp_path: Path, tokenizer: str) -> None:
         write_reversed(forward, output=tmp_path / "reversed", tokenizer=tokenizer)
     with pytest.raises(UsageError, match="--eod-token is empty"):
         write_reversed(forward, output=tmp_path / "reversed", tokenizer=tokenizer, eod_token="")
-    with pytest.raises(UsageError, match="is a token of --tokenizer, which is missing"):
+    with pytest.raises(UsageError, match="needs --tokenizer"):
         write_reversed(forward, output=tmp_path / "reversed", eod_token="<eod>")
-    with pytest.raises(UsageError, match="leave out --eod append"):
+    with pytest.raises(UsageError, match="omit --eod append"):
         write_reversed(forward, output=tmp_path / "reversed", eod="append")
     with pytest.raises(UsageError, match="is one of the inputs"):
         write_reversed(forward, output=tmp_path / "forward", overwrite=True)
 
 
 def test_documents_that_begin_with_bos_are_not_reversed(tmp_path: Path) -> None:
-    """Turned as it stands, a document's BOS would come just before its eod."""
+    """Reversing would move the BOS of a document to just before its eod."""
     forward = legible_shard(tmp_path / "forward", DOCUMENTS, FORWARD, counts=Counts(text_bytes=1, bos_token="999"))
-    with pytest.raises(UsageError, match=r"begin with '999', which would come to stand before their eod.*preprocess the text"):
+    with pytest.raises(
+        UsageError, match=r"begin with '999', which reversing would move to just before their eod.*preprocess the text"
+    ):
         reverse_shards(ReverseSettings(input=[forward], output_prefix=str(tmp_path / "reversed")))
     assert not list(tmp_path.glob("reversed*"))

@@ -1,4 +1,4 @@
-"""Shards: what is written, what stock megatron-core reads of it, and every way one can be damaged."""
+"""Shards: their files, how stock megatron-core reads them, and every kind of damage."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def packed(documents: list[list[int]], dtype: str) -> tuple[np.ndarray, np.ndarr
 
 
 def write(prefix: Path, documents: list[list[int]], dtype: str = "uint16", *, overwrite: bool = False) -> str:
-    """A shard of some documents, appended in two pieces."""
+    """A shard of several documents, appended in two pieces."""
     with ShardWriter(str(prefix), PROVENANCE, dtype, overwrite=overwrite) as writer:
         writer.append(*packed(documents[:2], dtype))
         writer.append(*packed(documents[2:], dtype))
@@ -99,7 +99,7 @@ def test_any_documents_are_read_back_in_model_order(
     assert verify_shard(reader.prefix) == []
 
 
-def test_the_manifest_says_what_was_written(shard: str) -> None:
+def test_the_manifest_describes_the_shard(shard: str) -> None:
     manifest = check_shard(shard)
     assert manifest.provenance == PROVENANCE
     assert Provenance.from_dict(json.loads(Path(f"{shard}.json").read_text()), "manifest") == PROVENANCE
@@ -114,7 +114,7 @@ def test_an_index_outside_the_shard_is_refused(shard: str) -> None:
             ShardReader(shard).document(index)
 
 
-def test_an_unfinished_writer_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_an_unfinished_writer_leaves_no_files(tmp_path: Path) -> None:
     with ShardWriter(str(tmp_path / "new/data"), PROVENANCE, "uint16") as writer:
         writer.append(*packed(legible(2), "uint16"))
         assert (tmp_path / "new/data.bin.part").exists()
@@ -122,7 +122,7 @@ def test_an_unfinished_writer_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_bytes_that_do_not_fit_the_lengths_make_no_shard(tmp_path: Path) -> None:
-    """Trap 3: ids in .bin that no length counts shift every later document."""
+    """Ids in .bin that no length counts shift every later document."""
     with ShardWriter(str(tmp_path / "data"), PROVENANCE, "uint16") as writer:
         writer.append(*packed(legible(2), "uint16"))
         writer._bin.write(np.array([EOD_ID], np.uint16).tobytes())
@@ -155,7 +155,7 @@ def test_the_type_of_ids_is_megatron_cores_choice() -> None:
     for vocab_size in (1001, 65_499, 65_500, 65_536, 151_936):
         assert choose_dtype("auto", vocab_size) == DType.optimal_dtype(vocab_size)
     assert choose_dtype("uint16", 65_536) == np.uint16
-    with pytest.raises(UsageError, match=r"uint16 holds ids up to 65,535, the tokenizer has ids up to 65,536"):
+    with pytest.raises(UsageError, match=r"uint16 stores ids up to 65,535, the tokenizer has ids up to 65,536"):
         choose_dtype("uint16", 65_537)
 
 
@@ -174,7 +174,7 @@ def test_a_damaged_manifest_is_named(shard: str) -> None:
     stored = json.loads(path.read_text())
     for content, words in [
         ("{", "is not JSON"),
-        ("[]", "no JSON object"),
+        ("[]", "does not contain a JSON object"),
         (json.dumps({**stored, "format_version": 9}), "format version 9"),
         (json.dumps({key: value for key, value in stored.items() if key != "eod_id"}), "lacks eod_id"),
         (json.dumps({key: value for key, value in stored.items() if key != "num_tokens"}), "not a complete manifest"),
@@ -225,8 +225,8 @@ def test_another_header_is_refused(shard: str) -> None:
     ("suffix", "offset", "values", "words"),
     [
         (".idx", HEADER.size, np.array([5, 4], "<i4"), "the pointers are not the running sum"),
-        (".idx", HEADER.size, np.array([5], "<i4"), "the lengths do not add up"),
-        (".idx", HEADER.size, np.array([1, 8], "<i4"), "nothing besides its eod"),
+        (".idx", HEADER.size, np.array([5], "<i4"), "the lengths add up to"),
+        (".idx", HEADER.size, np.array([1, 8], "<i4"), "no token before its eod"),
         (".idx", HEADER.size + 5 * 12, np.array([1], "<i8"), "the document indices"),
         (".bin", 2 * 3, np.array([7], "<u2"), "document 0 does not end with eod 1000"),
         (".bin", 2 * 5, np.array([1001], "<u2"), "id 1001 at 5 is outside the 1,001 ids"),

@@ -1,4 +1,4 @@
-"""A shard that is replaced while a run reads it: never trained on, whichever of its files changes and whoever has it open."""
+"""A shard that is replaced while a run reads it is never used, whichever of its files changes."""
 
 import shutil
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from tests.support.legible import legible_shard
 from tests.support.tiny_runs import TinyData, documents, write_shard, write_tiny_data
 
 SAMPLES_A_PASS = 640
-"""More than one pass over the training shard: the second pass opens it anew."""
+"""More than one pass over the training shard; the second pass opens it again."""
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def own(tmp_path: Path) -> TinyData:
 
 
 def opened(data: TinyData, *overrides: str) -> tuple[BlendSamples, BlendSamples]:
-    """The samples of a run of more than one pass, and those of its validation set."""
+    """Return the samples of a run of more than one pass, and those of its validation set."""
     valid = data.shard("reverse_valid")
     keys = ["train.train_iters=160", "data.allow_repeats=true", f"data.valid_sets={{v: [[1.0, {valid}]]}}", *overrides]
     config = load_config(str(data.config), keys)
@@ -41,7 +41,7 @@ def opened(data: TinyData, *overrides: str) -> tuple[BlendSamples, BlendSamples]
 
 
 def other_shard(prefix: str) -> None:
-    """A sound shard with as many documents of other lengths takes the place of the one at `prefix`."""
+    """Replace the shard at `prefix` by an intact one with the same number of documents, of other lengths."""
     count = load_manifest(prefix).num_documents
     aside = Path(prefix).with_name("aside")
     write_shard(aside, documents(count, 9), Direction.REVERSE, Path(prefix).parent / "legible")
@@ -50,7 +50,7 @@ def other_shard(prefix: str) -> None:
 
 
 def other_ids(prefix: str) -> None:
-    """Other ids of the same lengths in a new file."""
+    """Write other ids of the same lengths to a new file."""
     path = Path(f"{prefix}.bin")
     ids = np.fromfile(path, np.uint16)
     path.unlink()
@@ -58,7 +58,7 @@ def other_ids(prefix: str) -> None:
 
 
 def other_ids_in_place(prefix: str) -> None:
-    """Other ids of the same lengths in the very file that is mapped."""
+    """Write other ids of the same lengths to the mapped file itself."""
     with open(f"{prefix}.bin", "r+b") as stream:
         stream.write(np.full(50, 7, np.uint16).tobytes())
 
@@ -71,7 +71,7 @@ def test_a_shard_replaced_during_a_run_ends_it_by_name(own: TinyData, change: Ca
     assert len(samples[0]["tokens"]) == 32
     change(prefix)
     for number in (0, len(samples) - 1):
-        with pytest.raises(DataError, match=rf"the shard {prefix} .* it was replaced during the run .*put the old shard back"):
+        with pytest.raises(DataError, match=rf"the shard {prefix} .* it was replaced during the run .*restore the old shard"):
             samples[number]
 
 
@@ -82,7 +82,7 @@ def test_a_shard_replaced_before_it_is_first_opened_ends_the_run(own: TinyData) 
         samples[0]
 
 
-def test_a_shard_copied_anew_without_a_change_goes_on(own: TinyData, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_shard_copied_again_without_a_change_is_accepted(own: TinyData, caplog: pytest.LogCaptureFixture) -> None:
     samples, _ = opened(own)
     before = samples[0]["tokens"].tolist()
     path = Path(own.shard("reverse_train") + ".bin")
@@ -90,10 +90,10 @@ def test_a_shard_copied_anew_without_a_change_goes_on(own: TinyData, caplog: pyt
     path.with_suffix(".copy").replace(path)
     assert samples[0]["tokens"].tolist() == before
     assert len(samples[len(samples) - 1]["tokens"]) == 32
-    assert caplog.text.count("written anew during the run, with the same content") == 1
+    assert caplog.text.count("written again during the run, with the same content") == 1
 
 
-def test_targets_of_pairs_are_watched_as_well(tmp_path: Path) -> None:
+def test_targets_of_pairs_are_checked_too(tmp_path: Path) -> None:
     prefix = legible_shard(tmp_path / "pairs", [[1] * 5, [2] * 5])
     manifest = load_manifest(prefix)
     Path(f"{prefix}.targets").write_bytes(b"\1" * 12)
