@@ -1,4 +1,4 @@
-"""The quickstart from beginning to end, small: every step by its real command line, on this machine's own text."""
+"""The small quickstart from beginning to end: every step by its real command line, on text of this machine."""
 
 import contextlib
 import json
@@ -30,12 +30,12 @@ class Run:
     folder: Path
     stdout: str
     terminal: str
-    """What its stderr, a terminal, was sent."""
+    """Everything it wrote to stderr, which was a terminal."""
     report: dict[str, Any]
 
 
 def start(folder: Path, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    """Run it with a terminal for its stderr."""
+    """Run it with a terminal as its stderr."""
     command = [sys.executable, str(ROOT / "examples/quickstart/run.py"), *options]
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
@@ -50,8 +50,8 @@ def start(folder: Path, environment: dict[str, str], *options: str) -> subproces
 
 
 def _receive(terminal: int, received: list[bytes]) -> None:
-    """Everything that is written to a terminal, until nobody holds it open any more."""
-    with contextlib.suppress(OSError):  # how Linux says that the other side is closed
+    """Receive everything that is written to a terminal until no process has it open."""
+    with contextlib.suppress(OSError):  # Linux reports so that the other side is closed
         while block := os.read(terminal, 1 << 16):
             received.append(block)
     os.close(terminal)
@@ -69,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, environment_with_gpus: dict[st
 def test_long_steps_show_a_bar_with_rate_and_time_left(run: Run, name: str) -> None:
     shown = [line for line in re.split(r"[\r\n]", run.terminal) if line.replace("\x1b[A", "").startswith(f"{name}:")]
     assert shown, run.terminal[-3000:]
-    if name == "read":  # how many texts there are is not known before they are read
+    if name == "read":  # the number of texts is unknown before they are read
         assert any(re.search(r"\d+ documents \[\d\d:\d\d, [\d.,k]+ documents/s\]", line) for line in shown)
     else:
         assert any(re.search(r"\d+%.*\[\d\d:\d\d<\d\d:\d\d, +[\d.]+[kM]?\w+/s", line) for line in shown), shown[-3:]
@@ -82,7 +82,7 @@ def test_no_warning_of_a_library_is_shown(run: Run) -> None:
     assert [line for line in shown.splitlines() if "Warning" in line or "site-packages" in line or "FSDP" in line] == []
 
 
-def test_without_a_terminal_training_says_iteration_loss_and_time_left(
+def test_without_a_terminal_training_prints_iteration_loss_and_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples/quickstart"))
@@ -91,7 +91,7 @@ def test_without_a_terminal_training_says_iteration_loss_and_time_left(
     monkeypatch.setattr(twins, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(twins.Training, "start", lambda self: None)
     training = twins.Training("reverse", [f"run_dir={tmp_path}", "train.train_iters=400", "optimizer.lr_warmup_iters=1"])
-    training.begin(0)  # pytest's stderr is no terminal
+    training.begin(0)  # pytest's stderr is not a terminal
     assert training.iteration() == 0
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 100, "lm_loss": 5.25}) + "\n")
     training.began -= 60
@@ -163,7 +163,7 @@ def test_report_names_every_path_and_draws_the_curves(run: Run) -> None:
     assert set(run.report["phases"]) == {"collect", "tokenizer", "preprocess", "train", "export", "generate", "rerank"}
 
 
-def test_keep_goes_on_after_the_finished_phases(run: Run, environment_with_gpus: dict[str, str]) -> None:
+def test_keep_continues_after_the_finished_phases(run: Run, environment_with_gpus: dict[str, str]) -> None:
     (run.folder / "quickstart/phases/rerank.json").unlink()
     again = start(run.folder, environment_with_gpus, "--size", "small", "--keep")
     assert again.returncode == 0, again.stderr
