@@ -145,7 +145,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
     def take_run_folder() -> None:
         """Lock and check the run folder on rank 0; an error here ends all ranks."""
         stop.deadline = find_deadline(config.train, started)
-        held.enter_context(lock_run(config.run_dir))
+        resources.enter_context(lock_run(config.run_dir))
         settle_latest(checkpoint_folder(config))
         check_still_latest(config, checkpoint)
         check_history(config, checkpoint)
@@ -156,9 +156,9 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
 
     groups = start_distributed(platform, config.parallel, launch, stop.name)
     try:
-        with ExitStack() as held:
+        with ExitStack() as resources:
             from_first_rank(take_run_folder)
-            watchdog = held.enter_context(Watchdog(config, launch))
+            watchdog = resources.enter_context(Watchdog(config, launch))
             state = build_state(config, sources, platform, groups, choice, checkpoint)
             train(state, stop, [*build_callbacks(state, watchdog, task_hashes), *callbacks])
             watchdog.set_activity("waiting for the last rank", patient=True)

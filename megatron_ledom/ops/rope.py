@@ -72,9 +72,7 @@ class FusedSelfAttention(SelfAttention):  # type: ignore[misc]
         assert not output_gate, "not reachable from this package's configs"
         mixed, _ = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
         query, key, value = rope(mixed, self.angles)
-        if (
-            self.config.num_query_groups < self.world_size
-        ):  # several ranks have the same group: each has its key and a part of its queries
+        if self.config.num_query_groups < self.world_size:  # ranks of one group have its key and a part of its queries
             ranks_per_group = self.world_size // self.config.num_query_groups
             query = query.chunk(ranks_per_group, 2)[self.pg_collection.tp.rank() % ranks_per_group]
         return query, key, value

@@ -46,9 +46,9 @@ def start_distributed(
 ) -> ParallelGroups:
     """Join the process group of all launched ranks and lay out the tensor, pipeline, context and data groups.
 
-    launch: this rank among all; by default read from the launcher's variables. stop: returns the name of a received stop
-    signal; called while ranks are missing. Raises StoppedWaiting after a signal, TransientError with the missing ranks at the
-    timeout.
+    launch: this rank and the rendezvous address; by default read from the launcher's variables.
+    stop: returns the name of a received stop signal; called while ranks are missing.
+    Raises StoppedWaiting after a signal, TransientError with the missing ranks at the timeout.
     """
     launch = launch or read_launch()
     _join(platform, launch, timedelta(minutes=parallel.distributed_timeout_minutes), stop)

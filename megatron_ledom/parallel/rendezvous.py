@@ -106,7 +106,7 @@ class Rendezvous:
             now = time.monotonic()
             if now > self.end:
                 raise TransientError(
-                    f"rank {self.launch.rank} of {self.launch.world_size}: missing is rank 0, which has not answered at"
+                    f"rank {self.launch.rank} of {self.launch.world_size}: rank 0 is missing: it has not answered at"
                     f" {self.host}:{self.port} for {self._waited()} ({reason}); look for its error in the log, and check whether"
                     f" {socket.gethostname()} can reach that address"
                 )

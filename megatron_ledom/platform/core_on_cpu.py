@@ -73,9 +73,7 @@ def _replace_cuda_calls() -> None:
     cuda.Stream = cuda.Event = _NoStream
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _NoStream()
     cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
-    cuda.manual_seed = (
-        torch.default_generator.manual_seed
-    )  # torch.manual_seed would call this function again, in an endless loop
+    cuda.manual_seed = torch.default_generator.manual_seed  # torch.manual_seed would call this again, in an endless loop
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
@@ -93,10 +91,10 @@ def _replace_cuda_devices() -> None:
 
         return _build
 
-    with torch.device(
-        CPU
-    ):  # here torch stores, once, the factories that such a context redirects: these must be the originals,
-        torch.empty(0)  # or `with torch.device("meta")`, which transformers uses to load a model, leaves garbage in buffers
+    # torch stores, once, the factories that such a context redirects. These must be the originals; otherwise
+    # `with torch.device("meta")`, used by transformers to load a model, leaves garbage in buffers.
+    with torch.device(CPU):
+        torch.empty(0)
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]

@@ -51,7 +51,7 @@ class Platform:
 def prepare_platform(num_threads: int | None, launch: Launch | None = None) -> Platform:
     """Choose the device of this rank and patch megatron-core for it. Call before building anything of megatron-core.
 
-    launch: this rank among all; by default read from the launcher's variables.
+    launch: the ranks of this run; by default read from the launcher's variables.
     """
     install_core_fixes()
     launch = launch or read_launch()

@@ -1,4 +1,4 @@
-"""This process among the ranks of a run, and their rendezvous address: from torchrun, srun, or none. Does not import torch."""
+"""Rank of this process and rendezvous address of the run, from torchrun or srun, or a single rank. Does not import torch."""
 
 import os
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ TOP_PORT = 65535
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """This rank among those that were started with it."""
+    """Number of this rank, sizes of the run and its nodes, and the rendezvous address."""
 
     rank: int
     world_size: int

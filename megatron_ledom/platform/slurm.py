@@ -20,7 +20,7 @@ Variables = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SlurmStep:
-    """This process among the tasks that one srun has started."""
+    """A step of SLURM, the tasks that one srun has started, and the number of this process in it."""
 
     job: int
     step: int
@@ -34,7 +34,7 @@ class SlurmStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrayTask:
-    """This process in a job array."""
+    """A job array of SLURM, and the number of this process in it."""
 
     task_id: int
     first: int

@@ -48,7 +48,7 @@ def test_every_rank_names_those_that_never_started() -> None:
 
 def test_ranks_without_rank_0_name_it_and_its_address() -> None:
     (end,) = meet_all([1], 2, 0.5)
-    assert "missing is rank 0, which has not answered at 127.0.0.1:" in end
+    assert "rank 0 is missing: it has not answered at 127.0.0.1:" in end
     assert "Connection refused" in end
 
 

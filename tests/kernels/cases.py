@@ -81,7 +81,7 @@ def spacing(wanted: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def check_outputs(case: Case, outputs: Mapping[str, torch.Tensor]) -> dict[str, float]:
     """Raise AssertionError for a wrong output. Returns the largest error of each, as a fraction of the allowed error."""
-    shares = {}
+    fractions = {}
     for name, expected in case.expected.items():
         found, wanted = outputs[name], expected.values
         assert found.shape == wanted.shape, f"{case.function} {name}: shape {tuple(found.shape)}"
@@ -97,5 +97,5 @@ def check_outputs(case: Case, outputs: Mapping[str, torch.Tensor]) -> dict[str, 
                 f"{case.function} {name}{list(at)}: found {found[at].item()}, wanted {wanted[at].item()} within"
                 f" {torch.broadcast_to(allowed, wanted.shape)[at].item():.3g}; {int(bad.sum())} of {bad.numel()} are off"
             )
-        shares[name] = float((error / allowed).nan_to_num(0).max()) if error.numel() else 0.0
-    return shares
+        fractions[name] = float((error / allowed).nan_to_num(0).max()) if error.numel() else 0.0
+    return fractions

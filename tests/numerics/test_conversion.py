@@ -28,9 +28,9 @@ REVERSE = Direction.REVERSE
 @pytest.mark.parametrize("case", FAMILY)
 def test_the_core_model_computes_the_logits_of_stock_transformers(tmp_path: Path, case: str, how: Any) -> None:
     source = family_folder(tmp_path / "stock", case)
-    gate = import_hf(str(source), str(tmp_path / "run"), direction=REVERSE, verify=how)
-    assert isinstance(gate, ParityCheck)
-    assert gate.largest_logit_difference < 2e-5
+    check = import_hf(str(source), str(tmp_path / "run"), direction=REVERSE, verify=how)
+    assert isinstance(check, ParityCheck)
+    assert check.largest_logit_difference < 2e-5
     checkpoint = find_checkpoint(str(tmp_path / "run"))
     ids = torch.randint(0, VOCAB_SIZE, (2, 64), generator=torch.Generator().manual_seed(5))
     with core_side(checkpoint, load_manifest(checkpoint)) as core:
@@ -46,9 +46,9 @@ def test_whole_models_are_compared_only_where_they_are_small(tmp_path: Path, mon
     found = {}
     for limit in (2**29, 0):
         monkeypatch.setattr("megatron_ledom.convert.verify.WHOLE_BELOW", limit)
-        gate = import_hf(str(source), str(tmp_path / f"run{limit}"), direction=REVERSE)
-        assert gate is not None
-        found[limit] = gate.how
+        check = import_hf(str(source), str(tmp_path / f"run{limit}"), direction=REVERSE)
+        assert check is not None
+        found[limit] = check.how
     assert found == {2**29: "whole models", 0: "layer by layer"}
 
 
@@ -143,13 +143,13 @@ def test_round_trips_are_bit_equal(tmp_path: Path, index: int) -> None:
 def test_bf16_reports_the_difference_of_both_models(tmp_path: Path) -> None:
     config = stock_config("Qwen2")
     source = stock_folder(tmp_path / "stock", config, dtype=torch.bfloat16)
-    gate = import_hf(str(source), str(tmp_path / "run"), direction=REVERSE)
-    assert gate is not None
-    assert gate.bf16 is not None
-    assert gate.largest_logit_difference < 2e-5
-    assert gate.bf16["mean_cosine"] > 0.999
-    assert 0 <= gate.bf16["mean_kl_nats"] < 0.01
-    assert gate.bf16["argmax_agreement"] > 0.9
+    check = import_hf(str(source), str(tmp_path / "run"), direction=REVERSE)
+    assert check is not None
+    assert check.bf16 is not None
+    assert check.largest_logit_difference < 2e-5
+    assert check.bf16["mean_cosine"] > 0.999
+    assert 0 <= check.bf16["mean_kl_nats"] < 0.01
+    assert check.bf16["argmax_agreement"] > 0.9
     card = (tmp_path / "run/VERIFICATION.md").read_text()
     assert "mean cosine, bf16" in card
 

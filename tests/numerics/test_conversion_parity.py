@@ -201,25 +201,25 @@ def plant_outliers(folder: Path, times: int) -> Path:
 
 @pytest.mark.parametrize("how", ["whole", "layers"])
 def test_an_exact_conversion_passes_however_much_bf16_rounds(rough: Path, tmp_path: Path, how: Any) -> None:
-    gate = import_hf(str(rough), str(tmp_path / "run"), direction=Direction.REVERSE, verify=how)
-    assert gate is not None
-    assert gate.bf16 is not None
-    assert gate.bf16["mean_kl_nats"] > 0.02  # twice the value that was once refused
-    assert gate.bf16["stock_mean_kl_nats"] > 0.02
-    assert gate.limits["mean_kl_nats"] == 4 * gate.bf16["stock_mean_kl_nats"]
-    gate = export_hf(str(tmp_path / "run"), str(tmp_path / "out"), verify=how)
+    check = import_hf(str(rough), str(tmp_path / "run"), direction=Direction.REVERSE, verify=how)
+    assert check is not None
+    assert check.bf16 is not None
+    assert check.bf16["mean_kl_nats"] > 0.02  # twice the value that was once refused
+    assert check.bf16["stock_mean_kl_nats"] > 0.02
+    assert check.limits["mean_kl_nats"] == 4 * check.bf16["stock_mean_kl_nats"]
+    check = export_hf(str(tmp_path / "run"), str(tmp_path / "out"), verify=how)
     card = json.loads((tmp_path / "out/export.json").read_text())["verification"]
-    assert gate is not None
-    assert card["limits"] == gate.limits
+    assert check is not None
+    assert card["limits"] == check.limits
     assert "stock mean kl nats" in (tmp_path / "out/VERIFICATION.md").read_text()
 
 
 def test_an_exact_conversion_passes_however_much_fp32_rounds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = stock_folder(tmp_path / "hf", stock_config("Llama"))
     plant_outliers(folder, 64)
-    gate = import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE, verify="whole", params_dtype="bf16")
-    assert gate is not None
-    assert 1e-4 < gate.largest_logit_difference <= gate.limits["largest_logit_difference"]
+    check = import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE, verify="whole", params_dtype="bf16")
+    assert check is not None
+    assert 1e-4 < check.largest_logit_difference <= check.limits["largest_logit_difference"]
     assert "rounding to fp32 alone" in caplog.text
 
 

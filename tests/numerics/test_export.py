@@ -268,7 +268,7 @@ def test_the_model_card_describes_the_run_and_its_examples_work(
     card = (tmp_path / "tiny-model/README.md").read_text()
     manifest = load_manifest(find_checkpoint(str(tmp_path / "run")))
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    for told in (
+    for text in (
         "# tiny-model\n",
         f"{manifest.consumed_train_tokens:,} in 4 iterations",
         f"{last['lm_loss']:.4f} nats per token, at iteration 4",
@@ -277,7 +277,7 @@ def test_the_model_card_describes_the_run_and_its_examples_work(
         "This export was not compared",
         f"- {direction}-language-model\n",
     ):
-        assert told in card
+        assert text in card
     assert ("**Warning:**" in card) == (direction == "reverse")
     assert str(tmp_path) not in card
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -29,9 +29,9 @@ FOLDER = os.environ.get("SMOLLM2")
 @pytest.mark.skipif(FOLDER is None, reason="set SMOLLM2 to a Hugging Face folder of SmolLM2-135M with safetensors")
 def test_smollm2_is_imported_trained_in_reverse_and_exported(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    gate = import_hf(str(FOLDER), str(run), direction=Direction.REVERSE, seq_length=64)
-    assert gate is not None
-    assert gate.largest_logit_difference <= 1e-4
+    check = import_hf(str(FOLDER), str(run), direction=Direction.REVERSE, seq_length=64)
+    assert check is not None
+    assert check.largest_logit_difference <= 1e-4
     text = Path(os.__file__).read_text(encoding="utf-8")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in text.split("\n\n")))
     shard = str(tmp_path / "train")
@@ -52,9 +52,9 @@ def test_smollm2_is_imported_trained_in_reverse_and_exported(tmp_path: Path) -> 
     print("reverse losses:", losses)
     assert len(losses) == 5
     assert losses[-1] < losses[0]
-    gate = export_hf(str(run), str(tmp_path / "out"))
-    assert gate is not None
-    assert gate.largest_logit_difference <= 1e-4
+    check = export_hf(str(run), str(tmp_path / "out"))
+    assert check is not None
+    assert check.largest_logit_difference <= 1e-4
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, local_files_only=True)
     ids = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)("import os", return_tensors="pt").input_ids
     assert bool(model(ids).logits.isfinite().all())
@@ -70,12 +70,12 @@ def test_smollm2_in_bf16_converts_exactly_and_passes(tmp_path: Path, how: Any) -
     model = AutoModelForCausalLM.from_pretrained(str(FOLDER), dtype=torch.bfloat16, local_files_only=True)
     model.save_pretrained(source)
     AutoTokenizer.from_pretrained(str(FOLDER), local_files_only=True).save_pretrained(source)
-    gate = import_hf(str(source), str(tmp_path / "run"), direction=Direction.REVERSE, verify=how)
-    assert gate is not None
-    assert gate.bf16 is not None
-    print(gate.bf16, gate.limits)
-    assert gate.largest_logit_difference <= 1e-4
-    assert gate.bf16["stock_mean_kl_nats"] > 0.02
+    check = import_hf(str(source), str(tmp_path / "run"), direction=Direction.REVERSE, verify=how)
+    assert check is not None
+    assert check.bf16 is not None
+    print(check.bf16, check.limits)
+    assert check.largest_logit_difference <= 1e-4
+    assert check.bf16["stock_mean_kl_nats"] > 0.02
     assert export_hf(str(tmp_path / "run"), str(tmp_path / "out"), verify=how) is not None
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", source))
     assert ours.keys() == theirs.keys()

@@ -358,7 +358,7 @@ def load_manifest(prefix: str) -> ShardManifest:
                 raise UsageError(f"{prefix} is one file of a shard; give the prefix {prefix.removesuffix(suffix)}")
         if existing_files(prefix):
             raise DataError(
-                f"{prefix}.bin or .idx exists, but not the manifest {path}: the shard was not finished, or another tool"
+                f"{prefix}.bin or .idx exists, but the manifest {path} does not: the shard was not finished, or another tool"
                 " wrote it; make it again with ledom preprocess-data"
             )
         raise UsageError(f"there is no shard {prefix} ({path} does not exist); give the prefix of its .bin, .idx and .json")

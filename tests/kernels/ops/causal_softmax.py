@@ -132,11 +132,11 @@ MUTANTS = [
 def moved(function: str, a: Mapping[str, Any]) -> Moved:
     """Count the visible groups of eight keys of each row as read, all as written. Above 8,192 keys a row is read twice."""
     queries, keys = a["queries"], a["keys"]
-    rows, held = a["batch"] * a["heads"], 8192 if keys > 2048 else keys
+    rows, in_registers = a["batch"] * a["heads"], 8192 if keys > 2048 else keys
     tensors = 1 if function == "ledom_causal_softmax_forward" else 2
     seen_keys = [query + keys - queries + 1 for query in range(queries)]
     groups = [(seen_key + 7) // 8 * 8 for seen_key in seen_keys]
-    read = sum(group + max(0, group - held) for group in groups)
+    read = sum(group + max(0, group - in_registers) for group in groups)
     written = rows * queries * keys * 2
     return Moved(rows * tensors * read * 2, written, rows * tensors * sum(seen_keys) * 2, written)
 

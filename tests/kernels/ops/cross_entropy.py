@@ -22,7 +22,7 @@ SHAPES = {  # rows, stride, counted
     "padded": (3, 128, 101),
     "groups_that_only_pad": (3, 1024, 17),
     "more_than_a_load": (2, 8 * 256 * 4 + 8, 8 * 256 * 4 + 1),
-    "two_turns": (2, 8 * 256 * 9, 8 * 256 * 9 - 13),
+    "two_passes": (2, 8 * 256 * 9, 8 * 256 * 9 - 13),
     "many_rows": (67, 64, 50),
 }
 
@@ -44,9 +44,9 @@ def terms(rows: int, stride: int, counted: int, spread: float, dtype: torch.dtyp
     logits_NV, labels_N = logits_and_labels(rows, stride, counted, spread, dtype)
     exact_NV = logits_NV.double()[:, :counted]
     largest_N = exact_NV.amax(1)
-    shares_NV = (exact_NV - largest_N[:, None]).exp()
+    scaled_NV = (exact_NV - largest_N[:, None]).exp()
     targets_N = torch.where(labels_N >= 0, exact_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0], 0.0)
-    noise_N = FP32 * (shares_NV * (2 + largest_N[:, None] - exact_NV)).sum(1)
+    noise_N = FP32 * (scaled_NV * (2 + largest_N[:, None] - exact_NV)).sum(1)
     arguments = {
         "logits": logits_NV,
         "labels": labels_N,
@@ -58,7 +58,7 @@ def terms(rows: int, stride: int, counted: int, spread: float, dtype: torch.dtyp
     }
     expected = {
         "largest": Expected(largest_N),
-        "sums": Expected(shares_NV.sum(1), noise=noise_N),
+        "sums": Expected(scaled_NV.sum(1), noise=noise_N),
         "targets": Expected(targets_N),
     }
     return Case("ledom_cross_entropy_terms", arguments, expected)

@@ -65,16 +65,16 @@ def plain(
 
 def strided_key(length: int, groups: int, queries: int, width: int, dtype: torch.dtype) -> Case:
     """Return a case of the keys in a fused projection, copied to their own tensor."""
-    packed_SBGUD = values(length, 1, groups, queries + 2, width, dtype=dtype, seed=1)
+    fused_SBGUD = values(length, 1, groups, queries + 2, width, dtype=dtype, seed=1)
     case = plain((length, 1, groups, width), width, False, False, 1.0, 0, dtype)
-    wanted, noise = rotation(packed_SBGUD[:, :, :, queries], angles(length, width), 1.0, False)
-    case.arguments["input"] = packed_SBGUD.flatten()[queries * width :]
+    wanted, noise = rotation(fused_SBGUD[:, :, :, queries], angles(length, width), 1.0, False)
+    case.arguments["input"] = fused_SBGUD.flatten()[queries * width :]
     case.arguments["input_head_stride"] = (queries + 2) * width
     case.arguments["input_token_stride"] = groups * (queries + 2) * width
     return Case(case.function, case.arguments, {"output": Expected(wanted, ulps=1.0, noise=noise)})
 
 
-def packed(layout: str, shape: tuple[int, int, int, int, int], rotated: int, inverse: bool, dtype: torch.dtype) -> Case:
+def fused_qkv(layout: str, shape: tuple[int, int, int, int, int], rotated: int, inverse: bool, dtype: torch.dtype) -> Case:
     """Return a case of qkv [S, B, G, queries + 2, D]: in place, to separate tensors ("split"), or from them ("join")."""
     length, batch, groups, queries, width = shape
     qkv, freqs_SE = (
@@ -118,12 +118,14 @@ CASES: dict[str, CaseMaker] = {
     "plain-more_positions_than_a_block": partial(plain, (70, 1, 1, 64), 64, False, False, 1.0, 0),
     "key_in_qkv": partial(strided_key, 9, 2, 4, 64),
     **{
-        f"qkv-{layout}-{name}x{width}": partial(packed, layout, (3, 2, groups, heads // groups, width), width, layout == "join")
+        f"qkv-{layout}-{name}x{width}": partial(
+            fused_qkv, layout, (3, 2, groups, heads // groups, width), width, layout == "join"
+        )
         for layout, width in (("in_place", 128), ("split", 64), ("join", 192))
         for name, (heads, groups) in HEADS.items()
     },
-    "qkv-split-part_of_a_head": partial(packed, "split", (5, 2, 2, 3, 64), 32, False),
-    "qkv-in_place-part_of_a_head": partial(packed, "in_place", (5, 2, 2, 3, 256), 64, True),
+    "qkv-split-part_of_a_head": partial(fused_qkv, "split", (5, 2, 2, 3, 64), 32, False),
+    "qkv-in_place-part_of_a_head": partial(fused_qkv, "in_place", (5, 2, 2, 3, 256), 64, True),
 }
 
 REFUSED = {

@@ -68,14 +68,14 @@ def test_without_transformer_engine_our_operators_are_used_if_they_can_run(
 ) -> None:
     for capability, device in (((9, 0), "cuda"), (None, "cpu")):
         machine(capability=capability)
-        monkeypatch.setattr(layer_specs, "backend", lambda kind, there=device: Backend(kind == there, kind, "told"))
+        monkeypatch.setattr(layer_specs, "backend", lambda kind, there=device: Backend(kind == there, kind, "a reason"))
         choice = choose_layers(run())
         assert choice.implementation == "fused"
-        assert f"fused operators for {device}: told" in choice.reason
+        assert f"fused operators for {device}: a reason" in choice.reason
         assert choose_layers(run("data.reset_attention_mask=true")).implementation == "fused"
         assert choose_layers(run("model.transformer_impl=torch")).implementation == "torch"
     machine(capability=(9, 0))
-    monkeypatch.setattr(layer_specs, "backend", lambda kind: Backend(kind == "cuda", kind, "told"))
+    monkeypatch.setattr(layer_specs, "backend", lambda kind: Backend(kind == "cuda", kind, "a reason"))
     odd = (
         ("model.params_dtype=fp32", "for fp32 on cuda"),
         ("model.kv_channels=24", "heads of width 24, not a multiple of 16"),

@@ -81,14 +81,14 @@ def both(command: list[str]) -> tuple[set[int], str]:
         subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    told = [process.communicate(timeout=200)[1] for process in started]
-    return {process.returncode for process in started}, "\n".join(told)
+    messages = [process.communicate(timeout=200)[1] for process in started]
+    return {process.returncode for process in started}, "\n".join(messages)
 
 
 def test_evaluate_started_twice_at_once_judges_each_item_once(made: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools/evaluate.py"), *FOLDERS["evaluate"](tmp_path / "twice", made)]
-    codes, told = both(command)
-    assert codes in ({0, 2}, {0}), told  # the second is refused, or runs after the first has finished
+    codes, messages = both(command)
+    assert codes in ({0, 2}, {0}), messages  # the second is refused, or runs after the first has finished
     lines = (tmp_path / "twice/piqa.items.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["item"] for line in lines] == [0, 1]
 
@@ -99,8 +99,8 @@ def test_merge_started_twice_at_once_leaves_one_whole_shard(tmp_path: Path) -> N
         for n in range(0, 100, 5)
     ]
     command = [sys.executable, str(ROOT / "tools/merge_shards.py"), "--input", *parts, "--output-prefix", str(tmp_path / "all")]
-    codes, told = both(command)
-    assert codes == {0, 2}, told  # the second is refused, by the lock or by the existing output
+    codes, messages = both(command)
+    assert codes == {0, 2}, messages  # the second is refused, by the lock or by the existing output
     check_shard(str(tmp_path / "all"))
     assert file_bytes(str(tmp_path / "all")) == file_bytes(
         legible_shard(tmp_path / "once", [legible_ids(document % 9, 40) for document in range(100)])

@@ -113,7 +113,7 @@ def test_budgets_are_read_exactly(text: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "B", "-3", "0", "1.5", "many", "nan", "inf", "3Q"])
 def test_a_text_that_is_not_a_number_of_tokens_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"is no number of tokens; write 435.37B"):
+    with pytest.raises(UsageError, match=r"is not a number of tokens; write 435.37B"):
         parse_tokens(text, "--tokens")
 
 

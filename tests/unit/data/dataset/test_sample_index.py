@@ -201,7 +201,7 @@ def test_bytes_that_another_process_changed_never_get_a_checksum(
         seal(plan, path, written)
 
     monkeypatch.setattr(sample_index, "_seal", seal_zeros)
-    with pytest.raises(DataError, match=rf"node {node()}: .*\.part does not hold what was written to it"):
+    with pytest.raises(DataError, match=rf"node {node()}: .*\.part has changed since the part for .* was written"):
         opened(data, tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.index*"))
 
@@ -299,7 +299,7 @@ def test_when_the_builder_is_killed_another_one_takes_over(tmp_path: Path, caplo
 
 
 def test_waiting_processes_fail_if_nobody_builds(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=rf"node {node()}: .*cache lacks the sample index and nobody has built it for 0 s"):
+    with pytest.raises(DataError, match=rf"node {node()}: .*cache lacks the sample index and no process has built it for 0 s"):
         build_once(str(tmp_path / "cache/lock"), lambda: False, lambda note: None, may_build=False, patience_seconds=0.3)
 
 

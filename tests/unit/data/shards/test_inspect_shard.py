@@ -276,7 +276,7 @@ PROBLEMS: dict[str, tuple[Callable[[str], None], list[str]]] = {
         ["plain.bin: document 2 does not end with eod 1000: its last id is 7 (and 1 more documents)", "sha256"],
     ),
     "eod_inside": (eod_inside, ["plain.bin: document 3 has eod 1000 inside, at its id 1"]),
-    "manifest_missing": (remove(".json"), ["the manifest", "plain.json is not: the shard was not finished"]),
+    "manifest_missing": (remove(".json"), ["the manifest", "plain.json does not: the shard was not finished"]),
     "bin_missing": (remove(".bin"), ["plain.bin is missing"]),
     "idx_missing": (remove(".idx"), ["plain.idx is missing"]),
     "manifest_of_another_dtype": (lambda prefix: change_manifest(prefix, dtype="int8"), ["plain.json: dtype 'int8' is not"]),
@@ -333,7 +333,7 @@ def test_the_other_shards_are_inspected_after_a_damaged_one(tmp_path: Path) -> N
     assert done.returncode == 1
     assert "verified   all 30 tokens" in done.stdout
     assert "a.bin is truncated" in done.stderr
-    assert "b.json is not" in done.stderr
+    assert "b.json does not" in done.stderr
     assert "error: 2 of 3 shards damaged" in done.stderr
     done = run(str(tmp_path / "a"))  # problems that need no reading are found without --verify
     assert done.returncode == 1

@@ -95,7 +95,7 @@ def test_shards_are_merged_in_the_given_order(tmp_path: Path) -> None:
 def test_a_missing_task_is_refused_by_number(tmp_path: Path) -> None:
     prefixes = array(tmp_path)
     Path(f"{prefixes[1]}.json").rename(tmp_path / "kept.json")
-    with pytest.raises(DataError, match=r"x-00001-of-00003.* the manifest .* is not"):
+    with pytest.raises(DataError, match=r"x-00001-of-00003.* the manifest .* does not"):
         merge(str(tmp_path / "x-*"), output=tmp_path / "all")
     for suffix in (".bin", ".idx"):
         Path(f"{prefixes[1]}{suffix}").unlink()
