@@ -50,7 +50,9 @@ def test_a_forward_model_knows_facts_in_text_order_and_a_reverse_model_against_i
             for name, metric in task["metrics"].items():
                 if name.startswith(f"{task['main']}/"):
                     found[direction, task["main"], name.rpartition("/")[2]] = metric["value"]
-    print("\n".join(f"{' '.join(name)}: {100 * value:.0f} %" for name, value in sorted(found.items())))  # the README's table
+    print(
+        "\n".join(f"{' '.join(name)}: {100 * value:.0f} %" for name, value in sorted(found.items()))
+    )  # the table of README.md and docs/concepts/direction.md
     chosen, written = "choice_given_context/raw", "accuracy"
     for direction, own, other in (
         ("forward", "in_text_order", "against_text_order"),
