@@ -139,7 +139,7 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
     log.info("%s", describe_ops(platform.device, choice.implementation))
     log.info("training data\n%s", describe_blend(config, sources))
-    with stop.leaving_at_once():  # no process group exists yet, so no collective waits for the index
+    with stop.exiting_at_once():  # no collective waits for the index: there is no process group yet
         prepare_indices(config, sources, index_cache(config), launch)
 
     def take_run_folder() -> None:

@@ -32,7 +32,10 @@ Options = Mapping[str, Any]
 
 
 def evaluate_command(options: Options) -> None:
-    """List the tasks, show prompts, or evaluate the model. Check everything that can be checked before loading weights."""
+    """List the tasks, show prompts, or evaluate the model.
+
+    Check everything that can be checked before loading weights.
+    """
     if options["list"]:
         list_tasks(options["data"])
         return
@@ -51,7 +54,10 @@ def evaluate_command(options: Options) -> None:
 
 
 def list_tasks(data: str | None) -> None:
-    """Print each task with its file, the source and the hash of its items. With a folder, compare its files with the hashes."""
+    """Print each task with its file, the source and the hash of its items.
+
+    With a folder, compare its files with the hashes.
+    """
     for task in all_tasks().values():
         print(f"{task.name} ({task.kind}): {task.about}\n  file      {task.file}, --num-fewshot: {task.exemplars_file}")
         print(
@@ -69,14 +75,17 @@ def list_tasks(data: str | None) -> None:
 
 
 def show(task: LoadedTask, direction: Direction, tokenizer: JointTokenizer, num: int) -> None:
-    """Print the prompts of the first `num` items: in text order, the written or scored part marked, and as tokens in model order."""
+    """Print the prompts of the first `num` items.
+
+    First in text order, with the written or scored part marked, then as tokens in model order.
+    """
     for number, item in enumerate(task.items[:num]):
         for title, prompt in _prompts(task, direction, item):
             print(f"=== {task.task.name}, item {number}, {title}")
             print(f"--- in text order, the {'scored' if task.task.kind is TaskKind.CHOICE else 'written'} part in ⟦⟧")
-            print(visible(prompt.shown()))
+            print(visible(prompt.in_text_order()))
             print("--- in model order, token by token")
-            print(visible(prompt.as_seen(tokenizer)))
+            print(visible(prompt.in_model_order(tokenizer)))
 
 
 def _prompts(task: LoadedTask, direction: Direction, item: Item) -> list[tuple[str, Prompt]]:
@@ -136,7 +145,10 @@ def _evaluate(options: Options, tasks: list[LoadedTask], folder: Path, direction
 def _evaluate_into(
     output: Path, options: Options, tasks: list[LoadedTask], folder: Path, direction: Direction, about: dict[str, Any]
 ) -> None:
-    """Evaluate the model on each task and write the summary, resuming the records in the folder. The caller holds its lock."""
+    """Evaluate the model on each task and write the summary, resuming the records in the folder.
+
+    The caller holds its lock.
+    """
     files = {
         task.task.name: ItemFile(output, f"{task.task.name}.items", {**about, **_task_settings(task, options)})
         for task in tasks
@@ -206,7 +218,10 @@ def _made_by(options: Options, folder: Path, direction: Direction) -> dict[str, 
 
 
 def _task_settings(task: LoadedTask, options: Options) -> dict[str, Any]:
-    """Return the other settings of one task's records. The number of items is not one of them, so that items can be added."""
+    """Return the other settings of one task's records.
+
+    The number of items is not one of them, so that items can be added.
+    """
     return {
         "num_fewshot": task.num_fewshot,
         "seed": task.seed,

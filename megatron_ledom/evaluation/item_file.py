@@ -18,7 +18,10 @@ NUMBER = "item"
 """Key of the item's number, from 0. It is checked when a run resumes."""
 LARGEST_INTEGER = 2**63
 Check = Callable[[int, Mapping[str, Any]], None]
-"""Check of an item's number and record. It raises DataError, without file and line, if the command cannot have written the record."""
+"""Check of an item's number and record.
+
+It raises DataError, without file and line, if the command cannot have written the record.
+"""
 
 
 def numbered(begin: int, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -36,11 +39,11 @@ class ItemFile:
         self._cut_to: int | None = None
 
     def resume(self, window: int, num_items: int, check: Check) -> list[dict[str, Any]]:
-        """Return the records of an earlier run: all of `num_items`, or whole windows of them. The first `append` cuts off the rest.
+        """Return the records of an earlier run: all of `num_items`, or whole windows of them.
 
-        Raises MismatchError if the file has a whole line and other settings, and DataError, with file and line, for a line that is
-        damaged, out of order or refused by `check`. Lines beyond `num_items`, of a larger limit, stay: only their numbers are
-        checked. A file without a whole line is ignored.
+        The first `append` cuts off the rest. Raises MismatchError if the file has a whole line and other settings, and
+        DataError, with file and line, for a line that is damaged, out of order or refused by `check`. Lines beyond
+        `num_items`, of a larger limit, stay: only their numbers are checked. A file without a whole line is ignored.
         """
         lines = whole_lines(self.path)
         if lines:

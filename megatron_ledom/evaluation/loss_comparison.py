@@ -54,7 +54,10 @@ def read_documents(options: Options) -> list[Document]:
 
 
 def check_tokenizers(options: Options) -> bool:
-    """Return True if both tokenizers are the same. Raises MismatchError otherwise, unless the options allow it. Loads no weights."""
+    """Return True if both tokenizers are the same.
+
+    Raises MismatchError otherwise, unless the options allow it. Loads no weights.
+    """
     forward, _ = load_tokenizer(Path(options["forward"]))
     reverse, _ = load_tokenizer(Path(options["reverse"]), Direction.REVERSE, options["eod_id"], COMMAND_OPTIONS)
     is_same = is_same_tokenizer(forward, reverse)
@@ -105,9 +108,10 @@ def score_documents(
     *,
     with_positions: bool,
 ) -> list[dict[str, Any]]:
-    """Return one record per document, and write each to `output/losses.jsonl`. Records of an earlier run are not computed again.
+    """Return one record per document, and write each to `output/losses.jsonl`.
 
-    The caller holds the lock of the folder. Raises DataError if no document has a token.
+    Records of an earlier run are not computed again. The caller holds the lock of the folder. Raises DataError if no
+    document has a token.
     """
     file = ItemFile(output, "losses", about)
     records = file.resume(WINDOW_DOCUMENTS, len(documents), document_check(documents, with_positions=with_positions))

@@ -1,16 +1,17 @@
-"""The losses of a forward and of a reverse model on the same documents: a record of each document, and the metrics of all.
+"""The losses of a forward and of a reverse model on the same documents: records and metrics.
 
-Differences are forward minus reverse, in nats: below zero the loss of the reverse model is higher. Positions are in text order for
-both models: the tenth of the document in which a token is, and its number from the beginning and from the end.
+Differences are forward minus reverse, in nats: below zero the loss of the reverse model is higher. Positions are in
+text order for both models: the tenth of the document in which a token is, and its number from the beginning and from
+the end.
 
-The comparison uses the inner tokens of a document: all except the first and the last of the text. The forward model predicts the
-first token from eod alone, the reverse model the last one. Training does not count such a prediction in the loss by default
-(`data.eod_mask_loss`), so its loss is meaningless. The sums over whole documents are recorded too; models with different tokenizers
-can only be compared by these.
+The comparison uses the inner tokens of a document: all except the first and the last of the text. The forward model
+predicts the first token from eod alone, the reverse model the last one. Training does not count such a prediction in
+the loss by default (`data.eod_mask_loss`), so its loss is meaningless. The sums over whole documents are recorded too;
+models with different tokenizers can only be compared by these.
 
-A document follows eod in model order (BOS for a stock model whose tokenizer adds one) and ends with eod. A document longer than the
-context is read in windows that overlap by half. The first window scores all of its tokens, each later window only the tokens that
-are not scored yet, so each has at least half a context before it.
+A document follows eod in model order (BOS for a stock model whose tokenizer adds one) and ends with eod. A document
+longer than the context is read in windows that overlap by half. The first window scores all of its tokens, each later
+window only the tokens that are not scored yet, so each has at least half a context before it.
 """
 
 import math
@@ -45,7 +46,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class CompareSettings:
-    """Settings of a comparison. context: maximum tokens per window; num_resamples, seed: of the intervals over documents."""
+    """Settings of a comparison.
+
+    context: maximum tokens per window; num_resamples, seed: of the intervals over documents.
+    """
 
     context: int
     batch_size: int = 16
@@ -56,9 +60,10 @@ class CompareSettings:
 def document_records(
     forward: LanguageModel, reverse: LanguageModel, documents: Sequence[Document], settings: CompareSettings
 ) -> list[dict[str, Any]]:
-    """Return the record of each document. Losses are sums in nats; `inner` excludes the first and the last token of the text.
+    """Return the record of each document.
 
-    If both models have the same tokenizer, `tenths`, `from_start` and `from_end` contain the sums of the inner tokens by position.
+    Losses are sums in nats; `inner` excludes the first and the last token of the text. If both models have the same
+    tokenizer, `tenths`, `from_start` and `from_end` contain the sums of the inner tokens by position.
     """
     is_same = is_same_tokenizer(forward.tokenizer, reverse.tokenizer)
     ids = [reverse.tokenizer.encode(document.text) for document in documents]
@@ -71,7 +76,10 @@ def document_records(
 
 
 def summarize(records: Sequence[Record], settings: CompareSettings) -> Summary:
-    """Return the metrics of all documents with tokens, of each domain, and by position if known, with intervals over documents."""
+    """Return the metrics of all documents with tokens, of each domain, and by position if known.
+
+    Intervals are over documents.
+    """
     used = [record for record in records if record["forward"]["tokens"] and record["reverse"]["tokens"]]
     summary: Summary = {"documents_without_tokens": len(records) - len(used), "all": _metrics(used, settings)}
     domains = sorted({record["domain"] for record in used})
@@ -84,7 +92,7 @@ def summarize(records: Sequence[Record], settings: CompareSettings) -> Summary:
 
 
 def document_losses(model: LanguageModel, documents: Sequence[list[int]], *, context: int, batch_size: int) -> list[SpanScore]:
-    """Return log P of every token of each document (ids, text order) and of the eod that closes it, as natural logs in text order.
+    """Return log P of every token of each document (ids, text order) and of its eod, in nats and text order.
 
     context: maximum tokens per window. Raises UsageError unless it is at least 2 and at most the model's positions.
     """
@@ -225,7 +233,10 @@ def _positions(groups: Sequence[Record], settings: CompareSettings) -> list[Summ
 
 
 def _ratio(values: Values, weights: Values, settings: CompareSettings) -> Summary:
-    """Return sum(values) / sum(weights) over the documents with a weight (None without any) and its interval (None for one document)."""
+    """Return sum(values) / sum(weights) over the documents with a weight, and its interval.
+
+    The ratio is None without such documents, the interval None for a single one.
+    """
     has_weight = weights > 0
     values, weights = values[has_weight], weights[has_weight]
     if not len(values):

@@ -1,8 +1,8 @@
 """Multiple choice: the likelihoods by which a model of either direction ranks the choices.
 
-A block of the task, in text order, is cut before the choice into `context` (with the choice's label) and `rest` (the choice and the
-text after it). c is a choice, q the context, `premise` the label alone, x the few-shot examples. Each way gives one log-likelihood
-per choice:
+A block of the task, in text order, is cut before the choice into `context` (with the choice's label) and `rest` (the
+choice and the text after it). c is a choice, q the context, `premise` the label alone, x the few-shot examples. Each
+way gives one log-likelihood per choice:
 
 forward
     choice_given_context    log P_F(c | x, q)
@@ -14,14 +14,15 @@ reverse (the few-shot examples follow the query in the text, so a reverse model 
     choice_given_context    log P_R(c | q, x) with the choice at the front, as `prompts` mirrors a task, or in the wording of
                             `reverse_template`. Other running text has no such order.
 
-If the choice is the first field, there is no context, so `context_given_choice` and `prior_removed` are omitted. If fields follow the
-choice (WinoGrande's gap), a forward model scores the text after the choice, as is usual, and a reverse model the text before it.
-The whole text is tokenized at once, and a token that crosses a cut belongs to the part after it (`inference.joint_tokenizer`).
-`context_given_choice` therefore does not score a token of the context that is merged with the choice; `prior_removed`, a difference of
-two whole texts, does. Without few-shot examples a reverse model begins after eod.
+If the choice is the first field, there is no context, so `context_given_choice` and `prior_removed` are omitted. If
+fields follow the choice (WinoGrande's gap), a forward model scores the text after the choice, as is usual, and a
+reverse model the text before it. The whole text is tokenized at once, and a token that crosses a cut belongs to the
+part after it (`inference.joint_tokenizer`). `context_given_choice` therefore does not score a token of the context that
+is merged with the choice; `prior_removed`, a difference of two whole texts, does. Without few-shot examples a reverse
+model begins after eod.
 
-Each value is used as it is (raw), per scored token and per scored byte. A difference is divided by the tokens or bytes of the choice
-(forward) or of the context (reverse).
+Each value is used as it is (raw), per scored token and per scored byte. A difference is divided by the tokens or bytes
+of the choice (forward) or of the context (reverse).
 """
 
 import math
@@ -38,20 +39,26 @@ from megatron_ledom.inference.scoring import SpanScore
 
 NORMALIZATIONS = ("raw", "token", "byte")
 MAIN_WAY = {Direction.FORWARD: "choice_given_context", Direction.REVERSE: "joint"}
-"""The way whose accuracy is a task's main metric, unless the task names another. It ranks choices by P(choice | context)."""
+"""The way whose accuracy is a task's main metric, unless the task names another.
+
+It ranks choices by P(choice | context).
+"""
 Pair = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class ScoreRequest:
-    """A score to compute: log P of the scored part of `pair`, minus that of `prior` if there is one. Texts are in text order."""
+    """A score to compute: log P of the scored part of `pair`, minus that of `prior` if there is one.
+
+    Texts are in text order.
+    """
 
     pair: Pair
     prior: Pair | None = None
 
 
 def score_choices(model: TaskModel, task: LoadedTask, items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Return the record of each item: the gold choice and, for each way, the log-likelihood, tokens and bytes of every choice."""
+    """Return the record of each item: the gold choice, and log-likelihood, tokens and bytes of every choice by way."""
     requests = [score_requests(task.task, model.direction, item, task.exemplars_for(item)) for item in items]
     distinct = distinct_pairs(requests)
     scored = dict(zip(distinct, model.score(distinct), strict=True))

@@ -1,7 +1,7 @@
 """Checks of the records of a killed run before it resumes: this command must be able to write each record for its item.
 
-Otherwise a line that was edited, damaged or written by two processes would count as a result. Each check raises DataError for the
-first wrong field; `ItemFile` adds the file and the line.
+Otherwise a line that was edited, damaged or written by two processes would count as a result. Each check raises
+DataError for the first wrong field; `ItemFile` adds the file and the line.
 """
 
 import json
@@ -22,7 +22,7 @@ POSITIONS = ("tenths", "from_start", "from_end")
 ROUNDING = 1e-6
 """Tolerance between a sum and the sum of its parts: relative above 1, else absolute."""
 BEYOND_ZERO = 1e-3
-"""Rounding of a log-softmax, summed over a text: a log-likelihood may exceed 0 by this much, a loss may be this much below 0."""
+"""Rounding of a log-softmax, summed over a text: a log-likelihood may exceed 0 by this much."""
 TEXT, TEXT_OR_NULL, FLAG, COUNT = "a text", "a text or null", "true or false", "a count"
 LOSS, LOGPROB, DIFFERENCE, INTEGER = "a loss", "a log-likelihood or null", "a number or null", "an integer"
 TESTS: dict[str, Callable[[Any], bool]] = {
@@ -79,7 +79,10 @@ def document_check(documents: Sequence[Document], *, with_positions: bool) -> Ch
 
 
 def _check_choice(record: Record, item: Item, is_difference: Mapping[str, bool]) -> None:
-    """Check the scores of each way. is_difference: for each way, True if a prior is subtracted, so that values may have either sign."""
+    """Check the scores of each way.
+
+    is_difference: for each way, True if a prior is subtracted, so that values may have either sign.
+    """
     _check_keys("the line", record, {NUMBER, *item.kept, "gold", "scores"})
     _check_known(record, {**item.kept, "gold": item.gold})
     _check_keys("scores", record["scores"], set(is_difference))

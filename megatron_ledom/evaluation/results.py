@@ -22,8 +22,10 @@ NUM_RESAMPLES = 2000
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A fraction of the items. stderr: standard error of the mean, None for a single item. low, high: 95 % interval, by Wilson's
-    formula, or by a bootstrap over clusters for items in clusters."""
+    """A fraction of the items. stderr: standard error of the mean, None for a single item.
+
+    low, high: 95 % interval, by Wilson's formula, or by a bootstrap over clusters for items in clusters.
+    """
 
     value: float
     stderr: float | None
@@ -69,9 +71,11 @@ def _wilson(num_right: int, num: int) -> tuple[float, float]:
 
 
 def _spread_of_clusters(values: Sequence[float], clusters: Sequence[str]) -> tuple[float | None, float, float]:
-    """Return standard error, low and high if clusters are drawn: the error of a ratio of sums, and the bootstrap's interval.
+    """Return the standard error of a ratio of sums over clusters, and low and high of its bootstrap interval.
 
-    If all clusters have the same mean, the bootstrap's interval has width 0. Wilson's is used then, with one item per cluster."""
+    If all clusters have the same mean, the bootstrap's interval has width 0. Wilson's is used then, with one item per
+    cluster.
+    """
     places = np.unique(np.asarray(clusters), return_inverse=True)[1]
     sums, sizes = np.bincount(places, values).astype(np.float64), np.bincount(places).astype(np.float64)
     num, mean = len(sums), sums.sum() / sizes.sum()
@@ -109,7 +113,9 @@ def _clusters(records: Sequence[Record]) -> list[str] | None:
 def _written_metrics(records: Sequence[Record]) -> dict[str, Metric]:
     """Return the fractions of right answers and of items with an answer.
 
-    For written questions also: solvable; with the given answer, by any steps; and copies of a trained question, which are never right."""
+    For written questions also: solvable; with the given answer, by any steps; and copies of a trained question, which
+    are never right.
+    """
     clusters = _clusters(records)
     found = {
         "accuracy": share([record["is_right"] for record in records], clusters),

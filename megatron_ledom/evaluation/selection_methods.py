@@ -1,7 +1,8 @@
 """Accuracy of the methods that choose one of a question's C candidates: Reverse Reward and its baselines.
 
-The accuracy with k of C candidates is the mean over all subsets of k, so the order of the candidates does not matter. For a score it
-has a closed formula. Votes are counted for each subset of k, or for a number of subsets drawn with a fixed seed.
+The accuracy with k of C candidates is the mean over all subsets of k, so the order of the candidates does not matter.
+For a score it has a closed formula. Votes are counted for each subset of k, or for a number of subsets drawn with a
+fixed seed.
 """
 
 import math
@@ -52,10 +53,11 @@ WITH_REVERSE = ("reverse-weighted majority", "reverse only", "Reverse Reward")
 class Question:
     """The candidates of one question, in any order.
 
-    is_right [C]; classes [C]: equal numbers are equal answers, -1 is no answer. forward, forward_mean, reverse [C]: log-likelihoods
-    (the mean is per token); rewards [lambdas of GRID, C]; all -inf if a candidate cannot be scored. is_skipped [C]: not scored, so
-    never chosen by a score. greedy, beam: True if that answer is right, None without one. sample_tokens, reverse_tokens: mean tokens
-    to write and to judge a candidate. num_by_words: candidates without a recorded number of tokens; their words are counted instead.
+    is_right [C]; classes [C]: equal numbers are equal answers, -1 is no answer. forward, forward_mean, reverse [C]:
+    log-likelihoods (the mean is per token); rewards [lambdas of GRID, C]; all -inf if a candidate cannot be scored.
+    is_skipped [C]: not scored, so never chosen by a score. greedy, beam: True if that answer is right, None without
+    one. sample_tokens, reverse_tokens: mean tokens to write and to judge a candidate. num_by_words: candidates without
+    a recorded number of tokens; their words are counted instead.
     """
 
     prompt: str
@@ -74,9 +76,11 @@ class Question:
     is_skipped: npt.NDArray[np.bool_]
 
     def outcome(self, method: str, num: int, weight: int) -> float | None:
-        """Return the accuracy (0 to 1) of a method with `num` of the candidates, as the mean over all subsets of that size.
+        """Return the accuracy (0 to 1) of a method with `num` candidates, the mean over all subsets of that size.
 
-        Answers of equal score are equally likely to be chosen. weight: an index of GRID. None: the file has no such answer."""
+        Answers of equal score are equally likely to be chosen. weight: an index of GRID. None: the file has no such
+        answer.
+        """
         if method in ("greedy", "beam by Reverse Reward"):
             known = self.greedy if method == "greedy" else self.beam
             return None if known is None else float(known)
@@ -104,7 +108,8 @@ def load_questions(
 ) -> list[Question]:
     """Return the questions of a reranked file without the skipped ones.
 
-    gold_key: the field with the right answer (or a text that ends with it). `load_seeds` loads several files of the same questions.
+    gold_key: the field with the right answer (or a text that ends with it). `load_seeds` loads several files of the
+    same questions.
     """
     (questions,), _ = load_seeds([path], gold_key, answers, settings, beam)
     return questions
@@ -113,11 +118,12 @@ def load_questions(
 def load_seeds(
     paths: Sequence[str | Path], gold_key: str, answers: Answers, settings: RewardSettings, beam: str | Path | None = None
 ) -> tuple[list[list[Question]], list[str]]:
-    """Return the questions of reranked files of the same input, one file per sampling seed, and notes on skipped questions.
+    """Return the questions of reranked files, one file per sampling seed, and notes on skipped questions.
 
-    A question that was skipped in one file is omitted from all of them. beam: a file of searches for the same prompts, to compare
-    their best answers; a search without an answer is wrong. The rewards of every lambda are computed from the scores. Raises
-    DataError with the line and the field that is missing, or with all right answers that cannot be read.
+    All files are of the same input. A question that was skipped in one file is omitted from all of them. beam: a file
+    of searches for the same prompts, to compare their best answers; a search without an answer is wrong. The rewards of
+    every lambda are computed from the scores. Raises DataError with the line and the field that is missing, or with all
+    right answers that cannot be read.
     """
     seeds = [
         [checked(record, f"{path}:{number}", gold_key) for number, record in enumerate(read_reranked(path), 1)]
@@ -146,7 +152,7 @@ def chosen_weights(questions: Sequence[Question], num: int, num_folds: int, seed
     Of equally good ones the middle is taken. No lambda is chosen on the questions that it is evaluated on.
     """
     if not 2 <= num_folds <= len(questions):
-        raise UsageError(f"num_folds={num_folds} must be 2 to {len(questions)}, the number of questions")
+        raise UsageError(f"--folds {num_folds} must be 2 to {len(questions)}, the number of questions")
     right = np.array([[question.outcome("Reverse Reward", num, w) for w in range(len(GRID))] for question in questions])
     folds = np.random.default_rng(seed).permutation(len(questions)) % num_folds
     chosen = np.zeros(len(questions), np.int64)
@@ -156,7 +162,7 @@ def chosen_weights(questions: Sequence[Question], num: int, num_folds: int, seed
 
 
 def best_weight(questions: Sequence[Question], num: int) -> int:
-    """Return the index of GRID with the highest accuracy on these questions with `num` of their candidates; of equal ones the middle."""
+    """Return the index of GRID with the highest accuracy with `num` candidates; of equal ones the middle."""
     return _best_of(
         np.array([[question.outcome("Reverse Reward", num, w) for w in range(len(GRID))] for question in questions])
     )
@@ -169,9 +175,10 @@ def share_with_any(is_right: Marks, num: int) -> float:
 
 
 def share_by_score(scores: Values, is_right: Marks, num: int) -> float:
-    """Return the fraction of subsets of `num` whose best candidate by score is right. Equal scores are equally likely to be chosen.
+    """Return the fraction of subsets of `num` whose best candidate by score is right.
 
-    With b candidates below a score and m at it, the best has this score in (C(b + m, num) - C(b, num)) / C(all, num) of the subsets.
+    Equal scores are equally likely to be chosen. With b candidates below a score and m at it, the best has this score
+    in (C(b + m, num) - C(b, num)) / C(all, num) of the subsets.
     """
     _, groups, sizes = np.unique(scores, return_inverse=True, return_counts=True)
     right = np.bincount(groups.reshape(-1), weights=is_right) / sizes
@@ -180,7 +187,10 @@ def share_by_score(scores: Values, is_right: Marks, num: int) -> float:
 
 
 def share_by_vote(log_weights: Values, classes: npt.NDArray[np.int64], is_right: Marks, num: int) -> float:
-    """Return the fraction of subsets of `num` whose class with the most weight is right. Equal classes share; class -1 has no vote."""
+    """Return the fraction of subsets of `num` whose class with the most weight is right.
+
+    Equal classes share; class -1 has no vote.
+    """
     members = classes[:, None] == np.unique(classes[classes >= 0])[None, :]
     if members.shape[1] == 0:
         return 0.0

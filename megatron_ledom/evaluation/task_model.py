@@ -19,12 +19,16 @@ class TaskModel(Protocol):
         """The direction in which the model reads."""
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[SpanScore]:
-        """Return log P(following | preceding) of each pair for a forward model, log P(preceding | following) for a reverse model.
+        """Return log P(following | preceding) of each pair; a reverse model returns log P(preceding | following).
 
-        As in `Engine.score`, both parts are tokenized as one text. An empty given part means the edge of the document."""
+        As in `Engine.score`, both parts are tokenized as one text. An empty given part means the edge of the document.
+        """
 
     def write(self, given: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]) -> list[str]:
-        """Return the greedily decoded text after (forward) or before (reverse) each given one, up to eod, a stop string or the limit."""
+        """Return the greedily decoded text after (forward) or before (reverse) each given text.
+
+        It ends at eod, a stop string or the limit.
+        """
 
 
 class LanguageTaskModel:
@@ -70,6 +74,9 @@ def direction_of(folder: Path, requested: str | None, option_names: OptionNames)
 
 
 def load_language_model(folder: Path, direction: Direction, requested: str | None, **loading: Any) -> ForwardLM | ReverseLM:
-    """Load the model of a folder in `direction`. requested: the user's option; loading: arguments of `LanguageModel.from_pretrained`."""
+    """Load the model of a folder in `direction`.
+
+    requested: the user's option; loading: arguments of `LanguageModel.from_pretrained`.
+    """
     kind = ReverseLM if direction is Direction.REVERSE else ForwardLM
     return kind.from_pretrained(folder, direction=requested, **loading)

@@ -1,7 +1,7 @@
 """Tasks for which a model writes text: an answer that is compared, a program that is run, or a question that is solved.
 
-The prompt is the task's template for the direction. A forward model's answer is read from the end of what it writes, a reverse
-model's from the front (`Template.read`).
+The prompt is the task's template for the direction. A forward model's answer is read from the end of what it writes, a
+reverse model's from the front (`Template.read`).
 """
 
 from collections.abc import Callable, Sequence
@@ -79,12 +79,15 @@ def _judge_question(task: LoadedTask, direction: Direction, item: Item, written:
         "solved": None if solved is None else solved.solution,
         "has_answer": solved is not None and str(solved.answer) == item.kept["gold_answer"],
         "is_right": solved is not None and solved.solution in item.gold,
-        "is_copy": question in task.known,
+        "is_copy": question in task.trained_questions,
     }
 
 
 def _judge_code(task: LoadedTask, direction: Direction, item: Item, written: str, *, sandbox: Sandbox) -> dict[str, Any]:
-    """Run the program: a forward model continues the function's head, a reverse model writes the whole function before it."""
+    """Run the program that a model wrote.
+
+    A forward model continues the function's head, a reverse model writes the whole function before it.
+    """
     template = task.task.template_for(direction)
     if template.is_read_back:
         code = template.read(direction, written)[template.fields[-1].name]
@@ -92,7 +95,7 @@ def _judge_code(task: LoadedTask, direction: Direction, item: Item, written: str
         given = "".join(field.text(item.values[field.name]) for field in template.fields[:-1])
         code = given.rstrip() + written
     if code is None:
-        return {"answer": None, "reason": "no program was found in the written text", "is_right": False}
+        return {"answer": None, "reason": "no program was found in what was written", "is_right": False}
     assert item.tests is not None
     outcome = run_program(code, item.tests, sandbox=sandbox)
     return {"answer": code, "reason": outcome.reason, "is_right": outcome.passed}

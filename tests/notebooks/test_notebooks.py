@@ -31,7 +31,10 @@ def test_notebook_runs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from execute import execute  # type: ignore[import-not-found]
 
     executed, committed = output(execute(path)), output(nbformat.read(path, as_version=4))
-    lines = {"look_into_a_shard": r"^ *\d+ +\d+  .*|magic: .*", "reverse_reward": r"^ .*(?= +-\d+\.\d\d +-\d+\.\d\d +-\d+\.\d\d$)"}
+    lines = {
+        "look_into_a_shard": r"^ *\d+ +\d+  .*|magic: .*",
+        "reverse_reward": r"^ .*(?= +-\d+\.\d\d +-\d+\.\d\d +-\d+\.\d\d$)",
+    }
     found = re.findall(lines[path.stem], executed, re.MULTILINE)
     assert len(found) > 5
     if path.stem == "look_into_a_shard":  # exact on every machine

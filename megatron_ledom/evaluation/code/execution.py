@@ -1,7 +1,7 @@
 """Run a model-written program and its tests, in a sandbox and with limits (`sandbox`, `isolated`).
 
-The verdict comes from a process that the program cannot reach (see `isolated`). Limits apply to processor time, memory, file size,
-open files, child processes and elapsed time. The program has no environment and no standard input.
+The verdict comes from a process that the program cannot reach (see `isolated`). Limits apply to processor time, memory,
+file size, open files, child processes and elapsed time. The program has no environment and no standard input.
 """
 
 import contextlib
@@ -43,8 +43,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramTests:
-    """The tests of a program. code: calls the program's functions and asserts. entry_point: the function under test. prelude: trusted
-    code before the program, whose helper functions the tests may use."""
+    """The tests of a program. code: calls the program's functions and asserts.
+
+    entry_point: the function under test. prelude: trusted code before the program, whose helper functions the tests may
+    use.
+    """
 
     code: str
     entry_point: str = ""
@@ -53,7 +56,10 @@ class ProgramTests:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """The outcome of the tests. passed: True if all passed; reason: the failure and the last lines of the program's output."""
+    """The outcome of the tests.
+
+    passed: True if all passed; reason: the failure and the last lines of the program's output.
+    """
 
     passed: bool
     reason: str = ""
@@ -118,7 +124,10 @@ def _start(
     sandbox: Sandbox,
     folder: str,
 ) -> "subprocess.Popen[bytes]":
-    """Start one of the two processes of `isolated`. passed_on: file descriptors to inherit, apart from the standard three."""
+    """Start one of the two processes of `isolated`.
+
+    passed_on: file descriptors to inherit, apart from the standard three.
+    """
     words = [role, str(limits.cpu_seconds), str(limits.memory_bytes), *map(str, passed_on)]
     command = sandboxed(sandbox, [sys.executable, "-I", "-c", _isolated_source(), *words])
     user = unprivileged_user(sandbox)
@@ -160,7 +169,7 @@ def _verdict(
 
 
 def _ending(status: int) -> str:
-    """Return the end of a process in words, from its status. A sandbox reports a signal as 128 plus its number."""
+    """Return how a process ended, from its status. A sandbox reports a signal as 128 plus its number."""
     number = -status if status < 0 else status - 128
     if number in {known.value for known in signal.Signals}:
         return f"ended by {signal.Signals(number).name}"
@@ -176,9 +185,10 @@ def _kill_group(process: "subprocess.Popen[bytes]") -> None:
 
 @contextmanager
 def _ending_orphans(sandbox: Sandbox) -> Iterator[None]:
-    """Without a sandbox: kill all processes that the program started at the end, even those in other sessions.
+    """Without a sandbox, kill on exit all processes that the program has started, even in other sessions.
 
-    Also hide the memory and environment of this process from other processes of its user (root still sees them)."""
+    Until then, hide the memory and environment of this process from other processes of its user (root still sees them).
+    """
     if sandbox is not Sandbox.NONE or sys.platform != "linux":
         yield
         return

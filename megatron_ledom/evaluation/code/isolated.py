@@ -1,11 +1,11 @@
 """The two processes that run a model-written program and its tests. Both run this file and nothing else of the package.
 
-The *program process* runs the program. The *test process* runs the tests, calls the program's functions over a pipe, and alone can
-report that the tests passed. So the program cannot make a test pass by acting on its own process, such as by exiting early with
-status 0, reading stack frames, or returning an object that equals everything.
+The *program process* runs the program. The *test process* runs the tests, calls the program's functions over a pipe,
+and alone can report that the tests passed. So the program cannot make a test pass by acting on its own process, such as
+by exiting early with status 0, reading stack frames, or returning an object that equals everything.
 
-Messages are lines of JSON. Only plain values are transferred (`encode`); any other object, such as a function, arrives as an object
-that equals nothing. A function's changes to its arguments are applied to the caller's.
+Messages are lines of JSON. Only plain values are transferred (`encode`); any other object, such as a function, arrives
+as an object that equals nothing. A function's changes to its arguments are applied to the caller's.
 """
 
 import builtins
@@ -149,7 +149,7 @@ class Program:
     def _receive(self) -> dict[str, Any]:
         line = self._answers.readline(MOST_MESSAGE_CHARACTERS)
         if not line.endswith("\n"):
-            raise RuntimeError("the program ended before its tests, or sent too long an answer")
+            raise RuntimeError("the program ended before its tests, or answered too much")
         answer = json.loads(line)
         if not isinstance(answer, dict):
             raise RuntimeError("the program wrote into the pipe of its answers")
@@ -175,11 +175,12 @@ class Program:
 
 
 def run_tests(given: int, verdict: int) -> None:
-    """Run the test process: read [source, prelude, tests, entry point] from the file descriptor `given`, and write the verdict.
+    """Run the test process: read the task, run the tests, and write the verdict.
 
-    The verdict, {"passed", "reason"}, goes to the file descriptor `verdict`. Only the entry point is taken from the program; helpers
-    come from the prelude. Without an entry point all functions of the program are taken, except those that would replace a builtin
-    or a name of the tests.
+    The file descriptor `given` supplies [source, prelude, tests, entry point]. The verdict, {"passed", "reason"}, goes
+    to the file descriptor `verdict`. Only the entry point is taken from the program; helpers come from the prelude.
+    Without an entry point all functions of the program are taken, except those that would replace a builtin or a name
+    of the tests.
     """
     hide()
     with os.fdopen(given) as pipe:

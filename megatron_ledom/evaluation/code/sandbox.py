@@ -25,8 +25,9 @@ NOBODY = 65534
 class Sandbox(StrEnum):
     """The sandbox of programs.
 
-    bwrap: separate user, process, network, mount, IPC and host namespaces, without the user's files. Only an empty /tmp and /dev/shm
-    are writable, and all processes of the program end with it. none: limits and an empty environment only."""
+    bwrap: separate user, process, network, mount, IPC and host namespaces, without the user's files. Only an empty /tmp
+    and /dev/shm are writable, and all processes of the program end with it. none: limits and an empty environment only.
+    """
 
     BWRAP = "bwrap"
     NONE = "none"

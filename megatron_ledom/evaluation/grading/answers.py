@@ -1,4 +1,4 @@
-"""Read and compare answers: the final answer of a text (`Answers`), and a written field with its accepted answers (`Comparison`).
+"""Read and compare answers: the final answer of a text (`Answers`), or a written field (`Comparison`).
 
 Answers are compared by number, by text, or by math-verify (an extra); written fields by math-verify, or by spelling.
 """
@@ -40,7 +40,8 @@ BARE_FUNCTION = re.compile(rf"(?<![\\a-zA-Z])({FUNCTIONS})(?=[ (_^\d])")
 PLAIN_NUMBER = re.compile(r"\s*-?[^-+*/^=!|\\{}%]*")
 """A text without operators. If it is a number, the number grader can read it."""
 SMALL, EXACT, ROUNDED = 1e-3, 1e-9, 1e-2
-"""Numbers below SMALL are different if they differ by more than this fraction: EXACT, or ROUNDED for those with decimals."""
+"""Numbers below SMALL are different if they differ by more than this fraction: EXACT, or ROUNDED for those with decimals.
+"""
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 DASH = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d\u2796]")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -67,7 +68,10 @@ class Answers(Protocol):
 
 
 def answers_by(kind: str) -> Answers:
-    """Return `number` (the last number of a text), `text` (the whole text) or `math` (math-verify, for any formula)."""
+    """Return the answers of this kind: `number`, `text` or `math`.
+
+    `number` is the last number of a text, `text` the whole text, `math` any formula (math-verify).
+    """
     kinds: dict[str, type[Answers]] = {"number": NumberAnswers, "text": TextAnswers, "math": MathAnswers}
     if kind not in kinds:
         raise UsageError(f"answers cannot be compared by {kind!r}; it can be one of {', '.join(kinds)}")
@@ -111,7 +115,10 @@ def classes_of(texts: Sequence[str], answers: Answers) -> list[int | None]:
 
 
 class NumberAnswers:
-    """The number after the last `####` of a text, in its last `\\boxed`, else its last number. 3, 3.0 and 6/2 are the same."""
+    """The number after the last `####` of a text, in its last `\\boxed`, else its last number.
+
+    3, 3.0 and 6/2 are the same.
+    """
 
     def read(self, text: str) -> Fraction | None:
         """See `Answers.read`."""
@@ -153,7 +160,10 @@ class MathAnswers:
         self._library = math_verify
 
     def read(self, text: str) -> list[Any] | None:
-        """See `Answers.read`. A formula without marks is read after "the answer is", else it is the whole of a short text."""
+        """See `Answers.read`.
+
+        A formula without marks is read after "the answer is", else it is the whole of a short text.
+        """
         marked = after_mark(text)
         shown = _signed_box(_plain(text if marked is None else marked))
         if shown is None:
@@ -202,7 +212,10 @@ class Comparison(Protocol):
 
 
 def comparison_by(kind: str) -> Comparison:
-    """Return `math` (math-verify, for numbers and formulas) or `alias` (equal except case, punctuation, articles and white space)."""
+    """Return the comparison of this kind: `math` or `alias`.
+
+    `math` is math-verify, for numbers and formulas. `alias` ignores case, punctuation, articles and white space.
+    """
     if kind == "math":
         return MathComparison()
     if kind == "alias":
@@ -211,8 +224,10 @@ def comparison_by(kind: str) -> Comparison:
 
 
 class MathComparison:
-    """Comparison by math-verify. The whole field is read as one formula. For an answer without LaTeX, such as "18 dollars", its number
-    counts as well."""
+    """Comparison by math-verify.
+
+    The whole field is read as one formula. For an answer without LaTeX, such as "18 dollars", its number counts as well.
+    """
 
     def __init__(self) -> None:
         self._answers = answers_by("math")
@@ -247,7 +262,10 @@ class AliasComparison:
 
 
 def _plain(text: str) -> str:
-    """Unify the spelling of signs, bases and functions, remove currency, and expand `1e5`, whose e math-verify reads as Euler's number."""
+    """Unify the spelling of signs, bases and functions, remove currency, and expand `1e5`.
+
+    math-verify reads the e of `1e5` as Euler's number.
+    """
     text = MINUS_DOLLAR.sub(r"-\1", THIN_SPACE.sub("", with_signs(text).replace("\\$", "")))
     text = BASE.sub(r"\1_{\2}", NAMED_BASE.sub(lambda found: f"_{{{BASES[found[1]]}}}", text))
     text = BARE_FUNCTION.sub(r"\\\1", text)
@@ -270,7 +288,10 @@ def _signed_box(text: str) -> str | None:
 def _certain(
     read: list[Any], formula: str | None, number_in: Callable[[str], Fraction | None] = sole_number
 ) -> list[Any] | None:
-    """Return the result of math-verify, or None if it read a part of a number, so that the number grader reads another value or none."""
+    """Return the result of math-verify, or None if it read only a part of a number.
+
+    Then the number grader reads another value or none.
+    """
     number = _number_of(read)
     if formula is None or number is None or "%" in formula or _base_of(read) is not None:
         return read or None
@@ -310,7 +331,10 @@ def _number_of(read: list[Any]) -> Any | None:
 
 
 def _normalized(text: str) -> str:
-    """Return words without case, punctuation and articles, and numbers with their signs. A text of articles alone keeps them."""
+    """Return words without case, punctuation and articles, and numbers with their signs.
+
+    A text of articles alone keeps them.
+    """
     text = THOUSANDS.sub(lambda found: found[0].replace(",", ""), DASH.sub("-", text.lower()))
     for pattern in (BETWEEN, SIGN, POINT, AFTER):
         text = pattern.sub(lambda found: "".join(chr(KEPT + ord(character)) for character in found[0]), text)

@@ -1,7 +1,8 @@
-"""Read the number that is the answer of a text: its exact value, or None if the value is not certain. Never a part of a number.
+"""Read the number that is the answer of a text: its exact value, or None if the value is not certain.
 
-A *group* is a run of numbers that belong together: `3/4`, `1 1/2`, `1,2,3`, `10 - 3`. It has a value only if the whole is one number
-and the surrounding text does not change the value. So `7\pi`, `x^2` and `3:05` have no value.
+It never reads a part of a number. A *group* is a run of numbers that belong together: `3/4`, `1 1/2`, `1,2,3`, or
+`10 - 3`. It has a value only if the whole is one number and the surrounding text does not change the value. So `7\pi`,
+`x^2` and `3:05` have no value.
 
 Normalized texts have one spelling of numbers: ASCII digits and signs, `a/b` for fractions, no LaTeX or HTML around them.
 """
@@ -85,7 +86,10 @@ def normalized(text: str) -> str:
 
 
 def with_signs(text: str) -> str:
-    """Return the text, its LaTeX unchanged, with one spelling of signs. Indices and exponents are kept; UNREAD marks unknown parts."""
+    """Return the text, its LaTeX unchanged, with one spelling of signs.
+
+    Indices and exponents are kept; UNREAD marks unknown parts.
+    """
     text = _unmerged(text)
     for pattern, by in SIGN_WORDS:
         text = pattern.sub(by, text)
@@ -93,7 +97,7 @@ def with_signs(text: str) -> str:
 
 
 def _unmerged(text: str) -> str:
-    """Return the text in a form in which NFKC does not turn an index, exponent or mark into a digit of the adjacent number."""
+    """Return the text such that NFKC turns no index, exponent or mark into a digit of the adjacent number."""
     text = ENTITY.sub(lambda found: html.unescape(found.group()), text).translate(CHARACTERS)
     text = re.sub(r"(?<=\d)[’‘‛´ʼʹ`′＇](?=\d)", "'", text)
     if text.isascii():
@@ -206,7 +210,7 @@ PREFIX = re.compile(
 
 
 def final_number(text: str) -> Fraction | None:
-    """Return the number after the last `####`, in the last `\\boxed`, after the last "the answer is", else the last number."""
+    """Return the number after the last `####`, in the last `\\boxed`, after "the answer is", else the last number."""
     marked, boxed = after_mark(text), last_boxed(text)
     if marked is not None:
         return _first(normalized(marked)) if last_boxed(marked) is None else sole_number(marked)

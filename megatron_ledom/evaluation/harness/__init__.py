@@ -5,8 +5,8 @@
 
     simple_evaluate(model=LedomLM("models/reverse"), tasks=["hellaswag"])
 
-The harness assumes that a model reads from left to right. A forward model gives the answers of the harness's own `hf` model. This
-package treats each assumption as follows:
+The harness assumes that a model reads from left to right. A forward model gives the answers of the harness's own `hf`
+model. This package treats each assumption as follows:
 
 pair encoding       Context and continuation are encoded once, as one text, then cut and reversed; never separately.
 conditioned side    A reverse model cannot compute log P(continuation | context). It scores the text with each choice of a document
@@ -22,9 +22,9 @@ exemplars           Stay before the query, so both directions score the same tex
                     refused; `ledom evaluate` has prompts for both directions.
 rolling windows     Run from the end of the text to its beginning for a reverse model. Each token is predicted once.
 length of acc_norm  The harness divides a log-likelihood by the length of the choice. A reverse model scores longer texts, so its
-                    scores are first normalized over the choices of the document: P(choice | context) = P(text with this choice) /
-                    sum of P(text with each choice), so the probabilities of the choices add up to 1. `acc` does not change, and
-                    acc_norm is close to it. `ledom evaluate` reports metrics per token and per byte of the scored text.
+                    scores are first normalized: the probability of a choice is that of the text with it, divided by the sum of
+                    those of the texts with each choice of the document. So the choices' probabilities add up to 1. `acc` does not
+                    change, and acc_norm is close to it. `ledom evaluate` has metrics per token and per byte of the scored text.
 delimiter's space   White space before a choice belongs to the choice. A text that begins with the choice does not contain it.
 """
 

@@ -1,6 +1,7 @@
 """`lm-eval run` of the harness with the model of this package: `python -m megatron_ledom.evaluation.harness --help`.
 
-The options are the harness's. --model is `ledom`, --model_args are the arguments of `LedomLM`, such as pretrained=DIR,way=joint.
+The options are the harness's. --model is `ledom`, --model_args are the arguments of `LedomLM`, such as
+pretrained=DIR,way=joint.
 """
 
 import sys

@@ -55,9 +55,10 @@ Answer = TypeVar("Answer")
 class LedomLM(LM):  # type: ignore[misc]
     """A model folder, or a loaded model, of either direction.
 
-    pretrained: folder, or a `ForwardLM` or `ReverseLM`. direction, eod_id, device, dtype: as in `LanguageModel.from_pretrained`; the
-    default direction is the recorded one, else forward. way: the score of choices by a reverse model, one of WAYS. max_length: a limit
-    below the model's positions. max_batch_size: ignored, as large batches are split automatically; the harness passes it.
+    pretrained: folder, or a `ForwardLM` or `ReverseLM`. direction, eod_id, device, dtype: as in
+    `LanguageModel.from_pretrained`; the default direction is the recorded one, else forward. way: the score of choices
+    by a reverse model, one of WAYS. max_length: a limit below the model's positions. max_batch_size: ignored, as large
+    batches are split automatically; the harness passes it.
     """
 
     def __init__(
@@ -110,8 +111,9 @@ class LedomLM(LM):  # type: ignore[misc]
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Return log P(continuation | context) of each pair, and True if greedy decoding gives the continuation.
 
-        For a reverse model: log of the choice's probability, normalized over the document's choices, by `way`, and False. Raises
-        UsageError for a continuation without others to compare it with, DataError for choices that do not fit the model.
+        For a reverse model: log of the choice's probability, normalized over the document's choices, by `way`, and
+        False. Raises UsageError for a continuation without others to compare it with, DataError for choices that do not
+        fit the model.
         """
         if self._is_reverse:
             return self._choice_likelihoods(requests, disable_tqdm)
@@ -134,9 +136,10 @@ class LedomLM(LM):  # type: ignore[misc]
         return [math.fsum(math.fsum(next(rows)) for _ in row) for row in spans]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return a forward model's text after each context, up to the first of the task's `until` strings, eod or the limit.
+        """Return a forward model's text after each context.
 
-        Raises UsageError for a reverse model and for unknown generation options.
+        It ends before the first of the task's `until` strings, at eod or at the limit. Raises UsageError for a reverse
+        model and for unknown generation options.
         """
         if self._is_reverse:
             tasks = ", ".join(sorted({str(request.task_name) for request in requests}))
@@ -176,7 +179,10 @@ class LedomLM(LM):  # type: ignore[misc]
         return [(likelihoods[document_of(request), request.args], False) for request in requests]
 
     def _forward_span(self, context: str, continuation: str) -> Span:
-        """Return the span of both parts as one text, after the start symbol if there is no context, truncated as in the harness."""
+        """Return the span of both parts as one text, truncated as in the harness.
+
+        Without a context the text follows the start symbol.
+        """
         text_ids, num_context = self._lm.tokenizer.split(*split_space(context, continuation))
         if num_context == len(text_ids):
             raise DataError(f"{continuation!r} has no token to score; check the task's choices")
@@ -263,7 +269,10 @@ def _dtype(name: str | None) -> torch.dtype | None:
 
 
 def _start_id(folder: Path, language_model: ForwardLM | ReverseLM) -> int:
-    """Return the id before the first token: eod, as in training, for a model of this package; else the tokenizer's BOS or eos."""
+    """Return the id before the first token.
+
+    It is eod, as in training, for a model of this package, else the tokenizer's BOS or eos.
+    """
     if read_model_config(folder).get("direction") is None and language_model.direction is Direction.FORWARD:
         files = read_tokenizer(str(folder))
         found = files.special_id("eos") if files.special_id("bos") is None else files.special_id("bos")

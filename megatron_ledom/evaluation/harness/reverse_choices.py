@@ -39,7 +39,10 @@ def document_of(request: Any) -> Document:
 
 
 def choices_of_documents(requests: Sequence[Any]) -> dict[Document, list[Pair]]:
-    """Return the distinct (context, continuation) of each document. Raises UsageError for a document with a single one."""
+    """Return the distinct (context, continuation) of each document.
+
+    Raises UsageError for a document with a single one.
+    """
     found: dict[Document, list[Pair]] = {}
     for request in requests:
         found.setdefault(document_of(request), []).append(request.args)
@@ -76,8 +79,9 @@ def _request(context: str, continuation: str, way: str) -> ScoreRequest:
 def fitting(choices: Sequence[Pair], tokenizer: JointTokenizer, room: int, document: Document) -> list[Pair]:
     """Return the choices after `split_space`, without the beginning of their contexts if the texts are too long.
 
-    All choices lose the same characters, up to a word if white space separates words. A reverse model reads the beginning last, so
-    the rest keeps its log-likelihood. Raises DataError if the choices do not fit without any context that they share.
+    All choices lose the same characters, up to a word if white space separates words. A reverse model reads the
+    beginning last, so the rest keeps its log-likelihood. Raises DataError if the choices do not fit without any context
+    that they share.
     """
     split = [split_space(*choice) for choice in choices]
     wholes = [context + continuation for context, continuation in split]
@@ -118,7 +122,10 @@ def requested_score(request: ScoreRequest, scored: Mapping[Pair, SpanScore]) -> 
 
 
 def among_choices(values: Sequence[float]) -> list[float]:
-    """Return the logs of the choices' probabilities, normalized to add up to 1. values: log-likelihoods, up to a constant."""
+    """Return the logs of the choices' probabilities, normalized to add up to 1.
+
+    values: log-likelihoods, up to a constant.
+    """
     highest = max(values)
     if highest == -math.inf:
         raise NotFiniteError("all choices of a document have log-likelihood -inf, so they cannot be ranked")

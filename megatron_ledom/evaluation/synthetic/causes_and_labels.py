@@ -4,18 +4,20 @@ Abduction: small worlds in which causes have outcomes.
 
     In Brimil on day 17 the lamp went out. So the river rose and the bells rang.
 
-In every world each of 16 causes has two outcomes. Four causes share each outcome, so one outcome does not determine the cause, and
-both together do. All worlds have the same causes and outcomes in other pairs, so a rule of one world is wrong in another. The three
-wrong answers share the first outcome, the second, and none. The rules of a known world are trained for several days; the question is
-about another day. In an unseen world the rules of all other worlds give chance.
+In every world each of 16 causes has two outcomes. Four causes share each outcome, so one outcome does not determine the
+cause, but both together do. All worlds have the same causes and outcomes in other pairs, so a rule of one world is
+wrong in another. The three wrong answers share the first outcome, the second, and none. The rules of a known world are
+trained for several days; the question is about another day. In an unseen world the rules of all other worlds give
+chance.
 
 Label back-fill: a label stands before its text.
 
     Category: Brimil
     Text: tolva semu drenlo ...
 
-Every label has its own words. A text has three of them, one word of another label, and words without a label. The right label is the
-one with the most words in the text. Each label is the answer equally often, and no text of a question is trained.
+Every label has its own words. A text has three of them, one word of another label, and words without a label. The right
+label is the one with the most words in the text. Each label is the answer equally often, and no text of a question is
+trained.
 """
 
 import random
@@ -37,7 +39,7 @@ SEVERAL = 4
 NUM_LABELS, OWN_WORDS, COMMON_WORDS = 8, 10, 30
 NUM_OWN, NUM_OTHER, NUM_COMMON = 3, 1, 4
 TEST_SHARE = 5
-NUM_SHOTS = 16
+NUM_EXEMPLARS = 16
 
 
 def abduction(num: int, seed: int) -> SyntheticSet:
@@ -66,7 +68,10 @@ def abduction(num: int, seed: int) -> SyntheticSet:
 
 
 def label_backfill(num: int, seed: int) -> SyntheticSet:
-    """Generate about `num` texts, equally many for each of eight labels. A fifth of them are questions and not trained."""
+    """Generate about `num` texts, equally many for each of eight labels.
+
+    A fifth of them are questions and not trained.
+    """
     check_num(num, 2 * TEST_SHARE * NUM_LABELS, "texts")
     rng = random.Random(f"label_backfill {seed}")
     namer = Namer(rng)
@@ -75,13 +80,13 @@ def label_backfill(num: int, seed: int) -> SyntheticSet:
     common = [namer.word().lower() for _ in range(COMMON_WORDS)]
     texts: dict[str, str] = {}
     num_each = num // NUM_LABELS
-    while len(texts) < NUM_LABELS * num_each + NUM_SHOTS:
+    while len(texts) < NUM_LABELS * num_each + NUM_EXEMPLARS:
         label = labels[len(texts) % NUM_LABELS]
         texts.setdefault(_text(rng, label, own, common), label)
     pairs = list(texts.items())
     questions = _label_rows(labels, pairs[: num_each // TEST_SHARE * NUM_LABELS])
-    exemplars = _label_rows(labels, pairs[-NUM_SHOTS:])
-    trained = [f"Category: {label}\nText: {text}" for text, label in pairs[len(questions) : -NUM_SHOTS]]
+    exemplars = _label_rows(labels, pairs[-NUM_EXEMPLARS:])
+    trained = [f"Category: {label}\nText: {text}" for text, label in pairs[len(questions) : -NUM_EXEMPLARS]]
     rng.shuffle(trained)
     return SyntheticSet(
         texts=trained,
@@ -92,7 +97,10 @@ def label_backfill(num: int, seed: int) -> SyntheticSet:
 
 
 def _rows(rng: random.Random, place: str, causes: list[str], group: str) -> list[tuple[Row, list[str]]]:
-    """Return the question and the training texts of each rule of a world. Cause `SIDE * i + j` has FIRST[i] and SECOND[j]."""
+    """Return the question and the training texts of each rule of a world.
+
+    Cause `SIDE * i + j` has FIRST[i] and SECOND[j].
+    """
     found: list[tuple[Row, list[str]]] = []
     for number, cause in enumerate(causes):
         i, j = divmod(number, SIDE)
@@ -108,7 +116,10 @@ def _rows(rng: random.Random, place: str, causes: list[str], group: str) -> list
 
 
 def _label_rows(labels: list[str], pairs: list[tuple[str, str]]) -> list[Row]:
-    """Return the questions. The next three labels in a circle are wrong. The right one's position changes with every round of labels."""
+    """Return the questions. The next three labels in a circle are wrong.
+
+    The right one's position changes with every round of labels.
+    """
     rows: list[Row] = []
     for number, (text, label) in enumerate(pairs):
         wrong = neighbours(labels, labels.index(label))

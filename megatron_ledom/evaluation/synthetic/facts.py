@@ -1,9 +1,9 @@
-"""Facts that are trained in one order and tested in both: the reversal curse, and relations with another word for the other order.
+"""Facts that are trained in one order and tested in both: the reversal curse, and inverse relations.
 
-A fact relates a first and a second name. `first_wordings` begin with the first name, `second_wordings` with the second. A fact is
-trained in the wordings of one order, of both, or not at all. Two questions test it: the second name given the first, and the first
-given the second. The answer must come last in model order. A forward model gets "Mira Tolven wrote" and continues it; a reverse
-model gets "was written by Mira Tolven." and writes the text before it.
+A fact relates a first and a second name. In `first_wordings` the first name comes first, in `second_wordings` the
+second. A fact is trained in the wordings of one order, of both, or not at all. Two questions test it: the second name
+given the first, and the first given the second. The answer must come last in model order. A forward model gets "Mira
+Tolven wrote" and continues it; a reverse model gets "was written by Mira Tolven." and writes the text before it.
 
 Groups, defined in text order and so the same for both directions:
     in_text_order       the training text has the given name before the answer, the order in which a forward model reads
@@ -11,7 +11,8 @@ Groups, defined in text order and so the same for both directions:
     both_orders         trained in both orders: shows that facts of this form can be learned
     unseen              never trained: chance
 
-Both questions of a fact, or of a line of people, have the same `cluster`, because a model that answers one is likelier to answer both.
+Both questions of a fact, or of a line of people, have the same `cluster`, because a model that answers one is likelier
+to answer both.
 """
 
 import random
@@ -29,7 +30,7 @@ from megatron_ledom.evaluation.synthetic.sets import (
 )
 
 STATED = ("first", "second", "both", "unseen")
-NUM_SHOTS = 8
+NUM_EXEMPLARS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ class Fact:
 
 
 def reversal(num: int, seed: int) -> SyntheticSet:
-    """Generate `num` facts about people and their works, a quarter for each of the three trained groups and the unseen one."""
+    """Generate `num` facts about people and their works, a quarter for each of STATED."""
     cells = len(REVERSAL) * len(STATED)
     check_num(num, cells * NUM_CHOICES, "facts")
     rng = random.Random(f"reversal {seed}")
@@ -115,7 +116,9 @@ def reversal(num: int, seed: int) -> SyntheticSet:
         Fact(REVERSAL[number % len(REVERSAL)], namer.person(), namer.word(), STATED[number // len(REVERSAL) % len(STATED)])
         for number in range(num)
     ]
-    shown = [Fact(REVERSAL[number % len(REVERSAL)], namer.person(), namer.word(), "unseen") for number in range(2 * NUM_SHOTS)]
+    shown = [
+        Fact(REVERSAL[number % len(REVERSAL)], namer.person(), namer.word(), "unseen") for number in range(2 * NUM_EXEMPLARS)
+    ]
     rows = _questions_among(facts)
     rng.shuffle(rows)
     return SyntheticSet(
@@ -127,7 +130,10 @@ def reversal(num: int, seed: int) -> SyntheticSet:
 
 
 def _questions_among(facts: Sequence[Fact]) -> list[Row]:
-    """Return both questions of each fact. Wrong answers are names of the same relation that were trained in the same order."""
+    """Return both questions of each fact.
+
+    Wrong answers are names of the same relation that were trained in the same order.
+    """
     cells: dict[tuple[str, str], list[Fact]] = {}
     for fact in facts:
         cells.setdefault((fact.relation.name, fact.stated), []).append(fact)
@@ -143,9 +149,10 @@ def _questions_among(facts: Sequence[Fact]) -> list[Row]:
 
 
 def inverse_relations(num: int, seed: int) -> SyntheticSet:
-    """Generate `num` lines of three people, A to B to C, such as parent to child. The questions: B's parent, and B's child.
+    """Generate `num` lines of three people, A to B to C, such as parent to child.
 
-    One wrong answer is always the person on the other side of B, so it is not enough to know who is related to B.
+    The questions: B's parent, and B's child. One wrong answer is always the person on the other side of B, so it is not
+    enough to know who is related to B.
     """
     cells = len(INVERSE) * len(STATED)
     check_num(num, 2 * cells, "lines of three people")
@@ -162,7 +169,7 @@ def inverse_relations(num: int, seed: int) -> SyntheticSet:
         for a, b, c in people:
             texts += [text for pair in ((a, b), (b, c)) for text in Fact(INVERSE[relation], *pair, stated).texts()]
     rng.shuffle(rows)
-    shown = [[namer.person() for _ in range(3)] for _ in range(NUM_SHOTS)]
+    shown = [[namer.person() for _ in range(3)] for _ in range(NUM_EXEMPLARS)]
     return SyntheticSet(
         texts=_shuffled(rng, texts),
         files={
@@ -179,7 +186,10 @@ def inverse_relations(num: int, seed: int) -> SyntheticSet:
 def _questions_about_lines(
     rng: random.Random, relation: Relation, stated: str, people: list[list[str]], position: int
 ) -> list[Row]:
-    """Return both questions about the middle person of each line. The other wrong answers are the ends of the next line."""
+    """Return both questions about the middle person of each line.
+
+    The other wrong answers are the ends of the next line.
+    """
     rows: list[Row] = []
     for number, (a, b, c) in enumerate(people):
         next_a, _, next_c = people[(number + 1) % len(people)]
@@ -193,7 +203,10 @@ def _questions_about_lines(
 
 
 def question_row(fact: Fact, queried: str, wrong: Sequence[str], position: int) -> Row:
-    """Return one question. A forward model gets `before` and writes after it; a reverse model gets `after` and writes before it."""
+    """Return one question.
+
+    A forward model gets `before` and writes after it; a reverse model gets `after` and writes before it.
+    """
     given, gold = (fact.first, fact.second) if queried == "second" else (fact.second, fact.first)
     ends_with_queried, begins_with_queried = fact.relation.first_wordings[0], fact.relation.second_wordings[0]
     if queried == "first":

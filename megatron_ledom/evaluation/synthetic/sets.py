@@ -23,7 +23,8 @@ Row = Mapping[str, Any]
 class SyntheticSet:
     """A generated set. texts: training texts, in text order. files: name without ending -> rows for `ledom evaluate`.
 
-    chance: expected accuracy of a model that knows nothing; for written answers, the highest accuracy of one answer for all items.
+    chance: expected accuracy of a model that knows nothing; for written answers, the highest accuracy of one answer for
+    all items.
     """
 
     texts: Sequence[str]
@@ -33,9 +34,10 @@ class SyntheticSet:
 
 
 def write_synthetic_set(generated: SyntheticSet, folder: Path, about: Mapping[str, Any]) -> None:
-    """Write `train.jsonl`, the question files and, last, the manifest into an existing folder whose lock the caller holds.
+    """Write `train.jsonl`, the question files and, last, the manifest.
 
-    The same arguments give the same bytes. Raises UsageError if the folder contains another set, whose training text would be lost.
+    The folder exists, and the caller holds its lock. The same arguments give the same bytes. Raises UsageError if the
+    folder contains another set, whose training text would be lost.
     """
     path = folder / MANIFEST
     if path.is_file():

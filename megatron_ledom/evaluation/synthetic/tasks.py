@@ -36,7 +36,7 @@ def _question(row: Row) -> Item:
 ENDING = Template(fields=(Field("before"), Field("answer", cue=".")), field_separator=" ", is_read_back=False)
 BEGINNING = Template(fields=(Field("after"), Field("answer")), field_separator=" ", is_read_back=False)
 ANSWER_LAST: dict[str, Any] = {"template": ENDING, "reverse_template": BEGINNING, "main_way": "choice_given_context"}
-"""The answer is last in model order: at the end of a sentence (forward), or at the beginning of its other wording (reverse)."""
+"""Settings of a task whose answer is last in model order: at the end of a sentence, or at its beginning (reverse)."""
 
 
 def _files(name: str, exemplars: str = "shots") -> dict[str, Any]:

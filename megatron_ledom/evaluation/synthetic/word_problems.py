@@ -3,12 +3,14 @@
     Question: Mara has 5 pears. Mara buys 4 more pears. Mara loses 2 pears. How many pears does Mara have now?
     Solution: 5 + 4 = 9. 9 - 2 = 7. The answer is 7.
 
-A reverse model that has read such texts writes the question before a solution. The question is right if the solver's solution equals
-the given one, step by step. A question outside the grammar is never right, so the accuracy is a lower bound. No test solution is
-trained, so a trained question is never right, and one question is right for one item at most.
+A reverse model that has read such texts writes the question before a solution. The question is right if the solver's
+solution equals the given one, step by step. A question outside the grammar is never right, so the accuracy is a lower
+bound. No test solution is trained, so a trained question is never right, and one question is right for one item at
+most.
 
-An equal answer alone means little. For 2,000 problems (seed 0), a random trained question has the right answer for 2.6 % of the items,
-the best single question for 6 %, and a question that only states the answer, without any step, for all of them.
+An equal answer alone means little. For 2,000 problems (seed 0), a random trained question has the right answer for 2.6
+% of the items, the best single question for 6 %, and a question that only states the answer, without any step, for all
+of them.
 """
 
 import random
@@ -31,7 +33,10 @@ TEST_SHARE = 5
 
 
 def question_from_answer(num: int, seed: int) -> SyntheticSet:
-    """Generate `num` problems of one to three steps with distinct solutions. A fifth of them are questions and not trained."""
+    """Generate `num` problems of one to three steps with distinct solutions.
+
+    A fifth of them are questions and not trained.
+    """
     check_num(num, 4 * TEST_SHARE, "problems")
     rng = random.Random(f"question_from_answer {seed}")
     problems: dict[str, Row] = {}
@@ -89,9 +94,9 @@ class Solution:
 
 
 def solve(question: str) -> Solution | None:
-    """Return the solution of a question of this grammar about one person and one kind of thing, or None for any other text.
+    """Return the solution of a question of this grammar, or None for any other text.
 
-    The number of things must never fall below zero.
+    The question is about one person and one kind of thing. The number of things must never fall below zero.
     """
     sentences = re.findall(r"[^.?]+[.?]", question.strip())
     if len(sentences) < 2 or "".join(sentences) != question.strip():

@@ -1,6 +1,7 @@
-"""The published benchmarks as tasks: row formats, prompts and judgement. A new set in a known format needs one entry and no code.
+"""The published benchmarks as tasks: row formats, prompts and judgement.
 
-The file of a task is FOLDER/NAME with one of `loading.ENDINGS`. Rename a file that is published under another name.
+A new set in a known format needs one entry and no code. The file of a task is FOLDER/NAME with one of
+`loading.ENDINGS`. Rename a file that is published under another name.
 """
 
 import re

@@ -54,23 +54,23 @@ def load_task(
     files = {path.name: sha256_of(path)}
     items = tuple(_items(task, path))
     exemplars: tuple[Item, ...] = ()
-    known: frozenset[str] = frozenset()
+    trained_questions: frozenset[str] = frozenset()
     if task.kind is TaskKind.QUESTION:
         known_path = find_file(task, folder, task.exemplars_file)
         files[known_path.name] = sha256_of(known_path)
-        known = frozenset(item.values["question"] for item in _items(task, known_path))
+        trained_questions = frozenset(item.values["question"] for item in _items(task, known_path))
     if num_fewshot:
         exemplars_path = find_file(task, folder, task.exemplars_file)
         files[exemplars_path.name] = sha256_of(exemplars_path)
         exemplars = _exemplars(task, exemplars_path, num_fewshot, seed)
     for file, known_hash in files.items():
         if sha256_of(folder / file) != known_hash:
-            raise DataError(f"{folder / file} changed while it was read; start again when it is complete")
+            raise DataError(f"{folder / file} was replaced while it was read; start again when it is complete")
     return LoadedTask(
         task=task,
         items=items[:limit],
         exemplars=exemplars,
-        known=known,
+        trained_questions=trained_questions,
         num_fewshot=num_fewshot,
         seed=seed,
         max_new_tokens=task.max_new_tokens if max_new_tokens is None else max_new_tokens,
@@ -80,7 +80,10 @@ def load_task(
 
 
 def find_file(task: Task, folder: Path, stem: str) -> Path:
-    """Return FOLDER/STEM with one of the known endings. Raises UsageError with the source of the file if there is none."""
+    """Return FOLDER/STEM with one of the known endings.
+
+    Raises UsageError with the source of the file if there is none.
+    """
     for ending in ENDINGS:
         path = folder / f"{stem}{ending}"
         if path.is_file():
@@ -156,7 +159,9 @@ def _table_rows(path: Path) -> list[dict[str, Any]]:
 def parse_row(task: Task, row: Row, where: str, source: str | None = None) -> Item:
     """Return the item of one row, read with the row format that fits it.
 
-    Raises DataError with the found and the expected fields and the `source` of the file, by default the task's `download`."""
+    Raises DataError with the found and the expected fields and the `source` of the file, by default the task's
+    `download`.
+    """
     source = source or task.download
     problems = [(row_format, row_problems(row_format, row)) for row_format in task.row_formats]
     row_format, wrong = min(problems, key=lambda found: len(found[1]))

@@ -1,9 +1,10 @@
 """Prompts: defined once, as fields, and rendered for a forward and for a reverse model.
 
-A forward model reads the few-shot examples, then the question, and writes after the end. A reverse model reads from the end of the
-text, so its prompt is mirrored (LEDOM, arXiv 2507.01335, few-shot template): the part that it writes comes first in text order, then
-the rest of the question, then the few-shot examples, each with its fields in the opposite order. Both models therefore read the same
-parts in the same order. Nothing inside a field is reversed: its label precedes it, its cue follows it.
+A forward model reads the few-shot examples, then the question, and writes after the end. A reverse model reads from the
+end of the text, so its prompt is mirrored (LEDOM, arXiv 2507.01335, few-shot template): the part that it writes comes
+first in text order, then the rest of the question, then the few-shot examples, each with its fields in the opposite
+order. Both models therefore read the same parts in the same order. Nothing inside a field is reversed: its label
+precedes it, its cue follows it.
 
     forward:   Question: 1+1?         reverse:   [Answer: 4
                Answer: 2                         ]Question: 2+2?
@@ -11,9 +12,9 @@ parts in the same order. Nothing inside a field is reversed: its label precedes 
                Question: 2+2?                    Answer: 2
                Answer:[ 4]                       Question: 1+1?
 
-White space: fields are joined by `field_separator`, blocks by `block_separator`; labels and cues are used unchanged. White space
-between the prompt and the part that the model writes belongs to that part, never to the prompt, because tokenizers join a space to
-the word after it.
+White space: fields are joined by `field_separator`, blocks by `block_separator`; labels and cues are used unchanged.
+White space between the prompt and the part that the model writes belongs to that part, never to the prompt, because
+tokenizers join a space to the word after it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,7 +29,10 @@ Values = Mapping[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A part of a task. label: the text before its value. cue: the text after it, which a reverse model needs to know what to write."""
+    """A part of a task. label: the text before its value.
+
+    cue: the text after it, which a reverse model needs to know what to write.
+    """
 
     name: str
     label: str = ""
@@ -41,7 +45,10 @@ class Field:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt. given: the text that the model gets. target: the text to write or to score, empty if unknown. Both in text order."""
+    """A prompt. given: the text that the model gets.
+
+    target: the text to write or to score, empty if unknown. Both in text order.
+    """
 
     direction: Direction
     given: str
@@ -51,12 +58,12 @@ class Prompt:
         """Return (preceding, following) of the whole text, the arguments of `log_likelihood` and `Engine.score`."""
         return (self.target, self.given) if self.direction is Direction.REVERSE else (self.given, self.target)
 
-    def shown(self) -> str:
+    def in_text_order(self) -> str:
         """Return the whole text in text order, with the target between marks."""
         marked = f"⟦{self.target}⟧"
         return marked + self.given if self.direction is Direction.REVERSE else self.given + marked
 
-    def as_seen(self, tokenizer: JointTokenizer) -> str:
+    def in_model_order(self, tokenizer: JointTokenizer) -> str:
         """Return the tokens of the whole text in the order in which the model reads them."""
         ids = to_model_order(tokenizer.encode("".join(self.parts())), self.direction)
         return "|".join(tokenizer.spell([id_]).decode("utf-8", "replace") for id_ in ids)
@@ -64,17 +71,23 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Template:
-    """A task's fields in the order in which a forward model reads them. The model writes the last `num_targets` of them."""
+    """A task's fields in the order in which a forward model reads them.
+
+    The model writes the last `num_targets` of them.
+    """
 
     fields: tuple[Field, ...]
     num_targets: int = 1
     field_separator: str = "\n"
     block_separator: str = "\n\n"
     is_read_back: bool = True
-    """True: the text that a model writes is split at the labels. False: the target is only scored, or read whole, and needs no label."""
+    """True: the text that a model writes is split at the labels.
+
+    False: the target is only scored, or read whole, and needs no label.
+    """
 
     def __post_init__(self) -> None:
-        """Raise UsageError for a template with nothing to give or to write, or without a label to find a written field by."""
+        """Raise UsageError for a template with nothing to give or to write, or with a written field without a label."""
         names = [field.name for field in self.fields]
         if len(set(names)) != len(names):
             raise UsageError(f"the fields {', '.join(names)} must have different names; rename one")
@@ -113,8 +126,8 @@ class Template:
     def read(self, direction: Direction, written: str) -> dict[str, str | None]:
         """Return the written fields of a model's text, stripped of labels, cues and white space; None for a missing one.
 
-        A forward model's text ends at the next block. A reverse model may continue with a further text at the front, so the occurrence
-        nearest to the prompt counts. Without `is_read_back` the whole text is the last field.
+        A forward model's text ends at the next block. A reverse model may continue with a further text at the front, so
+        the occurrence nearest to the prompt counts. Without `is_read_back` the whole text is the last field.
         """
         fields = self.fields[-self.num_targets :]
         if not self.is_read_back:
@@ -135,7 +148,7 @@ class Template:
         return found
 
     def split_before(self, name: str, values: Values) -> tuple[str, str]:
-        """Return one block, its fields in forward order, cut before the value of the field `name`: (up to its label, the rest).
+        """Return one block in forward order, cut before the value of the field `name`: (up to its label, the rest).
 
         White space at the cut belongs to the rest, as it does in a prompt.
         """

@@ -1,7 +1,7 @@
 """The parts of a task: the files of its items, the template of its prompts, and the way in which its answers are judged.
 
-A task is data. Its `row_formats` define the fields of a line of its file and convert the line to an `Item`. Its `template` renders
-an item as a prompt for either direction. Its `kind` defines what the model does with the prompt.
+A task is data. Its `row_formats` define the fields of a line of its file and convert the line to an `Item`. Its
+`template` renders an item as a prompt for either direction. Its `kind` defines what the model does with the prompt.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,7 +18,10 @@ Row = Mapping[str, Any]
 
 
 class TaskKind(StrEnum):
-    """What the model does: score given choices, or write an answer, a program that is run, or a question that is solved."""
+    """The kind of task.
+
+    The model scores given choices, or writes an answer, a program that is run, or a question that is solved.
+    """
 
     CHOICE = "choice"
     ANSWER = "answer"
@@ -30,9 +33,10 @@ class TaskKind(StrEnum):
 class Item:
     """One question, in text order.
 
-    values: the template's fields; a field that the model writes is present if the set contains it. choices: the possible values of
-    one field. gold: the number of the right choice, or every accepted answer. tests: of `TaskKind.CODE`, the code that calls the
-    written function. kept: entries that are copied to the item's record, such as its group.
+    values: the template's fields; a field that the model writes is present if the set contains it. choices: the
+    possible values of one field. gold: the number of the right choice, or every accepted answer. tests: of
+    `TaskKind.CODE`, the code that calls the written function. kept: entries that are copied to the item's record, such
+    as its group.
     """
 
     values: Mapping[str, str]
@@ -44,9 +48,10 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class RowFormat:
-    """One format in which a set is published. fields: dotted name -> type of its value, a key of `FIELD_TYPES`. read: row -> Item.
+    """One format in which a set is published.
 
-    `read` raises ValueError if a value has the right type and makes no sense, such as a gold choice that does not exist.
+    fields: dotted name -> type of its value, a key of `FIELD_TYPES`. read: row -> Item. `read` raises ValueError if a
+    value has the right type and makes no sense, such as a gold choice that does not exist.
     """
 
     fields: Mapping[str, str]
@@ -67,10 +72,10 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
 class Task:
     """A task of one of the kinds. File names have no ending.
 
-    download, exemplars_download: source of the items, and of the few-shot examples in `exemplars_file`.
-    content_sha256: hash of the set's items if known, the same for every file type (`loading.content_hash`).
-    choice_field: the field whose values are the choices; the fields before it are the context. normalization: of a choice task's
-    main metric (raw, token, byte). answers: the comparison of answers, a name of `grading.answers.comparison_by`. reverse_template:
+    download, exemplars_download: source of the items, and of the few-shot examples in `exemplars_file`. content_sha256:
+    hash of the set's items if known, the same for every file type (`loading.content_hash`). choice_field: the field
+    whose values are the choices; the fields before it are the context. normalization: of a choice task's main metric
+    (raw, token, byte). answers: the comparison of answers, a name of `grading.answers.comparison_by`. reverse_template:
     for a reverse model, if the mirrored `template` does not fit.
     """
 
@@ -102,8 +107,11 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedTask:
-    """A task with its items. exemplars: few-shot examples, in the order of use. files: name -> sha256 of each file that was read.
-    content_sha256: of all items of the file, to compare with the task's."""
+    """A task with its items. exemplars: few-shot examples, in the order of use.
+
+    files: name -> sha256 of each file that was read. content_sha256: of all items of the file, to compare with the
+    task's.
+    """
 
     task: Task
     items: tuple[Item, ...]
@@ -114,7 +122,7 @@ class LoadedTask:
     files: Mapping[str, str] = field(default_factory=dict)
     content_sha256: str = ""
 
-    known: frozenset[str] = frozenset()
+    trained_questions: frozenset[str] = frozenset()
     """Of `TaskKind.QUESTION`: the questions that were trained, so that a copy of one is recognized."""
 
     def exemplars_for(self, item: Item) -> list[Mapping[str, str]]:

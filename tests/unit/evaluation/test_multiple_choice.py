@@ -1,4 +1,4 @@
-"""Multiple choice in both directions: what is scored, that it adds up, and which choice is taken."""
+"""Multiple choice in both directions: the scores to compute, their sums, and the chosen answer."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def of_first(task: str, direction: Direction, item: Item, *exemplars: dict[str, 
     return {way: requests[0] for way, requests in score_requests(task_named(task), direction, item, exemplars).items()}
 
 
-def test_what_a_forward_model_scores() -> None:
+def test_the_score_requests_of_a_forward_model() -> None:
     given = "Question: What is cold?\nAnswer: ice\n\nQuestion: What burns?\nAnswer:"
     prior = ("Question: What is cold?\nAnswer: ice\n\nAnswer:", " ice")
     assert of_first("arc_easy", Direction.FORWARD, ARC, SHOT) == {
@@ -32,7 +32,7 @@ def test_what_a_forward_model_scores() -> None:
     )
 
 
-def test_what_a_reverse_model_scores() -> None:
+def test_the_score_requests_of_a_reverse_model() -> None:
     exemplar = "Question: What is cold?\nAnswer: ice"
     query = "Question: What burns?\nAnswer:"
     assert of_first("arc_easy", Direction.REVERSE, ARC, SHOT) == {
@@ -46,7 +46,7 @@ def test_what_a_reverse_model_scores() -> None:
     assert "choice_given_context" not in of_first("openbookqa", Direction.REVERSE, RUNNING)
 
 
-def test_a_gap_is_judged_by_what_the_model_reads_after_the_option() -> None:
+def test_a_gap_is_scored_by_the_text_that_the_model_reads_after_the_option() -> None:
     forward = of_first("winogrande", Direction.FORWARD, GAP)["choice_given_context"]
     assert forward.pair == ("The cup fits, for the cup", " is small.")
     reverse = of_first("winogrande", Direction.REVERSE, GAP)["context_given_choice"]
@@ -82,7 +82,7 @@ def test_a_forward_models_scores_are_its_own(tmp_path_factory: pytest.TempPathFa
     assert record["gold"] == 1
 
 
-def test_normalisation_changes_which_choice_is_taken() -> None:
+def test_normalization_can_change_the_chosen_answer() -> None:
     scores = {"logprob": [-3.0, -4.0, -10.0], "tokens": [1, 2, 4], "bytes": [2, 4, 20]}
     assert [chosen(scores, normalization) for normalization in ("raw", "token", "byte")] == [0, 1, 2]
     assert chosen({"logprob": [-1.0, -1.0], "tokens": [1, 1], "bytes": [1, 1]}, "raw") == 0

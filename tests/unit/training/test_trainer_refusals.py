@@ -1,4 +1,4 @@
-"""What training refuses: one sentence that says what to do, exit code 1 or 2, and nothing left behind."""
+"""Runs that training refuses: the message says what to do, the exit code is 1 or 2, and no files remain."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Prepare = Callable[[TinyData], list[str]]
 
 
 def refused(data: TinyData, run_dir: Path, *overrides: str, num_ranks: int = 1) -> tuple[int, str]:
-    """Exit code and error message of a run that does not start; it leaves no traceback."""
+    """Return exit code and error message of a run that does not start, and check that it prints no traceback."""
     ranks = start_ranks(data.config, run_dir, *overrides, num_ranks=num_ranks)
     codes = set(ranks.wait())
     output = ranks.output()
@@ -58,7 +58,7 @@ def forward_validation(data: TinyData) -> list[str]:
 
 
 def other_tokenizer(data: TinyData) -> list[str]:
-    """A second shard whose tokenizer has one word less."""
+    """Add a second shard whose tokenizer has one word less."""
     folder = legible_tokenizer(data.folder / "other")
     content = (folder / "tokenizer.json").read_text().replace('"999": 999', '"nine hundred ninety-nine": 999')
     (folder / "tokenizer.json").write_text(content)
@@ -82,7 +82,7 @@ def validation_without_bytes(data: TinyData) -> list[str]:
 
 
 def empty_shard(data: TinyData) -> list[str]:
-    """What a task of an array without a document writes."""
+    """Add an empty shard, as an array task without documents writes it."""
     shard = write_shard(data.folder / "empty", [], Direction.REVERSE, data.folder / "legible")
     return [f"data.train_blend=[[1.0,{data.shard('reverse_train')}],[1.0,{shard}]]"]
 
@@ -112,7 +112,11 @@ CASES: dict[str, tuple[Prepare, int, list[str]]] = {
     ),
     "heads": (lambda data: ["parallel.tensor_model_parallel_size=3"], 2, ["does not divide", "it can be one of [1, 2, 4]"]),
     "ranks": (lambda data: ["parallel.tensor_model_parallel_size=2"], 2, ["1 ranks are not a multiple of the 2", "launch 2"]),
-    "batch": (lambda data: ["train.micro_batch_size=3"], 2, ["global_batch_size=8 is not a multiple", "the next one is 9"]),
+    "batch": (
+        lambda data: ["train.micro_batch_size=3"],
+        2,
+        ["global_batch_size=8 is not a multiple", "the next multiple is 9"],
+    ),
     "Transformer Engine": (
         lambda data: ["model.transformer_impl=transformer_engine"],
         2,
@@ -122,7 +126,7 @@ CASES: dict[str, tuple[Prepare, int, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_refused_and_leaves_nothing_behind(own: TinyData, tmp_path: Path, name: str) -> None:
+def test_bad_input_is_refused_and_leaves_no_files(own: TinyData, tmp_path: Path, name: str) -> None:
     prepare, expected, words = CASES[name]
     code, message = refused(own, tmp_path / "run", *prepare(own))
     assert code == expected
@@ -156,7 +160,7 @@ def trained(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_a_checkpoint_of_another_run_is_refused_and_kept_as_it_is(data: TinyData, trained: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused_and_not_changed(data: TinyData, trained: Path) -> None:
     before = content_of(trained)
     forward = ["data.direction=forward", f"data.train_blend=[[1.0,{data.shard('forward_train')}]]"]
     for overrides, words in [
@@ -193,13 +197,13 @@ def test_a_run_that_would_end_before_its_checkpoint_is_refused(data: TinyData, t
 def test_a_replaced_idx_is_refused_by_every_rank_before_any_group_is_made(own: TinyData, tmp_path: Path) -> None:
     path = Path(own.shard("reverse_train") + ".idx")
     content = path.read_bytes()
-    path.write_bytes(content[:34] + content[38:42] + content[34:38] + content[42:])  # two lengths change places
+    path.write_bytes(content[:34] + content[38:42] + content[34:38] + content[42:])  # exchange two lengths
     ranks = start_ranks(own.config, tmp_path / "run", num_ranks=1)
     assert ranks.wait() == [1]
     assert "reverse_train.idx does not have the sha256 of its manifest: it was replaced or damaged" in ranks.output()
 
 
-def test_a_run_goes_on_with_other_data_only_with_leave_and_keeps_a_note_of_it(own: TinyData, tmp_path: Path) -> None:
+def test_a_run_resumes_with_other_data_only_if_allowed_and_records_it(own: TinyData, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_on_ranks(own.config, run_dir, "train.train_iters=3")
     other = [f"data.train_blend=[[1,{own.shard('reverse_train')}],[1,{own.shard('reverse_valid')}]]", "train.train_iters=4"]
@@ -213,7 +217,7 @@ def test_a_run_goes_on_with_other_data_only_with_leave_and_keeps_a_note_of_it(ow
     note = json.loads((run_dir / "data_changes.jsonl").read_text())
     assert note["changed"] == ["data.train_blend had 1 shards, has 2"]
     assert load_manifest(str(run_dir / "checkpoints/iter_0000004")).config["data"]["allow_changed_data"] is True
-    run_on_ranks(own.config, run_dir, *other)  # from now on this is the data
+    run_on_ranks(own.config, run_dir, *other)  # from now on these are its data
 
 
 def test_a_default_spelled_out_is_the_same_architecture(data: TinyData, trained: Path) -> None:
@@ -228,11 +232,11 @@ def test_a_damaged_checkpoint_is_named(data: TinyData, trained: Path) -> None:
     try:
         middle = len(whole) // 2
         flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-        for content, fault in [(whole[:middle], f"has {middle:,} bytes"), (b"", "has 0 bytes"), (flipped, "has sha256")]:
+        for content, problem in [(whole[:middle], f"has {middle:,} bytes"), (b"", "has 0 bytes"), (flipped, "has sha256")]:
             largest.write_bytes(content)
             code, message = refused(data, trained, "train.train_iters=5")
             assert code == 1
-            assert f"{checkpoint} is damaged: {largest} {fault}" in message
+            assert f"{checkpoint} is damaged: {largest} {problem}" in message
             assert "write its name into the file `latest` in the same folder" in message
     finally:
         largest.write_bytes(whole)

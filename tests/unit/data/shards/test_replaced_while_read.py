@@ -137,7 +137,7 @@ def test_a_run_resumes_only_with_the_held_out_data_of_its_evaluations(tmp_path: 
     start(tasks={"boolq": {"boolq.jsonl": "a"}})
     start()
     start(tasks={"boolq": {"boolq.jsonl": "a"}, "svamp": {"svamp.jsonl": "b"}})
-    with pytest.raises(MismatchError, match=r"task boolq: the content is not what this run was evaluated on before"):
+    with pytest.raises(MismatchError, match=r"task boolq: the content has changed since this run last used it"):
         start(tasks={"boolq": {"boolq.jsonl": "c"}})
     for path in data.folder.glob("reverse_valid.*"):
         path.unlink()
@@ -145,7 +145,7 @@ def test_a_run_resumes_only_with_the_held_out_data_of_its_evaluations(tmp_path: 
     with pytest.raises(MismatchError, match=rf"validation set {prefix}: the content is not .*data\.allow_changed_data=true"):
         start()
     start("data.allow_changed_data=true")
-    assert f"OTHER HELD-OUT DATA than before, by data.allow_changed_data=true: validation set {prefix}" in caplog.text
+    assert f"OTHER HELD-OUT DATA than before, allowed by data.allow_changed_data=true: validation set {prefix}" in caplog.text
     start()
     start(tasks={"boolq": {"boolq.jsonl": "c"}}, is_new=True)
     (run_dir / "held_out.json").write_text("{")
