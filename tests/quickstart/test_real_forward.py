@@ -44,5 +44,5 @@ def test_a_stock_forward_model_is_ranked_and_a_second_start_goes_on(tmp_path: Pa
     (output / "answers.jsonl").unlink()
     again = start(tmp_path, forward)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert (again.stdout.count("pretrain"), again.stdout.count("tools/rerank.py")) == (0, 1)
+    assert (again.stdout.count(" train --config "), again.stdout.count(" rerank --forward ")) == (0, 1)
     assert (output / "answers.jsonl").read_text() == answers

@@ -11,9 +11,11 @@ from megatron_ledom.checkpoint.inspection import inspect_checkpoint
 from megatron_ledom.checkpoint.manifest import OWN_HASH, load_manifest
 from megatron_ledom.errors import DataError, UsageError, VerificationError
 from tests.support.forked import run_forked
+from tests.support.paths import ROOT
 from tests.support.tiny_runs import TinyData, run_on_ranks, start_ranks
 
-README_COMMAND = "python tools/inspect_checkpoint.py runs/reverse --verify"
+COMMAND = "ledom inspect-checkpoint runs/reverse --verify"
+"""As in docs/how_to/resume.md."""
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +33,9 @@ def run_dir(trained: Path, tmp_path: Path) -> Path:
 
 
 def test_the_command_lists_the_run_and_verifies_its_latest_checkpoint(trained: Path) -> None:
-    words = shlex.split(README_COMMAND.replace("runs/reverse", str(trained)))[1:]
-    done = run_forked(words)
+    assert COMMAND in (ROOT / "docs/how_to/resume.md").read_text(encoding="utf-8")
+    words = shlex.split(COMMAND.replace("runs/reverse", str(trained)))
+    done = run_forked(["-c", "from megatron_ledom.cli.main import main; main()", *words[1:]])
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["iter_0000002", "iter_0000003"]
