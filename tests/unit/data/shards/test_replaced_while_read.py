@@ -142,7 +142,9 @@ def test_a_run_resumes_only_with_the_held_out_data_of_its_evaluations(tmp_path: 
     for path in data.folder.glob("reverse_valid.*"):
         path.unlink()
     write_shard(Path(prefix), documents(30, 3), Direction.REVERSE, data.folder / "legible")
-    with pytest.raises(MismatchError, match=rf"validation set {prefix}: the content has changed .*data\.allow_changed_data=true"):
+    with pytest.raises(
+        MismatchError, match=rf"validation set {prefix}: the content has changed .*data\.allow_changed_data=true"
+    ):
         start()
     start("data.allow_changed_data=true")
     assert f"OTHER HELD-OUT DATA than before, allowed by data.allow_changed_data=true: validation set {prefix}" in caplog.text
