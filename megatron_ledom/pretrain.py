@@ -41,7 +41,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog or "python -m megatron_ledom.pretrain",
         description="Train a reverse (or forward) language model from indexed shards.",
-        epilog="Example: torchrun --nproc-per-node 8 -m megatron_ledom.pretrain --config ledom_7b train.seed=1",
+        epilog="Example: torchrun --nproc-per-node 8 -m megatron_ledom.pretrain --config ledom_7b train.seed=1. --dry-run prints every key with"
+        " its value; docs/reference/config.md describes them.",
     )
     add_config(parser)
     what = parser.add_mutually_exclusive_group()

@@ -1,6 +1,6 @@
-"""Measure this machine for the planner, write its hardware file, and print how far the planner is off on what was measured.
+"""Measure this machine for the planner, write its hardware file, and print the planner's error on the measurements.
 
-Alone it measures kernels; under torchrun or srun also collectives between the ranks.
+One process measures kernels; under torchrun or srun it also measures collectives between the ranks.
 """
 
 import argparse
@@ -8,20 +8,20 @@ from collections.abc import Sequence
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--hardware",
         required=True,
         metavar="NAME",
-        help="a name from `ledom configs list`: peaks, links and prices are taken from it",
+        help="a name from `ledom configs list`; peak rates, links and prices come from it",
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="the hardware file to write")
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse first, import after: `--help` answers at once."""
+    """Run the command. Imports follow parsing, so `--help` is fast."""
     arguments = build_parser(prog).parse_args(argv)
     from megatron_ledom.planning.calibration import calibrate
 

@@ -1,4 +1,4 @@
-"""Print the completion script of a shell: commands, options, their choices, and files where a path is expected.
+"""Print a completion script for a shell, with commands, options, choices and paths.
 
 bash, for this shell:     eval "$(ledom completion bash)"
 bash, for every shell:    ledom completion bash > ~/.local/share/bash-completion/completions/ledom
@@ -14,18 +14,18 @@ from megatron_ledom.cli.main import GROUPS, load
 SHELLS = ("bash", "zsh", "tcsh")
 FOLDERS = {"DIR", "FOLDER", "FORWARD_FOLDER", "REVERSE_FOLDER", "RUN", "RUN_OR_ITER"}
 FILES = {"FILE", "FILE.png", "GLOB", "P", "PATH", "README"}
-"""Metavars of arguments that are paths; P is a shard's prefix."""
+"""Metavars of arguments that are paths. P is the prefix of a shard."""
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shell", choices=SHELLS)
     return parser
 
 
 def whole_parser() -> argparse.ArgumentParser:
-    """Return one parser with those of all commands below it."""
+    """Return one parser with all commands as subparsers."""
     parser = argparse.ArgumentParser(prog="ledom")
     parser.add_argument("--version", action="store_true", help="print the version")
     commands = parser.add_subparsers(parser_class=cast("type[argparse.ArgumentParser]", _parser_of))
@@ -41,7 +41,7 @@ def _parser_of(command: str, prog: str) -> argparse.ArgumentParser:
 
 
 def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
-    """Every argument of a parser and of those below it."""
+    """Yield every argument of a parser and of its subparsers."""
     for action in parser._actions:
         yield action
         if isinstance(action, argparse._SubParsersAction):
@@ -50,7 +50,7 @@ def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse first, import after: `--help` answers at once."""
+    """Run the command. Imports follow parsing, so `--help` is fast."""
     shell = build_parser(prog).parse_args(argv).shell
     import shtab
 

@@ -1,5 +1,7 @@
-"""List the configs and the hardware that come with the package, or show one: `ledom train --config NAME` takes a config by its
-name, and `ledom configs show NAME > run.yaml` makes it the start of your own."""
+"""List the configs and hardware files of the package, or show one.
+
+`ledom train --config NAME` uses a config by its name. `ledom configs show NAME > run.yaml` copies it as the start of your own.
+"""
 
 import argparse
 from collections.abc import Sequence
@@ -7,17 +9,17 @@ from pathlib import Path
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="names, with the first line of each file")
-    show = commands.add_parser("show", help="one as YAML: a config with its base merged in, or a hardware file")
-    show.add_argument("name", metavar="NAME", help="as `list` shows it")
+    commands.add_parser("list", help="print the names, with the first line of each file")
+    show = commands.add_parser("show", help="print one as YAML: a config merged with its base, or a hardware file")
+    show.add_argument("name", metavar="NAME", help="a name from `list`")
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse first, import after: `--help` answers at once."""
+    """Run the command. Imports follow parsing, so `--help` is fast."""
     arguments = build_parser(prog).parse_args(argv)
     from megatron_ledom.config.shipped import shipped_configs
     from megatron_ledom.planning.hardware import hardware_files
@@ -42,12 +44,12 @@ def _show_config(name: str, configs: dict[str, Path]) -> None:
     from megatron_ledom.errors import UsageError
 
     if name not in configs:
-        raise UsageError(f"{name} is no config that comes with the package; expected one of {', '.join(configs)}")
+        raise UsageError(f"{name} is not a config of the package; expected one of {', '.join(configs)}")
     print("\n".join(_comments(configs[name])))
     print(merged_yaml(str(configs[name])), end="")
 
 
 def _comments(file: Path) -> list[str]:
-    """The comment at the top of a file, line by line."""
+    """Return the lines of the comment at the top of a file."""
     lines = file.read_text(encoding="utf-8").splitlines()
     return lines[: next((number for number, line in enumerate(lines) if not line.startswith("#")), None)]

@@ -1,4 +1,4 @@
-"""Convert a checkpoint to a Hugging Face folder, or such a folder to a run to train on, through the logits gate."""
+"""Convert a checkpoint to a Hugging Face folder, or such a folder to a run, with a parity check of the logits."""
 
 import argparse
 import logging
@@ -9,57 +9,79 @@ from typing import Any
 from megatron_ledom.cli.options import add_overwrite
 from megatron_ledom.platform.quiet import quiet_libraries
 
-GATE = (
-    " The logits of both are compared in fp32; above 1e-4 the command fails with 1, names the first layer that differs, and"
-    " writes nothing."
+PARITY = (
+    " A parity check compares the logits of both models in fp32. If they differ by more than 1e-4, the command exits with 1, names"
+    " the first layer that differs, and writes nothing."
 )
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser(
         "mcore-to-hf",
-        help="checkpoint of the trainer -> stock Llama, Mistral, Qwen2 or Qwen3 folder",
-        description="Write a Hugging Face folder that loads offline in stock transformers." + GATE,
+        help="convert a checkpoint to a stock Llama, Mistral, Qwen2 or Qwen3 folder",
+        description="Write a Hugging Face folder that loads offline in stock transformers." + PARITY,
     )
     export.add_argument(
         "--load", required=True, metavar="RUN_OR_ITER", help="run folder (its latest checkpoint) or one checkpoint"
     )
-    export.add_argument("--save", required=True, metavar="DIR", help="folder to write; it appears when everything has passed")
-    add_overwrite(export, "--save if it is an earlier export")
-    export.add_argument("--architecture", metavar="NAME", help="such as MistralForCausalLM; default: the first that fits")
+    export.add_argument("--save", required=True, metavar="DIR", help="folder to write; it appears only after the parity check")
+    add_overwrite(export, "--save, if it is an earlier export")
+    export.add_argument(
+        "--architecture", metavar="NAME", help="architecture, such as MistralForCausalLM; default: the first that fits"
+    )
     load = commands.add_parser(
         "hf-to-mcore",
-        help="stock Llama, Mistral, Qwen2 or Qwen3 folder -> run folder that training goes on from",
-        description="Make a run folder whose checkpoint holds the weights, to be trained in any layout with a fresh optimizer."
-        + GATE,
+        help="convert a stock Llama, Mistral, Qwen2 or Qwen3 folder to a run folder to train",
+        description="Write a run folder whose checkpoint contains the weights. Any layout can train it, with a new optimizer."
+        + PARITY,
     )
     load.add_argument("--load", required=True, metavar="DIR", help="Hugging Face folder with safetensors")
-    load.add_argument("--save", required=True, metavar="RUN", help="run folder to make; it appears when everything has passed")
-    load.add_argument("--direction", choices=["reverse", "forward"], help="which way to train; default: as the folder records")
-    load.add_argument("--tokenizer", metavar="PATH", help="folder or file; default: --load")
-    load.add_argument("--eod-token", metavar="TOKEN", help="as for preprocessing; default: the tokenizer's eos")
-    load.add_argument("--seq-length", type=int, metavar="TOKENS", help="to train with; default: all that the model allows")
-    load.add_argument("--params-dtype", choices=["bf16", "fp32"], help="default: bf16 if the folder is, else fp32 (exact)")
+    load.add_argument(
+        "--save", required=True, metavar="RUN", help="run folder to write; it appears only after the parity check"
+    )
+    load.add_argument("--direction", choices=["reverse", "forward"], help="direction to train in; default: that of the folder")
+    load.add_argument("--tokenizer", metavar="PATH", help="folder or file of the tokenizer; default: --load")
+    load.add_argument(
+        "--eod-token",
+        metavar="TOKEN",
+        help="eod of the training data, as in `ledom preprocess-data`; default: the tokenizer's eos",
+    )
+    load.add_argument(
+        "--seq-length",
+        type=int,
+        metavar="TOKENS",
+        help="data.seq_length of the run; default: the longest that the model allows",
+    )
+    load.add_argument(
+        "--params-dtype",
+        choices=["bf16", "fp32"],
+        help="type of the weights; default: bf16 if the folder has bf16, else fp32 (exact)",
+    )
     for command in (export, load):
         command.add_argument(
-            "--max-shard-size", default="5GB", metavar="SIZE", help="of a file, such as 500MB; default: %(default)s"
+            "--max-shard-size",
+            default="5GB",
+            metavar="SIZE",
+            help="largest size of a file, such as 500MB; default: %(default)s",
         )
-        gate = command.add_mutually_exclusive_group()
-        gate.add_argument(
+        check = command.add_mutually_exclusive_group()
+        check.add_argument(
             "--verify",
             choices=["auto", "whole", "layers"],
             default="auto",
-            help="gate with whole models, or with one layer at a time; default: whole if both are small (512 MiB in fp32)",
+            help="parity check with whole models or with one layer at a time; default: whole if both are small (512 MiB in fp32)",
         )
-        gate.add_argument("--no-verify", action="store_true", help="skip the logits gate: nothing says then that both agree")
+        check.add_argument(
+            "--no-verify", action="store_true", help="skip the parity check: nothing then shows that both models agree"
+        )
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse, then convert."""
+    """Run the command."""
     arguments = build_parser(prog).parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     quiet_libraries()

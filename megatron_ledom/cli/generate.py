@@ -1,4 +1,4 @@
-"""Write what came before a text, with a reverse model; the whole text goes to stdout."""
+"""Write the text that comes before a text, with a reverse model. Prints the whole text."""
 
 import argparse
 import sys
@@ -10,24 +10,30 @@ CLEAR = "\x1b[H\x1b[2J"  # the terminal
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of a reverse model")
-    parser.add_argument("--following", required=True, metavar="TEXT", help="the text whose beginning is wanted")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="(default %(default)s)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, help="(default %(default)s: off)")
-    parser.add_argument("--top-k", type=int, default=0, help="(default %(default)s: off)")
-    parser.add_argument("--num-samples", type=int, default=1, help="more than one needs a temperature (default %(default)s)")
-    parser.add_argument("--seed", type=int, help="makes samples repeatable")
-    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="end where one of these was written")
-    parser.add_argument("--stream", action="store_true", help="show the text on the terminal while it grows at its front")
+    parser.add_argument(
+        "--following", required=True, metavar="TEXT", help="the end of the text; the model writes what precedes it"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest generated text (default %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 takes the most likely token (default)"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default %(default)s: off)")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens (default %(default)s: off)")
+    parser.add_argument(
+        "--num-samples", type=int, default=1, help="number of texts; more than one needs a temperature (default %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, help="seed of sampling, for repeatable results")
+    parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="stop when one of these texts is generated")
+    parser.add_argument("--stream", action="store_true", help="show the text on the terminal while it is generated")
     add_unrecorded_direction(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse, then load and write."""
+    """Run the command."""
     args = build_parser(prog).parse_args(argv)
 
     from megatron_ledom.errors import UsageError, visible
@@ -36,7 +42,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
 
     if args.stream and (args.num_samples > 1 or not sys.stderr.isatty()):
         raise UsageError(
-            "--stream shows one sample on a terminal (stderr is none here, or --num-samples is above 1); leave it out"
+            "--stream shows one sample on a terminal, but stderr is not a terminal or --num-samples is above 1; remove it"
         )
     model = ReverseLM.from_pretrained(args.model, direction=args.direction, eod_id=args.eod_id, option_names=COMMAND_OPTIONS)
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")}

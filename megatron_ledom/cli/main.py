@@ -1,6 +1,6 @@
 """Start a command by its name: `ledom COMMAND`, or `tools/COMMAND.py` in a checkout.
 
-Only the file of the command that was asked for is imported, so that help answers at once.
+It imports only the module of that command, so that `--help` is fast.
 """
 
 import argparse
@@ -17,29 +17,29 @@ GROUPS = {
     "from text to shards": {
         "train-tokenizer": "train a SentencePiece BPE tokenizer",
         "preprocess-data": "write a shard of reversed (or forward) token ids from raw text",
-        "summarize-tasks": "add up the tasks of a preprocessing array, and name those to run again",
+        "summarize-tasks": "add up the tasks of a preprocessing array and list those to run again",
         "inspect-shard": "show and verify shards",
         "merge-shards": "join shards of one direction and tokenizer",
-        "reverse-shards": "turn stored shards to the other direction without the corpus",
+        "reverse-shards": "convert shards to the other direction without the corpus",
         "prepare-pairs": "pack prompts and answers into a shard to fine-tune a scorer",
-        "plan-blend": "plan the weights of a blend: tokens and epochs of each source",
+        "plan-blend": "compute the weights, tokens and epochs of the sources of a blend",
     },
     "planning a run": {
-        "configs": "list and show the configs that come with the package",
-        "plan-run": "plan memory, time and cost of a run without a GPU; search for the best layout",
+        "configs": "list and show the configs of the package",
+        "plan-run": "predict memory, time and cost of a run; search for the best layout",
         "calibrate-hardware": "measure this machine for the planner",
         "validate-planner": "compare the planner with published runs",
-        "ops": "show which fused operators are built and used here",
+        "ops": "show which fused operators are built, and which are used on this machine",
     },
     "training": {
-        "train": "train a model from shards; start one process a GPU by torchrun or srun",
+        "train": "train a model from shards; torchrun or srun starts one process per GPU",
         "inspect-checkpoint": "show and verify a checkpoint",
-        "replay-step": "repeat one step of a run bit for bit",
-        "report-run": "draw the curves of runs, with one HTML page of their figures",
+        "replay-step": "compute one step of a run again, bit for bit",
+        "report-run": "plot the curves of runs, with an HTML page of their final metrics",
     },
     "using a model": {
-        "convert-checkpoint": "convert a checkpoint to a Hugging Face folder, or such a folder to a run",
-        "generate": "write what came before a text",
+        "convert-checkpoint": "convert a checkpoint to a Hugging Face folder, or the reverse",
+        "generate": "write the text that comes before a text",
         "rerank": "rank answers by Reverse Reward",
         "report-rerank": "compare Reverse Reward with its baselines",
     },
@@ -47,16 +47,16 @@ GROUPS = {
         "evaluate": "evaluate a model of either direction on tasks from local files",
         "harness": "evaluate a model in lm-evaluation-harness",
         "compare-losses": "compare the losses of a forward model and its reverse twin",
-        "make-analysis-data": "write the synthetic data of an analysis",
+        "make-analysis-data": "write synthetic data for an analysis",
     },
-    "this command": {
+    "the shell": {
         "completion": "print the completion script of a shell",
     },
 }
-"""Title -> name of a command -> what it does, in the order in which a newcomer meets them."""
+"""Title -> name of a command -> its purpose, in the order in which a new user needs them."""
 COMMANDS = [name for group in GROUPS.values() for name in group]
 EXAMPLE = """\
-`ledom COMMAND --help` shows the options of a command. From text to a model that writes what came before:
+`ledom COMMAND --help` shows the options of a command. From a text file to a model that writes the text before a text:
 
   ledom train-tokenizer --input corpus.jsonl --vocab-size 8000 --output tokenizer
   ledom preprocess-data --input corpus.jsonl --tokenizer tokenizer --output-prefix shards/train
@@ -69,7 +69,7 @@ EXAMPLE = """\
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the command line of `ledom` itself."""
+    """Return the parser of `ledom` itself."""
     listed = [
         f"{title}:\n" + "".join(f"  {name:20}{text}\n" for name, text in group.items()) for title, group in GROUPS.items()
     ]
@@ -87,42 +87,42 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def load(command: str) -> ModuleType:
-    """Import the module of a command: it has `build_parser(prog)` and `main(argv, prog)`."""
+    """Import the module of a command, which has `build_parser(prog)` and `main(argv, prog)`."""
     return importlib.import_module(
         "megatron_ledom.pretrain" if command == "train" else f"{__package__}.{command.replace('-', '_')}"
     )
 
 
 def run(argv: Sequence[str]) -> int | None:
-    """Run the command line `ledom ARGV`; returns its exit code."""
+    """Run `ledom ARGV` and return its exit code."""
     parser = build_parser()
-    asked = parser.parse_args(argv)
-    if asked.version:
+    parsed = parser.parse_args(argv)
+    if parsed.version:
         from megatron_ledom import __version__
 
         print(f"ledom {__version__}")
         return 0
-    if asked.command is None:
+    if parsed.command is None:
         parser.print_help(sys.stderr)
         return UsageError.exit_code
-    if asked.command not in COMMANDS:
-        close = difflib.get_close_matches(asked.command.replace("_", "-"), COMMANDS, 1)
+    if parsed.command not in COMMANDS:
+        close = difflib.get_close_matches(parsed.command.replace("_", "-"), COMMANDS, 1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)};"
-        raise UsageError(f"{asked.command} is no command of ledom; {hint} `ledom --help` says what each does")
-    return run_one(asked.command, asked.arguments, f"ledom {asked.command}")
+        raise UsageError(f"{parsed.command} is not a command of ledom; {hint} `ledom --help` lists them")
+    return run_one(parsed.command, parsed.arguments, f"ledom {parsed.command}")
 
 
 def run_one(command: str, argv: Sequence[str], prog: str) -> int | None:
-    """Run one command; `prog` is how its usage names it. Returns its exit code."""
+    """Run one command and return its exit code. `prog` is its name in the usage line."""
     code: int | None = load(command).main(argv, prog)
     return code
 
 
 def run_tool(command: str) -> NoReturn:
-    """Run the script of a checkout that stands for a command."""
+    """Run a command as its script in `tools/`."""
     run_command(lambda: run_one(command, sys.argv[1:], f"tools/{command.replace('-', '_')}.py"))
 
 
 def main() -> NoReturn:
-    """Run `ledom` and exit the process with its code, see errors.py."""
+    """Run `ledom` and exit the process with its exit code (see errors.py)."""
     run_command(lambda: run(sys.argv[1:]))

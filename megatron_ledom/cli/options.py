@@ -1,38 +1,52 @@
-"""Options that several commands share, each with one spelling, one default and one help text."""
+"""Options that several commands share, with one name, one default and one help text each."""
 
 import argparse
 
+INPUT_HELP = (
+    "files, patterns in quotes, folders, @LIST of these, or addresses such as s3://; formats: JSON Lines, Parquet, Arrow, WET and plain"
+    " text, the text formats also as .gz, .zst, .bz2 or .xz"
+)
+"""Help of --input where it takes corpus files."""
 
-def add_overwrite(parser: argparse.ArgumentParser, what: str = "a shard that exists") -> None:
-    """Let a command replace what is there."""
+
+def add_overwrite(parser: argparse.ArgumentParser, what: str = "an existing shard") -> None:
+    """Let a command replace an existing output."""
     parser.add_argument("--overwrite", action="store_true", help=f"replace {what}")
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Take the config of a run, and overrides of its keys behind all options."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML of the run, or a name from `ledom configs list`")
+    """Take the config of a run, and overrides of its keys after all options."""
+    parser.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file of the run, or a name from `ledom configs list`"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override a key of the config")
 
 
 def add_batch_size(parser: argparse.ArgumentParser) -> None:
-    """Take the number of sequences that a model gets at once."""
-    parser.add_argument("--batch-size", type=int, default=16, help="most sequences at once (default %(default)s)")
+    """Take the largest number of sequences in one batch."""
+    parser.add_argument(
+        "--batch-size", type=int, default=16, help="largest number of sequences in one batch (default %(default)s)"
+    )
 
 
 def add_unrecorded_direction(parser: argparse.ArgumentParser) -> None:
-    """Let a reverse model be used whose folder does not say that it is one."""
-    text = "of a reverse model whose config.json records no direction"
+    """Allow a reverse model whose folder records no direction."""
+    text = "for a reverse model whose config.json records no direction"
     parser.add_argument("--direction", choices=["reverse"], help=text)
-    parser.add_argument("--eod-id", type=int, metavar="ID", help=f"{text}: the id that ends a text, if not the eos")
+    parser.add_argument(
+        "--eod-id", type=int, metavar="ID", help=f"{text}: id of the token that ends a text, if it is not the eos"
+    )
 
 
 def add_text_template(parser: argparse.ArgumentParser) -> None:
-    """Let a text be joined from several keys of a record."""
-    text = r"joins several keys to one text, such as '{question}\n{answer}'; \n is a line break, a doubled brace a brace"
+    """Let a text be joined from several fields of a record."""
+    text = r"join several fields to one text, such as '{question}\n{answer}'; \n is a line break, {{ and }} are braces"
     parser.add_argument("--text-template", metavar="T", help=text)
 
 
 def add_bad_records(parser: argparse.ArgumentParser) -> None:
-    """Say which records are bad ones, and what becomes of them."""
-    parser.add_argument("--on-error", choices=["fail", "skip"], default="fail", help="what to do with a bad record")
-    parser.add_argument("--max-record-bytes", type=int, default=256 << 20, metavar="N", help="a longer record is a bad one")
+    """Take the limit of a record and the action for a bad record."""
+    parser.add_argument(
+        "--on-error", choices=["fail", "skip"], default="fail", help="action for a bad record: stop, or skip and count it"
+    )
+    parser.add_argument("--max-record-bytes", type=int, default=256 << 20, metavar="N", help="a longer record is bad")

@@ -1,4 +1,4 @@
-"""Pack prompts and answers from JSON lines into a shard for the fine-tuning of a scorer (data.loss_tokens chooses what counts)."""
+"""Pack pairs of prompt and answer into a shard to fine-tune a scorer. `data.loss_tokens` selects the tokens of the loss."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,27 +7,27 @@ from megatron_ledom.cli.options import add_overwrite
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines, one pair a line")
-    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="of the model, such as RUN/tokenizer")
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the shard without ending")
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines with one pair each")
+    parser.add_argument("--tokenizer", required=True, metavar="PATH", help="tokenizer of the model, such as RUN/tokenizer")
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the shard without extension")
     parser.add_argument("--seq-length", type=int, required=True, metavar="N", help="data.seq_length of the run, in tokens")
     parser.add_argument(
-        "--prompt-template", metavar="T", help="with {key} for a line's texts (default {question} and a newline)"
+        "--prompt-template", metavar="T", help="prompt with {field} for the fields of a line (default {question} and a newline)"
     )
-    parser.add_argument("--answer-template", metavar="T", help="follows the prompt as it is (default {answer})")
-    parser.add_argument("--direction", choices=["reverse", "forward"], help="of the model (default reverse)")
+    parser.add_argument("--answer-template", metavar="T", help="answer, directly after the prompt (default {answer})")
+    parser.add_argument("--direction", choices=["reverse", "forward"], help="direction of the model (default reverse)")
     policies = ("refuse", "skip", "cut")
-    text = "a pair longer than a sample: refused, left out, or its given part cut at the end far from what is scored (default refuse)"
+    text = "a pair longer than a sample: refuse it (default), skip it, or cut the part that is not scored at its far end"
     parser.add_argument("--too-long", choices=policies, help=text)
-    parser.add_argument("--eod-token", metavar="TOKEN", help="closes each pair (default: the tokenizer's eos)")
+    parser.add_argument("--eod-token", metavar="TOKEN", help="token that ends each pair, eod (default: the tokenizer's eos)")
     add_overwrite(parser)
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse first, import after: `--help` answers at once."""
+    """Run the command. Imports follow parsing, so `--help` is fast."""
     given = {name: value for name, value in vars(build_parser(prog).parse_args(argv)).items() if value is not None}
     import logging
 

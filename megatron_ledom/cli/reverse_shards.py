@@ -1,4 +1,4 @@
-"""Turn stored shards to the other direction without the corpus: ours, and plain .bin and .idx of other Megatron tools."""
+"""Convert shards to the other direction without the corpus: our own, or .bin and .idx of other Megatron tools."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,33 +7,33 @@ from megatron_ledom.cli.options import add_overwrite
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument(
         "--input",
         nargs="+",
         required=True,
         metavar="P",
-        help="prefixes or patterns of them such as 'data/x-*-of-00064'; several become one shard, in this order",
+        help="prefixes, or patterns such as 'data/x-*-of-00064'; several become one shard, in this order",
     )
-    parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the turned shard without ending")
+    parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the new shard without extension")
     add_overwrite(parser)
-    foreign = parser.add_argument_group("inputs without a manifest, made by another tool")
-    foreign.add_argument("--tokenizer", metavar="PATH", help="the tokenizer they were made with (needed)")
-    foreign.add_argument("--eod-token", metavar="T", help="token that closes documents; default: the tokenizer's eos")
+    foreign = parser.add_argument_group("inputs of another tool, without a manifest")
+    foreign.add_argument("--tokenizer", metavar="PATH", help="their tokenizer (required)")
+    foreign.add_argument("--eod-token", metavar="T", help="token that ends documents (eod); default: the tokenizer's eos")
     foreign.add_argument("--from-direction", choices=["forward", "reverse"], help="their direction (default: forward)")
     foreign.add_argument(
         "--eod",
         choices=["auto", "keep", "append"],
         default="auto",
-        help="keep: every document ends with eod; append: none does, add it; auto: see the first documents (default)",
+        help="keep: every document ends with eod; append: none does, add it; auto: look at the first documents (default)",
     )
     foreign.add_argument("--text-bytes", type=int, default=0, metavar="N", help="UTF-8 bytes of their text, for bits per byte")
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse first, import after: `--help` answers at once."""
+    """Run the command. Imports follow parsing, so `--help` is fast."""
     arguments = build_parser(prog).parse_args(argv)
     import logging
 

@@ -1,26 +1,32 @@
-"""Train a SentencePiece BPE tokenizer (byte fallback, single digits, text kept as it is) with the specials LEDOM uses."""
+"""Train a SentencePiece BPE tokenizer (byte fallback, single digits, no text normalization) with the special tokens of LEDOM."""
 
 import argparse
 from collections.abc import Sequence
 
-from megatron_ledom.cli.options import add_bad_records, add_text_template
+from megatron_ledom.cli.options import INPUT_HELP, add_bad_records, add_text_template
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--input", nargs="+", required=True, metavar="GLOB", help="*.jsonl[.gz|.zst], *.parquet, *.txt")
-    parser.add_argument("--vocab-size", type=int, required=True, metavar="N", help="pieces; five specials come on top")
-    parser.add_argument("--output", required=True, metavar="DIR", help="folder to make")
-    parser.add_argument("--text-key", default="text", help="JSON key or Parquet column of the text")
+    parser.add_argument("--input", nargs="+", required=True, metavar="GLOB", help=INPUT_HELP)
+    parser.add_argument(
+        "--vocab-size", type=int, required=True, metavar="N", help="number of pieces; five special tokens are added"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
+    parser.add_argument(
+        "--text-key", default="text", help="field or column of the text; a.b is field b of the object in field a"
+    )
     add_text_template(parser)
     add_bad_records(parser)
-    parser.add_argument("--max-sentences", type=int, metavar="N", help="lines to learn from, drawn evenly; default: all")
+    parser.add_argument(
+        "--max-sentences", type=int, metavar="N", help="number of lines to train on, drawn evenly; default: all"
+    )
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse first, import after: `--help` answers at once."""
+    """Run the command. Imports follow parsing, so `--help` is fast."""
     arguments = build_parser(prog).parse_args(argv)
     import logging
 

@@ -1,23 +1,23 @@
-"""Fit the planner on published runs and judge it by others: prints the tables of megatron_ledom/planning/validation/VALIDATION.md."""
+"""Compare the planner with published runs. Prints the tables of megatron_ledom/planning/validation/VALIDATION.md."""
 
 import argparse
 from collections.abc import Sequence
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the command line."""
+    """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument(
-        "--hardware", default="a100-80", metavar="NAME", help="file whose numbers are judged: those points' GPU"
+        "--hardware", default="a100-80", metavar="NAME", help="hardware file to check; the published runs used this GPU"
     )
-    parser.add_argument("--fit", action="store_true", help="fit its numbers again first, and print them")
-    parser.add_argument("--write", metavar="FILE", help="replace the tables in this file, between its marks")
-    parser.add_argument("--write-examples", metavar="README", help="replace the worked examples in this file, too")
+    parser.add_argument("--fit", action="store_true", help="first fit its efficiencies again, and print them")
+    parser.add_argument("--write", metavar="FILE", help="replace the tables between the marks of this file")
+    parser.add_argument("--write-examples", metavar="README", help="also replace the worked examples in this file")
     return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse first, import after: `--help` answers at once."""
+    """Run the command. Imports follow parsing, so `--help` is fast."""
     arguments = build_parser(prog).parse_args(argv)
     from megatron_ledom.markdown import write_between
     from megatron_ledom.planning.hardware import load_hardware

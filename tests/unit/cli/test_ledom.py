@@ -104,7 +104,7 @@ def test_version() -> None:
     ],
 )
 def test_a_wrong_command_is_explained(given: str, hint: str) -> None:
-    with pytest.raises(UsageError, match=f"{given} is no command of ledom; {re.escape(hint)}") as raised:
+    with pytest.raises(UsageError, match=f"{given} is not a command of ledom; {re.escape(hint)}") as raised:
         run([given])
     assert raised.value.exit_code == 2
 
