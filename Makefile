@@ -7,12 +7,12 @@ PYTEST := $(BIN)/python -m pytest
 
 SIZE ?= full
 
-# Tests of one process run on two at once, each file in one of them; tests that start ranks or a cluster need the machine for themselves.
+# Tests that need one process run in two workers, a file at a time; tests that start ranks or a cluster run alone.
 WORKERS ?= 2
 AT_ONCE := -n $(WORKERS) --dist loadfile
 ALONE := distributed or slurm
 
-.PHONY: quickstart study test test-fast test-slow check unit clean
+.PHONY: quickstart study docs test test-fast test-slow check unit clean
 
 quickstart: $(STAMP)
 	$(BIN)/python examples/quickstart/run.py
@@ -20,7 +20,12 @@ quickstart: $(STAMP)
 study: $(STAMP)
 	$(BIN)/python examples/study/study.py --size $(SIZE) $(if $(GSM8K),--gsm8k $(GSM8K))
 
-# Everything but the slow tests. The second part runs also where the first has failed; either fails the target.
+# The documentation as a site in build/site; a broken link fails. `$(BIN)/python -m docs.generator` writes its generated pages first.
+docs: $(STAMP)
+	$(BIN)/python -m docs.generator
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# All tests except the slow ones. The second part also runs if the first fails; a failure of either fails the target.
 test: check
 	@first=0; second=0; \
 	echo "=== 1 of 2: tests of one process, $(WORKERS) at once"; \
@@ -30,7 +35,7 @@ test: check
 	echo "=== exit codes: $$first, $$second"; \
 	exit $$((first > second ? first : second))
 
-# Lint, types and unit tests: what to run before each commit.
+# Lint, types and unit tests: run before each commit.
 test-fast: check unit
 
 test-slow: $(STAMP)

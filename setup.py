@@ -1,14 +1,14 @@
-"""Builds the C++ helpers and the CUDA operators where they can be built. What else there is to the package is in pyproject.toml.
+"""Builds the C++ helpers and the CUDA operators if possible. pyproject.toml has the rest of the package's description.
 
-LEDOM_EXTENSIONS=auto   the default: C++ is built where a compiler and the headers of Python are found; what does not compile
-                        fails. Without it all but preprocessing and turning shards works, and the wheel is one for any machine
-LEDOM_EXTENSIONS=1      it is built, or the build fails and says why
-LEDOM_EXTENSIONS=0      nothing is built, the CUDA operators neither
+LEDOM_EXTENSIONS=auto   the default: the C++ is built if a compiler and the Python headers are found; a compile error ends the
+                        build. Without the C++, preprocessing and reversing shards do not work, and the wheel fits any machine
+LEDOM_EXTENSIONS=1      the C++ is built, or the build fails with the reason
+LEDOM_EXTENSIONS=0      nothing is built, including the CUDA operators
 
-LEDOM_CUDA=auto    the default: the operators are built where nvcc and a CUDA torch are found
-LEDOM_CUDA=1       they are built, or the build fails and says why; a CPU torch will do, whose headers alone are needed
+LEDOM_CUDA=auto    the default: the operators are built if nvcc and a CUDA torch are found
+LEDOM_CUDA=1       they are built, or the build fails with the reason; a CPU torch suffices, because only its headers are needed
 LEDOM_CUDA=0       they are not built
-LEDOM_CUDA_ARCHS   compute capabilities, "80;90;100" if not said; code for the last one is kept as PTX, too, for newer GPUs
+LEDOM_CUDA_ARCHS   compute capabilities, "80;90;100" by default; PTX for the last one is included, for newer GPUs
 """
 
 import importlib.util
@@ -29,7 +29,7 @@ DEFAULT_ARCHS = "80;90;100"
 
 
 def mode_of(variable: str) -> str:
-    """auto, 0 or 1, as the environment says; exits for anything else."""
+    """Return the variable's value: auto, 0 or 1. Exits for any other."""
     mode = os.environ.get(variable, "auto")
     if mode not in ("auto", "0", "1"):
         sys.exit(f"{variable}={mode}, expected auto, 0 or 1")
@@ -37,7 +37,7 @@ def mode_of(variable: str) -> str:
 
 
 def why_no_extensions() -> str | None:
-    """What C++ modules lack here; None if they can be built."""
+    """Return the reason why C++ modules cannot be built here; None if they can."""
     compiler = os.environ.get("CXX", sysconfig.get_config_var("CXX") or "c++")
     if not compiler or shutil.which(shlex.split(compiler)[0]) is None:
         return f"the C++ compiler {compiler} is not found; install one (Debian: apt install g++), or set CXX"
@@ -48,7 +48,7 @@ def why_no_extensions() -> str | None:
 
 
 def builds_extensions() -> bool:
-    """Whether anything is compiled; exits with the reason if it must be and cannot."""
+    """Return True if anything is compiled. Exits with the reason if a required build is not possible."""
     mode, lacking = mode_of("LEDOM_EXTENSIONS"), why_no_extensions()
     reason = "LEDOM_EXTENSIONS=0" if mode == "0" else lacking
     if mode == "1" and reason:
@@ -57,25 +57,25 @@ def builds_extensions() -> bool:
         sys.exit(f"LEDOM_CUDA=1, but {reason}")
     if reason:
         print(
-            f"megatron_ledom: C++ helpers not built, all but preprocessing and turning shards works without: {reason}",
+            f"megatron_ledom: C++ helpers not built, so preprocessing and reversing shards do not work: {reason}",
             file=sys.stderr,
         )
     return reason is None
 
 
 def find_nvcc() -> Path | None:
-    """The compiler, where it really is: the one on the PATH may be a script that calls it."""
+    """Return the real path of nvcc: the one on the PATH may be a script that calls it."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if found is None:
         return None
-    told = subprocess.run([found, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
-    tops = [line.partition("TOP=")[2].strip() for line in told.splitlines() if line.startswith("#$ TOP=")]
+    printed = subprocess.run([found, "--dryrun", "-E", "-x", "cu", "/dev/null"], capture_output=True, text=True).stderr
+    tops = [line.partition("TOP=")[2].strip() for line in printed.splitlines() if line.startswith("#$ TOP=")]
     return Path(tops[0]).resolve() / "bin" / "nvcc" if tops else Path(found)
 
 
 def find_torch() -> tuple[Path | None, bool]:
-    """The folder of torch, if this build can see one, and whether it is a CUDA torch; torch is not imported."""
+    """Return the folder of torch, if this build finds one, and True for a CUDA torch. Does not import torch."""
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         return None, False
@@ -84,7 +84,7 @@ def find_torch() -> tuple[Path | None, bool]:
 
 
 def why_not(nvcc: Path | None, torch: Path | None) -> str | None:
-    """What the CUDA operators lack here; None if they can be built."""
+    """Return the reason why CUDA operators cannot be built here; None if they can."""
     if nvcc is None:
         return "nvcc is not found; set CUDA_HOME, or put nvcc on the PATH"
     if torch is None:
@@ -95,7 +95,7 @@ def why_not(nvcc: Path | None, torch: Path | None) -> str | None:
 
 
 def cuda_extension() -> Extension | None:
-    """The CUDA operators if they are to be built; exits with the reason if they must be and cannot."""
+    """Return the extension of the CUDA operators, or None. Exits with the reason if a required build is not possible."""
     mode = mode_of("LEDOM_CUDA")
     if mode == "0":
         print("megatron_ledom: CUDA operators not built: LEDOM_CUDA=0", file=sys.stderr)
@@ -105,7 +105,7 @@ def cuda_extension() -> Extension | None:
     if mode == "1" and reason:
         sys.exit(f"LEDOM_CUDA=1, but {reason}")
     if reason is None and mode == "auto" and not has_cuda:
-        reason = "this torch has no CUDA (LEDOM_CUDA=1 builds them all the same)"
+        reason = "this torch has no CUDA (LEDOM_CUDA=1 builds them anyway)"
     if reason:
         print(f"megatron_ledom: CUDA operators not built: {reason}", file=sys.stderr)
         return None
@@ -116,10 +116,10 @@ def cuda_extension() -> Extension | None:
 
 
 class Build(build_ext):
-    """pybind11's builder, which hands CUDA operators to nvcc."""
+    """pybind11's build command, extended by the CUDA operators, which nvcc compiles."""
 
     def get_ext_filename(self, fullname: str) -> str:
-        """The CUDA operators hold nothing of Python: their file's name says no version of it."""
+        """Return the file name; without a Python version for the CUDA operators, which do not use Python."""
         path: str = super().get_ext_filename(fullname)
         return str(Path(path).parent / "_cuda_ops.so") if fullname.endswith("_cuda_ops") else path
 
@@ -139,22 +139,22 @@ class Build(build_ext):
         self.link(ext, objects, target)
 
     def nvcc_flags(self, ext: Extension) -> list[str]:
-        """Code for every asked-for GPU that this nvcc knows, PTX for the last."""
+        """Return nvcc's command for all requested GPUs that it supports, with PTX for the last one."""
         known = subprocess.run([str(ext.nvcc), "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
         asked = [arch for arch in os.environ.get("LEDOM_CUDA_ARCHS", DEFAULT_ARCHS).replace(",", ";").split(";") if arch]
         archs = [arch for arch in asked if f"compute_{arch.rstrip('af')}" in known]
         if not archs:
-            sys.exit(f"LEDOM_CUDA_ARCHS={';'.join(asked)}: {ext.nvcc} knows none of them, but {' '.join(known)}")
+            sys.exit(f"LEDOM_CUDA_ARCHS={';'.join(asked)}: {ext.nvcc} supports none of them, but {' '.join(known)}")
         code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         code += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}", "-t0"]
         return [str(ext.nvcc), "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", *code]
 
     def binding_flags(self, ext: Extension) -> list[str]:
-        """The bindings see torch's headers, and the architectures that the kernels are built for."""
+        """Return the compiler's command for the bindings, with torch's headers."""
         return [os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", f"-I{ext.torch}/include"]
 
     def link(self, ext: Extension, objects: list[str], target: Path) -> None:
-        """With libtorch, not libtorch_cpu alone, so that libtorch_cuda's symbols are found where it has one."""
+        """Link with libtorch as well as libtorch_cpu, so that symbols of libtorch_cuda are found if torch has it."""
         toolkit = ext.nvcc.resolve().parents[1]
         torch = [f"-L{ext.torch}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu", "-Wl,--as-needed"]
         cuda = [f"-L{toolkit}/lib64", f"-L{toolkit}/lib", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
@@ -162,7 +162,7 @@ class Build(build_ext):
 
 
 def helper(name: str, folder: str) -> Pybind11Extension:
-    """A C++ module of one folder of csrc/."""
+    """Return the extension of a folder of csrc/."""
     return Pybind11Extension(
         f"megatron_ledom.{name}",
         sorted(glob(f"{folder}/*.cpp")),
@@ -174,7 +174,7 @@ def helper(name: str, folder: str) -> Pybind11Extension:
 
 
 def extensions() -> list[Extension]:
-    """Everything that is compiled."""
+    """Return all extensions to compile."""
     if not builds_extensions():
         return []
     cuda = cuda_extension()
@@ -183,7 +183,7 @@ def extensions() -> list[Extension]:
 
 setup(
     packages=[*find_packages(include=["megatron_ledom*"]), "megatron_ledom.configs"],
-    package_dir={"megatron_ledom.configs": "examples/configs"},  # a wheel holds the configs of the checkout
+    package_dir={"megatron_ledom.configs": "examples/configs"},  # a wheel contains the configs of the checkout
     package_data={
         "megatron_ledom": ["py.typed"],
         "megatron_ledom.configs": ["*.yaml"],

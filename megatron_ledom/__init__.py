@@ -1,6 +1,6 @@
 """Pretraining of reverse language models on megatron-core: text to shards, training, export, Reverse Reward.
 
-docs/python_api.md names what other programs can rely on.
+docs/python_api.md lists the names that other programs can rely on.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -19,12 +19,12 @@ _load = lazy_exports(__name__, {"megatron_ledom.direction": ["Direction"], "mega
 
 
 def __getattr__(name: str) -> Any:
-    """Look the version up, or import an export, when it is first asked for."""
+    """Return the version or an export, imported at its first use."""
     return _version() if name == "__version__" else _load(name)
 
 
 def _version() -> str:
-    """The installed version, or that of a checkout which is not installed."""
+    """Return the installed version, or that of a checkout that is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -1,4 +1,4 @@
-"""Stands where the compiled module of this name was not built, and says so; Python finds the compiled one first."""
+"""Imported only if the compiled module of this name was not built; raises UsageError with the way to build it."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
 
 
 raise UsageError(
-    "megatron_ledom was installed without its C++ helpers (no compiled module megatron_ledom._helpers), which preprocessing text"
-    " and turning shards need; everything else does without. Install a C++ compiler and the headers of Python (Debian: apt install g++"
+    "megatron_ledom was installed without its C++ helpers (no compiled module megatron_ledom._helpers). Only preprocessing text and"
+    " reversing shards need them. Install a C++ compiler and the headers of Python (Debian: apt install g++"
     " python3-dev), then build: LEDOM_EXTENSIONS=1 pip install --force-reinstall --no-deps --no-cache-dir megatron-ledom, or . in a"
     " checkout"
 )

@@ -1,7 +1,7 @@
-"""The order of tokens: the one place that turns text order into model order and back.
+"""The order of tokens: the only module that converts text order to model order and back.
 
-Text order is as read; model order is as fed to the network. A reverse model (LEDOM, arXiv 2507.01335) reads each document
-from its end, so its model order is the text order turned around, token by token, never character by character.
+People read text order; the network reads model order. A reverse model (LEDOM, arXiv 2507.01335) reads each document
+from its end, so its model order is the text order with the tokens reversed, never the characters.
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 
 class Direction(StrEnum):
-    """Which way a model reads: `reverse` predicts the preceding token of the text, `forward` the following one."""
+    """Reading direction of a model: `reverse` predicts the preceding token of the text, `forward` the following one."""
 
     REVERSE = "reverse"
     FORWARD = "forward"
@@ -28,15 +28,15 @@ Ids = TypeVar("Ids", list[int], npt.NDArray[Any])
 
 
 def to_model_order(text_ids: Ids, direction: Direction) -> Ids:
-    """One document's ids [length] from text order to model order; always a fresh, contiguous copy."""
+    """Return one document's ids [length], given in text order, in model order; always a new, contiguous copy."""
     if direction is Direction.REVERSE:
         return _reversed(text_ids)
     return text_ids.copy()
 
 
 def to_text_order(model_ids: Ids, direction: Direction) -> Ids:
-    """One document's ids [length] from model order to text order; always a fresh, contiguous copy."""
-    return to_model_order(model_ids, direction)  # turning twice is the identity
+    """Return one document's ids [length], given in model order, in text order; always a new, contiguous copy."""
+    return to_model_order(model_ids, direction)  # reversing twice is the identity
 
 
 def _reversed(ids: Ids) -> Ids:
@@ -44,32 +44,34 @@ def _reversed(ids: Ids) -> Ids:
 
 
 def check_helpers() -> None:
-    """Raise UsageError where the C++ helpers, which `concatenate_into` and `reverse_into` call, are not built."""
+    """Raise UsageError if the C++ helpers, which `concatenate_into` and `reverse_into` call, are not built."""
     import megatron_ledom._helpers  # noqa: F401
 
 
 def concatenate_into(
     text_ids: npt.NDArray[np.uint32],
     offsets: npt.NDArray[np.int64],
-    packed: npt.NDArray[Any],
+    stored_ids: npt.NDArray[Any],
     *,
     direction: Direction,
     eod_id: int,
     vocab_size: int,
     bos_id: int | None = None,
 ) -> int:
-    """Fill `packed` with many documents in model order, each closed by eod: what a shard stores.
+    """Fill `stored_ids` with documents in model order, each closed by eod, as a shard stores them.
 
-    text_ids [total]: the documents' ids one after the other, text order; offsets [documents + 1]: where each begins;
-    packed [total + documents with tokens], uint16 or int32. A document without tokens leaves nothing. A `bos_id` stands
-    first in model order, one more id a document. Returns -1, or the position in `text_ids` of the first id that is at or above
-    `vocab_size` or is the eod; `packed` is then incomplete.
+    text_ids [total]: the ids of all documents, one document after the other, in text order.
+    offsets [documents + 1]: the beginning of each document in `text_ids`.
+    stored_ids [total + documents with tokens], uint16 or int32. A document without tokens adds nothing. A `bos_id` comes
+    first in model order and adds one id to each document.
+    Returns -1, or the position in `text_ids` of the first id that is `vocab_size` or more, or is the eod; `stored_ids` is
+    then incomplete.
     """
-    import megatron_ledom._helpers as helpers  # compiled at install; imported late: all but this does without it
+    import megatron_ledom._helpers as helpers  # compiled at install; imported here because few functions need it
 
     is_reverse = direction is Direction.REVERSE
     return int(
-        helpers.pack_documents(text_ids, offsets, packed, is_reverse, -1 if bos_id is None else bos_id, eod_id, vocab_size)
+        helpers.pack_documents(text_ids, offsets, stored_ids, is_reverse, -1 if bos_id is None else bos_id, eod_id, vocab_size)
     )
 
 
@@ -82,14 +84,16 @@ def reverse_into(
     eod_id: int,
     vocab_size: int,
 ) -> int:
-    """Fill `reversed_ids` with many stored documents in the other direction, each closed by eod: what the other shard stores.
+    """Fill `reversed_ids` with stored documents in the other direction, each closed by eod, as a shard stores them.
 
-    stored_ids [sum(lengths)], uint8, uint16, int32 or int64: the documents one after the other; lengths [documents]; turned,
-    uint16 or int32. With `is_closed` each document ends with eod, which stays last, else none does and one is added; one
-    without ids besides eod leaves nothing. Returns -1, or the position in `stored_ids` of the first id that is outside
-    [0, vocab_size), is an eod inside a document, or closes a document without being eod; `reversed_ids` is then incomplete.
+    stored_ids [sum(lengths)], uint8, uint16, int32 or int64: the ids of all documents, one document after the other.
+    lengths [documents]; reversed_ids, uint16 or int32.
+    is_closed: every document ends with eod, which stays last; otherwise none does, and one is added. A document with no
+    other id adds nothing.
+    Returns -1, or the position in `stored_ids` of the first wrong id: outside [0, vocab_size), an eod inside a document, or
+    a last id that is not eod although `is_closed`. `reversed_ids` is then incomplete.
     """
-    import megatron_ledom._helpers as helpers  # compiled at install; imported late: all but this does without it
+    import megatron_ledom._helpers as helpers  # compiled at install; imported here because few functions need it
 
     return int(helpers.turn_documents(stored_ids, lengths, reversed_ids, is_closed, eod_id, vocab_size))
 
@@ -97,9 +101,9 @@ def reverse_into(
 def concatenate_documents_reference(
     documents: Sequence[Sequence[int]], direction: Direction, eod_id: int, bos_id: int | None = None
 ) -> list[int]:
-    """What `concatenate_into` computes, in plain Python: the text of the rule, and the yardstick of its tests."""
-    packed: list[int] = []
+    """Return the ids that `concatenate_into` writes: the rule in plain Python, the reference of its tests."""
+    stored_ids: list[int] = []
     for document in documents:
         if document:
-            packed += [*([] if bos_id is None else [bos_id]), *to_model_order(list(document), direction), eod_id]
-    return packed
+            stored_ids += [*([] if bos_id is None else [bos_id]), *to_model_order(list(document), direction), eod_id]
+    return stored_ids

@@ -1,8 +1,8 @@
-"""Mistakes of the user, as exceptions: each message says what was found, what was expected and what to do.
+"""Exceptions for mistakes of the user. Each message states what was found, what was expected and what to do.
 
-Exit codes of every command line: 0 done; 1 a check failed, and 2 wrong usage: a new start would fail again; 3 (`UNFORESEEN`)
-what a new start may overcome: a disk or file server that fails for a while, a helper that was killed, in training also a lost
-rank and every other exception. Training also ends with 75 when a rank hangs (`training.watchdog.EXIT_CODE`).
+Exit codes of every command: 0: done. 1: a check failed, 2: wrong usage; a new start would fail again. 3 (`UNFORESEEN`): a
+failure that a new start may overcome, such as a disk or file server that fails for a while or a worker that was killed; in
+training also a lost rank and every other exception. Training ends with 75 if a rank hangs (`training.watchdog.EXIT_CODE`).
 """
 
 import errno
@@ -13,45 +13,43 @@ from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 CLOSED_PIPE = 141
-"""Exit code where the output's reader has left, as a shell tells it of SIGPIPE."""
+"""Exit code if the reader of the output has ended; a shell reports the same code for SIGPIPE."""
 UNFORESEEN = 3
-"""Exit code of a failure that a new start may overcome: scripts start such a run again, and no other that failed."""
+"""Exit code of a failure that a new start may overcome. Scripts restart a failed run only after this code."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LASTING = (*FULL, errno.EACCES, errno.EPERM)
-"""Errors of a file system that a new start meets as well."""
+"""Errors of a file system that a new start would meet again."""
 NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
-"""What a file system without locks answers."""
-
-
+"""Errors that a file system without locks returns."""
 STEERING = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069\\ud800-\\udfff]")
 """Characters that `visible` escapes."""
 
 
 class LedomError(ValueError):
-    """Base of every error a user can cause and cure; `exit_code` is what a command line returns for it."""
+    """Base of every error that a user can correct. A command ends with the error's `exit_code`."""
 
     exit_code = 1
 
 
 class UsageError(LedomError):
-    """The command was asked wrongly: a missing file, an unknown option, a folder that is in the way."""
+    """Wrong use of a command: a missing file, an unknown option, a folder that exists already."""
 
     exit_code = 2
 
 
 class ConfigError(UsageError):
-    """The run configuration cannot work; the message names the dotted key."""
+    """A run configuration that cannot work. The message names the dotted key."""
 
 
 class DataError(LedomError):
-    """A file's content is not what it should be: malformed, truncated, out of range."""
+    """A file with wrong content: malformed, truncated or out of range."""
 
 
 class NotFiniteError(DataError):
-    """A model gave NaN or infinity where a score was expected: this is no result, and nothing may be ranked by it.
+    """A model returned NaN or infinity as a score, so there is no result to rank by.
 
-    read: what the model had read, model order, before the position that failed; next_id: the token that was to be scored there,
-    None where one was to be chosen.
+    read: the ids that the model had read, in model order, before the position that failed. next_id: the token to score at that
+    position; None if a token was to be chosen.
     """
 
     def __init__(self, message: str, read: Sequence[int] = (), next_id: int | None = None) -> None:
@@ -60,47 +58,47 @@ class NotFiniteError(DataError):
 
 
 class MismatchError(LedomError):
-    """Two things that must agree do not: direction, tokenizer, architecture."""
+    """Two things that must agree differ in direction, tokenizer or architecture."""
 
 
 class VerificationError(LedomError):
-    """A check of finished work failed, such as the logits gate of an export."""
+    """A check of finished work failed, such as the parity check of an export."""
 
 
 class PlanError(LedomError):
-    """The plan of a run says that it cannot work: the memory of a device, or the disk, is not enough."""
+    """A run that cannot work according to its plan: too little device memory or disk space."""
 
 
 class StoppedError(LedomError):
-    """Training stopped by itself because going on would waste the machine, for example a loss that is not finite."""
+    """Training stopped itself because more steps would be wasted, for example after a loss that is not finite."""
 
 
 class TransientError(LedomError):
-    """The machine failed, not the user: a disk or file server that does not answer, a helper that was killed."""
+    """A failure of the machine: a disk or file server that does not answer, a worker process that was killed."""
 
     exit_code = UNFORESEEN
 
 
 class StoppedWaiting(Exception):
-    """A signal came before a run began: nothing starts, and nothing was changed. No error: the command ends with 0."""
+    """A signal came before a run began. Nothing starts and nothing was changed; the command ends with 0."""
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether this is an error of the file system that a new start may overcome, such as EIO, ESTALE or a vanished mount."""
+    """Return True for a file system error that a new start may overcome, such as EIO, ESTALE or a lost mount."""
     return isinstance(error, OSError) and error.errno not in LASTING
 
 
 def cannot_write(error: OSError, path: str) -> LedomError:
-    """What to say when writing a file failed in the middle of work that can be taken up again."""
+    """Return the error for a file that could not be written, in work that the same command can resume."""
     if error.errno in FULL:
-        advice = "make room, then run the same command again: what is finished is kept"
+        advice = "make room, then run the same command again: finished work is kept"
         return DataError(f"{path} cannot be written: {error.strerror}; {advice}")
     kind = TransientError if may_pass(error) else DataError
     return kind(f"{path} cannot be written ({error.strerror}); check the disk, then run the same command again")
 
 
 def first_cause(error: BaseException) -> BaseException:
-    """The disk's own error: torch meets a second one when it closes the file that could not be written."""
+    """Return the error of the disk: torch raises a second one when it closes the file that could not be written."""
     context: BaseException | None = error
     while context is not None:
         if isinstance(context, OSError):
@@ -110,15 +108,15 @@ def first_cause(error: BaseException) -> BaseException:
 
 
 def visible(text: str) -> str:
-    """Return a text of unknown origin for a terminal: control characters, which could steer it, become escapes such as \\x1b.
+    """Return a text of unknown origin, safe to print on a terminal.
 
-    So do bidirectional overrides and lone surrogates; line breaks and tabs stay.
+    Control characters, bidirectional overrides and lone surrogates become escapes such as \\x1b; line breaks and tabs stay.
     """
     return STEERING.sub(lambda found: ascii(found.group())[1:-1], text)
 
 
 def _check_arguments(arguments: list[str]) -> None:
-    """Refuse what is not UTF-8: paths are written into manifests and reports, which are JSON."""
+    """Raise UsageError for an argument that is not UTF-8: manifests and reports contain paths as JSON."""
     for argument in arguments:
         try:
             argument.encode()
@@ -127,13 +125,13 @@ def _check_arguments(arguments: list[str]) -> None:
 
 
 def run_command(main: Callable[[], int | None]) -> NoReturn:
-    """Run a command line's `main` and exit the process with its code, see the top of this file."""
+    """Run the `main` of a command and exit with its code (see the docstring of this module)."""
     try:
         _check_arguments(sys.argv[1:])
         code = main() or 0
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader of our output, such as `head`, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still to be flushed at the exit goes there
+    except BrokenPipeError:  # the reader of our output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         code = CLOSED_PIPE
     except LedomError as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
@@ -142,7 +140,8 @@ def run_command(main: Callable[[], int | None]) -> NoReturn:
         if error.filename is None:
             raise
         print(
-            f"error: {visible(str(error.filename))}: {error.strerror}; check that it is there and may be used", file=sys.stderr
+            f"error: {visible(str(error.filename))}: {error.strerror}; check that it exists and that you may use it",
+            file=sys.stderr,
         )
         given_wrongly = (FileNotFoundError, NotADirectoryError, IsADirectoryError, FileExistsError)
         code = UNFORESEEN if may_pass(error) and not isinstance(error, given_wrongly) else 1

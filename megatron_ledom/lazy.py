@@ -1,4 +1,4 @@
-"""Exports of a package that are imported when they are first asked for, so that importing the package stays instant."""
+"""Exports of a package that are imported at their first use, so that importing the package is fast."""
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def lazy_exports(package: str, exports: Mapping[str, Sequence[str]]) -> Callable[[str], Any]:
-    """Return the `__getattr__` (PEP 562) of a package; `exports` gives the names that come from each module."""
+    """Return the `__getattr__` (PEP 562) of a package; `exports` lists the names of each module."""
 
     def load(name: str) -> Any:
         """Import one export."""

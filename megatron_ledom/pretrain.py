@@ -1,9 +1,9 @@
 """Train a model: `torchrun ... -m megatron_ledom.pretrain --config FILE [section.key=value ...]`.
 
-`srun python -m megatron_ledom.pretrain ...` does the same inside a SLURM job. The same command on the same `run_dir` resumes from
-the latest checkpoint. SIGTERM, SIGUSR1 or SIGUSR2 saves at the next step boundary and exits with 0, and so does the approach of
-the job's time limit. Send signals to the ranks, as srun does: torchrun passes SIGTERM on, but kills them after 30 seconds. Exit
-codes are those of `errors.py`; 0 says that the run is complete, or saved to be resumed (`--progress` says which).
+`srun python -m megatron_ledom.pretrain ...` does the same inside a SLURM job. The same command with the same `run_dir` resumes
+from the latest checkpoint. On SIGTERM, SIGUSR1 or SIGUSR2, and shortly before the job's time limit, the run saves after the
+current step and exits with 0. Send signals to the ranks, as srun does: torchrun forwards SIGTERM, but kills the ranks after
+30 seconds. `errors.py` lists the exit codes; 0 means complete, or saved and ready to resume (`--progress` shows which).
 """
 
 import argparse
@@ -33,11 +33,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("megatron_ledom.pretrain")
 
-COMPLETE = "nothing is left to do; a higher train.train_iters trains on"
+COMPLETE = "nothing is left to do; raise train.train_iters to train longer"
 
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
-    """Return the command line; torch is not imported yet."""
+    """Return the parser of the command line, without importing torch."""
     parser = argparse.ArgumentParser(
         prog=prog or "python -m megatron_ledom.pretrain",
         description="Train a reverse (or forward) language model from indexed shards.",
@@ -50,10 +50,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--check",
         type=int,
         metavar="RANKS",
-        help="check config, shards, tokenizer and run folder for a start on RANKS ranks, and stop: before asking for nodes",
+        help="check config, shards, tokenizer and run folder for a start on RANKS ranks, and stop; use it before requesting nodes",
     )
     parser.add_argument(
-        "--accept-plan", action="store_true", help="with --check and --dry-run: exit with 0 though memory or disk are too small"
+        "--accept-plan",
+        action="store_true",
+        help="with --check or --dry-run: exit with 0 even if memory or disk space is too small",
     )
     what.add_argument(
         "--progress", action="store_true", help="print the saved iteration and the last one of the run, `18000 51900`, and stop"
@@ -62,9 +64,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None, *, callbacks: "Sequence[Callback]" = ()) -> int:
-    """Train, or describe the run, as the command line asks. Returns the exit code.
+    """Train, or describe the run, according to the command line. Returns the exit code.
 
-    callbacks: called after those of the config, at each moment.
+    callbacks: called after those of the config, at each event.
     """
     arguments = build_parser(prog).parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
@@ -80,7 +82,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, *, callback
     elif arguments.progress:
         print(saved_iteration(checkpoint_folder(config)), config.train.train_iters)
     else:
-        stop = StopRequest()  # first of all: torch takes seconds to import
+        stop = StopRequest()  # first, because importing torch takes seconds
         launch = read_launch()
         check_config(config, launch.world_size)
         return run_to_exit_code(config, launch, stop, callbacks)
@@ -88,11 +90,11 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None, *, callback
 
 
 def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequence[Callback]" = ()) -> int:
-    """Train, and return 0, or UNFORESEEN after an error that is not the user's."""
+    """Train and return 0, or UNFORESEEN after an error that is not a user's mistake."""
     try:
         run(config, launch, stop, callbacks)
     except StoppedWaiting as reason:
-        log.warning("%s", reason)  # another start goes on from the same iteration
+        log.warning("%s", reason)  # another start resumes from the same iteration
     except (LedomError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # torch's CheckpointException is no Exception
@@ -104,7 +106,7 @@ def run_to_exit_code(config: RunConfig, launch: Launch, stop: StopRequest, callb
 
 
 def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequence[Callback]" = ()) -> None:
-    """Train one run in this process, as one of the launched ranks: check, take the run folder, build, train."""
+    """Train one run in this process, as one of the launched ranks: check, lock the run folder, build, train."""
     start_logging(launch.rank)
     from megatron_ledom.data.blends.sources import describe_blend, load_run_tokenizer, load_sources
     from megatron_ledom.training.preflight import check_environment, is_complete
@@ -137,13 +139,13 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
     log.info("platform: %s; layers: %s (%s)", platform.describe(), choice.implementation, choice.reason)
     log.info("%s", describe_ops(platform.device, choice.implementation))
     log.info("training data\n%s", describe_blend(config, sources))
-    with stop.leaving_at_once():  # no collective waits for the index: there is no process group yet
+    with stop.exiting_at_once():  # no collective waits for the index: there is no process group yet
         prepare_indices(config, sources, index_cache(config), launch)
 
     def take_run_folder() -> None:
-        """Take the run folder, on rank 0: what it refuses, all ranks refuse."""
+        """Lock and check the run folder on rank 0; an error here ends all ranks."""
         stop.deadline = find_deadline(config.train, started)
-        held.enter_context(lock_run(config.run_dir))
+        resources.enter_context(lock_run(config.run_dir))
         settle_latest(checkpoint_folder(config))
         check_still_latest(config, checkpoint)
         check_history(config, checkpoint)
@@ -154,32 +156,32 @@ def run(config: RunConfig, launch: Launch, stop: StopRequest, callbacks: "Sequen
 
     groups = start_distributed(platform, config.parallel, launch, stop.name)
     try:
-        with ExitStack() as held:
+        with ExitStack() as resources:
             from_first_rank(take_run_folder)
-            watchdog = held.enter_context(Watchdog(config, launch))
+            watchdog = resources.enter_context(Watchdog(config, launch))
             state = build_state(config, sources, platform, groups, choice, checkpoint)
             train(state, stop, [*build_callbacks(state, watchdog, task_hashes), *callbacks])
             watchdog.set_activity("waiting for the last rank", patient=True)
-            wait_for_all_ranks()  # rank 0 has most to close; srun gives the others' end a minute, then kills
+            wait_for_all_ranks()  # rank 0 closes last; srun kills the rest a minute after the first rank ends
     finally:
         stop_distributed()
 
 
 def start_logging(rank: int) -> None:
-    """Log to stderr, with the rank in each line; below warnings on rank 0 only."""
+    """Log to stderr with the rank in each line; ranks other than 0 log only warnings and errors."""
     logging.basicConfig(
         level=logging.INFO if rank == 0 else logging.WARNING,
         format=f"%(asctime)s [rank {rank}] %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    quiet_libraries()  # a line of the log says what is installed
+    quiet_libraries()  # a line of the log lists the installed versions
 
 
 def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False) -> str:
-    """Make the checks of a start on `num_ranks` ranks, without a GPU. Returns what it would do in one line, and the verdicts.
+    """Check a start on `num_ranks` ranks, without a GPU. Returns a line about the start and one for each verdict.
 
-    Raises PlanError, unless accepted, where memory or disk do not suffice.
+    Raises PlanError if memory or disk space is too small, unless `accept_plan` is set.
     """
     from megatron_ledom.data.blends.sources import load_run_tokenizer, load_sources
     from megatron_ledom.planning.verdicts import disk_verdict, memory_verdict, planned, refuse
@@ -202,7 +204,7 @@ def check_start(config: RunConfig, num_ranks: int, *, accept_plan: bool = False)
     model = replace(config.model, vocab_size=sources.provenance.vocab_size)
     verdicts = [memory_verdict(config, planned(config, num_ranks, model)), disk_verdict(config, model)]
     refuse(verdicts, accepted=accept_plan)
-    start = f"{num_ranks} ranks would go on from iteration {iteration} of {config.train.train_iters}"
+    start = f"{num_ranks} ranks would start from iteration {iteration} of {config.train.train_iters}"
     return "\n".join([start, *(verdict.line() for verdict in verdicts)])
 
 

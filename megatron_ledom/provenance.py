@@ -1,4 +1,4 @@
-"""What stored ids mean and in which order they stand. Shards, checkpoints and exports carry it; loading compares it."""
+"""The direction and tokenizer of stored ids. Shards, checkpoints and exports record both; loading compares them."""
 
 import hashlib
 import json
@@ -9,12 +9,12 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError
 
 UNHASHED = ("version", "truncation", "padding", "post_processor")
-"""What a tokenizer.json holds besides the way from text to ids."""
+"""Keys of a tokenizer.json that do not change the ids of a text."""
 
 
 @dataclass(kw_only=True, frozen=True, slots=True)
 class Provenance:
-    """The direction, and the tokenizer with its eod: two things fit together only when all of it is equal."""
+    """The direction, the tokenizer and its eod. Two things fit together only if all fields are equal."""
 
     direction: Direction
     tokenizer_name: str
@@ -24,22 +24,24 @@ class Provenance:
 
     @classmethod
     def from_dict(cls, stored: dict[str, Any], where: str) -> "Provenance":
-        """Read the fields from a manifest; `where` names the file in the error when one is missing."""
+        """Read the fields from a manifest; `where` names the file in the error if one is missing."""
         names = [field.name for field in fields(cls)]
         missing = [name for name in names if name not in stored]
         if missing:
-            raise DataError(f"{where} lacks {', '.join(missing)}; it was not written by this package, or was damaged")
+            raise DataError(f"{where} lacks {', '.join(missing)}; this package did not write it, or it is damaged")
         values = {name: stored[name] for name in names}
         if values["direction"] not in list(Direction):
-            raise DataError(f"{where} has the direction {values['direction']!r}, neither reverse nor forward; it was damaged")
+            raise DataError(
+                f"{where} has the direction {values['direction']!r}, neither reverse nor forward; the file is damaged"
+            )
         return cls(**{**values, "direction": Direction(values["direction"])})
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return the fields as plain values for JSON."""
         return {**asdict(self), "direction": str(self.direction)}
 
     def check_same(self, other: "Provenance", mine: str, others: str) -> None:
-        """Refuse two things that do not fit; `mine` and `others` name them, for example a shard and a run."""
+        """Raise MismatchError if two things do not fit; `mine` and `others` name them, such as a shard and a run."""
         if self.direction is not other.direction:
             raise MismatchError(
                 f"{mine} is {self.direction}, {others} is {other.direction}: a {other.direction} model fed {self.direction}"
@@ -58,11 +60,11 @@ class Provenance:
 
 
 def vocabulary_hash(tokenizer_json: bytes | dict[str, Any]) -> str:
-    """SHA-256 of what decides a text's ids.
+    """Return the SHA-256 of the parts of a `tokenizer.json` that determine a text's ids.
 
-    It is taken of the `tokenizer.json` (its bytes, or its object if that is there already): the object without version,
-    truncation, padding and post-processor (nothing of which this package uses), merges as pairs, keys sorted, no spaces. So a
-    folder and the tokenizer.json in it have one hash, and so has an export.
+    tokenizer_json: the bytes of the file, or its parsed object. Version, truncation, padding and post-processor are omitted,
+    because this package uses none of them; merges are pairs, keys are sorted, and there are no spaces. So a folder, the
+    tokenizer.json in it and an export have the same hash.
     A SentencePiece `.model` has the hash of its exact conversion (`tokenizers.sentencepiece_bpe.convert`).
     """
     stored = tokenizer_json if isinstance(tokenizer_json, dict) else json_library().loads(tokenizer_json)
@@ -74,9 +76,9 @@ def vocabulary_hash(tokenizer_json: bytes | dict[str, Any]) -> str:
 
 
 def _canonical(content: dict[str, Any]) -> bytes:
-    """JSON with sorted keys and no spaces. orjson, many times faster, writes the same bytes but for floats."""
+    """Return JSON with sorted keys and no spaces. orjson is many times faster and writes the same bytes, except for floats."""
     library = json_library()
-    large = ("vocab", "merges")  # without floats where the model is one of these
+    large = ("vocab", "merges")  # these contain no floats if the model is of one of the types below
     small = {**content, "model": {key: value for key, value in content["model"].items() if key not in large}}
     if library is not json and content["model"].get("type") in ("BPE", "WordLevel", "WordPiece") and not _has_floats(small):
         return bytes(library.dumps(content, option=library.OPT_SORT_KEYS))
@@ -89,7 +91,7 @@ def _has_floats(value: Any) -> bool:
 
 
 def json_library() -> Any:
-    """orjson, or json for those who have an exported folder, torch and transformers only."""
+    """Return orjson, or json if orjson is missing: an exported folder needs only torch and transformers."""
     try:
         import orjson
     except ImportError:

@@ -1,12 +1,12 @@
-"""Tables of plain text: as Markdown, and in aligned columns for a terminal. Tables in HTML: `reports/pages.py`."""
+"""Tables as Markdown, and as aligned columns for a terminal. `reports/pages.py` makes tables in HTML."""
 
 from collections.abc import Iterable, Sequence
 
 
 def markdown_table(rows: Sequence[Sequence[str]], align: str = "") -> str:
-    """Return plain-text cells as a table; the first row holds the headings.
+    """Return plain-text cells as a Markdown table; the first row contains the headings.
 
-    align: `l` or `r` for each column; columns beyond it are left as Markdown aligns them.
+    align: `l` or `r` for each column; further columns have Markdown's default alignment.
     """
     ends = [":" if side == "r" else "" for side in align.ljust(len(rows[0]))]
     headings, *lines = [[cell.replace("|", "\\|") for cell in row] for row in rows]
@@ -16,7 +16,10 @@ def markdown_table(rows: Sequence[Sequence[str]], align: str = "") -> str:
 
 
 def aligned_lines(rows: Iterable[Sequence[str]], align: str = "") -> list[str]:
-    """Return a line for each row, its cells in columns two spaces apart; `align`: `l` or `r` for each column, `r` beyond it."""
+    """Return a line for each row, with columns two spaces apart.
+
+    align: `l` or `r` for each column; further columns are `r`.
+    """
     cells = list(rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     marks = ["<" if side == "l" else ">" for side in align.ljust(len(widths))]

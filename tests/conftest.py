@@ -1,17 +1,17 @@
 """All tests. Folders: `unit` mirrors the package; `distributed` starts ranks of real runs; `numerics` compares with plain torch
-and with Hugging Face; `golden` holds recorded losses; `inventory` compares what every command gives with what it gave; `kernels`
-runs CUDA kernels on an emulator; `packaging`, `slurm`, `quickstart` and `study` run what users run; `benchmarks` measure and are
-no tests; `support` holds what tests of several folders share.
+and with Hugging Face; `golden` has recorded losses; `inventory` compares the results of every command with recorded ones; `kernels`
+runs CUDA kernels on an emulator; `packaging`, `slurm`, `quickstart` and `study` run the commands of users; `benchmarks` measure and
+are not tests; `support` is code for tests of several folders.
 
     make test-fast                          lint, types and unit tests
-    make test                               everything but the slow tests; `make test-slow` runs those
-    pytest tests/unit/data                  one room
-    pytest tests/unit -n 2                  on two processes
+    make test                               all tests except the slow ones, which `make test-slow` runs
+    pytest tests/unit/data                  one folder
+    pytest tests/unit -n 2                  in two processes
     pytest -m "not distributed and not slurm and not kernels"
     pytest -m "slow or not slow" tests/kernels
 
-A test is slow only where it says so; slow tests run when `-m` speaks of them. The comparisons are between CPU results, so tests
-hide GPUs; those marked `gpu` give them back to a process of their own.
+A test is slow only if marked; slow tests run if `-m` mentions them. Tests compare CPU results, so GPUs are hidden; tests marked `gpu`
+start a process of their own that can use them.
 """
 
 import os
@@ -19,23 +19,23 @@ import os
 import pytest
 
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")
-"""What the user lets the tests see; tests/quickstart gives it back to the pipeline it runs."""
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported: a GPU's sums would be compared with a CPU's
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before libraries read them: no test uses a network
+"""GPUs visible to the user; tests/quickstart passes them to its pipeline."""
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before importing torch: sums of a GPU would be compared with those of a CPU
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # before libraries read the variables: no test uses a network
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: as many busy threads as processes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before importing torch: one busy thread per process
 
 from tests.support.paths import ROOT  # noqa: E402
 from tests.support.tiny_runs import TinyData, write_tiny_data  # noqa: E402
 
 MARKER_OF_FOLDER = {"distributed": "distributed", "golden": "distributed", "kernels": "kernels", "slurm": "slurm"}
 SECONDS_OF_FOLDER = {"inventory": 1800, "packaging": 900, "quickstart": 900, "study": 900}
-"""Time limits where the first test waits for a pipeline that all share; that of the other folders is in pyproject.toml."""
+"""Time limits of folders whose first test runs a pipeline for all; pyproject.toml has the limit of the others."""
 SLOW_SECONDS = 1800
 
 
 def pytest_itemcollected(item: pytest.Item) -> None:
-    """Mark a test by its folder before `-m` chooses, and give it the time it needs."""
+    """Mark a test by its folder before `-m` selects, and set its time limit."""
     folder = item.path.relative_to(ROOT / "tests").parts[0]
     if folder in MARKER_OF_FOLDER:
         item.add_marker(MARKER_OF_FOLDER[folder])
@@ -45,7 +45,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave slow tests out unless `-m` speaks of them."""
+    """Deselect slow tests unless `-m` mentions them."""
     if "slow" in config.option.markexpr:
         return
     slow = [item for item in items if item.get_closest_marker("slow")]
@@ -61,6 +61,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> TinyData:
 
 @pytest.fixture(scope="session")
 def environment_with_gpus() -> dict[str, str]:
-    """The environment the tests were started in."""
+    """Return the environment in which the tests were started."""
     environment = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
     return environment if GPUS is None else {**environment, "CUDA_VISIBLE_DEVICES": GPUS}

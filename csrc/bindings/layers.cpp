@@ -33,7 +33,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   return {y, sum};
 }
 
-// dsum: what reaches x past the norm, or none.
+// dsum: the gradient of x that does not come through the norm, or none.
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const std::optional<Tensor>& dsum, const Tensor& x,
                                              const Tensor& weight, double eps) {
   check_alike({&x, &dy, &weight, dsum ? &*dsum : &x});
@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> rope(const Tensor& mixed, const Tensor& angle
 
 Tensor rope_backward(const Tensor& any_query, const Tensor& any_key, const Tensor& any_value, const Tensor& angles) {
   const Tensor query = torch::stable::contiguous(any_query), key = torch::stable::contiguous(any_key),
-               value = torch::stable::contiguous(any_value);  // an attention gives them in an order of its own
+               value = torch::stable::contiguous(any_value);  // attention returns them in another memory order
   check_alike({&query, &key, &value});
   STD_TORCH_CHECK(key.dim() == 4 && query.dim() == 4 && value.numel() == key.numel(), "expected [positions, batch, heads, width]");
   const int64_t s = key.size(0), b = key.size(1), groups = key.size(2), width = key.size(3), queries = query.size(2) / groups;

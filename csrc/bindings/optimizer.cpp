@@ -1,5 +1,5 @@
 // Operators of an optimizer's step: lists of torch tensors to the launchers of csrc/. A list's pointer is its first tensor's address,
-// rounded down to 16 bytes; the table of chunks, made by megatron_ledom/ops/multi_tensor.py, counts from there.
+// rounded down to 16 bytes; the table of chunks, made by megatron_ledom/ops/multi_tensor.py, has offsets from there.
 #include "bindings/tensors.h"
 #include "multi_tensor/multi_tensor.h"
 
@@ -15,7 +15,7 @@ void* base_of(const Tensors& tensors) {
   return reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(tensors[0].const_data_ptr()) / 16 * 16);
 }
 
-// Every list is contiguous, of one type, on the table's device; the table has a column for each list. Returns the rows.
+// Checks that every list is contiguous, of one type, and on the table's device. Returns the number of rows.
 int64_t check_lists(const Tensor& chunks, std::initializer_list<const Tensors*> lists) {
   const int64_t columns = 1 + static_cast<int64_t>(lists.size());
   STD_TORCH_CHECK(chunks.scalar_type() == ScalarType::Long && chunks.dim() == 2 && chunks.size(1) == columns && chunks.is_contiguous(),
@@ -30,7 +30,7 @@ int64_t check_lists(const Tensor& chunks, std::initializer_list<const Tensors*> 
   return chunks.size(0);
 }
 
-// The 16-bit type of the lists that are not of fp32, which must be one; any if all are.
+// Returns the one 16-bit type of the lists that are not fp32; any type if all are fp32.
 int dtype_of_lists(std::initializer_list<const Tensors*> lists) {
   int found = -1;
   for (const Tensors* list : lists)

@@ -1,6 +1,6 @@
-// What every binding shares: checks at the boundary, the element type, the device and stream of a tensor.
+// Shared by all bindings: argument checks, the element type, the device and stream of a tensor.
 //
-// With LEDOM_EMULATED (tests) the launchers are the emulator's and the operators take CPU tensors.
+// With LEDOM_EMULATED (tests) the launchers are those of the emulator, and the operators accept CPU tensors.
 #pragma once
 
 #define TORCH_TARGET_VERSION (((0ULL + 2) << 56) | ((0ULL + 10) << 48))  // binaries load in torch 2.10 and later
@@ -22,11 +22,11 @@
 #define LEDOM_DEVICE CPU
 #else
 #define LEDOM_DEVICE CUDA
-// In libtorch_cuda; weak, so that this links against a CPU torch, and loads there.
+// In libtorch_cuda; weak, so that this library links against a CPU torch and loads with it.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 #endif
 
-#define LEDOM_IMPLEMENT(module) LEDOM_IMPLEMENT_ON(LEDOM_DEVICE, module)  // names the device before it is made a string
+#define LEDOM_IMPLEMENT(module) LEDOM_IMPLEMENT_ON(LEDOM_DEVICE, module)  // expands the device name before it becomes a string
 #define LEDOM_IMPLEMENT_ON(device, module) STABLE_TORCH_LIBRARY_IMPL(ledom, device, module)
 
 namespace ledom {
@@ -40,7 +40,7 @@ inline int dtype_of(const Tensor& tensor) {
   return LEDOM_FLOAT16;
 }
 
-// Contiguous, of the first one's type and device.
+// Checks that all are contiguous, with the type and device of the first.
 inline void check_alike(std::initializer_list<const Tensor*> tensors) {
   const Tensor& first = **tensors.begin();
   for (const Tensor* tensor : tensors) {
@@ -67,7 +67,7 @@ inline int64_t rows_of(const Tensor& tensor) {
   return tensor.numel() / tensor.size(-1);
 }
 
-// While it lives, the tensor's device is the current one.
+// Makes the tensor's device the current one during its lifetime.
 struct On {
   void* stream = nullptr;
 #ifdef LEDOM_EMULATED

@@ -1,10 +1,10 @@
 // Scaled causal softmax, forward and backward; formula and layout are in causal_softmax.h. 16-bit in and out, fp32 inside.
 //
-// Work: a warp takes a row of up to 2,048 keys, a block a longer one; query, head and sample are in the grid. A thread takes groups
-// of eight neighbouring keys; HELD of them stay in registers from the reading to the writing, so that a row of up to 8,192 keys is read
-// once. Groups that the query does not see are not read, only written.
+// Work: a warp processes a row of up to 2,048 keys, a block a longer one; the grid is query, head and sample. A thread processes
+// groups of eight neighbouring keys and keeps HELD of them in registers until they are written, so that a row of up to 8,192 keys is
+// read once. Groups that are not visible to the query are written, but not read.
 //
-// Where a query's document begins is searched by the whole warp, 32 probes at a time: three reads for 32,768 keys.
+// The whole warp searches the beginning of a query's document, 32 probes at a time: three reads for 32,768 keys.
 //
 //   scores_gradient = scale * output * (output_gradient - sum(output * output_gradient))
 #include "causal_softmax/causal_softmax.h"
@@ -24,13 +24,13 @@ struct Shape {
   int queries, keys;
 };
 
-// Keys [begin, end) that a query sees.
+// Keys [begin, end) that are visible to a query.
 struct Seen {
   int begin, end;
   __device__ __forceinline__ bool has(int key) const { return key >= begin && key < end; }
 };
 
-// The first position of the run of equal numbers that ends at `last`. The whole warp calls it and gets the same.
+// Returns the first position of the run of equal numbers that ends at `last`. The whole warp calls it and gets the same result.
 __device__ __forceinline__ int begin_of_document(const int* documents, int last) {
   const int lane = threadIdx.x % WARP, document = documents[last];
   int low = 0, high = last;  // the answer is in [low, high]
@@ -55,14 +55,14 @@ __device__ __forceinline__ int64_t row_offset(int query, Shape shape) {
   return ((static_cast<int64_t>(blockIdx.z) * gridDim.y + blockIdx.y) * shape.queries + query) * shape.keys;
 }
 
-// Which thread of a row this is, and which row.
+// The row of this thread, and its number in the row.
 template <int ROW_THREADS, int BLOCK>
 struct Worker {
   int query = static_cast<int>(blockIdx.x) * (BLOCK / ROW_THREADS) + static_cast<int>(threadIdx.x) / ROW_THREADS;
   int thread = static_cast<int>(threadIdx.x) % ROW_THREADS;
 };
 
-// Eight scaled scores; -infinity where the query does not see.
+// Eight scaled scores; -infinity where the key is not visible.
 template <class T>
 __device__ __forceinline__ void scaled(const uint4& packed, int group, const Seen& seen, float factor, float (&x)[PACK]) {
   Pack<T>::unpack(packed, x);
@@ -70,7 +70,7 @@ __device__ __forceinline__ void scaled(const uint4& packed, int group, const See
   for (int i = 0; i < PACK; i++) x[i] = seen.has(group * PACK + i) ? x[i] * factor : -INFINITY;
 }
 
-// Largest value, and the sum of 2^(x - largest), of the groups that are not held.
+// Largest value, and the sum of 2^(x - largest), of the groups that are not in registers.
 struct Running {
   float largest = Max::IDENTITY, sum = 0.f;
 
@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(BLOCK, 512 / BLOCK)
     }
 }
 
-// Output and its gradient, packed; zeros outside of what is seen, where the output is 0 but the gradient may be anything.
+// Output and its gradient, packed; zeros for keys that are not visible, where the output is 0 but the gradient may be anything.
 template <class T>
 struct Pair {
   uint4 output, gradient;
@@ -158,7 +158,7 @@ struct Pair {
     gradient = load_pack(gradients, group);
   }
 
-  // Of a group at an end of what is seen.
+  // For a group at an end of the visible keys.
   __device__ __forceinline__ void clear_unseen(int group, const Seen& seen) {
     const int begin = group * PACK;
     if (begin >= seen.begin && begin + PACK <= seen.end) return;

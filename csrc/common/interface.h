@@ -1,4 +1,4 @@
-// What every kernel's C interface shares: element types, and the word that exports a function. No torch, no CUDA.
+// Shared by all C interfaces of kernels: element types, and the macro that exports a function. No torch, no CUDA.
 #pragma once
 
 #include <stdint.h>

@@ -57,7 +57,7 @@ struct Pack<__half> {
   }
 };
 
-// Group `index` of eight values behind `base`.
+// Group `index` of eight values, counted from `base`.
 template <class T>
 __device__ __forceinline__ uint4 load_pack(const T* base, int index) {
   return reinterpret_cast<const uint4*>(base)[index];

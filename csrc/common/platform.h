@@ -1,8 +1,8 @@
-// The one header that knows whether nvcc builds the kernels, or a host compiler with the emulator (tests only).
+// The only header that depends on the compiler: nvcc, or a host compiler with the emulator (tests only).
 //
 // LEDOM_SHARED(type, name)   a typed object in the block's shared memory
-// launch(kernel, grid, block, stream, arguments...)   starts a kernel; the cudaError, 0 is success
-// for_dtype(dtype, function) calls function with a zero of the element type; cudaErrorInvalidValue for an unknown one
+// launch(kernel, grid, block, stream, arguments...)   starts a kernel; returns the cudaError, 0 is success
+// for_dtype(dtype, function) calls function with a zero of the element type; returns cudaErrorInvalidValue for an unknown one
 #pragma once
 
 #include <cstdint>
@@ -56,7 +56,7 @@ int for_dtype(int dtype, Function function) {
 
 inline bool is_aligned(const void* pointer) { return pointer != nullptr && reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// A pointer that may be absent.
+// For a pointer that may be null.
 inline bool is_aligned_or_null(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 }  // namespace ledom

@@ -1,4 +1,4 @@
-// Sums and maxima over a warp and over a block, in an order that the block's size alone decides: the same bits every time.
+// Sums and maxima over a warp and over a block, in an order that depends only on the block's size: the same bits every time.
 #pragma once
 
 #include "common/platform.h"
@@ -26,12 +26,12 @@ __device__ __forceinline__ float reduce_warp(float value) {
   return value;
 }
 
-// One float a warp, twice: a reduction writes one half while slow threads may still read the other, so that one barrier is enough.
+// Two floats per warp: a reduction writes one half while slow threads may still read the other, so that one barrier is enough.
 struct ReduceScratch {
   float values[2][MAX_WARPS];
 };
 
-// Every thread gets the result. The block is whole warps; `turn` alternates 0, 1, 0, ... over a scratch.
+// Returns the result on every thread. The block consists of whole warps; `turn` alternates 0, 1, 0, ... for one scratch.
 template <class Operation>
 __device__ __forceinline__ float reduce_block(float value, ReduceScratch& scratch, int turn, int thread, int threads) {
   value = reduce_warp<Operation>(value);

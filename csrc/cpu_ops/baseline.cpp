@@ -1,4 +1,4 @@
-// The CPU operators for every machine that the compiler makes code for.
+// The CPU operators for every machine that the compiler supports.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

@@ -1,5 +1,5 @@
-// Python bindings of the CPU operators: addresses and sizes, which megatron_ledom/ops checks before it calls. Threads are those
-// of torch, by the address of its torch_parallel_for; without it everything runs on the calling thread.
+// Python bindings of the CPU operators. They get addresses and sizes, which megatron_ledom/ops has checked. They use torch's threads
+// through the address of torch_parallel_for; without it everything runs on the calling thread.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -16,7 +16,7 @@ namespace {
 
 using Body = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Body body, void* context);
-constexpr int64_t kGrain = 1 << 14;  // elements that are worth a thread
+constexpr int64_t kGrain = 1 << 14;  // fewest elements for a thread
 
 struct State {
   ledom::Table table = ledom::baseline::table();
@@ -82,7 +82,7 @@ void rope(bool is_bf16, bool backward, std::array<Address, 6> arrays, std::array
 }
 
 void define_norm_and_activation(py::module_& m) {
-  // Of residual, sum and dsum the address 0 is none.
+  // Address 0 of residual, sum or dsum means none.
   m.def("rms_norm_forward", [](bool is_bf16, Address x, Address residual, Address weight, Address y, Address sum, int64_t rows,
                                int64_t hidden, float eps) {
     run(of(is_bf16).rms_norm_forward,

@@ -1,8 +1,8 @@
 // The pointwise operators of a training step on a CPU, each over rows [begin, end) of its arrays, fp32 inside.
 //
-// A file an instruction set includes this (baseline.cpp, avx2.cpp, avx512.cpp); table.h says what each operator is and how its
-// arrays lie. Rows are independent, so threads may share them in any way without a change of the result; what is summed over
-// rows is summed in blocks of a size that does not depend on the number of threads.
+// One file for each instruction set includes this one (baseline.cpp, avx2.cpp, avx512.cpp); table.h describes the operators and their
+// arrays. Rows are independent, so their division among threads does not change the result. Sums over rows are made in blocks whose
+// size does not depend on the number of threads.
 #pragma once
 #include <cmath>
 
@@ -34,7 +34,7 @@ void rms_norm_forward(const RmsNorm& a, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void rms_norm_backward(const RmsNormGradient& a, int64_t begin, int64_t end) {  // of blocks of rows
+void rms_norm_backward(const RmsNormGradient& a, int64_t begin, int64_t end) {  // begin and end count blocks of rows
   const T* weight = static_cast<const T*>(a.weight);
   for (int64_t block = begin; block < end; block++) {
     float* weight_sums = a.weight_sums + block * a.hidden;
@@ -77,7 +77,7 @@ void swiglu_forward(const SwiGlu& a, int64_t begin, int64_t end) {
 }
 
 template <class T>
-void swiglu_backward(const SwiGlu& a, int64_t begin, int64_t end) {  // y is the gradient that comes
+void swiglu_backward(const SwiGlu& a, int64_t begin, int64_t end) {  // y is the incoming gradient
   for (int64_t row = begin; row < end; row++) {
     const T *gate = static_cast<const T*>(a.x) + row * 2 * a.width, *up = gate + a.width;
     const T* dy = static_cast<const T*>(a.y) + row * a.width;
@@ -90,7 +90,7 @@ void swiglu_backward(const SwiGlu& a, int64_t begin, int64_t end) {  // y is the
   }
 }
 
-// One head: the pair (i, i + D/2) turned by its angle, backwards with a negative `sign`.
+// Rotates the pairs (i, i + D/2) of one head by their angles, in the opposite sense with a negative `sign`.
 template <class T>
 inline void turn(const T* from, T* to, const float* cosine, const float* sine, int64_t half, float sign) {
   over(half, [&](int64_t i, auto count) {

@@ -1,23 +1,23 @@
-// What the CPU operators take, and the table of them that each instruction set fills. T is float or bf16; all arrays of type T
-// of one call have the same type, and rows are contiguous.
+// Arguments of the CPU operators, and the table of operators for each instruction set. T is float or bf16, the same for all arrays of
+// a call; rows are contiguous.
 #pragma once
 #include <cstdint>
 
 namespace ledom {
 
 // y = x / sqrt(mean(x^2) + eps) * weight over rows of `hidden` (Zhang and Sennrich, arXiv 1910.07467, equation 4). With a residual
-// x + residual, rounded to T, is written to `sum` and stands for x.
+// x + residual, rounded to T, is written to `sum` and replaces x.
 struct RmsNorm {
-  const void *x, *residual, *weight;  // T [rows, hidden], the same or null, T [hidden]
+  const void *x, *residual, *weight;  // T [rows, hidden]; the same or null; T [hidden]
   void *y, *sum;                      // T [rows, hidden]; null without a residual
   int64_t hidden;
   float eps;
 };
 
-constexpr int64_t kNormBlockRows = 64;  // whose weight gradients are summed before those of other blocks
+constexpr int64_t kNormBlockRows = 64;  // rows whose weight gradients are summed first
 
-// dx = (dy w - x mean(dy w x) r^2) r + dsum, and each block's sum of dy x r; r = 1 / sqrt(mean(x^2) + eps). dsum: what reaches x
-// past the norm, or null.
+// dx = (dy w - x mean(dy w x) r^2) r + dsum, and each block's sum of dy x r; r = 1 / sqrt(mean(x^2) + eps). dsum: the gradient of x
+// that does not come through the norm, or null.
 struct RmsNormGradient {
   const void *dy, *dsum, *x, *weight;
   void* dx;
@@ -29,12 +29,12 @@ struct RmsNormGradient {
 // y = silu(gate) up, of rows [gate, up] of 2 * width (Shazeer, arXiv 2002.05202, equation 6).
 struct SwiGlu {
   const void* x;  // T [rows, 2 * width]
-  void* y;        // T [rows, width]: written, or the gradient that comes
+  void* y;        // T [rows, width]: output, or the incoming gradient
   void* dx;       // T [rows, 2 * width], backward only
   int64_t width;
 };
 
-// Rotary positions (Su et al., arXiv 2104.09864, equation 34, pairs (i, i + D/2)) on what a QKV projection gives: each group's
+// Rotary positions (Su et al., arXiv 2104.09864, equation 34, pairs (i, i + D/2)) on the output of a QKV projection: each group's
 // query heads, its key, its value. Strides are those of position, sample and head, in elements.
 struct Rope {
   void* mixed;                 // T [positions, batch, groups, (per_group + 2) * width]
@@ -44,7 +44,7 @@ struct Rope {
   int64_t query_strides[3], key_strides[3], value_strides[3];
 };
 
-// Of each row's first `counted` logits: the largest, the sum of exp(logit - largest), and the label's (0 for a label below 0).
+// For each row's first `counted` logits: the largest, the sum of exp(logit - largest), and the label's (0 for a label below 0).
 struct CrossEntropy {
   const void* logits;  // T [rows, stride]
   const int64_t* labels;
@@ -52,7 +52,7 @@ struct CrossEntropy {
   int64_t stride, counted;
 };
 
-// logits = softmax * from_softmax - onehot(label) * from_loss, in place; 0 behind the counted ones.
+// logits = softmax * from_softmax - onehot(label) * from_loss, in place; 0 after the first `counted`.
 struct CrossEntropyGradient {
   void* logits;
   const int64_t* labels;

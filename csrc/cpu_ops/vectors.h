@@ -12,7 +12,7 @@ using Floats = float __attribute__((vector_size(4 * kLanes)));
 using Ints = int32_t __attribute__((vector_size(4 * kLanes)));
 using Words = uint32_t __attribute__((vector_size(4 * kLanes)));
 using Halves = uint16_t __attribute__((vector_size(2 * kLanes)));
-using All = std::integral_constant<int, kLanes>;  // in place of a count: every lane
+using All = std::integral_constant<int, kLanes>;  // a count: all lanes
 
 struct BFloat16 {
   uint16_t bits;
@@ -43,12 +43,12 @@ template <class Count>
 inline void store(BFloat16* to, Floats values, Count count) {
   const Words bits = (Words)values;
   Words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  rounded = values == values ? rounded : Words{} + 0x7fc0u;  // rounding could carry a NaN's bits away
+  rounded = values == values ? rounded : Words{} + 0x7fc0u;  // rounding could change the bits of a NaN
   const Halves halves = __builtin_convertvector(rounded, Halves);
   std::memcpy(to, &halves, sizeof(BFloat16) * count);
 }
 
-// f(i, count) for each group of lanes of n elements; the count of all groups but the last is known to the compiler.
+// Calls f(i, count) for each group of lanes of n elements; the count of all groups but the last is a compile-time constant.
 template <class F>
 inline void over(int64_t n, F f) {
   int64_t i = 0;

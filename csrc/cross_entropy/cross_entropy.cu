@@ -1,8 +1,8 @@
 // Cross-entropy over a slice of the vocabulary; formula and layout are in cross_entropy.h. 16-bit logits, fp32 inside.
 //
-// Work of both: a row is blockIdx.x, and the block's THREADS threads take groups of eight neighbouring logits. The terms are found in
-// one pass: a thread keeps the largest logit so far and the sum against it, four groups read before the first is used; then the
-// block agrees on the largest, and sums. A group that reaches over `counted` is masked where it is used.
+// Work of both: a row is blockIdx.x, and the block's THREADS threads process groups of eight neighbouring logits. The terms are computed
+// in one pass: a thread keeps the largest logit so far and the sum relative to it, and reads four groups before it uses the first; then
+// the block computes the overall largest and the sum. A group that crosses `counted` is masked when it is used.
 #include "cross_entropy/cross_entropy.h"
 
 #include "common/pack.h"
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(THREADS)
     float gradient[PACK];
     const int start = group * PACK;
     uint4 packed = make_uint4(0u, 0u, 0u, 0u);
-    if (start < counted) packed = load_pack(values, group);  // what only pads is not read
+    if (start < counted) packed = load_pack(values, group);  // padding is not read
     Pack<T>::unpack(packed, gradient);
 #pragma unroll
     for (int i = 0; i < PACK; i++) {

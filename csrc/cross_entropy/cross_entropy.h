@@ -1,13 +1,13 @@
-// Cross-entropy over one rank's slice of the vocabulary: what ranks then sum up, and the gradient in the logits' memory. With log Z
-// (the caller's, over all ranks) the loss is log Z - target, and log Z itself is there for a z-loss.
+// Cross-entropy over one rank's slice of the vocabulary: the terms that ranks then add up, and the gradient in the memory of the logits.
+// With log Z (computed by the caller over all ranks) the loss is log Z - target; log Z itself serves a z-loss.
 //
 //   largest = max_i logit_i       sum = sum_i exp(logit_i - largest)       target = logit_label, 0 for a label below 0
 //   logit_i = exp(logit_i - log_z) * from_softmax - (i == label) * from_loss,  0 for i >= counted
 //
-// with 0 <= i < counted: the rest of a row pads the vocabulary and takes no part.
+// with 0 <= i < counted: the rest of a row is padding of the vocabulary.
 //
 // logits [rows, stride] of `dtype`, contiguous, 16-byte aligned; stride % 8 == 0, 0 < counted <= stride. labels int64 [rows], in
-// [0, counted) or negative where the label is another rank's. largest, sums, targets, log_z, from_softmax and from_loss: fp32 [rows].
+// [0, counted) or negative if another rank has the label. largest, sums, targets, log_z, from_softmax and from_loss: fp32 [rows].
 // A row whose counted logits are all -infinity has largest = -3.4e38 and sum 0.
 #pragma once
 

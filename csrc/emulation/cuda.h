@@ -1,4 +1,4 @@
-// What a kernel may name of CUDA, on top of the fibers.
+// The parts of CUDA that kernels use, implemented with fibers.
 #pragma once
 
 #include "emulation/fibers.h"

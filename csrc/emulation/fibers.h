@@ -1,11 +1,11 @@
-// Runs CUDA kernels as C++ on the CPU, for tests only: a CUDA thread is a fiber, a block at a time runs on the calling thread.
+// Runs CUDA kernels as C++ on the CPU, for tests only: a CUDA thread is a fiber, and the blocks run one after another on the calling thread.
 //
-// A fiber runs until a barrier or a warp collective and is then put aside, so lanes are not in step: the weakest schedule that GPUs
-// allow. Which blocks, warps and lanes come first is the schedule: 0 in order, 1 from the last to the first, above a seeded shuffle.
-// Found: barriers that a part of the block reaches, warp collectives whose masks disagree, dead-locks, shared memory that is read
-// before it is written (it holds NaN); with -fsanitize=address accesses outside buffers and shared objects, with -fsanitize=thread
-// data races between threads. What goes wrong ends the launch with error FAILED and a text (control.cpp).
-// Not shown: speed, memory order without fences, the rounding of the GPU's own exp2 and reciprocals.
+// A fiber runs until a barrier or a warp collective and then pauses, so lanes do not run in step: the weakest schedule that GPUs
+// allow. The schedule is the order of blocks, warps and lanes: 0 first to last, 1 last to first, above 1 a seeded shuffle.
+// It finds barriers that only a part of the block reaches, warp collectives whose masks disagree, dead-locks, and shared memory that is
+// read before it is written (it contains NaN); with -fsanitize=address accesses outside buffers and shared objects; with
+// -fsanitize=thread data races between threads. An error ends the launch with FAILED and a text (control.cpp).
+// It does not show speed, memory order without fences, the rounding of the GPU's own exp2 and reciprocals.
 #pragma once
 
 #include <sys/mman.h>
@@ -56,7 +56,7 @@ struct SharedObject {
   size_t bytes;
 };
 
-// The block that runs; the emulator is for one thread. It is never destroyed: fibers are not, either.
+// The running block; the emulator supports one calling thread. Neither the block nor its fibers are destroyed.
 struct Block {
   std::vector<Fiber> fibers;
   int threads = 0;
@@ -123,7 +123,7 @@ inline void prepare(Fiber& fiber, int index) {
   fiber.index = index;
   fiber.thread = {t % size.x, t / size.x % size.y, t / (size.x * size.y)};
   fiber.state = State::READY;
-  void** top = reinterpret_cast<void**>(fiber.stack + STACK_BYTES) - 1;  // 8 below a multiple of 16, as behind a call
+  void** top = reinterpret_cast<void**>(fiber.stack + STACK_BYTES) - 1;  // 8 below a multiple of 16, as after a call
   *--top = reinterpret_cast<void*>(&run_fiber);
   for (int i = 0; i < 6; i++) *--top = nullptr;
   fiber.stack_pointer = top;
@@ -138,7 +138,7 @@ inline void wait_at_barrier(const char* where) {
   acquire(&block.barrier);
 }
 
-// Whether all lanes of the mask have come to the same collective; fails where they never can.
+// Returns true if all lanes of the mask have reached the same collective; fails if they never can.
 inline bool is_complete(const Fiber& fiber) {
   const int first = fiber.index / WARP_LANES * WARP_LANES;
   bool complete = true;
@@ -187,7 +187,7 @@ inline uint64_t warp_collective(Collective collective, unsigned mask, uint64_t v
   return fiber.result;
 }
 
-// The block's object for a declaration, made and filled with NaN by the first thread that comes to it.
+// Returns the block's object for a declaration; the first thread makes it and fills it with NaN.
 inline void* shared_object(const void* key, size_t bytes) {
   const Quiet quiet;
   size_t used = bytes;
@@ -207,7 +207,7 @@ inline void free_shared() {
   block.shared.clear();
 }
 
-// Runs each lane of a warp as far as it comes. Returns whether one moved.
+// Runs each lane of a warp as far as possible. Returns true if one moved.
 inline bool run_warp(int warp, std::mt19937& random) {
   const int first = warp * WARP_LANES, lanes = std::min(WARP_LANES, block.threads - first);
   int order[WARP_LANES];
@@ -223,12 +223,12 @@ inline bool run_warp(int warp, std::mt19937& random) {
       again = moved = true;
       if (!block.error.empty()) fail(block.error);
     }
-    if (block.schedule > 1 && random() % 4 == 0) break;  // now and then the warp is interrupted
+    if (block.schedule > 1 && random() % 4 == 0) break;  // interrupt the warp sometimes
   }
   return moved;
 }
 
-// Opens the barrier if the whole block has come to it. Returns whether it did.
+// Opens the barrier if the whole block has reached it. Returns true if it did.
 inline bool open_barrier() {
   int waiting = 0;
   const char* where = nullptr;
@@ -302,7 +302,7 @@ inline void run_grid(dim3 grid, dim3 size, const std::function<void()>& kernel) 
   }
 }
 
-// Runs a kernel to its end. Returns 0, or FAILED with a text in block.error.
+// Runs a kernel to its end. Returns 0, or FAILED with the error in block.error.
 inline int launch(dim3 grid, dim3 size, const std::function<void()>& kernel) {
   const Quiet quiet;
   try {

@@ -1,4 +1,4 @@
-// What gcc's sanitizers want to know of fibers; nothing where none is compiled in.
+// Reports fibers to gcc's sanitizers; empty functions without a sanitizer.
 #pragma once
 
 #include <cstddef>
@@ -33,7 +33,7 @@ struct SanitizerState {
 
 #if defined(__SANITIZE_THREAD__)
 constexpr unsigned WITHOUT_ORDER = 1;
-struct Quiet {  // the emulator's own bookkeeping is not the kernel's
+struct Quiet {  // hides the emulator's own accesses from the sanitizer
   Quiet() {
     AnnotateIgnoreReadsBegin("", 0);
     AnnotateIgnoreWritesBegin("", 0);
@@ -55,7 +55,7 @@ struct Quiet {
 };
 inline void start_fiber(SanitizerState&) {}
 inline void start_scheduler(SanitizerState&) {}
-// `from` null: that stack is not returned to. No stack given: the scheduler's, as a fiber found it when it began.
+// `from` null: the fiber does not return to that stack. Without a stack: the scheduler's, as known when the fiber began.
 inline void before_switch(SanitizerState& to, SanitizerState* from, const void* stack, size_t bytes) {
   __sanitizer_start_switch_fiber(from ? &from->fake_stack : nullptr, stack ? stack : to.stack, stack ? bytes : to.stack_bytes);
 }

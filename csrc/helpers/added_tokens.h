@@ -1,8 +1,8 @@
-// Tokens that are cut out of a text before anything else, wherever they are spelled: at each place the longest one, the search going
-// on behind it. Some of them only keep others from being found: they are left in the text as text.
+// Tokens that are cut out of a text first, wherever they occur: the longest one at a position, and the search continues after it. Some
+// tokens are found only to hide others; they stay in the text as text.
 //
 // Layout: tokens by their first byte, the longest first.
-// Work: one pass over the text, memchr where all tokens begin alike.
+// Work: one pass over the text, with memchr if all tokens begin with the same byte.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +18,7 @@ namespace ledom {
 struct AddedToken {
   std::string content;
   uint32_t id;
-  bool is_text;  // found, but left in the text
+  bool is_text;  // found, but stays in the text
 };
 
 class AddedTokens {
@@ -37,7 +37,7 @@ class AddedTokens {
     only_first_ = static_cast<int>(std::find_if(std::begin(by_first_), std::end(by_first_), begins) - std::begin(by_first_));
   }
 
-  // The next token that is cut out at or behind `from`; null if there is none. `at` becomes where it begins.
+  // Returns the next token to cut out at or after `from`, or null. Sets `at` to its beginning.
   const AddedToken* next(std::string_view text, size_t from, size_t& at) const {
     while (from < text.size() && num_first_) {
       if (num_first_ == 1) {

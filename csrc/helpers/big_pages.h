@@ -1,5 +1,5 @@
-// Memory for tables that are read at random: in big pages where the system has them, so that the processor finds a page without
-// walking the page table; aligned to cache lines in any case.
+// Memory for tables with random access: in big pages if the system has them, so that fewer accesses walk the page table; always aligned
+// to cache lines.
 #pragma once
 
 #include <sys/mman.h>
@@ -24,7 +24,7 @@ struct BigPages {
     void* memory = std::aligned_alloc(page, (bytes + page - 1) / page * page);
     if (!memory) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
-    if (page == BIG_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);  // only a hint; what it returns does not matter
+    if (page == BIG_PAGE) madvise(memory, bytes, MADV_HUGEPAGE);  // only a hint; its result does not matter
 #endif
     return static_cast<T*>(memory);
   }

@@ -1,10 +1,10 @@
 // byte_encoder: texts -> ids of a byte-level BPE vocabulary, the same ids as the tokenizers library's.
 //
-// Added tokens are cut out of a text; what is between them is cut into units by the splitting pattern (split_patterns.h). The
-// ids of a unit are kept in a table from its bytes; what is not there is merged by the rule in byte_vocabulary.h.
+// Added tokens are cut out of a text; the splitting pattern (split_patterns.h) cuts the text between them into units. A table maps the
+// bytes of a unit to its ids; a unit that is not in the table is merged by the rule in byte_vocabulary.h.
 //
-// texts   UTF-8, valid (Python's strings are), normalised
-// ids     [total]      of all texts one after the other, text order
+// texts   valid UTF-8 (as Python's strings), normalised
+// ids     [total]      of all texts, one text after the other, in text order
 // offsets [texts + 1]  text t has ids[offsets[t] .. offsets[t + 1])
 //
 // Work: one pass over the bytes; see unit_encoder.h for the rest.
@@ -58,9 +58,9 @@ class ByteEncoder final : public AnyByteEncoder {
     const uint8_t* const end = unit + text.size();
     while (unit < end) {
       for (size_t i = 0; i < UNITS_AT_ONCE && unit < end; i++) {
-        const uint8_t* behind = scanner_.unit_end(unit, end);
-        units_.add_unit(unit, behind);
-        unit = behind;
+        const uint8_t* next = scanner_.unit_end(unit, end);
+        units_.add_unit(unit, next);
+        unit = next;
       }
       units_.encode_waiting(ids);
     }

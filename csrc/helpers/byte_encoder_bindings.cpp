@@ -1,4 +1,4 @@
-// Python bindings of byte_encoder.h: vocabularies are read from the objects that a JSON parser makes of a tokenizer.json.
+// Python bindings of byte_encoder.h: vocabularies are read from the objects of a parsed tokenizer.json.
 #include "byte_encoder.h"
 #include "encoder_bindings.h"
 #include "nfc_classes.h"
@@ -15,8 +15,8 @@ namespace {
 
 using ledom::READ_BEYOND;
 
-// Bytes of tokens, which a tokenizer.json spells with one printable character a byte: printable Latin-1 stands for itself, the
-// other bytes follow each other from U+0100 on.
+// Reads the bytes of tokens, which a tokenizer.json writes as one printable character per byte: printable Latin-1 stands for itself,
+// the other bytes are consecutive from U+0100 on.
 class TokenReader {
  public:
   TokenReader() {
@@ -31,7 +31,7 @@ class TokenReader {
   const uint8_t* data() const { return bytes_.data(); }
   size_t size() const { return size_; }
 
-  // Append characters from begin to end of a string; false if one of them is not of the alphabet, as in some added tokens.
+  // Appends characters from begin to end of a string; returns false if one is not in the alphabet, as in some added tokens.
   bool read(PyObject* text, Py_ssize_t begin, Py_ssize_t end) {
     bytes_.resize(std::max(bytes_.size(), size_ + static_cast<size_t>(end - begin) + READ_BEYOND));
     const int kind = PyUnicode_KIND(text);
@@ -60,12 +60,12 @@ void read_tokens(const py::dict& vocab, ledom::ByteVocabulary& vocabulary) {
     const long value = PyLong_AsLong(id);
     if (value < 0 || value >= ledom::MAX_SYMBOLS) throw std::invalid_argument("an id is below 0 or too high");
     reader.clear();
-    if (reader.read(token, 0, PyUnicode_GET_LENGTH(token)) && reader.size())  // others never come of merging bytes
+    if (reader.read(token, 0, PyUnicode_GET_LENGTH(token)) && reader.size())  // no merge of bytes gives another token
       vocabulary.add_token(reader.data(), reader.size(), static_cast<uint32_t>(value));
   }
 }
 
-// A merge is two strings, or one with a space between them.
+// A merge is two strings, or one string with a space in the middle.
 void read_merge(PyObject* merge, TokenReader& reader, ledom::ByteVocabulary& vocabulary) {
   reader.clear();
   size_t first = 0;
@@ -122,7 +122,7 @@ bool is_nfc(const Unit* text, size_t length, const ledom::CodePoints& classes) {
   return true;
 }
 
-// The places of the texts that NFC may change; it leaves the others as they are.
+// Returns the positions of the texts that NFC may change; it does not change the others.
 std::vector<size_t> not_nfc(const py::sequence& sequence) {
   static const ledom::CodePoints classes(ledom::NFC_CLASSES);
   const py::tuple texts = ledom::as_tuple(sequence);

@@ -1,11 +1,11 @@
-// What a byte-level BPE vocabulary says: the id of every token by its bytes, and which two ids become which.
+// A byte-level BPE vocabulary: the id of every token by its bytes, and the result of merging two ids.
 //
-// Formula: a unit is first one id a byte; again and again the adjacent pair with the lowest rank (its place in the list of
-// merges) is merged, of equals the one that comes first. With whole_units a unit that is a token is that token, merges or not.
+// Formula: a unit begins as one id per byte. Then the adjacent pair with the lowest rank (its position in the list of merges) is merged
+// repeatedly, the first of equal ones. With whole_units a unit that is a token becomes that token, without merges.
 //
-// Layout: tokens by UnitCache's keys, in open addressing: up to 15 bytes are the key, longer ones are compared where they stand in
+// Layout: tokens by UnitCache's keys, in open addressing: up to 15 bytes are the key, longer tokens are compared with
 // bytes_. Merges: see merge_table.h; the value is the rank.
-// Work: everything is computed once, in one thread; what is read later is constant.
+// Work: everything is computed once, in one thread, and is constant afterwards.
 #pragma once
 
 #include <algorithm>
@@ -30,7 +30,7 @@ class ByteVocabulary {
     bytes_.reserve(2 * READ_BEYOND + 16 * num_tokens);
   }
 
-  // Every token, then every merge by its rank, then finish. READ_BEYOND bytes must be readable behind what is given.
+  // Call for every token, then for every merge by its rank, then finish. READ_BEYOND bytes after the given ones must be readable.
   void add_token(const uint8_t* token, size_t length, uint32_t id) {
     if (length == 0 || length > MAX_TOKEN_BYTES) throw std::invalid_argument("a token has no bytes or too many");
     if (id >= MAX_SYMBOLS) throw std::invalid_argument("an id is too high");
@@ -44,7 +44,7 @@ class ByteVocabulary {
     max_length_ = std::max(max_length_, length);
   }
 
-  // The first `length` bytes with the rest of `joined_length` bytes.
+  // Merges the first `length` bytes with the rest of `joined_length` bytes.
   void add_merge(const uint8_t* joined, size_t length, size_t joined_length) {
     const uint32_t first = find(joined, length), second = find(joined + length, joined_length - length);
     const uint32_t result = find(joined, joined_length);
@@ -123,7 +123,7 @@ class ByteVocabulary {
   uint32_t byte_ids_[0x100] = {};
   MergeTable merges_;
   std::vector<uint32_t> low_merges_;  // of pairs of ids below 256, which are the single bytes in most vocabularies
-  std::vector<uint32_t> results_;     // by rank; empty where they count on from the first
+  std::vector<uint32_t> results_;     // by rank; empty if the results are consecutive
   uint32_t first_result_ = 0;
 };
 

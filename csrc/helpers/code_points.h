@@ -1,7 +1,7 @@
-// A number for each code point, from runs of equal ones.
+// A number for each code point, read from runs of equal numbers.
 //
-// Layout: the code points in pages of 128; equal pages are kept once. numbers_[pages_[code >> 7] << 7 | code & 127].
-// Work: at construction one pass over all code points (2 ms); then constant.
+// Layout: the code points in pages of 128; equal pages are stored once. numbers_[pages_[code >> 7] << 7 | code & 127].
+// Work: one pass over all code points at construction (2 ms); constant afterwards.
 #pragma once
 
 #include <cstddef>
@@ -16,7 +16,7 @@ constexpr uint32_t NUM_CODE_POINTS = 0x110000;
 
 class CodePoints {
  public:
-  // runs: first code point << 8 | number, ascending, the first one of code point 0.
+  // runs: first code point << 8 | number, ascending, the first for code point 0.
   template <size_t COUNT>
   explicit CodePoints(const uint32_t (&runs)[COUNT]) : pages_(NUM_CODE_POINTS >> PAGE_BITS) {
     std::map<std::string, uint16_t> known;

@@ -1,5 +1,5 @@
-// What the Python bindings of the encoders share. Texts are read where they are: an ASCII string costs nothing, of any other one
-// Python makes its UTF-8 and keeps it with the string. The lock of the interpreter is released while texts are encoded.
+// Shared by the Python bindings of the encoders. Texts are read in place: an ASCII string needs no conversion; for any other Python
+// makes UTF-8 and keeps it with the string. The interpreter's lock is released during encoding.
 #pragma once
 
 #include <pybind11/numpy.h>
@@ -15,7 +15,7 @@
 
 namespace ledom {
 
-// The str at a place of a tuple. Throws TypeError for anything else.
+// Returns the str at a position of a tuple. Throws TypeError for anything else.
 inline PyObject* text_at(const pybind11::tuple& texts, size_t place) {
   PyObject* text = PyTuple_GET_ITEM(texts.ptr(), static_cast<Py_ssize_t>(place));
   if (!PyUnicode_Check(text)) throw pybind11::type_error("text " + std::to_string(place) + " is not a str");

@@ -1,10 +1,10 @@
-"""Writes unicode_classes.h and nfc_classes.h: what the byte encoder knows of each code point.
+"""Writes unicode_classes.h and nfc_classes.h: properties of each code point for the byte encoder.
 
     python csrc/helpers/make_unicode_tables.py
 
-The classes are asked of the `tokenizers` library itself, whose regular expressions they have to agree with; a test compares them
-over all code points. Combining classes are those of Python's unicodedata; a code point that it does not know, and one that
-composition may change or join to what stands before it, is marked: texts with one are normalised by `tokenizers`.
+The classes come from the `tokenizers` library, whose regular expressions they must match; a test compares them for all code points.
+Combining classes come from Python's unicodedata. A code point that it does not contain, or that composition may change or join to
+the one before, is marked: `tokenizers` normalises texts with such a code point.
 """
 
 import unicodedata
@@ -31,7 +31,7 @@ ENTRIES_A_LINE = 11
 
 
 def members(pattern: str) -> set[int]:
-    """The code points that a pattern of `tokenizers` matches."""
+    """Return the code points that a pattern of `tokenizers` matches."""
     remove = pre_tokenizers.Split(Regex(pattern), "removed")
     found: set[int] = set()
     for begin in range(0, len(CODES), CHUNK):
@@ -42,7 +42,7 @@ def members(pattern: str) -> set[int]:
 
 
 def class_of() -> Callable[[int], int]:
-    """The number of a code point's class: its place in CLASSES + 1, 0 if it is in none."""
+    """Return a function from a code point to the number of its class: its position in CLASSES + 1, or 0."""
     number: dict[int, int] = {}
     for index, pattern in enumerate(CLASSES):
         for code in members(pattern):
@@ -51,7 +51,7 @@ def class_of() -> Callable[[int], int]:
 
 
 def combining_of() -> Callable[[int], int]:
-    """The combining class of a code point, NOT_SURE if normalisation may do more than sort it."""
+    """Return a function from a code point to its combining class, or NOT_SURE if normalisation may do more than sort it."""
     normalize = normalizers.NFC().normalize_str
     second = set(HANGUL_PARTS)
     for code in CODES:
@@ -68,7 +68,7 @@ def combining_of() -> Callable[[int], int]:
 
 
 def runs(number_of: Callable[[int], int]) -> Iterator[int]:
-    """first code point << 8 | number of every run of code points with one number; surrogates go with what is before them."""
+    """Yield first code point << 8 | number for every run of equal numbers; surrogates belong to the run before them."""
     last = -1
     for code in CODES:
         if (number := number_of(code)) != last:
@@ -77,12 +77,12 @@ def runs(number_of: Callable[[int], int]) -> Iterator[int]:
 
 
 def write(name: str, array: str, comment: str, entries: list[int]) -> None:
-    """One header with one array."""
+    """Write a header with one array."""
     words = [f"0x{entry:X}," for entry in entries]
     lines = [" ".join(words[begin : begin + ENTRIES_A_LINE]) for begin in range(0, len(words), ENTRIES_A_LINE)]
     head = [
         f"// {comment}",
-        "// Written by make_unicode_tables.py; not to be edited.",
+        "// Written by make_unicode_tables.py; do not edit.",
         "#pragma once",
         "",
         "#include <cstdint>",
@@ -93,7 +93,7 @@ def write(name: str, array: str, comment: str, entries: list[int]) -> None:
 
 
 def main() -> None:
-    """Write both."""
+    """Write both headers."""
     where = f"tokenizers {tokenizers.__version__}"
     about = "first code point << 8 | class (CodePointClass) of every run of code points, as the regular expressions of"
     write("unicode_classes.h", "UNICODE_CLASSES", f"{about} {where}.", list(runs(class_of())))

@@ -1,7 +1,7 @@
-// What two adjacent symbols become: a table from pairs of symbols to numbers.
+// The result of merging two adjacent symbols: a table from pairs of symbols to numbers.
 //
 // Layout: open addressing over one u64 each, first << 43 | second << 22 | value; symbols below MAX_SYMBOLS, values below 2^22.
-// Most pairs that are asked for are not there; a bitmap with at least 8 bits a pair, which stays in the cache, says so mostly.
+// Most requested pairs are missing; a bitmap with at least 8 bits per pair, which stays in the cache, rejects most of them.
 #pragma once
 
 #include <cstddef>
@@ -39,7 +39,7 @@ class MergeTable {
     }
   }
 
-  // The value of a pair, or NO_MERGE.
+  // Returns the value of a pair, or NO_MERGE.
   uint32_t find(uint32_t first, uint32_t second) const {
     const uint64_t pair = pair_of(first, second), hashed = hash(pair), bit = hashed >> bitmap_shift_;
     if (!(bitmap_[bit >> 6] >> (bit & 63) & 1)) return NO_MERGE;
@@ -50,17 +50,17 @@ class MergeTable {
     }
   }
 
-  // Whether an entry is the one that is found by its pair.
+  // Returns true if a search for its pair finds this entry.
   bool contains(uint64_t entry) const {
     return find(static_cast<uint32_t>(entry >> 43), entry >> 22 & MAX_SYMBOLS) == (entry & (MAX_MERGES - 1));
   }
 
-  // Have the memory that `find` reads fetched.
+  // Prefetches the memory that `find` reads.
   void prefetch(uint32_t first, uint32_t second) const { __builtin_prefetch(&slots_[hash(pair_of(first, second)) >> shift_]); }
 
   static uint64_t hash(uint64_t key) { return (key ^ key >> 32) * 0x9E3779B97F4A7C15ull; }
 
-  // Bits of the smallest power of two that is not below a number, at least 10.
+  // Returns the bits of the smallest power of two that is not below a number, at least 10.
   static int bits_for(size_t number) {
     int bits = 10;
     while ((size_t{1} << bits) < number) bits++;

@@ -1,5 +1,5 @@
 // first code point << 8 | combining class of every run; 255: NFC may change it or join it to what is before it, Unicode 14.0.0.
-// Written by make_unicode_tables.py; not to be edited.
+// Written by make_unicode_tables.py; do not edit.
 #pragma once
 
 #include <cstdint>

@@ -1,11 +1,11 @@
 // piece_encoder: texts -> ids of a SentencePiece BPE vocabulary, the same ids as the sentencepiece library's.
 //
-// A text, with a space in front if the vocabulary has a dummy prefix, is cut wherever no merge can happen (PieceVocabulary::joins
-// false), which in a usual vocabulary is around words. Such a unit has the same ids wherever it stands, so they are kept in a
-// table (UnitCache) from its bytes; what is not there is merged by the rule in piece_vocabulary.h.
+// A text, after a space if the vocabulary has a dummy prefix, is cut wherever no merge can happen (PieceVocabulary::joins is false),
+// usually around words. Such a unit always has the same ids, so a table (UnitCache) maps its bytes to its ids; a unit that is not in
+// the table is merged by the rule in piece_vocabulary.h.
 //
-// texts   UTF-8, valid (Python's strings are)
-// ids     [total]      of all texts one after the other, text order
+// texts   valid UTF-8 (as Python's strings)
+// ids     [total]      of all texts, one text after the other, in text order
 // offsets [texts + 1]  text t has ids[offsets[t] .. offsets[t + 1])
 //
 // Work: one pass over the bytes; see unit_encoder.h for the rest.
@@ -57,7 +57,7 @@ class PieceEncoder {
     if (!vocabulary().byte_fallback()) join_unknown(ids, first_id);
   }
 
-  // Bit i: a unit begins at block[i]. next is the first character not looked at, in or after the block; previous the one before.
+  // Bit i: a unit begins at block[i]. next is the first character not yet read, in or after the block; previous the one before.
   uint64_t cuts_in(const uint8_t* block, const uint8_t* end, const uint8_t*& next, uint32_t& previous) const {
     const uint8_t* block_end = block + std::min<size_t>(BLOCK, static_cast<size_t>(end - block));
     uint64_t all = previous, cuts = 0;

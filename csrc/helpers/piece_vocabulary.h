@@ -1,16 +1,16 @@
-// What a SentencePiece BPE vocabulary says about text: which symbols merge, in which order, and between which characters no
-// merge can ever happen.
+// A SentencePiece BPE vocabulary: the merges of symbols, their order, and the pairs of characters between which no merge can
+// happen.
 //
-// Formula: a text is first one symbol a character; again and again the adjacent pair whose joined string is the piece with the
-// highest score is merged, of equals the one that comes first in the text. A merge whose result reaches over the characters a, b
-// makes a piece that has b directly after a. If no piece has, texts may be cut between a and b and encoded apart: joins(a, b)
-// is false there. It may be true without need (hash collisions, see below), which only makes what is encoded at once longer.
+// Formula: a text begins as one symbol per character. Then the adjacent pair whose joined string is the piece with the highest score is
+// merged repeatedly, the first of equal ones in the text. A merge across the characters a, b makes a piece that has b directly after a.
+// If there is no such piece, texts may be cut between a and b and encoded separately: joins(a, b) is false. It may be true needlessly
+// (hash collisions, see below), which only makes units longer.
 //
-// Layout: a character is its code point, but U+2581 (a space inside a piece) is held as U+0020: both spell one thing in a text.
-// A symbol is a number: below num_pieces the id of a piece; from there the characters that are in pieces but are none
-// themselves; UNKNOWN | code point for a character in no piece. Merges: see merge_table.h. Joins: one bit for each ASCII pair; for
-// other pairs one bit at a hash of the pair, in a bitmap with at least 16 bits a pair.
-// Work: everything is computed once, in one thread; what is read later is constant.
+// Layout: a character is its code point, but U+2581 (a space inside a piece) is stored as U+0020: both mean the same in a text.
+// A symbol is a number: below num_pieces the id of a piece; from there on characters that occur in pieces but are not pieces;
+// UNKNOWN | code point for a character in no piece. Merges: see merge_table.h. Joins: one bit for each ASCII pair; for other pairs one
+// bit at a hash of the pair, in a bitmap with at least 16 bits per pair.
+// Work: everything is computed once, in one thread, and is constant afterwards.
 #pragma once
 
 #include <algorithm>
@@ -35,13 +35,13 @@ constexpr uint32_t UNKNOWN = 0x80000000u;
 
 enum PieceType : int { NORMAL_PIECE = 1, UNKNOWN_PIECE = 2, CONTROL_PIECE = 3, BYTE_PIECE = 6 };
 
-// The code point at p of valid UTF-8, U+2581 as a space; p moves behind it.
+// Returns the code point at p of valid UTF-8, U+2581 as a space; moves p past it.
 inline uint32_t read_character(const uint8_t*& p) {
   const uint32_t code = read_code_point(p);
   return code == SPACE_MARK ? SPACE_CODE : code;
 }
 
-// The UTF-8 of a code point in bytes[4], a space as U+2581; returns how many.
+// Writes the UTF-8 of a code point to bytes[4], a space as U+2581; returns the number of bytes.
 inline int write_character(uint32_t code, uint8_t* bytes) {
   if (code == SPACE_CODE) code = SPACE_MARK;
   const auto tail = [code](int shift) { return static_cast<uint8_t>(0x80 | (code >> shift & 0x3F)); };
@@ -73,7 +73,7 @@ class PieceVocabulary {
     add_joins(symbols);
   }
 
-  // False: no merge ever happens across a directly followed by b.
+  // Returns false if no merge can happen across a directly followed by b.
   bool joins(uint32_t a, uint32_t b) const { return (a | b) < 0x80 ? joins_ascii(a, b) : joins_other(a, b); }
   bool joins_ascii(uint32_t a, uint32_t b) const { return ascii_joins_[2 * a + (b >> 6)] >> (b & 63) & 1; }
 
@@ -87,7 +87,7 @@ class PieceVocabulary {
     while (p < end) symbols.push_back(symbol_of(read_character(p)));
   }
 
-  // The symbol two symbols become, or NO_MERGE if no piece spells both.
+  // Returns the symbol that two symbols become, or NO_MERGE if no piece is their concatenation.
   uint32_t merged(uint32_t first, uint32_t second) const {
     return (first | second) & UNKNOWN ? NO_MERGE : merges_.find(first, second);
   }
@@ -98,7 +98,7 @@ class PieceVocabulary {
   uint32_t rank_of(uint32_t symbol) const { return symbol == NO_MERGE ? NO_RANK : ranks_[symbol]; }
 
   static constexpr size_t MAX_IDS_OF_SYMBOL = 4;
-  // Write the ids of a symbol; returns behind them.
+  // Writes the ids of a symbol; returns the position after them.
   uint32_t* write_ids(uint32_t symbol, uint32_t* ids) const {
     if (symbol < num_pieces_) return *ids = symbol, ids + 1;
     if (!byte_fallback_) return *ids = unknown_id_, ids + 1;
@@ -141,7 +141,7 @@ class PieceVocabulary {
     return codes;
   }
 
-  // Give every character of a piece a symbol.
+  // Gives every character of a piece a symbol.
   void add_characters(std::unordered_map<std::string, uint32_t>& symbols) {
     std::fill(ascii_symbols_, ascii_symbols_ + 0x80, UNKNOWN);
     for (uint32_t code = 0; code < 0x80; code++) ascii_symbols_[code] |= code;
@@ -176,7 +176,7 @@ class PieceVocabulary {
     }
   }
 
-  // Every way a piece is two symbols.
+  // Adds every split of a piece into two symbols.
   void add_merges(const std::unordered_map<std::string, uint32_t>& symbols) {
     std::vector<uint64_t> found;
     for (const auto& [piece, symbol] : symbols) {

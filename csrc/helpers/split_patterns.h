@@ -1,11 +1,11 @@
-// The splitting patterns of byte-level BPE vocabularies, as scanners: where the unit that begins at p ends.
+// The splitting patterns of byte-level BPE vocabularies, as scanners that find the end of the unit that begins at p.
 //
-// Each gives the leftmost match of its regular expression (tokenizers/encoders.py has them), alternatives in their order, with the
-// classes of code points of the `tokenizers` library. All of them match something at every character, so a text is its units.
+// Each finds the leftmost match of its regular expression (listed in tokenizers/encoders.py), with alternatives in their order and the
+// classes of code points of the `tokenizers` library. Every pattern matches at every character, so the units make up the whole text.
 //
-// Text is valid UTF-8, at least READ_BEYOND zero bytes behind its end. Zero is no letter, digit or space, so only what runs over
-// other characters has to look for the end.
-// Work: a few steps a character, one pass; a run of spaces is read twice at most.
+// Text is valid UTF-8, followed by at least READ_BEYOND zero bytes. Zero is no letter, digit or space, so only loops over other
+// characters check for the end.
+// Work: a few steps per character, one pass; a run of spaces is read at most twice.
 #pragma once
 
 #include <cstddef>
@@ -52,7 +52,7 @@ class Scanner {
     return {1u << classes_[code], p};
   }
 
-  // Behind all characters from p on that are of some kinds, among which OTHER is not.
+  // Returns the end of all characters from p on that are of some kinds, which must not include OTHER.
   const uint8_t* skip(const uint8_t* p, uint32_t kinds) const {
     for (Character c = look(p); c.kind & kinds; c = look(p)) p = c.end;
     return p;
@@ -79,7 +79,7 @@ class Scanner {
     return p;
   }
 
-  // Behind characters of none of some kinds, at most at end.
+  // Returns the end of all characters from p on that are of none of some kinds, at most `end`.
   const uint8_t* skip_others(const uint8_t* p, const uint8_t* end, uint32_t kinds) const {
     while (p < end) {
       const Character c = look(p);
@@ -94,21 +94,21 @@ class Scanner {
     return p;
   }
 
-  // Spaces from p on, none before it: \s*[\r\n]+ where lines end a unit, else \s+(?!\S), else \s+.
+  // For spaces from p on, with none before: \s*[\r\n]+ if lines end a unit, else \s+(?!\S), else \s+.
   const uint8_t* skip_spaces(const uint8_t* p, const uint8_t* end, bool lines_end) const {
     const uint8_t *last = p, *line_end = nullptr;
-    const uint8_t* behind = p;
-    for (Character c = look(behind); c.kind & SPACES; c = look(behind)) {
-      last = behind;
-      behind = c.end;
-      if (c.kind & bit(NEWLINE)) line_end = behind;
+    const uint8_t* after = p;
+    for (Character c = look(after); c.kind & SPACES; c = look(after)) {
+      last = after;
+      after = c.end;
+      if (c.kind & bit(NEWLINE)) line_end = after;
     }
     if (lines_end && line_end) return line_end;
-    return behind == end || last == p ? behind : last;
+    return after == end || last == p ? after : last;
   }
 
-  // Behind 's, 't, 're, 've, 'm, 'll or 'd, p at the apostrophe; p itself if there is none. Small letters only, or any:
-  // U+017F is then an s.
+  // Returns the end of 's, 't, 're, 've, 'm, 'll or 'd with the apostrophe at p, or p without one. Small letters only, or any:
+  // then U+017F is an s.
   static const uint8_t* skip_contraction(const uint8_t* p, bool any_case) {
     const uint8_t fold = any_case ? 0x20 : 0, first = p[1] | fold;
     if (first == 's' || first == 't' || first == 'm' || first == 'd') return p + 2;
@@ -119,7 +119,7 @@ class Scanner {
   }
 
  private:
-  // The high bit of each byte that is no ASCII letter.
+  // Sets the high bit of each byte that is no ASCII letter.
   static uint64_t other_than_ascii_letters(uint64_t bytes) {
     constexpr uint64_t ones = 0x0101010101010101ull, high = 0x80 * ones;
     const uint64_t small = (bytes | 0x20 * ones) & ~high;
@@ -149,7 +149,7 @@ class Gpt2Scanner : public Scanner {
   }
 };
 
-// cl100k and what came of it, with up to D digits:
+// cl100k and its successors, with up to D digits:
 // (?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,D}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+
 template <uint32_t DIGITS>
 class Cl100kScanner : public Scanner {
@@ -180,7 +180,7 @@ class O200kScanner : public Scanner {
     const Character first = look(p);
     if (first.kind & bit(NUMBER)) return skip_numbers(first.end, 2);
     if (first.kind & bit(NEWLINE)) return skip_spaces(p, end, true);
-    // A mark may stand for [^\r\n\p{L}\p{N}]? or begin U*; it comes to the same.
+    // A mark may stand for [^\r\n\p{L}\p{N}]? or begin U*; the result is the same.
     const uint8_t* word = first.kind & (LETTERS | bit(MARK)) ? p : first.end;
     const uint8_t* word_end = skip_word(word);
     if (word_end != word) return *word_end == '\'' ? skip_contraction(word_end, true) : word_end;
@@ -193,10 +193,10 @@ class O200kScanner : public Scanner {
   }
 
  private:
-  // U*W+, else U+W*; p itself if neither is there.
+  // Returns the end of U*W+, else of U+W*, else p.
   const uint8_t* skip_word(const uint8_t* p) const {
     constexpr uint32_t lower = bit(LOWER) | bit(CASELESS) | bit(MARK), upper = bit(UPPER) | bit(CASELESS) | bit(MARK);
-    const uint8_t* given_back = nullptr;  // behind the last character of U* that W takes, too
+    const uint8_t* given_back = nullptr;  // after the last character of U* that is also in W
     Character c = look(p);
     for (; c.kind & upper; c = look(p)) {
       p = c.end;

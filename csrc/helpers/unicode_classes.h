@@ -1,5 +1,5 @@
 // first code point << 8 | class (CodePointClass) of every run of code points, as the regular expressions of tokenizers 0.23.3.
-// Written by make_unicode_tables.py; not to be edited.
+// Written by make_unicode_tables.py; do not edit.
 #pragma once
 
 #include <cstdint>

@@ -1,12 +1,12 @@
-// A bounded table from the bytes of a unit (a word, in most texts) to its ids.
+// A table of bounded size from the bytes of a unit (usually a word) to its ids.
 //
 // Layout: open addressing over slots of 32 bytes.
-//   low, high  a unit of up to 15 bytes itself, padded with zeros, its length in the top byte of high; or, of a longer unit, its
-//              hash in low and 255 << 56 | length << 32 | where its bytes begin in keys_ in high; an empty slot has high 0
-//   count      how many ids it has; ids[3] holds up to three of them, or else ids[0] where they begin in long_ids_
-// Memory: half of the bytes allowed are slots, a quarter keys_ and a quarter long_ids_; these two take pages only when used. When
-// three quarters of the slots are taken or another part is full, everything is forgotten and the table fills anew: what is
-// frequent comes back at once, and a change of subject is followed.
+//   low, high  a unit of up to 15 bytes itself, padded with zeros, its length in the top byte of high; for a longer unit its
+//              hash in low and 255 << 56 | length << 32 | offset of its bytes in keys_ in high; an empty slot has high 0
+//   count      number of ids; ids[3] contains up to three of them, otherwise ids[0] is their offset in long_ids_
+// Memory: half of the allowed bytes are slots, a quarter keys_ and a quarter long_ids_; these two use pages only as they fill. When
+// three quarters of the slots are used or another part is full, the table is emptied and fills again: frequent units return at
+// once, and the table follows a change of subject.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +21,7 @@
 namespace ledom {
 
 constexpr size_t MAX_CACHED_BYTES = 255;  // longer units are encoded every time
-constexpr size_t READ_BEYOND = 64;        // bytes that must be readable behind every unit
+constexpr size_t READ_BEYOND = 64;        // bytes that must be readable after every unit
 
 struct Slot {
   uint64_t low, high;
@@ -53,14 +53,14 @@ class UnitCache {
 
   static UnitKey key_of(const uint8_t* unit, size_t length) {
     if (length > 15) return long_key(unit, length);
-    // Shifts by 64 are undefined, so each mask is made of two.
+    // Shifts by 64 are undefined, so each mask needs two shifts.
     const size_t low_bits = 8 * std::min<size_t>(length, 8), high_bits = 8 * length - low_bits;
     const uint64_t low_mask = ~(~uint64_t{0} << low_bits / 2 << (low_bits - low_bits / 2));
     const uint64_t high_mask = ~(~uint64_t{0} << high_bits);
     return {load_8_bytes(unit) & low_mask, (load_8_bytes(unit + 8) & high_mask) | static_cast<uint64_t>(length) << 56};
   }
 
-  // Where the search for a unit begins.
+  // The slot at which the search for a unit begins.
   const Slot* first_slot(const UnitKey& key) const { return slots_.data() + (mixed(key.low, key.high) & mask_); }
 
   // The slot of a unit, or null.

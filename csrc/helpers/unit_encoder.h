@@ -1,14 +1,14 @@
-// unit_encoder: units of text -> ids, each merged once and then remembered. Shared by the encoders, which cut texts into units.
+// unit_encoder: units of text -> ids, each merged once and then cached. Shared by the encoders, which cut texts into units.
 //
-// A unit is bytes that no merge reaches out of (a word, in most texts), so it has the same ids wherever it stands; they are kept
-// in a table (UnitCache) from its bytes. What is not there is merged: it is first the symbols that Vocabulary::add_symbols gives,
-// then again and again the adjacent pair of the lowest rank becomes one symbol, of equals the one that comes first.
+// A unit is a string that no merge crosses (usually a word), so it always has the same ids; a table (UnitCache) maps its bytes to
+// them. A unit that is not in the table is merged: it begins as the symbols of Vocabulary::add_symbols, then the adjacent pair of the
+// lowest rank becomes one symbol repeatedly, the first of equal ones.
 //
 // Vocabulary has: add_symbols(begin, end, symbols); merged(first, second) -> a merge, NO_MERGE if there is none;
 // rank_of(merge), NO_RANK for NO_MERGE; result_of(merge) -> symbol; prefetch(first, second);
-// write_ids(symbol, ids) -> behind them, at most MAX_IDS_OF_SYMBOL.
+// write_ids(symbol, ids) -> the position after them, at most MAX_IDS_OF_SYMBOL.
 //
-// Work: one thread, under a lock: it runs inside worker processes, one a core. A unit of n symbols that is not in the table costs
+// Work: one thread, under a lock: it runs inside worker processes, one per core. A unit of n symbols that is not in the table needs
 // n^2 steps on few bytes up to SCAN_LIMIT symbols, n log n above.
 #pragma once
 
@@ -32,12 +32,12 @@ namespace ledom {
 constexpr int SCAN_BITS = 6;
 constexpr size_t SCAN_LIMIT = 1 << SCAN_BITS;
 constexpr int32_t NO_KEY = 0x7FFFFFFF;
-constexpr size_t UNITS_AHEAD = 64;  // cut before the first of them is looked up, so that memory can be fetched meanwhile
+constexpr size_t UNITS_AHEAD = 64;  // cut before the first of them is looked up, so that memory can be prefetched
 constexpr size_t UNITS_AT_ONCE = 64;
 constexpr size_t KEPT_SCRATCH_BYTES = 1 << 22;
 constexpr uint32_t NOTHING = 0xFFFFFFFFu;
 
-// A growing array of ids whose memory can be handed on; new entries are not initialised.
+// A growing array of ids whose memory can be passed on; new entries are not initialised.
 class IdBuffer {
  public:
   uint32_t* room_for(size_t count) {
@@ -81,7 +81,7 @@ class UnitEncoder {
     }
   }
 
-  // Each text by encode_text(text, ids); offsets[t] is where text t begins.
+  // Encodes each text with encode_text(text, ids); offsets[t] is the beginning of text t.
   template <class EncodeText>
   void encode(const std::vector<std::string_view>& texts, IdBuffer& ids, int64_t* offsets, EncodeText encode_text) {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -93,7 +93,7 @@ class UnitEncoder {
     }
   }
 
-  // The text behind `before` bytes, with READ_BEYOND zero bytes behind it; for the units of encode_text.
+  // Copies the text after `before` bytes, followed by READ_BEYOND zero bytes; for the units of encode_text.
   uint8_t* copied(std::string_view text, size_t before) {
     if (text.size() >= NOTHING - before - READ_BEYOND) throw std::length_error("a text must have less than 4 GB");
     text_.resize(before + text.size() + READ_BEYOND);
@@ -103,7 +103,7 @@ class UnitEncoder {
     return text_.data();
   }
 
-  // One more unit; at most UNITS_AT_ONCE between two looks at many_are_waiting.
+  // Adds a unit; at most UNITS_AT_ONCE between two calls of many_are_waiting.
   void add_unit(const uint8_t* begin, const uint8_t* end) {
     Unit& unit = waiting_[num_waiting_++];
     unit.begin = begin;
@@ -126,19 +126,19 @@ class UnitEncoder {
   const UnitCache& cache() const { return cache_; }
   uint64_t num_units() const { return num_units_; }
   uint64_t num_misses() const { return num_misses_; }
-  uint64_t num_steps() const { return num_steps_; }  // of merging: pairs looked up, symbols scanned, candidates taken
+  uint64_t num_steps() const { return num_steps_; }  // steps of merging: pairs looked up, symbols scanned, candidates taken
 
  private:
   struct Unit {
     const uint8_t* begin;
     size_t length;
     UnitKey key;
-    const Slot* slot;  // where the search begins
+    const Slot* slot;  // the slot at which the search begins
   };
 
   struct Candidate {
     uint32_t rank, at, first, second;
-    bool operator<(const Candidate& other) const {  // the top of a heap is the lowest rank, of equals the one that comes first
+    bool operator<(const Candidate& other) const {  // the top of a heap has the lowest rank, the first of equal ones
       return rank != other.rank ? rank > other.rank : at > other.at;
     }
   };
@@ -160,7 +160,7 @@ class UnitEncoder {
     ids.add(count);
   }
 
-  // The ids of a unit in unit_ids_.
+  // Writes the ids of a unit to unit_ids_.
   void merge_unit(const uint8_t* unit, size_t length) {
     num_misses_++;
     symbols_.clear();
@@ -179,8 +179,8 @@ class UnitEncoder {
     return vocabulary_.merged(first, second);
   }
 
-  // Few symbols, which stay at their places: the key of place i is rank << 6 | i of what the symbol there and the next one become,
-  // so the smallest key is the next merge. Symbols that were merged into the one before them become NOTHING.
+  // For few symbols, which stay at their positions: the key of position i is rank << 6 | i, with the rank of merging its symbol with
+  // the next one, so the smallest key is the next merge. Symbols that were merged into the one before them become NOTHING.
   void merge_by_scan() {
     const size_t size = symbols_.size();
     alignas(16) int32_t keys[SCAN_LIMIT];
@@ -209,7 +209,7 @@ class UnitEncoder {
     }
   }
 
-  // Of 4 * blocks keys; four at once.
+  // Returns the smallest of 4 * blocks keys, four at once.
   static int32_t smallest(const int32_t* keys, size_t blocks) {
     typedef int32_t Four __attribute__((vector_size(16)));
     const auto* block = reinterpret_cast<const Four*>(keys);
@@ -218,8 +218,8 @@ class UnitEncoder {
     return std::min(std::min(best[0], best[1]), std::min(best[2], best[3]));
   }
 
-  // Many symbols: a heap of candidates. Symbols that were merged into the one before them become NOTHING; a candidate whose two
-  // symbols are no longer there is passed over.
+  // For many symbols: a heap of candidates. Symbols that were merged into the one before them become NOTHING; a candidate whose two
+  // symbols have changed is skipped.
   void merge_by_heap() {
     const uint32_t size = static_cast<uint32_t>(symbols_.size());
     next_.resize(size), previous_.resize(size);
@@ -258,7 +258,7 @@ class UnitEncoder {
   }
 
   const Vocabulary vocabulary_;
-  Slot ascii_[0x80] = {};  // of units of one byte
+  Slot ascii_[0x80] = {};  // for units of one byte
   UnitCache cache_;
   std::mutex mutex_;
   std::vector<uint8_t> text_;

@@ -6,7 +6,7 @@
 
 namespace ledom {
 
-// The code point at p; p moves behind it.
+// Returns the code point at p and moves p past it.
 inline uint32_t read_code_point(const uint8_t*& p) {
   const uint32_t first = *p;
   if (first < 0x80) return p++, first;

@@ -1,8 +1,8 @@
 // AdamW, norm and scaling over many tensors; formulas and the table of chunks are in multi_tensor.h. fp32 inside.
 //
-// Work: a block takes a row of the table, a thread groups of eight neighbouring elements of it, all lists read before any is written;
-// what is left of the row, or all of a row that is off the 16-byte grid, goes element by element. A sum is per block, then one block
-// adds the blocks' in their order.
+// Work: a block processes a row of the table, a thread groups of eight neighbouring elements; all lists are read before any is written.
+// The end of a row, or a whole row that is not aligned to 16 bytes, is processed element by element. Each block has a sum; then one
+// block adds these sums in the order of the blocks.
 #include "multi_tensor/multi_tensor.h"
 
 #include "common/pack.h"
@@ -41,7 +41,7 @@ __device__ __forceinline__ void store_one(float* to, float value) { *to = value;
 __device__ __forceinline__ void store_one(__nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
 __device__ __forceinline__ void store_one(__half* to, float value) { *to = __float2half_rn(value); }
 
-// A list's part of a row: column `list` of it, behind the number of elements.
+// A list's part of a row: column `list` after the number of elements.
 template <class T>
 __device__ __forceinline__ T* piece(T* base, const int64_t* row, int list) {
   using Byte = Same<const char>;

@@ -1,9 +1,9 @@
 // RMSNorm forward and backward; formula and layout are in rms_norm.h. 16-bit in and out, fp32 inside.
 //
-// Work: a block takes rows blockIdx.x, blockIdx.x + gridDim.x, ...; a thread takes groups of eight neighbouring values, HELD of them
-// in registers from the reading to the writing, the rest (of rows above 16,384 values forward, 8,192 backward) read again. Blocks are
-// few, so that the weight is read once a block and stays in registers. Nothing is kept for the backward pass but the input: it sums
-// the squares again, beside the sum that it needs anyway.
+// Work: a block processes rows blockIdx.x, blockIdx.x + gridDim.x, ...; a thread processes groups of eight neighbouring values and keeps
+// HELD of them in registers until they are written; the rest (of rows above 16,384 values forward, 8,192 backward) is read again. There
+// are few blocks, so that each reads the weight once and keeps it in registers. Only the input is kept for the backward pass, which
+// computes the sum of squares again, together with another sum that it needs.
 //
 //   g = output_gradient * weight, r = 1 / sqrt(mean(x^2) + eps)
 //   input_gradient = r * g - x * r^3 * mean(g * x)  (+ sum_gradient)
@@ -18,7 +18,7 @@ namespace {
 
 constexpr int HELD = 4, FORWARD_THREADS = 512, BACKWARD_THREADS = 256;
 constexpr int FORWARD_BLOCKS = 1024, BACKWARD_BLOCKS = 256;
-constexpr int COLUMNS = 32, SLICES = 32;  // of the block that adds partial sums: 8 threads of 4 columns, 32 slices of the rows
+constexpr int COLUMNS = 32, SLICES = 32;  // of the block that adds partial sums: 8 threads with 4 columns each, 32 slices of the rows
 
 template <class T>
 __device__ __forceinline__ float sum_of_squares(const uint4& packed) {
@@ -39,7 +39,7 @@ __device__ __forceinline__ uint4 normalised(const uint4& packed, const uint4& we
   return Pack<T>::pack(x);
 }
 
-// Adds and rounds: what is normalised is what later layers will read as the sum.
+// Adds and rounds, so that the normalised values are those that later layers read as the sum.
 template <class T>
 __device__ __forceinline__ uint4 added(const uint4& first, const uint4& second) {
   float a[PACK], b[PACK];
@@ -136,7 +136,7 @@ __device__ __forceinline__ uint4 gradients(const uint4& input, const uint4& grad
   return Pack<T>::pack(x);
 }
 
-// Adds `part` to eight floats in memory, or begins with it.
+// Adds `part` to eight floats in memory, or stores it if it is the first.
 __device__ __forceinline__ void accumulate(float* memory, int group, const float (&part)[PACK], bool begin) {
   float4* at = reinterpret_cast<float4*>(memory) + 2 * group;
 #pragma unroll
@@ -204,7 +204,7 @@ __global__ void __launch_bounds__(BACKWARD_THREADS)
     if (first + i * threads < groups) accumulate(partial, first + i * threads, total[i], true);
 }
 
-// Adds up `partials` for COLUMNS columns: slice after slice of the rows in one thread each, then the slices.
+// Adds up `partials` for COLUMNS columns: each slice of the rows in one thread, then the slices.
 template <class T>
 __global__ void __launch_bounds__(COLUMNS / 4 * SLICES)
     rms_norm_add_partials(const float* __restrict__ partials, T* __restrict__ weight_gradient, int num_partials, int hidden) {

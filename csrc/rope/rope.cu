@@ -1,11 +1,11 @@
 // RoPE; formula and layouts are in rope.h. 16-bit in and out, fp32 inside.
 //
-// Work: a block takes blockDim.z positions of the sequence, and all heads of all their tokens. It first writes the cosines and sines
-// of its positions to shared memory, each once. Then a thread holds those of eight angles and goes over heads: threadIdx.x is the
-// group of angles, threadIdx.y the first head, threadIdx.z the position. A thread reads what it overwrites, and nothing else.
+// Work: a block processes blockDim.z positions of the sequence, with all heads of all their tokens. It first writes the cosines and
+// sines of its positions to shared memory, each once. Then a thread keeps those of eight angles and loops over heads: threadIdx.x is the
+// group of angles, threadIdx.y the first head, threadIdx.z the position. A thread reads only the values that it overwrites.
 //
-// All layouts are one: a token has groups of heads, a group has queries and maybe a key and a value, and each of the three has its own
-// memory and strides.
+// All layouts have the same form: a token has groups of heads, a group has queries and possibly a key and a value, and each of the three
+// has its own memory and strides.
 #include "rope/rope.h"
 
 #include "common/pack.h"
@@ -30,11 +30,11 @@ struct Heads {
 
 struct Shape {
   int64_t length;
-  int batch, groups, queries, in_group, head_dim, rotated;  // in_group: queries + 2, or queries where there is nothing else
+  int batch, groups, queries, in_group, head_dim, rotated;  // in_group: queries + 2, or queries without key and value
 };
 
 // Sine and cosine for |angle| < 2^22: the angle less a multiple of pi / 2 (Cody and Waite's reduction, pi / 2 in three floats), then
-// polynomials on [-pi/4, pi/4]; absolute error below 2^-23. sincosf would do, but keeps its slow path's array in local memory.
+// polynomials on [-pi/4, pi/4]; absolute error below 2^-23. sincosf is correct as well, but keeps an array of its slow path in local memory.
 __device__ __forceinline__ void sine_and_cosine(float angle, float& sine, float& cosine) {
   const float quarters = rintf(angle * 0.636619772f);
   float r = fmaf(quarters, -1.57079625f, angle);
@@ -80,7 +80,7 @@ __device__ __forceinline__ void load_floats(const float* from, float (&values)[P
   }
 }
 
-// Cosines and sines of the block's positions, four angles a thread and turn.
+// Cosines and sines of the block's positions, four angles per thread and pass.
 __device__ __forceinline__ void fill_table(const float* freqs, const Shape& shape, int64_t position, float scale, float sign,
                                            float* cosines, float* sines) {
   const int quads = shape.rotated / 8, positions = blockDim.z;
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(THREADS)
   }
 }
 
-// Query, key and value inside the packed projection.
+// Query, key and value inside the fused projection.
 template <class T>
 Heads<T> packed_heads(T* qkv, const Shape& shape) {
   const int64_t group = static_cast<int64_t>(shape.in_group) * shape.head_dim, token = shape.groups * group;

@@ -1,7 +1,7 @@
 // SwiGLU forward and backward; formula and layout are in swiglu.h. 16-bit in and out, fp32 inside.
 //
-// Work: a row is blockIdx.x; a thread takes LOADS groups of eight neighbouring columns, of the gate and of the up part, all read
-// before the first is written. Nothing is shared.
+// Work: a row is blockIdx.x; a thread processes LOADS groups of eight neighbouring columns of gate and up, and reads all of them
+// before it writes the first. Threads share nothing.
 //
 //   s = sigmoid(gate)
 //   gate_gradient = output_gradient * up * s * (1 + gate * (1 - s))
@@ -28,7 +28,7 @@ __device__ __forceinline__ uint4 swiglu(const uint4& packed_gate, const uint4& p
   return Pack<T>::pack(gate);
 }
 
-// Both gradients, in the place of gate and up.
+// Replaces gate and up by their gradients.
 template <class T>
 __device__ __forceinline__ void swiglu_gradients(uint4& packed_gate, uint4& packed_up, const uint4& packed_gradient) {
   float gate[PACK], up[PACK], gradient[PACK];

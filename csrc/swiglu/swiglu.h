@@ -1,4 +1,4 @@
-// SwiGLU on megatron-core's packed layout (Shazeer, arXiv 2002.05202, equation 5): the last axis is [gate | up].
+// SwiGLU on megatron-core's fused layout (Shazeer, arXiv 2002.05202, equation 5): the last axis is [gate | up].
 //
 //   output = gate * sigmoid(gate) * up
 //
@@ -9,6 +9,6 @@
 
 LEDOM_API int ledom_swiglu_forward(const void* input, void* output, int64_t rows, int width, int dtype, void* stream);
 
-// Needs the input alone. input_gradient [rows, 2 * width]; it may be `input`.
+// Needs only the input. input_gradient [rows, 2 * width]; it may be `input`.
 LEDOM_API int ledom_swiglu_backward(const void* output_gradient, const void* input, void* input_gradient, int64_t rows, int width,
                                     int dtype, void* stream);

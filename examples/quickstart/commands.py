@@ -1,4 +1,4 @@
-"""Running the project's command lines: each is printed as it can be typed, and a failing one stops the quickstart."""
+"""Run the project's command lines: each is printed as it can be typed, and one that fails stops the quickstart."""
 
 import os
 import shlex
@@ -10,26 +10,39 @@ from megatron_ledom.errors import LedomError
 
 ROOT = Path(os.path.relpath(Path(__file__).resolve().parents[2]))
 """The project, relative to the folder the quickstart was started in."""
+START = "from megatron_ledom.cli.main import main; main()"
+"""Starts `ledom` in a Python in which the package can be imported but is not installed."""
 
 
 class QuickstartError(LedomError):
     """A step of the quickstart failed; the message names its command."""
 
 
+def ledom(command: str, *arguments: object) -> list[str]:
+    """Return the command line of `ledom COMMAND`: the installed program next to this Python, else this Python itself."""
+    program = Path(sys.executable).with_name("ledom")
+    start = [as_typed(program)] if program.exists() else [*python(), "-c", START]
+    return [*start, command, *map(str, arguments)]
+
+
 def tool(name: str, *arguments: object) -> list[str]:
-    """The command line of a script of the project, such as `tools/generate.py`."""
+    """Return the command line of a script of the project, such as `examples/quickstart/collect.py`."""
     return [*python(), str(ROOT / name), *map(str, arguments)]
 
 
 def module(name: str, *arguments: object) -> list[str]:
-    """The command line of `python -m name`."""
+    """Return the command line of `python -m name`."""
     return [*python(), "-m", name, *map(str, arguments)]
 
 
 def python() -> list[str]:
-    """The Python that runs this, relative to the current folder where it lies below it."""
-    here = Path(sys.executable)
-    return [str(here.relative_to(Path.cwd()) if here.is_relative_to(Path.cwd()) else here)]
+    """Return the running Python as a command line."""
+    return [as_typed(Path(sys.executable))]
+
+
+def as_typed(program: Path) -> str:
+    """Return the path of a program, relative to the current folder if it is below it."""
+    return str(program.relative_to(Path.cwd()) if program.is_relative_to(Path.cwd()) else program)
 
 
 def show(command: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""What the quickstart found, read from the files it left: report.json, report.md, and the same lines in README.md."""
+"""Read the results of the quickstart from its files; write report.json, report.md and the blocks in README.md and docs/."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from megatron_ledom.storage.files import write_file, write_json
 from megatron_ledom.tables import markdown_table
 
 OUTPUT = Path("quickstart")
-README_PLOT = Path("examples/quickstart/loss_curves.png")
+PLOT = Path("docs/images/loss_curves.png")
+PAGE = Path("docs/get_started.md")
 Report = dict[str, Any]
 
 
 def build_report(phases: dict[str, Report]) -> Report:
-    """Everything worth telling. `phases`: what each phase returned, with its `seconds`."""
+    """Return all results. `phases`: the result of each phase, with its `seconds`."""
     return {
         "machine": describe_machine(),
         "corpus": json.loads((OUTPUT / "corpus/totals.json").read_text()),
@@ -75,7 +77,7 @@ def _describe_model(direction: str) -> Report:
 
 
 def count_parameters(folder: Path) -> int:
-    """Elements of all tensors in the safetensors files of a folder."""
+    """Return the number of elements of all tensors in the safetensors files of a folder."""
     total = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, "pt") as file:
@@ -84,7 +86,7 @@ def count_parameters(folder: Path) -> int:
 
 
 def describe_machine() -> Report:
-    """The processor's name, the cores this process may use, and what a model would run on."""
+    """Return the name of the processor, the number of cores this process may use, the GPU if any, and torch's version."""
     import torch
 
     name = platform.processor() or platform.machine()
@@ -97,44 +99,64 @@ def describe_machine() -> Report:
 
 
 def to_markdown(report: Report) -> str:
-    """The tables, the texts and the paths, as shown at the end and in the README."""
-    machine = report["machine"]
-    device = f"{machine['cores']} cores of {machine['cpu']}" + (f" and {machine['gpu']}" if machine["gpu"] else "")
-    minutes, seconds = divmod(round(report["seconds"]), 60)
+    """Return the tables and texts, as printed at the end and shown in docs/get_started.md."""
     parts = [
-        f"One run on {device} (torch {machine['torch']}, {', '.join(report['overrides'])}): {minutes} min {seconds} s.",
+        _describe_run(report),
         _describe_corpus(report["corpus"]),
         _twins_table(report),
-        f"The reverse run got SIGTERM at iteration {report['resumed_at']} and was resumed there by the same command.",
+        f"The reverse run was stopped by SIGTERM at iteration {report['resumed_at']}; the same command resumed it there.",
         _phases_table(report["phases"]),
-        "The reverse model wrote everything before the marked ending:",
+        "The reverse model wrote the text before each ending in ⟦brackets⟧:",
         *[_fenced(text["text"][: -len(text["following"])] + "⟦" + text["following"] + "⟧") for text in report["generated"]],
         _reranked(report["reranked"]),
     ]
     return "\n\n".join(parts) + "\n"
 
 
+def to_short_markdown(report: Report) -> str:
+    """Return the eight lines of results in README.md."""
+    chosen = (
+        "tokens trained on",
+        "loss on held-out files",
+        "bits per byte on held-out files",
+        "tokens/s (both at the same time)",
+    )
+    return f"{_describe_run(report)}\n\n{_twins_table(report, chosen)}\n"
+
+
+def _describe_run(report: Report) -> str:
+    machine = report["machine"]
+    device = f"{machine['cores']} cores of {machine['cpu']}" + (f" and {machine['gpu']}" if machine["gpu"] else "")
+    minutes, seconds = divmod(round(report["seconds"]), 60)
+    return f"One run on {device} (torch {machine['torch']}, {', '.join(report['overrides'])}): {minutes} min {seconds} s."
+
+
 def _describe_corpus(corpus: Report) -> str:
     parts = [
         f"{corpus[split]['text_bytes'] / 1e6:.1f} MB in {corpus[split]['documents']:,} files" for split in ("train", "valid")
     ]
-    return f"Text: {parts[0]} for training; {parts[1]} held out, which the validation reads but for a last partial batch."
+    return (
+        f"Text: {parts[0]} for training, and {parts[1]} held out for validation. The validation reads all held-out text except"
+        " the last, incomplete batch."
+    )
 
 
-def _twins_table(report: Report) -> str:
+def _twins_table(report: Report, chosen: Sequence[str] = ()) -> str:
+    """Return the table of both twins; `chosen` names its rows, default: all."""
     models = [report["models"][direction] for direction in DIRECTIONS]
-    figures = [
+    rows = [
         ("parameters", "parameters", "{:,}"),
         ("tokens in the training shard", "shard_tokens", "{:,}"),
         ("tokens trained on", "trained_tokens", "{:,}"),
-        ("loss at the start, nats a token", "first_loss", "{:.3f}"),
+        ("loss at the start, nats per token", "first_loss", "{:.3f}"),
         ("training loss at the end", "train_loss", "{:.3f}"),
         ("loss on held-out files", "valid_loss", "{:.3f}"),
         ("bits per byte on held-out files", "bits_per_byte", "{:.3f}"),
-        ("tokens/s (both trained at once)", "tokens_per_second", "{:,.0f}"),
+        ("tokens/s (both at the same time)", "tokens_per_second", "{:,.0f}"),
         ("largest logit difference of the export", "largest_logit_difference", "{:.1e}"),
     ]
-    cells = [["", *DIRECTIONS], *([name, *(form.format(model[key]) for model in models)] for name, key, form in figures)]
+    shown = [row for row in rows if not chosen or row[0] in chosen]
+    cells = [["", *DIRECTIONS], *([name, *(form.format(model[key]) for model in models)] for name, key, form in shown)]
     return markdown_table(cells, "lrr")
 
 
@@ -144,11 +166,11 @@ def _phases_table(phases: dict[str, float]) -> str:
 
 def _reranked(record: Report) -> str:
     rows = [["rank", "reward", "log P(answer given prompt)", "log P(prompt given answer)", "answer begins"]]
-    for place, index in enumerate(record["ranking"], 1):
+    for position, index in enumerate(record["ranking"], 1):
         score, answer = record["scores"][index], record["candidates"][index]
         text = repr(answer if isinstance(answer, str) else answer["text"])[:60].replace("`", "'")
         numbers = [number(score[key], ".1f") for key in ("reward", "forward_logprob", "reverse_logprob")]
-        rows.append([str(place), *numbers, f"`{text}`"])
+        rows.append([str(position), *numbers, f"`{text}`"])
     title = f"Eight continuations of `{record['prompt']!r}` by the forward twin, ranked by Reverse Reward:"
     return f"{title}\n\n{markdown_table(rows, 'rrrrl')}"
 
@@ -158,7 +180,7 @@ def _fenced(text: str) -> str:
 
 
 def write_report(report: Report) -> str:
-    """Write report.json and report.md; returns the Markdown."""
+    """Write report.json and report.md; return the Markdown."""
     markdown = to_markdown(report)
     paths = "\n".join(f"- {name}: `{path}`" for name, path in report["paths"].items())
     write_json(OUTPUT / "report.json", report, indent=2)
@@ -167,11 +189,12 @@ def write_report(report: Report) -> str:
     return f"{markdown}\n{paths}\n"
 
 
-def update_readme() -> None:
-    """Put the last run's plot and tables between the markers of the project's README.md."""
+def update_pages() -> None:
+    """Write the last run's plot, tables and texts between the markers of docs/get_started.md, and eight lines into README.md."""
     if not (OUTPUT / "report.json").exists():
         raise QuickstartError("quickstart/report.json is missing; run the quickstart first")
-    shutil.copyfile(OUTPUT / "loss_curves.png", ROOT / README_PLOT)
-    markdown = to_markdown(json.loads((OUTPUT / "report.json").read_text(encoding="utf-8")))
-    plot = f"![Training and held-out loss of both twins]({README_PLOT})"
-    write_between(str(ROOT / "README.md"), "quickstart", f"{markdown}\n{plot}\n")
+    report = json.loads((OUTPUT / "report.json").read_text(encoding="utf-8"))
+    shutil.copyfile(OUTPUT / "loss_curves.png", ROOT / PLOT)
+    plot = f"![Training and held-out loss of both twins]({PLOT.relative_to(PAGE.parent)})"
+    write_between(str(ROOT / PAGE), "quickstart", f"{to_markdown(report)}\n{plot}\n")
+    write_between(str(ROOT / "README.md"), "quickstart", to_short_markdown(report))

@@ -1,6 +1,6 @@
-"""The whole pipeline on this machine's own text: corpus, tokenizer, shards, two trained models, exports, texts, ranking.
+"""Run the whole pipeline on text of this machine: corpus, tokenizer, shards, two trained models, exports, texts, ranking.
 
-Everything it writes is below quickstart/ in the current folder. Each step is a command line of the project, shown as it runs.
+It writes only below quickstart/ in the current folder. Each step is a command line of the project, printed before it runs.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from commands import QuickstartError, run, tool
+from commands import QuickstartError, ledom, run, tool
 
 from megatron_ledom.errors import run_command
 from megatron_ledom.platform.quiet import quiet_libraries
@@ -30,7 +30,7 @@ NUM_CANDIDATES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """How much work: `full` is the quickstart, `small` goes through every step in about a minute, for the tests."""
+    """The amount of work: `full` is the quickstart; `small` takes every step in about a minute, for the tests."""
 
     most_megabytes: float
     least_megabytes: float
@@ -67,7 +67,7 @@ Result = dict[str, Any]
 
 
 def collect(size: Size) -> Result:
-    """Text of this Python's library and packages."""
+    """Collect the text of this Python's library and packages."""
     limits = ["--most-megabytes", size.most_megabytes, "--least-megabytes", size.least_megabytes]
     limits += ["--held-out-percent", size.held_out_percent]
     run(tool("examples/quickstart/collect.py", "--output", OUTPUT / "corpus", *limits))
@@ -75,25 +75,25 @@ def collect(size: Size) -> Result:
 
 
 def train_tokenizer(size: Size) -> Result:
-    """SentencePiece BPE on the training part."""
+    """Train a SentencePiece BPE tokenizer on the training files."""
     names = ["--input", OUTPUT / "corpus/train.jsonl", "--output", OUTPUT / "tokenizer"]
-    run(tool("tools/train_tokenizer.py", *names, "--vocab-size", size.vocab_size, "--max-sentences", 200_000))
+    run(ledom("train-tokenizer", *names, "--vocab-size", size.vocab_size, "--max-sentences", 200_000))
     return {}
 
 
 def preprocess(size: Size) -> Result:
-    """Shards of both directions and both splits; one is read again and verified."""
+    """Write the shards of both directions and both splits, and verify one of them."""
     for direction in ("reverse", "forward"):
         for split in ("train", "valid"):
             names = ["--input", OUTPUT / "corpus" / f"{split}.jsonl", "--tokenizer", OUTPUT / "tokenizer"]
             names += ["--output-prefix", OUTPUT / "shards" / direction / split, "--direction", direction]
-            run(tool("tools/preprocess_data.py", *names, "--workers", 2))
-    run(tool("tools/inspect_shard.py", OUTPUT / "shards/reverse/train", "--verify"))
+            run(ledom("preprocess-data", *names, "--workers", 2))
+    run(ledom("inspect-shard", OUTPUT / "shards/reverse/train", "--verify"))
     return {}
 
 
 def train(size: Size) -> Result:
-    """Both twins at once; the reverse run is stopped and resumed."""
+    """Train both twins at the same time; stop and resume the reverse run."""
     from twins import choose_overrides, train_twins
 
     machine = choose_overrides()
@@ -102,38 +102,38 @@ def train(size: Size) -> Result:
 
 
 def export(size: Size) -> Result:
-    """Hugging Face folders, each through the logits gate."""
+    """Export both models to Hugging Face folders; each has to pass the parity check."""
     for direction in ("reverse", "forward"):
         names = ["--load", OUTPUT / "runs" / direction, "--save", OUTPUT / "models" / direction]
-        run(tool("tools/convert_checkpoint.py", "mcore-to-hf", *names))
+        run(ledom("convert-checkpoint", "mcore-to-hf", *names))
     return {}
 
 
 def generate(size: Size) -> Result:
-    """What comes before three endings, by the reverse model."""
+    """Write the text before three endings with the reverse model."""
     folder = OUTPUT / "generated"
     folder.mkdir(parents=True)
     endings = []
     for kind, following in ENDINGS.items():
         options = ["--max-new-tokens", size.max_new_tokens, "--temperature", 0.7, "--top-p", 0.9, "--seed", 1]
         path = folder / f"{kind}.txt"
-        run(tool("tools/generate.py", "--model", OUTPUT / "models/reverse", "--following", following, *options), path)
+        run(ledom("generate", "--model", OUTPUT / "models/reverse", "--following", following, *options), path)
         text = path.read_text(encoding="utf-8").removesuffix("\n")
         if not text.endswith(following) or text == following:
-            raise QuickstartError(f"{path} does not end with the given text, or holds nothing else")
+            raise QuickstartError(f"{path} does not end with the given text, or contains nothing else")
         endings.append({"kind": kind, "following": following, "text": text})
     return {"endings": endings}
 
 
 def rerank(size: Size) -> Result:
-    """Continuations of a prompt by the forward twin, ranked by the reverse twin."""
+    """Sample continuations of a prompt from the forward twin and rank them by Reverse Reward."""
     folder = OUTPUT / "reranked"
     folder.mkdir(parents=True)
     (folder / "prompts.jsonl").write_text(json.dumps({"prompt": PROMPT}) + "\n", encoding="utf-8")
     names = ["--forward", OUTPUT / "models/forward", "--reverse", OUTPUT / "models/reverse"]
     names += ["--input", folder / "prompts.jsonl", "--output", folder / "answers.jsonl"]
     options = ["--temperature", 0.8, "--top-p", 0.95, "--max-new-tokens", size.max_new_tokens // 2]
-    run(tool("tools/rerank.py", *names, "--sample", NUM_CANDIDATES, *options))
+    run(ledom("rerank", *names, "--sample", NUM_CANDIDATES, *options))
     return {}
 
 
@@ -146,19 +146,19 @@ PHASES: list[tuple[str, Callable[[Size], Result], list[str]]] = [
     ("generate", generate, ["generated"]),
     ("rerank", rerank, ["reranked"]),
 ]
-"""Name, function, and the folders below quickstart/ that it makes."""
+"""Name of a phase, its function, and the folders below quickstart/ that it makes."""
 
 
 def run_phases(size: Size, keep: bool) -> dict[str, Result]:
-    """Run the phases in order and return what each found, with its seconds; with `keep` finished ones are not run again."""
+    """Run the phases in order; return the result of each with its seconds. With `keep`, skip the phases that are finished."""
     results: dict[str, Result] = {}
     for number, (name, function, folders) in enumerate(PHASES, 1):
         done = RESULTS / f"{name}.json"
         if keep and done.exists():
             results[name] = json.loads(done.read_text(encoding="utf-8"))
-            print(f"--- {number}/{len(PHASES)} {name}: done before", flush=True)
+            print(f"--- {number}/{len(PHASES)} {name}: finished before", flush=True)
             continue
-        keep = False  # what comes after a repeated phase is built anew
+        keep = False  # the phases after a repeated one are repeated, too
         print(f"--- {number}/{len(PHASES)} {name}", flush=True)
         done.unlink(missing_ok=True)
         for folder in folders:
@@ -171,22 +171,24 @@ def run_phases(size: Size, keep: bool) -> dict[str, Result]:
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=sorted(SIZES), default="full", help="small: every step on little text, for tests")
-    parser.add_argument("--keep", action="store_true", help="go on after the last finished phase instead of starting over")
-    parser.add_argument("--update-readme", action="store_true", help="only put the last run's results into README.md")
+    parser.add_argument("--keep", action="store_true", help="continue after the last finished phase instead of starting over")
+    parser.add_argument(
+        "--update-readme", action="store_true", help="only write the last run's results into README.md and docs/get_started.md"
+    )
     return parser.parse_args()
 
 
 def main() -> None:
-    """Run everything, or only update the README."""
+    """Run everything, or only write the last results into the documentation."""
     arguments = parse()
     quiet_libraries()
-    from report import build_report, update_readme, write_report
+    from report import build_report, update_pages, write_report
 
     if arguments.update_readme:
-        update_readme()
+        update_pages()
         return
     results = run_phases(SIZES[arguments.size], arguments.keep)
     from megatron_ledom.reports.curves import draw

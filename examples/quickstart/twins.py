@@ -1,4 +1,4 @@
-"""Training the reverse model and its forward twin side by side; the reverse run is stopped once on the way and resumed."""
+"""Train a reverse model and its forward twin at the same time; the reverse run is stopped once and resumed."""
 
 import json
 import os
@@ -10,40 +10,40 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from commands import ROOT, QuickstartError, check_exit, module, show
+from commands import ROOT, QuickstartError, check_exit, ledom, show
 from tqdm import tqdm
 
 from megatron_ledom.config.load import load_config
 
 DIRECTIONS = ("reverse", "forward")
 MOST_THREADS = 8
-"""More do not help a model this small."""
+"""More threads do not help a model this small."""
 POLL_SECONDS = 0.1
 REPORT_SECONDS = 20.0
-"""Between two lines on each twin where there is no terminal for bars."""
+"""Time between two lines about each twin, if there is no terminal for progress bars."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """Iterations at which the reverse run was stopped by SIGTERM and then taken up again."""
+    """Iterations at which the reverse run was stopped by SIGTERM and at which it resumed."""
 
     stopped_at: int
     resumed_at: int
 
 
 class Training:
-    """One `python -m megatron_ledom.pretrain`, followed through its metrics.jsonl."""
+    """One `ledom train`, followed through its metrics.jsonl."""
 
     bar: "tqdm[Any]"
-    told: float
-    """When a line was printed last."""
+    reported: float
+    """Time of the last line printed."""
     process: "subprocess.Popen[bytes] | None" = None
     log: Path
 
     def __init__(self, direction: str, overrides: list[str]) -> None:
         config_file = ROOT / "examples/configs" / f"quickstart_{direction}.yaml"
         config = load_config(str(config_file), overrides)
-        self.command = module("megatron_ledom.pretrain", "--config", config_file, *overrides)
+        self.command = ledom("train", "--config", config_file, *overrides)
         self.train_iters = config.train.train_iters
         self.tokens_per_iteration = config.train.global_batch_size * config.data.seq_length
         self.metrics, self.direction, self.starts = Path(config.run_dir, "metrics.jsonl"), direction, 0
@@ -52,11 +52,11 @@ class Training:
         """Show the progress bar and start."""
         total, name = self.train_iters * self.tokens_per_iteration, f"train {self.direction}"
         self.bar = tqdm(total=total, desc=name, unit="tok", unit_scale=True, position=bar_position, disable=None)
-        self.began = self.told = time.monotonic()
+        self.began = self.reported = time.monotonic()
         self.start()
 
     def start(self) -> None:
-        """Start the process, or start the same command again."""
+        """Start the command, or start it again."""
         self.starts += 1
         suffix = "" if self.starts == 1 else f"_start_{self.starts}"
         self.log = Path("quickstart/logs", f"train_{self.direction}{suffix}.log")
@@ -65,32 +65,32 @@ class Training:
             self.process = subprocess.Popen(self.command, stdout=file, stderr=subprocess.STDOUT)
 
     def records(self) -> list[dict[str, Any]]:
-        """The complete lines of metrics.jsonl so far."""
+        """Return the complete lines of metrics.jsonl so far."""
         return read_metrics(self.metrics)
 
     def iteration(self) -> int:
-        """The last iteration that was logged; moves the progress bar there."""
+        """Return the last iteration in the log, and move the progress bar there."""
         records = self.records()
         iteration = int(records[-1]["iteration"]) if records else 0
         if records:
             loss = f"{records[-1]['lm_loss']:.3f}"
             self.bar.set_postfix(iteration=f"{iteration}/{self.train_iters}", loss=loss, refresh=False)
             if self.bar.disable:
-                self.tell(iteration, loss)
+                self.report(iteration, loss)
         self.bar.update(iteration * self.tokens_per_iteration - self.bar.n)
         return iteration
 
-    def tell(self, iteration: int, loss: str) -> None:
-        """Print now and then what a bar would show."""
+    def report(self, iteration: int, loss: str) -> None:
+        """Print now and then the information of a progress bar."""
         now = time.monotonic()
-        if now - self.told < REPORT_SECONDS:
+        if now - self.reported < REPORT_SECONDS:
             return
-        self.told = now
+        self.reported = now
         left = tqdm.format_interval((now - self.began) * (self.train_iters - iteration) / iteration)
         print(f"train {self.direction}: iteration {iteration} of {self.train_iters}, loss {loss}, {left} left", flush=True)
 
     def is_running(self) -> bool:
-        """Whether the process lives; raises QuickstartError if it ended badly."""
+        """Return True while the process runs. Raises QuickstartError if it failed."""
         assert self.process is not None
         code = self.process.poll()
         if code is not None:
@@ -98,13 +98,13 @@ class Training:
         return code is None
 
     def stop(self) -> None:
-        """Send SIGTERM and wait for the clean exit; raises QuickstartError if it is another one."""
+        """Send SIGTERM and wait for the exit. Raises QuickstartError if its code is not 0."""
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
         check_exit(self.command, self.process.wait(), self.log)
 
     def close(self) -> None:
-        """Remove the bar, and end the process if it still lives."""
+        """Remove the progress bar, and end the process if it still runs."""
         if self.process is None:
             return
         self.bar.close()
@@ -114,14 +114,14 @@ class Training:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The complete lines of a metrics.jsonl."""
+    """Return the complete lines of a metrics.jsonl."""
     if not path.exists():
         return []
     return [json.loads(line) for line in path.read_text().split("\n")[:-1]]
 
 
 def choose_overrides() -> list[str]:
-    """What depends on the machine: the number type it multiplies fastest, and half of its cores for each twin."""
+    """Return the settings that depend on the machine: its fastest number type, and half of its cores for each twin."""
     from megatron_ledom.platform.device import preferred_params_dtype, prepare_platform
     from megatron_ledom.platform.launch import ALONE
 
@@ -131,7 +131,7 @@ def choose_overrides() -> list[str]:
 
 
 def train_twins(overrides: list[str]) -> Resume:
-    """Train both at the same time. Raises QuickstartError if one fails or the reverse run did not resume."""
+    """Train both at the same time. Raises QuickstartError if one fails or the reverse run does not resume."""
     trainings = [Training(direction, overrides) for direction in DIRECTIONS]
     for training in trainings:
         show(training.command)
@@ -156,23 +156,23 @@ def train_twins(overrides: list[str]) -> Resume:
 
 
 def _stop_and_start_again(training: Training) -> int:
-    """Send SIGTERM, wait for the clean exit, and run the same command once more. Returns the iteration that was saved."""
+    """Send SIGTERM, wait for the exit, and start the same command again. Returns the iteration that was saved."""
     training.stop()
     latest = training.metrics.parent.joinpath("checkpoints/latest").read_text().strip()
     stopped_at = int(latest.removeprefix("iter_"))
-    tqdm.write(f"the {training.direction} run got SIGTERM and saved at iteration {stopped_at}; the same command goes on")
+    tqdm.write(f"the {training.direction} run got SIGTERM and saved at iteration {stopped_at}; the same command resumes it")
     training.start()
     return stopped_at
 
 
 def check_resumed(stopped_at: int | None, training: Training) -> Resume:
-    """That the run was stopped before its end, went on from that iteration, and logged each iteration once."""
+    """Check that the run was stopped before its end, resumed at that iteration, and logged each iteration once."""
     if stopped_at is None or stopped_at >= training.train_iters:
         raise QuickstartError(f"the {training.direction} run ended before it could be stopped and resumed")
     found = re.search(r"resumed from \S+ at iteration (\d+)", training.log.read_text())
     if found is None or int(found[1]) != stopped_at:
-        raise QuickstartError(f"{training.log} does not say that the run went on from iteration {stopped_at}")
+        raise QuickstartError(f"{training.log} does not report that the run resumed at iteration {stopped_at}")
     iterations = [record["iteration"] for record in training.records()]
     if iterations != sorted(set(iterations)):
-        raise QuickstartError(f"{training.metrics} does not hold each iteration once")
+        raise QuickstartError(f"{training.metrics} does not have each iteration once")
     return Resume(stopped_at, int(found[1]))

@@ -1,4 +1,7 @@
-"""Part 3: what a reading order is good for. One corpus of made sets, a model of each direction and seed, questions of every set."""
+"""Part 3: abilities that depend on the direction.
+
+One corpus of synthetic sets, a model per direction and seed, questions on every set.
+"""
 
 import json
 import random
@@ -16,7 +19,7 @@ from steps import Step
 from twins import DIRECTIONS
 
 CORPUS = "abilities"
-"""Its key in the settings, and its folder."""
+"""Key of the corpus in the settings, and name of its folder."""
 TASKS = {
     "question_from_answer": ("question_from_answer",),
     "reversal": ("reversal", "reversal_written"),
@@ -24,31 +27,31 @@ TASKS = {
     "abduction": ("abduction",),
     "label_backfill": ("label_backfill",),
 }
-"""Sets that can be made, and what is asked of each."""
+"""The tasks of each synthetic set."""
 RECIPE = ("optimizer.weight_decay=0.0", "optimizer.lr=3e-3", "optimizer.min_lr=3e-4")
-"""Facts are learnt by heart, which weight decay undoes."""
+"""Facts must be memorized, and weight decay works against that."""
 WRITTEN = ("solvable", "has_answer", "copied")
-"""What else is told of written questions."""
+"""Further metrics of written questions."""
 OVERALL = "all"
 
 
 class Abilities:
-    """Where everything of part 3 lies, and the steps that make it."""
+    """The files of part 3, and the steps that write them."""
 
     def __init__(self, twins: Twins) -> None:
         self.twins, self.settings, self.folder = twins, twins.settings.abilities, twins.folder / CORPUS
         self.tasks = [task for name in self.settings.num for task in TASKS[name]]
 
     def model_of(self, seed: int, direction: str) -> Path:
-        """Export of the model of a direction."""
+        """Return the folder of the exported model of a direction."""
         return self.twins.folder / "models" / self._name(seed, direction)
 
     def found(self, seed: int, direction: str) -> Path:
-        """Folder of what was found of a model."""
+        """Return the folder of a model's results."""
         return self.folder / "found" / f"{direction}_{seed}"
 
     def stages(self) -> Iterator[list[Step]]:
-        """Sets, corpus, tokenizer, shards, models, questions."""
+        """Yield the steps: sets, corpus, tokenizer, shards, models, evaluation."""
         names = list(product(self.settings.seeds, DIRECTIONS))
         yield [self._make(name, num) for name, num in self.settings.num.items()]
         yield [self._gather()]
@@ -64,31 +67,31 @@ class Abilities:
     def _run(self, seed: int, direction: str) -> Path:
         return self.twins.folder / "runs" / self._name(seed, direction)
 
-    def _made(self, name: str) -> Path:
+    def _set_folder(self, name: str) -> Path:
         return self.folder / "made" / name
 
     def _make(self, name: str, num: int) -> Step:
-        made = self._made(name)
-        command = tool("tools/make_analysis_data.py", "--task", name, "--out", made, "--num", num, "--seed", 0)
-        return Step(name=f"make_{name}", outputs=[made], commands=[command])
+        folder = self._set_folder(name)
+        command = tool("tools/make_analysis_data.py", "--task", name, "--out", folder, "--num", num, "--seed", 0)
+        return Step(name=f"make_{name}", outputs=[folder], commands=[command])
 
     def _gather(self) -> Step:
         outputs = [self.folder / "train.jsonl", self.folder / "asked"]
-        inputs = [self._made(name) for name in self.settings.num]
+        inputs = [self._set_folder(name) for name in self.settings.num]
         return Step(name="gather", inputs=inputs, outputs=outputs, work=self._write, settings=self.settings.repeats)
 
     def _write(self) -> None:
-        """One corpus in which the texts of a set stand as often as it needs to be read, and all questions in one folder.
+        """Write one corpus with the texts of each set repeated, and all questions into one folder.
 
-        Shuffled together rather than blended by sample, so that no step is about one set alone.
+        The texts are shuffled, not blended by sample, so that no training step has one set alone.
         """
-        asked, texts = self.folder / "asked", list[dict[str, Any]]()
-        asked.mkdir(exist_ok=True)
+        questions, texts = self.folder / "asked", list[dict[str, Any]]()
+        questions.mkdir(exist_ok=True)
         for name, times in self.settings.repeats.items():
-            texts += times * list(read_lines(self._made(name) / "train.jsonl"))
-            for path in self._made(name).glob("*.jsonl"):
+            texts += times * list(read_lines(self._set_folder(name) / "train.jsonl"))
+            for path in self._set_folder(name).glob("*.jsonl"):
                 if path.name != "train.jsonl":
-                    shutil.copy(path, asked)
+                    shutil.copy(path, questions)
         random.Random(CORPUS).shuffle(texts)
         write_lines(self.folder / "train.jsonl", texts)
 
@@ -104,13 +107,16 @@ class Abilities:
         return train_step(self.twins, self._run(seed, direction), CORPUS, self.settings.model, seed, [shards], data)
 
     def _evaluate(self, seed: int, direction: str) -> Step:
-        asked, model, found = self.folder / "asked", self.model_of(seed, direction), self.found(seed, direction)
-        names = ["--tasks", ",".join(self.tasks), "--data", asked, "--model", model, "--output", found, "--batch-size", 64]
+        questions, model, found = self.folder / "asked", self.model_of(seed, direction), self.found(seed, direction)
+        names = ["--tasks", ",".join(self.tasks), "--data", questions, "--model", model, "--output", found, "--batch-size", 64]
         command = tool("tools/evaluate.py", *names)
-        return Step(name=f"evaluate_{found.name}", inputs=[asked, model], outputs=[found], commands=[command], resumes=True)
+        return Step(name=f"evaluate_{found.name}", inputs=[questions, model], outputs=[found], commands=[command], resumes=True)
 
     def results(self) -> dict[str, Any]:
-        """For each task and group of questions the figures of both directions by seed, and reverse minus forward, paired by seed."""
+        """Return the metrics of both directions by task, group and seed, and reverse minus forward.
+
+        Differences are paired by seed.
+        """
         summaries = {direction: [self._summary(seed, direction) for seed in self.settings.seeds] for direction in DIRECTIONS}
         rows = [
             row for task in self.tasks for row in _rows(task, {d: [s[task] for s in found] for d, found in summaries.items()})
@@ -125,7 +131,10 @@ class Abilities:
 
 
 def _rows(task: str, found: Mapping[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """One row for all questions, one for each group, and what else is told of written questions. found: direction -> task by seed."""
+    """Yield rows for all questions, for each group and for the metrics WRITTEN.
+
+    found: direction -> results of the task by seed.
+    """
     first = found[DIRECTIONS[0]][0]
     groups = [name.rpartition("/")[2] for name in first["metrics"] if name.startswith(f"{first['main']}/")]
     kinds = [OVERALL, *(name for name in groups if name != OVERALL), *(name for name in WRITTEN if name in first["metrics"])]
@@ -146,7 +155,7 @@ def _rows(task: str, found: Mapping[str, list[dict[str, Any]]]) -> Iterator[dict
 
 
 def _metric(task: dict[str, Any], kind: str) -> dict[str, Any]:
-    """The figure of a model's main way to be asked, of all questions or of a group, or another figure of written ones."""
+    """Return the main metric of all questions or of a group, or a metric of WRITTEN."""
     main = task["main"]
     names = {OVERALL: main, **dict(zip(WRITTEN, WRITTEN, strict=True))}
     metric: dict[str, Any] = task["metrics"][names.get(kind, f"{main}/{kind}")]

@@ -1,4 +1,4 @@
-"""What the report tells of part 3: sentences, tables and a picture, from `Abilities.results()`."""
+"""The section of part 3 in the report: paragraphs, tables and a plot of `Abilities.results()`."""
 
 import statistics
 from collections.abc import Iterator, Sequence
@@ -15,9 +15,9 @@ from megatron_ledom.reports.curves import COLOURS
 
 TITLE = "Reverse abilities"
 CHANCE = 0.25
-"""Of a choice of four."""
-ASKED = {
-    "question_from_answer": "question of a solution, written",
+"""Accuracy of a random choice of four."""
+QUESTIONS = {
+    "question_from_answer": "question for a solution, written",
     "reversal": "fact, chosen",
     "reversal_written": "fact, written",
     "inverse_relations": "relation, chosen",
@@ -25,29 +25,31 @@ ASKED = {
     "label_backfill": "label, chosen",
 }
 GROUPS = {
-    "in_text_order": "asked in text order",
-    "against_text_order": "asked against text order",
+    "in_text_order": "tested in text order",
+    "against_text_order": "tested against text order",
     "both_orders": "trained in both orders",
     "unseen": "never trained",
-    "known_world": "rules that were trained",
-    "unseen_world": "rules never trained",
+    "known_world": "trained rules",
+    "unseen_world": "rules that were never trained",
     "all": "all",
     "solvable": "can be solved",
-    "has_answer": "has the answer, by whatever steps",
-    "copied": "copy of a trained one (never right)",
+    "has_answer": "has the answer, by any steps",
+    "copied": "copy of a trained question (never right)",
 }
 MIXED = ("reversal", "reversal_written", "inverse_relations", "abduction")
-"""Tasks of groups so different that a figure of all of them says nothing."""
+"""Tasks whose groups differ so much that their joint accuracy is meaningless."""
 PARTS = (("question_from_answer",), ("reversal", "reversal_written", "inverse_relations"), ("abduction", "label_backfill"))
-"""One table each."""
+"""The tasks of each table."""
 DRAWN = ("in_text_order", "against_text_order", "both_orders", "unseen", "known_world", "unseen_world", "all")
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """An expected direction of effect: what is above what, by how much in each seed, and what may be the reason where it is not so.
+    """An expected direction of an effect.
 
-    is_strict: the difference has to be surely above 0; else it must not be below."""
+    by_seed: the difference in each seed; reason: the likely reason if it is not found. is_strict: the difference must
+    be significantly above 0; otherwise it must not be below 0.
+    """
 
     text: str
     by_seed: list[float]
@@ -55,60 +57,63 @@ class Claim:
     is_strict: bool = True
 
     def failure(self) -> str | None:
-        """What was found instead; None where it is as expected."""
+        """Return a sentence about the result if it is not as expected, else None."""
         mean, between = statistics.mean(self.by_seed), interval_over_seeds(self.by_seed, -1.0, 1.0)
         if self.is_strict and between is not None and between[0] > 0:
             return None
         if not self.is_strict and mean >= 0:
             return None
-        sure = "the interval holds 0"
+        sure = "the interval contains 0"
         if between is None:
             sure = "one seed"
         elif between[1] < 0:
-            sure = "surely below"
+            sure = "significantly below"
         return f"{self.text}: {100 * mean:+.1f} points, {sure}. {self.reason}"
 
 
 def abilities_section(results: Results) -> Section:
-    """Sentences, tables and the picture of part 3."""
+    """Return the section of part 3."""
     tables = [table for part in PARTS if len(table := _table(results, part)) > 1]
-    told = [_about(results), *_told(results)]
-    return Section(title=TITLE, told=told, tables=tables, figures=abilities_figures(results))
+    paragraphs = [_about(results), *_sentences(results)]
+    return Section(title=TITLE, paragraphs=paragraphs, tables=tables, plots=abilities_plots(results))
 
 
 def abilities_claims(results: Results) -> Rows:
-    """A row of the table of claims for each expected direction of effect; the paper shows these by examples, without figures."""
+    """Return a row of the table of claims for each expected direction of an effect.
+
+    The paper gives examples only, no numbers.
+    """
     rows = []
     for claim in _claims(results):
         between = interval(interval_over_seeds(claim.by_seed, -1.0, 1.0), 100, "+.1f")
         found = f"{100 * statistics.mean(claim.by_seed):+.1f} points ({between})"
-        rows.append([claim.text, "examples alone", found, "as expected" if claim.failure() is None else "not surely so"])
+        rows.append([claim.text, "examples only", found, "as expected" if claim.failure() is None else "not significant"])
     return rows
 
 
 def abilities_not_reproduced(results: Results) -> list[str]:
-    """A sentence for each expected direction of effect that is not there, and for what nobody could know but is known."""
-    told = [failure for claim in _claims(results) if (failure := claim.failure()) is not None]
+    """Return a sentence for each expected effect that is not found, and for untrained facts above chance."""
+    failed = [failure for claim in _claims(results) if (failure := claim.failure()) is not None]
     for row in results["rows"]:
         if row["group"] not in ("unseen", "unseen_world") or row["task"] == "reversal_written":
             continue
         for direction in DIRECTIONS:
             if all(low > CHANCE for low, _ in row["within"][direction]):
                 value = percent(row["means"][direction])
-                told.append(
-                    f"{_name(row)}: the {direction} model is above chance ({value} %) where nothing could be known:"
-                    " look into this first."
+                failed.append(
+                    f"{_name(row)}: the {direction} model is above chance ({value} %) on facts that were never trained:"
+                    " check this first."
                 )
-    return told
+    return failed
 
 
-def abilities_figures(results: Results) -> list[str]:
-    """Accuracy by group and direction, a dot for each seed."""
+def abilities_plots(results: Results) -> list[str]:
+    """Return the plot of accuracy by group and direction, with a dot for each seed."""
     rows = [row for row in results["rows"] if row["group"] in DRAWN and not _is_mixed(row)]
     size = (8.5, 0.8 + 0.45 * len(rows))
     return [
         pages.figure(
-            "accuracy by what is asked and direction",
+            "accuracy by question and direction",
             lambda theme: pages.draw_png(theme, size, partial(_draw_bars, rows, theme)),
         )
     ]
@@ -128,7 +133,7 @@ def _draw_bars(rows: Sequence[dict[str, Any]], theme: str, axes: Any) -> None:
         label = "chance" if number == choices[0] else None
         axes.plot([100 * CHANCE] * 2, [number - 0.42, number + 0.42], color=ink, ls="--", lw=1.2, label=label)
     axes.set_yticks(range(len(rows)), [_name(row) for row in rows])
-    axes.set(xlim=(0, 128), xticks=range(0, 101, 20), xlabel="right, %")  # the legend stands beside the longest bar
+    axes.set(xlim=(0, 128), xticks=range(0, 101, 20), xlabel="right, %")  # room for the legend after the longest bar
     axes.invert_yaxis()
 
 
@@ -136,55 +141,53 @@ _CHOICES = ("reversal", "inverse_relations", "abduction", "label_backfill")
 
 
 def _about(results: Results) -> str:
-    num, made = results["num_seeds"], results["num"]
-    sizes = ", ".join(f"{count:,} of {name}" for name, count in made.items())
+    num, set_sizes = results["num_seeds"], results["num"]
+    sizes = ", ".join(f"{count:,} of {name}" for name, count in set_sizes.items())
     seeds = "One seed" if num == 1 else f"{num} seeds"
     return (
-        f"{seeds} of a {results['model']} model of each direction, every one reported. One corpus for all: made sets about invented names"
-        f" ({sizes}), each repeated as often as it needs. Figures of a seed have the interval over its questions; the difference is"
-        " reverse minus forward, its interval Student's t over seeds. The sets are the same for all seeds. Choices are of four, chance 25 %."
+        f"{seeds} of a {results['model']} model of each direction, all reported. One corpus for all: synthetic sets about invented names"
+        f" ({sizes}), each repeated until it can be learned. The result of a seed has its interval over questions. The difference is"
+        " reverse minus forward, with Student's t interval over seeds. All seeds use the same sets. Choices are of four, chance 25 %."
     )
 
 
-def _told(results: Results) -> Iterator[str]:
-    """A sentence for each question of this part."""
+def _sentences(results: Results) -> Iterator[str]:
+    """Yield a paragraph for each kind of question."""
     question = _find(results, "question_from_answer", "all")
     if question is not None:
         copied, answered = (_find(results, "question_from_answer", kind) for kind in ("copied", "has_answer"))
         assert copied is not None
         assert answered is not None
         yield (
-            f"Question synthesis: given a worked solution that stands in no trained text, the reverse model writes a question whose own"
-            f" solution, step by step, is the given one in {percent(question['means']['reverse'])} % of the cases (the given answer by"
-            f" whatever steps: {percent(answered['means']['reverse'])} %; copies of a trained question:"
-            f" {percent(copied['means']['reverse'])} %). The forward model comes to {percent(question['means']['forward'])} %, asked"
-            " zero-shot: it has never seen a solution in front of its question, so it shows that this order is not learnt by itself,"
-            " not that a forward model could not learn it."
+            "Question synthesis: given a worked solution that is in no trained text, the reverse model writes a question with exactly this"
+            f" solution, step by step, in {percent(question['means']['reverse'])} % of the cases (the same answer by any steps:"
+            f" {percent(answered['means']['reverse'])} %; copies of a trained question: {percent(copied['means']['reverse'])} %). The"
+            f" forward model reaches {percent(question['means']['forward'])} % zero-shot. It has never seen a solution before its question,"
+            " so this shows that the order is not learned without such texts, not that a forward model cannot learn it."
         )
     for task, way in (("reversal", "chosen of four"), ("reversal_written", "written")):
         own, other = (_find(results, task, group) for group in ("in_text_order", "against_text_order"))
         if own is not None and other is not None:
             yield (
-                f"Reversal curse, {way}: facts trained in one order only are known to the forward model in"
-                f" {percent(own['means']['forward'])} % of the cases asked in that order and in {percent(other['means']['forward'])} %"
-                f" asked against it; to the reverse model in {percent(own['means']['reverse'])} % and"
-                f" {percent(other['means']['reverse'])} %."
+                f"Reversal curse, {way}: for facts trained in one order only, the forward model is right in"
+                f" {percent(own['means']['forward'])} % of the questions in that order and in {percent(other['means']['forward'])} % of those"
+                f" against it, the reverse model in {percent(own['means']['reverse'])} % and {percent(other['means']['reverse'])} %."
             )
     cause, label = _find(results, "abduction", "known_world"), _find(results, "label_backfill", "all")
     parts = [
         f"{name}: reverse {percent(row['means']['reverse'])} %, forward {percent(row['means']['forward'])} %"
-        for name, row in (("the cause of two outcomes in a known world", cause), ("the label in front of a text", label))
+        for name, row in (("the cause of two outcomes in a known world", cause), ("the label before a text", label))
         if row is not None
     ]
     if parts:
         yield (
-            f"Working backward: {'; '.join(parts)}. A forward model chooses by how likely what follows is behind each choice, so neither"
-            " task is closed to it."
+            f"Working backward: {'; '.join(parts)}. A forward model chooses by the likelihood of the text after each choice, so it can"
+            " solve both tasks too."
         )
 
 
 def _claims(results: Results) -> Iterator[Claim]:
-    """What the paper's examples make one expect."""
+    """Yield the effects that the paper's examples suggest."""
     for task, way in (("reversal", "chosen"), ("reversal_written", "written")):
         own, other = (_find(results, task, group) for group in ("in_text_order", "against_text_order"))
         if own is None or other is None:
@@ -197,14 +200,14 @@ def _claims(results: Results) -> Iterator[Claim]:
             yield Claim(
                 f"Facts, {way}: the {direction} model is right more often {order}",
                 by_seed,
-                "Few facts and few seeds, and what was read too seldom is not learnt.",
+                "There are few facts and few seeds, and facts that are read too rarely are not learned.",
             )
     kinds = (
         (
             "question_from_answer",
             "all",
             "A question for a given solution: reverse is right more often than forward",
-            _UNLEARNT,
+            _UNLEARNED,
             True,
         ),
         (
@@ -223,18 +226,18 @@ def _claims(results: Results) -> Iterator[Claim]:
             yield Claim(text, by_seed, reason, is_strict)
 
 
-_UNLEARNT = "To copy every number of a solution into its question takes more training than this."
+_UNLEARNED = "Copying every number of a solution into its question takes more training than this."
 _PLACE_LAST = (
-    "A forward model is given place and cause, and outcomes follow from these; a reverse model reads the place last and has to tell"
-    " cause and place together from outcomes that all worlds share."
+    "A forward model reads the place and the cause first, and they determine the outcomes. A reverse model reads the place last and must"
+    " infer the cause and the place from outcomes that all worlds share."
 )
-_LABEL = "A forward model tells a label by the words that follow it, which is as good a way."
+_LABEL = "A forward model chooses the label by the likelihood of the words after it, which works as well."
 
 
 def _table(results: Results, tasks: Sequence[str]) -> Rows:
     rows = [
         [
-            "asked",
+            "question",
             "questions",
             "forward %",
             "forward, each seed",
@@ -261,9 +264,9 @@ def _is_mixed(row: dict[str, Any]) -> bool:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return f"{ASKED[row['task']]}: {GROUPS.get(row['group'], row['group'].replace('_', ' '))}"
+    return f"{QUESTIONS[row['task']]}: {GROUPS.get(row['group'], row['group'].replace('_', ' '))}"
 
 
 def _find(results: Results, task: str, group: str) -> dict[str, Any] | None:
-    """The row of a group; None where the set was not made."""
+    """Return the row of a group, or None if the set was not generated."""
     return next((row for row in results["rows"] if (row["task"], row["group"]) == (task, group)), None)

@@ -1,4 +1,4 @@
-"""Part 4: other scorers and other rewards over the same candidates, and models that read the wrong way."""
+"""Part 4: other scorers and rewards on the same candidates, and models that read in the wrong direction."""
 
 import json
 import shutil
@@ -20,19 +20,19 @@ from megatron_ledom.inference.reverse_reward.reward import RewardSettings
 from megatron_ledom.reports.method_comparison import MAIN, ReportSettings, interval_of, outcomes_of
 
 PAIRED = {"scorer of pairs, all tokens": "all", "scorer of pairs, question only": "scored"}
-"""Scorers trained on pairs, and data.loss_tokens of each."""
+"""Scorers trained on pairs, and the data.loss_tokens of each."""
 WRONG = "wrong direction"
 
 
 class Ablations:
-    """Where everything of part 4 lies, and the steps that make it."""
+    """The files of part 4, and the steps that write them."""
 
     def __init__(self, rewards: Rewards) -> None:
         self.rewards, self.twins, self.settings = rewards, rewards.twins, rewards.settings
         self.folder = self.twins.folder / "ablations"
 
     def scorers(self, seed: int) -> dict[str, Path]:
-        """Folder of each reverse model that scores instead of the twin."""
+        """Return by name the folder of each reverse model that scores instead of the twin."""
         pairs = {name: self._paired_model(tokens, seed) for name, tokens in PAIRED.items()}
         smaller = list(self.settings.models)[:-1]
         return pairs | {f"scorer of size {m}": self.twins.model_of("maths", m, seed, "reverse") for m in smaller}
@@ -41,11 +41,11 @@ class Ablations:
         return self.folder / "models" / f"pairs_{loss_tokens}_{seed}"
 
     def scored(self, part: str, seed: int, scorer: str) -> Path:
-        """The candidates of part 2 with another scorer's values."""
+        """Return the file of the candidates of part 2 with another scorer's values."""
         return self.folder / f"{part}_{seed}_{scorer.replace(' ', '_').replace(',', '')}.jsonl"
 
     def stages(self) -> Iterator[list[Step]]:
-        """Pairs, scorers, candidates, scores."""
+        """Yield the steps: pairs, scorers, candidates, scores."""
         train, tokenizer = (self.twins.folder / "maths" / name for name in ("train.jsonl", "tokenizer"))
         names = ["--input", train, "--tokenizer", tokenizer, "--output-prefix", self.folder / "pairs/train"]
         command = tool("tools/prepare_pairs.py", *names, "--seq-length", 256, "--overwrite")
@@ -77,7 +77,10 @@ class Ablations:
         outputs = [self.folder / f"{kind}_{part}_{seed}.jsonl" for kind in ("candidates", "texts")]
 
         def _write() -> None:
-            """The candidates with the forward values they have; and as bare texts, for models that read the wrong way."""
+            """Write the candidates with their forward values, and as texts alone.
+
+            Models that read in the wrong direction get the texts alone.
+            """
             with_values, bare = [], []
             for record in read_lines(ranked):
                 kept = {name: record[name] for name in ("prompt", GOLD, "greedy")}
@@ -95,7 +98,7 @@ class Ablations:
         return self.folder / "models" / f"said_to_be_{direction}_{seed}"
 
     def _mislabel(self, seed: int) -> Step:
-        """Copies of the twins whose config says the other direction."""
+        """Return the step that copies the twins with the other direction in their config."""
         sides = {"forward": "reverse", "reverse": "forward"}
         inputs = [self.rewards.model_of(seed, truth) for truth in sides.values()]
 
@@ -110,15 +113,19 @@ class Ablations:
         return Step(name=f"mislabel_{seed}", inputs=inputs, outputs=outputs, work=_copy)
 
     def _score(self, part: str, seed: int, scorer: str, forward: Path, reverse: Path, kind: str) -> Step:
-        asked, output = self.folder / f"{kind}_{part}_{seed}.jsonl", self.scored(part, seed, scorer)
-        names = ["--forward", forward, "--reverse", reverse, "--input", asked, "--output", output]
+        candidates, output = self.folder / f"{kind}_{part}_{seed}.jsonl", self.scored(part, seed, scorer)
+        names = ["--forward", forward, "--reverse", reverse, "--input", candidates, "--output", output]
         command = tool("tools/rerank.py", *names, "--batch-size", 64)
         return Step(
-            name=f"score_{output.stem}", inputs=[asked, forward, reverse], outputs=[output], commands=[command], resumes=True
+            name=f"score_{output.stem}",
+            inputs=[candidates, forward, reverse],
+            outputs=[output],
+            commands=[command],
+            resumes=True,
         )
 
     def results(self) -> list[dict[str, Any]]:
-        """Accuracy of each variant by seed, and its paired difference from Reverse Reward as in part 2."""
+        """Return the accuracy of each variant by seed, and its paired difference from the Reverse Reward of part 2."""
         settings = ReportSettings(gold_key=GOLD, reward=RewardSettings())
         development, test = (self.rewards.questions(part) for part in PARTS)
         base = outcomes_of(MAIN, test, settings, development)
@@ -133,14 +140,15 @@ class Ablations:
         return rows
 
     def wrong_direction(self) -> list[dict[str, Any]]:
-        """Models fed the wrong way beside chance, which is the mean over all candidates of the same questions.
+        """Return the accuracy of models that read in the wrong direction, compared with chance.
 
-        `right_way`: the same figure of the same model fed its own way. Where it is not above chance the guard shows nothing.
+        Chance is the mean over all candidates of the same questions. `right_way`: the same comparison for the model in
+        its own direction. If it is not above chance, the control shows nothing.
         """
         settings = ReportSettings(gold_key=GOLD, reward=RewardSettings())
         wrong = self._questions("test", WRONG)
         chance, test = outcomes_of("random of N", wrong, settings, wrong), self.rewards.questions("test")
-        methods = {  # how the model in the place of another is used, how it is used rightly, what it is
+        methods = {  # method with the model in the other's role -> (method in its own role, name)
             "forward likelihood, mean": ("reverse only", "reverse model fed text order"),
             "reverse only": ("forward likelihood, mean", "forward model fed reversed order"),
         }

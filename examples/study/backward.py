@@ -1,4 +1,4 @@
-"""Part 3, working backward: reverse models are given a result alone and write problems that have it, judged by a solver."""
+"""Part 3, working backward: reverse models get only a result and write problems with that result; a solver judges them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,17 +14,17 @@ from steps import Step
 
 
 class Backward:
-    """Where the written problems lie, the steps that make them, and what they are worth."""
+    """The written problems: their files, the steps that write them, and their evaluation."""
 
     def __init__(self, rewards: Rewards) -> None:
         self.rewards, self.settings, self.folder = rewards, rewards.settings, rewards.twins.folder / "backward"
 
     def written(self, seed: int) -> Path:
-        """Problems of the reverse twin of a seed."""
+        """Return the file of the problems that the reverse twin of a seed writes."""
         return self.folder / f"written_{seed}.jsonl"
 
     def stages(self) -> Iterator[list[Step]]:
-        """The twins of the word problems made by rule are trained already."""
+        """Yield the steps. The twins of the synthetic problems are already trained."""
         self.folder.mkdir(parents=True, exist_ok=True)
         yield [self._write(seed) for seed in self.settings.seeds]
 
@@ -36,7 +36,7 @@ class Backward:
         return Step(name=f"backward_{seed}", inputs=[model], outputs=[output], commands=[command])
 
     def results(self) -> dict[str, Any]:
-        """Shares of what was written by seed, and of what a problem of the training part drawn at random would get."""
+        """Return the fractions of the written problems by seed, and the chance of a random training problem."""
         train = list(read_lines(self.rewards.twins.folder / "maths/train.jsonl"))
         known = {record["question"] for record in train}
         by_seed = [_shares(list(read_lines(self.written(seed))), known) for seed in self.settings.seeds]
@@ -60,16 +60,16 @@ def _shares(records: list[dict[str, Any]], known: set[str]) -> dict[str, float]:
 
 
 def section(found: dict[str, Any]) -> Section:
-    """Sentences and a table."""
+    """Return the section of the report."""
     low, high = found["results"]
     about = (
-        f"Working backward: the reverse twins of the word problems made by rule are given `#### N` for N from {low} to {high}, and write"
-        f" {found['num_samples']} problems each, the solution from its last line to its first and then the question. A solver reads the"
-        f" question. A question of the training part drawn at random has the asked result in {percent(found['chance'])} % of the cases."
-        " A forward model has no such way: a result alone is not what a text begins with."
+        f"Working backward: the reverse twins of the synthetic word problems get `#### N` for N from {low} to {high}, and write"
+        f" {found['num_samples']} problems for each: the solution from its last line to its first, then the question. A solver solves the"
+        f" question. A random question of the training part has the given result in {percent(found['chance'])} % of the cases. A forward"
+        " model cannot do this, because no text begins with a result."
     )
     rows = [["of the problems written", "%", "95 % interval", "each seed"]]
     for name, values in found["by_seed"].items():
         span = interval(interval_over_seeds(values, 0.0, 1.0), 100, ".1f")
         rows.append([name, percent(sum(values) / len(values)), span, " ".join(map(percent, values))])
-    return Section(title="Working backward", told=[about], tables=[rows])
+    return Section(title="Working backward", paragraphs=[about], tables=[rows])

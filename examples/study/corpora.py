@@ -1,4 +1,4 @@
-"""What the twins read: text of this machine, word problems made by rule, and word problems written by people; tokenizers, shards."""
+"""The corpora of the twins: text of this machine, synthetic word problems, and word problems written by people."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -21,7 +21,7 @@ from megatron_ledom.storage.files import write_file
 
 
 class Corpora:
-    """Where every corpus lies, and the steps that make it."""
+    """The files of the corpora, their tokenizers and shards, and the steps that write them."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
@@ -30,7 +30,7 @@ class Corpora:
         """Held-out sets of each corpus."""
 
     def stages(self) -> Iterator[list[Step]]:
-        """Steps in order; those of one list do not need each other."""
+        """Yield lists of steps, in order. The steps of one list are independent."""
         yield [self._collect(), self._problems(), self._word_problems()]
         yield [self._split()]
         yield [self.tokenizer_step(corpus) for corpus in self.domains] + [self._held_out(corpus) for corpus in self.domains]
@@ -45,17 +45,17 @@ class Corpora:
     def _problems(self) -> Step:
         maths, settings = self.folder / "maths", self.settings
         outputs = [maths / f"{part}.jsonl" for part in settings.num_problems]
-        asked = [[asdict(level) for level in settings.levels], settings.num_problems, settings.problems_seed]
+        shape = [[asdict(level) for level in settings.levels], settings.num_problems, settings.problems_seed]
 
         def _write() -> None:
-            made = parts(settings.levels, settings.num_problems, settings.problems_seed)
-            for part, problems in made.items():
+            generated = parts(settings.levels, settings.num_problems, settings.problems_seed)
+            for part, problems in generated.items():
                 write_lines(maths / f"{part}.jsonl", [problem.as_fields() for problem in problems])
 
-        return Step(name="problems", outputs=outputs, work=_write, settings=asked)
+        return Step(name="problems", outputs=outputs, work=_write, settings=shape)
 
     def _word_problems(self) -> Step:
-        """Of each origin the asked number is held out, drawn by the seed; the rest is trained on."""
+        """Return the step that holds out `num_gsm_held_out` random problems of each source and trains on the rest."""
         settings, folder = self.settings, self.folder / "gsm"
         inputs = [] if settings.gsm8k is None else [Path(settings.gsm8k)]
         outputs = [folder / "train.jsonl", *(self.held_out_file("gsm", domain) for domain in self.domains["gsm"])]
@@ -68,8 +68,8 @@ class Corpora:
                 if len(source.problems) <= settings.num_gsm_held_out:
                     found_num, refused = len(source.problems), source.num_refused
                     raise DataError(
-                        f"{domain} has {found_num} problems with true solutions ({refused} refused), all of which would be held out;"
-                        f" give more, or set num_gsm_held_out, now {settings.num_gsm_held_out}, lower"
+                        f"{domain} has {found_num} problems with correct solutions ({refused} rejected), so all would be held out; give"
+                        f" more problems, or lower num_gsm_held_out={settings.num_gsm_held_out}"
                     )
                 problems = Random(settings.problems_seed).sample(source.problems, len(source.problems))
                 held_out, rest = problems[: settings.num_gsm_held_out], problems[settings.num_gsm_held_out :]
@@ -79,20 +79,23 @@ class Corpora:
             write_lines(folder / "train.jsonl", train)
             write_file(folder / "counts.json", json.dumps(counts))
 
-        asked = [settings.num_gsm_symbolic, settings.num_gsm_held_out, settings.problems_seed, generator_version()]
+        sizes = [settings.num_gsm_symbolic, settings.num_gsm_held_out, settings.problems_seed, generator_version()]
         return Step(
-            name="word_problems", inputs=inputs, outputs=[*outputs, folder / "counts.json"], work=_write, settings=asked
+            name="word_problems", inputs=inputs, outputs=[*outputs, folder / "counts.json"], work=_write, settings=sizes
         )
 
     def _split(self) -> Step:
         text = self.folder / "text"
         outputs = [text / f"{name}.jsonl" for name in ("train", *self.domains["text"])]
         files = [text / "collected" / f"{split}.jsonl" for split in ("train", "valid")]
-        asked = self.settings.text_kilobytes
-        return Step(name="split", inputs=files, outputs=outputs, work=self._write_domains, settings=asked)
+        sizes = self.settings.text_kilobytes
+        return Step(name="split", inputs=files, outputs=outputs, work=self._write_domains, settings=sizes)
 
     def _write_domains(self) -> None:
-        """As much prose as code: what is collected has most of its prose in front and most of its code behind."""
+        """Write equal amounts of prose and code.
+
+        The collected files have most of their prose first and most of their code last.
+        """
         text, sizes = self.folder / "text", self.settings.text_kilobytes
         train = self._some_of_each(text / "collected/train.jsonl", 1000 * sizes["train"])
         write_lines(text / "train.jsonl", [record for domain in train.values() for record in domain])
@@ -100,7 +103,7 @@ class Corpora:
             write_lines(text / f"{domain}.jsonl", records)
 
     def _some_of_each(self, path: Path, most_bytes: int) -> dict[str, list[dict[str, str]]]:
-        """The first records of each domain, up to `most_bytes` of text and at least one."""
+        """Return the first records of each domain: up to `most_bytes` of text, and at least one record."""
         chosen: dict[str, list[dict[str, str]]] = {domain: [] for domain in self.domains["text"]}
         left = dict.fromkeys(chosen, most_bytes)
         for record in read_lines(path):
@@ -112,11 +115,11 @@ class Corpora:
         return chosen
 
     def held_out_file(self, corpus: str, domain: str) -> Path:
-        """JSON lines of a held-out set."""
+        """Return the JSON lines file of a held-out set."""
         return self.folder / corpus / ("valid.jsonl" if corpus == "maths" else f"{domain}.jsonl")
 
     def held_out(self, corpus: str) -> Path:
-        """All held-out sets of a corpus, each document with its domain."""
+        """Return the file of all held-out sets of a corpus, in which each document has its domain."""
         return self.folder / corpus / "held_out.jsonl"
 
     def _held_out(self, corpus: str) -> Step:
@@ -129,18 +132,18 @@ class Corpora:
         return Step(name=f"held_out_{corpus}", inputs=[*files.values()], outputs=[self.held_out(corpus)], work=_write)
 
     def tokenizer(self, corpus: str) -> Path:
-        """Trained on the corpus."""
+        """Return the folder of the tokenizer that is trained on the corpus."""
         return self.folder / corpus / "tokenizer"
 
     def tokenizer_step(self, corpus: str) -> Step:
-        """A vocabulary of the training text of a corpus."""
+        """Return the step that trains a tokenizer on the training text of a corpus."""
         train, output = self.folder / corpus / "train.jsonl", self.tokenizer(corpus)
         options = ["--vocab-size", self.settings.vocab_size[corpus], "--max-sentences", 100_000]
         command = tool("tools/train_tokenizer.py", "--input", train, "--output", output, *options)
         return Step(name=f"tokenizer_{corpus}", inputs=[train], outputs=[output], commands=[command])
 
     def shards(self, corpus: str, direction: str) -> Path:
-        """Shards of the training part and of each held-out set."""
+        """Return the folder of the shards of the training part and of each held-out set."""
         return self.folder / corpus / direction
 
     def _shards(self, corpus: str, direction: str) -> Step:
@@ -155,6 +158,6 @@ class Corpora:
         return Step(name=name, inputs=[*files.values(), tokenizer], outputs=[output], commands=commands)
 
     def counts(self) -> dict[str, Any]:
-        """Word problems by origin: trained on, held out, and refused by the calculator."""
+        """Return the numbers of word problems by source: trained, held out, and rejected by the calculator."""
         counts: dict[str, Any] = json.loads((self.folder / "gsm/counts.json").read_text(encoding="utf-8"))
         return counts

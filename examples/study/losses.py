@@ -1,4 +1,4 @@
-"""Part 1: twins that differ in direction alone, over corpora, sizes and seeds, and the gap between their losses."""
+"""Part 1: twins that differ only in direction, for several corpora, sizes and seeds, and the gap between their losses."""
 
 import json
 import math
@@ -17,11 +17,11 @@ from twins import DIRECTIONS, read_metrics
 from megatron_ledom.evaluation.intervals import t_interval
 
 ISOLATED = ("data.reset_attention_mask=true", "data.reset_position_ids=true")
-"""Problems are asked alone, so they are learnt alone."""
+"""Problems are evaluated one by one, so they are trained without attention to each other."""
 
 
 class Twins:
-    """Where everything of part 1 lies, and the steps that make it."""
+    """The files of part 1, and the steps that write them."""
 
     def __init__(self, folder: Path, settings: Settings) -> None:
         self.folder, self.settings = folder, settings
@@ -29,19 +29,19 @@ class Twins:
         self.largest = list(settings.models)[-1]
 
     def names(self) -> Iterator[tuple[str, str, int]]:
-        """(corpus, model, seed) of each pair of twins."""
+        """Yield (corpus, model, seed) of each pair of twins."""
         return product(self.corpora.domains, self.settings.models, self.settings.seeds)
 
     def run_of(self, corpus: str, model: str, seed: int, direction: str) -> Path:
-        """Run folder of one twin."""
+        """Return the run folder of a twin."""
         return self.folder / "runs" / f"{corpus}_{model}_{seed}_{direction}"
 
     def model_of(self, corpus: str, model: str, seed: int, direction: str) -> Path:
-        """Its export."""
+        """Return the folder of the exported twin."""
         return self.folder / "models" / f"{corpus}_{model}_{seed}_{direction}"
 
     def stages(self) -> Iterator[list[Step]]:
-        """Steps in order; those of one list do not need each other."""
+        """Yield lists of steps, in order. The steps of one list are independent."""
         yield from self.corpora.stages()
         twins = list(product(self.names(), DIRECTIONS))
         yield [self._train(*names, direction) for names, direction in twins]
@@ -50,7 +50,7 @@ class Twins:
         yield [self._compare(corpus, seed) for corpus, seed in product(self.corpora.domains, self.settings.seeds)]
 
     def compared(self, corpus: str, seed: int) -> Path:
-        """Report of the losses of the largest twins by place in the document."""
+        """Return the folder of the comparison of the largest twins' losses by position."""
         return self.folder / "compared" / f"{corpus}_{seed}"
 
     def _compare(self, corpus: str, seed: int) -> Step:
@@ -71,7 +71,7 @@ class Twins:
 
 
 def train_step(twins: Twins, run: Path, corpus: str, model: str, seed: int, inputs: list[Path], data: list[str]) -> Step:
-    """One training by the study's recipe, with `data` of its own."""
+    """Return the step of a training run with the study's recipe. data: overrides of the data section."""
     tokenizer, settings = twins.corpora.tokenizer(corpus), twins.settings
     paths = [f"run_dir={run}", f"data.tokenizer={tokenizer}"]
     length = [f"train.train_iters={settings.train_iters[corpus]}", f"train.seed={seed}"]
@@ -82,25 +82,25 @@ def train_step(twins: Twins, run: Path, corpus: str, model: str, seed: int, inpu
 
 
 def export_step(run: Path, model: Path) -> Step:
-    """The Hugging Face folder of a run, through the logits gate."""
+    """Return the step that exports a run to a Hugging Face folder, with the parity check."""
     command = tool("tools/convert_checkpoint.py", "mcore-to-hf", "--load", run, "--save", model)
     return Step(name=f"export_{model.name}", inputs=[run / "checkpoints"], outputs=[model], commands=[command])
 
 
 def final_losses(run: Path) -> dict[str, float]:
-    """Loss of each held-out set at the end of a run, in nats a token."""
+    """Return the loss of each held-out set at the end of a run, in nats per token."""
     last = [record["validation"] for record in read_metrics(run / "metrics.jsonl") if "validation" in record][-1]
     return {name: found["lm_loss"] for name, found in last.items()}
 
 
 def speed_of(run: Path) -> tuple[float, float]:
-    """Median tokens a second and share of the measured matmul peak of a run."""
+    """Return the median tokens per second of a run, and their fraction of the measured matmul peak."""
     records = read_metrics(run / "metrics.jsonl")
     return statistics.median(r["tokens_per_second"] for r in records), statistics.median(r["mfu"] for r in records)
 
 
 def gaps(twins: Twins) -> list[dict[str, Any]]:
-    """For each corpus, model and domain the losses of both directions by seed, and the gap in per cent with its interval."""
+    """Return the losses of both directions by corpus, model, domain and seed, and the gap in percent with its interval."""
     rows = []
     for corpus, model in product(twins.corpora.domains, twins.settings.models):
         found = {d: [final_losses(twins.run_of(corpus, model, seed, d)) for seed in twins.settings.seeds] for d in DIRECTIONS}
@@ -113,7 +113,10 @@ def gaps(twins: Twins) -> list[dict[str, Any]]:
 
 
 def gaps_by_place(twins: Twins) -> dict[str, list[dict[str, Any]]]:
-    """By corpus, for each tenth of a document in reading order, reverse minus forward of the largest twins, in nats an inner token."""
+    """Return by corpus and tenth of a document reverse minus forward of the largest twins, in nats per inner token.
+
+    Tenths are in text order.
+    """
     found = {}
     for corpus in twins.corpora.domains:
         paths = [twins.compared(corpus, seed) / "report.json" for seed in twins.settings.seeds]
@@ -128,7 +131,7 @@ def gaps_by_place(twins: Twins) -> dict[str, list[dict[str, Any]]]:
 
 
 def interval_over_seeds(values: Sequence[float], least: float = -math.inf, most: float = math.inf) -> list[float] | None:
-    """95 % interval of the mean by Student's t, cut to what can be; None for a single seed, which has none."""
+    """Return the 95 % interval of the mean by Student's t, cut to [least, most]. None for a single seed."""
     if len(values) < 2:
         return None
     low, high = t_interval(values)

@@ -1,4 +1,4 @@
-"""Why wrong answers of part 2 are wrong, among all candidates and among what a method chooses: what a reverse model can see of it."""
+"""The kinds of mistakes in wrong answers of part 2, among all candidates and among the choices of each method."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +17,10 @@ Score = dict[str, float | None]
 
 
 def mistakes(rewards: Rewards, weights: list[float]) -> dict[str, dict[str, list[float]]]:
-    """Shares of KINDS by seed among all candidates, greedy answers and choices. weights: lambda of each seed."""
+    """Return the fractions of KINDS by seed among all candidates, greedy answers and choices.
+
+    weights: lambda of each seed.
+    """
     found: dict[str, dict[str, list[float]]] = {}
     for seed, weight in zip(rewards.settings.seeds, weights, strict=True):
         records = list(read_lines(rewards.ranked("test", seed)))
@@ -36,7 +39,7 @@ def mistakes(rewards: Rewards, weights: list[float]) -> dict[str, dict[str, list
 
 
 def kind_of(text: str, record: Record) -> str:
-    """One of KINDS, for an answer to a question; a text that is no chain counts as a false calculation."""
+    """Return the kind (of KINDS) of an answer to a question. A text that is not a chain counts as FALSE."""
     if is_right(answers_by("number"), str(record[GOLD]), text):
         return RIGHT
     return UNFIT if check_chain(text) else FALSE
@@ -60,5 +63,5 @@ def _reward(weight: float) -> Callable[[Score], float]:
 
 
 def _known(value: float | None) -> float:
-    """Below all others where a candidate, such as an empty one, cannot be scored."""
+    """Return the value, or one below all others for a candidate without a score, such as an empty one."""
     return -1e300 if value is None else value

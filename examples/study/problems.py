@@ -1,12 +1,12 @@
-"""Word problems with worked solutions, made by rule in levels of difficulty, and the calculator that checks every chain.
+"""Synthetic word problems with worked solutions, in levels of difficulty, and the calculator that checks every chain.
 
     Ann has 7 pens. Then Ann buys 5 more. Sam has 9 pens. Then Ann loses 3. How many pens does Ann have now?
     7+5=12
     12-3=9
     #### 9
 
-A level has a number of steps, a largest number and sentences that have nothing to do with the answer. All names, things, verbs and
-numbers are drawn by a seed; a question of one part (training, calibration, development, test) is in no other part.
+A level has a number of steps, a largest number and a number of irrelevant sentences. All names, things, verbs and
+numbers are drawn by a seed. A question of one part (training, calibration, development, test) is in no other part.
 """
 
 import operator
@@ -23,13 +23,16 @@ STEP = re.compile(r"(\d+)([-+*])(\d+)=(\d+)")
 ALL_VERBS = "|".join(verb for verbs in VERBS.values() for verb in verbs)
 START = re.compile(r"(\w+) has (\d{1,4}) (\w+)\.", re.ASCII)
 CHANGE = re.compile(rf"Then (\w+) ({ALL_VERBS}) (\d{{1,4}})(?: more)?\.", re.ASCII)
-ASKED = re.compile(r"How many (\w+) does (\w+) have now\?", re.ASCII)
+QUERY = re.compile(r"How many (\w+) does (\w+) have now\?", re.ASCII)
 COMPUTE = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Level:
-    """How hard problems are. steps: lines of the chain; largest: of the numbers in the question; distractors: idle sentences."""
+    """A level of difficulty.
+
+    steps: lines of the chain; largest: largest number in the question; distractors: irrelevant sentences.
+    """
 
     steps: int
     largest: int
@@ -38,14 +41,14 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem: `answer` is the chain, a calculation a line, and `#### N`."""
+    """One problem. answer: the chain, one calculation per line, and `#### N`."""
 
     question: str
     answer: str
     level: int
 
     def as_fields(self) -> dict[str, str | int]:
-        """The object of a line of JSON; `text` is what a model is trained on."""
+        """Return the fields of a JSON line. `text` is the training text."""
         return {
             "question": self.question,
             "answer": self.answer,
@@ -56,7 +59,7 @@ class Problem:
 
 
 def draw(level: int, levels: list[Level], random_: random.Random) -> Problem:
-    """One problem of a level, which counts from 1."""
+    """Draw a problem of a level. Levels count from 1."""
     shape = levels[level - 1]
     name, *others = random_.sample(NAMES, 1 + shape.distractors)
     thing = random_.choice(THINGS)
@@ -80,7 +83,10 @@ def draw(level: int, levels: list[Level], random_: random.Random) -> Problem:
 
 
 def check_chain(answer: str) -> bool:
-    """The calculator pass: every line is a true calculation that goes on from the one before, and the last is their result."""
+    """Return True if a chain is correct.
+
+    Every line is a correct calculation that begins with the result of the line before, and the last line is the result.
+    """
     *chain, last = answer.split("\n")
     value: int | None = None
     for line in chain:
@@ -94,19 +100,20 @@ def check_chain(answer: str) -> bool:
 
 
 def parts(levels: list[Level], sizes: dict[str, int], seed: int) -> dict[str, list[Problem]]:
-    """Problems of all levels in equal numbers for each part named in `sizes` (problems a level). No question comes twice.
+    """Return equally many problems of each level for each part in `sizes` (problems per level). No question occurs twice.
 
-    Parts are drawn in the order of `sizes`; name the held-out ones first, so that another size of training leaves them the same.
+    Parts are drawn in the order of `sizes`. Name the held-out parts first, so that they do not depend on the size of
+    the training part.
     """
     random_, seen = random.Random(seed), set[str]()
-    made = {}
+    generated = {}
     for part, size in sizes.items():
         drawn = [_new(level, levels, random_, seen) for _ in range(size) for level in range(1, len(levels) + 1)]
         wrong = [problem for problem in drawn if not check_chain(problem.answer)]
         if wrong:
-            raise DataError(f"the calculator finds another result for {wrong[0].answer!r}; the generator of {part} is wrong")
-        made[part] = drawn
-    return made
+            raise DataError(f"the calculator finds another result for {wrong[0].answer!r}; correct the generator of {part}")
+        generated[part] = drawn
+    return generated
 
 
 def _new(level: int, levels: list[Level], random_: random.Random, seen: set[str]) -> Problem:
@@ -115,18 +122,18 @@ def _new(level: int, levels: list[Level], random_: random.Random, seen: set[str]
         if problem.question not in seen:
             seen.add(problem.question)
             return problem
-    raise DataError(f"level {level} has too few different problems for the numbers asked for; ask for fewer or widen the level")
+    raise DataError(f"level {level} has too few different problems; lower num_problems or widen the level")
 
 
 def solve(question: str) -> str | None:
-    """The worked solution of a question of these stories, in the form of `Problem.answer`; None for any other text.
+    """Return the worked solution of a question of this form, as in `Problem.answer`, or None for any other text.
 
-    The person asked about must begin with a number of the things asked about; sentences on what others have are passed over. No
-    number may fall below zero.
+    The story must begin with a number of things of the queried person. Sentences about others are skipped. The number
+    must not fall below zero.
     """
-    *story, asked = re.findall(r"[^.?]+[.?]", question) or [""]
-    end = ASKED.fullmatch(asked.strip())
-    if end is None or "".join([*story, asked]) != question:
+    *story, query = re.findall(r"[^.?]+[.?]", question) or [""]
+    end = QUERY.fullmatch(query.strip())
+    if end is None or "".join([*story, query]) != question:
         return None
     thing, name = end.groups()
     value, chain = -1, []

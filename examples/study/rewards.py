@@ -1,4 +1,4 @@
-"""Part 2: the forward model answers, Reverse Reward chooses; beside its baselines, over N and lambda, and beam search."""
+"""Part 2: the forward model answers and Reverse Reward chooses, compared with baselines and beam search."""
 
 import json
 import statistics
@@ -19,12 +19,12 @@ from megatron_ledom.reports.method_comparison import MAIN, ReportSettings, compa
 
 GOLD = "answer"
 WANTED = (0.2, 0.6)
-"""Greedy accuracy that a level must have to be chosen."""
+"""Range of the greedy accuracy of a level that can be chosen."""
 PARTS = ("development", "test")
 
 
 class Rewards:
-    """Where everything of part 2 lies, and the steps that make it."""
+    """The files of part 2, and the steps that write them."""
 
     def __init__(self, twins: Twins) -> None:
         self.twins, self.settings, self.folder = twins, twins.settings, twins.folder / "rewards"
@@ -33,23 +33,23 @@ class Rewards:
         self.max_new_tokens = 16 * (longest + 1)
 
     def model_of(self, seed: int, direction: str) -> Path:
-        """Export of the twin that answers (forward) or scores (reverse)."""
+        """Return the folder of the twin that answers (forward) or scores (reverse)."""
         return self.twins.model_of("maths", self.model, seed, direction)
 
     def ranked(self, part: str, seed: int) -> Path:
-        """Ranked candidates of a part."""
+        """Return the file of the ranked candidates of a part."""
         return self.folder / f"{part}_{seed}.jsonl"
 
     def beam(self, seed: int) -> Path:
-        """Searched answers of the test part."""
+        """Return the file of the beam search's answers to the test part."""
         return self.folder / f"beam_{seed}.jsonl"
 
     def stages(self) -> Iterator[list[Step]]:
-        """Greedy answers on the calibration part, the level, then everything at that level."""
+        """Yield the steps: greedy answers to the calibration part, the level, sampling and search at that level."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        asked = self.twins.folder / "maths/calibration.jsonl"
+        calibration = self.twins.folder / "maths/calibration.jsonl"
         seeds = self.settings.seeds
-        yield [self.rerank_step(asked, self.ranked("calibration", seed), seed, ["--sample", 1, "--greedy"]) for seed in seeds]
+        yield [self.rerank_step(calibration, self.ranked("calibration", s), s, ["--sample", 1, "--greedy"]) for s in seeds]
         inputs = [self.ranked("calibration", seed) for seed in seeds]
         inputs += [self.twins.folder / "maths" / f"{part}.jsonl" for part in PARTS]
         outputs = [self.folder / name for name in ("level.json", *(f"{part}.jsonl" for part in PARTS))]
@@ -60,16 +60,18 @@ class Rewards:
         steps = [self.rerank_step(self.folder / f"{p}.jsonl", self.ranked(p, s), s, sampled) for s in seeds for p in PARTS]
         yield steps + [self.rerank_step(self.folder / "test.jsonl", self.beam(seed), seed, searched) for seed in seeds]
 
-    def rerank_step(self, asked: Path, output: Path, seed: int, options: list[Any]) -> Step:
-        """tools/rerank.py with the twins of a seed."""
+    def rerank_step(self, questions: Path, output: Path, seed: int, options: list[Any]) -> Step:
+        """Return the step that runs tools/rerank.py with the twins of a seed."""
         models = [self.model_of(seed, direction) for direction in ("forward", "reverse")]
-        names = ["--forward", models[0], "--reverse", models[1], "--input", asked, "--output", output, "--batch-size", 64]
+        names = ["--forward", models[0], "--reverse", models[1], "--input", questions, "--output", output, "--batch-size", 64]
         sampling = ["--temperature", self.settings.temperature, "--max-new-tokens", self.max_new_tokens, "--seed", seed]
         command = tool("tools/rerank.py", *names, *options, *sampling)
-        return Step(name=f"rerank_{output.stem}", inputs=[asked, *models], outputs=[output], commands=[command], resumes=True)
+        return Step(
+            name=f"rerank_{output.stem}", inputs=[questions, *models], outputs=[output], commands=[command], resumes=True
+        )
 
     def _choose_level(self) -> None:
-        """The first level whose greedy accuracy, mean of all seeds, is wanted; else the one nearest to the middle."""
+        """Choose the first level whose mean greedy accuracy is in WANTED, else the nearest to its middle."""
         answers = answers_by("number")
         right: dict[int, list[bool]] = {}
         for seed in self.settings.seeds:
@@ -86,12 +88,15 @@ class Rewards:
         (self.folder / "level.json").write_text(json.dumps(chosen), encoding="utf-8")
 
     def questions(self, part: str, reward: RewardSettings | None = None) -> list[list[Question]]:
-        """The ranked questions of a part, for each seed; the test part with its beam search."""
+        """Return the ranked questions of a part for each seed; the test part with its beam search."""
         paths = [(self.ranked(part, seed), self.beam(seed) if part == "test" else None) for seed in self.settings.seeds]
         return [load_questions(path, GOLD, answers_by("number"), reward or RewardSettings(), beam) for path, beam in paths]
 
     def results(self) -> dict[str, Any]:
-        """The level, the comparison with lambda of the development part, and beam search beside best-of-N of the same tokens."""
+        """Return the level, the comparison of the methods, and beam search against best-of-N at equal tokens.
+
+        Lambda is chosen on the development part.
+        """
         development, test = (self.questions(part) for part in PARTS)
         settings = ReportSettings(gold_key=GOLD, reward=RewardSettings())
         report = compare(test, settings, development)
@@ -101,12 +106,12 @@ class Rewards:
     def _beam_at_equal_tokens(
         self, test: list[list[Question]], development: list[list[Question]], settings: ReportSettings
     ) -> dict[str, Any]:
-        """The search beside Reverse Reward over as many candidates as its tokens buy, and the paired difference, search minus that.
+        """Return the accuracies of the search and of best-of-N with equal token usage, and the paired difference.
 
-        is_affordable: False where not even one candidate can be written and judged for them; one is taken then.
+        is_affordable: False if the tokens are too few for a single candidate; N is 1 then.
         """
-        spent = [json.loads(Path(f"{self.beam(s)}.spent.json").read_text(encoding="utf-8")) for s in self.settings.seeds]
-        tokens = sum(one["forward_tokens"] + one["reverse_tokens"] for one in spent) / sum(map(len, test))
+        usage = [json.loads(Path(f"{self.beam(s)}.spent.json").read_text(encoding="utf-8")) for s in self.settings.seeds]
+        tokens = sum(one["forward_tokens"] + one["reverse_tokens"] for one in usage) / sum(map(len, test))
         costs = self._tokens_by_num(num_candidates(test))
         num = max([n for n, cost in enumerate(costs, 1) if cost <= tokens], default=1)
         found = outcomes_of("beam by Reverse Reward", test, settings)
@@ -123,16 +128,19 @@ class Rewards:
         }
 
     def _tokens_by_num(self, num: int) -> list[float]:
-        """Tokens a question of writing and judging its first 1, 2 ... `num` candidates. Equal answers are judged once, as in the search."""
+        """Return the tokens per question to write and score the first 1, 2 ... `num` candidates.
+
+        Equal answers are scored once.
+        """
         totals, num_questions = [0] * num, 0
         for seed in self.settings.seeds:
             for record in read_lines(self.ranked("test", seed)):
-                judged, spent = set[str](), 0
+                scored, tokens = set[str](), 0
                 num_questions += 1
                 for number, (text, score) in enumerate(zip(record["candidates"], record["scores"], strict=True)):
                     written = score["forward_tokens"] or 0
-                    spent += written + (0 if text in judged else written + (score["reverse_tokens"] or 0))
-                    judged.add(text)
+                    tokens += written + (0 if text in scored else written + (score["reverse_tokens"] or 0))
+                    scored.add(text)
                     if number < num:
-                        totals[number] += spent
+                        totals[number] += tokens
         return [total / num_questions for total in totals]

@@ -1,4 +1,4 @@
-"""The sections of the report: sentences and tables from the results, as plain text."""
+"""The sections of the report: paragraphs and tables of the results, as plain text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,35 +14,35 @@ from megatron_ledom.reports.method_comparison import sentences
 Rows = list[list[str]]
 Results = dict[str, Any]
 PUBLISHED_GAP = "+2.1 to +2.4 %"
-"""Right-to-left loss above left-to-right (arXiv 2502.18435)."""
+"""Loss of a right-to-left model relative to a left-to-right one (arXiv 2502.18435)."""
 PUBLISHED_GAIN = "0 to +15 points above greedy (+0.5 to +2.3 on GSM8K)"
-"""Best of N by Reverse Reward, three models and four sets (arXiv 2507.01335)."""
+"""Gain of best-of-N by Reverse Reward, for three models and four sets (arXiv 2507.01335)."""
 BASELINES = ("random of N", "greedy", "majority vote", "forward likelihood, sum")
-"""What the paper's claim is measured against."""
+"""Baselines for the paper's claim."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Section:
-    """A heading with what stands below it; figures are HTML, and only in the page."""
+    """A heading with paragraphs, tables and plots. The plots are HTML, for the page only."""
 
     title: str
-    told: Sequence[str] = ()
+    paragraphs: Sequence[str] = ()
     tables: Sequence[Rows] = ()
-    figures: Sequence[str] = ()
+    plots: Sequence[str] = ()
 
 
 def percent(value: float) -> str:
-    """A share as a number of per cent."""
+    """Return a fraction as a number of percent."""
     return f"{100 * value:.1f}"
 
 
 def interval(found: Sequence[float] | None, scale: float = 1.0, form: str = "+.2f") -> str:
-    """Return a cell: `low to high`."""
+    """Return an interval as a cell: `low to high`."""
     return pages.interval(found, form, scale, missing="none")
 
 
 def claims(results: Results, of_abilities: Rows) -> Section:
-    """What the paper claims, what is published, what is found, and a verdict; `of_abilities`: the rows of part 3."""
+    """Return the table of claims: published result, result here and verdict. of_abilities: the rows of part 3."""
     rows = [["claim", "published", "found here", "verdict"], _gap_claim(results["gaps"])]
     rows += [_reward_claim(results["rewards"]["report"], against) for against in ("greedy", "majority vote")]
     rows += [*of_abilities, _guard_claim(results["wrong"])]
@@ -55,8 +55,8 @@ def _gap_claim(gaps: list[Results]) -> list[str]:
         sum(row["interval"] is not None and sign * row["interval"][side] > 0 for row in gaps)
         for sign, side in ((1, 0), (-1, 1))
     )
-    verdict = f"in {above} of {len(gaps)} sets surely above, in {below} surely below"
-    return ["a reverse model ends at a higher loss", PUBLISHED_GAP, found, verdict]
+    verdict = f"significantly higher in {above} of {len(gaps)} sets, significantly lower in {below}"
+    return ["a reverse model has a higher final loss", PUBLISHED_GAP, found, verdict]
 
 
 def _reward_claim(report: Results, against: str) -> list[str]:
@@ -64,7 +64,7 @@ def _reward_claim(report: Results, against: str) -> list[str]:
     found = f"{100 * row['difference']:+.1f} points ({interval(row['interval'], 100, '+.1f')})"
     verdict = "not significant"
     if row["is_significant"]:
-        verdict = "reproduced" if row["difference"] > 0 else "the opposite, significantly"
+        verdict = "reproduced" if row["difference"] > 0 else "significantly the opposite"
     published = PUBLISHED_GAIN if against == "greedy" else "not published"
     return [f"Reverse Reward is right more often than {against}", published, found, verdict]
 
@@ -72,23 +72,23 @@ def _reward_claim(report: Results, against: str) -> list[str]:
 def _guard_claim(wrong: list[Results]) -> list[str]:
     found = "; ".join(f"{100 * row['difference']:+.1f} points" for row in wrong)
     blind = [row["name"] for row in wrong if row["right_way"][1][0] <= 0]
-    verdict = "holds" if not blind else f"cannot tell of: {', '.join(blind)} (no better than chance the right way either)"
+    verdict = "holds" if not blind else f"cannot decide for: {', '.join(blind)} (at chance in its own direction too)"
     if any(row["difference_interval"][0] > 0 for row in wrong):
-        verdict = "BROKEN: look into this first"
-    return ["models fed the wrong way choose no better than chance", "a guard of ours", found, verdict]
+        verdict = "FAILED: check this first"
+    return ["models that read in the wrong direction choose at chance", "a control of ours", found, verdict]
 
 
 def not_reproduced(results: Results) -> list[str]:
-    """A sentence for each claim of parts 1, 2 and 4 that this size does not show, with the likely reason."""
-    told = []
+    """Return a sentence for each claim of parts 1, 2 and 4 that this size does not reproduce, with the likely reason."""
+    found = []
     unsure = [row for row in results["gaps"] if row["interval"] is None or row["interval"][0] <= 0]
     if unsure:
         where = "; ".join(
             f"{row['domain']}, {row['model']} model: {row['gap']:+.2f} %{_side(row['interval'])}" for row in unsure
         )
-        told.append(
-            f"The reverse loss is not surely above the forward one ({where}). Models of these sizes are far from converged, and few"
-            " seeds make wide intervals."
+        found.append(
+            f"The reverse loss is not significantly above the forward loss ({where}). Models of these sizes are far from converged, and"
+            " intervals over few seeds are wide."
         )
     rows = [row for row in results["rewards"]["report"]["comparisons"] if row["against"] in BASELINES]
     below = [row for row in rows if not (row["is_significant"] and row["difference"] > 0)]
@@ -97,21 +97,19 @@ def not_reproduced(results: Results) -> list[str]:
             f"{row['against']}: {100 * row['difference']:+.1f} points{', significantly worse' * row['is_significant']}"
             for row in below
         )
-        told.append(
+        found.append(
             f"Reverse Reward is not significantly above these baselines: {against}. {_reason(results['mistakes'])} The scorer is as"
-            " small as the answerer and saw the same problems; with few questions a small gain cannot be told from none."
+            " small as the model that answers and was trained on the same problems. With few questions a small gain is not significant."
         )
-    told += _overdone(results)
+    found += _overdone(results)
     for row in results["wrong"]:
         if row["difference_interval"][0] > 0:
-            told.append(
-                f"{row['name']} chooses better than chance ({100 * row['difference']:+.1f} points): look into this first."
-            )
-    return told
+            found.append(f"{row['name']} chooses better than chance ({100 * row['difference']:+.1f} points): check this first.")
+    return found
 
 
 def _overdone(results: Results) -> list[str]:
-    """That the answer a reverse model likes best is right less often than any, if it is so."""
+    """Return a sentence if the reverse model's choice is right less often than a random candidate."""
     methods, mistakes = results["rewards"]["report"]["methods"], results["mistakes"]
     only, drawn = methods["reverse only"]["accuracy"], methods["random of N"]["accuracy"]
     if only >= drawn:
@@ -120,59 +118,61 @@ def _overdone(results: Results) -> list[str]:
         sum(mistakes[name]["false calculation"]) / results["num_seeds"] for name in ("reverse only", "all candidates")
     )
     return [
-        f"The reverse model alone chooses worse than chance ({percent(only)} against {percent(drawn)} %): of many candidates the one under"
-        f" which the question is likeliest holds a false calculation in {percent(chosen)} % of the cases, of all candidates"
-        f" {percent(all_)} % do. The maximum of a score that cannot see an error finds answers that pay for it with that error."
+        f"The reverse model alone chooses worse than chance ({percent(only)} % right, {percent(drawn)} % for a random candidate). It"
+        f" chooses the candidate that makes the question likeliest. That candidate has a calculation error in {percent(chosen)} % of"
+        f" the cases, a random candidate in {percent(all_)} %. The score takes no account of calculation errors. Some candidates fit the"
+        " question better only because of such an error, and among many candidates the best score often belongs to one of them."
     ]
 
 
 def _reason(mistakes: Results) -> str:
-    """What share of the wrong candidates a reverse model can hardly see."""
+    """Return a sentence about the wrong candidates that a reverse model hardly distinguishes from right ones."""
     _, unfit, false = (sum(values) for values in mistakes["all candidates"].values())
     share = 0.0 if unfit + false == 0 else false / (unfit + false)
     return (
-        f"Of the wrong candidates {percent(share)} % hold a false calculation, which a reverse model hardly sees: it judges whether the"
-        " question follows from the answer."
+        f"Of the wrong candidates {percent(share)} % have a calculation error. A reverse model hardly detects these: its score measures"
+        " how likely the question is, given the answer."
     )
 
 
 def _side(found: list[float] | None) -> str:
-    """What an interval that is not above 0 says."""
+    """Return the meaning of an interval that is not above 0."""
     if found is None:
         return ", one seed"
-    return ", surely below" if found[1] < 0 else ", the interval holds 0"
+    return ", significantly below" if found[1] < 0 else ", the interval contains 0"
 
 
-def loss(results: Results, figures: Sequence[str]) -> Section:
-    """Part 1."""
+def loss(results: Results, plots: Sequence[str]) -> Section:
+    """Return the section of part 1."""
     num = results["num_seeds"]
     about = (
-        f"Twins differ in the order of the ids alone. {num} seeds; the gap is reverse over forward on held-out text at the end, its"
-        f" interval Student's t over seeds. Published: {PUBLISHED_GAP}."
+        f"Twins differ only in the order of the ids. {num} seeds. The gap is the relative difference of the final losses on held-out"
+        f" text, reverse against forward, with Student's t interval over seeds. Published: {PUBLISHED_GAP}."
     )
     place = (
-        "By place: reverse minus forward of the largest twins, in nats a token, in each tenth of a document, in reading order for both."
-        " The first and the last token of a text are left out: each of them is the one that one of the twins has to tell from the"
-        " end-of-document token alone. Each twin knows least at its own beginning: in problems whose question and solution tell nearly the"
-        " same, the forward twin pays for the numbers in the question, the reverse twin in the solution."
+        "By position: reverse minus forward for the largest twins, in nats per token, in each tenth of a document, in text order for both."
+        " The first and the last token of a text do not count, because the forward twin predicts the first one, and the reverse twin the"
+        " last one, from the end-of-document token alone. Each twin has the least context where it begins to read. The question and the"
+        " solution of a problem contain nearly the same numbers: the forward twin has a high loss on them in the question, the reverse"
+        " twin in the solution."
     )
     problems = "; ".join(
-        f"{name}: {found['train']:,} trained on, {found['held_out']} held out, {found['refused']:,} refused by the calculator"
+        f"{name}: {found['train']:,} trained on, {found['held_out']} held out, {found['refused']:,} rejected by the calculator"
         for name, found in results["word_problems"].items()
     )
-    told = [about, f"Word problems written by people: {problems}. {_HELD_OUT}", _SPEED, place]
+    paragraphs = [about, f"Word problems written by people: {problems}. {_HELD_OUT}", _SPEED, place]
     tables = [_gap_rows(results["gaps"]), _place_rows(results["places"]), _speed_rows(results["speed"])]
-    return Section(title="Loss", told=told, tables=tables, figures=figures)
+    return Section(title="Loss", paragraphs=paragraphs, tables=tables, plots=plots)
 
 
 _HELD_OUT = (
-    "What is held out of gsm_symbolic are other numbers and names in the same hundred problems, not problems of another form. No text is"
-    " both trained on and held out, but licences and other boilerplate stand in many files of prose."
+    "The held-out problems of gsm_symbolic have other numbers and names than the trained ones, but are variants of the same hundred"
+    " problems. No text is both trained on and held out, but many files of prose contain licences and other boilerplate."
 )
 _SPEED = (
-    "Trainings run one process a core in fp32, which at these widths is faster than bf16 (7,600 and 6,500 tokens/s a core at width 128),"
-    " with the fused CPU operators in place of torch.compile, which costs seconds at each start. The share is of the highest peak that any"
-    " run of the row measured at its start; what else the machine did makes it smaller."
+    "Training runs use one process per core and fp32, which is faster than bf16 at these widths (7,600 and 6,500 tokens/s per core at width"
+    " 128), and the fused CPU operators instead of torch.compile, which takes seconds at each start. The fraction of the peak refers to the"
+    " highest peak that a run of the row measured at its start; other load on the machine lowers it."
 )
 
 
@@ -198,17 +198,17 @@ def _place_rows(places: dict[str, list[Results]]) -> Rows:
 
 
 def _speed_rows(speeds: dict[str, list[float]]) -> Rows:
-    rows = [["corpus, model", "tokens/s of one run", "share of one core's matmul peak (fp32)"]]
+    rows = [["corpus, model", "tokens/s of one run", "fraction of one core's matmul peak (fp32)"]]
     return rows + [[name, f"{speed:,.0f}", f"{100 * share:.0f} %"] for name, (speed, share) in speeds.items()]
 
 
-def reward(results: Results, figures: Sequence[str]) -> Section:
-    """Part 2."""
+def reward(results: Results, plots: Sequence[str]) -> Section:
+    """Return the section of part 2."""
     report, level, beam = (results["rewards"][name] for name in ("report", "level", "beam"))
-    about = f"{results['num_seeds']} seeds of both models, every one reported; lambda by seed, chosen on the development part alone: "
+    about = f"{results['num_seeds']} seeds of both models, all reported. Lambda by seed, chosen on the development part alone: "
     about += ", ".join(f"{row[0]:.2f}" for row in report["held_out"]["lambdas"])
     tables = [_method_rows(report), _equal_rows(report), _mistake_rows(results["mistakes"])]
-    told = [
+    paragraphs = [
         _about_level(level),
         about,
         _INTERVALS,
@@ -216,18 +216,24 @@ def reward(results: Results, figures: Sequence[str]) -> Section:
         _about_beam(beam),
         f"{_MISTAKES} {_reason(results['mistakes'])}",
     ]
-    return Section(title="Reverse Reward", told=told, tables=tables, figures=figures)
+    return Section(title="Reverse Reward", paragraphs=paragraphs, tables=tables, plots=plots)
 
 
 _MISTAKES = (
-    "Why wrong answers are wrong, all candidates used: either every calculation is true, but of another question (a number that the"
-    " question does not have, a sentence left out), or one is false or none can be read."
+    "The mistakes in wrong answers, over all candidates: either every calculation is correct, but for another question (a number that is"
+    " not in the question, a sentence that is not used), or a calculation is wrong or none can be read (a calculation error)."
 )
+LABELS = {
+    "true calculations of another question": "correct, but for another question",
+    "false calculation": "calculation error",
+}
+"""Kinds of answers (`mistakes.KINDS`) as the report names them."""
 
 
 def _mistake_rows(found: Results) -> Rows:
     kinds = list(next(iter(found.values())))
-    rows = [["chosen by, % of answers", *(name for kind in kinds for name in (kind, "95 % interval", "each seed"))]]
+    titles = [LABELS.get(kind, kind) for kind in kinds]
+    rows = [["chosen by, % of answers", *(name for title in titles for name in (title, "95 % interval", "each seed"))]]
     for name, shares in found.items():
         cells = [
             (percent(sum(v) / len(v)), interval(interval_over_seeds(v, 0.0, 1.0), 100, ".1f"), " ".join(map(percent, v)))
@@ -238,32 +244,32 @@ def _mistake_rows(found: Results) -> Rows:
 
 
 _INTERVALS = (
-    "Intervals of accuracies and of their differences are paired bootstraps over seeds and questions at once, of a few seeds: they"
-    " hardly leave the range of the seeds that were seen, and with two seeds that differ much they are too narrow. Intervals of losses and"
-    " of part 3 are Student's t over seeds, a stricter measure."
+    "Intervals of accuracies and of their differences are paired bootstraps over seeds and questions. With few seeds they hardly extend"
+    " beyond the range of these seeds, so for two seeds that differ much they are too narrow. Intervals of losses and of part 3 are"
+    " Student's t over seeds, which is stricter."
 )
 
 
 def _about_beam(beam: Results) -> str:
-    told = (
-        f"Beam search: {percent(beam['accuracy'])} % right with {beam['tokens']:.0f} tokens a question. Best of {beam['num']} by"
+    text = (
+        f"Beam search: {percent(beam['accuracy'])} % right with {beam['tokens']:.0f} tokens per question. Best of {beam['num']} by"
         f" Reverse Reward, {beam['num_tokens']:.0f} tokens: {percent(beam['best_of_num'])} %; difference"
         f" {100 * beam['difference']:+.1f} points ({interval(beam['difference_interval'], 100, '+.1f')})."
     )
-    told += " Equal answers are judged once in both, and the search's count has the prompt, too. Its lambda is 0.5, not a tuned one."
-    return told if beam["is_affordable"] else told + " The search spent less than a single candidate of best-of-N costs."
+    text += " Both score equal answers once. The token usage of the search includes the prompt. Its lambda is 0.5, not a tuned value."
+    return text if beam["is_affordable"] else text + " The search used fewer tokens than a single candidate of best-of-N."
 
 
 def _about_level(level: Results) -> str:
     greedy = ", ".join(f"level {name}: {percent(value)} %" for name, value in level["greedy"].items())
     low, high = (f"{100 * value:.0f}" for value in WANTED)
-    rule = f"Level {level['level']} was taken before any reranked result was seen: the first that the forward model solves greedily"
-    rule += f" in {low} to {high} % of the cases on the calibration part (mean of all seeds; {greedy})."
-    return rule if level["is_inside"] else rule + " None was inside: the nearest to the middle was taken."
+    rule = f"Level {level['level']} was chosen before any reranking: the first level at which the forward model solves {low} to {high} %"
+    rule += f" of the calibration part greedily (mean of all seeds; {greedy})."
+    return rule if level["is_inside"] else rule + " No level was in this range, so the nearest to its middle was chosen."
 
 
 def _method_rows(report: Results) -> Rows:
-    rows = [["method", "right %", "95 % interval", "each seed", "how it chooses"]]
+    rows = [["method", "right %", "95 % interval", "each seed", "choice"]]
     for name, found in report["methods"].items():
         seeds = " ".join(map(percent, found["by_seed"]))
         rows.append([name, percent(found["accuracy"]), interval(found["interval"], 100, ".1f"), seeds, METHODS[name]])
@@ -271,7 +277,7 @@ def _method_rows(report: Results) -> Rows:
 
 
 def _equal_rows(report: Results) -> Rows:
-    rows = [["method at equal tokens", "candidates", "tokens a question", "right %", "95 % interval"]]
+    rows = [["method at equal tokens", "candidates", "tokens per question", "right %", "95 % interval"]]
     for row in report["equal_tokens"]:
         cells = [row["method"], str(row["num_candidates"]), f"{row['tokens']:.0f}", percent(row["accuracy"])]
         rows.append([*cells, interval(row["interval"], 100, ".1f")])
@@ -279,20 +285,20 @@ def _equal_rows(report: Results) -> Rows:
 
 
 def ablation(results: Results) -> list[Section]:
-    """Part 4: other scorers and rewards, and the guard."""
+    """Return the sections of part 4: other scorers and rewards, and the control."""
     about = (
-        "The same candidates, judged otherwise. The scorers of pairs are trained from scratch for as many steps as the twins. Differences"
-        " are paired, question by question; intervals are not widened for their number."
+        "The same candidates with other scores. The scorers of pairs are trained from scratch for as many steps as the twins. Differences"
+        " are paired by question. The intervals are not corrected for multiple comparisons."
     )
     guard = (
-        "A guard on the whole pipeline: copies of the twins whose config says the other direction. Their choice must not be better than"
-        " chance, the mean over all candidates. An interval above 0 means that something leaks. Fed their own way, the same models are"
-        f" {_right_ways(results['wrong'])} points from chance: where that is not above 0, the guard shows nothing."
+        "A control of the whole pipeline: copies of the twins whose config records the other direction. Their choice must be at chance, the"
+        " mean over all candidates. An interval above 0 means that information leaks. In their own direction the same models are"
+        f" {_right_ways(results['wrong'])} points from chance; if that is not above 0, the control shows nothing."
     )
     rows, wrong = (_ablation_rows(results[n], f"to {o}") for n, o in (("ablations", "Reverse Reward"), ("wrong", "chance")))
     return [
-        Section(title="What made the difference", told=[about], tables=[rows]),
-        Section(title="Wrong direction", told=[guard], tables=[wrong]),
+        Section(title="Ablations", paragraphs=[about], tables=[rows]),
+        Section(title="Wrong direction", paragraphs=[guard], tables=[wrong]),
     ]
 
 

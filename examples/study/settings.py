@@ -1,4 +1,4 @@
-"""How much of everything a size of the study does: YAML beside this file, each key a field here."""
+"""The settings of a size of the study, from a YAML file in this folder. Each key is a field here."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ PROBLEM_PARTS = ("calibration", "development", "test", "valid", "train")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A model's shape."""
+    """The shape of a model."""
 
     num_layers: int
     hidden_size: int
@@ -26,7 +26,7 @@ class Model:
     num_attention_heads: int
 
     def overrides(self) -> list[str]:
-        """Keys of a run's config."""
+        """Return the shape as overrides of a run's config."""
         names = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads")
         return [
             *(f"model.{name}={getattr(self, name)}" for name in names),
@@ -36,16 +36,16 @@ class Model:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AbilitySettings:
-    """Part 3: its made sets, and the models that learn all of them."""
+    """Settings of part 3: its synthetic sets, and the models that learn all of them."""
 
     seeds: list[int]
-    """Of models; the same for both directions. Every one is reported."""
+    """Seeds of the models, the same for both directions. All are reported."""
     model: str
-    """Name of their shape."""
+    """Name of the models' shape."""
     num: dict[str, int]
-    """By set: facts, problems, worlds or texts that are made; a set that is not named is not made."""
+    """By set: the number of facts, problems, worlds or texts. Only sets that are named are generated."""
     repeats: dict[str, int]
-    """By set: how often its texts stand in the corpus, so that a small set is read more often than a large one."""
+    """By set: the number of copies of its texts in the corpus. A small set needs more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,76 +55,76 @@ class Settings:
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     seeds: list[int]
-    """Of models; the same for both directions. Every one is reported."""
+    """Seeds of the models, the same for both directions. All are reported."""
     models: dict[str, Model]
-    """By name; the last one answers and scores in parts 2 and 4."""
+    """Shapes by name. The last one answers and scores in parts 2 and 4."""
     text_kilobytes: dict[str, int]
-    """Of prose of this machine, and as much of its code: train, and held out."""
+    """Kilobytes of prose of this machine, and of its code, by part: train, held_out."""
     num_gsm_symbolic: int
-    """Problems drawn from reasoning-gym for the corpus `gsm`, before the calculator refuses some."""
+    """Problems drawn from reasoning-gym for the corpus `gsm`, including those that the calculator rejects."""
     num_gsm_held_out: int
-    """Of the problems of GSM8K, and as many of reasoning-gym's."""
+    """Held-out problems of each source of the corpus `gsm`."""
     vocab_size: dict[str, int]
-    """Of the tokenizer of each corpus: text, maths, gsm, abilities."""
+    """Vocabulary size by corpus: text, maths, gsm, abilities."""
     train_iters: dict[str, int]
-    """By corpus."""
+    """Iterations by corpus."""
     levels: list[Level]
-    """Of difficulty of the problems, easiest first; all are trained on in equal numbers."""
+    """Levels of difficulty, easiest first. All are trained, with equally many problems."""
     num_problems: dict[str, int]
-    """A level, by part: calibration, development, test, valid, train."""
+    """Problems per level by part: calibration, development, test, valid, train."""
     num_samples: int
-    """Candidates of a question."""
+    """Candidates per question."""
     temperature: float
     abilities: AbilitySettings
     beams: tuple[int, int]
     """Beams and expansions of the step-level search."""
     backward: tuple[int, int, int]
-    """Results from which problems are written, the first and the last, and problems each."""
+    """The first and the last result for which problems are written, and the number of problems for each."""
     gsm8k: str | None = None
-    """File of GSM8K's training part; without it `gsm` is reasoning-gym's problems alone."""
+    """File of GSM8K's training part. Without it, `gsm` consists of reasoning-gym's problems."""
     problems_seed: int = 1
 
 
 def load_settings(size: str, overrides: list[str], gsm8k: str | None = None) -> Settings:
-    """The YAML of a size, with `key=value` changes. Raises UsageError for what no field is, and for what cannot be made."""
+    """Return the settings of a size with `key=value` changes. Raises UsageError for unknown keys and invalid values."""
     merged = OmegaConf.merge(OmegaConf.load(HERE / f"{size}.yaml"), OmegaConf.from_dotlist(overrides))
     content: Any = OmegaConf.to_container(merged, resolve=True)
     try:
         settings = TypeAdapter(Settings).validate_python(content | ({} if gsm8k is None else {"gsm8k": gsm8k}))
     except ValidationError as error:
-        told = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise UsageError(f"{told}; the settings are those of {HERE / f'{size}.yaml'}") from error
+        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise UsageError(f"{problems}; the settings are those of {HERE / f'{size}.yaml'}") from error
     _check(settings)
     return settings
 
 
 def _check(settings: Settings) -> None:
-    for name, found, wanted in (
+    for name, found, expected in (
         ("vocab_size", settings.vocab_size, CORPORA),
         ("train_iters", settings.train_iters, CORPORA),
         ("num_problems", settings.num_problems, PROBLEM_PARTS),
     ):
-        if set(found) != set(wanted):
-            raise UsageError(f"{name} has {', '.join(found)}; it needs {', '.join(wanted)}")
+        if set(found) != set(expected):
+            raise UsageError(f"{name} has {', '.join(found)}; it needs {', '.join(expected)}")
     if not settings.seeds or not settings.models or not settings.levels:
-        raise UsageError("seeds, models and levels must each have an entry")
+        raise UsageError("seeds, models and levels must have at least one entry each")
     abilities = settings.abilities
     if abilities.model not in settings.models:
         raise UsageError(f"abilities.model is {abilities.model}; it must be one of models: {', '.join(settings.models)}")
     if not abilities.num or set(abilities.num) != set(abilities.repeats):
-        told = f"{', '.join(abilities.num)} and {', '.join(abilities.repeats)}"
-        raise UsageError(f"abilities.num and abilities.repeats name {told}; both need the same sets, and at least one")
+        names = f"{', '.join(abilities.num)} and {', '.join(abilities.repeats)}"
+        raise UsageError(f"abilities.num and abilities.repeats name {names}; both need the same sets, and at least one")
     if unknown := set(abilities.num) - set(GENERATORS):
-        raise UsageError(f"abilities.num names {', '.join(sorted(unknown))}; there are {', '.join(GENERATORS)}")
+        raise UsageError(f"abilities.num names {', '.join(sorted(unknown))}; the sets are {', '.join(GENERATORS)}")
     for name, seeds in (("seeds", settings.seeds), ("abilities.seeds", abilities.seeds)):
         if not seeds or len(set(seeds)) != len(seeds):
-            raise UsageError(f"{name} is {seeds}; each seed stands once, and there is at least one")
+            raise UsageError(f"{name} is {seeds}; it needs at least one seed, and each only once")
     if min(settings.num_problems.values()) < 2:
-        raise UsageError(f"num_problems is {settings.num_problems}; each part needs at least 2 problems a level")
+        raise UsageError(f"num_problems is {settings.num_problems}; each part needs at least 2 problems per level")
     low, high, num = settings.backward
     if not 0 <= low <= high or num < 1:
         raise UsageError(
-            f"backward is {list(settings.backward)}; it needs a first result, a last one not below it, and at least 1 each"
+            f"backward is {list(settings.backward)}; it needs the first and the last result, in order, and at least 1 problem for each"
         )
     if settings.gsm8k is not None and not Path(settings.gsm8k).is_file():
-        raise UsageError(f"{settings.gsm8k} is no file; give GSM8K's training part as JSON lines or Parquet, or leave it out")
+        raise UsageError(f"{settings.gsm8k} is not a file; give GSM8K's training part as JSON lines or Parquet, or omit it")

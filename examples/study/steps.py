@@ -1,4 +1,4 @@
-"""Steps of the study: each is done once, several at a time, and again only where its commands or what it reads have changed."""
+"""Run the steps of the study in parallel, each once, and again only if its commands, inputs or code have changed."""
 
 import hashlib
 import json
@@ -24,7 +24,10 @@ Work = Callable[[], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """Commands, or a function, that read `inputs` and make `outputs` (files and folders). settings: what a function depends on."""
+    """Commands, or a function, that read `inputs` and write `outputs` (files and folders).
+
+    settings: those of the function.
+    """
 
     name: str
     outputs: Sequence[Path]
@@ -33,14 +36,14 @@ class Step:
     work: Work | None = None
     settings: Any = field(default=None)
     resumes: bool = False
-    """Whether the command takes up what it left when it was killed; else that is removed."""
+    """True: a killed command resumes. False: its unfinished outputs are removed first."""
 
 
 class Runner:
-    """Runs steps and keeps a note of each below `folder`: its key, commands, hashes of what it read, and seconds.
+    """Runs steps and writes a note of each to `folder`: its key, commands, hashes of its inputs, and seconds.
 
-    A step that is a function, or runs a script of this folder, is done again where a file of this folder has changed; any step where
-    Python code of the package or its tools has.
+    A step runs again if the Python code of the package or its tools has changed. A step that is a function, or runs a
+    script of this folder, also runs again if a file of this folder has changed.
     """
 
     def __init__(self, folder: Path, at_once: int) -> None:
@@ -55,7 +58,7 @@ class Runner:
         self.lock = _locked(folder / "lock")
 
     def run(self, steps: Sequence[Step]) -> None:
-        """Steps that do not need each other, as many at once as there are cores. Raises the first failure when all have ended."""
+        """Run independent steps, one per core. Raises the first error after all have ended."""
         self.names += [step.name for step in steps]
         with ThreadPoolExecutor(self.at_once) as pool:
             futures = [pool.submit(self._run, step) for step in steps]
@@ -64,31 +67,33 @@ class Runner:
                     futures[0].result()
                     del futures[0]
             finally:
-                del futures  # a failure refers to this frame: in a circle with it the runner, and its lock, would live on
+                del futures  # an error refers to this frame; the cycle would keep the runner and its lock alive
 
     def _run(self, step: Step) -> None:
         note = self.notes / f"{step.name}.json"
         inputs = {str(path): hash_of(path) for path in step.inputs}
-        asked = {"commands": step.commands, "settings": step.settings, "inputs": inputs}
-        is_of_here = step.work is not None or any(Path(part).name in self.code for command in step.commands for part in command)
-        asked |= {"package": self.package, "code": self.code if is_of_here else None}
-        key = hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
+        request = {"commands": step.commands, "settings": step.settings, "inputs": inputs}
+        runs_study_code = step.work is not None or any(
+            Path(part).name in self.code for command in step.commands for part in command
+        )
+        request |= {"package": self.package, "code": self.code if runs_study_code else None}
+        key = hashlib.sha256(json.dumps(request, sort_keys=True, default=str).encode()).hexdigest()
         found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else {}
         if found.get("key") == key and found.get("is_done") and all(path.exists() for path in step.outputs):
             return
-        if found.get("key") != key or not step.resumes:  # a tool that resumes must not meet what another request left
+        if found.get("key") != key or not step.resumes:  # a tool that resumes must not find the outputs of another request
             for path in step.outputs:
                 _remove(path)
         seconds = found.get("seconds", 0.0) if found.get("key") == key else 0.0
-        _write(note, {"key": key, "is_done": False, "seconds": seconds, **asked})
+        _write(note, {"key": key, "is_done": False, "seconds": seconds, **request})
         print(f"--- {step.name}", flush=True)
         started = time.perf_counter()
         try:
             self._work(step)
         finally:
             seconds += time.perf_counter() - started
-            _write(note, {"key": key, "is_done": False, "seconds": seconds, **asked})
-        _write(note, {"key": key, "is_done": True, "seconds": seconds, **asked})
+            _write(note, {"key": key, "is_done": False, "seconds": seconds, **request})
+        _write(note, {"key": key, "is_done": True, "seconds": seconds, **request})
 
     def _work(self, step: Step) -> None:
         if step.work is not None:
@@ -98,7 +103,7 @@ class Runner:
             show(command)
             with log.open("ab") as file:
                 environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-                held = (self.lock.fileno(),)  # until the command ends, even if this process is killed before
+                held = (self.lock.fileno(),)  # keeps the lock until the command ends, even if this process is killed
                 done = subprocess.run(
                     command, check=False, stdout=file, stderr=subprocess.STDOUT, env=environment, pass_fds=held
                 )
@@ -106,23 +111,23 @@ class Runner:
             check_exit(command, code, log)
 
     def all_notes(self) -> dict[str, dict[str, Any]]:
-        """The note of each step that this study is made of, by name."""
+        """Return the note of each step of this study, by name."""
         return {name: json.loads((self.notes / f"{name}.json").read_text(encoding="utf-8")) for name in sorted(self.names)}
 
 
 def _locked(path: Path) -> Lock:
-    """Take the lock; waits for a study that works in the same folder, and for what a killed one has left running."""
-    lock, is_told = Lock(str(path)), False
+    """Take the lock. Wait for another study in the same folder, and for running commands of a killed one."""
+    lock, is_reported = Lock(str(path)), False
     while not lock.take():
-        if not is_told:
-            print(f"a study, or a step of one that was killed, still works in {path.parent}: waiting for its end", flush=True)
-        is_told = True
+        if not is_reported:
+            print(f"a study, or a step of a killed study, is still running in {path.parent}; waiting for its end", flush=True)
+        is_reported = True
         time.sleep(POLL_SECONDS)
     return lock
 
 
 def hash_of(path: Path) -> str:
-    """sha256 of a file, or of the names and hashes of all files in a folder."""
+    """Return the sha256 of a file, or of the names and hashes of all files in a folder."""
     if not path.is_dir():
         return sha256_of(path)
     digest = hashlib.sha256()
@@ -133,7 +138,7 @@ def hash_of(path: Path) -> str:
 
 
 def _remove(path: Path) -> None:
-    """An output and what a tool keeps beside it while it is not finished."""
+    """Remove an output and the unfinished files that a tool writes next to it."""
     for found in [path, *path.parent.glob(f"{path.name}.part*"), *path.parent.glob(f"{path.name}.spent.json")]:
         shutil.rmtree(found) if found.is_dir() else found.unlink(missing_ok=True)
 

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
-"""Matched forward and reverse models, and the paper's claims in miniature: what does not reproduce is reported as such.
+"""Train matched forward and reverse models, and test the paper's claims in miniature.
 
-Every step is done once. Started again, the study goes on where it was stopped; what depends on a changed setting is made anew.
+Report claims that do not reproduce. A stopped study resumes where it ended. A step runs again only if its settings,
+inputs or code have changed.
 """
 
 import argparse
@@ -12,21 +13,21 @@ from pathlib import Path
 from megatron_ledom.errors import run_command
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "quickstart"))
-"""The quickstart's ways to run commands, to collect text and to read metrics are used here too."""
+"""The study uses the quickstart's functions that run commands, collect text and read metrics."""
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Return the command line's arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=["tiny", "small", "full"], default="full", help="(default %(default)s)")
-    parser.add_argument("--gsm8k", metavar="FILE", help="GSM8K's training part, JSON lines or Parquet, to learn from as well")
+    parser.add_argument("--gsm8k", metavar="FILE", help="also train on GSM8K's training part, JSON lines or Parquet")
     parser.add_argument("--output", type=Path, metavar="DIR", help="(default study/SIZE)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes of the size's settings")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="changes to the settings of the size")
     return parser.parse_args()
 
 
 def main() -> None:
-    """Every part in order, then the report."""
+    """Run every part in order, then write the report."""
     arguments = parse()
     from settings import load_settings
 

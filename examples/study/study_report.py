@@ -1,4 +1,4 @@
-"""The report of the study: one HTML page and a Markdown summary of the same tables, from the files of its steps."""
+"""The report of the study: an HTML page and a Markdown summary with the same tables, from the files of the steps."""
 
 import html
 import json
@@ -15,9 +15,9 @@ from abilities_report import abilities_claims, abilities_not_reproduced, abiliti
 from ablations import Ablations
 from backward import Backward
 from backward import section as backward_section
-from figures import loss_figures
 from losses import Twins, gaps, gaps_by_place, speed_of
 from mistakes import mistakes
+from plots import loss_plots
 from rewards import Rewards
 from sections import Section, ablation, claims, loss, not_reproduced, reward
 from settings import Settings
@@ -32,7 +32,7 @@ STYLE = "table { margin-bottom: 1.5rem; }"
 
 
 def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, dict[str, Any]]) -> Path:
-    """Write results.json, summary.md and report.html into `folder`; returns the page."""
+    """Write results.json, summary.md and report.html into `folder`, and return the path of the page."""
     twins = Twins(folder, settings)
     rewards = Rewards(twins)
     backward, ablations = Backward(rewards), Ablations(rewards)
@@ -44,11 +44,11 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
     results |= {"ablations": ablations.results(), "wrong": ablations.wrong_direction()}
     write_file(folder / "results.json", json.dumps(results, indent=1))
     failed = [*not_reproduced(results), *abilities_not_reproduced(results["abilities"])]
-    failed = failed or ["Every direction of effect that was looked at is as published."]
+    failed = failed or ["The direction of every tested effect is as published."]
     sections = [
         claims(results, abilities_claims(results["abilities"])),
-        Section(title="What did not reproduce", told=failed),
-        loss(results, loss_figures(twins, results["places"])),
+        Section(title="Not reproduced", paragraphs=failed),
+        loss(results, loss_plots(twins, results["places"])),
         reward(results, plots_of(results["rewards"]["report"])),
         abilities_section(results["abilities"]),
         backward_section(results["backward"]),
@@ -63,7 +63,7 @@ def write_study(folder: Path, size: str, settings: Settings, notes: dict[str, di
 
 
 def _speeds(twins: Twins) -> dict[str, list[float]]:
-    """Mean over runs of their median tokens/s, and its share of the highest matmul peak that one of them measured."""
+    """Return by corpus and model the mean tokens/s of a run, and its fraction of the highest measured matmul peak."""
     found = {}
     for corpus, model in product(twins.corpora.domains, twins.settings.models):
         runs = [twins.run_of(corpus, model, s, d) for s, d in product(twins.settings.seeds, DIRECTIONS)]
@@ -74,14 +74,16 @@ def _speeds(twins: Twins) -> dict[str, list[float]]:
 
 
 def _as_html(section: Section) -> list[str]:
-    told = map(pages.paragraph, section.told)
-    return [f"<h2>{html.escape(section.title)}</h2>", *told, *map(pages.table, section.tables), *section.figures]
+    paragraphs = map(pages.paragraph, section.paragraphs)
+    return [f"<h2>{html.escape(section.title)}</h2>", *paragraphs, *map(pages.table, section.tables), *section.plots]
 
 
 def _commands(notes: dict[str, dict[str, Any]], settings: Settings) -> list[str]:
-    """The study's command and settings; every step's commands, seconds, and the sha256 of what it read and of the code that did it."""
-    told = [f"<pre>{html.escape(shlex.join(sys.argv))}\n{html.escape(json.dumps(asdict(settings)))}</pre>"]
-    told += [f"<p>{len(notes)} steps, {sum(note['seconds'] for note in notes.values()):,.0f} s of one core each.</p>"]
+    """Return as HTML the study's command and settings, and the commands, seconds and hashes of each step."""
+    parts = [f"<pre>{html.escape(shlex.join(sys.argv))}\n{html.escape(json.dumps(asdict(settings)))}</pre>"]
+    parts += [
+        f"<p>{len(notes)} steps, {sum(note['seconds'] for note in notes.values()):,.0f} s in total, on one core each.</p>"
+    ]
     for name, note in notes.items():
         lines = [shlex.join(command) for command in note["commands"]]
         lines += [f"package {note['package']}"] if "package" in note else []
@@ -89,13 +91,13 @@ def _commands(notes: dict[str, dict[str, Any]], settings: Settings) -> list[str]
         lines += [f"{digest[:16]}  examples/study/{path}" for path, digest in (note.get("code") or {}).items()]
         lines += [f"{digest[:16]}  {path}" for path, digest in note["inputs"].items()]
         title = html.escape(f"{name}, {note['seconds']:.1f} s")
-        told.append(f"<details><summary>{title}</summary><pre>{html.escape(chr(10).join(lines))}</pre></details>")
-    return told
+        parts.append(f"<details><summary>{title}</summary><pre>{html.escape(chr(10).join(lines))}</pre></details>")
+    return parts
 
 
 def _markdown(title: str, sections: Sequence[Section]) -> str:
     parts = [f"# {title}"]
     for section in sections:
-        parts += [f"## {section.title}", *section.told]
+        parts += [f"## {section.title}", *section.paragraphs]
         parts += map(markdown_table, section.tables)
     return "\n\n".join(parts) + "\n"

@@ -1,8 +1,8 @@
-"""Word problems written by people: GSM8K's training part from a file, and reasoning-gym's variations of a hundred such problems.
+"""Word problems written by people: GSM8K's training part, and reasoning-gym's variations of a hundred problems.
 
-Both have worked solutions that end in `#### N`. A calculator reads every solution; one that states a false equation, or in which it
-cannot read any, is left out and counted. GSM8K's test part is not read; the problems that are varied come from it, though (GSM-Symbolic,
-arXiv 2410.05229), so never judge these models on that part.
+Both have worked solutions that end in `#### N`. A calculator checks every solution. A solution with a wrong equation,
+or without one that it can read, is skipped and counted. GSM8K's test part is not read. But the problems that
+reasoning-gym varies come from it (GSM-Symbolic, arXiv 2410.05229), so never evaluate these models on that part.
 """
 
 import ast
@@ -18,15 +18,15 @@ from megatron_ledom.evaluation.tasks.loading import read_rows
 
 NUMBER = r"\d*\.?\d+"
 EQUATION = re.compile(rf"([\d.+\-*/()% ]*[\d)%]) *= *({NUMBER})(?![\d.]* *[-+*/%=])")
-"""All that can belong to a calculation in front of an equals sign, and a number behind it that nothing goes on from."""
+"""A calculation before an equals sign, and the number after it, if no further calculation follows."""
 ANNOTATION = re.compile(r"<<([^<>=]*)=([^<>]*)>>")
-"""GSM8K's own notes for a calculator: checked like any equation, and then taken out of the text."""
+"""GSM8K's notes for a calculator. They are checked like any equation, then removed from the text."""
 UNIT = re.compile(r"(?<=\d) [a-zA-Z]+(?:[ /][a-zA-Z]+)?(?= *[-+*/=])")
-"""Words between a number and what is done with it, as in 3 red pens + 4 red pens = 7."""
+"""Words between a number and an operator, as in 3 red pens + 4 red pens = 7."""
 ANSWER = re.compile(r"^#### (-?[\d,.]*\d)\s*\Z", re.MULTILINE)
 SYMBOLS = str.maketrans({"×": "*", "÷": "/", "$": None, "€": None, "£": None, ",": None})
 REQUEST = " Give the result as your final answer. Do not include units."
-"""Closes every question of reasoning-gym; taken away."""
+"""The end of every question of reasoning-gym, which is removed."""
 COMPUTE: dict[type[ast.operator], Callable[[float, float], float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -37,25 +37,25 @@ COMPUTE: dict[type[ast.operator], Callable[[float, float], float]] = {
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Problems of one origin whose solutions the calculator found true, and how many it refused."""
+    """Problems of one source with correct solutions, and the number of problems that the calculator rejected."""
 
     problems: list[dict[str, str]] = field(default_factory=list)
     num_refused: int = 0
 
 
 def gsm8k(path: Path) -> Source:
-    """The problems of a file of GSM8K, JSON lines or Parquet with the fields question and answer."""
+    """Return the problems of a file of GSM8K: JSON lines or Parquet, with the fields question and answer."""
     pairs = []
     for where, row in read_rows(path):
         if not all(isinstance(row.get(name), str) for name in ("question", "answer")):
             found = ", ".join(row) or "none"
-            raise DataError(f"{where}: no text under question and answer; found the keys {found}; give GSM8K's train file")
+            raise DataError(f"{where} has no text under question and answer; found the keys {found}; give GSM8K's train file")
         pairs.append((row["question"], row["answer"]))
     return _checked("gsm8k", pairs)
 
 
 def gsm_symbolic(num: int, seed: int) -> Source:
-    """`num` drawn problems of reasoning-gym, less those drawn twice and those refused."""
+    """Return `num` random problems of reasoning-gym, without duplicates and rejected ones."""
     generator_version()
     from reasoning_gym import create_dataset
 
@@ -64,11 +64,11 @@ def gsm_symbolic(num: int, seed: int) -> Source:
 
 
 def generator_version() -> str:
-    """Of reasoning-gym, which decides what is drawn. UsageError where it is not installed."""
+    """Return the version of reasoning-gym, which determines the problems. Raises UsageError if it is not installed."""
     try:
         return version("reasoning-gym")
     except PackageNotFoundError as error:
-        raise UsageError("word problems need reasoning-gym: pip install 'megatron-ledom[study]'") from error
+        raise UsageError("word problems need reasoning-gym; run pip install 'megatron-ledom[study]'") from error
 
 
 def _checked(domain: str, pairs: list[tuple[str, str]]) -> Source:
@@ -81,10 +81,10 @@ def _checked(domain: str, pairs: list[tuple[str, str]]) -> Source:
 
 
 def is_true_chain(answer: str) -> bool:
-    """Whether a calculator can read an equation of a worked solution, finds all it can read true, and the end is `#### N`.
+    """Return True if a solution ends in `#### N` and has equations that the calculator can read, all of them correct.
 
-    What a calculation is made of must be numbers: one that words reach into is not read. A rounded result may differ by one in its last
-    decimal; a whole one may not.
+    A calculation with words in it is not read. A result with decimals may differ by one in its last decimal, a whole
+    one may not.
     """
     if not ANSWER.search(answer):
         return False
@@ -97,7 +97,7 @@ def is_true_chain(answer: str) -> bool:
 
 
 def _is_whole(expression: str) -> bool:
-    """Whether it is a calculation by itself: it begins with a number or a bracket, and all brackets are closed."""
+    """Return True for a complete calculation: it begins with a number or a bracket, and all brackets are closed."""
     plain = expression.strip()
     is_closed = plain.count("(") == plain.count(")")
     return plain[0] not in "+-*/)%." and is_closed and re.search(r"[\d)%] *[-+*/]", plain) is not None
@@ -113,7 +113,10 @@ def _is_true(expression: str, stated: str) -> bool:
 
 
 def calculate(expression: str) -> float:
-    """The value of numbers joined by + - * / and brackets; 20% is 0.2. Raises ValueError, SyntaxError or ArithmeticError."""
+    """Return the value of numbers with + - * / and brackets; 20% is 0.2.
+
+    Raises ValueError, SyntaxError or ArithmeticError.
+    """
     plain = re.sub(rf"({NUMBER})\s*%", r"(\1/100)", expression.strip())
     plain = re.sub(r"(?<![\d.])0+(?=\d)", "", plain)  # Python reads no leading zeros
     return _value(ast.parse(plain, mode="eval").body)
@@ -126,4 +129,4 @@ def _value(node: ast.expr) -> float:
         return -_value(node.operand)
     if isinstance(node, ast.BinOp) and type(node.op) in COMPUTE:
         return COMPUTE[type(node.op)](_value(node.left), _value(node.right))
-    raise ValueError(f"no calculation: {ast.unparse(node)}")
+    raise ValueError(f"not a calculation: {ast.unparse(node)}")

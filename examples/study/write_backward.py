@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Whole problems written from their result: a reverse model is given `#### N` and writes the solution and then the question."""
+"""Write problems from their result: a reverse model gets `#### N` and writes the solution, then the question."""
 
 import argparse
 from pathlib import Path
@@ -10,12 +10,12 @@ from megatron_ledom.errors import run_command
 
 
 def main() -> None:
-    """Parse, then load and write JSON lines of `result` and `text`."""
+    """Parse the options, load the model, and write JSON lines with `result` and `text`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="folder of a reverse model")
-    parser.add_argument("--results", required=True, type=int, nargs="+", metavar="N", help="what problems are to end in")
+    parser.add_argument("--results", required=True, type=int, nargs="+", metavar="N", help="results of the problems")
     parser.add_argument("--output", required=True, type=Path, metavar="FILE", help="JSON lines")
-    parser.add_argument("--num-samples", type=int, default=8, help="problems a result (default %(default)s)")
+    parser.add_argument("--num-samples", type=int, default=8, help="problems per result (default %(default)s)")
     parser.add_argument("--max-new-tokens", type=int, default=200, help="(default %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.8, help="(default %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="(default %(default)s)")
@@ -32,8 +32,8 @@ def main() -> None:
         seed=args.seed,
         batch_size=64,
     )
-    asked = [result for result in args.results for _ in range(args.num_samples)]
-    write_lines(args.output, [{"result": n, "text": one.text} for n, one in zip(asked, written, strict=True)])
+    results = [result for result in args.results for _ in range(args.num_samples)]
+    write_lines(args.output, [{"result": n, "text": one.text} for n, one in zip(results, written, strict=True)])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The callbacks of training: what a run does beside its steps. `build.py` composes the list, `training/callback.py` has the moments.
+"""The callbacks of training: everything that a run does apart from its steps. `training/callback.py` defines the moments.
 
-docs/python_api.md says how to add one to a run; one for every run is appended in `build.py`.
+docs/python_api.md describes how to add a callback to one run; `build.py` makes the list of those that every run has.
 """

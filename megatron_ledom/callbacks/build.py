@@ -1,4 +1,4 @@
-"""The callbacks of a run, composed from its config."""
+"""Build the list of callbacks of a run from its config."""
 
 from megatron_ledom.callbacks.console import Console
 from megatron_ledom.callbacks.heartbeat import Heartbeat
@@ -13,9 +13,9 @@ from megatron_ledom.training.watchdog import Watchdog
 
 
 def build_callbacks(state: TrainState, watchdog: Watchdog, task_hashes: TaskHashes) -> list[Callback]:
-    """Return the callbacks of a run in the order of their calls, which is that of the keys of a record. Call on every rank.
+    """Return the callbacks of a run in calling order, which is also the order of the keys of a record. Call on every rank.
 
-    task_hashes: sha256 of the files of `train.tasks`, as they were checked.
+    task_hashes: sha256 of the files of `train.tasks` when they were checked.
     """
     metrics = Metrics()
     callbacks = [Heartbeat(watchdog), Profiling(state.config), Throughput(), RankTimes(state.platform), metrics, Validation()]

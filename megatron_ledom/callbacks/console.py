@@ -1,4 +1,4 @@
-"""A line of the log for each record, and a progress bar on a terminal."""
+"""Write a log line for each record, and show a progress bar on a terminal."""
 
 import logging
 import os
@@ -17,19 +17,19 @@ from megatron_ledom.training.step_policy import StepResult
 log = logging.getLogger(__name__)
 
 STRAGGLES = 1.1
-"""A rank is named in the log when its step takes that many times the mean."""
+"""The log names the slowest rank if its step takes at least this many times the mean."""
 FORMATS = {"lm_loss": "loss {:.4f}", "bits_per_byte": "{:.3f} bits/byte", "accuracy": "accuracy {:.1%}"}
-"""Figures of an evaluation that stand for it in the log; one that has none of them is logged whole."""
+"""Metrics of an evaluation that the log shows; without any of them it shows all."""
 
 
 class Console(Callback):
-    """Logs each record, with the number of those that `metrics` could not write, and moves the bar."""
+    """Logs each record, with the number of records that `metrics` could not write, and moves the bar."""
 
     def __init__(self, metrics: Metrics) -> None:
         self.metrics = metrics
 
     def on_train_start(self, run: TrainingRun) -> None:
-        """Draw the bar of rank 0, from the iteration that training starts with."""
+        """Draw the bar on rank 0, from the iteration at which training starts."""
         hidden = True if dist.get_rank() != 0 else None  # None: only on a terminal
         total, name = run.state.config.train.train_iters, f"train {run.state.config.data.direction}"
         self.bar: tqdm[Any] = tqdm(total=total, initial=run.state.iteration, desc=name, unit="step", disable=hidden)
@@ -41,7 +41,8 @@ class Console(Callback):
     def on_record(self, run: TrainingRun, record: Record) -> None:
         """Log the record, and show its loss and speed in the bar."""
         lost = self.metrics.writer.lost() | run.history.lost()
-        log.info("%s", describe(record, run.state.config.train.train_iters, lost))
+        text = describe(record, run.state.config.train.train_iters, lost, is_skipped=run.is_skipped_iteration())
+        log.info("%s", text)
         if record["lm_loss"] is not None:
             self.bar.set_postfix(loss=f"{record['lm_loss']:.3f}", tokens_per_second=f"{record['tokens_per_second']:,.0f}")
 
@@ -51,15 +52,19 @@ class Console(Callback):
         self.on_train_start(run)
 
     def on_train_end(self, run: TrainingRun) -> None:
-        """Leave the bar as it is."""
+        """Close the bar."""
         self.bar.close()
 
 
-def describe(record: Record, train_iters: int, lost: dict[str, int]) -> str:
-    """Return the line of the log for a record. lost: number of records that could not be written, by file."""
+def describe(record: Record, train_iters: int, lost: dict[str, int], *, is_skipped: bool) -> str:
+    """Return the log line of a record. lost: number of records that could not be written, by file.
+
+    is_skipped: the iteration was not computed, so it has neither loss nor gradient norm.
+    """
     parts = [f"iteration {record['iteration']}/{train_iters}"]
+    absent = "none (skipped)" if is_skipped else "not finite"
     for name, key, form in (("loss", "lm_loss", ".4f"), ("grad norm", "grad_norm", ".3f"), ("lr", "lr", ".3g")):
-        parts.append(f"{name} {'not finite' if record[key] is None else format(record[key], form)}")
+        parts.append(f"{name} {absent if record[key] is None else format(record[key], form)}")
     parts.append(f"{record['tokens_per_second']:,.0f} tokens/s")
     parts.append(f"MFU {100 * record['mfu']:.1f}%")
     parts.append(f"memory {record['memory_gib']:.2f} GiB")
@@ -77,12 +82,12 @@ def describe(record: Record, train_iters: int, lost: dict[str, int]) -> str:
 
 
 def _evaluations(name: str, found: Record) -> Iterator[str]:
-    """Return a part of the line for each dict of numbers, at any depth, named by its key."""
+    """Yield a part of the log line for each dict of numbers, at any depth, named by its key."""
     for inner, value in found.items():
         if isinstance(value, dict):
             yield from _evaluations(inner, value)
     numbers = {key: value for key, value in found.items() if isinstance(value, int | float)}
-    figures = [form.format(numbers[key]) for key, form in FORMATS.items() if key in numbers]
-    figures = figures or [f"{key} {value:.4g}" for key, value in numbers.items()]
-    if figures:
-        yield f"{name}: {', '.join(figures)}"
+    metrics = [form.format(numbers[key]) for key, form in FORMATS.items() if key in numbers]
+    metrics = metrics or [f"{key} {value:.4g}" for key, value in numbers.items()]
+    if metrics:
+        yield f"{name}: {', '.join(metrics)}"

@@ -1,11 +1,11 @@
-"""Tell the watchdog of each rank the activity of its main thread."""
+"""Report the activity of each rank's main thread to its watchdog."""
 
 from megatron_ledom.training.callback import Callback, TrainingRun
 from megatron_ledom.training.watchdog import Watchdog
 
 
 class Heartbeat(Callback):
-    """Reports every activity of the run to the watchdog, and every forward pass."""
+    """Reports every activity of the run and every forward pass to the watchdog."""
 
     def __init__(self, watchdog: Watchdog) -> None:
         self.watchdog = watchdog
@@ -23,21 +23,21 @@ class Heartbeat(Callback):
         self.watchdog.set_activity("waiting for data")
 
     def on_batch(self, run: TrainingRun, seconds: float) -> None:
-        """Report that the micro-batch is computed."""
+        """Report that the micro-batch has arrived and is being computed."""
         self.watchdog.set_activity("forward and backward")
 
     def on_pause_start(self, run: TrainingRun, activity: str) -> None:
-        """Report the activity, and be patient."""
+        """Report the activity, and that it may take long."""
         self.watchdog.set_activity(activity, run.state.iteration, patient=True)
 
     def on_pause_end(self, run: TrainingRun, seconds: float) -> None:
-        """Report that training goes on."""
+        """Report that training continues."""
         self.watchdog.set_activity("training", run.state.iteration)
 
     def on_rollback(self, run: TrainingRun) -> None:
-        """Be patient while the other callbacks close their files."""
-        self.on_pause_start(run, "closing the reports")
+        """Report that the other callbacks close their files, which may take long."""
+        self.on_pause_start(run, "closing the logs")
 
     def on_train_end(self, run: TrainingRun) -> None:
-        """Be patient while the other callbacks close: a trace, what Weights & Biases has still to send."""
-        self.on_pause_start(run, "closing the reports")
+        """Report that the other callbacks close: a trace, unsent records of Weights & Biases. This may take long."""
+        self.on_pause_start(run, "closing the logs")

@@ -1,4 +1,4 @@
-"""Write the records of a run: `metrics.jsonl` first, TensorBoard and Weights & Biases beside it."""
+"""Write the records of a run to `metrics.jsonl`, and to TensorBoard and Weights & Biases."""
 
 import logging
 import os
@@ -22,23 +22,23 @@ from megatron_ledom.training.log_guard import GuardedLog, RecordLog, Sink
 log = logging.getLogger(__name__)
 
 WANDB_ID = "wandb_run_id"
-"""File in the run folder."""
+"""File in the run folder with the id of the run at Weights & Biases."""
 
 
 class Metrics(Callback):
     """Writes each record, after adding the number of skipped iterations."""
 
     def on_train_start(self, run: TrainingRun) -> None:
-        """Open the logs behind the iteration that training starts with."""
+        """Open the logs after the iteration at which training starts."""
         self.writer = MetricsWriter(run.state.config, run.state.iteration)
 
     def wants_record(self, run: TrainingRun) -> bool:
-        """Return whether `logging.log_interval` asks for a record; the last iteration always has one, a skipped one has none."""
+        """Return True at every `logging.log_interval` and at the last iteration, except for a skipped iteration."""
         is_due = run.is_last_iteration() or run.state.iteration % run.state.config.logging.log_interval == 0
         return is_due and not run.is_skipped_iteration()
 
     def on_measure(self, run: TrainingRun, record: Record) -> None:
-        """Add the number of iterations so far that updated nothing."""
+        """Add the number of iterations so far without an update."""
         record["skipped_iterations"] = run.history.num_skipped(run.state.iteration)
 
     def on_record(self, run: TrainingRun, record: Record) -> None:
@@ -46,23 +46,23 @@ class Metrics(Callback):
         self.writer.write(record)
 
     def on_rollback(self, run: TrainingRun) -> None:
-        """Open the logs again behind the checkpoint: what came after it is not reported twice."""
+        """Open the logs again after the checkpoint, so that no iteration is reported twice."""
         self.writer.close()
         self.writer = MetricsWriter(run.state.config, run.state.iteration, self.writer.lost())
 
     def on_train_end(self, run: TrainingRun) -> None:
-        """Close the logs, and say what could not be written."""
+        """Close the logs, and log how many records could not be written."""
         self.writer.close()
 
 
 class MetricsWriter:
-    """The logs of a run, on rank 0 alone, behind the iteration that training starts with.
+    """The logs of a run, written only on rank 0, from the iteration at which training starts.
 
-    A log that cannot be written does not end the training: its records are counted in `lost`, which is logged at the end.
+    A log that cannot be written does not end the training: its lost records are counted in `lost` and logged at the end.
     """
 
     def __init__(self, config: RunConfig, iteration: int, lost: dict[str, int] | None = None) -> None:
-        """lost: records that the writer before this one could not write."""
+        """lost: number of records that the previous writer could not write, by log."""
         self.file: RecordLog | None = None
         self.board = self.wandb = None
         if dist.get_rank() != 0:
@@ -91,7 +91,7 @@ class MetricsWriter:
         return {each.where: each.lost for each in self._logs() if each.lost}
 
     def close(self) -> None:
-        """Flush and close everything, and say what could not be written."""
+        """Flush and close all logs, and log how many records could not be written."""
         if self.file is not None:
             self.file.close()
         if self.board is not None:
@@ -106,7 +106,7 @@ class MetricsWriter:
 
 
 def _to_board(board: SummaryWriter, flat: dict[str, float], iteration: int) -> None:
-    """Write one record to disk: an error then belongs to this record."""
+    """Write one record to disk at once, so that an error is counted for this record."""
     for name, value in flat.items():
         board.add_scalar(name, value, iteration)
     board.flush()
@@ -119,7 +119,7 @@ def _start_board(folder: str, iteration: int) -> SummaryWriter:
 
 @cache
 def _quiet_board_threads() -> None:
-    """Keep the traceback of TensorBoard's thread from the log: the next record meets the same error, and is counted."""
+    """Keep tracebacks of TensorBoard's thread out of the log: the next record fails with the same error, and is counted."""
     original = threading.excepthook
 
     def hook(failed: threading.ExceptHookArgs) -> None:
@@ -130,7 +130,7 @@ def _quiet_board_threads() -> None:
 
 
 def _flatten(record: Record) -> dict[str, float]:
-    """Return the numbers of a record, those inside dicts too, by their names joined with slashes."""
+    """Return the numbers of a record and of its inner dicts, by their names joined with slashes."""
     flat: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, dict):
@@ -154,12 +154,12 @@ def _start_wandb(config: RunConfig) -> Any:
         resume="allow",
         mode=config.logging.wandb_mode,
         dir=config.run_dir,
-        config=published(config),  # leaves the machine
+        config=published(config),  # this is sent to another machine
     )
 
 
 def wandb_run_id(run_dir: str) -> str:
-    """Return the id of the run at Weights & Biases: made once, and kept in the run folder, whose name need not be unique."""
+    """Return the id of the run at Weights & Biases, made once and kept in the run folder, whose name need not be unique."""
     path = Path(run_dir, WANDB_ID)
     if not path.exists() or not path.read_text().strip():
         write_file(path, secrets.token_hex(8) + "\n")

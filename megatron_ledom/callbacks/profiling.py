@@ -1,4 +1,4 @@
-"""torch's profiler over a window of iterations, `logging.profile_start` to `profile_stop`, on `profile_ranks`."""
+"""Run torch's profiler from iteration `logging.profile_start` to `profile_stop` on `profile_ranks`."""
 
 import logging
 import os
@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 
 
 class Profiling(Callback):
-    """Records the window once; the trace, for chrome://tracing or Perfetto, goes to profile/ in the run folder.
+    """Profiles one window of iterations and writes a trace for chrome://tracing or Perfetto into profile/ of the run folder.
 
     Ranks that do not record wait until the traces are written.
     """
@@ -31,7 +31,7 @@ class Profiling(Callback):
         self._profiler: Any = None
 
     def on_step_start(self, run: TrainingRun) -> None:
-        """Start the recording where the window begins."""
+        """Start recording when the window begins."""
         iteration = run.state.iteration + 1
         if self.start is None or self._first is not None or not self.start <= iteration <= self.stop:
             return
@@ -41,17 +41,17 @@ class Profiling(Callback):
             self._profiler.start()
 
     def on_step_end(self, run: TrainingRun, result: StepResult | None) -> None:
-        """Write the trace where the window ends."""
+        """Write the trace when the window ends."""
         if self._first is not None and run.state.iteration >= self.stop:
             with run.pause("writing the profile"):
                 self._close(run.state.iteration)
 
     def on_rollback(self, run: TrainingRun) -> None:
-        """Write what is recorded: the steps after the checkpoint belong to another window."""
+        """Write the steps recorded so far; those after the checkpoint are not recorded."""
         self._close(run.state.iteration)
 
     def on_train_end(self, run: TrainingRun) -> None:
-        """Write what is recorded, in a run that ends inside the window."""
+        """Write the steps recorded so far if the run ends inside the window."""
         self._close(run.state.iteration)
 
     def _close(self, iteration: int) -> None:

@@ -1,4 +1,4 @@
-"""The files of `train.tasks`: read, and checked at the start of a run. Does not import torch."""
+"""Read and check the files of `train.tasks` at the start of a run. Does not import torch."""
 
 from typing import TYPE_CHECKING
 
@@ -13,20 +13,23 @@ if TYPE_CHECKING:
 
 
 def load_tasks(config: RunConfig) -> "list[LoadedTask]":
-    """Return items and demonstrations of `train.tasks`. Raises ConfigError for a task that writes, UsageError or DataError for files."""
+    """Return the tasks of `train.tasks` with their items and demonstrations.
+
+    Raises ConfigError for a task in which the model writes text, UsageError or DataError for files that cannot be read.
+    """
     from megatron_ledom.evaluation.tasks.loading import load_task, task_named
-    from megatron_ledom.evaluation.tasks.task import Kind
+    from megatron_ledom.evaluation.tasks.task import TaskKind
 
     train = config.train
     for name in train.tasks:
-        if task_named(name).kind is not Kind.CHOICE:
+        if task_named(name).kind is not TaskKind.CHOICE:
             raise ConfigError(
-                f"train.tasks names {name}, for which a model writes: each token would cost a pass of the whole pipeline; leave it"
-                " out, and evaluate the exported checkpoint with ledom evaluate"
+                f"train.tasks names {name}, in which the model writes text: each token would cost a pass of the whole pipeline."
+                " Remove it, and evaluate the exported checkpoint with ledom evaluate"
             )
     if train.task_data is None:
         raise ConfigError(
-            "train.task_data=null: train.tasks needs the folder of their files (ledom evaluate --list names them)"
+            "train.task_data=null, but train.tasks needs the folder of the task files (ledom evaluate --list names them)"
         )
     return [
         load_task(name, train.task_data, limit=train.task_limit, num_fewshot=train.task_num_fewshot, seed=train.seed)
@@ -35,11 +38,11 @@ def load_tasks(config: RunConfig) -> "list[LoadedTask]":
 
 
 def check_tasks(config: RunConfig, has_tokenizer: bool) -> TaskHashes:
-    """Refuse tasks that could not be evaluated; returns the sha256 of each task's files."""
+    """Refuse tasks that cannot be evaluated. Returns the sha256 of each task's files."""
     if not config.train.tasks:
         return {}
     if not has_tokenizer:
-        raise ConfigError("train.tasks needs the tokenizer, which is not here; set data.tokenizer")
+        raise ConfigError("train.tasks needs the tokenizer, which was not found; set data.tokenizer")
     from megatron_ledom.evaluation.intervals import check_statistics
 
     check_statistics()

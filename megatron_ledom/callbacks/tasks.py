@@ -1,6 +1,6 @@
-"""Multiple-choice tasks while training: the figures of `ledom evaluate` for the model that is being trained.
+"""Evaluate multiple-choice tasks during training, with the metrics that `ledom evaluate` has for the exported model.
 
-The model scores on the ranks that hold it; weights, optimizer and random states are not changed.
+The model scores on its training ranks. Weights, optimizer and random states do not change.
 
 Shapes: N rows of one call, L positions of a row, b rows and s positions of a micro-batch on this rank.
 """
@@ -23,7 +23,7 @@ from megatron_ledom.data.blends.sources import RUN_TOKENIZER
 from megatron_ledom.data.dataset.batch import Batch, context_part
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, NotFiniteError, UsageError
-from megatron_ledom.evaluation.multiple_choice import asked_of, distinct_pairs
+from megatron_ledom.evaluation.multiple_choice import distinct_pairs, score_requests
 from megatron_ledom.evaluation.task_evaluation import evaluate_task
 from megatron_ledom.evaluation.tasks.task import LoadedTask
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
@@ -40,44 +40,44 @@ Report = dict[str, torch.Tensor]
 
 
 class TrainingScorer:
-    """Scores texts as an exported model would: the same ids, boundary and context. Every rank makes the same calls."""
+    """The model in training as a scorer, with the ids, boundary and context of its export. Make the same calls on every rank."""
 
     def __init__(self, state: TrainState, tokenizer: JointTokenizer) -> None:
         self.state, self.tokenizer = state, tokenizer
 
     @property
     def direction(self) -> Direction:
-        """Return the direction that the model reads in."""
+        """Return the reading direction of the model."""
         return self.state.config.data.direction
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[SpanScore]:
-        """Score of each (preceding, following) the part that the model reads last, given the other part."""
+        """Return, for each (preceding, following), the score of the part that the model reads last, given the other part."""
         spans = [self.span(pair) for pair in pairs]
         values = score_spans(self.state, spans)
         return [span_score(span, row, self.direction, False) for span, row in zip(spans, values, strict=True)]
 
     def span(self, pair: tuple[str, str]) -> Span:
-        """Return the ids of a pair. Raises DataError where they are more than a sample of the run."""
+        """Return the ids of a pair. Raises DataError if they are longer than a sample of the run."""
         tokens, num_given = span_tokens(self.tokenizer, self.direction, pair, [], [self.state.provenance.eod_id])
         limit = self.state.config.data.seq_length
         if len(tokens) > limit:
             raise DataError(
                 f"a text of {len(tokens):,} tokens exceeds data.seq_length={limit}: {pair[0][:60]!r}; lower train.task_num_fewshot, or"
-                " leave the task out of train.tasks"
+                " remove the task from train.tasks"
             )
         return Span(tokens, num_given)
 
     def write(self, given: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]) -> NoReturn:
-        """Raise UsageError: the training model has no cache of keys and values, and each token would be a pass of the whole pipeline."""
+        """Raise UsageError: without a cache of keys and values, each token would be a pass of the whole pipeline."""
         raise UsageError(
-            "a task that writes text cannot be evaluated while training, each token would cost a pass of the whole pipeline;"
-            " export the checkpoint and evaluate that"
+            "a task in which the model writes text cannot be evaluated during training: each token would cost a pass of the whole"
+            " pipeline; export the checkpoint and evaluate that"
         )
 
 
 @torch.no_grad()
 def score_spans(state: TrainState, spans: Sequence[Span]) -> list[list[float]]:
-    """Return log P(tokens[t] | tokens[:t]) for t >= num_context of each span, model order, natural log, on every rank."""
+    """Return log P(tokens[t] | tokens[:t]) for t >= num_context of each span: model order, natural log. Call on every rank."""
     distinct = distinct_spans(list(spans))
     order = sorted(distinct, key=lambda key: -len(key[0]))
     at_once = state.config.train.micro_batch_size * state.groups.data.size() * _num_microbatches(state)
@@ -97,12 +97,15 @@ def score_spans(state: TrainState, spans: Sequence[Span]) -> list[list[float]]:
 
 
 def _num_microbatches(state: TrainState) -> int:
-    """Return the number of one call: enough for every stage to have work, and whole rounds for the interleaved schedule."""
+    """Return the micro-batches per call: enough work for every stage, and whole rounds for the interleaved schedule."""
     return 2 * state.groups.pipeline.size()
 
 
 def _losses(state: TrainState, rows: list[list[int]], at_once: int) -> torch.Tensor:
-    """Return the loss of each next token [at_once, L] on the CPU, the same on every rank; rows that are missing to `at_once` repeat the first."""
+    """Return the loss of each next token, [at_once, L] on the CPU, the same on every rank.
+
+    With fewer than `at_once` rows, the first row fills up the batch.
+    """
     groups, parallel = state.groups, state.config.parallel
     length = next_multiple(max(map(len, rows)), 2 * parallel.context_parallel_size * parallel.tensor_model_parallel_size)
     padded_NL = torch.full((at_once, length), state.provenance.eod_id)
@@ -122,20 +125,20 @@ def _losses(state: TrainState, rows: list[list[int]], at_once: int) -> torch.Ten
     )
     losses_NL = torch.zeros(at_once, length, device=state.platform.device)
     for report in reports:  # empty except on the last pipeline stage
-        losses_NL[report["rows"][:, None], report["places"]] = report["losses"].float()
-    dist.all_reduce(losses_NL, group=groups.data_and_context)  # of each value all ranks but one have 0, so the sum is exact
+        losses_NL[report["rows"][:, None], report["positions"]] = report["losses"].float()
+    dist.all_reduce(losses_NL, group=groups.data_and_context)  # for each value all ranks but one have 0, so the sum is exact
     dist.all_reduce(losses_NL, group=groups.pipeline)
     return losses_NL.cpu()
 
 
 def _batches(state: TrainState, padded_NL: torch.Tensor) -> Iterator[Batch]:
-    """Yield this rank's micro-batches. Without a mask of documents a row is one, whatever the run does with eods."""
+    """Yield this rank's micro-batches. They have no document mask: each row is one text, even if training masks documents."""
     groups, size = state.groups, state.config.train.micro_batch_size
     for number in range(_num_microbatches(state)):
         first = (number * groups.data.size() + groups.data.rank()) * size
         tokens = padded_NL[first : first + size]
-        places = torch.arange(tokens.shape[1]).expand_as(tokens)
-        batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "position_ids": places}
+        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
+        batch = {"tokens": tokens, "labels": tokens.roll(-1, 1), "position_ids": positions}
         batch = context_part(batch, groups.context.rank(), groups.context.size())
         batch["rows"] = torch.arange(first, first + size)
         yield {name: value.contiguous().to(state.platform.device) for name, value in batch.items()}
@@ -146,9 +149,9 @@ def _forward_step(has_z_loss: bool, batches: Iterator[Batch], model: Any) -> tup
     output = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
 
     def kept(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Report]:
-        """Return every loss of the micro-batch, and where it belongs."""
+        """Return every loss of the micro-batch with its row and position."""
         losses = losses[..., 0] if has_z_loss else losses
-        report = {"losses": losses, "rows": batch["rows"], "places": batch["position_ids"]}
+        report = {"losses": losses, "rows": batch["rows"], "positions": batch["position_ids"]}
         return losses.sum(), torch.tensor(losses.numel(), dtype=torch.int, device=losses.device), report
 
     return output, kept
@@ -158,15 +161,15 @@ class TaskSet:
     """The tasks of a run, read once."""
 
     def __init__(self, scorer: TrainingScorer, tasks: Sequence[LoadedTask]) -> None:
-        """Raises DataError for a text longer than a sample: that shall end the run before its first step."""
+        """Raises DataError for a text longer than a sample, so that the run ends before its first step."""
         self.scorer, self.tasks = scorer, tasks
         for task in tasks:
-            asked = [asked_of(task.task, scorer.direction, item, task.demonstrations(item)) for item in task.items]
-            for pair in distinct_pairs(asked):
+            requests = [score_requests(task.task, scorer.direction, item, task.exemplars_for(item)) for item in task.items]
+            for pair in distinct_pairs(requests):
                 scorer.span(pair)
 
     def evaluate(self) -> Results:
-        """Return by task: `accuracy`, the main figure of the direction, and every other one by its name. The same on every rank."""
+        """Return, by task, `accuracy` (the main metric for the direction) and all metrics by name. The same on every rank."""
         results = [evaluate_task(self.scorer, task) for task in self.tasks]
         return {
             result.task: {
@@ -185,18 +188,18 @@ class TaskEvaluation(Callback):
         self.tasks = tasks
 
     def wants_record(self, run: TrainingRun) -> bool:
-        """Return whether an evaluation is due."""
+        """Return True if an evaluation is due."""
         return run.is_last_iteration() or run.state.iteration % run.state.config.train.task_interval == 0
 
     def on_measure(self, run: TrainingRun, record: Record) -> None:
-        """Add the results, when an evaluation is due."""
+        """Evaluate the tasks and add the results, if an evaluation is due."""
         if self.wants_record(run):
             with run.pause("evaluating tasks"):
                 add_task_results(record, self.tasks.evaluate)
 
 
 def add_task_results(record: Record, evaluate: Callable[[], Results]) -> None:
-    """Add the results of the tasks; of a model whose scores are not finite there are none, which is logged."""
+    """Add the results of the tasks; if scores are not finite, log that there are none."""
     try:
         add_results(record, "tasks", evaluate())
     except NotFiniteError as error:
@@ -205,9 +208,9 @@ def add_task_results(record: Record, evaluate: Callable[[], Results]) -> None:
 
 
 def load_task_set(state: TrainState, known: TaskHashes) -> TaskSet:
-    """Return the tasks of the config, with the tokenizer that the run folder holds. Call on every rank, at the start.
+    """Return the tasks of the config, with the tokenizer in the run folder. Call on every rank, at the start.
 
-    known: sha256 of the tasks' files as they were checked.
+    known: sha256 of the tasks' files when they were checked.
     """
     tokenizer = JointTokenizer.from_pretrained(Path(os.path.join(state.config.run_dir, RUN_TOKENIZER)))
     tasks = load_tasks(state.config)
@@ -216,10 +219,12 @@ def load_task_set(state: TrainState, known: TaskHashes) -> TaskSet:
 
 
 def check_files(found: TaskHashes, known: TaskHashes, folder: str) -> None:
-    """Raise RuntimeError on every rank where ranks have read other files of tasks, DataError where all have read others than
-    were checked: ranks that score other texts would wait for each other, or give figures of no set at all. Call on every rank.
+    """Refuse task files that differ between ranks or from those that were checked. Call on every rank.
+
+    Ranks with different texts would wait for each other for ever. Raises RuntimeError on every rank if ranks have read
+    different files, DataError if the files have changed since they were checked.
     """
-    advice = f"{folder} must hold the same files on all nodes, and nothing may change them: start again"
+    advice = f"{folder} must contain the same files on all nodes, and nothing may change them: start again"
     check_same("the sha256 of the files of train.tasks", found, advice)
     if found != known:
         raise DataError(f"files of train.tasks in {folder} were replaced while the run started; start it again")

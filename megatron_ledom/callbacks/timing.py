@@ -1,8 +1,8 @@
-"""Measure throughput, the step time of each rank, the wait for data, and the memory.
+"""Measure throughput, the step time of each rank, the wait for data, and memory.
 
-The step time of a rank is from the start of a step until its last backward pass is done, before gradients are reduced over the
-data-parallel replicas: in that reduction every rank waits for the slowest. Ranks of one tensor, context or pipeline group wait for
-each other within a step, so such a group is slow as a whole, and the first of its ranks is named.
+The step time of a rank lasts from the start of a step to the end of its last backward pass. It excludes the reduction of
+gradients over the data-parallel replicas, in which every rank waits for the slowest. Ranks of one tensor-, context- or
+pipeline-parallel group wait for each other within a step: such a group is slow as a whole, and its first rank is named.
 """
 
 import logging
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class Throughput(Callback):
-    """Tokens a second and the share of the machine's peak since the last record, without pauses."""
+    """Tokens per second and MFU (fraction of the peak FLOP/s) since the last record, without pauses."""
 
     def on_train_start(self, run: TrainingRun) -> None:
         """Start the clock."""
@@ -42,21 +42,21 @@ class Throughput(Callback):
         padded = padded_vocab_size(state.provenance.vocab_size, config.model.make_vocab_size_divisible_by)
         self.flops_per_token = flops_per_token(config.model, config.data.seq_length, padded)
         self.peak_tflops = peak / 1e12 * world_size
-        log.info("MFU is of %.3g FLOP/s a rank (%s)", peak, source)
+        log.info("the MFU is relative to %.3g FLOP/s per rank (%s)", peak, source)
         self.started = self.last = time.perf_counter()
         self.tokens = self.num_iterations = 0
 
     def on_step_end(self, run: TrainingRun, result: StepResult | None) -> None:
-        """Count the tokens of the iteration, over all ranks; none of a skipped one."""
+        """Count the tokens of the iteration over all ranks; a skipped iteration has none."""
         self.tokens += 0 if result is None else tokens_per_iteration(run.state.config)
         self.num_iterations += 1
 
     def on_pause_end(self, run: TrainingRun, seconds: float) -> None:
-        """Leave out the pause."""
+        """Exclude the pause."""
         self.last += seconds
 
     def on_measure(self, run: TrainingRun, record: Record) -> None:
-        """Add the speed since the last record, seconds since the start of training, and the time to the end of the run."""
+        """Add the speed since the last record, the seconds since the start of training, and those to the end of the run."""
         now = time.perf_counter()
         rate, each = self.tokens / (now - self.last), (now - self.last) / max(self.num_iterations, 1)
         self._reset(now)
@@ -67,7 +67,7 @@ class Throughput(Callback):
         record["eta_seconds"] = (run.state.config.train.train_iters - run.state.iteration) * each
 
     def on_rollback(self, run: TrainingRun) -> None:
-        """Forget what was done since the last record."""
+        """Forget the iterations since the last record."""
         self._reset(time.perf_counter())
 
     def _reset(self, now: float) -> None:
@@ -75,7 +75,7 @@ class Throughput(Callback):
 
 
 class RankTimes(Callback):
-    """Seconds a step, the wait for data and the memory of this rank since the last record, compared over all ranks."""
+    """Step time, wait for data and memory since the last record, compared over all ranks."""
 
     def __init__(self, platform: Platform) -> None:
         self.platform = platform
@@ -84,7 +84,7 @@ class RankTimes(Callback):
         self._spans: list[tuple[Any, Any]] = []
 
     def on_train_start(self, run: TrainingRun) -> None:
-        """Note when the last backward pass of a step is done: megatron-core's schedules then call the function hooked here."""
+        """Wrap the function that megatron-core's schedules call after the last backward pass, to note the time."""
         core_config = run.state.model[0].config
         finalize = core_config.finalize_model_grads_func
 
@@ -107,7 +107,7 @@ class RankTimes(Callback):
         record.update(self.read())
 
     def read(self) -> Record:
-        """Return means a step since the last reading, over all ranks, and the peak of memory. Call on every rank."""
+        """Return the means per step since the last call, over all ranks, and the peak memory. Call on every rank."""
         steps = max(len(self._spans), 1)
         mine = torch.tensor([self._seconds() / steps, self.data_wait / steps, self._memory_gib()], dtype=torch.float64)
         mine = mine.to(self.platform.device)
@@ -126,7 +126,7 @@ class RankTimes(Callback):
         }
 
     def _timestamp(self) -> Any:
-        """Return the time; on a GPU an event in the device's own stream, since the process runs ahead of it."""
+        """Return the time; on a GPU an event in its stream, because the process runs ahead of the device."""
         if self.platform.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -140,7 +140,7 @@ class RankTimes(Callback):
         return float(sum(start.elapsed_time(end) for start, end in self._spans)) / 1e3
 
     def _memory_gib(self) -> float:
-        """Return the peak of this process: allocated on its GPU, or resident."""
+        """Return the peak memory of this process in GiB: allocated on its GPU, or resident without one."""
         if self.platform.device.type == "cuda":
             return float(torch.cuda.max_memory_allocated(self.platform.device)) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,4 +1,4 @@
-"""Loss and bits per byte of each held-out set: the validation sets at an interval, the test sets once at the end."""
+"""Measure loss and bits per byte of held-out sets: validation sets at an interval, test sets once at the end."""
 
 import logging
 import math
@@ -16,19 +16,19 @@ from megatron_ledom.training.trainer import run_schedule
 log = logging.getLogger(__name__)
 
 Results = dict[str, dict[str, float]]
-"""Figures by set or task."""
+"""Metrics by set or task."""
 
 
 class Validation(Callback):
     """Evaluates the validation sets every `train.eval_interval` iterations and at the end."""
 
     def wants_record(self, run: TrainingRun) -> bool:
-        """Return whether validation is due."""
+        """Return True if a validation is due."""
         due = run.is_last_iteration() or run.state.iteration % run.state.config.train.eval_interval == 0
         return due and bool(run.state.valid_datasets)
 
     def on_measure(self, run: TrainingRun, record: Record) -> None:
-        """Add the results, when validation is due."""
+        """Evaluate the sets and add the results, if a validation is due."""
         if self.wants_record(run):
             with run.pause("validating"):
                 add_results(record, "validation", evaluate(run.state, run.state.valid_datasets))
@@ -38,18 +38,18 @@ class FinalTest(Callback):
     """Evaluates the test sets once, at the end of the run."""
 
     def wants_record(self, run: TrainingRun) -> bool:
-        """Return whether the run ends and has test sets."""
+        """Return True if the run ends and has test sets."""
         return run.is_last_iteration() and bool(run.state.test_datasets)
 
     def on_measure(self, run: TrainingRun, record: Record) -> None:
-        """Add the results to the last record of the run."""
+        """Evaluate the sets and add the results to the last record of the run."""
         if self.wants_record(run):
             with run.pause("testing"):
                 add_results(record, "test", evaluate(run.state, run.state.test_datasets))
 
 
 def add_results(record: Record, kind: str, results: Results) -> None:
-    """Add the finite results of each set; the others are logged, and named under "not_finite"."""
+    """Add the results of each set if they are finite; log the others, and list them under "not_finite"."""
     is_finite = {name: all(map(math.isfinite, values.values())) for name, values in results.items()}
     record[kind] = {name: values for name, values in results.items() if is_finite[name]}
     for name in [name for name in results if not is_finite[name]]:
@@ -61,7 +61,7 @@ def add_results(record: Record, kind: str, results: Results) -> None:
 
 @torch.no_grad()
 def evaluate(state: TrainState, datasets: dict[str, BlendSamples]) -> Results:
-    """Return lm_loss and bits_per_byte of all samples of each dataset, by its name. Call on every rank."""
+    """Return lm_loss and bits_per_byte over all samples of each dataset, by its name. Call on every rank."""
     for chunk in state.model:
         chunk.eval()
     with gathered_weights(state.model):
@@ -86,9 +86,9 @@ def _measure(state: TrainState, dataset: BlendSamples) -> dict[str, float]:
 
 
 def bits_per_byte(lm_loss: float, bytes_per_token: float) -> float:
-    """Convert the mean loss in nats a token to bits a UTF-8 byte of text.
+    """Convert the mean loss in nats per token to bits per UTF-8 byte of text.
 
-    The bytes of the very samples are not known, so each shard's own ratio of bytes to tokens (eod too) stands for its part in
-    the set, be it a split of its documents or the first samples of all of them.
+    The bytes of the evaluated samples are not known. bytes_per_token is the ratio of whole shards, with eods as tokens, even if
+    the set has only some of their documents or samples.
     """
     return lm_loss / math.log(2) / bytes_per_token

@@ -1,1 +1,1 @@
-"""Checkpoints of a run: their folder and which of them stay, the manifest, writing and loading."""
+"""Checkpoints of a run: their folder, retention, manifest, writing and loading."""

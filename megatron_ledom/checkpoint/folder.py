@@ -1,7 +1,8 @@
-"""The folder of a run's checkpoints: `iter_0001000/` for each, `latest` with the name of the newest whole one.
+"""The folder of a run's checkpoints: a folder `iter_0001000/` for each, and the file `latest` with the name of the newest.
 
-`iter_0001000.part` is being written, `iter_0001000.0.trash` is being deleted: neither is ever taken for a checkpoint. `retire` deletes
-checkpoints: the newest few stay, those that replays begin from, and those at a multiple of `checkpoint.keep_interval`.
+`iter_0001000.part` is being written and `iter_0001000.0.trash` is being deleted; neither counts as a checkpoint. `retire`
+deletes checkpoints. It keeps the newest few, those from which replays start, and those at multiples of
+`checkpoint.keep_interval`.
 """
 
 import json
@@ -22,29 +23,29 @@ from megatron_ledom.storage.hashes import size_problems
 LATEST = "latest"
 PART = ".part"
 NEXT = ".next"
-"""`latest.next` names the checkpoint that is about to be put in place."""
+"""`latest.next` names the checkpoint that will be published next."""
 TRASH = ".trash"
 NAME = re.compile(r"iter_(\d{7,})")
 LEFT_OVER = re.compile(rf"{NAME.pattern}({re.escape(PART)}|({re.escape(PART)})?\.\d+{re.escape(TRASH)})")
 BACKENDS = "metadata.json"
-"""Names megatron-core's formats: its CheckpointingConfig, spelled out here because importing that takes seconds."""
+"""The file with megatron-core's formats. Written here without its CheckpointingConfig, whose import takes seconds."""
 COMMON_FILES = ("common.pt", BACKENDS, ".metadata")
-"""Beside the ranks' shares and the manifest."""
+"""Files of a checkpoint, apart from those of the ranks and the manifest."""
 
 
 def checkpoint_name(iteration: int) -> str:
-    """`iter_0001000`."""
+    """Return the name of a checkpoint, such as `iter_0001000`."""
     return f"iter_{iteration:07d}"
 
 
 def finished_checkpoints(folder: str) -> dict[int, str]:
-    """Iteration -> name of every checkpoint that was finished, by iteration; {} without the folder."""
+    """Return iteration -> name of every finished checkpoint, in order; {} without the folder."""
     whole = [name for name in _named_checkpoints(folder) if os.path.exists(os.path.join(folder, name, MANIFEST))]
     return {int(name.removeprefix("iter_")): name for name in whole}
 
 
 def _named_checkpoints(folder: str) -> list[str]:
-    """Return every name of a checkpoint in the folder, by iteration, with a manifest or without."""
+    """Return the names of all checkpoints in the folder by iteration, with a manifest or without."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -53,16 +54,16 @@ def _named_checkpoints(folder: str) -> list[str]:
 
 
 def latest_name(folder: str) -> str | None:
-    """Return what `folder/latest` holds, whatever it is; None without such a file."""
+    """Return the content of `folder/latest`, unchecked; None without the file."""
     return _content_of(os.path.join(folder, LATEST))
 
 
 def latest_checkpoint(folder: str) -> str | None:
-    """The checkpoint that `folder/latest` names; None where no checkpoint has been saved yet.
+    """Return the checkpoint that `folder/latest` names; None if no checkpoint has been saved yet.
 
-    A kill right after the first checkpoint was put in place leaves its name in `latest.next`, and it counts. Raises DataError,
-    with the newest whole checkpoint and how to go on from it, when `latest` names none that is there, or is missing beside
-    checkpoints, damaged ones too: a checkpoint gets its name when it is whole.
+    If the run was killed right after its first checkpoint was renamed, `latest.next` names the checkpoint. Raises DataError if
+    `latest` names a missing checkpoint, or is itself missing although there are checkpoints. The error names the newest
+    complete checkpoint and how to resume from it.
     """
     name = latest_name(folder)
     if name is None:
@@ -75,37 +76,37 @@ def latest_checkpoint(folder: str) -> str | None:
             return None
         damaged = [found for found in named if found not in finished]
         without = f" ({', '.join(damaged)} without a {MANIFEST})" if damaged else ""
-        fault = f"is missing, but there are checkpoints, {', '.join(named)}{without}"
+        problem = f"is missing, but there are checkpoints, {', '.join(named)}{without}"
     elif not name:
-        fault = "is empty"
+        problem = "is empty"
     elif not NAME.fullmatch(name):
-        fault = f"names {name[:100]!r}, which is not the name of a checkpoint, such as iter_0001000"
+        problem = f"names {name[:100]!r}, which is not the name of a checkpoint, such as iter_0001000"
     elif not os.path.isdir(os.path.join(folder, name)):
-        fault = f"names {name!r}, which is not there"
+        problem = f"names {name!r}, which does not exist"
     else:
         return os.path.join(folder, name)
-    raise DataError(f"{folder}/{LATEST} {fault}; {how_to_resume(folder)}")
+    raise DataError(f"{folder}/{LATEST} {problem}; {how_to_resume(folder)}")
 
 
 def how_to_resume(folder: str, other_than: str | None = None) -> str:
-    """Say how to go on where `latest` cannot be followed: from the newest whole checkpoint but the one called `other_than`."""
+    """Return the advice how to resume without `latest`: from the newest complete checkpoint, except `other_than`."""
     for name in reversed(finished_checkpoints(folder).values()):
         checkpoint = os.path.join(folder, name)
         try:
-            faults = size_problems(checkpoint, load_manifest(checkpoint).files)
+            problems = size_problems(checkpoint, load_manifest(checkpoint).files)
         except LedomError:
             continue
-        if not faults and name != other_than:
+        if not problems and name != other_than:
             return (
-                f"the newest{' other' if other_than else ''} checkpoint that is whole, by the sizes of its files, is {name}: to go on"
-                f" from it, echo {name} > {shlex.quote(os.path.join(folder, LATEST))}"
+                f"the newest{' other' if other_than else ''} complete checkpoint, by the sizes of its files, is {name}: to resume"
+                f" from it, run: echo {name} > {shlex.quote(os.path.join(folder, LATEST))}"
             )
-    return f"{folder} has no {'other ' if other_than else ''}whole checkpoint: bring one back, or set another run_dir for a new run"
+    return f"{folder} has no {'other ' if other_than else ''}complete checkpoint: restore one, or set another run_dir for a new run"
 
 
 @contextmanager
 def advising_another(checkpoint: str) -> Iterator[None]:
-    """Inside, a DataError about the checkpoint also names the newest other one that is whole."""
+    """Add the newest other complete checkpoint to each DataError inside the context."""
     try:
         yield
     except DataError as error:
@@ -123,7 +124,7 @@ def saved_iteration(folder: str) -> int:
 
 
 def find_checkpoint(load: str) -> str:
-    """The checkpoint that `load` means: itself, or the latest one of a run folder. Raises UsageError."""
+    """Return the checkpoint for `load`: itself, or the latest one of a run folder. Raises UsageError."""
     if not os.path.isdir(load):
         raise UsageError(
             f"{load} is not a folder; give a run folder or one of its checkpoints, such as RUN/checkpoints/iter_0001000"
@@ -133,23 +134,23 @@ def find_checkpoint(load: str) -> str:
         return load
     latest = latest_checkpoint(checkpoints)
     if latest is None:
-        raise UsageError(f"{load} has no finished checkpoint yet; train further, or name another run")
+        raise UsageError(f"{load} has no finished checkpoint yet; train longer, or give another run")
     return latest
 
 
 def announce_latest(folder: str, name: str) -> None:
-    """Write which checkpoint is about to be put in place: the first one of a run counts as soon as it is there."""
+    """Write `latest.next`, so that the first checkpoint of a run counts as soon as it is renamed."""
     write_synced(os.path.join(folder, LATEST + NEXT), f"{name}\n".encode())
 
 
 def publish_latest(folder: str) -> None:
-    """Let `latest` name what was announced."""
+    """Rename `latest.next` to `latest`."""
     publish(os.path.join(folder, LATEST + NEXT), os.path.join(folder, LATEST))
 
 
 def put_in_place(folder: str, name: str) -> None:
-    """Give the checkpoint `name`, which is on disk under its temporary name, its own, and let `latest` name it."""
-    if os.path.exists(os.path.join(folder, name)):  # of a run that was taken back to an earlier one
+    """Rename the checkpoint `name`, which is on disk under its temporary name, and let `latest` name it."""
+    if os.path.exists(os.path.join(folder, name)):  # the run was set back to an earlier checkpoint
         move_to_trash(folder, name)
     announce_latest(folder, name)
     publish(os.path.join(folder, name + PART), os.path.join(folder, name))
@@ -157,7 +158,7 @@ def put_in_place(folder: str, name: str) -> None:
 
 
 def settle_latest(folder: str) -> None:
-    """Publish what a kill left announced, see `latest_checkpoint`. Call while no other launch has the run."""
+    """Rename `latest.next` if a kill left it, see `latest_checkpoint`. Call it while no other launch uses the run."""
     if latest_name(folder) is None and latest_checkpoint(folder) is not None:
         publish_latest(folder)
 
@@ -170,12 +171,12 @@ def _content_of(path: str) -> str | None:
         return None
     except IsADirectoryError as error:
         raise DataError(
-            f"{path} is a folder, not a file with the name of a checkpoint: move it away; then {how_to_resume(os.path.dirname(path))}"
+            f"{path} is a folder, not a file with the name of a checkpoint: move it away; {how_to_resume(os.path.dirname(path))}"
         ) from error
 
 
 def move_to_trash(folder: str, name: str) -> None:
-    """Take a checkpoint away in one step, so that it is never seen half deleted."""
+    """Rename a checkpoint as trash, so that it is never seen partly deleted."""
     number = 0
     while os.path.exists(trash := os.path.join(folder, f"{name}.{number}{TRASH}")):
         number += 1
@@ -186,24 +187,25 @@ log = logging.getLogger(__name__)
 
 
 def outdated(iterations: list[int], latest: int, settings: CheckpointConfig, replayed: Iterable[int] = ()) -> list[int]:
-    """Those of the `iterations` that may go: not the last one before each of `replayed`.
+    """Return the `iterations` whose checkpoints may be deleted. The last one before each of `replayed` is kept.
 
-    Checkpoints behind `latest` belong to a run that was taken back to it: they neither count nor go, the run will replace them.
+    Checkpoints after `latest` remain when a run was set back to it. They neither count nor are deleted: the run will replace
+    them.
     """
     if settings.keep_last is None:
         return []
     past = sorted(iteration for iteration in iterations if iteration <= latest)
     interval = settings.keep_interval
-    begun_from = {max((iteration for iteration in past if iteration < step), default=None) for step in replayed}
+    replay_starts = {max((iteration for iteration in past if iteration < step), default=None) for step in replayed}
     return [
         iteration
         for iteration in past[: -settings.keep_last]
-        if iteration != latest and iteration not in begun_from and not (interval and iteration % interval == 0)
+        if iteration != latest and iteration not in replay_starts and not (interval and iteration % interval == 0)
     ]
 
 
 def retire(folder: str, settings: CheckpointConfig, replayed: Iterable[int] = ()) -> None:
-    """Move checkpoints to the trash that are `outdated`. What cannot be moved stays, with a warning: a run does not end for that."""
+    """Move `outdated` checkpoints to the trash. If one cannot be moved, log a warning: the run continues."""
     latest = latest_name(folder)
     if latest is None:
         return
@@ -212,11 +214,11 @@ def retire(folder: str, settings: CheckpointConfig, replayed: Iterable[int] = ()
         for iteration in outdated(list(names), int(latest.removeprefix("iter_")), settings, replayed):
             move_to_trash(folder, names[iteration])
     except (OSError, ValueError) as error:
-        log.warning("outdated checkpoints in %s stay: %s", folder, error)
+        log.warning("outdated checkpoints in %s could not be deleted: %s", folder, error)
 
 
 def sweep(folder: str, keep: str | None = None) -> None:
-    """Delete the trash and what killed saves have left, except the folder named `keep`."""
+    """Delete the trash and the remains of killed saves, except the folder named `keep`."""
     try:
         names = os.listdir(folder)
     except (FileNotFoundError, NotADirectoryError):
@@ -228,11 +230,11 @@ def sweep(folder: str, keep: str | None = None) -> None:
         elif LEFT_OVER.fullmatch(name) and name != keep:
             shutil.rmtree(path, ignore_errors=True)
             if os.path.exists(path):
-                log.warning("%s cannot be deleted; delete it by hand", path)
+                log.warning("%s cannot be deleted; delete it yourself", path)
 
 
 def save_backends(folder: str) -> None:
-    """Write what megatron-core looks at first when it loads a checkpoint."""
+    """Write the file that megatron-core reads first when it loads a checkpoint."""
     formats = {
         "sharded_backend": "torch_dist",
         "sharded_backend_version": 1,

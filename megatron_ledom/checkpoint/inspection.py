@@ -1,4 +1,4 @@
-"""What a checkpoint holds, for people: position, layout, tensors by group, files, and every fault."""
+"""Print the content of a checkpoint: position, layout, tensors by group, files, and all problems."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ from megatron_ledom.storage.hashes import content_problems, size_problems
 
 @dataclass(slots=True)
 class TensorGroup:
-    """Tensors that are printed as one line."""
+    """Tensors that are summed up in one line."""
 
     tensors: int = 0
     elements: int = 0
@@ -26,9 +26,9 @@ class TensorGroup:
 
 
 def inspect_checkpoint(where: str, *, verify: bool = False) -> None:
-    """Print a checkpoint, or the latest of a run folder after a list of all, to stdout.
+    """Print a checkpoint to stdout; of a run folder, a list of all checkpoints and then the latest.
 
-    With `verify` every file is read again. Faults go to stderr, one a line, and raise VerificationError.
+    `verify` reads every file again. Problems are printed to stderr, one per line. Raises VerificationError if there are any.
     """
     all_of_run = os.path.join(where, "checkpoints")
     if os.path.isdir(all_of_run):
@@ -37,32 +37,36 @@ def inspect_checkpoint(where: str, *, verify: bool = False) -> None:
     manifest = load_manifest(checkpoint)
     for name, value in _rows(checkpoint, manifest):
         print(f"{name:<12}  {value}")
-    faults = size_problems(checkpoint, manifest.files)
+    problems = size_problems(checkpoint, manifest.files)
     if verify:
-        faults = faults or content_problems(checkpoint, manifest.files)
+        problems = problems or content_problems(checkpoint, manifest.files)
     try:
         _print_groups(tensors_of(checkpoint))
     except DataError as error:
-        faults.append(str(error))
-    for fault in faults:
-        print(f"fault: {fault}", file=sys.stderr)
-    if faults:
+        problems.append(str(error))
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    if problems:
         raise VerificationError(
-            f"{checkpoint} is damaged, {len(faults)} fault{'s'[: len(faults) > 1]}; use an earlier one: let the file `latest`"
-            " beside it name that one"
+            f"{checkpoint} is damaged, {len(problems)} problem{'s'[: len(problems) > 1]}; use an earlier one by writing its name into"
+            " the file `latest` next to it"
         )
     if verify:
-        print(f"verified: {len(manifest.files)} files" if manifest.files else "nothing to verify: written before checksums")
+        print(
+            f"verified: {len(manifest.files)} files"
+            if manifest.files
+            else "nothing to verify: written by a version without checksums"
+        )
 
 
 def group_of(name: str) -> str:
-    """The line a tensor belongs to: `weights: decoder`, `optimizer: exp_avg`."""
+    """Return the group of a tensor, such as `weights: decoder` or `optimizer: exp_avg`."""
     words = name.split(".")
     return f"optimizer: {words[2]}" if words[:2] == ["optimizer", "state"] else f"weights: {words[0]}"
 
 
 def layout_of(parallel: ParallelConfig, world_size: int | None) -> str:
-    """`4 ranks: TP 2, PP 2 of 2 chunks, CP 1, DP 1, distributed optimizer`."""
+    """Return a text such as `4 ranks: TP 2, PP 2 of 2 chunks, CP 1, DP 1, distributed optimizer`."""
     chunks = parallel.virtual_pipeline_model_parallel_size
     words = [
         f"TP {parallel.tensor_model_parallel_size}",
@@ -86,7 +90,9 @@ def _rows(checkpoint: str, manifest: CheckpointManifest) -> Iterator[tuple[str, 
     size = sum(sums["bytes"] for sums in manifest.files.values())
     yield (
         "files",
-        f"{len(manifest.files):,}, {size / 2**30:,.3f} GiB" if manifest.files else "not listed: written before checksums",
+        f"{len(manifest.files):,}, {size / 2**30:,.3f} GiB"
+        if manifest.files
+        else "not listed: written by a version without checksums",
     )
 
 

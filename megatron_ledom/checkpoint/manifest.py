@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself: `manifest.json`, written last. It decides whether a run or a conversion may load it."""
+"""The manifest of a checkpoint, `manifest.json`, which is written last, and the checks before a run loads it."""
 
 import hashlib
 import json
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2
 WITHOUT_CHECKSUMS = 1
-"""The format before: no `files`, no `world_size`, no hash of the manifest. Such checkpoints still load."""
+"""The previous format, without `files`, `world_size` and the hash of the manifest. It can still be loaded."""
 MANIFEST = "manifest.json"
 OWN_HASH = "sha256_of_the_rest"
 ARCHITECTURE_KEYS = (
@@ -48,12 +48,12 @@ ARCHITECTURE_KEYS = (
     "share_embeddings_and_output_weights",
     "params_dtype",
 )
-"""Keys of `model` that a checkpoint fixes."""
+"""Keys of `model` that must be the same in a checkpoint and in the run that loads it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointManifest:
-    """Position, meaning of the ids and the whole config of the run at one iteration."""
+    """State of a run at one iteration: position, provenance of the ids, and the whole config."""
 
     iteration: int
     consumed_train_samples: int
@@ -61,22 +61,22 @@ class CheckpointManifest:
     provenance: Provenance
     config: dict[str, Any]
     train_shards: list[list[Any]]
-    """[share of the samples, sha256 of .bin, of .idx, first document, behind the last, prefix] of each training shard."""
+    """[fraction of the samples, sha256 of .bin, sha256 of .idx, first document, last document + 1, prefix] per shard."""
     world_size: int | None
-    """Ranks that wrote it; None in a checkpoint of the format before."""
+    """Number of ranks that wrote the checkpoint; None in the previous format."""
     package_version: str
     created_at: str
     files: FileSums = field(default_factory=dict)
-    """Size and sha256 of every other file; filled in when all are written. Empty in a checkpoint of the format before."""
+    """Size and sha256 of every other file, added when all are written. Empty in the previous format."""
     weights_only: bool = False
-    """Imported weights without optimizer state, which a run begins with."""
+    """True for imported weights, which have no optimizer state."""
     format_version: int = FORMAT_VERSION
 
     @classmethod
     def describe(
         cls, config: RunConfig, provenance: Provenance, train_shards: list[list[Any]], world_size: int, **position: int
     ) -> "CheckpointManifest":
-        """The manifest of a run's present state, without the files."""
+        """Return the manifest of the current state of a run, without the files."""
         return cls(
             iteration=position["iteration"],
             consumed_train_samples=position["consumed_train_samples"],
@@ -90,7 +90,7 @@ class CheckpointManifest:
         )
 
     def run_config(self, where: str) -> RunConfig:
-        """The config that the checkpoint was trained with."""
+        """Return the config with which the checkpoint was trained. `where` names the checkpoint in errors."""
         return config_from_dict(self.config, where)
 
 
@@ -103,19 +103,19 @@ def save_manifest(manifest: CheckpointManifest, folder: str) -> None:
 
 
 def load_manifest(folder: str) -> CheckpointManifest:
-    """Read and check `manifest.json`. Raises DataError when it is missing, malformed, changed or of another format."""
+    """Read and check `manifest.json`. Raises DataError if it is missing, malformed, changed or of an unknown format."""
     path = os.path.join(folder, MANIFEST)
     values = _read_json(folder, path)
     version = values.get("format_version")
     if version == WITHOUT_CHECKSUMS:
         values |= {"world_size": None, "files": {}}
     elif version != FORMAT_VERSION:
-        raise DataError(f"{path} has format version {version}, this package reads {FORMAT_VERSION}; update it")
+        raise DataError(f"{path} has format version {version}, but this package reads {FORMAT_VERSION}; update the package")
     elif values.pop(OWN_HASH, None) != _hash(values):
         raise DataError(
-            f"{path} is not as it was written: its sha256 is another; the checkpoint is damaged, use an earlier one"
+            f"{path} was changed after it was written: its sha256 differs; the checkpoint is damaged, use an earlier one"
         )
-    values.setdefault("weights_only", False)  # written before there were others
+    values.setdefault("weights_only", False)  # older checkpoints were never weights only
     provenance = Provenance.from_dict(values, path)
     names = [name for name in CheckpointManifest.__dataclass_fields__ if name != "provenance"]
     missing = [name for name in names if name not in values]
@@ -125,10 +125,10 @@ def load_manifest(folder: str) -> CheckpointManifest:
 
 
 def check_sizes(checkpoint: str) -> CheckpointManifest:
-    """The manifest of a checkpoint whose files are all there in full length. Raises DataError that names those which are not."""
+    """Return the manifest of a checkpoint. Raises DataError with the files that are missing or have another size."""
     manifest = load_manifest(checkpoint)
     if not manifest.files:
-        log.warning("%s was written before checkpoints had checksums: its files cannot be checked", checkpoint)
+        log.warning("%s was written by a version without checksums: its files cannot be checked", checkpoint)
     refuse_damaged(checkpoint, size_problems(checkpoint, manifest.files))
     return manifest
 
@@ -139,14 +139,14 @@ def _read_json(folder: str, path: str) -> dict[str, Any]:
             values = json.load(file)
     except FileNotFoundError as error:
         raise DataError(
-            f"{folder} has no {MANIFEST}: it is no finished checkpoint; name a folder such as RUN/checkpoints/iter_0001000"
+            f"{folder} has no {MANIFEST}: it is not a finished checkpoint; give a folder such as RUN/checkpoints/iter_0001000"
         ) from error
     except IsADirectoryError as error:
         raise DataError(f"{path} is a folder, not a file; the checkpoint is damaged, use an earlier one") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); the checkpoint is damaged, use an earlier one") from error
     if not isinstance(values, dict):
-        raise DataError(f"{path} holds no object; the checkpoint is damaged, use an earlier one")
+        raise DataError(f"{path} contains no JSON object; the checkpoint is damaged, use an earlier one")
     return values
 
 
@@ -155,7 +155,7 @@ def _hash(values: dict[str, Any]) -> str:
 
 
 def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Provenance, where: str) -> None:
-    """Refuse a checkpoint of another architecture, direction or tokenizer than the run's. Raises MismatchError."""
+    """Raise MismatchError if architecture, optimizer, direction or tokenizer of the checkpoint differ from those of the run."""
     trained = manifest.run_config(where)
     stored, wanted = _architecture(trained.model), _architecture(config.model)
     different = [
@@ -165,21 +165,23 @@ def check_fits(manifest: CheckpointManifest, config: RunConfig, provenance: Prov
     ]
     if different:
         raise MismatchError(
-            f"{where} is of another architecture: {'; '.join(different)}; use its values, or another run_dir for a new run"
+            f"{where} has another architecture: {'; '.join(different)}; use its values, or another run_dir for a new run"
         )
-    is_spread = trained.parallel.use_distributed_optimizer
-    if is_spread != config.parallel.use_distributed_optimizer and not manifest.weights_only:
+    is_distributed = trained.parallel.use_distributed_optimizer
+    if is_distributed != config.parallel.use_distributed_optimizer and not manifest.weights_only:
         raise MismatchError(
-            f"{where} holds the state of {'a distributed' if is_spread else 'an ordinary'} optimizer, which the other kind"
-            f" cannot take up; set parallel.use_distributed_optimizer={str(is_spread).lower()}, or another run_dir for a new run"
+            f"{where} has the state of {'a distributed' if is_distributed else 'an ordinary'} optimizer, which the other kind"
+            f" cannot load; set parallel.use_distributed_optimizer={str(is_distributed).lower()}, or another run_dir for a new"
+            " run"
         )
     manifest.provenance.check_same(provenance, f"the checkpoint {where}", "this run's data")
 
 
 def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_shards: list[list[Any]], where: str) -> list[str]:
-    """Refuse to go on where the samples already consumed would not be those that this run counts. Raises MismatchError.
+    """Check that a resumed run draws the same samples as before. Raises MismatchError if it does not.
 
-    With `data.allow_changed_data` it warns instead, and returns what has changed. Imported weights have consumed nothing.
+    With `data.allow_changed_data`, log a warning instead and return the changes. Imported weights have consumed no samples, so
+    they are not checked. Raises ConfigError for a changed value that has no effect any more.
     """
     if manifest.weights_only:
         return []
@@ -192,23 +194,22 @@ def check_same_samples(manifest: CheckpointManifest, config: RunConfig, train_sh
     changed += _changed_shards(manifest.train_shards, train_shards)
     if changed and not config.data.allow_changed_data:
         raise MismatchError(
-            f"{where} cannot go on with other samples: {'; '.join(changed)}; samples would be repeated or left out without a"
-            " word: restore the old values, use another run_dir for a new run, or go on all the same with"
-            " data.allow_changed_data=true"
+            f"{where} cannot resume with other samples: {'; '.join(changed)}; samples would be repeated or skipped silently:"
+            " restore the old values, use another run_dir for a new run, or allow the change with data.allow_changed_data=true"
         )
     for change in changed:
-        log.warning("OTHER TRAINING DATA than that of %s, by data.allow_changed_data=true: %s", where, change)
+        log.warning("OTHER TRAINING DATA than in %s, allowed by data.allow_changed_data=true: %s", where, change)
     _check_still_decidable(manifest, trained, config, where)
     if manifest.iteration > config.train.train_iters:
         raise ConfigError(
-            f"{where} is of iteration {manifest.iteration:,}, train.train_iters={config.train.train_iters} ends before; set it to at"
-            f" least {manifest.iteration}"
+            f"{where} is at iteration {manifest.iteration:,}, after the end train.train_iters={config.train.train_iters}; set it to"
+            f" at least {manifest.iteration}"
         )
     return changed
 
 
 def _check_still_decidable(manifest: CheckpointManifest, trained: RunConfig, config: RunConfig, where: str) -> None:
-    """Refuse a changed value that could have no effect any more. Raises ConfigError."""
+    """Raise ConfigError for a changed value that has no effect on a resumed run."""
     done = sorted(
         iteration
         for iteration in set(config.train.skip_iterations).difference(trained.train.skip_iterations)
@@ -216,26 +217,26 @@ def _check_still_decidable(manifest: CheckpointManifest, trained: RunConfig, con
     )
     if done:
         raise ConfigError(
-            f"train.skip_iterations names {', '.join(map(str, done))}, but {where} has done iterations up to {manifest.iteration},"
-            " those too: take them out of the list, or go on from a checkpoint before them, to which the file `latest` beside it"
-            " has to point"
+            f"train.skip_iterations names {', '.join(map(str, done))}, but {where} has already done the iterations up to"
+            f" {manifest.iteration}: remove them from the list, or resume from an earlier checkpoint by writing its name into the"
+            " file `latest` next to it"
         )
     old, new = trained.model.init_method_std, config.model.init_method_std
     if old != new:
         raise ConfigError(
-            f"model.init_method_std was {old} and is {new}, but the weights of {where} are initialized already: restore the old value,"
+            f"model.init_method_std was {old} and is now {new}, but the weights of {where} are already initialized: restore the old value,"
             " or use another run_dir for a new run"
         )
 
 
-def planned_samples(manifest: CheckpointManifest, config: RunConfig) -> int:
-    """Samples that a run which goes on from a checkpoint will have consumed at its end, the batch size changed or not."""
-    left = max(0, config.train.train_iters - manifest.iteration)
-    return manifest.consumed_train_samples + left * config.train.global_batch_size
+def samples_at_end(manifest: CheckpointManifest, config: RunConfig) -> int:
+    """Return the samples that a run resumed from a checkpoint will have consumed at its end, at its current batch size."""
+    remaining = max(0, config.train.train_iters - manifest.iteration)
+    return manifest.consumed_train_samples + remaining * config.train.global_batch_size
 
 
 def _changed_shards(old: list[list[Any]], new: list[list[Any]]) -> list[str]:
-    """What differs between two blends, the first difference in words: there may be thousands of shards."""
+    """Return the first difference between two blends, and the number of others; there may be thousands of shards."""
     if len(old) != len(new):
         return [f"data.train_blend had {len(old)} shards, has {len(new)}"]
     names = ("share of the samples", "content (sha256 of .bin)", "index (sha256 of .idx)", "first document", "last document")
@@ -245,10 +246,10 @@ def _changed_shards(old: list[list[Any]], new: list[list[Any]]) -> list[str]:
     one, other = different[0]
     kinds = differences(dict(zip(names, one, strict=False)), dict(zip(names, other, strict=False)))
     more = f" (and {len(different) - 1} more)" if len(different) > 1 else ""
-    return [f"data.train_blend: the shard {other[-1]}, where {one[-1]} was: {', '.join(kinds)}{more}"]
+    return [f"data.train_blend: the shard {other[-1]}, in place of {one[-1]}: {', '.join(kinds)}{more}"]
 
 
 def _architecture(model: ModelConfig) -> dict[str, Any]:
-    """The values of ARCHITECTURE_KEYS; a default left out equals the same number spelled out."""
+    """Return the values of ARCHITECTURE_KEYS, with defaults filled in."""
     values = {key: getattr(model, key) for key in ARCHITECTURE_KEYS}
     return {**values, "num_query_groups": query_groups(model), "kv_channels": head_dim(model)}

@@ -1,7 +1,7 @@
-"""The checkpoints of a run, seen from its training: save the state, take it up again.
+"""Save and load the state of a run.
 
-A checkpoint is written under a temporary name and renamed when all of it is on disk; `latest` changes last. A kill at any
-moment leaves the checkpoint that `latest` names whole.
+A checkpoint is written under a temporary name and renamed when all of it is on disk; then `latest` is changed. If the run is
+killed at any moment, the checkpoint that `latest` names stays complete.
 """
 
 import logging
@@ -29,13 +29,13 @@ from megatron_ledom.storage.hashes import content_problems, refuse_damaged
 log = logging.getLogger(__name__)
 
 EXTRA_STATE = "_extra_state"
-"""What a layer keeps besides its weights: fp8 scales, or nothing. It is no part of a model's weights."""
+"""State of a layer that is not a weight: fp8 scales, or nothing."""
 UNREADABLE = (*stored_tensors.UNREADABLE, CheckpointingException, CheckpointException)
-"""What a damaged checkpoint raises; torch's CheckpointException gathers the ranks' errors and is no Exception."""
+"""Exceptions for a damaged checkpoint. torch's CheckpointException, with the errors of all ranks, is not an Exception."""
 
 
 class CheckpointStore:
-    """Saves and loads this run's sharded checkpoints; every method is called on all ranks together."""
+    """Saves and loads the sharded checkpoints of a run. All ranks must call each method together."""
 
     def __init__(self, folder: str, metadata: dict[str, Any], settings: CheckpointConfig) -> None:
         self.folder = folder
@@ -44,47 +44,50 @@ class CheckpointStore:
         self.writer = CheckpointWriter(folder, settings, metadata["dp_cp_group"])
 
     def latest(self) -> str | None:
-        """The folder of the newest finished checkpoint as rank 0 sees it, the same on every rank; None for a new run."""
+        """Return the folder of the latest finished checkpoint, the same on every rank; None for a new run."""
         return from_first_rank(lambda: latest_checkpoint(self.folder))
 
     def load_manifest(self, checkpoint: str) -> CheckpointManifest:
-        """What the checkpoint says of itself."""
+        """Return the manifest of a checkpoint."""
         return load_manifest(checkpoint)
 
     def save(self, manifest: CheckpointManifest, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-        """Begin a checkpoint of the state as it is now; with `async_save` it is finished by `poll`, `finish` or the next save.
+        """Start a checkpoint of the current state. With `async_save`, `poll`, `finish` or the next save completes it.
 
-        Weights that are not finite are not saved: the checkpoint before stays the one to return to.
+        Weights that are not finite are not saved, so that the run can return to the previous checkpoint.
         """
-        self.writer.wait()  # before the host holds another copy of the state
+        self.writer.wait()  # before the host needs memory for another copy of the state
         content = {key: value for key, value in self.metadata.items() if key != "dp_cp_group"}
         with gathered_weights(model):
             if not _are_finite(model):
-                log.error("iteration %d is not saved: there are weights that are not finite", manifest.iteration)
+                log.error("iteration %d was not saved: some weights are not finite", manifest.iteration)
                 return
             state = self._sharded(model, optimizer, scheduler, loading=False)
             self.writer.save(manifest, state, content)
 
     def poll(self) -> None:
-        """Finish the pending checkpoint if it is written. Call once a step. Raises as `CheckpointWriter.save`."""
+        """Complete the pending checkpoint if it is written. Call it once per step. Raises as `CheckpointWriter.save`."""
         self.writer.poll()
 
     def finish(self) -> None:
-        """Finish the pending checkpoint, waiting for it. Raises as `CheckpointWriter.save`."""
+        """Wait for the pending checkpoint and complete it. Raises as `CheckpointWriter.save`."""
         self.writer.finish()
 
     def keep_for_replay(self, iterations: list[int]) -> None:
-        """From now on the checkpoint before each of these, and of no others, outlives `checkpoint.keep_last`."""
+        """Keep the checkpoint before each of these iterations, even if `checkpoint.keep_last` would delete it.
+
+        Replaces the iterations of an earlier call.
+        """
         self.writer.replayed = iterations
 
     def seconds_to_finish(self) -> float:
-        """What a run that stops now would wait for its checkpoints, by those it has made; 0 before the first."""
+        """Return the estimated seconds to write the checkpoints if the run stops now; 0 before the first save."""
         return self.writer.seconds_to_finish()
 
     def load(self, checkpoint: str, model: list[Any], optimizer: Any, scheduler: Any) -> None:
-        """Fill model, optimizer and scheduler from a checkpoint of any layout; of imported weights, the model alone.
+        """Fill model, optimizer and scheduler from a checkpoint of any layout; from imported weights, only the model.
 
-        Of the optimizer, moments and number of updates are the checkpoint's; its settings stay those it was built with.
+        The optimizer gets its moments and number of updates from the checkpoint and keeps its own settings.
         """
         with advising_another(checkpoint):
             self._load(checkpoint, model, optimizer, scheduler)
@@ -105,11 +108,11 @@ class CheckpointStore:
         scheduler.load_state_dict(state["scheduler"])
 
     def _verify(self, checkpoint: str) -> None:
-        """Read every file once, each rank its share; a fault that one finds stops all."""
+        """Read every file once, each rank a part of them. Raises DataError on all ranks if any rank finds a damaged file."""
         found: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         files = load_manifest(checkpoint).files
         dist.all_gather_object(found, content_problems(checkpoint, files, dist.get_rank(), dist.get_world_size()))
-        refuse_damaged(checkpoint, [fault for faults in found for fault in faults])
+        refuse_damaged(checkpoint, [problem for problems in found for problem in problems])
 
     def _sharded(self, model: list[Any], optimizer: Any, scheduler: Any, *, loading: bool) -> dict[str, Any]:
         state = sharded_weights(model, self.metadata)
@@ -119,13 +122,13 @@ class CheckpointStore:
 
 
 def sharded_weights(model: list[Any], metadata: dict[str, Any]) -> dict[str, Any]:
-    """The sharded state of the model chunks, under the keys that checkpoints use."""
+    """Return the sharded state of the model chunks under the keys of checkpoints."""
     chunks = zip(_model_keys(model), model, strict=True)
     return {key: unwrapped(chunk).sharded_state_dict(metadata=metadata) for key, chunk in chunks}
 
 
 def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any]) -> None:
-    """Fill a model with the weights of a checkpoint of any layout, and leave the rest of it on disk."""
+    """Fill a model with the weights of a checkpoint of any layout; nothing else is read."""
     wanted = sharded_weights(model, metadata)
     extra = {key: [name for name in part if name.endswith(EXTRA_STATE)] for key, part in wanted.items()}
     for key, names in extra.items():
@@ -137,36 +140,36 @@ def load_weights(checkpoint: str, model: list[Any], metadata: dict[str, Any]) ->
 
 
 def _read(checkpoint: str, wanted: dict[str, Any], **how: Any) -> dict[str, Any]:
-    """megatron-core's load of a checkpoint of the right sizes; whatever a damaged file makes of it becomes a DataError."""
+    """Return the state that megatron-core loads from a checkpoint. Raises DataError if the checkpoint is damaged."""
     check_sizes(checkpoint)
     try:
         state: dict[str, Any] = dist_checkpointing.load(wanted, checkpoint, **how)
     except UNREADABLE as error:
         failures = list(error.failures.values()) if isinstance(error, CheckpointException) else []
-        reason = failures[0][0] if failures else error  # the whole text of the former is every rank's traceback
+        reason = failures[0][0] if failures else error  # the text of a CheckpointException has the traceback of every rank
         if isinstance(reason, pickle.UnpicklingError):
             raise DataError(not_a_state(checkpoint, reason)) from error
         if may_pass(reason):
             raise TransientError(f"{checkpoint} cannot be read ({reason}); check the disk, then start again") from error
         raise DataError(
-            f"{checkpoint} cannot be read ({type(reason).__name__}: {reason}); it is damaged, or of another layer"
-            f" implementation: use an earlier one, to which {LATEST} beside it has to point if the run shall go on from there"
+            f"{checkpoint} cannot be read ({type(reason).__name__}: {reason}); it is damaged, or has another layer"
+            f" implementation: resume from an earlier one by writing its name into the file {LATEST} next to it"
         ) from error
     return state
 
 
 def not_a_state(checkpoint: str, error: pickle.UnpicklingError) -> str:
-    """What to say of a file that asks for more than tensors and settings."""
-    asked = re.search(r"(?:asks for|GLOBAL) ([\w.]+)", str(error))
-    found = f"asks for {asked[1]}" if asked else "is no pickle of a checkpoint"
+    """Return the error message for a file that contains more than tensors and settings."""
+    requested = re.search(r"(?:names|asks for|GLOBAL) ([\w.]+)", str(error))
+    found = f"needs {requested[1]}" if requested else "is not a pickle of a checkpoint"
     return (
-        f"{checkpoint} has a file that {found}, which no saved run does and which could run code; nothing of it was run. It is"
-        f" damaged, or somebody else made it: use another one, to which {LATEST} beside it has to point"
+        f"{checkpoint} has a file that {found}. No run writes such a file, and it could run code, so it was not loaded. The checkpoint is"
+        f" damaged or not from this package: use another one by writing its name into the file {LATEST} next to it"
     )
 
 
 def _are_finite(model: list[Any]) -> bool:
-    """Whether every weight of every rank is a number; the same answer on all ranks."""
+    """Return True if every weight of every rank is finite; the answer is the same on all ranks."""
     finite = torch.stack([weight.detach().isfinite().all() for chunk in model for weight in chunk.parameters()]).all()
     answer = finite.to(torch.int32)
     dist.all_reduce(answer, op=dist.ReduceOp.MIN)
@@ -174,7 +177,7 @@ def _are_finite(model: list[Any]) -> bool:
 
 
 def unwrapped(model: Any) -> Any:
-    """The GPTModel inside its wrappers for precision and data parallelism."""
+    """Return the GPTModel without its wrappers for precision and data parallelism."""
     while hasattr(model, "module"):
         model = model.module
     return model

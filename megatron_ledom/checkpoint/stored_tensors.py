@@ -1,7 +1,8 @@
-"""Single tensors, or single layers of them, read from a checkpoint without building a model.
+"""Read single tensors, or single layers of them, from a checkpoint without building a model.
 
-megatron-core stores the tensors of all layers under one name with the layer as first axis, in the chunks that the ranks held;
-torch's planner finds what is wanted in them, its weights-only loader where their bytes lie. No process group is needed.
+megatron-core stores the tensors of all layers under one name with the layer as first axis, in the chunks of the ranks that
+wrote them. torch's planner finds the parts of the chunks to read, its weights-only loader finds their bytes. No process group
+is needed.
 """
 
 import mmap
@@ -34,25 +35,27 @@ UNREADABLE = (
 
 
 def read_metadata(checkpoint: str) -> Metadata:
-    """Which tensors there are, and where their chunks lie. Raises DataError when the list cannot be read."""
+    """Return the list of the tensors and the positions of their chunks. Raises DataError if it cannot be read."""
     path = os.path.join(checkpoint, METADATA)
     try:
         with open(path, "rb") as file:
             metadata: Metadata = load_restricted(file)
         metadata.state_dict_metadata.items()
     except UNREADABLE as error:
-        raise DataError(f"{path} cannot be read ({type(error).__name__}: {error})") from error
+        raise DataError(
+            f"{path} cannot be read ({type(error).__name__}: {error}); the checkpoint is damaged, use an earlier one"
+        ) from error
     return metadata
 
 
 def tensors_of(checkpoint: str) -> dict[str, TensorStorageMetadata]:
-    """Shape and type of every tensor, by name. Raises DataError when the list cannot be read."""
+    """Return shape and type of every tensor by name. Raises DataError if the list cannot be read."""
     entries = read_metadata(checkpoint).state_dict_metadata
     return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 class StoredTensors:
-    """The tensors of one checkpoint; each is read when it is asked for."""
+    """The tensors of one checkpoint; each is read when it is requested."""
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = checkpoint
@@ -62,16 +65,18 @@ class StoredTensors:
         }
         """Shape, type and chunks of every tensor, by name."""
         outside = {
-            place.relative_path
-            for place in metadata.storage_data.values()
-            if place.relative_path != os.path.basename(place.relative_path)
+            stored_at.relative_path
+            for stored_at in metadata.storage_data.values()
+            if stored_at.relative_path != os.path.basename(stored_at.relative_path)
         }
         if outside:
-            raise DataError(f"{checkpoint} names files outside of it ({sorted(outside)[0]}); it is damaged, use an earlier one")
-        self._places = metadata.storage_data
+            raise DataError(
+                f"{checkpoint} names files outside of its folder ({sorted(outside)[0]}); it is damaged, use an earlier one"
+            )
+        self._storage = metadata.storage_data
 
     def read(self, name: str, layer: int | None = None) -> torch.Tensor:
-        """A whole tensor, or the part of one layer without the layer axis; mapped from its file if it lies there in one piece.
+        """Return a whole tensor, or one layer of it without the layer axis. It is memory-mapped if it is stored in one piece.
 
         Raises DataError as `fill`.
         """
@@ -86,9 +91,9 @@ class StoredTensors:
         return target
 
     def fill(self, target: torch.Tensor, name: str, layer: int | None = None, first_row: int = 0) -> None:
-        """Fill `target`, of any type, from `first_row` of a tensor or of one layer of it.
+        """Fill `target`, of any type, with a tensor or one layer of it, from row `first_row`.
 
-        Raises DataError when that is not stored, in part or at all, or in another shape.
+        Raises DataError if the tensor is missing, incomplete or has another shape.
         """
         self._fill(target, name, layer, self._items(name, target.shape, layer, first_row))
 
@@ -98,13 +103,13 @@ class StoredTensors:
             narrow_tensor_by_index(box, item.dest_offsets, item.lengths).detach().copy_(self._part(name, item))
 
     def _items(self, name: str, shape: torch.Size, layer: int | None, first_row: int) -> list[ReadItem]:
-        """Which parts of which stored chunks make up what is asked for. Raises DataError as `fill`."""
+        """Return the parts of stored chunks that make up the requested rows. Raises DataError as `fill`."""
         entry = self._entry(name)
         stored = entry.size if layer is None else entry.size[1:]
         if shape[1:] != stored[1:] or first_row + shape[0] > stored[0]:
             raise DataError(
                 f"{self.checkpoint} has {name} as {tuple(stored)}, expected {tuple(shape)} from row {first_row} on; it is"
-                " damaged, or of another model"
+                " damaged, or belongs to another model"
             )
         offsets = [first_row, *[0] * (len(shape) - 1)]
         chunk = ChunkStorageMetadata(torch.Size(offsets), shape)
@@ -120,12 +125,12 @@ class StoredTensors:
         return items
 
     def _part(self, name: str, item: ReadItem) -> torch.Tensor:
-        """What is wanted of one stored chunk, mapped from its file. Raises DataError when it cannot be found there."""
+        """Return the requested part of one stored chunk, mapped from its file. Raises DataError if it cannot be read."""
         try:
             return self._mapped(item)
         except OSError as error:
             raise DataError(
-                f"{self.checkpoint} cannot be read at {name} ({error}); was it removed meanwhile, and may it be read?"
+                f"{self.checkpoint} cannot be read at {name} ({error}); check that it still exists and is readable"
             ) from error
         except UNREADABLE as error:
             raise DataError(
@@ -133,34 +138,34 @@ class StoredTensors:
             ) from error
 
     def _mapped(self, item: ReadItem) -> torch.Tensor:
-        place = self._places[item.storage_index]
-        if getattr(place, "transform_descriptors", None):
+        stored_at = self._storage[item.storage_index]
+        if getattr(stored_at, "transform_descriptors", None):
             raise ValueError("its files are compressed")
-        with open(os.path.join(self.checkpoint, place.relative_path), "rb", buffering=0) as file:
-            view: Any = _create_file_view(file, place.offset, place.length)
-            chunk = torch.load(view, map_location="meta", weights_only=True)  # type and strides, and where the bytes are
-            wanted = narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths)
-            begin = chunk.untyped_storage()._checkpoint_offset + wanted.storage_offset() * wanted.itemsize
-            span = 1 + sum((size - 1) * stride for size, stride in zip(wanted.shape, wanted.stride(), strict=True))
-            if begin + span * wanted.itemsize > place.length:
-                raise ValueError("a chunk ends outside of its place")
-            vector = _map_vector(file.fileno(), place.offset + begin, wanted.dtype, span)
-        return vector.as_strided(wanted.shape, wanted.stride())
+        with open(os.path.join(self.checkpoint, stored_at.relative_path), "rb", buffering=0) as file:
+            view: Any = _create_file_view(file, stored_at.offset, stored_at.length)
+            chunk = torch.load(view, map_location="meta", weights_only=True)  # type, strides and offset
+            part = narrow_tensor_by_index(chunk, item.storage_offsets, item.lengths)
+            begin = chunk.untyped_storage()._checkpoint_offset + part.storage_offset() * part.itemsize
+            span = 1 + sum((size - 1) * stride for size, stride in zip(part.shape, part.stride(), strict=True))
+            if begin + span * part.itemsize > stored_at.length:
+                raise ValueError("a chunk extends beyond its stored length")
+            vector = _map_vector(file.fileno(), stored_at.offset + begin, part.dtype, span)
+        return vector.as_strided(part.shape, part.stride())
 
     def _entry(self, name: str) -> TensorStorageMetadata:
         if name not in self.entries:
             raise DataError(
-                f"{self.checkpoint} has no tensor {name}; it is damaged, or of a model that this version does not know"
+                f"{self.checkpoint} has no tensor {name}; it is damaged, or of a model that this version does not support"
             )
         return self.entries[name]
 
 
 def _map_vector(descriptor: int, offset: int, dtype: torch.dtype, length: int) -> torch.Tensor:
-    """[length] of an open file from a byte on. Nothing is copied, and what is written to it does not reach the file.
+    """Map a vector [length] from an open file at a byte offset, without a copy. Writing to it does not change the file.
 
-    Raises ValueError when the file ends before.
+    Raises ValueError if the file is too short.
     """
     before = offset % mmap.ALLOCATIONGRANULARITY
     pages = mmap.mmap(descriptor, before + length * dtype.itemsize, access=mmap.ACCESS_COPY, offset=offset - before)
-    pages.madvise(mmap.MADV_WILLNEED)  # the disk begins, while the tensor before this one is written
+    pages.madvise(mmap.MADV_WILLNEED)  # starts reading from the disk while the previous tensor is written
     return torch.frombuffer(pages, dtype=dtype, count=length, offset=before)

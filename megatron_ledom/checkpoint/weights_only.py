@@ -1,6 +1,6 @@
-"""A checkpoint made of weights alone, written tensor by tensor in one process: where a run of imported weights begins.
+"""Write a checkpoint of imported weights, tensor by tensor in one process. A run starts from it.
 
-The format is the trainer's own, so any layout loads it; there is no optimizer state, and the manifest says so.
+The format is that of training, so any layout can load it. It has no optimizer state, and the manifest records this.
 """
 
 import os
@@ -41,26 +41,26 @@ CONTENT = {"distrib_optim_sharding_type": "fully_reshardable"}
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A tensor to store, or one layer of one that stacks all layers."""
+    """A tensor to store, or one layer of a tensor that stacks all layers."""
 
     name: str
     layer: int | None
     shape: torch.Size
-    """Without the layer axis."""
+    """Shape without the layer axis."""
 
     @property
     def offsets(self) -> torch.Size:
-        """Where it begins in the stored tensor."""
+        """Offsets of its beginning in the stored tensor."""
         return torch.Size([0] * len(self.shape) if self.layer is None else [self.layer, *[0] * len(self.shape)])
 
     @property
     def stored_shape(self) -> torch.Size:
-        """With the layer axis."""
+        """Shape with the layer axis."""
         return self.shape if self.layer is None else torch.Size([1, *self.shape])
 
 
 class _HashedFiles(FileSystem):
-    """torch's, but files of tensors are hashed as they are written; `files` has them by name."""
+    """torch's file system, but files of tensors are hashed while they are written. `files`: name -> file."""
 
     def __init__(self, threads: ThreadPoolExecutor) -> None:
         self._threads = threads
@@ -68,7 +68,7 @@ class _HashedFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[Any]:
-        """The open file."""
+        """Yield the open file."""
         if not str(path).endswith(DEFAULT_SUFFIX):
             with super().create_stream(path, mode) as stream:
                 yield stream
@@ -79,27 +79,27 @@ class _HashedFiles(FileSystem):
 
 
 class _Writer(FileSystemWriter):
-    """torch's, but what it says of itself is read back by a reader that knows no classes of paths."""
+    """torch's writer, but its metadata contains no path objects, which the restricted reader refuses."""
 
     def __init__(self, folder: str, file_system: FileSystem) -> None:
         super().__init__(folder, single_file_per_rank=True, thread_count=1, per_thread_copy_ahead=0, sync_files=False)
         self.fs = file_system
 
     def storage_meta(self) -> StorageMeta:
-        """Where it wrote."""
+        """Return the metadata, with the path as a text."""
         return StorageMeta(checkpoint_id=str(self.path))
 
 
-class _Supply(DefaultSavePlanner):
-    """Gives torch's writer each tensor when its turn has come, and keeps none."""
+class _TensorSource(DefaultSavePlanner):
+    """Gives torch's writer each tensor when it is needed, and stores none."""
 
     def __init__(self, tensors: Iterator[tuple[Piece, torch.Tensor]]) -> None:
-        """`tensors`: in the order in which the writer asks for them."""
+        """`tensors`: in the order in which the writer needs them."""
         super().__init__()
         self._tensors = tensors
 
     def resolve_data(self, write_item: WriteItem) -> Any:
-        """The tensor of one item, with its layer axis."""
+        """Return the tensor of one item, with its layer axis."""
         piece, tensor = next(self._tensors)
         assert (piece.name, piece.offsets) == (write_item.index.fqn, write_item.index.offset), (piece, write_item)
         assert tensor.shape == piece.shape, (piece, tensor.shape)
@@ -114,21 +114,21 @@ def save_weights(
     dtype: torch.dtype,
     max_file_size: int,
 ) -> CheckpointManifest:
-    """Write a checkpoint into the empty `folder`, `read` being asked for one piece after the other; the manifest comes last.
+    """Write a checkpoint into the empty `folder`. `read` is called for one piece after the other; the manifest is written last.
 
-    Files hold at most `max_file_size` bytes unless a piece is larger. Returns the manifest with their sizes and sums.
+    Files have at most `max_file_size` bytes unless a piece is larger. Returns the manifest with their sizes and checksums.
     """
     num_layers = 1 + max((piece.layer for piece in pieces if piece.layer is not None), default=0)
     groups = grouped([(piece, piece.shape.numel() * dtype.itemsize) for piece in pieces], max_file_size)
     plans = [SavePlan([_item(piece, dtype, num_layers) for piece in group]) for group in groups]
     with ThreadPoolExecutor(4) as threads:
-        supply = _Supply(read_ahead(((piece, read(piece)) for piece in pieces), threads))
+        source = _TensorSource(read_ahead(((piece, read(piece)) for piece in pieces), threads))
         file_system = _HashedFiles(threads)
         writer = _Writer(folder, file_system)
         writer.set_up_storage_writer(is_coordinator=True)
         plans = writer.prepare_global_plan([writer.prepare_local_plan(plan) for plan in plans])
         with _without_crc32():
-            results = [_written(writer, plan, supply) for plan in plans]
+            results = [_written(writer, plan, source) for plan in plans]
         files = {name: file.sums() for name, file in file_system.files.items()}
     writer.finish(Metadata(_entries(pieces, dtype, num_layers)), results)
     torch.save({"content_metadata": CONTENT}, os.path.join(folder, "common.pt"))
@@ -141,7 +141,7 @@ def save_weights(
 
 @contextmanager
 def _without_crc32() -> Iterator[None]:
-    """Inside, torch writes no CRC-32 beside a tensor, which it never reads again; the manifest has the file's sha256."""
+    """Let torch write no CRC-32, which it never checks; the manifest has the sha256 of each file."""
     before = get_crc32_options()
     set_crc32_options(False)
     try:
@@ -150,16 +150,19 @@ def _without_crc32() -> Iterator[None]:
         set_crc32_options(before)
 
 
-def _written(writer: _Writer, plan: SavePlan, supply: _Supply) -> Any:
-    """torch's record of every tensor in a file. Raises the disk's own error, which torch hides behind another."""
+def _written(writer: _Writer, plan: SavePlan, source: _TensorSource) -> Any:
+    """Return torch's record of every tensor in a file. Raises the original error of the disk, which torch wraps."""
     try:
-        return writer.write_data(plan, supply).wait()
+        return writer.write_data(plan, source).wait()
     except RuntimeError as error:
         raise first_cause(error) from error
 
 
 def grouped(pieces: Sequence[tuple[Thing, int]], max_size: int) -> list[list[Thing]]:
-    """Things with their bytes, in their order, in as few groups of at most `max_size` bytes as that allows; a larger one is alone."""
+    """Group things, given with their bytes, in order, into as few groups as possible.
+
+    A group has at most `max_size` bytes; a larger thing is alone in its group.
+    """
     groups: list[list[Thing]] = [[]]
     size = 0
     for piece, num_bytes in pieces:

@@ -1,9 +1,9 @@
-"""Write one checkpoint to the disk while training goes on.
+"""Write one checkpoint to the disk while training continues.
 
-Each rank forks a process that holds the state as it was at that moment and writes this rank's share of it; megatron-core
-plans the shares and waits for the processes. When all ranks' have ended well, the first rank writes what names the parts,
-then the manifest with every file's size and sha256, renames the folder, lets `latest` name it, and retires what is
-outdated. Whatever fails on one rank is an error with its cause on every rank, and the checkpoints before stay as they were.
+Each rank forks a process, which has a copy of the current state and writes the rank's part of it. megatron-core assigns the
+parts and waits for the processes. When all have succeeded, the first rank writes the list of all tensors and the manifest with
+size and sha256 of every file, renames the folder, updates `latest`, and deletes outdated checkpoints. If one rank fails, all
+ranks raise an error with the cause, and the earlier checkpoints do not change.
 """
 
 import gc
@@ -51,7 +51,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class RankFiles:
-    """The files of one rank: megatron-core's record of what it wrote, and their sums."""
+    """The files that one rank wrote: megatron-core's record of their tensors, and their sizes and checksums."""
 
     results: list[Any]
     files: FileSums
@@ -59,48 +59,48 @@ class RankFiles:
 
 @dataclass(slots=True)
 class _Pending:
-    """A save that has begun."""
+    """A save that was started."""
 
     manifest: CheckpointManifest
     part: str
     storage: FileSystemWriterAsync
     metadata: Any
-    """megatron-core's plan of all tensors, on the first rank."""
+    """megatron-core's list of all tensors, on the first rank."""
     results: SaveResults
     process: Any = None
-    """The writer process; None when written in this one."""
+    """The writer process; None if this process writes."""
 
     def outcome(self) -> RankFiles | LedomError:
-        """This rank's share, or what went wrong with it, once its writer has ended."""
+        """Return the files of this rank, or the error, after its writer has ended."""
         try:
             outcome: RankFiles | LedomError = self.results.get_nowait()
         except queue.Empty:
             code = None if self.process is None else self.process.exitcode
             how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with code {code}"
             return TransientError(
-                f"the process that wrote its share of {self.part} {how}; often memory ran out: the host needs room for a copy"
-                " of the state"
+                f"the process that wrote this rank's part of {self.part} {how}; often memory ran out: the host needs memory for a"
+                " copy of the state"
             )
         return outcome
 
 
 class CheckpointWriter:
-    """Writes a run's checkpoints, one at a time; every method is called on all ranks together."""
+    """Writes the checkpoints of a run, one at a time. All ranks must call each method together."""
 
     def __init__(self, folder: str, settings: CheckpointConfig, replicas: dist.ProcessGroup | None) -> None:
         self.folder, self.settings = folder, settings
         self.replayed: list[int] = []
-        """Iterations whose replay shall stay short: the checkpoint before each is not retired. Of the first rank."""
+        """Iterations to replay: the checkpoint before each is not deleted. Used on the first rank."""
         self._longest_save, self._begun = 0.0, 0.0
         self._calls = AsyncCallsQueue(persistent=False)
         self._strategy = _Strategy("torch_dist", 1, thread_count=1)
-        # ranks that hold the same tensors share the writing of them
+        # ranks with the same tensors divide the writing among them
         self._spread = FullyParallelSaveStrategyWrapper(self._strategy, replicas, do_cache_distribution=True)
 
     def save(self, manifest: CheckpointManifest, state: dict[str, Any], content: dict[str, Any]) -> None:
-        """Begin a checkpoint of the sharded `state` as it is now; without `async_save` also end it.
+        """Start a checkpoint of the current sharded `state`; without `async_save` also complete it.
 
-        Waits for the one before. Raises DataError or TransientError, on every rank, when that or this one cannot be written.
+        Waits for the previous checkpoint first. Raises DataError or TransientError on every rank if either cannot be written.
         """
         self.wait()
         self._begun = time.monotonic()
@@ -131,27 +131,30 @@ class CheckpointWriter:
             request.execute_sync()
 
     def poll(self) -> None:
-        """Finish the pending checkpoint if every rank has written its share; returns at once if not."""
+        """Complete the pending checkpoint if every rank has written its files; otherwise return immediately."""
         self._calls.maybe_finalize_async_calls(blocking=False)
 
     def wait(self) -> None:
-        """Finish the pending checkpoint, however long that takes."""
+        """Wait until the pending checkpoint is complete."""
         self._calls.maybe_finalize_async_calls(blocking=True)
 
     def finish(self) -> None:
-        """Wait, then delete what is in the trash."""
+        """Complete the pending checkpoint, then delete the trash."""
         self.wait()
         if dist.get_rank() == 0:
             sweep(self.folder)
 
     def seconds_to_finish(self) -> float:
-        """Return the seconds that `save` and `finish` would take now: the rest of the pending save and a whole one, as long as the longest so far."""
+        """Return the estimated seconds of `save` and `finish` now: the rest of the pending save and a new one.
+
+        A new save is assumed to take as long as the longest so far.
+        """
         pending = time.monotonic() - self._begun if self._calls.async_calls else 0.0
         whole = max(self._longest_save, pending)
         return whole + (whole - pending if self._calls.async_calls else 0.0)
 
     def _begin(self, name: str, part: str) -> bool:
-        """An empty folder to write into; False when this very checkpoint is finished already."""
+        """Create an empty folder to write into. Return False if this checkpoint already exists."""
         answer: list[Any] = [None, True]
         if dist.get_rank() == 0:
             try:
@@ -169,7 +172,7 @@ class CheckpointWriter:
         return bool(answer[1])
 
     def _finalize(self, pending: _Pending) -> None:
-        """Make the checkpoint one that counts, if all shares are written. Raises on every rank if not, as `save`."""
+        """Publish the checkpoint if all ranks have written their files. Otherwise raises on every rank, as `save`."""
         outcomes: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
         dist.gather_object(pending.outcome(), outcomes, dst=0)
         failure: list[LedomError | None] = [None]
@@ -182,7 +185,7 @@ class CheckpointWriter:
         log.info("saved %s", os.path.join(self.folder, checkpoint_name(pending.manifest.iteration)))
 
     def _publish(self, pending: _Pending, outcomes: list[RankFiles | LedomError]) -> LedomError | None:
-        """The first rank's part of `_finalize`. Returns what went wrong; then what was written is deleted, to give room."""
+        """Do the first rank's part of `_finalize`. After an error, delete the written files and return the error."""
         failures = {f"rank {rank}: ": what for rank, what in enumerate(outcomes) if isinstance(what, LedomError)}
         written = [outcome for outcome in outcomes if isinstance(outcome, RankFiles)]
         if not failures:
@@ -193,28 +196,28 @@ class CheckpointWriter:
                 failures = {"": cannot_write(error, error.filename or pending.part)}
         if failures:
             shutil.rmtree(pending.part, ignore_errors=True)
-            passing = all(isinstance(what, TransientError) for what in failures.values())
+            is_transient = all(isinstance(what, TransientError) for what in failures.values())
             found = "; ".join(f"{who}{what}" for who, what in failures.items())
-            return (TransientError if passing else DataError)(
-                f"checkpoint {pending.manifest.iteration} was not saved, those before it are untouched: {found}"
+            return (TransientError if is_transient else DataError)(
+                f"checkpoint {pending.manifest.iteration} was not saved; the earlier ones are unchanged: {found}"
             )
         self._record(pending.manifest.iteration)
         retire(self.folder, self.settings, self.replayed)
         return None
 
     def _record(self, iteration: int) -> None:
-        """Note beside the folder that the run has a checkpoint: without its checkpoints it must not begin anew."""
+        """Record in the run folder that a checkpoint exists. If all are lost later, the run must not start again at 0."""
         path = os.path.join(os.path.dirname(os.path.abspath(self.folder)), SAVES)
         try:
             append_record(path, {"iteration": iteration, "saved_at": datetime.now(UTC).isoformat(timespec="seconds")})
         except OSError as error:
-            log.warning("%s cannot be written (%s); the checkpoint is saved all the same", path, error.strerror)
+            log.warning("%s cannot be written (%s); the checkpoint itself is saved", path, error.strerror)
 
 
 class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """megatron-core's, which keeps what it has planned where `_finalize` finds it.
+    """megatron-core's strategy, which also stores its list of tensors for `_finalize`.
 
-    Its own way to finish a save leaves the other ranks waiting when the first cannot write.
+    megatron-core's own end of a save lets the other ranks wait forever if the first rank cannot write.
     """
 
     planned: tuple[FileSystemWriterAsync, Any]
@@ -225,7 +228,7 @@ class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
 
 
 def _complete(pending: _Pending, written: list[RankFiles]) -> None:
-    """Write the list of all tensors and the manifest; both are on disk then."""
+    """Write the list of all tensors and the manifest to the disk."""
     part = pending.part
     pending.storage.finish(pending.metadata, [one.results for one in written])
     save_backends(part)
@@ -236,21 +239,22 @@ def _complete(pending: _Pending, written: list[RankFiles]) -> None:
 
 
 def _nothing() -> list[Any]:
-    """The share of a rank whose tensors others write."""
+    """Return no data, for a rank whose tensors other ranks write."""
     return []
 
 
 def _write_files(
     rank: int, buckets: list[Any], results: SaveResults, *, transforms: list[Any], part: str, parent: int | None
 ) -> None:
-    """Write one rank's files and leave its RankFiles, or the reason why not, in `results`. In a forked process if `parent` is set.
+    """Write the files of one rank. Put its RankFiles, or the error, into `results`.
 
-    The first rank's process deletes the trash before: what is written next needs the room, and nobody waits for it.
+    `parent`: id of the parent of a forked process; None without a fork. The first rank deletes the trash before, because the
+    new files need the space.
     """
     if parent is not None:
         leave_signals_to_the_parent()
         die_with_the_parent(parent)
-        gc.disable()  # collecting what belongs to the parent upsets CUDA
+        gc.disable()  # collecting objects of the parent process causes errors in CUDA
     path = part
     try:
         if rank == 0:
@@ -268,7 +272,7 @@ def _write_files(
 
 
 def _write_file(bucket: Any, transforms: list[Any]) -> list[Any]:
-    """One file by megatron-core's writer, fsync included. Returns its record of every tensor in it."""
+    """Write one file with megatron-core's writer and fsync. Returns its record of every tensor in the file."""
     answers: queue.Queue[Any] = queue.Queue()
     counts: queue.Queue[int] = queue.Queue()
     counts.put(0)

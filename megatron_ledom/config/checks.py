@@ -107,8 +107,8 @@ def tensor_parallel(config: RunConfig) -> Problems:
     divisible_by = model.make_vocab_size_divisible_by
     rows = padded_vocab_size(model.vocab_size, divisible_by) if model.vocab_size else divisible_by
     if rows % tensor:
-        known = f"the padded vocabulary of {rows:,} rows"
-        subject = known if model.vocab_size else f"every padded vocabulary, which is a multiple of {divisible_by} rows"
+        padded = f"the padded vocabulary of {rows:,} rows"
+        subject = padded if model.vocab_size else f"every padded vocabulary, which is a multiple of {divisible_by} rows"
         yield (
             f"{key}={tensor} does not divide {subject}; set model.make_vocab_size_divisible_by"
             f" (now {divisible_by}) to a multiple of {tensor}, for example {next_multiple(divisible_by, tensor)}"

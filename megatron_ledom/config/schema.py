@@ -132,8 +132,8 @@ class DataConfig:
     predict the next document from it."""
     loss_tokens: Literal["all", "scored", "scored_and_eod"] = "all"
     """Positions that count in the loss, for pairs from `ledom prepare-pairs`. all: every position. scored: only the
-    tokens that a scorer scores, for a reverse model the prompt given the answer. scored_and_eod: those and the eod after
-    them. Plain text always counts in full."""
+    tokens that a scorer scores, for a reverse model the prompt given the answer. scored_and_eod: those and the eod that
+    follows them in model order. Plain text always counts in full."""
     reset_attention_mask: bool = False
     """Prevent attention between the documents of one sample. Not with Transformer Engine."""
     reset_position_ids: bool = False
@@ -226,9 +226,9 @@ class OptimizerSettings:
     lr_wsd_decay_iters: Positive | None = None
     """Number of iterations of the final decay of WSD. WSD needs it, other styles refuse it."""
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = "exponential"
-    """Shape of the final decay of WSD."""
+    """Shape of the final decay of WSD: exponential, linear, cosine or minus_sqrt."""
     weight_decay: NotNegativeFloat = 0.1
-    """Decoupled weight decay of the matrices."""
+    """Coefficient of the decoupled weight decay of the matrices; 0 switches it off."""
     adam_beta1: Fraction = 0.9
     """Decay rate of the running mean of the gradient, 0 or more and below 1."""
     adam_beta2: Fraction = 0.95
@@ -259,7 +259,7 @@ class TrainConfig:
     """Number of global batches evaluated from each validation or test set, or fewer if the set is smaller."""
     tasks: list[str] = field(default_factory=list)
     """Multiple-choice tasks of `ledom evaluate` to evaluate during training, by name. The metrics equal those of the
-    exported model. Tasks that write text need the exported model."""
+    exported model. Tasks in which the model writes text are refused; evaluate them with the exported model."""
     task_data: str | None = None
     """Folder of the task files; `ledom evaluate --list` names them. Needed with tasks."""
     task_interval: Positive = 1000
@@ -267,7 +267,7 @@ class TrainConfig:
     task_limit: Positive | None = None
     """Evaluate only this many items of each task, from its beginning. Default: all items."""
     task_num_fewshot: NotNegative = 0
-    """Number of demonstrations before each item."""
+    """Number of solved examples in the prompt of each item (few-shot)."""
     z_loss_coeff: NotNegativeFloat = 0.0
     """Weight of (log Z)^2 in the loss of each token, which keeps logits from drifting. 0 switches it off; PaLM used 1e-4."""
     exit_interval: Positive | None = None
@@ -306,7 +306,7 @@ class TrainConfig:
 
 @dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """Rhythm and retention of checkpoints, which are always in checkpoints/ in the run folder."""
+    """Intervals and retention of checkpoints, which are always in checkpoints/ in the run folder."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
 

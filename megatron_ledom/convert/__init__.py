@@ -1,4 +1,4 @@
-"""Checkpoints to Hugging Face folders and back, through the logits gate."""
+"""Convert checkpoints to Hugging Face folders and back, with a parity check of the logits."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The cards of a converted folder: the model card, written from the run's own files, and the record of how it was verified."""
+"""The cards of a converted folder: the model card, from the files of the run, and the verification card."""
 
 import json
 import os
@@ -21,16 +21,16 @@ PAPER = "[LEDOM](https://arxiv.org/abs/2507.01335)"
 
 ABOUT = {
     Direction.REVERSE: f"""This is a **reverse language model**: it was trained from right to left and predicts the token *before* a
-text, P(x) = prod_t P(x_t | x_(t+1..T)), as in {PAPER}. It writes what came before a text, and scores how well a question follows
-from an answer (Reverse Reward).""",
-    Direction.FORWARD: f"""This is a forward language model, trained from left to right like any other; the twin of a reverse model
-in the comparisons of {PAPER}.""",
+text, P(x) = prod_t P(x_t | x_(t+1..T)), as in {PAPER}. It generates the text that precedes a given text, and scores a question
+given its answer (Reverse Reward).""",
+    Direction.FORWARD: f"""This is a forward language model, trained from left to right like any other. It is the twin of a reverse
+model, for comparisons as in {PAPER}.""",
 }
 
 USE = {
-    Direction.REVERSE: """## How to feed it
+    Direction.REVERSE: """## How to use it
 
-With `megatron_ledom`, which turns ids around for you; texts are in reading order everywhere:
+With `megatron_ledom`, which reverses the ids for you; all texts are in reading order:
 
 ```python
 from megatron_ledom.inference import ReverseLM
@@ -40,7 +40,7 @@ print(model.generate_preceding("and so it ends.", max_new_tokens=20)[0].text)
 print(model.log_likelihood("The question?", " The answer.").logprob)
 ```
 
-With transformers alone, turn the ids before and after:
+With transformers alone, reverse the ids before and after:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -52,9 +52,9 @@ written = model.generate(ids.flip(1), max_new_tokens=20, do_sample=False)
 print(tokenizer.decode(written[0].flip(0), skip_special_tokens=True))
 ```
 
-**The trap:** given ids in text order the model answers without an error, and what it says is nonsense. Chat templates, `pipeline`
-and serving engines give text order. Do not add BOS: the model has never seen one. To score a part of a text, encode the whole
-text once and cut the ids; encoded apart, the parts have other ids.""",
+**Warning:** if the ids are in text order, the model raises no error but its output is nonsense. Chat templates, `pipeline` and
+serving engines use text order. Do not add BOS: the model was not trained with one. To score a part of a text, encode the whole
+text once and split the ids; parts that are encoded separately have other ids.""",
     Direction.FORWARD: """## How to use it
 
 ```python
@@ -73,19 +73,19 @@ ids = tokenizer("It begins with", add_special_tokens=False, return_tensors="pt")
 print(tokenizer.decode(model.generate(ids, max_new_tokens=20, do_sample=False)[0], skip_special_tokens=True))
 ```
 
-Do not add BOS: the model has never seen one.""",
+Do not add BOS: the model was not trained with one.""",
 }
 
 LIMITS = """## Intended use and limits
 
-Research on language models of either direction. It is a base model: it was not taught to follow instructions or to refuse, it may
-write what is false or harmful, and it knows what its training text says, with all of that text's faults."""
+The model is meant for research on language models of either direction. It is a base model: it was not trained to follow
+instructions or to refuse them. It may generate false or harmful text, and it repeats the errors and biases of its training text."""
 
 
 def write_model_card(
     folder: str, name: str, checkpoint: str, manifest: CheckpointManifest, hf_config: PreTrainedConfig, is_verified: bool
 ) -> None:
-    """Write README.md for the model `name` into an export's `folder`."""
+    """Write README.md, the model card of the model `name`, into the `folder` of an export."""
     config, direction = manifest.run_config(checkpoint), manifest.provenance.direction
     data = ModelCardData(
         library_name="transformers",
@@ -94,16 +94,16 @@ def write_model_card(
         model_name=name,
     )
     verified = (
-        "The export was compared with the trained model, logit by logit: see [VERIFICATION.md](VERIFICATION.md)."
+        "The logits of this export were compared with those of the trained model: see [VERIFICATION.md](VERIFICATION.md)."
         if is_verified
-        else "**Nobody has compared this export with the trained model** (it was made with `--no-verify`)."
+        else "**This export was not compared with the trained model** (it was made with `--no-verify`)."
     )
     parts = [
         f"---\n{data.to_yaml()}\n---",
         f"# {name}",
         ABOUT[direction],
         _facts(config, manifest, hf_config),
-        f"{USE[direction]}\n\n`folder` is the folder or repository of this file. Generation ends with the id {manifest.provenance.eod_id}.",
+        f"{USE[direction]}\n\n`folder` is the folder or repository of this file. Generation ends at the id {manifest.provenance.eod_id}.",
         _training(config, manifest),
         _losses(checkpoint, manifest.iteration),
         LIMITS,
@@ -137,7 +137,7 @@ def _facts(config: RunConfig, manifest: CheckpointManifest, hf_config: PreTraine
 def _training(config: RunConfig, manifest: CheckpointManifest) -> str:
     optimizer, train = config.optimizer, config.train
     if manifest.weights_only:
-        return "## Training\n\nThe weights were imported from another model; no step was trained here."
+        return "## Training\n\nThe weights were imported from another model and were not trained further."
     recipe = {
         "tokens": f"{manifest.consumed_train_tokens:,} in {manifest.iteration:,} iterations",
         "batch": f"{train.global_batch_size:,} samples of {config.data.seq_length:,} tokens",
@@ -147,31 +147,31 @@ def _training(config: RunConfig, manifest: CheckpointManifest) -> str:
         "weights": WEIGHTS[config.model.params_dtype],
         "seed": train.seed,
     }
-    rows = [["share of the samples", "text", "sha256 of the ids"]]
+    rows = [["fraction of the samples", "text", "sha256 of the ids"]]
     rows += [
-        [f"{share:.4g}", os.path.basename(str(prefix)), bin_sha256[:12]]
-        for share, bin_sha256, *_, prefix in manifest.train_shards
+        [f"{fraction:.4g}", os.path.basename(str(prefix)), bin_sha256[:12]]
+        for fraction, bin_sha256, *_, prefix in manifest.train_shards
     ]
     return "\n\n".join(["## Training", _table(recipe), markdown_table(rows)])
 
 
 def _losses(checkpoint: str, iteration: int) -> str:
-    """Return the last losses that the run recorded up to the checkpoint; empty where there are none."""
+    """Return the section of the last losses that the run recorded up to the checkpoint; empty without any."""
     path = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(checkpoint))), METRICS)
     rows: dict[str, str] = {}
     for record in read_records(path, has_iteration):
         if record["iteration"] > iteration:
             break
         if record.get("lm_loss") is not None:
-            rows["training loss"] = f"{record['lm_loss']:.4f} nats a token, at iteration {record['iteration']:,}"
+            rows["training loss"] = f"{record['lm_loss']:.4f} nats per token, at iteration {record['iteration']:,}"
         for name, found in {**record.get("validation", {}), **record.get("test", {})}.items():
             if found["lm_loss"] is not None:
-                rows[f"on {name}"] = f"{found['lm_loss']:.4f} nats a token, {found['bits_per_byte']:.4f} bits a byte"
+                rows[f"on {name}"] = f"{found['lm_loss']:.4f} nats per token, {found['bits_per_byte']:.4f} bits per byte"
     return f"## Losses\n\n{_table(rows)}" if rows else ""
 
 
 def write_verification_card(folder: str, name: str, card: dict[str, Any]) -> None:
-    """Write how a conversion was verified: `name` as JSON, VERIFICATION.md for people."""
+    """Write how a conversion was verified: `name` as JSON, and VERIFICATION.md for people."""
     Path(folder, name).write_text(json.dumps(card, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     parts = ["# How this conversion was verified", *_verified(card["verification"])]
     shown = {key: value for key, value in card.items() if isinstance(value, str | int | float | None)}
@@ -180,17 +180,19 @@ def write_verification_card(folder: str, name: str, card: dict[str, Any]) -> Non
     Path(folder, "VERIFICATION.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 
 
-def _verified(gate: dict[str, Any] | None) -> list[str]:
-    """Return what the logits gate compared, and a table of its figures."""
-    if gate is None:
-        return ["**It was not**: the logits gate was skipped with `--no-verify`. Nobody has compared what both models compute."]
-    told = (
-        f"Logits of the megatron-core model and of stock transformers were compared {gate['how'].replace('_', ' ')} at"
-        f" {gate['positions']} positions of fixed and random ids."
+def _verified(check: dict[str, Any] | None) -> list[str]:
+    """Return what the parity check compared, and a table of its results."""
+    if check is None:
+        return [
+            "**It was not verified**: `--no-verify` skipped the parity check. The logits of the two models were not compared."
+        ]
+    summary = (
+        f"The logits of the megatron-core model and of stock transformers were compared ({check['how'].replace('_', ' ')}) at"
+        f" {check['positions']} positions of fixed and random ids."
     )
-    limits = gate["limits"]
-    largest = [f"{gate['largest_logit_difference']:.3g}", f"{limits['largest_logit_difference']:g}"]
-    rows = [["figure", "value", "limit"], ["largest difference of a logit, fp32", *largest]]
-    for key, value in (gate["bf16"] or {}).items():
+    limits = check["limits"]
+    largest = [f"{check['largest_logit_difference']:.3g}", f"{limits['largest_logit_difference']:g}"]
+    rows = [["measurement", "value", "limit"], ["largest difference of a logit, fp32", *largest]]
+    for key, value in (check["bf16"] or {}).items():
         rows.append([f"{key.replace('_', ' ')}, bf16", f"{value:.6g}", f"{limits.get(key, 'none')}"])
-    return [told, markdown_table(rows)]
+    return [summary, markdown_table(rows)]

@@ -1,7 +1,7 @@
-"""The megatron-core model of a checkpoint, whole, or one layer at a time, each weight found by the name that megatron-core gives it.
+"""The megatron-core model of a checkpoint, for the parity check: the whole model, or one layer at a time.
 
-It never goes by the rules of the conversion, so that a fault in them shows. Shape letters: B batch, S sequence,
-h hidden, V vocabulary.
+Weights are found by the names of megatron-core, without the rules of the conversion, so that the check can find errors in the
+rules. Shape letters: B batch, S sequence, h hidden, V vocabulary.
 """
 
 from collections.abc import Iterator
@@ -27,7 +27,7 @@ FP32 = torch.float32
 
 
 class CoreSide:
-    """The stages of the core model; made by `core_side`."""
+    """The stages of the megatron-core model. Use `core_side` to get one."""
 
     def __init__(
         self, checkpoint: str, config: RunConfig, vocab_size: int, groups: ParallelGroups, dtype: torch.dtype, whole: bool
@@ -50,13 +50,13 @@ class CoreSide:
             self.model.decoder.layers[0].to("meta")
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [B, S] -> logits [B, S, V] by the model's own forward pass; a whole model only."""
+        """Return the logits [B, S, V] of ids [B, S] by the forward pass of the whole model."""
         positions = torch.arange(ids.shape[1]).expand_as(ids)
         logits = self.model(ids.to(self._device), positions.to(self._device), None)[:, :, : self.vocab_size]
         return torch.as_tensor(logits).float().cpu()
 
     def embed(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [B, S] -> hidden [B, S, h]."""
+        """Return the embeddings [B, S, h] of ids [B, S]."""
         if self.whole:
             embedding = self.model.embedding.word_embeddings.weight
             return torch.as_tensor(embedding.detach()[ids.to(self._device)]).cpu()
@@ -68,7 +68,7 @@ class CoreSide:
 
     @contextmanager
     def layer(self, index: int) -> Iterator[Any]:
-        """The TransformerLayer with its weights; held no longer than the context."""
+        """Yield the TransformerLayer with its weights, which are freed at the end of the context."""
         if self.whole:
             yield self.model.decoder.layers[index]
             return
@@ -82,20 +82,20 @@ class CoreSide:
         layer.to("meta")
 
     def run_layer(self, layer: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [B, S, h] through one layer of `layer`."""
+        """Return hidden [B, S, h] after one layer of `layer`."""
         rotary = self.model.rotary_pos_emb(hidden.shape[1])
         after, _ = layer(hidden.transpose(0, 1).contiguous().to(self._device), attention_mask=None, rotary_pos_emb=rotary)
         return torch.as_tensor(after).transpose(0, 1).cpu()
 
     def final_norm(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [B, S, h] -> the same shape."""
+        """Return hidden [B, S, h] after the final norm."""
         norm = self.model.decoder.final_layernorm
         if not self.whole:
             self._stored.fill(norm.weight.data, "decoder.final_layernorm.weight")
         return torch.as_tensor(norm(hidden.to(self._device))).detach().cpu()
 
     def head(self, normed: torch.Tensor) -> torch.Tensor:
-        """hidden behind the final norm [B, S, h] -> logits [B, S, V]."""
+        """Return the logits [B, S, V] of hidden states after the final norm [B, S, h]."""
         if self.whole:
             weight = self.model.shared_embedding_or_output_weight() if self.tied else self.model.output_layer.weight
             return torch.nn.functional.linear(normed.to(self._device), weight)[..., : self.vocab_size].float().cpu()
@@ -104,7 +104,7 @@ class CoreSide:
         return torch.cat(parts, -1)[..., : self.vocab_size]
 
     def _blocks(self, key: str) -> Iterator[tuple[int, torch.Tensor]]:
-        """(first row, rows) of a matrix over the vocabulary, one block after the other."""
+        """Yield (first row, rows) of a matrix over the vocabulary, block by block."""
         step = max(1, BLOCK_ELEMENTS // self.hidden_size)
         for start in range(0, self.padded_vocab, step):
             rows = torch.empty(min(step, self.padded_vocab - start), self.hidden_size, dtype=self.dtype)
@@ -116,7 +116,7 @@ class CoreSide:
 def core_side(
     checkpoint: str, manifest: CheckpointManifest, *, dtype: torch.dtype = FP32, whole: bool = True
 ) -> Iterator[CoreSide]:
-    """The model of a checkpoint of any layout in this process, no gradients; its process group ends with the context."""
+    """Yield the model of a checkpoint of any layout, without gradients. Its process group ends with the context."""
     trained = manifest.run_config(checkpoint)
     config = replace(
         trained,

@@ -1,6 +1,7 @@
-"""Find where two models that should be equal differ: the first layer, the first tensor in it, and the mistake that explains it.
+"""Find where two models that should be equal differ: the first layer, the first tensor in it, and the likely cause.
 
-Both get the same hidden states, so what differs first is what is wrong. B batch, S sequence, w the tensor's width.
+Both models get the same hidden states, so the first tensor that differs has the error. Shape letters: B batch, S sequence, w
+width of the tensor.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     from megatron_ledom.convert.core_side import CoreSide
 
 EQUAL = 1e-3
-"""Of the largest value: what rounding does to one layer is far below, what a wrong weight does above."""
+"""Limit, as a fraction of the largest value. Rounding changes one layer far less, a wrong weight more."""
 SEARCHED_WIDTH = 8192
-"""Widest tensor whose columns are searched for a permutation."""
+"""Largest width at which the columns of a tensor are searched for a permutation."""
 WEIGHTS = {
     "input norm": "input_layernorm.weight",
     "queries": "self_attn.q_proj",
@@ -32,7 +33,7 @@ WEIGHTS = {
     "up": "mlp.up_proj.weight",
     "down projection": "mlp.down_proj.weight",
 }
-"""What is compared in a layer, in the order of computing -> the weight that makes it."""
+"""Tensors that are compared in a layer, in the order of the computation -> the weight that produces each."""
 EXCHANGED = {
     frozenset(("keys", "values")): "QKV order",
     frozenset(("queries", "keys")): "QKV order",
@@ -44,32 +45,32 @@ Taps = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """Embedding, a layer or the head: where both models are compared."""
+    """One comparison of both models: of the embedding, a layer or the head."""
 
     name: str
     index: int | None
-    """Of a layer."""
+    """Index of a layer; None for embedding and head."""
     before: torch.Tensor
-    """The core model's hidden states before it [B, S, h]; ids [B, S] before the embedding."""
+    """Input of the stage in the core model: hidden states [B, S, h], or ids [B, S] of the embedding."""
     difference: float
-    """Largest, in units of the largest value."""
+    """Largest difference, as a fraction of the largest value."""
 
 
 def relative_difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest absolute difference over the largest expected value; infinite where something is not a number."""
+    """Return the largest absolute difference divided by the largest expected value; infinity if a value is not a number."""
     difference = float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp_min(1e-30))
     return difference if difference == difference else float("inf")
 
 
 def are_equal(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return True if they differ by rounding only."""
+    """Return True if two tensors differ by rounding only."""
     return found.shape == expected.shape and relative_difference(found, expected) <= EQUAL
 
 
 def walk(core: "CoreSide", stock: StockSide, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[Stage]]:
-    """Return both models' logits [B, S, V] of ids [B, S], core's first, and how they differ from stage to stage.
+    """Return the logits [B, S, V] of ids [B, S] by the core and the stock model, and the differences of their stages.
 
-    Of the stages' hidden states only those of the first that differs, and of the last, are kept.
+    To save memory, only the first stage that differs and the last stages are returned.
     """
     hidden, other = core.embed(ids), stock.embed(ids)
     stages = [Stage("the embedding", None, ids, relative_difference(other, hidden))]
@@ -90,13 +91,13 @@ def walk(core: "CoreSide", stock: StockSide, ids: torch.Tensor) -> tuple[torch.T
 
 
 def explain(core: "CoreSide", stock: StockSide, stages: list[Stage]) -> str:
-    """Return the first stage that differs, the weight in it, and the likely cause, in words."""
+    """Return a text with the first stage that differs, the weight in it and the likely cause."""
     stage = next((stage for stage in stages if stage.difference > EQUAL), max(stages, key=lambda stage: stage.difference))
     if stage.name == "the embedding":
         cause = _cause("embedding", {"embedding": stock.embed(stage.before)}, {"embedding": core.embed(stage.before)}, 0)
         return f"the first difference is in the embedding (model.embed_tokens.weight): {cause}"
     if stage.index is None:
-        return f"the first difference is behind the layers: {_explain_head(core, stock, stage.before)}"
+        return f"the first difference is after the layers: {_explain_head(core, stock, stage.before)}"
     with core.layer(stage.index) as layer:
         expected = core_taps(core, layer, stage.before)
     with stock.layer(stage.index) as layer:
@@ -109,16 +110,16 @@ def explain(core: "CoreSide", stock: StockSide, stages: list[Stage]) -> str:
 
 
 def core_taps(core: "CoreSide", layer: Any, hidden: torch.Tensor) -> Taps:
-    """Return the tensors inside a core layer, as WEIGHTS names them, each [B, S, w]."""
+    """Return the tensors of a core layer by their names in WEIGHTS, each [B, S, w]."""
     attention, mlp = layer.self_attention, layer.mlp
-    places = {
+    modules = {
         "input norm": layer.input_layernorm,
         "output projection": attention.linear_proj,
         "post-attention norm": layer.pre_mlp_layernorm,
         "gate and up": mlp.linear_fc1,
         "down projection": mlp.linear_fc2,
     }
-    with _recording(places) as (outputs, inputs):
+    with _recording(modules) as (outputs, inputs):
         core.run_layer(layer, hidden)
     query, key, value = attention.get_query_key_value_tensors(outputs["input norm"])
     taps = {name: output for name, output in outputs.items() if name != "gate and up"}
@@ -129,7 +130,7 @@ def core_taps(core: "CoreSide", layer: Any, hidden: torch.Tensor) -> Taps:
 
 
 def stock_taps(stock: StockSide, layer: Any, hidden: torch.Tensor) -> tuple[Taps, dict[str, tuple[torch.Tensor, Any]]]:
-    """Return the same of a stock layer; and (input, projection) of each tap that a projection makes."""
+    """Return the same of a stock layer, and (input, projection) of each tensor that a projection produces."""
     attention, mlp = layer.self_attn, layer.mlp
     projections = {
         "queries": attention.q_proj,
@@ -148,26 +149,26 @@ def stock_taps(stock: StockSide, layer: Any, hidden: torch.Tensor) -> tuple[Taps
     for name, norm in normed.items():
         if norm is not None:
             taps[name] = norm(taps[name].view(*taps[name].shape[:2], -1, norm.weight.shape[0])).flatten(-2)
-    made = {name: (inputs[name], module) for name, module in projections.items() if normed.get(name) is None}
-    return {name: tap.float() for name, tap in taps.items()}, made
+    produced = {name: (inputs[name], module) for name, module in projections.items() if normed.get(name) is None}
+    return {name: tap.float() for name, tap in taps.items()}, produced
 
 
 @contextmanager
-def _recording(places: Mapping[str, Any]) -> Iterator[tuple[Taps, Taps]]:
-    """Yield (outputs, inputs) of modules, by name, filled while they run."""
+def _recording(modules: Mapping[str, Any]) -> Iterator[tuple[Taps, Taps]]:
+    """Yield (outputs, inputs) of modules by name, filled while they run."""
     outputs: Taps = {}
     inputs: Taps = {}
 
     def keep(name: str) -> Any:
-        """The hook of one module."""
+        """Return the hook of one module."""
 
         def hook(module: Any, arguments: Any, output: Any) -> None:
-            outputs[name] = (output[0] if isinstance(output, tuple) else output).clone()  # what follows may add in place
+            outputs[name] = (output[0] if isinstance(output, tuple) else output).clone()  # later modules may add in place
             inputs[name] = arguments[0].clone() if arguments else outputs[name]
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in places.items()]
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
     try:
         yield outputs, inputs
     finally:
@@ -180,47 +181,47 @@ def _head_width(stock: StockSide) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def _transposed(made: tuple[torch.Tensor, Any] | None, expected: torch.Tensor) -> bool:
-    if made is None or made[1].weight.shape[0] != made[1].weight.shape[1]:
+def _transposed(produced: tuple[torch.Tensor, Any] | None, expected: torch.Tensor) -> bool:
+    if produced is None or produced[1].weight.shape[0] != produced[1].weight.shape[1]:
         return False
-    return are_equal(linear(made[0], made[1].weight.T, made[1].bias), expected)
+    return are_equal(linear(produced[0], produced[1].weight.T, produced[1].bias), expected)
 
 
 def _cause(name: str, found: Taps, expected: Taps, head: int) -> str:
-    """Return the mistake that turns the expected tensor into the found one; `head` is the width of one, 0 where there are none."""
+    """Return the mistake that produces the found tensor from the expected one. `head`: width of a head, or 0."""
     ours, theirs = found[name], expected[name]
     if ours.shape != theirs.shape:
         return f"its width is {ours.shape[-1]}, expected {theirs.shape[-1]}"
     if name == "attention":
-        return "rotary layout, base or scaling: queries, keys and values agree before they are turned"
+        return "rotary layout, base or scaling: queries, keys and values agree before the rotation"
     scale = float((ours * theirs).sum() / theirs.square().sum())
     if are_equal(ours, scale * theirs):
         return (
-            f"norm eps, or the weight, makes it {scale:.5g} times what it should be"
+            f"norm eps, or the weight, makes it {scale:.5g} times the expected value"
             if "norm" in name
-            else (f"the weight is scaled, the result is {scale:.5g} times what it should be")
+            else (f"the weight is scaled: the result is {scale:.5g} times the expected value")
         )
     if "norm" in name and are_equal(ours, ours.mul(theirs).sum(-1, True) / theirs.square().sum(-1, True) * theirs):
-        return "norm eps: each position is off by a factor of its own"
+        return "norm eps: each position is scaled by a different factor"
     for other, tensor in expected.items():
         if other != name and are_equal(ours, tensor):
-            return f"{EXCHANGED.get(frozenset((name, other)), 'order of the weights')}: it is what the {other} should be"
+            return f"{EXCHANGED.get(frozenset((name, other)), 'order of the weights')}: it equals the expected {other}"
     return _permutation(ours.flatten(0, 1), theirs.flatten(0, 1), head if name in ("queries", "keys", "values") else 0)
 
 
 def _permutation(found: torch.Tensor, expected: torch.Tensor, head: int) -> str:
-    """Return what order the columns of found [n, w] have, if they are those of expected."""
-    other = "the weight has other numbers: it is another tensor's, or damaged"
+    """Return how the columns of found [n, w] are ordered, if they are those of expected."""
+    other = "the weight has other values: those of another tensor, or it is damaged"
     width = found.shape[1]
     if width > SEARCHED_WIDTH:
         return other
     likeness = torch.nn.functional.normalize(found, dim=0).T @ torch.nn.functional.normalize(expected, dim=0)
-    source, place = likeness.argmax(1), torch.arange(width)
+    source, position = likeness.argmax(1), torch.arange(width)
     if not are_equal(found, expected[:, source]):
         return other
-    if head and torch.equal(source // head, place // head):
+    if head and torch.equal(source // head, position // head):
         return "rotary layout: the rows of each head are in another order"
-    if head and torch.equal(source % head, place % head):
+    if head and torch.equal(source % head, position % head):
         return "QKV order: the heads are in another order"
     return "QKV order: the rows of several heads are mixed" if head else "the rows are in another order"
 
@@ -232,11 +233,11 @@ def _explain_head(core: "CoreSide", stock: StockSide, hidden: torch.Tensor) -> s
         return f"at the final norm (model.norm.weight): {cause}"
     wanted, logits, embedded = core.head(expected), stock.head(expected), stock.embedding_as_head(expected)
     if are_equal(logits, wanted):
-        return "no stage differs by itself, so small differences add up: precision, or norm eps"
+        return "no single stage differs, so small differences add up: precision, or norm eps"
     if are_equal(embedded, wanted):
-        return "at the output layer (lm_head.weight), tied head: the trained model's is its embedding, the folder's is not"
+        return "at the output layer (lm_head.weight), tied head: the embedding in the trained model, but not in the folder"
     if are_equal(embedded, logits):
-        return "at the output layer (lm_head.weight), tied head: the folder's is its embedding, the trained model's is not"
+        return "at the output layer (lm_head.weight), tied head: the embedding in the folder, but not in the trained model"
     cause = _cause("output layer", {"output layer": logits}, {"output layer": wanted}, 0)
     if "rows" in cause:
         cause = f"vocabulary padding or order: {cause}"

@@ -1,4 +1,4 @@
-"""The Hugging Face spelling of a model, both ways: config.json and generation_config.json. The only file with these names."""
+"""Convert model configs to and from Hugging Face: config.json and generation_config.json. Only this module uses their keys."""
 
 import json
 import os
@@ -26,22 +26,22 @@ from megatron_ledom.tokenizers.json_objects import read_object
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """A stock architecture and what it has."""
+    """A stock architecture and its features."""
 
     name: str
     config: type[PreTrainedConfig]
     add_qkv_bias: bool = False
     qk_layernorm: bool = False
     any_width: bool = True
-    """hidden_size need not be a multiple of the number of heads."""
+    """True if hidden_size need not be a multiple of the number of heads."""
     fixed: tuple[tuple[str, Any], ...] = ()
-    """What its config.json says besides, so that the model is ours."""
+    """Further values of its config.json with which it computes the same as our model."""
 
     def misfits(self, model: ModelConfig) -> list[str]:
-        """What of the model it does not have, or has to have and the model has not."""
+        """Return the features that only the model or only the architecture has."""
         words = [
-            f"{'has' if getattr(self, key) else 'has no'} {what} (model.{key}={str(getattr(model, key)).lower()})"
-            for key, what in (
+            f"{'has a' if getattr(self, key) else 'has no'} {feature} (model.{key}={str(getattr(model, key)).lower()})"
+            for key, feature in (
                 ("add_qkv_bias", "bias on queries, keys and values"),
                 ("qk_layernorm", "norm of queries and keys"),
             )
@@ -49,7 +49,7 @@ class Architecture:
         ]
         if not self.any_width and model.hidden_size % model.num_attention_heads:
             heads = f"model.num_attention_heads={model.num_attention_heads}"
-            words.append(f"wants model.hidden_size={model.hidden_size} to be a multiple of {heads}")
+            words.append(f"needs model.hidden_size={model.hidden_size} to be a multiple of {heads}")
         return words
 
 
@@ -64,7 +64,7 @@ ARCHITECTURES = (
         fixed=(("attention_bias", False), ("use_sliding_window", False)),
     ),
 )
-"""In order of preference: the first that fits is taken."""
+"""The architectures in order of preference: the first that fits is used."""
 KNOWN_TYPES = {architecture.config.model_type: architecture.name for architecture in ARCHITECTURES}
 """model_type of config.json -> the architecture."""
 ROPE_KEYS = {
@@ -83,7 +83,7 @@ ROPE_KEYS = {
         "original_max_position": "original_max_position_embeddings",
     },
 }
-"""Kind of rotary scaling -> key of model.rope_scaling_... -> its name in rope_parameters."""
+"""Type of rotary scaling -> key of model.rope_scaling_... -> its name in rope_parameters."""
 
 
 SIZES = (
@@ -95,25 +95,28 @@ SIZES = (
     "max_position_embeddings",
     "vocab_size",
 )
-"""Keys of config.json that are whole numbers above 0."""
+"""Keys of config.json that must be whole numbers of at least 1."""
 
 
 def choose_architecture(model: ModelConfig, name: str | None = None) -> Architecture:
-    """The stock architecture that computes what the model computes; with `name`, that one. Raises MismatchError if none does."""
+    """Return the first stock architecture that computes the same as the model, or the one called `name`.
+
+    Raises MismatchError if the model does not fit.
+    """
     if name is not None and name not in [architecture.name for architecture in ARCHITECTURES]:
-        raise UsageError(f"--architecture {name} is not known; it can be one of {', '.join(a.name for a in ARCHITECTURES)}")
-    asked = [architecture for architecture in ARCHITECTURES if name in (None, architecture.name)]
-    for architecture in asked:
+        raise UsageError(f"--architecture {name} is unknown; choose one of {', '.join(a.name for a in ARCHITECTURES)}")
+    allowed = [architecture for architecture in ARCHITECTURES if name in (None, architecture.name)]
+    for architecture in allowed:
         if not architecture.misfits(model):
             return architecture
-    reasons = "; ".join(f"{architecture.name} {', '.join(architecture.misfits(model))}" for architecture in asked)
-    raise MismatchError(f"the model has no stock Hugging Face architecture: {reasons}; it can be trained, but not exported")
+    reasons = "; ".join(f"{architecture.name} {', '.join(architecture.misfits(model))}" for architecture in allowed)
+    raise MismatchError(f"the model has no stock Hugging Face architecture: {reasons}; it can be trained but not exported")
 
 
 def build_hf_config(config: RunConfig, provenance: Provenance, architecture: str | None = None) -> PreTrainedConfig:
-    """A stock config; direction and tokenizer hash ride along as extra keys, eos is the id trained as eod.
+    """Return a stock config. Its eos is the eod of the run, and extra keys record direction and tokenizer hash.
 
-    Raises MismatchError for a model that has no stock architecture.
+    Raises MismatchError if no stock architecture fits the model.
     """
     model = config.model
     chosen = choose_architecture(model, architecture)
@@ -131,7 +134,7 @@ def build_hf_config(config: RunConfig, provenance: Provenance, architecture: str
         initializer_range=model.init_method_std,
         rms_norm_eps=model.layernorm_epsilon,
         rope_parameters=_rope_parameters(model),
-        rope_theta=model.rotary_base,  # read by releases before rope_parameters
+        rope_theta=model.rotary_base,  # for releases of transformers without rope_parameters
         tie_word_embeddings=model.share_embeddings_and_output_weights,
         bos_token_id=None,
         eos_token_id=provenance.eod_id,
@@ -147,61 +150,61 @@ def build_hf_config(config: RunConfig, provenance: Provenance, architecture: str
 
 
 def build_generation_config(provenance: Provenance) -> GenerationConfig:
-    """Generation ends with the trained eod, whatever the tokenizer calls its eos."""
+    """Return a generation config that stops at the eod of the run, even if the tokenizer has another eos."""
     return GenerationConfig(eos_token_id=provenance.eod_id, bos_token_id=None, do_sample=False)
 
 
 def load_hf_config(folder: str) -> PreTrainedConfig:
-    """Return the config.json of a folder. Its type is looked at first, so that no code of the folder is ever asked for or run.
+    """Return the config.json of a folder. Its model_type is checked first, so that no code of the folder can run.
 
-    Raises UsageError without one, DataError for one that cannot be read, MismatchError for a model of another type.
+    Raises UsageError without a config.json, DataError if it cannot be read, MismatchError for an unsupported model type.
     """
     path = os.path.join(folder, "config.json")
     if not os.path.isfile(path):
-        raise UsageError(f"{folder} is no Hugging Face model folder: it has no config.json; give one that has")
+        raise UsageError(f"{folder} is not a Hugging Face model folder: it has no config.json; give a folder that has one")
     stored = read_object(path, json)
     generation = os.path.join(folder, "generation_config.json")
     if os.path.isfile(generation):
-        read_object(generation, json)  # stock transformers, which reads it with the weights, expects an object
-    if fault := _type_problem(stored.get("model_type"), stored):
-        raise MismatchError(f"{path} cannot be imported: {fault}")
+        read_object(generation, json)  # stock transformers reads it with the weights, and expects an object
+    if problem := _type_problem(stored.get("model_type"), stored):
+        raise MismatchError(f"{path} cannot be imported: {problem}")
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds
         raise DataError(
-            f"{path} cannot be read: stock transformers refuses it as a {stored['model_type']} model"
+            f"{path} cannot be read: stock transformers does not accept it as a {stored['model_type']} model"
             f" ({type(error).__name__}: {_first_line(error)}); correct that value"
         ) from error
     return config
 
 
 def _type_problem(model_type: Any, about: dict[str, Any]) -> str | None:
-    """The reason why a model of this type is not imported; None for one that is. `about`: the keys of its config."""
-    if model_type in list(KNOWN_TYPES):  # what a file says may not be hashable
+    """Return why a model of this type cannot be imported; None if it can. `about`: the keys of its config."""
+    if model_type in list(KNOWN_TYPES):  # a list, because the value of a file may not be hashable
         return None
-    words = f"model_type {model_type!r} is none of {', '.join(KNOWN_TYPES)}"
+    words = f"model_type {model_type!r} is not one of {', '.join(KNOWN_TYPES)}"
     inner = about.get("text_config")
     if isinstance(inner, dict) and inner.get("model_type") in list(KNOWN_TYPES):
-        words += f"; the {inner['model_type']} in its text_config is a part of it: save that as a model of its own"
+        words += f"; the {inner['model_type']} in its text_config is only a part of it: save that part as a model of its own"
     if about.get("auto_map"):
-        words += "; it asks for code of the folder (auto_map), which is never run"
+        words += "; it needs code of the folder (auto_map), which is never run"
     return words
 
 
 def read_model(hf: PreTrainedConfig, where: str, seq_length: int | None) -> tuple[dict[str, Any], int]:
-    """The keys of `model`, without params_dtype, and the longest sequence, of a stock config; `where` names it in errors.
+    """Return the keys of `model`, without params_dtype, and the sequence length from a stock config, named `where` in errors.
 
-    `seq_length`: what the run will train with, if not all of the positions that the config allows. Raises MismatchError that
-    says everything the trainer's model does not have.
+    `seq_length`: length of the training samples; None: all positions that the config allows. Raises MismatchError with all
+    features that our model does not have.
     """
-    if fault := _type_problem(hf.model_type, hf.to_dict()):
-        raise MismatchError(f"{where} cannot be imported: {fault}")
-    if faults := list(_wrong_values(hf)):
-        raise DataError(f"{where} has {'; '.join(faults)}; correct it")
+    if problem := _type_problem(hf.model_type, hf.to_dict()):
+        raise MismatchError(f"{where} cannot be imported: {problem}")
+    if problems := list(_wrong_values(hf)):
+        raise DataError(f"{where} has {'; '.join(problems)}; correct it")
     positions = hf.max_position_embeddings if seq_length is None else seq_length
-    faults = list(_misfits(hf, positions))
-    if faults:
-        raise MismatchError(f"{where} cannot be imported: {'; '.join(faults)}")
+    problems = list(_misfits(hf, positions))
+    if problems:
+        raise MismatchError(f"{where} cannot be imported: {'; '.join(problems)}")
     architecture = next(known for known in ARCHITECTURES if known.config.model_type == hf.model_type)
     width = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
     model = {
@@ -222,7 +225,7 @@ def read_model(hf: PreTrainedConfig, where: str, seq_length: int | None) -> tupl
 
 
 def _wrong_values(hf: PreTrainedConfig) -> Iterator[str]:
-    """Values of another kind than their key has."""
+    """Yield the values that have a wrong type or are too small."""
     for name in SIZES:
         value = getattr(hf, name, None)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -248,21 +251,21 @@ def _misfits(hf: PreTrainedConfig, positions: int) -> Iterator[str]:
         if name != KNOWN_TYPES[hf.model_type]:
             yield f"it is a {name}, expected {KNOWN_TYPES[hf.model_type]}"
     if getattr(hf, "quantization_config", None):
-        yield "its weights are quantised; import the folder that they were made from"
+        yield "its weights are quantised; import the original folder instead"
     if hf.hidden_act not in ("silu", "swish"):
-        yield f"hidden_act is {hf.hidden_act!r}, the trainer has silu only"
+        yield f"hidden_act is {hf.hidden_act!r}, but only silu can be trained"
     if getattr(hf, "attention_bias", False):
-        yield "attention_bias puts a bias on the output projection, which the trainer's model does not have"
+        yield "attention_bias adds a bias to the output projection, which our model does not have"
     if getattr(hf, "mlp_bias", False):
-        yield "mlp_bias: the trainer's feed-forward block has no biases"
+        yield "mlp_bias: our feed-forward block has no biases"
     if _rope(hf).get("partial_rotary_factor", 1.0) != 1.0 or getattr(hf, "partial_rotary_factor", None) not in (None, 1.0):
-        yield "partial_rotary_factor turns a part of each head only, the trainer the whole"
+        yield "partial_rotary_factor rotates a part of each head only, our model rotates the whole head"
     window = getattr(hf, "sliding_window", None)
     slides = "sliding_attention" in (getattr(hf, "layer_types", None) or ["sliding_attention"])
     if window is not None and slides and positions > window:
         yield (
-            f"sliding_window={window} hides what lies further back, and sequences have {positions} tokens; with --seq-length"
-            f" {window} or less it makes no difference"
+            f"sliding_window={window} is shorter than the sequences of {positions} tokens, and our attention has no window; set --seq-length"
+            f" to {window} or less"
         )
     yield from _rope_misfits(hf)
 
@@ -271,11 +274,11 @@ def _rope_misfits(hf: PreTrainedConfig) -> Iterator[str]:
     rope = _rope(hf)
     kind = rope.get("rope_type", "default")
     if kind == "dynamic":
-        yield "rope_type dynamic changes the frequencies with each text's length, which cannot be trained with; use yarn or default"
+        yield "rope_type dynamic changes the frequencies with the length of a text, so it cannot be trained; use yarn"
     elif kind != "default" and kind not in ROPE_KEYS:
-        yield f"rope_type {kind} is none of default, {', '.join(ROPE_KEYS)}"
+        yield f"rope_type {kind} is not one of default, {', '.join(ROPE_KEYS)}"
     elif kind == "yarn" and rope.get("truncate", True) is not True:
-        yield "yarn with truncate=false is not known to the trainer"
+        yield "yarn with truncate=false is not supported"
 
 
 def _rope(hf: PreTrainedConfig) -> dict[str, Any]:
@@ -283,27 +286,27 @@ def _rope(hf: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _read_rope(hf: PreTrainedConfig, where: str) -> dict[str, Any]:
-    """rotary_base and the keys of rope_scaling."""
+    """Return rotary_base and the keys of rope_scaling."""
     rope = _rope(hf)
     kind = rope.get("rope_type", "default")
     if rope.get("rope_theta") is None:
-        raise DataError(f"{where} does not say rope_parameters.rope_theta; write it there")
+        raise DataError(f"{where} has no rope_parameters.rope_theta; add it")
     keys: dict[str, Any] = {"rotary_base": float(rope["rope_theta"])}
     if kind == "default":
         return keys
     keys["rope_scaling"] = kind
     if kind != "linear" and not rope.get("original_max_position_embeddings"):
-        raise DataError(f"{where} has rope_type {kind} without original_max_position_embeddings; write it there")
+        raise DataError(f"{where} has rope_type {kind} without original_max_position_embeddings; add it")
     if rope.get("factor") is None and kind == "yarn":
         rope["factor"] = hf.max_position_embeddings / rope["original_max_position_embeddings"]
     for ours, theirs in ROPE_KEYS[kind].items():
         if rope.get(theirs) is not None:
             keys[f"rope_scaling_{ours}"] = rope[theirs]
         elif kind != "yarn":
-            raise DataError(f"{where} has rope_type {kind} without {theirs}; write it there")
+            raise DataError(f"{where} has rope_type {kind} without {theirs}; add it")
     if rope.get("mscale") and rope.get("mscale_all_dim") and rope.get("attention_factor") is None:
         raise MismatchError(
-            f"{where} cannot be imported: yarn with mscale and mscale_all_dim; write the attention_factor that they make instead"
+            f"{where} cannot be imported: yarn with mscale and mscale_all_dim; replace them with the equivalent attention_factor"
         )
     return keys
 

@@ -1,4 +1,4 @@
-"""A checkpoint becomes a Hugging Face folder: weights by the rules table, one at a time, logits gate, companions, rename."""
+"""Export a checkpoint to a Hugging Face folder: write weights and companion files, run the parity check, rename the folder."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ from megatron_ledom.convert.cards import write_model_card, write_verification_ca
 from megatron_ledom.convert.hf_config import build_hf_config
 from megatron_ledom.convert.hf_folder import CONFIG, WeightsWriter, run_tokenizer, write_companions, write_config
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
-from megatron_ledom.convert.verify import Conversion, How, ParityCheck, run_parity_check
+from megatron_ledom.convert.verify import Conversion, ParityCheck, VerifyMode, run_parity_check
 from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
 from megatron_ledom.storage.files import PART_SUFFIX
@@ -39,13 +39,13 @@ def export_hf(
     *,
     overwrite: bool = False,
     max_shard_size: int = SHARD_BYTES,
-    verify: How | None = "auto",
+    verify: VerifyMode | None = "auto",
     architecture: str | None = None,
 ) -> ParityCheck | None:
-    """Export the checkpoint `load` (a run folder means its latest) to the folder `save`, in files of `max_shard_size` bytes.
+    """Export the checkpoint `load`, or the latest of the run folder `load`, to the folder `save`.
 
-    The folder appears only after the logits gate has passed; `verify` None leaves that out. `architecture`: the stock one, if
-    not the first that fits. Returns the gate's figures.
+    Weight files have at most `max_shard_size` bytes each. The folder appears only after the parity check; `verify` None skips
+    the check. `architecture`: a stock architecture; None: the first that fits. Returns the results of the check.
     """
     checkpoint = find_checkpoint(load)
     manifest = check_sizes(checkpoint)
@@ -59,22 +59,22 @@ def export_hf(
     with new_folder(save, CONFIG, may_replace) as part:
         write_companions(part, tokenizer, manifest.provenance)
         files = write_hf_weights(checkpoint, Sizes(config.model, manifest.provenance.vocab_size), part, max_shard_size)
-        gate = run_parity_check(
+        check = run_parity_check(
             Conversion(checkpoint, manifest, part, hf_config, PARAMS_DTYPES[config.model.params_dtype]), verify
         )
-        write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=gate is not None)
-        write_verification_card(part, CARD, _card(checkpoint, manifest, files, gate))
+        write_model_card(part, Path(save).name, checkpoint, manifest, hf_config, is_verified=check is not None)
+        write_verification_card(part, CARD, _card(checkpoint, manifest, files, check))
         write_config(part, CONFIG + PART_SUFFIX, hf_config)
     log.info("exported %s to %s as %s", checkpoint, save, hf_config.architectures[0])
-    return gate
+    return check
 
 
 def write_hf_weights(checkpoint: str, sizes: Sizes, folder: str, max_shard_size: int) -> dict[str, str]:
-    """Convert every weight of a checkpoint, one at a time, into `folder`. Returns sha256 by file name."""
+    """Convert every weight of a checkpoint, one at a time, into `folder`. Returns file name -> sha256."""
     weights = list(weights_of(sizes))
     shapes = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
     stored = StoredTensors(checkpoint)
-    dtype = PARAMS_DTYPES[sizes.model.params_dtype]  # exact: the checkpoint's own type
+    dtype = PARAMS_DTYPES[sizes.model.params_dtype]  # the type of the checkpoint, so the conversion is exact
     return WeightsWriter(folder, shapes, dtype, max_shard_size).write(_converted(stored, weights, dtype))
 
 
@@ -83,30 +83,30 @@ def _converted(stored: StoredTensors, weights: list[Weight], dtype: torch.dtype)
         core = stored.read(weight.core, weight.layer)
         if core.shape != weight.shape or core.dtype != dtype:
             raise DataError(
-                f"{stored.checkpoint} has {weight.core} as {core.dtype} {tuple(core.shape)}, its config says {dtype}"
+                f"{stored.checkpoint} has {weight.core} as {core.dtype} {tuple(core.shape)}, but by its config it should be {dtype}"
                 f" {tuple(weight.shape)}; the checkpoint is damaged, use an earlier one"
             )
         yield from weight.split(core).items()
 
 
 def _check_target(save: str, checkpoint: str, overwrite: bool) -> None:
-    """Refuse a target that exists, unless it is an export that may be overwritten. Raises UsageError."""
+    """Raise UsageError for a target that exists, unless it is an export that may be overwritten."""
     if not overwrite:
-        raise UsageError(f"{save} exists already; name another folder with --save, or give --overwrite")
+        raise UsageError(f"{save} exists already; give another folder with --save, or add --overwrite")
     inside = Path(checkpoint).resolve().is_relative_to(Path(save).resolve())
     if inside or not os.path.isfile(os.path.join(save, CARD)):
         raise UsageError(
-            f"{save} is no earlier export (it has no {CARD}), so --overwrite does not remove it; name another folder"
+            f"{save} is not an earlier export (it has no {CARD}), so --overwrite does not remove it; give another folder"
         )
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of this package and of those that a conversion depends on."""
+    """Return the versions of this package and of the packages on which a conversion depends."""
     return {"megatron-ledom": megatron_ledom.__version__, **{name: version(name) for name in PACKAGES}}
 
 
-def _card(checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], gate: ParityCheck | None) -> dict[str, Any]:
-    """Return what was exported, its source, and the gate's figures."""
+def _card(checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], check: ParityCheck | None) -> dict[str, Any]:
+    """Return the content of export.json: the source, the files and the results of the parity check."""
     return {
         "checkpoint": os.path.basename(checkpoint),
         "checkpoint_manifest_sha256": sha256_of(os.path.join(checkpoint, MANIFEST)),
@@ -114,7 +114,7 @@ def _card(checkpoint: str, manifest: CheckpointManifest, files: dict[str, str], 
         "consumed_train_tokens": manifest.consumed_train_tokens,
         **manifest.provenance.to_dict(),
         "package_version": manifest.package_version,
-        "verification": asdict(gate) if gate else None,
+        "verification": asdict(check) if check else None,
         "versions": versions(),
         "files": files,
         "config": published(config_from_dict(manifest.config, "the checkpoint's manifest")),

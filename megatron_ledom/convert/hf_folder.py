@@ -1,10 +1,8 @@
-"""The files of a Hugging Face folder: weights as a stream, and the tokenizer and configs that stand beside them.
+"""The files of a Hugging Face folder: weights, tokenizer and configs.
 
-Weights are safetensors files of a bounded size, written and read tensor by tensor.
-
-The format is a specification: 8 bytes of length, a JSON header with type, shape and place of every tensor, then their bytes.
-The library that reads it everywhere writes a file from memory only; the writer here holds one tensor,
-and the next, which is read meanwhile.
+Weights are safetensors files of limited size, written and read tensor by tensor. A file has 8 bytes with the length of the
+header, a JSON header with type, shape and offsets of every tensor, then the bytes of the tensors. The safetensors library can
+write a file from memory only; the writer here needs memory for two tensors, the current one and the next one.
 """
 
 import hashlib
@@ -38,18 +36,18 @@ DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 BLOCK_ELEMENTS = 1 << 26
-"""Of a matrix over the vocabulary, held at once where it is not held whole."""
+"""Elements of a block of a matrix over the vocabulary, where the whole matrix is not loaded."""
 PICKLED = "pytorch_model.bin"
 TOKENIZER = "tokenizer"
-"""Folder in a run folder."""
+"""Name of the tokenizer's folder in a run folder."""
 CONFIG, TOKENIZER_CONFIG = "config.json", "tokenizer_config.json"
 
 
 class WeightsWriter:
-    """Writes tensors of one type in a fixed order into files of at most `max_shard_size` bytes each (one tensor may be larger)."""
+    """Writes tensors of one type into files of at most `max_shard_size` bytes. A larger tensor gets a file of its own."""
 
     def __init__(self, folder: str, shapes: Mapping[str, torch.Size], dtype: torch.dtype, max_shard_size: int) -> None:
-        """`shapes`: every tensor that will come, in the order in which it comes."""
+        """`shapes`: all tensors, in the order in which they will be written."""
         self.folder, self.dtype = folder, dtype
         self._shapes = dict(shapes)
         groups = grouped([(name, shape.numel() * dtype.itemsize) for name, shape in shapes.items()], max_shard_size)
@@ -62,7 +60,7 @@ class WeightsWriter:
         }
 
     def write(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-        """Write all tensors, which are on disk then, and the index if there are several files. Returns sha256 by file name."""
+        """Write all tensors to the disk, and the index if there are several files. Returns file name -> sha256."""
         files = {}
         with ThreadPoolExecutor(4) as threads:
             stream = read_ahead(iter(tensors), threads)
@@ -100,31 +98,31 @@ class WeightsWriter:
 
 
 def parse_size(text: str) -> int:
-    """Return the bytes of `5GB`, `500MB` (powers of ten) or a number. Raises UsageError."""
+    """Return the bytes of a size such as `5GB` or `500MB` (powers of ten), or of a number. Raises UsageError."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)B?", text.strip(), re.IGNORECASE)
     size = int(float(found[1]) * 1000 ** " KMGT".index(found[2].upper() or " ")) if found else 0
     if size < 1:
-        raise UsageError(f"--max-shard-size {text} is no size; give one such as 5GB or 500MB")
+        raise UsageError(f"--max-shard-size {text} is not a size; give one such as 5GB or 500MB")
     return size
 
 
 class WeightsReader:
-    """The tensors of a folder; each is read when it is asked for, and its pages are given back with it.
+    """The tensors of a folder. Each is memory-mapped when it is requested, and unmapped with the tensor.
 
-    Files are chosen as stock transformers chooses them: the one that config.json names, else one whole file, else those of the
-    index. A tensor that several of them hold is taken from the last.
+    Files are chosen as in stock transformers: the one that config.json names, else the single file, else those of the index. If
+    several files contain a tensor, the last one is used.
     """
 
     def __init__(self, folder: str, named: str | None = None) -> None:
-        """Reads the headers only. `named`: transformers_weights of config.json.
+        """Read the headers. `named`: the value of transformers_weights in config.json.
 
-        Raises DataError for a file that is missing, truncated or not what the index says.
+        Raises DataError if a file is missing, truncated or contradicts the index.
         """
         check_no_adapter(folder)
         self.folder = folder
         self.shapes: dict[str, torch.Size] = {}
         self.dtypes: dict[str, str] = {}
-        """As the files spell them: BF16, F16, F32."""
+        """Types as the files name them: BF16, F16, F32."""
         self._files: dict[str, str] = {}
         self._aliases: dict[str, str] = {}
         self._start = self._first_file() if named is None else self._checked(named)
@@ -134,108 +132,108 @@ class WeightsReader:
             also_in |= self._read_header(file)
         self._check_claims(also_in)
 
-    def holding_dtype(self) -> torch.dtype:
-        """The narrowest type that holds every tensor exactly: theirs, if they have one type, else fp32."""
+    def exact_dtype(self) -> torch.dtype:
+        """Return the smallest type that represents every tensor exactly: their common type, else fp32."""
         types = {dtype for dtype, name in DTYPE_NAMES.items() if name in set(self.dtypes.values())}
         return types.pop() if len(types) == 1 else torch.float32
 
     def read(self, name: str) -> torch.Tensor:
-        """One tensor, mapped from its file. Raises DataError when there is none of that name."""
+        """Return one tensor, mapped from its file. Raises DataError if no tensor has that name."""
         with self._open(self._file_of(name)) as file:
             tensor: torch.Tensor = file.get_tensor(self._aliases.get(name, name))
         return tensor
 
     def read_rows(self, name: str, start: int, end: int) -> torch.Tensor:
-        """Some rows of a tensor."""
+        """Return the rows `start` to `end` of a tensor."""
         with self._open(self._file_of(name)) as file:
             rows: torch.Tensor = file.get_slice(self._aliases.get(name, name))[start:end]
         return rows
 
     def rename(self, stored: str, name: str) -> None:
-        """Give the tensor that the files call `stored` the name `name`."""
+        """Rename the tensor `stored` of the files to `name`."""
         self.shapes[name], self.dtypes[name] = self.shapes.pop(stored), self.dtypes.pop(stored)
         self._files[name] = self._files.pop(stored)
         self._aliases[name] = stored
 
     def files(self) -> list[str]:
-        """Names of the files that hold tensors."""
+        """Return the names of the files that contain tensors."""
         return sorted(set(self._files.values()))
 
     def _file_of(self, name: str) -> str:
         if name not in self._files:
             raise DataError(
-                f"{self.folder} has no tensor {name}; its config.json is of another model, or the folder is not whole"
+                f"{self.folder} has no tensor {name}; its config.json belongs to another model, or files are missing: copy the folder again"
             )
         return self._files[name]
 
     def _first_file(self) -> str:
-        """The file that loading begins with. Raises UsageError without one."""
-        there = [name for name in (SINGLE, INDEX) if os.path.isfile(os.path.join(self.folder, name))]
-        if len(there) == 2:
+        """Return the file with which loading begins. Raises UsageError without one."""
+        present = [name for name in (SINGLE, INDEX) if os.path.isfile(os.path.join(self.folder, name))]
+        if len(present) == 2:
             log.warning(
-                "%s holds %s and %s: the weights are those of %s, as stock transformers reads them; the index and its files may be"
-                " of another save, and other programs may read those: remove what is old",
+                "%s has both %s and %s: the weights of %s are used, as by stock transformers; the index and its files may be"
+                " of another save, which other programs may read: remove the old files",
                 *(self.folder, SINGLE, INDEX, SINGLE),
             )
-        if there:
-            return there[0]
+        if present:
+            return present[0]
         if any(name.startswith("pytorch_model") for name in os.listdir(self.folder)):
             raise UsageError(
-                f"{self.folder} has pickled weights only ({PICKLED}), which can run code when loaded and are not read; save it"
-                " as safetensors with save_pretrained, where you trust it"
+                f"{self.folder} has only pickled weights ({PICKLED}), which are not read because they can run code; if you trust them, save"
+                " them as safetensors with save_pretrained"
             )
         raise UsageError(f"{self.folder} has neither {SINGLE} nor {INDEX}; give a Hugging Face folder with safetensors")
 
     def _checked(self, named: str) -> str:
-        """The file that config.json names. Raises DataError for one that is not in the folder or is pickled."""
+        """Return the file that config.json names. Raises DataError if it is outside the folder or pickled."""
         if (
             not isinstance(named, str)
             or named != os.path.basename(named)
             or not named.endswith((".safetensors", ".index.json"))
         ):
             raise DataError(
-                f"{self.folder}/config.json has transformers_weights={named!r}, expected the name of a .safetensors file or of a"
-                " .safetensors.index.json in the folder; correct it, or remove the key"
+                f"{self.folder}/config.json has transformers_weights={named!r}, expected the name of a .safetensors file or a"
+                " .safetensors.index.json of the folder; correct or remove the key"
             )
         return named
 
     def _read_index(self) -> dict[str, str]:
-        """Tensor -> file by the index."""
+        """Return tensor -> file of the index."""
         path = os.path.join(self.folder, self._start)
         try:
             with open(path, encoding="utf-8") as file:
                 stored = json.load(file)
             claimed: dict[str, str] = stored["weight_map"]
-            stored["metadata"]  # stock transformers does not load an index without
+            stored["metadata"]  # stock transformers does not load an index without metadata
             if claimed and all(isinstance(name, str) and name == os.path.basename(name) for name in claimed.values()):
                 return claimed
             raise ValueError("weight_map does not name files of the folder")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{path} is no index of safetensors files ({type(error).__name__}: {error}); save the folder once more with"
+                f"{path} is not an index of safetensors files ({type(error).__name__}: {error}); save the folder again with"
                 " save_pretrained, or copy this file again"
             ) from error
 
     def _check_claims(self, also_in: dict[str, str]) -> None:
-        """Warn of tensors that are not where the index says they are. Raises DataError for one that is nowhere."""
+        """Warn of tensors in other files than the index names. Raises DataError if a tensor is missing."""
         for name, file in self._claimed.items():
             if name not in self._files:
                 raise DataError(
-                    f"{os.path.join(self.folder, self._start)} says that {name} is in {file}, which does not hold it, nor does"
-                    " another file of the index: they are of different saves, or one was changed; save or copy them once more"
+                    f"{os.path.join(self.folder, self._start)} names {file} for {name}, but neither this file nor any other file of the index"
+                    " contains it: the files are of different saves, or one was changed; save or copy them again"
                 )
         moved = [name for name, file in self._claimed.items() if self._files[name] != file]
-        if odd := list(dict.fromkeys([*moved, *also_in])):
-            first = odd[0]
+        if misplaced := list(dict.fromkeys([*moved, *also_in])):
+            first = misplaced[0]
             log.warning(
-                "%s: %d tensors are read from another file than the index says, or are in several, as stock transformers reads them:"
-                " %s, of %s and %s, from %s; the files may be of different saves",
-                *(self.folder, len(odd), first, self._claimed.get(first), also_in.get(first, self._files[first])),
+                "%s: %d tensors are in another file than the index names, or in several files; they are read as by stock transformers"
+                " (%s of %s and %s: from %s); the files may be of different saves",
+                *(self.folder, len(misplaced), first, self._claimed.get(first), also_in.get(first, self._files[first])),
                 self._files[first],
             )
 
     def _read_header(self, file: str) -> dict[str, str]:
-        """Note the tensors of a file. Returns those which an earlier file holds too -> that file."""
+        """Record the tensors of a file. Returns tensor -> earlier file, for tensors that an earlier file contains too."""
         twice = {}
         with self._open(file) as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
@@ -251,51 +249,57 @@ class WeightsReader:
         try:
             return safe_open(path, framework="pt")
         except FileNotFoundError as error:
-            raise DataError(f"{path} is missing, though {self._named_by()} names it; copy it there once more") from error
+            raise DataError(f"{path} is missing, but {self._named_by()} names it; copy it again") from error
         except SafetensorError as error:
             raise DataError(
-                f"{path} is no whole safetensors file ({error}): a copy that was cut short, or another format; copy it once more"
+                f"{path} is not a complete safetensors file ({error}): it was truncated, or has another format; copy it again"
             ) from error
         except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise DataError(f"{path} cannot be read: {error.strerror or error}; make it readable") from error
 
     def _named_by(self) -> str:
         return self._start if self._start.endswith(".index.json") else "transformers_weights of config.json"
 
 
 def run_tokenizer(checkpoint: str, provenance: Provenance) -> str:
-    """Return the folder of the run's copy of its tokenizer. Raises DataError without one, MismatchError if it is another one."""
+    """Return the folder with the run's copy of its tokenizer.
+
+    Raises DataError if it is missing, MismatchError if it is another tokenizer.
+    """
     folder = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(checkpoint))), TOKENIZER)
     if not os.path.isdir(folder):
         raise DataError(
-            f"{folder} is missing, so the export would have no tokenizer: set data.tokenizer in the run's config and start the run"
-            " once more (it copies the tokenizer and goes on), or copy the tokenizer folder there"
+            f"{folder} is missing, so the export would have no tokenizer: set data.tokenizer in the config of the run and start it"
+            " again (it copies the tokenizer and resumes), or copy the tokenizer folder there"
         )
     file = Path(folder, "tokenizer.json")
     found = vocabulary_hash(file.read_bytes()) if file.is_file() else "none"
     if found != provenance.tokenizer_sha256:
         raise MismatchError(
-            f"{file} has hash {found[:12]}, the run was trained with {provenance.tokenizer_sha256[:12]}: the export's ids would"
-            " mean other texts; put the tokenizer there that the shards were made with"
+            f"{file} has hash {found[:12]}, but the run was trained with {provenance.tokenizer_sha256[:12]}: the ids of the"
+            " export would mean other texts; put the tokenizer of the shards there"
         )
     return folder
 
 
 def write_companions(folder: str, tokenizer: str, provenance: Provenance) -> None:
-    """Write everything but weights, cards and config.json. Raises DataError when stock transformers would not stop at the eod."""
+    """Write all files except weights, cards and config.json.
+
+    Raises DataError if generation with stock transformers would not stop at the eod.
+    """
     build_generation_config(provenance).save_pretrained(folder)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True)
-    if (config := Path(folder, TOKENIZER_CONFIG)).is_file():  # a run of an earlier release may hold paths in it
+    if (config := Path(folder, TOKENIZER_CONFIG)).is_file():  # in a run of an earlier release it may contain paths
         kept = json.dumps(without_local(read_object(config, json)), indent=2, ensure_ascii=False)
         config.write_text(kept, encoding="utf-8")
     loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if loaded.eos_token_id != provenance.eod_id:
         raise DataError(
-            f"the tokenizer in {tokenizer} has eos id {loaded.eos_token_id}, the run was trained with eod {provenance.eod_id}:"
-            " generation would never stop; put the run's own tokenizer there"
+            f"the tokenizer in {tokenizer} has eos id {loaded.eos_token_id}, but the run was trained with eod"
+            f" {provenance.eod_id}: generation would never stop; put the tokenizer of the run there"
         )
 
 
 def write_config(folder: str, name: str, hf_config: PreTrainedConfig) -> None:
-    """Write what becomes config.json, without which no folder loads: call it when all else is written and checked."""
+    """Write the config to the file `name`, which becomes config.json. Call it last: no folder loads without it."""
     Path(folder, name).write_text(hf_config.to_json_string(), encoding="utf-8")

@@ -1,6 +1,6 @@
-"""A Hugging Face folder becomes a run folder: weights by the rules table, one at a time, logits gate, rename.
+"""Import a Hugging Face folder as a run folder: write the weights one at a time, run the parity check, rename the folder.
 
-What training goes on from is iteration 0 with these weights and a fresh optimizer, in any layout.
+The checkpoint is iteration 0: a run of any layout starts from its weights with a new optimizer.
 """
 
 import logging
@@ -36,7 +36,7 @@ from megatron_ledom.convert.hf_folder import (
     WeightsReader,
 )
 from megatron_ledom.convert.rules import Sizes, Weight, weights_of
-from megatron_ledom.convert.verify import Conversion, How, ParityCheck, run_parity_check
+from megatron_ledom.convert.verify import Conversion, ParityCheck, VerifyMode, run_parity_check
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import MismatchError, UsageError
 from megatron_ledom.model.dtypes import PARAMS_DTYPES
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 CARD, MODEL_YAML = "import.json", "model.yaml"
 IGNORED = (".rotary_emb.inv_freq",)
-"""Ends of tensors' names that old folders hold and nothing needs."""
+"""Endings of the names of unused tensors in old folders."""
 
 
 def import_hf(
@@ -62,17 +62,18 @@ def import_hf(
     seq_length: int | None = None,
     params_dtype: str | None = None,
     max_shard_size: int = SHARD_BYTES,
-    verify: How | None = "auto",
+    verify: VerifyMode | None = "auto",
 ) -> ParityCheck | None:
     """Import the Hugging Face folder `load` as the new run folder `save`, to be trained in `direction`.
 
-    A folder that records its direction needs none. `tokenizer`: where it is, if not in `load`; `eod_token`: its eod, if not its
-    eos. `seq_length`: what will be trained with, if not all positions the model allows. `params_dtype` bf16 or fp32: default is
-    bf16 for a folder of bf16, else fp32, which is exact. Files have at most `max_shard_size` bytes. Returns the gate's figures.
+    `direction`: None only if the folder records it. `tokenizer`: its folder or file; None: `load`. `eod_token`: None: the eos
+    of the tokenizer. `seq_length`: length of the training samples; None: all positions of the model. `params_dtype`: bf16 or
+    fp32; None: bf16 if all weights are bf16, else fp32, which is exact. Files have at most `max_shard_size` bytes. `verify`
+    None skips the parity check. Returns the results of the check.
     """
     hf_config = load_hf_config(load)
     reader = WeightsReader(load, getattr(hf_config, "transformers_weights", None))
-    eod_id = getattr(hf_config, "eod_id", None) if eod_token is None else None  # an export of ours records it
+    eod_id = getattr(hf_config, "eod_id", None) if eod_token is None else None  # our exports record it
     loaded = load_tokenizer(load if tokenizer is None else tokenizer, eod_token, eod_id=eod_id)
     aim = _direction(hf_config, direction, load)
     model, positions = read_model(hf_config, os.path.join(load, CONFIG), seq_length)
@@ -82,26 +83,26 @@ def import_hf(
     weights = _check_weights(reader, sizes)
     checkpoints = os.path.relpath(checkpoint_folder(config), save)
     latest = os.path.join(checkpoints, LATEST)
-    with new_folder(save, latest) as part, _beside() as hashing:
+    with new_folder(save, latest) as part, _one_thread() as hashing:
         sources = {name: hashing.submit(checksum, os.path.join(load, name)) for name in [CONFIG, *reader.files()]}
         checkpoint = os.path.join(part, checkpoints, checkpoint_name(0))
         os.makedirs(checkpoint)
         manifest = _write_checkpoint(checkpoint, config, loaded, reader, weights, max_shard_size)
-        gate = run_parity_check(Conversion(checkpoint, manifest, load, hf_config, reader.holding_dtype()), verify)
+        check = run_parity_check(Conversion(checkpoint, manifest, load, hf_config, reader.exact_dtype()), verify)
         loaded.save(os.path.join(part, TOKENIZER))
         Path(part, MODEL_YAML).write_text(_model_yaml(config, loaded), encoding="utf-8")
         sums = {name: found.result()["sha256"] for name, found in sources.items()}
-        write_verification_card(part, CARD, _card(load, hf_config, sums, manifest, gate))
+        write_verification_card(part, CARD, _card(load, hf_config, sums, manifest, check))
         Path(part, latest + PART_SUFFIX).write_text(f"{checkpoint_name(0)}\n", encoding="utf-8")
     log.info(
-        "imported %s to %s, to be trained in the %s direction: --config %s", load, save, aim, os.path.join(save, MODEL_YAML)
+        "imported %s to %s, for training in the %s direction with --config %s", load, save, aim, os.path.join(save, MODEL_YAML)
     )
-    return gate
+    return check
 
 
 @contextmanager
-def _beside() -> Iterator[ThreadPoolExecutor]:
-    """One thread beside this one; after an error it ends what it is at, and begins nothing more."""
+def _one_thread() -> Iterator[ThreadPoolExecutor]:
+    """Yield a pool of one thread. After an error the thread finishes its current task and starts no other."""
     with ThreadPoolExecutor(1) as pool:
         try:
             yield pool
@@ -110,28 +111,28 @@ def _beside() -> Iterator[ThreadPoolExecutor]:
             raise
 
 
-def _direction(hf_config: PreTrainedConfig, asked: Direction | None, folder: str) -> Direction:
-    """Return the direction to train in. Raises UsageError when neither the folder nor the user says it."""
+def _direction(hf_config: PreTrainedConfig, given: Direction | None, folder: str) -> Direction:
+    """Return the direction of training. Raises UsageError if neither the folder nor the user gives one."""
     recorded = getattr(hf_config, "direction", None)
-    if asked is None and recorded is None:
+    if given is None and recorded is None:
         raise UsageError(
-            f"{folder} does not record which way its model reads (public models read forward); say which way this run shall train"
+            f"{folder} does not record the direction of its model (public models are forward); choose the direction of this run"
             " with --direction reverse or --direction forward"
         )
-    if asked is not None and recorded is not None and asked != recorded:
+    if given is not None and recorded is not None and given != recorded:
         log.warning(
-            "%s is a %s model: trained in the %s direction it begins with what it learnt in the other", folder, recorded, asked
+            "%s is a %s model, and it will be trained in the %s direction, starting from its weights", folder, recorded, given
         )
-    return Direction(str(asked if asked is not None else recorded))
+    return Direction(str(given if given is not None else recorded))
 
 
 def _dtype_of(reader: WeightsReader) -> str:
-    """Return bf16 for a folder of bf16 alone, else fp32, which holds every other type exactly."""
+    """Return bf16 if all weights are bf16, else fp32, which represents every other type exactly."""
     return "bf16" if set(reader.dtypes.values()) == {DTYPE_NAMES[torch.bfloat16]} else "fp32"
 
 
 def _run_config(model: dict[str, Any], positions: int, where: str, save: str, direction: Direction) -> RunConfig:
-    """Return the config that the checkpoint records: architecture, data direction and length; the rest is for the run to say."""
+    """Return the config that the checkpoint records: architecture, direction and sequence length. The run sets the rest."""
     values = {
         "run_dir": save,
         "model": model,
@@ -145,36 +146,36 @@ def _run_config(model: dict[str, Any], positions: int, where: str, save: str, di
 
 
 def _check_weights(reader: WeightsReader, sizes: Sizes) -> list[Weight]:
-    """Return the weights to convert, every one there in its shape, and nothing else. Raises MismatchError that says all faults."""
+    """Return the weights to convert. Raises MismatchError with all missing, unknown and misshapen tensors."""
     weights = list(weights_of(sizes))
     expected = {name: shape for weight in weights for name, shape in weight.hf_shapes().items()}
     tied = sizes.model.share_embeddings_and_output_weights
     if tied and HEAD in reader.shapes and EMBEDDING not in reader.shapes:
-        reader.rename(HEAD, EMBEDDING)  # the two are one, and stock transformers takes the one that is there
-    faults = [f"{name} is missing" for name in expected if name not in reader.shapes]
+        reader.rename(HEAD, EMBEDDING)  # they are the same weight, and stock transformers uses the one that exists
+    problems = [f"{name} is missing" for name in expected if name not in reader.shapes]
     for name, shape in reader.shapes.items():
         if name in expected and reader.dtypes[name] not in DTYPE_NAMES.values():
-            faults.append(f"{name} is of type {reader.dtypes[name]}, expected one of {', '.join(DTYPE_NAMES.values())}")
+            problems.append(f"{name} is of type {reader.dtypes[name]}, expected one of {', '.join(DTYPE_NAMES.values())}")
         if name not in expected:
             if not name.endswith(IGNORED) and not (tied and name == HEAD):
-                faults.append(f"{name} has no place in the model that config.json describes")
+                problems.append(f"{name} is not a weight of the model that config.json describes")
         elif shape[1:] != expected[name][1:] or not _rows_fit(name, shape[0], expected[name][0]):
-            faults.append(f"{name} has shape {list(shape)}, expected {list(expected[name])}")
-    if tied and HEAD in reader.shapes and not faults and not _is_embedding(reader, HEAD):
-        faults.append("tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
-    if faults:
-        more = f" (and {len(faults) - 8} more)" if len(faults) > 8 else ""
+            problems.append(f"{name} has shape {list(shape)}, expected {list(expected[name])}")
+    if tied and HEAD in reader.shapes and not problems and not _is_embedding(reader, HEAD):
+        problems.append("tie_word_embeddings is true, but lm_head.weight is not model.embed_tokens.weight")
+    if problems:
+        more = f" (and {len(problems) - 8} more)" if len(problems) > 8 else ""
         raise MismatchError(
-            f"{reader.folder} cannot be imported: {'; '.join(faults[:8])}{more}; is this its config.json, and its tokenizer?"
+            f"{reader.folder} cannot be imported: {'; '.join(problems[:8])}{more}; check that config.json and tokenizer belong to these weights"
         )
     rows = reader.shapes[weights[0].hf[0]][0]
     if rows > sizes.vocab_size:
-        log.info("%d rows of the vocabulary are no id of the tokenizer and are left out", rows - sizes.vocab_size)
+        log.info("skipped %d rows of the vocabulary that have no id in the tokenizer", rows - sizes.vocab_size)
     return weights
 
 
 def _is_embedding(reader: WeightsReader, name: str) -> bool:
-    """Return True if a tensor equals the embedding, compared some rows at a time."""
+    """Return True if a tensor equals the embedding; rows are compared in blocks."""
     rows = reader.shapes[name][0]
     step = max(1, BLOCK_ELEMENTS // reader.shapes[name][1])
     blocks = [(start, min(start + step, rows)) for start in range(0, rows, step)]
@@ -183,7 +184,7 @@ def _is_embedding(reader: WeightsReader, name: str) -> bool:
 
 
 def _rows_fit(name: str, rows: int, expected: int) -> bool:
-    """Return True for the expected rows; a vocabulary may be padded beyond the tokenizer's ids."""
+    """Return True if the number of rows fits. A vocabulary may have padding after the ids of the tokenizer."""
     return rows >= expected if name in (EMBEDDING, HEAD) else rows == expected
 
 
@@ -211,7 +212,7 @@ def _write_checkpoint(
 
 
 def _model_yaml(config: RunConfig, tokenizer: Tokenizer) -> str:
-    """Return the keys of a run's config that fit these weights; the rest is added by its command line or `base:`."""
+    """Return model.yaml: the config keys that these weights fix. The command line or another file adds the rest."""
     keys = fields(config.model)
     model = {key.name: getattr(config.model, key.name) for key in keys if getattr(config.model, key.name) != key.default}
     values: dict[str, Any] = {
@@ -232,15 +233,15 @@ def _model_yaml(config: RunConfig, tokenizer: Tokenizer) -> str:
 
 
 def _card(
-    load: str, hf_config: PreTrainedConfig, sources: dict[str, str], manifest: CheckpointManifest, gate: ParityCheck | None
+    load: str, hf_config: PreTrainedConfig, sources: dict[str, str], manifest: CheckpointManifest, check: ParityCheck | None
 ) -> dict[str, Any]:
-    """Return what was imported, its source, and the gate's figures."""
+    """Return the content of import.json: the source, the files and the results of the parity check."""
     return {
         "imported_from": os.path.basename(os.path.abspath(load)),
         "source_architecture": (hf_config.architectures or ["unknown"])[0],
         "source_direction": getattr(hf_config, "direction", None),
         **manifest.provenance.to_dict(),
-        "verification": asdict(gate) if gate else None,
+        "verification": asdict(check) if check else None,
         "versions": versions(),
         "source_files": sources,
         "files": {name: sums["sha256"] for name, sums in manifest.files.items()},

@@ -1,9 +1,9 @@
-"""How each weight of a megatron-core checkpoint maps to Hugging Face: one table for every architecture, read both ways.
+"""The map between the weights of a megatron-core checkpoint and Hugging Face: one table for all architectures and both ways.
 
-Letters: V padded vocabulary, h hidden, f feed-forward, F two of them, H query heads, G key-value heads, D head width, A all
-query heads H * D, Q all of queries, keys and values (H + 2G) * D. A megatron-core linear_qkv holds, group by group, the group's
-H/G query heads, its key head and its value head; linear_fc1 holds the gate projection above the up projection. Rotary
-positions turn the same pairs in both, so no rows are permuted. Core names are those of checkpoints, which stack all layers.
+Letters: V padded vocabulary, h hidden, f feed-forward, F = 2f, H query heads, G key-value heads, D head width, A = H * D all
+query heads, Q = (H + 2G) * D all queries, keys and values. The rows of linear_qkv are ordered by group: the H/G query heads of
+the group, its key head, its value head. linear_fc1 has the gate projection above the up projection. Rotary positions rotate
+the same pairs in both, so no rows are permuted. Core names are those of checkpoints, which stack all layers.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,29 +17,29 @@ from megatron_ledom.config.schema import ModelConfig
 
 @dataclass(frozen=True, slots=True)
 class Sizes:
-    """The numbers the table needs."""
+    """The sizes from which the table computes shapes."""
 
     model: ModelConfig
     vocab_size: int
-    """Ids of the tokenizer; without padding."""
+    """Number of ids of the tokenizer, without padding."""
 
     @property
     def groups(self) -> int:
-        """Key-value heads."""
+        """Number of key-value heads."""
         return query_groups(self.model)
 
     @property
     def queries(self) -> int:
-        """Query heads of one group."""
+        """Number of query heads in a group."""
         return self.model.num_attention_heads // self.groups
 
     @property
     def padded_vocab(self) -> int:
-        """Rows of the core model's embedding."""
+        """Number of rows of the core model's embedding."""
         return padded_vocab_size(self.vocab_size, self.model.make_vocab_size_divisible_by)
 
     def of(self, axes: str) -> torch.Size:
-        """The shape that letters spell."""
+        """Return the shape for a text of letters, such as `Vh`."""
         model, width = self.model, head_dim(self.model)
         letters = {
             "V": self.padded_vocab,
@@ -58,26 +58,26 @@ Parts = tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """How one core tensor becomes Hugging Face tensors, and they it."""
+    """The two ways between a core tensor, which may be a fused weight, and its Hugging Face tensors: `split` and `join`."""
 
     split: Callable[[torch.Tensor, Sizes], Parts]
     join: Callable[[Sequence[torch.Tensor], Sizes], torch.Tensor]
 
 
 def _split_heads(fused: torch.Tensor, sizes: Sizes) -> Parts:
-    """linear_qkv [Q, ...] into q [H * D, ...], k [G * D, ...], v [G * D, ...]."""
+    """Split linear_qkv [Q, ...] into q [H * D, ...], k [G * D, ...] and v [G * D, ...]."""
     grouped = fused.view(sizes.groups, sizes.queries + 2, -1, *fused.shape[1:])
     return tuple(part.flatten(0, 2) for part in torch.split(grouped, [sizes.queries, 1, 1], dim=1))
 
 
 def _join_heads(parts: Sequence[torch.Tensor], sizes: Sizes) -> torch.Tensor:
-    """q, k, v into linear_qkv."""
+    """Join q, k and v into linear_qkv."""
     grouped = [part.reshape(sizes.groups, -1, head_dim(sizes.model), *part.shape[1:]) for part in parts]
     return torch.cat(grouped, 1).flatten(0, 2)
 
 
 def _add_padding(parts: Sequence[torch.Tensor], sizes: Sizes) -> torch.Tensor:
-    """The rows of the tokenizer's ids, then zeros; rows of a padded Hugging Face vocabulary are dropped."""
+    """Return the rows of the tokenizer's ids, padded with zeros. The padding of a Hugging Face vocabulary is dropped."""
     rows = parts[0][: sizes.vocab_size]
     padded = rows.new_zeros(sizes.padded_vocab, *rows.shape[1:])
     padded[: len(rows)] = rows
@@ -92,7 +92,7 @@ GATE_OVER_UP = Fusion(lambda tensor, sizes: tensor.chunk(2), lambda parts, sizes
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One core weight, its axes, the Hugging Face weights it becomes, how, and when a model has it; `{i}` is the layer."""
+    """A core weight, its axes, its Hugging Face weights (`{i}`: the layer), the way between them, and its models."""
 
     core: str
     axes: str
@@ -146,33 +146,33 @@ RULES = (
 
 @dataclass(frozen=True, slots=True)
 class Weight:
-    """One use of a rule: a core tensor, or one layer of it, and the Hugging Face tensors that it becomes."""
+    """A rule applied to a model: a core tensor, or one layer of it, and its Hugging Face tensors."""
 
     core: str
     layer: int | None
-    """None for what stands outside the layers."""
+    """Index of the layer; None for weights outside the layers."""
     shape: torch.Size
-    """Of the core tensor, without the layer axis."""
+    """Shape of the core tensor, without the layer axis."""
     hf: tuple[str, ...]
     fusion: Fusion
     sizes: Sizes
 
     def split(self, core: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The Hugging Face tensors of the core tensor, by name; some are views of it."""
+        """Return the Hugging Face tensors of the core tensor by name. Some are views of it."""
         return dict(zip(self.hf, self.fusion.split(core, self.sizes), strict=True))
 
     def join(self, hf: Sequence[torch.Tensor]) -> torch.Tensor:
-        """The core tensor of the Hugging Face tensors, which come in the order of `hf`."""
+        """Return the core tensor of the Hugging Face tensors, given in the order of `hf`."""
         return self.fusion.join(hf, self.sizes)
 
     def hf_shapes(self) -> dict[str, torch.Size]:
-        """Shape of each Hugging Face tensor, by name."""
+        """Return the shape of each Hugging Face tensor by name."""
         parts = self.split(torch.empty(self.shape, device="meta"))
         return {name: part.shape for name, part in parts.items()}
 
 
 def weights_of(sizes: Sizes) -> Iterator[Weight]:
-    """Every weight of a model: what stands before the layers, then layer by layer, then what follows them."""
+    """Yield every weight of a model: those before the layers, layer by layer, then those after the layers."""
     present = [rule for rule in RULES if rule.is_present(sizes.model)]
     in_layers = [rule for rule in present if rule.core.startswith(CORE)]
     first = present.index(in_layers[0])

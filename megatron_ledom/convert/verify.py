@@ -1,8 +1,8 @@
-"""The logits gate: a conversion counts only when both sides compute the same.
+"""The parity check: a conversion fails unless the logits of both models agree.
 
-Whole models where both are small, else one layer of each at a time. fp32 decides; for bf16 weights the two are compared in bf16 as
-well, as they will be used. Where rounding alone moves a model's logits far, as it does where weights have outliers, the measure is
-the effect of rounding on the stock model for the same ids.
+Small models are compared whole, others one layer at a time. The comparison in fp32 decides. bf16 weights are compared in bf16
+too, because the model will be used in bf16. If weights have outliers, rounding alone changes the logits much. The limit is then
+a multiple of the effect of rounding on the stock model for the same ids.
 """
 
 import logging
@@ -29,71 +29,72 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_LOGIT_DIFFERENCE = 1e-4
-"""fp32, absolute: what is allowed however little rounding does to the model."""
+"""Limit of the absolute difference in fp32 for models on which rounding has little effect."""
 MIN_COSINE, MAX_KL = 0.999, 0.01
-"""bf16, likewise: mean cosine of the logits of a position, mean divergence in nats."""
+"""The same for bf16: mean cosine of the logits of a position, mean KL divergence in nats."""
 MAX_MEDIAN_KL = 1e-5
-"""bf16, likewise, of the median position: a few positions where rounding tips a model over do not hide the others."""
+"""The same for the median position in bf16. A few positions on which rounding has a large effect cannot hide the others."""
 NOISE_FACTOR = 4
-"""Beyond that, how many times the stock model's own rounding error both sides may differ. Two exact computations whose roundings
-are independent differ by about twice as much as one of them is off: 0.35 to 2.2 times was measured."""
-How = Literal["auto", "whole", "layers"]
+"""Allowed difference of the models as a multiple of the rounding error of the stock model, where that is above the limits.
+Two correct computations with independent rounding differ by about twice the error of one; 0.35 to 2.2 times was measured."""
+VerifyMode = Literal["auto", "whole", "layers"]
 SKIPPED = (
-    "the logits gate is skipped (--no-verify): nobody has compared what the two models compute; shapes and the tokenizer"
+    "the parity check is skipped (--no-verify): the logits of the two models were not compared; only shapes and the tokenizer"
     " were checked"
 )
 ROWS, SEED, LENGTH = 4, 20250701, 128
 WHOLE_BELOW = 2**29
-"""Bytes: beside the imports, half of what a conversion may take besides its largest file."""
+"""Largest size of both models in fp32, in bytes, at which they are compared whole. It is half of the memory that a conversion
+may use in addition to its imports and its largest file."""
 
 
 @dataclass(frozen=True, slots=True)
 class ParityCheck:
-    """The figures of a passed gate, as the card holds them."""
+    """The results of a passed parity check, as in export.json and import.json."""
 
     how: str
     positions: int
     largest_logit_difference: float
-    """fp32, absolute."""
+    """Absolute difference in fp32."""
     bf16: dict[str, float] | None
-    """Mean cosine, mean and median KL divergence in nats, share of equal argmax; the same, `stock_...`, of stock bf16 against
-    stock fp32. None for fp32 weights."""
+    """Mean cosine, mean and median KL divergence in nats, fraction of positions with equal argmax. None for fp32 weights.
+    `stock_...`: the same values for the stock model in bf16, compared with fp32."""
     seconds: float
     limits: dict[str, float]
-    """What was allowed for each figure."""
+    """Limit of each value."""
 
 
 @dataclass(frozen=True, slots=True)
 class Conversion:
-    """Both sides of a conversion, in either direction."""
+    """The two models of a conversion: the checkpoint and the Hugging Face folder."""
 
     checkpoint: str
     manifest: CheckpointManifest
     folder: str
-    """With the Hugging Face weights; a config.json need not be there."""
+    """Folder with the Hugging Face weights. It needs no config.json."""
     hf_config: PreTrainedConfig
-    held: torch.dtype
-    """Type that holds the folder's weights exactly."""
+    folder_dtype: torch.dtype
+    """Type that represents the weights of the folder exactly."""
 
     @property
-    def stored(self) -> torch.dtype:
-        """Type of the checkpoint's weights."""
+    def checkpoint_dtype(self) -> torch.dtype:
+        """Type of the weights in the checkpoint."""
         return PARAMS_DTYPES[self.manifest.run_config(self.checkpoint).model.params_dtype]
 
 
-def run_parity_check(pair: Conversion, how: How | None) -> ParityCheck | None:
-    """Run the gate as `check_logits` does; with `how` None say that it is skipped."""
+def run_parity_check(pair: Conversion, how: VerifyMode | None) -> ParityCheck | None:
+    """Run `check_logits`; with `how` None, log that the check is skipped and return None."""
     if how is None:
         log.warning("%s", SKIPPED)
         return None
     return check_logits(pair, how)
 
 
-def check_logits(pair: Conversion, how: How) -> ParityCheck:
+def check_logits(pair: Conversion, how: VerifyMode) -> ParityCheck:
     """Compare the stock model of a folder with the megatron-core model of a checkpoint on fixed and random ids.
 
-    `auto` takes whole models when both in fp32 have at most WHOLE_BELOW bytes together. Raises VerificationError that names
-    the first layer and weight that differ, and the likely cause.
+    `auto` compares whole models if both together have at most WHOLE_BELOW bytes in fp32. Raises VerificationError with the
+    first layer and weight that differ and the likely cause.
     """
     started = time.monotonic()
     config, vocab_size = pair.manifest.run_config(pair.checkpoint), pair.manifest.provenance.vocab_size
@@ -104,9 +105,9 @@ def check_logits(pair: Conversion, how: How) -> ParityCheck:
     expected, found = _logits(pair, ids, torch.float32, how)
     difference, limit = _check_fp32(pair, ids, how, expected, found)
     positions = {"whole": "whole models", "layers": "layer by layer"}[how]
-    log.info("logits gate passed: largest difference %.3g in fp32 over %d positions, %s", difference, ids.numel(), positions)
+    log.info("parity check passed: largest difference %.3g in fp32 over %d positions, %s", difference, ids.numel(), positions)
     bf16, limits = None, {"largest_logit_difference": limit}
-    if pair.stored is torch.bfloat16:
+    if pair.checkpoint_dtype is torch.bfloat16:
         bf16, allowed = _check_bf16(*_logits(pair, ids, torch.bfloat16, how), found)
         limits |= allowed
     return ParityCheck(positions, ids.numel(), difference, bf16, round(time.monotonic() - started, 2), limits)
@@ -115,7 +116,7 @@ def check_logits(pair: Conversion, how: How) -> ParityCheck:
 def _check_fp32(
     pair: Conversion, ids: torch.Tensor, how: str, expected: torch.Tensor, found: torch.Tensor
 ) -> tuple[float, float]:
-    """Return the largest difference of logits [B, S, V], and what is allowed. Raises VerificationError that names the cause."""
+    """Return the largest difference of logits [B, S, V] and its limit. Raises VerificationError with the likely cause."""
     by_position = (found - expected).abs().amax(-1)
     difference, limit = float(by_position.max()), MAX_LOGIT_DIFFERENCE
     if difference <= limit:
@@ -125,41 +126,45 @@ def _check_fp32(
     median, median_limit = float(by_position.median()), NOISE_FACTOR * float(noise.median())
     if difference <= limit and median <= median_limit:
         log.warning(
-            "the logits differ by %.3g in fp32: rounding to fp32 alone moves the stock model's by %.3g", difference, noise.max()
+            "the logits differ by %.3g in fp32; rounding to fp32 alone changes those of the stock model by %.3g",
+            difference,
+            noise.max(),
         )
         return difference, limit
     cause = _explain(pair, ids, how)
     raise VerificationError(
-        f"the logits differ by {difference:.3g} (at most {limit:.3g} is allowed, in fp32), at the median position by {median:.3g}"
-        f" (rounding to fp32 alone: {noise.median():.3g}), nothing was written; {cause}"
+        f"the logits differ by {difference:.3g} in fp32 (limit {limit:.3g}), at the median position by {median:.3g}"
+        f" (rounding to fp32 alone: {noise.median():.3g}); nothing was written; {cause}"
     )
 
 
 def _check_bf16(expected: torch.Tensor, found: torch.Tensor, exact: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
-    """Return the likeness of core and stock logits in bf16, and what is allowed: by the effect of bf16 on the stock model, whose logits
-    in fp32 are `exact`. Raises VerificationError."""
-    likeness, own = _likeness(expected, found), _likeness(exact, found)
+    """Return the similarity of core and stock logits in bf16, and its limits.
+
+    The limits depend on the effect of bf16 on the stock model, whose logits in fp32 are `exact`. Raises VerificationError.
+    """
+    similarity, own = _similarity(expected, found), _similarity(exact, found)
     limits = {
         "mean_cosine": min(MIN_COSINE, 1 - NOISE_FACTOR * (1 - own["mean_cosine"])),
         "mean_kl_nats": max(MAX_KL, NOISE_FACTOR * own["mean_kl_nats"]),
         "median_kl_nats": max(MAX_MEDIAN_KL, NOISE_FACTOR * own["median_kl_nats"]),
     }
-    figures = likeness | {f"stock_{name}": value for name, value in own.items()}
-    log.info("in bf16: %s", ", ".join(f"{name} {value:.6g}" for name, value in figures.items()))
-    above = [name for name in ("mean_kl_nats", "median_kl_nats") if not likeness[name] <= limits[name]]
-    below = [] if likeness["mean_cosine"] >= limits["mean_cosine"] else ["mean_cosine"]
+    values = similarity | {f"stock_{name}": value for name, value in own.items()}
+    log.info("in bf16: %s", ", ".join(f"{name} {value:.6g}" for name, value in values.items()))
+    above = [name for name in ("mean_kl_nats", "median_kl_nats") if not similarity[name] <= limits[name]]
+    below = [] if similarity["mean_cosine"] >= limits["mean_cosine"] else ["mean_cosine"]
     if above or below:
-        faults = ", ".join(f"{name} {likeness[name]:.6g} (limit {limits[name]:.6g})" for name in (*below, *above))
+        problems = ", ".join(f"{name} {similarity[name]:.6g} (limit {limits[name]:.6g})" for name in (*below, *above))
         raise VerificationError(
-            f"the logits agree in fp32 but not in bf16: {faults}; bf16 alone moves the stock model's logits by"
+            f"the logits agree in fp32 but not in bf16: {problems}; bf16 alone changes the logits of the stock model by"
             f" {own['mean_kl_nats']:.6g} nats on the same ids (cosine {own['mean_cosine']:.6g}), so rounding does not explain it;"
-            " nothing was written: keep such a model in fp32"
+            " nothing was written; use fp32 for this model"
         )
-    return figures, limits
+    return values, limits
 
 
 def probe_ids(vocab_size: int, length: int) -> torch.Tensor:
-    """Return ids [ROWS, length]: one row of ascending ids, the others random from a fixed seed, the last id among them."""
+    """Return ids [ROWS, length]: one row of ascending ids, the others random with a fixed seed and with the last id."""
     generator = torch.Generator().manual_seed(SEED)
     random_rows = torch.randint(0, vocab_size, (ROWS - 1, length), generator=generator)
     random_rows[0, 0] = vocab_size - 1
@@ -167,7 +172,7 @@ def probe_ids(vocab_size: int, length: int) -> torch.Tensor:
 
 
 def _logits(pair: Conversion, ids: torch.Tensor, dtype: torch.dtype, how: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits [B, S, V] of the core and of the stock model."""
+    """Return the logits [B, S, V] of the core model and of the stock model."""
     with _sides(pair, dtype, how) as (core, stock):
         if how == "layers":
             return walk(core, stock, ids)[:2]
@@ -175,7 +180,7 @@ def _logits(pair: Conversion, ids: torch.Tensor, dtype: torch.dtype, how: str) -
 
 
 def _stock_logits(pair: Conversion, ids: torch.Tensor, dtype: torch.dtype, how: str) -> torch.Tensor:
-    """Return logits [B, S, V] of the stock model."""
+    """Return the logits [B, S, V] of the stock model."""
     with torch.no_grad():
         stock = _stock_side(pair, dtype, how)
         if how == "whole":
@@ -194,8 +199,8 @@ def _explain(pair: Conversion, ids: torch.Tensor, how: str) -> str:
 
 @contextmanager
 def _sides(pair: Conversion, dtype: torch.dtype, how: str) -> Iterator[tuple["CoreSide", StockSide]]:
-    """Make both models; no gradients."""
-    from megatron_ledom.convert.core_side import core_side  # megatron-core: seconds that only the gate needs
+    """Yield both models, without gradients."""
+    from megatron_ledom.convert.core_side import core_side  # importing megatron-core takes seconds
 
     with core_side(pair.checkpoint, pair.manifest, dtype=dtype, whole=how == "whole") as core:
         yield core, _stock_side(pair, dtype, how)
@@ -204,11 +209,15 @@ def _sides(pair: Conversion, dtype: torch.dtype, how: str) -> Iterator[tuple["Co
 def _stock_side(pair: Conversion, dtype: torch.dtype, how: str) -> StockSide:
     vocab_size = pair.manifest.provenance.vocab_size
     return StockSide(
-        *(pair.folder, pair.hf_config, vocab_size), held=pair.held, dtype=dtype, stored=pair.stored, whole=how == "whole"
+        *(pair.folder, pair.hf_config, vocab_size),
+        folder_dtype=pair.folder_dtype,
+        dtype=dtype,
+        checkpoint_dtype=pair.checkpoint_dtype,
+        whole=how == "whole",
     )
 
 
-def _likeness(expected: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
+def _similarity(expected: torch.Tensor, found: torch.Tensor) -> dict[str, float]:
     cosine = torch.nn.functional.cosine_similarity(found, expected, dim=-1)
     ours, theirs = found.log_softmax(-1), expected.log_softmax(-1)
     divergence = (theirs.exp() * (theirs - ours)).sum(-1)

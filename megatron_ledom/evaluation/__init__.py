@@ -1,6 +1,6 @@
-"""Judging models of both directions on the same tasks. Needs torch and transformers only.
+"""Evaluate models of both directions on the same tasks. Needs torch and transformers only.
 
-What a caller with a model of its own needs, such as a trainer:
+A caller with its own model, such as a trainer, needs:
 
     from megatron_ledom.evaluation import LanguageTaskModel, evaluate_task, load_task
 
@@ -12,11 +12,11 @@ What a caller with a model of its own needs, such as a trainer:
 `model` is anything with the three members of `task_model.TaskModel`:
 
     direction: Direction
-    score(pairs: Sequence[tuple[str, str]]) -> list[SpanScore]               # of (preceding, following): the part it comes to last
+    score(pairs: Sequence[tuple[str, str]]) -> list[SpanScore]               # of (preceding, following): the part that it reads last
     write(given: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]) -> list[str]    # greedily
 
-`LanguageTaskModel(ReverseLM.from_pretrained(folder), batch_size=16)` is one. Every rank that shares a model calls
-`evaluate_task` with the same arguments: what is asked of the model, and in which order, follows from the task alone.
+`LanguageTaskModel(ReverseLM.from_pretrained(folder), batch_size=16)` is such a model. All ranks that share a model call
+`evaluate_task` with the same arguments. The requests to the model and their order depend on the task alone.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The command `evaluate`: from its options to tasks, a model, and files of results."""
+"""The command `evaluate`: load the tasks and the model, evaluate, and write the results."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,14 +14,14 @@ from megatron_ledom.evaluation.code.sandbox import Sandbox, check_sandbox
 from megatron_ledom.evaluation.grading.answers import comparison_by
 from megatron_ledom.evaluation.intervals import check_statistics
 from megatron_ledom.evaluation.item_file import ItemFile
-from megatron_ledom.evaluation.multiple_choice import asked_of
+from megatron_ledom.evaluation.multiple_choice import score_requests
 from megatron_ledom.evaluation.record_checks import item_check
 from megatron_ledom.evaluation.results import TaskResult, summarize, write_summary
 from megatron_ledom.evaluation.task_evaluation import WINDOW_ITEMS, evaluate_task
 from megatron_ledom.evaluation.task_model import LanguageTaskModel, direction_of, load_language_model
 from megatron_ledom.evaluation.tasks.loading import all_tasks, find_file, load_task, task_named
 from megatron_ledom.evaluation.tasks.prompts import Prompt
-from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
+from megatron_ledom.evaluation.tasks.task import Item, LoadedTask, TaskKind
 from megatron_ledom.evaluation.written_answers import prompt_of
 from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 from megatron_ledom.inference.model_folder import COMMAND_OPTIONS, check_unchanged, folder_facts, load_tokenizer, surroundings
@@ -32,7 +32,10 @@ Options = Mapping[str, Any]
 
 
 def evaluate_command(options: Options) -> None:
-    """List the tasks, show prompts, or judge the model; everything that can be checked is checked before weights are loaded."""
+    """List the tasks, show prompts, or evaluate the model.
+
+    Check everything that can be checked before loading weights.
+    """
     if options["list"]:
         list_tasks(options["data"])
         return
@@ -47,15 +50,18 @@ def evaluate_command(options: Options) -> None:
         for task in tasks:
             show(task, direction, tokenizer, options["show"])
         return
-    _judge(options, tasks, folder, direction)
+    _evaluate(options, tasks, folder, direction)
 
 
 def list_tasks(data: str | None) -> None:
-    """Each task with its file, where to get it and the hash of its items; with a folder, whether those there are the same."""
+    """Print each task with its file, the source and the hash of its items.
+
+    With a folder, compare its files with the hashes.
+    """
     for task in all_tasks().values():
-        print(f"{task.name} ({task.kind}): {task.about}\n  file      {task.file}, --num-fewshot: {task.demonstrations_file}")
+        print(f"{task.name} ({task.kind}): {task.about}\n  file      {task.file}, --num-fewshot: {task.exemplars_file}")
         print(
-            f"  from      {task.download}\n  few-shot  {task.demonstrations_download}\n  content   {task.content_sha256 or 'not known'}"
+            f"  from      {task.download}\n  few-shot  {task.exemplars_download}\n  content   {task.content_sha256 or 'unknown'}"
         )
         if data is None:
             continue
@@ -69,25 +75,27 @@ def list_tasks(data: str | None) -> None:
 
 
 def show(task: LoadedTask, direction: Direction, tokenizer: JointTokenizer, num: int) -> None:
-    """Print what the model is given for the first `num` items, in reading order with what it writes or scores marked, and as
-    the model takes it in."""
+    """Print the prompts of the first `num` items.
+
+    First in text order, with the written or scored part marked, then as tokens in model order.
+    """
     for number, item in enumerate(task.items[:num]):
         for title, prompt in _prompts(task, direction, item):
             print(f"=== {task.task.name}, item {number}, {title}")
-            print(f"--- in reading order, the {'scored' if task.task.kind is Kind.CHOICE else 'written'} part in ⟦⟧")
-            print(visible(prompt.shown()))
-            print("--- as the model takes it in, token by token")
-            print(visible(prompt.as_seen(tokenizer)))
+            print(f"--- in text order, the {'scored' if task.task.kind is TaskKind.CHOICE else 'written'} part in ⟦⟧")
+            print(visible(prompt.in_text_order()))
+            print("--- in model order, token by token")
+            print(visible(prompt.in_model_order(tokenizer)))
 
 
 def _prompts(task: LoadedTask, direction: Direction, item: Item) -> list[tuple[str, Prompt]]:
-    if task.task.kind is not Kind.CHOICE:
+    if task.task.kind is not TaskKind.CHOICE:
         return [("with the known answer", prompt_of(task, direction, item))]
     assert isinstance(item.gold, int)
     shown = []
-    for way, asked in asked_of(task.task, direction, item, task.demonstrations(item)).items():
-        one = asked[item.gold]
-        for title, pair in ((way, one.pair), (f"{way}, what is taken off", one.prior)):
+    for way, requests in score_requests(task.task, direction, item, task.exemplars_for(item)).items():
+        one = requests[item.gold]
+        for title, pair in ((way, one.pair), (f"{way}, the prior that is subtracted", one.prior)):
             if pair is not None:
                 given, target = (pair[1], pair[0]) if direction is Direction.REVERSE else pair
                 shown.append((f"the right choice, {title}", Prompt(direction, given, target)))
@@ -97,9 +105,9 @@ def _prompts(task: LoadedTask, direction: Direction, item: Item) -> list[tuple[s
 def _load_tasks(options: Options) -> list[LoadedTask]:
     names = [name for name in options["tasks"].split(",") if name]
     if not names:
-        raise UsageError("--tasks names no task; see --list")
+        raise UsageError("--tasks is empty; name tasks of --list")
     for name in names:
-        if task_named(name).kind is Kind.CODE and not options["show"]:
+        if task_named(name).kind is TaskKind.CODE and not options["show"]:
             check_allowed(name, _code_sandbox(options))
             check_sandbox(Sandbox(options["sandbox"]))
     chosen = {name: options[name] for name in ("limit", "num_fewshot", "seed", "max_new_tokens")}
@@ -111,31 +119,36 @@ def _load_tasks(options: Options) -> list[LoadedTask]:
 
 
 def _compared(task: LoadedTask) -> str:
-    """Say if the items are those that the table of tasks knows."""
+    """Return the result of comparing the items with the hash in the table of tasks."""
     known = task.task.content_sha256
     if known is None:
         return f"not compared: content {task.content_sha256}"
-    return "as known" if known == task.content_sha256 else f"others than the known ones: content {task.content_sha256}"
+    return (
+        "as expected" if known == task.content_sha256 else f"different from the published ones: content {task.content_sha256}"
+    )
 
 
-def _judge(options: Options, tasks: list[LoadedTask], folder: Path, direction: Direction) -> None:
+def _evaluate(options: Options, tasks: list[LoadedTask], folder: Path, direction: Direction) -> None:
     check_batch_size(options["batch_size"])
     check_statistics()
     for task in tasks:
-        if task.task.kind is Kind.ANSWER:
-            comparison = comparison_by(task.task.answers)  # what it needs is missed before weights are loaded
+        if task.task.kind is TaskKind.ANSWER:
+            comparison = comparison_by(task.task.answers)  # report a missing requirement before loading weights
             comparison.check([item.gold if isinstance(item.gold, tuple) else () for item in task.items])
     if options["output"] is None:
-        raise UsageError("--output is missing: the folder for the summary and what is found of each item")
+        raise UsageError("--output is missing; give a folder for the summary and the record of each item")
     about = _made_by(options, folder, direction)
     with output_folder_lock(options["output"]):
-        _judge_into(Path(options["output"]), options, tasks, folder, direction, about)
+        _evaluate_into(Path(options["output"]), options, tasks, folder, direction, about)
 
 
-def _judge_into(
+def _evaluate_into(
     output: Path, options: Options, tasks: list[LoadedTask], folder: Path, direction: Direction, about: dict[str, Any]
 ) -> None:
-    """Judge the model on each task and write the summary; resumes what the folder has. Nobody else writes there."""
+    """Evaluate the model on each task and write the summary, resuming the records in the folder.
+
+    The caller holds its lock.
+    """
     files = {
         task.task.name: ItemFile(output, f"{task.task.name}.items", {**about, **_task_settings(task, options)})
         for task in tasks
@@ -162,7 +175,7 @@ def _judge_into(
 def _evaluated(
     model: LanguageTaskModel, task: LoadedTask, file: ItemFile, kept: list[dict[str, Any]], options: Options
 ) -> TaskResult:
-    """One task, with a bar on a terminal; an error names the task."""
+    """Return the result of one task. Show a progress bar on a terminal. An error names the task."""
     with tqdm(total=len(task.items), desc=task.task.name, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         bar.update(len(kept))
 
@@ -176,12 +189,12 @@ def _evaluated(
             raise NotFiniteError(f"{task.task.name}: {error}") from error
         except LedomError as error:
             raise type(error)(
-                f"{task.task.name}: {error} (--num-fewshot and --max-new-tokens set how long texts are)"
+                f"{task.task.name}: {error} (--num-fewshot and --max-new-tokens set the length of the texts)"
             ) from error
 
 
 def _code_sandbox(options: Options) -> Sandbox | None:
-    """Return where programs that the model writes run; None where the user has not allowed it."""
+    """Return the sandbox for programs that the model writes, or None if the user has not allowed running them."""
     return Sandbox(options["sandbox"]) if options["allow_code_execution"] else None
 
 
@@ -194,7 +207,7 @@ def _load(options: Options, folder: Path, direction: Direction, about: dict[str,
 
 
 def _made_by(options: Options, folder: Path, direction: Direction) -> dict[str, Any]:
-    """Return what the figures depend on, whatever the task."""
+    """Return the settings on which the metrics of every task depend."""
     return {
         **folder_facts(folder),
         "direction": str(direction),
@@ -205,11 +218,14 @@ def _made_by(options: Options, folder: Path, direction: Direction) -> dict[str, 
 
 
 def _task_settings(task: LoadedTask, options: Options) -> dict[str, Any]:
-    """Return what one task's lines depend on besides; not how many items are asked, so that more of them can be added."""
+    """Return the other settings of one task's records.
+
+    The number of items is not one of them, so that items can be added.
+    """
     return {
         "num_fewshot": task.num_fewshot,
         "seed": task.seed,
         "max_new_tokens": task.max_new_tokens,
         "files": dict(task.files),
-        **({"sandbox": options["sandbox"]} if task.task.kind is Kind.CODE else {}),
+        **({"sandbox": options["sandbox"]} if task.task.kind is TaskKind.CODE else {}),
     }

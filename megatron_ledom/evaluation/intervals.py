@@ -1,4 +1,4 @@
-"""Intervals of means and of ratios of sums, for every report that has them: by the bootstrap, also over seeds, and by Student's t."""
+"""Confidence intervals of means and of ratios of sums: by the bootstrap, also over seeds, and by Student's t."""
 
 import importlib.util
 import statistics
@@ -13,17 +13,20 @@ from megatron_ledom.errors import UsageError
 
 Values = npt.NDArray[np.float64]
 LEVEL = 0.95
-"""Of every interval that is not said to be another."""
+"""Default level of the intervals."""
 
 
 def check_statistics() -> None:
-    """Refuse to begin what ends in intervals where scipy is missing. Raises UsageError."""
+    """Raise UsageError if scipy, which the intervals need, is not installed."""
     if importlib.util.find_spec("scipy") is None:
-        raise UsageError("intervals need scipy: pip install 'megatron-ledom[evaluation]'")
+        raise UsageError("intervals need scipy, which is not installed; run pip install 'megatron-ledom[evaluation]'")
 
 
 def t_interval(values: Sequence[float], *, level: float = LEVEL) -> list[float]:
-    """Return [low, high] of the mean of two or more independent values by Student's t. UsageError where scipy is not installed."""
+    """Return [low, high] of the mean of two or more independent values, by Student's t.
+
+    Raises UsageError without scipy.
+    """
     check_statistics()
     from scipy.stats import t
 
@@ -35,10 +38,10 @@ def t_interval(values: Sequence[float], *, level: float = LEVEL) -> list[float]:
 def bootstrap_interval(
     values: Values, weights: Values | None = None, *, level: float = LEVEL, num_resamples: int, seed: int
 ) -> list[float]:
-    """[low, high] of the mean of `values`, or of sum(values) / sum(weights), by the percentile bootstrap over their first axis.
+    """Return [low, high] of the mean of `values`, or of sum(values) / sum(weights), by the percentile bootstrap.
 
-    values, weights [units]: a unit, such as a question or a document, is drawn as a whole. Equal values without weights, and a single
-    unit, give an interval without width. UsageError where scipy is not installed.
+    values, weights [units]: a unit, such as a question or a document, is drawn as a whole. Equal values without
+    weights, and a single unit, give an interval of width 0. Raises UsageError without scipy.
     """
     if len(values) == 1 or (weights is None and np.ptp(values) == 0):
         return [float(values[0] if weights is None else values[0] / weights[0])] * 2
@@ -65,15 +68,17 @@ def bootstrap_interval(
 
 
 def crossed_interval(values: Values, *, level: float, num_resamples: int, seed: int) -> list[float]:
-    """[low, high] of the mean of `values` [seeds, questions] by a percentile bootstrap that draws both with replacement.
+    """Return [low, high] of the mean of `values` [seeds, questions], by a percentile bootstrap over both.
 
-    A resample has the same drawn questions for each drawn seed (the pigeonhole bootstrap: Owen 2007, doi 10.1214/07-AOAS122). What
-    a question has in common over seeds stays together, and so do the two sides of a paired difference. A single seed leaves the
-    questions to be drawn, as `bootstrap_interval` does it: that says nothing about other seeds.
+    A resample has the same drawn questions for each drawn seed (the pigeonhole bootstrap: Owen 2007, doi
+    10.1214/07-AOAS122). This keeps a question's results under all seeds together, and the two sides of a paired
+    difference. With a single seed only the questions are drawn, as in `bootstrap_interval`, so the interval does not
+    cover other seeds.
 
-    Known weakness: drawing S seeds gives the part of the spread that is between seeds (S - 1) / S of its variance, and no interval
-    made of resamples reaches far beyond the S seeds that were seen: where they are all that varies, [lowest, highest] of three holds
-    the truth in 75 of 100 cases. The part that is neither the seed's nor the question's counts up to three times, which widens.
+    Known weakness: resampling S seeds gives the variance between seeds only (S - 1) / S of its size, and no resample
+    reaches beyond the S observed seeds. If only the seeds vary, [lowest, highest] of three seeds contains the truth in
+    75 of 100 cases. The variance that belongs neither to a seed nor to a question counts up to three times, which
+    widens the interval.
     """
     num_seeds, num_questions = values.shape
     if num_seeds == 1:
@@ -88,7 +93,10 @@ def crossed_interval(values: Values, *, level: float, num_resamples: int, seed: 
 
 
 def _crossed_means(values: Values, num: int, rng: np.random.Generator) -> Values:
-    """[num] means of resamples: how often each seed was drawn weighs its row, then the same questions are drawn of all rows."""
+    """Return [num] means of resamples.
+
+    Rows are weighted by the draws of their seeds; then the same questions are drawn from all rows.
+    """
     num_seeds, num_questions = values.shape
     counts = rng.multinomial(num_seeds, np.full(num_seeds, 1 / num_seeds), size=num)
     drawn = rng.integers(num_questions, size=(num, num_questions))

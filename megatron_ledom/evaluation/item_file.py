@@ -1,4 +1,4 @@
-"""The file of an evaluation's items: a JSON line for each, which a later run of the same command resumes.
+"""The file of an evaluation's records: a JSON line for each item. A later run of the same command resumes it.
 
 The caller holds the lock of the output folder (`storage.locks`) while it reads and appends.
 """
@@ -15,19 +15,22 @@ from megatron_ledom.storage.jobs import check_same_request
 from megatron_ledom.storage.lines import append_lines, cut_lines, whole_lines
 
 NUMBER = "item"
-"""Key of a line's number, from 0: it is checked before the line is resumed."""
+"""Key of the item's number, from 0. It is checked when a run resumes."""
 LARGEST_INTEGER = 2**63
 Check = Callable[[int, Mapping[str, Any]], None]
-"""Raises DataError, without file and line, for the record of an item (its number, its record) that the command cannot have written."""
+"""Check of an item's number and record.
+
+It raises DataError, without file and line, if the command cannot have written the record.
+"""
 
 
 def numbered(begin: int, records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the records of the items from `begin` on, each with its number."""
+    """Return the records with their items' numbers, from `begin`."""
     return [{NUMBER: number, **record} for number, record in enumerate(records, begin)]
 
 
 class ItemFile:
-    """`FOLDER/NAME.jsonl`, and beside it `NAME.json` with what made it; the second is written first."""
+    """`FOLDER/NAME.jsonl` with the records, and `NAME.json`, written before it, with the settings that produced them."""
 
     def __init__(self, folder: Path, name: str, made_by: Mapping[str, Any]) -> None:
         self.path, self._notes = folder / f"{name}.jsonl", folder / f"{name}.json"
@@ -36,11 +39,11 @@ class ItemFile:
         self._cut_to: int | None = None
 
     def resume(self, window: int, num_items: int, check: Check) -> list[dict[str, Any]]:
-        """Return the lines of an earlier run: all of `num_items`, or whole windows of them; the first `append` cuts off the rest.
+        """Return the records of an earlier run: all of `num_items`, or whole windows of them.
 
-        Raises MismatchError where a file with any whole line was made otherwise, and DataError, with file and line, for a line that
-        is damaged, out of order or refused by `check`. Lines beyond `num_items`, of a larger limit, stay: only their numbers are
-        checked. A file without a whole line hinders nobody.
+        The first `append` cuts off the rest. Raises MismatchError if the file has a whole line and other settings, and
+        DataError, with file and line, for a line that is damaged, out of order or refused by `check`. Lines beyond
+        `num_items`, of a larger limit, stay: only their numbers are checked. A file without a whole line is ignored.
         """
         lines = whole_lines(self.path)
         if lines:
@@ -53,12 +56,12 @@ class ItemFile:
         return records
 
     def _check_made_by(self) -> None:
-        """Refuse lines that were made otherwise, or nobody knows how."""
+        """Raise MismatchError if the lines were written with other settings, DataError if the settings are missing."""
         advice = f"give the same options to resume, name another --output, or {self._remedy}"
         check_same_request(self.path, self._read_notes(), self._made_by, advice)
 
     def _read_notes(self) -> dict[str, Any]:
-        unknown = f"so nobody knows what made {self.path.name}; remove both to start again"
+        unknown = f"so the settings of {self.path.name} are unknown; remove both files to start again"
         if not self._notes.is_file():
             raise DataError(f"{self._notes} is missing, {unknown}")
         try:
@@ -68,14 +71,14 @@ class ItemFile:
         return made_by if isinstance(made_by, dict) else {}
 
     def _record(self, number: int, line: bytes, check: Check | None = None) -> dict[str, Any]:
-        """Return one line, checked: an object of finite numbers, of the item that belongs there, and as `check` wants it."""
+        """Return the record of one line: an object of finite numbers, with the expected item number, that passes `check`."""
         where = f"{self.path}:{number + 1}"
         try:
             record = json.loads(line, parse_constant=_finite, parse_float=_finite, parse_int=_integer)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{where} is damaged ({error}); {self._remedy}") from error
         if not isinstance(record, dict):
-            raise DataError(f"{where} holds a {type(record).__name__}, expected an object; {self._remedy}")
+            raise DataError(f"{where} contains a {type(record).__name__}, expected an object; {self._remedy}")
         if NUMBER not in record:
             raise DataError(f"{where} has no number under {NUMBER!r}, expected item {number}; {self._remedy}")
         found = record[NUMBER]
@@ -91,10 +94,10 @@ class ItemFile:
         return record
 
     def append(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Add a window's lines; they are on the disk when this returns."""
+        """Append the records of a window. They are on the disk when this returns."""
         lines = "".join(json_text(record, where=self.path) + "\n" for record in records)
         try:
-            if self._cut_to is not None:  # the notes come first, so no line is ever beside the notes of another run
+            if self._cut_to is not None:  # settings first, so that lines never stand next to another run's settings
                 write_json(self._notes, self._made_by)
                 cut_lines(self.path, self._cut_to)
                 self._cut_to = None
@@ -104,7 +107,7 @@ class ItemFile:
 
 
 def _finite(text: str) -> float:
-    """Return the number of a JSON text. Raise ValueError for NaN, Infinity and what overflows to it."""
+    """Return the number of a JSON text. Raises ValueError for NaN, Infinity and a number that overflows."""
     value = float(text)
     if not math.isfinite(value):
         raise ValueError(f"{text} is not a finite number")
@@ -112,7 +115,7 @@ def _finite(text: str) -> float:
 
 
 def _integer(text: str) -> int:
-    """Return the integer of a JSON text. Raise ValueError for one of more than 64 bits: no count is that large."""
+    """Return the integer of a JSON text. Raises ValueError for one of more than 64 bits: no count is that large."""
     value = int(text)
     if abs(value) >= LARGEST_INTEGER:
         raise ValueError(f"{text[:24]}... is larger than any count")

@@ -1,6 +1,6 @@
-"""The losses of a forward and of a reverse model on each document of a file, by the options of `compare-losses`.
+"""The losses of a forward and of a reverse model on each document of a file, for the options of `compare-losses`.
 
-A stopped comparison resumes from the lines in its folder. The figures are made of the lines by `loss_difference`.
+A stopped comparison resumes from the records in its folder. `loss_difference` computes the metrics from them.
 """
 
 import sys
@@ -28,61 +28,63 @@ from megatron_ledom.inference.model_folder import (
 from megatron_ledom.storage.hashes import sha256_of
 
 WINDOW_DOCUMENTS = 64
-"""Documents that are read together and kept at once; batches are cut by the documents' numbers alone."""
+"""Documents that are scored together and saved at once. Batches depend on the documents' numbers alone."""
 Options = Mapping[str, Any]
 
 
 def read_documents(options: Options) -> list[Document]:
-    """Return the first `limit` documents of a file. Raise DataError, with its number, for a line without the asked keys."""
+    """Return the first `limit` documents of a file. Raises DataError, with the line, for a missing key."""
     path = Path(options["data"])
     if not path.is_file() or not path.name.endswith(ENDINGS):
-        raise UsageError(f"{path} is no file with one of the endings {' '.join(ENDINGS)}; give documents as JSON lines")
+        raise UsageError(f"{path} is not a file with one of the endings {' '.join(ENDINGS)}; give documents as JSON lines")
     if options["limit"] is not None and options["limit"] < 1:
-        raise UsageError(f"--limit {options['limit']} compares nothing; it must be at least 1")
+        raise UsageError(f"--limit {options['limit']} must be at least 1")
     documents = []
     for where, row in read_rows(path):
         for key in (options["text_key"], options["domain_key"]):
             if key is not None and not isinstance(row.get(key), str):
-                raise DataError(f"{where}: no text under {key!r}; found the keys {', '.join(row) or 'none'}")
+                raise DataError(f"{where} has no text under {key!r}; found the keys {', '.join(row) or 'none'}")
         domain = "" if options["domain_key"] is None else row[options["domain_key"]]
         documents.append(Document(row[options["text_key"]], domain, where.removeprefix(f"{path}:").strip()))
         if len(documents) == options["limit"]:
             break
     if not documents:
-        raise DataError(f"{path} holds no documents; give JSON lines with texts under {options['text_key']!r}")
+        raise DataError(f"{path} contains no documents; give JSON lines with texts under {options['text_key']!r}")
     return documents
 
 
 def check_tokenizers(options: Options) -> bool:
-    """Return True if both are the same. Raise MismatchError for different ones, unless these are asked for; reads no weights."""
+    """Return True if both tokenizers are the same.
+
+    Raises MismatchError otherwise, unless the options allow it. Loads no weights.
+    """
     forward, _ = load_tokenizer(Path(options["forward"]))
     reverse, _ = load_tokenizer(Path(options["reverse"]), Direction.REVERSE, options["eod_id"], COMMAND_OPTIONS)
     is_same = is_same_tokenizer(forward, reverse)
     if not is_same and not options["different_tokenizers"]:
         raise MismatchError(
-            f"{options['forward']} and {options['reverse']} have different tokenizers: their tokens are not the same, so losses a token"
-            " and by position cannot be compared; give twins with one tokenizer, or --different-tokenizers for bits a byte of"
-            " whole documents only"
+            f"{options['forward']} and {options['reverse']} have different tokenizers, so losses per token and by position cannot be"
+            " compared; give twins with one tokenizer, or --different-tokenizers to compare only bits per byte of whole documents"
         )
     return is_same
 
 
 def common_context(options: Options) -> int:
-    """Return the most tokens that either model is fed at once: the asked number, else the fewer positions of the two."""
+    """Return the context in tokens for both models: `--context`, else the smaller number of positions of the two."""
     limits = [read_model_config(Path(options[side])).get("max_position_embeddings") for side in ("forward", "reverse")]
     known = [int(limit) for limit in limits if limit]
     if options["context"] is None and not known:
-        raise UsageError("neither model says how many positions it has; give --context")
-    asked = min(known) if options["context"] is None else int(options["context"])
-    if known and asked > min(known):
+        raise UsageError("neither model records max_position_embeddings; give --context")
+    context = min(known) if options["context"] is None else int(options["context"])
+    if known and context > min(known):
         raise UsageError(
-            f"--context {asked} must be at most the model's {min(known)} positions; ask for fewer, or leave it out"
+            f"--context {context} must be at most the model's {min(known)} positions; give a smaller number, or omit it"
         )
-    return asked
+    return context
 
 
 def made_by(options: Options, settings: CompareSettings) -> dict[str, Any]:
-    """Return all that the losses depend on; not how many documents are read, so that more of them can be added."""
+    """Return the settings of the losses. The number of documents is not one of them, so that documents can be added."""
     return {
         **{side: folder_facts(Path(options[side])) for side in ("forward", "reverse")},
         "data_sha256": sha256_of(options["data"]),
@@ -106,9 +108,10 @@ def score_documents(
     *,
     with_positions: bool,
 ) -> list[dict[str, Any]]:
-    """Return one record a document, and write each to `output/losses.jsonl`; the records that the file has are not computed again.
+    """Return one record per document, and write each to `output/losses.jsonl`.
 
-    The caller holds the lock of the folder. Raises DataError where no document has a token.
+    Records of an earlier run are not computed again. The caller holds the lock of the folder. Raises DataError if no
+    document has a token.
     """
     file = ItemFile(output, "losses", about)
     records = file.resume(WINDOW_DOCUMENTS, len(documents), document_check(documents, with_positions=with_positions))
@@ -127,10 +130,10 @@ def _read(
     settings: CompareSettings,
     about: Mapping[str, Any],
 ) -> list[dict[str, Any]]:
-    """Return the records of the documents after the first `num_kept`; each window is written as soon as it is scored."""
+    """Return the records of the documents after the first `num_kept`. Each window is written as soon as it is scored."""
     forward = ForwardLM.from_pretrained(options["forward"])
-    asked = {"direction": options["direction"], "eod_id": options["eod_id"]}
-    reverse = ReverseLM.from_pretrained(options["reverse"], **asked, option_names=COMMAND_OPTIONS)
+    loading = {"direction": options["direction"], "eod_id": options["eod_id"]}
+    reverse = ReverseLM.from_pretrained(options["reverse"], **loading, option_names=COMMAND_OPTIONS)
     for side in ("forward", "reverse"):
         check_unchanged(Path(options[side]), about[side])
     records: list[dict[str, Any]] = []

@@ -1,15 +1,17 @@
-"""The loss of a forward and of a reverse model on the same documents: records of each document, and figures of all of them.
+"""The losses of a forward and of a reverse model on the same documents: records and metrics.
 
-Differences are forward minus reverse, in nats: below zero the reverse model finds the text harder. Positions are those of the
-text in reading order for both models: a token's tenth of its document, and its place from the beginning and from the end.
+Differences are forward minus reverse, in nats: below zero the loss of the reverse model is higher. Positions are in
+text order for both models: the tenth of the document in which a token is, and its number from the beginning and from
+the end.
 
-Compared are the inner tokens of a document, all but the first and the last of the text: each of these two is the one that one of
-the models has to tell from eod alone, which training leaves out of the loss by default (`data.eod_mask_loss`), so that its loss
-there says nothing. Whole documents are summed beside it; they are all that can be compared where the tokenizers differ.
+The comparison uses the inner tokens of a document: all except the first and the last of the text. The forward model
+predicts the first token from eod alone, the reverse model the last one. Training does not count such a prediction in
+the loss by default (`data.eod_mask_loss`), so its loss is meaningless. The sums over whole documents are recorded too;
+models with different tokenizers can only be compared by these.
 
-A document begins, in model order, after eod (after BOS for a stock model whose tokenizer adds one) and ends with eod. One longer
-than the context is read in windows of that length which overlap by half: the first window scores all of its tokens, each later
-one only those that no window before it has scored, given at least half a context of what the model reads before them.
+A document follows eod in model order (BOS for a stock model whose tokenizer adds one) and ends with eod. A document
+longer than the context is read in windows that overlap by half. The first window scores all of its tokens, each later
+window only the tokens that are not scored yet, so each has at least half a context before it.
 """
 
 import math
@@ -35,7 +37,7 @@ Summary = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text, the part of the corpus it comes from (empty where none is told), and where it was read."""
+    """A text, its domain in the corpus (may be empty), and its place in the file."""
 
     text: str
     domain: str = ""
@@ -44,7 +46,10 @@ class Document:
 
 @dataclass(frozen=True, slots=True)
 class CompareSettings:
-    """context: most tokens that a model is fed at once; num_resamples, seed: of the intervals over documents."""
+    """Settings of a comparison.
+
+    context: maximum tokens per window; num_resamples, seed: of the intervals over documents.
+    """
 
     context: int
     batch_size: int = 16
@@ -55,10 +60,10 @@ class CompareSettings:
 def document_records(
     forward: LanguageModel, reverse: LanguageModel, documents: Sequence[Document], settings: CompareSettings
 ) -> list[dict[str, Any]]:
-    """Return the record of each document. Losses are sums in nats; `inner` leaves out the first and the last token of the text.
+    """Return the record of each document.
 
-    With the same tokenizer the tokens are the same, and `tenths`, `from_start` and `from_end` hold sums of inner tokens by position;
-    else whole texts are all that can be compared, and these are missing.
+    Losses are sums in nats; `inner` excludes the first and the last token of the text. If both models have the same
+    tokenizer, `tenths`, `from_start` and `from_end` contain the sums of the inner tokens by position.
     """
     is_same = is_same_tokenizer(forward.tokenizer, reverse.tokenizer)
     ids = [reverse.tokenizer.encode(document.text) for document in documents]
@@ -71,12 +76,15 @@ def document_records(
 
 
 def summarize(records: Sequence[Record], settings: CompareSettings) -> Summary:
-    """Figures of all documents with tokens, of each domain, and by position where that is known; intervals by documents."""
+    """Return the metrics of all documents with tokens, of each domain, and by position if known.
+
+    Intervals are over documents.
+    """
     used = [record for record in records if record["forward"]["tokens"] and record["reverse"]["tokens"]]
-    summary: Summary = {"documents_without_tokens": len(records) - len(used), "all": _figures(used, settings)}
+    summary: Summary = {"documents_without_tokens": len(records) - len(used), "all": _metrics(used, settings)}
     domains = sorted({record["domain"] for record in used})
     if domains != [""]:
-        summary["domains"] = {name: _figures([r for r in used if r["domain"] == name], settings) for name in domains}
+        summary["domains"] = {name: _metrics([r for r in used if r["domain"] == name], settings) for name in domains}
     if used and "tenths" in used[0]:
         for name in ("tenths", "from_start", "from_end"):
             summary[name] = _positions([record[name] for record in used], settings)
@@ -84,13 +92,13 @@ def summarize(records: Sequence[Record], settings: CompareSettings) -> Summary:
 
 
 def document_losses(model: LanguageModel, documents: Sequence[list[int]], *, context: int, batch_size: int) -> list[SpanScore]:
-    """log P of every token of each document (ids, text order) and of the eod that closes it; natural logs, text order.
+    """Return log P of every token of each document (ids, text order) and of its eod, in nats and text order.
 
-    context: most tokens that the model is fed at once, at least 2, at most its positions; UsageError otherwise.
+    context: maximum tokens per window. Raises UsageError unless it is at least 2 and at most the model's positions.
     """
     limit = model.num_positions
     if context < 2 or (limit is not None and context > limit):
-        raise UsageError(f"a context of {context} tokens: it must be at least 2 and at most the model's {limit} positions")
+        raise UsageError(f"the context of {context} tokens must be at least 2 and at most the model's {limit} positions")
     leading = model.leading_ids or model.stop_ids[:1]
     cut = [
         windows([*leading, *to_model_order(list(ids), model.direction), model.stop_ids[0]], len(leading), context)
@@ -107,7 +115,7 @@ def document_losses(model: LanguageModel, documents: Sequence[list[int]], *, con
 
 
 def windows(tokens: list[int], num_leading: int, context: int) -> list[Span]:
-    """Spans of at most `context` tokens which together score each of `tokens` after the leading ones once, in order."""
+    """Return spans of at most `context` tokens that together score each token after the leading ones once, in order."""
     end = min(len(tokens), context)
     spans = [Span(tokens[:end], num_leading)]
     step = context // 2
@@ -119,7 +127,7 @@ def windows(tokens: list[int], num_leading: int, context: int) -> list[Span]:
 
 
 def is_same_tokenizer(forward: JointTokenizer, reverse: JointTokenizer) -> bool:
-    """Return True if both read the same tokens of a text."""
+    """Return True if both tokenizers split every text into the same tokens."""
     return forward.content == reverse.content
 
 
@@ -142,7 +150,7 @@ def _record(document: Document, forward: SpanScore, reverse: SpanScore, *, with_
 
 
 def _by_position(losses: Mapping[str, Values]) -> dict[str, Any]:
-    """Sums of inner tokens in each tenth, and at places 2 to 3, 4 to 7, 8 to 15 and so on, from the beginning and from the end."""
+    """Return the sums of the inner tokens in each tenth, and in tokens 2 to 3, 4 to 7, 8 to 15 and so on from each end."""
     num = len(losses["forward"])
     losses = {side: values[1:-1] for side, values in losses.items()}
     place = np.arange(2, num)
@@ -160,12 +168,12 @@ def _by_position(losses: Mapping[str, Values]) -> dict[str, Any]:
 
 
 def _power(place: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Index of the largest power of two that is not above each place."""
+    """Return the exponent of the largest power of two that does not exceed each place."""
     return np.frexp(place.astype(np.float64))[1].astype(np.int64) - 1  # exact up to 2**53
 
 
-def _figures(records: Sequence[Record], settings: CompareSettings) -> Summary:
-    """Totals and means; differences a token only where the tokens are the same."""
+def _metrics(records: Sequence[Record], settings: CompareSettings) -> Summary:
+    """Return totals and means; differences per token only if both models have the same tokens."""
     column = {
         (side, name): np.array([record[side][name] for record in records], np.float64)
         for side in SIDES
@@ -207,7 +215,7 @@ def _figures(records: Sequence[Record], settings: CompareSettings) -> Summary:
 
 
 def _positions(groups: Sequence[Record], settings: CompareSettings) -> list[Summary]:
-    """One entry a group of places: tokens, loss a token of each side, and the difference with its interval."""
+    """Return one entry per group of positions: tokens, loss per token of each side, and the difference with its interval."""
     size = max(len(group["tokens"]) for group in groups)
     sums = {
         name: np.array([[*group[name], *[0.0] * (size - len(group[name]))] for group in groups], np.float64)
@@ -225,7 +233,10 @@ def _positions(groups: Sequence[Record], settings: CompareSettings) -> list[Summ
 
 
 def _ratio(values: Values, weights: Values, settings: CompareSettings) -> Summary:
-    """sum(values) / sum(weights) and its interval over the documents that have a weight; None where that is none, or one."""
+    """Return sum(values) / sum(weights) over the documents with a weight, and its interval.
+
+    The ratio is None without such documents, the interval None for a single one.
+    """
     has_weight = weights > 0
     values, weights = values[has_weight], weights[has_weight]
     if not len(values):

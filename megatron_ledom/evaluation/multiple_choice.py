@@ -1,27 +1,28 @@
-"""Multiple choice: what is scored of a text so that its likelihood says which choice is right, for both directions.
+"""Multiple choice: the likelihoods by which a model of either direction ranks the choices.
 
-A block of the task in reading order is cut in front of the choice: `context` (with the choice's label) and `rest` (the choice and
-what follows it); c is a choice, q the context, `premise` the label alone. Each way gives a log-likelihood a choice:
+A block of the task, in text order, is cut before the choice into `context` (with the choice's label) and `rest` (the
+choice and the text after it). c is a choice, q the context, `premise` the label alone, x the few-shot examples. Each
+way gives one log-likelihood per choice:
 
 forward
-    choice_given_context    log P_F(c | demonstrations, q)
-    prior_removed           that minus log P_F(c | demonstrations, premise) (Holtzman et al. 2021, arXiv 2104.08315, eq. 2)
-reverse, which reads the demonstrations first as they stand behind the query
-    joint                   log P_R(q c | demonstrations): ranks choices as P(c | q) does, since P(q) is the same for all of them
-    context_given_choice    log P_R(q | c, demonstrations): the prior of the choice plays no part
-    prior_removed           joint minus log P_R(premise c | demonstrations): what the context adds to a choice with its label
-    choice_given_context    log P_R(c | q, demonstrations) with the choice at the front, as `prompts` mirrors a task or in a wording
-                            of the task's own (`reverse_template`); not for other running text, which nobody writes with its
-                            end at the front
+    choice_given_context    log P_F(c | x, q)
+    prior_removed           log P_F(c | x, q) - log P_F(c | x, premise) (Holtzman et al. 2021, arXiv 2104.08315, eq. 2)
+reverse (the few-shot examples follow the query in the text, so a reverse model reads them first)
+    joint                   log P_R(q c | x): ranks the choices as P(c | q) does, because P(q) is the same for all of them
+    context_given_choice    log P_R(q | c, x): without the prior of the choice
+    prior_removed           log P_R(q c | x) - log P_R(premise c | x): the gain from adding the context to a choice with its label
+    choice_given_context    log P_R(c | q, x) with the choice at the front, as `prompts` mirrors a task, or in the wording of
+                            `reverse_template`. Other running text has no such order.
 
-If the choice is the first field, `context_given_choice` and `prior_removed` say nothing and are left out.
-If the field with the choices is followed by others (WinoGrande's gap), a forward model scores what follows the choice, as is
-usual, and a reverse model what precedes it. Boundaries: the text is tokenised as one; a token that reaches over a cut belongs to
-what follows it (`inference.joint_tokenizer`). So `context_given_choice` gives away a token of the context that the choice merges with,
-and `prior_removed`, a difference of two whole texts, does not. Without demonstrations a reverse model begins after eod.
+If the choice is the first field, there is no context, so `context_given_choice` and `prior_removed` are omitted. If
+fields follow the choice (WinoGrande's gap), a forward model scores the text after the choice, as is usual, and a
+reverse model the text before it. The whole text is tokenized at once, and a token that crosses a cut belongs to the
+part after it (`inference.joint_tokenizer`). `context_given_choice` therefore does not score a token of the context that
+is merged with the choice; `prior_removed`, a difference of two whole texts, does. Without few-shot examples a reverse
+model begins after eod.
 
-Each is taken as it is (raw), by scored token and by scored byte; of a difference, by the tokens and bytes of the choice (forward) or
-of the context (reverse).
+Each value is used as it is (raw), per scored token and per scored byte. A difference is divided by the tokens or bytes
+of the choice (forward) or of the context (reverse).
 """
 
 import math
@@ -38,52 +39,59 @@ from megatron_ledom.inference.scoring import SpanScore
 
 NORMALIZATIONS = ("raw", "token", "byte")
 MAIN_WAY = {Direction.FORWARD: "choice_given_context", Direction.REVERSE: "joint"}
-"""The way whose accuracy is a task's main figure, unless the task names one: the one that ranks by P(choice | context)."""
+"""The way whose accuracy is a task's main metric, unless the task names another.
+
+It ranks choices by P(choice | context).
+"""
 Pair = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One score: log P of the scored part of `pair`, minus that of `prior` where there is one; texts in text order."""
+class ScoreRequest:
+    """A score to compute: log P of the scored part of `pair`, minus that of `prior` if there is one.
+
+    Texts are in text order.
+    """
 
     pair: Pair
     prior: Pair | None = None
 
 
 def score_choices(model: TaskModel, task: LoadedTask, items: Sequence[Item]) -> list[dict[str, Any]]:
-    """Return the record of each item: the gold choice and, for each way, log-likelihood, tokens and bytes of every choice."""
-    asked = [asked_of(task.task, model.direction, item, task.demonstrations(item)) for item in items]
-    distinct = distinct_pairs(asked)
+    """Return the record of each item: the gold choice, and log-likelihood, tokens and bytes of every choice by way."""
+    requests = [score_requests(task.task, model.direction, item, task.exemplars_for(item)) for item in items]
+    distinct = distinct_pairs(requests)
     scored = dict(zip(distinct, model.score(distinct), strict=True))
     records = []
-    for item, ways in zip(items, asked, strict=True):
+    for item, ways in zip(items, requests, strict=True):
         scores = {name: _measured(way, scored, model.direction) for name, way in ways.items()}
         records.append({**item.kept, "gold": item.gold, "scores": scores})
     return records
 
 
-def asked_of(task: Task, direction: Direction, item: Item, shots: Sequence[Values]) -> dict[str, list[Asked]]:
-    """For each way, what is scored of each choice."""
-    ways: dict[str, list[Asked]] = {}
+def score_requests(task: Task, direction: Direction, item: Item, exemplars: Sequence[Values]) -> dict[str, list[ScoreRequest]]:
+    """Return the scores to compute, by way, one for each choice."""
+    ways: dict[str, list[ScoreRequest]] = {}
     for choice in item.choices:
         values = {**item.values, task.choice_field: choice}
-        found = _forward(task, values, shots) if direction is Direction.FORWARD else _reverse(task, values, shots)
-        for name, asked in found.items():
-            ways.setdefault(name, []).append(asked)
+        found = _forward(task, values, exemplars) if direction is Direction.FORWARD else _reverse(task, values, exemplars)
+        for name, request in found.items():
+            ways.setdefault(name, []).append(request)
     return ways
 
 
-def distinct_pairs(asked: Sequence[Mapping[str, Sequence[Asked]]]) -> list[Pair]:
-    """Every text that is scored for some items, once."""
+def distinct_pairs(requests: Sequence[Mapping[str, Sequence[ScoreRequest]]]) -> list[Pair]:
+    """Return every pair of texts to score, once."""
     pairs = (
-        pair for ways in asked for way in ways.values() for one in way for pair in (one.pair, one.prior) if pair is not None
+        pair for ways in requests for way in ways.values() for one in way for pair in (one.pair, one.prior) if pair is not None
     )
     return list(dict.fromkeys(pairs))
 
 
 def chosen(scores: Mapping[str, Sequence[Any]], normalization: str) -> int:
-    """Return the choice with the highest score, the first of equal ones. scores: one way of a record, where a `logprob` of None
-    is -inf, an impossible choice (JSON has no infinity)."""
+    """Return the number of the choice with the highest score, the first of equal ones.
+
+    scores: one way of a record. A `logprob` of None is -inf, an impossible choice (JSON has no infinity)."""
     values = [
         (-math.inf if logprob is None else logprob) / _divisor(num_tokens, num_bytes, normalization)
         for logprob, num_tokens, num_bytes in zip(scores["logprob"], scores["tokens"], scores["bytes"], strict=True)
@@ -95,79 +103,82 @@ def _divisor(num_tokens: float, num_bytes: float, normalization: str) -> float:
     return {"raw": 1.0, "token": max(1.0, num_tokens), "byte": max(1.0, num_bytes)}[normalization]
 
 
-def _forward(task: Task, values: Values, shots: Sequence[Values]) -> dict[str, Asked]:
+def _forward(task: Task, values: Values, exemplars: Sequence[Values]) -> dict[str, ScoreRequest]:
     template = task.template
-    prompt = template.render(Direction.FORWARD, values, shots)
-    ways = {"choice_given_context": Asked(prompt.parts())}
+    prompt = template.render(Direction.FORWARD, values, exemplars)
+    ways = {"choice_given_context": ScoreRequest(prompt.parts())}
     if _has_context(task):
-        blocks = "".join(template.block(shot) + template.block_separator for shot in shots)
+        blocks = "".join(template.block(exemplar) + template.block_separator for exemplar in exemplars)
         whole = blocks + _with_premise(task, values)
         opened = whole[: len(whole) - len(prompt.target.lstrip())].rstrip()
-        ways["prior_removed"] = Asked(prompt.parts(), (opened, whole[len(opened) :]))
+        ways["prior_removed"] = ScoreRequest(prompt.parts(), (opened, whole[len(opened) :]))
     return ways
 
 
-def _reverse(task: Task, values: Values, shots: Sequence[Values]) -> dict[str, Asked]:
+def _reverse(task: Task, values: Values, exemplars: Sequence[Values]) -> dict[str, ScoreRequest]:
     template = task.template
     context, rest = template.split_before(task.choice_field, values)
-    blocks = [template.block(shot) for shot in reversed(shots)]
+    blocks = [template.block(exemplar) for exemplar in reversed(exemplars)]
     edge = template.block_separator if blocks else ""
     after = template.block_separator.join(blocks)
     joint = (context + rest + edge, after)
-    ways = {"joint": Asked(joint)}
+    ways = {"joint": ScoreRequest(joint)}
     if _has_context(task):
-        ways["context_given_choice"] = Asked((context, rest + edge + after))
-        ways["prior_removed"] = Asked(joint, (_with_premise(task, values) + edge, after))
+        ways["context_given_choice"] = ScoreRequest((context, rest + edge + after))
+        ways["prior_removed"] = ScoreRequest(joint, (_with_premise(task, values) + edge, after))
     mirrored = task.template_for(Direction.REVERSE)
     if mirrored.is_read_back or mirrored is not template:
-        ways["choice_given_context"] = Asked(mirrored.render(Direction.REVERSE, values, shots).parts())
+        ways["choice_given_context"] = ScoreRequest(mirrored.render(Direction.REVERSE, values, exemplars).parts())
     return ways
 
 
 def _has_context(task: Task) -> bool:
-    """Return True if a field stands before the choice. Without one, as of a label that begins a text, nothing is given to the choice."""
+    """Return True if a field stands before the choice."""
     return task.template.fields[0].name != task.choice_field
 
 
 def _with_premise(task: Task, values: Values) -> str:
-    """A block without the fields before the choice: its label, the choice and what follows."""
+    """Return a block without the fields before the choice: the label, the choice and the fields after it."""
     names = [field.name for field in task.template.fields]
     if task.choice_field not in names:
-        raise UsageError(f"the task {task.name} has choices of {task.choice_field!r}, its fields are {', '.join(names)}")
+        raise UsageError(
+            f"task {task.name} has no field {task.choice_field!r} for its choices; its fields are {', '.join(names)}"
+        )
     kept = task.template.fields[names.index(task.choice_field) :]
     return task.template.field_separator.join(field.text(values[field.name]) for field in kept)
 
 
-def _measured(way: Sequence[Asked], scored: Mapping[Pair, SpanScore], direction: Direction) -> dict[str, list[Any]]:
-    """Return log-likelihood (None: -inf), tokens and bytes of each choice."""
-    rows = [_one(asked, scored, direction) for asked in way]
+def _measured(way: Sequence[ScoreRequest], scored: Mapping[Pair, SpanScore], direction: Direction) -> dict[str, list[Any]]:
+    """Return the log-likelihoods (None: -inf), tokens and bytes of the choices."""
+    rows = [_one(request, scored, direction) for request in way]
     measured: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in ("logprob", "tokens", "bytes")}
     measured["logprob"] = [None if value == -math.inf else value for value in measured["logprob"]]
     return measured
 
 
-def _one(asked: Asked, scored: Mapping[Pair, SpanScore], direction: Direction) -> dict[str, float]:
-    whole = scored[asked.pair]
-    found = {"logprob": whole.logprob, "tokens": whole.num_tokens, "bytes": _scored_bytes(asked.pair, direction)}
-    if asked.prior is not None:
-        prior = scored[asked.prior]
+def _one(request: ScoreRequest, scored: Mapping[Pair, SpanScore], direction: Direction) -> dict[str, float]:
+    whole = scored[request.pair]
+    found = {"logprob": whole.logprob, "tokens": whole.num_tokens, "bytes": _scored_bytes(request.pair, direction)}
+    if request.prior is not None:
+        prior = scored[request.prior]
         found["logprob"] = less_prior(whole.logprob, prior.logprob)
         if direction is Direction.REVERSE:
             found["tokens"] -= prior.num_tokens
-            found["bytes"] -= _scored_bytes(asked.prior, direction)
+            found["bytes"] -= _scored_bytes(request.prior, direction)
     return found
 
 
 def less_prior(whole: float, prior: float) -> float:
-    """Return `whole - prior`, two log-likelihoods; an impossible whole stays -inf. Raise NotFiniteError for an impossible prior of
-    a possible whole: no model that adds up to 1 has both."""
+    """Return `whole - prior`, two log-likelihoods; an impossible whole stays -inf.
+
+    Raises NotFiniteError if only the prior is impossible: a part of a text cannot be less likely than the whole."""
     if whole == -math.inf:
         return whole
     if prior == -math.inf:
-        raise NotFiniteError(f"a text has log-likelihood {whole:.6g}, a part of it alone -inf: their difference is no score")
+        raise NotFiniteError(f"a text has log-likelihood {whole:.6g}, a part of it -inf, so their difference is not a score")
     return whole - prior
 
 
 def _scored_bytes(pair: Pair, direction: Direction) -> int:
-    """UTF-8 bytes of the scored part, without white space at its edges."""
+    """Return the UTF-8 bytes of the scored part, without white space at its edges."""
     return len((pair[0] if direction is Direction.REVERSE else pair[1]).strip().encode())

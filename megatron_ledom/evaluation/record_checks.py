@@ -1,7 +1,7 @@
-"""Checks of the lines that a killed run left, before they are resumed: each must be one that this command writes of this item.
+"""Checks of the records of a killed run before it resumes: this command must be able to write each record for its item.
 
-A line that was edited, damaged or written by two processes would else count as a result. Each check raises DataError for the first
-field that is wrong; `ItemFile` adds the file and the line.
+Otherwise a line that was edited, damaged or written by two processes would count as a result. Each check raises
+DataError for the first wrong field; `ItemFile` adds the file and the line.
 """
 
 import json
@@ -13,16 +13,16 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError
 from megatron_ledom.evaluation.item_file import NUMBER, Check
 from megatron_ledom.evaluation.loss_difference import NUM_PARTS, SIDES, Document
-from megatron_ledom.evaluation.multiple_choice import asked_of
+from megatron_ledom.evaluation.multiple_choice import score_requests
 from megatron_ledom.evaluation.results import Record
-from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
+from megatron_ledom.evaluation.tasks.task import Item, LoadedTask, TaskKind
 
 LOSSES = ("loss", "inner", "first", "last", "eod")
 POSITIONS = ("tenths", "from_start", "from_end")
 ROUNDING = 1e-6
-"""Difference of a sum from the sum of its parts, relative above 1."""
+"""Tolerance between a sum and the sum of its parts: relative above 1, else absolute."""
 BEYOND_ZERO = 1e-3
-"""Rounding of a log-softmax, summed over a text: a log-likelihood may be that much above 0, a loss below it."""
+"""Rounding of a log-softmax, summed over a text: a log-likelihood may exceed 0 by this much."""
 TEXT, TEXT_OR_NULL, FLAG, COUNT = "a text", "a text or null", "true or false", "a count"
 LOSS, LOGPROB, DIFFERENCE, INTEGER = "a loss", "a log-likelihood or null", "a number or null", "an integer"
 TESTS: dict[str, Callable[[Any], bool]] = {
@@ -36,9 +36,9 @@ TESTS: dict[str, Callable[[Any], bool]] = {
     DIFFERENCE: lambda value: value is None or type(value) in (int, float),
 }
 WRITTEN = {
-    Kind.ANSWER: {"written": TEXT, "answer": TEXT_OR_NULL, "is_right": FLAG},
-    Kind.CODE: {"written": TEXT, "answer": TEXT_OR_NULL, "reason": TEXT, "is_right": FLAG},
-    Kind.QUESTION: {
+    TaskKind.ANSWER: {"written": TEXT, "answer": TEXT_OR_NULL, "is_right": FLAG},
+    TaskKind.CODE: {"written": TEXT, "answer": TEXT_OR_NULL, "reason": TEXT, "is_right": FLAG},
+    TaskKind.QUESTION: {
         "written": TEXT,
         "answer": TEXT_OR_NULL,
         "solved": TEXT_OR_NULL,
@@ -47,21 +47,21 @@ WRITTEN = {
         "is_copy": FLAG,
     },
 }
-"""What `written_answers.write_answers` keeps of an item besides its accepted answers."""
+"""Fields of a record of `written_answers.write_answers`, apart from the accepted answers."""
 
 
 def item_check(task: LoadedTask, direction: Direction) -> Check:
-    """Return the check of what `evaluate_task` keeps of an item."""
-    if task.task.kind is not Kind.CHOICE:
+    """Return the check of a record of `evaluate_task`."""
+    if task.task.kind is not TaskKind.CHOICE:
         return lambda number, record: _check_written(record, task.items[number], task.task.kind)
     first = task.items[0]
-    asked = asked_of(task.task, direction, first, task.demonstrations(first))
-    is_difference = {way: choices[0].prior is not None for way, choices in asked.items()}
+    requests = score_requests(task.task, direction, first, task.exemplars_for(first))
+    is_difference = {way: choices[0].prior is not None for way, choices in requests.items()}
     return lambda number, record: _check_choice(record, task.items[number], is_difference)
 
 
 def document_check(documents: Sequence[Document], *, with_positions: bool) -> Check:
-    """Return the check of what `document_records` keeps of a document."""
+    """Return the check of a record of `document_records`."""
 
     def check(number: int, record: Record) -> None:
         """Check the record of one document."""
@@ -79,7 +79,10 @@ def document_check(documents: Sequence[Document], *, with_positions: bool) -> Ch
 
 
 def _check_choice(record: Record, item: Item, is_difference: Mapping[str, bool]) -> None:
-    """Check the scores of each way; is_difference: of each way, if a prior is taken off, so that values may have either sign."""
+    """Check the scores of each way.
+
+    is_difference: for each way, True if a prior is subtracted, so that values may have either sign.
+    """
     _check_keys("the line", record, {NUMBER, *item.kept, "gold", "scores"})
     _check_known(record, {**item.kept, "gold": item.gold})
     _check_keys("scores", record["scores"], set(is_difference))
@@ -91,22 +94,22 @@ def _check_choice(record: Record, item: Item, is_difference: Mapping[str, bool])
             _check_list(f"{name}.{column}", columns[column], INTEGER if either_sign else COUNT, len(item.choices))
 
 
-def _check_written(record: Record, item: Item, kind: Kind) -> None:
+def _check_written(record: Record, item: Item, kind: TaskKind) -> None:
     fields = WRITTEN[kind]
     accepted = item.gold if isinstance(item.gold, tuple) else ()
-    known = {**item.kept, **({} if kind is Kind.CODE else {"gold": list(accepted)})}
+    known = {**item.kept, **({} if kind is TaskKind.CODE else {"gold": list(accepted)})}
     _check_keys("the line", record, {NUMBER, *known, *fields})
     _check_known(record, known)
     for name, expected in fields.items():
         _check_value(name, record[name], expected)
     if record["is_right"] and record["answer"] is None:
         raise DataError("is_right is true and answer is null, expected an answer")
-    if kind is Kind.QUESTION and record["is_right"] != (record["solved"] in accepted):
-        raise DataError(f"is_right is {_shown(record['is_right'])}, expected the opposite of the solution in solved")
+    if kind is TaskKind.QUESTION and record["is_right"] != (record["solved"] in accepted):
+        raise DataError(f"is_right is {_shown(record['is_right'])}, expected the opposite from the solution under solved")
 
 
 def _check_side(side: str, found: Any) -> None:
-    """Check one model's sums over a document: the whole is its inner tokens, the first and the last."""
+    """Check one model's sums over a document: the inner, the first and the last losses add up to the whole."""
     _check_keys(side, found, {"tokens", *LOSSES})
     _check_value(f"{side}.tokens", found["tokens"], COUNT)
     for name in LOSSES:
@@ -116,10 +119,10 @@ def _check_side(side: str, found: Any) -> None:
 
 
 def _check_positions(name: str, found: Any, record: Record) -> None:
-    """Check the sums of the inner tokens by position, whose totals are known of the whole document."""
+    """Check the sums of the inner tokens by position: they add up to the totals of the document."""
     num = record[SIDES[0]]["tokens"]
     if record[SIDES[1]]["tokens"] != num:
-        raise DataError(f"reverse.tokens is {record[SIDES[1]]['tokens']}, expected {num}, as of the forward model")
+        raise DataError(f"reverse.tokens is {record[SIDES[1]]['tokens']}, expected {num}, the number of forward.tokens")
     _check_keys(name, found, {"tokens", *SIDES})
     size = NUM_PARTS if name == "tenths" else (num - 1).bit_length() if num > 2 else 0
     _check_list(f"{name}.tokens", found["tokens"], COUNT, size)
@@ -139,10 +142,10 @@ def _check_keys(name: str, found: Any, expected: set[str]) -> None:
 
 
 def _check_known(record: Record, known: Record) -> None:
-    """Check what follows from the item alone. Compared as JSON, where 1, 1.0 and true differ."""
+    """Check the fields that follow from the item alone. They are compared as JSON, where 1, 1.0 and true differ."""
     for name, expected in known.items():
         if json.dumps(record[name], sort_keys=True) != json.dumps(expected, sort_keys=True):
-            raise DataError(f"{name} is {_shown(record[name])}, expected {_shown(expected)}, as the item has it")
+            raise DataError(f"{name} is {_shown(record[name])}, expected {_shown(expected)}, the item's")
 
 
 def _check_list(name: str, found: Any, expected: str, size: int) -> None:

@@ -1,4 +1,4 @@
-"""From what was found of each item to figures with intervals, and the files that tell them."""
+"""Compute metrics with intervals from the records of the items, and write them to files."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,19 +11,21 @@ import numpy as np
 from megatron_ledom.direction import Direction
 from megatron_ledom.evaluation.intervals import LEVEL, bootstrap_interval
 from megatron_ledom.evaluation.multiple_choice import MAIN_WAY, NORMALIZATIONS, chosen
-from megatron_ledom.evaluation.tasks.task import Kind, LoadedTask
+from megatron_ledom.evaluation.tasks.task import LoadedTask, TaskKind
 from megatron_ledom.storage.files import write_file, write_json
 from megatron_ledom.tables import markdown_table
 
 Record = Mapping[str, Any]
-"""What was found of one item."""
+"""The result of one item."""
 NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A share of the items. stderr: standard error of the mean, None for a single item; low, high: interval at 95 %, Wilson's, or of
-    items in clusters the bootstrap's over clusters."""
+    """A fraction of the items. stderr: standard error of the mean, None for a single item.
+
+    low, high: 95 % interval, by Wilson's formula, or by a bootstrap over clusters for items in clusters.
+    """
 
     value: float
     stderr: float | None
@@ -34,7 +36,7 @@ class Metric:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
-    """The figures of one task. main: the name of the one to quote; about: what they depend on."""
+    """The metrics of one task. main: the name of the one to quote; about: the settings on which they depend."""
 
     task: str
     main: str
@@ -42,14 +44,14 @@ class TaskResult:
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def metric_values(self) -> dict[str, float]:
-        """`task/metric` -> value, for a log of figures."""
+        """Return `task/metric` -> value, for a log of metrics."""
         return {f"{self.task}/{name}": metric.value for name, metric in self.metrics.items()}
 
 
 def share(are_right: Sequence[bool], clusters: Sequence[str] | None = None) -> Metric:
-    """The share of True, with scipy's standard error and Wilson interval (Wilson 1927, eq. 4).
+    """Return the fraction of True values, with the standard error and the Wilson interval of scipy (Wilson 1927, eq. 4).
 
-    clusters: of each item, the name of what it is about, where several items are about the same and so depend on each other.
+    clusters: the name of each item's subject, if several items have the same subject and are therefore not independent.
     """
     from scipy.stats import sem
 
@@ -69,8 +71,11 @@ def _wilson(num_right: int, num: int) -> tuple[float, float]:
 
 
 def _spread_of_clusters(values: Sequence[float], clusters: Sequence[str]) -> tuple[float | None, float, float]:
-    """Standard error, low, high with clusters as what is drawn: the error of a ratio of sums, and the bootstrap's interval. Clusters that
-    are all alike give the bootstrap no width; each then counts as one item for Wilson's."""
+    """Return the standard error of a ratio of sums over clusters, and low and high of its bootstrap interval.
+
+    If all clusters have the same mean, the bootstrap's interval has width 0. Wilson's is used then, with one item per
+    cluster.
+    """
     places = np.unique(np.asarray(clusters), return_inverse=True)[1]
     sums, sizes = np.bincount(places, values).astype(np.float64), np.bincount(places).astype(np.float64)
     num, mean = len(sums), sums.sum() / sizes.sum()
@@ -82,8 +87,8 @@ def _spread_of_clusters(values: Sequence[float], clusters: Sequence[str]) -> tup
 
 
 def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record]) -> TaskResult:
-    """The figures of a task from what was found of its items, all of them; the main one for each group of items, too."""
-    is_choice = task.task.kind is Kind.CHOICE
+    """Return the metrics of a task from the records of all items, and the main metric for each group of items."""
+    is_choice = task.task.kind is TaskKind.CHOICE
     main = f"{task.task.main_way or MAIN_WAY[direction]}/{task.task.normalization}" if is_choice else "accuracy"
     find = _choice_metrics if is_choice else _written_metrics
     metrics = find(records)
@@ -101,13 +106,16 @@ def summarize(task: LoadedTask, direction: Direction, records: Sequence[Record])
 
 
 def _clusters(records: Sequence[Record]) -> list[str] | None:
-    """Return what each item is about; None where each stands for itself."""
+    """Return the cluster of each item, or None if items have no clusters."""
     return [record["cluster"] for record in records] if all("cluster" in record for record in records) else None
 
 
 def _written_metrics(records: Sequence[Record]) -> dict[str, Metric]:
-    """How many answers are right, and how many were found at all; of questions also how many can be solved, have the given answer
-    (by whatever steps, or none), and are copies of a trained one, which are never right."""
+    """Return the fractions of right answers and of items with an answer.
+
+    For written questions also: solvable; with the given answer, by any steps; and copies of a trained question, which
+    are never right.
+    """
     clusters = _clusters(records)
     found = {
         "accuracy": share([record["is_right"] for record in records], clusters),
@@ -121,7 +129,7 @@ def _written_metrics(records: Sequence[Record]) -> dict[str, Metric]:
 
 
 def _choice_metrics(records: Sequence[Record]) -> dict[str, Metric]:
-    """Accuracy of each way to score a choice, by each normalisation."""
+    """Return the accuracy of each way to score a choice, with each normalization."""
     clusters = _clusters(records)
     return {
         f"{way}/{normalization}": share(
@@ -133,7 +141,7 @@ def _choice_metrics(records: Sequence[Record]) -> dict[str, Metric]:
 
 
 def write_summary(folder: Path, results: Sequence[TaskResult], about: Mapping[str, Any]) -> None:
-    """`summary.json` and `summary.md`; about: the model, its direction and whatever else holds for all tasks."""
+    """Write `summary.json` and `summary.md`. about: the model, its direction and the other settings of all tasks."""
     tasks = {
         result.task: {
             "main": result.main,
@@ -147,18 +155,18 @@ def write_summary(folder: Path, results: Sequence[TaskResult], about: Mapping[st
 
 
 def as_markdown(results: Sequence[TaskResult], about: Mapping[str, Any]) -> str:
-    """One table of main figures, and one of all the others."""
-    told = "\n".join(f"- {name}: {value}" for name, value in about.items())
-    parts = ["# Evaluation", told, _table([(result.task, result.main, result.metrics[result.main]) for result in results])]
+    """Return Markdown with a table of the main metrics and one of all others."""
+    settings = "\n".join(f"- {name}: {value}" for name, value in about.items())
+    parts = ["# Evaluation", settings, _table([(result.task, result.main, result.metrics[result.main]) for result in results])]
     others = [
         (result.task, name, metric) for result in results for name, metric in result.metrics.items() if name != result.main
     ]
-    parts += ["## Other figures", _table(others)] if others else []
+    parts += ["## Other metrics", _table(others)] if others else []
     return "\n\n".join(parts) + "\n"
 
 
 def _table(rows: Sequence[tuple[str, str, Metric]]) -> str:
-    cells = [["task", "figure", "%", "standard error", "95 % interval", "items"]]
+    cells = [["task", "metric", "%", "standard error", "95 % interval", "items"]]
     for task, name, metric in rows:
         stderr = "" if metric.stderr is None else f"{100 * metric.stderr:.2f}"
         interval = f"{100 * metric.low:.1f} to {100 * metric.high:.1f}"

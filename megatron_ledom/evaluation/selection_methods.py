@@ -1,7 +1,8 @@
-"""Ways to choose one of a question's C candidates, and how often each is right: Reverse Reward beside the baselines it has to beat.
+"""Accuracy of the methods that choose one of a question's C candidates: Reverse Reward and its baselines.
 
-How often a way is right with k of C candidates is the mean over all choices of k, so that no order of the candidates counts: by
-a formula for what a score chooses; votes are counted for each choice of k, or for some of them drawn with a fixed seed.
+The accuracy with k of C candidates is the mean over all subsets of k, so the order of the candidates does not matter.
+For a score it has a closed formula. Votes are counted for each subset of k, or for a number of subsets drawn with a
+fixed seed.
 """
 
 import math
@@ -29,34 +30,34 @@ from megatron_ledom.inference.reverse_reward.reward import RewardSettings, rewar
 
 Marks = npt.NDArray[np.bool_]
 MOST_SUBSETS = 256
-"""Choices of k whose votes are counted; where there are more, as many are drawn."""
+"""Maximum number of subsets whose votes are counted. If there are more, as many are drawn."""
 GRID = tuple(step / 20 for step in range(21))
-"""The lambdas among which one is chosen."""
+"""The values from which lambda is chosen."""
 METHODS = {
     "greedy": "the likeliest answer, one for each question",
     "random of N": "the mean over all candidates",
     "forward likelihood, sum": "highest log P_F(y|x)",
-    "forward likelihood, mean": "highest log P_F(y|x) a token",
-    "majority vote": "the commonest answer",
-    "reverse-weighted majority": "the answer whose candidates have the most reward, exp(reward), in sum",
+    "forward likelihood, mean": "highest log P_F(y|x) per token",
+    "majority vote": "the most frequent answer",
+    "reverse-weighted majority": "the answer with the highest sum of exp(reward) over its candidates",
     "reverse only": "highest log P_R(x|y)",
     "Reverse Reward": "highest reward, with lambda chosen on other questions",
     "beam by Reverse Reward": "the best answer of the step-level beam search",
     "oracle": "pass@N: any candidate is right",
 }
 WITH_REVERSE = ("reverse-weighted majority", "reverse only", "Reverse Reward")
-"""Methods that pay for a reverse pass over each candidate."""
+"""Methods that need a reverse pass over each candidate."""
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One question's candidates; their order says nothing.
+    """The candidates of one question, in any order.
 
-    is_right [C]; classes [C]: equal numbers are the same answer, -1 none. forward, forward_mean, reverse [C]: log-likelihoods
-    (the mean is a token's); rewards [lambdas of GRID, C]; all -inf where a candidate cannot be scored. is_skipped [C]: nothing was
-    scored, so that no score ever chooses the candidate. greedy, beam: whether that answer is right, None where there is none.
-    sample_tokens, reverse_tokens: mean cost of writing and of judging a candidate.
-    num_by_words: candidates whose written tokens the file does not tell; their words are counted in place of them.
+    is_right [C]; classes [C]: equal numbers are equal answers, -1 is no answer. forward, forward_mean, reverse [C]:
+    log-likelihoods (the mean is per token); rewards [lambdas of GRID, C]; all -inf if a candidate cannot be scored.
+    is_skipped [C]: not scored, so never chosen by a score. greedy, beam: True if that answer is right, None without
+    one. sample_tokens, reverse_tokens: mean tokens to write and to judge a candidate. num_by_words: candidates without
+    a recorded number of tokens; their words are counted instead.
     """
 
     prompt: str
@@ -75,8 +76,11 @@ class Question:
     is_skipped: npt.NDArray[np.bool_]
 
     def outcome(self, method: str, num: int, weight: int) -> float | None:
-        """How right a method is with `num` of the candidates (0 to 1), in the mean over all choices of so many, since candidates may
-        come in any order; equally good answers share. `weight` is an index of GRID. None: not known."""
+        """Return the accuracy (0 to 1) of a method with `num` candidates, the mean over all subsets of that size.
+
+        Answers of equal score are equally likely to be chosen. weight: an index of GRID. None: the file has no such
+        answer.
+        """
         if method in ("greedy", "beam by Reverse Reward"):
             known = self.greedy if method == "greedy" else self.beam
             return None if known is None else float(known)
@@ -95,16 +99,17 @@ class Question:
             "Reverse Reward": self.rewards[weight],
         }
         order = np.unique(likelihoods[method], return_inverse=True)[1].reshape(-1)
-        below = np.where(self.is_skipped, -1, order).astype(np.float64)  # below -inf, and wrong where nothing else is there
+        below = np.where(self.is_skipped, -1, order).astype(np.float64)  # below -inf, and wrong if all are skipped
         return share_by_score(below, self.is_right & ~self.is_skipped, num)
 
 
 def load_questions(
     path: str | Path, gold_key: str, answers: Answers, settings: RewardSettings, beam: str | Path | None = None
 ) -> list[Question]:
-    """The lines of a reranked file whose `gold_key` field holds the right answer (a text that ends with it, or the answer).
+    """Return the questions of a reranked file without the skipped ones.
 
-    Questions that were skipped are left out. See `load_seeds`, which keeps several files of the same questions together.
+    gold_key: the field with the right answer (or a text that ends with it). `load_seeds` loads several files of the
+    same questions.
     """
     (questions,), _ = load_seeds([path], gold_key, answers, settings, beam)
     return questions
@@ -113,11 +118,12 @@ def load_questions(
 def load_seeds(
     paths: Sequence[str | Path], gold_key: str, answers: Answers, settings: RewardSettings, beam: str | Path | None = None
 ) -> tuple[list[list[Question]], list[str]]:
-    """Return the questions of reranked files of the same input, one for each sampling seed, and notes on what is left out.
+    """Return the questions of reranked files, one file per sampling seed, and notes on skipped questions.
 
-    A question whose prompt was skipped in any of the files is left out of all of them. beam: a file of searches for the same
-    prompts, whose best answers are compared; a search that chose none is wrong. Rewards are computed anew from the scores for
-    every lambda; DataError names a line and a field that lack something, and all right answers that cannot be read.
+    All files are of the same input. A question that was skipped in one file is omitted from all of them. beam: a file
+    of searches for the same prompts, to compare their best answers; a search without an answer is wrong. The rewards of
+    every lambda are computed from the scores. Raises DataError with the line and the field that is missing, or with all
+    right answers that cannot be read.
     """
     seeds = [
         [checked(record, f"{path}:{number}", gold_key) for number, record in enumerate(read_reranked(path), 1)]
@@ -130,9 +136,9 @@ def load_seeds(
     for path, lines in zip(paths, seeds, strict=True):
         golds = read_golds(answers, [(lines[index].where, lines[index].gold) for index in kept])
         if len(kept) < 2:
-            left_out = f" besides {len(lines) - len(kept)} skipped ones" if len(kept) < len(lines) else ""
+            skipped = f" (and {len(lines) - len(kept)} skipped)" if len(kept) < len(lines) else ""
             raise DataError(
-                f"{path} holds {len(kept)} questions{left_out}; a comparison needs at least 2, and means something from hundreds"
+                f"{path} has {len(kept)} questions{skipped}; a comparison needs at least 2, and is meaningful with hundreds"
             )
         rows = zip(kept, golds, strict=True)
         loaded.append([_question(lines[i], gold, answers, settings, None if best is None else best[i]) for i, gold in rows])
@@ -141,12 +147,12 @@ def load_seeds(
 
 
 def chosen_weights(questions: Sequence[Question], num: int, num_folds: int, seed: int) -> npt.NDArray[np.int64]:
-    """For each question the lambda (index of GRID) with which most questions of the *other* folds come out right.
+    """Return for each question the lambda (index of GRID) with the highest accuracy on the *other* folds.
 
-    Of equally good ones the middle is taken. A question's own fold has no say, so no lambda has seen what it is judged on.
+    Of equally good ones the middle is taken. No lambda is chosen on the questions that it is evaluated on.
     """
     if not 2 <= num_folds <= len(questions):
-        raise UsageError(f"{num_folds} folds of {len(questions)} questions: give from 2 to as many as there are questions")
+        raise UsageError(f"--folds {num_folds} must be 2 to {len(questions)}, the number of questions")
     right = np.array([[question.outcome("Reverse Reward", num, w) for w in range(len(GRID))] for question in questions])
     folds = np.random.default_rng(seed).permutation(len(questions)) % num_folds
     chosen = np.zeros(len(questions), np.int64)
@@ -156,22 +162,23 @@ def chosen_weights(questions: Sequence[Question], num: int, num_folds: int, seed
 
 
 def best_weight(questions: Sequence[Question], num: int) -> int:
-    """The index of GRID that is best for these questions with `num` of their candidates; of equal ones the middle."""
+    """Return the index of GRID with the highest accuracy with `num` candidates; of equal ones the middle."""
     return _best_of(
         np.array([[question.outcome("Reverse Reward", num, w) for w in range(len(GRID))] for question in questions])
     )
 
 
 def share_with_any(is_right: Marks, num: int) -> float:
-    """Return the share of choices of `num` in which any is right: 1 - C(wrong, num) / C(all, num)."""
+    """Return the fraction of subsets of `num` that contain a right candidate: 1 - C(wrong, num) / C(all, num)."""
     wrong = int((~is_right).sum())
     return 1 - float(_shares_within(len(is_right), num)[wrong])
 
 
 def share_by_score(scores: Values, is_right: Marks, num: int) -> float:
-    """Return how often the best of `num` by score is right; of equally good ones each is chosen as often.
+    """Return the fraction of subsets of `num` whose best candidate by score is right.
 
-    With b candidates of a lower score and m of this one, the best has it in (C(b + m, num) - C(b, num)) / C(all, num) of all choices.
+    Equal scores are equally likely to be chosen. With b candidates below a score and m at it, the best has this score
+    in (C(b + m, num) - C(b, num)) / C(all, num) of the subsets.
     """
     _, groups, sizes = np.unique(scores, return_inverse=True, return_counts=True)
     right = np.bincount(groups.reshape(-1), weights=is_right) / sizes
@@ -180,7 +187,10 @@ def share_by_score(scores: Values, is_right: Marks, num: int) -> float:
 
 
 def share_by_vote(log_weights: Values, classes: npt.NDArray[np.int64], is_right: Marks, num: int) -> float:
-    """Return how often the class with the most weight among `num` is right; equal classes share. Class -1 has no vote."""
+    """Return the fraction of subsets of `num` whose class with the most weight is right.
+
+    Equal classes share; class -1 has no vote.
+    """
     members = classes[:, None] == np.unique(classes[classes >= 0])[None, :]
     if members.shape[1] == 0:
         return 0.0
@@ -196,14 +206,14 @@ def share_by_vote(log_weights: Values, classes: npt.NDArray[np.int64], is_right:
 
 @lru_cache(maxsize=256)
 def _shares_within(total: int, num: int) -> Values:
-    """For n from 0 to `total`: the share of choices of `num` of `total` that fall wholly into a given n of them."""
+    """Return, for n from 0 to `total`, the fraction of subsets of `num` that lie in n given candidates of `total`."""
     every = math.comb(total, num)
     return np.array([math.comb(n, num) / every for n in range(total + 1)])
 
 
 @lru_cache(maxsize=64)
 def _subsets(total: int, num: int) -> Marks:
-    """[subsets, total] choices of `num`: all of them, or MOST_SUBSETS drawn ones."""
+    """Return marks [subsets, total] of the subsets of `num`: all of them, or MOST_SUBSETS drawn ones."""
     if math.comb(total, num) <= MOST_SUBSETS:
         chosen = np.array(list(combinations(range(total), num)))
     else:
@@ -218,12 +228,12 @@ def _notes_on_skipped(num: int, kept: Sequence[int], num_unanswered: int) -> lis
     notes = []
     if len(kept) < num:
         notes.append(
-            f"Note: {num - len(kept)} of {num} questions were skipped by the reranking, since their prompts leave no room for an answer;"
-            " they are left out of every file and method."
+            f"Note: {num - len(kept)} of {num} questions were skipped by the reranking, because their prompts leave no room for an answer;"
+            " they are omitted from every file and method."
         )
     if num_unanswered:
         notes.append(
-            f"Note: {num_unanswered} of {len(kept)} beam searches chose no answer, since their prompt or their answers were skipped or"
+            f"Note: {num_unanswered} of {len(kept)} beam searches chose no answer, because their prompt or answers were skipped or"
             " empty; they count as wrong."
         )
     return notes
@@ -232,7 +242,7 @@ def _notes_on_skipped(num: int, kept: Sequence[int], num_unanswered: int) -> lis
 def _best_of_beam(beam: str | Path, path: str | Path, lines: Sequence[Reranked]) -> list[str]:
     searches = read_reranked(beam)
     if [search.get("prompt") for search in searches] != [line.prompt for line in lines]:
-        raise DataError(f"{beam} has other prompts than {path}; search for the same input")
+        raise DataError(f"{beam} and {path} have different prompts; run the search on the same input")
     return [chosen_text(search, f"{beam}:{number}") for number, search in enumerate(searches, 1)]
 
 
@@ -252,8 +262,8 @@ def _question(line: Reranked, gold: Any, answers: Answers, settings: RewardSetti
         ]
     except DataError as error:
         raise DataError(f"{line.where}: {error}") from error
-    told = [score.forward_tokens for score in scores]
-    num_written = [len(text.split()) if num is None else num for num, text in zip(told, texts, strict=True)]
+    recorded = [score.forward_tokens for score in scores]
+    num_written = [len(text.split()) if num is None else num for num, text in zip(recorded, texts, strict=True)]
     return Question(
         prompt=prompt,
         gold=line.gold,
@@ -276,7 +286,7 @@ def _question(line: Reranked, gold: Any, answers: Answers, settings: RewardSetti
                 ]
             )
         ),
-        num_by_words=told.count(None),
+        num_by_words=recorded.count(None),
         is_skipped=np.array([score.skipped is not None for score in scores]),
     )
 
@@ -286,7 +296,7 @@ def _or_worst(value: float | None) -> float:
 
 
 def _best_of(right: Values) -> int:
-    """The column [questions, lambdas] that is right most often; of equal ones the middle."""
+    """Return the column of [questions, lambdas] with the highest accuracy; of equal ones the middle."""
     accuracy = right.mean(axis=0)
     best = np.flatnonzero(accuracy >= accuracy.max() - 1e-12)
     return int(best[len(best) // 2])

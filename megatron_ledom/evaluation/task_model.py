@@ -1,4 +1,4 @@
-"""The protocol of a model that tasks are run with, and the model of a Hugging Face folder that has it."""
+"""The protocol of a model that can be evaluated, and its implementation for a Hugging Face folder."""
 
 import sys
 from collections.abc import Sequence
@@ -12,18 +12,23 @@ from megatron_ledom.inference.scoring import SpanScore, check_batch_size
 
 
 class TaskModel(Protocol):
-    """A language model of one direction. Texts are text order everywhere."""
+    """A language model of one direction. All texts are in text order."""
 
     @property
     def direction(self) -> Direction:
         """The direction in which the model reads."""
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> list[SpanScore]:
-        """Of each (preceding, following): log P(following | preceding) of a forward model, log P(preceding | following) of a
-        reverse one, as `Engine.score` does: both parts are tokenised as one text, an empty given part is the document's edge."""
+        """Return log P(following | preceding) of each pair; a reverse model returns log P(preceding | following).
+
+        As in `Engine.score`, both parts are tokenized as one text. An empty given part means the edge of the document.
+        """
 
     def write(self, given: Sequence[str], *, max_new_tokens: int, stop_strings: Sequence[str]) -> list[str]:
-        """The likeliest text behind (forward) or in front of (reverse) each given one, up to eod, a stop string or the limit."""
+        """Return the greedily decoded text after (forward) or before (reverse) each given text.
+
+        It ends at eod, a stop string or the limit.
+        """
 
 
 class LanguageTaskModel:
@@ -54,21 +59,24 @@ class LanguageTaskModel:
         return [written.following for written in self._lm.generate_following(list(given), **options)]
 
 
-def direction_of(folder: Path, asked: str | None, option_names: OptionNames) -> Direction:
-    """Return what is asked for, else what the folder records; of a folder that records none, forward, which is said.
+def direction_of(folder: Path, requested: str | None, option_names: OptionNames) -> Direction:
+    """Return the requested direction, else the recorded one; without either, forward, with a message.
 
-    option_names: how the message names a direction.
+    option_names: the option or argument that the message names.
     """
     recorded = read_model_config(folder).get("direction")
-    if asked is None and recorded is None:
+    if requested is None and recorded is None:
         print(
-            f"{folder} records no direction and is judged as a forward model; for a reverse one give {option_names.reverse}",
+            f"{folder} records no direction and is evaluated as a forward model; for a reverse model give {option_names.reverse}",
             file=sys.stderr,
         )
-    return Direction(asked or recorded or Direction.FORWARD)
+    return Direction(requested or recorded or Direction.FORWARD)
 
 
-def load_language_model(folder: Path, direction: Direction, asked: str | None, **loading: Any) -> ForwardLM | ReverseLM:
-    """The model of a folder, which reads `direction`. asked: what the user gave; loading: as `LanguageModel.from_pretrained`."""
+def load_language_model(folder: Path, direction: Direction, requested: str | None, **loading: Any) -> ForwardLM | ReverseLM:
+    """Load the model of a folder in `direction`.
+
+    requested: the user's option; loading: arguments of `LanguageModel.from_pretrained`.
+    """
     kind = ReverseLM if direction is Direction.REVERSE else ForwardLM
-    return kind.from_pretrained(folder, direction=asked, **loading)
+    return kind.from_pretrained(folder, direction=requested, **loading)

@@ -1,7 +1,7 @@
-"""Tasks for which a model writes: an answer that is compared, a program that is run, or a question that is solved.
+"""Tasks for which a model writes text: an answer that is compared, a program that is run, or a question that is solved.
 
-The prompt is the task's template for the direction. A forward model's answer is read from the end of what it writes, a reverse
-model's from the front (`Template.read`).
+The prompt is the task's template for the direction. A forward model's answer is read from the end of what it writes, a
+reverse model's from the front (`Template.read`).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,20 +15,20 @@ from megatron_ledom.evaluation.grading.answers import Comparison, comparison_by
 from megatron_ledom.evaluation.synthetic.word_problems import solve
 from megatron_ledom.evaluation.task_model import TaskModel
 from megatron_ledom.evaluation.tasks.prompts import Prompt
-from megatron_ledom.evaluation.tasks.task import Item, Kind, LoadedTask
+from megatron_ledom.evaluation.tasks.task import Item, LoadedTask, TaskKind
 
 
 def prompt_of(task: LoadedTask, direction: Direction, item: Item) -> Prompt:
     """Return the prompt of an item for a model of this direction."""
-    return task.task.template_for(direction).render(direction, item.values, task.demonstrations(item))
+    return task.task.template_for(direction).render(direction, item.values, task.exemplars_for(item))
 
 
 def write_answers(
     model: TaskModel, task: LoadedTask, items: Sequence[Item], *, code_sandbox: Sandbox | None = None
 ) -> list[dict[str, Any]]:
-    """Return what results keep of each item: what was written, the answer in it, the accepted ones, and `is_right`.
+    """Return the record of each item: the written text, the answer in it, the accepted answers, and `is_right`.
 
-    code_sandbox: where programs run; a task that runs programs is refused without one.
+    code_sandbox: the sandbox of programs. Raises UsageError for a task that runs programs without one.
     """
     direction = model.direction
     judge = _judge_of(task, code_sandbox)
@@ -41,17 +41,17 @@ def write_answers(
 
 
 def _judge_of(task: LoadedTask, code_sandbox: Sandbox | None) -> Callable[[LoadedTask, Direction, Item, str], dict[str, Any]]:
-    """Return what judges a written text of the task."""
-    if task.task.kind is Kind.CODE:
+    """Return the function that judges a written text of the task."""
+    if task.task.kind is TaskKind.CODE:
         sandbox = check_allowed(task.task.name, code_sandbox)
         return partial(_judge_code, sandbox=sandbox)
-    if task.task.kind is Kind.QUESTION:
+    if task.task.kind is TaskKind.QUESTION:
         return _judge_question
     return partial(_judge_answer, comparison=comparison_by(task.task.answers))
 
 
 def _stop_strings(task: LoadedTask, direction: Direction) -> list[str]:
-    """The next block begins; of running text the task says what cannot belong to an answer."""
+    """Return the strings that end an answer: the separator of blocks, and the task's own for running text."""
     template = task.task.template_for(direction)
     return [template.block_separator, *(() if template.is_read_back else task.task.stop_strings)]
 
@@ -67,7 +67,7 @@ def _judge_answer(
 
 
 def _judge_question(task: LoadedTask, direction: Direction, item: Item, written: str) -> dict[str, Any]:
-    """`answer` is the question that was written; it is right if the item's solution, step by step, is its solution."""
+    """Judge a written question, the record's `answer`: it is right if its solution equals the item's, step by step."""
     assert isinstance(item.gold, tuple)
     template = task.task.template_for(direction)
     found = template.read(direction, written)[template.fields[-1].name]
@@ -79,12 +79,15 @@ def _judge_question(task: LoadedTask, direction: Direction, item: Item, written:
         "solved": None if solved is None else solved.solution,
         "has_answer": solved is not None and str(solved.answer) == item.kept["gold_answer"],
         "is_right": solved is not None and solved.solution in item.gold,
-        "is_copy": question in task.known,
+        "is_copy": question in task.trained_questions,
     }
 
 
 def _judge_code(task: LoadedTask, direction: Direction, item: Item, written: str, *, sandbox: Sandbox) -> dict[str, Any]:
-    """A forward model goes on with the function's head; a reverse model writes the whole function in front of it."""
+    """Run the program that a model wrote.
+
+    A forward model continues the function's head, a reverse model writes the whole function before it.
+    """
     template = task.task.template_for(direction)
     if template.is_read_back:
         code = template.read(direction, written)[template.fields[-1].name]

@@ -1,1 +1,1 @@
-"""Fine-tuning of a scorer: pairs of a prompt and an answer become packed shards, which the trainer reads as any others."""
+"""Fine-tuning of a scorer: pairs of a prompt and an answer become packed shards, which the trainer reads like other shards."""

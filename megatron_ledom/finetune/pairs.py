@@ -1,7 +1,7 @@
-"""Pairs of a prompt and an answer, as JSON lines, to a shard that a scorer is trained on.
+"""Pairs of a prompt and an answer, as JSON lines, become a shard for the training of a scorer.
 
-A pair is rendered by two templates, encoded once as one text and cut by the very function that the scorer uses. Pairs of different
-lengths stand side by side in packs of one length, none of them cut; PREFIX.targets says what each id is to its pair.
+Two templates render a pair. It is encoded once as one text, and divided by the same function that the scorer uses. Packs of one
+length contain pairs of different lengths, none of them cut. PREFIX.targets records the role of each id in its pair.
 """
 
 import hashlib
@@ -41,9 +41,9 @@ from megatron_ledom.tokenizers.corpus_tokenizer import Tokenizer, load_tokenizer
 
 log = logging.getLogger(__name__)
 SHORTEST = 8
-"""Tokens of a pack."""
+"""Smallest length of a pack, in tokens."""
 MOST_OPEN = 64
-"""Packs that are filled at the same time; with so many, the pairs of GSM8K leave 3 % of packs of 1,024 tokens empty."""
+"""Number of packs that are filled at the same time; with 64, the pairs of GSM8K leave 3 % of packs of 1,024 tokens empty."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -55,22 +55,22 @@ class PairSettings:
     tokenizer: str
     output_prefix: str
     seq_length: int
-    """Of the run, in tokens."""
+    """data.seq_length of the run, in tokens."""
     prompt_template: str = "{question}\n"
-    """As the scorer is given it: the separator to the answer stands at its end."""
+    """Renders the prompt; its end is the separator to the answer."""
     answer_template: str = "{answer}"
     direction: Direction = Direction.REVERSE
     too_long: Literal["refuse", "skip", "cut"] = "refuse"
-    """A pair that no pack holds: refused, left out, or without the beginning of its given part."""
+    """A pair that is longer than a pack raises an error, is skipped, or loses the beginning of its given part in model order."""
     eod_token: str | None = None
     overwrite: bool = False
 
 
 def prepare_pairs(settings: PairSettings) -> ShardManifest:
-    """Write the shard and return its manifest. On any failure nothing of it stays behind."""
+    """Write the shard and return its manifest. After a failure, no file of it remains."""
     started = time.monotonic()
     if settings.seq_length < SHORTEST:
-        raise UsageError(f"--seq-length {settings.seq_length} holds no pair; it must be at least {SHORTEST}")
+        raise UsageError(f"--seq-length {settings.seq_length} is too short for a pair; it must be at least {SHORTEST}")
     missing = [path for path in settings.input if not os.path.isfile(path)]
     if missing:
         raise UsageError(f"--input {missing[0]} is no file; give JSON lines")
@@ -81,7 +81,7 @@ def prepare_pairs(settings: PairSettings) -> ShardManifest:
     reader = PairReader(settings.prompt_template, settings.answer_template)
     tokenizer = load_tokenizer(settings.tokenizer, settings.eod_token)
     with TemporaryDirectory() as folder:
-        tokenizer.save(folder)  # as an export has it: the scorer will load that
+        tokenizer.save(folder)  # as in an export, which the scorer will load
         joint = JointTokenizer.from_pretrained(Path(folder))
     counts = Counts(tokenizer_path=settings.tokenizer, eod_token=tokenizer.eod_token)
     dtype = choose_dtype("auto", tokenizer.vocab_size)
@@ -104,7 +104,7 @@ def prepare_pairs(settings: PairSettings) -> ShardManifest:
 
 
 def _log_result(settings: PairSettings, manifest: ShardManifest) -> None:
-    """One line of what was written, and one of what was left out."""
+    """Log one line on the written pairs, and one on the skipped and cut ones."""
     pairs = manifest.pairs
     log.info(
         "%s: %s order, %s pairs in %s packs of %d tokens, %.1f %% filling; tokens given %s, scored %s; %.1f s",
@@ -113,13 +113,13 @@ def _log_result(settings: PairSettings, manifest: ShardManifest) -> None:
         *(f"{pairs['given_tokens']:,}", f"{pairs['scored_tokens']:,}", manifest.elapsed_seconds),
     )
     if manifest.skipped or pairs["num_cut"]:
-        left_out = ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items()) or "none"
-        log.warning("left out: %s; cut: %s", left_out, f"{pairs['num_cut']:,}")
+        skipped = ", ".join(f"{count:,} {reason}" for reason, count in manifest.skipped.items()) or "none"
+        log.warning("skipped: %s; cut: %s", skipped, f"{pairs['num_cut']:,}")
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """prompt, answer: the two parts of a text, in text order, the separator at the end of the prompt. line: in the file, from 1."""
+    """The two parts of a text, in text order, with the separator at the end of the prompt; line: its number in the file, from 1."""
 
     prompt: str
     answer: str
@@ -127,31 +127,31 @@ class Pair:
 
 
 class PairReader:
-    """Reads JSON lines and renders two templates, in which `{key}` stands for the text of that key of a line."""
+    """Reads JSON lines and renders two templates, in which `{key}` is the text of that key of a line."""
 
     def __init__(self, prompt_template: str, answer_template: str) -> None:
         given = {"prompt": prompt_template, "answer": answer_template}
         self.templates = {name: TextTemplate(template, f"--{name}-template") for name, template in given.items()}
 
     def read(self, lines: Iterable[bytes], where: str) -> Iterator[Pair]:
-        """Every line as a pair. Raises DataError that names the line."""
+        """Yield every line as a pair. Raises DataError with the line."""
         for line, content in enumerate(lines, 1):
             try:
                 record = json.loads(content)
             except ValueError as error:
                 raise DataError(f"{where}:{line} is not JSON ({error}); repair it") from error
             if not isinstance(record, dict):
-                raise DataError(f'{where}:{line} holds no object; expected one such as {{"question": ..., "answer": ...}}')
+                raise DataError(f'{where}:{line} is no object, expected one such as {{"question": ..., "answer": ...}}')
             texts = {name: self._render(template, record, f"{where}:{line}") for name, template in self.templates.items()}
             yield Pair(**texts, line=line)
 
     def _render(self, template: TextTemplate, record: dict[str, Any], where: str) -> str:
         def text_of(key: str) -> str:
-            """The text at a key."""
-            if isinstance(value := record.get(key), str):  # a number or a list would be rendered in Python's way
+            """Return the text of a key."""
+            if isinstance(value := record.get(key), str):  # a number or a list would be rendered in Python's notation
                 return value
             known = ", ".join(record) or "none"
-            raise DataError(f"{where} has no text {key!r}, which {template.template!r} asks for; its keys: {known}")
+            raise DataError(f"{where} has no text {key!r} for the template {template.template!r}; its keys are: {known}")
 
         return template.render(text_of)
 
@@ -172,19 +172,19 @@ class HashedLines:
 
 @dataclass(frozen=True, slots=True)
 class EncodedPair:
-    """tokens: the joint text in model order, eod last. num_given: how many come first and are not scored."""
+    """The joint text in model order, eod last; the first `num_given` tokens are given, the others are scored."""
 
     tokens: list[int]
     num_given: int
 
     def cut_to(self, length: int) -> "EncodedPair | None":
-        """With the beginning of its given part left off, which is farthest from the scored part; None where that is not enough."""
+        """Return the pair without the first tokens of its given part, farthest from the scored part; None if that is not enough."""
         surplus = max(0, len(self.tokens) - length)
         return EncodedPair(self.tokens[surplus:], self.num_given - surplus) if surplus < self.num_given else None
 
 
 def encode_pair(tokenizer: JointTokenizer, direction: Direction, pair: Pair, eod_id: int) -> EncodedPair | None:
-    """The ids that a scorer of `direction` sees of the pair, closed by eod; None where nothing is given or nothing to score."""
+    """Return the ids of a pair as a scorer of `direction` reads them, with eod; None if the given or the scored part is empty."""
     given = pair.answer if direction is Direction.REVERSE else pair.prompt
     if not given:
         return None
@@ -193,15 +193,15 @@ def encode_pair(tokenizer: JointTokenizer, direction: Direction, pair: Pair, eod
 
 
 class Packer:
-    """Puts each pair into the open pack that it fills best. What comes out depends on the order of the pairs alone."""
+    """Puts each pair into the unfinished pack that it fills best. The packs depend only on the order of the pairs."""
 
     def __init__(self, length: int) -> None:
         self.length = length
         self._open: list[tuple[int, list[EncodedPair]]] = []
-        """(room left, pairs), oldest first."""
+        """(free tokens, pairs) of each unfinished pack, oldest first."""
 
     def add(self, pair: EncodedPair) -> Iterator[list[EncodedPair]]:
-        """The pair, of at most `length` tokens; yields the packs that are full enough."""
+        """Add a pair of at most `length` tokens; yield the packs that are finished."""
         size = len(pair.tokens)
         fitting = [(room, number) for number, (room, _) in enumerate(self._open) if room >= size]
         if fitting:
@@ -219,13 +219,13 @@ class Packer:
             yield self._open.pop(number)[1]
 
     def finish(self) -> Iterator[list[EncodedPair]]:
-        """The packs that are still open."""
+        """Yield the unfinished packs."""
         yield from (pack for _, pack in self._open)
         self._open = []
 
 
 class PairShard:
-    """Encodes, packs and writes pairs; counts what was left out."""
+    """Encodes, packs and writes pairs; counts the skipped ones."""
 
     def __init__(self, settings: PairSettings, tokenizer: Tokenizer, joint: JointTokenizer, writer: ShardWriter) -> None:
         self.settings, self.tokenizer, self.joint, self.writer = settings, tokenizer, joint, writer
@@ -239,13 +239,13 @@ class PairShard:
         self.targets = self.path.open("wb")
 
     def add(self, pair: Pair, where: str) -> None:
-        """One pair of a line of the file `where`."""
+        """Add the pair of one line of the file `where`."""
         encoded = encode_pair(self.joint, self.settings.direction, pair, self.tokenizer.eod_id)
         if encoded is None:
             self.skipped["empty prompt or answer"] += 1
             return
         if self.tokenizer.eod_id in encoded.tokens[:-1]:
-            raise DataError(f"{where}:{pair.line} holds the eod {self.tokenizer.eod_token!r}, which ends pairs; take it out")
+            raise DataError(f"{where}:{pair.line} contains the eod {self.tokenizer.eod_token!r}, which ends pairs; remove it")
         if len(encoded.tokens) > self.settings.seq_length:
             shortened = self._shortened(encoded, f"{where}:{pair.line}")
             if shortened is None:
@@ -265,15 +265,15 @@ class PairShard:
         policy, length = self.settings.too_long, self.settings.seq_length
         if policy == "refuse":
             raise DataError(
-                f"{where} has {len(encoded.tokens):,} tokens with its eod, a sample --seq-length {length:,}; raise that, leave such"
-                " pairs out with --too-long skip, or shorten what is given with --too-long cut"
+                f"{where} has {len(encoded.tokens):,} tokens with its eod, more than --seq-length {length:,}; raise it, skip such"
+                " pairs with --too-long skip, or shorten their given part with --too-long cut"
             )
         shortened = encoded.cut_to(length) if policy == "cut" else None
         self.counts["num_cut"] += shortened is not None
         return shortened
 
     def _write(self, pack: list[EncodedPair]) -> None:
-        """One document of exactly `seq_length` ids, and what each of them is."""
+        """Write a pack as one document of exactly `seq_length` ids, and the role of each id."""
         length = self.settings.seq_length
         ids, targets = np.full(length, self.tokenizer.eod_id, np.int64), np.full(length, NOTHING, np.uint8)
         end = 0
@@ -284,7 +284,7 @@ class PairShard:
             targets[begin + pair.num_given : end - 1] = SCORED
             targets[end - 1] = END
         self.counts["filling_tokens"] += length - end
-        if ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size:  # a cast would wrap around in silence
+        if ids.min() < 0 or ids.max() >= self.tokenizer.vocab_size:  # a cast would wrap around silently
             raise DataError(f"an id is outside the vocabulary of {self.tokenizer.vocab_size:,} ids; the tokenizer is damaged")
         self.writer.append(ids.astype(self.writer.dtype), np.array([length], np.int32))
         self._append_targets(targets)
@@ -297,25 +297,25 @@ class PairShard:
         self.digest.update(targets.data)
 
     def finish(self, counts: Counts) -> ShardManifest:
-        """Write what is open and give the files their names, the manifest last."""
+        """Write the unfinished packs and give the files their names, the manifest last."""
         for pack in self.packer.finish():
             self._write(pack)
         if self.writer.num_documents < 2:
             raise DataError(
-                f"{self.counts['num_pairs']} pairs fill {self.writer.num_documents} pack of {self.settings.seq_length} tokens, a run"
-                " needs two; give more pairs, or a smaller --seq-length"
+                f"{self.counts['num_pairs']} pairs fill {self.writer.num_documents} pack of {self.settings.seq_length} tokens, but a"
+                " run needs two; give more pairs, or a smaller --seq-length"
             )
         close_synced(self.targets)
         names = ("num_pairs", "num_cut", "given_tokens", "scored_tokens", "scored_bytes", "filling_tokens")
         counts.pairs = {"seq_length": self.settings.seq_length, **{name: self.counts[name] for name in names}}
         counts.text_bytes, counts.skipped = self.text_bytes, dict(sorted(self.skipped.items()))
         counts.targets_sha256 = self.digest.hexdigest()
-        withdraw(self.final[".json"])  # an old manifest must never stand beside new targets
+        withdraw(self.final[".json"])  # an old manifest must never describe new targets
         publish(self.path, self.final[TARGETS])
         return self.writer.finalize(counts)
 
     def close(self) -> None:
-        """Leave no partial file."""
+        """Remove the partial file of targets."""
         self.targets.close()
         self.path.unlink(missing_ok=True)
 

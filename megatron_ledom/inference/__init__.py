@@ -1,4 +1,4 @@
-"""Using a trained model: write what came before a text, score spans of it, rank answers. Needs torch and transformers only."""
+"""Use of a trained model: write the text before a given text, score parts of a text, rank answers. Needs torch and transformers only."""
 
 from typing import TYPE_CHECKING
 

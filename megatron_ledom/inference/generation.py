@@ -1,4 +1,4 @@
-"""Writing on from the open end of a text with the stock `generate` of transformers, and joining the result to the text.
+"""Continuing a text with the stock `generate` of transformers and token healing, and joining the result to the text.
 
 Shapes: B rows, S positions, V ids of the logits.
 """
@@ -22,12 +22,12 @@ from megatron_ledom.inference.scoring import check_batch_size, naming_text, not_
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """The text that a model wrote, joined to the text that it was given.
+    """The text that a model wrote, joined to the given text.
 
-    preceding + following is `text`; the given part is exactly as it was passed. stopped: the model wrote eod, so that the text
-    begins (reverse) or ends (forward) there; otherwise a stop string or the token limit cut it. text_ids: the ids the model
-    wrote, text order, without eod; the ones next to the given text may spell its edge, the farthest ones the stop string.
-    stop_string: the one that ended the writing; it and what the last token has beyond it are not in the text.
+    preceding + following is `text`; the given part is unchanged. stopped: the model wrote eod, so the text begins (reverse) or
+    ends (forward) there; otherwise a stop string or the token limit ended it. text_ids: the ids that the model wrote, in text
+    order, without eod; those next to the given text may repeat its edge (token healing), the farthest ones may spell the stop
+    string. stop_string: the string that ended the writing; it and everything beyond it are not in the text.
     """
 
     preceding: str
@@ -38,15 +38,15 @@ class Generation:
 
     @property
     def text(self) -> str:
-        """The whole text as read."""
+        """The whole text, in text order."""
         return self.preceding + self.following
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to choose tokens: temperature 0 takes the likeliest; top_p 1 and top_k 0 are off; a seed makes a call repeatable.
+    """Settings of generation: temperature 0 takes the likeliest token; top_p 1 and top_k 0 are off; a seed makes a call repeatable.
 
-    stop_strings: writing ends where one of them, as people read it, stands in what was written.
+    stop_strings: the writing ends at the first of these strings, each in text order.
     """
 
     max_new_tokens: int = 128
@@ -58,9 +58,9 @@ class Sampling:
     stop_strings: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Raise UsageError for values outside their range."""
         if self.max_new_tokens < 1:
-            raise UsageError(f"max_new_tokens={self.max_new_tokens} writes nothing; it must be at least 1")
+            raise UsageError(f"max_new_tokens={self.max_new_tokens}: it must be at least 1")
         if not 0 <= self.temperature < float("inf"):
             raise UsageError(f"temperature={self.temperature} must be 0 (greedy) or a positive number")
         if not 0 < self.top_p <= 1:
@@ -68,11 +68,11 @@ class Sampling:
         if self.top_k < 0:
             raise UsageError(f"top_k={self.top_k} must be 0 (off) or a positive number")
         if self.num_return_sequences < 1:
-            raise UsageError(f"{self.num_return_sequences} samples asked for; at least 1 is needed")
+            raise UsageError(f"num_return_sequences={self.num_return_sequences}: it must be at least 1")
         if isinstance(self.stop_strings, str):
-            raise UsageError(f"stop_strings={self.stop_strings!r} is one text, each letter of which would stop; pass a list")
+            raise UsageError(f"stop_strings={self.stop_strings!r} is one text, so each letter would stop; pass a list")
         if not all(self.stop_strings):
-            raise UsageError("an empty stop string would stop at once; leave it out, or give at least one character")
+            raise UsageError("an empty stop string would stop at once; remove it, or give at least one character")
         if self.num_return_sequences > 1 and self.temperature == 0:
             raise UsageError(
                 f"{self.num_return_sequences} samples at temperature 0 would all be the same; set a temperature above 0"
@@ -80,7 +80,7 @@ class Sampling:
 
 
 class _HealThenWrite(LogitsProcessor):  # type: ignore[misc]
-    """Holds each row to the bytes it still has to spell, and all rows to ids that the tokenizer knows."""
+    """Token healing: restricts each row to ids that spell its trimmed bytes, and all rows to ids of the tokenizer."""
 
     def __init__(
         self, model: Any, healer: TokenHealer, trimmed_by_row: list[bytes], num_prompt: int, writable_ids: torch.Tensor
@@ -89,9 +89,9 @@ class _HealThenWrite(LogitsProcessor):  # type: ignore[misc]
         self._model, self._writable_ids = model, writable_ids
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """input_ids [B, S] so far, scores [B, V] of the next token; what may not be written becomes -inf.
+        """Return the scores [B, V] of the next token with -inf for every id that is not allowed; input_ids [B, S] so far.
 
-        Raises NotFiniteError for logits of NaN or +inf: nothing can be chosen by them.
+        Raises NotFiniteError for logits that contain NaN or +inf.
         """
         is_finite_B = torch.isfinite(scores.amax(dim=-1))
         if not bool(is_finite_B.all()):
@@ -112,22 +112,22 @@ class _HealThenWrite(LogitsProcessor):  # type: ignore[misc]
 
 
 RowsSoFar = Callable[[list[list[int]]], list[bool]]
-"""Shown the new tokens of each row, model order, after every step; says which rows are done."""
+"""Gets the new tokens of each row (model order) after every step; returns True for each row that is done."""
 
 
 class _Watch(StoppingCriteria):  # type: ignore[misc]
-    """Lets `look` see every step and end rows."""
+    """Calls `look` after every step, and ends the rows for which it returns True."""
 
     def __init__(self, look: RowsSoFar, num_prompt: int) -> None:
         self._look, self._num_prompt = look, num_prompt
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **unused: Any) -> torch.Tensor:
-        """input_ids [B, S] so far -> which rows end [B]."""
+        """Return [B] booleans, True for each row that ends; input_ids [B, S] so far."""
         return torch.tensor(self._look(input_ids[:, self._num_prompt :].tolist()), device=input_ids.device)
 
 
 class Writer:
-    """A model, its tokenizer and its stop ids, ready to write on from open texts."""
+    """A model with its tokenizer and stop ids that continues texts with token healing."""
 
     def __init__(self, model: Any, tokenizer: JointTokenizer, direction: Direction, stop_ids: list[int]) -> None:
         self._model, self._tokenizer, self._direction, self.stop_ids = model, tokenizer, direction, stop_ids
@@ -136,14 +136,14 @@ class Writer:
         self._writable_ids = torch.tensor([id_ for id_ in writable if id_ < model.config.vocab_size], device=model.device)
 
     def write(self, texts: list[str], leading_ids: list[int], sampling: Sampling, batch_size: int) -> list[Generation]:
-        """`num_return_sequences` results a text, one text after the other; batches of at most `batch_size` rows."""
+        """Return `num_return_sequences` results for each text, in the order of the texts; a batch has at most `batch_size` rows."""
         healed = {text: self._tokenizer.heal_prompt(text, self._direction) for text in texts}
         return self.write_healed([(text, healed[text]) for text in texts], leading_ids, sampling, batch_size)
 
     def write_healed(
         self, texts: list[tuple[str, HealedPrompt]], leading_ids: list[int], sampling: Sampling, batch_size: int
     ) -> list[Generation]:
-        """As `write`, of texts whose fixed ids the caller chose."""
+        """Do the same as `write` for texts that the caller prepared for token healing."""
         check_batch_size(batch_size)
         rows = [text for text in texts for _ in range(sampling.num_return_sequences)]
         results = []
@@ -156,12 +156,14 @@ class Writer:
         return results
 
     def stream(self, text: str, leading_ids: list[int], sampling: Sampling) -> Iterator[Generation]:
-        """Yield the text so far after every token that adds to it, and at last the whole as `write` gives it.
+        """Yield the text so far after every token that adds to it, and finally the result of `write`.
 
-        The model runs in a thread, one token ahead at most of what is shown; it ends when the iterator is closed.
+        The model runs in a thread, at most one token ahead; the thread ends when the iterator is closed.
         """
         if sampling.num_return_sequences > 1:
-            raise UsageError(f"a stream shows one text, {sampling.num_return_sequences} were asked for; leave that out")
+            raise UsageError(
+                f"num_return_sequences={sampling.num_return_sequences}: a stream shows one text; remove this option"
+            )
         return self._streamed(text, leading_ids, sampling)
 
     def _streamed(self, text: str, leading_ids: list[int], sampling: Sampling) -> Iterator[Generation]:
@@ -176,7 +178,7 @@ class Writer:
             try:
                 with _seeded(sampling.seed, self._model.device):
                     steps.put((self._write_batch([healed], leading_ids, sampling, _show)[0],))
-            except BaseException as error:  # raised where the caller is
+            except BaseException as error:  # raised again in the caller's thread
                 steps.put(error)
 
         thread, shown = Thread(target=_run, daemon=True), ""
@@ -207,10 +209,10 @@ class Writer:
     def _write_batch(
         self, healed: list[HealedPrompt], leading_ids: list[int], sampling: Sampling, look: RowsSoFar | None
     ) -> list[list[int]]:
-        """New tokens of each row, model order. Prompts are padded before their begin and masked there."""
+        """Return the new tokens of each row in model order. Prompts are padded, and masked, before their beginning."""
         prompts = [leading_ids + row.tokens for row in healed]
         if not all(prompts):
-            raise DataError("a text yields no token, so nothing conditions what the model writes; pass other text")
+            raise DataError("a given text has no tokens, so the model has nothing to start from; pass a longer text")
         longest, num_trimmed = max(map(len, prompts)), max(len(row.trimmed) for row in healed)
         self.check_length(longest + num_trimmed, sampling.max_new_tokens)
         chosen: dict[str, Any] = {"do_sample": False}
@@ -223,18 +225,18 @@ class Writer:
             pad_token_id=self.stop_ids[0],
             **chosen,
         )
-        hold = self.healing_processor([row.trimmed for row in healed], longest)
+        healing = self.healing_processor([row.trimmed for row in healed], longest)
         with naming_text(self._tokenizer, self._direction):
             output = self._model.generate(
                 **self.padded(prompts),
                 generation_config=config,
-                logits_processor=LogitsProcessorList([hold]),
+                logits_processor=LogitsProcessorList([healing]),
                 stopping_criteria=StoppingCriteriaList([_Watch(look, longest)] if look else []),
             )
         return [list(row) for row in output[:, longest:].tolist()]
 
     def padded(self, prompts: list[list[int]]) -> dict[str, torch.Tensor]:
-        """Return `input_ids` and `attention_mask` [B, S] of rows that end together, padded before their begin and masked there."""
+        """Return `input_ids` and `attention_mask` [B, S]; rows end together, padded and masked before their beginning."""
         longest = max(map(len, prompts))
         input_ids = torch.full((len(prompts), longest), self.stop_ids[0])
         attention_mask = torch.zeros_like(input_ids)
@@ -244,15 +246,15 @@ class Writer:
         return {"input_ids": input_ids.to(self._model.device), "attention_mask": attention_mask.to(self._model.device)}
 
     def healing_processor(self, trimmed_by_row: list[bytes], num_prompt: int) -> LogitsProcessor:
-        """Return the processor that holds rows, whose first `num_prompt` positions are given, to the bytes they still have to spell."""
+        """Return the processor that makes rows spell their trimmed bytes after `num_prompt` given positions (token healing)."""
         return _HealThenWrite(self._model, self._healer, trimmed_by_row, num_prompt, self._writable_ids)
 
     def counts_as_new(self, tokens: list[int], trimmed: bytes) -> bool:
-        """Return True if the last of `tokens` (model order) is more than a part of `trimmed`."""
+        """Return True if the last of `tokens` (model order) adds to the given text, so it does not only spell `trimmed`."""
         return self._healer.count_healing(tokens, trimmed) < len(tokens)
 
     def check_length(self, num_prompt: int, max_new_tokens: int) -> None:
-        """Refuse a text that does not fit with what is to be written."""
+        """Raise UsageError if the text and `max_new_tokens` exceed the positions of the model."""
         limit = getattr(self._model.config, "max_position_embeddings", None)
         if limit and num_prompt + max_new_tokens > limit:
             raise UsageError(
@@ -261,33 +263,33 @@ class Writer:
             )
 
     def _join(self, text: str, healed: HealedPrompt, tokens: list[int], sampling: Sampling) -> Generation:
-        """Cut a row where it ends, and put its text next to `text`."""
+        """Cut a row at its end and join its text to `text`."""
         tokens = tokens[: self._healer.count_healing(tokens, healed.trimmed) + sampling.max_new_tokens]
         text_ids, written, stop_string, stopped = self._cut(tokens, healed, sampling)
         pair = (written, text) if self._direction is Direction.REVERSE else (text, written)
         return Generation(*pair, stopped=stopped, text_ids=text_ids, stop_string=stop_string)
 
     def _cut(self, tokens: list[int], healed: HealedPrompt, sampling: Sampling) -> tuple[list[int], str, str | None, bool]:
-        """(ids before eod in text order, their text up to a stop string, that string, whether the text ends by eod)."""
+        """Return the ids before eod in text order, their text up to a stop string, that string, and True if eod ended the text."""
         stops = [index for index, token in enumerate(tokens) if token in self.stop_ids]
         text_ids = to_text_order(tokens[: stops[0]] if stops else tokens, self._direction)
         written = self.written_text(text_ids, healed, stopped=bool(stops))
-        found = [self._beside_the_given(written, string) for string in sampling.stop_strings if string in written]
-        if found:  # the one that leaves least: it came first
+        found = [self._up_to_stop(written, string) for string in sampling.stop_strings if string in written]
+        if found:  # the shortest text: its stop string was written first
             return text_ids, *min(found, key=lambda kept: len(kept[0])), False
         return text_ids, written, None, bool(stops)
 
-    def _beside_the_given(self, written: str, string: str) -> tuple[str, str]:
-        """(what is written between the given text and the nearest `string`, the string)."""
+    def _up_to_stop(self, written: str, string: str) -> tuple[str, str]:
+        """Return the text between the given text and the nearest `string`, and the string."""
         if self._direction is Direction.REVERSE:
             return written.rpartition(string)[2], string
         return written.partition(string)[0], string
 
     def written_text(self, text_ids: list[int], healed: HealedPrompt, *, stopped: bool) -> str:
-        """The characters of `text_ids` that are not of the given text.
+        """Return the characters of `text_ids` without those that repeat the given text (token healing).
 
-        A character that the token limit cut at the far end is left out. A dummy prefix at the beginning of a text that a
-        reverse model finished is no part of it. Bytes that are no UTF-8 anywhere else are the model's own and show as U+FFFD.
+        An incomplete character at the far end, cut by the token limit, is omitted. So is the dummy prefix of a text that a
+        reverse model finished. Other bytes that are not UTF-8 become U+FFFD.
         """
         if self._tokenizer.surfaces is None:
             return self._decoded_text(text_ids, healed)
@@ -304,7 +306,7 @@ class Writer:
         return written.decode("utf-8", "replace")
 
     def _decoded_text(self, text_ids: list[int], healed: HealedPrompt) -> str:
-        """For a tokenizer whose pieces are not simply joined: decode with the given ids, and take away what they decode to."""
+        """Return the written text for a tokenizer without `surfaces`: decode all ids, then remove the text of the given ids."""
         given_ids = to_text_order(healed.tokens, self._direction)
         given = self._tokenizer.decode(given_ids)
         if self._direction is Direction.REVERSE:
@@ -316,7 +318,7 @@ class Writer:
 
 @contextlib.contextmanager
 def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
-    """Seed the generators for one call and put them back afterwards; without a seed they are left alone."""
+    """Seed the generators for one call and restore their states afterwards; do nothing without a seed."""
     if seed is None:
         yield
         return

@@ -1,11 +1,12 @@
-"""Text and ids of a text in two parts, preceding and following: encoded once, cut at the boundary, joined without damage.
+"""Joint tokenization of two adjacent texts, and token healing of a text that a model continues.
 
-Three facts of real tokenizers make this a subject of its own:
-- `encode(a) + encode(b) != encode(a + b)`: SentencePiece puts a dummy space before a text, and merges reach over any cut
-  (trap 4 of LEDOM, arXiv 2507.01335). A span is therefore scored on the ids of the whole text.
-- One character may be several tokens (byte fallback, byte-level BPE), so generated ids are joined as bytes, not as strings.
-- The ids nearest to the open end of a given text depend on what will stand there. They are not fixed but left to the model,
-  which must first spell the same bytes: "Paris" may become the end of the piece " Paris".
+Three properties of real tokenizers make this necessary:
+- `encode(a) + encode(b) != encode(a + b)`: SentencePiece puts a dummy space before a text, and merges cross any boundary.
+  Therefore a span is scored on the ids of the whole text.
+- One character may be several tokens (byte fallback, byte-level BPE). Therefore generated ids are joined as bytes.
+- The ids next to the cut, where a model continues a text, depend on the text that will follow there: "Paris" may become the
+  end of the piece " Paris". Therefore `JointTokenizer.heal_prompt` trims these ids (token healing). The model chooses them
+  again, and `TokenHealer` restricts it to ids that spell the trimmed bytes.
 """
 
 import json
@@ -24,16 +25,16 @@ from megatron_ledom.tokenizers.end_token import json_with_special
 from megatron_ledom.tokenizers.reader import TokenizerFiles, read_tokenizer
 from megatron_ledom.tokenizers.sentencepiece_bpe import TEXT_START, is_dummy_prefix
 
-NEIGHBOURS = (" ", "a", "e", "s", "\n")  # samples of what may stand at an open end; ids that all of them leave alone are fixed
+NEIGHBOURS = (" ", "a", "e", "s", "\n")  # sample characters beyond the cut; an id that none of them changes is not trimmed
 WORD_MARK = "▁"  # SentencePiece's visible space
 
 
 @dataclass(frozen=True, slots=True)
 class HealedPrompt:
-    """A text with one open end, as a model takes it up.
+    """A text that is prepared for token healing.
 
-    tokens: the fixed ids, model order. trimmed: the bytes between them and the open end, which the model has to spell before
-    it writes anything of its own. bridge: a space that was put at the open end of a text too short to fix anything else.
+    tokens: the ids that stay, in model order. trimmed: the bytes of the trimmed ids, between `tokens` and the cut; the model
+    must spell them again before it writes new text. bridge: a space that was added at the cut of a text too short to keep any id.
     """
 
     tokens: list[int]
@@ -44,8 +45,8 @@ class HealedPrompt:
 class JointTokenizer:
     """The tokenizer of a model folder, without the special ids that its template would add.
 
-    specials_are_text: a special token spelled out in a text is ordinary text, as in the shards of this package, so that no
-    prompt can smuggle in an eod; a stock model's prompt may need them as they are.
+    specials_are_text: encode a special token that is spelled out in a text as ordinary text, as the shards of this package do.
+    Then no prompt can contain an eod. A stock model's prompt may need special tokens.
     """
 
     def __init__(self, backend: Tokenizer, *, specials_are_text: bool = True) -> None:
@@ -67,7 +68,7 @@ class JointTokenizer:
 
     @classmethod
     def of_files(cls, files: TokenizerFiles, *, specials_are_text: bool = True) -> "JointTokenizer":
-        """Take a tokenizer that was read already."""
+        """Return the tokenizer of files that were read already."""
         stored = _with_eos_as_text(files) if specials_are_text else files.as_stock_reads()
         try:
             backend = Tokenizer.from_str(json.dumps(stored))
@@ -77,19 +78,19 @@ class JointTokenizer:
 
     @property
     def content(self) -> str:
-        """All that decides the ids of a text, as JSON: equal for two tokenizers that give the same ones."""
+        """The definition of the tokenizer as JSON; tokenizers with equal `content` give equal ids."""
         return str(self._whole.to_str())
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a whole text, text order, as a shard stores them: no BOS, no eod."""
+        """Return the ids of a whole text in text order, without BOS and eod."""
         _check_text(text)
         return self._ids(text, at_start=True)
 
     def split(self, preceding: str, following: str) -> tuple[list[int], int]:
-        """Encode `preceding + following` once; returns (text_ids, count of the ids that belong to `preceding`).
+        """Encode `preceding + following` once; return the ids in text order and the number that belong to `preceding`.
 
-        An id belongs to `preceding` if its last character does, so an id that reaches over the boundary belongs to
-        `following`. The dummy prefix belongs to the first character; of a character of several ids all are on one side.
+        An id belongs to `preceding` if its last character does, so an id that crosses the boundary belongs to `following`.
+        The dummy prefix belongs to the first character. All ids of one character are on the same side.
         """
         _check_text(preceding + following)
         if preceding + following in self._alone:
@@ -103,11 +104,11 @@ class JointTokenizer:
         return list(encoding.ids), next(beyond, len(encoding.ids))
 
     def heal_prompt(self, text: str, direction: Direction) -> HealedPrompt:
-        """The ids of `text` which stay the same whatever is written at its open end, and the rest as bytes to spell.
+        """Prepare `text` for token healing: keep the ids that no continuation changes, and return the others as bytes.
 
-        The open end is the beginning of the text for a reverse model, its end for a forward one. Where nothing would be
-        fixed, a reverse model's text that begins with a letter or digit is taken to begin a word. A tokenizer that does
-        not cover every byte leaves nothing trimmed: the ids are then those of the text alone.
+        The cut is the beginning of the text for a reverse model and its end for a forward model. If no id would stay and the
+        text of a reverse model begins with a letter or a digit, the text is assumed to begin with a whole word. A tokenizer
+        without an id for every byte cannot heal: all ids stay.
         """
         _check_text(text)
         reverse = direction is Direction.REVERSE
@@ -131,12 +132,12 @@ class JointTokenizer:
         return HealedPrompt(tokens, b"")
 
     def spell(self, text_ids: list[int]) -> bytes:
-        """The bytes that ids in text order stand for; the dummy prefix shows as a space. Needs `surfaces`."""
+        """Return the bytes that ids in text order spell; the dummy prefix is a space. Needs `surfaces`."""
         surfaces = self.surfaces or {}
         return b"".join(surfaces.get(id_, b"") for id_ in text_ids)
 
     def decode(self, text_ids: list[int]) -> str:
-        """The tokenizer's own reading of ids in text order, special ids left out."""
+        """Return the text that the tokenizer itself decodes from ids in text order, without special ids."""
         return str(self._whole.decode(text_ids, skip_special_tokens=True))
 
     def _ids(self, text: str, *, at_start: bool) -> list[int]:
@@ -146,7 +147,7 @@ class JointTokenizer:
 
 
 class TokenHealer:
-    """Tells which ids may be written next while some bytes of the given text are still to be spelled."""
+    """Token healing: the ids that may be written next while trimmed bytes of the given text are still to be spelled."""
 
     def __init__(self, tokenizer: JointTokenizer, direction: Direction, stop_ids: list[int]) -> None:
         self._reverse = direction is Direction.REVERSE
@@ -155,18 +156,18 @@ class TokenHealer:
         self.allowed = lru_cache(maxsize=1024)(self._allowed)
 
     def _allowed(self, trimmed: bytes) -> list[int]:
-        """Ids that spell a part of `trimmed` at the side where the fixed ids are, or all of it and more."""
+        """Return the ids that spell a part of `trimmed` next to the kept ids, or all of `trimmed` and more."""
         if self._reverse:
             return [i for i, s in self._surfaces.items() if trimmed.endswith(s) or s.endswith(trimmed)]
         return [i for i, s in self._surfaces.items() if trimmed.startswith(s) or s.startswith(trimmed)]
 
     def rest(self, trimmed: bytes, token: int) -> bytes:
-        """Return what is left of `trimmed` after `token` was written next to the fixed ids."""
+        """Return the part of `trimmed` that remains after `token` was written next to the kept ids."""
         length = len(self._surfaces[token])
         return trimmed[: max(0, len(trimmed) - length)] if self._reverse else trimmed[length:]
 
     def count_healing(self, tokens: list[int], trimmed: bytes) -> int:
-        """How many of the first `tokens` (model order) spell nothing but `trimmed`."""
+        """Return the number of first `tokens` (model order) that only spell `trimmed`."""
         count = 0
         while trimmed and count < len(tokens) and len(self._surfaces[tokens[count]]) <= len(trimmed):
             trimmed = self.rest(trimmed, tokens[count])
@@ -178,18 +179,22 @@ def _check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(f"half of a surrogate pair ({error.object[error.start]!r}) in a text: only whole characters") from error
+        raise DataError(
+            f"a text contains half of a surrogate pair ({error.object[error.start]!r}); pass whole characters only"
+        ) from error
 
 
 def _common_length(readings: list[list[int]]) -> int:
-    """How many ids all of the lists begin with."""
+    """Return the number of first ids that all lists share."""
     columns = enumerate(zip(*readings, strict=False))
     return next((index for index, column in columns if len(set(column)) > 1), min(map(len, readings)))
 
 
 def _without_prefix_alone(state: dict[str, Any]) -> frozenset[str]:
-    """Return the added tokens that a tokenizer.json converted from SentencePiece leaves without the dummy prefix where one is a
-    whole text; SentencePiece puts it there (`sentencepiece_bpe.prefix_texts_only`)."""
+    """Return the added tokens that a tokenizer.json converted from SentencePiece encodes without the dummy prefix.
+
+    SentencePiece itself puts the prefix before a text that is one such token (`sentencepiece_bpe.prefix_texts_only`).
+    """
     patterns = [str((step.get("pattern") or {}).get("Regex", "")) for step in _parts(state["normalizer"])]
     if not any(pattern.startswith(TEXT_START) and r"\z" in pattern for pattern in patterns):
         return frozenset()
@@ -197,7 +202,7 @@ def _without_prefix_alone(state: dict[str, Any]) -> frozenset[str]:
 
 
 def _leading_ids(backend: Tokenizer) -> list[int]:
-    """The special ids which the tokenizer's own template puts before a text, such as BOS."""
+    """Return the special ids, such as BOS, that the tokenizer's own template puts before a text."""
     with_template, without = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
     starts = (i for i in range(len(with_template)) if with_template[i : i + len(without)] == without)
     return list(with_template[: next(starts, 0)])
@@ -209,12 +214,12 @@ def _with_eos_as_text(files: TokenizerFiles) -> dict[str, Any]:
 
 
 def _plain_copy(state: dict[str, Any]) -> Tokenizer:
-    """A tokenizer without template, padding, truncation and trimmed offsets."""
+    """Return a tokenizer without template, padding, truncation and trimmed offsets."""
     return Tokenizer.from_str(json.dumps({**state, "post_processor": None, "padding": None, "truncation": None}))
 
 
 def _parts(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """The single steps of a normalizer, pre-tokenizer or decoder, nested sequences healed."""
+    """Yield the single steps of a normalizer, pre-tokenizer or decoder; nested sequences are flattened."""
     if step is None:
         return
     if step["type"] != "Sequence":
@@ -225,7 +230,7 @@ def _parts(step: dict[str, Any] | None) -> Iterator[dict[str, Any]]:
 
 
 def _without_dummy_prefix(state: dict[str, Any]) -> dict[str, Any]:
-    """The same tokenizer for the middle of a text: nothing is put before what is encoded."""
+    """Return the same tokenizer for the middle of a text, without the dummy prefix."""
     normalizers = [step for step in _parts(state["normalizer"]) if not is_dummy_prefix(step)]
     for step in _parts(state["pre_tokenizer"]):
         if step["type"] == "Metaspace":
@@ -237,7 +242,7 @@ def _without_dummy_prefix(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _surfaces(backend: Tokenizer, vocab: dict[str, int]) -> dict[int, bytes] | None:
-    """The bytes of each id for byte-level and SentencePiece-like tokenizers; None for others (they only `decode`)."""
+    """Return the bytes of each id for byte-level and SentencePiece-like tokenizers; None for others, which only `decode`."""
     steps = list(_parts(json.loads(backend.to_str())["decoder"]))
     kinds = {step["type"] for step in steps}
     added = {id_: token.content for id_, token in backend.get_added_tokens_decoder().items()}
@@ -259,7 +264,7 @@ def _piece_bytes(piece: str, has_bytes: bool) -> bytes:
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The visible characters that byte-level BPE writes for the 256 bytes (GPT-2's table)."""
+    """Return the byte of each visible character that byte-level BPE writes for the 256 bytes (GPT-2's table)."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(others)}

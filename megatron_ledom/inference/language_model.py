@@ -1,7 +1,7 @@
-"""Language models of both directions: `ReverseLM` (LEDOM, arXiv 2507.01335: P(x) = prod_t P(x_t | x_{t+1..T})) and `ForwardLM`.
+"""Language models of both directions: `ReverseLM` and `ForwardLM`.
 
-Each writes and scores the part of a text that it comes to last, given the other: a reverse model what precedes, a forward model,
-its twin or any stock causal model, what follows.
+A reverse model writes and scores the text that precedes a given text: P(x) = prod_t P(x_t | x_{t+1..T}) (LEDOM, arXiv
+2507.01335). A forward model, a twin or any stock causal model, writes and scores the text that follows.
 """
 
 import time
@@ -39,9 +39,9 @@ from megatron_ledom.inference.scoring import (
 
 
 class LanguageModel:
-    """A causal Hugging Face model with the order in which it reads. Texts and `text_ids` are always text order.
+    """A causal Hugging Face model with its direction. Texts and `text_ids` are always in text order.
 
-    stop_ids: what ends generation; the first is eod. leading_ids: what stands before every sequence in model order: nothing
+    stop_ids: the ids that end generation; the first is eod. leading_ids: the ids before every sequence in model order: none
     for a model of this package, BOS for a stock model whose tokenizer adds one.
     """
 
@@ -63,9 +63,9 @@ class LanguageModel:
     ) -> Self:
         """Load an exported or stock folder of safetensors, offline.
 
-        device: CUDA where there is one, else the CPU. dtype: the stored one on CUDA, float32 on a CPU. direction and eod_id, the
-        id that the model was trained to end a text with: only for a reverse model whose config.json records no direction.
-        option_names: how error messages name these two.
+        device: by default CUDA if available, else the CPU. dtype: by default the stored one on CUDA, float32 on a CPU.
+        direction, eod_id (the id that ended each text in training): only for a reverse model whose config.json records no
+        direction. option_names: the names of these two in error messages.
         """
         folder = Path(folder)
         config = read_model_config(folder)
@@ -76,34 +76,36 @@ class LanguageModel:
         chosen = dtype or (torch.float32 if device.type == "cpu" else "auto")
         model = load_stock_model(folder, dtype=chosen).to(device).eval()
         model.generation_config = GenerationConfig()  # the folder's own sampling defaults must not mix with the caller's
-        adds_bos = config.get("direction") is None and cls.direction is Direction.FORWARD  # before a text's last word: nonsense
+        adds_bos = (
+            config.get("direction") is None and cls.direction is Direction.FORWARD
+        )  # a reverse model must not begin with BOS
         return cls(model, tokenizer, stop_ids, tokenizer.leading_ids if adds_bos else [])
 
     @classmethod
     def _check_direction(cls, folder: Path, recorded: str | None, passed: str | None, option_names: OptionNames) -> None:
-        """Refuse a folder that reads the other way; without a record only what is passed, or stock HF, counts."""
+        """Refuse a model of the other direction. A folder that records none is forward, unless the caller passes a direction."""
         mine = str(cls.direction)
         other = "ForwardLM" if cls.direction is Direction.REVERSE else "ReverseLM"
         if passed is not None and passed != mine:
             raise UsageError(f"direction={passed!r} was passed to {cls.__name__}, which reads {mine}; use {other}")
         if recorded is None and passed is None and cls.direction is Direction.REVERSE:
             raise MismatchError(
-                f"{folder}/config.json records no direction, and a stock model reads forward; expected 'reverse': pass a folder"
-                f" that ledom convert-checkpoint wrote, or say {option_names.reverse} if you know that it is one"
+                f"{folder}/config.json records no direction, so the model counts as a forward one, expected 'reverse'; pass a folder"
+                f" that ledom convert-checkpoint wrote, or pass {option_names.reverse} if you know that this is a reverse model"
             )
         if recorded is not None and recorded != mine:
             raise MismatchError(
-                f"{folder}/config.json says that this model reads {recorded}, {cls.__name__} needs a {mine} one: load it with"
-                f" {other}, or pass the folder of a {mine} model (fed the wrong order, a model gives nonsense without an error)"
+                f"{folder}/config.json records the direction {recorded}, {cls.__name__} needs a {mine} model; load it with"
+                f" {other}, or pass the folder of a {mine} model (in the wrong order, a model gives nonsense without an error)"
             )
 
     def span_scores(
         self, pairs: list[tuple[str, str]], with_eod: bool, batch_size: int, *, usage: TokenUsage | None = None
     ) -> list[SpanScore]:
-        """Score, of each (preceding, following), the part that this model comes to last, given the other part.
+        """Score one part of each (preceding, following): the preceding part for a reverse model, the following for a forward one.
 
-        Where the given part is empty, the text is scored by itself after what stands before a document: BOS for a stock model
-        whose tokenizer adds one, else eod. usage: takes up the tokens that the model was fed, and the time.
+        The other part is given. If it is empty, the text is scored after the start of a document: BOS for a stock model whose
+        tokenizer adds one, else eod. usage: the tokens that the model reads, and the time, are added to it.
         """
         start = time.monotonic()
         spans = [self._span(pair, with_eod) for pair in pairs]
@@ -116,18 +118,18 @@ class LanguageModel:
         return scores
 
     def score_problem(self, pair: tuple[str, str], with_eod: bool) -> str | None:
-        """Return why `span_scores` would refuse a pair as too long, None where it fits."""
+        """Return the reason if a pair is too long for `span_scores`; None if it fits."""
         return too_long(len(self._tokens(pair, with_eod)[0]), self.num_positions, self.direction)
 
     def growth_problem(self, text: str, num_new_tokens: int) -> str | None:
-        """Return why the model has no room for a text and `num_new_tokens` beside it, None where it has."""
+        """Return the reason if the model has no room for a text and `num_new_tokens` more; None if it has."""
         healed = self.tokenizer.heal_prompt(text, self.direction)
         num_given = len(self.leading_ids) + len(healed.tokens) + len(healed.trimmed)
         return no_room(num_given, num_new_tokens, self.num_positions, self.direction)
 
     @property
     def num_positions(self) -> int | None:
-        """The longest sequence, in tokens; None where the model has no limit."""
+        """Length of the longest sequence, in tokens; None if the model has no limit."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
     def _tokens(self, pair: tuple[str, str], with_eod: bool) -> tuple[list[int], int]:
@@ -136,8 +138,8 @@ class LanguageModel:
 
     def _span(self, pair: tuple[str, str], with_eod: bool) -> Span:
         tokens, num_given = self._tokens(pair, with_eod)
-        if fault := too_long(len(tokens), self.num_positions, self.direction):
-            raise DataError(f"{fault}; shorten it")
+        if problem := too_long(len(tokens), self.num_positions, self.direction):
+            raise DataError(f"{problem}; shorten it")
         return Span(tokens, num_given)
 
     def _generate(self, given: str | list[str], sampling: Sampling, batch_size: int) -> list[Generation]:
@@ -154,21 +156,21 @@ class LanguageModel:
     ) -> SpanScore | list[SpanScore]:
         before, after = ([part] if isinstance(part, str) else list(part) for part in (preceding, following))
         if len(before) != len(after):
-            raise UsageError(f"{len(before)} preceding and {len(after)} following texts do not pair; pass as many of each")
+            raise UsageError(f"{len(before)} preceding and {len(after)} following texts; pass as many of each")
         self._check_given(after if self.direction is Direction.REVERSE else before)
         scores = self.span_scores(list(zip(before, after, strict=True)), with_eod, batch_size)
         return scores[0] if isinstance(preceding, str) else scores
 
     def _check_given(self, texts: list[str]) -> None:
-        """Refuse an empty text where the model needs one to start from."""
+        """Raise UsageError for an empty text if the model needs one to start from."""
         is_reverse = self.direction is Direction.REVERSE
         if not all(texts) and (is_reverse or not self.leading_ids):
             part = "following" if is_reverse else "preceding"
-            raise UsageError(f"an empty {part} text gives the model nothing to start from: pass at least one character")
+            raise UsageError(f"an empty {part} text gives the model nothing to start from; pass at least one character")
 
 
 class ReverseLM(LanguageModel):
-    """Writes what came before a text and scores what came before a text. Load with `ReverseLM.from_pretrained(folder)`."""
+    """Writes and scores the text that precedes a given text. Load with `ReverseLM.from_pretrained(folder)`."""
 
     direction = Direction.REVERSE
 
@@ -185,13 +187,13 @@ class ReverseLM(LanguageModel):
         stop_strings: Sequence[str] = (),
         batch_size: int = 16,
     ) -> list[Generation]:
-        """Write what came before each text, until the model says that the text begins there (eod) or `max_new_tokens`.
+        """Write the text that precedes each given text, until eod (the text begins there) or `max_new_tokens`.
 
         Returns `num_return_sequences` results for each text, in the order of the texts; `result.text` ends with the given text
-        exactly. The first tokens of the given text which would be others if it were continued to the front are not fixed:
-        the model spells the same characters again, perhaps as the end of a longer piece; they do not count as new.
-        Temperature 0 takes the likeliest token; top_p 1 and top_k 0 are off; without a seed torch's own generator goes on.
-        Writing ends, too, where one of `stop_strings` stands in front of what was written; it is not part of the result.
+        exactly. Token healing: the model chooses the first tokens of the given text again where a preceding text can change
+        them. It must spell the same characters, perhaps as the end of a longer piece; these tokens do not count as new.
+        Temperature 0 takes the likeliest token; top_p 1 and top_k 0 are off; without a seed torch's own generator is used.
+        The writing also ends at the first of `stop_strings`, which is not part of the result.
         """
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
@@ -205,9 +207,9 @@ class ReverseLM(LanguageModel):
         return self._generate(following_text, sampling, batch_size)
 
     def stream_preceding(self, following_text: str, **options: Any) -> Iterator[Generation]:
-        """As `generate_preceding` for one text, shown while it is written: each result is the text so far, which grows at its front.
+        """Do the same as `generate_preceding` for one text, and yield the text so far while it grows at its beginning.
 
-        options: those of `Sampling`. The last result is what `generate_preceding` returns.
+        options: those of `Sampling`. The last result is that of `generate_preceding`.
         """
         return self._stream(following_text, options)
 
@@ -227,17 +229,17 @@ class ReverseLM(LanguageModel):
         include_beginning: bool = False,
         batch_size: int = 16,
     ) -> SpanScore | list[SpanScore]:
-        """log P_R(preceding | following): the sum over the tokens of `preceding`, natural logs; lists give a list.
+        """Return log P_R(preceding | following), the sum over the tokens of `preceding` in natural logs; lists give a list.
 
-        Both are encoded once as one text; a token that reaches over the boundary belongs to `following`. An empty `preceding`
-        scores 0; an empty `following` is refused, because the first token would be conditioned on nothing the model was
-        trained on. include_beginning adds log P(eod | the whole text): that the text begins where `preceding` does.
+        Both are encoded once as one text; a token that crosses the boundary belongs to `following`. An empty `preceding`
+        scores 0. An empty `following` raises UsageError, because nothing would condition the first token.
+        include_beginning adds log P(eod | the whole text), the log-probability that the text begins where `preceding` does.
         """
         return self._log_likelihood(preceding, following, include_beginning, batch_size)
 
 
 class ForwardLM(LanguageModel):
-    """Writes what follows a text and scores what follows a text. A folder that records no direction counts as forward."""
+    """Writes and scores the text that follows a given text. A folder that records no direction counts as forward."""
 
     direction = Direction.FORWARD
 
@@ -254,11 +256,11 @@ class ForwardLM(LanguageModel):
         stop_strings: Sequence[str] = (),
         batch_size: int = 16,
     ) -> list[Generation]:
-        """Write what follows each text, until eod or `max_new_tokens`; the mirror image of `ReverseLM.generate_preceding`.
+        """Write the text that follows each given text, until eod or `max_new_tokens`: the mirror of `ReverseLM.generate_preceding`.
 
         Returns `num_return_sequences` results for each text, in the order of the texts; `result.text` begins with the given
-        text exactly. Its last tokens are spelled again where they could continue as a longer piece. Writing ends, too, where one
-        of `stop_strings` was written; it is not part of the result.
+        text exactly. Token healing: the model chooses the last tokens of the given text again where a following text can
+        change them. The writing also ends at the first of `stop_strings`, which is not part of the result.
         """
         sampling = Sampling(
             max_new_tokens=max_new_tokens,
@@ -272,9 +274,9 @@ class ForwardLM(LanguageModel):
         return self._generate(preceding_text, sampling, batch_size)
 
     def stream_following(self, preceding_text: str, **options: Any) -> Iterator[Generation]:
-        """As `generate_following` for one text, shown while it is written: each result is the text so far, which grows at its end.
+        """Do the same as `generate_following` for one text, and yield the text so far while it grows at its end.
 
-        options: those of `Sampling`. The last result is what `generate_following` returns.
+        options: those of `Sampling`. The last result is that of `generate_following`.
         """
         return self._stream(preceding_text, options)
 
@@ -294,10 +296,10 @@ class ForwardLM(LanguageModel):
         include_end: bool = False,
         batch_size: int = 16,
     ) -> SpanScore | list[SpanScore]:
-        """log P_F(following | preceding): the sum over the tokens of `following`, natural logs; lists give a list.
+        """Return log P_F(following | preceding), the sum over the tokens of `following` in natural logs; lists give a list.
 
-        Both are encoded once as one text; a token that reaches over the boundary belongs to `following`. An empty `preceding`
-        is refused unless the tokenizer puts a BOS there. Where `preceding` has no token of its own, the first token of the
-        text is conditioned on nothing and left out (`num_tokens` tells). include_end adds log P(eod | the whole text).
+        Both are encoded once as one text; a token that crosses the boundary belongs to `following`. An empty `preceding`
+        raises UsageError unless the tokenizer adds a BOS. If `preceding` has no token of its own, nothing conditions the first
+        token of the text, so it is not scored; `num_tokens` does not count it. include_end adds log P(eod | the whole text).
         """
         return self._log_likelihood(preceding, following, include_end, batch_size)

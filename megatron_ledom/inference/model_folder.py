@@ -1,7 +1,7 @@
-"""A model folder: its config.json, its tokenizer and stop ids, its weights as stock transformers loads them, and which it is.
+"""A model folder: its config.json, its tokenizer and stop ids, and its weights as stock transformers loads them.
 
-`load_stock_model` loads all weights from the folder, or says why not. `folder_facts` and `surroundings` are what figures of a
-model depend on besides settings: a run that resumes must find the same.
+Results depend on the settings, on the model (`folder_facts`) and on the software (`surroundings`). A command that resumes
+requires all of them to be unchanged.
 """
 
 import contextlib
@@ -30,13 +30,13 @@ from megatron_ledom.tokenizers.reader import TokenizerFiles, other_ends, read_to
 logger = logging.getLogger(__name__)
 ADAPTER = "adapter_config.json"
 KINDS = {
-    "missing_keys": "not in the files, so that random numbers would stand there",
-    "unexpected_keys": "in the files, but with no place in the model",
-    "mismatched_keys": "of another shape than the model's",
+    "missing_keys": "missing in the files, so they would be random numbers",
+    "unexpected_keys": "in the files, but not in the model",
+    "mismatched_keys": "of another shape than in the model",
 }
 MAX_NAMED = 4
-"""Names of one kind that an error lists."""
-READ_BESIDE_WEIGHTS = (
+"""Number of names of one kind that an error lists."""
+SMALL_FILES = (
     "config.json",
     "model.safetensors.index.json",
     "tokenizer.json",
@@ -47,12 +47,12 @@ READ_BESIDE_WEIGHTS = (
     "vocab.json",
     "merges.txt",
 )
-"""Small files on which the figures depend: what the model is, which files hold it, and what its ids mean."""
+"""Small files that results depend on: the architecture, the list of weight files, and the tokenizer."""
 
 
 @dataclass(frozen=True, slots=True)
 class OptionNames:
-    """How the caller names, in advice, the eod and the direction of a folder that records neither."""
+    """Names of the caller's options for eod and direction, for messages about a folder that records neither."""
 
     eod: str
     reverse: str
@@ -60,12 +60,12 @@ class OptionNames:
 
 PYTHON_OPTIONS = OptionNames("eod_id=ID", "direction='reverse'")
 COMMAND_OPTIONS = OptionNames("--eod-id ID", "--direction reverse")
-RERANK_OPTIONS = OptionNames("--reverse-eod-id ID", "--reverse-eod-id ID, which says both")
+RERANK_OPTIONS = OptionNames("--reverse-eod-id ID", "--reverse-eod-id ID, which sets both")
 HARNESS_OPTIONS = OptionNames("eod_id=ID in --model_args", "direction=reverse in --model_args")
 
 
 def read_model_config(folder: Path) -> dict[str, Any]:
-    """The config.json of a model folder."""
+    """Return the config.json of a model folder."""
     if not (folder / "config.json").is_file():
         raise UsageError(f"{folder} is no model folder (it has no config.json); pass one that ledom convert-checkpoint wrote")
     return _read_json(folder / "config.json")
@@ -77,9 +77,9 @@ def load_tokenizer(
     eod_id: int | None = None,
     option_names: OptionNames = PYTHON_OPTIONS,
 ) -> tuple[JointTokenizer, list[int]]:
-    """The tokenizer of a model folder and its stop ids, checked against each other and against what the folder records.
+    """Return the tokenizer and the stop ids of a model folder, after checking that they and the config belong together.
 
-    direction: that of the model, for a folder which records none; eod_id, option_names: see `LanguageModel.from_pretrained`.
+    direction: of the model, for a folder that records none. eod_id, option_names: see `LanguageModel.from_pretrained`.
     """
     config = read_model_config(folder)
     files = read_tokenizer(str(folder))
@@ -90,20 +90,18 @@ def load_tokenizer(
     if is_reverse and not trained_here:
         stop_ids = [_eod_of_foreign_folder(folder, tokenizer, stop_ids, eod_id, option_names)]
     elif eod_id is not None:
-        remedy = (
-            "leave it out" if trained_here else f"leave it out, or, if it is a reverse model, say so ({option_names.reverse})"
-        )
+        remedy = "remove it" if trained_here else f"remove it, or pass {option_names.reverse} if this is a reverse model"
         raise UsageError(
-            f"eod_id={eod_id} was passed, but {folder} is read as a {direction} model and says itself what ends a text; {remedy}"
+            f"eod_id={eod_id} was passed, but {folder} counts as a {direction} model, which records its own eod; {remedy}"
         )
     _check_ids(folder, config, tokenizer, stop_ids)
     return tokenizer, stop_ids
 
 
 def load_stock_model(folder: str | Path, **options: Any) -> Any:
-    """Load a folder of safetensors offline, without code of the folder. `options`: as of transformers' `from_pretrained`.
+    """Load a folder of safetensors offline, without running code of the folder; options: those of `from_pretrained`.
 
-    Raises DataError where transformers fails, MismatchError where not all weights of the model come from the folder.
+    Raises DataError if transformers fails, MismatchError if not all weights of the model come from the folder.
     """
     check_no_adapter(folder)
     try:
@@ -121,16 +119,16 @@ def load_stock_model(folder: str | Path, **options: Any) -> Any:
         raise DataError(f"{folder} does not load as a model of safetensors files: {first_words(error)}") from error
     if problems := [*_loading_problems(report), *_tie_problems(model), *_order_problems(model)]:
         raise MismatchError(
-            f"{folder} does not load whole in stock transformers: {'; '.join(problems)}: its config.json and its weights do not belong"
+            f"{folder} does not load whole in stock transformers: {'; '.join(problems)}. Its config.json and its weights do not belong"
             " together, or files were changed; copy or save the folder again"
         )
     return model
 
 
 def check_model_type(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a config.json whose model_type is no causal language model of the installed transformers.
+    """Check that model_type in config.json is a causal language model of the installed transformers.
 
-    Raises DataError where it is no name, MismatchError where it is another kind of model.
+    Raises DataError if it is no name, MismatchError if it is another kind of model.
     """
     model_type = config.get("model_type")
     where = f"{folder}/config.json has model_type {model_type!r}"
@@ -142,31 +140,31 @@ def check_model_type(folder: Path, config: dict[str, Any]) -> None:
         raise MismatchError(f"{where}, which is no causal language model; give the folder of one, such as a llama")
     code = "; the folder's own code is never run" if config.get("auto_map") else ""
     raise MismatchError(
-        f"{where}, which stock transformers {transformers.__version__} does not know{code}: give a folder of a stock architecture"
+        f"{where}, which stock transformers {transformers.__version__} does not support{code}; give a folder of a stock architecture"
     )
 
 
 def check_no_adapter(folder: str | Path) -> None:
-    """Refuse a folder with an adapter, which counts on some machines only."""
+    """Raise MismatchError for a folder with an adapter, which stock transformers applies on some machines only."""
     if (Path(folder) / ADAPTER).is_file():
         raise MismatchError(
-            f"{folder} holds an adapter ({ADAPTER}), which stock transformers adds to the weights where peft is installed and leaves"
-            " out elsewhere; merge it into a folder of its own (merge_and_unload, then save_pretrained), or remove it"
+            f"{folder} contains an adapter ({ADAPTER}), which stock transformers adds to the weights only if peft is installed;"
+            " merge it into a new folder (merge_and_unload, then save_pretrained), or remove it"
         )
 
 
 def folder_facts(folder: Path) -> dict[str, Any]:
-    """Return which model a folder holds. The weights are told apart by their files' size and time of change."""
+    """Return what identifies the model of a folder: size and time of change of the weights, hashes of the small files."""
     weights = {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in sorted(folder.glob("*.safetensors"))}
-    beside = {name: sha256_of(folder / name) for name in READ_BESIDE_WEIGHTS if (folder / name).is_file()}
-    found = beside.pop("config.json", None)
-    return {"model": str(folder.resolve()), "weights": weights, "config_sha256": found, "files": beside}
+    hashes = {name: sha256_of(folder / name) for name in SMALL_FILES if (folder / name).is_file()}
+    found = hashes.pop("config.json", None)
+    return {"model": str(folder.resolve()), "weights": weights, "config_sha256": found, "files": hashes}
 
 
 def check_unchanged(folder: Path, known: dict[str, Any]) -> None:
-    """Raise DataError for a folder that is no longer what `folder_facts` has found: call it once the model is loaded.
+    """Raise DataError if a folder differs from `known`, the `folder_facts` from before the model was loaded.
 
-    Weights, tokenizer and what is noted of both are read at different times; replaced in between they would not be one model.
+    The facts, the tokenizer and the weights are read one after another; files that are replaced meanwhile would not be one model.
     """
     now, before = (
         {"config.json": facts["config_sha256"], **facts["files"], **facts["weights"]} for facts in (folder_facts(folder), known)
@@ -174,19 +172,19 @@ def check_unchanged(folder: Path, known: dict[str, Any]) -> None:
     names = sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
     if names:
         raise DataError(
-            f"the model folder {folder} was changed while it was read ({', '.join(names)}): something else writes to it; wait until"
-            " it is complete, then run the same command again"
+            f"the model folder {folder} was changed while it was read ({', '.join(names)}); wait until it is complete, then run the"
+            " same command again"
         )
 
 
 def surroundings() -> dict[str, str]:
-    """The device, on which the precision depends, and versions of the packages that compute."""
+    """Return the device, which decides the precision, and the versions of the packages that compute."""
     versions = {name: version(name) for name in ("megatron-ledom", "torch", "transformers")}
     return {"device": "cuda" if torch.cuda.is_available() else "cpu", **versions}
 
 
 def first_words(error: Exception) -> str:
-    """Return the type of an error and its first line; the next one too, where the first only announces it."""
+    """Return the type of an error and its first line, and the next line if the first ends with a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     words = " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])
     return f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__
@@ -198,12 +196,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON ({error}); write the folder again") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds a {type(content).__name__}, expected an object; write the folder again")
+        raise DataError(f"{path} is a {type(content).__name__}, expected an object; write the folder again")
     return content
 
 
 def _stop_ids(folder: Path, config: dict[str, Any]) -> list[int]:
-    """Return the ids that end a text: `eod_id` of an export (trap 1), a stock folder's generation eos."""
+    """Return the ids that end a text: `eod_id` of an export, else the generation eos of a stock folder.
+
+    The tokenizer's own eos would be wrong for an export whose documents end with another token: generation would never stop.
+    """
     generation = _read_json(path) if (path := folder / "generation_config.json").is_file() else {}
     found = (
         ("config.json has eod_id", config.get("eod_id")),
@@ -212,7 +213,9 @@ def _stop_ids(folder: Path, config: dict[str, Any]) -> list[int]:
     )
     where, eos = next(((where, ids) for where, ids in found if ids is not None), ("", None))
     if eos is None:
-        raise DataError(f"{folder} names no eod_id or eos_token_id, so generation would never stop; add eod_id to config.json")
+        raise DataError(
+            f"{folder} records no eod_id or eos_token_id, so generation would never stop; add eod_id to config.json"
+        )
     ids = eos if isinstance(eos, list) else [eos]
     if not ids or not all(type(id_) is int and id_ >= 0 for id_ in ids):
         raise DataError(f"{folder}/{where} {eos!r}, expected the id of a token or a list of ids; correct it")
@@ -222,52 +225,53 @@ def _stop_ids(folder: Path, config: dict[str, Any]) -> list[int]:
 def _eod_of_foreign_folder(
     folder: Path, tokenizer: JointTokenizer, stop_ids: list[int], eod_id: int | None, option_names: OptionNames
 ) -> int:
-    """The eod of a reverse model that others exported: what is passed, or the folder's eos unless there is a doubt.
+    """Return the eod of a reverse model that others exported: `eod_id` if passed, else the folder's eos.
 
-    The original's export names the tokenizer's eos, 2, and was trained with another token of its own, 64002: it would never stop.
+    Raises MismatchError if the tokenizer has other tokens that may be the eod. The published LEDOM folder records the
+    tokenizer's eos, 2, but was trained with the token 64002 as eod; with 2 its generation would never stop.
     """
     doubtful = other_ends(tokenizer.vocab, stop_ids)
     if eod_id is None and doubtful:
         names = ", ".join(f"{token} = {id_}" for token, id_ in doubtful.items())
         raise MismatchError(
-            f"{folder} names {stop_ids} as its eos, but its tokenizer has {names}, too: with the wrong one, generation never stops;"
-            f" pass the one that documents were closed with in training ({option_names.eod})"
+            f"{folder} records the eos {stop_ids}, but its tokenizer also has {names}. With the wrong one, generation never stops;"
+            f" pass the one that ended documents in training ({option_names.eod})"
         )
     if eod_id is None:
         logger.warning(
-            "%s does not say which id its documents were closed with; its eos %d is taken. Name another with %s",
+            "%s does not record which id ended its documents in training; its eos %d is used. Pass another one with %s",
             *(folder, stop_ids[0], option_names.eod),
         )
     return stop_ids[0] if eod_id is None else eod_id
 
 
 def _check_tokenizer(folder: Path, files: TokenizerFiles, recorded: Any) -> None:
-    """Refuse an export whose tokenizer is not the one it was trained with."""
+    """Raise MismatchError if the tokenizer of an export is not the one of its training."""
     if recorded is not None and not isinstance(recorded, str):
         raise DataError(f"{folder}/config.json has tokenizer_sha256 {recorded!r}, expected a hash; write the folder again")
     if recorded is not None and files.sha256 != recorded:
         raise MismatchError(
-            f"the tokenizer of {folder} has hash {files.sha256[:12]}, the model was trained with {recorded[:12]}: its ids would"
-            " mean other texts; put back the tokenizer files that the export came with"
+            f"the tokenizer of {folder} has hash {files.sha256[:12]}, the model was trained with {recorded[:12]}, so the ids would"
+            " mean other texts; put back the tokenizer files of the export"
         )
 
 
 def _check_ids(folder: Path, config: dict[str, Any], tokenizer: JointTokenizer, stop_ids: list[int]) -> None:
-    """Refuse ids which the embedding does not have."""
+    """Raise MismatchError if the tokenizer has ids that the embedding does not have."""
     vocab_size = config.get("vocab_size", 0)
     if type(vocab_size) is not int:
         raise DataError(f"{folder}/config.json has vocab_size {vocab_size!r}, expected a number of ids; correct it")
     largest = max([*tokenizer.vocab.values(), *stop_ids])
     if largest >= vocab_size:
         raise MismatchError(
-            f"the tokenizer of {folder} and its eod use ids up to {largest}, the model has {vocab_size}: they do not belong"
-            " together; export again with the tokenizer that the shards were made with"
+            f"the tokenizer of {folder} and its eod use ids up to {largest}, the model has {vocab_size} ids; export again with the"
+            " tokenizer of the shards"
         )
 
 
 @contextlib.contextmanager
 def _bar_on_terminals_only() -> Iterator[None]:
-    """Keep the progress bar with which transformers loads weights out of log files."""
+    """Show the progress bar of transformers, for loading weights, only on a terminal, not in log files."""
     if sys.stderr.isatty() or not is_progress_bar_enabled():
         yield
         return
@@ -279,7 +283,7 @@ def _bar_on_terminals_only() -> Iterator[None]:
 
 
 def _loading_problems(report: dict[str, Any]) -> Iterator[str]:
-    """Kinds of problems in transformers' report, which leaves out what each architecture declares harmless."""
+    """Yield each kind of problem in transformers' report, which ignores the names that an architecture declares harmless."""
     for kind, found in report.items():
         names = sorted(_named(key) for key in found)
         if names:
@@ -288,7 +292,7 @@ def _loading_problems(report: dict[str, Any]) -> Iterator[str]:
 
 
 def _named(key: Any) -> str:
-    """A key of the report; a mismatched one comes with both shapes."""
+    """Return the text of a key of the report; a mismatched key has both shapes."""
     if isinstance(key, str):
         return key
     name, stored, expected = key
@@ -296,18 +300,18 @@ def _named(key: Any) -> str:
 
 
 def _tie_problems(model: Any) -> Iterator[str]:
-    """The head that a config says is the embedding, and that is not."""
+    """Yield a problem if the config ties the head to the embedding, but the loaded head is another tensor."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     is_tied = model.config.get_text_config().tie_word_embeddings and getattr(model, "_tied_weights_keys", None)
     if is_tied and head is not None and head.weight is not embedding.weight:
         yield (
             "tie_word_embeddings is true, a tied head, but the head (lm_head.weight) is not the embedding; some releases of"
-            " transformers tie it, some do not"
+            " transformers tie it, others do not"
         )
 
 
 def _order_problems(model: Any) -> Iterator[str]:
-    """An encoder such as BERT, whose every position reads what comes later."""
+    """Yield a problem for an encoder such as BERT, in which each position also reads the later positions."""
     reads_all = any(getattr(module, "is_causal", None) is False for module in model.modules())
     if getattr(model.config, "is_decoder", None) is False and reads_all:
         yield f"a {model.config.model_type} without is_decoder reads in both directions, which is no causal language model"

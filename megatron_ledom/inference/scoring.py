@@ -1,6 +1,6 @@
-"""Log-probabilities of one part of a text given the other: from two parts to ids in model order, and from these to scores.
+"""Log-probabilities of one part of a text, given the other part, in either direction.
 
-One implementation for both directions. Shapes: B rows of a batch, K positions kept, V vocabulary of the logits.
+Shapes: B rows of a batch, K positions kept, V vocabulary of the logits.
 """
 
 import math
@@ -18,16 +18,16 @@ from megatron_ledom.inference.joint_tokenizer import JointTokenizer
 
 MAX_KEPT_LOGITS = 2**28  # B * K * V of one batch: 1 GiB in float32
 SHOWN_CHARACTERS = 60
-"""Of the text beside the token that the error for logits which are not finite names."""
+"""Characters of the text next to the token that an error for logits that are not finite shows."""
 SpanKey = tuple[tuple[int, ...], int]
 Measured = TypeVar("Measured")
 Measure = Callable[[torch.Tensor, torch.Tensor], list[Measured]]
-"""Of the logits before each scored token [K, V] and the scored tokens [K]: one value a token."""
+"""Takes the logits [K, V] that predict the scored tokens, and these tokens [K]; returns one value for each token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """tokens: a whole sequence in model order; those from `num_context` on are scored, each given all before it."""
+    """A sequence in model order; the tokens from position `num_context` on are scored, each given all before it."""
 
     tokens: list[int]
     num_context: int
@@ -35,7 +35,7 @@ class Span:
 
 @dataclass(slots=True)
 class TokenUsage:
-    """What a model has cost so far: tokens of the sequences it was given, padding not counted, and seconds."""
+    """Tokens that a model has read and written so far, without padding, and the seconds that this took."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -45,8 +45,8 @@ class TokenUsage:
 class SpanScore:
     """Natural-log probabilities of a span, given the other part of its text.
 
-    text_ids, token_logprobs: the scored ids and their values, text order. eod_logprob: log-probability of the eod next to the
-    span if that was asked for. logprob: the sum of all of them.
+    text_ids, token_logprobs: the scored ids and their values, in text order. eod_logprob: the log-probability of the eod at the
+    end of the span, if requested. logprob: the sum of all values.
     """
 
     text_ids: list[int]
@@ -54,31 +54,31 @@ class SpanScore:
     eod_logprob: float | None = None
 
     def __post_init__(self) -> None:
-        """Refuse NaN, whatever computed the values. -inf is a value: the log-probability of an impossible token."""
+        """Raise NotFiniteError for NaN. -inf is allowed: it is the log-probability of an impossible token."""
         if math.isnan(self.logprob):
             position = next((i for i, value in enumerate(self.token_logprobs) if math.isnan(value)), None)
             token = "eod" if position is None else f"token {position} of the scored part, id {self.text_ids[position]},"
-            raise NotFiniteError(f"the log-probability of {token} is not a number (NaN), so this is no score")
+            raise NotFiniteError(f"the log-probability of {token} is not a number (NaN); check the model's weights")
 
     @property
     def logprob(self) -> float:
-        """The summed log-probability, eod included if it was asked for; natural log."""
+        """The summed log-probability in natural logs, with eod if requested."""
         return math.fsum([*self.token_logprobs, self.eod_logprob or 0.0])
 
     @property
     def num_tokens(self) -> int:
-        """How many tokens of the text were scored; eod does not count."""
+        """Number of scored tokens of the text, without eod."""
         return len(self.token_logprobs)
 
 
 def span_tokens(
     tokenizer: JointTokenizer, direction: Direction, pair: tuple[str, str], leading_ids: list[int], stop_ids: list[int]
 ) -> tuple[list[int], int]:
-    """(tokens in model order, how many of them are given) of a (preceding, following) of which one part is to be scored.
+    """Return the tokens of a (preceding, following) in model order, and how many of them are given; the others are to be scored.
 
-    Both parts are encoded once as one text; a token that reaches over the boundary belongs to `following`. An empty given
-    part is replaced by what stands before a document. Where the given part has no token of its own, the first token of the
-    scored part counts as given, since nothing conditions it.
+    Both parts are encoded once as one text; a token that crosses the boundary belongs to `following`. `leading_ids`, or the
+    first of `stop_ids` (eod), replace an empty given part. If the given part has no token of its own, the first token of the
+    scored part counts as given, because nothing conditions it.
     """
     text_ids, num_preceding = tokenizer.split(*pair)
     reverse = direction is Direction.REVERSE
@@ -86,12 +86,12 @@ def span_tokens(
     given = pair[1] if reverse else pair[0]
     leading = leading_ids or ([] if given else stop_ids[:1])
     if reverse and not num_given and not leading:
-        raise DataError("a following text yields no token, so nothing conditions what precedes it; pass other text")
+        raise DataError("a following text has no tokens, so the model has nothing to start from; pass a longer text")
     return [*leading, *to_model_order(text_ids, direction)], max(1, len(leading) + num_given)
 
 
 def span_score(span: Span, logprobs: list[float], direction: Direction, with_eod: bool) -> SpanScore:
-    """The log-probabilities of a span's scored tokens, model order and eod last if it was scored, as a score in text order."""
+    """Return the score of a span in text order, from the log-probabilities in model order; with_eod: the last one is eod's."""
     num_scored = len(logprobs) - 1 if with_eod else len(logprobs)
     return SpanScore(
         text_ids=to_text_order(span.tokens[span.num_context :][:num_scored], direction),
@@ -101,29 +101,29 @@ def span_score(span: Span, logprobs: list[float], direction: Direction, with_eod
 
 
 def score_spans(model: Any, spans: list[Span], batch_size: int) -> list[list[float]]:
-    """log P(tokens[t] | tokens[:t]) for t >= num_context of each span, model order, float32 log-softmax.
+    """Return log P(tokens[t] | tokens[:t]) for t >= num_context of each span, in model order, from a float32 log-softmax.
 
-    Rows of similar length share a batch, padded after their end, where a causal model cannot see; the result does not
-    depend on the batch beyond rounding. `batch_size` is the largest number of rows; wide vocabularies use fewer. A span that
-    comes several times is computed once.
+    Rows of similar length share a batch. They are padded after their end, which a causal model does not read, so the result
+    depends on the batch only by rounding. A batch has at most `batch_size` rows, and fewer for large vocabularies. A span that
+    occurs several times is computed once.
     """
     return measure_spans(model, spans, batch_size, logprobs_of)
 
 
 def logprobs_of(logits_KV: torch.Tensor, tokens_K: torch.Tensor) -> list[float]:
-    """The log-probability of each token; float32."""
+    """Return the log-probability of each token, computed in float32."""
     logprobs_KV = torch.log_softmax(logits_KV.float(), dim=-1)
     return [float(value) for value in logprobs_KV.gather(1, tokens_K[:, None])[:, 0].tolist()]
 
 
 def logprobs_and_likeliest(logits_KV: torch.Tensor, tokens_K: torch.Tensor) -> list[tuple[float, bool]]:
-    """The log-probability of each token, and whether it is the likeliest one, the first of equal ones."""
+    """Return for each token its log-probability, and True if it is the likeliest token (the first one of equals)."""
     is_likeliest_K = logits_KV.argmax(dim=-1) == tokens_K
     return list(zip(logprobs_of(logits_KV, tokens_K), is_likeliest_K.tolist(), strict=True))
 
 
 def measure_spans(model: Any, spans: list[Span], batch_size: int, measure: Measure[Measured]) -> list[list[Measured]]:
-    """Return what `measure` finds of each scored token of each span, model order; computed as `score_spans` does."""
+    """Return the values of `measure` for each scored token of each span, in model order; batches as in `score_spans`."""
     check_batch_size(batch_size)
     distinct = distinct_spans(spans)
     pending = sorted((span for span in distinct.values() if len(span.tokens) > span.num_context), key=lambda s: -len(s.tokens))
@@ -137,7 +137,7 @@ def measure_spans(model: Any, spans: list[Span], batch_size: int, measure: Measu
 
 
 def distinct_spans(spans: list[Span]) -> dict[SpanKey, Span]:
-    """Each span once, in the order of first appearance."""
+    """Return each span once, in the order of first appearance."""
     return {_key(span): span for span in spans}
 
 
@@ -146,13 +146,13 @@ def _key(span: Span) -> SpanKey:
 
 
 def check_batch_size(batch_size: int) -> None:
-    """Refuse a batch of no rows."""
+    """Raise UsageError for a batch size below 1."""
     if batch_size < 1:
-        raise UsageError(f"batch_size={batch_size} computes nothing; it must be at least 1")
+        raise UsageError(f"batch_size={batch_size}: it must be at least 1")
 
 
 def _fitting_rows(spans: list[Span], vocab_size: int) -> int:
-    """How many of the spans, longest first, keep their logits below the limit; at least one."""
+    """Return how many of the spans, longest first, fit into a batch whose logits stay below the limit; at least 1."""
     longest = len(spans[0].tokens)
     num_rows = 1
     for count in range(2, len(spans) + 1):
@@ -165,12 +165,12 @@ def _fitting_rows(spans: list[Span], vocab_size: int) -> int:
 
 @torch.inference_mode()
 def _score_batch(model: Any, spans: list[Span], measure: Measure[Measured]) -> list[list[Measured]]:
-    """One forward pass; the logits of the first position needed by any row and of all after it are kept.
+    """Run one forward pass over a batch; keep the logits from the first position that any row needs.
 
-    The last token of a span is asked for and never read, so a span may have one token more than the model has positions.
+    The model predicts the last token of a span but does not read it, so a span may be one token longer than the model's positions.
     """
     longest = max(len(span.tokens) for span in spans) - 1
-    first = min(span.num_context for span in spans) - 1  # logits at position t tell of token t + 1
+    first = min(span.num_context for span in spans) - 1  # the logits at position t predict token t + 1
     input_ids = torch.zeros(len(spans), longest, dtype=torch.long)
     for row, span in enumerate(spans):
         input_ids[row, : len(span.tokens) - 1] = torch.tensor(span.tokens[:-1])
@@ -186,10 +186,10 @@ def _score_batch(model: Any, spans: list[Span], measure: Measure[Measured]) -> l
 
 
 def _check_finite(model: Any, spans: list[Span], logits_BKV: torch.Tensor, first: int) -> None:
-    """Raise NotFiniteError for the first scored token whose logits hold NaN or +inf, or no finite value at all.
+    """Raise NotFiniteError for the first scored token whose logits contain NaN or +inf, or no finite value.
 
-    These survive the maximum over the vocabulary; -inf of single tokens, which makes them impossible, does not. `first`: the
-    position of the first kept logits. Values at the padding, which nobody reads, do not count.
+    The maximum over the vocabulary finds these; -inf for single tokens only makes them impossible and is allowed. Logits at the
+    padding are ignored. first: the position of the first kept logits.
     """
     is_finite_BK = torch.isfinite(logits_BKV.amax(dim=-1))
     if bool(is_finite_BK.all()):
@@ -203,14 +203,14 @@ def _check_finite(model: Any, spans: list[Span], logits_BKV: torch.Tensor, first
 
 
 def too_long(num_tokens: int, num_positions: int | None, direction: Direction) -> str | None:
-    """Return why a text of `num_tokens` cannot be scored, None where it fits."""
+    """Return the reason if a text of `num_tokens` is too long to be scored; None if it fits."""
     if not num_positions or num_tokens <= num_positions:
         return None
     return f"a text of {num_tokens} tokens exceeds the {num_positions} positions of the {direction} model"
 
 
 def no_room(num_given: int, num_new: int, num_positions: int | None, direction: Direction) -> str | None:
-    """Return why `num_new` tokens cannot be written beside `num_given`, None where they fit."""
+    """Return the reason if `num_given` and `num_new` tokens together are too long; None if they fit."""
     if not num_positions or num_given + num_new <= num_positions:
         return None
     return (
@@ -223,8 +223,8 @@ def not_finite(model: Any, read: Sequence[int], next_id: int | None = None) -> N
     name = getattr(model.config, "name_or_path", "") or type(model).__name__
     token = "for the next token" if next_id is None else f"for token id {next_id}"
     return NotFiniteError(
-        f"the model {name} gives logits that are not finite (NaN or infinity, in {model.dtype}) {token} after {len(read)} tokens:"
-        " its weights are damaged, or its values exceed the range of that type; check the weights, or load it in float32",
+        f"the model {name} gives logits that are not finite (NaN or infinity, in {model.dtype}) {token} after {len(read)} tokens."
+        " Its weights are damaged, or its values exceed the range of that type; check the weights, or load it in float32",
         read,
         next_id,
     )
@@ -232,7 +232,7 @@ def not_finite(model: Any, read: Sequence[int], next_id: int | None = None) -> N
 
 @contextmanager
 def naming_text(tokenizer: JointTokenizer, direction: Direction) -> Iterator[None]:
-    """Add the text and the token to a NotFiniteError from inside, whose raiser knows ids only."""
+    """Add the text and the token to a NotFiniteError of the block, which contains only ids."""
     try:
         yield
     except NotFiniteError as error:

@@ -1,1 +1,1 @@
-"""The model: from a config to megatron-core's GPTModel, its layers, and its arithmetic."""
+"""The model: megatron-core's GPTModel built from a config, its layers, and its number of parameters and operations."""

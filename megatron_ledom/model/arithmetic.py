@@ -1,4 +1,4 @@
-"""Parameters and floating-point operations of a model, counted by hand: the one formula behind every MFU we report."""
+"""Formulas for the parameters and floating-point operations of a model. Every reported MFU uses them."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -7,11 +7,11 @@ from megatron_ledom.config.derived import head_dim, query_groups
 from megatron_ledom.config.schema import ModelConfig
 
 Attention = Literal["full", "causal", "none"]
-_SHARE_OF_POSITIONS = {"full": 1.0, "causal": 0.5, "none": 0.0}
+_VISIBLE_FRACTION = {"full": 1.0, "causal": 0.5, "none": 0.0}
 
 
 def count_parameters(model: ModelConfig, padded_vocab: int) -> int:
-    """Weights of the whole model, with the padded rows of the embedding and of the output layer."""
+    """Return the number of weights of the model, with the padded rows of embedding and output layer."""
     norms = (2 * model.num_layers + 1) * model.hidden_size
     width = head_dim(model)
     if model.qk_layernorm:
@@ -22,25 +22,25 @@ def count_parameters(model: ModelConfig, padded_vocab: int) -> int:
 
 
 def flops_per_token(model: ModelConfig, seq_length: int, padded_vocab: int, attention: Attention = "full") -> float:
-    """Floating-point operations of forward and backward for one token, in a sequence of `seq_length`.
+    """Return the floating-point operations of forward and backward for one token, in a sequence of `seq_length`.
 
     Megatron's convention (Narayanan et al. 2021, arXiv 2104.04473, appendix; Korthikanti et al. 2022, arXiv 2205.05198,
-    section 6.3): matrix products only, a multiplication and an addition each, backward twice the forward, recomputation
-    not counted. `full` attention counts every pair of positions, also those a causal mask hides, and is what throughput
-    and MFU are reported in; `causal` counts half of them, `none` the weights only.
+    section 6.3): only matrix products count, each as a multiplication and an addition; backward counts twice as much as
+    forward; recomputation does not count. `full` attention counts every pair of positions, also masked ones, and is used for
+    reported throughput and MFU; `causal` counts half of them, `none` the weights only.
     """
     weights = model.num_layers * sum(_layer_matrices(model)) + model.hidden_size * padded_vocab
-    scores_and_values = 2 * seq_length * head_dim(model) * model.num_attention_heads * _SHARE_OF_POSITIONS[attention]
+    scores_and_values = 2 * seq_length * head_dim(model) * model.num_attention_heads * _VISIBLE_FRACTION[attention]
     return 6.0 * (weights + model.num_layers * scores_and_values)
 
 
 def model_flops_utilisation(flops_per_second: float, peak_tflops: float) -> float:
-    """Share of a peak (in 1e12 FLOP/s, of one device or of all) that `flops_per_second` on the same devices amounts to."""
+    """Return `flops_per_second` as a fraction of the peak (in 1e12 FLOP/s) of the same devices."""
     return flops_per_second / (peak_tflops * 1e12)
 
 
 def _layer_matrices(model: ModelConfig) -> Iterator[int]:
-    """Elements of each matrix of one layer: each costs as many multiplications and additions a token."""
+    """Yield the elements of each matrix of a layer; a token needs as many multiplications and additions."""
     query_width = head_dim(model) * model.num_attention_heads
     key_width = head_dim(model) * query_groups(model)
     yield model.hidden_size * query_width

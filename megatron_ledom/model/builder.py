@@ -1,11 +1,11 @@
-"""From RunConfig to megatron-core's GPTModel: the one place where that class and its config are built.
+"""Builds megatron-core's GPTModel and its config from a RunConfig; no other module does.
 
-Rotary frequencies (Su et al., arXiv 2104.09864), plain or stretched for longer contexts: megatron-core's own options leave out
-what public models set (the bounds of llama3, yarn outside multi-latent attention), so the model gets the frequencies themselves.
-What yarn multiplies queries and keys by goes into the scale of the softmax: both only meet in their product.
+Rotary frequencies (Su et al., arXiv 2104.09864) may be scaled for longer contexts. megatron-core's own options lack settings of
+public models (the bounds of llama3, yarn without multi-latent attention), so the model gets the frequencies themselves. The factor
+by which yarn multiplies queries and keys becomes part of the softmax scale, because only their product is used.
 
-Initial weights do not depend on the layout: each matrix is drawn whole, from a seed made of the run's seed, the weight's global
-name and its layer, and every rank keeps its own part.
+Initial weights do not depend on the layout: each matrix is drawn whole, from a seed that combines the run's seed, the weight's
+global name and its layer, and every rank keeps its own part.
 """
 
 import hashlib
@@ -31,16 +31,16 @@ from megatron_ledom.parallel.groups import ParallelGroups
 
 
 class LanguageModel(GPTModel):  # type: ignore[misc]
-    """GPTModel whose loss counts the tokenizer's ids only and can report log Z for the z-loss."""
+    """GPTModel whose loss counts only the tokenizer's ids and can return log Z for the z-loss."""
 
     num_ids: int
-    """Ids that count; the embedding's rows behind them are padding."""
+    """Number of ids; further rows of the embedding are padding."""
     reports_log_z: bool
     fuses_loss: bool
-    """Whether the loss may use the kernels of the device."""
+    """True if the loss may use the kernels of the device."""
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """labels [B, S], logits [S, B, V] -> losses in nats [B, S]; with log Z beside them [B, S, 2] if that is asked for."""
+        """Map labels [B, S] and logits [S, B, V] to losses in nats [B, S], or losses and log Z [B, S, 2] if `reports_log_z`."""
         losses_SB, log_z_SB = vocab_parallel_cross_entropy(
             logits, labels.t(), self.num_ids, self.pg_collection.tp, fused=self.fuses_loss
         )
@@ -50,16 +50,16 @@ class LanguageModel(GPTModel):  # type: ignore[misc]
 
 
 def checkpoint_metadata(groups: ParallelGroups) -> dict[str, Any]:
-    """What sharded state dicts need to know; `fully_reshardable` is the one format every layout can load."""
+    """Return the metadata of sharded state dicts; only the format `fully_reshardable` can be loaded by every layout."""
     return {"dp_cp_group": groups.data_and_context, "distrib_optim_sharding_type": "fully_reshardable"}
 
 
 def build_model_chunks(
     config: RunConfig, vocab_size: int, groups: ParallelGroups, choice: LayerChoice, *, initialize: bool = True
 ) -> list[LanguageModel]:
-    """This rank's part of the model for `vocab_size` ids, one a virtual stage, with initial weights, on its device.
+    """Return this rank's part of the model for `vocab_size` ids, one chunk per virtual stage, initialized, on its device.
 
-    Without `initialize` the matrices hold anything: for weights that are loaded next.
+    Without `initialize` the matrices are not set, for weights that are loaded next.
     """
     core_config = build_core_config(config)
     fuse_activation(core_config, choice)
@@ -94,7 +94,7 @@ def build_model_chunks(
 
 
 def wrap_for_training(config: RunConfig, chunks: list[LanguageModel]) -> list[DistributedDataParallel]:
-    """Mixed precision and data parallelism around the model chunks; gradients are summed in fp32."""
+    """Wrap the model chunks for mixed precision and data parallelism; gradients are summed in fp32."""
     parallel = config.parallel
     ddp_config = DistributedDataParallelConfig(
         use_distributed_optimizer=parallel.use_distributed_optimizer,
@@ -102,18 +102,18 @@ def wrap_for_training(config: RunConfig, chunks: list[LanguageModel]) -> list[Di
         overlap_param_gather=parallel.overlap_param_gather,
         bucket_size=parallel.bucket_size,
         grad_reduce_in_fp32=True,
-        check_for_nan_in_grad=False,  # the step looks at the norm, once for all gradients
+        check_for_nan_in_grad=False,  # the step checks the norm of all gradients once
     )
     wrapped = []
     for index, chunk in enumerate(chunks):
         module = Float16Module(chunk.config, chunk) if chunk.config.bf16 else chunk
-        # later chunks need their gradients last: their buckets are not overlapped one by one
+        # later chunks need their gradients last, so separate buckets would not help overlap
         wrapped.append(DistributedDataParallel(chunk.config, ddp_config, module, disable_bucketing=index > 0))
     return wrapped
 
 
 def build_core_config(config: RunConfig) -> TransformerConfig:
-    """megatron-core's transformer config of a run."""
+    """Return megatron-core's transformer config of a run."""
     model, parallel = config.model, config.parallel
     dtype = PARAMS_DTYPES[model.params_dtype]
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
@@ -146,14 +146,14 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
         microbatch_group_size_per_vp_stage=parallel.pipeline_model_parallel_size,
         overlap_p2p_comm=interleaved,  # interleaved with batched p2p gives a wrong loss at two stages
         batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=False,  # with interleaved and overlap it is a race
+        deallocate_pipeline_outputs=False,  # a race condition with the interleaved schedule and overlap
         calculate_per_token_loss=True,
-        init_method=leave_unset,  # initialize_weights draws the weights, alike for every layout
+        init_method=leave_unset,  # initialize_weights draws the weights, equal for every layout
         output_layer_init_method=leave_unset,
         embedding_init_method=leave_unset,
         use_cpu_initialization=not torch.cuda.is_available(),
         gradient_accumulation_fusion=not torch.cuda.is_available(),  # CUDA needs an extension; a CPU has ours
-        masked_softmax_fusion=False,  # this and the next ones are compiled while training, with a C++ compiler on a CPU
+        masked_softmax_fusion=False,  # this and the next three are compiled during training, on a CPU with a C++ compiler
         bias_activation_fusion=False,
         bias_dropout_fusion=False,
         apply_rope_fusion=False,
@@ -170,53 +170,53 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
 
 
 def fuse_activation(core_config: TransformerConfig, choice: LayerChoice) -> None:
-    """SwiGLU as one operator, which keeps 3 instead of 5 tensors of the feed-forward width for the backward pass.
+    """Use SwiGLU as one operator, which keeps 3 instead of 5 tensors of the feed-forward width for the backward pass.
 
-    Our fused layer's spec names ours. Transformer Engine's layers, which only run on a GPU, have megatron-core's: it is compiled
-    when it is first called. Not yet run on hardware.
+    Our fused layer's spec names our operator. Transformer Engine's layers, which only run on a GPU, use that of megatron-core,
+    which is compiled at its first call. Not yet run on hardware.
     """
-    core_config.use_te_activation_func = choice.implementation == "fused"  # takes the activation that the layer spec names
+    core_config.use_te_activation_func = choice.implementation == "fused"  # uses the activation of the layer spec
     if choice.implementation == "transformer_engine":
         core_config.bias_activation_fusion = True
 
 
 def rotary_frequencies(model: ModelConfig) -> torch.Tensor:
-    """Radians a position of each pair of a head [D / 2], fp32."""
+    """Return the radians per position of each pair of a head [D / 2], fp32."""
     width = head_dim(model)
     plain = 1.0 / (model.rotary_base ** (torch.arange(0, width, 2, dtype=torch.float32) / width))
     if model.rope_scaling is None:
         return plain
-    stretched = plain / model.rope_scaling_factor
+    scaled_down = plain / model.rope_scaling_factor
     if model.rope_scaling == "linear":
-        return stretched
-    kept = _kept_by_llama3(model, plain) if model.rope_scaling == "llama3" else _kept_by_yarn(model, width)
-    return stretched * (1 - kept) + plain * kept
+        return scaled_down
+    unscaled = _unscaled_by_llama3(model, plain) if model.rope_scaling == "llama3" else _unscaled_by_yarn(model, width)
+    return scaled_down * (1 - unscaled) + plain * unscaled
 
 
 def softmax_scale(model: ModelConfig) -> float | None:
-    """What scores are multiplied by; None: 1 / sqrt(D). yarn: section 3.4 of Peng et al., arXiv 2309.00071."""
+    """Return the factor of the scores; None: 1 / sqrt(D). yarn: section 3.4 of Peng et al., arXiv 2309.00071."""
     if model.rope_scaling != "yarn":
         return None
     factor = model.rope_scaling_attention_factor
     return (0.1 * math.log(model.rope_scaling_factor) + 1.0 if factor is None else factor) ** 2 / math.sqrt(head_dim(model))
 
 
-def _kept_by_llama3(model: ModelConfig, plain: torch.Tensor) -> torch.Tensor:
-    """Share of each frequency that is not stretched [D / 2] (Llama 3.1): by its turns in the original positions."""
-    turns = model.rope_scaling_original_max_position * plain / (2 * math.pi)
+def _unscaled_by_llama3(model: ModelConfig, plain: torch.Tensor) -> torch.Tensor:
+    """Return the unscaled fraction of each frequency [D / 2], by its rotations over the original positions (Llama 3.1)."""
+    rotations = model.rope_scaling_original_max_position * plain / (2 * math.pi)
     low, high = model.rope_scaling_low_freq_factor, model.rope_scaling_high_freq_factor
-    return ((turns - low) / (high - low)).clamp(0, 1)
+    return ((rotations - low) / (high - low)).clamp(0, 1)
 
 
-def _kept_by_yarn(model: ModelConfig, width: int) -> torch.Tensor:
-    """As `_kept_by_llama3`, but a ramp over the pairs' numbers, its ends rounded outwards (Peng et al., section 3.2)."""
+def _unscaled_by_yarn(model: ModelConfig, width: int) -> torch.Tensor:
+    """Return the same as `_unscaled_by_llama3`, but linear in the pairs' numbers, ends rounded outwards (Peng et al., section 3.2)."""
 
-    def pair_that_turns(times: float) -> float:
+    def pair_with_rotations(times: float) -> float:
         positions = model.rope_scaling_original_max_position
         return width * math.log(positions / (times * 2 * math.pi)) / (2 * math.log(model.rotary_base))
 
-    first = max(math.floor(pair_that_turns(model.rope_scaling_beta_fast)), 0)
-    last = min(math.ceil(pair_that_turns(model.rope_scaling_beta_slow)), width - 1)
+    first = max(math.floor(pair_with_rotations(model.rope_scaling_beta_fast)), 0)
+    last = min(math.ceil(pair_with_rotations(model.rope_scaling_beta_slow)), width - 1)
     pairs = torch.arange(width // 2, dtype=torch.float32)
     return 1 - ((pairs - first) / (last - first if last != first else 0.001)).clamp(0, 1)
 
@@ -225,19 +225,19 @@ RESIDUAL_OUTPUTS = ("linear_proj.weight", "linear_fc2.weight")
 
 
 def leave_unset(weight: torch.Tensor) -> torch.Tensor:
-    """megatron-core's init method while the model is built: it draws nothing, because `initialize_weights` does.
+    """Return the weight unchanged: the init method for megatron-core, because `initialize_weights` draws the values.
 
-    `perform_initialization=False` would do that too, but then weights lack their tensor-parallel marks, and the gradient
-    norm counts only the first tensor-parallel rank.
+    With `perform_initialization=False` the weights would lack their tensor-parallel marks, and the gradient norm would count only
+    the first tensor-parallel rank.
     """
     return weight
 
 
 @torch.no_grad()
 def initialize_weights(model: MegatronModule, seed: int, metadata: dict[str, Any]) -> None:
-    """Draw every matrix of one model chunk; vectors (norms) keep their ones.
+    """Draw every matrix of one model chunk; vectors (norms) stay at one.
 
-    Standard deviations: `init_method_std`, and that over sqrt(2 layers) for what is added to the residual stream
+    The standard deviation is `init_method_std`, and `init_method_std / sqrt(2 * num_layers)` for outputs to the residual stream
     (Radford et al. 2019, section 2.3), both from the model's megatron-core config.
     """
     core_config = model.config
@@ -261,7 +261,7 @@ def initialize_weights(model: MegatronModule, seed: int, metadata: dict[str, Any
 
 
 def _sharded_matrices(state: Any) -> Iterator[ShardedTensor]:
-    """Every matrix in a sharded state dict, gate and up projection apart, as views of the parameters."""
+    """Yield every matrix in a sharded state dict as a view of its parameter; gate and up projection are separate."""
     if isinstance(state, ShardedTensorFactory):
         yield from _sharded_matrices(state.build())
     elif isinstance(state, ShardedTensor):

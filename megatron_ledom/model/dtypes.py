@@ -1,6 +1,6 @@
-"""The types that weights may have."""
+"""The types of weights."""
 
 import torch
 
 PARAMS_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-"""By `model.params_dtype`."""
+"""Values of `model.params_dtype`, with torch's types."""

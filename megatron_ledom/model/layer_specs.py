@@ -1,4 +1,4 @@
-"""The implementation of each transformer layer: Transformer Engine's, our fused operators, or plain torch's; and its layer spec."""
+"""Choice of the transformer layer (Transformer Engine, our fused operators, or plain torch) and its layer spec."""
 
 import importlib.util
 import re
@@ -27,7 +27,7 @@ from megatron_ledom.ops.swiglu import FusedSwiGLU
 
 @dataclass(frozen=True, slots=True)
 class LayerChoice:
-    """The implementation taken, and why: one line of the log."""
+    """The chosen implementation and the reason, for the log."""
 
     implementation: str
     reason: str
@@ -36,7 +36,7 @@ class LayerChoice:
 def build_layer_spec(
     choice: LayerChoice, core_config: TransformerConfig, chunk: int | None, *, unfused_attention: bool = False
 ) -> Any:
-    """What GPTModel takes as its layer spec, for one model chunk. Transformer Engine: not yet run on hardware."""
+    """Return GPTModel's layer spec for one model chunk. Transformer Engine: not yet run on hardware."""
     if choice.implementation == "transformer_engine":
         return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=core_config.qk_layernorm)
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=core_config.qk_layernorm)
@@ -49,22 +49,22 @@ def build_layer_spec(
     if choice.implementation == "fused":
         layer.module = FusedTransformerLayer
         layer.submodules.mlp.submodules.activation_func = FusedSwiGLU
-        if not core_config.qk_layernorm:  # those norms stand between the projection and the rotation, which ours does in one
+        if not core_config.qk_layernorm:  # those norms come between projection and rotation, which ours joins
             attention.module = FusedSelfAttention
     num_layers = get_num_layers_to_build(core_config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)
 
 
 def choose_layers(config: RunConfig) -> LayerChoice:
-    """Transformer Engine where it is installed and CUDA is there, else our fused operators where they can run, else torch;
+    """Return the config's implementation, or by default the first usable one.
 
-    unless the config names one. Raises ConfigError.
+    The order is Transformer Engine (with CUDA), our fused operators, torch. Raises ConfigError if the named one cannot run.
     """
     model = config.model
     installed = importlib.util.find_spec("transformer_engine") is not None
     usable = installed and torch.cuda.is_available()
     state = f"Transformer Engine {'installed' if installed else 'not installed'}"
-    state += f", CUDA {'there' if torch.cuda.is_available() else 'absent'}"
+    state += f", CUDA {'available' if torch.cuda.is_available() else 'not available'}"
     needed_by = [
         key
         for key, needs in (
@@ -75,10 +75,8 @@ def choose_layers(config: RunConfig) -> LayerChoice:
         if needs
     ]
     if needed_by and not usable:
-        alternative = "use model.transformer_impl=torch or auto" if len(needed_by) == 1 else "leave them out"
-        alternative = (
-            alternative if model.transformer_impl == "transformer_engine" else f"leave {needed_by[0].split('=')[0]} out"
-        )
+        alternative = "use model.transformer_impl=torch or auto" if len(needed_by) == 1 else "remove them"
+        alternative = alternative if model.transformer_impl == "transformer_engine" else f"remove {needed_by[0].split('=')[0]}"
         raise ConfigError(f"{' and '.join(needed_by)} cannot run here: {state}; install it, or {alternative}")
     if model.transformer_impl == "fused":
         return _choose_fused(config, state)
@@ -103,9 +101,9 @@ BiasDropoutAdd = Callable[[tuple[torch.Tensor, torch.Tensor | None], torch.Tenso
 
 
 class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
-    """megatron-core's layer; where nothing stands between the sum and the norm before the MLP, one operator does both.
+    """megatron-core's layer, with one operator for the residual sum and the norm before the MLP where possible.
 
-    Dropout stands between, and so does a norm that is computed again in the backward pass: there the layer is megatron-core's.
+    With dropout, or a norm that is recomputed in the backward pass, the layer is megatron-core's.
     """
 
     self_attn_bda: Callable[[bool, bool], BiasDropoutAdd]
@@ -114,7 +112,7 @@ class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
         super().__init__(*args, **kwargs)
         self._add_alone = self.self_attn_bda
         self._normed: torch.Tensor | None = None
-        """Of this forward pass, between the sum and the norm; the sum goes by megatron-core's own path meanwhile."""
+        """The norm of this forward pass, kept between the sum and megatron-core's call of the norm."""
         if not self.recompute_pre_mlp_layernorm and not self.offload_attn_norm and not self.offload_mlp_norm:
             self.self_attn_bda = self._choose_add
 
@@ -122,7 +120,7 @@ class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
         alone = self._add_alone(training, fused)
 
         def add(x_with_bias: tuple[torch.Tensor, torch.Tensor | None], residual: torch.Tensor, dropout: float) -> torch.Tensor:
-            """The sum [S, B, hidden]; its norm waits for the next call."""
+            """Return the sum [S, B, hidden] and keep its norm for the next call."""
             x, bias = x_with_bias
             if bias is not None or (training and dropout):
                 return alone(x_with_bias, residual, dropout)
@@ -140,7 +138,7 @@ class FusedTransformerLayer(TransformerLayer):  # type: ignore[misc]
 
 
 def fused_operators(config: RunConfig) -> tuple[bool, str]:
-    """Whether our fused operators can run this model here, and a reason."""
+    """Return True if our fused operators can run this model here, and the reason."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     kernels, dtype = backend(device), PARAMS_DTYPES[config.model.params_dtype]
     if not kernels.usable:
@@ -153,12 +151,12 @@ def fused_operators(config: RunConfig) -> tuple[bool, str]:
 
 
 def _odd_width(config: RunConfig) -> str | None:
-    """A width of this rank's tensors that the CUDA kernels do not take, which read 16 bytes at a time; None if they take all."""
+    """Return a width of this rank's tensors that the CUDA kernels do not support, or None. They read 16 bytes at a time."""
     model, ranks = config.model, config.parallel.tensor_model_parallel_size
     widths = {
         "heads of width ": (head_dim(model), 16),
         "model.hidden_size=": (model.hidden_size, 8),
-        "a share of model.ffn_hidden_size of ": (model.ffn_hidden_size // ranks, 8),
+        "a rank's part of model.ffn_hidden_size of ": (model.ffn_hidden_size // ranks, 8),
         "model.make_vocab_size_divisible_by=": (model.make_vocab_size_divisible_by, 8),
     }
     odd = (f"{name}{width}, not a multiple of {of}" for name, (width, of) in widths.items() if width % of)
@@ -178,7 +176,7 @@ def _choose_fused(config: RunConfig, state: str) -> LayerChoice:
 
 
 def check_fp8_hardware(recipe: str, capability: tuple[int, int], te_version: str) -> None:
-    """Refuse an fp8 recipe that this GPU or this Transformer Engine does not have. Raises ConfigError."""
+    """Raise ConfigError for an fp8 recipe that this GPU or this Transformer Engine does not support."""
     needs = FP8_NEEDS[recipe]
     if capability < needs.capability:
         raise ConfigError(
@@ -199,9 +197,9 @@ def _recipes_for(capability: tuple[int, int]) -> str:
 
 
 def start_user_buffers(config: RunConfig) -> None:
-    """Buffers in which Transformer Engine overlaps tensor-parallel collectives with matrix products.
+    """Make the buffers in which Transformer Engine overlaps tensor-parallel collectives with matrix products.
 
-    Call once a process, before layers are built. Not yet run on hardware.
+    Call once per process, before layers are built. Not yet run on hardware.
     """
     from transformer_engine.pytorch.module import base
 

@@ -1,1 +1,1 @@
-"""Fused operators, one file each: the PyTorch reference, and the choice between it and the kernels of csrc/."""
+"""Fused operators, one per file, each with its PyTorch reference and the choice between it and a kernel of csrc/."""

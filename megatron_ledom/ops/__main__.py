@@ -1,4 +1,4 @@
-"""What is built and what a model would use here: `python -m megatron_ledom.ops`."""
+"""Prints the built operators and those that a model would use here: `python -m megatron_ledom.ops`."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from megatron_ledom.platform.cpu_ops import find_cpu_ops
 
 
 def architectures(binary: Path) -> str:
-    """The GPUs that the CUDA operators hold code for: as cuobjdump lists them, else by the names in the file."""
+    """Return the GPU architectures of the CUDA operators, listed by cuobjdump or else found as names in the file."""
     tool = which("cuobjdump")
     if tool is not None:
         listed = subprocess.run([tool, "--list-elf", str(binary)], capture_output=True, text=True).stdout
@@ -23,7 +23,7 @@ def architectures(binary: Path) -> str:
 
 
 def main() -> None:
-    """Four lines: CUDA operators, CPU operators, what an optimizer takes on a GPU, and what a model takes on each type of device."""
+    """Print the built CUDA and CPU operators, then those that an optimizer uses on a GPU and a model on each type of device."""
     path = extension_path()
     print(f"CUDA operators: {path} for {architectures(path)}" if path.exists() else "CUDA operators: not built")
     adam = "cuda" if backend("cuda").usable else "torch"

@@ -1,4 +1,4 @@
-"""Causal softmax of attention scores, alone or inside documents: reference and operator, for attention without a flash kernel.
+"""Causal softmax of attention scores, within a sample or a document: reference and operator for attention without flash kernels.
 
 Shape letters: B batch, H heads, Q queries, K keys.
 """
@@ -11,19 +11,19 @@ from megatron_ledom.ops.library import define, define_gradient, runs_kernel
 
 
 def causal_softmax_reference(scores_BHQK: torch.Tensor, scale: float, documents_BK: torch.Tensor | None = None) -> torch.Tensor:
-    """softmax(scale * scores) over the keys that each query sees, 0 elsewhere; in fp32, rounded once.
+    """Return softmax(scale * scores) over the visible keys of each query and 0 elsewhere; computed in fp32, rounded once.
 
-    Query q sees key k if k <= q + K - Q and, where documents [B, K] are told, both are in one document.
+    Key k is visible to query q if k <= q + K - Q and, with documents [B, K], both are in the same document.
     """
     queries, keys = scores_BHQK.shape[-2:]
-    seen = torch.ones(queries, keys, dtype=torch.bool, device=scores_BHQK.device).tril(keys - queries)[None, None]
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=scores_BHQK.device).tril(keys - queries)[None, None]
     if documents_BK is not None:
-        seen = seen & (documents_BK[:, None, keys - queries :, None] == documents_BK[:, None, None, :])
-    return (scores_BHQK.float() * scale).masked_fill(~seen, -torch.inf).softmax(-1).to(scores_BHQK.dtype)
+        visible = visible & (documents_BK[:, None, keys - queries :, None] == documents_BK[:, None, None, :])
+    return (scores_BHQK.float() * scale).masked_fill(~visible, -torch.inf).softmax(-1).to(scores_BHQK.dtype)
 
 
 def causal_softmax(scores_BHQK: torch.Tensor, scale: float, documents_BK: torch.Tensor | None = None) -> torch.Tensor:
-    """The same by CUDA's kernel where it is built, else by the reference. documents: int32, not decreasing along a sample."""
+    """Compute the same by the CUDA kernel if it is built, else by the reference. documents: int32, not decreasing in a sample."""
     if scores_BHQK.device.type != "cuda" or not runs_kernel(scores_BHQK):
         return causal_softmax_reference(scores_BHQK, scale, documents_BK)
     output: torch.Tensor = torch.ops.ledom.causal_softmax(scores_BHQK.contiguous(), documents_BK, scale)
@@ -54,8 +54,8 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
 
 def _backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
     output, *documents = ctx.saved_tensors
-    told = documents[0] if documents else None
-    return torch.ops.ledom.causal_softmax_backward(gradient.contiguous(), output, told, ctx.scale), None, None
+    of_keys = documents[0] if documents else None
+    return torch.ops.ledom.causal_softmax_backward(gradient.contiguous(), output, of_keys, ctx.scale), None, None
 
 
 define("causal_softmax(Tensor scores, Tensor? documents, float scale) -> Tensor", _fake, _cpu)

@@ -1,4 +1,4 @@
-"""Causal attention for layer specs without Transformer Engine: by torch's scaled_dot_product_attention, or by its single steps.
+"""Causal attention for layer specs without Transformer Engine: torch's scaled_dot_product_attention, or separate steps.
 
 Shape letters: S sequence on this rank, T whole sequence, B batch, H query heads, G key-value heads, D head width.
 """
@@ -22,7 +22,7 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, part: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:  # type: ignore[override]
-        """part [S / ranks, ...] -> whole [S, ...], the ranks' parts in rank order."""
+        """Map part [S / ranks, ...] to whole [S, ...], with the ranks' parts in rank order."""
         ctx.group = group
         part = part.contiguous()
         whole = part.new_empty((group.size() * part.shape[0], *part.shape[1:]))
@@ -31,17 +31,18 @@ class _GatherSequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
-        """gradient [S, ...] -> this rank's part of the sum over ranks [S / ranks, ...]."""
+        """Map gradient [S, ...] to this rank's part of the sum over ranks [S / ranks, ...]."""
         rows = gradient.shape[0] // ctx.group.size()
         part = gradient.new_empty((rows, *gradient.shape[1:]))
         dist.reduce_scatter_tensor(part, gradient.contiguous(), group=ctx.group)
         return part, None
 
 
-def seen_positions(queries: int, keys: int, documents_BT: torch.Tensor | None, device: torch.device) -> torch.Tensor:
-    """Which keys each of the last `queries` positions sees: [queries, keys], or [B, 1, queries, keys] of documents; True is seen.
+def visible_positions(queries: int, keys: int, documents_BT: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    """Return the keys visible to each of the last `queries` positions, as a mask with True for visible.
 
-    documents_BT [B, T]: the number of each position's document; None: one document.
+    documents_BT [B, T]: the number of each position's document; None: one document. Returns [queries, keys], with documents
+    [B, 1, queries, keys].
     """
     causal = torch.ones(queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
     if documents_BT is None:
@@ -51,15 +52,13 @@ def seen_positions(queries: int, keys: int, documents_BT: torch.Tensor | None, d
 
 
 class CausalCoreAttention(MegatronModule, ABC):  # type: ignore[misc]
-    """softmax(QK^T / sqrt(D)) V under a causal mask; where documents are told, each position sees its own document only.
+    """softmax(QK^T / sqrt(D)) V under a causal mask; with documents, a position sees only its own document.
 
-    How is a matter of the two classes below.
+    The two subclasses compute it. megatron-core's `attention_mask` is here the number of each position's document, [B, T] over the
+    whole sequence. The mask is built only where it is used, so that no sample needs T x T elements on a rank or in a reader.
 
-    What megatron-core hands down as `attention_mask` is here the number of each position's document, [B, T] over the whole
-    sequence: the mask is made of it where it is used, and no rank or reader holds T x T for a sample.
-
-    With context parallelism each rank holds two chunks of the sequence, rank and 2n - 1 - rank of 2n, which balances the
-    causal work; keys and values are gathered from all ranks.
+    With context parallelism each rank has the chunks `rank` and `2n - 1 - rank` of 2n chunks of the sequence, which balances the
+    causal work. Keys and values are gathered from all ranks.
     """
 
     def __init__(
@@ -103,12 +102,12 @@ class CausalCoreAttention(MegatronModule, ABC):  # type: ignore[misc]
     def _attend(
         self, q_BHSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, documents_BT: torch.Tensor | None
     ) -> torch.Tensor:
-        """Of the last S of T positions, [B, H, S, D]."""
+        """Return the attention of the last S of T positions, [B, H, S, D]."""
 
     def _own_state(self) -> AbstractContextManager[Any]:
-        """Random numbers of dropout: tensor-parallel ranks hold other heads and must drop others.
+        """Return the random state of dropout: tensor-parallel ranks have different heads and must drop different elements.
 
-        With sequence parallelism the block has seen to it.
+        With sequence parallelism the transformer block has set the state already.
         """
         dropout = self.dropout if self.training else 0.0
         tracked: AbstractContextManager[Any] = get_cuda_rng_tracker().fork()
@@ -120,8 +119,8 @@ class CausalCoreAttention(MegatronModule, ABC):  # type: ignore[misc]
         group = self.context_group
         assert group is not None
         ranks, chunk = group.size(), query.shape[0] // 2
-        held = [c for rank in range(ranks) for c in (rank, 2 * ranks - 1 - rank)]
-        to_sequence = torch.tensor(held).argsort()
+        chunks = [c for rank in range(ranks) for c in (rank, 2 * ranks - 1 - rank)]
+        to_sequence = torch.tensor(chunks).argsort()
         gathered = _GatherSequence.apply(torch.stack((key, value), 1), group)  # type: ignore[no-untyped-call]
         whole_T2BGD = gathered.view(2 * ranks, chunk, *gathered.shape[1:])[to_sequence.to(key.device)].flatten(0, 1)
         k_BGTD, v_BGTD = (whole_T2BGD[:, i].permute(1, 2, 0, 3) for i in (0, 1))
@@ -135,12 +134,12 @@ class CausalCoreAttention(MegatronModule, ABC):  # type: ignore[misc]
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Nothing: there are no weights."""
+        """Return nothing: there are no weights."""
         return {}
 
 
 class SDPACoreAttention(CausalCoreAttention):
-    """By torch's scaled_dot_product_attention, which keeps no scores where it has a kernel for the case."""
+    """Attention by torch's scaled_dot_product_attention, whose kernels do not store the scores."""
 
     def _attend(
         self, q_BHSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, documents_BT: torch.Tensor | None
@@ -152,7 +151,7 @@ class SDPACoreAttention(CausalCoreAttention):
                 q_BHSD,
                 k_BGTD,
                 v_BGTD,
-                attn_mask=None if plain else seen_positions(queries, keys, documents_BT, q_BHSD.device),
+                attn_mask=None if plain else visible_positions(queries, keys, documents_BT, q_BHSD.device),
                 is_causal=plain,
                 dropout_p=self.dropout if self.training else 0.0,
                 scale=self.scale,
@@ -161,7 +160,7 @@ class SDPACoreAttention(CausalCoreAttention):
 
 
 class UnfusedCoreAttention(CausalCoreAttention):
-    """By matrix products and our causal softmax, the scores in memory: where no flash kernel is, or to have one to compare with."""
+    """Attention by matrix products and our causal softmax, with scores in memory: a fallback and a reference."""
 
     def _attend(
         self, q_BHSD: torch.Tensor, k_BGTD: torch.Tensor, v_BGTD: torch.Tensor, documents_BT: torch.Tensor | None

@@ -1,8 +1,8 @@
-"""Cross-entropy over a vocabulary that tensor-parallel ranks share, and the log-partition function that the z-loss needs.
+"""Cross-entropy over a vocabulary split among tensor-parallel ranks, and the log-partition function of the z-loss.
 
 Shape letters: S sequence, B batch, N tokens (S * B), V ids in this rank's slice of the vocabulary.
 
-megatron-core's own keeps a copy of all logits in fp32 for the backward pass, and counts the rows that pad the vocabulary.
+megatron-core's own loss keeps an fp32 copy of all logits for the backward pass, and counts the padding rows of the vocabulary.
 """
 
 from collections.abc import Iterator
@@ -14,26 +14,26 @@ import torch.distributed as dist
 from megatron_ledom.ops.library import check_alike, check_shape, cpu_kernels, define, is_bf16, runs_kernel
 
 CHUNK_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 27}
-"""Logits worked on at once in fp32: what stays in a core's cache, or few enough launches."""
+"""Logits converted to fp32 at once: few enough for a core's cache, or enough for few launches."""
 NOT_HERE = -1
-"""The label of a token whose own is not in this slice."""
+"""Stands for a label outside this rank's slice."""
 
 
 def vocab_parallel_cross_entropy(
     logits_SBV: torch.Tensor, labels_SB: torch.Tensor, vocab_size: int, group: dist.ProcessGroup, *, fused: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Negative log-likelihood of the labels, and log Z = logsumexp of the logits, both [S, B] in fp32, equal on all ranks.
+    """Return the negative log-likelihood of the labels and log Z = logsumexp of the logits, [S, B] in fp32, equal on all ranks.
 
-    Only the `vocab_size` ids of the tokenizer count: rows that pad the embedding take no part and get no gradient, as in
-    the export, which has none. The backward pass writes the gradient into the memory of the logits, which nothing else may
-    read by then; a second backward pass raises RuntimeError. `fused` allows the kernels of the logits' device.
+    Only the `vocab_size` ids of the tokenizer count. Padding rows of the embedding, which the export omits, get no gradient.
+    The backward pass writes the gradient into the memory of the logits, so nothing else may read them then; a second backward
+    pass raises RuntimeError. `fused` allows the kernels of the logits' device.
     """
     losses, log_z = _CrossEntropy.apply(logits_SBV, labels_SB, vocab_size, group, fused)  # type: ignore[no-untyped-call]
     return losses, log_z
 
 
 def _chunks(logits_NV: torch.Tensor) -> Iterator[slice]:
-    """Slices of the tokens whose logits fit CHUNK_ELEMENTS."""
+    """Return slices of tokens whose logits have at most CHUNK_ELEMENTS elements."""
     tokens, width = logits_NV.shape
     rows = max(1, CHUNK_ELEMENTS[logits_NV.device.type] // max(1, width))
     return (slice(start, min(start + rows, tokens)) for start in range(0, tokens, rows))
@@ -44,10 +44,10 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, logits_SBV: torch.Tensor, labels_SB: torch.Tensor, vocab_size: int, group: dist.ProcessGroup, fused: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and log Z [S, B]; what ranks exchange is the largest logit, then sum and label's logit of every token."""
+        """Return loss and log Z [S, B]. Ranks exchange the largest logit of every token, then its sum and its label's logit."""
         width = logits_SBV.shape[-1]
         start = group.rank() * width
-        counted = min(max(vocab_size - start, 0), width)  # of this slice; the rest pads
+        counted = min(max(vocab_size - start, 0), width)  # ids of this slice; the rest is padding
         logits_NV = logits_SBV.view(-1, width)
         here_N = labels_SB.reshape(-1) - start
         here_N = torch.where((here_N >= 0) & (here_N < counted), here_N, NOT_HERE)
@@ -65,7 +65,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, from_loss_SB: torch.Tensor, from_log_z_SB: torch.Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        """d loss = softmax - onehot, d log Z = softmax, each times what comes from above."""
+        """Use d loss = softmax - onehot and d log Z = softmax, each times the incoming gradient."""
         logits_SBV, here_N, log_z_N = ctx.saved_tensors
         logits_NV = logits_SBV.view(-1, logits_SBV.shape[-1])
         from_loss_N = from_loss_SB.reshape(-1).contiguous()
@@ -79,12 +79,12 @@ class _CrossEntropy(torch.autograd.Function):
 def cross_entropy_terms_reference(
     logits_NV: torch.Tensor, labels_N: torch.Tensor, counted: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Of the first `counted` logits: the largest, the sum of exp(logit - largest), the logit at the label; each [N] in fp32.
+    """Return the largest of the first `counted` logits, the sum of exp(logit - largest), and the logit at the label.
 
-    The logit of a label that is NOT_HERE is 0.
+    Each is [N] in fp32. The logit of a label NOT_HERE is 0.
     """
     largest_N, sums_N, targets_N = logits_NV.new_empty((3, len(logits_NV)), dtype=torch.float32)
-    if counted == 0:  # all of it pads
+    if counted == 0:  # only padding
         return largest_N.fill_(-torch.inf), sums_N.fill_(0), targets_N.fill_(0)
     is_here_N = labels_N >= 0
     for rows in _chunks(logits_NV):
@@ -92,7 +92,7 @@ def cross_entropy_terms_reference(
         part = logits.float()
         targets_N[rows] = torch.where(is_here_N[rows], part.gather(1, labels_N[rows, None].clamp(min=0))[:, 0], 0.0)
         torch.amax(part, 1, out=largest_N[rows])
-        if part.data_ptr() == logits.data_ptr():  # fp32 already: the logits are needed for the backward pass
+        if part.data_ptr() == logits.data_ptr():  # fp32 already: the backward pass still needs the logits
             part = part - largest_N[rows, None]
         else:
             part.sub_(largest_N[rows, None])
@@ -108,7 +108,7 @@ def cross_entropy_gradient_reference(
     from_loss_N: torch.Tensor,
     counted: int,
 ) -> None:
-    """logits = softmax * from_softmax - onehot * from_loss, in their place; 0 behind the counted ones."""
+    """Set logits = softmax * from_softmax - onehot * from_loss in place, and 0 after the first `counted`."""
     is_here_N = labels_N >= 0
     at_label_N, label_N = torch.where(is_here_N, -from_loss_N, 0.0), labels_N.clamp(min=0)
     for rows in _chunks(logits_NV) if counted else ():

@@ -1,4 +1,4 @@
-"""AdamW, norm and clipping by the multi-tensor kernels, in the shape in which megatron-core takes those of apex."""
+"""AdamW, norm and clipping by the multi-tensor kernels, with the interface that megatron-core expects of apex."""
 
 from collections.abc import Callable
 from typing import Any
@@ -12,15 +12,15 @@ from megatron_ledom.platform.core_fixes import norm_of_all, scale_all, use_optim
 
 
 def _not_empty(tensors: Tensors) -> list[torch.Tensor]:
-    """Without tensors of no elements, which have no address that others could be counted from."""
+    """Return the tensors that have elements; the others have no address."""
     return [t for t in tensors if t.numel()]
 
 
 class FusedAdam(GroupStepAdam):
-    """GroupStepAdam with one launch for all parameters of a group that have a type: the same state, the same update.
+    """GroupStepAdam with one launch for all parameters of a group and type; state and update are the same.
 
-    A parameter of 16 bits has, beside moments of fp32, its value in fp32 as `master_param`, of which it is the rounded copy. The
-    state of torch.optim.AdamW is taken by `load_state_dict`.
+    A 16-bit parameter has fp32 moments and its fp32 value `master_param`; the parameter is the rounded copy. `load_state_dict` also
+    accepts the state of torch.optim.AdamW.
     """
 
     def __init__(self, params: Any, lr: float = 1e-3, **settings: Any) -> None:
@@ -29,7 +29,7 @@ class FusedAdam(GroupStepAdam):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient. TypeError for gradients that the kernels do not take."""
+        """Update every parameter that has a gradient once. Raises TypeError for gradients that the kernels do not support."""
         for index, group in enumerate(self.param_groups):
             group["step"] = group.get("step", 0) + 1
             by_types: dict[tuple[torch.dtype, torch.dtype], list[torch.Tensor]] = {}
@@ -51,7 +51,7 @@ class FusedAdam(GroupStepAdam):
         masters = params if is_fp32 else [state["master_param"] for state in states]
         if not are_alike(gradients, exp_avgs, exp_avg_sqs, masters, params):
             raise TypeError(
-                f"found parameters of {params[0].dtype} with gradients of {gradients[0].dtype}, or in pieces; expected contiguous"
+                f"found parameters of {params[0].dtype} with gradients of {gradients[0].dtype}, or not contiguous; expected contiguous"
                 " tensors on one device, fp32 or one 16-bit type"
             )
         table = self.tables.table(use, gradients, exp_avgs, exp_avg_sqs, masters, params)
@@ -64,7 +64,7 @@ class FusedAdam(GroupStepAdam):
         )
 
     def _state_of(self, p: torch.Tensor) -> dict[str, Any]:
-        """Made at the parameter's first step."""
+        """Return the state of a parameter, made at its first step."""
         state: dict[str, Any] = self.state[p]
         if "exp_avg" not in state:
             state.update({name: torch.zeros_like(p, dtype=torch.float32) for name in ("exp_avg", "exp_avg_sq")})
@@ -73,7 +73,7 @@ class FusedAdam(GroupStepAdam):
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Also of torch.optim.AdamW, which keeps `step` in the parameters. Moments stay fp32 where torch would give them p's type."""
+        """Load a state, also of torch.optim.AdamW, which keeps `step` with the parameters. Moments stay fp32."""
         super().load_state_dict(state_dict)
         given = [state_dict["state"].get(key, {}) for group in state_dict["param_groups"] for key in group["params"]]
         own = [p for group in self.param_groups for p in group["params"]]
@@ -90,7 +90,7 @@ class FusedAdam(GroupStepAdam):
 
 
 class MultiTensorKernels:
-    """Norm and scaling with apex's arguments; lists that the kernels do not take go to torch."""
+    """Norm and scaling with apex's arguments; torch computes lists that the kernels do not support."""
 
     def __init__(self) -> None:
         self.tables = ChunkTables()
@@ -98,14 +98,14 @@ class MultiTensorKernels:
     def norm(
         self, chunk_size: int, noop_flag: torch.Tensor, lists: list[Tensors], per_tensor: bool
     ) -> tuple[torch.Tensor, None]:
-        """The norm of all tensors [1], and nothing for each."""
+        """Return the norm of all tensors [1], and None in place of the norm of each."""
         tensors = _not_empty(lists[0])
         if not are_alike(tensors):
             return norm_of_all(chunk_size, noop_flag, [list(each) for each in lists], per_tensor)
         return torch.ops.ledom.multi_tensor_norm(self.tables.table("norm", tensors), tensors), None
 
     def scale(self, chunk_size: int, noop_flag: torch.Tensor, lists: list[Tensors], scale: float) -> None:
-        """The second list = the first * scale."""
+        """Set the second list to the first times `scale`."""
         sources, targets = (_not_empty(each) for each in lists)
         if not are_alike(sources, targets):
             scale_all(chunk_size, noop_flag, [list(sources), list(targets)], scale)
@@ -116,9 +116,9 @@ class MultiTensorKernels:
 
 
 def use_fused_adam(device_type: str) -> str:
-    """Give megatron-core these kernels where neither Transformer Engine's nor apex's are there. What its optimizer runs, for the log."""
-    there = backend("cuda")
-    if device_type == "cuda" and there.usable:
+    """Give megatron-core these kernels if it has neither Transformer Engine's nor apex's. Returns the kernels in use, for the log."""
+    kernels_of_cuda = backend("cuda")
+    if device_type == "cuda" and kernels_of_cuda.usable:
         kernels = MultiTensorKernels()
         return use_optimizer_kernels(FusedAdam, kernels.norm, kernels.scale)
     return use_optimizer_kernels(None, None, None)

@@ -1,7 +1,7 @@
-"""The namespace `torch.ops.ledom`: where each operator's kernels come from, and what runs on which device.
+"""The namespace `torch.ops.ledom`: the kernels of each operator, and the choice for each device.
 
-Each operator is defined in a file of its own here, with a PyTorch reference beside it. Its kernels are CUDA's (csrc, bound
-through torch's stable ABI), those of csrc/cpu_ops, or none; without one the reference runs.
+Each operator has its own file with its PyTorch reference. Its kernels are for CUDA (csrc, bound through torch's stable ABI), for
+CPUs (csrc/cpu_ops), or missing; without a kernel the reference runs.
 """
 
 import functools
@@ -17,7 +17,7 @@ from megatron_ledom.platform.cpu_ops import find_cpu_ops
 NAMES = ("rms_norm", "swiglu", "rope", "cross_entropy")
 """Operators that a training step may use."""
 DTYPES = {"cuda": (torch.bfloat16, torch.float16), "cpu": (torch.bfloat16, torch.float32)}
-"""What the kernels of a device take; fp32 stays inside."""
+"""Types that the kernels of a device accept; they compute in fp32."""
 LIBRARY = torch.library.Library("ledom", "DEF")  # type: ignore[no-untyped-call]
 Kernel = Callable[..., Any]
 
@@ -28,13 +28,13 @@ class Backend:
 
     usable: bool
     name: str
-    """What the log calls it."""
+    """Name in the log."""
     state: str
-    """What is built, or why not."""
+    """State of the kernels for the log: loaded, or the reason why not."""
 
 
 def define(schema: str, fake: Kernel, cpu: Kernel) -> None:
-    """Define `ledom::name`: its schema, the shapes it gives, and what runs on CPU tensors. CUDA's kernel is in csrc/bindings."""
+    """Define `ledom::name` by its schema, its result shapes and its CPU function. csrc/bindings has the CUDA kernel."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)  # type: ignore[no-untyped-call]
     LIBRARY.impl(name, cpu, "CPU")  # type: ignore[no-untyped-call]
@@ -48,7 +48,7 @@ def define_gradient(name: str, backward: Kernel, setup_context: Kernel) -> None:
 
 @functools.cache
 def backend(device_type: str) -> Backend:
-    """What there is for `cuda` or `cpu`; CUDA's kernels are loaded by the first call."""
+    """Return the kernels for `cuda` or `cpu`. The first call loads those of CUDA."""
     if device_type == "cuda":
         return _cuda_backend()
     found = find_cpu_ops()
@@ -56,13 +56,13 @@ def backend(device_type: str) -> Backend:
 
 
 def extension_path() -> Path:
-    """Where the build puts the CUDA operators."""
+    """Return the path at which the build stores the CUDA operators."""
     return Path(__file__).parents[1] / "_cuda_ops.so"
 
 
 def _cuda_backend() -> Backend:
     if not extension_path().exists():
-        return Backend(False, "cuda", "CUDA kernels not built (LEDOM_CUDA=1 pip install . says why)")
+        return Backend(False, "cuda", "CUDA kernels not built (LEDOM_CUDA=1 pip install . reports why)")
     try:
         torch.ops.load_library(str(extension_path()))  # type: ignore[no-untyped-call]
     except OSError as problem:
@@ -71,7 +71,7 @@ def _cuda_backend() -> Backend:
 
 
 def runs_kernel(*tensors: torch.Tensor) -> bool:
-    """Whether these arguments go to a kernel: one device that has them, one type that they take, rows of whole 16 bytes on CUDA."""
+    """Return True if a kernel supports these arguments: one device and type, and on CUDA rows of multiples of 16 bytes."""
     first = tensors[0]
     kind = first.device.type
     if kind not in DTYPES or first.dtype not in DTYPES[kind] or not backend(kind).usable:
@@ -81,7 +81,7 @@ def runs_kernel(*tensors: torch.Tensor) -> bool:
 
 
 def cpu_kernels() -> Any:
-    """The module of CPU operators. Raises RuntimeError where it cannot be used."""
+    """Return the module of CPU operators. Raises RuntimeError if it cannot be used."""
     found = find_cpu_ops()
     if found.module is None:
         raise RuntimeError(f"no CPU kernels: {found.state}")
@@ -89,29 +89,29 @@ def cpu_kernels() -> Any:
 
 
 def is_bf16(tensor: torch.Tensor) -> bool:
-    """What the CPU kernels ask; every argument of a call has the type of the first. Raises TypeError for a type they lack."""
+    """Return True for bfloat16, False for float32. Raises TypeError for a type that the CPU kernels do not support."""
     if tensor.dtype not in DTYPES["cpu"]:
         raise TypeError(f"expected a tensor of bfloat16 or float32, found {tensor.dtype}")
     return tensor.dtype == torch.bfloat16
 
 
 def check_alike(*tensors: torch.Tensor) -> None:
-    """Contiguous CPU tensors of one type, which is what a kernel's addresses stand for. Raises ValueError."""
+    """Raise ValueError unless all are contiguous CPU tensors of one type, as the kernels assume."""
     for tensor in tensors:
         if tensor.device.type != "cpu" or not tensor.is_contiguous() or tensor.dtype != tensors[0].dtype:
             raise ValueError(f"expected contiguous CPU tensors of {tensors[0].dtype}, found {tensor.dtype} on {tensor.device}")
 
 
 def check_shape(name: str, tensor: torch.Tensor, expected: tuple[int, ...]) -> None:
-    """Raises ValueError."""
+    """Raise ValueError if a tensor has another shape than expected."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {expected}")
 
 
 def describe(device: torch.device, implementation: str) -> str:
-    """The one line of the log that says what runs for which operator under a choice of layers, and why."""
-    there = backend(device.type) if device.type in DTYPES else Backend(False, device.type, "no kernels")
-    ours = there.name if there.usable and implementation != "torch" else "torch"
+    """Return the log line with the kernel of each operator for a choice of layers, and the reason."""
+    found = backend(device.type) if device.type in DTYPES else Backend(False, device.type, "no kernels")
+    ours = found.name if found.usable and implementation != "torch" else "torch"
     in_layers = ours if implementation == "fused" else implementation
     runs = {name: ours if name == "cross_entropy" else in_layers for name in NAMES}
-    return f"ops: {' '.join(f'{name}={where}' for name, where in runs.items())} ({there.state})"
+    return f"ops: {' '.join(f'{name}={where}' for name, where in runs.items())} ({found.state})"

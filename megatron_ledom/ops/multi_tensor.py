@@ -1,4 +1,4 @@
-"""AdamW, the norm and scaling of many tensors at once: references, operators, and the table that tells the kernels where tensors lie.
+"""AdamW, norm and scaling of many tensors at once: references, operators, and the table of tensor addresses for the kernels.
 
 Tensors of a list are contiguous, of one type and on one device. Letters: C chunks, L lists.
 """
@@ -10,14 +10,14 @@ import torch
 from megatron_ledom.ops.library import define
 
 CHUNK = 8192
-"""Elements that a block of threads works on."""
+"""Elements per thread block."""
 GRID_BYTES = 16
-"""What a list's first address is rounded down to; the binding does the same."""
+"""The first address of a list is rounded down to a multiple of this; the binding does the same."""
 Tensors = Sequence[torch.Tensor]
 
 
 def are_alike(*lists: Tensors) -> bool:
-    """Whether the kernels take these lists: contiguous tensors on one device, one type a list, fp32 or one of 16 bits."""
+    """Return True if the kernels support these lists: contiguous, on one device, one type per list, fp32 or a 16-bit type."""
     if not lists[0]:
         return False
     device, types = lists[0][0].device, {each[0].dtype for each in lists if each} - {torch.float32}
@@ -27,10 +27,10 @@ def are_alike(*lists: Tensors) -> bool:
 
 
 def chunk_table(*lists: Tensors) -> torch.Tensor:
-    """int64 [C, 1 + L]: elements of a piece of a tensor, and how many bytes behind each list's first tensor it begins.
+    """Return int64 [C, 1 + L]: the elements of each chunk of a tensor, and its byte offset from each list's first tensor.
 
-    It lies on the lists' device, and holds for these very tensors: a kernel that is given others with it writes anywhere.
-    ValueError for lists that differ in number or sizes.
+    The table is on the lists' device and is valid for these tensors only; with others a kernel writes to wrong addresses.
+    Raises ValueError for lists that differ in length or sizes.
     """
     sizes = torch.tensor([t.numel() for t in lists[0]], dtype=torch.int64)
     chunks = (sizes + CHUNK - 1) // CHUNK
@@ -47,18 +47,18 @@ def chunk_table(*lists: Tensors) -> torch.Tensor:
 
 
 class ChunkTables:
-    """Tables of lists that come again with every step: made anew only when a tensor has moved."""
+    """Tables of lists that repeat in every step, recomputed only if a tensor has moved."""
 
     def __init__(self) -> None:
-        self.made: dict[object, tuple[list[tuple[int, int]], torch.Tensor]] = {}
+        self.tables: dict[object, tuple[list[tuple[int, int]], torch.Tensor]] = {}
 
     def table(self, use: object, *lists: Tensors) -> torch.Tensor:
-        """The table of these lists; `use` tells the callers apart."""
+        """Return the table of these lists; `use` identifies the caller."""
         where = [(t.data_ptr(), t.numel()) for tensors in lists for t in tensors]
-        held = self.made.get(use)
-        if held is None or held[0] != where:
-            held = self.made[use] = (where, chunk_table(*lists))
-        return held[1]
+        known = self.tables.get(use)
+        if known is None or known[0] != where:
+            known = self.tables[use] = (where, chunk_table(*lists))
+        return known[1]
 
 
 def adamw_reference(
@@ -77,7 +77,7 @@ def adamw_reference(
     correction2: float,
     is_decoupled: bool,
 ) -> None:
-    """A step of Adam in place; masters and moments are fp32. weights: none, or the masters' rounded copies, which are written.
+    """Make a step of Adam in place; masters and moments are fp32. weights: empty, or the masters' rounded copies to write.
 
     correctionN is 1 - betaN ** step, or 1.
     """
@@ -93,14 +93,14 @@ def adamw_reference(
 
 
 def norm_reference(chunks: torch.Tensor, tensors: Tensors) -> torch.Tensor:
-    """The norm of all tensors together, fp32 [1]."""
+    """Return the norm of all tensors together, fp32 [1]."""
     norms = torch.stack([torch.linalg.vector_norm(t.float()) for t in tensors])
     whole: torch.Tensor = torch.linalg.vector_norm(norms)
     return whole.view(1)
 
 
 def scale_reference(chunks: torch.Tensor, sources: Tensors, targets: Tensors, scale: float) -> None:
-    """targets = sources * scale, which may be the same tensors."""
+    """Set targets = sources * scale; both may be the same tensors."""
     for source, target in zip(sources, targets, strict=True):
         target.copy_(source.float() * scale)
 

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467, equation 4): reference, operator, and the modules that layer specs take.
+"""RMSNorm (Zhang and Sennrich, arXiv 1910.07467, equation 4): reference, operator, and the modules for layer specs.
 
 Shape letters: N rows (any leading axes), H hidden.
 """
@@ -11,13 +11,13 @@ from megatron_ledom.ops.library import check_alike, check_shape, cpu_kernels, de
 
 
 def rms_norm_reference(x_NH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32, rounded once. Same shape and type as x."""
+    """Return x / sqrt(mean(x^2) + eps) * weight over the last axis, in fp32, rounded once, with the shape and type of x."""
     wide = x_NH.float()
     return (wide * (wide.square().mean(-1, keepdim=True) + eps).rsqrt() * weight_H.float()).to(x_NH.dtype)
 
 
 def rms_norm(x_NH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Tensor:
-    """RMSNorm over the last axis by the kernel of x's device, else by the reference. Same shape and type as x."""
+    """Compute RMSNorm over the last axis by the kernel of x's device, else by the reference."""
     if not runs_kernel(x_NH, weight_H):
         return rms_norm_reference(x_NH, weight_H, eps)
     normed: torch.Tensor = torch.ops.ledom.rms_norm(x_NH.contiguous(), weight_H, eps)
@@ -27,7 +27,7 @@ def rms_norm(x_NH: torch.Tensor, weight_H: torch.Tensor, eps: float) -> torch.Te
 def add_rms_norm_reference(
     x_NH: torch.Tensor, residual_NH: torch.Tensor, weight_H: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(RMSNorm of the sum, the sum x + residual), the sum rounded to x's type before it is normed."""
+    """Return the RMSNorm of x + residual, and the sum itself, which is rounded to x's type before the norm."""
     sum_NH = x_NH + residual_NH
     return rms_norm_reference(sum_NH, weight_H, eps), sum_NH
 
@@ -35,7 +35,7 @@ def add_rms_norm_reference(
 def add_rms_norm(
     x_NH: torch.Tensor, residual_NH: torch.Tensor, weight_H: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same in one pass over the rows each way, by the kernel of x's device, else by the reference."""
+    """Compute the same in one pass over the rows in each direction by the kernel of x's device, else by the reference."""
     if not runs_kernel(x_NH, residual_NH, weight_H):
         return add_rms_norm_reference(x_NH, residual_NH, weight_H, eps)
     normed, added = torch.ops.ledom.add_rms_norm(x_NH.contiguous(), residual_NH.contiguous(), weight_H, eps)
@@ -43,10 +43,10 @@ def add_rms_norm(
 
 
 class TorchRMSNorm(torch.nn.RMSNorm):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis; its weight knows of sequence parallelism.
+    """RMSNorm over the last axis by torch, with support for sequence parallelism.
 
-    megatron-core's own torch norm refuses sequence parallelism; there, each tensor-parallel rank sees only its part of the
-    sequence, and the mark on the weight makes its gradient summed over those ranks.
+    megatron-core's own torch norm refuses sequence parallelism, in which each tensor-parallel rank has only its part of the
+    sequence. The mark on the weight lets megatron-core sum its gradient over those ranks.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
@@ -55,15 +55,15 @@ class TorchRMSNorm(torch.nn.RMSNorm):
 
 
 class FusedRMSNorm(TorchRMSNorm):
-    """The same, in one pass over the rows each way."""
+    """RMSNorm in one pass over the rows in each direction."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., H] -> the same shape."""
+        """Return the norm of x [..., H], in the same shape."""
         assert self.eps is not None
         return rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x and residual [..., H] -> (the norm of their sum, their sum), of the same shape."""
+        """Return the norm of x + residual, and the sum, all [..., H]."""
         assert self.eps is not None
         return add_rms_norm(x, residual, self.weight, self.eps)
 

@@ -1,7 +1,7 @@
-"""Rotary positions (Su et al., arXiv 2104.09864, equation 34) on a packed QKV projection: reference, operator, attention module.
+"""Rotary positions (Su et al., arXiv 2104.09864, equation 34) on a fused QKV projection: reference, operator, attention module.
 
-Shape letters: S sequence on this rank, B batch, G key-value groups, R query heads a group, H query heads (G * R), D head width.
-megatron-core packs a projection as [S, B, G, (R + 2) * D]: each group's query heads, its key, its value.
+Shape letters: S sequence on this rank, B batch, G key-value groups, R query heads per group, H query heads (G * R), D head width.
+megatron-core stores the projection as [S, B, G, (R + 2) * D]: the query heads, key and value of each group.
 """
 
 import functools
@@ -17,33 +17,34 @@ Heads = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @functools.lru_cache(maxsize=8)
 def rotary_tables(angles_S11D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [S, D / 2] in fp32 of megatron-core's angles [S, 1, 1, D], whose halves are alike.
+    """Return cos and sin [S, D / 2] in fp32 of megatron-core's angles [S, 1, 1, D], whose two halves are equal.
 
-    Every layer is given the same tensor of angles, by whose identity the tables are kept.
+    Every layer gets the same tensor of angles, so the tables are cached by that tensor.
     """
     angles = angles_S11D[:, 0, 0, : angles_S11D.shape[-1] // 2].float()
     return angles.cos().contiguous(), angles.sin().contiguous()
 
 
 def rope_reference(mixed_SBGM: torch.Tensor, angles_S11D: torch.Tensor) -> Heads:
-    """Query [S, B, H, D], key and value [S, B, G, D] of a packed projection [S, B, G, (R + 2) * D], in fp32, rounded once.
+    """Split a fused projection [S, B, G, (R + 2) * D] into query [S, B, H, D], key and value [S, B, G, D], and rotate.
 
-    angles [S, 1, 1, D]: megatron-core's, in fp32; the second half repeats the first.
+    Query and key are rotated in fp32 and rounded once. angles [S, 1, 1, D]: megatron-core's, in fp32; the second half repeats the
+    first.
     """
     width = angles_S11D.shape[-1]
     heads = mixed_SBGM.view(*mixed_SBGM.shape[:-1], -1, width)
     query, key, value = heads[..., :-2, :], heads[..., -2, :], heads[..., -1, :]
     cos, sin = (table[:, None, None, None] for table in rotary_tables(angles_S11D))
 
-    def turned(part: torch.Tensor) -> torch.Tensor:
+    def rotated(part: torch.Tensor) -> torch.Tensor:
         first, second = part.float().chunk(2, -1)
         return torch.cat((first * cos - second * sin, second * cos + first * sin), -1).to(part.dtype)
 
-    return turned(query).flatten(2, 3), turned(key[:, :, :, None])[:, :, :, 0], value
+    return rotated(query).flatten(2, 3), rotated(key[:, :, :, None])[:, :, :, 0], value
 
 
 def rope(mixed_SBGM: torch.Tensor, angles_S11D: torch.Tensor) -> Heads:
-    """The same by the kernel of the projection's device, which reads it and writes the heads in one pass; else the reference."""
+    """Compute the same by the kernel of the projection's device, in one pass, else by the reference."""
     if not runs_kernel(mixed_SBGM) or (mixed_SBGM.is_cuda and angles_S11D.shape[-1] % 16):
         return rope_reference(mixed_SBGM, angles_S11D)
     heads: Heads = torch.ops.ledom.rope(mixed_SBGM.contiguous(), angles_S11D)
@@ -51,12 +52,12 @@ def rope(mixed_SBGM: torch.Tensor, angles_S11D: torch.Tensor) -> Heads:
 
 
 class FusedSelfAttention(SelfAttention):  # type: ignore[misc]
-    """megatron-core's self-attention whose projection is split and turned in one pass, and its gradient put together in one."""
+    """megatron-core's self-attention, which splits and rotates the projection in one pass, in both directions."""
 
     angles: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor, attention_mask: Any, *args: Any, **kwargs: Any) -> Any:
-        """As megatron-core's; the angles `rotary_pos_emb` are applied where the projection is split."""
+        """Run megatron-core's attention; the angles `rotary_pos_emb` are applied when the projection is split."""
         self.angles = kwargs.pop("rotary_pos_emb", None)
         try:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
@@ -66,19 +67,19 @@ class FusedSelfAttention(SelfAttention):  # type: ignore[misc]
     def get_query_key_value_tensors(
         self, hidden_states: torch.Tensor, key_value_states: Any = None, output_gate: bool = False, split_qkv: bool = True
     ) -> Heads:
-        """hidden_states [S, B, hidden] -> query [S, B, H, D], key and value [S, B, G, D] of this rank, turned."""
+        """Map hidden_states [S, B, hidden] to query [S, B, H, D], key and value [S, B, G, D] of this rank, rotated."""
         assert self.angles is not None, "this package's models have rotary positions"
         assert not output_gate, "not reachable from this package's configs"
         mixed, _ = super().get_query_key_value_tensors(hidden_states, split_qkv=False)
         query, key, value = rope(mixed, self.angles)
-        if self.config.num_query_groups < self.world_size:  # ranks share a group: each has its key, and some of its queries
-            sharing = self.world_size // self.config.num_query_groups
-            query = query.chunk(sharing, 2)[self.pg_collection.tp.rank() % sharing]
+        if self.config.num_query_groups < self.world_size:  # ranks of one group have its key and a part of its queries
+            ranks_per_group = self.world_size // self.config.num_query_groups
+            query = query.chunk(ranks_per_group, 2)[self.pg_collection.tp.rank() % ranks_per_group]
         return query, key, value
 
 
 def _sizes(mixed: torch.Tensor, angles: torch.Tensor) -> tuple[int, int, int, int, int]:
-    """S, B, G, R, D."""
+    """Return S, B, G, R, D."""
     width = angles.shape[-1]
     return (*mixed.shape[:3], mixed.shape[3] // width - 2, width)  # type: ignore[return-value]
 
@@ -93,7 +94,7 @@ def _fake(mixed: torch.Tensor, angles: torch.Tensor) -> Heads:
 
 
 def _run(mixed: torch.Tensor, heads: Heads, angles: torch.Tensor, *, backward: bool) -> None:
-    """Call the CPU kernel; heads may have any strides whose last is 1."""
+    """Call the CPU kernel; heads may have any strides, but the last must be 1."""
     sizes = _sizes(mixed, angles)
     check_alike(mixed)
     check_shape("mixed", mixed, (*sizes[:3], (sizes[3] + 2) * sizes[4]))

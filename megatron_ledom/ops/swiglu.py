@@ -1,4 +1,4 @@
-"""SwiGLU (Shazeer, arXiv 2002.05202, equation 6) on megatron-core's packed rows [gate, up]: reference, operator, module.
+"""SwiGLU (Shazeer, arXiv 2002.05202, equation 6) on megatron-core's rows [gate, up]: reference, operator, module.
 
 Shape letters: N rows (any leading axes), F width of the result.
 """
@@ -12,13 +12,13 @@ from megatron_ledom.ops.library import check_alike, check_shape, cpu_kernels, de
 
 
 def swiglu_reference(x_N2F: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up in fp32, rounded once: [..., 2F] -> [..., F]."""
+    """Return silu(gate) * up in fp32, rounded once: [..., 2F] -> [..., F]."""
     gate, up = x_N2F.float().chunk(2, -1)
     return (F.silu(gate) * up).to(x_N2F.dtype)
 
 
 def swiglu(x_N2F: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up by the kernel of x's device, else by the reference; the backward pass keeps x only: [..., 2F] -> [..., F]."""
+    """Return silu(gate) * up [..., F] of x [..., 2F], by the kernel of x's device or the reference. Only x is kept for backward."""
     if not runs_kernel(x_N2F) or (x_N2F.is_cuda and x_N2F.shape[-1] % 16):
         return swiglu_reference(x_N2F)
     product: torch.Tensor = torch.ops.ledom.swiglu(x_N2F.contiguous())
@@ -26,19 +26,19 @@ def swiglu(x_N2F: torch.Tensor) -> torch.Tensor:
 
 
 class FusedSwiGLU(torch.nn.Module):
-    """What an MLP's spec takes as `activation_func`; it has no weights."""
+    """The `activation_func` of an MLP's spec; it has no weights."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., 2F] -> [..., F]."""
+        """Map x [..., 2F] to [..., F]."""
         return swiglu(x)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple[Any, ...] = (), metadata: dict[str, Any] | None = None
     ) -> dict[str, Any]:
-        """Nothing: there are no weights."""
+        """Return nothing: there are no weights."""
         return {}
 
 

@@ -1,1 +1,1 @@
-"""Process groups of a run, how its ranks meet, and what they do together."""
+"""Process groups of a run, the rendezvous of its ranks, and operations that they call together."""

@@ -1,6 +1,6 @@
-"""Operations that all ranks call together: one rank works for all, values are compared, overlapped weights are completed.
+"""Operations that all ranks call together: work of rank 0 for all, comparison of values, completion of overlapped weights.
 
-An error that one rank alone met would let the others wait in vain; these functions raise it on every rank.
+These functions raise an error of one rank on every rank; otherwise the others would wait for ever.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,9 +15,9 @@ Result = TypeVar("Result")
 
 
 def from_first_rank(work: Callable[[], Result]) -> Result:
-    """What `work` returns on rank 0, which alone does it; picklable. Call on every rank.
+    """Run `work` on rank 0 and return its result, which must be picklable, on every rank. Call on every rank.
 
-    An error of rank 0 is raised on every rank: a LedomError or an OSError as it is, any other as a RuntimeError on the others.
+    An error of rank 0 is raised on every rank: a LedomError or OSError unchanged, any other as a RuntimeError on the others.
     """
     found: list[Any] = [None, None]
     cause: Exception | None = None
@@ -26,8 +26,8 @@ def from_first_rank(work: Callable[[], Result]) -> Result:
             found[0] = work()
         except Exception as error:
             cause = error
-            told = isinstance(error, LedomError | OSError)
-            found[1] = error if told else RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")
+            is_known = isinstance(error, LedomError | OSError)
+            found[1] = error if is_known else RuntimeError(f"rank 0 failed: {type(error).__name__}: {error}")
     dist.broadcast_object_list(found, src=0)
     if cause is not None:
         raise cause
@@ -38,9 +38,9 @@ def from_first_rank(work: Callable[[], Result]) -> Result:
 
 
 def check_same(what: str, value: object, advice: str) -> None:
-    """Raise RuntimeError on every rank where not all ranks have the same `value`, by its text. Call on every rank.
+    """Raise RuntimeError on every rank if the text of `value` differs between ranks. Call on every rank.
 
-    It is no LedomError: nobody's settings are wrong, and another start may find them agreed.
+    The error is not a LedomError, because no setting is wrong and another start may succeed.
     """
     texts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(texts, str(value))
@@ -51,10 +51,10 @@ def check_same(what: str, value: object, advice: str) -> None:
 
 @contextmanager
 def gathered_weights(model: list[Any]) -> Iterator[None]:
-    """Inside, the wrapped chunks' weights are those of the last step.
+    """Complete the weights of the wrapped chunks for the context, so that they are those of the last step.
 
-    With overlapped parameter gathering a rank's copy is only brought up to date during the next forward pass; a save or a
-    validation that reads it before would use the weights of the step before.
+    With overlapped parameter gathering a rank updates its copy only during the next forward pass. A save or validation before
+    that would use the weights of the previous step.
     """
     stale = [chunk for chunk in model if chunk.use_forward_hook]
     for chunk in stale:

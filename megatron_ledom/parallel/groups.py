@@ -1,6 +1,6 @@
-"""Process groups and random states of a run. The one place that knows megatron-core's global group state.
+"""Process groups and random states of a run. Only this module uses megatron-core's global group state.
 
-Random states do not depend on history: each is a function of the run's seed and of what it is for.
+Random states do not depend on earlier steps: each is a function of the run's seed and of its purpose.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from megatron_ledom.platform.launch import Launch, read_launch
 
 @dataclass(frozen=True, slots=True)
 class ParallelGroups:
-    """This rank's place in the layout, and the groups it talks in."""
+    """The process groups of this rank."""
 
     collection: ProcessGroupCollection
     tensor: dist.ProcessGroup
@@ -30,14 +30,14 @@ class ParallelGroups:
     data: dist.ProcessGroup
     data_and_context: dist.ProcessGroup
     virtual_stages: int
-    """Model chunks of this rank; 1 without the interleaved schedule."""
+    """Number of model chunks of this rank; 1 without the interleaved schedule."""
 
     def has_first_stage(self, chunk: int) -> bool:
-        """Whether this rank's model chunk has the embedding."""
+        """Return True if this rank's model chunk has the embedding."""
         return self.pipeline.rank() == 0 and chunk == 0
 
     def has_last_stage(self, chunk: int) -> bool:
-        """Whether this rank's model chunk has the output layer and the loss."""
+        """Return True if this rank's model chunk has the output layer and the loss."""
         return self.pipeline.rank() == self.pipeline.size() - 1 and chunk == self.virtual_stages - 1
 
 
@@ -46,8 +46,9 @@ def start_distributed(
 ) -> ParallelGroups:
     """Join the process group of all launched ranks and lay out the tensor, pipeline, context and data groups.
 
-    launch: this rank's place; default: what the launcher's variables say. stop: the name of a signal that has come, asked while
-    ranks are missing. Raises StoppedWaiting after one, TransientError naming the ranks that did not come.
+    launch: this rank and the rendezvous address; by default read from the launcher's variables.
+    stop: returns the name of a received stop signal; called while ranks are missing.
+    Raises StoppedWaiting after a signal, TransientError with the missing ranks at the timeout.
     """
     launch = launch or read_launch()
     _join(platform, launch, timedelta(minutes=parallel.distributed_timeout_minutes), stop)
@@ -73,7 +74,7 @@ def start_distributed(
 
 
 def _join(platform: Platform, launch: Launch, timeout: timedelta, stop: StopSignal) -> None:
-    """Meet the other ranks."""
+    """Join the process group of all ranks."""
     alone = launch.init_method is None
     dist.init_process_group(
         platform.backend,
@@ -86,7 +87,7 @@ def _join(platform: Platform, launch: Launch, timeout: timedelta, stop: StopSign
 
 
 def nccl_options(parallel: ParallelConfig) -> dict[str, Any]:
-    """What NCCL's communicators are built with; gloo has no such settings. Not yet run on hardware."""
+    """Return the settings of NCCL's communicators; gloo has none. Not yet run on hardware."""
     return {
         "nccl_communicator_config_path": parallel.nccl_communicator_config_path,
         "high_priority_stream_groups": list(parallel.high_priority_stream_groups),
@@ -95,26 +96,26 @@ def nccl_options(parallel: ParallelConfig) -> dict[str, Any]:
 
 
 def wait_for_all_ranks() -> None:
-    """Return when every rank is here."""
+    """Return when every rank has called this function."""
     dist.barrier()
 
 
 def stop_distributed() -> None:
-    """Leave all process groups; safe to call when there are none."""
+    """Leave all process groups, if there are any."""
     if dist.is_initialized():
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 STEP_STRIDE = 100_000_007
-"""Distance between the seeds of two iterations; larger than any rank's offset, and prime."""
+"""Distance between the seeds of two iterations: a prime, larger than any rank's offset."""
 
 
 def seed_iteration(seed: int, iteration: int, groups: ParallelGroups) -> None:
-    """Set every random state for one iteration, so that dropout after a resume equals the uninterrupted run's.
+    """Set every random state for one iteration, so that dropout after a resume equals that of an uninterrupted run.
 
-    Ranks of one pipeline stage and data-parallel replica share a state; megatron-core adds the tensor-parallel rank
-    where it must differ.
+    Ranks of the same pipeline stage and data-parallel replica share a state; megatron-core adds the tensor-parallel rank
+    where states must differ.
     """
     base = (seed + iteration * STEP_STRIDE) % 2**31 + 100 * groups.pipeline.rank() + 7919 * groups.data_and_context.rank()
     torch.manual_seed(base)

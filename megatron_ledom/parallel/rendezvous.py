@@ -1,8 +1,8 @@
-"""Where the launched ranks meet before they are a process group: waits so short that a signal is heard, and missing ranks are named.
+"""Rendezvous of the launched ranks. Signals are noticed while a rank waits, and messages name the missing ranks.
 
-torch's own meeting waits inside one call of C++, which no signal handler of Python interrupts, for as long as a collective may
-take, and then says only how many ranks came. Here each rank leaves its mark in the store and looks now and then for the
-decision, which is made once for all: start, stop because a signal came, or give up.
+torch's own rendezvous waits inside one C++ call, which no Python signal handler interrupts, for the timeout of a collective, and
+then reports only the number of ranks. Here each rank sets a key in the store and polls for the decision, which one rank makes for
+all: start, stop because of a signal, or give up.
 """
 
 import logging
@@ -22,45 +22,45 @@ log = logging.getLogger(__name__)
 
 FIRST_POLL_SECONDS, LONGEST_POLL_SECONDS = 0.01, 0.5
 CONNECT_SECONDS = 5.0
-"""For one attempt to reach the store."""
+"""Timeout of one attempt to connect to the store."""
 REPORT_SECONDS = 30.0
 PATIENCE_SECONDS = {"SIGTERM": 2.0}
 OTHER_PATIENCE_SECONDS = 15.0
-"""How long a rank that got a signal still waits: SIGTERM is the end of a job, the others warn of it, and a job whose time limit is
-shorter than its warning has to come a step further at each start."""
+"""Time that a rank still waits after a signal. SIGTERM ends a job; other signals warn of the end, and a job whose time limit is
+shorter than its warning must still make a step at each start."""
 LEAVE_SECONDS = 3.0
-"""How long the rank that holds the store lets the others read why nothing starts."""
+"""Time that the rank with the store gives the others to read why nothing starts."""
 MOST_NAMED = 16
-"""Missing ranks that a message names one by one."""
+"""Most missing ranks that a message names."""
 START, STOP, GIVE_UP = "start", "stop", "give up"
 StopSignal = Callable[[], str | None]
-"""Name of the signal that asks this rank to stop, if one came."""
+"""Returns the name of the stop signal that this rank received, or None."""
 
 
 class Rendezvous:
-    """One rank's wait for all others."""
+    """The wait of one rank for all others."""
 
     def __init__(self, launch: Launch, timeout: timedelta, stop: StopSignal) -> None:
         self.launch, self.timeout, self.stop = launch, timeout, stop
         self.host, self.port = launch.address()
         self.end = time.monotonic() + timeout.total_seconds()
-        self.heard: float | None = None
-        """When a signal was seen first."""
+        self.first_noticed: float | None = None
+        """Time at which a signal was first noticed."""
         self.is_host = launch.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True)
-        """Else rank 0, or torchrun's agent, holds the store."""
+        """True if this rank has the store; otherwise rank 0 or torchrun's agent has it."""
 
     def store(self) -> Any:
-        """The store of the ranks, once all are there. Raises StoppedWaiting, or TransientError when some did not come."""
+        """Return the store when all ranks have joined. Raises StoppedWaiting after a signal, TransientError if ranks are missing."""
         self.base = self._host_store() if self.is_host else self._reach_store()
         rank = self.launch.rank
-        restart = f"meeting/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"  # torchrun's store outlives a start
+        restart = f"rendezvous/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"  # torchrun's store survives a restart
         count = self.base.add(f"{restart}/starts/{rank}", 1)
         marks = dist.PrefixStore(f"{restart}/{count}", self.base)  # type: ignore[attr-defined]
         try:
             decision = self._decision(marks)
-        except RuntimeError as error:  # the rank that holds the store has gone
+        except RuntimeError as error:  # the rank with the store has ended
             if (signal := self.stop()) is not None:
-                raise StoppedWaiting(f"rank {rank} got {signal}, and the rank that holds the store has left") from error
+                raise StoppedWaiting(f"rank {rank} got {signal}, and the rank with the store has ended") from error
             raise TransientError(
                 f"rank {rank} lost the store at {self.host}:{self.port} while it waited for the other ranks ({_first_line(error)}):"
                 " rank 0 has ended; look for its error in the log"
@@ -94,8 +94,8 @@ class Rendezvous:
         )
 
     def _reach_store(self) -> Any:
-        """Connect to it as soon as it is there."""
-        poll, told = FIRST_POLL_SECONDS, time.monotonic()
+        """Connect to the store as soon as rank 0 has it."""
+        poll, reported = FIRST_POLL_SECONDS, time.monotonic()
         while True:
             try:
                 socket.create_connection((self.host, self.port), timeout=1.0).close()
@@ -106,38 +106,38 @@ class Rendezvous:
             now = time.monotonic()
             if now > self.end:
                 raise TransientError(
-                    f"rank {self.launch.rank} of {self.launch.world_size}: missing is rank 0, which has not answered at"
-                    f" {self.host}:{self.port} for {self._waited()} ({reason}); look for its error in the log, and whether"
-                    f" {socket.gethostname()} reaches that address"
+                    f"rank {self.launch.rank} of {self.launch.world_size}: rank 0 is missing: it has not answered at"
+                    f" {self.host}:{self.port} for {self._waited()} ({reason}); look for its error in the log, and check whether"
+                    f" {socket.gethostname()} can reach that address"
                 )
-            if now - told > REPORT_SECONDS:
-                told = now
+            if now - reported > REPORT_SECONDS:
+                reported = now
                 log.warning("rank %d waits for rank 0 at %s:%d (%s)", self.launch.rank, self.host, self.port, reason)
             time.sleep(poll)
             poll = min(2 * poll, LONGEST_POLL_SECONDS)
 
     def _decision(self, marks: Any) -> str:
-        """The same text on every rank."""
+        """Wait for the decision and return it; every rank gets the same text."""
         rank, world_size = self.launch.rank, self.launch.world_size
         marks.set(f"here/{rank}", socket.gethostname())
         if marks.add("arrived", 1) == world_size:
             self._decide(marks, START)
-        poll, told = FIRST_POLL_SECONDS, time.monotonic()
+        poll, reported = FIRST_POLL_SECONDS, time.monotonic()
         while not marks.check(["decision"]):
             now = time.monotonic()
             if (signal := self._stopped_by()) is not None:
                 self._decide(marks, f"{STOP}: rank {rank} got {signal} while {self._missing(marks)}: nothing starts")
             elif now > self.end:
                 self._decide(marks, f"{GIVE_UP}: {self._missing(marks)} for {self._waited()}; look for their errors in the log")
-            elif now - told > REPORT_SECONDS:
-                told = now
+            elif now - reported > REPORT_SECONDS:
+                reported = now
                 log.log(logging.WARNING if rank == 0 else logging.INFO, "waiting: %s", self._missing(marks))
             time.sleep(poll)
             poll = min(2 * poll, LONGEST_POLL_SECONDS)
         return bytes(marks.get("decision")).decode()
 
     def _decide(self, marks: Any, decision: str) -> None:
-        """Set it for all, unless another rank has."""
+        """Set the decision for all ranks, unless another rank has set it."""
         marks.compare_set("decision", "", decision)
 
     def _missing(self, marks: Any) -> str:
@@ -149,30 +149,30 @@ class Rendezvous:
             raise StoppedWaiting(f"rank {self.launch.rank} got {signal} while {missing} was missing: nothing starts")
 
     def _stopped_by(self) -> str | None:
-        """The signal that came, once it has been waited for the missing ranks a little longer."""
+        """Return the name of a received signal once the time to wait after it is over; None before."""
         signal, now = self.stop(), time.monotonic()
         if signal is None:
             return None
-        self.heard = self.heard or now
-        return signal if now - self.heard >= PATIENCE_SECONDS.get(signal, OTHER_PATIENCE_SECONDS) else None
+        self.first_noticed = self.first_noticed or now
+        return signal if now - self.first_noticed >= PATIENCE_SECONDS.get(signal, OTHER_PATIENCE_SECONDS) else None
 
     def _waited(self) -> str:
         return f"{self.timeout.total_seconds():,.0f} s (parallel.distributed_timeout_minutes)"
 
     def _leave(self, marks: Any) -> None:
-        """The rank that holds the store goes last."""
+        """Leave; the rank with the store leaves last."""
         end = time.monotonic() + LEAVE_SECONDS
         try:
             left = marks.add("left", 1)
             while self.is_host and left < marks.add("arrived", 0) and time.monotonic() < end:
                 time.sleep(FIRST_POLL_SECONDS)
                 left = marks.add("left", 0)
-        except RuntimeError:  # it has gone: nobody has anything more to read
+        except RuntimeError:  # the store has ended: nothing is left to read
             return
 
 
 def _named(ranks: list[int]) -> str:
-    """`rank 3`, `ranks 1, 2, 5`; the first of many."""
+    """Return `rank 3` or `ranks 1, 2, 5`, shortened if there are many."""
     more = f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else ""
     return f"rank{'' if len(ranks) == 1 else 's'} {', '.join(map(str, ranks[:MOST_NAMED]))}{more}"
 

@@ -1,4 +1,4 @@
-"""Bytes that a rank holds, tensor by tensor. `README.md` beside this file derives the list; a test counts it on the real layers.
+"""Bytes that a rank holds, tensor by tensor. docs/planner.md derives the list; a test counts it on the real layers.
 
 Three ways of counting: `published` is Korthikanti et al. 2022 (arXiv 2205.05198, section 4), `cpu` is what torch saves for this
 package's layers on a CPU, `cuda` the same layers with fused norms, as torch and Transformer Engine have them on GPUs.

@@ -1,1 +1,1 @@
-"""The machine that a run meets: CUDA or CPU, launchers and SLURM; the one place that changes megatron-core."""
+"""The machine of a run: CUDA or CPU, launchers and SLURM. Only this package patches megatron-core."""

@@ -1,4 +1,4 @@
-"""The Adam that megatron-core gets where Transformer Engine is missing: apex's if NVIDIA's apex is installed, else torch's fused one."""
+"""The Adam of megatron-core without Transformer Engine: that of NVIDIA's apex if installed, otherwise torch's fused Adam."""
 
 import importlib.util
 from collections.abc import Callable, Iterable
@@ -10,19 +10,19 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class Apex:
-    """Whether megatron-core may take kernels from apex, and a line for the log."""
+    """Result of the search for apex: True if megatron-core may use its kernels, and a line for the log."""
 
     usable: bool
     state: str
 
 
 def find_apex() -> Apex:
-    """Look for apex without importing it. The package called apex on PyPI is a web framework, and never usable."""
+    """Look for apex without importing it. The package apex on PyPI is a web framework and never usable."""
     found = importlib.util.find_spec("apex")
     if found is None:
         return Apex(False, "apex not installed")
     where = found.origin or ", ".join(found.submodule_search_locations or [])
-    if importlib.util.find_spec("amp_C") is None:  # NVIDIA's kernels are a module of their own
+    if importlib.util.find_spec("amp_C") is None:  # the module with NVIDIA's kernels
         return Apex(False, f"apex at {where} ignored: it is not NVIDIA's, or was built without its CUDA kernels")
     return Apex(True, "apex of NVIDIA installed")
 
@@ -30,8 +30,8 @@ def find_apex() -> Apex:
 class GroupStepAdam(torch.optim.Optimizer):
     """Adam (Kingma and Ba, arXiv 1412.6980) with decoupled decay (Loshchilov and Hutter, arXiv 1711.05101).
 
-    State: `exp_avg` and `exp_avg_sq` a parameter, `step` in the parameter group. megatron-core's own fallback to torch's
-    AdamW keeps `step` in the parameters; the distributed optimizer saves that but cannot load it.
+    State: `exp_avg` and `exp_avg_sq` for each parameter, `step` for each parameter group. megatron-core's own fallback, torch's
+    AdamW, keeps `step` with the parameters; the distributed optimizer saves that state but cannot load it.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class GroupStepAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+        """Update every parameter that has a gradient once."""
         update = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1

@@ -1,4 +1,4 @@
-"""Corrections of megatron-core 0.16 that hold on every machine. Each names what goes wrong without it."""
+"""Corrections of megatron-core 0.16 for every machine. Each docstring describes the problem without the correction."""
 
 import functools
 import io
@@ -29,7 +29,7 @@ _LOAD_BYTES = DefaultLoadPlanner.load_bytes
 
 @functools.cache
 def install_core_fixes() -> None:
-    """Apply every correction once a process."""
+    """Apply every correction, once per process."""
     _fix_padded_buckets()
     _fix_torch_adam()
     _join_tensors_of_a_gradient()
@@ -39,17 +39,19 @@ def install_core_fixes() -> None:
 
 
 def _run_no_code_of_checkpoints() -> None:
-    """torch unpickles a checkpoint's list of tensors, and objects among the tensors, without a limit: whatever code a file names
-    is run. The list is read by our restricted reader, objects by torch's loader of weights and settings.
+    """Load only tensors and plain objects from checkpoints.
+
+    torch unpickles a checkpoint's list of tensors, and objects among the tensors, and so runs any code that a file names.
+    Now a restricted reader loads the list, and torch's `weights_only` loader the objects.
     """
     filesystem.pickle = restricted_module()  # type: ignore[assignment, attr-defined]
     DefaultLoadPlanner.load_bytes = _load_bytes_restricted  # type: ignore[method-assign]
 
 
 def _load_bytes_restricted(self: Any, read_item: Any, value: io.BytesIO) -> None:
-    """torch's own method refuses nothing: look first, by the loader that common.pt is read with.
+    """Load the bytes with `weights_only` first, as for common.pt, because torch's own method accepts everything.
 
-    Transformer Engine's layers keep their state as bytes in a BytesIO, which is opened by that loader again.
+    Transformer Engine's layers keep their state as bytes in a BytesIO, which they load with `weights_only` as well.
     """
     with torch.serialization.safe_globals([io.BytesIO]):
         torch.load(value, map_location="cpu", weights_only=True)
@@ -58,10 +60,10 @@ def _load_bytes_restricted(self: Any, read_item: Any, value: io.BytesIO) -> None
 
 
 def _fix_torch_adam() -> None:
-    """Without Transformer Engine and apex, the distributed optimizer's state is saved but cannot be loaded again.
+    """Replace torch's AdamW and unusable apex: the distributed optimizer can save the state of the former but not load it.
 
-    megatron-core then falls back to torch's AdamW, which keeps `step` in the parameters; the load expects it in the groups.
-    It also takes the Adam of anything that is importable as apex: of NVIDIA's, where there is no GPU for it, or of a stranger.
+    Without Transformer Engine and apex, megatron-core uses torch's AdamW, which keeps `step` with the parameters; loading
+    expects it in the groups. megatron-core also uses any package called apex: NVIDIA's without a GPU, or another one.
     """
     from_apex = core_optimizer.Adam.__module__.partition(".")[0] == "apex"
     if core_optimizer.USING_PYTORCH_OPTIMIZER or (from_apex and not (find_apex().usable and torch.cuda.is_available())):
@@ -71,9 +73,10 @@ def _fix_torch_adam() -> None:
 
 
 def _join_tensors_of_a_gradient() -> None:
-    """Without Transformer Engine and apex, the norm of a gradient waits for the GPU once a tensor, and clipping copies each tensor.
+    """Compute norm and clipping for all tensors at once.
 
-    torch's foreach kernels take all tensors of a list in a few launches, and nothing waits.
+    Without Transformer Engine and apex, megatron-core waits for the GPU after the norm of each tensor, and clipping copies each
+    tensor. torch's foreach kernels process a list of tensors in a few launches, without waiting.
     """
     if clip_grads.l2_norm_impl is local_multi_tensor_l2_norm:
         clip_grads.l2_norm_impl = norm_of_all
@@ -83,7 +86,7 @@ def _join_tensors_of_a_gradient() -> None:
 def use_optimizer_kernels(
     adam: type[GroupStepAdam] | None, norm: Callable[..., Any] | None, scale: Callable[..., Any] | None
 ) -> str:
-    """Give megatron-core an Adam, norm and scaling of ours, each where it now has torch's. Says what its optimizer runs."""
+    """Give megatron-core our Adam, norm and scaling in place of torch's. Returns the kernels of its optimizer, for the log."""
     if adam is not None and core_optimizer.Adam is GroupStepAdam:
         core_optimizer.Adam = distrib_optimizer.Adam = adam
     if norm is not None and clip_grads.l2_norm_impl is norm_of_all:
@@ -94,7 +97,7 @@ def use_optimizer_kernels(
 
 
 def _maker(function: Any) -> str:
-    """Who made a function or class: ours by a kernel, torch through us, or another package by its name."""
+    """Return the origin of a function or class: `cuda` for our kernels, `torch`, or the name of another package."""
     if function in (GroupStepAdam, norm_of_all, scale_all):
         return "torch"
     package = str(getattr(function, "__module__", "")).partition(".")[0]
@@ -104,13 +107,13 @@ def _maker(function: Any) -> str:
 def norm_of_all(
     chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], per_tensor: bool
 ) -> tuple[torch.Tensor, None]:
-    """What apex's multi_tensor_l2norm gives: the norm of all tensors [1], and nothing for each."""
+    """Return the norm of all tensors [1], and None in place of the norm of each, as apex's multi_tensor_l2norm."""
     norms = torch._foreach_norm(tensor_lists[0])
     return torch.linalg.vector_norm(torch.stack(norms).float()).view(1), None
 
 
 def scale_all(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]], scale: float) -> None:
-    """What apex's multi_tensor_scale does: the second list = the first * scale."""
+    """Set the second list to the first times `scale`, as apex's multi_tensor_scale."""
     sources, targets = tensor_lists
     if any(source is not target for source, target in zip(sources, targets, strict=True)):
         torch._foreach_copy_(targets, sources)
@@ -119,23 +122,24 @@ def scale_all(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[
 
 
 def _keep_save_results_in_memory() -> None:
-    """A SIGTERM to all processes of a job, as batch systems send it, makes the next save hang for ever.
+    """Replace the queue for the results of a save, so that a save after SIGTERM does not hang for ever.
 
-    A save hands its results to a queue in a process of its own, started by the first save, which the signal ends.
+    The queue runs in its own process, which the first save starts. Batch systems send SIGTERM to all processes of a job, and
+    the signal ends the process of the queue.
     """
     filesystem_async._get_write_results_queue = SaveResults
 
 
 def _agree_on_common_state() -> None:
-    """When the first rank cannot write `common.pt`, as on a full disk, the others wait for it until their time is out."""
+    """Report an error of `common.pt` to all ranks: otherwise the others wait until the timeout if rank 0 cannot write it."""
     register_default_strategy(StrategyAction.SAVE_COMMON, "torch", 1, _AgreedCommonState("torch", 1))
 
 
 class _AgreedCommonState(TorchCommonSaveStrategy):  # type: ignore[misc]
-    """The small state that is alike on all ranks: on disk when this returns, or an error on every rank."""
+    """Saves the small state that is equal on all ranks: on disk on return, or an error on every rank."""
 
     def save_common(self, common_state_dict: dict[str, Any], checkpoint_dir: Any) -> None:
-        """Write it on the first rank, through Python's own file: torch's loses the reason for a failure."""
+        """Write the state on rank 0 through a Python file, because torch's own file loses the reason of an error."""
         failure: list[LedomError | None] = [None]
         if dist.get_rank() == 0:
             path = os.path.join(checkpoint_dir, COMMON_STATE_FNAME)
@@ -151,15 +155,15 @@ class _AgreedCommonState(TorchCommonSaveStrategy):  # type: ignore[misc]
 
 
 def _fix_padded_buckets() -> None:
-    """Saved state of the distributed optimizer with several padded buckets is shifted, in silence.
+    """Save the distributed optimizer's state without a shift if several buckets are padded.
 
-    The gathered tensor of a save drops the padding at the end of each bucket, but the parameters' offsets in
-    `param_index_map` still count it, so every parameter behind the first padded bucket is saved from the wrong place.
-    While the state is saved, the offsets are those without padding.
+    The gathered tensor of a save omits the padding at the end of each bucket, but the parameters' offsets in
+    `param_index_map` include it. So every parameter after the first padded bucket is saved from a wrong position, without an
+    error. During a save the offsets are now those without padding.
     """
     original = DistributedOptimizer.sharded_param_state_fully_reshardable
     if "cumulative_padding_stripped" in original.__code__.co_varnames:
-        return  # a megatron-core that corrects it itself
+        return  # this version of megatron-core does not need the correction
 
     @functools.wraps(original)
     def _without_padding(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Makes megatron-core run on a machine without CUDA. Nothing here is touched where CUDA is available.
+"""Patches that let megatron-core run on a machine without CUDA. With CUDA none of them is applied.
 
-megatron-core 0.16 names CUDA literally in its training path: streams, `device="cuda"`, pinned memory, the CUDA random
-state, tensor type names. Each gets its CPU equivalent here, so that the rest of the package, and megatron-core itself,
-are the same on both kinds of machine. The patches replace names for the life of the process.
+megatron-core 0.16 uses CUDA by name in its training path: streams, `device="cuda"`, pinned memory, the CUDA random state
+and tensor type names. This module replaces each with its CPU equivalent until the process ends, so that the rest of the
+package and megatron-core itself are the same on both kinds of machine.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ FACTORIES = ("tensor", "zeros", "ones", "empty", "full", "arange", "zeros_like",
 
 
 class _NoStream:
-    """Stands in for a CUDA stream or event: on a CPU everything is already in order."""
+    """Replaces a CUDA stream or event; on a CPU everything runs in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -35,7 +35,7 @@ class _NoStream:
 
 @functools.cache
 def install_core_on_cpu() -> None:
-    """Give every CUDA call of megatron-core's training path its CPU equivalent. Called once a process."""
+    """Replace every CUDA call of megatron-core's training path with its CPU equivalent, once per process."""
     _replace_cuda_calls()
     _replace_cuda_devices()
     _replace_random_state()
@@ -45,13 +45,13 @@ def install_core_on_cpu() -> None:
 
 
 class _WeightGradients:
-    """Stands in for the CUDA extension that adds a weight's gradient to its fp32 sum, without a tensor in between."""
+    """Replaces the CUDA extension that adds a weight's gradient to its fp32 sum without a temporary tensor."""
 
-    ELEMENTS = 1 << 16  # of a bf16 gradient that are widened at once: they stay in the cache
+    ELEMENTS = 1 << 16  # elements of a bf16 gradient converted at once; they fit in the cache
 
     @staticmethod
     def wgrad_gemm_accum_fp32(inputs: torch.Tensor, gradients: torch.Tensor, main_grad: torch.Tensor) -> None:
-        """main_grad [out, in] += gradients [n, out]^T @ inputs [n, in]."""
+        """Compute main_grad [out, in] += gradients [n, out]^T @ inputs [n, in]."""
         if inputs.dtype == main_grad.dtype:
             main_grad.addmm_(gradients.t(), inputs)
             return
@@ -73,13 +73,13 @@ def _replace_cuda_calls() -> None:
     cuda.Stream = cuda.Event = _NoStream
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _NoStream()
     cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
-    cuda.manual_seed = torch.default_generator.manual_seed  # torch.manual_seed would call this again, without end
+    cuda.manual_seed = torch.default_generator.manual_seed  # torch.manual_seed would call this again, in an endless loop
     cuda.get_rng_state = cuda.random.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
     cuda.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
 
 def _replace_cuda_devices() -> None:
-    """Factories with a literal `device="cuda"`. A TorchFunctionMode would not do: it is off inside the backward pass."""
+    """Patch tensor factories that get `device="cuda"`. A TorchFunctionMode is not active inside the backward pass."""
 
     def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         @functools.wraps(factory)
@@ -91,21 +91,23 @@ def _replace_cuda_devices() -> None:
 
         return _build
 
-    with torch.device(CPU):  # torch now notes, for good, which factories such a context turns: it must see the original ones,
-        torch.empty(0)  # or `with torch.device("meta")`, by which transformers loads a model, leaves it with garbage buffers
+    # torch stores, once, the factories that such a context redirects. These must be the originals; otherwise
+    # `with torch.device("meta")`, used by transformers to load a model, leaves garbage in buffers.
+    with torch.device(CPU):
+        torch.empty(0)
     for name in FACTORIES:
         setattr(torch, name, _on_cpu(getattr(torch, name)))
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign, assignment]
 
 
 class _CpuRandomStates(core_random.CudaRNGStatesTracker):  # type: ignore[misc]
-    """The tracked random state is the CPU generator's, so dropout repeats under every kind of recompute."""
+    """Tracks the random state of the CPU generator, so that dropout repeats with every kind of recomputation."""
 
     _current_state_name: str
 
     @contextlib.contextmanager
     def fork(self, name: str = core_random._MODEL_PARALLEL_RNG_TRACKER_NAME) -> Iterator[None]:
-        """Inside, the named random state is the generator's."""
+        """Use the named random state of the generator in the context."""
         outer, outer_name = torch.get_rng_state(), self._current_state_name
         torch.set_rng_state(self.states_[name])
         self._current_state_name = name
@@ -125,7 +127,7 @@ def _replace_random_state() -> None:
 
 @contextlib.contextmanager
 def _cuda_type_names() -> Iterator[None]:
-    """The optimizer asks for 'torch.cuda.FloatTensor' by name; inside, CPU tensors answer so."""
+    """Give CPU tensors CUDA type names in the context: the optimizer compares with 'torch.cuda.FloatTensor'."""
     original = torch.Tensor.type
 
     def type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

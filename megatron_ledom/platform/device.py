@@ -1,4 +1,4 @@
-"""What machine this is: CUDA with NCCL, or a CPU with gloo. The choice is made here, once, and logged by the caller."""
+"""Device and backend of this rank: CUDA with NCCL, or a CPU with gloo. Chosen here once; the caller logs the choice."""
 
 import os
 import time
@@ -25,33 +25,33 @@ DENSE_BF16_TFLOPS = {
     "A10": 125.0,
     "RTX 4090": 165.0,
 }
-"""Peak dense bf16 throughput by a part of the device's name, as the maker states it, in 1e12 FLOP/s."""
+"""Peak dense bf16 throughput stated by the maker, in 1e12 FLOP/s, by a part of the device's name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """The device of this rank, the collective backend that goes with it, and the CPU threads it may use."""
+    """The device of this rank, its collective backend, and its number of CPU threads."""
 
     device: torch.device
     backend: str
     num_threads: int
 
     def describe(self) -> str:
-        """One line for the log."""
+        """Return a line for the log."""
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name(self.device)} with {self.backend}, {find_apex().state}"
-        return f"CPU ({self.num_threads} threads a rank) with {self.backend}, {find_apex().state}"
+        return f"CPU ({self.num_threads} threads per rank) with {self.backend}, {find_apex().state}"
 
     def synchronize(self) -> None:
-        """Wait for the device, so that a clock read next is true."""
+        """Wait until the device has finished, so that a time measured next is correct."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
 def prepare_platform(num_threads: int | None, launch: Launch | None = None) -> Platform:
-    """Choose the device of this rank and make megatron-core run on it; call before anything of it is built.
+    """Choose the device of this rank and patch megatron-core for it. Call before building anything of megatron-core.
 
-    launch: this rank's place; default: what the launcher's variables say.
+    launch: the ranks of this run; by default read from the launcher's variables.
     """
     install_core_fixes()
     launch = launch or read_launch()
@@ -61,7 +61,7 @@ def prepare_platform(num_threads: int | None, launch: Launch | None = None) -> P
         local_rank, num_devices = launch.local_rank, torch.cuda.device_count()
         if local_rank >= num_devices:
             raise UsageError(
-                f"this is rank {local_rank} of its machine, which has {num_devices} GPUs: launch at most {num_devices} ranks a"
+                f"this is local rank {local_rank} of a machine with {num_devices} GPUs; launch at most {num_devices} ranks per"
                 " machine, or hide the GPUs with CUDA_VISIBLE_DEVICES= to run on the CPU"
             )
         device = torch.device("cuda", local_rank)
@@ -72,7 +72,7 @@ def prepare_platform(num_threads: int | None, launch: Launch | None = None) -> P
 
 
 def peak_flops(platform: Platform, dtype: torch.dtype) -> tuple[float, str]:
-    """Peak FLOP/s of this rank's device for matrix products of `dtype`, and where the figure is from."""
+    """Return the peak FLOP/s of this rank's device for matrix products of `dtype`, and the source of the number."""
     if platform.device.type == "cuda":
         name = torch.cuda.get_device_name(platform.device)
         for part in sorted(DENSE_BF16_TFLOPS, key=len, reverse=True):
@@ -82,7 +82,7 @@ def peak_flops(platform: Platform, dtype: torch.dtype) -> tuple[float, str]:
 
 
 def measured_matmul_flops(platform: Platform, dtype: torch.dtype, side: int = 1024, seconds: float = 0.25) -> float:
-    """Best FLOP/s of repeated [side, side] matrix products within `seconds`."""
+    """Return the best FLOP/s of repeated [side, side] matrix products within `seconds`."""
     a = torch.randn(side, side, device=platform.device).to(dtype)
     torch.mm(a, a)
     best, end = 0.0, time.perf_counter() + seconds
@@ -96,7 +96,7 @@ def measured_matmul_flops(platform: Platform, dtype: torch.dtype, side: int = 10
 
 
 def preferred_params_dtype(platform: Platform) -> str:
-    """`bf16` where this device multiplies it faster than fp32 (every recent GPU, CPUs with AMX or AVX512-BF16), else `fp32`."""
+    """Return `bf16` if this device multiplies it faster than fp32 (recent GPUs, CPUs with AMX or AVX512-BF16), else `fp32`."""
     if platform.device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
     fast = measured_matmul_flops(platform, torch.bfloat16) > 1.2 * measured_matmul_flops(platform, torch.float32)

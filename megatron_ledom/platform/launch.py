@@ -1,4 +1,4 @@
-"""Which of how many ranks this process is, and where they meet: by torchrun, by srun, or alone. torch is not imported."""
+"""Rank of this process and rendezvous address of the run, from torchrun or srun, or a single rank. Does not import torch."""
 
 import os
 from collections.abc import Mapping
@@ -19,25 +19,25 @@ from megatron_ledom.platform.slurm import (
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BY_TORCHRUN = f"torchrun sets all of {', '.join(TORCHRUN)}: unset RANK for a single process or for srun, or set all of them"
 FOREIGN = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
-"""Set by launchers that are not understood, where RANK is not: mpirun, scripts that set half of torchrun's variables."""
+"""Variables of unsupported launchers, which do not set RANK: mpirun, or scripts that set some of torchrun's variables."""
 TOP_PORT = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Launch:
-    """This rank's place among those that were started with it."""
+    """Number of this rank, sizes of the run and its nodes, and the rendezvous address."""
 
     rank: int
     world_size: int
     local_rank: int
-    """Its number on this node, from 0."""
+    """Number of this rank on its node, from 0."""
     local_world_size: int
-    """Ranks on this node."""
+    """Number of ranks on this node."""
     init_method: str | None
-    """Where the ranks meet, for torch.distributed; None: there is one rank, which meets nobody."""
+    """Rendezvous address for torch.distributed; None for a single rank."""
 
     def address(self) -> tuple[str, int]:
-        """Host and port of the store that rank 0, or torchrun, holds for the ranks."""
+        """Return host and port of the store, which rank 0 or torchrun runs for the ranks."""
         if self.init_method == "env://":
             return _rendezvous_address(os.environ)
         parts = urlsplit(self.init_method or "")
@@ -48,10 +48,10 @@ ALONE = Launch(rank=0, world_size=1, local_rank=0, local_world_size=1, init_meth
 
 
 def read_launch() -> Launch:
-    """The place that the launcher gives this process: torchrun's variables first, then those of SLURM's srun, else alone.
+    """Return the launch of this process from the variables of torchrun or else of srun; a single rank without either.
 
-    MASTER_ADDR and MASTER_PORT, where set, override what follows from the SLURM job. Raises UsageError where a launcher was
-    forgotten (inside a SLURM job of several tasks, but not started by srun) or is not understood, or SLURM's variables disagree.
+    MASTER_ADDR and MASTER_PORT override the address that follows from the SLURM job. Raises UsageError if srun is missing
+    in a SLURM job of several tasks, if the launcher is not supported, or if SLURM's variables contradict each other.
     """
     variables = os.environ
     if "RANK" in variables:
@@ -96,14 +96,16 @@ def _by_torchrun(variables: Mapping[str, str]) -> Launch:
 
 
 def _rendezvous_address(variables: Mapping[str, str]) -> tuple[str, int]:
-    """Host and port by MASTER_ADDR and MASTER_PORT."""
+    """Return host and port from MASTER_ADDR and MASTER_PORT."""
     return _address_given(variables), _port_given(variables)
 
 
 def _address_given(variables: Mapping[str, str]) -> str:
     address = variables.get("MASTER_ADDR", "")
     if not address or any(letter.isspace() or letter in "/@[]" for letter in address):
-        raise UsageError(f"MASTER_ADDR={address!r} is no host: set it to the name or address of rank 0's node, or unset it")
+        raise UsageError(
+            f"MASTER_ADDR={address!r} is not a host name; set it to the name or address of rank 0's node, or unset it"
+        )
     return address
 
 
@@ -130,5 +132,5 @@ def _by_srun(step: SlurmStep, variables: Mapping[str, str]) -> Launch:
 
 
 def _port(step: SlurmStep) -> int:
-    """20000 to 29999, below the ports that systems give out; steps of one job and jobs that follow each other differ."""
+    """Return a port from 20000 to 29999, below the range that systems assign; it differs between steps and successive jobs."""
     return 20000 + (10 * step.job + step.step % 10) % 10000

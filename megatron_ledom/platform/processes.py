@@ -1,7 +1,7 @@
-"""Processes that help another one: they die with it, leave the job's signals to it, and map a function over items for it.
+"""Worker processes: they end with their parent, leave the job's signals to it, and map a function over items.
 
-Workers of `ordered_map` are forked, so each inherits the function and what that has loaded. A worker talks over one socket pair and
-no lock is shared: when a worker dies its end closes and the parent notices at once; when the parent dies the workers die with it.
+Workers of `ordered_map` are forked, so each inherits the function and its loaded data. Each has one socket pair to the parent, and
+they share no lock. If a worker dies, its end closes and the parent notices at once; if the parent dies, the workers end.
 """
 
 import ctypes
@@ -18,31 +18,31 @@ from typing import Any, TypeVar
 
 from megatron_ledom.errors import LedomError
 
-PR_SET_PDEATHSIG = 1  # of linux/prctl.h
-SIGEV_THREAD = 2  # of bits/sigevent-consts.h
-# found here, not where it is needed: a forked child may wait for ever for the loader's lock, which a thread that it does not
-# have held when it was forked
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
+SIGEV_THREAD = 2  # from bits/sigevent-consts.h
+# looked up at import: a forked child could wait for ever for the loader's lock, if another thread of its parent held the lock
+# during the fork
 _prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
 JOB_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
-"""What a batch system or a terminal sends to every process of a job at once."""
+"""Signals that a batch system or a terminal sends to all processes of a job."""
 
 
 def die_with_the_parent(parent: int) -> None:
-    """Linux ends this process when its parent is killed: else it would go on writing beside the next start."""
+    """Let Linux end this process when its parent is killed; otherwise it would continue to write during the next start."""
     if _prctl is not None:
         _prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL))
-        if os.getppid() != parent:  # it was killed before this line
+        if os.getppid() != parent:  # the parent was killed before this line
             os._exit(1)
 
 
 def leave_signals_to_the_parent() -> None:
-    """A job's signals do not end this process: the parent decides what they mean."""
+    """Ignore the job's signals in this process: its parent reacts to them."""
     for number in JOB_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 class _SignalEvent(ctypes.Structure):
-    """`struct sigevent` of signal.h on 64-bit Linux, 64 bytes; a thread's entry and its argument are all that is set."""
+    """`struct sigevent` of signal.h on 64-bit Linux, 64 bytes; only a thread's function and argument are set."""
 
     _fields_ = (
         ("argument", ctypes.c_int64),
@@ -55,7 +55,7 @@ class _SignalEvent(ctypes.Structure):
 
 
 class _TimerSpec(ctypes.Structure):
-    """`struct itimerspec`: interval and time to the end, each in seconds and nanoseconds."""
+    """`struct itimerspec`: interval and remaining time, each in seconds and nanoseconds."""
 
     _fields_ = (
         ("interval", ctypes.c_int64),
@@ -66,9 +66,9 @@ class _TimerSpec(ctypes.Structure):
 
 
 class ExitTimer:
-    """Ends this process with an exit code at a time that can be put off, though its interpreter be blocked.
+    """Ends this process with an exit code after a time that can be extended, even if its interpreter is blocked.
 
-    A timer of the system, whose thread calls the C library's `_exit`: no line of Python is run. Raises OSError if there is none.
+    A thread of a system timer calls the C library's `_exit`, so no Python code runs. Raises OSError without such timers.
     """
 
     def __init__(self, exit_code: int) -> None:
@@ -83,7 +83,7 @@ class ExitTimer:
             raise OSError(ctypes.get_errno(), "timer_create")
 
     def set(self, seconds: float) -> None:
-        """End so many seconds from now, and not when it was told before; 0: not at all."""
+        """End the process `seconds` from now, instead of at the time set before; 0 cancels the timer."""
         whole = int(seconds)
         spec = _TimerSpec(seconds=whole, nanoseconds=int(1e9 * (seconds - whole)))
         if self._library.timer_settime(self._timer, 0, ctypes.byref(spec), None) != 0:
@@ -103,11 +103,11 @@ def ordered_map(
     describe: Callable[[Item], str],
     while_waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
-    """`function` of each item, in the order of the items, by `num_workers` processes; a free worker takes the next item.
+    """Yield `function` of each item, in the order of the items, computed by `num_workers` processes.
 
-    A LedomError raised by `function` is raised here as it is; another exception, and the death of a worker, as a
-    LedomError that names the item by `describe`. Whatever ends the iteration, no worker outlives it. `while_waiting` is called
-    several times a second. Results that come early are kept, so they should be small.
+    A LedomError of `function` is raised unchanged; any other exception, and the death of a worker, becomes a LedomError that
+    names the item by `describe`. No worker outlives the iteration. `while_waiting` is called several times a second. A result
+    waits in memory for the results before it, so results should be small.
     """
     if not items:
         return
@@ -134,18 +134,18 @@ class _Pool:
         self.connections: list[Connection] = []
         self.processes: list[BaseProcess] = []
         self.busy: dict[Connection, tuple[int, str]] = {}
-        """The item each busy worker has, by number and in words."""
+        """Number and description of the item of each busy worker."""
         for _ in range(num_workers):
             mine, theirs = context.Pipe(duplex=True)
             self.connections.append(mine)
             process = context.Process(target=_work, args=(function, theirs, list(self.connections), os.getpid()), daemon=True)
             process.start()
-            theirs.close()  # else the death of the worker would not close it
+            theirs.close()  # otherwise the death of the worker would not close it
             self.processes.append(process)
         self.idle = list(reversed(self.connections))
 
     def send(self, number: int, item: Any, what: str) -> None:
-        """Give an idle worker an item; `what` names it in the error when the worker is dead."""
+        """Give an idle worker an item; `what` describes it in the error if the worker has died."""
         connection = self.idle.pop()
         self.busy[connection] = (number, what)
         try:
@@ -154,7 +154,7 @@ class _Pool:
             raise self._death(connection) from error
 
     def receive(self, while_waiting: Callable[[], None]) -> list[tuple[int, Any]]:
-        """(number, result) of all that is ready, once something is; raises a worker's error, or tells how it died."""
+        """Wait for results and return (number, result) of each. Raises a worker's error, or a LedomError if it died."""
         while not (ready := wait(list(self.busy), timeout=POLL_SECONDS)):
             while_waiting()
         while_waiting()
@@ -169,7 +169,7 @@ class _Pool:
         if isinstance(error, LedomError):
             raise error
         if error is not None:
-            raise LedomError(f"a worker failed on {what}; this is a fault of this package or of the tokenizer:\n{error}")
+            raise LedomError(f"a worker failed on {what}; this is an error of this package or of the tokenizer:\n{error}")
         del self.busy[connection]
         self.idle.append(connection)
         return number, result
@@ -180,7 +180,9 @@ class _Pool:
         code = process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with code {code}"
         what = self.busy[connection][1]
-        return LedomError(f"a worker process {how} at {what}; often memory ran out: use fewer --workers or more memory")
+        return LedomError(
+            f"a worker process {how} at {what}; the usual cause is too little memory: use fewer --workers or more memory"
+        )
 
     def close(self) -> None:
         """End all workers now."""
@@ -192,9 +194,9 @@ class _Pool:
 
 
 def _work(function: Callable[[Any], Any], connection: Connection, parents_ends: list[Connection], parent: int) -> None:
-    """A worker's life: results, or errors, of the items it is sent, until the parent closes the connection."""
+    """Run a worker: send the result or error of each received item, until the parent closes the connection."""
     die_with_the_parent(parent)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent reacts to Ctrl-C
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     for inherited in parents_ends:
         inherited.close()
@@ -213,4 +215,4 @@ def _work(function: Callable[[Any], Any], connection: Connection, parents_ends: 
         try:
             connection.send(answer)
         except OSError:
-            return  # the parent is gone or has had enough
+            return  # the parent has ended or needs no more results

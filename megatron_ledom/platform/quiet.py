@@ -1,14 +1,14 @@
-"""What libraries say at their import and of their own insides, which nobody who runs a command can act on."""
+"""Suppresses warnings of libraries that the user of a command cannot act on."""
 
 import logging
 import warnings
 
-SPEAKERS = (r"megatron\.core", r"torch\.distributed\.checkpoint", r"torch\.distributed\._shard")
-"""Modules whose warnings are about what is installed (the commands say it in one line) or about their own future."""
+NOISY_MODULES = (r"megatron\.core", r"torch\.distributed\.checkpoint", r"torch\.distributed\._shard")
+"""Modules that warn about missing packages (which the commands log in one line) or about their own future versions."""
 
 
 def quiet_libraries() -> None:
-    """Leave out these warnings from now on; call before megatron-core is imported."""
-    for module in SPEAKERS:
+    """Suppress these warnings from now on. Call before importing megatron-core."""
+    for module in NOISY_MODULES:
         warnings.filterwarnings("ignore", module=module)
     logging.getLogger("megatron").setLevel(logging.WARNING)

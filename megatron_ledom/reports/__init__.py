@@ -1,1 +1,1 @@
-"""Every page, table and plot."""
+"""Reports: pages, tables and plots."""

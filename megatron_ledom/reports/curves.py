@@ -13,34 +13,34 @@ PLOTS = {
     "tokens_per_second": ("tokens_per_second", "tokens a second"),
     "lr": ("lr", "learning rate"),
 }
-"""Name of the picture: key of the records, label of the axis."""
+"""For each plot: the key of the records and the label of the axis."""
 DIFFERENCE = "loss_difference"
 EXACT = ("lr",)
-"""Keys without noise, which no mean is taken of: it would only blunt their corners."""
+"""Keys without noise, which are not smoothed."""
 COLOURS = {
     "light": {"reverse": ["#c1440e", "#8a2be2", "#b8860b"], "forward": ["#1f5fa8", "#1b7f5c", "#5b6470"]},
     "dark": {"reverse": ["#ff8a5b", "#c9a2ff", "#ffd166"], "forward": ["#7db8ff", "#6fe0b4", "#b7c0cc"]},
 }
-"""By page and direction; the second run of a direction takes the second colour."""
+"""For each page and direction; the second run of a direction has the second colour."""
 STYLES = {"reverse": "-", "forward": (0, (5, 2))}
-"""Lines by direction: of twins that lie on each other, both are seen."""
+"""Line styles for each direction, so that both of two overlapping curves are visible."""
 CUT = 0.03
-"""Share of the longest run whose loss does not set the scale: the first steps fall from the loss of guessing."""
+"""First part of the longest run, as a fraction, that does not set the scale, because its losses fall steeply."""
 ENOUGH = 50
-"""Records from which on that share is left out of the scale."""
+"""Smallest number of records with which CUT applies."""
 MARKERS = "osD^v"
 
 
 def plot_names(runs: Sequence[RunData]) -> list[str]:
-    """Return the names of the pictures of these runs: PLOTS, and behind the losses of twins their difference, since they hide each other."""
+    """Return the names of the plots of these runs: PLOTS and, for twins, their loss difference."""
     names = list(PLOTS)
     return [names[0], DIFFERENCE, *names[1:]] if twins_of(runs) else names
 
 
 def draw(name: str, runs: Sequence[RunData], theme: str = "light", smooth: int = 0, title: str | None = None) -> bytes:
-    """Draw one of `plot_names` as PNG: a line for each run; in `loss`, validation as points. `smooth`: records of the moving average.
+    """Draw one of `plot_names` as PNG: a line for each run; in `loss`, validation losses as points.
 
-    Raises UsageError where matplotlib is not installed.
+    smooth: number of records of the moving average. Raises UsageError if matplotlib is not installed.
     """
     unit, word = _token_unit(runs)
     if name == DIFFERENCE:
@@ -67,7 +67,7 @@ def _line(axes: Any, run: RunData, key: str, colour: str, unit: float, smooth: i
 
 
 def _smoothed(axes: Any, x: list[float], values: list[float], colour: str, smooth: int, label: str, style: Any = "-") -> None:
-    """A curve, or over the faint curve its mean of `smooth` records, where there are so many around."""
+    """Draw a curve or, with `smooth`, a faint curve and over it the moving average of `smooth` records."""
     if smooth > 1:
         reach = smooth // 2 if len(values) > 2 * (smooth // 2) else 0
         inner = slice(reach, len(values) - reach)
@@ -79,7 +79,7 @@ def _smoothed(axes: Any, x: list[float], values: list[float], colour: str, smoot
 
 
 def _draw_difference(runs: Sequence[RunData], theme: str, smooth: int) -> bytes:
-    """Reverse minus forward loss of the first twins at the same tokens, in training and on each validation set."""
+    """Draw the reverse minus the forward loss of the first twins at the same tokens, for training and each validation set."""
     twins = twins_of(runs)
     assert twins is not None
     unit, word = _token_unit(runs)
@@ -128,7 +128,7 @@ def _validation(axes: Any, run: RunData, colour: str, unit: float) -> None:
 
 
 def _scale(axes: Any, runs: Sequence[RunData], unit: float) -> None:
-    """Leave the steep fall of the first steps out of the scale of a long run, and say so."""
+    """Exclude the steep fall of the first steps from the scale of a long run, and note the first loss in the plot."""
     longest = max(run.records[-1]["consumed_train_tokens"] for run in runs)
     shown = [y for run in runs for x, y in zip(*run.points("lm_loss"), strict=True) if x > CUT * longest]
     shown += [y for run in runs for _, losses in run.validations().values() for y in losses]
@@ -143,7 +143,10 @@ def _scale(axes: Any, runs: Sequence[RunData], unit: float) -> None:
 
 
 def moving_average(values: Sequence[float], width: int) -> list[float]:
-    """The mean of each value, the up to width // 2 before it, and as many behind it: no curve is moved, and a straight line stays one."""
+    """Return for each value the mean over it, up to width // 2 values before it, and equally many after it.
+
+    The symmetric window does not shift a curve, and a straight line stays straight.
+    """
     sums, reach = [0.0, *itertools.accumulate(values)], width // 2
     result = []
     for index in range(len(values)):

@@ -1,8 +1,8 @@
-"""One question's ranked candidates explained step by step, for a terminal and as a page.
+"""Explanation of one question's ranked candidates, step by step, for a terminal and as a page.
 
-A candidate is shaded step by step, by how well the question follows from what is written so far: log P_R(x | y up to and
-with the step). It is a likelihood of the same question tokens everywhere, so steps and candidates can be compared with each other,
-unlike sums over the answer, which fall with its length (LEDOM, arXiv 2507.01335, shows its examples this way).
+Each step of a candidate is shaded by log P_R(x | y up to the end of the step): how well the question x follows from the answer y
+so far. The scored tokens are always those of the question, so steps and candidates are comparable, unlike sums over the answer,
+which fall with its length. LEDOM (arXiv 2507.01335) shows its examples in this way.
 """
 
 import html
@@ -15,7 +15,7 @@ from megatron_ledom.reports import pages
 from megatron_ledom.reports.pages import number, paragraph
 
 LIGHT, DARK = (222, 236, 250), (255, 170, 90)
-"""Colours of the lowest and of the highest value, red, green, blue; both carry dark text."""
+"""Colours (red, green, blue) of the lowest and the highest value; dark text is legible on both."""
 HTML_STYLE = """
 .step { color: #1b1b1b; padding: 0 .15rem; border-radius: .2rem; white-space: pre-wrap; } h2 { font-size: 1.05rem; }
 .value { font-size: .75rem; opacity: .75; }
@@ -24,7 +24,7 @@ HTML_STYLE = """
 
 @dataclass(frozen=True, slots=True)
 class ExplainedStep:
-    """A step's text, and log P_R of the question given the answer up to its end."""
+    """The text of a step, and log P_R of the question given the answer up to the end of the step."""
 
     text: str
     reverse_logprob: float
@@ -34,7 +34,7 @@ class ExplainedStep:
 class Explanation:
     """The candidates of one question, best first: each one's position in the input, its reward and its steps.
 
-    skipped: why a candidate was skipped when it was ranked; it has no steps here. None for every other one.
+    skipped: for each candidate the reason if the ranking skipped it, else None; a skipped candidate has no steps here.
     """
 
     prompt: str
@@ -44,16 +44,16 @@ class Explanation:
     skipped: list[str | None]
 
     def shade(self, value: float) -> tuple[int, int, int]:
-        """Return the colour of a value among those of all steps."""
+        """Return the colour of a value in the range of all steps."""
         values = [step.reverse_logprob for steps in self.candidates for step in steps]
         low, high = min(values), max(values)
-        share = (value - low) / (high - low) if high > low else 1.0
-        red, green, blue = (round(a + share * (b - a)) for a, b in zip(LIGHT, DARK, strict=True))
+        fraction = (value - low) / (high - low) if high > low else 1.0
+        red, green, blue = (round(a + fraction * (b - a)) for a, b in zip(LIGHT, DARK, strict=True))
         return red, green, blue
 
 
 def steps_of(answer: str, delimiter: StepDelimiter) -> list[str]:
-    """Return the answer cut after each delimiter; together the steps are the answer. White space at the end joins the last step."""
+    """Return the steps of an answer, which is cut after each delimiter. White space at the end belongs to the last step."""
     steps: list[str] = []
     rest = answer
     while rest:
@@ -76,9 +76,9 @@ def explain(
     delimiter: StepDelimiter,
     skipped: Sequence[str | None] | None = None,
 ) -> Explanation:
-    """Score each answer after each of its steps; all of them in one call, so that they share batches. Empty answers have no steps.
+    """Score each answer after each of its steps, all in one call, so that they share batches. Empty answers have no steps.
 
-    skipped: of each answer, why the ranking skipped it, or None; a skipped one is not scored here either.
+    skipped: for each answer the reason if the ranking skipped it, else None; a skipped answer is not scored here.
     """
     reasons = [None] * len(answers) if skipped is None else skipped
     cut = [steps_of(answers[position], delimiter) if reasons[position] is None else [] for position in ranking]
@@ -103,10 +103,10 @@ def as_terminal(explanation: Explanation) -> str:
 
 
 def as_html(explanation: Explanation) -> str:
-    """Return one page that needs nothing besides itself; every text of a model is escaped."""
+    """Return one page without external files; every text of a model is escaped."""
     body = [
         paragraph(explanation.prompt),
-        "<p>A step is shaded by log P<sub>R</sub>(question | answer up to its end); the warmer, the better the question follows.</p>",
+        "<p>A step is shaded by log P<sub>R</sub>(question | answer up to its end); a warmer colour means a likelier question.</p>",
     ]
     for heading, steps in zip(_headings(explanation), explanation.candidates, strict=True):
         body.append(f"<h2>{html.escape(heading)}</h2>")
@@ -122,15 +122,15 @@ def as_html(explanation: Explanation) -> str:
 
 
 def _headings(explanation: Explanation) -> list[str]:
-    """Return the rank, position and reward of each candidate, and why it was skipped when it was ranked."""
+    """Return the rank, position and reward of each candidate, and the reason if the ranking skipped it."""
     lines = []
     rows = zip(explanation.positions, explanation.rewards, explanation.skipped, strict=True)
     for rank, (position, reward, reason) in enumerate(rows, 1):
-        skipped = "" if reason is None else f"; skipped when it was ranked, and not scored here: {_visible(reason)}"
+        skipped = "" if reason is None else f"; skipped by the ranking and not scored here: {_visible(reason)}"
         lines.append(f"{rank}. candidate {position}, reward {number(reward, '.3f', missing='none')}{skipped}")
     return lines
 
 
 def _visible(text: str) -> str:
-    """Return a text without the line break at its end, and without control characters that would steer the terminal."""
+    """Return a text without line breaks at its end and without control characters, which could change the terminal."""
     return "".join(c if c.isprintable() else " " if c in "\n\t" else "\ufffd" for c in text.rstrip("\n"))

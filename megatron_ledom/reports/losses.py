@@ -1,4 +1,4 @@
-"""The report of the losses of a forward and of a reverse model on the same documents, as JSON, Markdown and HTML."""
+"""The report of `ledom compare-losses`: losses of a forward and a reverse model on the same documents, as JSON, Markdown and HTML."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,17 +23,17 @@ from megatron_ledom.tables import markdown_table
 
 TITLE = "Loss of a forward and of a reverse model on the same documents"
 MEANING = (
-    "Differences are forward minus reverse: below zero the reverse model finds the text harder. Intervals: 95 %, bootstrap over"
-    " documents. Positions are those of the text in reading order for both models. In its own order each model begins after eod (BOS for"
-    " a stock model whose tokenizer adds one), so that a forward model's first token is the first of the text and a reverse model's the"
-    " last; predicting from eod is not trained unless data.eod_mask_loss was off. Inner tokens are all but these two; they are what is"
-    " compared. Whole documents have them too. The eod that closes a document (forward: the text ends here; reverse: it begins here) is in"
-    " no sum and stands by itself."
+    "Differences are forward minus reverse: below zero, the reverse model has the higher loss. Intervals are 95 % bootstrap intervals over"
+    " documents. Positions are in text order for both models. In its own order, each model begins after eod (after BOS for a stock model"
+    " whose tokenizer adds one). So the first token that a forward model predicts is the first of the text, and for a reverse model it is"
+    " the last; predicting from eod is not trained unless data.eod_mask_loss was off. Inner tokens are all tokens except these two; the"
+    " comparison uses inner tokens. The losses of whole documents include the two. The eod that ends a document (forward: the text ends"
+    " here; reverse: it begins here) is in no sum and is listed separately."
 )
 POSITIONS = {
     "tenths": "part of the document",
-    "from_start": "place from the beginning",
-    "from_end": "place from the end",
+    "from_start": "position from the beginning",
+    "from_end": "position from the end",
 }
 Options = Mapping[str, Any]
 Rows = list[list[str]]
@@ -56,7 +56,7 @@ def compare_losses(options: Options) -> None:
 
 
 def write_report(folder: Path, summary: Summary, about: Mapping[str, Any]) -> None:
-    """Write `report.json`, `report.md` and `report.html`, each whole or not there; UsageError where matplotlib is not installed."""
+    """Write `report.json`, `report.md` and `report.html`, each atomically. Raises UsageError if matplotlib is not installed."""
     contents = {
         "report.html": as_html(summary, about),
         "report.md": as_markdown(summary, about),
@@ -67,19 +67,21 @@ def write_report(folder: Path, summary: Summary, about: Mapping[str, Any]) -> No
 
 
 def sentence(summary: Summary) -> str:
-    """Return the finding in words."""
+    """Return the main result as a sentence."""
     whole = summary["all"]
     gap = whole["reverse_above_forward"]
     side = "above" if (gap["difference"] or 0.0) >= 0 else "below"
     if gap["difference"] is None:
-        return "No document has a token besides its first and its last one: nothing can be compared but whole documents."
-    told = f"On {whole['compared']} the reverse model's loss is {abs(100 * gap['difference']):.2f} % {side} the forward model's"
+        return "No document has more than a first and a last token, so nothing can be compared except whole documents."
+    start = (
+        f"On {whole['compared']} the reverse model's loss is {abs(100 * gap['difference']):.2f} % {side} the forward model's"
+    )
     if gap["interval"] is None:
-        return f"{told}, on one document, which gives no interval."
+        return f"{start}, on one document, so there is no interval."
     low, high = gap["interval"]
-    holds = "; 0 lies within it" if low <= 0 <= high else ""
+    contains_zero = "; it contains 0" if low <= 0 <= high else ""
     return (
-        f"{told} (95 % interval {100 * low:+.2f} to {100 * high:+.2f} %{holds}), and higher on"
+        f"{start} (95 % interval {100 * low:+.2f} to {100 * high:+.2f} %{contains_zero}), and higher on"
         f" {100 * whole['reverse_worse_documents']:.1f} % of {whole['documents']:,} documents."
     )
 
@@ -92,7 +94,7 @@ def _cells(found: Mapping[str, Any], form: str = "+.4f", scale: float = 1.0) -> 
 
 
 def _domain_table(summary: Summary) -> Rows:
-    """All documents, then each domain: inner tokens where they are the same."""
+    """Return the table of all documents, then each domain; inner tokens only if both models have the same tokens."""
     rows = [["documents of", "number", "bytes"]]
     has_tokens = "per_inner_token" in summary["all"]
     rows[0] += ["inner tokens", "forward, nats a token", "reverse, nats a token", "difference", "95 %"] if has_tokens else []
@@ -110,7 +112,7 @@ def _domain_table(summary: Summary) -> Rows:
 
 
 def _whole_table(summary: Summary) -> Rows:
-    """The same for whole documents, by byte."""
+    """Return the same table for whole documents, in bits per byte."""
     rows = [
         [
             "whole documents of",
@@ -164,30 +166,30 @@ def _tables(summary: Summary) -> list[Rows]:
 
 
 def as_markdown(summary: Summary, about: Mapping[str, Any]) -> str:
-    """Return the finding, what the figures mean, and every table."""
+    """Return the main result, the meaning of the numbers, and every table."""
     parts = [f"# {TITLE}", sentence(summary), MEANING, "\n".join(f"- {name}: {value}" for name, value in about.items())]
     return "\n\n".join([*parts, *map(markdown_table, _tables(summary))]) + "\n"
 
 
 def as_html(summary: Summary, about: Mapping[str, Any]) -> str:
-    """Return the same with plots, in one page for light and dark."""
+    """Return the same with plots, as one page for light and dark themes."""
     body = [paragraph(sentence(summary), is_strong=True), paragraph(MEANING)]
     for name in POSITIONS:
         if name in summary:
             draw = partial(_draw_positions, name=name, rows=summary[name])
-            body.append(_figure(f"difference by {POSITIONS[name]}", draw))
+            body.append(_plot(f"difference by {POSITIONS[name]}", draw))
     if "domains" in summary:
-        body.append(_figure("difference by domain", partial(_draw_domains, domains=summary["domains"])))
+        body.append(_plot("difference by domain", partial(_draw_domains, domains=summary["domains"])))
     body += map(pages.table, _tables(summary))
     return pages.page(TITLE, [*body, bullets(f"{name}: {value}" for name, value in about.items())])
 
 
-def _figure(title: str, fill: Callable[..., None]) -> str:
+def _plot(title: str, fill: Callable[..., None]) -> str:
     return pages.figure(title, lambda theme: pages.draw_png(theme, (8.5, 3.6), partial(fill, theme=theme)))
 
 
 def _draw_positions(axes: Any, *, name: str, rows: Sequence[Summary], theme: str) -> None:
-    """Draw the difference with its interval; 0 as a line."""
+    """Draw the difference with its interval, and a line at 0."""
     places = list(range(len(rows)))
     values = [row["difference"] for row in rows]
     bounds = [row["interval"] or [row["difference"]] * 2 for row in rows]
@@ -200,7 +202,7 @@ def _draw_positions(axes: Any, *, name: str, rows: Sequence[Summary], theme: str
 
 
 def _draw_domains(axes: Any, *, domains: Mapping[str, Any], theme: str) -> None:
-    """Draw one bar a domain, of what is compared."""
+    """Draw one bar for each domain: the difference in % of the forward loss."""
     found = [domain["reverse_above_forward"] for domain in domains.values()]
     values = [100 * (one["difference"] or 0.0) for one in found]
     bounds = [[100 * bound for bound in one["interval"] or [one["difference"] or 0.0] * 2] for one in found]

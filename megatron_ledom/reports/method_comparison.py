@@ -1,4 +1,4 @@
-"""The report of a comparison of methods that choose answers: accuracies with intervals, and in words what is significant."""
+"""The report of a comparison of methods that choose answers: accuracies with intervals, and sentences on significant differences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,8 +37,11 @@ Seeds = Sequence[Sequence[Question]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportSettings:
-    """Settings of a comparison. reward: its weight is not used, because lambda is chosen on held-out questions. ranked_at: the
-    weight of each file as it was ranked, None where nothing tells it; said beside the chosen lambda."""
+    """Settings of a comparison.
+
+    reward: its weight is not used, because lambda is chosen on held-out questions. ranked_at: the weight at which each file was
+    ranked, None if it is not recorded; a note compares it with the chosen lambda.
+    """
 
     gold_key: str
     answers: str = "number"
@@ -52,9 +55,9 @@ class ReportSettings:
 def report_selection(
     runs: Sequence[str | Path], output: str | Path, settings: ReportSettings, *, beam: str | Path | None = None
 ) -> Report:
-    """Compare the methods over reranked files, one for each sampling seed; writes report.json, report.md and report.html.
+    """Compare the methods over reranked files, one for each sampling seed; write report.json, report.md and report.html.
 
-    The files must hold the same prompts in the same order; so must `beam`, the output of a beam search, if there is one.
+    All files, and `beam`, the output of a beam search, if passed, must have the same prompts in the same order.
     """
     answers = answers_by(settings.answers)
     check_distinct(runs)
@@ -75,7 +78,7 @@ def report_selection(
 def compare(seeds: Seeds, settings: ReportSettings, development: Seeds | None = None) -> Report:
     """Return accuracies, paired differences from Reverse Reward with intervals at equal N and at equal tokens, and the curves.
 
-    development: other questions for each seed, on which its lambda is chosen; without, lambda is cross-fitted.
+    development: other questions for each seed, on which its lambda is chosen; without them lambda is cross-fitted.
     """
     num = num_candidates(seeds)
     weights = _weights(seeds, num, settings, development)
@@ -104,52 +107,52 @@ def compare(seeds: Seeds, settings: ReportSettings, development: Seeds | None = 
 
 
 def _notes(seeds: Seeds, equal_tokens: list[Report]) -> list[str]:
-    """Return what a reader must know of these files in particular, to take the figures for what they are."""
+    """Return notes on properties of these files that affect the results."""
     every = [question for questions in seeds for question in questions]
     sizes = sorted({len(question.is_right) for question in every})
     notes = [] if len(sizes) == 1 else [_about_uneven(every, sizes)]
     without = sum(question.greedy is None for question in every)
     if 0 < without < len(every):
-        notes.append(f"Note: {without} of {len(every)} lines have no greedy answer, so greedy is left out of the comparison.")
+        notes.append(f"Note: {without} of {len(every)} lines have no greedy answer, so greedy is not compared.")
     total = sum(len(question.is_right) for question in every)
     num_skipped = sum(int(question.is_skipped.sum()) for question in every)
     if num_skipped:
         notes.append(
-            f"Note: {num_skipped} of {total} candidates were skipped and have no scores. No score chooses them; greedy answers, majority"
-            " vote, random of N and oracle do not depend on scores."
+            f"Note: {num_skipped} of {total} candidates were skipped and have no scores, so no method with scores chooses them. Greedy"
+            " answers, majority vote, random of N and oracle do not depend on scores."
         )
     unjudged = sum(int((np.isneginf(question.reverse) & ~question.is_skipped).sum()) for question in every)
     if unjudged:
         notes.append(
-            f"Note: {unjudged} of {total} candidates have no reverse score above -inf; by it they come last, in any order."
+            f"Note: {unjudged} of {total} candidates have no reverse score above -inf; the reverse score ranks them last, in any order."
         )
     by_words = sum(question.num_by_words for question in every)
     if by_words:
         notes.append(
-            f"Note: {by_words} of {total} candidates have no forward_tokens. Their words are counted in place of tokens: 'forward"
-            " likelihood, mean' divides by them, and they are the cost of writing at equal tokens."
+            f"Note: {by_words} of {total} candidates have no forward_tokens. Their words are counted instead of tokens: 'forward"
+            " likelihood, mean' divides by the number of words, and it is the cost of writing at equal tokens."
         )
     tokens = {row["method"]: row["tokens"] for row in equal_tokens}
     if tokens[MAIN] > tokens["majority vote"]:
         notes.append(
-            f"Note: not even one candidate can be written and judged for the tokens of the others: {MAIN} spends"
+            f"Note: the tokens of the other methods do not suffice to write and judge one candidate: {MAIN} spends"
             f" {tokens[MAIN]:.0f} tokens a question at equal tokens, the majority vote {tokens['majority vote']:.0f}."
         )
     return notes
 
 
 def weight_note(report: dict[str, Any], ranked_at: Sequence[float | None]) -> str:
-    """Return how often the files' own rankings are right, and at which lambdas the report's figure for Reverse Reward stands.
+    """Return a note with the accuracy at the weights of the files, and the accuracy at the lambda chosen on held-out questions.
 
-    ranked_at: the weight of each file, None where it is not recorded; at least one is.
+    ranked_at: the weight of each file, None if it is not recorded; at least one is recorded.
     """
     chosen = sorted({value for row in report["held_out"]["lambdas"] for value in row})
     held_out = f"{', '.join(f'{value:.2f}' for value in chosen)} ({100 * report['methods'][MAIN]['accuracy']:.1f} % right)"
     weights = sorted({weight for weight in ranked_at if weight is not None})
     own = ", ".join(_at(weight, report["over_lambda"]) for weight in weights)
     return (
-        f"Note: The files were ranked at weight {own}; {MAIN} in this report stands at the lambda chosen on held-out questions,"
-        f" {held_out}. To use that one, rank again with --weight."
+        f"Note: The files were ranked at weight {own}; {MAIN} in this report uses the lambda chosen on held-out questions,"
+        f" {held_out}. To use that lambda, rank again with --weight."
     )
 
 
@@ -162,46 +165,46 @@ def _at(weight: float, over_lambda: list[list[float]]) -> str:
 def _about_uneven(questions: Sequence[Question], sizes: list[int]) -> str:
     more = sum(len(question.is_right) > sizes[0] for question in questions)
     return (
-        f"Note: the questions have {sizes[0]} to {sizes[-1]} candidates. N is the smallest number, {sizes[0]}: of the {more} lines with more,"
-        f" every method is given {sizes[0]}, and its figure is the mean over all choices of them."
+        f"Note: the questions have {sizes[0]} to {sizes[-1]} candidates. N is the smallest number, {sizes[0]}. For the {more} lines with"
+        f" more, every method gets {sizes[0]} of them, and its accuracy is the mean over all choices."
     )
 
 
 def outcomes_of(
     method: str, seeds: Seeds, settings: ReportSettings, development: Seeds | None = None, num: int | None = None
 ) -> Values:
-    """Return how right one of METHODS is, [seeds, questions], with `num` candidates (None: all), for which lambda is chosen.
+    """Return the outcomes [seeds, questions], 0 to 1, of one of METHODS with `num` candidates (None: all).
 
-    DataError where some question does not know, UsageError where some has fewer candidates.
+    Raises DataError if a question lacks the data that the method needs, UsageError if a question has fewer candidates.
     """
     most = num_candidates(seeds)
     num = most if num is None else num
     if not 1 <= num <= most:
-        raise UsageError(f"{num} candidates were asked for; the questions have {most}: give from 1 to {most}")
+        raise UsageError(f"{num} candidates requested, but the questions have {most}; give 1 to {most}")
     outcomes = _outcomes(seeds, method, num, _weights(seeds, num, settings, development))
     if outcomes is None:
-        raise DataError(f"the files do not hold what {method!r} needs for every question; make them again with it")
+        raise DataError(f"the files lack the data that {method!r} needs for every question; create them again with it")
     return outcomes
 
 
 def num_candidates(seeds: Seeds) -> int:
-    """Return how many candidates every question has at least."""
+    """Return the smallest number of candidates of any question."""
     return min(len(question.is_right) for questions in seeds for question in questions)
 
 
 def candidate_tokens(seeds: Seeds) -> tuple[float, float]:
-    """Return what a candidate costs in the mean, in tokens: to write it, and to judge it by the reverse model."""
+    """Return the mean cost of a candidate in tokens: to write it, and to score it with the reverse model."""
     every = [question for questions in seeds for question in questions]
     return float(np.mean([q.sample_tokens for q in every])), float(np.mean([q.reverse_tokens for q in every]))
 
 
 def affordable_num(tokens: float, candidate: float, most: int) -> int:
-    """Return how many candidates of `candidate` tokens each `tokens` buy: at least 1, even if that costs more, and at most `most`."""
-    return max(1, min(most, int(tokens / candidate * (1 + 1e-12))))  # means of whole numbers may end a rounding short
+    """Return the number of candidates, of `candidate` tokens each, for `tokens`: at most `most`, and 1 even if it costs more."""
+    return max(1, min(most, int(tokens / candidate * (1 + 1e-12))))  # the factor corrects rounding of the means
 
 
 def _weights(seeds: Seeds, num: int, settings: ReportSettings, development: Seeds | None = None) -> Any:
-    """[seeds, questions] indices of GRID; without a development part each seed divides the questions anew."""
+    """Return the chosen lambdas as indices of GRID [seeds, questions]; without `development`, each seed has its own folds."""
     if development is not None:
         rows = zip(seeds, development, strict=True)
         return np.array([np.full(len(questions), best_weight(other, num)) for questions, other in rows])
@@ -209,7 +212,7 @@ def _weights(seeds: Seeds, num: int, settings: ReportSettings, development: Seed
 
 
 def _outcomes(seeds: Seeds, method: str, num: int, weights: Any) -> Values | None:
-    """[seeds, questions], or None where some question does not know."""
+    """Return the outcomes [seeds, questions]; None if a question lacks the data that the method needs."""
     rows = [
         [question.outcome(method, num, int(weight)) for question, weight in zip(questions, own, strict=True)]
         for questions, own in zip(seeds, weights, strict=True)
@@ -232,8 +235,8 @@ def _summary(outcomes: Values, settings: ReportSettings) -> Report:
 def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[Report]:
     """Compare Reverse Reward with each other method at one budget, question by question.
 
-    Significant: 0 lies outside an interval that is widened for the number of these comparisons (Bonferroni): all of them together
-    are wrong in about 5 of 100 cases, and in more where there are two seeds that differ much (`crossed_interval`).
+    A difference is significant if 0 is outside an interval that is widened for the number of comparisons (Bonferroni). So any of
+    them is wrong in about 5 of 100 cases; in more with two seeds that differ much (see `crossed_interval`).
     """
     others = [name for name in outcomes if name not in (MAIN, "oracle")]
     found = []
@@ -253,17 +256,17 @@ def _comparisons(outcomes: dict[str, Values], settings: ReportSettings) -> list[
 
 
 def interval_of(outcomes: Values, level: float, settings: ReportSettings) -> list[float]:
-    """Return the bootstrap interval of the mean of outcomes or differences [seeds, questions], over both; of one seed over questions alone."""
+    """Return the bootstrap interval of the mean of values [seeds, questions], over both; with one seed, over questions only."""
     return crossed_interval(outcomes, level=level, num_resamples=settings.num_resamples, seed=settings.seed)
 
 
 def _equal_tokens(
     seeds: Seeds, num: int, settings: ReportSettings, development: Seeds | None
 ) -> tuple[list[Report], dict[str, Values]]:
-    """Return rows of the accuracy if every method may use the tokens of sampling `num` candidates, and the outcomes behind them.
+    """Return the accuracy of each method, if each may use the tokens of sampling `num` candidates, and the outcomes.
 
-    Methods with a reverse pass get fewer candidates. A token counts the same whether it is written or read; where reading is
-    cheaper this is to the disadvantage of Reverse Reward.
+    Methods with a reverse pass get fewer candidates. A token that is read costs as much as one that is written; in practice
+    reading is cheaper, so this underestimates Reverse Reward.
     """
     sample, judge = candidate_tokens(seeds)
     fewer = affordable_num(num * sample, sample + judge, num)
@@ -291,12 +294,12 @@ def _over_n(seeds: Seeds, names: list[str], num: int, settings: ReportSettings, 
 
 
 def verdict(report: Report) -> str:
-    """Return in one line how often Reverse Reward is right, and which methods it is significantly above and below."""
+    """Return one line: the accuracy of Reverse Reward, and the methods that it is significantly above and below."""
     main = report["methods"][MAIN]["accuracy"]
-    spent = next(row for row in report["equal_tokens"] if row["method"] == MAIN)
+    at_equal_tokens = next(row for row in report["equal_tokens"] if row["method"] == MAIN)
     return (
         f"{MAIN} is right in {100 * main:.1f} % with {report['num_candidates']} candidate(s): {_sides(report['comparisons'])}."
-        f" At equal tokens, {100 * spent['accuracy']:.1f} % with {spent['num_candidates']}:"
+        f" At equal tokens, {100 * at_equal_tokens['accuracy']:.1f} % with {at_equal_tokens['num_candidates']}:"
         f" {_sides(report['comparisons_at_equal_tokens'])}."
     )
 
@@ -313,29 +316,29 @@ def sentences(report: Report) -> list[str]:
     """Return a sentence for each significant comparison and one for the others, at equal N and then at equal tokens."""
     candidates = {row["method"]: f" ({row['num_candidates']})" for row in report["equal_tokens"]}
     return [
-        *_told("At equal N", report["comparisons"], {}),
-        *_told("At equal tokens", report["comparisons_at_equal_tokens"], candidates),
+        *_budget_sentences("At equal N", report["comparisons"], {}),
+        *_budget_sentences("At equal tokens", report["comparisons_at_equal_tokens"], candidates),
     ]
 
 
-def _told(budget: str, rows: list[Report], candidates: dict[str, str]) -> list[str]:
-    """candidates: what to say behind a method's name of how many candidates it has."""
+def _budget_sentences(budget: str, rows: list[Report], candidates: dict[str, str]) -> list[str]:
+    """Return the sentences for one budget; candidates: for each method the number of candidates, as text to follow its name."""
     start = f"{budget}, {MAIN}{candidates.get(MAIN, '')} is"
-    told, others = [], []
+    significant, others = [], []
     for row in rows:
         found = (
             f"{row['against']}{candidates.get(row['against'], '')}: {100 * row['difference']:+.1f} points"
             f" (simultaneous interval {interval(row['simultaneous_interval'], '+.1f', 100)})"
         )
         if row["is_significant"]:
-            told.append(f"{start} significantly {'above' if row['difference'] > 0 else 'below'} {found}.")
+            significant.append(f"{start} significantly {'above' if row['difference'] > 0 else 'below'} {found}.")
         else:
             others.append(found)
-    return told + ([f"{start} not significantly different from {'; '.join(others)}."] if others else [])
+    return significant + ([f"{start} not significantly different from {'; '.join(others)}."] if others else [])
 
 
 def _tables(report: Report) -> list[tuple[str, list[list[str]]]]:
-    """Return the methods, and what the same tokens buy: a caption, and rows of texts."""
+    """Return two tables, each a caption and rows of texts: the methods at equal N, and at equal tokens."""
     rows = [["method", "how it chooses", "accuracy", "95 % interval", "each seed"]]
     for name, found in report["methods"].items():
         seeds = " ".join(f"{100 * value:.1f}" for value in found["by_seed"])
@@ -346,7 +349,10 @@ def _tables(report: Report) -> list[tuple[str, list[list[str]]]]:
         equal.append([row["method"], str(row["num_candidates"]), f"{row['tokens']:.0f}", f"{100 * row['accuracy']:.1f}"])
     return [
         (f"Right answers in % at equal N: every method has {report['num_candidates']} candidates", rows),
-        (f"Right answers in % at equal tokens: what the tokens of writing {report['num_candidates']} candidates buy", equal),
+        (
+            f"Right answers in % at equal tokens: each method uses the tokens of writing {report['num_candidates']} candidates",
+            equal,
+        ),
     ]
 
 
@@ -359,16 +365,16 @@ def _about(report: Report) -> str:
         f" answers compared by {report['answers']}. lambda is chosen on {where} (chosen, by seed: {lambdas})."
         f" Intervals: {_about_intervals(report['num_seeds'])}; simultaneous over the comparisons at equal N, and over those at equal"
         " tokens."
-        " With fewer candidates than there are, figures are means over all choices of so many (of votes, over at most"
-        f" {MOST_SUBSETS} drawn ones), because candidates may come in any order; ties share."
-        " In sentences on equal tokens the number of candidates stands in brackets."
+        " With fewer candidates than there are, accuracies are means over all choices of so many candidates (for votes, over at most"
+        f" {MOST_SUBSETS} random choices), because candidates may be in any order; tied answers share the credit."
+        " In sentences on equal tokens the number of candidates is in brackets."
     )
 
 
 def _about_intervals(num_seeds: int) -> str:
     if num_seeds == 1:
-        return "bootstrap over questions, paired (of one seed, so they say nothing about what another seed would give)"
-    few = ", and of so few they hold less of the spread between seeds than there is" if num_seeds < 5 else ""
+        return "bootstrap over questions, paired (with one seed, so they do not include the spread between seeds)"
+    few = "; with so few, the intervals underestimate the spread between seeds" if num_seeds < 5 else ""
     return f"bootstrap over seeds and questions, paired (each resample draws both{few})"
 
 
@@ -388,7 +394,7 @@ def _html(report: Report) -> str:
 
 
 def plots_of(report: Report) -> list[str]:
-    """Return the curves of accuracy over N and over lambda, for a page."""
+    """Return the plots of accuracy over N and over lambda, as HTML."""
     return [
         pages.figure("accuracy over N", partial(_draw_over_n, report)),
         pages.figure("accuracy over lambda", partial(_draw_over_lambda, report)),

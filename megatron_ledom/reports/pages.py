@@ -1,4 +1,4 @@
-"""Parts of every report: the HTML page that stands alone, cells, tables, and pictures for light and dark pages."""
+"""Parts of every report: an HTML page without external files, cells, tables, and plots for light and dark pages."""
 
 import base64
 import html
@@ -16,7 +16,7 @@ COLOURS = {
     "light": ["#c1440e", "#1f5fa8", "#1b7f5c", "#8a2be2", "#b8860b", "#5b6470", "#d1478c", "#111111", "#7a5230"],
     "dark": ["#ff8a5b", "#7db8ff", "#6fe0b4", "#c9a2ff", "#ffd166", "#b7c0cc", "#ff9ecb", "#f0f0f0", "#d8b48a"],
 }
-"""For curves that belong to no direction, distinct on either paper."""
+"""For curves that belong to no direction; distinct on both pages."""
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --paper: #ffffff; --line: #d5d5d5; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #161616; --line: #3a3a3a; } }
@@ -63,7 +63,7 @@ def interval(bounds: Sequence[float] | None, form: str, scale: float = 1.0, miss
 
 
 def table(rows: Sequence[Sequence[str]], caption: str = "") -> str:
-    """Return plain-text cells as an HTML table; the first row holds the headings. Words are aligned left, numbers right."""
+    """Return plain-text cells as an HTML table; the first row contains the headings. Words are aligned left, numbers right."""
     words = [any(map(_is_text, column)) for column in zip(*rows[1:], strict=False)]
     lines = [f"<caption>{html.escape(caption)}</caption>"] if caption else []
     for number, row in enumerate(rows):
@@ -80,9 +80,9 @@ def _is_text(cell: str) -> bool:
 
 
 def figure(name: str, draw: Callable[[str], bytes], png: Path | None = None) -> str:
-    """Draw a picture for each of THEMES, and return both inside one HTML figure.
+    """Draw a plot for each of THEMES, and return both as one HTML element.
 
-    draw: theme -> PNG. png: the file that the light picture is written to as well.
+    draw: theme -> PNG. png: a file to which the light plot is also written.
     """
     pictures = {theme: draw(theme) for theme in THEMES}
     if png is not None:
@@ -93,15 +93,15 @@ def figure(name: str, draw: Callable[[str], bytes], png: Path | None = None) -> 
 
 
 def check_plots() -> None:
-    """Raise UsageError where matplotlib is missing: call it before long work that ends in plots."""
+    """Raise UsageError if matplotlib is missing; call it before long work that ends in plots."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise UsageError("plots need matplotlib: pip install 'megatron-ledom[plots]'")
+        raise UsageError("plots need matplotlib; pip install 'megatron-ledom[plots]'")
 
 
 def draw_png(theme: str, size: tuple[float, float], fill: Callable[[Any], None], *, is_bare: bool = False) -> bytes:
-    """Return a figure of `size` inches as PNG, whose axes `fill` draws. Raises UsageError where matplotlib is not installed.
+    """Return a plot of `size` inches as PNG; `fill` draws its axes. Raises UsageError if matplotlib is not installed.
 
-    is_bare: without the grid and the legend that other figures have.
+    is_bare: omit the grid and the legend.
     """
     check_plots()
     import matplotlib as mpl

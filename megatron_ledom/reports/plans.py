@@ -1,4 +1,4 @@
-"""The report of a plan: read, plan or search, then text, and pictures of the stages' memory and of who computes what when."""
+"""The report of `ledom plan-run`: text, and plots of the memory of each stage and of the pipeline schedule."""
 
 import html
 from collections.abc import Callable, Sequence
@@ -21,13 +21,13 @@ from megatron_ledom.storage.files import write_file
 from megatron_ledom.storage.locks import output_folder_lock
 
 COLOURS = ("#1f5fa8", "#7db8ff", "#1b7f5c", "#c1440e", "#8a2be2", "#b8860b", "#5b6470", "#b7b7b7")
-"""Of the parts of memory, the allowance last; legible on both pages."""
+"""Of the parts of memory, the allowance last; legible on light and dark pages."""
 PASSES = {True: ("#1f5fa8", "#7db8ff"), False: ("#c1440e", "#ff8a5b")}
-"""Forward and backward passes; chunks alternate."""
+"""Colours of forward (True) and backward passes; the chunks of a stage alternate."""
 MOST_ROUNDS = 3
-"""Rounds of micro-batches that the timeline shows: warm-up, some of what repeats, and the end."""
+"""Rounds of micro-batches that the timeline shows: warm-up, part of the steady state, and the end."""
 NUMBERED = 200
-"""Passes up to which the timeline writes the micro-batch's number into each."""
+"""Largest number of passes with which the timeline shows the number of each micro-batch."""
 
 
 def plan_run(
@@ -39,15 +39,15 @@ def plan_run(
     output: str | None = None,
     overrides: Sequence[str] = (),
 ) -> tuple[str, Plan]:
-    """Return the plan of a run as text and as it is; write what was asked for.
+    """Return the plan of a run as text and as a `Plan`; write the requested files.
 
-    search: plan the best layout of `num_gpus` devices. output: folder of the pictures, the page and the layouts. Raises
-    ConfigError, which says what would do, when nothing works.
+    search: plan the best layout of `num_gpus` devices. output: folder for the plots, the page and the layouts. Raises
+    ConfigError, with suggestions, if no layout works.
     """
     machine, run = load_hardware(hardware), load.load_config(config, overrides)
     count = expected_world_size(run) if num_gpus is None else num_gpus
     if count < 1:
-        raise UsageError(f"--num-gpus {count}: give the number of devices, 1 or more")
+        raise UsageError(f"--num-gpus {count}: it must be at least 1")
     run = replace(run, parallel=replace(run.parallel, world_size=count, hardware=hardware))
     found, text = None, ""
     if search:
@@ -67,13 +67,13 @@ def plan_run(
 
 
 def write_page(plan: Plan, folder: Path, text: str) -> Path:
-    """Write memory.png, timeline.png and plan.html with `text`; return the page. Raises UsageError without matplotlib."""
-    figures = [
+    """Write memory.png, timeline.png and plan.html with `text`; return the path of the page. Raises UsageError without matplotlib."""
+    plots = [
         figure(name, partial(_draw, draw, plan), folder / f"{name}.png")
         for name, draw in (("memory", _draw_memory), ("timeline", _draw_timeline))
     ]
     title = f"{name_layout(plan.layout)} on {plan.layout.num_ranks:,} x {plan.hardware.name}"
-    write_file(folder / "plan.html", page(title, [*figures, f"<pre>{html.escape(text)}</pre>"]))
+    write_file(folder / "plan.html", page(title, [*plots, f"<pre>{html.escape(text)}</pre>"]))
     return folder / "plan.html"
 
 
@@ -100,7 +100,7 @@ def _draw_memory(axes: Any, plan: Plan, ink: str) -> None:
 
 
 def _draw_timeline(axes: Any, plan: Plan, ink: str) -> None:
-    """Draw every pass of every stage over time; what is empty is the bubble."""
+    """Draw every pass of every stage over time; the gaps are the pipeline bubble."""
     layout = plan.layout
     count = min(layout.num_microbatches, MOST_ROUNDS * layout.pipeline)
     events = simulate(plan.time.times, count)

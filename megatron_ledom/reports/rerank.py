@@ -1,4 +1,4 @@
-"""The command `report-rerank`: reranked files compared by method, or one choice explained step by step."""
+"""The command `ledom report-rerank`: compare methods over reranked files, or explain one choice step by step."""
 
 import json
 import os
@@ -20,10 +20,10 @@ Options = dict[str, Any]
 
 
 def report_rerank(options: Options) -> None:
-    """Compare the methods over reranked files, or explain one choice; write the page and print the finding."""
+    """Compare the methods over reranked files, or explain one choice; write the page and print the main result."""
     for path in [*options["files"], *([options["beam"]] if options["beam"] else [])]:
         if not os.path.isfile(path):
-            raise UsageError(f"{path} is no file; pass outputs of ledom rerank")
+            raise UsageError(f"{path} is no file; pass output files of ledom rerank")
     with output_folder_lock(options["output"]):
         if options["explain"] is None:
             _compare(options)
@@ -59,11 +59,13 @@ def _explain(options: Options) -> None:
         raise UsageError("--explain needs --reverse, the folder of the reverse model")
     records = read_reranked(options["files"][0])
     if not 1 <= options["explain"] <= len(records):
-        raise UsageError(f"{options['files'][0]} has lines 1 to {len(records)}, asked for was {options['explain']}")
+        raise UsageError(
+            f"--explain {options['explain']}: {options['files'][0]} has lines 1 to {len(records)}; give one of them"
+        )
     record = records[options["explain"] - 1]
     where = f"{options['files'][0]}:{options['explain']}"
     texts, rewards, skipped = ranked_candidates(record, where)
-    eod_id = options["reverse_eod_id"]  # a folder for which it is given records no direction either
+    eod_id = options["reverse_eod_id"]  # a folder that needs this option records no direction
     direction = None if eod_id is None else str(Direction.REVERSE)
     reverse = ReverseLM.from_pretrained(options["reverse"], direction=direction, eod_id=eod_id, option_names=RERANK_OPTIONS)
     engine = TransformersEngine(reverse)
@@ -79,31 +81,31 @@ def _explain(options: Options) -> None:
 
 
 def recorded_reward(files: list[str]) -> RewardSettings:
-    """Return the reward's settings that stand beside the files; the defaults where none are. UsageError where they differ."""
+    """Return the reward's settings from the `.spent.json` files; the defaults if there are none. UsageError if they differ."""
     found = []
     for path in files:
-        beside = usage_file(path)
-        if beside.is_file():
-            found.append(_reward_beside(beside))
+        record = usage_file(path)
+        if record.is_file():
+            found.append(_reward_in(record))
     for settings in found[1:]:
         if replace(settings, weight=0) != replace(found[0], weight=0):
-            raise UsageError(f"the files were made with different rewards ({settings} and {found[0]}); compare like with like")
+            raise UsageError(f"the files have different rewards ({settings} and {found[0]}); compare files with equal settings")
     return found[0] if found else RewardSettings()
 
 
-def _reward_beside(path: Path) -> RewardSettings:
-    """Return the reward's settings in the notes of a reranking; DataError where there are none."""
+def _reward_in(path: Path) -> RewardSettings:
+    """Return the reward's settings in the `.spent.json` file of a reranking. Raises DataError if there are none."""
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))["made_by"]["settings"]["reward"]
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(
-            f"{path}: has no made_by.settings.reward ({type(error).__name__}: {error}); rerank again, or remove it to take the defaults"
+            f"{path}: has no made_by.settings.reward ({type(error).__name__}: {error}); rerank again, or remove this file to use the defaults"
         ) from error
     if not isinstance(settings, dict):
         raise DataError(f"{path}: made_by.settings.reward is {settings!r:.60}, expected an object; rerank again")
     if "weight" not in settings:
         raise DataError(
-            f"{path}: made_by.settings.reward has no weight; rerank again, or remove {path.name} to take the defaults"
+            f"{path}: made_by.settings.reward has no weight; rerank again, or remove {path.name} to use the defaults"
         )
     try:
         return RewardSettings(**settings)
@@ -112,6 +114,6 @@ def _reward_beside(path: Path) -> RewardSettings:
 
 
 def recorded_weight(file: str) -> float | None:
-    """Return the weight at which a file was ranked, None where no notes beside it tell."""
-    beside = usage_file(file)
-    return _reward_beside(beside).weight if beside.is_file() else None
+    """Return the weight at which a file was ranked; None if no `.spent.json` file records it."""
+    record = usage_file(file)
+    return _reward_in(record).weight if record.is_file() else None

@@ -1,4 +1,4 @@
-"""The config and the records of runs as reports read them, and reverse and forward losses at the same tokens."""
+"""The config and the records of runs for reports, and the losses of twins at the same training tokens."""
 
 import math
 import os
@@ -13,9 +13,9 @@ from megatron_ledom.errors import UsageError
 from megatron_ledom.storage.records import METRICS, iteration_of, read_records
 
 MOST = 2**63
-"""Largest integer of a record: a float holds it."""
+"""Limit of an integer in a record; it still converts to a float."""
 MEASURED = ("lm_loss", "grad_norm", "lr", "tokens_per_second", "mfu")
-"""Numbers of a record that a report reads; null, or not there, where nothing finite was measured."""
+"""Metrics of a record that a report reads; null or missing if no finite value was measured."""
 Record = dict[str, Any]
 Series = tuple[list[float], list[float]]
 """Training tokens and the values there."""
@@ -26,7 +26,7 @@ class RunData:
     """The config and the records of one run."""
 
     name: str
-    """Its folder's name, with as many parents as tell it from the others."""
+    """The name of its folder, with as many parent folders as distinguish it from the other runs."""
     config: RunConfig
     records: list[Record]
 
@@ -36,13 +36,13 @@ class RunData:
         return str(self.config.data.direction)
 
     def points(self, key: str) -> Series:
-        """Training tokens and the values of a key, where there is a finite one."""
+        """Return the training tokens and the finite values of a key."""
         found = [(record["consumed_train_tokens"], record.get(key)) for record in self.records]
         usable = [(x, y) for x, y in found if y is not None and math.isfinite(y)]
         return [x for x, _ in usable], [y for _, y in usable]
 
     def validations(self) -> dict[str, Series]:
-        """Training tokens and loss of each validation set, where it is finite."""
+        """Return the training tokens and the finite losses of each validation set."""
         series: dict[str, Series] = {}
         for record in self.records:
             for name, found in record.get("validation", {}).items():
@@ -55,12 +55,12 @@ class RunData:
 
 
 def load_runs(folders: list[str]) -> list[RunData]:
-    """Read config.yaml and metrics.jsonl of each run. Raises UsageError for a folder that is no run, or has no records yet."""
+    """Read config.yaml and metrics.jsonl of each run. Raises UsageError for a folder that is no run or has no records yet."""
     runs = []
     for folder, name in zip(folders, _names(folders), strict=True):
         config_file, metrics = os.path.join(folder, "config.yaml"), os.path.join(folder, METRICS)
         if not os.path.exists(config_file):
-            raise UsageError(f"{folder} has no config.yaml; give folders of runs, their run_dir")
+            raise UsageError(f"{folder} has no config.yaml; give the run_dir of a run")
         records = read_records(metrics, checked_record)
         if not records:
             raise UsageError(f"{metrics} has no record yet; wait for logging.log_interval iterations")
@@ -69,7 +69,7 @@ def load_runs(folders: list[str]) -> list[RunData]:
 
 
 def checked_record(record: Record) -> Record:
-    """Return a record whose fields have the types that a report reads; raises KeyError, TypeError or ValueError as `iteration_of`."""
+    """Return the record after checking the types of its fields. Raises KeyError, TypeError or ValueError, like `iteration_of`."""
     iteration_of(record)
     _check_number(record["consumed_train_tokens"], "consumed_train_tokens")
     _check_number(record.get("skipped_iterations", 0), "skipped_iterations")
@@ -91,7 +91,7 @@ def checked_record(record: Record) -> Record:
 
 
 def _check_number(value: Any, name: str, *, may_be_nan: bool = False) -> None:
-    """Raise TypeError or ValueError for what is no number, or is greater than a float holds."""
+    """Raise TypeError or ValueError for a value that is no number or is too large."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"its {name} is {value!r:.60}, expected a number")
     if isinstance(value, int) and abs(value) > MOST:
@@ -106,22 +106,25 @@ def _names(folders: list[str]) -> list[str]:
         names = ["/".join(part[-depth:]) for part in parts]
         if len(set(names)) == len(names):
             return names
-    raise UsageError(f"the same run is named twice: {', '.join(folders)}; name each once")
+    raise UsageError(f"a run is named twice: {', '.join(folders)}; name each run once")
 
 
 def twins_of(runs: Sequence[RunData]) -> tuple[RunData, RunData] | None:
-    """Return the first reverse and the first forward run; None without both."""
+    """Return the first reverse and the first forward run; None if one is missing."""
     first = {run.direction: run for run in reversed(runs)}
     return (first["reverse"], first["forward"]) if {"reverse", "forward"} <= set(first) else None
 
 
 def training_pairs(reverse: RunData, forward: RunData) -> dict[float, tuple[float, float]]:
-    """Return training tokens: reverse and forward loss, where both have a finite record."""
+    """Return the reverse and the forward loss for each number of training tokens at which both are finite."""
     return _at_same_tokens(reverse.points("lm_loss"), forward.points("lm_loss"))
 
 
 def validation_pairs(reverse: RunData, forward: RunData) -> dict[str, dict[float, tuple[float, float]]]:
-    """Return, for each validation set that both have, training tokens: both losses; of two single sets with other names, for those."""
+    """Return both losses at each number of training tokens, for each validation set that both runs have.
+
+    Two single sets with different names are paired too.
+    """
     ours, theirs = reverse.validations(), forward.validations()
     names = {name: (name, name) for name in ours if name in theirs}
     if not names and len(ours) == len(theirs) == 1:

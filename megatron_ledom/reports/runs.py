@@ -1,4 +1,4 @@
-"""The report of one or several runs: curves, final figures, reverse beside forward, and measured beside planned."""
+"""The report of one or several runs: curves, final metrics, reverse compared with forward, and measured with planned values."""
 
 import math
 import os
@@ -23,31 +23,31 @@ from megatron_ledom.storage.records import LAUNCHES
 from megatron_ledom.training.history import read_launches
 
 LAST = 10
-"""Records whose mean is the loss at the end."""
+"""Number of records whose mean is the final loss."""
 FEWEST = 20
-"""Training records at the same tokens from which on their difference has an interval."""
+"""Smallest number of training records at the same tokens for which an interval of the difference is computed."""
 BLOCKS = 10
-"""Parts of the last records whose means are taken to be independent, unlike the records themselves."""
+"""Number of blocks of the last records; their means are treated as independent, unlike neighbouring records."""
 LAST_VALIDATIONS = 5
 FEWEST_VALIDATIONS = 3
 NO_BASE = (
-    "The forward run has a loss of 0, of which no loss is a percentage; the twins' losses are not compared. See its records."
+    "The forward run has a loss of 0, so no percentage of it exists; the twins' losses are not compared. Check its records."
 )
 
 
 def report_runs(folders: list[str], output: str, smooth: int, plan: str | None = None) -> None:
-    """Write loss.png, of twins loss_difference.png, grad_norm.png, tokens_per_second.png, lr.png and report.html; print the table.
+    """Write report.html and its plots as PNG files into the folder `output`; print the table.
 
-    output: the folder. plan: hardware whose plan the runs are compared with; empty for each run's own parallel.hardware.
+    plan: the hardware for a plan that the runs are compared with; empty for each run's own parallel.hardware.
     """
     runs = load_runs(folders)
     with output_folder_lock(output):
-        figures = [
+        plots = [
             figure(name, partial(draw, name, runs, smooth=smooth), Path(output, f"{name}.png")) for name in plot_names(runs)
         ]
         rows = [summary(run) if plan is None else summary(run) | planned_rows(run, plan or None) for run in runs]
         cells = [[name, *(row[name] for row in rows)] for name in rows[0]]
-        body = [paragraph(twin_sentence(runs), is_strong=True), table(cells), *figures]
+        body = [paragraph(twin_sentence(runs), is_strong=True), table(cells), *plots]
         write_file(Path(output, "report.html"), page(", ".join(run.name for run in runs), body))
     for name, *values in cells:
         print(f"{name:<34}" + "".join(f"  {value:>24}" for value in values))
@@ -56,7 +56,7 @@ def report_runs(folders: list[str], output: str, smooth: int, plan: str | None =
 
 
 def summary(run: RunData) -> dict[str, str]:
-    """Return the final figures of a run, by what they are."""
+    """Return the final metrics of a run, each with its name."""
     last = run.records[-1]
     validated = [record["validation"] for record in run.records if record.get("validation")]
     rows = {
@@ -82,7 +82,7 @@ def final_loss(run: RunData) -> float | None:
 
 
 def _mean_of_sets(values: list[float | None]) -> float | None:
-    """Return the mean; None where a set has no finite value, or there are no sets."""
+    """Return the mean; None if a set has no finite value or there are no sets."""
     finite = [value for value in values if value is not None and math.isfinite(value)]
     return statistics.mean(finite) if finite and len(finite) == len(values) else None
 
@@ -93,10 +93,10 @@ def _median(run: RunData, key: str) -> float | None:
 
 
 def twin_sentence(runs: Sequence[RunData]) -> str:
-    """Return how far the first reverse run ends from the first forward run, by validation where both have it; empty without both.
+    """Return a sentence on the final loss difference of the first reverse and the first forward run; empty if one is missing.
 
-    A side is named only where the difference is sure: with the same sign in every one of the last validations of every set, or,
-    without validation, with 0 outside an interval of the training losses.
+    It uses the validation losses, or the training losses without a common validation. It calls one run lower only if the sign is the
+    same in all of the last validations of every set or, for training losses, if 0 is outside their interval.
     """
     twins = twins_of(runs)
     if twins is None:
@@ -134,12 +134,12 @@ def _by_validation(sets: dict[str, dict[float, tuple[float, float]]]) -> str:
 
 
 def _by_training(reverse: RunData, forward: RunData) -> str:
-    """Compare the second half of the records at the same tokens, in blocks: neighbouring records are alike."""
+    """Compare the second half of the records at the same tokens in blocks, because neighbouring records are correlated."""
     pairs = [*training_pairs(reverse, forward).values()]
     if len(pairs) < FEWEST:
         return (
-            f"The twins have no common validation and {len(pairs)} training records at the same tokens; from {FEWEST} on their difference"
-            " has an interval. Neither is called lower."
+            f"The twins have no common validation and {len(pairs)} training records at the same tokens; an interval of their difference"
+            f" needs {FEWEST}. Neither is called lower."
         )
     size = len(pairs) // 2 // BLOCKS
     last = pairs[-size * BLOCKS :]
@@ -149,22 +149,22 @@ def _by_training(reverse: RunData, forward: RunData) -> str:
         return NO_BASE
     middle = statistics.mean(blocks) / base
     low, high = (bound / base for bound in t_interval(blocks))
-    told = f"{middle:+.2f} %, 95 % interval {low:+.2f} to {high:+.2f} %"
+    difference = f"{middle:+.2f} %, 95 % interval {low:+.2f} to {high:+.2f} %"
     start = f"No common validation. Over the last {len(last)} training records at the same tokens the reverse run is"
     if low <= 0 <= high:
-        return f"{start} not surely different from the forward run ({told}), so neither is called lower."
-    return f"{start} {'above' if middle > 0 else 'below'} the forward run ({told}; training loss, one run of each)."
+        return f"{start} not significantly different from the forward run ({difference}), so neither is called lower."
+    return f"{start} {'above' if middle > 0 else 'below'} the forward run ({difference}; training loss, one run of each)."
 
 
 def planned_rows(run: RunData, hardware: str | None) -> dict[str, str]:
-    """Return planned and measured seconds, tokens a second and MFU of a run, by what they are.
+    """Return planned and measured seconds per iteration and MFU of a run, each with its name.
 
-    hardware: a name or a file; None means the run's own parallel.hardware. Seconds an iteration follow from the median of
-    tokens_per_second. Raises UsageError without hardware, or without that.
+    hardware: a name or a file; None means the run's own parallel.hardware. The measured seconds follow from the median of
+    tokens_per_second. Raises UsageError without hardware or without that median.
     """
     name = hardware or run.config.parallel.hardware
     if name is None:
-        raise UsageError(f"{run.name} names no parallel.hardware; give one, for example --plan a100-80")
+        raise UsageError(f"{run.name} sets no parallel.hardware; name the hardware, for example --plan a100-80")
     machine = load_hardware(name)
     config = replace(run.config, model=known_model(run.config, stored_manifests(run.config)))
     plan = make_plan(config, ranks_of(run), machine)
@@ -187,7 +187,7 @@ def planned_rows(run: RunData, hardware: str | None) -> dict[str, str]:
 
 
 def ranks_of(run: RunData) -> int:
-    """Return the ranks of the last launch; of a run without a record of it, those the config names."""
+    """Return the number of ranks of the last launch, or that of the config if no launch is recorded."""
     launches = read_launches(run.config.run_dir)
     if not launches:
         return expected_world_size(run.config)

@@ -1,1 +1,1 @@
-"""Files and folders that several processes, kills and full disks meet: locks of outputs, whole files, JSON without NaN."""
+"""Safe outputs: whole files and folders after a kill or a full disk, locks against a second writer, JSON without NaN."""

@@ -1,7 +1,7 @@
 """Whole files: written under another name, forced to disk, then renamed. JSON is written with NaN and Infinity refused.
 
-Only this package renames, forces to disk and locks. After a kill or a power failure a file is as it was before or as it was to
-become: its content is on disk before it gets its name, and the folder's list of names before the caller goes on.
+Only this package renames, forces to disk and locks. After a kill or a power failure a file is either old or new, never mixed:
+its content is on disk before it gets its name, and the name is on disk before the caller continues.
 """
 
 import contextlib
@@ -20,20 +20,22 @@ PART_SUFFIX = ".part"
 
 
 def real_path(path: str | Path) -> str:
-    """Return the file behind `path`: its `.part` must lie beside that file, or the rename would replace the link.
+    """Return the target of `path` if it is a link, so that a rename replaces the target and not the link.
 
-    The target of a link that is not there yet is to be made. Raise UsageError for a link into a missing folder, or in a circle,
-    and for what is neither file nor folder, such as /dev/null, which a rename would replace as well.
+    The target may be a new file. Raise UsageError for a link into a missing folder, for a circle of links, and for a path that
+    is neither file nor folder, such as /dev/null, which a rename would replace as well.
     """
     real = os.path.realpath(path)
     is_link = os.path.islink(path)
     if os.path.islink(real) or (is_link and not os.path.isdir(os.path.dirname(real))):
         raise UsageError(
-            f"{path} is a link to {os.readlink(path)}, where no file can be made (no folder is there, or the links form a circle);"
+            f"{path} is a link to {os.readlink(path)}, where no file can be made (the folder is missing, or the links form a circle);"
             " make that folder, or remove the link"
         )
     if os.path.exists(real) and not os.path.isfile(real) and not os.path.isdir(real):
-        raise UsageError(f"{path} is no regular file; name a file, which is written under another name and renamed")
+        raise UsageError(
+            f"{path} is not a regular file; name a file, because the output is written under another name and then renamed"
+        )
     return real
 
 
@@ -42,7 +44,7 @@ def sync(path: str | Path) -> None:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except PermissionError:
-        if os.path.isdir(path):  # one may write into it and not list it: the file system orders the names by itself
+        if os.path.isdir(path):  # writable but not listable: the file system must order the names itself
             return
         raise
     try:
@@ -61,7 +63,7 @@ def sync_stream(stream: BinaryIO) -> None:
 
 
 def close_synced(stream: BinaryIO) -> None:
-    """Close an open file whose content is on disk then."""
+    """Force an open file to the disk and close it."""
     sync_stream(stream)
     stream.close()
 
@@ -73,18 +75,18 @@ def publish(source: str | Path, target: str | Path) -> None:
 
 
 def withdraw(path: str | Path) -> None:
-    """Remove a file if it is there, and force that to the disk: what it vouches for may change from then on."""
+    """Remove a file if it exists, and force the removal to the disk. Afterwards the files that it describes may change."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
-    sync(os.path.dirname(os.path.abspath(path)))  # also when it is gone: a process that was killed may have removed it
+    sync(os.path.dirname(os.path.abspath(path)))  # also if it was missing: a killed process may have removed it
 
 
 @contextmanager
 def new_file(path: str | Path, *, is_shared: bool = False) -> Iterator[BinaryIO]:
-    """Give an open file to write to, which is `path`, whole and on disk, after the context; an error leaves `path` as it was.
+    """Yield an open file that becomes `path`, whole and on disk, after the context. An error leaves `path` unchanged.
 
-    A link is followed. is_shared: other processes may write the same file now: each has a temporary name of its own, and those that
-    killed processes of this host left are removed. Raise OSError, and UsageError of `real_path`.
+    A link is followed. is_shared: other processes may write the same file at the same time, so each uses a temporary name of its
+    own; files that killed processes of this host left are removed. Raise OSError, and UsageError as `real_path`.
     """
     real = real_path(path)
     part = f"{real}{PART_SUFFIX}"
@@ -97,33 +99,33 @@ def new_file(path: str | Path, *, is_shared: bool = False) -> Iterator[BinaryIO]
             sync_stream(stream)
         publish(part, real)
     except BaseException:
-        with contextlib.suppress(OSError):  # its bytes may be those that the disk lacks
+        with contextlib.suppress(OSError):  # free its bytes: the disk may be full
             os.unlink(part)
         raise
 
 
 def _remove_abandoned(file: Path) -> None:
-    """Delete what killed processes of this host have left of a shared file."""
+    """Delete the temporary files of a shared file that killed processes of this host left."""
     for part in file.parent.glob(f"{file.name}.{socket.gethostname()}.*{PART_SUFFIX}"):
         if not os.path.exists(f"/proc/{part.name.split('.')[-2]}"):
             part.unlink(missing_ok=True)
 
 
 def write_whole(path: str | Path, data: bytes, *, is_shared: bool = False) -> None:
-    """Write a small file so that it is there whole or not at all, see `new_file`."""
+    """Write a small file, whole or not at all; see `new_file`."""
     with new_file(path, is_shared=is_shared) as stream:
         stream.write(data)
 
 
 def write_synced(path: str | Path, data: bytes) -> None:
-    """Write a small file under its own name and force it to the disk: one that `publish` renames later, alone or with its folder."""
+    """Write a small file under its own name and force it to the disk; `publish` renames it or its folder later."""
     with open(path, "wb") as stream:
         stream.write(data)
         sync_stream(stream)
 
 
 def write_file(path: str | Path, content: str | bytes) -> None:
-    """Write a small file so that it is there whole or not at all, see `write_whole`. Raise LedomError with its path."""
+    """Write a small file, whole or not at all; see `write_whole`. Raise LedomError with its path."""
     try:
         write_whole(path, content.encode() if isinstance(content, str) else content)
     except OSError as error:
@@ -131,18 +133,18 @@ def write_file(path: str | Path, content: str | bytes) -> None:
 
 
 def json_text(value: Any, *, where: str | Path, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    """Return `value` as JSON. Raise DataError, with the key, for a NaN or Infinity: these are no JSON and no result.
+    """Return `value` as JSON. Raise DataError with the key of a NaN or Infinity, which JSON does not have.
 
-    where: the file or line that the value is for, for the message.
+    where: the file or line that will contain the value, for the message.
     """
     try:
         return json.dumps(value, indent=indent, ensure_ascii=ensure_ascii, allow_nan=False)
     except ValueError as error:
         key = _key_not_finite(value, "")
-        if key is None:  # something else than a number
+        if key is None:  # not caused by a number
             raise
         raise DataError(
-            f"{where}: {key} is not a finite number, so it is no result and is not written; look for the step that computed it"
+            f"{where}: {key} is not a finite number, so nothing is written; look for the step that computed it"
         ) from error
 
 
@@ -152,7 +154,7 @@ def write_json(path: str | Path, value: Any, *, indent: int | None = 1, ensure_a
 
 
 def _key_not_finite(value: Any, key: str) -> str | None:
-    """Return where in `value` the first NaN or Infinity stands, such as `scores[2].reward`; None if there is none."""
+    """Return the key of the first NaN or Infinity in `value`, such as `scores[2].reward`, or None."""
     if isinstance(value, float):
         return (key or "the value") if value != value or value in (float("inf"), float("-inf")) else None
     if isinstance(value, dict):
@@ -161,4 +163,4 @@ def _key_not_finite(value: Any, key: str) -> str | None:
         found = (_key_not_finite(inner, f"{key}[{index}]") for index, inner in enumerate(value))
     else:
         return None
-    return next((place for place in found if place is not None), None)
+    return next((key for key in found if key is not None), None)

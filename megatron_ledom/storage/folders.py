@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all: written under a temporary name beside it, forced to disk, renamed last."""
+"""Folders that appear whole or not at all: written under a temporary name, forced to disk, then renamed."""
 
 import contextlib
 import logging
@@ -21,13 +21,13 @@ OLD = ".old"
 def new_folder(
     path: str, key: str | None = None, may_replace: Callable[[], None] | None = None, *, option: str = "--save"
 ) -> Iterator[str]:
-    """Inside, an empty folder to write into; afterwards it is `path`, on disk. Whatever is raised inside leaves nothing behind.
+    """Yield an empty folder to write into, which becomes `path`, on disk, after the context. An error leaves nothing.
 
-    key: path in the folder of the file without which nothing loads it; to be written as `key` + PART_SUFFIX, since it gets its name
-    in the moment before the folder gets its own. A killed process leaves `path`.part, which does not load, and which the next one
-    clears. A link is followed, and stays. `may_replace`: called when `path` exists already, to raise if it must not be replaced;
-    without it, an existing one is refused. option: the user's name for the path.
-    Raises UsageError for a target that cannot be used, or that another process is writing now, DataError when the disk is full.
+    key: path in the folder of the file that every reader needs. Write it as `key` + PART_SUFFIX: it gets its name just before
+    the folder does, so `path`.part, which a killed process leaves, does not load. The next process removes `path`.part.
+    may_replace: called if `path` exists already; it raises if `path` must not be replaced. Without it, an existing `path` is
+    an error. option: the user's name for the path. A link is followed, and stays.
+    Raises UsageError if the target cannot be used or another process is writing it, DataError if the disk is full.
     """
     path = _followed(path, option)
     _check_name(path, option)
@@ -36,24 +36,24 @@ def new_folder(
     part, made = path + PART_SUFFIX, _make_parents(path, option)
     try:
         with output_file_lock(path, option):
-            _take_back(path)
-            _check_target(path, may_replace, option)  # another process may just have finished it
+            _restore_old(path)
+            _check_target(path, may_replace, option)  # another process may have finished it in the meantime
             with _empty_folder(part, option):
                 yield part
                 sync_tree(part)
-                _put_in_place(part, path, key)
+                _replace(part, path, key)
     except BaseException:
         for folder in made:
-            with contextlib.suppress(OSError):  # somebody else wrote into it
+            with contextlib.suppress(OSError):  # another process wrote into it
                 folder.rmdir()
         raise
 
 
 @contextmanager
 def _empty_folder(part: str, option: str) -> Iterator[None]:
-    """Inside, an empty folder, which an error removes; where that is of a full disk it becomes a DataError."""
+    """Make an empty folder for the context; an error removes it. A full disk raises DataError."""
     try:
-        shutil.rmtree(part, ignore_errors=True)  # what a killed process left
+        shutil.rmtree(part, ignore_errors=True)  # a killed process may have left it
         os.makedirs(part)
     except OSError as error:
         raise _cannot_make(part, option, error) from error
@@ -63,14 +63,14 @@ def _empty_folder(part: str, option: str) -> Iterator[None]:
         shutil.rmtree(part, ignore_errors=True)
         if isinstance(error, OSError) and error.errno in FULL:
             raise DataError(
-                f"{error.filename or part} cannot be written: {error.strerror}; nothing of it is left: make room, then run the"
+                f"{error.filename or part} cannot be written: {error.strerror}; the unfinished output was removed: make room, then run the"
                 " command again"
             ) from error
         raise
 
 
 def sync_tree(folder: str) -> None:
-    """Force everything below a folder to the disk, its lists of names too."""
+    """Force all files and folders below a folder to the disk."""
     for path, _, files in os.walk(folder):
         for name in files:
             sync(os.path.join(path, name))
@@ -78,31 +78,31 @@ def sync_tree(folder: str) -> None:
 
 
 def _followed(path: str, option: str) -> str:
-    """Return the folder behind a link, which stays a link. Raises UsageError for a link that leads nowhere."""
+    """Return the target of a link, or the path itself. Raises UsageError for a link to a missing folder."""
     link = path.rstrip("/")
     if not os.path.islink(link):
         return path
     folder = os.path.realpath(link)
-    if not os.path.exists(folder) and not os.path.exists(folder + OLD):  # a killed process leaves the old one there
+    if not os.path.exists(folder) and not os.path.exists(folder + OLD):  # a killed process may have left only the old folder
         raise UsageError(
-            f"{option} {path} is a link to {os.readlink(link)}, which is not there; remove the link, or name that folder"
+            f"{option} {path} is a link to {os.readlink(link)}, which does not exist; remove the link, or name the folder itself"
         )
     return folder
 
 
 def _check_name(path: str, option: str) -> None:
-    """Refuse a folder that cannot be renamed, and beside which nothing can be made."""
+    """Raise UsageError for a folder that cannot be renamed."""
     if os.path.basename(path.rstrip("/")) in ("", ".", "..") or os.path.ismount(path):
         raise UsageError(
-            f"{option} {path} is no folder that can be replaced by a new one (the working folder, one above it, or where a disk is"
-            " mounted); name a folder in it, or call it by its own name from another folder"
+            f"{option} {path} cannot be replaced by a new folder (it is the working folder, a folder above it, or a mount point);"
+            " name a folder inside it, or give its full path from another folder"
         )
 
 
-def _take_back(path: str) -> None:
-    """Put an old folder back which a process had moved aside when it was killed."""
+def _restore_old(path: str) -> None:
+    """Restore an old folder that a killed process had moved aside."""
     if os.path.exists(path + OLD) and not os.path.lexists(path):
-        log.warning("a process was killed while it replaced %s: the old one is put back first", path)
+        log.warning("a process was killed while it replaced %s: the old folder is restored first", path)
         publish(path + OLD, path)
 
 
@@ -115,7 +115,7 @@ def _check_target(path: str, may_replace: Callable[[], None] | None, option: str
 
 
 def _make_parents(path: str, option: str) -> list[Path]:
-    """Make the folders above a path; returns those that were not there, the innermost first. Raises UsageError."""
+    """Make the folders above a path. Returns the new ones, the innermost first. Raises UsageError."""
     made = [folder for folder in Path(path).parents if not folder.exists()]
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -128,8 +128,8 @@ def _cannot_make(path: str, option: str, error: OSError) -> UsageError:
     return UsageError(f"{option} {path} cannot be made ({error.strerror}); name a folder you may write to")
 
 
-def _put_in_place(new: str, path: str, key: str | None) -> None:
-    """Put `new`, complete with its key, where `path` is; the old content is moved aside first and removed last."""
+def _replace(new: str, path: str, key: str | None) -> None:
+    """Rename `new`, with its key, to `path`; the old folder is moved aside first and removed last."""
     old = path + OLD
     shutil.rmtree(old, ignore_errors=True)
     if key is not None:

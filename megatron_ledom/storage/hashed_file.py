@@ -1,6 +1,6 @@
-"""Large files written at the disk's speed: what is written of a file is hashed and goes to disk while the rest is made.
+"""Large files at the speed of the disk: threads hash and sync the first part of a file while the rest is computed.
 
-hashlib, reads, writes and fsync all let other threads run, so threads are enough.
+Threads are enough, because hashlib, reads, writes and fsync let other threads run.
 """
 
 import hashlib
@@ -11,15 +11,15 @@ from typing import Any, TypeVar
 
 Thing = TypeVar("Thing")
 SMALL_BYTES = 1 << 20
-"""Less is hashed at once: a thread would cost more."""
+"""Fewer bytes are hashed in the calling thread: another one would cost more."""
 MOST_AT_ONCE = 1 << 26
 """The system takes at most 2 GiB in one call."""
 SYNCED_BYTES = 1 << 28
-"""So much more is sent to disk at once. The system by itself lets gigabytes gather first, while the disk has nothing to do."""
+"""After this many bytes the file is synced. Linux by itself would collect gigabytes while the disk is idle."""
 
 
 class HashedFile:
-    """A new file, written from its start to its end. `close` returns at once; `sums` waits until all of it is on disk."""
+    """A new file, written from start to end. `close` returns at once; `sums` waits until the file is on disk."""
 
     def __init__(self, path: str, threads: ThreadPoolExecutor) -> None:
         self._file = open(path, "wb", buffering=0)  # noqa: SIM115 (closed by a thread)
@@ -29,7 +29,7 @@ class HashedFile:
         self._synced: Future[None] | None = None
 
     def write(self, content: Any) -> int:
-        """Append bytes, or anything that shows its bytes; returns how many. Raises OSError."""
+        """Append bytes, or an object with the buffer protocol. Returns the number of bytes. Raises OSError."""
         content = memoryview(content).cast("B")
         if len(content) < SMALL_BYTES:
             self._digest.update(content)
@@ -39,7 +39,7 @@ class HashedFile:
         try:
             self._append(content)
         finally:
-            hashed.result()  # the content is the caller's again
+            hashed.result()  # afterwards the caller may change the content
         return len(content)
 
     def _append(self, content: memoryview) -> None:
@@ -56,28 +56,28 @@ class HashedFile:
         return self._size
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing: writes are not buffered."""
 
     def close(self) -> None:
-        """No more comes; the disk may take its time."""
+        """End the file; a thread syncs and closes it."""
         if self._synced is None:
             self._synced = self._threads.submit(self._sync)
 
     def _sync(self) -> None:
         with self._file:
             for sending in self._sending:
-                sending.result()  # the system reports an error once only
+                sending.result()  # the system reports an error only once
             os.fsync(self._file.fileno())
 
     def sums(self) -> dict[str, Any]:
-        """Size and sha256 of the closed file, which is on disk then. Raises OSError."""
+        """Wait until the closed file is on disk, and return its size and sha256. Raises OSError."""
         assert self._synced is not None
         self._synced.result()
         return {"bytes": self._size, "sha256": self._digest.hexdigest()}
 
 
 def read_ahead(things: Iterator[Thing], threads: ThreadPoolExecutor) -> Iterator[Thing]:
-    """The same things; each is made while the one before it is used."""
+    """Yield the same things; a thread computes the next one while the caller uses the current one."""
     end: Any = object()
     coming = threads.submit(next, things, end)
     while (thing := coming.result()) is not end:

@@ -1,7 +1,7 @@
-"""Hashes of files: size and SHA-256 of every file of a checkpoint are kept in its manifest, and checked before its content is believed.
+"""Hashes of files. A checkpoint's manifest contains size and SHA-256 of every file, which are checked before the content is used.
 
-sha256 because the standard library has it, shards use it, and processors have instructions for it: it is computed by the
-process that writes, while training goes on, and checked by all ranks together, each its share of the files.
+SHA-256 is in the standard library, shards use it, and processors have instructions for it. The writing process computes it while
+training continues; on loading, each rank checks a part of the files.
 """
 
 import hashlib
@@ -12,7 +12,7 @@ from typing import Any
 from megatron_ledom.errors import DataError
 
 FileSums = dict[str, dict[str, Any]]
-"""Name in the checkpoint's folder -> {"bytes": size, "sha256": hex digits}."""
+"""File name in the checkpoint's folder -> {"bytes": size, "sha256": hex digits}."""
 
 
 def sha256_of(path: str | Path) -> str:
@@ -22,45 +22,45 @@ def sha256_of(path: str | Path) -> str:
 
 
 def checksum(path: str) -> dict[str, Any]:
-    """Size in bytes and sha256 of one file."""
+    """Return the size in bytes and the sha256 of a file."""
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256")
         return {"bytes": file.tell(), "sha256": digest.hexdigest()}
 
 
 def size_problems(folder: str, files: FileSums) -> list[str]:
-    """A sentence for each file that is missing or of another size; reads nothing."""
-    faults = []
+    """Return a sentence for each file that is missing or has another size; reads no content."""
+    problems = []
     for name, expected in files.items():
         path = os.path.join(folder, name)
         try:
             found = os.stat(path).st_size
         except OSError as error:
-            faults.append(f"{path} is missing ({error.strerror})")
+            problems.append(f"{path} is missing ({error.strerror})")
             continue
         if found != expected["bytes"]:
-            faults.append(f"{path} has {found:,} bytes, the manifest says {expected['bytes']:,}")
-    return faults
+            problems.append(f"{path} has {found:,} bytes, but {expected['bytes']:,} in the manifest")
+    return problems
 
 
-def content_problems(folder: str, files: FileSums, share: int = 0, num_shares: int = 1) -> list[str]:
-    """A sentence for each file whose sha256 is not the manifest's; reads every `num_shares`-th file, from `share` on."""
-    faults = []
-    for name in sorted(files)[share::num_shares]:
+def content_problems(folder: str, files: FileSums, part: int = 0, num_parts: int = 1) -> list[str]:
+    """Return a sentence for each file whose sha256 differs from the manifest's. Reads part `part` of `num_parts` of the files."""
+    problems = []
+    for name in sorted(files)[part::num_parts]:
         path = os.path.join(folder, name)
         try:
             found = sha256_of(path)
         except OSError as error:
-            faults.append(f"{path} cannot be read ({error.strerror})")
+            problems.append(f"{path} cannot be read ({error.strerror})")
             continue
         if found != files[name]["sha256"]:
-            faults.append(f"{path} has sha256 {found}, the manifest says {files[name]['sha256']}")
-    return faults
+            problems.append(f"{path} has sha256 {found}, but {files[name]['sha256']} in the manifest")
+    return problems
 
 
-def refuse_damaged(checkpoint: str, faults: list[str]) -> None:
-    """Raise DataError with all faults, if there are any."""
-    if faults:
+def refuse_damaged(checkpoint: str, problems: list[str]) -> None:
+    """Raise DataError with all problems, if there are any."""
+    if problems:
         raise DataError(
-            f"{checkpoint} is damaged: {'; '.join(faults)}; use an earlier one: let the file `latest` beside it name that one"
+            f"{checkpoint} is damaged: {'; '.join(problems)}; use an earlier checkpoint: write its name into the file `latest` in the same folder"
         )

@@ -1,4 +1,4 @@
-"""Files of lines that grow at their ends: a line is in them whole or not at all, and a kill costs the last one at most."""
+"""Files that grow line by line. A line is written whole or not at all; a kill loses at most the last one."""
 
 import contextlib
 import os
@@ -11,10 +11,10 @@ BLOCK_BYTES = 4096
 
 
 class LineFile:
-    """A file of lines that grows, kept open. What a kill left of a last line is cut off first: a new one would join it."""
+    """An open file that grows line by line. An incomplete last line, left by a kill, is removed first."""
 
     def __init__(self, path: str | Path) -> None:
-        """Make the file if it is not there; reads its end only. Raise OSError."""
+        """Open the file, or make it; only its end is read. Raise OSError."""
         self._path = path
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed in close()
         try:
@@ -26,7 +26,7 @@ class LineFile:
         self._is_new = end == 0
 
     def append(self, lines: bytes) -> None:
-        """Add whole lines. Raise OSError, and then nothing of them stays."""
+        """Add whole lines. Raise OSError, after which none of them is in the file."""
         left, descriptor = memoryview(lines), self._file.fileno()
         before = os.fstat(descriptor).st_size
         try:
@@ -50,29 +50,29 @@ class LineFile:
 
 
 def append_lines(path: str | Path, lines: bytes) -> None:
-    """Add whole lines; they are on disk when this returns. Raise OSError, and then nothing of them stays."""
+    """Add whole lines and force them to the disk. Raise OSError, after which none of them is in the file."""
     with contextlib.closing(LineFile(path)) as file:
         file.append(lines)
         file.sync()
 
 
 def whole_lines(path: str | Path) -> list[bytes]:
-    """Return the lines of a file, each with its end; not what a kill left of a last one. None without a file."""
+    """Return the whole lines of a file, each with its line end; an empty list without a file."""
     if not os.path.isfile(path):
         return []
     return [line for line in Path(path).read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
 
 
 def cut_lines(path: str | Path, num_bytes: int) -> None:
-    """Cut a file to its first `num_bytes`; make an empty one where it is not there. Raise OSError."""
+    """Cut a file to its first `num_bytes`; make an empty one if it is missing. Raise OSError."""
     with open(path, "ab") as file:
         file.truncate(num_bytes)
 
 
 def _end_of_lines(file: BinaryIO) -> int:
-    """Return the bytes up to the end of the last whole line."""
+    """Return the number of bytes up to the end of the last whole line."""
     end = file.seek(0, os.SEEK_END)
-    block = 1  # nearly always a line's end
+    block = 1  # the last byte is nearly always a line end
     while end > 0:
         start = max(0, end - block)
         file.seek(start)

@@ -1,11 +1,11 @@
 """Locks of outputs: two processes never write the same one.
 
-A lock is one of the kernel on a small file beside a file, or inside a folder. It is gone with its holder, however that ends. The
-file says who holds it, for those that are refused or wait; one that a killed process left behind holds nothing. On a file system
-without locks a warning is logged and the work goes on.
+A lock is a kernel lock on a small file next to an output file, or inside an output folder. It ends with its process, however that
+ends. The file names the process for others that wait or stop; a file that a killed process left locks nothing. On a file system
+without locks a warning is logged and the work continues.
 
-Libraries of locks do less: filelock 4 closes the lock in forked workers, which may outlive the process that they write for, has no
-shared key, leaves its files behind, and where there are no locks makes some that a kill leaves for ever.
+Libraries do less: filelock 4 closes the lock in forked workers, which may outlive their parent; it has no shared locks and leaves
+its files; on a file system without locks it uses files that stay for ever after a kill.
 """
 
 import contextlib
@@ -27,15 +27,15 @@ from megatron_ledom.errors import NO_LOCKS, UsageError, cannot_write
 log = logging.getLogger(__name__)
 
 LOCK_SUFFIX = ".lock"
-"""FILE.lock beside an output file or a shard prefix; FOLDER/.lock inside an output folder."""
+"""FILE.lock for an output file or a shard prefix; FOLDER/.lock for an output folder."""
 POLL_SECONDS = 0.1
 REPORT_SECONDS = 15.0
 
 
 class Lock:
-    """The lock of a file, whose folder must exist. Nothing here waits.
+    """The lock of a file, whose folder must exist. No method waits.
 
-    is_inherited: forked workers hold it too (flock), until the last of them has ended; else this process alone does (POSIX).
+    is_inherited: forked workers hold the lock too (flock), until the last one ends; otherwise only this process does (POSIX).
     """
 
     def __init__(self, path: str, *, is_inherited: bool = True) -> None:
@@ -44,9 +44,9 @@ class Lock:
         self._file: BinaryIO
 
     def take(self, *, is_shared: bool = False) -> bool:
-        """Return True if the lock is ours now, or there are no locks here. Raise OSError where its file cannot be made.
+        """Return True if this process has the lock, or the file system has no locks. Raise OSError if its file cannot be made.
 
-        is_shared: beside others that share it, which is no more than a look.
+        is_shared: take a shared lock, which several processes can hold at once.
         """
         while True:
             file = open(self.path, "r+b", buffering=0, opener=_open_or_make)  # noqa: SIM115  closed in release()
@@ -62,33 +62,33 @@ class Lock:
             self._file = file
             if self._is_current():
                 return True
-            file.close()  # its holder removed it between our opening and locking; try the new one
+            file.close()  # its holder removed it before we locked it; try the new file
 
     def note(self, text: str) -> None:
-        """Write into the file who holds the lock, or how far that one is. Call while it is held. Raise OSError."""
+        """Write the holder of the lock, or its progress, into the file. Call while holding the lock. Raise OSError."""
         os.ftruncate(self.fileno(), 0)
         os.pwrite(self.fileno(), f"{text}\n".encode(), 0)
 
     def holder(self) -> str:
-        """Return the note of the process that holds the lock, which is another one."""
+        """Return the note of the other process that holds the lock."""
         try:
             return Path(self.path).read_text(encoding="utf-8", errors="replace").strip() or "another process"
         except OSError:
             return "another process"
 
     def fileno(self) -> int:
-        """Return the descriptor that a process started by this one keeps open to hold the lock as well."""
+        """Return the file descriptor; a child process that keeps it open holds the lock as well."""
         return self._file.fileno()
 
     def release(self, *, keep_file: bool = False) -> None:
-        """Give the lock up, and remove its file before: nobody can hold a file that has no name."""
+        """Remove the file, unless `keep_file` is set, and then release the lock."""
         if not keep_file and self._is_current():
             with contextlib.suppress(OSError):
                 os.unlink(self.path)
         self._file.close()
 
     def _is_current(self) -> bool:
-        """Return True if the open file still has its name."""
+        """Return True if the path still names the open file."""
         try:
             return os.path.samestat(os.fstat(self.fileno()), os.stat(self.path))
         except OSError:
@@ -101,12 +101,16 @@ def _open_or_make(path: str, flags: int) -> int:
 
 @functools.cache
 def _warn_of_no_locks(folder: str, reason: str) -> None:
-    """Log once that a folder has no locks."""
-    log.warning("%s is on a file system without locks (%s): a second process that writes there is not noticed", folder, reason)
+    """Log once per folder that it has no locks."""
+    log.warning(
+        "%s is on a file system without locks (%s): do not start a second process that writes there; it would not be noticed",
+        folder,
+        reason,
+    )
 
 
 def this_process() -> str:
-    """Return who this is, for the process that finds the output in use: process, host, SLURM job if there is one, since when."""
+    """Return a description of this process for a lock file: process, host, SLURM job if there is one, start of the lock."""
     job = os.environ.get("SLURM_JOB_ID")
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return f"process {os.getpid()} on {socket.gethostname()}{f', SLURM job {job}' if job else ''}, since {now}"
@@ -114,9 +118,10 @@ def this_process() -> str:
 
 @contextmanager
 def hold(lock: Lock, what: str, advice: str, *, patience_seconds: float = 0.0, keep_file: bool = False) -> Iterator[None]:
-    """Hold a lock until the context ends. Raise UsageError when another process has it for `patience_seconds`, with `advice`.
+    """Hold a lock until the context ends.
 
-    what: the output, as the user named it. Raise UsageError too where the lock's file cannot be made.
+    what: the output, as the user named it. Raise UsageError with `advice` if another process keeps the lock for
+    `patience_seconds`, and UsageError if the lock's file cannot be made.
     """
     _wait_for(lock, what, advice, patience_seconds)
     try:
@@ -130,35 +135,37 @@ def hold(lock: Lock, what: str, advice: str, *, patience_seconds: float = 0.0, k
 
 
 def _wait_for(lock: Lock, what: str, advice: str, patience_seconds: float) -> None:
-    begun = told = time.monotonic()
+    begun = reported = time.monotonic()
     while True:
         try:
             if lock.take():
                 return
         except OSError as error:
             raise UsageError(
-                f"{what} cannot be written ({error.strerror}: {lock.path}); name a place that you may write to"
+                f"{what} cannot be written ({error.strerror}: {lock.path}); name a path that you may write to"
             ) from error
         holder, now = lock.holder(), time.monotonic()
         if now - begun >= patience_seconds:
             raise UsageError(f"{what} is being written by {holder}; {advice}")
-        if told == begun or now - told > REPORT_SECONDS:
-            told = now
-            log.warning("%s is being written by %s; waiting up to %.0f s for its end", what, holder, patience_seconds)
+        if reported == begun or now - reported > REPORT_SECONDS:
+            reported = now
+            log.warning(
+                "%s is being written by %s; waiting up to %.0f s for that process to end", what, holder, patience_seconds
+            )
         time.sleep(POLL_SECONDS)
 
 
 def output_file_lock(path: str | Path, option: str = "--output") -> AbstractContextManager[None]:
-    """Hold the output file, or shard prefix, `path` until the context ends. Raise UsageError when another process holds it.
+    """Lock the output file, or shard prefix, `path` until the context ends. Raise UsageError if another process has the lock.
 
-    The folder of `path` must exist. Two names of one file, such as a link and its target, share the lock.
+    The folder of `path` must exist. A link and its target have the same lock.
     """
     return _output_lock(os.path.realpath(path) + LOCK_SUFFIX, path, option)
 
 
 @contextmanager
 def output_folder_lock(folder: str | Path, option: str = "--output") -> Iterator[None]:
-    """Make the output folder and hold it until the context ends. Raise UsageError when another process holds it."""
+    """Make the output folder and lock it until the context ends. Raise UsageError if another process has the lock."""
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:

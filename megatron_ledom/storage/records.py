@@ -1,4 +1,4 @@
-"""The files of JSON lines in a run folder: a line is in them whole or not at all, and a damaged one is named."""
+"""JSON Lines files in a run folder. A line is written whole or not at all; an error names a damaged line."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ from megatron_ledom.storage.lines import append_lines
 
 METRICS, STEPS, BAD_STEPS, LAUNCHES = "metrics.jsonl", "steps.jsonl", "bad_steps.jsonl", "launches.jsonl"
 SAVES = "saves.jsonl"
-"""A line for each checkpoint that was saved."""
+"""One line for each saved checkpoint."""
 Record = dict[str, Any]
 Result = TypeVar("Result")
 
@@ -22,19 +22,19 @@ log = logging.getLogger(__name__)
 
 
 def read_records(path: str, convert: Callable[[Record], Result] | None = None) -> list[Any]:
-    """Return the records of a file, oldest first, each as `convert` makes it; none if there is no file.
+    """Return the records of a file, oldest first, each converted by `convert`; an empty list without a file.
 
-    A last line without its end is what a kill left, and is passed over. Raises DataError with file and line of any other damage,
-    and where a folder has the file's name.
+    An incomplete last line, left by a kill, is skipped. Raises DataError with file and line for any other damage, and DataError if
+    the path is a folder.
     """
     try:
         return [record if convert is None else _parsed(path, number, record, convert) for number, record, _ in _lines(path)]
     except IsADirectoryError as error:
-        raise DataError(f"{path} is a folder, not a file of records; move it away, and start again") from error
+        raise DataError(f"{path} is a folder, but must be a file of records; move it away, and start again") from error
 
 
 def iteration_of(record: Record) -> int:
-    """The iteration of a record. Raises KeyError or TypeError where it has none."""
+    """Return the iteration of a record. Raises KeyError or TypeError if it has none."""
     iteration = record["iteration"]
     if type(iteration) is not int:
         raise TypeError(f"its iteration is {iteration!r}")
@@ -42,22 +42,22 @@ def iteration_of(record: Record) -> int:
 
 
 def has_iteration(record: Record) -> Record:
-    """Return the record; raises as `iteration_of`."""
+    """Return the record unchanged. Raises the errors of `iteration_of`."""
     iteration_of(record)
     return record
 
 
 def drop_after(path: str, iteration: int) -> None:
-    """Drop the lines of iterations that a kill or a return undid, and a torn last line: each iteration stands once.
+    """Remove the lines after `iteration` and an incomplete last line, so that no iteration appears twice after a resume.
 
-    Before iteration 0 nothing is dropped: what an earlier start left is kept under another name. Raises OSError, with the file
-    as it was, when the rest cannot be written.
+    For iteration 0 the records of an earlier start are kept under another name instead. Raises OSError, and leaves the file
+    unchanged, if the remaining lines cannot be written.
     """
     lines = [(_parsed(path, number, record, iteration_of), line) for number, record, line in _lines(path)]
     if lines and iteration == 0:
         kept_as = _free_name(path)
         publish(path, kept_as)
-        log.warning("an earlier start of this run saved no checkpoint; its records are kept as %s", kept_as)
+        log.warning("an earlier start of this run saved no checkpoint; its records were renamed to %s", kept_as)
         return
     kept = b"".join(line for number, line in lines if number <= iteration)
     if not os.path.exists(path) or len(kept) == os.path.getsize(path):
@@ -66,20 +66,20 @@ def drop_after(path: str, iteration: int) -> None:
 
 
 def append_record(path: str, record: Record) -> None:
-    """Add a line; it is on disk when this returns. What a kill left of a last line goes: a record would be lost by joining it.
+    """Add a line and force it to the disk. An incomplete last line, left by a kill, is removed first.
 
-    Reads the end of the file only. Raises OSError, and then nothing of the line stays.
+    Only the end of the file is read. Raises OSError, after which nothing of the line is in the file.
     """
     append_lines(path, as_line(record))
 
 
 def plain(value: float) -> float | str:
-    """A number for JSON, which has no NaN and no infinity: those become the texts that `float` reads."""
+    """Return a number for JSON. NaN and infinity, which JSON lacks, become texts that `float` reads."""
     return value if math.isfinite(value) else str(value)
 
 
 def as_line(record: Record) -> bytes:
-    """Return a record as a line of its file, with null in place of NaN and infinity, which JSON lacks."""
+    """Return a record as a line of its file. NaN and infinity, which JSON lacks, become null."""
     return json.dumps(_numbers_only(record), allow_nan=False).encode() + b"\n"
 
 
@@ -94,7 +94,7 @@ def _numbers_only(value: Any) -> Any:
 
 
 def _lines(path: str) -> Iterator[tuple[int, Record, bytes]]:
-    """Number, record and text of each whole line."""
+    """Yield number, record and text of each whole line."""
     try:
         file = open(path, "rb")  # noqa: SIM115  closed below
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def _lines(path: str) -> Iterator[tuple[int, Record, bytes]]:
 def _as_record(line: bytes) -> Record:
     record = json.loads(line)
     if not isinstance(record, dict):
-        raise TypeError("it is no object")
+        raise TypeError("it is not an object")
     return record
 
 
@@ -118,8 +118,8 @@ def _parsed(path: str, number: int, value: Any, convert: Callable[[Any], Result]
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         reason = f"{error} is missing" if isinstance(error, KeyError) else error
         raise DataError(
-            f"{path}:{number}: this line is damaged ({reason}); delete it, sed -i {number}d {shlex.quote(path)}, and start again:"
-            " that record alone is lost"
+            f"{path}:{number}: this line is damaged ({reason}); delete it with `sed -i {number}d {shlex.quote(path)}` and start again:"
+            " only that record is lost"
         ) from error
 
 

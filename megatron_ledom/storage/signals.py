@@ -1,4 +1,4 @@
-"""A batch system's stop signal leaves a command as Ctrl-C does: through its context managers, which clean up."""
+"""Makes SIGTERM of a batch system end a command as Ctrl-C does, so that context managers clean up."""
 
 import contextlib
 import signal
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM raises KeyboardInterrupt inside the block."""
+    """Raise KeyboardInterrupt on SIGTERM inside the context."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

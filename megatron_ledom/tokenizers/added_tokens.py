@@ -29,8 +29,7 @@ Token = dict[str, Any]
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return tokenizer_config.json with the keys that stock transformers reads from special_tokens_map.json; {} without
-    both."""
+    """Return tokenizer_config.json with the keys that stock transformers reads from special_tokens_map.json, or {}."""
     config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
     if DECODER not in config and (folder / SPECIALS_MAP).is_file():
         named = read_object(folder / SPECIALS_MAP)
@@ -174,8 +173,7 @@ def _check_extra(config: dict[str, Any], folder: Path) -> None:
 
 
 def _token(content: str, flags: dict[str, Any], *, special: bool) -> Token:
-    """Return an entry with the defaults of the tokenizers library: a token that is not special is found in the normalised
-    text."""
+    """Return an entry with the defaults of the tokenizers library: only special tokens are found before normalising."""
     special = special or bool(flags.get("special", False))
     default = {"normalized": not special, "special": special}
     return {"content": content, **{name: bool({**default, **flags, "special": special}.get(name, False)) for name in FLAGS}}

@@ -229,8 +229,10 @@ class CachedEncoder:
         return ids, offsets
 
     def statistics(self) -> dict[str, int]:
-        """Return counts since the start (units, misses: units not in the cache, steps of merging, clears of the cache) and the
-        current units in the cache, with cache_bytes, the most memory that it can take.
+        """Return counts since the start, and the state of the cache.
+
+        units: all encoded; misses: units not in the cache; steps: of merging; clears: of the cache; cached: units in the cache
+        now; cache_bytes: the most memory that the cache can take.
         """
         found: dict[str, int] = self._encoder.statistics()
         return found
@@ -283,8 +285,7 @@ def why_not_cached(model: bytes) -> str | None:
 
 
 def _confusable(proto: Any) -> str | None:
-    """Return the reason if merging can produce the spelling of a reserved piece: the library gives it the reserved id, we do
-    not."""
+    """Return the reason if merging can produce the spelling of a reserved piece: only the library gives it the reserved id."""
     normal = {piece.piece for piece in proto.pieces if piece.type == proto.SentencePiece.NORMAL}
     for piece in proto.pieces:
         if piece.type != proto.SentencePiece.NORMAL and (len(piece.piece) < 2 or piece.piece in normal):

@@ -47,8 +47,7 @@ class TokenizerFiles:
     config: dict[str, Any]
     """tokenizer_config.json with the additions of special_tokens_map.json. If it names no bos or eos, those of a .model."""
     inside: list[dict[str, Any]]
-    """Added tokens whose ids are in the vocabulary itself, as in a tokenizer.json. Stock transformers cuts them out of a
-    text."""
+    """Added tokens, as in a tokenizer.json, with ids of the vocabulary. Stock transformers cuts them out of a text."""
     model: bytes | None
     """The SentencePiece form; None if added tokens that are not special change the ids."""
     is_converted: bool

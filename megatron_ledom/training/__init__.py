@@ -1,4 +1,4 @@
-"""Training: the loop, its recovery and its state. docs/python_api.md says how to add a callback to it."""
+"""Training: the loop, its recovery and its state. docs/python_api.md describes how to add a callback."""
 
 from typing import TYPE_CHECKING
 

@@ -1,9 +1,9 @@
-"""Callbacks: what a run does beside training. The training loop calls each of them at a few named moments.
+"""Callbacks: everything that a run does apart from training. The training loop calls each callback at named moments.
 
 The moments of one iteration, in order: `on_step_start`; the step, with `on_batch_wait` and `on_batch` for each micro-batch;
-`on_step_end`; the save if one is due; then, where any callback wants a record of the iteration, `on_measure` of all callbacks and
-`on_record` of all callbacks. A step that sends the run back to a checkpoint has `on_rollback` instead of `on_step_end` and a record.
-docs/python_api.md says how to add a callback; `megatron_ledom/callbacks` has those of this project.
+`on_step_end`; the save if one is due; then, if any callback wants a record of the iteration, `on_measure` of all callbacks and
+`on_record` of all callbacks. After a step that returns the run to a checkpoint there is `on_rollback` instead of `on_step_end`
+and the record. docs/python_api.md describes how to add a callback; `megatron_ledom/callbacks` has those of this project.
 """
 
 import math
@@ -34,78 +34,78 @@ class TrainingRun:
     state: "TrainState"
     history: "RunHistory"
     pause: Callable[[str], AbstractContextManager[None]]
-    """`with run.pause("validating"):` around what takes long and is no training: its time is left out of the throughput."""
+    """`with run.pause("validating"):` around long work that is not training; the throughput excludes its time."""
 
     def is_last_iteration(self) -> bool:
-        """Return whether the iteration just done ends the run."""
+        """Return True if the iteration just done ends the run."""
         return self.state.iteration == self.state.config.train.train_iters
 
     def is_skipped_iteration(self) -> bool:
-        """Return whether the iteration just done was skipped without being computed."""
+        """Return True if the iteration just done was skipped without being computed."""
         return self.state.iteration in self.history.skip_iterations
 
 
 class Callback:
-    """A duty beside training. Each method is one moment and does nothing here: override those you need.
+    """Base class of callbacks. Each method is one moment and does nothing here: override those you need.
 
-    Every rank calls the same moments in the same order, so a callback may use collectives, but for `on_batch_wait` and `on_batch`.
-    An error of a callback ends the run.
+    Every rank calls the same moments in the same order, so callbacks may use collectives, except in `on_batch_wait` and
+    `on_batch`. An error of a callback ends the run.
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Refuse a method that is named like a moment and is none, or takes other arguments: it would not be called."""
+        """Refuse a method with a name like a moment's that is not one, or with other arguments: it would never be called."""
         super().__init_subclass__(**options)
         moments = [name for name in vars(Callback) if not name.startswith("_")]
         for name in vars(cls):
             if name.startswith(("on_", "want")) and name not in moments:
                 near = get_close_matches(name, moments, 1)
                 raise TypeError(
-                    f"{cls.__name__}.{name} is no moment of training, so it would never be called; "
+                    f"{cls.__name__}.{name} is not a moment of training, so it would never be called; "
                     + (f"did you mean {near[0]}?" if near else f"the moments are {', '.join(moments)}")
                 )
             if name in moments:
                 _check_arguments(f"{cls.__name__}.{name}", getattr(cls, name), getattr(Callback, name))
 
     def on_train_start(self, run: TrainingRun) -> None:
-        """Training begins; `run.state.iteration` iterations are done."""
+        """Training begins; `run.state.iteration` iterations are already done."""
 
     def on_step_start(self, run: TrainingRun) -> None:
-        """Iteration `run.state.iteration` + 1 begins. It may be undone: then there is no `on_step_end`, but `on_rollback`."""
+        """Iteration `run.state.iteration` + 1 begins. If it is rolled back, `on_rollback` follows instead of `on_step_end`."""
 
     def on_batch_wait(self, run: TrainingRun) -> None:
-        """The step begins to wait for its next micro-batch. Ranks come here at different times: no collectives."""
+        """The step begins to wait for its next micro-batch. Do not use collectives: ranks get here at different times."""
 
     def on_batch(self, run: TrainingRun, seconds: float) -> None:
-        """The micro-batch is there, after a wait of `seconds`. No collectives."""
+        """The micro-batch has arrived after a wait of `seconds`. Do not use collectives."""
 
     def on_step_end(self, run: TrainingRun, result: "StepResult | None") -> None:
-        """Iteration `run.state.iteration` is done; no result where it was skipped without being computed."""
+        """Iteration `run.state.iteration` is done; `result` is None if it was skipped without being computed."""
 
     def on_pause_start(self, run: TrainingRun, activity: str) -> None:
-        """Something begins that is no step and may take long, such as a save."""
+        """Work other than a step begins that may take long, such as a save."""
 
     def on_pause_end(self, run: TrainingRun, seconds: float) -> None:
-        """Training goes on after `seconds` of something else."""
+        """Training continues after `seconds` of other work."""
 
     def wants_record(self, run: TrainingRun) -> bool:
-        """Return whether this callback asks for a record of the iteration just done; the same on every rank."""
+        """Return True if this callback needs a record of the iteration just done; the same on every rank."""
         return False
 
     def on_measure(self, run: TrainingRun, record: Record) -> None:
-        """Add to the record of the iteration just done, where any callback wants one: numbers, or dicts of numbers by name."""
+        """Add numbers, or dicts of numbers by name, to the record of the iteration just done, if any callback wants one."""
 
     def on_record(self, run: TrainingRun, record: Record) -> None:
         """The record is complete: write or show it."""
 
     def on_rollback(self, run: TrainingRun) -> None:
-        """The run has returned to an earlier checkpoint; what was done after it will be done again."""
+        """The run has returned to an earlier checkpoint; the iterations after it will be done again."""
 
     def on_train_end(self, run: TrainingRun) -> None:
-        """Training is over, everything is saved: close what is open. Not called when an error ends the run."""
+        """Training is over and everything is saved: close open files. Not called if an error ends the run."""
 
 
 def _check_arguments(name: str, method: Callable[..., Any], moment: Callable[..., Any]) -> None:
-    """Raise TypeError where `method` cannot be called with the arguments of `moment`."""
+    """Raise TypeError if `method` cannot be called with the arguments of `moment`."""
     expected = signature(moment)
     try:
         signature(method).bind(*expected.parameters)
@@ -126,7 +126,7 @@ class CallbackList:
         *arguments: Arguments.args,
         **named: Arguments.kwargs,
     ) -> list[Result]:
-        """Call one moment, such as `Callback.on_step_start`, of every callback; returns what each returns."""
+        """Call one moment, such as `Callback.on_step_start`, of every callback; returns their results."""
         results = []
         for callback in self.callbacks:
             try:
@@ -138,14 +138,14 @@ class CallbackList:
 
     @contextmanager
     def pause(self, activity: str) -> Iterator[None]:
-        """Call the moments around an activity that is no training."""
+        """Call the moments before and after an activity that is not training."""
         self.call(Callback.on_pause_start, activity)
         start = time.perf_counter()
         yield
         self.call(Callback.on_pause_end, time.perf_counter() - start)
 
     def observe(self, batches: "list[Iterator[Batch]]") -> "list[Iterator[Batch]]":
-        """Return the same micro-batches, an iterator for each model chunk, with the moments around each wait."""
+        """Return the same micro-batches, one iterator per model chunk, with the moments before and after each wait."""
         return [self._observed(iterator) for iterator in batches]
 
     def _observed(self, batches: "Iterator[Batch]") -> "Iterator[Batch]":
@@ -160,7 +160,7 @@ class CallbackList:
             yield batch
 
     def record(self, result: "StepResult | None") -> None:
-        """Make, complete and hand out the record of the iteration just done, if any callback wants one."""
+        """Make the record of the iteration just done and pass it to the callbacks, if any of them wants one."""
         if any(self.call(Callback.wants_record)):
             record = _position(self.run.state, result)
             self.call(Callback.on_measure, record)
@@ -168,9 +168,9 @@ class CallbackList:
 
 
 def _position(state: "TrainState", result: "StepResult | None") -> Record:
-    """Return the first keys of a record: the iteration, its loss and gradient norm where they are finite, and the position.
+    """Return the first keys of a record: iteration, loss, gradient norm, learning rate and position.
 
-    A skipped iteration has neither loss nor gradient norm.
+    Loss and gradient norm are None if they are not finite or the iteration was skipped.
     """
     return {
         "iteration": state.iteration,

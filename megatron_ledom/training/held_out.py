@@ -1,4 +1,4 @@
-"""The content of held-out sets and tasks, kept in the run folder, so that a curve over restarts is of one set."""
+"""Record the content of held-out sets and tasks in the run folder, so that a curve over restarts is over the same data."""
 
 import json
 import logging
@@ -17,14 +17,14 @@ log = logging.getLogger(__name__)
 FILE = "held_out.json"
 
 TaskHashes = dict[str, dict[str, str]]
-"""The sha256 of each file of a task, by task and file."""
+"""sha256 of each file of a task, by task and file."""
 
 
 def check_held_out(config: RunConfig, sources: "Sources", tasks: TaskHashes, *, is_new: bool) -> None:
-    """Refuse sets and tasks whose content is not what the run was evaluated on before; new ones join, others may go.
+    """Refuse sets and tasks whose content has changed since the run last used them; added and removed ones are allowed.
 
-    With `data.allow_changed_data` it warns instead. is_new: the run starts from scratch, so there is no earlier curve. Call on
-    rank 0, which holds the run folder. Raises MismatchError, or what `write_file` raises.
+    With `data.allow_changed_data` a change is only a warning. is_new: the run starts from scratch, so there is no earlier
+    curve. Call on rank 0, after it has locked the run folder. Raises MismatchError, or the errors of `write_file`.
     """
     found: dict[str, Any] = {
         **{f"validation set {name}": _content(blend) for name, blend in sources.valid.items()},
@@ -36,17 +36,17 @@ def check_held_out(config: RunConfig, sources: "Sources", tasks: TaskHashes, *, 
     changed = [name for name, content in json.loads(json.dumps(found)).items() if known.get(name, content) != content]
     if changed and not config.data.allow_changed_data:
         raise MismatchError(
-            f"{', '.join(changed)}: the content is not what this run was evaluated on before ({path}), so the figures before and"
-            " after would be of different texts; restore the old files, give the new ones another name, or go on all the same"
-            " with data.allow_changed_data=true"
+            f"{', '.join(changed)}: the content has changed since this run last used it ({path}), so metrics before and after"
+            " would be of different texts; restore the old files, give the new ones another name, or accept the change with"
+            " data.allow_changed_data=true"
         )
     for name in changed:
-        log.warning("OTHER HELD-OUT DATA than before, by data.allow_changed_data=true: %s", name)
+        log.warning("OTHER HELD-OUT DATA than before, allowed by data.allow_changed_data=true: %s", name)
     write_json(path, {**known, **found})
 
 
 def _content(blend: "Blend") -> list[list[Any]]:
-    """Return the values that decide the samples of a set besides the config."""
+    """Return the values that, with the config, decide the samples of a set."""
     return [
         [source.manifest.content_sha256, source.manifest.idx_sha256, source.documents.first, source.documents.last]
         for source in blend.sources
@@ -61,5 +61,6 @@ def _read(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         pass
     raise MismatchError(
-        f"{path} is damaged: it cannot be told whether the held-out data are those of before; delete it if they are, and start again"
+        f"{path} is damaged, so the held-out data cannot be compared with those used before. If they are the same, delete it and"
+        " start again"
     )

@@ -1,9 +1,9 @@
 """The history of a run in its folder, written by rank 0: its launches, its steps, and the iterations to skip.
 
-`launches.jsonl` has one line a launch: command, versions and config. `steps.jsonl` has one line an iteration, so that a resumed
-run scores its steps against the same window as an uninterrupted one, and a replay can compare loss and gradient norm of any step.
-On resume the lines after the checkpoint are dropped. `bad_steps.jsonl` is never cut. `skip_iterations.json` lists the iterations
-that are skipped after returns to a checkpoint.
+`launches.jsonl` has one line per launch: command, versions and config. `steps.jsonl` has one line per iteration. From it a
+resumed run scores its steps against the same window as an uninterrupted one, and a replay compares loss and gradient norm. A
+resume drops the lines after the checkpoint. `bad_steps.jsonl` is never shortened. `skip_iterations.json` lists the iterations
+that the run skips after returns to a checkpoint.
 """
 
 import json
@@ -55,8 +55,10 @@ REPLAYABLE = 2
 
 
 def write_launch(config: RunConfig, launch: Launch, iteration: int, checkpoint: str | None) -> None:
-    """Append this launch, which goes on from `iteration`, that of the checkpoint. Call on one rank. Raises what `cannot_write` makes
-    of an error."""
+    """Append this launch, which resumes from `iteration` of the checkpoint. Call on one rank.
+
+    Raises the error that `cannot_write` returns if the file cannot be written.
+    """
     path = os.path.join(config.run_dir, LAUNCHES)
     try:
         append_record(path, describe_launch(config, launch, iteration, checkpoint))
@@ -65,16 +67,16 @@ def write_launch(config: RunConfig, launch: Launch, iteration: int, checkpoint: 
 
 
 def read_launches(run_dir: str) -> list[Record]:
-    """Return every launch of a run folder, oldest first. Raises DataError with file and line of a damaged one."""
+    """Return every launch of a run folder, oldest first. Raises DataError with file and line of a damaged record."""
     return read_records(os.path.join(run_dir, LAUNCHES), _as_launch)
 
 
 def _as_launch(record: Record) -> Record:
-    """Return the record; raises TypeError where what is read of it is of another type."""
+    """Return the record. Raises TypeError if a value that is read from it has the wrong type."""
     settings = record.get("config", {})
     checkpoint = settings.get("checkpoint", {}) if isinstance(settings, dict) else None
     if not isinstance(checkpoint, dict):
-        raise TypeError("its config is none of a run")
+        raise TypeError("its config is not that of a run")
     numbers = {
         "from_iteration": record.get("from_iteration", 0),
         "world_size": record.get("world_size", 1),
@@ -87,7 +89,7 @@ def _as_launch(record: Record) -> Record:
 
 
 def describe_launch(config: RunConfig, launch: Launch, iteration: int, checkpoint: str | None) -> Record:
-    """Return time, command, position, machine, versions, state of the source, and the config, which another start may change."""
+    """Return the record of a launch: time, command, position, machine, versions, git state and config."""
     cuda = torch.cuda.is_available()
     return {
         "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -138,35 +140,35 @@ def _version(name: str) -> str | None:
 
 @dataclass(slots=True)
 class SkippedIterations:
-    """Iterations that a run skips after returns to a checkpoint, and the number of returns to each checkpoint."""
+    """The iterations that a run skips after returns to a checkpoint, and the number of returns to each checkpoint."""
 
     iterations: list[int] = field(default_factory=list)
     roll_backs: dict[str, int] = field(default_factory=dict)
-    """By the iteration of the checkpoint."""
+    """Number of returns by the iteration of the checkpoint."""
 
 
 class RunHistory:
-    """The steps of one run folder. Every method is called on every rank; rank 0 alone reads and writes files."""
+    """The steps of one run folder. Call every method on every rank; only rank 0 reads and writes files."""
 
     def __init__(self, run_dir: str, skip_iterations: Iterable[int]) -> None:
         self.run_dir = run_dir
         self._configured = frozenset(skip_iterations)
         self.skip_iterations = self._configured
-        """Iterations that are not computed: those of the config, and those that returns to a checkpoint added."""
+        """Iterations that are not computed: those of the config, and those added after returns to a checkpoint."""
         self._set_skipped(SkippedIterations())
         self.launch = 0
-        """Number of this launch, of rank 0."""
+        """Number of this launch; set on rank 0."""
         self.newest_bad_steps: deque[int] | None = None
-        """Iterations of the newest bad steps, of rank 0: the file is read once a launch, however many there are."""
+        """Iterations of the newest bad steps; set on rank 0, which reads their file once per launch."""
         self._skipped_updates = 0
         self._steps: RecordLog | None = None
         self._bad = GuardedLog(os.path.join(run_dir, BAD_STEPS))
 
     def resume_from(self, iteration: int, num_steps: int) -> list[PastStep]:
-        """Drop the steps after `iteration`; returns the last `num_steps` up to it, the same on every rank."""
+        """Drop the steps after `iteration`. Returns the last `num_steps` steps up to it, the same on every rank."""
 
         def read() -> tuple[list[PastStep], int, SkippedIterations]:
-            """Rank 0's part."""
+            """Read the files, on rank 0."""
             past = [step for step in read_steps(self.run_dir) if step.iteration <= iteration]
             if self.newest_bad_steps is None:
                 self.newest_bad_steps = deque(map(iteration_of, read_bad_steps(self.run_dir)), maxlen=REPLAYABLE)
@@ -181,7 +183,7 @@ class RunHistory:
         return steps
 
     def num_skipped(self, iteration: int) -> int:
-        """Return the number of iterations up to this one that updated nothing."""
+        """Return the number of iterations up to this one without an update."""
         return self._skipped_updates + bisect_right(self._in_order, iteration)
 
     def _set_skipped(self, skipped: SkippedIterations) -> None:
@@ -190,7 +192,7 @@ class RunHistory:
         self._in_order = sorted(self.skip_iterations)
 
     def write_step(self, step: PastStep) -> None:
-        """Write an accepted step, with its update or without."""
+        """Write an accepted step, with or without an update."""
         self._skipped_updates += step.skipped
         if self._steps is not None:
             self._steps.write({**asdict(step), "lm_loss": plain(step.lm_loss), "grad_norm": plain(step.grad_norm)})
@@ -203,9 +205,9 @@ class RunHistory:
                 self.newest_bad_steps.append(iteration_of(record))
 
     def add_skips(self, iterations: Iterable[int], checkpoint: int) -> None:
-        """Skip these iterations from now on, after one more return to the checkpoint of an iteration.
+        """Skip these iterations from now on, and count one more return to the checkpoint of the given iteration.
 
-        Raises what `cannot_write` makes of an error, on every rank: another start would train on what is to be skipped.
+        Raises the error that `cannot_write` returns on every rank: the next start would otherwise train on these iterations.
         """
         returns = {**self.skipped.roll_backs, str(checkpoint): self.num_roll_backs(checkpoint) + 1}
         self._set_skipped(SkippedIterations(sorted({*self.skipped.iterations, *iterations}), returns))
@@ -224,12 +226,12 @@ class RunHistory:
         return {log.where: log.lost for log in logs if log.lost}
 
     def sync(self) -> None:
-        """Bring the steps to disk, as before a checkpoint that counts on them."""
+        """Force the steps to disk, before a checkpoint that depends on them."""
         if self._steps is not None:
             self._steps.sync()
 
     def close(self) -> None:
-        """Close the file of steps, and say what could not be written."""
+        """Close the file of steps, and log how many records could not be written."""
         self._close_steps()
         for log in (self._steps, self._bad):
             if log is not None:
@@ -254,7 +256,7 @@ def _as_step(record: Record) -> PastStep:
 
 
 def read_bad_steps(run_dir: str) -> list[Record]:
-    """Return every bad step of a run folder, oldest first, also those that a return to a checkpoint undid."""
+    """Return every bad step of a run folder, oldest first, including those undone by a return to a checkpoint."""
     return read_records(os.path.join(run_dir, BAD_STEPS), has_iteration)
 
 
@@ -265,21 +267,22 @@ def load_skipped_iterations(run_dir: str) -> SkippedIterations:
         with open(path, encoding="utf-8") as file:
             skipped = SkippedIterations(**json.load(file))
         if any(type(number) is not int for number in [*skipped.iterations, *skipped.roll_backs.values()]):
-            raise TypeError("there is a number that is none")
+            raise TypeError("an iteration or a count is not a whole number")
         return skipped
     except FileNotFoundError:
         return SkippedIterations()
     except (TypeError, ValueError, AttributeError, RecursionError, IsADirectoryError) as error:
         raise DataError(
-            f"{path} is damaged ({error}); it lists the iterations that are left out after returns to a checkpoint: restore it,"
-            " or delete it and name them in train.skip_iterations"
+            f"{path} is damaged ({error}). It lists the iterations that are skipped after returns to a checkpoint: restore it, or"
+            " delete it and list them in train.skip_iterations"
         ) from error
 
 
 def check_history(config: RunConfig, checkpoint: str | None) -> None:
-    """Refuse to go on from a checkpoint (None: to begin) in a run folder whose history is damaged or belongs to more. One rank.
+    """Refuse a run folder whose history is damaged, or whose checkpoints are gone. Call on one rank.
 
-    Raises DataError for a damaged file, and where the run has had checkpoints and `checkpoint` is None.
+    `checkpoint` is the one to resume from, or None to start from scratch. Raises DataError for a damaged file, and if
+    `checkpoint` is None although the run had checkpoints.
     """
     run_dir = config.run_dir
     steps, launches = read_steps(run_dir), read_launches(run_dir)
@@ -292,9 +295,9 @@ def check_history(config: RunConfig, checkpoint: str | None) -> None:
     last = max([step.iteration for step in steps[-1:]] + metrics[-1:] + saved, default=0)
     intervals = [launch.get("config", {}).get("checkpoint", {}).get("save_interval", 0) for launch in launches]
     had_some = saved or any(launch.get("from_iteration", 0) > 0 or launch.get("from_checkpoint") for launch in launches)
-    # a run of before `saves.jsonl`: its second save waited for the first
+    # runs of versions without `saves.jsonl`: their second save waited for the first
     if had_some or last > 2 * max([*intervals, config.checkpoint.save_interval]):
         raise DataError(
-            f"{run_dir} is the folder of a run that came to iteration {last} and had checkpoints, but {run_dir}/checkpoints has none:"
-            " bring them back (is their disk there?), or set another run_dir for a new run"
+            f"{run_dir} is the folder of a run that reached iteration {last} and had checkpoints, but {run_dir}/checkpoints has none:"
+            " restore them (is their disk mounted?), or set another run_dir for a new run"
         )

@@ -1,4 +1,4 @@
-"""A log of a run may fail, as on a full disk, and the training goes on: what is not written is counted and said."""
+"""Logs of a run whose failure, as on a full disk, does not end the training: lost records are counted and reported."""
 
 import atexit
 import logging
@@ -13,27 +13,27 @@ log = logging.getLogger(__name__)
 
 
 class GuardedLog:
-    """Does the writing to one log, and counts what could not be written."""
+    """One log whose failed writes are counted and reported."""
 
     def __init__(self, where: str, lost: int = 0, failures: type[Exception] = OSError) -> None:
         self.where, self.lost = where, lost
         self._failures = failures
-        self._said, self._told = False, 0
+        self._has_reported, self._num_reported = False, 0
 
     def attempt(self, work: Callable[[], object], num_records: int = 1) -> bool:
-        """Do `work`, which writes `num_records`; False when it failed. The first failure is logged."""
+        """Call `work`, which writes `num_records`. Returns False if it failed; the first failure is logged."""
         try:
             work()
         except LedomError:
             raise
         except self._failures as error:
             self.lost += num_records
-            if not self._said:
-                self._said = True
+            if not self._has_reported:
+                self._has_reported = True
                 atexit.register(self.report_lost)  # also where an error ends the run
                 log.error(
-                    "%s cannot be written (%s): training goes on without it and counts the records that are lost; make room, or"
-                    " look after the disk",
+                    "%s cannot be written (%s): training continues and counts the lost records; free some space, or check the"
+                    " disk",
                     self.where,
                     getattr(error, "strerror", None) or f"{type(error).__name__}: {error}",
                 )
@@ -41,14 +41,14 @@ class GuardedLog:
         return True
 
     def report_lost(self) -> None:
-        """Log how many records are not in it, if any are not. At the end; once."""
-        lost, self._told = self.lost - self._told, self.lost
+        """Log the number of lost records, if any were lost since the last report."""
+        lost, self._num_reported = self.lost - self._num_reported, self.lost
         if lost:
             log.warning("%s lacks %d records that could not be written", self.where, self.lost)
 
 
 class RecordLog(GuardedLog):
-    """A file of records behind an iteration. It is opened again with each record until it can be."""
+    """A file of records that begins after a given iteration. If it cannot be opened, each record tries again."""
 
     def __init__(self, path: str, iteration: int, lost: int = 0) -> None:
         super().__init__(path, lost)
@@ -57,11 +57,11 @@ class RecordLog(GuardedLog):
         self.attempt(self._opened, 0)
 
     def write(self, record: Record) -> None:
-        """One line more."""
+        """Append one record."""
         self.attempt(lambda: self._opened().append(as_line(record)))
 
     def sync(self) -> None:
-        """Bring the lines to disk."""
+        """Force the lines to disk."""
         if self._file is not None:
             self.attempt(self._file.sync, 0)
 
@@ -79,7 +79,7 @@ class RecordLog(GuardedLog):
 
 
 class Sink(GuardedLog):
-    """Another program's log. After its first failure it gets no more records; they are counted."""
+    """The log of another program. After its first failure it gets no more records; the lost ones are counted."""
 
     def __init__(self, where: str, start: Callable[[], Any], lost: int = 0) -> None:
         super().__init__(where, lost, Exception)
@@ -90,14 +90,14 @@ class Sink(GuardedLog):
         self._target = target
 
     def write(self, send: Callable[[Any], object]) -> None:
-        """Give one record to `send`, which gets what `start` returned."""
+        """Call `send` with the object that `start` returned, to send one record."""
         if self._target is None:
             self.lost += 1
         elif not self.attempt(lambda: send(self._target)):
             self.close(lambda _: None)
 
     def close(self, end: Callable[[Any], object]) -> None:
-        """End it by `end`, unless it has failed."""
+        """Call `end` with the object that `start` returned, unless the log has failed."""
         if self._target is not None:
             target, self._target = self._target, None
             self.attempt(lambda: end(target), 0)

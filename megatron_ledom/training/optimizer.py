@@ -1,4 +1,4 @@
-"""megatron-core's optimizer and learning-rate schedule, from the config."""
+"""Build megatron-core's optimizer and learning-rate schedule from the config."""
 
 import logging
 from typing import Any
@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups) -> Any:
-    """Build AdamW over fp32 main weights; vectors (norms) are not decayed. Ties gradient reduction into the model's schedule."""
+    """Build AdamW over fp32 main weights, without weight decay of vectors (norms), and connect the model's gradient reduction."""
     settings = config.optimizer
     log.info("optimizer: %s", use_fused_adam(next(model[0].parameters()).device.type))
     optimizer_config = OptimizerConfig(
@@ -34,12 +34,12 @@ def build_optimizer(config: RunConfig, model: list[Any], groups: ParallelGroups)
         use_distributed_optimizer=config.parallel.use_distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(optimizer_config, model, use_gloo_process_groups=False, pg_collection=groups.collection)
-    _tie_gradient_reduction(config, model, optimizer)
+    _connect_gradient_reduction(config, model, optimizer)
     return optimizer
 
 
-def _tie_gradient_reduction(config: RunConfig, model: list[Any], optimizer: Any) -> None:
-    """Set the functions by which megatron-core's schedules reduce gradients and gather parameters, overlapped if asked."""
+def _connect_gradient_reduction(config: RunConfig, model: list[Any], optimizer: Any) -> None:
+    """Set the functions by which megatron-core's schedules reduce gradients and gather parameters, overlapped if configured."""
     parallel, core_config = config.parallel, model[0].config
 
     def each_or_one(functions: list[Any]) -> Any:
@@ -56,7 +56,7 @@ def _tie_gradient_reduction(config: RunConfig, model: list[Any], optimizer: Any)
 
 
 def build_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamScheduler:
-    """Build the schedule, linear warm-up and then the decay; counted in iterations, so a batch size that changes on resume does not move it."""
+    """Build the schedule: linear warm-up, then decay. It counts iterations, so a new batch size on resume does not shift it."""
     settings = config.optimizer
     return OptimizerParamScheduler(
         optimizer,
@@ -73,5 +73,5 @@ def build_scheduler(config: RunConfig, optimizer: Any) -> OptimizerParamSchedule
         wd_incr_steps=config.train.train_iters,
         wd_incr_style="constant",
         use_checkpoint_opt_param_scheduler=False,
-        override_opt_param_scheduler=True,  # the config decides; the checkpoint gives the position only
+        override_opt_param_scheduler=True,  # the config decides; only the position comes from the checkpoint
     )

@@ -1,4 +1,4 @@
-"""Checks of a run before torch is imported: can it write, is every package there, is it complete already."""
+"""Checks of a run before torch is imported: its folder is writable, packages are installed, it is not complete yet."""
 
 import importlib.util
 
@@ -11,14 +11,14 @@ from megatron_ledom.training.run_folder import check_writable
 
 
 def check_environment(config: RunConfig) -> None:
-    """Refuse a run that cannot write its folder, or lacks a package that the config asks for. Makes nothing."""
+    """Refuse a run that cannot write its folder, or that lacks a package the config needs. Makes nothing."""
     check_writable(config.run_dir)
     if config.logging.wandb_project is not None and importlib.util.find_spec("wandb") is None:
         raise UsageError("logging.wandb_project is set but wandb is not installed: pip install 'megatron-ledom[wandb]'")
 
 
 def is_complete(config: RunConfig, sources: Sources, checkpoint: str | None) -> bool:
-    """Return whether the checkpoint is one of this run, and its last. Raises LedomError for one that does not fit."""
+    """Return True if the checkpoint is the last one of this run. Raises LedomError if it does not fit the run."""
     if checkpoint is None:
         return False
     with advising_another(checkpoint):

@@ -1,4 +1,4 @@
-"""Record the steps of a run, and after a bad one stop or return to the last checkpoint, as the policy says."""
+"""Record the steps of a run; after a bad step, stop or return to the last checkpoint, as the policy decides."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Recovery:
-    """Policy and history of one run, and the return to a checkpoint. Make the same calls on every rank."""
+    """The policy and the history of one run, and the return to a checkpoint. Make the same calls on every rank."""
 
     state: TrainState
     policy: StepPolicy
@@ -27,7 +27,7 @@ class Recovery:
 
     @classmethod
     def resume(cls, state: TrainState) -> "Recovery":
-        """Return that of the run at its present position, with the steps that its folder has recorded."""
+        """Return the recovery of a run at its present position, with the steps recorded in its folder."""
         train = state.config.train
         policy = StepPolicy(train, state.platform.device)
         recovery = cls(state, policy, RunHistory(state.config.run_dir, train.skip_iterations))
@@ -40,12 +40,12 @@ class Recovery:
         self._keep_replay_checkpoints()
 
     def _keep_replay_checkpoints(self) -> None:
-        """Rank 0 retires checkpoints; those before the newest bad steps stay."""
+        """Keep the checkpoints before the newest bad steps when rank 0 removes old ones."""
         if dist.get_rank() == 0:
             self.state.store.keep_for_replay(list(self.history.newest_bad_steps or ()))
 
     def record(self, result: StepResult | None) -> None:
-        """Record the step just judged, and log it if it is no ordinary one; nothing of a skipped iteration."""
+        """Record the step just judged, and log it if it is bad. Does nothing for a skipped iteration (None)."""
         if result is None:
             return
         verdict = result.verdict
@@ -56,9 +56,9 @@ class Recovery:
             log.warning("iteration %d: %s (%s)", self._iteration(verdict), verdict.reason, verdict.action.name.lower())
 
     def roll_back(self, result: StepResult) -> None:
-        """After a step that was not accepted, load the last checkpoint and skip everything since the spike began.
+        """After a step that was not accepted, load the last checkpoint and skip the iterations since the spike began.
 
-        Raises StoppedError where the run is to stop.
+        Raises StoppedError if the run must stop.
         """
         iteration, reason = self._iteration(result.verdict), result.verdict.reason
         if result.verdict.action is Action.STOP:
@@ -76,7 +76,7 @@ class Recovery:
             self._stop(iteration, f"{reason}, after {limit} returns to {latest} (train.max_roll_backs)")
         began = max(self.policy.spike_start(iteration), checkpoint + 1)
         self.history.add_skips(range(began, iteration + 1), checkpoint)
-        log.warning("returning to iteration %d; iterations %d to %d will be left out", checkpoint, began, iteration)
+        log.warning("returning to iteration %d; iterations %d to %d will be skipped", checkpoint, began, iteration)
         load_checkpoint(state, latest)
         self._resume()
 
@@ -108,12 +108,12 @@ class Recovery:
         self._keep_replay_checkpoints()
 
     def _stop(self, iteration: int, reason: str) -> NoReturn:
-        """Raise StoppedError. Nothing is saved: the steps before may have spoilt the weights already, the last checkpoint is good."""
-        self.state.store.finish()  # what is being written is good
+        """Raise StoppedError without saving: earlier steps may already have damaged the weights; the last checkpoint is good."""
+        self.state.store.finish()  # the checkpoint being written is good
         run_dir = self.state.config.run_dir
         raise StoppedError(
             f"iteration {iteration}: {reason}. Nothing was updated or saved; its samples are listed in"
-            f" {os.path.join(run_dir, BAD_STEPS)}. Look at it with ledom replay-step --run {run_dir} --iteration {iteration};"
-            f" then lower optimizer.lr, or leave it out with train.skip_iterations=[{iteration}]: the same command goes on from the"
+            f" {os.path.join(run_dir, BAD_STEPS)}. Examine it with ledom replay-step --run {run_dir} --iteration {iteration};"
+            f" then lower optimizer.lr, or skip it with train.skip_iterations=[{iteration}]. The same command resumes from the"
             " last checkpoint"
         )

@@ -1,4 +1,4 @@
-"""Replay one step of a run from the last checkpoint before it, bit for bit, and show the gradient norm of each parameter."""
+"""Replay one step of a run bit for bit, from the last checkpoint before it, and show the gradient norm of each parameter."""
 
 import logging
 import math
@@ -48,11 +48,11 @@ Numbers = tuple[float, float]
 
 @torch.no_grad()
 def squared_norms(model: list[Any], optimizer: Any) -> dict[str, float]:
-    """Return the squared gradient norm of each parameter of the whole model, by name; they add up to the squared gradient norm.
+    """Return the squared gradient norm of each parameter of the whole model, by name. Their sum is the squared total norm.
 
     Call on every rank, after `measure_gradient` and before the next step.
     """
-    names = {id(param): name for chunk in model for name, param in _named(unwrapped(chunk))}
+    names = {id(param): name for chunk in model for name, param in _named_parameters(unwrapped(chunk))}
     total: dict[str, float] = defaultdict(float)
     for part in optimizer.chained_optimizers:
         mine: dict[str, float] = defaultdict(float)
@@ -69,7 +69,7 @@ def squared_norms(model: list[Any], optimizer: Any) -> dict[str, float]:
 
 
 def _pairs(part: Any) -> Iterator[tuple[Any, Any]]:
-    """Yield each weight with the main weight that carries its gradient: itself, an fp32 copy, or this rank's piece."""
+    """Yield each weight with the main weight that has its gradient: itself, an fp32 copy, or this rank's part of one."""
     if hasattr(part, "model_float16_groups"):  # distributed optimizer
         both = [
             (part.model_float16_groups, part.shard_fp32_from_float16_groups),
@@ -86,8 +86,8 @@ def _pairs(part: Any) -> Iterator[tuple[Any, Any]]:
             yield from zip(one, other, strict=True)
 
 
-def _named(chunk: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the parameters of a model chunk, their layers numbered as in the whole model."""
+def _named_parameters(chunk: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the parameters of a model chunk with their names; layers are numbered as in the whole model."""
     for name, param in chunk.named_parameters():
         found = re.match(r"decoder\.layers\.(\d+)\.", name)
         if found is None:
@@ -99,20 +99,21 @@ def _named(chunk: Any) -> Iterator[tuple[str, Any]]:
 
 @dataclass(frozen=True, slots=True)
 class RecordedStep:
-    """The record of one step in a run folder."""
+    """One step as its run recorded it."""
 
     numbers: Numbers | None
     skip_iterations: frozenset[int]
-    """Iterations that were skipped when the step was done."""
+    """Iterations that the run skipped when it did the step."""
     world_size: int | None
     config: RunConfig
     """The config of the launch that did the step; config.yaml is that of the last launch."""
 
 
 def replay_step(run_dir: str, iteration: int, show: int, *, allow_long: bool) -> int:
-    """Replay `iteration` of a run on the launched ranks and print it; 1 if it is not as recorded. The run folder is only read.
+    """Replay `iteration` of a run on the launched ranks and print it. Returns 1 if it differs from the record, else 0.
 
-    Raises UsageError where more steps than lie between two checkpoints are to be repeated, unless `allow_long`.
+    Writes nothing into the run folder. Raises UsageError if more steps than those between two checkpoints must be repeated,
+    unless `allow_long` is set.
     """
     launch = read_launch()
     logging.basicConfig(level=logging.WARNING, format=f"[rank {launch.rank}] %(message)s", stream=sys.stderr)
@@ -123,21 +124,21 @@ def replay_step(run_dir: str, iteration: int, show: int, *, allow_long: bool) ->
     config = recorded.config
     if recorded.world_size not in (None, launch.world_size):
         raise UsageError(
-            f"iteration {iteration} was done on {recorded.world_size} ranks, {launch.world_size} are launched; start it with torchrun"
-            f" --nproc-per-node {recorded.world_size}, for other layouts take sums in another order"
+            f"iteration {iteration} was done on {recorded.world_size} ranks, but {launch.world_size} are launched. Other layouts"
+            f" add in another order: start the replay with torchrun --nproc-per-node {recorded.world_size}"
         )
     check_config(config, launch.world_size)
     checkpoint = last_checkpoint_before(config, iteration)
-    plan = _check_length(config, checkpoint, iteration, allow_long)
+    summary = _check_length(config, checkpoint, iteration, allow_long)
     if launch.rank == 0:
-        print(plan, flush=True)
+        print(summary, flush=True)
     return _replay(launch, recorded, checkpoint, iteration, show)
 
 
 def read_recorded_step(config: RunConfig, iteration: int) -> RecordedStep:
-    """Return the record of the last bad step of this number, or else of the ordinary one. Raises UsageError for one out of range."""
+    """Return the record of an iteration: its last bad step, or else its ordinary one. Raises UsageError if out of range."""
     if not 1 <= iteration <= config.train.train_iters:
-        raise UsageError(f"--iteration {iteration} is not of this run; it can be 1 to {config.train.train_iters}")
+        raise UsageError(f"--iteration {iteration} is not in this run; it can be 1 to {config.train.train_iters}")
     launches = read_launches(config.run_dir)
     for bad in reversed(read_bad_steps(config.run_dir)):
         if bad["iteration"] == iteration:
@@ -153,7 +154,7 @@ def read_recorded_step(config: RunConfig, iteration: int) -> RecordedStep:
 
 
 def _config_then(config: RunConfig, iteration: int, launch: Record | None) -> RunConfig:
-    """Return the config of a launch; without launches that of the checkpoint before the step, or else of the last start."""
+    """Return the config of the launch; without one, of the checkpoint before the step; without both, the given config."""
     checkpoint = last_checkpoint_before(config, iteration)
     if launch is not None and "config" in launch:
         then = config_from_dict(launch["config"], os.path.join(config.run_dir, LAUNCHES))
@@ -173,21 +174,21 @@ def last_checkpoint_before(config: RunConfig, iteration: int) -> str | None:
 
 
 def _check_length(config: RunConfig, checkpoint: str | None, iteration: int, allow_long: bool) -> str:
-    """Return a line on the length of the replay. Raises UsageError if it is longer than from one checkpoint to the next."""
+    """Return one line about the length of the replay. Raises UsageError if it exceeds the interval between checkpoints."""
     start = 0 if checkpoint is None else load_manifest(checkpoint).iteration
     steps, usual = iteration - start, config.checkpoint.save_interval
     begins = f"from {checkpoint or 'the initial weights'}, iteration {start}"
     if steps > usual and not allow_long:
         raise UsageError(
-            f"the replay of iteration {iteration} would begin {begins}, and repeat {steps} steps; those between two checkpoints"
-            f" (checkpoint.save_interval={usual}) are retired; give --allow-long if it shall"
+            f"the replay of iteration {iteration} would begin {begins}, and repeat {steps} steps, more than"
+            f" checkpoint.save_interval={usual}: the checkpoints in between are gone. Add --allow-long to replay it all the same"
         )
     return f"iteration {iteration} is replayed {begins}: {steps} steps"
 
 
 @contextmanager
 def _sample_index(config: RunConfig, sources: Sources, launch: Launch) -> Iterator[None]:
-    """Make `config` name a folder with a whole sample index: the run's, or one on each node that is deleted at the end."""
+    """Let `config` name a folder with a complete sample index: the run's, or a temporary one on each node."""
     node, cache = socket.gethostname(), index_cache(config)
     with ExitStack() as stack:
         folder = None
@@ -215,33 +216,38 @@ def _replay(launch: Launch, recorded: RecordedStep, checkpoint: str | None, iter
 
 
 def _compare(state: TrainState, recorded: RecordedStep, iteration: int, show: int) -> int:
-    """Go to the step, do it and print it; 1 if it is not as recorded."""
-    result, differs = _go_to(state, iteration, recorded)
+    """Compute the step and print it. Returns 1 if it, or a step before it, differs from the record, else 0."""
+    result, differs = _compute_recorded_step(state, iteration, recorded)
     norms = squared_norms(state.model, state.optimizer)
     if dist.get_rank() == 0:
-        print("\n".join(_compared(result, recorded, differs)))
-        print("\n".join(_parameters(norms)))
-        print("\n".join(_samples(state, show)))
+        print("\n".join(_comparison_lines(result, recorded, differs)))
+        print("\n".join(_parameter_lines(norms)))
+        print("\n".join(_sample_lines(state, show)))
     return int(bool(differs) or (recorded.numbers is not None and not _same(_numbers(result), recorded.numbers)))
 
 
-def _go_to(state: TrainState, iteration: int, recorded: RecordedStep) -> tuple[StepResult, list[int]]:
-    """Repeat the steps before `iteration` and compute that one, without its update; also those that were not as recorded."""
+def _compute_recorded_step(state: TrainState, iteration: int, recorded: RecordedStep) -> tuple[StepResult, list[int]]:
+    """Repeat the steps before `iteration` and compute that step without its update.
+
+    Returns its result, and the steps before it that differ from their records.
+    """
     policy = StepPolicy(state.config.train, state.platform.device)
     past = read_steps(state.config.run_dir)
     policy.resume_from(step for step in past if step.iteration <= state.iteration)
-    known = {step.iteration: (step.lm_loss, step.grad_norm) for step in past}
+    recorded_numbers = {step.iteration: (step.lm_loss, step.grad_norm) for step in past}
     differs = []
     batches = open_batches(state)
     while state.iteration < iteration - 1:
         number = state.iteration + 1
         result = run_iteration(state, batches, policy, recorded.skip_iterations)
         if result is not None and not result.verdict.is_accepted:
-            raise UsageError(f"iteration {number} on the way is bad itself ({result.verdict.reason}); replay that one")
-        if result is not None and number in known and not _same(_numbers(result), known[number]):
+            raise UsageError(
+                f"iteration {number}, which must be repeated first, is a bad step ({result.verdict.reason}); replay that one"
+            )
+        if result is not None and number in recorded_numbers and not _same(_numbers(result), recorded_numbers[number]):
             differs.append(number)
-    only_look = Verdict(Action.STOP, "replayed")
-    return compute_step(state, batches, lambda *_: only_look), differs
+    no_update = Verdict(Action.STOP, "replayed")
+    return compute_step(state, batches, lambda *_: no_update), differs
 
 
 def _numbers(result: StepResult) -> Numbers:
@@ -249,11 +255,11 @@ def _numbers(result: StepResult) -> Numbers:
 
 
 def _same(one: Numbers, other: Numbers) -> bool:
-    """Equal to the last bit; NaN equals NaN."""
+    """Return True if the numbers are equal to the last bit; NaN equals NaN."""
     return all(a == b or (math.isnan(a) and math.isnan(b)) for a, b in zip(one, other, strict=True))
 
 
-def _compared(result: StepResult, recorded: RecordedStep, differs: list[int]) -> Iterator[str]:
+def _comparison_lines(result: StepResult, recorded: RecordedStep, differs: list[int]) -> Iterator[str]:
     yield f"{'':10}  {'loss':>22}  {'gradient norm':>22}"
     if recorded.numbers is not None:
         yield f"{'recorded':10}  {recorded.numbers[0]!r:>22}  {recorded.numbers[1]!r:>22}"
@@ -265,20 +271,20 @@ def _compared(result: StepResult, recorded: RecordedStep, differs: list[int]) ->
     else:
         yield "NOT equal"
     if differs:
-        yield f"steps on the way that are not as recorded, first ones: {differs[:8]}; was the run resumed with another config?"
+        yield f"earlier steps that differ from their records, first ones: {differs[:8]}; was the run resumed with another config?"
 
 
-def _parameters(norms: dict[str, float]) -> Iterator[str]:
+def _parameter_lines(norms: dict[str, float]) -> Iterator[str]:
     total = sum(norms.values())
-    yield "\nlargest gradient norms of parameters, and their share of the square of the whole:"
+    yield "\nlargest gradient norms of parameters, and their part of the squared total norm:"
     ranked = sorted(norms.items(), key=lambda item: (not math.isfinite(item[1]), item[1]), reverse=True)
     for name, square in ranked[:MOST_PARAMETERS]:
-        share = f"{square / total:7.2%}" if math.isfinite(total) and total > 0 else ""
-        yield f"  {math.sqrt(square) if math.isfinite(square) else square:12.5g}  {share:>8}  {name}"
+        part = f"{square / total:7.2%}" if math.isfinite(total) and total > 0 else ""
+        yield f"  {math.sqrt(square) if math.isfinite(square) else square:12.5g}  {part:>8}  {name}"
 
 
-def _samples(state: TrainState, show: int) -> Iterator[str]:
-    """Yield the sources of the samples of the step, and the first samples as text."""
+def _sample_lines(state: TrainState, show: int) -> Iterator[str]:
+    """Yield the ids of the step's samples, and the first `show` samples as text with their sources."""
     first = state.consumed_train_samples
     samples = range(first, first + state.config.train.global_batch_size)
     yield f"\nsamples {samples[0]} to {samples[-1]}"
@@ -291,12 +297,12 @@ def _samples(state: TrainState, show: int) -> Iterator[str]:
 
 
 def _texts(ids: list[int], tokenizer: Tokenizer | None, state: TrainState) -> Iterator[str]:
-    """Yield the pieces of documents in a sample, each in reading order."""
-    piece: list[Any] = []
+    """Yield the parts of documents in a sample, each in text order."""
+    part_ids: list[Any] = []
     for number in [*ids, state.provenance.eod_id]:
         if number != state.provenance.eod_id:
-            piece.append(number)
-        elif piece:
-            text_ids = to_text_order(piece, state.config.data.direction)
+            part_ids.append(number)
+        elif part_ids:
+            text_ids = to_text_order(part_ids, state.config.data.direction)
             yield repr(tokenizer.decode(text_ids)) if tokenizer is not None else str(text_ids)
-            piece = []
+            part_ids = []

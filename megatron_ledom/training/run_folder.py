@@ -1,4 +1,4 @@
-"""The folder of a run: one launch at a time has it, and says in it what was started. All but the check is done by rank 0 alone."""
+"""The folder of a run: its lock for one launch at a time, and the files of a start. Only rank 0 calls all but the check."""
 
 import logging
 import os
@@ -20,19 +20,19 @@ log = logging.getLogger(__name__)
 
 LOCK = "lock"
 PATIENCE_SECONDS = 120.0
-"""Time that a launch waits for the one before: that may be saving still, or its node has died and the file server does not know
-yet."""
+"""Seconds that a launch waits for the previous one, which may still be saving; or its node has died and the file server has not
+noticed yet."""
 
 
 def check_writable(run_dir: str) -> None:
-    """Refuse a run folder that could not be made or written to; makes nothing. Raises ConfigError."""
+    """Raise ConfigError if the run folder cannot be made or written to. Makes nothing."""
     nearest = os.path.abspath(run_dir)
     while not os.path.exists(nearest) and nearest != os.path.dirname(nearest):
         nearest = os.path.dirname(nearest)
     if not os.path.isdir(nearest):
-        raise _not_writable(run_dir, f"{nearest} is no folder")
+        raise _not_writable(run_dir, f"{nearest} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise _not_writable(run_dir, f"{nearest} is not yours to write to")
+        raise _not_writable(run_dir, f"you have no permission to write to {nearest}")
 
 
 def _not_writable(run_dir: str, reason: str | None) -> ConfigError:
@@ -41,14 +41,14 @@ def _not_writable(run_dir: str, reason: str | None) -> ConfigError:
 
 @contextmanager
 def lock_run(run_dir: str) -> Iterator[None]:
-    """Inside, no other launch has this run folder, which is made if it is not there.
+    """Lock the run folder for this launch inside the context; makes the folder if it does not exist.
 
-    Two launches of one run spoil each other's checkpoints. The lock is of this process alone, and is not inherited by those that it
-    starts. Raises UsageError when another launch has it for PATIENCE_SECONDS. A file system without locks is warned of.
+    Two launches of one run would damage each other's checkpoints. Child processes do not inherit the lock. Raises UsageError
+    if another launch holds the lock for PATIENCE_SECONDS. Logs a warning on a file system without locks.
     """
     path = os.path.join(run_dir, LOCK)
     advice = (
-        "two launches would spoil each other's checkpoints. Stop that one, or set another run_dir; if it is gone with its node,"
+        "two launches would damage each other's checkpoints. Stop that one, or set another run_dir; if it ended with its node,"
         f" delete {path}"
     )
     try:
@@ -61,34 +61,36 @@ def lock_run(run_dir: str) -> Iterator[None]:
 
 
 def check_still_latest(config: RunConfig, checkpoint: str | None) -> None:
-    """Refuse to go on from a checkpoint that another launch has gone past before this one had the run folder.
+    """Raise TransientError if another launch saved a newer checkpoint before this one locked the run folder.
 
-    Raises TransientError: another start takes up the newer one.
+    Another start then resumes from the newer one.
     """
     latest = latest_checkpoint(checkpoint_folder(config))
     if latest != checkpoint:
-        chosen = f"had chosen to go on from {checkpoint}" if checkpoint else "had found no checkpoint to go on from"
-        found = f"another launch saved {latest}" if latest else "that has gone"
+        chosen = f"was to resume from {checkpoint}" if checkpoint else "found no checkpoint to resume from"
+        found = f"another launch saved {latest}" if latest else "that checkpoint was removed"
         raise TransientError(f"run_dir={config.run_dir}: this launch {chosen}, but {found} while it waited; start it again")
 
 
 def warn_of_later_checkpoints(config: RunConfig, checkpoint: str | None) -> None:
-    """Log which checkpoints lie behind the one, if any, that a run goes on from: it replaces them when it gets there."""
+    """Log the checkpoints after the one that the run resumes from, if any: the run will replace them."""
     if checkpoint is None:
         return
     done = int(os.path.basename(checkpoint).removeprefix("iter_"))
     later = [name for iteration, name in finished_checkpoints(checkpoint_folder(config)).items() if iteration > done]
     if later:
         log.warning(
-            "the run goes on from %s, as `latest` says; it will replace what lies behind, %s: copy what you want to keep",
+            "the run resumes from %s, as `latest` says; it will replace later checkpoints, %s: copy those you want to keep",
             os.path.basename(checkpoint),
             ", ".join(later),
         )
 
 
 def write_start(config: RunConfig, tokenizer: Tokenizer | None, changed: list[str]) -> None:
-    """Write the resolved config, a copy of the tokenizer, with eod as its eos, for the export, and into `data_changes.jsonl`,
-    a line each start, what data.allow_changed_data let through."""
+    """Write the resolved config and, for the export, a copy of the tokenizer with eod as its eos.
+
+    Appends to `data_changes.jsonl` the changes that data.allow_changed_data accepted, one line per start.
+    """
     try:
         if tokenizer is not None:
             tokenizer.save(os.path.join(config.run_dir, RUN_TOKENIZER))

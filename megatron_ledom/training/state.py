@@ -12,7 +12,7 @@ from megatron_ledom.checkpoint.manifest import (
     check_fits,
     check_same_samples,
     check_sizes,
-    planned_samples,
+    samples_at_end,
 )
 from megatron_ledom.checkpoint.store import CheckpointStore
 from megatron_ledom.config.derived import checkpoint_folder
@@ -31,7 +31,7 @@ from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
 
 log = logging.getLogger(__name__)
 
-OTHER_CHECKPOINT = "run_dir must be one folder on all nodes; if it is, a node saw an old state of it: start again"
+OTHER_CHECKPOINT = "run_dir must be the same folder on all nodes; if it is, a node saw an old state of it: start again"
 
 
 @dataclass(slots=True)
@@ -49,16 +49,16 @@ class TrainState:
     train_dataset: BlendSamples
     valid_datasets: dict[str, BlendSamples]
     test_datasets: dict[str, BlendSamples]
-    """Evaluated once, at the end."""
+    """Sets that are evaluated once, at the end."""
     sources: Sources
     store: CheckpointStore
     iteration: int = 0
-    """Iterations done, those without an update too."""
+    """Number of iterations done, with or without an update."""
     consumed_train_samples: int = 0
     consumed_train_tokens: int = 0
 
     def advance(self) -> None:
-        """Count one iteration, updated or not: samples and the learning-rate schedule stay in step with it."""
+        """Count one iteration, with or without an update, and its samples; advance the learning-rate schedule."""
         self.scheduler.step(increment=1)
         self.iteration += 1
         self.consumed_train_samples += self.config.train.global_batch_size
@@ -66,10 +66,10 @@ class TrainState:
 
 
 def check_resumable(config: RunConfig, sources: Sources, checkpoint: str | None) -> tuple[Sources, list[str]]:
-    """Refuse to resume from a checkpoint of another run (None: from scratch), before anything is changed.
+    """Refuse a checkpoint of another run before anything is changed; None means that the run starts from scratch.
 
-    Returns the sources, with the samples that the run will have drawn at its end, and what of the training data has changed
-    with leave since the checkpoint.
+    Returns the sources, with the samples that the run will have drawn at its end, and the changes of the training data since
+    the checkpoint that data.allow_changed_data accepted.
     """
     if checkpoint is None:
         return sources, []
@@ -77,7 +77,7 @@ def check_resumable(config: RunConfig, sources: Sources, checkpoint: str | None)
         manifest = check_sizes(checkpoint)
     check_fits(manifest, config, sources.provenance, checkpoint)
     changed = check_same_samples(manifest, config, sources.train_shards(), checkpoint)
-    return sources.of_samples(config, planned_samples(manifest, config)), changed
+    return sources.of_samples(config, samples_at_end(manifest, config)), changed
 
 
 def build_state(
@@ -90,9 +90,9 @@ def build_state(
 ) -> TrainState:
     """Build model, optimizer, schedule and data; then load a checkpoint of this run, or start from scratch with None.
 
-    Call `check_resumable` and `prepare_indices` first. Raises RuntimeError where the ranks have not the same checkpoint.
+    Call `check_resumable` and `prepare_indices` first. Raises RuntimeError if the ranks found different checkpoints.
     """
-    check_same("the checkpoint to go on from", checkpoint, OTHER_CHECKPOINT)
+    check_same("the checkpoint to resume from", checkpoint, OTHER_CHECKPOINT)
     seed_iteration(config.train.seed, 0, groups)
     cache = index_cache(config)
     model = wrap_for_training(config, build_model_chunks(config, sources.provenance.vocab_size, groups, choice))
@@ -124,7 +124,7 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
     for change in [] if manifest.weights_only else differences(manifest.config, to_dict(state.config)):
         log.warning("changed since the checkpoint: %s", change)
     state.store.load(checkpoint, state.model, state.optimizer, state.scheduler)
-    state.scheduler.num_steps = 0  # its load adds the stored position, which old checkpoints count in samples
+    state.scheduler.num_steps = 0  # loading adds the stored position, which old checkpoints count in samples
     state.scheduler.step(increment=manifest.iteration)
     state.iteration = manifest.iteration
     state.consumed_train_samples = manifest.consumed_train_samples
@@ -133,7 +133,7 @@ def load_checkpoint(state: TrainState, checkpoint: str) -> None:
 
 
 def save_checkpoint(state: TrainState) -> None:
-    """Start to save a checkpoint of this iteration; `state.store` finishes it. Call on every rank."""
+    """Start saving a checkpoint of this iteration; `state.store` finishes it. Call on every rank."""
     manifest = CheckpointManifest.describe(
         state.config,
         state.provenance,

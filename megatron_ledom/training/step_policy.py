@@ -1,7 +1,7 @@
-"""Judge each step before its update: what happens when its loss or gradient norm is not finite or is a spike.
+"""Judge each step before its update, and choose the action for a loss or gradient norm that is not finite or is a spike.
 
-A score is robust: distance from the median of the last iterations in standard deviations, which are estimated from the median
-deviation, so that an earlier spike in the window hides no later one. The gradient norm is scored by its logarithm.
+The score of a value is its distance from the median of the last iterations, in standard deviations. These are estimated from
+the median deviation, so an earlier spike in the window does not hide a later one. The gradient norm is scored by its logarithm.
 """
 
 import math
@@ -17,13 +17,13 @@ import torch.distributed as dist
 from megatron_ledom.config.schema import TrainConfig
 
 NORMAL_DEVIATION = 1.4826
-"""Standard deviation of normal noise over its median deviation."""
+"""Ratio of the standard deviation of normal noise to its median deviation."""
 SMALLEST_DEVIATION = 1e-3
-"""Smallest deviation as a share of the median: a loss that hardly moves has no spikes of a thousandth."""
+"""Smallest deviation as a fraction of the median: in a nearly constant loss, a change of a thousandth is not a spike."""
 
 
 class Action(IntEnum):
-    """The treatment of a step; where ranks disagree, the strictest action holds for all."""
+    """The treatment of a step. If ranks disagree, all take the strictest action."""
 
     UPDATE = 0
     WARN = 1
@@ -33,7 +33,7 @@ class Action(IntEnum):
 
 
 ACTIONS = {"warn": Action.WARN, "skip": Action.SKIP, "roll_back": Action.ROLL_BACK, "stop": Action.STOP}
-"""By the value of `train.on_nonfinite` and `train.on_spike`."""
+"""Actions by the values of `train.on_nonfinite` and `train.on_spike`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,27 +42,27 @@ class Verdict:
 
     action: Action
     reason: str = ""
-    """The fault of the step; empty for an ordinary one."""
+    """The problem of the step; empty for an ordinary one."""
     score: float | None = None
-    """The larger of the scores of loss and gradient norm; None while the window is too short, or without finite values."""
+    """The larger of the scores of loss and gradient norm; None if they are not finite or the window is too short."""
 
     @property
     def is_applied(self) -> bool:
-        """Return whether the optimizer makes the update."""
+        """Return True if the optimizer makes the update."""
         return self.action <= Action.WARN
 
     @property
     def is_accepted(self) -> bool:
-        """Return whether the iteration counts as done, with or without its update."""
+        """Return True if the iteration counts as done, with or without its update."""
         return self.action <= Action.SKIP
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """The numbers of one optimizer step, and the decision on it."""
+    """Loss and gradient norm of one step, and the decision on it."""
 
     lm_loss: float
-    """Mean negative log-likelihood of the tokens the mask keeps, in nats."""
+    """Mean negative log-likelihood of the tokens that the loss mask keeps, in nats."""
     grad_norm: float
     """Global gradient norm before clipping."""
     verdict: Verdict
@@ -71,7 +71,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class PastStep:
-    """The numbers of a past iteration, against which later steps are judged."""
+    """Loss, gradient norm and score of a past iteration, with which later steps are compared."""
 
     iteration: int
     lm_loss: float
@@ -82,7 +82,7 @@ class PastStep:
 
 @dataclass(slots=True)
 class StepPolicy:
-    """Judges steps by `train.on_nonfinite`, `on_spike` and their limits. The same calls on every rank."""
+    """The judge of steps, by `train.on_nonfinite`, `train.on_spike` and their limits. Make the same calls on every rank."""
 
     settings: TrainConfig
     device: torch.device
@@ -92,7 +92,7 @@ class StepPolicy:
         self.past = deque(maxlen=max(self.settings.spike_window, self.settings.max_skips))
 
     def resume_from(self, steps: Iterable[PastStep]) -> None:
-        """Judge from now on against these past steps."""
+        """Compare later steps with these past steps from now on."""
         self.past.clear()
         self.past.extend(steps)
 
@@ -104,7 +104,11 @@ class StepPolicy:
         return verdict
 
     def spike_start(self, iteration: int) -> int:
-        """Return the first of the iterations before a bad one that were already half a spike, without a gap; else the bad one."""
+        """Return the iteration at which the spike of a bad iteration began.
+
+        It is the first of the iterations directly before the bad one whose scores were at least half of a spike's; the bad
+        one itself if there are none.
+        """
         for step in reversed(self.past):
             if step.iteration != iteration - 1 or (step.score or 0.0) < self.settings.spike_score / 2:
                 break
@@ -119,11 +123,11 @@ class StepPolicy:
         score = self._score(lm_loss, grad_norm)
         if score is None or score < settings.spike_score:
             return Verdict(Action.UPDATE, score=score)
-        reason = f"a spike: loss {lm_loss:.4f}, gradient norm {grad_norm:.4g}, {score:.1f} deviations above the last iterations"
+        reason = f"spike: loss {lm_loss:.4f}, gradient norm {grad_norm:.4g}, {score:.1f} deviations above the last iterations"
         return self._limit_skips(Verdict(ACTIONS[settings.on_spike], reason, score))
 
     def _limit_skips(self, verdict: Verdict) -> Verdict:
-        """Return a stop instead of one more skip when the last `train.max_skips` updates were skipped."""
+        """Return a stop instead of a skip if the last `train.max_skips` updates were already skipped."""
         limit = self.settings.max_skips
         last = list(self.past)[-limit:]
         if verdict.action is Action.SKIP and len(last) == limit and all(step.skipped for step in last):
@@ -139,7 +143,7 @@ class StepPolicy:
         return max(deviations_above(lm_loss, losses), deviations_above(_log_norm(grad_norm), norms))
 
     def _strictest(self, verdict: Verdict) -> Verdict:
-        """Return the verdict with the strictest action of all ranks: values that differ in a last bit must not separate them."""
+        """Return the verdict with the strictest action of all ranks, whose values may differ in the last bit."""
         if dist.get_world_size() == 1:
             return verdict
         action = torch.tensor(int(verdict.action), dtype=torch.int32, device=self.device)
@@ -151,7 +155,7 @@ class StepPolicy:
 
 
 def deviations_above(value: float, window: list[float]) -> float:
-    """Return how many standard deviations `value` lies above the median of `window`, negative below."""
+    """Return the distance of `value` above the median of `window` in standard deviations; negative if below."""
     middle = statistics.median(window)
     deviation = NORMAL_DEVIATION * statistics.median([abs(other - middle) for other in window])
     return (value - middle) / max(deviation, SMALLEST_DEVIATION * abs(middle), 1e-12)

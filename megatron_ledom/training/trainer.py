@@ -1,4 +1,4 @@
-"""The training loop, and below it what it calls: the iteration, the step, its schedule, loss and update."""
+"""The training loop, and the functions it calls: the iteration, the step, its schedule, loss and update."""
 
 from collections.abc import Callable, Iterator, Sequence, Set
 from functools import partial
@@ -20,14 +20,14 @@ from megatron_ledom.training.state import TrainState, save_checkpoint
 from megatron_ledom.training.step_policy import StepPolicy, StepResult, Verdict
 
 Batches = list[Iterator[Batch]]
-"""Micro-batches, an iterator for each model chunk of this rank."""
+"""Micro-batches: one iterator for each model chunk of this rank."""
 Judge = Callable[[float, float], Verdict]
-"""Given loss and gradient norm of a step, decides whether it is applied."""
+"""Function of the loss and gradient norm of a step that decides about its update."""
 LossTerms = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
 
 
 def train(state: TrainState, stop: StopRequest, chosen_callbacks: Sequence[Callback]) -> None:
-    """Train from the state's iteration to the end of the run or to a stop, and save. Call on every rank."""
+    """Train from the state's iteration to the end of the run or a stop, and save. Call on every rank."""
     recovery = Recovery.resume(state)
     history, callbacks = recovery.history, CallbackList(chosen_callbacks, state, recovery.history)
     callbacks.call(Callback.on_train_start)
@@ -60,9 +60,9 @@ def train(state: TrainState, stop: StopRequest, chosen_callbacks: Sequence[Callb
 
 
 def _agree_to_stop(state: TrainState, stop: StopRequest) -> bool:
-    """Return whether the run ends after this iteration: asked to stop, or at `train.exit_interval`. The same on every rank."""
-    is_asked = stop.agreed(state.platform.device, state.store.seconds_to_finish())
-    return is_asked or _is_multiple(state.iteration, state.config.train.exit_interval)
+    """Return True if the run must stop after this iteration: on request, or at `train.exit_interval`. The same on every rank."""
+    is_requested = stop.agreed(state.platform.device, state.store.seconds_to_finish())
+    return is_requested or _is_multiple(state.iteration, state.config.train.exit_interval)
 
 
 def _is_save_due(state: TrainState) -> bool:
@@ -82,7 +82,7 @@ def open_batches(state: TrainState) -> Batches:
 
 
 def run_iteration(state: TrainState, batches: Batches, policy: StepPolicy, skip_iterations: Set[int]) -> StepResult | None:
-    """Do the next iteration, and count it if the policy accepts it; None for one of `skip_iterations`, which is not computed."""
+    """Do the next iteration and count it if the policy accepts it. Skips it and returns None if it is in `skip_iterations`."""
     if state.iteration + 1 in skip_iterations:
         for iterator in batches:
             for _ in range(num_microbatches(state.config, dist.get_world_size())):
@@ -96,7 +96,7 @@ def run_iteration(state: TrainState, batches: Batches, policy: StepPolicy, skip_
 
 
 def compute_step(state: TrainState, batches: Batches, judge: Judge) -> StepResult:
-    """Do the step of the next iteration under that iteration's random state, without counting it."""
+    """Do the step of the next iteration with that iteration's random state, without counting it."""
     seed_iteration(state.config.train.seed, state.iteration, state.groups)
     return train_step(state.config, state.model, state.optimizer, batches, state.groups, judge)
 
@@ -104,7 +104,7 @@ def compute_step(state: TrainState, batches: Batches, judge: Judge) -> StepResul
 def train_step(
     config: RunConfig, model: list[Any], optimizer: Any, batches: Batches, groups: ParallelGroups, judge: Judge
 ) -> StepResult:
-    """Compute loss and gradient of one global batch, let `judge` decide, and update if it says so. Call on every rank."""
+    """Compute loss and gradient of one global batch, and update unless `judge` rejects the step. Call on every rank."""
     for chunk in model:
         chunk.zero_grad_buffer()
     optimizer.zero_grad()
@@ -120,7 +120,7 @@ def train_step(
 def run_schedule(
     config: RunConfig, model: list[Any], batches: Batches, groups: ParallelGroups, *, forward_only: bool
 ) -> tuple[float, float]:
-    """Run one global batch through megatron-core's schedule. Returns the loss sum and token count of all ranks, on every rank."""
+    """Run one global batch through megatron-core's schedule. Returns the loss sum and token count over all ranks."""
     schedule = get_forward_backward_func(groups.pipeline.size(), groups.virtual_stages if groups.virtual_stages > 1 else None)
     reports = schedule(
         forward_step_func=partial(forward_step, config.train.z_loss_coeff),
@@ -150,10 +150,10 @@ def forward_step(
 
 
 def masked_loss(loss_mask: torch.Tensor, z_loss_coeff: float, output: torch.Tensor) -> LossTerms:
-    """Return the loss sum over kept tokens to differentiate, their number, and the sums to report. output, loss_mask: [b, s], fp32.
+    """Return the loss sum over kept tokens to differentiate, the number of kept tokens, and the sums to report.
 
-    With a z-loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5) the output is [b, s, 2], losses and log Z, and
-    z_loss_coeff * (log Z)^2 is added to each loss; the reported lm_loss is without it.
+    output, loss_mask: [b, s], fp32. With a z-loss (Chowdhery et al. 2022, arXiv 2204.02311, section 5) the output is [b, s, 2]
+    with losses and log Z, and z_loss_coeff * (log Z)^2 is added to each loss; the reported lm_loss is without it.
     """
     losses = output[..., 0] if z_loss_coeff else output
     kept, count = (losses * loss_mask).sum(), loss_mask.sum()
@@ -165,10 +165,10 @@ def masked_loss(loss_mask: torch.Tensor, z_loss_coeff: float, output: torch.Tens
 
 @torch.no_grad()
 def measure_gradient(optimizer: Any) -> float:
-    """Bring the reduced gradients to the main weights and return their global norm. Call on every rank.
+    """Copy the reduced gradients to the main weights and return their global norm. Call on every rank.
 
-    megatron-core's `optimizer.step()` measures and updates at once; without loss scaling (fp32, bf16) a gradient that is not
-    finite has then already gone into every weight. `measure_gradient` and `apply_gradient` together do exactly what it does.
+    megatron-core's `optimizer.step()` measures and updates in one call: without loss scaling (fp32, bf16), a gradient that is
+    not finite would reach every weight before it can be judged. `measure_gradient` and `apply_gradient` together do the same.
     """
     optimizer.prepare_grads()
     return float(optimizer.get_grad_norm())
@@ -176,7 +176,7 @@ def measure_gradient(optimizer: Any) -> float:
 
 @torch.no_grad()
 def apply_gradient(optimizer: Any, grad_norm: float) -> None:
-    """Clip by the measured norm and update. Call on every rank."""
+    """Clip the gradients by the measured norm and update the weights. Call on every rank."""
     for part in optimizer.chained_optimizers:
         parameters = [] if part.is_stub_optimizer else part.get_parameters()
         if parameters and part.config.clip_grad > 0:

@@ -1,10 +1,10 @@
-"""End a run in which nothing moves, and say which rank hangs, and where.
+"""End a run that makes no progress, and report which rank hangs, and where.
 
-A thread of each rank checks the heartbeat of its main thread. When the last one is too old on any rank, all ranks exchange a
-report with activity and stack through a store of torch.distributed; a rank that waits in a collective is not the one that hangs.
-A rank whose threads do not run either (a stopped process, a lost machine) sends no report, and is named for that. Should the
-interpreter itself be blocked, faulthandler's thread, which needs no interpreter, writes the stacks, and a timer of the system
-ends the process.
+A thread of each rank checks the heartbeat of its main thread. If the heartbeat of any rank is too old, all ranks exchange
+reports with activity and stack through a store of torch.distributed. A rank that waits in a collective is not the one that
+hangs. A rank whose threads do not run either (a stopped process, a lost machine) sends no report; that identifies it. If the
+Python interpreter itself is blocked, faulthandler's thread, which does not need it, writes the stacks, and a system timer ends
+the process.
 """
 
 import faulthandler
@@ -33,23 +33,23 @@ from megatron_ledom.platform.processes import ExitTimer
 
 LIBRARY_FOLDERS = ("/torch/", "/megatron/", "/megatron_ledom/")
 WAITING_CALLS = (".wait()", ".item()", ".synchronize(", "float(total")
-"""Calls, in the engine's files, in which a rank waits for others or, on a GPU, for its device."""
+"""Calls in files of these libraries in which a rank waits for other ranks or, on a GPU, for its device."""
 MOST_NAMED = 8
 EXIT_CODE = 75
-"""Of a run that hung: "try again", as sysexits.h has it."""
+"""Exit code of a run that hung: EX_TEMPFAIL of sysexits.h, "try again"."""
 STACKS = "stacks"
 """Folder in the run folder for the stacks of all ranks."""
 LONGEST_TICK, LONGEST_GRACE = 5.0, 20.0
-"""Seconds between two checks, and for the ranks' reports."""
+"""Most seconds between two checks, and most seconds to wait for the reports of the ranks."""
 SECONDS_FOR_STACKS = 2.0
-"""Between faulthandler's report on a blocked interpreter and the end of its process."""
+"""Seconds from faulthandler's report on a blocked interpreter to the end of the process."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankReport:
-    """The activity and the stack of one rank's main thread."""
+    """Activity and stack of one rank's main thread."""
 
     rank: int
     host: str
@@ -57,11 +57,11 @@ class RankReport:
     iteration: int
     activity: str
     steps: int
-    """Pieces of work done since the start, to compare ranks that all wait."""
+    """Number of heartbeats since the start, to compare ranks that all wait."""
     seconds: float
-    """Since the last of them."""
+    """Seconds since the last heartbeat."""
     is_waiting: bool
-    """For other ranks, in a collective."""
+    """True if the rank waits for other ranks, in a collective."""
     stack: str
 
     def describe(self) -> str:
@@ -70,7 +70,7 @@ class RankReport:
         return f"{where}: iteration {self.iteration}, {self.activity}, without progress for {self.seconds:.0f} s"
 
     def to_json(self) -> str:
-        """Return the report as it goes into the store."""
+        """Return the report as text for the store."""
         return json.dumps(asdict(self))
 
     @classmethod
@@ -80,7 +80,7 @@ class RankReport:
 
 
 def is_waiting(stack: Sequence[FrameSummary]) -> bool:
-    """Return whether the innermost call of a main thread is one in which a rank waits for the others."""
+    """Return True if the innermost call of a main thread waits for other ranks."""
     if not stack:
         return False
     innermost = stack[-1]
@@ -90,37 +90,39 @@ def is_waiting(stack: Sequence[FrameSummary]) -> bool:
     return in_library and any(call in (innermost.line or "") for call in WAITING_CALLS)
 
 
-def verdict(reports: dict[int, RankReport], places: dict[int, str], world_size: int, folder: str) -> str:
-    """Return the message that names the ranks that hang: silent ones, else those outside collectives, else the least advanced."""
+def verdict(reports: dict[int, RankReport], processes: dict[int, str], world_size: int, folder: str) -> str:
+    """Return the message that names the ranks that hang: silent ones; else those outside collectives; else the least advanced."""
     silent = sorted(set(range(world_size)) - reports.keys())
     outside = [report for report in reports.values() if not report.is_waiting]
     longest = max(report.seconds for report in reports.values())
     lines = [f"no progress for {longest:.0f} s (train.watchdog_seconds)."]
-    lines += [f"rank {rank} ({_where(places.get(rank))}) hangs: it does not answer" for rank in silent[:MOST_NAMED]]
+    lines += [
+        f"rank {rank} ({_describe_process(processes.get(rank))}) hangs: it does not answer" for rank in silent[:MOST_NAMED]
+    ]
     if not silent and outside:
-        lines += _named(outside)
+        lines += _describe_hanging(outside)
     elif not silent:
         lines.append("every rank waits for others, or for its device; the least advanced one:")
-        lines += _named([min(reports.values(), key=lambda report: (report.iteration, report.steps, report.rank))])
+        lines += _describe_hanging([min(reports.values(), key=lambda report: (report.iteration, report.steps, report.rank))])
     waiting = [report.rank for report in reports.values() if report.is_waiting]
     if waiting and len(waiting) < world_size:
         lines.append(f"{len(waiting)} of {world_size} ranks wait for others: {_numbers(waiting)}")
     lines.append(
-        f"The stacks of all ranks that answered are in {folder}. This run ends; the same command goes on from the last checkpoint."
-        " If a step was only slow, raise train.watchdog_seconds."
+        f"The stacks of all ranks that answered are in {folder}. This run ends; the same command resumes it from the last"
+        " checkpoint. If a step was only slow, raise train.watchdog_seconds."
     )
     return "\n".join(lines)
 
 
-def _named(reports: list[RankReport]) -> list[str]:
+def _describe_hanging(reports: list[RankReport]) -> list[str]:
     return [f"{report.describe().replace(':', ' hangs:', 1)}\n{report.stack.rstrip()}" for report in reports[:MOST_NAMED]]
 
 
-def _where(place: str | None) -> str:
+def _describe_process(process: str | None) -> str:
     """Return host and pid and, on this machine, the state of the process."""
-    if place is None:
-        return "place not known"
-    host, pid = place.split()
+    if process is None:
+        return "host and pid unknown"
+    host, pid = process.split()
     if host != socket.gethostname():
         return f"{host}, pid {pid}"
     try:
@@ -137,7 +139,7 @@ def _numbers(ranks: list[int]) -> str:
 
 
 class Watchdog:
-    """Watches the main thread of this rank, as a context: entered after the process group is made, left at the end."""
+    """Context that watches the main thread of this rank; entered after the process group is made, exited at the end."""
 
     def __init__(self, config: RunConfig, launch: Launch) -> None:
         self.seconds = config.train.watchdog_seconds
@@ -154,26 +156,26 @@ class Watchdog:
         self._main = threading.main_thread().ident
 
     def set_activity(self, activity: str, iteration: int | None = None, *, patient: bool = False) -> None:
-        """Note what the main thread begins; `patient` for what may take as long as a collective waits."""
+        """Note the new activity of the main thread. Set `patient` for one that may last as long as a collective's timeout."""
         self._activity, self._limit = activity, self.patience if patient else self.seconds
         self._iteration = self._iteration if iteration is None else iteration
-        self.beat()
+        self.note_progress()
 
-    def beat(self, *unused: Any) -> None:
-        """Note that the main thread makes progress."""
+    def note_progress(self, *unused: Any) -> None:
+        """Set the heartbeat to now: the main thread makes progress."""
         self._steps += 1
         self._last = time.monotonic()
 
     def watch_model(self, model: list[Any]) -> None:
         """Count every forward pass of the model chunks as progress, in training and in validation."""
         for chunk in model:
-            chunk.register_forward_pre_hook(self.beat)
+            chunk.register_forward_pre_hook(self.note_progress)
 
     def __enter__(self) -> "Watchdog":
         if self.seconds > 0:
             store = self._open_store()
-            store.set(f"place/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
-            self.beat()
+            store.set(f"process/{self.rank}", f"{socket.gethostname()} {os.getpid()}")
+            self.note_progress()
             self._exit_timer = ExitTimer(EXIT_CODE)
             self._checker = threading.Thread(target=self._check, name="watchdog", daemon=True)
             self._checker.start()
@@ -182,10 +184,10 @@ class Watchdog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._ending.is_set():
-            time.sleep(3 * self.grace)  # a rank that ended broke the connection: this one ends by its watchdog too
+            time.sleep(3 * self.grace)  # an error from the broken connection of an ended rank: let the watchdog end this one
         self._ended.set()
         if self.seconds > 0:
-            self._checker.join(1.0)  # it sets what is called off here
+            self._checker.join(1.0)  # it sets the timers that are cancelled here
             faulthandler.cancel_dump_traceback_later()
             self._exit_timer.set(0)
 
@@ -197,30 +199,30 @@ class Watchdog:
                 self._end_run()
 
     def _listen(self, store: Any) -> None:
-        """Wait for the alarm of another rank. A store that does not answer blocks this thread alone."""
+        """Wait for the alarm of another rank. A store that does not answer blocks only this thread."""
         while not self._ended.wait(self.tick):
             try:
                 if store.check(["alarm"]):
                     self._alarmed.set()
                     return
-            except RuntimeError:  # the rank that holds the store has ended
+            except RuntimeError:  # the rank that runs the store has ended
                 return
 
     def _end_run(self) -> None:
-        """Write the stacks, agree with the other ranks on who hangs, say it, and end this process."""
+        """Write the stacks, agree with the other ranks on which one hangs, log it, and end this process."""
         self._ending.set()
         report = self._report()
-        _within(self.grace, lambda: self._write_stacks(report))  # a file system that hangs is a usual reason to be here
+        _within(self.grace, lambda: self._write_stacks(report))  # a hanging file system is a common cause
         found = _within(self.grace, lambda: self._exchange(report))
         if found is None:
-            reports, places = {self.rank: report}, {}
-            log.error("watchdog: the store of the ranks does not answer: the process that holds it is stopped or gone")
+            reports, processes = {self.rank: report}, {}
+            log.error("watchdog: the store of the ranks does not answer: the process that runs it is stopped or gone")
         else:
-            reports, places = found
+            reports, processes = found
         if self.rank == min(reports):
-            log.error("watchdog: %s", verdict(reports, places, self.world_size, str(self.folder)))
+            log.error("watchdog: %s", verdict(reports, processes, self.world_size, str(self.folder)))
         else:
-            time.sleep(1.0)  # the rank that speaks goes first: a launcher ends the others when one has ended
+            time.sleep(1.0)  # the rank that logs ends first: a launcher ends the others as soon as one has ended
         for handler in logging.getLogger().handlers:
             handler.flush()
         os._exit(EXIT_CODE)
@@ -252,30 +254,31 @@ class Watchdog:
             log.error("watchdog: the stacks cannot be written to %s: %s", self.folder, error)
 
     def _exchange(self, report: RankReport) -> tuple[dict[int, RankReport], dict[int, str]] | None:
-        """Raise the alarm and give this rank's report; returns the reports of all ranks within the grace, and their hosts and pids."""
+        """Raise the alarm, publish this rank's report, and wait for the others.
+
+        Returns the reports that came within the grace time, and the host and pid of every rank; None if the store fails.
+        """
         try:
             store = self._open_store()
             store.set(f"report/{self.rank}", report.to_json())
             store.set("alarm", str(self.rank))
             _wait_for(store, [f"report/{rank}" for rank in range(self.world_size)], 0.6 * self.grace)
             reports = {rank: RankReport.from_json(text) for rank, text in self._answers(store, "report")}
-            places = {rank: text.decode() for rank, text in self._answers(store, "place")}
+            processes = {rank: text.decode() for rank, text in self._answers(store, "process")}
         except RuntimeError:
             return None
-        with suppress(
-            RuntimeError
-        ):  # one of the ranks holds the store: it ends when the others have read, and they may see that
+        with suppress(RuntimeError):  # the rank that runs the store ends once the others have read, which breaks their waits
             store.set(f"read/{self.rank}", "")
             _wait_for(store, [f"read/{rank}" for rank in reports], 0.2 * self.grace)
-        return reports, places
+        return reports, processes
 
     def _answers(self, store: Any, kind: str) -> list[tuple[int, bytes]]:
-        """Return the values that ranks have set under a kind of key, with their numbers."""
+        """Return the rank and the value of each rank that has set a key of this kind."""
         keys = [(rank, f"{kind}/{rank}") for rank in range(self.world_size)]
         return [(rank, store.get(key)) for rank, key in keys if store.check([key])]
 
     def _open_store(self) -> Any:
-        """Open a connection of its own to the store of the ranks: one that a main thread waits on is locked."""
+        """Open a separate connection to the store of the ranks: a waiting main thread locks its own."""
         if self._store_of_one is not None:
             return self._store_of_one
         address, port = self._address
@@ -285,14 +288,14 @@ class Watchdog:
 
 
 def _wait_for(store: Any, keys: list[str], seconds: float) -> None:
-    """Wait until all keys are set, or the time is over."""
+    """Wait until all keys are set, for at most `seconds`."""
     end = time.monotonic() + seconds
     while time.monotonic() < end and not store.check(keys):
         time.sleep(0.05)
 
 
 def _within(seconds: float, work: Callable[[], Any]) -> Any:
-    """Return the result of `work`, or None when it takes longer."""
+    """Return the result of `work`, or None if it takes longer than `seconds`."""
     result: list[Any] = []
     thread = threading.Thread(target=lambda: result.append(work()), name="watchdog report", daemon=True)
     thread.start()

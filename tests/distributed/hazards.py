@@ -1,4 +1,4 @@
-"""Hooks that take one guard away in the ranks of a run, so that a test can see what it guards against."""
+"""Hooks that remove one guard of this package in the ranks of a run, so that a test sees the error that it prevents."""
 
 import os
 import tempfile
@@ -22,17 +22,17 @@ def _change_core_config(**changes: Any) -> None:
 
 
 def batched_p2p() -> None:
-    """Interleaved stages talk as those of the plain pipeline do, megatron-core's default."""
+    """Let interleaved stages communicate as those of the plain pipeline do, megatron-core's default."""
     _change_core_config(overlap_p2p_comm=False, batch_p2p_comm=True)
 
 
 def deallocated_outputs() -> None:
-    """Stages free an output once they have sent it, what megatron-core's documentation recommends."""
+    """Let stages free an output once they have sent it, as megatron-core's documentation recommends."""
     _change_core_config(deallocate_pipeline_outputs=True)
 
 
 def stale_weights() -> None:
-    """Weights are read as they are, without waiting for those that other ranks have updated."""
+    """Read weights without waiting for those that other ranks have updated."""
     from megatron_ledom.callbacks import validation as validate
     from megatron_ledom.checkpoint import store
 
@@ -40,7 +40,7 @@ def stale_weights() -> None:
 
 
 def padded_buckets() -> None:
-    """Saved optimizer state as megatron-core makes it."""
+    """Save optimizer state as megatron-core does, without the correction for padded buckets."""
     from megatron_ledom.platform import core_fixes
 
     core_fixes._fix_padded_buckets = lambda: None  # type: ignore[assignment]
@@ -61,17 +61,17 @@ def _sharding(kind: str | None) -> None:
 
 
 def default_sharding() -> None:
-    """No word to megatron-core on how the distributed optimizer's state is saved."""
+    """Leave megatron-core's default format for the distributed optimizer's state."""
     _sharding(None)
 
 
 def data_parallel_sharding() -> None:
-    """The distributed optimizer's state as it lies in the ranks."""
+    """Save the distributed optimizer's state as the ranks store it."""
     _sharding("dp_reshardable")
 
 
 def no_compiler() -> None:
-    """A machine without a C++ compiler, and without what one has compiled before."""
+    """Simulate a machine without a C++ compiler and without a cache of compiled code."""
     from torch._inductor import config
 
     config.cpp.cxx = ("no-such-compiler",)  # type: ignore[assignment]
@@ -79,6 +79,6 @@ def no_compiler() -> None:
 
 
 def fused_activation() -> None:
-    """SwiGLU as one function, compiled when it is first called, on a machine without a compiler."""
+    """Use SwiGLU as one function, which is compiled at its first call, on a machine without a compiler."""
     no_compiler()
     _change_core_config(bias_activation_fusion=True)

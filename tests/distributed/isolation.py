@@ -1,4 +1,4 @@
-"""What documents of one sample have to do with each other, measured in the ranks of any layout."""
+"""Measure how documents of one sample influence each other, in the ranks of any layout."""
 
 import json
 import os
@@ -11,25 +11,25 @@ import torch
 from tests.support.legible import EOD_ID, legible_ids
 
 LENGTHS = (9, 13, 7)
-"""Tokens of documents 0, 1 and 2 of the sample, each with an eod behind it: 32 positions in all."""
+"""Tokens of documents 0, 1 and 2 of the sample, each followed by an eod: 32 positions in all."""
 CHANGED = 4
-"""The position, in document 0, whose token is another one in the changed sample."""
+"""Position, in document 0, whose token differs in the changed sample."""
 TRAINED = 1
 """The one document that has a loss."""
 Report = dict[str, dict[str, float]]
 
 
 def sample_tokens() -> torch.Tensor:
-    """[1, 32]: three legible documents, which share no id but eod."""
+    """Return [1, 32] ids: three legible documents that share only the id of eod."""
     ids = [[*legible_ids(document, length), EOD_ID] for document, length in enumerate(LENGTHS)]
     return torch.tensor([[number for document in ids for number in document]])
 
 
 def measure_each(config: str, folder: str, layouts: list[list[str]], ports: list[int]) -> None:
-    """The body of a rank: for each layout, NUMBER-RANK.json with `gradient` and `logits` by document, isolated and not.
+    """Write, as the body of a rank, NUMBER-RANK.json for each layout, with `gradient` and `logits` by document, isolated and not.
 
-    gradient: largest absolute gradient of the embedding of a document's tokens, where document 1 alone has a loss. logits: largest
-    change of a document's logits when a token of document 0 changes. What this rank does not hold is left out.
+    gradient: largest absolute gradient of the embedding of a document's tokens, where only document 1 has a loss. logits: largest
+    change of a document's logits when a token of document 0 changes. Values that this rank does not have are omitted.
     """
     from megatron_ledom.config.load import load_config
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
@@ -66,21 +66,23 @@ def _measure(run: Any, groups: Any, isolated: bool) -> Report:
         seen += logits[:1]
     report: Report = {}
     if seen:
-        places = next(_batches(tokens, groups, True))["position_ids"][0]
-        report["logits"] = _by_document((seen[0] - seen[1]).abs().amax((1, 2)), places)
+        positions = next(_batches(tokens, groups, True))["position_ids"][0]
+        report["logits"] = _by_document((seen[0] - seen[1]).abs().amax((1, 2)), positions)
     run_schedule(run, model, [_batches(tokens, groups, isolated) for _ in model], groups, forward_only=False)
     if chunks[0].pre_process:
         word = chunks[0].embedding.word_embeddings
-        held = range(word.vocab_start_index, word.vocab_end_index)
+        own_ids = range(word.vocab_start_index, word.vocab_end_index)
         size = word.weight.main_grad.abs().amax(1)
-        rows = {place: size[int(number) - held.start] for place, number in enumerate(tokens[0]) if int(number) in held}
-        inner = {place: value for place, value in rows.items() if int(tokens[0, place]) != EOD_ID}
+        rows = {
+            position: size[int(number) - own_ids.start] for position, number in enumerate(tokens[0]) if int(number) in own_ids
+        }
+        inner = {position: value for position, value in rows.items() if int(tokens[0, position]) != EOD_ID}
         report["gradient"] = _by_document(torch.stack([*inner.values()]), torch.tensor([*inner])) if inner else {}
     return report
 
 
 def _batches(tokens: torch.Tensor, groups: Any, isolated: bool) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's part of the sample, again and again."""
+    """Yield this rank's part of the sample, again and again."""
     from megatron_ledom.data.dataset.batch import context_part, document_numbers
 
     documents = document_numbers(tokens, EOD_ID)
@@ -95,9 +97,9 @@ def _batches(tokens: torch.Tensor, groups: Any, isolated: bool) -> Iterator[dict
         yield {**batch, **({"attention_mask": documents} if isolated else {})}
 
 
-def _by_document(values: torch.Tensor, places: torch.Tensor) -> dict[str, float]:
-    """The largest of the values at positions of each document."""
+def _by_document(values: torch.Tensor, positions: torch.Tensor) -> dict[str, float]:
+    """Return the largest of the values at positions of each document."""
     from megatron_ledom.data.dataset.batch import document_numbers
 
-    of = document_numbers(sample_tokens(), EOD_ID)[0][places]
+    of = document_numbers(sample_tokens(), EOD_ID)[0][positions]
     return {str(int(document)): float(values[of == document].max()) for document in of.unique()}

@@ -1,4 +1,4 @@
-"""Tiny runs of many layouts, a launch for many of them, and how far each is from one process."""
+"""Run many layouts of a tiny model, several in one launch, and compare each with one process."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from tests.support.tiny_runs import Record, TinyData, curve, run_each_on_ranks
 
 STEPS = {"fp32": 20, "bf16": 8}
 FIRST_STEP = {"fp32": 1e-6, "bf16": 5e-4}
-"""Relative tolerances of loss and gradient norm at step 1: sums are taken in another order."""
+"""Relative tolerances of loss and gradient norm at step 1: other layouts add in another order."""
 ANY_STEP = {"fp32": 1e-5, "bf16": 5e-3}
 LOSS_OF_ANY_STEP = {"fp32": 1e-5, "bf16": 5e-4}
 MODEL = (
@@ -20,25 +20,25 @@ MODEL = (
     "parallel.distributed_timeout_minutes=2",
     "train.watchdog_seconds=100",
 )
-"""Heads for eight tensor-parallel ranks, which are more than the two key-value heads."""
+"""The model has heads for eight tensor-parallel ranks, more than its two key-value heads."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a layout's run compares with one process."""
+    """The differences between a layout's run and one process."""
 
     first: float
     """Relative difference at step 1, the larger of loss and gradient norm."""
     worst: float
-    """The largest such difference of all steps."""
+    """Largest such difference of all steps."""
     worst_loss: float
-    """The largest relative difference of a loss."""
+    """Largest relative difference of a loss."""
     traffic: dict[str, int]
-    """Bytes that the busiest rank sends in a step, by kind and operation."""
+    """Bytes that the busiest rank sends per step, by kind and operation."""
 
 
 def prepare_ranks() -> None:
-    """A hook for ranks: count what they send, and save nothing: checkpoints have their own tests."""
+    """Count, as a hook of ranks, the bytes they send, and save no checkpoints, which have their own tests."""
     from megatron_ledom.training import trainer
 
     trainer.save_checkpoint = lambda state: None
@@ -46,12 +46,12 @@ def prepare_ranks() -> None:
 
 
 def settings(dtype: str) -> list[str]:
-    """What all runs of a type share."""
+    """Return the overrides of all runs of a data type."""
     return [*MODEL, f"model.params_dtype={dtype}", f"train.train_iters={STEPS[dtype]}"]
 
 
 def differences(found: Sequence[Record], expected: Sequence[Record]) -> list[tuple[float, float]]:
-    """Relative differences of loss and gradient norm, for each step."""
+    """Return the relative differences of loss and gradient norm, for each step."""
     pairs = zip(curve(found), curve(expected), strict=True)
     return [(abs(one[0] / other[0] - 1), abs(one[1] / other[1] - 1)) for one, other in pairs]
 
@@ -59,7 +59,7 @@ def differences(found: Sequence[Record], expected: Sequence[Record]) -> list[tup
 def run_layouts(
     data: TinyData, folder: Path, layouts: Sequence[Layout], dtype: str = "fp32", seconds: float = 120
 ) -> dict[Layout, list[Record]]:
-    """The records of each layout's run, which is in `folder / dtype / layout.name`; all of one number of ranks."""
+    """Run layouts of one number of ranks in `folder / dtype / layout.name`, and return their records."""
     folder = folder / dtype
     folder.mkdir(parents=True, exist_ok=True)
     runs = {folder / layout.name: [*settings(dtype), *layout.overrides()] for layout in layouts}
@@ -69,7 +69,7 @@ def run_layouts(
 
 
 def run_references(data: TinyData, folder: Path, layouts: Sequence[Layout], dtype: str = "fp32") -> dict[int, list[Record]]:
-    """One process, without anything spread or recomputed: its records by number of layers."""
+    """Run one process without recompute, and return its records by number of layers."""
     references = {}
     for layers in sorted({layout.num_layers for layout in layouts}):
         (folder / dtype).mkdir(parents=True, exist_ok=True)
@@ -80,19 +80,19 @@ def run_references(data: TinyData, folder: Path, layouts: Sequence[Layout], dtyp
 
 
 def compare(found: Sequence[Record], expected: Sequence[Record], run_dir: Path) -> Outcome:
-    """How one run compares with one process."""
+    """Return the differences between a run and one process."""
     assert [record["iteration"] for record in found] == [record["iteration"] for record in expected]
     different = differences(found, expected)
     worst_loss = max(loss for loss, _ in different)
     return Outcome(max(different[0]), max(map(max, different)), worst_loss, read_traffic(run_dir))
 
 
-def faults(layout: Layout, outcome: Outcome, dtype: str) -> list[str]:
-    """Which tolerances a layout breaks."""
+def violations(layout: Layout, outcome: Outcome, dtype: str) -> list[str]:
+    """Return the tolerances that a layout exceeds."""
     limits = {
         "step 1": (outcome.first, FIRST_STEP),
         "any step": (outcome.worst, ANY_STEP),
         "any loss": (outcome.worst_loss, LOSS_OF_ANY_STEP),
     }
-    broken = {name: value for name, (value, limit) in limits.items() if not value <= limit[dtype]}
-    return [f"{layout.name} in {dtype}, {name}: {value:.1e}" for name, value in broken.items()]
+    exceeded = {name: value for name, (value, limit) in limits.items() if not value <= limit[dtype]}
+    return [f"{layout.name} in {dtype}, {name}: {value:.1e}" for name, value in exceeded.items()]

@@ -1,4 +1,4 @@
-"""Every layout of a number of ranks, by program: what fits the rules, and how optimizer and recompute are spread over it."""
+"""Generate every layout of a number of ranks that the rules allow, with optimizers and recompute distributed over them."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ OPTIMIZERS = {
         "use_distributed_optimizer=true",
         "overlap_grad_reduce=true",
         "overlap_param_gather=true",
-        "bucket_size=5000",  # several buckets a chunk, so that there is something to overlap
+        "bucket_size=5000",  # several buckets per chunk, so that there is something to overlap
     ],
 }
 RECOMPUTE = {
@@ -25,7 +25,7 @@ GLOBAL_BATCH = 16
 
 @dataclass(frozen=True, slots=True, order=True)
 class Layout:
-    """How one run is spread."""
+    """The layout of one run, with its optimizer and recompute."""
 
     dp: int = 1
     tp: int = 1
@@ -38,17 +38,17 @@ class Layout:
 
     @property
     def num_ranks(self) -> int:
-        """Ranks of the run."""
+        """Number of ranks of the run."""
         return self.dp * self.tp * self.pp * self.cp
 
     @property
     def num_layers(self) -> int:
-        """Layers of the model it trains: the fewest, from four on, that give every model chunk as many."""
+        """Number of layers of its model: at least four, and the same number for every model chunk."""
         return max(4, self.pp * self.vpp)
 
     @property
     def name(self) -> str:
-        """Such as `DP2 TP2+SP PP2x2, overlapped, uniform`."""
+        """Name of the layout, such as `DP2 TP2+SP PP2x2, overlapped, uniform`."""
         parts = [f"DP{self.dp}"] if self.dp > 1 else []
         parts += [f"TP{self.tp}{'+SP' if self.sp else ''}"] if self.tp > 1 else []
         parts += [f"PP{self.pp}{f'x{self.vpp}' if self.vpp > 1 else ''}"] if self.pp > 1 else []
@@ -56,7 +56,7 @@ class Layout:
         return ", ".join([" ".join(parts) or "one process", self.optimizer, self.recompute])
 
     def overrides(self) -> list[str]:
-        """The layout in the words of the config, and batches that give every stage two micro-batches or more."""
+        """Return the layout as overrides of the config, with batches of at least two micro-batches per stage."""
         parallel = [
             f"tensor_model_parallel_size={self.tp}",
             f"sequence_parallel={str(self.sp).lower()}",
@@ -72,7 +72,7 @@ class Layout:
 
 
 def shapes(num_ranks: int) -> Iterator[Layout]:
-    """Every factoring of the ranks into DP x TP x PP x CP, with and without SP and two chunks a stage where they can be."""
+    """Yield every factorization of the ranks into DP x TP x PP x CP, with and without SP and two chunks per stage if possible."""
     divisors = [size for size in range(1, num_ranks + 1) if num_ranks % size == 0]
     for dp, tp, pp, cp in itertools.product(divisors, repeat=4):
         if dp * tp * pp * cp != num_ranks:
@@ -82,22 +82,22 @@ def shapes(num_ranks: int) -> Iterator[Layout]:
 
 
 def value_pairs(layout: Layout) -> set[tuple[object, ...]]:
-    """What of any two properties a layout has together."""
+    """Return all pairs of (property, value) that a layout has."""
     names = [field.name for field in fields(layout)]
     return set(itertools.combinations(zip(names, astuple(layout), strict=True), 2))
 
 
 def all_layouts(num_ranks: int) -> list[Layout]:
-    """Every shape, with optimizers and recompute dealt out so that any two values that fit together occur together."""
+    """Return every shape, with optimizers and recompute such that any two compatible values occur together in a layout."""
     choices = list(itertools.product(OPTIMIZERS, RECOMPUTE))
     wanted = {pair for layout in every_combination(num_ranks) for pair in value_pairs(layout)}
     found: list[Layout] = []
     rounds = 0
     while not found or wanted:
         for shape in shapes(num_ranks):
-            turned = choices[len(found) % len(choices) :] + choices[: len(found) % len(choices)]
-            candidates = [replace(shape, optimizer=optimizer, recompute=recompute) for optimizer, recompute in turned]
-            best = max(candidates, key=lambda layout: len(value_pairs(layout) & wanted))
+            rotated = choices[len(found) % len(choices) :] + choices[: len(found) % len(choices)]
+            options = [replace(shape, optimizer=optimizer, recompute=recompute) for optimizer, recompute in rotated]
+            best = max(options, key=lambda layout: len(value_pairs(layout) & wanted))
             if rounds == 0 or value_pairs(best) & wanted:
                 found.append(best)
                 wanted -= value_pairs(best)
@@ -106,13 +106,13 @@ def all_layouts(num_ranks: int) -> list[Layout]:
 
 
 def measured(num_ranks: int, dtype: str) -> list[Layout]:
-    """The layouts that are run in a type: all in fp32, which shows every fault; every third in bf16, for the size of its error."""
+    """Return the layouts to run in a data type: all in fp32, which shows every error; every third in bf16, for its rounding."""
     layouts = all_layouts(num_ranks)
     return layouts if dtype == "fp32" else layouts[::3]
 
 
 def every_combination(num_ranks: int) -> Iterator[Layout]:
-    """The whole product, several hundred layouts at eight ranks."""
+    """Yield the whole product, several hundred layouts for eight ranks."""
     for shape in shapes(num_ranks):
         for optimizer, recompute in itertools.product(OPTIMIZERS, RECOMPUTE):
             yield replace(shape, optimizer=optimizer, recompute=recompute)

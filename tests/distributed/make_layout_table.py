@@ -1,8 +1,8 @@
-"""Run every layout of 2, 4 and 8 ranks in fp32 and bf16, and write the table of them, layouts.md beside this file.
+"""Run every layout of 2, 4 and 8 ranks in fp32 and bf16, and write their table, layouts.md in the folder of this file.
 
     python -m tests.distributed.make_layout_table --work DIR [--minutes 9]
 
-What was measured is kept in DIR: the same command goes on with the rest. The table has what there is.
+Measurements are kept in DIR: the same command continues with the rest. The table has those that are done.
 """
 
 import argparse
@@ -18,23 +18,23 @@ from tests.support.tiny_runs import TinyData, read_metrics, write_tiny_data
 TABLE = Path(__file__).with_name("layouts.md")
 RANKS = (2, 4, 8)
 AT_ONCE = 6
-"""Layouts of one launch."""
+"""Number of layouts in one launch."""
 INTRODUCTION = """# Every layout against one process
 
-Made by `python -m tests.distributed.make_layout_table --work DIR`; `make test-slow` holds the tolerances. Each row is a run of a
-tiny model (4 layers, or as many as it has model chunks) beside the same run in one process: {fp32} steps in fp32 and, every third
-layout, {bf16} in bf16.
-All factorings of 2, 4 and 8 ranks into DP x TP x PP x CP, each with and without sequence parallelism (+SP) and two chunks a
-pipeline stage (PP2x2); optimizers (plain, distributed, distributed with overlapped reduce and gather in small buckets) and
-recompute (none, selective, full uniform, full block) are dealt out so that any two values that fit together occur together.
+Made by `python -m tests.distributed.make_layout_table --work DIR`; `make test-slow` checks the tolerances. Each row compares a
+run of a tiny model (4 layers, or as many as it has model chunks) with the same run in one process: {fp32} steps in fp32 and, for
+every third layout, {bf16} in bf16.
+The layouts are all factorizations of 2, 4 and 8 ranks into DP x TP x PP x CP, each with and without sequence parallelism (+SP)
+and two chunks per pipeline stage (PP2x2). Optimizers (plain, distributed, distributed with overlapped reduce and gather in small
+buckets) and recompute (none, selective, full uniform, full block) are distributed so that any two compatible values occur together.
 
 Differences are relative, the larger of loss and gradient norm. Allowed: {first:.0e} at step 1 and {any:.0e} at any step in fp32;
 {first_bf16:.0e} and {any_bf16:.0e} in bf16. Largest found: {found}.
 {done} of {wanted} runs are in this table.
 
-Bytes are those that the busiest rank sends in one step in fp32, with ring algorithms, by the kind of group: TP (tensor, with
-or without sequence parallelism), CP (keys and values), PP (activations and their gradients), DP (gradients and parameters, over
-the context-parallel ranks, too). `tests/benchmarks/bench_communication.py` has the formulas.
+Bytes are those that the busiest rank sends in one step in fp32, with ring algorithms, by kind of group: TP (tensor, with or
+without sequence parallelism), CP (keys and values), PP (activations and their gradients), DP (gradients and parameters, also
+over the context-parallel ranks). `tests/benchmarks/bench_communication.py` has the formulas.
 
 | ranks | layout | step 1 | any step | bf16, any step | TP kB | CP kB | PP kB | DP kB |
 |---|---|---|---|---|---|---|---|---|
@@ -42,7 +42,7 @@ the context-parallel ranks, too). `tests/benchmarks/bench_communication.py` has 
 
 
 def measure(work: Path, until: float) -> dict[tuple[Layout, str], Outcome]:
-    """The outcome of every layout and type that was measured before the time was up."""
+    """Return the outcome of every layout and data type that is measured before `until`."""
     work.mkdir(parents=True, exist_ok=True)
     data = TinyData(work) if (work / "tiny.yaml").exists() else write_tiny_data(work)
     outcomes = {}
@@ -79,11 +79,11 @@ def _run_some(data: TinyData, work: Path, dtype: str, layouts: list[Layout]) -> 
 
 
 def table(outcomes: dict[tuple[Layout, str], Outcome], wanted: int) -> str:
-    """Markdown, a line a layout that was measured in fp32."""
+    """Return the table as Markdown, with one line per layout that was measured in fp32."""
     largest = {dtype: [one for (_, kind), one in outcomes.items() if kind == dtype] for dtype in STEPS}
     found = "; ".join(
         f"{max(one.first for one in ones):.1e} and {max(one.worst for one in ones):.1e} in {dtype}"
-        f" (of the losses alone {max(one.worst_loss for one in ones):.1e})"
+        f" (only of the losses {max(one.worst_loss for one in ones):.1e})"
         for dtype, ones in largest.items()
         if ones
     )
@@ -108,15 +108,15 @@ def table(outcomes: dict[tuple[Layout, str], Outcome], wanted: int) -> str:
 
 
 def main() -> None:
-    """Measure what is left, and write the table when all is there."""
+    """Measure the layouts that are left, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
-    parser.add_argument("--minutes", type=float, default=60.0, help="begin no further launch after these")
+    parser.add_argument("--minutes", type=float, default=60.0, help="start no further launch after this time")
     arguments = parser.parse_args()
     outcomes = measure(arguments.work.resolve(), time.monotonic() + 60 * arguments.minutes)
     wanted = [(layout, dtype) for dtype in STEPS for num_ranks in RANKS for layout in measured(num_ranks, dtype)]
     TABLE.write_text(table(outcomes, len(wanted)), encoding="utf-8")
-    print(f"wrote {TABLE}: {len(outcomes)} of {len(wanted)} runs; the same command goes on with those that are left")
+    print(f"wrote {TABLE}: {len(outcomes)} of {len(wanted)} runs; the same command continues with the rest")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Bad steps of real runs: what each policy does, that a resume repeats it, and that the replay gives the same bits."""
+"""Bad steps of real runs: the action of each policy, its repetition after a resume, and the bit-equal replay."""
 
 import json
 import shutil
@@ -28,19 +28,19 @@ def check_same_weights(found: Path, expected: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def left_out(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run without faults that leaves the bad iteration out from the start."""
-    run_dir = tmp_path_factory.mktemp("left_out") / "run"
+def skipping_run(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run without injected errors that skips the bad iteration from the start."""
+    run_dir = tmp_path_factory.mktemp("skipping") / "run"
     run_on_ranks(data.config, run_dir, *BASE, f"train.skip_iterations=[{BAD}]")
     return run_dir
 
 
 def test_weights_that_are_not_finite_are_not_saved(data: TinyData, tmp_path: Path) -> None:
-    """The step after them stops the run, and the checkpoint it goes on from is the one before."""
+    """The step after them stops the run, which resumes from the previous checkpoint."""
     run_dir = tmp_path / "run"
     ranks = start_ranks(data.config, run_dir, *BASE, hook=partial(inject, "spoil:10"), num_ranks=2)
     assert ranks.wait() == [1, 1], ranks.output()
-    assert "iteration 10 is not saved" in ranks.output()
+    assert "iteration 10 was not saved" in ranks.output()
     assert (run_dir / "checkpoints/latest").read_text() == "iter_0000005\n"
     assert bad_steps(run_dir)[0]["iteration"] == 11
 
@@ -67,22 +67,22 @@ def test_a_step_that_is_not_finite_stops_the_run_with_nothing_updated(data: Tiny
 
 
 @pytest.mark.parametrize(("kind", "key"), [("nan", "on_nonfinite"), ("gradient", "on_nonfinite"), ("spike", "on_spike")])
-def test_a_skipped_step_updates_nothing_and_keeps_samples_in_step(
-    data: TinyData, tmp_path: Path, left_out: Path, kind: str, key: str
+def test_a_skipped_step_updates_nothing_and_consumes_its_samples(
+    data: TinyData, tmp_path: Path, skipping_run: Path, kind: str, key: str
 ) -> None:
     run_dir = tmp_path / "run"
     records = run_on_ranks(data.config, run_dir, *BASE, f"train.{key}=skip", hook=partial(inject, f"{kind}:{BAD}"))
     assert [record["iteration"] for record in records] == list(range(1, STEPS + 1))
     assert [record["skipped_iterations"] for record in records] == [0] * (BAD - 1) + [1] * (STEPS - BAD + 1)
-    wanted = read_metrics(left_out)
-    assert curve(records[BAD:]) == curve(wanted[BAD - 1 :])  # the one that left it out has no record of it
+    wanted = read_metrics(skipping_run)
+    assert curve(records[BAD:]) == curve(wanted[BAD - 1 :])  # the run that skips it has no record of it
     assert records[-1]["lr"] == wanted[-1]["lr"]
-    check_same_weights(run_dir, left_out)
+    check_same_weights(run_dir, skipping_run)
     if kind == "nan":
         assert records[BAD - 1]["lm_loss"] is None
 
 
-def test_a_warned_spike_is_updated_and_kept(data: TinyData, tmp_path: Path) -> None:
+def test_a_warned_spike_is_updated_and_recorded(data: TinyData, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     records = run_on_ranks(data.config, run_dir, *BASE, hook=partial(inject, f"spike:{BAD}"))
     (bad,) = bad_steps(run_dir)
@@ -99,10 +99,10 @@ DISTRIBUTED = (
 
 
 @pytest.mark.parametrize(("num_ranks", "settings"), [(1, ()), (2, DISTRIBUTED)])
-def test_a_return_to_the_checkpoint_equals_a_run_that_left_the_iteration_out(
-    data: TinyData, tmp_path: Path, left_out: Path, num_ranks: int, settings: tuple[str, ...]
+def test_a_return_to_the_checkpoint_equals_a_run_that_skips_the_iteration(
+    data: TinyData, tmp_path: Path, skipping_run: Path, num_ranks: int, settings: tuple[str, ...]
 ) -> None:
-    run_dir, whole = tmp_path / "run", left_out
+    run_dir, whole = tmp_path / "run", skipping_run
     if num_ranks > 1:
         whole = tmp_path / "whole"
         run_on_ranks(data.config, whole, *BASE, *settings, f"train.skip_iterations=[{BAD}]", num_ranks=num_ranks)
@@ -116,18 +116,18 @@ def test_a_return_to_the_checkpoint_equals_a_run_that_left_the_iteration_out(
     check_same_weights(run_dir, whole)
 
 
-def test_a_resume_between_a_return_and_the_next_checkpoint_leaves_out_the_same(
-    data: TinyData, tmp_path: Path, left_out: Path
+def test_a_resume_between_a_return_and_the_next_checkpoint_skips_the_same(
+    data: TinyData, tmp_path: Path, skipping_run: Path
 ) -> None:
-    """Stopped right after the return, before anything was saved: the list of iterations is in the run folder."""
+    """The run stops right after the return, before any save; the list of iterations is in the run folder."""
     run_dir = tmp_path / "run"
     command = (*BASE, "train.on_nonfinite=roll_back")
     ranks = start_ranks(data.config, run_dir, *command, hook=partial(inject, f"nan:{BAD},exit:{BAD - 1}:0:2"))
     assert ranks.wait() == [9], ranks.output()
     assert (run_dir / "checkpoints/latest").read_text() == "iter_0000010\n"
     run_on_ranks(data.config, run_dir, *command)
-    assert curve(read_metrics(run_dir)) == curve(read_metrics(left_out))
-    check_same_weights(run_dir, left_out)
+    assert curve(read_metrics(run_dir)) == curve(read_metrics(skipping_run))
+    check_same_weights(run_dir, skipping_run)
 
 
 def test_returns_and_skips_end_at_their_limits(data: TinyData, tmp_path: Path) -> None:
@@ -151,17 +151,17 @@ def test_returns_and_skips_end_at_their_limits(data: TinyData, tmp_path: Path) -
 def test_the_replay_of_a_bad_step_gives_its_numbers_bit_for_bit(
     data: TinyData, tmp_path: Path, num_ranks: int, settings: tuple[str, ...]
 ) -> None:
-    """After a resume too, and though only the newest checkpoint is kept."""
-    run_dir, fault = tmp_path / "run", f"spike:{BAD}"
+    """This holds after a resume, and although only the newest checkpoint is kept."""
+    run_dir, error = tmp_path / "run", f"spike:{BAD}"
     policy = f"train.on_spike={'roll_back' if num_ranks > 1 else 'skip'}"
     command = (*BASE, *settings, policy, "checkpoint.keep_last=1", "train.exit_interval=14")
     for _ in range(2):
-        run_on_ranks(data.config, run_dir, *command, num_ranks=num_ranks, hook=partial(inject, fault))
+        run_on_ranks(data.config, run_dir, *command, num_ranks=num_ranks, hook=partial(inject, error))
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == ["iter_0000010", "iter_0000020", "latest"]
     before = sorted((path, path.stat().st_mtime_ns) for path in run_dir.rglob("*"))
     arguments = ["--run", str(run_dir), "--iteration", str(BAD), "--show", "1"]
     replay = start_tool(
-        "tools/replay_step.py", arguments, tmp_path / "replay.log", num_ranks=num_ranks, hook=partial(inject, fault)
+        "tools/replay_step.py", arguments, tmp_path / "replay.log", num_ranks=num_ranks, hook=partial(inject, error)
     )
     assert replay.wait() == [0] * num_ranks, replay.output()
     output = replay.output()
@@ -170,14 +170,14 @@ def test_the_replay_of_a_bad_step_gives_its_numbers_bit_for_bit(
     assert "iter_0000010" in output
     assert sorted((path, path.stat().st_mtime_ns) for path in run_dir.rglob("*")) == before
     healthy = start_tool("tools/replay_step.py", arguments, tmp_path / "healthy.log", num_ranks=num_ranks)
-    assert healthy.wait() == [1] * num_ranks  # without the fault the step is another one, and the tool says so
+    assert healthy.wait() == [1] * num_ranks  # without the injected error the step differs, and the tool reports it
     assert "NOT equal" in healthy.output()
 
 
-def test_the_replay_refuses_another_number_of_ranks_and_strange_iterations(data: TinyData, tmp_path: Path) -> None:
+def test_the_replay_refuses_another_number_of_ranks_and_other_iterations(data: TinyData, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_on_ranks(data.config, run_dir, "train.train_iters=3")
-    for iteration, num_ranks, message in (("9", 1, "it can be 1 to 3"), ("2", 2, "was done on 1 ranks, 2 are launched")):
+    for iteration, num_ranks, message in (("9", 1, "it can be 1 to 3"), ("2", 2, "was done on 1 ranks, but 2 are launched")):
         arguments = ["--run", str(run_dir), "--iteration", iteration]
         replay = start_tool("tools/replay_step.py", arguments, tmp_path / "replay.log", num_ranks=num_ranks)
         assert replay.wait() == [2] * num_ranks
@@ -188,8 +188,8 @@ def list_files(folder: Path) -> list[tuple[Path, int]]:
     return sorted((path, path.stat().st_mtime_ns) for path in folder.rglob("*"))
 
 
-def test_a_replay_takes_ranks_and_config_of_the_launch_that_did_the_step(data: TinyData, tmp_path: Path) -> None:
-    """A later one had another learning rate and more ranks. Without a checkpoint near, it says how long it takes and asks."""
+def test_a_replay_uses_ranks_and_config_of_the_launch_that_did_the_step(data: TinyData, tmp_path: Path) -> None:
+    """A later launch had another learning rate and more ranks. A long replay is refused without --allow-long."""
     run_dir = tmp_path / "run"
     command = ("train.train_iters=5", "checkpoint.save_interval=2")
     run_on_ranks(data.config, run_dir, *command, "train.exit_interval=3")

@@ -1,4 +1,4 @@
-"""A checkpoint written while training goes on holds the weights of its own step: not older ones, not newer ones."""
+"""A checkpoint that is written while training continues contains the weights of its own step."""
 
 import multiprocessing
 import os
@@ -19,7 +19,7 @@ OVERLAPPED = (
 
 
 def train_and_save(config_file: str, run_dir: str) -> None:
-    """One rank: a save after each of steps 2 and 4, the writer held until two steps later; live weights go to a file."""
+    """Save, as one rank, after steps 2 and 4, with the writer delayed for two steps; write the live weights to a file."""
     from megatron_ledom.checkpoint import writing
     from megatron_ledom.checkpoint.store import sharded_weights, unwrapped
     from megatron_ledom.config.derived import train_samples
@@ -39,12 +39,12 @@ def train_and_save(config_file: str, run_dir: str) -> None:
 
     write_now = writing._write_files
 
-    def held(*arguments: Any, part: str, **how: Any) -> None:
+    def delayed(*arguments: Any, part: str, **how: Any) -> None:
         while not os.path.exists(f"{run_dir}/write{int(part.removesuffix('.part')[-7:])}"):
             time.sleep(0.01)
         write_now(*arguments, part=part, **how)
 
-    writing._write_files = held
+    writing._write_files = delayed
     config = load_config(config_file, [f"run_dir={run_dir}", *OVERLAPPED])
     platform, sources, launch = prepare_platform(1), load_sources(config), read_launch()
     prepare_indices(config, sources, index_cache(config), launch)
@@ -70,17 +70,17 @@ def train_and_save(config_file: str, run_dir: str) -> None:
         state.store.poll()
         if step in (3, 5):  # two steps have changed the weights since
             assert len(multiprocessing.active_children()) == 1
-            held = time.monotonic() - began
-            assert state.store.seconds_to_finish() >= max(longest, held)  # the rest of this one, and one more
+            delay = time.monotonic() - began
+            assert state.store.seconds_to_finish() >= max(longest, delay)  # the rest of this save, and one more
             torch.distributed.barrier()
             Path(f"{run_dir}/write{step - 1}").touch()
             state.store.finish()
-            longest = max(longest, held)
+            longest = max(longest, delay)
             assert state.store.seconds_to_finish() >= longest
     stop_distributed()
 
 
-def test_two_saves_hold_the_live_weights_of_their_steps(data: TinyData, tmp_path: Path) -> None:
+def test_two_saves_have_the_live_weights_of_their_steps(data: TinyData, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     act = partial(train_and_save, str(data.config), str(run_dir))

@@ -1,7 +1,7 @@
-"""A resumed run has the settings of its config, every one of them, with either optimizer: those of a fresh run at that iteration.
+"""A resumed run uses every setting of its config, as a fresh run at that iteration would, with either optimizer.
 
-One process of a real run measures all of them: it trains three iterations, saves, and then for each key builds the run with that
-key changed twice, once from the checkpoint and once afresh.
+One process measures all settings: it trains three iterations, saves, and then builds the run twice for each changed key: once
+from the checkpoint and once from scratch.
 """
 
 import json
@@ -18,7 +18,7 @@ from megatron_ledom.errors import LedomError
 from tests.support.tiny_runs import TinyData, curve, run_on_ranks, start_ranks
 
 DONE = 3
-"""Iterations before the checkpoint."""
+"""Number of iterations before the checkpoint."""
 BASE = ("train.train_iters=12", "optimizer.lr_warmup_iters=1", "optimizer.lr=1e-3", "optimizer.min_lr=1e-4")
 WSD = ("optimizer.lr_decay_style=WSD", "optimizer.lr_wsd_decay_iters=5")
 OPTIMIZERS = {
@@ -63,10 +63,10 @@ CHANGES: dict[str, tuple[str, tuple[str, ...]]] = {
     "train.spike_window": ("policy", ("train.spike_window=200",)),
     "train.max_skips": ("policy", ("train.max_skips=300",)),
     "train.max_roll_backs": ("policy", ("train.max_roll_backs=1",)),
-    "train.skip_iterations": ("left_out", ("train.skip_iterations=[5]",)),
+    "train.skip_iterations": ("skipped", ("train.skip_iterations=[5]",)),
     "train.watchdog_seconds": ("train", ("train.watchdog_seconds=9",)),
 }
-"""Key of the config -> what of the run it decides, and overrides that change it."""
+"""Key of the config -> part of the run that it decides, and overrides that change it."""
 WITHOUT_EFFECT = {
     "an iteration that is done": ("train.skip_iterations=[2]", "train.skip_iterations names 2"),
     "the size of weights that exist": ("model.init_method_std=0.5", "model.init_method_std was 0.02 and is 0.5"),
@@ -74,7 +74,7 @@ WITHOUT_EFFECT = {
 
 
 def measure(config_file: str, common: list[str], keys: list[str], output: str) -> None:
-    """Write into `output` what a resumed and a fresh run do with each change. The body of one rank."""
+    """Write the effects of each change on a resumed and a fresh run into `output`, as the body of one rank."""
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed
     from megatron_ledom.platform.device import prepare_platform
@@ -101,8 +101,10 @@ def measure(config_file: str, common: list[str], keys: list[str], output: str) -
             found[key] = compared(build, load_config(config_file, [*common, *CHANGES[key][1]]), checkpoint)
         for name, (override, _) in WITHOUT_EFFECT.items():
             found[name] = compared(build, load_config(config_file, [*common, override]), checkpoint)
-        as_newer_engines_tell_groups_apart()
-        found["newer engine"] = compared(build, load_config(config_file, [*common, *CHANGES["optimizer.lr"][1]]), checkpoint)
+        distinguish_groups_as_newer_megatron_core()
+        found["newer megatron-core"] = compared(
+            build, load_config(config_file, [*common, *CHANGES["optimizer.lr"][1]]), checkpoint
+        )
     finally:
         stop_distributed()
     Path(output).write_text(json.dumps(found), encoding="utf-8")
@@ -120,7 +122,7 @@ def build_at_checkpoint(config: RunConfig, checkpoint: str | None, *, launch: An
 
 
 def compared(build: Any, config: RunConfig, checkpoint: str) -> dict[str, Any]:
-    """The settings of a run that goes on from the checkpoint, and of a fresh one moved there; or why it is refused."""
+    """Return the settings of a run resumed from the checkpoint and of a fresh one moved there, or the reason of a refusal."""
     try:
         resumed = build(config, checkpoint)
     except LedomError as error:
@@ -133,7 +135,7 @@ def compared(build: Any, config: RunConfig, checkpoint: str) -> dict[str, Any]:
 
 
 def effective(state: Any) -> dict[str, Any]:
-    """What the settings have made of a run: schedule, groups, batches, policies."""
+    """Return the effects of the settings on a run: schedule, groups, batches, policies."""
     from megatron_ledom.config.derived import num_microbatches
     from megatron_ledom.platform.core_state import settings_of
     from megatron_ledom.training.history import RunHistory
@@ -154,22 +156,22 @@ def effective(state: Any) -> dict[str, Any]:
         "num_microbatches": num_microbatches(state.config, 1),
         "valid_samples": {name: len(dataset) for name, dataset in state.valid_datasets.items()},
         "policy": [policy.past.maxlen, asdict(policy.settings)],
-        "left_out": sorted(RunHistory(state.config.run_dir, train.skip_iterations).skip_iterations),
+        "skipped": sorted(RunHistory(state.config.run_dir, train.skip_iterations).skip_iterations),
         "train": asdict(train),
     }
 
 
 def total_loss(state: Any) -> float:
-    """What the loss function of the next iteration makes of one token of loss 1 and log Z 1."""
+    """Return the loss that the next iteration computes for one token of loss 1 and log Z 1."""
     import torch
 
     from megatron_ledom.training import trainer
 
     step: Any = trainer
-    taken: list[Any] = []
+    functions: list[Any] = []
 
     def look(forward_step_func: Any, **_: Any) -> list[Any]:
-        taken.append(forward_step_func)
+        functions.append(forward_step_func)
         return []
 
     original = step.get_forward_backward_func
@@ -178,13 +180,13 @@ def total_loss(state: Any) -> float:
         step.run_schedule(state.config, state.model, [iter(())], state.groups, forward_only=False)
     finally:
         step.get_forward_backward_func = original
-    z_loss_coeff = taken[0].args[0]
+    z_loss_coeff = functions[0].args[0]
     output = torch.ones(1, 1, 2) if z_loss_coeff else torch.ones(1, 1)
     return float(step.masked_loss(torch.ones(1, 1), z_loss_coeff, output)[0])
 
 
-def as_newer_engines_tell_groups_apart() -> None:
-    """megatron-core 0.19 takes max_lr and min_lr for a part of a group's identity."""
+def distinguish_groups_as_newer_megatron_core() -> None:
+    """Let max_lr and min_lr be part of a group's identity, as in megatron-core 0.19."""
     from megatron.core.optimizer import distrib_optimizer
     from megatron.core.optimizer import optimizer as plain
 
@@ -194,7 +196,7 @@ def as_newer_engines_tell_groups_apart() -> None:
 
 @pytest.fixture(scope="module")
 def measured(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By optimizer, then by key of `keys_of`."""
+    """Measurements by optimizer, then by key of `keys_of`."""
     found: dict[str, Any] = {}
     for kind, chosen in OPTIMIZERS.items():
         folder = tmp_path_factory.mktemp(kind)
@@ -208,7 +210,7 @@ def measured(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> dict[s
 
 
 def keys_of(kind: str) -> list[str]:
-    """All with the ordinary optimizer in fp32, with the others those that reach the optimizer."""
+    """Return the keys to test: all with the ordinary optimizer in fp32, with the others those that affect the optimizer."""
     beginnings = {"ordinary": "", "distributed": "optimizer.", "ordinary in bf16": "optimizer.adam"}
     return [key for key in CHANGES if key.startswith(beginnings[kind]) or key == "optimizer.lr"]
 
@@ -219,7 +221,7 @@ def test_every_key_of_optimizer_and_train_has_a_change_here() -> None:
 
 
 @pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind in OPTIMIZERS for key in keys_of(kind)])
-def test_a_changed_key_has_the_effect_that_it_has_on_a_fresh_run(measured: dict[str, Any], kind: str, key: str) -> None:
+def test_a_changed_key_has_the_same_effect_as_on_a_fresh_run(measured: dict[str, Any], kind: str, key: str) -> None:
     reading, _ = CHANGES[key]
     found, before = measured[kind][key], measured[kind][""]
     if reading == REFUSED:
@@ -232,17 +234,17 @@ def test_a_changed_key_has_the_effect_that_it_has_on_a_fresh_run(measured: dict[
 
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
-def test_a_change_that_could_have_no_effect_any_more_is_refused(measured: dict[str, Any], name: str) -> None:
+def test_a_change_without_effect_is_refused(measured: dict[str, Any], name: str) -> None:
     assert WITHOUT_EFFECT[name][1] in measured["ordinary"][name][REFUSED]
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_an_engine_that_tells_groups_apart_by_learning_rate_loads_a_changed_one(measured: dict[str, Any], kind: str) -> None:
-    assert measured[kind]["newer engine"]["resumed"] == measured[kind]["optimizer.lr"]["fresh"]
+def test_a_changed_learning_rate_loads_if_it_is_part_of_the_identity(measured: dict[str, Any], kind: str) -> None:
+    assert measured[kind]["newer megatron-core"]["resumed"] == measured[kind]["optimizer.lr"]["fresh"]
 
 
 def test_a_lowered_learning_rate_counts_from_the_first_step_after_the_resume(data: TinyData, tmp_path: Path) -> None:
-    """The rates are those of the new schedule by hand, at iterations 11 and 20, and the loss goes another way."""
+    """The rates at iterations 11 and 20 are those of the new schedule, computed by hand."""
     command = ["optimizer.lr=1e-3", "optimizer.min_lr=1e-4", "train.exit_interval=10"]
     first = run_on_ranks(data.config, tmp_path / "run", *command)
     assert first[-1]["lr"] > 6e-4

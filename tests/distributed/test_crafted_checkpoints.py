@@ -1,4 +1,4 @@
-"""Checkpoints made to run code when they are read: nothing of them runs, on resume, on export, or when they are looked at."""
+"""Checkpoints crafted to run code when they are read: no code runs on resume, export or inspection."""
 
 import io
 import os
@@ -37,20 +37,20 @@ class Harm:
 
 
 def craft_list(checkpoint: Path, harm: Harm) -> None:
-    """In .metadata, beside what belongs there."""
+    """Add the object to .metadata."""
     metadata = read_metadata(str(checkpoint))
     metadata.planner_data = {"harm": harm}
     (checkpoint / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def craft_settings(checkpoint: Path, harm: Harm) -> None:
-    """In common.pt."""
+    """Add the object to common.pt."""
     content = torch.load(checkpoint / "common.pt", weights_only=True)
     torch.save({**content, "harm": harm}, checkpoint / "common.pt")
 
 
 def craft_objects(checkpoint: Path, harm: Harm) -> None:
-    """In place of each object among the tensors."""
+    """Replace each stored object that is not a tensor."""
     metadata = read_metadata(str(checkpoint))
     stored = io.BytesIO()
     torch.save([harm], stored)
@@ -75,7 +75,7 @@ def trained(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=list(CRAFTS))
 def crafted(request: pytest.FixtureRequest, trained: Path, tmp_path: Path) -> Path:
-    """A run whose latest checkpoint would make `mark` beside it; its manifest is that of the crafted files."""
+    """A run whose latest checkpoint would make the folder `mark`; its manifest has the sums of the crafted files."""
     run_dir = Path(shutil.copytree(trained, tmp_path / request.param))
     checkpoint = run_dir / "checkpoints/iter_0000002"
     CRAFTS[request.param](checkpoint, Harm(tmp_path / "mark"))
@@ -90,7 +90,7 @@ def test_resume_runs_no_code_of_a_checkpoint(data: TinyData, crafted: Path) -> N
     assert ranks.wait() == [1], ranks.output()
     assert not (crafted.parent / "mark").exists()
     assert "Traceback" not in ranks.output()
-    assert "has a file that asks for posix.mkdir, which no saved run does and which could run code" in ranks.output()
+    assert "has a file that needs posix.mkdir. No run writes such a file, and it could run code" in ranks.output()
 
 
 def test_export_and_inspection_run_no_code_of_a_checkpoint(crafted: Path, tmp_path: Path) -> None:
@@ -98,12 +98,12 @@ def test_export_and_inspection_run_no_code_of_a_checkpoint(crafted: Path, tmp_pa
         try:
             work()
         except (DataError, VerificationError) as error:
-            assert "posix.mkdir" in str(error) or "fault" in str(error)  # noqa: PT017  objects are not read by either
+            assert "posix.mkdir" in str(error) or "fault" in str(error)  # noqa: PT017  neither reads objects
     assert not (tmp_path / "mark").exists()
 
 
-def test_objects_as_transformer_engines_layers_keep_them_are_read() -> None:
-    """State of fp8 in a BytesIO, in the list that megatron-core makes of a rank's objects."""
+def test_objects_of_transformer_engines_layers_are_read() -> None:
+    """The fp8 state is a BytesIO in the list that megatron-core makes of a rank's objects."""
     install_core_fixes()
     stored = io.BytesIO()
     torch.save([io.BytesIO(b"state")], stored)

@@ -1,6 +1,6 @@
-"""What is left when a save is cut short: by a kill at each of its steps, a full disk, a writer that dies, signals to all.
+"""Saves that fail leave the last checkpoint whole: after a kill at any step, a full disk, a killed writer, signals to all.
 
-The state is one tensor and a number, saved by the writer that training uses; each save is a forked rank of its own.
+The state is one tensor and a number, saved by the writer that training uses; each save has forked ranks of its own.
 """
 
 import itertools
@@ -26,11 +26,11 @@ from tests.support.crashes import Steps
 from tests.support.tiny_runs import TinyData, read_tensors, start_ranks
 
 BIG = 4_000_000
-"""Elements of a tensor that is not written at once."""
+"""Elements of a tensor whose writing takes a while."""
 
 
 def save(config_file: str, folder: str, iteration: int, *, elements: int = 1000, **how: Any) -> None:
-    """One rank's part of a save: a tensor of `elements` per rank, all equal to `iteration`."""
+    """Save, as one rank, a tensor of `elements` per rank, all equal to `iteration`."""
     import torch.distributed as dist
     from megatron.core.dist_checkpointing import ShardedTensor
 
@@ -60,7 +60,7 @@ def save(config_file: str, folder: str, iteration: int, *, elements: int = 1000,
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             signal.signal(number, lambda *_: None)
     writer.save(manifest, state, {})
-    tensor.fill_(-1.0)  # training goes on
+    tensor.fill_(-1.0)  # training continues
     if how.get("signals"):
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             os.killpg(0, number)
@@ -73,14 +73,14 @@ def save(config_file: str, folder: str, iteration: int, *, elements: int = 1000,
 
 
 def saved(data: TinyData, run: Path, iteration: int, num_ranks: int = 1, **how: Any) -> tuple[list[int], str]:
-    """Exit codes and output of a save in processes of its own."""
+    """Save in separate processes; return their exit codes and output."""
     act = partial(save, str(data.config), str(run / "checkpoints"), iteration, **how)
     ranks = start_ranks(data.config, run / f"save{iteration}", num_ranks=num_ranks, instead=act)
     return ranks.wait(), ranks.output()
 
 
 def check_whole(run: Path, num_ranks: int = 1) -> int:
-    """The iteration of the latest checkpoint, of which every byte is as it was written."""
+    """Check every byte of the latest checkpoint, and return its iteration."""
     checkpoint = latest_checkpoint(str(run / "checkpoints"))
     assert checkpoint is not None
     manifest = load_manifest(checkpoint)
@@ -102,7 +102,7 @@ def names(run: Path) -> list[str]:
 def test_killed_at_any_step_of_a_save_the_last_checkpoint_is_whole(
     data: TinyData, tmp_path: Path, async_save: bool, stride: int
 ) -> None:
-    """Each step with stride 1, every sixth from a random one on in the quick test."""
+    """Stride 1 tests each step; the quick test takes every sixth from a random one on."""
     start = tmp_path / "start"
     assert saved(data, start, 1)[0] == [0]
     first = random.randrange(1, stride + 1)
@@ -128,13 +128,13 @@ def test_killed_at_any_step_of_a_save_the_last_checkpoint_is_whole(
 
 
 @pytest.mark.parametrize("async_save", [True, False])
-def test_a_full_disk_on_one_rank_is_a_clear_error_on_all_and_leaves_the_checkpoint_before(
+def test_a_full_disk_on_one_rank_is_an_error_on_all_and_keeps_the_previous_checkpoint(
     data: TinyData, tmp_path: Path, async_save: bool
 ) -> None:
     assert saved(data, tmp_path, 1, num_ranks=2)[0] == [0, 0]
     codes, output = saved(data, tmp_path, 2, num_ranks=2, full_disk_on_rank=1, async_save=async_save)
     assert codes == [1, 1], output
-    assert output.count("error: checkpoint 2 was not saved, those before it are untouched: rank 1:") == 2
+    assert output.count("error: checkpoint 2 was not saved; the earlier ones are unchanged: rank 1:") == 2
     assert "__1_0.distcp cannot be written: File too large; make room, then run the same command again" in output
     assert check_whole(tmp_path) == 1
     assert names(tmp_path) == ["iter_0000001", "latest"]
@@ -146,12 +146,12 @@ def test_a_writer_that_is_killed_is_an_error_with_its_cause(data: TinyData, tmp_
     assert saved(data, tmp_path, 1, num_ranks=2)[0] == [0, 0]
     codes, output = saved(data, tmp_path, 2, num_ranks=2, kill_writer_of_rank=1, elements=BIG)
     assert codes == [3, 3], output
-    assert "rank 1: the process that wrote its share of" in output
+    assert "rank 1: the process that wrote this rank's part of" in output
     assert "was killed by SIGKILL; often memory ran out" in output
     assert check_whole(tmp_path) == 1
 
 
-def test_a_writer_leaves_every_signal_that_stops_a_run_to_its_rank() -> None:
+def test_a_writer_ignores_every_signal_that_stops_a_run() -> None:
     assert set(STOP_SIGNALS) < set(JOB_SIGNALS)
 
 

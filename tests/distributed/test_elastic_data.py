@@ -1,4 +1,4 @@
-"""What real ranks train on, noted where the model gets it: the same samples in the same steps at any layout and after any change."""
+"""Real ranks train on the same samples in the same steps, in any layout and after any change of it."""
 
 import json
 import os
@@ -23,7 +23,7 @@ BATCH = 8
 
 
 def note_samples() -> None:
-    """Write the tokens of every sample that a model of this rank is given, by step, into the run folder."""
+    """Write the tokens of every sample that the model of this rank gets, by step, into the run folder."""
     from megatron_ledom.training import trainer
 
     run_dir = next(text.partition("=")[2] for text in sys.argv if text.startswith("run_dir="))
@@ -55,7 +55,7 @@ def note_samples() -> None:
 
 @pytest.fixture
 def blend(data: TinyData, tmp_path: Path) -> list[str]:
-    """Overrides for two sources in which no two samples are alike; the smaller one is read more than once."""
+    """Overrides for two sources without equal samples; the smaller one is read more than once."""
     numbers = np.random.default_rng(3)
     shards = []
     for name, count in (("large", 150), ("small", 12)):
@@ -64,8 +64,8 @@ def blend(data: TinyData, tmp_path: Path) -> list[str]:
     return [f"data.train_blend=[[2,{shards[0]}],[1,{shards[1]}]]", "data.allow_repeats=true", "train.train_iters=12"]
 
 
-def planned(data: TinyData, tmp_path: Path, overrides: list[str]) -> list[tuple[int, ...]]:
-    """Tokens of every sample of the run in its order, read in this process."""
+def expected_samples(data: TinyData, tmp_path: Path, overrides: list[str]) -> list[tuple[int, ...]]:
+    """Return the tokens of every sample of the run in order, read in this process."""
     config = load_config(str(data.config), overrides)
     sources = load_sources(config)
     drawn = sources.train.interleave.counts(sources.train.num_samples).tolist()
@@ -76,7 +76,7 @@ def planned(data: TinyData, tmp_path: Path, overrides: list[str]) -> list[tuple[
 
 
 def run(data: TinyData, run_dir: Path, *overrides: str, num_ranks: int) -> dict[int, list[tuple[int, ...]]]:
-    """Tokens of the samples of each step of one launch, those of all ranks together."""
+    """Run one launch; return the tokens of the samples of each step, over all ranks."""
     ranks = start_ranks(data.config, run_dir, *overrides, num_ranks=num_ranks, hook=note_samples)
     assert ranks.wait() == [0] * num_ranks, ranks.output()
     steps = defaultdict(list)
@@ -88,13 +88,11 @@ def run(data: TinyData, run_dir: Path, *overrides: str, num_ranks: int) -> dict[
     return dict(steps)
 
 
-def test_a_run_that_goes_on_at_other_layouts_misses_nothing_and_repeats_nothing(
-    data: TinyData, tmp_path: Path, blend: list[str]
-) -> None:
-    """DP4, then DP2 with another micro-batch and reading processes, then one rank; each launch stops and the next goes on."""
-    expected = planned(data, tmp_path, blend)
+def test_a_run_resumed_in_other_layouts_misses_and_repeats_no_sample(data: TinyData, tmp_path: Path, blend: list[str]) -> None:
+    """The layouts are DP4, then DP2 with another micro-batch and reading processes, then one rank; each launch resumes the run."""
+    expected = expected_samples(data, tmp_path, blend)
     assert len(expected) == 12 * BATCH
-    assert len(set(expected)) == len(expected)  # also where the small source is read again: it is cut anew
+    assert len(set(expected)) == len(expected)  # also when the small source is read again, because it is cut differently
     run_dir, seen = tmp_path / "run", {}
     for num_ranks, settings in (
         (4, ["train.exit_interval=5"]),
@@ -107,9 +105,9 @@ def test_a_run_that_goes_on_at_other_layouts_misses_nothing_and_repeats_nothing(
         assert sorted(samples) == sorted(expected[step * BATCH : (step + 1) * BATCH])
 
 
-def test_a_changed_batch_size_goes_on_at_the_next_sample(data: TinyData, tmp_path: Path, blend: list[str]) -> None:
-    """Four steps of 8, then, the batch halved, eight of 4: fewer samples than twelve of 8, and they follow each other."""
-    expected = planned(data, tmp_path, blend)
+def test_a_changed_batch_size_continues_with_the_next_sample(data: TinyData, tmp_path: Path, blend: list[str]) -> None:
+    """Four steps of 8 samples, then eight of 4: fewer samples than in twelve steps of 8, but consecutive ones."""
+    expected = expected_samples(data, tmp_path, blend)
     run_dir = tmp_path / "run"
     first = run(data, run_dir, *blend, "train.exit_interval=4", num_ranks=1)
     rest = run(data, run_dir, *blend, "train.global_batch_size=4", num_ranks=2)

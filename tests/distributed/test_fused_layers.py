@@ -1,4 +1,4 @@
-"""Layers of our fused operators train as torch's do, on this CPU's kernels, and either goes on from the other's checkpoint."""
+"""Fused layers train as torch's do, with this CPU's kernels, and each resumes from the other's checkpoint."""
 
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from tests.support.tiny_runs import TinyData, curve, read_metrics, read_tensors,
 pytestmark = pytest.mark.skipif(find_cpu_ops().module is None, reason=find_cpu_ops().state)
 STEPS, HALF = 20, 8
 TOLERANCE = {"fp32": 2e-5, "bf16": 5e-3}
-"""Of losses over 20 steps, relative: another order of sums, or of rounding to bf16; gradient norms get ten times that."""
+"""Relative tolerances of losses over 20 steps, for another order of sums or rounding; ten times that for gradient norms."""
 Z_LOSS = "train.z_loss_coeff=1e-3"
 
 
@@ -20,7 +20,7 @@ def layers(name: str) -> str:
 
 
 def check_alike(found: Path, wanted: Path, dtype: str) -> None:
-    """Losses and gradient norms of every step; in fp32 the weights, too."""
+    """Check losses and gradient norms of every step, and in fp32 the weights."""
     ours, theirs = curve(read_metrics(found)), curve(read_metrics(wanted))
     assert len(ours) == len(theirs) == STEPS
     for (loss, norm), (their_loss, their_norm) in zip(ours, theirs, strict=True):
@@ -46,22 +46,22 @@ def test_fused_layers_train_as_torch_and_read_its_checkpoints(data: TinyData, tm
         check_alike(found, whole, dtype)
 
 
-def test_ranks_that_share_a_group_of_keys_take_their_own_queries(data: TinyData, tmp_path: Path) -> None:
-    """Two ranks, one group: each rank's queries are a part of what the projection gives."""
+def test_ranks_that_share_a_group_of_keys_use_their_own_queries(data: TinyData, tmp_path: Path) -> None:
+    """With two ranks and one group, each rank uses only a part of the queries that the projection returns."""
     shared = ("model.num_query_groups=1", "parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true")
     runs = {tmp_path / name: [*shared, layers(name)] for name in ("torch", "fused")}
     run_each_on_ranks(data.config, runs, num_ranks=2)
     check_alike(tmp_path / "fused", tmp_path / "torch", "fp32")
 
 
-def test_dropout_between_the_sum_and_the_norm_is_that_of_torch_layers(data: TinyData, tmp_path: Path) -> None:
+def test_dropout_between_sum_and_norm_equals_that_of_torch_layers(data: TinyData, tmp_path: Path) -> None:
     runs = {tmp_path / name: ["model.hidden_dropout=0.1", layers(name)] for name in ("torch", "fused")}
     run_each_on_ranks(data.config, runs, num_ranks=1)
     check_alike(tmp_path / "fused", tmp_path / "torch", "fp32")
 
 
-def test_unfused_attention_trains_as_sdpa_does_over_ranks_and_documents(data: TinyData, tmp_path: Path) -> None:
-    """With context parallelism, recompute of the attention and isolated documents."""
+def test_unfused_attention_trains_as_sdpa_does(data: TinyData, tmp_path: Path) -> None:
+    """The run has context parallelism, recompute of the attention, and isolated documents."""
     settings = (
         "parallel.context_parallel_size=2",
         "parallel.recompute_granularity=selective",

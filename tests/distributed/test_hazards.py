@@ -1,6 +1,6 @@
-"""What megatron-core gets wrong without a word, and that this package does not: each guard is taken away, and the fault seen.
+"""Hazards: cases in which megatron-core silently computes something wrong, and against which this package has a guard.
 
-`hazards.py` has what takes them away, inside the ranks; nothing here is a mock of a result.
+Each test removes one guard in the ranks of a real run, with a hook of `hazards.py`, and checks that the error occurs.
 """
 
 import os
@@ -24,7 +24,7 @@ OVERLAPPED = (
     "parallel.overlap_param_gather=true",
 )
 ODD_SIZES = ("model.hidden_size=36", "model.kv_channels=8", "model.ffn_hidden_size=60")
-"""Matrices that fill no bucket to the multiple that megatron-core pads it to."""
+"""Matrix sizes for which megatron-core pads every bucket."""
 
 
 def base(data: TinyData) -> list[str]:
@@ -47,8 +47,8 @@ def test_interleaved_stages_train_another_model_without_the_guard(
 ) -> None:
     """`test_layouts.py` has the same layout with the guard.
 
-    What is sent from memory that is no longer its own is whatever lies there by then: mostly the numbers of another tensor, which
-    train in silence; now and then no numbers at all, which end the run.
+    Without it, a stage sends memory that has been freed: mostly with the numbers of another tensor, which train silently;
+    sometimes with NaN, which ends the run.
     """
     run_dir = tmp_path / "run"
     ranks = start_ranks(data.config, run_dir, *base(data), *INTERLEAVED, num_ranks=2, hook=hazard)
@@ -58,8 +58,8 @@ def test_interleaved_stages_train_another_model_without_the_guard(
         assert largest_difference(read_metrics(run_dir), one_process) > 1e-3
 
 
-def test_saved_weights_are_stale_where_they_are_read_before_they_are_gathered(data: TinyData, tmp_path: Path) -> None:
-    """A validation just before would hide it: its forward pass gathers."""
+def test_saved_weights_are_stale_if_read_before_they_are_gathered(data: TinyData, tmp_path: Path) -> None:
+    """There is no validation before the save, because its forward pass would gather the weights."""
     curves, saved = {}, {}
     for name, hook in {"guarded": None, "stale": hazards.stale_weights}.items():
         curves[name] = curve(run_on_ranks(data.config, tmp_path / name, *BASE, *OVERLAPPED, num_ranks=2, hook=hook))
@@ -75,8 +75,8 @@ def weights_of(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return found
 
 
-def test_optimizer_state_of_padded_buckets_is_saved_in_its_place(data: TinyData, tmp_path: Path) -> None:
-    """Without the correction all that lies behind the first padded bucket is saved from the wrong place."""
+def test_optimizer_state_of_padded_buckets_is_saved_at_its_position(data: TinyData, tmp_path: Path) -> None:
+    """Without the correction everything after the first padded bucket is saved from a wrong position."""
     saved = {}
     for name, bucket, hook in (
         ("one bucket", [], None),
@@ -87,7 +87,7 @@ def test_optimizer_state_of_padded_buckets_is_saved_in_its_place(data: TinyData,
         tensors = read_tensors(tmp_path / name)
         saved[name] = {key: tensor for key, tensor in tensors.items() if "exp_avg" in key}
     expected = saved["one bucket"]
-    assert len(expected) == 2 * 9  # two moments of the embedding, the output layer, two norms in all, and five matrices
+    assert len(expected) == 2 * 9  # two moments each of the embedding, the output layer, two norms, and five matrices
     wrong = {
         name: [key for key in expected if not torch.allclose(saved[name][key], expected[key], rtol=1e-3, atol=1e-7)]
         for name in ("corrected", "stock")
@@ -96,7 +96,7 @@ def test_optimizer_state_of_padded_buckets_is_saved_in_its_place(data: TinyData,
     assert len(wrong["stock"]) > 3
 
 
-def test_optimizer_state_changes_layout_in_the_one_format_that_can(
+def test_optimizer_state_changes_layout_only_in_the_chosen_format(
     data: TinyData, tmp_path: Path, one_process: list[Record]
 ) -> None:
     first = [*base(data), "parallel.use_distributed_optimizer=true", "train.exit_interval=3"]
@@ -113,13 +113,13 @@ def test_optimizer_state_changes_layout_in_the_one_format_that_can(
 def test_no_compiler_is_needed_to_train(data: TinyData, tmp_path: Path, one_process: list[Record]) -> None:
     found = run_on_ranks(data.config, tmp_path / "run", *base(data), hook=hazards.no_compiler)
     assert curve(found) == curve(one_process)
-    torch_layers = "model.transformer_impl=torch"  # our fused ones have their own activation
+    torch_layers = "model.transformer_impl=torch"  # the fused layers have their own activation
     ranks = start_ranks(data.config, tmp_path / "fused", *base(data), torch_layers, hook=hazards.fused_activation)
     assert ranks.wait() != [0]
     assert "no-such-compiler" in ranks.output()
 
 
-STRANGER = """
+FOREIGN_APEX = """
 import torch
 
 class FusedAdam(torch.optim.SGD):
@@ -137,11 +137,11 @@ pretrain.main()
 """
 
 
-def test_a_stranger_called_apex_chooses_nothing(data: TinyData, tmp_path: Path, one_process: list[Record]) -> None:
-    """It is named in the log; with the guard taken away its optimizer is the one that steps, here by nothing at all."""
+def test_a_foreign_package_called_apex_has_no_effect(data: TinyData, tmp_path: Path, one_process: list[Record]) -> None:
+    """The log names it. Without the guard its optimizer makes the steps; here it changes nothing."""
     (tmp_path / "packages/apex/optimizers").mkdir(parents=True)
     (tmp_path / "packages/apex/__init__.py").touch()
-    (tmp_path / "packages/apex/optimizers/__init__.py").write_text(STRANGER)
+    (tmp_path / "packages/apex/optimizers/__init__.py").write_text(FOREIGN_APEX)
     environment = {**os.environ, "PYTHONPATH": f"{tmp_path / 'packages'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     curves = {}
     for name, start in {"guarded": ["-m", "megatron_ledom.pretrain"], "unguarded": ["-c", UNGUARDED]}.items():

@@ -1,4 +1,4 @@
-"""With data.reset_attention_mask documents of a sample have exactly nothing to do with each other, however it is spread."""
+"""With data.reset_attention_mask, documents of one sample do not influence each other at all, in any layout."""
 
 import json
 from pathlib import Path
@@ -25,7 +25,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("num_ranks", LAYOUTS)
-def test_documents_have_nothing_to_do_with_each_other(data: TinyData, tmp_path: Path, num_ranks: int, dtype: str) -> None:
+def test_documents_do_not_influence_each_other(data: TinyData, tmp_path: Path, num_ranks: int, dtype: str) -> None:
     layouts = LAYOUTS[num_ranks]
     shared = [f"model.params_dtype={dtype}", "train.global_batch_size=16", "model.num_attention_heads=8"]
     arguments = [[*shared, *layout.overrides(), "train.micro_batch_size=1"] for layout in layouts]
@@ -45,7 +45,7 @@ def test_documents_have_nothing_to_do_with_each_other(data: TinyData, tmp_path: 
 
 
 def largest(reports: list[dict[str, dict[str, dict[str, float]]]], kind: str, what: str) -> dict[str, float]:
-    """The largest value of each document over the ranks that have one."""
+    """Return the largest value of each document over the ranks that have one."""
     found: dict[str, float] = {}
     for report in reports:
         for document, value in report[kind].get(what, {}).items():

@@ -1,6 +1,6 @@
-"""All factorings of 2, 4 and 8 ranks train the model that one process trains; some of them here, all of them in the slow test.
+"""All layouts of 2, 4 and 8 ranks train the same model as one process: some in the quick test, all in the slow one.
 
-`layouts.md` is the table of them.
+`layouts.md` is the table of all results.
 """
 
 import re
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.layout_runs import ANY_STEP, FIRST_STEP, STEPS, compare, faults, run_layouts, run_references
+from tests.distributed.layout_runs import ANY_STEP, FIRST_STEP, STEPS, compare, run_layouts, run_references, violations
 from tests.distributed.layouts import Layout, all_layouts, every_combination, measured, shapes, value_pairs
 from tests.distributed.make_layout_table import AT_ONCE, RANKS, TABLE
 from tests.support.tiny_runs import Record, TinyData
@@ -22,8 +22,8 @@ SOME = [
 ]
 
 
-def faults_of(data: TinyData, folder: Path, layouts: Sequence[Layout], dtype: str, seconds: float = 120) -> list[str]:
-    """Every tolerance that a layout breaks."""
+def violations_of(data: TinyData, folder: Path, layouts: Sequence[Layout], dtype: str, seconds: float = 120) -> list[str]:
+    """Run the layouts and return every tolerance that one of them exceeds."""
     references = run_references(data, folder, layouts, dtype)
     found: list[str] = []
     for num_ranks in sorted({layout.num_ranks for layout in layouts}):
@@ -31,12 +31,12 @@ def faults_of(data: TinyData, folder: Path, layouts: Sequence[Layout], dtype: st
         for start in range(0, len(group), AT_ONCE):
             for layout, records in run_layouts(data, folder, group[start : start + AT_ONCE], dtype, seconds).items():
                 outcome = compare(records, references[layout.num_layers], folder / dtype / layout.name)
-                found += faults(layout, outcome, dtype)
+                found += violations(layout, outcome, dtype)
     return found
 
 
 def test_some_layouts_train_as_one_process(data: TinyData, tmp_path: Path) -> None:
-    assert faults_of(data, tmp_path, SOME, "fp32") == []
+    assert violations_of(data, tmp_path, SOME, "fp32") == []
 
 
 @pytest.mark.slow
@@ -44,7 +44,7 @@ def test_some_layouts_train_as_one_process(data: TinyData, tmp_path: Path) -> No
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_every_layout_trains_as_one_process(data: TinyData, tmp_path: Path, num_ranks: int, dtype: str) -> None:
-    assert faults_of(data, tmp_path, measured(num_ranks, dtype), dtype, seconds=600) == []
+    assert violations_of(data, tmp_path, measured(num_ranks, dtype), dtype, seconds=600) == []
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
@@ -59,8 +59,8 @@ def test_the_matrix_has_every_shape_and_every_pair_of_values(num_ranks: int) -> 
     assert {one.num_ranks for one in layouts} == {num_ranks}
 
 
-def test_the_factorings_are_all_there() -> None:
-    """Ordered factorings of 2^k into four: C(k + 3, 3)."""
+def test_the_shapes_are_all_factorizations() -> None:
+    """The number of ordered factorizations of 2^k into four is C(k + 3, 3)."""
     assert [len({(one.dp, one.tp, one.pp, one.cp) for one in shapes(n)}) for n in RANKS] == [4, 10, 20]
 
 
@@ -78,13 +78,15 @@ def test_the_table_has_all_layouts_of_the_matrix_within_the_tolerances() -> None
     assert f"{wanted} of {wanted} runs" in text
 
 
-def test_the_comparison_sees_what_differs(tmp_path: Path) -> None:
+def test_the_comparison_sees_a_step_that_differs(tmp_path: Path) -> None:
     records: list[Record] = [{"iteration": i, "lm_loss": 3.0, "grad_norm": 1.0} for i in (1, 2, 3)]
     (tmp_path / "traffic-0.json").write_text("{}")
     changed = [dict(record) for record in records]
     changed[2]["grad_norm"] *= 1.0001
     outcome = compare(changed, records, tmp_path)
     assert outcome.first == 0
-    assert [fault.split(":")[0] for fault in faults(Layout(dp=2), outcome, "fp32")] == ["DP2, plain, none in fp32, any step"]
+    assert [violation.split(":")[0] for violation in violations(Layout(dp=2), outcome, "fp32")] == [
+        "DP2, plain, none in fp32, any step"
+    ]
     changed[0]["lm_loss"] = float("nan")
-    assert len(faults(Layout(dp=2), compare(changed, records, tmp_path), "fp32")) >= 2
+    assert len(violations(Layout(dp=2), compare(changed, records, tmp_path), "fp32")) >= 2

@@ -1,7 +1,7 @@
-"""Every layout trains the model that one process trains: loss and gradient norm of every step.
+"""Every layout trains the same model as one process: loss and gradient norm of every step agree.
 
-The gradient norm is the sharper of the two. It catches weights that lack their tensor-parallel marks (what megatron-core's
-`perform_initialization=False` does): the losses then agree until clipping acts, the norm is wrong from the first step.
+The gradient norm is the stricter test. It detects weights without their tensor-parallel attributes (as megatron-core's
+`perform_initialization=False` makes them): the losses then agree until clipping acts, but the norm is wrong from step 1.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from tests.support.tiny_runs import Record, TinyData, curve, read_metrics, run_c
 
 STEPS = 20
 FIRST_STEP, ANY_STEP = 1e-6, 1e-5
-"""Relative tolerances in fp32: sums are taken in another order."""
+"""Relative tolerances in fp32: other layouts add in another order."""
 
 LAYOUTS = {
     "TP2": (2, ["tensor_model_parallel_size=2"]),
@@ -47,7 +47,7 @@ def one_process(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> lis
 
 @pytest.fixture(scope="module")
 def trained(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Record]]:
-    """The records of each layout; one launch for all of as many ranks."""
+    """The records of each layout; layouts with the same number of ranks share one launch."""
     folder, found = tmp_path_factory.mktemp("layouts"), {}
     for num_ranks in sorted({count for count, _ in LAYOUTS.values()}):
         runs = {
@@ -60,7 +60,7 @@ def trained(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> dict[st
 
 
 def differences(found: list[Record], expected: list[Record]) -> list[float]:
-    """The larger relative difference of loss and gradient norm, for each step."""
+    """Return the larger relative difference of loss and gradient norm, for each step."""
     pairs = zip(curve(found), curve(expected), strict=True)
     return [max(abs(a / b - 1) for a, b in zip(one, other, strict=True)) for one, other in pairs]
 

@@ -1,4 +1,4 @@
-"""Ranks that wait for one that never starts: they name it, hear signals, and end all alike."""
+"""Ranks that wait for one that never starts name it, react to signals, and all end in the same way."""
 
 import fcntl
 import os
@@ -18,9 +18,9 @@ from tests.support.tiny_runs import TinyData, free_port, start_ranks
 
 
 def meet(rank: int, world_size: int, port: int, seconds: float, stop: StopSignal = lambda: None) -> object:
-    """The store, or why there is none."""
-    place = f"tcp://127.0.0.1:{port}"
-    launch = Launch(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size, init_method=place)
+    """Return the store, or the reason why there is none."""
+    address = f"tcp://127.0.0.1:{port}"
+    launch = Launch(rank=rank, world_size=world_size, local_rank=rank, local_world_size=world_size, init_method=address)
     try:
         return Rendezvous(launch, timedelta(seconds=seconds), stop).store()
     except (StoppedWaiting, TransientError) as reason:
@@ -28,15 +28,15 @@ def meet(rank: int, world_size: int, port: int, seconds: float, stop: StopSignal
 
 
 def meet_all(ranks: list[int], world_size: int, seconds: float, stop: dict[int, StopSignal] | None = None) -> list[str]:
-    """What became of these ranks of `world_size`, each in a thread of this process."""
+    """Start these ranks of `world_size`, each in a thread of this process, and return the result of each."""
     port = free_port()
     with ThreadPoolExecutor(len(ranks)) as pool:
         waits = [pool.submit(meet, rank, world_size, port, seconds, (stop or {}).get(rank, lambda: None)) for rank in ranks]
-        ends = [wait.result() for wait in waits]  # the stores live until all have met
+        ends = [wait.result() for wait in waits]  # the stores live until all ranks have connected
         return [end if isinstance(end, str) else "started" for end in ends]
 
 
-def test_ranks_that_are_all_there_start() -> None:
+def test_all_ranks_start() -> None:
     assert meet_all([2, 0, 1], 3, 30) == ["started"] * 3
 
 
@@ -48,7 +48,7 @@ def test_every_rank_names_those_that_never_started() -> None:
 
 def test_ranks_without_rank_0_name_it_and_its_address() -> None:
     (end,) = meet_all([1], 2, 0.5)
-    assert "missing is rank 0, which has not answered at 127.0.0.1:" in end
+    assert "rank 0 is missing: it has not answered at 127.0.0.1:" in end
     assert "Connection refused" in end
 
 
@@ -58,8 +58,8 @@ def test_a_signal_to_one_waiting_rank_ends_all_that_wait() -> None:
     assert ends == ["StoppedWaiting: rank 1 got SIGTERM while rank 2 of 3 was missing: nothing starts"] * 2
 
 
-def test_ranks_that_come_late_after_a_warning_are_waited_for() -> None:
-    """A job whose time limit is shorter than its warning would else begin for ever, and never come a step further."""
+def test_late_ranks_are_waited_for_after_a_warning() -> None:
+    """Otherwise a job whose time limit is shorter than its warning would start again and again without doing a step."""
     port = free_port()
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(meet, 0, 2, port, 30, lambda: "SIGUSR1")
@@ -78,7 +78,7 @@ def test_a_port_of_another_program_is_named() -> None:
 
 
 def hang_rank_1() -> None:
-    """The other tells at once whom it waits for."""
+    """Let rank 1 hang, and rank 0 report at once that it waits."""
     from megatron_ledom.parallel import rendezvous
 
     rendezvous.REPORT_SECONDS = 0.1
@@ -87,7 +87,7 @@ def hang_rank_1() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_is_heard_while_a_rank_is_missing(data: TinyData, tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_a_signal_has_effect_while_a_rank_is_missing(data: TinyData, tmp_path: Path, number: signal.Signals, code: int) -> None:
     ranks = start_ranks(data.config, tmp_path / "run", num_ranks=2, hook=hang_rank_1)
     ranks.wait_until(lambda: "waiting: rank 1 of 2 was missing" in ranks.output())
     ranks.send(number)
@@ -99,20 +99,20 @@ def test_a_signal_is_heard_while_a_rank_is_missing(data: TinyData, tmp_path: Pat
     assert not (tmp_path / "run/config.yaml").exists()
 
 
-def tell_who_builds() -> None:
+def report_waits_at_once() -> None:
     from megatron_ledom.data.dataset import build_once
 
     build_once.REPORT_SECONDS = 0.1
 
 
-def test_a_signal_is_heard_while_another_node_builds_the_index(data: TinyData, tmp_path: Path) -> None:
+def test_a_signal_has_effect_while_another_node_builds_the_index(data: TinyData, tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     with (tmp_path / "cache/lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         cache = f"data.path_to_cache={tmp_path}/cache"
-        ranks = start_ranks(data.config, tmp_path / "run", cache, hook=tell_who_builds)
+        ranks = start_ranks(data.config, tmp_path / "run", cache, hook=report_waits_at_once)
         ranks.wait_until(lambda: "waits for the sample index" in ranks.output())
         ranks.send(signal.SIGTERM)
         assert ranks.wait(20) == [0], ranks.output()
-    assert "got SIGTERM before training began: nothing starts" in ranks.output()
+    assert "got SIGTERM before training began: the run does not start" in ranks.output()
     assert not (tmp_path / "run").exists()

@@ -1,7 +1,7 @@
-"""A checkpoint of any layout of four ranks loads in any other, optimizer state included, and nothing of it changes.
+"""A checkpoint of any layout of four ranks loads unchanged in any other, with its optimizer state.
 
-What is loaded is saved again at once, by the other layout; both checkpoints hold the same tensors, bit for bit. Each layout
-trains from its own seed, so that a tensor which a load left alone shows.
+The other layout saves at once what it has loaded; the tensors of both checkpoints are equal bit for bit. Each layout trains
+from its own seed, so that a tensor which was not loaded is seen.
 """
 
 import os
@@ -43,11 +43,11 @@ OPTIMIZERS = {
 }
 MODEL = ("model.num_layers=8", "train.train_iters=2", "checkpoint.save_interval=2", "optimizer.lr_warmup_iters=1")
 Visit = tuple[list[str], str, str, int]
-"""Overrides of a layout, the run to load (or to train, if it is new), where to save it, and a port for the ranks to meet."""
+"""Overrides of a layout, the run to load (or to train, if it is new), the folder to save to, and a port for the rendezvous."""
 
 
 def visit(config_file: str, visits: list[Visit]) -> None:
-    """One rank's part: be each layout in turn."""
+    """Load and save in each layout in turn, as one rank."""
     from megatron_ledom.callbacks.build import build_callbacks
     from megatron_ledom.data.blends.sources import load_sources
     from megatron_ledom.data.dataset.blend_samples import index_cache
@@ -88,13 +88,13 @@ def overrides_of(name: str, optimizer: str) -> list[str]:
     return [*MODEL, seed, *(f"parallel.{setting}" for setting in [*LAYOUTS[name], *OPTIMIZERS[optimizer]])]
 
 
-def be_layouts(data: TinyData, folder: Path, visits: list[Visit]) -> None:
+def run_visits(data: TinyData, folder: Path, visits: list[Visit]) -> None:
     ranks = start_ranks(data.config, folder / "log", num_ranks=4, instead=partial(visit, str(data.config), visits))
     assert ranks.wait() == [0] * 4, ranks.output()
 
 
 def check_equal(found: Path, expected: Path) -> None:
-    """The same tensors, and the same steps and schedule."""
+    """Check that tensors, steps and schedule are the same."""
     tensors, wanted = read_tensors(found), read_tensors(expected)
     assert tensors.keys() == wanted.keys()
     assert sum("exp_avg_sq" in name for name in tensors) == sum("exp_avg" in name for name in tensors) / 2 > 0
@@ -103,7 +103,7 @@ def check_equal(found: Path, expected: Path) -> None:
 
 
 def common_state(run_dir: Path) -> dict[str, Any]:
-    """What is alike on all ranks: schedule, steps."""
+    """Return the state that is the same on all ranks: schedule and steps."""
     loaded: dict[str, Any] = torch.load(f"{latest_checkpoint(f'{run_dir}/checkpoints')}/common.pt", weights_only=True)
     return loaded
 
@@ -113,8 +113,8 @@ def path_of(folder: Path, *names: str) -> str:
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_a_checkpoint_handed_through_every_layout_comes_back_unchanged(data: TinyData, tmp_path: Path, optimizer: str) -> None:
-    """From the first layout to the second, to the third ... and back to the first."""
+def test_a_checkpoint_passed_through_every_layout_is_unchanged(data: TinyData, tmp_path: Path, optimizer: str) -> None:
+    """Each layout loads the checkpoint of the previous one; the first layout also loads the last checkpoint."""
     names = list(LAYOUTS)
     random.shuffle(names)
     print("order:", names)
@@ -125,7 +125,7 @@ def test_a_checkpoint_handed_through_every_layout_comes_back_unchanged(data: Tin
         target = path_of(tmp_path, f"{len(visits)}", name)
         visits.append((overrides_of(name, optimizer), run, target, next(ports)))
         run = target
-    be_layouts(data, tmp_path, visits)
+    run_visits(data, tmp_path, visits)
     start = tmp_path / Path(visits[0][1]).name
     for _, _, target, _ in visits[1:]:
         check_equal(Path(target), start)
@@ -140,15 +140,15 @@ def test_every_layout_loads_in_every_other(data: TinyData, tmp_path: Path, name:
     visits: list[Visit] = [(overrides_of(name, optimizer), own, own, next(ports))]
     for other in LAYOUTS:
         visits.append((overrides_of(other, optimizer), own, path_of(tmp_path, name, other), next(ports)))
-    be_layouts(data, tmp_path, visits)
+    run_visits(data, tmp_path, visits)
     for _, _, target, _ in visits[1:]:
         check_equal(Path(target), Path(own))
 
 
-def test_the_comparison_sees_two_layouts_that_were_not_handed_on(data: TinyData, tmp_path: Path) -> None:
+def test_the_comparison_sees_two_different_runs(data: TinyData, tmp_path: Path) -> None:
     runs = [path_of(tmp_path, name) for name in ("DP4", "TP4")]
     ones = zip(("DP4", "TP4"), runs, free_ports(2), strict=True)
-    be_layouts(data, tmp_path, [(overrides_of(name, "ordinary optimizer"), run, run, port) for name, run, port in ones])
+    run_visits(data, tmp_path, [(overrides_of(name, "ordinary optimizer"), run, run, port) for name, run, port in ones])
     for one, other in product(runs, runs):
         if one != other:
             with pytest.raises(AssertionError):

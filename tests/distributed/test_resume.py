@@ -1,4 +1,4 @@
-"""A run that was interrupted, however, and started again by the same command equals the run that was not, bit for bit."""
+"""A run that was interrupted in any way and resumed by the same command equals the uninterrupted run bit for bit."""
 
 import contextlib
 import random
@@ -32,14 +32,14 @@ def overrides_of(data: TinyData, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of one process, without dropout."""
+    """The folder of an uninterrupted run of one process, without dropout."""
     run_dir = tmp_path_factory.mktemp("whole") / "run"
     run_on_ranks(data.config, run_dir, *overrides_of(data))
     return run_dir
 
 
 def check_same_run(found: Path, expected: Path) -> None:
-    """Every iteration once, and the same losses, gradient norms, validations and final state, to the last bit."""
+    """Check that every iteration is there once, and that losses, norms, validations and final state are equal to the last bit."""
     records, wanted = read_metrics(found), read_metrics(expected)
     assert [record["iteration"] for record in records] == list(range(1, STEPS + 1))
     assert curve(records) == curve(wanted)
@@ -68,11 +68,11 @@ def test_a_run_in_two_parts_equals_the_uninterrupted_run(
 
 
 @pytest.mark.parametrize("sign_of_life", ["metrics.jsonl", "checkpoints/latest"])
-def test_sigterm_at_any_moment_saves_and_the_same_command_goes_on(
+def test_sigterm_at_any_moment_saves_and_the_same_command_resumes(
     data: TinyData, tmp_path: Path, uninterrupted: Path, sign_of_life: str
 ) -> None:
-    """Before the first checkpoint or after it. The signal reaches every process of the run, as at the end of a batch job:
-    those that read ahead, and whatever an earlier save has left running."""
+    """The signal comes before or after the first checkpoint. As at the end of a batch job it reaches every process of the run:
+    also those that read ahead and those of an earlier save."""
     run_dir, command = tmp_path / "run", overrides_of(data, "data.num_workers=1", "checkpoint.save_interval=9")
     ranks = start_ranks(data.config, run_dir, *command)
     ranks.wait_until(lambda: (run_dir / sign_of_life).exists() and len(read_metrics(run_dir)) > 0)
@@ -98,7 +98,7 @@ def test_a_signal_to_one_rank_stops_all_ranks_at_one_step(data: TinyData, tmp_pa
 
 
 def test_a_signal_while_the_run_is_being_built_ends_it_after_a_step(data: TinyData, tmp_path: Path) -> None:
-    """As under a time limit shorter than the warning that the job asked for."""
+    """This happens if the time limit is shorter than the warning that the job requests."""
     run_dir = tmp_path / "run"
     ranks = start_ranks(data.config, run_dir, "train.train_iters=300", "data.allow_repeats=true", num_ranks=2)
     ranks.wait_until(lambda: "platform:" in ranks.output())
@@ -120,17 +120,17 @@ def test_a_checkpoint_that_a_kill_cut_short_is_ignored_and_replaced(
     assert ranks.wait() == [-signal.SIGKILL]
     assert (checkpoints / "latest").read_text() == "iter_0000010\n"
     (checkpoints / "iter_0000020.part").mkdir(exist_ok=True)
-    (checkpoints / "iter_0000020.part/left_over").touch()
+    (checkpoints / "iter_0000020.part/leftover").touch()
     run_on_ranks(data.config, run_dir, *command)
     check_same_run(run_dir, uninterrupted)
     names = sorted(path.name for path in checkpoints.iterdir())
     assert names == ["iter_0000010", "iter_0000020", "iter_0000030", "latest"]
-    assert not (checkpoints / "iter_0000020/left_over").exists()
+    assert not (checkpoints / "iter_0000020/leftover").exists()
 
 
 @pytest.mark.parametrize("num_kills", [5, pytest.param(50, marks=pytest.mark.slow)])
 def test_kills_at_random_moments_change_nothing(data: TinyData, tmp_path: Path, num_kills: int) -> None:
-    """Two ranks, whose checkpoints are written in the background; what `latest` names is whole after every kill."""
+    """Two ranks write checkpoints in the background; the one that `latest` names is whole after every kill."""
     seed = random.randrange(10**6)
     print("seed:", seed)
     draw = random.Random(seed)
@@ -148,7 +148,7 @@ def test_kills_at_random_moments_change_nothing(data: TinyData, tmp_path: Path, 
             with contextlib.suppress(ProcessLookupError):
                 ranks.send(signal.SIGKILL, rank)
         codes = ranks.wait()
-        if codes == [0, 0]:  # too late: it had ended
+        if codes == [0, 0]:  # too late: the run had ended
             check_same_run(run_dir, tmp_path / "whole")
             number += 1
             continue
@@ -161,14 +161,14 @@ def test_kills_at_random_moments_change_nothing(data: TinyData, tmp_path: Path, 
 
 
 def check_latest_is_whole(checkpoints: Path) -> None:
-    """Every byte of it is as it was written, if there is one."""
+    """Check every byte of the latest checkpoint, if there is one."""
     latest = latest_checkpoint(str(checkpoints))
     if latest is not None:
         files = load_manifest(latest).files
         assert size_problems(latest, files) == content_problems(latest, files) == []
 
 
-def test_a_full_disk_ends_the_run_with_an_error_and_it_goes_on_when_there_is_room(
+def test_a_full_disk_ends_the_run_with_an_error_and_it_resumes_later(
     data: TinyData, tmp_path: Path, uninterrupted: Path
 ) -> None:
     run_dir, command = tmp_path / "run", overrides_of(data, "checkpoint.save_interval=5")
@@ -184,7 +184,7 @@ def test_a_full_disk_ends_the_run_with_an_error_and_it_goes_on_when_there_is_roo
     check_same_run(run_dir, uninterrupted)
 
 
-def test_a_tensor_parallel_checkpoint_goes_on_as_a_pipeline(data: TinyData, tmp_path: Path, uninterrupted: Path) -> None:
+def test_a_tensor_parallel_checkpoint_resumes_as_a_pipeline(data: TinyData, tmp_path: Path, uninterrupted: Path) -> None:
     run_dir, two = tmp_path / "run", "model_parallel_size=2"
     run_on_ranks(data.config, run_dir, *overrides_of(data, f"parallel.tensor_{two}", "train.exit_interval=12"), num_ranks=2)
     records = run_on_ranks(data.config, run_dir, *overrides_of(data, f"parallel.pipeline_{two}"), num_ranks=2)

@@ -1,4 +1,4 @@
-"""A start that one rank cannot make, none makes: every rank ends at once, with the same error and exit code."""
+"""If one rank cannot start, every rank ends at once, with the same error and exit code."""
 
 import os
 import time
@@ -11,13 +11,13 @@ SHORT = ("train.train_iters=2", "optimizer.lr_warmup_iters=1", "checkpoint.save_
 
 
 def end_of(data: TinyData, run_dir: Path, *overrides: str, hook: Hook | None = None) -> tuple[list[int], str]:
-    """Exit codes and output of two ranks."""
+    """Run two ranks and return their exit codes and output."""
     ranks = start_ranks(data.config, run_dir, *SHORT, *overrides, num_ranks=2, hook=hook)
     return ranks.wait(60), ranks.output()
 
 
 def in_a_short_job() -> None:
-    """SLURM_JOB_END_TIME is what is believed where there is no squeue."""
+    """Simulate a job that ends in 300 s; without squeue its end is read from SLURM_JOB_END_TIME."""
     os.environ.update(SLURM_JOB_ID="1", SLURM_JOB_END_TIME=str(int(time.time()) + 300), PATH="")
 
 
@@ -52,7 +52,7 @@ def test_a_second_launch_of_a_run_is_refused_on_every_rank(data: TinyData, tmp_p
 
 
 def save_while_others_wait() -> None:
-    """The launch before saves its first checkpoint and ends after this one has looked for one."""
+    """Let the previous launch save its first checkpoint and end after this one has looked for a checkpoint."""
     from contextlib import nullcontext
 
     from megatron_ledom.training import run_folder
@@ -66,19 +66,17 @@ def save_while_others_wait() -> None:
     run_folder.lock_run = lock_run
 
 
-def test_a_launch_that_waited_while_another_saved_ends_with_a_code_that_starts_it_again(data: TinyData, tmp_path: Path) -> None:
+def test_a_launch_that_waited_while_another_saved_ends_with_the_code_for_a_new_start(data: TinyData, tmp_path: Path) -> None:
     codes, output = end_of(data, tmp_path / "run", hook=save_while_others_wait)
     assert codes == [3, 3], output
     checkpoint = tmp_path / "run/checkpoints/iter_0000002"
-    assert (
-        f"error: run_dir={tmp_path}/run: this launch had found no checkpoint to go on from, but another launch saved" in output
-    )
+    assert f"error: run_dir={tmp_path}/run: this launch found no checkpoint to resume from, but another launch saved" in output
     assert f"{checkpoint} while it waited; start it again" in output
     assert "Traceback" not in output
 
 
 def see_no_checkpoint_on_rank_1() -> None:
-    """What a file system that keeps an old state of a folder shows."""
+    """Show rank 1 an old state of the folder, as a file system with a cache does."""
     if os.environ["RANK"] == "1":
         from megatron_ledom import pretrain
 
@@ -89,12 +87,12 @@ def test_ranks_that_see_different_checkpoints_do_not_start(data: TinyData, tmp_p
     run_on_ranks(data.config, tmp_path / "run", *SHORT, "train.exit_interval=1", num_ranks=2)
     codes, output = end_of(data, tmp_path / "run", hook=see_no_checkpoint_on_rank_1)
     assert codes == [3, 3], output
-    assert "the checkpoint to go on from is " in output
+    assert "the checkpoint to resume from is " in output
     assert "iter_0000001 on rank 0, but None on rank 1" in output
 
 
 def ask_for_the_latest(config_file: str, folder: str) -> None:
-    """One rank: rank 1 sees an old state of the folder."""
+    """Ask for the latest checkpoint, as one rank; rank 1 sees an old state of the folder."""
     from megatron_ledom.checkpoint import store
     from megatron_ledom.config.load import load_config
     from megatron_ledom.parallel.groups import start_distributed, stop_distributed

@@ -1,4 +1,4 @@
-"""How a run ends that does not come to its end: by a set time, by a rank that is lost; and what scripts are told of it."""
+"""Early ends of a run, at a set time or by a lost rank, and their exit codes and progress for scripts."""
 
 import os
 import signal
@@ -11,17 +11,17 @@ from tests.support.tiny_runs import TinyData, read_metrics, run_command, run_on_
 LONG = ("train.train_iters=100000", "data.allow_repeats=true", "checkpoint.save_interval=100000")
 
 
-def test_run_leaves_when_its_time_is_over_and_tells_how_far_it_came(data: TinyData, tmp_path: Path) -> None:
+def test_run_exits_when_its_time_is_over_and_reports_its_progress(data: TinyData, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     records = run_on_ranks(data.config, run_dir, *LONG, "train.exit_duration_seconds=3", num_ranks=2)
     last = records[-1]["iteration"]
     assert (run_dir / "checkpoints/latest").read_text() == f"iter_{last:07d}\n"
-    told = run_command("--config", str(data.config), "--progress", f"run_dir={run_dir}", *LONG)
-    assert (told.returncode, told.stdout) == (0, f"{last} 100000\n"), told.stderr
+    progress = run_command("--config", str(data.config), "--progress", f"run_dir={run_dir}", *LONG)
+    assert (progress.returncode, progress.stdout) == (0, f"{last} 100000\n"), progress.stderr
 
 
 def close_slowly(folder: Path) -> None:
-    """Rank 0 waits for its reports, as for a tracking service; the other one notes whether it was gone before that."""
+    """Let rank 0 close its logs slowly, as with a tracking service; the other rank notes if it ended earlier."""
     from megatron_ledom.callbacks.metrics import MetricsWriter
     from megatron_ledom.parallel import groups
 
@@ -35,22 +35,22 @@ def close_slowly(folder: Path) -> None:
 
     def noted() -> None:
         if not is_first and not (folder / "closed").exists():
-            (folder / "gone early").touch()
+            (folder / "ended early").touch()
         stop()
 
     MetricsWriter.close = closed_late  # type: ignore[method-assign]
     groups.stop_distributed = noted
 
 
-def test_no_rank_leaves_before_the_last_one_is_done(data: TinyData, tmp_path: Path) -> None:
+def test_no_rank_ends_before_the_last_one_is_done(data: TinyData, tmp_path: Path) -> None:
     """srun kills the rest of a step a minute after its first rank has ended."""
     run_on_ranks(data.config, tmp_path / "run", "train.train_iters=3", num_ranks=2, hook=partial(close_slowly, tmp_path))
     assert (tmp_path / "closed").exists()
-    assert not (tmp_path / "gone early").exists()
+    assert not (tmp_path / "ended early").exists()
 
 
-def test_rank_that_loses_another_says_that_a_new_start_may_help(data: TinyData, tmp_path: Path) -> None:
-    """Status 3, which no error of the user's has."""
+def test_rank_that_loses_another_exits_with_the_code_for_a_new_start(data: TinyData, tmp_path: Path) -> None:
+    """The code is 3, which no mistake of a user has."""
     run_dir = tmp_path / "run"
     ranks = start_ranks(data.config, run_dir, *LONG, num_ranks=2)
     ranks.wait_until(lambda: (run_dir / "metrics.jsonl").exists() and len(read_metrics(run_dir)) > 2)

@@ -1,4 +1,4 @@
-"""Tasks evaluated while training: as the exported model would score, alike in every layout, and training does not notice."""
+"""Tasks evaluated during training: the same scores as the exported model in every layout, and no effect on training."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,7 @@ from megatron_ledom.config.load import load_config
 from megatron_ledom.convert.hf_export import export_hf
 from megatron_ledom.direction import Direction
 from megatron_ledom.errors import ConfigError, UsageError
-from megatron_ledom.evaluation.multiple_choice import asked_of, distinct_pairs
+from megatron_ledom.evaluation.multiple_choice import distinct_pairs, score_requests
 from megatron_ledom.evaluation.task_evaluation import evaluate_task
 from megatron_ledom.evaluation.task_model import LanguageTaskModel
 from megatron_ledom.evaluation.tasks.loading import load_task
@@ -30,41 +30,41 @@ ITEMS: list[dict[str, Any]] = [
     }
     for k in range(1, 10)
 ]
-"""Words of document k, then words of documents k, k + 1 and k + 2, in the layout of OpenBookQA."""
+"""Items in the format of OpenBookQA: words of document k, and choices from documents k, k + 1 and k + 2."""
 VPP = "parallel.virtual_pipeline_model_parallel_size"
 
 
 @pytest.fixture
 def tasks(tmp_path: Path) -> tuple[str, ...]:
-    """The overrides that name the task and its file."""
+    """Overrides that name the task and its file."""
     for name in ("test", "train"):
         (tmp_path / f"openbookqa_{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
     return "train.tasks=[openbookqa]", f"train.task_data={tmp_path}"
 
 
 def overrides(data: TinyData, *more: str) -> list[str]:
-    """A short run with dropout, so that a random state that was touched shows."""
+    """Return overrides of a short run with dropout, so that a changed random state is seen."""
     return ["train.train_iters=9", f"data.tokenizer={data.folder / 'legible'}", "model.hidden_dropout=0.1", *more]
 
 
-def test_training_does_not_notice_and_the_figures_are_the_exports(
+def test_training_is_unchanged_and_the_metrics_are_those_of_the_export(
     data: TinyData, tasks: tuple[str, ...], tmp_path: Path
 ) -> None:
     seed = load_config(str(data.config), []).train.seed
-    wanted = overrides(data, *tasks, "train.task_interval=2", "train.task_num_fewshot=1", "train.task_limit=8")
-    asked = run_on_ranks(data.config, tmp_path / "asked", *wanted)
+    with_tasks = overrides(data, *tasks, "train.task_interval=2", "train.task_num_fewshot=1", "train.task_limit=8")
+    evaluated = run_on_ranks(data.config, tmp_path / "evaluated", *with_tasks)
     plain = run_on_ranks(data.config, tmp_path / "plain", *overrides(data))
-    assert curve(asked) == curve(plain)
-    assert [record["iteration"] for record in asked if "tasks" in record] == [2, 4, 6, 8, 9]
-    export_hf(str(tmp_path / "asked"), str(tmp_path / "model"))
+    assert curve(evaluated) == curve(plain)
+    assert [record["iteration"] for record in evaluated if "tasks" in record] == [2, 4, 6, 8, 9]
+    export_hf(str(tmp_path / "evaluated"), str(tmp_path / "model"))
     model = LanguageTaskModel(ReverseLM.from_pretrained(tmp_path / "model"))
     result = evaluate_task(model, load_task("openbookqa", tmp_path, limit=8, num_fewshot=1, seed=seed))
     expected = {name.partition("/")[2]: value for name, value in result.metric_values().items()}
-    assert asked[-1]["tasks"]["openbookqa"] == {"accuracy": expected[result.main], **expected, "num_items": 8}
+    assert evaluated[-1]["tasks"]["openbookqa"] == {"accuracy": expected[result.main], **expected, "num_items": 8}
 
 
 def record_scores() -> None:
-    """A hook: every evaluation's scores go into `scores.jsonl` in the run folder, by each rank."""
+    """Write, as a hook of each rank, the scores of every evaluation into `scores_RANK.json` in the run folder."""
     original = TrainingScorer.score
 
     def score(self: TrainingScorer, pairs: Any) -> Any:
@@ -78,7 +78,9 @@ def record_scores() -> None:
     TrainingScorer.score = score  # type: ignore[method-assign]
 
 
-def test_every_layout_gives_the_exports_values_on_every_rank(data: TinyData, tasks: tuple[str, ...], tmp_path: Path) -> None:
+def test_every_layout_gives_the_values_of_the_export_on_every_rank(
+    data: TinyData, tasks: tuple[str, ...], tmp_path: Path
+) -> None:
     layouts = {
         "dp": [],
         "tp": ["parallel.tensor_model_parallel_size=2", "parallel.sequence_parallel=true"],
@@ -92,8 +94,8 @@ def test_every_layout_gives_the_exports_values_on_every_rank(data: TinyData, tas
     runs = {tmp_path / name: [*common, *layout] for name, layout in layouts.items()}
     run_each_on_ranks(data.config, runs, num_ranks=2, hook=record_scores)
     task = load_task("openbookqa", tmp_path)
-    pairs = distinct_pairs([asked_of(task.task, Direction.REVERSE, item, []) for item in task.items])
-    assert {bool(following) for _, following in pairs} == {True, False}  # the edge of a document is asked for, too
+    pairs = distinct_pairs([score_requests(task.task, Direction.REVERSE, item, []) for item in task.items])
+    assert {bool(following) for _, following in pairs} == {True, False}  # the edge of a document is scored, too
     for name in layouts:
         found = [json.loads((tmp_path / name / f"scores_{rank}.json").read_text()) for rank in range(2)]
         assert found[0] == found[1], name
@@ -104,7 +106,7 @@ def test_every_layout_gives_the_exports_values_on_every_rank(data: TinyData, tas
             assert logprobs == pytest.approx(score.token_logprobs, abs=2e-5), name
 
 
-def test_what_cannot_be_evaluated_is_refused_before_anything_heavy(
+def test_tasks_that_cannot_be_evaluated_are_refused_before_anything_heavy(
     data: TinyData, tasks: tuple[str, ...], tmp_path: Path
 ) -> None:
     def config(*more: str) -> Any:
@@ -115,7 +117,7 @@ def test_what_cannot_be_evaluated_is_refused_before_anything_heavy(
         check_tasks(config(), False)
     with pytest.raises(ConfigError, match=r"train.task_data=null"):
         check_tasks(config("train.task_data=null"), True)
-    with pytest.raises(ConfigError, match=r"names gsm8k, for which a model writes"):
+    with pytest.raises(ConfigError, match=r"names gsm8k, in which the model writes text"):
         check_tasks(config("train.tasks=[gsm8k]"), True)
     with pytest.raises(UsageError, match=r"no task 'openbook'; did you mean openbookqa"):
         check_tasks(config("train.tasks=[openbook]"), True)

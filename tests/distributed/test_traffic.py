@@ -1,4 +1,4 @@
-"""What ranks send in a step is what the formulas of the communication benchmark say: nothing is sent twice."""
+"""Ranks send the bytes that the formulas of the communication benchmark compute: nothing is sent twice."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A public model comes in and is trained in reverse: in any layout, from its weights, with a fresh optimizer."""
+"""A public model is imported and trained in reverse: in any layout, from its weights, with a fresh optimizer."""
 
 import json
 import random
@@ -31,7 +31,7 @@ CASES = (pytest.param("Qwen2, tied", marks=pytest.mark.slow), "Qwen3")
 
 
 def imported(folder: Path, case: str, *names: str) -> list[Path]:
-    """Runs of the same imported weights."""
+    """Import the same weights into several runs, and return their folders."""
     source = family_folder(folder / "stock", case)
     for name in names:
         import_hf(str(source), str(folder / name), direction=Direction.REVERSE)
@@ -58,13 +58,13 @@ def test_five_steps_from_imported_weights_are_alike_in_every_layout(data: TinyDa
         ), run
     assert load_manifest(find_checkpoint(str(tensor))).iteration == 5
     for run in layouts:
-        gate = export_hf(str(run), str(tmp_path / f"out_{run.name}"))
-        assert gate is not None
-        assert gate.largest_logit_difference <= 1e-4
+        parity = export_hf(str(run), str(tmp_path / f"out_{run.name}"))
+        assert parity is not None
+        assert parity.largest_logit_difference <= 1e-4
         assert json.loads((tmp_path / f"out_{run.name}/config.json").read_text())["direction"] == "reverse"
 
 
-def test_a_run_starts_from_the_very_weights_and_goes_on_after_a_stop(data: TinyData, tmp_path: Path) -> None:
+def test_a_run_starts_from_exactly_these_weights_and_resumes_after_a_stop(data: TinyData, tmp_path: Path) -> None:
     (run,) = imported(tmp_path, "Llama", "run")
     before = core_weights(run)
     still = ["optimizer.lr=1e-30", "optimizer.min_lr=0.0", "optimizer.weight_decay=0.0"]
@@ -97,11 +97,11 @@ LAYOUTS: dict[str, tuple[list[str], int]] = {
     "DP4": ([], 4),
 }
 Visit = tuple[str, str, list[str], int]
-"""Run to load, run to save it as, layout, port."""
+"""Run to load, run to save to, layout, port."""
 
 
 def save_again(visits: list[Visit]) -> None:
-    """One rank's part: load each run in a layout and save its weights in that layout's pieces."""
+    """Load each run in a layout, as one rank, and save its weights in that layout's shards."""
     import os
 
     from megatron_ledom.checkpoint.store import load_weights, sharded_weights
@@ -132,7 +132,7 @@ def save_again(visits: list[Visit]) -> None:
 
 
 def draw_models(folder: Path, count: int, seed: int) -> list[tuple[Path, Path, str]]:
-    """(stock folder, run, layout) of random shapes, layouts in turn; every layout can cut every shape."""
+    """Return (stock folder, run, layout) of random shapes, with the layouts in turn; every layout can split every shape."""
     rng = random.Random(seed)
     drawn = []
     for index in range(count):
@@ -158,7 +158,7 @@ def draw_models(folder: Path, count: int, seed: int) -> list[tuple[Path, Path, s
 
 
 def check_through_layouts(data: TinyData, folder: Path, count: int) -> None:
-    """HF -> mcore -> a layout's checkpoint -> HF -> mcore: the same bits at every stop."""
+    """Check HF -> mcore -> checkpoint of a layout -> HF -> mcore: the same bits after every conversion."""
     drawn = draw_models(folder, count, seed=count)
     for num_ranks in (2, 4):
         chosen = [(source, run, layout) for source, run, layout in drawn if LAYOUTS[layout][1] == num_ranks]
@@ -179,10 +179,10 @@ def check_through_layouts(data: TinyData, folder: Path, count: int) -> None:
         assert len(list(Path(find_checkpoint(str(spread))).glob("*.distcp"))) == LAYOUTS[layout][1]
 
 
-def test_weights_come_through_layouts_bit_equal(data: TinyData, tmp_path: Path) -> None:
+def test_weights_stay_bit_equal_through_layouts(data: TinyData, tmp_path: Path) -> None:
     check_through_layouts(data, tmp_path, 6)
 
 
 @pytest.mark.slow
-def test_weights_of_many_shapes_come_through_layouts_bit_equal(data: TinyData, tmp_path: Path) -> None:
+def test_weights_of_many_shapes_stay_bit_equal_through_layouts(data: TinyData, tmp_path: Path) -> None:
     check_through_layouts(data, tmp_path, 48)

@@ -1,7 +1,7 @@
-"""What ranks send to each other in a training step, counted at torch's process groups, whoever calls them.
+"""Count the bytes that ranks send to each other in a training step, at torch's process groups, for all callers.
 
-A rank's bytes are those of ring algorithms, the fewest that a rank has to send: over N ranks 2 (N-1)/N of an all-reduced
-tensor, (N-1)/N of the whole of a gathered or scattered one, all of a point-to-point message.
+Bytes are those of ring algorithms, the fewest that a rank has to send: over N ranks 2 (N-1)/N of an all-reduced tensor,
+(N-1)/N of a whole gathered or scattered tensor, all of a point-to-point message.
 """
 
 import functools
@@ -16,18 +16,18 @@ import torch
 import torch.distributed as dist
 
 counted: Counter[str] = Counter()
-"""Bytes by `kind operation`, such as `TP all-reduce`, of the step that runs."""
+"""Bytes of the current step by `kind operation`, such as `TP all-reduce`."""
 _counting = False
 
 
 def count_traffic() -> None:
-    """A hook for ranks: from now on each run leaves traffic-RANK.json in its run folder: bytes a step by kind and operation."""
+    """Let each run, as a hook of ranks, write traffic-RANK.json into its run folder: bytes per step by kind and operation."""
     from megatron_ledom.training import trainer
 
-    for method, (operation, whole, share) in OPERATIONS.items():
+    for method, (operation, whole, fraction) in OPERATIONS.items():
         if not hasattr(dist.ProcessGroup, method):
-            continue  # another version's name
-        setattr(dist.ProcessGroup, method, _counted(getattr(dist.ProcessGroup, method), operation, whole, share))
+            continue  # a name of another torch version
+        setattr(dist.ProcessGroup, method, _counted(getattr(dist.ProcessGroup, method), operation, whole, fraction))
     step = trainer.train_step
 
     def counted_step(config: Any, *arguments: Any) -> Any:
@@ -35,14 +35,14 @@ def count_traffic() -> None:
         _counting = True
         result = step(config, *arguments)
         _counting = False
-        _leave(config)
+        _write(config)
         return result
 
     trainer.train_step = counted_step  # type: ignore[assignment]
 
 
-def _leave(config: Any) -> None:
-    """The traffic of one step, the last one that was made."""
+def _write(config: Any) -> None:
+    """Write the traffic of the last step."""
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"traffic-{os.environ['RANK']}.json").write_text(json.dumps(counted))
@@ -50,30 +50,30 @@ def _leave(config: Any) -> None:
 
 
 def read_traffic(run_dir: Path) -> dict[str, int]:
-    """Bytes a step by `kind operation`, of the rank that sends most in all."""
+    """Return the bytes per step by `kind operation` of the rank that sends most in all."""
     ranks = [json.loads(path.read_text()) for path in sorted(run_dir.glob("traffic-*.json"))]
     assert ranks, f"no traffic in {run_dir}"
     return dict(max(ranks, key=lambda sent: sum(sent.values())))
 
 
 def _size(value: Any) -> int:
-    """Bytes of a tensor, or of all in lists of them."""
+    """Return the bytes of a tensor, or of all tensors in nested lists."""
     return value.numel() * value.element_size() if isinstance(value, torch.Tensor) else sum(map(_size, value))
 
 
-def _counted(method: Callable[..., Any], operation: str, whole: int, share: Callable[[int], float]) -> Callable[..., Any]:
+def _counted(method: Callable[..., Any], operation: str, whole: int, fraction: Callable[[int], float]) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(group: Any, *arguments: Any, **options: Any) -> Any:
         if _counting and group.size() > 1:
-            kind = "PP" if operation == "send" else _kind(group)  # between two stages it goes through the group of all ranks
-            counted[f"{kind} {operation}"] += round(share(group.size()) * _size(arguments[whole]))
+            kind = "PP" if operation == "send" else _kind(group)  # two stages communicate through the group of all ranks
+            counted[f"{kind} {operation}"] += round(fraction(group.size()) * _size(arguments[whole]))
         return method(group, *arguments, **options)
 
     return call
 
 
 def _kind(group: Any) -> str:
-    """TP, CP, PP, or DP: the ranks over which gradients are reduced, the context-parallel ones included."""
+    """Return the kind of a group: TP, CP, PP, or DP (the ranks over which gradients are reduced, with the context-parallel ones)."""
     from megatron.core import parallel_state as state
 
     groups = {
@@ -90,7 +90,7 @@ def _ring(size: int) -> float:
 
 
 OPERATIONS: dict[str, tuple[str, int, Callable[[int], float]]] = {
-    # method of a process group -> operation, which argument holds the whole tensor, bytes sent of its bytes
+    # method of a process group -> operation, index of the argument with the whole tensor, fraction of its bytes that is sent
     "allreduce": ("all-reduce", 0, lambda size: 2 * _ring(size)),
     "allreduce_coalesced": ("all-reduce", 0, lambda size: 2 * _ring(size)),
     "allgather": ("all-gather", 0, _ring),

@@ -1,4 +1,4 @@
-"""The kept losses of one tiny run. `python -m tests.golden.record` writes them anew; a commit that does so says why."""
+"""The reference losses of one tiny run. `python -m tests.golden.record` rewrites them; the commit message says why."""
 
 import json
 import os
@@ -12,16 +12,16 @@ CONFIG, LOSSES = FOLDER / "tiny_reverse.yaml", FOLDER / "losses_cpu.json"
 
 
 def golden_run(data: TinyData, folder: Path) -> list[Record]:
-    """Loss and gradient norm of every step, and the validation losses."""
+    """Run the golden config; return loss and gradient norm of every step, and the validation losses."""
     config = folder / CONFIG.name
     config.write_text(CONFIG.read_text())
     blends = [f"data.{name}_blend=[[1.0,{data.shard(f'reverse_{name}')}]]" for name in ("train", "valid")]
     records = run_on_ranks(config, folder / "run", *blends)
-    return [kept(record) for record in records]
+    return [reproducible(record) for record in records]
 
 
-def kept(record: Record) -> Record:
-    """What of a record does not depend on the machine's speed or folders."""
+def reproducible(record: Record) -> Record:
+    """Return the values of a record that do not depend on the machine's speed or folders."""
     validation = [result["lm_loss"] for result in record.get("validation", {}).values()]
     return {
         "iteration": record["iteration"],

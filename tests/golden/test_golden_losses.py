@@ -1,7 +1,7 @@
-"""A refactor keeps these losses; a change of the numbers updates them in the same commit and says why.
+"""A refactor keeps these losses; a commit that changes the numbers updates them and says why.
 
-On the CPU they were recorded on they come out bit for bit. Other CPUs sum in another order (other vector widths, other
-matrix kernels), so the test allows a relative difference of 1e-5; a real change of the mathematics is far larger.
+The CPU that recorded them reproduces them bit for bit. Other CPUs add in another order (other vector widths, other matrix
+kernels), so the test allows a relative difference of 1e-5; a real change of the mathematics is far larger.
 """
 
 import json
@@ -15,7 +15,7 @@ from tests.support.tiny_runs import TinyData
 TOLERANCE = 1e-5
 
 
-def test_losses_are_the_recorded_ones(data: TinyData, tmp_path: Path) -> None:
+def test_losses_equal_the_recorded_ones(data: TinyData, tmp_path: Path) -> None:
     found, expected = golden_run(data, tmp_path), json.loads(LOSSES.read_text())
     assert [record["iteration"] for record in found] == [record["iteration"] for record in expected] == list(range(1, 11))
     for one, other in zip(found, expected, strict=True):

@@ -42,8 +42,12 @@ MASKED_TEXT = (
     (re.compile(r"[\d.,]+ \w+ are free"), "SPACE is free"),
     (re.compile(r"^speed +\d.*", re.MULTILINE), "SPEED"),
     (re.compile(r"base64,[A-Za-z0-9+/=]+"), "PICTURE"),
+    (
+        re.compile(r"((?:\bmegatron[-_]ledom(?:_version)?|\bpackage[_ ]version|\bby version)[\"':| ]+)\d+\.\d+\.\d+"),
+        r"\1VERSION",
+    ),
 )
-"""Times, as text and in nanoseconds, speeds, free space, and pictures within pages."""
+"""Times, as text and in nanoseconds, speeds, free space, pictures within pages, and the version of this package."""
 BYTES = {".bin", ".idx", ".targets", ".index", ".hashes", ".model"}
 MOST_CHARACTERS = 40_000
 """Of a text that is kept beside its hash."""

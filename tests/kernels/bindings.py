@@ -1,6 +1,6 @@
-"""The stable-ABI binding over the emulated kernels: `torch.ops.ledom` on CPU tensors, by the code that runs on a GPU.
+"""The stable-ABI binding over the emulated kernels: `torch.ops.ledom` on CPU tensors, with the code for a GPU.
 
-`load_emulated_ops` replaces the CPU kernels of this process for good; call it in a process of its own.
+`load_emulated_ops` replaces the CPU kernels of this process permanently; call it in a process of its own.
 """
 
 from pathlib import Path
@@ -13,24 +13,24 @@ TORCH = Path(torch.__file__).parent
 
 
 def emulated_binding() -> Path:
-    """csrc/bindings over the emulated libraries of all ops."""
+    """Return the library of csrc/bindings over the emulated libraries of all ops."""
     include, emulated = f"-I{TORCH}/include", "-DLEDOM_EMULATED"
     flags = ["-std=c++17", "-O1", "-fPIC", "-fno-gnu-unique", emulated, include]
     sources = sorted((CSRC / "bindings").glob("*.cpp"))
     objects = [compiled(f"{source.stem}.o", ["g++", *flags, "-c"], [source]) for source in sources]
     libraries = [emulated_library(op) for op in op_names()]
     link = ["g++", "-shared", f"-L{TORCH}/lib", "-Wl,--no-as-needed", "-ltorch", "-ltorch_cpu"]
-    inputs = [str(path) for path in (*objects, *libraries)]  # named by their contents
+    inputs = [str(path) for path in (*objects, *libraries)]  # their names contain hashes
     return compiled("emulated_binding.so", [*link[:2], *inputs, *link[2:]], [])
 
 
 def load_emulated_ops() -> None:
-    """From here on, CPU tensors of a 16-bit type go to the emulated kernels, as CUDA tensors to the real ones on a GPU."""
+    """Let the emulated kernels process 16-bit CPU tensors from now on, as the real ones process CUDA tensors."""
     from megatron_ledom.ops import causal_softmax, cross_entropy, library, multi_tensor, rms_norm, rope, swiglu
     from megatron_ledom.platform.cpu_ops import CpuOps
 
     defined = (causal_softmax, cross_entropy, multi_tensor, rms_norm, rope, swiglu)
-    assert all(defined)  # what the binding implements
+    assert all(defined)  # the binding implements their operators
     torch.ops.load_library(str(emulated_binding()))
     library.DTYPES["cpu"] = library.DTYPES["cuda"]
     library.find_cpu_ops = lambda: CpuOps(True, "CUDA kernels on the emulator")
@@ -38,7 +38,7 @@ def load_emulated_ops() -> None:
 
 
 def train_on_emulated_optimizer() -> None:
-    """The kernels of AdamW, norm and clipping on CPU tensors, given to megatron-core as on a GPU."""
+    """Give megatron-core the emulated kernels of AdamW, norm and clipping, as on a GPU."""
     from megatron_ledom.ops.fused_adam import FusedAdam, MultiTensorKernels
     from megatron_ledom.platform.core_fixes import install_core_fixes, use_optimizer_kernels
 

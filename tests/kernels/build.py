@@ -1,7 +1,7 @@
 """Compiles kernels for the tests, once for each state of their sources.
 
-What is compiled lies in LEDOM_KERNEL_CACHE (default: build/kernels), named by a hash of the command, the compiler's version and
-every source file of the op, of csrc/common and of csrc/emulation; CI may keep that folder from run to run.
+Compiled files are in LEDOM_KERNEL_CACHE (default: build/kernels), named by a hash of the command, the compiler's version and every
+source file of the op, of csrc/common and of csrc/emulation. CI may keep that folder between runs.
 """
 
 import hashlib
@@ -31,23 +31,23 @@ GPU_FLAGS = ("-std=c++17", "-O3", "-Werror=all-warnings")
 
 
 def op_names() -> list[str]:
-    """Folders of csrc/ that hold kernels."""
+    """Return the folders of csrc/ that contain kernels."""
     return sorted(path.parent.name for path in CSRC.glob("*/*.cu"))
 
 
 def cache_folder() -> Path:
-    """Where compiled files are kept."""
+    """Return the folder of compiled files."""
     return Path(os.environ.get("LEDOM_KERNEL_CACHE", ROOT / "build" / "kernels"))
 
 
 @cache
 def compiler_version(compiler: str) -> str:
-    """What the compiler says of itself."""
+    """Return the version text of the compiler."""
     return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
 
 
 def gpu_compiler() -> str:
-    """nvcc; tests that need it are skipped where it is not."""
+    """Return nvcc; tests that need it are skipped without it."""
     found = nvcc()
     assert found is not None, "no nvcc"
     return found
@@ -55,7 +55,7 @@ def gpu_compiler() -> str:
 
 @cache
 def nvcc() -> str | None:
-    """The real nvcc: the one on the PATH may be a script that calls it."""
+    """Return the real nvcc: the one on the PATH may be a script that calls it."""
     home = os.environ.get("CUDA_HOME")
     found = shutil.which("nvcc", path=f"{home}/bin" if home else None)
     if found is None:
@@ -68,7 +68,7 @@ def nvcc() -> str | None:
 
 
 def source_hash(sources: Sequence[Path], csrc: Path) -> str:
-    """Of the sources, of what lies beside them, and of the headers that all kernels share."""
+    """Return a hash of the sources, of the files in their folders, and of the shared headers."""
     folders = {source.parent for source in sources if source.suffix == ".cu"} | {csrc / "common", csrc / "emulation"}
     digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources))
     for folder in sorted(folders):
@@ -79,9 +79,9 @@ def source_hash(sources: Sequence[Path], csrc: Path) -> str:
 
 
 def compiled(name: str, command: Sequence[str], sources: Sequence[Path], csrc: Path = CSRC) -> Path:
-    """Runs `command` on `sources` if the cache has not got its output, and returns that file. RuntimeError: what the compiler says.
+    """Return the output of `command` on `sources`, from the cache or compiled now. Raises RuntimeError with the compiler's output.
 
-    `name` may have an ending, which the output keeps. What the compiler prints is kept beside it, with `.log` behind its name.
+    `name` may have an extension, which the output keeps. The compiler's output is in a file of the same name with `.log` appended.
     """
     identity = repr((command, compiler_version(command[0]), source_hash(sources, csrc)))
     stem, dot, ending = name.partition(".")
@@ -101,13 +101,13 @@ def compiled(name: str, command: Sequence[str], sources: Sequence[Path], csrc: P
 
 
 def emulated_library(op: str, csrc: Path = CSRC, options: Sequence[str] = ("-O2",)) -> Path:
-    """The op's kernels and launchers as C++ for the CPU: a shared library with the same C interface."""
+    """Return the op's kernels and launchers compiled as C++ for the CPU, as a shared library with the same C interface."""
     command = ["g++", *EMULATED_FLAGS, *options, "-shared", "-fvisibility=hidden", "-fno-gnu-unique", "-x", "c++"]
     return compiled(f"{op}.so", command, [csrc / op / f"{op}.cu", csrc / "emulation" / "control.cpp"], csrc)
 
 
-def standin_library(op: str, csrc: Path = CSRC) -> Path:
-    """The op as nvcc builds it for sm_90, host code included, linked with a CUDA runtime that has no GPU (runtime_without_gpu.cpp)."""
+def library_without_gpu(op: str, csrc: Path = CSRC) -> Path:
+    """Return the op as built by nvcc for sm_90, with host code, linked with a CUDA runtime without a GPU (runtime_without_gpu.cpp)."""
     host = compiled(
         f"{op}.o",
         [gpu_compiler(), *GPU_FLAGS, "-arch=sm_90", "-Xcompiler=-fPIC,-fvisibility=hidden", "-c"],
@@ -115,16 +115,16 @@ def standin_library(op: str, csrc: Path = CSRC) -> Path:
         csrc,
     )
     runtime = ROOT / "tests" / "kernels" / "runtime_without_gpu.cpp"
-    name = f"{op}-{host.stem.rpartition('-')[2]}-standin.so"
+    name = f"{op}-{host.stem.rpartition('-')[2]}-without-gpu.so"
     return compiled(name, ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-Bsymbolic"], [runtime, host], csrc)
 
 
 def ptx(op: str, csrc: Path = CSRC) -> Path:
-    """What nvcc makes of the op's kernels for sm_90, before the assembler."""
+    """Return the PTX of the op's kernels for sm_90."""
     return compiled(f"{op}.ptx", [gpu_compiler(), *GPU_FLAGS, "-arch=sm_90", "-ptx"], [csrc / op / f"{op}.cu"], csrc)
 
 
 def cubin(op: str, architecture: str, csrc: Path = CSRC) -> Path:
-    """Machine code; the assembler's account of registers and stacks is in the file of the same name with `.log` behind it."""
+    """Return the machine code; the assembler's report on registers and stacks is in the file with `.log` appended."""
     command = [gpu_compiler(), *GPU_FLAGS, f"-arch={architecture}", "-Xptxas=-v", "-cubin"]
     return compiled(f"{op}-{architecture}.cubin", command, [csrc / op / f"{op}.cu"], csrc)

@@ -1,4 +1,4 @@
-"""The ops that have kernels, and the module of tests/kernels/ops that has each one's cases."""
+"""The ops that have kernels, and the modules of tests/kernels/ops with their cases."""
 
 from importlib import import_module
 from types import ModuleType
@@ -13,20 +13,20 @@ DTYPES = (torch.bfloat16, torch.float16)
 
 
 def op_module(op: str) -> ModuleType:
-    """Its cases, planted bugs, and what its machine code may hold; README.md says which names."""
+    """Return the module with an op's cases and planted bugs; README.md lists its names."""
     return import_module(f"tests.kernels.ops.{op}")
 
 
 def case_names() -> list[tuple[str, str]]:
-    """(op, case) for every case."""
+    """Return (op, case) for every case."""
     return [(op, name) for op in op_names() for name in op_module(op).CASES]
 
 
 def is_slow(op: str, name: str) -> bool:
-    """Whether the interpreter and the sanitizers take this case in the slow suite only."""
+    """Return True if the interpreter and the sanitizers run this case only in the slow suite."""
     return name.endswith(tuple(getattr(op_module(op), "SLOW_CASES", ())))
 
 
 def marked_cases() -> list[Any]:
-    """(op, case) for every case, the slow ones marked."""
+    """Return (op, case) for every case, with marks on the slow ones."""
     return [pytest.param(*pair, marks=[pytest.mark.slow] if is_slow(*pair) else []) for pair in case_names()]

@@ -1,4 +1,4 @@
-"""Runs cases on the CPU emulator: the kernels' and launchers' own source, compiled as C++ (csrc/emulation)."""
+"""Runs cases on the CPU emulator: the source of kernels and launchers, compiled as C++ (csrc/emulation)."""
 
 import ctypes
 from functools import cache
@@ -11,13 +11,13 @@ from tests.kernels.cases import Case, KernelError, c_arguments, pointers
 from tests.kernels.interface import functions, load
 
 SCHEDULES = (0, 1, 7)
-"""In order, from the last to the first, shuffled with this seed."""
+"""First to last, last to first, shuffled with this seed."""
 GUARD_BYTES = 256
-FILL = 0xFF  # NaN in every type: who reads beyond a tensor gets that
+FILL = 0xFF  # NaN in every type: reads outside a tensor return it
 
 
 class Guarded:
-    """A copy of a tensor with guard bytes around, at an address that is a multiple of 16."""
+    """A copy of a tensor between guard bytes, at an address that is a multiple of 16."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.bytes = tensor.numel() * tensor.element_size()
@@ -29,7 +29,7 @@ class Guarded:
         self.before = inside.clone()
 
     def check(self, name: str, may_change: bool) -> None:
-        """KernelError if the call wrote around the tensor, or into one that it must only read."""
+        """Raise KernelError if the call wrote outside the tensor, or into one that it must only read."""
         inside = slice(self.offset, self.offset + self.bytes)
         around = torch.cat((self.memory[: inside.start], self.memory[inside.stop :]))
         if not (around == FILL).all():
@@ -40,7 +40,7 @@ class Guarded:
 
 @cache
 def emulated(op: str, csrc: Path = CSRC) -> ctypes.CDLL:
-    """The op's library for the emulator."""
+    """Return the op's library for the emulator."""
     library = load(emulated_library(op, csrc), op, csrc)
     library.ledom_emulation_error.restype = ctypes.c_char_p
     library.ledom_emulation_set_schedule.argtypes = [ctypes.c_int]
@@ -48,7 +48,7 @@ def emulated(op: str, csrc: Path = CSRC) -> ctypes.CDLL:
 
 
 def run_emulated(op: str, case: Case, schedule: int = 0, csrc: Path = CSRC) -> dict[str, torch.Tensor]:
-    """The case's outputs. KernelError for an error code, a fault that the emulator sees, or a write where none may be."""
+    """Return the case's outputs. Raises KernelError for an error code, an error found by the emulator, or a forbidden write."""
     library, function = emulated(op, csrc), functions(op, csrc)[case.function]
     library.ledom_emulation_set_schedule(schedule)
     tensors = pointers(case)

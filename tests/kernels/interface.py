@@ -1,4 +1,4 @@
-"""The C interfaces of csrc/, read from their headers, so that tests name arguments as the headers do."""
+"""Reads the C interfaces of csrc/ from their headers, so that tests use the same argument names."""
 
 import ctypes
 import re
@@ -20,24 +20,24 @@ class Function:
     name: str
     returns: type
     parameters: dict[str, type]
-    """ctypes' type of each parameter, in order; every pointer is a c_void_p."""
+    """ctypes type of each parameter, in order; every pointer is a c_void_p."""
     readable: frozenset[str]
     """Pointers to const: the function must not write there."""
 
 
 def c_type(text: str) -> type:
-    """ctypes' type for the type as the header spells it."""
+    """Return the ctypes type for a type in a header."""
     return ctypes.c_void_p if "*" in text else C_TYPES[text.strip()]
 
 
 @cache
 def functions(op: str, csrc: Path = CSRC) -> dict[str, Function]:
-    """Every function that the op's header declares."""
+    """Return all functions that the op's header declares."""
     text = re.sub(r"//.*", "", (csrc / op / f"{op}.h").read_text(encoding="utf-8"))
     found = {}
     for returns, name, parameters in re.findall(r"LEDOM_API\s+(\w+)\s+(\w+)\(([^)]*)\)\s*;", text):
         pairs = [re.fullmatch(r"\s*(.*?[\s*])(\w+)\s*", parameter) for parameter in parameters.split(",")]
-        assert all(pairs), f"{name}: a parameter that this reader does not understand"
+        assert all(pairs), f"{name}: a parameter that this reader does not support"
         types = {pair[2]: c_type(pair[1]) for pair in pairs if pair}
         const = frozenset(pair[2] for pair in pairs if pair and "const" in pair[1])
         found[name] = Function(name, c_type(returns), types, const)
@@ -45,7 +45,7 @@ def functions(op: str, csrc: Path = CSRC) -> dict[str, Function]:
 
 
 def load(library: Path, op: str, csrc: Path = CSRC) -> ctypes.CDLL:
-    """The library with the types of the op's functions."""
+    """Load the library and set the types of the op's functions."""
     loaded = ctypes.CDLL(str(library))
     for function in functions(op, csrc).values():
         symbol = getattr(loaded, function.name)

@@ -1,4 +1,4 @@
-"""Runs cases on what nvcc built: the real shared library's host code, its launches interpreted from the PTX (ptx_machine.py)."""
+"""Runs cases on the output of nvcc: the real host code, with kernels interpreted from the PTX (ptx_machine.py)."""
 
 import ctypes
 from functools import cache
@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from tests.kernels.build import CSRC, ptx, standin_library
+from tests.kernels.build import CSRC, library_without_gpu, ptx
 from tests.kernels.cases import Case, KernelError, c_arguments, pointers
 from tests.kernels.emulator import Guarded
 from tests.kernels.interface import functions, load
@@ -18,21 +18,21 @@ FAILED = 999
 CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.POINTER(ctypes.c_uint), ctypes.POINTER(ctypes.c_void_p))
 
 
-class Standin:
-    """An op's library; `regions` are the tensors that the present call may touch."""
+class InterpretedLibrary:
+    """An op's library; `regions` are the tensors that the current call may access."""
 
     def __init__(self, op: str, csrc: Path) -> None:
-        self.library = load(standin_library(op, csrc), op, csrc)
+        self.library = load(library_without_gpu(op, csrc), op, csrc)
         self.text = ptx(op, csrc).read_text(encoding="utf-8")
         self.programs: dict[str, Program] = {}
         self.regions: list[Region] = []
         self.traffic = Traffic()
         self.error = ""
         self.callback = CALLBACK(self.launch)
-        self.library.standin_set_callback(self.callback)
+        self.library.set_launch_callback(self.callback)
 
     def launch(self, name: bytes, sizes: Any, arguments: Any) -> int:
-        """What the runtime calls instead of a GPU."""
+        """Run a launch in place of a GPU; called by the runtime."""
         try:
             program = self.program(name.decode())
             space = bytearray(program.parameter_bytes)
@@ -47,21 +47,21 @@ class Standin:
         return 0
 
     def program(self, name: str) -> Program:
-        """The kernel of this mangled name."""
+        """Return the kernel of this mangled name."""
         if name not in self.programs:
             self.programs[name] = read_program(self.text, name)
         return self.programs[name]
 
 
 @cache
-def standin(op: str, csrc: Path = CSRC) -> Standin:
-    """The op's library, loaded once."""
-    return Standin(op, csrc)
+def interpreted_library(op: str, csrc: Path = CSRC) -> InterpretedLibrary:
+    """Return the op's library, loaded once."""
+    return InterpretedLibrary(op, csrc)
 
 
 def run_interpreted(op: str, case: Case, csrc: Path = CSRC) -> tuple[dict[str, torch.Tensor], Traffic]:
-    """The case's outputs, and the bytes that its launches asked for. KernelError for an error code or a fault."""
-    runner, function = standin(op, csrc), functions(op, csrc)[case.function]
+    """Return the case's outputs and the bytes that its launches moved. Raises KernelError for an error code or an error."""
+    runner, function = interpreted_library(op, csrc), functions(op, csrc)[case.function]
     tensors = pointers(case)
     by_identity = {id(tensor): Guarded(tensor) for tensor in tensors.values()}
     guarded = {name: by_identity[id(tensor)] for name, tensor in tensors.items()}

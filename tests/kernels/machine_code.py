@@ -1,4 +1,4 @@
-"""What the assembler says of a kernel, and which memory instructions its machine code has."""
+"""Registers, stacks and memory instructions of a kernel's machine code, from the assembler's report and nvdisasm."""
 
 import re
 import shutil
@@ -11,7 +11,7 @@ from tests.kernels.build import CSRC, cubin
 
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 MAX_REGISTERS = 168
-"""Three blocks of 128 threads a multiprocessor."""
+"""Three blocks of 128 threads per multiprocessor."""
 
 
 @dataclass
@@ -27,13 +27,13 @@ class Kernel:
 
 
 def disassembler() -> str | None:
-    """nvdisasm of the test extra, or of a toolkit."""
+    """Return nvdisasm of the test extra, or of a toolkit."""
     packaged = Path(sysconfig.get_paths()["purelib"], "nvidia", "cu13", "bin", "nvdisasm")
     return str(packaged) if packaged.exists() else shutil.which("nvdisasm")
 
 
 def short_name(symbol: str) -> str:
-    """The kernel's own name in a mangled one: the identifier behind the namespaces."""
+    """Return the kernel's name in a mangled one: the identifier after the namespaces."""
     found, at = "", symbol.find("N") + 1
     while (match := re.compile(r"(\d+)").match(symbol, at)) is not None:
         start = match.end()
@@ -42,7 +42,7 @@ def short_name(symbol: str) -> str:
 
 
 def kernels(op: str, architecture: str, csrc: Path = CSRC) -> dict[str, Kernel]:
-    """By mangled name."""
+    """Return the report of each kernel, by mangled name."""
     binary = cubin(op, architecture, csrc)
     account = binary.with_name(binary.name + ".log").read_text(encoding="utf-8")
     pattern = r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers"

@@ -1,4 +1,4 @@
-"""Bugs planted in a copy of the kernels' sources, to see that the tests can fail."""
+"""Plants bugs in a copy of the kernels' sources, to show that the tests can fail."""
 
 import multiprocessing
 import shutil
@@ -18,9 +18,9 @@ from tests.kernels.emulator import SCHEDULES, run_emulated
 class Mutant:
     name: str
     file: str
-    """Below csrc/."""
+    """Path below csrc/."""
     found: str
-    """Text that stands there, as often as it does."""
+    """Text to replace, at every occurrence."""
     put: str
 
     def __str__(self) -> str:
@@ -28,7 +28,7 @@ class Mutant:
 
 
 def plant(mutant: Mutant, folder: Path) -> Path:
-    """A copy of csrc/ with the bug; the copy's path."""
+    """Copy csrc/ with the bug, and return the path of the copy."""
     copy = folder / "csrc"
     shutil.copytree(CSRC, copy, ignore=shutil.ignore_patterns("helpers"))
     path = copy / mutant.file
@@ -39,7 +39,7 @@ def plant(mutant: Mutant, folder: Path) -> Path:
 
 
 def run_cases(op: str, cases: dict[str, CaseMaker], csrc: Path) -> None:
-    """All cases under all schedules, as test_numerics.py runs them. AssertionError or KernelError at the first that is wrong."""
+    """Run all cases under all schedules, as test_numerics.py. Raises AssertionError or KernelError at the first wrong one."""
     for make in cases.values():
         case = make(torch.bfloat16)
         runs = [run_emulated(op, case, schedule, csrc) for schedule in SCHEDULES]
@@ -50,7 +50,7 @@ def run_cases(op: str, cases: dict[str, CaseMaker], csrc: Path) -> None:
 
 
 def exit_code(action: Callable[[], None]) -> None:
-    """Ends this process with 1 if the action finds a fault, with 0 if it does not."""
+    """End this process with 1 if the action finds an error, else with 0."""
     try:
         action()
     except (AssertionError, KernelError) as error:
@@ -59,7 +59,7 @@ def exit_code(action: Callable[[], None]) -> None:
 
 
 def is_caught(op: str, cases: dict[str, CaseMaker], csrc: Path) -> bool:
-    """Whether a case fails; in a process of its own, which a bug may well bring down."""
+    """Return True if a case fails; it runs in its own process, because a bug may crash it."""
     process = multiprocessing.get_context("fork").Process(target=exit_code, args=(partial(run_cases, op, cases, csrc),))
     process.start()
     process.join()

@@ -1,6 +1,6 @@
-"""Runs an op's cases on a GPU: the same cases, the launchers as nvcc builds them for this machine.
+"""Runs an op's cases on a GPU, with the launchers as built by nvcc for this machine.
 
-python -m tests.kernels.on_gpu OP      a line for each case that is wrong; exit code 1 if there is one
+python -m tests.kernels.on_gpu OP      prints a line for each wrong case; exit code 1 if there is one
 """
 
 import sys
@@ -18,13 +18,13 @@ from tests.kernels.interface import functions, load
 
 @cache
 def gpu_library(op: str, csrc: Path = CSRC) -> Any:
-    """The op's launchers, for the GPU of this machine."""
+    """Return the op's launchers, built for the GPU of this machine."""
     command = [gpu_compiler(), *GPU_FLAGS, "-arch=native", "-Xcompiler=-fPIC,-fvisibility=hidden", "-shared"]
     return load(compiled(f"{op}-gpu.so", command, [csrc / op / f"{op}.cu"], csrc), op, csrc)
 
 
 def run_on_gpu(op: str, case: Case) -> dict[str, torch.Tensor]:
-    """The case's outputs, on the CPU. KernelError for an error code."""
+    """Return the case's outputs, on the CPU. Raises KernelError for an error code."""
     tensors = pointers(case)
     by_identity = {id(tensor): tensor.cuda() for tensor in tensors.values()}
     copies = {name: by_identity[id(tensor)] for name, tensor in tensors.items()}
@@ -37,8 +37,8 @@ def run_on_gpu(op: str, case: Case) -> dict[str, torch.Tensor]:
     return {name: copies[name].cpu() for name in case.expected}
 
 
-def faults(op: str) -> list[str]:
-    """What is wrong: a bound that does not hold, an error, or two runs that differ in a bit."""
+def problems(op: str) -> list[str]:
+    """Return the problems: an exceeded bound, an error, or two runs that differ in a bit."""
     found = []
     for name, make in op_module(op).CASES.items():
         for dtype in DTYPES:
@@ -54,6 +54,6 @@ def faults(op: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    wrong = faults(sys.argv[1])
+    wrong = problems(sys.argv[1])
     print("\n".join(wrong))
     raise SystemExit(bool(wrong))

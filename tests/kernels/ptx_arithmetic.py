@@ -1,4 +1,4 @@
-"""What PTX instructions compute, on NumPy arrays of one value a thread."""
+"""The arithmetic of PTX instructions on NumPy arrays with one value per thread."""
 
 from collections.abc import Callable
 
@@ -12,14 +12,14 @@ FLOATS = {"f16": np.float16, "f32": np.float32, "f64": np.float64}
 
 
 def numpy_type(kind: str) -> np.dtype[np.generic]:
-    """NumPy's type for PTX's; bits are unsigned."""
+    """Return NumPy's type for a PTX type; bits are unsigned."""
     if kind == "pred":
         return np.dtype(np.bool_)
     return np.dtype(FLOATS[kind] if kind in FLOATS else f"{'i' if kind[0] == 's' else 'u'}{SIZES[kind]}")
 
 
 def to_bfloat16(x: Array) -> Array:
-    """Bits, rounded to the nearest, ties to even."""
+    """Return the bits, rounded to the nearest, ties to even."""
     u = x.view(np.uint32).astype(np.uint64)
     rounded = ((u + 0x7FFF + (u >> np.uint64(16) & np.uint64(1))) >> np.uint64(16)).astype(np.uint16)
     return np.where(np.isnan(x.view(np.float32)), np.uint16(0x7FFF), rounded)
@@ -37,7 +37,7 @@ def remainder(a: Array, b: Array, kind: str) -> Array:
 
 
 def shifted(a: Array, by: Array, is_left: bool) -> Array:
-    """Shifts above the width give 0, or the sign."""
+    """Shift; a shift above the width gives 0, or the sign."""
     bits = a.dtype.itemsize * 8
     amount = np.minimum(by, bits - 1).astype(a.dtype)
     if is_left:
@@ -47,12 +47,12 @@ def shifted(a: Array, by: Array, is_left: bool) -> Array:
 
 
 def fused(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c, rounded once: the product of two fp32 numbers is exact in fp64."""
+    """Return a * b + c, rounded once: the product of two fp32 numbers is exact in fp64."""
     return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float32)
 
 
 def permuted(a: Array, b: Array, selectors: Array) -> Array:
-    """prmt: each of four bytes is one of the eight of a and b that its selector's low three bits name, or eight copies of its sign."""
+    """Return prmt: the low three bits of a selector choose each of four bytes from the eight of a and b, or copies of its sign."""
     pool = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
     found = np.zeros(len(a), np.uint32)
     for byte in range(4):
@@ -72,13 +72,13 @@ def reversed_bits(a: Array) -> Array:
 
 
 def leading_zeros(a: Array) -> Array:
-    """Of 32 bits."""
+    """Reverse 32 bits."""
     exponent = np.frexp(a.astype(np.uint32).astype(np.float64))[1]
     return (32 - exponent).astype(np.uint32)
 
 
 def highest_bit(a: Array) -> Array:
-    """How far the highest set bit has to be shifted to the top: bfind.shiftamt; all ones if there is none."""
+    """Return the shift that moves the highest set bit to the top (bfind.shiftamt); all ones if there is none."""
     return np.where(a == 0, np.uint32(0xFFFFFFFF), leading_zeros(a))
 
 
@@ -100,13 +100,13 @@ ROUNDINGS: dict[str, Callable[[Array], Array]] = {"rni": np.rint, "rzi": np.trun
 
 
 def smallest_or_largest(a: Array, b: Array, name: str) -> Array:
-    if np.issubdtype(a.dtype, np.floating):  # NaN gives way
+    if np.issubdtype(a.dtype, np.floating):  # NaN is ignored
         return np.fmin(a, b) if name == "min" else np.fmax(a, b)
     return np.minimum(a, b) if name == "min" else np.maximum(a, b)
 
 
 def product(instruction: Instruction, a: Array, b: Array, c: Array | None) -> Array:
-    """mul and mad: the low half, the high half, or all of it; floats rounded."""
+    """Return the result of mul or mad: the low half, the high half, or all bits; floats rounded."""
     opcode = instruction.opcode
     if instruction.kind[0] == "f":
         return np.multiply(a, b) if c is None else fused(a, b, c)
@@ -122,7 +122,7 @@ def product(instruction: Instruction, a: Array, b: Array, c: Array | None) -> Ar
 
 
 def compared(instruction: Instruction, a: Array, b: Array) -> Array:
-    """setp: unordered comparisons of floats are true where one is not a number, the others false."""
+    """Return the result of setp: with NaN, unordered comparisons of floats are true, the others false."""
     name = instruction.opcode[1]
     is_float = instruction.kind[0] == "f"
     unordered = np.isnan(a) | np.isnan(b) if is_float else np.zeros(len(a), np.bool_)
@@ -134,7 +134,7 @@ def compared(instruction: Instruction, a: Array, b: Array) -> Array:
 
 
 def converted(instruction: Instruction, x: Array) -> Array:
-    """cvt of one value; `x` has the source's type, bf16 comes as bits."""
+    """Return the result of cvt of one value; `x` has the source's type, bf16 as bits."""
     target, source = instruction.opcode[-2], instruction.opcode[-1]
     if target == "bf16":
         return to_bfloat16(x)
@@ -144,5 +144,5 @@ def converted(instruction: Instruction, x: Array) -> Array:
     if source[0] == "f" and rounding is not None:
         x = rounding(x)
     if source[0] == "f" and target[0] != "f" and rounding is None:
-        raise PtxError(f"a rounding that this interpreter does not know: {instruction.text}")
+        raise PtxError(f"a rounding that this interpreter does not support: {instruction.text}")
     return x.astype(numpy_type(target))

@@ -1,9 +1,9 @@
-"""An interpreter of the PTX that nvcc makes, in NumPy: one array element a CUDA thread.
+"""An interpreter of nvcc's PTX in NumPy, with one array element per CUDA thread.
 
-Threads at the lowest program counter go first, so that branches join again. Every access to memory is checked for bounds (of the
-tensors that the caller names) and alignment; a shuffle or vote needs all lanes of its mask, a barrier the whole block; words of shared
-memory that two threads touch without a barrier between, one of them writing, are races. Bytes of global memory are counted as a
-warp asks for them: each address once an instruction.
+Threads at the lowest program counter run first, so that branches join again. Every memory access is checked for bounds (of the
+tensors that the caller names) and alignment. A shuffle or vote needs all lanes of its mask, a barrier the whole block. It is a race if
+two threads access a word of shared memory without a barrier between them and one of them writes. Bytes of global memory are counted
+per warp and instruction, each address once.
 """
 
 import re
@@ -25,7 +25,7 @@ Dimensions = tuple[int, int, int]
 
 @dataclass
 class Region:
-    """Global memory that the kernel may touch."""
+    """Global memory that the kernel may access."""
 
     address: int
     memory: NDArray[np.uint8]
@@ -33,7 +33,7 @@ class Region:
 
 @dataclass
 class Traffic:
-    """Bytes of global memory."""
+    """Number of bytes of global memory."""
 
     read: int = 0
     written: int = 0
@@ -45,7 +45,7 @@ def coordinates(index: NDArray[np.int64], size: Dimensions) -> list[NDArray[np.u
 
 
 class Machine:
-    """Some blocks of a launch, side by side."""
+    """Some blocks of a launch, executed together."""
 
     def __init__(
         self, program: Program, blocks: range, grid: Dimensions, size: Dimensions, parameters: bytes, regions: Sequence[Region]
@@ -75,7 +75,7 @@ class Machine:
         self.is_waiting = np.zeros(count, np.bool_)
 
     def run(self) -> None:
-        """To the end of all threads. PtxError for whatever no kernel may do."""
+        """Run all threads to their ends. Raises PtxError for a forbidden operation."""
         with np.errstate(all="ignore"):
             while True:
                 ready = ~self.is_waiting & (self.counter < END)
@@ -115,7 +115,7 @@ class Machine:
             self.execute(instruction, acting)
 
     def get(self, operand: str, kind: str, at: NDArray[np.int64]) -> Array:
-        """An operand's value in each acting thread."""
+        """Return an operand's value in each acting thread."""
         wanted = numpy_type(kind)
         if operand in self.registers or operand in self.special:
             found = (self.registers if operand in self.registers else self.special)[operand][at]
@@ -182,10 +182,10 @@ class Machine:
             return arithmetic.product(instruction, a, rest[0], rest[1] if len(rest) > 1 else None)
         if name in ("div", "rem"):
             return (arithmetic.divided if name == "div" else arithmetic.remainder)(a, rest[0], kind)
-        raise PtxError(f"an instruction that this interpreter does not know: {instruction.text}")
+        raise PtxError(f"an instruction that this interpreter does not support: {instruction.text}")
 
     def move(self, instruction: Instruction, at: NDArray[np.int64]) -> None:
-        """Also takes a register apart, or puts it together: {low, high}."""
+        """Move a value, or split or join a register: {low, high}."""
         target, source, kind = *instruction.operands, instruction.kind
         if target.startswith("{"):
             parts = members(target)
@@ -213,7 +213,7 @@ class Machine:
         self.put(instruction.operands[0], arithmetic.converted(instruction, value), at)
 
     def exchange(self, instruction: Instruction, at: NDArray[np.int64]) -> None:
-        """shfl and vote."""
+        """Execute shfl and vote."""
         operands = instruction.operands
         mask = self.get(operands[-1], "u32", at)
         is_here = np.zeros(len(self.lane) + 1, np.bool_)
@@ -281,7 +281,7 @@ class Machine:
     def global_memory(
         self, instruction: Instruction, address: NDArray[np.uint64], size: int, at: NDArray[np.int64]
     ) -> list[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]]:
-        """The memory, the place in it and the threads of each region that is touched."""
+        """Yield memory, offset and threads of each accessed region."""
         if (address % np.uint64(size)).any():
             raise PtxError(f"a misaligned access of {size} bytes: {instruction.text}")
         asked = len(np.unique(np.stack((self.warp_start[at].astype(np.uint64), address)), axis=1).T) * size
@@ -299,25 +299,25 @@ class Machine:
                 )
                 outside &= ~inside
         if outside.any():
-            raise PtxError(f"an access outside of all tensors by {int(outside.sum())} threads: {instruction.text}")
+            raise PtxError(f"an access outside all tensors by {int(outside.sum())} threads: {instruction.text}")
         return found
 
     def shared_memory(
         self, instruction: Instruction, offset: NDArray[np.int64], size: int, at: NDArray[np.int64]
     ) -> list[tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.int64]]]:
         if (offset % size).any() or (offset < 0).any() or (offset + size > self.program.shared_bytes).any():
-            raise PtxError(f"a misaligned access, or outside of shared memory: {instruction.text}")
+            raise PtxError(f"an access that is misaligned or outside shared memory: {instruction.text}")
         block, thread = self.block[at], self.thread[at]
         for word in range(max(size // 4, 1)):
             place = (block, offset // 4 + word)
             writer, reader = self.writer[place], self.reader[place]
             if ((writer != NOBODY) & (writer != thread)).any():
-                raise PtxError(f"a race in shared memory, behind another thread's write: {instruction.text}")
+                raise PtxError(f"a race in shared memory, after another thread's write: {instruction.text}")
             if instruction.opcode[0] == "ld":
                 self.reader[place] = np.where((reader != NOBODY) & (reader != thread), MANY, thread)
                 continue
             if ((reader != NOBODY) & (reader != thread)).any():
-                raise PtxError(f"a race in shared memory, behind another thread's read: {instruction.text}")
+                raise PtxError(f"a race in shared memory, after another thread's read: {instruction.text}")
             if len(np.unique(np.stack((block, place[1])), axis=1).T) != len(at):
                 raise PtxError(f"a race in shared memory, two threads write: {instruction.text}")
             self.writer[place] = thread
@@ -329,14 +329,14 @@ def align_words(size: int) -> int:
 
 
 def members(operand: str) -> list[str]:
-    """Registers of a vector, or the one."""
+    """Return the registers of a vector, or the single one."""
     return [part.strip() for part in operand.strip("{}").split(",")]
 
 
 def run_grid(
     program: Program, grid: Dimensions, size: Dimensions, parameters: bytes, regions: Sequence[Region], at_once: int = 64
 ) -> Traffic:
-    """A whole launch, `at_once` blocks side by side; returns the bytes that it asked global memory for."""
+    """Run a whole launch, `at_once` blocks together. Returns the bytes of global memory that it moved."""
     total, blocks = Traffic(), grid[0] * grid[1] * grid[2]
     for begin in range(0, blocks, at_once):
         machine = Machine(program, range(begin, min(blocks, begin + at_once)), grid, size, parameters, regions)

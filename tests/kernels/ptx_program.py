@@ -1,29 +1,29 @@
-"""Reads one kernel out of a PTX file: parameters, registers, shared memory, instructions."""
+"""Reads one kernel from a PTX file: parameters, registers, shared memory, instructions."""
 
 import re
 from dataclasses import dataclass, field
 
 SIZES = {kind + str(8 * size): size for kind in "bsuf" for size in (1, 2, 4, 8)} | {"pred": 1}
-"""Bytes of each PTX type."""
+"""Number of bytes of each PTX type."""
 
 
 class PtxError(RuntimeError):
-    """The program does what no kernel may do, or what this interpreter does not know."""
+    """The program does a forbidden or unsupported operation."""
 
 
 @dataclass(frozen=True)
 class Instruction:
     guard: str | None
-    """The predicate register that must hold for it to run."""
+    """The predicate register that must be true for the instruction to run."""
     is_negated: bool
     opcode: tuple[str, ...]
-    """The mnemonic at its dots."""
+    """The mnemonic, split at its dots."""
     operands: tuple[str, ...]
     text: str
 
     @property
     def kind(self) -> str:
-        """The type of its result, or of what it moves."""
+        """The type of the result, or of the moved value."""
         return self.opcode[-1]
 
 
@@ -41,7 +41,7 @@ class Program:
     code: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
     registers: dict[str, str] = field(default_factory=dict)
-    """Each register's type."""
+    """Type of each register."""
     shared: dict[str, int] = field(default_factory=dict)
     """Offsets of shared variables."""
     shared_bytes: int = 0
@@ -73,7 +73,7 @@ def declare_registers(program: Program, statement: str) -> None:
 def declare_shared(program: Program, statement: str) -> None:
     match = re.match(r"\.shared\s+\.align\s+(\d+)\s+\.(\w+)\s+(\w+)(?:\[(\d+)\])?", statement)
     if match is None:
-        raise PtxError(f"a shared variable that this reader does not know: {statement}")
+        raise PtxError(f"a shared variable that this reader does not support: {statement}")
     offset = align(program.shared_bytes, int(match[1]))
     program.shared[match[3]] = offset
     program.shared_bytes = offset + SIZES[match[2]] * int(match[4] or 1)
@@ -88,7 +88,7 @@ def read_instruction(statement: str) -> Instruction:
 
 
 def read_program(text: str, name: str) -> Program:
-    """The kernel of this mangled name. PtxError if there is none."""
+    """Return the kernel of this mangled name. Raises PtxError if there is none."""
     start = re.search(rf"\.entry\s+{re.escape(name)}\s*\((.*?)\)", text, re.S)
     if start is None:
         raise PtxError(f"no kernel {name}")
@@ -105,7 +105,7 @@ def read_program(text: str, name: str) -> Program:
         elif statement.startswith(".shared"):
             declare_shared(program, statement)
         elif statement.startswith(".") and not statement.startswith((".pragma", ".loc")):
-            raise PtxError(f"a declaration that this reader does not know: {statement}")
+            raise PtxError(f"a declaration that this reader does not support: {statement}")
         elif statement and not statement.startswith("."):
             program.code.append(read_instruction(statement))
     return program

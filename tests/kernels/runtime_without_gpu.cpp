@@ -1,5 +1,5 @@
-// A CUDA runtime without a GPU: keeps the names of the kernels that a library registers, and hands each launch to a callback.
-// Enough for libraries that only launch.
+// A CUDA runtime without a GPU: stores the names of the kernels that a library registers, and passes each launch to a callback.
+// Sufficient for libraries that only launch.
 #include <cstddef>
 #include <map>
 #include <string>
@@ -42,7 +42,7 @@ int start(const void* function, Dimensions grid, Dimensions block, void** argume
 }  // namespace
 
 extern "C" {
-void standin_set_callback(Callback function) { callback = function; }
+void set_launch_callback(Callback function) { callback = function; }
 
 void** __cudaRegisterFatBinary(void*) {
   static void* handle;

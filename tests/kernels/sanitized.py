@@ -24,7 +24,7 @@ OPTIONS = {
 
 
 def dispatcher(op: str, csrc: Path) -> str:
-    """C++ of `call_function`: which calls a function of the op's header by its name."""
+    """Return the C++ of `call_function`, which calls a function of the op's header by its name."""
     members = {ctypes.c_void_p: "pointer", ctypes.c_float: "real", ctypes.c_double: "real"}
     lines = [
         "#include <string>", "#include <vector>", f'#include "{op}/{op}.h"',
@@ -44,7 +44,7 @@ def dispatcher(op: str, csrc: Path) -> str:
 
 
 def sanitized_program(op: str, sanitizer: str, csrc: Path = CSRC) -> Path:
-    """The program that replays calls; it has the kernels for bf16 only."""
+    """Return the program that replays calls; it has only the kernels for bf16."""
     generated = cache_folder() / f"{op}-dispatcher.cpp"
     generated.parent.mkdir(parents=True, exist_ok=True)
     text = dispatcher(op, csrc)
@@ -65,7 +65,7 @@ def sanitized_program(op: str, sanitizer: str, csrc: Path = CSRC) -> Path:
 
 
 def write_calls(op: str, cases: Sequence[Case], folder: Path, csrc: Path) -> tuple[Path, Path]:
-    """The two files that sanitizer_main.cpp reads."""
+    """Write the two files that sanitizer_main.cpp reads."""
     lines, data = [], bytearray()
     for case in cases:
         function, tensors = functions(op, csrc)[case.function], pointers(case)
@@ -89,14 +89,14 @@ def write_calls(op: str, cases: Sequence[Case], folder: Path, csrc: Path) -> tup
 
 @cache
 def fixed_addresses() -> tuple[str, ...]:
-    """The thread sanitizer of some systems needs addresses that are not random; not every container may ask for them."""
+    """Return a command prefix for addresses that are not random: some thread sanitizers need it, some containers forbid it."""
     command = ("setarch", "-R")
     is_allowed = shutil.which(command[0]) and subprocess.run([*command, "true"], capture_output=True).returncode == 0
     return command if is_allowed else ()
 
 
 def run_sanitized(op: str, cases: Sequence[Case], sanitizer: str, schedule: int, folder: Path, csrc: Path = CSRC) -> str:
-    """What went wrong; nothing if the calls are clean. The cases are of bf16."""
+    """Return the sanitizer's report; empty if the calls are clean. The cases are of bf16."""
     files = write_calls(op, cases, folder, csrc)
     command = [*fixed_addresses(), str(sanitized_program(op, sanitizer, csrc)), *map(str, files), str(schedule)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **OPTIONS})

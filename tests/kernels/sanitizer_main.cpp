@@ -1,8 +1,8 @@
 // Replays calls under gcc's sanitizers: every tensor in heap memory of exactly its size. `call_function` is generated from the op's
 // header (sanitized.py), which also writes the two files that this reads.
 //
-// calls: lines "tensor BYTES", "call NAME NUMBER_OF_ARGUMENTS", then an argument a line: "tensor INDEX" of the call's tensors, "null 0",
-// "real X", "integer I". data: the tensors' bytes, one after the other.
+// calls: lines "tensor BYTES", "call NAME NUMBER_OF_ARGUMENTS", then one line per argument: "tensor INDEX" of the call's tensors, "null 0",
+// "real X", "integer I". data: the bytes of the tensors in order.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>

@@ -1,4 +1,4 @@
-"""What the benchmark times is the op: at small sizes, on the emulator, a launch of ours comes to what torch comes to."""
+"""The benchmark times the op itself: at small sizes, on the emulator, our launches give torch's results."""
 
 from collections.abc import Callable, Iterator
 
@@ -19,7 +19,7 @@ SMALL = {
 
 
 def wanted(contest: Contest) -> dict[str, torch.Tensor]:
-    """Torch's output, or its gradient by its first input."""
+    """Return torch's output, or the gradient of its first input."""
     output = contest.torch_call(*contest.torch_inputs)
     if contest.output_gradient is None:
         written = {"ledom_multi_tensor_adamw": "masters", "ledom_multi_tensor_norm": "norm"}

@@ -24,7 +24,7 @@ SHAPE = (  # heads of 16, the narrowest that the kernels rotate
 
 
 def arguments_of(name: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    """What opcheck calls the operator with."""
+    """Return the operator's arguments for opcheck."""
     torch.manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
@@ -50,7 +50,7 @@ OPERATORS = (
 
 
 def check_operator(name: str, dtype: torch.dtype) -> None:
-    """The emulated kernel is what runs; it passes opcheck, and equals the reference."""
+    """Check that the emulated kernel runs, passes opcheck and equals the reference."""
     from megatron_ledom.ops import library
 
     operator = getattr(torch.ops.ledom, name).default
@@ -77,14 +77,14 @@ def check_operator(name: str, dtype: torch.dtype) -> None:
 
 
 def library_reference(module: str, function: str) -> Any:
-    """A function of megatron_ledom/ops."""
+    """Return a function of megatron_ledom/ops."""
     from importlib import import_module
 
     return getattr(import_module(f"megatron_ledom.ops.{module}"), function)
 
 
 def compare(operator: Any, reference: Any, arguments: tuple[Any, ...], dtype: torch.dtype) -> None:
-    """Outputs and gradients."""
+    """Return outputs and gradients."""
     results = []
     for function in (operator, reference):
         leaves = [a.detach().clone().requires_grad_(a.requires_grad) if isinstance(a, torch.Tensor) else a for a in arguments]
@@ -98,7 +98,7 @@ def compare(operator: Any, reference: Any, arguments: tuple[Any, ...], dtype: to
 
 
 def test_every_operator_passes_opcheck_and_equals_its_reference() -> None:
-    """In a process of its own: the emulated kernels stay."""
+    """Run in a process of its own, because the emulated kernels stay."""
     emulated_binding()
     done = subprocess.run([sys.executable, "-m", "tests.kernels.test_binding"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -1,4 +1,4 @@
-"""The table of bytes moved in csrc/README.md is current; test_compiled_code.py holds its formulas against the interpreter's count."""
+"""The table of bytes moved in csrc/README.md is current; test_compiled_code.py compares its formulas with the interpreter."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What nvcc makes of the kernels, host code included, computes the same: the real library over a runtime that interprets its PTX."""
+"""The compiled kernels and host code give the expected results: the real library over a runtime that interprets its PTX."""
 
 import pytest
 import torch
@@ -19,6 +19,6 @@ def test_compiled_kernel_is_within_its_bound_and_moves_the_bytes_that_its_formul
     case = op_module(op).CASES[name](dtype)
     outputs, traffic = run_interpreted(op, case)
     check_outputs(case, outputs)
-    if "documents" not in name:  # whose beginning is searched for, in a number of steps that no formula tells
+    if "documents" not in name:  # the search for their beginning has a number of steps that no formula gives
         moved = op_module(op).moved(case.function, case.arguments)
         assert (traffic.read, traffic.written) == (moved.read, moved.written)

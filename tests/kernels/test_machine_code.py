@@ -1,4 +1,4 @@
-"""The machine code for three generations of GPUs: nothing in local memory, every hot access to global memory 128 bits wide."""
+"""The machine code for three generations of GPUs uses no local memory, and all hot global accesses have 128 bits."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""FusedAdam, norm and clipping by the emulated kernels beside torch's on doubles, through the binding that a GPU uses."""
+"""FusedAdam, norm and clipping by the emulated kernels compared with torch on doubles, through the binding for GPUs."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ SETTINGS = {"lr": 0.01, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
 
 
 def parameters(dtype: torch.dtype) -> list[torch.Tensor]:
-    """Of several sizes; the first is empty, the second begins off the grid of 16 bytes."""
+    """Return tensors of several sizes; the first is empty, the second is not aligned to 16 bytes."""
     torch.manual_seed(0)
     drawn = [torch.randn(size + 1) for size in SIZES]
     return [(each[1:] if i == 1 else each[:-1].clone()).to(dtype).requires_grad_() for i, each in enumerate(drawn)]
@@ -33,7 +33,7 @@ def draw_gradients(ours: list[torch.Tensor], theirs: list[torch.Tensor], seed: i
 
 
 def check_steps(dtype: torch.dtype) -> None:
-    """Ten steps in two groups, saved and loaded in the middle, within 2^-20 of torch on doubles; weights are rounded masters."""
+    """Make ten steps in two groups, with save and load in the middle: within 2^-20 of torch on doubles; weights are rounded masters."""
     ours = parameters(dtype)
     theirs = [p.detach().double().requires_grad_() for p in ours]
     groups = [[{"params": each[:2]}, {"params": each[2:], "weight_decay": 0.0}] for each in (ours, theirs)]
@@ -55,7 +55,7 @@ def check_steps(dtype: torch.dtype) -> None:
 
 
 def check_norm_and_scale() -> None:
-    """What clipping comes to."""
+    """Check the result of clipping."""
     tensors = [p.detach() for p in parameters(torch.float32) if p.numel()]
     norm = torch.ops.ledom.multi_tensor_norm(chunk_table(tensors), tensors)
     torch.testing.assert_close(norm, torch.cat(tensors).double().norm().float().view(1), rtol=1e-6, atol=0)
@@ -69,7 +69,7 @@ def check_norm_and_scale() -> None:
 
 
 def check_operators() -> None:
-    """opcheck calls with copies: of one tensor a list, whose table holds for them too."""
+    """Run opcheck, which calls with copies: with one tensor per list the table is valid for them too."""
     gradients, exp_avgs, exp_avg_sqs, masters = ([torch.rand(40)] for _ in range(4))
     weights = [masters[0].half()]
     lists = (gradients, exp_avgs, exp_avg_sqs, masters, weights)
@@ -81,7 +81,7 @@ def check_operators() -> None:
 
 
 def test_fused_adam_equals_torch_on_doubles_on_the_emulated_kernels() -> None:
-    """In a process of its own: the emulated kernels stay."""
+    """Run in a process of its own, because the emulated kernels stay."""
     emulated_binding()
     done = subprocess.run([sys.executable, "-m", "tests.kernels.test_multi_tensor"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
@@ -89,7 +89,7 @@ def test_fused_adam_equals_torch_on_doubles_on_the_emulated_kernels() -> None:
 
 
 def test_a_model_trains_alike_on_the_emulated_optimizer_and_on_torch(data: TinyData, tmp_path: Path) -> None:
-    """Twenty steps with clipping, the distributed optimizer of megatron-core around it; the same names in the checkpoint."""
+    """Train twenty steps with clipping in megatron-core's distributed optimizer; the checkpoint has the same names."""
     emulated_binding()
     plain = ("model.transformer_impl=torch",)
     ours = run_on_ranks(data.config, tmp_path / "ours", *plain, hook=train_on_emulated_optimizer)
@@ -106,7 +106,7 @@ def test_fused_adam_equals_torch_on_doubles_by_the_references(dtype: torch.dtype
     check_steps(dtype)
 
 
-def test_state_of_torch_adamw_goes_on_in_fused_adam() -> None:
+def test_fused_adam_continues_the_state_of_torch_adamw() -> None:
     ours = parameters(torch.float32)
     theirs = [p.detach().clone().requires_grad_() for p in ours]
     torchs, fused = torch.optim.AdamW(theirs, **SETTINGS), FusedAdam(ours, **SETTINGS)
@@ -124,7 +124,7 @@ def test_state_of_torch_adamw_goes_on_in_fused_adam() -> None:
         torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
-def test_state_is_that_of_the_adam_it_takes_the_place_of() -> None:
+def test_state_is_that_of_the_adam_it_replaces() -> None:
     fused_parameters, torch_parameters = parameters(torch.float32), parameters(torch.float32)
     fused, through_torch = FusedAdam(fused_parameters, **SETTINGS), GroupStepAdam(torch_parameters, **SETTINGS)
     draw_gradients(fused_parameters, torch_parameters, 1)
@@ -138,7 +138,7 @@ def test_state_is_that_of_the_adam_it_takes_the_place_of() -> None:
             torch.testing.assert_close(ours["state"][key][name], value, rtol=1e-6, atol=1e-7)
 
 
-def test_table_is_made_anew_when_a_tensor_has_moved() -> None:
+def test_table_is_recomputed_when_a_tensor_has_moved() -> None:
     tables, tensors = ChunkTables(), [torch.zeros(CHUNK + 1), torch.zeros(5)]
     first = tables.table("norm", tensors)
     assert first[:, 0].tolist() == [CHUNK, 1, 5]

@@ -1,4 +1,4 @@
-"""Planted bugs are caught by the cases on the emulator: the tests can fail, and a kernel without a bug passes them the same way."""
+"""The cases catch planted bugs on the emulator, so the tests can fail; a kernel without a bug passes them."""
 
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ def test_every_op_has_planted_bugs_that_fit_its_source(op: str, tmp_path: Path) 
 @pytest.mark.parametrize(("op", "mutant"), mutants())
 def test_planted_bug_is_caught(op: str, mutant: Mutant, tmp_path: Path) -> None:
     csrc = plant(mutant, tmp_path)
-    emulated_library(op, csrc)  # it compiles; what does not is no proof
+    emulated_library(op, csrc)  # it must compile to prove anything
     assert is_caught(op, op_module(op).CASES, csrc), mutant.name
 
 

@@ -1,4 +1,4 @@
-"""The same cases on a GPU, where there is one: in a process of its own, because the other tests hide GPUs."""
+"""The same cases on a GPU, if there is one, in a process of its own, because the other tests hide GPUs."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""What a launcher cannot do, it refuses before it launches; nothing to do is success."""
+"""A launcher refuses unsupported calls before it launches; an empty call is success."""
 
 import pytest
 import torch

@@ -1,9 +1,9 @@
-"""Bytes that each kernel moves between its threads and global memory, against the fewest that its op needs.
+"""Bytes that each kernel moves between its threads and global memory, compared with the fewest that its op needs.
 
     python -m tests.kernels.traffic        writes the table in csrc/README.md
 
-Computed from what a launch is given (`moved` of each op's module), which test_bytes_moved.py holds against what the interpreter counts
-on small cases. Reads that a cache answers are counted too: it is what the kernel asks for.
+Computed from the arguments of a launch (`moved` of each op's module); test_compiled_code.py compares it with the interpreter's counts
+on small cases. Reads from a cache are counted as well.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ MEBIBYTE = 1 << 20
 
 @dataclass(frozen=True)
 class Moved:
-    """Bytes asked for, and the fewest that do: every input read once, every output written once."""
+    """Bytes moved, and the fewest possible: every input read once, every output written once."""
 
     read: int
     written: int
@@ -29,7 +29,7 @@ class Moved:
 
     @property
     def ratio(self) -> float:
-        """How many times the fewest bytes are moved."""
+        """Moved bytes as a multiple of the fewest."""
         return (self.read + self.written) / (self.least_read + self.least_written)
 
 
@@ -38,13 +38,13 @@ class Row:
     label: str
     function: str
     arguments: Mapping[str, Any]
-    """Sizes, and None for tensors that are absent."""
+    """Sizes, and None for missing tensors."""
     why: str = ""
-    """Where the excess comes from."""
+    """Reason of the excess."""
 
 
 def table() -> str:
-    """Markdown: a line for each op's rows."""
+    """Return the table as Markdown, with the rows of all ops."""
     lines = ["| launch | read MiB | written MiB | fewest MiB | ratio | excess |", "|---|---|---|---|---|---|"]
     for op in op_names():
         module = op_module(op)
@@ -57,8 +57,8 @@ def table() -> str:
 
 
 def with_table(text: str) -> str:
-    """The README with the table as it is now."""
-    assert BEGIN in text, "csrc/README.md has lost the marks around its table"
+    """Return the README with the current table."""
+    assert BEGIN in text, "csrc/README.md lacks the marks around its table"
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
     return before + BEGIN + table() + END + after

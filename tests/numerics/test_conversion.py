@@ -1,4 +1,4 @@
-"""Stock models in and out: bit-equal weights for many shapes, and the logits of stock transformers for every architecture."""
+"""Import and export of stock models: bit-equal weights for many shapes, and stock transformers' logits for every architecture."""
 
 import json
 import random
@@ -28,9 +28,9 @@ REVERSE = Direction.REVERSE
 @pytest.mark.parametrize("case", FAMILY)
 def test_the_core_model_computes_the_logits_of_stock_transformers(tmp_path: Path, case: str, how: Any) -> None:
     source = family_folder(tmp_path / "stock", case)
-    gate = import_hf(str(source), str(tmp_path / "run"), direction=REVERSE, verify=how)
-    assert isinstance(gate, ParityCheck)
-    assert gate.largest_logit_difference < 2e-5
+    check = import_hf(str(source), str(tmp_path / "run"), direction=REVERSE, verify=how)
+    assert isinstance(check, ParityCheck)
+    assert check.largest_logit_difference < 2e-5
     checkpoint = find_checkpoint(str(tmp_path / "run"))
     ids = torch.randint(0, VOCAB_SIZE, (2, 64), generator=torch.Generator().manual_seed(5))
     with core_side(checkpoint, load_manifest(checkpoint)) as core:
@@ -46,15 +46,15 @@ def test_whole_models_are_compared_only_where_they_are_small(tmp_path: Path, mon
     found = {}
     for limit in (2**29, 0):
         monkeypatch.setattr("megatron_ledom.convert.verify.WHOLE_BELOW", limit)
-        gate = import_hf(str(source), str(tmp_path / f"run{limit}"), direction=REVERSE)
-        assert gate is not None
-        found[limit] = gate.how
+        check = import_hf(str(source), str(tmp_path / f"run{limit}"), direction=REVERSE)
+        assert check is not None
+        found[limit] = check.how
     assert found == {2**29: "whole models", 0: "layer by layer"}
 
 
 @pytest.mark.parametrize("case", FAMILY)
-def test_what_comes_in_goes_out_unchanged(tmp_path: Path, case: str) -> None:
-    """The same bits, and a stock architecture that computes the same; the config comes in once more as it did."""
+def test_an_imported_model_is_exported_unchanged(tmp_path: Path, case: str) -> None:
+    """The export has the same bits and a stock architecture with the same results; its config imports as before."""
     source = family_folder(tmp_path / "stock", case)
     import_hf(str(source), str(tmp_path / "run"), direction=REVERSE)
     export_hf(str(tmp_path / "run"), str(tmp_path / "out"), max_shard_size=20_000)
@@ -73,7 +73,7 @@ def test_what_comes_in_goes_out_unchanged(tmp_path: Path, case: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One combination of the matrix."""
+    """One combination of sizes and options."""
 
     architecture: str
     heads: int
@@ -84,7 +84,7 @@ class Shape:
     dtype: torch.dtype
 
     def folder(self, path: Path, seed: int) -> Path:
-        """A random model of this shape."""
+        """Return a random model of this shape."""
         extra = {"sliding_window": None} if self.architecture == "Mistral" else {}
         config = stock_config(
             self.architecture,
@@ -101,7 +101,7 @@ class Shape:
 
 
 def shapes() -> list[Shape]:
-    """56 combinations: every pair of heads and key-value heads with every architecture, the rest drawn from a fixed seed."""
+    """Return 56 combinations: every pair of heads and key-value heads with every architecture, the rest from a fixed seed."""
     rng = random.Random(6)
     drawn = []
     for heads, groups in [
@@ -129,7 +129,7 @@ def shapes() -> list[Shape]:
 
 @pytest.mark.parametrize("index", range(len(shapes())))
 def test_round_trips_are_bit_equal(tmp_path: Path, index: int) -> None:
-    """HF -> mcore -> HF, and mcore -> HF -> mcore."""
+    """Convert HF -> mcore -> HF, and mcore -> HF -> mcore."""
     shape = shapes()[index]
     source = shape.folder(tmp_path / "stock", index)
     import_hf(str(source), str(tmp_path / "run"), direction=REVERSE, verify=None)
@@ -140,21 +140,21 @@ def test_round_trips_are_bit_equal(tmp_path: Path, index: int) -> None:
     assert {weight.dtype for weight in core_weights(tmp_path / "again").values()} == {shape.dtype}
 
 
-def test_bf16_states_how_alike_both_are(tmp_path: Path) -> None:
+def test_bf16_reports_the_difference_of_both_models(tmp_path: Path) -> None:
     config = stock_config("Qwen2")
     source = stock_folder(tmp_path / "stock", config, dtype=torch.bfloat16)
-    gate = import_hf(str(source), str(tmp_path / "run"), direction=REVERSE)
-    assert gate is not None
-    assert gate.bf16 is not None
-    assert gate.largest_logit_difference < 2e-5
-    assert gate.bf16["mean_cosine"] > 0.999
-    assert 0 <= gate.bf16["mean_kl_nats"] < 0.01
-    assert gate.bf16["argmax_agreement"] > 0.9
+    check = import_hf(str(source), str(tmp_path / "run"), direction=REVERSE)
+    assert check is not None
+    assert check.bf16 is not None
+    assert check.largest_logit_difference < 2e-5
+    assert check.bf16["mean_cosine"] > 0.999
+    assert 0 <= check.bf16["mean_kl_nats"] < 0.01
+    assert check.bf16["argmax_agreement"] > 0.9
     card = (tmp_path / "run/VERIFICATION.md").read_text()
     assert "mean cosine, bf16" in card
 
 
-def test_fp32_weights_can_be_rounded_to_bf16_and_the_gate_knows(tmp_path: Path) -> None:
+def test_fp32_weights_can_be_rounded_to_bf16_and_the_parity_check_allows_it(tmp_path: Path) -> None:
     source = stock_folder(tmp_path / "stock", stock_config("Llama"))
     import_hf(str(source), str(tmp_path / "run"), direction=REVERSE, params_dtype="bf16")
     found = core_weights(tmp_path / "run")["decoder.final_layernorm.weight"]

@@ -1,4 +1,4 @@
-"""Damaged sources, full disks and kills: a clear error, and never a folder that passes as finished."""
+"""Damaged sources, full disks and kills give a clear error, and never a folder that seems finished."""
 
 import errno
 import json
@@ -33,13 +33,13 @@ INDEX = "model.safetensors.index.json"
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A stock folder of several files."""
+    """Return a stock folder with several files."""
     return family_folder(tmp_path_factory.mktemp("stock") / "hf", "Llama", max_shard_size="60KB")
 
 
 @pytest.fixture(scope="module")
 def run(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """It as a run."""
+    """Return the stock folder imported as a run."""
     folder = tmp_path_factory.mktemp("run") / "run"
     import_hf(str(source), str(folder), direction=Direction.REVERSE, verify=None)
     return folder
@@ -92,24 +92,24 @@ def remove(name: str) -> Callable[[Path], None]:
 
 ROPE = {"rope_type": "default", "rope_theta": 10_000.0}
 DAMAGE: list[tuple[Callable[[Path], None], int, str]] = [
-    (truncate, 1, "no whole safetensors file"),
-    (flip_header, 1, "no whole safetensors file"),
-    (lambda folder: second_file(folder).unlink(), 1, "is missing, though"),
+    (truncate, 1, "not a complete safetensors file"),
+    (flip_header, 1, "not a complete safetensors file"),
+    (lambda folder: second_file(folder).unlink(), 1, "is missing, but"),
     (remove(INDEX), 2, "has neither model.safetensors nor"),
-    (edit(INDEX, weight_map={"a": "../b"}), 1, "is no index of safetensors files"),
-    (edit(INDEX, weight_map=3), 1, "is no index of safetensors files"),
-    (drop_tensor, 1, "which does not hold it"),
-    (add_tensor, 1, "q_proj.bias has no place in the model"),
+    (edit(INDEX, weight_map={"a": "../b"}), 1, "is not an index of safetensors files"),
+    (edit(INDEX, weight_map=3), 1, "is not an index of safetensors files"),
+    (drop_tensor, 1, "nor any other file of the index contains it"),
+    (add_tensor, 1, "q_proj.bias is not a weight of the model"),
     (remove("config.json"), 2, "has no config.json"),
     (lambda folder: (folder / "generation_config.json").write_text("[]"), 1, "generation_config.json cannot be read"),
     (lambda folder: (folder / "config.json").write_text("{"), 1, "config.json cannot be read"),
     (config(num_hidden_layers=3), 1, "model.layers.2.input_layernorm.weight is missing"),
-    (config(num_hidden_layers=1), 1, "model.layers.1.input_layernorm.weight has no place"),
+    (config(num_hidden_layers=1), 1, "model.layers.1.input_layernorm.weight is not a weight of the model"),
     (config(num_key_value_heads=4), 1, "k_proj.weight has shape [16, 32], expected [32, 32]"),
     (config(intermediate_size=40), 1, "gate_proj.weight has shape [48, 32], expected [40, 32]"),
     (config(tie_word_embeddings=True), 1, "lm_head.weight is not model.embed_tokens.weight"),
     (config(hidden_act="gelu"), 1, "hidden_act is 'gelu'"),
-    (config(attention_bias=True), 1, "attention_bias puts a bias on the output projection"),
+    (config(attention_bias=True), 1, "attention_bias adds a bias to the output projection"),
     (config(mlp_bias=True), 1, "mlp_bias"),
     (config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5}), 1, "partial_rotary_factor"),
     (config(rope_parameters={**ROPE, "rope_type": "dynamic", "factor": 2.0}), 1, "rope_type dynamic changes the frequencies"),
@@ -121,7 +121,7 @@ DAMAGE: list[tuple[Callable[[Path], None], int, str]] = [
 
 
 @pytest.mark.parametrize("number", range(len(DAMAGE)))
-def test_what_cannot_be_imported_is_refused_and_named(source: Path, tmp_path: Path, number: int) -> None:
+def test_a_folder_that_cannot_be_imported_is_refused_with_the_reason(source: Path, tmp_path: Path, number: int) -> None:
     damage, code, words = DAMAGE[number]
     folder = shutil.copytree(source, tmp_path / "hf")
     damage(folder)
@@ -135,14 +135,14 @@ def test_what_cannot_be_imported_is_refused_and_named(source: Path, tmp_path: Pa
 def test_pickled_weights_are_not_read(source: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(source, tmp_path / "hf", ignore=shutil.ignore_patterns("*.safetensors", INDEX))
     (folder / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(UsageError, match="can run code when loaded and are not read"):
+    with pytest.raises(UsageError, match="are not read because they can run code"):
         import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE)
 
 
-def test_the_direction_has_to_be_said_or_recorded(
+def test_the_direction_must_be_given_or_recorded(
     source: Path, run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with pytest.raises(UsageError, match="does not record which way its model reads"):
+    with pytest.raises(UsageError, match="does not record the direction of its model"):
         import_hf(str(source), str(tmp_path / "run"))
     export_hf(str(run), str(tmp_path / "out"), verify=None)
     import_hf(str(tmp_path / "out"), str(tmp_path / "same"), verify=None)
@@ -154,7 +154,7 @@ def test_the_direction_has_to_be_said_or_recorded(
 
 def test_a_sliding_window_is_refused_where_it_would_matter(tmp_path: Path) -> None:
     folder = stock_folder(tmp_path / "hf", stock_config("Mistral", sliding_window=32))
-    with pytest.raises(LedomError, match="with --seq-length 32 or less it makes no difference"):
+    with pytest.raises(LedomError, match="set --seq-length to 32 or less"):
         import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE)
     import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE, seq_length=32)
     export_hf(str(tmp_path / "run"), str(tmp_path / "out"), architecture="MistralForCausalLM")
@@ -163,7 +163,7 @@ def test_a_sliding_window_is_refused_where_it_would_matter(tmp_path: Path) -> No
     assert written["max_position_embeddings"] == 32
 
 
-def test_an_existing_folder_is_left_alone(source: Path, run: Path, tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_changed(source: Path, run: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     with pytest.raises(UsageError, match="exists already"):
         import_hf(str(source), str(tmp_path / "run"), direction=Direction.REVERSE)
@@ -171,7 +171,7 @@ def test_an_existing_folder_is_left_alone(source: Path, run: Path, tmp_path: Pat
         export_hf(str(run), str(tmp_path / "run"))
 
 
-def test_an_export_leaves_out_local_paths_that_an_older_run_kept(run: Path, tmp_path: Path) -> None:
+def test_an_export_omits_local_paths_that_an_older_run_kept(run: Path, tmp_path: Path) -> None:
     older = shutil.copytree(run, tmp_path / "run")
     edit("tokenizer_config.json", special_tokens_map_file=str(tmp_path / "alice.json"))(older / "tokenizer")
     export_hf(str(older), str(tmp_path / "out"), verify=None)
@@ -188,14 +188,14 @@ def test_a_folder_that_cannot_be_renamed_is_refused_before_any_work(
     (inside / "export.json").write_text("{}")
     monkeypatch.chdir(inside)
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UsageError, match=f"--save {re.escape(name)} is no folder that can be replaced"):
+    with pytest.raises(UsageError, match=f"--save {re.escape(name)} cannot be replaced by a new folder"):
         export_hf(str(run), name, verify=None, overwrite=True)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("kind", ["export", "import"])
-def test_two_conversions_into_one_folder_do_not_meet(source: Path, run: Path, tmp_path: Path, kind: str) -> None:
-    """The second is refused and takes nothing from the first; what a killed one left does not hinder the next."""
+def test_of_two_conversions_into_one_folder_the_second_is_refused(source: Path, run: Path, tmp_path: Path, kind: str) -> None:
+    """The first is not disturbed; files of a killed conversion do not hinder the next one."""
     target = tmp_path / "target"
 
     def convert() -> None:
@@ -219,7 +219,7 @@ def test_two_conversions_into_one_folder_do_not_meet(source: Path, run: Path, tm
     assert not [name for name in (".lock", "left") if (target / name).exists()]
 
 
-def test_an_old_export_stays_where_its_successor_cannot_be_put_in_place(
+def test_an_old_export_stays_if_the_new_one_cannot_replace_it(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "target"
@@ -238,7 +238,7 @@ def test_an_old_export_stays_where_its_successor_cannot_be_put_in_place(
     monkeypatch.undo()
     assert [path.name for path in tmp_path.iterdir()] == ["target"]
     assert (target / "export.json").stat().st_ino == before
-    rename(str(target), f"{target}.old")  # what a kill between both renamings leaves
+    rename(str(target), f"{target}.old")  # the state after a kill between both renames
     with pytest.raises(UsageError, match="exists already"):
         export_hf(str(run), str(target), verify=None)
     assert (target / "export.json").stat().st_ino == before
@@ -253,12 +253,12 @@ def test_sizes_are_read(text: str, size: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GB", "-1GB", "0", "5 bananas"])
 def test_other_sizes_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="is no size"):
+    with pytest.raises(UsageError, match="is not a size"):
         parse_size(text)
 
 
 def children(*arguments: Any) -> tuple[list[dict[str, Any]], str]:
-    """What tests.support.conversion_child prints, and what it complains of."""
+    """Return stdout and stderr of tests.support.conversion_child."""
     command = [sys.executable, "-W", "ignore", "-m", "tests.support.conversion_child", *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
@@ -266,16 +266,16 @@ def children(*arguments: Any) -> tuple[list[dict[str, Any]], str]:
 
 
 @pytest.mark.parametrize("kind", ["export", "import"])
-def test_a_full_disk_leaves_nothing_and_says_what_to_do(source: Path, run: Path, tmp_path: Path, kind: str) -> None:
-    """A file that cannot grow fails as a disk without room does."""
+def test_a_full_disk_leaves_nothing_and_the_message_has_a_remedy(source: Path, run: Path, tmp_path: Path, kind: str) -> None:
+    """A limit of the file size causes the same error as a full disk."""
     (found,), errors = children(kind, run if kind == "export" else source, tmp_path / "target", "limit=30000")
     assert found == {"code": 1, "finished": False, "part": False, "part_loads": False}, errors
     assert "make room, then run the command again" in errors
 
 
 @pytest.mark.parametrize("kind", ["export", "import"])
-def test_killed_at_random_moments_nothing_passes_as_finished(source: Path, run: Path, tmp_path: Path, kind: str) -> None:
-    """Ten kills each; a conversion that was through before its kill is whole, any other is not there, and starts again."""
+def test_killed_at_random_moments_no_output_seems_finished(source: Path, run: Path, tmp_path: Path, kind: str) -> None:
+    """Kill ten times: a conversion that had finished is whole; any other left nothing, and starts again."""
     check = check_same_folders if kind == "export" else check_same_runs
     expected = source if kind == "export" else run
     left, _ = children(kind, run if kind == "export" else source, tmp_path / "target", 10)
@@ -294,8 +294,8 @@ def test_killed_at_random_moments_nothing_passes_as_finished(source: Path, run: 
     assert not Path(f"{again}.part").exists()
 
 
-def test_what_the_disk_refuses_on_the_way_is_not_forgotten_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system reports such an error once: to whoever waits for the disk next."""
+def test_an_early_error_of_the_disk_is_reported_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system reports such an error only once, to the next fsync."""
 
     def refuse(descriptor: int) -> None:
         raise OSError(errno.EDQUOT, "no room")
@@ -310,8 +310,8 @@ def test_what_the_disk_refuses_on_the_way_is_not_forgotten_at_the_end(tmp_path: 
             file.sums()
 
 
-def test_a_checkpoint_whose_file_ends_too_early_is_refused_where_it_is_read(run: Path, tmp_path: Path) -> None:
-    """Sizes are checked before, but the first checkpoints had none; a page behind a file's end would kill the process."""
+def test_a_checkpoint_with_a_truncated_file_is_refused_on_reading(run: Path, tmp_path: Path) -> None:
+    """Sizes are checked before, but the first checkpoints recorded none; a page after the file's end would kill the process."""
     checkpoint = find_checkpoint(str(shutil.copytree(run, tmp_path / "run")))
     file = max(Path(checkpoint).glob("*.distcp"))
     os.truncate(file, file.stat().st_size - 100)

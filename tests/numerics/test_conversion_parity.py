@@ -1,4 +1,4 @@
-"""Each rule broken in turn: the gate fails, names the weight and the kind of mistake, and nothing is left."""
+"""If one rule is wrong, the parity check fails, names the weight and the kind of error, and no output is left."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ Break = Callable[[Parts], Sequence[torch.Tensor]]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A run of imported weights for each architecture. hidden_size is heads x width: every projection but keys and values is square."""
+    """Return an imported run for each architecture. hidden_size is heads x width, so all projections but keys and values are square."""
     made = {}
     for architecture in ("Llama", "Qwen2", "Qwen3"):
         folder = tmp_path_factory.mktemp(architecture)
@@ -54,12 +54,12 @@ def exchange(first: int, second: int) -> Break:
 
 
 def interleaved(weight: torch.Tensor) -> torch.Tensor:
-    """Rows of each head in pairs (i, i + 1) instead of (i, i + D / 2): what other frameworks' rotary layout wants."""
+    """Order the rows of each head in pairs (i, i + 1) instead of (i, i + D / 2), as other frameworks' rotary layout."""
     return weight.unflatten(0, (-1, 2, HEAD // 2)).transpose(1, 2).flatten(0, 2)
 
 
 def other_heads(weight: torch.Tensor) -> torch.Tensor:
-    """The heads in another order: what a grouped layout read as a plain one gives."""
+    """Order the heads as if a grouped layout were read as a plain one."""
     return weight.unflatten(0, (-1, HEAD)).roll(1, 0).flatten(0, 1)
 
 
@@ -76,38 +76,38 @@ def rolled(weight: torch.Tensor) -> torch.Tensor:
 
 
 QKV, PROJ = "linear_qkv.weight", "linear_proj.weight"
-FAULTS: list[tuple[str, str, Break, str, str]] = [
+ERRORS: list[tuple[str, str, Break, str, str]] = [
     ("Llama", "word_embeddings.weight", at(0, twice), "embed_tokens", "scaled"),
-    ("Llama", "word_embeddings.weight", at(0, rolled), "embed_tokens", "other numbers"),
+    ("Llama", "word_embeddings.weight", at(0, rolled), "embed_tokens", "other values"),
     ("Llama", "linear_qkv.layer_norm_weight", at(0, twice), "input norm", "norm eps, or the weight"),
-    ("Llama", "linear_qkv.layer_norm_weight", at(0, rolled), "input norm", "other numbers"),
-    ("Llama", QKV, exchange(1, 2), "k_proj", "QKV order: it is what the values"),
+    ("Llama", "linear_qkv.layer_norm_weight", at(0, rolled), "input norm", "other values"),
+    ("Llama", QKV, exchange(1, 2), "k_proj", "QKV order: it equals the expected values"),
     ("Llama", QKV, at(0, interleaved), "q_proj", "rotary layout"),
     ("Llama", QKV, at(1, interleaved), "k_proj", "rotary layout"),
     ("Llama", QKV, at(0, other_heads), "q_proj", "QKV order: the heads are in another order"),
     ("Llama", QKV, at(2, other_heads), "v_proj", "QKV order: the heads are in another order"),
     ("Llama", QKV, at(0, transposed), "q_proj", "transposed"),
-    ("Llama", QKV, at(0, twice), "q_proj", "scaled, the result is 2 times"),
+    ("Llama", QKV, at(0, twice), "q_proj", "scaled: the result is 2 times"),
     ("Llama", PROJ, at(0, transposed), "o_proj", "transposed"),
-    ("Llama", PROJ, at(0, twice), "o_proj", "scaled, the result is 2 times"),
+    ("Llama", PROJ, at(0, twice), "o_proj", "scaled: the result is 2 times"),
     ("Llama", "linear_fc1.layer_norm_weight", at(0, twice), "post-attention norm", "norm eps, or the weight"),
     ("Llama", "linear_fc1.weight", exchange(0, 1), "gate_proj", "gate/up order"),
     ("Llama", "linear_fc1.weight", at(1, transposed), "up_proj", "transposed"),
     ("Llama", "linear_fc1.weight", at(1, rolled), "up_proj", "rows are in another order"),
     ("Llama", "linear_fc2.weight", at(0, transposed), "down_proj", "transposed"),
-    ("Llama", "linear_fc2.weight", at(0, twice), "down_proj", "scaled, the result is 2 times"),
+    ("Llama", "linear_fc2.weight", at(0, twice), "down_proj", "scaled: the result is 2 times"),
     ("Llama", "final_layernorm.weight", at(0, twice), "model.norm.weight", "norm eps, or the weight"),
     ("Llama", "output_layer.weight", at(0, rolled), "lm_head", "vocabulary padding or order"),
     ("Llama", "output_layer.weight", at(0, twice), "lm_head", "scaled"),
-    ("Qwen2", "linear_qkv.bias", exchange(1, 2), "k_proj", "other numbers"),
-    ("Qwen2", "linear_qkv.bias", at(0, twice), "q_proj", "other numbers"),
-    ("Qwen3", "q_layernorm.weight", at(0, rolled), "q_proj", "other numbers"),
+    ("Qwen2", "linear_qkv.bias", exchange(1, 2), "k_proj", "other values"),
+    ("Qwen2", "linear_qkv.bias", at(0, twice), "q_proj", "other values"),
+    ("Qwen3", "q_layernorm.weight", at(0, rolled), "q_proj", "other values"),
     ("Qwen3", "k_layernorm.weight", at(0, twice), "k_proj", "scaled"),
 ]
 
 
 def broken(core: str, change: Break) -> tuple[Rule, ...]:
-    """The table with what one rule makes changed."""
+    """Return the table with the result of one rule changed."""
 
     def one(rule: Rule) -> Rule:
         def split(tensor: torch.Tensor, sizes: Sizes) -> Parts:
@@ -122,7 +122,7 @@ def broken(core: str, change: Break) -> tuple[Rule, ...]:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "core", "change", "weight", "cause"), FAULTS, ids=lambda value: value if isinstance(value, str) else ""
+    ("architecture", "core", "change", "weight", "cause"), ERRORS, ids=lambda value: value if isinstance(value, str) else ""
 )
 def test_a_broken_rule_is_caught_and_named(
     runs: dict[str, Path],
@@ -145,11 +145,11 @@ def test_a_broken_rule_is_caught_and_named(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_every_rule_is_broken_above() -> None:
-    assert [rule.core for rule in rules.RULES if not any(rule.core.endswith(core) for _, core, *_ in FAULTS)] == []
+def test_every_rule_has_an_error_above() -> None:
+    assert [rule.core for rule in rules.RULES if not any(rule.core.endswith(core) for _, core, *_ in ERRORS)] == []
 
 
-CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+CONFIG_ERRORS: dict[str, tuple[dict[str, Any], str]] = {
     "eps": ({"rms_norm_eps": 0.1}, "norm eps"),
     "theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": 99.0}}, "rotary layout, base or scaling"),
     "scaling": (
@@ -161,13 +161,13 @@ CONFIG_FAULTS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(
-    ("fault", "how"),
-    [(fault, how) for fault in CONFIG_FAULTS for how in ("whole", "layers")],
+    ("error_name", "how"),
+    [(error_name, how) for error_name in CONFIG_ERRORS for how in ("whole", "layers")],
 )
 def test_a_wrong_config_is_caught_and_named(
-    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, how: Any
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_name: str, how: Any
 ) -> None:
-    changed, cause = CONFIG_FAULTS[fault]
+    changed, cause = CONFIG_ERRORS[error_name]
     build = exporting.build_hf_config
 
     def build_wrong(*arguments: Any) -> Any:
@@ -184,13 +184,13 @@ def test_a_wrong_config_is_caught_and_named(
 
 @pytest.fixture(scope="module")
 def rough(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bf16 folder whose queries and keys have outliers: rounding to bf16 alone moves some of its logits far."""
+    """Return a bf16 folder whose queries and keys have outliers: rounding to bf16 alone changes some of its logits a lot."""
     folder = stock_folder(tmp_path_factory.mktemp("rough") / "hf", stock_config("Llama"), dtype=torch.bfloat16)
     return plant_outliers(folder, 32)
 
 
 def plant_outliers(folder: Path, times: int) -> Path:
-    """Every fourth row of queries and keys made larger."""
+    """Enlarge every fourth row of queries and keys."""
     weights = load_file(folder / "model.safetensors")
     for name, weight in weights.items():
         if "q_proj" in name or "k_proj" in name:
@@ -201,25 +201,25 @@ def plant_outliers(folder: Path, times: int) -> Path:
 
 @pytest.mark.parametrize("how", ["whole", "layers"])
 def test_an_exact_conversion_passes_however_much_bf16_rounds(rough: Path, tmp_path: Path, how: Any) -> None:
-    gate = import_hf(str(rough), str(tmp_path / "run"), direction=Direction.REVERSE, verify=how)
-    assert gate is not None
-    assert gate.bf16 is not None
-    assert gate.bf16["mean_kl_nats"] > 0.02  # twice what was once refused
-    assert gate.bf16["stock_mean_kl_nats"] > 0.02
-    assert gate.limits["mean_kl_nats"] == 4 * gate.bf16["stock_mean_kl_nats"]
-    gate = export_hf(str(tmp_path / "run"), str(tmp_path / "out"), verify=how)
+    check = import_hf(str(rough), str(tmp_path / "run"), direction=Direction.REVERSE, verify=how)
+    assert check is not None
+    assert check.bf16 is not None
+    assert check.bf16["mean_kl_nats"] > 0.02  # twice the value that was once refused
+    assert check.bf16["stock_mean_kl_nats"] > 0.02
+    assert check.limits["mean_kl_nats"] == 4 * check.bf16["stock_mean_kl_nats"]
+    check = export_hf(str(tmp_path / "run"), str(tmp_path / "out"), verify=how)
     card = json.loads((tmp_path / "out/export.json").read_text())["verification"]
-    assert gate is not None
-    assert card["limits"] == gate.limits
+    assert check is not None
+    assert card["limits"] == check.limits
     assert "stock mean kl nats" in (tmp_path / "out/VERIFICATION.md").read_text()
 
 
 def test_an_exact_conversion_passes_however_much_fp32_rounds(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     folder = stock_folder(tmp_path / "hf", stock_config("Llama"))
     plant_outliers(folder, 64)
-    gate = import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE, verify="whole", params_dtype="bf16")
-    assert gate is not None
-    assert 1e-4 < gate.largest_logit_difference <= gate.limits["largest_logit_difference"]
+    check = import_hf(str(folder), str(tmp_path / "run"), direction=Direction.REVERSE, verify="whole", params_dtype="bf16")
+    assert check is not None
+    assert 1e-4 < check.largest_logit_difference <= check.limits["largest_logit_difference"]
     assert "rounding to fp32 alone" in caplog.text
 
 
@@ -235,7 +235,7 @@ def larger(name: str, times: float) -> Callable[[CoreSide], None]:
 
 
 def coarser(core: CoreSide) -> None:
-    """Three bits of mantissa where bf16 has seven."""
+    """Round to three bits of mantissa; bf16 has seven."""
     for name, weight in core.model.named_parameters():
         if "linear_fc2" in name:
             weight.copy_(weight.to(torch.float8_e4m3fn))
@@ -251,19 +251,19 @@ IN_BF16 = {
 }
 
 
-@pytest.mark.parametrize("fault", IN_BF16)
+@pytest.mark.parametrize("error_name", IN_BF16)
 @pytest.mark.parametrize("is_rough", [False, True])
 def test_a_model_that_is_wrong_in_bf16_only_is_caught(
-    rough: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, is_rough: bool
+    rough: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error_name: str, is_rough: bool
 ) -> None:
-    """What rounding does to the stock model excuses no more than rounding."""
+    """The stock model's rounding error excuses no larger difference."""
     folder = rough if is_rough else stock_folder(tmp_path / "hf", stock_config("Llama"), dtype=torch.bfloat16)
     make = CoreSide.__init__
 
     def made_wrong(self: CoreSide, *arguments: Any) -> None:
         make(self, *arguments)
         if self.dtype is torch.bfloat16:
-            IN_BF16[fault](self)
+            IN_BF16[error_name](self)
 
     monkeypatch.setattr(CoreSide, "__init__", made_wrong)
     with pytest.raises(VerificationError, match=r"agree in fp32 but not in bf16: .* so rounding does not explain it"):
@@ -276,7 +276,7 @@ def test_a_model_that_is_wrong_in_bf16_only_is_caught(
 def test_a_slightly_wrong_conversion_of_a_rough_model_is_caught(
     rough: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, core: str, how: Any
 ) -> None:
-    """One in a hundred too large, in fp32 and bf16 alike."""
+    """One value in a hundred is too large, in fp32 and in bf16."""
     import_hf(str(rough), str(tmp_path / "run"), direction=Direction.REVERSE, verify=None)
     monkeypatch.setattr(rules, "RULES", broken(core, at(0, lambda weight: 1.01 * weight)))
     with pytest.raises(VerificationError, match="the logits differ by"):
@@ -284,10 +284,10 @@ def test_a_slightly_wrong_conversion_of_a_rough_model_is_caught(
     assert not (tmp_path / "out").exists()
 
 
-def test_without_the_gate_a_broken_rule_goes_through_and_the_card_says_so(
+def test_without_the_parity_check_a_broken_rule_passes_and_the_card_records_it(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(rules, "RULES", broken(QKV, exchange(1, 2)))
     export_hf(str(runs["Llama"]), str(tmp_path / "hf"), verify=None)
-    assert "nobody has compared what the two models compute" in caplog.text
-    assert "**It was not**" in (tmp_path / "hf/VERIFICATION.md").read_text()
+    assert "the logits of the two models were not compared" in caplog.text
+    assert "**It was not verified**" in (tmp_path / "hf/VERIFICATION.md").read_text()

@@ -1,4 +1,4 @@
-"""What a reverse model is taught: from text through preprocessing, shards, samples and batches to the training itself."""
+"""The data of a reverse model: from text through preprocessing, shards, samples and batches to the training itself."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,7 +27,7 @@ NUM_DOCUMENTS, LENGTH, SEQ_LENGTH = 10, 37, 16
 
 
 def preprocessed(folder: Path, name: str, texts: list[str], direction: Direction) -> str:
-    """A shard made of texts by the real preprocessing."""
+    """Return a shard of the texts, made by the real preprocessing."""
     corpus = write_jsonl(folder / f"{name}.jsonl", texts)
     settings = PreprocessSettings(
         input=[str(corpus)],
@@ -42,7 +42,7 @@ def preprocessed(folder: Path, name: str, texts: list[str], direction: Direction
 
 @contextmanager
 def samples_of(data: TinyData, run_dir: Path, *overrides: str) -> Iterator[tuple[Any, list[dict[str, torch.Tensor]]]]:
-    """The training dataset of a run, and its first batches in this process."""
+    """Return the training dataset of a run, and its first batches in this process."""
     config = load_config(str(data.config), [f"run_dir={run_dir}", "data.path_to_cache=null", *overrides])
     sources = load_sources(config)
     prepare_indices(config, sources, str(run_dir / "cache"), ALONE)
@@ -56,12 +56,12 @@ def samples_of(data: TinyData, run_dir: Path, *overrides: str) -> Iterator[tuple
         stop_distributed()
 
 
-def test_forward_on_turned_documents_trains_as_reverse_on_the_originals(data: TinyData, tmp_path: Path) -> None:
+def test_forward_on_reversed_documents_trains_as_reverse_on_the_originals(data: TinyData, tmp_path: Path) -> None:
     texts = documents(120, 5)
     as_read = [" ".join(map(str, text)) for text in texts]
-    turned = [" ".join(map(str, reversed(text))) for text in texts]
+    reversed_texts = [" ".join(map(str, reversed(text))) for text in texts]
     reverse = preprocessed(tmp_path, "reverse", as_read, Direction.REVERSE)
-    forward = preprocessed(tmp_path, "forward", turned, Direction.FORWARD)
+    forward = preprocessed(tmp_path, "forward", reversed_texts, Direction.FORWARD)
     runs = {}
     for direction, shard in ((Direction.REVERSE, reverse), (Direction.FORWARD, forward)):
         settings = (f"data.train_blend=[[1.0,{shard}]]", f"data.valid_blend=[[1.0,{shard}]]", f"data.direction={direction}")
@@ -78,7 +78,7 @@ def test_forward_on_turned_documents_trains_as_reverse_on_the_originals(data: Ti
 
 @pytest.fixture(scope="module")
 def legible_samples(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Any, list[Any]]]:
-    """A reverse shard of ten legible documents, its samples and its batches over one epoch."""
+    """Return a reverse shard of ten legible documents, its samples and its batches over one epoch."""
     folder = tmp_path_factory.mktemp("legible")
     shard = preprocessed(folder, "reverse", legible_documents(NUM_DOCUMENTS, LENGTH), Direction.REVERSE)
     settings = (f"data.train_blend=[[1.0,{shard}]]", f"data.seq_length={SEQ_LENGTH}", "train.global_batch_size=1")
@@ -88,12 +88,12 @@ def legible_samples(data: TinyData, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 def test_labels_are_the_preceding_tokens_of_the_text(legible_samples: tuple[str, Any, list[Any]]) -> None:
-    """Id 100 k + i is position i of document k, so the token before it in the text is the id less one."""
+    """Id 100 k + i is position i of document k, so the preceding token is the id minus one."""
     seen = 0
     for batch in legible_samples[2]:
         for token, label in zip(batch["tokens"][0].tolist(), batch["labels"][0].tolist(), strict=True):
             if token == EOD_ID:
-                assert label % 100 == LENGTH - 1  # another document, which is read from its end
+                assert label % 100 == LENGTH - 1  # the next document, read from its end
             elif token % 100 == 0:
                 assert label == EOD_ID  # the text begins here
             else:
@@ -102,17 +102,17 @@ def test_labels_are_the_preceding_tokens_of_the_text(legible_samples: tuple[str,
     assert seen == len(legible_samples[2]) * SEQ_LENGTH > 300
 
 
-def test_loss_is_masked_where_the_input_is_eod_and_nowhere_else(legible_samples: tuple[str, Any, list[Any]]) -> None:
+def test_loss_is_masked_only_where_the_input_is_eod(legible_samples: tuple[str, Any, list[Any]]) -> None:
     tokens, masks, labels = (
         torch.cat([batch[name] for batch in legible_samples[2]]) for name in FIELDS[:1] + FIELDS[2:3] + ("labels",)
     )
     assert torch.equal(masks == 0, tokens == EOD_ID)
-    assert (masks[labels == EOD_ID] == 1).all()  # to predict the beginning of a text is trained
+    assert (masks[labels == EOD_ID] == 1).all()  # training includes the prediction of a text's beginning
     assert (labels == EOD_ID).any()
 
 
-def test_a_document_across_a_sample_boundary_is_cut_after_it_was_turned(legible_samples: tuple[str, Any, list[Any]]) -> None:
-    """Trap 2: to slice a stored text first and turn the slice gives the wrong part of it."""
+def test_a_document_across_a_sample_boundary_is_cut_after_reversal(legible_samples: tuple[str, Any, list[Any]]) -> None:
+    """Slicing a document before it is reversed would give the wrong part of it."""
     shard, _, batches = legible_samples
     stored = ShardReader(shard)
     assert [stored.document(k).tolist() for k in range(NUM_DOCUMENTS)] == [
@@ -121,10 +121,10 @@ def test_a_document_across_a_sample_boundary_is_cut_after_it_was_turned(legible_
     rows = [torch.cat([batch["tokens"][0], batch["labels"][0, -1:]]).tolist() for batch in batches]
     cut = [row for row in rows if EOD_ID not in row]
     starts = {row[0] % 100 for row in cut}
-    assert len(starts) > 5  # samples begin at many places inside documents
+    assert len(starts) > 5  # samples begin at many positions inside documents
     assert all(row == list(range(row[0], row[0] - len(row), -1)) for row in cut)
     following = {row[0]: row for row in rows}
-    assert sum(row[-1] in following for row in rows) > len(rows) - 5  # each sample ends with the token the next begins with
+    assert sum(row[-1] in following for row in rows) > len(rows) - 5  # each sample ends with the first token of the next
 
 
 def test_batches_are_the_samples_in_their_order(legible_samples: tuple[str, Any, list[Any]]) -> None:
@@ -136,7 +136,7 @@ def test_batches_are_the_samples_in_their_order(legible_samples: tuple[str, Any,
 
 
 def test_a_reverse_run_refuses_forward_shards(data: TinyData, tmp_path: Path) -> None:
-    """Trap 6: a model fed the other order learns nonsense without an error."""
+    """A model trained in the wrong order learns nonsense without an error."""
     ranks = start_ranks(data.config, tmp_path / "run", f"data.train_blend=[[1.0,{data.shard('forward_train')}]]")
     assert ranks.wait() == [1]
     error = [line for line in ranks.output().splitlines() if line.startswith("error: ")]

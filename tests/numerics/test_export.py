@@ -1,4 +1,4 @@
-"""Exports of tiny runs: stock transformers computes what was trained, and stops where training said the text begins."""
+"""Exports of tiny runs: stock transformers has the trained model's logits, and stops at the trained beginning of a text."""
 
 import json
 import os
@@ -46,7 +46,7 @@ CASES = {
     ),
     "1 key-value head": (1, ["model.num_query_groups=1", "model.rotary_base=500.0"]),
 }
-SETTINGS = (  # weights large enough that a wrong one shows
+SETTINGS = (  # large weights, so that a wrong one shows
     *(
         "train.train_iters=2",
         "train.global_batch_size=4",
@@ -61,7 +61,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.fixture(scope="module")
 def shard(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Text in SentencePiece-like ids whose tokenizer names </s> as its eos, preprocessed with --eod-token <EOD>."""
+    """Return data in SentencePiece-like ids whose tokenizer has </s> as eos, preprocessed with --eod-token <EOD>."""
     folder = tmp_path_factory.mktemp("corpus")
     (folder / "words").mkdir()
     (folder / "words/tokenizer.json").write_text(sentencepiece_like_json(), encoding="utf-8")
@@ -81,7 +81,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def exported(data: TinyData, shard: str, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """Train and export a case, once; gives (run folder, Hugging Face folder)."""
+    """Train and export a case once. Returns (run folder, Hugging Face folder)."""
     done: dict[str, tuple[Path, Path]] = {}
 
     def make(name: str) -> tuple[Path, Path]:
@@ -98,7 +98,7 @@ def exported(data: TinyData, shard: str, tmp_path_factory: pytest.TempPathFactor
 
 
 def convert(*arguments: str) -> int:
-    """The exit code of tools/convert_checkpoint.py, run in this process."""
+    """Run tools/convert_checkpoint.py in this process, and return its exit code."""
     before, sys.argv = sys.argv, ["convert_checkpoint.py", *arguments]
     try:
         runpy.run_path(str(ROOT / "tools/convert_checkpoint.py"), run_name="__main__")
@@ -124,7 +124,7 @@ def test_stock_transformers_computes_the_trained_models_logits(
         expected = core.forward(ids)
     with torch.no_grad():
         found = stock(ids).logits
-    assert found.shape == expected.shape  # the padding rows are gone
+    assert found.shape == expected.shape  # without padding rows
     assert float(expected.std()) > 0.3
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
@@ -146,13 +146,13 @@ def test_the_export_records_what_was_trained(exported: Exported, name: str) -> N
         {"bf16": torch.bfloat16, "fp32": torch.float32}[trained.params_dtype]
     }
     assert weights["model.embed_tokens.weight"].shape == (manifest.provenance.vocab_size, 32)
-    assert manifest.provenance.vocab_size % trained.make_vocab_size_divisible_by  # there was padding to drop
+    assert manifest.provenance.vocab_size % trained.make_vocab_size_divisible_by  # the run had padding
     assert ("lm_head.weight" in weights) is not trained.share_embeddings_and_output_weights
     assert not list(folder.parent.glob("*.part"))
 
 
-def test_generation_stops_at_the_trained_eod_whatever_the_tokenizers_own_eos(exported: Exported) -> None:
-    """Trap 1: the stop id that was trained was not the exported tokenizer's eos, so generation never stopped."""
+def test_generation_stops_at_the_trained_eod_for_any_eos_of_the_tokenizer(exported: Exported) -> None:
+    """If the trained stop id were not the exported tokenizer's eos, generation would never stop."""
     _, folder = exported("1 key-value head")
     source = Tokenizer.from_str(sentencepiece_like_json())
     eod_id = source.token_to_id(EOD_TOKEN)
@@ -167,7 +167,7 @@ def test_generation_stops_at_the_trained_eod_whatever_the_tokenizers_own_eos(exp
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_log_likelihood_is_the_megatron_core_models_on_the_same_ids(exported: Exported, name: str) -> None:
-    """Over the ids of the tokenizer: the padding rows of the embedding are no part of an export."""
+    """Compare over the tokenizer's ids: an export has no padding rows."""
     run_dir, folder = exported(name)
     lm = ReverseLM.from_pretrained(folder)
     scores = lm.log_likelihood([a for a, _ in PAIRS], [b for _, b in PAIRS])
@@ -212,7 +212,7 @@ def test_overwrite_removes_nothing_but_an_export(exported: Exported, capsys: pyt
     run_dir, _ = exported("1 key-value head")
     for save in (run_dir, run_dir / "checkpoints"):
         assert convert("mcore-to-hf", "--load", str(run_dir), "--save", str(save), "--overwrite") == 2
-        assert "is no earlier export" in capsys.readouterr().err
+        assert "is not an earlier export" in capsys.readouterr().err
     assert (run_dir / "checkpoints/latest").exists()
 
 
@@ -231,7 +231,9 @@ def test_the_export_refuses_a_tokenizer_that_is_not_the_runs(
     assert not (tmp_path / "hf").exists()
 
 
-def test_what_cannot_be_exported_is_named(exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_that_cannot_be_exported_is_refused_with_the_reason(
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run_dir, _ = exported("1 key-value head")
     (tmp_path / "young/checkpoints").mkdir(parents=True)
     (tmp_path / "unfinished").mkdir()
@@ -249,7 +251,7 @@ def test_what_cannot_be_exported_is_named(exported: Exported, tmp_path: Path, ca
 def test_the_slurm_script_exports(exported: Exported, tmp_path: Path) -> None:
     run_dir, folder = exported("1 key-value head")
     variables = {"LOAD": str(run_dir), "SAVE": str(tmp_path / "hf"), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
-    variables["SLURM_JOB_ID"] = "1"  # as the job runs it
+    variables["SLURM_JOB_ID"] = "1"  # the same command as in the job
     script = ["bash", "examples/slurm/convert.sbatch"]
     done = subprocess.run(script, cwd=ROOT, env={**os.environ, **variables}, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -257,7 +259,7 @@ def test_the_slurm_script_exports(exported: Exported, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("direction", ["reverse", "forward"])
-def test_the_model_card_tells_the_run_and_its_examples_work(
+def test_the_model_card_describes_the_run_and_its_examples_work(
     data: TinyData, tmp_path: Path, direction: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     blends = [f"data.{part}_blend=[[1.0,{data.shard(f'{direction}_{part}')}]]" for part in ("train", "valid")]
@@ -266,17 +268,17 @@ def test_the_model_card_tells_the_run_and_its_examples_work(
     card = (tmp_path / "tiny-model/README.md").read_text()
     manifest = load_manifest(find_checkpoint(str(tmp_path / "run")))
     last = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[-1])
-    for told in (
+    for text in (
         "# tiny-model\n",
         f"{manifest.consumed_train_tokens:,} in 4 iterations",
-        f"{last['lm_loss']:.4f} nats a token, at iteration 4",
+        f"{last['lm_loss']:.4f} nats per token, at iteration 4",
         manifest.provenance.tokenizer_sha256[:12],
-        f"ends with the id {manifest.provenance.eod_id}",
-        "Nobody has compared this export",
+        f"ends at the id {manifest.provenance.eod_id}",
+        "This export was not compared",
         f"- {direction}-language-model\n",
     ):
-        assert told in card
-    assert ("**The trap:**" in card) == (direction == "reverse")
+        assert text in card
+    assert ("**Warning:**" in card) == (direction == "reverse")
     assert str(tmp_path) not in card
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     examples = re.findall(r"```python\n(.*?)```", card, re.DOTALL)

@@ -1,6 +1,6 @@
-"""A real public model through the whole way: in, its logits reproduced, trained in reverse, out, loaded again.
+"""A real public model is imported, compared by its logits, trained in reverse, exported and loaded again.
 
-SmolLM2-135M has 9 heads, so tensor parallel 3 is the smallest that can cut it.
+SmolLM2-135M has 9 heads, so 3 is the smallest tensor-parallel size above 1.
 """
 
 import json
@@ -27,11 +27,11 @@ FOLDER = os.environ.get("SMOLLM2")
 @pytest.mark.distributed
 @pytest.mark.slow
 @pytest.mark.skipif(FOLDER is None, reason="set SMOLLM2 to a Hugging Face folder of SmolLM2-135M with safetensors")
-def test_smollm2_comes_in_is_trained_in_reverse_and_goes_out(tmp_path: Path) -> None:
+def test_smollm2_is_imported_trained_in_reverse_and_exported(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    gate = import_hf(str(FOLDER), str(run), direction=Direction.REVERSE, seq_length=64)
-    assert gate is not None
-    assert gate.largest_logit_difference <= 1e-4
+    check = import_hf(str(FOLDER), str(run), direction=Direction.REVERSE, seq_length=64)
+    assert check is not None
+    assert check.largest_logit_difference <= 1e-4
     text = Path(os.__file__).read_text(encoding="utf-8")
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in text.split("\n\n")))
     shard = str(tmp_path / "train")
@@ -52,9 +52,9 @@ def test_smollm2_comes_in_is_trained_in_reverse_and_goes_out(tmp_path: Path) -> 
     print("reverse losses:", losses)
     assert len(losses) == 5
     assert losses[-1] < losses[0]
-    gate = export_hf(str(run), str(tmp_path / "out"))
-    assert gate is not None
-    assert gate.largest_logit_difference <= 1e-4
+    check = export_hf(str(run), str(tmp_path / "out"))
+    assert check is not None
+    assert check.largest_logit_difference <= 1e-4
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, local_files_only=True)
     ids = AutoTokenizer.from_pretrained(tmp_path / "out", local_files_only=True)("import os", return_tensors="pt").input_ids
     assert bool(model(ids).logits.isfinite().all())
@@ -65,17 +65,17 @@ def test_smollm2_comes_in_is_trained_in_reverse_and_goes_out(tmp_path: Path) -> 
 @pytest.mark.skipif(FOLDER is None, reason="set SMOLLM2 to a Hugging Face folder of SmolLM2-135M with safetensors")
 @pytest.mark.parametrize("how", ["whole", "layers"])
 def test_smollm2_in_bf16_converts_exactly_and_passes(tmp_path: Path, how: Any) -> None:
-    """Its outliers make stock bf16 differ from stock fp32 by 0.05 nats on these ids: a fixed limit of 0.01 refused it."""
+    """Its outliers make stock bf16 differ from stock fp32 by 0.05 nats on these ids: a fixed limit of 0.01 would refuse it."""
     source = tmp_path / "hf"
     model = AutoModelForCausalLM.from_pretrained(str(FOLDER), dtype=torch.bfloat16, local_files_only=True)
     model.save_pretrained(source)
     AutoTokenizer.from_pretrained(str(FOLDER), local_files_only=True).save_pretrained(source)
-    gate = import_hf(str(source), str(tmp_path / "run"), direction=Direction.REVERSE, verify=how)
-    assert gate is not None
-    assert gate.bf16 is not None
-    print(gate.bf16, gate.limits)
-    assert gate.largest_logit_difference <= 1e-4
-    assert gate.bf16["stock_mean_kl_nats"] > 0.02
+    check = import_hf(str(source), str(tmp_path / "run"), direction=Direction.REVERSE, verify=how)
+    assert check is not None
+    assert check.bf16 is not None
+    print(check.bf16, check.limits)
+    assert check.largest_logit_difference <= 1e-4
+    assert check.bf16["stock_mean_kl_nats"] > 0.02
     assert export_hf(str(tmp_path / "run"), str(tmp_path / "out"), verify=how) is not None
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (tmp_path / "out", source))
     assert ours.keys() == theirs.keys()

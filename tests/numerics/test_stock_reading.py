@@ -1,4 +1,4 @@
-"""A folder is read as stock transformers reads it, file by file, and the gate would notice a reader that does not."""
+"""A folder is read as stock transformers reads it, file by file; the parity check would find a reader that differs."""
 
 import builtins
 import json
@@ -31,13 +31,13 @@ NORM = "model.norm.weight"
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of several files with an index."""
+    """Return a folder with several files and an index."""
     return stock_folder(tmp_path_factory.mktemp("sharded") / "hf", stock_config("Llama"), max_shard_size="60KB")
 
 
 @pytest.fixture(scope="module")
 def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One file with other weights of the same shapes."""
+    """Write one file with different weights of the same shapes."""
     return stock_folder(tmp_path_factory.mktemp("single") / "hf", stock_config("Llama"), seed=1)
 
 
@@ -62,7 +62,7 @@ def name_a_file(folder: Path, other: Path) -> None:
 
 
 def add_to_shard(number: int) -> Callable[[Path, Path], None]:
-    """Another final norm in one of the shards; the index says nothing of it."""
+    """Add another final norm to one of the shards, without a change of the index."""
 
     def added(folder: Path, other: Path) -> None:
         file = sorted(folder.glob("model-*"))[number]
@@ -72,7 +72,7 @@ def add_to_shard(number: int) -> Callable[[Path, Path], None]:
 
 
 def swap_in_index(folder: Path, other: Path) -> None:
-    """The index says of each tensor of one shard that it is in another, and the other way round."""
+    """Exchange the tensors of two shards in the index."""
     first, second = sorted(file.name for file in folder.glob("model-*"))[:2]
     swapped = {first: second, second: first}
     edit_json(
@@ -116,11 +116,11 @@ FOLDERS: list[tuple[Callable[[Path, Path], None], bool]] = [
     (without_metadata, False),
     (name_outside, False),
 ]
-"""A folder with more than one set of weights, and whether a warning tells so; of the others one set is never looked at."""
+"""A folder with more than one set of weights; True if a warning reports it. One set is never read."""
 
 
 def stock_weights(folder: Path) -> dict[str, torch.Tensor] | None:
-    """Every weight as stock transformers reads it; None where it refuses the folder."""
+    """Return every weight as stock transformers reads it; None if it refuses the folder."""
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).state_dict()
     except (OSError, KeyError, ValueError):
@@ -147,7 +147,7 @@ def test_the_reader_takes_the_weights_that_stock_takes(
 
 
 @pytest.mark.parametrize("how", ["whole", "layers"])
-def test_an_old_index_beside_a_new_file_is_not_followed(sharded: Path, other: Path, tmp_path: Path, how: Any) -> None:
+def test_an_old_index_next_to_a_new_file_is_not_followed(sharded: Path, other: Path, tmp_path: Path, how: Any) -> None:
     folder = shutil.copytree(sharded, tmp_path / "hf")
     add_single(folder, other)
     import_hf(str(folder), str(tmp_path / "run"), direction=Direction.FORWARD, verify=how)
@@ -158,10 +158,10 @@ def test_an_old_index_beside_a_new_file_is_not_followed(sharded: Path, other: Pa
 
 
 @pytest.mark.parametrize("how", ["whole", "layers"])
-def test_the_gate_notices_a_reader_of_other_files(
+def test_the_parity_check_finds_a_reader_of_other_files(
     sharded: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: Any
 ) -> None:
-    """As our reader once was: it followed the index where stock takes the single file."""
+    """Our reader once followed the index although stock transformers reads the single file."""
     folder = shutil.copytree(sharded, tmp_path / "hf")
     add_single(folder, other)
     monkeypatch.setattr(WeightsReader, "_first_file", lambda self: INDEX)
@@ -170,7 +170,7 @@ def test_the_gate_notices_a_reader_of_other_files(
 
 
 @pytest.mark.parametrize("how", ["whole", "layers"])
-def test_a_tied_folder_may_hold_the_head_alone(tmp_path: Path, how: Any) -> None:
+def test_a_tied_folder_may_contain_only_the_head(tmp_path: Path, how: Any) -> None:
     folder = stock_folder(tmp_path / "hf", stock_config("Qwen2", tie_word_embeddings=True))
     weights = load_file(folder / SINGLE)
     embedding = weights.pop(EMBEDDING)
@@ -181,7 +181,7 @@ def test_a_tied_folder_may_hold_the_head_alone(tmp_path: Path, how: Any) -> None
 
 
 def test_stock_bf16_is_that_of_stock_transformers(tmp_path: Path) -> None:
-    """Bit for bit: the rotary frequencies stay in fp32, as from_pretrained leaves them."""
+    """Equal bits: the rotary frequencies stay in fp32, as in from_pretrained."""
     config = stock_config("Llama", max_position_embeddings=512, head_dim=32)
     folder = stock_folder(tmp_path / "hf", config, dtype=torch.bfloat16)
     ids = torch.arange(512)[None]
@@ -189,7 +189,7 @@ def test_stock_bf16_is_that_of_stock_transformers(tmp_path: Path) -> None:
         folder, dtype=torch.bfloat16, local_files_only=True, attn_implementation="sdpa"
     )
     sides = {
-        whole: StockSide(str(folder), stock.config, VOCAB_SIZE, held=torch.bfloat16, dtype=torch.bfloat16, whole=whole)
+        whole: StockSide(str(folder), stock.config, VOCAB_SIZE, folder_dtype=torch.bfloat16, dtype=torch.bfloat16, whole=whole)
         for whole in (True, False)
     }
     with torch.no_grad():
@@ -211,7 +211,7 @@ def test_a_folder_with_an_adapter_is_refused(other: Path, tmp_path: Path) -> Non
 
 
 def test_every_other_model_type_is_refused_by_name(tmp_path: Path) -> None:
-    """As a file says it, and as the config that stock transformers makes of it, which may keep all sizes in text_config."""
+    """Test the file itself, and stock transformers' config of it, which may have all sizes in text_config."""
     ours = {"llama", "mistral", "qwen2", "qwen3"}
     for model_type, name in CONFIG_MAPPING_NAMES.items():
         if model_type in ours:
@@ -232,7 +232,7 @@ MARK = "from pathlib import Path\nPath({mark!r}).write_text('ran')\nclass Config
 
 
 @pytest.mark.parametrize("model_type", ["internlm2", "llama", None])
-def test_no_code_of_a_folder_runs_and_nothing_is_asked(
+def test_no_code_of_a_folder_runs_and_there_is_no_prompt(
     other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str | None
 ) -> None:
     folder = shutil.copytree(other, tmp_path / "hf")
@@ -244,7 +244,7 @@ def test_no_code_of_a_folder_runs_and_nothing_is_asked(
         import_hf(str(folder), str(tmp_path / "run"), direction=Direction.FORWARD)
     else:
         with pytest.raises(
-            MismatchError, match=r"is none of llama.*asks for code of the folder \(auto_map\), which is never run"
+            MismatchError, match=r"is not one of llama.*needs code of the folder \(auto_map\), which is never run"
         ):
             import_hf(str(folder), str(tmp_path / "run"), direction=Direction.FORWARD)
     assert not (tmp_path / "mark").exists()
@@ -283,8 +283,8 @@ def test_chat_templates_survive_the_round_trip(other: Path, tmp_path: Path) -> N
     assert found.chat_template == tokenizer.chat_template
 
 
-def test_an_export_and_an_import_tell_no_folder_of_the_machine(other: Path, tmp_path: Path) -> None:
-    """What is handed on; model.yaml of a run folder is for this machine."""
+def test_an_export_and_an_import_contain_no_folder_of_the_machine(other: Path, tmp_path: Path) -> None:
+    """Read all published files; model.yaml of a run folder stays on this machine."""
     import_hf(str(other), str(tmp_path / "run"), direction=Direction.REVERSE)
     export_hf(str(tmp_path / "run"), str(tmp_path / "out"))
     files = [*(tmp_path / "out").rglob("*"), *(tmp_path / "run/tokenizer").rglob("*"), tmp_path / "run/import.json"]
@@ -307,5 +307,5 @@ def test_an_export_over_a_link_keeps_the_link(other: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "latest", "run"]
     assert [path.name for path in (tmp_path / "disk").iterdir()] == ["hf"]
     shutil.rmtree(real)
-    with pytest.raises(UsageError, match=r"is a link to .*, which is not there"):
+    with pytest.raises(UsageError, match=r"is a link to .*, which does not exist"):
         export_hf(str(tmp_path / "run"), str(link), verify=None, overwrite=True)

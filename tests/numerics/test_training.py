@@ -23,7 +23,7 @@ from tests.support.tiny_runs import TinyData
 STEPS, VOCAB, ROWS, LENGTH = 12, 1005, 4, 32
 BASE = (
     "optimizer.lr_warmup_iters=3",
-    "optimizer.adam_eps=1e-6",  # with 1e-8 the order of a sum decides the sign of the update where the gradient is nearly 0
+    "optimizer.adam_eps=1e-6",  # with 1e-8 the order of a sum would decide the sign of the update if the gradient is nearly 0
     f"train.train_iters={STEPS}",
     f"train.global_batch_size={ROWS}",
 )
@@ -54,7 +54,7 @@ def groups(data: TinyData) -> Iterator[Any]:
 
 
 def micro_batches(step: int) -> list[dict[str, torch.Tensor]]:
-    """One global batch as micro-batches of one sample; a few positions are masked, a different number in each."""
+    """Return a global batch as micro-batches of one sample, with a different number of masked positions in each."""
     ids = torch.randint(0, VOCAB, (ROWS, LENGTH + 1), generator=torch.Generator().manual_seed(step))
     mask = torch.ones(ROWS, LENGTH)
     for row in range(ROWS):
@@ -69,7 +69,7 @@ def micro_batches(step: int) -> list[dict[str, torch.Tensor]]:
 
 
 def hf_weights(config: RunConfig, core: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A model's own weights, which checkpoints call by other names, in Hugging Face's."""
+    """Return the weights of a model by their Hugging Face names."""
     own = (("self_attention.linear_qkv.layer_norm_", "input_layernorm."), ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm."))
     weights = {}
     for weight in weights_of(Sizes(config.model, VOCAB)):
@@ -101,11 +101,11 @@ def test_training_equals_plain_torch(data: TinyData, tmp_path: Path, groups: Any
     wanted = plain.state_dict()
     for name, weight in hf_weights(config, chunks[0].state_dict()).items():
         torch.testing.assert_close(weight, wanted[name], rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
-    assert max(norms) > 2 * 0.1  # clipping acts where it is asked for
+    assert max(norms) > 2 * 0.1  # clipping acts if set
 
 
-def test_rows_that_pad_the_vocabulary_take_no_part(data: TinyData, tmp_path: Path, groups: Any) -> None:
-    """Their logits neither count in the loss nor get a gradient, so only the decay changes them."""
+def test_padding_rows_of_the_vocabulary_do_not_count(data: TinyData, tmp_path: Path, groups: Any) -> None:
+    """Their logits are not in the loss and get no gradient, so only the decay changes them."""
     config = load_config(str(data.config), [f"run_dir={tmp_path}", *BASE, "optimizer.weight_decay=0"])
     chunks = build_model_chunks(config, VOCAB, groups, LayerChoice("torch", "test"))
     head = chunks[0].output_layer.weight

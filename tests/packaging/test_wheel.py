@@ -107,7 +107,7 @@ def test_source_distribution_holds_what_the_wheel_is_built_from(built: Path) -> 
         "README.md",
         "setup.py",
         "constraints.txt",
-        "examples/quickstart/loss_curves.png",
+        "docs/images/loss_curves.png",
         *(name for name in here if "__pycache__" not in name),
     }
 
@@ -154,10 +154,7 @@ def without_a_compiler(sources: Path, tmp_path_factory: pytest.TempPathFactory) 
     """The wheel of a machine without a compiler, installed, with a model, questions and a shard of pairs beside it."""
     target = tmp_path_factory.mktemp("without_a_compiler")
     printed = build(sources, target, "--wheel", CXX="/nowhere/c++", CC="/nowhere/cc")
-    assert (
-        "not built, all but preprocessing and turning shards works without: the C++ compiler /nowhere/c++ is not found"
-        in printed
-    )
+    assert "not built, so preprocessing and reversing shards do not work: the C++ compiler /nowhere/c++ is not found" in printed
     wheel = next(target.glob("*.whl"))
     assert wheel.name.endswith("-py3-none-any.whl")
     installed = install(wheel, target)

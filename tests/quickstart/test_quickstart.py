@@ -1,4 +1,4 @@
-"""The quickstart from beginning to end, small: every step by its real command line, on this machine's own text."""
+"""The small quickstart from beginning to end: every step by its real command line, on text of this machine."""
 
 import contextlib
 import json
@@ -19,6 +19,9 @@ import pytest
 from tests.support.forked import run_forked
 from tests.support.paths import ROOT
 
+LEDOM = ["-c", "from megatron_ledom.cli.main import main; main()"]
+TUTORIAL = (ROOT / "docs/tutorials/own_corpus.md").read_text(encoding="utf-8")
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -27,12 +30,12 @@ class Run:
     folder: Path
     stdout: str
     terminal: str
-    """What its stderr, a terminal, was sent."""
+    """Everything it wrote to stderr, which was a terminal."""
     report: dict[str, Any]
 
 
 def start(folder: Path, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    """Run it with a terminal for its stderr."""
+    """Run it with a terminal as its stderr."""
     command = [sys.executable, str(ROOT / "examples/quickstart/run.py"), *options]
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
@@ -47,8 +50,8 @@ def start(folder: Path, environment: dict[str, str], *options: str) -> subproces
 
 
 def _receive(terminal: int, received: list[bytes]) -> None:
-    """Everything that is written to a terminal, until nobody holds it open any more."""
-    with contextlib.suppress(OSError):  # how Linux says that the other side is closed
+    """Receive everything that is written to a terminal until no process has it open."""
+    with contextlib.suppress(OSError):  # Linux reports so that the other side is closed
         while block := os.read(terminal, 1 << 16):
             received.append(block)
     os.close(terminal)
@@ -66,7 +69,7 @@ def run(tmp_path_factory: pytest.TempPathFactory, environment_with_gpus: dict[st
 def test_long_steps_show_a_bar_with_rate_and_time_left(run: Run, name: str) -> None:
     shown = [line for line in re.split(r"[\r\n]", run.terminal) if line.replace("\x1b[A", "").startswith(f"{name}:")]
     assert shown, run.terminal[-3000:]
-    if name == "read":  # how many texts there are is not known before they are read
+    if name == "read":  # the number of texts is unknown before they are read
         assert any(re.search(r"\d+ documents \[\d\d:\d\d, [\d.,k]+ documents/s\]", line) for line in shown)
     else:
         assert any(re.search(r"\d+%.*\[\d\d:\d\d<\d\d:\d\d, +[\d.]+[kM]?\w+/s", line) for line in shown), shown[-3:]
@@ -79,7 +82,7 @@ def test_no_warning_of_a_library_is_shown(run: Run) -> None:
     assert [line for line in shown.splitlines() if "Warning" in line or "site-packages" in line or "FSDP" in line] == []
 
 
-def test_without_a_terminal_training_says_iteration_loss_and_time_left(
+def test_without_a_terminal_training_prints_iteration_loss_and_time_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "examples/quickstart"))
@@ -88,7 +91,7 @@ def test_without_a_terminal_training_says_iteration_loss_and_time_left(
     monkeypatch.setattr(twins, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(twins.Training, "start", lambda self: None)
     training = twins.Training("reverse", [f"run_dir={tmp_path}", "train.train_iters=400", "optimizer.lr_warmup_iters=1"])
-    training.begin(0)  # pytest's stderr is no terminal
+    training.begin(0)  # pytest's stderr is not a terminal
     assert training.iteration() == 0
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"iteration": 100, "lm_loss": 5.25}) + "\n")
     training.began -= 60
@@ -119,7 +122,7 @@ def test_reverse_run_was_stopped_and_resumed_by_the_same_command(run: Run) -> No
     assert f"at iteration {run.report['resumed_at']}" in resumed
 
 
-def test_exports_passed_the_logits_gate(run: Run) -> None:
+def test_exports_passed_the_parity_check(run: Run) -> None:
     assert all(model["largest_logit_difference"] <= 1e-4 for model in run.report["models"].values())
 
 
@@ -160,12 +163,12 @@ def test_report_names_every_path_and_draws_the_curves(run: Run) -> None:
     assert set(run.report["phases"]) == {"collect", "tokenizer", "preprocess", "train", "export", "generate", "rerank"}
 
 
-def test_keep_goes_on_after_the_finished_phases(run: Run, environment_with_gpus: dict[str, str]) -> None:
+def test_keep_continues_after_the_finished_phases(run: Run, environment_with_gpus: dict[str, str]) -> None:
     (run.folder / "quickstart/phases/rerank.json").unlink()
     again = start(run.folder, environment_with_gpus, "--size", "small", "--keep")
     assert again.returncode == 0, again.stderr
-    assert again.stdout.count("done before") == 6
-    assert "tools/rerank.py" in again.stdout
+    assert again.stdout.count("finished before") == 6
+    assert " rerank --forward " in again.stdout
 
 
 def test_too_little_text_is_refused_with_both_amounts(tmp_path: Path) -> None:
@@ -176,10 +179,11 @@ def test_too_little_text_is_refused_with_both_amounts(tmp_path: Path) -> None:
     assert not (tmp_path / "corpus").exists()
 
 
-def test_pipeline_commands_of_the_readme_are_those_that_ran(run: Run) -> None:
-    """Same script, same flags; numbers that depend on the size aside."""
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"<!-- run by the quickstart -->\n```bash\n(.*?)```", readme, re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/tutorials/own_corpus.md"])
+def test_pipeline_commands_of_the_pages_are_those_that_ran(run: Run, page: str) -> None:
+    """The same commands with the same options, apart from numbers that depend on the size."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    blocks = re.findall(r"<!-- run by the quickstart -->\n```bash\n(.*?)```", text, re.DOTALL)
     shown = {_shape(line) for block in blocks for line in block.replace("\\\n", " ").splitlines() if line.strip()}
     ran = {_shape(line.removeprefix("$ ")) for line in run.stdout.splitlines() if line.startswith("$ ")}
     assert shown
@@ -187,15 +191,16 @@ def test_pipeline_commands_of_the_readme_are_those_that_ran(run: Run) -> None:
 
 
 def _shape(command: str) -> tuple[str, ...]:
-    """The script or module with the flags and paths below quickstart/ it is given."""
+    """Return the script, or the command of `ledom`, with its options and its paths below quickstart/."""
     words = [word.removeprefix("../" * word.count("../")) for word in shlex.split(command)]
-    kept = [word for word in words if word.startswith(("--", "quickstart/", "megatron_ledom.", "mcore-to-hf"))]
-    script = [Path(word).name for word in words if word.endswith((".py", ".yaml"))]
-    return tuple(script + sorted(kept))
+    kept = [word for word in words if word.startswith(("--", "quickstart/", "mcore-to-hf"))]
+    names = [Path(word).name for word in words if word.endswith((".py", ".yaml"))]
+    names += [words[index + 1] for index, word in enumerate(words) if word.endswith(("ledom", "main()"))]
+    return tuple(names + sorted(kept))
 
 
-def test_the_readmes_python_runs_on_the_exported_model(run: Run) -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+def test_the_tutorials_python_runs_on_the_exported_model(run: Run) -> None:
+    (code,) = re.findall(r"```python\n(.*?)```", TUTORIAL, re.DOTALL)
     done = run_forked(["-c", code], folder=run.folder)
     assert done.returncode == 0, done.stderr
     text, logprob = done.stdout.strip().rsplit("\n", 1)
@@ -203,11 +208,24 @@ def test_the_readmes_python_runs_on_the_exported_model(run: Run) -> None:
     assert float(logprob) < 0
 
 
-def test_the_readmes_look_at_a_shard_shows_its_text(run: Run) -> None:
-    command = ["tools/inspect_shard.py", "quickstart/shards/reverse/valid", "--show", "2"]
-    assert " ".join(["python", *command]) in (ROOT / "README.md").read_text(encoding="utf-8")
-    script = str(ROOT / command[0])
-    done = run_forked([script, *command[1:]], folder=run.folder)
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        ("ledom inspect-checkpoint quickstart/runs/reverse --verify", "verified"),
+        ("ledom report-run quickstart/runs/reverse quickstart/runs/forward --output report --smooth 5", "report"),
+    ],
+)
+def test_the_tutorials_looks_at_runs_work(run: Run, command: str, shown: str) -> None:
+    assert command in TUTORIAL
+    done = run_forked([*LEDOM, *command.split()[1:]], folder=run.folder)
+    assert done.returncode == 0, done.stderr
+    assert shown in done.stdout + done.stderr
+
+
+def test_the_tutorials_look_at_a_shard_shows_its_text(run: Run) -> None:
+    command = "ledom inspect-shard quickstart/shards/reverse/valid --show 2"
+    assert command in TUTORIAL
+    done = run_forked([*LEDOM, *command.split()[1:]], folder=run.folder)
     assert done.returncode == 0, done.stderr
     lines = (run.folder / "quickstart/corpus/valid.jsonl").read_text(encoding="utf-8").splitlines()
     first = next(line.strip() for line in json.loads(lines[0])["text"].splitlines() if line.strip())

@@ -1,4 +1,4 @@
-"""The end-to-end run with a stock forward model, small: every step by its command line, and started again nothing is done twice."""
+"""The small end-to-end run with a stock forward model: every step by its command line; a second start repeats nothing."""
 
 import json
 import os
@@ -16,7 +16,7 @@ RUN = ["train.train_iters=4", "train.eval_iters=1", "train.num_threads=1", "data
 
 
 def start(folder: Path, forward: Path) -> subprocess.CompletedProcess[str]:
-    """The command, in `folder`."""
+    """Run the command in `folder`."""
     files = ["--forward", str(forward), "--pairs", "pairs.jsonl", "--items", "items.jsonl"]
     sizes = ["--num-items", "7", "--num-samples", "2", "--max-new-tokens", "4", "--vocab-size", "320"]
     command = [sys.executable, str(ROOT / "examples/quickstart/real_forward.py"), *files, *sizes]
@@ -26,7 +26,7 @@ def start(folder: Path, forward: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_a_stock_forward_model_is_ranked_and_a_second_start_goes_on(tmp_path: Path) -> None:
+def test_a_stock_forward_model_is_ranked_and_a_second_start_resumes(tmp_path: Path) -> None:
     forward = random_model_folder(tmp_path / "forward", "byte_level", None)
     pairs = [
         {"question": f"What is {k} and {k + 3}?", "answer": f"{k} + {k + 3} = {2 * k + 3}\n#### {2 * k + 3}"}
@@ -44,5 +44,5 @@ def test_a_stock_forward_model_is_ranked_and_a_second_start_goes_on(tmp_path: Pa
     (output / "answers.jsonl").unlink()
     again = start(tmp_path, forward)
     assert again.returncode == 0, again.stderr[-3000:]
-    assert (again.stdout.count("pretrain"), again.stdout.count("tools/rerank.py")) == (0, 1)
+    assert (again.stdout.count(" train --config "), again.stdout.count(" rerank --forward ")) == (0, 1)
     assert (output / "answers.jsonl").read_text() == answers

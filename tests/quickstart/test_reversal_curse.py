@@ -1,6 +1,6 @@
-"""The reversal curse in both directions: tiny twins learn made facts by heart, and each knows them in its own order only.
+"""The reversal curse in both directions: tiny twins memorize synthetic facts, and each knows them only in its own order.
 
-Half a minute of training each, by the commands that a user types. 64 facts, of which 48 are trained.
+Each trains for half a minute, with the commands that a user types. 48 of 64 facts are trained.
 """
 
 import json
@@ -23,7 +23,7 @@ TRAINING = [
 
 
 def call(folder: Path, *arguments: object) -> None:
-    """A Python command of the project, in `folder`."""
+    """Run a Python command of the project in `folder`."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -33,24 +33,26 @@ def call(folder: Path, *arguments: object) -> None:
 @pytest.mark.slow
 def test_a_forward_model_knows_facts_in_text_order_and_a_reverse_model_against_it(tmp_path: Path) -> None:
     tools = ROOT / "tools"
-    call(tmp_path, tools / "make_analysis_data.py", "--task", "reversal", "--output", "made", "--num", 64)
-    call(tmp_path, tools / "train_tokenizer.py", "--input", "made/train.jsonl", "--output", "tokenizer", "--vocab-size", 400)
+    call(tmp_path, tools / "make_analysis_data.py", "--task", "reversal", "--output", "facts", "--num", 64)
+    call(tmp_path, tools / "train_tokenizer.py", "--input", "facts/train.jsonl", "--output", "tokenizer", "--vocab-size", 400)
     found = {}
     for direction in ("forward", "reverse"):
-        names = ["--input", "made/train.jsonl", "--tokenizer", "tokenizer", "--output-prefix", direction, "--workers", 1]
+        names = ["--input", "facts/train.jsonl", "--tokenizer", "tokenizer", "--output-prefix", direction, "--workers", 1]
         call(tmp_path, tools / "preprocess_data.py", *names, "--direction", direction)
         config = ROOT / f"examples/configs/quickstart_{direction}.yaml"
         run = [f"run_dir=run_{direction}", f"data.train_blend=[[1.0,{direction}]]", "data.tokenizer=tokenizer"]
         call(tmp_path, "-m", "megatron_ledom.pretrain", "--config", config, *run, *TRAINING)
         call(tmp_path, tools / "convert_checkpoint.py", "mcore-to-hf", "--load", f"run_{direction}", "--save", f"m_{direction}")
-        judged = ["--tasks", "reversal,reversal_written", "--data", "made", "--output", f"out_{direction}"]
-        call(tmp_path, tools / "evaluate.py", "--model", f"m_{direction}", *judged)
+        options = ["--tasks", "reversal,reversal_written", "--data", "facts", "--output", f"out_{direction}"]
+        call(tmp_path, tools / "evaluate.py", "--model", f"m_{direction}", *options)
         tasks = json.loads((tmp_path / f"out_{direction}/summary.json").read_text())["tasks"]
         for task in tasks.values():
             for name, metric in task["metrics"].items():
                 if name.startswith(f"{task['main']}/"):
                     found[direction, task["main"], name.rpartition("/")[2]] = metric["value"]
-    print("\n".join(f"{' '.join(name)}: {100 * value:.0f} %" for name, value in sorted(found.items())))  # the README's table
+    print(
+        "\n".join(f"{' '.join(name)}: {100 * value:.0f} %" for name, value in sorted(found.items()))
+    )  # the table of README.md and docs/concepts/direction.md
     chosen, written = "choice_given_context/raw", "accuracy"
     for direction, own, other in (
         ("forward", "in_text_order", "against_text_order"),

@@ -1,4 +1,4 @@
-"""A real SLURM on this machine alone: two virtual nodes, loopback only, everything in one folder."""
+"""A real SLURM on this machine: two virtual nodes, only on the loopback interface, with all files in one folder."""
 
 import os
 import shutil
@@ -45,17 +45,17 @@ PartitionName=urgent Nodes=n[1-2] MaxTime=INFINITE State=UP PriorityTier=10 Pree
 """
 
 
-def why_not() -> str | None:
-    """The reason that no SLURM can be started here; None if one can."""
+def reason_against() -> str | None:
+    """Return the reason why no SLURM can be started here, or None."""
     path = f"{os.environ['PATH']}:{SYSTEM_PROGRAMS}"
     missing = [name for name in NEEDED if shutil.which(name, path=path) is None]
     if missing:
         return f"no SLURM to start: {', '.join(missing)} not installed (Debian: apt install slurm-wlm munge)"
-    return None if os.geteuid() == 0 else "a SLURM of its own can only be started by root"
+    return None if os.geteuid() == 0 else "only root can start a SLURM"
 
 
 class Cluster:
-    """The running cluster; `stop` ends it."""
+    """A running SLURM cluster; `stop` ends it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -88,44 +88,44 @@ class Cluster:
         log.close()
 
     def run(self, *command: str, cwd: Path | None = None, **variables: str) -> str:
-        """What a command prints; AssertionError with its messages if it fails."""
+        """Run a command and return its output. Raises AssertionError with its messages if it fails."""
         environment = {**self.environment, **variables}
         done = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True, check=False, timeout=180)
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def submit(self, script: Path, *arguments: str, options: list[str], cwd: Path, **variables: str) -> str:
-        """Submit a script; the job's id."""
+        """Submit a script and return the id of its job."""
         return self.run("sbatch", "--parsable", *options, str(script), *arguments, cwd=cwd, **variables).strip()
 
     def job(self, job_id: str) -> dict[str, str]:
-        """What scontrol says of a job (of an array's first element left in memory)."""
+        """Return the fields that scontrol shows for a job, or for the first element of an array that it still shows."""
         words = self.run("scontrol", "show", "job", "--oneliner", job_id).splitlines()[0].split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def states(self, job_id: str) -> list[str]:
-        """State of each element of a job array, or of the job."""
+        """Return the state of each element of a job array, or of the job."""
         lines = self.run("scontrol", "show", "job", "--oneliner", job_id).splitlines()
         return [word.removeprefix("JobState=") for line in lines for word in line.split() if word.startswith("JobState=")]
 
     def wait_until(self, is_so: Callable[[], bool], seconds: float = 120, explain: Callable[[], str] = str) -> None:
-        """Wait for something that the cluster does."""
+        """Wait until `is_so` returns True."""
         end = time.monotonic() + seconds
         while not is_so():
-            assert time.monotonic() < end, f"it does not happen; {explain()}\n{self._logs()}"
+            assert time.monotonic() < end, f"not within {seconds:g} s: {explain()}\n{self._logs()}"
             time.sleep(0.1)
 
     def start_again_soon(self, job_id: str, **settings: str) -> None:
         """Wait until a job is back in the queue, then let it start in a few seconds instead of SLURM's two minutes.
 
-        A start in the same second would be taken for the old one.
+        SLURM would confuse a start in the same second with the old one.
         """
         self.wait_until(lambda: self.states(job_id) == ["PENDING"])
         changes = [f"{name}={value}" for name, value in settings.items()]
         self.run("scontrol", "update", f"JobId={job_id}", "StartTime=now+4seconds", *changes)
 
     def rank_process(self, run_dir: Path, rank: int) -> int:
-        """Process id of one running rank of a training run; its own children are younger."""
+        """Return the process id of one running rank of a training run: the lowest, since children have higher ones."""
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -147,7 +147,7 @@ class Cluster:
         return "\n".join(tails)
 
     def stop(self) -> None:
-        """End jobs and daemons, steps that are left over too."""
+        """End all jobs, their remaining steps, and the daemons."""
         subprocess.run(["scancel", "--user=root"], env=self.environment, check=False, capture_output=True, timeout=30)
         for daemon in reversed(self.daemons):
             daemon.terminate()
@@ -159,7 +159,7 @@ class Cluster:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Free ports; each of them and the next one are free now."""
+    """Return ports that are free now, each together with the next number."""
     ports: list[int] = []
     while len(ports) < count:
         with socket.socket() as first, socket.socket() as second:

@@ -1,4 +1,4 @@
-"""The scripts of examples/slurm under a real SLURM of two virtual nodes: arrays of preprocessing and reranking, conversion."""
+"""The other scripts of examples/slurm under a real SLURM of two virtual nodes: arrays of tasks, and conversion."""
 
 import json
 import subprocess
@@ -26,7 +26,7 @@ def test_sbatch_accepts_the_script(cluster: Cluster, script: Path, tmp_path: Pat
 
 
 def test_array_preprocesses_a_corpus_and_one_element_is_repeated_alone(cluster: Cluster, tmp_path: Path) -> None:
-    """One element meets a bad record and fails, alone; the summary names it; it is submitted again so that it skips the record."""
+    """One element fails at a bad record, and the summary names it; submitted again, it skips the record."""
     tokenizer = legible_tokenizer(tmp_path / "legible")
     texts = [" ".join(map(str, legible_ids(document % 10, 5 + document % 7))) for document in range(300)]
     write_jsonl(tmp_path / "a.jsonl", texts[:200])
@@ -67,7 +67,7 @@ def test_conversion_job_exports_a_run(cluster: Cluster, data: TinyData, tmp_path
 
 @pytest.mark.slow
 def test_array_ranks_the_answers_of_each_file(cluster: Cluster, tmp_path: Path) -> None:
-    """Started by hand: one array task a file; started again, it passes over what is there."""
+    """Started by hand, the script submits one array task per file; started again, it skips finished files."""
     for name in ("forward", "reverse"):
         random_model_folder(tmp_path / name, "sentencepiece", name)
     for name in ("a", "b"):
@@ -85,7 +85,7 @@ def test_array_ranks_the_answers_of_each_file(cluster: Cluster, tmp_path: Path) 
         (ranked,) = map(json.loads, (tmp_path / "ranked" / f"{name}.jsonl").read_text().splitlines())
         assert ranked["prompt"] == f"The capital of {name} is"
         assert sorted(ranked["ranking"]) == [0, 1]
-    assert "is there already" in (tmp_path / "1.log").read_text()
+    assert "exists already" in (tmp_path / "1.log").read_text()
 
 
 def test_array_evaluates_each_task_in_a_folder_of_its_own(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
-"""examples/slurm/pretrain.sbatch under a real SLURM of two virtual nodes: however a job ends early, the run goes on as if not.
+"""examples/slurm/pretrain.sbatch under a real SLURM of two virtual nodes: a run resumes after every kind of early end.
 
-Every run here is compared, bit for bit, with one that nothing interrupted: losses, gradient norms, and every tensor of the
-last checkpoint.
+Each run is compared bit for bit with an uninterrupted one: losses, gradient norms, and every tensor of the last checkpoint.
 """
 
 import os
@@ -26,7 +25,7 @@ TWO_NODES = ["--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=4000M
 VARIABLES = {"PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
 ITERATIONS, SAVE_INTERVAL = 600, 100
 NO_SIGNAL = "--signal=B:CONT@1"
-"""SLURM warns with a signal that means nothing, too late."""
+"""Replaces SLURM's warning by a signal without effect, one second before the end."""
 
 
 def settings(iterations: int = ITERATIONS, save_interval: int = SAVE_INTERVAL) -> list[str]:
@@ -35,7 +34,7 @@ def settings(iterations: int = ITERATIONS, save_interval: int = SAVE_INTERVAL) -
 
 @pytest.fixture(scope="module")
 def uninterrupted(cluster: Cluster, data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder of two ranks that nothing stops; needs a SLURM only so that it is not made for nothing."""
+    """The folder of an uninterrupted run on two ranks. It asks for `cluster` so that it is skipped together with the tests."""
     run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     run_on_ranks(data.config, run_dir, *settings(), num_ranks=2)
     return run_dir
@@ -56,15 +55,15 @@ class Training:
         *overrides: str,
         options: tuple[str, ...] = ("--time=60",),
         iterations: int = ITERATIONS,
-        ranks_a_node: int = 1,
+        ranks_per_node: int = 1,
         python: str = sys.executable,
     ) -> None:
-        """By the script itself, which checks the settings first. The later of two equal keys counts."""
-        asked = " ".join([*TWO_NODES, f"--ntasks-per-node={ranks_a_node}", *options, f"--output={self.log}"])
+        """Submit by the script itself, which checks the settings first. Of two equal keys the later one counts."""
+        options_text = " ".join([*TWO_NODES, f"--ntasks-per-node={ranks_per_node}", *options, f"--output={self.log}"])
         command = ["bash", str(PRETRAIN), f"run_dir={self.run_dir}", *settings(iterations), *overrides]
-        variables = {**VARIABLES, "PYTHON": python, "SBATCH_OPTIONS": asked, "CONFIG": str(self.config)}
+        variables = {**VARIABLES, "PYTHON": python, "SBATCH_OPTIONS": options_text, "CONFIG": str(self.config)}
         printed = self.cluster.run(*command, cwd=ROOT, **variables)
-        assert f"{2 * ranks_a_node} ranks would go on from iteration 0 of {iterations}" in printed
+        assert f"{2 * ranks_per_node} ranks would start from iteration 0 of {iterations}" in printed
         self.job = printed.split()[-1]
 
     def logged(self) -> str:
@@ -80,13 +79,13 @@ class Training:
         self.cluster.wait_until(lambda: line in self.logged(), seconds=300, explain=self.logged)
 
     def start_again(self) -> int:
-        """Once it is back in the queue; the iteration from which it will go on."""
+        """Wait until the job is back in the queue, and start it soon. Returns the iteration from which it will resume."""
         self.cluster.start_again_soon(self.job, TimeLimit="60")
         checkpoint = latest_checkpoint(str(self.run_dir / "checkpoints"))
         return int(checkpoint[-7:]) if checkpoint else 0
 
     def check_ends_as(self, uninterrupted: Path, restarts: int) -> None:
-        """Complete, after so many restarts, and the same to the last bit."""
+        """Check that the job is complete after this number of restarts, with results equal to the last bit."""
         self.cluster.wait_for_end(self.job, seconds=600, explain=self.logged)
         ended = self.cluster.job(self.job)
         assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", str(restarts)), self.logged()
@@ -105,15 +104,17 @@ def training(cluster: Cluster, data: TinyData, tmp_path: Path, monkeypatch: pyte
     if training.job:
         cluster.run("scancel", "--quiet", training.job)
         cluster.wait_for_end(training.job)
-        (ROOT / f"ledom-7b-{training.job}.failures").unlink(missing_ok=True)  # else the job of this number in the next test run
+        (ROOT / f"ledom-7b-{training.job}.failures").unlink(
+            missing_ok=True
+        )  # a job of the same number in the next test run would count them
 
 
 def test_signal_before_the_time_limit(training: Training, data: TinyData, tmp_path: Path) -> None:
-    """SLURM wakes the batch shell, the ranks save, two on each node, the job queues itself again, goes on and ends."""
+    """SLURM signals the batch shell; the ranks, two per node, save; the job queues itself again, resumes and completes."""
     iterations, whole = 150, tmp_path / "whole"
     few_saves = settings(iterations, save_interval=iterations)
     run_on_ranks(data.config, whole, *few_saves, num_ranks=4)
-    training.submit(*few_saves, iterations=iterations, ranks_a_node=2)
+    training.submit(*few_saves, iterations=iterations, ranks_per_node=2)
     training.wait_for_iteration(5)
     training.cluster.run("scancel", "--batch", "--signal=USR1", training.job)
     training.wait_for_line("saved; queued again at iteration")
@@ -125,11 +126,11 @@ def test_signal_before_the_time_limit(training: Training, data: TinyData, tmp_pa
 
 
 @pytest.mark.slow
-def test_trainer_leaves_by_itself_before_the_time_limit(training: Training, uninterrupted: Path) -> None:
-    """SLURM sends no signal: rank 0 knows the job's end."""
+def test_trainer_exits_by_itself_before_the_time_limit(training: Training, uninterrupted: Path) -> None:
+    """SLURM sends no signal: rank 0 asks for the end of the job."""
     training.submit("train.exit_before_limit_seconds=50", options=("--time=1", NO_SIGNAL))
     training.wait_for_line("saved; queued again at iteration")
-    assert "s are left to train in" in training.logged()
+    assert "s are left for training" in training.logged()
     assert "got SIG" not in training.logged()
     assert 0 < training.start_again() < ITERATIONS
     training.check_ends_as(uninterrupted, restarts=1)
@@ -137,7 +138,7 @@ def test_trainer_leaves_by_itself_before_the_time_limit(training: Training, unin
 
 @pytest.mark.slow
 def test_time_limit_by_the_signal_of_slurm(training: Training, uninterrupted: Path) -> None:
-    """SLURM may send it up to 60 s early: between 60 and 120 s after the start. The ranks are stopped, not done, until then."""
+    """SLURM sends the signal 60 to 120 s after the start. Until then the ranks are stopped, so that they are not done before."""
     warned = ("--time=3", "--signal=B:USR1@60")
     training.submit("train.exit_before_limit_seconds=0", options=warned)
     training.wait_for_iteration(5)
@@ -155,7 +156,7 @@ def test_time_limit_by_the_signal_of_slurm(training: Training, uninterrupted: Pa
 
 @pytest.mark.slow
 def test_signal_while_python_starts_loses_nothing(training: Training, uninterrupted: Path) -> None:  # house: it checks
-    """It kills ranks that have no handler yet, or stops them after a step; the job queues itself again in either case."""
+    """The signal kills ranks without a handler, or stops them after a step; in both cases the job queues itself again."""
     training.submit()
     training.cluster.wait_until(lambda: "start 1, 2 ranks" in training.logged(), explain=training.logged)
     training.cluster.wait_until(lambda: bool(_processes(training)), explain=training.logged)
@@ -174,7 +175,7 @@ def _processes(training: Training) -> list[int]:
 
 @pytest.mark.slow
 def test_preempted_job(training: Training, uninterrupted: Path, tmp_path: Path) -> None:
-    """A job of a partition of higher priority takes the nodes; SLURM queues ours again, and ours does not do so as well."""
+    """A job of higher priority takes the nodes; SLURM queues our job again, and the job does not queue itself as well."""
     training.submit()
     training.wait_for_iteration(150)
     urgent = tmp_path / "urgent.sbatch"
@@ -192,11 +193,11 @@ def test_preempted_job(training: Training, uninterrupted: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 def test_killed_rank(training: Training, uninterrupted: Path) -> None:
-    """The other rank ends too, and the job goes on from the last checkpoint."""
+    """The other rank ends too, and the job resumes from the last checkpoint."""
     training.submit()
     training.wait_for_iteration(150)
     os.kill(training.cluster.rank_process(training.run_dir, 1), signal.SIGKILL)
-    training.wait_for_line("failed with status 137, for the 1. time behind iteration")
+    training.wait_for_line("failed with status 137: failure 1 since iteration")
     resumed_at = training.start_again()
     assert resumed_at >= 100
     assert resumed_at % SAVE_INTERVAL == 0
@@ -205,7 +206,7 @@ def test_killed_rank(training: Training, uninterrupted: Path) -> None:
 
 @pytest.mark.slow
 def test_ranks_that_hang_when_another_has_ended(training: Training, tmp_path: Path) -> None:
-    """As in a collective of NCCL, which does not see the loss: srun ends them a minute later."""
+    """An NCCL collective does not notice a lost rank: srun ends the waiting ranks a minute later."""
     ranks = tmp_path / "ranks"
     ranks.write_text(f"""#!/bin/bash
 [[ " $* " == *" --check "* || " $* " == *" --progress "* ]] && exec {sys.executable} "$@"
@@ -214,7 +215,7 @@ exec sleep 3000
 """)
     ranks.chmod(0o755)
     training.submit(python=str(ranks))
-    training.wait_for_line("for the 1. time behind iteration 0")
+    training.wait_for_line("failure 1 since iteration 0")
     assert re.search("failed with status (3|137)", training.logged())
     training.wait_for_line("queued again")
 
@@ -235,8 +236,8 @@ def test_failed_node(training: Training, uninterrupted: Path) -> None:
 
 
 @pytest.mark.slow
-def test_drained_node_keeps_the_job_until_it_leaves(training: Training, uninterrupted: Path) -> None:
-    """A drained node lets a job go on, and takes none: after its stop the job waits until both nodes are there again."""
+def test_drained_node_keeps_the_job_until_it_ends(training: Training, uninterrupted: Path) -> None:
+    """A drained node lets its job finish but accepts no other: after its stop the job waits until both nodes are available."""
     training.submit()
     training.wait_for_iteration(5)
     try:
@@ -257,7 +258,7 @@ def test_drained_node_keeps_the_job_until_it_leaves(training: Training, uninterr
 
 @pytest.mark.slow
 def test_cancelled_job_is_not_queued_again(training: Training) -> None:
-    """scancel sends TERM: the ranks save, and the job stays away."""
+    """scancel sends TERM: the ranks save, and the job does not come back."""
     training.submit()
     training.wait_for_iteration(5)
     training.cluster.run("scancel", training.job)

@@ -1,4 +1,4 @@
-"""A finished study written by hand: runs with known losses, candidates with known scores, so that every figure can be checked."""
+"""A finished study written by hand: runs with known losses and candidates with known scores, to check every result."""
 
 import json
 from pathlib import Path
@@ -10,14 +10,14 @@ from tests.study.handmade_abilities import write_abilities
 
 SEEDS = (1, 2)
 LOSSES = {1: {"forward": 2.0, "reverse": 2.1}, 2: {"forward": 2.0, "reverse": 2.06}}
-"""By seed: gaps of 5 and 3 per cent."""
+"""Losses by seed: gaps of 5 and 3 percent."""
 DOMAINS = {"text": ("prose", "code"), "maths": ("problems",), "gsm": ("gsm_symbolic",)}
 PLACES = {1: [0.1, 0.0], 2: [0.3, 0.0]}
-"""By seed: what the reverse twin loses more in the first and in the last tenth of a document; forward losses are 2."""
+"""By seed: the reverse twin's extra loss in the first and in the last tenth of a document. Forward losses are 2."""
 
 
 def write_study(folder: Path) -> None:
-    """Everything that the report reads, for the seeds, models and samples of small.yaml."""
+    """Write all files that the report reads, for the seeds, models and samples of small.yaml."""
     for corpus, domains in DOMAINS.items():
         for model in ("small", "large"):
             for seed, losses in LOSSES.items():
@@ -42,7 +42,7 @@ def write_study(folder: Path) -> None:
     (rewards / "level.json").write_text(json.dumps({"level": 2, "greedy": {"1": 0.9, "2": 0.5}, "is_inside": True}))
     scorers = ("scorer_of_pairs_all_tokens", "scorer_of_pairs_question_only", "scorer_of_size_small")
     for seed in SEEDS:
-        # the reverse term finds the right answer in the test part, but hides it in the development part
+        # the reverse term prefers the right answer in the test part, and a wrong one in the development part
         for part, is_helpful in (("development", False), ("test", True)):
             _write_ranked(rewards / f"{part}_{seed}.jsonl", is_helpful)
             for scorer in scorers:
@@ -54,7 +54,7 @@ def write_study(folder: Path) -> None:
 
 
 def _write_backward(folder: Path, known: dict[str, str]) -> None:
-    """Of four problems written for the result 5: a copy, a wrong chain, another result, and no problem at all."""
+    """Write four problems for the result 5: a copy, a wrong chain, another result, and a text that is not a problem."""
     folder.mkdir()
     question = "Ben has 4 cups. Then Ben {} 1{}. How many cups does Ben have now?"
     texts = [f"{known['question']}\n{known['answer']}", question.format("buys", " more") + "\n4+1=6\n#### 5"]
@@ -79,7 +79,10 @@ def _write_run(folder: Path, direction: str, domains: tuple[str, ...], loss: flo
 
 
 def _write_ranked(path: Path, is_helpful: bool | None, num_questions: int = 20) -> None:
-    """Question k has four candidates, of which number k % 4 is right; only the reverse values tell (None: nothing does)."""
+    """Write questions with four candidates.
+
+    In question k number k % 4 is right; only the reverse values show it (None: none do).
+    """
     lines = []
     for k in range(num_questions):
         right = k % 4

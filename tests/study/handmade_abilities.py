@@ -1,4 +1,4 @@
-"""What tools/evaluate.py would have found for part 3, written by hand: models that know exactly what their reading order tells them."""
+"""Results of tools/evaluate.py for part 3, written by hand: each model knows exactly the facts that it read in its order."""
 
 import json
 from collections.abc import Mapping
@@ -20,14 +20,14 @@ VALUES = {
         "label_backfill": {"": 0.9, "all": 0.9},
     },
 }
-"""By direction, task and group; "" stands for all questions."""
+"""Accuracy by direction, task and group; "" means all questions."""
 MAIN = {"forward": "choice_given_context/raw", "reverse": "joint/raw"}
-"""The directions are asked in ways of different names."""
+"""Main metric of the choice tasks by direction."""
 NUM_ITEMS = 40
 
 
 def write_found(folder: Path, direction: str, values: Mapping[str, Mapping[str, float]]) -> None:
-    """summary.json of a model."""
+    """Write the summary.json of a model."""
     tasks = {}
     for task, groups in values.items():
         main = MAIN[direction] if task in ("reversal", "abduction", "label_backfill") else "accuracy"
@@ -39,11 +39,11 @@ def write_found(folder: Path, direction: str, values: Mapping[str, Mapping[str, 
 
 
 def _metric(value: float) -> dict[str, float]:
-    """A tenth below and above it, as an interval would have it."""
+    """Return a metric with an interval of 0.1 to each side."""
     return {"value": value, "stderr": 0.05, "low": max(0.0, value - 0.1), "high": min(1.0, value + 0.1), "num_items": NUM_ITEMS}
 
 
 def write_abilities(folder: Path, seed: int) -> None:
-    """Both directions of a seed."""
+    """Write the results of both directions for a seed."""
     for direction, values in VALUES.items():
         write_found(folder / "abilities/found" / f"{direction}_{seed}", direction, values)

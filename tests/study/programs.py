@@ -1,4 +1,4 @@
-"""Short programs with the study's modules at hand."""
+"""Run short programs that import the study's modules."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ sys.path[:0] = [{study!r}, {quickstart!r}]
 
 
 def run_python(code: str, folder: Path) -> str:
-    """What `code` prints with the study's modules at hand."""
+    """Return the output of `code`, which can import the study's modules."""
     paths = {name: str(ROOT / "examples" / name) for name in ("study", "quickstart")}
     done = run_forked(["-c", PREPARED.format(**paths) + code], folder=folder)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""The study: its problems and steps alone, its smallest size through every command, killed once, and (slow) opened in a browser."""
+"""The study: its problems, its steps, its smallest size as a whole, killed once, and (slow) its page in a browser."""
 
 import json
 import os
@@ -19,15 +19,15 @@ from tests.support.forked import run_forked
 from tests.support.paths import ROOT
 
 
-def test_every_chain_is_what_its_story_says_and_no_question_is_in_two_parts(tmp_path: Path) -> None:
+def test_every_chain_solves_its_story_and_no_question_is_in_two_parts(tmp_path: Path) -> None:
     code = """
 import json
 from problems import Level, parts
 levels = [Level(steps=1, largest=5), Level(steps=3, largest=20, distractors=2)]
-made = parts(levels, {"test": 40, "train": 60}, 3)
+first = parts(levels, {"test": 40, "train": 60}, 3)
 again = parts(levels, {"test": 40, "train": 90}, 3)
-assert [p.question for p in made["test"]] == [p.question for p in again["test"]]
-print(json.dumps([[part, p.question, p.answer] for part, all_ in made.items() for p in all_]))
+assert [p.question for p in first["test"]] == [p.question for p in again["test"]]
+print(json.dumps([[part, p.question, p.answer] for part, all_ in first.items() for p in all_]))
 """
     found = json.loads(run_python(code, tmp_path))
     assert len({question for _, question, _ in found}) == len(found) == 200
@@ -70,21 +70,21 @@ CHAINS = [
     ("He has 3+4=<<3+4=8>>8.\n#### 8", False),
     ("He has 3 x 4 = 11.\n#### 11", False),
     ("A half of 15: 15*0.5=7\n#### 7", False),  # whole numbers are not rounded
-    ("X + 2 + 1 = 9, so X = 6\n#### 6", False),  # nothing that can be calculated
+    ("X + 2 + 1 = 9, so X = 6\n#### 6", False),  # no equation of numbers
     ("<<__import__('os')=1>>3+4=7\n#### 7", False),
     ("3+4=7", False),  # no answer
     ("3/0=7\n#### 7", False),
 ]
-"""Of people's hand, and whether a calculator finds them true."""
+"""Solutions written by people; True if the calculator accepts them."""
 
 
-def test_the_calculator_reads_what_people_write(tmp_path: Path) -> None:
+def test_the_calculator_reads_solutions_written_by_people(tmp_path: Path) -> None:
     chains = [chain for chain, _ in CHAINS]
     found = run_python(f"from word_problems import is_true_chain\nprint([is_true_chain(c) for c in {chains!r}])", tmp_path)
     assert found.strip() == str([is_true for _, is_true in CHAINS])
 
 
-def test_a_wrong_answer_is_of_another_question_or_wrongly_calculated(tmp_path: Path) -> None:
+def test_a_wrong_answer_fits_another_question_or_has_a_calculation_error(tmp_path: Path) -> None:
     code = """
 from mistakes import kind_of
 record = {"answer": "3+4=7\\n#### 7"}
@@ -94,7 +94,7 @@ print([kind_of(text, record) for text in ("3+4=7\\n#### 7", "3+5=8\\n#### 8", "3
     assert run_python(code, tmp_path).strip() == str(kinds)
 
 
-def test_word_problems_are_checked_and_the_calculators_notes_are_taken_out(tmp_path: Path) -> None:
+def test_word_problems_are_checked_and_the_calculators_notes_are_removed(tmp_path: Path) -> None:
     rows = [
         {"question": "3 and 4?", "answer": "It is 3+4=<<3+4=7>>7.\n#### 7"},
         {"question": "3 and 5?", "answer": "It is 3+5=<<3+5=9>>9.\n#### 9"},
@@ -121,7 +121,7 @@ corpora = Corpora(Path("study"), load_settings("tiny", ["num_gsm_held_out=2"], "
 try:
     corpora._word_problems().work()
 except DataError as error:
-    assert "gsm8k has 1 problems with true solutions (1 refused)" in str(error), error
+    assert "gsm8k has 1 problems with correct solutions (1 rejected)" in str(error), error
 else:
     raise AssertionError
 texts = [problem["text"] for problem in drawn.problems]
@@ -133,7 +133,7 @@ print("done")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["num_sample=3"], "num_sample"),
         (["models={}", "levels=[]"], "seeds, models and levels"),
@@ -141,36 +141,36 @@ print("done")
             ["train_iters={text: 3}", "vocab_size.mats=3"],
             "vocab_size has text, maths, gsm, abilities, mats; it needs text, maths, gsm, abilities",
         ),
-        (["--gsm8k", "nowhere.jsonl"], "nowhere.jsonl is no file"),
+        (["--gsm8k", "nowhere.jsonl"], "nowhere.jsonl is not a file"),
         (["abilities.num.riddles=3", "abilities.repeats.riddles=1"], "abilities.num names riddles"),
         (["seeds=[1,1]"], "seeds is [1, 1]"),
-        (["num_problems.development=1"], "at least 2 problems a level"),
+        (["num_problems.development=1"], "at least 2 problems per level"),
         (["backward=[9,3,2]"], "backward is [9, 3, 2]"),
     ],
 )
-def test_bad_settings_are_refused_before_anything_is_made(arguments: list[str], told: str, tmp_path: Path) -> None:
+def test_bad_settings_are_refused_before_any_step_runs(arguments: list[str], message: str, tmp_path: Path) -> None:
     done = run_forked([ROOT / "examples/study/study.py", "--size", "tiny", *arguments], folder=tmp_path)
     assert done.returncode == 2, done.stderr
-    assert told in done.stderr
+    assert message in done.stderr
     assert not (tmp_path / "study").exists()
 
 
-MADE_CHAINS = [
+SYNTHETIC_CHAINS = [
     ("3+4=7\n7-2=5\n#### 5", True),
     ("3+4=8\n8-2=6\n#### 6", False),  # a wrong sum
-    ("3+4=7\n8-2=6\n#### 6", False),  # does not go on from the one before
+    ("3+4=7\n8-2=6\n#### 6", False),  # does not begin with the result of the line before
     ("3+4=7\n#### 8", False),
     ("#### 8", False),
 ]
 
 
 def test_the_calculator_finds_wrong_chains(tmp_path: Path) -> None:
-    chains = [chain for chain, _ in MADE_CHAINS]
+    chains = [chain for chain, _ in SYNTHETIC_CHAINS]
     found = run_python(f"from problems import check_chain\nprint([check_chain(c) for c in {chains!r}])", tmp_path)
-    assert found.strip() == str([is_true for _, is_true in MADE_CHAINS])
+    assert found.strip() == str([is_true for _, is_true in SYNTHETIC_CHAINS])
 
 
-def test_a_step_is_done_once_and_again_where_its_input_changed(tmp_path: Path) -> None:
+def test_a_step_runs_once_and_again_if_its_input_changed(tmp_path: Path) -> None:
     code = """
 from pathlib import Path
 from steps import Runner, Step
@@ -197,14 +197,14 @@ runner = Runner(Path("notes"), 2)
 runner.run([step])
 Path("notes/steps/of_another_size.json").write_text("{}")
 assert list(runner.all_notes()) == ["copy"]
-runner.code = {"steps.py": "edited"}  # what a function does may have changed
+runner.code = {"steps.py": "edited"}  # the function may have changed
 runner.run([step])
 print(times)
 """
     assert run_python(code, tmp_path).splitlines()[-1] == "['a', 'bad', 'b', 'b', 'b']"
 
 
-def test_what_a_killed_study_left_running_ends_before_the_next_begins(tmp_path: Path) -> None:
+def test_running_steps_of_a_killed_study_end_before_the_next_study_begins(tmp_path: Path) -> None:
     code = """
 import sys
 from pathlib import Path
@@ -221,13 +221,13 @@ step = Step(name="wait", outputs=[Path("ended")], commands=[waits])
         time.sleep(0.02)
     first.kill()
     first.wait()
-    told = run_python(code + "Runner(Path('notes'), 1)\nprint(Path('ended').exists())", tmp_path)
-    assert "still works in notes: waiting for its end" in told
-    assert told.splitlines()[-1] == "True"
+    output = run_python(code + "Runner(Path('notes'), 1)\nprint(Path('ended').exists())", tmp_path)
+    assert "is still running in notes; waiting for its end" in output
+    assert output.splitlines()[-1] == "True"
 
 
-def test_the_report_says_of_known_files_what_they_hold(tmp_path: Path) -> None:
-    """The reverse term is right in every test question and never in the development part: lambda must come from the latter."""
+def test_the_report_agrees_with_known_files(tmp_path: Path) -> None:
+    """The reverse term is right in every test question and never in the development part, from which lambda must come."""
     write_study(tmp_path / "study")
     code = """
 from pathlib import Path
@@ -265,7 +265,7 @@ write_study(Path("study"), "small", load_settings("small", ["abilities.seeds=[1]
     assert methods["reverse only"] == methods["oracle"] == methods["beam by Reverse Reward"] == 1.0
     assert methods["forward likelihood, sum"] == methods["greedy"] == methods["random of N"] == 0.25
     assert methods["Reverse Reward"] == 0.25
-    # three of four candidates are wrong in the sum k+1 itself; the reverse term finds the right one
+    # three of four candidates have an error in the sum k+1; the reverse term finds the right one
     for name, right in (("all candidates", 0.25), ("greedy", 0.25), ("reverse only", 1.0)):
         kinds = {"right": right, "true calculations of another question": 0.0, "false calculation": 1 - right}
         assert results["mistakes"][name] == {kind: [share] * 2 for kind, share in kinds.items()}
@@ -273,22 +273,22 @@ write_study(Path("study"), "small", load_settings("small", ["abilities.seeds=[1]
     assert wrong == {"reverse model fed text order": 0.0, "forward model fed reversed order": 0.0}
     page, summary = ((tmp_path / "study" / name).read_text() for name in ("report.html", "summary.md"))
     assert "Reverse Reward is not significantly above these baselines: greedy: +0.0 points; random of N: +0.0 points" in page
-    assert "not surely above the forward one" in summary
+    assert "not significantly above the forward loss" in summary
     assert "P_F(y\\|x)" in summary
-    assert "Of the wrong candidates 100.0 % hold a false calculation" in summary
+    assert "Of the wrong candidates 100.0 % have a calculation error" in summary
     assert "tools/rerank.py" in page
     assert "00ff00ff00ff00ff  study/a" in page
-    assert "gsm_symbolic: 360 trained on, 40 held out, 7 refused by the calculator" in page
+    assert "gsm_symbolic: 360 trained on, 40 held out, 7 rejected by the calculator" in page
     assert "| Reverse Reward is right more often than greedy |" in summary
-    assert "cannot tell of: forward model fed reversed order (no better than chance the right way either)" in summary
+    assert "cannot decide for: forward model fed reversed order (at chance in its own direction too)" in summary
     assert "chooses worse than chance" not in summary
-    # a loss curve for three corpora and two models, three by place, over N and lambda, abilities
+    # a loss curve for three corpora and two models, three by position, over N and lambda, abilities
     assert page.count("<picture>") == 12
     assert "https://" not in page
 
 
-def test_beam_search_meets_as_many_candidates_as_its_tokens_buy(tmp_path: Path) -> None:
-    """A candidate costs 8 tokens to write and 18 to judge; the search is right everywhere, a candidate in 1 of 4 cases."""
+def test_beam_search_is_compared_with_as_many_candidates_as_its_tokens_allow(tmp_path: Path) -> None:
+    """A candidate takes 8 tokens to write and 18 to score. The search is always right, a candidate in 1 of 4 cases."""
     write_study(tmp_path / "study")
     code = """
 import json
@@ -297,7 +297,7 @@ from losses import Twins
 from rewards import Rewards
 from settings import load_settings
 rewards = Rewards(Twins(Path("study"), load_settings("tiny", [])))
-for tokens in (20, 30, 80, 500):  # of a question
+for tokens in (20, 30, 80, 500):  # per question
     for seed in (1, 2):
         spent = {"forward_tokens": 20 * tokens - 7, "reverse_tokens": 7}
         Path(f"{rewards.beam(seed)}.spent.json").write_text(json.dumps(spent))
@@ -315,11 +315,14 @@ for tokens in (20, 30, 80, 500):  # of a question
         assert (row["accuracy"], row["best_of_num"], row["difference"]) == (1.0, 0.25, 0.75)
         low, high = row["difference_interval"]
         assert 0.4 < low <= 0.75 <= high <= 1.0
-        assert (low < high) == (row["num"] > 1)  # one is a mean over all candidates, the same for every question
+        assert (low < high) == (row["num"] > 1)  # for N=1 the mean over all candidates, which is the same for every question
 
 
-def test_equal_answers_are_judged_once_and_one_that_cannot_be_scored_is_never_chosen(tmp_path: Path) -> None:
-    """Ten tokens to write, 10 of the answer and 100 of the question to judge; the second answer is the first again, the third is empty."""
+def test_equal_answers_are_scored_once_and_an_answer_without_a_score_is_never_chosen(tmp_path: Path) -> None:
+    """Ten tokens to write, 10 of the answer and 100 of the question to score.
+
+    The second answer equals the first, the third is empty.
+    """
     score = {"forward_tokens": 10, "reverse_tokens": 100, "forward_logprob": -5.0, "reverse_logprob": -9.0}
     unknown = {"forward_tokens": None, "reverse_tokens": None, "forward_logprob": None, "reverse_logprob": None}
     record = {
@@ -346,7 +349,7 @@ print(json.dumps([rewards._tokens_by_num(4), mistakes(rewards, [0.5])["reverse o
 
 
 def start(folder: Path) -> "subprocess.Popen[str]":
-    """The study's command on its smallest size, in a session of its own."""
+    """Start the study's command with its smallest size, in its own session."""
     command = [sys.executable, str(ROOT / "examples/study/study.py"), "--size", "tiny"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
@@ -355,7 +358,7 @@ def start(folder: Path) -> "subprocess.Popen[str]":
 
 @pytest.fixture(scope="module")
 def tiny_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a tiny study that was killed once on the way."""
+    """Return the folder of a finished tiny study that was killed once and resumed."""
     folder = tmp_path_factory.mktemp("tiny")
     killed = start(folder)
     assert killed.stdout is not None
@@ -371,7 +374,7 @@ def tiny_study(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "study/tiny"
 
 
-def test_the_tiny_study_goes_on_after_a_kill_and_fills_every_table(tiny_study: Path) -> None:
+def test_the_tiny_study_resumes_after_a_kill_and_fills_every_table(tiny_study: Path) -> None:
     results = json.loads((tiny_study / "results.json").read_text())
     assert {row["domain"] for row in results["gaps"]} == {"prose", "code", "problems", "gsm_symbolic"}
     assert all(len(row["by_seed"]) == 1 for row in [*results["gaps"], *results["ablations"], *results["wrong"]])
@@ -385,13 +388,13 @@ def test_the_tiny_study_goes_on_after_a_kill_and_fills_every_table(tiny_study: P
 
 
 @pytest.mark.slow
-def test_a_finished_study_does_nothing_again_and_its_page_opens_light_and_dark(tiny_study: Path) -> None:
+def test_a_finished_study_runs_no_step_again_and_its_page_opens_light_and_dark(tiny_study: Path) -> None:
     again = start(tiny_study.parents[1])
     assert "---" not in again.communicate()[0]
     assert again.returncode == 0
     browser = next((found for name in ("chromium", "google-chrome") if (found := shutil.which(name))), None)
     if browser is None:
-        pytest.skip("no browser on this machine: the page was made, but not opened")
+        pytest.skip("no browser on this machine: the page was written, but not opened")
     shots = {}
     for theme, number in (("dark", 0), ("light", 1)):
         shot = tiny_study / f"{theme}.png"
@@ -405,4 +408,4 @@ def test_a_finished_study_does_nothing_again_and_its_page_opens_light_and_dark(t
     for theme, is_paper in (("dark", lambda grey: grey < 40), ("light", lambda grey: grey > 240)):
         paper, (least, most) = shots[theme]
         assert is_paper(paper), shots
-        assert most - least > 150, shots  # something is drawn on it
+        assert most - least > 150, shots  # the page is not blank

@@ -1,4 +1,4 @@
-"""A real HTTP server on this machine that completes with a tiny model, and ways in which its answers can be wrong."""
+"""A real HTTP server on this machine that runs a tiny model, and functions that make its responses wrong."""
 
 import json
 import threading
@@ -15,7 +15,7 @@ from megatron_ledom.inference.engines.completions_engine import CompletionsEngin
 
 
 class Server(ThreadingHTTPServer):
-    """`/v1/completions` of one model: one prompt of ids a request, log-probabilities of it with echo, seeded samples."""
+    """Serves `/v1/completions` for one model: one prompt of ids per request, log-probabilities with echo, and seeded samples."""
 
     def __init__(self, lm: ForwardLM | ReverseLM) -> None:
         self.lm, self.requests, self.failures = lm, [], []
@@ -78,7 +78,7 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *_: Any) -> None:
-        """No lines on stderr."""
+        """Print nothing to stderr."""
 
 
 @contextmanager
@@ -140,4 +140,4 @@ def no_http(handler: BaseHTTPRequestHandler) -> None:
 
 
 def hang_up(handler: BaseHTTPRequestHandler) -> None:
-    """Nothing is written: the connection is closed."""
+    """Close the connection without a response."""

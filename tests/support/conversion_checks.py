@@ -11,18 +11,18 @@ from tests.support.legible import VOCAB_SIZE
 
 
 def folder_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a folder, by name."""
+    """Return every tensor of a folder by name."""
     return {name: weight for file in folder.glob("*.safetensors") for name, weight in load_file(file).items()}
 
 
 def core_weights(run: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a run's latest checkpoint, by name."""
+    """Return every tensor of the latest checkpoint of a run by name."""
     stored = StoredTensors(find_checkpoint(str(run)))
     return {name: stored.read(name) for name in stored.entries if not name.startswith("optimizer.")}
 
 
 def check_same_folders(found: Path, source: Path) -> None:
-    """The same names and bits; of a padded vocabulary, the rows of the tokenizer's ids."""
+    """Check that names and bits are equal; of a padded vocabulary, only the rows of the tokenizer's ids."""
     ours, theirs = folder_weights(found), folder_weights(source)
     assert ours.keys() == theirs.keys()
     for name, weight in ours.items():
@@ -32,7 +32,7 @@ def check_same_folders(found: Path, source: Path) -> None:
 
 
 def check_same_runs(found: Path, source: Path) -> None:
-    """The same names and bits."""
+    """Check that names and bits are equal."""
     ours, theirs = core_weights(found), core_weights(source)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []

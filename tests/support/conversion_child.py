@@ -1,6 +1,7 @@
-"""Conversions in forked children of one process that has imported everything: killed at random moments, or out of disk.
+"""Conversions in forked children of a process that has imported everything: killed at random moments, or with a full disk.
 
-`python -m tests.support.conversion_child KIND SOURCE TARGET TIMES` prints one JSON object a line: what each kill left behind.
+`python -m tests.support.conversion_child KIND SOURCE TARGET TIMES` prints the state after each kill as one JSON object per
+line.
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from megatron_ledom.errors import LedomError
 
 
 def convert(kind: str, source: str, target: str) -> None:
-    """One conversion."""
+    """Run one conversion."""
     if kind == "export":
         export_hf(source, target, max_shard_size=60_000)
     else:
@@ -29,9 +30,9 @@ def convert(kind: str, source: str, target: str) -> None:
 
 
 def fork(kind: str, source: str, target: str, limit: int | None = None, names: int | None = None) -> int:
-    """The process id of a child that converts; no file of it can grow beyond `limit` bytes.
+    """Fork a child that converts, and return its process id. Its files cannot grow beyond `limit` bytes.
 
-    `names`: an open file, to which it writes the names of all modules that it has in the end.
+    `names`: an open file, to which the child writes the names of all modules that it has imported.
     """
     pid = os.fork()
     if pid:
@@ -49,7 +50,7 @@ def fork(kind: str, source: str, target: str, limit: int | None = None, names: i
         sys.stderr.write(f"error: {error}\n")
         code = error.exit_code
     except BaseException as error:
-        sys.stderr.write(f"unforeseen: {type(error).__name__}: {error}\n")
+        sys.stderr.write(f"unexpected: {type(error).__name__}: {error}\n")
         code = 99
     finally:
         sys.stderr.flush()
@@ -57,9 +58,9 @@ def fork(kind: str, source: str, target: str, limit: int | None = None, names: i
 
 
 def import_what_it_imports(kind: str, source: str, target: str) -> None:
-    """Import here whatever a whole conversion imports on its way, so that those measured and killed do so no more.
+    """Import all modules that a conversion imports, so that the measured and killed children do not.
 
-    A child says what that is: a conversion in this process would leave threads behind, which no fork survives.
+    A child reports the modules: a conversion in this process would start threads, which do not survive a fork.
     """
     with open(f"{target}.names", "w+b") as file:
         _, status = os.waitpid(fork(kind, source, target, names=file.fileno()), 0)
@@ -68,12 +69,12 @@ def import_what_it_imports(kind: str, source: str, target: str) -> None:
         names = json.load(file)
     for name in names:
         if name not in sys.modules:
-            with contextlib.suppress(ImportError):  # some are put in place by others and have no file
+            with contextlib.suppress(ImportError):  # some are created by others and have no file
                 importlib.import_module(name)
 
 
 def state(target: Path) -> dict[str, object]:
-    """What of the target and of its temporary folder would pass as finished."""
+    """Return which of the target and its temporary folder would count as finished."""
     part = Path(f"{target}.part")
     return {
         "finished": target.exists(),
@@ -83,7 +84,7 @@ def state(target: Path) -> dict[str, object]:
 
 
 def main() -> None:
-    """See the top. The moments are spread: the k-th of n kills falls into the k-th n-th of what a conversion takes."""
+    """Run as described above. The k-th of n kills is at a random moment of the k-th of n equal parts of a conversion."""
     kind, source, target, times = sys.argv[1:5]
     if times.startswith("limit="):
         _, status = os.waitpid(fork(kind, source, target, int(times.removeprefix("limit="))), 0)
@@ -93,11 +94,11 @@ def main() -> None:
     started = time.monotonic()
     _, status = os.waitpid(fork(kind, source, f"{target}-measured"), 0)
     assert status == 0
-    share = (time.monotonic() - started) / int(times)
+    interval = (time.monotonic() - started) / int(times)
     for number in range(int(times)):
         one = Path(f"{target}-{number}")
         pid = fork(kind, source, str(one))
-        time.sleep(random.uniform(number, number + 1) * share)
+        time.sleep(random.uniform(number, number + 1) * interval)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         print(json.dumps({"target": str(one), **state(one)}), flush=True)

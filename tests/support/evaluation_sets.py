@@ -1,4 +1,4 @@
-"""A few legible items of every task, in a layout in which its set is published."""
+"""A few legible items of every task, in a format in which its set is published."""
 
 import gzip
 import json
@@ -71,8 +71,11 @@ HUMANEVAL = [
 
 
 def write_sets(folder: Path) -> Path:
-    """One file a task: JSON lines, but HumanEval compressed, PIQA as Parquet, WinoGrande as the Arrow stream that `datasets` saves, and
-    ARC's easy part in the original layout."""
+    """Write one file per task.
+
+    Most are JSON lines; HumanEval is compressed, PIQA is Parquet, WinoGrande an Arrow stream of `datasets`. ARC's easy
+    part has the original format.
+    """
     folder.mkdir()
     for name, rows in SETS.items():
         if name not in ("piqa_validation", "winogrande_validation"):

@@ -1,4 +1,4 @@
-"""Language models of both directions whose conditionals are those of one joint distribution, which is fully written out."""
+"""Language models of both directions whose conditionals are those of one explicit joint distribution."""
 
 import itertools
 import math
@@ -17,9 +17,9 @@ TEXTS = ["".join(letters) for letters in itertools.product(LETTERS, repeat=4)]
 
 
 class EnumeratedModel:
-    """A causal model whose conditionals are those of a joint distribution over all texts of four letters, summed out exactly.
+    """A causal model with the exact conditionals of a joint distribution over all texts of four letters.
 
-    order: how a text is read. eod is what stands before a document; it changes nothing that follows.
+    reverse: texts are read from their end. An eod before a document does not change the conditionals.
     """
 
     def __init__(self, joint: dict[str, float], reverse: bool) -> None:
@@ -50,7 +50,7 @@ def letters_lm(kind: type[ForwardLM] | type[ReverseLM], joint: dict[str, float])
 
 
 def random_joint(seed: int) -> dict[str, float]:
-    """A random distribution over the 81 texts."""
+    """Return a random distribution over the 81 texts."""
     rng = random.Random(seed)
     masses = [rng.expovariate(1.0) for _ in TEXTS]
     return {text: mass / sum(masses) for text, mass in zip(TEXTS, masses, strict=True)}

@@ -1,4 +1,4 @@
-"""Small local tasks of every kind of request, in the task files of lm-evaluation-harness."""
+"""Small local tasks with every type of request, as task files of lm-evaluation-harness."""
 
 import json
 from pathlib import Path
@@ -91,7 +91,7 @@ TASKS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
 
 
 def write_tasks(folder: Path) -> Path:
-    """One task file and one file of items each; `include_path` of the harness."""
+    """Write a task file and a file of items for each task. The folder is the harness's `include_path`."""
     folder.mkdir()
     for name, (rows, task) in TASKS.items():
         data = folder / f"{name}.jsonl"

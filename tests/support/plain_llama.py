@@ -1,6 +1,6 @@
-"""The model and the optimizer step in plain torch, written from the papers: what the trainer is compared with.
+"""The model and the optimizer step in plain torch, written from the papers, as a reference for training.
 
-Touvron et al. 2023, arXiv 2302.13971 (the architecture); weights have Hugging Face Llama's names and shapes.
+The architecture is that of Touvron et al. 2023, arXiv 2302.13971. Weights have the names and shapes of Hugging Face Llama.
 Shape letters: B batch, S sequence, H query heads, G key-value heads, D head width.
 """
 
@@ -27,12 +27,12 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(self.heads * self.width, model.hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """hidden [B, S, hidden] -> the same shape."""
+        """Return hidden [B, S, hidden] after this module."""
         q, k, v = (
             projection(hidden).unflatten(-1, (-1, self.width)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
-        q, k = (turned(heads, *cos_sin) for heads in (q, k))
+        q, k = (rotated(heads, *cos_sin) for heads in (q, k))
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.heads != self.groups)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))
 
@@ -47,12 +47,12 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(model.ffn_hidden_size, model.hidden_size, bias=False)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [B, S, hidden] -> the same shape."""
+        """Return hidden [B, S, hidden] after this module."""
         return self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, each behind a norm, added to the residual stream."""
+    """Attention and feed-forward, each after a norm, added to the residual stream."""
 
     def __init__(self, model: ModelConfig) -> None:
         super().__init__()
@@ -62,13 +62,13 @@ class Layer(nn.Module):
         self.mlp = FeedForward(model)
 
     def forward(self, hidden: torch.Tensor, cos_sin: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        """hidden [B, S, hidden] -> the same shape."""
+        """Return hidden [B, S, hidden] after this module."""
         hidden = hidden + self.self_attn(self.input_layernorm(hidden), cos_sin)
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
 
 class PlainLlama(nn.Module):
-    """Logits [B, S, vocab_size] of ids [B, S]."""
+    """A model that maps ids [B, S] to logits [B, S, vocab_size]."""
 
     def __init__(self, model: ModelConfig, vocab_size: int) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class PlainLlama(nn.Module):
         self.rotary_base, self.width = model.rotary_base, head_dim(model)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """ids [B, S] -> logits [B, S, vocab_size]."""
+        """Return the logits [B, S, vocab_size] of ids [B, S]."""
         hidden = self.model["embed_tokens"](ids)
         cos_sin = rotary_angles(ids.shape[1], self.width, self.rotary_base, hidden.dtype)
         for layer in self.model["layers"]:
@@ -92,20 +92,23 @@ class PlainLlama(nn.Module):
 
 
 def rotary_angles(length: int, width: int, base: float, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [S, D] of position times base ** (-2i / D), each half of the head alike (Su et al., arXiv 2104.09864)."""
+    """Return cos and sin [S, D] of position * base ** (-2i / D), equal for both halves of a head.
+
+    Su et al. 2021, arXiv 2104.09864.
+    """
     frequencies = base ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
     angles = torch.outer(torch.arange(length, dtype=torch.float32), frequencies).repeat(1, 2)
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def turned(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Each pair (i, i + D/2) of heads [B, H, S, D] turned by its angle."""
+def rotated(heads: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate each pair (i, i + D/2) of heads [B, H, S, D] by its angle."""
     first, second = heads.chunk(2, -1)
     return heads * cos + torch.cat([-second, first], -1) * sin
 
 
 def plain_lr(config: RunConfig, step: int) -> float:
-    """Learning rate of optimizer step `step`, the first being 0: the schedules from their definitions."""
+    """Return the learning rate of optimizer step `step`, counted from 0, by the definition of the schedule."""
     settings, done = config.optimizer, step + 0.0
     end = settings.lr_decay_iters or config.train.train_iters
     if done <= settings.lr_warmup_iters and settings.lr_warmup_iters:
@@ -116,19 +119,19 @@ def plain_lr(config: RunConfig, step: int) -> float:
     if settings.lr_decay_style == "WSD":
         assert settings.lr_wsd_decay_iters is not None
         start = end - settings.lr_wsd_decay_iters
-    share = min(max((done - start) / (end - start), 0.0), 1.0)
+    fraction = min(max((done - start) / (end - start), 0.0), 1.0)
     shape = settings.lr_wsd_decay_style if settings.lr_decay_style == "WSD" else settings.lr_decay_style
     left = {
-        "cosine": 0.5 * (1 + math.cos(math.pi * share)),
-        "linear": 1 - share,
-        "exponential": 2 * 0.5**share - 1,
-        "minus_sqrt": 1 - math.sqrt(share),
+        "cosine": 0.5 * (1 + math.cos(math.pi * fraction)),
+        "linear": 1 - fraction,
+        "exponential": 2 * 0.5**fraction - 1,
+        "minus_sqrt": 1 - math.sqrt(fraction),
     }[shape]
     return settings.min_lr + left * (settings.lr - settings.min_lr)
 
 
 def plain_optimizer(config: RunConfig, model: nn.Module) -> torch.optim.AdamW:
-    """torch's fused AdamW; vectors (norms) are not decayed."""
+    """Return torch's fused AdamW without weight decay of vectors (norms)."""
     settings = config.optimizer
     decayed = [weight for weight in model.parameters() if weight.dim() > 1]
     vectors = [weight for weight in model.parameters() if weight.dim() == 1]
@@ -144,7 +147,10 @@ def plain_step(
     batches: list[dict[str, torch.Tensor]],
     lr: float,
 ) -> tuple[float, float]:
-    """One optimizer step over the micro-batches of a global batch: (mean loss without z-loss, gradient norm before clipping)."""
+    """Run one optimizer step on the micro-batches of a global batch.
+
+    Returns the mean loss without z-loss and the gradient norm before clipping.
+    """
     optimizer.zero_grad()
     count, total = sum(float(batch["loss_mask"].sum()) for batch in batches), 0.0
     for batch in batches:

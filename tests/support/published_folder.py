@@ -1,4 +1,4 @@
-"""A tiny folder laid out as the published reverse 7B: a stock Llama, tokenizer.model, code for the tokenizer, no tokenizer.json."""
+"""A tiny folder like that of the published reverse 7B: stock Llama, tokenizer.model, code for it, no tokenizer.json."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.support.tiny_models import CORPUS, FRAGMENTS, random_text, tiny_confi
 
 NUM_PIECES = 420
 EOD_ID = NUM_PIECES + SPECIALS.index(EOD_TOKEN)
-"""64002 of the published folder."""
+"""Corresponds to 64002 in the published folder."""
 NUM_ROWS = 448
 """The published folder has 64,256 rows for 64,005 ids."""
 CODE = """
@@ -32,12 +32,12 @@ from transformers import LlamaTokenizer as OwnTokenizer
 
 @cache
 def sentencepiece_model() -> bytes:
-    """A SentencePiece BPE of 420 pieces and the five specials."""
+    """Return a SentencePiece BPE of 420 pieces and the five specials."""
     return train([*CORPUS, *FRAGMENTS, "  two  spaces\n\n   three   of them"] * 3, NUM_PIECES)
 
 
 def published_folder(folder: Path, *, with_code: bool = True, **changed: Any) -> Path:
-    """Write the folder. Its code, if any runs, leaves a file `ran` in it; `changed`: keys of config.json."""
+    """Write the folder. If any of its code runs, it creates a file `ran` there. `changed`: keys of config.json."""
     torch.manual_seed(7)
     model = LlamaForCausalLM(tiny_config(NUM_ROWS, bos_token_id=1, eos_token_id=2))
     model.save_pretrained(folder)
@@ -63,15 +63,15 @@ def published_folder(folder: Path, *, with_code: bool = True, **changed: Any) ->
 
 
 def texts(num: int) -> list[str]:
-    """Texts in many scripts, with spaces and newlines at their edges, and special tokens spelled out."""
+    """Return texts in many scripts, with spaces and newlines at their ends and special tokens spelled out."""
     rng = random.Random(0)
     leading = ["", " ", "  ", "\n", "\n\n ", "\t"]
     return [*ODD_TEXTS, *(rng.choice(leading) + random_text(rng) for _ in range(num - len(ODD_TEXTS)))]
 
 
 @contextmanager
-def terminal_that_says_yes() -> Iterator[Any]:
-    """A pseudo terminal, as a text file to read from, at which somebody has answered `y` to whatever is asked."""
+def terminal_that_answers_yes() -> Iterator[Any]:
+    """Yield a pseudo terminal, as a text file to read, at which a user has answered `y` to every prompt."""
     master, slave = pty.openpty()
     os.write(master, b"y\n" * 8)
     with os.fdopen(slave, encoding="utf-8") as terminal:

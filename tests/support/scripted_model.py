@@ -1,4 +1,4 @@
-"""A model that writes what a test tells it to."""
+"""A model that writes texts given by a test."""
 
 from megatron_ledom.direction import Direction
 from megatron_ledom.inference.scoring import SpanScore

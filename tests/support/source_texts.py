@@ -1,4 +1,4 @@
-"""Texts to train and to try tokenizers on: sources of the Python library, and lines in many scripts."""
+"""Texts to train and test tokenizers: sources of the Python library, and lines in many scripts."""
 
 import inspect
 import json
@@ -14,7 +14,7 @@ TEXTS = [inspect.getsource(module) for module in (textwrap, statistics, inspect,
 
 
 def library_files(num_files: int) -> list[str]:
-    """Sources of the Python library, always the same ones."""
+    """Return source files of the Python library, always the same ones."""
     paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
     texts = [path.read_text(encoding="utf-8") for path in paths[:: max(1, len(paths) // num_files)]]
     assert len(texts) >= num_files

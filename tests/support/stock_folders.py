@@ -1,4 +1,4 @@
-"""Hugging Face folders of random tiny models of every architecture that converts, written by stock transformers."""
+"""Hugging Face folders of random tiny models of all supported architectures, written by stock transformers."""
 
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 16, "rope_parameters": {**YARN, "attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0}},
     ),
 }
-"""Name of a case -> architecture, and what its config has besides."""
+"""Name of a case -> architecture, and further values of its config."""
 
 
 def stock_config(architecture: str, **changed: Any) -> PreTrainedConfig:
-    """2 layers, width 32, 4 heads, 64 positions, the legible tokenizer's ids and as many rows that are none."""
+    """Return a config with 2 layers, width 32, 4 heads, 64 positions, and 7 more rows than ids of the legible tokenizer."""
     values = {
         "vocab_size": VOCAB_SIZE + 7,
         "hidden_size": 32,
@@ -64,7 +64,7 @@ def stock_config(architecture: str, **changed: Any) -> PreTrainedConfig:
 def stock_folder(
     folder: Path, config: PreTrainedConfig, *, seed: int = 0, dtype: torch.dtype = torch.float32, **save: Any
 ) -> Path:
-    """A model with random weights, norms and biases too, and the legible tokenizer, saved by transformers."""
+    """Save a model with random weights, norms and biases, and the legible tokenizer."""
     torch.manual_seed(seed)
     name = type(config).__name__.replace("Config", "ForCausalLM")
     model = getattr(transformers, name)(config)
@@ -78,6 +78,6 @@ def stock_folder(
 
 
 def family_folder(folder: Path, case: str, **save: Any) -> Path:
-    """The folder of one of FAMILY."""
+    """Write the folder of a case of FAMILY."""
     architecture, changed = FAMILY[case]
     return stock_folder(folder, stock_config(architecture, **changed), **save)

@@ -1,4 +1,4 @@
-"""Model folders small enough for a unit test: real tokenizers made here, and Llama models of 2 layers and width 32."""
+"""Model folders small enough for unit tests: tokenizers trained here, and Llama models of 2 layers and width 32."""
 
 import json
 import random
@@ -48,13 +48,13 @@ FRAGMENTS = [
 
 
 def random_text(rng: random.Random, most: int = 8) -> str:
-    """A text of 1 to `most` fragments: words, digits, scripts, emoji, newlines, spaces at its edges, special tokens spelled out."""
+    """Return a text of 1 to `most` fragments: words, digits, scripts, emoji, newlines, spaces, special tokens spelled out."""
     return "".join(rng.choice(FRAGMENTS) + rng.choice(["", "", " "]) for _ in range(rng.randint(1, most)))
 
 
 @cache
 def sentencepiece_like_json() -> str:
-    """BPE with byte fallback and a dummy prefix, as SentencePiece models are converted: </s> is 2, <EOD> the last id."""
+    """Return BPE with byte fallback and a dummy prefix, like a converted SentencePiece model: </s> is 2, <EOD> the last id."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", "▁")
     trained.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
@@ -73,7 +73,7 @@ def sentencepiece_like_json() -> str:
 
 @cache
 def byte_level_json() -> str:
-    """Byte-level BPE as GPT-2's, with trimmed offsets in its template: <EOD> is 3."""
+    """Return byte-level BPE like GPT-2's, with trimmed offsets in its template: <EOD> is 3."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
@@ -90,7 +90,7 @@ def byte_level_json() -> str:
 
 @cache
 def metaspace_json() -> str:
-    """The SentencePiece-like tokenizer as newer conversions write it: the dummy prefix in a Metaspace pre-tokenizer."""
+    """Return the SentencePiece-like tokenizer of newer conversions, with the dummy prefix in a Metaspace pre-tokenizer."""
     tokenizer = Tokenizer.from_str(sentencepiece_like_json())
     tokenizer.normalizer = normalizers.Sequence([])
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
@@ -101,7 +101,7 @@ TOKENIZERS = {"sentencepiece": sentencepiece_like_json, "byte_level": byte_level
 
 
 def tiny_config(vocab_size: int, **changed: Any) -> LlamaConfig:
-    """2 layers, width 32, 512 positions."""
+    """Return a config with 2 layers, width 32 and 512 positions."""
     values = {
         "vocab_size": vocab_size,
         "hidden_size": 32,
@@ -121,9 +121,9 @@ def tiny_config(vocab_size: int, **changed: Any) -> LlamaConfig:
 def save_model_folder(
     folder: Path, model: LlamaForCausalLM, tokenizer_json: str, direction: str | None, eod_id: int | None = None
 ) -> Path:
-    """Write a folder as the export does, or a stock one (`direction` None) whose tokenizer_config names </s> as its eos.
+    """Write a folder like an export, or a stock folder (`direction` None).
 
-    eod_id None means <EOD>. The tokenizer's own eos stays </s>, as in the original's export (trap 1).
+    eod_id None means <EOD>. The eos of tokenizer_config.json is </s>, another token than the eod, as in the published folder.
     """
     eod_id = Tokenizer.from_str(tokenizer_json).token_to_id(EOD_TOKEN) if eod_id is None else eod_id
     model.config.eos_token_id = eod_id
@@ -141,7 +141,7 @@ def save_model_folder(
 
 
 def random_model_folder(folder: Path, tokenizer: str, direction: str | None, *, num_extra_rows: int = 0) -> Path:
-    """A randomly initialised model for one of TOKENIZERS; `num_extra_rows` pads its vocabulary beyond the tokenizer's."""
+    """Write a random model for one of TOKENIZERS, with `num_extra_rows` rows of padding after its vocabulary."""
     tokenizer_json = TOKENIZERS[tokenizer]()
     torch.manual_seed(7)
     vocab_size = Tokenizer.from_str(tokenizer_json).get_vocab_size() + num_extra_rows
@@ -149,7 +149,7 @@ def random_model_folder(folder: Path, tokenizer: str, direction: str | None, *, 
 
 
 def chain_model(vocab_size: int, next_of: dict[int, int]) -> LlamaForCausalLM:
-    """A model whose likeliest token after `t` is `next_of[t]`, whatever stands before: it reads the last embedding only."""
+    """Return a model whose most likely token after `t` is always `next_of[t]`: it uses the last embedding only."""
     torch.manual_seed(7)
     model = LlamaForCausalLM(tiny_config(vocab_size, hidden_size=128))
     with torch.no_grad():

@@ -1,7 +1,7 @@
-"""Training runs small enough for a test: legible shards, a model of width 32, and ranks that start in a second.
+"""Training runs small enough for tests: legible shards, a model of width 32, and ranks that start in a second.
 
-Ranks are forked from one process that has imported everything, which spares each run some ten seconds; what they run is
-`megatron_ledom.pretrain`. A run by the real command is `run_command`.
+Ranks are forked from one process that has imported everything, which saves some ten seconds per run. They run
+`megatron_ledom.pretrain`; `run_command` runs the real command instead.
 """
 
 import json
@@ -35,20 +35,20 @@ from tests.support.legible import legible_ids, legible_tokenizer
 from tests.support.paths import ROOT
 
 SECONDS = 120
-"""A run that takes longer hangs: its ranks are killed and the test fails with what they logged."""
+"""Longest time of a run: after it the ranks are killed, and the test fails with their log."""
 
 Record = dict[str, Any]
 Hook = Callable[[], None]
 
 
 def documents(num_documents: int, seed: int) -> list[list[int]]:
-    """Text-order ids: document k is legible document k modulo 10, cut at a random length."""
+    """Return documents as text-order ids: document k is legible document k modulo 10, cut to a random length."""
     lengths = np.random.default_rng(seed).integers(5, 100, num_documents)
     return [legible_ids(number % 10, int(length)) for number, length in enumerate(lengths)]
 
 
 def write_shard(prefix: Path, texts: list[list[int]], direction: Direction, tokenizer: Path) -> str:
-    """A shard of documents given by their text-order ids."""
+    """Write a shard of documents given as text-order ids, and return its prefix."""
     loaded = load_tokenizer(str(tokenizer))
     packed, lengths = concatenate_documents(
         np.array([number for text in texts for number in text], np.uint32),
@@ -77,12 +77,12 @@ class TinyData:
         return self.folder / "tiny.yaml"
 
     def shard(self, name: str) -> str:
-        """The prefix of `reverse_train`, `reverse_valid`, `forward_train` or `forward_valid`."""
+        """Return the prefix of `reverse_train`, `reverse_valid`, `forward_train` or `forward_valid`."""
         return str(self.folder / name)
 
 
 def write_tiny_data(folder: Path) -> TinyData:
-    """Tokenizer, four shards and the config, in `folder`."""
+    """Write tokenizer, four shards and the config into `folder`."""
     data = TinyData(folder)
     tokenizer = legible_tokenizer(folder / "legible")
     for direction in Direction:
@@ -112,7 +112,7 @@ def write_tiny_data(folder: Path) -> TinyData:
 
 
 def read_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of the latest checkpoint, the optimizer's too, by name."""
+    """Return every tensor of the latest checkpoint by name, with those of the optimizer."""
     checkpoint = latest_checkpoint(str(run_dir / "checkpoints"))
     assert checkpoint is not None
     stored = _load_state_dict_from_keys(checkpoint_id=checkpoint)
@@ -120,12 +120,12 @@ def read_tensors(run_dir: Path) -> dict[str, torch.Tensor]:
 
 
 def read_metrics(run_dir: Path) -> list[Record]:
-    """The records of metrics.jsonl."""
+    """Return the records of metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def curve(records: Sequence[Record]) -> list[tuple[float, float]]:
-    """(loss, gradient norm) of each record."""
+    """Return (loss, gradient norm) of each record."""
     return [(record["lm_loss"], record["grad_norm"]) for record in records]
 
 
@@ -136,23 +136,23 @@ class Ranks:
         self.processes, self.log = processes, log
 
     def wait(self, seconds: float | None = None) -> list[int]:
-        """The ranks' exit codes, once all have ended; ranks that hang are killed, after SECONDS if not said otherwise."""
+        """Wait until all ranks have ended and return their exit codes; kill them after `seconds`, by default SECONDS."""
         end = time.monotonic() + (SECONDS if seconds is None else seconds)
         for process in self.processes:
             process.join(max(0.0, end - time.monotonic()))
         for process in self.processes:
             if process.is_alive():
-                os.killpg(process.pid, signal.SIGKILL)  # SIGTERM would be caught
+                os.killpg(process.pid, signal.SIGKILL)  # the ranks catch SIGTERM
             process.join()
         return [process.exitcode for process in self.processes]
 
     def wait_until(self, is_so: Callable[[], bool]) -> None:
-        """Wait for something that the ranks do."""
+        """Wait until `is_so` returns True."""
         end = time.monotonic() + SECONDS
         while not is_so():
             alive = all(process.is_alive() for process in self.processes)
             assert alive or is_so(), f"a rank ended early:\n{self.output()}"
-            assert time.monotonic() < end, f"it does not happen:\n{self.output()}"
+            assert time.monotonic() < end, f"not within {SECONDS} s:\n{self.output()}"
             time.sleep(0.02)
 
     def send(self, number: signal.Signals, rank: int = 0) -> None:
@@ -160,16 +160,16 @@ class Ranks:
         os.killpg(self.processes[rank].pid, number)
 
     def output(self) -> str:
-        """What the ranks have written, the end of it."""
+        """Return the end of the ranks' output."""
         return self.log.read_text(encoding="utf-8", errors="replace")[-6000:]
 
 
 def start_ranks(
     config: Path, run_dir: Path, *overrides: str, num_ranks: int = 1, hook: Hook | None = None, instead: Hook | None = None
 ) -> Ranks:
-    """Start `num_ranks` ranks of a run, or of `instead` in its place; return at once. Each rank first calls `hook`.
+    """Start `num_ranks` ranks of a run, or of `instead`, and return at once. Each rank first calls `hook`.
 
-    Both are functions of a module.
+    `hook` and `instead` must be functions of a module.
     """
     log = config.parent / f"{run_dir.parent.name}-{run_dir.name}.log"
     if instead is not None:
@@ -179,15 +179,15 @@ def start_ranks(
 
 
 def as_srun_starts_it() -> None:
-    """Change this rank's environment from what torchrun sets to what srun does; a hook, the last one of a rank.
+    """Change this rank's environment from torchrun's to srun's variables; the last hook of a rank.
 
-    MASTER_ADDR and MASTER_PORT stay until the place to meet is read, for there is no SLURM to ask for the address.
+    MASTER_ADDR and MASTER_PORT stay until the rendezvous address is read, because there is no SLURM to ask for it.
     """
     from megatron_ledom import pretrain
 
     read = pretrain.read_launch
 
-    def read_and_forget() -> Any:
+    def read_and_delete() -> Any:
         launch = read()
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             del os.environ[name]
@@ -199,16 +199,16 @@ def as_srun_starts_it() -> None:
     step = {"JOB_ID": "1", "STEP_ID": "0", "NODEID": "0", "PROCID": rank, "LOCALID": rank}
     step |= {"STEP_NUM_TASKS": world_size, "STEP_TASKS_PER_NODE": world_size, "STEP_NODELIST": "n1"}
     os.environ.update({f"SLURM_{name}": value for name, value in step.items()})
-    pretrain.read_launch = read_and_forget
+    pretrain.read_launch = read_and_delete
 
 
 def start_tool(tool: str, arguments: Sequence[str], log: Path, *, num_ranks: int = 1, hook: Hook | None = None) -> Ranks:
-    """Start `num_ranks` ranks of a script, named from the project's root; return at once. Each rank first calls `hook`."""
+    """Start `num_ranks` ranks of a script, a path from the project's root, and return at once. Each first calls `hook`."""
     return start_processes(num_ranks, log, _run_tool, tool, list(arguments), free_port(), hook)
 
 
 def start_processes(num_ranks: int, log: Path, body: Callable[..., None], *arguments: Any) -> Ranks:
-    """Start ranks that call `body`, a function of a module; return at once."""
+    """Start ranks that call `body`, a function of a module, and return at once."""
     log.write_text("")
     launch = {"WORLD_SIZE": num_ranks, "LOCAL_WORLD_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 0}
     context = fork_context()
@@ -232,7 +232,7 @@ def run_on_ranks(config: Path, run_dir: Path, *overrides: str, num_ranks: int = 
 def run_each_on_ranks(
     config: Path, runs: dict[Path, list[str]], *, num_ranks: int, hook: Hook | None = None, seconds: float | None = None
 ) -> dict[Path, list[Record]]:
-    """Several runs one after the other in one launch of ranks: overrides by run folder -> records by run folder."""
+    """Run several runs one after the other in one launch of ranks: overrides by run folder -> records by run folder."""
     log = next(iter(runs)).with_suffix(".log")
     arguments = [["--config", str(config), f"run_dir={run_dir}", *overrides] for run_dir, overrides in runs.items()]
     ranks = start_processes(num_ranks, log, _train_each, arguments, free_ports(len(runs)), hook)
@@ -242,7 +242,7 @@ def run_each_on_ranks(
 
 
 def run_command(*arguments: str, num_ranks: int | None = None) -> subprocess.CompletedProcess[str]:
-    """The real command line of training: under torchrun with `num_ranks`, without it when None."""
+    """Run the real training command: under torchrun with `num_ranks`, without torchrun if it is None."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={num_ranks}"] if num_ranks else []
     command = [sys.executable, *torchrun, "-m", "megatron_ledom.pretrain", *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -250,19 +250,19 @@ def run_command(*arguments: str, num_ranks: int | None = None) -> subprocess.Com
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """Return a port that is free now."""
     return free_ports(1)[0]
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that nobody listens on now; of those that the system does not give to outgoing connections.
+    """Return different ports that are free now, from the range that the system does not use for outgoing connections.
 
-    Every process of pytest-xdist takes them from a range of its own.
+    Every process of pytest-xdist has a range of its own.
     """
     worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 8
     ports: list[int] = []
     while len(ports) < count:
-        port = random.SystemRandom().randrange(20_000, 21_500) + 1_500 * worker  # not what a test has seeded
+        port = random.SystemRandom().randrange(20_000, 21_500) + 1_500 * worker  # independent of seeds in tests
         with socket.socket() as listener, suppress(OSError):
             listener.bind(("127.0.0.1", port))
             ports.append(port)
@@ -271,16 +271,16 @@ def free_ports(count: int) -> list[int]:
 
 
 def _be_rank(environment: dict[str, str], log: str, body: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """One rank, with its output in `log`."""
+    """Call `body` as one rank, with its output in `log`."""
     become(None, environment, [log, log])
     body(*arguments)
 
 
 def _train_each(runs: list[list[str]], ports: list[int], hook: Hook | None) -> None:
-    """Train one run after the other, as the command line does; a port for each, the last one may still be closing."""
+    """Train one run after the other, as the command does; each has its own port, since the last one may still be closing."""
     from megatron_ledom import errors, pretrain
 
-    sys.argv = ["pretrain", *runs[0]]  # a hook may look at it
+    sys.argv = ["pretrain", *runs[0]]  # a hook may read it
     if hook is not None:
         hook()
     for index, (arguments, port) in enumerate(zip(runs, ports, strict=True)):

@@ -1,4 +1,4 @@
-"""Tools in this process, or as the command that users start."""
+"""Run tools in this process, or as the command that users start."""
 
 import os
 import runpy
@@ -18,7 +18,7 @@ SLURM_FREE = {key: value for key, value in os.environ.items() if not key.startsw
 
 
 def run_tool(monkeypatch: pytest.MonkeyPatch, tool: str, *arguments: object) -> int:
-    """The tool in this process; its exit code."""
+    """Run a tool in this process and return its exit code."""
     monkeypatch.setattr(sys, "argv", [f"{tool}.py", *map(str, arguments)])
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
@@ -28,13 +28,13 @@ def run_tool(monkeypatch: pytest.MonkeyPatch, tool: str, *arguments: object) -> 
 def preprocess_by_command(
     folder: Path, tokenizer: str, *arguments: str, env: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """The command in `folder`, which holds the input; output goes to folder/out/data unless `arguments` say otherwise."""
+    """Run the preprocessing command in `folder`, which has the input; the output is folder/out/data by default."""
     command = [PREPROCESS_DATA, "--tokenizer", tokenizer, "--output-prefix", "out/data", "--workers", "2"]
     return run_forked([*command, *arguments], folder=folder, environment={**SLURM_FREE, **(env or {})})
 
 
 def preprocessed(folder: Path, tokenizer: str, name: str, **changes: object) -> Path:
-    """A shard made in this process from folder/*.jsonl, unless `changes` say otherwise."""
+    """Make a shard in this process, by default from folder/*.jsonl, and return its prefix."""
     prefix = folder / name
     settings = {"input": [str(folder / "*.jsonl")], "tokenizer": tokenizer, "output_prefix": str(prefix), "workers": 1}
     preprocess(PreprocessSettings(**{**settings, **changes}))  # type: ignore[arg-type]
@@ -42,5 +42,5 @@ def preprocessed(folder: Path, tokenizer: str, name: str, **changes: object) -> 
 
 
 def train_by_command(folder: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """The command in `folder`."""
+    """Run the tokenizer training command in `folder`."""
     return run_forked([ROOT / "tools/train_tokenizer.py", *arguments], folder=folder)

@@ -1,4 +1,4 @@
-"""setup.py decides what is built, and says why not; compilers and torch are told, because not all of them are on one machine."""
+"""setup.py chooses the extensions to build and reports the reason for the others; compilers and torch are simulated."""
 
 import subprocess
 import sys
@@ -35,7 +35,7 @@ OPERATORS = f"{HELPERS} megatron_ledom._cuda_ops"
 def decide(
     mode: str | None, nvcc: str, torch: str, *, extensions: str | None = None, has_compiler: bool = True
 ) -> subprocess.CompletedProcess[str]:
-    """What setup.py hands to setuptools, on stdout, and its reason, on stderr."""
+    """Run setup.py: its extensions are on stdout, its reasons on stderr."""
     variables = {"LEDOM_CUDA": mode, "LEDOM_EXTENSIONS": extensions}
     environment = {"PATH": "/usr/bin:/bin"} | {name: value for name, value in variables.items() if value is not None}
     command = [sys.executable, "-c", RUN, nvcc, torch, "yes" if has_compiler else "no"]
@@ -44,7 +44,7 @@ def decide(
 
 @pytest.fixture
 def cpu_torch(tmp_path: Path) -> str:
-    """A torch of the stable ABI, without CUDA."""
+    """Make a torch with the stable ABI, without CUDA."""
     header = tmp_path / "torch/include/torch/csrc/stable/library.h"
     header.parent.mkdir(parents=True)
     header.touch()
@@ -66,10 +66,10 @@ def test_operators_are_built_where_nvcc_and_a_cuda_torch_are(cuda_torch: str) ->
     assert "not built: LEDOM_CUDA=0" in done.stderr
 
 
-def test_a_cpu_torch_gets_them_only_when_told_so(cpu_torch: str) -> None:
+def test_a_cpu_torch_gets_them_only_if_required(cpu_torch: str) -> None:
     done = decide(None, "true", cpu_torch)
     assert done.stdout.strip() == HELPERS
-    assert "not built: this torch has no CUDA (LEDOM_CUDA=1 builds them all the same)" in done.stderr
+    assert "not built: this torch has no CUDA (LEDOM_CUDA=1 builds them anyway)" in done.stderr
     assert decide("1", "true", cpu_torch).stdout.strip() == OPERATORS
 
 
@@ -100,17 +100,17 @@ def test_another_value_is_refused(cpu_torch: str) -> None:
     assert "LEDOM_CUDA=yes, expected auto, 0 or 1" in done.stderr
 
 
-def test_helpers_are_left_out_where_there_is_no_compiler(cuda_torch: str) -> None:
+def test_helpers_are_skipped_without_a_compiler(cuda_torch: str) -> None:
     for mode in (None, "auto"):
         done = decide(None, "true", cuda_torch, extensions=mode, has_compiler=False)
         assert (done.returncode, done.stdout.strip()) == (0, "")
-        assert "C++ helpers not built, all but preprocessing and turning shards works without: the C++ compiler " in done.stderr
+        assert "C++ helpers not built, so preprocessing and reversing shards do not work: the C++ compiler " in done.stderr
     forced = decide(None, "true", cuda_torch, extensions="1", has_compiler=False)
     assert forced.returncode == 1
     assert "LEDOM_EXTENSIONS=1, but the C++ compiler " in forced.stderr
 
 
-def test_helpers_are_left_out_when_told_so(cuda_torch: str) -> None:
+def test_helpers_are_skipped_on_request(cuda_torch: str) -> None:
     done = decide(None, "true", cuda_torch, extensions="0")
     assert (done.returncode, done.stdout.strip()) == (0, "")
     assert decide(None, "true", cuda_torch, extensions="1").stdout.strip() == OPERATORS
@@ -118,7 +118,7 @@ def test_helpers_are_left_out_when_told_so(cuda_torch: str) -> None:
 
 
 @pytest.mark.parametrize(("extensions", "has_compiler"), [("0", True), ("auto", False)])
-def test_operators_that_are_asked_for_are_never_left_out(cuda_torch: str, extensions: str, has_compiler: bool) -> None:
+def test_required_operators_are_never_skipped(cuda_torch: str, extensions: str, has_compiler: bool) -> None:
     done = decide("1", "true", cuda_torch, extensions=extensions, has_compiler=has_compiler)
     assert done.returncode == 1
     assert "LEDOM_CUDA=1, but " in done.stderr

@@ -1,4 +1,4 @@
-"""Order: turning twice is the identity, and the C++ packing is the plain rule."""
+"""Order: reversing twice is the identity, and the C++ gives the ids of the reference."""
 
 from itertools import accumulate
 
@@ -22,7 +22,7 @@ def flat(documents: list[list[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 @given(ids=st.lists(st.integers(0, 2**31 - 1)), direction=DIRECTIONS)
-def test_turning_twice_is_the_identity(ids: list[int], direction: Direction) -> None:
+def test_reversing_twice_is_the_identity(ids: list[int], direction: Direction) -> None:
     assert to_text_order(to_model_order(ids, direction), direction) == ids
     array = np.array(ids, np.int64)
     assert np.array_equal(to_text_order(to_model_order(array, direction), direction), array)
@@ -33,36 +33,36 @@ def test_reverse_puts_the_end_of_the_text_first() -> None:
     assert to_model_order([100, 101, 102], Direction.FORWARD) == [100, 101, 102]
 
 
-def test_turned_arrays_are_contiguous_copies() -> None:
+def test_reversed_arrays_are_contiguous_copies() -> None:
     ids = np.arange(5)
-    turned = to_model_order(ids, Direction.REVERSE)
-    turned[0] = 99
-    assert turned.flags.c_contiguous
+    reversed_ids = to_model_order(ids, Direction.REVERSE)
+    reversed_ids[0] = 99
+    assert reversed_ids.flags.c_contiguous
     assert ids.tolist() == [0, 1, 2, 3, 4]
 
 
 @given(documents=DOCUMENTS, direction=DIRECTIONS, dtype=st.sampled_from(["uint16", "int32"]))
-def test_packed_documents_are_what_the_reference_says(documents: list[list[int]], direction: Direction, dtype: str) -> None:
+def test_concatenated_documents_equal_the_reference(documents: list[list[int]], direction: Direction, dtype: str) -> None:
     ids, offsets = flat(documents)
-    packed, lengths = concatenate_documents(ids, offsets, direction=direction, eod_id=999, vocab_size=1000, dtype=dtype)
-    assert packed.dtype == dtype
-    assert packed.tolist() == concatenate_documents_reference(documents, direction, 999)
+    stored_ids, lengths = concatenate_documents(ids, offsets, direction=direction, eod_id=999, vocab_size=1000, dtype=dtype)
+    assert stored_ids.dtype == dtype
+    assert stored_ids.tolist() == concatenate_documents_reference(documents, direction, 999)
     assert lengths.tolist() == [len(document) + 1 for document in documents if document]
 
 
 def test_a_document_without_tokens_leaves_no_eod() -> None:
     ids, offsets = flat([[100], [], [300, 301]])
-    packed, lengths = concatenate_documents(
+    stored_ids, lengths = concatenate_documents(
         ids, offsets, direction=Direction.REVERSE, eod_id=999, vocab_size=1000, dtype="int32"
     )
-    assert packed.tolist() == [100, 999, 301, 300, 999]
+    assert stored_ids.tolist() == [100, 999, 301, 300, 999]
     assert lengths.tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("direction", list(Direction))
-def test_an_id_outside_the_vocabulary_is_refused_where_numpy_would_wrap(direction: Direction) -> None:
+def test_an_id_outside_the_vocabulary_is_refused_before_numpy_would_wrap(direction: Direction) -> None:
     ids, offsets = flat([[100, 101], [102, 65_536 + 7]])
-    assert ids.astype(np.uint16).tolist() == [100, 101, 102, 7]  # the silent fault this guards against
+    assert ids.astype(np.uint16).tolist() == [100, 101, 102, 7]  # numpy would wrap without an error
     with pytest.raises(DataError, match=r"token id 65543 is outside the vocabulary of 1,000"):
         concatenate_documents(ids, offsets, direction=direction, eod_id=999, vocab_size=1000, dtype="uint16")
 
@@ -71,10 +71,10 @@ def test_a_vocabulary_that_does_not_fit_the_dtype_is_refused() -> None:
     ids, offsets = flat([[1]])
     with pytest.raises(DataError, match="65,537 ids does not fit in uint16"):
         concatenate_documents(ids, offsets, direction=Direction.REVERSE, eod_id=0, vocab_size=65_537, dtype="uint16")
-    packed, _ = concatenate_documents(
+    stored_ids, _ = concatenate_documents(
         ids, offsets, direction=Direction.REVERSE, eod_id=65_535, vocab_size=65_536, dtype="uint16"
     )
-    assert packed.tolist() == [1, 65_535]
+    assert stored_ids.tolist() == [1, 65_535]
 
 
 def test_an_eod_outside_the_vocabulary_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""Who may import whom, where megatron-core is met, and how large things get: read from the source, so nothing is imported."""
+"""Import layers, uses of megatron-core, and sizes of files and functions, read from the source without importing it."""
 
 import ast
 import json
@@ -47,7 +47,7 @@ cli: checkpoint config convert data direction errors evaluation finetune inferen
  platform reports training
 """
 MAY_IMPORT = {room: set(names.split()) for room, _, names in (line.partition(":") for line in LAYERS.split("\n") if line)}
-"""Part of the package -> parts it may import besides itself; none that no file of it imports."""
+"""Part of the package -> other parts that it may import; each is imported by some file of it."""
 MEGATRON_FREE = {
     *("config", "direction", "errors", "evaluation", "inference", "planning", "provenance", "reports", "storage"),
     "tokenizers",
@@ -62,7 +62,7 @@ Rule = Callable[[Path, ast.Module], Iterator[Finding]]
 
 
 def part_of(path: Path) -> str:
-    """`data` for megatron_ledom/data/shards/shard.py, `errors` for megatron_ledom/errors.py."""
+    """Return `data` for megatron_ledom/data/shards/shard.py, `errors` for megatron_ledom/errors.py."""
     return path.parts[1].removesuffix(".py") if path.parts[0] == "megatron_ledom" else ""
 
 
@@ -74,7 +74,7 @@ def room_of(path: Path) -> str:
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of everything imported, late imports included; relative ones begin with a dot."""
+    """Yield line and dotted name of every import, including late ones; relative names begin with a dot."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -152,7 +152,7 @@ def sizes(path: Path, tree: ast.Module) -> Iterator[Finding]:
 
 
 def nesting(node: ast.AST, depth: int = 0) -> int:
-    """Deepest block inside a function; `elif` does not count as one more, inner functions count for themselves."""
+    """Return the nesting depth of a function; `elif` adds none, and inner functions are counted separately."""
     deepest = depth
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -178,7 +178,7 @@ def lines(path: Path, tree: ast.Module) -> Iterator[Finding]:
 
 
 def no_code_of_a_folder(path: Path, tree: ast.Module) -> Iterator[Finding]:
-    """Without the option transformers asks at the terminal, and runs the code where the answer is yes."""
+    """Find loads without the option: transformers then prompts at the terminal, and runs code if the answer is yes."""
     if path.parts[0] == "tests":
         return
     for node in ast.walk(tree):
@@ -186,14 +186,14 @@ def no_code_of_a_folder(path: Path, tree: ast.Module) -> Iterator[Finding]:
             is_auto = ast.unparse(node.func.value).split(".")[-1].startswith("Auto")
             refuses = any(word.arg == "trust_remote_code" and ast.unparse(word.value) == "False" for word in node.keywords)
             if is_auto and not refuses:
-                yield node.lineno, "trust_remote_code=False has to be said"
+                yield node.lineno, "trust_remote_code=False must be given"
 
 
 PUBLISHES = {"fsync", "fdatasync", "flock", "lockf", "rename", "renames", "move"}
 
 
 def only_storage_publishes(path: Path, tree: ast.Module) -> Iterator[Finding]:
-    """What a kill must not lose is written in one way."""
+    """Find renames, syncs and locks outside storage/, which protects files against kills."""
     if path.parts[0] == "tests" or part_of(path) == "storage":
         return
     for node in ast.walk(tree):
@@ -210,7 +210,7 @@ NAMES_FILES_OF_A_CHECKOUT = {"cli/__init__.py", "cli/main.py", "config/shipped.p
 
 
 def no_file_of_a_checkout(path: Path, tree: ast.Module) -> Iterator[Finding]:
-    """A wheel has no tools/ and no examples/: a message names `ledom COMMAND`, or a config that comes with the package."""
+    """Find messages that name files of tools/ or examples/, which a wheel does not have."""
     if not part_of(path) or path.relative_to("megatron_ledom").as_posix() in NAMES_FILES_OF_A_CHECKOUT:
         return
     for node in ast.walk(tree):
@@ -237,7 +237,7 @@ def source_lines(path: Path) -> list[str]:
 
 
 def source_line(path: Path, number: int) -> str:
-    """Return one line of a file of the checkout; nothing for source that a test made up."""
+    """Return one line of a file of the checkout; nothing for source text of a test."""
     return source_lines(path)[number - 1] if (ROOT / path).is_file() else ""
 
 
@@ -300,7 +300,7 @@ def test_every_part_of_the_package_has_an_entry_and_uses_all_of_it() -> None:
         (no_file_of_a_checkout, "data/x.py", "text = 'pass examples/configs/ledom_7b.yaml'"),
     ],
 )
-def test_rule_finds_what_breaks_it(rule: Rule, path: str, source: str) -> None:
+def test_rule_finds_bad_source(rule: Rule, path: str, source: str) -> None:
     assert list(rule(Path("megatron_ledom") / path, ast.parse(source)))
 
 
@@ -381,7 +381,7 @@ def imported_files(path: Path, tree: ast.Module, files: Iterable[Path]) -> set[P
 
 
 def circles(files: dict[Path, ast.Module]) -> list[str]:
-    """Return the groups of files that import each other, each as one line: files that all lead back to one another."""
+    """Return the groups of files that import each other, each as one line."""
     edges = {path: imported_files(path, tree, files) for path, tree in files.items()}
     reached = {path: reachable(path, edges) for path in edges}
     groups = {frozenset(other for other in reached[path] if path in reached[other]) for path in edges}
@@ -389,7 +389,7 @@ def circles(files: dict[Path, ast.Module]) -> list[str]:
 
 
 def reachable(start: Path, edges: dict[Path, set[Path]]) -> set[Path]:
-    """Return every file that is imported on some way from a file; the file itself only where it is in a circle."""
+    """Return all files that a file imports, directly or not; the file itself only if it is in a circle."""
     found: set[Path] = set()
     waiting = [start]
     while waiting:
@@ -423,7 +423,7 @@ def test_a_circle_of_imports_is_found(first: str, second: str, is_circle: bool) 
 
 
 def imported_at_once(path: Path) -> set[str]:
-    """First names of the other packages that importing one of our files brings in, without what is imported late."""
+    """Return the other packages that importing one of our files imports, without late imports."""
     trees, found, seen, waiting = dict(sources()), set[str](), {path}, [path]
     while waiting:
         at_top = [node for node in trees[waiting.pop()].body if isinstance(node, ast.Import | ast.ImportFrom)]
@@ -439,7 +439,7 @@ def imported_at_once(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("file", ["hf_export.py", "hf_import.py"])
-def test_a_conversion_without_the_gate_does_not_wait_for_megatron_core(file: str) -> None:
+def test_a_conversion_without_the_parity_check_does_not_import_megatron_core(file: str) -> None:
     found = imported_at_once(Path("megatron_ledom/convert", file))
     assert {"torch", "transformers", "safetensors"} <= found
     assert "megatron" not in found

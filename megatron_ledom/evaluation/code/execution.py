@@ -1,7 +1,7 @@
-"""Running a program that a model wrote against its tests, in a sandbox and with limits (`sandbox`, `isolated`).
+"""Run a model-written program and its tests, in a sandbox and with limits (`sandbox`, `isolated`).
 
-The verdict comes from a process that the program cannot reach: see `isolated`. Limited are processor seconds, memory, the size of
-written files, open files and child processes, and the time on the clock; there is no environment and no standard input.
+The verdict comes from a process that the program cannot reach (see `isolated`). Limits apply to processor time, memory,
+file size, open files, child processes and elapsed time. The program has no environment and no standard input.
 """
 
 import contextlib
@@ -26,15 +26,15 @@ from megatron_ledom.evaluation.code import isolated
 from megatron_ledom.evaluation.code.sandbox import Sandbox, as_user, sandboxed, unprivileged_user
 
 MOST_OUTPUT_BYTES = 2000
-"""What is kept of the end of a failed program's messages."""
+"""Bytes that are kept of the end of a failed program's messages."""
 PR_SET_CHILD_SUBREAPER = 36
 ENDING_SECONDS = 0.2
-"""Given to a program whose tests have failed to end by itself, so that its status can be told."""
+"""Time that a program has to end by itself after its tests failed, so that its status can be reported."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """cpu_seconds: of the processor; wall_seconds: on the clock; memory_bytes: of address space."""
+    """Limits of a program. cpu_seconds: processor time; wall_seconds: elapsed time; memory_bytes: address space."""
 
     cpu_seconds: int = 10
     wall_seconds: float = 20.0
@@ -43,8 +43,11 @@ class Limits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramTests:
-    """code: what calls the program's functions and asserts. entry_point: the function that is judged. prelude: trusted code before
-    the program, whose helper functions the tests may use."""
+    """The tests of a program. code: calls the program's functions and asserts.
+
+    entry_point: the function under test. prelude: trusted code before the program, whose helper functions the tests may
+    use.
+    """
 
     code: str
     entry_point: str = ""
@@ -53,18 +56,21 @@ class ProgramTests:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """passed: the tests came to their end; reason: else what failed, and the last lines that the program wrote."""
+    """The outcome of the tests.
+
+    passed: True if all passed; reason: the failure and the last lines of the program's output.
+    """
 
     passed: bool
     reason: str = ""
 
 
 def check_allowed(task: str, sandbox: Sandbox | None) -> Sandbox:
-    """Refuse a task that runs what a model writes, unless the user has said so; return where it runs."""
+    """Return the sandbox. Raises UsageError if the user has not allowed running model-written code."""
     if sandbox is None:
         raise UsageError(
-            f"the task {task} runs code that a model wrote, inside bubblewrap; pass --allow-code-execution if this machine may do"
-            " that, or leave the task out"
+            f"the task {task} runs code that a model wrote, inside bubblewrap; pass --allow-code-execution to allow this, or omit the"
+            " task"
         )
     return sandbox
 
@@ -85,7 +91,7 @@ def run_program(source: str, tests: ProgramTests, *, sandbox: Sandbox, limits: L
 
 
 def _run(given: str, folder: str, messages: IO[bytes], sandbox: Sandbox, limits: Limits) -> tuple[dict[str, object], str]:
-    """Return (the verdict of the test process, empty without one; how the processes ended where there is none)."""
+    """Return the verdict of the test process (empty without one), and without a verdict the reason."""
     questions, answers, task, verdict = os.pipe(), os.pipe(), os.pipe(), os.pipe()
     kept, passed_on = (task[1], verdict[0]), (task[0], verdict[1])
     started: list[subprocess.Popen[bytes]] = []
@@ -118,7 +124,10 @@ def _start(
     sandbox: Sandbox,
     folder: str,
 ) -> "subprocess.Popen[bytes]":
-    """Start one of the two processes of `isolated`; passed_on: file descriptors that it inherits besides the standard three."""
+    """Start one of the two processes of `isolated`.
+
+    passed_on: file descriptors to inherit, apart from the standard three.
+    """
     words = [role, str(limits.cpu_seconds), str(limits.memory_bytes), *map(str, passed_on)]
     command = sandboxed(sandbox, [sys.executable, "-I", "-c", _isolated_source(), *words])
     user = unprivileged_user(sandbox)
@@ -160,7 +169,7 @@ def _verdict(
 
 
 def _ending(status: int) -> str:
-    """Return how a process ended, by its status; a sandbox reports a signal as 128 more than its number."""
+    """Return how a process ended, from its status. A sandbox reports a signal as 128 plus its number."""
     number = -status if status < 0 else status - 128
     if number in {known.value for known in signal.Signals}:
         return f"ended by {signal.Signals(number).name}"
@@ -168,7 +177,7 @@ def _ending(status: int) -> str:
 
 
 def _kill_group(process: "subprocess.Popen[bytes]") -> None:
-    """End a process and its group, which is the whole sandbox."""
+    """Kill a process and its group, which is the whole sandbox."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -176,8 +185,10 @@ def _kill_group(process: "subprocess.Popen[bytes]") -> None:
 
 @contextmanager
 def _ending_orphans(sandbox: Sandbox) -> Iterator[None]:
-    """Without a sandbox, end in the end what the program has started, in whatever session, and hide the memory and environment of
-    this process from other processes of its user (root still sees them)."""
+    """Without a sandbox, kill on exit all processes that the program has started, even in other sessions.
+
+    Until then, hide the memory and environment of this process from other processes of its user (root still sees them).
+    """
     if sandbox is not Sandbox.NONE or sys.platform != "linux":
         yield
         return

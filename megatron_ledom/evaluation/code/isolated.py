@@ -1,11 +1,11 @@
-"""The two processes in which a program that a model wrote meets its tests; both run this file's text and nothing else of the package.
+"""The two processes that run a model-written program and its tests. Both run this file and nothing else of the package.
 
-The *program process* holds the program; the *test process* holds the tests, calls the program's functions over a pipe, and alone
-can tell the evaluation that the tests came to their end. So nothing that the program does to its own process, such as leaving
-early with status 0, reading frames, or returning an object that equals everything, makes a test pass.
+The *program process* runs the program. The *test process* runs the tests, calls the program's functions over a pipe,
+and alone can report that the tests passed. So the program cannot make a test pass by acting on its own process, such as
+by exiting early with status 0, reading stack frames, or returning an object that equals everything.
 
-Messages are lines of JSON. Only plain values cross (`encode`); other objects, functions among them, arrive as one that equals
-nothing. What a function does to its arguments is done to the caller's.
+Messages are lines of JSON. Only plain values are transferred (`encode`); any other object, such as a function, arrives
+as an object that equals nothing. A function's changes to its arguments are applied to the caller's.
 """
 
 import builtins
@@ -21,12 +21,12 @@ from fractions import Fraction
 from typing import Any, TextIO
 
 MOST_MESSAGE_CHARACTERS = 2**24
-"""Of one message of the program: more is an error of it."""
+"""Maximum size of a message of the program. A longer one is an error."""
 PR_SET_DUMPABLE = 4
 
 
 def encode(value: Any) -> Any:
-    """Return `value` as JSON: plain values as they are, containers and long integers under the name of their kind."""
+    """Return `value` as JSON: plain values unchanged, containers and long integers under the name of their type."""
     if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
         value = value.item()
     if value is None or isinstance(value, bool | str):
@@ -52,7 +52,7 @@ def encode(value: Any) -> Any:
 
 
 def decode(message: Any) -> Any:
-    """Return the value of what `encode` made."""
+    """Return the value that `encode` encoded."""
     if not isinstance(message, dict):
         return message
     (kind, content), *_ = message.items()
@@ -97,16 +97,16 @@ def send(pipe: TextIO, message: Any) -> None:
 
 
 def described(error: BaseException) -> str:
-    """Return an exception in a line."""
+    """Return an exception as one line."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def serve() -> None:
-    """Be the program process: run the program that comes first, then its functions, as asked on standard input."""
+    """Run the program process: read the program and run it, then call its functions as requested on standard input."""
     requests, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     with open(os.devnull) as nothing:
         os.dup2(nothing.fileno(), 0)
-    os.dup2(2, 1)  # what the program prints is no answer
+    os.dup2(2, 1)  # keep the program's output out of the answers
     namespace: dict[str, Any] = {"__name__": "program"}
     try:
         exec(compile(json.loads(requests.readline()), "program.py", "exec"), namespace)
@@ -127,7 +127,7 @@ def serve() -> None:
 
 
 def change(argument: Any, value: Any) -> None:
-    """Make a container that was an argument what the function has made of it."""
+    """Give a container that was an argument the contents that the function left in it."""
     if isinstance(argument, list):
         argument[:] = value
     elif isinstance(argument, dict | set):
@@ -136,7 +136,7 @@ def change(argument: Any, value: Any) -> None:
 
 
 class Program:
-    """The program as the test process sees it: functions that are called in the other process."""
+    """The program as seen from the test process: its functions, which run in the other process."""
 
     def __init__(self, source: str) -> None:
         self._answers, self._requests = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
@@ -156,10 +156,10 @@ class Program:
         return answer
 
     def function(self, name: str) -> Callable[..., Any]:
-        """Return what calls a function of the program."""
+        """Return a function that calls a function of the program."""
 
         def call(*args: Any, **named: Any) -> Any:
-            """Call it over there, and return or raise what it does."""
+            """Call the function in the program process, and return its value or raise its exception."""
             send(self._requests, [name, list(map(encode, args)), {key: encode(value) for key, value in named.items()}])
             answer = self._receive()
             if "raised" not in answer:
@@ -175,11 +175,12 @@ class Program:
 
 
 def run_tests(given: int, verdict: int) -> None:
-    """Be the test process: read [source, prelude, tests, entry point] from the file descriptor `given`, run the tests, and write
-    {"passed", "reason"} to `verdict`.
+    """Run the test process: read the task, run the tests, and write the verdict.
 
-    Only the entry point is the program's; its helpers are those of the prelude. Without an entry point all functions of the
-    program are taken that are named like nothing of the tests' own and no builtin, which the program would else replace.
+    The file descriptor `given` supplies [source, prelude, tests, entry point]. The verdict, {"passed", "reason"}, goes
+    to the file descriptor `verdict`. Only the entry point is taken from the program; helpers come from the prelude.
+    Without an entry point all functions of the program are taken, except those that would replace a builtin or a name
+    of the tests.
     """
     hide()
     with os.fdopen(given) as pipe:

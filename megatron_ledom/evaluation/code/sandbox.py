@@ -1,4 +1,4 @@
-"""Where programs that a model wrote run: inside bubblewrap, or, if the user insists, without a sandbox."""
+"""The sandbox of model-written programs: bubblewrap, or none if the user requests it."""
 
 import logging
 import os
@@ -15,16 +15,19 @@ from megatron_ledom.errors import UsageError
 log = logging.getLogger(__name__)
 
 SYSTEM_FOLDERS = ("/usr", "/lib", "/lib32", "/lib64", "/bin", "/sbin", "/etc/ld.so.cache", "/etc/alternatives")
-"""What Python and its libraries need of the system; read only inside."""
+"""Folders that Python and its libraries need. They are read-only inside the sandbox."""
 SCRATCH_BYTES = 2**24
-"""Size of each of the two folders that a program may write to, /tmp and /dev/shm; they are memory, and gone with the program."""
+"""Size of each folder that a program may write to, /tmp and /dev/shm. Both are in memory and end with the program."""
 NOBODY = 65534
-"""User and group that root runs programs as: root is bound by no limit of processes, and may read everything."""
+"""User and group of programs if this process is root: no process limit applies to root, and root may read everything."""
 
 
 class Sandbox(StrEnum):
-    """bwrap: own user, process, network, mount, IPC and host name spaces; no file of the user is there, nothing but an empty /tmp
-    and /dev/shm can be written, and all that the program has started ends with it. none: limits and an empty environment only."""
+    """The sandbox of programs.
+
+    bwrap: separate user, process, network, mount, IPC and host namespaces, without the user's files. Only an empty /tmp
+    and /dev/shm are writable, and all processes of the program end with it. none: limits and an empty environment only.
+    """
 
     BWRAP = "bwrap"
     NONE = "none"
@@ -36,37 +39,37 @@ def sandboxed(sandbox: Sandbox, command: list[str]) -> list[str]:
 
 
 def check_sandbox(sandbox: Sandbox) -> None:
-    """Refuse a sandbox that does not work on this machine, before anything else is done. Raises UsageError."""
+    """Raise UsageError if the sandbox does not work on this machine."""
     remedy = (
-        "install it (Debian: apt install bubblewrap), or pass --sandbox none if this machine, best a container without network or"
-        " secrets, may run such programs as it is"
+        "install it (Debian: apt install bubblewrap), or pass --sandbox none if this machine may run such programs without a sandbox,"
+        " preferably in a container without network or secrets"
     )
     if sandbox is Sandbox.BWRAP and shutil.which("bwrap") is None:
         raise UsageError(f"programs that a model wrote run inside bubblewrap, which is not installed: {remedy}")
     if os.geteuid() == 0 and unprivileged_user(sandbox) is None:
         log.warning(
-            "this process is root, and its Python (%s) cannot be used by an unprivileged user: programs run as root with --sandbox"
-            " %s, and the limit of processes has no effect; evaluate as an ordinary user",
+            "this process is root, and an unprivileged user cannot run its Python (%s): programs run as root with --sandbox %s,"
+            " without a process limit; run the evaluation as an ordinary user",
             sys.executable,
             sandbox,
         )
-    if sandbox is Sandbox.BWRAP and (told := _fault(sandbox, unprivileged_user(sandbox))):
-        raise UsageError(f"bubblewrap does not work on this machine ({told}): allow it user namespaces, or {remedy}")
+    if sandbox is Sandbox.BWRAP and (problem := _problem(sandbox, unprivileged_user(sandbox))):
+        raise UsageError(f"bubblewrap does not work on this machine ({problem}): allow it user namespaces, or {remedy}")
 
 
 @cache
 def unprivileged_user(sandbox: Sandbox) -> int | None:
-    """Return the user and group id that programs run as if this process is root; None for its own, as where Python is root's alone."""
-    return NOBODY if os.geteuid() == 0 and not _fault(sandbox, NOBODY) else None
+    """Return the user and group id of programs if this process is root and they can run its Python; None for its own."""
+    return NOBODY if os.geteuid() == 0 and not _problem(sandbox, NOBODY) else None
 
 
 def as_user(user: int | None) -> dict[str, Any]:
-    """Return what subprocess needs to run a command as this user; nothing for None."""
+    """Return the subprocess arguments that run a command as this user; none for None."""
     return {} if user is None else {"user": user, "group": user, "extra_groups": []}
 
 
-def _fault(sandbox: Sandbox, user: int | None) -> str:
-    """Return why Python does not start in the sandbox as this user; empty if it does."""
+def _problem(sandbox: Sandbox, user: int | None) -> str:
+    """Return the error with which Python starts in the sandbox as this user; empty if it starts."""
     command = sandboxed(sandbox, [sys.executable, "-I", "-c", ""])
     try:
         done = subprocess.run(
@@ -79,7 +82,7 @@ def _fault(sandbox: Sandbox, user: int | None) -> str:
 
 @cache
 def _bubblewrap() -> tuple[str, ...]:
-    """The options: a view of the file system with Python alone in it."""
+    """Return the bubblewrap command for a file system that contains only Python."""
     found = [folder for folder in SYSTEM_FOLDERS if Path(folder).exists()]
     prefixes = dict.fromkeys(str(Path(prefix).resolve()) for prefix in (sys.base_prefix, sys.prefix))
     inside = [prefix for prefix in prefixes if not prefix.startswith(("/usr/", "/lib/")) and prefix != "/usr"]

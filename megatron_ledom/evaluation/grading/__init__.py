@@ -1,1 +1,1 @@
-"""Reading an answer out of a text, and deciding if it is right."""
+"""Read the answer of a text, and decide if it is right."""

@@ -1,6 +1,6 @@
-"""Reading and comparing answers: the final answer of a text (`Answers`), and a written field beside its accepted answers (`Comparison`).
+"""Read and compare answers: the final answer of a text (`Answers`), or a written field (`Comparison`).
 
-Answers are compared by number, by text, or by math-verify (an extra); written fields by math-verify, or by their spellings.
+Answers are compared by number, by text, or by math-verify (an extra); written fields by math-verify, or by spelling.
 """
 
 import re
@@ -28,9 +28,9 @@ MINUS_DOLLAR = re.compile(r"(?<![\w$])- ?\$ ?(\d[\d,]*(?:\.\d+)?)(?![^\n]*\$)")
 THIN_SPACE = re.compile(r"\\!\s*")
 WORD = re.compile(r"[^\W\d_]{2,}")
 MOST_NAME = 60
-"""Characters of an answer in words, such as a name."""
+"""Maximum characters of an answer in words, such as a name."""
 DELIMITERS = ("$", "\\boxed", "\\(", "\\[")
-"""By these math-verify finds the formulas of a text."""
+"""Marks by which math-verify finds the formulas of a text."""
 MIXED = re.compile(r"(?<![\w.,/])(\d+)[ \u00a0]+(\d+)/(\d+)(?![\w/])")
 SCIENTIFIC = re.compile(r"(?<![\w.])\d{1,30}(?:\.\d{1,30})?[eE][-+]?\d{1,2}(?!\w|\.\d)")
 BASE = re.compile(r"(?<![\w.])(\d[0-9A-Z]*) ?\(?(?:in )?base[ -]?(\d+)(?!\w)\)?")
@@ -38,9 +38,10 @@ BASES = {"two": "2", "three": "3", "four": "4", "five": "5", "six": "6", "seven"
 NAMED_BASE = re.compile(rf"(?<=\d)_\{{?(?:\\text\{{)? ?({'|'.join(BASES)})(?![a-z]) ?\}}?\}}?")
 BARE_FUNCTION = re.compile(rf"(?<![\\a-zA-Z])({FUNCTIONS})(?=[ (_^\d])")
 PLAIN_NUMBER = re.compile(r"\s*-?[^-+*/^=!|\\{}%]*")
-"""A text without operators: if it is a number, the number grader can read it."""
+"""A text without operators. If it is a number, the number grader can read it."""
 SMALL, EXACT, ROUNDED = 1e-3, 1e-9, 1e-2
-"""Numbers below SMALL are different ones if they differ by more than this share, exact ones and those with decimals."""
+"""Numbers below SMALL are different if they differ by more than this fraction: EXACT, or ROUNDED for those with decimals.
+"""
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 DASH = re.compile("[\u2010-\u2013\u2212\ufe63\uff0d\u2796]")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -48,41 +49,44 @@ SIGN = re.compile(r"(?:(?<=[\s(=:,;])|^)-(?=[$€£¥(\s]*\.?\d)")
 POINT = re.compile(r"(?<![\w.])\.(?=\d)")
 BETWEEN = re.compile(rf"(?<=\d)[{re.escape(string.punctuation)}]+(?=[-(]*\d)")
 AFTER = re.compile(r"(?<=\w)[+#]+(?!\w)")
-"""Punctuation that is part of an answer: of a number, or of a name such as C++."""
+"""Punctuation that belongs to an answer: to a number, or to a name such as C++."""
 KEPT = 0xE000
-"""Where kept punctuation is while the other is removed: in the private characters of Unicode."""
+"""Offset that moves kept punctuation to the private characters of Unicode while other punctuation is removed."""
 
 
 class Answers(Protocol):
-    """How answers are read and compared."""
+    """A way to read and compare answers."""
 
     def read(self, text: str) -> Any | None:
-        """Return the final answer of a text; None where there is none, or its value is not certain."""
+        """Return the final answer of a text, or None if there is none or its value is not certain."""
 
     def read_gold(self, text: str) -> Any | None:
-        """Return the right answer that a text is, or ends with behind `####` or in `\\boxed`; None where it cannot be read."""
+        """Return the right answer: the text, or its end after `####` or in `\\boxed`. None if it cannot be read."""
 
     def is_same(self, gold: Any, answer: Any) -> bool:
-        """Return whether two answers that were read are the same."""
+        """Return True if two read answers are the same."""
 
 
 def answers_by(kind: str) -> Answers:
-    """`number`: the number that a text ends with. `text`: all of it. `math`: math-verify, for any formula."""
+    """Return the answers of this kind: `number`, `text` or `math`.
+
+    `number` is the last number of a text, `text` the whole text, `math` any formula (math-verify).
+    """
     kinds: dict[str, type[Answers]] = {"number": NumberAnswers, "text": TextAnswers, "math": MathAnswers}
     if kind not in kinds:
-        raise UsageError(f"answers by {kind!r} are unknown; it can be one of {', '.join(kinds)}")
+        raise UsageError(f"answers cannot be compared by {kind!r}; it can be one of {', '.join(kinds)}")
     return kinds[kind]()
 
 
 def is_right(answers: Answers, gold: str, text: str) -> bool:
-    """Return whether the final answer of a text is `gold`; DataError where that cannot be read."""
+    """Return True if the final answer of a text is `gold`. Raises DataError if `gold` cannot be read."""
     (right,) = read_golds(answers, [("right answer", gold)])
     found = answers.read(text)
     return found is not None and answers.is_same(right, found)
 
 
 def read_golds(answers: Answers, golds: Sequence[tuple[str, str]]) -> list[Any]:
-    """Return the right answers of (where, text) as they are read; DataError counts and names those that cannot be."""
+    """Return the right answers of pairs (where, text). Raises DataError with the number and places of unreadable ones."""
     found = [answers.read_gold(text) for _, text in golds]
     unread = [f"{where}: {text[:60]!r}" for (where, text), one in zip(golds, found, strict=True) if one is None]
     if unread:
@@ -94,7 +98,7 @@ def read_golds(answers: Answers, golds: Sequence[tuple[str, str]]) -> list[Any]:
 
 
 def classes_of(texts: Sequence[str], answers: Answers) -> list[int | None]:
-    """For each text the number of its class of same answers, in order of appearance; None where it has no answer."""
+    """Return for each text the number of its class of equal answers, in order of appearance; None without an answer."""
     known: list[Any] = []
     classes: list[int | None] = []
     for text in texts:
@@ -111,14 +115,17 @@ def classes_of(texts: Sequence[str], answers: Answers) -> list[int | None]:
 
 
 class NumberAnswers:
-    """The number after the last `####` of a text, in its last `\\boxed`, else its last one; 3, 3.0 and 6/2 are the same."""
+    """The number after the last `####` of a text, in its last `\\boxed`, else its last number.
+
+    3, 3.0 and 6/2 are the same.
+    """
 
     def read(self, text: str) -> Fraction | None:
         """See `Answers.read`."""
         return final_number(text)
 
     def read_gold(self, text: str) -> Fraction | None:
-        """See `Answers.read_gold`. A text with several numbers and no mark is no right answer."""
+        """See `Answers.read_gold`. A text with several numbers and no mark cannot be read."""
         return sole_number(text)
 
     def is_same(self, gold: Fraction, answer: Fraction) -> bool:
@@ -143,17 +150,20 @@ class TextAnswers:
 
 
 class MathAnswers:
-    """Answers as math-verify reads and compares them."""
+    """Answers that math-verify reads and compares."""
 
     def __init__(self) -> None:
         try:
             import math_verify
         except ImportError as error:
-            raise UsageError("answers by math need math-verify: pip install 'megatron-ledom[evaluation]'") from error
+            raise UsageError("answers by math need math-verify; run pip install 'megatron-ledom[evaluation]'") from error
         self._library = math_verify
 
     def read(self, text: str) -> list[Any] | None:
-        """See `Answers.read`. A formula that nothing marks is looked for behind "the answer is", else it is the whole of a short text."""
+        """See `Answers.read`.
+
+        A formula without marks is read after "the answer is", else it is the whole of a short text.
+        """
         marked = after_mark(text)
         shown = _signed_box(_plain(text if marked is None else marked))
         if shown is None:
@@ -175,7 +185,7 @@ class MathAnswers:
         return found or (self._formula(formula) if 0 < len(formula) < MOST_NAME else None)
 
     def read_gold(self, text: str) -> list[Any] | None:
-        """See `Answers.read_gold`. What has no dollar signs and no box is a formula as a whole."""
+        """See `Answers.read_gold`. A text without dollar signs and box is one formula."""
         marked = after_mark(text)
         shown = (_signed_box(_plain(text if marked is None else marked)) or "").strip()
         boxed = last_boxed(shown)
@@ -187,32 +197,37 @@ class MathAnswers:
 
     def is_same(self, gold: list[Any], answer: list[Any]) -> bool:
         """See `Answers.is_same`."""
-        has_same_base = _base_of(gold) == _base_of(answer)  # math-verify leaves the base away
+        has_same_base = _base_of(gold) == _base_of(answer)  # math-verify ignores the base
         return has_same_base and bool(self._library.verify(gold, answer)) and not _differ(gold, answer)
 
 
 class Comparison(Protocol):
-    """How an answer is compared with the accepted ones."""
+    """A way to compare an answer with the accepted ones."""
 
     def check(self, accepted: Sequence[Sequence[str]]) -> None:
-        """Refuse accepted answers, in the order of the items, that cannot be compared with. Raises DataError."""
+        """Raise DataError for accepted answers, in the order of the items, that cannot be read."""
 
     def is_right(self, accepted: Sequence[str], answer: str) -> bool:
         """Return True if `answer`, the whole of a written field, is one of `accepted`."""
 
 
 def comparison_by(kind: str) -> Comparison:
-    """`math`: math-verify, for numbers and formulas. `alias`: equal but for case, punctuation, articles and white space."""
+    """Return the comparison of this kind: `math` or `alias`.
+
+    `math` is math-verify, for numbers and formulas. `alias` ignores case, punctuation, articles and white space.
+    """
     if kind == "math":
         return MathComparison()
     if kind == "alias":
         return AliasComparison()
-    raise UsageError(f"answers by {kind!r} are unknown; it can be one of math, alias")
+    raise UsageError(f"answers cannot be compared by {kind!r}; it can be one of math, alias")
 
 
 class MathComparison:
-    """math-verify. The whole field is the answer, so it is read as one formula; of an answer without LaTeX, such as "18 dollars",
-    the number in it counts as well."""
+    """Comparison by math-verify.
+
+    The whole field is read as one formula. For an answer without LaTeX, such as "18 dollars", its number counts as well.
+    """
 
     def __init__(self) -> None:
         self._answers = answers_by("math")
@@ -222,7 +237,7 @@ class MathComparison:
         read_golds(self._answers, [(f"item {number}", gold) for number, golds in enumerate(accepted) for gold in golds])
 
     def is_right(self, accepted: Sequence[str], answer: str) -> bool:
-        """See `Comparison.is_right`; DataError where an accepted answer cannot be read."""
+        """See `Comparison.is_right`. Raises DataError if an accepted answer cannot be read."""
         golds = read_golds(self._answers, [("right answer", gold) for gold in accepted])
         reads = [self._answers.read_gold(answer), *([self._answers.read(answer)] if "\\" not in answer else [])]
         found = [read for read in reads if read is not None]
@@ -230,7 +245,7 @@ class MathComparison:
 
 
 class AliasComparison:
-    """For questions with several accepted spellings; only the first line of an answer counts."""
+    """Comparison for questions with several accepted spellings. Only the first line of an answer counts."""
 
     def check(self, accepted: Sequence[Sequence[str]]) -> None:
         """See `Comparison.check`."""
@@ -247,7 +262,10 @@ class AliasComparison:
 
 
 def _plain(text: str) -> str:
-    """One spelling of signs, bases and functions, no currency, and `1e5` written out, which math-verify takes for Euler's number."""
+    """Unify the spelling of signs, bases and functions, remove currency, and expand `1e5`.
+
+    math-verify reads the e of `1e5` as Euler's number.
+    """
     text = MINUS_DOLLAR.sub(r"-\1", THIN_SPACE.sub("", with_signs(text).replace("\\$", "")))
     text = BASE.sub(r"\1_{\2}", NAMED_BASE.sub(lambda found: f"_{{{BASES[found[1]]}}}", text))
     text = BARE_FUNCTION.sub(r"\\\1", text)
@@ -255,7 +273,7 @@ def _plain(text: str) -> str:
 
 
 def _signed_box(text: str) -> str | None:
-    """Return a text with the sign in front of its last box inside of it; None where the box is a part of a larger formula."""
+    """Return a text with the sign before its last box moved into it, or None if the box is a part of a larger formula."""
     boxed = last_boxed(text)
     if boxed is None:
         return text
@@ -270,7 +288,10 @@ def _signed_box(text: str) -> str | None:
 def _certain(
     read: list[Any], formula: str | None, number_in: Callable[[str], Fraction | None] = sole_number
 ) -> list[Any] | None:
-    """Return what math-verify read; None where it read a part of a number: where the number grader reads another value, or none."""
+    """Return the result of math-verify, or None if it read only a part of a number.
+
+    Then the number grader reads another value or none.
+    """
     number = _number_of(read)
     if formula is None or number is None or "%" in formula or _base_of(read) is not None:
         return read or None
@@ -286,7 +307,7 @@ def _as_fraction(found: re.Match[str]) -> str:
 
 
 def _differ(gold: list[Any], answer: list[Any]) -> bool:
-    """Return True if both are small numbers and not equal: math-verify compares six decimals, to which 1/2004! and 1/2006! are both 0."""
+    """Return True if both are small, unequal numbers. math-verify compares six decimals, so 1/2004! equals 1/2006! there."""
     numbers = [number for number in map(_number_of, (gold, answer)) if number is not None]
     if len(numbers) < 2:
         return False
@@ -297,7 +318,7 @@ def _differ(gold: list[Any], answer: list[Any]) -> bool:
 
 
 def _base_of(read: list[Any]) -> str | None:
-    """The base of a number such as 52_8; None where none is written."""
+    """Return the base of a number such as 52_8, or None."""
     written = re.fullmatch(
         r"(?:[^=]*=)?[-\s]*[0-9A-Z\s]+_\{?\s*(\d+)\s*\}?[\s.]*", next((found for found in read if isinstance(found, str)), "")
     )
@@ -305,12 +326,15 @@ def _base_of(read: list[Any]) -> str | None:
 
 
 def _number_of(read: list[Any]) -> Any | None:
-    """The first of what math-verify read that is a number."""
+    """Return the first number that math-verify read, or None."""
     return next((found for found in read if getattr(found, "is_number", False) is True), None)
 
 
 def _normalized(text: str) -> str:
-    """Return words without case, punctuation and articles, and numbers with their signs; what is only articles stays as it is."""
+    """Return words without case, punctuation and articles, and numbers with their signs.
+
+    A text of articles alone keeps them.
+    """
     text = THOUSANDS.sub(lambda found: found[0].replace(",", ""), DASH.sub("-", text.lower()))
     for pattern in (BETWEEN, SIGN, POINT, AFTER):
         text = pattern.sub(lambda found: "".join(chr(KEPT + ord(character)) for character in found[0]), text)

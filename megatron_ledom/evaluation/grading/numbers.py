@@ -1,9 +1,10 @@
-"""The number that a text gives as its answer: its exact value, or None where the value is not certain; never a part of a number.
+"""Read the number that is the answer of a text: its exact value, or None if the value is not certain.
 
-A *group* is a run of numbers that belong together: `3/4`, `1 1/2`, `1,2,3`, `10 - 3`. It has a value only if it is one number as a
-whole and the text around it leaves that value alone, as `7\pi`, `x^2` or `3:05` do not.
+It never reads a part of a number. A *group* is a run of numbers that belong together: `3/4`, `1 1/2`, `1,2,3`, or
+`10 - 3`. It has a value only if the whole is one number and the surrounding text does not change the value. So `7\pi`,
+`x^2` and `3:05` have no value.
 
-Texts with numbers, in one plain spelling: ASCII digits and signs, `a/b` for fractions, no LaTeX or HTML around them.
+Normalized texts have one spelling of numbers: ASCII digits and signs, `a/b` for fractions, no LaTeX or HTML around them.
 """
 
 import html
@@ -15,7 +16,7 @@ from fractions import Fraction
 CURRENCY = r"(?:(?:US|AU|CA|NZ|HK|(?<![A-Za-z])[A-Z])?[$£¥฿¢₠-₿]|(?<![A-Za-z])(?:USD|EUR|GBP|CAD|AUD|INR|JPY|CNY|CHF|Rs\.?)(?![A-Za-z]))"
 FUNCTIONS = "log|ln|lg|exp|(?:arc)?(?:sin|cos|tan|cot|sec|csc)h?|gcd|max|min|det"
 UNREAD = "\ufffd"
-"""Stands where a number goes on in a way that is not read: the numbers beside it have no value."""
+"""Marks a place where a number continues in an unknown way. The adjacent numbers have no value."""
 FONT_COMMANDS = r"text|textbf|textit|textrm|mathrm|mathbf|mathit|mathsf|mbox|boldsymbol|bm|underline|boxed|fbox"
 LENGTHS = r"(?:mm|cm|dm|km|m|ft|in|yd|mi|units?|feet|foot|inch|inches|meters?|metres?|yards?|miles?)"
 BRACED = r"\\[dtc]?frac ?(?:\{ ?(SIGN\d+) ?\}|(\d)) ?(?:\{ ?(SIGN\d+) ?\}|(\d))"
@@ -45,11 +46,11 @@ REWRITES = [
     (re.compile(r"(?<=[\w)])\*\*(?=[\w(])"), "^"),
     (re.compile(r"\*\*|__|`"), ""),
     (re.compile(r"(?<![\w)*\s])\*(?=[^\s*])|(?<=\s)\*(?=[^\s*][^*\n]*\*)|^\*(?=[^\s*])|(?<=\w)\*(?=\W|$)(?!\s*[\w(])"), ""),
-    (re.compile(rf"(\d ?{LENGTHS}) ?\^? ?[23](?![\d.])"), r"\1"),  # the exponent of a unit is no number
+    (re.compile(rf"(\d ?{LENGTHS}) ?\^? ?[23](?![\d.])"), r"\1"),  # the exponent of a unit is not a number
 ]
 ORDINALS = {"ˢᵗ": "st", "ⁿᵈ": "nd", "ʳᵈ": "rd", "ᵗʰ": "th"}
 NUMBERED = r"[-+({\[$.\\]*(?:left\W*|[dtc]?frac\W*|boxed\W*)?\d"
-"""What may follow a sign: a number, perhaps in brackets or a box."""
+"""Text that may follow a sign: a number, perhaps in brackets or a box."""
 SIGN_WORDS = [
     (re.compile(r"(?i)\bplus(?: or |[-/ ]*)minus\b ?"), "±"),
     (re.compile(rf"(?i)\bneg(?:ative|\.)? ?-? ?(?={CURRENCY}? ?{NUMBERED})"), "-"),
@@ -74,7 +75,7 @@ CHARACTERS = str.maketrans(
 
 
 def normalized(text: str) -> str:
-    """Return a text whose numbers are spelled in one way; what it says stays the same."""
+    """Return the text with one spelling of numbers. The meaning stays the same."""
     text = unicodedata.normalize("NFKC", _unmerged(text)).translate(CHARACTERS)
     if not text.isascii():
         text = "".join(str(unicodedata.decimal(character, character)) for character in text)
@@ -85,7 +86,10 @@ def normalized(text: str) -> str:
 
 
 def with_signs(text: str) -> str:
-    """Return a text, LaTeX as it is, with one spelling of the minus, indices and exponents that stay such, and UNREAD in a number."""
+    """Return the text, its LaTeX unchanged, with one spelling of signs.
+
+    Indices and exponents are kept; UNREAD marks unknown parts.
+    """
     text = _unmerged(text)
     for pattern, by in SIGN_WORDS:
         text = pattern.sub(by, text)
@@ -93,7 +97,7 @@ def with_signs(text: str) -> str:
 
 
 def _unmerged(text: str) -> str:
-    """Return a text in which no index, exponent, mark or sign would be lost or become a digit of the number beside it."""
+    """Return the text such that NFKC turns no index, exponent or mark into a digit of the adjacent number."""
     text = ENTITY.sub(lambda found: html.unescape(found.group()), text).translate(CHARACTERS)
     text = re.sub(r"(?<=\d)[’‘‛´ʼʹ`′＇](?=\d)", "'", text)
     if text.isascii():
@@ -104,7 +108,7 @@ def _unmerged(text: str) -> str:
 
 
 def _kind(character: str) -> str:
-    """How NFKC would change a character: `super`, `sub`, `number` (a circled one and the like); else empty."""
+    """Return the change that NFKC makes to a character: `super`, `sub`, `number` (such as a circled one), or empty."""
     if character.isascii():
         return ""
     kind = unicodedata.decomposition(character).partition(">")[0].removeprefix("<")
@@ -123,7 +127,7 @@ def _spelled(kind: str, run: str) -> str:
 
 
 def _fraction(found: re.Match[str]) -> str:
-    """`\\frac` as `a/b` with the sign of both in front; UNREAD where a digit stands before a signed one."""
+    """Return `\\frac` as `a/b` with one sign before it. UNREAD replaces a signed fraction after a digit."""
     above, below = (str(found[1 + first] or found[2 + first]).replace(" ", "") for first in (1, 3))
     digit, is_signed = found["digit"] or "", (above + below).strip("0123456789") != ""
     if digit:
@@ -134,9 +138,9 @@ def _fraction(found: re.Match[str]) -> str:
 
 MOST_DIGITS = 300
 CONTEXT = 60
-"""Characters around a group that can change its value."""
+"""Number of characters around a group that can change its value."""
 BOX = "\ue000"
-"""Stands for a box while the text in front of it is normalized."""
+"""Replaces a box while the text before it is normalized."""
 RAW = r"(?:\.?\d(?:[\d.,'_]*\d)?(?:[eE][-+]?\d+(?!\w|\.\d))?)"
 OPERATOR = (
     r"(?:[-+*/×÷·^—;、]|,(?: ?(?:and|or)(?![a-z]))?|:(?=\d)|(?<= ):|[xX](?= ?[\d(])"
@@ -152,7 +156,7 @@ FORMS = [
     re.compile(r"10 ?\^ ?\(?(?P<exponent>[-+]?\d+)"),
     re.compile(r"(?:(?P<whole>\d+)(?: | and ))?(?P<above>\d+) ?/ ?(?P<below>\d+)"),
 ]
-"""A number; one with a power of ten; a power of ten; a fraction, perhaps behind a whole number."""
+"""A number; a number with a power of ten; a power of ten; a fraction, perhaps after a whole number."""
 MULTIPLIERS = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 MULTIPLIERS |= {f"{name}s": factor for name, factor in MULTIPLIERS.items()} | {"mn": 10**6, "bn": 10**9, "tn": 10**12}
 UNCERTAIN = re.compile(
@@ -160,14 +164,14 @@ UNCERTAIN = re.compile(
     r"|plus|minus|negative|base|binary|octal|hexadecimal|half|halves|thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten)ths?"
     r"|(?:hundred|thousand|million)ths?)|[^aAIgmshlLtCFVWJN]"
 )
-"""Words that change the value of the number in front of them, and single letters that may be variables."""
+"""Words that change the value of the number before them, and single letters that may be variables."""
 UNITS = re.compile(
     r"st|nd|rd|th|[mcdk]?m|mi|ft|in|yd|[mk]?g|t|lbs?|oz|m[lL]|cl|[lL]|s|secs?|mins?|h|hrs?|ms|[ap]m|[AP]M|mph|kph|kWh|k?W|[VJNc]|Hz"
     r"|[kMGT]B|cents?|dollars|USD|EUR|hours?|minutes?|days?|years?|degrees|percent"
 )
-"""Words that may stand at a number without a space and leave its value alone."""
+"""Units that may follow a number without a space and do not change its value."""
 NUMERALS = "十百千万萬億亿兆点點십백천만억조"
-"""Characters that multiply the number in front of them, or put a decimal point behind it."""
+"""Characters that multiply the number before them, or add a decimal point after it."""
 STYLES = r"text|textbf|textit|textrm|mathrm|mathbf|mbox|quad|qquad|approx|Rightarrow|rightarrow|implies"
 COMMANDS_BEFORE = re.compile(rf"\\(?:{STYLES}|Longrightarrow|longrightarrow|therefore|equiv|sim|simeq|item)$")
 COMMANDS_AFTER = re.compile(
@@ -180,12 +184,12 @@ GREATER = re.compile(
 LESSER = re.compile(
     r" ?(?:months?|weeks?|days?|hours?|hrs?|h|minutes?|mins?|seconds?|secs?|s|yards?|feet|inch|inches|in|cm|mm|m|g|grams?|ounces?|oz|cents?)\b"
 )
-"""What stands before and behind the second part of a quantity such as `3 hours 20 minutes`."""
+"""Text before (GREATER) and after (LESSER) the second part of a quantity such as `3 hours 20 minutes`."""
 BOUND = re.compile(
     r"(?:(?:%|percent|\d ?/ ?\d+) of|\d ?(?:,|;|and) ?[a-zA-Z] ?[=:]|\b(?:not|twice|double|triple|half|times|divided by|plus|minus)"
     r"|\b(?i:half|negative|opposite|reciprocal|inverse|square|cube|root|logarithm|log|factorial|absolute value)(?: of)(?: the)?) ?$"
 )
-"""A share of the number, a second variable, a number that is denied, a function in words."""
+"""A fraction of the number, a second variable, a negated number, or a function in words."""
 FUNCTION = re.compile(
     r"(?i:(?<![a-z])(?:log|ln|lg|lb|exp|a(?:rc)?(?:sin|cos|tan|cot|sec|csc)h?|(?:sin|cos|tan|cot|sec|csc)h?|sqrt|cbrt|root|gcd|lcm|hcf"
     r"|max|min|mod|det|abs|floor|ceil|round|sgn|sign|base|binomial))\}?"
@@ -195,7 +199,7 @@ VARIABLE = re.compile(r"(?:^|[^\w'.])[b-zB-HJ-Zα-ωΑ-Ω] ?$")
 DANGLING = re.compile(
     r"(?:^|[\s=:({\[$≈,])-(?:[^\s\d\w-]{0,3}[A-Za-z]{0,4}|\\[a-zA-Z]+)[^\s\d\w]{0,3} ?$|(?<![\w)])-[({\[][^(){}\[\]\n]*$|(?:^|[\s=:(])[—―─]$"
 )
-"""A sign that belongs to something that stands between it and the number."""
+"""A sign that is separated from the number by something else."""
 OPENED = r"(?:[({\[]|\\[(\[])"
 CLOSED = re.compile(r"(?: ?(?:[)}\]]|\\[)\]]))+")
 ANSWER = re.compile(r"(?i)\banswer\b\s*(?:is\b\s*:?|[:=])")
@@ -206,7 +210,7 @@ PREFIX = re.compile(
 
 
 def final_number(text: str) -> Fraction | None:
-    """Return the number after the last `####`, in the last `\\boxed`, in the last sentence "the answer is", else the last one."""
+    """Return the number after the last `####`, in the last `\\boxed`, after "the answer is", else the last number."""
     marked, boxed = after_mark(text), last_boxed(text)
     if marked is not None:
         return _first(normalized(marked)) if last_boxed(marked) is None else sole_number(marked)
@@ -221,7 +225,7 @@ def final_number(text: str) -> Fraction | None:
 
 
 def sole_number(text: str) -> Fraction | None:
-    """Return the number of a right answer: after its last `####`, in its last `\\boxed`, or the only one of all of it."""
+    """Return the number of a right answer: after its last `####`, in its last `\\boxed`, or its only number."""
     marked = after_mark(text)
     shown = text if marked is None else marked
     boxed = last_boxed(shown)
@@ -233,7 +237,7 @@ def sole_number(text: str) -> Fraction | None:
 
 
 def sign_of_box(text: str) -> int | None:
-    """Return 1 or -1 by what stands in front of the last `\\boxed`; None where the box is a part of a larger number or formula."""
+    """Return the sign (1 or -1) before the last `\\boxed`, or None if the box is a part of a larger number or formula."""
     begin, end = _box(text) or (0, len(text))
     start = max(text.rfind("\\boxed", 0, begin), text.rfind("\\fbox", 0, begin), 0)
     before, after = (normalized(part) for part in (f"{text[:start][-4 * CONTEXT :]}{BOX}", text[end + 1 :][: 4 * CONTEXT]))
@@ -254,19 +258,19 @@ def sign_of_box(text: str) -> int | None:
 
 
 def after_mark(text: str) -> str | None:
-    """Return the first line that is not empty after the last `####`; None where there is no mark."""
+    """Return the first line that is not empty after the last `####`, or None without a mark."""
     _, mark, rest = text.rpartition("####")
     return next((line for line in rest.splitlines() if line.strip()), "") if mark else None
 
 
 def last_boxed(text: str) -> str | None:
-    """Return what stands in the last `\\boxed{...}`; None where there is none, or it is not closed."""
+    """Return the content of the last `\\boxed{...}`, or None if there is none or it is not closed."""
     found = _box(text)
     return text[found[0] : found[1]] if found else None
 
 
 def _box(text: str) -> tuple[int, int] | None:
-    """Where the content of the last box begins and ends."""
+    """Return the begin and the end of the content of the last box, or None."""
     start = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if start < 0:
         return None
@@ -283,7 +287,7 @@ def _first(plain: str) -> Fraction | None:
 
 
 def _values(plain: str) -> list[Fraction | None]:
-    """The values of the groups of a normalized text, None for one without; of `3 * 6 = 18` only what stands last."""
+    """Return the values of the groups of a normalized text, None for one without a value. `3 * 6 = 18` gives only 18."""
     found: list[Fraction | None] = []
     end, is_chained = 0, False
     for group in GROUP.finditer(plain):
@@ -303,7 +307,7 @@ def _values(plain: str) -> list[Fraction | None]:
 
 
 def _value(group: str) -> Fraction | None:
-    """The value of a group without its sign; None where it is no single number."""
+    """Return the value of a group without its sign, or None if it is not a single number."""
     form = next(filter(None, (form.fullmatch(group) for form in FORMS)), None)
     if form is None or len(group) > MOST_DIGITS:
         return None
@@ -320,7 +324,7 @@ def _value(group: str) -> Fraction | None:
 
 
 def _sign(before: str) -> int | None:
-    """1 or -1 by the text in front of a group; None where that text makes it a part of something else."""
+    """Return the sign (1 or -1) from the text before a group, or None if that text changes its value."""
     prefix = PREFIX.search(before)
     assert prefix is not None
     rest, outer, inner = before[: prefix.start()], prefix["outer"], prefix["inner"]
@@ -341,7 +345,7 @@ def _sign(before: str) -> int | None:
 
 
 def _is_bound(rest: str, *, has_currency: bool) -> bool:
-    """Return True if the text that ends here goes on into the number behind it: a letter, an operator, a function, an inequality."""
+    """Return True if the number after this text belongs to it: after a letter, an operator, a function or an inequality."""
     near = rest.rstrip(" ")
     last = rest[-1:]
     if (_is_letter(last) and not has_currency) or last in ("_", "."):
@@ -364,7 +368,7 @@ def _is_bound(rest: str, *, has_currency: bool) -> bool:
 
 
 def _factor(after: str) -> int | None:
-    """By what the text behind a group multiplies it (`5 million`); None where it makes the number a part of something else."""
+    """Return the factor from the text after a group (`5 million`), or None if that text changes its value otherwise."""
     if re.match(
         rf" ?(?:{UNREAD}|[{NUMERALS}]|分之|\\_|‰|-?base|\{{ ?\d)|° ?\d|\.[({{\[\\]+\d| ?\((?:in )?(?:base|{'|'.join(MULTIPLIERS)})",
         after,
@@ -396,5 +400,5 @@ def _more_words(after: str) -> bool:
 
 
 def _is_letter(character: str) -> bool:
-    """Return True for a character of an alphabet that is written with spaces between words, unlike Chinese."""
+    """Return True for a letter of a script with spaces between words, unlike Chinese."""
     return character.isalpha() and ord(character) < 0x2E80

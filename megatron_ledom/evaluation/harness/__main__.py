@@ -1,6 +1,7 @@
-"""The harness's own `lm-eval run` with the model of this package: `python -m megatron_ledom.evaluation.harness --help`.
+"""`lm-eval run` of the harness with the model of this package: `python -m megatron_ledom.evaluation.harness --help`.
 
-Its options are the harness's; --model is `ledom`, and --model_args what `LedomLM` takes, such as pretrained=DIR,way=joint.
+The options are the harness's. --model is `ledom`, --model_args are the arguments of `LedomLM`, such as
+pretrained=DIR,way=joint.
 """
 
 import sys
@@ -10,7 +11,7 @@ from megatron_ledom.evaluation.harness import without_the_harness
 
 
 def main() -> None:
-    """Name the model to the harness, which loads it when it is asked for, and hand over."""
+    """Register the model with the harness, which loads it when needed, and run the harness."""
     try:
         from lm_eval.__main__ import cli_evaluate
         from lm_eval.api.registry import model_registry

@@ -1,4 +1,4 @@
-"""The model of this package as lm-evaluation-harness asks one; what it answers is said in `evaluation.harness`."""
+"""The model class for lm-evaluation-harness. The docstring of `evaluation.harness` explains its answers."""
 
 import logging
 import math
@@ -17,10 +17,10 @@ from megatron_ledom.evaluation.harness import without_the_harness
 from megatron_ledom.evaluation.harness.reverse_choices import (
     WAYS,
     among_choices,
-    asked_of_choices,
+    choice_requests,
     choices_of_documents,
     document_of,
-    scored_of,
+    requested_score,
     split_space,
 )
 from megatron_ledom.evaluation.multiple_choice import Pair
@@ -43,9 +43,9 @@ except ImportError as error:
 logger = logging.getLogger(__name__)
 DEFAULT_BATCH_SIZE = 16
 MAX_NEW_TOKENS = 256
-"""Of tasks that say nothing; the harness's own default."""
+"""Default of the harness for tasks that set no limit."""
 WINDOW_REQUESTS = 256
-"""How many requests are computed between two steps of the progress bar."""
+"""Requests per step of the progress bar."""
 SAMPLING_OPTIONS = ("temperature", "top_p", "top_k")
 Part = TypeVar("Part")
 Answer = TypeVar("Answer")
@@ -55,9 +55,10 @@ Answer = TypeVar("Answer")
 class LedomLM(LM):  # type: ignore[misc]
     """A model folder, or a loaded model, of either direction.
 
-    pretrained: folder, or a `ForwardLM` or `ReverseLM`. direction, eod_id, device, dtype: as `LanguageModel.from_pretrained`; by
-    default what config.json records, else forward. way: what a reverse model is asked of choices, one of WAYS. max_length: fewer
-    positions than the model has. max_batch_size: not needed, as wide batches are divided by themselves; the harness passes it.
+    pretrained: folder, or a `ForwardLM` or `ReverseLM`. direction, eod_id, device, dtype: as in
+    `LanguageModel.from_pretrained`; the default direction is the recorded one, else forward. way: the score of choices
+    by a reverse model, one of WAYS. max_length: a limit below the model's positions. max_batch_size: ignored, as large
+    batches are split automatically; the harness passes it.
     """
 
     def __init__(
@@ -94,24 +95,25 @@ class LedomLM(LM):  # type: ignore[misc]
         self._device = self._lm.model.device
 
     def get_model_info(self) -> dict[str, Any]:
-        """Return what the harness's results file says of the model."""
+        """Return the entries about the model for the harness's results file."""
         info = {"direction": str(self._lm.direction), "model_dtype": str(self._lm.model.dtype), "max_length": self.max_length}
         return {**info, "way": self._way} if self._is_reverse else info
 
     def set_cache_hook(self, cache_hook: Any) -> None:
-        """Let the harness keep answers (--use_cache); refused for a reverse model."""
+        """Let the harness cache answers (--use_cache). Raises UsageError for a reverse model."""
         if self._is_reverse:
             raise UsageError(
-                "the cache of the harness keeps answers by context and continuation alone, and those of a reverse model depend on"
-                " the other choices of the document; leave out --use_cache"
+                "the harness caches answers by context and continuation alone, but those of a reverse model depend on the other"
+                " choices of the document; run without --use_cache"
             )
         super().set_cache_hook(cache_hook)
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Of each (context, continuation): log P(continuation | context), and whether it is what greedy writing gives.
+        """Return log P(continuation | context) of each pair, and True if greedy decoding gives the continuation.
 
-        Of a reverse model: log P(choice | context, one of the document's choices) by `way`, and False. Raises UsageError for a
-        continuation without others to compare it with, DataError for choices that do not fit the model.
+        For a reverse model: log of the choice's probability, normalized over the document's choices, by `way`, and
+        False. Raises UsageError for a continuation without others to compare it with, DataError for choices that do not
+        fit the model.
         """
         if self._is_reverse:
             return self._choice_likelihoods(requests, disable_tqdm)
@@ -126,7 +128,7 @@ class LedomLM(LM):  # type: ignore[misc]
         return answers
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """log P of each whole text after the start symbol, in windows of `max_length` from where the model begins to read."""
+        """Return log P of each whole text after the start symbol, in windows of `max_length` in model order."""
         spans = [self._rolling_spans(*request.args) for request in requests]
         score = partial(score_spans, self._lm.model, batch_size=self.batch_size)
         flat = [span for row in spans for span in row]
@@ -134,15 +136,16 @@ class LedomLM(LM):  # type: ignore[misc]
         return [math.fsum(math.fsum(next(rows)) for _ in row) for row in spans]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return what a forward model writes behind each context, up to the first of the task's `until` strings, eod or the limit.
+        """Return a forward model's text after each context.
 
-        Raises UsageError for a reverse model and for options of writing that are not known here.
+        It ends before the first of the task's `until` strings, at eod or at the limit. Raises UsageError for a reverse
+        model and for unknown generation options.
         """
         if self._is_reverse:
             tasks = ", ".join(sorted({str(request.task_name) for request in requests}))
             raise UsageError(
-                f"{tasks}: the harness's prompts end where the answer is to begin, and a reverse model writes only in front of a text;"
-                " ledom evaluate has prompts with the answer in front"
+                f"{tasks}: the harness's prompts need text after them, and a reverse model writes only before a text; use ledom evaluate,"
+                " whose prompts for a reverse model follow the answer"
             )
         groups: dict[str, list[int]] = {}
         for number, request in enumerate(requests):
@@ -160,24 +163,29 @@ class LedomLM(LM):  # type: ignore[misc]
 
     def _choice_likelihoods(self, requests: Sequence[Any], disable_tqdm: bool) -> list[tuple[float, bool]]:
         documents, tokenizer = choices_of_documents(requests), self._lm.tokenizer
-        room = self.max_length - 1  # of which eod takes one
-        asked = {
-            document: asked_of_choices(found, self._way, tokenizer, room, document) for document, found in documents.items()
+        room = self.max_length - 1  # eod takes one position
+        score_requests = {
+            document: choice_requests(found, self._way, tokenizer, room, document) for document, found in documents.items()
         }
-        pairs = list(dict.fromkeys(pair for row in asked.values() for one in row for pair in (one.pair, one.prior) if pair))
+        pairs = list(
+            dict.fromkeys(pair for row in score_requests.values() for one in row for pair in (one.pair, one.prior) if pair)
+        )
         scores = self._in_windows(pairs, self._scorer.score, "loglikelihood", disable_tqdm)
         scored = dict(zip(pairs, scores, strict=True))
         likelihoods: dict[tuple[Any, Pair], float] = {}
         for document, choices in documents.items():
-            values = among_choices([scored_of(one, scored) for one in asked[document]])
+            values = among_choices([requested_score(one, scored) for one in score_requests[document]])
             likelihoods |= {(document, choice): value for choice, value in zip(choices, values, strict=True)}
         return [(likelihoods[document_of(request), request.args], False) for request in requests]
 
     def _forward_span(self, context: str, continuation: str) -> Span:
-        """The ids of both as one text, behind the start symbol if there is no context; cut as the harness cuts it."""
+        """Return the span of both parts as one text, truncated as in the harness.
+
+        Without a context the text follows the start symbol.
+        """
         text_ids, num_context = self._lm.tokenizer.split(*split_space(context, continuation))
         if num_context == len(text_ids):
-            raise DataError(f"{continuation!r} yields no token, so there is nothing to score; look at the task's choices")
+            raise DataError(f"{continuation!r} has no token to score; check the task's choices")
         if context.strip():
             tokens = self._with_leading(text_ids)
             num_context += len(tokens) - len(text_ids)
@@ -191,7 +199,7 @@ class LedomLM(LM):  # type: ignore[misc]
         excess = max(0, len(tokens) - self.max_length - 1)
         if excess:
             logger.warning(
-                "%d tokens at the beginning of a context are left out: the model has %d positions", excess, self.max_length
+                "skipped %d tokens at the beginning of a context: the model has %d positions", excess, self.max_length
             )
         return Span(tokens[excess:], num_context - excess)
 
@@ -201,19 +209,19 @@ class LedomLM(LM):  # type: ignore[misc]
         return [Span([*given, *predicted], len(given)) for given, predicted in map(make_disjoint_window, windows)]
 
     def _with_leading(self, tokens: list[int]) -> list[int]:
-        """A stock model's BOS before the text, unless the text spells it out."""
+        """Return the tokens after a stock model's BOS, which is added unless the text begins with it."""
         leading = self._lm.leading_ids
         return tokens if tokens[: len(leading)] == leading else [*leading, *tokens]
 
     def _sampling(self, options: dict[str, Any]) -> Sampling:
-        """How a task wants its answers written."""
+        """Return the sampling settings for a task's generation options."""
         chosen = dict(normalize_gen_kwargs(options, MAX_NEW_TOKENS))
         until, num_new = [term for term in chosen.pop("until") if term], chosen.pop("max_gen_toks")
         if not chosen.pop("do_sample"):
             chosen["temperature"] = 0.0
         if chosen.pop("num_beams", 1) != 1 or set(chosen) - set(SAMPLING_OPTIONS):
             known = ", ".join(("until", "max_gen_toks", "do_sample", *SAMPLING_OPTIONS))
-            raise UsageError(f"a task asks to write with {options}; known here are {known}: change it with --gen_kwargs")
+            raise UsageError(f"a task has the generation options {options}, known are {known}; change them with --gen_kwargs")
         if num_new >= self.max_length:
             raise UsageError(
                 f"max_gen_toks={num_new} leaves no room for a prompt in the {self.max_length} positions of the model;"
@@ -222,11 +230,11 @@ class LedomLM(LM):  # type: ignore[misc]
         return Sampling(max_new_tokens=num_new, stop_strings=until, **chosen)
 
     def _write(self, contexts: Sequence[str], sampling: Sampling) -> list[str]:
-        """Write behind the contexts, whose beginnings are left out where they do not fit."""
+        """Return the texts written after the contexts. The beginning of a context that does not fit is skipped."""
         encoded = [self._with_leading(self._lm.tokenizer.encode(context)) or [self._start] for context in contexts]
         room = self.max_length - sampling.max_new_tokens
         if num_cut := sum(len(tokens) > room for tokens in encoded):
-            logger.warning("the beginnings of %d prompts are left out: %d tokens fit beside those to write", num_cut, room)
+            logger.warning("skipped the beginnings of %d prompts: %d tokens fit with those to write", num_cut, room)
         opened = [(context, HealedPrompt(tokens[-room:], b"")) for context, tokens in zip(contexts, encoded, strict=True)]
         written = self._lm.writer.write_healed(opened, [], sampling, self.batch_size)
         return [_before_any(sampling.stop_strings, self._lm.tokenizer.decode(one.text_ids)) for one in written]
@@ -234,7 +242,7 @@ class LedomLM(LM):  # type: ignore[misc]
     def _in_windows(
         self, items: Sequence[Part], compute: Callable[[list[Part]], list[Answer]], name: str, disable_tqdm: bool
     ) -> Iterator[Answer]:
-        """Yield what `compute` gives for the items, window by window, with a bar on a terminal."""
+        """Yield the results of `compute` for the items, window by window, with a progress bar on a terminal."""
         with tqdm(total=len(items), desc=name, file=sys.stderr, disable=disable_tqdm or not sys.stderr.isatty()) as bar:
             for begin in range(0, len(items), WINDOW_REQUESTS):
                 part = list(items[begin : begin + WINDOW_REQUESTS])
@@ -244,24 +252,27 @@ class LedomLM(LM):  # type: ignore[misc]
                 bar.update(len(part))
 
 
-def _device(asked: str | None) -> str | None:
-    """Return what is asked for; without CUDA the CPU, since the harness asks for CUDA where its user says nothing."""
-    if asked is not None and asked.startswith("cuda") and not torch.cuda.is_available():
-        logger.warning("no CUDA here: the model runs on the CPU, not on %s", asked)
+def _device(name: str | None) -> str | None:
+    """Return the device to use. Without CUDA it is the CPU, because the harness requests CUDA by default."""
+    if name is not None and name.startswith("cuda") and not torch.cuda.is_available():
+        logger.warning("CUDA is not available: the model runs on the CPU, not on %s", name)
         return "cpu"
-    return asked
+    return name
 
 
-def _dtype(asked: str | None) -> torch.dtype | None:
-    """Of torch, by its name; None lets the loader choose."""
-    chosen = None if asked in (None, "auto") else getattr(torch, str(asked), asked)
+def _dtype(name: str | None) -> torch.dtype | None:
+    """Return the torch dtype of this name. None lets the loader choose."""
+    chosen = None if name in (None, "auto") else getattr(torch, str(name), name)
     if chosen is not None and not isinstance(chosen, torch.dtype):
-        raise UsageError(f"dtype={asked!r} is none of torch; it can be auto, float32, bfloat16 or float16")
+        raise UsageError(f"dtype={name!r} is not a torch dtype; it can be auto, float32, bfloat16 or float16")
     return chosen
 
 
 def _start_id(folder: Path, language_model: ForwardLM | ReverseLM) -> int:
-    """Return the id before the first token: eod for a model of this package, as in training; the tokenizer's BOS or eos for another."""
+    """Return the id before the first token.
+
+    It is eod, as in training, for a model of this package, else the tokenizer's BOS or eos.
+    """
     if read_model_config(folder).get("direction") is None and language_model.direction is Direction.FORWARD:
         files = read_tokenizer(str(folder))
         found = files.special_id("eos") if files.special_id("bos") is None else files.special_id("bos")
@@ -271,7 +282,7 @@ def _start_id(folder: Path, language_model: ForwardLM | ReverseLM) -> int:
 
 
 def _before_any(terms: Sequence[str], text: str) -> str:
-    """The text up to the first of the strings in it."""
+    """Return the text up to the first occurrence of any of the strings."""
     for term in terms:
         text = text.partition(term)[0]
     return text

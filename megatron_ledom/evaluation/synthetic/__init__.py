@@ -1,7 +1,8 @@
-"""Synthetic sets for what a reading direction decides: training text in reading order, and questions about it.
+"""Synthetic sets that show effects of the direction: training text in text order, and questions about it.
 
-Each generator is a function of a number and a seed; `ledom make-analysis-data` writes what it returns. Everything named in the
-texts is invented, so that no model knows it from elsewhere. Every question has one right answer; wrong ones are of the same kind, known
-from the same training text, and stand as often among the choices, so that who knows nothing gets what chance gives. What of a
-question's text may have been trained on is said by its generator. Nothing here imports torch.
+Each generator is a function of a number and a seed; `ledom make-analysis-data` writes its result. All names in the
+texts are invented, so no model has seen them elsewhere. Every question has one right answer. The wrong answers are of
+the same kind, appear in the same training text, and are among the choices equally often, so a model that knows nothing
+scores at chance. Each generator's docstring says which parts of a question are in the training text. Nothing here
+imports torch.
 """

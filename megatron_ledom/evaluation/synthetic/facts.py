@@ -1,17 +1,18 @@
-"""Facts told in one order and asked in both: the reversal curse, and relations whose other order has another word.
+"""Facts that are trained in one order and tested in both: the reversal curse, and inverse relations.
 
-A fact joins a first and a second name. `first_wordings` put the first one in front, `second_wordings` the second. A fact is trained in
-the wordings of one order, of both, or not at all. Each is asked both ways: for the second name given the first, and for the first given
-the second. What is asked for has to come last in the model's own order, else nothing is asked at all: a forward model is given
-"Mira Tolven wrote" and goes on, a reverse model is given "was written by Mira Tolven." and writes what stands before it.
+A fact relates a first and a second name. In `first_wordings` the first name comes first, in `second_wordings` the
+second. A fact is trained in the wordings of one order, of both, or not at all. Two questions test it: the second name
+given the first, and the first given the second. The answer must come last in model order. A forward model gets "Mira
+Tolven wrote" and continues it; a reverse model gets "was written by Mira Tolven." and writes the text before it.
 
-Groups, seen from the text and so the same for both directions:
-    in_text_order       the given name stood before the asked one in the training text: a forward model read it so
-    against_text_order  it stood behind it: a reverse model read it so
-    both_orders         trained in both orders: that facts of this form can be learnt
+Groups, defined in text order and so the same for both directions:
+    in_text_order       the training text has the given name before the answer, the order in which a forward model reads
+    against_text_order  the training text has the given name after the answer, the order in which a reverse model reads
+    both_orders         trained in both orders: shows that facts of this form can be learned
     unseen              never trained: chance
 
-Both questions of a fact, or of a line of people, have one `cluster`: who knows the answer to one is likelier to know the other.
+Both questions of a fact, or of a line of people, have the same `cluster`, because a model that answers one is likelier
+to answer both.
 """
 
 import random
@@ -29,12 +30,12 @@ from megatron_ledom.evaluation.synthetic.sets import (
 )
 
 STATED = ("first", "second", "both", "unseen")
-NUM_SHOTS = 8
+NUM_EXEMPLARS = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """Sentences with {first} and {second}; the first wording of each order begins with one name and ends with the other."""
+    """Sentences with {first} and {second}. The first wording of each order begins with one name and ends with the other."""
 
     name: str
     first_wordings: tuple[str, ...]
@@ -90,7 +91,7 @@ INVERSE = (
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """A relation between two names, and in which order it is trained, of STATED."""
+    """A relation between two names. stated: the order in which it is trained, one of STATED."""
 
     relation: Relation
     first: str
@@ -98,7 +99,7 @@ class Fact:
     stated: str
 
     def texts(self) -> list[str]:
-        """The sentences that are trained."""
+        """Return the sentences that are trained."""
         names = {"first": self.first, "second": self.second}
         wordings = {"first": self.relation.first_wordings, "second": self.relation.second_wordings}
         chosen = wordings.get(self.stated, sum(wordings.values(), ()) if self.stated == "both" else ())
@@ -106,7 +107,7 @@ class Fact:
 
 
 def reversal(num: int, seed: int) -> SyntheticSet:
-    """`num` facts about persons and what they made, in the three trained groups and the unseen one, a quarter each."""
+    """Generate `num` facts about people and their works, a quarter for each of STATED."""
     cells = len(REVERSAL) * len(STATED)
     check_num(num, cells * NUM_CHOICES, "facts")
     rng = random.Random(f"reversal {seed}")
@@ -115,37 +116,43 @@ def reversal(num: int, seed: int) -> SyntheticSet:
         Fact(REVERSAL[number % len(REVERSAL)], namer.person(), namer.word(), STATED[number // len(REVERSAL) % len(STATED)])
         for number in range(num)
     ]
-    shown = [Fact(REVERSAL[number % len(REVERSAL)], namer.person(), namer.word(), "unseen") for number in range(2 * NUM_SHOTS)]
-    rows = _asked_among(facts)
+    shown = [
+        Fact(REVERSAL[number % len(REVERSAL)], namer.person(), namer.word(), "unseen") for number in range(2 * NUM_EXEMPLARS)
+    ]
+    rows = _questions_among(facts)
     rng.shuffle(rows)
     return SyntheticSet(
         texts=_shuffled(rng, [text for fact in facts for text in fact.texts()]),
-        files={"reversal": rows, "reversal_shots": _asked_among(shown)},
+        files={"reversal": rows, "reversal_shots": _questions_among(shown)},
         chance=1 / NUM_CHOICES,
         counts={f"facts_{stated}": sum(fact.stated == stated for fact in facts) for stated in STATED},
     )
 
 
-def _asked_among(facts: Sequence[Fact]) -> list[Row]:
-    """Both questions of each fact; wrong answers are names of the same kind that were trained in the same way."""
+def _questions_among(facts: Sequence[Fact]) -> list[Row]:
+    """Return both questions of each fact.
+
+    Wrong answers are names of the same relation that were trained in the same order.
+    """
     cells: dict[tuple[str, str], list[Fact]] = {}
     for fact in facts:
         cells.setdefault((fact.relation.name, fact.stated), []).append(fact)
     rows: list[Row] = []
     for cell in cells.values():
-        for asked in ("first", "second"):
-            names = [getattr(fact, asked) for fact in cell]
+        for queried in ("first", "second"):
+            names = [getattr(fact, queried) for fact in cell]
             rows += [
-                {**asked_row(fact, asked, neighbours(names, index), len(rows) + index), "cluster": fact.second}
+                {**question_row(fact, queried, neighbours(names, index), len(rows) + index), "cluster": fact.second}
                 for index, fact in enumerate(cell)
             ]
     return rows
 
 
 def inverse_relations(num: int, seed: int) -> SyntheticSet:
-    """`num` lines of three people, A to B to C, such as parent to child: who is B's parent, and who is B's child?
+    """Generate `num` lines of three people, A to B to C, such as parent to child.
 
-    A wrong answer is always the person on the other side of B, so that knowing who belongs to B is not enough.
+    The questions: B's parent, and B's child. One wrong answer is always the person on the other side of B, so it is not
+    enough to know who is related to B.
     """
     cells = len(INVERSE) * len(STATED)
     check_num(num, 2 * cells, "lines of three people")
@@ -158,14 +165,17 @@ def inverse_relations(num: int, seed: int) -> SyntheticSet:
     rows: list[Row] = []
     texts: list[str] = []
     for (relation, stated), people in lines.items():
-        rows += _asked_of_lines(rng, INVERSE[relation], stated, people, len(rows))
+        rows += _questions_about_lines(rng, INVERSE[relation], stated, people, len(rows))
         for a, b, c in people:
             texts += [text for pair in ((a, b), (b, c)) for text in Fact(INVERSE[relation], *pair, stated).texts()]
     rng.shuffle(rows)
-    shown = [[namer.person() for _ in range(3)] for _ in range(NUM_SHOTS)]
+    shown = [[namer.person() for _ in range(3)] for _ in range(NUM_EXEMPLARS)]
     return SyntheticSet(
         texts=_shuffled(rng, texts),
-        files={"inverse_relations": rows, "inverse_relations_shots": _asked_of_lines(rng, INVERSE[0], "unseen", shown, 0)},
+        files={
+            "inverse_relations": rows,
+            "inverse_relations_shots": _questions_about_lines(rng, INVERSE[0], "unseen", shown, 0),
+        },
         chance=1 / NUM_CHOICES,
         counts={
             f"lines_{stated}": sum(len(people) for cell, people in lines.items() if cell[1] == stated) for stated in STATED
@@ -173,39 +183,50 @@ def inverse_relations(num: int, seed: int) -> SyntheticSet:
     )
 
 
-def _asked_of_lines(rng: random.Random, relation: Relation, stated: str, people: list[list[str]], position: int) -> list[Row]:
-    """Both questions about the middle of each line; the other wrong answers are the ends of the next line."""
+def _questions_about_lines(
+    rng: random.Random, relation: Relation, stated: str, people: list[list[str]], position: int
+) -> list[Row]:
+    """Return both questions about the middle person of each line.
+
+    The other wrong answers are the ends of the next line.
+    """
     rows: list[Row] = []
     for number, (a, b, c) in enumerate(people):
         next_a, _, next_c = people[(number + 1) % len(people)]
-        for fact, asked, wrong_way in ((Fact(relation, a, b, stated), "first", c), (Fact(relation, b, c, stated), "second", a)):
+        for fact, queried, wrong_way in (
+            (Fact(relation, a, b, stated), "first", c),
+            (Fact(relation, b, c, stated), "second", a),
+        ):
             wrong = rng.sample([wrong_way, next_a, next_c], 3)
-            rows.append({**asked_row(fact, asked, wrong, position + len(rows)), "cluster": b})
+            rows.append({**question_row(fact, queried, wrong, position + len(rows)), "cluster": b})
     return rows
 
 
-def asked_row(fact: Fact, asked: str, wrong: Sequence[str], position: int) -> Row:
-    """One question: `before` is given to a forward model, `after` to a reverse one; the answer goes between them and nothing."""
-    given, gold = (fact.first, fact.second) if asked == "second" else (fact.second, fact.first)
-    ends_with_asked, begins_with_asked = fact.relation.first_wordings[0], fact.relation.second_wordings[0]
-    if asked == "first":
-        ends_with_asked, begins_with_asked = begins_with_asked, ends_with_asked
-    other = "first" if asked == "second" else "second"
+def question_row(fact: Fact, queried: str, wrong: Sequence[str], position: int) -> Row:
+    """Return one question.
+
+    A forward model gets `before` and writes after it; a reverse model gets `after` and writes before it.
+    """
+    given, gold = (fact.first, fact.second) if queried == "second" else (fact.second, fact.first)
+    ends_with_queried, begins_with_queried = fact.relation.first_wordings[0], fact.relation.second_wordings[0]
+    if queried == "first":
+        ends_with_queried, begins_with_queried = begins_with_queried, ends_with_queried
+    other = "first" if queried == "second" else "second"
     return {
-        "before": ends_with_asked.partition(f" {{{asked}}}")[0].format(**{other: given}),
-        "after": begins_with_asked.partition(f"{{{asked}}} ")[2].format(**{other: given}),
+        "before": ends_with_queried.partition(f" {{{queried}}}")[0].format(**{other: given}),
+        "after": begins_with_queried.partition(f"{{{queried}}} ")[2].format(**{other: given}),
         **choices_around(gold, wrong, position),
-        "group": _group(fact.stated, asked),
+        "group": _group(fact.stated, queried),
         "relation": fact.relation.name,
         "stated": fact.stated,
-        "asked": asked,
+        "asked": queried,
     }
 
 
-def _group(stated: str, asked: str) -> str:
+def _group(stated: str, queried: str) -> str:
     if stated in ("both", "unseen"):
         return {"both": "both_orders", "unseen": "unseen"}[stated]
-    return "against_text_order" if stated == asked else "in_text_order"
+    return "against_text_order" if stated == queried else "in_text_order"
 
 
 def _shuffled(rng: random.Random, texts: list[str]) -> list[str]:

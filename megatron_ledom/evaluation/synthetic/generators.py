@@ -19,7 +19,7 @@ GENERATORS: Mapping[str, Callable[[int, int], SyntheticSet]] = MappingProxyType(
         "inverse_relations": inverse_relations,
     }
 )
-"""Name -> function of a number and a seed; what the number counts stands in the function's docstring."""
+"""Name -> function of a number and a seed. The function's docstring says what the number counts."""
 
 
 def make_analysis_data(task: str, folder: str, num: int, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""A synthetic set and its files: training text, questions, demonstrations, and a manifest with hashes."""
+"""A synthetic set and its files: training text, questions, few-shot examples, and a manifest with hashes."""
 
 import hashlib
 import json
@@ -21,9 +21,10 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SyntheticSet:
-    """texts: to train on, in reading order. files: name without ending -> rows, what `ledom evaluate` reads.
+    """A generated set. texts: training texts, in text order. files: name without ending -> rows for `ledom evaluate`.
 
-    chance: what a scorer that knows nothing gets, a share of the items; of what is written, the most that one answer for all items gets.
+    chance: expected accuracy of a model that knows nothing; for written answers, the highest accuracy of one answer for
+    all items.
     """
 
     texts: Sequence[str]
@@ -33,16 +34,16 @@ class SyntheticSet:
 
 
 def write_synthetic_set(generated: SyntheticSet, folder: Path, about: Mapping[str, Any]) -> None:
-    """Write `train.jsonl`, the files of the questions and, last, the manifest into a folder that is there, under its lock.
+    """Write `train.jsonl`, the question files and, last, the manifest.
 
-    The same arguments give the same bytes. Raises UsageError where the folder holds another set: two sets in one folder would
-    share their training text.
+    The folder exists, and the caller holds its lock. The same arguments give the same bytes. Raises UsageError if the
+    folder contains another set, whose training text would be lost.
     """
     path = folder / MANIFEST
     if path.is_file():
         found = json.loads(path.read_text(encoding="utf-8"))
         before = {name: found.get(name) for name in about}
-        check_same_request(f"the set in {folder}", before, about, "give this one a folder of its own", UsageError)
+        check_same_request(f"the set in {folder}", before, about, "write this set to another folder", UsageError)
     rows: dict[str, Sequence[Row]] = {"train": [{"text": text} for text in generated.texts], **generated.files}
     hashes = {}
     for name, lines in rows.items():
@@ -62,7 +63,7 @@ def write_synthetic_set(generated: SyntheticSet, folder: Path, about: Mapping[st
 
 
 def choices_around(gold: str, wrong: Sequence[str], position: int) -> dict[str, Any]:
-    """The fields of a choice: the right one at `position` (modulo their number), the wrong ones in their order around it."""
+    """Return the fields of a choice: the right one at `position` modulo their number, the wrong ones around it in order."""
     choices = list(wrong)
     place = position % (len(wrong) + 1)
     choices.insert(place, gold)
@@ -70,16 +71,14 @@ def choices_around(gold: str, wrong: Sequence[str], position: int) -> dict[str, 
 
 
 def neighbours(values: Sequence[str], index: int) -> list[str]:
-    """The three values that follow `values[index]` in a circle: each value is wrong for three others and right once."""
+    """Return the three values after `values[index]` in a circle. So each value is wrong three times and right once."""
     return [values[(index + step) % len(values)] for step in range(1, NUM_CHOICES)]
 
 
 def check_num(num: int, least: int, unit: str) -> None:
-    """Refuse a set too small to have wrong answers of the same kind."""
+    """Raise UsageError if a set is too small to have wrong answers of the same kind."""
     if num < least:
-        raise UsageError(
-            f"--num {num} {unit} are too few; at least {least} are needed, so that every question has wrong answers"
-        )
+        raise UsageError(f"--num {num} {unit} must be at least {least}, so that every question has wrong answers")
 
 
 class Namer:
@@ -93,7 +92,7 @@ class Namer:
         self._rng, self._used = rng, set[str]()
 
     def word(self) -> str:
-        """One word, its first letter a capital."""
+        """Return a new word with a capital first letter."""
         while True:
             draw = self._rng.choice
             word = "".join(draw(part) for part in (self.ONSETS, self.VOWELS, self.CODAS, self.ONSETS, self.VOWELS, self.CODAS))
@@ -102,5 +101,5 @@ class Namer:
                 return word.title()
 
     def person(self) -> str:
-        """A given and a family name."""
+        """Return a given and a family name."""
         return f"{self.word()} {self.word()}"

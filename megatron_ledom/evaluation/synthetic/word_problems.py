@@ -1,14 +1,16 @@
-"""Word problems of a small grammar, their worked solutions, and a solver that reads the grammar back.
+"""Word problems of a small grammar, their worked solutions, and a solver that parses the grammar.
 
     Question: Mara has 5 pears. Mara buys 4 more pears. Mara loses 2 pears. How many pears does Mara have now?
     Solution: 5 + 4 = 9. 9 - 2 = 7. The answer is 7.
 
-A reverse model that has read such texts writes the question in front of a solution. What it writes is right if the solver, step by step,
-comes to the very solution that was given; of another grammar it is never right, so that the figure is a lower bound. No asked solution
-is trained, so that a trained question is never right, and one question for all is right for one item at most.
+A reverse model that has read such texts writes the question before a solution. The question is right if the solver's
+solution equals the given one, step by step. A question outside the grammar is never right, so the accuracy is a lower
+bound. No test solution is trained, so a trained question is never right, and one question is right for one item at
+most.
 
-That the answer alone is the same says little. Of 2,000 problems (seed 0) a trained question drawn at random has it for 2.6 % of the
-items, the best single question for 6 %, and a question without any step that states the answer for all of them.
+An equal answer alone means little. For 2,000 problems (seed 0), a random trained question has the right answer for 2.6
+% of the items, the best single question for 6 %, and a question that only states the answer, without any step, for all
+of them.
 """
 
 import random
@@ -26,12 +28,15 @@ TIMES = {"Then the number of {things} doubles.": 2, "Then the number of {things}
 START = "{name} has {number} {things}."
 END = "How many {things} does {name} have now?"
 MOST = 40
-"""No number of things is above it; numbers that come or go are from 2 to 20."""
+"""Maximum number of things. Steps add or remove 2 to 20."""
 TEST_SHARE = 5
 
 
 def question_from_answer(num: int, seed: int) -> SyntheticSet:
-    """`num` problems of one to three steps; a fifth of them, whose solutions stand in no other, is asked and not trained."""
+    """Generate `num` problems of one to three steps with distinct solutions.
+
+    A fifth of them are questions and not trained.
+    """
     check_num(num, 4 * TEST_SHARE, "problems")
     rng = random.Random(f"question_from_answer {seed}")
     problems: dict[str, Row] = {}
@@ -39,12 +44,12 @@ def question_from_answer(num: int, seed: int) -> SyntheticSet:
         problem = _problem(rng, rng.randint(1, 3))
         problems.setdefault(problem["solution"], problem)
     rows = list(problems.values())
-    asked, trained = rows[: num // TEST_SHARE], rows[num // TEST_SHARE :]
+    questions, trained = rows[: num // TEST_SHARE], rows[num // TEST_SHARE :]
     return SyntheticSet(
         texts=[f"Question: {row['question']}\nSolution: {row['solution']}" for row in trained],
-        files={"question_from_answer": asked, "question_from_answer_train": trained},
-        chance=1 / len(asked),
-        counts={"trained": len(trained), "asked": len(asked)},
+        files={"question_from_answer": questions, "question_from_answer_train": trained},
+        chance=1 / len(questions),
+        counts={"trained": len(trained), "asked": len(questions)},
     )
 
 
@@ -75,23 +80,23 @@ def _problem(rng: random.Random, num_steps: int) -> Row:
 
 
 def _equation(value: int, kind: str, number: int) -> tuple[str, int]:
-    """A step as a solution has it, and what it comes to. kind: + - x."""
+    """Return a step in the words of a solution, and its result. kind: + - x."""
     result = {"+": value + number, "-": value - number, "x": value * number}[kind]
     return f"{value} {kind} {number} = {result}.", result
 
 
 @dataclass(frozen=True, slots=True)
-class Solved:
+class Solution:
     """A question's worked solution, in the words of the training text, and its answer."""
 
     solution: str
     answer: int
 
 
-def solve(question: str) -> Solved | None:
-    """The solution of a question of this grammar about one person and one kind of thing; None for any other text.
+def solve(question: str) -> Solution | None:
+    """Return the solution of a question of this grammar, or None for any other text.
 
-    No number of things may fall below zero on the way.
+    The question is about one person and one kind of thing. The number of things must never fall below zero.
     """
     sentences = re.findall(r"[^.?]+[.?]", question.strip())
     if len(sentences) < 2 or "".join(sentences) != question.strip():
@@ -109,11 +114,11 @@ def solve(question: str) -> Solved | None:
         if value < 0:
             return None
         equations.append(equation)
-    return Solved(" ".join([*equations, f"The answer is {value}."]), value)
+    return Solution(" ".join([*equations, f"The answer is {value}."]), value)
 
 
 def _step(sentence: str, name: str, things: str) -> tuple[str, int] | None:
-    """The kind (+ - x) and number of a sentence's step; None where it is not about this person and these things."""
+    """Return the kind (+ - x) and number of a sentence's step, or None if it is not about this person and these things."""
     for wording, factor in TIMES.items():
         if sentence == wording.format(things=things):
             return "x", factor
@@ -129,7 +134,7 @@ def _first_match(wordings: Sequence[str], sentence: str) -> dict[str, str] | Non
 
 
 def _match(wording: str, sentence: str) -> dict[str, str] | None:
-    """The names and the number in a sentence of this wording."""
+    """Return the names and the number in a sentence of this wording, or None."""
     pattern = re.escape(wording)
     for part, inner in (("name", "[A-Z][a-z]+"), ("number", r"\d{1,6}"), ("things", "[a-z]+")):
         pattern = pattern.replace(re.escape(f"{{{part}}}"), f"(?P<{part}>{inner})")

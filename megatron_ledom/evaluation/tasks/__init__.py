@@ -1,1 +1,1 @@
-"""Tasks: where their files are, how a prompt is made of a row; benchmarks.py has the table of those that are known."""
+"""Tasks: their files and their prompts. `benchmarks.py` is the table of the published ones."""

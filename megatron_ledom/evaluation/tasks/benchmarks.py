@@ -1,6 +1,7 @@
-"""The tasks: how each set is published, put into words and judged. One entry a task; a set that fits an entry needs no code.
+"""The published benchmarks as tasks: row formats, prompts and judgement.
 
-A file is FOLDER/NAME with one of `loading.ENDINGS`; where a set is published under another name, rename the file.
+A new set in a known format needs one entry and no code. The file of a task is FOLDER/NAME with one of
+`loading.ENDINGS`. Rename a file that is published under another name.
 """
 
 import re
@@ -9,7 +10,7 @@ from typing import Any
 
 from megatron_ledom.evaluation.code.execution import ProgramTests
 from megatron_ledom.evaluation.tasks.prompts import Field, Template
-from megatron_ledom.evaluation.tasks.task import Item, Kind, Layout, Row, Task
+from megatron_ledom.evaluation.tasks.task import Item, Row, RowFormat, Task, TaskKind
 
 MATHS = Template(
     fields=(
@@ -20,32 +21,32 @@ MATHS = Template(
     num_targets=2,
     block_separator="\n\n\n",
 )
-"""For worked solutions, which may have blank lines."""
-ASKED = Template(fields=(Field("question", "Question: "), Field("answer", "Answer: ")))
+"""For worked solutions, which may contain blank lines."""
+QUESTION_ANSWER = Template(fields=(Field("question", "Question: "), Field("answer", "Answer: ")))
 RUNNING = Template(fields=(Field("context"), Field("ending")), field_separator=" ", is_read_back=False)
-"""Running text: the choices go on with the context."""
+"""Running text: the choices continue the context."""
 
 
 def _plain(value: Any) -> str:
-    """A number or text as people write it: 145.0 is 145."""
+    """Return a number or text as people write it: 145.0 is 145."""
     if isinstance(value, float) and value.is_integer():
         return str(int(value))
     return str(value).strip()
 
 
 def _index(number: Any, choices: Sequence[str]) -> int:
-    """A gold choice that is given by its number, which may be a text."""
+    """Return the index of a gold choice that is given by its number, which may be a string."""
     if not str(number).strip().isdigit() or not int(number) < len(choices):
         raise ValueError(
-            f"the right choice is {number!r}, none of 0 to {len(choices) - 1} (files without answers cannot be judged)"
+            f"the right choice is {number!r}, expected 0 to {len(choices) - 1} (a file without answers cannot be judged)"
         )
     return int(number)
 
 
 def _named(name: str, names: Sequence[str]) -> int:
-    """A gold choice that is given by its label, such as B."""
+    """Return the index of a gold choice that is given by its label, such as B."""
     if name not in names:
-        raise ValueError(f"the right choice is {name!r}, none of {', '.join(names)} (files without answers cannot be judged)")
+        raise ValueError(f"the right choice is {name!r}, expected {', '.join(names)} (a file without answers cannot be judged)")
     return list(names).index(name)
 
 
@@ -82,7 +83,7 @@ def _boolq(row: Row) -> Item:
 
 
 def _without_brackets(text: str) -> str:
-    """HellaSwag's how-to texts mark headings: `[title] Do this. [step] Take ...`."""
+    """Remove the marks of headings from HellaSwag's how-to texts: `[title] Do this. [step] Take ...`."""
     text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
     return re.sub(r" {2,}", " ", text).strip()
 
@@ -103,24 +104,24 @@ def _winogrande(row: Row) -> Item:
     return Item(values={"before": before, "option": choices[gold], "after": after}, choices=choices, gold=gold)
 
 
-def _asked(question: str, choices: Sequence[str], gold: int, names: tuple[str, str] = ("question", "answer")) -> Item:
+def _choice_item(question: str, choices: Sequence[str], gold: int, names: tuple[str, str] = ("question", "answer")) -> Item:
     kept = tuple(choice.strip() for choice in choices)
     return Item(values={names[0]: question.strip(), names[1]: kept[gold]}, choices=kept, gold=gold)
 
 
 def _arc(row: Row) -> Item:
-    return _asked(row["question"], row["choices"]["text"], _named(row["answerKey"], row["choices"]["label"]))
+    return _choice_item(row["question"], row["choices"]["text"], _named(row["answerKey"], row["choices"]["label"]))
 
 
 def _arc_original(row: Row) -> Item:
     listed = row["question"]["choices"]
     gold = _named(row["answerKey"], [choice["label"] for choice in listed])
-    return _asked(row["question"]["stem"], [choice["text"] for choice in listed], gold)
+    return _choice_item(row["question"]["stem"], [choice["text"] for choice in listed], gold)
 
 
 def _openbookqa(row: Row) -> Item:
     gold = _named(row["answerKey"], row["choices"]["label"])
-    return _asked(row["question_stem"], row["choices"]["text"], gold, ("context", "ending"))
+    return _choice_item(row["question_stem"], row["choices"]["text"], gold, ("context", "ending"))
 
 
 def _openbookqa_original(row: Row) -> Item:
@@ -132,10 +133,10 @@ def _openbookqa_original(row: Row) -> Item:
 
 def _piqa(row: Row) -> Item:
     choices = (row["sol1"], row["sol2"])
-    return _asked(row["goal"], choices, _index(row["label"], choices))
+    return _choice_item(row["goal"], choices, _index(row["label"], choices))
 
 
-def _open_answer(row: Row) -> Item:
+def _short_answer(row: Row) -> Item:
     found = row["answer"]
     accepted = found if isinstance(found, list) else [found["value"], *found["aliases"]]
     if not accepted:
@@ -154,10 +155,10 @@ def _humaneval(row: Row) -> Item:
     )
 
 
-PROBLEM = (Layout({"problem": "text", "answer": "text or number"}, _problem),)
+PROBLEM = (RowFormat({"problem": "text", "answer": "text or number"}, _problem),)
 NAMED_CHOICES = {"choices.text": "list", "choices.label": "list", "answerKey": "text"}
 STEM_CHOICES = {"question.stem": "text", "question.choices": "list", "answerKey": "text"}
-OPEN = {"template": ASKED, "kind": Kind.ANSWER, "answers": "alias", "max_new_tokens": 32}
+SHORT_ANSWER = {"template": QUESTION_ANSWER, "kind": TaskKind.ANSWER, "answers": "alias", "max_new_tokens": 32}
 HUB = "https://huggingface.co/datasets"
 MATH_TRAIN = (
     "lines with problem, solution and answer: train.jsonl of https://github.com/openai/prm800k/tree/main/prm800k/math_splits"
@@ -174,7 +175,7 @@ COMPETITIONS = (
     ("amc23", "40 problems of AMC 12, 2023", 1024, f"40 {STATEMENTS}",
      "d91256e2a58aa23b4b159ac4a20cfdd3d2f7951d04c6811443da724ed34a1f85"),
 )  # fmt: skip
-"""Of each: name, what it is, max_new_tokens, download, content_sha256."""
+"""Of each: name, about, max_new_tokens, download, content_sha256."""
 ARC_CONTENT = {
     "easy": "54d9da5a41a60041b367da1ae54ad44f032c026cec02ab8c055fa56efd0c86ef",
     "challenge": "3a3c06ab9e6b4f86a07e6efca8bd899d8902e29af7268511b5d497c57c51833c",
@@ -182,25 +183,25 @@ ARC_CONTENT = {
 TASKS: tuple[Task, ...] = (
     Task(
         name="gsm8k",
-        kind=Kind.ANSWER,
+        kind=TaskKind.ANSWER,
         about="grade-school word problems with worked solutions",
         template=MATHS,
-        layouts=(Layout({"question": "text", "answer": "text"}, _gsm8k),),
+        row_formats=(RowFormat({"question": "text", "answer": "text"}, _gsm8k),),
         file="gsm8k_test",
-        demonstrations_file="gsm8k_train",
+        exemplars_file="gsm8k_train",
         download="test.jsonl and train.jsonl of https://github.com/openai/grade-school-math/tree/master/grade_school_math/data",
         content_sha256="9f282e85e14fa9f24d5716ea31e37136f2fe953b36d5835ee8f5c65893dae24d",
     ),
     *(
         Task(
             name=name,
-            kind=Kind.ANSWER,
+            kind=TaskKind.ANSWER,
             about=about,
             template=MATHS,
-            layouts=PROBLEM,
+            row_formats=PROBLEM,
             file=name,
-            demonstrations_file="math_train",
-            demonstrations_download=MATH_TRAIN,
+            exemplars_file="math_train",
+            exemplars_download=MATH_TRAIN,
             download=download,
             content_sha256=known,
             max_new_tokens=max_new_tokens,
@@ -209,39 +210,41 @@ TASKS: tuple[Task, ...] = (
     ),
     Task(
         name="svamp",
-        kind=Kind.ANSWER,
-        about="short word problems; the equation stands for the chain",
+        kind=TaskKind.ANSWER,
+        about="short word problems; the equation is the worked solution",
         template=MATHS,
-        layouts=(Layout({"Body": "text", "Question": "text", "Answer": "text or number", "Equation": "text"}, _svamp),),
+        row_formats=(RowFormat({"Body": "text", "Question": "text", "Answer": "text or number", "Equation": "text"}, _svamp),),
         file="svamp",
-        demonstrations_file="svamp_train",
+        exemplars_file="svamp_train",
         download="data/test.jsonl and data/train.jsonl of https://github.com/arkilpatel/SVAMP, or SVAMP.json as JSON lines",
         content_sha256="3e0b9d48687128db0e62e1dcc29664e9724f3c3fdf58b6cc86829fd0f8338053",
         max_new_tokens=64,
     ),
     Task(
         name="boolq",
-        kind=Kind.CHOICE,
-        about="a passage and a question to be answered yes or no",
+        kind=TaskKind.CHOICE,
+        about="yes-or-no questions about a passage",
         template=Template(fields=(Field("passage", "Passage: "), Field("question", "Question: "), Field("answer", "Answer: "))),
-        layouts=(
-            Layout({"passage": "text", "question": "text", "answer": "yes or no"}, _boolq),
-            Layout({"passage": "text", "question": "text", "label": "number"}, _boolq),
+        row_formats=(
+            RowFormat({"passage": "text", "question": "text", "answer": "yes or no"}, _boolq),
+            RowFormat({"passage": "text", "question": "text", "label": "number"}, _boolq),
         ),
         file="boolq_validation",
-        demonstrations_file="boolq_train",
+        exemplars_file="boolq_train",
         download=f"{HUB}/google/boolq, data/validation-*.parquet, or dev.jsonl of the original release",
         content_sha256="441522d2982f3cbfaa47d4ba0c1124181a7540fabb0e75a40b314e842bfb4ce5",
         choice_field="answer",
     ),
     Task(
         name="hellaswag",
-        kind=Kind.CHOICE,
-        about="which of four endings goes on with a text",
+        kind=TaskKind.CHOICE,
+        about="choose the one of four endings that continues a text",
         template=RUNNING,
-        layouts=(Layout({"activity_label": "text", "ctx": "text", "endings": "list", "label": "text or number"}, _hellaswag),),
+        row_formats=(
+            RowFormat({"activity_label": "text", "ctx": "text", "endings": "list", "label": "text or number"}, _hellaswag),
+        ),
         file="hellaswag_validation",
-        demonstrations_file="hellaswag_train",
+        exemplars_file="hellaswag_train",
         download=f"{HUB}/Rowan/hellaswag, data/validation-*.parquet, or hellaswag_val.jsonl of the original release",
         content_sha256="e9ef685538c973345660de055d2c10cd745e8efe401ff90157a1c90fbf16595f",
         choice_field="ending",
@@ -249,27 +252,29 @@ TASKS: tuple[Task, ...] = (
     ),
     Task(
         name="winogrande",
-        kind=Kind.CHOICE,
-        about="which of two words a gap stands for",
+        kind=TaskKind.CHOICE,
+        about="choose the one of two words that fills a gap",
         template=Template(fields=(Field("before"), Field("option"), Field("after")), field_separator="", is_read_back=False),
-        layouts=(Layout({"sentence": "text", "option1": "text", "option2": "text", "answer": "text or number"}, _winogrande),),
+        row_formats=(
+            RowFormat({"sentence": "text", "option1": "text", "option2": "text", "answer": "text or number"}, _winogrande),
+        ),
         file="winogrande_validation",
-        demonstrations_file="winogrande_train",
+        exemplars_file="winogrande_train",
         download=f"{HUB}/allenai/winogrande, winogrande_xl/validation-*.parquet, or dev.jsonl of the original release",
         content_sha256="8f7fb3d4cfd4d364711986d69536b8fa39f437e468d29797169088f5b61b99ca",
         choice_field="option",
     ),
     Task(
         name="openbookqa",
-        kind=Kind.CHOICE,
-        about="science questions, some as a beginning to go on with; four choices",
+        kind=TaskKind.CHOICE,
+        about="science questions or beginnings of sentences; four choices",
         template=RUNNING,
-        layouts=(
-            Layout({"question_stem": "text", **NAMED_CHOICES}, _openbookqa),
-            Layout(STEM_CHOICES, _openbookqa_original),
+        row_formats=(
+            RowFormat({"question_stem": "text", **NAMED_CHOICES}, _openbookqa),
+            RowFormat(STEM_CHOICES, _openbookqa_original),
         ),
         file="openbookqa_test",
-        demonstrations_file="openbookqa_train",
+        exemplars_file="openbookqa_train",
         download=f"{HUB}/allenai/openbookqa, main/test-*.parquet, or Data/Main/test.jsonl of the original release",
         content_sha256="359809e70895d034c251aabce5e321e077e48b95d2ffd6ea61d08122f3ce0ee0",
         choice_field="ending",
@@ -278,12 +283,12 @@ TASKS: tuple[Task, ...] = (
     *(
         Task(
             name=f"arc_{part}",
-            kind=Kind.CHOICE,
+            kind=TaskKind.CHOICE,
             about=f"school science questions, the {part} part",
-            template=ASKED,
-            layouts=(Layout({"question": "text", **NAMED_CHOICES}, _arc), Layout(STEM_CHOICES, _arc_original)),
+            template=QUESTION_ANSWER,
+            row_formats=(RowFormat({"question": "text", **NAMED_CHOICES}, _arc), RowFormat(STEM_CHOICES, _arc_original)),
             file=f"arc_{part}_test",
-            demonstrations_file=f"arc_{part}_train",
+            exemplars_file=f"arc_{part}_train",
             download=f"{HUB}/allenai/ai2_arc, ARC-{part.title()}/test-*.parquet, or ARC-{part.title()}-Test.jsonl",
             content_sha256=known,
             choice_field="answer",
@@ -293,12 +298,12 @@ TASKS: tuple[Task, ...] = (
     ),
     Task(
         name="piqa",
-        kind=Kind.CHOICE,
-        about="which of two ways to do something works",
-        template=ASKED,
-        layouts=(Layout({"goal": "text", "sol1": "text", "sol2": "text", "label": "text or number"}, _piqa),),
+        kind=TaskKind.CHOICE,
+        about="choose the one of two ways to do something that works",
+        template=QUESTION_ANSWER,
+        row_formats=(RowFormat({"goal": "text", "sol1": "text", "sol2": "text", "label": "text or number"}, _piqa),),
         file="piqa_validation",
-        demonstrations_file="piqa_train",
+        exemplars_file="piqa_train",
         download="valid.jsonl of https://yonatanbisk.com/piqa with the lines of valid-labels.lst added as label",
         content_sha256="69fdbc1207496802a9c4eeaa3352fce324df92f3bf134852d181b55cfdca3758",
         choice_field="answer",
@@ -306,28 +311,28 @@ TASKS: tuple[Task, ...] = (
     ),
     Task(
         name="triviaqa",
-        about="trivia questions, without a text to look them up in",
-        layouts=(Layout({"question": "text", "answer.value": "text", "answer.aliases": "list"}, _open_answer),),
+        about="trivia questions without a passage",
+        row_formats=(RowFormat({"question": "text", "answer.value": "text", "answer.aliases": "list"}, _short_answer),),
         file="triviaqa_validation",
-        demonstrations_file="triviaqa_train",
+        exemplars_file="triviaqa_train",
         download=f"{HUB}/mandarjoshi/trivia_qa, rc.wikipedia.nocontext/validation-*.parquet",
         content_sha256="46821201dfced9d7770db0b686814aa5d917dbac828f328f8dc9b4845ddb010d",
-        **OPEN,  # type: ignore[arg-type]
+        **SHORT_ANSWER,  # type: ignore[arg-type]
     ),
     Task(
         name="nq_open",
         about="questions that people asked a search engine",
-        layouts=(Layout({"question": "text", "answer": "list"}, _open_answer),),
+        row_formats=(RowFormat({"question": "text", "answer": "list"}, _short_answer),),
         file="nq_open_validation",
-        demonstrations_file="nq_open_train",
+        exemplars_file="nq_open_train",
         download=f"{HUB}/google-research-datasets/nq_open, nq_open/validation-*.parquet, or NQ-open.dev.jsonl",
         content_sha256="0caf471b0ddcec9c03342757c50008411ccd7f7ba573768795dbe496b382a01c",
-        **OPEN,  # type: ignore[arg-type]
+        **SHORT_ANSWER,  # type: ignore[arg-type]
     ),
     Task(
         name="humaneval",
-        kind=Kind.CODE,
-        about="Python functions from their docstring; what the model writes is run (--allow-code-execution)",
+        kind=TaskKind.CODE,
+        about="Python functions from their docstring; the written code is run (--allow-code-execution)",
         template=Template(
             fields=(Field("prompt"), Field("code")), field_separator="", block_separator="\n\n\n", is_read_back=False
         ),
@@ -338,10 +343,12 @@ TASKS: tuple[Task, ...] = (
             ),
             block_separator="\n\n\n\n",
         ),
-        layouts=(Layout({"prompt": "text", "canonical_solution": "text", "test": "text", "entry_point": "text"}, _humaneval),),
+        row_formats=(
+            RowFormat({"prompt": "text", "canonical_solution": "text", "test": "text", "entry_point": "text"}, _humaneval),
+        ),
         file="humaneval",
-        demonstrations_file="humaneval_fewshot",
-        demonstrations_download=(
+        exemplars_file="humaneval_fewshot",
+        exemplars_download=(
             "problems of your own as lines with prompt, canonical_solution, test and entry_point: the set has no training part"
         ),
         download="HumanEval.jsonl.gz of https://github.com/openai/human-eval/tree/master/data",

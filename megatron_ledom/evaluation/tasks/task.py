@@ -1,7 +1,7 @@
-"""The parts of a task: where its items come from, how they are put into words, and how an answer is judged.
+"""The parts of a task: the files of its items, the template of its prompts, and the way in which its answers are judged.
 
-A task is data. Its `layouts` say which fields a line of its file must have, and turn one into an `Item`; its `template` puts an
-item into words for either direction; its `kind` says what the model does with them.
+A task is data. Its `row_formats` define the fields of a line of its file and convert the line to an `Item`. Its
+`template` renders an item as a prompt for either direction. Its `kind` defines what the model does with the prompt.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,11 +14,14 @@ from megatron_ledom.evaluation.code.execution import ProgramTests
 from megatron_ledom.evaluation.tasks.prompts import Template
 
 Row = Mapping[str, Any]
-"""One line of a file as it was read."""
+"""One line of a file, as read."""
 
 
-class Kind(StrEnum):
-    """The kind of task: weigh given choices, write an answer, a program that is run, or a question that is solved."""
+class TaskKind(StrEnum):
+    """The kind of task.
+
+    The model scores given choices, or writes an answer, a program that is run, or a question that is solved.
+    """
 
     CHOICE = "choice"
     ANSWER = "answer"
@@ -28,11 +31,12 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Item:
-    """One question, text order.
+    """One question, in text order.
 
-    values: the template's fields, the written ones as far as the set tells them. choices: the values that one field can have.
-    gold: the right choice's number, or every accepted answer. tests: of `Kind.CODE`, what calls the written function.
-    kept: what results repeat of an item besides, such as the group that it belongs to.
+    values: the template's fields; a field that the model writes is present if the set contains it. choices: the
+    possible values of one field. gold: the number of the right choice, or every accepted answer. tests: of
+    `TaskKind.CODE`, the code that calls the written function. kept: entries that are copied to the item's record, such
+    as its group.
     """
 
     values: Mapping[str, str]
@@ -43,10 +47,11 @@ class Item:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """One way in which a set is published. fields: dotted name -> what its value must be, of `FIELD_TYPES`; read: a row's Item.
+class RowFormat:
+    """One format in which a set is published.
 
-    `read` raises ValueError where a value is of the right type and makes no sense, such as a gold choice that does not exist.
+    fields: dotted name -> type of its value, a key of `FIELD_TYPES`. read: row -> Item. `read` raises ValueError if a
+    value has the right type and makes no sense, such as a gold choice that does not exist.
     """
 
     fields: Mapping[str, str]
@@ -65,24 +70,24 @@ FIELD_TYPES: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """A task of one of the kinds. Files are named without their ending.
+    """A task of one of the kinds. File names have no ending.
 
-    download, demonstrations_download: where the items, and the items of `demonstrations_file`, come from.
-    content_sha256: of the set's items, whatever kind of file they come in (`loading.content_hash`), where that is known.
-    choice_field: the field that the choices are values of; the fields before it are the context. normalization: of a choice task's
-    main figure (raw, token, byte). answers: how answers are compared, a kind of `grading.answers.comparison_by`. reverse_template: for a
-    reverse model, where the mirrored `template` would not do.
+    download, exemplars_download: source of the items, and of the few-shot examples in `exemplars_file`. content_sha256:
+    hash of the set's items if known, the same for every file type (`loading.content_hash`). choice_field: the field
+    whose values are the choices; the fields before it are the context. normalization: of a choice task's main metric
+    (raw, token, byte). answers: the comparison of answers, a name of `grading.answers.comparison_by`. reverse_template:
+    for a reverse model, if the mirrored `template` does not fit.
     """
 
     name: str
-    kind: Kind
+    kind: TaskKind
     about: str
     template: Template
-    layouts: tuple[Layout, ...]
+    row_formats: tuple[RowFormat, ...]
     file: str
-    demonstrations_file: str
+    exemplars_file: str
     download: str
-    demonstrations_download: str = "the training part of the same set, in the same layout"
+    exemplars_download: str = "the training part of the same set, in the same format"
     content_sha256: str | None = None
     choice_field: str = ""
     normalization: str = "raw"
@@ -91,10 +96,10 @@ class Task:
     stop_strings: tuple[str, ...] = ()
     reverse_template: Template | None = None
     main_way: str = ""
-    """Of the ways of `multiple_choice`, the one of the main figure in both directions; empty for `multiple_choice.MAIN_WAY`."""
+    """The way (of `multiple_choice`) of the main metric, in both directions. Empty: `multiple_choice.MAIN_WAY`."""
 
     def template_for(self, direction: Direction) -> Template:
-        """The template that a model of this direction is asked with."""
+        """Return the template of the prompts for a model of this direction."""
         if direction is Direction.REVERSE and self.reverse_template is not None:
             return self.reverse_template
         return self.template
@@ -102,22 +107,25 @@ class Task:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedTask:
-    """A task with its items. shots: demonstrations in the order in which they are taken; files: name -> sha256 of what was read;
-    content_sha256: of all items of the file, to compare with the task's."""
+    """A task with its items. exemplars: few-shot examples, in the order of use.
+
+    files: name -> sha256 of each file that was read. content_sha256: of all items of the file, to compare with the
+    task's.
+    """
 
     task: Task
     items: tuple[Item, ...]
-    shots: tuple[Item, ...] = ()
+    exemplars: tuple[Item, ...] = ()
     num_fewshot: int = 0
     seed: int = 0
     max_new_tokens: int = 256
     files: Mapping[str, str] = field(default_factory=dict)
     content_sha256: str = ""
 
-    known: frozenset[str] = frozenset()
-    """Of `Kind.QUESTION`: the questions of the file of demonstrations, which was trained on, to tell copies."""
+    trained_questions: frozenset[str] = frozenset()
+    """Of `TaskKind.QUESTION`: the questions that were trained, so that a copy of one is recognized."""
 
-    def demonstrations(self, item: Item) -> list[Mapping[str, str]]:
-        """The values of the first `num_fewshot` shots, the item itself left out."""
-        others = [shot.values for shot in self.shots[: self.num_fewshot + 1] if shot.values != item.values]
+    def exemplars_for(self, item: Item) -> list[Mapping[str, str]]:
+        """Return the values of the first `num_fewshot` exemplars other than the item itself."""
+        others = [exemplar.values for exemplar in self.exemplars[: self.num_fewshot + 1] if exemplar.values != item.values]
         return others[: self.num_fewshot]

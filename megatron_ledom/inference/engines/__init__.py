@@ -1,1 +1,1 @@
-"""What runs a model for Reverse Reward: transformers or vLLM in this process, or a completions server."""
+"""Inference engines for Reverse Reward: transformers or vLLM in this process, or a completions server."""

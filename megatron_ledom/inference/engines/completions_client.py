@@ -1,4 +1,4 @@
-"""HTTP to one completions server: where the API key may go, what is tried again, and errors of one line without the key."""
+"""HTTP client of one completions server: protects the API key, repeats failed requests, and raises one-line errors without the key."""
 
 import base64
 import html
@@ -15,23 +15,23 @@ import httpx
 from megatron_ledom.errors import DataError, TransientError, UsageError
 
 SHORTEST_PART = 6
-"""Characters in a row of a longer key, or of an encoded form of it, that are hidden too."""
+"""Number of consecutive characters of a key, or of an encoded form of it, from which on a part is masked."""
 LONGEST_READ = 20_000
-"""Characters of a text that are searched; the rest is left out, because no message shows it."""
+"""Number of characters of a text that are searched; the rest is dropped, because no message shows it."""
 MASK = "[key]"
 ESCAPE = re.compile(r"\\u00([2-7][0-9a-fA-F])|%([2-7][0-9a-fA-F])")
 ATTEMPTS = 4
-"""How often a request is tried while the server is busy or away; pauses of 1, 2 and 4 seconds lie between."""
+"""Number of attempts while the server is busy or away, with pauses of 1, 2 and 4 seconds."""
 CONNECT_SECONDS = 30.0
 SHOWN_CHARACTERS = 300
 KEY = "OPENAI_API_KEY"
 
 
 class CompletionsClient:
-    """Sends JSON to `<url>/completions` and returns the JSON object of the answer. Threads may share it.
+    """Sends JSON to `<url>/completions` and returns the JSON object of the response. Threads may share it.
 
-    The API key, if the environment has one in OPENAI_API_KEY, goes to the host of `url` alone: redirects are refused, and plain
-    http beyond this machine is refused with a key unless `key_over_http` allows it.
+    The API key, from the environment variable OPENAI_API_KEY, is sent only to the host of `url`. Redirects are refused. With a
+    key, plain http to another machine is refused unless `key_over_http` is True.
     """
 
     def __init__(self, url: str, *, timeout: float = 600.0, key_over_http: bool = False) -> None:
@@ -41,7 +41,7 @@ class CompletionsClient:
         self.mask = KeyMask(key)
         if key and address.scheme == "http" and not is_local and not key_over_http:
             raise UsageError(
-                f"{KEY} is set, and {self.url} is plain http to another machine, where anyone on the way can read it; use an"
+                f"{KEY} is set, and {self.url} is plain http to another machine, so others in the network can read the key; use an"
                 f" https address, unset {KEY} if the server needs none, or pass --key-over-http in a network that you trust"
             )
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
@@ -53,7 +53,7 @@ class CompletionsClient:
                 timeout=httpx.Timeout(timeout, connect=min(timeout, CONNECT_SECONDS), pool=None),
                 limits=httpx.Limits(max_connections=None),
                 follow_redirects=False,
-                trust_env=not is_local,  # a proxy has no part in what stays on this machine
+                trust_env=not is_local,  # no proxy for requests to this machine
             )
         except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
             raise UsageError(
@@ -62,9 +62,9 @@ class CompletionsClient:
             ) from None
 
     def request(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """Return the answer to one request; a busy server and a broken connection are tried again.
+        """Return the response to one request; repeat it if the server is busy or the connection breaks.
 
-        Raises TransientError after ATTEMPTS, DataError for a refusal and for an answer that is no JSON object, UsageError for a
+        Raises TransientError after ATTEMPTS, DataError for a refusal or a response that is no JSON object, UsageError for a
         redirect.
         """
         body = json.dumps(fields, allow_nan=False).encode()
@@ -75,7 +75,7 @@ class CompletionsClient:
             except httpx.TransportError as error:
                 reason = self.shown(f"{type(error).__name__}: {error}")
             except (httpx.HTTPError, httpx.InvalidURL) as error:
-                raise DataError(f"{self.url}: {self.shown(str(error))}; see that it is a completions server") from None
+                raise DataError(f"{self.url}: {self.shown(str(error))}; check that it is a completions server") from None
             else:
                 if not _is_transient(response.status_code):
                     return self._content(response)
@@ -83,14 +83,14 @@ class CompletionsClient:
             if attempt + 1 < ATTEMPTS:
                 time.sleep(2**attempt)
         raise TransientError(
-            f"{self.url} did not answer {ATTEMPTS} times ({reason}); see that the server runs, then start again"
+            f"{self.url} did not answer {ATTEMPTS} times ({reason}); check that the server runs, then start again"
         )
 
     def shown(self, text: str, most: int = SHOWN_CHARACTERS) -> str:
-        """Return what the server said as the part of a message: one line, printable, short, without the key.
+        """Return a text of the server for a message: one line, printable, short, without the key.
 
-        Every text of a server that a message quotes passes here. The key is masked before the text is cut: of a key that is cut
-        first, the rest would be shown.
+        Every quoted text of a server must pass through this method. It masks the key before it cuts the text, because the
+        remaining part of a cut key would not be recognized.
         """
         masked = self.mask.masked(text)
         line = "".join(c if c.isprintable() else "?" for c in " ".join(masked.split()))
@@ -99,8 +99,8 @@ class CompletionsClient:
     def _content(self, response: httpx.Response) -> dict[str, Any]:
         if response.has_redirect_location:
             raise UsageError(
-                f"{self.url} answers with a redirect ({response.status_code}) to {self.shown(response.headers['location'])}; no"
-                " redirect is followed, so that prompts and key go to no other host: give the address of the server itself"
+                f"{self.url} redirects ({response.status_code}) to {self.shown(response.headers['location'])}. Redirects are not"
+                " followed, so that prompts and key go to no other host; give the address of the server itself"
             )
         if response.status_code != 200:
             said = self.shown(response.content.decode("utf-8", "replace"))
@@ -120,7 +120,7 @@ class CompletionsClient:
 
 
 class KeyMask:
-    """Replaces a key in texts. An empty key hides nothing."""
+    """Masks a key in texts. An empty key masks nothing."""
 
     def __init__(self, key: str | None) -> None:
         self._key = key or ""
@@ -129,11 +129,11 @@ class KeyMask:
         self._starts = {form[i : i + self._shortest] for form in self._forms for i in range(len(form) - self._shortest + 1)}
 
     def is_contained_in(self, text: str) -> bool:
-        """Return True if a text holds the whole key; a placeholder of less than 8 characters, such as EMPTY, is no secret."""
+        """Return True if a text contains the whole key. A key of less than 8 characters, such as EMPTY, is no secret."""
         return len(self._key) >= 8 and self._key in text
 
     def masked(self, text: str) -> str:
-        """Return the text with MASK for each part of the key. Call it before a text is cut."""
+        """Return the text with MASK for each part of the key; call it before the text is cut."""
         if not self._key:
             return text
         text = ESCAPE.sub(lambda found: chr(int(found[1] or found[2], 16)), text[:LONGEST_READ])
@@ -146,7 +146,7 @@ class KeyMask:
         return "".join(parts)
 
     def _length_at(self, text: str, start: int) -> int:
-        """Return how many characters from `start` on are in one of the forms; 0 if they are fewer than the shortest part."""
+        """Return the number of characters from `start` on that are part of one of the forms; 0 if fewer than the shortest part."""
         if text[start : start + self._shortest] not in self._starts:
             return 0
         longest = 0
@@ -159,7 +159,7 @@ class KeyMask:
 
 
 def _forms(key: str) -> list[str]:
-    """Return the key and its encodings; base64 of a longer text that holds the key depends on where the key begins in it."""
+    """Return the key and its encodings, with three of base64: it depends on the position of the key in the encoded text."""
     data = key.encode()
     forms = [key, data.hex(), quote(key, safe=""), html.escape(key), json.dumps(key)[1:-1], repr(key)[1:-1]]
     for before in range(3):
@@ -171,7 +171,7 @@ def _forms(key: str) -> list[str]:
 
 
 def _address(url: str) -> httpx.URL:
-    """Return the address of the completions of a server; UsageError for what is none."""
+    """Return the address of a server's completions; raises UsageError for an invalid one."""
     wanted = "expected one such as http://localhost:8000/v1"
     try:
         parsed = httpx.URL(url)
@@ -179,14 +179,14 @@ def _address(url: str) -> httpx.URL:
         raise UsageError(f"{url!r} is no address of a server ({error}); {wanted}") from error
     if parsed.userinfo or parsed.query or parsed.fragment:
         raise UsageError(
-            f"the address of the server at {parsed.host} holds a user, a query or a fragment; {wanted}, and put the key into {KEY}"
+            f"the address of the server at {parsed.host} contains a user, a query or a fragment; {wanted}, and put the key into {KEY}"
         )
     is_port = parsed.port is None or 0 < parsed.port < 2**16
     if parsed.scheme not in ("http", "https") or not parsed.host or "%" in parsed.host or not is_port:
         raise UsageError(f"{url!r} is no address of a server; {wanted}")
     path = parsed.path.rstrip("/").removesuffix("/completions").rstrip("/")
     if path.endswith("/chat"):
-        raise UsageError(f"{url!r} is a chat endpoint, which scores nothing; {wanted}")
+        raise UsageError(f"{url!r} is a chat endpoint, which cannot score texts; {wanted}")
     return parsed.copy_with(path=f"{path}/completions")
 
 
@@ -198,15 +198,15 @@ def _is_loopback(host: str) -> bool:
 
 
 def _api_key() -> str | None:
-    """Return the key of the environment without white space around it; UsageError, without the key, where no header can carry it."""
+    """Return the stripped key of the environment; raises UsageError, without the key, if no HTTP header can contain it."""
     key = os.environ.get(KEY, "").strip()
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise UsageError(
-            f"{KEY} holds a space, a line break or a letter outside ASCII, which no HTTP header carries; set it anew"
+            f"{KEY} contains a space, a line break or a letter outside ASCII, which an HTTP header cannot contain; correct it"
         )
     return key or None
 
 
 def _is_transient(status: int) -> bool:
-    """Return True for the answer of a server that is busy, starting or failing for a while."""
+    """Return True for the status of a server that is busy, starting or failing temporarily."""
     return status in (408, 425, 429) or (status >= 500 and status not in (501, 505))

@@ -1,13 +1,12 @@
-"""An engine behind an OpenAI-compatible `/v1/completions` endpoint, such as a vLLM server.
+"""An inference engine that uses an OpenAI-compatible `/v1/completions` endpoint, such as a vLLM server.
 
-The server is sent token ids, never text: tokenisation, order and the boundary rule stay those of the model's folder here, and a
-server can serve a reverse model without knowing it. Asked for are prompts as lists of ids, `seed`, and for scores `echo` with
-`logprobs`. Prefixes are reused as far as the server does so by itself.
+The server gets token ids, never text. Therefore tokenization and order are decided here, and any server can serve a reverse
+model. The server must accept prompts as lists of ids and `seed`, and for scores `echo` with `logprobs`.
 
-An answer that is not exactly that of the prompt is refused. A server that puts a BOS in front of the prompt, cuts it, tokenises
-it anew, ignores `echo` or serves another model gives log-probabilities that look right; counts, the first value and the tokens
-that the server names tell these apart. A BOS in front with a cut end leaves counts and first value as they are: a server that
-names no tokens is refused unless its counts are trusted.
+A response that does not belong exactly to the prompt is refused. A server that adds a BOS, cuts the prompt, tokenizes it again,
+ignores `echo` or serves another model returns log-probabilities that look right. The counts, the first value and the names of
+the tokens reveal this. Only the names reveal an added BOS together with a cut end; a server that names no tokens is refused
+unless the user trusts its counts.
 """
 
 import math
@@ -30,20 +29,20 @@ from megatron_ledom.inference.joint_tokenizer import WORD_MARK, JointTokenizer
 from megatron_ledom.inference.scoring import Span, check_batch_size
 
 ROUNDING = 1e-5
-"""A log-probability may exceed 0 by this much, which float32 makes of a probability of 1."""
+"""A log-probability may exceed 0 by this much, because of float32 rounding."""
 FAILED = ("abort", "cancelled", "content_filter", "error", "timeout")
-"""Reasons for an end that is neither the model's nor the token limit's."""
+"""Values of finish_reason for a failure of the server, neither the model's eod nor the token limit."""
 STANDS_FOR_MINUS_INFINITY = -9999.0
-"""What the completions API, and vLLM, write for minus infinity, which JSON lacks. No token of a real model is less likely."""
+"""The value that the completions API, and vLLM, write for minus infinity, which JSON lacks."""
 IDS_AS_TOKENS = "return_tokens_as_token_ids"
-"""vLLM's field to name tokens by their ids; not sent again to a server that refuses it."""
+"""vLLM's field that names tokens by their ids; not sent again to a server that refuses it."""
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One checked answer: its only choice, and how many tokens the server says that it read and wrote."""
+    """One checked response: its only choice, and the numbers of tokens that the server read and wrote."""
 
     choice: dict[str, Any]
     prompt_tokens: int
@@ -51,14 +50,15 @@ class Completion:
 
 
 class CompletionsEngine(RemoteEngine):
-    """Samples, scores and expands through HTTP, with `batch_size` requests under way at once.
+    """Samples, scores and expands over HTTP, with up to `batch_size` requests at the same time.
 
-    url: up to and without `/completions`, as in `http://localhost:8000/v1`. model: its name on the server. folder: the served
-    model's folder, for tokenizer and direction; its weights are not read. The key of the API, if any, is in the environment
-    variable OPENAI_API_KEY; key_over_http allows it on plain http to another machine. trust_token_counts accepts scores of a
-    server that does not name the tokens which it scored: only their number can be checked then. An answer that is written in
-    steps differs from one that is written at once with the same seed, because the server begins its random numbers anew with
-    each request; each is repeatable if the server keeps to `seed`.
+    url: the address without `/completions`, such as `http://localhost:8000/v1`. model: its name on the server. folder: the folder
+    of the served model, for tokenizer and direction; its weights are not read. key_over_http: allow the API key, from the
+    environment variable OPENAI_API_KEY, on plain http to another machine. trust_token_counts: accept scores of a server that does
+    not name the tokens it scored, so only their number can be checked.
+
+    An answer that is written in steps differs from one that is written at once with the same seed, because each request restarts
+    the server's random numbers. Both are repeatable if the server respects `seed`.
     """
 
     def __init__(
@@ -101,14 +101,14 @@ class CompletionsEngine(RemoteEngine):
     def _logprobs_of(self, span: Span) -> list[float]:
         if len(span.tokens) == span.num_context:
             return []
-        asked = {"max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
+        fields = {"max_tokens": 0, "echo": True, "logprobs": 1, "temperature": 0}
         try:
-            completion = self._request(span.tokens, **asked, **({IDS_AS_TOKENS: True} if self._takes_ids_field else {}))
+            completion = self._request(span.tokens, **fields, **({IDS_AS_TOKENS: True} if self._takes_ids_field else {}))
         except DataError as error:
             if IDS_AS_TOKENS not in str(error):
                 raise
             self._takes_ids_field = False
-            completion = self._request(span.tokens, **asked)
+            completion = self._request(span.tokens, **fields)
         values, is_named = self._checks.prompt_logprobs(completion, span.tokens)
         if not is_named and not self._trusts_counts:
             raise self._checks.unnamed()
@@ -120,7 +120,7 @@ class CompletionsEngine(RemoteEngine):
         with self._lock:
             if not self._has_warned:
                 print(
-                    f"{self._client.url} does not name the tokens of the prompts: their number was checked, not their ids",
+                    f"{self._client.url} does not name the tokens of the prompts; their number was checked, but not their ids",
                     file=sys.stderr,
                 )
             self._has_warned = True
@@ -131,13 +131,13 @@ class CompletionsEngine(RemoteEngine):
             try:
                 results = list(pool.map(work, tasks))
             except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)  # the others would fail likewise, after as many pauses
+                pool.shutdown(wait=False, cancel_futures=True)  # the others would also fail, after the same pauses
                 raise
         self.usage.seconds += time.monotonic() - start
         return results
 
     def _request(self, prompt: list[int], *, max_tokens: int, **fields: Any) -> Completion:
-        """One request; the tokens of prompt and completion are added to what was spent."""
+        """Send one request; add the tokens of prompt and completion to the usage."""
         response = self._client.request({"model": self._model, "n": 1, "prompt": prompt, "max_tokens": max_tokens, **fields})
         completion = self._checks.completion(response, prompt, max_tokens)
         with self._lock:
@@ -146,9 +146,9 @@ class CompletionsEngine(RemoteEngine):
 
 
 class CompletionChecks:
-    """Checks against what was asked; every refusal names the server. `tokenizer` and `stop_ids` are those of the folder here.
+    """Checks that responses belong to their requests; every error names the server.
 
-    client: knows the server's address, and hides the API key in what the server says.
+    client: gives the server's address, and masks the API key in texts of the server. tokenizer, stop_ids: of the local folder.
     """
 
     def __init__(self, client: CompletionsClient, model: str, tokenizer: JointTokenizer, stop_ids: list[int]) -> None:
@@ -157,32 +157,30 @@ class CompletionChecks:
         self._ends = [self._pieces[id_] for id_ in stop_ids if id_ in self._pieces]
 
     def completion(self, response: dict[str, Any], prompt: list[int], max_tokens: int) -> Completion:
-        """Return the one choice of an answer to `prompt` (ids); refuse another model, other counts and several choices."""
+        """Return the only choice of a response to `prompt` (ids); refuse another model, other counts and several choices."""
         model = response.get("model")
         if isinstance(model, str) and model and model != self._model:
             raise self._refusal(
-                f"for the model {self._quoted(model, 200)}, asked for was {self._model!r}",
-                "name it by --forward-served-as or --reverse-served-as, if it is the right one",
+                f"for the model {self._quoted(model, 200)}, expected {self._model!r}",
+                "if it is the right model, name it with --forward-served-as or --reverse-served-as",
             )
         choices, used = response.get("choices"), response.get("usage")
         if not choices or not isinstance(choices, list) or not isinstance(used, dict):
             raise self._refusal(f"without choices and usage ({self._quoted(str(response), 200)})", "is it /v1/completions?")
         if len(choices) != 1 or not isinstance(choices[0], dict) or choices[0].get("index") not in (None, 0):
             indices = [choice.get("index") if isinstance(choice, dict) else choice for choice in choices]
-            raise self._refusal(
-                f"with the choices {self._shown(indices, 200)}, asked for was one, of index 0", "use another server"
-            )
+            raise self._refusal(f"with the choices {self._shown(indices, 200)}, expected one, of index 0", "use another server")
         num_read, num_written = used.get("prompt_tokens"), used.get("completion_tokens")
         if type(num_read) is not int or num_read != len(prompt):
             raise self._refusal(
-                f"that says usage.prompt_tokens={self._shown(num_read)} for a prompt of {len(prompt)} ids",
-                "a server that adds a BOS, cuts prompts or tokenises them anew gives other probabilities: turn that off there",
+                f"with usage.prompt_tokens={self._shown(num_read)} for a prompt of {len(prompt)} ids",
+                "the server adds a BOS, cuts prompts or tokenizes them again, so its probabilities differ: turn that off there",
             )
-        if not max_tokens:  # some servers write a token all the same, which is thrown away
+        if not max_tokens:  # some servers write a token anyway; it is discarded
             num_written = num_written if type(num_written) is int else 0
         elif type(num_written) is not int or not 0 <= num_written <= max_tokens:
             raise self._refusal(
-                f"that says usage.completion_tokens={self._shown(num_written)}, asked for were at most {max_tokens}",
+                f"with usage.completion_tokens={self._shown(num_written)}, expected at most {max_tokens}",
                 "use another server",
             )
         ids = choices[0].get("prompt_token_ids")
@@ -191,7 +189,7 @@ class CompletionChecks:
         return Completion(choices[0], num_read, num_written)
 
     def text(self, completion: Completion, given: str, max_tokens: int) -> str:
-        """Return the text that was written behind `given`; refuse one that is cut, none at all, or begins with what was given."""
+        """Return the text that was written after `given`; refuse a missing or cut text, and one that begins with `given`."""
         choice = completion.choice
         text, reason = choice.get("text"), choice.get("finish_reason")
         if not isinstance(text, str):
@@ -207,24 +205,22 @@ class CompletionChecks:
             raise self._refusal(f"with half of a surrogate pair in the text {self._quoted(text)}", "use another server")
         num_shown = len(self._tokenizer.encode(text)) if given and text.startswith(given) else 0
         if num_shown > completion.completion_tokens + 1:
-            raise self._refusal("that repeats the prompt in front of what was written", "turn echo off there")
+            raise self._refusal("that repeats the prompt before the written text", "turn echo off there")
         if end := next((end for end in self._ends if text.endswith(end)), None):
-            raise self._refusal(
-                f"that writes the token {end!r} as text", "let the server leave special tokens out of its texts"
-            )
+            raise self._refusal(f"that writes the token {end!r} as text", "let the server omit special tokens from its texts")
         if self._client.mask.is_contained_in(text):
-            raise self._refusal("whose text holds the API key", "use another server, and replace the key")
+            raise self._refusal("whose text contains the API key", "use another server, and replace the key")
         return text
 
     def prompt_logprobs(self, completion: Completion, prompt: list[int]) -> tuple[list[float], bool]:
-        """Return the log-probabilities of the ids after the first, and whether the server named the tokens they belong to."""
+        """Return the log-probabilities of the ids after the first, and True if the server named the tokens they belong to."""
         logprobs = completion.choice.get("logprobs")
         found = logprobs.get("token_logprobs") if isinstance(logprobs, dict) else None
         if not isinstance(logprobs, dict) or not isinstance(found, list) or not found:
             raise self._refusal("without logprobs.token_logprobs", "scores need a server that supports echo with logprobs")
         if len(found) != len(prompt) or found[0] is not None:
             raise self._refusal(
-                f"with {len(found)} log-probabilities, the first {self._shown(found[0])}, for a prompt of {len(prompt)} ids; expected"
+                f"with {len(found)} log-probabilities, the first {self._shown(found[0])}, for a prompt of {len(prompt)} ids, expected"
                 f" {len(prompt)}, the first null",
                 "scores need a server that supports echo with logprobs and max_tokens=0, and adds no BOS",
             )
@@ -234,29 +230,29 @@ class CompletionChecks:
         )
 
     def unnamed(self) -> DataError:
-        """Return the refusal of a server that does not say which tokens it scored."""
+        """Return the error for a server that does not name the tokens it scored."""
         return self._refusal(
-            "that does not name the tokens of the prompt, so a BOS in front with a cut end would shift every score unseen",
-            "let it give logprobs.tokens or prompt_token_ids, or pass --trust-token-counts if you know that it takes ids as sent",
+            "that does not name the tokens of the prompt, so an added BOS with a cut end would shift every score unnoticed",
+            "let it return logprobs.tokens or prompt_token_ids, or pass --trust-token-counts if you know that it uses the ids as sent",
         )
 
     def _logprob(self, value: Any, position: int) -> float:
-        """Return a checked log-probability; what stands for minus infinity becomes it, and no other placeholder is a number."""
+        """Return a checked log-probability, with minus infinity for its placeholder; refuse other placeholders."""
         if value == STANDS_FOR_MINUS_INFINITY:
             return -math.inf
         if type(value) not in (int, float) or not STANDS_FOR_MINUS_INFINITY < value <= ROUNDING:
             raise self._refusal(
                 f"with the log-probability {self._client.shown(str(value), 40)} for token {position} of the prompt, expected a number up to 0"
                 f" and above {STANDS_FOR_MINUS_INFINITY:g}, which stands for minus infinity",
-                "see that the server's weights are whole and that it gives natural logarithms",
+                "check that the server's weights are complete and that it returns natural logarithms",
             )
         return min(0.0, float(value))
 
     def _names_all_tokens(self, has_ids: bool, names: Any, prompt: list[int]) -> bool:
-        """Refuse tokens of the prompt other than those that were sent; returns False where the server leaves one untold.
+        """Refuse tokens of the prompt other than those that were sent; return False if the server does not name all of them.
 
-        Names count as none where they are all the same while the ids are not. The name of a special token, of white space and of
-        a part of a character may be empty.
+        Names that are all equal for different ids count as missing. The name of a special token, of white space and of a part of
+        a character may be empty.
         """
         if not isinstance(names, list) or len({str(name) for name in names}) < min(2, len(set(prompt))):
             return has_ids
@@ -271,12 +267,12 @@ class CompletionChecks:
             if not self._names(name, id_):
                 raise self._refusal(
                     f"whose token {position} of the prompt is {self._quoted(name, 40)}; sent was id {id_}, {self._pieces.get(id_)!r}",
-                    "a server that adds tokens in front or has another tokenizer gives other probabilities: turn that off there",
+                    "the server adds tokens before the prompt or has another tokenizer, so its probabilities differ: turn that off there",
                 )
         return has_ids or (num_compared > 0 and not num_unnamed)
 
     def _has_whole_text(self, id_: int) -> bool:
-        """Return True for an id that a server can name by its text: no special token, white space or part of a character."""
+        """Return True for an id that a server can name by its text: no special token, white space, or part of a character."""
         return id_ not in self._tokenizer.special_ids and _is_whole(self._text_of(id_))
 
     def _text_of(self, id_: int) -> str:
@@ -284,11 +280,11 @@ class CompletionChecks:
         return self._tokenizer.decode([id_]) if surface is None else surface.decode("utf-8", "replace")
 
     def _names(self, name: str, id_: int) -> bool:
-        """Return True if a server may call the id so: by number, as its piece, or as the text of the piece."""
+        """Return True if `name` is a name of the id: its number, its piece, or the text of the piece."""
         text = self._text_of(id_)
         if name in (f"token_id:{id_}", str(id_), self._pieces.get(id_), text, repr(text)[1:-1]):
             return True
-        if not _is_whole(text) and not name.isascii():  # bytes of a character, shown as the character that they end
+        if not _is_whole(text) and not name.isascii():  # bytes of a character, shown as the whole character
             return True
         text = text.replace("\ufffd", "")
         return _bare(name) in (_bare(text), _bare(self._pieces.get(id_, "")))
@@ -297,7 +293,7 @@ class CompletionChecks:
         return DataError(f"{self._client.url} gave an answer {found}; {advice}")
 
     def _shown(self, value: Any, most: int = 80) -> str:
-        """Return what the server sent for a message: without the API key, then cut."""
+        """Return a value of the server for a message, with the API key masked, then cut."""
         return self._quoted(value, most) if isinstance(value, str) else self._client.shown(str(value), most)
 
     def _quoted(self, text: str, most: int = 80) -> str:
@@ -305,7 +301,7 @@ class CompletionChecks:
 
 
 def _is_whole(name: str) -> bool:
-    """Return True for a name that tells more than a space or a part of a character."""
+    """Return True for a name that is more than a space or a part of a character."""
     return bool(_bare(name)) and "\ufffd" not in name and not name.startswith("bytes:")
 
 

@@ -1,6 +1,6 @@
-"""An `Engine` runs a model for Reverse Reward: it samples answers, scores spans and expands answers by one step.
+"""The interface of inference engines for Reverse Reward: they sample answers, score spans and expand answers by one step.
 
-`TransformersEngine` runs a model in this process; `completions_engine` and `vllm_engine` speak to other engines.
+The engines are `TransformersEngine`, `VllmEngine` (both in this process) and `CompletionsEngine` (a server).
 """
 
 import re
@@ -19,18 +19,18 @@ from megatron_ledom.inference.scoring import SpanScore, TokenUsage
 
 @dataclass(frozen=True, slots=True)
 class StepDelimiter:
-    """Where a step of an answer ends: after text that the pattern matches, or after one of the token ids.
+    """The end of a step of an answer: text that matches the pattern, or one of the token ids.
 
-    A delimiter counts only after a character that is no white space, so that no step is empty. The token that completes the
-    delimiter belongs to the step with all its characters.
+    A delimiter counts only after a character that is not white space, so no step is empty. The whole token that completes
+    the delimiter belongs to the step.
     """
 
     pattern: str | None = "\n"
-    """A regular expression; None where only ids count."""
+    """A regular expression; None if only ids count."""
     token_ids: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
-        """Refuse a pattern that is no regular expression, or that matches nothing at all, and a delimiter of nothing."""
+        """Raise UsageError for no delimiter, an invalid regular expression, and one that matches the empty text."""
         if self.pattern is None and not self.token_ids:
             raise UsageError("a step delimiter needs a pattern or token ids")
         try:
@@ -38,11 +38,11 @@ class StepDelimiter:
         except re.error as error:
             raise UsageError(f"the step delimiter {self.pattern!r} is no regular expression: {error}") from error
         if matches_nothing:
-            raise UsageError(f"the step delimiter {self.pattern!r} matches the empty text, so it would end every step at once")
+            raise UsageError(f"the step delimiter {self.pattern!r} matches the empty text, so every step would end at once")
 
     @classmethod
     def parse(cls, text: str) -> "StepDelimiter":
-        """`newline`, `regex:PATTERN` or `ids:13,198`."""
+        """Return the delimiter for `newline`, `regex:PATTERN` or `ids:13,198`."""
         kind, _, rest = text.partition(":")
         if text == "newline":
             return cls()
@@ -53,7 +53,7 @@ class StepDelimiter:
         raise UsageError(f"step delimiter {text!r}: expected newline, regex:PATTERN or ids:NUMBER,NUMBER")
 
     def end_of_step(self, text: str) -> int | None:
-        """How many characters of `text`, which begins a step, the pattern closes; None where the step goes on."""
+        """Return the number of characters up to the end of the step that begins `text`; None if the step has no end in it."""
         if self.pattern is None:
             return None
         content = re.search(r"\S", text)
@@ -63,11 +63,11 @@ class StepDelimiter:
 
 @dataclass(frozen=True, slots=True)
 class PartialAnswer:
-    """An answer to a prompt as far as it is written.
+    """The written beginning of an answer to a prompt.
 
-    finished: the model ended it or the token limit cut it. num_tokens: written by the model. forward_logprob: the sum of
-    log P_F of these tokens as they were sampled, without temperature; None where the engine does not tell. key: names the answer's
-    own random numbers, which depend on nothing else in the batch. state: the engine's own.
+    key: seeds the answer's own random numbers, so they do not depend on the batch. finished: the model wrote eod, or the token
+    limit cut the answer. num_tokens: the tokens that the model wrote. forward_logprob: the sum of log P_F of these tokens as
+    they were sampled, without temperature; None if the engine does not report it. state: private to the engine.
     """
 
     prompt: str
@@ -79,22 +79,24 @@ class PartialAnswer:
     state: Any = field(default=None, repr=False, compare=False)
 
     def child(self, number: int) -> "PartialAnswer":
-        """Return this answer as its child `number`. The first goes on with the answer's own random numbers, so that an
-        answer comes out the same whether it is written at once or step by step."""
+        """Return this answer as the start of its continuation `number`, with the key for its random numbers.
+
+        Continuation 0 keeps the key, so an answer is the same whether it is written at once or step by step.
+        """
         if not self.num_tokens:
             return replace(self, key=f"{self.key}/{number}")
         return replace(self, key=f"{self.key}.{self.num_tokens}:{number}") if number else self
 
     def draw(self, position: int) -> float:
-        """The uniform number in [0, 1) with which the token at `position` of the answer is chosen."""
+        """Return the random number, uniform in [0, 1), that chooses the token at `position` of the answer."""
         digest = blake2b(f"{self.key}@{position}".encode(), digest_size=8).digest()
         return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
 class Engine(ABC):
-    """A language model of one direction. Texts are text order everywhere.
+    """A language model of one direction. All texts are in text order.
 
-    spent: tokens that the model was fed, and seconds, since the engine was made; it grows with every call.
+    usage: the tokens that the model has read and written, and the seconds, since the engine was created.
     """
 
     def __init__(self, direction: Direction) -> None:
@@ -102,56 +104,64 @@ class Engine(ABC):
 
     @abstractmethod
     def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
-        """Return, of each (preceding, following), log P(following | preceding) of a forward model, log P(preceding | following)
-        of a reverse one. Both parts are tokenised as one text; a token that reaches over the boundary belongs to `following`.
-        An empty given part stands for the start of a document. include_end adds log P(eod) at the scored part's far end.
-        Equal pairs are computed once."""
+        """Score each (preceding, following).
+
+        A forward model gives log P(following | preceding), a reverse model log P(preceding | following). Both parts are
+        tokenized as one text; a token that crosses the boundary belongs to `following`. An empty given part means the start of
+        a document. include_end adds log P(eod) at the far end of the scored part. Equal pairs are computed once.
+        """
 
     @abstractmethod
     def score_problem(self, pair: tuple[str, str], *, include_end: bool = False) -> str | None:
-        """Return why `score` would refuse a pair as too long for the model, None where it fits. Costs no pass."""
+        """Return the reason if a pair is too long for `score`; None if it fits. Does not run the model."""
 
     @abstractmethod
     def growth_problem(self, text: str, num_new_tokens: int) -> str | None:
-        """Return why the model has no room for a text and `num_new_tokens` beside it, None where it has. Costs no pass."""
+        """Return the reason if the model has no room for a text and `num_new_tokens` more; None if it has. Does not run the model."""
 
     @abstractmethod
     def _grow(
         self, answers: Sequence[PartialAnswer], num: int, delimiter: StepDelimiter | None, sampling: Sampling
     ) -> list[list[PartialAnswer]]:
-        """Return `num` continuations of each answer, by one step or, without a delimiter, to its end; a finished answer is its own only
-        one."""
+        """Return `num` continuations of each answer, by one step or, without a delimiter, to its end.
+
+        A finished answer is its only continuation.
+        """
 
     def sample(self, starts: Sequence[PartialAnswer], sampling: Sampling) -> list[list[PartialAnswer]]:
-        """Return `sampling.num_return_sequences` whole answers for each of `starts` (a PartialAnswer without text)."""
+        """Return `sampling.num_return_sequences` whole answers for each of `starts` (see `empty_answer`)."""
         self._check_writes(sampling)
         return self._grow(starts, sampling.num_return_sequences, None, sampling)
 
     def expand(
         self, answers: Sequence[PartialAnswer], num: int, delimiter: StepDelimiter, sampling: Sampling
     ) -> list[list[PartialAnswer]]:
-        """Return `num` continuations of each answer by one step, which ends at the delimiter, at eod or at `max_new_tokens` of the
-        whole answer."""
+        """Return `num` continuations of each answer by one step.
+
+        A step ends at the delimiter, at eod, or where the whole answer has `max_new_tokens`.
+        """
         self._check_writes(sampling)
         return self._grow(answers, num, delimiter, sampling)
 
     def _check_writes(self, sampling: Sampling) -> None:
-        """Refuse stop strings, since steps end at a StepDelimiter, and a reverse model."""
+        """Raise UsageError for stop strings, because steps end at a StepDelimiter, and for a reverse model."""
         if sampling.stop_strings:
-            raise UsageError(f"engines take no stop_strings ({list(sampling.stop_strings)}); give a StepDelimiter to `expand`")
+            raise UsageError(
+                f"engines accept no stop_strings ({list(sampling.stop_strings)}); pass a StepDelimiter to `expand`"
+            )
         if self.direction is not Direction.FORWARD:
-            raise UsageError("a reverse model writes what precedes a text, not answers; give the forward model to sample from")
+            raise UsageError("a reverse model writes the text before a prompt, not answers; sample from the forward model")
 
 
 class UsageMeter:
-    """Counts what a forward and a reverse engine spend from now on."""
+    """Measures the usage of a forward and a reverse engine from now on."""
 
     def __init__(self, forward: Engine, reverse: Engine) -> None:
         self._forward, self._reverse = forward, reverse
         self._begin = (forward.usage.tokens, reverse.usage.tokens, time.monotonic())
 
     def usage(self) -> dict[str, Any]:
-        """Return the tokens of both, and seconds."""
+        """Return the tokens of each engine and the seconds since the start."""
         forward, reverse, start = self._begin
         tokens = {
             "forward_tokens": self._forward.usage.tokens - forward,
@@ -161,5 +171,5 @@ class UsageMeter:
 
 
 def empty_answer(prompt: str, sampling: Sampling, salt: int = 0) -> PartialAnswer:
-    """The PartialAnswer from which answers to `prompt` grow; `salt` (a record's number) sets equal prompts apart."""
+    """Return an answer to `prompt` without text; `salt`, the number of a record, gives equal prompts other random numbers."""
     return PartialAnswer(prompt, f"{sampling.seed or 0}/{salt}")

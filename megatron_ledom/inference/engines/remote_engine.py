@@ -1,4 +1,4 @@
-"""An engine whose weights are elsewhere: it knows the model folder's tokenizer and direction, sends ids and checks what comes back."""
+"""The common part of inference engines whose model runs elsewhere: token ids go there, log-probabilities and text come back."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -22,9 +22,10 @@ from megatron_ledom.inference.scoring import (
 
 
 class RemoteEngine(Engine):
-    """An `Engine` of two questions that go to where the weights are.
+    """An `Engine` whose subclasses implement two requests to the model: `_logprobs` and `_written`.
 
-    folder: of the served model; MismatchError where it records another direction. Ids that are sent are in model order.
+    folder: the folder of the model, for tokenizer and direction; MismatchError if it records another direction. The ids that
+    are sent are in model order.
     """
 
     def __init__(self, folder: str | Path, direction: Direction) -> None:
@@ -32,7 +33,7 @@ class RemoteEngine(Engine):
         config = read_model_config(folder)
         recorded = config.get("direction")
         if recorded not in (None, str(direction)) or (recorded is None and direction is Direction.REVERSE):
-            raise MismatchError(f"{folder}/config.json records the direction {recorded!r}, asked for was {str(direction)!r}")
+            raise MismatchError(f"{folder}/config.json records the direction {recorded!r}, expected {str(direction)!r}")
         super().__init__(direction)
         self.tokenizer, self.stop_ids = load_tokenizer(folder)
         self._leading_ids = [] if recorded else self.tokenizer.leading_ids
@@ -40,11 +41,11 @@ class RemoteEngine(Engine):
 
     @abstractmethod
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:
-        """Return the log-probabilities of the scored ids of each span, model order."""
+        """Return the log-probabilities of the scored ids of each span, in model order."""
 
     @abstractmethod
     def _written(self, answers: list[PartialAnswer], sampling: Sampling) -> list[tuple[str, int]]:
-        """Write behind each answer until eod or the token limit; returns text and number of tokens."""
+        """Continue each answer until eod or the token limit; return the new text and its number of tokens."""
 
     def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
         """See `Engine.score`."""
@@ -68,11 +69,11 @@ class RemoteEngine(Engine):
     ) -> list[list[PartialAnswer]]:
         """See `Engine.expand`."""
         if delimiter.token_ids:
-            raise UsageError("this engine answers with text, so a step ends at a pattern; give regex:PATTERN instead of ids")
+            raise UsageError("this engine returns text, so a step ends at a pattern; give regex:PATTERN instead of ids")
         return super().expand(answers, num, delimiter, sampling)
 
     def prompt_ids(self, answer: PartialAnswer) -> list[int]:
-        """Return what a forward model goes on from: the ids of the prompt and the answer so far, encoded as one text."""
+        """Return the ids that a forward model continues: the prompt and the answer so far, encoded as one text."""
         return [*self._leading_ids, *self.tokenizer.encode(answer.prompt + answer.text)]
 
     def _span(self, pair: tuple[str, str], include_end: bool) -> Span:
@@ -82,7 +83,7 @@ class RemoteEngine(Engine):
     def _grow(
         self, answers: Sequence[PartialAnswer], num: int, delimiter: StepDelimiter | None, sampling: Sampling
     ) -> list[list[PartialAnswer]]:
-        """See `Engine._grow`. The step is cut out here: servers do not tell a stop string from the model's own end."""
+        """See `Engine._grow`. The step is cut here, because servers do not distinguish a stop string from the model's eod."""
         children = [answer.child(number) for answer in answers if not answer.finished for number in range(num)]
         written = self._written(children, sampling)
         grown = iter(
@@ -91,9 +92,9 @@ class RemoteEngine(Engine):
         return [[answer] if answer.finished else [next(grown) for _ in range(num)] for answer in answers]
 
     def _grown(self, answer: PartialAnswer, written: str, num_tokens: int, delimiter: StepDelimiter | None) -> PartialAnswer:
-        """Return the answer with what the engine wrote until eod or the token limit; with a delimiter, with one step of it.
+        """Return the answer with the text that the engine wrote; with a delimiter, with only the first step of it.
 
-        num_tokens: of `written`; of a step that was cut out of it, what the step encodes to. What lies beyond is given up.
+        num_tokens: the number of tokens of `written`. A step that is cut out of it counts the tokens that it encodes to.
         """
         end = delimiter.end_of_step(written) if delimiter else None
         finished = end is None or end == len(written)
@@ -105,5 +106,5 @@ class RemoteEngine(Engine):
 
 
 def seed_of(answer: PartialAnswer) -> int:
-    """Return a seed of 31 bits for the answer's own random numbers."""
+    """Return the seed, of 31 bits, for the answer's own random numbers."""
     return int(answer.draw(answer.num_tokens) * 2**31)

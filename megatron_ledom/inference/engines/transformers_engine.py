@@ -1,7 +1,7 @@
-"""The engine that runs a transformers model in this process; answers are written step by step with the stock `generate`.
+"""The inference engine that runs a transformers model in this process; it writes answers with the stock `generate`.
 
-An answer keeps the keys and values of what it has read, so that a prompt is read once for all of its answers and a step continues
-where the last one ended. Shapes: B rows, S positions, V ids, H heads, D width of a head.
+An answer keeps the keys and values of its tokens. Therefore the model reads a prompt once for all of its answers, and a step
+continues where the last one ended. Shapes: B rows, S positions, V ids, H heads, D width of a head.
 """
 
 import time
@@ -30,12 +30,15 @@ from megatron_ledom.inference.language_model import LanguageModel
 from megatron_ledom.inference.scoring import SpanScore, check_batch_size, naming_text, no_room
 
 Cache = list[tuple[torch.Tensor, torch.Tensor]]
-"""Keys and values of one row, [H, S, D] each, a pair a layer."""
+"""Keys and values of one row, [H, S, D] each, one pair for each layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """healed: the prompt. written: ids since then, model order. cache: of all tokens but the last, or None: not computed."""
+    """The state of an answer.
+
+    healed: the prompt. written: the new ids, in model order. cache: keys and values of all tokens but the last; None if not computed.
+    """
 
     healed: HealedPrompt
     written: tuple[int, ...] = ()
@@ -45,8 +48,8 @@ class _State:
 class TransformersEngine(Engine):
     """Samples, scores and expands with a `ForwardLM` or `ReverseLM`; at most `batch_size` sequences at once.
 
-    Only a forward model writes answers. A reverse model's pass keeps nothing for the next step: a step is put at the end of
-    the answer, and that is the beginning of what the reverse model reads, so that all its keys and values change.
+    Only a forward model writes answers. A reverse model keeps no cache between steps: a new step is at the end of the answer,
+    which a reverse model reads first, so all later keys and values change.
     """
 
     def __init__(self, language_model: LanguageModel, batch_size: int = 16) -> None:
@@ -94,14 +97,14 @@ class TransformersEngine(Engine):
             return answer
         healed = self._lm.tokenizer.heal_prompt(answer.prompt, self.direction)
         if not self._lm.leading_ids + healed.tokens:
-            raise DataError("a prompt yields no token, so nothing conditions an answer; pass other text")
+            raise DataError("a prompt has no tokens, so the model has nothing to start from; pass a longer text")
         return replace(answer, state=_State(healed))
 
     def _tokens(self, answer: PartialAnswer) -> list[int]:
         return [*self._lm.leading_ids, *answer.state.healed.tokens, *answer.state.written]
 
     def _caches(self, answers: dict[int, PartialAnswer], known: dict[int, Cache]) -> dict[int, Cache]:
-        """The cache of each answer: its own, one of `known`, or computed now; answers of any length in one batch."""
+        """Return the cache of each answer: its own, one of `known`, or computed now in one batch."""
         caches = {index: answer.state.cache or known.get(index) for index, answer in answers.items()}
         missing = [index for index, cache in caches.items() if cache is None]
         read = [self._tokens(answers[index])[:-1] for index in missing]
@@ -120,10 +123,10 @@ class TransformersEngine(Engine):
     def _write(
         self, answers: list[PartialAnswer], caches: list[Cache], delimiter: StepDelimiter | None, sampling: Sampling
     ) -> list[PartialAnswer]:
-        """One step of each answer, or all of it without a delimiter.
+        """Continue each answer by one step, or to its end without a delimiter.
 
-        A batch is divided where it has no room although each of its rows has: the longest row and the one that has most to write
-        may be two.
+        A batch can exceed the positions of the model although each row fits, because the longest row and the row with most to
+        write may differ. Then the batch is divided.
         """
         model, writer = self._lm.model, self._lm.writer
         tokens = [self._tokens(answer) for answer in answers]
@@ -179,9 +182,10 @@ class TransformersEngine(Engine):
 
 
 class _Choice(LogitsProcessor):  # type: ignore[misc]
-    """Chooses each row's next token with the row's own random numbers, and leaves the others no chance.
+    """Chooses the next token of each row with the row's own random numbers, and excludes all other tokens.
 
-    new_ids: what each row has written in this call, to its stop; logprobs: of those which count as the answer's, without temperature.
+    new_ids: the ids that each row wrote in this call, up to its stop. logprobs: the log-probabilities, without temperature, of
+    those that belong to the answer.
     """
 
     def __init__(
@@ -206,11 +210,11 @@ class _Choice(LogitsProcessor):  # type: ignore[misc]
             self._warpers += [TopPLogitsWarper(sampling.top_p)] if sampling.top_p < 1 else []
 
     def num_written(self, row: int) -> int:
-        """Tokens of the answer, eod included; those that spell the end of the prompt again do not count."""
+        """Return the number of tokens of the answer, with eod; those that repeat the end of the prompt (token healing) do not count."""
         return len(self.logprobs[row])
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """input_ids [B, S], scores [B, V]; returns 0 for the chosen id of each row, -inf for all others."""
+        """Return scores [B, V] of 0 for the chosen id of each row and -inf for all others; input_ids [B, S], scores [B, V]."""
         logprobs_BV = torch.log_softmax(scores.float(), dim=-1)
         warped_BV = self._warpers(input_ids, self._healing(input_ids, scores).float())
         if self._is_greedy:
@@ -234,13 +238,13 @@ class _Choice(LogitsProcessor):  # type: ignore[misc]
 
 
 class _EndOfStep(StoppingCriteria):  # type: ignore[misc]
-    """Ends a row at its own token limit, at eod, and where its step is complete."""
+    """Ends a row at its own token limit, at eod, or at the end of its step."""
 
     def __init__(self, choice: _Choice, delimiter: StepDelimiter | None) -> None:
         self._choice, self._delimiter = choice, delimiter
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        """Return which rows [B] are done."""
+        """Return [B] booleans, True for each row that is done."""
         choice = self._choice
         for row in range(len(choice.answers)):
             if not choice.is_done[row]:
@@ -259,12 +263,12 @@ class _EndOfStep(StoppingCriteria):  # type: ignore[misc]
 
 
 def _row_of(cache: Any, row: int, begin: int, end: int) -> Cache:
-    """Positions [begin, end) of one row."""
+    """Return the positions [begin, end) of one row of a cache."""
     return [(layer.keys[row, :, begin:end], layer.values[row, :, begin:end]) for layer in cache.layers]
 
 
 def _padded_cache(caches: list[Cache], length: int) -> DynamicCache | None:
-    """The rows' caches as one of `length` positions, padded before their begin; None where nothing was read."""
+    """Return the caches of the rows as one of `length` positions, padded before their beginning; None if `length` is 0."""
     if not length:
         return None
     cache = DynamicCache()

@@ -1,7 +1,7 @@
-"""An engine on vLLM in this process: equal to the transformers engine on vLLM's CPU build (0.32); not yet run on a GPU.
+"""An inference engine on vLLM in this process: equal to the transformers engine on vLLM's CPU build (0.32); not yet run on a GPU.
 
-The model is sent token ids, so that a reverse model is served like any other (its folder is a stock architecture); prompts are
-tokenised by its folder's tokenizer here. vLLM's own prefix cache keeps what a forward model has read.
+vLLM gets token ids, so it can run a reverse model (a stock architecture); the tokenizer of the model folder encodes the prompts
+here. vLLM's own prefix cache keeps the prompts that a forward model has read.
 """
 
 import time
@@ -23,13 +23,13 @@ class VllmEngine(RemoteEngine):
         try:
             import vllm
         except ImportError as error:
-            raise UsageError("this engine needs vLLM: pip install vllm, in an environment that fits your GPUs") from error
+            raise UsageError("this engine needs vLLM; pip install vllm, in an environment that fits your GPUs") from error
         self._vllm = vllm
         super().__init__(folder, direction)
         self._llm = vllm.LLM(model=str(folder), skip_tokenizer_init=False, trust_remote_code=False, **options)
 
     def _logprobs(self, spans: list[Span]) -> list[list[float]]:
-        """vLLM has to write one token behind each, which is thrown away."""
+        """See `RemoteEngine._logprobs`. vLLM must write one token after each span; it is discarded."""
         params = self._vllm.SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
         outputs = self._generate([span.tokens for span in spans], [params] * len(spans))
         scored = [

@@ -1,1 +1,1 @@
-"""Reverse Reward (LEDOM, arXiv 2507.01335): scores of candidates, search by steps, and files of rankings."""
+"""Reverse Reward (LEDOM, arXiv 2507.01335): scores of candidates, step-level search, and files of ranked candidates."""

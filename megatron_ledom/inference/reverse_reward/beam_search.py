@@ -1,9 +1,9 @@
 """Step-level beam search guided by Reverse Reward (LEDOM, arXiv 2507.01335, section "Reverse Reward").
 
-The forward model writes answers step by step; after each step the answers so far are ranked by their reward and the best go on.
-A reverse pass keeps no keys and values for the next step: a step is put at the end of the answer, which is the *beginning* of
-what a reverse model reads, so that everything it has computed about the rest becomes invalid. Its cost therefore grows with
-the length of the answer at every step. The forward model's prefixes are kept: it reads a prompt once, and an answer never again.
+The forward model writes answers step by step. After each step the search ranks the partial answers by their reward and continues
+the best ones. The reverse model must read each answer from its end again after every step, because a new step is the *beginning*
+of its input; its cost per step grows with the length of the answer. The forward model keeps its keys and values, so it reads
+the prompt once and each token of an answer once.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -25,14 +25,14 @@ from megatron_ledom.inference.reverse_reward.reward import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BeamSettings:
-    """k beams, n expansions a step. The paper's are 4 and 3; its delimiter is not published."""
+    """The numbers of beams (k) and of expansions at each step (n). The paper uses 4 and 3; its delimiter is not published."""
 
     num_beams: int = 4
     num_expansions: int = 3
     delimiter: StepDelimiter = field(default_factory=StepDelimiter)
 
     def __post_init__(self) -> None:
-        """Refuse a search of nothing."""
+        """Raise UsageError for numbers below 1."""
         if self.num_beams < 1 or self.num_expansions < 1:
             raise UsageError(
                 f"a beam search with {self.num_beams} beams and {self.num_expansions} expansions writes nothing; both must be"
@@ -42,7 +42,7 @@ class BeamSettings:
 
 @dataclass(frozen=True, slots=True)
 class SearchRound:
-    """One round of a search: how many answers it looked at, how many went on, how many were finished so far, and its cost."""
+    """One round of a search: the numbers of answers it ranked, kept and finished so far, and its token usage."""
 
     num_paths: int
     num_kept: int
@@ -54,7 +54,7 @@ class SearchRound:
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """The result of a search: finished answers in the order in which they ended, their scores, the ranking and the rounds."""
+    """The result of a search: the finished answers in the order of their ends, their scores, their ranking, and the rounds."""
 
     answers: list[Candidate]
     scores: list[CandidateScore]
@@ -62,7 +62,7 @@ class SearchResult:
     rounds: list[SearchRound]
 
     def as_fields(self, *, token_values: bool = False) -> dict[str, Any]:
-        """The output fields of a reranking file. Seconds are left out: they would differ between two runs."""
+        """Return the fields of a reranking file, without the seconds, which would differ between two runs."""
         rounds = [asdict(search_round) for search_round in self.rounds]
         for search_round in rounds:
             del search_round["seconds"]
@@ -82,12 +82,12 @@ def beam_search(
 ) -> SearchResult:
     """Search for answers from `start`, a PartialAnswer without text (`empty_answer`).
 
-    The first round writes k * n first steps, each later one n continuations of every answer that went on. Finished answers are
-    kept and take up beams: with m of them, the best k - m of the others go on, so that the search ends with k answers or, if
-    more ended in one round, with all of these. Unfinished answers are ranked by the reward of what is written, where log P_F is
-    that of the tokens as they were sampled if the engine tells it (no pass is spent on it); the finished ones are scored
-    once more at the end, exactly like candidates of a file. With n = 1 nothing is pruned, and the answers are those of
-    best-of-k with the same seed. Temperature 0 allows one beam only, since all of its samples are the same.
+    The first round writes k * n first steps. Each later round writes n continuations of every kept answer. Finished answers
+    occupy beams: with m of them, the search keeps the best k - m unfinished answers. So it ends with k answers, or with more if
+    several finish in the last round. Unfinished answers are ranked by the reward of their text so far; log P_F is that of the
+    sampling if the engine reports it, so it costs no forward pass. Finished answers are scored again at the end, exactly like
+    the candidates of a file. With n = 1 nothing is pruned, and the answers are those of best-of-k with the same seed.
+    Temperature 0 allows only one beam, because all samples would be equal.
     """
     if sampling.temperature == 0 and beam.num_beams * beam.num_expansions > 1:
         raise UsageError("beams at temperature 0 would all be the same; set a temperature above 0")
@@ -113,7 +113,7 @@ def beam_search(
 def _best(
     forward: Engine, reverse: Engine, answers: list[PartialAnswer], width: int, reward: RewardSettings
 ) -> list[PartialAnswer]:
-    """The `width` best answers, in their old order; nothing is scored where all or none go on."""
+    """Return the `width` best answers, in their old order; skip the scoring if all or none are kept."""
     if width >= len(answers) or not width:
         return answers[:width]
     partial = replace(reward, include_ends=False)  # an unfinished answer has no end yet
@@ -125,6 +125,6 @@ def _best(
 def _scores(
     forward: Engine, reverse: Engine, prompt: str, candidates: list[Candidate], reward: RewardSettings
 ) -> list[CandidateScore]:
-    """The scores of what was written; what is too long for a model, as it tokenises it, gets none."""
+    """Return the scores of written answers; those that are too long for a model are skipped."""
     problems = candidate_problems(forward, reverse, prompt, candidates, reward, is_written=True)
     return score_questions(forward, reverse, [(prompt, candidates)], reward, [problems])[0]

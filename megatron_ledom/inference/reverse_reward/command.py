@@ -1,4 +1,4 @@
-"""From the options of `ledom rerank` to settings, models and files."""
+"""The command `ledom rerank`: settings, models and files from its options."""
 
 import json
 import sys
@@ -30,20 +30,20 @@ Options = dict[str, Any]
 SAMPLING = ("temperature", "top_p", "top_k", "max_new_tokens", "seed", "greedy")
 BEAM = ("expansions", "step_delimiter")
 VLLM_MEMORY = 0.9
-"""Share of a GPU's memory that vLLM takes; two models on one GPU share it."""
+"""Fraction of a GPU's memory that vLLM uses, divided by two if it runs both models."""
 SAMPLED_BATCHES = 4
-"""Batches of candidates that are written before they are kept: writing takes minutes where scoring takes seconds."""
+"""Number of batches of sampled candidates after which the output is saved; sampling takes minutes where scoring takes seconds."""
 
 
 def rerank_command(options: Options) -> None:
-    """Check everything that can be checked, then load both models and rank the file."""
+    """Check the options and the folders, then load both models and rank the file."""
     settings = settings_from(options)
     check_batch_size(options["batch_size"])
     folders = {side: folder_facts(Path(options[side])) for side in ("forward", "reverse")}
     _check_not_swapped(options)
 
     def engines() -> tuple[Engine, Engine]:
-        """Return both models, loaded from the folders as they were found."""
+        """Return both models; raise DataError if a folder changed since its facts were recorded."""
         made = _engines(options)
         for side, facts in folders.items():
             check_unchanged(Path(options[side]), facts)
@@ -51,9 +51,11 @@ def rerank_command(options: Options) -> None:
 
     for side in folders:
         if options[f"{side}_server"] is not None and options[f"{side}_engine"] != "transformers":
-            raise UsageError(f"--{side}-server and --{side}-engine are two ways to run the {side} model; choose one")
+            raise UsageError(f"--{side}-server and --{side}-engine are two ways to run the {side} model; pass only one")
     if options["reverse_eod_id"] is not None and (options["reverse_server"] or options["reverse_engine"] != "transformers"):
-        raise UsageError("--reverse-eod-id is for a model that transformers runs in this process; leave out the other engine")
+        raise UsageError(
+            "--reverse-eod-id works only with --reverse-engine transformers; remove the other engine or the server"
+        )
     run_by = {f"{side}_{way}": options[f"{side}_{way}"] for side in folders for way in ("server", "engine")}
     made_by = {
         **folders,
@@ -70,33 +72,33 @@ def rerank_command(options: Options) -> None:
 
 
 def summary_of(output: Path) -> str:
-    """Return what was done for a complete output, in one sentence, from the notes beside it."""
+    """Return one sentence about a complete output, from its `.spent.json` file."""
     notes = usage_file(output)
-    spent = json.loads(notes.read_text(encoding="utf-8"))
-    settings = spent["made_by"]["settings"]
+    usage = json.loads(notes.read_text(encoding="utf-8"))
+    settings = usage["made_by"]["settings"]
     skipped = [
-        f"{spent[name]:,} {what}"
+        f"{usage[name]:,} {what}"
         for name, what in (("num_skipped", "candidates"), ("num_skipped_prompts", "prompts"))
-        if spent[name]
+        if usage[name]
     ]
     return (
         f"{output}: ranked at weight {settings['reward']['weight']:g} (0 forward only, 1 reverse only);"
-        f" lines: {spent['num_lines']:,}, candidates: {spent['num_candidates']:,}"
-        f"{', skipped as too long: ' if skipped else ''}{' and '.join(skipped)}, forward tokens: {spent['forward_tokens']:,.0f},"
-        f" reverse tokens: {spent['reverse_tokens']:,.0f}, seconds: {spent['seconds']:,.1f} ({notes.name})"
+        f" lines: {usage['num_lines']:,}, candidates: {usage['num_candidates']:,}"
+        f"{', skipped as too long: ' if skipped else ''}{' and '.join(skipped)}, forward tokens: {usage['forward_tokens']:,.0f},"
+        f" reverse tokens: {usage['reverse_tokens']:,.0f}, seconds: {usage['seconds']:,.1f} ({notes.name})"
     )
 
 
 def skip_warning(output: Path) -> str | None:
-    """Return the warning of a complete output whose candidates were skipped in part, with their share; None if none was."""
-    spent = json.loads(usage_file(output).read_text(encoding="utf-8"))
-    num_skipped, num_candidates = spent["num_skipped"], spent["num_candidates"]
+    """Return a warning with the percentage of skipped candidates of a complete output; None if none was skipped."""
+    usage = json.loads(usage_file(output).read_text(encoding="utf-8"))
+    num_skipped, num_candidates = usage["num_skipped"], usage["num_candidates"]
     if not num_skipped:
         return None
-    settings = spent["made_by"]["settings"]
+    settings = usage["made_by"]["settings"]
     reason = "they are too long for a model"
     if settings["sampling"] is not None and settings["too_long"] != SKIP:
-        reason = "these answers came out longer when they were read again to be scored, which --too-long refuse cannot foresee"
+        reason = "these answers have more tokens when they are scored than when they were sampled, so --too-long refuse did not catch them"
     remedy = "shorten them" if settings["sampling"] is None else "lower --max-new-tokens or shorten the prompts"
     return (
         f"warning: {num_skipped:,} of {num_candidates:,} candidates ({100 * num_skipped / num_candidates:.1f} %) have no score and"
@@ -105,18 +107,18 @@ def skip_warning(output: Path) -> str | None:
 
 
 def _check_not_swapped(options: Options) -> None:
-    """Refuse the folder of a reverse model as --forward beside one of a forward model as --reverse."""
+    """Raise MismatchError if --forward is a reverse model and --reverse a forward model."""
     found = {side: read_model_config(Path(options[side])).get("direction") for side in ("forward", "reverse")}
     is_forward = found["reverse"] == "forward" or (found["reverse"] is None and options["reverse_eod_id"] is None)
     if found["forward"] == "reverse" and is_forward:
         raise MismatchError(
-            f"--forward and --reverse are swapped: {options['forward']} is a reverse model and {options['reverse']} a forward"
-            " one, by their config.json; exchange the two folders"
+            f"--forward and --reverse are swapped: by their config.json, {options['forward']} is a reverse model and"
+            f" {options['reverse']} a forward model; exchange the two folders"
         )
 
 
 def _engines(options: Options) -> tuple[Engine, Engine]:
-    """The forward and the reverse engine. Servers come first: what is wrong with them costs no loading of a model."""
+    """Return the forward and the reverse engine. Servers are checked first, before a model is loaded."""
     order = (Direction.REVERSE, Direction.FORWARD)
     servers_first = sorted(order, key=lambda direction: options[f"{direction}_server"] is None)
     made = {direction: _engine(options, direction) for direction in servers_first}
@@ -124,7 +126,7 @@ def _engines(options: Options) -> tuple[Engine, Engine]:
 
 
 def _engine(options: Options, direction: Direction) -> Engine:
-    """The model's folder in this process, by transformers or by vLLM, or the server that serves it."""
+    """Return the engine of one model: transformers or vLLM in this process, or a server."""
     folder, url, name = (options[f"{direction}{ending}"] for ending in ("", "_server", "_served_as"))
     if url is not None:
         return CompletionsEngine(
@@ -141,19 +143,19 @@ def _engine(options: Options, direction: Direction) -> Engine:
         return VllmEngine(folder, direction, gpu_memory_utilization=VLLM_MEMORY / len(with_vllm))
     if direction is Direction.FORWARD:
         return TransformersEngine(ForwardLM.from_pretrained(folder), options["batch_size"])
-    eod_id = options["reverse_eod_id"]  # a folder for which it is given records no direction either
-    asked = None if eod_id is None else str(direction)
-    reverse = ReverseLM.from_pretrained(folder, direction=asked, eod_id=eod_id, option_names=RERANK_OPTIONS)
+    eod_id = options["reverse_eod_id"]  # a folder that needs this option records no direction
+    assumed = None if eod_id is None else str(direction)
+    reverse = ReverseLM.from_pretrained(folder, direction=assumed, eod_id=eod_id, option_names=RERANK_OPTIONS)
     return TransformersEngine(reverse, options["batch_size"])
 
 
 def settings_from(options: Options) -> RerankSettings:
-    """The settings that the options mean; UsageError for those that do not go together."""
+    """Return the settings of the options; raises UsageError for options that exclude each other."""
     beam, num_samples = options["beam"], options["sample"]
     if beam is not None and num_samples is not None:
-        raise UsageError("--sample and --beam are two ways to write candidates; choose one")
+        raise UsageError("--sample and --beam are two ways to write candidates; pass only one")
     if beam is None and num_samples is None:
-        _refuse(options, SAMPLING, "--sample or --beam: given candidates are not written anew")
+        _refuse(options, SAMPLING, "--sample or --beam; without them the given candidates are ranked")
     if beam is None:
         _refuse(options, BEAM, "--beam")
     names = ("weight", "forward_normalization", "reverse_normalization", "language_model_weight", "include_ends")

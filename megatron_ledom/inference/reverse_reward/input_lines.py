@@ -1,4 +1,4 @@
-"""The lines of a reranking file: read, checked, and written again as JSON that every reader takes."""
+"""The lines of a reranking file: reading, checking, and writing them as valid JSON."""
 
 import json
 import logging
@@ -16,23 +16,21 @@ from megatron_ledom.inference.reverse_reward.reward import Candidate
 log = logging.getLogger(__name__)
 
 WRITTEN = ("greedy", "scores", "ranking", "best", "search", "num_skipped", "skipped")
-"""Fields that ranking writes, over those of an input that was ranked before."""
+"""Fields that ranking writes; it replaces those of an input that was ranked before."""
 
 LEAST_MEAN = -100.0
-"""Log-probability of a token on average below which a large given sum was not made of real ones: samplers write -9999 or -1e29
-for minus infinity."""
-
+"""Smallest plausible mean log-probability of a token; a given sum below it contains -9999 or -1e29 for minus infinity."""
 
 MOST_DIGITS = 100_000
-"""Of an integer in a field that ranking does not use; Python stops at 4,300 unless it is told otherwise."""
+"""Digits of an integer that is read from a line; Python's own limit is 4,300."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """One line of a reranking file; `fields` are all its fields as read.
 
-    problems: of each given candidate, why it gets no score, or None. prompt_problem: why nothing can be written for the prompt. A line
-    whose prompt an earlier reranking skipped has no candidates and stays skipped, with the same reason.
+    problems: for each given candidate the reason why it gets no score, or None. prompt_problem: the reason why no answer can be
+    written for the prompt. A line whose prompt an earlier reranking skipped has no candidates and stays skipped with its reason.
     """
 
     number: int
@@ -49,12 +47,12 @@ class Record:
         return self.candidates == []
 
     def own_fields(self) -> dict[str, Any]:
-        """Return the fields without what an earlier ranking says of skipped answers, which is written only where there are any."""
+        """Return the fields without "num_skipped" and "skipped" of an earlier ranking, which not every ranking writes."""
         return {name: value for name, value in self.fields.items() if name not in ("num_skipped", "skipped")}
 
 
 def read_records(path: Path, *, sampled: bool) -> Iterator[Record]:
-    """The lines of a reranking file, each checked; a fault is named by file and line. Blank lines are passed over."""
+    """Yield the checked lines of a reranking file, without blank lines. Raises DataError with the file and the line."""
     with path.open("rb") as lines:
         numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
         for index, (number, line) in enumerate(numbered):
@@ -64,9 +62,9 @@ def read_records(path: Path, *, sampled: bool) -> Iterator[Record]:
 
 
 def json_line(fields: dict[str, Any]) -> bytes:
-    """Return an object as one line of JSON in UTF-8; half of a surrogate pair, which UTF-8 has not, is written as an escape.
+    """Return an object as one line of JSON in UTF-8; half of a surrogate pair, which UTF-8 lacks, is written as an escape.
 
-    Raises ValueError for numbers that JSON has not.
+    Raises ValueError for NaN and infinity, which JSON lacks.
     """
     with long_integers():
         text = json.dumps(fields, ensure_ascii=False, allow_nan=False)
@@ -78,7 +76,7 @@ def json_line(fields: dict[str, Any]) -> bytes:
 
 @contextmanager
 def long_integers() -> Iterator[None]:
-    """Convert integers of up to MOST_DIGITS digits, which JSON allows, within the block."""
+    """Allow integers of up to MOST_DIGITS digits in the block."""
     limit = sys.get_int_max_str_digits()
     sys.set_int_max_str_digits(MOST_DIGITS)
     try:
@@ -88,7 +86,7 @@ def long_integers() -> Iterator[None]:
 
 
 def is_ranked_line(record: Record, line: bytes | None) -> bool:
-    """Return True if a line that was written belongs to the record: all fields but those that ranking writes are equal."""
+    """Return True if an output line belongs to the record: all fields except those that ranking writes are equal."""
     try:
         with long_integers():
             found = json.loads(line) if line is not None else None
@@ -110,7 +108,7 @@ def _parse_record(line: bytes, number: int, where: str, sampled: bool) -> Record
     given = fields.get("candidates")
     if sampled:
         if given is not None:
-            raise DataError(f"{where}: has candidates already; rank these without sampling, or remove the field")
+            raise DataError(f"{where}: has candidates already; rank them without --sample and --beam, or remove the field")
         return Record(number, where, prompt, None, _writable(fields, where))
     skipped = fields.get("skipped")
     if given == [] and isinstance(skipped, str):
@@ -125,34 +123,32 @@ def _parse_record(line: bytes, number: int, where: str, sampled: bool) -> Record
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the object; ValueError where a key stands twice, of which one value would be lost."""
+    """Return the object; raises ValueError for a duplicate key, because one value would be lost."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!a} stands twice in an object")
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!a} is twice in an object")
     return fields
 
 
 def _writable(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return the fields with null for the numbers that JSON lacks (NaN, Infinity, 1e999), which is said by line and field.
+    """Return the fields with null for numbers that JSON lacks (NaN, Infinity, 1e999); log a warning with line and field.
 
-    Python and pandas write them into fields that nobody ranks by. Raises DataError for a field that nests too deep to be written.
+    Python and pandas write such numbers. Raises DataError for a field that is nested too deep to be written.
     """
     written = {}
     for name, value in fields.items():
         try:
             written[name] = _as_json(value)
             if written[name] is not value:
-                log.warning(
-                    "%s: the field %a holds NaN or Infinity, which JSON lacks: null is written in its place", where, name
-                )
+                log.warning("%s: the field %a contains NaN or Infinity, which JSON lacks; null is written instead", where, name)
         except RecursionError as error:
-            raise DataError(f"{where}: the field {name!a} is too deep to be written again ({error}); remove it") from error
+            raise DataError(f"{where}: the field {name!a} is nested too deep ({error}); remove it") from error
     return written
 
 
 def _as_json(value: Any) -> Any:
-    """Return the value itself if JSON can hold it, else a copy with nulls."""
+    """Return the value itself if JSON can represent it, else a copy with nulls."""
     try:
         json.dumps(value, allow_nan=False)
     except ValueError:
@@ -185,7 +181,7 @@ def _parse_candidate(item: Any, where: str) -> Candidate:
     most_tokens = len(item["text"].encode("utf-8", "replace")) if num_tokens is None else num_tokens
     if logprob <= -9999 and logprob < LEAST_MEAN * most_tokens:
         raise DataError(
-            f"{where}: forward_logprob={repr(logprob)[:40]} for {most_tokens} tokens at most holds a placeholder for minus infinity;"
-            " remove it, and the forward model scores the answer"
+            f"{where}: forward_logprob={repr(logprob)[:40]} for at most {most_tokens} tokens contains a placeholder for minus infinity;"
+            " remove it, then the forward model scores the answer"
         )
     return Candidate(item["text"], float(logprob), num_tokens)

@@ -1,4 +1,4 @@
-"""Lines of a reranked file, each field checked: what is missing or of another kind is named by its line and field."""
+"""The lines of a reranked file, with each field checked. Errors name the line and the field."""
 
 import json
 import math
@@ -16,16 +16,17 @@ ADVICE = "give an output of ledom rerank"
 LOGPROBS = ("forward_logprob", "reverse_logprob", "reward", "language_model_logprob")
 COUNTS = ("forward_tokens", "reverse_tokens")
 MAY_BE_NULL = ("reverse_logprob", "reward", "language_model_logprob", "forward_tokens")
-"""Besides everything of a candidate that was `skipped`, which names the reason there."""
+"""Fields that may be null. In a candidate with `skipped` (the reason), all values are null."""
 MOST_TOKENS = 2**53
-"""Greater counts are no counts of tokens, and a float does not hold them."""
+"""Limit of a number of tokens: a float represents every smaller integer exactly."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reranked:
-    """One line of a ranked file. where: its file and number; greedy: None where the line has no such field.
+    """One line of a ranked file.
 
-    skipped: why the prompt has no candidates at all; None where it has some.
+    where: its file and number. greedy: None if the line has no such field. skipped: the reason why the prompt has no candidates;
+    None if it has some.
     """
 
     where: str
@@ -38,9 +39,9 @@ class Reranked:
 
 
 def read_reranked(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a reranked file, one a line; DataError names a line that is none.
+    """Return the objects of a reranked file, one for each line. Raises DataError with the line.
 
-    A line ends at a newline byte only: inside a text, U+2028, U+2029 and U+0085 may stand as they are.
+    Only a newline byte ends a line; texts may contain U+2028, U+2029 and U+0085.
     """
     records = []
     with Path(path).open("rb") as lines:
@@ -57,7 +58,7 @@ def read_reranked(path: str | Path) -> list[dict[str, Any]]:
 
 
 def checked(record: dict[str, Any], where: str, gold_key: str) -> Reranked:
-    """Return the line's texts, scores and right answer; DataError says which field was found and what is expected."""
+    """Return the checked texts, scores and right answer of a line. Raises DataError with the field and the expected value."""
     skipped = skipped_prompt(record)
     texts = candidate_texts(record, where) if skipped is None else []
     scores = _field(record, where, "scores", list, "a list with the scores of each candidate")
@@ -76,13 +77,13 @@ def checked(record: dict[str, Any], where: str, gold_key: str) -> Reranked:
 
 
 def skipped_prompt(record: dict[str, Any]) -> str | None:
-    """Return why a reranking wrote no candidates for the line's prompt; None for every other line."""
+    """Return the reason if a reranking wrote no candidates for the line's prompt; None for every other line."""
     reason = record.get("skipped")
     return reason if isinstance(reason, str) and record.get("candidates") == [] else None
 
 
 def chosen_text(record: dict[str, Any], where: str) -> str:
-    """Return the line's best answer; empty, which is never right, where the prompt or candidates were skipped and none is left."""
+    """Return the line's best answer; an empty one, which is never right, if the prompt or all its candidates were skipped."""
     best = record.get("best")
     if isinstance(best, str):
         return best
@@ -94,7 +95,7 @@ def chosen_text(record: dict[str, Any], where: str) -> str:
 
 
 def candidate_texts(record: dict[str, Any], where: str) -> list[str]:
-    """Return the texts of a line's candidates, of which there must be one at least."""
+    """Return the texts of a line's candidates. Raises DataError if there are none."""
     candidates = _field(record, where, "candidates", list, "a list of texts")
     if not candidates:
         if (reason := skipped_prompt(record)) is not None:
@@ -110,7 +111,7 @@ def candidate_texts(record: dict[str, Any], where: str) -> list[str]:
 
 
 def ranked_candidates(record: dict[str, Any], where: str) -> tuple[list[str], list[float | None], list[str | None]]:
-    """Return texts, rewards and reasons of skipped candidates, of a line with sound `prompt` and `ranking`. Raises DataError."""
+    """Return the texts, the rewards and the reasons of skipped candidates of a line. Raises DataError for an invalid field."""
     texts = candidate_texts(record, where)
     _field(record, where, "prompt", str, "a text")
     scores = _field(record, where, "scores", list, "a list with the scores of each candidate")
@@ -127,17 +128,17 @@ def ranked_candidates(record: dict[str, Any], where: str) -> tuple[list[str], li
 
 
 def check_distinct(runs: Sequence[str | Path]) -> None:
-    """Refuse a file that is given twice: it would count as two sampling seeds that agree. Raises UsageError."""
+    """Raise UsageError for a file that is given twice, because it would count as two sampling seeds that agree."""
     known: dict[str, str | Path] = {}
     for path in runs:
         digest = sha256_of(path)
         if digest in known:
-            raise UsageError(f"{path} holds the same as {known[digest]}; name each sampling seed's file once")
+            raise UsageError(f"{path} is identical to {known[digest]}; name the file of each sampling seed once")
         known[digest] = path
 
 
 def check_same_questions(runs: Sequence[str | Path], questions: Sequence[Sequence[tuple[str, str]]]) -> None:
-    """Refuse files whose prompts or right answers are not those of the first, in the same order. Raises DataError."""
+    """Raise DataError for files whose prompts or right answers differ from those of the first file, or are in another order."""
     for path, found in zip(runs, questions, strict=True):
         if [prompt for prompt, _ in found] != [prompt for prompt, _ in questions[0]]:
             raise DataError(
@@ -157,9 +158,9 @@ def _field(record: dict[str, Any], where: str, name: str, kind: type, expected: 
 
 
 def _gold(record: dict[str, Any], where: str, key: str) -> str:
-    """The right answer as a text; one answer, so that nothing has to be guessed of a list or an object."""
+    """Return the right answer as a text. Raises DataError for a list or an object."""
     if key not in record:
-        raise DataError(f"{where}: has no field {key!r} with the right answer; name the field that has it")
+        raise DataError(f"{where}: has no field {key!r} with the right answer; name the right field with --gold-key")
     gold = record[key]
     if not (isinstance(gold, str) or _is_number(gold)):
         raise DataError(f"{where}: {key} is {_shown(gold)}, expected one right answer, a text or a number")
@@ -178,7 +179,7 @@ def _score(score: Any, where: str) -> CandidateScore:
 
 
 def _skipped(score: dict[str, Any], where: str) -> str | None:
-    """Return why a candidate was skipped; None where it was not. DataError where it has values nevertheless."""
+    """Return the reason if a candidate was skipped, else None. Raises DataError if a skipped candidate has values."""
     reason = score.get("skipped")
     if reason is not None and not isinstance(reason, str):
         raise DataError(f"{where}.skipped is {_shown(reason)}, expected the reason as a text; {ADVICE}")
@@ -189,7 +190,7 @@ def _skipped(score: dict[str, Any], where: str) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    """Return True for a finite number that a float holds."""
+    """Return True for a finite number that a float can represent."""
     try:
         return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:
@@ -203,7 +204,7 @@ def _object(value: Any, where: str) -> dict[str, Any]:
 
 
 def _logprob(score: dict[str, Any], where: str, name: str) -> float | None:
-    """A value of a candidate; -inf is one (written as null, and named in `minus_infinity`), NaN and inf are none."""
+    """Return a value of a candidate; -inf (null, listed in `minus_infinity`) is allowed, NaN and inf raise DataError."""
     infinite = score.get("minus_infinity", [])
     if not isinstance(infinite, list) or not all(isinstance(one, str) for one in infinite):
         raise DataError(f"{where}.minus_infinity is {_shown(infinite)}, expected a list of names of values; {ADVICE}")
@@ -216,9 +217,7 @@ def _logprob(score: dict[str, Any], where: str, name: str) -> float | None:
         raise DataError(f"{where}.{name} is {_shown(value)}, expected a number; {ADVICE}")
     if value is not None and not value <= 1.7e308:  # an int may be too large for a float
         shown = _shown(value) if isinstance(value, int) else value
-        raise DataError(
-            f"{where}.{name} is {shown}, which no comparison can use; find out why the model gave it, and score again"
-        )
+        raise DataError(f"{where}.{name} is {shown}, which cannot be compared; check the model's weights, then score again")
     return None if value is None else -math.inf if value < -1e308 else float(value)
 
 

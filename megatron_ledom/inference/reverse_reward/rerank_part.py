@@ -1,4 +1,4 @@
-"""The unfinished output of a reranking, window by window, with the notes from which a killed run goes on."""
+"""The unfinished output of a reranking, saved window by window, with the notes from which a killed run resumes."""
 
 import json
 import math
@@ -21,7 +21,7 @@ COUNTS = ("num_lines", "num_candidates", "num_skipped", "num_skipped_prompts")
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The output of consecutive lines, and what they cost: the fields of SUMS."""
+    """The output of consecutive lines, and their token usage and seconds: the fields of SUMS."""
 
     lines: list[dict[str, Any]]
     usage: dict[str, float]
@@ -37,14 +37,14 @@ class Window:
 
 
 def usage_file(output: str | Path) -> Path:
-    """Return the file beside an output, behind its link if it is one, which tells how it was made and what was spent."""
+    """Return the `.spent.json` file of an output, which records its settings and token usage; links are followed."""
     return Path(f"{os.path.realpath(output)}.spent.json")
 
 
 class UnfinishedOutput:
-    """`<output>.part` holds whole windows only; `<output>.part.notes` the settings, then a line for each window.
+    """The files `<output>.part`, with whole windows only, and `<output>.part.notes`, with the settings and a line for each window.
 
-    Both grow at their ends alone, so that a window costs what it holds, however many came before it.
+    Both files are only appended to, so the cost of a window does not depend on the windows before it.
     """
 
     def __init__(self, output: Path, made_by: dict[str, Any]) -> None:
@@ -56,28 +56,28 @@ class UnfinishedOutput:
         self._is_stale = False
 
     def is_complete(self, records: list[Record], *, overwrite: bool) -> bool:
-        """Return True if the output is there already, from the same input and settings; refuse another unless `overwrite`."""
+        """Return True if the output exists, from the same input and settings; UsageError for another one unless `overwrite`."""
         if not self._output.exists() or overwrite:
             return False
         advice = "pass --overwrite to replace it, or name another output"
         if self._part.exists():
-            raise UsageError(f"{self._output} is there and was being replaced ({self._part}); {advice}")
+            raise UsageError(f"{self._output} exists, and {self._part} shows an unfinished replacement; {advice}")
         if not self._report.is_file():
-            raise UsageError(f"{self._output} is there already, and no {self._report.name} tells how it was made; {advice}")
+            raise UsageError(f"{self._output} exists, but no {self._report.name} records how it was made; {advice}")
         try:
             made_by = self._recorded()
         except (ValueError, TypeError) as error:
-            raise UsageError(f"{self._output} is there already, and {self._report} is damaged ({error}); {advice}") from error
+            raise UsageError(f"{self._output} exists, but {self._report} is damaged ({error}); {advice}") from error
         check_same_request(self._output, made_by, self._made_by, advice, UsageError)
         with self._output.open("rb") as lines:
             for record, line in zip_longest(records, lines):
                 if record is None or not is_ranked_line(record, line):
                     raise UsageError(f"{self._output} was made from another input; {advice}")
-        self._notes.unlink(missing_ok=True)  # of a run that was killed in its very last moment
+        self._notes.unlink(missing_ok=True)  # of a run that was killed in its last step
         return True
 
     def _recorded(self) -> dict[str, Any]:
-        """Return how a complete output was made. Raises ValueError or TypeError where its report lacks a field that is read."""
+        """Return the `made_by` of a complete output. Raises ValueError or TypeError if its report lacks a field."""
         report = json.loads(self._report.read_bytes())
         if not isinstance(report, dict) or not isinstance(report.get("made_by"), dict):
             raise TypeError("it has no made_by")
@@ -87,22 +87,22 @@ class UnfinishedOutput:
         return dict(report["made_by"])
 
     def resume(self, windows: list[list[Record]], *, overwrite: bool = False) -> int:
-        """Cut what an earlier run left to whole windows, check that it belongs to this input; returns how many there are.
+        """Cut the output of an earlier run to whole windows, check that it belongs to this input, and return their number.
 
-        overwrite: work that was made otherwise is replaced as soon as there is something to replace it, in place of an error.
+        overwrite: work from another input or other settings is no error; the first new window replaces it.
         """
         try:
             return self._resume(windows)
         except (MismatchError, DataError) as error:
             if not overwrite:
                 raise type(error)(f"{error}, or pass --overwrite to start again") from error
-            print(f"{error}: --overwrite starts again", file=sys.stderr)
+            print(f"{error}; --overwrite is set, so the run starts again", file=sys.stderr)
             self._is_stale = True
             return 0
 
     def _resume(self, windows: list[list[Record]]) -> int:
         notes = self._read_notes() if self._part.is_file() else []
-        if not notes:  # nothing was begun, or a run ended in its very last moment
+        if not notes:  # no earlier run, or one that ended in its last step
             self._part.unlink(missing_ok=True)
             self._notes.unlink(missing_ok=True)
             return 0
@@ -124,7 +124,7 @@ class UnfinishedOutput:
         return len(finished)
 
     def _read_notes(self) -> list[bytes]:
-        """The whole lines of the notes; a kill may have left half of the last one."""
+        """Return the whole lines of the notes; a killed run may leave an incomplete last line."""
         notes = whole_lines(self._notes)
         try:
             for number, line in enumerate(notes):
@@ -140,7 +140,7 @@ class UnfinishedOutput:
         return notes
 
     def append(self, window: Window) -> None:
-        """Add a window. The notes count it only when its lines are safe on the disk."""
+        """Append a window; its line in the notes is written after its output is safe on the disk."""
         self._remove_stale()
         self._windows.append({**window.counts(), **window.usage})
         note = json_line(dict(self._windows[-1]))
@@ -153,7 +153,7 @@ class UnfinishedOutput:
             raise cannot_write(error, str(self._part)) from error
 
     def finish(self) -> None:
-        """Give the output its name. What was spent stands beside it."""
+        """Write the `.spent.json` file and give the output its name."""
         total: dict[str, Any] = {name: math.fsum(window[name] for window in self._windows) for name in SUMS}
         total |= {name: sum(int(window[name]) for window in self._windows) for name in COUNTS}
         report = {**total, "made_by": self._made_by}
@@ -167,7 +167,7 @@ class UnfinishedOutput:
             raise cannot_write(error, str(self._output)) from error
 
     def _remove_stale(self) -> None:
-        """Remove unfinished work that is replaced: not earlier, so that a run which fails at its start loses none."""
+        """Remove unfinished work that is replaced. Done late, so that a run that fails at its start loses nothing."""
         if self._is_stale:
             self._notes.unlink(missing_ok=True)
             self._part.unlink(missing_ok=True)

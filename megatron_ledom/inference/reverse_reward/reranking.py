@@ -1,11 +1,11 @@
-"""Rank the candidates of each line of a file: JSON lines in, the same with scores and a ranking out, resumed after a kill.
+"""Rank the candidates of each line of a JSON Lines file; write the lines with scores and ranking; resume after a kill.
 
-Lines are scored in windows, so that batches are full although a line has few candidates. Windows are cut by the input and the
-settings alone: a run that was killed repeats its unfinished window from the same first line, and ends with the same bytes.
+Lines are scored in windows, so that batches are full although a line has few candidates. Only the input and the settings decide
+the windows. So a killed run repeats its unfinished window from the same first line, and ends with the same bytes.
 
 Texts that are too long for a model are found before anything is computed, then refused or skipped. A skipped candidate has the
-reason under "skipped" in its scores, null for every value, and ranks last; the line counts them in "num_skipped", and "best" is
-null where none is left.
+reason in "skipped" of its scores, null for every value, and ranks last. The line counts skipped candidates in "num_skipped";
+"best" is null if all were skipped.
 """
 
 import sys
@@ -34,32 +34,32 @@ from megatron_ledom.storage.locks import output_file_lock
 
 REFUSE, SKIP = "refuse", "skip"
 NUM_NAMED = 20
-"""Skipped texts that are named on stderr; further ones are counted alone."""
+"""Number of skipped texts that are named on stderr; further ones are only counted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RerankSettings:
-    """How each line is ranked. Without `sampling` the candidates are the line's own; `beam` needs `sampling` as well."""
+    """Settings of a reranking. Without `sampling` the candidates are those of the line; `beam` also needs `sampling`."""
 
     reward: RewardSettings = field(default_factory=RewardSettings)
     sampling: Sampling | None = None
     beam: BeamSettings | None = None
     greedy: bool = False
-    """The forward model also writes its likeliest answer, under "greedy": a baseline, not a candidate."""
+    """The forward model also writes its likeliest answer, as "greedy": a baseline, not a candidate."""
     token_values: bool = False
-    """Scores hold the ids and log-probabilities of single tokens, too."""
+    """Scores also contain the ids and log-probabilities of single tokens."""
     window_candidates: int = 512
-    """A window is closed by the line that brings it to this many candidates: what a kill can lose at most."""
+    """A window ends with the line that brings it to this number of candidates; a kill loses at most one window."""
     too_long: str = REFUSE
-    """`refuse`: nothing is begun if the input has texts that are too long for a model, or answers might be. `skip`: they get no
-    score. An answer that comes out too long although max_new_tokens has room gets none in any case."""
+    """Texts that are too long for a model. `refuse`: raise DataError at the start if the input has such texts, or if answers of
+    max_new_tokens would be too long. `skip`: they get no score. A written answer that is too long when it is scored never gets one."""
 
     def __post_init__(self) -> None:
-        """Refuse a search without a way to sample, and an unknown way to deal with texts that are too long."""
+        """Raise UsageError for a search without sampling settings and for an unknown `too_long`."""
         if self.too_long not in (REFUSE, SKIP):
             raise UsageError(f"too_long={self.too_long!r} is unknown; it can be {REFUSE} or {SKIP}")
         if (self.beam or self.greedy) and self.sampling is None:
-            raise UsageError("a beam search and a greedy answer are written by the forward model: set how to sample as well")
+            raise UsageError("the forward model writes beams and greedy answers; also set `sampling`")
 
 
 def rerank_file(
@@ -71,16 +71,16 @@ def rerank_file(
     made_by: dict[str, Any] | None = None,
     overwrite: bool = False,
 ) -> int:
-    """Rank the candidates of each line, or write them first; returns the number of lines.
+    """Rank the candidates of each line, or first write them; return the number of lines.
 
-    engines: gives the forward and the reverse engine, once the whole input is known to be well formed. made_by: what else the
-    output depends on, such as the models' folders and the batch size; a resumed run must say the same. overwrite: an output or
-    unfinished work that was made otherwise may be replaced; one that is complete is left alone without it.
+    engines: returns the forward and the reverse engine; called after the whole input is checked. made_by: everything else that
+    the output depends on, such as model folders and batch size; a resumed run must have the same. overwrite: replace an output or
+    unfinished work from another input or other settings; without it they raise an error.
 
-    What is finished is kept in `<output>.part` with `<output>.part.notes`, which holds the settings and what was spent; the
-    same call goes on from there. At the end the output gets its name, and `<output>.spent.json` tells the cost. Where the
-    output is a link, all of these lie beside the file behind it. Raises DataError
-    with the line for a bad one, and MismatchError where the part was made from another input or otherwise.
+    Finished windows are in `<output>.part`, the settings and the token usage in `<output>.part.notes`; the same call resumes from
+    them. At the end the output gets its name, and `<output>.spent.json` records the usage. If the output is a link, all of these
+    files are next to its target. Raises DataError with the line for a bad line, and MismatchError if the unfinished work is from
+    another input or other settings.
     """
     input_path, output_path = Path(input_path), Path(output_path)
     _check_paths(input_path, output_path)
@@ -101,7 +101,7 @@ def _rerank_into(
     *,
     overwrite: bool,
 ) -> None:
-    """Write the output window by window; resumes what is there. Nobody else writes it."""
+    """Write the output window by window, after those of an earlier run. The caller holds the lock of the output."""
     part = UnfinishedOutput(output_path, {"settings": asdict(settings), **made_by})
     if part.is_complete(records, overwrite=overwrite):
         print(f"{output_path} is complete; nothing to do", file=sys.stderr)
@@ -120,18 +120,18 @@ def _rerank_into(
 
 
 def _check_paths(input_path: Path, output_path: Path) -> None:
-    """Refuse, before any model is loaded, an input that is no file and an output that cannot be written."""
+    """Raise UsageError, before any model is loaded, for an input that is no file or an output that cannot be written."""
     if not input_path.is_file():
         raise UsageError(f"{input_path} is no file; pass JSON lines with a prompt each")
     for folder in output_path.parents:
         if folder.exists() and not folder.is_dir():
-            raise UsageError(f"{folder} is no folder, so the output {output_path} cannot lie in it; name another place")
+            raise UsageError(f"{folder} is no folder, so the output {output_path} cannot be in it; name another path")
     if output_path.is_dir() or output_path.resolve() == input_path.resolve():
         raise UsageError(f"the output {output_path} is a folder or the input itself; name another file")
 
 
 def _windows(records: list[Record], settings: RerankSettings) -> Iterator[list[Record]]:
-    """Consecutive lines with at least `window_candidates` together; one line where each is a search of its own."""
+    """Yield windows: consecutive lines with at least `window_candidates` together, or single lines for a beam search."""
     sampled = settings.sampling.num_return_sequences if settings.sampling else 0
     window: list[Record] = []
     num_candidates = 0
@@ -146,13 +146,13 @@ def _windows(records: list[Record], settings: RerankSettings) -> Iterator[list[R
 
 
 class SkipLog:
-    """Names skipped texts on stderr, the first ones of many."""
+    """Names the first skipped texts on stderr."""
 
     def __init__(self) -> None:
         self._num = 0
 
     def add(self, where: str, problems: Sequence[str | None], item: str = "candidate") -> None:
-        """Name those of a line's candidates, or its prompt, that have a problem."""
+        """Print the candidates of a line, or its prompt, that have a problem."""
         for index, problem in enumerate(problems):
             if problem is None:
                 continue
@@ -161,15 +161,15 @@ class SkipLog:
             if self._num <= NUM_NAMED:
                 tqdm.write(f"skipped: {name}: {problem}", file=sys.stderr)
             elif self._num == NUM_NAMED + 1:
-                tqdm.write('further skipped texts are counted only; the output has "skipped" where they are', file=sys.stderr)
+                tqdm.write('further skipped texts are only counted; the output marks each with "skipped"', file=sys.stderr)
 
 
 def with_problems(
     windows: list[list[Record]], forward: Engine, reverse: Engine, settings: RerankSettings, skips: SkipLog
 ) -> list[list[Record]]:
-    """Return the records, each with what of it is too long for a model; refuse or name these, as the settings say.
+    """Return the records with the problems of texts that are too long for a model; refuse or skip these, as set by `too_long`.
 
-    DataError names the first of them with its line. A text that cannot be tokenised is refused in any case.
+    DataError names the first such text with its line. A text that cannot be tokenized always raises DataError.
     """
     refused: list[str] = []
     found = []
@@ -185,7 +185,7 @@ def with_problems(
         found.append(checked)
     if refused:
         remedy = "shorten it" if settings.sampling is None else "shorten the prompt, lower --max-new-tokens"
-        more = f" ({len(refused) - 1} more like it)" if len(refused) > 1 else ""
+        more = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
         raise DataError(f"{refused[0]}{more}; {remedy}, or pass --too-long skip")
     return found
 
@@ -203,7 +203,7 @@ def _checked(record: Record, forward: Engine, reverse: Engine, settings: RerankS
 
 
 def _prompt_problem(prompt: str, forward: Engine, reverse: Engine, settings: RerankSettings) -> str | None:
-    """Return why no answer can be written, or where such are refused, why one of `max_new_tokens` could not be scored."""
+    """Return the reason if no answer can be written or, with `too_long` refuse, if one of `max_new_tokens` could not be scored."""
     if settings.sampling is None:
         return None
     num_new = settings.sampling.max_new_tokens
@@ -216,7 +216,7 @@ def _prompt_problem(prompt: str, forward: Engine, reverse: Engine, settings: Rer
 def _rank_and_measure(
     forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings, skips: SkipLog
 ) -> Window:
-    """The window's output with what it cost; written answers that are skipped are named."""
+    """Return the output of a window with its token usage; name the written answers that are skipped."""
     meter = UsageMeter(forward, reverse)
     lines = _rank_naming_lines(forward, reverse, window, settings)
     usage = meter.usage()
@@ -229,7 +229,7 @@ def _rank_and_measure(
 def _rank_naming_lines(
     forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings
 ) -> list[dict[str, Any]]:
-    """The window's output; an error names the line that causes it, which is found by trying each line alone."""
+    """Return the output of a window; after an error, find the line that causes it by ranking each line alone, and name it."""
     try:
         return _rank_window(forward, reverse, window, settings)
     except TransientError:  # not caused by a line
@@ -244,14 +244,14 @@ def _rank_naming_lines(
 
 
 def _rank_window(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings) -> list[dict[str, Any]]:
-    """The output object of each line."""
+    """Return the output object of each line."""
     kept = [record for record in window if record.prompt_problem is None]
     made = iter(_score_answers(forward, reverse, kept, settings, _write_answers(forward, reverse, kept, settings)))
     return [next(made) if record.prompt_problem is None else _skipped_output(record) for record in window]
 
 
 def _skipped_output(record: Record) -> dict[str, Any]:
-    """The output of a prompt that leaves no room for an answer."""
+    """Return the output of a prompt that leaves no room for an answer."""
     return {
         **record.own_fields(),
         "candidates": [],
@@ -263,7 +263,7 @@ def _skipped_output(record: Record) -> dict[str, Any]:
 
 
 def _write_answers(forward: Engine, reverse: Engine, window: list[Record], settings: RerankSettings) -> list[dict[str, Any]]:
-    """The fields of each line, with what the forward model writes for it."""
+    """Return the fields of each line, with the answers that the forward model writes for it."""
     written = [record.own_fields() for record in window]
     if settings.sampling is None:
         return written
@@ -285,7 +285,7 @@ def _write_answers(forward: Engine, reverse: Engine, window: list[Record], setti
 def _score_answers(
     forward: Engine, reverse: Engine, records: list[Record], settings: RerankSettings, written: list[dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    """The fields of each line with scores and ranking; those of a search have them already."""
+    """Return the fields of each line with scores and ranking; those of a beam search have them already."""
     if settings.beam is not None:
         return written
     candidates = [

@@ -1,19 +1,24 @@
-"""Reverse Reward: rank a forward model's answers by how well a reverse model recovers the prompt from them.
+"""Reverse Reward: rank answers of a forward model by how well a reverse model recovers the prompt from them.
 
-`R(x, y) = P_F(y|x)^(1-lambda) * P_R(x|y)^lambda` (LEDOM, arXiv 2507.01335, section "Reverse Reward"), here in logs, with the
-options that the paper leaves open; x the prompt, y a candidate answer:
+The paper defines the reward of a candidate answer y to a prompt x, with a weight lambda in [0, 1], as
+
+    R(x, y) = P_F(y|x)^(1-lambda) * P_R(x|y)^lambda          (LEDOM, arXiv 2507.01335, section "Reverse Reward")
+
+P_F is the forward model, P_R the reverse model. This package computes the logarithm of R. The options n, mu and T are additions;
+with n_F = n_R = T = 1 and mu = 0, the defaults, the reward is log R:
 
     reward = [ (1 - lambda) * log P_F(y|x) / n_F + lambda * log P_R(x|y) / n_R + mu * log P_R(y) ] / T
 
-What each term is:
-- `x + y` is encoded once, as one text, by each model's own tokenizer; x ends with whatever separates it from y. A token that
-  reaches over the boundary belongs to y: forward it is scored, in reverse it is given. A dummy prefix belongs to x.
-- log P_F(y|x) sums over the tokens of y, log P_R(x|y) over the tokens of x alone. A BOS stands first in model order where the
-  tokenizer of a stock model adds one, and is never scored. `include_ends` adds eod: the answer ends after y, the text begins with x.
-- n is 1, the number of scored tokens (eod not counted), or the UTF-8 bytes of y (forward) and of x (reverse).
-- log P_R(y) is the reverse model's likelihood of the answer as a document of its own. With mu = -lambda and lambda = 0 the
-  reward is log P(y|x) - lambda log P(y), to which the first two terms amount if both models came from one joint distribution.
-- T divides the whole: it changes no ranking, only how sharply rewards weigh the votes of a majority.
+The terms:
+- Each model's own tokenizer encodes `x + y` once, as one text; the separator between them is the end of x. A token that crosses
+  the boundary belongs to y: the forward model scores it, the reverse model is given it. A dummy prefix belongs to x.
+- log P_F(y|x) sums over the tokens of y, log P_R(x|y) over the tokens of x. The BOS that a stock tokenizer adds is first in
+  model order and is never scored. `include_ends` adds eod to both: the answer ends after y, the text begins with x.
+- n_F and n_R are 1, the number of scored tokens (without eod), or the number of UTF-8 bytes of y (n_F) and of x (n_R).
+- log P_R(y) is the log-probability of the answer as a document of its own. If P_F and P_R were one joint distribution P, Bayes'
+  rule would give log P_R(x|y) = log P(y|x) + log P(x) - log P(y). So, for one prompt, the reward with mu = 0 would rank as
+  log P(y|x) - lambda log P(y). `weight=0` with a negative mu computes such a score directly.
+- T divides the sum. It changes no ranking, only how much the best rewards outweigh others in a weighted majority vote.
 """
 
 import math
@@ -30,24 +35,23 @@ NORMALIZATIONS = ("none", "token", "byte")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RewardSettings:
-    """How the terms of the reward are combined; see the top of this file."""
+    """Weights and divisors of the terms of the reward, defined at the top of this file."""
 
     weight: float = 0.5
-    """lambda, the reverse model's share, in [0, 1]."""
+    """lambda, the weight of the reverse model, in [0, 1]."""
     forward_normalization: str = "none"
-    """The divisor of log P_F(y|x): none, token or byte."""
+    """n_F, the divisor of log P_F(y|x): none, token or byte."""
     reverse_normalization: str = "none"
-    """The divisor of log P_R(x|y). The same prompt has nearly the same length for all of its candidates: it is the
-    scale of lambda that changes, question by question."""
+    """n_R, the divisor of log P_R(x|y). It is nearly equal for all candidates of a prompt, so it scales lambda for each prompt."""
     language_model_weight: float = 0.0
-    """mu of log P_R(y); negative values hold generic answers back. Not 0, it costs a reverse pass a distinct answer."""
+    """mu, the weight of log P_R(y); negative values penalize generic answers. If not 0, it costs a reverse pass for each distinct answer."""
     temperature: float = 1.0
     """T, positive."""
     include_ends: bool = False
-    """Eod counts, on both sides."""
+    """True: both log-probabilities include eod."""
 
     def __post_init__(self) -> None:
-        """Refuse values that mean nothing."""
+        """Raise UsageError for values outside their range."""
         if not 0 <= self.weight <= 1:
             raise UsageError(
                 f"weight={self.weight} is outside [0, 1]; 0 ranks by the forward model alone, 1 by the reverse model alone"
@@ -63,8 +67,11 @@ class RewardSettings:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """An answer in text order. forward_logprob: its natural log-probability, if whoever sampled it kept it, over
-    forward_tokens tokens (needed only to divide by them)."""
+    """An answer in text order.
+
+    forward_logprob: its log-probability in natural logs, if known from its sampling; else the forward model scores it.
+    forward_tokens: the number of tokens of forward_logprob, needed only to divide by it.
+    """
 
     text: str
     forward_logprob: float | None = None
@@ -73,11 +80,12 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class CandidateScore:
-    """Natural logs, summed over tokens, not normalised. forward_tokens is None where forward_logprob was given without it.
+    """The scores of a candidate: natural logs, summed over tokens, not normalized.
 
-    An empty answer has nothing to condition the reverse model on: its reverse_logprob and reward are None, and it ranks last.
-    An answer that was skipped has the reason under `skipped`, no values at all, and ranks last too. An impossible one has -inf.
-    language_model_logprob is None unless its term is on. The token values are text order; eod's, if asked for, apart.
+    An empty answer cannot condition the reverse model: its reverse_logprob and reward are None, and it ranks last. A skipped
+    answer has the reason in `skipped`, no values, and also ranks last. An impossible answer has -inf. forward_tokens is None if
+    forward_logprob was given without it, language_model_logprob is None if its term is off. Token values are in text order,
+    without eod.
     """
 
     forward_logprob: float | None
@@ -93,7 +101,7 @@ class CandidateScore:
     def as_fields(self, *, token_values: bool = False) -> dict[str, Any]:
         """Return the fields of a candidate in a reranking file; token_values adds the ids and log-probabilities of each token.
 
-        JSON has no -inf: such a value is written as null, and its name stands under "minus_infinity".
+        JSON has no -inf: such a value is null, and its name is listed in "minus_infinity".
         """
         names = ("forward_logprob", "reverse_logprob", "forward_tokens", "reverse_tokens", "reward")
         values: dict[str, float | None] = {name: getattr(self, name) for name in names}
@@ -117,15 +125,15 @@ def _or_null(value: float | None) -> float | None:
 
 
 def reverse_reward(forward_logprob: float, reverse_logprob: float, weight: float) -> float:
-    """(1 - weight) * forward_logprob + weight * reverse_logprob; a term of weight 0 is left out, so 0 * -inf never is NaN."""
+    """Return (1 - weight) * forward_logprob + weight * reverse_logprob, the log of the paper's R; 0 * -inf counts as 0."""
     return _weighted_sum((1 - weight, forward_logprob), (weight, reverse_logprob))
 
 
 def reward_of(score: CandidateScore, prompt: str, answer: str, settings: RewardSettings) -> float | None:
-    """The reward of scores that are known already, under any settings; None where there is no reverse score.
+    """Return the reward of known scores under the given settings; None without a reverse score.
 
-    None also where a negative language_model_weight meets an answer that the reverse model calls impossible: it would gain
-    without limit. Raises DataError where the settings need what the scores lack: a token count, or the language-model term.
+    Also None if language_model_weight is negative and log P_R(y) is -inf, because the reward would be infinite. Raises DataError
+    if the settings need a token count or a language-model term that the scores lack.
     """
     if score.forward_logprob is None or score.reverse_logprob is None:
         return None
@@ -154,10 +162,10 @@ def candidate_problems(
     *,
     is_written: bool = False,
 ) -> list[str | None]:
-    """Return, of each candidate, why it is too long for a model that has to score it; None where it fits both.
+    """Return for each candidate the reason if it is too long for a model that must score it; None if it fits both models.
 
-    is_written: by the forward model, so that nobody can correct it: an answer that no model can take in has a problem, too, where
-    a given one raises DataError.
+    is_written: the forward model wrote the candidates, so the user cannot correct them. Then an answer that cannot be encoded is
+    also a problem; for a given candidate it raises DataError.
     """
 
     def _problem(candidate: Candidate) -> str | None:
@@ -185,21 +193,21 @@ def score_questions(
     settings: RewardSettings,
     problems: Sequence[Sequence[str | None]] | None = None,
 ) -> list[list[CandidateScore]]:
-    """Score the candidates of several (prompt, candidates) together, in input order: the more at once, the fuller the batches.
+    """Score the candidates of several (prompt, candidates) together, so that batches are full; return scores in input order.
 
-    problems: of each candidate, why it is skipped, or None (`candidate_problems`); nothing is computed of a skipped one.
+    problems: for each candidate the reason to skip it, or None (see `candidate_problems`). A skipped candidate is not scored.
     """
-    asked = [(prompt, candidate) for prompt, candidates in questions for candidate in candidates]
-    skipped = [problem for row in problems for problem in row] if problems is not None else [None] * len(asked)
-    wanted = [pair for pair, problem in zip(asked, skipped, strict=True) if problem is None]
-    unscored = [(prompt, c.text) for prompt, c in wanted if c.forward_logprob is None]
-    answered = [(prompt, c.text) for prompt, c in wanted if c.text]
+    pairs = [(prompt, candidate) for prompt, candidates in questions for candidate in candidates]
+    skipped = [problem for row in problems for problem in row] if problems is not None else [None] * len(pairs)
+    kept = [pair for pair, problem in zip(pairs, skipped, strict=True) if problem is None]
+    unscored = [(prompt, c.text) for prompt, c in kept if c.forward_logprob is None]
+    answered = [(prompt, c.text) for prompt, c in kept if c.text]
     forward_scores = iter(forward.score(unscored, include_end=settings.include_ends))
     reverse_scores = iter(reverse.score(answered, include_end=settings.include_ends))
     alone = [(text, "") for _, text in answered] if settings.language_model_weight else []
     language_model_scores = iter(reverse.score(alone))
     scores = []
-    for (prompt, candidate), problem in zip(asked, skipped, strict=True):
+    for (prompt, candidate), problem in zip(pairs, skipped, strict=True):
         if problem is not None:
             scores.append(CandidateScore(None, None, None, None, None, skipped=problem))
             continue
@@ -213,20 +221,20 @@ def score_questions(
 
 
 def rank(rewards: list[float | None]) -> list[int]:
-    """Indices, best first; equal rewards keep their order, -inf comes after all other numbers and None last.
+    """Return the indices of the rewards, best first. Equal rewards keep their order, -inf is after all other numbers, None last.
 
-    Raises DataError for NaN, which has no place in an order.
+    Raises DataError for NaN, which cannot be ordered.
     """
     for index, reward in enumerate(rewards):
         if reward is not None and math.isnan(reward):
             raise DataError(
-                f"the reward of candidate {index} is not a number, so nothing can be ranked; see that both models' weights are whole"
+                f"the reward of candidate {index} is not a number, so nothing can be ranked; check that both models' weights are complete"
             )
     return sorted(range(len(rewards)), key=lambda i: (rewards[i] is None, -(rewards[i] or 0.0)))
 
 
 def ranked_fields(candidates: Sequence[Candidate], scores: Sequence[CandidateScore], *, token_values: bool) -> dict[str, Any]:
-    """Return what a reranking file says of scored candidates; "best" is None where there is none, or all were skipped."""
+    """Return the fields of a reranking file for scored candidates; "best" is None without candidates, or if all were skipped."""
     ranking = rank([score.reward for score in scores])
     num_skipped = sum(score.skipped is not None for score in scores)
     return {
@@ -238,15 +246,17 @@ def ranked_fields(candidates: Sequence[Candidate], scores: Sequence[CandidateSco
 
 
 def _weighted_sum(*terms: tuple[float, float]) -> float:
-    """Return the sum of share * logprob. An answer that a model with a positive share finds impossible (-inf) stays so, whatever
-    the other terms are; a term of share 0 is left out, so that 0 * -inf never is NaN."""
-    if any(share > 0 and logprob == -math.inf for share, logprob in terms):
+    """Return the sum of weight * logprob over (weight, logprob) terms.
+
+    The sum is -inf if a term with a positive weight is -inf. A term with weight 0 is omitted, because 0 * -inf is NaN.
+    """
+    if any(weight > 0 and logprob == -math.inf for weight, logprob in terms):
         return -math.inf
-    return math.fsum(share * logprob for share, logprob in terms if share)
+    return math.fsum(weight * logprob for weight, logprob in terms if weight)
 
 
 def _length(normalization: str, num_tokens: int, text: str) -> int:
-    """Return the divisor of a side; a side without tokens sums to 0, whatever divides it."""
+    """Return n_F or n_R: the divisor of a log-probability, at least 1."""
     if normalization == "byte":
         return max(1, len(text.encode("utf-8", "surrogatepass")))  # half of a surrogate pair counts 3 bytes
     return max(1, num_tokens) if normalization == "token" else 1

@@ -1,5 +1,5 @@
-"""Cases of the causal softmax. Bound: 1 ulp of the output's type; in the backward pass fp32's rounding besides, where the gradient and
-its mean cancel; fp16's smallest number, below which probabilities round to 0.
+"""Cases of the causal softmax. Bound: 1 ulp of the output's type; in the backward pass also fp32's rounding if the gradient and its
+mean cancel; fp16's smallest number, below which probabilities round to 0.
 
 Shape letters: B batch, H heads, Q queries, K keys.
 """
@@ -37,7 +37,7 @@ DOCUMENTS = {
 
 
 def document_numbers(batch: int, keys: int) -> torch.Tensor:
-    """int32 [B, K]: sample b has runs of b + 1, b + 2, ... positions from the end, so that all rows have other beginnings."""
+    """Return int32 [B, K]: sample b has runs of b + 1, b + 2, ... positions from the end, so that all rows begin differently."""
     numbers = torch.zeros(batch, keys, dtype=torch.int32)
     for sample in range(batch):
         end, length = keys, sample + 1
@@ -48,7 +48,7 @@ def document_numbers(batch: int, keys: int) -> torch.Tensor:
 
 
 def seen(queries: int, keys: int, documents_BK: torch.Tensor | None) -> torch.Tensor:
-    """True where a query sees a key: [B or 1, 1, Q, K]."""
+    """Return a mask of the keys visible to each query: [B or 1, 1, Q, K]."""
     causal_QK = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
     if documents_BK is None:
         return causal_QK[None, None]
@@ -78,7 +78,7 @@ def backward(shape: tuple[int, int, int, int], has_documents: bool, in_place: bo
     scores = values(*shape, dtype=dtype, seed=1, scale=24.0).double() * SCALE
     output_BHQK = scores.masked_fill(~is_seen, -torch.inf).softmax(-1).to(dtype)
     gradient_BHQK = values(*shape, dtype=dtype, seed=2)
-    gradient_BHQK.masked_fill_(~is_seen, torch.inf)  # may be anything where nothing is seen
+    gradient_BHQK.masked_fill_(~is_seen, torch.inf)  # may have any value at keys that are not visible
     y, g = output_BHQK.double(), gradient_BHQK.double().masked_fill(~is_seen, 0.0)
     mean = (y * g).sum(-1, keepdim=True)
     noise = FP32 * SCALE * y * (g.abs() + (y * g).abs().sum(-1, keepdim=True))
@@ -101,7 +101,7 @@ CASES: dict[str, CaseMaker] = {
 }
 
 REFUSED = {
-    "keys are no multiple of 8": ("forward-causal-small", {"keys": 12}),
+    "keys are not a multiple of 8": ("forward-causal-small", {"keys": 12}),
     "more queries than keys": ("backward-causal-small", {"queries": 16}),
     "no heads": ("forward-causal-small", {"heads": 0}),
     "more heads than a grid has": ("forward-causal-small", {"heads": 65536}),
@@ -110,17 +110,17 @@ REFUSED = {
 }
 
 NARROW_ACCESSES = {"causal_softmax_forward": 2, "causal_softmax_backward": 2}
-"""The search for a document's beginning: its number, and a probe a step."""
+"""Return the bytes of the search for a document's beginning: its number, and one probe per step."""
 
 FILE = "causal_softmax/causal_softmax.cu"
 MUTANTS = [
-    Mutant("a key too many", FILE, "key < end", "key <= end"),
+    Mutant("one key too many", FILE, "key < end", "key <= end"),
     Mutant("the queries begin with the keys", FILE, "query + shape.keys - shape.queries", "query"),
     Mutant("a barrier is missing", "common/reduce.h", "  __syncthreads();\n", ""),
     Mutant("the running sum is not scaled", FILE, "sum * exp2f(largest - new_largest) + added", "sum + added"),
     Mutant("the tail's sum is not scaled", FILE, "running.sum * exp2f(running.largest - largest)", "running.sum"),
     Mutant("the search goes a step too far", FILE, "(hit - 1) * step + 1, high)", "hit * step + 1, high)"),
-    Mutant("what is not seen keeps its gradient", FILE, "if (!seen.has(begin + i)) values[i] = 0.f;", ""),
+    Mutant("keys that are not visible keep their gradient", FILE, "if (!seen.has(begin + i)) values[i] = 0.f;", ""),
     Mutant(
         "the gradient lacks the scale", FILE, "scale * a[i] * (b[i] - product)", "(1.f + 0.f * scale) * a[i] * (b[i] - product)"
     ),
@@ -130,13 +130,13 @@ MUTANTS = [
 
 
 def moved(function: str, a: Mapping[str, Any]) -> Moved:
-    """Of each row the groups of eight keys that are seen are read, all are written. Beyond 8,192 keys a row is read twice."""
+    """Count the visible groups of eight keys of each row as read, all as written. Above 8,192 keys a row is read twice."""
     queries, keys = a["queries"], a["keys"]
-    rows, held = a["batch"] * a["heads"], 8192 if keys > 2048 else keys
+    rows, in_registers = a["batch"] * a["heads"], 8192 if keys > 2048 else keys
     tensors = 1 if function == "ledom_causal_softmax_forward" else 2
     seen_keys = [query + keys - queries + 1 for query in range(queries)]
     groups = [(seen_key + 7) // 8 * 8 for seen_key in seen_keys]
-    read = sum(group + max(0, group - held) for group in groups)
+    read = sum(group + max(0, group - in_registers) for group in groups)
     written = rows * queries * keys * 2
     return Moved(rows * tensors * read * 2, written, rows * tensors * sum(seen_keys) * 2, written)
 
@@ -148,5 +148,5 @@ def traffic_row(direction: str, length: int, why: str = "") -> Row:
 
 TRAFFIC_ROWS = [
     *(traffic_row(direction, length) for length in (2048, 8192) for direction in ("forward", "backward")),
-    *(traffic_row(way, 16384, "what is beyond 8,192 keys is read again") for way in ("forward", "backward")),
+    *(traffic_row(way, 16384, "keys beyond 8,192 are read again") for way in ("forward", "backward")),
 ]

@@ -1,5 +1,5 @@
-"""Cases of the vocabulary-parallel cross-entropy. Bound: 1 ulp of the logits' type for the gradient; fp32's rounding, and that of a
-sum of up to a vocabulary's length, for the terms.
+"""Cases of the vocabulary-parallel cross-entropy. Bound: 1 ulp of the logits' type for the gradient; for the terms fp32's rounding,
+also of a sum over the vocabulary.
 
 Shape letters: N rows, V logits of a row.
 """
@@ -22,7 +22,7 @@ SHAPES = {  # rows, stride, counted
     "padded": (3, 128, 101),
     "groups_that_only_pad": (3, 1024, 17),
     "more_than_a_load": (2, 8 * 256 * 4 + 8, 8 * 256 * 4 + 1),
-    "two_turns": (2, 8 * 256 * 9, 8 * 256 * 9 - 13),
+    "two_passes": (2, 8 * 256 * 9, 8 * 256 * 9 - 13),
     "many_rows": (67, 64, 50),
 }
 
@@ -30,7 +30,7 @@ SHAPES = {  # rows, stride, counted
 def logits_and_labels(
     rows: int, stride: int, counted: int, spread: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What pads is far larger than what counts, so that it would show; every third label is another rank's."""
+    """Return logits and labels; padding is far larger than real logits, so errors show; every third label is another rank's."""
     logits_NV = values(rows, stride, dtype=dtype, seed=1, scale=spread)
     logits_NV[:, counted:] = 1000.0
     labels_N = torch.randint(0, counted, (rows,), generator=torch.Generator().manual_seed(2))
@@ -44,9 +44,9 @@ def terms(rows: int, stride: int, counted: int, spread: float, dtype: torch.dtyp
     logits_NV, labels_N = logits_and_labels(rows, stride, counted, spread, dtype)
     exact_NV = logits_NV.double()[:, :counted]
     largest_N = exact_NV.amax(1)
-    shares_NV = (exact_NV - largest_N[:, None]).exp()
+    scaled_NV = (exact_NV - largest_N[:, None]).exp()
     targets_N = torch.where(labels_N >= 0, exact_NV.gather(1, labels_N.clamp(min=0)[:, None])[:, 0], 0.0)
-    noise_N = FP32 * (shares_NV * (2 + largest_N[:, None] - exact_NV)).sum(1)
+    noise_N = FP32 * (scaled_NV * (2 + largest_N[:, None] - exact_NV)).sum(1)
     arguments = {
         "logits": logits_NV,
         "labels": labels_N,
@@ -58,7 +58,7 @@ def terms(rows: int, stride: int, counted: int, spread: float, dtype: torch.dtyp
     }
     expected = {
         "largest": Expected(largest_N),
-        "sums": Expected(shares_NV.sum(1), noise=noise_N),
+        "sums": Expected(scaled_NV.sum(1), noise=noise_N),
         "targets": Expected(targets_N),
     }
     return Case("ledom_cross_entropy_terms", arguments, expected)
@@ -100,30 +100,30 @@ CASES: dict[str, CaseMaker] = {
 }
 
 REFUSED = {
-    "stride is no multiple of 8": ("terms-padded", {"stride": 124}),
+    "stride is not a multiple of 8": ("terms-padded", {"stride": 124}),
     "nothing counts": ("terms-padded", {"counted": 0}),
-    "more counted than there are": ("gradient-padded", {"counted": 129}),
+    "more counted than the row has": ("gradient-padded", {"counted": 129}),
     "negative rows": ("gradient-padded", {"rows": -1}),
     "no labels": ("terms-padded", {"labels": None}),
 }
 
 NARROW_ACCESSES = {"cross_entropy_terms": 5, "cross_entropy_gradient": 4}
-"""A row's label, its logit and three results; its label and three factors."""
+"""Bytes of a row's label, its logit and three results; of its label and three factors."""
 
 FILE = "cross_entropy/cross_entropy.cu"
 MUTANTS = [
-    Mutant("what pads is counted", FILE, "if (i < present) more +=", "more +="),
-    Mutant("the sum is not brought to the new maximum", FILE, "sum = sum * exp2f((largest - highest) * LOG2_E) + more", "sum += more"),
-    Mutant("the threads' sums are not brought to the block's maximum", FILE, "sum * exp2f((largest - highest) * LOG2_E), scratch", "sum, scratch"),
-    Mutant("padding keeps its logits' shares", FILE, "start + i >= counted ? 0.f :", "false ? 0.f :"),
+    Mutant("padding is counted", FILE, "if (i < present) more +=", "more +="),
+    Mutant("the sum is not rescaled to the new maximum", FILE, "sum = sum * exp2f((largest - highest) * LOG2_E) + more", "sum += more"),
+    Mutant("the threads' sums are not rescaled to the block's maximum", FILE, "sum * exp2f((largest - highest) * LOG2_E), scratch", "sum, scratch"),
+    Mutant("padding gets a gradient", FILE, "start + i >= counted ? 0.f :", "false ? 0.f :"),
     Mutant("another rank's label counts", FILE, "label >= 0 ? reinterpret_cast", "true ? reinterpret_cast"),
-    Mutant("groups of a later turn are left out", FILE, "first += LOADS * THREADS", "first += groups"),
+    Mutant("groups of a later pass are skipped", FILE, "first += LOADS * THREADS", "first += groups"),
 ]  # fmt: skip
 WARPS = 8
 
 
 def moved(function: str, a: Mapping[str, Any]) -> Moved:
-    """Groups that hold a counted logit are read; every warp with a group reads its row's four numbers."""
+    """Count groups with a counted logit as read; every warp with a group reads its row's four numbers."""
     rows, labels, counted = a["rows"], a["labels"], a["counted"]
     groups = (counted + 7) // 8 * 16
     if function == "ledom_cross_entropy_terms":

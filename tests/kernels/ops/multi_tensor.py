@@ -1,7 +1,7 @@
-"""Cases of the multi-tensor optimizer, against torch.optim.AdamW on doubles. Bound: 2 ulp of the output's type; where terms cancel,
-fp32's rounding of them besides.
+"""Cases of the multi-tensor optimizer, against torch.optim.AdamW on doubles. Bound: 2 ulp of the output's type, and
+fp32's rounding if terms cancel.
 
-A list is one buffer, in which its tensors lie apart; what lies between must stay. Shape letters: N numbers of a buffer, C chunks.
+A list is one buffer with gaps between its tensors; the gaps must not change. Shape letters: N numbers of a buffer, C chunks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -28,11 +28,11 @@ SIZES = {
     "several_chunks": [3 * CHUNK + 5, CHUNK, CHUNK - 8],
 }
 SLOW_CASES = {"many", "several_chunks"}
-"""Endings of the names of cases that take the interpreter and the sanitizers too long for every day."""
+"""Endings of the names of cases that run on the interpreter and the sanitizers only in the slow suite."""
 
 
 def layout(sizes: Sequence[int], shift: int = 0) -> Layout:
-    """Tensors on the grid of 16 elements, or `shift` elements off it."""
+    """Return the positions of tensors at multiples of 16 elements, or `shift` elements after them."""
     pieces, at = [], 0
     for size in sizes:
         at = -(-at // 16) * 16 + shift
@@ -42,7 +42,7 @@ def layout(sizes: Sequence[int], shift: int = 0) -> Layout:
 
 
 def chunk_table(pieces: Sequence[tuple[int, int]], element_bytes: Sequence[int]) -> torch.Tensor:
-    """int64 [C, 1 + lists]; every list has its tensors at the same elements."""
+    """Return int64 [C, 1 + lists]; every list has its tensors at the same elements."""
     rows = [
         [min(CHUNK, begin + size - at), *(at * width for width in element_bytes)]
         for begin, size in pieces
@@ -52,7 +52,7 @@ def chunk_table(pieces: Sequence[tuple[int, int]], element_bytes: Sequence[int])
 
 
 def inside(pieces: Sequence[tuple[int, int]], length: int) -> torch.Tensor:
-    """bool [N]: what belongs to a tensor."""
+    """Return bool [N]: True for elements of a tensor."""
     mask = torch.zeros(length, dtype=torch.bool)
     for begin, size in pieces:
         mask[begin : begin + size] = True
@@ -62,7 +62,7 @@ def inside(pieces: Sequence[tuple[int, int]], length: int) -> torch.Tensor:
 def stepped(
     lists: Sequence[torch.Tensor], step: int, lr: float, weight_decay: float, is_decoupled: bool
 ) -> tuple[torch.Tensor, ...]:
-    """master, exp_avg and exp_avg_sq after this step of torch's optimizer, in double."""
+    """Return master, exp_avg and exp_avg_sq after this step of torch's optimizer, in double."""
     gradient, exp_avg, exp_avg_sq, master = (each.double() for each in lists)
     master = master.clone().requires_grad_()
     master.grad = gradient
@@ -83,7 +83,7 @@ def adamw(
     is_decoupled: bool = True,
     weight_decay: float = 0.1,
 ) -> Case:
-    """exp_avgs, exp_avg_sqs, masters and weights after a step; a few gradients are 0."""
+    """Return a case of exp_avgs, exp_avg_sqs, masters and weights after a step; a few gradients are 0."""
     pieces, length = where
     lr = 0.02
     gradients = values(length, dtype=dtype if are_16_bit else torch.float32, seed=1, scale=0.1)
@@ -120,7 +120,7 @@ def adamw(
 
 
 def norm(where: Layout, dtype: torch.dtype, are_16_bit: bool = False) -> Case:
-    """norm: what lies between tensors does not count."""
+    """Return a case of the norm; gaps between tensors do not count."""
     pieces, length = where
     tensors = values(length, dtype=dtype if are_16_bit else torch.float32, seed=5)
     chunks = chunk_table(pieces, (tensors.element_size(),))
@@ -189,7 +189,7 @@ REFUSED = {
 }
 
 NARROW_ACCESSES = {"multi_tensor_adamw": 14, "multi_tensor_squares": 4, "multi_tensor_root": 2, "multi_tensor_scale": 5}
-"""A row of the table, what is left of it behind groups of eight or off the grid; of sums: the last three, and the result."""
+"""Accesses to the table's row, and to elements after groups of eight or not aligned; for sums the last three, and the result."""
 
 FILE = "multi_tensor/multi_tensor.cu"
 MUTANTS = [
@@ -197,9 +197,9 @@ MUTANTS = [
     Mutant("decoupled decay goes into the moments", FILE, "is_decoupled ? 0. : weight_decay", "weight_decay"),
     Mutant("L2 decays the weights, too", FILE, "1. - lr * weight_decay : 1.", "1. - lr * weight_decay : 1. - lr * weight_decay"),
     Mutant("eps is forgotten", FILE, "* s.root + s.eps", "* s.root + 1e-20f + 0.f * s.eps"),
-    Mutant("what is left of a row is forgotten", FILE, "int i = groups * PACK + thread; i < count;", "int i = groups * PACK + thread; i < groups;"),
-    Mutant("a row ends an element late", FILE, "i < count; i += THREADS) {\n    float first", "i <= count; i += THREADS) {\n    float first"),
-    Mutant("weights are not of the master", FILE, "store_one(weight + i, p);", "store_one(weight + i, first);"),
+    Mutant("the end of a row is skipped", FILE, "int i = groups * PACK + thread; i < count;", "int i = groups * PACK + thread; i < groups;"),
+    Mutant("a row ends one element late", FILE, "i < count; i += THREADS) {\n    float first", "i <= count; i += THREADS) {\n    float first"),
+    Mutant("weights are not rounded masters", FILE, "store_one(weight + i, p);", "store_one(weight + i, first);"),
     Mutant("the last sums are not added", FILE, "thread < count % 4", "thread < count % 4 - 1"),
     Mutant("a block's sum is one warp's", FILE, "scratch, 0, thread, THREADS)", "scratch, 0, thread, WARP)"),
     Mutant("in every row the first tensor", FILE, "+ row[1 + list]", "+ (row[1 + list] & 63)"),
@@ -207,7 +207,7 @@ MUTANTS = [
 
 
 def moved(function: str, a: Mapping[str, Any]) -> Moved:
-    """Beside the elements: the table, which each of a block's 8 warps reads; of the norm, a sum a row, written and read."""
+    """Count the elements, and the table, which each of a block's 8 warps reads; for the norm also a sum per row."""
     table = a.get("chunks")
     elements = a["elements"] if table is None else int(table[:, 0].sum())
     rows = a["num_chunks"]

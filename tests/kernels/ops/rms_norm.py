@@ -1,4 +1,4 @@
-"""Cases of RMSNorm. Bound: 1 ulp of the output's type, 2 for the weight's gradient; where terms cancel, fp32's rounding besides.
+"""Cases of RMSNorm. Bound: 1 ulp of the output's type, 2 for the weight's gradient; if terms cancel, also fp32's rounding.
 
 Shape letters: R rows, H hidden, P partial sums.
 """
@@ -29,18 +29,18 @@ SHAPES = {
     "one_row": (1, 264),
 }
 SLOW_CASES = {"2048", "3072", "4096", "wider_than_registers", "more_rows_than_blocks", "rows_share_a_block", "and_have_a_tail"}
-"""Endings of the names of cases that take the interpreter and the sanitizers too long for every day."""
+"""Endings of the names of cases that run on the interpreter and the sanitizers only in the slow suite."""
 
 
 def inputs(rows: int, hidden: int, dtype: torch.dtype) -> torch.Tensor:
-    """The first row is so small that eps counts."""
+    """Return rows, the first so small that eps counts."""
     input_RH = values(rows, hidden, dtype=dtype, seed=1)
     input_RH[0] *= 2.0**-9
     return input_RH
 
 
 def forward(rows: int, hidden: int, has_residual: bool, dtype: torch.dtype) -> Case:
-    """output, and sum where there is a residual."""
+    """Return a case of output, and of sum with a residual."""
     input_RH, weight_H = inputs(rows, hidden, dtype), values(hidden, dtype=dtype, seed=2)
     residual_RH = values(rows, hidden, dtype=dtype, seed=3, scale=3.0) if has_residual else None
     expected = {}
@@ -57,7 +57,7 @@ def forward(rows: int, hidden: int, has_residual: bool, dtype: torch.dtype) -> C
 
 
 def backward(rows: int, hidden: int, has_sum_gradient: bool, dtype: torch.dtype) -> Case:
-    """input_gradient and weight_gradient."""
+    """Return a case of input_gradient and weight_gradient."""
     input_RH, weight_H = inputs(rows, hidden, dtype), values(hidden, dtype=dtype, seed=2)
     gradient_RH = values(rows, hidden, dtype=dtype, seed=4)
     passed_RH = values(rows, hidden, dtype=dtype, seed=5) if has_sum_gradient else None
@@ -107,7 +107,7 @@ CASES: dict[str, CaseMaker] = {
 }
 
 REFUSED = {
-    "hidden is no multiple of 8": ("forward-alone-narrow", {"hidden": 12}),
+    "hidden is not a multiple of 8": ("forward-alone-narrow", {"hidden": 12}),
     "hidden is 0": ("backward-alone-narrow", {"hidden": 0}),
     "negative rows": ("forward-alone-narrow", {"rows": -1}),
     "residual without sum": ("forward-residual-narrow", {"sum": None}),
@@ -119,7 +119,7 @@ REFUSED = {
 FILE = "rms_norm/rms_norm.cu"
 MUTANTS = [
     Mutant("a barrier is missing", "common/reduce.h", "  __syncthreads();\n", ""),
-    Mutant("a warp sums half of its lanes", "common/reduce.h", "distance = WARP / 2", "distance = WARP / 4"),
+    Mutant("a warp sums only half of its lanes", "common/reduce.h", "distance = WARP / 2", "distance = WARP / 4"),
     Mutant("one scratch for all rows", FILE, ", turn ^= 1) {", ") {"),
     Mutant("eps is forgotten", FILE, "* inverse + eps)", "* inverse + 0.f * eps)"),
     Mutant("the sum's gradient is dropped", FILE, " - row.along * x[i] + p[i]", " - row.along * x[i] + 0.f * p[i]"),
@@ -131,12 +131,12 @@ MUTANTS = [
 
 
 def moved(function: str, a: Mapping[str, Any]) -> Moved:
-    """Beside the rows: the weight once a block; backward, partial sums written and read, a row of them a block."""
+    """Count the rows, and the weight once per block; backward also partial sums, one row per block, written and read."""
     rows, hidden = a["rows"], a["hidden"]
     row_bytes, weight_bytes = rows * hidden * 2, hidden * 2
     if function == "ledom_rms_norm_forward":
         tensors = 1 if a["residual"] is None else 2
-        tail_bytes = max(0, hidden - 16384) * 2  # read twice, with its weight a row
+        tail_bytes = max(0, hidden - 16384) * 2  # read twice, and its weight for every row
         blocks = min(rows, 1024)
         read = tensors * row_bytes + blocks * (weight_bytes - tail_bytes) + 2 * rows * tail_bytes
         return Moved(read, tensors * row_bytes, tensors * row_bytes + weight_bytes, tensors * row_bytes)

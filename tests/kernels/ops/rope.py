@@ -19,14 +19,14 @@ FARTHEST = 200_000
 
 
 def angles(length: int, rotated: int, first: int = 0) -> torch.Tensor:
-    """megatron-core's tensor: [S, E] in fp32, both halves the same."""
+    """Return megatron-core's tensor of angles: [S, E] in fp32, with two equal halves."""
     inverse = 10_000.0 ** -(torch.arange(0, rotated, 2).float() / rotated)
     positions = torch.arange(first, first + length).float()
     return torch.outer(positions, inverse).repeat(1, 2)
 
 
 def rotation(x_SBHD: torch.Tensor, freqs_SE: torch.Tensor, scale: float, inverse: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rotated tensor, float64, and what fp32 may add to it."""
+    """Return the rotated tensor in float64, and the error of fp32."""
     rotated = freqs_SE.shape[1]
     x, rest = x_SBHD.double().split((rotated, x_SBHD.shape[-1] - rotated), -1)
     cosine, sine = (f(freqs_SE.double())[:, None, None] * scale for f in (torch.cos, torch.sin))
@@ -39,7 +39,7 @@ def rotation(x_SBHD: torch.Tensor, freqs_SE: torch.Tensor, scale: float, inverse
 def plain(
     shape: tuple[int, int, int, int], rotated: int, in_place: bool, inverse: bool, scale: float, first: int, dtype: torch.dtype
 ) -> Case:
-    """One tensor of heads."""
+    """Return a case of one tensor of heads."""
     length, batch, heads, width = shape
     input_SBHD, freqs_SE = values(*shape, dtype=dtype, seed=1), angles(length, rotated, first)
     wanted, noise = rotation(input_SBHD, freqs_SE, scale, inverse)
@@ -64,18 +64,18 @@ def plain(
 
 
 def strided_key(length: int, groups: int, queries: int, width: int, dtype: torch.dtype) -> Case:
-    """The keys inside a packed projection, to a tensor of their own."""
-    packed_SBGUD = values(length, 1, groups, queries + 2, width, dtype=dtype, seed=1)
+    """Return a case of the keys in a fused projection, copied to their own tensor."""
+    fused_SBGUD = values(length, 1, groups, queries + 2, width, dtype=dtype, seed=1)
     case = plain((length, 1, groups, width), width, False, False, 1.0, 0, dtype)
-    wanted, noise = rotation(packed_SBGUD[:, :, :, queries], angles(length, width), 1.0, False)
-    case.arguments["input"] = packed_SBGUD.flatten()[queries * width :]
+    wanted, noise = rotation(fused_SBGUD[:, :, :, queries], angles(length, width), 1.0, False)
+    case.arguments["input"] = fused_SBGUD.flatten()[queries * width :]
     case.arguments["input_head_stride"] = (queries + 2) * width
     case.arguments["input_token_stride"] = groups * (queries + 2) * width
     return Case(case.function, case.arguments, {"output": Expected(wanted, ulps=1.0, noise=noise)})
 
 
-def packed(layout: str, shape: tuple[int, int, int, int, int], rotated: int, inverse: bool, dtype: torch.dtype) -> Case:
-    """qkv [S, B, G, queries + 2, D] in place, or taken apart ("split"), or put together ("join")."""
+def fused_qkv(layout: str, shape: tuple[int, int, int, int, int], rotated: int, inverse: bool, dtype: torch.dtype) -> Case:
+    """Return a case of qkv [S, B, G, queries + 2, D]: in place, to separate tensors ("split"), or from them ("join")."""
     length, batch, groups, queries, width = shape
     qkv, freqs_SE = (
         values(length, batch, groups, queries + 2, width, dtype=dtype, seed=1),
@@ -118,23 +118,25 @@ CASES: dict[str, CaseMaker] = {
     "plain-more_positions_than_a_block": partial(plain, (70, 1, 1, 64), 64, False, False, 1.0, 0),
     "key_in_qkv": partial(strided_key, 9, 2, 4, 64),
     **{
-        f"qkv-{layout}-{name}x{width}": partial(packed, layout, (3, 2, groups, heads // groups, width), width, layout == "join")
+        f"qkv-{layout}-{name}x{width}": partial(
+            fused_qkv, layout, (3, 2, groups, heads // groups, width), width, layout == "join"
+        )
         for layout, width in (("in_place", 128), ("split", 64), ("join", 192))
         for name, (heads, groups) in HEADS.items()
     },
-    "qkv-split-part_of_a_head": partial(packed, "split", (5, 2, 2, 3, 64), 32, False),
-    "qkv-in_place-part_of_a_head": partial(packed, "in_place", (5, 2, 2, 3, 256), 64, True),
+    "qkv-split-part_of_a_head": partial(fused_qkv, "split", (5, 2, 2, 3, 64), 32, False),
+    "qkv-in_place-part_of_a_head": partial(fused_qkv, "in_place", (5, 2, 2, 3, 256), 64, True),
 }
 
 REFUSED = {
     "an odd half": ("plain-8x64", {"rotated": 24}),
-    "more rotated than there is": ("plain-8x64", {"rotated": 128}),
+    "more rotated than the head has": ("plain-8x64", {"rotated": 128}),
     "too much rotated": ("plain-8x64", {"rotated": 528, "head_dim": 528}),
     "stride off the grid": ("plain-8x64", {"input_token_stride": 516}),
     "in place with two strides": ("plain-in_place", {"output_token_stride": 640}),
     "no heads": ("qkv-in_place-8_1x128", {"queries": 0}),
     "no angles": ("qkv-split-8_1x64", {"freqs": None}),
-    "head width is no multiple of 8": ("qkv-join-8_1x192", {"head_dim": 196}),
+    "head width is not a multiple of 8": ("qkv-join-8_1x192", {"head_dim": 196}),
 }
 
 FILE = "rope/rope.cu"
@@ -152,7 +154,7 @@ MUTANTS = [
 
 
 def moved(function: str, a: Mapping[str, Any]) -> Moved:
-    """Every value once, and half of each position's angles. In place, only what is rotated."""
+    """Count every value once, and half of each position's angles; in place, only rotated values."""
     tokens, angle_bytes = a["length"] * a["batch"], a["length"] * a["rotated"] * 2
     if function == "ledom_rope":
         is_in_place = a["input"] is a["output"]
@@ -167,7 +169,7 @@ def moved(function: str, a: Mapping[str, Any]) -> Moved:
 
 SIZES = {"length": 4096, "batch": 2, "groups": 8, "queries": 4, "head_dim": 128, "rotated": 128}
 TRAFFIC_ROWS = [
-    Row("RoPE of packed QKV in place, 4096 x 2, 32/8 heads of 128", "ledom_rope_qkv", SIZES),
-    Row("RoPE of packed QKV, taken apart", "ledom_rope_split_qkv", SIZES),
+    Row("RoPE of fused QKV in place, 4096 x 2, 32/8 heads of 128", "ledom_rope_qkv", SIZES),
+    Row("RoPE of fused QKV, separate outputs", "ledom_rope_split_qkv", SIZES),
     Row("RoPE of queries, not in place", "ledom_rope", {**SIZES, "heads": 32, "input": 0, "output": 1}),
 ]

@@ -1,6 +1,6 @@
-"""Cases of SwiGLU. Bound: 1 ulp of the output's type; fp32's rounding where 1 + gate * (1 - sigmoid) cancels.
+"""Cases of SwiGLU. Bound: 1 ulp of the output's type; fp32's rounding if 1 + gate * (1 - sigmoid) cancels.
 
-Shape letters: R rows, W width of the gate and of the up part.
+Shape letters: R rows, W width of gate and of up.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ SHAPES = {
     "many_rows": (301, 24),
 }
 EDGES = (0.0, -0.0, 20.0, -20.0, 89.0, -89.0, 1e4, -1e4)
-"""Where the sigmoid saturates, and where exp leaves fp32's range."""
+"""Return values at which the sigmoid saturates, or exp leaves fp32's range."""
 
 
 def gates_and_ups(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
@@ -71,7 +71,7 @@ CASES: dict[str, CaseMaker] = {
 }
 
 REFUSED = {
-    "width is no multiple of 8": ("forward-narrow", {"width": 12}),
+    "width is not a multiple of 8": ("forward-narrow", {"width": 12}),
     "width is 0": ("backward-narrow", {"width": 0}),
     "negative rows": ("backward-narrow", {"rows": -1}),
     "more rows than a grid has": ("forward-narrow", {"rows": 1 << 31}),
@@ -80,17 +80,17 @@ REFUSED = {
 
 FILE = "swiglu/swiglu.cu"
 MUTANTS = [
-    Mutant("up's gradient lacks the gate", FILE, "up[i] = gradient[i] * silu", "up[i] = gradient[i] * s"),
+    Mutant("up's gradient lacks a factor gate", FILE, "up[i] = gradient[i] * silu", "up[i] = gradient[i] * s"),
     Mutant("the sigmoid's slope is wrong", FILE, "silu * (1.f - s)", "silu * s"),
-    Mutant("up is read where the gate is", FILE, "load_pack(gates + width,", "load_pack(gates,"),
+    Mutant("up is read from gate's position", FILE, "load_pack(gates + width,", "load_pack(gates,"),
     Mutant("a store without its guard", FILE, "if (first + i * threads < groups) store_pack(row", "store_pack(row"),
     Mutant("blocks of a row overlap", FILE, "blockIdx.y * LOADS * threads", "blockIdx.y * threads"),
-    Mutant("the gradients change places", FILE, "packed_gate = Pack<T>::pack(gate)", "packed_gate = Pack<T>::pack(up)"),
+    Mutant("the gradients are exchanged", FILE, "packed_gate = Pack<T>::pack(gate)", "packed_gate = Pack<T>::pack(up)"),
 ]
 
 
 def moved(function: str, a: Mapping[str, Any]) -> Moved:
-    """Every value once."""
+    """Count every value once."""
     part = a["rows"] * a["width"] * 2
     read, written = (2, 1) if function == "ledom_swiglu_forward" else (3, 2)
     return Moved(read * part, written * part, read * part, written * part)

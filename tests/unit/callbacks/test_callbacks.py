@@ -1,4 +1,4 @@
-"""The moments of training as a callback sees them, in a real run: their order, their values, and errors that end the run."""
+"""The moments of a real run as a callback sees them: their order, their values, and errors that end the run."""
 
 import json
 import sys
@@ -15,7 +15,7 @@ from tests.support.tiny_runs import TinyData, read_metrics, start_ranks
 
 
 class Diary(Callback):
-    """Writes each moment with the iterations done, and what came with it, into `diary.jsonl`."""
+    """Writes each moment, the number of iterations done and the value passed into `diary.jsonl`."""
 
     def __init__(self, folder: Path, *, breaks_at: str = "") -> None:
         self.folder, self.breaks_at = folder, breaks_at
@@ -66,30 +66,30 @@ class Diary(Callback):
         self.note("on_train_end", run)
 
 
-def test_a_misspelled_moment_is_refused_where_the_class_is_defined() -> None:
-    with pytest.raises(TypeError, match=r"Misspelled\.on_step_ends is no moment of training.*did you mean on_step_end\?"):
+def test_a_misspelled_moment_is_refused_when_the_class_is_defined() -> None:
+    with pytest.raises(TypeError, match=r"Misspelled\.on_step_ends is not a moment of training.*did you mean on_step_end\?"):
         type("Misspelled", (Callback,), {"on_step_ends": lambda self, run, result: None})
-    with pytest.raises(TypeError, match=r"want_record is no moment.*did you mean wants_record\?"):
+    with pytest.raises(TypeError, match=r"want_record is not a moment.*did you mean wants_record\?"):
         type("Misspelled", (Diary,), {"want_record": lambda self, run: True})
-    with pytest.raises(TypeError, match=r"on_xyz is no moment.*the moments are on_train_start, .*, on_train_end"):
+    with pytest.raises(TypeError, match=r"on_xyz is not a moment.*the moments are on_train_start, .*, on_train_end"):
         type("Misspelled", (Callback,), {"on_xyz": None})
 
 
-def train(config: str, folder: Path, settings: list[str], breaks_at: str, fault: str) -> int:
-    """Train with the callback; the body of one rank."""
+def train(config: str, folder: Path, settings: list[str], breaks_at: str, injected: str) -> int:
+    """Train with the callback, as the body of one rank."""
     from megatron_ledom import pretrain
 
-    if fault:
+    if injected:
         from tests.support.injected_errors import inject
 
-        inject(fault)
+        inject(injected)
     sys.argv = ["pretrain", "--config", config, f"run_dir={folder / 'run'}", *settings]
     return pretrain.main(callbacks=[Diary(folder, breaks_at=breaks_at)])
 
 
-def diary(data: TinyData, folder: Path, *settings: str, breaks_at: str = "", fault: str = "") -> tuple[list[Any], int, str]:
+def diary(data: TinyData, folder: Path, *settings: str, breaks_at: str = "", injected: str = "") -> tuple[list[Any], int, str]:
     """Return the moments of a run, its exit code and its output."""
-    body = partial(train, str(data.config), folder, list(settings), breaks_at, fault)
+    body = partial(train, str(data.config), folder, list(settings), breaks_at, injected)
     ranks = start_ranks(data.config, folder / "log", instead=body)
     (code,) = ranks.wait()
     return [json.loads(line) for line in (folder / "diary.jsonl").read_text().splitlines()], code, ranks.output()
@@ -101,11 +101,12 @@ def test_a_callback_sees_every_moment_in_order(data: TinyData, tmp_path: Path) -
     found, code, output = diary(data, tmp_path, *settings)
     assert code == 0, output
     records = {record["iteration"]: record for record in read_metrics(tmp_path / "run")}
-    assert list(records) == [2, 3, 4]  # what the callback wants, a skipped iteration too, and the end
+    assert list(records) == [2, 3, 4]  # those that the callback wants, even if skipped, and the last one
     assert [record["diary"] for record in records.values()] == [{"deep": {"number": 100 + each}} for each in (2, 3, 4)]
     board = EventAccumulator(str(tmp_path / "run/tensorboard")).Reload()
     assert [(event.step, event.value) for event in board.Scalars("diary/deep/number")] == [(2, 102.0), (3, 103.0), (4, 104.0)]
     assert "deep: number 103" in output
+    assert "iteration 2/4  loss none (skipped)  grad norm none (skipped)  lr " in output
     losses = [value for moment, _, value in found if moment == "on_step_end"]
     assert losses[1] is None  # a skipped iteration
     batches: list[tuple[str, Any]] = 2 * [("on_batch_wait", None), ("on_batch", None)]
@@ -126,7 +127,7 @@ def test_a_callback_sees_every_moment_in_order(data: TinyData, tmp_path: Path) -
 
 def test_a_callback_sees_a_return_to_a_checkpoint(data: TinyData, tmp_path: Path) -> None:
     settings = ("train.train_iters=4", "train.on_nonfinite=roll_back", "checkpoint.save_interval=2")
-    found, code, output = diary(data, tmp_path, *settings, fault="nan:4")
+    found, code, output = diary(data, tmp_path, *settings, injected="nan:4")
     assert code == 0, output
     moments = [(moment, iteration) for moment, iteration, _ in found]
     start = moments.index(("on_rollback", 2))
@@ -148,11 +149,11 @@ def test_a_callback_that_raises_ends_the_run_and_is_named(data: TinyData, tmp_pa
     assert f"raised in Diary.{moment}, a callback of the training loop" in output
 
 
-def test_a_moment_with_other_arguments_is_refused_where_it_is_defined() -> None:
+def test_a_moment_with_other_arguments_is_refused_when_it_is_defined() -> None:
     with pytest.raises(
         TypeError, match=r"Careless\.on_measure is called with \(self, run, record\): too many positional arguments"
     ):
 
         class Careless(Callback):
             def on_measure(self, record: dict[str, Any]) -> None:  # type: ignore[override]
-                """It lacks the run."""
+                """Lacks the argument `run`."""

@@ -1,4 +1,4 @@
-"""The records of a run: hand-counted bits per byte and MFU, each iteration once, the same values everywhere."""
+"""The records of a run: bits per byte and MFU as counted by hand, each iteration once, the same values in every log."""
 
 import gzip
 import json
@@ -51,7 +51,7 @@ def lines(config: RunConfig) -> list[dict[str, Any]]:
 
 
 def test_bits_per_byte_by_hand() -> None:
-    """One bit a token and 6 tokens (eods too) of 4 bytes of text: 1.5 bits a byte."""
+    """One bit per token, and 6 tokens (with eods) for 4 bytes of text: 1.5 bits per byte."""
     assert bits_per_byte(math.log(2), 4 / 6) == pytest.approx(1.5)
     assert bits_per_byte(3 * math.log(2), 4.0) == pytest.approx(0.75)
 
@@ -61,7 +61,7 @@ def test_a_run_reports_the_keys_that_scripts_rely_on(data: TinyData, tmp_path: P
     validation = (f"data.valid_blend=[[1.0,{shard}]]", "train.eval_interval=3", "train.eval_iters=2")
     settings = ("train.train_iters=5", "logging.log_interval=2", "logging.tensorboard=true", *validation)
     records = run_on_ranks(data.config, tmp_path / "run", *settings)
-    assert [found["iteration"] for found in records] == [2, 3, 4, 5]  # the interval, validations, the end
+    assert [found["iteration"] for found in records] == [2, 3, 4, 5]  # at the interval, at validations, at the end
     keys = """iteration lm_loss grad_norm lr consumed_train_samples consumed_train_tokens tokens_per_second
         seconds_per_iteration mfu elapsed_seconds eta_seconds rank_seconds_min rank_seconds_mean rank_seconds_max slowest_rank
         data_wait_seconds memory_gib skipped_iterations"""
@@ -109,11 +109,11 @@ def test_throughput_by_hand(config: RunConfig, monkeypatch: pytest.MonkeyPatch) 
     throughput.on_step_end(run, RESULT)
     throughput.on_step_end(run, RESULT)
     clock[0] += 7.0
-    throughput.on_pause_end(run, 3.0)  # a save: its time is no training
+    throughput.on_pause_end(run, 3.0)  # a save: its time does not count as training
     read: Record = {}
     throughput.on_measure(run, read)
     assert read["tokens_per_second"] == 160.0
-    # by hand, for one token: 6 FLOP a weight (two layers, output layer), and attention over all 32 positions
+    # by hand, for one token: 6 FLOP per weight (two layers, output layer), and attention over all 32 positions
     layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
     flops = 6 * (2 * layer + 32 * 1024) + 2 * 12 * 32 * 32
     assert read["mfu"] == pytest.approx(160 * flops / (2 * 2e12))
@@ -128,8 +128,8 @@ def test_throughput_by_hand(config: RunConfig, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.distributed
-def test_a_straggler_is_told_by_its_number(data: TinyData, tmp_path: Path) -> None:
-    """Every forward pass of rank 1 sleeps 0.05 s, four a step; rank 0 waits for it in the gradient reduction only."""
+def test_a_slow_rank_is_named(data: TinyData, tmp_path: Path) -> None:
+    """Each of the four forward passes of a step sleeps 0.05 s on rank 1; rank 0 waits only in the gradient reduction."""
     settings = ("train.train_iters=4", "logging.log_interval=2")
     ranks = start_ranks(data.config, tmp_path / "run", *settings, num_ranks=2, hook=partial(inject, "slow:1:1"))
     assert ranks.wait() == [0, 0], ranks.output()
@@ -141,7 +141,7 @@ def test_a_straggler_is_told_by_its_number(data: TinyData, tmp_path: Path) -> No
 
 
 @pytest.mark.distributed
-def test_a_profile_of_the_asked_iterations_and_ranks_is_written(data: TinyData, tmp_path: Path) -> None:
+def test_a_profile_of_the_configured_iterations_and_ranks_is_written(data: TinyData, tmp_path: Path) -> None:
     window = ("logging.profile_start=2", "logging.profile_stop=3", "logging.profile_ranks=[1]")
     run_on_ranks(data.config, tmp_path / "run", "train.train_iters=4", *window, num_ranks=2)
     (trace,) = (tmp_path / "run/profile").iterdir()
@@ -150,7 +150,7 @@ def test_a_profile_of_the_asked_iterations_and_ranks_is_written(data: TinyData, 
     assert any("scaled_dot_product" in event.get("name", "") for event in events)
 
 
-def test_a_run_folder_says_what_it_was_started_with(data: TinyData, tmp_path: Path) -> None:
+def test_a_run_folder_records_its_launches(data: TinyData, tmp_path: Path) -> None:
     for train_iters in (3, 4):
         run_on_ranks(data.config, tmp_path / "run", f"train.train_iters={train_iters}")
     launches = read_launches(str(tmp_path / "run"))
@@ -189,7 +189,7 @@ def test_lines_of_steps_that_a_kill_undid_are_dropped(config: RunConfig) -> None
     assert [path.name for path in Path(config.run_dir).iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_record_is_not_joined_to_one_that_a_kill_cut(tmp_path: Path) -> None:
+def test_a_record_is_not_appended_to_an_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "bad_steps.jsonl"
     for torn in ("", '{"iteration": 9', '{"iteration": 1}\n{"iteration": 9, "lm_lo'):
         path.write_text(torn)
@@ -207,7 +207,7 @@ def test_only_rank_0_writes(config: RunConfig, monkeypatch: pytest.MonkeyPatch) 
     assert list(Path(config.run_dir).iterdir()) == []
 
 
-def test_tensorboard_has_the_values_and_forgets_what_a_kill_undid(config: RunConfig) -> None:
+def test_tensorboard_has_the_values_and_drops_undone_iterations(config: RunConfig) -> None:
     config.logging.tensorboard = True
     for start, iterations, loss in ((0, (1, 2, 3, 4), 5.0), (2, (3, 4), 4.0)):
         writer = MetricsWriter(config, start)
@@ -238,7 +238,7 @@ def test_weights_and_biases_offline_gets_the_records(config: RunConfig, monkeypa
     assert list(Path(config.run_dir, "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))
 
 
-def test_runs_of_one_name_are_two_to_weights_and_biases_and_a_resumed_one_is_one(tmp_path: Path) -> None:
+def test_runs_of_one_name_have_two_wandb_ids_and_a_resumed_run_has_one(tmp_path: Path) -> None:
     found = []
     for name in ("a", "b", "a"):
         (tmp_path / name / "reverse").mkdir(parents=True, exist_ok=True)

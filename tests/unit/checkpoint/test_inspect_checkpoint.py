@@ -1,4 +1,4 @@
-"""tools/inspect_checkpoint.py: what a checkpoint is, and every damage named."""
+"""`ledom inspect-checkpoint` prints the content of a checkpoint and names every damaged file."""
 
 import json
 import shlex
@@ -11,14 +11,16 @@ from megatron_ledom.checkpoint.inspection import inspect_checkpoint
 from megatron_ledom.checkpoint.manifest import OWN_HASH, load_manifest
 from megatron_ledom.errors import DataError, UsageError, VerificationError
 from tests.support.forked import run_forked
+from tests.support.paths import ROOT
 from tests.support.tiny_runs import TinyData, run_on_ranks, start_ranks
 
-README_COMMAND = "python tools/inspect_checkpoint.py runs/reverse --verify"
+COMMAND = "ledom inspect-checkpoint runs/reverse --verify"
+"""As in docs/how_to/resume.md."""
 
 
 @pytest.fixture(scope="module")
 def trained(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with checkpoints of iterations 2 and 3."""
+    """Return a run with checkpoints of iterations 2 and 3."""
     run_dir = tmp_path_factory.mktemp("inspected") / "run"
     run_on_ranks(data.config, run_dir, "train.train_iters=3", "checkpoint.save_interval=2")
     return run_dir
@@ -26,13 +28,14 @@ def trained(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run_dir(trained: Path, tmp_path: Path) -> Path:
-    """A copy that may be damaged."""
+    """Return a copy, which a test may damage."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def test_the_command_lists_the_run_and_verifies_its_latest_checkpoint(trained: Path) -> None:
-    words = shlex.split(README_COMMAND.replace("runs/reverse", str(trained)))[1:]
-    done = run_forked(words)
+    assert COMMAND in (ROOT / "docs/how_to/resume.md").read_text(encoding="utf-8")
+    words = shlex.split(COMMAND.replace("runs/reverse", str(trained)))
+    done = run_forked(["-c", "from megatron_ledom.cli.main import main; main()", *words[1:]])
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines[:2]] == ["iter_0000002", "iter_0000003"]
@@ -63,19 +66,19 @@ def test_a_changed_bit_in_any_file_is_named(run_dir: Path, capsys: pytest.Captur
     inspect_checkpoint(str(run_dir), verify=True)
 
 
-def test_a_missing_file_is_named_without_reading(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_file_is_named_without_reading_the_others(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = next((run_dir / "checkpoints/iter_0000003").glob("*.distcp"))
     missing.unlink()
-    with pytest.raises(VerificationError, match="1 fault"):
+    with pytest.raises(VerificationError, match="1 problem"):
         inspect_checkpoint(str(run_dir))
-    assert f"fault: {missing} is missing" in capsys.readouterr().err
+    assert f"problem: {missing} is missing" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("module", "name"),
     [
         ("subprocess", "run"),
-        ("torch.distributed.checkpoint.filesystem", "os.system"),  # a module that is known, and what it imports
+        ("torch.distributed.checkpoint.filesystem", "os.system"),  # an allowed module, and a name that it imports
         ("torch.distributed.checkpoint.filesystem", "pickle"),
         ("torch.distributed.checkpoint.metadata", "os"),
     ],
@@ -88,10 +91,10 @@ def test_a_list_of_tensors_that_would_run_code_is_refused(
     harmful.write_bytes(b"\x80\x04" + strings[0] + strings[1] + b"\x93.")  # protocol 4, in which a name may have dots
     with pytest.raises(VerificationError):
         inspect_checkpoint(str(run_dir))
-    assert f"it asks for {module}.{name}" in capsys.readouterr().err
+    assert f"it names {module}.{name}" in capsys.readouterr().err
 
 
-def test_a_checkpoint_from_before_checksums_loads_and_says_so(
+def test_a_checkpoint_without_checksums_loads_with_a_warning(
     data: TinyData, run_dir: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = run_dir / "checkpoints/iter_0000003/manifest.json"
@@ -100,10 +103,10 @@ def test_a_checkpoint_from_before_checksums_loads_and_says_so(
         del values[name]
     path.write_text(json.dumps({**values, "format_version": 1}))
     inspect_checkpoint(str(run_dir), verify=True)
-    assert "nothing to verify: written before checksums" in capsys.readouterr().out
+    assert "nothing to verify: written by a version without checksums" in capsys.readouterr().out
     ranks = start_ranks(data.config, run_dir, "train.train_iters=4")
     assert ranks.wait() == [0], ranks.output()
-    assert "was written before checkpoints had checksums: its files cannot be checked" in ranks.output()
+    assert "was written by a version without checksums: its files cannot be checked" in ranks.output()
     assert len(load_manifest(str(run_dir / "checkpoints/iter_0000004")).files) == 4
 
 

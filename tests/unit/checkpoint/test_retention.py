@@ -1,4 +1,4 @@
-"""Which checkpoints go, and what is cleaned away: never what `latest` names, never half a folder that looks whole."""
+"""Outdated checkpoints and remains are deleted, but never the one that `latest` names, and never partly."""
 
 import os
 from pathlib import Path
@@ -17,12 +17,12 @@ from megatron_ledom.config.schema import CheckpointConfig
         ([1, 2, 3, 4], 4, 9, None, []),
         ([2, 4, 6, 8, 10, 12], 12, 2, 4, [2, 6]),
         ([1, 2, 3, 4], 4, 1, 1, []),
-        ([1, 2, 3, 4], 2, 1, None, [1]),  # taken back to 2: 3 and 4 neither count nor go
+        ([1, 2, 3, 4], 2, 1, None, [1]),  # set back to 2: 3 and 4 neither count nor are deleted
         ([10, 30, 40], 20, 1, None, []),
         ([], 5, 1, None, []),
     ],
 )
-def test_newest_and_multiples_stay(
+def test_newest_and_multiples_are_kept(
     iterations: list[int], latest: int, keep_last: int | None, keep_interval: int | None, gone: list[int]
 ) -> None:
     assert outdated(iterations, latest, CheckpointConfig(keep_last=keep_last, keep_interval=keep_interval)) == gone
@@ -31,7 +31,7 @@ def test_newest_and_multiples_stay(
 @pytest.mark.parametrize(
     ("replayed", "gone"), [([15], [20, 30]), ([15, 25], [30]), ([45], [10, 20, 30]), ([5], [10, 20, 30]), ([20], [20, 30])]
 )
-def test_the_checkpoint_before_a_bad_step_stays(replayed: list[int], gone: list[int]) -> None:
+def test_the_checkpoint_before_a_bad_step_is_kept(replayed: list[int], gone: list[int]) -> None:
     assert outdated([10, 20, 30, 40, 50], 50, CheckpointConfig(keep_last=2), replayed) == gone
 
 
@@ -43,9 +43,9 @@ def make(folder: Path, *iterations: int) -> None:
         put_in_place(str(folder), name)
 
 
-def test_outdated_checkpoints_leave_in_one_step_and_are_swept_later(tmp_path: Path) -> None:
+def test_outdated_checkpoints_are_renamed_in_one_step_and_deleted_later(tmp_path: Path) -> None:
     make(tmp_path, 1, 2, 3)
-    (tmp_path / "iter_0000001.0.trash").mkdir()  # of a kill while the trash was being deleted
+    (tmp_path / "iter_0000001.0.trash").mkdir()  # from a kill while the trash was being deleted
     retire(str(tmp_path), CheckpointConfig(keep_last=1))
     assert sorted(os.listdir(tmp_path)) == [
         "iter_0000001.0.trash",

@@ -185,4 +185,4 @@ def test_the_recipe_of_the_help_leads_to_a_run_that_would_start(tmp_path: Path) 
     script = " && ".join(commands) + " --check 1"
     done = subprocess.run(["sh", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "would go on from iteration 0" in done.stdout
+    assert "would start from iteration 0" in done.stdout

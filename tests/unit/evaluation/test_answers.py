@@ -1,4 +1,4 @@
-"""Right answers and answers as they are written: the exact value, or none."""
+"""Right answers and written answers: the exact value, or none."""
 
 from fractions import Fraction
 
@@ -70,17 +70,17 @@ def test_a_number_is_read_with_its_sign_its_scale_and_all_of_it(text: str, value
 
 
 @pytest.mark.parametrize("text", UNREAD, ids=lambda text: text[:20])
-def test_what_is_no_single_number_has_no_value_rather_than_a_part_of_it(text: str) -> None:
+def test_a_text_without_a_single_number_has_no_value_rather_than_a_part_of_it(text: str) -> None:
     assert answers_by("number").read(text) is None
     assert answers_by("number").read_gold(text) is None
 
 
 GSM8K = ["18", "3", "70000", "540", "1,234", "2,280", "-5", "60", "104", "366", "694", "145.5", "5,600", "36"]
-"""Right answers as that set writes them, behind ####."""
+"""Right answers in the notation of GSM8K, after ####."""
 
 
 @pytest.mark.parametrize("gold", GSM8K)
-def test_a_gold_of_gsm8k_is_what_it_says_and_no_wrong_variant_is_it(gold: str) -> None:
+def test_a_gold_of_gsm8k_equals_itself_and_no_wrong_variant(gold: str) -> None:
     number = answers_by("number")
     solution = f"It takes 7 * 2 = <<7*2=14>>14 of them, and 3/4 more.\n#### {gold}"
     value = Fraction(gold.replace(",", ""))
@@ -126,11 +126,11 @@ MATH = {
     "\u22123": ["3"],
     "1e-3": ["e-3", "3"],
 }
-"""Right answers as MATH-500 and others write them, and wrong ones."""
+"""Right answers in the notations of MATH-500 and others, and wrong ones."""
 
 
 @pytest.mark.parametrize("gold", MATH)
-def test_a_bare_formula_is_right_as_itself_and_no_part_of_it_is(gold: str) -> None:
+def test_a_bare_formula_equals_itself_and_none_of_its_parts(gold: str) -> None:
     pytest.importorskip("math_verify")
     math, fields = answers_by("math"), comparison_by("math")
     for text in (f"so \\boxed{{{gold}}}.", f"We get ${gold}$", f"The answer is {gold}.", f"#### {gold}"):
@@ -159,7 +159,7 @@ def test_right_answers_that_cannot_be_read_are_counted_and_named() -> None:
     assert answers_by("number").read_gold("She has 3 apples and 18 pears") is None
 
 
-def test_right_answers_of_a_task_are_checked_before_a_model_is_asked() -> None:
+def test_right_answers_of_a_task_are_checked_before_the_model_runs() -> None:
     pytest.importorskip("math_verify")
     comparison_by("math").check([["18"], ["7\\pi"]])
     with pytest.raises(DataError, match="1 of 2 right answers cannot be read: item 1: ''"):
@@ -191,7 +191,7 @@ def test_a_sign_in_front_of_a_bracket_a_box_a_currency_or_in_words_is_part_of_th
 
 
 @pytest.mark.parametrize("text", [*LOST_SIGNS, *PARTS])
-def test_a_number_with_a_part_that_is_not_read_has_no_value(text: str) -> None:
+def test_a_number_with_an_unknown_part_has_no_value(text: str) -> None:
     assert answers_by("number").read(text) is None
     assert answers_by("number").read(f"#### {text}") is None
     assert answers_by("number").read_gold(text) is None
@@ -234,7 +234,7 @@ def test_signed_fractions_and_joined_multipliers_are_read(text: str, value: str)
         ("-\\frac12", ["-\\boxed{\\frac12}", "\\frac{1}{-2}"], ["\\boxed{\\frac12}"]),
     ],
 )
-def test_formulas_have_their_sign_their_function_and_their_base(gold: str, right: list[str], wrong: list[str]) -> None:
+def test_formulas_keep_their_sign_their_function_and_their_base(gold: str, right: list[str], wrong: list[str]) -> None:
     pytest.importorskip("math_verify")
     math, fields = answers_by("math"), comparison_by("math")
     for text in right:
@@ -260,7 +260,7 @@ def test_formulas_have_their_sign_their_function_and_their_base(gold: str, right
         (["U.S."], ["us"], ["u"]),
     ],
 )
-def test_no_alias_is_empty_and_numbers_keep_what_is_between_their_digits(
+def test_no_alias_is_empty_and_numbers_keep_punctuation_between_digits(
     golds: list[str], right: list[str], wrong: list[str]
 ) -> None:
     alias = comparison_by("alias")

@@ -1,4 +1,4 @@
-"""Programs that a model wrote: what passes, what the program can do to its verdict (nothing), and what the sandbox keeps from it."""
+"""Model-written programs: passing tests, attacks on the verdict, and the limits of the sandbox."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ QUICK = Limits(cpu_seconds=1, wall_seconds=6.0, memory_bytes=2**30)
 
 
 def outcome(program: str, tests: str = "assert f(1) == 2", sandbox: Sandbox = Sandbox.NONE, limits: Limits = QUICK) -> Outcome:
-    """Of a program that is to define f."""
+    """Return the outcome of a program that defines f."""
     return run_program(program, ProgramTests(code=tests, entry_point="f"), sandbox=sandbox, limits=limits)
 
 
@@ -115,11 +115,11 @@ CHANGES_BUILTINS = "import builtins\nbuiltins.AssertionError = type('Never', (Ex
         ("def check(candidate): pass\ndef f(x): return 0", "def check(candidate):\n    assert candidate(1) == 2\ncheck(f)"),
     ],
 )
-def test_a_program_cannot_make_its_own_verdict(program: str, tests: str, sandbox: Sandbox) -> None:
+def test_a_program_cannot_forge_its_verdict(program: str, tests: str, sandbox: Sandbox) -> None:
     assert not outcome(program, tests, sandbox).passed
 
 
-def test_only_the_entry_point_is_the_programs_and_helpers_are_those_of_the_prompt() -> None:
+def test_only_the_entry_point_comes_from_the_program_and_helpers_from_the_prompt() -> None:
     prelude = "import math\ndef double(x): return 2 * x\ndef f(x):\n    '''To be written.'''\n"
     tests = ProgramTests(code="assert f(3) == double(3) == math.ceil(5.5)", entry_point="f", prelude=prelude)
     assert run_program("def double(x): return 0\ndef f(x): return 6", tests, sandbox=Sandbox.NONE).passed
@@ -130,18 +130,18 @@ def test_only_the_entry_point_is_the_programs_and_helpers_are_those_of_the_promp
 
 
 @pytest.mark.parametrize("name", ["abs", "all", "range", "check", "len"])
-def test_a_program_cannot_put_its_own_functions_in_the_place_of_those_of_the_tests(name: str) -> None:
+def test_a_program_cannot_replace_functions_of_the_tests(name: str) -> None:
     tests = "def check(candidate):\n    for x in range(3):\n        assert all([abs(candidate(x) - x - 1) < 0.1, len([x]) == 1])\ncheck(f)"
     assert not outcome(f"def {name}(*x): return []\ndef f(x): return 0.5", tests).passed
     assert outcome(f"def {name}(*x): return []\ndef f(x): return x + 1", tests).passed
 
 
-def test_what_a_function_does_to_its_arguments_is_done() -> None:
+def test_changes_to_arguments_reach_the_caller() -> None:
     program = "def f(numbers, names):\n    numbers.sort()\n    names['new'] = [1]\n    return None"
     assert outcome(program, "a, b = [3, 1, 2], {}\nassert f(a, b) is None\nassert a == [1, 2, 3] and b == {'new': [1]}").passed
 
 
-def test_numbers_and_sequences_of_libraries_cross_as_what_they_equal() -> None:
+def test_numbers_and_sequences_of_libraries_are_transferred_by_value() -> None:
     program = """
 import collections, decimal, fractions, numpy
 def f(x):
@@ -162,7 +162,7 @@ assert list(g(1)) == [1, 2]
     ).passed
 
 
-def test_values_cross_unchanged() -> None:
+def test_values_are_transferred_unchanged() -> None:
     plain = [None, True, 7, -(2**80), 10**5000, 0.1, float("inf"), 1 + 2j, "é\ud800\u2028", b"\x00\xff"]
     for value in [*plain, [1, (2, {3})], {(1, 2): frozenset({4})}]:
         crossed = decode(encode(value))
@@ -252,7 +252,7 @@ print(run_program({program!r}, ProgramTests(code={tests!r}, entry_point='f'), sa
     assert not (tmp_path / "mark").exists()
 
 
-def test_without_bubblewrap_programs_are_refused_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_bubblewrap_programs_are_refused_unless_the_user_allows_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(UsageError, match=r"bubblewrap, which is not installed: install it .* or pass --sandbox none"):
         check_sandbox(Sandbox.BWRAP)

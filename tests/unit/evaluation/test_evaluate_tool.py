@@ -1,4 +1,4 @@
-"""tools/evaluate.py: a tiny model of each direction through every kind of task, resumed, shown, and what it refuses."""
+"""tools/evaluate.py: a tiny model of each direction on every kind of task, resuming, showing prompts, and refused input."""
 
 import json
 import os
@@ -26,8 +26,8 @@ from tests.support.tool_runs import run_tool
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("evaluated")
     names = ("forward", "reverse")
-    made = {name: str(random_model_folder(root / name, "byte_level", name)) for name in names}
-    return {**made, "data": str(write_sets(root / "data"))}
+    models = {name: str(random_model_folder(root / name, "byte_level", name)) for name in names}
+    return {**models, "data": str(write_sets(root / "data"))}
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def summary(folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_a_tiny_model_runs_through_the_tool_as_a_user_starts_it(folders: dict[str, str], tmp_path: Path) -> None:
+def test_the_tool_evaluates_a_tiny_model_as_a_user_starts_it(folders: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools" / "evaluate.py"), "--model", folders["reverse"], "--data", folders["data"]]
     command += ["--tasks", "svamp,boolq,humaneval", "--limit", "2", "--max-new-tokens", "8", "--output", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -43,7 +43,7 @@ def test_a_tiny_model_runs_through_the_tool_as_a_user_starts_it(folders: dict[st
         [*command, "--allow-code-execution"], capture_output=True, text=True, env=environment, timeout=300, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "svamp: the items of svamp.jsonl are others than the known ones" in done.stderr
+    assert "svamp: the items of svamp.jsonl are different from the published ones" in done.stderr
     tasks = summary(tmp_path)["tasks"]
     assert set(tasks) == {"svamp", "boolq", "humaneval"}
     assert tasks["svamp"]["metrics"]["accuracy"]["num_items"] == 2
@@ -70,7 +70,7 @@ def test_every_task_runs_in_both_directions(
         assert summary(tmp_path / direction) == found
 
 
-def test_a_killed_evaluation_goes_on_with_the_same_lines(
+def test_a_killed_evaluation_resumes_with_the_same_lines(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from megatron_ledom.evaluation import evaluate_command, task_evaluation
@@ -84,7 +84,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_lines(
     assert run_tool(monkeypatch, "evaluate", *options, "--output", str(tmp_path / "killed")) == 0
     cut = whole.splitlines(keepends=True)
     assert len(cut) == 3
-    changed = {**json.loads(cut[0]), "written": "kept"}  # what is kept is not asked again
+    changed = {**json.loads(cut[0]), "written": "kept"}  # a kept record is not computed again
     (tmp_path / "killed" / "svamp.items.jsonl").write_bytes(json.dumps(changed).encode() + b"\n" + cut[1] + cut[2][:20])
     assert run_tool(monkeypatch, "evaluate", *options, "--output", str(tmp_path / "killed")) == 0
     found = (tmp_path / "killed" / "svamp.items.jsonl").read_bytes().splitlines(keepends=True)
@@ -92,7 +92,7 @@ def test_a_killed_evaluation_goes_on_with_the_same_lines(
     assert json.loads(found[0])["written"] == "kept"
 
 
-def test_a_run_that_ended_before_it_kept_anything_hinders_nobody(
+def test_a_run_without_records_does_not_block_a_later_one(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--model", folders["reverse"], "--data", folders["data"], "--tasks", "svamp", "--output", str(tmp_path)]
@@ -101,7 +101,7 @@ def test_a_run_that_ended_before_it_kept_anything_hinders_nobody(
     assert len((tmp_path / "svamp.items.jsonl").read_text().splitlines()) == 3
 
 
-def test_another_setting_on_the_same_output_is_refused_and_a_larger_limit_goes_on(
+def test_another_setting_on_the_same_output_is_refused_and_a_larger_limit_resumes(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--model", folders["forward"], "--data", folders["data"], "--tasks", "piqa", "--output", str(tmp_path)]
@@ -112,23 +112,23 @@ def test_another_setting_on_the_same_output_is_refused_and_a_larger_limit_goes_o
     assert "seed was 0 and is 5" in capsys.readouterr().err
 
 
-def test_a_few_items_of_another_model_are_never_thrown_away(
+def test_a_few_items_of_another_model_are_never_deleted(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["--data", folders["data"], "--tasks", "openbookqa", "--output", str(tmp_path)]
     assert run_tool(monkeypatch, "evaluate", *options, "--model", folders["forward"], "--limit", "1") == 0
     kept = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     assert run_tool(monkeypatch, "evaluate", *options, "--model", folders["reverse"]) == 1
-    told = capsys.readouterr().err
-    assert "openbookqa.items.jsonl was made otherwise (" in told
-    assert "direction was 'forward' and is 'reverse'" in told
+    error = capsys.readouterr().err
+    assert "openbookqa.items.jsonl was made with different settings (" in error
+    assert "direction was 'forward' and is 'reverse'" in error
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == kept
     (tmp_path / "openbookqa.items.json").unlink()
     assert run_tool(monkeypatch, "evaluate", *options, "--model", folders["forward"], "--limit", "1") == 1
-    assert "openbookqa.items.json is missing, so nobody knows what made openbookqa.items.jsonl" in capsys.readouterr().err
+    assert "openbookqa.items.json is missing, so the settings of openbookqa.items.jsonl are unknown" in capsys.readouterr().err
 
 
-def test_a_refused_task_leaves_the_items_of_the_others_as_they_are(
+def test_a_refused_task_does_not_change_the_items_of_other_tasks(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["--model", folders["forward"], "--data", folders["data"], "--output", str(tmp_path)]
@@ -137,7 +137,7 @@ def test_a_refused_task_leaves_the_items_of_the_others_as_they_are(
     (tmp_path / "piqa.items.jsonl").write_text("{}\n")
     assert (
         run_tool(monkeypatch, "evaluate", *options, "--tasks", "openbookqa,piqa", "--limit", "2") == 0
-    )  # the first window is asked again
+    )  # the first window is computed again
     (tmp_path / "openbookqa.items.jsonl").write_bytes(kept)
     (tmp_path / "piqa.items.jsonl").write_text("{}\n{}\n")
     assert run_tool(monkeypatch, "evaluate", *options, "--tasks", "openbookqa,piqa", "--limit", "2") == 1
@@ -148,21 +148,24 @@ CHOICE, WRITTEN, PROGRAM = "piqa", "svamp", "humaneval"
 
 
 @pytest.fixture(scope="module")
-def judged(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def evaluated(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished evaluation of a task of each kind."""
-    output = tmp_path_factory.mktemp("judged")
+    output = tmp_path_factory.mktemp("evaluated")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        assert run_tool(monkeypatch, "evaluate", *judge_options(folders, output, ",".join((CHOICE, WRITTEN, PROGRAM)))) == 0
+        assert run_tool(monkeypatch, "evaluate", *evaluate_options(folders, output, ",".join((CHOICE, WRITTEN, PROGRAM)))) == 0
     return output
 
 
-def judge_options(folders: dict[str, str], output: Path, tasks: str) -> list[str]:
+def evaluate_options(folders: dict[str, str], output: Path, tasks: str) -> list[str]:
     options = ["--model", folders["forward"], "--data", folders["data"], "--tasks", tasks, "--max-new-tokens", "4"]
     return [*options, "--allow-code-execution", "--output", str(output)]
 
 
 def changed_line(line: str, change: dict[str, Any]) -> str:
-    """The line with values at dotted keys; a value of None removes the key, a text that begins with = is written as it is."""
+    """Return the line with values set at dotted keys.
+
+    None removes the key; a text that begins with = is written without quotes.
+    """
     record = json.loads(line)
     for key, value in change.items():
         *outer, name = key.split(".")
@@ -208,25 +211,25 @@ def test_a_line_that_the_command_cannot_have_written_is_not_resumed(
     task: str,
     change: dict[str, Any],
     message: str,
-    judged: Path,
+    evaluated: Path,
     folders: dict[str, str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    output = shutil.copytree(judged, tmp_path / "out")
+    output = shutil.copytree(evaluated, tmp_path / "out")
     path = output / f"{task}.items.jsonl"
     lines = path.read_text(encoding="utf-8").splitlines()
     lines[1] = changed_line(lines[1], change)
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    assert run_tool(monkeypatch, "evaluate", *judge_options(folders, output, task)) == 1
-    told = capsys.readouterr().err
-    assert f"{path}:2" in told
-    assert message in told
-    assert f"remove {path} to start again" in told
+    assert run_tool(monkeypatch, "evaluate", *evaluate_options(folders, output, task)) == 1
+    error = capsys.readouterr().err
+    assert f"{path}:2" in error
+    assert message in error
+    assert f"remove {path} to start again" in error
 
 
-def test_a_written_question_is_checked_against_what_solved_it() -> None:
+def test_a_written_question_is_checked_against_its_solution() -> None:
     item = Item(values={"question": ""}, gold=("2 + 3 = 5. The answer is 5.",), kept={"group": "one", "gold_answer": "5"})
     task = LoadedTask(task=task_named("question_from_answer"), items=(item,))
     record = {"item": 0, **item.kept, "written": "Question: x", "answer": "x", "gold": list(item.gold), "solved": item.gold[0]}
@@ -252,22 +255,22 @@ def test_show_prints_both_orders_without_weights(
     assert run_tool(monkeypatch, "evaluate", *options, "--num-fewshot", "1") == 0
     shown = capsys.readouterr().out
     assert "⟦Answer: 5\nReasoning: ( 2 + 3 )\n⟧That is how the answer is found.\nQuestion: Ann has 2 pears." in shown
-    as_seen = shown.split("--- as the model takes it in")[1]
-    assert as_seen.index("7") < as_seen.index("2")  # the demonstration's question comes before the query's
+    as_seen = shown.split("--- in model order")[1]
+    assert as_seen.index("7") < as_seen.index("2")  # the few-shot example's question comes before the query's
     assert "context_given_choice" in shown
     assert (
         run_tool(monkeypatch, "evaluate", *options[:-2], "--output", str(tmp_path / "out")) == 1
-    )  # to judge, weights are needed
+    )  # the evaluation needs weights
 
 
 def test_list_compares_hashes(
     folders: dict[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_tool(monkeypatch, "evaluate", "--list", "--data", folders["data"]) == 0
-    told = capsys.readouterr().out
-    assert "https://github.com/openai/grade-school-math" in told
-    assert "found     gsm8k_test.jsonl, 2 items, others than the known ones: content " in told
-    assert "content   not known\n  found     nothing in" in told  # sets that a script makes
+    output = capsys.readouterr().out
+    assert "https://github.com/openai/grade-school-math" in output
+    assert "found     gsm8k_test.jsonl, 2 items, different from the published ones: content " in output
+    assert "content   unknown\n  found     nothing in" in output  # synthetic sets
 
 
 @pytest.mark.parametrize(
@@ -275,11 +278,11 @@ def test_list_compares_hashes(
     [
         ({"--tasks": "gsm"}, 2, "no task 'gsm'; did you mean gsm8k?"),
         ({"--tasks": "humaneval"}, 2, "humaneval runs code that a model wrote"),
-        ({"--limit": "0"}, 2, "limit=0 judges nothing"),
-        ({"--num-fewshot": "9"}, 2, "9 demonstrations need 10"),
+        ({"--limit": "0"}, 2, "limit=0 must be at least 1"),
+        ({"--num-fewshot": "9"}, 2, "9 few-shot examples need 10"),
         ({"--data": "nowhere"}, 2, "svamp needs its items in nowhere/svamp"),
-        ({"--direction": "reverse"}, 1, "says that this model reads forward"),
-        ({"--eod-id": "3"}, 2, "leave it out"),
+        ({"--direction": "reverse"}, 1, "records the direction forward"),
+        ({"--eod-id": "3"}, 2, "remove it"),
         ({"--batch-size": "0"}, 2, "batch_size=0"),
         ({"--max-new-tokens": "600"}, 2, "svamp: "),
     ],

@@ -1,6 +1,6 @@
-"""lm-evaluation-harness: a forward model's answers are those of its own `hf` model, and each left-to-right assumption is met.
+"""lm-evaluation-harness: a forward model answers as the `hf` model, and each left-to-right assumption is handled.
 
-Slow references are one pass of the stock model over one sequence, which is written out here.
+The slow references are one pass of the stock model over one sequence.
 """
 
 import json
@@ -26,7 +26,7 @@ from megatron_ledom.errors import DataError, UsageError
 from megatron_ledom.evaluation.harness import __main__ as command
 from megatron_ledom.evaluation.harness import model as harness_model
 from megatron_ledom.evaluation.harness.model import LedomLM
-from megatron_ledom.evaluation.harness.reverse_choices import WAYS, asked_of_choices
+from megatron_ledom.evaluation.harness.reverse_choices import WAYS, choice_requests
 from megatron_ledom.inference import ForwardLM, ReverseLM
 from megatron_ledom.inference.scoring import Span, measure_spans
 from tests.support.exact_models import LETTERS, TEXTS, letters_lm, random_joint
@@ -40,7 +40,7 @@ CHOICES = (" Paris", " the mat", " Berlin is the capital of Germany")
 
 
 def requests(*documents: Sequence[Pair], kind: str = "loglikelihood", task: str = "tiny") -> list[Instance]:
-    """The requests of documents, each a list of (context, continuation)."""
+    """Return the requests of documents, each a list of (context, continuation)."""
     return [
         Instance(kind, {}, arguments, index, (task, number, 1))
         for number, choices in enumerate(documents)
@@ -49,7 +49,7 @@ def requests(*documents: Sequence[Pair], kind: str = "loglikelihood", task: str 
 
 
 def folder_for_hf(root: Path, kind: str) -> Path:
-    """A forward folder whose tokenizer names what stands before a text as `hf` wants it: eod, or of a stock model BOS."""
+    """Return a forward folder whose tokenizer names the start symbol that `hf` expects: eod, or BOS for a stock model."""
     tokenizer = kind.removeprefix("stock_")
     stock = kind.startswith("stock_")
     folder = random_model_folder(root / kind, tokenizer, None if stock else "forward")
@@ -79,7 +79,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> TaskManager:
 
 @cache
 def stock(folder: Path) -> tuple[Any, Tokenizer, int]:
-    """(model, tokenizer, eod) as transformers and tokenizers alone load them."""
+    """Return (model, tokenizer, eod), loaded with transformers and tokenizers alone."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return (
         model,
@@ -90,19 +90,19 @@ def stock(folder: Path) -> tuple[Any, Tokenizer, int]:
 
 @torch.no_grad()
 def logprobs(folder: Path, tokens: list[int]) -> list[float]:
-    """log P of each token after the first, given all before it."""
+    """Return log P of each token after the first, given all tokens before it."""
     values = torch.log_softmax(stock(folder)[0](torch.tensor([tokens])).logits[0].double(), -1)
     return [float(values[position, token]) for position, token in enumerate(tokens[1:])]
 
 
 def read_from_the_end(folder: Path, text: str) -> list[float]:
-    """log P of each id of a text after eod, last id first."""
+    """Return log P of each id of a text after eod, the last id first."""
     _, tokenizer, eod = stock(folder)
     return logprobs(folder, [eod, *reversed(tokenizer.encode(text).ids)])
 
 
 def shares(values: Sequence[float]) -> list[float]:
-    """log of each one's share in the sum of their exponentials."""
+    """Return the log of each value's fraction of the sum of the exponentials."""
     total = math.log(sum(math.exp(value - max(values)) for value in values)) + max(values)
     return [value - total for value in values]
 
@@ -112,7 +112,7 @@ def answers(model: LedomLM, *documents: Sequence[Pair]) -> list[float]:
 
 
 def test_forward_answers_and_metrics_are_those_of_hf(folders: dict[str, Path], tasks: TaskManager) -> None:
-    """Multiple choice (also with two contexts), a last word, whole texts and written answers, with an exemplar."""
+    """Multiple choice (also with two contexts), a last word, whole texts and written answers, with a few-shot example."""
     folder = folders["byte_level"]
     hf = HFLM(str(folder), device="cpu", dtype="float32", batch_size=3)
     models = {"ours": LedomLM(folder, batch_size=4), "hf": hf}
@@ -132,15 +132,15 @@ def test_forward_answers_and_metrics_are_those_of_hf(folders: dict[str, Path], t
 
 
 @pytest.mark.parametrize("kind", ["byte_level", "sentencepiece", "stock_byte_level"])
-def test_forward_requests_of_all_shapes_are_answered_as_by_hf(
+def test_forward_requests_of_all_shapes_get_the_answers_of_hf(
     kind: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Boundaries, spaces, merges over the cut, BOS, no context, texts longer than the model, greedy continuations, windows."""
+    """Boundaries, spaces, merges across the cut, BOS, no context, long texts, greedy continuations, windows."""
     ours = LedomLM(folders[kind], max_length=24, batch_size=2)
     hf = HFLM(str(folders[kind]), max_length=24, device="cpu", dtype="float32", batch_size=3)
-    asked = [("The cat sat", 8), ("漢字 and", 8), (EXEMPLAR + QUERY, 16), ("The dog ran after ", 5)]
+    prompts = [("The cat sat", 8), ("漢字 and", 8), (EXEMPLAR + QUERY, 16), ("The dog ran after ", 5)]
     writing = requests(
-        [(text, {"until": ["e", "\n"], "max_gen_toks": limit, "do_sample": False}) for text, limit in asked],
+        [(text, {"until": ["e", "\n"], "max_gen_toks": limit, "do_sample": False}) for text, limit in prompts],
         kind="generate_until",
     )
     written = ours.generate_until(writing)
@@ -162,10 +162,10 @@ def test_forward_requests_of_all_shapes_are_answered_as_by_hf(
         [(text,) for text in ("The cat sat on the mat, and the dog ran. " * 3, "x", "")], kind="loglikelihood_rolling"
     )
     assert ours.loglikelihood_rolling(texts) == pytest.approx(hf.loglikelihood_rolling(texts), abs=2e-4)
-    assert "left out" in caplog.text
+    assert "skipped the beginnings of" in caplog.text
 
 
-def test_a_token_over_the_cut_is_scored_where_hf_has_nothing_to_score(folders: dict[str, Path]) -> None:
+def test_a_token_across_the_cut_is_scored_when_hf_has_nothing_to_score(folders: dict[str, Path]) -> None:
     folder = folders["byte_level"]
     whole = stock(folder)[1].encode("The capital of Paris")
     assert whole.tokens[-1] == "ĠParis"
@@ -176,11 +176,11 @@ def test_a_token_over_the_cut_is_scored_where_hf_has_nothing_to_score(folders: d
         HFLM(str(folder), device="cpu", dtype="float32").loglikelihood(requests([pair]))
 
 
-# The nine assumptions, for a reverse model
+# The harness's nine assumptions, for a reverse model
 
 
-def test_a_pair_is_encoded_once_as_a_whole_and_turned_behind_eod(folders: dict[str, Path]) -> None:
-    """Encoding the parts alone gives other ids: the dummy prefix, and the space that joins the choice's first word."""
+def test_a_pair_is_encoded_once_as_a_whole_and_reversed_after_eod(folders: dict[str, Path]) -> None:
+    """Encoding the parts separately gives other ids (dummy prefix, space before the choice's first word)."""
     folder = folders["reverse"]
     tokenizer = stock(folder)[1]
     assert all(tokenizer.encode(QUERY).ids + tokenizer.encode(c).ids != tokenizer.encode(QUERY + c).ids for c in CHOICES)
@@ -190,7 +190,7 @@ def test_a_pair_is_encoded_once_as_a_whole_and_turned_behind_eod(folders: dict[s
 
 @pytest.mark.parametrize("way", WAYS)
 def test_choices_of_a_true_model_are_ranked_by_the_closed_form(way: str) -> None:
-    """Which side is conditioned on, and exemplars before the query: of texts of four letters the context is the first three."""
+    """The texts have four letters, the context is the first three. Few-shot examples stand before the query."""
     joint = random_joint(seed=11)
     model = LedomLM(letters_lm(ReverseLM, joint), way=way, batch_size=7)
     contexts = sorted({text[:3] for text in TEXTS})
@@ -205,20 +205,20 @@ def test_choices_of_a_true_model_are_ranked_by_the_closed_form(way: str) -> None
             assert found[3 * number : 3 * number + 3] == pytest.approx(ours, abs=1e-5)
 
 
-def test_contexts_that_differ_are_compared_too(folders: dict[str, Path]) -> None:
-    """As in WinoGrande, where the choice stands in the context and the continuation is the same."""
+def test_choices_with_different_contexts_are_compared_too(folders: dict[str, Path]) -> None:
+    """As in WinoGrande: the choice is in the context, and the continuation is the same."""
     pairs = [("The cup fits the box, for the cup", " is small."), ("The cup fits the box, for the box", " is small.")]
     expected = shares([sum(read_from_the_end(folders["reverse"], "".join(pair))) for pair in pairs])
     assert answers(LedomLM(folders["reverse"]), pairs) == pytest.approx(expected, abs=1e-3)
 
 
 def test_a_single_continuation_is_refused(folders: dict[str, Path], tasks: TaskManager) -> None:
-    with pytest.raises(UsageError, match=r"tiny_last_word, document 0: .*reads the continuation first.*multiple_choice"):
+    with pytest.raises(UsageError, match=r"tiny_last_word, document 0 .*reads the continuation first.*multiple_choice"):
         simple_evaluate(model=LedomLM(folders["reverse"]), tasks=["tiny_last_word"], task_manager=tasks)
 
 
-def test_the_start_symbol_is_eod_behind_the_end_of_the_text(folders: dict[str, Path]) -> None:
-    """Of a whole text, too; what stands there changes the answer."""
+def test_the_start_symbol_is_eod_after_the_end_of_the_text(folders: dict[str, Path]) -> None:
+    """This holds for a whole text too, and the symbol affects the answer."""
     folder = folders["reverse"]
     _, tokenizer, eod = stock(folder)
     text = "The cat sat on the mat."
@@ -232,11 +232,11 @@ def test_the_start_symbol_is_eod_behind_the_end_of_the_text(folders: dict[str, P
 def test_truncation_drops_the_same_beginning_of_all_choices(
     way: str, folders: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """What is left has the log-likelihood that it has at the end of the whole text, which a longer model gives."""
+    """The rest keeps the log-likelihood that it has at the end of the whole text, which a longer model gives."""
     folder, context = folders["reverse"], 2 * EXEMPLAR + QUERY
     tokenizer, choices = stock(folder)[1], [(context, choice) for choice in CHOICES]
-    asked = asked_of_choices(choices, way, reverse_lm(folder).tokenizer, 59, ("tiny", 0, True))
-    texts = ["".join(one.pair) for one in asked]
+    requests = choice_requests(choices, way, reverse_lm(folder).tokenizer, 59, ("tiny", 0, True))
+    texts = ["".join(one.pair) for one in requests]
     begins = {text.removesuffix(choice) for text, choice in zip(texts, CHOICES, strict=True)}
     assert len(begins) == 1
     kept = begins.pop()
@@ -253,7 +253,7 @@ def test_truncation_drops_the_same_beginning_of_all_choices(
         if way == "prior_removed":
             scores[-1] = sum(read) - sum(read_from_the_end(folder, choice[1:]))
     assert answers(LedomLM(folder, way=way, max_length=60), choices) == pytest.approx(shares(scores), abs=1e-3)
-    assert f"tiny, document 0: {len(context) - len(kept)} characters are left out, as 59 tokens fit" in caplog.text
+    assert f"tiny, document 0: skipped {len(context) - len(kept)} characters of the context: 59 tokens fit" in caplog.text
 
 
 @cache
@@ -263,14 +263,14 @@ def reverse_lm(folder: Path) -> ReverseLM:
 
 def test_choices_that_do_not_fit_with_the_same_context_are_refused(folders: dict[str, Path]) -> None:
     model = LedomLM(folders["reverse"], max_length=24)
-    with pytest.raises(DataError, match="tiny, document 0: its choices take more than 23 tokens without any context"):
+    with pytest.raises(DataError, match="tiny, document 0: the choices have more than 23 tokens without the context"):
         answers(model, [("Question: Where?", " here"), ("Question: Where?", " the mat and the dog" * 9)])
     with pytest.raises(DataError, match="exceeds the 24 positions"):
         LedomLM(folders["byte_level"], max_length=24).loglikelihood(requests([("a", " the mat and the dog" * 9)]))
 
 
-def test_exemplars_stay_in_front_of_the_query(folders: dict[str, Path], tasks: TaskManager) -> None:
-    """The text of a document with two exemplars, in reading order, is what both directions are asked about."""
+def test_few_shot_examples_stay_before_the_query(folders: dict[str, Path], tasks: TaskManager) -> None:
+    """Both directions get the same text, in text order, for a document with two few-shot examples."""
     found = simple_evaluate(model=LedomLM(folders["reverse"]), tasks=["tiny_choices"], task_manager=tasks, num_fewshot=2)
     sample = found["samples"]["tiny_choices"][3]
     text = "".join(f"Question: {row['question']}\nAnswer: {row['choices'][row['gold']]}\n\n" for row in QUESTIONS[:2])
@@ -279,10 +279,10 @@ def test_exemplars_stay_in_front_of_the_query(folders: dict[str, Path], tasks: T
     assert [value for ((value, _),) in sample["resps"][:3]] == pytest.approx(expected, abs=1e-3)
 
 
-def test_until_is_matched_in_the_text_as_written_and_refused_in_reverse(
+def test_until_is_matched_in_the_written_text_and_refused_in_reverse(
     folders: dict[str, Path], tmp_path: Path, tasks: TaskManager
 ) -> None:
-    """The model writes "the cat of Paris" piece by piece; of two strings the one that comes first in the text ends it."""
+    """The model writes "the cat of Paris" token by token. The first of two strings in the text ends it."""
     tokenizer = Tokenizer.from_str(sentencepiece_like_json())
     start, *pieces = tokenizer.encode("a the cat of Paris").ids
     assert len({start, *pieces}) == 1 + len(pieces)
@@ -299,14 +299,14 @@ def test_until_is_matched_in_the_text_as_written_and_refused_in_reverse(
         options = {"until": until, "max_gen_toks": len(pieces), "do_sample": False}
         (written,) = LedomLM(folder).generate_until(requests([("a", options)], kind="generate_until"))
         assert written == (expected or "the cat of Paris")
-    with pytest.raises(UsageError, match=r"tiny_answers: .*writes only in front of a text; ledom evaluate"):
+    with pytest.raises(UsageError, match=r"tiny_answers: .*writes only before a text; use ledom evaluate"):
         simple_evaluate(model=LedomLM(folders["reverse"]), tasks=["tiny_answers"], task_manager=tasks)
 
 
-def test_options_of_writing_that_are_not_known_are_refused(folders: dict[str, Path]) -> None:
+def test_unknown_generation_options_are_refused(folders: dict[str, Path]) -> None:
     model = LedomLM(folders["byte_level"])
     for options, message in (
-        ({"until": [], "repetition_penalty": 1.2}, "repetition_penalty.*known here are until, max_gen_toks"),
+        ({"until": [], "repetition_penalty": 1.2}, "repetition_penalty.*known are until, max_gen_toks"),
         ({"until": [], "num_beams": 4}, "num_beams"),
         ({"until": [], "max_gen_toks": 512}, "max_gen_toks=512 leaves no room.*at most 511"),
     ):
@@ -318,7 +318,7 @@ def test_options_of_writing_that_are_not_known_are_refused(folders: dict[str, Pa
     assert len(set(model.generate_until(sampled))) > 1
 
 
-def test_rolling_windows_go_from_the_end_of_the_text_to_its_beginning(folders: dict[str, Path]) -> None:
+def test_rolling_windows_run_from_the_end_of_the_text_to_its_beginning(folders: dict[str, Path]) -> None:
     folder = folders["reverse"]
     _, tokenizer, eod = stock(folder)
     text = "The cat sat on the mat, and the dog ran after the cat."
@@ -335,7 +335,7 @@ def test_rolling_windows_go_from_the_end_of_the_text_to_its_beginning(folders: d
 
 
 def test_acc_norm_divides_a_log_probability_of_the_choice(folders: dict[str, Path], tasks: TaskManager) -> None:
-    """The likelihood of the whole text by the choice's length would favour the longest choice in every document."""
+    """The likelihood of the whole text, divided by the choice's length, would favour the longest choice."""
     found = simple_evaluate(model=LedomLM(folders["reverse"]), tasks=["tiny_choices"], task_manager=tasks)
     for row, sample in zip(QUESTIONS, found["samples"]["tiny_choices"], strict=True):
         values = [value for ((value, _),) in sample["resps"]]
@@ -351,7 +351,7 @@ def test_acc_norm_divides_a_log_probability_of_the_choice(folders: dict[str, Pat
 
 
 def test_the_delimiters_space_belongs_to_the_choice(folders: dict[str, Path]) -> None:
-    """Wherever the task puts it; and a choice that stands alone does not begin with it."""
+    """This holds wherever the task puts the space. A choice alone does not begin with it."""
     folder = folders["reverse"]
     for way in WAYS:
         model = LedomLM(folder, way=way)
@@ -366,10 +366,12 @@ def test_the_delimiters_space_belongs_to_the_choice(folders: dict[str, Path]) ->
     assert max(abs(a - b) for a, b in zip(alone, with_space, strict=True)) > 0.1
 
 
-# What is around them
+# The rest of the adapter
 
 
-def test_a_reverse_model_goes_through_the_harness_with_all_that_it_can_do(folders: dict[str, Path], tasks: TaskManager) -> None:
+def test_a_reverse_model_runs_in_the_harness_with_all_supported_request_types(
+    folders: dict[str, Path], tasks: TaskManager
+) -> None:
     names = ["tiny_choices", "tiny_gaps", "tiny_texts"]
     found = simple_evaluate(
         model=LedomLM(folders["reverse"]), tasks=names, task_manager=tasks, num_fewshot=1, bootstrap_iters=0
@@ -379,40 +381,40 @@ def test_a_reverse_model_goes_through_the_harness_with_all_that_it_can_do(folder
     assert found["config"]["way"] == "joint"
 
 
-def test_what_makes_no_sense_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_meaningless_arguments_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="way='choice' is unknown; it can be one of joint"):
         LedomLM(folders["reverse"], way="choice")
     with pytest.raises(UsageError, match="max_length=513 must be between 2 and the 512 positions"):
         LedomLM(folders["reverse"], max_length=513)
-    with pytest.raises(UsageError, match="dtype='half precision' is none of torch"):
+    with pytest.raises(UsageError, match="dtype='half precision' is not a torch dtype"):
         LedomLM(folders["reverse"], dtype="half precision")
     for way in ("context_given_choice", "prior_removed"):
         with pytest.raises(UsageError, match=f"tiny: way={way} .*no context; use way=joint"):
             answers(LedomLM(folders["reverse"], way=way), [(" ", "a"), (" ", "b")])
-    with pytest.raises(UsageError, match="leave out --use_cache"):
+    with pytest.raises(UsageError, match="run without --use_cache"):
         simple_evaluate(model=LedomLM(folders["reverse"]), tasks=["x"], use_cache=str(tmp_path / "cache"))
     with pytest.raises(UsageError, match="names no task and document"):
         LedomLM(folders["reverse"]).loglikelihood([Instance("loglikelihood", {}, ("a", " b"), 0)])
 
 
-def test_without_cuda_the_harness_gets_the_cpu_with_a_word(
+def test_without_cuda_the_harness_uses_the_cpu_with_a_warning(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Its command line asks for CUDA wherever the user names no device."""
+    """Its command line requests CUDA unless the user names a device."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert LedomLM(folders["reverse"], device="cuda:0").device.type == "cpu"
     assert "not on cuda:0" in caplog.text
 
 
-def test_answers_of_a_forward_model_are_kept_by_the_harness(
+def test_the_harness_caches_answers_of_a_forward_model(
     folders: dict[str, Path], tasks: TaskManager, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those of finished windows also when it is killed; 24 requests, of which the first ten are not asked again."""
-    asked: list[int] = []
+    """Answers of finished windows survive a kill: of 24 requests the first ten are not computed again."""
+    sizes: list[int] = []
 
     def measure(*model: Any, spans: list[Span], **options: Any) -> Any:
-        asked.append(len(spans))
-        if len(asked) == 2:
+        sizes.append(len(spans))
+        if len(sizes) == 2:
             raise KeyboardInterrupt
         return measure_spans(*model, spans=spans, **options)
 
@@ -422,7 +424,7 @@ def test_answers_of_a_forward_model_are_kept_by_the_harness(
     with pytest.raises(KeyboardInterrupt):
         simple_evaluate(model=LedomLM(folders["byte_level"]), bootstrap_iters=0, **arguments)
     first = simple_evaluate(model=LedomLM(folders["byte_level"]), bootstrap_iters=0, **arguments)
-    assert asked == [10, 10, 10, 4]
+    assert sizes == [10, 10, 10, 4]
     model = LedomLM(folders["byte_level"])
     for name in ("loglikelihood", "generate_until"):
         monkeypatch.setattr(model, name, None)
@@ -452,7 +454,7 @@ def test_the_command_runs_a_local_task(
 
 
 @pytest.mark.parametrize("name", ["model", "__main__"])
-def test_without_the_harness_the_adapter_says_what_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_the_harness_the_adapter_names_the_package_to_install(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import megatron_ledom.evaluation  # noqa: F401  (needs no harness)
 
     for module in [module for module in sys.modules if module.split(".")[0] == "lm_eval"]:

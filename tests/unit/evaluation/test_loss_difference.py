@@ -1,4 +1,4 @@
-"""Loss of a forward minus a reverse model: against a slow reference, by position and domain, in windows, resumed, reported."""
+"""Loss difference of a forward and a reverse model: slow reference, positions, windows, resuming, report."""
 
 import json
 import math
@@ -35,8 +35,8 @@ SETTINGS = CompareSettings(context=512, batch_size=4, num_resamples=200)
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("compared")
-    made = {name: str(random_model_folder(root / name, "sentencepiece", name)) for name in ("forward", "reverse")}
-    return {**made, "other": str(random_model_folder(root / "other", "byte_level", "reverse"))}
+    models = {name: str(random_model_folder(root / name, "sentencepiece", name)) for name in ("forward", "reverse")}
+    return {**models, "other": str(random_model_folder(root / "other", "byte_level", "reverse"))}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def documents(num: int) -> list[Document]:
 
 
 def one_by_one(model: LanguageModel, tokens: list[int], context: int) -> list[float]:
-    """-log P of each of `tokens` after the first, each in a pass of its own over what the rule lets it see."""
+    """Return -log P of each of `tokens` after the first, each in its own pass over the context that the rule allows."""
     losses = []
     for at in range(1, len(tokens)):
         end = context
@@ -105,13 +105,13 @@ def test_windows_score_each_token_once_with_half_a_context_before_it(context: in
         assert all(span.num_context >= (context + 1) // 2 for span in spans[1:])
 
 
-def test_a_context_that_the_model_does_not_have_is_refused(models: tuple[ForwardLM, ReverseLM]) -> None:
+def test_a_context_beyond_the_models_positions_is_refused(models: tuple[ForwardLM, ReverseLM]) -> None:
     for context in (1, 513):
         with pytest.raises(UsageError, match=r"at most the model's 512 positions"):
             document_losses(models[0], [[5, 6]], context=context, batch_size=1)
 
 
-def test_a_model_beside_itself_differs_by_exactly_nothing(models: tuple[ForwardLM, ReverseLM]) -> None:
+def test_a_model_compared_with_itself_differs_by_exactly_nothing(models: tuple[ForwardLM, ReverseLM]) -> None:
     summary = summarize(document_records(models[0], models[0], documents(8), SETTINGS), SETTINGS)
     assert summary["all"]["per_inner_token"] == {"difference": 0.0, "interval": [0.0, 0.0]}
     assert summary["all"]["reverse_above_forward"]["difference"] == 0.0
@@ -146,10 +146,10 @@ def test_domains_and_positions_add_up_to_all(models: tuple[ForwardLM, ReverseLM]
 
 def test_documents_of_any_number_of_tokens_pass_the_check_of_a_resume(models: tuple[ForwardLM, ReverseLM]) -> None:
     texts = ["", "a", "x", "ab", *("the cat sat on the mat. " * num for num in (1, 2, 3, 40))]
-    asked = [Document(text, where=str(number)) for number, text in enumerate(texts, 1)]
-    records = json.loads(json.dumps(numbered(0, document_records(*models, asked, SETTINGS))))
+    all_documents = [Document(text, where=str(number)) for number, text in enumerate(texts, 1)]
+    records = json.loads(json.dumps(numbered(0, document_records(*models, all_documents, SETTINGS))))
     assert {0, 1, 2} <= {record["forward"]["tokens"] for record in records}
-    check = document_check(asked, with_positions=True)
+    check = document_check(all_documents, with_positions=True)
     for number, record in enumerate(records):
         check(number, record)
 
@@ -166,7 +166,7 @@ def test_documents_of_one_and_two_tokens_have_no_inner_ones(models: tuple[Forwar
 
 
 def test_the_interval_of_a_ratio_draws_whole_documents() -> None:
-    """One long document among short ones: its weight comes and goes, so the interval reaches to the short ones' value."""
+    """With one long document among short ones, some resamples lack it, so the interval includes the short ones' value."""
     import numpy as np
 
     values, weights = np.array([0.0] * 9 + [100.0]), np.array([1.0] * 9 + [10.0])
@@ -183,7 +183,7 @@ def write_data(folder: Path, num: int = 7) -> str:
     return str(path)
 
 
-def test_the_tool_writes_a_report_and_a_killed_run_goes_on_with_the_same_bytes(
+def test_the_tool_writes_a_report_and_a_killed_run_resumes_with_the_same_bytes(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(loss_comparison, "WINDOW_DOCUMENTS", 3)
@@ -195,15 +195,15 @@ def test_the_tool_writes_a_report_and_a_killed_run_goes_on_with_the_same_bytes(
     lines = whole["losses.jsonl"].splitlines(keepends=True)
     assert len(lines) == 7
     (output / "losses.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:9])
-    asked = []
+    sizes = []
     inner = loss_comparison.document_records
-    monkeypatch.setattr(loss_comparison, "document_records", lambda *a: asked.append(len(a[2])) or inner(*a))
+    monkeypatch.setattr(loss_comparison, "document_records", lambda *a: sizes.append(len(a[2])) or inner(*a))
     assert run_tool(monkeypatch, "compare_losses", *options, "--output", str(output)) == 0
-    assert asked == [3, 1]
+    assert sizes == [3, 1]
     assert {name: (output / name).read_bytes() for name in names} == whole
     assert run_tool(monkeypatch, "compare_losses", *options, "--output", str(output), "--context", "64") == 1
-    told = capsys.readouterr()
-    assert "context was 512 and is 64" in told.err
+    printed = capsys.readouterr()
+    assert "context was 512 and is 64" in printed.err
     report = json.loads(whole["report.json"])
     assert report["all"]["documents"] == 7
     assert report["about"]["forward"]["model"] == folders["forward"]
@@ -222,7 +222,7 @@ def test_the_tool_writes_a_report_and_a_killed_run_goes_on_with_the_same_bytes(
 
 @pytest.fixture(scope="module")
 def compared(folders: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data and a finished comparison of it."""
+    """Return a folder with data and a finished comparison of it."""
     root = tmp_path_factory.mktemp("finished")
     write_data(root)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -238,7 +238,7 @@ def compare_options(folders: dict[str, str], root: Path) -> list[str]:
 def refused(
     line: str, compared: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *options: str
 ) -> Path:
-    """The path of losses.jsonl with `line` as its second, which the command refuses."""
+    """Return the path of a losses.jsonl whose second line is `line`. The command must refuse it."""
     root = shutil.copytree(compared, tmp_path / "copy")
     path = root / "out/losses.jsonl"
     lines = path.read_text().splitlines()
@@ -280,9 +280,9 @@ def test_a_line_that_the_command_cannot_have_written_is_not_resumed(
         assert old in line
         line = line.replace(old, new, 1)
     path = refused(line, compared, folders, tmp_path, monkeypatch)
-    told = capsys.readouterr().err
-    assert f"{path}:2" in told
-    assert message in told
+    error = capsys.readouterr().err
+    assert f"{path}:2" in error
+    assert message in error
 
 
 @pytest.mark.parametrize("line", ["{}", '{"item": 1}', "[]", "null", "[" * 100_000, '"text"'])
@@ -298,7 +298,7 @@ def test_a_line_without_losses_is_refused_with_file_and_line(
     assert f"{path}:2" in capsys.readouterr().err
 
 
-def test_a_copy_of_the_first_line_in_the_place_of_the_second_is_refused(
+def test_a_copy_of_the_first_line_instead_of_the_second_is_refused(
     compared: Path, folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = (compared / "out/losses.jsonl").read_text().splitlines()[0]
@@ -339,13 +339,13 @@ def test_different_tokenizers_are_refused_and_then_compared_by_byte_only(
 @pytest.mark.parametrize(
     ("changed", "code", "message"),
     [
-        ({"--data": "nowhere.jsonl"}, 2, "nowhere.jsonl is no file"),
-        ({"--text-key": "content"}, 1, ":1: no text under 'content'; found the keys text, domain"),
+        ({"--data": "nowhere.jsonl"}, 2, "nowhere.jsonl is not a file"),
+        ({"--text-key": "content"}, 1, ":1 has no text under 'content'; found the keys text, domain"),
         ({"--domain-key": "source"}, 1, "no text under 'source'"),
-        ({"--limit": "0"}, 2, "compares nothing"),
+        ({"--limit": "0"}, 2, "--limit 0 must be at least 1"),
         ({"--context": "600"}, 2, "at most the model's 512 positions"),
         ({"--batch-size": "0"}, 2, "batch_size=0"),
-        ({"--eod-id": "3"}, 2, "leave it out"),
+        ({"--eod-id": "3"}, 2, "remove it"),
     ],
 )
 def test_bad_input_has_its_message_and_exit_code(
@@ -368,4 +368,4 @@ def test_swapped_folders_are_refused(
 ) -> None:
     options = ["--data", write_data(tmp_path), "--output", str(tmp_path / "out")]
     assert run_tool(monkeypatch, "compare_losses", folders["reverse"], folders["forward"], *options) == 1
-    assert "says that this model reads reverse" in capsys.readouterr().err
+    assert "records the direction reverse" in capsys.readouterr().err

@@ -1,9 +1,9 @@
-"""Multiple choice in both directions: what is scored, that it adds up, and which choice is taken."""
+"""Multiple choice in both directions: the scores to compute, their sums, and the chosen answer."""
 
 import pytest
 
 from megatron_ledom.direction import Direction
-from megatron_ledom.evaluation.multiple_choice import Asked, asked_of, chosen, score_choices
+from megatron_ledom.evaluation.multiple_choice import ScoreRequest, chosen, score_choices, score_requests
 from megatron_ledom.evaluation.task_model import LanguageTaskModel
 from megatron_ledom.evaluation.tasks.loading import task_named
 from megatron_ledom.evaluation.tasks.task import Item, LoadedTask
@@ -16,35 +16,37 @@ GAP = Item(values={"before": "The cup fits, for the ", "option": "cup", "after":
 RUNNING = Item(values={"context": "Water freezes to", "ending": "ice"}, choices=("ice", "fire"), gold=0)
 
 
-def of_first(task: str, direction: Direction, item: Item, *shots: dict[str, str]) -> dict[str, Asked]:
-    return {way: asked[0] for way, asked in asked_of(task_named(task), direction, item, shots).items()}
+def of_first(task: str, direction: Direction, item: Item, *exemplars: dict[str, str]) -> dict[str, ScoreRequest]:
+    return {way: requests[0] for way, requests in score_requests(task_named(task), direction, item, exemplars).items()}
 
 
-def test_what_a_forward_model_scores() -> None:
+def test_the_score_requests_of_a_forward_model() -> None:
     given = "Question: What is cold?\nAnswer: ice\n\nQuestion: What burns?\nAnswer:"
     prior = ("Question: What is cold?\nAnswer: ice\n\nAnswer:", " ice")
     assert of_first("arc_easy", Direction.FORWARD, ARC, SHOT) == {
-        "choice_given_context": Asked((given, " ice")),
-        "prior_removed": Asked((given, " ice"), prior),
+        "choice_given_context": ScoreRequest((given, " ice")),
+        "prior_removed": ScoreRequest((given, " ice"), prior),
     }
-    assert of_first("openbookqa", Direction.FORWARD, RUNNING)["prior_removed"] == Asked(
+    assert of_first("openbookqa", Direction.FORWARD, RUNNING)["prior_removed"] == ScoreRequest(
         ("Water freezes to", " ice"), ("", "ice")
     )
 
 
-def test_what_a_reverse_model_scores() -> None:
-    shot = "Question: What is cold?\nAnswer: ice"
+def test_the_score_requests_of_a_reverse_model() -> None:
+    exemplar = "Question: What is cold?\nAnswer: ice"
     query = "Question: What burns?\nAnswer:"
     assert of_first("arc_easy", Direction.REVERSE, ARC, SHOT) == {
-        "joint": Asked((f"{query} ice\n\n", shot)),
-        "context_given_choice": Asked((query, f" ice\n\n{shot}")),
-        "prior_removed": Asked((f"{query} ice\n\n", shot), ("Answer: ice\n\n", shot)),
-        "choice_given_context": Asked(("Answer: ice\n", "Question: What burns?\n\nAnswer: ice\nQuestion: What is cold?")),
+        "joint": ScoreRequest((f"{query} ice\n\n", exemplar)),
+        "context_given_choice": ScoreRequest((query, f" ice\n\n{exemplar}")),
+        "prior_removed": ScoreRequest((f"{query} ice\n\n", exemplar), ("Answer: ice\n\n", exemplar)),
+        "choice_given_context": ScoreRequest(
+            ("Answer: ice\n", "Question: What burns?\n\nAnswer: ice\nQuestion: What is cold?")
+        ),
     }
     assert "choice_given_context" not in of_first("openbookqa", Direction.REVERSE, RUNNING)
 
 
-def test_a_gap_is_judged_by_what_the_model_reads_after_the_option() -> None:
+def test_a_gap_is_scored_by_the_text_that_the_model_reads_after_the_option() -> None:
     forward = of_first("winogrande", Direction.FORWARD, GAP)["choice_given_context"]
     assert forward.pair == ("The cup fits, for the cup", " is small.")
     reverse = of_first("winogrande", Direction.REVERSE, GAP)["context_given_choice"]
@@ -80,7 +82,7 @@ def test_a_forward_models_scores_are_its_own(tmp_path_factory: pytest.TempPathFa
     assert record["gold"] == 1
 
 
-def test_normalisation_changes_which_choice_is_taken() -> None:
+def test_normalization_can_change_the_chosen_answer() -> None:
     scores = {"logprob": [-3.0, -4.0, -10.0], "tokens": [1, 2, 4], "bytes": [2, 4, 20]}
     assert [chosen(scores, normalization) for normalization in ("raw", "token", "byte")] == [0, 1, 2]
     assert chosen({"logprob": [-1.0, -1.0], "tokens": [1, 1], "bytes": [1, 1]}, "raw") == 0

@@ -1,4 +1,4 @@
-"""The prompt compiler: the paper's template in both directions, white space at the edges, and reading back what was written."""
+"""Prompts: the paper's template in both directions, white space at the edges, and reading written fields."""
 
 import random
 
@@ -33,7 +33,7 @@ def test_a_forward_prompt() -> None:
     assert prompt.parts() == (prompt.given, prompt.target)
 
 
-def test_a_reverse_prompt_has_the_target_at_the_front_and_the_demonstrations_after_the_query() -> None:
+def test_a_reverse_prompt_has_the_target_first_and_the_few_shot_examples_after_the_query() -> None:
     prompt = MATHS.render(Direction.REVERSE, THREE, [ONE, TWO])
     assert prompt.given == (
         "So much for the steps.\nQuestion: 3 + 3?\n\n"
@@ -42,22 +42,22 @@ def test_a_reverse_prompt_has_the_target_at_the_front_and_the_demonstrations_aft
     )
     assert prompt.target == "Answer: 6\nReasoning: 3 and 3 make 6. "
     assert prompt.parts() == (prompt.target, prompt.given)
-    assert prompt.shown().startswith("⟦Answer: 6\nReasoning: 3 and 3 make 6. ⟧So much")
+    assert prompt.in_text_order().startswith("⟦Answer: 6\nReasoning: 3 and 3 make 6. ⟧So much")
 
 
-def test_both_models_take_in_the_same_parts_in_the_same_order() -> None:
-    """Marked by single letters: the blocks and fields in model order are equal, the target comes last."""
+def test_both_models_read_the_same_parts_in_the_same_order() -> None:
+    """Single letters mark the blocks and fields. In model order they are equal, and the target comes last."""
     template = Template(fields=(Field("q", "Q"), Field("a", "A")), field_separator=" ", block_separator="/")
     values = [{"q": "1", "a": "2"}, {"q": "3", "a": "4"}, {"q": "5", "a": "6"}]
     forward = template.render(Direction.FORWARD, values[2], values[:2])
     reverse = template.render(Direction.REVERSE, values[2], values[:2])
     assert "".join(forward.parts()) == "Q1 A2/Q3 A4/Q5 A6"
     assert "".join(reverse.parts()) == "A6 Q5/A4 Q3/A2 Q1"
-    assert reverse.as_seen(JointTokenizer(Tokenizer.from_str(byte_level_json()))) == "1|Q| |2|A|/|3|Q| |4|A|/|5|Q| |6|A"
+    assert reverse.in_model_order(JointTokenizer(Tokenizer.from_str(byte_level_json()))) == "1|Q| |2|A|/|3|Q| |4|A|/|5|Q| |6|A"
 
 
 @pytest.mark.parametrize("direction", list(Direction))
-def test_white_space_at_the_open_edge_is_the_models(direction: Direction) -> None:
+def test_white_space_at_the_edge_belongs_to_the_models_text(direction: Direction) -> None:
     prompt = MATHS.render(direction, THREE, [ONE])
     assert prompt.given == prompt.given.strip()
     unknown = MATHS.render(direction, {"question": "3 + 3?"}, [ONE])
@@ -65,7 +65,7 @@ def test_white_space_at_the_open_edge_is_the_models(direction: Direction) -> Non
 
 
 @pytest.mark.parametrize("direction", list(Direction))
-def test_what_is_rendered_is_read_back(direction: Direction) -> None:
+def test_rendered_fields_are_read_back(direction: Direction) -> None:
     rng = random.Random(2)
     for _ in range(50):
         values = {name: " ".join(rng.choices(["cat", "42", "é", "漢字", "a\nb"], k=rng.randint(1, 4))) for name in THREE}
@@ -80,11 +80,11 @@ def test_what_is_rendered_is_read_back(direction: Direction) -> None:
 
 
 def test_templates_and_values_that_cannot_work_are_refused() -> None:
-    with pytest.raises(UsageError, match="share a name"):
+    with pytest.raises(UsageError, match="the fields a, a must have different names"):
         Template(fields=(Field("a"), Field("a", "A")))
-    with pytest.raises(UsageError, match="num_targets=2 of 2"):
+    with pytest.raises(UsageError, match="num_targets=2 must be 1 to 1"):
         Template(fields=(Field("a", "A"), Field("b", "B")), num_targets=2)
     with pytest.raises(UsageError, match="'b' has no label"):
         Template(fields=(Field("a"), Field("b", " ")))
-    with pytest.raises(UsageError, match="no value for the field 'question', found answer"):
+    with pytest.raises(UsageError, match="the field 'question' has no value, found answer"):
         MATHS.render(Direction.REVERSE, {"answer": "6"})

@@ -1,4 +1,4 @@
-"""Baselines, held-out lambda, intervals and the report: on outcomes that can be worked out by hand."""
+"""Baselines, held-out lambda, intervals and the report, on outcomes that can be computed by hand."""
 
 import html
 import json
@@ -34,7 +34,7 @@ HALF = GRID.index(0.5)
 
 
 def line(number: int, gold: int, answers: list[int], forward: list[float], reverse: list[float], **more: Any) -> dict[str, Any]:
-    """A reranked line with candidates "It is 7." and so on, of 10 tokens each; the prompt has 20."""
+    """Return a reranked line with candidates "It is 7." and so on, of 10 tokens each. The prompt has 20 tokens."""
     scores = [
         {"forward_logprob": f, "reverse_logprob": r, "forward_tokens": 10, "reverse_tokens": 20, "reward": (f + r) / 2}
         for f, r in zip(forward, reverse, strict=True)
@@ -54,8 +54,8 @@ def questions_of(tmp_path: Path, lines: list[dict[str, Any]], **settings: Any) -
     return load_questions(write(tmp_path / "x.jsonl", lines), "gold", answers_by("number"), RewardSettings(**settings))
 
 
-def test_each_method_on_numbers_worked_out_by_hand(tmp_path: Path) -> None:
-    """Right is 7. Forward prefers a 3, reverse a 7; 3 is the commonest; half and half prefers 5."""
+def test_each_method_on_numbers_computed_by_hand(tmp_path: Path) -> None:
+    """The right answer is 7. Forward prefers a 3, reverse a 7, equal weights a 5. 3 is the most frequent answer."""
     record = line(1, 7, [3, 3, 7, 5], [-1.0, -8.0, -9.0, -2.0], [-9.0, -8.0, -3.0, -3.5], greedy="7")
     (question, _) = questions_of(tmp_path, [record, record])
     expected = {
@@ -75,7 +75,10 @@ def test_each_method_on_numbers_worked_out_by_hand(tmp_path: Path) -> None:
 
 
 def test_votes_are_weighted_by_the_exponential_of_the_reward(tmp_path: Path) -> None:
-    """Rewards -1 for a 3, and -1.5 twice for a 7: 0.37 against 2 * 0.22. A sharp temperature leaves the best one only."""
+    """Rewards -1 for a 3, and -1.5 twice for a 7: 0.37 against 2 * 0.22.
+
+    At a low temperature only the best one counts.
+    """
     record = line(1, 7, [3, 7, 7], [-1.0, -1.5, -1.5], [-1.0, -1.5, -1.5])
     assert questions_of(tmp_path, [record] * 2)[0].outcome("reverse-weighted majority", 3, HALF) == 1.0
     sharp = questions_of(tmp_path, [record] * 2, temperature=0.1)[0]
@@ -89,11 +92,14 @@ def test_an_answer_that_cannot_be_read_has_no_vote_and_is_wrong(tmp_path: Path) 
     (question, _) = questions_of(tmp_path, [record, record])
     assert question.outcome("majority vote", 3, HALF) == 1.0
     assert question.outcome("random of N", 3, HALF) == pytest.approx(1 / 3)
-    assert question.outcome("majority vote", 2, HALF) == pytest.approx(2 / 3)  # of three pairs two have the 7
+    assert question.outcome("majority vote", 2, HALF) == pytest.approx(2 / 3)  # two of three pairs contain the 7
 
 
 def random_lines(num: int, seed: int, reverse_knows: bool) -> list[dict[str, Any]]:
-    """Questions with 8 candidates, a third of them right. reverse_knows: right ones get a higher reverse likelihood."""
+    """Return questions with 8 candidates, a third of them right.
+
+    reverse_knows: right ones get a higher reverse likelihood.
+    """
     rng = random.Random(seed)
     lines = []
     for number in range(num):
@@ -103,8 +109,8 @@ def random_lines(num: int, seed: int, reverse_knows: bool) -> list[dict[str, Any
     return lines
 
 
-def test_lambda_never_sees_the_question_it_judges(tmp_path: Path) -> None:
-    """Turning the outcome of one question changes no lambda of its own fold, and does change some other."""
+def test_lambda_is_never_chosen_on_the_question_it_is_used_for(tmp_path: Path) -> None:
+    """Inverting the outcome of one question changes no lambda of its own fold, but one of another fold."""
     lines = random_lines(6, 4, reverse_knows=False)
     before = chosen_weights(questions_of(tmp_path, lines), 8, 3, seed=0)
     folds = np.random.default_rng(0).permutation(6) % 3
@@ -137,19 +143,19 @@ def test_a_reverse_model_that_knows_is_significantly_better_and_one_that_does_no
             assert wide_low <= low <= row["difference"] <= high <= wide_high
             widened += (high - low) < (wide_high - wide_low)
             assert row["is_significant"] == (wide_low > 0 or wide_high < 0)
-        assert widened >= 4  # of 7; a method may be right on just the same questions
+        assert widened >= 4  # of 7; a method may be right on exactly the same questions
         accuracies = {name: found["accuracy"] for name, found in report["methods"].items()}
         assert accuracies["oracle"] >= max(accuracies.values())
-        told = " ".join(sentences(report))
-        assert ("significantly above forward likelihood, sum" in told) is knows
-        assert "not significantly different" in told or knows
+        text = " ".join(sentences(report))
+        assert ("significantly above forward likelihood, sum" in text) is knows
+        assert "not significantly different" in text or knows
         assert report["over_n"]["oracle"][-1] == [8, accuracies["oracle"]]
         assert len(report["over_lambda"]) == len(GRID)
         assert len(report["methods"][MAIN]["by_seed"]) == 2
 
 
 def test_equal_tokens_leave_the_methods_with_a_reverse_pass_fewer_candidates(tmp_path: Path) -> None:
-    """A candidate costs 10 tokens to write and 10 + 20 to judge: of the tokens of 8, two can be written and judged."""
+    """A candidate takes 10 tokens to write and 10 + 20 to score: the tokens of 8 are enough to write and score two."""
     pytest.importorskip("scipy")
     runs = [questions_of(tmp_path, random_lines(20, 1, reverse_knows=True))]
     rows = {row["method"]: row for row in compare(runs, settings())["equal_tokens"]}
@@ -158,17 +164,18 @@ def test_equal_tokens_leave_the_methods_with_a_reverse_pass_fewer_candidates(tmp
     assert rows["greedy"]["num_candidates"] == 1
 
 
-def test_a_difference_at_equal_n_can_turn_round_at_equal_tokens(tmp_path: Path) -> None:
-    """Of eight candidates five are right, and reverse knows one of these: it finds that one among eight, and among two (7 of 28 pairs
-    have it; else the pair is of the other seven, of which four are right) it is right in 1/4 + 3/4 * 4/7 = 19/28.
+def test_a_difference_at_equal_n_can_have_the_opposite_sign_at_equal_tokens(tmp_path: Path) -> None:
+    """Five of eight candidates are right, and the reverse model recognizes one of them.
 
-    The majority has eight for the same tokens. Every tenth question is the other way round, and the second seed like the first.
+    It finds this one among eight. Of the 28 pairs, 7 contain it; the others are drawn from seven candidates, four of
+    them right, so it is right in 1/4 + 3/4 * 4/7 = 19/28 of the pairs. The majority vote has eight candidates for the
+    same tokens. Every tenth question is the opposite, and the second seed equals the first.
     """
     pytest.importorskip("scipy")
     usual = line(1, 7, [3, 3, 3, 7, 7, 7, 7, 7], [-1.0] * 8, [-9.0] * 7 + [-1.0], greedy="3")
     lines = [{**usual, "gold": "3"} if number % 10 == 0 else usual for number in range(40)]
     report = compare([questions_of(tmp_path, lines)] * 2, settings())
-    told = sentences(report)
+    lines_of_report = sentences(report)
     found = {}
     for budget in ("comparisons", "comparisons_at_equal_tokens"):
         found[budget] = {row["against"]: row for row in report[budget]}
@@ -184,11 +191,13 @@ def test_a_difference_at_equal_n_can_turn_round_at_equal_tokens(tmp_path: Path) 
     assert wide_high - wide_low > high - low
     assert any(
         one.startswith("At equal N, Reverse Reward is not significantly") and "majority vote: +0.0 points" in one
-        for one in told
+        for one in lines_of_report
     )
-    assert "At equal tokens, Reverse Reward (2) is significantly below majority vote (8): -25.7 points" in " ".join(told)
-    assert "At equal tokens, Reverse Reward (2) is significantly above greedy (1): +54.3 points" in " ".join(told)
-    assert sum("not significantly different" in one for one in told) == 2
+    assert "At equal tokens, Reverse Reward (2) is significantly below majority vote (8): -25.7 points" in " ".join(
+        lines_of_report
+    )
+    assert "At equal tokens, Reverse Reward (2) is significantly above greedy (1): +54.3 points" in " ".join(lines_of_report)
+    assert sum("not significantly different" in one for one in lines_of_report) == 2
     assert "Reverse Reward is right in 90.0 % with 8 candidate(s)" in verdict(report)
     assert "At equal tokens, 64.3 % with 2: significantly above 4 (greedy; random of N;" in verdict(report)
     assert verdict(report).endswith(" and below 1 (majority vote) of 7 other methods.")
@@ -197,7 +206,7 @@ def test_a_difference_at_equal_n_can_turn_round_at_equal_tokens(tmp_path: Path) 
 def test_a_report_notes_words_that_are_counted_as_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Of the 80 candidates three have no number of tokens; the prose says so wherever the figures stand."""
+    """Three of the 80 candidates have no number of tokens. Every form of the report notes it."""
     pytest.importorskip("scipy")
     lines = random_lines(10, 1, reverse_knows=True)
     assert compare([questions_of(tmp_path, lines)], settings())["notes"] == []
@@ -212,16 +221,16 @@ def test_a_report_notes_words_that_are_counted_as_tokens(
     assert note in capsys.readouterr().out
 
 
-def test_a_report_notes_that_one_judged_candidate_costs_more_than_all_that_are_voted_on(tmp_path: Path) -> None:
-    """Two candidates are written with 20 tokens, one is written and judged with 10 + 10 + 20."""
+def test_a_report_notes_that_one_scored_candidate_takes_more_tokens_than_the_vote(tmp_path: Path) -> None:
+    """Writing two candidates takes 20 tokens, writing and scoring one takes 10 + 10 + 20."""
     pytest.importorskip("scipy")
     lines = [line(number, 7, [7, 3], [-1.0, -2.0], [-1.0, -2.0]) for number in range(4)]
     (note,) = compare([questions_of(tmp_path, lines)], settings(num_folds=2))["notes"]
     assert "spends 40 tokens a question at equal tokens, the majority vote 20" in note
 
 
-def test_rounding_of_means_over_choices_is_no_significant_difference(tmp_path: Path) -> None:
-    """A vote and a choice that are right equally often by another sum."""
+def test_rounding_of_means_over_subsets_is_not_a_significant_difference(tmp_path: Path) -> None:
+    """A vote and a choice with the same accuracy, computed by different sums."""
     pytest.importorskip("scipy")
     report = compare([questions_of(tmp_path, random_lines(20, 2, reverse_knows=True))], settings())
     rows = {row["against"]: row for row in report["comparisons_at_equal_tokens"]}
@@ -231,8 +240,8 @@ def test_rounding_of_means_over_choices_is_no_significant_difference(tmp_path: P
     )
 
 
-def test_intervals_are_of_the_paired_differences(tmp_path: Path) -> None:
-    """Two methods that are right on the same questions differ by exactly 0, however much either varies over questions."""
+def test_intervals_are_those_of_paired_differences(tmp_path: Path) -> None:
+    """Two methods that are right on the same questions differ by exactly 0, however much each varies over questions."""
     pytest.importorskip("scipy")
     lines = random_lines(40, 3, reverse_knows=False)
     for record in lines:
@@ -245,8 +254,8 @@ def test_intervals_are_of_the_paired_differences(tmp_path: Path) -> None:
     assert low < report["methods"][MAIN]["accuracy"] < high
 
 
-def test_what_all_questions_of_a_seed_share_is_in_the_intervals(tmp_path: Path) -> None:
-    """One seed has every question right, the other none: their mean is the same for all questions, but not certain."""
+def test_effects_shared_by_all_questions_of_a_seed_are_in_the_intervals(tmp_path: Path) -> None:
+    """One seed has every question right, the other none. The mean is the same for all questions, but uncertain."""
     pytest.importorskip("scipy")
     runs = [questions_of(tmp_path, [line(n, gold, [7], [-1.0], [-1.0]) for n in range(5)]) for gold in (7, 8)]
     report = compare(runs, settings())
@@ -255,18 +264,21 @@ def test_what_all_questions_of_a_seed_share_is_in_the_intervals(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("num_seeds", "told"), [(1, "nothing about what another seed"), (2, "bootstrap over seeds and questions")]
+    ("num_seeds", "expected"), [(1, "do not include the spread between seeds"), (2, "bootstrap over seeds and questions")]
 )
-def test_a_report_says_what_its_intervals_are_over(num_seeds: int, told: str, tmp_path: Path) -> None:
+def test_a_report_describes_its_intervals(num_seeds: int, expected: str, tmp_path: Path) -> None:
     pytest.importorskip("scipy")
     files = [write(tmp_path / f"{seed}.jsonl", random_lines(5, seed, reverse_knows=True)) for seed in range(num_seeds)]
     report_selection(files, tmp_path / "report", settings(num_resamples=10))
-    assert told in (tmp_path / "report/report.md").read_text()
+    assert expected in (tmp_path / "report/report.md").read_text()
 
 
-def test_lambda_is_chosen_for_the_number_of_candidates_that_is_asked_for(tmp_path: Path) -> None:
-    """Forward has a 7 first and the other last; reverse has both behind a 5 and before the 3s. Of all five forward chooses a 7 and
-    reverse the 5; of ten pairs forward is right in the four with its first 7, reverse in the five with a 7 and without the 5."""
+def test_lambda_is_chosen_for_the_given_number_of_candidates(tmp_path: Path) -> None:
+    """Forward ranks one 7 first and the other last. Reverse ranks both after a 5 and before the 3s.
+
+    Of all five, forward chooses a 7 and reverse the 5. Of ten pairs, forward is right in the four with its first 7,
+    reverse in the five with a 7 and without the 5.
+    """
     known = line(1, 7, [3, 3, 7, 7, 5], [-1.002, -1.003, -1.001, -1.005, -1.004], [-50.0, -60.0, -30.0, -20.0, -10.0])
     questions = questions_of(tmp_path, [known, known])
     by_lambda = [[questions[0].outcome(MAIN, num, weight) for weight in (0, 1, 20)] for num in (1, 2, 5)]
@@ -274,12 +286,12 @@ def test_lambda_is_chosen_for_the_number_of_candidates_that_is_asked_for(tmp_pat
     for num, expected in ((1, 0.4), (2, 0.5), (5, 1.0), (None, 1.0)):
         assert np.allclose(outcomes_of(MAIN, [questions], settings(), [questions], num), expected)
     for num in (0, 6):
-        with pytest.raises(UsageError, match=f"{num} candidates were asked for; the questions have 5: give from 1 to 5"):
+        with pytest.raises(UsageError, match=f"{num} candidates requested, but the questions have 5; give 1 to 5"):
             outcomes_of(MAIN, [questions], settings(), [questions], num)
 
 
-def test_tokens_buy_whole_candidates() -> None:
-    """At least one, at most those that were sampled; 0.3 is 0.1 three times, whatever the division says."""
+def test_equal_tokens_give_whole_candidates() -> None:
+    """At least one candidate, at most all sampled ones. 0.3 is three times 0.1, despite rounding."""
     assert [affordable_num(tokens, 26, 8) for tokens in (10, 51, 52, 79, 1000)] == [1, 1, 2, 3, 8]
     assert affordable_num(0.3, 0.1, 8) == 3
 
@@ -336,13 +348,13 @@ def test_the_tool_writes_three_reports_that_agree(
     [
         ([], 2, "needs --gold-key"),
         (["--gold-key", "answer"], 1, "x.jsonl:1: has no field 'answer'"),
-        (["--gold-key", "gold", "--folds", "1"], 2, "1 folds of 4 questions"),
+        (["--gold-key", "gold", "--folds", "1"], 2, "--folds 1 must be 2 to 4"),
         (["--gold-key", "gold", "--beam", "missing"], 2, "missing is no file"),
         (["--explain", "1"], 2, "--explain needs --reverse"),
         (["--explain", "9", "--reverse", "none"], 2, "has lines 1 to 4"),
     ],
 )
-def test_what_cannot_be_reported_is_said(
+def test_impossible_reports_are_refused_with_a_message(
     options: list[str],
     code: int,
     message: str,
@@ -371,7 +383,7 @@ def test_steps_together_are_the_answer() -> None:
 
 
 BREAKS = "a\u2028b\u2029c\u0085d"
-"""Line breaks to str.splitlines, and plain characters to JSON, which is written with them as they are."""
+"""Characters that are line breaks for str.splitlines and ordinary characters in JSON."""
 
 
 def test_texts_with_unicode_line_breaks_are_compared(tmp_path: Path) -> None:

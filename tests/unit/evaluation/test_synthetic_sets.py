@@ -1,4 +1,4 @@
-"""Sets made by a script: the same bytes for a seed, one right answer, nothing leaks, an oracle gets all and the blind get chance."""
+"""Synthetic sets: reproducible bytes, one right answer, no leak; an oracle scores 100 %, ignorance scores chance."""
 
 import hashlib
 import json
@@ -17,7 +17,7 @@ from megatron_ledom.evaluation.results import TaskResult, share
 from megatron_ledom.evaluation.synthetic.facts import INVERSE, REVERSAL
 from megatron_ledom.evaluation.synthetic.generators import GENERATORS, make_analysis_data
 from megatron_ledom.evaluation.synthetic.tasks import SYNTHETIC_TASKS
-from megatron_ledom.evaluation.synthetic.word_problems import END, GAINS, LOSSES, START, TIMES, Solved, solve
+from megatron_ledom.evaluation.synthetic.word_problems import END, GAINS, LOSSES, START, TIMES, Solution, solve
 from megatron_ledom.evaluation.task_evaluation import evaluate_task
 from megatron_ledom.evaluation.tasks.loading import load_task
 from megatron_ledom.inference.scoring import SpanScore
@@ -26,15 +26,15 @@ from tests.support.tool_runs import run_tool
 
 NUM = {"reversal": 160, "inverse_relations": 64, "label_backfill": 800, "abduction": 8, "question_from_answer": 200}
 CHOICES = ("reversal", "inverse_relations", "label_backfill", "abduction")
-"""Tasks of choices, each with data of its own."""
+"""Choice tasks, each with its own data."""
 
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    made = {name: tmp_path_factory.mktemp("made") / name for name in GENERATORS}
-    for name, folder in made.items():
+    generated = {name: tmp_path_factory.mktemp("generated") / name for name in GENERATORS}
+    for name, folder in generated.items():
         make_analysis_data(name, str(folder), NUM[name], 3)
-    return made
+    return generated
 
 
 def rows_of(path: Path) -> list[dict[str, Any]]:
@@ -46,7 +46,7 @@ def train_texts(folder: Path) -> list[str]:
 
 
 class Judge:
-    """A model that gives a text the value of `value`, a function of the whole text."""
+    """A model whose score of a text is `value`, a function of the whole text."""
 
     def __init__(self, direction: Direction, value: Any) -> None:
         self.direction, self._value = direction, value
@@ -58,7 +58,7 @@ class Judge:
         raise AssertionError("nothing is written")
 
 
-def judged(task: str, folder: Path, direction: Direction, value: Any) -> TaskResult:
+def evaluated(task: str, folder: Path, direction: Direction, value: Any) -> TaskResult:
     return evaluate_task(Judge(direction, value), load_task(task, folder))
 
 
@@ -79,7 +79,7 @@ def test_the_same_arguments_give_the_same_bytes_and_the_manifest_their_hashes(
     manifest = json.loads(contents.pop("manifest.json"))
     assert (manifest["task"], manifest["num"], manifest["seed"]) == (name, NUM[name], 3)
     assert {file: hashlib.sha256(content).hexdigest() for file, content in contents.items()} == {
-        file: told["sha256"] for file, told in manifest["files"].items()
+        file: entry["sha256"] for file, entry in manifest["files"].items()
     }
     make_analysis_data(name, str(tmp_path / "other"), NUM[name], 4)
     assert (tmp_path / "other" / "train.jsonl").read_bytes() != contents["train.jsonl"]
@@ -89,12 +89,14 @@ def test_the_same_arguments_give_the_same_bytes_and_the_manifest_their_hashes(
 def test_another_set_in_the_same_folder_and_too_small_a_one_are_refused(name: str, folders: dict[str, Path]) -> None:
     with pytest.raises(UsageError, match="seed was 3 and is 4"):
         make_analysis_data(name, str(folders[name]), NUM[name], 4)
-    with pytest.raises(UsageError, match="too few"):
+    with pytest.raises(UsageError, match=r"--num 1 .* must be at least"):
         GENERATORS[name](1, 0)
 
 
 @pytest.mark.parametrize("task", CHOICES)
-def test_choices_are_four_different_ones_and_right_in_each_place_as_often(task: str, folders: dict[str, Path]) -> None:
+def test_the_four_choices_differ_and_the_right_one_is_equally_often_at_each_position(
+    task: str, folders: dict[str, Path]
+) -> None:
     rows = rows_of(folders[task] / f"{task}.jsonl")
     assert all(len(set(row["choices"])) == 4 for row in rows)
     places = Counter(row["gold"] for row in rows)
@@ -108,7 +110,7 @@ def test_choices_are_four_different_ones_and_right_in_each_place_as_often(task: 
 def test_a_scorer_that_does_not_know_the_training_text_gets_chance(
     task: str, direction: Direction, folders: dict[str, Path]
 ) -> None:
-    """It takes a liking to some texts and choices: six of them together are within four standard errors of 25 %."""
+    """Six scorers with random preferences for texts and choices are together within four standard errors of 25 %."""
 
     def blind(salt: int) -> Any:
         return lambda text: zlib.crc32(f"{salt} {text}".encode())
@@ -116,7 +118,7 @@ def test_a_scorer_that_does_not_know_the_training_text_gets_chance(
     values = [
         result.metrics[result.main].value
         for salt in range(6)
-        for result in [judged(task, folders[task], direction, blind(salt))]
+        for result in [evaluated(task, folders[task], direction, blind(salt))]
     ]
     num = len(values) * len(rows_of(folders[task] / f"{task}.jsonl"))
     assert abs(sum(values) / len(values) - 0.25) < 4 * (0.25 * 0.75 / num) ** 0.5
@@ -124,7 +126,7 @@ def test_a_scorer_that_does_not_know_the_training_text_gets_chance(
 
 @pytest.mark.parametrize("task", CHOICES)
 def test_a_scorer_that_prefers_some_choices_gets_chance(task: str, folders: dict[str, Path]) -> None:
-    """Each choice is right once for every three times that it is wrong, so that no liking for a choice helps."""
+    """Each choice is right once for every three times that it is wrong, so a preference for a choice does not help."""
     rows = rows_of(folders[task] / f"{task}.jsonl")
     offered = Counter(choice for row in rows for choice in row["choices"])
     right = Counter(row["choices"][row["gold"]] for row in rows)
@@ -132,16 +134,16 @@ def test_a_scorer_that_prefers_some_choices_gets_chance(task: str, folders: dict
 
 
 @pytest.mark.parametrize(("task", "size"), [("reversal", 2), ("inverse_relations", 2), ("abduction", 16)])
-def test_questions_about_the_same_are_one_cluster_and_intervals_are_over_clusters(
+def test_questions_about_the_same_subject_are_one_cluster_and_intervals_are_over_clusters(
     task: str, size: int, folders: dict[str, Path]
 ) -> None:
-    """Who knows every second cluster and nothing else is less sure than of as many items that each stand for themselves."""
+    """For a model that knows every second cluster, the interval is wider than for as many independent items."""
     clusters = [row["cluster"] for row in rows_of(folders[task] / f"{task}.jsonl")]
     assert set(Counter(clusters).values()) == {size}
     known = set(sorted(set(clusters))[::2])
     together, apart = (share([name in known for name in clusters], named) for named in (clusters, None))
     assert together.high - together.low > 1.2 * (apart.high - apart.low)
-    result = judged(task, folders[task], Direction.REVERSE, lambda text: zlib.crc32(text.encode()))
+    result = evaluated(task, folders[task], Direction.REVERSE, lambda text: zlib.crc32(text.encode()))
     assert result.about["num_clusters"] == len(set(clusters))
     main = result.metrics[result.main]
     num_right = round(main.value * main.num_items)
@@ -149,7 +151,7 @@ def test_questions_about_the_same_are_one_cluster_and_intervals_are_over_cluster
 
 
 @pytest.mark.parametrize("direction", list(Direction))
-def test_reversal_an_oracle_that_read_the_training_text_knows_all_but_the_unseen(
+def test_reversal_an_oracle_with_the_training_text_knows_all_except_the_unseen(
     direction: Direction, folders: dict[str, Path]
 ) -> None:
     texts = train_texts(folders["reversal"])
@@ -160,17 +162,17 @@ def test_reversal_an_oracle_that_read_the_training_text_knows_all_but_the_unseen
         ]
         return float(any(all(name in trained for name in names) for trained in texts))
 
-    found = groups_of(judged("reversal", folders["reversal"], direction, together))
+    found = groups_of(evaluated("reversal", folders["reversal"], direction, together))
     assert {name: value for name, value in found.items() if name != "unseen"} == {
         "in_text_order": 1.0,
         "against_text_order": 1.0,
         "both_orders": 1.0,
     }
-    assert found["unseen"] == pytest.approx(0.25, abs=0.02)  # all are equal for it, and the first one is taken
+    assert found["unseen"] == pytest.approx(0.25, abs=0.02)  # all are equal for it, so the first one is chosen
 
 
-def test_reversal_each_model_is_asked_in_its_own_order_and_only_trained_orders_were_trained(folders: dict[str, Path]) -> None:
-    """A forward model's sentence was trained where the given name stood first, a reverse model's where it stood last."""
+def test_reversal_each_model_is_tested_in_its_own_order_and_only_stated_orders_are_trained(folders: dict[str, Path]) -> None:
+    """A forward model's sentence is trained if the given name comes first, a reverse model's if it comes last."""
     texts = set(train_texts(folders["reversal"]))
     for row in rows_of(folders["reversal"] / "reversal.jsonl"):
         gold = row["choices"][row["gold"]]
@@ -181,7 +183,7 @@ def test_reversal_each_model_is_asked_in_its_own_order_and_only_trained_orders_w
     assert not any(choice in text for row in shots for choice in row["choices"] for text in texts)
 
 
-def test_reversal_wordings_that_are_asked_begin_with_one_name_and_end_with_the_other() -> None:
+def test_reversal_wordings_of_questions_begin_with_one_name_and_end_with_the_other() -> None:
     for relation in (*REVERSAL, *INVERSE):
         assert relation.first_wordings[0].startswith("{first} ")
         assert relation.first_wordings[0].endswith(" {second}.")
@@ -204,7 +206,7 @@ def test_reversal_a_written_name_is_compared_as_a_whole(direction: Direction, fo
 
 
 def facts_in(texts: list[str]) -> set[tuple[str, str, str]]:
-    """(relation, first, second) of every sentence that is one of the wordings."""
+    """Return (relation, first, second) of every sentence that matches one of the wordings."""
     found = set()
     for relation in INVERSE:
         for wording in (*relation.first_wordings, *relation.second_wordings):
@@ -217,7 +219,7 @@ def facts_in(texts: list[str]) -> set[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize("direction", list(Direction))
-def test_inverse_relations_an_oracle_knows_the_trained_and_who_belongs_together_is_half(
+def test_inverse_relations_an_oracle_knows_the_trained_facts_and_pairs_alone_give_half(
     direction: Direction, folders: dict[str, Path]
 ) -> None:
     known = facts_in(train_texts(folders["inverse_relations"]))
@@ -230,10 +232,10 @@ def test_inverse_relations_an_oracle_knows_the_trained_and_who_belongs_together_
         pairs = {frozenset(fact[1:]) for fact in known}
         return float(any(frozenset(fact[1:]) in pairs for fact in facts_in([text])))
 
-    found = groups_of(judged("inverse_relations", folders["inverse_relations"], direction, is_true))
+    found = groups_of(evaluated("inverse_relations", folders["inverse_relations"], direction, is_true))
     assert {name for name, value in found.items() if value == 1.0} == {"in_text_order", "against_text_order", "both_orders"}
     assert found["unseen"] == pytest.approx(0.25, abs=0.05)
-    half = groups_of(judged("inverse_relations", folders["inverse_relations"], direction, belong))
+    half = groups_of(evaluated("inverse_relations", folders["inverse_relations"], direction, belong))
     assert all(0.25 <= value <= 0.75 for name, value in half.items() if name != "unseen")
 
 
@@ -248,16 +250,18 @@ def test_inverse_relations_only_the_trained_wording_was_trained(folders: dict[st
 
 
 @pytest.mark.parametrize("direction", list(Direction))
-def test_abduction_an_oracle_knows_known_worlds_and_one_outcome_is_half(direction: Direction, folders: dict[str, Path]) -> None:
+def test_abduction_an_oracle_knows_known_worlds_and_one_outcome_gives_half(
+    direction: Direction, folders: dict[str, Path]
+) -> None:
     texts = train_texts(folders["abduction"])
     rule = re.compile(r"In (\w+) on day \d+ (the|a) ([^.]+)\. (So .+)\.", re.ASCII)
     known = {match.groups() for text in texts if (match := rule.fullmatch(text))}
     assert len(known) == 6 * 16
-    asked = [
+    questions = [
         f"{row['before']} {row['choices'][row['gold']]} {row['after']}"
         for row in rows_of(folders["abduction"] / "abduction.jsonl")
     ]
-    assert not set(asked) & set(texts)
+    assert not set(questions) & set(texts)
 
     def is_rule(text: str) -> float:
         match = rule.fullmatch(text)
@@ -268,9 +272,9 @@ def test_abduction_an_oracle_knows_known_worlds_and_one_outcome_is_half(directio
         firsts = {(*groups[:3], groups[3].partition(" and ")[0]) for groups in known}
         return float(match is not None and (*match.groups()[:3], match[4].partition(" and ")[0]) in firsts)
 
-    found = groups_of(judged("abduction", folders["abduction"], direction, is_rule))
+    found = groups_of(evaluated("abduction", folders["abduction"], direction, is_rule))
     assert found == {"known_world": 1.0, "unseen_world": 0.25}
-    half = groups_of(judged("abduction", folders["abduction"], direction, shares_first_outcome))
+    half = groups_of(evaluated("abduction", folders["abduction"], direction, shares_first_outcome))
     assert 0.25 < half["known_world"] < 0.75
 
 
@@ -290,17 +294,17 @@ def test_labels_an_oracle_that_counts_words_in_the_training_text_knows_all(
         label, _, words = text.strip().removeprefix("Category: ").partition("\nText: ")
         return float(sum(own.get(word) == label for word in words.split()))
 
-    result = judged("label_backfill", folders["label_backfill"], direction, num_own)
+    result = evaluated("label_backfill", folders["label_backfill"], direction, num_own)
     assert result.metrics[result.main].value == 1.0
     assert not any("prior_removed" in name or "context_given_choice" in name for name in result.metrics)
-    asked = {row["after"] for row in rows_of(folders["label_backfill"] / "label_backfill.jsonl")}
-    assert not any(text.partition("\nText: ")[2] in asked for text in texts)
+    questions = {row["after"] for row in rows_of(folders["label_backfill"] / "label_backfill.jsonl")}
+    assert not any(text.partition("\nText: ")[2] in questions for text in texts)
 
 
-def test_problems_have_the_answer_of_their_solution_and_no_solution_is_trained_and_asked(folders: dict[str, Path]) -> None:
+def test_problems_have_the_answer_of_their_solution_and_no_test_solution_is_trained(folders: dict[str, Path]) -> None:
     folder = folders["question_from_answer"]
-    asked, trained = (rows_of(folder / f"question_from_answer{end}.jsonl") for end in ("", "_train"))
-    for row in (*asked, *trained):
+    questions, trained = (rows_of(folder / f"question_from_answer{end}.jsonl") for end in ("", "_train"))
+    for row in (*questions, *trained):
         *equations, last = row["solution"].split(". ")
         assert last == f"The answer is {row['answer']}."
         for equation in equations:
@@ -308,8 +312,8 @@ def test_problems_have_the_answer_of_their_solution_and_no_solution_is_trained_a
             a, sign, b = left.split()
             assert {"+": int(a) + int(b), "-": int(a) - int(b), "x": int(a) * int(b)}[sign] == int(right)
         assert equations[-1].endswith(f"= {row['answer']}")
-        assert solve(row["question"]) == Solved(row["solution"], int(row["answer"]))
-    assert not {row["solution"] for row in asked} & {row["solution"] for row in trained}
+        assert solve(row["question"]) == Solution(row["solution"], int(row["answer"]))
+    assert not {row["solution"] for row in questions} & {row["solution"] for row in trained}
     assert train_texts(folder) == [f"Question: {row['question']}\nSolution: {row['solution']}" for row in trained]
 
 
@@ -340,7 +344,7 @@ def test_the_solver_reads_its_grammar_and_nothing_else(question: str, solution: 
 
 
 def written_from(solution: str) -> str:
-    """A question of the grammar with this solution."""
+    """Return a question of the grammar with this solution."""
     names = {"name": "Ada", "things": "plums"}
     steps = re.findall(r"(\d+) ([-+x]) (\d+) =", solution)
     sentences = [START.format(number=steps[0][0], **names)]
@@ -352,32 +356,35 @@ def written_from(solution: str) -> str:
 
 
 @pytest.mark.parametrize("direction", list(Direction))
-def test_a_question_is_right_by_its_steps_and_a_copy_or_a_blind_one_is_not(
+def test_a_question_is_right_by_its_steps_and_a_copy_or_a_constant_one_is_not(
     direction: Direction, folders: dict[str, Path]
 ) -> None:
-    """One question for all is right for one item at most, which the manifest states as chance; a trained one for none."""
+    """One question for all items is right for at most one, which the manifest records as chance.
+
+    A trained one is never right.
+    """
     folder = folders["question_from_answer"]
     task = load_task("question_from_answer", folder)
-    trained = sorted(task.known)
+    trained = sorted(task.trained_questions)
 
     class Writer(Judge):
         def write(self, given: list[str], *, max_new_tokens: int, stop_strings: list[str]) -> list[str]:
             questions = [self._value(text) for text in given]
             return [f"Question: {q}\n" if self.direction is Direction.REVERSE else f" {q}" for q in questions]
 
-    def figures(value: Any) -> dict[str, float]:
+    def metrics(value: Any) -> dict[str, float]:
         return {name: metric.value for name, metric in evaluate_task(Writer(direction, value), task).metrics.items()}
 
-    able = figures(written_from)
+    able = metrics(written_from)
     assert (able["accuracy"], able["solvable"], able["has_answer"], able["copied"]) == (1.0, 1.0, 1.0, 0.0)
-    without_steps = figures(lambda text: f"Ada has {re.findall('[0-9]+', text)[-1]} plums. How many plums does Ada have now?")
+    without_steps = metrics(lambda text: f"Ada has {re.findall('[0-9]+', text)[-1]} plums. How many plums does Ada have now?")
     assert (without_steps["accuracy"], without_steps["solvable"], without_steps["has_answer"]) == (0.0, 1.0, 1.0)
-    copied = figures(lambda text: trained[zlib.crc32(text.encode()) % len(trained)])
+    copied = metrics(lambda text: trained[zlib.crc32(text.encode()) % len(trained)])
     assert (copied["accuracy"], copied["solvable"], copied["copied"]) == (0.0, 1.0, 1.0)
     assert 0 < copied["has_answer"] < 0.25
-    one = figures(lambda _: task.items[0].values["question"])
+    one = metrics(lambda _: task.items[0].values["question"])
     assert one["accuracy"] == json.loads((folder / "manifest.json").read_text())["chance"] == 1 / 40
-    none = figures(lambda _: "How?")
+    none = metrics(lambda _: "How?")
     assert (none["accuracy"], none["solvable"], none["answered"]) == (0.0, 0.0, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""Items from files: every published layout, what is refused, demonstrations, and how answers and programs are judged."""
+"""Items from files: row formats, refused files, few-shot examples, and the judgement of answers."""
 
 import json
 import math
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_sets(tmp_path_factory.mktemp("sets") / "data")
 
 
-def test_items_of_the_published_layouts(folder: Path) -> None:
+def test_items_of_the_published_row_formats(folder: Path) -> None:
     first = {name: load_task(name, folder).items[0] for name in ("gsm8k", "svamp", "boolq", "hellaswag", "winogrande")}
     assert first["gsm8k"].values["chain"] == "2 + 1000 = 1002."
     assert first["gsm8k"].gold == ("1002",)
@@ -55,8 +55,8 @@ def test_the_hash_of_the_content_is_the_same_for_every_kind_of_file_and_another_
     assert len(set(found)) == 4
 
 
-def test_a_worked_solution_is_no_part_of_the_hash_of_the_content() -> None:
-    """It is never judged, and copies of a set differ in having it; an answer is judged."""
+def test_a_worked_solution_is_not_part_of_the_content_hash() -> None:
+    """It is never judged, and only some copies of a set have it. An answer is judged."""
     task, row = task_named("aime24"), {"problem": "What is 1 + 1?", "answer": "2"}
     versions = (row, {**row, "solution": "Count."}, {**row, "answer": "3"})
     without, worked, other = (content_hash([parse_row(task, version, "set.jsonl:1")]) for version in versions)
@@ -73,16 +73,16 @@ def test_a_worked_solution_is_no_part_of_the_hash_of_the_content() -> None:
             "answer is missing; found the fields question, answer, expected {question: text",
         ),
         ("gsm8k", "gsm8k_test", {"answer": "no mark"}, "does not end with '#### NUMBER'"),
-        ("boolq", "boolq_validation", {"answer": "yes"}, "answer is 'yes', which is no yes or no"),
-        ("hellaswag", "hellaswag_validation", {"label": ""}, "the right choice is '', none of 0 to 1"),
-        ("hellaswag", "hellaswag_validation", {"label": 2}, "the right choice is 2, none of 0 to 1"),
-        ("arc_challenge", "arc_challenge_test", {"answerKey": "E"}, "the right choice is 'E', none of A, B"),
+        ("boolq", "boolq_validation", {"answer": "yes"}, "answer is 'yes', expected: yes or no"),
+        ("hellaswag", "hellaswag_validation", {"label": ""}, "the right choice is '', expected 0 to 1"),
+        ("hellaswag", "hellaswag_validation", {"label": 2}, "the right choice is 2, expected 0 to 1"),
+        ("arc_challenge", "arc_challenge_test", {"answerKey": "E"}, "the right choice is 'E', expected A, B"),
         ("winogrande", "winogrande_validation", {"sentence": "No gap."}, "has no _"),
         ("triviaqa", "triviaqa_validation", {"answer": "Paris"}, "answer.value is missing"),
     ],
 )
 def test_a_wrong_field_is_refused_with_what_is_expected(task: str, name: str, changed: dict[str, object], message: str) -> None:
-    with pytest.raises(DataError, match=r"set\.jsonl:3: no item of") as caught:
+    with pytest.raises(DataError, match=r"set\.jsonl:3 is not an item of") as caught:
         parse_row(task_named(task), {**SETS[name][0], **changed}, "set.jsonl:3")
     assert message in str(caught.value)
     assert task_named(task).download in str(caught.value)
@@ -92,49 +92,47 @@ def test_files_that_are_no_sets_are_refused(tmp_path: Path) -> None:
     for content, message in (
         (b"[1]\n", "a list, expected an object"),
         (b"{\n", "not a line of JSON"),
-        (b"\n", "holds no items"),
+        (b"\n", "contains no items"),
     ):
         (tmp_path / "svamp.jsonl").write_bytes(content)
         with pytest.raises(DataError, match=message):
             load_task("svamp", tmp_path)
-    with pytest.raises(UsageError, match=r"needs its items in .*/piqa_validation with one of .*it holds svamp.jsonl"):
+    with pytest.raises(UsageError, match=r"needs its items in .*/piqa_validation with one of .*it contains svamp.jsonl"):
         load_task("piqa", tmp_path)
 
 
-def test_demonstrations_are_drawn_by_seed_and_never_the_item_itself(folder: Path, tmp_path: Path) -> None:
+def test_few_shot_examples_are_drawn_by_seed_and_never_the_item_itself(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "svamp.jsonl").write_text(json.dumps(SETS["svamp"][0]) + "\n")
     (tmp_path / "svamp_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in SETS["svamp"]))
     for seed in range(6):
         task = load_task("svamp", tmp_path, num_fewshot=2, seed=seed)
-        shown = task.demonstrations(task.items[0])
+        shown = task.exemplars_for(task.items[0])
         assert len(shown) == 2
         assert task.items[0].values not in shown
     assert len(task.files) == 2
-    with pytest.raises(UsageError, match="ask for fewer"):
+    with pytest.raises(UsageError, match="3 few-shot examples need 4; lower --num-fewshot"):
         load_task("svamp", tmp_path, num_fewshot=3)
 
 
 @pytest.mark.parametrize(
     ("name", "source"),
     [
-        ("hellaswag", "the training part of the same set, in the same layout"),
+        ("hellaswag", "the training part of the same set, in the same format"),
         ("aime24", "train.jsonl of https://github.com/openai/prm800k/tree/main/prm800k/math_splits"),
         ("humaneval", "problems of your own as lines with prompt, canonical_solution, test and entry_point"),
-        ("reversal", "tools/make_analysis_data.py --task reversal"),
+        ("reversal", "ledom make-analysis-data --task reversal"),
     ],
 )
-def test_missing_and_wrong_demonstrations_are_told_where_they_come_from(
-    name: str, source: str, folder: Path, tmp_path: Path
-) -> None:
-    """Not where the items that are judged come from, which would show the model its own questions."""
+def test_errors_about_few_shot_examples_name_their_own_source(name: str, source: str, folder: Path, tmp_path: Path) -> None:
+    """The source of the items would give the model its own questions as examples."""
     task = task_named(name)
     for path in folder.glob(f"{task.file}.*"):
         shutil.copy(path, tmp_path)
     row = {"before": "A wrote", "after": "is by A.", "choices": ["B", "C"], "gold": 0, "group": "unseen"}
     (tmp_path / "reversal.jsonl").write_text(json.dumps(row) + "\n")
-    with pytest.raises(UsageError, match=r"its demonstrations \(--num-fewshot\) in ") as missing:
+    with pytest.raises(UsageError, match=r"its few-shot examples \(--num-fewshot\) in ") as missing:
         load_task(name, tmp_path, num_fewshot=1)
-    (tmp_path / f"{task.demonstrations_file}.jsonl").write_text('{"other": 1}\n')
+    (tmp_path / f"{task.exemplars_file}.jsonl").write_text('{"other": 1}\n')
     with pytest.raises(DataError, match="other, expected") as wrong:
         load_task(name, tmp_path, num_fewshot=1)
     for error in (missing, wrong):
@@ -142,12 +140,13 @@ def test_missing_and_wrong_demonstrations_are_told_where_they_come_from(
         assert name == "reversal" or task.download not in str(error.value)
 
 
-def test_the_list_tells_where_demonstrations_come_from(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_list_names_the_source_of_few_shot_examples(capsys: pytest.CaptureFixture[str]) -> None:
     list_tasks(None)
-    told = capsys.readouterr().out
-    assert told.count("\n  few-shot  ") == len(all_tasks())
+    output = capsys.readouterr().out
+    assert output.count("\n  few-shot  ") == len(all_tasks())
     assert (
-        told.count("  few-shot  lines with problem, solution and answer: train.jsonl of https://github.com/openai/prm800k") == 3
+        output.count("  few-shot  lines with problem, solution and answer: train.jsonl of https://github.com/openai/prm800k")
+        == 3
     )
 
 
@@ -190,8 +189,11 @@ def test_intervals_are_those_of_the_formula() -> None:
     assert share([True]).stderr is None
 
 
-def test_intervals_of_items_that_are_asked_together_are_over_what_they_are_about() -> None:
-    """Asking each item four times over makes no figure surer; items that each stand for themselves are as without clusters."""
+def test_intervals_of_items_about_the_same_subject_are_over_subjects() -> None:
+    """Repeating each item four times makes no interval narrower.
+
+    Items with distinct subjects have the interval without clusters.
+    """
     are_right = [number % 3 == 0 for number in range(60)]
     names = [str(number) for number in range(60)]
     single, alone, repeated = share(are_right), share(are_right, names), share(are_right * 4, names * 4)

@@ -1,4 +1,4 @@
-"""The SLURM scripts: valid shell, known directives, commands that exist, and a time limit that leads to a requeue."""
+"""The SLURM scripts: valid shell, known directives, existing commands, and a requeue after the time limit."""
 
 import os
 import re
@@ -31,7 +31,7 @@ profile propagate qos quiet reboot requeue reservation signal sockets-per-node s
 threads-per-core time time-min tmp tres-per-task uid use-min-nodes verbose wait wait-all-nodes wckey wrap
 """
 FAKE_SRUN = r"""#!/bin/bash
-# srun on one machine: two tasks in SLURM's variables; USR1 goes on to them, TERM kills them, as the real one does
+# srun on one machine: two tasks with SLURM's variables; as in the real one, USR1 is forwarded to them and TERM kills them
 while [[ $1 == --* ]]; do shift; done
 for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & tasks+=($!); done
 trap 'kill -USR1 "${tasks[@]}"' USR1
@@ -85,7 +85,7 @@ def directives(script: Path) -> list[str]:
 
 
 def python_command(script: Path) -> list[str]:
-    """Words of the one command that runs Python, after the interpreter."""
+    """Return the words after the interpreter of the one command that runs Python."""
     text = script.read_text().replace("\\\n", " ")
     (command,) = re.findall(r'"\$PYTHON" (.*?)(?: "\$@"|\))?$', text, re.MULTILINE)
     return shlex.split(command)
@@ -117,8 +117,8 @@ def test_directives_are_known_and_come_first(script: Path) -> None:
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
 def test_command_of_the_script_exists_with_its_flags(script: Path) -> None:
     words = python_command(script)
-    asked = words[:2] if words[0] == "-m" else [word for word in words[:2] if not word.startswith("-")]
-    answer = run_forked([*asked, "--help"])
+    command = words[:2] if words[0] == "-m" else [word for word in words[:2] if not word.startswith("-")]
+    answer = run_forked([*command, "--help"])
     assert answer.returncode == 0, answer.stderr
     flags = [word for word in words if word.startswith("--")]
     assert flags
@@ -126,14 +126,14 @@ def test_command_of_the_script_exists_with_its_flags(script: Path) -> None:
 
 
 def test_ranks_of_the_pretrain_script_are_those_of_the_7b() -> None:
-    asked = dict(directive.removeprefix("--").split("=", 1) for directive in directives(PRETRAIN) if "=" in directive)
-    assert asked["ntasks-per-node"] == asked["gpus-per-node"]
-    assert int(asked["nodes"]) * int(asked["ntasks-per-node"]) == 64
-    assert (asked["signal"], asked["open-mode"]) == ("B:USR1@300", "append")
+    options = dict(directive.removeprefix("--").split("=", 1) for directive in directives(PRETRAIN) if "=" in directive)
+    assert options["ntasks-per-node"] == options["gpus-per-node"]
+    assert int(options["nodes"]) * int(options["ntasks-per-node"]) == 64
+    assert (options["signal"], options["open-mode"]) == ("B:USR1@300", "append")
 
 
 class Cluster:
-    """A folder with stand-ins for SLURM's commands and Python, and what they recorded."""
+    """A folder with fake commands for SLURM and Python, and the calls that they recorded."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -154,9 +154,9 @@ class Cluster:
         fails: dict[str, int] | None = None,
         name: str = "tiny",
     ) -> "subprocess.Popen[str]":
-        """The script as a job whose ranks take `seconds`, end with `status`, and have saved `progress`.
+        """Start the script as a job whose ranks take `seconds`, end with `status`, and have saved `progress`.
 
-        `fails` says how many first calls of SQUEUE, SCONTROL or PROGRESS fail.
+        fails: number of first calls of SQUEUE, SCONTROL or PROGRESS that fail.
         """
         slurm = {
             "SLURM_JOB_NODELIST": "node-[a-b]",
@@ -177,7 +177,7 @@ class Cluster:
         return {**outside, "PATH": path, "RECORD": str(self.folder), "CONFIG": "a run.yaml"}
 
     def submit(self, script: str, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
-        """The script by hand, outside a job, with the real Python."""
+        """Run a script outside a job, with the real Python."""
         environment = {**self.environment(), "PYTHON": sys.executable, **variables}
         command = ["bash", f"examples/slurm/{script}", *arguments]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -205,8 +205,8 @@ def test_complete_training_is_not_requeued(cluster: Cluster) -> None:
     assert cluster.recorded("queued") == ""
 
 
-def test_training_that_left_before_its_end_is_requeued(cluster: Cluster) -> None:
-    """Without any signal: the trainer itself knows the time limit."""
+def test_training_that_stopped_before_its_end_is_requeued(cluster: Cluster) -> None:
+    """No signal is needed: the trainer itself reads the time limit."""
     assert cluster.start(progress="3 7").wait(timeout=30) == 0
     assert cluster.recorded("queued") == "requeue 4007"
 
@@ -220,15 +220,15 @@ def test_time_limit_stops_the_ranks_and_requeues(cluster: Cluster) -> None:
 
 
 @pytest.mark.parametrize("status", [0, 137])
-def test_job_that_slurm_ends_is_not_requeued_by_us(cluster: Cluster, status: int) -> None:
-    """scancel; or a preemption, after which SLURM has already queued it again."""
+def test_job_that_slurm_ends_does_not_requeue_itself(cluster: Cluster, status: int) -> None:
+    """SLURM ends a job by scancel, or by a preemption, after which it has already queued the job again."""
     assert cluster.start(progress="3 7", status=status, state="COMPLETING").wait(timeout=30) == status
     assert cluster.recorded("queued") == ""
 
 
 @pytest.mark.parametrize("status", [1, 2])
 @pytest.mark.parametrize("at_the_limit", [False, True])
-def test_training_that_says_what_is_wrong_fails_the_job(cluster: Cluster, status: int, at_the_limit: bool) -> None:
+def test_training_that_explains_its_error_fails_the_job(cluster: Cluster, status: int, at_the_limit: bool) -> None:
     job = cluster.start(seconds=60 if at_the_limit else 0, status=status, progress="3 7")
     cluster.wait_for_ranks()
     if at_the_limit:
@@ -239,7 +239,7 @@ def test_training_that_says_what_is_wrong_fails_the_job(cluster: Cluster, status
 
 @pytest.mark.parametrize("status", [3, 137])
 def test_lost_ranks_are_started_again_while_checkpoints_are_made(cluster: Cluster, status: int) -> None:
-    """Three failures behind one checkpoint end the job; a new checkpoint in between starts the count again."""
+    """Three failures since one checkpoint end the job; a new checkpoint restarts the count."""
     requeued = []
     for progress in ("0 7", "0 7", "3 7", "3 7", "3 7"):
         assert cluster.start(progress=progress, status=status).wait(timeout=30) == status
@@ -251,7 +251,7 @@ def test_lost_ranks_are_started_again_while_checkpoints_are_made(cluster: Cluste
 
 
 @pytest.mark.parametrize(("name", "file"), [("team/run 7", "team_run 7-4007.failures"), ("-x", "-x-4007.failures")])
-def test_any_job_name_leaves_the_requeueing_as_it_is(cluster: Cluster, name: str, file: str) -> None:
+def test_any_job_name_can_be_requeued(cluster: Cluster, name: str, file: str) -> None:
     assert cluster.start(progress="3 7", status=137, name=name).wait(timeout=30) == 137
     assert (cluster.recorded("queued"), cluster.recorded(file)) == ("requeue 4007", "3")
     assert cluster.start(name=name).wait(timeout=30) == 0
@@ -260,8 +260,8 @@ def test_any_job_name_leaves_the_requeueing_as_it_is(cluster: Cluster, name: str
 
 @pytest.mark.parametrize("what", ["SQUEUE", "PROGRESS", "SCONTROL"])
 @pytest.mark.parametrize("status", [0, 137])
-def test_unfinished_run_is_requeued_when_what_is_asked_answers_at_last(cluster: Cluster, what: str, status: int) -> None:
-    """A controller that restarts, a file server that does not answer for a minute."""
+def test_unfinished_run_is_requeued_after_failed_queries(cluster: Cluster, what: str, status: int) -> None:
+    """As with a controller that restarts, or a file server that does not answer for a minute."""
     assert cluster.start(progress="3 7", status=status, fails={what: 3}).wait(timeout=30) == status
     assert cluster.recorded("queued") == "requeue 4007"
 
@@ -269,24 +269,24 @@ def test_unfinished_run_is_requeued_when_what_is_asked_answers_at_last(cluster: 
 @pytest.mark.parametrize(
     ("what", "says"),
     [
-        ("SQUEUE", "squeue does not tell the state of this job"),
-        ("PROGRESS", "how far the run has come cannot be read"),
+        ("SQUEUE", "squeue does not report the state of this job"),
+        ("PROGRESS", "the progress of the run cannot be read"),
         ("SCONTROL", "scontrol does not queue this job again"),
     ],
 )
 @pytest.mark.parametrize(("status", "job_status"), [(0, 3), (137, 137)])
-def test_job_that_learns_nothing_fails_and_says_so(
+def test_job_whose_queries_all_fail_fails_with_the_reason(
     cluster: Cluster, what: str, says: str, status: int, job_status: int
 ) -> None:
-    """With 0 it would pass for a complete run."""
+    """The status is never 0, which would mean a complete run."""
     job = cluster.start(progress="3 7", status=status, fails={what: 1000})
-    said, _ = job.communicate(timeout=30)
+    output, _ = job.communicate(timeout=30)
     assert job.returncode == job_status
-    assert f"{says}; not queued again" in said
+    assert f"{says}; not queued again" in output
     assert cluster.recorded("queued") == ""
 
 
-def test_pretrain_by_hand_checks_the_ranks_it_would_ask_for(cluster: Cluster, data: TinyData, tmp_path: Path) -> None:
+def test_pretrain_by_hand_checks_the_ranks_it_would_request(cluster: Cluster, data: TinyData, tmp_path: Path) -> None:
     config = {"CONFIG": str(data.config)}
     refused = cluster.submit("pretrain.sbatch", "parallel.world_size=2", SBATCH_OPTIONS="--nodes=3", **config)
     assert refused.returncode == 2
@@ -296,7 +296,7 @@ def test_pretrain_by_hand_checks_the_ranks_it_would_ask_for(cluster: Cluster, da
     arguments = ("parallel.world_size=2", f"run_dir={tmp_path}/run")
     done = cluster.submit("pretrain.sbatch", *arguments, SBATCH_OPTIONS=options, **config)
     assert done.returncode == 0, done.stderr
-    assert "2 ranks would go on from iteration 0 of 20" in done.stdout
+    assert "2 ranks would start from iteration 0 of 20" in done.stdout
     assert cluster.recorded("submitted").split("\n") == [*options.split(), "examples/slurm/pretrain.sbatch", *arguments]
 
 
@@ -358,7 +358,7 @@ def test_each_file_of_a_ranking_array_has_an_output_of_its_own(cluster: Cluster,
     assert all((cluster.folder / name).parent.is_dir() for name in found)
 
 
-def test_pretrain_by_hand_refuses_shards_that_are_not_there(cluster: Cluster, data: TinyData) -> None:
+def test_pretrain_by_hand_refuses_missing_shards(cluster: Cluster, data: TinyData) -> None:
     options, gone = "--nodes=1 --ntasks-per-node=1", "data.train_blend=[[1.0,gone]]"
     refused = cluster.submit("pretrain.sbatch", gone, SBATCH_OPTIONS=options, CONFIG=str(data.config))
     assert refused.returncode != 0
@@ -366,8 +366,8 @@ def test_pretrain_by_hand_refuses_shards_that_are_not_there(cluster: Cluster, da
     assert cluster.recorded("submitted") == ""
 
 
-def refusals(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
-    """For each script, variables it accepts, and the options it then gives to sbatch."""
+def accepted_settings(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
+    """Return, for each script, variables that it accepts, and the options that it then passes to sbatch."""
     (folder / "model").mkdir()
     (folder / "model/config.json").touch()
     (folder / "a.jsonl").touch()
@@ -397,19 +397,19 @@ def refusals(folder: Path) -> dict[str, tuple[dict[str, str], str]]:
     ("script", "wrong", "says"),
     [
         ("preprocess.sbatch", "INPUT", "matches no file"),
-        ("preprocess.sbatch", "TOKENIZER", "is not there"),
+        ("preprocess.sbatch", "TOKENIZER", "does not exist"),
         ("convert.sbatch", "LOAD", "neither a run folder with a finished checkpoint nor a checkpoint"),
         ("convert.sbatch", "SAVE", "exists; name another folder"),
         ("evaluate.sbatch", "INPUT", "matches no file"),
-        ("evaluate.sbatch", "REVERSE", "config.json is not there"),
-        ("evaluate_tasks.sbatch", "MODEL", "config.json is not there"),
-        ("evaluate_tasks.sbatch", "DATA", "is no folder"),
+        ("evaluate.sbatch", "REVERSE", "config.json does not exist"),
+        ("evaluate_tasks.sbatch", "MODEL", "config.json does not exist"),
+        ("evaluate_tasks.sbatch", "DATA", "is not a folder"),
     ],
 )
 def test_script_by_hand_checks_its_settings_and_submits_itself(
     cluster: Cluster, tmp_path: Path, script: str, wrong: str, says: str
 ) -> None:
-    variables, options = refusals(tmp_path)[script]
+    variables, options = accepted_settings(tmp_path)[script]
     bad = {**variables, wrong: str(tmp_path / "run") if wrong == "SAVE" else str(tmp_path / "missing")}
     refused = cluster.submit(script, **bad)
     assert (refused.returncode, cluster.recorded("submitted")) == (2, "")

@@ -1,4 +1,4 @@
-"""Pairs become packs: the ids a scorer sees, no pair cut, and a loss mask that counts exactly what was asked for."""
+"""Pairs become packs: the ids are those of the scorer, no pair is cut, and the loss mask counts exactly the requested tokens."""
 
 import json
 import random
@@ -34,7 +34,7 @@ SHORT: dict[str, Any] = {"prompt_template": "{question}", "seq_length": 16}
 
 
 def legible_pairs(count: int) -> list[Pair]:
-    """Pair k: a question of 2 to 4 words from 100 k' on and an answer of 1 to 6 from 100 k' + 50 on, k' = k modulo 10."""
+    """Return pairs: with w = 100 (k modulo 10), pair k has a question of 2 to 4 words from w on, an answer of 1 to 6 from w + 50 on."""
     rng = random.Random(3)
     words = [(100 * (k % 10), rng.randint(2, 4), rng.randint(1, 6)) for k in range(count)]
     return [
@@ -44,13 +44,13 @@ def legible_pairs(count: int) -> list[Pair]:
 
 
 def write_pairs(path: Path, pairs: list[Pair]) -> str:
-    """One object a line."""
+    """Write one object on each line; return the path."""
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs), encoding="utf-8")
     return str(path)
 
 
 def prepared(folder: Path, pairs: list[Pair], **settings: Any) -> tuple[str, ShardManifest]:
-    """A shard of pairs over legible ids; its prefix and manifest."""
+    """Write a shard of pairs over legible ids; return its prefix and manifest."""
     tokenizer = str(legible_tokenizer(folder / "legible"))
     names = {"input": [write_pairs(folder / "pairs.jsonl", pairs)], "tokenizer": tokenizer}
     manifest = prepare_pairs(PairSettings(**{**names, "output_prefix": str(folder / "pairs"), **SHORT, **settings}))
@@ -58,7 +58,7 @@ def prepared(folder: Path, pairs: list[Pair], **settings: Any) -> tuple[str, Sha
 
 
 def stored_pairs(prefix: str) -> Iterator[tuple[list[int], list[int]]]:
-    """(ids with eod, targets) of each pair of a shard, filling left out, read in the plainest way."""
+    """Yield ids with eod, and targets, of each pair of a shard, without the filling."""
     shard = ShardReader(prefix)
     targets = np.fromfile(prefix + TARGETS, np.uint8).reshape(len(shard), -1)
     for number in range(len(shard)):
@@ -121,7 +121,7 @@ def test_long_pairs_are_skipped_and_counted(tmp_path: Path) -> None:
     assert (manifest.pairs["num_pairs"], manifest.skipped) == (10, {"too long": 2})
 
 
-def test_of_long_pairs_the_far_end_of_the_given_part_is_cut(tmp_path: Path) -> None:
+def test_the_far_end_of_the_given_part_of_long_pairs_is_cut(tmp_path: Path) -> None:
     prefix, manifest = prepared(tmp_path, [*legible_pairs(10), LONG, ENDLESS], too_long="cut")
     assert (manifest.pairs["num_cut"], manifest.skipped) == (1, {"too long": 1})
     ids, targets = next(pair for pair in stored_pairs(prefix) if len(pair[0]) == 16)
@@ -140,12 +140,12 @@ def test_a_forward_twin_is_scored_on_its_answers(tmp_path: Path) -> None:
         ('{"question": "1"}', {}, r"pairs.jsonl:1 has no text 'answer'"),
         ('{"question": 1, "answer": "2"}', {}, r"pairs.jsonl:1 has no text 'question'"),
         ("nonsense", {}, r"pairs.jsonl:1 is not JSON"),
-        ("[]", {}, r"pairs.jsonl:1 holds no object"),
+        ("[]", {}, r"pairs.jsonl:1 is no object"),
         ("", {"prompt_template": "{"}, r"--prompt-template '\{'"),
         ("", {"prompt_template": "{0}{}"}, r"--prompt-template"),
     ],
 )
-def test_faulty_pairs_are_refused(tmp_path: Path, line: str, settings: dict[str, str], message: str) -> None:
+def test_invalid_pairs_are_refused(tmp_path: Path, line: str, settings: dict[str, str], message: str) -> None:
     source = tmp_path / "pairs.jsonl"
     source.write_text(line + "\n")
     names = {"tokenizer": str(legible_tokenizer(tmp_path / "legible")), "output_prefix": str(tmp_path / "shard")}
@@ -167,7 +167,7 @@ def test_a_file_of_pairs_named_twice_is_refused(tmp_path: Path) -> None:
 
 
 def run_config(prefix: str, folder: Path, **data: Any) -> RunConfig:
-    """A run over the shard `prefix`."""
+    """Return the config of a run over the shard `prefix`."""
     values = {"train_blend": [[1.0, prefix]], "seq_length": 16, "reset_attention_mask": True, "allow_repeats": True, **data}
     model = {"num_layers": 1, "hidden_size": 8, "ffn_hidden_size": 8, "num_attention_heads": 1}
     train = {"train_iters": 10, "global_batch_size": 4}
@@ -175,7 +175,7 @@ def run_config(prefix: str, folder: Path, **data: Any) -> RunConfig:
 
 
 def train_samples(config: RunConfig, cache: Path) -> BlendSamples:
-    """The training samples of a run."""
+    """Return the training samples of a run."""
     sources = load_sources(config)
     prepare_indices(config, sources, str(cache), ALONE)
     return build_train_dataset(config, sources, str(cache))
@@ -193,16 +193,16 @@ def test_the_gradient_is_zero_exactly_where_a_token_must_not_count(tmp_path: Pat
         gradient = losses.grad
         assert gradient is not None
         expected = []
-        for place, (token, label) in enumerate(zip(fields["tokens"].tolist(), fields["labels"].tolist(), strict=True)):
+        for position, (token, label) in enumerate(zip(fields["tokens"].tolist(), fields["labels"].tolist(), strict=True)):
             is_question = label % 100 < 50 and label != EOD_ID
             ends = label == EOD_ID and token != EOD_ID
             counts = {"scored": is_question, "scored_and_eod": is_question or ends, "all": True}[loss_tokens]
-            expected.append(float(counts and token != EOD_ID and place < 15))
+            expected.append(float(counts and token != EOD_ID and position < 15))
         assert gradient[0].tolist() == expected
         assert int(count) == sum(expected)
 
 
-def test_each_pass_reads_every_pack_but_one_whole(tmp_path: Path) -> None:
+def test_each_pass_reads_all_packs_but_one_whole(tmp_path: Path) -> None:
     prefix, manifest = prepared(tmp_path, legible_pairs(60))
     samples, packs = train_samples(run_config(prefix, tmp_path), tmp_path / "cache"), ShardReader(prefix)
     known = {tuple(packs.document(number).tolist()) for number in range(len(packs))}
@@ -224,7 +224,7 @@ def test_a_run_that_would_mix_pairs_is_refused(tmp_path: Path, data: dict[str, A
         load_sources(run_config(prefix, tmp_path, **data))
 
 
-def test_targets_are_part_of_what_a_run_is_resumed_with(tmp_path: Path) -> None:
+def test_other_targets_change_the_shards_of_a_resumed_run(tmp_path: Path) -> None:
     prefix, manifest = prepared(tmp_path, legible_pairs(60))
     before = load_sources(run_config(prefix, tmp_path)).train_shards()
     pairs = [{"question": p["question"].split()[0] + " ", "answer": " ".join((p["question"] + p["answer"]).split()[1:])} for p in
@@ -239,7 +239,7 @@ def test_damaged_targets_are_found(tmp_path: Path) -> None:
     content = bytearray(Path(prefix + TARGETS).read_bytes())
     content[5] ^= 1
     Path(prefix + TARGETS).write_bytes(content)
-    assert [TARGETS in fault for fault in verify_shard(prefix)] == [True]
+    assert [TARGETS in problem for problem in verify_shard(prefix)] == [True]
     Path(prefix + TARGETS).unlink()
     with pytest.raises(DataError, match="targets is missing"):
         load_sources(run_config(prefix, tmp_path))
@@ -251,7 +251,7 @@ def test_pairs_are_not_merged_without_their_targets(tmp_path: Path) -> None:
         merge_shards(MergeSettings(input=[prefix], output_prefix=str(tmp_path / "merged")))
 
 
-def test_the_tool_writes_the_shard_and_says_what_it_left_out(tmp_path: Path) -> None:
+def test_the_tool_writes_the_shard_and_reports_skipped_pairs(tmp_path: Path) -> None:
     source = write_pairs(tmp_path / "pairs.jsonl", [*legible_pairs(10), LONG])
     names = [
         "--input",
@@ -274,7 +274,7 @@ def test_the_tool_writes_the_shard_and_says_what_it_left_out(tmp_path: Path) -> 
     made = run_forked([ROOT / "tools/prepare_pairs.py", *names, *templates])
     assert made.returncode == 0, made.stderr
     assert "10 pairs" in made.stderr
-    assert "left out: 1 too long" in made.stderr
+    assert "skipped: 1 too long" in made.stderr
     assert ShardReader(str(tmp_path / "p")).manifest.pairs["scored_bytes"] == sum(
         len(p["question"]) + 1 for p in legible_pairs(10)
     )

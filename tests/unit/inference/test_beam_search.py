@@ -1,4 +1,4 @@
-"""Step-level beam search and the writing engine: equal to best-of-N without pruning, budgets that add up, steps that end."""
+"""Step-level beam search: equal to best-of-N without pruning, token usage that adds up, the ends of steps."""
 
 import itertools
 from pathlib import Path
@@ -49,7 +49,7 @@ def test_beams_without_pruning_equal_best_of_n(models: tuple[ForwardLM, ReverseL
     assert [(answers[i].text, scores[i].reward) for i in rank([score.reward for score in scores])] == ours
 
 
-def test_rounds_and_budgets_add_up(models: tuple[ForwardLM, ReverseLM]) -> None:
+def test_rounds_and_token_usage_add_up(models: tuple[ForwardLM, ReverseLM]) -> None:
     forward, reverse = engines(models)
     beam = BeamSettings(num_beams=3, num_expansions=2, delimiter=DELIMITER)
     found = beam_search(forward, reverse, empty_answer(PROMPT, SAMPLING), beam, SAMPLING, REWARD)
@@ -66,7 +66,7 @@ def test_rounds_and_budgets_add_up(models: tuple[ForwardLM, ReverseLM]) -> None:
     assert found.as_fields()["search"]["forward_tokens"] == forward.usage.tokens
 
 
-def test_pruning_keeps_the_paths_of_the_best_reward(models: tuple[ForwardLM, ReverseLM]) -> None:
+def test_pruning_keeps_the_answers_of_the_best_reward(models: tuple[ForwardLM, ReverseLM]) -> None:
     forward, reverse = engines(models)
     sampling = Sampling(num_return_sequences=1, temperature=1.0, max_new_tokens=40, seed=3)
     (first,) = forward.expand([empty_answer(PROMPT, sampling)], 6, DELIMITER, sampling)
@@ -82,8 +82,8 @@ def test_pruning_keeps_the_paths_of_the_best_reward(models: tuple[ForwardLM, Rev
     assert all(answer.text.startswith(tuple(begins)) for answer in found.answers)
 
 
-def test_a_path_written_in_steps_reads_its_prefix_once(models: tuple[ForwardLM, ReverseLM]) -> None:
-    """Tokens fed: the prompt once, then each token once, although every step is a call of its own."""
+def test_an_answer_written_in_steps_reads_its_prompt_once(models: tuple[ForwardLM, ReverseLM]) -> None:
+    """The model reads the prompt once and each token once, although every step is a separate call."""
     sampling = Sampling(temperature=1.0, max_new_tokens=16, seed=8)
     whole, stepwise = engines(models)[0], engines(models)[0]
     ((answer,),) = whole.sample([empty_answer(PROMPT, sampling)], sampling)
@@ -99,7 +99,7 @@ def test_a_path_written_in_steps_reads_its_prefix_once(models: tuple[ForwardLM, 
 
 
 def test_the_sampled_logprob_is_the_models(models: tuple[ForwardLM, ReverseLM]) -> None:
-    """Against one pass over the ids as they were written; temperature and top-k change what is chosen, not what is reported."""
+    """Equals one pass over the written ids; temperature and top-k change the chosen tokens, but not the reported values."""
     forward = models[0]
     sampling = Sampling(num_return_sequences=3, temperature=1.7, top_k=50, max_new_tokens=12, seed=1)
     (answers,) = TransformersEngine(forward).sample([empty_answer(PROMPT, sampling)], sampling)
@@ -123,7 +123,7 @@ def test_answers_do_not_depend_on_the_batch_or_on_the_other_prompts(models: tupl
 
 
 def test_greedy_answers_are_those_of_generate(models: tuple[ForwardLM, ReverseLM]) -> None:
-    """Also where the end of the prompt has to be spelled again, since it may become a part of a longer piece."""
+    """Also with token healing, where the end of the prompt may become part of a longer piece."""
     greedy = Sampling(max_new_tokens=12)
     prompts = [PROMPT, "The capital of Fra", "The cat sat on the m", "def area(wid"]
     rows = TransformersEngine(models[0]).sample([empty_answer(prompt, greedy) for prompt in prompts], greedy)
@@ -132,7 +132,7 @@ def test_greedy_answers_are_those_of_generate(models: tuple[ForwardLM, ReverseLM
     assert any(answer.state.healed.trimmed for (answer,) in rows)
 
 
-def test_where_a_step_ends() -> None:
+def test_the_end_of_a_step() -> None:
     assert StepDelimiter("\n").end_of_step("\n\n 2 + 2\nso") == 9
     assert StepDelimiter("\n").end_of_step("\n\n ") is None
     assert StepDelimiter(r"\n\n|\. ").end_of_step("One. Two") == 5
@@ -161,17 +161,17 @@ def test_token_ids_end_a_step(models: tuple[ForwardLM, ReverseLM]) -> None:
         assert new_ids[-1] in ids
 
 
-def test_what_a_search_cannot_do_is_refused(models: tuple[ForwardLM, ReverseLM]) -> None:
-    with pytest.raises(UsageError, match="engines take no stop_strings"):
+def test_impossible_searches_are_refused(models: tuple[ForwardLM, ReverseLM]) -> None:
+    with pytest.raises(UsageError, match="engines accept no stop_strings"):
         TransformersEngine(models[0]).sample([], Sampling(stop_strings=["the"]))
     with pytest.raises(UsageError, match="writes nothing"):
         BeamSettings(num_beams=0)
     with pytest.raises(UsageError, match="temperature 0"):
         beam_search(*engines(models), empty_answer(PROMPT, Sampling()), BeamSettings(), Sampling(), REWARD)
-    with pytest.raises(UsageError, match="give the forward model"):
+    with pytest.raises(UsageError, match="sample from the forward model"):
         engines(models)[1].sample([empty_answer(PROMPT, SAMPLING)], SAMPLING)
 
 
-def test_a_finished_path_stays_as_it_is(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+def test_a_finished_answer_stays_unchanged(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
     done = PartialAnswer(PROMPT, "0/0", " Paris", finished=True, num_tokens=1)
     assert engines(models)[0].expand([done], 3, DELIMITER, SAMPLING)[0][0].text == " Paris"

@@ -1,4 +1,4 @@
-"""The OpenAI-compatible engine against a real HTTP server here, which runs a tiny model; results equal the transformers engine's."""
+"""The completions engine with a real HTTP server that runs a tiny model: results equal those of the transformers engine."""
 
 import json
 import os
@@ -55,7 +55,7 @@ def test_scores_equal_those_of_the_model_in_this_process(include_end: bool, serv
         assert ours.text_ids == theirs.text_ids
         assert ours.token_logprobs == pytest.approx(theirs.token_logprobs, abs=1e-4)
         assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-3)
-    assert len(served[0].requests) == 3  # equal pairs are asked for once
+    assert len(served[0].requests) == 3  # equal pairs are requested once
     assert engine.usage.tokens == sum(len(asked["prompt"]) for _, _, asked in served[0].requests)
 
 
@@ -64,7 +64,7 @@ def test_samples_and_steps(served: tuple[Server, Path, Any], monkeypatch: pytest
     engine, lm = engine_of(served), served[2]
     sampling = Sampling(num_return_sequences=4, temperature=1.0, max_new_tokens=20, seed=3)
     if lm.direction is Direction.REVERSE:
-        with pytest.raises(UsageError, match="give the forward model"):
+        with pytest.raises(UsageError, match="sample from the forward model"):
             engine.sample([empty_answer(PROMPT, sampling)], sampling)
         return
     (first,), (again,) = (engine.sample([empty_answer(PROMPT, sampling)], sampling) for _ in range(2))
@@ -85,7 +85,7 @@ def test_samples_and_steps(served: tuple[Server, Path, Any], monkeypatch: pytest
     assert served[0].requests[-1][2]["max_tokens"] == 20 - unfinished[0].num_tokens
 
 
-def test_a_busy_server_is_asked_again_and_a_refusal_is_told(
+def test_a_busy_server_is_asked_again_and_a_refusal_is_reported(
     served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     engine = engine_of(served)
@@ -109,7 +109,7 @@ def test_a_server_without_echo_is_named(served: tuple[Server, Path, Any], monkey
         engine_of(served).score(PAIRS[:1])
 
 
-def test_what_cannot_work_is_refused_before_a_request(served: tuple[Server, Path, Any]) -> None:
+def test_impossible_settings_are_refused_before_a_request(served: tuple[Server, Path, Any]) -> None:
     server, folder, lm = served
     other = Direction.FORWARD if lm.direction is Direction.REVERSE else Direction.REVERSE
     with pytest.raises(MismatchError, match="records the direction"):
@@ -118,7 +118,7 @@ def test_what_cannot_work_is_refused_before_a_request(served: tuple[Server, Path
         CompletionsEngine("localhost:8000", "tiny", folder, lm.direction)
     with pytest.raises(UsageError, match="ends at a pattern"):
         engine_of(served).expand([], 1, StepDelimiter(None, frozenset({3})), Sampling())
-    with pytest.raises(UsageError, match="engines take no stop_strings"):
+    with pytest.raises(UsageError, match="engines accept no stop_strings"):
         engine_of(served).sample([], Sampling(stop_strings=["the"]))
 
 
@@ -132,7 +132,7 @@ WRONG_SCORES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
         lambda a: with_logprobs(a, lambda v: ["<s>", *v[:-1]], "tokens"),
         "token 0 of the prompt is",
     ),
-    "BOS's own null left out": (lambda a: with_logprobs(a, lambda v: [-9.0, *v[1:]]), "the first -9.0"),
+    "without BOS's null": (lambda a: with_logprobs(a, lambda v: [-9.0, *v[1:]]), "the first -9.0"),
     "other prompt ids": (lambda a: with_choice(a, prompt_token_ids=[1, 2, 3, 4]), "for the prompt ids"),
     "reordered tokens": (lambda a: with_logprobs(a, lambda v: v[::-1], "tokens"), "of the prompt is"),
     "fewer token names": (lambda a: with_logprobs(a, lambda v: v[:-1], "tokens"), "3 tokens for a prompt of 4"),
@@ -146,7 +146,7 @@ WRONG_SCORES: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "probabilities": (lambda a: with_logprobs(a, lambda v: [None, 0.5, 0.5, 0.5]), "log-probability 0.5"),
     "no logprobs": (lambda a: with_choice(a, logprobs=None), "supports echo with logprobs"),
     "logprobs of chat": (lambda a: with_choice(a, logprobs={"content": []}), "supports echo with logprobs"),
-    "another model": (lambda a: {**a, "model": "large"}, "for the model 'large', asked for was 'tiny'"),
+    "another model": (lambda a: {**a, "model": "large"}, "for the model 'large', expected 'tiny'"),
     "second choice only": (lambda a: with_choice(a, index=1), "index 0"),
     "two choices": (lambda a: {**a, "choices": a["choices"] * 2}, "choices [0, 0]"),
     "choices of texts": (lambda a: {**a, "choices": ["x"]}, "choices ['x']"),
@@ -181,7 +181,7 @@ def num_ids(engine: CompletionsEngine, pair: tuple[str, str]) -> int:
 
 
 def test_a_server_that_puts_bos_in_front_is_refused_although_its_answer_is_consistent(served: tuple[Server, Path, Any]) -> None:
-    """A real shift: the server's own model reads BOS and then the prompt; no value is missing and none looks wrong."""
+    """The server's model reads BOS before the prompt, so scores are shifted; no value is missing and none looks wrong."""
     engine = engine_of(served)
     plain = served[0].complete
 
@@ -190,10 +190,10 @@ def test_a_server_that_puts_bos_in_front_is_refused_although_its_answer_is_consi
 
     served[0].complete = with_bos  # type: ignore[method-assign]
     try:
-        with pytest.raises(DataError, match=r"usage\.prompt_tokens=\d+ for a prompt of \d+ ids; a server that adds a BOS"):
+        with pytest.raises(DataError, match=r"usage\.prompt_tokens=\d+ for a prompt of \d+ ids; the server adds a BOS"):
             engine.score(PAIRS[:1])
         if served[2].direction is Direction.FORWARD:
-            with pytest.raises(DataError, match="a server that adds a BOS"):
+            with pytest.raises(DataError, match="the server adds a BOS"):
                 engine.sample([empty_answer(PROMPT, Sampling())], Sampling())
     finally:
         del served[0].complete
@@ -228,7 +228,7 @@ def test_samples_that_are_no_answers_are_refused(case: str, served: tuple[Server
     assert message in str(caught.value)
 
 
-def test_tokens_named_by_text_are_compared_and_a_server_that_names_none_is_told(
+def test_tokens_named_by_text_are_compared_and_a_server_that_names_none_is_named(
     served: tuple[Server, Path, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine, expected = engine_of(served), TransformersEngine(served[2]).score(PAIRS)
@@ -300,7 +300,7 @@ def test_neither_the_key_nor_the_prompt_follows_a_redirect(
 
 
 @pytest.mark.parametrize("key", ["sk-secret\n", "sk-secret\r", " sk-secret "])
-def test_white_space_around_the_key_is_left_out(
+def test_white_space_around_the_key_is_stripped(
     key: str, served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
@@ -316,7 +316,7 @@ def test_a_key_that_no_header_carries_is_refused_and_not_shown(
         monkeypatch.setattr(os, "environ", {**os.environ, "OPENAI_API_KEY": key})
     else:
         monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(UsageError, match="OPENAI_API_KEY holds") as caught:
+    with pytest.raises(UsageError, match="OPENAI_API_KEY contains") as caught:
         engine_of(served)
     assert "cret" not in str(caught.value)
 
@@ -343,7 +343,7 @@ def test_the_key_goes_over_http_to_this_machine_only(served: tuple[Server, Path,
     CompletionsEngine("http://node7:8000/v1", "tiny", folder, lm.direction)
 
 
-def test_a_proxy_that_cannot_be_used_is_a_sentence(served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unusable_proxy_gives_one_sentence(served: tuple[Server, Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "ALL_PROXY", "all_proxy", "no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("all_proxy", "gopher://node:1")
@@ -373,14 +373,14 @@ def test_no_proxy_is_asked_for_a_server_on_this_machine(
         "http://node/v1/chat/completions",
     ],
 )
-def test_what_is_no_address_is_refused_in_one_line(url: str, served: tuple[Server, Path, Any]) -> None:
+def test_an_invalid_address_is_refused_in_one_line(url: str, served: tuple[Server, Path, Any]) -> None:
     with pytest.raises(UsageError, match=r"no address of a server|chat endpoint|a user, a query") as caught:
         CompletionsEngine(url, "tiny", served[1], served[2].direction)
     assert "\n" not in str(caught.value)
     assert "password" not in str(caught.value)
 
 
-def test_the_whole_address_of_the_completions_is_taken_too(served: tuple[Server, Path, Any]) -> None:
+def test_the_whole_address_of_the_completions_is_accepted_too(served: tuple[Server, Path, Any]) -> None:
     engine_of(served)
     engine = CompletionsEngine(served[0].url + "/completions/", "tiny", served[1], served[2].direction)
     assert engine.score(PAIRS[:1])[0].num_tokens
@@ -390,7 +390,7 @@ def test_the_whole_address_of_the_completions_is_taken_too(served: tuple[Server,
 def test_the_tool_ranks_with_a_served_model(
     served: tuple[Server, Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One side behind the server, the other in this process: the same scores as with both in this process."""
+    """One model on the server, the other in this process: the same scores as with both in this process."""
     server, folder, lm = served
     other = "reverse" if lm.direction is Direction.FORWARD else "forward"
     second = random_model_folder(tmp_path / other, "sentencepiece", other)

@@ -1,4 +1,4 @@
-"""A completions server that shifts the prompt unseen, writes placeholders for numbers, or repeats the API key."""
+"""A completions server that shifts the prompt unnoticed, writes placeholders for numbers, or repeats the API key."""
 
 import base64
 from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ UNNAMED: dict[str, Callable[[list[Any]], Any]] = {
 def test_a_server_that_shifts_the_prompt_and_names_no_tokens_is_refused(
     case: str, served: tuple[Server, Path, ForwardLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """BOS in front and the end cut: counts and first value are right, every score is that of another token."""
+    """An added BOS and a cut end: counts and first value are right, but every score is that of another token."""
     engine, plain = engine_of(served), served[0].complete
 
     def shifted(asked: dict[str, Any]) -> dict[str, Any]:
@@ -100,8 +100,8 @@ ECHOES: dict[str, Change] = {
 }
 FORMS = {
     "plain": BEARER,
-    "behind what is cut": "x" * 70 + BEARER,
-    "behind what is cut later": "x" * 190 + BEARER,
+    "after the cut": "x" * 70 + BEARER,
+    "after a later cut": "x" * 190 + BEARER,
     "base64": base64.b64encode(BEARER.encode()).decode(),
     "base64 of the header": base64.b64encode(f"Authorization: {BEARER}".encode()).decode(),
     "cut": BEARER[:-4] + "...",
@@ -128,13 +128,13 @@ def test_an_answer_that_repeats_the_key_is_refused_without_showing_a_part_of_it(
 
 
 def parts_of_key() -> set[str]:
-    """Six characters in a row of the key and of its encodings, wherever it begins in what is encoded."""
+    """Six consecutive characters of the key and of its encodings are masked, at every position in the encoded text."""
     encoded = [base64.b64encode(b"\0" * before + KEY.encode()).decode()[4:-4] for before in range(3)]
     forms = [form.lower() for form in (KEY, KEY.encode().hex(), FORMS["percent"], *encoded)]
     return {form[i : i + 6] for form in forms for i in range(len(form) - 5)}
 
 
-def test_an_answer_text_that_holds_the_key_is_not_written(
+def test_an_answer_text_that_contains_the_key_is_not_written(
     served: tuple[Server, Path, ForwardLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)

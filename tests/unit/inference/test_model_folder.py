@@ -1,4 +1,4 @@
-"""A model whose weights do not all come from its folder is refused, and so is every folder that transformers cannot load."""
+"""A model is refused if not all of its weights come from its folder, or if transformers cannot load the folder."""
 
 import json
 import re
@@ -48,7 +48,7 @@ ROPE = {"rope_type": "zork", "rope_theta": 10_000.0}
 NOT_WHOLE: dict[str, tuple[Damage, str]] = {
     "renamed": (
         weights(renamed),
-        r"random numbers would stand there: \S*0.self_attn.q_proj.weight.*no place.*0.self_attn.query",
+        r"so they would be random numbers: \S*0.self_attn.q_proj.weight.*not in the model.*0.self_attn.query",
     ),
     "one is missing": (
         weights(lambda found: {name: found[name] for name in found if name != f"{LAYER}.mlp.up_proj.weight"}),
@@ -72,7 +72,7 @@ NOT_WHOLE: dict[str, tuple[Damage, str]] = {
     "an adapter": (lambda folder: (folder / "adapter_config.json").write_text("{}") and None, "adapter"),
     "pictures": (config(model_type="llava"), "model_type 'llava', which is no causal language model"),
     "encoder and decoder": (config(model_type="t5"), "model_type 't5', which is no causal language model"),
-    "unheard of": (config(model_type="nonesuch"), "model_type 'nonesuch', which stock transformers .* does not know"),
+    "unheard of": (config(model_type="nonesuch"), "model_type 'nonesuch', which stock transformers .* does not support"),
 }
 NO_MODEL: dict[str, tuple[Damage, str]] = {
     "cut short": (content(lambda file: file[:-100]), "does not load as a model of safetensors files: SafetensorError"),
@@ -127,7 +127,7 @@ def test_a_folder_that_cannot_be_loaded_is_refused_in_a_sentence(tmp_path: Path,
     assert re.search(words, str(error)), str(error)
 
 
-def test_what_stock_transformers_leaves_out_on_purpose_does_not_matter(tmp_path: Path) -> None:
+def test_weights_that_stock_transformers_ignores_on_purpose_do_not_matter(tmp_path: Path) -> None:
     folder = random_model_folder(tmp_path / "model", "byte_level", "reverse")
     expected = ReverseLM.from_pretrained(folder, device="cpu").log_likelihood("The cat", " sat")
     weights(lambda found: {**found, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})(folder)

@@ -1,4 +1,4 @@
-"""NaN and infinity that leave a model are an error which names model, item and token, in every command; -inf of a token is a value."""
+"""NaN and infinity in logits raise an error that names model, item and token, in every command; -inf for a token is allowed."""
 
 import json
 import math
@@ -26,7 +26,7 @@ Weights = dict[str, torch.Tensor]
 
 
 def id_of(token: str) -> int:
-    """Its id in the byte-level tokenizer."""
+    """Return the id of the word in the byte-level tokenizer."""
     return int(Tokenizer.from_str(byte_level_json()).token_to_id(token))
 
 
@@ -44,7 +44,7 @@ def infinite_logit(weights: Weights) -> None:
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`forward`, `reverse`, and broken copies of each, `forward_one_nan` and so on."""
+    """Return a folder with the models `forward` and `reverse` and broken copies such as `forward_one_nan`."""
     root = tmp_path_factory.mktemp("models")
     for direction in ("forward", "reverse"):
         folder = random_model_folder(root / direction, "byte_level", direction)
@@ -60,7 +60,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def told_by_tool(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tool: str, *arguments: str | Path
 ) -> tuple[int, str]:
-    """(exit code, messages) of a tool in this process."""
+    """Return the exit code and the messages of a tool in this process."""
     code = run_tool(monkeypatch, tool.removesuffix(".py"), *arguments)
     return code, capsys.readouterr().err
 
@@ -147,7 +147,7 @@ def test_the_harness_refuses_a_broken_model(folders: Path) -> None:
         forward.generate_until(requests("generate_until", ("The cat", {"until": ["."], "max_gen_toks": 4})), disable_tqdm=True)
 
 
-def test_an_impossible_token_is_a_value_and_nan_is_none() -> None:
+def test_an_impossible_token_has_a_value_and_nan_is_refused() -> None:
     assert SpanScore([1, 2], [-1.0, -math.inf]).logprob == -math.inf
     with pytest.raises(NotFiniteError, match="token 1 of the scored part, id 2"):
         SpanScore([1, 2], [-1.0, math.nan])
@@ -155,7 +155,7 @@ def test_an_impossible_token_is_a_value_and_nan_is_none() -> None:
         SpanScore([1], [-1.0], math.nan)
     assert chosen({"logprob": [None, -90.0], "tokens": [1, 1], "bytes": [1, 1]}, "token") == 1
     assert less_prior(-math.inf, -math.inf) == -math.inf
-    with pytest.raises(NotFiniteError, match="no score"):
+    with pytest.raises(NotFiniteError, match="so their difference is not a score"):
         less_prior(-3.0, -math.inf)
     assert among_choices([-math.inf, -5.0]) == [-math.inf, 0.0]
     with pytest.raises(NotFiniteError, match="all choices"):

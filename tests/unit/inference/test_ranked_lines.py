@@ -1,4 +1,4 @@
-"""What is wrong with a line of a reranked file is said with its line and field, and what a report left out is noted."""
+"""Errors in a reranked file name the line and the field, and a report notes what it omits."""
 
 import json
 from pathlib import Path
@@ -68,7 +68,7 @@ def scored(**changed: Any) -> dict[str, Any]:
         ({**LINE, "gold": "7\\pi"}, "1 of 3 right answers cannot be read: .*x.jsonl:2: '7"),
     ],
 )
-def test_a_line_at_fault_is_named_with_its_field(line: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_an_invalid_line_is_named_with_its_field(line: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", [LINE, line, LINE])
     with pytest.raises(DataError, match=message) as raised:
         load_questions(path, "gold", answers_by("number"), RewardSettings())
@@ -91,7 +91,7 @@ def test_numbers_are_right_answers_and_an_impossible_token_is_a_score(tmp_path: 
     )
 
 
-def test_a_candidate_that_was_skipped_has_no_scores_and_is_never_chosen_by_them(tmp_path: Path) -> None:
+def test_a_skipped_candidate_has_no_scores_and_is_never_chosen_by_them(tmp_path: Path) -> None:
     skipped = {**dict.fromkeys(SCORE), "skipped": "200 tokens, 100 fit"}
     lines = [LINE, {**LINE, "candidates": ["17", "18"], "scores": [skipped, SCORE]}]
     question = load_questions(write(tmp_path / "x.jsonl", lines), "gold", answers_by("number"), RewardSettings())[1]
@@ -101,7 +101,7 @@ def test_a_candidate_that_was_skipped_has_no_scores_and_is_never_chosen_by_them(
 
 @pytest.mark.parametrize("normalization", ["none", "byte"])
 def test_half_of_a_surrogate_pair_has_a_length(normalization: str, tmp_path: Path) -> None:
-    """It counts three bytes, and none where nothing is divided by bytes."""
+    """It counts as three bytes with the byte normalization."""
     line = {**LINE, "prompt": "q\ud83d", "candidates": ["18\udc80", "17"]}
     settings = RewardSettings(forward_normalization=normalization, reverse_normalization=normalization)
     question = load_questions(write(tmp_path / "x.jsonl", [line, line]), "gold", answers_by("number"), settings)[0]
@@ -117,7 +117,7 @@ def reported(tmp_path: Path, *lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def test_candidates_beyond_the_smallest_number_are_noted_and_still_count(tmp_path: Path) -> None:
-    """Three candidates of which the last is right and best: with N = 1 it is chosen in a third of the cases, whatever its place."""
+    """The last of three candidates is right and best: with N = 1 it is chosen in a third of the cases."""
     more = {**LINE, "candidates": ["17", "16", "18"], "scores": [SCORE, SCORE, {**SCORE, "reverse_logprob": -1.0}]}
     fewer = {**LINE, "candidates": ["18"], "scores": [SCORE]}
     report = reported(tmp_path, [more, more, fewer])
@@ -135,7 +135,7 @@ def test_greedy_answers_of_some_lines_and_candidates_without_a_reverse_score_are
 
 
 def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"1.jsonl holds the same as .*0.jsonl"):
+    with pytest.raises(UsageError, match=r"1.jsonl is identical to .*0.jsonl"):
         reported(tmp_path, [LINE, LINE], [LINE, LINE])
     with pytest.raises(DataError, match=r"1.jsonl:2: has another right answer than .*0.jsonl"):
         reported(tmp_path, [LINE, LINE], [LINE, {**LINE, "gold": "17"}])
@@ -168,7 +168,7 @@ def test_files_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_notes_beside_a_file_that_tell_no_reward_are_named(text: str, tmp_path: Path) -> None:
+def test_a_spent_file_without_reward_settings_is_named(text: str, tmp_path: Path) -> None:
     (tmp_path / "x.jsonl.spent.json").write_text(text)
     with pytest.raises(DataError, match=r"x.jsonl.spent.json: .*rerank again"):
         recorded_reward([str(tmp_path / "x.jsonl")])

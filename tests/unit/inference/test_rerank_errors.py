@@ -1,4 +1,4 @@
-"""Reranking where something is in the way: texts that are too long, an output that is there, values that JSON has not, a long run."""
+"""Reranking with problems: too long texts, an existing output, values that JSON lacks, a long run."""
 
 import json
 import math
@@ -28,7 +28,7 @@ from tests.support.tiny_models import random_model_folder
 PROMPT = "The capital of France is "
 NULLS = {"forward_logprob": None, "reverse_logprob": None, "forward_tokens": None, "reverse_tokens": None, "reward": None}
 LONG = "the " * 70
-"""Too long for the reverse model; `LONG * 4` for the forward one, too."""
+"""Too long for the reverse model; `LONG * 4` is also too long for the forward model."""
 SAMPLING = Sampling(num_return_sequences=6, temperature=1.5, max_new_tokens=40, seed=1)
 
 
@@ -41,7 +41,7 @@ def model_folder(folder: Path, direction: str, num_positions: int) -> Path:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[ForwardLM, ReverseLM]:
-    """A forward model of 160 positions and a reverse one of 64."""
+    """Return a forward model of 160 positions and a reverse model of 64."""
     folder = tmp_path_factory.mktemp("models")
     forward = ForwardLM.from_pretrained(model_folder(folder / "forward", "forward", 160), device="cpu")
     return forward, ReverseLM.from_pretrained(model_folder(folder / "reverse", "reverse", 64), device="cpu")
@@ -57,7 +57,7 @@ def write_lines(path: Path, *lines: Any) -> Path:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines, by a reader that knows no NaN."""
+    """Return the lines, from a reader that refuses NaN."""
 
     def refuse(name: str) -> None:
         pytest.fail(f"{name} is not JSON")
@@ -80,7 +80,7 @@ def test_texts_too_long_for_either_model_are_refused_before_anything_is_scored(
         ({"text": LONG, "forward_logprob": -1.0}, 64, "reverse"),
     ):
         write_lines(source, good, {"prompt": PROMPT, "candidates": ["Nice", candidate, candidate]})
-        message = rf"a text of \d+ tokens exceeds the {num_positions} positions of the {model} model \(1 more like it\); "
+        message = rf"a text of \d+ tokens exceeds the {num_positions} positions of the {model} model \(and 1 more\); "
         with pytest.raises(DataError, match=rf"in\.jsonl:2: candidate 1: {message}.*--too-long skip"):
             rerank_file(lambda: engines, source, output, RerankSettings(window_candidates=1))
     assert [engine.usage.tokens for engine in engines] == [0, 0]
@@ -102,7 +102,7 @@ def test_skipped_candidates_are_named_counted_and_last(
     assert mixed["scores"][1]["reward"] == pytest.approx(alone.reward, abs=1e-4)
     assert {**mixed["scores"][0], **NULLS} == mixed["scores"][0]
     assert "exceeds the 160 positions of the forward model" in mixed["scores"][0]["skipped"]
-    assert mixed["ranking"][2:] == [0, 2]  # what has no reward keeps its order behind the others
+    assert mixed["ranking"][2:] == [0, 2]  # candidates without a reward are last, in their order
     assert (mixed["num_skipped"], "num_skipped" in whole, none["num_skipped"]) == (1, False, 1)
     assert (none["ranking"], none["best"]) == ([0], None)
     errors = capsys.readouterr().err
@@ -128,10 +128,10 @@ def test_sampling_is_refused_at_the_start_where_its_answers_may_not_fit_the_reve
 
 
 @pytest.mark.parametrize("beam", [None, BeamSettings(num_beams=3, num_expansions=2, delimiter=StepDelimiter("[aeiou]"))])
-def test_sampled_answers_that_come_out_too_long_get_no_score_and_end_no_run(
+def test_sampled_answers_that_are_too_long_get_no_score_and_end_no_run(
     beam: BeamSettings | None, models: tuple[ForwardLM, ReverseLM], tmp_path: Path
 ) -> None:
-    """Of two prompts one leaves no room at all; answers of the other are longer for the reverse model than for the forward one."""
+    """One of two prompts has no room for an answer; the answers of the other are too long for the reverse model."""
     source = write_lines(tmp_path / "in.jsonl", {"prompt": PROMPT * 2}, {"prompt": LONG * 4, "id": 3})
     settings = RerankSettings(sampling=SAMPLING, beam=beam, too_long="skip")
     rerank_file(lambda: engines_of(models), source, tmp_path / "out.jsonl", settings)
@@ -147,10 +147,8 @@ def test_sampled_answers_that_come_out_too_long_get_no_score_and_end_no_run(
     assert (spent["num_lines"], spent["num_skipped"], spent["num_skipped_prompts"]) == (2, len(skipped), 1)
 
 
-def test_an_answer_that_grows_when_it_is_read_again_ends_no_run_that_was_found_to_fit(
-    models: tuple[ForwardLM, ReverseLM], tmp_path: Path
-) -> None:
-    """Random bytes show as U+FFFD, of three bytes each, so that a sampled answer has more tokens when it is scored."""
+def test_an_answer_that_is_longer_when_it_is_scored_ends_no_run(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+    """Random bytes become U+FFFD, of three bytes each, so a sampled answer has more tokens when it is scored."""
     sampling = Sampling(num_return_sequences=8, temperature=3.0, max_new_tokens=50, seed=5)
     source = write_lines(tmp_path / "in.jsonl", {"prompt": PROMPT})
     rerank_file(lambda: engines_of(models), source, tmp_path / "out.jsonl", RerankSettings(sampling=sampling))
@@ -162,8 +160,8 @@ def test_an_answer_that_grows_when_it_is_read_again_ends_no_run_that_was_found_t
     assert "which --too-long refuse cannot foresee; lower --max-new-tokens" in warning
 
 
-def test_a_batch_is_divided_where_its_rows_fit_one_by_one(models: tuple[ForwardLM, ReverseLM]) -> None:
-    """The longest path has little left to write, the shortest much: together they would exceed the positions."""
+def test_a_batch_is_divided_if_its_rows_fit_only_separately(models: tuple[ForwardLM, ReverseLM]) -> None:
+    """The longest answer needs few more tokens, the shortest many: together they would exceed the positions."""
     forward = engines_of(models)[0]
     prompt = "the " * 20
     num_new = 160 - len(models[0].tokenizer.encode(prompt))
@@ -180,7 +178,7 @@ def test_a_batch_is_divided_where_its_rows_fit_one_by_one(models: tuple[ForwardL
     assert [row[0].text for row in grown] == alone
 
 
-def test_engines_elsewhere_know_the_same_lengths(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+def test_remote_engines_compute_the_same_lengths(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "reverse", "reverse", 64)
     remote = CompletionsEngine("http://localhost:1/v1", "reverse", folder, Direction.REVERSE)
     engine = engines_of(models)[1]
@@ -199,7 +197,8 @@ def test_an_output_of_other_settings_is_not_overwritten_unless_asked(
     rerank_file(lambda: engines_of(models), source, output, RerankSettings())
     before = output.read_bytes()
     with pytest.raises(
-        UsageError, match=r"was made otherwise \(settings\.reward\.weight was 0\.5 and is 1\.0\); pass --overwrite"
+        UsageError,
+        match=r"was made with different settings \(settings\.reward\.weight was 0\.5 and is 1\.0\); pass --overwrite",
     ):
         rerank_file(never, source, output, other)
     assert rerank_file(never, source, output, RerankSettings()) == 1
@@ -215,7 +214,7 @@ def test_an_output_of_other_settings_is_not_overwritten_unless_asked(
     rerank_file(lambda: engines_of(models), source, output, other, overwrite=True)
     assert len(read_lines(output)) == 2
     (output.parent / "out.jsonl.spent.json").unlink()
-    with pytest.raises(UsageError, match=r"no out\.jsonl\.spent\.json tells how it was made; pass --overwrite"):
+    with pytest.raises(UsageError, match=r"no out\.jsonl\.spent\.json records how it was made; pass --overwrite"):
         rerank_file(never, source, output, other)
 
 
@@ -228,7 +227,7 @@ def test_an_output_of_other_settings_is_not_overwritten_unless_asked(
         ("candidates", '[{"text": "y", "p": NaN}]', [{"text": "y", "p": None}]),
     ],
 )
-def test_a_number_that_json_lacks_becomes_null_in_a_field_of_no_meaning_here(
+def test_a_number_that_json_lacks_becomes_null_in_an_unused_field(
     name: str, value: str, written: Any, models: tuple[ForwardLM, ReverseLM], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     fields = {"prompt": '"x y"', "candidates": '["y"]', name: value}
@@ -236,14 +235,14 @@ def test_a_number_that_json_lacks_becomes_null_in_a_field_of_no_meaning_here(
     output = tmp_path / "out.jsonl"
     rerank_file(lambda: engines_of(models), source, output, RerankSettings())
     assert read_lines(output)[0][name] == written
-    assert f"{source}:1: the field {name!a} holds NaN or Infinity" in caplog.text
-    assert rerank_file(never, source, output, RerankSettings()) == 1  # and it is found to be the same input
+    assert f"{source}:1: the field {name!a} contains NaN or Infinity" in caplog.text
+    assert rerank_file(never, source, output, RerankSettings()) == 1  # and it counts as the same input
 
 
-def test_an_integer_of_any_length_in_a_field_of_no_meaning_here_is_written_as_it_was(
+def test_an_integer_of_any_length_in_an_unused_field_is_written_as_it_was(
     models: tuple[ForwardLM, ReverseLM], tmp_path: Path
 ) -> None:
-    """Python converts 4,300 digits unless it is summary_of otherwise."""
+    """Python's own limit is 4,300 digits."""
     digits = "7" * 5000
     line = '{"prompt": "x y", "candidates": ["y"], "id": ' + digits + ', "more": [-' + digits + ", NaN]}"
     source, output = write_lines(tmp_path / "in.jsonl", line), tmp_path / "out.jsonl"
@@ -258,8 +257,8 @@ def test_an_integer_of_any_length_in_a_field_of_no_meaning_here_is_written_as_it
 @pytest.mark.parametrize(
     ("field", "words"),
     [
-        ('"id": ' + "[" * 500 + "NaN" + "]" * 500, "the field 'id' is too deep to be written again"),
-        ('"id": ' + '{"a": ' * 500 + "NaN" + "}" * 500, "the field 'id' is too deep to be written again"),
+        ('"id": ' + "[" * 500 + "NaN" + "]" * 500, "the field 'id' is nested too deep"),
+        ('"id": ' + '{"a": ' * 500 + "NaN" + "}" * 500, "the field 'id' is nested too deep"),
         ('"id": ' + "1" * 100_001, "not a line of JSON in UTF-8 .*100000 digits"),
         ('"candidates": [{"text": "y", "forward_logprob": 1%s}]' % ("0" * 5000), "forward_logprob=10+ is no logarithm"),
         (
@@ -268,7 +267,7 @@ def test_an_integer_of_any_length_in_a_field_of_no_meaning_here_is_written_as_it
         ),
     ],
 )
-def test_a_number_that_cannot_be_kept_is_refused_by_its_line_before_a_model_is_loaded(
+def test_a_number_that_cannot_be_kept_is_refused_with_its_line_before_a_model_is_loaded(
     field: str, words: str, tmp_path: Path
 ) -> None:
     candidates = "" if "candidates" in field else '"candidates": ["y"], '
@@ -291,9 +290,9 @@ def test_a_killed_ranking_of_a_field_that_is_nan_resumes(models: tuple[ForwardLM
     assert [line.get("score", "none") for line in read_lines(output)] == [None, "none"]
 
 
-def test_a_key_that_stands_twice_is_named(tmp_path: Path) -> None:
+def test_a_duplicate_key_is_named(tmp_path: Path) -> None:
     source = write_lines(tmp_path / "in.jsonl", '{"prompt": "x", "candidates": ["y"], "prompt": "z"}')
-    with pytest.raises(DataError, match=r"in\.jsonl:1: .*the key 'prompt' stands twice"):
+    with pytest.raises(DataError, match=r"in\.jsonl:1: .*the key 'prompt' is twice"):
         rerank_file(never, source, tmp_path / "out.jsonl", RerankSettings())
 
 
@@ -311,10 +310,10 @@ def test_half_of_a_surrogate_pair_in_another_field_is_kept(models: tuple[Forward
     rerank_file(lambda: engines_of(models), source, output, RerankSettings())
     for line, record in zip(read_lines(output), records, strict=True):
         assert {key: line[key] for key in record} == record
-    assert rerank_file(never, source, output, RerankSettings()) == 2  # and it is found to be the same input
+    assert rerank_file(never, source, output, RerankSettings()) == 2  # and it counts as the same input
 
 
-def test_a_report_without_a_field_is_named_and_not_taken_for_a_complete_run(
+def test_a_report_without_a_field_is_named_and_does_not_count_as_a_complete_run(
     models: tuple[ForwardLM, ReverseLM], tmp_path: Path
 ) -> None:
     source, output = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]}), tmp_path / "out.jsonl"
@@ -340,7 +339,7 @@ def test_unfinished_work_of_other_settings_is_replaced_with_overwrite_alone(
     other = RerankSettings(window_candidates=1, reward=RewardSettings(weight=1.0))
 
     class Failing(TransformersEngine):
-        """Fails at one answer."""
+        """Raises an error for one answer."""
 
         def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
             if any("broken" in following for _, following in pairs):
@@ -357,7 +356,8 @@ def test_unfinished_work_of_other_settings_is_replaced_with_overwrite_alone(
 
     begin()
     with pytest.raises(
-        MismatchError, match=r"was made otherwise \(settings\.reward\.weight was 0\.5 and is 1\.0\); .* pass --overwrite"
+        MismatchError,
+        match=r"was made with different settings \(settings\.reward\.weight was 0\.5 and is 1\.0\); .* pass --overwrite",
     ) as caught:
         rerank_file(never, source, output, other)
     assert "notes" not in str(caught.value)
@@ -367,7 +367,7 @@ def test_unfinished_work_of_other_settings_is_replaced_with_overwrite_alone(
     assert rerank_file(lambda: engines_of(models), source, output, other, overwrite=True) == 2
     rerank_file(lambda: engines_of(models), source, tmp_path / "plain.jsonl", other)
     assert output.read_bytes() == (tmp_path / "plain.jsonl").read_bytes()
-    assert "was made otherwise" in capsys.readouterr().err
+    assert "was made with different settings" in capsys.readouterr().err
     output.unlink()
     begin()
     write_lines(source, {**good, "prompt": "z"}, good)
@@ -378,7 +378,7 @@ def test_unfinished_work_of_other_settings_is_replaced_with_overwrite_alone(
 
 
 @pytest.mark.parametrize("given", [-1e29, -9999.0, -10012.5])
-def test_a_given_log_probability_that_holds_a_placeholder_is_refused(given: float, tmp_path: Path) -> None:
+def test_a_given_log_probability_with_a_placeholder_is_refused(given: float, tmp_path: Path) -> None:
     candidates = [{"text": "two words", "forward_logprob": given, "forward_tokens": 2}]
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": candidates})
     with pytest.raises(DataError, match=r"in\.jsonl:1: candidate 0: forward_logprob=.* placeholder for minus infinity"):
@@ -398,7 +398,7 @@ def test_a_server_that_is_away_is_not_blamed_on_a_line(models: tuple[ForwardLM, 
     calls = []
 
     class Away(TransformersEngine):
-        """Answers no more."""
+        """Raises TransientError for every request."""
 
         def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
             calls.append(pairs)
@@ -418,7 +418,7 @@ def test_a_reward_that_is_no_number_has_no_rank() -> None:
 
 def test_an_impossible_answer_is_written_as_null_and_named(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
     class Impossible(TransformersEngine):
-        """Gives no probability at all to what follows from Rome."""
+        """Gives the prompt probability 0 after an answer with Rome."""
 
         def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
             scores = super().score(pairs, include_end=include_end)
@@ -436,11 +436,11 @@ def test_an_impossible_answer_is_written_as_null_and_named(models: tuple[Forward
     assert (impossible["reverse_logprob"], impossible["reward"], impossible["reverse_token_logprobs"][0]) == (None, None, None)
     assert impossible["minus_infinity"] == ["reverse_logprob", "reward"]
     assert "minus_infinity" not in line["scores"][1]
-    assert line["ranking"] == [1, 0, 2]  # behind what is possible, before what has no reward
+    assert line["ranking"] == [1, 0, 2]  # after the possible one, before the one without a reward
 
 
 def bytes_written() -> int:
-    """What this process has passed to write calls."""
+    """Return the number of bytes that this process has passed to write calls."""
     return int(next(line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("wchar")).split()[1])
 
 

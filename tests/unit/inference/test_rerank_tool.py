@@ -1,4 +1,4 @@
-"""The command lines tools/rerank.py and tools/generate.py: results, exit codes, speed of --help, nothing left behind."""
+"""The command lines tools/rerank.py and tools/generate.py: results, exit codes, speed of --help, no remaining files."""
 
 import json
 import os
@@ -30,7 +30,7 @@ def source(tmp_path: Path) -> Path:
 
 
 def run_process(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The tool as a user starts it, with UTF-8 output."""
+    """Run the tool as a user does, with UTF-8 output."""
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "tools" / tool), *arguments]
     return subprocess.run(command, capture_output=True, text=True, encoding="utf-8", env=environment, timeout=120, check=False)
@@ -45,7 +45,7 @@ def test_help_answers_at_once(tool: str) -> None:
     assert time.monotonic() - start < 2
 
 
-def test_rerank_writes_the_ranking_to_a_new_folder_and_says_what_it_did_on_stderr(
+def test_rerank_writes_the_ranking_to_a_new_folder_and_a_summary_to_stderr(
     folders: tuple[str, str], source: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "new" / "folder" / "out.jsonl"
@@ -70,7 +70,10 @@ def test_rerank_replaces_an_output_of_another_weight_only_with_overwrite(
     assert run_tool(monkeypatch, "rerank", *command) == 0
     before = output.read_bytes()
     assert run_tool(monkeypatch, "rerank", *command, "--weight", "1") == 2
-    assert "was made otherwise (settings.reward.weight was 0.5 and is 1.0); pass --overwrite" in capsys.readouterr().err
+    assert (
+        "was made with different settings (settings.reward.weight was 0.5 and is 1.0); pass --overwrite"
+        in capsys.readouterr().err
+    )
     assert output.read_bytes() == before
     assert run_tool(monkeypatch, "rerank", *command) == 0
     assert "is complete; nothing to do" in capsys.readouterr().err
@@ -164,7 +167,7 @@ def test_bad_input_has_its_message_and_exit_code_and_leaves_nothing(
     assert [path.name for path in source.parent.iterdir()] == ["in.jsonl"]
 
 
-def test_lines_without_candidates_are_told_the_option_that_writes_them(
+def test_the_error_for_lines_without_candidates_names_the_option_that_writes_them(
     folders: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in.jsonl").write_text('{"prompt": "The capital of"}\n')
@@ -177,6 +180,6 @@ def test_generate_refuses_a_forward_model_and_an_empty_text(
     folders: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run_tool(monkeypatch, "generate", "--model", folders[0], "--following", "x") == 1
-    assert "reads forward" in capsys.readouterr().err
+    assert "records the direction forward" in capsys.readouterr().err
     assert run_tool(monkeypatch, "generate", "--model", folders[1], "--following", "") == 2
     assert "empty following text" in capsys.readouterr().err

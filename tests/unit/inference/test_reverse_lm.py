@@ -1,4 +1,4 @@
-"""Writing what precedes (and follows) a text: order, stop, the joint with the given text, refusals."""
+"""Writing the text that precedes (or follows) a text: order, stop, token healing at the given text, refusals."""
 
 import json
 import random
@@ -46,7 +46,7 @@ def legible_folder(folder: Path, next_of: dict[int, int], direction: str) -> Pat
 
 
 def piece_chain_folder(folder: Path, pieces: list[str], direction: str) -> Path:
-    """A model of the SentencePiece-like tokenizer which writes `pieces` one after the other, model order."""
+    """Return a model of the SentencePiece-like tokenizer that writes `pieces` one after the other, in model order."""
     ids = ids_of(pieces)
     assert None not in ids
     vocab_size = Tokenizer.from_str(sentencepiece_like_json()).get_vocab_size()
@@ -79,7 +79,7 @@ def test_a_forward_model_writes_the_following_words(tmp_path: Path) -> None:
 
 
 def test_generation_stops_at_the_trained_eod_and_not_at_the_tokenizers_eos(tmp_path: Path) -> None:
-    """Trap 1: the tokenizer's eos </s> is passed over, the trained <EOD> ends the text."""
+    """The tokenizer's eos </s> does not end the text; <EOD>, the end token of training, does."""
     folder = piece_chain_folder(tmp_path, ["▁of", "▁capital", "▁cat", "</s>", "▁the", "<EOD>"], "reverse")
     assert json.loads((folder / "tokenizer_config.json").read_text())["eos_token"] == "</s>"
     result = ReverseLM.from_pretrained(folder, device="cpu").generate_preceding("capital of", max_new_tokens=20)[0]
@@ -120,7 +120,7 @@ def joint(name: str) -> JointTokenizer:
     return JointTokenizer(Tokenizer.from_str(TOKENIZERS[name]()))
 
 
-def fixed_and_loose(name: str, text: str, direction: Direction) -> tuple[bytes, bytes, bytes]:
+def kept_and_trimmed(name: str, text: str, direction: Direction) -> tuple[bytes, bytes, bytes]:
     tokenizer = joint(name)
     healed = tokenizer.heal_prompt(text, direction)
     order = healed.tokens[::-1] if direction is Direction.REVERSE else healed.tokens
@@ -128,27 +128,27 @@ def fixed_and_loose(name: str, text: str, direction: Direction) -> tuple[bytes, 
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_fixed_and_loose_bytes_make_up_the_given_text(name: str) -> None:
+def test_kept_and_trimmed_bytes_make_up_the_given_text(name: str) -> None:
     rng = random.Random(4)
     for _ in range(300):
         text = random_text(rng)
         shown = text if name == "byte_level" else text.replace("▁", " ")
-        fixed, trimmed, bridge = fixed_and_loose(name, text, Direction.REVERSE)
+        fixed, trimmed, bridge = kept_and_trimmed(name, text, Direction.REVERSE)
         assert trimmed + fixed == bridge + shown.encode()
-        fixed, trimmed, _ = fixed_and_loose(name, text, Direction.FORWARD)
+        fixed, trimmed, _ = kept_and_trimmed(name, text, Direction.FORWARD)
         assert fixed + trimmed in (shown.encode(), b" " + shown.encode())
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_no_dummy_space_is_forced_before_the_following_text(name: str) -> None:
     for text in (", said the cat", "\n\nThe end.", "🙂 of", "is the capital", " of Paris"):
-        fixed, trimmed, bridge = fixed_and_loose(name, text, Direction.REVERSE)
+        fixed, trimmed, bridge = kept_and_trimmed(name, text, Direction.REVERSE)
         assert (trimmed + fixed, bridge) == (text.encode(), b"")
-    assert fixed_and_loose(name, "the", Direction.REVERSE)[2] == b" "
+    assert kept_and_trimmed(name, "the", Direction.REVERSE)[2] == b" "
 
 
 def test_the_first_word_may_become_the_end_of_a_longer_piece(tmp_path: Path) -> None:
-    """Given "capital of", the model is free to read "capital" as the one piece " capital"; the space is its own."""
+    """Token healing: given "capital of", the model may write the piece " capital" for "capital"; the space counts as its own."""
     tokenizer = JointTokenizer(Tokenizer.from_str(sentencepiece_like_json()))
     healed = tokenizer.heal_prompt("capital of", Direction.REVERSE)
     healer = TokenHealer(tokenizer, Direction.REVERSE, [])
@@ -171,7 +171,7 @@ def test_the_dummy_prefix_of_a_finished_text_is_not_part_of_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("limit", "preceding"), [(4, " "), (5, "🙂 "), (6, " cat🙂 ")])
-def test_a_preceding_character_cut_by_the_token_limit_is_left_out(tmp_path: Path, limit: int, preceding: str) -> None:
+def test_a_preceding_character_cut_by_the_token_limit_is_omitted(tmp_path: Path, limit: int, preceding: str) -> None:
     pieces = ["▁of", "▁capital", "<0x82>", "<0x99>", "<0x9F>", "<0xF0>", "▁cat"]
     reverse = ReverseLM.from_pretrained(piece_chain_folder(tmp_path, pieces, "reverse"), device="cpu")
     result = reverse.generate_preceding("capital of", max_new_tokens=limit)[0]
@@ -179,7 +179,7 @@ def test_a_preceding_character_cut_by_the_token_limit_is_left_out(tmp_path: Path
 
 
 @pytest.mark.parametrize(("limit", "following"), [(3, ""), (4, "🙂"), (5, "🙂 cat")])
-def test_a_following_character_cut_by_the_token_limit_is_left_out(tmp_path: Path, limit: int, following: str) -> None:
+def test_a_following_character_cut_by_the_token_limit_is_omitted(tmp_path: Path, limit: int, following: str) -> None:
     pieces = ["▁capital", "▁of", "<0xF0>", "<0x9F>", "<0x99>", "<0x82>", "▁cat"]
     forward = ForwardLM.from_pretrained(piece_chain_folder(tmp_path, pieces, "forward"), device="cpu")
     result = forward.generate_following("The capital of", max_new_tokens=limit)[0]
@@ -237,7 +237,7 @@ def test_rows_beyond_the_tokenizer_are_never_written(tmp_path: Path) -> None:
         {"max_new_tokens": 600},
     ],
 )
-def test_options_that_mean_nothing_are_refused(options: dict[str, float], reverse_models: dict[str, ReverseLM]) -> None:
+def test_options_out_of_range_are_refused(options: dict[str, float], reverse_models: dict[str, ReverseLM]) -> None:
     with pytest.raises(UsageError):
         reverse_models["byte_level"].generate_preceding("The end.", **options)
 
@@ -253,9 +253,11 @@ def test_a_folder_of_the_other_direction_is_refused(tmp_path: Path) -> None:
     forward = random_model_folder(tmp_path / "forward", "byte_level", "forward")
     reverse = random_model_folder(tmp_path / "reverse", "byte_level", "reverse")
     stock = random_model_folder(tmp_path / "stock", "byte_level", None)
-    with pytest.raises(MismatchError, match=r"reads forward, ReverseLM needs a reverse one: load it with\s+ForwardLM"):
+    with pytest.raises(
+        MismatchError, match="records the direction forward, ReverseLM needs a reverse model; load it with ForwardLM"
+    ):
         ReverseLM.from_pretrained(forward)
-    with pytest.raises(MismatchError, match="reads reverse, ForwardLM needs a forward one"):
+    with pytest.raises(MismatchError, match="records the direction reverse, ForwardLM needs a forward model"):
         ForwardLM.from_pretrained(reverse)
     with pytest.raises(MismatchError, match="records no direction"):
         ReverseLM.from_pretrained(stock)
@@ -267,7 +269,7 @@ def test_a_folder_of_the_other_direction_is_refused(tmp_path: Path) -> None:
     assert ForwardLM.from_pretrained(stock).stop_ids == [3]
 
 
-def test_folders_that_do_not_hold_a_model_are_refused(tmp_path: Path) -> None:
+def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="no model folder"):
         ReverseLM.from_pretrained(tmp_path / "missing")
     folder = random_model_folder(tmp_path / "model", "byte_level", "reverse")
@@ -313,9 +315,7 @@ def test_a_folder_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_stream_grows_at_its_front_and_ends_with_what_generation_gives(
-    name: str, reverse_models: dict[str, ReverseLM]
-) -> None:
+def test_a_stream_grows_at_its_front_and_ends_with_the_generated_text(name: str, reverse_models: dict[str, ReverseLM]) -> None:
     options = {"max_new_tokens": 24, "temperature": 1.0, "seed": 5}
     for text in ("the end of the text", "é中", "x"):
         shown = list(reverse_models[name].stream_preceding(text, **options))
@@ -342,19 +342,23 @@ def test_a_closed_stream_ends_the_model_and_its_errors_reach_the_caller(reverse_
     assert threading.active_count() == threads
     with pytest.raises(UsageError, match="exceed the 512 positions"):
         list(model.stream_preceding("some text", max_new_tokens=600))
-    with pytest.raises(UsageError, match="temperature=-1"):  # at once, not when the first token is asked for
+    with pytest.raises(UsageError, match="temperature=-1"):  # at once, not at the first token
         model.stream_preceding("some text", temperature=-1.0)
-    with pytest.raises(UsageError, match="a stream shows one text, 2 were asked for"):
+    with pytest.raises(UsageError, match="num_return_sequences=2: a stream shows one text"):
         model.stream_preceding("some text", temperature=1.0, num_return_sequences=2)
-    with pytest.raises(UsageError, match="each letter of which would stop"):
+    with pytest.raises(UsageError, match="so each letter would stop"):
         model.stream_preceding("some text", stop_strings="the")
 
 
-def test_a_stop_string_is_matched_in_reading_order_and_left_out(tmp_path: Path) -> None:
+def test_a_stop_string_is_matched_in_text_order_and_omitted(tmp_path: Path) -> None:
     chain = {305: 304, 304: 303, 303: 302, 302: EOD_ID}
     reverse = ReverseLM.from_pretrained(legible_folder(tmp_path, chain, "reverse"), device="cpu")
     result = reverse.generate_preceding("305 306", max_new_tokens=9, stop_strings=["303 30", "nothing"])[0]
-    assert (result.preceding, result.stop_string, result.stopped) == ("4 ", "303 30", False)  # 303 came last, 304 before it
+    assert (result.preceding, result.stop_string, result.stopped) == (
+        "4 ",
+        "303 30",
+        False,
+    )  # 303 was written last, 304 before it
     assert result.text == "4 305 306"
     untouched = reverse.generate_preceding("305 306", max_new_tokens=9, stop_strings=["304 303", "305 306"])[0]
     assert (untouched.preceding, untouched.stop_string, untouched.stopped) == ("302 303 304 ", None, True)
@@ -372,8 +376,8 @@ def test_a_stop_string_ends_a_forward_text(tmp_path: Path) -> None:
         forward.generate_following("306 307", stop_strings=[""])
 
 
-def test_a_public_reverse_checkpoint_asks_for_its_direction_and_its_eod(tmp_path: Path) -> None:
-    """The original's 7B: dummy prefix, a template with BOS, no direction, eos 2 in every file, trained with another token."""
+def test_a_public_reverse_checkpoint_needs_its_direction_and_its_eod(tmp_path: Path) -> None:
+    """Like the published LEDOM 7B: dummy prefix, a template with BOS, no direction, eos 2 in every file, but another end token in training."""
     folder = piece_chain_folder(tmp_path, ["▁of", "▁capital", "▁cat", "</s>", "▁the", "<EOD>"], "reverse")
     stored = Tokenizer.from_file(str(folder / "tokenizer.json"))
     stored.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
@@ -386,11 +390,11 @@ def test_a_public_reverse_checkpoint_asks_for_its_direction_and_its_eod(tmp_path
     with pytest.raises(MismatchError, match="records no direction"):
         ReverseLM.from_pretrained(folder, device="cpu")
     eod_id = stored.token_to_id("<EOD>")
-    with pytest.raises(MismatchError, match=rf"names \[2\] as its eos, but its tokenizer has <EOD> = {eod_id}"):
+    with pytest.raises(MismatchError, match=rf"records the eos \[2\], but its tokenizer also has <EOD> = {eod_id}"):
         ReverseLM.from_pretrained(folder, device="cpu", direction="reverse")
     model = ReverseLM.from_pretrained(folder, device="cpu", direction="reverse", eod_id=eod_id)
     result = model.generate_preceding("capital of", max_new_tokens=20)[0]
     assert (result.text, result.stopped) == ("the cat capital of", True)
     assert model.leading_ids == []
-    with pytest.raises(UsageError, match="says itself what ends a text"):
+    with pytest.raises(UsageError, match="records its own eod"):
         ReverseLM.from_pretrained(random_model_folder(tmp_path / "ours", "byte_level", "reverse"), eod_id=3)

@@ -1,4 +1,4 @@
-"""Reverse Reward: the formula, the order, the file format and its faults."""
+"""Reverse Reward: the formula, the ranking, the file format and errors in it."""
 
 import json
 import math
@@ -39,7 +39,7 @@ ANSWERS = ["Paris.", "The cat sat on the mat", "漢字 🙂", "Paris."]
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A forward and a reverse model with different tokenizers, as each uses its own."""
+    """Return a forward and a reverse model with different tokenizers."""
     root = tmp_path_factory.mktemp("models")
     return (
         random_model_folder(root / "forward", "byte_level", "forward"),
@@ -69,7 +69,7 @@ def engines(models: tuple[ForwardLM, ReverseLM], batch_size: int = 16) -> tuple[
 
 
 class FailingEngine(TransformersEngine):
-    """Scores as ever, but for answers called broken."""
+    """Scores as usual, but raises an error for answers called broken."""
 
     def score(self, pairs: Sequence[tuple[str, str]], *, include_end: bool = False) -> list[SpanScore]:
         if any("broken" in answer for _, answer in pairs):
@@ -234,7 +234,7 @@ import os, runpy, sys
 from megatron_ledom.inference.reverse_reward.rerank_part import UnfinishedOutput
 plain, calls = UnfinishedOutput.append, []
 def append(self, window):
-    if len(calls) == 2:  # half a line of the third window reaches the disk, then the machine is gone
+    if len(calls) == 2:  # half a line of the third window reaches the disk, then the process is killed
         with self._part.open("a", encoding="utf-8") as output:
             output.write("{" + '"prompt": "half a li')
         os.kill(os.getpid(), 9)
@@ -264,7 +264,7 @@ def test_a_killed_rerank_resumes_to_the_identical_file(
     assert not (tmp_path / "killed").exists()
     finish("killed")
     finish("whole")
-    assert len(read_lines(tmp_path / "whole")) == 7  # three windows where answers are sampled: 3, 3 and 1
+    assert len(read_lines(tmp_path / "whole")) == 7  # three windows if answers are sampled: 3, 3 and 1
     assert (tmp_path / "killed").read_bytes() == (tmp_path / "whole").read_bytes()
     spent = [json.loads((tmp_path / f"{name}.spent.json").read_text()) for name in ("whole", "killed")]
     assert spent[0]["forward_tokens"] == spent[1]["forward_tokens"] > 0
@@ -272,13 +272,15 @@ def test_a_killed_rerank_resumes_to_the_identical_file(
     assert not list(tmp_path.glob("*.part*"))
 
 
-def test_a_part_of_another_input_or_of_other_settings_is_refused(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
+def test_unfinished_work_of_another_input_or_of_other_settings_is_refused(
+    models: tuple[ForwardLM, ReverseLM], tmp_path: Path
+) -> None:
     by_line = partial(rerank, window=1)
     good = [{"prompt": "x", "candidates": ["y", "z"]}, {"prompt": "u", "candidates": ["v"]}]
     source = write_lines(tmp_path / "in.jsonl", *good, {"prompt": "x", "candidates": ["broken"]})
     with pytest.raises(DataError, match=r"in\.jsonl:3: .*broken weights"):
         rerank_file(lambda: failing_engines(models), source, tmp_path / "out.jsonl", RerankSettings(window_candidates=1))
-    assert len(read_lines(tmp_path / "out.jsonl.part")) == 2  # what is finished is kept
+    assert len(read_lines(tmp_path / "out.jsonl.part")) == 2  # finished lines are kept
     with pytest.raises(MismatchError, match=r"weight was 0\.5 and is 0\.25"):
         by_line(models, source, tmp_path / "out.jsonl", weight=0.25)
     write_lines(source, {"prompt": "other", "candidates": ["y"]}, *good)
@@ -306,7 +308,7 @@ def test_a_ranked_file_is_ranked_again_and_resumed(models: tuple[ForwardLM, Reve
 
 
 def test_notes_without_a_part_do_not_stop_the_next_run(models: tuple[ForwardLM, ReverseLM], tmp_path: Path) -> None:
-    """What a kill between the last two operations leaves: the output has its name, the notes are still there."""
+    """State after a kill between the last two operations: the output has its name, and the notes still exist."""
     source = write_lines(tmp_path / "in.jsonl", {"prompt": "x", "candidates": ["y"]})
     (tmp_path / "out.jsonl.part.notes").write_text(json.dumps({"made_by": {}}) + "\n{}\n")
     assert rerank(models, source, tmp_path / "out.jsonl") == 1

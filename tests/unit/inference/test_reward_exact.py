@@ -1,4 +1,4 @@
-"""The reward against slow and obvious references: loops over stock models, and a joint distribution that is fully written out."""
+"""The reward equals slow references: loops over stock models, and a joint distribution that is fully enumerated."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ NAMES = list(TOKENIZERS)
 
 @dataclass
 class Twin:
-    """A folder's model as the package loads it, and once more as transformers alone does, with the plain tokenizer file."""
+    """A model as the package loads it, and as transformers alone does, with the plain tokenizer file."""
 
     folder: Path
     direction: str
@@ -47,7 +47,7 @@ class Twin:
 
     @torch.no_grad()
     def slow(self, prompt: str, answer: str, include_end: bool) -> list[float]:
-        """log P of each scored token in text order (eod last), one forward pass a token, no batch, no padding."""
+        """Return log P of each scored token in text order (eod last), with one forward pass per token, no batch, no padding."""
         encoding = self.tokenizer.encode(prompt + answer, add_special_tokens=False)
         of_prompt = [end <= len(prompt) for _, end in encoding.offsets]
         num_prompt = of_prompt.index(False) if False in of_prompt else len(of_prompt)
@@ -78,7 +78,7 @@ def twins(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Twi
 
 
 def cut_at_random(rng: random.Random) -> tuple[str, str]:
-    """A text cut anywhere, also inside a word or a merge, into two parts that are not empty."""
+    """Return two parts of a text, not empty, cut anywhere, also inside a word or a merge."""
     text = random_text(rng, 6) + rng.choice(["x", "Paris", "漢"])
     while len(text) < 2:
         text += "a"
@@ -125,7 +125,7 @@ def all_values(score: scoring.SpanScore | None) -> list[float]:
 
 
 def test_a_merge_over_the_boundary_is_scored_forward_and_given_in_reverse(twins: dict[tuple[str, str], Twin]) -> None:
-    """Of "... of Par" + "is" the piece " Paris" is the answer's: it is scored by the forward model only."""
+    """In "... of Par" + "is" the piece " Paris" belongs to the answer, so only the forward model scores it."""
     engines = [TransformersEngine(twins["byte_level", direction].ours) for direction in ("forward", "reverse")]
     ((score,),) = score_questions(*engines, [("The capital of Par", [Candidate("is")])], RewardSettings())
     tokenizer = twins["byte_level", "forward"].ours.tokenizer
@@ -173,12 +173,12 @@ def test_equal_spans_are_computed_once(twins: dict[tuple[str, str], Twin], monke
         ({"language_model_weight": math.inf}, "language_model_weight=inf"),
     ],
 )
-def test_settings_that_mean_nothing_are_refused(values: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         RewardSettings(**values)
 
 
-def test_a_reward_that_needs_more_than_the_scores_hold_is_refused() -> None:
+def test_a_reward_that_needs_missing_scores_is_refused() -> None:
     score = CandidateScore(-1.0, -2.0, None, 3, None)
     with pytest.raises(DataError, match="forward_tokens"):
         reward_of(score, "x", "y", RewardSettings(forward_normalization="token"))
@@ -188,7 +188,7 @@ def test_a_reward_that_needs_more_than_the_scores_hold_is_refused() -> None:
 
 
 def test_ranking_by_true_models_equals_the_closed_form_for_every_lambda() -> None:
-    """Questions and answers of two letters. Both conditionals, and P(y), are sums over the 81 texts."""
+    """Questions and answers have two letters. Both conditionals, and P(y), are sums over the 81 texts."""
     joint = random_joint(seed=5)
     forward = TransformersEngine(letters_lm(ForwardLM, joint))
     reverse = TransformersEngine(letters_lm(ReverseLM, joint), batch_size=64)

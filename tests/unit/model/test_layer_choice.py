@@ -1,4 +1,4 @@
-"""Which layers a run gets on which machine; the machine is told, because none of them is here."""
+"""The choice of layers on different machines, which are simulated."""
 
 import importlib.util
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def run(*overrides: str) -> RunConfig:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
-    """Tells what is installed: packages, the version of Transformer Engine, the GPU's compute capability; no kernels of ours."""
+    """Simulate installed packages, Transformer Engine's version and the GPU's compute capability, without our kernels."""
     monkeypatch.setattr(layer_specs, "backend", lambda kind: Backend(False, kind, "not built"))
 
     def tell(*packages: str, te_version: str = "2.8.0", capability: tuple[int, int] | None = None) -> None:
@@ -46,7 +46,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Machine:
     return tell
 
 
-def test_transformer_engine_is_taken_where_it_can_run(machine: Machine) -> None:
+def test_transformer_engine_is_used_if_it_can_run(machine: Machine) -> None:
     machine("transformer_engine", capability=(9, 0))
     assert choose_layers(run()).implementation == "transformer_engine"
     assert choose_layers(run("model.fp8=hybrid")).implementation == "transformer_engine"
@@ -63,23 +63,23 @@ def test_unfused_attention_is_not_transformer_engines(machine: Machine) -> None:
     assert "model.attention_backend=unfused" in choice.reason
 
 
-def test_without_transformer_engine_our_operators_are_taken_where_they_can_run(
+def test_without_transformer_engine_our_operators_are_used_if_they_can_run(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for capability, device in (((9, 0), "cuda"), (None, "cpu")):
         machine(capability=capability)
-        monkeypatch.setattr(layer_specs, "backend", lambda kind, there=device: Backend(kind == there, kind, "told"))
+        monkeypatch.setattr(layer_specs, "backend", lambda kind, there=device: Backend(kind == there, kind, "a reason"))
         choice = choose_layers(run())
         assert choice.implementation == "fused"
-        assert f"fused operators for {device}: told" in choice.reason
+        assert f"fused operators for {device}: a reason" in choice.reason
         assert choose_layers(run("data.reset_attention_mask=true")).implementation == "fused"
         assert choose_layers(run("model.transformer_impl=torch")).implementation == "torch"
     machine(capability=(9, 0))
-    monkeypatch.setattr(layer_specs, "backend", lambda kind: Backend(kind == "cuda", kind, "told"))
+    monkeypatch.setattr(layer_specs, "backend", lambda kind: Backend(kind == "cuda", kind, "a reason"))
     odd = (
         ("model.params_dtype=fp32", "for fp32 on cuda"),
         ("model.kv_channels=24", "heads of width 24, not a multiple of 16"),
-        ("model.ffn_hidden_size=44", "a share of model.ffn_hidden_size of 22"),
+        ("model.ffn_hidden_size=44", "a rank's part of model.ffn_hidden_size of 22"),
         ("model.make_vocab_size_divisible_by=4", "make_vocab_size_divisible_by=4"),
     )
     for setting, reason in odd:
@@ -92,14 +92,14 @@ def test_without_transformer_engine_our_operators_are_taken_where_they_can_run(
 @pytest.mark.parametrize(
     "setting", ["model.transformer_impl=transformer_engine", "model.fp8=hybrid", "parallel.tp_comm_overlap=true"]
 )
-def test_what_needs_transformer_engine_is_refused_without_it(machine: Machine, setting: str) -> None:
+def test_a_setting_that_needs_transformer_engine_is_refused_without_it(machine: Machine, setting: str) -> None:
     for packages, capability in ((("transformer_engine",), None), ((), (9, 0)), ((), None)):
         machine(*packages, capability=capability)
         with pytest.raises(ConfigError, match=f"{setting} cannot run here: Transformer Engine"):
             choose_layers(run(setting))
 
 
-def test_isolated_documents_never_meet_an_attention_that_ignores_their_mask(machine: Machine) -> None:
+def test_isolated_documents_never_get_an_attention_that_ignores_their_mask(machine: Machine) -> None:
     machine("transformer_engine", capability=(9, 0))
     isolated = "data.reset_attention_mask=true"
     assert choose_layers(run(isolated)).implementation == "torch"
@@ -118,7 +118,7 @@ def test_isolated_documents_never_meet_an_attention_that_ignores_their_mask(mach
         ("mxfp8", (10, 0), "2.0.1+cu12", "needs Transformer Engine 2.1 or newer"),
     ],
 )
-def test_a_recipe_the_machine_does_not_have_is_refused(
+def test_a_recipe_that_the_machine_does_not_support_is_refused(
     machine: Machine, recipe: str, capability: tuple[int, int], te_version: str, sentence: str
 ) -> None:
     machine("transformer_engine", te_version=te_version, capability=capability)
@@ -126,12 +126,12 @@ def test_a_recipe_the_machine_does_not_have_is_refused(
         choose_layers(run("model.fp8=hybrid", f"model.fp8_recipe={recipe}"))
 
 
-def test_a_recipe_the_machine_has_is_taken() -> None:
+def test_a_recipe_that_the_machine_supports_is_used() -> None:
     check_fp8_hardware("tensorwise", (8, 9), "2.2.0")
     check_fp8_hardware("mxfp8", (12, 0), "2.10.0.dev0")
 
 
-def test_nccl_gets_what_the_config_says() -> None:
+def test_nccl_gets_the_settings_of_the_config() -> None:
     config = run("parallel.high_priority_stream_groups=[dp_cp]", "parallel.use_sharp=true")
     assert nccl_options(config.parallel) == {
         "nccl_communicator_config_path": None,
@@ -140,7 +140,7 @@ def test_nccl_gets_what_the_config_says() -> None:
     }
 
 
-def test_only_the_apex_with_kernels_is_nvidias(machine: Machine) -> None:
+def test_only_an_apex_with_kernels_counts_as_nvidias(machine: Machine) -> None:
     machine()
     assert (find_apex().usable, find_apex().state) == (False, "apex not installed")
     machine("apex")

@@ -1,4 +1,4 @@
-"""Attention by SDPA and by its single steps against softmax(QK^T / sqrt(D)) V written out, and documents that must not see each other.
+"""SDPA and unfused attention compared with softmax(QK^T / sqrt(D)) V written out, and isolation of documents.
 
 Shape letters: S sequence, B batch, H query heads, G key-value heads, D head width.
 """
@@ -28,7 +28,7 @@ from tests.support.tiny_runs import TinyData
 
 S, B, H, D = 13, 2, 4, 8
 FP32_SOFTMAX = 1e-6
-"""Of UnfusedCoreAttention, whatever the type of its arguments."""
+"""Rounding error of UnfusedCoreAttention, whose softmax is in fp32 for every type."""
 BUILT: Any = SimpleNamespace(tp=None, cp=None)
 
 
@@ -45,7 +45,7 @@ def floor_of(backend: type[CausalCoreAttention]) -> float:
 
 
 def written_out(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-    """The formula in float64; hidden [S, S] or [B, 1, S, S], True where a key is not seen."""
+    """Return the formula in float64; hidden [S, S] or [B, 1, S, S] is True for invisible keys."""
     repeats = query.shape[2] // key.shape[2]
     q_BHSD, k_BHSD, v_BHSD = (
         t.double().repeat_interleave(r, 2).permute(1, 2, 0, 3) for t, r in ((query, 1), (key, repeats), (value, repeats))
@@ -60,12 +60,12 @@ def random_qkv(groups: int, dtype: torch.dtype = torch.float64) -> list[torch.Te
 
 
 def numbered(lengths: list[int]) -> torch.Tensor:
-    """[1, S]: the number of each position's document."""
+    """Return [1, S]: the number of each position's document."""
     return torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
 
 
 def hidden_positions(documents: torch.Tensor) -> torch.Tensor:
-    """[B, 1, S, S]: True above the diagonal and across documents."""
+    """Return [B, 1, S, S]: True above the diagonal and across documents."""
     causal = torch.ones(S, S, dtype=torch.bool).triu(1)
     return (causal | (documents[:, :, None] != documents[:, None]))[:, None]
 
@@ -110,7 +110,7 @@ def test_gradients_are_the_formulas(backend: type[CausalCoreAttention]) -> None:
 
 @pytest.fixture
 def started(data: TinyData, tmp_path: Path) -> Iterator[tuple[Any, Any, Any]]:
-    """A run that isolates documents: its config, groups and dataset, in this process."""
+    """Return config, groups and dataset of a run that isolates documents, in this process."""
     overrides = ["data.reset_attention_mask=true", "data.path_to_cache=null", "data.reset_position_ids=true"]
     config = load_config(str(data.config), [f"run_dir={tmp_path / 'run'}", *overrides])
     groups = start_distributed(prepare_platform(1), config.parallel)
@@ -126,7 +126,7 @@ def started(data: TinyData, tmp_path: Path) -> Iterator[tuple[Any, Any, Any]]:
 def test_dropout_draws_from_the_state_that_tensor_parallel_ranks_do_not_share(
     started: tuple[Any, Any, Any], backend: type[CausalCoreAttention]
 ) -> None:
-    """Ranks hold different heads: with the common state they would drop the same places in all of them."""
+    """Ranks have different heads; with a common state they would all drop the same positions."""
     _, groups, _ = started
     seed_iteration(1, 0, groups)
     layer = attention(backend, dropout=0.5).train()
@@ -145,7 +145,7 @@ def test_a_changed_token_changes_nothing_in_other_documents(started: tuple[Any, 
     sample = next(one for one in samples if EOD_ID in one["tokens"][0, 5:-5].tolist())
     tokens, place = sample["tokens"], 1
     documents = document_numbers(tokens, EOD_ID)
-    end = tokens[0].tolist().index(EOD_ID) + 1  # the first document's part of the sample, its eod included
+    end = tokens[0].tolist().index(EOD_ID) + 1  # the first document's part of the sample, including its eod
     assert sample["position_ids"][0, end] == 0
     changed = tokens.clone()
     changed[0, place] = (tokens[0, place] + 1) % 1000
@@ -155,4 +155,4 @@ def test_a_changed_token_changes_nothing_in_other_documents(started: tuple[Any, 
     assert torch.equal(one[0, end:], other[0, end:])
     assert torch.equal(one[0, :place], other[0, :place])
     assert not torch.equal(one[0, place:end], other[0, place:end])
-    assert not torch.equal(one[0, end:], leaking[0, end:])  # without the mask it would show
+    assert not torch.equal(one[0, end:], leaking[0, end:])  # without the mask the change is visible

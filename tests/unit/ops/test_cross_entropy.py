@@ -1,4 +1,4 @@
-"""Cross-entropy over a padded vocabulary in one process; ranks that share it: tests/distributed/test_layouts.py."""
+"""Cross-entropy over a padded vocabulary in one process. tests/distributed/test_layouts.py tests a split vocabulary."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +23,7 @@ def group() -> Iterator[Any]:
 
 
 def inputs(dtype: torch.dtype, spread: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Logits [S, B, ROWS], labels, and what comes from above for loss and log Z."""
+    """Return logits [S, B, ROWS], labels, and incoming gradients of loss and log Z."""
     draw = torch.Generator().manual_seed(0)
     logits = (torch.randn(SEQ, BATCH, ROWS, generator=draw) * spread).to(dtype)
     labels = torch.randint(0, IDS, (SEQ, BATCH), generator=draw)
@@ -55,7 +55,7 @@ def test_equals_torch_over_the_real_ids(
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_the_logits_are_left_alone_until_the_backward_pass_takes_their_memory(group: Any, fused: bool) -> None:
+def test_the_logits_do_not_change_before_the_backward_pass_uses_their_memory(group: Any, fused: bool) -> None:
     logits, labels, *_ = inputs(torch.float32, 1.0)
     leaf = logits.clone().requires_grad_()
     used = leaf * 1
@@ -67,7 +67,7 @@ def test_the_logits_are_left_alone_until_the_backward_pass_takes_their_memory(gr
         loss.sum().backward()
 
 
-def test_a_slice_that_only_pads_adds_nothing(group: Any) -> None:
+def test_a_slice_with_only_padding_adds_nothing(group: Any) -> None:
     logits, labels, *_ = inputs(torch.float32, 1.0)
     largest, sums, targets = cross_entropy.cross_entropy_terms_reference(logits.flatten(0, 1), labels.flatten(), 0)
     assert (largest == -torch.inf).all()

@@ -1,4 +1,4 @@
-"""Our fused operators against double precision: every shape, both types, and every gradient; with the kernels of this CPU."""
+"""Our fused operators compared with double precision, with the kernels of this CPU: all shapes, types and gradients."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,7 +24,7 @@ ISAS = ("avx2", "avx512", "baseline")
 
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set that this machine has."""
+    """Yield each instruction set of this machine."""
     kernels = find_cpu_ops().module
     if kernels is None:
         pytest.skip(f"no CPU operators: {find_cpu_ops().state}")
@@ -42,17 +42,17 @@ def drawn(*shape: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
 
 
 def check_close(found: torch.Tensor, exact: torch.Tensor, ulps: float = ULPS) -> None:
-    """Elements within `ulps` of their own last place, or of that of a thousandth of the largest."""
+    """Check that elements agree within `ulps` of their last place, or of that of a thousandth of the largest."""
     unit = torch.finfo(found.dtype).eps
     allowed = ulps * unit * exact.abs().clamp(min=1e-3 * float(exact.detach().abs().max()) + 1e-30)
     if found.dtype == torch.float32:
-        allowed = allowed + 4 * unit * float(exact.detach().abs().max())  # sums in another order
+        allowed = allowed + 4 * unit * float(exact.detach().abs().max())  # sums have another order
     worst = float(((found.double() - exact).abs() / allowed).max())
     assert worst <= 1, f"{worst * ulps:.2f} ulp"
 
 
 def check_op(op: Callable[..., Any], reference: Callable[..., Any], inputs: list[torch.Tensor], differentiable: int) -> None:
-    """Outputs and gradients of `op` against the reference on the same values in double precision."""
+    """Compare outputs and gradients of `op` with the reference on the same values in double precision."""
     leaves = [t.clone().requires_grad_(i < differentiable) for i, t in enumerate(inputs)]
     exact = [t.double().requires_grad_(i < differentiable) for i, t in enumerate(inputs)]
     found, wanted = op(*leaves), reference(*exact)
@@ -70,7 +70,7 @@ def check_op(op: Callable[..., Any], reference: Callable[..., Any], inputs: list
 
 @pytest.fixture
 def in_double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """References compute in fp32; here in the type of their input."""
+    """Let references compute in the type of their input instead of fp32."""
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
 
 
@@ -88,7 +88,7 @@ def test_rms_norm_equals_double_precision(shape: tuple[int, ...], dtype: torch.d
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 8), (65, 3, 17), (129, 1, 512)])
 def test_norm_of_a_sum_equals_double_precision(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Multiples of 1/16 up to 8, whose sums are exact: the rounding of the sum is the test below."""
+    """Use multiples of 1/16 up to 8, whose sums are exact; the next test covers the rounding of the sum."""
     x, residual = (drawn(*shape, dtype=torch.float32, seed=seed).mul(16).round().clamp(-64, 64).div(16) for seed in (2, 3))
     weight = drawn(shape[-1], dtype=dtype, seed=1)
     check_op(
@@ -129,12 +129,12 @@ def test_rope_equals_double_precision(groups: int, per_group: int, width: int, d
 
 @pytest.mark.usefixtures("isa")
 def test_rope_takes_gradients_of_any_strides() -> None:
-    """SDPA gives them as [B, H, S, D] in memory."""
+    """SDPA returns them as [B, H, S, D] in memory."""
     angles = drawn(5, 1, 1, 4, dtype=torch.float32).repeat(1, 1, 1, 2)
     mixed = drawn(5, 2, 2, 4 * 8, dtype=torch.float32).requires_grad_()
     given = [torch.randn(2, heads, 5, 8) for heads in (4, 2, 2)]
-    for turned in ([g.permute(2, 0, 1, 3) for g in given], [g.permute(2, 0, 1, 3).contiguous() for g in given]):
-        torch.autograd.backward(rope(mixed, angles), turned)
+    for strided in ([g.permute(2, 0, 1, 3) for g in given], [g.permute(2, 0, 1, 3).contiguous() for g in given]):
+        torch.autograd.backward(rope(mixed, angles), strided)
     assert mixed.grad is not None
     once, mixed.grad = mixed.grad / 2, None
     torch.autograd.backward(rope(mixed, angles), [g.permute(2, 0, 1, 3).contiguous() for g in given])
@@ -158,7 +158,7 @@ def test_the_number_of_threads_does_not_change_a_bit() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nan_and_infinity_come_through(dtype: torch.dtype) -> None:
+def test_nan_and_infinity_are_kept(dtype: torch.dtype) -> None:
     x = torch.ones(3, 40, dtype=dtype)
     x[0, 3], x[1, 20] = torch.nan, torch.inf
     assert swiglu(x)[0, 3].isnan()
@@ -170,7 +170,7 @@ def test_nan_and_infinity_come_through(dtype: torch.dtype) -> None:
 @pytest.mark.skipif(not backend("cpu").usable, reason=backend("cpu").state)
 @pytest.mark.parametrize("name", ["rms_norm", "swiglu", "rope", "cross_entropy_terms", "cross_entropy_gradient"])
 def test_opcheck(name: str) -> None:
-    """Schema, fake tensors and autograd as torch wants them."""
+    """Schema, fake tensors and autograd meet torch's rules."""
     angles = drawn(5, 1, 1, 4, dtype=torch.float32).repeat(1, 1, 1, 2)
     rows = [torch.rand(5) for _ in range(3)]
     labels = torch.tensor([0, 3, -1, 9, 2])
@@ -184,7 +184,7 @@ def test_opcheck(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.ledom, name).default, arguments)
 
 
-def test_the_log_says_what_runs_and_why() -> None:
+def test_the_log_has_the_kernels_and_the_reason() -> None:
     runs = "rms_norm={0} swiglu={0} rope={0} cross_entropy={1} "
     ours, state = ("cpu" if backend("cpu").usable else "torch"), f"({backend('cpu').state})"
     for implementation, in_layers, in_loss in (
@@ -196,7 +196,7 @@ def test_the_log_says_what_runs_and_why() -> None:
     assert describe(torch.device("meta"), "fused").endswith("(no kernels)")
 
 
-def test_the_report_says_what_is_built_and_what_a_model_uses(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_has_the_built_operators_and_those_of_a_model(capsys: pytest.CaptureFixture[str]) -> None:
     report.main()
     built, on_cpu, optimizer, *models = capsys.readouterr().out.splitlines()
     assert built.startswith("CUDA operators: ")
@@ -214,7 +214,7 @@ def test_architectures_are_read_from_the_file(tmp_path: Path, monkeypatch: pytes
 
 
 def test_norm_and_scaling_of_many_tensors_equal_those_of_one() -> None:
-    """What core_fixes puts in place of megatron-core's loops, with apex's arguments."""
+    """Test the functions of core_fixes that replace megatron-core's loops, with apex's arguments."""
     tensors, flag = [drawn(3 * i + 1, dtype=torch.float32, seed=i) for i in range(5)], torch.zeros(1)
     whole = torch.cat(tensors)
     norm, none = norm_of_all(1, flag, [tensors], False)

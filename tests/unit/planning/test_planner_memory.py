@@ -69,7 +69,7 @@ def test_a_layer_by_the_published_formulas() -> None:
 
 
 def test_llama_layer_on_a_gpu_by_hand() -> None:
-    """SwiGLU, grouped queries, flash, no dropout: derivation in megatron_ledom/planning/README.md."""
+    """SwiGLU, grouped queries, flash, no dropout: derivation in docs/planner.md."""
     config = load_config(str(ROOT / "examples/configs/ledom_7b.yaml"))
     model, layout = architecture_of(config.model), layout_of(config, 64)
     s, h, f, t, heads, width = 8192, 3072, 24576, 2, 16, 192

@@ -132,5 +132,5 @@ def test_a_shortened_name_of_hardware_is_completed(name: str, meant: str) -> Non
 
 @pytest.mark.parametrize("count", [0, -3])
 def test_no_devices_are_refused(count: int) -> None:
-    with pytest.raises(UsageError, match="1 or more"):
+    with pytest.raises(UsageError, match="at least 1"):
         plan_run(SEVEN, "a100-80", count)

@@ -59,8 +59,8 @@ def test_validation_page_is_what_the_script_prints() -> None:
     assert marked(text, "validation", "VALIDATION.md")[1] == validation_page(A100)
 
 
-def test_worked_examples_of_the_readme_are_what_the_script_prints() -> None:
-    assert marked((ROOT / "README.md").read_text(encoding="utf-8"), "plans", "README.md")[1] == worked_examples()
+def test_worked_examples_of_the_planner_page_are_what_the_script_prints() -> None:
+    assert marked((ROOT / "docs/planner.md").read_text(encoding="utf-8"), "plans", "planner.md")[1] == worked_examples()
 
 
 def test_exact_memory_of_the_page() -> None:

@@ -1,4 +1,4 @@
-"""What this package asks of megatron-core, so that an upgrade which takes it away fails here and says what."""
+"""The parts of megatron-core that this package uses: an upgrade that removes one fails here with its name."""
 
 import dataclasses
 import importlib
@@ -142,15 +142,15 @@ def test_function_needs_no_argument_that_we_do_not_pass() -> None:
         assert [name for name in needed if name not in names.split()] == [], function.__qualname__
 
 
-def test_a_dataset_gives_what_batches_are_made_of() -> None:
+def test_a_dataset_has_the_parts_of_batches() -> None:
     source = inspect.getsource(GPTDataset.__getitem__)
     assert all(f'"{name}"' in source for name in ("tokens", "labels", "loss_mask", "position_ids"))
-    built = inspect.getsource(GPTDataset.__init__)  # what data.dataset gives it instead of letting it build and save
+    built = inspect.getsource(GPTDataset.__init__)  # data.dataset passes it, so that megatron-core does not build and save it
     assert "self._build_document_sample_shuffle_indices()" in built
 
 
 def allowed(owner: Any, name: str) -> set[str]:
-    """The words that a field declared as Literal, or as a list of it, takes."""
+    """Return the values that a field declared as Literal, or as a list of it, accepts."""
     found: set[str] = set()
     left = [get_type_hints(owner)[name]]
     while left:
@@ -163,20 +163,20 @@ def allowed(owner: Any, name: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", ["fp8", "fp8_recipe", "fp8_amax_compute_algo", "recompute_granularity", "recompute_method"])
-def test_words_of_the_config_are_words_of_the_engine(name: str) -> None:
+def test_values_of_the_config_are_values_of_megatron_core(name: str) -> None:
     ours = next(kind for kind in (ModelConfig, ParallelConfig) if name in {field.name for field in dataclasses.fields(kind)})
     assert allowed(ours, name) <= allowed(TransformerConfig, name)
     assert allowed(ours, name)
 
 
-def test_every_fp8_recipe_has_its_needs_and_a_name_in_the_engine() -> None:
+def test_every_fp8_recipe_has_its_needs_and_a_name_in_megatron_core() -> None:
     assert set(FP8_NEEDS) == allowed(ModelConfig, "fp8_recipe")
     assert set(FP8_NEEDS) <= {recipe.value for recipe in Fp8Recipe}
 
 
 @pytest.mark.parametrize("recipe", FP8_NEEDS)
 def test_an_fp8_run_makes_a_core_config(recipe: str) -> None:
-    """As far as it gets without Transformer Engine: megatron-core's own checks of its config."""
+    """Run megatron-core's checks of its config, as far as they work without Transformer Engine."""
     parallel = {"tensor_model_parallel_size": 2, "sequence_parallel": True, "tp_comm_overlap": True}
     model = {"num_layers": 2, "hidden_size": 256, "ffn_hidden_size": 512, "num_attention_heads": 4}
     run = {"train_iters": 3000, "global_batch_size": 2}
@@ -200,8 +200,8 @@ def test_nccl_groups_have_the_names_we_use() -> None:
     assert all(f'"{setting}"' in read for setting in NCCL_SETTINGS)
 
 
-def test_the_transformer_engine_spec_is_made_of_what_we_rely_on() -> None:
-    """Its source: without Transformer Engine it cannot be called. Norms, attention and their masks are its own."""
+def test_the_transformer_engine_spec_has_the_parts_we_rely_on() -> None:
+    """Read the source, because it cannot be called without Transformer Engine. Norms, attention and masks are its own."""
     source = inspect.getsource(get_gpt_layer_with_transformer_engine_spec)
     assert "TESpecProvider()" in source
     submodules = {field.name for field in dataclasses.fields(TransformerLayerSubmodules)}
@@ -227,20 +227,20 @@ def test_names_that_the_platform_replaces_exist() -> None:
 
 
 def test_checkpoints_can_be_written_and_checked() -> None:
-    assert importlib.util.find_spec("psutil") is not None  # megatron-core's writer waits for ever without it
+    assert importlib.util.find_spec("psutil") is not None  # without it megatron-core's writer waits for ever
     assert {"async_fn", "async_fn_args", "finalize_fns", "preload_fn"} <= set(AsyncRequest._fields)
     assert finalize_model_grads.__name__ == "finalize_model_grads"
 
 
-def test_the_rotary_embedding_turns_by_the_frequencies_it_is_given() -> None:
-    """`model.builder` replaces them; the model reads them when it runs."""
+def test_the_rotary_embedding_uses_the_given_frequencies() -> None:
+    """`model.builder` replaces them; the model reads them during the forward pass."""
     for function in (RotaryEmbedding.get_freqs_non_repeated, RotaryEmbedding.get_emb):
         assert "self.inv_freq" in inspect.getsource(function)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fused_activation_is_the_same_function_and_keeps_its_input_alone(dtype: torch.dtype) -> None:
-    """What Transformer Engine's layers run, here without its compilation."""
+def test_the_fused_activation_is_the_same_function_and_keeps_only_its_input(dtype: torch.dtype) -> None:
+    """Run the activation of Transformer Engine's layers without its compilation."""
     kept: list[torch.Tensor] = []
     results = []
     x = torch.randn(8, 2, 64, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -262,8 +262,8 @@ def test_the_fused_activation_is_the_same_function_and_keeps_its_input_alone(dty
     ("implementation", "fusion", "ours"),
     [("transformer_engine", True, False), ("fused", False, True), ("torch", False, False)],
 )
-def test_the_activation_is_fused_where_the_layers_have_it_so(implementation: str, fusion: bool, ours: bool) -> None:
+def test_the_activation_is_fused_for_the_layers_that_fuse_it(implementation: str, fusion: bool, ours: bool) -> None:
     core_config = builder.build_core_config(config_from_dict({"run_dir": "unused", **SMALL}, "test"))
     builder.fuse_activation(core_config, LayerChoice(implementation, "test"))
-    core_config.__post_init__()  # megatron-core's own checks of what goes together
+    core_config.__post_init__()  # megatron-core's own checks of combinations
     assert (core_config.bias_activation_fusion, core_config.use_te_activation_func) == (fusion, ours)

@@ -1,4 +1,4 @@
-"""What makes megatron-core run on a CPU leaves everything else as it was; each check in a process of its own."""
+"""The patches that let megatron-core run on a CPU change nothing else; each check has a process of its own."""
 
 import subprocess
 import sys
@@ -9,8 +9,8 @@ import torch
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="nothing is patched where CUDA is available")
 
 
-def test_meta_device_context_still_turns_every_factory() -> None:
-    """transformers loads models inside one; real tensors there end as buffers that are never filled: garbage positions."""
+def test_meta_device_context_still_redirects_every_factory() -> None:
+    """transformers loads models in such a context; a real tensor there would become an unfilled buffer with garbage positions."""
     program = (
         "import torch\n"
         "from megatron_ledom.platform.device import prepare_platform\n"

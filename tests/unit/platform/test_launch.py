@@ -1,4 +1,4 @@
-"""Which rank a process is, by the variables of torchrun or of srun, and when its job ends."""
+"""The rank of a process from the variables of torchrun or srun, and the end of its job."""
 
 import re
 import subprocess
@@ -14,7 +14,7 @@ from megatron_ledom.platform.launch import ALONE, FOREIGN, Launch, read_launch
 from megatron_ledom.platform.slurm import seconds_until_job_end, tasks_of_nodes
 from tests.support.paths import ROOT
 
-SRUN = {  # rank 9 of 8 + 4: a step on three of the job's nodes, the ranks unevenly spread
+SRUN = {  # rank 9 of 8 + 4: a step with an uneven number of ranks on its nodes
     "SLURM_JOB_ID": "123456",
     "SLURM_STEP_ID": "2",
     "SLURM_PROCID": "9",
@@ -36,7 +36,7 @@ TORCHRUN = {
     "MASTER_ADDR": "localhost",
     "MASTER_PORT": "29500",
 }
-ONE_TASK = {  # a job of one task, in its batch script or shell; --ntasks-per-node is but a limit there
+ONE_TASK = {  # a job of one task, in its batch script or shell; there --ntasks-per-node is only a limit
     "SLURM_JOB_ID": "5",
     "SLURM_NTASKS": "1",
     "SLURM_NPROCS": "1",
@@ -60,7 +60,7 @@ else exit 1; fi
 
 @pytest.fixture(autouse=True)
 def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder for stand-ins of SLURM's commands, and no variables of a real launcher."""
+    """Return a folder for fake SLURM commands, and remove the variables of a real launcher."""
     for name in TORCHRUN:
         monkeypatch.delenv(name, raising=False)
     for name in (*SRUN, *ONE_TASK, "SLURM_JOB_END_TIME", *FOREIGN):
@@ -86,24 +86,24 @@ def test_without_a_launcher_a_process_is_alone() -> None:
 def test_rank_of_srun(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(commands, "scontrol", SCONTROL)
     set_variables(monkeypatch, SRUN)
-    meeting = "tcp://address-2:24562"
-    assert read_launch() == Launch(rank=9, world_size=12, local_rank=1, local_world_size=4, init_method=meeting)
+    address = "tcp://address-2:24562"
+    assert read_launch() == Launch(rank=9, world_size=12, local_rank=1, local_world_size=4, init_method=address)
 
 
-def test_place_to_meet_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rendezvous_address_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     set_variables(monkeypatch, SRUN, {"MASTER_ADDR": "10.0.0.7", "MASTER_PORT": "1234"})
     assert read_launch().init_method == "tcp://10.0.0.7:1234"
 
 
-def test_address_that_scontrol_does_not_give_is_asked_for(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_an_address_of_scontrol_the_message_asks_for_one(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(commands, "scontrol", "#!/bin/sh\nexit 1\n")
     set_variables(monkeypatch, SRUN)
     with pytest.raises(UsageError, match=r"first node of n\[2-3\]; set MASTER_ADDR"):
         read_launch()
 
 
-def test_torchrun_goes_before_srun(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when srun starts one torchrun a node."""
+def test_torchrun_has_priority_over_srun(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For example, srun starts one torchrun per node."""
     set_variables(monkeypatch, SRUN, TORCHRUN)
     assert read_launch() == Launch(rank=3, world_size=4, local_rank=1, local_world_size=2, init_method="env://")
 
@@ -126,7 +126,7 @@ def test_forgotten_srun_is_refused(monkeypatch: pytest.MonkeyPatch, step: str | 
     assert read_launch() == ALONE
 
 
-def test_step_of_one_task_meets_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_step_of_one_task_has_no_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
     one = {"SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_TASKS_PER_NODE": "1", "SLURM_PROCID": "0"}
     set_variables(monkeypatch, SRUN, one, {"SLURM_LOCALID": "0", "SLURM_NODEID": "0"})
     assert read_launch() == ALONE
@@ -147,16 +147,14 @@ def test_tasks_of_nodes_in_another_form_are_refused(text: str) -> None:
     ("left", "seconds"),
     [("5:04", 304.0), ("47:59:59", 172799.0), ("2-00:00:01", 172801.0), ("UNLIMITED", None), ("INVALID", None)],
 )
-def test_time_that_squeue_says_is_left(
-    commands: Path, monkeypatch: pytest.MonkeyPatch, left: str, seconds: float | None
-) -> None:
+def test_remaining_time_of_squeue(commands: Path, monkeypatch: pytest.MonkeyPatch, left: str, seconds: float | None) -> None:
     put(commands, "squeue", f"#!/bin/sh\n[ \"$2\" = --jobs=123456 ] && printf '123455 9:00\\n123456 {left}\\n'\n")
     assert seconds_until_job_end() is None
     set_variables(monkeypatch, SRUN)
     assert seconds_until_job_end() == seconds
 
 
-def test_time_that_is_left_without_squeue(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_remaining_time_without_squeue(commands: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     put(commands, "squeue", "#!/bin/sh\nexit 1\n")
     set_variables(monkeypatch, SRUN)
     assert seconds_until_job_end() is None
@@ -166,7 +164,7 @@ def test_time_that_is_left_without_squeue(commands: Path, monkeypatch: pytest.Mo
 
 
 def test_launch_is_read_and_signals_are_remembered_before_torch_is_imported() -> None:
-    """Until then a signal kills; torch takes seconds to import."""
+    """A signal before that kills, and importing torch takes seconds."""
     lines = (
         "import sys; from megatron_ledom.pretrain import StopRequest, read_launch",
         "StopRequest(); read_launch(); assert 'torch' not in sys.modules",
@@ -194,9 +192,9 @@ def test_forgotten_srun_is_refused_without_ntasks(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "fault"),
+    ("name", "value", "message"),
     [
-        ("SLURM_TASKS_PER_NODE", "8(x4)", "SLURM_NTASKS=1, but SLURM_TASKS_PER_NODE makes 32: it is not clear"),
+        ("SLURM_TASKS_PER_NODE", "8(x4)", "SLURM_NTASKS=1, but SLURM_TASKS_PER_NODE makes 32: it is unclear"),
         ("SLURM_NPROCS", "32", "SLURM_NTASKS=1, but SLURM_NPROCS makes 32"),
         ("SLURM_JOB_NUM_NODES", "4", "SLURM_NTASKS=1, but SLURM_JOB_NUM_NODES makes 4"),
         ("SLURM_NNODES", "4", "SLURM_NTASKS=1, but SLURM_JOB_NUM_NODES makes 4"),
@@ -209,12 +207,12 @@ def test_forgotten_srun_is_refused_without_ntasks(monkeypatch: pytest.MonkeyPatc
     ],
 )
 def test_a_process_without_srun_that_may_be_one_of_several_is_refused(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
     set_variables(monkeypatch, ONE_TASK)
     assert read_launch() == ALONE
     monkeypatch.setenv(name, value)
-    with pytest.raises(UsageError, match=f"^{re.escape(fault)}"):
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
         read_launch()
 
 
@@ -240,7 +238,7 @@ def test_a_step_whose_size_is_another_than_that_of_its_nodes_is_refused(monkeypa
 
 
 @pytest.mark.parametrize("name", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"])
-def test_a_launcher_that_is_not_understood_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_an_unsupported_launcher_is_refused(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.setenv(name, "8")
     with pytest.raises(UsageError, match=f"{name}='8', but RANK is not set"):
         read_launch()
@@ -279,50 +277,50 @@ def test_a_variable_of_a_step_that_is_missing_is_named(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "fault"),
+    ("name", "value", "message"),
     [
-        ("SLURM_NODEID", "2", "SLURM_NODEID=2, but SLURM_STEP_TASKS_PER_NODE=8,4 is of 2 nodes"),
+        ("SLURM_NODEID", "2", "SLURM_NODEID=2, but SLURM_STEP_TASKS_PER_NODE=8,4 has 2 nodes"),
         ("SLURM_LOCALID", "4", "SLURM_LOCALID=4, but SLURM_STEP_TASKS_PER_NODE=8,4 has 4 tasks on node 1"),
         ("SLURM_PROCID", "12", "SLURM_PROCID=12 is not below SLURM_STEP_NUM_TASKS=12"),
         ("SLURM_STEP_NUM_TASKS", "13", "SLURM_STEP_NUM_TASKS=13, but SLURM_STEP_TASKS_PER_NODE=8,4 makes 12 tasks"),
-        ("SLURM_STEP_NUM_TASKS", "0", "SLURM_STEP_NUM_TASKS='0' is not a whole number from 1 on"),
+        ("SLURM_STEP_NUM_TASKS", "0", "SLURM_STEP_NUM_TASKS='0' is not a whole number of at least 1"),
         ("SLURM_STEP_NODELIST", "", "SLURM_STEP_NODELIST is empty or not set"),
-        ("MASTER_ADDR", "", "MASTER_ADDR='' is no host"),
+        ("MASTER_ADDR", "", "MASTER_ADDR='' is not a host name"),
         ("MASTER_PORT", "70000", "MASTER_PORT=70000 is above 65535"),
     ],
 )
 def test_variables_of_a_step_that_contradict_each_other_are_named(
-    commands: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str
+    commands: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
     put(commands, "scontrol", SCONTROL)
     set_variables(monkeypatch, SRUN, {name: value})
-    with pytest.raises(UsageError, match=f"^{fault}"):
+    with pytest.raises(UsageError, match=f"^{message}"):
         read_launch()
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "fault"),
+    ("name", "value", "message"),
     [
         *((name, value, f"{name}={value!r} is not a whole number") for name in list(TORCHRUN)[:4] for value in ("", "x", "-1")),
         ("RANK", "4", "RANK=4 is not below WORLD_SIZE=4"),
         ("LOCAL_RANK", "2", "LOCAL_RANK=2 is not below LOCAL_WORLD_SIZE=2"),
         ("LOCAL_WORLD_SIZE", "5", "LOCAL_WORLD_SIZE=5 is not at most WORLD_SIZE=4"),
-        ("MASTER_ADDR", "", "MASTER_ADDR='' is no host"),
-        ("MASTER_ADDR", "tcp://n1", "MASTER_ADDR='tcp://n1' is no host"),
+        ("MASTER_ADDR", "", "MASTER_ADDR='' is not a host name"),
+        ("MASTER_ADDR", "tcp://n1", "MASTER_ADDR='tcp://n1' is not a host name"),
         ("MASTER_PORT", "", "MASTER_PORT='' is not a whole number"),
         ("MASTER_PORT", "29500x", "MASTER_PORT='29500x' is not a whole number"),
         ("MASTER_PORT", "65536", "MASTER_PORT=65536 is above 65535"),
     ],
 )
 def test_variables_of_torchrun_that_are_wrong_are_named(
-    monkeypatch: pytest.MonkeyPatch, name: str, value: str, fault: str
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, message: str
 ) -> None:
     set_variables(monkeypatch, TORCHRUN, {name: value})
-    with pytest.raises(UsageError, match=f"^{fault}"):
+    with pytest.raises(UsageError, match=f"^{message}"):
         read_launch()
 
 
-def test_an_address_of_ipv6_is_one_that_ranks_can_meet_at(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_ipv6_address_works_for_the_rendezvous(monkeypatch: pytest.MonkeyPatch) -> None:
     set_variables(monkeypatch, SRUN, {"MASTER_ADDR": "fe80::1", "MASTER_PORT": "1234"})
     assert read_launch().address() == ("fe80::1", 1234)
 
@@ -336,7 +334,7 @@ def test_an_end_of_the_job_that_cannot_be_read_is_named(commands: Path, monkeypa
 
 
 def test_the_environment_is_read_in_few_places() -> None:
-    """What a launcher sets is parsed, and faults are named, in `platform` alone; a lock shows the job's id as it is."""
+    """Only `platform` parses a launcher's variables; a lock shows the job's id unchanged."""
     launcher = re.compile(r"""environ(?:\.get\(|\[)\s*["'](?:SLURM_|RANK|WORLD_SIZE|LOCAL_|MASTER_|OMPI_|PMI_)""")
     sources = sorted((ROOT / "megatron_ledom").rglob("*.py"))
     assert [path.name for path in sources if launcher.search(path.read_text(encoding="utf-8"))] == ["locks.py"]

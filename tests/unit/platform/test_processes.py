@@ -1,4 +1,4 @@
-"""A process ends itself with its code though its interpreter is blocked, and not when that was put off or called off."""
+"""A timer ends a process even if its interpreter is blocked, unless the timer was extended or cancelled."""
 
 import subprocess
 import sys

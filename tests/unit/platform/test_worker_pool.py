@@ -1,4 +1,4 @@
-"""Worker processes: order, back pressure, and every kind of death; nothing hangs and nobody is left over."""
+"""Worker processes: order, back pressure and every kind of death; nothing hangs and no process is left."""
 
 import os
 import signal
@@ -34,7 +34,7 @@ def test_items_and_results_larger_than_a_pipe_do_not_block_each_other() -> None:
 
 
 def test_a_free_worker_takes_the_next_item() -> None:
-    """One slow item holds up one worker; the other does all the rest in the meantime."""
+    """A slow item occupies one worker; the other processes the rest."""
 
     def slow_zero(item: int) -> int:
         time.sleep(0.5 if item == 0 else 0)
@@ -45,7 +45,7 @@ def test_a_free_worker_takes_the_next_item() -> None:
     assert pids.count(pids[0]) == 1
 
 
-def test_an_error_is_raised_as_it_is_and_at_once() -> None:
+def test_an_error_is_raised_unchanged_and_at_once() -> None:
     def fail_at_three(item: int) -> int:
         if item == 3:
             raise DataError(f"bad {item}")
@@ -75,7 +75,7 @@ def test_a_dead_worker_is_an_error_not_a_hang(how: str) -> None:
         return item
 
     words = "was killed by SIGKILL" if how == "killed" else "ended with code 3"
-    with pytest.raises(LedomError, match=f"{words} at item 5; often memory ran out"):
+    with pytest.raises(LedomError, match=f"{words} at item 5; the usual cause is too little memory"):
         list(mapped(die_at_five, range(20), 2))
 
 

@@ -1,4 +1,4 @@
-"""Reports of runs: one page that stands alone, forward against reverse in one picture, and figures that are the records'."""
+"""Reports of runs: one page without external files, forward and reverse in one plot, and the metrics of the records."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from tests.support.paths import ROOT
 
 
 def write_run(folder: Path, direction: str, floor: float, num_records: int = 120) -> str:
-    """A run folder with losses from 8.7 down to about `floor`, validations every 30 records and a bad step."""
+    """Write a run folder with losses from 8.7 down to about `floor`, validations every 30 records and a bad step."""
     config = load_config(str(ROOT / f"examples/configs/quickstart_{direction}.yaml"), [f"run_dir={folder}"])
     save_config(config, str(folder / "config.yaml"))
     lines = []
@@ -45,7 +45,7 @@ def twins(tmp_path: Path) -> list[str]:
     return [write_run(tmp_path / "reverse", "reverse", 4.2), write_run(tmp_path / "forward", "forward", 4.1)]
 
 
-def test_the_tool_draws_both_directions_and_one_page_that_stands_alone(twins: list[str], tmp_path: Path) -> None:
+def test_the_tool_draws_both_directions_and_one_page_without_external_files(twins: list[str], tmp_path: Path) -> None:
     output = tmp_path / "report"
     command = ["tools/report_run.py", *twins, "--output", str(output), "--smooth", "5"]
     done = run_forked(command)
@@ -63,13 +63,13 @@ def test_the_tool_draws_both_directions_and_one_page_that_stands_alone(twins: li
     assert "above the forward run" in done.stdout
 
 
-def test_figures_are_those_of_the_records(twins: list[str]) -> None:
+def test_metrics_are_those_of_the_records(twins: list[str]) -> None:
     reverse, forward = load_runs(twins)
     assert (reverse.name, forward.name) == ("reverse", "forward")
     records = [json.loads(line) for line in Path(twins[0], "metrics.jsonl").read_text().splitlines()[:-1]]
     mean = sum(record["lm_loss"] for record in records[-10:]) / 10
     assert final_loss(reverse) == pytest.approx(mean)
-    assert len(reverse.points("lm_loss")[0]) == 119  # the step without a finite loss is left out, a torn line too
+    assert len(reverse.points("lm_loss")[0]) == 119  # without the step that has no finite loss, and without the torn line
     row = summary(reverse)
     assert row["iterations"] == "600 of 600"
     assert row["tokens"] == "240,000,000"
@@ -89,7 +89,7 @@ def test_figures_are_those_of_the_records(twins: list[str]) -> None:
 
 
 def with_losses(run: RunData, losses: list[float], validations: dict[int, dict[str, float]] | None = None) -> RunData:
-    """The run with other records: a training loss each 1000 tokens, and validation losses by the number of the record."""
+    """Return the run with other records: a training loss every 1000 tokens, and validation losses by number of the record."""
     records = [{"iteration": n, "consumed_train_tokens": 1000 * n, "lm_loss": loss} for n, loss in enumerate(losses, 1)]
     for number, sets in (validations or {}).items():
         found = {name: {"lm_loss": loss, "bits_per_byte": 1.0} for name, loss in sets.items()}
@@ -119,7 +119,7 @@ def test_validation_counts_and_not_the_last_noisy_training_records(twins: list[s
         ({10: {"a": 4.1, "b": 1}}, {10: {"c": 4.1, "d": 1}}, "no validation of the same set"),
     ],
 )
-def test_without_a_sure_difference_of_validation_neither_twin_is_called_lower(
+def test_without_a_clear_validation_difference_neither_twin_is_called_lower(
     reverse: dict[int, dict[str, float]], forward: dict[int, dict[str, float]], message: str, twins: list[str]
 ) -> None:
     runs = [with_losses(run, [4.0] * 30, found) for run, found in zip(load_runs(twins), (reverse, forward), strict=True)]
@@ -130,7 +130,7 @@ def test_without_a_sure_difference_of_validation_neither_twin_is_called_lower(
 
 
 def test_training_losses_make_a_claim_only_beyond_their_interval(twins: list[str]) -> None:
-    """Noise of 0.1 that lasts for several records: 0.4 is seen in 200 records, 0.005 is not, and ten records say nothing."""
+    """Correlated noise of 0.1: 200 records show a difference of 0.4 but not of 0.005, and ten records show none."""
     noise = [0.1 * math.sin(n / 3) + 0.05 * math.sin(5 * n) for n in range(200)]
     base = [4.0 + math.exp(-n / 20) for n in range(200)]
     runs = load_runs(twins)
@@ -146,7 +146,7 @@ def test_training_losses_make_a_claim_only_beyond_their_interval(twins: list[str
     assert "10 training records at the same tokens" in told(0.4, 10)
 
 
-def test_the_difference_of_twins_is_taken_at_the_same_tokens(twins: list[str]) -> None:
+def test_the_difference_of_twins_is_computed_at_the_same_tokens(twins: list[str]) -> None:
     reverse, forward = (
         with_losses(run, losses) for run, losses in zip(load_runs(twins), ([5.0, 4.0, 3.0], [4.5, 3.5]), strict=True)
     )
@@ -159,7 +159,7 @@ def test_moving_average_by_hand() -> None:
 
 @pytest.mark.parametrize("width", [1, 2, 5, 8, 100])
 def test_smoothing_moves_no_curve(width: int) -> None:
-    """A straight line stays where it is, and the learning rate is drawn as it is."""
+    """A straight line stays unchanged, and the learning rate is not smoothed."""
     line = [0.5 * n for n in range(30)]
     assert moving_average(line, width) == pytest.approx(line)
     assert EXACT == ("lr",)
@@ -206,7 +206,7 @@ def test_a_record_of_other_types_is_named_by_file_and_line(
         report_runs(twins, str(tmp_path / "report"), 0)
 
 
-def test_what_a_validation_did_not_measure_is_a_dash(twins: list[str]) -> None:
+def test_a_value_that_no_validation_measured_is_a_dash(twins: list[str]) -> None:
     for sets, expected in (
         ({}, ("–", "–")),
         ({"v": {"lm_loss": 4.0, "bits_per_byte": None}}, ("4.0000", "–")),
@@ -240,7 +240,7 @@ def test_a_run_is_compared_with_its_plan(twins: list[str], tmp_path: Path) -> No
     assert re.search(rf"s/iteration, planned +{planned:.3f} +{planned:.3f}", done.stdout)
     assert re.search(rf"s/iteration, measured +{measured:.3f}", done.stdout)
     assert f"{planned / measured - 1:+.1%}" in (tmp_path / "report/report.html").read_text()
-    with pytest.raises(UsageError, match="names no parallel"):
+    with pytest.raises(UsageError, match="sets no parallel"):
         planned_rows(
             replace(load_runs(twins[:1])[0], config=load_config(str(ROOT / "examples/configs/quickstart_reverse.yaml"))), None
         )

@@ -1,4 +1,4 @@
-"""Prompts and candidates that a reranking skipped: left out of comparisons with a note, of explanations too, and skipped again."""
+"""Prompts and candidates that a reranking skipped: omitted from comparisons (with a note) and explanations, and skipped again."""
 
 import json
 from pathlib import Path
@@ -35,7 +35,7 @@ def answered(number: int, **more: Any) -> dict[str, Any]:
 
 
 def unanswered(number: int) -> dict[str, Any]:
-    """What a sampling run with --too-long skip writes for a prompt without room."""
+    """Return the line that a sampling run with --too-long skip writes for a prompt without room."""
     line = {"prompt": f"q{number}", "gold": "18", "candidates": [], "scores": [], "ranking": []}
     return {**line, "best": None, "skipped": NO_ROOM}
 
@@ -45,7 +45,7 @@ def write(path: Path, lines: list[dict[str, Any]]) -> str:
     return str(path)
 
 
-def test_questions_that_any_seed_skipped_are_left_out_of_all_files_and_counted(
+def test_questions_that_any_seed_skipped_are_omitted_for_all_files_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("scipy")
@@ -59,7 +59,9 @@ def test_questions_that_any_seed_skipped_are_left_out_of_all_files_and_counted(
     assert run_tool(monkeypatch, "report_rerank", first, second, *options) == 0
     report = json.loads((output / "report.json").read_text())
     assert report["num_questions"] == 3
-    assert report["methods"]["greedy"]["accuracy"] == 0.5  # a skipped line has no greedy answer, and hides no others
+    assert (
+        report["methods"]["greedy"]["accuracy"] == 0.5
+    )  # a skipped line has no greedy answer; the greedy answers of others still count
     assert report["methods"]["beam by Reverse Reward"]["accuracy"] == pytest.approx(1 / 3)
     printed, markdown, page = (
         capsys.readouterr().out,
@@ -79,18 +81,20 @@ def test_a_null_best_of_a_beam_that_skipped_nothing_is_refused(tmp_path: Path) -
             load_questions(source, "gold", answers_by("number"), RewardSettings(), beam)
 
 
-def test_empty_candidates_without_a_reason_are_refused_and_too_few_questions_tell_the_skipped_ones(tmp_path: Path) -> None:
+def test_empty_candidates_without_a_reason_are_refused_and_the_error_for_too_few_questions_names_the_skipped_ones(
+    tmp_path: Path,
+) -> None:
     for line in ({**unanswered(2), "skipped": None}, {**unanswered(2), "skipped": 3}):
         source = write(tmp_path / "x.jsonl", [answered(1), line])
         with pytest.raises(DataError, match=r"x.jsonl:2: candidates is empty; remove the line"):
             load_questions(source, "gold", answers_by("number"), RewardSettings())
     source = write(tmp_path / "x.jsonl", [answered(1), unanswered(2)])
-    with pytest.raises(DataError, match=r"holds 1 questions besides 1 skipped ones; a comparison needs at least 2"):
+    with pytest.raises(DataError, match=r"has 1 questions \(and 1 skipped\); a comparison needs at least 2"):
         load_questions(source, "gold", answers_by("number"), RewardSettings())
 
 
 def test_a_skipped_candidate_is_below_an_impossible_one_and_never_chosen(tmp_path: Path) -> None:
-    """The skipped candidate is the right one: where it is all there is, or beside one of probability 0, nothing right is chosen."""
+    """The skipped candidate is the right one, alone or with one of probability 0; no method chooses it."""
     names = ["forward_logprob", "reverse_logprob", "reward"]
     impossible = {**SCORE, **dict.fromkeys(names), "minus_infinity": names}
     lines = [answered(1, scores=[SKIPPED_SCORE, impossible]), answered(2, candidates=["18"], scores=[SKIPPED_SCORE])]
@@ -107,7 +111,7 @@ def test_a_skipped_candidate_is_below_an_impossible_one_and_never_chosen(tmp_pat
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders of a forward model of 160 positions and a reverse one of 64."""
+    """Return the folders of a forward model of 160 positions and a reverse model of 64."""
     folders = []
     for direction, num_positions in (("forward", 160), ("reverse", 64)):
         folder = random_model_folder(tmp_path_factory.mktemp("model") / direction, "byte_level", direction)
@@ -122,7 +126,7 @@ def engines_of(models: tuple[Path, Path]) -> tuple[TransformersEngine, Transform
     return TransformersEngine(forward, 4), TransformersEngine(ReverseLM.from_pretrained(models[1], device="cpu"), 4)
 
 
-def test_an_explanation_leaves_skipped_candidates_out_and_says_so(
+def test_an_explanation_omits_skipped_candidates_and_names_them(
     models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     long = "very long " * 400
@@ -132,7 +136,7 @@ def test_an_explanation_leaves_skipped_candidates_out_and_says_so(
     )
     options = ["--output", str(tmp_path / "why"), "--reverse", str(models[1])]
     assert run_tool(monkeypatch, "report_rerank", source, "--explain", "1", *options) == 0
-    told = f"2. candidate 1, reward none; skipped when it was ranked, and not scored here: {SKIPPED_SCORE['skipped']}"
+    told = f"2. candidate 1, reward none; skipped by the ranking and not scored here: {SKIPPED_SCORE['skipped']}"
     printed = capsys.readouterr().out
     assert told in printed
     assert "very long" not in printed
@@ -174,7 +178,7 @@ def test_a_killed_ranking_of_skipped_prompts_resumes(models: tuple[Path, Path], 
     write(source, lines)
 
     class Killed(TransformersEngine):
-        """Ends the run at its second window."""
+        """Raises an error at the second window."""
 
         num_calls = 0
 

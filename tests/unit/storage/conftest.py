@@ -7,5 +7,5 @@ from tests.support.output_commands import write_inputs
 
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Small inputs of every command; nobody changes them."""
+    """Write small inputs of every command, which no test changes."""
     return write_inputs(tmp_path_factory.mktemp("inputs"))

@@ -1,8 +1,8 @@
-"""Killed at any step of its writing, a job goes on at the next start: nothing that it said is done is lost, and the bytes are the same.
+"""Killed at any step of its writing, a job resumes at the next start: no finished work is lost, and the result has the same bytes.
 
-Every job is killed once before each open for writing, each fsync, rename and removal, in each write of lines, and at its end. What is
-there then, or what a power failure leaves of it, is looked at; then the job is started again and its result compared with that of a run
-that nobody disturbed. A job that does not force to the disk what it should must fail this.
+Every job is killed once before each open for writing, each fsync, rename and removal, in each write of lines, and at its end. The test
+checks the files after the kill, or after a power failure; then it starts the job again and compares its result with an undisturbed run.
+A job that does not force its content to the disk must fail these tests.
 """
 
 from pathlib import Path
@@ -34,7 +34,7 @@ UNITS, LINES = 3, 6
 
 
 def units_of_a_toy_job(folder: Path, report: Report) -> None:
-    """Units of work, then one file that joins them."""
+    """Write units of work, then one file that joins them."""
     with WorkFolder(f"{folder}/result", {"units": UNITS}, start_over=False) as work:
         if (folder / "result").exists():
             return work.remove()
@@ -69,7 +69,7 @@ def kept_file(folder: Path) -> int:
 
 
 def reranked_windows(folder: Path, report: Report) -> None:
-    """The windows of a reranking, whose lines no model has to score."""
+    """Write the windows of a reranking whose lines need no model."""
     records = [Record(n, f"in:{n}", f"p{n}", [], {"prompt": f"p{n}"}) for n in range(LINES)]
     windows = [records[n : n + 2] for n in range(0, LINES, 2)]
     part = UnfinishedOutput(folder / "out.jsonl", {"settings": {"weight": 0.5}})
@@ -90,7 +90,7 @@ def kept_windows(folder: Path) -> int:
 
 
 def judged_items(folder: Path, report: Report) -> None:
-    """The items of an evaluation, and its summary."""
+    """Write the items of an evaluation, and its summary."""
     file = ItemFile(folder, "piqa.items", {"model": "m", "seed": 1})
     kept = file.resume(2, LINES, lambda number, record: None)
     for begin in range(len(kept), LINES, 2):
@@ -105,7 +105,7 @@ def kept_items(folder: Path) -> int:
 
 
 def converted_folder(folder: Path, report: Report) -> None:
-    """A folder of several files that replaces another one, as an export with --overwrite."""
+    """Replace a folder of several files, as an export with --overwrite."""
     with new_folder(f"{folder}/export", "config.json", may_replace=lambda: None) as part:
         for name in ("a.bin", "inner/b.bin", "config.json.part"):
             path = Path(part, name)
@@ -120,7 +120,7 @@ def old_folder(folder: Path) -> None:
 
 
 def kept_folder(folder: Path) -> int:
-    """The old folder is there, moved aside at most, or the whole new one; a part of a folder has no key unless it is whole."""
+    """Check that the old folder, perhaps moved aside, or the whole new one exists; an incomplete folder has no key."""
     place = folder / "export" if (folder / "export").exists() else folder / "export.old"
     content = (place / "config.json").read_text()
     for whole in (folder / "export", folder / "export.part"):
@@ -131,7 +131,7 @@ def kept_folder(folder: Path) -> int:
 
 
 def records_of_a_run(folder: Path, report: Report) -> None:
-    """A launch that goes on from iteration 2: later steps of the one before go, bad steps stay."""
+    """Resume from iteration 2: later steps of the earlier launch are removed, bad steps stay."""
     steps, bad = str(folder / "steps.jsonl"), str(folder / "bad_steps.jsonl")
     for iteration in range(len(read_records(bad)) + 1, UNITS + 1):
         append_record(bad, {"iteration": iteration, "reason": "x" * 99})
@@ -156,7 +156,7 @@ def kept_records(folder: Path) -> int:
 
 
 def saved_checkpoints(folder: Path, report: Report) -> None:
-    """Checkpoints 1 to 3 are put in place one after the other; all but the last go."""
+    """Publish checkpoints 1 to 3 one after another; all but the last are removed."""
     settle_latest(str(folder))
     latest = latest_checkpoint(str(folder))
     for number in range(1 if latest is None else int(latest[-7:]) + 1, UNITS + 1):
@@ -171,7 +171,7 @@ def saved_checkpoints(folder: Path, report: Report) -> None:
         put_in_place(str(folder), name)
         report()
         sweep(str(folder))
-    retire(str(folder), CheckpointConfig(keep_last=1))  # a run does so after each
+    retire(str(folder), CheckpointConfig(keep_last=1))  # as a run after each
     sweep(str(folder))
 
 

@@ -1,4 +1,4 @@
-"""Killed at any step, what makes a shard or a tokenizer leaves none, the one before, or a whole new one; see `test_crashes`."""
+"""A kill at any step of making a shard or a tokenizer leaves none, the old one, or a whole new one; see `test_crashes`."""
 
 import json
 import shutil
@@ -33,7 +33,7 @@ def shard_of_many_parts(tokenizer: str, inputs: str, folder: Path, report: Repor
 
 
 def kept_shard(states: States, old: bytes | None, folder: Path) -> int:
-    """A shard without its manifest never passes for one. old: the ids of a sound one that counts for nothing."""
+    """Check that files without a manifest do not load as a shard. old: the ids of an intact shard that does not count."""
     named = tuple(suffix for suffix in SUFFIXES if (folder / f"shard{suffix}").exists())
     states.add(named)
     if named == SUFFIXES:
@@ -47,7 +47,7 @@ def kept_shard(states: States, old: bytes | None, folder: Path) -> int:
 
 @every_loss
 def test_preprocessing_killed_at_any_step_ends_with_the_same_shard(loss: Loss, tmp_path: Path) -> None:
-    """Its workers' steps count too."""
+    """Steps of its workers count as well."""
     tokenizer = str(legible_tokenizer(tmp_path / "tokenizer"))
     write_jsonl(tmp_path / "in.jsonl", legible_documents(9, 90) * 2)
     states: States = set()
@@ -61,7 +61,7 @@ def merged(source: Path, prefix: str) -> None:
     merge_shards(MergeSettings(input=[f"{source}/a", f"{source}/b"], output_prefix=prefix, overwrite=True))
 
 
-def turned(source: Path, prefix: str) -> None:
+def reversed_shard(source: Path, prefix: str) -> None:
     reverse_shards(ReverseSettings(input=[f"{source}/a", f"{source}/b"], output_prefix=prefix, overwrite=True))
 
 
@@ -74,24 +74,24 @@ def pairs(source: Path, prefix: str) -> None:
 
 MAKERS: dict[str, tuple[Callable[[Path, str], None], int]] = {
     "merged": (merged, 12),
-    "turned": (turned, 12),
+    "reversed": (reversed_shard, 12),
     "pairs": (pairs, 15),
 }
-"""What writes a shard at once, and the least number of its steps."""
+"""Functions that write a shard, each with its least number of steps."""
 
 
 def write_inputs(source: Path, first: int) -> None:
-    """Inputs of every maker; of the same sizes whatever the first document."""
+    """Write the inputs of all functions; their sizes do not depend on the first document."""
     legible_tokenizer(source / "tokenizer")
     for number, name in enumerate("ab"):
         legible_shard(source / name, [legible_ids(first + number, 5)])
-    # the number of words that a prompt has is `first`: other targets in as many packs
+    # a prompt has `first` words: other targets in the same number of packed samples
     lines = [{"question": " ".join(["7"] * first), "answer": " ".join(["8"] * (6 - first))} for _ in range(2)]
     (source / "pairs.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def replaced_shard(name: str, root: Path, states: States) -> Job:
-    """A shard that replaces one of the very sizes, which would pass the cheap check in its place."""
+    """Replace a shard by one with exactly the same sizes, which would pass the cheap check."""
     make, steps = MAKERS[name]
     for first in (1, 3):
         write_inputs(root / f"inputs-{first}", first)
@@ -111,7 +111,7 @@ def replaced_shard(name: str, root: Path, states: States) -> Job:
 
 @pytest.fixture
 def _temporary_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What killed processes leave elsewhere is removed with the test's folder."""
+    """Let the test's folder contain the files that killed processes leave elsewhere."""
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
 
@@ -144,7 +144,7 @@ NAMES_LOST, REMOVALS_LOST = Loss(True, loses_names=True), Loss(True, loses_remov
     ("name", "forces", "instead", "loss"),
     [
         ("merged", "data.shards.shard.close_synced", only_close, NAMES_LOST),
-        ("turned", "data.shards.shard.publish", only_rename, NAMES_LOST),
+        ("reversed", "data.shards.shard.publish", only_rename, NAMES_LOST),
         ("pairs", "finetune.pairs.close_synced", only_close, NAMES_LOST),
         ("merged", "data.shards.shard.withdraw", only_remove, REMOVALS_LOST),
         ("pairs", "finetune.pairs.withdraw", only_remove, REMOVALS_LOST),
@@ -160,7 +160,7 @@ def test_a_shard_that_is_not_forced_to_the_disk_is_lost(
 
 
 @every_loss
-def test_a_trained_tokenizer_is_there_whole_or_not_at_all(loss: Loss, tmp_path: Path) -> None:
+def test_a_trained_tokenizer_is_whole_or_missing(loss: Loss, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "in.jsonl", ["a b ab abc"] * 3)
     names = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 

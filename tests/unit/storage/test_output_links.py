@@ -1,4 +1,4 @@
-"""An output that is a link stays one, and the file behind it is written: links are how a folder keeps large files on another disk."""
+"""An output that is a link stays a link, and its target is written, so that large files can be on another disk."""
 
 import json
 import os
@@ -28,7 +28,7 @@ ENDINGS = {
 
 
 def command_of(tool: str, at: Path, made: dict[str, str]) -> tuple[str, list[str]]:
-    """Name of the output in the folder `at`, and the command line that writes it."""
+    """Return the name of the output in the folder `at`, and the command line that writes it."""
     if tool == "preprocess_data":
         return "out", [
             "--input",
@@ -48,7 +48,7 @@ def command_of(tool: str, at: Path, made: dict[str, str]) -> tuple[str, list[str
 
 
 def linked(folder: Path, target_folder: Path, names: list[str], content: str | None) -> dict[Path, Path]:
-    """Make each name in `folder` a link to a file of another name, which holds `content` (None: is not there)."""
+    """Make each name in `folder` a link to a file with `content`, or to a missing file for None."""
     links = {folder / name: target_folder / f"real_{name}" for name in names}
     for link, target in links.items():
         link.parent.mkdir(exist_ok=True)
@@ -60,7 +60,7 @@ def linked(folder: Path, target_folder: Path, names: list[str], content: str | N
 
 
 def check_links(links: dict[Path, Path], content: str | None) -> None:
-    """Each link is one still, the file behind it was written, and nothing unfinished is left."""
+    """Check that each link is still one, its target was written, and no unfinished file is left."""
     for link, target in links.items():
         assert link.is_symlink()
         assert link.resolve() == target.resolve()
@@ -70,7 +70,7 @@ def check_links(links: dict[Path, Path], content: str | None) -> None:
 
 
 @pytest.mark.parametrize("tool", sorted({*FILES, "preprocess_data"}))
-def test_a_link_to_a_file_that_is_not_there_yet_is_followed(
+def test_a_link_to_a_new_file_is_followed(
     tool: str, made: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, command = command_of(tool, tmp_path / "here", made)
@@ -82,7 +82,7 @@ def test_a_link_to_a_file_that_is_not_there_yet_is_followed(
 
 
 @pytest.mark.parametrize("tool", [*ENDINGS, "rerank", "summarize_tasks"])
-def test_overwriting_a_link_writes_the_file_behind_it(
+def test_overwriting_a_link_writes_its_target(
     tool: str, made: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, command = command_of(tool, tmp_path / "here", made)
@@ -106,11 +106,11 @@ def test_a_reranking_is_complete_by_both_names_of_its_output(
         assert "is complete; nothing to do" in capsys.readouterr().err
     assert run_tool(monkeypatch, "rerank", *command[:-1], str(target), "--weight", "0.9", "--overwrite") == 0
     assert run_tool(monkeypatch, "rerank", *command) == 2  # the notes are those of the newest content
-    assert "was made otherwise" in capsys.readouterr().err
+    assert "was made with different settings" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tool", ["merge_shards", "rerank", "train_tokenizer"])
-def test_a_link_into_a_folder_that_is_not_there_is_refused(
+def test_a_link_into_a_missing_folder_is_refused(
     tool: str, made: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     name, command = command_of(tool, tmp_path, made)
@@ -137,13 +137,13 @@ def test_small_files_of_a_run_follow_links(tmp_path: Path) -> None:
     assert load_config(str(tmp_path / "disk/real_config.yaml")) == config
 
 
-def test_links_in_a_circle_and_what_is_no_file_are_refused(tmp_path: Path) -> None:
+def test_links_in_a_circle_and_special_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a").symlink_to("b")
     (tmp_path / "b").symlink_to("a")
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UsageError, match="is a link to b, where no file can be made"):
         write_file(tmp_path / "a", "new")
-    with pytest.raises(UsageError, match="is no regular file"):
+    with pytest.raises(UsageError, match="is not a regular file"):
         write_file(tmp_path / "pipe", "new")
     assert real_path(tmp_path / "new") == str(tmp_path.resolve() / "new")
 

@@ -1,4 +1,4 @@
-"""Every command that writes holds a lock on its output, or is listed with why it needs none; two processes never share one."""
+"""Every command locks its output, or is listed with the reason why it need not; two processes never write the same one."""
 
 import json
 import os
@@ -75,20 +75,20 @@ def test_a_command_that_writes_a_folder_refuses_one_that_another_process_writes(
 
 
 def both(command: list[str]) -> tuple[set[int], str]:
-    """Exit codes and messages of a command that two processes are given at once."""
+    """Return exit codes and messages of a command that two processes run at once."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     started = [
         subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    told = [process.communicate(timeout=200)[1] for process in started]
-    return {process.returncode for process in started}, "\n".join(told)
+    messages = [process.communicate(timeout=200)[1] for process in started]
+    return {process.returncode for process in started}, "\n".join(messages)
 
 
 def test_evaluate_started_twice_at_once_judges_each_item_once(made: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "tools/evaluate.py"), *FOLDERS["evaluate"](tmp_path / "twice", made)]
-    codes, told = both(command)
-    assert codes in ({0, 2}, {0}), told  # the second is refused, or comes when the first has finished
+    codes, messages = both(command)
+    assert codes in ({0, 2}, {0}), messages  # the second is refused, or runs after the first has finished
     lines = (tmp_path / "twice/piqa.items.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["item"] for line in lines] == [0, 1]
 
@@ -99,8 +99,8 @@ def test_merge_started_twice_at_once_leaves_one_whole_shard(tmp_path: Path) -> N
         for n in range(0, 100, 5)
     ]
     command = [sys.executable, str(ROOT / "tools/merge_shards.py"), "--input", *parts, "--output-prefix", str(tmp_path / "all")]
-    codes, told = both(command)
-    assert codes == {0, 2}, told  # the second is refused, by the lock or by what is there
+    codes, messages = both(command)
+    assert codes == {0, 2}, messages  # the second is refused, by the lock or by the existing output
     check_shard(str(tmp_path / "all"))
     assert file_bytes(str(tmp_path / "all")) == file_bytes(
         legible_shard(tmp_path / "once", [legible_ids(document % 9, 40) for document in range(100)])

@@ -1,10 +1,11 @@
-"""Folders with the layout of the published reverse model: every command gets the ids of SentencePiece, the commands of
-docs/published_model.md run, and no code of a folder runs, although the user at the terminal allows it.
+"""Folders like that of the published reverse model.
+
+Every command gets the ids of SentencePiece, the commands of docs/tutorials/published_model.md run, and no code of a folder runs,
+although the user at the terminal allows it.
 """
 
 import json
 import re
-import runpy
 import shlex
 import sys
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import sentencepiece
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 
+from megatron_ledom.cli.main import main
 from megatron_ledom.data.shards.shard import ShardReader
 from megatron_ledom.direction import Direction, to_model_order
 from megatron_ledom.errors import MismatchError
@@ -26,11 +28,11 @@ from megatron_ledom.tokenizers.corpus_tokenizer import load_tokenizer
 from tests.support.evaluation_sets import write_sets
 from tests.support.harness_tasks import write_tasks
 from tests.support.paths import ROOT
-from tests.support.published_folder import EOD_ID, published_folder, sentencepiece_model, terminal_that_says_yes, texts
+from tests.support.published_folder import EOD_ID, published_folder, sentencepiece_model, terminal_that_answers_yes, texts
 from tests.support.tiny_models import random_model_folder
 from tests.support.tool_runs import run_tool
 
-PAGE = (ROOT / "docs" / "published_model.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/tutorials/published_model.md").read_text(encoding="utf-8")
 PROMPT, ANSWER = "The capital of France is", " Paris, 漢字."
 LIBRARY = sentencepiece.SentencePieceProcessor(model_proto=sentencepiece_model())
 
@@ -43,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def terminal(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Iterator[None]:
     """Give every test a terminal at which a user allows all code to run; check at the end that none ran."""
-    with terminal_that_says_yes() as stdin:
+    with terminal_that_answers_yes() as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         yield
     assert not (folder / "ran").exists()
@@ -71,20 +73,20 @@ def blocks(language: str) -> list[str]:
 def run_here(monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """Run a command of the page in this process, with the eod of the tiny folder; it must succeed."""
     words = shlex.split(command.replace("64002", str(EOD_ID)))
-    assert words[0] == "python"
-    if words[1] == "-m":
+    assert words[0] == "ledom"
+    if words[1] == "harness":
         run_harness(words)
         return
-    found = [str(path) for word in words[1:] for path in (sorted(Path().glob(word)) if "*" in word else [word])]
+    found = [str(path) for word in words for path in (sorted(Path().glob(word)) if "*" in word else [word])]
     monkeypatch.setattr(sys, "argv", found)
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / found[0]), run_name="__main__")
+        main()
     assert not ended.value.code, command
 
 
 def run_harness(words: list[str]) -> None:
     """Run the harness without its command, which first reads thousands of task files."""
-    options = dict(zip(words[3::2], words[4::2], strict=True))
+    options = dict(zip(words[2::2], words[3::2], strict=True))
     model: dict[str, Any] = dict(pair.split("=") for pair in options["--model_args"].split(","))
     lm = LedomLM(**{**model, "eod_id": int(model["eod_id"])})
     assert lm._lm.direction is Direction.REVERSE
@@ -113,9 +115,9 @@ def test_the_commands_of_the_page_run_on_a_folder_of_that_layout(place: Path, mo
     commands = [line for block in blocks("bash") for line in block.replace("\\\n", " ").splitlines()]
     for command in commands:
         run_here(monkeypatch, command)
-        if "tools/rerank.py" in command:
+        if command.startswith("ledom rerank"):
             run_here(monkeypatch, f"{command} --token-values --output again.jsonl")
-    assert {command.split()[1] for command in commands} > {"tools/generate.py", "tools/rerank.py", "tools/evaluate.py"}
+    assert {command.split()[1] for command in commands} > {"generate", "rerank", "evaluate"}
     score = json.loads((place / "again.jsonl").read_text(encoding="utf-8"))["scores"][0]
     ids = LIBRARY.encode(PROMPT + ANSWER)
     assert score["reverse_token_ids"] == ids[: len(score["reverse_token_ids"])]
@@ -140,7 +142,7 @@ def test_the_python_of_the_page_scores_without_a_forward_model(
 
 
 def test_the_readme_links_to_the_page() -> None:
-    assert "docs/published_model.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "docs/tutorials/published_model.md" in (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_model_type_that_needs_code_of_the_folder_is_refused_without_a_prompt(tmp_path: Path) -> None:

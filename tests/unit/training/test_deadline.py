@@ -1,4 +1,4 @@
-"""When a run leaves by itself: before the job's end, or after a set time, with room for one more step as long as any so far."""
+"""A run exits before the job's end, or after a set time, with time for one more step as long as the longest so far."""
 
 from collections.abc import Callable
 
@@ -11,15 +11,15 @@ from megatron_ledom.training.resilience import Deadline, find_deadline
 
 
 class Clock:
-    """A clock that the test turns, and a job that ends at a time of it."""
+    """A clock that the test sets, and a job that ends at a time on it."""
 
     def __init__(self) -> None:
         self.now = 1000.0
         self.job_end: float | None = None
-        self.asked = 0
+        self.num_queries = 0
 
     def job_left(self) -> float | None:
-        self.asked += 1
+        self.num_queries += 1
         return None if self.job_end is None else self.job_end - self.now
 
 
@@ -34,7 +34,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 def seconds_trained(
     clock: Clock, deadline: Deadline, step_seconds: Callable[[int], float] = lambda _: 10, seconds_to_save: float = 0
 ) -> float:
-    """Take steps until the deadline says stop; the time that they took."""
+    """Take steps until the deadline is reached; return the seconds that they took."""
     began = clock.now
     for step in range(20_000):
         clock.now += step_seconds(step)
@@ -67,34 +67,34 @@ def test_last_step_ends_before_the_deadline(
 
 
 def test_a_step_that_once_took_long_may_do_so_again(clock: Clock) -> None:
-    """It had a save or a validation in it. The first one, which compiles and warms up, is not counted."""
+    """It may have had a save or a validation. The first step, which compiles and warms up, does not count."""
     clock.job_end = clock.now + 1000
     steps = {0: 500.0, 3: 90.0}
     deadline = find_deadline(train_config(exit_before_limit_seconds=100))
     assert seconds_trained(clock, deadline, lambda step: steps.get(step, 10.0)) == 810
 
 
-def test_a_save_beside_training_is_waited_for_at_the_end(clock: Clock) -> None:
-    """Its writing costs the steps nothing, so their length does not tell of it."""
+def test_a_run_waits_for_an_asynchronous_save_at_the_end(clock: Clock) -> None:
+    """An asynchronous save does not lengthen the steps, so its time is added."""
     clock.job_end = clock.now + 1000
     deadline = find_deadline(train_config(exit_before_limit_seconds=100))
     assert seconds_trained(clock, deadline, seconds_to_save=200) == 1000 - 100 - 200 - 10
-    assert "saving would take 200.0 s" in deadline.describe()
+    assert "and saving 200.0 s" in deadline.describe()
 
 
-def test_without_a_limit_a_run_never_leaves(clock: Clock) -> None:
+def test_without_a_limit_a_run_never_exits(clock: Clock) -> None:
     for keys in ({}, {"exit_before_limit_seconds": 60}):
         deadline = find_deadline(train_config(**keys))
         clock.now += 1e9
         assert not deadline.reached(1.0)
 
 
-def test_a_limit_that_was_extended_is_believed_and_slurm_is_not_asked_at_every_step(clock: Clock) -> None:
+def test_an_extended_limit_is_used_and_slurm_is_not_queried_at_every_step(clock: Clock) -> None:
     clock.job_end = clock.now + 1000
     deadline = find_deadline(train_config(exit_before_limit_seconds=100))
     clock.job_end += 1000
     assert seconds_trained(clock, deadline) == 1890
-    assert clock.asked < 6
+    assert clock.num_queries < 6
 
 
 def test_slurm_that_does_not_answer_at_the_end_does_not_extend_the_limit(clock: Clock) -> None:
@@ -104,7 +104,7 @@ def test_slurm_that_does_not_answer_at_the_end_does_not_extend_the_limit(clock: 
     assert seconds_trained(clock, deadline) == 890
 
 
-def test_job_shorter_than_what_shall_be_left_of_it_is_refused(clock: Clock) -> None:
+def test_a_job_shorter_than_its_margin_is_refused(clock: Clock) -> None:
     clock.job_end = clock.now + 300
-    with pytest.raises(UsageError, match=r"train.exit_before_limit_seconds=600, but SLURM ends this job in 300 s already"):
+    with pytest.raises(UsageError, match=r"train.exit_before_limit_seconds=600, but SLURM ends this job in 300 s;"):
         find_deadline(train_config(exit_before_limit_seconds=600))

@@ -1,4 +1,4 @@
-"""Who is blamed when nothing moves, from made-up reports."""
+"""The watchdog's verdict on which rank hangs, from invented reports."""
 
 from traceback import FrameSummary
 
@@ -19,13 +19,13 @@ def report(rank: int, *, waiting: bool, iteration: int = 7, steps: int = 100) ->
     )
 
 
-def said(*reports: RankReport, world_size: int) -> str:
-    places = {rank: f"node1 {1000 + rank}" for rank in range(world_size)}
-    return verdict({one.rank: one for one in reports}, places, world_size, "run/stacks")
+def verdict_on(*reports: RankReport, world_size: int) -> str:
+    processes = {rank: f"node1 {1000 + rank}" for rank in range(world_size)}
+    return verdict({one.rank: one for one in reports}, processes, world_size, "run/stacks")
 
 
 def test_the_rank_outside_a_collective_is_named_with_its_stack() -> None:
-    text = said(report(0, waiting=True), report(1, waiting=False), report(2, waiting=True), world_size=3)
+    text = verdict_on(report(0, waiting=True), report(1, waiting=False), report(2, waiting=True), world_size=3)
     assert "rank 1 (node1, pid 1001) hangs: iteration 7, forward and backward" in text
     assert "stack of 1" in text
     assert "stack of 0" not in text
@@ -33,18 +33,18 @@ def test_the_rank_outside_a_collective_is_named_with_its_stack() -> None:
 
 
 def test_a_rank_that_does_not_answer_is_named_before_those_that_do() -> None:
-    text = said(report(0, waiting=True), report(2, waiting=False), world_size=3)
+    text = verdict_on(report(0, waiting=True), report(2, waiting=False), world_size=3)
     assert "rank 1 (node1, pid 1001) hangs: it does not answer" in text
     assert "stack of 2" not in text
 
 
-def test_where_all_wait_the_least_advanced_is_named() -> None:
-    text = said(report(0, waiting=True), report(1, waiting=True, iteration=6, steps=900), world_size=2)
+def test_if_all_wait_the_least_advanced_is_named() -> None:
+    text = verdict_on(report(0, waiting=True), report(1, waiting=True, iteration=6, steps=900), world_size=2)
     assert "every rank waits for others, or for its device" in text
     assert "rank 1 (node1, pid 1001) hangs: iteration 6" in text
 
 
-def test_waiting_is_seen_in_the_innermost_call_of_the_engine() -> None:
+def test_waiting_is_recognized_by_the_innermost_library_call() -> None:
     loop = FrameSummary("/code/megatron_ledom/training/trainer.py", 20, "train", line="result = run_iteration()")
     cases = {
         ("/env/torch/distributed/distributed_c10d.py", "work.wait()"): True,

@@ -1,4 +1,4 @@
-"""Logs that cannot be written are counted and said, and never end a training; damaged ones are named by file and line."""
+"""Logs that cannot be written are reported and never end a training; damaged ones are named by file and line."""
 
 import json
 import logging
@@ -57,8 +57,8 @@ def iterations(path: Path) -> list[int]:
     return [json.loads(line)["iteration"] for line in path.read_text().splitlines()]
 
 
-def test_a_full_disk_loses_records_and_says_how_many(config: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
-    """Files stay whole, the writing goes on when there is room, and what is missing is said again at the end."""
+def test_a_full_disk_loses_records_and_reports_how_many(config: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    """Files stay whole, writing continues when there is space again, and the losses are reported at the end."""
     run_dir = Path(config.run_dir)
     writer, steps = MetricsWriter(config, 0), RunHistory(config.run_dir, ())
     steps.resume_from(0, 8)
@@ -68,10 +68,10 @@ def test_a_full_disk_loses_records_and_says_how_many(config: RunConfig, caplog: 
             steps.write_step(step(iteration))
             steps.sync()
         steps.write_bad_step({**record(100), "samples": "x" * LIMIT_BYTES})
-    said = [found.getMessage() for found in caplog.records if found.levelno == logging.ERROR]
+    errors = [found.getMessage() for found in caplog.records if found.levelno == logging.ERROR]
     paths = [str(run_dir / name) for name in ("metrics.jsonl", "tensorboard", "steps.jsonl", "bad_steps.jsonl")]
-    assert sorted(message.split()[0] for message in said) == sorted(paths)  # each once
-    assert all("cannot be written (File too large)" in message for message in said)
+    assert sorted(message.split()[0] for message in errors) == sorted(paths)  # each once
+    assert all("cannot be written (File too large)" in message for message in errors)
     writer.write(record(101))
     steps.write_step(step(101))
     for name, lost in (("metrics.jsonl", writer.lost()), ("steps.jsonl", steps.lost())):
@@ -130,14 +130,14 @@ DAMAGES = {
     "zeros": b"\0" * 40,
     "another kind": b"[1, 2]",
     "no iteration": b'{"lm_loss": 2.0}',
-    "an iteration that is no number": b'{"iteration": "2"}',
+    "an iteration that is not a number": b'{"iteration": "2"}',
     "empty": b"",
     "nested too deeply": 100_000 * b"[",
     "a number too large": b'{"iteration": 2, "lm_loss": 1' + 400 * b"0" + b"}",
-    "a skip that is no truth value": b'{"iteration": 2, "lm_loss": 2.0, "grad_norm": 1.0, "score": "x", "skipped": "no"}',
+    "a skip that is not a truth value": b'{"iteration": 2, "lm_loss": 2.0, "grad_norm": 1.0, "score": "x", "skipped": "no"}',
 }
-OF_STEPS = ("a number too large", "a skip that is no truth value")
-"""Of the other files the iteration alone is read at a start."""
+OF_STEPS = ("a number too large", "a skip that is not a truth value")
+"""Damages only of steps.jsonl: a start reads nothing but the iteration from the other files."""
 LOGS = ("metrics.jsonl", "steps.jsonl", "bad_steps.jsonl")
 
 
@@ -151,12 +151,12 @@ def test_a_damaged_line_is_refused_by_file_and_number(config: RunConfig, name: s
     path.write_bytes(b"\n".join([whole, DAMAGES[damage], whole, b""]))
     before = path.read_bytes()
     with pytest.raises(
-        DataError, match=rf"{path}:2: this line is damaged \(.+\); delete it, sed -i 2d {path}, and start"
+        DataError, match=rf"{path}:2: this line is damaged \(.+\); delete it with `sed -i 2d {path}` and start"
     ) as caught:
         check_history(config, "a checkpoint")
     assert caught.value.exit_code == 1
     assert path.read_bytes() == before
-    path.write_bytes(b"\n".join([whole, whole, DAMAGES[damage]]))  # a last line without its end: what a kill left
+    path.write_bytes(b"\n".join([whole, whole, DAMAGES[damage]]))  # an incomplete last line, as a kill leaves it
     check_history(config, "a checkpoint")
 
 
@@ -180,7 +180,7 @@ def test_a_damaged_launch_is_refused_by_file_and_number(config: RunConfig, line:
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "steps.jsonl", "bad_steps.jsonl", "launches.jsonl", "saves.jsonl"])
-def test_a_folder_in_the_place_of_a_log_is_refused_with_its_path(config: RunConfig, name: str) -> None:
+def test_a_folder_instead_of_a_log_is_refused_with_its_path(config: RunConfig, name: str) -> None:
     path = Path(config.run_dir, name)
     path.mkdir()
     with pytest.raises(DataError, match=f"{path} is a folder, not a file of records; move it away"):
@@ -200,14 +200,14 @@ def test_a_folder_in_the_place_of_a_log_is_refused_with_its_path(config: RunConf
         '{"other": 1}',
     ],
 )
-def test_a_damaged_list_of_iterations_to_leave_out_is_refused(config: RunConfig, content: str) -> None:
+def test_a_damaged_list_of_iterations_to_skip_is_refused(config: RunConfig, content: str) -> None:
     path = Path(config.run_dir, "skip_iterations.json")
     path.write_text(content)
-    with pytest.raises(DataError, match=f"{path} is damaged .* name them in train.skip_iterations"):
+    with pytest.raises(DataError, match=f"{path} is damaged .* list them in train.skip_iterations"):
         check_history(config, None)
 
 
-def test_a_start_from_iteration_0_keeps_the_records_of_the_one_before(tmp_path: Path) -> None:
+def test_a_start_from_iteration_0_keeps_the_records_of_the_previous_run(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     for number in (1, 2):
         content = json.dumps(record(number)) + "\n"
@@ -221,8 +221,8 @@ def test_a_start_from_iteration_0_keeps_the_records_of_the_one_before(tmp_path: 
 
 
 @pytest.mark.parametrize("evidence", ["records", "a launch", "imported weights", "a save"])
-def test_a_run_that_had_checkpoints_does_not_begin_anew_without_them(config: RunConfig, evidence: str) -> None:
-    """A save waits for the one before: a record behind the second, or a launch that went on from one, proves a checkpoint."""
+def test_a_run_that_had_checkpoints_does_not_restart_without_them(config: RunConfig, evidence: str) -> None:
+    """A save waits for the previous one: a record after the second save, or a launch that resumed, proves a checkpoint."""
     interval = config.checkpoint.save_interval
     append_record(os.path.join(config.run_dir, "metrics.jsonl"), record(2 * interval))
     append_record(os.path.join(config.run_dir, "launches.jsonl"), {"from_iteration": 0})
@@ -232,15 +232,15 @@ def test_a_run_that_had_checkpoints_does_not_begin_anew_without_them(config: Run
     elif evidence == "a save":
         append_record(os.path.join(config.run_dir, "saves.jsonl"), {"iteration": 2})
     else:
-        taken_up = {"from_iteration": 5} if evidence == "a launch" else {"from_iteration": 0, "from_checkpoint": "iter_0000000"}
-        append_record(os.path.join(config.run_dir, "launches.jsonl"), taken_up)
-    with pytest.raises(DataError, match=r"had checkpoints, but .*checkpoints has none: bring them back"):
+        resumed = {"from_iteration": 5} if evidence == "a launch" else {"from_iteration": 0, "from_checkpoint": "iter_0000000"}
+        append_record(os.path.join(config.run_dir, "launches.jsonl"), resumed)
+    with pytest.raises(DataError, match=r"had checkpoints, but .*checkpoints has none: restore them"):
         check_history(config, None)
     check_history(config, "a checkpoint")
 
 
 def bytes_read(work: Callable[[], object]) -> int:
-    """Bytes that this process reads from files while it works."""
+    """Return the number of bytes that this process reads from files during `work`."""
 
     def so_far() -> int:
         with open("/proc/self/io") as file:
@@ -251,8 +251,8 @@ def bytes_read(work: Callable[[], object]) -> int:
     return so_far() - before
 
 
-def test_noting_a_bad_step_reads_no_more_after_many(config: RunConfig) -> None:
-    """Each notes itself, the launch and which checkpoints to keep; the files are read once, at the start."""
+def test_recording_a_bad_step_reads_no_more_after_many(config: RunConfig) -> None:
+    """Each record has the launch and decides which checkpoints to keep, but the files are read only once, at the start."""
     run_dir = config.run_dir
     append_record(os.path.join(run_dir, "launches.jsonl"), {"from_iteration": 0, "config": "x" * 5000})
     steps = RunHistory(run_dir, ())

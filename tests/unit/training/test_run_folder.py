@@ -1,4 +1,4 @@
-"""One launch at a time has a run folder: the lock is gone with its holder, and nothing but its holder keeps it."""
+"""One launch at a time has a run folder: the lock ends with the process that holds it, whatever its children do."""
 
 import errno
 import fcntl
@@ -23,7 +23,7 @@ FORK = multiprocessing.get_context("fork")
 
 
 def hold(run_dir: str, begun: Any, seconds: float) -> None:
-    """A launch, with a worker that outlives it."""
+    """Lock the run folder as a launch does, with a worker process that outlives it."""
     with lock_run(run_dir):
         FORK.Process(target=time.sleep, args=(20,), daemon=True).start()
         begun.set()
@@ -38,7 +38,7 @@ def start_holder(run_dir: Path, seconds: float = 600) -> Any:
     return holder
 
 
-def test_a_second_launch_is_told_who_has_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_launch_reports_who_has_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_folder, "PATIENCE_SECONDS", 0.3)
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     holder = start_holder(tmp_path / "run")
@@ -60,14 +60,14 @@ def test_the_lock_of_a_killed_launch_is_free_though_its_workers_live(tmp_path: P
         assert f"process {os.getpid()} on" in (tmp_path / "run/lock").read_text()
 
 
-def test_a_launch_waits_for_the_one_before_to_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_launch_waits_for_the_previous_one_to_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     holder = start_holder(tmp_path / "run", seconds=0.5)
     with lock_run(str(tmp_path / "run")):
         assert f"is being written by process {holder.pid}" in caplog.text
     holder.join()
 
 
-def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(
+def test_without_locks_a_run_continues_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def no_locks(*arguments: Any) -> None:
@@ -78,20 +78,20 @@ def test_where_there_are_no_locks_a_run_goes_on_with_a_warning(
         assert "a file system without locks (Function not implemented)" in caplog.text
 
 
-def test_a_checkpoint_that_the_launch_before_went_past_is_not_taken_up(data: TinyData, tmp_path: Path) -> None:
+def test_an_outdated_checkpoint_is_not_resumed_after_a_wait(data: TinyData, tmp_path: Path) -> None:
     config = load_config(str(data.config), [f"run_dir={tmp_path}"])
     check_still_latest(config, None)
     (tmp_path / "checkpoints/iter_0000004").mkdir(parents=True)
     (tmp_path / "checkpoints/latest").write_text("iter_0000004\n")
     with pytest.raises(
         TransientError,
-        match=r"found no checkpoint to go on from, but another launch saved .*iter_0000004 while it waited; start",
+        match=r"found no checkpoint to resume from, but another launch saved .*iter_0000004 while it waited; start",
     ) as caught:
         check_still_latest(config, None)
     assert caught.value.exit_code == 3
 
 
-def test_checkpoints_behind_the_one_that_latest_names_are_warned_of(
+def test_a_warning_names_checkpoints_after_the_one_in_latest(
     data: TinyData, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = load_config(str(data.config), [f"run_dir={tmp_path}"])
@@ -102,7 +102,7 @@ def test_checkpoints_behind_the_one_that_latest_names_are_warned_of(
     assert caplog.text == ""
     warn_of_later_checkpoints(config, str(tmp_path / "checkpoints/iter_0000004"))
     assert (
-        "goes on from iter_0000004, as `latest` says; it will replace what lies behind, iter_0000008, iter_0000012"
+        "resumes from iter_0000004, as `latest` says; it will replace later checkpoints, iter_0000008, iter_0000012"
         in caplog.text
     )
 
@@ -121,15 +121,15 @@ def test_a_full_disk_at_the_start_is_named_with_its_file(tmp_path: Path, monkeyp
 
 def test_a_check_refuses_a_run_folder_that_cannot_be_made_and_makes_none(data: TinyData, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match=r"run_dir=.*file/deep/run cannot be written \(.*/file is no folder\)"):
+    with pytest.raises(ConfigError, match=r"run_dir=.*file/deep/run cannot be written \(.*/file is not a folder\)"):
         check_start(load_config(str(data.config), [f"run_dir={tmp_path}/file/deep/run"]), 1)
     check_start(load_config(str(data.config), [f"run_dir={tmp_path}/new/run"]), 1)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_write_permission_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "access", lambda path, how: False)  # root may write anywhere
-    with pytest.raises(ConfigError, match="is not yours to write to"):
+    with pytest.raises(ConfigError, match="no permission to write to"):
         check_writable(str(tmp_path / "run"))
 
 
@@ -155,5 +155,5 @@ def test_a_check_refuses_a_plan_that_does_not_fit_unless_it_is_accepted(data: Ti
     assert refused.value.exit_code == 1
     assert "memory: NO: " in check_start(large, 1, accept_plan=True)
     told = check_start(load_config(str(data.config), settings), 1).splitlines()
-    assert told[0] == "1 ranks would go on from iteration 0 of 20"
+    assert told[0] == "1 ranks would start from iteration 0 of 20"
     assert "NO: " not in "".join(told)

@@ -1,4 +1,4 @@
-"""What training refuses: one sentence that says what to do, exit code 1 or 2, and nothing left behind."""
+"""Runs that training refuses: the message says what to do, the exit code is 1 or 2, and no files remain."""
 
 import json
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Prepare = Callable[[TinyData], list[str]]
 
 
 def refused(data: TinyData, run_dir: Path, *overrides: str, num_ranks: int = 1) -> tuple[int, str]:
-    """Exit code and error message of a run that does not start; it leaves no traceback."""
+    """Return exit code and error message of a run that does not start, and check that it prints no traceback."""
     ranks = start_ranks(data.config, run_dir, *overrides, num_ranks=num_ranks)
     codes = set(ranks.wait())
     output = ranks.output()
@@ -58,7 +58,7 @@ def forward_validation(data: TinyData) -> list[str]:
 
 
 def other_tokenizer(data: TinyData) -> list[str]:
-    """A second shard whose tokenizer has one word less."""
+    """Add a second shard whose tokenizer has one word less."""
     folder = legible_tokenizer(data.folder / "other")
     content = (folder / "tokenizer.json").read_text().replace('"999": 999', '"nine hundred ninety-nine": 999')
     (folder / "tokenizer.json").write_text(content)
@@ -82,7 +82,7 @@ def validation_without_bytes(data: TinyData) -> list[str]:
 
 
 def empty_shard(data: TinyData) -> list[str]:
-    """What a task of an array without a document writes."""
+    """Add an empty shard, as an array task without documents writes it."""
     shard = write_shard(data.folder / "empty", [], Direction.REVERSE, data.folder / "legible")
     return [f"data.train_blend=[[1.0,{data.shard('reverse_train')}],[1.0,{shard}]]"]
 
@@ -112,7 +112,11 @@ CASES: dict[str, tuple[Prepare, int, list[str]]] = {
     ),
     "heads": (lambda data: ["parallel.tensor_model_parallel_size=3"], 2, ["does not divide", "it can be one of [1, 2, 4]"]),
     "ranks": (lambda data: ["parallel.tensor_model_parallel_size=2"], 2, ["1 ranks are not a multiple of the 2", "launch 2"]),
-    "batch": (lambda data: ["train.micro_batch_size=3"], 2, ["global_batch_size=8 is not a multiple", "the next one is 9"]),
+    "batch": (
+        lambda data: ["train.micro_batch_size=3"],
+        2,
+        ["global_batch_size=8 is not a multiple", "the next multiple is 9"],
+    ),
     "Transformer Engine": (
         lambda data: ["model.transformer_impl=transformer_engine"],
         2,
@@ -122,7 +126,7 @@ CASES: dict[str, tuple[Prepare, int, list[str]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_bad_input_is_refused_and_leaves_nothing_behind(own: TinyData, tmp_path: Path, name: str) -> None:
+def test_bad_input_is_refused_and_leaves_no_files(own: TinyData, tmp_path: Path, name: str) -> None:
     prepare, expected, words = CASES[name]
     code, message = refused(own, tmp_path / "run", *prepare(own))
     assert code == expected
@@ -156,7 +160,7 @@ def trained(data: TinyData, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run_dir
 
 
-def test_a_checkpoint_of_another_run_is_refused_and_kept_as_it_is(data: TinyData, trained: Path) -> None:
+def test_a_checkpoint_of_another_run_is_refused_and_not_changed(data: TinyData, trained: Path) -> None:
     before = content_of(trained)
     forward = ["data.direction=forward", f"data.train_blend=[[1.0,{data.shard('forward_train')}]]"]
     for overrides, words in [
@@ -164,8 +168,8 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept_as_it_is(data: TinyData
         (["model.num_layers=4", "model.kv_channels=16"], "model.num_layers=4 but the checkpoint has 2; model.kv_channels=16"),
         (["model.params_dtype=bf16"], "model.params_dtype=bf16 but the checkpoint has fp32"),
         (forward, "is reverse, this run's data is forward"),
-        (["train.seed=7"], "train.seed was 42 and is 7; samples would be repeated or left out"),
-        (["train.seed=7"], "or go on all the same with data.allow_changed_data=true"),
+        (["train.seed=7"], "train.seed was 42 and is 7; samples would be repeated or skipped silently"),
+        (["train.seed=7"], "or allow the change with data.allow_changed_data=true"),
         (["data.seq_length=16"], "data.seq_length was 32 and is 16"),
         (
             [f"data.train_blend=[[99,{data.shard('reverse_train')}],[1,{data.shard('reverse_valid')}]]"],
@@ -173,7 +177,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept_as_it_is(data: TinyData
         ),
         (
             [f"data.train_blend=[[1,{data.shard('reverse_valid')}]]", "train.train_iters=4"],
-            "reverse_train was: content (sha256 of .bin) was",
+            "reverse_train: content (sha256 of .bin) was",
         ),
         (["data.split=[9,1,0]", "train.eval_iters=1"], "last document was 400 and is 360"),
         (["parallel.use_distributed_optimizer=true"], "set parallel.use_distributed_optimizer=false"),
@@ -187,19 +191,19 @@ def test_a_checkpoint_of_another_run_is_refused_and_kept_as_it_is(data: TinyData
 def test_a_run_that_would_end_before_its_checkpoint_is_refused(data: TinyData, trained: Path) -> None:
     code, message = refused(data, trained, "train.train_iters=2", "optimizer.lr_warmup_iters=1")
     assert code == 2
-    assert "is of iteration 3, train.train_iters=2 ends before; set it to at least 3" in message
+    assert "is at iteration 3, after the end train.train_iters=2; set it to at least 3" in message
 
 
 def test_a_replaced_idx_is_refused_by_every_rank_before_any_group_is_made(own: TinyData, tmp_path: Path) -> None:
     path = Path(own.shard("reverse_train") + ".idx")
     content = path.read_bytes()
-    path.write_bytes(content[:34] + content[38:42] + content[34:38] + content[42:])  # two lengths change places
+    path.write_bytes(content[:34] + content[38:42] + content[34:38] + content[42:])  # exchange two lengths
     ranks = start_ranks(own.config, tmp_path / "run", num_ranks=1)
     assert ranks.wait() == [1]
     assert "reverse_train.idx does not have the sha256 of its manifest: it was replaced or damaged" in ranks.output()
 
 
-def test_a_run_goes_on_with_other_data_only_with_leave_and_keeps_a_note_of_it(own: TinyData, tmp_path: Path) -> None:
+def test_a_run_resumes_with_other_data_only_if_allowed_and_records_it(own: TinyData, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     run_on_ranks(own.config, run_dir, "train.train_iters=3")
     other = [f"data.train_blend=[[1,{own.shard('reverse_train')}],[1,{own.shard('reverse_valid')}]]", "train.train_iters=4"]
@@ -209,11 +213,11 @@ def test_a_run_goes_on_with_other_data_only_with_leave_and_keeps_a_note_of_it(ow
     assert not (run_dir / "data_changes.jsonl").exists()
     ranks = start_ranks(own.config, run_dir, *other, "data.allow_changed_data=true")
     assert ranks.wait() == [0], ranks.output()
-    assert "OTHER TRAINING DATA than that of" in ranks.output()
+    assert "OTHER TRAINING DATA than in" in ranks.output()
     note = json.loads((run_dir / "data_changes.jsonl").read_text())
     assert note["changed"] == ["data.train_blend had 1 shards, has 2"]
     assert load_manifest(str(run_dir / "checkpoints/iter_0000004")).config["data"]["allow_changed_data"] is True
-    run_on_ranks(own.config, run_dir, *other)  # from now on this is the data
+    run_on_ranks(own.config, run_dir, *other)  # from now on these are its data
 
 
 def test_a_default_spelled_out_is_the_same_architecture(data: TinyData, trained: Path) -> None:
@@ -228,12 +232,12 @@ def test_a_damaged_checkpoint_is_named(data: TinyData, trained: Path) -> None:
     try:
         middle = len(whole) // 2
         flipped = whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :]
-        for content, fault in [(whole[:middle], f"has {middle:,} bytes"), (b"", "has 0 bytes"), (flipped, "has sha256")]:
+        for content, problem in [(whole[:middle], f"has {middle:,} bytes"), (b"", "has 0 bytes"), (flipped, "has sha256")]:
             largest.write_bytes(content)
             code, message = refused(data, trained, "train.train_iters=5")
             assert code == 1
-            assert f"{checkpoint} is damaged: {largest} {fault}" in message
-            assert "let the file `latest` beside it name that one" in message
+            assert f"{checkpoint} is damaged: {largest} {problem}" in message
+            assert "write its name into the file `latest` in the same folder" in message
     finally:
         largest.write_bytes(whole)
     (trained / "checkpoints/latest").write_text("iter_0000009\n")
@@ -242,7 +246,7 @@ def test_a_damaged_checkpoint_is_named(data: TinyData, trained: Path) -> None:
     finally:
         (trained / "checkpoints/latest").write_text("iter_0000003\n")
     assert code == 1
-    assert "names 'iter_0000009', which is not there" in message
+    assert "names 'iter_0000009', which does not exist" in message
 
 
 def test_an_exploding_run_stops_before_it_saves(data: TinyData, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_a_changed_input_or_tokenizer_is_refused_by_name(tmp_path: Path, tokeniz
     first = tmp_path / "0.jsonl"
     state = first.stat()
     os.utime(first, ns=(state.st_atime_ns, state.st_mtime_ns + 1))
-    with pytest.raises(UsageError, match=r"0\.jsonl has changed since .same size, written anew"):
+    with pytest.raises(UsageError, match=r"0\.jsonl has changed since .same size, written again"):
         preprocess(PreprocessSettings(**settings))
     os.utime(first, ns=(state.st_atime_ns, state.st_mtime_ns))
     with first.open("a") as file:
@@ -246,6 +246,6 @@ def test_a_changed_input_or_tokenizer_is_refused_by_name(tmp_path: Path, tokeniz
     with pytest.raises(UsageError, match=r"tokenizer was '[0-9a-f]{40}"):
         preprocess(PreprocessSettings(**{**settings, "tokenizer": str(other)}))
     (tmp_path / "2.jsonl").unlink()
-    with pytest.raises(UsageError, match=r"2\.jsonl is not among the inputs any more"):
+    with pytest.raises(UsageError, match=r"2\.jsonl is no longer among the inputs"):
         preprocess(PreprocessSettings(**settings))
     assert preprocess(PreprocessSettings(**{**settings, "overwrite": True})) is not None

@@ -1,4 +1,4 @@
-"""The plots of the losses, each for a light and a dark page."""
+"""The plots of the losses, each for light and dark pages."""
 
 from functools import partial
 from itertools import product
@@ -15,20 +15,20 @@ SMOOTH = 5
 """Records of the moving average of a loss curve."""
 
 
-def loss_figures(twins: Twins, places: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Return curves of the first seed's twins, for each corpus and model; the gap by place."""
-    figures, seed = [], twins.settings.seeds[0]
+def loss_plots(twins: Twins, places: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """Return the loss curves of the first seed's twins for each corpus and model, and the difference by position."""
+    plots, seed = [], twins.settings.seeds[0]
     for corpus, model in product(twins.corpora.domains, twins.settings.models):
         runs = load_runs([str(twins.run_of(corpus, model, seed, direction)) for direction in DIRECTIONS])
         title = f"{corpus}, {model} model, seed {seed}"
-        figures.append(pages.figure(f"loss: {title}", partial(draw, "loss", runs, smooth=SMOOTH, title=title)))
+        plots.append(pages.figure(f"loss: {title}", partial(draw, "loss", runs, smooth=SMOOTH, title=title)))
     for corpus, rows in places.items():
-        figures.append(pages.figure(f"difference by place: {corpus}", partial(_draw_places, corpus, rows)))
-    return figures
+        plots.append(pages.figure(f"difference by position: {corpus}", partial(_draw_places, corpus, rows)))
+    return plots
 
 
 def _draw_places(corpus: str, rows: list[dict[str, Any]], theme: str) -> bytes:
-    """Draw the difference in each tenth, with its interval where there is one."""
+    """Draw the difference in each tenth, with its interval if there is one."""
     colour = pages.COLOURS[theme][1]
 
     def _fill(axes: Any) -> None:
@@ -37,7 +37,7 @@ def _draw_places(corpus: str, rows: list[dict[str, Any]], theme: str) -> bytes:
         known = [(x, *row["interval"]) for x, row in zip(middles, rows, strict=True) if row["interval"] is not None]
         axes.fill_between([x for x, _, _ in known], *([p[i] for p in known] for i in (1, 2)), color=colour, alpha=0.2)
         axes.axhline(0, color=pages.THEMES[theme]["ink"], lw=0.8)
-        labels = {"xlabel": "place in the document, % of its tokens", "ylabel": "reverse minus forward (nats a token)"}
-        axes.set(xlim=(0, 100), title=f"Loss difference by place: {corpus}, largest models", **labels)
+        labels = {"xlabel": "position in the document, % of its tokens", "ylabel": "reverse minus forward (nats per token)"}
+        axes.set(xlim=(0, 100), title=f"Loss difference by position: {corpus}, largest models", **labels)
 
     return pages.draw_png(theme, (8.5, 3.2), _fill)
