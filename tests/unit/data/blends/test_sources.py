@@ -99,7 +99,7 @@ def test_a_run_that_draws_one_sample_too_many_is_refused(data: TinyData) -> None
     """The count is exact: the last iteration that fits is accepted, the next one is refused."""
     available = (load_manifest(data.shard("reverse_train")).num_tokens - 1) // 32
     opened(data, f"train.train_iters={available // 8}")
-    with pytest.raises(ConfigError, match=rf"has {available:,}: it would be read"):
+    with pytest.raises(ConfigError, match=rf"has {available:,}, so it would be read"):
         opened(data, f"train.train_iters={available // 8 + 1}")
     _, sources = opened(data, f"train.train_iters={available // 8 + 1}", "data.allow_repeats=true")
     assert sources.train.num_samples > available
