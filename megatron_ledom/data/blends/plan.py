@@ -147,7 +147,7 @@ def _source_sizes(inputs: Sequence[str]) -> dict[str, int]:
                 found.append((prefix, manifest.num_tokens))
         for name, size in found:
             if name in sizes:
-                raise UsageError(f"{name} is listed more than once; list each source once, with the sum of its weights")
+                raise UsageError(f"{name} is named more than once; name each source once, with the sum of its weights")
             sizes[name] = size
     return sizes
 

@@ -99,7 +99,7 @@ def test_a_run_that_draws_one_sample_too_many_is_refused(data: TinyData) -> None
     """The count is exact: the last iteration that fits is accepted, the next one is refused."""
     available = (load_manifest(data.shard("reverse_train")).num_tokens - 1) // 32
     opened(data, f"train.train_iters={available // 8}")
-    with pytest.raises(ConfigError, match=rf"has {available:,}: it would be read"):
+    with pytest.raises(ConfigError, match=rf"has {available:,}, so it would be read"):
         opened(data, f"train.train_iters={available // 8 + 1}")
     _, sources = opened(data, f"train.train_iters={available // 8 + 1}", "data.allow_repeats=true")
     assert sources.train.num_samples > available
@@ -110,7 +110,7 @@ def test_a_source_without_a_sample_is_named(data: TinyData, tmp_path: Path) -> N
     blend = f"data.train_blend=[[1,{data.shard('reverse_train')}],[1,{tiny}]]"
     with pytest.raises(ConfigError, match=r"tiny has 4 tokens to train on, less than one sample of data.seq_length=32"):
         opened(data, blend, "data.allow_repeats=true")
-    with pytest.raises(ConfigError, match=r"the held-out set small gives 0 samples of 32 tokens by its weights"):
+    with pytest.raises(ConfigError, match=r"the held-out set small has 0 samples of 32 tokens by its weights"):
         opened(data, f"data.valid_sets={{small: [[1,{tiny}]]}}")
 
 
@@ -125,7 +125,7 @@ def test_a_shard_whose_held_out_part_rounds_to_nothing_does_not_empty_the_set(
     assert [(source.prefix, source.weight) for source in sources.valid["valid"].sources] == [(data.shard("reverse_train"), 1.0)]
     assert sources.valid["valid"].num_samples == 16
     assert f"the held-out set valid skips 1 shards that are too short for one sample: {few}" in caplog.text
-    with pytest.raises(ConfigError, match="the held-out set valid gives 0 samples of 32 tokens"):
+    with pytest.raises(ConfigError, match="the held-out set valid has 0 samples of 32 tokens"):
         opened(data, f"data.train_blend=[[1,{few}]]", "data.split=[9,1,0]", "data.allow_repeats=true")
     with pytest.raises(
         ConfigError, match="few has 0 tokens to train on, less than one sample"

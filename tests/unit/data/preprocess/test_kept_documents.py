@@ -91,7 +91,7 @@ def test_tasks_deduplicate_across_each_other_in_any_order(tmp_path: Path, tokeni
     assert found == [[number] for number in range(1, 7)]
     assert skipped == 4
     write_jsonl(tmp_path / "b.jsonl", ["7"])
-    with pytest.raises(UsageError, match=r"\.hashes is of other inputs or options"):
+    with pytest.raises(UsageError, match=r"\.hashes was made from other inputs or options"):
         made(tmp_path, tokenizer, deduplicate=True, task_id=2, num_tasks=3)
 
 
@@ -143,5 +143,5 @@ def test_the_specials_of_the_original_can_be_added(tmp_path: Path, tokenizer: st
     assert manifest.tokenizer_path == f"{tmp_path}/data.tokenizer"
     again = made(tmp_path, manifest.tokenizer_path, "again")
     assert (again.tokenizer_sha256, again.eod_id) == (manifest.tokenizer_sha256, manifest.eod_id)
-    with pytest.raises(UsageError, match="has <CLS>, <EOD>, <MASK>, <PAD>, <SEP> already"):
+    with pytest.raises(UsageError, match="already has <CLS>, <EOD>, <MASK>, <PAD>, <SEP>"):
         made(tmp_path, manifest.tokenizer_path, "twice", add_specials=True)

@@ -88,7 +88,7 @@ def test_a_model_rewritten_while_it_is_loaded_is_not_judged(
 
 
 @pytest.mark.parametrize("name", [name for name in SMALL_FILES if name != "model.safetensors.index.json"])
-def test_whatever_decides_the_figures_is_noted_of_a_model(tmp_path: Path, name: str) -> None:
+def test_every_file_that_determines_the_metrics_of_a_model_is_recorded(tmp_path: Path, name: str) -> None:
     for file in (*SMALL_FILES, "model.safetensors"):
         (tmp_path / file).write_text("{}")
     known = folder_facts(tmp_path)
