@@ -114,7 +114,7 @@ DAMAGE: list[tuple[Callable[[Path], None], int, str]] = [
     (config(rope_parameters={**ROPE, "partial_rotary_factor": 0.5}), 1, "partial_rotary_factor"),
     (config(rope_parameters={**ROPE, "rope_type": "dynamic", "factor": 2.0}), 1, "rope_type dynamic changes the frequencies"),
     (config(quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}), 1, "quantised"),
-    (config(model_type="gpt2", architectures=["GPT2LMHeadModel"]), 1, "model_type 'gpt2' is none of llama, mistral"),
+    (config(model_type="gpt2", architectures=["GPT2LMHeadModel"]), 1, "model_type 'gpt2' is not one of llama, mistral"),
     (config(architectures=["LlamaForSequenceClassification"]), 1, "it is a LlamaForSequenceClassification"),
     (remove("tokenizer.json"), 2, "tokenizer"),
 ]

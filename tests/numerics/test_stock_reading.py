@@ -217,14 +217,14 @@ def test_every_other_model_type_is_refused_by_name(tmp_path: Path) -> None:
         if model_type in ours:
             continue
         (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "text_config": {"model_type": "llama"}}))
-        with pytest.raises(MismatchError, match=f"model_type '{model_type}' is none of llama, mistral, qwen2, qwen3"):
+        with pytest.raises(MismatchError, match=f"model_type '{model_type}' is not one of llama, mistral, qwen2, qwen3"):
             load_hf_config(str(tmp_path))
         try:
             config = getattr(transformers, name)()
         except Exception:  # a few cannot be made without arguments, or need a library
             continue
         if config.model_type not in ours:
-            with pytest.raises(MismatchError, match="is none of llama, mistral, qwen2, qwen3"):
+            with pytest.raises(MismatchError, match="is not one of llama, mistral, qwen2, qwen3"):
                 read_model(config, "config.json", None)
 
 
