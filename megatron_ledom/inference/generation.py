@@ -68,7 +68,7 @@ class Sampling:
         if self.top_k < 0:
             raise UsageError(f"top_k={self.top_k} must be 0 (off) or a positive number")
         if self.num_return_sequences < 1:
-            raise UsageError(f"num_return_sequences={self.num_return_sequences}: it must be at least 1")
+            raise UsageError(f"{self.num_return_sequences} samples requested; at least 1 is needed")
         if isinstance(self.stop_strings, str):
             raise UsageError(f"stop_strings={self.stop_strings!r} is one text, so each letter would stop; pass a list")
         if not all(self.stop_strings):
@@ -161,9 +161,7 @@ class Writer:
         The model runs in a thread, at most one token ahead; the thread ends when the iterator is closed.
         """
         if sampling.num_return_sequences > 1:
-            raise UsageError(
-                f"num_return_sequences={sampling.num_return_sequences}: a stream shows one text; remove this option"
-            )
+            raise UsageError(f"a stream shows one text, but {sampling.num_return_sequences} were requested; request one")
         return self._streamed(text, leading_ids, sampling)
 
     def _streamed(self, text: str, leading_ids: list[int], sampling: Sampling) -> Iterator[Generation]:

@@ -291,7 +291,7 @@ def test_neither_the_key_nor_the_prompt_follows_a_redirect(
     engine, other = engine_of(served), Server(served[2])
     threading.Thread(target=other.serve_forever, args=[0.01], daemon=True).start()
     served[0].reply = lambda handler: send(handler, status, b"", Location=other.url + "/completions")
-    with pytest.raises(UsageError, match=rf"redirect \({status}\) to {other.url}/completions"):
+    with pytest.raises(UsageError, match=rf"redirects \({status}\) to {other.url}/completions"):
         engine.score(PAIRS[:1])
     assert other.requests == []
     assert len(served[0].requests) == 1

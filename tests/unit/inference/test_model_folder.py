@@ -57,13 +57,13 @@ NOT_WHOLE: dict[str, tuple[Damage, str]] = {
     "no head": (weights(lambda found: {name: found[name] for name in found if name != "lm_head.weight"}), "lm_head.weight"),
     "one too many": (
         weights(lambda found: {**found, f"{LAYER}.self_attn.q_proj.bias": torch.ones(32)}),
-        f"no place in the model: {LAYER}.self_attn.q_proj.bias",
+        f"in the files, but not in the model: {LAYER}.self_attn.q_proj.bias",
     ),
     "another shape": (
         weights(lambda found: {**found, "model.norm.weight": torch.ones(8)}),
-        r"another shape than the model's: model.norm.weight \[8\], expected \[32\]",
+        r"another shape than in the model: model.norm.weight \[8\], expected \[32\]",
     ),
-    "fewer layers": (config(num_hidden_layers=1), f"no place in the model: {LAYER}"),
+    "fewer layers": (config(num_hidden_layers=1), f"in the files, but not in the model: {LAYER}"),
     "more layers": (config(num_hidden_layers=3), "model.layers.2"),
     "another architecture": (config(model_type="gemma3_text"), "q_norm|pre_feedforward"),
     "biases": (config(model_type="qwen2"), "q_proj.bias|k_proj.bias"),

@@ -122,7 +122,7 @@ def test_candidates_beyond_the_smallest_number_are_noted_and_still_count(tmp_pat
     fewer = {**LINE, "candidates": ["18"], "scores": [SCORE]}
     report = reported(tmp_path, [more, more, fewer])
     (note,) = [note for note in report["notes"] if "1 to 3 candidates" in note]
-    assert "of the 2 lines with more, every method is given 1" in note
+    assert "For the 2 lines with more, every method gets 1 of them" in note
     assert note in (tmp_path / "report/report.md").read_text()
     assert report["methods"]["Reverse Reward"]["accuracy"] == pytest.approx((1 / 3 + 1 / 3 + 1) / 3)
 

@@ -157,7 +157,7 @@ def test_an_answer_that_is_longer_when_it_is_scored_ends_no_run(models: tuple[Fo
     warning = skip_warning(tmp_path / "out.jsonl")
     assert warning is not None
     assert f"warning: {line['num_skipped']} of 8 candidates ({12.5 * line['num_skipped']:.1f} %) have no score" in warning
-    assert "which --too-long refuse cannot foresee; lower --max-new-tokens" in warning
+    assert "so --too-long refuse did not catch them; lower --max-new-tokens" in warning
 
 
 def test_a_batch_is_divided_if_its_rows_fit_only_separately(models: tuple[ForwardLM, ReverseLM]) -> None:

@@ -278,7 +278,7 @@ def test_folders_without_a_model_are_refused(tmp_path: Path) -> None:
         ReverseLM.from_pretrained(folder)
     stock = random_model_folder(tmp_path / "stock", "byte_level", None)
     (stock / "tokenizer.json").write_text(sentencepiece_like_json())
-    with pytest.raises(MismatchError, match="do not belong"):
+    with pytest.raises(MismatchError, match="export again with the tokenizer of the shards"):
         ForwardLM.from_pretrained(stock)
     (folder / "model.safetensors").unlink()
     (folder / "tokenizer.json").write_text(TOKENIZERS["byte_level"]())
@@ -344,7 +344,7 @@ def test_a_closed_stream_ends_the_model_and_its_errors_reach_the_caller(reverse_
         list(model.stream_preceding("some text", max_new_tokens=600))
     with pytest.raises(UsageError, match="temperature=-1"):  # at once, not at the first token
         model.stream_preceding("some text", temperature=-1.0)
-    with pytest.raises(UsageError, match="num_return_sequences=2: a stream shows one text"):
+    with pytest.raises(UsageError, match="a stream shows one text, but 2 were requested"):
         model.stream_preceding("some text", temperature=1.0, num_return_sequences=2)
     with pytest.raises(UsageError, match="so each letter would stop"):
         model.stream_preceding("some text", stop_strings="the")
