@@ -16,7 +16,7 @@ from megatron_ledom.direction import Direction
 from megatron_ledom.errors import DataError, MismatchError
 from megatron_ledom.evaluation import evaluate_command, loss_comparison
 from megatron_ledom.evaluation.tasks import loading as task_files
-from megatron_ledom.inference.model_folder import READ_BESIDE_WEIGHTS, check_unchanged, folder_facts
+from megatron_ledom.inference.model_folder import SMALL_FILES, check_unchanged, folder_facts
 from megatron_ledom.inference.reverse_reward import command as rerank_command
 from megatron_ledom.reports.losses import compare_losses
 from megatron_ledom.training.held_out import check_held_out
@@ -87,9 +87,9 @@ def test_a_model_rewritten_while_it_is_loaded_is_not_judged(
         command(models, tmp_path)
 
 
-@pytest.mark.parametrize("name", [name for name in READ_BESIDE_WEIGHTS if name != "model.safetensors.index.json"])
-def test_every_file_that_determines_the_metrics_of_a_model_is_recorded(tmp_path: Path, name: str) -> None:
-    for file in (*READ_BESIDE_WEIGHTS, "model.safetensors"):
+@pytest.mark.parametrize("name", [name for name in SMALL_FILES if name != "model.safetensors.index.json"])
+def test_whatever_decides_the_figures_is_noted_of_a_model(tmp_path: Path, name: str) -> None:
+    for file in (*SMALL_FILES, "model.safetensors"):
         (tmp_path / file).write_text("{}")
     known = folder_facts(tmp_path)
     check_unchanged(tmp_path, json.loads(json.dumps(known)))
@@ -142,7 +142,9 @@ def test_a_run_resumes_only_with_the_held_out_data_of_its_evaluations(tmp_path: 
     for path in data.folder.glob("reverse_valid.*"):
         path.unlink()
     write_shard(Path(prefix), documents(30, 3), Direction.REVERSE, data.folder / "legible")
-    with pytest.raises(MismatchError, match=rf"validation set {prefix}: the content has changed .*data\.allow_changed_data=true"):
+    with pytest.raises(
+        MismatchError, match=rf"validation set {prefix}: the content has changed .*data\.allow_changed_data=true"
+    ):
         start()
     start("data.allow_changed_data=true")
     assert f"OTHER HELD-OUT DATA than before, allowed by data.allow_changed_data=true: validation set {prefix}" in caplog.text
