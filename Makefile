@@ -54,4 +54,4 @@ $(STAMP): pyproject.toml setup.py constraints.txt .ci/make_venv $(wildcard csrc/
 	touch $@
 
 clean:
-	rm -rf $(VENV) build quickstart study
+	rm -rf $(VENV) build minute quickstart study

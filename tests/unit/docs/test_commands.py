@@ -116,6 +116,8 @@ RUN_BY_TESTS = {
     "ledom configs show quickstart_reverse > run.yaml": RUN_HERE,
     "ledom train --config ledom_7b --dry-run": RUN_HERE,
     "ledom plan-run --config ledom_7b --hardware h100-sxm --num-gpus 64 --search": RUN_HERE,
+    "ledom train --config run.yaml run_dir=runs/mine data.tokenizer=data/tokenizer data.train_blend=[[1.0,data/mine]]"
+    " data.valid_blend=[[1.0,data/mine_valid]]": "tests/unit/cli/test_ledom.py, tests/packaging/test_wheel.py",
     "ledom inspect-shard quickstart/shards/reverse/valid --show 2": RUN_ON_QUICKSTART,
     "ledom inspect-checkpoint quickstart/runs/reverse --verify": RUN_ON_QUICKSTART,
     "ledom report-run quickstart/runs/reverse quickstart/runs/forward --output report --smooth 5": RUN_ON_QUICKSTART,
