@@ -12,7 +12,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--fit", action="store_true", help="fit its numbers again first, and print them")
     parser.add_argument("--write", metavar="FILE", help="replace the tables in this file, between its marks")
-    parser.add_argument("--write-examples", metavar="README", help="replace the worked examples in this file, too")
+    parser.add_argument("--write-examples", metavar="FILE", help="replace the worked examples in this file, too")
     return parser
 
 
