@@ -1,6 +1,6 @@
 """Pretraining of reverse language models on megatron-core: text to shards, training, export, Reverse Reward.
 
-docs/python_api.md lists the names that other programs can rely on.
+docs/reference/python_api.md lists the names that other programs can rely on.
 """
 
 from typing import TYPE_CHECKING, Any

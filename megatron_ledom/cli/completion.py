@@ -13,7 +13,7 @@ from megatron_ledom.cli.main import GROUPS, load
 
 SHELLS = ("bash", "zsh", "tcsh")
 FOLDERS = {"DIR", "FOLDER", "FORWARD_FOLDER", "REVERSE_FOLDER", "RUN", "RUN_OR_ITER"}
-FILES = {"FILE", "FILE.png", "GLOB", "P", "PATH", "README"}
+FILES = {"FILE", "FILE.png", "GLOB", "P", "PATH"}
 """Metavars of arguments that are paths. P is the prefix of a shard."""
 
 

@@ -61,23 +61,27 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         help="type of the weights; default: bf16 if the folder has bf16, else fp32 (exact)",
     )
     for command in (export, load):
-        command.add_argument(
-            "--max-shard-size",
-            default="5GB",
-            metavar="SIZE",
-            help="largest size of a file, such as 500MB; default: %(default)s",
-        )
-        check = command.add_mutually_exclusive_group()
-        check.add_argument(
-            "--verify",
-            choices=["auto", "whole", "layers"],
-            default="auto",
-            help="parity check with whole models or with one layer at a time; default: whole if both are small (512 MiB in fp32)",
-        )
-        check.add_argument(
-            "--no-verify", action="store_true", help="skip the parity check: nothing then shows that both models agree"
-        )
+        _add_files_and_check(command)
     return parser
+
+
+def _add_files_and_check(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="SIZE",
+        help="largest size of a file, such as 500MB; default: %(default)s",
+    )
+    check = command.add_mutually_exclusive_group()
+    check.add_argument(
+        "--verify",
+        choices=["auto", "whole", "layers"],
+        default="auto",
+        help="parity check with whole models or with one layer at a time; default: whole if both are small (512 MiB in fp32)",
+    )
+    check.add_argument(
+        "--no-verify", action="store_true", help="skip the parity check: nothing then shows that both models agree"
+    )
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -48,6 +48,12 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     add_overwrite(parser, "an existing output, or unfinished work, of another input or other options")
     parser.add_argument("--too-long", choices=("refuse", "skip"), default="refuse", help=TOO_LONG)
 
+    _add_reward(parser)
+    _add_sampling(parser)
+    return parser
+
+
+def _add_reward(parser: argparse.ArgumentParser) -> None:
     reward = parser.add_argument_group("reward")
     reward.add_argument(
         "--weight", type=float, default=0.5, help="lambda, the weight of the reverse score, 0 to 1 (default %(default)s)"
@@ -66,6 +72,8 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--include-ends", action="store_true", help="also score eod: the end of the answer, and the beginning of the prompt"
     )
 
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling = parser.add_argument_group("sampling candidates from the forward model")
     sampling.add_argument("--sample", type=int, metavar="N", help="sample N candidates for each prompt")
     sampling.add_argument("--beam", type=int, metavar="K", help="step-level search with K beams instead")
@@ -83,7 +91,6 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     sampling.add_argument("--top-k", type=int, help="sample from the k most likely tokens (default 0: off)")
     sampling.add_argument("--max-new-tokens", type=int, help="longest answer (default 128)")
     sampling.add_argument("--seed", type=int, help="seed of sampling (default 0)")
-    return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:

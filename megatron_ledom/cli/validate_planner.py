@@ -12,7 +12,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--fit", action="store_true", help="first fit its efficiencies again, and print them")
     parser.add_argument("--write", metavar="FILE", help="replace the tables between the marks of this file")
-    parser.add_argument("--write-examples", metavar="README", help="also replace the worked examples in this file")
+    parser.add_argument("--write-examples", metavar="FILE", help="also replace the worked examples in this file")
     return parser
 
 

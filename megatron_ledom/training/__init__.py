@@ -1,4 +1,4 @@
-"""Training: the loop, its recovery and its state. docs/python_api.md describes how to add a callback."""
+"""Training: the loop, its recovery and its state. docs/reference/python_api.md describes how to add a callback."""
 
 from typing import TYPE_CHECKING
 

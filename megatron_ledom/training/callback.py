@@ -3,7 +3,8 @@
 The moments of one iteration, in order: `on_step_start`; the step, with `on_batch_wait` and `on_batch` for each micro-batch;
 `on_step_end`; the save if one is due; then, if any callback wants a record of the iteration, `on_measure` of all callbacks and
 `on_record` of all callbacks. After a step that returns the run to a checkpoint there is `on_rollback` instead of `on_step_end`
-and the record. docs/python_api.md describes how to add a callback; `megatron_ledom/callbacks` has those of this project.
+and the record. docs/reference/python_api.md describes how to add a callback; `megatron_ledom/callbacks` has those of this
+project.
 """
 
 import math
