@@ -1,7 +1,7 @@
 """Read single tensors, or single layers of them, from a checkpoint without building a model.
 
 megatron-core stores the tensors of all layers under one name with the layer as first axis, in the chunks of the ranks that
-wrote them. torch's planner finds the parts of the chunks to read, its weights-only loader finds their bytes. No process group
+wrote them. torch's planner finds the parts of the chunks to read, and its weights-only loader finds their bytes. No process group
 is needed.
 """
 
@@ -55,7 +55,7 @@ def tensors_of(checkpoint: str) -> dict[str, TensorStorageMetadata]:
 
 
 class StoredTensors:
-    """The tensors of one checkpoint; each is read when it is requested."""
+    """The tensors of one checkpoint, each read when it is requested."""
 
     def __init__(self, checkpoint: str) -> None:
         self.checkpoint = checkpoint

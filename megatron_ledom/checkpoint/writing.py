@@ -59,7 +59,7 @@ class RankFiles:
 
 @dataclass(slots=True)
 class _Pending:
-    """A save that was started."""
+    """A save that was started and is not yet complete."""
 
     manifest: CheckpointManifest
     part: str
@@ -217,7 +217,7 @@ class CheckpointWriter:
 class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     """megatron-core's strategy, which also stores its list of tensors for `_finalize`.
 
-    megatron-core's own end of a save lets the other ranks wait forever if the first rank cannot write.
+    With megatron-core's own end of a save the other ranks wait for ever if the first rank cannot write.
     """
 
     planned: tuple[FileSystemWriterAsync, Any]

@@ -1,4 +1,4 @@
-"""Logs of a run whose failure, as on a full disk, does not end the training: lost records are counted and reported."""
+"""Logs whose failure, such as a full disk, does not end the training: lost records are counted and reported."""
 
 import atexit
 import logging
@@ -30,7 +30,7 @@ class GuardedLog:
             self.lost += num_records
             if not self._has_reported:
                 self._has_reported = True
-                atexit.register(self.report_lost)  # also where an error ends the run
+                atexit.register(self.report_lost)  # also reports if an error ends the run
                 log.error(
                     "%s cannot be written (%s): training continues and counts the lost records; free some space, or check the"
                     " disk",
@@ -48,7 +48,7 @@ class GuardedLog:
 
 
 class RecordLog(GuardedLog):
-    """A file of records that begins after a given iteration. If it cannot be opened, each record tries again."""
+    """A file of records, from which those after a given iteration are dropped. If it cannot be opened, each record tries again."""
 
     def __init__(self, path: str, iteration: int, lost: int = 0) -> None:
         super().__init__(path, lost)
