@@ -2,8 +2,8 @@
 
 Exit codes of every command. 0: done. 1: a check failed. 2: wrong usage. 3 (`UNFORESEEN`): a failure that a new start may
 overcome, such as a disk or file server that fails for a while, or a killed process that wrote a checkpoint; in training also a
-lost rank and every other exception. 75 (`training.watchdog.EXIT_CODE`): a rank of a training run hung. After 1 or 2 a new start
-would fail again.
+lost rank and every other exception. 75 (`training.watchdog.EXIT_CODE`): a rank of a training run hung. 130: interrupted. 141:
+`CLOSED_PIPE`. After 1 or 2 a new start would fail again.
 """
 
 import errno

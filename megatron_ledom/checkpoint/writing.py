@@ -2,7 +2,7 @@
 
 Each rank forks a process, which has a copy of the current state and writes the rank's part of it. megatron-core assigns the
 parts and waits for the processes. When all have succeeded, the first rank writes the list of all tensors and the manifest with
-size and sha256 of every file, renames the folder, updates `latest`, and deletes outdated checkpoints. If one rank fails, all
+size and sha256 of every file, renames the folder, updates `latest`, and moves outdated checkpoints to the trash. If one rank fails, all
 ranks raise an error with the cause, and the earlier checkpoints do not change.
 """
 

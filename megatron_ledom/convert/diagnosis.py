@@ -235,9 +235,9 @@ def _explain_head(core: "CoreSide", stock: StockSide, hidden: torch.Tensor) -> s
     if are_equal(logits, wanted):
         return "no single stage differs, so small differences add up: precision, or norm eps"
     if are_equal(embedded, wanted):
-        return "at the output layer (lm_head.weight), tied head: it is the embedding in the trained model, but not in the folder"
+        return "at the output layer (lm_head.weight), tied head: the embedding in the trained model, but not in the folder"
     if are_equal(embedded, logits):
-        return "at the output layer (lm_head.weight), tied head: it is the embedding in the folder, but not in the trained model"
+        return "at the output layer (lm_head.weight), tied head: the embedding in the folder, but not in the trained model"
     cause = _cause("output layer", {"output layer": logits}, {"output layer": wanted}, 0)
     if "rows" in cause:
         cause = f"vocabulary padding or order: {cause}"

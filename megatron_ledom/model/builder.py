@@ -146,7 +146,7 @@ def build_core_config(config: RunConfig) -> TransformerConfig:
         microbatch_group_size_per_vp_stage=parallel.pipeline_model_parallel_size,
         overlap_p2p_comm=interleaved,  # interleaved with batched p2p gives a wrong loss at two stages
         batch_p2p_comm=not interleaved,
-        deallocate_pipeline_outputs=False,  # a race condition with the interleaved schedule and overlap
+        deallocate_pipeline_outputs=False,  # True has a race condition with the interleaved schedule and overlap
         calculate_per_token_loss=True,
         init_method=leave_unset,  # initialize_weights draws the weights, equal for every layout
         output_layer_init_method=leave_unset,

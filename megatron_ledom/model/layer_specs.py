@@ -49,7 +49,7 @@ def build_layer_spec(
     if choice.implementation == "fused":
         layer.module = FusedTransformerLayer
         layer.submodules.mlp.submodules.activation_func = FusedSwiGLU
-        if not core_config.qk_layernorm:  # those norms come between projection and rotation, which FusedSelfAttention does in one pass
+        if not core_config.qk_layernorm:  # those norms come between projection and rotation, here one operator
             attention.module = FusedSelfAttention
     num_layers = get_num_layers_to_build(core_config, vp_stage=chunk)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=norm)

@@ -34,7 +34,7 @@ class SlurmStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArrayTask:
-    """A job array of SLURM, and the number of this process in it."""
+    """The task of this process in a job array of SLURM, and the numbers of the whole array."""
 
     task_id: int
     first: int

@@ -21,7 +21,7 @@ class GuardedLog:
         self._has_reported, self._num_reported = False, 0
 
     def attempt(self, work: Callable[[], object], num_records: int = 1) -> bool:
-        """Call `work`, which writes `num_records`. Returns False if it failed; the first failure is logged."""
+        """Call `work`, which writes `num_records`. Returns False if it failed and logs the first failure; a LedomError is raised."""
         try:
             work()
         except LedomError:
