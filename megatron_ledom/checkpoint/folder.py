@@ -1,8 +1,8 @@
 """The folder of a run's checkpoints: a folder `iter_0001000/` for each, and the file `latest` with the name of the newest.
 
 `iter_0001000.part` is being written and `iter_0001000.0.trash` is being deleted; neither counts as a checkpoint. `retire`
-moves outdated checkpoints to the trash. It keeps the newest `checkpoint.keep_last`, those from which replays start, and those at multiples
-of `checkpoint.keep_interval`.
+moves outdated checkpoints to the trash. It keeps the newest `checkpoint.keep_last`, those from which replays start, and those
+at multiples of `checkpoint.keep_interval`.
 """
 
 import json

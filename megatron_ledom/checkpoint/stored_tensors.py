@@ -78,7 +78,7 @@ class StoredTensors:
     def read(self, name: str, layer: int | None = None) -> torch.Tensor:
         """Return a whole tensor, or one layer of it without the layer axis. It is memory-mapped if it is stored in one piece.
 
-        Raises DataError as `fill`.
+        Raises DataError as `fill` does.
         """
         size = self._entry(name).size
         shape = size if layer is None else size[1:]
@@ -103,7 +103,7 @@ class StoredTensors:
             narrow_tensor_by_index(box, item.dest_offsets, item.lengths).detach().copy_(self._part(name, item))
 
     def _items(self, name: str, shape: torch.Size, layer: int | None, first_row: int) -> list[ReadItem]:
-        """Return the parts of stored chunks that make up the requested rows. Raises DataError as `fill`."""
+        """Return the parts of stored chunks that make up the requested rows. Raises DataError as `fill` does."""
         entry = self._entry(name)
         stored = entry.size if layer is None else entry.size[1:]
         if shape[1:] != stored[1:] or first_row + shape[0] > stored[0]:

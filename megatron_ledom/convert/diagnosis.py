@@ -210,7 +210,7 @@ def _cause(name: str, found: Taps, expected: Taps, head: int) -> str:
 
 
 def _permutation(found: torch.Tensor, expected: torch.Tensor, head: int) -> str:
-    """Return the likely cause: another order of the columns of expected, if found [n, w] has the same columns; else other values."""
+    """Return the likely cause: another order, if found [n, w] has the columns of expected; otherwise other values."""
     other = "the weight has other values: those of another tensor, or it is damaged"
     width = found.shape[1]
     if width > SEARCHED_WIDTH:

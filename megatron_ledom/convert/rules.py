@@ -1,4 +1,4 @@
-"""The map between the weights of a megatron-core checkpoint and Hugging Face: one table for all architectures and both directions of conversion.
+"""The table of weights of a megatron-core checkpoint and of Hugging Face, for all architectures, export and import.
 
 Letters: V padded vocabulary, h hidden, f feed-forward, F = 2f, H query heads, G key-value heads, D head width, A = H * D all
 query heads, Q = (H + 2G) * D all queries, keys and values. The rows of linear_qkv are ordered by group: the H/G query heads of

@@ -164,7 +164,7 @@ def _check_bf16(expected: torch.Tensor, found: torch.Tensor, exact: torch.Tensor
 
 
 def probe_ids(vocab_size: int, length: int) -> torch.Tensor:
-    """Return ids [ROWS, length]: one row of ascending ids, then rows of random ids with a fixed seed, the first of which begins with the last id."""
+    """Return ids [ROWS, length]: one row of ascending ids, then random rows with a fixed seed; one begins with the last id."""
     generator = torch.Generator().manual_seed(SEED)
     random_rows = torch.randint(0, vocab_size, (ROWS - 1, length), generator=generator)
     random_rows[0, 0] = vocab_size - 1

@@ -44,7 +44,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any, logits_SBV: torch.Tensor, labels_SB: torch.Tensor, vocab_size: int, group: dist.ProcessGroup, fused: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return loss and log Z [S, B]. Ranks combine the largest logit of every token, then its sum of exponentials and its label's logit."""
+        """Return loss and log Z [S, B]. Ranks combine their largest logits, then their sums of exponentials and label logits."""
         width = logits_SBV.shape[-1]
         start = group.rank() * width
         counted = min(max(vocab_size - start, 0), width)  # ids of this slice; the rest is padding

@@ -3,8 +3,8 @@
 The moments of one iteration, in order: `on_step_start`; the step, with `on_batch_wait` and `on_batch` for each micro-batch;
 `on_step_end`; the save if one is due; then, if any callback wants a record of the iteration, `on_measure` of all callbacks and
 `on_record` of all callbacks. After a step that makes the run return to a checkpoint, `on_rollback` is called instead of
-`on_step_end`, and there is no record. docs/reference/python_api.md describes how to add a callback; `megatron_ledom/callbacks` has those of this
-project.
+`on_step_end`, and there is no record. docs/reference/python_api.md describes how to add a callback; `megatron_ledom/callbacks`
+has those of this project.
 """
 
 import math
@@ -54,7 +54,7 @@ class Callback:
     """
 
     def __init_subclass__(cls, **options: Any) -> None:
-        """Raise TypeError for a method named `on_...` or `want...` that is not a moment, or that has other arguments than its moment."""
+        """Raise TypeError for a method named `on_...` or `want...` that is not a moment, or that has other arguments."""
         super().__init_subclass__(**options)
         moments = [name for name in vars(Callback) if not name.startswith("_")]
         for name in vars(cls):

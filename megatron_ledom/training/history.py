@@ -2,8 +2,8 @@
 
 `launches.jsonl` has one line per launch: command, versions and config. `steps.jsonl` has one line per iteration. A resumed
 run reads it to score its steps against the same window as an uninterrupted run, and a replay compares its loss and gradient norm
-with it. A resume drops the lines after the checkpoint. `bad_steps.jsonl` is never shortened. `skip_iterations.json` lists the iterations
-that the run skips after returns to a checkpoint.
+with it. A resume drops the lines after the checkpoint. `bad_steps.jsonl` is never shortened. `skip_iterations.json` lists the
+iterations that the run skips after returns to a checkpoint.
 """
 
 import json

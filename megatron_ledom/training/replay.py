@@ -125,7 +125,7 @@ def replay_step(run_dir: str, iteration: int, show: int, *, allow_long: bool) ->
     if recorded.world_size not in (None, launch.world_size):
         raise UsageError(
             f"iteration {iteration} was done on {recorded.world_size} ranks, but {launch.world_size} are launched. Other layouts"
-            f" add numbers in another order, so the result would differ: start the replay with torchrun --nproc-per-node {recorded.world_size}"
+            f" round differently: start the replay with torchrun --nproc-per-node {recorded.world_size}"
         )
     check_config(config, launch.world_size)
     checkpoint = last_checkpoint_before(config, iteration)

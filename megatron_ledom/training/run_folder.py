@@ -1,4 +1,7 @@
-"""The folder of a run: its lock for one launch at a time, and the files of a start. Only rank 0 calls these functions, except `check_writable`."""
+"""The folder of a run: its lock for one launch at a time, and the files of a start.
+
+Only rank 0 calls these functions, except `check_writable`.
+"""
 
 import logging
 import os

@@ -3,7 +3,7 @@
 A thread of each rank checks the heartbeat of its main thread. If the heartbeat of any rank is too old, all ranks exchange
 reports with activity and stack through a store of torch.distributed. A rank that waits in a collective is not the one that
 hangs. A rank whose threads do not run at all (a stopped process, a lost machine) sends no report, which identifies it. If the
-Python interpreter itself is blocked, faulthandler's thread, which does not need the interpreter, writes the stacks, and a system timer ends
+Python interpreter itself is blocked, faulthandler's thread, which does not need it, writes the stacks, and a system timer ends
 the process.
 """
 
