@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_async_save.py [--folder /tmp] [--layers 12 --hidden-size 768] [--rounds 3]
 
-One process runs both. The model has about 125 M parameters by default, in fp32 with Adam's moments. A round saves once in each way,
-and trains steps while the background save writes. A background save stops training for its call and for its finish.
+One process runs both. The model has about 125 M parameters by default, in fp32 with Adam's moments. A round saves once in each
+way, and trains steps while the background save writes. A background save stops training for its call and for its finish.
 """
 
 import argparse

@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.bench_communication [--dtype bf16]
 
-They are counted at torch's process groups in runs of a tiny model over gloo (see `tests/distributed/traffic.py`). The formulas are
-those used to plan a cluster. Prints a Markdown table; exits with 1 if a formula and its count differ by more than 1 %.
+They are counted at torch's process groups in runs of a tiny model over gloo (see `tests/distributed/traffic.py`). The formulas
+are those used to plan a cluster. Prints a Markdown table; exits with 1 if a formula and its count differ by more than 1 %.
 
-N ranks, r = (N - 1) / N; L layers, h width, G key-value heads of width D, P parameters, e bytes of an activation or weight (2 or
-4), T tokens of a rank in a step (of all context-parallel ranks under CP), A = T h e. The rank is the busiest one: with PP a
+N ranks, r = (N - 1) / N; L layers, h width, G key-value heads of width D, P parameters, e bytes of an activation or weight (2
+or 4), T tokens of a rank in a step (of all context-parallel ranks under CP), A = T h e. The rank is the busiest one: with PP a
 middle stage, if there is one.
 """
 

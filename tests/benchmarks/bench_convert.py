@@ -2,9 +2,9 @@
 
     python -m tests.benchmarks.bench_convert FOLDER [--gigabytes 6] [--rounds 3]
 
-Every step is a process of its own. Its time includes its imports, and ends when everything it wrote is on disk. The steps alternate,
-and each is compared with the `cp` of the same round, with and without the time of the imports ("start"). A peak is at least the peak
-of this process. FOLDER needs space for about four models, and is emptied at the end.
+Every step is a process of its own. Its time includes its imports, and ends when everything it wrote is on disk. The steps
+alternate, and each is compared with the `cp` of the same round, with and without the time of the imports ("start"). A peak is
+at least the peak of this process. FOLDER needs space for about four models, and is emptied at the end.
 """
 
 import argparse

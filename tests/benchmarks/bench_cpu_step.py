@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_cpu_step.py [--dtype bf16 fp32] [--rounds 20] [--step-rounds 5] [--compile]
 
 Forward and backward of each operator at the shapes of a 32 M model (512 tokens, hidden 512, 8 heads, 4 groups, 8,064 ids), then
-the trainer's step of that model with `model.transformer_impl=fused` and `=torch`. Both alternate in one run. A ratio is the median
-over the rounds of (time of the other) / (time of ours): above 1, ours is faster.
+the trainer's step of that model with `model.transformer_impl=fused` and `=torch`. Both alternate in one run. A ratio is the
+median over the rounds of (time of the other) / (time of ours): above 1, ours is faster.
 """
 
 import argparse

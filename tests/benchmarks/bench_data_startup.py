@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_data_startup.py --shards 2400 --tokens 435e9 --folder /scratch/startup
 
-`.idx` and `.json` are real, with log-normal document lengths; `.bin` is sparse. Each row is a process of its own. The rows "again"
-find the index of the first start. The stock side does what a Megatron trainer does: BlendedMegatronDatasetBuilder after
+`.idx` and `.json` are real, with log-normal document lengths; `.bin` is sparse. Each row is a process of its own. The rows
+"again" find the index of the first start. The stock side does what a Megatron trainer does: BlendedMegatronDatasetBuilder after
 init_process_group, with a cache folder. The first and the last sample are read to measure the cost of seeking.
 """
 

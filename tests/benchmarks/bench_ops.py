@@ -2,8 +2,9 @@
 
     python -m tests.benchmarks.bench_ops [--rounds 5]
 
-A result is a fraction of the copy bandwidth, which is measured first: the least number of bytes that the operator must move, divided
-by its time. All alternate on the same tensors; the result is the median of the rounds. Needs a GPU and nvcc. Not yet run on hardware.
+A result is a fraction of the copy bandwidth, which is measured first: the least number of bytes that the operator must move,
+divided by its time. All alternate on the same tensors; the result is the median of the rounds. Needs a GPU and nvcc. Not yet
+run on hardware.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_piece_encoder.py [--input corpus.jsonl] [--model FILE | --vocab-size 64000] [--rounds 3]
 
 Texts are the Python files of this machine unless --input names a JSONL file with a "text" in each line. A vocabulary is learned
-from half of them and kept in --cache. Each variant uses one thread. The variants alternate, on new strings of the same texts, and
-a Markdown table shows the best round of each. If ids differ, nothing is printed.
+from half of them and kept in --cache. Each variant uses one thread. The variants alternate, on new strings of the same texts,
+and a Markdown table shows the best round of each. If ids differ, nothing is printed.
 """
 
 import argparse

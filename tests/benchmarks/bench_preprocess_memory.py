@@ -4,9 +4,9 @@
         [--new-words]
 
 Memory is PSS summed over the process tree (pages shared by several processes count once), sampled from /proc four times a
-second; that of the largest process is RSS from the kernel. Sizes are those of the text. A smaller corpus is repeated; caches that
-grow with the number of different words then stop growing, unless --new-words changes the words of each repetition.
-The slope is that of a least-squares line through all points, in MB for each GB of text.
+second; that of the largest process is RSS from the kernel. Sizes are those of the text. A smaller corpus is repeated; caches
+that grow with the number of different words then stop growing, unless --new-words changes the words of each repetition. The
+slope is that of a least-squares line through all points, in MB for each GB of text.
 """
 
 import argparse

@@ -4,8 +4,8 @@
 
 Ours: the trainer's step, megatron-core's schedule and optimizer, fp32 main weights and gradients. Hugging Face: transformers
 with SDPA. Plain: the hand-written model of tests/support/plain_llama.py. These two run in a plain loop with torch's fused AdamW
-on weights of the same type, without an fp32 copy. All read the same random ids, 2,048 tokens per step in micro-batches of one sample.
-They alternate in one run with the matrix product whose best speed is the peak; ratios are medians over the rounds.
+on weights of the same type, without an fp32 copy. All read the same random ids, 2,048 tokens per step in micro-batches of one
+sample. They alternate in one run with the matrix product whose best speed is the peak; ratios are medians over the rounds.
 """
 
 import argparse

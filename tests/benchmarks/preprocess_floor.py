@@ -4,7 +4,8 @@
         --eod-id 151645 --vocab-size 151669 --dtype int32
 
 Writes CPU and wall seconds of: load (the vocabulary), read, decompress, parse (orjson), encode (the fastest exact encoder),
-concatenate (the project's C++ helper), write (with fsync). The output equals a reversed .bin of `ledom preprocess-data`. Memory grows with the input.
+concatenate (the project's C++ helper), write (with fsync). The output equals a reversed .bin of `ledom preprocess-data`. Memory
+grows with the input.
 """
 
 import argparse

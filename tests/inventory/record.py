@@ -1,20 +1,21 @@
 """Record the results of every command line on small inputs: `python -m tests.inventory.record` writes `reference.json`.
 
-The reference checks changes that must not alter any result. `commands.py` has its commands, `inputs.py` makes its inputs. It uses
-command lines only and imports no module of the project, so all modules can move. `--checkout` and `--python` (for the test:
-LEDOM_INVENTORY_CHECKOUT and LEDOM_INVENTORY_PYTHON) run the commands of another checkout or with another interpreter.
+The reference checks changes that must not alter any result. `commands.py` has its commands, `inputs.py` makes its inputs. It
+uses command lines only and imports no module of the project, so all modules can move. `--checkout` and `--python` (for the
+test: LEDOM_INVENTORY_CHECKOUT and LEDOM_INVENTORY_PYTHON) run the commands of another checkout or with another interpreter.
 
-`pytest tests/inventory` runs all commands again, in 80 s on two free cores; `-k NAME` runs the steps of that name and their needs.
+`pytest tests/inventory` runs all commands again, in 80 s on two free cores; `-k NAME` runs the steps of that name and their
+needs.
 
-Compared are the sha256 of shards, indexes and tokenizers; of JSON, text and pages the values, and the sha256 of the text without times,
-folders and speeds (see `artifacts.py`); the sha256 of the bytes of tensors; the exit code of every command; the numbers of a dry run;
-only the keys of the calibration, which measures time; and only the existence of pictures.
+Compared are the sha256 of shards, indexes and tokenizers; of JSON, text and pages the values, and the sha256 of the text
+without times, folders and speeds (see `artifacts.py`); the sha256 of the bytes of tensors; the exit code of every command; the
+numbers of a dry run; only the keys of the calibration, which measures time; and only the existence of pictures.
 
 The last bits of torch's results depend on the kind of machine. The reference names its `machine`: the processor's vendor and
-vector instructions, and the versions of torch and numpy. On the same kind everything must be equal. On another one, floats of steps
-that compute with torch may differ by 1e-4 of their size, hashes of such artifacts do not count, and tensors are compared by their
-norms. Some results contain versions of libraries: use the pinned ones. A sampled text can still differ on another machine: first
-record the reference there from a trusted checkout.
+vector instructions, and the versions of torch and numpy. On the same kind everything must be equal. On another one, floats of
+steps that compute with torch may differ by 1e-4 of their size, hashes of such artifacts do not count, and tensors are compared
+by their norms. Some results contain versions of libraries: use the pinned ones. A sampled text can still differ on another
+machine: first record the reference there from a trusted checkout.
 """
 
 import argparse
