@@ -43,7 +43,11 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     add_bad_records(parser)
     add_overwrite(parser, "an existing shard, and unfinished work with other options")
+    _add_groups(parser)
+    return parser
 
+
+def _add_groups(parser: argparse.ArgumentParser) -> None:
     ids = parser.add_argument_group("special tokens of a document")
     ids.add_argument("--eod-token", metavar="T", help="token that ends each document (eod; default: the tokenizer's eos)")
     ids.add_argument("--eod-id", type=int, metavar="N", help="the same token, by its id")
@@ -76,7 +80,6 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         metavar="N",
         help="shuffle the documents of each task's shard with this seed (default: keep their order)",
     )
-    return parser
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:
