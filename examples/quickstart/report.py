@@ -99,7 +99,7 @@ def describe_machine() -> Report:
 
 
 def to_markdown(report: Report) -> str:
-    """Return the tables and texts, as printed at the end and shown in docs/get_started.md."""
+    """Return the tables and texts, which are printed at the end and shown in docs/get_started.md."""
     parts = [
         _describe_run(report),
         _describe_corpus(report["corpus"]),

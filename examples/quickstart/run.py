@@ -146,7 +146,7 @@ PHASES: list[tuple[str, Callable[[Size], Result], list[str]]] = [
     ("generate", generate, ["generated"]),
     ("rerank", rerank, ["reranked"]),
 ]
-"""Name of a phase, its function, and the folders below quickstart/ that it makes."""
+"""Name of each phase, its function, and the folders below quickstart/ that it writes."""
 
 
 def run_phases(size: Size, keep: bool) -> dict[str, Result]:

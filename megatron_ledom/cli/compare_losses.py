@@ -21,7 +21,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     parser.add_argument("--context", type=int, metavar="N", help=context)
     add_batch_size(parser)
-    parser.add_argument("--seed", type=int, default=0, help="seed of the intervals (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the confidence intervals (default %(default)s)")
     text = "allow different tokenizers, and compare whole documents in bits per byte"
     parser.add_argument("--different-tokenizers", action="store_true", help=text)
     add_unrecorded_direction(parser)

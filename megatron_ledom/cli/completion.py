@@ -1,4 +1,4 @@
-"""Print a completion script for a shell, with commands, options, choices and paths.
+"""Print a script with which a shell completes commands, options, choices and paths.
 
 bash, for this shell:     eval "$(ledom completion bash)"
 bash, for every shell:    ledom completion bash > ~/.local/share/bash-completion/completions/ledom

@@ -1,4 +1,4 @@
-"""Convert a checkpoint to a Hugging Face folder, or such a folder to a run, with a parity check of the logits."""
+"""Convert a checkpoint to a Hugging Face folder, or a Hugging Face folder to a run, with a parity check of the logits."""
 
 import argparse
 import logging
@@ -25,12 +25,14 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         description="Write a Hugging Face folder that loads offline in stock transformers." + PARITY,
     )
     export.add_argument(
-        "--load", required=True, metavar="RUN_OR_ITER", help="run folder (its latest checkpoint) or one checkpoint"
+        "--load", required=True, metavar="RUN_OR_ITER", help="one checkpoint, or a run folder for its latest checkpoint"
     )
     export.add_argument("--save", required=True, metavar="DIR", help="folder to write; it appears only after the parity check")
     add_overwrite(export, "--save, if it is an earlier export")
     export.add_argument(
-        "--architecture", metavar="NAME", help="architecture, such as MistralForCausalLM; default: the first that fits"
+        "--architecture",
+        metavar="NAME",
+        help="architecture, such as MistralForCausalLM; default: the first that can represent the model",
     )
     load = commands.add_parser(
         "hf-to-mcore",
@@ -47,7 +49,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     load.add_argument(
         "--eod-token",
         metavar="TOKEN",
-        help="eod of the training data, as in `ledom preprocess-data`; default: the tokenizer's eos",
+        help="token that ends a document (eod), as in `ledom preprocess-data`; default: the tokenizer's eos",
     )
     load.add_argument(
         "--seq-length",

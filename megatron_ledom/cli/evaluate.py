@@ -28,11 +28,13 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--num-fewshot", type=int, default=0, metavar="K", help="solved examples in each prompt (default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of those examples (default %(default)s)")
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="longest generated answer (default: that of the task)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for choosing these examples (default %(default)s)")
+    parser.add_argument(
+        "--max-new-tokens", type=int, metavar="N", help="longest generated answer, in tokens (default: that of the task)"
+    )
     add_batch_size(parser)
     parser.add_argument(
-        "--allow-code-execution", action="store_true", help="run programs that the model writes, for tasks that need it"
+        "--allow-code-execution", action="store_true", help="run programs that the model writes; tasks on code need it"
     )
     parser.add_argument(
         "--sandbox",
@@ -45,7 +47,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--show", type=int, default=0, metavar="N", help="only print the prompts of N items, without loading weights"
     )
     parser.add_argument(
-        "--list", action="store_true", help="only list the tasks, where to get their files, and the hashes of those in --data"
+        "--list",
+        action="store_true",
+        help="only list the tasks, the sources of their files, and the hashes of the files in --data",
     )
     return parser
 

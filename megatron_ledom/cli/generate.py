@@ -1,4 +1,4 @@
-"""Write the text that comes before a text, with a reverse model. Prints the whole text."""
+"""Write the text that precedes a given text, with a reverse model. Prints both as one text."""
 
 import argparse
 import sys
@@ -16,16 +16,18 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--following", required=True, metavar="TEXT", help="the end of the text; the model writes what precedes it"
     )
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="longest generated text (default %(default)s)")
     parser.add_argument(
-        "--temperature", type=float, default=0.0, help="sampling temperature; 0 takes the most likely token (default)"
+        "--max-new-tokens", type=int, default=128, help="longest generated text, in tokens (default %(default)s)"
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="sampling temperature; 0 always takes the most likely token (default)"
     )
     parser.add_argument("--top-p", type=float, default=1.0, help="nucleus sampling (default %(default)s: off)")
     parser.add_argument("--top-k", type=int, default=0, help="sample from the k most likely tokens (default %(default)s: off)")
     parser.add_argument(
         "--num-samples", type=int, default=1, help="number of texts; more than one needs a temperature (default %(default)s)"
     )
-    parser.add_argument("--seed", type=int, help="seed of sampling, for repeatable results")
+    parser.add_argument("--seed", type=int, help="seed of sampling; equal seeds give equal texts")
     parser.add_argument("--stop", nargs="+", default=[], metavar="TEXT", help="stop when one of these texts is generated")
     parser.add_argument("--stream", action="store_true", help="show the text on the terminal while it is generated")
     add_unrecorded_direction(parser)

@@ -8,7 +8,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument(
-        "where", metavar="DIR", help="a checkpoint, or a run folder: lists its checkpoints and shows the latest"
+        "where", metavar="DIR", help="a checkpoint to show, or a run folder, to list its checkpoints and show the latest"
     )
     parser.add_argument(
         "--verify", action="store_true", help="check the sha256 of every file; exit with 1 if a file is damaged"

@@ -17,7 +17,7 @@ GROUPS = {
     "from text to shards": {
         "train-tokenizer": "train a SentencePiece BPE tokenizer",
         "preprocess-data": "write a shard of reversed (or forward) token ids from raw text",
-        "summarize-tasks": "add up the tasks of a preprocessing array and list those to run again",
+        "summarize-tasks": "print the totals of a preprocessing array and list the tasks to run again",
         "inspect-shard": "show and verify shards",
         "merge-shards": "join shards of one direction and tokenizer",
         "reverse-shards": "convert shards to the other direction without the corpus",
@@ -38,8 +38,8 @@ GROUPS = {
         "report-run": "plot the curves of runs, with an HTML page of their final metrics",
     },
     "using a model": {
-        "convert-checkpoint": "convert a checkpoint to a Hugging Face folder, or the reverse",
-        "generate": "write the text that comes before a text",
+        "convert-checkpoint": "convert a checkpoint to a Hugging Face folder, or back",
+        "generate": "write the text that precedes a given text",
         "rerank": "rank answers by Reverse Reward",
         "report-rerank": "compare Reverse Reward with its baselines",
     },
@@ -47,7 +47,7 @@ GROUPS = {
         "evaluate": "evaluate a model of either direction on tasks from local files",
         "harness": "evaluate a model in lm-evaluation-harness",
         "compare-losses": "compare the losses of a forward model and its reverse twin",
-        "make-analysis-data": "write synthetic data for an analysis",
+        "make-analysis-data": "write synthetic training text and questions for an analysis",
     },
     "the shell": {
         "completion": "print the completion script of a shell",
@@ -56,7 +56,7 @@ GROUPS = {
 """Title -> name of a command -> its purpose, in the order in which a new user needs them."""
 COMMANDS = [name for group in GROUPS.values() for name in group]
 EXAMPLE = """\
-`ledom COMMAND --help` shows the options of a command. From a text file to a model that writes the text before a text:
+`ledom COMMAND --help` shows the options of a command. From a text file to a model that writes what precedes a given text:
 
   ledom train-tokenizer --input corpus.jsonl --vocab-size 8000 --output tokenizer
   ledom preprocess-data --input corpus.jsonl --tokenizer tokenizer --output-prefix shards/train

@@ -9,7 +9,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     from megatron_ledom.evaluation.synthetic.generators import GENERATORS  # the choices of --task
 
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("--task", required=True, choices=sorted(GENERATORS), help="the analysis")
+    parser.add_argument("--task", required=True, choices=sorted(GENERATORS), help="analysis for which to write data")
     parser.add_argument("--output", "--out", required=True, metavar="FOLDER", help="folder to write; each set needs its own")
     parser.add_argument(
         "--num", type=int, required=True, metavar="N", help="number of facts, problems, texts or worlds, depending on the task"

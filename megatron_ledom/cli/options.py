@@ -3,10 +3,10 @@
 import argparse
 
 INPUT_HELP = (
-    "files, patterns in quotes, folders, @LIST of these, or addresses such as s3://; formats: JSON Lines, Parquet, Arrow, WET and plain"
-    " text, the text formats also as .gz, .zst, .bz2 or .xz"
+    "files, folders, patterns in quotes, addresses such as s3://BUCKET/FILE, or @LIST, a file with one of these per line; formats: JSON"
+    " Lines, Parquet, Arrow, WET and plain text, the text formats also as .gz, .zst, .bz2 or .xz"
 )
-"""Help of --input where it takes corpus files."""
+"""Help of --input of commands that read a corpus."""
 
 
 def add_overwrite(parser: argparse.ArgumentParser, what: str = "an existing shard") -> None:
@@ -15,7 +15,7 @@ def add_overwrite(parser: argparse.ArgumentParser, what: str = "an existing shar
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Take the config of a run, and overrides of its keys after all options."""
+    """Take the config of a run, and overrides of its keys."""
     parser.add_argument(
         "--config", required=True, metavar="FILE", help="YAML file of the run, or a name from `ledom configs list`"
     )
@@ -40,13 +40,22 @@ def add_unrecorded_direction(parser: argparse.ArgumentParser) -> None:
 
 def add_text_template(parser: argparse.ArgumentParser) -> None:
     """Let a text be joined from several fields of a record."""
-    text = r"join several fields to one text, such as '{question}\n{answer}'; \n is a line break, {{ and }} are braces"
+    text = r"build the text from several fields, such as '{question}\n{answer}'; \n is a line break, {{ and }} are braces"
     parser.add_argument("--text-template", metavar="T", help=text)
 
 
 def add_bad_records(parser: argparse.ArgumentParser) -> None:
     """Take the limit of a record and the action for a bad record."""
     parser.add_argument(
-        "--on-error", choices=["fail", "skip"], default="fail", help="action for a bad record: stop, or skip and count it"
+        "--on-error",
+        choices=["fail", "skip"],
+        default="fail",
+        help="action for a bad record: stop, or skip and count it (default %(default)s)",
     )
-    parser.add_argument("--max-record-bytes", type=int, default=256 << 20, metavar="N", help="a longer record is bad")
+    parser.add_argument(
+        "--max-record-bytes",
+        type=int,
+        default=256 << 20,
+        metavar="N",
+        help="longest record; a longer one is bad (default %(default)s)",
+    )

@@ -12,16 +12,18 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSON lines with one pair each")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="tokenizer of the model, such as RUN/tokenizer")
     parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the shard without extension")
-    parser.add_argument("--seq-length", type=int, required=True, metavar="N", help="data.seq_length of the run, in tokens")
+    parser.add_argument(
+        "--seq-length", type=int, required=True, metavar="N", help="data.seq_length of the training run, in tokens"
+    )
     parser.add_argument(
         "--prompt-template", metavar="T", help="prompt with {field} for the fields of a line (default {question} and a newline)"
     )
     parser.add_argument("--answer-template", metavar="T", help="answer, directly after the prompt (default {answer})")
     parser.add_argument("--direction", choices=["reverse", "forward"], help="direction of the model (default reverse)")
     policies = ("refuse", "skip", "cut")
-    text = "a pair longer than a sample: refuse it (default), skip it, or cut the part that is not scored at its far end"
+    text = "a pair longer than a sample: refuse it (default), skip it, or cut the far end of the part that is not scored"
     parser.add_argument("--too-long", choices=policies, help=text)
-    parser.add_argument("--eod-token", metavar="TOKEN", help="token that ends each pair, eod (default: the tokenizer's eos)")
+    parser.add_argument("--eod-token", metavar="TOKEN", help="token that ends each pair (eod; default: the tokenizer's eos)")
     add_overwrite(parser)
     return parser
 

@@ -11,8 +11,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=prog,
         description=__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        epilog="If it is stopped, run the same command again: it resumes from the finished parts in P.work.",
+        epilog="To resume a stopped command, run it again: it keeps the finished parts in P.work.",
     )
     add = parser.add_argument
     add("--input", nargs="+", required=True, metavar="GLOB", help=INPUT_HELP)
@@ -24,44 +23,63 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     )
     add("--output-prefix", required=True, metavar="P", help="path of the shard without extension")
     add(
-        "--direction", choices=["reverse", "forward"], default="reverse", help="direction of the models that train on the shard"
+        "--direction",
+        choices=["reverse", "forward"],
+        default="reverse",
+        help="direction of the models that train on the shard (default %(default)s)",
     )
-    add("--text-key", default="text", help="field or column of the text; a.b is field b of the object in field a")
+    add(
+        "--text-key",
+        default="text",
+        help="field or column of the text; a.b is field b of the object in field a (default %(default)s)",
+    )
     add_text_template(parser)
-    add("--workers", type=int, help="number of processes; default: the number of available cores")
+    add("--workers", type=int, help="number of processes (default: the number of available cores)")
     add(
         "--dtype",
         choices=["auto", "uint16", "int32"],
         default="auto",
-        help="type of the stored ids; auto: the smaller one that fits the vocabulary",
+        help="type of the stored ids; auto: the smaller one that fits the vocabulary (default %(default)s)",
     )
     add_bad_records(parser)
     add_overwrite(parser, "an existing shard, and unfinished work with other options")
+    _add_groups(parser)
+    return parser
 
+
+def _add_groups(parser: argparse.ArgumentParser) -> None:
     ids = parser.add_argument_group("special tokens of a document")
-    ids.add_argument("--eod-token", metavar="T", help="token that ends each document (eod); default: the tokenizer's eos")
+    ids.add_argument("--eod-token", metavar="T", help="token that ends each document (eod; default: the tokenizer's eos)")
     ids.add_argument("--eod-id", type=int, metavar="N", help="the same token, by its id")
     ids.add_argument(
-        "--bos-token", metavar="T", help="first token of each document in model order; default: none, as in the original"
+        "--bos-token",
+        metavar="T",
+        help="first token of each document in model order (default: none, as in the published LEDOM models)",
     )
     ids.add_argument(
         "--add-specials", action="store_true", help="add <CLS> <SEP> <EOD> <MASK> <PAD> to the tokenizer; eod is <EOD>"
     )
 
     tasks = parser.add_argument_group("array tasks", "Each task takes an equal byte range of the input.")
-    tasks.add_argument("--task-id", type=int, metavar="I", help="number of this task, from 0; default: SLURM_ARRAY_TASK_ID")
-    tasks.add_argument("--num-tasks", type=int, metavar="N", help="number of tasks; default: that of the SLURM array")
+    tasks.add_argument("--task-id", type=int, metavar="I", help="number of this task, from 0 (default: SLURM_ARRAY_TASK_ID)")
+    tasks.add_argument("--num-tasks", type=int, metavar="N", help="number of tasks (default: that of the SLURM array)")
 
     quality = parser.add_argument_group("selection of documents", "The manifest counts skipped documents by reason.")
-    quality.add_argument("--min-tokens", type=int, default=1, metavar="N", help="skip shorter documents")
+    quality.add_argument("--min-tokens", type=int, default=1, metavar="N", help="skip shorter documents (default %(default)s)")
     quality.add_argument("--max-tokens", type=int, metavar="N", help="skip longer documents")
     quality.add_argument("--filter", metavar="M:F", help="function F of module M: (text, record) -> True to keep the document")
     quality.add_argument(
-        "--deduplicate", action="store_true", help="keep the first of equal texts; array tasks need a --hash-only pass first"
+        "--deduplicate",
+        action="store_true",
+        help="keep only the first of equal texts; array tasks need a --hash-only pass first",
     )
     quality.add_argument("--hash-only", action="store_true", help="first pass of --deduplicate in an array: write only hashes")
-    quality.add_argument("--shuffle-seed", type=int, metavar="N", help="shuffle the documents of each task's shard")
-    return parser
+    quality.add_argument(
+        "--shuffle-seed",
+        type=int,
+        metavar="N",
+        help="shuffle the documents of each task's shard with this seed (default: keep their order)",
+    )
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> None:

@@ -1,7 +1,7 @@
 """Compute one step of a run again, bit for bit, from the last checkpoint before it. Shows its batch and its gradients.
 
-Launch it like the run: `torchrun --nproc-per-node N --no-python ledom replay-step --run RUN --iteration K`. It exits with 1 if loss or
-gradient norm differ from the record. It changes nothing in the run folder.
+Launch it like the run: `torchrun --nproc-per-node N --no-python ledom replay-step --run RUN --iteration K`. It exits with 1 if the
+loss or gradient norm differs from the record. It changes nothing in the run folder.
 """
 
 import argparse
@@ -13,10 +13,14 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, metavar="RUN", help="folder of the run (run_dir)")
     parser.add_argument(
-        "--iteration", required=True, type=int, metavar="K", help="iteration to replay, such as one of bad_steps.jsonl"
+        "--iteration", required=True, type=int, metavar="K", help="iteration to replay, for example one from bad_steps.jsonl"
     )
-    parser.add_argument("--show", type=int, default=4, metavar="N", help="number of samples of the batch to print as text")
-    parser.add_argument("--allow-long", action="store_true", help="allow more steps than there are between two checkpoints")
+    parser.add_argument(
+        "--show", type=int, default=4, metavar="N", help="number of samples of the batch to print as text (default %(default)s)"
+    )
+    parser.add_argument(
+        "--allow-long", action="store_true", help="allow a replay of more steps than lie between two checkpoints"
+    )
     return parser
 
 

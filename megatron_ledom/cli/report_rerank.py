@@ -9,12 +9,17 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="outputs of `ledom rerank`, one for each sampling seed")
     parser.add_argument("--output", required=True, metavar="DIR", help="folder of the report")
-    parser.add_argument("--gold-key", metavar="KEY", help="field of the correct answer")
+    parser.add_argument("--gold-key", metavar="KEY", help="field with the correct answer")
     kinds = ("number", "text", "math")
-    parser.add_argument("--answers", choices=kinds, default="number", help="comparison of answers (default %(default)s)")
+    parser.add_argument(
+        "--answers", choices=kinds, default="number", help="compare answers as numbers, texts or formulas (default %(default)s)"
+    )
     parser.add_argument("--beam", metavar="FILE", help="output of `ledom rerank --beam` for the same prompts")
     parser.add_argument(
-        "--folds", type=int, default=5, help="folds of the questions; lambda is chosen on the other folds (default %(default)s)"
+        "--folds",
+        type=int,
+        default=5,
+        help="number of folds of the questions; lambda for a fold is chosen on the others (default %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of folds and bootstrap (default %(default)s)")
     parser.add_argument("--explain", type=int, metavar="LINE", help="only explain the ranking in this line of the first file")

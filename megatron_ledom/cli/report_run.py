@@ -11,7 +11,9 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of the runs (run_dir)")
-    parser.add_argument("--output", default="report", metavar="DIR", help="folder of the plots and report.html")
+    parser.add_argument(
+        "--output", default="report", metavar="DIR", help="folder for the plots and report.html (default %(default)s)"
+    )
     parser.add_argument("--smooth", type=int, default=0, metavar="N", help="also draw the moving mean of N records")
     parser.add_argument(
         "--plan",

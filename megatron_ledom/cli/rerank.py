@@ -40,7 +40,7 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     text = "send OPENAI_API_KEY by plain http to a server on another machine, where others can read it"
     parser.add_argument("--key-over-http", action="store_true", help=text)
     parser.add_argument("--trust-token-counts", action="store_true", help=TRUST)
-    text = "eod of a published reverse model whose config.json records no direction; not with a server or vLLM"
+    text = "id of the eod of a published reverse model whose config.json records no direction; not with a server or vLLM"
     parser.add_argument("--reverse-eod-id", type=int, metavar="ID", help=text)
     add_batch_size(parser)
     parser.add_argument("--token-values", action="store_true", help="also write the id and log-probability of each token")
@@ -89,7 +89,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
     sampling.add_argument("--temperature", type=float, help="sampling temperature (default 1.0)")
     sampling.add_argument("--top-p", type=float, help="nucleus sampling (default 1.0: off)")
     sampling.add_argument("--top-k", type=int, help="sample from the k most likely tokens (default 0: off)")
-    sampling.add_argument("--max-new-tokens", type=int, help="longest answer (default 128)")
+    sampling.add_argument("--max-new-tokens", type=int, help="longest answer, in tokens (default 128)")
     sampling.add_argument("--seed", type=int, help="seed of sampling (default 0)")
 
 

@@ -1,4 +1,4 @@
-"""Convert shards to the other direction without the corpus: our own, or .bin and .idx of other Megatron tools."""
+"""Convert shards to the opposite direction without the corpus: those of this package, or .bin and .idx of other Megatron tools."""
 
 import argparse
 from collections.abc import Sequence
@@ -19,16 +19,22 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser.add_argument("--output-prefix", required=True, metavar="P", help="path of the new shard without extension")
     add_overwrite(parser)
     foreign = parser.add_argument_group("inputs of another tool, without a manifest")
-    foreign.add_argument("--tokenizer", metavar="PATH", help="their tokenizer (required)")
-    foreign.add_argument("--eod-token", metavar="T", help="token that ends documents (eod); default: the tokenizer's eos")
-    foreign.add_argument("--from-direction", choices=["forward", "reverse"], help="their direction (default: forward)")
+    foreign.add_argument("--tokenizer", metavar="PATH", help="tokenizer of the inputs (required)")
+    foreign.add_argument("--eod-token", metavar="T", help="token that ends documents (eod; default: the tokenizer's eos)")
+    foreign.add_argument("--from-direction", choices=["forward", "reverse"], help="direction of the inputs (default: forward)")
     foreign.add_argument(
         "--eod",
         choices=["auto", "keep", "append"],
         default="auto",
         help="keep: every document ends with eod; append: none does, add it; auto: look at the first documents (default)",
     )
-    foreign.add_argument("--text-bytes", type=int, default=0, metavar="N", help="UTF-8 bytes of their text, for bits per byte")
+    foreign.add_argument(
+        "--text-bytes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="UTF-8 bytes of the text of the inputs, to compute bits per byte (0: unknown)",
+    )
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Add up the tasks of a preprocessing array and list those to run again. Exits with 1 if there are any."""
+"""Print the totals of a preprocessing array and list the tasks to run again. Exits with 1 if there are any."""
 
 import argparse
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
-    parser.add_argument("prefix", metavar="P", help="--output-prefix of the tasks, which wrote P-00000-of-000NN.*")
+    parser.add_argument("prefix", metavar="P", help="--output-prefix of the tasks, whose shards are P-00000-of-000NN.*")
     parser.add_argument("--num-tasks", type=int, metavar="N", help="number of tasks; default: the number in the file names")
     parser.add_argument("--json", metavar="FILE", help="also write the summary to a file")
     return parser

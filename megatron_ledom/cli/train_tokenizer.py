@@ -8,19 +8,21 @@ from megatron_ledom.cli.options import INPUT_HELP, add_bad_records, add_text_tem
 
 def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of this command."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument("--input", nargs="+", required=True, metavar="GLOB", help=INPUT_HELP)
     parser.add_argument(
-        "--vocab-size", type=int, required=True, metavar="N", help="number of pieces; five special tokens are added"
+        "--vocab-size", type=int, required=True, metavar="N", help="number of pieces; the five special tokens are added to it"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="folder to write")
     parser.add_argument(
-        "--text-key", default="text", help="field or column of the text; a.b is field b of the object in field a"
+        "--text-key",
+        default="text",
+        help="field or column of the text; a.b is field b of the object in field a (default %(default)s)",
     )
     add_text_template(parser)
     add_bad_records(parser)
     parser.add_argument(
-        "--max-sentences", type=int, metavar="N", help="number of lines to train on, drawn evenly; default: all"
+        "--max-sentences", type=int, metavar="N", help="number of lines to train on, drawn at random (default: all)"
     )
     return parser
 

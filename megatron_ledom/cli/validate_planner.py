@@ -8,10 +8,15 @@ def build_parser(prog: str | None = None) -> argparse.ArgumentParser:
     """Return the parser of this command."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__)
     parser.add_argument(
-        "--hardware", default="a100-80", metavar="NAME", help="hardware file to check; the published runs used this GPU"
+        "--hardware",
+        default="a100-80",
+        metavar="NAME",
+        help="hardware file to check (default %(default)s, which the published runs used)",
     )
-    parser.add_argument("--fit", action="store_true", help="first fit its efficiencies again, and print them")
-    parser.add_argument("--write", metavar="FILE", help="replace the tables between the marks of this file")
+    parser.add_argument(
+        "--fit", action="store_true", help="first fit the efficiencies of the hardware to the published runs, and print them"
+    )
+    parser.add_argument("--write", metavar="FILE", help="also replace the tables between the marks in this file")
     parser.add_argument("--write-examples", metavar="FILE", help="also replace the worked examples in this file")
     return parser
 

@@ -1,9 +1,9 @@
-"""How long a save holds training: in the background beside waiting for it, on one process, in one run.
+"""Compare how long a save stops training: a save in the background and a save that training waits for.
 
     python tests/benchmarks/bench_async_save.py [--folder /tmp] [--layers 12 --hidden-size 768] [--rounds 3]
 
-The model has about 125 M parameters by default, in fp32 with Adam's moments. A round saves once by each way and trains a step
-while the background save writes. The time a background save holds training is that of the call and of its finish.
+One process runs both. The model has about 125 M parameters by default, in fp32 with Adam's moments. A round saves once in each
+way, and trains steps while the background save writes. A background save stops training for its call and for its finish.
 """
 
 import argparse
@@ -25,16 +25,16 @@ VOCAB_SIZE = 8_005
 
 
 def seconds(act: Callable[[], None]) -> float:
-    """Wall time of `act`."""
+    """Return the wall time of `act`."""
     before = time.perf_counter()
     act()
     return time.perf_counter() - before
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure both ways and print the rounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", help="where checkpoints are written; default: the system's")
+    parser.add_argument("--folder", help="folder for the checkpoints; default: the system's temporary folder")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--hidden-size", type=int, default=768)
     parser.add_argument("--seq-length", type=int, default=512)
@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: str) -> None:
-    """Build the model, then `rounds` of both ways."""
+    """Build the model, then save it `rounds` times in each way."""
     from megatron_ledom.checkpoint.manifest import CheckpointManifest
     from megatron_ledom.checkpoint.store import CheckpointStore
     from megatron_ledom.config.schema import CheckpointConfig
@@ -81,7 +81,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
     batches = [random_batches(config, VOCAB_SIZE)]
     parameters = sum(weight.numel() for weight in model[0].parameters())
     print(
-        f"{parameters / 1e6:.0f} M parameters, {12 * parameters / 1e9:.2f} GB a checkpoint, {torch.get_num_threads()} threads"
+        f"{parameters / 1e6:.0f} M parameters, {12 * parameters / 1e9:.2f} GB per checkpoint, {torch.get_num_threads()} threads"
     )
     provenance = Provenance(
         direction=Direction.REVERSE, tokenizer_name="none", tokenizer_sha256="0" * 64, vocab_size=VOCAB_SIZE, eod_id=0
@@ -106,7 +106,7 @@ def measure(arguments: argparse.Namespace, folder: str) -> None:
 
 
 def compare(step: Callable[[], None], save: Callable[[str, int], None], store: Any, rounds: int) -> None:
-    """Print each round, and the median of how many times shorter the background save holds training."""
+    """Print each round, and the median ratio of the times for which the two saves stop training."""
     step()
     ratios = []
     for number in range(1, rounds + 1):
@@ -114,19 +114,19 @@ def compare(step: Callable[[], None], save: Callable[[str, int], None], store: A
         waiting = seconds(lambda: save("waiting", number))  # noqa: B023  called at once
         begun = time.perf_counter()
         call = seconds(lambda: save("async", number))  # noqa: B023  called at once
-        beside, steps = seconds(step), 1
+        meanwhile, steps = seconds(step), 1
         while multiprocessing.active_children():
-            beside += seconds(step)
+            meanwhile += seconds(step)
             steps += 1
         written = time.perf_counter() - begun
         finish = seconds(store.poll)
         held = call + finish
         ratios.append(waiting / held)
         print(
-            f"round {number}: waiting {waiting:.2f} s | async: held {held:.2f} s (call {call:.2f}, finish {finish:.2f}), written"
-            f" after {written:.2f} s | a step {alone:.2f} s alone, {beside / steps:.2f} s beside the writer"
+            f"round {number}: waiting {waiting:.2f} s | async: stopped {held:.2f} s (call {call:.2f}, finish {finish:.2f}), written"
+            f" after {written:.2f} s | a step {alone:.2f} s alone, {meanwhile / steps:.2f} s while the writer runs"
         )
-    print(f"a save in the background holds training {statistics.median(ratios):.1f} times shorter (median)")
+    print(f"a save in the background stops training for {statistics.median(ratios):.1f} times less time (median)")
 
 
 if __name__ == "__main__":

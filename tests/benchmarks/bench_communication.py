@@ -1,13 +1,13 @@
-"""Bytes that a rank sends in one training step, by kind of parallelism: counted, beside the formula.
+"""Bytes that a rank sends in one training step, by kind of parallelism: counted, and computed by formula.
 
     python -m tests.benchmarks.bench_communication [--dtype bf16]
 
-Counted at torch's process groups in runs of a tiny model over gloo (`tests/distributed/traffic.py` says how); the formulas are
-those by which one plans a cluster. Prints a Markdown table; exits with 1 where the two differ by more than 1 %.
+They are counted at torch's process groups in runs of a tiny model over gloo (see `tests/distributed/traffic.py`). The formulas
+are those used to plan a cluster. Prints a Markdown table; exits with 1 if a formula and its count differ by more than 1 %.
 
-N ranks, r = (N - 1) / N; L layers, h width, G key-value heads of width D, P parameters, e bytes of an activation or weight (2 or
-4), T tokens of a rank in a step (of all context-parallel ranks under CP), A = T h e. The busiest rank is meant: with PP a
-middle stage, where there is one.
+N ranks, r = (N - 1) / N; L layers, h width, G key-value heads of width D, P parameters, e bytes of an activation or weight (2
+or 4), T tokens of a rank in a step (of all context-parallel ranks under CP), A = T h e. The rank is the busiest one: with PP a
+middle stage, if there is one.
 """
 
 import argparse
@@ -30,7 +30,7 @@ CASES = {
     "tensor and sequence parallel": ("TP", Layout(tp=4, sp=True), "r (10L + 5) A + 2r (12 T + 4 (2L + 1) h)"),
     "pipeline": ("PP", Layout(pp=4), "2 A"),
     "pipeline, 2 chunks a stage": ("PP", Layout(pp=4, vpp=2), "2 x 2 A"),
-    "context parallel": ("CP", Layout(cp=4), "4r L T G D e, beside the gradients as for data parallel"),
+    "context parallel": ("CP", Layout(cp=4), "4r L T G D e, and the gradients as for data parallel"),
     "data parallel": ("DP", Layout(dp=4), "2r 4 P"),
     "distributed optimizer": ("DP", Layout(dp=4, optimizer="distributed"), "r (4 + e) P"),
 }
@@ -38,7 +38,7 @@ TOLERANCE = 0.01
 
 
 def formula(config: RunConfig, name: str) -> float:
-    """Bytes that the busiest rank sends in a step."""
+    """Return the bytes that the busiest rank sends in a step."""
     model = config.model
     ranks = 4
     r, layers, width = (ranks - 1) / ranks, model.num_layers, model.hidden_size
@@ -46,7 +46,7 @@ def formula(config: RunConfig, name: str) -> float:
     tokens = config.train.global_batch_size * config.data.seq_length
     activations = tokens * width * size
     parameters = count_parameters(model, padded_vocab_size(VOCAB_SIZE, model.make_vocab_size_divisible_by))
-    small = 12 * tokens  # the loss over a spread vocabulary: a maximum, a sum and the label's logit, in fp32
+    small = 12 * tokens  # the loss over a sharded vocabulary: a maximum, a sum and the label's logit, in fp32
     return {
         "tensor parallel": 2 * r * ((4 * layers + 2) * activations + small),
         "tensor and sequence parallel": r * (10 * layers + 5) * activations + 2 * r * (small + 4 * (2 * layers + 1) * width),
@@ -59,7 +59,7 @@ def formula(config: RunConfig, name: str) -> float:
 
 
 def measure(data: TinyData, folder: Path, dtype: str) -> dict[str, tuple[int, float]]:
-    """Counted and computed bytes of each case; four ranks, one launch."""
+    """Return (counted, computed) bytes of each case, from one launch of four ranks."""
     steps = ["train.train_iters=3", "optimizer.lr_warmup_iters=1", "model.num_query_groups=8"]
     runs = {folder / name: [*settings(dtype), *layout.overrides(), *steps] for name, (_, layout, _) in CASES.items()}
     run_each_on_ranks(data.config, runs, num_ranks=4, hook=prepare_ranks)
@@ -72,7 +72,7 @@ def measure(data: TinyData, folder: Path, dtype: str) -> dict[str, tuple[int, fl
 
 
 def main() -> None:
-    """Count, compare, print."""
+    """Count, compare and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=["fp32", "bf16"], default="fp32")
     arguments = parser.parse_args()

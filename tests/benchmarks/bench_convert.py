@@ -1,10 +1,10 @@
-"""Conversion both ways of a model of some gigabytes: time and memory beside `cp` and beside transformers, in one run.
+"""Time and memory of the conversion of a model in both directions, compared with `cp` and with transformers.
 
     python -m tests.benchmarks.bench_convert FOLDER [--gigabytes 6] [--rounds 3]
 
-Every step is a process of its own, its imports included, until all it wrote is on disk; the steps take turns, and each is compared
-with the `cp` of its round, less what the imports alone take ("start"). Median over the rounds. A peak is not below this process's
-own. FOLDER gets about four times the model and is emptied again.
+Every step is a process of its own. Its time includes its imports, and ends when everything it wrote is on disk. The steps
+alternate, and each is compared with the `cp` of the same round, with and without the time of the imports ("start"). A peak is
+at least the peak of this process. FOLDER needs space for about four models, and is emptied at the end.
 """
 
 import argparse
@@ -32,13 +32,13 @@ STOCK = (
     " A.from_pretrained(source, dtype=torch.bfloat16, local_files_only=True).save_pretrained(target, max_shard_size='2GB')"
 )
 START = "import megatron_ledom.convert.hf_export, megatron_ledom.convert.hf_import"
-Figures = dict[str, list[tuple[float, float]]]
-"""Step -> seconds and peak resident GB of each round."""
+Measured = dict[str, list[tuple[float, float]]]
+"""Step -> (seconds, peak resident GB) of each round."""
 LAYER_ELEMENTS = 2048 * 2048 * 3 + 3 * 2048 * 16384
 
 
 def write_model(folder: Path, gigabytes: float) -> None:
-    """A Llama of random bf16 weights, hidden 2048, FFN 16384, as many layers as fill the size; and the legible tokenizer."""
+    """Write a Llama of random bf16 weights (hidden 2048, FFN 16384, layers to fill the size) and the legible tokenizer."""
     import torch
     from transformers import LlamaConfig
 
@@ -76,7 +76,7 @@ def write_model(folder: Path, gigabytes: float) -> None:
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """(seconds, peak resident GB) of a process; then what it wrote is on disk."""
+    """Run a process until everything it wrote is on disk; return (seconds, peak resident GB)."""
     started = time.monotonic()
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     assert child.stderr is not None
@@ -89,39 +89,39 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 
 def python(code: str, *paths: Path) -> list[str]:
-    """A process that runs a line of Python on paths."""
+    """Return the command that runs a line of Python on paths."""
     return [sys.executable, "-c", SETUP + code, *map(str, paths)]
 
 
-def times_cp(figures: Figures, name: str, less: str | None = None) -> list[float]:
-    """What a step takes, without the step `less` of the same round, in each round as a multiple of that round's `cp`."""
-    starts = [seconds for seconds, _ in figures[less]] if less else [0.0] * len(figures[name])
-    rounds = zip(figures[name], starts, figures["cp"], strict=False)
+def times_cp(measured: Measured, name: str, less: str | None = None) -> list[float]:
+    """Return, for each round, the time of a step minus that of the step `less`, as a multiple of the time of `cp`."""
+    starts = [seconds for seconds, _ in measured[less]] if less else [0.0] * len(measured[name])
+    rounds = zip(measured[name], starts, measured["cp"], strict=False)
     return [(seconds - start) / copied for (seconds, _), start, (copied, _) in rounds]
 
 
-def table(figures: Figures) -> str:
-    """Markdown: of each step all rounds, the median, as a multiple of `cp` with and without the imports, and the peak."""
+def table(measured: Measured) -> str:
+    """Return a Markdown table of the steps: seconds of all rounds, multiples of `cp`, and peak memory."""
 
     def median(values: list[float]) -> str:
         rounds = f" ({', '.join(f'{value:.2f}' for value in values)})" if len(values) > 1 else ""
         return f"{statistics.median(values):.2f}{rounds}"
 
     lines = ["| step | seconds | times cp | without the imports | peak GB |", "|---|---|---|---|---|"]
-    for name, found in figures.items():
-        without = median(times_cp(figures, name, "start")) if "mcore" in name else ""
+    for name, found in measured.items():
+        without = median(times_cp(measured, name, "start")) if "mcore" in name else ""
         seconds = ", ".join(f"{one:.1f}" for one, _ in found)
         peak = max(memory for _, memory in found)
-        lines.append(f"| {name} | {seconds} | {median(times_cp(figures, name))} | {without} | {peak:.2f} |")
+        lines.append(f"| {name} | {seconds} | {median(times_cp(measured, name))} | {without} | {peak:.2f} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """Write the model, convert it both ways, print a line a step and a table in the end."""
+    """Write the model, convert it in both directions, and print a line per step and a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--gigabytes", type=float, default=6.0)
-    parser.add_argument("--rounds", type=int, default=3, help="of all steps in turn; the medians count")
+    parser.add_argument("--rounds", type=int, default=3, help="number of rounds; the table shows medians")
     arguments = parser.parse_args()
     base = arguments.folder / "bench_convert"
     shutil.rmtree(base, ignore_errors=True)
@@ -134,23 +134,23 @@ def main() -> None:
         steps: dict[str, tuple[list[str], Path | None]] = {
             "start": (python(START), None),
             "cp": (["cp", "-r", str(hf), str(base / "copy")], base / "copy"),
-            "hf-to-mcore, no gate": (python(IMPORT.format(None), hf, run), run),
-            "mcore-to-hf, no gate": (python(EXPORT.format(None), kept, out), out),
+            "hf-to-mcore, no parity check": (python(IMPORT.format(None), hf, run), run),
+            "mcore-to-hf, no parity check": (python(EXPORT.format(None), kept, out), out),
             "transformers load and save": (python(STOCK, hf, base / "stock"), base / "stock"),
-            "mcore-to-hf with the gate": (python(EXPORT.format("'auto'"), kept, base / "gated"), base / "gated"),
+            "mcore-to-hf with parity check": (python(EXPORT.format("'auto'"), kept, base / "checked"), base / "checked"),
         }
         measure(python(IMPORT.format(None), hf, kept))
-        figures: Figures = {name: [] for name in steps}
+        measured: Measured = {name: [] for name in steps}
         for number in range(arguments.rounds):
             for name, (command, target) in steps.items():
-                if number and "with the gate" in name:
+                if number and "with parity check" in name:
                     continue
                 seconds, memory = measure(command)
                 if target is not None:
                     shutil.rmtree(target)
-                figures[name].append((seconds, memory))
-                print(f"{name:<28} {seconds:8.1f} s  {size / seconds:6.3f} GB/s  peak {memory:5.2f} GB", flush=True)
-        print(f"\n{size:.2f} GB, files of {SHARD}, load {os.getloadavg()[0]:.1f}; medians (all rounds)\n\n{table(figures)}")
+                measured[name].append((seconds, memory))
+                print(f"{name:<30} {seconds:8.1f} s  {size / seconds:6.3f} GB/s  peak {memory:5.2f} GB", flush=True)
+        print(f"\n{size:.2f} GB, files of {SHARD}, load {os.getloadavg()[0]:.1f}; medians (all rounds)\n\n{table(measured)}")
     finally:
         shutil.rmtree(base, ignore_errors=True)
 

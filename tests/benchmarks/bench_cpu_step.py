@@ -1,10 +1,10 @@
-"""Our CPU operators beside eager torch and torch.compile, and a whole training step with and without them: ratios in one run.
+"""Compare our CPU operators with eager torch and torch.compile, and a training step with and without them.
 
     python tests/benchmarks/bench_cpu_step.py [--dtype bf16 fp32] [--rounds 20] [--step-rounds 5] [--compile]
 
 Forward and backward of each operator at the shapes of a 32 M model (512 tokens, hidden 512, 8 heads, 4 groups, 8,064 ids), then
-the trainer's step of that model with `model.transformer_impl=fused` and `=torch`. Both take turns; ratios are medians over the
-turns of (time of the other) / (time of ours): above 1, ours is faster.
+the trainer's step of that model with `model.transformer_impl=fused` and `=torch`. Both alternate in one run. A ratio is the
+median over the rounds of (time of the other) / (time of ours): above 1, ours is faster.
 """
 
 import argparse
@@ -32,26 +32,26 @@ Operation = Callable[..., Any]
 
 
 def eager_swiglu(x: torch.Tensor) -> torch.Tensor:
-    """As megatron-core's MLP does without fusion."""
+    """Compute it like megatron-core's MLP without fusion."""
     gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
 
 
 def eager_rope(mixed: torch.Tensor, angles: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """As megatron-core's attention does without fusion: split, then turn queries and keys."""
+    """Compute it like megatron-core's attention without fusion: split, then rotate queries and keys."""
     query, key, value = mixed.split(((HEADS // GROUPS) * WIDTH, WIDTH, WIDTH), -1)
     query = query.reshape(TOKENS, 1, HEADS, WIDTH)
     cos, sin = angles.cos().to(mixed.dtype), angles.sin().to(mixed.dtype)
 
-    def turned(heads: torch.Tensor) -> torch.Tensor:
+    def rotated(heads: torch.Tensor) -> torch.Tensor:
         first, second = heads.chunk(2, -1)
         return heads * cos + torch.cat((-second, first), -1) * sin
 
-    return turned(query), turned(key), value
+    return rotated(query), rotated(key), value
 
 
 def operations(dtype: torch.dtype) -> dict[str, tuple[Operation, Operation, list[torch.Tensor]]]:
-    """Ours, eager torch's, and what both are given; the first tensors are differentiated."""
+    """Return for each operator ours, eager torch's, and the inputs of both."""
     angles = torch.rand(TOKENS, 1, 1, WIDTH // 2).repeat(1, 1, 1, 2)
     labels = torch.randint(0, IDS, (TOKENS, 1))
     world = dist.group.WORLD
@@ -77,7 +77,7 @@ def operations(dtype: torch.dtype) -> dict[str, tuple[Operation, Operation, list
 
 
 def seconds_of(operation: Operation, inputs: list[torch.Tensor]) -> float:
-    """One forward and backward pass."""
+    """Return the seconds of one forward and backward pass."""
     leaves = [tensor.detach().requires_grad_() for tensor in inputs]
     start = time.perf_counter()
     outputs = operation(*leaves)
@@ -87,13 +87,13 @@ def seconds_of(operation: Operation, inputs: list[torch.Tensor]) -> float:
 
 
 def ratio(ours: Callable[[], float], other: Callable[[], float], rounds: int) -> tuple[float, float]:
-    """Median of other / ours over turns, and the median seconds of ours; two turns warm up."""
+    """Return the median of other / ours over the rounds, and the median seconds of ours; two more rounds warm up."""
     pairs = [(ours(), other()) for _ in range(rounds + 2)][2:]
     return statistics.median(theirs / mine for mine, theirs in pairs), statistics.median(mine for mine, _ in pairs)
 
 
 def timed(step: Callable[[], None]) -> Callable[[], float]:
-    """The step, giving its seconds."""
+    """Return a function that runs the step and returns its seconds."""
 
     def run() -> float:
         start = time.perf_counter()
@@ -104,12 +104,12 @@ def timed(step: Callable[[], None]) -> Callable[[], float]:
 
 
 def main() -> None:
-    """Print a line an operator and a line a step."""
+    """Print a line per operator and per step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", nargs="+", choices=list(PARAMS_DTYPES), default=list(PARAMS_DTYPES))
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--step-rounds", type=int, default=5)
-    parser.add_argument("--compile", action="store_true", help="torch.compile, too; needs a C++ compiler")
+    parser.add_argument("--compile", action="store_true", help="compare with torch.compile, too; needs a C++ compiler")
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)
     groups = start_distributed(prepare_platform(None), load("32m", "fp32", 512).parallel)
@@ -130,7 +130,7 @@ def main() -> None:
                 steps.append(timed(our_step(config, VOCAB_SIZES["32m"], groups)))
             of_torch, mine = ratio(*steps, arguments.step_rounds)
             print(
-                f"{dtype} step of 32 M, {length:5d} tokens a sample {mine:6.2f} s   torch layers / ours {of_torch:5.2f}",
+                f"{dtype} step of 32 M, {length:5d} tokens per sample {mine:6.2f} s   torch layers / ours {of_torch:5.2f}",
                 flush=True,
             )
 

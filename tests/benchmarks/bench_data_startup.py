@@ -1,10 +1,10 @@
-"""Start-up of the data of a run: seconds and memory, ours beside stock megatron-core, on the same synthetic shards.
+"""Seconds and memory that the data of a run needs to start: ours and stock megatron-core on the same synthetic shards.
 
     python tests/benchmarks/bench_data_startup.py --shards 2400 --tokens 435e9 --folder /scratch/startup
 
-`.idx` and `.json` are real, with log-normal document lengths; `.bin` is sparse. Each row is a process of its own. A second start
-finds the index of the first. The stock side is what a Megatron trainer does: BlendedMegatronDatasetBuilder after
-init_process_group, with a cache folder. Samples are read at the beginning and far on, to see what seeking costs.
+`.idx` and `.json` are real, with log-normal document lengths; `.bin` is sparse. Each row is a process of its own. The rows
+"again" find the index of the first start. The stock side does what a Megatron trainer does: BlendedMegatronDatasetBuilder after
+init_process_group, with a cache folder. The first and the last sample are read to measure the cost of seeking.
 """
 
 import argparse
@@ -24,23 +24,23 @@ import numpy as np
 
 ROOT = Path(__file__).parents[2]
 PARTS = 7
-"""Corpora the shards belong to, as in the published run."""
+"""Number of corpora to which the shards belong, as in the published run."""
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="made if it is not there; shards in it are used again")
+    parser.add_argument("--folder", type=Path, required=True, help="folder of the shards; existing ones are used again")
     parser.add_argument("--shards", type=int, default=2400)
-    parser.add_argument("--tokens", type=float, default=435e9, help="of all shards")
+    parser.add_argument("--tokens", type=float, default=435e9, help="tokens of all shards together")
     parser.add_argument("--tokens-per-document", type=float, default=1300)
     parser.add_argument("--seq-length", type=int, default=8192)
-    parser.add_argument("--stock-limit-seconds", type=int, default=600, help="stop the stock side then")
-    parser.add_argument("--only", choices=["ours", "again", "stock", "stock again"], help="one row, in this process")
+    parser.add_argument("--stock-limit-seconds", type=int, default=600, help="stop the stock side after this time")
+    parser.add_argument("--only", choices=["ours", "again", "stock", "stock again"], help="measure one row in this process")
     return parser.parse_args()
 
 
 def write_shards(options: argparse.Namespace) -> None:
-    """The shards; each has tokens / shards tokens, give or take."""
+    """Write the shards, each with about tokens / shards tokens."""
     from megatron_ledom.data.shards.index_file import index_blocks
     from megatron_ledom.data.shards.shard import Counts, ShardManifest
     from megatron_ledom.direction import Direction
@@ -84,8 +84,8 @@ def prefix_of(shard: int, shards: int) -> str:
 
 
 def measured(row: Callable[[argparse.Namespace], dict[str, Any]], options: argparse.Namespace) -> None:
-    """Print what `row` returns with the process's memory."""
-    import torch  # noqa: F401  imports are not part of it
+    """Print the results of `row` and the memory of the process as JSON."""
+    import torch  # noqa: F401  imports are not measured
     from megatron.core.datasets import blended_megatron_dataset_builder, helpers  # noqa: F401
 
     from megatron_ledom.data.blends import sources  # noqa: F401
@@ -94,7 +94,7 @@ def measured(row: Callable[[argparse.Namespace], dict[str, Any]], options: argpa
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     own_before = private_megabytes()
     found = row(options)
-    kept = found.pop("dataset")  # it is measured with its files open
+    kept = found.pop("dataset")  # measure with its files open
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     found |= {
@@ -108,7 +108,7 @@ def measured(row: Callable[[argparse.Namespace], dict[str, Any]], options: argpa
 
 
 def private_megabytes() -> float:
-    """Memory of this process alone; mapped files are the page cache's and shared by all ranks."""
+    """Return the memory of this process alone. Mapped files do not count: all ranks share them in the page cache."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith(("Private_Dirty", "Anonymous:"))) / 2 / 1024
 
@@ -117,7 +117,7 @@ def config_of(options: argparse.Namespace) -> Any:
     from megatron_ledom.config.load import config_from_dict
 
     batch = 1024 if options.tokens > 1e10 else 8
-    part = 0.95 if options.tokens > 1e10 else 0.8  # small shards differ more
+    part = 0.95 if options.tokens > 1e10 else 0.8  # the sizes of small shards vary more
     iterations = int(part * options.tokens / options.seq_length / batch)
     blend = [[1.0, str(options.folder / prefix_of(shard, options.shards))] for shard in range(options.shards)]
     size = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 64, "num_attention_heads": 4}
@@ -131,7 +131,7 @@ def config_of(options: argparse.Namespace) -> Any:
 
 
 def ours(options: argparse.Namespace) -> dict[str, Any]:
-    """What a rank does before its first batch."""
+    """Prepare the data like a rank before its first batch; return the measurements."""
     from megatron_ledom.data.blends.sources import load_sources
     from megatron_ledom.data.dataset.blend_samples import build_train_dataset
     from megatron_ledom.data.dataset.sample_index import prepare_indices
@@ -149,7 +149,7 @@ def ours(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def stock(options: argparse.Namespace) -> dict[str, Any]:
-    """megatron-core alone."""
+    """Prepare the data with megatron-core alone; return the measurements."""
     import torch.distributed as dist
     from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
@@ -159,7 +159,7 @@ def stock(options: argparse.Namespace) -> dict[str, Any]:
 
     config = config_of(options)
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # it keeps six files a shard open
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # it keeps six files per shard open
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     start = time.perf_counter()
     prefixes = [prefix for _, prefix in config.data.train_blend]
@@ -182,7 +182,7 @@ def stock(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def sought(dataset: Any) -> dict[str, float]:
-    """Milliseconds of the first sample at the beginning, and at the end of the run."""
+    """Return the milliseconds to read the first sample, the last one, and one of 200 consecutive samples."""
     times = {}
     for name, sample in (("first_sample_ms", 0), ("far_sample_ms", len(dataset) - 1)):
         start = time.perf_counter()

@@ -1,9 +1,10 @@
-"""Times each fused op on a GPU beside torch eager, torch.compile and, where installed, Transformer Engine.
+"""Time each fused operator on a GPU, next to torch eager, torch.compile and, if installed, Transformer Engine.
 
     python -m tests.benchmarks.bench_ops [--rounds 5]
 
-A figure is the share of the copy bandwidth that is measured first: the fewest bytes that the op needs, by the time it takes. All
-take turns on the same tensors; the median of the rounds counts. Needs a GPU and nvcc. Not yet run on hardware.
+A result is a fraction of the copy bandwidth, which is measured first: the least number of bytes that the operator must move,
+divided by its time. All alternate on the same tensors; the result is the median of the rounds. Needs a GPU and nvcc. Not yet
+run on hardware.
 """
 
 import argparse
@@ -28,8 +29,10 @@ Action = Callable[[], Any]
 
 @dataclass
 class Contest:
-    """A launch of ours, and what torch does instead. `torch_call` is a function of `torch_inputs`; for a backward pass its gradients
-    are taken with `output_gradient`."""
+    """A launch of ours and the same computation in torch.
+
+    `torch_call` is a function of `torch_inputs`; for a backward pass its gradients are taken with `output_gradient`.
+    """
 
     op: str
     case: Case
@@ -123,7 +126,7 @@ def softmax_contests(device: str, heads: int = 16, length: int = 4096) -> Iterat
 
 
 def multi_tensor_contests(device: str, count: int = 300, size: int = 1 << 20) -> Iterator[Contest]:
-    """fp32; torch's side works on copies, because AdamW changes what it is given."""
+    """Yield AdamW and the norm in fp32. Torch's side works on copies, because AdamW changes its inputs."""
     pieces, length = layout([size] * count)
     gradients, exp_avgs, masters = (torch.randn(length, device=device) for _ in range(3))
     exp_avg_sqs = torch.rand(length, device=device)
@@ -166,7 +169,7 @@ CONTESTS: tuple[Callable[..., Iterator[Contest]], ...] = (
 
 
 def ours(contest: Contest) -> Action:
-    """A launch on torch's stream."""
+    """Return a launch on torch's stream."""
     function = functions(contest.op)[contest.case.function]
     addresses = {name: tensor.data_ptr() for name, tensor in pointers(contest.case).items()}
     contest.case.arguments["stream"] = torch.cuda.current_stream().cuda_stream
@@ -177,7 +180,7 @@ def ours(contest: Contest) -> Action:
 
 
 def theirs(contest: Contest, call: Callable[..., torch.Tensor]) -> Action:
-    """The forward call, or the backward pass alone."""
+    """Return the forward call, or the backward pass alone."""
     if contest.output_gradient is None:
         inputs = [x.detach() for x in contest.torch_inputs]
         return torch.no_grad()(lambda: call(*inputs))
@@ -187,7 +190,7 @@ def theirs(contest: Contest, call: Callable[..., torch.Tensor]) -> Action:
 
 
 def seconds(action: Action) -> float:
-    """Of one call, in a row of them."""
+    """Return the seconds of one call, measured over a series of calls."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     for _ in range(CALLS_A_ROUND):
@@ -198,7 +201,7 @@ def seconds(action: Action) -> float:
 
 
 def measured(actions: dict[str, Action], rounds: int) -> dict[str, float]:
-    """Median seconds; the actions take turns, after a call each that does not count."""
+    """Return median seconds. The actions alternate; one call of each before the first round does not count."""
     for action in actions.values():
         action()
     times = [{name: seconds(action) for name, action in actions.items()} for _ in range(rounds)]
@@ -206,7 +209,7 @@ def measured(actions: dict[str, Action], rounds: int) -> dict[str, float]:
 
 
 def copy_bandwidth(rounds: int) -> float:
-    """Bytes a second, read and written."""
+    """Return bytes per second, read and written."""
     source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     return 2 * COPIED_BYTES / measured({"copy": lambda: target.copy_(source)}, rounds)["copy"]
@@ -217,10 +220,10 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     if not torch.cuda.is_available():
-        print("no GPU: nothing is timed")
+        print("no GPU: nothing is measured")
         return 1
     bandwidth = copy_bandwidth(rounds)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e9:.0f} GB/s; shares of that:")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, copy {bandwidth / 1e9:.0f} GB/s; fractions of it:")
     for contests in CONTESTS:
         for contest in contests("cuda"):
             actions = {"ours": ours(contest), "eager": theirs(contest, contest.torch_call)}

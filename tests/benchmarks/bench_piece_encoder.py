@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_piece_encoder.py [--input corpus.jsonl] [--model FILE | --vocab-size 64000] [--rounds 3]
 
 Texts are the Python files of this machine unless --input names a JSONL file with a "text" in each line. A vocabulary is learned
-from half of them and kept in --cache. One thread each; the variants take turns in every round, on new strings of the same texts, and
-the best round of each is printed as a Markdown table. Ids must be equal or nothing is printed.
+from half of them and kept in --cache. Each variant uses one thread. The variants alternate, on new strings of the same texts,
+and a Markdown table shows the best round of each. If ids differ, nothing is printed.
 """
 
 import argparse
@@ -29,7 +29,7 @@ Flat = tuple[np.ndarray, np.ndarray]
 
 
 def collect(megabytes: float) -> list[str]:
-    """Files of the Python library and of the packages installed in it, shuffled with a fixed seed, up to a size."""
+    """Return files of the Python library and its installed packages, shuffled with a fixed seed, up to a size."""
     folders = {sysconfig.get_paths()[name] for name in ("stdlib", "purelib")}
     paths = sorted(
         {path for folder in folders for ending in ("py", "txt", "md", "rst") for path in Path(folder).rglob(f"*.{ending}")}
@@ -49,7 +49,7 @@ def collect(megabytes: float) -> list[str]:
 
 
 def read_texts(path: str, megabytes: float) -> list[str]:
-    """The texts of a JSONL file, up to a size."""
+    """Return the texts of a JSONL file, up to a size."""
     texts: list[str] = []
     size = 0
     with open(path, encoding="utf-8") as lines:
@@ -62,7 +62,7 @@ def read_texts(path: str, megabytes: float) -> list[str]:
 
 
 def learned(texts: list[str], vocab_size: int, cache: Path) -> bytes:
-    """A model trained on every second text; kept in the folder `cache` under a name that says from what."""
+    """Return a model trained on every second text. It is kept in the folder `cache`, named by a hash of the texts."""
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
     path = cache / f"{vocab_size}_{digest}.model"
     if not path.exists():
@@ -73,13 +73,13 @@ def learned(texts: list[str], vocab_size: int, cache: Path) -> bytes:
 
 
 def flat(documents: list[list[int]]) -> Flat:
-    """Ids one after the other and their offsets."""
+    """Return all ids in one array, and the offsets of the documents."""
     offsets = np.concatenate([[0], np.cumsum([len(document) for document in documents])])
     return np.concatenate([np.array(document, np.uint32) for document in documents]), offsets
 
 
 def measure(texts: list[str], model: bytes, rounds: int) -> dict[str, list[float]]:
-    """CPU seconds of every round of every variant; ours with a cold cache is a new encoder in every round."""
+    """Return CPU seconds by variant and round. Ours with a cold cache is a new encoder in every round."""
     library = sentencepiece.SentencePieceProcessor(model_proto=model)
     hub = Tokenizer.from_str(convert(model, "the model"))
     hub.encode_special_tokens = True
@@ -97,7 +97,7 @@ def measure(texts: list[str], model: bytes, rounds: int) -> dict[str, list[float
     for _ in range(rounds):
         encoders[:] = [CachedPieceEncoder(model)]
         for name, variant in variants.items():
-            given = [text.encode().decode() for text in texts]  # strings that do not hold their UTF-8 yet
+            given = [text.encode().decode() for text in texts]  # new strings, which have not cached their UTF-8
             start = time.process_time()
             found = variant(given)
             seconds[name].append(time.process_time() - start)
@@ -110,18 +110,18 @@ def measure(texts: list[str], model: bytes, rounds: int) -> dict[str, list[float
 
 
 def processor() -> str:
-    """The name of the processor."""
+    """Return the name of the processor, the number of cores and the version of Python."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {len(names)} cores, Python {platform.python_version()}"
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure the encoders and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--input", help='JSONL file with a "text" in each line')
     parser.add_argument("--megabytes", type=float, default=40, help="use this much text")
-    parser.add_argument("--model", help="SentencePiece .model file; learned if not given")
+    parser.add_argument("--model", help="SentencePiece .model file; default: learned here")
     parser.add_argument("--vocab-size", type=int, default=64_000)
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir(), "bench_piece_encoder"))
     parser.add_argument("--rounds", type=int, default=3)
@@ -132,7 +132,7 @@ def main() -> None:
     print(f"{processor()}; {megabytes:.1f} MB in {len(texts):,} texts")
     seconds = measure(texts, model, arguments.rounds)
     slowest = min(seconds["sentencepiece library"])
-    print("| encoder, one thread | CPU s | MB/s a core | times the library |\n|---|---|---|---|")
+    print("| encoder, one thread | CPU s | MB/s per core | times the library |\n|---|---|---|---|")
     for name, values in seconds.items():
         best = min(values)
         print(f"| {name} | {best:.2f} | {megabytes / best:.1f} | {slowest / best:.1f} |")

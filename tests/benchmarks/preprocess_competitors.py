@@ -1,4 +1,4 @@
-"""Who takes part in bench_preprocess.py, what each needs, and how each is started."""
+"""The competitors of bench_preprocess.py: packages that each needs, and its command."""
 
 import json
 import os
@@ -16,7 +16,7 @@ Kind = Literal["ours", "anchor", "floor"]
 SuiteName = Literal["byte-level", "sentencepiece"]
 
 PIECES = 64_000  # the original's vocabulary
-SENTENCES = 500_000  # lines that a SentencePiece vocabulary is learnt from
+SENTENCES = 500_000  # lines from which a SentencePiece vocabulary is learned
 
 PROBE = """
 import importlib.metadata as metadata, json, sys
@@ -40,11 +40,11 @@ class Competitor:
     suite: SuiteName = "byte-level"
     workers: int = 1
     requirements: tuple[str, ...] = ()
-    """What pip installs for it, besides this project."""
+    """Packages to install with pip, apart from this project."""
 
     @property
     def direction(self) -> str:
-        """The order of what it writes: the anchors know only one."""
+        """Direction of the output; anchors write forward shards only."""
         return "forward" if self.kind == "anchor" else "reverse"
 
 
@@ -83,19 +83,19 @@ COMPETITORS = (
 
 @dataclass(slots=True)
 class Suite:
-    """One tokenizer and what our forward run on the corpus says the others must write."""
+    """One tokenizer, and the output of our forward run on the corpus, which the others must equal."""
 
     tokenizer: Path
-    """What our tool is given."""
+    """Tokenizer for our tool."""
     anchor_tokenizer: Path
-    """tokenizer.json, or the .model for sentencepiece."""
+    """Tokenizer for the others: tokenizer.json, or the .model for sentencepiece."""
     expected: Path = Path()
     """Prefix of the expected shards: .forward.bin, .forward.idx, .reverse.bin."""
     manifest: dict[str, Any] = field(default_factory=dict)
 
 
 def find_interpreter(requirements: Sequence[str], candidates: Sequence[str]) -> tuple[str | None, dict[str, str], list[str]]:
-    """The first interpreter that has all packages (or None), their versions there, and what the last one lacks."""
+    """Return the first interpreter with all packages (or None), their versions, and the packages the last one lacks."""
     missing: list[str] = []
     for python in candidates:
         names = [requirement.partition("==")[0] for requirement in requirements]
@@ -107,7 +107,7 @@ def find_interpreter(requirements: Sequence[str], candidates: Sequence[str]) -> 
 
 
 def environment_of(competitor: Competitor) -> dict[str, str]:
-    """This checkout's package goes before an installed one; anchors and floor use one thread, as one worker does."""
+    """Return the environment: this checkout comes before an installed package; anchors and floor use one thread."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     if competitor.kind != "ours":
         environment |= {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
@@ -115,7 +115,7 @@ def environment_of(competitor: Competitor) -> dict[str, str]:
 
 
 def our_command(source: Path, tokenizer: Path, prefix: Path, direction: str, workers: int) -> list[str]:
-    """Our tool as users start it."""
+    """Return the command of our tool."""
     options = {
         "--input": source,
         "--tokenizer": tokenizer,
@@ -127,7 +127,7 @@ def our_command(source: Path, tokenizer: Path, prefix: Path, direction: str, wor
 
 
 def train_sentencepiece(source: Path, folder: Path) -> Path:
-    """Train a vocabulary of the original's kind and size with the project's tool; returns the folder."""
+    """Train a vocabulary of the original's kind and size with the project's tool; return its folder."""
     options = {"--input": source, "--vocab-size": PIECES, "--output": folder, "--max-sentences": SENTENCES}
     command = [sys.executable, str(ROOT / "tools/train_tokenizer.py"), *_as_arguments(options)]
     subprocess.run(command, env=environment_of(COMPETITORS[0]), check=True)
@@ -135,7 +135,7 @@ def train_sentencepiece(source: Path, folder: Path) -> Path:
 
 
 def command_of(competitor: Competitor, python: str, suite: Suite, source: Path, prefix: Path) -> list[str]:
-    """How a competitor is started on `source`; it writes prefix.bin, the floor its times to prefix.json."""
+    """Return the command of a competitor on `source`. It writes prefix.bin; the floor writes its times to prefix.json."""
     if competitor.kind == "ours":
         return our_command(source, suite.tokenizer, prefix, competitor.direction, competitor.workers)
     manifest = suite.manifest

@@ -1,7 +1,7 @@
-"""Text and tokenizers for the preprocessing benchmarks, made where none is given. Nothing is downloaded.
+"""Text and tokenizers for the preprocessing benchmarks, for runs that name none. Nothing is downloaded.
 
 The small corpus is the text in this Python installation (sources, documentation, licences), cut at line ends into documents of
-log-normal length, shuffled by a fixed seed: mostly English and code. Figures for publication want a corpus of more languages.
+log-normal length, shuffled with a fixed seed: mostly English and code. Published numbers need a corpus with more languages.
 """
 
 import functools
@@ -27,7 +27,7 @@ BYTE_LEVEL_VOCAB, BYTE_LEVEL_EOD = 50_000, "<|endoftext|>"
 
 
 def build_corpus(target: Path, megabytes: float) -> None:
-    """Write at least `megabytes` of text as JSONL, if this Python installation holds as much."""
+    """Write at least `megabytes` of text as JSONL, or all text of this Python installation if it has less."""
     generator = random.Random(1234)
     roots = sorted({Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")})
     files = sorted({path for root in roots for path in root.rglob("*") if path.suffix in SUFFIXES and path.is_file()})
@@ -64,9 +64,9 @@ def _documents_of(path: Path, generator: random.Random) -> Iterator[str]:
 
 
 def cut_corpus(source: Path, target: Path, megabytes: float, *, new_words: bool = False) -> tuple[int, int]:
-    """Copy the first documents that hold `megabytes` of text, from the start again if there are too few; (documents, text bytes).
+    """Copy the first `megabytes` of documents, repeating them if there are too few; return (documents, text bytes).
 
-    With `new_words` the letters of each repetition are shifted in the alphabet: a cache of words finds nothing known.
+    With `new_words`, the letters of each repetition are shifted in the alphabet, so a cache of words never hits.
     """
     num_documents = text_bytes = 0
     with target.open("wb") as written:
@@ -84,14 +84,14 @@ def cut_corpus(source: Path, target: Path, megabytes: float, *, new_words: bool 
 
 
 def _repeated_lines(source: Path) -> Iterator[tuple[int, bytes]]:
-    """Lines of the file over and over, each with the number of times it came before."""
+    """Yield the lines of the file again and again, each with the number of earlier repetitions."""
     for repetition in itertools.count():
         line = b""
         with source.open("rb") as lines:
             for line in lines:
                 yield repetition, line
         if not line:
-            raise ValueError(f"{source} holds no document; give a JSONL file with a key `text`")
+            raise ValueError(f"{source} contains no document; give a JSONL file with a key `text`")
 
 
 @functools.cache
@@ -103,22 +103,22 @@ def _shifted_letters(by: int) -> dict[int, int]:
 
 
 def compress(source: Path, kind: str) -> Path:
-    """Write source.gz or source.zst beside it; `none` gives the source itself."""
+    """Write source.gz or source.zst next to the source and return its path; `none` returns the source."""
     if kind == "none":
         return source
     target = source.with_name(f"{source.name}.{kind}")
     with source.open("rb") as plain:
         if kind == "gz":
-            with gzip.open(target, "wb", compresslevel=6) as packed:
-                shutil.copyfileobj(plain, packed, 1 << 20)
+            with gzip.open(target, "wb", compresslevel=6) as compressed:
+                shutil.copyfileobj(plain, compressed, 1 << 20)
         else:
-            with target.open("wb") as packed:
-                zstandard.ZstdCompressor(level=3).copy_stream(plain, packed)
+            with target.open("wb") as compressed:
+                zstandard.ZstdCompressor(level=3).copy_stream(plain, compressed)
     return target
 
 
 def train_byte_level(source: Path, folder: Path) -> Path:
-    """Train a byte-level BPE on the corpus and write tokenizer.json and tokenizer_config.json; the path of the former."""
+    """Train a byte-level BPE on the corpus; write tokenizer.json, whose path is returned, and tokenizer_config.json."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

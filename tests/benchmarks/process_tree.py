@@ -1,8 +1,8 @@
-"""What a command costs: CPU seconds of its whole process tree, wall seconds, peak memory. Linux.
+"""Measure a command on Linux: CPU seconds of its whole process tree, wall seconds, and peak memory.
 
-CPU seconds are user + system of the command and of all its descendants: wait4 gives those that were waited for, and this
-process adopts and reaps the others. The largest process is the kernel's own high-water mark; the sum over the tree is sampled
-from /proc, as RSS (pages shared by several processes count several times) or as PSS (each page counts once; dearer to read).
+CPU seconds are user + system of the command and all its descendants. wait4 returns those of waited-for processes; this process
+adopts and reaps the others. The memory of the largest process is the kernel's high-water mark. The sum over the tree is sampled
+from /proc, as RSS (shared pages count once per process) or as PSS (each page counts once; slower to read).
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 PR_SET_CHILD_SUBREAPER = 36
-REAP_SECONDS = 10  # how long orphans of a finished command may take to end
+REAP_SECONDS = 10  # longest time that orphans of a finished command may take to end
 TAIL_CHARACTERS = 3000
 
 Memory = Literal["rss", "pss"]
@@ -27,20 +27,20 @@ Memory = Literal["rss", "pss"]
 
 @dataclass(slots=True)
 class Usage:
-    """What one run of a command took."""
+    """Resources of one run of a command."""
 
     cpu_seconds: float
     wall_seconds: float
     peak_process_bytes: int
     """RSS of the largest process."""
     peak_tree_bytes: int
-    """Sum over the processes alive at one time, sampled."""
+    """Sampled peak of the sum over all processes."""
 
 
 def measure(
     command: Sequence[str], environment: Mapping[str, str], *, memory: Memory = "rss", interval_seconds: float = 0.1
 ) -> Usage:
-    """Run `command` to its end; RuntimeError with the end of its output if it fails."""
+    """Run `command` to its end. Raises RuntimeError with the end of its output if it fails."""
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     with tempfile.TemporaryFile() as output:
         started = time.perf_counter()
@@ -50,7 +50,7 @@ def measure(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # the session is how its processes are found
+            start_new_session=True,  # its processes are found by the session
         )
         with _sampler(child.pid, memory, interval_seconds) as peak:
             _, status, used = os.wait4(child.pid, 0)
@@ -66,7 +66,7 @@ def measure(
 
 
 def _reap_orphans() -> Iterator[resource.struct_rusage]:
-    """Wait for the processes a finished command left behind, such as multiprocessing's trackers."""
+    """Wait for orphans of a finished command, such as the trackers of multiprocessing; yield their usage."""
     deadline = time.monotonic() + REAP_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -77,12 +77,12 @@ def _reap_orphans() -> Iterator[resource.struct_rusage]:
             yield usage
         else:
             time.sleep(0.01)
-    raise RuntimeError(f"a process left behind by the command still runs after {REAP_SECONDS} s; end it and measure again")
+    raise RuntimeError(f"an orphan of the command still runs after {REAP_SECONDS} s; end it and measure again")
 
 
 @contextlib.contextmanager
 def _sampler(session: int, memory: Memory, interval_seconds: float) -> Iterator[list[int]]:
-    """A thread that keeps the peak of the session's memory in the list's one element while the block runs."""
+    """Yield a list whose one element a thread sets to the peak of the session's memory while the block runs."""
     peak, done = [0], threading.Event()
 
     def sample() -> None:
@@ -99,13 +99,13 @@ def _sampler(session: int, memory: Memory, interval_seconds: float) -> Iterator[
 
 
 def session_bytes(session: int, memory: Memory) -> int:
-    """Memory of all processes of a session now; those that end while it is read count as nothing."""
+    """Return the current memory of all processes of a session; processes that end meanwhile do not count."""
     total = 0
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
             continue
         with contextlib.suppress(OSError, ValueError, IndexError):
-            fields = (entry / "stat").read_text().rpartition(")")[2].split()  # the name before may hold spaces
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()  # the name before it may contain spaces
             if int(fields[3]) == session:
                 total += _process_bytes(entry, memory)
     return total

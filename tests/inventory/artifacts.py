@@ -1,6 +1,6 @@
-"""What of an artifact is recorded: a hash of its bytes, or of its text without times and places, and the values in it.
+"""Records of artifacts: a hash of the bytes, or of the text without times and folders, and the values in it.
 
-`MASKED_KEYS` and `MASKED_TEXT` are all that is left out.
+Only `MASKED_KEYS` and `MASKED_TEXT` are not recorded.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ MASKED_KEYS = (
     *("tokens_per_second", "seconds_per_iteration", "mfu", "eta_seconds", "data_wait_seconds", "memory_gib"),
     *("rank_seconds_min", "rank_seconds_mean", "rank_seconds_max", "slowest_rank"),
 )
-"""Keys of JSON whose values depend on time, speed, host or commit; a checkpoint's manifest holds the time it was saved."""
+"""Keys of JSON whose values depend on time, speed, host or commit; a checkpoint's manifest contains the time of its save."""
 MASKED_TEXT = (
     (re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?\+00:00"), "TIME"),
     (re.compile(r"(?<![\d.])1[78]\d{17}(?![\d.])"), "0"),
@@ -50,12 +50,12 @@ MASKED_TEXT = (
 """Times, as text and in nanoseconds, speeds, free space, pictures within pages, and the version of this package."""
 BYTES = {".bin", ".idx", ".targets", ".index", ".hashes", ".model"}
 MOST_CHARACTERS = 40_000
-"""Of a text that is kept beside its hash."""
+"""Longest text whose lines are recorded, too."""
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d[\d,]*(?:\.\d+)?(?:[eE][+-]?\d+)?")
 
 
 def read_artifact(path: Path, places: Sequence[tuple[str, str]]) -> Record:
-    """The record of a file or a checkpoint folder, by the ending of its name."""
+    """Return the record of a file, by the ending of its name, or of a checkpoint folder."""
     if path.is_dir():
         return {"kind": "tensors", "tensors": checkpoint_tensors(path), "files": sorted(file.name for file in path.iterdir())}
     if path.suffix == ".safetensors":
@@ -68,7 +68,7 @@ def read_artifact(path: Path, places: Sequence[tuple[str, str]]) -> Record:
 
 
 def text_record(text: str, kind: str, places: Sequence[tuple[str, str]]) -> Record:
-    """The record of a text: its hash without what is masked, and the values in it, or its lines."""
+    """Return the record of a text: the hash of the masked text, and its values or lines."""
     text = masked(text, places)
     record: Record = {"kind": "text", "sha256": hash_of(text.encode())}
     if kind == "numbers":
@@ -85,7 +85,7 @@ def text_record(text: str, kind: str, places: Sequence[tuple[str, str]]) -> Reco
 
 
 def masked(text: str, places: Sequence[tuple[str, str]]) -> str:
-    """The text with words for folders, times and the values of masked keys."""
+    """Return the text with words in place of folders, times and the values of masked keys."""
     for place, word in places:
         text = text.replace(place, word)
     for pattern, word in MASKED_TEXT:
@@ -95,14 +95,14 @@ def masked(text: str, places: Sequence[tuple[str, str]]) -> str:
 
 
 def visible(page: str) -> str:
-    """The words of a page, a line for each element that has some."""
+    """Return the words of a page, one line per element with words."""
     page = re.sub(r"<(style|script)\b.*?</\1>", "", page, flags=re.DOTALL)
     words = (html.unescape(part).strip() for part in re.split(r"<[^>]*>", page))
     return "\n".join(part for part in words if part)
 
 
 def checkpoint_tensors(folder: Path) -> Record:
-    """The record of every tensor of a checkpoint, and what stands beside them."""
+    """Return the record of every tensor of a checkpoint, and the content of common.pt."""
     stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     tensors = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -111,12 +111,12 @@ def checkpoint_tensors(folder: Path) -> Record:
     }
     dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     records = {name: tensor_record(value) for name, value in tensors.items()}
-    beside = torch.load(folder / "common.pt", weights_only=True)
-    return {**records, "common.pt": json.loads(json.dumps(beside, default=str))}
+    common = torch.load(folder / "common.pt", weights_only=True)
+    return {**records, "common.pt": json.loads(json.dumps(common, default=str))}
 
 
 def tensor_record(tensor: torch.Tensor) -> Record:
-    """Type, shape and hash of a tensor, and, for machines with other last bits, its sum of squares and its weighted sum."""
+    """Return type, shape and hash of a tensor; and its norm and weighted sum, for machines with other last bits."""
     content = tensor.contiguous().view(torch.uint8) if tensor.dim() else tensor.reshape(1).view(torch.uint8)
     values = tensor.double().flatten()
     weights = torch.arange(1, len(values) + 1, dtype=torch.float64) / max(1, len(values))
@@ -130,5 +130,5 @@ def tensor_record(tensor: torch.Tensor) -> Record:
 
 
 def hash_of(content: bytes) -> str:
-    """The sha256 of bytes, in hexadecimal digits."""
+    """Return the sha256 of bytes, in hexadecimal digits."""
     return hashlib.sha256(content).hexdigest()

@@ -1,4 +1,4 @@
-"""The commands of the inventory and what each one writes: a table, run by `run.py` in a folder with the inputs of `inputs.py`."""
+"""The table of the inventory's commands and their outputs. `run.py` runs it in a folder with the inputs of `inputs.py`."""
 
 from dataclasses import dataclass
 
@@ -16,25 +16,25 @@ class Step:
     name: str
     command: str
     outputs: tuple[str, ...] = ()
-    """Patterns of files and checkpoint folders that are compared, below the work folder."""
+    """Patterns of the files and checkpoint folders to compare, below the work folder."""
     needs: tuple[str, ...] = ()
-    """Steps that come first."""
+    """Steps to run before this one."""
     stdout: str = ""
-    """How stdout is compared: as text, as numbers, or not at all."""
+    """Comparison of stdout: `text`, `numbers`, or empty for none."""
     is_computed: bool = False
-    """Floats are torch's: their last bits may be others on another kind of machine."""
+    """Torch computes the floats: their last bits may differ on another kind of machine."""
     is_measured: bool = False
-    """Numbers are times: only what stands around them is compared."""
+    """Numbers are times: only the text around them is compared."""
 
 
 def shard(name: str, options: str, *needs: str) -> Step:
-    """A call of preprocess_data whose shard is shards/NAME."""
+    """Return a call of preprocess_data that writes shards/NAME."""
     command = f"preprocess_data {options} --output-prefix shards/{name}"
     return Step(f"preprocess_{name}", command, (f"shards/{name}.*", f"shards/{name}.tokenizer/*"), needs)
 
 
 def array(name: str, tasks: int, options: str, needs: tuple[str, ...] = ()) -> list[Step]:
-    """The calls of preprocess_data for each task of an array; task files are named by the tool."""
+    """Return a call of preprocess_data for each task of an array; the tool names the files of a task."""
     return [
         Step(
             f"preprocess_{name}_{task}",
@@ -47,7 +47,7 @@ def array(name: str, tasks: int, options: str, needs: tuple[str, ...] = ()) -> l
 
 
 def training(name: str, options: str, *needs: str, launch: str = "pretrain") -> Step:
-    """A run in runs/NAME: its records, its config, its sample indices and its last checkpoint."""
+    """Return a run in runs/NAME; compares its records, config, sample indices and last checkpoint."""
     files = ["config.yaml", "metrics.jsonl", "steps.jsonl", "launches.jsonl", "held_out.json", "index_cache/*.index"]
     files += ["tasks/*", "tokenizer/*", "checkpoints/iter_0000010"]
     outputs = tuple(f"runs/{name}/{file}" for file in files)
@@ -56,12 +56,12 @@ def training(name: str, options: str, *needs: str, launch: str = "pretrain") -> 
 
 
 def computed(name: str, command: str, outputs: str = "", needs: str = "", stdout: str = "") -> Step:
-    """A call in which torch computes."""
+    """Return a call in which torch computes."""
     return Step(name, command, tuple(outputs.split()), tuple(needs.split()), stdout, is_computed=True)
 
 
 def made(task: str, num: int) -> Step:
-    """A call of make_analysis_data."""
+    """Return a call of make_analysis_data."""
     return Step(f"make_{task}", f"make_analysis_data --task {task} --num {num} --out made/{task}", (f"made/{task}/*",))
 
 
@@ -102,8 +102,8 @@ DATA = [
     ),
     Step(
         "reverse_shards",
-        "reverse_shards --input shards/parquet --output-prefix shards/turned",
-        ("shards/turned.*",),
+        "reverse_shards --input shards/parquet --output-prefix shards/reversed",
+        ("shards/reversed.*",),
         ("preprocess_parquet",),
     ),
     Step(

@@ -9,15 +9,15 @@ from typing import Any
 Record = dict[str, Any]
 
 TOLERANCE = 1e-4
-"""Relative, for floats that torch computed on another kind of machine."""
+"""Relative tolerance for floats that torch computed on another kind of machine."""
 MOST = 8
-"""Differences that are named of one artifact."""
+"""Largest number of differences to report for one artifact."""
 FLOAT = re.compile(r"[+-]?\d[\d,]*\.\d+(?:[eE][+-]?\d+)?")
 HASH = re.compile(r"\b(?:[0-9a-f]{64}|[0-9a-f]{12})\b")
 
 
 def differences(expected: Record, found: Record, *, is_exact: bool) -> list[str]:
-    """Lines that name what of a step differs: its exit code, an artifact more or less, or a value."""
+    """Return lines that name the differences of a step: exit code, missing or new artifacts, values."""
     lines = []
     if expected["code"] != found["code"]:
         lines.append(f"exit code: {expected['code']} in the reference, now {found['code']}\n{found.get('stderr', '')}")
@@ -31,18 +31,18 @@ def differences(expected: Record, found: Record, *, is_exact: bool) -> list[str]
 
 
 def artifact_differences(expected: Record, found: Record, is_exact: bool) -> list[str]:
-    """Lines for one artifact; elsewhere than on the reference's kind of machine, hashes of computed floats do not count."""
-    told = list(walk(expected, found, "", is_exact))
-    named = [line for line in told if not line.startswith("sha256:")]
-    if told and not named:
+    """Return lines for one artifact. Unless `is_exact`, hashes of computed floats do not count."""
+    lines = list(walk(expected, found, "", is_exact))
+    named = [line for line in lines if not line.startswith("sha256:")]
+    if lines and not named:
         has_values = bool({"lines", "values"} & expected.keys())
-        named = [f"{'the values are equal, the bytes are not (layout, order of keys): ' if has_values else ''}{told[0]}"]
+        named = [f"{'the values are equal, the bytes are not (layout, order of keys): ' if has_values else ''}{lines[0]}"]
     more = [f"... and {len(named) - MOST} more"] if len(named) > MOST else []
     return named[:MOST] + more
 
 
 def walk(expected: Any, found: Any, where: str, is_exact: bool) -> Iterator[str]:
-    """Lines for the differing leaves of two JSON values."""
+    """Yield a line for each leaf in which two JSON values differ."""
     if isinstance(expected, dict) and isinstance(found, dict):
         for key in [*expected, *(key for key in found if key not in expected)]:
             place = f"{where}.{key}" if where else key
@@ -62,7 +62,7 @@ def walk(expected: Any, found: Any, where: str, is_exact: bool) -> Iterator[str]
 
 
 def is_close(expected: Any, found: Any) -> bool:
-    """True for floats within the tolerance, and for texts that differ in such floats or in hashes only."""
+    """Return True for floats within the tolerance, and for texts that differ only in such floats or in hashes."""
     if isinstance(expected, str) and isinstance(found, str):
         if FLOAT.sub("", HASH.sub("", expected)) != FLOAT.sub("", HASH.sub("", found)):
             return False
@@ -73,7 +73,7 @@ def is_close(expected: Any, found: Any) -> bool:
 
 
 def is_close_printed(expected: str, found: str) -> bool:
-    """True for printed numbers within the tolerance or one unit of the last printed place."""
+    """Return True for printed numbers within the tolerance, or within one unit of the last printed digit."""
     unit = 10.0 ** -len(re.split("[eE]", expected.partition(".")[2])[0])
     ours, theirs = (float(text.replace(",", "")) for text in (expected, found))
     return math.isclose(ours, theirs, rel_tol=TOLERANCE, abs_tol=1.01 * unit)

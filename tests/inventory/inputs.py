@@ -1,6 +1,6 @@
-"""The inventory's inputs: a few documents in every format, a tokenizer, models and questions, made from integers only.
+"""Inputs of the inventory, made from integers only: documents in every format, a tokenizer, models and questions.
 
-Nothing here depends on the project or on the machine: the same bytes come out everywhere.
+Nothing here depends on the project or on the machine: the bytes are the same everywhere.
 """
 
 import gzip
@@ -53,7 +53,7 @@ train: {train_iters: 51900, global_batch_size: 1024}
 parallel: {hardware: h100-sxm}
 """
 WRITTEN_AT = 1_700_000_000
-"""Seconds since 1970, of every input: shards record a hash of the times of the files they were made from."""
+"""Time of every input, in seconds since 1970: shards record a hash of the times of their input files."""
 
 
 def write_inputs(folder: Path) -> None:
@@ -83,13 +83,13 @@ def write_inputs(folder: Path) -> None:
 
 
 def write_lines(path: Path, rows: Rows) -> None:
-    """JSON lines, one object a line."""
+    """Write JSON lines."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
 
 
 def made_documents(count: int, seed: int = 1) -> Rows:
-    """Documents of one to twelve sentences, with a source; every tenth repeats an earlier one, and a few are empty or short."""
+    """Return documents of 1 to 12 sentences with a source. Every tenth repeats an earlier one; a few are empty or short."""
     rng = random.Random(seed)
     rows: Rows = []
     for number in range(count):
@@ -108,7 +108,7 @@ def made_documents(count: int, seed: int = 1) -> Rows:
 
 
 def tokenizer_json(specials: Sequence[str] = SPECIALS) -> dict[str, Any]:
-    """Byte-level BPE of 256 bytes and a few merges: </s> is 2, <EOD> is 3."""
+    """Return a byte-level BPE of 256 bytes and a few merges: </s> is 2, <EOD> is 3."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     pieces = [chr(byte) for byte in printable] + [chr(256 + place) for place in range(len(others))]
@@ -137,7 +137,7 @@ def tokenizer_json(specials: Sequence[str] = SPECIALS) -> dict[str, Any]:
 
 
 def write_tokenizer(folder: Path, specials: Sequence[str] = SPECIALS) -> None:
-    """A Hugging Face tokenizer folder whose eos is </s>."""
+    """Write a Hugging Face tokenizer folder whose eos is </s>."""
     folder.mkdir(parents=True)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(specials), ensure_ascii=False), "utf-8")
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "</s>", "clean_up_tokenization_spaces": False}
@@ -145,7 +145,7 @@ def write_tokenizer(folder: Path, specials: Sequence[str] = SPECIALS) -> None:
 
 
 def write_model(folder: Path, seed: int) -> None:
-    """A stock Llama folder of two layers and width 32, its weights multiples of 1/64, with the tokenizer."""
+    """Write a stock Llama folder with the tokenizer: two layers, width 32, weights that are multiples of 1/64."""
     write_tokenizer(folder)
     size, hidden, inner, keys = len(tokenizer_json()["model"]["vocab"]), 32, 64, 16
     shapes = {"model.embed_tokens": (size, hidden), "lm_head": (size, hidden)}
@@ -169,7 +169,7 @@ def write_model(folder: Path, seed: int) -> None:
 
 
 def write_foreign_shard(prefix: Path, documents: list[list[int]]) -> None:
-    """`.bin` and `.idx` of int32 ids as other Megatron tools write them, no manifest and no eods."""
+    """Write `.bin` and `.idx` of int32 ids like other Megatron tools: without a manifest and without eods."""
     prefix.parent.mkdir(parents=True)
     lengths = np.array([len(document) for document in documents], "<i4")
     pointers = 4 * (np.cumsum(lengths, dtype="<i8") - lengths)
@@ -180,7 +180,7 @@ def write_foreign_shard(prefix: Path, documents: list[list[int]]) -> None:
 
 
 def write_run(folder: Path, direction: str, number: int) -> None:
-    """A run folder with its records, losses falling to 4, for the report of two runs."""
+    """Write a run folder whose loss falls to 4, for the report of two runs."""
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(YAML.replace("data: {", f"data: {{direction: {direction}, "), "utf-8")
     rows: Rows = []
@@ -199,7 +199,7 @@ def write_run(folder: Path, direction: str, number: int) -> None:
 
 
 def write_questions(folder: Path) -> None:
-    """Pairs for the fine-tuning, prompts with and without candidates, and files of a few tasks."""
+    """Write pairs for fine-tuning, prompts with and without candidates, and the files of a few tasks."""
     sums = [(k, k + 3) for k in range(8)]
     pairs = [{"question": f"What is {a} and {b}?", "answer": f"{a} + {b} = {a + b}\n#### {a + b}"} for a, b in sums]
     write_lines(folder / "pairs.jsonl", pairs)

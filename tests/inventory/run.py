@@ -1,4 +1,4 @@
-"""Runs every command of the table in a work folder, two at a time, with any checkout and interpreter."""
+"""Run every command of the table in a work folder, two at a time, with any checkout and interpreter."""
 
 import os
 import shlex
@@ -14,21 +14,21 @@ from tests.inventory.inputs import write_inputs
 
 AT_ONCE = 2
 SECONDS = 300
-"""A command that takes longer hangs."""
+"""A command that takes longer counts as hanging."""
 KEPT = ("HOME", "LANG", "LC_ALL", "PATH", "TMPDIR", "LD_LIBRARY_PATH")
-"""Of the environment; SLURM's variables, say, would change what a command does."""
+"""Variables that commands inherit; others, such as SLURM's, could change their results."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the commands come from, and where they run."""
+    """The checkout of the commands, their interpreter, and the folder in which they run."""
 
     folder: Path
     checkout: Path
     python: Path
 
     def environment(self, hash_seed: str | None) -> Mapping[str, str]:
-        """One thread, no GPU, no network, and the checkout's modules before installed ones."""
+        """Return the environment: one thread, no GPU, no network, the checkout's modules before installed ones."""
         kept = {name: os.environ[name] for name in KEPT if name in os.environ}
         fixed = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
         fixed |= {"PYTHONPATH": str(self.checkout), "PYTHONIOENCODING": "utf-8", "PYTHONWARNINGS": "ignore", "COLUMNS": "200"}
@@ -37,7 +37,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Done:
-    """What a finished command gave."""
+    """The exit code, output and time of a finished command."""
 
     code: int
     stdout: str
@@ -46,7 +46,7 @@ class Done:
 
 
 def command_line(command: str, place: Place) -> list[str]:
-    """The words to start: a tool of the checkout, the trainer, or the trainer under torchrun."""
+    """Return the command line of a tool of the checkout, of the trainer, or of the trainer under torchrun."""
     words = shlex.split(command)
     ranks = words.pop(0) if words[0].isdigit() else ""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", ranks] if ranks else []
@@ -66,7 +66,7 @@ def check_checkout(place: Place, environment: Mapping[str, str]) -> None:
 
 
 def run_step(step: Step, place: Place, environment: Mapping[str, str]) -> Done:
-    """Run one command to its end; a hanging one counts as failed."""
+    """Run one command to its end; a hanging one fails."""
     start = time.monotonic()
     words = command_line(step.command, place)
     try:
@@ -87,7 +87,7 @@ def run_step(step: Step, place: Place, environment: Mapping[str, str]) -> Done:
 
 
 def with_needs(names: Collection[str]) -> list[Step]:
-    """The named steps and all that they need, in the order of the table."""
+    """Return the named steps and all steps that they need, in the order of the table."""
     needs = {step.name: step.needs for step in STEPS}
     chosen: set[str] = set()
     waiting = list(names)
@@ -100,7 +100,7 @@ def with_needs(names: Collection[str]) -> list[Step]:
 
 
 def run_all(place: Place, steps: Sequence[Step], keep: Callable[[Step, Done], None], hash_seed: str | None = None) -> None:
-    """Write the inputs and run every step after those it needs; `keep` is called when one has ended, before any that needs it."""
+    """Write the inputs and run every step after its needs. Calls `keep` when a step ends, before any step that needs it."""
     environment = place.environment(hash_seed)
     check_checkout(place, environment)
     write_inputs(place.folder)
@@ -111,7 +111,7 @@ def run_all(place: Place, steps: Sequence[Step], keep: Callable[[Step, Done], No
         while waiting or running:
             ready = [step for step in waiting if done.issuperset(step.needs)]
             if not (ready or running):
-                raise RuntimeError(f"no step can begin of {[step.name for step in waiting]}")
+                raise RuntimeError(f"none of these steps can begin: {[step.name for step in waiting]}")
             for step in ready[: AT_ONCE - len(running)]:
                 waiting.remove(step)
                 running[pool.submit(run_step, step, place, environment)] = step

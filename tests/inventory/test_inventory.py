@@ -1,4 +1,4 @@
-"""Every command line gives on small inputs what it gave when the reference was recorded; see `record.py`."""
+"""Every command line has the same results on small inputs as when the reference was recorded; see `record.py`."""
 
 import json
 import os
@@ -17,14 +17,14 @@ Record = dict[str, Any]
 
 @pytest.fixture(scope="session")
 def reference() -> Record:
-    """What was recorded."""
+    """The recorded results."""
     kept: Record = json.loads(REFERENCE.read_text("utf-8"))
     return kept
 
 
 @pytest.fixture(scope="session")
 def found(request: pytest.FixtureRequest) -> Record:
-    """What the commands give now; those of the selected tests run once, with what they need, before the first comparison."""
+    """Results of the commands now. The steps of the selected tests run once, with their needs, before the first comparison."""
     here = [item for item in request.session.items if item.path == Path(__file__) and hasattr(item, "callspec")]
     selected = [item.callspec.params["step"].name for item in here]
     checkout = Path(os.environ.get("LEDOM_INVENTORY_CHECKOUT", ROOT))
@@ -34,12 +34,12 @@ def found(request: pytest.FixtureRequest) -> Record:
     return again
 
 
-def test_the_reference_knows_every_step(reference: Record) -> None:
+def test_the_reference_has_every_step(reference: Record) -> None:
     assert {name: step["command"] for name, step in reference["steps"].items()} == {step.name: step.command for step in STEPS}
 
 
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
-def test_a_command_gives_what_it_gave(step: Any, reference: Record, found: Record) -> None:
+def test_a_command_has_the_recorded_results(step: Any, reference: Record, found: Record) -> None:
     is_exact = not step.is_computed or reference["machine"] == found["machine"]
-    told = differences(reference["steps"][step.name], found["steps"][step.name], is_exact=is_exact)
-    assert not told, f"{step.name} ({step.command}):\n" + "\n".join(told)
+    lines = differences(reference["steps"][step.name], found["steps"][step.name], is_exact=is_exact)
+    assert not lines, f"{step.name} ({step.command}):\n" + "\n".join(lines)

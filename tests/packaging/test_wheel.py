@@ -1,8 +1,8 @@
-"""The wheel, in an environment of its own and outside the checkout: `ledom` alone goes from text to an evaluated model.
+"""The installed wheel, outside the checkout: `ledom` alone goes from text to an evaluated model.
 
-The environment is made fresh and gets the wheel by pip; what the wheel depends on is read from the environment that runs the
-tests, by a path file, because torch and megatron-core take minutes to install. So this says nothing of the versions that pip
-would choose; that pyproject.toml names each of them is for tests/unit/test_repository.py.
+pip installs the wheel in a new environment. A path file adds its dependencies from the environment that runs the tests, because
+torch and megatron-core take minutes to install. These tests therefore do not check the versions that pip would choose;
+tests/unit/test_repository.py checks that pyproject.toml names all dependencies.
 """
 
 import json
@@ -38,7 +38,7 @@ TINY = [
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the checkout, so that nothing is built inside it."""
+    """A copy of the checkout, so that nothing is built inside the checkout."""
 
     def ignored(folder: str, names: list[str]) -> set[str]:
         return NOT_COPIED(folder, names) | (RESULTS if Path(folder) == ROOT else set())
@@ -47,7 +47,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(sources: Path, target: Path, *options: str, **variables: str) -> str:
-    """Build without the network; returns what was printed."""
+    """Build without the network and return the output."""
     command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(target), *options, str(sources)]
     done = subprocess.run(command, env=ENVIRONMENT | variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert done.returncode == 0, done.stdout
@@ -56,7 +56,7 @@ def build(sources: Path, target: Path, *options: str, **variables: str) -> str:
 
 @dataclass(frozen=True)
 class Installed:
-    """An environment with nothing but the wheel and what it depends on; commands run in `folder`."""
+    """An environment with only the wheel and its dependencies; commands run in `folder`."""
 
     environment: Path
     folder: Path
@@ -70,7 +70,7 @@ class Installed:
 
 
 def install(wheel: Path, folder: Path) -> Installed:
-    """A fresh environment; the dependencies are let in when pip is through, which would take ours for installed already."""
+    """Install the wheel in a new environment; add dependencies afterwards, or pip would find the package installed."""
     venv.create(folder / "environment", with_pip=False)
     python = str(folder / "environment/bin/python")
     pip = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
@@ -83,7 +83,7 @@ def install(wheel: Path, folder: Path) -> Installed:
 
 @pytest.fixture(scope="module")
 def built(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the source distribution and of the wheel that is built from it."""
+    """Folder of the source distribution and the wheel that is built from it."""
     target = tmp_path_factory.mktemp("dist")
     build(sources, target, LEDOM_EXTENSIONS="1")
     return target
@@ -94,7 +94,7 @@ def installed(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
     return install(next(built.glob("*.whl")), tmp_path_factory.mktemp("installed"))
 
 
-def test_source_distribution_holds_what_the_wheel_is_built_from(built: Path) -> None:
+def test_source_distribution_contains_the_sources_of_the_wheel(built: Path) -> None:
     with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     here = [
@@ -112,7 +112,7 @@ def test_source_distribution_holds_what_the_wheel_is_built_from(built: Path) -> 
     }
 
 
-def test_wheel_holds_the_package_and_its_data(built: Path) -> None:
+def test_wheel_contains_the_package_and_its_data(built: Path) -> None:
     with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
         names = set(wheel.namelist())
         metadata = wheel.read(next(name for name in names if name.endswith("METADATA"))).decode()
@@ -151,7 +151,7 @@ def test_ledom_alone_goes_from_text_to_an_evaluated_model(installed: Installed) 
 
 @pytest.fixture(scope="module")
 def without_a_compiler(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> Installed:
-    """The wheel of a machine without a compiler, installed, with a model, questions and a shard of pairs beside it."""
+    """The wheel of a machine without a compiler, installed, with a model, questions and a shard of pairs."""
     target = tmp_path_factory.mktemp("without_a_compiler")
     printed = build(sources, target, "--wheel", CXX="/nowhere/c++", CC="/nowhere/cc")
     assert "not built, so preprocessing and reversing shards do not work: the C++ compiler /nowhere/c++ is not found" in printed
@@ -194,7 +194,7 @@ def test_without_a_compiler_stored_shards_are_read_and_trained_on(without_a_comp
     ledom("convert-checkpoint", "mcore-to-hf", "--load", "run", "--save", "exported")
 
 
-def test_without_a_compiler_preprocessing_and_turning_shards_are_refused(without_a_compiler: Installed) -> None:
+def test_without_a_compiler_preprocessing_and_reversing_shards_are_refused(without_a_compiler: Installed) -> None:
     preprocess = ["preprocess-data", "--input", "x.jsonl", "--tokenizer", "model", "--output-prefix", "shard"]
     for command in (preprocess, ["reverse-shards", "--input", "pairs", "--output-prefix", "shard"]):
         refused = without_a_compiler.ledom(*command, code=2).stderr

@@ -1,4 +1,4 @@
-"""The example of a minute in README.md and docs/get_started.md, run as it is written: the model memorizes the facts."""
+"""The example of a minute in README.md and docs/get_started.md, run as written: the model memorizes the facts."""
 
 import re
 import shlex

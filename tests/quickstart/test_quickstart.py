@@ -1,4 +1,4 @@
-"""The small quickstart from beginning to end: every step by its real command line, on text of this machine."""
+"""The small quickstart from beginning to end: every step with its real command line, on text of this machine."""
 
 import contextlib
 import json
@@ -25,17 +25,17 @@ TUTORIAL = (ROOT / "docs/tutorials/own_corpus.md").read_text(encoding="utf-8")
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A finished small quickstart: the folder it was started in, what it printed, and its report."""
+    """A finished small quickstart: its working folder, output and report."""
 
     folder: Path
     stdout: str
     terminal: str
-    """Everything it wrote to stderr, which was a terminal."""
+    """Its stderr, which was a terminal."""
     report: dict[str, Any]
 
 
 def start(folder: Path, environment: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
-    """Run it with a terminal as its stderr."""
+    """Run the quickstart with a terminal as its stderr."""
     command = [sys.executable, str(ROOT / "examples/quickstart/run.py"), *options]
     ours, theirs = os.openpty()
     termios.tcsetwinsize(theirs, (24, 120))
@@ -51,7 +51,7 @@ def start(folder: Path, environment: dict[str, str], *options: str) -> subproces
 
 def _receive(terminal: int, received: list[bytes]) -> None:
     """Receive everything that is written to a terminal until no process has it open."""
-    with contextlib.suppress(OSError):  # Linux reports so that the other side is closed
+    with contextlib.suppress(OSError):  # Linux raises OSError when the other side is closed
         while block := os.read(terminal, 1 << 16):
             received.append(block)
     os.close(terminal)

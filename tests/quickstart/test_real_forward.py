@@ -1,4 +1,4 @@
-"""The small end-to-end run with a stock forward model: every step by its command line; a second start repeats nothing."""
+"""The small end-to-end run with a stock forward model. Every step is a command; a second start repeats none."""
 
 import json
 import os

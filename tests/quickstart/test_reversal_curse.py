@@ -1,6 +1,6 @@
-"""The reversal curse in both directions: tiny twins memorize synthetic facts, and each knows them only in its own order.
+"""The reversal curse in both directions: tiny twins memorize synthetic facts, each in its own order only.
 
-Each trains for half a minute, with the commands that a user types. 48 of 64 facts are trained.
+Each trains for half a minute on 48 of 64 facts, with the commands that a user types.
 """
 
 import json
@@ -31,7 +31,7 @@ def call(folder: Path, *arguments: object) -> None:
 
 
 @pytest.mark.slow
-def test_a_forward_model_knows_facts_in_text_order_and_a_reverse_model_against_it(tmp_path: Path) -> None:
+def test_a_forward_model_recalls_facts_in_text_order_and_a_reverse_model_in_the_opposite_order(tmp_path: Path) -> None:
     tools = ROOT / "tools"
     call(tmp_path, tools / "make_analysis_data.py", "--task", "reversal", "--output", "facts", "--num", 64)
     call(tmp_path, tools / "train_tokenizer.py", "--input", "facts/train.jsonl", "--output", "tokenizer", "--vocab-size", 400)

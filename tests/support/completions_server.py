@@ -33,26 +33,26 @@ class Server(ThreadingHTTPServer):
         return [self.lm.tokenizer.decode([id_]) for id_ in ids]
 
     @torch.inference_mode()
-    def complete(self, asked: dict[str, Any]) -> dict[str, Any]:
-        ids, new_ids, reason = asked["prompt"], [], "length"
-        generator = torch.Generator().manual_seed(asked.get("seed") or 0)
+    def complete(self, request: dict[str, Any]) -> dict[str, Any]:
+        ids, new_ids, reason = request["prompt"], [], "length"
+        generator = torch.Generator().manual_seed(request.get("seed") or 0)
         values: list[float | None] = [None]
         logprobs = torch.log_softmax(self.lm.model(torch.tensor([ids])).logits[0].float(), -1)
         values += [float(logprobs[i, ids[i + 1]]) for i in range(len(ids) - 1)]
-        while len(new_ids) < asked["max_tokens"]:
+        while len(new_ids) < request["max_tokens"]:
             last = self.lm.model(torch.tensor([ids + new_ids])).logits[0, -1]
-            greedy = asked["temperature"] == 0
-            probabilities = torch.softmax(last / (asked["temperature"] or 1), -1)
+            greedy = request["temperature"] == 0
+            probabilities = torch.softmax(last / (request["temperature"] or 1), -1)
             chosen = int(last.argmax() if greedy else torch.multinomial(probabilities, 1, generator=generator))
             if chosen in self.lm.stop_ids:
                 reason = "stop"
                 break
             new_ids.append(chosen)
         choice: dict[str, Any] = {"index": 0, "text": self.lm.tokenizer.decode(new_ids), "finish_reason": reason}
-        if asked.get("echo") and asked.get("logprobs"):
+        if request.get("echo") and request.get("logprobs"):
             names = (
                 [f"token_id:{id_}" for id_ in ids]
-                if asked.get("return_tokens_as_token_ids") and self.names_ids
+                if request.get("return_tokens_as_token_ids") and self.names_ids
                 else self.names(ids)
             )
             choice["logprobs"] = {"token_logprobs": values, "tokens": names}
@@ -63,14 +63,14 @@ class Handler(BaseHTTPRequestHandler):
     server: Server
 
     def do_POST(self) -> None:
-        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.lock:
             failure = self.server.failures.pop(0) if self.server.failures else None
-            self.server.requests.append((self.path, self.headers.get("Authorization"), asked))
+            self.server.requests.append((self.path, self.headers.get("Authorization"), request))
         if self.server.reply is not None:
             self.server.reply(self)
             return
-        answer = {"error": "busy"} if failure else self.server.change(self.server.complete(asked))
+        answer = {"error": "busy"} if failure else self.server.change(self.server.complete(request))
         body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(failure or 200)
         self.send_header("Content-Length", str(len(body)))

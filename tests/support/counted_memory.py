@@ -1,6 +1,7 @@
-"""Counts what autograd keeps for the real model of one rank: `python -m tests.support.counted_memory FILE < cases`, cases and answers in JSON.
+"""Count the bytes that autograd keeps for the real model of one rank.
 
-The rank is built alone, with process groups that reach nobody, so that any place of any layout can be counted in one process.
+`python -m tests.support.counted_memory FILE < CASES` reads and prints JSON. The rank is built alone, with fake process groups, so
+one process can count any rank of any layout.
 """
 
 import json
@@ -26,26 +27,26 @@ START = dist.init_process_group
 
 @dataclass
 class Counter:
-    """Bytes of every storage that is kept, each once, weights aside."""
+    """The storages that autograd keeps, except weights; each counts once."""
 
-    left_out: set[int]
-    held: dict[int, torch.Tensor] = field(default_factory=dict)
+    excluded: set[int]
+    kept: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor autograd saves; it stays alive here, so that no other takes its place in memory."""
-        place = tensor.untyped_storage().data_ptr()
-        if place not in self.left_out and place not in self.held and tensor.numel():
-            self.held[place] = tensor
+        """Count a tensor that autograd saves. It stays alive here, so that no other tensor reuses its address."""
+        address = tensor.untyped_storage().data_ptr()
+        if address not in self.excluded and address not in self.kept and tensor.numel():
+            self.kept[address] = tensor
         return tensor
 
     @property
     def total(self) -> int:
-        """Bytes kept."""
-        return sum(tensor.untyped_storage().nbytes() for tensor in self.held.values())
+        """Number of bytes kept."""
+        return sum(tensor.untyped_storage().nbytes() for tensor in self.kept.values())
 
 
 def count_case(config_file: str, rank: int, world_size: int, overrides: list[str]) -> dict[str, Any]:
-    """Bytes of a rank: `kept` by each model chunk of one micro-batch, with what the schedule holds; `weights`, `gradients`."""
+    """Return bytes of a rank: `kept` for one micro-batch by each model chunk; `weights`; `gradients`."""
     config = load_config(config_file, overrides)
     platform = prepare_platform(1)
     START("fake", store=FakeStore(), rank=rank, world_size=world_size)
@@ -66,7 +67,7 @@ def count_case(config_file: str, rank: int, world_size: int, overrides: list[str
 
 
 def count_chunk(config: RunConfig, found: Any, index: int, wrapped: list[Any], weights: set[int]) -> int:
-    """Bytes kept of one forward pass of one chunk."""
+    """Return the bytes kept after one forward pass of a chunk, with its received and sent tensors."""
     parallel, model = config.parallel, config.model
     batch, length = config.train.micro_batch_size, config.data.seq_length // parallel.context_parallel_size
     tokens, positions = torch.zeros(batch, length, dtype=torch.long), torch.arange(length).expand(batch, length).contiguous()
@@ -85,8 +86,8 @@ def count_chunk(config: RunConfig, found: Any, index: int, wrapped: list[Any], w
 
 
 def main() -> None:
-    """Answer every case of standard input with a line of JSON."""
-    groups.dist.init_process_group = lambda *args, **kwargs: None  # START has done it
+    """Print one line of JSON for each case of the standard input."""
+    groups.dist.init_process_group = lambda *args, **kwargs: None  # START already did this
     builder.initialize_weights = lambda *args: None
     for case in json.load(sys.stdin):
         print("counted", json.dumps(count_case(sys.argv[1], case["rank"], case["world_size"], case["overrides"])), flush=True)

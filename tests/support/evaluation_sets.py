@@ -1,4 +1,4 @@
-"""A few legible items of every task, in a format in which its set is published."""
+"""A few legible items of every task, in a published format of its set."""
 
 import gzip
 import json

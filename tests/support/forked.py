@@ -1,6 +1,6 @@
-"""Processes forked from one that has imported torch and the libraries: a command of Python starts in a tenth of a second, not in five.
+"""Run commands in forks of a process that has imported torch: they start in a tenth of a second, not in five.
 
-For tests of what a command does; what a process itself is (its imports, its environment, its threads) is tested by starting one.
+For tests of the results of a command. Tests of its imports, environment or threads start a real process.
 """
 
 import multiprocessing
@@ -27,7 +27,7 @@ IMPORTED = [
 
 @cache
 def fork_context() -> Any:
-    """Where ranks and commands are forked from; one thread each."""
+    """Return the multiprocessing context that forks ranks and commands, with one thread each."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(IMPORTED)
@@ -37,7 +37,7 @@ def fork_context() -> Any:
 def run_forked(
     words: Sequence[object], *, folder: Path = ROOT, environment: Mapping[str, str] | None = None, seconds: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    """Run `python WORDS` (a script, `-m module` or `-c code`) in `folder` to its end; its exit code and what it wrote."""
+    """Run `python WORDS` (a script, `-m module` or `-c code`) in `folder`; return its exit code and output."""
     command = [str(word) for word in words]
     with tempfile.TemporaryDirectory() as scratch:
         streams = [f"{scratch}/stdout", f"{scratch}/stderr"]
@@ -54,15 +54,15 @@ def run_forked(
 
 
 def become(folder: str | None, environment: Mapping[str, str], streams: Sequence[str]) -> None:
-    """Make this forked process one of its own: session, folder, environment, and files for its output."""
+    """Give this forked process its own session, folder, environment and output files."""
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # Linux's own; here it would be that of the preloaded process
+    multiprocessing.set_start_method("fork", force=True)  # the default of Linux; here it would be forkserver
     for number, stream in enumerate(streams, 1):
         descriptor = os.open(stream, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
         os.dup2(descriptor, number)
         os.close(descriptor)
     os.environ.update(environment)
-    sys.stdin = open(os.devnull)  # noqa: SIM115  for the life of the process
+    sys.stdin = open(os.devnull)  # noqa: SIM115  stays open until the process ends
     if folder is not None:
         os.chdir(folder)
 

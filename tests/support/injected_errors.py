@@ -2,7 +2,7 @@
 
 An error is written as KIND:ITERATION[:RANK[:TIME]] and happens in every micro-batch of that iteration; `exit` happens only the
 TIME-th time that the iteration is computed. `slow:1` slows every forward pass. `slow_save:N` delays every save by N seconds,
-`slow_publish:N` the completion of a checkpoint, `slow_trace:N` the writing of a profile, `slow_close:N` the end of the metrics.
+`slow_publish:N` the completion of a checkpoint, `slow_trace:N` the writing of a profile, `slow_close:N` the closing of the metrics.
 `spoil:N` sets a weight to NaN before the save of iteration N.
 """
 

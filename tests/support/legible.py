@@ -35,7 +35,7 @@ def legible_tokenizer(folder: Path, *, eos: bool = True) -> Path:
 
 
 def legible_ids(document: int, length: int) -> list[int]:
-    """Ids [length] of one document in text order."""
+    """Return the ids [length] of one document in text order."""
     return [100 * document + position for position in range(length)]
 
 

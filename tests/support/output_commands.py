@@ -36,11 +36,11 @@ FILES: dict[str, tuple[str, Arguments]] = {
     "summarize_tasks": ("out", lambda at, made: [made["shard"], "--num-tasks", "1", "--json", f"{at}/out"]),
     "inspect_shard": ("out.png", lambda at, made: [made["shard"], "--histogram", f"{at}/out.png"]),
 }
-"""Tool -> the output whose lock it takes, and a command line; `made` are inputs."""
+"""Tool -> (the output that it locks, its command line). `made`: the paths that `write_inputs` returns."""
 
 
 def write_inputs(root: Path) -> dict[str, str]:
-    """Write small inputs of every command; their paths by name."""
+    """Write small inputs for every command; return their paths by name."""
     lines = {
         "pairs": [{"question": f"What is {n}?", "answer": f" It is {n}."} for n in range(40)],
         "candidates": [{"prompt": f"The capital of {n}", "candidates": [" Paris", " 42"]} for n in range(4)],

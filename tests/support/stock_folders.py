@@ -38,7 +38,7 @@ FAMILY: dict[str, tuple[str, dict[str, Any]]] = {
         {"head_dim": 16, "rope_parameters": {**YARN, "attention_factor": 1.3, "beta_fast": 16.0, "beta_slow": 2.0}},
     ),
 }
-"""Name of a case -> architecture, and further values of its config."""
+"""Name of a case -> architecture, and other values of its config."""
 
 
 def stock_config(architecture: str, **changed: Any) -> PreTrainedConfig:

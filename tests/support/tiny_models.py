@@ -123,7 +123,7 @@ def save_model_folder(
 ) -> Path:
     """Write a folder like an export, or a stock folder (`direction` None).
 
-    eod_id None means <EOD>. The eos of tokenizer_config.json is </s>, another token than the eod, as in the published folder.
+    eod_id None means <EOD>. The eos of tokenizer_config.json is </s>, not the eod, as in the published folder.
     """
     eod_id = Tokenizer.from_str(tokenizer_json).token_to_id(EOD_TOKEN) if eod_id is None else eod_id
     model.config.eos_token_id = eod_id

@@ -1,4 +1,4 @@
-"""The code a command ends with: 1 for what a new start meets again, 3 for what it may overcome."""
+"""Exit codes of a command: 1 for errors that a restart meets again, 3 for errors that it may not meet."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ def disk_error(number: int) -> OSError:
 
 
 def exit_code(error: Exception) -> int:
-    """Of a command whose work ends with this error."""
+    """Return the exit code of a command that raises this error."""
 
     def work() -> None:
         raise error
@@ -54,7 +54,7 @@ def test_training_that_meets_an_error_of_the_disk(
 
 @pytest.mark.parametrize(("number", "code"), CODES, ids=NAMES)
 def test_file_that_cannot_be_written(number: int, code: int) -> None:
-    """The error goes from a checkpoint's writer process to all ranks."""
+    """All ranks get the error of the process that writes a checkpoint."""
     error = cannot_write(disk_error(number), "a.bin")
     assert exit_code(pickle.loads(pickle.dumps(error))) == code
     assert isinstance(error, TransientError) == (code == UNFORESEEN)
@@ -62,7 +62,7 @@ def test_file_that_cannot_be_written(number: int, code: int) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(errno.EIO, 3), (errno.ENOENT, 1), (errno.EISDIR, 1), (errno.EACCES, 1)])
 def test_file_that_was_named_by_hand(number: int, code: int) -> None:
-    """One that is not there will not be there at the next start."""
+    """A missing input file will also be missing at the next start."""
     assert exit_code(disk_error(number)) == code
 
 

@@ -1,4 +1,4 @@
-"""`ledom`: each tool by its name and nothing imported before it is needed, mistakes explained, completion in a real bash."""
+"""`ledom`: every tool by its name, late imports, explained mistakes, and completion in a real bash."""
 
 import argparse
 import json
@@ -50,9 +50,9 @@ def ledom(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def helped(*commands: list[str]) -> list[dict[str, object]]:
-    """What is loaded after the help of each command was printed, in one process."""
-    asked = [sys.executable, "-c", REPORT, json.dumps(commands)]
-    done = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True)
+    """Return exit code, loaded modules and seconds after the help of each command, all in one process."""
+    started = [sys.executable, "-c", REPORT, json.dumps(commands)]
+    done = subprocess.run(started, cwd=ROOT, capture_output=True, text=True, check=True)
     return [json.loads(line) for line in done.stderr.splitlines()]
 
 
@@ -65,7 +65,7 @@ def test_help_names_every_command_and_is_instant() -> None:
     ours = {name for name in report["modules"] if name.startswith("megatron_ledom")}  # type: ignore[attr-defined]
     assert ours == {"megatron_ledom", *(f"megatron_ledom.{name}" for name in ("cli", "cli.main", "errors", "lazy"))}
     assert not {"numpy", "pydantic", "yaml", "importlib.metadata", *HEAVY} & set(report["modules"])  # type: ignore[call-overload]
-    assert report["seconds"] < 0.2  # type: ignore[operator]  # of processor time; 0.04 on two slow cores
+    assert report["seconds"] < 0.2  # type: ignore[operator]  # CPU seconds; 0.04 on two slow cores
     page = ledom("--help").stdout
     for name, text in (item for group in GROUPS.values() for item in group.items()):
         assert re.search(rf"^  {name} +{re.escape(text)}$", page, re.MULTILINE)
@@ -176,7 +176,7 @@ def test_other_shells_get_a_script(shell: str) -> None:
 
 
 def test_the_recipe_of_the_help_leads_to_a_run_that_would_start(tmp_path: Path) -> None:
-    """Its first four commands as they are printed, by a shell, with a look (`--check`) in place of minutes of training."""
+    """A shell runs its first four commands as printed, with `--check` instead of minutes of training."""
     texts = [json.dumps({"text": path.read_text("utf-8")}) for path in sorted(Path(json.__file__).parents[1].glob("*.py"))[:80]]
     (tmp_path / "corpus.jsonl").write_text("\n".join(texts) + "\n")
     commands = EXAMPLE.split("\n\n")[1].replace("\\\n", "").strip().split("\n")[:4]

@@ -1,5 +1,7 @@
-"""Commands, code and names in README.md and docs/: every command fits its parser and is run by a test or the quickstart, every
-path and key exists, and every Python block uses names that the package exports.
+"""Commands, code and names in README.md and docs/.
+
+Every command fits its parser and is run by a test or by the quickstart, every path and key exists, and every Python block uses
+names that the package exports.
 """
 
 import ast
@@ -122,7 +124,7 @@ RUN_BY_TESTS = {
     "ledom inspect-checkpoint quickstart/runs/reverse --verify": RUN_ON_QUICKSTART,
     "ledom report-run quickstart/runs/reverse quickstart/runs/forward --output report --smooth 5": RUN_ON_QUICKSTART,
 }
-"""Command without its variables -> the tests that run it, or a command like it."""
+"""Command without its variables -> the tests that run the same or a similar command."""
 
 
 def commands_of(page: str, above: str | None = None) -> list[str]:
@@ -148,7 +150,7 @@ RUN_BY_THIS_FILE = {
     for command in [*commands_of(RERANK), *commands_of(SERVE)]
     if command.startswith(("ledom rerank", "ledom report-rerank")) and "vllm" not in command
 }
-"""The commands that `test_the_commands_that_rank_answers_run` runs as they are."""
+"""The commands that `test_the_commands_that_rank_answers_run` runs unchanged."""
 
 
 def ledom_arguments(command: str) -> list[str] | None:
@@ -220,20 +222,20 @@ def test_commands_in_the_text_exist_with_their_options(page: str) -> None:
 
 def test_every_command_is_run_by_the_quickstart_or_a_test() -> None:
     by_minute = {without_variables(command) for command in minute_commands()}
-    asked = {without_variables(command) for page, command in ALL if page not in PAGES_RUN_BY_TESTS}
-    asked -= QUICKSTART | by_minute | RUN_BY_THIS_FILE
-    assert asked == set(RUN_BY_TESTS)
+    documented = {without_variables(command) for page, command in ALL if page not in PAGES_RUN_BY_TESTS}
+    documented -= QUICKSTART | by_minute | RUN_BY_THIS_FILE
+    assert documented == set(RUN_BY_TESTS)
 
 
 def minute_commands() -> list[str]:
-    """Return the commands of the example of a minute, on both of its pages; tests/quickstart runs those of each page."""
+    """Return the commands of the one-minute example on both of its pages; tests/quickstart runs those of each page."""
     return [
         command for page in ("README.md", "docs/get_started.md") for command in commands_of(page) if is_of_a_minute(command)
     ]
 
 
 def is_of_a_minute(command: str) -> bool:
-    """Return True for the commands of the example of a minute."""
+    """Return True for a command of the one-minute example."""
     return "minute/" in command or "one_minute" in command
 
 

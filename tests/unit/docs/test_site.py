@@ -1,4 +1,4 @@
-"""The documentation: the site builds without warnings and without the network, and generated pages are those of the code."""
+"""The site builds without warnings and without the network, and its generated pages match the code."""
 
 import os
 import re
@@ -21,7 +21,7 @@ import socket, sys
 from mkdocs.__main__ import cli
 
 def refuse(*arguments, **named):
-    raise AssertionError(f"the site asks for the network: {arguments}")
+    raise AssertionError(f"the build of the site used the network: {arguments}")
 
 socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
 sys.argv = ["mkdocs", *sys.argv[1:]]
@@ -36,7 +36,7 @@ MERMAID = "```mermaid"
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site, built strictly: a broken link, a missing anchor or a page outside of the navigation fails."""
+    """The built site. The strict build fails for a broken link, a missing anchor or a page outside the navigation."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-c", WITHOUT_NETWORK, "build", "--strict", "--site-dir", str(folder)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
@@ -80,7 +80,7 @@ def test_every_page_is_in_the_navigation_once() -> None:
 
 
 def leaves(entry: object) -> list[str]:
-    """The pages of a part of the navigation."""
+    """Return the pages of a part of the navigation."""
     if isinstance(entry, str):
         return [entry]
     inside = entry.values() if isinstance(entry, dict) else entry
@@ -115,7 +115,7 @@ def test_the_import_picture_omits_only_arrows_that_a_longer_way_replaces() -> No
 
 
 def test_the_task_in_contributing_is_one() -> None:
-    """The example of "Add an evaluation task" runs with the names of the file that it goes into."""
+    """The example of "Add an evaluation task" runs with the imports of its target file."""
     from megatron_ledom.evaluation.tasks import benchmarks
 
     text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
@@ -145,7 +145,7 @@ def test_paths_that_the_pages_name_exist() -> None:
 
 
 def test_names_that_contributing_names_exist() -> None:
-    """Classes, constants and functions; file names are for the test above."""
+    """Checks classes, constants and functions; the test above checks file names."""
     text = "".join(
         path.read_text(encoding="utf-8")
         for folder in ("megatron_ledom", "tests", "csrc")

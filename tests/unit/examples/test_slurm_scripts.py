@@ -31,7 +31,7 @@ profile propagate qos quiet reboot requeue reservation signal sockets-per-node s
 threads-per-core time time-min tmp tres-per-task uid use-min-nodes verbose wait wait-all-nodes wckey wrap
 """
 FAKE_SRUN = r"""#!/bin/bash
-# srun on one machine: two tasks with SLURM's variables; as in the real one, USR1 is forwarded to them and TERM kills them
+# srun on one machine: two tasks with SLURM's variables; like the real srun, it forwards USR1 to them, and TERM kills them
 while [[ $1 == --* ]]; do shift; done
 for rank in 0 1; do SLURM_PROCID=$rank SLURM_LOCALID=$rank "$@" & tasks+=($!); done
 trap 'kill -USR1 "${tasks[@]}"' USR1
@@ -261,7 +261,7 @@ def test_any_job_name_can_be_requeued(cluster: Cluster, name: str, file: str) ->
 @pytest.mark.parametrize("what", ["SQUEUE", "PROGRESS", "SCONTROL"])
 @pytest.mark.parametrize("status", [0, 137])
 def test_unfinished_run_is_requeued_after_failed_queries(cluster: Cluster, what: str, status: int) -> None:
-    """As with a controller that restarts, or a file server that does not answer for a minute."""
+    """For example, the controller restarts, or a file server does not respond for a minute."""
     assert cluster.start(progress="3 7", status=status, fails={what: 3}).wait(timeout=30) == status
     assert cluster.recorded("queued") == "requeue 4007"
 
